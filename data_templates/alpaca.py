@@ -1,0 +1,28 @@
+"""Stanford Alpaca's prompt, with and without an input (tatsu-lab/stanford_alpaca, ``train.py``; one exchange)."""
+
+from collections.abc import Sequence
+
+from data_templates._segments import BOS, Message, Segment, Template, markup, only_one_exchange, reply, split_system
+
+PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+PREAMBLE_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+
+
+def render(messages: Sequence[Message]) -> list[Segment]:
+    """Render one instruction and its answer; a system turn takes the place of the preamble."""
+    system, turns = split_system(messages)
+    only_one_exchange("alpaca", turns)
+    request = turns[0]
+    preamble = PREAMBLE_WITH_INPUT if request.context else PREAMBLE
+    head = Segment("content", system) if system else markup(preamble)
+    segments = [BOS, head, markup("\n\n### Instruction:\n"), Segment("content", request.content)]
+    if request.context:
+        segments += [markup("\n\n### Input:\n"), Segment("content", request.context)]
+    segments.append(markup("\n\n### Response:"))
+    return segments + [piece for message in turns[1:] for piece in reply(message)]
+
+
+TEMPLATE = Template(render, markers=("### Instruction:", "### Input:", "### Response:"))

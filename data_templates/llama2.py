@@ -1,0 +1,23 @@
+"""Llama-2-Chat's dialogue (facebookresearch/llama, ``generation.py``): [INST] ... [/INST], BOS and EOS at every exchange."""
+
+from collections.abc import Sequence
+
+from data_templates._segments import BOS, Message, Segment, Template, markup, reply, split_system, with_context
+
+
+def render(messages: Sequence[Message]) -> list[Segment]:
+    """Render ``<s>[INST] <<SYS>>..<</SYS>> question [/INST] answer </s><s>[INST] ...``; the system text is optional."""
+    system, turns = split_system(messages)
+    segments: list[Segment] = []
+    for index, message in enumerate(turns):
+        if message.role == "assistant":
+            segments += reply(message, before=" ", after=" ")
+            continue
+        segments += [BOS, markup("[INST] ")]
+        if system and index == 0:
+            segments += [markup("<<SYS>>\n"), Segment("content", system), markup("\n<</SYS>>\n\n")]
+        segments += [Segment("content", with_context(message)), markup(" [/INST]")]
+    return segments
+
+
+TEMPLATE = Template(render, markers=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"))

@@ -1,0 +1,18 @@
+"""No template at all: prompt, completion, EOS, with the blanks that the data itself holds (one exchange)."""
+
+from collections.abc import Sequence
+
+from data_templates._segments import BOS, Message, Segment, Template, markup, only_one_exchange, reply, split_system
+from data_templates._segments import with_context as user_text
+
+
+def render(messages: Sequence[Message]) -> list[Segment]:
+    """Render prompt and completion back to back; a system turn stands above the prompt."""
+    system, turns = split_system(messages)
+    only_one_exchange("plain", turns)
+    head = [BOS, Segment("content", system), markup("\n\n")] if system else [BOS]
+    segments = [*head, Segment("content", user_text(turns[0]))]
+    return segments + [piece for message in turns[1:] for piece in reply(message)]
+
+
+TEMPLATE = Template(render)

@@ -1,0 +1,25 @@
+"""Vicuna v1.1's chat (lm-sys/FastChat, ``conversation.py``: ``vicuna_v1.1``): USER and ASSISTANT, any number of turns."""
+
+from collections.abc import Sequence
+
+from data_templates._segments import BOS, Message, Segment, Template, markup, reply, split_system, with_context
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def render(messages: Sequence[Message]) -> list[Segment]:
+    """Render ``system USER: ... ASSISTANT: ...</s>USER: ... ASSISTANT:``."""
+    system, turns = split_system(messages, SYSTEM)
+    segments = [BOS, markup(SYSTEM) if system is SYSTEM else Segment("content", system), markup(" ")]
+    for message in turns:
+        if message.role == "user":
+            segments += [markup("USER: "), Segment("content", with_context(message)), markup(" ASSISTANT:")]
+        else:
+            segments += reply(message, before=" ")
+    return segments
+
+
+TEMPLATE = Template(render, markers=("USER:", "ASSISTANT:"))
