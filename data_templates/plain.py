@@ -2,8 +2,17 @@
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, markup, only_one_exchange, reply, split_system
-from data_templates._segments import with_context as user_text
+from data_templates._segments import (
+    BOS,
+    Message,
+    Segment,
+    Template,
+    markup,
+    only_one_exchange,
+    reply,
+    split_system,
+    with_context,
+)
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
@@ -11,7 +20,7 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     system, turns = split_system(messages)
     only_one_exchange("plain", turns)
     head = [BOS, Segment("content", system), markup("\n\n")] if system else [BOS]
-    segments = [*head, Segment("content", user_text(turns[0]))]
+    segments = [*head, Segment("content", with_context(turns[0]))]
     return segments + [piece for message in turns[1:] for piece in reply(message)]
 
 

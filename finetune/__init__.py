@@ -1,0 +1,1 @@
+"""Layer 1: recipe to model and adapter to supervised tuning."""

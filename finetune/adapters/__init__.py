@@ -1,0 +1,1 @@
+"""One file an adapter; the file's name is its name in `adapter.method`."""

@@ -1,0 +1,35 @@
+"""Prefix tuning: trained keys and values stand before the sequence in every attention layer.
+
+Li and Liang 2021 (arXiv 2101.00190), equation 3: h_i = P[i] for positions of the prefix; the base stays frozen.
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from finetune.adapters._traits import Traits
+from finetune.recipe.settings import AdapterSettings, Positive
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(packing=False, virtual_tokens=True)
+
+
+class Settings(AdapterSettings):
+    """Length of the prefix, and whether an MLP makes it."""
+
+    method: Literal["prefix"] = Field("prefix", description="trained keys and values before every sequence")
+    virtual_tokens: Positive = Field(20, description="length of the prefix")
+    projection: bool = Field(False, description="make the prefix with an MLP (the paper's reparameterisation)")
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base with a trainable prefix of keys and values, one for each layer."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=settings.virtual_tokens, prefix_projection=settings.projection
+    )
+    return get_peft_model(model, config)

@@ -1,0 +1,1 @@
+"""Rows in, token ids and loss masks out."""

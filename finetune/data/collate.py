@@ -1,0 +1,95 @@
+"""Rows to tensors: padded, one row a line, or packed, rows end to end; the same loss either way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+
+from finetune.data.packing import pack
+
+IGNORED = -100
+"""The label of a token that carries no loss (PyTorch's ``ignore_index``)."""
+
+
+class Example(TypedDict):
+    """One tokenised row: ids and labels of length T (a label is the id itself, or IGNORED), and its number."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    row: int
+
+
+class Batch(TypedDict, total=False):
+    """One forward pass. All tensors have shape (lines, columns) but ``rows``, which names the rows in it."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedCollator:
+    """One row a line, shorter ones filled up on the right; padding is masked and carries no loss."""
+
+    pad_id: int
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """Return input_ids, labels and attention_mask of shape (rows, longest)."""
+        lines = [[example] for example in examples]
+        batch = _fill(lines, self.pad_id)
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        columns = torch.arange(batch["input_ids"].shape[1])
+        batch["attention_mask"] = (columns[None, :] < lengths[:, None]).long()
+        return batch
+
+
+@dataclass(frozen=True, slots=True)
+class PackedCollator:
+    """Rows end to end, positions starting anew at each, and no attention mask.
+
+    That is the form in which transformers tells packed rows apart for every attention implementation: a block mask
+    for eager, SDPA and FlexAttention, sequence lengths for FlashAttention, which takes one line alone
+    (``single_line``). Otherwise the lines are as long as the longest row, so that masked attention costs no more than
+    for padded rows.
+    """
+
+    pad_id: int
+    single_line: bool = False
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """Return input_ids, labels and position_ids of shape (lines, longest line)."""
+        lengths = [len(example["input_ids"]) for example in examples]
+        bins = pack(lengths, sum(lengths) if self.single_line else max(lengths))
+        lines = [[examples[index] for index in items] for items in bins]
+        batch = _fill(lines, self.pad_id)
+        batch["position_ids"] = torch.stack([_positions(line, batch["input_ids"].shape[1]) for line in lines])
+        return batch
+
+
+def _fill(lines: Sequence[Sequence[Example]], pad_id: int) -> Batch:
+    width = max(sum(len(example["input_ids"]) for example in line) for line in lines)
+    input_ids = torch.full((len(lines), width), pad_id, dtype=torch.long)
+    labels = torch.full((len(lines), width), IGNORED, dtype=torch.long)
+    for index, line in enumerate(lines):
+        ids = torch.cat([example["input_ids"] for example in line])
+        input_ids[index, : len(ids)] = ids
+        labels[index, : len(ids)] = torch.cat([_targets(example) for example in line])
+    rows = torch.tensor([example["row"] for line in lines for example in line])
+    return Batch(input_ids=input_ids, labels=labels, rows=rows)
+
+
+def _targets(example: Example) -> torch.Tensor:
+    """Return the labels; a row's first token follows nothing, so it is never a target (in a packed line neither)."""
+    labels = example["labels"].clone()
+    labels[0] = IGNORED
+    return labels
+
+
+def _positions(line: Sequence[Example], width: int) -> torch.Tensor:
+    """Return 0.. for each row of a line, and 0.. for the padding behind them, as if that were a row of its own."""
+    lengths = [len(example["input_ids"]) for example in line]
+    parts = [*lengths, width - sum(lengths)]
+    return torch.cat([torch.arange(length) for length in parts])

@@ -1,0 +1,168 @@
+"""What a row's columns mean: published layouts are recognised by their column names and become conversations."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from data_templates._segments import Message, Role
+from finetune.data.sources import Row
+from finetune.recipe.errors import Problem, UserError, nearest
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
+MAX_TOLD = 5
+
+
+class RowProblem(ValueError):
+    """One field of a row that is not what its layout says."""
+
+    def __init__(self, field: str, found: str, expected: str) -> None:
+        """Keep the field's name, what it holds and what was expected."""
+        super().__init__(f"{field}: {found}, expected {expected}")
+        self.field, self.found, self.expected = field, found, expected
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A published layout: its name, the columns that make it known, and how a row becomes messages."""
+
+    name: str
+    required: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], list[Message]]
+
+
+def _alpaca(columns: Mapping[str, Any]) -> list[Message]:
+    user = Message("user", _text(columns, "instruction"), context=_text(columns, "input", optional=True))
+    return [*_system(columns), user, Message("assistant", _text(columns, "output"))]
+
+
+def _pair(prompt: str, completion: str) -> Callable[[Mapping[str, Any]], list[Message]]:
+    def read(columns: Mapping[str, Any]) -> list[Message]:
+        if isinstance(columns[prompt], list):
+            return _turns(columns, prompt, "role", "content") + _turns(columns, completion, "role", "content")
+        user = Message("user", _text(columns, prompt))
+        return [*_system(columns), user, Message("assistant", _text(columns, completion))]
+
+    return read
+
+
+def _messages(columns: Mapping[str, Any]) -> list[Message]:
+    return _turns(columns, "messages", "role", "content")
+
+
+def _conversations(columns: Mapping[str, Any]) -> list[Message]:
+    turns = columns["conversations"]
+    openai = isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]
+    names = ("role", "content") if openai else ("from", "value")
+    messages = _turns(columns, "conversations", *names)
+    return messages if messages[:1] and messages[0].role == "system" else [*_system(columns), *messages]
+
+
+LAYOUTS = (
+    Layout("messages", ("messages",), _messages),
+    Layout("ShareGPT", ("conversations",), _conversations),
+    Layout("Alpaca", ("instruction", "output"), _alpaca),
+    Layout("prompt/completion", ("prompt", "completion"), _pair("prompt", "completion")),
+    Layout("prompt/response", ("prompt", "response"), _pair("prompt", "response")),
+    Layout("question/answer", ("question", "answer"), _pair("question", "answer")),
+)
+"""Recognised in this order: the first whose columns are all there."""
+
+
+def recognise(names: Iterable[str], *, columns: Mapping[str, str] | None = None, where: str = "data.source") -> Layout:
+    """Return the layout that columns of these names have.
+
+    Args:
+        names: the source's column names.
+        columns: ``{our name: the source's name}``, the recipe's ``data.columns``.
+        where: the source, for the message.
+
+    Raises:
+        UserError: a mapped column does not exist, or no layout fits.
+    """
+    names = list(names)
+    for ours, theirs in (columns or {}).items():
+        if theirs not in names:
+            found = f"'{ours}' is mapped to '{theirs}', which is no column of {where}"
+            raise UserError(Problem("data.columns", found, f"one of {', '.join(names)}", nearest(theirs, names)))
+    known = {*(name for name in names if name not in (columns or {}).values()), *(columns or {})}
+    for layout in LAYOUTS:
+        if known.issuperset(layout.required):
+            return layout
+    expected = "; ".join("+".join(layout.required) for layout in LAYOUTS)
+    repair = "say which column is which: data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}"
+    raise UserError(Problem(where, f"columns {', '.join(names)} are no known layout", expected, repair))
+
+
+def to_conversations(rows: list[Row], layout: Layout, columns: Mapping[str, str] | None) -> list[list[Message]]:
+    """Return each row's messages.
+
+    Raises:
+        UserError: rows that do not fit the layout, the first few of them with file, line and field.
+    """
+    conversations, problems = [], []
+    for row in rows:
+        values = {**row.columns, **{ours: row.columns.get(theirs) for ours, theirs in (columns or {}).items()}}
+        try:
+            missing = [name for name in layout.required if values.get(name) is None]
+            if missing:
+                raise RowProblem(missing[0], "missing or null", f"layout {layout.name}: {'+'.join(layout.required)}")
+            conversations.append(layout.read(values))
+        except RowProblem as error:
+            problems.append(Problem(row.where, f"field '{error.field}': {error.found}", error.expected))
+    if problems:
+        raise UserError(_first_of(problems, len(rows)))
+    return conversations
+
+
+def _first_of(problems: list[Problem], rows: int) -> list[Problem]:
+    more = len(problems) - MAX_TOLD
+    if more <= 0:
+        return problems
+    rest = Problem(f"and {more} rows more", f"{len(problems)} of {rows} rows do not fit", "all rows of one layout")
+    return [*problems[:MAX_TOLD], rest]
+
+
+def _text(columns: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
+    value = columns.get(name)
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        raise RowProblem(name, f"found {_short(value)}", "text")
+    return value
+
+
+def _system(columns: Mapping[str, Any]) -> list[Message]:
+    text = _text(columns, "system", optional=True)
+    return [Message("system", text)] if text else []
+
+
+def _turns(columns: Mapping[str, Any], name: str, role_key: str, text_key: str) -> list[Message]:
+    turns = columns[name]
+    if not isinstance(turns, list) or not turns:
+        raise RowProblem(name, f"found {_short(turns)}", f"a list of turns with {role_key} and {text_key}")
+    return [_turn(turn, f"{name}[{index}]", role_key, text_key) for index, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, field: str, role_key: str, text_key: str) -> Message:
+    if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
+        raise RowProblem(field, f"found {_short(turn)}", f"an object with {role_key} and {text_key}")
+    role = turn[role_key]
+    if role not in ROLES:
+        raise RowProblem(f"{field}.{role_key}", f"found {_short(role)}", f"one of {', '.join(ROLES)}")
+    if not isinstance(turn[text_key], str):
+        raise RowProblem(f"{field}.{text_key}", f"found {_short(turn[text_key])}", "text")
+    return Message(ROLES[role], turn[text_key], trained=turn.get("trained", True) is not False)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,28 @@
+"""How rows share a rectangle: which of them stand end to end in one line. Pure functions over lengths."""
+
+from collections.abc import Sequence
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put items into as few bins of ``capacity`` as first-fit decreasing finds.
+
+    Johnson 1973: at most 11/9 of the optimum plus one bin. An item longer than the capacity gets a bin of its own.
+
+    Returns:
+        The indices of each bin's items, longest first; the bins in the order in which they were opened.
+
+    >>> pack([50, 200, 100, 100], 200)
+    [[1], [2, 3], [0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in order:
+        place = next((b for b, free in enumerate(room) if free >= lengths[index]), None)
+        if place is None:
+            bins.append([index])
+            room.append(capacity - lengths[index])
+        else:
+            bins[place].append(index)
+            room[place] -= lengths[index]
+    return bins

@@ -1,0 +1,180 @@
+"""Rows from a hub id, a file, a folder or a Python list, each with the place it came from."""
+
+import csv
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+import pyarrow.parquet as parquet
+
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.paths import DATA_SUFFIXES, local_path
+
+csv.field_size_limit(2**31 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a source: its columns, and where it stands (``file:line``)."""
+
+    columns: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """All rows of a source and a fingerprint of their content."""
+
+    rows: list[Row]
+    fingerprint: str
+
+
+def read_source(source: str | list[dict[str, Any]], *, split: str = "train", revision: str | None = None) -> Source:
+    """Read all rows of a source.
+
+    Args:
+        source: hub id, file (``.json .jsonl .csv .tsv .parquet``, ``.gz`` too), folder of such files, or rows.
+        split: split of a hub data set.
+        revision: revision of a hub data set.
+
+    Raises:
+        UserError: the source cannot be read, or holds no rows; the message names the file and line.
+    """
+    if isinstance(source, list):
+        rows = [Row(columns, f"row {index + 1}") for index, columns in enumerate(source)]
+        fingerprint = _fingerprint_rows(source)
+    elif path := local_path(source):
+        files = _files(path)
+        rows = [row for file in files for row in _read_file(file)]
+        fingerprint = fingerprint_files(files)
+    else:
+        rows, fingerprint = _read_hub(source, split, revision)
+    if not rows:
+        where = source if isinstance(source, str) else "data.source"
+        raise UserError(Problem(where, "no rows", "at least one row"))
+    return Source(rows, fingerprint)
+
+
+def fingerprint_files(files: list[Path]) -> str:
+    """Return the SHA-256 of the files' contents, in their order."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def source_fingerprint(source: str | list[dict[str, Any]] | None, *, revision: str | None = None) -> str:
+    """Return a fingerprint of a source without reading its rows: content of local files, name of hub data."""
+    if isinstance(source, str) and (path := local_path(source)):
+        return fingerprint_files(_files(path))
+    return _fingerprint_rows([source, revision])
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.name.lower().endswith(DATA_SUFFIXES):
+            return [path]
+        expected = f"a file ending in {', '.join(DATA_SUFFIXES)}"
+        raise UserError(Problem(str(path), "unknown kind of file", expected))
+    files = sorted(file for file in path.iterdir() if file.name.lower().endswith(DATA_SUFFIXES))
+    if not files:
+        expected = f"files ending in {', '.join(DATA_SUFFIXES)}"
+        raise UserError(Problem(str(path), "a folder without data files", expected))
+    return files
+
+
+def _read_file(path: Path) -> list[Row]:
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return _read_parquet(path)
+    try:
+        with _open(path) as stream:
+            if name.removesuffix(".gz").endswith((".csv", ".tsv")):
+                return list(_read_csv(path, stream, "\t" if ".tsv" in name else ","))
+            if name.removesuffix(".gz").endswith(".jsonl"):
+                return list(_read_lines(path, stream))
+            return _read_json(path, stream)
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise UserError(Problem(str(path), str(error), "UTF-8 text (gzip-compressed if it ends in .gz)")) from error
+
+
+def _open(path: Path) -> IO[str]:
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _read_lines(path: Path, stream: IO[str]) -> Iterator[Row]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            found = f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}"
+            raise UserError(Problem(where, found, "one JSON object a line")) from error
+        yield Row(_object(value, where), where)
+
+
+def _read_json(path: Path, stream: IO[str]) -> list[Row]:
+    text = stream.read()
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        repair = "name it .jsonl if it holds one object a line" if error.msg == "Extra data" else ""
+        found = f"{error.msg} at column {error.colno}"
+        raise UserError(Problem(f"{path}:{error.lineno}", found, "a JSON array of objects", repair)) from error
+    if not isinstance(value, list):
+        raise UserError(Problem(str(path), f"a JSON {type(value).__name__}", "a JSON array of objects"))
+    return [Row(_object(entry, f"{path}:[{i}]"), f"{path}:[{i}]") for i, entry in enumerate(value)]
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(Problem(where, f"found {str(value)[:60]!r}", "a JSON object with named columns"))
+    return value
+
+
+def _read_csv(path: Path, stream: IO[str], delimiter: str) -> Iterator[Row]:
+    reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+    try:
+        for columns in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in columns or None in columns.values():
+                found = f"another number of fields than the header ({len(reader.fieldnames or [])})"
+                repair = "put quotes around text that holds the separator"
+                raise UserError(Problem(where, found, f"columns {', '.join(reader.fieldnames or [])}", repair))
+            yield Row(dict(columns), where)
+    except csv.Error as error:
+        repair = "quotes inside a quoted field are written twice"
+        raise UserError(Problem(f"{path}:{reader.line_num}", str(error), "a CSV row", repair)) from error
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise UserError(Problem(str(path), str(error).splitlines()[0], "a Parquet file")) from error
+    return [Row(columns, f"{path}:row {i + 1}") for i, columns in enumerate(table.to_pylist())]
+
+
+def _read_hub(name: str, split: str, revision: str | None) -> tuple[list[Row], str]:
+    try:
+        table = datasets.load_dataset(name, split=split, revision=revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        found = f"the hub did not give it: {str(error).splitlines()[0][:160]}"
+        repair = "check name, split and network; or give a local file: --data my.jsonl"
+        raise UserError(Problem(f"data set '{name}', split '{split}'", found, "a data set of the hub", repair)) from error
+    rows = [Row(dict(columns), f"{name}[{split}] row {i + 1}") for i, columns in enumerate(table)]
+    return rows, _fingerprint_rows([row.columns for row in rows])
+
+
+def _fingerprint_rows(rows: Any) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,42 @@
+"""What a user did wrong, said so that a stranger can act on it."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake: where it is, what was found there, what was expected, how to repair it."""
+
+    where: str
+    found: str
+    expected: str
+    repair: str = ""
+
+    def __str__(self) -> str:
+        """Return the mistake in at most three lines."""
+        lines = [f"{self.where}: {self.found}", f"    expected: {self.expected}"]
+        if self.repair:
+            lines.append(f"    repair:   {self.repair}")
+        return "\n".join(lines)
+
+
+class UserError(Exception):
+    """The user's mistakes, all that could be found at once. The command line prints them and exits with status 2."""
+
+    def __init__(self, problems: Problem | Sequence[Problem]) -> None:
+        """Keep the problems; the text of the exception is what the user reads."""
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``did you mean 'x'?`` for the known name that looks most like ``name``, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"did you mean '{match[0]}'?" if match else ""
+
+
+def one_of(names: Iterable[str]) -> str:
+    """Return ``one of a, b, c``."""
+    return f"one of {', '.join(names)}"

@@ -1,0 +1,20 @@
+"""Where a path of a recipe lies: beside the user, or in the shipped recipes."""
+
+from pathlib import Path
+
+from finetune.recipe.discovery import PROJECT
+
+DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".tsv", ".parquet")
+
+
+def local_path(text: str) -> Path | None:
+    """Return the existing file or folder that ``text`` names, from the current folder or the project's, else None."""
+    for path in (Path(text).expanduser(), PROJECT / text):
+        if path.exists():
+            return path
+    return None
+
+
+def looks_local(text: str) -> bool:
+    """Tell whether ``text`` can only mean a file or folder, and not the hub id ``owner/name``."""
+    return text.lower().endswith(DATA_SUFFIXES) or text.startswith((".", "/", "~")) or text.count("/") != 1

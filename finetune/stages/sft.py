@@ -1,0 +1,3 @@
+from finetune.recipe.settings import StageSettings
+class Settings(StageSettings):
+    """x"""

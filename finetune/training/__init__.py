@@ -1,0 +1,1 @@
+"""Model, loss, trainer, checkpoints and the run directory."""
