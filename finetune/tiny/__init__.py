@@ -1,0 +1,1 @@
+"""The embedded base model `tiny`: a generated bilingual world, its data, and the model trained on it."""

@@ -1,0 +1,83 @@
+"""Write the data files: `python -m finetune.tiny.data --out FOLDER`; the same seed, the same bytes."""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+
+from finetune.tiny import rows
+from finetune.tiny.company import questions_and_answers
+
+SEED = 7
+HAPPY_SHARE = 0.3
+TRAIN_PER_TASK, TRAIN_PER_STORY = 240, 360
+HELD_OUT_PER_TASK, HELD_OUT_PER_STORY = 8, 8
+CHATS = (500, 60)
+STORY_PAIRS, ANSWER_PAIRS = (1000, 100), (500, 50)
+PROMPTS, STORY_PROMPT_SHARE = (800, 120), 0.6
+
+
+def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
+    """Write one JSON object a line, Korean readable."""
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def write_csv(path: Path, records: Sequence[Mapping[str, str]]) -> None:
+    """Write question and answer columns with a header line."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["question", "answer"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def preferences(side: rows.Side, stories: int, answers: int, rng: Random) -> list[rows.Row]:
+    """Story pairs and answer pairs, shuffled together."""
+    pairs = rows.story_preferences(side, stories, rng) + rows.answer_preferences(side, answers, rng)
+    rng.shuffle(pairs)
+    return pairs
+
+
+def write_side(folder: Path, name: str, side: rows.Side, *, index: int, seed: int) -> None:
+    """Write the four files of one side of the split; `index` picks the train (0) or held-out (1) sizes."""
+    rng = Random(f"{seed}/{name}")
+    per_task, per_story = ((TRAIN_PER_TASK, TRAIN_PER_STORY), (HELD_OUT_PER_TASK, HELD_OUT_PER_STORY))[index]
+    sft = rows.instruction_rows(side, per_task, per_story, happy_share=HAPPY_SHARE, rng=rng)
+    chats = [rows.conversation(side, happy_share=HAPPY_SHARE, rng=rng) for _ in range(CHATS[index])]
+    write_jsonl(folder / f"sft_{name}.jsonl", sft)
+    write_jsonl(folder / f"chat_{name}.jsonl", chats)
+    write_jsonl(
+        folder / f"preferences_{name}.jsonl", preferences(side, STORY_PAIRS[index], ANSWER_PAIRS[index], rng)
+    )
+    write_jsonl(
+        folder / f"prompts_{name}.jsonl", rows.prompt_rows(side, PROMPTS[index], STORY_PROMPT_SHARE, rng)
+    )
+
+
+def write_all(folder: Path, seed: int = SEED) -> None:
+    """Write every data file into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (name, side) in enumerate(zip(("train", "held_out"), rows.split(seed), strict=True)):
+        write_side(folder, name, side, index=index, seed=seed)
+    train, held_out = questions_and_answers()
+    write_csv(folder / "in_house.csv", train)
+    write_csv(folder / "in_house_held_out.csv", held_out)
+
+
+def main(arguments: list[str]) -> None:
+    """Write the files and say how large each is."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("recipes/tiny/data"))
+    parser.add_argument("--seed", type=int, default=SEED)
+    options = parser.parse_args(arguments)
+    write_all(options.out, options.seed)
+    for path in sorted(options.out.iterdir()):
+        lines = path.read_text(encoding="utf-8").count("\n")
+        print(f"{path}  {lines:,} lines  {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,181 @@
+"""The rows of the data files: instructions, conversations, preferences, prompts; each from one side."""
+
+from random import Random
+from typing import NamedTuple
+
+from finetune.tiny import stories
+from finetune.tiny.corpus import TASKS
+from finetune.tiny.stories import Topic
+from finetune.tiny.tasks import Example, Task
+
+Row = dict[str, str]
+STORY_TASKS = {"en": "story", "ko": "story_ko"}
+HELD_OUT_TOPICS = 0.2
+_GREETINGS = {
+    "en": (
+        ("Hello!", "Hello! How can I help you?"),
+        ("Hi, can you help me?", "Of course. What would you like to know?"),
+    ),
+    "ko": (
+        ("안녕하세요?", "안녕하세요! 무엇을 도와드릴까요?"),
+        ("도와줄 수 있나요?", "물론이죠. 무엇을 알고 싶나요?"),
+    ),
+}
+_THANKS = {
+    "en": (("Thank you for your help.", "You are welcome. Goodbye!"),),
+    "ko": (("고마워요.", "천만에요. 안녕히 가세요."),),
+}
+_SYSTEM = {
+    "en": "You are a helpful assistant. You answer in short and clear words.",
+    "ko": "당신은 친절한 친구입니다. 질문에 짧고 정확하게 대답합니다.",
+}
+
+
+class Side(NamedTuple):
+    """One side of the split, train or held out: the examples of each task and the topics of each language."""
+
+    examples: dict[str, list[Example]]
+    topics: dict[str, list[Topic]]
+
+
+def split(seed: int) -> tuple[Side, Side]:
+    """Divide all examples and topics into a training side and a held-out side."""
+    parts = {task.name: task.split(seed) for task in TASKS}
+    topics = {language: _split_topics(language, seed) for language in STORY_TASKS}
+    sides = [Side({k: v[i] for k, v in parts.items()}, {k: v[i] for k, v in topics.items()}) for i in (0, 1)]
+    return sides[0], sides[1]
+
+
+def _split_topics(language: str, seed: int) -> tuple[list[Topic], list[Topic]]:
+    every = stories.topics(language)
+    Random(f"{seed}/{language}/topics").shuffle(every)
+    cut = round(len(every) * HELD_OUT_TOPICS)
+    return every[cut:], every[:cut]
+
+
+def exact_rows(side: Side, task: Task, count: int, rng: Random) -> list[Row]:
+    """Up to `count` different rows of one task, going round its examples in a shuffled order."""
+    examples = list(side.examples[task.name])
+    rows: dict[tuple[str, str], Row] = {}
+    for _ in range(3):
+        rng.shuffle(examples)
+        for example in examples:
+            row = task.ask(example, rng)
+            rows.setdefault((row["instruction"], row["input"]), row)
+            if len(rows) == count:
+                return list(rows.values())
+    return list(rows.values())
+
+
+def story_rows(side: Side, language: str, count: int, *, happy_share: float, rng: Random) -> list[Row]:
+    """Rows of the story task; a share of them, at random, ends happily."""
+    return [
+        {
+            "instruction": stories.ask(topic, rng),
+            "input": "",
+            "output": stories.story(topic, rng, happy=rng.random() < happy_share),
+            "task": STORY_TASKS[language],
+        }
+        for topic in rng.sample(side.topics[language], count)
+    ]
+
+
+def instruction_rows(
+    side: Side, per_task: int, per_story: int, *, happy_share: float, rng: Random
+) -> list[Row]:
+    """All tasks and stories of one side, shuffled."""
+    rows = [row for task in TASKS for row in exact_rows(side, task, per_task, rng)]
+    for language in STORY_TASKS:
+        rows += story_rows(side, language, per_story, happy_share=happy_share, rng=rng)
+    rng.shuffle(rows)
+    return rows
+
+
+def _exchange(side: Side, language: str, *, happy_share: float, rng: Random) -> tuple[str, str]:
+    if rng.random() < 0.15:
+        row = story_rows(side, language, 1, happy_share=happy_share, rng=rng)[0]
+    else:
+        task = rng.choice([task for task in TASKS if task.language == language])
+        row = task.ask(rng.choice(side.examples[task.name]), rng)
+    question = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
+    return question, row["output"]
+
+
+def conversation(side: Side, *, happy_share: float, rng: Random) -> dict[str, list[Row]]:
+    """One conversation of one to four exchanges in one language, half of them with a system message."""
+    language = rng.choice(tuple(STORY_TASKS))
+    exchanges = [
+        _exchange(side, language, happy_share=happy_share, rng=rng) for _ in range(rng.randint(1, 3))
+    ]
+    if rng.random() < 0.4:
+        exchanges.insert(0, rng.choice(_GREETINGS[language]))
+    if rng.random() < 0.2:
+        exchanges.append(rng.choice(_THANKS[language]))
+    messages = [{"role": "system", "content": _SYSTEM[language]}] if rng.random() < 0.5 else []
+    for question, reply in exchanges:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    return {"messages": messages}
+
+
+def story_preferences(side: Side, count: int, rng: Random) -> list[Row]:
+    """Happy story over sad story for the same request; half of the pairs share their beginning."""
+    rows = []
+    for index in range(count):
+        topic = rng.choice(side.topics[("en", "ko")[index % 2]])
+        prompt, start = stories.ask(topic, rng), rng.getrandbits(32)
+        other = start if rng.random() < 0.5 else rng.getrandbits(32)
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": stories.story(topic, Random(start), happy=True),
+                "rejected": stories.story(topic, Random(other), happy=False),
+            }
+        )
+    return rows
+
+
+def answer_preferences(side: Side, count: int, rng: Random) -> list[Row]:
+    """Right answer over a wrong one, which is the right answer to another question of the same task."""
+    rows = []
+    for _ in range(count):
+        task = rng.choice(TASKS)
+        examples = side.examples[task.name]
+        example = rng.choice(examples)
+        wrong = rng.choice([e.answer for e in examples if e.answer != example.answer and _alike(e, example)])
+        rows.append(
+            {
+                "prompt": task.ask(example, rng, inline=True)["instruction"],
+                "chosen": example.answer,
+                "rejected": wrong,
+            }
+        )
+    return rows
+
+
+def _alike(one: Example, other: Example) -> bool:
+    return one.slots.get("variant") == other.slots.get("variant")
+
+
+def prompt_rows(side: Side, count: int, story_share: float, rng: Random) -> list[Row]:
+    """Prompts without answers, for sampling: stories (whose end PPO may lift) and exact questions."""
+    rows = []
+    for _ in range(count):
+        if rng.random() < story_share:
+            language = rng.choice(tuple(STORY_TASKS))
+            rows.append(
+                {"prompt": stories.ask(rng.choice(side.topics[language]), rng), "task": STORY_TASKS[language]}
+            )
+        else:
+            task = rng.choice(TASKS)
+            prompt = task.ask(rng.choice(side.examples[task.name]), rng, inline=True)["instruction"]
+            rows.append({"prompt": prompt, "task": task.name})
+    unique = {row["prompt"]: row for row in rows}
+    return list(unique.values())
+
+
+def is_right(row: Row, reply: str) -> bool:
+    """Check a reply to an instruction row: a valid story on the topic, or exactly the answer."""
+    topic = stories.requested(row["instruction"])
+    if topic is not None:
+        return stories.is_story(reply, topic)
+    return reply.strip() == row["output"]

@@ -1,0 +1,76 @@
+"""What a task is: its examples, the questions that ask for them, and the prose that teaches them to the base.
+
+The base model reads `prose` and `questions` (inside quoted dialogue) of EVERY example; a tuned model is
+asked with `asks`. Examples are split by `key`, so that a held-out word or number combination is in no
+training row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import NamedTuple
+
+HELD_OUT_SHARE = 0.2
+MAX_HELD_OUT_KEYS = 60
+
+
+class Example(NamedTuple):
+    """One question of a task: what identifies it, the words to fill in, and the one right answer."""
+
+    key: str
+    slots: dict[str, str]
+    answer: str
+
+
+class Ask(NamedTuple):
+    """An instruction and, for some, a separate input; both are format strings over an example's slots."""
+
+    instruction: str
+    input: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question with exact answers.
+
+    `variant` in an example's slots selects the templates (a task may be asked in two directions); templates
+    are keyed by it, and one-directional tasks use the key `""`.
+    """
+
+    name: str
+    language: str
+    draw: Callable[[Random], list[Example]]
+    asks: dict[str, tuple[Ask, ...]]
+    prose: dict[str, tuple[str, ...]]
+    questions: dict[str, tuple[str, ...]]
+    weight: float = 1.0
+    rows: dict[str, str] = field(default_factory=dict)
+
+    def split(self, seed: int) -> tuple[list[Example], list[Example]]:
+        """Return (train, held-out) examples with disjoint keys; the same seed gives the same split."""
+        rng = Random(f"{seed}/{self.name}/split")
+        examples = self.draw(rng)
+        keys = sorted({example.key for example in examples})
+        rng.shuffle(keys)
+        held = set(keys[: min(MAX_HELD_OUT_KEYS, max(4, round(len(keys) * HELD_OUT_SHARE)))])
+        return [e for e in examples if e.key not in held], [e for e in examples if e.key in held]
+
+    def ask(self, example: Example, rng: Random, *, inline: bool = False) -> dict[str, str]:
+        """Phrase one example as an Alpaca row; `inline` keeps to phrasings without a separate input."""
+        asks = self.asks[example.slots.get("variant", "")]
+        chosen = rng.choice([ask for ask in asks if not (inline and ask.input)])
+        return {
+            "instruction": chosen.instruction.format(**example.slots),
+            "input": chosen.input.format(**example.slots),
+            "output": example.answer,
+            "task": self.name,
+        }
+
+    def sentence(self, example: Example, rng: Random) -> str:
+        """Tell one example as a declarative sentence."""
+        template = rng.choice(self.prose[example.slots.get("variant", "")])
+        return template.format(**example.slots, answer=example.answer)
+
+    def question(self, example: Example, rng: Random) -> str:
+        """Phrase one example as a question that a person in a story may ask."""
+        return rng.choice(self.questions[example.slots.get("variant", "")]).format(**example.slots)

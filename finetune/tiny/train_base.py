@@ -1,0 +1,160 @@
+"""Train the embedded base model from generated text: `python -m finetune.tiny.train_base --out FOLDER`."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from finetune.tiny import words
+from finetune.tiny.corpus import Corpus
+from finetune.tiny.tokenizer import MAX_LENGTH, VOCABULARY_SIZE, train_tokenizer
+
+SEED = 20261121
+TOKENIZER_DOCUMENTS = 60_000
+LEXICON_REPEATS = 250
+STEPS = 2000
+WINDOW = MAX_LENGTH
+BATCH = 8
+WARMUP = 60
+MATRIX_RATE, OTHER_RATE = 5e-3, 4e-3
+LOG_EVERY = 50
+PROBES = (
+    "The opposite of hot is",
+    "7 plus 8 is",
+    "The Korean word for cat is",
+    'In reverse order, "sun cat red" is',
+    "Sorted from small to large, 9 3 5 becomes",
+    "프랑스의 수도는",
+    "A story about Mina and a red ball\n\nMina",
+)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Build the untrained model; every width is a multiple of 64, which 4-bit (NF4) layers need."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def lexicon_lines() -> list[str]:
+    """Repeat each word of the lexicon with and without a space before it, so that both become one token."""
+    nouns = [side for n in words.NOUNS + words.OTHER_NOUNS for side in (n.word, n.korean)]
+    pairs = words.OPPOSITES + words.OPPOSITES_KOREAN + words.VERBS + words.CAPITALS + words.SOUNDS
+    lexicon = [*nouns, *(side for pair in pairs for side in pair)]
+    return [f"{word} {word}" for word in sorted(set(lexicon)) for _ in range(LEXICON_REPEATS)]
+
+
+def token_stream(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> Iterator[int]:
+    """Yield token ids without end: each document is BOS, text, EOS."""
+    while True:
+        for ids in tokenizer(list(corpus.documents(1000)))["input_ids"]:
+            yield from ids
+            yield tokenizer.eos_token_id
+
+
+def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices (it needs about half the tokens here), AdamW for embeddings and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Warm up, hold, then fall to zero over the last half."""
+    return min(1.0, (step + 1) / WARMUP, 2.0 * (steps - step) / steps)
+
+
+def train(model: LlamaForCausalLM, ids: Iterator[int], steps: int) -> float:
+    """Run the steps in bfloat16 autocast over float32 weights; return the mean loss of the last LOG_EVERY."""
+    opts = optimizers(model)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_factor(step, steps)) for o in opts]
+    start, losses = time.perf_counter(), []
+    for step in range(1, steps + 1):
+        batch = torch.tensor(list(islice(ids, BATCH * WINDOW))).view(BATCH, WINDOW)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for part in (*opts, *schedules):
+            part.step()
+        model.zero_grad()
+        losses.append(loss.item())
+        if step % LOG_EVERY == 0 or step == steps:
+            report(
+                step, steps, sum(losses[-LOG_EVERY:]) / len(losses[-LOG_EVERY:]), time.perf_counter() - start
+            )
+    return sum(losses[-LOG_EVERY:]) / len(losses[-LOG_EVERY:])
+
+
+def report(step: int, steps: int, loss: float, seconds: float) -> None:
+    """Print one line of progress."""
+    rate = step * BATCH * WINDOW / seconds
+    left = seconds / step * (steps - step)
+    print(f"step {step}/{steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {left / 60:.1f} min left", flush=True)
+
+
+def continue_text(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, length: int = 40
+) -> str:
+    """Continue a text greedily until EOS or `length` new tokens."""
+    inputs = tokenizer(text, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=length, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write bfloat16 safetensors, tokenizer, config and generation config."""
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main(arguments: list[str]) -> None:
+    """Train the tokenizer, then the model, save both, and show a few continuations."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("recipes/tiny/model"))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=SEED)
+    options = parser.parse_args(arguments)
+    torch.manual_seed(options.seed)
+    tokenizer = train_tokenizer(
+        chain(Corpus(options.seed + 1).documents(TOKENIZER_DOCUMENTS), lexicon_lines())
+    )
+    model = new_model(tokenizer)
+    print(
+        f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {torch.get_num_threads()} threads",
+        flush=True,
+    )
+    loss = train(model, token_stream(tokenizer, Corpus(options.seed)), options.steps)
+    save(model, tokenizer, options.out)
+    print(f"final loss {loss:.4f}; saved in {options.out}")
+    for probe in PROBES:
+        print(f"  {probe!r} -> {continue_text(model.eval(), tokenizer, probe)!r}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

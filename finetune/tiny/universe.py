@@ -1,0 +1,270 @@
+"""The examples of every task: all of a table, or a seeded sample of a skill (sums, orders, odd ones out)."""
+
+from itertools import combinations
+from random import Random
+
+from finetune.tiny import words
+from finetune.tiny.grammar import article, josa, plural
+from finetune.tiny.tasks import Example
+
+LARGEST_SUMMAND = 20
+LARGEST_NUMBER = 30
+SKILL_SAMPLE = 900
+_TRANSLATED = tuple((n.word, n.korean) for n in words.NOUNS + words.OTHER_NOUNS)
+_ODD_KINDS = (
+    "animal",
+    "fruit",
+    "vehicle",
+    "garment",
+    "body part",
+    "instrument",
+    "person",
+    "tool",
+    "furniture",
+)
+_COUNTED = tuple(n for n in words.NOUNS + words.OTHER_NOUNS if n.word not in words.UNCOUNTED)
+
+
+def both_ways(pairs: tuple[tuple[str, str], ...]) -> list[Example]:
+    """Each pair asked from either side."""
+    return [
+        Example(f"{first}/{second}", {"word": one, "word_은": josa(one, "은")}, other)
+        for first, second in pairs
+        for one, other in ((first, second), (second, first))
+    ]
+
+
+def opposites(_: Random) -> list[Example]:
+    """English opposites, from either side."""
+    return both_ways(words.OPPOSITES)
+
+
+def opposites_korean(_: Random) -> list[Example]:
+    """Korean opposites, from either side."""
+    return both_ways(words.OPPOSITES_KOREAN)
+
+
+def plurals(_: Random) -> list[Example]:
+    """Nouns that can be counted, with their plural."""
+    return [Example(n.word, {"word": n.word, "a_word": article(n.word)}, plural(n.word)) for n in _COUNTED]
+
+
+def past_tenses(_: Random) -> list[Example]:
+    """Verbs with their simple past."""
+    return [Example(verb, {"word": verb}, past) for verb, past in words.VERBS]
+
+
+def english_to_korean(_: Random) -> list[Example]:
+    """Nouns of the bilingual lexicon, English asked."""
+    return [Example(en, {"word": en, "answer_이다": josa(ko, "이다")}, ko) for en, ko in _TRANSLATED]
+
+
+def korean_to_english(_: Random) -> list[Example]:
+    """Nouns of the bilingual lexicon, Korean asked."""
+    return [
+        Example(ko, {"word": ko, "word_은": josa(ko, "은"), "word_이": josa(ko, "이")}, en)
+        for en, ko in _TRANSLATED
+    ]
+
+
+def sums(_: Random) -> list[Example]:
+    """All sums of two numbers from 1 to LARGEST_SUMMAND; a + b and b + a share a key."""
+    numbers = range(1, LARGEST_SUMMAND + 1)
+    return [
+        Example(
+            f"{min(a, b)}+{max(a, b)}",
+            {
+                "a": f"{a}",
+                "b": f"{b}",
+                "a_과": josa(f"{a}", "과"),
+                "b_은": josa(f"{b}", "은"),
+                "b_을": josa(f"{b}", "을"),
+                "sum_이다": josa(f"{a + b}", "이다"),
+            },
+            f"{a + b}",
+        )
+        for a in numbers
+        for b in numbers
+    ]
+
+
+def larger(_: Random) -> list[Example]:
+    """All ordered pairs of different numbers from 1 to LARGEST_NUMBER."""
+    numbers = range(1, LARGEST_NUMBER + 1)
+    return [
+        Example(
+            f"{min(a, b)},{max(a, b)}",
+            {
+                "a": f"{a}",
+                "b": f"{b}",
+                "a_과": josa(f"{a}", "과"),
+                "high": f"{max(a, b)}",
+                "low": f"{min(a, b)}",
+                "high_은": josa(f"{max(a, b)}", "은"),
+                "high_이": josa(f"{max(a, b)}", "이"),
+            },
+            f"{max(a, b)}",
+        )
+        for a in numbers
+        for b in numbers
+        if a != b
+    ]
+
+
+def sorted_numbers(rng: Random) -> list[Example]:
+    """A sample of three different numbers in any order, to be put in order."""
+    triples = rng.sample(list(combinations(range(1, LARGEST_NUMBER + 1), 3)), SKILL_SAMPLE)
+    return [_sorting(triple, rng) for triple in triples]
+
+
+def _sorting(triple: tuple[int, ...], rng: Random) -> Example:
+    a, b, c = rng.sample(triple, 3)
+    slots = {
+        "numbers": f"{a} {b} {c}",
+        "a": f"{a}",
+        "b": f"{b}",
+        "c": f"{c}",
+        "b_과": josa(f"{b}", "과"),
+        "c_을": josa(f"{c}", "을"),
+    }
+    return Example(",".join(map(str, triple)), slots, " ".join(map(str, triple)))
+
+
+def _reversals(lexicon: list[str], rng: Random) -> list[Example]:
+    examples = []
+    for _ in range(SKILL_SAMPLE):
+        three = rng.sample(lexicon, 3)
+        slots = {
+            "words": " ".join(three),
+            "a": three[0],
+            "b": three[1],
+            "c": three[2],
+            "c_을": josa(three[2], "을"),
+        }
+        examples.append(Example(",".join(sorted(three)), slots, " ".join(reversed(three))))
+    return examples
+
+
+def reversals(rng: Random) -> list[Example]:
+    """A sample of three English words, to be written in reversed order."""
+    return _reversals([n.word for n in words.NOUNS + words.OTHER_NOUNS], rng)
+
+
+def reversals_korean(rng: Random) -> list[Example]:
+    """A sample of three Korean words, to be written in reversed order."""
+    return _reversals([n.korean for n in words.NOUNS + words.OTHER_NOUNS], rng)
+
+
+def odd_ones(rng: Random) -> list[Example]:
+    """A sample of four nouns, three of one category and one of another, which is the answer."""
+    return [_odd_one(rng) for _ in range(SKILL_SAMPLE)]
+
+
+def _odd_one(rng: Random) -> Example:
+    kind, other_kind = rng.sample(_ODD_KINDS, 2)
+    three = rng.sample([n for n in words.NOUNS if n.category == kind], 3)
+    odd = rng.choice([n for n in words.NOUNS if n.category == other_kind])
+    four = [n.word for n in rng.sample([*three, odd], 4)]
+    slots = {"words": ", ".join(four), "kind": kind, "kinds": plural(kind), "a_other": article(other_kind)}
+    return Example(",".join(sorted(four)), slots, odd.word)
+
+
+def _sounds(table: tuple[tuple[str, str], ...]) -> list[Example]:
+    examples = []
+    for animal, sound in table:
+        slots = {
+            "animal": animal,
+            "sound": sound,
+            "animal_은": josa(animal, "은"),
+            "a_animal": article(animal),
+        }
+        examples.append(Example(animal, {**slots, "variant": "sound"}, sound))
+        examples.append(Example(animal, {**slots, "variant": "animal"}, animal))
+    return examples
+
+
+def sounds(_: Random) -> list[Example]:
+    """Animals and what they say in English, asked from either side."""
+    return _sounds(words.SOUNDS)
+
+
+def sounds_korean(_: Random) -> list[Example]:
+    """Animals and what they say in Korean, asked from either side."""
+    return _sounds(words.SOUNDS_KOREAN)
+
+
+def babies(_: Random) -> list[Example]:
+    """Animals and the names of their young."""
+    return [
+        Example(a, {"animal": a, "a_animal": article(a), "a_baby": article(b)}, b) for a, b in words.BABIES
+    ]
+
+
+def categories(_: Random) -> list[Example]:
+    """Nouns and the name of their category."""
+    return [
+        Example(
+            n.word, {"word": n.word, "a_kind": article(n.category), "Word": n.word.capitalize()}, n.category
+        )
+        for n in words.NOUNS
+    ]
+
+
+def categories_korean(_: Random) -> list[Example]:
+    """Korean nouns and the Korean name of their category."""
+    kinds = words.CATEGORY_KOREAN
+    return [
+        Example(
+            n.korean,
+            {"word": n.korean, "word_은": josa(n.korean, "은"), "kind_이다": josa(kinds[n.category], "이다")},
+            kinds[n.category],
+        )
+        for n in words.NOUNS
+    ]
+
+
+def _capitals(rows: list[tuple[str, str]]) -> list[Example]:
+    examples = []
+    for country, capital in rows:
+        slots = {
+            "country": country,
+            "capital": capital,
+            "capital_은": josa(capital, "은"),
+            "capital_이": josa(capital, "이"),
+            "capital_이다": josa(capital, "이다"),
+            "country_은": josa(country, "은"),
+        }
+        examples.append(Example(country, {**slots, "variant": "capital"}, capital))
+        examples.append(Example(country, {**slots, "variant": "country"}, country))
+    return examples
+
+
+def capitals(_: Random) -> list[Example]:
+    """Countries and capitals in English, asked from either side."""
+    return _capitals([(row[0], row[1]) for row in words.CAPITALS])
+
+
+def capitals_korean(_: Random) -> list[Example]:
+    """Countries and capitals in Korean, asked from either side."""
+    return _capitals([(row[2], row[3]) for row in words.CAPITALS])
+
+
+def colors(_: Random) -> list[Example]:
+    """Things of the world and their usual color."""
+    return [Example(t, {"thing": t, "Thing": t.capitalize()}, color) for t, _ko, color in words.THING_COLORS]
+
+
+def colors_korean(_: Random) -> list[Example]:
+    """The same things and colors in Korean."""
+    rows = [(ko, words.COLORS[color]) for _en, ko, color in words.THING_COLORS]
+    return [
+        Example(t, {"thing": t, "thing_은": josa(t, "은"), "color_이다": josa(c, "이다")}, c) for t, c in rows
+    ]
+
+
+def first_letters(_: Random) -> list[Example]:
+    """English nouns and verbs with their first letter."""
+    lexicon = sorted(
+        {n.word for n in words.NOUNS + words.OTHER_NOUNS} | {verb for verb, _past in words.VERBS}
+    )
+    return [Example(w, {"word": w}, w[0]) for w in lexicon]
