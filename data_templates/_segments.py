@@ -4,10 +4,11 @@ A template never says which *characters* of a rendered text carry loss; it says 
 from these labels, so nothing ever searches a text for a response marker.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from data_templates._markers import Markers
 
 Role = Literal["system", "user", "assistant"]
 
@@ -32,12 +33,15 @@ class Segment:
 
     ``markup`` is the template's own text (special tokens in it count as such), ``content`` came from the data, ``bos``
     stands for whatever the tokenizer begins a sequence with, ``eos`` for what ends a turn: the special token in
-    ``text`` where the tokenizer has it, else its EOS. ``trained`` pieces carry loss.
+    ``text`` where the tokenizer has it, else its EOS. ``trained`` pieces carry loss. ``reply`` pieces are what the
+    model itself writes, learnt or not: they become tokens apart from what stands before them, because at generation
+    nothing stands behind the prompt yet.
     """
 
     kind: Literal["markup", "content", "bos", "eos"]
     text: str = ""
     trained: bool = False
+    reply: bool = False
 
 
 BOS = Segment("bos")
@@ -56,10 +60,10 @@ def reply(message: Message, *, before: str = "", after: str = "", end: str = "")
     """
     trained = message.trained
     return [
-        *([Segment("markup", before, trained)] if before else []),
-        Segment("content", message.content, trained),
-        *([Segment("markup", after, trained)] if after else []),
-        Segment("eos", end, trained),
+        *([Segment("markup", before, trained, reply=True)] if before else []),
+        Segment("content", message.content, trained, reply=True),
+        *([Segment("markup", after, trained, reply=True)] if after else []),
+        Segment("eos", end, trained, reply=True),
     ]
 
 
@@ -86,34 +90,83 @@ def render(
         The segments, and how many markers or special tokens in the data's own text were written apart.
 
     Raises:
-        TemplateError: the roles come in an order that cannot be a conversation, or that this template cannot write.
+        TemplateError: the roles come in an order that cannot be a conversation, or that this template cannot write,
+            or a text is no valid Unicode.
     """
     check_roles(messages)
-    markers = [*template.markers, *special_tokens]
+    markers = Markers.of((*template.markers, *special_tokens))
     harmless = []
     total = 0
     for message in messages:
-        content, in_content = write_apart(message.content, markers)
-        context, in_context = write_apart(message.context, markers)
-        harmless.append(replace(message, content=content, context=context))
+        _check_unicode(message)
+        content, in_content = markers.write_apart(message.content)
+        context, in_context = markers.write_apart(message.context)
+        # Published sets hold inputs of one blank or line feed, which mean "no input".
+        harmless.append(replace(message, content=content, context=context if context.strip() else ""))
         total += in_content + in_context
-    return template.render(harmless), total
+    segments, at_borders = apart_at_borders(template.render(harmless), markers)
+    return segments, total + at_borders
 
 
-def write_apart(text: str, markers: Sequence[str]) -> tuple[str, int]:
-    """Put a blank behind the first character of every marker in ``text``; return the text and how many there were.
+def apart_at_borders(segments: Sequence[Segment], markers: Markers) -> tuple[list[Segment], int]:
+    """Put a blank where the end of one piece and the beginning of the next would make a marker together.
 
-    >>> write_apart("ok</s>### Response: yes", ["</s>", "### Response:"])
-    ('ok< /s># ## Response: yes', 2)
+    A marker that the template alone writes stays. Where two contents meet the blank goes to the later one, so that a
+    prompt never depends on the reply behind it.
+
+    Returns:
+        The segments, and how many blanks were needed.
+
+    Raises:
+        TemplateError: a blank cannot keep the two apart (a special token that itself begins or ends with one).
     """
-    if not markers:
-        return text, 0
-    pattern = re.compile("|".join(re.escape(marker) for marker in sorted(markers, key=len, reverse=True)))
+    result: list[Segment] = []
     total = 0
-    while found := len(pattern.findall(text)):
-        text = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-        total += found
-    return text, total
+    for segment in segments:
+        piece, tries = segment, 0
+        while back := 0 if piece.kind in ("bos", "eos") else markers.over_border(_tail(result, markers), piece.text):
+            place = _last_content(result, back)
+            if piece.kind == "content":
+                piece = replace(piece, text=f" {piece.text}")
+            elif place is None:
+                break  # the template's own marker, in two pieces
+            else:
+                result[place] = replace(result[place], text=f"{result[place].text} ")
+            tries += 1
+            if tries > markers.longest:
+                raise TemplateError(f"no blank keeps {segment.text[:20]!r} apart from the text before it")
+        result.append(piece)
+        total += tries
+    return result, total
+
+
+def _tail(segments: Sequence[Segment], markers: Markers) -> str:
+    """Return the last characters since BOS or EOS: no text joins across one of these."""
+    tail = ""
+    for segment in reversed(segments):
+        if segment.kind in ("bos", "eos") or len(tail) >= markers.longest:
+            break
+        tail = segment.text + tail
+    return tail
+
+
+def _last_content(segments: Sequence[Segment], back: int) -> int | None:
+    """Return the index of the last content that takes part in the last ``back`` characters, None if there is none."""
+    for index in reversed(range(len(segments))):
+        if back <= 0:
+            return None
+        if segments[index].kind == "content" and segments[index].text:
+            return index
+        back -= len(segments[index].text)
+    return None
+
+
+def _check_unicode(message: Message) -> None:
+    try:
+        (message.content + message.context).encode()
+    except UnicodeEncodeError as error:
+        found = f"half a character ({error.object[error.start]!r}) at position {error.start + 1}"
+        raise TemplateError(f"the {message.role}'s text holds {found}; expected valid Unicode") from error
 
 
 def check_roles(messages: Sequence[Message]) -> None:
@@ -134,11 +187,10 @@ def with_context(message: Message) -> str:
 
 
 def split_system(messages: Sequence[Message], default: str = "") -> tuple[str, list[Message]]:
-    """Return the system text (or ``default``) and the turns that follow it."""
+    """Return the system text (or ``default``, where there is none or a blank one) and the turns that follow it."""
     if messages[0].role == "system":
-        return messages[0].content, list(messages[1:])
+        return messages[0].content if messages[0].content.strip() else default, list(messages[1:])
     return default, list(messages)
-
 
 
 def only_one_exchange(name: str, turns: Sequence[Message]) -> None:
