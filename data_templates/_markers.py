@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 ROUNDS = 4
-"""Blanks put in before what is left is taken out; a blank breaks every marker of practice in one or two rounds."""
+"""Blanks put in before what is left is taken out; every marker of practice breaks in one or two rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Markers:
         return _build(tuple(dict.fromkeys(text for text in texts if text)))
 
     def write_apart(self, text: str) -> tuple[str, int]:
-        """Put a blank behind the first character of every marker in ``text``; return the text and how many there were.
+        """Put a blank behind the first character of every marker; return the text and how many there were.
 
         What a blank cannot break (a marker of one character, or one with a blank at its border) is taken out.
 
@@ -37,18 +37,21 @@ class Markers:
             total += found
             if not found:
                 return text, total
-        # Blanks alone may go round in circles ("ab" and " b" among the markers); taking out ends, for text shrinks.
+        # Blanks alone may go round in circles ("ab" and " b" among the markers); taking out ends, as text shrinks.
         while found := len(self.pattern.findall(text)):
             text = self.pattern.sub("", text)
             total += found
         return text, total
 
     def over_border(self, before: str, after: str) -> int:
-        """Return how many characters at the end of ``before`` belong to a marker that ends in ``after``, else 0."""
+        """Return how many characters of ``before``, at its end, belong to a marker that ends in ``after``."""
         if before[-1:] + after[:1] not in self.pairs:
             return 0
         window = before[-(self.longest - 1) :]
-        return max((len(window) - start for start in _over(self.pattern, window, after[: self.longest - 1])), default=0)
+        return max(
+            (len(window) - start for start in _over(self.pattern, window, after[: self.longest - 1])),
+            default=0,
+        )
 
     def _broken(self, match: re.Match[str]) -> str:
         marker = match[0]
@@ -66,7 +69,7 @@ def _over(pattern: re.Pattern[str], before: str, after: str) -> Iterator[int]:
 
 @lru_cache(maxsize=64)
 def _build(texts: tuple[str, ...]) -> Markers:
-    # Longest first, so that of two markers with one beginning the whole of the longer is found. "(?!)" never matches.
+    # Longest first, so that of two markers with one beginning the longer is found. "(?!)" never matches.
     alternatives = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)"
     return Markers(
         pattern=re.compile(alternatives),

@@ -1,7 +1,7 @@
 """The words that every template speaks: messages come in, segments go out.
 
-A template never says which *characters* of a rendered text carry loss; it says which *segments* do. Masks are made
-from these labels, so nothing ever searches a text for a response marker.
+A template never says which *characters* of a rendered text carry loss; it says which *segments* do. Masks are
+made from these labels, so nothing ever searches a text for a response marker.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,11 +31,11 @@ class Message:
 class Segment:
     """A piece of a rendered conversation.
 
-    ``markup`` is the template's own text (special tokens in it count as such), ``content`` came from the data, ``bos``
-    stands for whatever the tokenizer begins a sequence with, ``eos`` for what ends a turn: the special token in
-    ``text`` where the tokenizer has it, else its EOS. ``trained`` pieces carry loss. ``reply`` pieces are what the
-    model itself writes, learnt or not: they become tokens apart from what stands before them, because at generation
-    nothing stands behind the prompt yet.
+    ``markup`` is the template's own text (special tokens in it count as such), ``content`` came from the
+    data, ``bos`` stands for whatever the tokenizer begins a sequence with, ``eos`` for what ends a turn: the
+    special token in ``text`` where the tokenizer has it, else its EOS. ``trained`` pieces carry loss.
+    ``reply`` pieces are what the model itself writes, learnt or not: they become tokens apart from what
+    stands before them, because at generation nothing stands behind the prompt yet.
     """
 
     kind: Literal["markup", "content", "bos", "eos"]
@@ -55,8 +55,8 @@ def markup(text: str) -> Segment:
 def reply(message: Message, *, before: str = "", after: str = "", end: str = "") -> list[Segment]:
     """Return an assistant turn and the token that ends it.
 
-    ``before`` and ``after`` are blanks that the model itself has to write; ``end`` is the turn's own end token, for
-    tokenizers that have it (EOS otherwise).
+    ``before`` and ``after`` are blanks that the model itself has to write; ``end`` is the turn's own end
+    token, for tokenizers that have it (EOS otherwise).
     """
     trained = message.trained
     return [
@@ -71,9 +71,9 @@ def reply(message: Message, *, before: str = "", after: str = "", end: str = "")
 class Template:
     """A way to write a conversation down.
 
-    ``render`` takes messages; when the last one is not the assistant's, the result ends where a reply begins (that is
-    the prompt for generation, by the same code that wrote the training rows). ``markers`` begin or end turns and are
-    written apart in user text; ``stop`` names the tokens that end a reply besides EOS.
+    ``render`` takes messages; when the last one is not the assistant's, the result ends where a reply begins
+    (that is the prompt for generation, by the same code that wrote the training rows). ``markers`` begin or
+    end turns and are written apart in user text; ``stop`` names the tokens that end a reply besides EOS.
     """
 
     render: Callable[[Sequence[Message]], list[Segment]]
@@ -90,8 +90,8 @@ def render(
         The segments, and how many markers or special tokens in the data's own text were written apart.
 
     Raises:
-        TemplateError: the roles come in an order that cannot be a conversation, or that this template cannot write,
-            or a text is no valid Unicode.
+        TemplateError: the roles come in an order that cannot be a conversation, or that this template cannot
+            write, or a text is no valid Unicode.
     """
     check_roles(messages)
     markers = Markers.of((*template.markers, *special_tokens))
@@ -111,20 +111,25 @@ def render(
 def apart_at_borders(segments: Sequence[Segment], markers: Markers) -> tuple[list[Segment], int]:
     """Put a blank where the end of one piece and the beginning of the next would make a marker together.
 
-    A marker that the template alone writes stays. Where two contents meet the blank goes to the later one, so that a
-    prompt never depends on the reply behind it.
+    A marker that the template alone writes stays. Where two contents meet the blank goes to the later one, so
+    that a prompt never depends on the reply behind it.
 
     Returns:
         The segments, and how many blanks were needed.
 
     Raises:
-        TemplateError: a blank cannot keep the two apart (a special token that itself begins or ends with one).
+        TemplateError: a blank cannot keep the two apart (a special token that itself begins or ends with
+            one).
     """
     result: list[Segment] = []
     total = 0
     for segment in segments:
         piece, tries = segment, 0
-        while back := 0 if piece.kind in ("bos", "eos") else markers.over_border(_tail(result, markers), piece.text):
+        while (
+            back := 0
+            if piece.kind in ("bos", "eos")
+            else markers.over_border(_tail(result, markers), piece.text)
+        ):
             place = _last_content(result, back)
             if piece.kind == "content":
                 piece = replace(piece, text=f" {piece.text}")
@@ -151,7 +156,7 @@ def _tail(segments: Sequence[Segment], markers: Markers) -> str:
 
 
 def _last_content(segments: Sequence[Segment], back: int) -> int | None:
-    """Return the index of the last content that takes part in the last ``back`` characters, None if there is none."""
+    """Return the index of the last content among the last ``back`` characters, None if there is none."""
     for index in reversed(range(len(segments))):
         if back <= 0:
             return None
@@ -170,24 +175,24 @@ def _check_unicode(message: Message) -> None:
 
 
 def check_roles(messages: Sequence[Message]) -> None:
-    """Raise TemplateError unless roles are: at most one system, then user and assistant in turn, user first."""
+    """Raise TemplateError unless the roles are: perhaps a system, then user and assistant in turn."""
     turns = [message.role for message in messages]
     body = turns[1:] if turns[:1] == ["system"] else turns
     expected = ["user" if index % 2 == 0 else "assistant" for index in range(len(body))]
     if not body or body != expected:
         raise TemplateError(
-            f"the turns are [{', '.join(turns)}]; expected an optional system turn, then user and assistant in turn, "
-            "beginning with user"
+            f"the turns are [{', '.join(turns)}]; expected an optional system turn, then user and assistant "
+            "in turn, beginning with user"
         )
 
 
 def with_context(message: Message) -> str:
-    """Return a user turn's text with its ``context`` (Alpaca's ``input``) below it, for templates without a slot."""
+    """Return a user turn's text, its ``context`` (Alpaca's ``input``) below it, for templates without a slot."""
     return f"{message.content}\n\n{message.context}" if message.context else message.content
 
 
 def split_system(messages: Sequence[Message], default: str = "") -> tuple[str, list[Message]]:
-    """Return the system text (or ``default``, where there is none or a blank one) and the turns that follow it."""
+    """Return the system text (``default`` where there is none or a blank one) and the turns behind it."""
     if messages[0].role == "system":
         return messages[0].content if messages[0].content.strip() else default, list(messages[1:])
     return default, list(messages)

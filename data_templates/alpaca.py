@@ -1,8 +1,17 @@
-"""Stanford Alpaca's prompt, with and without an input (tatsu-lab/stanford_alpaca, ``train.py``; one exchange)."""
+"""Stanford Alpaca's prompt, with and without an input; one exchange (tatsu-lab/stanford_alpaca, train.py)."""
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, markup, only_one_exchange, reply, split_system
+from data_templates._segments import (
+    BOS,
+    Message,
+    Segment,
+    Template,
+    markup,
+    only_one_exchange,
+    reply,
+    split_system,
+)
 
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 PREAMBLE_WITH_INPUT = (

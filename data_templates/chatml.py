@@ -1,4 +1,4 @@
-"""ChatML (OpenAI; Qwen, SmolLM): every turn between ``<|im_start|>role`` and ``<|im_end|>``, any number of turns.
+"""ChatML (OpenAI; Qwen, SmolLM): any number of turns, each between ``<|im_start|>role`` and ``<|im_end|>``.
 
 A tokenizer that knows ``<|im_end|>`` ends a reply with it; for one that does not, a reply ends with EOS.
 """

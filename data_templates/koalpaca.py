@@ -1,8 +1,17 @@
-"""KoAlpaca v1.1's Korean prompt: question, context where there is one, answer (Beomi/KoAlpaca; one exchange)."""
+"""KoAlpaca v1.1's Korean prompt: question, perhaps context, answer; one exchange (Beomi/KoAlpaca)."""
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, markup, only_one_exchange, reply, split_system
+from data_templates._segments import (
+    BOS,
+    Message,
+    Segment,
+    Template,
+    markup,
+    only_one_exchange,
+    reply,
+    split_system,
+)
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:

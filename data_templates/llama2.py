@@ -1,12 +1,24 @@
-"""Llama-2-Chat's dialogue (facebookresearch/llama, ``generation.py``): [INST] ... [/INST], BOS and EOS at every exchange."""
+"""Llama-2-Chat's dialogue: [INST] ... [/INST], BOS and EOS at every exchange.
+
+The reference is ``generation.py`` of facebookresearch/llama.
+"""
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, markup, reply, split_system, with_context
+from data_templates._segments import (
+    BOS,
+    Message,
+    Segment,
+    Template,
+    markup,
+    reply,
+    split_system,
+    with_context,
+)
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    """Render ``<s>[INST] <<SYS>>..<</SYS>> question [/INST] answer </s><s>[INST] ...``; the system text is optional."""
+    """Render ``<s>[INST] <<SYS>>..<</SYS>> question [/INST] answer </s><s>[INST] ...``."""
     system, turns = split_system(messages)
     segments: list[Segment] = []
     for index, message in enumerate(turns):

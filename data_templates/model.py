@@ -1,8 +1,8 @@
-"""``template: model``: the chat template that the tokenizer itself carries (Jinja), cut into labelled segments.
+"""``template: model``: the chat template that the tokenizer itself carries (Jinja), as labelled segments.
 
-The text is exactly what the tokenizer writes, so that training, chat and every server that uses the same template
-agree. A reply is what stands between two places that the template itself names: the end of the prompt that it writes
-for that turn, and the special token that it ends the turn with.
+The text is exactly what the tokenizer writes, so that training, chat and every server that uses the same
+template agree. A reply is what stands between two places that the template itself names: the end of the
+prompt that it writes for that turn, and the special token that it ends the turn with.
 """
 
 import re
@@ -54,20 +54,26 @@ def _render(messages: Sequence[Message], chat: ChatRenderer, ends: re.Pattern[st
         trained = messages[index].trained
         end = ends.search(text, begin, limit)
         stop = end.start() if end else _closed(text, turns[: index + 1], chat)
-        last = Segment("markup", end[0], trained, reply=True) if end else Segment("eos", "", trained, reply=True)
-        segments += [markup(text[start:begin]), Segment("content", text[begin:stop], trained, reply=True), last]
+        last = (
+            Segment("markup", end[0], trained, reply=True) if end else Segment("eos", "", trained, reply=True)
+        )
+        segments += [
+            markup(text[start:begin]),
+            Segment("content", text[begin:stop], trained, reply=True),
+            last,
+        ]
         start = end.end() if end else stop
     return [*segments, markup(text[start:])] if text[start:] else segments
 
 
 def _opened(text: str, before: list[dict[str, str]], chat: ChatRenderer) -> int:
-    """Return where the assistant's turn begins: behind what the template writes as the prompt for that turn."""
+    """Return where the assistant's turn begins: behind what the template writes as its prompt."""
     prompt = chat(before, True)
     if not text.startswith(prompt):
         raise TemplateError(
-            "the model's own chat template writes a conversation otherwise than its beginning (the prompt of turn "
-            f"{len(before) + 1} is no prefix of the whole), so training would differ from chatting; use 'chatml' "
-            "or another template of the list"
+            "the model's own chat template writes a conversation otherwise than its beginning (the prompt of "
+            f"turn {len(before) + 1} is no prefix of the whole), so training would differ from chatting; "
+            "use 'chatml' or another template of the list"
         )
     return len(prompt)
 
@@ -77,27 +83,29 @@ def _closed(text: str, turns: list[dict[str, str]], chat: ChatRenderer) -> int:
     beginning = chat(turns, False)
     if not text.startswith(beginning):
         raise TemplateError(
-            f"the model's own chat template ends turn {len(turns)} with no special token and otherwise than a "
-            "conversation's last turn, so nothing tells where the reply ends; use 'chatml' or another template"
+            f"the model's own chat template ends turn {len(turns)} with no special token and otherwise than "
+            "a conversation's last turn, so nothing tells where the reply ends; use 'chatml' or another template"
         )
     return len(beginning)
 
 
 def _check_complete(messages: Sequence[Message], chat: ChatRenderer) -> None:
-    """Raise TemplateError if the template leaves out a turn (often the system's), tried with a placeholder for each."""
+    """Raise TemplateError if the template leaves out a turn, often the system's (tried with placeholders)."""
     text = _with_placeholders(messages, chat)
     there = [int(match[1]) for match in PLACEHOLDER.finditer(text)]
     missing = [index for index in range(len(messages)) if index not in there]
     if missing:
         role = messages[missing[0]].role
         raise TemplateError(
-            f"the model's own chat template leaves turn {missing[0] + 1} ({role}) out of the text; use another "
-            "template, or leave that turn out of the data"
+            f"the model's own chat template leaves turn {missing[0] + 1} ({role}) out of the text; use "
+            "another template, or leave that turn out of the data"
         )
 
 
 def _with_placeholders(messages: Sequence[Message], chat: ChatRenderer) -> str:
-    blanks = [{"role": message.role, "content": f"\ue000{index}\ue001"} for index, message in enumerate(messages)]
+    blanks = [
+        {"role": message.role, "content": f"\ue000{index}\ue001"} for index, message in enumerate(messages)
+    ]
     return chat(blanks, messages[-1].role == "user")
 
 
@@ -114,7 +122,7 @@ def _stop(chat: ChatRenderer, special: re.Pattern[str]) -> tuple[str, ...]:
 
 
 def _markers(chat: ChatRenderer, whole: re.Pattern[str]) -> tuple[str, ...]:
-    """Return the plain text next to contents that begins or ends turns: ``### Human:``, ``[/INST]``, ``<|user|>``.
+    """Return the plain text beside contents that begins or ends turns: ``### Human:``, ``[/INST]``.
 
     Special tokens are written apart in any case; a word such as ChatML's ``user`` means nothing without them.
     """
@@ -133,6 +141,6 @@ def _markers(chat: ChatRenderer, whole: re.Pattern[str]) -> tuple[str, ...]:
 
 
 def _line(text: str, place: int) -> str:
-    """Return the first (0) or last (-1) line of what the template writes beside a content, without blanks around."""
+    """Return the first (0) or last (-1) line of what the template writes beside a content."""
     lines = text.strip().splitlines()
     return lines[place].strip() if lines else ""

@@ -1,8 +1,20 @@
-"""Vicuna v1.1's chat (lm-sys/FastChat, ``conversation.py``: ``vicuna_v1.1``): USER and ASSISTANT, any number of turns."""
+"""Vicuna v1.1's chat: USER and ASSISTANT, any number of turns.
+
+The reference is ``vicuna_v1.1`` in ``conversation.py`` of lm-sys/FastChat.
+"""
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, markup, reply, split_system, with_context
+from data_templates._segments import (
+    BOS,
+    Message,
+    Segment,
+    Template,
+    markup,
+    reply,
+    split_system,
+    with_context,
+)
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

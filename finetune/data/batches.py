@@ -15,8 +15,8 @@ def optimizer_batches(
 ) -> list[list[int]]:
     """Return the rows of each optimizer step of an epoch, longest first within a step.
 
-    Rows are shuffled; with ``group_by_length`` each pool of 16 batches is sorted by length before it is cut, and the
-    batches are shuffled again. Every row comes exactly once; the last batch may be smaller.
+    Rows are shuffled; with ``group_by_length`` each pool of 16 batches is sorted by length before it is cut,
+    and the batches are shuffled again. Every row comes exactly once; the last batch may be smaller.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
@@ -39,12 +39,19 @@ def _longest_first(rows: np.ndarray, sizes: np.ndarray) -> list[int]:
 class MicroBatches(Sampler[list[int]]):
     """Cuts each optimizer batch into forward passes of at most ``micro_batch_size`` rows of similar length.
 
-    Every optimizer batch yields ``ceil(batch_size / micro_batch_size)`` of them (the epoch's last one fewer), so that
-    gradient accumulation never mixes two batches. A pure function of seed and epoch: nothing has to be saved to go on.
+    Every optimizer batch yields ``ceil(batch_size / micro_batch_size)`` of them (the epoch's last one fewer),
+    so that gradient accumulation never mixes two batches. A pure function of seed and epoch: nothing has to
+    be saved to go on.
     """
 
     def __init__(
-        self, lengths: Sequence[int], *, batch_size: int, micro_batch_size: int, seed: int, group_by_length: bool
+        self,
+        lengths: Sequence[int],
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        group_by_length: bool,
     ) -> None:
         """Keep the rows' lengths and the sizes."""
         self.lengths = list(lengths)
@@ -73,4 +80,6 @@ class MicroBatches(Sampler[list[int]]):
             group_by_length=self.group_by_length,
         )
         for batch in batches:
-            yield from (batch[i : i + self.micro_batch_size] for i in range(0, len(batch), self.micro_batch_size))
+            yield from (
+                batch[i : i + self.micro_batch_size] for i in range(0, len(batch), self.micro_batch_size)
+            )

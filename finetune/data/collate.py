@@ -13,7 +13,7 @@ IGNORED = -100
 
 
 class Example(TypedDict):
-    """One tokenised row: ids and labels of length T (a label is the id itself, or IGNORED), and its number."""
+    """One tokenised row: its number, ids and labels of length T (a label is the id itself, or IGNORED)."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -50,10 +50,10 @@ class PaddedCollator:
 class PackedCollator:
     """Rows end to end, positions starting anew at each, and no attention mask.
 
-    That is the form in which transformers tells packed rows apart for every attention implementation: a block mask
-    for eager, SDPA and FlexAttention, sequence lengths for FlashAttention, which takes one line alone
-    (``single_line``). Otherwise the lines are as long as the longest row, so that masked attention costs no more than
-    for padded rows.
+    That is the form in which transformers tells packed rows apart for every attention implementation: a block
+    mask for eager, SDPA and FlexAttention, sequence lengths for FlashAttention, which takes one line alone
+    (``single_line``). Otherwise the lines are as long as the longest row, so that masked attention costs no
+    more than for padded rows.
     """
 
     pad_id: int
@@ -82,14 +82,14 @@ def _fill(lines: Sequence[Sequence[Example]], pad_id: int) -> Batch:
 
 
 def _targets(example: Example) -> torch.Tensor:
-    """Return the labels; a row's first token follows nothing, so it is never a target (in a packed line neither)."""
+    """Return the labels; a row's first token follows nothing, so it is no target, in a packed line neither."""
     labels = example["labels"].clone()
     labels[0] = IGNORED
     return labels
 
 
 def _positions(line: Sequence[Example], width: int) -> torch.Tensor:
-    """Return 0.. for each row of a line, and 0.. for the padding behind them, as if that were a row of its own."""
+    """Return 0.. for each row of a line, and 0.. for the padding behind them, as if it were a row."""
     lengths = [len(example["input_ids"]) for example in line]
     parts = [*lengths, width - sum(lengths)]
     return torch.cat([torch.arange(length) for length in parts])

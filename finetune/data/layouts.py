@@ -1,4 +1,4 @@
-"""What a row's columns mean: published layouts are recognised by their column names and become conversations."""
+"""What a row's columns mean: published layouts, recognised by column names, become conversations."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -77,7 +77,9 @@ LAYOUTS = (
 """Recognised in this order: the first whose columns are all there."""
 
 
-def recognise(names: Iterable[str], *, columns: Mapping[str, str] | None = None, where: str = "data.source") -> Layout:
+def recognise(
+    names: Iterable[str], *, columns: Mapping[str, str] | None = None, where: str = "data.source"
+) -> Layout:
     """Return the layout that columns of these names have.
 
     Args:
@@ -92,7 +94,9 @@ def recognise(names: Iterable[str], *, columns: Mapping[str, str] | None = None,
     for ours, theirs in (columns or {}).items():
         if theirs not in names:
             found = f"'{ours}' is mapped to '{theirs}', which is no column of {where}"
-            raise UserError(Problem("data.columns", found, f"one of {', '.join(names)}", nearest(theirs, names)))
+            raise UserError(
+                Problem("data.columns", found, f"one of {', '.join(names)}", nearest(theirs, names))
+            )
     known = {*(name for name in names if name not in (columns or {}).values()), *(columns or {})}
     for layout in LAYOUTS:
         if known.issuperset(layout.required):
@@ -102,7 +106,9 @@ def recognise(names: Iterable[str], *, columns: Mapping[str, str] | None = None,
     raise UserError(Problem(where, f"columns {', '.join(names)} are no known layout", expected, repair))
 
 
-def to_conversations(rows: list[Row], layout: Layout, columns: Mapping[str, str] | None) -> list[list[Message]]:
+def to_conversations(
+    rows: list[Row], layout: Layout, columns: Mapping[str, str] | None
+) -> list[list[Message]]:
     """Return each row's messages.
 
     Raises:
@@ -110,11 +116,16 @@ def to_conversations(rows: list[Row], layout: Layout, columns: Mapping[str, str]
     """
     conversations, problems = [], []
     for row in rows:
-        values = {**row.columns, **{ours: row.columns.get(theirs) for ours, theirs in (columns or {}).items()}}
+        values = {
+            **row.columns,
+            **{ours: row.columns.get(theirs) for ours, theirs in (columns or {}).items()},
+        }
         try:
             missing = [name for name in layout.required if values.get(name) is None]
             if missing:
-                raise RowProblem(missing[0], "missing or null", f"layout {layout.name}: {'+'.join(layout.required)}")
+                raise RowProblem(
+                    missing[0], "missing or null", f"layout {layout.name}: {'+'.join(layout.required)}"
+                )
             conversations.append(layout.read(values))
         except RowProblem as error:
             problems.append(Problem(row.where, f"field '{error.field}': {error.found}", error.expected))
@@ -127,7 +138,9 @@ def _first_of(problems: list[Problem], rows: int) -> list[Problem]:
     more = len(problems) - MAX_TOLD
     if more <= 0:
         return problems
-    rest = Problem(f"and {more} rows more", f"{len(problems)} of {rows} rows do not fit", "all rows of one layout")
+    rest = Problem(
+        f"and {more} rows more", f"{len(problems)} of {rows} rows do not fit", "all rows of one layout"
+    )
     return [*problems[:MAX_TOLD], rest]
 
 
@@ -135,8 +148,17 @@ def _text(columns: Mapping[str, Any], name: str, *, optional: bool = False) -> s
     value = columns.get(name)
     if value is None and optional:
         return ""
+    return _checked(value, name)
+
+
+def _checked(value: Any, field: str) -> str:
     if not isinstance(value, str):
-        raise RowProblem(name, f"found {_short(value)}", "text")
+        raise RowProblem(field, f"found {_short(value)}", "text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        found = f"half a character ({value[error.start]!r}) at position {error.start + 1}"
+        raise RowProblem(field, found, "valid Unicode") from error
     return value
 
 
@@ -156,11 +178,10 @@ def _turn(turn: Any, field: str, role_key: str, text_key: str) -> Message:
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
         raise RowProblem(field, f"found {_short(turn)}", f"an object with {role_key} and {text_key}")
     role = turn[role_key]
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RowProblem(f"{field}.{role_key}", f"found {_short(role)}", f"one of {', '.join(ROLES)}")
-    if not isinstance(turn[text_key], str):
-        raise RowProblem(f"{field}.{text_key}", f"found {_short(turn[text_key])}", "text")
-    return Message(ROLES[role], turn[text_key], trained=turn.get("trained", True) is not False)
+    text = _checked(turn[text_key], f"{field}.{text_key}")
+    return Message(ROLES[role], text, trained=turn.get("trained", True) is not False)
 
 
 def _short(value: Any) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put items into as few bins of ``capacity`` as first-fit decreasing finds.
 
-    Johnson 1973: at most 11/9 of the optimum plus one bin. An item longer than the capacity gets a bin of its own.
+    Johnson 1973: at most 11/9 of the optimum plus one bin. An item longer than the capacity gets a bin of its
+    own.
 
     Returns:
         The indices of each bin's items, longest first; the bins in the order in which they were opened.

@@ -4,17 +4,19 @@ import csv
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import datasets
-import pyarrow.parquet as parquet
+from pyarrow import ArrowException, parquet
 
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.paths import DATA_SUFFIXES, local_path
+from finetune.recipe.paths import DATA_SUFFIXES, local_path, looks_local
 
+# Long documents stand in one field; the default of 128 KiB is far below what published sets hold.
 csv.field_size_limit(2**31 - 1)
 
 
@@ -34,11 +36,14 @@ class Source:
     fingerprint: str
 
 
-def read_source(source: str | list[dict[str, Any]], *, split: str = "train", revision: str | None = None) -> Source:
+def read_source(
+    source: str | list[dict[str, Any]], *, split: str = "train", revision: str | None = None
+) -> Source:
     """Read all rows of a source.
 
     Args:
-        source: hub id, file (``.json .jsonl .csv .tsv .parquet``, ``.gz`` too), folder of such files, or rows.
+        source: hub id, file (``.json .jsonl .csv .tsv .parquet``, ``.gz`` too), folder of such files, or
+            rows.
         split: split of a hub data set.
         revision: revision of a hub data set.
 
@@ -46,12 +51,15 @@ def read_source(source: str | list[dict[str, Any]], *, split: str = "train", rev
         UserError: the source cannot be read, or holds no rows; the message names the file and line.
     """
     if isinstance(source, list):
-        rows = [Row(columns, f"row {index + 1}") for index, columns in enumerate(source)]
+        rows = [Row(_object(entry, f"row {i + 1}"), f"row {i + 1}") for i, entry in enumerate(source)]
         fingerprint = _fingerprint_rows(source)
     elif path := local_path(source):
         files = _files(path)
         rows = [row for file in files for row in _read_file(file)]
         fingerprint = fingerprint_files(files)
+    elif looks_local(source):
+        repair = "check the path; a data set of the hub is named owner/name"
+        raise UserError(Problem(source, "no such file or folder", "an existing path", repair))
     else:
         rows, fingerprint = _read_hub(source, split, revision)
     if not rows:
@@ -78,15 +86,19 @@ def source_fingerprint(source: str | list[dict[str, Any]] | None, *, revision: s
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
-        if path.name.lower().endswith(DATA_SUFFIXES):
+        if _is_data(path):
             return [path]
         expected = f"a file ending in {', '.join(DATA_SUFFIXES)}"
         raise UserError(Problem(str(path), "unknown kind of file", expected))
-    files = sorted(file for file in path.iterdir() if file.name.lower().endswith(DATA_SUFFIXES))
+    files = sorted(file for file in path.iterdir() if file.is_file() and _is_data(file))
     if not files:
         expected = f"files ending in {', '.join(DATA_SUFFIXES)}"
         raise UserError(Problem(str(path), "a folder without data files", expected))
     return files
+
+
+def _is_data(path: Path) -> bool:
+    return path.name.lower().endswith(DATA_SUFFIXES)
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -95,19 +107,27 @@ def _read_file(path: Path) -> list[Row]:
         return _read_parquet(path)
     try:
         with _open(path) as stream:
-            if name.removesuffix(".gz").endswith((".csv", ".tsv")):
-                return list(_read_csv(path, stream, "\t" if ".tsv" in name else ","))
-            if name.removesuffix(".gz").endswith(".jsonl"):
-                return list(_read_lines(path, stream))
-            return _read_json(path, stream)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise UserError(Problem(str(path), str(error), "UTF-8 text (gzip-compressed if it ends in .gz)")) from error
+            return _read_text(path, stream, name.removesuffix(".gz"))
+    except UnicodeDecodeError as error:
+        repair = f"if it is Korean Windows text: iconv -f cp949 -t utf-8 {path.name}"
+        raise UserError(Problem(str(path), f"no UTF-8: {error}", "UTF-8 text", repair)) from error
+    except (OSError, EOFError, zlib.error) as error:
+        expected = "a whole gzip file" if name.endswith(".gz") else "a file that can be read"
+        raise UserError(Problem(str(path), f"cannot be read: {error}", expected)) from error
 
 
 def _open(path: Path) -> IO[str]:
-    if path.name.endswith(".gz"):
+    if path.name.lower().endswith(".gz"):
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
+
+
+def _read_text(path: Path, stream: IO[str], name: str) -> list[Row]:
+    if name.endswith((".csv", ".tsv")):
+        return list(_read_csv(path, stream, "\t" if name.endswith(".tsv") else ","))
+    if name.endswith(".jsonl"):
+        return list(_read_lines(path, stream))
+    return _read_json(path, stream)
 
 
 def _read_lines(path: Path, stream: IO[str]) -> Iterator[Row]:
@@ -130,7 +150,9 @@ def _read_json(path: Path, stream: IO[str]) -> list[Row]:
     except json.JSONDecodeError as error:
         repair = "name it .jsonl if it holds one object a line" if error.msg == "Extra data" else ""
         found = f"{error.msg} at column {error.colno}"
-        raise UserError(Problem(f"{path}:{error.lineno}", found, "a JSON array of objects", repair)) from error
+        raise UserError(
+            Problem(f"{path}:{error.lineno}", found, "a JSON array of objects", repair)
+        ) from error
     if not isinstance(value, list):
         raise UserError(Problem(str(path), f"a JSON {type(value).__name__}", "a JSON array of objects"))
     return [Row(_object(entry, f"{path}:[{i}]"), f"{path}:[{i}]") for i, entry in enumerate(value)]
@@ -144,36 +166,53 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 def _read_csv(path: Path, stream: IO[str], delimiter: str) -> Iterator[Row]:
     reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+    line = 0
     try:
+        names = _header(path, reader)
+        line = reader.line_num + 1
         for columns in reader:
-            where = f"{path}:{reader.line_num}"
             if None in columns or None in columns.values():
-                found = f"another number of fields than the header ({len(reader.fieldnames or [])})"
+                found = f"another number of fields than the header ({len(names)})"
                 repair = "put quotes around text that holds the separator"
-                raise UserError(Problem(where, found, f"columns {', '.join(reader.fieldnames or [])}", repair))
-            yield Row(dict(columns), where)
+                raise UserError(Problem(f"{path}:{line}", found, f"columns {', '.join(names)}", repair))
+            yield Row(dict(columns), f"{path}:{line}")
+            line = reader.line_num + 1
     except csv.Error as error:
         repair = "quotes inside a quoted field are written twice"
-        raise UserError(Problem(f"{path}:{reader.line_num}", str(error), "a CSV row", repair)) from error
+        raise UserError(Problem(f"{path}:{line}", str(error), "a row of quoted fields", repair)) from error
+
+
+def _header(path: Path, reader: csv.DictReader[str]) -> list[str]:
+    names = list(reader.fieldnames or [])
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        found = f"column '{twice[0]}' stands in the header twice"
+        raise UserError(Problem(f"{path}:1", found, "one name for each column"))
+    return names
 
 
 def _read_parquet(path: Path) -> list[Row]:
     try:
         table = parquet.read_table(path)
-    except (OSError, ValueError) as error:
-        raise UserError(Problem(str(path), str(error).splitlines()[0], "a Parquet file")) from error
+    except (OSError, ValueError, ArrowException) as error:
+        raise UserError(Problem(str(path), _first_line(error), "a Parquet file")) from error
     return [Row(columns, f"{path}:row {i + 1}") for i, columns in enumerate(table.to_pylist())]
 
 
 def _read_hub(name: str, split: str, revision: str | None) -> tuple[list[Row], str]:
     try:
         table = datasets.load_dataset(name, split=split, revision=revision)
-    except (OSError, ValueError, RuntimeError) as error:
-        found = f"the hub did not give it: {str(error).splitlines()[0][:160]}"
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        where = f"data set '{name}', split '{split}'"
+        found = f"the hub did not give it: {_first_line(error)}"
         repair = "check name, split and network; or give a local file: --data my.jsonl"
-        raise UserError(Problem(f"data set '{name}', split '{split}'", found, "a data set of the hub", repair)) from error
+        raise UserError(Problem(where, found, "a data set of the hub", repair)) from error
     rows = [Row(dict(columns), f"{name}[{split}] row {i + 1}") for i, columns in enumerate(table)]
     return rows, _fingerprint_rows([row.columns for row in rows])
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:160]
 
 
 def _fingerprint_rows(rows: Any) -> str:
