@@ -1,0 +1,67 @@
+"""The notebook's door: the command line's words as two functions."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.recipe.discovery import load_plugin, plugin_names
+from finetune.recipe.recipe import Recipe, load
+
+if TYPE_CHECKING:
+    from finetune.training.result import Result
+
+STAGE_FOLDERS = ("finetune.stages", "align.stages")
+
+
+def stage_folder(stage: str) -> str:
+    """Return the package in which a stage's file lies; an unknown stage's is the last one."""
+    return next((folder for folder in STAGE_FOLDERS if stage in plugin_names(folder)), STAGE_FOLDERS[-1])
+
+
+def load_recipe(
+    name: str = "quickstart",
+    *,
+    stage: str = "sft",
+    base: str | None = None,
+    data: str | list[dict[str, Any]] | None = None,
+    adapter: str | None = None,
+    out: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Load a recipe, as ``llm-align STAGE NAME --base .. --data .. section.key=value`` does.
+
+    Args:
+        name: a recipe's name, or the path of a YAML file.
+        stage: the stage that will run it.
+        base: short name, hub id or folder of the base model.
+        data: hub id, file, folder, or a list of rows.
+        adapter: name of an adapter.
+        out: the run directory.
+        settings: further values, ``{"train.epochs": 3}``.
+
+    Raises:
+        UserError: every mistake that could be found.
+    """
+    shortcuts = {"model.base": base, "data.source": data, "adapter.method": adapter}
+    given = {key: value for key, value in shortcuts.items() if value is not None} | dict(settings or {})
+    return load(stage, name, shortcuts=given, out=Path(out) if out is not None else None)
+
+
+def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") -> "Result":
+    """Run a recipe and return its result; a run that is finished already is returned at once.
+
+    Args:
+        recipe: what ``load_recipe`` gave.
+        force: start over where a run of this recipe is there already.
+        command: how the run was started, for its record.
+
+    Raises:
+        UserError: the user's mistakes, before anything is written.
+        Interrupted: a signal came; the same call goes on from the checkpoint.
+        NotFiniteError: loss or gradient became NaN or infinite.
+    """
+    from rich.console import Console
+
+    stage = load_plugin(stage_folder(recipe.stage), recipe.stage, where="stage")
+    result: Result = stage.run(recipe, Console(), force=force, command=command)
+    return result

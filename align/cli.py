@@ -1,0 +1,169 @@
+"""``llm-align``: every verb of the command line. Nothing heavy is imported before a verb runs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from align.api import STAGE_FOLDERS, run, stage_folder
+from finetune.recipe.discovery import plugin_names
+from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import Recipe, load
+
+USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
+DEFAULT_RECIPE = "quickstart"
+
+EPILOG = """\b
+Examples:
+  llm-align {stage}                                    the embedded quickstart, offline, on the CPU
+  llm-align {stage} alpaca --base llama-2-7b
+  llm-align {stage} alpaca --data my.jsonl --adapter qlora train.epochs=1
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="llm-align")
+def cli() -> None:
+    """Adapt and align language models: one line a stage.
+
+    Recipes are YAML files; `llm-align list` shows what there is, `llm-align show RECIPE` what a recipe says.
+    """
+
+
+def main() -> None:
+    """Run the command line and turn what happened into an exit status and a message."""
+    try:
+        cli.main(standalone_mode=False)
+    except UserError as error:
+        _fail(f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}\n{error}", USER_ERROR)
+    except click.ClickException as error:
+        _fail(error.format_message(), USER_ERROR)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"llm-align: {message}", err=True)
+    sys.exit(status)
+
+
+def _stage_command(stage: str) -> click.Command:
+    @click.command(stage, help=_first_line(stage), epilog=EPILOG.format(stage=stage))
+    @click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
+    @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
+    @click.option("--data", metavar="D", help="Data: hub id, file or folder.")
+    @click.option("--adapter", metavar="A", help="Adapter: a name of `llm-align list adapters`.")
+    @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory.")
+    @click.option("--force", is_flag=True, help="Start over where the run is there already.")
+    def command(
+        words: tuple[str, ...],
+        base: str | None,
+        data: str | None,
+        adapter: str | None,
+        out: Path | None,
+        force: bool,
+    ) -> None:
+        shortcuts = {"model.base": base, "data.source": data, "adapter.method": adapter}
+        given = {key: value for key, value in shortcuts.items() if value is not None}
+        recipe = _recipe(stage, words, given, out)
+        _run_stage(recipe, force=force)
+
+    return command
+
+
+def _recipe(stage: str, words: tuple[str, ...], shortcuts: dict[str, Any], out: Path | None) -> Recipe:
+    """Tell the recipe's name from overrides: the first word without ``=`` is the name."""
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise click.UsageError(f"one RECIPE is expected, found {', '.join(names)}; settings are SECTION.KEY=VALUE")
+    overrides = [word for word in words if "=" in word]
+    return load(stage, names[0] if names else DEFAULT_RECIPE, shortcuts=shortcuts, overrides=overrides, out=out)
+
+
+def _run_stage(recipe: Recipe, *, force: bool) -> None:
+    from finetune.training.interrupt import Interrupted
+    from finetune.training.recorder import NotFiniteError
+
+    try:
+        result = run(recipe, force=force, command="llm-align " + " ".join(sys.argv[1:]))
+    except Interrupted as stop:
+        _fail(str(stop), INTERRUPTED)
+    except NotFiniteError as error:
+        repair = "lower train.learning_rate, or use model.precision=float32; the run is marked as failed"
+        _fail(f"{error}\n    repair:   {repair}", OUR_ERROR)
+    else:
+        from align.summary import print_summary
+
+        print_summary(result)
+
+
+def _first_line(stage: str) -> str:
+    """Return a stage's docstring without importing it, so that --help stays quick."""
+    import ast
+    import importlib.util
+
+    spec = importlib.util.find_spec(f"{stage_folder(stage)}.{stage}")
+    assert spec is not None and spec.origin is not None
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return text.split("\n\n")[0]
+
+
+@cli.command("list")
+@click.argument("kind", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_(kind: str | None, as_json: bool) -> None:
+    """Show recipes, adapters, templates, bases, stages and runs; KIND shows one of these."""
+    from align.listing import everything, print_listing
+
+    found = everything()
+    if kind is not None and kind not in found:
+        raise click.UsageError(f"'{kind}' is unknown; expected one of {', '.join(found)}")
+    chosen = found if kind is None else {kind: found[kind]}
+    if as_json:
+        click.echo(json.dumps(chosen, indent=1, ensure_ascii=False))
+    else:
+        print_listing(chosen)
+
+
+@cli.command()
+@click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
+@click.option("--stage", default="sft", show_default=True, help="Stage of the recipe.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--schema", is_flag=True, help="Print the stage's JSON Schema, for editors.")
+def show(words: tuple[str, ...], stage: str, as_json: bool, schema: bool) -> None:
+    """Show a recipe with every value's origin."""
+    from align.listing import print_recipe
+    from finetune.recipe.schema import rows
+    from finetune.recipe.schema import schema as json_schema
+
+    if schema:
+        click.echo(json.dumps(json_schema(stage), indent=1, ensure_ascii=False))
+        return
+    recipe = _recipe(stage, words, {}, None)
+    if as_json:
+        values = [{"key": key, "value": value, "origin": origin} for key, value, origin in rows(recipe)]
+        click.echo(json.dumps({"stage": stage, "recipe": recipe.name, "settings": values}, indent=1))
+    else:
+        print_recipe(recipe)
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--prompt", help="Answer this once and end.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Tokens of a reply at most.")
+@click.option("--temperature", default=0.0, show_default=True, help="0: the likeliest token every time.")
+def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: float) -> None:
+    """Talk to a finished run, with the template that it was trained with."""
+    from align.chat import answer_once, converse
+
+    if prompt is None:
+        converse(directory, max_new_tokens=max_new_tokens, temperature=temperature)
+    else:
+        click.echo(answer_once(directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature))
+
+
+for _folder in STAGE_FOLDERS:
+    for _stage in plugin_names(_folder):
+        cli.add_command(_stage_command(_stage))

@@ -1,0 +1,1 @@
+"""One file a stage: its `Settings` and its `run`."""

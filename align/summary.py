@@ -1,0 +1,33 @@
+"""The last lines of a run: what changed, samples, where the result is, and what to type next."""
+
+import textwrap
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from finetune.training.result import Result
+
+SAMPLE_WIDTH = 160
+
+
+def print_summary(result: Result) -> None:
+    """Print a finished run's end."""
+    console = Console()
+    for label, value in result.record["headline"].items():
+        console.print(f"  {label}: [bold]{escape(value)}[/]", highlight=False)
+    if result.samples:
+        console.print(_samples(result))
+    folder = result.directory
+    console.print(f"result   {result.adapter}\nreport   {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"next     [bold]llm-align chat {folder}[/]", highlight=False, soft_wrap=True)
+
+
+def _samples(result: Result) -> Table:
+    table = Table(show_lines=True, expand=False)
+    for column in ("prompt", "expected", "before", "after"):
+        table.add_column(column, overflow="fold")
+    for sample in result.samples:
+        cells = [sample.get(column, "") for column in ("prompt", "expected", "before", "after")]
+        table.add_row(*(escape(textwrap.shorten(cell, SAMPLE_WIDTH, placeholder=" …")) for cell in cells))
+    return table

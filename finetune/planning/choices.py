@@ -1,0 +1,70 @@
+"""What ``auto`` means: each choice a pure function that returns the value and the reason that the user reads."""
+
+from finetune.planning.hardware import Hardware
+from finetune.recipe.errors import Problem, UserError
+
+TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
+"""Tokens that keep the device busy in one forward pass; more cost memory and gain nothing."""
+
+DEFAULT_MAX_LENGTH = 2048
+CHECKPOINTS_PER_RUN = 10
+
+Choice = tuple[str, str]
+
+
+def precision(asked: str, hardware: Hardware) -> Choice:
+    """Return the floating-point type of the forward pass, and why.
+
+    Raises:
+        UserError: float16 on a CPU, which has no loss-scaled kernels worth using.
+    """
+    if asked == "float16" and hardware.device == "cpu":
+        found = "float16 on a CPU"
+        raise UserError(Problem("model.precision", found, "float32 or bfloat16", "leave it at auto"))
+    if asked != "auto":
+        return asked, "as asked"
+    if hardware.bfloat16:
+        return "bfloat16", f"{hardware.name} computes in bfloat16"
+    return "float32", f"{hardware.name} has no bfloat16 arithmetic"
+
+
+def max_length(asked: int | None, *, context: int, virtual_tokens: int) -> tuple[int, str]:
+    """Return the tokens of a row at most, and why.
+
+    Args:
+        asked: the recipe's ``data.max_length``.
+        context: positions that the model has.
+        virtual_tokens: positions that the adapter takes.
+
+    Raises:
+        UserError: the asked length does not fit the model.
+    """
+    room = context - virtual_tokens
+    if asked is None:
+        return min(room, DEFAULT_MAX_LENGTH), f"the model has {context} positions"
+    if asked > room:
+        taken = f", of which the adapter takes {virtual_tokens}" if virtual_tokens else ""
+        expected = f"at most {room}: the model has {context} positions{taken}"
+        raise UserError(Problem("data.max_length", f"found {asked}", expected, f"data.max_length={room}"))
+    return asked, "as asked"
+
+
+def micro_batch_size(asked: int | str, *, batch_size: int, longest: int, hardware: Hardware) -> tuple[int, str]:
+    """Return the sequences of a forward pass, and why."""
+    if isinstance(asked, int):
+        return asked, "as asked"
+    budget = TOKENS_PER_FORWARD[hardware.device]
+    size = max(1, min(batch_size, budget // longest))
+    return size, f"{budget} tokens a forward pass keep the device busy; the longest row has {longest}"
+
+
+def checkpoint_every(asked: int | None, *, steps: int) -> tuple[int, str]:
+    """Return the steps between checkpoints, and why."""
+    if asked is not None:
+        return asked, "as asked"
+    return max(1, steps // CHECKPOINTS_PER_RUN), f"{CHECKPOINTS_PER_RUN} checkpoints in {steps} steps"
+
+
+def quantization(asked: str, possible: tuple[str, ...]) -> Choice:
+    """Return how the base is stored, and why; ``possible`` is what the adapter takes, its favourite first."""
+    return (possible[0], "what the adapter asks for") if asked == "auto" else (asked, "as asked")

@@ -1,0 +1,34 @@
+"""What this machine computes with."""
+
+import platform
+import resource
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """The device that a run uses, its name, and whether it computes in bfloat16 rather than imitating it."""
+
+    device: str
+    name: str
+    bfloat16: bool
+
+
+def detect() -> Hardware:
+    """Return the first GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return Hardware("cuda", torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False))
+    flags = torch.cpu.get_capabilities()
+    bfloat16 = any(flags.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    name = str(flags.get("cpu_name") or platform.processor() or platform.machine())
+    return Hardware("cpu", f"{name}, {torch.get_num_threads()} threads", bfloat16)
+
+
+def peak_memory_bytes(hardware: Hardware) -> int:
+    """Return the most memory held so far: allocated on the GPU, or resident in the process on the CPU."""
+    if hardware.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024

@@ -1,0 +1,101 @@
+"""The one place where the recipe's words become the engines' argument names."""
+
+import dataclasses
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from finetune.recipe.errors import Problem, UserError, nearest
+from finetune.recipe.settings import TrainSettings
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "adafactor": "adafactor",
+}
+
+
+def engine_class(engine: str) -> type[TrainingArguments]:
+    """Return the class whose fields are the engine's arguments."""
+    config: type[TrainingArguments] = SFTConfig if engine == "trl" else TrainingArguments
+    return config
+
+
+def check_engine_args(settings: TrainSettings) -> None:
+    """Raise UserError if ``train.engine_args`` names what the engine does not have, or what the recipe decides."""
+    config = engine_class(settings.engine)
+    known = [field.name for field in dataclasses.fields(config)]
+    decided = common(settings, folder=Path(), precision="float32", micro_batch_size=1, checkpoint_every=1)
+    problems = []
+    for name in settings.engine_args:
+        where = f"train.engine_args.{name}"
+        if name not in known:
+            expected = f"an argument of {config.__name__}"
+            problems.append(Problem(where, "unknown to the engine", expected, nearest(name, known)))
+        elif name in decided:
+            problems.append(Problem(where, "the recipe decides this", "a setting that has no key of its own"))
+    if problems:
+        raise UserError(problems)
+
+
+def common(
+    settings: TrainSettings, *, folder: Path, precision: str, micro_batch_size: int, checkpoint_every: int
+) -> dict[str, Any]:
+    """Return the arguments that both engines take, in the engines' names."""
+    beta1, beta2 = settings.betas
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "per_device_train_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": ceil(settings.batch_size / micro_batch_size),
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": settings.warmup,
+        "optim": OPTIMIZERS[settings.optimizer],
+        "adam_beta1": beta1,
+        "adam_beta2": beta2,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": settings.seed,
+        "bf16": precision == "bfloat16",
+        "fp16": precision == "float16",
+        "activation_checkpointing": settings.gradient_checkpointing,
+        "save_strategy": "steps",
+        "save_steps": checkpoint_every,
+        "save_total_limit": settings.keep_checkpoints,
+        "logging_steps": settings.log_every,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if settings.evaluate_every else "no",
+        "eval_steps": settings.evaluate_every,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+
+
+def training_arguments(
+    settings: TrainSettings, *, folder: Path, precision: str, micro_batch_size: int, checkpoint_every: int
+) -> TrainingArguments:
+    """Return the engine's arguments.
+
+    Raises:
+        UserError: the engine refuses what ``train.engine_args`` says.
+    """
+    arguments = common(
+        settings,
+        folder=folder,
+        precision=precision,
+        micro_batch_size=micro_batch_size,
+        checkpoint_every=checkpoint_every,
+    )
+    if settings.engine == "trl":
+        arguments |= {"max_length": None, "remove_unused_columns": True}
+    try:
+        return engine_class(settings.engine)(**arguments, **settings.engine_args)
+    except (ValueError, TypeError) as error:
+        raise UserError(Problem("train.engine_args", str(error), "values that the engine takes")) from error

@@ -1,0 +1,82 @@
+"""Checkpoints that can be trusted: sealed with checksums when complete, checked before they are used."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+SEAL = "checksums.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The newest good checkpoint, if there is one, and what is wrong with newer ones."""
+
+    path: Path | None
+    damaged: list[str]
+
+    @property
+    def step(self) -> int:
+        """Return the optimizer step of the checkpoint, 0 without one."""
+        return _step(self.path) if self.path else 0
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the checksums of a checkpoint's files. Without this file a checkpoint does not count.
+
+    The file appears in one move, after everything it speaks of is on the disk; a run killed before that goes on from
+    the checkpoint before.
+    """
+    files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
+    for file in files:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    sums = {str(file.relative_to(checkpoint)): _sha256(file) for file in files}
+    partial = checkpoint / f"{SEAL}.partial"
+    partial.write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    partial.replace(checkpoint / SEAL)
+
+
+def find_last(folder: Path) -> Found:
+    """Return the newest sealed checkpoint whose files are what they were, and the damaged ones above it."""
+    damaged = []
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        if not (checkpoint / SEAL).is_file():
+            continue
+        wrong = _damage(checkpoint)
+        if not wrong:
+            return Found(checkpoint, damaged)
+        damaged.append(f"{checkpoint}: {wrong}")
+    return Found(None, damaged)
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Delete checkpoints of later steps: unsealed or damaged ones, which a resumed run writes again."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if _step(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+
+
+def _damage(checkpoint: Path) -> str:
+    try:
+        sums = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return f"{SEAL} is unreadable"
+    for name, expected in sums.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _sha256(file) != expected:
+            return f"{name} does not have the checksum it was written with"
+    return ""
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

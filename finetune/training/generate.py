@@ -1,0 +1,78 @@
+"""Replies from a model, through the same encoder that wrote its training rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from data_templates._segments import Message
+from finetune.data.tokens import Encoder
+
+BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A reply's text, and whether the model ended it by itself."""
+
+    text: str
+    stopped: bool
+
+
+@torch.no_grad()
+def reply_to(
+    model: nn.Module,
+    encoder: Encoder,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    context: int,
+    temperature: float = 0.0,
+) -> list[Reply]:
+    """Return a reply to each conversation, in order; prompts of similar length are answered together.
+
+    Args:
+        model: a causal model, with or without an adapter.
+        encoder: template and tokenizer of its training.
+        prompts: conversations that end with the user's turn.
+        max_new_tokens: tokens of a reply at most.
+        context: positions that the model has, prompt and reply together; older tokens of longer prompts are left out.
+        temperature: 0 takes the likeliest token every time.
+    """
+    encoded = [encoder.encode_prompt(prompt)[-(context - max_new_tokens) :] for prompt in prompts]
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    replies: dict[int, Reply] = {}
+    training = model.training
+    model.eval()
+    for start in range(0, len(order), BATCH):
+        part = order[start : start + BATCH]
+        new = _generate(model, encoder, [encoded[index] for index in part], max_new_tokens, temperature)
+        replies |= {index: _reply(encoder, ids) for index, ids in zip(part, new, strict=True)}
+    model.train(training)
+    return [replies[index] for index in range(len(prompts))]
+
+
+def _generate(
+    model: nn.Module, encoder: Encoder, prompts: list[list[int]], max_new_tokens: int, temperature: float
+) -> list[list[int]]:
+    width = max(len(prompt) for prompt in prompts)
+    pad = encoder.stop_ids[0]
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        eos_token_id=encoder.stop_ids,
+        pad_token_id=pad,
+    )
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    new: list[list[int]] = output[:, width:].tolist()
+    return new
+
+
+def _reply(encoder: Encoder, ids: list[int]) -> Reply:
+    return Reply(encoder.decode_reply(ids), any(token in encoder.stop_ids for token in ids))

@@ -1,0 +1,170 @@
+"""A stage at work: its folder, what was chosen for it, its record, and how it ends."""
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from transformers import Trainer
+
+from finetune.planning.hardware import Hardware, detect, peak_memory_bytes
+from finetune.recipe.recipe import Recipe
+from finetune.training import checkpoints
+from finetune.training.interrupt import Interrupt, Interrupted, listening
+from finetune.training.recorder import NotFiniteError, Recorder
+from finetune.training.report import write_report
+from finetune.training.run_directory import RunDirectory
+
+Value = TypeVar("Value")
+PACKAGES = ("llm-align", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+
+
+@dataclass
+class Job:
+    """What every stage needs while it runs."""
+
+    recipe: Recipe
+    run: RunDirectory
+    console: Console
+    hardware: Hardware
+    command: str
+    fingerprint: str
+    interrupt: Interrupt = field(default_factory=Interrupt)
+    derived: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, recipe: Recipe, console: Console, *, fingerprint: str, force: bool, command: str) -> "Job":
+        """Find the recipe's run directory and see whether it may be used; nothing is written yet.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        digest = recipe.digest(fingerprint)
+        path = recipe.out or Path("runs") / f"{recipe.stage}-{recipe.name}-{digest}"
+        run = RunDirectory(path, recipe, digest)
+        if not force or not run.record:
+            run.check()
+        job = cls(recipe, run, console, detect(), command, fingerprint)
+        if force:
+            run.record = {**run.record, "status": "replaced"} if run.record else {}
+        return job
+
+    def say(self, text: str) -> None:
+        """Print a line for the user."""
+        self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+    def choose(self, key: str, choice: tuple[Value, str]) -> Value:
+        """Take a derived value and remember why, for recipe.yaml."""
+        value, reason = choice
+        self.derived[key] = f"{value} ({reason})"
+        return value
+
+    @contextmanager
+    def started(self, **facts: Any) -> Iterator[None]:
+        """Write the record while the run lasts, and how it ended; ``facts`` are sections of run.json.
+
+        Raises:
+            Interrupted: after a signal.
+            NotFiniteError: after a loss that is no number.
+        """
+        with self.run.start(), listening() as self.interrupt:
+            if self.run.record.get("status") == "replaced":
+                self.run.clear()
+            self._begin(facts)
+            try:
+                yield
+            except Interrupted:
+                self.run.update(status="interrupted")
+                raise
+            except NotFiniteError as error:
+                self.run.update(status="failed", reason=str(error))
+                raise
+            self._finish()
+
+    def train(self, trainer: Trainer) -> None:
+        """Train to the end, from the newest good checkpoint if there is one.
+
+        Raises:
+            Interrupted: a signal came, and a checkpoint was written.
+            NotFiniteError: loss or gradient is no number.
+        """
+        found = checkpoints.find_last(self.run.checkpoints)
+        for line in found.damaged:
+            self.say(f"damaged checkpoint, the one before it is used: {line}")
+        checkpoints.remove_after(self.run.checkpoints, found.step)
+        self.run.forget_after(found.step)
+        if found.path:
+            self.say(f"goes on from step {found.step}")
+        recorder = Recorder(self.run, self.console, self.interrupt)
+        trainer.add_callback(recorder)
+        with self.timed("train"):
+            try:
+                trainer.train(resume_from_checkpoint=str(found.path) if found.path else None)
+            finally:
+                recorder.progress.stop()
+        self.stop_if_asked(f"at step {trainer.state.global_step}; a checkpoint is written")
+
+    def stop_if_asked(self, where: str) -> None:
+        """Raise Interrupted if a signal came."""
+        if self.interrupt.name:
+            raise Interrupted(f"stopped by {self.interrupt.name} {where}; the same command goes on from there")
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add a phase's seconds to the record."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+
+    def _begin(self, facts: dict[str, Any]) -> None:
+        for note in self.recipe.notes:
+            self.say(note)
+        self.run.update(
+            status="running",
+            stage=self.recipe.stage,
+            recipe=self.recipe.name,
+            digest=self.run.digest,
+            command=self.command,
+            seed=self.recipe.settings.train.seed,
+            started=self.run.record.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
+            versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            hardware={"device": self.hardware.device, "name": self.hardware.name},
+            **facts,
+        )
+        self.run.update(data={"fingerprint": self.fingerprint})
+        self.run.write("recipe.yaml", self.recipe.to_yaml(self.derived))
+
+    def _finish(self) -> None:
+        seconds = {phase: round(value, 2) for phase, value in self.seconds.items()}
+        self.run.update(
+            status="finished",
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes(self.hardware),
+        )
+        self.run.update(headline=_headline(self.run.record))
+        write_report(self.run)
+
+
+def _headline(record: dict[str, Any]) -> dict[str, str]:
+    """Return the few numbers that a reader looks for first."""
+    metrics, parameters = record["metrics"], record["parameters"]
+    share = parameters["trained"] / parameters["total"]
+    lines = {"trained parameters": f"{parameters['trained']:,} ({share:.2%})"}
+    for key, label in (("loss", "training loss"), ("held_out_loss", "held-out loss"), ("exact_match", "exact match")):
+        if f"{key}_before" in metrics and f"{key}_after" in metrics:
+            style = ".1%" if key == "exact_match" else ".3f"
+            lines[label] = f"{metrics[f'{key}_before']:{style}} → {metrics[f'{key}_after']:{style}}"
+    lines["training"] = f"{record['seconds'].get('train', 0.0):.0f} s"
+    lines["peak memory"] = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
+    return lines

@@ -1,0 +1,86 @@
+"""What a recipe names, loaded: first the text side, which is cheap and finds most mistakes, then the model."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import set_seed
+
+from finetune.data.dataset import Prepared, prepare
+from finetune.data.tokens import Encoder
+from finetune.planning import choices
+from finetune.recipe.checks import adapter_traits
+from finetune.training.job import Job
+from finetune.training.model import attach_adapter, context_length, load_base, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """How conversations become tokens: encoder, positions left for them, virtual tokens, tokens of a row at most."""
+
+    encoder: Encoder
+    context: int
+    virtual_tokens: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model that is trained: base with adapter, the precision of its passes, how the base is stored."""
+
+    model: nn.Module
+    precision: str
+    quantization: str
+
+
+def load_text(job: Job) -> Text:
+    """Load tokenizer and template.
+
+    Raises:
+        UserError: no such base, no EOS, no chat template, or more tokens a row than the model has positions.
+    """
+    settings = job.recipe.settings
+    traits = adapter_traits(settings.adapter.method)
+    virtual_tokens = int(settings.adapter.model_dump()["virtual_tokens"]) if traits.virtual_tokens else 0
+    tokenizer = load_tokenizer(settings.model)
+    encoder = Encoder(tokenizer, settings.data.template, system=settings.data.system)
+    context = context_length(settings.model)
+    length = choices.max_length(settings.data.max_length, context=context, virtual_tokens=virtual_tokens)
+    max_length = job.choose("data.max_length", length)
+    return Text(encoder, context - virtual_tokens, virtual_tokens, max_length)
+
+
+def load_data(job: Job, text: Text) -> Prepared:
+    """Read and tokenise the recipe's data, and tell what was found.
+
+    Raises:
+        UserError: mistakes in the data, with file, line and field.
+    """
+    settings = job.recipe.settings
+    with job.timed("data"):
+        data = prepare(settings.data, text.encoder, max_length=text.max_length, seed=settings.train.seed)
+    for line in data.report.lines():
+        job.say(line)
+    return data
+
+
+def load_policy(job: Job) -> Policy:
+    """Load the base and put the adapter on it; the seed decides how the adapter begins.
+
+    Raises:
+        UserError: the base cannot be loaded, or the adapter does not fit it.
+    """
+    settings = job.recipe.settings
+    traits = adapter_traits(settings.adapter.method)
+    precision = job.choose("model.precision", choices.precision(settings.model.precision, job.hardware))
+    quantization = job.choose(
+        "model.quantization", choices.quantization(settings.model.quantization, traits.quantization)
+    )
+    # Weights that are trained stay in float32 (mixed precision); frozen ones are stored as they are computed with.
+    stored = "float32" if traits.whole_model else precision
+    with job.timed("load"):
+        set_seed(settings.train.seed)
+        base = load_base(settings.model, precision=stored, quantization=quantization, hardware=job.hardware)
+        model = attach_adapter(base, settings.adapter)
+    if settings.train.gradient_checkpointing:
+        base.enable_input_require_grads()
+    return Policy(model, precision, quantization)

@@ -1,0 +1,143 @@
+"""Loading a base and putting an adapter on it."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.planning.hardware import Hardware
+from finetune.recipe.bases import resolve_base
+from finetune.recipe.discovery import load_plugin
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import AdapterSettings, ModelSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """How many parameters are trained, of how many."""
+
+    trained: int
+    total: int
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """Return the base's tokenizer.
+
+    Raises:
+        UserError: the base has none, or the hub did not give it.
+    """
+    with _told(settings):
+        return AutoTokenizer.from_pretrained(
+            resolve_base(settings.base),
+            revision=settings.revision or "main",
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+
+def context_length(settings: ModelSettings) -> int:
+    """Return how many positions the base has, from its config alone."""
+    with _told(settings):
+        config = AutoConfig.from_pretrained(
+            resolve_base(settings.base),
+            revision=settings.revision or "main",
+            trust_remote_code=settings.trust_remote_code,
+        )
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def load_base(
+    settings: ModelSettings, *, precision: str, quantization: str, hardware: Hardware
+) -> PreTrainedModel:
+    """Return the frozen base on the device, its weights stored as asked.
+
+    Args:
+        settings: the recipe's model section.
+        precision: type of the forward pass, and of weights that are not quantized.
+        quantization: ``none``, ``nf4`` (4-bit NormalFloat, double quantization) or ``int8``.
+        hardware: where it goes.
+
+    Raises:
+        UserError: there is no such base, or its files are damaged.
+    """
+    with _told(settings):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            resolve_base(settings.base),
+            revision=settings.revision or "main",
+            trust_remote_code=settings.trust_remote_code,
+            dtype=DTYPES[precision],
+            attn_implementation=None if settings.attention == "auto" else settings.attention,
+            quantization_config=_quantization(quantization, precision),
+            device_map={"": hardware.device},
+            use_safetensors=True,
+        )
+    if quantization == "nf4" and hardware.device == "cpu":
+        _keep_nf4_layout(model)
+    model.requires_grad_(False)
+    return model
+
+
+def attach_adapter(model: PreTrainedModel, settings: AdapterSettings) -> nn.Module:
+    """Return the base with the recipe's adapter, trainable.
+
+    Raises:
+        UserError: the adapter does not fit this model.
+    """
+    adapted: nn.Module = load_plugin("finetune.adapters", settings.method, where="adapter.method").build(
+        model, settings
+    )
+    return adapted
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Return trained and total parameters; a 4-bit weight counts as the numbers that it stands for."""
+    trained = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        numbers = state.shape.numel() if state is not None else parameter.numel()
+        total += numbers
+        trained += numbers if parameter.requires_grad else 0
+    return ParameterCount(trained, total)
+
+
+def _quantization(quantization: str, precision: str) -> BitsAndBytesConfig | None:
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[precision],
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
+
+
+def _keep_nf4_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights the first time that they generate text on this CPU.
+
+    The repacked weights give other last digits in training, so samples taken between steps would change a run.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+class _told:
+    """Turns what the hub and the file readers raise into one message for the user."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.settings = settings
+
+    def __enter__(self) -> None:
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, UserError):
+            where = f"model.base '{self.settings.base}'"
+            found = " ".join(str(error).split())[:300]
+            raise UserError(Problem(where, found, "a causal language model in safetensors, with its tokenizer")) from error

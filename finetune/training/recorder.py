@@ -1,0 +1,112 @@
+"""Watches a trainer, of either engine: metrics, progress, sealed checkpoints, interrupts, numbers that are none."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune.training.checkpoints import seal
+from finetune.training.interrupt import Interrupt
+from finetune.training.run_directory import RunDirectory
+
+LINES_WITHOUT_TERMINAL = 10
+LOGGED = ("loss", "grad_norm", "learning_rate", "held_out_loss")
+
+
+class NotFiniteError(Exception):
+    """The loss or the gradient is NaN or infinite; the message names the step and the rows."""
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc]
+    """Writes metrics.jsonl, shows progress, seals checkpoints, and ends the run when it must end."""
+
+    def __init__(self, run: RunDirectory, console: Console, interrupt: Interrupt) -> None:
+        """Bind the recorder to a run."""
+        self.run = run
+        self.console = console
+        self.interrupt = interrupt
+        self.progress = Progress(
+            TextColumn("  "),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.started = 0.0
+        self.first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self.started = time.monotonic()
+        self.first_step = state.global_step
+        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, loss="-", rate="")
+        self.progress.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the step; after a signal, save and stop."""
+        self.progress.update(self.task, completed=state.global_step, rate=self._rate(state))
+        if self.interrupt.name:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a line of metrics; refuse numbers that are none.
+
+        Raises:
+            NotFiniteError: loss or gradient norm is NaN or infinite.
+        """
+        line = {key: value for key, value in (logs or {}).items() if key in LOGGED}
+        if not line:
+            return
+        for key, value in line.items():
+            if not math.isfinite(value):
+                raise NotFiniteError(f"{key} is {value} at step {state.global_step}")
+        self.run.log({"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **line})
+        if "loss" in line:
+            self.progress.update(self.task, loss=f"{line['loss']:.4f}")
+            self._print_line(state, line["loss"])
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Seal the checkpoint that the engine has just written."""
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the progress bar away."""
+        self.progress.stop()
+
+    def _rate(self, state: TrainerState) -> str:
+        seconds = time.monotonic() - self.started
+        return f"{(state.global_step - self.first_step) / max(seconds, 1e-9):.2f} steps/s"
+
+    def _print_line(self, state: TrainerState, loss: float) -> None:
+        """Tell a log file what the bar tells a terminal, about ten times a run."""
+        every = max(1, state.max_steps // LINES_WITHOUT_TERMINAL)
+        if self.console.is_terminal or (state.global_step % every and state.global_step != state.max_steps):
+            return
+        done = state.global_step - self.first_step
+        left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
+        text = f"  step {state.global_step}/{state.max_steps}  loss {loss:.4f}  {self._rate(state)}  {left:.0f} s left"
+        self.console.print(text, highlight=False)

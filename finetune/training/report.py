@@ -1,0 +1,51 @@
+"""``report.html``: one page that stands alone, with curves, samples, data and recipe."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from matplotlib.figure import Figure
+
+from finetune.training.run_directory import RunDirectory
+from finetune.training.samples import read_samples
+
+CURVES = {
+    "loss": "training loss (nats per trained token)",
+    "held_out_loss": "held-out loss",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+}
+
+
+def write_report(run: RunDirectory) -> None:
+    """Write the page from what the run's folder holds."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    metrics = run.metrics()
+    page = environment.get_template("report.html.j2").render(
+        run=run.record,
+        name=run.path.name,
+        curves={title: _curve(metrics, key, title) for key, title in CURVES.items() if _points(metrics, key)},
+        samples=read_samples(run),
+        recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8"),
+    )
+    run.write("report.html", page)
+
+
+def _points(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[key]) for line in metrics if key in line]
+
+
+def _curve(metrics: list[dict[str, Any]], key: str, title: str) -> str:
+    """Return a curve over optimizer steps as an SVG element."""
+    steps, values = zip(*_points(metrics, key), strict=True)
+    figure = Figure(figsize=(5.2, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, values, marker="o" if len(steps) < 12 else "", markersize=4, color="#3b5bdb", linewidth=1.4)
+    axes.set(xlabel="step", title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]

@@ -1,0 +1,138 @@
+"""A run's folder: what is in it, whether it may be used, and how each file gets there whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.recipe import Recipe
+
+OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "report.html")
+OWN_FOLDERS = ("adapter", "model", "checkpoints")
+
+
+class RunDirectory:
+    """``runs/<stage>-<recipe>-<hash8>``, or the folder that ``--out`` names."""
+
+    def __init__(self, path: Path, recipe: Recipe, digest: str) -> None:
+        """Look at a folder; nothing is written before ``start``."""
+        self.path = path
+        self.recipe = recipe
+        self.digest = digest
+        self.record = read_record(path)
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether an earlier run of the same recipe came to its end here."""
+        return self.record.get("status") == "finished"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def check(self) -> None:
+        """Raise UserError if the folder holds something else than this recipe's run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(Problem(f"--out {self.path}", "a file", "a folder, or a name that is free"))
+        if not self.record and self.path.is_dir() and any(self.path.iterdir()):
+            expected = "an empty folder, a new name, or a folder of an earlier run"
+            raise UserError(Problem(f"--out {self.path}", "a folder with other files, no run", expected))
+        if self.record and self.record["digest"] != self.digest:
+            found = f"a run of other settings or other data ({self.record['recipe']}, {self.record['digest']})"
+            repair = "choose another --out, or --force to put the new run in its place"
+            raise UserError(Problem(f"--out {self.path}", found, f"a run of this recipe ({self.digest})", repair))
+
+    def clear(self) -> None:
+        """Delete an earlier run's files; other files are left alone."""
+        if not self.record:
+            return
+        for name in OWN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in OWN_FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        self.record = {}
+
+    @contextmanager
+    def start(self) -> Iterator[None]:
+        """Make the folder and keep every other process out of it while the run lasts.
+
+        Raises:
+            UserError: another process is at work in it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout as error:
+            found = "another process is running in this folder"
+            raise UserError(Problem(str(self.path), found, "one process at a time", "wait, or use --out")) from error
+        except OSError as error:
+            found = f"cannot be written: {error.strerror}"
+            raise UserError(Problem(str(self.path), found, "a folder that can be written", "use --out")) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def update(self, **fields: Any) -> None:
+        """Lay fields over run.json; sections (dicts) are merged."""
+        for key, value in fields.items():
+            old = self.record.get(key)
+            self.record[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        self.write("run.json", json.dumps(self.record, indent=1, ensure_ascii=False, default=str) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file in one move."""
+        partial = self.path / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path / name)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl; a last line cut short by a kill is left out."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        return [json.loads(line) for line in lines]
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of later steps, which a resumed run takes again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """Give a folder to write to, which takes the name ``name`` in one move when all went well."""
+        partial = self.path / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        shutil.rmtree(self.path / name, ignore_errors=True)
+        os.replace(partial, self.path / name)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return a folder's run.json, or nothing where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = path / "run.json"
+    if not file.is_file():
+        return {}
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        repair = "delete the folder, or choose another --out"
+        raise UserError(Problem(str(file), "damaged", "the JSON that a run writes", repair)) from error
+    return record

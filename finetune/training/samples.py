@@ -1,0 +1,75 @@
+"""Replies before and after training, side by side, and how many held-out answers are exactly right."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_templates._segments import Message
+from finetune.training.generate import Reply
+from finetune.training.run_directory import RunDirectory
+
+FILE = "samples.jsonl"
+Answer = Callable[[Sequence[Sequence[Message]]], list[Reply]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Questions with their expected replies; the first ``shown`` are kept, all of them are scored."""
+
+    conversations: list[list[Message]]
+    shown: int
+    scored: bool
+
+    def before(self, run: RunDirectory, answer: Answer) -> None:
+        """Answer with the untrained model, once a run: a resumed run keeps what its first start wrote."""
+        if not self.conversations or (run.path / FILE).is_file():
+            return
+        replies = answer(self._questions())
+        self._score(run, "before", replies)
+        lines = [self._line(i) | {"before": reply.text} for i, reply in enumerate(replies[: self.shown])]
+        self._write(run, lines)
+
+    def after(self, run: RunDirectory, answer: Answer) -> None:
+        """Answer with the trained model and put the replies beside the first ones."""
+        if not self.conversations:
+            return
+        replies = answer(self._questions())
+        self._score(run, "after", replies)
+        lines = [
+            line | {"after": reply.text, "stopped": reply.stopped}
+            for line, reply in zip(read_samples(run), replies, strict=False)
+        ]
+        self._write(run, lines)
+
+    def _questions(self) -> list[list[Message]]:
+        return [conversation[: _last_reply(conversation)] for conversation in self.conversations]
+
+    def _line(self, index: int) -> dict[str, str]:
+        conversation = self.conversations[index]
+        end = _last_reply(conversation)
+        prompt = "\n".join(filter(None, (turn.content for turn in conversation[:end])))
+        context = conversation[end - 1].context
+        return {"prompt": f"{prompt}\n{context}".strip(), "expected": conversation[end].content}
+
+    def _score(self, run: RunDirectory, when: str, replies: list[Reply]) -> None:
+        scores = {f"stopped_{when}": sum(reply.stopped for reply in replies) / len(replies)}
+        if self.scored:
+            expected = [conversation[_last_reply(conversation)].content for conversation in self.conversations]
+            right = [reply.text == text.strip() for reply, text in zip(replies, expected, strict=True)]
+            scores[f"exact_match_{when}"] = sum(right) / len(right)
+        run.update(metrics=scores)
+
+    def _write(self, run: RunDirectory, lines: list[dict[str, Any]]) -> None:
+        run.write(FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def read_samples(run: RunDirectory) -> list[dict[str, Any]]:
+    """Return the lines of samples.jsonl, none where there is no such file."""
+    path = run.path / FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def _last_reply(conversation: Sequence[Message]) -> int:
+    return max(index for index, turn in enumerate(conversation) if turn.role == "assistant")

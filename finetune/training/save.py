@@ -1,0 +1,54 @@
+"""Saving what was trained, and opening it again to see that it is there."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.training.run_directory import RunDirectory
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Write ``adapter/`` (PEFT's format) or ``model/``, with the tokenizer, in one move.
+
+    Returns:
+        The name of the weights' file(s) and their SHA-256.
+
+    Raises:
+        RuntimeError: what lies on the disk is not what is in memory.
+    """
+    is_adapter = isinstance(model, PeftModel)
+    name = "adapter" if is_adapter else "model"
+    with run.replacing(name) as folder:
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+            _verify(folder, {key: value for key, value in get_peft_model_state_dict(model).items()})
+        else:
+            assert isinstance(model, PreTrainedModel)
+            model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        files = sorted(folder.glob("*.safetensors"))
+        return {f"{name}/{file.name}": _sha256(file) for file in files}
+
+
+def _verify(folder: Path, live: dict[str, torch.Tensor]) -> None:
+    """Compare a saved adapter with the one in memory, tensor by tensor."""
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    if not saved or saved.keys() != live.keys():
+        raise RuntimeError(f"{folder} holds {len(saved)} tensors of the adapter's {len(live)}")
+    wrong = [key for key, value in saved.items() if not torch.equal(value, live[key].cpu())]
+    if wrong:
+        raise RuntimeError(f"{folder} does not hold the trained weights: {', '.join(wrong[:3])}")
+    if all(not value.any() for value in saved.values()):
+        raise RuntimeError(f"{folder} holds zeros alone")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

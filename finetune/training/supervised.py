@@ -1,0 +1,145 @@
+"""The pieces of supervised tuning, put together from a recipe: trainer, answers, measures."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from transformers import Trainer
+
+from data_templates._segments import Message
+from finetune.data.collate import PackedCollator, PaddedCollator
+from finetune.data.dataset import Prepared
+from finetune.planning import choices
+from finetune.training.arguments import training_arguments
+from finetune.training.generate import Reply, reply_to
+from finetune.training.job import Job
+from finetune.training.loading import Policy, Text
+from finetune.training.model import count_parameters
+from finetune.training.samples import Samples
+from finetune.training.save import save_tuned
+from finetune.training.trainer import NativeTrainer
+from finetune.training.trl_engine import trl_trainer
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """Supervised tuning of a policy on conversations."""
+
+    job: Job
+    text: Text
+    data: Prepared
+    policy: Policy
+
+    @property
+    def steps(self) -> int:
+        """Return the optimizer steps of the whole run."""
+        train = self.job.recipe.settings.train
+        whole = ceil(ceil(len(self.data.train) / train.batch_size) * train.epochs)
+        return train.max_steps or whole
+
+    @property
+    def samples(self) -> Samples:
+        """Return the questions to answer before and after training."""
+        evaluate = self.job.recipe.settings.evaluate
+        conversations = [row.messages for row in self.data.prompts]
+        count = max(evaluate.samples, evaluate.exact_match)
+        return Samples(conversations[:count], evaluate.samples, scored=evaluate.exact_match > 0)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what run.json says before the first step; whatever can be refused is refused here."""
+        self.trainer()
+        settings, report = self.job.recipe.settings, self.data.report
+        base = settings.model.model_dump()
+        parameters = count_parameters(self.policy.model)
+        share = parameters.trained / parameters.total
+        self.job.say(f"{parameters.trained:,} of {parameters.total:,} parameters are trained ({share:.2%})")
+        return {
+            "data": {**asdict(report), "lines": report.lines()},
+            "parameters": asdict(parameters),
+            "choices": self.job.derived,
+            "load": {
+                "model": base,
+                "precision": self.policy.precision,
+                "quantization": self.policy.quantization,
+                "template": settings.data.template,
+                "system": settings.data.system,
+                "virtual_tokens": self.text.virtual_tokens,
+            },
+        }
+
+    def trainer(self) -> Trainer:
+        """Return the engine's trainer.
+
+        Raises:
+            UserError: the engine refuses its arguments.
+        """
+        settings = self.job.recipe.settings
+        train = settings.train
+        micro = choices.micro_batch_size(
+            train.micro_batch_size,
+            batch_size=train.batch_size,
+            longest=self.data.report.longest,
+            hardware=self.job.hardware,
+        )
+        every = choices.checkpoint_every(train.checkpoint_every, steps=self.steps)
+        args = training_arguments(
+            train,
+            folder=self.job.run.checkpoints,
+            precision=self.policy.precision,
+            micro_batch_size=self.job.choose("train.micro_batch_size", micro),
+            checkpoint_every=self.job.choose("train.checkpoint_every", every),
+        )
+        rows, held_out = self.data.train, self.data.held_out
+        if train.engine == "trl":
+            tokenizer = self.text.encoder.tokenizer
+            return trl_trainer(self.policy.model, args, tokenizer, train_rows=rows, held_out_rows=held_out)
+        return NativeTrainer(
+            self.policy.model,
+            args,
+            train_rows=rows,
+            held_out_rows=held_out,
+            collator=self._collator(),
+            batch_size=train.batch_size,
+            group_by_length=train.group_by_length,
+        )
+
+    def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
+        """Answer prompts greedily with the policy as it is."""
+        with self.job.timed("samples"):
+            return reply_to(
+                self.policy.model,
+                self.text.encoder,
+                prompts,
+                max_new_tokens=self.job.recipe.settings.evaluate.max_new_tokens,
+                context=self.text.context,
+            )
+
+    def measure(self, trainer: Trainer, when: str) -> None:
+        """Record the held-out loss before or after training, and the training loss at both ends."""
+        run = self.job.run
+        if self.data.held_out is not None and f"held_out_loss_{when}" not in run.record.get("metrics", {}):
+            with self.job.timed("held_out"):
+                loss = held_out_loss(trainer)
+            run.update(metrics={f"held_out_loss_{when}": loss})
+        losses = [line["loss"] for line in run.metrics() if "loss" in line]
+        if when == "after" and losses:
+            run.update(metrics={"loss_before": losses[0], "loss_after": sum(losses[-10:]) / len(losses[-10:])})
+
+    def save(self) -> None:
+        """Save the adapter (or the model) and put its checksum into the record."""
+        self.job.run.update(files=save_tuned(self.job.run, self.policy.model, self.text.encoder.tokenizer))
+
+    def _collator(self) -> PaddedCollator | PackedCollator:
+        pad = self.text.encoder.stop_ids[0]
+        if not self.job.recipe.settings.data.packing:
+            return PaddedCollator(pad)
+        flash = self.policy.model.config._attn_implementation.startswith("flash")
+        return PackedCollator(pad, single_line=flash)
+
+
+def held_out_loss(trainer: Trainer) -> float:
+    """Return the mean loss per label over the held-out rows, with either engine."""
+    if isinstance(trainer, NativeTrainer):
+        return trainer.held_out_loss()
+    return float(trainer.evaluate()["eval_loss"])

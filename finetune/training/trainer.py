@@ -1,0 +1,133 @@
+"""The native engine: transformers' Trainer with our loss, our batches and our held-out measure.
+
+Only public hooks are overridden. Optimizer, schedule, accumulation, precision, checkpoints and distribution stay the
+library's; that is what makes a run resume bit for bit.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from finetune.data.batches import MicroBatches
+from finetune.data.collate import PackedCollator, PaddedCollator
+from finetune.data.dataset import TokenizedRows
+from finetune.training.head import logits_at, output_head
+from finetune.training.loss import cross_entropy_sum, loss_positions
+from finetune.training.recorder import NotFiniteError
+
+Collator = PaddedCollator | PackedCollator
+
+
+class NativeTrainer(Trainer):  # type: ignore[misc]
+    """Computes the head only where a label is, on batches of similar length."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        train_rows: TokenizedRows,
+        held_out_rows: TokenizedRows | None,
+        collator: Collator,
+        batch_size: int,
+        group_by_length: bool,
+    ) -> None:
+        """Set up the trainer.
+
+        Args:
+            model: base with adapter.
+            args: the engine's arguments.
+            train_rows: what is learnt.
+            held_out_rows: what is measured, if anything.
+            collator: padded or packed.
+            batch_size: rows of an optimizer step.
+            group_by_length: whether rows of similar length meet.
+        """
+        super().__init__(
+            model=model, args=args, train_dataset=train_rows, eval_dataset=held_out_rows, data_collator=collator
+        )
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts the labels of all accumulated batches
+        self.head = output_head(self.accelerator.unwrap_model(model))
+        self.batch_size = batch_size
+        self.group_by_length = group_by_length
+        self.num_tokens = 0
+        self.lengths = train_rows.lengths
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of forward passes, in the order that seed and epoch give."""
+        batches = MicroBatches(
+            self.lengths,
+            batch_size=self.batch_size,
+            micro_batch_size=self.args.per_device_train_batch_size,
+            seed=self.args.seed,
+            group_by_length=self.group_by_length,
+        )
+        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the summed loss of this forward pass over the number of labels in the whole optimizer step.
+
+        That quotient adds up to the mean over all labels of the step, however it is cut into forward passes and
+        over processes (their gradients are averaged, hence the factor).
+        """
+        assert num_items_in_batch is not None and not return_outputs
+        total = self.loss_sum(model, inputs)
+        return total / num_items_in_batch * self.accelerator.num_processes
+
+    def loss_sum(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Return the summed negative log-likelihood of a batch's labels."""
+        positions, targets = loss_positions(inputs["labels"])
+        forward = {key: value for key, value in inputs.items() if key not in ("labels", "rows")}
+        return cross_entropy_sum(logits_at(model, self.head, forward, positions), targets)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run one forward and backward pass; stop the run when its loss is no number.
+
+        Raises:
+            NotFiniteError: NaN or infinite loss; the message names the rows.
+        """
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        rows = inputs["rows"].tolist()
+        if not torch.isfinite(loss):
+            places = ", ".join(self.train_dataset.places[row] for row in rows)
+            raise NotFiniteError(f"loss is {loss.item()} at step {self.state.global_step + 1}, on {places}")
+        self.num_tokens += sum(self.lengths[row] for row in rows)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log and return the mean loss per label on the held-out rows; no logits are kept."""
+        metrics = {"held_out_loss": self.held_out_loss()}
+        self.log(metrics)
+        return metrics
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Return the mean loss per label over the held-out rows, in batches sorted by length."""
+        rows: TokenizedRows = self.eval_dataset
+        model = self.model
+        training = model.training
+        model.eval()
+        size = self.args.per_device_train_batch_size
+        order = sorted(range(len(rows)), key=lambda index: rows.lengths[index])
+        total = torch.zeros((), dtype=torch.float64)
+        for start in range(0, len(order), size):
+            batch = self.data_collator([rows[index] for index in order[start : start + size]])
+            inputs = {key: value.to(self.args.device) for key, value in batch.items()}
+            total += self.loss_sum(model, inputs).double().cpu()
+        model.train(training)
+        return float(total / rows.num_trained)

@@ -1,0 +1,53 @@
+"""Loading a finished run: base, adapter, and the template that it was trained with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import AutoTokenizer
+
+from finetune.data.tokens import Encoder
+from finetune.planning.hardware import detect
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import ModelSettings
+from finetune.training.model import context_length, load_base
+from finetune.training.run_directory import read_record
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned model, ready to answer."""
+
+    model: nn.Module
+    encoder: Encoder
+    context: int
+
+
+def load_tuned(run: Path) -> Tuned:
+    """Load a finished run's model in the precision that it was trained in.
+
+    Raises:
+        UserError: the folder is no finished run.
+    """
+    record = read_record(run)
+    if record.get("status") != "finished":
+        found = f"a run that is {record['status']}" if record else "no run"
+        raise UserError(Problem(str(run), found, "the folder of a finished run", "`llm-align list runs` shows them"))
+    load: dict[str, Any] = record["load"]
+    settings = ModelSettings(**load["model"])
+    whole = run / "model"
+    if whole.is_dir():
+        settings = settings.model_copy(update={"base": str(whole), "revision": None})
+    hardware = detect()
+    model: nn.Module = load_base(
+        settings, precision=load["precision"], quantization=load["quantization"], hardware=hardware
+    )
+    adapter = run / "adapter"
+    if not whole.is_dir():
+        model = PeftModel.from_pretrained(model, str(adapter))
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(whole if whole.is_dir() else adapter))
+    encoder = Encoder(tokenizer, load["template"], system=load["system"])
+    return Tuned(model, encoder, context_length(settings) - load["virtual_tokens"])
