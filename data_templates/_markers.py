@@ -37,7 +37,7 @@ class Markers:
             total += found
             if not found:
                 return text, total
-        # Blanks alone may go round in circles ("ab" and " b" among the markers); taking out ends, as text shrinks.
+        # Blanks alone may go round in circles ("ab" and " b" among the markers); taking out comes to an end.
         while found := len(self.pattern.findall(text)):
             text = self.pattern.sub("", text)
             total += found

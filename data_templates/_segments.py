@@ -187,7 +187,7 @@ def check_roles(messages: Sequence[Message]) -> None:
 
 
 def with_context(message: Message) -> str:
-    """Return a user turn's text, its ``context`` (Alpaca's ``input``) below it, for templates without a slot."""
+    """Return a user turn's text, with its ``context`` (Alpaca's ``input``) below it."""
     return f"{message.content}\n\n{message.context}" if message.context else message.content
 
 

@@ -13,7 +13,10 @@ from data_templates._segments import (
     split_system,
 )
 
-PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+PREAMBLE = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
 PREAMBLE_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."

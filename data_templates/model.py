@@ -84,7 +84,7 @@ def _closed(text: str, turns: list[dict[str, str]], chat: ChatRenderer) -> int:
     if not text.startswith(beginning):
         raise TemplateError(
             f"the model's own chat template ends turn {len(turns)} with no special token and otherwise than "
-            "a conversation's last turn, so nothing tells where the reply ends; use 'chatml' or another template"
+            "a conversation's last turn, so nothing tells where the reply ends; use 'chatml' or another one"
         )
     return len(beginning)
 

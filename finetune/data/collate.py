@@ -82,7 +82,7 @@ def _fill(lines: Sequence[Sequence[Example]], pad_id: int) -> Batch:
 
 
 def _targets(example: Example) -> torch.Tensor:
-    """Return the labels; a row's first token follows nothing, so it is no target, in a packed line neither."""
+    """Return the labels; a row's first token follows nothing, so it is no target (in a packed line too)."""
     labels = example["labels"].clone()
     labels[0] = IGNORED
     return labels

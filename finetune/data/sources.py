@@ -5,7 +5,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -168,7 +168,7 @@ def _read_csv(path: Path, stream: IO[str], delimiter: str) -> Iterator[Row]:
     reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
     line = 0
     try:
-        names = _header(path, reader)
+        names = _header(path, reader.fieldnames or [])
         line = reader.line_num + 1
         for columns in reader:
             if None in columns or None in columns.values():
@@ -182,8 +182,8 @@ def _read_csv(path: Path, stream: IO[str], delimiter: str) -> Iterator[Row]:
         raise UserError(Problem(f"{path}:{line}", str(error), "a row of quoted fields", repair)) from error
 
 
-def _header(path: Path, reader: csv.DictReader[str]) -> list[str]:
-    names = list(reader.fieldnames or [])
+def _header(path: Path, fields: Sequence[str]) -> list[str]:
+    names = list(fields)
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         found = f"column '{twice[0]}' stands in the header twice"
