@@ -1,13 +1,13 @@
 """Which modules an adapter may sit on."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from finetune.recipe.errors import Problem, UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR: Final = "all-linear"
 
 
 def linear_names(model: "PreTrainedModel") -> list[str]:
@@ -25,17 +25,26 @@ def linear_names(model: "PreTrainedModel") -> list[str]:
 
 
 def check_targets(model: "PreTrainedModel", target: str | list[str]) -> None:
-    """Raise UserError when a target ends no linear layer's name; the message lists the names that exist.
+    """Tell targets that no layer answers to, before PEFT meets them.
 
-    A target matches a module whose full name is it or ends with ``.`` and it, as in PEFT.
+    A target matches a layer whose full name is it or ends with ``.`` and it, as in PEFT. Linear layers (the
+    head too) and embeddings can carry an adapter.
+
+    Raises:
+        UserError: a target names no such layer; the message lists the linear layers that exist.
     """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
     if target == ALL_LINEAR:
         return
-    modules = [name for name, _ in model.named_modules()]
-    missing = [t for t in target if not any(name == t or name.endswith(f".{t}") for name in modules)]
-    if missing or not target:
+    kinds = (nn.Linear, Conv1D, nn.Embedding)
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    missing = [
+        word for word in target if not any(name == word or name.endswith(f".{word}") for name in layers)
+    ]
+    if missing:
         names = linear_names(model)
-        found = f"no module of {type(model).__name__} is named {', '.join(map(repr, missing))}" if missing else "[]"
-        raise UserError(
-            Problem("adapter.target", found, f"all-linear, or some of: {', '.join(names)}", nearest((missing or [""])[0], names))
-        )
+        found = f"no linear layer of {type(model).__name__} is named {' or '.join(map(repr, missing))}"
+        expected = f"all-linear, or a list of some of: {', '.join(names)}"
+        raise UserError(Problem("adapter.target", found, expected, nearest(missing[0], names)))

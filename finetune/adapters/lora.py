@@ -1,6 +1,7 @@
 r"""LoRA: a frozen weight W gets a trainable product of low rank, h = W x + (alpha / r) B A x.
 
-Hu et al. 2021 (arXiv 2106.09685), equation 3. A is r x in (Kaiming), B is out x r (zero), so the first step starts at the base.
+Hu et al. 2021 (arXiv 2106.09685), equation 3. A is r x in (Kaiming), B is out x r (zero), so training
+starts at the base.
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,7 +10,7 @@ from pydantic import Field
 
 from finetune.adapters._targets import ALL_LINEAR, check_targets
 from finetune.adapters._traits import Traits
-from finetune.recipe.settings import AdapterSettings, Positive, Share
+from finetune.recipe.settings import AdapterSettings, Positive, Share, Text
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,30 +18,32 @@ if TYPE_CHECKING:
 
 TRAITS = Traits()
 
+Alpha = Annotated[float, Field(gt=0)]
+Target = Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)]
+
 
 class Settings(AdapterSettings):
     """Rank, scale and place of the low-rank product."""
 
     method: Literal["lora"] = Field("lora", description="low-rank product beside frozen weights")
+    # Rank 16, alpha = 2 r: Biderman et al. 2024, "LoRA Learns Less and Forgets Less" (arXiv 2405.09673).
     rank: Positive = Field(16, description="r: columns of the low-rank product")
-    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="scale: the product counts alpha / rank times")
+    alpha: Alpha = Field(32.0, description="scale: the product counts alpha / rank times")
+    # Dropout 0.05: tloen/alpaca-lora, finetune.py; QLoRA (arXiv 2305.14314, appendix B.2) above 13B.
     dropout: Share = Field(0.05, description="share of inputs dropped before A, in training")
-    target: Literal["all-linear"] | list[str] = Field(
-        ALL_LINEAR, description="module names that get an adapter, or all-linear (every linear layer but the head)"
+    # Every linear layer: QLoRA, figure 2: with fewer of them LoRA stays behind full tuning.
+    target: Target = Field(
+        ALL_LINEAR,
+        description="names of layers that get an adapter; all-linear: every linear layer but the head",
     )
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Return the base with LoRA on its targets, nothing else trainable.
+    """Return the base, quantized or not, with LoRA on its targets; nothing else is trainable.
 
     Raises:
-        UserError: a target names no linear layer of this model.
+        UserError: a target names no layer of this model.
     """
-    return add_lora(model, settings)
-
-
-def add_lora(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Put LoRA beside the targets of a base, quantized or not."""
     from peft import LoraConfig, get_peft_model
 
     check_targets(model, settings.target)
@@ -51,5 +54,5 @@ def add_lora(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         lora_dropout=settings.dropout,
         target_modules=settings.target,
     )
-    peft_model = get_peft_model(model, config)
+    peft_model: PeftModel = get_peft_model(model, config)
     return peft_model

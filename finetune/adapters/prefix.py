@@ -1,6 +1,6 @@
 """Prefix tuning: trained keys and values stand before the sequence in every attention layer.
 
-Li and Liang 2021 (arXiv 2101.00190), equation 3: h_i = P[i] for positions of the prefix; the base stays frozen.
+Li and Liang 2021 (arXiv 2101.00190), equation 3: h_i = P[i] where i is in the prefix; the base stays frozen.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(packing=False, virtual_tokens=True)
+TRAITS = Traits(packing=False, virtual_tokens=True, learning_rate=1e-3)  # huggingface/peft, method_comparison
 
 
 class Settings(AdapterSettings):
     """Length of the prefix, and whether an MLP makes it."""
 
     method: Literal["prefix"] = Field("prefix", description="trained keys and values before every sequence")
+    # 20: between the lengths that the paper found best, 10 (table to text) and 200 (summaries); section 7.2.
     virtual_tokens: Positive = Field(20, description="length of the prefix")
-    projection: bool = Field(False, description="make the prefix with an MLP (the paper's reparameterisation)")
+    projection: bool = Field(
+        False, description="make the prefix with an MLP (the paper's reparameterisation)"
+    )
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
@@ -30,6 +33,9 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     from peft import PrefixTuningConfig, get_peft_model
 
     config = PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=settings.virtual_tokens, prefix_projection=settings.projection
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=settings.virtual_tokens,
+        prefix_projection=settings.projection,
     )
-    return get_peft_model(model, config)
+    peft_model: PeftModel = get_peft_model(model, config)
+    return peft_model

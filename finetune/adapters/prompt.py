@@ -1,6 +1,7 @@
 """Prompt tuning: trained embeddings stand before the input's embeddings; nothing inside the model changes.
 
-Lester et al. 2021 (arXiv 2104.08691), section 2. Started from real words where ``init_text`` is given (their section 3.2: the better start).
+Lester et al. 2021 (arXiv 2104.08691), section 2. It starts from the embeddings of real words, drawn or
+those of ``init_text`` (section 3.2: better than random numbers).
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -8,21 +9,24 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters._traits import Traits
-from finetune.recipe.settings import AdapterSettings, Positive
+from finetune.recipe.settings import AdapterSettings, Positive, Text
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(packing=False, virtual_tokens=True)
+TRAITS = Traits(packing=False, virtual_tokens=True, learning_rate=1e-3)  # huggingface/peft, method_comparison
 
 
 class Settings(AdapterSettings):
     """Length of the soft prompt and where it starts."""
 
     method: Literal["prompt"] = Field("prompt", description="trained embeddings before every sequence")
+    # 20: longer prompts gain little (the paper's section 3.2, "Prompt Length").
     virtual_tokens: Positive = Field(20, description="length of the soft prompt")
-    init_text: str | None = Field(None, description="start from the embeddings of this text; none: of drawn words")
+    init_text: Text | None = Field(
+        None, description="start from the embeddings of this text; null: of drawn words"
+    )
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
@@ -37,4 +41,5 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         prompt_tuning_init_text=settings.init_text,
         tokenizer_name_or_path=model.config.name_or_path if settings.init_text else None,
     )
-    return get_peft_model(model, config)
+    peft_model: PeftModel = get_peft_model(model, config)
+    return peft_model

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune.recipe import yaml_file
 from finetune.recipe.discovery import PROJECT
-from finetune.recipe.errors import Problem, UserError, nearest, one_of
+from finetune.recipe.errors import Problem, UserError, nearest
 
 BASES = PROJECT / "recipes" / "bases.yaml"
 
@@ -29,23 +29,39 @@ def resolve_base(base: str) -> str:
     """Return the folder or the hub id that ``model.base`` stands for.
 
     Raises:
-        UserError: it is neither a short name, nor a folder with a config.json, nor of the form ``owner/name``.
+        UserError: it is neither a short name, nor a folder with a config.json, nor ``owner/name``.
     """
     table = bases()
     name = table[base].id if base in table else base
-    for folder in (Path(name), PROJECT / name):
+    for folder in (Path(name).expanduser(), PROJECT / name):
         if folder.is_dir():
             return str(_checked_folder(folder))
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_like_path:
-        found = f"'{base}' is no folder" if "/" in base else f"'{base}' is no short name and no folder"
-        expected = f"{one_of(table)}; a hub id (owner/name); or a folder that holds config.json"
-        raise UserError(Problem("model.base", found, expected, nearest(base, table)))
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(_unknown(base, table))
     return name
+
+
+def _unknown(base: str, table: dict[str, Base]) -> Problem:
+    if base in table:
+        found = f"'{base}' stands for the folder {table[base].id}, which does not exist"
+        return Problem("model.base", found, "the folder that comes with llm-align", "install llm-align again")
+    found = f"'{base}' is no folder" if "/" in base else f"'{base}' is neither a short name nor a folder"
+    expected = f"a short name ({', '.join(table)}), a hub id (owner/name), or a folder that holds config.json"
+    return Problem(
+        "model.base", found, expected, nearest(base, table) or "`llm-align list` explains the short names"
+    )
 
 
 def _checked_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         found = f"folder '{folder}' has no config.json"
-        raise UserError(Problem("model.base", found, "a folder written by save_pretrained (config.json, weights, tokenizer)"))
+        expected = "a folder written by save_pretrained (config.json, weights, tokenizer)"
+        raise UserError(Problem("model.base", found, expected, _adapter_hint(folder)))
     return folder
+
+
+def _adapter_hint(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return f"it holds an adapter: make a model of it first (llm-align merge {folder.parent})"
+    children = sorted(child.parent.name for child in folder.glob("*/config.json"))
+    return f"did you mean '{folder / children[0]}'?" if children else ""

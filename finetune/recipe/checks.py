@@ -1,10 +1,11 @@
-"""Contradictions between settings that are each in order, and files that are not there. Nothing is loaded to know."""
+"""Contradictions between settings that are each in order, and files that are not there; nothing is loaded."""
 
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 
 from finetune.adapters._traits import Traits
 from finetune.recipe.bases import resolve_base
-from finetune.recipe.discovery import load_plugin, plugin_names
+from finetune.recipe.discovery import ADAPTERS, TEMPLATES, load_plugin, plugin_names
 from finetune.recipe.errors import Problem, UserError, nearest, one_of
 from finetune.recipe.paths import local_path, looks_local
 from finetune.recipe.settings import StageSettings
@@ -22,7 +23,7 @@ def contradictions(settings: StageSettings, valid: Collection[str]) -> list[Prob
 
 def adapter_traits(method: str) -> Traits:
     """Return what an adapter declares about itself."""
-    traits: Traits = load_plugin("finetune.adapters", method, where="adapter.method").TRAITS
+    traits: Traits = load_plugin(ADAPTERS, method, where="adapter.method").TRAITS
     return traits
 
 
@@ -33,20 +34,31 @@ def _base(settings: StageSettings) -> Iterator[Problem]:
         yield from error.problems
 
 
+def _attention(settings: StageSettings) -> Iterator[Problem]:
+    model = settings.model
+    if model.attention == "flash_attention_2" and model.precision == "float32":
+        found = "'flash_attention_2', but model.precision is float32"
+        yield Problem(
+            "model.attention", found, "sdpa for float32", "or model.precision=bfloat16 (or float16)"
+        )
+
+
 def _template(settings: StageSettings) -> Iterator[Problem]:
-    data = settings.data
-    names = plugin_names("data_templates")
-    if data.template not in names:
-        found = f"'{data.template}' is unknown"
-        yield Problem("data.template", found, f"{one_of(names)} (data_templates/)", nearest(data.template, names))
+    template, names = settings.data.template, plugin_names(TEMPLATES)
+    if template not in names:
+        expected = f"{one_of(names)} ({TEMPLATES}/)"
+        yield Problem("data.template", f"'{template}' is unknown", expected, nearest(template, names))
 
 
 def _sources(settings: StageSettings) -> Iterator[Problem]:
     data = settings.data
-    if (data.source is None) == (data.mix is None):
-        found = "neither is given" if data.source is None else "both are given"
+    if data.source is None and data.mix is None:
         repair = "set data.source (or --data) to a hub id, a file or a folder"
-        yield Problem("data.source, data.mix", found, "exactly one of them", repair)
+        yield Problem("data.source", "neither it nor data.mix is given", "one of the two", repair)
+    elif data.source is not None and data.mix is not None:
+        yield Problem(
+            "data.mix", "given beside data.source", "one of the two", "name the source in data.mix as well"
+        )
     if isinstance(data.source, str):
         yield from _missing_file("data.source", data.source)
     for index, source in enumerate(data.mix or []):
@@ -54,61 +66,77 @@ def _sources(settings: StageSettings) -> Iterator[Problem]:
 
 
 def _held_out(settings: StageSettings) -> Iterator[Problem]:
-    held_out = settings.data.held_out
+    held_out, source = settings.data.held_out, settings.data.source
     if isinstance(held_out, str):
-        yield from _missing_file("data.held_out", held_out)
-    elif not held_out and settings.evaluate.exact_match:
-        found = f"{settings.evaluate.exact_match}, but data.held_out is 0"
-        expected = "held-out rows to answer"
-        yield Problem("evaluate.exact_match", found, expected, "set data.held_out (rows, a share or a file)")
-    elif not held_out and settings.train.evaluate_every:
-        found = f"{settings.train.evaluate_every}, but data.held_out is 0"
-        repair = "set data.held_out (rows, a share or a file)"
-        yield Problem("train.evaluate_every", found, "held-out rows to measure on", repair)
+        yield from _missing_file(
+            "data.held_out", held_out, "rows (100), a share (0.1), or an existing file or hub id"
+        )
+        if held_out == source:
+            repair = "data.held_out=0.1 keeps a tenth of the rows out of training"
+            yield Problem(
+                "data.held_out", "the same as data.source", "rows that training does not see", repair
+            )
 
 
-def _missing_file(where: str, text: str) -> Iterator[Problem]:
+def _measured(settings: StageSettings) -> Iterator[Problem]:
+    wanted = {
+        "evaluate.exact_match": settings.evaluate.exact_match,
+        "train.evaluate_every": settings.train.evaluate_every,
+    }
+    for where, value in wanted.items():
+        if value and not settings.data.held_out:
+            repair = "set data.held_out to rows (100), a share (0.1) or a file"
+            yield Problem(where, f"{value}, but data.held_out is 0", "held-out rows to measure on", repair)
+
+
+def _missing_file(
+    where: str, text: str, expected: str = "an existing file or folder, or a hub id (owner/name)"
+) -> Iterator[Problem]:
     if looks_local(text) and local_path(text) is None:
-        expected = "an existing file or folder, or a hub id (owner/name)"
-        yield Problem(where, f"'{text}' does not exist", expected, "paths count from the current folder")
+        yield Problem(where, f"'{text}' does not exist", expected, f"relative paths start at {Path.cwd()}")
 
 
-def _adapter(settings: StageSettings) -> Iterator[Problem]:
-    method = settings.adapter.method
-    traits = adapter_traits(method)
-    wanted = settings.model.quantization
-    if wanted not in ("auto", *traits.quantization):
-        repair = "leave model.quantization at auto, or choose another adapter"
+def _quantization(settings: StageSettings) -> Iterator[Problem]:
+    method, wanted = settings.adapter.method, settings.model.quantization
+    allowed = adapter_traits(method).quantization
+    if wanted not in ("auto", *allowed):
+        repair = "leave model.quantization at auto, or choose another adapter (qlora for a 4-bit base)"
         if method == "qlora":
             repair = "leave model.quantization at auto, or take adapter.method=lora for an unquantized base"
-        expected = f"{one_of(traits.quantization)} for adapter '{method}'"
-        yield Problem("model.quantization", f"'{wanted}' with adapter.method '{method}'", expected, repair)
-    if settings.data.packing and not traits.packing:
-        found = f"true with adapter.method '{method}'"
+        found = f"'{wanted}' with adapter.method '{method}'"
+        yield Problem("model.quantization", found, f"auto, or {one_of(allowed)}", repair)
+
+
+def _packing(settings: StageSettings) -> Iterator[Problem]:
+    if not settings.data.packing:
+        return
+    method = settings.adapter.method
+    if not adapter_traits(method).packing:
         expected = "false: its virtual tokens belong in front of each row, and packed rows share one front"
-        yield Problem("data.packing", found, expected, "data.packing=false; rows are batched by length anyway")
-
-
-def _train(settings: StageSettings) -> Iterator[Problem]:
-    train = settings.train
-    micro = train.micro_batch_size
-    if micro != "auto" and micro > train.batch_size:
-        found = f"{micro}, more than train.batch_size ({train.batch_size})"
-        repair = "batch_size counts the sequences of an optimizer step; raise it or lower micro_batch_size"
-        yield Problem("train.micro_batch_size", found, f"at most {train.batch_size}, or auto", repair)
-    if not all(0.0 <= beta < 1.0 for beta in train.betas):
-        yield Problem("train.betas", f"found {train.betas}", "two numbers from 0 up to, but not including, 1")
-    if train.engine == "trl" and settings.data.packing:
+        repair = "data.packing=false; rows are batched by length anyway"
+        yield Problem("data.packing", f"true with adapter.method '{method}'", expected, repair)
+    if settings.train.engine == "trl":
         expected = "false: packing here keeps every batch as it is, TRL's makes other batches"
         repair = "train.engine=native, or ask TRL itself: train.engine_args={packing: true}"
         yield Problem("data.packing", "true with train.engine 'trl'", expected, repair)
 
 
+def _batch(settings: StageSettings) -> Iterator[Problem]:
+    batch, micro = settings.train.batch_size, settings.train.micro_batch_size
+    if micro != "auto" and micro > batch:
+        repair = "batch_size counts the sequences of an optimizer step: raise it, or lower micro_batch_size"
+        found = f"{micro}, more than train.batch_size ({batch})"
+        yield Problem("train.micro_batch_size", found, f"at most {batch}, or auto", repair)
+
+
 RULES: tuple[tuple[Callable[[StageSettings], Iterator[Problem]], set[str]], ...] = (
     (_base, {"model"}),
+    (_attention, {"model"}),
     (_template, {"data"}),
     (_sources, {"data"}),
-    (_held_out, {"data", "evaluate", "train"}),
-    (_adapter, {"adapter", "model", "data"}),
-    (_train, {"train", "data"}),
+    (_held_out, {"data"}),
+    (_measured, {"data", "evaluate", "train"}),
+    (_quantization, {"adapter", "model"}),
+    (_packing, {"adapter", "data", "train"}),
+    (_batch, {"train"}),
 )

@@ -1,5 +1,6 @@
 """The folder is the registry: plug-ins and recipes are found by the names of their files."""
 
+import ast
 import importlib
 import importlib.util
 import pkgutil
@@ -11,11 +12,23 @@ from finetune.recipe.errors import Problem, UserError, nearest, one_of
 PROJECT = Path(__file__).resolve().parents[2]
 """The folder that holds recipes/: the checkout, or site-packages when installed from a wheel."""
 
+STAGES = ("finetune.stages", "align.stages")
+ADAPTERS = "finetune.adapters"
+TEMPLATES = "data_templates"
+
 
 def plugin_names(package: str) -> list[str]:
-    """Return the public modules of a package's folder, in alphabetical order; nothing is imported but the package."""
+    """Return the public modules of a package's folder in alphabetical order, without importing them."""
     folder = importlib.import_module(package).__path__
     return sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
+
+
+def plugin_summary(package: str, name: str) -> str:
+    """Return the first sentence of a plug-in's docstring, read from its file: the plug-in is not imported."""
+    spec = importlib.util.find_spec(f"{package}.{name}")
+    assert spec is not None and spec.origin is not None, f"{package}.{name} is listed but has no file"
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return docstring.split("\n\n")[0].replace("\n", " ")
 
 
 def load_plugin(package: str, name: str, *, where: str) -> ModuleType:
@@ -32,8 +45,27 @@ def load_plugin(package: str, name: str, *, where: str) -> ModuleType:
     names = plugin_names(package)
     if name not in names:
         folder = package.replace(".", "/")
-        raise UserError(Problem(where, f"'{name}' is unknown", one_of(names) + f" ({folder}/)", nearest(name, names)))
+        raise UserError(
+            Problem(where, f"'{name}' is unknown", f"{one_of(names)} ({folder}/)", nearest(name, names))
+        )
     return importlib.import_module(f"{package}.{name}")
+
+
+def stage_names() -> dict[str, str]:
+    """Return the package of every stage by the stage's name."""
+    return {name: package for package in STAGES for name in plugin_names(package)}
+
+
+def load_stage(name: str) -> ModuleType:
+    """Import a stage's module.
+
+    Raises:
+        UserError: there is no such stage; the message lists those that exist.
+    """
+    known = stage_names()
+    if name not in known:
+        raise UserError(Problem("stage", f"'{name}' is unknown", one_of(known), nearest(name, known)))
+    return load_plugin(known[name], name, where="stage")
 
 
 def recipe_folders() -> list[Path]:
@@ -44,8 +76,10 @@ def recipe_folders() -> list[Path]:
 
 
 def recipe_names(stage: str) -> dict[str, Path]:
-    """Return the recipes of a stage by name, from ``recipes/<stage>/*.yaml``."""
-    files = [file for folder in reversed(recipe_folders()) for file in sorted((folder / stage).glob("*.yaml"))]
+    """Return a stage's recipes by name, from ``recipes/<stage>/*.yaml``; the user's own hide shipped ones."""
+    files = [
+        file for folder in reversed(recipe_folders()) for file in sorted((folder / stage).glob("*.yaml"))
+    ]
     return {file.stem: file for file in files}
 
 
@@ -56,19 +90,28 @@ def find_recipe(stage: str, name: str) -> Path:
         UserError: there is none; the message lists those that exist.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(name)
+        path = Path(name).expanduser()
         if path.is_file():
             return path
-        raise UserError(Problem(name, "no such file", "a recipe's YAML file", _relative_hint(path)))
+        raise UserError(Problem(name, "no such file", "a recipe's YAML file", _beside(path)))
     known = recipe_names(stage)
     if name in known:
         return known[name]
-    hint = nearest(name, known) or f"`llm-align list` shows all; a path to a .yaml file works too (recipes/{stage}/)"
-    raise UserError(Problem(f"recipe '{name}'", f"stage {stage} has no such recipe", one_of(sorted(known)), hint))
+    expected = one_of(sorted(known)) if known else f"a file of recipes/{stage}/, which has none, or a path"
+    raise UserError(
+        Problem(f"recipe '{name}'", f"stage {stage} has no such recipe", expected, _elsewhere(name, known))
+    )
 
 
-def _relative_hint(path: Path) -> str:
-    siblings = sorted(path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+def _elsewhere(name: str, known: dict[str, Path]) -> str:
+    stages = [stage for stage in stage_names() if name in recipe_names(stage)]
+    if stages:
+        return f"stage {stages[0]} has one: llm-align {stages[0]} {name}"
+    return nearest(name, known) or "`llm-align list` shows all; the path of a .yaml file works too"
+
+
+def _beside(path: Path) -> str:
+    siblings = sorted(file.name for file in path.parent.glob("*.y*ml"))
     if siblings:
-        return nearest(path.name, [file.name for file in siblings]) or f"{path.parent} holds {siblings[0].name}"
+        return nearest(path.name, siblings) or f"{path.parent} holds {', '.join(siblings)}"
     return f"folder {path.parent} {'holds no .yaml file' if path.parent.is_dir() else 'does not exist'}"

@@ -1,8 +1,8 @@
 """What a user did wrong, said so that a stranger can act on it."""
 
 import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,14 @@ class Problem:
             lines.append(f"    repair:   {self.repair}")
         return "\n".join(lines)
 
+    def placed(self, origins: Mapping[str, str]) -> "Problem":
+        """Return the mistake with the origin (``file:line``, command line) of its key behind the key."""
+        origin = origins.get(self.where.split("[")[0])
+        return replace(self, where=f"{self.where} ({origin})") if origin else self
+
 
 class UserError(Exception):
-    """The user's mistakes, all that could be found at once. The command line prints them and exits with status 2."""
+    """The user's mistakes, all that could be found at once; the command line prints them and exits with 2."""
 
     def __init__(self, problems: Problem | Sequence[Problem]) -> None:
         """Keep the problems; the text of the exception is what the user reads."""
@@ -38,5 +43,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def one_of(names: Iterable[str]) -> str:
-    """Return ``one of a, b, c``."""
-    return f"one of {', '.join(names)}"
+    """Return ``one of a, b, c``; of a single name, the name."""
+    names = list(names)
+    return f"one of {', '.join(names)}" if len(names) != 1 else names[0]

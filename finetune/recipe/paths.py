@@ -8,7 +8,7 @@ DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", 
 
 
 def local_path(text: str) -> Path | None:
-    """Return the existing file or folder that ``text`` names, from the current folder or the project's, else None."""
+    """Return the existing file or folder that ``text`` names, here or in the project's folder, else None."""
     for path in (Path(text).expanduser(), PROJECT / text):
         if path.exists():
             return path

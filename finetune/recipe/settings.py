@@ -1,24 +1,28 @@
-"""The sections that every recipe has. Adapters and stages declare their own beside the code that uses them."""
+"""The sections that every recipe has; adapters and stages declare theirs beside the code that uses them."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are mistakes, types are meant, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ModelSettings(Section):
     """The base model and how its weights are held."""
 
-    base: str = Field("tiny", description="short name (`llm-align list bases`), hub id, or folder")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    base: Text = Field("tiny", description="short name (`llm-align list`), hub id, or folder")
+    revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it, else float32"
     )
@@ -34,31 +38,38 @@ class ModelSettings(Section):
 class MixedSource(Section):
     """One source of a mixture."""
 
-    source: str = Field(description="hub id, file or folder")
-    columns: dict[str, str] | None = Field(None, description="our column name: the file's column name")
+    source: Text = Field(description="hub id, file or folder")
+    columns: dict[str, str] | None = Field(None, description="our column name: the source's column name")
     rows: Positive | None = Field(None, description="take at most this many rows, drawn with the seed")
 
 
 class DataSettings(Section):
     """What is learnt, and how it is written down."""
 
-    source: str | list[dict[str, Any]] | None = Field(
-        None, description="hub id, .json/.jsonl/.csv/.parquet file (.gz too), folder; in Python also a list of rows"
+    source: Text | list[dict[str, Any]] | None = Field(
+        None,
+        description="hub id, file (.json, .jsonl, .csv, .parquet; .gz too), folder; in Python a list of rows",
     )
-    mix: list[MixedSource] | None = Field(None, description="several sources in place of `source`")
-    split: str = Field("train", description="split of a hub data set")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
+    mix: Annotated[list[MixedSource], Field(min_length=1)] | None = Field(
+        None, description="several sources in place of `source`"
+    )
+    split: Text = Field("train", description="split of a hub data set")
+    revision: Text | None = Field(None, description="branch, tag or commit of a hub data set")
     columns: dict[str, str] | None = Field(None, description="our column name: the source's column name")
-    template: str = Field("alpaca", description="file of data_templates/, or `model`: the tokenizer's own")
+    template: Text = Field("alpaca", description="file of data_templates/, or `model`: the tokenizer's own")
     system: str | None = Field(None, description="system text for conversations that have none")
-    held_out: Annotated[int, Field(ge=0)] | Share | str = Field(
+    held_out: Count | Share | Text = Field(
         0, description="rows (a number), a share (below 1), or a file that is kept out of training"
     )
     max_length: Annotated[int, Field(ge=8)] | None = Field(
-        None, description="tokens a row at most; none: what the model takes, 2048 at most"
+        None, description="tokens a row at most; null: what the model takes, 2048 at most"
     )
-    too_long: Literal["cut", "drop"] = Field("cut", description="what happens to the end of longer rows")
-    packing: bool = Field(False, description="lay rows end to end in place of padding; same loss, same batches")
+    too_long: Literal["cut", "drop"] = Field(
+        "cut", description="cut the end off longer rows, or drop the rows"
+    )
+    packing: bool = Field(
+        False, description="lay rows end to end in place of padding; same loss, same batches"
+    )
     cache: bool = Field(True, description="keep tokenised rows for the next run")
 
 
@@ -67,40 +78,52 @@ class TrainSettings(Section):
 
     engine: Literal["native", "trl"] = Field("native", description="our trainer, or TRL's for the same stage")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the data")
-    max_steps: Positive | None = Field(None, description="stop after this many optimizer steps")
+    max_steps: Positive | None = Field(
+        None, description="train exactly this many optimizer steps, whatever epochs says"
+    )
     batch_size: Positive = Field(16, description="sequences per optimizer step, over all processes")
     micro_batch_size: Positive | Literal["auto"] = Field("auto", description="sequences per forward pass")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="learning rate after warm-up")
-    warmup: Annotated[int, Field(ge=0)] | Share = Field(0.03, description="steps, or a share of all steps (below 1)")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "adafactor"] = Field("adamw", description="optimizer")
-    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "cosine", description="learning rate after warm-up"
+    )
+    warmup: Count | Share = Field(0.03, description="steps (0, 1, 2, ...), or a share of all steps (below 1)")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "adafactor"] = Field(
+        "adamw", description="optimizer"
+    )
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(
         [0.9, 0.999], description="AdamW's moment decays"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="clip the gradient to this norm; 0: never")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="data order, initial adapter, dropout")
-    checkpoint_every: Positive | None = Field(None, description="steps between checkpoints; none: ten a run")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="clip the gradient to this norm; 0: never"
+    )
+    seed: Count = Field(0, description="data order, initial adapter, dropout")
+    checkpoint_every: Positive | None = Field(None, description="steps between checkpoints; null: ten a run")
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="checkpoints kept at a time")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     group_by_length: bool = Field(True, description="batches of rows of similar length: less padding")
     log_every: Positive = Field(1, description="steps between lines of metrics.jsonl")
-    evaluate_every: Positive | None = Field(None, description="steps between held-out losses; none: start and end")
-    engine_args: dict[str, Any] = Field({}, description="further arguments of the engine, by the engine's names")
+    evaluate_every: Positive | None = Field(
+        None, description="steps between held-out losses; null: start and end"
+    )
+    engine_args: dict[str, Any] = Field(
+        {}, description="further arguments of the engine, by the engine's names"
+    )
 
 
 class EvaluateSettings(Section):
     """What is shown before and after training, on held-out rows."""
 
-    samples: Annotated[int, Field(ge=0)] = Field(4, description="replies written to samples.jsonl")
-    exact_match: Annotated[int, Field(ge=0)] = Field(0, description="held-out rows whose greedy reply must be equal")
+    samples: Count = Field(4, description="replies written to samples.jsonl")
+    exact_match: Count = Field(0, description="held-out rows whose greedy reply must be equal")
     max_new_tokens: Positive = Field(128, description="length of a reply at most")
 
 
 class AdapterSettings(Section):
     """What every adapter has: its method, the name of a file of finetune/adapters/."""
 
-    method: str = Field("lora", description="file of finetune/adapters/")
+    method: Text = Field("lora", description="file of finetune/adapters/")
 
 
 class StageSettings(Section):
@@ -108,6 +131,6 @@ class StageSettings(Section):
 
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
-    adapter: AdapterSettings = AdapterSettings()
+    adapter: SerializeAsAny[AdapterSettings] = AdapterSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

@@ -1,12 +1,15 @@
-"""Reading and writing recipes as YAML 1.2, where ``2e-4`` is a number and ``no`` is a word; lines are remembered."""
+"""Recipes as YAML 1.2, where ``2e-4`` is a number and ``no`` is a word; the lines of keys are remembered."""
 
 import io
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
 
 from finetune.recipe.errors import Problem, UserError
 
@@ -21,26 +24,39 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
         UserError: the file is no YAML, names a key twice, or is no mapping.
     """
     try:
-        content = YAML(typ="rt", pure=True).load(path.read_text(encoding="utf-8"))
+        content = YAML(typ="rt", pure=True).load(path.read_text(encoding="utf-8-sig"))
     except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        found = " ".join(str(error.problem or error.context).split())
-        raise UserError(Problem(where, found, "a YAML file", "check indentation, colons and quotes there")) from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(Problem(str(path), str(error).splitlines()[0], "a UTF-8 YAML file")) from error
+        raise UserError(_broken(path, error)) from error
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        found = " ".join(str(error).split())
+        raise UserError(Problem(str(path), found, "a YAML file in UTF-8 that can be read")) from error
     if not isinstance(content, CommentedMap):
-        found = "an empty file" if content is None else f"a {type(content).__name__}"
+        found = "the file is empty" if content is None else f"found {shown(plain(content))} and no sections"
         raise UserError(Problem(str(path), found, "sections such as `model:`, `data:`, `adapter:`, `train:`"))
     return plain(content), _lines(content)
 
 
 def scalar(text: str) -> Any:
-    """Return the value that ``text`` has in YAML 1.2: ``3`` a number, ``[a, b]`` a list, ``no`` a word."""
+    """Return the value that ``text`` has in YAML 1.2: ``3`` a number, ``[a, b]`` a list, ``no`` a word.
+
+    Text that YAML would cut or take apart without brackets or quotes (``# a``, ``a: b``) stays as it is.
+    """
     try:
-        return plain(YAML(typ="rt", pure=True).load(text))
+        value = plain(YAML(typ="rt", pure=True).load(text))
     except YAMLError:
         return text
+    marked = text.lstrip().startswith(("{", "[", "'", '"'))
+    return text if isinstance(value, (str, dict, list)) and not marked else value
+
+
+def shown(value: Any) -> str:
+    """Return a value as one short piece of YAML-like text, for messages."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def write(content: dict[str, Any], comments: dict[tuple[str, str], str]) -> str:
@@ -53,27 +69,53 @@ def write(content: dict[str, Any], comments: dict[tuple[str, str], str]) -> str:
     buffer = io.StringIO()
     yaml = YAML()
     yaml.width = 4096
+    yaml.representer.add_representer(
+        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     yaml.dump(document, buffer)
     return buffer.getvalue()
 
 
 def plain(node: Any) -> Any:
-    """Return a node as plain dicts, lists, strings, numbers and booleans."""
+    """Return a node as plain dicts, lists, strings, numbers and booleans; a date stays the text it is."""
     if isinstance(node, dict):
         return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list):
         return [plain(value) for value in node]
+    if isinstance(node, date):
+        return node.isoformat()
+    if isinstance(node, ScalarBoolean):
+        return bool(node)
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)
     return node
 
 
+def _broken(path: Path, error: MarkedYAMLError) -> Problem:
+    mark = error.problem_mark or error.context_mark
+    where = f"{path}:{mark.line + 1}" if mark else str(path)
+    found = " ".join(str(error.problem or error.context).split())
+    if isinstance(error, DuplicateKeyError):
+        key = found.split('"')[1]
+        return Problem(
+            where, f"'{key}' stands there a second time", "each key once", "leave out one of the two"
+        )
+    if "'\\t'" in found:
+        return Problem(where, "a tab at the start of the line", "spaces: YAML does not indent with tabs")
+    return Problem(
+        where, found, "YAML", "look at indentation, colons and quotes on that line and the one above it"
+    )
+
+
 def _lines(node: CommentedMap, above: tuple[str, ...] = ()) -> Lines:
     lines: Lines = {}
     for key, value in node.items():
         path = (*above, str(key))
-        lines[path] = node.lc.key(key)[0] + 1
+        place = (
+            node.lc.data.get(key) if node.lc.data else None
+        )  # a key merged in with `<<` has no place of its own
+        lines[path] = (place[0] if place else node.lc.line) + 1
         if isinstance(value, CommentedMap):
             lines |= _lines(value, path)
     return lines

@@ -1,0 +1,117 @@
+"""What the command line changes in a recipe: its own values, and the recipe's values that no longer apply."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from finetune.recipe import yaml_file
+from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
+from finetune.recipe.errors import Problem, nearest, one_of
+from finetune.recipe.settings import AdapterSettings, StageSettings
+
+Values = dict[str, dict[str, Any]]
+"""A recipe's sections as the user wrote them: ``{section: {key: value}}``."""
+
+Origins = dict[str, str]
+"""Where each value came from, by ``section.key``: ``file:line``, command line or default."""
+
+COMMAND_LINE = "command line"
+NEW_DATA = "it belongs to the data of the recipe"
+NEW_BASE = "it belongs to the base of the recipe"
+
+
+def parse(words: Sequence[str], schema: type[StageSettings]) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the values of ``section.key=value`` words, and what is wrong with the others."""
+    values, problems = {}, []
+    for word in words:
+        key, equals, text = word.partition("=")
+        section, _, name = key.partition(".")
+        if not equals or not section or not name or "." in name:
+            problems.append(
+                Problem(f"'{word}' ({COMMAND_LINE})", "not understood", *_form(section, name, text))
+            )
+        elif section not in schema.model_fields:
+            sections = list(schema.model_fields)
+            where = f"{key} ({COMMAND_LINE})"
+            problems.append(Problem(where, "unknown section", one_of(sections), nearest(section, sections)))
+        else:
+            values[key] = yaml_file.scalar(text)
+    return values, problems
+
+
+def override(values: Values, origins: Origins, words: dict[str, Any]) -> list[str]:
+    """Lay the command line's values over the recipe's; return notes on recipe values that no longer fit."""
+    before = _method(values)
+    for dotted, value in words.items():
+        section, key = dotted.split(".", 1)
+        values.setdefault(section, {})[key] = value
+        origins[dotted] = COMMAND_LINE
+    notes = []
+    for dotted, why in dict(_outdated(values, origins)).items():
+        section, key = dotted.split(".")
+        value = yaml_file.shown(values[section].pop(key))
+        notes.append(f"{dotted}={value} ({origins.pop(dotted)}) is left out: {why}")
+    return notes + _learning_rate_note(values, origins, before)
+
+
+def _form(section: str, name: str, text: str) -> tuple[str, str]:
+    key, _, inner = name.partition(".")
+    repair = (
+        f"give the whole mapping: {section}.{key}={{{inner}: {text}}}" if section and key and inner else ""
+    )
+    return "section.key=value, as in train.epochs=3", repair
+
+
+def _method(values: Values) -> Any:
+    return values.get("adapter", {}).get("method", AdapterSettings().method)
+
+
+def _outdated(values: Values, origins: Origins) -> Iterator[tuple[str, str]]:
+    """Yield the recipe's keys that speak of what the command line has replaced, and why they go."""
+    mine = {key for key, origin in origins.items() if origin == COMMAND_LINE}
+    gone = [
+        (f"adapter.{key}", f"adapter '{_method(values)}' has no {key}") for key in _foreign_keys(values, mine)
+    ]
+    if mine & {"data.source", "data.mix"}:
+        gone += [(f"data.{key}", NEW_DATA) for key in ("source", "mix", "revision", "split", "columns")]
+        gone += _held_out_keys(values, mine)
+    if "model.base" in mine:
+        gone += [(f"model.{key}", NEW_BASE) for key in ("revision", "trust_remote_code")]
+    for dotted, why in gone:
+        section, key = dotted.split(".")
+        if key in values.get(section, {}) and dotted not in mine:
+            yield dotted, why
+
+
+def _foreign_keys(values: Values, mine: set[str]) -> list[str]:
+    """Return the keys of the adapter section that a method chosen on the command line does not have."""
+    method = _method(values)
+    if "adapter.method" not in mine or method not in plugin_names(ADAPTERS):
+        return []
+    known = load_plugin(ADAPTERS, method, where="adapter.method").Settings.model_fields
+    return [key for key in values["adapter"] if key not in known]
+
+
+def _held_out_keys(values: Values, mine: set[str]) -> list[tuple[str, str]]:
+    """Return a held-out file of other data, and the measurements that need one."""
+    held_out = values.get("data", {}).get("held_out")
+    if not isinstance(held_out, str) or "data.held_out" in mine:
+        return []
+    why = "it needs held-out rows (data.held_out=0.1 keeps a tenth)"
+    return [("data.held_out", NEW_DATA), ("evaluate.exact_match", why), ("train.evaluate_every", why)]
+
+
+def _learning_rate_note(values: Values, origins: Origins, before: Any) -> list[str]:
+    """Return a note on a learning rate of the recipe that was meant for another adapter."""
+    method, rate = _method(values), values.get("train", {}).get("learning_rate")
+    known = plugin_names(ADAPTERS)
+    if method == before or method not in known or before not in known or not isinstance(rate, float):
+        return []
+    old, usual = (
+        load_plugin(ADAPTERS, name, where="adapter.method").TRAITS.learning_rate for name in (before, method)
+    )
+    if origins["train.learning_rate"] == COMMAND_LINE or old == usual:
+        return []
+    return [
+        f"train.learning_rate={rate:g} ({origins['train.learning_rate']}) was chosen for adapter '{before}'; "
+        f"'{method}' usually takes {usual:g}: train.learning_rate={usual:g}"
+    ]

@@ -1,0 +1,94 @@
+"""Plain data about recipes: a stage's JSON schema for editors, rows for ``show``, names for ``list``."""
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Any, Literal
+
+from pydantic import Field, create_model
+
+from finetune.recipe import yaml_file
+from finetune.recipe.bases import Base, bases
+from finetune.recipe.discovery import (
+    ADAPTERS,
+    TEMPLATES,
+    plugin_names,
+    plugin_summary,
+    recipe_names,
+    stage_names,
+)
+from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import Recipe, adapter_settings, stage_settings
+from finetune.recipe.settings import AdapterSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """All names that a recipe or the command line may hold, each with a line about it."""
+
+    recipes: dict[str, dict[str, str]]
+    adapters: dict[str, str]
+    templates: dict[str, str]
+    bases: dict[str, Base]
+    stages: dict[str, str]
+
+
+def schema(stage: str) -> dict[str, Any]:
+    """Return the JSON schema of a stage's recipe; the adapter's keys depend on ``method``.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    adapters = [adapter_settings(name) for name in plugin_names(ADAPTERS)]
+    either: Any = reduce(or_, adapters)
+    fields: dict[str, Any] = {
+        "stage": (Literal[stage], stage),
+        "description": (str, Field("", description="one line for `llm-align list`")),
+        "adapter": (either, Field(AdapterSettings(), discriminator="method")),
+    }
+    model = create_model(f"{stage}-recipe", __base__=stage_settings(stage), **fields)
+    content = model.model_json_schema()
+    _require_method(content["$defs"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **content}
+
+
+def rows(recipe: Recipe) -> list[tuple[str, Any, str]]:
+    """Return ``(section.key, value, origin)`` of every setting, in the order of the sections."""
+    values = recipe.values().items()
+    keys = [(f"{section}.{key}", value) for section, content in values for key, value in content.items()]
+    return [(key, value, recipe.origins[key]) for key, value in keys]
+
+
+def listing() -> Listing:
+    """Return every recipe, adapter, template, base and stage with a line about it; no plug-in is imported."""
+    stages = stage_names()
+    return Listing(
+        recipes={stage: _descriptions(stage) for stage in stages},
+        adapters=_summaries(ADAPTERS),
+        templates=_summaries(TEMPLATES),
+        bases=bases(),
+        stages={name: plugin_summary(package, name) for name, package in stages.items()},
+    )
+
+
+def _require_method(definitions: dict[str, Any]) -> None:
+    """Make ``method`` required for all adapters but the default one, so that exactly one of them fits."""
+    for definition in definitions.values():
+        method = definition.get("properties", {}).get("method", {}).get("const")
+        if method not in (None, AdapterSettings().method):
+            definition["required"] = ["method", *definition.get("required", [])]
+
+
+def _summaries(package: str) -> dict[str, str]:
+    return {name: plugin_summary(package, name) for name in plugin_names(package)}
+
+
+def _descriptions(stage: str) -> dict[str, str]:
+    """Return a line about each recipe; one that cannot be read says so and does not hide the others."""
+    lines = {}
+    for name, path in recipe_names(stage).items():
+        try:
+            lines[name] = str(yaml_file.read(path)[0].get("description") or "")
+        except UserError as error:
+            lines[name] = f"cannot be read: {error.problems[0].found}"
+    return lines

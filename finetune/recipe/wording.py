@@ -1,0 +1,151 @@
+"""A value that does not fit, told in the user's words: what was found, and what the setting takes."""
+
+from typing import Any, TypeGuard
+
+from pydantic import BaseModel, ValidationError
+
+from finetune.recipe import yaml_file
+from finetune.recipe.errors import Problem, nearest, one_of
+
+Schema = dict[str, Any]
+"""A JSON schema, as pydantic writes it for a section."""
+
+SWITCHES = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+NULLS = ("none", "None", "nil", "-")
+
+
+def problems_of(section: str, error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+    """Return what is wrong with a section, one mistake for each value however many types were tried on it."""
+    root = model.model_json_schema()
+    found: dict[str, Problem] = {}
+    for detail in error.errors(include_url=False):
+        where, schema = _walk(section, detail["loc"], root)
+        if where not in found:
+            found[where] = _problem(where, detail, schema, root)
+    return [problem for where, problem in found.items() if not _inside_another(where, found)]
+
+
+def expected_value(schema: Schema, root: Schema) -> str:
+    """Return in words what a setting takes: ``a whole number above 0, or auto``."""
+    words = [_words(option, root) for option in _options(schema, root)]
+    return ", or ".join(dict.fromkeys(words))
+
+
+def _inside_another(where: str, others: dict[str, Problem]) -> bool:
+    return any(where.startswith((f"{other}[", f"{other}.")) for other in others)
+
+
+def _walk(section: str, location: tuple[int | str, ...], root: Schema) -> tuple[str, Schema]:
+    """Follow an error's location through the schema; parts that only name a tried type lead nowhere."""
+    where, schema = section, root
+    for part in location:
+        for option in _options(schema, root):
+            if isinstance(part, int) and "items" in option:
+                where, schema = f"{where}[{part}]", option["items"]
+                break
+            if isinstance(part, str) and _takes(option, part):
+                where = f"{where}.{part}"
+                schema = option.get("properties", {}).get(part) or option.get("additionalProperties") or {}
+                break
+    return where, schema if isinstance(schema, dict) else {}
+
+
+def _takes(option: Schema, key: str) -> bool:
+    """Tell whether ``key`` is a key of an object, and not pydantic's name of a type that it tried."""
+    return option.get("type") == "object" and not key.startswith(
+        ("list[", "dict[", "literal[", "constrained-")
+    )
+
+
+def _options(schema: Schema, root: Schema) -> list[Schema]:
+    if "$ref" in schema:
+        return _options(root["$defs"][schema["$ref"].rsplit("/", 1)[-1]], root)
+    if "anyOf" in schema:
+        return [resolved for option in schema["anyOf"] for resolved in _options(option, root)]
+    return [schema]
+
+
+def _problem(where: str, detail: Any, schema: Schema, root: Schema) -> Problem:
+    key = where.rsplit(".", 1)[-1]
+    if detail["type"] == "extra_forbidden":
+        keys = _keys_beside(detail["loc"], root)
+        return Problem(where, "unknown key", one_of(keys), nearest(key, keys))
+    expected = expected_value(schema, root)
+    about = schema.get("description", "")
+    expected = f"{expected} ({about})" if about else expected
+    if detail["type"] == "missing":
+        return Problem(where, "not given", expected)
+    value = detail["input"]
+    return Problem(where, f"found {_found(value)}", expected, _repair(key, value, _options(schema, root)))
+
+
+def _keys_beside(location: tuple[int | str, ...], root: Schema) -> list[str]:
+    _, schema = _walk("", location[:-1], root)
+    return [name for option in _options(schema, root) for name in option.get("properties", {})]
+
+
+def _found(value: Any) -> str:
+    if isinstance(value, str):
+        return "an empty text" if not value else f"the text {yaml_file.shown(value)}"
+    return yaml_file.shown(value)
+
+
+def _repair(key: str, value: Any, options: list[Schema]) -> str:
+    """Return what to write instead, where the slip can be guessed."""
+    kinds = {option.get("type") for option in options}
+    if isinstance(value, str) and value:
+        return _repair_text(key, value, options, kinds)
+    if _is_number(value) and kinds == {"string"}:
+        return f'put it in quotes: {key}: "{value}"'
+    if isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds:
+        return f"write {int(value)}"
+    return ""
+
+
+def _repair_text(key: str, value: str, options: list[Schema], kinds: set[str | None]) -> str:
+    if "boolean" in kinds and value.lower() in SWITCHES:
+        return f"write {SWITCHES[value.lower()]}"
+    if "null" in kinds and value in NULLS:
+        return f"write {key}: null"
+    if kinds & {"integer", "number"} and _is_number(yaml_file.scalar(value)):
+        return "write it without quotes"
+    words = [word for option in options for word in _choices(option)]
+    if guess := nearest(value, words):
+        return guess
+    return f"a list stands in brackets: {key}: [{value}]" if "array" in kinds else ""
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _choices(option: Schema) -> list[str]:
+    return option.get("enum") or ([option["const"]] if "const" in option else [])
+
+
+def _words(option: Schema, root: Schema) -> str:
+    if choices := _choices(option):
+        return one_of(choices)
+    kind = option.get("type")
+    if kind in ("integer", "number"):
+        return _number_words("a whole number" if kind == "integer" else "a number", option)
+    if kind == "array":
+        return _list_words(option, root)
+    if kind == "object":
+        keys = option.get("properties")
+        return f"a mapping with the keys {', '.join(keys)}" if keys else "a mapping such as {name: value}"
+    return {"string": "a text", "boolean": "true or false", "null": "null"}.get(str(kind), "another value")
+
+
+def _number_words(noun: str, option: Schema) -> str:
+    if "exclusiveMaximum" in option:
+        return f"{noun} from {option['minimum']:g} up to, but not including, {option['exclusiveMaximum']:g}"
+    if "exclusiveMinimum" in option:
+        return f"{noun} above {option['exclusiveMinimum']:g}"
+    return f"{noun}, {option['minimum']:g} or more" if "minimum" in option else noun
+
+
+def _list_words(option: Schema, root: Schema) -> str:
+    item = expected_value(option["items"], root)
+    length = option.get("minItems") if option.get("minItems") == option.get("maxItems") else None
+    return f"a list of {length} entries, each {item}" if length else f"a list, each entry {item}"
