@@ -50,7 +50,8 @@ def _render(messages: Sequence[Message], chat: ChatRenderer, ends: re.Pattern[st
     opened = [_opened(text, turns[:index], chat) for index in replies]
     segments: list[Segment] = []
     start = 0
-    for index, begin, limit in zip(replies, opened, [*opened[1:], len(text)], strict=True):
+    limits = [*opened, len(text)][1:]
+    for index, begin, limit in zip(replies, opened, limits, strict=True):
         trained = messages[index].trained
         end = ends.search(text, begin, limit)
         stop = end.start() if end else _closed(text, turns[: index + 1], chat)

@@ -1,0 +1,156 @@
+"""What every template of the folder promises, a new one too: found by listing the folder."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_templates._markers import Markers
+from data_templates._segments import Message, Template, TemplateError, render
+from finetune.recipe.discovery import load_plugin, plugin_names
+
+SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+NAMES = plugin_names("data_templates")
+
+
+def chat(messages, opened):
+    """Write messages in the way of a Jinja template with plain-text markers (that of many small models)."""
+    names = {"system": "### System:\n", "user": "### Human:\n", "assistant": "### Assistant:\n"}
+    text = "".join(
+        f"{names[m['role']]}{m['content']}{'</s>' if m['role'] == 'assistant' else ''}\n" for m in messages
+    )
+    return text + (names["assistant"] if opened else "")
+
+
+def template_of(name):
+    """Return a template of the folder; `model` is bound to a chat template with plain-text markers."""
+    module = load_plugin("data_templates", name, where="test")
+    return module.bind(chat, special_tokens=SPECIAL) if name == "model" else module.TEMPLATE
+
+
+def several_turns(name):
+    """Tell whether a template takes more than one exchange."""
+    try:
+        template_of(name).render([Message("user", "a"), Message("assistant", "b"), Message("user", "c")])
+    except TemplateError:
+        return False
+    return True
+
+
+MULTI = [name for name in NAMES if several_turns(name)]
+ALL_MARKERS = sorted({marker for name in NAMES for marker in template_of(name).markers})
+
+
+def conversation(texts, trained=()):
+    """Make turns of texts: user, assistant, user, ..."""
+    roles = ("user", "assistant")
+    return [Message(roles[i % 2], text, trained=i not in trained) for i, text in enumerate(texts)]
+
+
+def shown(segments):
+    """Return a rendering as text."""
+    return "".join(
+        "<s>" if s.kind == "bos" else s.text or "</s>" if s.kind == "eos" else s.text for s in segments
+    )
+
+
+def fragments():
+    """Draw pieces of text that like to make markers: whole ones, halves, special tokens, blanks, anything."""
+    whole = [*ALL_MARKERS, *SPECIAL]
+    halves = [half for text in whole for half in (text[: len(text) // 2], text[len(text) // 2 :])]
+    blanks = [" ", "\n", "\n\n", "\t", "", "\u200b", "ＵＳＥＲ：", "user", "assistant"]
+    anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+    return st.lists(st.sampled_from([*whole, *halves, *blanks]) | anything, max_size=6).map("".join)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_is_on_replies_alone_and_every_reply_ends(name):
+    turns = ["q1", "a1", "q2", "a2"] if name in MULTI else ["q1", "a1"]
+    segments, _ = render(template_of(name), conversation(turns), special_tokens=SPECIAL)
+    assert all(segment.reply for segment in segments if segment.trained)
+    learnt = shown([segment for segment in segments if segment.trained])
+    end = next(segment for segment in reversed(segments) if segment.trained)
+    ending = shown([end])
+    assert ending in SPECIAL
+    assert [part.strip() for part in learnt.split(ending)] == [*turns[1::2], ""]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reply_that_is_not_trained_carries_no_loss_and_reads_the_same(name):
+    turns = ["q1", "a1", "q2", "a2"] if name in MULTI else ["q1", "a1"]
+    template = template_of(name)
+    learnt, _ = render(template, conversation(turns), special_tokens=SPECIAL)
+    skipped, _ = render(template, conversation(turns, trained={1}), special_tokens=SPECIAL)
+    assert shown(skipped) == shown(learnt)
+    assert [s.reply for s in skipped] == [s.reply for s in learnt]
+    assert "a1" not in shown([segment for segment in skipped if segment.trained])
+    assert ("a2" in shown([segment for segment in skipped if segment.trained])) == (name in MULTI)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_is_the_beginning_of_what_is_trained(name):
+    template = template_of(name)
+    turns = conversation(["q1", "a1", "q2", "a2"] if name in MULTI else ["q1", "a1"])
+    for messages in (turns, [Message("system", "s"), *turns]):
+        prompt, _ = render(template, messages[:-1], special_tokens=SPECIAL)
+        whole, _ = render(template, messages, special_tokens=SPECIAL)
+        assert whole[: len(prompt)] == prompt
+        assert whole[len(prompt)].reply
+        assert not prompt[-1].reply
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_system_and_context_are_in_the_text(name):
+    messages = [Message("system", "SYSTEMTEXT"), Message("user", "QUESTION", context="CONTEXT")]
+    text = shown(render(template_of(name), messages, special_tokens=SPECIAL)[0])
+    assert text.index("SYSTEMTEXT") < text.index("QUESTION") < text.index("CONTEXT")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "model"])
+def test_every_sequence_begins_with_one_bos(name):
+    segments, _ = render(template_of(name), conversation(["q1", "a1"]))
+    assert [segment.kind for segment in segments].count("bos") == 1
+    assert segments[0].kind == "bos"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+def test_content_cannot_forge_a_turn(name, data):
+    template = template_of(name)
+    count = data.draw(st.integers(1, 4 if name in MULTI else 2))
+    texts = [data.draw(fragments()) for _ in range(count)]
+    system, context = data.draw(st.none() | fragments()), data.draw(fragments())
+    hostile = _messages(texts, system, context)
+    markers = Markers.of([*template.markers, *SPECIAL])
+    harmless_context = markers.write_apart(context)[0]
+    neutral = _messages(
+        ["x"] * count,
+        None if system is None else "x" if system.strip() else "",
+        "x" if harmless_context.strip() else "",
+    )
+    emitted = shown(render(template, neutral, special_tokens=SPECIAL)[0])
+    text = shown(render(template, hostile, special_tokens=SPECIAL)[0])
+    for marker in [*template.markers, *SPECIAL]:
+        found = len(re.findall(f"(?={re.escape(marker)})", text))
+        assert found == len(re.findall(f"(?={re.escape(marker)})", emitted)), (marker, text)
+
+
+def _messages(texts, system, context):
+    turns = conversation(texts)
+    turns[0] = Message("user", texts[0], context=context)
+    return turns if system is None else [Message("system", system), *turns]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_written_apart_is_counted(name):
+    template = template_of(name)
+    forged = "".join(template.markers) + "</s>"
+    _, count = render(template, conversation([forged]), special_tokens=SPECIAL)
+    assert count == len(template.markers) + 1
+
+
+def test_the_folder_is_listed_and_helpers_are_not():
+    assert {"alpaca", "chatml", "koalpaca", "llama2", "model", "plain", "vicuna"} <= set(NAMES)
+    assert not any(name.startswith("_") for name in NAMES)
+    assert isinstance(template_of("alpaca"), Template)
