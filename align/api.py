@@ -1,5 +1,6 @@
 """The notebook's door: the command line's words as two functions."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,16 @@ from finetune.recipe.recipe import Recipe, load
 if TYPE_CHECKING:
     from finetune.training.result import Result
 
+NOISY = ("bitsandbytes", "transformers", "datasets", "httpx")
+"""Libraries whose warnings ask nothing of a user of ours."""
+
 STAGE_FOLDERS = ("finetune.stages", "align.stages")
+
+
+def quiet() -> None:
+    """Keep the libraries to errors; call it before the first of them is imported."""
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def stage_folder(stage: str) -> str:
@@ -62,6 +72,7 @@ def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") ->
     """
     from rich.console import Console
 
+    quiet()
     stage = load_plugin(stage_folder(recipe.stage), recipe.stage, where="stage")
     result: Result = stage.run(recipe, Console(), force=force, command=command)
     return result

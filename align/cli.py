@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from align.api import STAGE_FOLDERS, run, stage_folder
+from align.api import STAGE_FOLDERS, quiet, run, stage_folder
 from finetune.recipe.discovery import plugin_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, load
@@ -77,12 +77,17 @@ def _recipe(stage: str, words: tuple[str, ...], shortcuts: dict[str, Any], out: 
     """Tell the recipe's name from overrides: the first word without ``=`` is the name."""
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
-        raise click.UsageError(f"one RECIPE is expected, found {', '.join(names)}; settings are SECTION.KEY=VALUE")
+        raise click.UsageError(
+            f"one RECIPE is expected, found {', '.join(names)}; settings are SECTION.KEY=VALUE"
+        )
     overrides = [word for word in words if "=" in word]
-    return load(stage, names[0] if names else DEFAULT_RECIPE, shortcuts=shortcuts, overrides=overrides, out=out)
+    return load(
+        stage, names[0] if names else DEFAULT_RECIPE, shortcuts=shortcuts, overrides=overrides, out=out
+    )
 
 
 def _run_stage(recipe: Recipe, *, force: bool) -> None:
+    quiet()
     from finetune.training.interrupt import Interrupted
     from finetune.training.recorder import NotFiniteError
 
@@ -156,6 +161,7 @@ def show(words: tuple[str, ...], stage: str, as_json: bool, schema: bool) -> Non
 @click.option("--temperature", default=0.0, show_default=True, help="0: the likeliest token every time.")
 def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: float) -> None:
     """Talk to a finished run, with the template that it was trained with."""
+    quiet()
     from align.chat import answer_once, converse
 
     if prompt is None:

@@ -19,7 +19,9 @@ def print_summary(result: Result) -> None:
     if result.samples:
         console.print(_samples(result))
     folder = result.directory
-    console.print(f"result   {result.adapter}\nreport   {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"result   {result.adapter}\nreport   {folder / 'report.html'}", highlight=False, soft_wrap=True
+    )
     console.print(f"next     [bold]llm-align chat {folder}[/]", highlight=False, soft_wrap=True)
 
 

@@ -69,6 +69,9 @@ class PackedCollator:
         return batch
 
 
+Collator = PaddedCollator | PackedCollator
+
+
 def _fill(lines: Sequence[Sequence[Example]], pad_id: int) -> Batch:
     width = max(sum(len(example["input_ids"]) for example in line) for line in lines)
     input_ids = torch.full((len(lines), width), pad_id, dtype=torch.long)

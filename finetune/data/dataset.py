@@ -48,7 +48,7 @@ class TokenizedRows(Dataset[Example]):
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], places: list[str]) -> None:
-        """Keep the arrays ``input_ids``, ``trained`` and ``starts``, and where each row stands (``file:line``)."""
+        """Keep ``input_ids``, ``trained`` and ``starts``, and each row's place (``file:line``)."""
         self.arrays = arrays
         self.places = places
 
@@ -100,7 +100,7 @@ class DataReport:
         share = self.trained_tokens / max(self.tokens, 1)
         lines = [
             f"{self.rows} rows ({self.layout}), {self.held_out} held out; {self.tokens} tokens, "
-            f"{share:.0%} carry loss, longest row {self.longest}{', from the cache' if self.from_cache else ''}"
+            f"{share:.0%} carry loss, longest row {self.longest}{self.from_cache * ', from the cache'}"
         ]
         return lines + [f"{n} rows {what} (first: {self.examples[what]})" for what, n in self.counts.items()]
 
@@ -143,7 +143,9 @@ def prepare(settings: DataSettings, encoder: Encoder, *, max_length: int, seed: 
     if not len(tokens):
         reasons = "; ".join(report.lines()[1:])
         repair = "raise data.max_length, or look at the rows named above"
-        raise UserError(Problem("data.source", f"nothing to learn from: {reasons}", "rows with replies", repair))
+        raise UserError(
+            Problem("data.source", f"nothing to learn from: {reasons}", "rows with replies", repair)
+        )
     held_out_tokens = _tokenise(held_out, encoder, settings, max_length, DataReport()) if held_out else None
     report.held_out = len(held_out)
     report.rows, report.tokens, report.trained_tokens = len(tokens), tokens.num_tokens, tokens.num_trained
@@ -223,7 +225,7 @@ def _count(report: DataReport, what: str, example: str) -> None:
 def _tokenise(
     rows: list[Conversation], encoder: Encoder, settings: DataSettings, max_length: int, report: DataReport
 ) -> TokenizedRows:
-    """Encode rows, or take them from the cache of an earlier run that encoded the same rows in the same way."""
+    """Encode rows, or take them from the cache of an earlier run that encoded the same rows alike."""
     key = _cache_key(rows, encoder, max_length, settings.too_long)
     path = user_cache_path("llm-align") / "tokens" / f"{key}.safetensors"
     found = DataReport()

@@ -1,4 +1,4 @@
-"""What ``auto`` means: each choice a pure function that returns the value and the reason that the user reads."""
+"""What ``auto`` means: each choice is a pure function that returns a value and the reason for it."""
 
 from finetune.planning.hardware import Hardware
 from finetune.recipe.errors import Problem, UserError
@@ -49,7 +49,9 @@ def max_length(asked: int | None, *, context: int, virtual_tokens: int) -> tuple
     return asked, "as asked"
 
 
-def micro_batch_size(asked: int | str, *, batch_size: int, longest: int, hardware: Hardware) -> tuple[int, str]:
+def micro_batch_size(
+    asked: int | str, *, batch_size: int, longest: int, hardware: Hardware
+) -> tuple[int, str]:
     """Return the sequences of a forward pass, and why."""
     if isinstance(asked, int):
         return asked, "as asked"

@@ -19,7 +19,9 @@ class Hardware:
 def detect() -> Hardware:
     """Return the first GPU, or the CPU."""
     if torch.cuda.is_available():
-        return Hardware("cuda", torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False))
+        return Hardware(
+            "cuda", torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False)
+        )
     flags = torch.cpu.get_capabilities()
     bfloat16 = any(flags.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
     name = str(flags.get("cpu_name") or platform.processor() or platform.machine())

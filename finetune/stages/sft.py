@@ -1,7 +1,8 @@
 """Supervised fine-tuning: the model learns to write the replies, given the prompts.
 
-The loss is the mean negative log-likelihood per reply token (Ouyang et al. 2022, arXiv 2203.02155, section 3.5;
-Wei et al. 2021, arXiv 2109.01652): L = -(1/N) sum_t m_t log p(x_t | x_<t), m_t = 1 where token t is the assistant's.
+The loss is the mean negative log-likelihood per reply token (Ouyang et al. 2022, arXiv 2203.02155, section
+3.5; Wei et al. 2021, arXiv 2109.01652): L = -(1/N) sum_t m_t log p(x_t | x_<t), m_t = 1 where token t is
+the assistant's.
 """
 
 from typing import TYPE_CHECKING

@@ -26,7 +26,7 @@ def engine_class(engine: str) -> type[TrainingArguments]:
 
 
 def check_engine_args(settings: TrainSettings) -> None:
-    """Raise UserError if ``train.engine_args`` names what the engine does not have, or what the recipe decides."""
+    """Raise UserError if ``train.engine_args`` names what the engine lacks or what the recipe decides."""
     config = engine_class(settings.engine)
     known = [field.name for field in dataclasses.fields(config)]
     decided = common(settings, folder=Path(), precision="float32", micro_batch_size=1, checkpoint_every=1)

@@ -26,8 +26,8 @@ class Found:
 def seal(checkpoint: Path) -> None:
     """Write the checksums of a checkpoint's files. Without this file a checkpoint does not count.
 
-    The file appears in one move, after everything it speaks of is on the disk; a run killed before that goes on from
-    the checkpoint before.
+    The file appears in one move, after everything it speaks of is on the disk; a run killed before that goes
+    on from the checkpoint before.
     """
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
     for file in files:
@@ -41,7 +41,7 @@ def seal(checkpoint: Path) -> None:
 
 def find_last(folder: Path) -> Found:
     """Return the newest sealed checkpoint whose files are what they were, and the damaged ones above it."""
-    damaged = []
+    damaged: list[str] = []
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
         if not (checkpoint / SEAL).is_file():
             continue

@@ -38,7 +38,7 @@ def reply_to(
         encoder: template and tokenizer of its training.
         prompts: conversations that end with the user's turn.
         max_new_tokens: tokens of a reply at most.
-        context: positions that the model has, prompt and reply together; older tokens of longer prompts are left out.
+        context: positions for prompt and reply together; a longer prompt loses its oldest tokens.
         temperature: 0 takes the likeliest token every time.
     """
     encoded = [encoder.encode_prompt(prompt)[-(context - max_new_tokens) :] for prompt in prompts]
@@ -61,7 +61,9 @@ def _generate(
     pad = encoder.stop_ids[0]
     device = next(model.parameters()).device
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+    )
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,

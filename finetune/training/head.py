@@ -1,8 +1,9 @@
 """The output head, applied only to the positions that are asked for.
 
-With a vocabulary of 32k to 256k the head is a large part of a small model's work and most of a large one's logits
-memory, while in instruction tuning a third of the positions carry loss. The states that are not needed are taken out
-by a hook before the head; whatever the model does to its logits afterwards (scaling, soft-capping) stays the model's.
+With a vocabulary of 32k to 256k the head is a large part of a small model's work, and its logits most of a
+large one's memory, while in instruction tuning often less than half of the positions carry loss. The states
+that are not needed are taken out by a hook before the head; whatever the model does to its logits
+afterwards (scaling, soft-capping) stays the model's.
 """
 
 from typing import Any
@@ -33,7 +34,9 @@ def logits_at(model: nn.Module, head: nn.Module, inputs: dict[str, Any], positio
         logits: Tensor = model(**inputs, use_cache=False).logits
     finally:
         handle.remove()
-    assert logits.shape[:2] == (1, int(positions.sum())), f"the model bypasses its head: {tuple(logits.shape)}"
+    assert logits.shape[:2] == (1, int(positions.sum())), (
+        f"the model bypasses its head: {tuple(logits.shape)}"
+    )
     return logits[0]
 
 

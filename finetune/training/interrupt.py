@@ -25,10 +25,12 @@ class Interrupt:
 
 @contextmanager
 def listening() -> Iterator[Interrupt]:
-    """Catch SIGINT and SIGTERM while the block lasts; outside the main thread (some notebooks) nothing is caught."""
+    """Catch SIGINT and SIGTERM while the block lasts; outside the main thread nothing can be caught."""
     interrupt = Interrupt()
     try:
-        before = {number: signal.signal(number, interrupt.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, interrupt.receive) for number in (signal.SIGINT, signal.SIGTERM)
+        }
     except ValueError:  # signals can be set in the main thread alone
         before = {}
     try:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from transformers import Trainer
+from transformers import PrinterCallback, Trainer
 
 from finetune.planning.hardware import Hardware, detect, peak_memory_bytes
 from finetune.recipe.recipe import Recipe
@@ -104,6 +104,7 @@ class Job:
         if found.path:
             self.say(f"goes on from step {found.step}")
         recorder = Recorder(self.run, self.console, self.interrupt)
+        trainer.remove_callback(PrinterCallback)  # the recorder speaks in its place
         trainer.add_callback(recorder)
         with self.timed("train"):
             try:
@@ -115,7 +116,9 @@ class Job:
     def stop_if_asked(self, where: str) -> None:
         """Raise Interrupted if a signal came."""
         if self.interrupt.name:
-            raise Interrupted(f"stopped by {self.interrupt.name} {where}; the same command goes on from there")
+            raise Interrupted(
+                f"stopped by {self.interrupt.name} {where}; the same command goes on from there"
+            )
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -161,7 +164,11 @@ def _headline(record: dict[str, Any]) -> dict[str, str]:
     metrics, parameters = record["metrics"], record["parameters"]
     share = parameters["trained"] / parameters["total"]
     lines = {"trained parameters": f"{parameters['trained']:,} ({share:.2%})"}
-    for key, label in (("loss", "training loss"), ("held_out_loss", "held-out loss"), ("exact_match", "exact match")):
+    for key, label in (
+        ("loss", "training loss"),
+        ("held_out_loss", "held-out loss"),
+        ("exact_match", "exact match"),
+    ):
         if f"{key}_before" in metrics and f"{key}_after" in metrics:
             style = ".1%" if key == "exact_match" else ".3f"
             lines[label] = f"{metrics[f'{key}_before']:{style}} → {metrics[f'{key}_after']:{style}}"

@@ -1,4 +1,4 @@
-"""What a recipe names, loaded: first the text side, which is cheap and finds most mistakes, then the model."""
+"""What a recipe names, loaded: first the text side, cheap and where most mistakes are, then the model."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from finetune.training.model import attach_adapter, context_length, load_base, l
 
 @dataclass(frozen=True)
 class Text:
-    """How conversations become tokens: encoder, positions left for them, virtual tokens, tokens of a row at most."""
+    """How conversations become tokens: encoder, positions left, virtual tokens, tokens of a row at most."""
 
     encoder: Encoder
     context: int
@@ -75,7 +75,7 @@ def load_policy(job: Job) -> Policy:
     quantization = job.choose(
         "model.quantization", choices.quantization(settings.model.quantization, traits.quantization)
     )
-    # Weights that are trained stay in float32 (mixed precision); frozen ones are stored as they are computed with.
+    # Trained weights stay in float32 (mixed precision); frozen ones are stored as they are computed with.
     stored = "float32" if traits.whole_model else precision
     with job.timed("load"):
         set_seed(settings.train.seed)

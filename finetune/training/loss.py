@@ -17,8 +17,8 @@ def loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
         labels: (lines, columns), a token's id where it is to be learnt, -100 elsewhere; never shifted.
 
     Returns:
-        A mask of shape (lines, columns), true at t where the token at t + 1 is to be learnt, and the N targets in the
-        order in which ``hidden[mask]`` gives the states that predict them.
+        A mask of shape (lines, columns), true at t where the token at t + 1 is to be learnt, and the N
+        targets in the order in which ``hidden[mask]`` gives the states that predict them.
     """
     mask = torch.zeros_like(labels, dtype=torch.bool)
     mask[:, :-1] = labels[:, 1:] != IGNORED
@@ -28,8 +28,8 @@ def loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
 def cross_entropy_sum(logits: Tensor, targets: Tensor, *, max_elements: int = MAX_ELEMENTS) -> Tensor:
     r"""Return the summed negative log-likelihood, -sum_n log softmax(logits_n)[target_n], in float32.
 
-    Over a large vocabulary the softmax is taken chunk by chunk and recomputed in the backward pass, so that one
-    chunk's float32 copy is alive at a time and not all of them.
+    Over a large vocabulary the softmax is taken chunk by chunk and recomputed in the backward pass, so that
+    one chunk's float32 copy is alive at a time and not all of them.
 
     Args:
         logits: (N, vocabulary), any floating type.
@@ -39,7 +39,7 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, *, max_elements: int = MA
     rows = max(1, max_elements // logits.shape[-1])
     if len(targets) <= rows:
         return _sum(logits, targets)
-    chunks = zip(logits.split(rows), targets.split(rows), strict=True)
+    chunks = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
     sums = [checkpoint(_sum, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack(sums).sum()
 

@@ -4,9 +4,16 @@ import logging
 from dataclasses import dataclass
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from finetune.planning.hardware import Hardware
 from finetune.recipe.bases import resolve_base
@@ -118,10 +125,9 @@ def _quantization(quantization: str, precision: str) -> BitsAndBytesConfig | Non
 def _keep_nf4_layout(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights the first time that they generate text on this CPU.
 
-    The repacked weights give other last digits in training, so samples taken between steps would change a run.
+    The repacked weights give other last digits in training, so samples taken between steps would change a
+    run.
     """
-    from bitsandbytes.nn import Linear4bit
-
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -140,4 +146,6 @@ class _told:
         if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, UserError):
             where = f"model.base '{self.settings.base}'"
             found = " ".join(str(error).split())[:300]
-            raise UserError(Problem(where, found, "a causal language model in safetensors, with its tokenizer")) from error
+            raise UserError(
+                Problem(where, found, "a causal language model in safetensors, with its tokenizer")
+            ) from error

@@ -1,4 +1,4 @@
-"""Watches a trainer, of either engine: metrics, progress, sealed checkpoints, interrupts, numbers that are none."""
+"""Watches a trainer of either engine: metrics, progress, sealed checkpoints, interrupts, NaN."""
 
 import math
 import time
@@ -49,7 +49,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         """Start the clock."""
         self.started = time.monotonic()
         self.first_step = state.global_step
-        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, loss="-", rate="")
+        self.task = self.progress.add_task(
+            "", total=state.max_steps, completed=state.global_step, loss="-", rate=""
+        )
         self.progress.start()
 
     def on_step_end(
@@ -108,5 +110,6 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             return
         done = state.global_step - self.first_step
         left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
-        text = f"  step {state.global_step}/{state.max_steps}  loss {loss:.4f}  {self._rate(state)}  {left:.0f} s left"
+        at = f"  step {state.global_step}/{state.max_steps}  loss {loss:.4f}"
+        text = f"{at}  {self._rate(state)}  {left:.0f} s left"
         self.console.print(text, highlight=False)

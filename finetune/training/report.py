@@ -41,7 +41,9 @@ def _curve(metrics: list[dict[str, Any]], key: str, title: str) -> str:
     steps, values = zip(*_points(metrics, key), strict=True)
     figure = Figure(figsize=(5.2, 2.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, values, marker="o" if len(steps) < 12 else "", markersize=4, color="#3b5bdb", linewidth=1.4)
+    axes.plot(
+        steps, values, marker="o" if len(steps) < 12 else "", markersize=4, color="#3b5bdb", linewidth=1.4
+    )
     axes.set(xlabel="step", title=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

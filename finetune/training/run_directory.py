@@ -45,9 +45,13 @@ class RunDirectory:
             expected = "an empty folder, a new name, or a folder of an earlier run"
             raise UserError(Problem(f"--out {self.path}", "a folder with other files, no run", expected))
         if self.record and self.record["digest"] != self.digest:
-            found = f"a run of other settings or other data ({self.record['recipe']}, {self.record['digest']})"
+            found = (
+                f"a run of other settings or other data ({self.record['recipe']}, {self.record['digest']})"
+            )
             repair = "choose another --out, or --force to put the new run in its place"
-            raise UserError(Problem(f"--out {self.path}", found, f"a run of this recipe ({self.digest})", repair))
+            raise UserError(
+                Problem(f"--out {self.path}", found, f"a run of this recipe ({self.digest})", repair)
+            )
 
     def clear(self) -> None:
         """Delete an earlier run's files; other files are left alone."""
@@ -72,10 +76,14 @@ class RunDirectory:
             lock.acquire()
         except Timeout as error:
             found = "another process is running in this folder"
-            raise UserError(Problem(str(self.path), found, "one process at a time", "wait, or use --out")) from error
+            raise UserError(
+                Problem(str(self.path), found, "one process at a time", "wait, or use --out")
+            ) from error
         except OSError as error:
             found = f"cannot be written: {error.strerror}"
-            raise UserError(Problem(str(self.path), found, "a folder that can be written", "use --out")) from error
+            raise UserError(
+                Problem(str(self.path), found, "a folder that can be written", "use --out")
+            ) from error
         try:
             yield
         finally:
@@ -85,7 +93,9 @@ class RunDirectory:
         """Lay fields over run.json; sections (dicts) are merged."""
         for key, value in fields.items():
             old = self.record.get(key)
-            self.record[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+            self.record[key] = (
+                {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+            )
         self.write("run.json", json.dumps(self.record, indent=1, ensure_ascii=False, default=str) + "\n")
 
     def write(self, name: str, text: str) -> None:

@@ -55,7 +55,9 @@ class Samples:
     def _score(self, run: RunDirectory, when: str, replies: list[Reply]) -> None:
         scores = {f"stopped_{when}": sum(reply.stopped for reply in replies) / len(replies)}
         if self.scored:
-            expected = [conversation[_last_reply(conversation)].content for conversation in self.conversations]
+            expected = [
+                conversation[_last_reply(conversation)].content for conversation in self.conversations
+            ]
             right = [reply.text == text.strip() for reply, text in zip(replies, expected, strict=True)]
             scores[f"exact_match_{when}"] = sum(right) / len(right)
         run.update(metrics=scores)

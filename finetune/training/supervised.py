@@ -8,10 +8,11 @@ from typing import Any
 from transformers import Trainer
 
 from data_templates._segments import Message
-from finetune.data.collate import PackedCollator, PaddedCollator
-from finetune.data.dataset import Prepared
+from finetune.data.collate import Collator, PackedCollator, PaddedCollator
+from finetune.data.dataset import Prepared, TokenizedRows
 from finetune.planning import choices
 from finetune.training.arguments import training_arguments
+from finetune.training.completion import held_out_loss
 from finetune.training.generate import Reply, reply_to
 from finetune.training.job import Job
 from finetune.training.loading import Policy, Text
@@ -120,26 +121,26 @@ class Supervised:
         run = self.job.run
         if self.data.held_out is not None and f"held_out_loss_{when}" not in run.record.get("metrics", {}):
             with self.job.timed("held_out"):
-                loss = held_out_loss(trainer)
+                loss = self._held_out_loss(trainer, self.data.held_out)
             run.update(metrics={f"held_out_loss_{when}": loss})
         losses = [line["loss"] for line in run.metrics() if "loss" in line]
         if when == "after" and losses:
-            run.update(metrics={"loss_before": losses[0], "loss_after": sum(losses[-10:]) / len(losses[-10:])})
+            run.update(
+                metrics={"loss_before": losses[0], "loss_after": sum(losses[-10:]) / len(losses[-10:])}
+            )
 
     def save(self) -> None:
         """Save the adapter (or the model) and put its checksum into the record."""
         self.job.run.update(files=save_tuned(self.job.run, self.policy.model, self.text.encoder.tokenizer))
 
-    def _collator(self) -> PaddedCollator | PackedCollator:
+    def _held_out_loss(self, trainer: Trainer, rows: TokenizedRows) -> float:
+        return held_out_loss(
+            trainer.model, rows, self._collator(), lines=trainer.args.per_device_train_batch_size
+        )
+
+    def _collator(self) -> Collator:
         pad = self.text.encoder.stop_ids[0]
         if not self.job.recipe.settings.data.packing:
             return PaddedCollator(pad)
-        flash = self.policy.model.config._attn_implementation.startswith("flash")
-        return PackedCollator(pad, single_line=flash)
-
-
-def held_out_loss(trainer: Trainer) -> float:
-    """Return the mean loss per label over the held-out rows, with either engine."""
-    if isinstance(trainer, NativeTrainer):
-        return trainer.held_out_loss()
-    return float(trainer.evaluate()["eval_loss"])
+        asked = self.job.recipe.settings.model.attention
+        return PackedCollator(pad, single_line=asked == "flash_attention_2")

@@ -1,7 +1,7 @@
 """The native engine: transformers' Trainer with our loss, our batches and our held-out measure.
 
-Only public hooks are overridden. Optimizer, schedule, accumulation, precision, checkpoints and distribution stay the
-library's; that is what makes a run resume bit for bit.
+Only public hooks are overridden. Optimizer, schedule, accumulation, precision, checkpoints and distribution
+stay the library's; that is what makes a run resume bit for bit.
 """
 
 from typing import Any
@@ -12,13 +12,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from finetune.data.batches import MicroBatches
-from finetune.data.collate import PackedCollator, PaddedCollator
+from finetune.data.collate import Collator
 from finetune.data.dataset import TokenizedRows
-from finetune.training.head import logits_at, output_head
-from finetune.training.loss import cross_entropy_sum, loss_positions
+from finetune.training.completion import completion_loss_sum, held_out_loss
+from finetune.training.head import output_head
 from finetune.training.recorder import NotFiniteError
-
-Collator = PaddedCollator | PackedCollator
 
 
 class NativeTrainer(Trainer):  # type: ignore[misc]
@@ -49,7 +47,11 @@ class NativeTrainer(Trainer):  # type: ignore[misc]
             group_by_length: whether rows of similar length meet.
         """
         super().__init__(
-            model=model, args=args, train_dataset=train_rows, eval_dataset=held_out_rows, data_collator=collator
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=held_out_rows,
+            data_collator=collator,
         )
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the labels of all accumulated batches
         self.head = output_head(self.accelerator.unwrap_model(model))
@@ -80,18 +82,12 @@ class NativeTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """Return the summed loss of this forward pass over the number of labels in the whole optimizer step.
 
-        That quotient adds up to the mean over all labels of the step, however it is cut into forward passes and
-        over processes (their gradients are averaged, hence the factor).
+        These quotients add up to the mean over all labels of the step, however it is cut into forward
+        passes and over processes (whose gradients are averaged, hence the factor).
         """
         assert num_items_in_batch is not None and not return_outputs
-        total = self.loss_sum(model, inputs)
+        total = completion_loss_sum(model, self.head, inputs)
         return total / num_items_in_batch * self.accelerator.num_processes
-
-    def loss_sum(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Return the summed negative log-likelihood of a batch's labels."""
-        positions, targets = loss_positions(inputs["labels"])
-        forward = {key: value for key, value in inputs.items() if key not in ("labels", "rows")}
-        return cross_entropy_sum(logits_at(model, self.head, forward, positions), targets)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -111,23 +107,8 @@ class NativeTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the mean loss per label on the held-out rows; no logits are kept."""
-        metrics = {"held_out_loss": self.held_out_loss()}
+        size = self.args.per_device_train_batch_size
+        loss = held_out_loss(self.model, self.eval_dataset, self.data_collator, lines=size)
+        metrics = {"held_out_loss": loss}
         self.log(metrics)
         return metrics
-
-    @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """Return the mean loss per label over the held-out rows, in batches sorted by length."""
-        rows: TokenizedRows = self.eval_dataset
-        model = self.model
-        training = model.training
-        model.eval()
-        size = self.args.per_device_train_batch_size
-        order = sorted(range(len(rows)), key=lambda index: rows.lengths[index])
-        total = torch.zeros((), dtype=torch.float64)
-        for start in range(0, len(order), size):
-            batch = self.data_collator([rows[index] for index in order[start : start + size]])
-            inputs = {key: value.to(self.args.device) for key, value in batch.items()}
-            total += self.loss_sum(model, inputs).double().cpu()
-        model.train(training)
-        return float(total / rows.num_trained)

@@ -34,7 +34,9 @@ def load_tuned(run: Path) -> Tuned:
     record = read_record(run)
     if record.get("status") != "finished":
         found = f"a run that is {record['status']}" if record else "no run"
-        raise UserError(Problem(str(run), found, "the folder of a finished run", "`llm-align list runs` shows them"))
+        raise UserError(
+            Problem(str(run), found, "the folder of a finished run", "`llm-align list runs` shows them")
+        )
     load: dict[str, Any] = record["load"]
     settings = ModelSettings(**load["model"])
     whole = run / "model"

@@ -1,0 +1,49 @@
+"""The loss of a batch and of held-out rows: model and tensors in, a number out."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from finetune.data.collate import Collator
+from finetune.data.dataset import TokenizedRows
+from finetune.training.head import logits_at, output_head
+from finetune.training.loss import cross_entropy_sum, loss_positions
+
+
+def completion_loss_sum(model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the summed negative log-likelihood of a batch's labels.
+
+    Args:
+        model: causal model in any wrapper.
+        head: its output embeddings.
+        batch: what a collator gives; ``labels`` and ``rows`` are not passed to the model.
+    """
+    positions, targets = loss_positions(batch["labels"])
+    forward = {key: value for key, value in batch.items() if key not in ("labels", "rows")}
+    return cross_entropy_sum(logits_at(model, head, forward, positions), targets)
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, rows: TokenizedRows, collate: Collator, *, lines: int) -> float:
+    """Return the mean loss per label over held-out rows; no logits are kept.
+
+    Args:
+        model: causal model in any wrapper.
+        rows: what is measured, in batches sorted by length.
+        collate: padded or packed.
+        lines: rows of a forward pass.
+    """
+    head = output_head(model)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    order = np.argsort(rows.lengths, kind="stable").tolist()
+    total = 0.0
+    for start in range(0, len(order), lines):
+        batch = collate([rows[index] for index in order[start : start + lines]])
+        on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+        total += float(completion_loss_sum(model, head, on_device))
+    model.train(training)
+    return total / rows.num_trained

@@ -1,0 +1,67 @@
+"""What all tests share: a tiny base written to a folder, a few rows, and a cache that is thrown away."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+"""Published data beside a developer's checkout; tests that want it skip where it is absent."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an Alpaca file of 48 little sums, of different lengths."""
+    rows = [
+        {
+            "instruction": "Add the numbers." + " Please." * (i % 5),
+            "input": f"{i} {i % 7}",
+            "output": str(i + i % 7),
+        }
+        for i in range(48)
+    ]
+    path = tmp_path_factory.mktemp("rows") / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a random two-layer Llama (all widths multiples of 64) and a byte-level tokenizer."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from data_templates.alpaca import PREAMBLE, PREAMBLE_WITH_INPUT
+
+    folder = tmp_path_factory.mktemp("base")
+    bpe = ByteLevelBPETokenizer()
+    text = (
+        f"{PREAMBLE}\n\n{PREAMBLE_WITH_INPUT}\n\n### Instruction:\n### Input:\n### Response: Add the numbers."
+    )
+    bpe.train_from_iterator([text] * 4, vocab_size=500)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
