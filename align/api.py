@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.recipe.discovery import load_plugin, plugin_names
+from finetune.recipe.discovery import load_stage
 from finetune.recipe.recipe import Recipe, load
 
 if TYPE_CHECKING:
@@ -14,18 +14,11 @@ if TYPE_CHECKING:
 NOISY = ("bitsandbytes", "transformers", "datasets", "httpx")
 """Libraries whose warnings ask nothing of a user of ours."""
 
-STAGE_FOLDERS = ("finetune.stages", "align.stages")
-
 
 def quiet() -> None:
     """Keep the libraries to errors; call it before the first of them is imported."""
     for library in NOISY:
         logging.getLogger(library).setLevel(logging.ERROR)
-
-
-def stage_folder(stage: str) -> str:
-    """Return the package in which a stage's file lies; an unknown stage's is the last one."""
-    return next((folder for folder in STAGE_FOLDERS if stage in plugin_names(folder)), STAGE_FOLDERS[-1])
 
 
 def load_recipe(
@@ -73,6 +66,5 @@ def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") ->
     from rich.console import Console
 
     quiet()
-    stage = load_plugin(stage_folder(recipe.stage), recipe.stage, where="stage")
-    result: Result = stage.run(recipe, Console(), force=force, command=command)
+    result: Result = load_stage(recipe.stage).run(recipe, Console(), force=force, command=command)
     return result

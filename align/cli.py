@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from align.api import STAGE_FOLDERS, quiet, run, stage_folder
-from finetune.recipe.discovery import plugin_names
+from align.api import quiet, run
+from finetune.recipe.discovery import plugin_summary, stage_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, load
 
@@ -49,8 +49,8 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def _stage_command(stage: str) -> click.Command:
-    @click.command(stage, help=_first_line(stage), epilog=EPILOG.format(stage=stage))
+def _stage_command(stage: str, package: str) -> click.Command:
+    @click.command(stage, help=plugin_summary(package, stage), epilog=EPILOG.format(stage=stage))
     @click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
     @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
     @click.option("--data", metavar="D", help="Data: hub id, file or folder.")
@@ -102,17 +102,6 @@ def _run_stage(recipe: Recipe, *, force: bool) -> None:
         from align.summary import print_summary
 
         print_summary(result)
-
-
-def _first_line(stage: str) -> str:
-    """Return a stage's docstring without importing it, so that --help stays quick."""
-    import ast
-    import importlib.util
-
-    spec = importlib.util.find_spec(f"{stage_folder(stage)}.{stage}")
-    assert spec is not None and spec.origin is not None
-    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-    return text.split("\n\n")[0]
 
 
 @cli.command("list")
@@ -170,6 +159,5 @@ def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: 
         click.echo(answer_once(directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature))
 
 
-for _folder in STAGE_FOLDERS:
-    for _stage in plugin_names(_folder):
-        cli.add_command(_stage_command(_stage))
+for _stage, _package in stage_names().items():
+    cli.add_command(_stage_command(_stage, _package))

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from data_templates._segments import Message
 from finetune.data.tokens import Encoder
@@ -23,7 +22,7 @@ class Reply:
 
 @torch.no_grad()
 def reply_to(
-    model: nn.Module,
+    model: PreTrainedModel,
     encoder: Encoder,
     prompts: Sequence[Sequence[Message]],
     *,
@@ -55,7 +54,11 @@ def reply_to(
 
 
 def _generate(
-    model: nn.Module, encoder: Encoder, prompts: list[list[int]], max_new_tokens: int, temperature: float
+    model: PreTrainedModel,
+    encoder: Encoder,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
 ) -> list[list[int]]:
     width = max(len(prompt) for prompt in prompts)
     pad = encoder.stop_ids[0]

@@ -86,8 +86,9 @@ class NativeTrainer(Trainer):  # type: ignore[misc]
         passes and over processes (whose gradients are averaged, hence the factor).
         """
         assert num_items_in_batch is not None and not return_outputs
-        total = completion_loss_sum(model, self.head, inputs)
-        return total / num_items_in_batch * self.accelerator.num_processes
+        loss_sum = completion_loss_sum(model, self.head, inputs)
+        loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
+        return loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

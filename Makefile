@@ -1,0 +1,70 @@
+# Each verb of llm-align is a target:  make sft RECIPE=alpaca BASE=llama-2-7b ARGS="train.epochs=1"
+# Each target builds the environment that it needs; VENV= names another one than .venv.
+
+VENV ?= .venv
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+RECIPE ?=
+BASE ?=
+DATA ?=
+ADAPTER ?=
+OUT ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+STAGES := $(filter-out __init__,$(notdir $(basename $(wildcard finetune/stages/*.py align/stages/*.py))))
+OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPTER),--adapter $(ADAPTER)) \
+          $(if $(OUT),--out $(OUT))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv $(STAGES) list show chat test test-all check tiny-base tiny-data clean
+
+help:  ## show this
+	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [OUT=dir] [ARGS=\"section.key=value ...\"]"
+	@echo
+	@echo "  $(STAGES)   run a stage; without RECIPE its quickstart: embedded model and data, offline, on the CPU"
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
+	@touch $@
+
+venv: $(READY)  ## build the environment
+
+$(STAGES): $(READY)
+	$(BIN)/llm-align $@ $(RECIPE) $(OPTIONS) $(ARGS)
+
+list: $(READY)  ## recipes, adapters, templates, bases, stages, runs
+	$(BIN)/llm-align list $(ARGS)
+
+show: $(READY)  ## a recipe with every value's origin
+	$(BIN)/llm-align show $(RECIPE) $(ARGS)
+
+chat: $(READY)  ## talk to a finished run: make chat RUN=runs/...
+	$(BIN)/llm-align chat $(RUN) $(ARGS)
+
+test: $(READY)  ## the tests, a few minutes
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(READY)  ## the slow tests too
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+check: $(READY)  ## style, types and tests, as in CI
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+tiny-base: $(READY)  ## train the embedded base model anew (about 40 minutes on two cores)
+	$(BIN)/python -m finetune.tiny.train_base --out recipes/tiny/model
+
+tiny-data: $(READY)  ## write the embedded data anew
+	$(BIN)/python -m finetune.tiny.data --out recipes/tiny/data
+
+bench-%: $(READY)  ## measure against other programs: make bench-sft
+	$(BIN)/python -m benchmarks.$*
+
+clean:  ## delete the environment and caches, not the runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

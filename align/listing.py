@@ -1,0 +1,70 @@
+"""What ``llm-align list`` and ``llm-align show`` print."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.schema import listing, rows
+
+RUNS = Path("runs")
+
+
+def everything() -> dict[str, dict[str, str]]:
+    """Return all names by kind, each with a line about it."""
+    found = listing()
+    recipes = {
+        f"{stage} {name}": line for stage, names in found.recipes.items() for name, line in names.items()
+    }
+    bases = {
+        name: "  ".join(filter(None, (base.id, base.parameters, base.note)))
+        for name, base in found.bases.items()
+    }
+    return {
+        "stages": found.stages,
+        "recipes": recipes,
+        "adapters": found.adapters,
+        "templates": found.templates,
+        "bases": bases,
+        "runs": {
+            str(path): _run_line(path) for path in sorted(RUNS.glob("*/")) if (path / "run.json").is_file()
+        },
+    }
+
+
+def print_listing(kinds: Mapping[str, Mapping[str, str]]) -> None:
+    """Print names by kind as a table."""
+    console = Console()
+    for kind, names in kinds.items():
+        table = Table(title=kind, title_justify="left", title_style="bold", box=None, show_header=False)
+        table.add_column(no_wrap=True, style="cyan")
+        table.add_column(overflow="fold")
+        for name, line in names.items():
+            table.add_row(escape(name), escape(line))
+        console.print(table)
+        if not names:
+            console.print(f"  no {kind} here yet")
+
+
+def print_recipe(recipe: Recipe) -> None:
+    """Print every value of a recipe with its origin."""
+    console = Console()
+    console.print(f"[bold]{recipe.stage} {recipe.name}[/]  {escape(recipe.description)}", highlight=False)
+    table = Table(box=None)
+    for column in ("setting", "value", "origin"):
+        table.add_column(column, overflow="fold")
+    for key, value, origin in rows(recipe):
+        style = "dim" if origin == "default" else ""
+        table.add_row(key, escape(json.dumps(value, ensure_ascii=False)), escape(origin), style=style)
+    console.print(table)
+    for note in recipe.notes:
+        console.print(escape(note), highlight=False)
+
+
+def _run_line(path: Path) -> str:
+    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    return f"{record['status']}, {record['started']}"
