@@ -48,7 +48,10 @@ def _unknown(base: str, table: dict[str, Base]) -> Problem:
     found = f"'{base}' is no folder" if "/" in base else f"'{base}' is neither a short name nor a folder"
     expected = f"a short name ({', '.join(table)}), a hub id (owner/name), or a folder that holds config.json"
     return Problem(
-        "model.base", found, expected, nearest(base, table) or "`llm-align list` explains the short names"
+        "model.base",
+        found,
+        expected,
+        nearest(base, table) or "`llm-align list bases` explains the short names",
     )
 
 

@@ -100,9 +100,9 @@ def _quantization(settings: StageSettings) -> Iterator[Problem]:
     method, wanted = settings.adapter.method, settings.model.quantization
     allowed = adapter_traits(method).quantization
     if wanted not in ("auto", *allowed):
-        repair = "leave model.quantization at auto, or choose another adapter (qlora for a 4-bit base)"
+        repair = "model.quantization=auto, or another adapter (qlora for a 4-bit base)"
         if method == "qlora":
-            repair = "leave model.quantization at auto, or take adapter.method=lora for an unquantized base"
+            repair = "model.quantization=auto, or adapter.method=lora for an unquantized base"
         found = f"'{wanted}' with adapter.method '{method}'"
         yield Problem("model.quantization", found, f"auto, or {one_of(allowed)}", repair)
 
@@ -112,7 +112,7 @@ def _packing(settings: StageSettings) -> Iterator[Problem]:
         return
     method = settings.adapter.method
     if not adapter_traits(method).packing:
-        expected = "false: its virtual tokens belong in front of each row, and packed rows share one front"
+        expected = "false: virtual tokens stand in front of each row, and packed rows share one front"
         repair = "data.packing=false; rows are batched by length anyway"
         yield Problem("data.packing", f"true with adapter.method '{method}'", expected, repair)
     if settings.train.engine == "trl":
@@ -124,7 +124,7 @@ def _packing(settings: StageSettings) -> Iterator[Problem]:
 def _batch(settings: StageSettings) -> Iterator[Problem]:
     batch, micro = settings.train.batch_size, settings.train.micro_batch_size
     if micro != "auto" and micro > batch:
-        repair = "batch_size counts the sequences of an optimizer step: raise it, or lower micro_batch_size"
+        repair = "batch_size counts the sequences of an optimizer step: raise it, or lower this"
         found = f"{micro}, more than train.batch_size ({batch})"
         yield Problem("train.micro_batch_size", found, f"at most {batch}, or auto", repair)
 

@@ -1,6 +1,6 @@
 """What the command line changes in a recipe: its own values, and the recipe's values that no longer apply."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from finetune.recipe import yaml_file
@@ -19,22 +19,30 @@ NEW_DATA = "it belongs to the data of the recipe"
 NEW_BASE = "it belongs to the base of the recipe"
 
 
-def parse(words: Sequence[str], schema: type[StageSettings]) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the values of ``section.key=value`` words, and what is wrong with the others."""
-    values, problems = {}, []
-    for word in words:
-        key, equals, text = word.partition("=")
+def parse(
+    shortcuts: Mapping[str, Any], words: Sequence[str], schema: type[StageSettings]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Return what shortcuts and ``section.key=value`` words set, and what is wrong with the others.
+
+    Args:
+        shortcuts: values by ``section.key``, from options or from Python.
+        words: the command line's words; they win over shortcuts.
+        schema: the stage's sections.
+    """
+    pairs = [word.partition("=") for word in words]
+    given = {**shortcuts, **{key: yaml_file.scalar(text) for key, equals, text in pairs if equals}}
+    problems = [_misunderstood(key, "") for key, equals, _ in pairs if not equals]
+    values = {}
+    for key, value in given.items():
         section, _, name = key.partition(".")
-        if not equals or not section or not name or "." in name:
-            problems.append(
-                Problem(f"'{word}' ({COMMAND_LINE})", "not understood", *_form(section, name, text))
-            )
+        if not section or not name or "." in name:
+            problems.append(_misunderstood(key, value))
         elif section not in schema.model_fields:
             sections = list(schema.model_fields)
             where = f"{key} ({COMMAND_LINE})"
             problems.append(Problem(where, "unknown section", one_of(sections), nearest(section, sections)))
         else:
-            values[key] = yaml_file.scalar(text)
+            values[key] = value
     return values, problems
 
 
@@ -53,12 +61,13 @@ def override(values: Values, origins: Origins, words: dict[str, Any]) -> list[st
     return notes + _learning_rate_note(values, origins, before)
 
 
-def _form(section: str, name: str, text: str) -> tuple[str, str]:
-    key, _, inner = name.partition(".")
-    repair = (
-        f"give the whole mapping: {section}.{key}={{{inner}: {text}}}" if section and key and inner else ""
+def _misunderstood(key: str, value: Any) -> Problem:
+    section, name, *inner = [*key.split("."), "", ""]
+    whole = f"{section}.{name}={{{inner[0]}: {value}}}"
+    repair = f"give the whole mapping: '{whole}'" if section and name and inner[0] else ""
+    return Problem(
+        f"'{key}' ({COMMAND_LINE})", "not understood", "section.key=value, as in train.epochs=3", repair
     )
-    return "section.key=value, as in train.epochs=3", repair
 
 
 def _method(values: Values) -> Any:

@@ -111,7 +111,8 @@ def _elsewhere(name: str, known: dict[str, Path]) -> str:
 
 
 def _beside(path: Path) -> str:
-    siblings = sorted(file.name for file in path.parent.glob("*.y*ml"))
+    siblings = {file.stem: file for file in sorted(path.parent.glob("*.y*ml"))}
     if siblings:
-        return nearest(path.name, siblings) or f"{path.parent} holds {', '.join(siblings)}"
+        names = ", ".join(file.name for file in siblings.values())
+        return nearest(path.stem, siblings) or f"{path.parent} holds {names}"
     return f"folder {path.parent} {'holds no .yaml file' if path.parent.is_dir() else 'does not exist'}"

@@ -22,9 +22,11 @@ class Problem:
         return "\n".join(lines)
 
     def placed(self, origins: Mapping[str, str]) -> "Problem":
-        """Return the mistake with the origin (``file:line``, command line) of its key behind the key."""
-        origin = origins.get(self.where.split("[")[0])
-        return replace(self, where=f"{self.where} ({origin})") if origin else self
+        """Return the mistake with the origin of its key, or else of its section, behind it (``file:line``)."""
+        key = self.where
+        while key not in origins and (cut := max(key.rfind("."), key.rfind("["))) > 0:
+            key = key[:cut]
+        return replace(self, where=f"{self.where} ({origins[key]})") if key in origins else self
 
 
 class UserError(Exception):

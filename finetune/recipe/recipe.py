@@ -52,7 +52,7 @@ class Recipe:
         return _sha([self.stage, self.values(), data_fingerprint])[:8]
 
     def to_yaml(self, derived: dict[str, str] | None = None) -> str:
-        """Return the resolved recipe with each value's origin, and the planner's choice for ``derived``, behind it."""
+        """Return the resolved recipe with the values' origins behind them; ``derived``: what was chosen."""
         keys = {key: origin for key, origin in self.origins.items() if "." in key}
         comments = {(key.split(".")[0], key.split(".", 1)[1]): origin for key, origin in keys.items()}
         for key, choice in (derived or {}).items():
@@ -75,7 +75,7 @@ def load(
     Args:
         stage: the stage that will run it, a file of a ``stages/`` folder.
         name: a recipe's name, or the path of a YAML file.
-        shortcuts: ``{"model.base": "tiny"}``: what --base, --data and --adapter set.
+        shortcuts: ``{"model.base": "tiny"}``: what --base, --data and --adapter set, or a notebook.
         overrides: ``section.key=value`` words of the command line.
         out: the run directory, where the user wants another than the usual one.
 
@@ -87,8 +87,8 @@ def load(
     content, lines = yaml_file.read(path)
     origins = {".".join(key): f"{path.name}:{line}" for key, line in lines.items()}
     values, problems = _sections(content, stage, schema, path)
-    words, misunderstood = command_line.parse(overrides, schema)
-    notes = command_line.override(values, origins, {**(shortcuts or {}), **words})
+    words, misunderstood = command_line.parse(shortcuts or {}, overrides, schema)
+    notes = command_line.override(values, origins, words)
     sections, mistakes = _validate(values, schema)
     settings = schema(**sections)
     problems += [*mistakes, *contradictions(settings, sections)]

@@ -21,7 +21,7 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """The base model and how its weights are held."""
 
-    base: Text = Field("tiny", description="short name (`llm-align list`), hub id, or folder")
+    base: Text = Field("tiny", description="short name (`llm-align list bases`), hub id, or folder")
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it, else float32"

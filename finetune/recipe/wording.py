@@ -95,7 +95,7 @@ def _repair(key: str, value: Any, options: list[Schema]) -> str:
     kinds = {option.get("type") for option in options}
     if isinstance(value, str) and value:
         return _repair_text(key, value, options, kinds)
-    if _is_number(value) and kinds == {"string"}:
+    if _is_number(value) and kinds <= {"string", "null"}:
         return f'put it in quotes: {key}: "{value}"'
     if isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds:
         return f"write {int(value)}"

@@ -9,12 +9,25 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from finetune.recipe.errors import Problem, UserError
 
 Lines = dict[tuple[str, ...], int]
 """The line (from 1) on which each key of a file stands, by its path."""
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes null as a word and not as an empty place."""
+
+    def represent_none(self, data: None) -> ScalarNode:
+        """Return the node of a null."""
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_none)
 
 
 def read(path: Path) -> tuple[dict[str, Any], Lines]:
@@ -69,9 +82,7 @@ def write(content: dict[str, Any], comments: dict[tuple[str, str], str]) -> str:
     buffer = io.StringIO()
     yaml = YAML()
     yaml.width = 4096
-    yaml.representer.add_representer(
-        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    yaml.Representer = _Representer
     yaml.dump(document, buffer)
     return buffer.getvalue()
 
@@ -93,19 +104,32 @@ def plain(node: Any) -> Any:
 
 
 def _broken(path: Path, error: MarkedYAMLError) -> Problem:
-    mark = error.problem_mark or error.context_mark
+    found, context = (" ".join(str(text or "").split()) for text in (error.problem, error.context))
+    mark, start = error.problem_mark or error.context_mark, error.context_mark
+    if start and "end of stream" in found:
+        mark, found = start, f"it never ends ({context})"
+    elif start and start is not mark:
+        found = f"{found} ({context} that starts on line {start.line + 1})"
     where = f"{path}:{mark.line + 1}" if mark else str(path)
-    found = " ".join(str(error.problem or error.context).split())
     if isinstance(error, DuplicateKeyError):
         key = found.split('"')[1]
         return Problem(
             where, f"'{key}' stands there a second time", "each key once", "leave out one of the two"
         )
+    return Problem(where, *_explained(found))
+
+
+def _explained(found: str) -> tuple[str, str, str]:
+    """Return ruamel's finding, what was expected and the repair, in words that need no YAML grammar."""
     if "'\\t'" in found:
-        return Problem(where, "a tab at the start of the line", "spaces: YAML does not indent with tabs")
-    return Problem(
-        where, found, "YAML", "look at indentation, colons and quotes on that line and the one above it"
-    )
+        return "a tab at the start of the line", "spaces: YAML does not indent with tabs", ""
+    if "mapping values are not allowed" in found:
+        repair = "indent the keys of a section alike; text that holds a colon and a blank needs quotes"
+        return "a colon after a key that cannot stand there", "YAML", repair
+    if "cannot start any token" in found:
+        character = found.split("'")[1]
+        return f"a value cannot begin with '{character}'", "YAML", "put the value in quotes"
+    return found, "YAML", "look at indentation, colons and quotes on that line and the one above it"
 
 
 def _lines(node: CommentedMap, above: tuple[str, ...] = ()) -> Lines:

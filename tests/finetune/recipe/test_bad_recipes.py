@@ -1,0 +1,330 @@
+"""Mistakes that a user can make in a recipe: the message says where, what was found, expected, the repair.
+
+A row: a whole YAML text, or changes to a good one as ``section.key=value`` words, and the fragments that the
+message must hold; after ``-`` a fragment that it must not hold.
+"""
+
+import pytest
+
+from finetune.recipe.errors import UserError
+
+HEAD = "model: {base: ./base}\n"
+DATA = HEAD + "data: {source: rows.jsonl}\n"
+
+BAD: dict[str, tuple[str | list[str], list[str]]] = {
+    # The file itself.
+    "empty file": ("", ["my.yaml", "the file is empty", "`model:`"]),
+    "a list": ("- a\n- b\n", ["my.yaml", "['a', 'b'] and no sections", "sections such as"]),
+    "a word": ("hello\n", ["my.yaml", "found 'hello' and no sections"]),
+    "tab": ("model:\n\tbase: tiny\n", ["my.yaml:2", "a tab", "spaces"]),
+    "open bracket": (
+        "model: {base: tiny\ndata: 3\n",
+        ["my.yaml:2", "but got ':'", "a flow mapping that starts on line 1", "expected: YAML"],
+    ),
+    "wrong indentation": (
+        "model:\n  base: tiny\n   revision: x\n",
+        ["my.yaml:3", "a colon after a key that cannot stand there", "alike"],
+    ),
+    "colon in a text": ("description: mine: yours\n", ["my.yaml:1", "a colon after", "needs quotes"]),
+    "at sign": (
+        "description: @me\n",
+        ["my.yaml:1", "a value cannot begin with '@'", "put the value in quotes"],
+    ),
+    "list and keys": ("- a\nb: 1\n", ["my.yaml:2", "expected <block end>", "indentation, colons and quotes"]),
+    "open quote": (
+        'model:\n  base: "tiny\n',
+        ["my.yaml:2", "it never ends (while scanning a quoted scalar)"],
+    ),
+    "key twice": (
+        "train:\n  epochs: 1\n  epochs: 2\n",
+        ["my.yaml:3", "'epochs' stands there a second time", "each key once"],
+    ),
+    "section twice": (
+        "train: {}\ndata: {}\ntrain: {}\n",
+        ["my.yaml:3", "'train' stands there a second time"],
+    ),
+    # Sections.
+    "unknown section": (
+        DATA + "trian: {}\n",
+        ["trian (my.yaml:3)", "unknown section", "stage, description, model", "did you mean 'train'?"],
+    ),
+    "nothing below": (
+        DATA + "train:\n",
+        ["train (my.yaml:3)", "nothing stands below it", "indent the lines below"],
+    ),
+    "section is a word": (
+        DATA + "train: fast\n",
+        ["train (my.yaml:3)", "found 'fast'", "indented keys: engine, epochs"],
+    ),
+    "other stage": (
+        DATA + "stage: dpo\n",
+        ["stage (my.yaml:3)", "is for stage 'dpo'", "expected: stage 'sft'"],
+    ),
+    "stage is a number": (DATA + "stage: 3\n", ["stage (my.yaml:3)", "is for stage 3", "write stage: sft"]),
+    # Keys.
+    "unknown key": (
+        DATA + "train: {learning_rat: 1}\n",
+        ["train.learning_rat (my.yaml:3)", "unknown key", "engine, epochs", "did you mean 'learning_rate'?"],
+    ),
+    "unknown adapter key": (
+        ["adapter.rnk=4"],
+        ["adapter.rnk (command line)", "unknown key", "method, rank, alpha", "'rank'"],
+    ),
+    "key of another adapter": (
+        "adapter: {method: prefix, rank: 4}\n" + DATA,
+        ["adapter.rank (my.yaml:1)", "unknown key", "virtual_tokens"],
+    ),
+    "unknown key of a mixture": (
+        ["data.source=", "data.mix=[{source: a/b, row: 3}]"],
+        ["data.mix[0].row (command line)", "unknown key", "source, columns, rows", "'rows'"],
+    ),
+    "source missing in a mixture": (
+        ["data.source=", "data.mix=[{rows: 3}]"],
+        ["data.mix[0].source (command line)", "not given", "a text (hub id, file or folder)"],
+    ),
+    "wrong value in a mixture": (
+        ["data.source=", "data.mix=[{source: a/b, rows: 0}]"],
+        ["data.mix[0].rows", "found 0", "a whole number above 0"],
+    ),
+    "word in a mixture": (
+        ["data.source=", "data.mix=[a/b]"],
+        ["data.mix[0]", "the text 'a/b'", "a mapping with the keys source, columns, rows"],
+    ),
+    "empty mixture": (
+        ["data.source=", "data.mix=[]"],
+        ["data.mix (command line)", "found []", "a list, each entry a mapping"],
+    ),
+    # Types.
+    "text for a number": (
+        ["train.epochs=many"],
+        [
+            "train.epochs (command line)",
+            "the text 'many'",
+            "a number above 0 (passes over the data)",
+            "-integer",
+        ],
+    ),
+    "quoted number": (
+        DATA + 'train: {batch_size: "16"}\n',
+        [
+            "train.batch_size (my.yaml:3)",
+            "the text '16'",
+            "a whole number above 0",
+            "write it without quotes",
+        ],
+    ),
+    "fraction for a count": (["train.batch_size=1.5"], ["found 1.5", "a whole number above 0"]),
+    "float for a count": (["train.batch_size=16.0"], ["found 16.0", "write 16"]),
+    "null for a number": (
+        ["train.learning_rate=null"],
+        ["train.learning_rate (command line)", "found nothing (null)", "a number above 0"],
+    ),
+    "true for a number": (["train.seed=true"], ["found true", "a whole number, 0 or more"]),
+    "number for a text": (
+        ["model.revision=2"],
+        ["model.revision", "found 2", "a text, or null", 'put it in quotes: revision: "2"'],
+    ),
+    "empty text": (["data.template=''"], ["data.template", "an empty text", "expected: a text"]),
+    "yes": (["data.packing=yes"], ["data.packing", "the text 'yes'", "true or false", "write true"]),
+    "off": (["data.cache=off"], ["data.cache", "the text 'off'", "write false"]),
+    "number for a switch": (["data.packing=1"], ["found 1", "true or false"]),
+    "none for null": (["train.max_steps=none"], ["the text 'none'", "or null", "write max_steps: null"]),
+    "list for a number": (
+        ["train.learning_rate=[1e-4, 2e-4]"],
+        ["found [0.0001, 0.0002]", "a number above 0"],
+    ),
+    "word for a list": (
+        ["adapter.target=q_proj"],
+        ["the text 'q_proj'", "all-linear, or a list", "target: [q_proj]"],
+    ),
+    "all_linear": (["adapter.target=all_linear"], ["did you mean 'all-linear'?"]),
+    "number in a list": (
+        ["adapter.target=[q_proj, 3]"],
+        ["adapter.target (command line)", "found ['q_proj', 3]", "all-linear, or a list, each entry a text"],
+    ),
+    "empty target": (["adapter.target=[]"], ["adapter.target", "found []", "all-linear, or a list"]),
+    "list for a mapping": (
+        ["data.columns=[question]"],
+        ["data.columns", "found ['question']", "a mapping such as {name: value}"],
+    ),
+    "number in a mapping": (
+        ["data.columns={instruction: 3}"],
+        ["data.columns.instruction (command line)", "found 3", "a text"],
+    ),
+    "three betas": (["train.betas=[0.9, 0.99, 0.999]"], ["train.betas", "a list of 2 entries"]),
+    "beta is a word": (
+        ["train.betas=[0.9, x]"],
+        ["train.betas[1]", "the text 'x'", "from 0 up to, but not including, 1"],
+    ),
+    "beta of 1": (["train.betas=[0.9, 1.0]"], ["train.betas[1]", "found 1.0", "but not including, 1"]),
+    # Ranges and choices.
+    "negative rate": (["train.learning_rate=-1e-4"], ["found -0.0001", "a number above 0"]),
+    "infinite rate": (["train.learning_rate=.inf"], ["found inf", "a number above 0"]),
+    "zero rank": (["adapter.rank=0"], ["adapter.rank", "found 0", "a whole number above 0"]),
+    "dropout of 1": (["adapter.dropout=1.0"], ["found 1.0", "but not including, 1"]),
+    "held-out 150 %": (
+        ["data.held_out=1.5"],
+        ["data.held_out", "found 1.5", "0 or more", "but not including, 1", "a share (below 1)"],
+    ),
+    "short rows": (["data.max_length=4"], ["found 4", "a whole number, 8 or more, or null"]),
+    "one checkpoint": (["train.keep_checkpoints=1"], ["found 1", "2 or more"]),
+    "unknown precision": (
+        ["model.precision=bf16"],
+        ["the text 'bf16'", "one of auto, float32, bfloat16, float16", "did you mean 'bfloat16'?"],
+    ),
+    "unknown quantization": (
+        ["model.quantization=4bit"],
+        ["the text '4bit'", "one of auto, none, nf4, int8"],
+    ),
+    "unknown schedule": (["train.schedule=cosin"], ["did you mean 'cosine'?"]),
+    "unknown engine": (["train.engine=deepspeed"], ["the text 'deepspeed'", "one of native, trl"]),
+    # Names.
+    "unknown adapter": (
+        ["adapter.method=qlora4"],
+        [
+            "adapter.method (command line)",
+            "'qlora4' is unknown",
+            "full, lora",
+            "finetune/adapters/",
+            "did you mean 'qlora'?",
+        ],
+    ),
+    "adapter is a list": (
+        ["adapter.method=[lora]"],
+        ["adapter.method (command line)", "found ['lora']", "one of full, lora"],
+    ),
+    "unknown template": (
+        ["data.template=alpacca"],
+        [
+            "data.template (command line)",
+            "'alpacca' is unknown",
+            "alpaca, chatml",
+            "data_templates/",
+            "did you mean 'alpaca'?",
+        ],
+    ),
+    "unknown base": (
+        ["model.base=lama-2-7b"],
+        [
+            "model.base (command line)",
+            "neither a short name nor a folder",
+            "a hub id (owner/name)",
+            "did you mean 'llama-2-7b'?",
+        ],
+    ),
+    "no such base folder": (
+        ["model.base=./nowhere"],
+        ["model.base (command line)", "'./nowhere' is no folder", "holds config.json"],
+    ),
+    "base without config": (
+        ["model.base=./empty"],
+        ["model.base (command line)", "'empty' has no config.json", "save_pretrained"],
+    ),
+    "no such data file": (
+        ["data.source=nowhere.jsonl"],
+        [
+            "data.source (command line)",
+            "'nowhere.jsonl' does not exist",
+            "hub id (owner/name)",
+            "relative paths start at",
+        ],
+    ),
+    "no such held-out file": (
+        ["data.held_out=10%"],
+        ["data.held_out (command line)", "'10%' does not exist", "rows (100), a share (0.1)"],
+    ),
+    # The command line.
+    "no equals sign": (
+        ["train.epochs"],
+        ["'train.epochs' (command line)", "not understood", "section.key=value"],
+    ),
+    "no section": (["epochs=3"], ["'epochs' (command line)", "not understood", "as in train.epochs=3"]),
+    "three parts": (["data.columns.output=answer"], ["not understood", "'data.columns={output: answer}'"]),
+    "unknown section there": (
+        ["trian.epochs=3"],
+        ["trian.epochs (command line)", "unknown section", "did you mean 'train'?"],
+    ),
+    "text for a mapping": (["data.system=[a]"], ["data.system", "found ['a']", "a text, or null"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_says_where_what_and_how(here, case):
+    change, fragments = BAD[case]
+    with pytest.raises(UserError) as caught:
+        if isinstance(change, str):
+            here.load(change)
+        else:
+            here.load(DATA, *change)
+    message = str(caught.value)
+    for fragment in fragments:
+        if fragment.startswith("-"):
+            assert fragment[1:] not in message
+        else:
+            assert fragment in message, f"{fragment!r} is not in:\n{message}"
+    assert "expected: " in message
+    for leak in ("pydantic", "Traceback", "Input should", "extra_forbidden", "NoneType", "CommentedMap"):
+        assert leak not in message
+
+
+def test_there_are_enough_cases():
+    assert len(BAD) >= 45
+
+
+def test_every_mistake_is_told_at_once(here):
+    text = """
+    model: {base: nobody, precision: half}
+    data: {templat: alpaca, packing: maybe}
+    adapter: {method: lora, rank: 0, foo: 1}
+    train: {epochs: yes, micro_batch_size: big}
+    trian: {}
+    """
+    with pytest.raises(UserError) as caught:
+        here.load(text, "evaluate.samples=-1", "nonsense")
+    places = [problem.where for problem in caught.value.problems]
+    assert places == [
+        "trian (my.yaml:5)",
+        "model.precision (my.yaml:1)",
+        "data.packing (my.yaml:2)",
+        "data.templat (my.yaml:2)",
+        "adapter.rank (my.yaml:3)",
+        "adapter.foo (my.yaml:3)",
+        "train.epochs (my.yaml:4)",
+        "train.micro_batch_size (my.yaml:4)",
+        "evaluate.samples (command line)",
+        "'nonsense' (command line)",
+    ]
+
+
+def test_a_mistake_in_one_section_does_not_hide_contradictions_in_others(here):
+    with pytest.raises(UserError) as caught:
+        here.load(DATA, "train.epochs=x", "model.base=nobody", "evaluate.exact_match=5")
+    assert [problem.where.split()[0] for problem in caught.value.problems] == ["train.epochs", "model.base"]
+
+
+def test_a_mistake_of_many_types_is_told_once(here):
+    with pytest.raises(UserError) as caught:
+        here.load(DATA, "data.held_out=-3")
+    assert len(caught.value.problems) == 1
+    assert str(caught.value) == (
+        "data.held_out (command line): found -3\n"
+        "    expected: a whole number, 0 or more, or a number from 0 up to, but not including, 1, or a text "
+        "(rows (a number), a share (below 1), or a file that is kept out of training)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "suggestion"),
+    [
+        ("model: {base: ./outer}\ndata: {source: a/b}\n", "did you mean 'outer/checkpoint'?"),
+        ("model: {base: ./adapted}\ndata: {source: a/b}\n", "it holds an adapter: make a model of it first"),
+    ],
+)
+def test_a_folder_without_config_gets_a_hint(here, text, suggestion):
+    (here.folder / "outer" / "checkpoint").mkdir(parents=True)
+    (here.folder / "outer" / "checkpoint" / "config.json").write_text("{}")
+    (here.folder / "adapted").mkdir()
+    (here.folder / "adapted" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="has no config.json") as caught:
+        here.load(text)
+    assert suggestion in str(caught.value)

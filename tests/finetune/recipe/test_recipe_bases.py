@@ -1,0 +1,82 @@
+"""Short names of base models."""
+
+import re
+
+import pytest
+
+from finetune.recipe import bases as table
+from finetune.recipe.bases import Base, bases, resolve_base
+from finetune.recipe.errors import UserError
+
+WANTED = [
+    "tiny",
+    "llama-2-7b",
+    "llama-2-13b",
+    "llama-2-70b",
+    "llama-3.1-8b",
+    "llama-3.1-70b",
+    "mistral-7b",
+    "qwen3-0.6b",
+    "qwen3-1.7b",
+    "qwen3-4b",
+    "qwen3-8b",
+    "qwen3-14b",
+    "qwen3-32b",
+    "gemma-2-2b",
+    "gemma-2-9b",
+    "gemma-3-1b",
+    "gemma-3-4b",
+    "polyglot-ko-1.3b",
+    "polyglot-ko-3.8b",
+    "polyglot-ko-5.8b",
+    "polyglot-ko-12.8b",
+    "pythia-70m",
+    "pythia-160m",
+    "pythia-410m",
+    "pythia-1b",
+    "pythia-1.4b",
+    "pythia-2.8b",
+    "pythia-6.9b",
+    "pythia-12b",
+    "smollm2-135m",
+    "smollm2-360m",
+    "smollm2-1.7b",
+]
+
+
+def test_the_table_is_whole():
+    assert list(bases()) == WANTED
+    for name, base in bases().items():
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", base.id) or name == "tiny"
+        assert re.fullmatch(r"\d+(\.\d)?[MB]", base.parameters), name
+        assert base.note, name
+
+
+@pytest.mark.parametrize("name", [name for name in WANTED if name != "tiny"])
+def test_a_short_name_stands_for_a_hub_id_of_its_size(name):
+    identifier = resolve_base(name)
+    assert identifier == bases()[name].id
+    assert name.rsplit("-", 1)[-1] in identifier.lower()
+
+
+def test_tiny_is_a_folder_of_the_project(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "PROJECT", tmp_path)
+    with pytest.raises(UserError) as caught:
+        resolve_base("tiny")
+    assert "'tiny' stands for the folder recipes/tiny/model, which does not exist" in str(caught.value)
+    (tmp_path / "recipes/tiny/model").mkdir(parents=True)
+    (tmp_path / "recipes/tiny/model/config.json").write_text("{}")
+    assert resolve_base("tiny") == str(tmp_path / "recipes/tiny/model")
+
+
+def test_a_folder_and_a_hub_id_stand_for_themselves(here, monkeypatch):
+    assert resolve_base("base") == "base"
+    assert resolve_base("owner/name") == "owner/name"
+    monkeypatch.setenv("HOME", str(here.folder))
+    assert resolve_base("~/base") == str(here.folder / "base")
+
+
+def test_the_nearest_name_is_offered():
+    with pytest.raises(UserError, match="did you mean 'qwen3-0.6b'"):
+        resolve_base("qwen-0.6b")
+    assert Base("a/b", "1B").note == ""

@@ -1,0 +1,121 @@
+"""Contradictions between settings that are each in order: one test for each rule."""
+
+import pytest
+
+from finetune.recipe.errors import UserError
+
+TEXT = "model: {base: ./base}\ndata: {source: rows.jsonl}\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.source="],
+            "data.source (command line): neither it nor data.mix is given\n"
+            "    expected: one of the two\n"
+            "    repair:   set data.source (or --data) to a hub id, a file or a folder",
+        ),
+        (
+            ["data.source=rows.jsonl", "data.mix=[{source: a/b}]"],
+            "data.mix (command line): given beside data.source\n"
+            "    expected: one of the two\n"
+            "    repair:   name the source in data.mix as well",
+        ),
+        (
+            ["evaluate.exact_match=5"],
+            "evaluate.exact_match (command line): 5, but data.held_out is 0\n"
+            "    expected: held-out rows to measure on\n"
+            "    repair:   set data.held_out to rows (100), a share (0.1) or a file",
+        ),
+        (
+            ["train.evaluate_every=10"],
+            "train.evaluate_every (command line): 10, but data.held_out is 0\n"
+            "    expected: held-out rows to measure on\n"
+            "    repair:   set data.held_out to rows (100), a share (0.1) or a file",
+        ),
+        (
+            ["data.held_out=rows.jsonl"],
+            "data.held_out (command line): the same as data.source\n"
+            "    expected: rows that training does not see\n"
+            "    repair:   data.held_out=0.1 keeps a tenth of the rows out of training",
+        ),
+        (
+            ["adapter.method=full", "model.quantization=nf4"],
+            "model.quantization (command line): 'nf4' with adapter.method 'full'\n"
+            "    expected: auto, or none\n"
+            "    repair:   model.quantization=auto, or another adapter (qlora for a 4-bit base)",
+        ),
+        (
+            ["adapter.method=qlora", "model.quantization=none"],
+            "model.quantization (command line): 'none' with adapter.method 'qlora'\n"
+            "    expected: auto, or one of nf4, int8\n"
+            "    repair:   model.quantization=auto, or adapter.method=lora for an unquantized base",
+        ),
+        (
+            ["adapter.method=prefix", "data.packing=true"],
+            "data.packing (command line): true with adapter.method 'prefix'\n"
+            "    expected: false: virtual tokens stand in front of each row, "
+            "and packed rows share one front\n"
+            "    repair:   data.packing=false; rows are batched by length anyway",
+        ),
+        (
+            ["train.engine=trl", "data.packing=true"],
+            "data.packing (command line): true with train.engine 'trl'\n"
+            "    expected: false: packing here keeps every batch as it is, TRL's makes other batches\n"
+            "    repair:   train.engine=native, or ask TRL itself: train.engine_args={packing: true}",
+        ),
+        (
+            ["train.batch_size=4", "train.micro_batch_size=8"],
+            "train.micro_batch_size (command line): 8, more than train.batch_size (4)\n"
+            "    expected: at most 4, or auto\n"
+            "    repair:   batch_size counts the sequences of an optimizer step: raise it, or lower this",
+        ),
+        (
+            ["model.attention=flash_attention_2", "model.precision=float32"],
+            "model.attention (command line): 'flash_attention_2', but model.precision is float32\n"
+            "    expected: sdpa for float32\n"
+            "    repair:   or model.precision=bfloat16 (or float16)",
+        ),
+    ],
+)
+def test_a_contradiction_is_told(here, overrides, message):
+    with pytest.raises(UserError) as caught:
+        here.load(TEXT, *overrides)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["evaluate.exact_match=5", "data.held_out=0.1"],
+        ["train.evaluate_every=10", "data.held_out=other.jsonl"],
+        ["adapter.method=lora", "model.quantization=nf4"],
+        ["adapter.method=qlora", "model.quantization=int8"],
+        ["adapter.method=prefix", "model.quantization=nf4"],
+        ["data.packing=true"],
+        ["train.batch_size=4", "train.micro_batch_size=4"],
+        ["model.attention=flash_attention_2"],
+        ["data.source=some/hub-set"],
+        ["model.base=owner/name"],
+    ],
+)
+def test_what_fits_together_is_left_alone(here, overrides):
+    assert here.load(TEXT, *overrides).notes == []
+
+
+def test_several_contradictions_are_told_at_once(here):
+    with pytest.raises(UserError) as caught:
+        here.load(
+            TEXT,
+            "adapter.method=prefix",
+            "data.packing=true",
+            "train.engine=trl",
+            "data.held_out=nowhere.csv",
+        )
+    wheres = [problem.where for problem in caught.value.problems]
+    assert wheres == [
+        "data.held_out (command line)",
+        "data.packing (command line)",
+        "data.packing (command line)",
+    ]

@@ -1,0 +1,93 @@
+"""What editors, ``show`` and ``list`` are given."""
+
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+from ruamel.yaml import YAML
+
+from finetune.recipe.discovery import PROJECT, plugin_names
+from finetune.recipe.schema import listing, rows, schema
+
+
+def test_the_schema_is_one():
+    jsonschema.Draft202012Validator.check_schema(schema("sft"))
+
+
+@pytest.mark.parametrize("file", sorted((PROJECT / "recipes/sft").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_recipes_fit_it(file):
+    jsonschema.validate(YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8")), schema("sft"))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "fits"),
+    [
+        ({}, True),
+        ({"rank": 4}, True),
+        ({"method": "lora", "rank": 4}, True),
+        ({"method": "qlora", "rank": 4}, True),
+        ({"method": "prefix", "virtual_tokens": 4}, True),
+        ({"method": "full"}, True),
+        ({"virtual_tokens": 4}, False),
+        ({"method": "prefix", "rank": 4}, False),
+        ({"method": "lora", "rank": 0}, False),
+        ({"method": "nothing"}, False),
+    ],
+)
+def test_the_adapters_keys_depend_on_its_method(adapter, fits):
+    assert (
+        jsonschema.Draft202012Validator(schema("sft")).is_valid({"stage": "sft", "adapter": adapter}) is fits
+    )
+
+
+def test_every_setting_has_a_description_and_a_default():
+    content = schema("sft")
+    sections = {name: part for name, part in content["$defs"].items() if name != "MixedSource"}
+    assert len(sections) >= 4 + len(plugin_names("finetune.adapters"))
+    for name, section in sections.items():
+        for key, value in section["properties"].items():
+            assert value.get("description"), f"{name}.{key}"
+            assert "default" in value, f"{name}.{key}"
+
+
+def test_rows_tell_every_value_and_its_origin(here):
+    recipe = here.load("model: {base: ./base}\ndata: {source: rows.jsonl}\n", "train.epochs=2")
+    table = rows(recipe)
+    assert table[0] == ("model.base", "./base", "my.yaml:1")
+    assert ("train.epochs", 2.0, "command line") in table
+    assert ("adapter.rank", 16, "default") in table
+    assert len(table) == len(recipe.origins)
+
+
+def test_the_listing_names_everything(here):
+    here.write("description: mine\n", "recipes/sft/own.yaml")
+    here.write("a: [\n", "recipes/sft/wrong.yaml")
+    found = listing()
+    assert found.recipes["sft"]["own"] == "mine"
+    assert found.recipes["sft"]["wrong"].startswith("cannot be read: ")
+    assert found.recipes["sft"]["vicuna"] == "Vicuna: ShareGPT conversations of many turns, LoRA"
+    assert found.adapters["lora"].startswith("LoRA: a frozen weight W")
+    assert found.templates["alpaca"].startswith("Stanford Alpaca's prompt")
+    assert found.bases["llama-2-7b"].id == "meta-llama/Llama-2-7b-hf"
+    assert found.stages["sft"].startswith("Supervised fine-tuning")
+    assert all(text for group in (found.adapters, found.templates, found.stages) for text in group.values())
+
+
+def test_nothing_heavy_is_imported(here):
+    here.write("model: {base: ./base}\ndata: {source: rows.jsonl}\nadapter: {method: qlora}\n")
+    code = """
+import sys, time
+start = time.perf_counter()
+from finetune.recipe.recipe import load
+from finetune.recipe.schema import listing, rows, schema
+recipe = load("sft", "my.yaml", shortcuts={"adapter.method": "prefix"})
+rows(recipe), recipe.to_yaml(), recipe.digest(""), listing(), schema("sft")
+heavy = {"torch", "transformers", "peft", "datasets", "trl", "numpy", "pyarrow"} & set(sys.modules)
+print(sorted(heavy), time.perf_counter() - start < 5)
+"""
+    environment = {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.strip() == "[] True", done.stderr

@@ -1,0 +1,108 @@
+"""Every shipped SFT recipe: it loads, is laid out like the others, and gives the source of every value."""
+
+import re
+
+import pytest
+
+from finetune.recipe.bases import bases
+from finetune.recipe.discovery import PROJECT
+from finetune.recipe.recipe import load
+
+FILES = sorted((PROJECT / "recipes" / "sft").glob("*.yaml"))
+ORDER = ["stage", "description", "model", "data", "adapter", "train", "evaluate"]
+SHIPPED = [
+    "quickstart",
+    "alpaca",
+    "alpaca-qlora",
+    "alpaca-prefix",
+    "alpaca-prompt",
+    "koalpaca",
+    "vicuna",
+    "guanaco",
+]
+
+VALUE = re.compile(r"^  (\w+): (\S.*?)(\s+# (.+))?$")
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """Stand in for the embedded model and data, which this test does not need."""
+    for name in (
+        "recipes/tiny/data/sft_train.jsonl",
+        "recipes/tiny/data/sft_held_out.jsonl",
+        "base/config.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    return lambda name: load(
+        "sft", name, shortcuts={"model.base": "./base"} if name == "quickstart" else None
+    )
+
+
+def test_the_recipes_are_there():
+    assert {file.stem for file in FILES} >= set(SHIPPED)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_it_loads(shipped, file):
+    recipe = shipped(file.stem)
+    assert recipe.stage == "sft"
+    assert 20 < len(recipe.description) <= 100
+    assert recipe.notes == []
+    assert recipe.settings.model.base in (*bases(), "./base")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_value_carries_its_source(file):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    values = [line for line in lines if line.startswith(" ")]
+    assert len(values) >= 10
+    for line in values:
+        match = VALUE.match(line)
+        assert match, f"{file.name}: one value a line, two blanks of indentation: {line!r}"
+        assert match[4] and len(match[4]) > 8, f"{file.name}: no source behind {line!r}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_sections_and_keys_stand_in_one_order(file):
+    from finetune.recipe.recipe import adapter_settings, stage_settings
+
+    text = file.read_text(encoding="utf-8")
+    assert re.findall(r"^(\w+):", text, re.MULTILINE) == ORDER
+    schema = stage_settings("sft").model_fields
+    method = re.search(r"^  method: (\w+)", text, re.MULTILINE)[1]
+    for section in ORDER[2:]:
+        model = adapter_settings(method) if section == "adapter" else schema[section].annotation
+        known = list(model.model_fields)
+        written = re.findall(r"^  (\w+):", text.split(f"\n{section}:\n")[1].split("\n\n")[0], re.MULTILINE)
+        assert written == sorted(written, key=known.index), f"{file.name}: {section}"
+
+
+@pytest.mark.parametrize("name", ["alpaca", "koalpaca", "vicuna", "guanaco"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "prefix", "prompt"])
+def test_any_adapter_and_the_users_own_rows_go_with_it(shipped, name, method):
+    given = {
+        "model.base": "./base",
+        "adapter.method": method,
+        "data.source": [{"instruction": "a", "output": "b"}],
+    }
+    given |= {"model.quantization": "auto"}
+    assert load("sft", name, shortcuts=given).settings.adapter.method == method
+
+
+def test_the_quickstart_takes_the_users_own_file(shipped, tmp_path):
+    (tmp_path / "my.jsonl").write_text("{}")
+    recipe = load("sft", "quickstart", shortcuts={"model.base": "./base", "data.source": "my.jsonl"})
+    assert recipe.settings.data.held_out == 0 and recipe.settings.evaluate.exact_match == 0
+
+
+def test_published_numbers(shipped):
+    """The numbers that papers and repositories print; a slip of the pen would change what is trained."""
+    alpaca, guanaco = shipped("alpaca").settings, shipped("guanaco").settings
+    assert (alpaca.train.epochs, alpaca.train.batch_size, alpaca.data.max_length) == (3, 128, 512)
+    assert (alpaca.train.learning_rate, alpaca.adapter.rank, alpaca.adapter.alpha) == (3e-4, 8, 16)
+    assert (guanaco.train.max_steps, guanaco.train.batch_size, guanaco.train.max_grad_norm) == (1875, 16, 0.3)
+    assert (guanaco.adapter.rank, guanaco.adapter.alpha, guanaco.adapter.dropout) == (64, 16, 0.1)
+    assert shipped("koalpaca").settings.train.batch_size == 2 * 64
+    assert shipped("vicuna").settings.data.max_length == 2048
