@@ -34,12 +34,15 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Neighbouring segments that become tokens together: ready ``ids`` (BOS, EOS), or ``text`` to encode."""
+    """Neighbouring segments that become tokens together: ready ``ids`` (BOS, EOS), or ``text`` to encode.
+
+    ``behind`` is the special token that stands before the text, "" at the beginning of a sequence, None behind text.
+    """
 
     trained: bool
     ids: list[int]
     text: str = ""
-    first: bool = False
+    behind: str | None = None
 
 
 class Encoder:
@@ -163,39 +166,55 @@ class Encoder:
     def _stretches(self, segments: Sequence[Segment]) -> list[_Stretch]:
         """Join neighbours, prompt with prompt and reply with reply: being learnt or not decides no token."""
         stretches: list[_Stretch] = []
-        first = True
+        behind: str | None = ""
         for (kind, _, trained), group in groupby(segments, key=lambda s: (_kind(s), s.reply, s.trained)):
-            pieces = list(group)
+            pieces = [piece.text for piece in group]
             if kind == "text":
-                text = "".join(piece.text for piece in pieces)
-                stretches += [_Stretch(trained, [], text, first)] if text else []
-                first = first and not text
+                text = "".join(pieces)
+                stretches += [_Stretch(trained, [], text, behind)] if text else []
+                behind = pieces[-1] if pieces[-1] in self._whole_tokens else None if text else behind
             elif kind == "eos":
-                ends = [self._whole_tokens.get(piece.text, self.tokenizer.eos_token_id) for piece in pieces]
-                stretches.append(_Stretch(trained, ends))
-                first = False
+                ends = [
+                    text if text in self._whole_tokens else str(self.tokenizer.eos_token) for text in pieces
+                ]
+                stretches.append(_Stretch(trained, [self._whole_tokens[end] for end in ends]))
+                behind = ends[-1]
             elif self._bos is not None:
                 stretches.append(_Stretch(trained, [self._bos] * len(pieces)))
-                first = True
+                behind = ""
         return stretches
 
     def _encode_texts(self, stretches: Sequence[_Stretch]) -> list[list[int] | TemplateError]:
-        """Encode each stretch: the first of a sequence as it is, others as text with something before it."""
+        """Encode each stretch as it would be encoded where it stands, and keep the stretch's own tokens."""
         encoded: list[list[int] | TemplateError] = [
             TemplateError(f"the tokenizer merges {stretch.text[:20]!r} with whatever stands before it")
             for stretch in stretches
         ]
-        waiting = list(range(len(stretches)))
-        for anchor, head in self._anchors:
-            texts = [stretches[i].text if stretches[i].first else anchor + stretches[i].text for i in waiting]
-            for index, ids in zip(waiting, _encode(self.tokenizer, texts), strict=True):
-                length = 0 if stretches[index].first else len(head)
-                if ids[:length] == head[:length]:
-                    encoded[index] = ids[length:]
-            waiting = [index for index in waiting if isinstance(encoded[index], TemplateError)]
-            if not waiting:
-                break
+        tries = {index: self._before(stretch) for index, stretch in enumerate(stretches)}
+        while tries:
+            texts = [anchors[0][0] + stretches[index].text for index, anchors in tries.items()]
+            for (index, anchors), ids in zip(
+                list(tries.items()), _encode(self.tokenizer, texts), strict=True
+            ):
+                head = anchors[0][1]
+                if ids[: len(head)] == head:
+                    encoded[index] = ids[len(head) :]
+                    tries.pop(index)
+                else:
+                    tries[index] = anchors[1:]
+            tries = {index: anchors for index, anchors in tries.items() if anchors}
         return encoded
+
+    def _before(self, stretch: _Stretch) -> list[tuple[str, list[int]]]:
+        """Return what to encode in front of a stretch, with its ids: the first after which they are unchanged serves.
+
+        Behind a special token it is that token, for some put a blank behind themselves or swallow one.
+        """
+        if stretch.behind is None:
+            return self._anchors
+        if stretch.behind == "":
+            return [("", [])]
+        return [(stretch.behind, [self._whole_tokens[stretch.behind]]), *self._anchors]
 
     def _joined(
         self, plan: Sequence[_Stretch], parts: Sequence[list[int] | TemplateError], written_apart: int
