@@ -46,13 +46,10 @@ def _unknown(base: str, table: dict[str, Base]) -> Problem:
         found = f"'{base}' stands for the folder {table[base].id}, which does not exist"
         return Problem("model.base", found, "the folder that comes with llm-align", "install llm-align again")
     found = f"'{base}' is no folder" if "/" in base else f"'{base}' is neither a short name nor a folder"
-    expected = f"a short name ({', '.join(table)}), a hub id (owner/name), or a folder that holds config.json"
-    return Problem(
-        "model.base",
-        found,
-        expected,
-        nearest(base, table) or "`llm-align list bases` explains the short names",
-    )
+    some = ", ".join(list(table)[:3])
+    expected = f"a short name ({some}, ...), a hub id (owner/name), or a folder that holds config.json"
+    repair = nearest(base, table) or f"`llm-align list bases` shows all {len(table)} short names"
+    return Problem("model.base", found, expected, repair)
 
 
 def _checked_folder(folder: Path) -> Path:

@@ -69,7 +69,7 @@ def _held_out(settings: StageSettings) -> Iterator[Problem]:
     held_out, source = settings.data.held_out, settings.data.source
     if isinstance(held_out, str):
         yield from _missing_file(
-            "data.held_out", held_out, "rows (100), a share (0.1), or an existing file or hub id"
+            "data.held_out", held_out, expected="rows (100), a share (0.1), or an existing file or hub id"
         )
         if held_out == source:
             repair = "data.held_out=0.1 keeps a tenth of the rows out of training"
@@ -90,7 +90,7 @@ def _measured(settings: StageSettings) -> Iterator[Problem]:
 
 
 def _missing_file(
-    where: str, text: str, expected: str = "an existing file or folder, or a hub id (owner/name)"
+    where: str, text: str, *, expected: str = "an existing file or folder, or a hub id (owner/name)"
 ) -> Iterator[Problem]:
     if looks_local(text) and local_path(text) is None:
         yield Problem(where, f"'{text}' does not exist", expected, f"relative paths start at {Path.cwd()}")

@@ -20,7 +20,7 @@ NEW_BASE = "it belongs to the base of the recipe"
 
 
 def parse(
-    shortcuts: Mapping[str, Any], words: Sequence[str], schema: type[StageSettings]
+    shortcuts: Mapping[str, Any], words: Sequence[str], *, schema: type[StageSettings]
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Return what shortcuts and ``section.key=value`` words set, and what is wrong with the others.
 
@@ -46,7 +46,7 @@ def parse(
     return values, problems
 
 
-def override(values: Values, origins: Origins, words: dict[str, Any]) -> list[str]:
+def override(values: Values, origins: Origins, *, words: dict[str, Any]) -> list[str]:
     """Lay the command line's values over the recipe's; return notes on recipe values that no longer fit."""
     before = _method(values)
     for dotted, value in words.items():
@@ -58,7 +58,7 @@ def override(values: Values, origins: Origins, words: dict[str, Any]) -> list[st
         section, key = dotted.split(".")
         value = yaml_file.shown(values[section].pop(key))
         notes.append(f"{dotted}={value} ({origins.pop(dotted)}) is left out: {why}")
-    return notes + _learning_rate_note(values, origins, before)
+    return notes + _learning_rate_note(values, origins, before=before)
 
 
 def _misunderstood(key: str, value: Any) -> Problem:
@@ -109,7 +109,7 @@ def _held_out_keys(values: Values, mine: set[str]) -> list[tuple[str, str]]:
     return [("data.held_out", NEW_DATA), ("evaluate.exact_match", why), ("train.evaluate_every", why)]
 
 
-def _learning_rate_note(values: Values, origins: Origins, before: Any) -> list[str]:
+def _learning_rate_note(values: Values, origins: Origins, *, before: Any) -> list[str]:
     """Return a note on a learning rate of the recipe that was meant for another adapter."""
     method, rate = _method(values), values.get("train", {}).get("learning_rate")
     known = plugin_names(ADAPTERS)

@@ -22,7 +22,7 @@ class Problem:
         return "\n".join(lines)
 
     def placed(self, origins: Mapping[str, str]) -> "Problem":
-        """Return the mistake with the origin of its key, or else of its section, behind it (``file:line``)."""
+        """Return the mistake with the origin of its key, or else of its section, behind it."""
         key = self.where
         while key not in origins and (cut := max(key.rfind("."), key.rfind("["))) > 0:
             key = key[:cut]

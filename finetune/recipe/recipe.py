@@ -86,9 +86,9 @@ def load(
     path = find_recipe(stage, name)
     content, lines = yaml_file.read(path)
     origins = {".".join(key): f"{path.name}:{line}" for key, line in lines.items()}
-    values, problems = _sections(content, stage, schema, path)
-    words, misunderstood = command_line.parse(shortcuts or {}, overrides, schema)
-    notes = command_line.override(values, origins, words)
+    values, problems = _sections(content, schema, stage=stage, path=path)
+    words, misunderstood = command_line.parse(shortcuts or {}, overrides, schema=schema)
+    notes = command_line.override(values, origins, words=words)
     sections, mistakes = _validate(values, schema)
     settings = schema(**sections)
     problems += [*mistakes, *contradictions(settings, sections)]
@@ -124,7 +124,7 @@ def _all_origins(settings: StageSettings, origins: Origins) -> Origins:
 
 
 def _sections(
-    content: dict[str, Any], stage: str, schema: type[StageSettings], path: Path
+    content: dict[str, Any], schema: type[StageSettings], *, stage: str, path: Path
 ) -> tuple[Values, list[Problem]]:
     """Split a file's content into sections; tell keys that are no section."""
     problems, values = [], {}
@@ -132,13 +132,13 @@ def _sections(
         if key in schema.model_fields and isinstance(value, dict):
             values[key] = dict(value)
         elif key == "stage":
-            problems += _other_stage(value, stage, path)
+            problems += _other_stage(value, stage, path=path)
         elif key != "description":
-            problems.append(_no_section(key, value, schema))
+            problems.append(_no_section(key, value, schema=schema))
     return values, problems
 
 
-def _other_stage(value: Any, stage: str, path: Path) -> list[Problem]:
+def _other_stage(value: Any, stage: str, *, path: Path) -> list[Problem]:
     if value == stage:
         return []
     repair = (
@@ -149,7 +149,7 @@ def _other_stage(value: Any, stage: str, path: Path) -> list[Problem]:
     return [Problem("stage", f"the recipe is for stage {yaml_file.shown(value)}", f"stage '{stage}'", repair)]
 
 
-def _no_section(key: str, value: Any, schema: type[StageSettings]) -> Problem:
+def _no_section(key: str, value: Any, *, schema: type[StageSettings]) -> Problem:
     known = schema.model_fields
     if key not in known:
         return Problem(key, "unknown section", one_of(["stage", "description", *known]), nearest(key, known))
@@ -175,7 +175,7 @@ def _validate(values: Values, schema: type[StageSettings]) -> tuple[dict[str, An
         except UserError as error:
             problems += error.problems
         except ValidationError as error:
-            problems += problems_of(name, error, model)
+            problems += problems_of(name, error, model=model)
     return sections, problems
 
 

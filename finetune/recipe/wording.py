@@ -14,14 +14,14 @@ SWITCHES = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "fal
 NULLS = ("none", "None", "nil", "-")
 
 
-def problems_of(section: str, error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+def problems_of(section: str, error: ValidationError, *, model: type[BaseModel]) -> list[Problem]:
     """Return what is wrong with a section, one mistake for each value however many types were tried on it."""
     root = model.model_json_schema()
     found: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
-        where, schema = _walk(section, detail["loc"], root)
+        where, schema = _walk(section, detail["loc"], root=root)
         if where not in found:
-            found[where] = _problem(where, detail, schema, root)
+            found[where] = _problem(where, detail, schema=schema, root=root)
     return [problem for where, problem in found.items() if not _inside_another(where, found)]
 
 
@@ -35,7 +35,7 @@ def _inside_another(where: str, others: dict[str, Problem]) -> bool:
     return any(where.startswith((f"{other}[", f"{other}.")) for other in others)
 
 
-def _walk(section: str, location: tuple[int | str, ...], root: Schema) -> tuple[str, Schema]:
+def _walk(section: str, location: tuple[int | str, ...], *, root: Schema) -> tuple[str, Schema]:
     """Follow an error's location through the schema; parts that only name a tried type lead nowhere."""
     where, schema = section, root
     for part in location:
@@ -65,7 +65,7 @@ def _options(schema: Schema, root: Schema) -> list[Schema]:
     return [schema]
 
 
-def _problem(where: str, detail: Any, schema: Schema, root: Schema) -> Problem:
+def _problem(where: str, detail: Any, *, schema: Schema, root: Schema) -> Problem:
     key = where.rsplit(".", 1)[-1]
     if detail["type"] == "extra_forbidden":
         keys = _keys_beside(detail["loc"], root)
@@ -76,11 +76,13 @@ def _problem(where: str, detail: Any, schema: Schema, root: Schema) -> Problem:
     if detail["type"] == "missing":
         return Problem(where, "not given", expected)
     value = detail["input"]
-    return Problem(where, f"found {_found(value)}", expected, _repair(key, value, _options(schema, root)))
+    return Problem(
+        where, f"found {_found(value)}", expected, _repair(key, value, options=_options(schema, root))
+    )
 
 
 def _keys_beside(location: tuple[int | str, ...], root: Schema) -> list[str]:
-    _, schema = _walk("", location[:-1], root)
+    _, schema = _walk("", location[:-1], root=root)
     return [name for option in _options(schema, root) for name in option.get("properties", {})]
 
 
@@ -90,11 +92,11 @@ def _found(value: Any) -> str:
     return yaml_file.shown(value)
 
 
-def _repair(key: str, value: Any, options: list[Schema]) -> str:
+def _repair(key: str, value: Any, *, options: list[Schema]) -> str:
     """Return what to write instead, where the slip can be guessed."""
     kinds = {option.get("type") for option in options}
     if isinstance(value, str) and value:
-        return _repair_text(key, value, options, kinds)
+        return _repair_text(key, value, options=options, kinds=kinds)
     if _is_number(value) and kinds <= {"string", "null"}:
         return f'put it in quotes: {key}: "{value}"'
     if isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds:
@@ -102,7 +104,7 @@ def _repair(key: str, value: Any, options: list[Schema]) -> str:
     return ""
 
 
-def _repair_text(key: str, value: str, options: list[Schema], kinds: set[str | None]) -> str:
+def _repair_text(key: str, value: str, *, options: list[Schema], kinds: set[str | None]) -> str:
     if "boolean" in kinds and value.lower() in SWITCHES:
         return f"write {SWITCHES[value.lower()]}"
     if "null" in kinds and value in NULLS:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from finetune.recipe import bases as table
-from finetune.recipe.bases import Base, bases, resolve_base
+from finetune.recipe.bases import bases, resolve_base
 from finetune.recipe.errors import UserError
 
 WANTED = [
@@ -79,4 +79,11 @@ def test_a_folder_and_a_hub_id_stand_for_themselves(here, monkeypatch):
 def test_the_nearest_name_is_offered():
     with pytest.raises(UserError, match="did you mean 'qwen3-0.6b'"):
         resolve_base("qwen-0.6b")
-    assert Base("a/b", "1B").note == ""
+    with pytest.raises(UserError) as caught:
+        resolve_base("nobody")
+    assert str(caught.value) == (
+        "model.base: 'nobody' is neither a short name nor a folder\n"
+        "    expected: a short name (tiny, llama-2-7b, llama-2-13b, ...), a hub id (owner/name), "
+        "or a folder that holds config.json\n"
+        "    repair:   `llm-align list bases` shows all 32 short names"
+    )
