@@ -258,19 +258,24 @@ def ends_sadly(text: str) -> bool:
     return bool(parts) and any(word in parts[-1] for word in _SAD)
 
 
+def _topic_pattern(language: str) -> re.Pattern[str]:
+    every = topics(language)
+    hero, color, thing = (
+        "|".join(sorted(set(names))) for names in zip(*(topic[1:] for topic in every), strict=True)
+    )
+    return re.compile(rf"(?<!\w)({hero}).*?(?<!\w)({color}) ({thing})")
+
+
+_TOPIC_PATTERNS = {language: _topic_pattern(language) for language in GRAMMARS}
+
+
 def requested(instruction: str) -> Topic | None:
     """Find the topic that an instruction asks a story about; None where it asks for no story."""
     language = "ko" if re.search("[가-힣]", instruction) else "en"
     if ("story" if language == "en" else "이야기") not in instruction:
         return None
-    side = 0 if language == "en" else 1
-    colors = STORY_COLORS if language == "en" else tuple(_KOREAN_COLOR_FORMS[color] for color in STORY_COLORS)
-    for hero in (pair[side] for pair in HEROES):
-        for color in colors:
-            for toy in (pair[side] for pair in TOYS):
-                if re.search(rf"(?<!\w){hero}.*(?<!\w){color} {toy}", instruction):
-                    return Topic(language, hero, color, toy)
-    return None
+    found = _TOPIC_PATTERNS[language].search(instruction)
+    return Topic(language, *found.groups()) if found else None
 
 
 def is_story(text: str, topic: Topic) -> bool:

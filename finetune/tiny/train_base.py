@@ -3,9 +3,11 @@
 import argparse
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -70,7 +72,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> Iterator
 
 
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices (it needs about half the tokens here), AdamW for embeddings and norms."""
+    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
@@ -88,22 +90,21 @@ def train(model: LlamaForCausalLM, ids: Iterator[int], steps: int) -> float:
     """Run the steps in bfloat16 autocast over float32 weights; return the mean loss of the last LOG_EVERY."""
     opts = optimizers(model)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_factor(step, steps)) for o in opts]
-    start, losses = time.perf_counter(), []
+    start, losses = time.perf_counter(), deque[float](maxlen=LOG_EVERY)
     for step in range(1, steps + 1):
         batch = torch.tensor(list(islice(ids, BATCH * WINDOW))).view(BATCH, WINDOW)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*opts, *schedules):
-            part.step()
+        for optimizer, schedule in zip(opts, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         model.zero_grad()
         losses.append(loss.item())
         if step % LOG_EVERY == 0 or step == steps:
-            report(
-                step, steps, sum(losses[-LOG_EVERY:]) / len(losses[-LOG_EVERY:]), time.perf_counter() - start
-            )
-    return sum(losses[-LOG_EVERY:]) / len(losses[-LOG_EVERY:])
+            report(step, steps, fmean(losses), time.perf_counter() - start)
+    return fmean(losses)
 
 
 def report(step: int, steps: int, loss: float, seconds: float) -> None:
@@ -119,7 +120,7 @@ def continue_text(
     """Continue a text greedily until EOS or `length` new tokens."""
     inputs = tokenizer(text, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=length, do_sample=False)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
