@@ -3,6 +3,7 @@
 import csv
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -118,7 +119,9 @@ def _read_file(path: Path) -> list[Row]:
 
 def _open(path: Path) -> IO[str]:
     if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+        # The whole file before its first line: its checksum comes last, and damage must not pass for text.
+        content = io.BytesIO(gzip.decompress(path.read_bytes()))
+        return io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
 
 

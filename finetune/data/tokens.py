@@ -36,7 +36,7 @@ class Encoded:
 class _Stretch:
     """Neighbouring segments that become tokens together: ready ``ids`` (BOS, EOS), or ``text`` to encode.
 
-    ``behind`` is the special token that stands before the text, "" at the beginning of a sequence, None behind text.
+    ``behind`` is the special token that stands before the text, "" where a sequence begins, None behind text.
     """
 
     trained: bool
@@ -206,7 +206,7 @@ class Encoder:
         return encoded
 
     def _before(self, stretch: _Stretch) -> list[tuple[str, list[int]]]:
-        """Return what to encode in front of a stretch, with its ids: the first after which they are unchanged serves.
+        """Return what to encode in front of a stretch, with its ids: the first that stays as it is serves.
 
         Behind a special token it is that token, for some put a blank behind themselves or swallow one.
         """

@@ -50,9 +50,8 @@ def conversation(texts, trained=()):
 
 def shown(segments):
     """Return a rendering as text."""
-    return "".join(
-        "<s>" if s.kind == "bos" else s.text or "</s>" if s.kind == "eos" else s.text for s in segments
-    )
+    tokens = {"bos": "<s>", "eos": "</s>"}
+    return "".join(segment.text or tokens.get(segment.kind, "") for segment in segments)
 
 
 def fragments():

@@ -12,7 +12,8 @@ ANSWER = Message("assistant", "5")
 MORE = [Message("user", "And 4?"), Message("assistant", "9")]
 
 ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\nAdd 2 and 3.\n\n### Response:"
 )
 ALPACA_INPUT = (
@@ -86,7 +87,8 @@ GOLDEN = {
         ([ASK_WITH_INPUT, ANSWER], "<s>[INST] Add them.\n\n2, 3 [/INST] 5 </s>"),
         (
             [SYSTEM, ASK, ANSWER, *MORE],
-            "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nAdd 2 and 3. [/INST] 5 </s><s>[INST] And 4? [/INST] 9 </s>",
+            "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nAdd 2 and 3. [/INST] 5 </s>"
+            "<s>[INST] And 4? [/INST] 9 </s>",
         ),
     ],
 }
@@ -94,9 +96,8 @@ GOLDEN = {
 
 def shown(segments):
     """Return a rendering as text."""
-    return "".join(
-        "<s>" if s.kind == "bos" else s.text or "</s>" if s.kind == "eos" else s.text for s in segments
-    )
+    tokens = {"bos": "<s>", "eos": "</s>"}
+    return "".join(segment.text or tokens.get(segment.kind, "") for segment in segments)
 
 
 @pytest.mark.parametrize(

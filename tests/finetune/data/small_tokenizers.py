@@ -16,7 +16,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 LINES = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task.",
+    "Write a response that appropriately completes the request.",
     "### Instruction:\nAdd the numbers.\n\n### Input:\n2, 3\n\n### Response: The sum is 5.",
     "A chat between a curious user and an artificial intelligence assistant. USER: hello ASSISTANT: Hello!",
     "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat is it? [/INST] It is a question.",
@@ -27,7 +28,8 @@ LINES = [
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "'<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -83,7 +85,7 @@ def llama3():
 
 
 def llama2():
-    """BPE over blanks written as ▁, one blank before every text, bytes for unknown characters, BOS: Llama-2."""
+    """BPE over blanks written as ▁, one before every text, bytes for unknown characters, BOS: Llama-2."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     # A line feed is a byte there, never part of a longer token.
@@ -107,7 +109,7 @@ def llama2():
 
 
 def unigram():
-    """Unigram pieces over blanks written as ▁, a BOS that has a name but is put nowhere: T5's and XLNet's kin."""
+    """Unigram pieces over blanks written as ▁, a BOS that has a name but is put nowhere: T5's kin."""
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Metaspace(prepend_scheme="always")

@@ -1,4 +1,4 @@
-"""``template: model``: the text is exactly what the tokenizer's own Jinja template writes, or the row is refused."""
+"""``template: model``: the text is what the tokenizer's own template writes, or the row is refused."""
 
 import pytest
 from small_tokenizers import CHATML, MAKERS
@@ -13,7 +13,9 @@ LLAMA3 = (
 )
 QWEN3 = """
 {%- set ns = namespace(last=-1) %}
-{%- for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+  {%- if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
 {%- for message in messages %}
   {%- if message.role != 'assistant' %}
     {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
@@ -24,7 +26,8 @@ QWEN3 = """
       {%- set content = content.split('</think>')[-1].lstrip('\n') %}
     {%- endif %}
     {%- if loop.index0 > ns.last %}
-      {{- '<|im_start|>assistant\n<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+      {{- '<|im_start|>assistant\n<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}
+      {{- content.lstrip('\n') }}
     {%- else %}
       {{- '<|im_start|>assistant\n' + content }}
     {%- endif %}
@@ -35,7 +38,8 @@ QWEN3 = """
 """
 LLAMA2 = "{{ bos_token }}" + CHATML.replace("<|im_end|>", "</s>")
 NO_END = (
-    "{% for message in messages %}{{ '### ' + message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
 )
 COUNTED = "{{ messages | length }} turns\n" + CHATML
@@ -43,7 +47,8 @@ NO_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}" + CHATML
 )
 DROPS_SYSTEM = (
-    "{% for message in messages if message['role'] != 'system' %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + "
     "message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -144,7 +149,7 @@ def test_a_template_without_an_end_token_gets_eos():
 
 
 def test_a_special_token_that_begins_the_next_turn_ends_no_reply():
-    opens = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '\n' }}"
+    opens = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '\n' }}"
     rest = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     encoder = encoder_with(opens + rest)
     assert learnt(encoder, encoder.encode(TURNS)) == "Hi.\n<|im_end|>No.\n<|im_end|>"

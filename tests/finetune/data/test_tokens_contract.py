@@ -161,7 +161,7 @@ def test_special_tokens_stand_only_where_the_template_put_them(template, name, d
 @QUICK
 @given(data=st.data())
 def test_two_conversations_never_have_the_same_tokens(template, name, data):
-    # The same pieces of text, dealt to the turns in two ways. Content that had to be written apart is left out:
+    # The same pieces of text, dealt to the turns in two ways. Content that is written apart is left out:
     # "</s>" becomes "< /s>", and may meet a text that was that already.
     encoder = encoder_of(template, name)
     shape = turns_for(encoder, TWO_EXCHANGES)

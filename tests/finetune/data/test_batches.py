@@ -1,0 +1,85 @@
+"""Batches: every row once, the same for the same seed, never two optimizer batches in one forward pass."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.data.batches import POOL, MicroBatches, optimizer_batches
+
+LENGTHS = st.lists(st.integers(1, 50), max_size=60)
+SIZES = st.integers(1, 9)
+
+
+def sampler(lengths, size, micro, *, group=True, seed=0):
+    """Return the sampler under test."""
+    return MicroBatches(lengths, batch_size=size, micro_batch_size=micro, seed=seed, group_by_length=group)
+
+
+@given(lengths=LENGTHS, size=SIZES, seed=st.integers(0, 99), epoch=st.integers(0, 5), group=st.booleans())
+def test_every_row_comes_once_and_only_the_last_batch_is_smaller(lengths, size, seed, epoch, group):
+    batches = optimizer_batches(lengths, size, seed=seed, epoch=epoch, group_by_length=group)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert all(len(batch) == size for batch in batches[:-1])
+    assert len(batches) == -(-len(lengths) // size)
+    for batch in batches:
+        assert [lengths[row] for row in batch] == sorted((lengths[row] for row in batch), reverse=True)
+    assert batches == optimizer_batches(lengths, size, seed=seed, epoch=epoch, group_by_length=group)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    lengths = [1 + i % 7 for i in range(40)]
+    for group in (True, False):
+        orders = [
+            optimizer_batches(lengths, 4, seed=seed, epoch=epoch, group_by_length=group)
+            for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]
+        ]
+        assert len({str(order) for order in orders}) == 4
+
+
+def test_grouping_pads_less_and_does_not_sort_the_epoch():
+    lengths = [1 + (i * 37) % 100 for i in range(4 * POOL * 4)]
+
+    def padded(group):
+        batches = optimizer_batches(lengths, 4, seed=0, epoch=0, group_by_length=group)
+        return sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+
+    assert padded(True) < 1.1 * sum(lengths) < padded(False)
+    batches = optimizer_batches(lengths, 4, seed=0, epoch=0, group_by_length=True)
+    longest = [max(lengths[row] for row in batch) for batch in batches]
+    assert longest != sorted(longest)
+    assert longest != sorted(longest, reverse=True)
+
+
+@given(lengths=LENGTHS, size=SIZES, micro=SIZES, group=st.booleans())
+def test_pain_12_a_forward_pass_never_mixes_two_optimizer_batches(lengths, size, micro, group):
+    passes = list(sampler(lengths, size, micro, group=group))
+    batches = optimizer_batches(lengths, size, seed=0, epoch=0, group_by_length=group)
+    for batch in batches:
+        cut = [passes.pop(0) for _ in range(-(-len(batch) // micro))]
+        assert [row for rows in cut for row in rows] == batch
+        assert all(0 < len(rows) <= micro for rows in cut)
+    assert passes == []
+
+
+@given(lengths=LENGTHS, size=SIZES, micro=SIZES, group=st.booleans())
+def test_the_length_is_the_number_of_forward_passes(lengths, size, micro, group):
+    batches = sampler(lengths, size, micro, group=group)
+    assert len(batches) == len(list(batches))
+
+
+@given(lengths=LENGTHS, size=SIZES, micro=SIZES, done=st.integers(0, 20), epoch=st.integers(0, 3))
+def test_pain_05_skipping_what_was_done_gives_the_same_rest(lengths, size, micro, done, epoch):
+    first, again = sampler(lengths, size, micro), sampler(lengths, size, micro)
+    for batches in (first, again):
+        batches.set_epoch(epoch)
+    list(again)  # an epoch drawn before must leave no trace
+    assert list(again)[done:] == list(first)[done:]
+
+
+def test_set_epoch_changes_the_order():
+    batches = sampler(list(range(1, 41)), 4, 2)
+    first = list(batches)
+    batches.set_epoch(1)
+    second = list(batches)
+    batches.set_epoch(0)
+    assert second != first
+    assert list(batches) == first

@@ -1,0 +1,183 @@
+"""Published layouts become conversations; rows that do not fit are told with file, line and field."""
+
+import pytest
+
+from data_templates._segments import Message
+from finetune.data.layouts import recognise, to_conversations
+from finetune.data.sources import Row
+from finetune.recipe.errors import UserError
+
+S, U, A = (
+    lambda text, **more: Message("system", text, **more),
+    lambda text, **more: Message("user", text, **more),
+    lambda text, **more: Message("assistant", text, **more),
+)
+
+
+def read(row, columns=None):
+    """Return the name of one row's layout and its conversation."""
+    layout = recognise(row, columns=columns)
+    [conversation] = to_conversations([Row(row, "file:1")], layout, columns)
+    return layout.name, conversation
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "expected"),
+    [
+        ({"instruction": "q", "output": "a"}, "Alpaca", [U("q"), A("a")]),
+        ({"instruction": "q", "input": "c", "output": "a"}, "Alpaca", [U("q", context="c"), A("a")]),
+        ({"instruction": "q", "input": None, "output": "a"}, "Alpaca", [U("q"), A("a")]),
+        ({"instruction": "q", "output": "a", "system": "s"}, "Alpaca", [S("s"), U("q"), A("a")]),
+        ({"instruction": "q", "output": "a", "system": ""}, "Alpaca", [U("q"), A("a")]),
+        ({"prompt": "q", "completion": "a"}, "prompt/completion", [U("q"), A("a")]),
+        ({"prompt": "q", "response": "a", "system": "s"}, "prompt/response", [S("s"), U("q"), A("a")]),
+        ({"question": "q", "answer": "a"}, "question/answer", [U("q"), A("a")]),
+        (
+            {
+                "prompt": [{"role": "user", "content": "q"}],
+                "completion": [{"role": "assistant", "content": "a"}],
+            },
+            "prompt/completion",
+            [U("q"), A("a")],
+        ),
+        (
+            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]},
+            "messages",
+            [S("s"), U("q")],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "q"},
+                    {"role": "assistant", "content": "a", "trained": False},
+                ]
+            },
+            "messages",
+            [U("q"), A("a", trained=False)],
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+                "system": "s",
+            },
+            "ShareGPT",
+            [S("s"), U("q"), A("a")],
+        ),
+        (
+            {
+                "conversations": [{"from": "system", "value": "own"}, {"from": "user", "value": "q"}],
+                "system": "s",
+            },
+            "ShareGPT",
+            [S("own"), U("q")],
+        ),
+        ({"conversations": [{"role": "user", "content": "q"}]}, "ShareGPT", [U("q")]),
+    ],
+)
+def test_layouts(row, name, expected):
+    assert read(row) == (name, expected)
+
+
+def test_columns_of_other_names_are_mapped():
+    row = {"frage": "q", "antwort": "a", "kontext": "c", "id": 7}
+    columns = {"instruction": "frage", "output": "antwort", "input": "kontext"}
+    assert read(row, columns) == ("Alpaca", [U("q", context="c"), A("a")])
+
+
+def test_a_mapped_column_is_no_longer_known_by_its_own_name():
+    # `output` holds the question here; it must not make the row an Alpaca one with a missing instruction.
+    row = {"output": "q", "answer": "a"}
+    assert read(row, {"question": "output"}) == ("question/answer", [U("q"), A("a")])
+
+
+def test_columns_can_be_exchanged():
+    row = {"prompt": "a", "completion": "q"}
+    assert read(row, {"prompt": "completion", "completion": "prompt"})[1] == [U("q"), A("a")]
+
+
+def test_unknown_columns_list_the_layouts_and_the_repair():
+    with pytest.raises(UserError) as caught:
+        recognise(["frage", "antwort"], where="my.csv")
+    text = str(caught.value)
+    assert text.startswith("my.csv: columns frage, antwort are no known layout")
+    assert "instruction+output" in text
+    assert "question+answer" in text
+    assert "data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}" in text
+
+
+def test_a_mapping_to_a_column_that_is_not_there_names_the_nearest():
+    with pytest.raises(UserError) as caught:
+        recognise(["question", "reply"], columns={"instruction": "questoin"}, where="my.csv")
+    text = str(caught.value)
+    assert "data.columns: 'instruction' is mapped to 'questoin', which is no column of my.csv" in text
+    assert "did you mean 'question'?" in text
+
+
+ALPACA = {"instruction": "q", "output": "a"}
+CHAT = {"messages": [{"role": "user", "content": "q"}]}
+
+
+def turn(**fields):
+    """Return a row of one turn."""
+    return {"messages": [fields]}
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "told"),
+    [
+        (ALPACA, {"instruction": "q"}, "field 'output': missing or null"),
+        (ALPACA, {"instruction": "q", "output": None}, "field 'output': missing or null"),
+        (ALPACA, {"instruction": 3, "output": "a"}, "field 'instruction': found 3\n    expected: text"),
+        (ALPACA, {"instruction": "q", "output": ["a"]}, "field 'output': found ['a']\n    expected: text"),
+        (ALPACA, {"instruction": "q", "input": 1.5, "output": "a"}, "field 'input': found 1.5"),
+        (ALPACA, {"instruction": "q", "output": "a", "system": 1}, "field 'system': found 1"),
+        (
+            ALPACA,
+            {"instruction": "q\ud83d", "output": "a"},
+            "field 'instruction': half a character ('\\ud83d')",
+        ),
+        (
+            CHAT,
+            {"messages": "q"},
+            "field 'messages': found 'q'\n    expected: a list of turns with role and content",
+        ),
+        (CHAT, {"messages": []}, "field 'messages': found []"),
+        (CHAT, {"messages": ["q"]}, "field 'messages[0]': found 'q'"),
+        (CHAT, turn(role="user"), "field 'messages[0]': found {'role': 'user'}"),
+        (
+            CHAT,
+            turn(role="tool", content="x"),
+            "field 'messages[0].role': found 'tool'\n    expected: one of system",
+        ),
+        (CHAT, turn(role=["user"], content="x"), "field 'messages[0].role': found ['user']"),
+        (
+            CHAT,
+            turn(role="user", content=None),
+            "field 'messages[0].content': found None\n    expected: text",
+        ),
+        (CHAT, turn(role="user", content="\udc00"), "field 'messages[0].content': half a character"),
+    ],
+)
+def test_pain_24_a_row_that_does_not_fit_is_told_with_line_and_field(good, bad, told):
+    layout = recognise(good)
+    with pytest.raises(UserError) as caught:
+        to_conversations([Row(good, "file:1"), Row(bad, "file:2")], layout, None)
+    assert str(caught.value).startswith(f"file:2: {told}")
+    assert len(caught.value.problems) == 1
+
+
+def test_many_bad_rows_are_told_in_a_few_lines():
+    rows = [Row({"instruction": "q", "output": number}, f"file:{number}") for number in range(1, 21)]
+    with pytest.raises(UserError) as caught:
+        to_conversations(rows, recognise(ALPACA), None)
+    wheres = [problem.where for problem in caught.value.problems]
+    assert wheres == ["file:1", "file:2", "file:3", "file:4", "file:5", "and 15 rows more"]
+    assert "20 of 20 rows do not fit" in str(caught.value)
+
+
+def test_long_values_are_shortened():
+    with pytest.raises(UserError) as caught:
+        to_conversations(
+            [Row({"instruction": ["x" * 500], "output": "a"}, "file:1")], recognise(ALPACA), None
+        )
+    assert len(caught.value.problems[0].found) < 100

@@ -1,0 +1,52 @@
+"""The published files, in their published formats, are read and encoded from the first row to the last."""
+
+from pathlib import Path
+
+import pytest
+from small_tokenizers import tokenizer
+
+from data_templates._segments import TemplateError
+from finetune.data.layouts import recognise, to_conversations
+from finetune.data.sources import read_source
+from finetune.data.tokens import Encoder
+
+DATA = Path(__file__).parents[3] / "../shared/data"
+DOLLY = {"question": "instruction", "answer": "output"}
+ENCODED = 200
+"""Rows of each file that are tokenised; all are read and become conversations."""
+
+
+@pytest.mark.parametrize(
+    ("path", "rows", "layout", "columns", "template"),
+    [
+        ("alpaca/alpaca_data.json", 18887, "Alpaca", None, "alpaca"),
+        ("korean/ko_alpaca_data.json", 10244, "Alpaca", None, "koalpaca"),
+        ("chat/fastchat_dummy_conversation.json", None, "ShareGPT", None, "vicuna"),
+        ("llamafactory/alpaca_en_demo.json", 999, "Alpaca", None, "alpaca"),
+        ("llamafactory/identity.json", None, "Alpaca", None, "chatml"),
+        ("gsm8k/train.jsonl", 7473, "question/answer", None, "llama2"),
+        ("alpaca/dolly_3k.jsonl.gz", 2719, "question/answer", DOLLY, "plain"),
+        ("alpaca/gpteacher_roleplay.json", 2759, "Alpaca", None, "alpaca"),
+        ("alpaca/gpteacher_toolformer.json", 2105, "Alpaca", None, "alpaca"),
+        ("korean/ChatbotData.csv", None, "prompt/completion", {"prompt": "Q", "completion": "A"}, "koalpaca"),
+    ],
+)
+def test_published_files_are_read_and_encoded(path, rows, layout, columns, template):
+    if not (DATA / path).is_file():
+        pytest.skip("published data sets are not here")
+    source = read_source(str(DATA / path))
+    assert rows is None or len(source.rows) == rows
+    found = recognise(source.rows[0].columns, columns=columns)
+    assert found.name == layout
+    conversations = to_conversations(source.rows, found, columns)
+    assert len(conversations) == len(source.rows)
+    encoder = Encoder(tokenizer("qwen"), template)
+    some = conversations[:ENCODED]
+    for conversation, encoded in zip(some, encoder.encode_many(some), strict=True):
+        assert not isinstance(encoded, TemplateError)
+        # The first trained run is the first reply and its end, to the character.
+        start = encoded.trained.index(True)
+        stop = next(i for i in range(start, len(encoded.trained)) if encoded.input_ids[i] in encoder.stop_ids)
+        reply = next(turn.content for turn in conversation if turn.role == "assistant")
+        if not encoded.written_apart:
+            assert encoder.decode_reply(encoded.input_ids[start : stop + 1]) == reply.strip()

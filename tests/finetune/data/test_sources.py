@@ -1,0 +1,211 @@
+"""Every kind of file is read, and damage is told with file, line and what to do."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from finetune.data.sources import read_source, source_fingerprint
+from finetune.recipe.errors import UserError
+
+ROWS = [{"instruction": "add", "output": "5"}, {"instruction": "더하기", "output": 'say "hi",\nplease'}]
+CSV = 'instruction,output\nadd,5\n더하기,"say ""hi"",\nplease"\n'
+TSV = 'instruction\toutput\nadd\t5\n더하기\t"say ""hi"",\nplease"\n'
+
+
+def write(path, content):
+    """Write text or bytes, compressed where the name says so; return the path as a recipe has it."""
+    data = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data) if path.name.lower().endswith(".gz") else data)
+    return str(path)
+
+
+def write_parquet(path, rows):
+    """Write rows as Parquet."""
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def lines(rows):
+    """Return rows as JSON lines."""
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+
+
+def refused(source):
+    """Return the text of the error that reading gives."""
+    with pytest.raises(UserError) as caught:
+        read_source(source)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps(ROWS)),
+        ("a.json.gz", json.dumps(ROWS)),
+        ("a.jsonl", lines(ROWS)),
+        ("a.jsonl.gz", lines(ROWS) + "\n"),
+        ("A.JSONL.GZ", lines(ROWS)),
+        ("a.jsonl", "\n" + lines(ROWS) + "\n\n  \n"),
+        ("a.jsonl", lines(ROWS).replace("\n", "\r\n")),
+        ("a.csv", CSV),
+        ("a.csv.gz", CSV),
+        ("a.tsv", TSV),
+        ("a.json", "\ufeff" + json.dumps(ROWS)),
+        ("a.jsonl", "\ufeff" + lines(ROWS)),
+        ("a.csv", "\ufeff" + CSV),
+    ],
+)
+def test_every_suffix_gives_the_same_rows(tmp_path, name, content):
+    source = read_source(write(tmp_path / name, content))
+    assert [row.columns for row in source.rows] == ROWS
+
+
+def test_parquet_is_read(tmp_path):
+    source = read_source(write_parquet(tmp_path / "a.parquet", ROWS))
+    assert [(row.columns, row.where) for row in source.rows] == [
+        (ROWS[0], f"{tmp_path}/a.parquet:row 1"),
+        (ROWS[1], f"{tmp_path}/a.parquet:row 2"),
+    ]
+
+
+def test_a_python_list_is_a_source():
+    source = read_source(ROWS)
+    assert [row.columns for row in source.rows] == ROWS
+    assert [row.where for row in source.rows] == ["row 1", "row 2"]
+    assert "row 2: found '7'" in refused([{"a": 1}, 7])
+
+
+def test_a_folder_is_read_in_order_of_names_and_other_files_are_left_alone(tmp_path):
+    write(tmp_path / "b.jsonl", lines(ROWS[1:]))
+    write(tmp_path / "a.jsonl.gz", lines(ROWS[:1]))
+    write(tmp_path / "README.md", "not data")
+    (tmp_path / "c.jsonl").mkdir()
+    assert [row.columns for row in read_source(str(tmp_path)).rows] == ROWS
+
+
+def test_rows_know_where_they_stand(tmp_path):
+    path = write(tmp_path / "a.jsonl", "\n" + lines(ROWS))
+    assert [row.where for row in read_source(path).rows] == [f"{path}:2", f"{path}:3"]
+    path = write(tmp_path / "a.json", json.dumps(ROWS))
+    assert [row.where for row in read_source(path).rows] == [f"{path}:[0]", f"{path}:[1]"]
+    # The second row's text holds a line feed; the third begins a line further down.
+    path = write(tmp_path / "a.csv", CSV + "sub,1\n")
+    assert [row.where for row in read_source(path).rows] == [f"{path}:2", f"{path}:3", f"{path}:5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": \n{"a": 3}',
+            r"a\.jsonl:2: Expecting value at column .*one JSON object a line",
+        ),
+        ("a.jsonl", '{"a": 1}\n[1]', r"a\.jsonl:2: found '\[1\]'.*a JSON object with named columns"),
+        ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json:2: Expecting ':' delimiter at column"),
+        ("a.json", '{"a": 1}\n{"a": 2}', r"a\.json:2: Extra data.*name it \.jsonl"),
+        ("a.json", '{"a": 1}', r"a\.json: a JSON dict.*expected: a JSON array of objects"),
+        ("a.json", "[1]", r"a\.json:\[0\]: found '1'"),
+        (
+            "a.csv",
+            "a,b\n1,2\n1,2,3\n",
+            r"a\.csv:3: another number of fields than the header \(2\).*columns a, b",
+        ),
+        ("a.csv", "a,b\n1,2\n\n1\n", r"a\.csv:.*another number of fields than the header \(2\)"),
+        ("a.csv", 'a,b\n1,"2"x\n', r"a\.csv:2: .*quotes inside a quoted field are written twice"),
+        ("a.csv", "a,a\n1,2\n", r"a\.csv:1: column 'a' stands in the header twice"),
+        ("a.jsonl", '{"a": "더"}'.encode("cp949"), r"a\.jsonl: no UTF-8: .*invalid.*iconv -f cp949"),
+        ("a.txt", "text", r"a\.txt: unknown kind of file.*\.json.*\.parquet"),
+        ("a.parquet", "PAR1 no", r"a\.parquet: .*expected: a Parquet file"),
+        ("a.json", "", r"a\.json:1: Expecting value"),
+        ("a.jsonl", "", r"a\.jsonl: no rows.*at least one row"),
+        ("a.csv", "", r"a\.csv: no rows"),
+        ("a.csv", "a,b\n", r"a\.csv: no rows"),
+        ("a.json", "[]", r"a\.json: no rows"),
+    ],
+)
+def test_pain_24_damage_is_told_with_its_place(tmp_path, name, content, told):
+    error = refused(write(tmp_path / name, content))
+    assert re.search(told, error, re.DOTALL), error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("damage", ["cut", "bits", "plain"])
+def test_a_damaged_gzip_file_is_told(tmp_path, damage):
+    whole = gzip.compress(lines(ROWS * 200).encode())
+    middle = len(whole) // 2
+    broken = {
+        "cut": whole[:middle],
+        "bits": whole[:middle] + bytes(byte ^ 255 for byte in whole[middle:-8]) + whole[-8:],
+        "plain": lines(ROWS).encode(),
+    }
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(broken[damage])
+    error = refused(str(path))
+    assert f"{path}: cannot be read: " in error
+    assert "expected: a whole gzip file" in error
+
+
+def test_a_parquet_file_that_was_cut_is_told(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, ROWS)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert f"{path}: " in refused(str(path))
+
+
+def test_a_folder_without_data_is_told(tmp_path):
+    (tmp_path / "inner").mkdir()
+    assert "a folder without data files" in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "~/no/such/folder"])
+def test_a_missing_file_is_never_looked_for_on_the_hub(name):
+    assert refused(name).startswith(f"{name}: no such file or folder")
+
+
+def test_pain_24_the_hub_out_of_reach_is_one_clear_message(tmp_path):
+    # The library reads the switch when it is imported, hence a process of its own.
+    code = "from finetune.data.sources import read_source; read_source('nobody/nothing', split='train')"
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-c", code]
+    root = Path(__file__).parents[3]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    message = done.stderr[done.stderr.index("finetune.recipe.errors.UserError") :]
+    assert "data set 'nobody/nothing', split 'train': the hub did not give it: " in message
+    assert "or give a local file: --data my.jsonl" in message
+    assert len(message.splitlines()) == 3
+
+
+def test_pain_22_fingerprints_follow_the_content(tmp_path):
+    one = write(tmp_path / "one.jsonl", lines(ROWS))
+    same = write(tmp_path / "two.jsonl", lines(ROWS))
+    other = write(tmp_path / "three.jsonl", lines(ROWS) + "\n" + lines(ROWS))
+    assert source_fingerprint(one) == source_fingerprint(same) == read_source(one).fingerprint
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "a.jsonl", lines(ROWS))
+    before = source_fingerprint(str(folder))
+    write(folder / "b.jsonl", lines(ROWS))
+    digests = [
+        source_fingerprint(one),
+        source_fingerprint(other),
+        source_fingerprint(str(folder)),
+        source_fingerprint(ROWS),
+        source_fingerprint(ROWS[:1]),
+        source_fingerprint("owner/name"),
+        source_fingerprint("owner/name", revision="abc"),
+        source_fingerprint("owner/other"),
+        source_fingerprint(None),
+    ]
+    assert before != source_fingerprint(str(folder))
+    assert len(set(digests)) == len(digests)
+    assert read_source(ROWS).fingerprint != read_source(ROWS[:1]).fingerprint
+    write(tmp_path / "one.jsonl", lines(ROWS[:1]))
+    assert source_fingerprint(one) != digests[0]
