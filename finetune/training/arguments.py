@@ -29,7 +29,9 @@ def check_engine_args(settings: TrainSettings) -> None:
     """Raise UserError if ``train.engine_args`` names what the engine lacks or what the recipe decides."""
     config = engine_class(settings.engine)
     known = [field.name for field in dataclasses.fields(config)]
-    decided = common(settings, folder=Path(), precision="float32", micro_batch_size=1, checkpoint_every=1)
+    decided = common(
+        settings, folder=Path(), device="cpu", precision="float32", micro_batch_size=1, checkpoint_every=1
+    )
     problems = []
     for name in settings.engine_args:
         where = f"train.engine_args.{name}"
@@ -43,11 +45,18 @@ def check_engine_args(settings: TrainSettings) -> None:
 
 
 def common(
-    settings: TrainSettings, *, folder: Path, precision: str, micro_batch_size: int, checkpoint_every: int
+    settings: TrainSettings,
+    *,
+    folder: Path,
+    device: str,
+    precision: str,
+    micro_batch_size: int,
+    checkpoint_every: int,
 ) -> dict[str, Any]:
-    """Return the arguments that both engines take, in the engines' names."""
+    """Return the arguments that the recipe decides, in the engine's names."""
     beta1, beta2 = settings.betas
-    return {
+    own = {"max_length": None} if settings.engine == "trl" else {}
+    return own | {
         "output_dir": str(folder),
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
@@ -62,6 +71,7 @@ def common(
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
+        "use_cpu": device == "cpu",  # or bfloat16 is refused there
         "bf16": precision == "bfloat16",
         "fp16": precision == "float16",
         "activation_checkpointing": settings.gradient_checkpointing,
@@ -74,27 +84,33 @@ def common(
         "eval_steps": settings.evaluate_every,
         "report_to": "none",
         "disable_tqdm": True,
-        "remove_unused_columns": False,
+        "remove_unused_columns": settings.engine == "trl",
     }
 
 
 def training_arguments(
-    settings: TrainSettings, *, folder: Path, precision: str, micro_batch_size: int, checkpoint_every: int
+    settings: TrainSettings,
+    *,
+    folder: Path,
+    device: str,
+    precision: str,
+    micro_batch_size: int,
+    checkpoint_every: int,
 ) -> TrainingArguments:
     """Return the engine's arguments.
 
     Raises:
-        UserError: the engine refuses what ``train.engine_args`` says.
+        UserError: ``train.engine_args`` names what the engine does not have, or the engine refuses a value.
     """
+    check_engine_args(settings)
     arguments = common(
         settings,
         folder=folder,
+        device=device,
         precision=precision,
         micro_batch_size=micro_batch_size,
         checkpoint_every=checkpoint_every,
     )
-    if settings.engine == "trl":
-        arguments |= {"max_length": None, "remove_unused_columns": True}
     try:
         return engine_class(settings.engine)(**arguments, **settings.engine_args)
     except (ValueError, TypeError) as error:

@@ -87,6 +87,7 @@ class Supervised:
         args = training_arguments(
             train,
             folder=self.job.run.checkpoints,
+            device=self.job.hardware.device,
             precision=self.policy.precision,
             micro_batch_size=self.job.choose("train.micro_batch_size", micro),
             checkpoint_every=self.job.choose("train.checkpoint_every", every),
