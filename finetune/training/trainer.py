@@ -110,6 +110,14 @@ class NativeTrainer(Trainer):  # type: ignore[misc]
         """Log and return the mean loss per label on the held-out rows; no logits are kept."""
         size = self.args.per_device_train_batch_size
         loss = held_out_loss(self.model, self.eval_dataset, self.data_collator, lines=size)
-        metrics = {"held_out_loss": loss}
-        self.log(metrics)
-        return metrics
+        return log_held_out_loss(self, loss)
+
+
+def log_held_out_loss(trainer: Trainer, loss: float) -> dict[str, float]:
+    """Log a held-out loss and tell the callbacks, or the trainer measures the same step twice."""
+    metrics = {"held_out_loss": loss}
+    trainer.log(metrics)
+    trainer.control = trainer.callback_handler.on_evaluate(
+        trainer.args, trainer.state, trainer.control, metrics
+    )
+    return metrics
