@@ -1,0 +1,52 @@
+"""Whole runs of the sft stage in a temporary folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from finetune.recipe.recipe import Recipe, load
+from finetune.stages import sft
+from finetune.training.result import Result
+
+RECIPE = """\
+stage: sft
+model: {{base: {base}, precision: float32}}
+data: {{source: {rows}, held_out: 6, max_length: 128}}
+adapter: {{method: lora, rank: 4, dropout: 0.0}}
+train: {{max_steps: 3, batch_size: 8, micro_batch_size: 4, learning_rate: 1e-2, checkpoint_every: 2}}
+evaluate: {{samples: 2, max_new_tokens: 4}}
+"""
+
+MakeRecipe = Callable[..., Recipe]
+Tune = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_file: Path) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "sums.yaml"
+    path.write_text(RECIPE.format(base=base_folder, rows=rows_file), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_recipe(recipe_file: Path, tmp_path: Path) -> MakeRecipe:
+    """Return a function: the run's name and further settings in, a recipe out."""
+
+    def make(name: str = "run", **settings: Any) -> Recipe:
+        given = {key.replace("__", "."): value for key, value in settings.items()}
+        return load("sft", str(recipe_file), shortcuts=given, out=tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def tune(make_recipe: MakeRecipe) -> Tune:
+    """Return a function that runs a recipe to its end, ``train__max_steps=5`` for ``train.max_steps``."""
+
+    def run(name: str = "run", *, force: bool = False, **settings: Any) -> Result:
+        return sft.run(make_recipe(name, **settings), Console(quiet=True), force=force, command="a test")
+
+    return run
