@@ -1,0 +1,1 @@
+"""Measurements against other programs: the same work, in one run, told as ratios."""
