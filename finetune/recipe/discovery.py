@@ -9,8 +9,10 @@ from types import ModuleType
 
 from finetune.recipe.errors import Problem, UserError, nearest, one_of
 
-PROJECT = Path(__file__).resolve().parents[2]
-"""The folder that holds recipes/: the checkout, or site-packages when installed from a wheel."""
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SHIPPED = _PACKAGE / "shipped"
+PROJECT = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent
+"""The folder that holds recipes/: the checkout, or a folder inside the package when installed from a wheel."""
 
 STAGES = ("finetune.stages", "align.stages")
 ADAPTERS = "finetune.adapters"
