@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ CHUNK = 2048
 """Conversations tokenised in one call: enough to keep every core busy, few enough to need little memory."""
 ANCHORS = ("\n", "\t", "。", "|")
 """What a stretch is encoded behind where tokenizers begin every text with a blank; the first that suits."""
+
+
+SAME: tuple[tuple[Callable[[str], str], str], ...] = (
+    (lambda text: unicodedata.normalize("NFKC", text), "ＵＳＥＲ："),
+    (lambda text: text.replace("▁", " "), "a▁b"),
+)
+"""What some tokenizers do to a text first, with a text that shows it: to them fullwidth marks are marks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,9 @@ class Encoder:
         self.stop_ids = sorted({int(tokenizer.eos_token_id), *known})
         self._bos = _bos_id(tokenizer)
         self._anchors = _anchors(tokenizer)
+        self._same_to_tokenizer = [
+            same for same, sample in SAME if _reads_alike(tokenizer, sample, same(sample))
+        ]
         # Unknown characters become <unk> wherever they stand: that one forges nothing.
         forgeable = [token for token in self.special_tokens if token != tokenizer.unk_token]
         self._forgeable = Markers.of(forgeable)
@@ -92,7 +103,7 @@ class Encoder:
     def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | TemplateError]:
         """Return for each conversation what ``encode`` returns, or the error that it raises.
 
-        Fast tokenizers spread one call over the cores; on a single one it still saves a fifth.
+        Fast tokenizers spread one call over the cores; on a single one it still saves about a sixth.
         """
         encoded: list[Encoded | TemplateError] = []
         for start in range(0, len(conversations), CHUNK):
@@ -158,10 +169,17 @@ class Encoder:
         if self.system and messages and messages[0].role != "system":
             messages = [Message("system", self.system), *messages]
         try:
-            segments, written_apart = render(self.template, messages, special_tokens=self.special_tokens)
+            read = [self._as_read(message) for message in messages]
+            segments, written_apart = render(self.template, read, special_tokens=self.special_tokens)
         except TemplateError as error:
             return error
         return self._stretches(segments), written_apart
+
+    def _as_read(self, message: Message) -> Message:
+        """Return a turn in the text that the tokenizer makes of it: markers are what it reads as such."""
+        for same in self._same_to_tokenizer:
+            message = replace(message, content=same(message.content), context=same(message.context))
+        return message
 
     def _stretches(self, segments: Sequence[Segment]) -> list[_Stretch]:
         """Join neighbours, prompt with prompt and reply with reply: being learnt or not decides no token."""
@@ -260,6 +278,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
         return []
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _reads_alike(tokenizer: PreTrainedTokenizerBase, one: str, other: str) -> bool:
+    first, second = _encode(tokenizer, [one, other])
+    return first == second and tokenizer.unk_token_id not in first
 
 
 def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_templates._markers import Markers
@@ -114,6 +114,7 @@ def test_every_sequence_begins_with_one_bos(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(deadline=None)  # other work on the machine is no failure of a template
 @given(data=st.data())
 def test_content_cannot_forge_a_turn(name, data):
     template = template_of(name)
@@ -139,6 +140,16 @@ def _messages(texts, system, context):
     turns = conversation(texts)
     turns[0] = Message("user", texts[0], context=context)
     return turns if system is None else [Message("system", system), *turns]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cut", range(1, 4))
+def test_a_special_token_in_two_halves_stays_in_two_halves(name, cut):
+    # `plain` puts question and answer side by side.
+    halves = ["a" + "</s>"[:cut], "</s>"[cut:] + "b"]
+    text = shown(render(template_of(name), conversation(halves), special_tokens=SPECIAL)[0])
+    neutral = shown(render(template_of(name), conversation(["a", "b"]), special_tokens=SPECIAL)[0])
+    assert text.count("</s>") == neutral.count("</s>")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_templates._markers import Markers
@@ -35,6 +35,7 @@ def test_write_apart_examples(text, harmless, count):
     assert Markers.of(COMMON).write_apart(text) == (harmless, count)
 
 
+@settings(deadline=None)
 @given(
     markers=st.lists(st.text(alphabet="ab <", min_size=1, max_size=4), max_size=5),
     text=st.text(alphabet="ab <|", max_size=30),
@@ -47,6 +48,7 @@ def test_write_apart_ends_and_leaves_no_marker_whatever_the_markers_are(markers,
     assert Markers.of(markers).write_apart(harmless) == (harmless, 0)
 
 
+@settings(deadline=None)
 @given(parts=st.lists(st.sampled_from([*COMMON, "<", "s>", "|", " ", "USE", "R:", "한", "\n"]), max_size=12))
 def test_practical_markers_only_gain_blanks(parts):
     text = "".join(parts)
@@ -94,6 +96,7 @@ def test_a_marker_that_no_blank_parts_is_refused():
         apart_at_borders(pieces, Markers.of(["a ", " b"]))
 
 
+@settings(deadline=None)
 @given(
     texts=st.lists(st.text(alphabet="<|ab/s>", max_size=5), max_size=6),
     kinds=st.lists(st.sampled_from(["content", "markup"]), min_size=6, max_size=6),

@@ -1,6 +1,6 @@
 """Batches: every row once, the same for the same seed, never two optimizer batches in one forward pass."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.batches import POOL, MicroBatches, optimizer_batches
@@ -14,6 +14,7 @@ def sampler(lengths, size, micro, *, group=True, seed=0):
     return MicroBatches(lengths, batch_size=size, micro_batch_size=micro, seed=seed, group_by_length=group)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, size=SIZES, seed=st.integers(0, 99), epoch=st.integers(0, 5), group=st.booleans())
 def test_every_row_comes_once_and_only_the_last_batch_is_smaller(lengths, size, seed, epoch, group):
     batches = optimizer_batches(lengths, size, seed=seed, epoch=epoch, group_by_length=group)
@@ -49,6 +50,7 @@ def test_grouping_pads_less_and_does_not_sort_the_epoch():
     assert longest != sorted(longest, reverse=True)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, size=SIZES, micro=SIZES, group=st.booleans())
 def test_pain_12_a_forward_pass_never_mixes_two_optimizer_batches(lengths, size, micro, group):
     passes = list(sampler(lengths, size, micro, group=group))
@@ -60,12 +62,14 @@ def test_pain_12_a_forward_pass_never_mixes_two_optimizer_batches(lengths, size,
     assert passes == []
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, size=SIZES, micro=SIZES, group=st.booleans())
 def test_the_length_is_the_number_of_forward_passes(lengths, size, micro, group):
     batches = sampler(lengths, size, micro, group=group)
     assert len(batches) == len(list(batches))
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, size=SIZES, micro=SIZES, done=st.integers(0, 20), epoch=st.integers(0, 3))
 def test_pain_05_skipping_what_was_done_gives_the_same_rest(lengths, size, micro, done, epoch):
     first, again = sampler(lengths, size, micro), sampler(lengths, size, micro)

@@ -3,7 +3,7 @@
 from math import ceil
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.packing import pack
@@ -44,6 +44,7 @@ def test_examples(lengths, capacity, bins):
     assert pack(lengths, capacity) == bins
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 60), max_size=40), capacity=st.integers(1, 50))
 def test_every_item_is_in_one_bin_and_bins_hold_what_fits(lengths, capacity):
     bins = pack(lengths, capacity)
@@ -54,6 +55,7 @@ def test_every_item_is_in_one_bin_and_bins_hold_what_fits(lengths, capacity):
         assert [lengths[i] for i in items] == sorted((lengths[i] for i in items), reverse=True)
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8))
 def test_never_worse_than_eleven_ninths_and_one(lengths):
     capacity = 20
@@ -63,6 +65,7 @@ def test_never_worse_than_eleven_ninths_and_one(lengths):
     assert len(bins) <= 11 / 9 * best(lengths, capacity) + 6 / 9
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), max_size=30))
 def test_the_same_lengths_always_lie_the_same(lengths):
     assert pack(lengths, 30) == pack(tuple(lengths), 30)

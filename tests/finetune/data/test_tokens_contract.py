@@ -167,6 +167,7 @@ def test_two_conversations_never_have_the_same_tokens(template, name, data):
     shape = turns_for(encoder, TWO_EXCHANGES)
     pieces = data.draw(st.lists(fragments(encoder), min_size=2, max_size=6))
     one, other = (_dealt(data, pieces, shape) for _ in range(2))
+    one, other = ([encoder._as_read(turn) for turn in turns] for turns in (one, other))
     first, second = encoder.encode(one), encoder.encode(other)
     if first.written_apart or second.written_apart:
         return
@@ -189,7 +190,8 @@ def _dealt(data, pieces, shape):
 @given(data=st.data())
 def test_replies_come_back_as_they_were_written(template, name, data):
     encoder = encoder_of(template, name)
-    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+    # To SentencePiece ▁ is a blank.
+    text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=12)
     # Behind an empty plain prompt the reply begins the sequence, and its first blank is the tokenizer's own.
     asked, answered = "q" + data.draw(text), data.draw(text)
     encoded = encoder.encode([Message("user", asked), Message("assistant", answered)])
