@@ -42,7 +42,7 @@ def seal(checkpoint: Path) -> None:
 def find_last(folder: Path) -> Found:
     """Return the newest sealed checkpoint whose files are what they were, and the damaged ones above it."""
     damaged: list[str] = []
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+    for checkpoint in sorted(_checkpoints(folder), key=_step, reverse=True):
         if not (checkpoint / SEAL).is_file():
             continue
         wrong = _damage(checkpoint)
@@ -54,7 +54,7 @@ def find_last(folder: Path) -> Found:
 
 def remove_after(folder: Path, step: int) -> None:
     """Delete checkpoints of later steps: unsealed or damaged ones, which a resumed run writes again."""
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in _checkpoints(folder):
         if _step(checkpoint) > step:
             shutil.rmtree(checkpoint)
 
@@ -64,6 +64,8 @@ def _damage(checkpoint: Path) -> str:
         sums = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         return f"{SEAL} is unreadable"
+    if not isinstance(sums, dict):
+        return f"{SEAL} is unreadable"
     for name, expected in sums.items():
         file = checkpoint / name
         if not file.is_file():
@@ -71,6 +73,11 @@ def _damage(checkpoint: Path) -> str:
         if _sha256(file) != expected:
             return f"{name} does not have the checksum it was written with"
     return ""
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the folders named ``checkpoint-<step>``; a user's copies under other names are not ours."""
+    return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
 
 
 def _step(checkpoint: Path) -> int:
