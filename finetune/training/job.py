@@ -161,7 +161,7 @@ class Job:
 
 def _headline(record: dict[str, Any]) -> dict[str, str]:
     """Return the few numbers that a reader looks for first."""
-    metrics, parameters = record["metrics"], record["parameters"]
+    metrics, parameters = record.get("metrics", {}), record["parameters"]
     share = parameters["trained"] / parameters["total"]
     lines = {"trained parameters": f"{parameters['trained']:,} ({share:.2%})"}
     for key, label in (

@@ -15,6 +15,8 @@ from finetune.training.run_directory import RunDirectory
 
 LINES_WITHOUT_TERMINAL = 10
 LOGGED = ("loss", "grad_norm", "learning_rate", "held_out_loss")
+MEAN_LOSS = "train_loss"
+"""What the engine logs at the end: the mean over all steps, those between two lines of metrics too."""
 
 
 class NotFiniteError(Exception):
@@ -76,12 +78,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         Raises:
             NotFiniteError: loss or gradient norm is NaN or infinite.
         """
-        line = {key: value for key, value in (logs or {}).items() if key in LOGGED}
+        logs = logs or {}
+        for key in (*LOGGED, MEAN_LOSS):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise NotFiniteError(f"{key} is {logs[key]} at step {state.global_step}")
+        line = {key: value for key, value in logs.items() if key in LOGGED}
         if not line:
             return
-        for key, value in line.items():
-            if not math.isfinite(value):
-                raise NotFiniteError(f"{key} is {value} at step {state.global_step}")
         self.run.log({"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **line})
         if "loss" in line:
             self.progress.update(self.task, loss=f"{line['loss']:.4f}")

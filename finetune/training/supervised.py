@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 from transformers import Trainer
@@ -17,6 +17,7 @@ from finetune.training.generate import Reply, reply_to
 from finetune.training.job import Job
 from finetune.training.loading import Policy, Text
 from finetune.training.model import count_parameters
+from finetune.training.recorder import NotFiniteError
 from finetune.training.samples import Samples
 from finetune.training.save import save_tuned
 from finetune.training.trainer import NativeTrainer
@@ -118,11 +119,17 @@ class Supervised:
             )
 
     def measure(self, trainer: Trainer, when: str) -> None:
-        """Record the held-out loss before or after training, and the training loss at both ends."""
+        """Record the held-out loss before or after training, and the training loss at both ends.
+
+        Raises:
+            NotFiniteError: the held-out loss is NaN or infinite.
+        """
         run = self.job.run
         if self.data.held_out is not None and f"held_out_loss_{when}" not in run.record.get("metrics", {}):
             with self.job.timed("held_out"):
                 loss = self._held_out_loss(trainer, self.data.held_out)
+            if not isfinite(loss):
+                raise NotFiniteError(f"held-out loss is {loss} {when} training")
             run.update(metrics={f"held_out_loss_{when}": loss})
         losses = [line["loss"] for line in run.metrics() if "loss" in line]
         if when == "after" and losses:
