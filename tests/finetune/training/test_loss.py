@@ -1,4 +1,4 @@
-"""The loss: hand-derived positions, and equality with the plain way for every model, adapter and collation."""
+"""The loss: positions by hand, and equality with the plain way for every model, adapter and collation."""
 
 import math
 

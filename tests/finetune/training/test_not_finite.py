@@ -1,0 +1,57 @@
+"""Losses that are no numbers end a run as failed, whenever they come and whoever computes them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Tune
+
+from finetune.training.recorder import NotFiniteError
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_pain_25_a_loss_that_is_no_number_names_step_and_rows(tune: Tune, tmp_path: Path) -> None:
+    told = r"^loss is (nan|inf) at step 2, on \S*sums\.jsonl:\d+(, \S*sums\.jsonl:\d+){3}$"
+    with pytest.raises(NotFiniteError, match=told):
+        tune("run", train__learning_rate=1e30, train__warmup=0, evaluate__samples=0)
+    found = record(tmp_path / "run")
+    assert found["status"] == "failed" and "at step 2" in found["reason"]
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize("log_every", [1, 10])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_pain_25_trl_is_watched_too(tune: Tune, tmp_path: Path, method: str, log_every: int) -> None:
+    with pytest.raises(NotFiniteError, match="is (nan|inf) at step"):
+        tune(
+            "run",
+            train__engine="trl",
+            adapter__method=method,
+            train__log_every=log_every,
+            train__learning_rate=1e30,
+            evaluate__samples=0,
+            data__held_out=0,
+        )
+    assert record(tmp_path / "run")["status"] == "failed"
+
+
+def test_pain_25_the_last_step_may_not_spoil_the_run_unseen(tune: Tune, tmp_path: Path) -> None:
+    with pytest.raises(NotFiniteError, match="held-out loss is (nan|inf) after"):
+        tune("run", train__learning_rate=1e30, train__warmup=0, train__max_steps=1, evaluate__samples=0)
+    assert record(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_failed_run_can_be_started_anew_with_force(tune: Tune) -> None:
+    with pytest.raises(NotFiniteError):
+        tune("run", train__learning_rate=1e30, evaluate__samples=0)
+    again = tune("run", evaluate__samples=0, force=True)
+    assert again.record["status"] == "finished" and "reason" not in again.record
+    assert [line["step"] for line in again.metrics] == [1, 2, 3]
+
+
+def test_a_run_that_measures_nothing_still_ends(tune: Tune) -> None:
+    result = tune("run", train__log_every=10, evaluate__samples=0, data__held_out=0)
+    assert result.record["status"] == "finished" and result.metrics == []

@@ -1,0 +1,78 @@
+"""A 4-bit base is a 4-bit base, and looking at the model between steps changes nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from conftest import Tune
+from peft.tuners.lora import LoraLayer
+
+from finetune.adapters import qlora
+from finetune.planning.hardware import detect
+from finetune.recipe.settings import ModelSettings
+from finetune.training.model import attach_adapter, count_parameters, load_base
+
+
+def quantized(base_folder: Path, kind: str) -> torch.nn.Module:
+    settings = ModelSettings(base=str(base_folder))
+    base = load_base(settings, precision="float32", quantization=kind, hardware=detect())
+    return attach_adapter(base, qlora.Settings(rank=4))
+
+
+def test_every_targeted_layer_is_held_in_nf4(base_folder: Path) -> None:
+    model = quantized(base_folder, "nf4")
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert len(layers) == 2 * 7, "seven linear layers in each of two blocks"
+    for layer in layers:
+        base = layer.get_base_layer()
+        assert isinstance(base, Linear4bit)
+        state = base.weight.quant_state
+        assert base.weight.dtype == torch.uint8 and state.quant_type == "nf4" and state.nested
+        numbers = base.in_features * base.out_features
+        assert base.weight.nbytes == numbers // 2
+        # Blocks of 64 share a scale of one byte; the scales' own scales, one in 256, and a table are small.
+        scales = state.absmax.nbytes
+        assert state.absmax.dtype == torch.uint8 and scales == numbers // 64
+        assert (base.weight.nbytes + scales) / numbers < 0.52
+        assert not base.weight.requires_grad
+
+
+def test_a_4_bit_weight_counts_as_the_numbers_it_stands_for(base_folder: Path) -> None:
+    packed = count_parameters(quantized(base_folder, "nf4"))
+    plain = count_parameters(quantized(base_folder, "none"))
+    assert packed == plain and 0 < packed.trained < packed.total
+
+
+def test_the_head_and_the_embeddings_stay_whole(base_folder: Path) -> None:
+    model = quantized(base_folder, "nf4")
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+
+
+def test_looking_between_steps_changes_no_bit_of_a_qlora_run(tune: Tune) -> None:
+    blind = tune("blind", adapter__method="qlora", evaluate__samples=0, data__held_out=6)
+    seeing = tune(
+        "seeing", adapter__method="qlora", evaluate__samples=4, data__held_out=6, train__evaluate_every=1
+    )
+    assert blind.record["load"]["quantization"] == "nf4"
+    assert blind.record["files"] == seeing.record["files"]
+    assert len(seeing.samples) == 4 and blind.samples == []
+
+
+def test_int8_is_an_option(tune: Tune, base_folder: Path) -> None:
+    model = quantized(base_folder, "int8")
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert layers and all(isinstance(layer.get_base_layer(), Linear8bitLt) for layer in layers)
+    assert all(layer.get_base_layer().weight.dtype == torch.int8 for layer in layers)
+    result = tune("run", adapter__method="qlora", model__quantization="int8", train__max_steps=4)
+    assert result.record["load"]["quantization"] == "int8"
+    metrics = result.record["metrics"]
+    assert metrics["held_out_loss_after"] < metrics["held_out_loss_before"]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_4_bit_run_learns_as_a_whole_one_does(tune: Tune, method: str) -> None:
+    result = tune("run", adapter__method=method, evaluate__samples=0, train__max_steps=6)
+    metrics = result.record["metrics"]
+    assert metrics["held_out_loss_after"] < metrics["held_out_loss_before"] - 0.05
