@@ -172,6 +172,7 @@ def _headline(record: dict[str, Any]) -> dict[str, str]:
         if f"{key}_before" in metrics and f"{key}_after" in metrics:
             style = ".1%" if key == "exact_match" else ".3f"
             lines[label] = f"{metrics[f'{key}_before']:{style}} → {metrics[f'{key}_after']:{style}}"
-    lines["training"] = f"{record['seconds'].get('train', 0.0):.0f} s"
+    rate = f", {metrics['tokens_per_second']:,} tokens/s" if "tokens_per_second" in metrics else ""
+    lines["training"] = f"{record['seconds']['train']:.0f} s{rate}"
     lines["peak memory"] = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
     return lines

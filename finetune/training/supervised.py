@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from math import ceil, isfinite
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from data_templates._segments import Message
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
@@ -50,7 +50,7 @@ class Supervised:
 
     def facts(self) -> dict[str, Any]:
         """Return what run.json says before the first step; whatever can be refused is refused here."""
-        self.trainer()
+        self.arguments()
         settings, report = self.job.recipe.settings, self.data.report
         base = settings.model.model_dump()
         parameters = count_parameters(self.policy.model)
@@ -70,14 +70,13 @@ class Supervised:
             },
         }
 
-    def trainer(self) -> Trainer:
-        """Return the engine's trainer.
+    def arguments(self) -> TrainingArguments:
+        """Return the engine's arguments; whatever is ``auto`` is decided here.
 
         Raises:
-            UserError: the engine refuses its arguments.
+            UserError: the engine refuses them.
         """
-        settings = self.job.recipe.settings
-        train = settings.train
+        train = self.job.recipe.settings.train
         micro = choices.micro_batch_size(
             train.micro_batch_size,
             batch_size=train.batch_size,
@@ -85,7 +84,7 @@ class Supervised:
             hardware=self.job.hardware,
         )
         every = choices.checkpoint_every(train.checkpoint_every, steps=self.steps)
-        args = training_arguments(
+        return training_arguments(
             train,
             folder=self.job.run.checkpoints,
             device=self.job.hardware.device,
@@ -93,13 +92,18 @@ class Supervised:
             micro_batch_size=self.job.choose("train.micro_batch_size", micro),
             checkpoint_every=self.job.choose("train.checkpoint_every", every),
         )
+
+    def trainer(self) -> Trainer:
+        """Return the engine's trainer, which makes the folder of the checkpoints."""
+        train = self.job.recipe.settings.train
         rows, held_out = self.data.train, self.data.held_out
         if train.engine == "trl":
             tokenizer = self.text.encoder.tokenizer
+            args = self.arguments()
             return trl_trainer(self.policy.model, args, tokenizer, train_rows=rows, held_out_rows=held_out)
         return NativeTrainer(
             self.policy.model,
-            args,
+            self.arguments(),
             train_rows=rows,
             held_out_rows=held_out,
             collator=self._collator(),
@@ -131,11 +135,13 @@ class Supervised:
             if not isfinite(loss):
                 raise NotFiniteError(f"held-out loss is {loss} {when} training")
             run.update(metrics={f"held_out_loss_{when}": loss})
-        losses = [line["loss"] for line in run.metrics() if "loss" in line]
-        if when == "after" and losses:
-            run.update(
-                metrics={"loss_before": losses[0], "loss_after": sum(losses[-10:]) / len(losses[-10:])}
-            )
+        if when == "after":
+            losses = [line["loss"] for line in run.metrics() if "loss" in line]
+            last = losses[-10:]
+            run.update(metrics={"loss_before": losses[0], "loss_after": sum(last) / len(last)})
+            if isinstance(trainer, NativeTrainer) and trainer.num_tokens:
+                rate = trainer.num_tokens / self.job.seconds["train"]
+                run.update(metrics={"tokens_per_second": round(rate)})
 
     def save(self) -> None:
         """Save the adapter (or the model) and put its checksum into the record."""
