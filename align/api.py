@@ -1,6 +1,7 @@
 """The notebook's door: the command line's words as two functions."""
 
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,16 @@ from finetune.recipe.recipe import Recipe, load
 if TYPE_CHECKING:
     from finetune.training.result import Result
 
-NOISY = ("bitsandbytes", "transformers", "datasets", "httpx")
-"""Libraries whose warnings ask nothing of a user of ours."""
+NOISY = ("bitsandbytes", "transformers", "datasets", "httpx", "DeepSpeed")
+"""Libraries whose warnings ask nothing of our users."""
 
 
 def quiet() -> None:
     """Keep the libraries to errors; call it before the first of them is imported."""
     for library in NOISY:
         logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient")
 
 
 def load_recipe(

@@ -36,10 +36,11 @@ def reply_to(
         model: a causal model, with or without an adapter.
         encoder: template and tokenizer of its training.
         prompts: conversations that end with the user's turn.
-        max_new_tokens: tokens of a reply at most.
+        max_new_tokens: tokens of a reply at most, and never more than half of the context.
         context: positions for prompt and reply together; a longer prompt loses its oldest tokens.
         temperature: 0 takes the likeliest token every time.
     """
+    max_new_tokens = min(max_new_tokens, context // 2)
     encoded = [encoder.encode_prompt(prompt)[-(context - max_new_tokens) :] for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     replies: dict[int, Reply] = {}

@@ -1,6 +1,6 @@
 """Loading a base and putting an adapter on it."""
 
-import logging
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from finetune.planning.hardware import Hardware
 from finetune.recipe.bases import resolve_base
@@ -140,7 +141,8 @@ class _told:
         self.settings = settings
 
     def __enter__(self) -> None:
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        if not sys.stderr.isatty():
+            disable_progress_bar()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, UserError):

@@ -13,8 +13,10 @@ from filelock import FileLock, Timeout
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 
-OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "report.html")
+OWN_FILES = ("recipe.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "run.json")
 OWN_FOLDERS = ("adapter", "model", "checkpoints")
+LOCK = ".lock"
+PARTIAL = ".{}.partial"
 
 
 class RunDirectory:
@@ -41,7 +43,7 @@ class RunDirectory:
         """Raise UserError if the folder holds something else than this recipe's run."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(Problem(f"--out {self.path}", "a file", "a folder, or a name that is free"))
-        if not self.record and self.path.is_dir() and any(self.path.iterdir()):
+        if not self.record and self.path.is_dir() and self._foreign_files():
             expected = "an empty folder, a new name, or a folder of an earlier run"
             raise UserError(Problem(f"--out {self.path}", "a folder with other files, no run", expected))
         if self.record and self.record["digest"] != self.digest:
@@ -54,13 +56,14 @@ class RunDirectory:
             )
 
     def clear(self) -> None:
-        """Delete an earlier run's files; other files are left alone."""
+        """Delete an earlier run's files, run.json last, so that a kill midway leaves no run that looks whole."""
         if not self.record:
             return
-        for name in OWN_FILES:
-            (self.path / name).unlink(missing_ok=True)
+        self.update(status="replaced")
         for name in OWN_FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in OWN_FILES:
+            (self.path / name).unlink(missing_ok=True)
         self.record = {}
 
     @contextmanager
@@ -72,7 +75,7 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
+            lock = FileLock(self.path / LOCK, timeout=0)
             lock.acquire()
         except Timeout as error:
             found = "another process is running in this folder"
@@ -100,7 +103,7 @@ class RunDirectory:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file in one move."""
-        partial = self.path / f".{name}.partial"
+        partial = self.path / PARTIAL.format(name)
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path / name)
 
@@ -123,12 +126,18 @@ class RunDirectory:
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
         """Give a folder to write to, which takes the name ``name`` in one move when all went well."""
-        partial = self.path / f".{name}.partial"
+        partial = self.path / PARTIAL.format(name)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
         shutil.rmtree(self.path / name, ignore_errors=True)
         os.replace(partial, self.path / name)
+
+    def _foreign_files(self) -> bool:
+        """Tell whether something lies here beside what a run leaves that was killed before its first line."""
+        return any(
+            file.name != LOCK and file.name != PARTIAL.format("run.json") for file in self.path.iterdir()
+        )
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -142,7 +151,10 @@ def read_record(path: Path) -> dict[str, Any]:
         return {}
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         repair = "delete the folder, or choose another --out"
         raise UserError(Problem(str(file), "damaged", "the JSON that a run writes", repair)) from error
+    if not isinstance(record, dict) or not {"status", "recipe", "digest"} <= record.keys():
+        found = "not written by llm-align"
+        raise UserError(Problem(str(file), found, "the JSON that a run writes", "choose another --out"))
     return record

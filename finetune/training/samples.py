@@ -69,7 +69,8 @@ class Samples:
 def read_samples(run: RunDirectory) -> list[dict[str, Any]]:
     """Return the lines of samples.jsonl, none where there is no such file."""
     path = run.path / FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    # JSON leaves U+2028 and U+0085 as they are: only "\n" ends a line here.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
