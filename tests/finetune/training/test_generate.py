@@ -1,0 +1,122 @@
+"""Replies do not depend on the company in which they are asked for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_templates._segments import Message
+from finetune.data.tokens import Encoder
+from finetune.training import generate
+from finetune.training.generate import reply_to
+
+QUESTIONS = ["Add.", "Add the numbers. Please. Please.", "a", "Say Response twice, and then stop.", "1 2 3"]
+
+
+@pytest.fixture(scope="module")
+def model(base_folder: Path) -> nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # far from ties, whatever the batch's shape does to the last digit
+    return model
+
+
+@pytest.fixture(scope="module")
+def encoder(base_folder: Path) -> Encoder:
+    return Encoder(AutoTokenizer.from_pretrained(base_folder), "alpaca")
+
+
+def prompts(texts: list[str]) -> list[list[Message]]:
+    return [[Message("user", text)] for text in texts]
+
+
+def ask(model: nn.Module, encoder: Encoder, texts: list[str], **options: float) -> list[generate.Reply]:
+    given = {"max_new_tokens": 12, "context": 256, **options}
+    return reply_to(model, encoder, prompts(texts), **given)
+
+
+def test_batched_replies_are_those_asked_for_one_by_one(model: nn.Module, encoder: Encoder) -> None:
+    together = ask(model, encoder, QUESTIONS)
+    alone = [ask(model, encoder, [text])[0] for text in QUESTIONS]
+    assert together == alone
+    assert len({reply.text for reply in together}) > 1, "the questions do not all get one answer"
+    assert ask(model, encoder, QUESTIONS[::-1]) == alone[::-1]
+
+
+def test_many_prompts_come_back_in_order(
+    model: nn.Module, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ask(model, encoder, QUESTIONS * 2)
+    monkeypatch.setattr(generate, "BATCH", 3)
+    assert ask(model, encoder, QUESTIONS * 2) == expected
+
+
+def test_left_padding_is_not_seen(model: nn.Module, encoder: Encoder) -> None:
+    ids = encoder.encode_prompt(prompts(QUESTIONS[2:3])[0])
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=encoder.stop_ids
+        )
+    expected = encoder.decode_reply(output[0, len(ids) :].tolist())
+    assert ask(model, encoder, QUESTIONS)[2].text == expected
+
+
+class Fixed(nn.Module):
+    """Answers with one list of tokens; short of them, it is padded as a batch is."""
+
+    def __init__(self, ids: list[int]) -> None:
+        super().__init__()
+        self.ids = ids
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen: list[torch.Tensor] = []
+
+    def generate(self, input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+        self.seen.append(input_ids)
+        return torch.cat([input_ids, torch.tensor([self.ids] * len(input_ids))], dim=1)
+
+
+def test_a_reply_ends_at_the_first_stop_token(encoder: Encoder) -> None:
+    word = encoder.tokenizer("Add", add_special_tokens=False)["input_ids"]
+    [stop] = encoder.stop_ids
+    [ended] = ask(Fixed([*word, stop, *word]), encoder, ["a"])
+    assert (ended.text, ended.stopped) == ("Add", True)
+    [endless] = ask(Fixed([*word, *word]), encoder, ["a"])
+    assert (endless.text, endless.stopped) == ("AddAdd", False)
+
+
+def test_too_long_prompts_lose_their_oldest_tokens(encoder: Encoder) -> None:
+    model = Fixed([3])
+    ids = encoder.encode_prompt(prompts(["word " * 100])[0])
+    ask(model, encoder, ["word " * 100], context=40, max_new_tokens=10)
+    [seen] = model.seen
+    assert len(ids) > 30 and seen.tolist() == [ids[-30:]]
+
+
+@pytest.mark.parametrize("context", [8, 12, 20])
+def test_a_reply_as_long_as_the_context_leaves_room_for_a_prompt(encoder: Encoder, context: int) -> None:
+    model = Fixed([3])
+    ids = encoder.encode_prompt(prompts(["a"])[0])
+    ask(model, encoder, ["a"], context=context, max_new_tokens=12)
+    [seen] = model.seen
+    assert 0 < seen.shape[1] < context and seen[0].tolist() == ids[-seen.shape[1] :]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_keeps_its_mode(model: nn.Module, encoder: Encoder, training: bool) -> None:
+    model.train(training)
+    ask(model, encoder, ["a"])
+    assert model.training is training
+    model.eval()
+
+
+def test_temperature_draws_and_zero_does_not(model: nn.Module, encoder: Encoder) -> None:
+    assert ask(model, encoder, QUESTIONS) == ask(model, encoder, QUESTIONS)
+    torch.manual_seed(0)
+    drawn = {ask(model, encoder, ["a"], temperature=20.0)[0].text for _ in range(4)}
+    assert len(drawn) > 1
+
+
+def test_no_prompts_no_replies(encoder: Encoder) -> None:
+    assert ask(Fixed([3]), encoder, []) == []

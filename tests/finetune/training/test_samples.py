@@ -1,0 +1,95 @@
+"""Replies before and after, side by side, and their scores."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import MakeRecipe
+
+from data_templates._segments import Message
+from finetune.training.generate import Reply
+from finetune.training.run_directory import RunDirectory
+from finetune.training.samples import Samples, read_samples
+
+
+@pytest.fixture
+def run(make_recipe: MakeRecipe, tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path, make_recipe(), "12345678")
+
+
+def talk(question: str, answer: str) -> list[Message]:
+    return [Message("user", question), Message("assistant", answer)]
+
+
+class Scripted:
+    """Answers from a list and remembers what it was asked."""
+
+    def __init__(self, *texts: str, stopped: Sequence[bool] | None = None) -> None:
+        self.replies = [Reply(text, stop) for text, stop in zip(texts, stopped or [True] * 9, strict=False)]
+        self.asked: list[list[Message]] = []
+
+    def __call__(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
+        self.asked = [list(prompt) for prompt in prompts]
+        return self.replies
+
+
+CONVERSATIONS = [talk("2 + 2", "4"), talk("3 + 3", "6"), talk("4 + 4", "8")]
+
+
+def test_all_are_scored_and_the_first_are_kept(run: RunDirectory) -> None:
+    samples = Samples(CONVERSATIONS, shown=2, scored=True)
+    samples.before(run, Scripted("5", "6", "?", stopped=[False, False, True]))
+    samples.after(run, Scripted("4", "6", "7", stopped=[True, True, False]))
+    assert read_samples(run) == [
+        {"prompt": "2 + 2", "expected": "4", "before": "5", "after": "4", "stopped": True},
+        {"prompt": "3 + 3", "expected": "6", "before": "6", "after": "6", "stopped": True},
+    ]
+    scores = run.record["metrics"]
+    assert scores["exact_match_before"] == pytest.approx(1 / 3)
+    assert scores["exact_match_after"] == pytest.approx(2 / 3)
+    assert scores["stopped_before"] == pytest.approx(1 / 3)
+    assert scores["stopped_after"] == pytest.approx(2 / 3)
+
+
+def test_unscored_samples_have_no_exact_match(run: RunDirectory) -> None:
+    Samples(CONVERSATIONS, shown=3, scored=False).before(run, Scripted("a", "b", "c"))
+    assert set(run.record["metrics"]) == {"stopped_before"}
+
+
+def test_the_last_reply_is_asked_for_with_everything_before_it(run: RunDirectory) -> None:
+    turns = [Message("system", "Be brief."), *talk("a", "b"), Message("user", "c", context="d")]
+    script = Scripted("e")
+    Samples([[*turns, Message("assistant", "f")]], shown=1, scored=False).before(run, script)
+    assert script.asked == [turns]
+    [line] = read_samples(run)
+    assert line == {"prompt": "Be brief.\na\nb\nc\nd", "expected": "f", "before": "e"}
+
+
+def test_a_resumed_run_keeps_what_its_first_start_wrote(run: RunDirectory) -> None:
+    samples = Samples(CONVERSATIONS, shown=1, scored=False)
+    samples.before(run, Scripted("first", "x", "y"))
+    second = Scripted("second", "x", "y")
+    samples.before(run, second)
+    assert second.asked == [] and read_samples(run)[0]["before"] == "first"
+
+
+def test_no_questions_no_file(run: RunDirectory) -> None:
+    script = Scripted()
+    samples = Samples([], shown=0, scored=False)
+    samples.before(run, script)
+    samples.after(run, script)
+    assert read_samples(run) == [] and not (run.path / "samples.jsonl").exists() and script.asked == []
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u2028b", "a\x85b", "a\x0bb\x1cc", 'a\n"b"\r\n', "한국어 \u2029", "\ud83d"]
+)
+def test_any_reply_comes_back_as_it_was(run: RunDirectory, text: str) -> None:
+    samples = Samples(CONVERSATIONS[:1], shown=1, scored=False)
+    samples.before(run, Scripted(text))
+    samples.after(run, Scripted(text))
+    [line] = read_samples(run)
+    assert line["before"] == line["after"] == text
+    raw = (run.path / "samples.jsonl").read_bytes()
+    assert raw.count(b"\n") == 1 and json.loads(raw)["expected"] == "4"
