@@ -103,7 +103,7 @@ class Encoder:
     def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | TemplateError]:
         """Return for each conversation what ``encode`` returns, or the error that it raises.
 
-        Fast tokenizers spread one call over the cores; on a single one it still saves about a sixth.
+        Fast tokenizers spread one call over the cores; on a single one it still saves a sixth or more.
         """
         encoded: list[Encoded | TemplateError] = []
         for start in range(0, len(conversations), CHUNK):
