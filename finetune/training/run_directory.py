@@ -56,7 +56,7 @@ class RunDirectory:
             )
 
     def clear(self) -> None:
-        """Delete an earlier run's files, run.json last, so that a kill midway leaves no run that looks whole."""
+        """Delete an earlier run's files, run.json last: a kill midway leaves no run that looks whole."""
         if not self.record:
             return
         self.update(status="replaced")

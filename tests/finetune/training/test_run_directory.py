@@ -53,9 +53,7 @@ def test_a_file_in_the_way(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_file_further_up_the_path(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with (
-        pytest.raises(
-            UserError, match=r"cannot be written: Not a directory\n +expected: .*\n +repair: +use --out"
-        ),
+        pytest.raises(UserError, match=r"cannot be written: Not a directory\n.*\n +repair: +use --out"),
         run_of(recipe, tmp_path / "file" / "run").start(),
     ):
         pass
@@ -77,12 +75,26 @@ def test_another_recipes_run(recipe: Recipe, tmp_path: Path) -> None:
     run_of(recipe, tmp_path / "run").check()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '"a"', "{}", '{"name": "another tool\'s"}', "\udcff"])
-def test_a_run_json_that_no_run_wrote(recipe: Recipe, tmp_path: Path, content: str) -> None:
-    (tmp_path / "run.json").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match=r"run\.json: damaged"):
+DAMAGED, FOREIGN = r"run\.json: damaged", r"run\.json: not written by llm-align"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", DAMAGED),
+        (b"", DAMAGED),
+        (b"\xff", DAMAGED),
+        (b"[]", FOREIGN),
+        (b'"a"', FOREIGN),
+        (b"{}", FOREIGN),
+        (b'{"name": "another tool\'s"}', FOREIGN),
+    ],
+)
+def test_a_run_json_that_no_run_wrote(recipe: Recipe, tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
         run_of(recipe, tmp_path)
-    with pytest.raises(UserError, match=r"run\.json: damaged"):
+    with pytest.raises(UserError, match=message):
         read_record(tmp_path)
 
 
@@ -104,13 +116,11 @@ with FileLock({str(tmp_path / "run" / ".lock")!r}):
         pass
     other.communicate("end\n")
     with run.start():
-        run.update(status="running")
-    assert read_record(tmp_path / "run") == {"status": "running", "digest": "12345678"} or run.record
+        run.update(status="running", recipe="sums", digest=run.digest)
+    assert read_record(tmp_path / "run")["status"] == "running"
 
 
-def test_a_kill_before_the_first_line_leaves_a_folder_that_may_be_used(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_a_kill_before_the_first_line_leaves_a_usable_folder(recipe: Recipe, tmp_path: Path) -> None:
     with run_of(recipe, tmp_path / "run").start():
         (tmp_path / "run" / ".run.json.partial").write_text("{")
     assert (tmp_path / "run" / ".lock").exists()

@@ -82,9 +82,7 @@ def test_no_questions_no_file(run: RunDirectory) -> None:
     assert read_samples(run) == [] and not (run.path / "samples.jsonl").exists() and script.asked == []
 
 
-@pytest.mark.parametrize(
-    "text", ["a\u2028b", "a\x85b", "a\x0bb\x1cc", 'a\n"b"\r\n', "한국어 \u2029", "\ud83d"]
-)
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "a\x0bb\x1cc", 'a\n"b"\r\n', "한국어 \u2029"])
 def test_any_reply_comes_back_as_it_was(run: RunDirectory, text: str) -> None:
     samples = Samples(CONVERSATIONS[:1], shown=1, scored=False)
     samples.before(run, Scripted(text))
