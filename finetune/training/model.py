@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -73,7 +74,8 @@ def load_base(
         UserError: there is no such base, or its files are damaged.
     """
     with _told(settings):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel
+        model, loading = AutoModelForCausalLM.from_pretrained(
             resolve_base(settings.base),
             revision=settings.revision or "main",
             trust_remote_code=settings.trust_remote_code,
@@ -82,7 +84,13 @@ def load_base(
             quantization_config=_quantization(quantization, precision),
             device_map={"": hardware.device},
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told below with names and shapes
+            output_loading_info=True,
         )
+        other = [
+            f"{name}: {found} in place of {wanted}" for name, found, wanted in loading["mismatched_keys"]
+        ]
+        _refuse_unloaded([*loading["missing_keys"], *other])
     if quantization == "nf4" and hardware.device == "cpu":
         _keep_nf4_layout(model)
     model.requires_grad_(False)
@@ -110,6 +118,13 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         total += numbers
         trained += numbers if parameter.requires_grad else 0
     return ParameterCount(trained, total)
+
+
+def _refuse_unloaded(weights: list[str]) -> None:
+    """Raise ValueError for weights that the files do not hold: the library would draw them at random."""
+    if weights:
+        some = "; ".join(sorted(weights)[:3])
+        raise ValueError(f"its files lack {len(weights)} of the weights that config.json asks for ({some})")
 
 
 def _quantization(quantization: str, precision: str) -> BitsAndBytesConfig | None:
@@ -145,7 +160,9 @@ class _told:
             disable_progress_bar()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, UserError):
+        if isinstance(error, (OSError, ValueError, ImportError, SafetensorError)) and not isinstance(
+            error, UserError
+        ):
             where = f"model.base '{self.settings.base}'"
             found = " ".join(str(error).split())[:300]
             raise UserError(
