@@ -7,6 +7,7 @@ TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
 """Tokens that keep the device busy in one forward pass; more cost memory and gain nothing."""
 
 DEFAULT_MAX_LENGTH = 2048
+SHORTEST_ROW = 8
 CHECKPOINTS_PER_RUN = 10
 
 Choice = tuple[str, str]
@@ -37,9 +38,13 @@ def max_length(asked: int | None, *, context: int, virtual_tokens: int) -> tuple
         virtual_tokens: positions that the adapter takes.
 
     Raises:
-        UserError: the asked length does not fit the model.
+        UserError: the asked length or the virtual tokens do not fit the model.
     """
     room = context - virtual_tokens
+    if room < SHORTEST_ROW:
+        found = f"{virtual_tokens} of the model's {context} positions"
+        expected = f"at most {context - SHORTEST_ROW}, so that a row of {SHORTEST_ROW} tokens has room"
+        raise UserError(Problem("adapter.virtual_tokens", found, expected))
     if asked is None:
         return min(room, DEFAULT_MAX_LENGTH), f"the model has {context} positions"
     if asked > room:
