@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,21 +136,38 @@ def prepare(settings: DataSettings, encoder: Encoder, *, max_length: int, seed: 
     Raises:
         UserError: a source cannot be read, rows do not fit its layout, or no row is left that carries loss.
     """
-    report = DataReport()
-    rows = _read(settings, seed, report)
-    train, held_out = _split(rows, settings, seed, report)
+    report, aside = DataReport(), DataReport()
+    rows = _usable(_read(settings, seed, report), report)
+    _refuse_none("data.source", "to learn from", rows, report)
+    train, held_out = _split(rows, settings, seed, aside)
     tokens = _tokenise(train, encoder, settings, max_length, report)
-    if not len(tokens):
-        reasons = "; ".join(report.lines()[1:])
-        repair = "raise data.max_length, or look at the rows named above"
-        raise UserError(
-            Problem("data.source", f"nothing to learn from: {reasons}", "rows with replies", repair)
-        )
-    held_out_tokens = _tokenise(held_out, encoder, settings, max_length, DataReport()) if held_out else None
-    report.held_out = len(held_out)
+    _refuse_none("data.source", "to learn from", tokens, report)
+    held_out_tokens = None
+    if settings.held_out:
+        held_out_tokens = _tokenise(held_out, encoder, settings, max_length, aside)
+        _refuse_none("data.held_out", "to measure on", held_out_tokens, aside)
+        report.held_out = len(held_out_tokens)
+    report.counts |= {f"held out: {what}": number for what, number in aside.counts.items()}
+    report.examples |= {f"held out: {what}": where for what, where in aside.examples.items()}
     report.rows, report.tokens, report.trained_tokens = len(tokens), tokens.num_tokens, tokens.num_trained
     report.longest = max(tokens.lengths)
-    return Prepared(tokens, held_out_tokens, held_out or train[:SHOWN_FROM_TRAINING], report)
+    prompts = _kept(train, tokens)[:SHOWN_FROM_TRAINING]
+    if held_out_tokens is not None:
+        prompts = _kept(held_out, held_out_tokens)
+    return Prepared(tokens, held_out_tokens, prompts, report)
+
+
+def _refuse_none(where: str, purpose: str, rows: Sized, report: DataReport) -> None:
+    if not len(rows):
+        found = f"nothing {purpose}: {'; '.join(report.lines()[1:])}"
+        repair = "raise data.max_length, or look at the rows named above"
+        raise UserError(Problem(where, found, "rows with replies", repair))
+
+
+def _kept(rows: list[Conversation], tokens: TokenizedRows) -> list[Conversation]:
+    """Return the conversations that became tokens; the others cannot be asked either."""
+    places = set(tokens.places)
+    return [row for row in rows if row.where in places]
 
 
 def _read(settings: DataSettings, seed: int, report: DataReport) -> list[Conversation]:
@@ -187,12 +204,12 @@ def _conversations(
 
 
 def _split(
-    rows: list[Conversation], settings: DataSettings, seed: int, report: DataReport
+    rows: list[Conversation], settings: DataSettings, seed: int, aside: DataReport
 ) -> tuple[list[Conversation], list[Conversation]]:
-    rows = _usable(rows, report)
+    """Return the rows to learn and the rows held out; ``aside`` counts what a file of these lost."""
     if isinstance(settings.held_out, str):
         held_out, _ = _conversations(settings.held_out, settings.columns, settings.split, None)
-        return rows, _usable(held_out, DataReport())
+        return rows, _usable(held_out, aside)
     share = settings.held_out
     count = share if isinstance(share, int) else max(1, round(share * len(rows))) if share else 0
     if count and count >= len(rows):
