@@ -1,0 +1,108 @@
+"""What ``auto`` means, number by number."""
+
+import pytest
+
+from finetune.planning import choices
+from finetune.planning.hardware import Hardware, detect, peak_memory_bytes
+from finetune.recipe.errors import UserError
+
+OLD = Hardware("cpu", "an old CPU", bfloat16=False)
+NEW = Hardware("cpu", "a new CPU", bfloat16=True)
+GPU = Hardware("cuda", "a GPU", bfloat16=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "hardware", "expected"),
+    [
+        ("auto", OLD, "float32"),
+        ("auto", NEW, "bfloat16"),
+        ("auto", GPU, "bfloat16"),
+        ("bfloat16", OLD, "bfloat16"),
+        ("float32", GPU, "float32"),
+        ("float16", GPU, "float16"),
+    ],
+)
+def test_precision(asked: str, hardware: Hardware, expected: str) -> None:
+    value, reason = choices.precision(asked, hardware)
+    assert value == expected
+    assert reason == "as asked" if asked != "auto" else hardware.name in reason
+
+
+@pytest.mark.parametrize("hardware", [OLD, NEW])
+def test_float16_on_a_cpu_is_refused(hardware: Hardware) -> None:
+    with pytest.raises(UserError) as error:
+        choices.precision("float16", hardware)
+    [problem] = error.value.problems
+    assert (problem.where, problem.found) == ("model.precision", "float16 on a CPU")
+    assert problem.expected == "float32 or bfloat16" and problem.repair
+
+
+@pytest.mark.parametrize(
+    ("asked", "context", "virtual_tokens", "expected"),
+    [
+        (None, 256, 0, 256),
+        (None, 256, 20, 236),
+        (None, 131072, 0, 2048),
+        (None, 2050, 20, 2030),
+        (256, 256, 0, 256),
+        (4096, 8192, 0, 4096),
+        (236, 256, 20, 236),
+        (None, 28, 20, 8),
+    ],
+)
+def test_max_length(asked: int | None, context: int, virtual_tokens: int, expected: int) -> None:
+    assert choices.max_length(asked, context=context, virtual_tokens=virtual_tokens)[0] == expected
+
+
+def test_a_length_above_the_context_names_the_length_that_fits() -> None:
+    with pytest.raises(UserError) as error:
+        choices.max_length(256, context=256, virtual_tokens=20)
+    text = str(error.value)
+    assert "data.max_length: found 256" in text
+    assert "at most 236: the model has 256 positions, of which the adapter takes 20" in text
+    assert "data.max_length=236" in text
+
+
+@pytest.mark.parametrize("asked", [None, 8, 100])
+def test_virtual_tokens_leave_room_for_a_row(asked: int | None) -> None:
+    with pytest.raises(UserError, match=r"virtual_tokens: 250 of .* 256 positions\n +expected: at most 248"):
+        choices.max_length(asked, context=256, virtual_tokens=250)
+
+
+@pytest.mark.parametrize(
+    ("asked", "longest", "hardware", "expected"),
+    [
+        (3, 5000, NEW, 3),
+        ("auto", 4096, NEW, 1),
+        ("auto", 4097, NEW, 1),
+        ("auto", 2048, NEW, 2),
+        ("auto", 100, NEW, 32),
+        ("auto", 1000, GPU, 16),
+        ("auto", 2000, GPU, 8),
+    ],
+)
+def test_micro_batch_size(asked: int | str, longest: int, hardware: Hardware, expected: int) -> None:
+    value, _ = choices.micro_batch_size(asked, batch_size=32, longest=longest, hardware=hardware)
+    assert value == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "expected"),
+    [(7, 100, 7), (None, 100, 10), (None, 109, 10), (None, 5, 1)],
+)
+def test_checkpoint_every(asked: int | None, steps: int, expected: int) -> None:
+    assert choices.checkpoint_every(asked, steps=steps)[0] == expected
+
+
+def test_quantization() -> None:
+    assert choices.quantization("auto", ("nf4", "int8"))[0] == "nf4"
+    assert choices.quantization("auto", ("none",))[0] == "none"
+    assert choices.quantization("int8", ("nf4", "int8")) == ("int8", "as asked")
+
+
+def test_this_machine_is_told_by_name_and_memory() -> None:
+    hardware = detect()
+    assert hardware.device in ("cpu", "cuda") and hardware.name
+    if hardware.device == "cpu":
+        assert hardware.name.endswith("threads")
+        assert 10 * 2**20 < peak_memory_bytes(hardware) < 2**40

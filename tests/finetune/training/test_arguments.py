@@ -1,0 +1,112 @@
+"""The recipe's words in the engines' names."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from finetune.recipe.errors import UserError
+from finetune.recipe.settings import TrainSettings
+from finetune.training.arguments import OPTIMIZERS, check_engine_args, training_arguments
+
+
+def arguments(
+    tmp_path: Path, *, device: str = "cpu", precision: str = "float32", micro: int = 4, **settings: Any
+):
+    return training_arguments(
+        TrainSettings(**settings),
+        folder=tmp_path,
+        device=device,
+        precision=precision,
+        micro_batch_size=micro,
+        checkpoint_every=7,
+    )
+
+
+def test_every_setting_arrives(tmp_path: Path) -> None:
+    found = arguments(
+        tmp_path,
+        epochs=2.5,
+        batch_size=16,
+        learning_rate=3e-4,
+        schedule="linear",
+        warmup=10,
+        betas=[0.8, 0.95],
+        weight_decay=0.1,
+        max_grad_norm=0.5,
+        seed=11,
+        keep_checkpoints=3,
+        log_every=5,
+        evaluate_every=20,
+    )
+    expected = {
+        "num_train_epochs": 2.5,
+        "max_steps": -1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 10,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "seed": 11,
+        "save_steps": 7,
+        "save_total_limit": 3,
+        "logging_steps": 5,
+        "eval_steps": 20,
+        "eval_strategy": "steps",
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+        "fp16": False,
+    }
+    assert {key: getattr(found, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(("batch", "micro", "passes"), [(8, 8, 1), (8, 3, 3), (8, 1, 8), (7, 2, 4)])
+def test_forward_passes_of_a_step(tmp_path: Path, batch: int, micro: int, passes: int) -> None:
+    assert arguments(tmp_path, micro=micro, batch_size=batch).gradient_accumulation_steps == passes
+
+
+def test_bfloat16_on_a_cpu(tmp_path: Path) -> None:
+    found = arguments(tmp_path, precision="bfloat16")
+    assert found.bf16 and not found.fp16 and found.use_cpu
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizer_names_are_the_engine_s(tmp_path: Path, optimizer: str) -> None:
+    assert arguments(tmp_path, optimizer=optimizer).optim == OPTIMIZERS[optimizer]
+
+
+@pytest.mark.parametrize(("engine", "kind"), [("native", TrainingArguments), ("trl", SFTConfig)])
+def test_engine_args_are_checked_against_the_engine(engine: str, kind: type) -> None:
+    settings = TrainSettings(
+        engine=engine, engine_args={"adam_epsilonn": 1, "learning_rate": 1, "adam_epsilon": 1}
+    )
+    with pytest.raises(UserError) as error:
+        check_engine_args(settings)
+    unknown, decided = error.value.problems
+    assert unknown.where == "train.engine_args.adam_epsilonn" and unknown.found == "unknown to the engine"
+    assert kind.__name__ in unknown.expected and unknown.repair == "did you mean 'adam_epsilon'?"
+    assert decided.where == "train.engine_args.learning_rate" and decided.found == "the recipe decides this"
+
+
+def test_each_engine_has_its_own_arguments(tmp_path: Path) -> None:
+    assert arguments(tmp_path, engine="trl", engine_args={"packing": True}).packing is True
+    with pytest.raises(UserError, match="packing: unknown to the engine"):
+        arguments(tmp_path, engine_args={"packing": True})
+    with pytest.raises(UserError, match="max_length: the recipe decides this"):
+        arguments(tmp_path, engine="trl", engine_args={"max_length": 9})
+
+
+def test_engine_args_arrive(tmp_path: Path) -> None:
+    assert arguments(tmp_path, engine_args={"adam_epsilon": 1e-3}).adam_epsilon == 1e-3
+
+
+def test_a_value_that_the_engine_refuses_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.engine_args: .*sometimes"):
+        arguments(tmp_path, engine_args={"hub_strategy": "sometimes"})

@@ -1,0 +1,63 @@
+"""report.html stands alone, and shows what others wrote as text."""
+
+import json
+import re
+
+import pytest
+from conftest import Tune
+
+from finetune.training.report import write_report
+from finetune.training.result import Result
+from finetune.training.run_directory import RunDirectory
+
+
+@pytest.fixture
+def result(tune: Tune) -> Result:
+    return tune("run", train__evaluate_every=1, train__learning_rate=0.0123)
+
+
+def page(result: Result) -> str:
+    return (result.directory / "report.html").read_text(encoding="utf-8")
+
+
+def test_curves_samples_and_recipe_are_there(result: Result) -> None:
+    html = page(result)
+    assert (
+        html.count("<svg") == html.count("</svg>") == 4
+    )  # loss, held-out loss, learning rate, gradient norm
+    assert "<h2>Samples</h2>" in html and "Add the numbers." in html
+    assert "learning_rate: 0.0123" in html and "command line" in html
+    assert "transformers" in html and "a test" in html
+
+
+def test_nothing_is_fetched(result: Result) -> None:
+    html = page(result)
+    assert re.findall(r"<(?:script|link|img|iframe|object)\b|@import|url\((?!#)", html) == []
+    assert [url for url in re.findall(r'(?:src|href)="([^"]*)"', html) if not url.startswith("#")] == []
+
+
+def test_curves_do_not_share_names(result: Result) -> None:
+    """Inline SVGs stand in one document: an id used twice lets one curve clip or draw another."""
+    names = re.findall(r'\bid="([^"]+)"', page(result))
+    groups = [
+        name
+        for name in names
+        if not re.match(r"(figure|axes|patch|matplotlib|xtick|ytick|line2d|text)", name)
+    ]
+    assert len(groups) == len(set(groups))
+
+
+def test_what_a_model_or_a_row_wrote_is_text(result: Result, make_recipe) -> None:
+    evil = "<script>alert(1)</script><img src=x onerror=y>"
+    line = {"prompt": evil, "expected": evil, "before": evil, "after": evil, "stopped": True}
+    (result.directory / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    run = RunDirectory(result.directory, make_recipe(), result.record["digest"])
+    run.record["command"] = evil
+    write_report(run)
+    html = page(result)
+    assert "<script>" not in html and "<img" not in html
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 5
+
+
+def test_training_rows_as_samples_are_called_so(tune: Tune) -> None:
+    assert "training rows: nothing was held out" in page(tune("run", data__held_out=0))
