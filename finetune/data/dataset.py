@@ -314,11 +314,16 @@ def _load(path: Path, report: DataReport) -> dict[str, np.ndarray] | None:
 
 
 def _store(path: Path, arrays: dict[str, np.ndarray], report: DataReport) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = {"counts": report.counts, "examples": report.examples, "sha256": _checksum(arrays)}
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file(arrays, partial, metadata={"report": json.dumps(kept)})
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, partial, metadata={"report": json.dumps(kept)})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        repair = "data.cache=false, or XDG_CACHE_HOME names another folder"
+        found = f"the cache cannot be written: {error}"
+        raise UserError(Problem(str(path.parent), found, "a folder that can be written", repair)) from error
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> str:
