@@ -12,13 +12,11 @@ from finetune.recipe.settings import TrainSettings
 from finetune.training.arguments import OPTIMIZERS, check_engine_args, training_arguments
 
 
-def arguments(
-    tmp_path: Path, *, device: str = "cpu", precision: str = "float32", micro: int = 4, **settings: Any
-):
+def arguments(tmp_path: Path, *, precision: str = "float32", micro: int = 4, **settings: Any) -> Any:
     return training_arguments(
         TrainSettings(**settings),
         folder=tmp_path,
-        device=device,
+        device="cpu",
         precision=precision,
         micro_batch_size=micro,
         checkpoint_every=7,
@@ -84,9 +82,8 @@ def test_optimizer_names_are_the_engine_s(tmp_path: Path, optimizer: str) -> Non
 
 @pytest.mark.parametrize(("engine", "kind"), [("native", TrainingArguments), ("trl", SFTConfig)])
 def test_engine_args_are_checked_against_the_engine(engine: str, kind: type) -> None:
-    settings = TrainSettings(
-        engine=engine, engine_args={"adam_epsilonn": 1, "learning_rate": 1, "adam_epsilon": 1}
-    )
+    given = {"adam_epsilonn": 1, "learning_rate": 1, "adam_epsilon": 1}
+    settings = TrainSettings(engine=engine, engine_args=given)
     with pytest.raises(UserError) as error:
         check_engine_args(settings)
     unknown, decided = error.value.problems

@@ -1,0 +1,304 @@
+"""From a data section to tokenised rows: what is kept apart, lost and told, and cached."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from platformdirs import user_cache_path
+from transformers import AutoTokenizer
+
+from data_templates._segments import Message
+from finetune.data.dataset import Prepared, data_fingerprint, prepare
+from finetune.data.tokens import Encoder
+from finetune.recipe.errors import UserError
+from finetune.recipe.settings import DataSettings
+
+Write = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def encoder(base_folder: Path) -> Encoder:
+    return Encoder(AutoTokenizer.from_pretrained(base_folder), "alpaca")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return user_cache_path("llm-align") / "tokens"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def lines(*rows: Any, name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return lines
+
+
+def row(question: str, answer: str = "an answer") -> dict[str, str]:
+    return {"instruction": question, "output": answer}
+
+
+def numbered(count: int) -> list[dict[str, str]]:
+    return [row(f"Question {i}", f"{i}") for i in range(count)]
+
+
+def read(encoder: Encoder, source: Any, *, max_length: int = 200, seed: int = 0, **settings: Any) -> Prepared:
+    data = DataSettings(**{"source": source, **settings})
+    return prepare(data, encoder, max_length=max_length, seed=seed)
+
+
+def texts(encoder: Encoder, rows: Any) -> list[str]:
+    return [encoder.tokenizer.decode(rows[index]["input_ids"]) for index in range(len(rows))]
+
+
+@pytest.mark.parametrize(("held_out", "count"), [(5, 5), (0.25, 5), (0.01, 1), (19, 19)])
+def test_held_out_rows_are_none_of_the_training_rows(
+    encoder: Encoder, write: Write, held_out: float, count: int
+) -> None:
+    path = write(*numbered(20))
+    data = read(encoder, path, held_out=held_out)
+    assert data.held_out is not None
+    assert (len(data.train), len(data.held_out), data.report.held_out) == (20 - count, count, count)
+    assert set(data.train.places).isdisjoint(data.held_out.places)
+    assert set(data.train.places) | set(data.held_out.places) == {f"{path}:{i}" for i in range(1, 21)}
+    assert [talk.where for talk in data.prompts] == data.held_out.places
+
+
+def test_nothing_held_out(encoder: Encoder, write: Write) -> None:
+    data = read(encoder, write(*numbered(100)))
+    assert data.held_out is None and data.report.held_out == 0 and len(data.train) == 100
+    assert [talk.where for talk in data.prompts] == data.train.places[:64]
+
+
+def test_the_seed_alone_draws_the_held_out_rows(encoder: Encoder, write: Write) -> None:
+    path = write(*numbered(30))
+    drawn = {seed: tuple(read(encoder, path, held_out=6, seed=seed).held_out.places) for seed in (0, 1, 2)}
+    assert len(set(drawn.values())) == 3
+    assert drawn[0] == tuple(read(encoder, path, held_out=6, max_length=60, cache=False).held_out.places)
+
+
+def test_a_held_out_file(encoder: Encoder, write: Write) -> None:
+    other = write(row("Held", "out"), name="other.jsonl")
+    data = read(encoder, write(*numbered(3)), held_out=other)
+    assert len(data.train) == 3 and data.held_out.places == [f"{other}:1"]
+    assert "Held" in texts(encoder, data.held_out)[0]
+    assert data.prompts[0].messages == [Message("user", "Held"), Message("assistant", "out")]
+
+
+def test_more_held_out_than_there_is(encoder: Encoder, write: Write) -> None:
+    rows = [*numbered(4), row("", "")]
+    with pytest.raises(UserError, match=r"data\.held_out: 4 of 4 usable rows\n +expected: fewer rows"):
+        read(encoder, write(*rows), held_out=4)
+
+
+def test_pain_17_what_is_lost_is_counted_with_its_first_place(encoder: Encoder, write: Write) -> None:
+    rows = [
+        row("fine"),
+        row("", "no question"),
+        row("no answer", ""),
+        row("fine too"),
+        row("  \n", "blank"),
+        row("long", "word " * 300),
+        row("word " * 300, "never reached"),
+        row("holds </s> in its text"),
+        row("longer", "word " * 300),
+    ]
+    path = write(*rows)
+    data = read(encoder, path, max_length=120)
+    report = data.report
+    assert report.counts == {
+        "left out, a turn is empty": 3,
+        "longer than 120 tokens, cut": 3,
+        "left out, nothing to learn in the first 120 tokens": 1,
+        "hold template markers or special tokens in their text, written apart": 1,
+    }
+    assert {what: int(where.rsplit(":", 1)[1]) for what, where in report.examples.items()} == {
+        "left out, a turn is empty": 2,
+        "longer than 120 tokens, cut": 6,
+        "left out, nothing to learn in the first 120 tokens": 7,
+        "hold template markers or special tokens in their text, written apart": 8,
+    }
+    assert (report.rows, report.longest) == (5, 120) and len(data.train) == 5
+    assert report.tokens == sum(data.train.lengths)
+    assert report.trained_tokens == data.train.num_trained > 0
+    text = "\n".join(report.lines())
+    assert "5 rows (Alpaca), 0 held out" in text and f"(first: {path}:6)" in text
+
+
+def test_pain_17_dropped_rows_are_counted(encoder: Encoder, write: Write) -> None:
+    data = read(encoder, write(row("a"), row("b", "word " * 300)), max_length=120, too_long="drop")
+    assert data.report.counts == {"longer than 120 tokens, left out": 1} and len(data.train) == 1
+
+
+def test_pain_17_held_out_rows_are_counted_too(encoder: Encoder, write: Write) -> None:
+    other = write(row("a"), row("", "x"), row("b", "word " * 300), name="other.jsonl")
+    data = read(encoder, write(*numbered(3)), held_out=other, max_length=120, too_long="drop")
+    assert data.report.counts == {
+        "held out: left out, a turn is empty": 1,
+        "held out: longer than 120 tokens, left out": 1,
+    }
+    assert data.report.examples["held out: left out, a turn is empty"] == f"{other}:2"
+    assert data.report.held_out == 1 and [talk.where for talk in data.prompts] == [f"{other}:1"]
+
+
+def test_conversations_without_a_reply_and_with_an_open_question(encoder: Encoder, write: Write) -> None:
+    def turns(*roles: str) -> dict[str, Any]:
+        return {"messages": [{"role": role, "content": f"from {role}"} for role in roles]}
+
+    rows = [turns("user"), turns("user", "assistant", "user"), turns("system", "user")]
+    data = read(encoder, write(*rows))
+    assert data.report.counts == {"left out, without a reply": 2}
+    assert len(data.train) == 1 and texts(encoder, data.train)[0].endswith("from assistant</s>")
+
+
+def test_rows_that_a_template_cannot_write_are_told_and_not_asked(encoder: Encoder, write: Write) -> None:
+    two = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    path = write({"messages": two}, {"messages": two[:2]})
+    data = read(encoder, path)
+    [(what, number)] = data.report.counts.items()
+    assert (what, number) == ("left out, no conversation for this template", 1)
+    assert data.report.examples[what].startswith(f"{path}:1: ")
+    assert [talk.where for talk in data.prompts] == [f"{path}:2"]
+    for talk in data.prompts:
+        encoder.encode_prompt(talk.messages[:-1])
+
+
+def test_the_first_token_carries_no_loss_and_the_end_does(encoder: Encoder, write: Write) -> None:
+    data = read(encoder, write(*numbered(3)))
+    for index in range(3):
+        example = data.train[index]
+        assert example["row"] == index and example["labels"][0] == -100
+        assert example["labels"][-1] == example["input_ids"][-1] == encoder.tokenizer.eos_token_id
+
+
+def test_python_rows_have_places_too(encoder: Encoder) -> None:
+    data = read(encoder, [row("a"), row("", "x")])
+    assert data.train.places == ["row 1"]
+    assert data.report.examples == {"left out, a turn is empty": "row 2"}
+
+
+def test_a_mix_with_caps(encoder: Encoder, write: Write) -> None:
+    first = write(*numbered(10), name="first.jsonl")
+    second = write(*[{"question": f"q{i}", "answer": "a"} for i in range(6)], name="second.jsonl")
+    third = write(*[{"q": "c", "a": "d"}] * 2, name="third.jsonl")
+    mix = [
+        {"source": first, "rows": 4},
+        {"source": second, "rows": 99},
+        {"source": third, "columns": {"instruction": "q", "output": "a"}},
+    ]
+    data = read(encoder, None, mix=mix)
+    counts = {
+        name: sum(place.startswith(name) for place in data.train.places) for name in (first, second, third)
+    }
+    assert counts == {first: 4, second: 6, third: 2}
+    assert data.report.layout == "4 Alpaca + 6 question/answer + 2 Alpaca"
+    chosen = [place for place in data.train.places if place.startswith(first)]
+    assert len(set(chosen)) == 4
+    again = read(encoder, None, mix=mix)
+    assert again.train.places == data.train.places
+    other = read(encoder, None, mix=mix, seed=1)
+    assert other.train.places != data.train.places
+
+
+def test_pain_22_the_second_run_reads_the_cache(encoder: Encoder, write: Write, cache: Path) -> None:
+    path = write(*numbered(8), row("", "x"), row("long", "word " * 300))
+    first = read(encoder, path, held_out=2)
+    files = sorted(cache.iterdir())
+    assert not first.report.from_cache and len(files) == 2  # training and held-out rows
+    second = read(encoder, path, held_out=2)
+    assert second.report.from_cache and ", from the cache" in second.report.lines()[0]
+    assert (second.report.counts, second.report.examples) == (first.report.counts, first.report.examples)
+    assert second.train.places == first.train.places
+    for one, other in ((first.train, second.train), (first.held_out, second.held_out)):
+        assert texts(encoder, one) == texts(encoder, other)
+        assert one.num_trained == other.num_trained
+    assert sorted(cache.iterdir()) == files
+
+
+def test_pain_22_no_cache_when_none_is_wanted(encoder: Encoder, write: Write, cache: Path) -> None:
+    path = write(*numbered(8))
+    assert not read(encoder, path, cache=False).report.from_cache
+    assert not cache.exists()
+    read(encoder, path)
+    assert not read(encoder, path, cache=False).report.from_cache
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_short, one_bit, lambda path: path.write_bytes(b"")])
+def test_pain_22_a_damaged_cache_file_is_made_anew(
+    encoder: Encoder, write: Write, cache: Path, damage: Callable[[Path], None]
+) -> None:
+    path = write(*numbered(8))
+    expected = texts(encoder, read(encoder, path).train)
+    [file] = cache.iterdir()
+    whole = file.read_bytes()
+    damage(file)
+    again = read(encoder, path)
+    assert not again.report.from_cache and texts(encoder, again.train) == expected
+    assert file.read_bytes() == whole
+    assert read(encoder, path).report.from_cache
+
+
+def test_pain_22_whatever_changes_the_tokens_makes_another_file(
+    encoder: Encoder, base_folder: Path, write: Write, cache: Path
+) -> None:
+    path = write(*numbered(8))
+    read(encoder, path)
+
+    def fresh(change: Callable[[], Prepared]) -> bool:
+        before = len(list(cache.iterdir()))
+        data = change()
+        return not data.report.from_cache and len(list(cache.iterdir())) == before + 1
+
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    assert fresh(lambda: read(Encoder(tokenizer, "vicuna"), path))
+    assert fresh(lambda: read(Encoder(tokenizer, "alpaca", system="Be brief."), path))
+    assert fresh(lambda: read(encoder, path, max_length=100))
+    assert fresh(lambda: read(encoder, path, too_long="drop"))
+    assert fresh(lambda: read(encoder, write(*numbered(7), row("other"))))
+    tokenizer.add_tokens(["Question"])
+    assert fresh(lambda: read(Encoder(tokenizer, "alpaca"), write(*numbered(8))))
+    assert read(encoder, path).report.from_cache
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_a_way_out(
+    encoder: Encoder, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be written(.|\n)*data\.cache=false"):
+        read(encoder, write(*numbered(8)))
+    assert len(read(encoder, write(*numbered(8)), cache=False).train) == 8
+
+
+def test_no_partial_files_stay(encoder: Encoder, write: Write, cache: Path) -> None:
+    read(encoder, write(*numbered(8)))
+    assert [file.suffix for file in cache.iterdir()] == [".safetensors"]
+
+
+def test_the_fingerprint_follows_the_content_not_the_time(write: Write) -> None:
+    path = write(*numbered(4))
+    first = data_fingerprint(DataSettings(source=path))
+    os.utime(path, (1, 1))
+    assert data_fingerprint(DataSettings(source=path)) == first
+    other = write(row("x"), name="other.jsonl")
+    assert data_fingerprint(DataSettings(source=path, held_out=other)) != first
+    write(*numbered(5))
+    assert data_fingerprint(DataSettings(source=path)) != first
+    rows = data_fingerprint(DataSettings(source=numbered(4)))
+    assert rows != data_fingerprint(DataSettings(source=numbered(5)))
