@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_input import CASES, RECIPE, ROWS, Place
+from bad_cases import CASES
+from bad_input import RECIPE, ROWS, Place
 
 from align import cli
 
