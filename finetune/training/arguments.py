@@ -100,9 +100,15 @@ def training_arguments(
     """Return the engine's arguments.
 
     Raises:
-        UserError: ``train.engine_args`` names what the engine does not have, or the engine refuses a value.
+        UserError: ``train.engine_args`` names what the engine does not have, the engine refuses a value,
+            or TRL's steps would hold other than ``train.batch_size`` rows.
     """
     check_engine_args(settings)
+    if settings.engine == "trl" and settings.batch_size % micro_batch_size:
+        found = f"{micro_batch_size}, which does not divide train.batch_size ({settings.batch_size})"
+        expected = "a divisor of it: TRL's optimizer steps hold whole forward passes"
+        fits = max(size for size in range(1, micro_batch_size) if settings.batch_size % size == 0)
+        raise UserError(Problem("train.micro_batch_size", found, expected, f"train.micro_batch_size={fits}"))
     arguments = common(
         settings,
         folder=folder,
