@@ -9,6 +9,7 @@ from finetune.data.dataset import Prepared, prepare
 from finetune.data.tokens import Encoder
 from finetune.planning import choices
 from finetune.recipe.checks import adapter_traits
+from finetune.training.arguments import check_engine_args
 from finetune.training.job import Job
 from finetune.training.model import attach_adapter, context_length, load_base, load_tokenizer
 
@@ -36,9 +37,11 @@ def load_text(job: Job) -> Text:
     """Load tokenizer and template.
 
     Raises:
-        UserError: no such base, no EOS, no chat template, or more tokens a row than the model has positions.
+        UserError: unknown engine arguments, no such base, no EOS, no chat template, or more tokens a row than
+            the model has positions.
     """
     settings = job.recipe.settings
+    check_engine_args(settings.train)
     traits = adapter_traits(settings.adapter.method)
     virtual_tokens = int(settings.adapter.model_dump()["virtual_tokens"]) if traits.virtual_tokens else 0
     tokenizer = load_tokenizer(settings.model)
