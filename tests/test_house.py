@@ -13,8 +13,8 @@ SOURCES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob
 SMALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 FORBIDDEN = {"data_templates": {"finetune", "align"}, "finetune": {"align"}, "align": set()}
 WINGS = ("recipe", "adapters", "planning", "data", "training", "stages")
-"""finetune's wings, the lowest first. Adapters declare their settings with recipe.settings and recipe.errors, and
-recipe.checks reads what adapters declare of themselves (adapters._traits): the one import that goes upwards."""
+"""finetune's wings, the lowest first. One import goes upwards: recipe.checks reads what adapters declare of
+themselves (adapters._traits); they declare their settings with recipe.settings and recipe.errors."""
 CHECKS = ("assert_close", "assert_allclose", "check_schema", "validate")
 """Functions of libraries that raise where an assertion would."""
 

@@ -4,6 +4,7 @@ import gzip
 import json
 
 from bad_input import (
+    RECIPE,
     ROWS,
     a_parquet_file,
     all_rows_too_long,

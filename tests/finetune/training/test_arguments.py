@@ -107,3 +107,13 @@ def test_engine_args_arrive(tmp_path: Path) -> None:
 def test_a_value_that_the_engine_refuses_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.engine_args: .*sometimes"):
         arguments(tmp_path, engine_args={"hub_strategy": "sometimes"})
+
+
+@pytest.mark.parametrize(("batch", "micro", "fits"), [(8, 3, 2), (8, 5, 4), (7, 2, 1), (12, 5, 4)])
+def test_trl_steps_hold_as_many_rows_as_the_recipe_says(
+    tmp_path: Path, batch: int, micro: int, fits: int
+) -> None:
+    with pytest.raises(UserError, match=f"train.micro_batch_size={fits}$"):
+        arguments(tmp_path, engine="trl", batch_size=batch, micro=micro)
+    found = arguments(tmp_path, engine="trl", batch_size=batch, micro=fits)
+    assert found.gradient_accumulation_steps * found.per_device_train_batch_size == batch

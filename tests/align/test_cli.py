@@ -1,0 +1,154 @@
+"""The command line as a user meets it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from align import cli
+from finetune.training.job import Job
+
+RECIPE = """\
+stage: sft
+description: sums
+model: {{base: {base}, precision: float32}}
+data: {{source: {rows}, held_out: 6, max_length: 128}}
+adapter: {{method: lora, rank: 2}}
+train: {{max_steps: 2, batch_size: 8, learning_rate: 1e-2}}
+evaluate: {{samples: 1, max_new_tokens: 4}}
+"""
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "matplotlib")
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, base_folder: Path, rows_file: Path) -> Path:
+    path = tmp_path / "sums.yaml"
+    path.write_text(RECIPE.format(base=base_folder, rows=rows_file))
+    return path
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, recipe: Path
+) -> Call:
+    """Return a function: words in, exit status, output and errors out; in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llm-align", *words])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run
+
+
+def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    found = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
+    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in found}
+
+
+VERBS = [[], *([name] for name in sorted(cli.cli.commands))]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0] if verb else "llm-align")
+def test_pain_23_help_imports_nothing_heavy(verb: list[str]) -> None:
+    program = f"""
+import sys
+from align import cli
+sys.argv = ["llm-align", *{verb!r}, "--help"]
+try:
+    cli.main()
+except SystemExit as end:
+    assert not end.code
+print("HEAVY", sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Usage:" in ended.stdout and ended.stdout.endswith("HEAVY []\n")
+
+
+def test_a_run_writes_its_folder_and_says_what_is_next(call: Call, tmp_path: Path) -> None:
+    status, out, _ = call("sft", "sums.yaml", "--out", "run")
+    assert status == 0
+    present = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "report.html", "adapter"} <= present
+    assert "llm-align chat run" in out and "run/report.html" in out and "run/adapter" in out
+    assert [name for name in present if name.endswith(".partial")] == []
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["command"] == "llm-align sft sums.yaml --out run" and record["status"] == "finished"
+
+
+def test_the_usual_folder_is_named_after_stage_recipe_and_content(call: Call, tmp_path: Path) -> None:
+    assert call("sft", "sums.yaml")[0] == 0
+    assert call("sft", "sums.yaml", "train.seed=1")[0] == 0
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert len(names) == 2 and all(len(name.removeprefix("sft-sums-")) == 8 for name in names)
+
+
+def test_the_second_time_answers_at_once(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("sft", "sums.yaml", "--out", "run")[0] == 0
+    before = files(tmp_path)
+    monkeypatch.setattr(Job, "train", lambda *_: pytest.fail("it trains again"))
+    status, out, _ = call("sft", "sums.yaml", "--out", "run")
+    assert status == 0 and "llm-align chat run" in out
+    assert files(tmp_path) == before
+
+
+def test_force_starts_over_and_ends_alike(call: Call, tmp_path: Path) -> None:
+    assert call("sft", "sums.yaml", "--out", "run")[0] == 0
+    first = files(tmp_path / "run")
+    assert call("sft", "sums.yaml", "--out", "run", "--force")[0] == 0
+    second = files(tmp_path / "run")
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    assert second[weights][0] > first[weights][0] and second[weights][1] == first[weights][1]
+    assert second.keys() == first.keys()
+
+
+def test_chat_answers_once(call: Call) -> None:
+    assert call("sft", "sums.yaml", "--out", "run", "train.learning_rate=1e-9")[0] == 0
+    ask = ("chat", "run", "--prompt", "Add the numbers.", "--max-new-tokens", "8")
+    status, out, _ = call(*ask)
+    assert status == 0 and out.strip()
+    assert call(*ask) == (0, out, "")
+
+
+def test_chat_talks_until_an_empty_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("sft", "sums.yaml", "--out", "run")[0] == 0
+    lines = iter(["Add the numbers.", "and again", "/new", "1 2", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    status, out, _ = call("chat", "run", "--max-new-tokens", "3")
+    assert status == 0 and out.startswith("run answers; an empty line ends the talk")
+    assert list(lines) == []
+
+
+def test_pain_25_nan_ends_with_status_1_and_never_finished(call: Call, tmp_path: Path) -> None:
+    status, out, err = call("sft", "sums.yaml", "--out", "run", "train.learning_rate=1e30", "train.warmup=0")
+    assert status == 1
+    assert "at step 2, on " in err and "sums.jsonl:" in err and "train.learning_rate" in err
+    assert "Traceback" not in err and "next" not in out
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    status, _, err = call("chat", "run", "--prompt", "a")
+    assert status == 2 and "a run that is failed" in err
+
+
+def test_control_c_ends_with_status_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("align.cli.run", interrupted)
+    status, _, err = call("sft", "sums.yaml")
+    assert status == 130
+    assert err.strip() == "llm-align: interrupted; the same command goes on from the last checkpoint"
+
+
+def test_version_is_told(call: Call) -> None:
+    status, out, _ = call("--version")
+    assert status == 0 and "0.1.0" in out
