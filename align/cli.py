@@ -88,8 +88,7 @@ def _recipe(stage: str, words: tuple[str, ...], shortcuts: dict[str, Any], out: 
 
 def _run_stage(recipe: Recipe, *, force: bool) -> None:
     quiet()
-    from finetune.training.interrupt import Interrupted
-    from finetune.training.recorder import NotFiniteError
+    from finetune.training.stops import Interrupted, NotFiniteError
 
     try:
         result = run(recipe, force=force, command="llm-align " + " ".join(sys.argv[1:]))

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from data_templates._segments import Message, TemplateError
 from finetune.data.collate import IGNORED, Example
 from finetune.data.layouts import recognise, to_conversations
-from finetune.data.sources import read_source, source_fingerprint
+from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings, MixedSource
@@ -115,15 +115,6 @@ class Prepared:
     report: DataReport
 
 
-def data_fingerprint(settings: DataSettings) -> str:
-    """Return a digest of the content that a data section names: files by content, hub sets by name."""
-    sources: list[Any] = [source_fingerprint(settings.source, revision=settings.revision)]
-    sources += [source_fingerprint(part.source) for part in settings.mix or []]
-    if isinstance(settings.held_out, str):
-        sources.append(source_fingerprint(settings.held_out))
-    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
-
-
 def prepare(settings: DataSettings, encoder: Encoder, *, max_length: int, seed: int) -> Prepared:
     """Read, split and tokenise what a data section names.
 
@@ -196,7 +187,7 @@ def _mixed(part: MixedSource, split: str, random: np.random.Generator) -> tuple[
 def _conversations(
     source: str | list[dict[str, Any]], columns: dict[str, str] | None, split: str, revision: str | None
 ) -> tuple[list[Conversation], str]:
-    rows = read_source(source, split=split, revision=revision).rows
+    rows = read_source(source, split=split, revision=revision)
     where = source if isinstance(source, str) else "data.source"
     layout = recognise(rows[0].columns, columns=columns, where=where)
     talks = to_conversations(rows, layout, columns)

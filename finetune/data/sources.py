@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import zlib
@@ -14,8 +13,9 @@ from typing import IO, Any
 import datasets
 from pyarrow import ArrowException, parquet
 
+from finetune.data.files import data_files
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.paths import DATA_SUFFIXES, local_path, looks_local
+from finetune.recipe.paths import local_path, looks_local
 
 # Long documents stand in one field; the default of 128 KiB is far below what published sets hold.
 csv.field_size_limit(2**31 - 1)
@@ -29,17 +29,9 @@ class Row:
     where: str
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """All rows of a source and a fingerprint of their content."""
-
-    rows: list[Row]
-    fingerprint: str
-
-
 def read_source(
     source: str | list[dict[str, Any]], *, split: str = "train", revision: str | None = None
-) -> Source:
+) -> list[Row]:
     """Read all rows of a source.
 
     Args:
@@ -53,53 +45,17 @@ def read_source(
     """
     if isinstance(source, list):
         rows = [Row(_object(entry, f"row {i + 1}"), f"row {i + 1}") for i, entry in enumerate(source)]
-        fingerprint = _fingerprint_rows(source)
     elif path := local_path(source):
-        files = _files(path)
-        rows = [row for file in files for row in _read_file(file)]
-        fingerprint = fingerprint_files(files)
+        rows = [row for file in data_files(path) for row in _read_file(file)]
     elif looks_local(source):
         repair = "check the path; a data set of the hub is named owner/name"
         raise UserError(Problem(source, "no such file or folder", "an existing path", repair))
     else:
-        rows, fingerprint = _read_hub(source, split, revision)
+        rows = _read_hub(source, split, revision)
     if not rows:
         where = source if isinstance(source, str) else "data.source"
         raise UserError(Problem(where, "no rows", "at least one row"))
-    return Source(rows, fingerprint)
-
-
-def fingerprint_files(files: list[Path]) -> str:
-    """Return the SHA-256 of the files' contents, in their order."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
-def source_fingerprint(source: str | list[dict[str, Any]] | None, *, revision: str | None = None) -> str:
-    """Return a fingerprint of a source without reading its rows: content of local files, name of hub data."""
-    if isinstance(source, str) and (path := local_path(source)):
-        return fingerprint_files(_files(path))
-    return _fingerprint_rows([source, revision])
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        if _is_data(path):
-            return [path]
-        expected = f"a file ending in {', '.join(DATA_SUFFIXES)}"
-        raise UserError(Problem(str(path), "unknown kind of file", expected))
-    files = sorted(file for file in path.iterdir() if file.is_file() and _is_data(file))
-    if not files:
-        expected = f"files ending in {', '.join(DATA_SUFFIXES)}"
-        raise UserError(Problem(str(path), "a folder without data files", expected))
-    return files
-
-
-def _is_data(path: Path) -> bool:
-    return path.name.lower().endswith(DATA_SUFFIXES)
+    return rows
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -202,7 +158,7 @@ def _read_parquet(path: Path) -> list[Row]:
     return [Row(columns, f"{path}:row {i + 1}") for i, columns in enumerate(table.to_pylist())]
 
 
-def _read_hub(name: str, split: str, revision: str | None) -> tuple[list[Row], str]:
+def _read_hub(name: str, split: str, revision: str | None) -> list[Row]:
     try:
         table = datasets.load_dataset(name, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -210,13 +166,8 @@ def _read_hub(name: str, split: str, revision: str | None) -> tuple[list[Row], s
         found = f"the hub did not give it: {_first_line(error)}"
         repair = "check name, split and network; or give a local file: --data my.jsonl"
         raise UserError(Problem(where, found, "a data set of the hub", repair)) from error
-    rows = [Row(dict(columns), f"{name}[{split}] row {i + 1}") for i, columns in enumerate(table)]
-    return rows, _fingerprint_rows([row.columns for row in rows])
+    return [Row(dict(columns), f"{name}[{split}] row {i + 1}") for i, columns in enumerate(table)]
 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)[:160]
-
-
-def _fingerprint_rows(rows: Any) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()

@@ -12,7 +12,7 @@ from finetune.recipe.errors import Problem, UserError, nearest, one_of
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = _PACKAGE / "shipped"
 PROJECT = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent
-"""The folder that holds recipes/: the checkout, or a folder inside the package when installed from a wheel."""
+"""The folder that holds recipes/: the checkout, or a folder inside the package that a wheel installed."""
 
 STAGES = ("finetune.stages", "align.stages")
 ADAPTERS = "finetune.adapters"

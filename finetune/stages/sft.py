@@ -34,25 +34,29 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
         Interrupted: a signal came; a checkpoint is there.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
-    from finetune.data.dataset import data_fingerprint
-    from finetune.training.job import Job
-    from finetune.training.loading import load_data, load_policy, load_text
+    from finetune.data.files import data_fingerprint
     from finetune.training.result import Result
-    from finetune.training.supervised import Supervised
+    from finetune.training.run_directory import RunDirectory
 
     fingerprint = data_fingerprint(recipe.settings.data)
-    job = Job.open(recipe, console, fingerprint=fingerprint, force=force, command=command)
-    if job.run.finished:
-        return Result.of(job.run)
+    run = RunDirectory.open(recipe, fingerprint, force=force)
+    if run.finished:
+        return Result.of(run)
+
+    from finetune.training.job import Job
+    from finetune.training.loading import load_data, load_policy, load_text
+    from finetune.training.supervised import Supervised
+
+    job = Job(recipe, run, console, command)
     text = load_text(job)
     data = load_data(job, text)
     tuning = Supervised(job, text, data, policy=load_policy(job))
-    with job.started(**tuning.facts()):
-        tuning.samples.before(job.run, tuning.answer)
+    with job.started(fingerprint=fingerprint, **tuning.facts()):
+        tuning.samples.before(run, tuning.answer)
         trainer = tuning.trainer()
         tuning.measure(trainer, "before")
         job.train(trainer)
         tuning.save()
         tuning.measure(trainer, "after")
-        tuning.samples.after(job.run, tuning.answer)
-    return Result.of(job.run)
+        tuning.samples.after(run, tuning.answer)
+    return Result.of(run)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -17,10 +16,10 @@ from transformers import PrinterCallback, Trainer
 from finetune.planning.hardware import Hardware, detect, peak_memory_bytes
 from finetune.recipe.recipe import Recipe
 from finetune.training import checkpoints
-from finetune.training.interrupt import Interrupt, Interrupted, listening
-from finetune.training.recorder import NotFiniteError, Recorder
+from finetune.training.recorder import Recorder
 from finetune.training.report import write_report
 from finetune.training.run_directory import RunDirectory
+from finetune.training.stops import Interrupt, Interrupted, NotFiniteError, listening
 
 Value = TypeVar("Value")
 PACKAGES = ("llm-align", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
@@ -33,29 +32,11 @@ class Job:
     recipe: Recipe
     run: RunDirectory
     console: Console
-    hardware: Hardware
     command: str
-    fingerprint: str
+    hardware: Hardware = field(default_factory=detect)
     interrupt: Interrupt = field(default_factory=Interrupt)
     derived: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, recipe: Recipe, console: Console, *, fingerprint: str, force: bool, command: str) -> "Job":
-        """Find the recipe's run directory and see whether it may be used; nothing is written yet.
-
-        Raises:
-            UserError: the folder holds something else.
-        """
-        digest = recipe.digest(fingerprint)
-        path = recipe.out or Path("runs") / f"{recipe.stage}-{recipe.name}-{digest}"
-        run = RunDirectory(path, recipe, digest)
-        if not force or not run.record:
-            run.check()
-        job = cls(recipe, run, console, detect(), command, fingerprint)
-        if force:
-            run.record = {**run.record, "status": "replaced"} if run.record else {}
-        return job
 
     def say(self, text: str) -> None:
         """Print a line for the user."""
@@ -76,7 +57,7 @@ class Job:
             NotFiniteError: after a loss that is no number.
         """
         with self.run.start(), listening() as self.interrupt:
-            if self.run.record.get("status") == "replaced":
+            if self.run.replaced:
                 self.run.clear()
             self._begin(facts)
             try:
@@ -144,7 +125,6 @@ class Job:
             hardware={"device": self.hardware.device, "name": self.hardware.name},
             **facts,
         )
-        self.run.update(data={"fingerprint": self.fingerprint})
         self.run.write("recipe.yaml", self.recipe.to_yaml(self.derived))
 
     def _finish(self) -> None:

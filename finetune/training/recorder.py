@@ -10,17 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.training.checkpoints import seal
-from finetune.training.interrupt import Interrupt
 from finetune.training.run_directory import RunDirectory
+from finetune.training.stops import Interrupt, NotFiniteError
 
 LINES_WITHOUT_TERMINAL = 10
 LOGGED = ("loss", "grad_norm", "learning_rate", "held_out_loss")
 MEAN_LOSS = "train_loss"
 """What the engine logs at the end: the mean over all steps, those between two lines of metrics too."""
-
-
-class NotFiniteError(Exception):
-    """The loss or the gradient is NaN or infinite; the message names the step and the rows."""
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]

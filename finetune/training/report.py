@@ -8,7 +8,6 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from finetune.training.run_directory import RunDirectory
-from finetune.training.samples import read_samples
 
 CURVES = {
     "loss": "training loss (nats per trained token)",
@@ -26,7 +25,7 @@ def write_report(run: RunDirectory) -> None:
         run=run.record,
         name=run.path.name,
         curves={title: _curve(metrics, key, title) for key, title in CURVES.items() if _points(metrics, key)},
-        samples=read_samples(run),
+        samples=run.samples(),
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8"),
     )
     run.write("report.html", page)

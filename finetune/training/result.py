@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.training.run_directory import RunDirectory
-from finetune.training.samples import read_samples
 
 
 @dataclass(frozen=True)
@@ -26,4 +25,4 @@ class Result:
     @classmethod
     def of(cls, run: RunDirectory) -> "Result":
         """Read a finished run's folder."""
-        return cls(run.path, run.record, run.metrics(), read_samples(run))
+        return cls(run.path, run.record, run.metrics(), run.samples())

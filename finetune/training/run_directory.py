@@ -13,7 +13,10 @@ from filelock import FileLock, Timeout
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 
-OWN_FILES = ("recipe.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "run.json")
+RUNS = Path("runs")
+REPLACED = "replaced"
+SAMPLES = "samples.jsonl"
+OWN_FILES = ("recipe.yaml", "metrics.jsonl", SAMPLES, "report.html", "run.json")
 OWN_FOLDERS = ("adapter", "model", "checkpoints")
 LOCK = ".lock"
 PARTIAL = ".{}.partial"
@@ -28,6 +31,31 @@ class RunDirectory:
         self.recipe = recipe
         self.digest = digest
         self.record = read_record(path)
+
+    @classmethod
+    def open(cls, recipe: Recipe, data_fingerprint: str, *, force: bool) -> "RunDirectory":
+        """Find the folder of a recipe's run and see whether it may be used; nothing is written.
+
+        Args:
+            recipe: what will run.
+            data_fingerprint: digest of its data's content; other data, other run.
+            force: an earlier run in the folder is replaced when the new one starts.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        digest = recipe.digest(data_fingerprint)
+        run = cls(recipe.out or RUNS / f"{recipe.stage}-{recipe.name}-{digest}", recipe, digest)
+        if force and run.record:
+            run.record["status"] = REPLACED
+        else:
+            run.check()
+        return run
+
+    @property
+    def replaced(self) -> bool:
+        """Tell whether an earlier run's files are to be deleted first."""
+        return self.record.get("status") == REPLACED
 
     @property
     def finished(self) -> bool:
@@ -59,7 +87,7 @@ class RunDirectory:
         """Delete an earlier run's files, run.json last: a kill midway leaves no run that looks whole."""
         if not self.record:
             return
-        self.update(status="replaced")
+        self.update(status=REPLACED)
         for name in OWN_FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in OWN_FILES:
@@ -115,6 +143,12 @@ class RunDirectory:
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; a last line cut short by a kill is left out."""
         path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        return [json.loads(line) for line in lines]
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Return the lines of samples.jsonl, none where there is no such file."""
+        path = self.path / SAMPLES
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in lines]
 

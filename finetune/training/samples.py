@@ -7,9 +7,8 @@ from typing import Any
 
 from data_templates._segments import Message
 from finetune.training.generate import Reply
-from finetune.training.run_directory import RunDirectory
+from finetune.training.run_directory import SAMPLES, RunDirectory
 
-FILE = "samples.jsonl"
 Answer = Callable[[Sequence[Sequence[Message]]], list[Reply]]
 
 
@@ -23,7 +22,7 @@ class Samples:
 
     def before(self, run: RunDirectory, answer: Answer) -> None:
         """Answer with the untrained model, once a run: a resumed run keeps what its first start wrote."""
-        if not self.conversations or (run.path / FILE).is_file():
+        if not self.conversations or run.samples():
             return
         replies = answer(self._questions())
         self._score(run, "before", replies)
@@ -38,7 +37,7 @@ class Samples:
         self._score(run, "after", replies)
         lines = [
             line | {"after": reply.text, "stopped": reply.stopped}
-            for line, reply in zip(read_samples(run), replies, strict=False)
+            for line, reply in zip(run.samples(), replies, strict=False)
         ]
         self._write(run, lines)
 
@@ -63,15 +62,7 @@ class Samples:
         run.update(metrics=scores)
 
     def _write(self, run: RunDirectory, lines: list[dict[str, Any]]) -> None:
-        run.write(FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def read_samples(run: RunDirectory) -> list[dict[str, Any]]:
-    """Return the lines of samples.jsonl, none where there is no such file."""
-    path = run.path / FILE
-    # JSON leaves U+2028 and U+0085 as they are: only "\n" ends a line here.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+        run.write(SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _last_reply(conversation: Sequence[Message]) -> int:

@@ -17,9 +17,9 @@ from finetune.training.generate import Reply, reply_to
 from finetune.training.job import Job
 from finetune.training.loading import Policy, Text
 from finetune.training.model import count_parameters
-from finetune.training.recorder import NotFiniteError
 from finetune.training.samples import Samples
 from finetune.training.save import save_tuned
+from finetune.training.stops import NotFiniteError
 from finetune.training.trainer import NativeTrainer
 from finetune.training.trl_engine import trl_trainer
 

@@ -16,7 +16,7 @@ from finetune.data.collate import Collator
 from finetune.data.dataset import TokenizedRows
 from finetune.training.completion import completion_loss_sum, held_out_loss
 from finetune.training.head import output_head
-from finetune.training.recorder import NotFiniteError
+from finetune.training.stops import NotFiniteError
 
 
 class NativeTrainer(Trainer):  # type: ignore[misc]

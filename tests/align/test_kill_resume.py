@@ -1,4 +1,4 @@
-"""kill -9 at any moment: the same command goes on, and the adapter is the uninterrupted run's, bit for bit."""
+"""kill -9 at any moment: the same command goes on, and the adapter is the uninterrupted run's, bit by bit."""
 
 import json
 import random

@@ -11,7 +11,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from finetune.data.sources import read_source, source_fingerprint
+from finetune.data.files import source_fingerprint
+from finetune.data.sources import read_source
 from finetune.recipe.errors import UserError
 
 ROWS = [{"instruction": "add", "output": "5"}, {"instruction": "더하기", "output": 'say "hi",\nplease'}]
@@ -87,17 +88,17 @@ def test_a_folder_is_read_in_order_of_names_and_other_files_are_left_alone(tmp_p
     write(tmp_path / "a.jsonl.gz", lines(ROWS[:1]))
     write(tmp_path / "README.md", "not data")
     (tmp_path / "c.jsonl").mkdir()
-    assert [row.columns for row in read_source(str(tmp_path)).rows] == ROWS
+    assert [row.columns for row in read_source(str(tmp_path))] == ROWS
 
 
 def test_rows_know_where_they_stand(tmp_path):
     path = write(tmp_path / "a.jsonl", "\n" + lines(ROWS))
-    assert [row.where for row in read_source(path).rows] == [f"{path}:2", f"{path}:3"]
+    assert [row.where for row in read_source(path)] == [f"{path}:2", f"{path}:3"]
     path = write(tmp_path / "a.json", json.dumps(ROWS))
-    assert [row.where for row in read_source(path).rows] == [f"{path}:[0]", f"{path}:[1]"]
+    assert [row.where for row in read_source(path)] == [f"{path}:[0]", f"{path}:[1]"]
     # The second row's text holds a line feed; the third begins a line further down.
     path = write(tmp_path / "a.csv", CSV + "sub,1\n")
-    assert [row.where for row in read_source(path).rows] == [f"{path}:2", f"{path}:3", f"{path}:5"]
+    assert [row.where for row in read_source(path)] == [f"{path}:2", f"{path}:3", f"{path}:5"]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_pain_22_fingerprints_follow_the_content(tmp_path):
     one = write(tmp_path / "one.jsonl", lines(ROWS))
     same = write(tmp_path / "two.jsonl", lines(ROWS))
     other = write(tmp_path / "three.jsonl", lines(ROWS) + "\n" + lines(ROWS))
-    assert source_fingerprint(one) == source_fingerprint(same) == read_source(one).fingerprint
+    assert source_fingerprint(one) == source_fingerprint(same)
     folder = tmp_path / "folder"
     folder.mkdir()
     write(folder / "a.jsonl", lines(ROWS))
@@ -206,6 +207,6 @@ def test_pain_22_fingerprints_follow_the_content(tmp_path):
     ]
     assert before != source_fingerprint(str(folder))
     assert len(set(digests)) == len(digests)
-    assert read_source(ROWS).fingerprint != read_source(ROWS[:1]).fingerprint
+    assert source_fingerprint(ROWS) != source_fingerprint(ROWS[:1])
     write(tmp_path / "one.jsonl", lines(ROWS[:1]))
     assert source_fingerprint(one) != digests[0]

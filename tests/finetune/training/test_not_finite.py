@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import Tune
 
-from finetune.training.recorder import NotFiniteError
+from finetune.training.stops import NotFiniteError
 
 
 def record(folder: Path) -> dict:

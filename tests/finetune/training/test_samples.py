@@ -10,7 +10,7 @@ from conftest import MakeRecipe
 from data_templates._segments import Message
 from finetune.training.generate import Reply
 from finetune.training.run_directory import RunDirectory
-from finetune.training.samples import Samples, read_samples
+from finetune.training.samples import Samples
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_all_are_scored_and_the_first_are_kept(run: RunDirectory) -> None:
     samples = Samples(CONVERSATIONS, shown=2, scored=True)
     samples.before(run, Scripted("5", "6", "?", stopped=[False, False, True]))
     samples.after(run, Scripted("4", "6", "7", stopped=[True, True, False]))
-    assert read_samples(run) == [
+    assert run.samples() == [
         {"prompt": "2 + 2", "expected": "4", "before": "5", "after": "4", "stopped": True},
         {"prompt": "3 + 3", "expected": "6", "before": "6", "after": "6", "stopped": True},
     ]
@@ -62,7 +62,7 @@ def test_the_last_reply_is_asked_for_with_everything_before_it(run: RunDirectory
     script = Scripted("e")
     Samples([[*turns, Message("assistant", "f")]], shown=1, scored=False).before(run, script)
     assert script.asked == [turns]
-    [line] = read_samples(run)
+    [line] = run.samples()
     assert line == {"prompt": "Be brief.\na\nb\nc\nd", "expected": "f", "before": "e"}
 
 
@@ -71,7 +71,7 @@ def test_a_resumed_run_keeps_what_its_first_start_wrote(run: RunDirectory) -> No
     samples.before(run, Scripted("first", "x", "y"))
     second = Scripted("second", "x", "y")
     samples.before(run, second)
-    assert second.asked == [] and read_samples(run)[0]["before"] == "first"
+    assert second.asked == [] and run.samples()[0]["before"] == "first"
 
 
 def test_no_questions_no_file(run: RunDirectory) -> None:
@@ -79,7 +79,7 @@ def test_no_questions_no_file(run: RunDirectory) -> None:
     samples = Samples([], shown=0, scored=False)
     samples.before(run, script)
     samples.after(run, script)
-    assert read_samples(run) == [] and not (run.path / "samples.jsonl").exists() and script.asked == []
+    assert run.samples() == [] and not (run.path / "samples.jsonl").exists() and script.asked == []
 
 
 @pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "a\x0bb\x1cc", 'a\n"b"\r\n', "한국어 \u2029"])
@@ -87,7 +87,7 @@ def test_any_reply_comes_back_as_it_was(run: RunDirectory, text: str) -> None:
     samples = Samples(CONVERSATIONS[:1], shown=1, scored=False)
     samples.before(run, Scripted(text))
     samples.after(run, Scripted(text))
-    [line] = read_samples(run)
+    [line] = run.samples()
     assert line["before"] == line["after"] == text
     raw = (run.path / "samples.jsonl").read_bytes()
     assert raw.count(b"\n") == 1 and json.loads(raw)["expected"] == "4"

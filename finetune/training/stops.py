@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint."""
+"""How a run ends early: by a signal, after the step in hand and with a checkpoint, or by a NaN."""
 
 import signal
 from collections.abc import Iterator
@@ -8,6 +8,10 @@ from types import FrameType
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
     """The run was asked to stop; a checkpoint is written, and the message says how to go on."""
+
+
+class NotFiniteError(Exception):
+    """The loss or the gradient is NaN or infinite; the message names the step and the rows."""
 
 
 class Interrupt:

@@ -8,8 +8,8 @@ import pytest
 from conftest import MakeRecipe, Tune
 from rich.console import Console
 
-from finetune.training.interrupt import Interrupt, Interrupted, listening
 from finetune.training.recorder import Recorder
+from finetune.training.stops import Interrupt, Interrupted, listening
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
