@@ -35,7 +35,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a random two-layer Llama (widths are multiples of 64) and a byte-level tokenizer."""
+    """Return a folder with a random two-layer Llama, widths multiples of 64, and a byte-level tokenizer."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -11,7 +11,8 @@ from platformdirs import user_cache_path
 from transformers import AutoTokenizer
 
 from data_templates._segments import Message
-from finetune.data.dataset import Prepared, data_fingerprint, prepare
+from finetune.data.dataset import Prepared, prepare
+from finetune.data.files import data_fingerprint
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import DataSettings

@@ -35,11 +35,11 @@ def test_published_files_are_read_and_encoded(path, rows, layout, columns, templ
     if not (DATA / path).is_file():
         pytest.skip("published data sets are not here")
     source = read_source(str(DATA / path))
-    assert rows is None or len(source.rows) == rows
-    found = recognise(source.rows[0].columns, columns=columns)
+    assert rows is None or len(source) == rows
+    found = recognise(source[0].columns, columns=columns)
     assert found.name == layout
-    conversations = to_conversations(source.rows, found, columns)
-    assert len(conversations) == len(source.rows)
+    conversations = to_conversations(source, found, columns)
+    assert len(conversations) == len(source)
     encoder = Encoder(tokenizer("qwen"), template)
     some = conversations[:ENCODED]
     for conversation, encoded in zip(some, encoder.encode_many(some), strict=True):

@@ -65,12 +65,12 @@ def refused(source):
 )
 def test_every_suffix_gives_the_same_rows(tmp_path, name, content):
     source = read_source(write(tmp_path / name, content))
-    assert [row.columns for row in source.rows] == ROWS
+    assert [row.columns for row in source] == ROWS
 
 
 def test_parquet_is_read(tmp_path):
     source = read_source(write_parquet(tmp_path / "a.parquet", ROWS))
-    assert [(row.columns, row.where) for row in source.rows] == [
+    assert [(row.columns, row.where) for row in source] == [
         (ROWS[0], f"{tmp_path}/a.parquet:row 1"),
         (ROWS[1], f"{tmp_path}/a.parquet:row 2"),
     ]
@@ -78,8 +78,8 @@ def test_parquet_is_read(tmp_path):
 
 def test_a_python_list_is_a_source():
     source = read_source(ROWS)
-    assert [row.columns for row in source.rows] == ROWS
-    assert [row.where for row in source.rows] == ["row 1", "row 2"]
+    assert [row.columns for row in source] == ROWS
+    assert [row.where for row in source] == ["row 1", "row 2"]
     assert "row 2: found '7'" in refused([{"a": 1}, 7])
 
 
