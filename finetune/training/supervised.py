@@ -137,8 +137,9 @@ class Supervised:
             run.update(metrics={f"held_out_loss_{when}": loss})
         if when == "after":
             losses = [line["loss"] for line in run.metrics() if "loss" in line]
-            last = losses[-10:]
-            run.update(metrics={"loss_before": losses[0], "loss_after": sum(last) / len(last)})
+            if losses:  # none with train.log_every above the number of steps
+                last = losses[-10:]
+                run.update(metrics={"loss_before": losses[0], "loss_after": sum(last) / len(last)})
             if isinstance(trainer, NativeTrainer) and trainer.num_tokens:
                 rate = trainer.num_tokens / self.job.seconds["train"]
                 run.update(metrics={"tokens_per_second": round(rate)})
