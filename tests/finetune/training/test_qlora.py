@@ -50,10 +50,18 @@ def test_the_head_and_the_embeddings_stay_whole(base_folder: Path) -> None:
     assert model.get_input_embeddings().weight.dtype == torch.float32
 
 
-def test_looking_between_steps_changes_no_bit_of_a_qlora_run(tune: Tune) -> None:
-    blind = tune("blind", adapter__method="qlora", evaluate__samples=0, data__held_out=6)
+def test_looking_between_steps_changes_no_bit_of_a_qlora_run(
+    tune: Tune, rows_file: Path, tmp_path: Path
+) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:5]))
+    blind = tune("blind", adapter__method="qlora", evaluate__samples=0, data__held_out=0)
     seeing = tune(
-        "seeing", adapter__method="qlora", evaluate__samples=4, data__held_out=6, train__evaluate_every=1
+        "seeing",
+        adapter__method="qlora",
+        evaluate__samples=4,
+        data__held_out=str(held_out),
+        train__evaluate_every=1,
     )
     assert blind.record["load"]["quantization"] == "nf4"
     assert blind.record["files"] == seeing.record["files"]
