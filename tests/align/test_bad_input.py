@@ -61,7 +61,14 @@ def test_the_recipe_that_the_cases_spoil_is_good(place: Place, monkeypatch: pyte
     assert (place.root / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["unknown key", "data: wrong columns", "base: damaged weights"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unknown key",
+        pytest.param("data: wrong columns", marks=pytest.mark.slow),
+        pytest.param("base: damaged weights", marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_of_its_own_ends_with_status_2(place: Place, name: str) -> None:
     arrange, fragments = CASES[name]
     command = [sys.executable, "-m", "align", *arrange(place)]
