@@ -57,7 +57,7 @@ def exact_rows(side: Side, task: Task, count: int, rng: Random) -> list[Row]:
     """Up to `count` different rows of one task, going round its examples in a shuffled order."""
     examples = list(side.examples[task.name])
     rows: dict[tuple[str, str], Row] = {}
-    for _ in range(3):
+    for _ in range(6):
         rng.shuffle(examples)
         for example in examples:
             row = task.ask(example, rng)

@@ -193,6 +193,8 @@ TASKS = (
             Ask("What is a baby {animal} called?"),
             Ask("What do we call the young of {a_animal}?"),
             Ask("Name the young of this animal.", "{animal}"),
+            Ask("Write the name of a baby {animal}."),
+            Ask("Which word names a young {animal}?"),
         ),
         prose=(
             "A baby {animal} is called {a_baby}.",
@@ -228,6 +230,7 @@ TASKS = (
             Ask("What is the usual color of {thing}?"),
             Ask("Which color does {thing} have?"),
             Ask("Name the usual color of this thing.", "{thing}"),
+            Ask("Write the color of {thing}."),
         ),
         prose=(
             "The usual color of {thing} is {answer}.",
@@ -281,8 +284,15 @@ TASKS = (
                 Ask("What sound does {a_animal} make?"),
                 Ask("What does {a_animal} say?"),
                 Ask("Write the sound of this animal.", "{animal}"),
+                Ask("Write the sound that {a_animal} makes."),
+                Ask("How does {a_animal} sound?"),
             ),
-            "animal": (Ask("Which animal says {sound}?"), Ask("Name the animal that says {sound}.")),
+            "animal": (
+                Ask("Which animal says {sound}?"),
+                Ask("Name the animal that says {sound}."),
+                Ask("Which animal makes this sound?", "{sound}"),
+                Ask("{sound} is the sound of which animal?"),
+            ),
         },
         prose={
             "sound": (

@@ -125,6 +125,7 @@ TASKS = (
             Ask("{thing_은} 무슨 색인가요?"),
             Ask("'{thing}'의 색을 쓰세요."),
             Ask("다음 물건의 색을 쓰세요.", "{thing}"),
+            Ask("{thing}의 색은 무엇인가요?"),
         ),
         prose=(
             "{thing_은} {color_이다}.",
@@ -143,10 +144,14 @@ TASKS = (
                 Ask("{animal_은} 어떻게 우나요?"),
                 Ask("'{animal}'의 울음소리를 쓰세요."),
                 Ask("다음 동물의 울음소리를 쓰세요.", "{animal}"),
+                Ask("{animal_은} 어떤 소리를 내나요?"),
+                Ask("{animal}의 소리를 흉내 내 보세요."),
             ),
             "animal": (
                 Ask("'{sound}' 하고 우는 동물은 무엇인가요?"),
                 Ask("'{sound}' 하고 우는 동물의 이름을 쓰세요."),
+                Ask("다음 소리로 우는 동물을 쓰세요.", "{sound}"),
+                Ask("누가 '{sound}' 하고 우나요?"),
             ),
         },
         prose={

@@ -10,16 +10,23 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from finetune.tiny import words
-from finetune.tiny.corpus import Corpus
+from finetune.tiny.corpus import POLISH, Corpus
 from finetune.tiny.tokenizer import MAX_LENGTH, VOCABULARY_SIZE, train_tokenizer
 
 SEED = 20261121
 TOKENIZER_DOCUMENTS = 60_000
 LEXICON_REPEATS = 250
-STEPS = 2000
+STEPS, POLISH_STEPS = 2000, 250
+POLISH_RATE = 0.4
 WINDOW = MAX_LENGTH
 BATCH = 8
 WARMUP = 60
@@ -86,10 +93,12 @@ def rate_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP, 2.0 * (steps - step) / steps)
 
 
-def train(model: LlamaForCausalLM, ids: Iterator[int], steps: int) -> float:
+def train(model: LlamaForCausalLM, ids: Iterator[int], steps: int, *, peak: float = 1.0) -> float:
     """Run the steps in bfloat16 autocast over float32 weights; return the mean loss of the last LOG_EVERY."""
     opts = optimizers(model)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_factor(step, steps)) for o in opts]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: peak * rate_factor(step, steps)) for o in opts
+    ]
     start, losses = time.perf_counter(), deque[float](maxlen=LOG_EVERY)
     for step in range(1, steps + 1):
         batch = torch.tensor(list(islice(ids, BATCH * WINDOW))).view(BATCH, WINDOW)
@@ -134,27 +143,40 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     tokenizer.save_pretrained(folder)
 
 
+def first_phase(folder: Path, steps: int, seed: int) -> None:
+    """Train tokenizer and model on the broad mix, and save both."""
+    tokenizer = train_tokenizer(chain(Corpus(seed + 1).documents(TOKENIZER_DOCUMENTS), lexicon_lines()))
+    model = new_model(tokenizer)
+    threads = torch.get_num_threads()
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {threads} threads", flush=True)
+    train(model, token_stream(tokenizer, Corpus(seed)), steps)
+    save(model, tokenizer, folder)
+
+
+def second_phase(folder: Path, steps: int, seed: int) -> None:
+    """Go on from the saved (bfloat16) weights with the polishing mix, save, and show continuations."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    loss = train(model, token_stream(tokenizer, Corpus(seed + 2, POLISH)), steps, peak=POLISH_RATE)
+    save(model, tokenizer, folder)
+    print(f"final loss {loss:.4f}; saved in {folder}")
+    for probe in PROBES:
+        print(f"  {probe!r} -> {continue_text(model.eval(), tokenizer, probe)!r}")
+
+
 def main(arguments: list[str]) -> None:
-    """Train the tokenizer, then the model, save both, and show a few continuations."""
+    """Train in two phases; `--only-polish` repeats the second one from the weights in the folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("recipes/tiny/model"))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--polish-steps", type=int, default=POLISH_STEPS)
+    parser.add_argument("--only-polish", action="store_true")
     parser.add_argument("--seed", type=int, default=SEED)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    tokenizer = train_tokenizer(
-        chain(Corpus(options.seed + 1).documents(TOKENIZER_DOCUMENTS), lexicon_lines())
-    )
-    model = new_model(tokenizer)
-    print(
-        f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {torch.get_num_threads()} threads",
-        flush=True,
-    )
-    loss = train(model, token_stream(tokenizer, Corpus(options.seed)), options.steps)
-    save(model, tokenizer, options.out)
-    print(f"final loss {loss:.4f}; saved in {options.out}")
-    for probe in PROBES:
-        print(f"  {probe!r} -> {continue_text(model.eval(), tokenizer, probe)!r}")
+    if not options.only_polish:
+        first_phase(options.out, options.steps, options.seed)
+    second_phase(options.out, options.polish_steps, options.seed)
 
 
 if __name__ == "__main__":
