@@ -102,7 +102,7 @@ class DataReport:
             f"{self.rows} rows ({self.layout}), {self.held_out} held out; {self.tokens} tokens, "
             f"{share:.0%} carry loss, longest row {self.longest}{self.from_cache * ', from the cache'}"
         ]
-        return lines + [f"{n} rows {what} (first: {self.examples[what]})" for what, n in self.counts.items()]
+        return lines + [f"rows {what}: {n} (first: {self.examples[what]})" for what, n in self.counts.items()]
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def _attention(settings: StageSettings) -> Iterator[Problem]:
     if model.attention == "flash_attention_2" and model.precision == "float32":
         found = "'flash_attention_2', but model.precision is float32"
         yield Problem(
-            "model.attention", found, "sdpa for float32", "or model.precision=bfloat16 (or float16)"
+            "model.attention", found, "sdpa for float32", "model.attention=sdpa, or model.precision=bfloat16"
         )
 
 

@@ -1,6 +1,7 @@
 """The folder is the registry: plug-ins and recipes are found by the names of their files."""
 
 import ast
+import difflib
 import importlib
 import importlib.util
 import pkgutil
@@ -116,5 +117,6 @@ def _beside(path: Path) -> str:
     siblings = {file.stem: file for file in sorted(path.parent.glob("*.y*ml"))}
     if siblings:
         names = ", ".join(file.name for file in siblings.values())
-        return nearest(path.stem, siblings) or f"{path.parent} holds {names}"
+        close = difflib.get_close_matches(path.stem, siblings, n=1)
+        return f"did you mean '{siblings[close[0]]}'?" if close else f"{path.parent} holds {names}"
     return f"folder {path.parent} {'holds no .yaml file' if path.parent.is_dir() else 'does not exist'}"

@@ -73,7 +73,10 @@ class RunDirectory:
             raise UserError(Problem(f"--out {self.path}", "a file", "a folder, or a name that is free"))
         if not self.record and self.path.is_dir() and self._foreign_files():
             expected = "an empty folder, a new name, or a folder of an earlier run"
-            raise UserError(Problem(f"--out {self.path}", "a folder with other files, no run", expected))
+            repair = "choose another --out; nothing in that folder was touched"
+            raise UserError(
+                Problem(f"--out {self.path}", "a folder with other files, no run", expected, repair)
+            )
         if self.record and self.record["digest"] != self.digest:
             found = (
                 f"a run of other settings or other data ({self.record['recipe']}, {self.record['digest']})"

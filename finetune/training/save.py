@@ -32,6 +32,7 @@ def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokeniz
         else:
             assert isinstance(model, PreTrainedModel)
             model.save_pretrained(str(folder))
+            _verify_model(folder, model.state_dict())
         tokenizer.save_pretrained(str(folder))
         files = sorted(folder.glob("*.safetensors"))
         return {f"{name}/{file.name}": _sha256(file) for file in files}
@@ -47,6 +48,19 @@ def _verify(folder: Path, live: dict[str, torch.Tensor]) -> None:
         raise RuntimeError(f"{folder} does not hold the trained weights: {', '.join(wrong[:3])}")
     if all(not value.any() for value in saved.values()):
         raise RuntimeError(f"{folder} holds zeros alone")
+
+
+def _verify_model(folder: Path, live: dict[str, torch.Tensor]) -> None:
+    """Compare the files of a saved model with the one in memory; tied weights are saved once."""
+    for file in sorted(folder.glob("*.safetensors")):
+        saved = load_file(file)
+        wrong = [
+            key for key, value in saved.items() if key not in live or not torch.equal(value, live[key].cpu())
+        ]
+        if wrong or not saved:
+            raise RuntimeError(
+                f"{file} does not hold the trained weights: {', '.join(wrong[:3]) or 'no tensor'}"
+            )
 
 
 def _sha256(file: Path) -> str:

@@ -218,7 +218,7 @@ DATA = {
     ),
     "all rows empty": (
         rows(*[{"instruction": "", "output": ""}] * 4),
-        ["nothing to learn from", "4 rows left out, a turn is empty", "bad.jsonl:1"],
+        ["nothing to learn from", "rows left out, a turn is empty: 4", "bad.jsonl:1"],
     ),
     "all rows too long": (
         all_rows_too_long,

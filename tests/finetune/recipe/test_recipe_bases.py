@@ -60,13 +60,14 @@ def test_a_short_name_stands_for_a_hub_id_of_its_size(name):
 
 
 def test_tiny_is_a_folder_of_the_project(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "PROJECT", tmp_path)
+    monkeypatch.setattr(table, "PROJECT", tmp_path / "project")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         resolve_base("tiny")
     assert "'tiny' stands for the folder recipes/tiny/model, which does not exist" in str(caught.value)
-    (tmp_path / "recipes/tiny/model").mkdir(parents=True)
-    (tmp_path / "recipes/tiny/model/config.json").write_text("{}")
-    assert resolve_base("tiny") == str(tmp_path / "recipes/tiny/model")
+    (tmp_path / "project/recipes/tiny/model").mkdir(parents=True)
+    (tmp_path / "project/recipes/tiny/model/config.json").write_text("{}")
+    assert resolve_base("tiny") == str(tmp_path / "project/recipes/tiny/model")
 
 
 def test_a_folder_and_a_hub_id_stand_for_themselves(here, monkeypatch):

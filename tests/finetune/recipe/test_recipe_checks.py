@@ -75,7 +75,7 @@ TEXT = "model: {base: ./base}\ndata: {source: rows.jsonl}\n"
             ["model.attention=flash_attention_2", "model.precision=float32"],
             "model.attention (command line): 'flash_attention_2', but model.precision is float32\n"
             "    expected: sdpa for float32\n"
-            "    repair:   or model.precision=bfloat16 (or float16)",
+            "    repair:   model.attention=sdpa, or model.precision=bfloat16",
         ),
     ],
 )

@@ -42,7 +42,7 @@ def test_a_path_is_a_recipe_too(here):
             ["recipe 'alpacca'", "stage sft has no such recipe", "quickstart", "did you mean 'alpaca'?"],
         ),
         ("sft", "zzz", ["stage sft has no such recipe", "`llm-align list` shows all"]),
-        ("sft", "sub/min.yaml", ["sub/min.yaml: no such file", "did you mean 'mine'?"]),
+        ("sft", "sub/min.yaml", ["sub/min.yaml: no such file", "did you mean 'sub/mine.yaml'?"]),
         ("sft", "sub/other.yaml", ["sub/other.yaml: no such file", "sub holds mine.yaml"]),
         ("sft", "nowhere/x.yaml", ["no such file", "folder nowhere does not exist"]),
         ("sft", "base/x.yaml", ["no such file", "folder base holds no .yaml file"]),

@@ -1,10 +1,10 @@
 """Whole runs of the sft stage in a temporary folder."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fixture_types import MakeRecipe, Tune
 from rich.console import Console
 
 from finetune.recipe.recipe import Recipe, load
@@ -19,9 +19,6 @@ adapter: {{method: lora, rank: 4, dropout: 0.0}}
 train: {{max_steps: 3, batch_size: 8, micro_batch_size: 4, learning_rate: 1e-2, checkpoint_every: 2}}
 evaluate: {{samples: 2, max_new_tokens: 4}}
 """
-
-MakeRecipe = Callable[..., Recipe]
-Tune = Callable[..., Result]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Tune
+from fixture_types import Tune
 
 from finetune.training.stops import NotFiniteError
 

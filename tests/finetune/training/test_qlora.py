@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from conftest import Tune
+from fixture_types import Tune
 from peft.tuners.lora import LoraLayer
 
 from finetune.adapters import qlora

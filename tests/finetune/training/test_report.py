@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import Tune
+from fixture_types import Tune
 
 from finetune.training.report import write_report
 from finetune.training.result import Result

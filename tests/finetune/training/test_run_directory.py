@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import MakeRecipe, Tune
+from fixture_types import MakeRecipe, Tune
 
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import MakeRecipe
+from fixture_types import MakeRecipe
 
 from data_templates._segments import Message
 from finetune.training.generate import Reply

@@ -5,7 +5,7 @@ import signal
 import threading
 
 import pytest
-from conftest import MakeRecipe, Tune
+from fixture_types import MakeRecipe, Tune
 from rich.console import Console
 
 from finetune.training.recorder import Recorder

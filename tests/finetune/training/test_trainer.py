@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tune
+from fixture_types import Tune
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from small_models import assert_close, gradients, make, plain_loss_sum, token_rows

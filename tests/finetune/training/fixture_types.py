@@ -1,0 +1,9 @@
+"""The types of this folder's fixtures, apart from conftest.py, whose name several folders have."""
+
+from collections.abc import Callable
+
+from finetune.recipe.recipe import Recipe
+from finetune.training.result import Result
+
+MakeRecipe = Callable[..., Recipe]
+Tune = Callable[..., Result]
