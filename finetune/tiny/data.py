@@ -46,6 +46,10 @@ def write_side(folder: Path, name: str, side: rows.Side, *, index: int, seed: in
     rng = Random(f"{seed}/{name}")
     per_task, per_story = ((TRAIN_PER_TASK, TRAIN_PER_STORY), (HELD_OUT_PER_TASK, HELD_OUT_PER_STORY))[index]
     sft = rows.instruction_rows(side, per_task, per_story, happy_share=HAPPY_SHARE, rng=rng)
+    if (
+        name == "held_out"
+    ):  # the rows with one right answer first: `evaluate.exact_match: 200` asks just these
+        sft.sort(key=lambda row: row["task"].startswith("story"))
     chats = [rows.conversation(side, happy_share=HAPPY_SHARE, rng=rng) for _ in range(CHATS[index])]
     write_jsonl(folder / f"sft_{name}.jsonl", sft)
     write_jsonl(folder / f"chat_{name}.jsonl", chats)

@@ -67,3 +67,14 @@ class Samples:
 
 def _last_reply(conversation: Sequence[Message]) -> int:
     return max(index for index, turn in enumerate(conversation) if turn.role == "assistant")
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return ``count`` numbers from 0 to ``total - 1`` at even distances, the first and the last among them.
+
+    >>> spread(216, 4)
+    [0, 72, 143, 215]
+    """
+    if count >= total or count < 2:
+        return list(range(min(count, total)))
+    return [round(index * (total - 1) / (count - 1)) for index in range(count)]

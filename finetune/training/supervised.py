@@ -17,7 +17,7 @@ from finetune.training.generate import Reply, reply_to
 from finetune.training.job import Job
 from finetune.training.loading import Policy, Text
 from finetune.training.model import count_parameters
-from finetune.training.samples import Samples
+from finetune.training.samples import Samples, spread
 from finetune.training.save import save_tuned
 from finetune.training.stops import NotFiniteError
 from finetune.training.trainer import NativeTrainer
@@ -44,9 +44,12 @@ class Supervised:
     def samples(self) -> Samples:
         """Return the questions to answer before and after training."""
         evaluate = self.job.recipe.settings.evaluate
-        conversations = [row.messages for row in self.data.prompts]
+        prompts = [row.messages for row in self.data.prompts]
+        shown = spread(len(prompts), evaluate.samples)
+        others = [index for index in range(len(prompts)) if index not in shown]
         count = max(evaluate.samples, evaluate.exact_match)
-        return Samples(conversations[:count], evaluate.samples, scored=evaluate.exact_match > 0)
+        chosen = [prompts[index] for index in [*shown, *others][:count]]
+        return Samples(chosen, evaluate.samples, scored=evaluate.exact_match > 0)
 
     def facts(self) -> dict[str, Any]:
         """Return what run.json says before the first step; whatever can be refused is refused here."""

@@ -10,7 +10,7 @@ from fixture_types import MakeRecipe
 from data_templates._segments import Message
 from finetune.training.generate import Reply
 from finetune.training.run_directory import RunDirectory
-from finetune.training.samples import Samples
+from finetune.training.samples import Samples, spread
 
 
 @pytest.fixture
@@ -91,3 +91,11 @@ def test_any_reply_comes_back_as_it_was(run: RunDirectory, text: str) -> None:
     assert line["before"] == line["after"] == text
     raw = (run.path / "samples.jsonl").read_bytes()
     assert raw.count(b"\n") == 1 and json.loads(raw)["expected"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "expected"),
+    [(216, 4, [0, 72, 143, 215]), (3, 5, [0, 1, 2]), (9, 1, [0]), (9, 0, []), (5, 5, [0, 1, 2, 3, 4])],
+)
+def test_samples_are_spread_over_the_rows(total: int, count: int, expected: list[int]) -> None:
+    assert spread(total, count) == expected
