@@ -124,6 +124,7 @@ def _trainer(work: Work, contender: str, model: nn.Module, folder: str, max_step
         "report_to": "none",
         "disable_tqdm": True,
         "bf16": work.bfloat16,
+        "use_cpu": not torch.cuda.is_available(),
         "seed": 0,
     }
     rows: TokenizedRows = work.data.train

@@ -37,7 +37,7 @@ def logits_at(model: nn.Module, head: nn.Module, inputs: dict[str, Any], positio
     assert logits.shape[:2] == (1, int(positions.sum())), (
         f"the model bypasses its head: {tuple(logits.shape)}"
     )
-    return logits[0]
+    return logits.squeeze(0)  # a view: the gradient of an index would be a second tensor of this size
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:
