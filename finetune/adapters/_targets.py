@@ -1,13 +1,17 @@
 """Which modules an adapter may sit on."""
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from pydantic import Field
 
 from finetune.recipe.errors import Problem, UserError, nearest
+from finetune.recipe.settings import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALL_LINEAR: Final = "all-linear"
+Target = Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)]
 
 
 def linear_names(model: "PreTrainedModel") -> list[str]:
@@ -48,3 +52,51 @@ def check_targets(model: "PreTrainedModel", target: str | list[str]) -> None:
         found = f"no linear layer of {type(model).__name__} is named {' or '.join(map(repr, missing))}"
         expected = f"all-linear, or a list of some of: {', '.join(names)}"
         raise UserError(Problem("adapter.target", found, expected, nearest(missing[0], names)))
+
+
+def module_names(model: "PreTrainedModel", usual: tuple[str, ...], *, what: str) -> list[str]:
+    """Return those of some usual names that the model's linear layers have.
+
+    Raises:
+        UserError: it has none of them; ``what`` says in the message what was looked for.
+    """
+    present = linear_names(model)
+    found = [name for name in usual if name in present]
+    if not found:
+        text = f"no layer of {type(model).__name__} has a usual name of {what}"
+        repair = "adapter.method=lora takes any model: adapter.target names its layers"
+        raise UserError(Problem("adapter.method", text, f"one of {', '.join(usual)}", repair))
+    return found
+
+
+def submodule_names(model: "PreTrainedModel", usual: tuple[str, ...], *, what: str) -> list[str]:
+    """Return those of some usual names that any of the model's modules have.
+
+    Raises:
+        UserError: it has none of them.
+    """
+    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    found = [name for name in usual if name in present]
+    if not found:
+        text = f"no module of {type(model).__name__} has a usual name of {what}"
+        raise UserError(Problem("adapter.method", text, f"one of {', '.join(usual)}", "adapter.method=lora"))
+    return found
+
+
+def norm_names(model: "PreTrainedModel") -> list[str]:
+    """Return the last names of the model's norms that have weights.
+
+    Raises:
+        UserError: it has none.
+    """
+    norms = [
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Norm") and next(module.parameters(), None) is not None
+    ]
+    if not norms:
+        text = f"{type(model).__name__} has no norm with weights"
+        raise UserError(
+            Problem("adapter.method", text, "a model whose norms have gains", "adapter.method=lora")
+        )
+    return list(dict.fromkeys(norms))

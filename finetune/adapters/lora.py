@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from finetune.adapters._targets import ALL_LINEAR, check_targets
+from finetune.adapters._targets import ALL_LINEAR, Target, check_targets
 from finetune.adapters._traits import Traits
-from finetune.recipe.settings import AdapterSettings, Positive, Share, Text
+from finetune.recipe.settings import AdapterSettings, Positive, Share
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 TRAITS = Traits()
 
 Alpha = Annotated[float, Field(gt=0)]
-Target = Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)]
 
 
 class Settings(AdapterSettings):
@@ -44,6 +43,11 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     Raises:
         UserError: a target names no layer of this model.
     """
+    return with_lora(model, settings)
+
+
+def with_lora(model: "PreTrainedModel", settings: Settings, **variant: bool | str) -> "PeftModel":
+    """Return the base with LoRA, or with a variant of it: ``variant`` holds PEFT's names for that."""
     from peft import LoraConfig, get_peft_model
 
     check_targets(model, settings.target)
@@ -53,6 +57,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.target,
+        **variant,
     )
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model

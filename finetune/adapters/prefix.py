@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._traits import Traits
-from finetune.recipe.settings import AdapterSettings, Positive
+from finetune.adapters._traits import IN_THE_INPUT, Traits
+from finetune.recipe.settings import Positive, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(packing=False, virtual_tokens=True, learning_rate=1e-3)  # huggingface/peft, method_comparison
+TRAITS = Traits(
+    packing=False, checkpointing=False, merge=IN_THE_INPUT, learning_rate=1e-3
+)  # huggingface/peft, method_comparison
 
 
-class Settings(AdapterSettings):
+class Settings(VirtualTokenSettings):
     """Length of the prefix, and whether an MLP makes it."""
 
     method: Literal["prefix"] = Field("prefix", description="trained keys and values before every sequence")
@@ -36,17 +38,20 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     import torch
     from peft import PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
 
-    words = torch.randint(model.config.vocab_size, (1, settings.virtual_tokens))
-    if model.config.bos_token_id is not None:
-        words[0, 0] = model.config.bos_token_id  # models lean on what stands first
-    with torch.no_grad():
-        cache = model(input_ids=words.to(model.device), use_cache=True).past_key_values
+    from finetune.adapters._prompt_model import PromptModel
+
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=settings.virtual_tokens,
         prefix_projection=settings.projection,
     )
+    if settings.projection:
+        return PromptModel(model, config)
+    words = torch.randint(model.config.vocab_size, (1, settings.virtual_tokens))
+    if model.config.bos_token_id is not None:
+        words[0, 0] = model.config.bos_token_id  # models lean on what stands first
+    with torch.no_grad():
+        cache = model(input_ids=words.to(model.device), use_cache=True).past_key_values
     peft_model: PeftModel = get_peft_model(model, config)
-    if not settings.projection:
-        initialize_kv_prefix_from_past_key_values(peft_model, past_key_values=cache)
+    initialize_kv_prefix_from_past_key_values(peft_model, past_key_values=cache)
     return peft_model

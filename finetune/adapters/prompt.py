@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._traits import Traits
-from finetune.recipe.settings import AdapterSettings, Positive, Text
+from finetune.adapters._traits import IN_THE_INPUT, Traits
+from finetune.recipe.settings import Positive, Text, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(packing=False, virtual_tokens=True, learning_rate=1e-3)  # huggingface/peft, method_comparison
+TRAITS = Traits(packing=False, merge=IN_THE_INPUT, learning_rate=1e-3)  # huggingface/peft, method_comparison
 
 
-class Settings(AdapterSettings):
+class Settings(VirtualTokenSettings):
     """Length of the soft prompt and where it starts."""
 
     method: Literal["prompt"] = Field("prompt", description="trained embeddings before every sequence")

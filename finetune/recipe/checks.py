@@ -121,6 +121,21 @@ def _packing(settings: StageSettings) -> Iterator[Problem]:
         yield Problem("data.packing", "true with train.engine 'trl'", expected, repair)
 
 
+def _adapter(settings: StageSettings) -> Iterator[Problem]:
+    method, train = settings.adapter.method, settings.train
+    traits = adapter_traits(method)
+    if train.engine not in traits.engines:
+        found = f"'{train.engine}' with adapter.method '{method}'"
+        repair = (
+            "train.engine=native: this adapter acts between the steps, which TRL's trainer does not offer"
+        )
+        yield Problem("train.engine", found, one_of(traits.engines), repair)
+    if train.gradient_checkpointing and not traits.checkpointing:
+        found = f"true with adapter.method '{method}'"
+        expected = "false: the prefix lives in the key-value cache, and checkpointing switches that off"
+        yield Problem("train.gradient_checkpointing", found, expected, "train.gradient_checkpointing=false")
+
+
 def _batch(settings: StageSettings) -> Iterator[Problem]:
     batch, micro = settings.train.batch_size, settings.train.micro_batch_size
     if micro != "auto" and micro > batch:
@@ -138,5 +153,6 @@ RULES: tuple[tuple[Callable[[StageSettings], Iterator[Problem]], set[str]], ...]
     (_measured, {"data", "evaluate", "train"}),
     (_quantization, {"adapter", "model"}),
     (_packing, {"adapter", "data", "train"}),
+    (_adapter, {"adapter", "train"}),
     (_batch, {"train"}),
 )

@@ -125,6 +125,22 @@ class AdapterSettings(Section):
 
     method: Text = Field("lora", description="file of finetune/adapters/")
 
+    @property
+    def positions(self) -> int:
+        """Return the positions of the model that the adapter takes: none, unless it says otherwise."""
+        return 0
+
+
+class VirtualTokenSettings(AdapterSettings):
+    """What adapters have that put vectors of their own in front of every sequence."""
+
+    virtual_tokens: Positive = Field(20, description="vectors in front of every sequence")
+
+    @property
+    def positions(self) -> int:
+        """Return the positions of the model that the adapter takes."""
+        return self.virtual_tokens
+
 
 class StageSettings(Section):
     """The sections of a stage's recipe; a stage may add its own."""

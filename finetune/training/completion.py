@@ -9,20 +9,29 @@ from torch import Tensor, nn
 from finetune.data.collate import Collator
 from finetune.data.dataset import TokenizedRows
 from finetune.training.head import logits_at, output_head
-from finetune.training.loss import cross_entropy_sum, loss_positions
+from finetune.training.loss import cross_entropy_sum, loss_positions, symmetric_kl_sum
 
 
-def completion_loss_sum(model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def completion_loss_sum(
+    model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor], *, passes: int = 1
+) -> Tensor:
     """Return the summed negative log-likelihood of a batch's labels.
 
     Args:
         model: causal model in any wrapper.
         head: its output embeddings.
         batch: what a collator gives; ``labels`` and ``rows`` are not passed to the model.
+        passes: with 2 the batch goes through twice, and the symmetric KL divergence of both passes'
+            predictions is added (AdaMix, arXiv 2205.12410, equation 5).
     """
     positions, targets = loss_positions(batch["labels"])
     forward = {key: value for key, value in batch.items() if key not in ("labels", "rows")}
-    return cross_entropy_sum(logits_at(model, head, forward, positions), targets)
+    logits = logits_at(model, head, forward, positions)
+    loss = cross_entropy_sum(logits, targets)
+    if passes == 1:
+        return loss
+    assert passes == 2
+    return loss + symmetric_kl_sum(logits, logits_at(model, head, forward, positions))
 
 
 @torch.no_grad()

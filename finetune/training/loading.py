@@ -42,8 +42,7 @@ def load_text(job: Job) -> Text:
     """
     settings = job.recipe.settings
     check_engine_args(settings.train)
-    traits = adapter_traits(settings.adapter.method)
-    virtual_tokens = int(settings.adapter.model_dump()["virtual_tokens"]) if traits.virtual_tokens else 0
+    virtual_tokens = settings.adapter.positions
     tokenizer = load_tokenizer(settings.model)
     encoder = Encoder(tokenizer, settings.data.template, system=settings.data.system)
     context = context_length(settings.model)

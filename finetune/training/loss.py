@@ -46,3 +46,16 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, *, max_elements: int = MA
 
 def _sum(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def symmetric_kl_sum(first: Tensor, second: Tensor) -> Tensor:
+    r"""Return sum_n 1/2 (KL(p_n || q_n) + KL(q_n || p_n)), for the distributions of two passes.
+
+    Equal to 1/2 sum (p - q)(log p - log q); AdaMix (arXiv 2205.12410, equation 5).
+
+    Args:
+        first: (N, vocabulary) logits, any floating type.
+        second: logits of the same shape.
+    """
+    p, q = first.float().log_softmax(-1), second.float().log_softmax(-1)
+    return ((p.exp() - q.exp()) * (p - q)).sum() / 2

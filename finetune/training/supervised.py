@@ -11,6 +11,7 @@ from data_templates._segments import Message
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
 from finetune.data.dataset import Prepared, TokenizedRows
 from finetune.planning import choices
+from finetune.training.adapter_hooks import adapter_hooks
 from finetune.training.arguments import training_arguments
 from finetune.training.completion import held_out_loss
 from finetune.training.generate import Reply, reply_to
@@ -112,6 +113,7 @@ class Supervised:
             collator=self._collator(),
             batch_size=train.batch_size,
             group_by_length=train.group_by_length,
+            hooks=adapter_hooks(self.policy.model, self.job.recipe.settings.adapter, steps=self.steps),
         )
 
     def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from finetune.adapters._traits import Hooks
 from finetune.data.batches import MicroBatches
-from finetune.data.collate import Collator
+from finetune.data.collate import IGNORED, Collator
 from finetune.data.dataset import TokenizedRows
+from finetune.training.adapter_hooks import AdapterCallback, scale_learning_rates
 from finetune.training.completion import completion_loss_sum, held_out_loss
 from finetune.training.head import output_head
 from finetune.training.stops import NotFiniteError
+
+NO_HOOKS = Hooks()
 
 
 class NativeTrainer(Trainer):  # type: ignore[misc]
@@ -34,6 +38,7 @@ class NativeTrainer(Trainer):  # type: ignore[misc]
         collator: Collator,
         batch_size: int,
         group_by_length: bool,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
         """Set up the trainer.
 
@@ -45,6 +50,7 @@ class NativeTrainer(Trainer):  # type: ignore[misc]
             collator: padded or packed.
             batch_size: rows of an optimizer step.
             group_by_length: whether rows of similar length meet.
+            hooks: what the adapter does while it trains.
         """
         super().__init__(
             model=model,
@@ -57,8 +63,18 @@ class NativeTrainer(Trainer):  # type: ignore[misc]
         self.head = output_head(self.accelerator.unwrap_model(model))
         self.batch_size = batch_size
         self.group_by_length = group_by_length
+        self.hooks = hooks
+        self.add_callback(AdapterCallback(hooks))
         self.num_tokens = 0
         self.lengths = train_rows.lengths
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimizer; an adapter may ask for other learning rates on some of its parameters."""
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if fresh and self.hooks.rate_factors:
+            scale_learning_rates(optimizer, model or self.model, self.hooks)
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of forward passes, in the order that seed and epoch give."""
@@ -86,7 +102,9 @@ class NativeTrainer(Trainer):  # type: ignore[misc]
         passes and over processes (whose gradients are averaged, hence the factor).
         """
         assert num_items_in_batch is not None and not return_outputs
-        loss_sum = completion_loss_sum(model, self.head, inputs)
+        loss_sum = completion_loss_sum(model, self.head, inputs, passes=self.hooks.passes)
+        if self.hooks.penalty:  # its share of the step is that of this pass's labels
+            loss_sum = loss_sum + self.hooks.penalty() * (inputs["labels"] != IGNORED).sum()
         loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
         return loss
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer
 
+from finetune.adapters._load import open_adapter
 from finetune.data.tokens import Encoder
 from finetune.planning.hardware import detect
 from finetune.recipe.errors import Problem, UserError
@@ -43,12 +43,13 @@ def load_tuned(run: Path) -> Tuned:
     if whole.is_dir():
         settings = settings.model_copy(update={"base": str(whole), "revision": None})
     hardware = detect()
-    model: nn.Module = load_base(
+    base = load_base(
         settings, precision=load["precision"], quantization=load["quantization"], hardware=hardware
     )
     adapter = run / "adapter"
+    model: nn.Module = base
     if not whole.is_dir():
-        model = PeftModel.from_pretrained(model, str(adapter))
+        model = open_adapter(base, adapter)
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(str(whole if whole.is_dir() else adapter))
     encoder = Encoder(tokenizer, load["template"], system=load["system"])

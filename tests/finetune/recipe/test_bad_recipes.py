@@ -184,14 +184,14 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
         [
             "adapter.method (command line)",
             "'qlora4' is unknown",
-            "full, lora",
+            "full, ia3, layernorm",
             "finetune/adapters/",
             "did you mean 'qlora'?",
         ],
     ),
     "adapter is a list": (
         ["adapter.method=[lora]"],
-        ["adapter.method (command line)", "found ['lora']", "one of full, lora"],
+        ["adapter.method (command line)", "found ['lora']", "one of adalora, adamix"],
     ),
     "unknown template": (
         ["data.template=alpacca"],

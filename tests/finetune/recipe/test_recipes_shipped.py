@@ -5,7 +5,9 @@ import re
 import pytest
 
 from finetune.recipe.bases import bases
+from finetune.recipe.checks import adapter_traits
 from finetune.recipe.discovery import PROJECT
+from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import load
 
 FILES = sorted((PROJECT / "recipes" / "sft").glob("*.yaml"))
@@ -88,7 +90,14 @@ def test_any_adapter_and_the_users_own_rows_go_with_it(shipped, name, method):
         "data.source": [{"instruction": "a", "output": "b"}],
     }
     given |= {"model.quantization": "auto"}
+    if not adapter_traits(method).checkpointing:
+        given |= {"train.gradient_checkpointing": False}  # told otherwise; the next test
     assert load("sft", name, shortcuts=given).settings.adapter.method == method
+
+
+def test_a_prefix_refuses_checkpointing(shipped):
+    with pytest.raises(UserError, match=r"train.gradient_checkpointing \(vicuna.yaml.* 'prefix'"):
+        load("sft", "vicuna", shortcuts={"model.base": "./base", "adapter.method": "prefix"})
 
 
 def test_the_quickstart_takes_the_users_own_file(shipped, tmp_path):

@@ -1,0 +1,109 @@
+r"""Bottleneck layers: W_up f(W_down x) beside or behind a layer of the base; one, or a mixture of several."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from finetune.adapters._wrapping import WrappingLayer, WrappingTuner, register
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """PEFT's record of a bottleneck adapter: ``experts`` > 1 makes it AdaMix's mixture."""
+
+    target_modules: Any = field(default=None, metadata={"help": "names of the modules that are wrapped"})
+    hidden_size: int = field(default=0, metadata={"help": "width of what flows through the wrapped modules"})
+    width: int = field(default=64, metadata={"help": "width of the bottleneck"})
+    scale: float = field(default=1.0, metadata={"help": "what it adds counts this many times"})
+    activation: str = field(default="relu", metadata={"help": "relu, gelu or silu"})
+    parallel: bool = field(default=False, metadata={"help": "reads the module's input, not its output"})
+    experts: int = field(default=1, metadata={"help": "bottlenecks in the mixture"})
+
+    def __post_init__(self) -> None:
+        """Name the kind of adapter."""
+        super().__post_init__()
+        self.peft_type = "BOTTLENECK"
+
+
+class Bottleneck(nn.Module):
+    """``experts`` bottlenecks: one drawn pair of projections in training, the average of all otherwise.
+
+    The draw comes from PyTorch's CPU generator, which gradient checkpointing puts back before it computes
+    a layer again.
+    """
+
+    def __init__(self, config: BottleneckConfig) -> None:
+        """Draw the projections down; the projections up start at zero, so training starts at the base."""
+        super().__init__()
+        shape = (config.experts, config.width, config.hidden_size)
+        self.down = nn.Parameter(torch.empty(shape))
+        self.down_bias = nn.Parameter(torch.zeros(shape[:2]))
+        self.up = nn.Parameter(torch.zeros(shape[0], shape[2], shape[1]))
+        self.up_bias = nn.Parameter(torch.zeros(shape[0], shape[2]))
+        nn.init.trunc_normal_(self.down, std=0.01, a=-0.02, b=0.02)  # Houlsby et al., section 3.1
+        self.activation = ACTIVATIONS[config.activation]
+        self.scale = config.scale
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return what is added, of the same shape as ``states`` (..., hidden_size)."""
+        states = states.to(self.down.dtype)
+        down, down_bias = self._choose(self.down, self.down_bias)
+        up, up_bias = self._choose(self.up, self.up_bias)
+        return self.scale * F.linear(self.activation(F.linear(states, down, down_bias)), up, up_bias)
+
+    def _choose(self, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
+        if len(weights) == 1:
+            return weights[0], biases[0]
+        if not self.training:
+            return weights.mean(0), biases.mean(0)
+        expert = int(torch.randint(len(weights), ()))
+        return weights[expert], biases[expert]
+
+
+class BottleneckLayer(WrappingLayer):
+    """A module with bottlenecks behind it (sequential) or beside it (parallel)."""
+
+    adapter_layer_names = ("bottleneck_layers",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        """Wrap a module that takes and gives states of the model's hidden size."""
+        super().__init__(base_layer, adapter_name)
+        self.bottleneck_layers = nn.ModuleDict()
+        self.parallel: dict[str, bool] = {}
+
+    def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
+        """Add a bottleneck."""
+        assert isinstance(config, BottleneckConfig)
+        self.bottleneck_layers[adapter_name] = Bottleneck(config)
+        self.parallel[adapter_name] = config.parallel
+        self._place(adapter_name, config)
+
+    def changed(self, adapter_name: str, inputs: Tensor, output: Tensor) -> Tensor:
+        """Return h + f(h), or h + f(x) for a parallel one."""
+        states = inputs if self.parallel[adapter_name] else output
+        added: Tensor = self.bottleneck_layers[adapter_name](states)
+        return output + added
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: a nonlinear function is no part of a weight.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a bottleneck is nonlinear: it cannot be folded into the weights of the base")
+
+
+class BottleneckTuner(WrappingTuner):
+    """Puts bottlenecks on the target modules."""
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+
+
+register("BOTTLENECK", BottleneckConfig, BottleneckTuner)

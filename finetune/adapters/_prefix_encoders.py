@@ -1,0 +1,54 @@
+"""Encoders of virtual tokens that PEFT lacks; what they make is an ordinary prefix or soft prompt."""
+
+import torch
+from torch import Tensor, nn
+
+
+class GatedPrefix(nn.Module):
+    """A prefix whose layers and positions have gates: lambda_i sigmoid(a_ij) P_ij (layer i, position j).
+
+    Input: positions (batch, tokens). Output: (batch, tokens, 2 * layers * width), keys and values as PEFT
+    lays them out: for each layer the key, then the value.
+    """
+
+    def __init__(self, prefix: Tensor, *, layers: int) -> None:
+        """Start so that gates times prefix are ``prefix``, of shape (tokens, 2 * layers * width).
+
+        Args:
+            prefix: keys and values at the start.
+            layers: layers of the model.
+        """
+        super().__init__()
+        tokens, size = prefix.shape
+        self.layers = layers
+        self.layer_gate = nn.Parameter(torch.ones(layers))
+        self.position_gate = nn.Parameter(torch.zeros(tokens, layers))
+        self.embedding = nn.Embedding(tokens, size)
+        with torch.no_grad():
+            self.embedding.weight.copy_(prefix / 0.5)  # sigmoid(0) = 1/2
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Return the gated prefix."""
+        gates = self.layer_gate * torch.sigmoid(self.position_gate)
+        prefix = self.embedding(positions).unflatten(-1, (self.layers, -1))
+        return (gates[positions].unsqueeze(-1) * prefix).flatten(-2)
+
+
+class ProgressivePrompt(nn.Module):
+    """A trained prompt before the frozen prompts of earlier tasks.
+
+    Input: positions (batch, tokens of all tasks). Output: (batch, tokens of all tasks, width), the new task's
+    prompt first, then the earlier ones, latest first.
+    """
+
+    def __init__(self, new: Tensor, earlier: Tensor) -> None:
+        """Take the new prompt's start (tokens, width) and the earlier prompts (their tokens, width)."""
+        super().__init__()
+        self.embedding = nn.Embedding(*new.shape)
+        with torch.no_grad():
+            self.embedding.weight.copy_(new)
+        self.register_buffer("earlier", earlier.clone())
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Return the prompts of all tasks at these positions."""
+        return torch.cat([self.embedding.weight, self.earlier])[positions]

@@ -1,0 +1,82 @@
+"""AdaLoRA's budget while it trains: importance, schedule, masks, and what a checkpoint must hold of them."""
+
+import torch
+from peft import PeftModel
+from peft.tuners.adalora import RankAllocator
+from torch import Tensor
+
+MASK = "mask."
+AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
+
+
+class RankBudget:
+    """Takes singular values away step by step, with PEFT's allocator."""
+
+    def __init__(self, model: PeftModel, *, warmup: int, cooldown: int, steps: int, penalty: float) -> None:
+        """Set the schedule.
+
+        Args:
+            model: base with AdaLoRA.
+            warmup: steps before the budget falls.
+            cooldown: steps at the end, after it has fallen.
+            steps: optimizer steps of the run.
+            penalty: weight of the orthogonality penalty.
+        """
+        self.core = model.base_model.model
+        self.weight = penalty
+        self.last = max(1, steps - cooldown)
+        config = model.peft_config["default"]
+        config.total_step, config.tinit, config.tfinal = steps, min(warmup, self.last - 1), steps - self.last
+        self.allocator: RankAllocator = model.base_model.rankallocator
+        self.kept: dict[str, list[bool]] = {}
+
+    def after_step(self, step: int) -> None:
+        """Update importance and mask values; after the last allocation the masks stay."""
+        if step < self.last:
+            self.allocator.update_and_allocate(self.core, step)
+        elif step == self.last or not self.kept:
+            self.allocator.update_ipt(self.core)
+            self.kept = self.allocator.update_and_allocate(self.core, step, force_mask=True)[1]
+        else:
+            self.allocator.mask_using_rank_pattern(self.core, self.kept)
+
+    def penalty(self) -> Tensor:
+        """Return gamma times the sum over layers of ||P^T P - I||^2 + ||Q Q^T - I||^2 (equation 4)."""
+        total = torch.zeros(())
+        for name, weight in self.core.named_parameters():
+            if ".lora_A." in name or ".lora_B." in name:
+                gram = weight @ weight.T if ".lora_A." in name else weight.T @ weight
+                total = (
+                    total.to(gram.device) + (gram - torch.eye(len(gram), device=gram.device)).square().sum()
+                )
+        return self.weight * total
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the smoothed importance and the last masks."""
+        averages = {
+            f"{kind}.{name}": value for kind in AVERAGES for name, value in self._average(kind).items()
+        }
+        return averages | {f"{MASK}{name}": torch.tensor(kept) for name, kept in self.kept.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take back what ``state`` gave."""
+        self.kept = {
+            name.removeprefix(MASK): value.tolist() for name, value in state.items() if name.startswith(MASK)
+        }
+        for kind in AVERAGES:
+            found = {
+                name.removeprefix(f"{kind}."): value
+                for name, value in state.items()
+                if name.startswith(f"{kind}.")
+            }
+            self._average(kind).update(found)
+        self.allocator.ipt.update(
+            {name: torch.zeros_like(value) for name, value in self._average(AVERAGES[0]).items()}
+        )
+
+    def _average(self, kind: str) -> dict[str, Tensor]:
+        averages: dict[str, dict[str, Tensor]] = {
+            "exp_avg_ipt": self.allocator.exp_avg_ipt,
+            "exp_avg_unc": self.allocator.exp_avg_unc,
+        }
+        return averages[kind]

@@ -1,0 +1,72 @@
+r"""AdaLoRA: LoRA as P Lambda Q, whose least important singular values are taken away while it trains.
+
+Zhang et al. 2023 (arXiv 2303.10512). Equation 3: W + P Lambda Q. Equation 4: the penalty
+R(P, Q) = ||P^T P - I||^2 + ||Q Q^T - I||^2. Equations 8 to 10: importance from smoothed sensitivity and its
+uncertainty. Equation 12: the budget falls with a cubic schedule between the first and the last steps.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from finetune.adapters import lora
+from finetune.adapters._targets import check_targets
+from finetune.adapters._traits import Hooks, Traits
+from finetune.recipe.settings import Positive, Share
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(engines=("native",), learning_rate=1e-3)  # the paper, table 8: 5e-4 to 2e-3
+
+
+class Settings(lora.Settings):
+    """LoRA's settings; ``rank`` is the average rank at the end."""
+
+    method: Literal["adalora"] = Field("adalora", description="LoRA whose rank is spent where it counts")  # type: ignore[assignment]
+    rank: Positive = Field(8, description="average rank of a layer at the end")  # the paper, section 4.1
+    first_rank: Positive = Field(12, description="rank of every layer at the start")  # the paper: 1.5 times
+    alpha: lora.Alpha = Field(32.0, description="scale of the product")  # the authors' scripts
+    dropout: Share = Field(0.0, description="share of inputs dropped before Q, in training")
+    warmup: Share = Field(0.1, description="share of the steps before the budget falls")  # table 8: 5 to 20 %
+    cooldown: Share = Field(0.3, description="share of the steps after it has fallen")  # table 8: 20 to 60 %
+    penalty: Annotated[float, Field(ge=0)] = Field(0.1, description="gamma of equation 5")  # the paper: 0.1
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base, quantized or not, with P Lambda Q on its targets.
+
+    Raises:
+        UserError: a target names no layer of this model.
+    """
+    from peft import AdaLoraConfig, get_peft_model
+
+    check_targets(model, settings.target)
+    config = AdaLoraConfig(
+        task_type="CAUSAL_LM",
+        init_r=settings.first_rank,
+        target_r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target,
+        total_step=1,  # PEFT asks for it; ``hooks`` keeps the schedule
+    )
+    peft_model: PeftModel = get_peft_model(model, config)
+    return peft_model
+
+
+def hooks(model: "PeftModel", settings: Settings, *, steps: int) -> Hooks:
+    """Spend the budget over the run's optimizer steps, and keep P and Q orthogonal."""
+    from finetune.adapters._rank_budget import RankBudget
+
+    budget = RankBudget(
+        model,
+        warmup=round(settings.warmup * steps),
+        cooldown=round(settings.cooldown * steps),
+        steps=steps,
+        penalty=settings.penalty,
+    )
+    return Hooks(
+        penalty=budget.penalty, after_step=budget.after_step, state=budget.state, restore=budget.restore
+    )

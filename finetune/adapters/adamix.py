@@ -1,0 +1,57 @@
+r"""AdaMix: several bottlenecks share the place of one; training draws one, inference averages their weights.
+
+Wang et al. 2022 (arXiv 2205.12410). Section 3.2, stochastic routing: every forward pass draws a projection
+down and one up in each block. Section 3.3, consistency: each batch goes through twice, and the loss is
+equation 5, -log p_A(y | x) + 1/2 (KL(p_A || p_B) + KL(p_B || p_A)). Section 3.4, merging: W = 1/M sum_i W_i.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from finetune.adapters._traits import Hooks, Traits
+from finetune.adapters.bottleneck import NONLINEAR, places
+from finetune.recipe.settings import AdapterSettings, Positive
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(merge=NONLINEAR, engines=("native",), learning_rate=1e-3)  # as for `bottleneck`
+
+
+class Settings(AdapterSettings):
+    """Width and number of the bottlenecks."""
+
+    method: Literal["adamix"] = Field(
+        "adamix", description="a mixture of bottlenecks, averaged after training"
+    )
+    width: Positive = Field(16, description="width of each bottleneck")  # the paper, section 4.1: 16 or 48
+    experts: Annotated[int, Field(ge=2)] = Field(4, description="bottlenecks in the mixture")  # section 4.1
+    consistency: bool = Field(True, description="each batch twice, predictions pulled together (equation 5)")
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base, quantized or not, with a mixture of bottlenecks behind every feed-forward layer.
+
+    Raises:
+        UserError: the layers are not found by their usual names.
+    """
+    from peft import PeftModel, get_peft_model
+
+    from finetune.adapters._bottleneck_layer import BottleneckConfig
+
+    config = BottleneckConfig(
+        task_type="CAUSAL_LM",
+        target_modules=places(model, "pfeiffer"),
+        hidden_size=model.config.hidden_size,
+        width=settings.width,
+        experts=settings.experts,
+    )
+    peft_model: PeftModel = get_peft_model(model, config)
+    return peft_model
+
+
+def hooks(model: "PeftModel", settings: Settings, *, steps: int) -> Hooks:
+    """Ask for two passes of each batch, if consistency is wanted."""
+    return Hooks(passes=2 if settings.consistency else 1)

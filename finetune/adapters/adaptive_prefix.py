@@ -1,0 +1,44 @@
+r"""Adaptive prefix tuning: a prefix with a gate for each layer, and one for each position of each layer.
+
+Zhang et al. 2023 (arXiv 2305.15212), section 2.2: P_i' = lambda_i alpha_i * P_i, lambda_i a trained scale of
+layer i, alpha_i in (0, 1) one gate for each virtual token. The paper computes alpha_i from the states of the
+layer below. In a causal model the one state that all positions may look at is that of the first token, and
+that is the same in every row; so alpha_i = sigmoid(a_i) with a_i trained. The gates are multiplied into the
+prefix when it is saved: the result is a prefix adapter that plain PEFT loads.
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from finetune.adapters import prefix
+from finetune.adapters._traits import IN_THE_INPUT, Traits
+from finetune.recipe.settings import Positive, VirtualTokenSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(
+    packing=False, checkpointing=False, merge=IN_THE_INPUT, learning_rate=5e-3
+)  # 5e-3: the paper's appendix, 5e-3 to 7e-3
+
+
+class Settings(VirtualTokenSettings):
+    """Length of the prefix."""
+
+    method: Literal["adaptive_prefix"] = Field("adaptive_prefix", description="a prefix with trained gates")
+    virtual_tokens: Positive = Field(20, description="length of the prefix")  # as for `prefix`
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base with a gated prefix that starts as the keys and values of real words."""
+    from finetune.adapters._prefix_encoders import GatedPrefix
+    from finetune.adapters._prompt_model import PromptModel
+
+    words = prefix.build(model, prefix.Settings(virtual_tokens=settings.virtual_tokens))
+    start = words.prompt_encoder["default"].embedding.weight.detach()
+    config = words.peft_config["default"]
+    adapted = PromptModel(model, config)
+    adapted.prompt_encoder["default"] = GatedPrefix(start, layers=config.num_layers).to(start.device)
+    return adapted

@@ -1,0 +1,50 @@
+"""BitFit: only the bias terms are trained.
+
+Ben Zaken et al. 2021 (arXiv 2106.10199), section 3. Kept apart from the base: what is trained is a change of
+each bias, zero at the start; merging adds it to the bias.
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from finetune.adapters._traits import Traits
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import AdapterSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(learning_rate=1e-3)  # the paper, appendix A.2: 1e-4 to 1e-2
+
+
+class Settings(AdapterSettings):
+    """BitFit has no settings of its own: every bias is trained."""
+
+    method: Literal["bitfit"] = Field("bitfit", description="the bias terms of the base")
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base, quantized or not, with trainable changes of its biases.
+
+    Raises:
+        UserError: the base has no bias terms.
+    """
+    from peft import PeftModel, get_peft_model
+
+    from finetune.adapters._bias_layer import BitFitConfig
+
+    names = [
+        name
+        for name, module in model.named_modules()
+        if "bias" in dict(module.named_parameters(recurse=False))
+        and module is not model.get_output_embeddings()
+    ]
+    if not names:
+        found = f"'bitfit', but {type(model).__name__} has no bias terms (Llama, Mistral and Qwen3 have none)"
+        repair = "adapter.method=ia3 or layernorm trains as few parameters and works on it"
+        raise UserError(Problem("adapter.method", found, "a base with biases (GPT-NeoX, Qwen2, ...)", repair))
+    config = BitFitConfig(task_type="CAUSAL_LM", target_modules=names)
+    peft_model: PeftModel = get_peft_model(model, config)
+    return peft_model

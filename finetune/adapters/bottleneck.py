@@ -1,0 +1,84 @@
+r"""Bottleneck adapters: a small network behind (sequential) or beside (parallel) a part of each block.
+
+``houlsby``: behind attention and behind the feed-forward layer, Houlsby et al. 2019 (arXiv 1902.00751),
+figure 2: h <- h + f(h W_down) W_up. ``pfeiffer``: behind the feed-forward layer alone, Pfeiffer et al. 2020
+(arXiv 2005.00247), section 3.2.2. ``parallel``: beside the feed-forward layer, He et al. 2021 (arXiv
+2110.04366), equation 10 and table 6, "scaled parallel adapter": h <- FFN(x) + s f(x W_down) W_up, with s =
+4.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from finetune.adapters._targets import module_names, submodule_names
+from finetune.adapters._traits import Traits
+from finetune.recipe.settings import AdapterSettings, Positive
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+NONLINEAR = "a bottleneck is nonlinear: no weight of the base can hold it"
+TRAITS = Traits(merge=NONLINEAR, learning_rate=1e-3)  # Houlsby et al., section 3.1: 3e-5 to 3e-3
+
+ATTENTION_OUTPUT = ("o_proj", "out_proj", "dense", "wo", "c_proj")
+FEED_FORWARD_OUTPUT = ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
+FEED_FORWARD = ("mlp", "feed_forward", "ffn")
+
+Placement = Literal["houlsby", "pfeiffer", "parallel"]
+
+
+class Settings(AdapterSettings):
+    """Where the bottlenecks stand, how wide they are, and their activation."""
+
+    method: Literal["bottleneck"] = Field("bottleneck", description="small networks inside each block")
+    # parallel: He et al., table 6: better than sequential at the same number of parameters.
+    placement: Placement = Field(
+        "parallel", description="behind attention and FFN, behind FFN, or beside FFN"
+    )
+    width: Positive = Field(64, description="width of the bottleneck")  # Houlsby et al.: 8, 64 or 256
+    scale: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="what it adds counts this many times; null: 4 for parallel (He et al.), else 1"
+    )
+    activation: Literal["relu", "gelu", "silu"] = Field(
+        "relu", description="nonlinearity"
+    )  # He et al., eq. 4
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base, quantized or not, with bottlenecks in every block.
+
+    Raises:
+        UserError: the layers are not found by their usual names.
+    """
+    from peft import PeftModel, get_peft_model
+
+    from finetune.adapters._bottleneck_layer import BottleneckConfig
+
+    parallel = settings.placement == "parallel"
+    config = BottleneckConfig(
+        task_type="CAUSAL_LM",
+        target_modules=places(model, settings.placement),
+        hidden_size=model.config.hidden_size,
+        width=settings.width,
+        scale=settings.scale or (4.0 if parallel else 1.0),
+        activation=settings.activation,
+        parallel=parallel,
+    )
+    peft_model: PeftModel = get_peft_model(model, config)
+    return peft_model
+
+
+def places(model: "PreTrainedModel", placement: Placement) -> list[str]:
+    """Return the names of the modules that a placement wraps.
+
+    Raises:
+        UserError: the model has none of the usual names.
+    """
+    if placement == "parallel":
+        return submodule_names(model, FEED_FORWARD, what="the feed-forward block")
+    after_ffn = module_names(model, FEED_FORWARD_OUTPUT, what="the output layer of the feed-forward block")
+    if placement == "pfeiffer":
+        return after_ffn
+    return [*module_names(model, ATTENTION_OUTPUT, what="the output layer of attention"), *after_ffn]

@@ -1,0 +1,38 @@
+"""LayerNorm tuning: copies of the norms' own gains (and biases) are trained, and nothing else.
+
+Zhao et al. 2023 (arXiv 2312.11420), section 3: tuning the norms of the attention blocks alone comes close to
+LoRA on multi-modal instruction tuning.
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from finetune.adapters._targets import norm_names
+from finetune.adapters._traits import Traits
+from finetune.recipe.settings import AdapterSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(learning_rate=1e-3)  # the paper, section 4: larger than for full tuning
+
+
+class Settings(AdapterSettings):
+    """LayerNorm tuning has no settings of its own."""
+
+    method: Literal["layernorm"] = Field("layernorm", description="the norms' gains and biases")
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base, quantized or not, with a trainable copy of every norm.
+
+    Raises:
+        UserError: the model has no norm with weights.
+    """
+    from peft import LNTuningConfig, get_peft_model
+
+    config = LNTuningConfig(task_type="CAUSAL_LM", target_modules=norm_names(model))
+    peft_model: PeftModel = get_peft_model(model, config)
+    return peft_model

@@ -1,0 +1,60 @@
+r"""LLaMA-Adapter: trained prompts that the upper layers attend to through a gate that starts at zero.
+
+Zhang et al. 2023 (arXiv 2303.16199), equations 6 to 8: the attention to the prompt has a softmax of its own,
+times a trained gate g = 0 at the start, so training begins at the base.
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from finetune.adapters._traits import Traits
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import AdapterSettings, Positive
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(
+    merge="its attention to the prompt is no weight of the base", learning_rate=9e-3
+)  # the authors' script: 9e-3 at a batch of 256
+
+FAMILIES = ("llama", "mistral", "gpt2")
+
+
+class Settings(AdapterSettings):
+    """Length of the prompts, and how many layers from the top have one."""
+
+    method: Literal["llama_adapter"] = Field(
+        "llama_adapter", description="gated prompts inside the upper layers"
+    )
+    virtual_tokens: Positive = Field(
+        10, description="length of the prompt of a layer"
+    )  # the paper, section 4.1
+    layers: Positive = Field(
+        30, description="layers from the top that have a prompt; at most all"
+    )  # 30 of 32
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base with gated prompts in its upper layers.
+
+    Raises:
+        UserError: the model is of a family that PEFT's adaption prompt does not know.
+    """
+    from peft import AdaptionPromptConfig, get_peft_model
+
+    if model.config.model_type not in FAMILIES:
+        found = f"'llama_adapter' on a model of type '{model.config.model_type}'"
+        expected = f"a model of type {', '.join(FAMILIES)}"
+        raise UserError(
+            Problem("adapter.method", found, expected, "adapter.method=prefix works on any of them")
+        )
+    config = AdaptionPromptConfig(
+        task_type="CAUSAL_LM",
+        adapter_len=settings.virtual_tokens,
+        adapter_layers=min(settings.layers, model.config.num_hidden_layers),
+    )
+    peft_model: PeftModel = get_peft_model(model, config)
+    return peft_model

@@ -1,0 +1,84 @@
+r"""LoftQ: QLoRA whose product starts as what quantization took away from each weight.
+
+Li et al. 2023 (arXiv 2310.08659), equation 6: min over A, B of ||W - Q - B A||_F for the 4-bit weight Q. One
+step of the alternation: the r largest singular values of W - Q, with Q the base as it is loaded (NF4).
+The full-precision weights are read again from the base's files, one tensor at a time.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from finetune.adapters import lora
+from finetune.adapters._traits import Traits
+from finetune.recipe.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(quantization=("nf4",), learning_rate=1e-4)  # the paper's appendix, LLaMA-2: 1e-4 to 7e-4
+
+
+class Settings(lora.Settings):
+    """LoRA's settings."""
+
+    method: Literal["loftq"] = Field("loftq", description="LoRA that repairs the 4-bit base")  # type: ignore[assignment]
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the 4-bit base with LoRA that makes up for its quantization.
+
+    Raises:
+        UserError: a target names no layer of this model, or its weights in full precision are not found.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora.bnb import Linear4bit
+
+    adapted = lora.with_lora(model, settings)
+    exact = _weights(model.config.name_or_path)
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in adapted.modules():
+        if isinstance(module, Linear4bit):
+            codes = module.base_layer.weight
+            kept = dequantize_4bit(codes.data, codes.quant_state).float()
+            lost = exact(f"{names[id(module)]}.weight").to(kept) - kept
+            up, down = factors(lost / module.scaling["default"], settings.rank)
+            module.lora_A["default"].weight.data.copy_(down)
+            module.lora_B["default"].weight.data.copy_(up)
+    return adapted
+
+
+def factors(matrix: "Tensor", rank: int) -> tuple["Tensor", "Tensor"]:
+    """Return B (out, rank) and A (rank, in) whose product is nearest to a matrix (out, in)."""
+    import torch
+
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]
+
+
+def _weights(base: str) -> "Callable[[str], Tensor]":
+    """Return a reader of a base's full-precision weights by their names."""
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+
+    folder = Path(base) if Path(base).is_dir() else Path(snapshot_download(base, local_files_only=True))
+    files: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), file)
+
+    def read(name: str) -> "Tensor":
+        if name not in files:
+            found = f"the files of '{base}' hold no '{name}'"
+            raise UserError(Problem("adapter.method", found, "its weights in full precision", "use qlora"))
+        with safe_open(files[name], framework="pt") as opened:
+            weight: Tensor = opened.get_tensor(name)
+        return weight
+
+    return read

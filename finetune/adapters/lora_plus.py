@@ -1,0 +1,41 @@
+r"""LoRA+: LoRA whose B learns faster than its A.
+
+Hayou et al. 2024 (arXiv 2402.12354), section 4: the learning rate of B is lambda times that of A, lambda >>
+1; ``train.learning_rate`` is that of A.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from finetune.adapters import lora
+from finetune.adapters._traits import Hooks, Traits
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(engines=("native",), learning_rate=2e-5)  # the paper, table of LLaMA-7B: A at 2e-5
+
+
+class Settings(lora.Settings):
+    """LoRA's settings, and how much faster B learns."""
+
+    method: Literal["lora_plus"] = Field("lora_plus", description="LoRA whose B learns faster")  # type: ignore[assignment]
+    # 16: the ratio that the paper recommends (about 2^4).
+    ratio: Annotated[float, Field(ge=1)] = Field(16.0, description="learning rate of B over that of A")
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base, quantized or not, with LoRA on its targets.
+
+    Raises:
+        UserError: a target names no layer of this model.
+    """
+    return lora.with_lora(model, settings)
+
+
+def hooks(model: "PeftModel", settings: Settings, *, steps: int) -> Hooks:
+    """Return the factor of the learning rate for each B."""
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad and ".lora_B." in name]
+    return Hooks(rate_factors=dict.fromkeys(names, settings.ratio))

@@ -1,0 +1,68 @@
+r"""Multitask prompt tuning: a shared prompt, and a matrix of rank one that fits it to a task.
+
+Wang et al. 2023 (arXiv 2303.02861), equation 1: P_k = P* o (u_k v_k^T). Here for one task at a time, the
+paper's transfer to a target task: ``source`` names a run whose shared prompt P* is the start (the paper
+learns it on many tasks; our ``data.mix`` mixes them).
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from finetune.adapters._traits import IN_THE_INPUT, Traits
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import Positive, Text, VirtualTokenSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(
+    packing=False, merge=IN_THE_INPUT, learning_rate=1e-1
+)  # 1e-1: the product starts near zero and its gradient with it; the paper uses 0.3 (section 4.1)
+
+
+class Settings(VirtualTokenSettings):
+    """Length of the prompt, rank, and where the shared prompt comes from."""
+
+    method: Literal["multitask_prompt"] = Field(
+        "multitask_prompt", description="a shared prompt times a matrix of rank one"
+    )
+    virtual_tokens: Positive = Field(100, description="length of the prompt")  # the paper, section 4.1
+    rank: Positive = Field(1, description="rank of the task's matrix")  # equation 1
+    source: Text | None = Field(
+        None, description="run directory with the shared prompt; null: from random words"
+    )
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base with a shared prompt and a task's matrix.
+
+    Raises:
+        UserError: ``source`` is no run of this adapter.
+    """
+    from peft import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
+
+    from finetune.adapters._prompt_model import SingleTaskModel
+
+    start = (
+        MultitaskPromptTuningInit.ONLY_SOURCE_SHARED if settings.source else MultitaskPromptTuningInit.RANDOM
+    )
+    config = MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=settings.virtual_tokens,
+        num_ranks=settings.rank,
+        num_tasks=1,
+        prompt_tuning_init=start,
+        prompt_tuning_init_state_dict_path=_shared(settings.source) if settings.source else None,
+    )
+    return SingleTaskModel(model, config)
+
+
+def _shared(source: str) -> str:
+    file = Path(source) / "adapter" / "adapter_model.safetensors"
+    if not file.is_file():
+        found = f"'{source}' holds no adapter"
+        raise UserError(Problem("adapter.source", found, "the run directory of a multitask_prompt run"))
+    return str(file)

@@ -1,0 +1,51 @@
+r"""OFT: each weight is turned by a trained rotation, in blocks, which keeps the angles between its outputs.
+
+Qiu et al. 2023 (arXiv 2306.07280), equation 5: W' = R W with R orthogonal and block-diagonal, R = (I + Q)
+(I - Q)^-1 (Cayley) of a trained skew-symmetric Q that starts at zero; here the exact Cayley transform, no
+series. On a quantized base this is QOFT (arXiv 2506.19847).
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from finetune.adapters._targets import ALL_LINEAR, Target, check_targets
+from finetune.adapters._traits import Traits
+from finetune.recipe.settings import AdapterSettings, Positive, Share
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(learning_rate=4e-4)  # arXiv 2506.19847, table of hyper-parameters
+
+
+class Settings(AdapterSettings):
+    """Size of the rotated blocks, and place."""
+
+    method: Literal["oft"] = Field("oft", description="trained rotations of frozen weights")
+    block_size: Positive = Field(
+        32, description="width of a rotated block; made to divide each layer's input"
+    )  # PEFT
+    dropout: Share = Field(0.0, description="share of blocks left as they are, in training")  # PEFT's default
+    target: Target = Field(ALL_LINEAR, description="names of layers that get an adapter")
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base, quantized or not, with rotations on its targets.
+
+    Raises:
+        UserError: a target names no layer of this model.
+    """
+    from peft import OFTConfig, get_peft_model
+
+    check_targets(model, settings.target)
+    config = OFTConfig(
+        task_type="CAUSAL_LM",
+        oft_block_size=settings.block_size,
+        module_dropout=settings.dropout,
+        target_modules=settings.target,
+        use_cayley_neumann=False,
+    )
+    peft_model: PeftModel = get_peft_model(model, config)
+    return peft_model

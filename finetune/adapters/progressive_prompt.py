@@ -1,0 +1,86 @@
+"""Progressive prompts: each task gets a new prompt before the frozen prompts of the tasks before it.
+
+Razdaibiedina et al. 2023 (arXiv 2301.12314), section 3: for task k the model reads [P_k; P_(k-1); ...; P_1;
+x] and only P_k is trained. Earlier prompts and the base stay, so earlier tasks lose nothing; the new task
+can use what the earlier prompts hold. ``previous`` names the run of the task before; without it this is the
+first task, and the method is prompt tuning.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from finetune.adapters import prompt
+from finetune.adapters._traits import IN_THE_INPUT, Traits
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import Positive, Text, VirtualTokenSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(packing=False, merge=IN_THE_INPUT, learning_rate=1e-3)  # as for `prompt`
+
+
+class Settings(VirtualTokenSettings):
+    """Length of the new prompt, and the run before."""
+
+    method: Literal["progressive_prompt"] = Field(
+        "progressive_prompt", description="a new prompt before those of earlier tasks"
+    )
+    virtual_tokens: Positive = Field(10, description="length of the new prompt")  # the paper, section 4: 10
+    previous: Text | None = Field(None, description="run directory of the task before; null: the first task")
+
+    @property
+    def positions(self) -> int:
+        """Return the positions that all prompts together take."""
+        return self.virtual_tokens + (_earlier_tokens(self.previous) if self.previous else 0)
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base with a trainable prompt before the frozen ones.
+
+    Raises:
+        UserError: ``previous`` is no run with a soft prompt, or its prompts are for another width.
+    """
+    import torch
+    from peft import PromptTuningConfig
+
+    from finetune.adapters._prefix_encoders import ProgressivePrompt
+    from finetune.adapters._prompt_model import PromptModel
+
+    first = prompt.build(model, prompt.Settings(virtual_tokens=settings.virtual_tokens))
+    new = first.prompt_encoder["default"].embedding.weight.detach()
+    earlier = _earlier_prompts(settings.previous) if settings.previous else torch.empty(0, new.shape[1])
+    if earlier.shape[1] != new.shape[1]:
+        found = f"'{settings.previous}' holds prompts of width {earlier.shape[1]}"
+        raise UserError(Problem("adapter.previous", found, f"a run on this base (width {new.shape[1]})"))
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(new) + len(earlier))
+    adapted = PromptModel(model, config)
+    adapted.prompt_encoder["default"] = ProgressivePrompt(new, earlier.to(new)).to(new.device)
+    return adapted
+
+
+def _earlier_tokens(previous: str) -> int:
+    file = Path(previous) / "adapter" / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        found = f"'{previous}' is not the folder of a finished run ({file.name} cannot be read)"
+        expected = "the run directory of the task before"
+        raise UserError(Problem("adapter.previous", found, expected, "`llm-align list runs`")) from error
+    if config.get("peft_type") != "PROMPT_TUNING":
+        found = f"'{previous}' holds an adapter of type {config.get('peft_type')}"
+        raise UserError(Problem("adapter.previous", found, "a run with adapter prompt or progressive_prompt"))
+    return int(config["num_virtual_tokens"])
+
+
+def _earlier_prompts(previous: str) -> "Tensor":
+    from safetensors.torch import load_file
+
+    _earlier_tokens(previous)
+    prompts: Tensor = load_file(Path(previous) / "adapter" / "adapter_model.safetensors")["prompt_embeddings"]
+    return prompts

@@ -1,0 +1,46 @@
+"""P-tuning: a small network makes the embeddings that stand before the input's embeddings.
+
+Liu et al. 2021 (arXiv 2103.10385), equation 5: h_i = MLP([LSTM(h_0:i), LSTM(h_i:m)]), or an MLP alone. After
+training only the embeddings that the network makes are needed: the saved adapter holds those.
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from finetune.adapters._traits import IN_THE_INPUT, Traits
+from finetune.recipe.settings import Positive, VirtualTokenSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(packing=False, merge=IN_THE_INPUT, learning_rate=1e-3)  # huggingface/peft, method_comparison
+
+
+class Settings(VirtualTokenSettings):
+    """Length of the prompt, and the network that makes it."""
+
+    method: Literal["ptuning"] = Field(
+        "ptuning", description="embeddings before every sequence, made by a network"
+    )
+    virtual_tokens: Positive = Field(20, description="length of the prompt")  # as for `prompt`
+    encoder: Literal["mlp", "lstm"] = Field(
+        "mlp", description="network: MLP, or LSTM with an MLP (the paper)"
+    )
+    encoder_width: Positive = Field(128, description="width of the network")  # PEFT's guide to P-tuning
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base with a network that makes a soft prompt."""
+    from peft import PromptEncoderConfig
+
+    from finetune.adapters._prompt_model import PromptModel
+
+    config = PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=settings.virtual_tokens,
+        encoder_reparameterization_type=settings.encoder.upper(),
+        encoder_hidden_size=settings.encoder_width,
+    )
+    return PromptModel(model, config)

@@ -1,0 +1,42 @@
+"""P-tuning v2: deep prompts, that is prefix tuning without an MLP and with a random start.
+
+Liu et al. 2021 (arXiv 2110.07602), section 3: trained vectors stand before the keys and values of every
+layer. For a causal language model this is the same function as prefix tuning (Li and Liang 2021); what
+differs: P-tuning v2 has no reparameterisation, starts at random where our ``prefix`` starts from real words,
+and its other ideas (a classification head, multi-task training first) concern tasks that are no text
+generation. The saved adapter is of PEFT's type PREFIX_TUNING, as that of ``prefix``.
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from finetune.adapters._traits import IN_THE_INPUT, Traits
+from finetune.recipe.settings import Positive, VirtualTokenSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(
+    packing=False, checkpointing=False, merge=IN_THE_INPUT, learning_rate=5e-3
+)  # the authors' scripts
+
+
+class Settings(VirtualTokenSettings):
+    """Length of the deep prompt."""
+
+    method: Literal["ptuning_v2"] = Field(
+        "ptuning_v2", description="deep prompts: a prefix from a random start"
+    )
+    # 20: the paper, figure 3: simple tasks want less than 20, hard ones about 100.
+    virtual_tokens: Positive = Field(20, description="length of the deep prompt")
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base with trainable keys and values before every sequence, one for each layer."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=settings.virtual_tokens)
+    peft_model: PeftModel = get_peft_model(model, config)
+    return peft_model

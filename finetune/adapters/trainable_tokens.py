@@ -1,0 +1,71 @@
+"""Trainable tokens: the embeddings of a few tokens are trained, all others stay.
+
+For tokens that a base has never learnt: turn markers of a template, words of a trade. The same idea as
+prompt tuning (Lester et al. 2021, arXiv 2104.08691), but at tokens that the text itself holds; PEFT keeps the
+trained rows apart from the frozen table.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from finetune.adapters._traits import Traits
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import AdapterSettings, Count, Text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAITS = Traits(learning_rate=1e-3)  # as for `prompt`
+
+
+class Settings(AdapterSettings):
+    """Which tokens."""
+
+    method: Literal["trainable_tokens"] = Field("trainable_tokens", description="embeddings of a few tokens")
+    tokens: Annotated[list[Text | Count], Field(min_length=1)] | None = Field(
+        None, description="tokens (texts or ids); null: the tokenizer's special tokens"
+    )
+
+
+def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
+    """Return the base with a few trainable rows of its embeddings.
+
+    Raises:
+        UserError: a text is no single token of the base, or an id is outside its vocabulary.
+    """
+    from peft import TrainableTokensConfig, get_peft_model
+
+    ids = _ids(model, settings.tokens)
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    config = TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=ids, target_modules=[name])
+    peft_model: PeftModel = get_peft_model(model, config)
+    return peft_model
+
+
+def _ids(model: "PreTrainedModel", tokens: list[str | int] | None) -> list[int]:
+    if tokens is not None and all(isinstance(token, int) for token in tokens):
+        ids = [int(token) for token in tokens]
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+        words = tokenizer.all_special_tokens if tokens is None else tokens
+        ids = [word if isinstance(word, int) else _single(tokenizer.encode, word) for word in words]
+    size = model.get_input_embeddings().num_embeddings
+    if any(number >= size for number in ids):
+        found = f"token {max(ids)}, but the base has embeddings for {size}"
+        raise UserError(Problem("adapter.tokens", found, "tokens of the base's vocabulary"))
+    return sorted(set(ids))
+
+
+def _single(encode: "Callable[..., list[int]]", word: str) -> int:
+    ids = encode(word, add_special_tokens=False)
+    if len(ids) != 1:
+        found = f"'{word}' is {len(ids)} tokens of this base"
+        raise UserError(Problem("adapter.tokens", found, "texts that are one token each, or ids"))
+    return ids[0]

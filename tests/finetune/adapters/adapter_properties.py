@@ -1,0 +1,291 @@
+"""What every adapter has to do on every family of models: one function a property.
+
+A property returns None where it holds, or the reason why the adapter (or the model) refuses it; it raises
+AssertionError where it is broken. No cell of the matrix is skipped in silence.
+"""
+
+import copy
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, Qwen2Config
+
+from finetune.adapters._load import open_adapter
+from finetune.planning.hardware import detect
+from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
+from finetune.recipe.errors import UserError
+from finetune.recipe.settings import ModelSettings
+from finetune.training.model import load_base
+
+WIDTH, WORDS = 64, 96
+SIZES = {
+    "vocab_size": WORDS,
+    "hidden_size": WIDTH,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2),
+    "gpt-neox": GPTNeoXConfig(**SIZES, hidden_dropout=0.0, attention_dropout=0.0),
+}
+FAMILIES = list(CONFIGS)
+METHODS = [
+    name
+    for name in plugin_names(ADAPTERS)
+    if not load_plugin(ADAPTERS, name, where="test").TRAITS.whole_model
+]
+SETTINGS = {
+    "trainable_tokens": {"tokens": [5, 6, 7]},
+    "multitask_prompt": {"virtual_tokens": 6},
+    "vera": {"rank": 8},
+}
+SHORT = {"virtual_tokens": 6, "dropout": 0.0, "rank": 4}
+IDS = torch.tensor([[1, 5, 9, 6, 30, 31, 32, 7], [2, 7, 8, 5, 40, 41, 42, 6]])
+
+
+@functools.cache
+def _folder(family: str) -> Path:
+    """Save a base with drawn weights: biases and norms too, so that nothing is zero or one by chance."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family])
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight.add_(0.02 * torch.randn_like(weight))
+    folder = Path(tempfile.mkdtemp(prefix=f"base-{family}-"))
+    model.save_pretrained(folder)
+    return folder
+
+
+def base_of(family: str, quantization: str = "none") -> PreTrainedModel:
+    settings = ModelSettings(base=str(_folder(family)))
+    return load_base(settings, precision="float32", quantization=quantization, hardware=detect())
+
+
+def build(method: str, base: PreTrainedModel) -> PeftModel:
+    module = load_plugin(ADAPTERS, method, where="test")
+    fields = module.Settings.model_fields
+    short = {key: value for key, value in SHORT.items() if key in fields}
+    torch.manual_seed(1)
+    adapted = module.build(base, module.Settings(**(short | SETTINGS.get(method, {}))))
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def first_choice(method: str) -> str:
+    quantization: str = load_plugin(ADAPTERS, method, where="test").TRAITS.quantization[0]
+    return quantization if quantization != "int8" else "none"
+
+
+def made(method: str, family: str) -> PeftModel:
+    return build(method, base_of(family, first_choice(method)))
+
+
+def train(model: PeftModel, steps: int = 5, seed: int = 3) -> None:
+    torch.manual_seed(seed)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.02, weight_decay=0.0)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    model.eval()
+    return model(input_ids=IDS).logits[:, -IDS.shape[1] :]
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def trains_alone(method: str, family: str) -> str | None:
+    """Only the adapter trains: each of its weights gets a gradient and moves, the base keeps every bit."""
+    base = base_of(family, first_choice(method))
+    weights = {id(weight): name for name, weight in base.named_parameters()}
+    adapted = build(method, base)
+    frozen = {name: copy.deepcopy(w.data) for name, w in adapted.named_parameters() if id(w) in weights}
+    own = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert own and not [name for name, weight in own.items() if id(weight) in weights]
+    before = {name: weight.detach().clone() for name, weight in own.items()}
+    train(adapted)
+    assert not [name for name, weight in own.items() if weight.grad is None]
+    assert not [name for name, weight in own.items() if torch.equal(weight, before[name])]
+    after = dict(adapted.named_parameters())
+    assert not [name for name, value in frozen.items() if not torch.equal(after[name].data, value)]
+    assert not [name for name in frozen if after[name].grad is not None]
+    return None
+
+
+def starts_near_the_base(method: str, family: str) -> str | None:
+    """An untrained adapter changes nothing, or is made of virtual tokens, which always do."""
+    adapted = made(method, family)
+    if adapted.active_peft_config.is_prompt_learning:
+        return "virtual tokens are there from the first step on"
+    expected = logits(base_of(family, first_choice(method)))
+    if method == "loftq":
+        exact = logits(base_of(family))
+        assert (logits(adapted) - exact).norm() < (expected - exact).norm()
+        return "it starts nearer to the unquantized base than the 4-bit base is"
+    assert close(logits(adapted), expected)
+    return None
+
+
+def saves_and_loads(method: str, family: str) -> str | None:
+    """What is saved and opened again gives the same numbers."""
+    adapted = made(method, family)
+    train(adapted)
+    with tempfile.TemporaryDirectory() as folder:
+        adapted.save_pretrained(folder, save_embedding_layers=False)
+        opened = open_adapter(base_of(family, first_choice(method)), Path(folder))
+    assert (logits(opened) - logits(adapted)).abs().max() < 2e-5
+    return None
+
+
+def merges(method: str, family: str) -> str | None:
+    """Folding the adapter into the base gives the same numbers without it."""
+    adapted = made(method, family)
+    train(adapted)
+    expected = logits(adapted)
+    reason: str = load_plugin(ADAPTERS, method, where="test").TRAITS.merge
+    if reason:
+        if not adapted.active_peft_config.is_prompt_learning:
+            try:
+                adapted.merge_and_unload()
+            except (ValueError, NotImplementedError, AttributeError):
+                return reason
+            raise AssertionError("merging is said to be impossible, and went through")
+        return reason
+    if first_choice(method) == "nf4":
+        return "4-bit weights round the sum; merge on the unquantized base"
+    merged = adapted.merge_and_unload()
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name or "bottleneck" in name]
+    assert (logits(merged) - expected).abs().max() < 5e-5
+    return None
+
+
+def switches_off(method: str, family: str) -> str | None:
+    """With the adapter disabled the base answers, bit for bit."""
+    adapted = made(method, family)
+    train(adapted)
+    expected = logits(base_of(family, first_choice(method)))
+    assert not close(logits(adapted), expected)
+    with adapted.disable_adapter():
+        found = logits(adapted)
+    if load_plugin(ADAPTERS, method, where="test").TRAITS.changes_base:
+        assert not close(found, expected)
+        return "the base in memory is what remains of it; the start adapter holds the rest"
+    assert torch.equal(found, expected)
+    return None
+
+
+def takes_four_bits(method: str, family: str) -> str | None:
+    """It trains on an NF4 base whose bytes stay."""
+    allowed = load_plugin(ADAPTERS, method, where="test").TRAITS.quantization
+    if "nf4" not in allowed:
+        return f"its base has to be unquantized ({', '.join(allowed)})"
+    base = base_of(family, "nf4")
+    assert any(isinstance(module, Linear4bit) for module in base.modules())
+    codes = {name: w.data.clone() for name, w in base.named_parameters() if w.dtype == torch.uint8}
+    assert codes
+    adapted = build(method, base)
+    train(adapted, steps=2)
+    packed = {id(w): w for w in adapted.parameters() if w.dtype == torch.uint8}
+    assert len(packed) == len(codes)
+    assert all(any(torch.equal(weight.data, code) for weight in packed.values()) for code in codes.values())
+    assert torch.isfinite(logits(adapted)).all()
+    return None
+
+
+def switches_between_two(method: str, family: str) -> str | None:
+    """Two trained adapters on one base answer as each does alone."""
+    if load_plugin(ADAPTERS, method, where="test").TRAITS.changes_base:
+        return "each adapter would take its part out of the same base"
+    expected = []
+    with tempfile.TemporaryDirectory() as folder:
+        for index in (1, 2):
+            adapted = made(method, family)
+            train(adapted, steps=2 + index, seed=index)
+            adapted.save_pretrained(f"{folder}/{index}", save_embedding_layers=False)
+            expected.append(logits(adapted))
+        both = open_adapter(base_of(family, first_choice(method)), Path(folder) / "1")
+        both.load_adapter(f"{folder}/2", "second")
+    assert not close(*expected)
+    assert (logits(both) - expected[0]).abs().max() < 2e-5
+    both.set_adapter("second")
+    assert (logits(both) - expected[1]).abs().max() < 2e-5
+    both.set_adapter("default")
+    assert (logits(both) - expected[0]).abs().max() < 2e-5
+    return None
+
+
+def checkpoints_gradients(method: str, family: str) -> str | None:
+    """Recomputing activations gives the same gradient."""
+    gradients = []
+    for recompute in (False, True):
+        if recompute and not load_plugin(ADAPTERS, method, where="test").TRAITS.checkpointing:
+            return "a prefix lives in the key-value cache, which checkpointing switches off"
+        adapted = made(method, family)
+        train(adapted, steps=2)
+        adapted.train()
+        if recompute:
+            base = adapted.get_base_model()
+            base.enable_input_require_grads()
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        adapted.zero_grad()
+        torch.manual_seed(5)
+        adapted(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append([w.grad.clone() for w in adapted.parameters() if w.requires_grad])
+    assert all(close(one, other) for one, other in zip(*gradients, strict=True))
+    assert any(gradient.abs().sum() > 0 for gradient in gradients[0])
+    return None
+
+
+def generates_with_cache(method: str, family: str) -> str | None:
+    """Generating with the key-value cache gives the tokens that whole forward passes give."""
+    adapted = made(method, family)
+    train(adapted)
+    prompt = IDS[:1, :4]
+    greedy = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}
+    cached = adapted.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **greedy)
+    ids = prompt
+    with torch.no_grad():
+        for _ in range(6):
+            ids = torch.cat([ids, adapted(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(cached[:, -6:], ids[:, -6:])
+    return None
+
+
+PROPERTIES: dict[str, Callable[[str, str], str | None]] = {
+    "trains alone": trains_alone,
+    "starts at the base": starts_near_the_base,
+    "save = load": saves_and_loads,
+    "merge": merges,
+    "off = base": switches_off,
+    "4-bit base": takes_four_bits,
+    "two on one base": switches_between_two,
+    "checkpointing": checkpoints_gradients,
+    "cache": generates_with_cache,
+}
+
+
+@functools.cache
+def cell(name: str, method: str, family: str) -> str | None:
+    """Return None where a property holds, or the reason why it is refused."""
+    try:
+        return PROPERTIES[name](method, family)
+    except UserError as error:
+        (problem,) = error.problems
+        return problem.found
