@@ -12,7 +12,7 @@ from finetune.adapters._wrapping import WrappingLayer, WrappingTuner, register
 
 
 @dataclass
-class BitFitConfig(PeftConfig):
+class BitFitConfig(PeftConfig):  # type: ignore[misc]
     """PEFT's record of BitFit."""
 
     target_modules: Any = field(default=None, metadata={"help": "names of the modules whose bias is trained"})
@@ -35,7 +35,7 @@ class BiasLayer(WrappingLayer):
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
         """Add a change of the bias, zero at the start."""
-        self.bitfit_bias[adapter_name] = nn.Parameter(torch.zeros(self.base_layer.bias.shape))
+        self.bitfit_bias[adapter_name] = nn.Parameter(torch.zeros_like(self.bias, dtype=torch.float32))
         self._place(adapter_name, config)
 
     def changed(self, adapter_name: str, inputs: Tensor, output: Tensor) -> Tensor:
@@ -54,14 +54,14 @@ class BiasLayer(WrappingLayer):
                 change = self.bitfit_bias[name].data
                 if safe_merge and not torch.isfinite(change).all():
                     raise ValueError(f"adapter {name} holds numbers that are none")
-                self.base_layer.bias.data += change.to(self.base_layer.bias.dtype)
+                self.bias.data += change.to(self.bias.dtype)
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Take the merged changes out again."""
         while self.merged_adapters:
             change = self.bitfit_bias[self.merged_adapters.pop()].data
-            self.base_layer.bias.data -= change.to(self.base_layer.bias.dtype)
+            self.bias.data -= change.to(self.bias.dtype)
 
 
 class BitFitTuner(WrappingTuner):

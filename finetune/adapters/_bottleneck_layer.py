@@ -1,5 +1,6 @@
 r"""Bottleneck layers: W_up f(W_down x) beside or behind a layer of the base; one, or a mixture of several."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 
 from finetune.adapters._wrapping import WrappingLayer, WrappingTuner, register
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(PeftConfig):  # type: ignore[misc]
     """PEFT's record of a bottleneck adapter: ``experts`` > 1 makes it AdaMix's mixture."""
 
     target_modules: Any = field(default=None, metadata={"help": "names of the modules that are wrapped"})

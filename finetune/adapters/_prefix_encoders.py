@@ -31,7 +31,8 @@ class GatedPrefix(nn.Module):
         """Return the gated prefix."""
         gates = self.layer_gate * torch.sigmoid(self.position_gate)
         prefix = self.embedding(positions).unflatten(-1, (self.layers, -1))
-        return (gates[positions].unsqueeze(-1) * prefix).flatten(-2)
+        gated: Tensor = gates[positions].unsqueeze(-1) * prefix
+        return gated.flatten(-2)
 
 
 class ProgressivePrompt(nn.Module):
@@ -40,6 +41,8 @@ class ProgressivePrompt(nn.Module):
     Input: positions (batch, tokens of all tasks). Output: (batch, tokens of all tasks, width), the new task's
     prompt first, then the earlier ones, latest first.
     """
+
+    earlier: Tensor
 
     def __init__(self, new: Tensor, earlier: Tensor) -> None:
         """Take the new prompt's start (tokens, width) and the earlier prompts (their tokens, width)."""

@@ -7,6 +7,7 @@ write the encoder's own parameters beside it, and read them back when a checkpoi
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -46,7 +47,6 @@ class SingleTaskModel(PromptModel):
     ) -> Tensor:
         """Return the prompts of task 0, where PEFT would ask for the task of each row."""
         if task_ids is None:
-            device = self._encoder.prefix_task_cols.device
-            task_ids = Tensor([0] * batch_size).long().to(device)
+            task_ids = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         prompts: Tensor = super().get_prompt(batch_size, task_ids, *args, **kwargs)
         return prompts

@@ -5,6 +5,7 @@ save, load, several adapters on one base, switching and disabling are PEFT's.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftConfig
@@ -24,8 +25,16 @@ def register(name: str, config: type[PeftConfig], tuner: type["WrappingTuner"]) 
     PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner.prefix
 
 
-class WrappingLayer(nn.Module, BaseTunerLayer):
+class WrappingLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A layer of the base with what each adapter adds to it."""
+
+    base_layer: nn.Module
+    merged_adapters: list[str]
+    active_adapters: list[str]
+    bias: Tensor
+    set_adapter: Callable[..., None]
+    _get_available_adapters: Callable[[], set[str]]
+    _move_adapter_to_device_of_base_layer: Callable[..., None]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         """Wrap a layer; adapters are added with ``update_layer``."""
@@ -60,7 +69,7 @@ class WrappingLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
 
-class WrappingTuner(BaseTuner):
+class WrappingTuner(BaseTuner):  # type: ignore[misc]
     """Wraps every target module in the tuner's kind of layer."""
 
     prefix = "wrapping_"

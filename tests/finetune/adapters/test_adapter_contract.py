@@ -1,5 +1,6 @@
 """The property matrix: every adapter, every property, three families; the docs hold what it says."""
 
+import adapter_docs
 import pytest
 from adapter_properties import FAMILIES, METHODS, PROPERTIES, cell
 
@@ -12,3 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_property(name, method, family):
     reason = cell(name, method, family)
     assert reason is None or len(reason) > 20
+
+
+def test_the_page_on_adapters_is_up_to_date():
+    assert adapter_docs.README.read_text(encoding="utf-8") == adapter_docs.render()

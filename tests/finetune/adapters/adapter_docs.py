@@ -1,0 +1,94 @@
+"""Writes finetune/adapters/README.md: what there is, and the property matrix as the tests find it.
+
+python tests/finetune/adapters/adapter_docs.py
+"""
+
+import re
+import warnings
+from pathlib import Path
+
+from adapter_properties import FAMILIES, METHODS, PROPERTIES, cell
+
+from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names, plugin_summary
+
+README = Path(__file__).parents[3] / "finetune" / "adapters" / "README.md"
+
+HEAD = """# Adapters
+
+One file an adapter: `adapter.method=NAME` is `NAME.py` in this folder, and `--adapter NAME` takes any of
+them in any recipe; `llm-align show RECIPE adapter.method=NAME` lists its settings with their defaults.
+This page is generated from the files and from their tests (`python
+tests/finetune/adapters/adapter_docs.py`); a test holds it to what they say.
+
+"""
+
+MATRIX = """
+## Every adapter, every property
+
+Found on three families of models with drawn weights ({families}). A number points to the reason
+why a cell is refused; nothing is skipped.
+
+"""
+
+
+def render() -> str:
+    """Return the page."""
+    return HEAD + _methods() + MATRIX.format(families=", ".join(FAMILIES)) + _matrix()
+
+
+def _methods() -> str:
+    rows = []
+    for name in plugin_names(ADAPTERS):
+        module = load_plugin(ADAPTERS, name, where="docs")
+        paper = re.search(r"arXiv (\d{4}\.\d{4,5})", module.__doc__ or "")
+        link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
+        traits = module.TRAITS
+        base = ", ".join("unquantized" if kind == "none" else kind for kind in traits.quantization)
+        summary = plugin_summary(ADAPTERS, name)
+        packing = "yes" if traits.packing else "no"
+        cells = (
+            f"`{name}`",
+            summary,
+            link,
+            base,
+            packing,
+            ", ".join(traits.engines),
+            f"{traits.learning_rate:g}",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    titles = ("method", "what it does", "paper", "base", "packing", "engines", "usual rate")
+    return _table(titles, rows)
+
+
+def _matrix() -> str:
+    reasons: list[str] = []
+    rows = []
+    for method in METHODS:
+        cells = [_cell(name, method, reasons) for name in PROPERTIES]
+        rows.append(f"| `{method}` | {' | '.join(cells)} |")
+    notes = "".join(f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1))
+    meanings = "".join(
+        f"* **{name}**: {(function.__doc__ or '').strip()}\n" for name, function in PROPERTIES.items()
+    )
+    return _table(("method", *PROPERTIES), rows) + "\n" + notes + "\n" + meanings
+
+
+def _cell(name: str, method: str, reasons: list[str]) -> str:
+    found = {family: cell(name, method, family) for family in FAMILIES}
+    refused = {reason: [f for f in FAMILIES if found[f] == reason] for reason in found.values() if reason}
+    parts = []
+    for reason, families in refused.items():
+        if reason not in reasons:
+            reasons.append(reason)
+        where = "" if len(families) == len(FAMILIES) else f"{', '.join(families)}: "
+        parts.append(f"{where}({reasons.index(reason) + 1})")
+    return "; ".join(parts) if all(found.values()) else "; ".join(["yes", *parts])
+
+
+def _table(titles: tuple[str, ...], rows: list[str]) -> str:
+    return "\n".join([f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}", *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    README.write_text(render(), encoding="utf-8")

@@ -1,0 +1,69 @@
+"""Whole runs with every adapter: saved, opened again, and the same after an interruption, bit for bit."""
+
+import os
+import signal
+from typing import Any
+
+import pytest
+from fixture_types import MakeRecipe, Tune
+from rich.console import Console
+
+from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
+from finetune.stages import sft
+from finetune.training.recorder import Recorder
+from finetune.training.stops import Interrupted
+from finetune.training.tuned import load_tuned
+
+NO_BIASES = "bitfit"
+METHODS = [
+    name
+    for name in plugin_names(ADAPTERS)
+    if name not in ("full", "lora", NO_BIASES)  # lora: the other tests of this folder
+]
+SMALL = {"virtual_tokens": 5, "rank": 4, "dropout": 0.1, "encoder_width": 16, "width": 8}
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    known = load_plugin(ADAPTERS, method, where="test").Settings.model_fields
+    given = {f"adapter__{key}": value for key, value in SMALL.items() if key in known}
+    if method == "trainable_tokens":
+        given["adapter__tokens"] = list(range(20, 60))
+    return {"adapter__method": method, **given}
+
+
+def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Recorder.on_log
+
+    def ask(self: Recorder, args, state, control, logs=None, **kwargs) -> None:
+        log(self, args, state, control, logs=logs, **kwargs)
+        if state.global_step == step and not self.interrupt.name:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Recorder, "on_log", ask)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "projected prefix"])
+def test_interrupted_or_not_the_adapter_is_the_same(
+    method: str, tune: Tune, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(method.removeprefix("projected "))
+    if method == "projected prefix":
+        settings["adapter__projection"] = True
+    settings |= {"train__max_steps": 6, "evaluate__samples": 1}
+    whole = tune("whole", **settings)
+    with monkeypatch.context() as patch:
+        interrupted_at(3, patch)
+        with pytest.raises(Interrupted):
+            tune("cut", **settings)
+    cut = sft.run(make_recipe("cut", **settings), Console(quiet=True), command="a test")
+    records = [whole.record, cut.record]
+    assert records[0]["files"] == records[1]["files"]
+    assert records[0]["metrics"]["held_out_loss_after"] == records[1]["metrics"]["held_out_loss_after"]
+    assert records[0]["metrics"]["held_out_loss_after"] != records[0]["metrics"]["held_out_loss_before"]
+    assert load_tuned(cut.directory).model.training is False
+
+
+def test_bitfit_says_what_to_do_on_a_base_without_biases(tune: Tune) -> None:
+    with pytest.raises(Exception, match="has no bias terms") as caught:
+        tune(adapter__method=NO_BIASES)
+    assert "adapter.method=ia3" in str(caught.value)
