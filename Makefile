@@ -18,7 +18,7 @@ OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPT
           $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv $(STAGES) list show chat test test-all check tiny-base tiny-data clean
+.PHONY: help venv $(STAGES) list show chat test test-all check tiny-base tiny-data compare clean
 
 help:  ## show this
 	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [OUT=dir] [ARGS=\"section.key=value ...\"]"
@@ -62,6 +62,9 @@ tiny-base: $(READY)  ## train the embedded base model anew (about 40 minutes on 
 
 tiny-data: $(READY)  ## write the embedded data anew
 	$(BIN)/python -m finetune.tiny.data --out recipes/tiny/data
+
+compare: $(READY)  ## every adapter on the embedded task: table and plot (about 40 minutes on two cores)
+	$(BIN)/python -m benchmarks.compare $(ARGS)
 
 bench-%: $(READY)  ## measure against other programs: make bench-sft
 	$(BIN)/python -m benchmarks.$*

@@ -1,5 +1,5 @@
-"""Adapt and align language models: ``from align import load_recipe, run``."""
+"""Adapt and align language models: ``from align import load_recipe, load_tuned, run``."""
 
-from align.api import load_recipe, run
+from align.api import load_recipe, load_tuned, run
 
-__all__ = ["load_recipe", "run"]
+__all__ = ["load_recipe", "load_tuned", "run"]

@@ -11,6 +11,7 @@ from finetune.recipe.recipe import Recipe, load
 
 if TYPE_CHECKING:
     from finetune.training.result import Result
+    from finetune.training.tuned import Tuned
 
 NOISY = ("bitsandbytes", "transformers", "datasets", "httpx", "DeepSpeed")
 """Libraries whose warnings ask nothing of our users."""
@@ -51,6 +52,21 @@ def load_recipe(
     shortcuts = {"model.base": base, "data.source": data, "adapter.method": adapter}
     given = {key: value for key, value in shortcuts.items() if value is not None} | dict(settings or {})
     return load(stage, name, shortcuts=given, out=Path(out) if out is not None else None)
+
+
+def load_tuned(directory: str | Path) -> "Tuned":
+    """Open a finished run: its model with the adapter, of any kind, and the encoder of its conversations.
+
+    Args:
+        directory: the run directory.
+
+    Raises:
+        UserError: the folder is no finished run.
+    """
+    quiet()
+    from finetune.training import tuned
+
+    return tuned.load_tuned(Path(directory))
 
 
 def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") -> "Result":

@@ -12,6 +12,7 @@ from pydantic import Field
 from finetune.adapters import lora
 from finetune.adapters._targets import check_targets
 from finetune.adapters._traits import Hooks, Traits
+from finetune.recipe.errors import Problem
 from finetune.recipe.settings import Positive, Share
 
 if TYPE_CHECKING:
@@ -32,6 +33,18 @@ class Settings(lora.Settings):
     warmup: Share = Field(0.1, description="share of the steps before the budget falls")  # table 8: 5 to 20 %
     cooldown: Share = Field(0.3, description="share of the steps after it has fallen")  # table 8: 20 to 60 %
     penalty: Annotated[float, Field(ge=0)] = Field(0.1, description="gamma of equation 5")  # the paper: 0.1
+
+    def problems(self) -> list[Problem]:
+        """Return a budget that cannot fall."""
+        found = []
+        if self.first_rank <= self.rank:
+            text = f"{self.first_rank}, with adapter.rank {self.rank}"
+            found.append(Problem("adapter.first_rank", text, "more than adapter.rank: ranks are taken away"))
+        if self.warmup + self.cooldown >= 1:
+            text = f"{self.warmup} and {self.cooldown}"
+            expected = "together below 1: the budget falls between them"
+            found.append(Problem("adapter.warmup, adapter.cooldown", text, expected))
+        return found
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":

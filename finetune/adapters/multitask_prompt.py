@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters._traits import IN_THE_INPUT, Traits
-from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.errors import Problem
 from finetune.recipe.settings import Positive, Text, VirtualTokenSettings
 
 if TYPE_CHECKING:
@@ -35,13 +35,16 @@ class Settings(VirtualTokenSettings):
         None, description="run directory with the shared prompt; null: from random words"
     )
 
+    def problems(self) -> list[Problem]:
+        """Return a source that is no run of this adapter."""
+        if self.source is None or _shared(self.source).is_file():
+            return []
+        found = f"'{self.source}' holds no adapter"
+        return [Problem("adapter.source", found, "the run directory of a multitask_prompt run")]
+
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Return the base with a shared prompt and a task's matrix.
-
-    Raises:
-        UserError: ``source`` is no run of this adapter.
-    """
+    """Return the base with a shared prompt and a task's matrix."""
     from peft import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 
     from finetune.adapters._prompt_model import SingleTaskModel
@@ -55,14 +58,10 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         num_ranks=settings.rank,
         num_tasks=1,
         prompt_tuning_init=start,
-        prompt_tuning_init_state_dict_path=_shared(settings.source) if settings.source else None,
+        prompt_tuning_init_state_dict_path=str(_shared(settings.source)) if settings.source else None,
     )
     return SingleTaskModel(model, config)
 
 
-def _shared(source: str) -> str:
-    file = Path(source) / "adapter" / "adapter_model.safetensors"
-    if not file.is_file():
-        found = f"'{source}' holds no adapter"
-        raise UserError(Problem("adapter.source", found, "the run directory of a multitask_prompt run"))
-    return str(file)
+def _shared(source: str) -> Path:
+    return Path(source) / "adapter" / "adapter_model.safetensors"

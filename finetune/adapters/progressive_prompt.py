@@ -39,6 +39,14 @@ class Settings(VirtualTokenSettings):
         """Return the positions that all prompts together take."""
         return self.virtual_tokens + (_earlier_tokens(self.previous) if self.previous else 0)
 
+    def problems(self) -> list[Problem]:
+        """Return what is wrong with the run before."""
+        try:
+            _ = self.positions
+        except UserError as error:
+            return error.problems
+        return []
+
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base with a trainable prompt before the frozen ones.

@@ -124,6 +124,7 @@ def _packing(settings: StageSettings) -> Iterator[Problem]:
 def _adapter(settings: StageSettings) -> Iterator[Problem]:
     method, train = settings.adapter.method, settings.train
     traits = adapter_traits(method)
+    yield from settings.adapter.problems()
     if train.engine not in traits.engines:
         found = f"'{train.engine}' with adapter.method '{method}'"
         repair = (

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
+from finetune.recipe.errors import Problem
+
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -129,6 +131,10 @@ class AdapterSettings(Section):
     def positions(self) -> int:
         """Return the positions of the model that the adapter takes: none, unless it says otherwise."""
         return 0
+
+    def problems(self) -> list[Problem]:
+        """Return what contradicts itself in these settings, before anything is loaded."""
+        return []
 
 
 class VirtualTokenSettings(AdapterSettings):

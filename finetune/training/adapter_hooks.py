@@ -59,7 +59,7 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write what the adapter holds beside its weights."""
-        if self.hooks.state:
+        if self.hooks.state and state.is_world_process_zero:
             tensors = {name: value.contiguous() for name, value in self.hooks.state().items()}
             save_file(tensors or {"none": torch.empty(0)}, _checkpoint(args, state) / STATE_FILE)
 

@@ -20,6 +20,9 @@ them in any recipe; `llm-align show RECIPE adapter.method=NAME` lists its settin
 This page is generated from the files and from their tests (`python
 tests/finetune/adapters/adapter_docs.py`); a test holds it to what they say.
 
+Adapters of PEFT's own kinds open with plain `PeftModel.from_pretrained`. `bottleneck`, `adamix` and `bitfit`
+are ours, and `multitask_prompt` asks for a task for each row: `from align import load_tuned` opens any run.
+
 """
 
 MATRIX = """

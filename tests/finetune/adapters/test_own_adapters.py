@@ -8,7 +8,16 @@ from adapter_properties import IDS, base_of, build, logits, train
 from safetensors.torch import load_file
 from torch import nn
 
-from finetune.adapters import adalora, adamix, bitfit, bottleneck, lora_plus, progressive_prompt, prompt
+from finetune.adapters import (
+    adalora,
+    adamix,
+    bitfit,
+    bottleneck,
+    lora_plus,
+    multitask_prompt,
+    progressive_prompt,
+    prompt,
+)
 from finetune.adapters._bottleneck_layer import Bottleneck, BottleneckConfig
 from finetune.adapters._prefix_encoders import GatedPrefix
 from finetune.adapters.loftq import factors
@@ -272,3 +281,29 @@ def test_loftq_keeps_the_largest_singular_values():
     matrix = torch.diag(torch.tensor([5.0, 4.0, 3.0, 2.0]))
     up, down = factors(matrix, 2)
     assert torch.allclose(up @ down, torch.diag(torch.tensor([5.0, 4.0, 0.0, 0.0])), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"first_rank": 8, "rank": 8}, "adapter.first_rank: 8, with adapter.rank 8"),
+        ({"warmup": 0.5, "cooldown": 0.5}, "adapter.warmup, adapter.cooldown: 0.5 and 0.5"),
+    ],
+)
+def test_adalora_tells_a_budget_that_cannot_fall(settings, message):
+    (problem,) = adalora.Settings(**settings).problems()
+    assert str(problem).startswith(message)
+    assert not adalora.Settings().problems()
+
+
+def test_a_multitask_prompt_starts_from_an_earlier_run(tmp_path):
+    first = build("multitask_prompt", base_of("llama"))
+    train(first)
+    first.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    settings = multitask_prompt.Settings(virtual_tokens=6, source=str(tmp_path))
+    assert not settings.problems()
+    second = multitask_prompt.build(base_of("llama"), settings)
+    shared = [model.prompt_encoder["default"].embedding.weight for model in (first, second)]
+    assert torch.equal(*shared)
+    (problem,) = multitask_prompt.Settings(source="nowhere").problems()
+    assert "'nowhere' holds no adapter" in str(problem)

@@ -1,0 +1,128 @@
+"""Every adapter on the embedded task, with an equal budget: the same rows, batches and optimizer steps.
+
+    make compare      or      python -m benchmarks.compare --steps 150
+
+Each adapter runs in a process of its own (so that its peak memory is its own), on the quickstart's recipe, at
+several multiples of its usual learning rate, of which the one with the lowest held-out loss counts: the
+embedded model is tiny and takes higher rates than the papers' models. Writes compare-DATE.json, .md and .png
+into benchmarks/results/.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from matplotlib.figure import Figure
+
+from align import load_recipe, run
+from finetune.planning.hardware import detect
+from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
+
+RESULTS = Path(__file__).parent / "results"
+NO_BIASES = "bitfit"
+"""Left out: the embedded base has no bias terms."""
+
+COLUMNS = {
+    "adapter": "adapter",
+    "trained": "trained parameters",
+    "exact": "exact answers",
+    "held_out_loss": "held-out loss",
+    "seconds": "training, lora = 1",
+    "peak_gib": "peak memory (GiB)",
+    "learning_rate": "learning rate",
+}
+
+
+@click.command()
+@click.option("--steps", default=150, show_default=True, help="Optimizer steps of 16 rows.")
+@click.option("--rows", default=100, show_default=True, help="Held-out rows to answer.")
+@click.option("--factors", default="3,10", show_default=True, help="Multiples of the usual learning rate.")
+@click.option("--only", help="One adapter, at one rate: METHOD:RATE; prints its numbers.")
+@click.option("--methods", help="Some adapters, comma-separated; without it all.")
+def main(steps: int, rows: int, factors: str, only: str | None, methods: str | None) -> None:
+    """Measure, and write table and plot."""
+    if only:
+        method, rate = only.split(":")
+        click.echo(json.dumps(_measure(method, float(rate), steps=steps, rows=rows)))
+        return
+    chosen = methods.split(",") if methods else [m for m in plugin_names(ADAPTERS) if m != NO_BIASES]
+    results = []
+    for method in chosen:
+        usual = load_plugin(ADAPTERS, method, where="compare").TRAITS.learning_rate
+        runs = [_apart(method, usual * float(f), steps=steps, rows=rows) for f in factors.split(",")]
+        results.append(min(runs, key=lambda entry: entry["held_out_loss"]) | {"tried": runs})
+        click.echo(json.dumps({key: results[-1][key] for key in COLUMNS}))
+    _write(results, {"steps": steps, "rows": rows, "factors": factors})
+
+
+def _apart(method: str, rate: float, *, steps: int, rows: int) -> dict[str, Any]:
+    """Measure in a process of its own."""
+    arguments = ["--steps", str(steps), "--rows", str(rows), "--only", f"{method}:{rate:g}"]
+    command = [sys.executable, "-m", "benchmarks.compare", *arguments]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    result: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return result
+
+
+def _measure(method: str, rate: float, *, steps: int, rows: int) -> dict[str, Any]:
+    settings = {
+        "train.max_steps": steps,
+        "train.learning_rate": rate,
+        "evaluate.exact_match": rows,
+        "evaluate.max_new_tokens": 64,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = load_recipe("quickstart", adapter=method, out=f"{folder}/run", settings=settings)
+        record = run(recipe).record
+    return {
+        "adapter": method,
+        "trained": record["parameters"]["trained"],
+        "exact": record["metrics"]["exact_match_after"],
+        "held_out_loss": record["metrics"]["held_out_loss_after"],
+        "seconds": record["seconds"]["train"],
+        "peak_gib": record["peak_memory_bytes"] / 2**30,
+        "learning_rate": rate,
+    }
+
+
+def _write(results: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    name = RESULTS / f"compare-{date[:10]}"
+    unit = next((entry["seconds"] for entry in results if entry["adapter"] == "lora"), results[0]["seconds"])
+    content = {"date": date, "device": detect().name, **facts, "results": results}
+    name.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    name.with_suffix(".md").write_text(_table(results, unit), encoding="utf-8")
+    _plot(results).savefig(name.with_suffix(".png"), dpi=120)
+    click.echo(_table(results, unit) + f"\nwritten to {name}.json, .md and .png")
+
+
+def _table(results: list[dict[str, Any]], unit: float) -> str:
+    rows = [
+        f"| `{entry['adapter']}` | {entry['trained']:,} | {entry['exact']:.0%} "
+        f"| {entry['held_out_loss']:.3f} | {entry['seconds'] / unit:.2f} | {entry['peak_gib']:.2f} | {entry['learning_rate']:g} |"
+        for entry in sorted(results, key=lambda entry: entry["held_out_loss"])
+    ]
+    titles = f"| {' | '.join(COLUMNS.values())} |"
+    return "\n".join([titles, f"|{' --- |' * len(COLUMNS)}", *rows]) + "\n"
+
+
+def _plot(results: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for entry in results:
+        axes.scatter(entry["trained"], entry["held_out_loss"], color="#3b5bdb", s=18)
+        place = (entry["trained"], entry["held_out_loss"])
+        axes.annotate(entry["adapter"], place, xytext=(4, 3), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
