@@ -104,7 +104,8 @@ def _write(results: list[dict[str, Any]], facts: dict[str, Any]) -> None:
 def _table(results: list[dict[str, Any]], unit: float) -> str:
     rows = [
         f"| `{entry['adapter']}` | {entry['trained']:,} | {entry['exact']:.0%} "
-        f"| {entry['held_out_loss']:.3f} | {entry['seconds'] / unit:.2f} | {entry['peak_gib']:.2f} | {entry['learning_rate']:g} |"
+        f"| {entry['held_out_loss']:.3f} | {entry['seconds'] / unit:.2f} | {entry['peak_gib']:.2f} "
+        f"| {entry['learning_rate']:g} |"
         for entry in sorted(results, key=lambda entry: entry["held_out_loss"])
     ]
     titles = f"| {' | '.join(COLUMNS.values())} |"
