@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset
 
-from data_templates._segments import Message, TemplateError
+from data_templates._segments import REPLIES, Message, TemplateError
 from finetune.data.collate import IGNORED, Example
 from finetune.data.layouts import recognise, to_conversations
 from finetune.data.sources import read_source
@@ -215,10 +215,11 @@ def _usable(rows: Sequence[Conversation], report: DataReport) -> list[Conversati
     """Leave out conversations with an empty turn or no reply; cut a last question that has none."""
     usable = []
     for row in rows:
-        turns = row.messages[:-1] if row.messages[-1].role == "user" else row.messages
+        asks = row.messages[-1].role in ("user", "observation")
+        turns = row.messages[:-1] if asks else row.messages
         if any(not turn.content.strip() for turn in turns):
             _count(report, "left out, a turn is empty", row.where)
-        elif not any(turn.role == "assistant" for turn in turns):
+        elif not any(turn.role in REPLIES for turn in turns):
             _count(report, "left out, without a reply", row.where)
         else:
             usable.append(Conversation(turns, row.where))

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 import data_templates
 from data_templates import model as model_template
 from data_templates._markers import Markers
-from data_templates._segments import Message, Segment, Template, TemplateError, render
+from data_templates._segments import REPLIES, Message, Segment, Template, TemplateError, render
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
 
@@ -114,6 +114,18 @@ class Encoder:
         """Return the token ids up to where the assistant's reply begins; the last message is the user's."""
         return self.encode(messages).input_ids
 
+    def worded(self, messages: Sequence[Message]) -> list[Message]:
+        """Return a conversation up to its last reply, that reply as the template writes it.
+
+        This is what the model learns to say: a call stands in its tags, a forged marker is written apart.
+        """
+        end = max(index for index, turn in enumerate(messages) if turn.role in REPLIES)
+        segments, _ = self._segments(messages[: end + 1])
+        start = max(index for index, piece in enumerate(segments[1:], 1) if _begins_reply(segments, index))
+        said = (piece for piece in segments[start:] if piece.reply and piece.kind != "eos")
+        text = "".join(piece.text for piece in said if piece.text not in self.template.stop)
+        return [*messages[:end], replace(messages[end], content=text.strip())]
+
     def decode_reply(self, ids: Sequence[int]) -> str:
         """Return a reply's text up to its first stop token, without the blanks around it."""
         end = next((index for index, token in enumerate(ids) if token in self.stop_ids), len(ids))
@@ -125,7 +137,7 @@ class Encoder:
     def fingerprint(self) -> str:
         """Return a digest of everything that decides the token ids: tokenizer, template and system text."""
         folder = Path(data_templates.__path__[0])
-        files = [folder / f"{name}.py" for name in ("_markers", "_segments", self.name)]
+        files = [*sorted(folder.glob("_*.py")), folder / f"{self.name}.py"]
         parts = [_tokenizer_state(self.tokenizer), self.tokenizer.chat_template, self.system]
         parts += [file.read_text(encoding="utf-8") for file in files]
         parts += [self._bos, self.stop_ids, self.special_tokens]
@@ -166,14 +178,17 @@ class Encoder:
         return chunk
 
     def _render(self, messages: Sequence[Message]) -> tuple[list[_Stretch], int] | TemplateError:
-        if self.system and messages and messages[0].role != "system":
-            messages = [Message("system", self.system), *messages]
         try:
-            read = [self._as_read(message) for message in messages]
-            segments, written_apart = render(self.template, read, special_tokens=self.special_tokens)
+            segments, written_apart = self._segments(messages)
         except TemplateError as error:
             return error
         return self._stretches(segments), written_apart
+
+    def _segments(self, messages: Sequence[Message]) -> tuple[list[Segment], int]:
+        if self.system and messages and messages[0].role != "system":
+            messages = [Message("system", self.system), *messages]
+        read = [self._as_read(message) for message in messages]
+        return render(self.template, read, special_tokens=self.special_tokens)
 
     def _as_read(self, message: Message) -> Message:
         """Return a turn in the text that the tokenizer makes of it: markers are what it reads as such."""
@@ -257,6 +272,10 @@ class Encoder:
         """Tell whether more special ids came out than the text, already harmless, has special tokens."""
         special = sum(map(self._forgeable_ids.__contains__, ids))
         return special > 0 and special > len(self._forgeable.pattern.findall(text))
+
+
+def _begins_reply(segments: Sequence[Segment], index: int) -> bool:
+    return segments[index].reply and not segments[index - 1].reply
 
 
 def _kind(piece: Segment) -> str:

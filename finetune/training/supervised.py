@@ -49,7 +49,7 @@ class Supervised:
         shown = spread(len(prompts), evaluate.samples)
         others = [index for index in range(len(prompts)) if index not in shown]
         count = max(evaluate.samples, evaluate.exact_match)
-        chosen = [prompts[index] for index in [*shown, *others][:count]]
+        chosen = [self.text.encoder.worded(prompts[index]) for index in [*shown, *others][:count]]
         return Samples(chosen, evaluate.samples, scored=evaluate.exact_match > 0)
 
     def facts(self) -> dict[str, Any]:

@@ -11,6 +11,14 @@ from data_templates._segments import Message, Template, TemplateError, render
 from finetune.recipe.discovery import load_plugin, plugin_names
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+SPECIAL += [
+    "<|start_header_id|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "[|endofturn|]",
+    "[INST]",
+]
 NAMES = plugin_names("data_templates")
 
 
