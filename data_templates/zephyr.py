@@ -1,7 +1,6 @@
 """Zephyr's chat: ``<|system|>``, ``<|user|>`` and ``<|assistant|>``; EOS ends every turn, the user's too.
 
-The reference is the chat template of HuggingFaceH4/zephyr-7b-beta. That model was tuned with an empty system
-turn where a row had none (huggingface/alignment-handbook); the published template writes none, nor does this.
+The reference is the chat template of HuggingFaceH4/zephyr-7b-beta.
 """
 
 from collections.abc import Sequence

@@ -71,7 +71,7 @@ def _natural_instructions(columns: Mapping[str, Any]) -> list[Message]:
 
 
 def _rationale(columns: Mapping[str, Any]) -> list[Message]:
-    """Return question, and reasoning with its answer in GSM8K's writing, which template `cot` reads."""
+    """Return a question, and reasoning and answer in GSM8K's writing, which template `cot` words."""
     reasoned = f"{_text(columns, 'rationale')}\n#### {_text(columns, 'answer')}"
     return [*_system(columns), Message("user", _text(columns, "question")), Message("assistant", reasoned)]
 
