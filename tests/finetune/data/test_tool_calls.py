@@ -1,4 +1,4 @@
-"""Tools and calls as data sets hold them become the lines that chat templates write, or a problem with a place."""
+"""Tools and calls as data sets hold them become the lines of chat templates, or a problem with a place."""
 
 import json
 
