@@ -68,10 +68,10 @@ def _phrased(request: Message) -> list[Segment]:
     task = Segment("content", request.content)
     if not request.context:
         before, behind = WITHOUT_INPUT[drawn(request.content, len(WITHOUT_INPUT))]
-        return [markup(before), task, markup(_line(behind))]
+        return [markup(before), task, markup(_end(behind, request.content))]
     before, between, behind = WITH_INPUT[drawn(f"{request.content}\0{request.context}", len(WITH_INPUT))]
     given = Segment("content", request.context)
-    return [markup(before), task, markup(between), given, markup(_line(behind))]
+    return [markup(before), task, markup(between), given, markup(_end(behind, request.context))]
 
 
 def drawn(text: str, count: int) -> int:
@@ -83,9 +83,10 @@ def drawn(text: str, count: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % count
 
 
-def _line(behind: str) -> str:
-    """Return the end of a phrasing with the line feed that the answer stands behind."""
-    return behind if behind.endswith("\n") else f"{behind}\n"
+def _end(behind: str, text: str) -> str:
+    """Return the end of a phrasing, with a line feed before the answer; T0's prompts bring one along."""
+    end = behind if behind.endswith("\n") else f"{behind}\n"
+    return end.removeprefix("\n") if text.endswith("\n") else end
 
 
 TEMPLATE = Template(render)

@@ -47,6 +47,13 @@ def test_published_phrasings():
     assert {"D\n", "Q:D\nA:\n", "Given the question: D\nThe answer is:\n"} <= without
 
 
+def test_the_line_feed_that_ends_t0s_prompts_is_not_doubled():
+    prompts = {prompt(f"{number}?\n").replace(f"{number}?\n", "D|") for number in range(200)}
+    assert {"D|", "D|Answer:\n", "Q:D|A:\n"} <= prompts and len(prompts) == 10
+    given = {prompt("D", f"{number}\n").replace(f"{number}\n", "I|") for number in range(200)}
+    assert {"D\n\nI|", "Definition: D\nInput: I|Output:\n"} <= given
+
+
 def test_neither_the_seed_nor_the_process_changes_the_draw():
     texts = [prompt(f"Task {number}") for number in range(50)]
     random.seed(7)
