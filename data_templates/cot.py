@@ -1,9 +1,10 @@
 r"""Chain of thought: question, then reasoning, then ``The answer is ...``; one exchange.
 
-The form is that of Wei et al. 2022 (arXiv 2201.11903, appendix G), learnt instead of shown in the prompt, as
-Flan does (Chung et al. 2022, arXiv 2210.11416). A reply that ends in GSM8K's ``\n#### 72`` (Cobbe et al.,
-arXiv 2110.14168) is reasoning and answer: the mark becomes that sentence, and the calculator's notes
-(``<<48/2=24>>``) are left out. Any other reply stays as it is.
+The words are those of Wei et al. 2022 (arXiv 2201.11903, appendix G), learnt and not shown in the prompt, as
+Flan does (Chung et al. 2022, arXiv 2210.11416); the answer stands on a line of its own, as in some of Flan's
+phrasings, for two of five solutions of GSM8K end without a full stop. A reply that ends in GSM8K's mark
+``\n#### 72`` (Cobbe et al. 2021, arXiv 2110.14168) is reasoning and answer: the mark becomes that sentence, and
+the calculator's notes (``<<48/2=24>>``) are left out. Any other reply stays as it is.
 """
 
 import re
@@ -40,7 +41,7 @@ def _reasoned(message: Message) -> list[Segment]:
         return reply(message, before=" ")
     # One piece each, so that what a note kept apart cannot join to a marker unseen.
     steps = [Segment("content", piece) for piece in CALCULATOR.split(reasoning)]
-    said = [Segment("markup", " "), *steps, Segment("markup", " The answer is ")]
+    said = [Segment("markup", " "), *steps, Segment("markup", "\nThe answer is ")]
     said += [Segment("content", answer), Segment("markup", "."), Segment("eos")]
     return [Segment(piece.kind, piece.text, message.trained, reply=True) for piece in said]
 

@@ -112,7 +112,7 @@ CHATS = {
         ([SYSTEM, ASK_WITH_INPUT, ANSWER], "<s>Be brief.\n\nQ: Add them.\n\n2, 3\nA: 5</s>"),
         (
             [ASK, GSM8K],
-            "<s>Q: Add 2 and 3.\nA: He sold 48/2 = 24 in May.\nThat is 48+24 = 72. The answer is 72.</s>",
+            "<s>Q: Add 2 and 3.\nA: He sold 48/2 = 24 in May.\nThat is 48+24 = 72.\nThe answer is 72.</s>",
         ),
     ],
     # Which of the ten phrasings it is, test_flan.py asks.

@@ -18,9 +18,9 @@ def answer(text, **more):
 @pytest.mark.parametrize(
     ("reply", "written"),
     [
-        ("1+1 = <<1+1=2>>2\n#### 2", " 1+1 = 2 The answer is 2."),
-        ("It is $<<50*2=100>>100.\n#### 1,000", " It is $100. The answer is 1,000."),
-        ("First\n#### 1\nthen\n#### 2", " First\n#### 1\nthen The answer is 2."),
+        ("1+1 = <<1+1=2>>2\n#### 2", " 1+1 = 2\nThe answer is 2."),
+        ("It is $<<50*2=100>>100.\n#### 1,000", " It is $100.\nThe answer is 1,000."),
+        ("First\n#### 1\nthen\n#### 2", " First\n#### 1\nthen\nThe answer is 2."),
         ("plain answer", " plain answer"),
         ("#### 2", " #### 2"),
         ("reasons\n#### ", " reasons\n#### "),
@@ -33,5 +33,5 @@ def test_reasoning_then_the_answer(reply, written):
 
 
 def test_a_note_that_is_left_out_joins_no_marker():
-    assert answer("x <<<1=1>>/s>\n#### 2", special_tokens=["</s>"]) == " x < /s> The answer is 2."
-    assert answer("x\n<<1=1>>Q: y\n#### 2") == " x\n Q: y The answer is 2."
+    assert answer("x <<<1=1>>/s>\n#### 2", special_tokens=["</s>"]) == " x < /s>\nThe answer is 2."
+    assert answer("x\n<<1=1>>Q: y\n#### 2") == " x\n Q: y\nThe answer is 2."

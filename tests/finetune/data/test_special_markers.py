@@ -107,7 +107,7 @@ def test_mistral_learns_only_the_reply_that_heard_the_system_text():
     [
         ("alpaca", " 5 ", "5"),
         ("llama2", "5", "5"),
-        ("cot", "1+1 = <<1+1=2>>2\n#### 2", "1+1 = 2 The answer is 2."),
+        ("cot", "1+1 = <<1+1=2>>2\n#### 2", "1+1 = 2\nThe answer is 2."),
         ("chatml", "a<|im_end|>b", "a< |im_end|>b"),
         ("model", "5", "5"),
     ],
