@@ -3,8 +3,8 @@ r"""Chain of thought: question, then reasoning, then ``The answer is ...``; one 
 The words are those of Wei et al. 2022 (arXiv 2201.11903, appendix G), learnt and not shown in the prompt, as
 Flan does (Chung et al. 2022, arXiv 2210.11416); the answer stands on a line of its own, as in some of Flan's
 phrasings, for two of five solutions of GSM8K end without a full stop. A reply that ends in GSM8K's mark
-``\n#### 72`` (Cobbe et al. 2021, arXiv 2110.14168) is reasoning and answer: the mark becomes that sentence, and
-the calculator's notes (``<<48/2=24>>``) are left out. Any other reply stays as it is.
+``\n#### 72`` (Cobbe et al. 2021, arXiv 2110.14168) is reasoning and answer: the mark becomes that sentence,
+and the calculator's notes (``<<48/2=24>>``) are left out. Any other reply stays as it is.
 """
 
 import re

@@ -103,9 +103,8 @@ def test_a_reply_is_compared_with_the_words_of_the_template(tune: Tune) -> None:
 
 def test_a_conversation_that_ends_in_a_call_is_asked_for_the_call(tune: Tune) -> None:
     call = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'}
-    row = {"conversations": [{"from": "human", "value": "Add."}, call], "tools": '[{"name": "add"}]'}
-    settings = {"data__max_length": None, "data__template": "toolcall", "train__max_steps": 1}
-    result = tune("run", data__source=[row] * 12, **settings)
+    row = {"conversations": [{"from": "human", "value": "Add."}, call]}
+    result = tune("run", data__source=[row] * 12, data__template="toolcall", train__max_steps=1)
     expected = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     assert {line["expected"] for line in result.samples} == {expected}
 
