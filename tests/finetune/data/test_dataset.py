@@ -132,32 +132,6 @@ def test_pain_17_what_is_lost_is_counted_with_its_first_place(encoder: Encoder, 
     assert "5 rows (Alpaca), 0 held out" in text and f"(first: {path}:6)" in text
 
 
-def test_what_a_tool_returned_last_is_cut_and_a_call_is_a_reply(base_folder: Path, write: Write) -> None:
-    def talk(*turns: tuple[str, str]) -> dict[str, Any]:
-        return {"conversations": [{"from": role, "value": text} for role, text in turns], "tools": "[]"}
-
-    call = ("function_call", '{"name": "add", "arguments": {}}')
-    rows = [
-        talk(("human", "Add."), call),
-        talk(("human", "Add."), call, ("observation", "5")),
-        talk(("human", "Add."), call, ("observation", " "), ("gpt", "5")),
-    ]
-    own = Encoder(AutoTokenizer.from_pretrained(base_folder), "toolcall")
-    prepared = read(own, write(*rows))
-    one, two = texts(own, prepared.train)
-    assert one == two and one.endswith("</tool_call></s>\n")
-    assert prepared.report.counts == {"left out, a turn is empty": 1}
-
-
-def test_tools_are_left_out_for_a_template_that_has_no_words_for_them(encoder: Encoder, write: Write) -> None:
-    turns = [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "5"}]
-    rows = [{"conversations": turns, "tools": tools} for tools in ("", '[{"name": "add"}]')]
-    report = read(encoder, write(*rows)).report
-    [(what, where)] = report.examples.items()
-    assert report.counts == {what: 1} and what == "left out, no conversation for this template"
-    assert where.endswith("turn 1 is tools, and this template has no words for tools; use 'toolcall'")
-
-
 def test_pain_17_dropped_rows_are_counted(encoder: Encoder, write: Write) -> None:
     data = read(encoder, write(row("a"), row("b", "word " * 300)), max_length=120, too_long="drop")
     assert data.report.counts == {"longer than 120 tokens, left out": 1} and len(data.train) == 1
