@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset
 from data_templates._segments import REPLIES, Message, TemplateError
 from finetune.data.collate import IGNORED, Example
 from finetune.data.layouts import recognise, to_conversations
+from finetune.data.replies import passed_over
 from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
@@ -263,7 +263,7 @@ def _encode(
             continue
         if encoded.written_apart:
             _count(report, "hold template markers or special tokens in their text, written apart", where)
-        if _unlearnt(rows[number].messages, encoded.trained):
+        if passed_over(rows[number].messages, encoded.trained):
             _count(report, "hold replies that carry no loss in this template", where)
         if len(encoded.input_ids) > max_length:
             _count(report, f"longer than {max_length} tokens, {LONG[too_long]}", where)
@@ -283,12 +283,6 @@ def _encode(
         "starts": np.asarray(starts, dtype=np.int64),
         "numbers": np.asarray(numbers, dtype=np.int64),
     }
-
-
-def _unlearnt(messages: Sequence[Message], trained: Sequence[bool]) -> bool:
-    """Tell whether a template passes over replies that the data means to be learnt."""
-    meant = sum(turn.trained for turn in messages if turn.role in REPLIES)
-    return meant > 1 and meant > sum(learnt for learnt, _ in groupby(trained))
 
 
 def _cache_key(rows: list[Conversation], encoder: Encoder, max_length: int, too_long: str) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 import data_templates
 from data_templates import model as model_template
 from data_templates._markers import Markers
-from data_templates._segments import REPLIES, Message, Segment, Template, TemplateError, render
+from data_templates._segments import Message, Segment, Template, TemplateError, render
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
 
@@ -114,18 +114,6 @@ class Encoder:
         """Return the token ids up to where the assistant's reply begins; the last message is the user's."""
         return self.encode(messages).input_ids
 
-    def worded(self, messages: Sequence[Message]) -> list[Message]:
-        """Return a conversation up to its last reply, that reply as the template writes it.
-
-        This is what the model learns to say: a call stands in its tags, a forged marker is written apart.
-        """
-        end = max(index for index, turn in enumerate(messages) if turn.role in REPLIES)
-        segments, _ = self._segments(messages[: end + 1])
-        start = max(index for index, piece in enumerate(segments[1:], 1) if _begins_reply(segments, index))
-        said = (piece for piece in segments[start:] if piece.reply and piece.kind != "eos")
-        text = "".join(piece.text for piece in said if piece.text not in self.template.stop)
-        return [*messages[:end], replace(messages[end], content=text.strip())]
-
     def decode_reply(self, ids: Sequence[int]) -> str:
         """Return a reply's text up to its first stop token, without the blanks around it."""
         end = next((index for index, token in enumerate(ids) if token in self.stop_ids), len(ids))
@@ -179,12 +167,17 @@ class Encoder:
 
     def _render(self, messages: Sequence[Message]) -> tuple[list[_Stretch], int] | TemplateError:
         try:
-            segments, written_apart = self._segments(messages)
+            segments, written_apart = self.segments(messages)
         except TemplateError as error:
             return error
         return self._stretches(segments), written_apart
 
-    def _segments(self, messages: Sequence[Message]) -> tuple[list[Segment], int]:
+    def segments(self, messages: Sequence[Message]) -> tuple[list[Segment], int]:
+        """Return a conversation's segments, and how many markers in its text were written apart.
+
+        Raises:
+            TemplateError: the template cannot write this conversation.
+        """
         if self.system and messages and messages[0].role != "system":
             messages = [Message("system", self.system), *messages]
         read = [self._as_read(message) for message in messages]
@@ -272,10 +265,6 @@ class Encoder:
         """Tell whether more special ids came out than the text, already harmless, has special tokens."""
         special = sum(map(self._forgeable_ids.__contains__, ids))
         return special > 0 and special > len(self._forgeable.pattern.findall(text))
-
-
-def _begins_reply(segments: Sequence[Segment], index: int) -> bool:
-    return segments[index].reply and not segments[index - 1].reply
 
 
 def _kind(piece: Segment) -> str:

@@ -7,6 +7,7 @@ from small_tokenizers import tokenizer
 
 from data_templates._segments import REPLIES, TemplateError
 from finetune.data.layouts import recognise, to_conversations
+from finetune.data.replies import worded
 from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
 
@@ -56,7 +57,7 @@ def test_published_files_are_read_and_encoded(path, rows, layout, columns, templ
         start = encoded.trained.index(True)
         stop = next(i for i in range(start, len(encoded.trained)) if encoded.input_ids[i] in encoder.stop_ids)
         first = next(number for number, turn in enumerate(conversation) if turn.role in REPLIES)
-        reply = encoder.worded(conversation[: first + 1])[-1].content
+        reply = worded(conversation[: first + 1], encoder)[-1].content
         assert encoder.decode_reply(encoded.input_ids[start : stop + 1]) == reply
         if template not in ("cot", "toolcall") and not encoded.written_apart:
             assert reply == conversation[first].content.strip()

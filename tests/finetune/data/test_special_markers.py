@@ -5,6 +5,7 @@ from small_tokenizers import MAKERS
 from tokenizers import AddedToken
 
 from data_templates._segments import Message, render
+from finetune.data.replies import worded
 from finetune.data.tokens import Encoder
 
 ASK, ANSWER = Message("user", "hello"), Message("assistant", "Hello!")
@@ -88,7 +89,7 @@ def test_a_call_is_learnt_in_its_tags_and_an_observation_is_not():
     text = f"<tool_call>\n{call}\n</tool_call><|im_end|>Hello!<|im_end|>"
     assert encoder.tokenizer.decode(learnt) == text
     assert encoder.encode_prompt(turns[:4]) == encoded.input_ids[: len(encoder.encode_prompt(turns[:4]))]
-    assert encoder.worded(turns[:3])[-1].content == f"<tool_call>\n{call}\n</tool_call>"
+    assert worded(turns[:3], encoder)[-1].content == f"<tool_call>\n{call}\n</tool_call>"
 
 
 def test_mistral_learns_only_the_reply_that_heard_the_system_text():
@@ -103,7 +104,7 @@ def test_mistral_learns_only_the_reply_that_heard_the_system_text():
 
 
 @pytest.mark.parametrize(
-    ("template", "reply", "worded"),
+    ("template", "reply", "words"),
     [
         ("alpaca", " 5 ", "5"),
         ("llama2", "5", "5"),
@@ -112,10 +113,10 @@ def test_mistral_learns_only_the_reply_that_heard_the_system_text():
         ("model", "5", "5"),
     ],
 )
-def test_what_a_reply_is_compared_with_is_what_was_learnt(template, reply, worded):
+def test_what_a_reply_is_compared_with_is_what_was_learnt(template, reply, words):
     encoder = Encoder(MAKERS["qwen"](), template, system="Be brief." if template == "alpaca" else None)
     turns = [ASK, Message("assistant", reply), Message("user", "and?")]
-    assert encoder.worded(turns) == [ASK, Message("assistant", worded)]
+    assert worded(turns, encoder) == [ASK, Message("assistant", words)]
     learnt = encoder.encode(turns[:2])
     ids = [token for token, trained in zip(learnt.input_ids, learnt.trained, strict=True) if trained]
-    assert encoder.decode_reply(ids) == worded
+    assert encoder.decode_reply(ids) == words
