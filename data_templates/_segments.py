@@ -6,11 +6,17 @@ made from these labels, so nothing ever searches a text for a response marker.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from data_templates._markers import Markers
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "tools", "user", "observation", "assistant", "function_call"]
+"""Who speaks. ``tools`` are the functions that may be called, ``observation`` is what one returned."""
+
+REPLIES: tuple[Role, ...] = ("assistant", "function_call")
+"""What the model itself writes."""
+FOR_TOOLS: tuple[Role, ...] = ("tools", "function_call", "observation")
 
 
 class TemplateError(ValueError):
@@ -19,7 +25,11 @@ class TemplateError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. ``context`` is Alpaca's ``input``; ``trained`` matters for assistant turns alone."""
+    """One turn. ``context`` is Alpaca's ``input``; ``trained`` matters for replies alone.
+
+    A ``tools`` turn holds one JSON object ``{"type": "function", "function": {...}}`` a line, a
+    ``function_call`` one ``{"name": ..., "arguments": {...}}`` a line.
+    """
 
     role: Role
     content: str
@@ -53,7 +63,7 @@ def markup(text: str) -> Segment:
 
 
 def reply(message: Message, *, before: str = "", after: str = "", end: str = "") -> list[Segment]:
-    """Return an assistant turn and the token that ends it.
+    """Return a reply and the token that ends it.
 
     ``before`` and ``after`` are blanks that the model itself has to write; ``end`` is the turn's own end
     token, for tokenizers that have it (EOS otherwise).
@@ -74,11 +84,13 @@ class Template:
     ``render`` takes messages; when the last one is not the assistant's, the result ends where a reply begins
     (that is the prompt for generation, by the same code that wrote the training rows). ``markers`` begin or
     end turns and are written apart in user text; ``stop`` names the tokens that end a reply besides EOS.
+    ``tools`` says that it has words for tools, calls and observations too.
     """
 
     render: Callable[[Sequence[Message]], list[Segment]]
     markers: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
+    tools: bool = False
 
 
 def render(
@@ -94,6 +106,7 @@ def render(
             write, or a text is no valid Unicode.
     """
     check_roles(messages)
+    _check_tools(template, messages)
     markers = Markers.of((*template.markers, *special_tokens))
     harmless = []
     total = 0
@@ -175,15 +188,39 @@ def _check_unicode(message: Message) -> None:
 
 
 def check_roles(messages: Sequence[Message]) -> None:
-    """Raise TemplateError unless the roles are: perhaps a system, then user and assistant in turn."""
+    """Raise TemplateError unless the turns make a conversation.
+
+    That is: perhaps a system turn, perhaps tools, then user and assistant in turn; a call is a reply too, and
+    what it returned is asked in the user's place.
+    """
     turns = [message.role for message in messages]
     body = turns[1:] if turns[:1] == ["system"] else turns
-    expected = ["user" if index % 2 == 0 else "assistant" for index in range(len(body))]
-    if not body or body != expected:
+    body = body[1:] if body[:1] == ["tools"] else body
+    if body[:1] != ["user"] or not all(_may_follow(one, next_one) for one, next_one in pairwise(body)):
         raise TemplateError(
             f"the turns are [{', '.join(turns)}]; expected an optional system turn, then user and assistant "
-            "in turn, beginning with user"
+            "in turn, beginning with user (function_call in the assistant's place, observation behind it)"
         )
+
+
+def _may_follow(turn: Role, next_turn: Role) -> bool:
+    if turn not in REPLIES:
+        return next_turn in REPLIES
+    return next_turn == "user" or (turn, next_turn) == ("function_call", "observation")
+
+
+def _check_tools(template: Template, messages: Sequence[Message]) -> None:
+    for number, message in enumerate(messages, 1):
+        if message.role in FOR_TOOLS and not template.tools:
+            raise TemplateError(
+                f"turn {number} is {message.role}, and this template has no words for tools; use 'toolcall'"
+            )
+
+
+def asked(message: Message) -> list[Segment]:
+    """Return what a user said, with its ``context`` (Alpaca's ``input``) below it."""
+    said = [Segment("content", message.content)]
+    return [*said, markup("\n\n"), Segment("content", message.context)] if message.context else said
 
 
 def with_context(message: Message) -> str:

@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset
 
-from data_templates._segments import Message, TemplateError
+from data_templates._segments import REPLIES, Message, TemplateError
 from finetune.data.collate import IGNORED, Example
 from finetune.data.layouts import recognise, to_conversations
+from finetune.data.replies import passed_over
 from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
@@ -215,10 +216,11 @@ def _usable(rows: Sequence[Conversation], report: DataReport) -> list[Conversati
     """Leave out conversations with an empty turn or no reply; cut a last question that has none."""
     usable = []
     for row in rows:
-        turns = row.messages[:-1] if row.messages[-1].role == "user" else row.messages
+        asks = row.messages[-1].role in ("user", "observation")
+        turns = row.messages[:-1] if asks else row.messages
         if any(not turn.content.strip() for turn in turns):
             _count(report, "left out, a turn is empty", row.where)
-        elif not any(turn.role == "assistant" for turn in turns):
+        elif not any(turn.role in REPLIES for turn in turns):
             _count(report, "left out, without a reply", row.where)
         else:
             usable.append(Conversation(turns, row.where))
@@ -261,6 +263,8 @@ def _encode(
             continue
         if encoded.written_apart:
             _count(report, "hold template markers or special tokens in their text, written apart", where)
+        if passed_over(rows[number].messages, encoded.trained):
+            _count(report, "hold replies that carry no loss in this template", where)
         if len(encoded.input_ids) > max_length:
             _count(report, f"longer than {max_length} tokens, {LONG[too_long]}", where)
             if too_long == "drop":

@@ -6,6 +6,7 @@ from typing import Any
 
 from data_templates._segments import Message, Role
 from finetune.data.sources import Row
+from finetune.data.tool_calls import CALL, TOOLS, call_lines, tool_lines
 from finetune.recipe.errors import Problem, UserError, nearest
 
 ROLES: dict[str, Role] = {
@@ -17,8 +18,12 @@ ROLES: dict[str, Role] = {
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
+    "function_call": "function_call",
+    "observation": "observation",
 }
 MAX_TOLD = 5
+END_MARK = "<|endoftext|>"
+"""What stands at the end of completions that were written for OpenAI's fine-tuning, T0's tasks among them."""
 
 
 class RowProblem(ValueError):
@@ -37,6 +42,7 @@ class Layout:
     name: str
     required: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], list[Message]]
+    nullable: tuple[str, ...] = ()
 
 
 def _alpaca(columns: Mapping[str, Any]) -> list[Message]:
@@ -54,8 +60,24 @@ def _pair(prompt: str, completion: str) -> Callable[[Mapping[str, Any]], list[Me
     return read
 
 
+def _tasks(columns: Mapping[str, Any]) -> list[Message]:
+    completion = _text(columns, "completion").removesuffix(END_MARK)
+    return [Message("user", _text(columns, "prompt")), Message("assistant", completion)]
+
+
+def _natural_instructions(columns: Mapping[str, Any]) -> list[Message]:
+    user = Message("user", _text(columns, "definition"), context=_text(columns, "inputs"))
+    return [user, Message("assistant", _text(columns, "targets"))]
+
+
+def _rationale(columns: Mapping[str, Any]) -> list[Message]:
+    """Return a question, and reasoning and answer in GSM8K's writing, which template `cot` words."""
+    reasoned = f"{_text(columns, 'rationale')}\n#### {_text(columns, 'answer')}"
+    return [*_system(columns), Message("user", _text(columns, "question")), Message("assistant", reasoned)]
+
+
 def _messages(columns: Mapping[str, Any]) -> list[Message]:
-    return _turns(columns, "messages", "role", "content")
+    return _with_tools(columns, _turns(columns, "messages", "role", "content"))
 
 
 def _conversations(columns: Mapping[str, Any]) -> list[Message]:
@@ -63,16 +85,34 @@ def _conversations(columns: Mapping[str, Any]) -> list[Message]:
     openai = isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]
     names = ("role", "content") if openai else ("from", "value")
     messages = _turns(columns, "conversations", *names)
-    return messages if messages[:1] and messages[0].role == "system" else [*_system(columns), *messages]
+    own = messages[:1] and messages[0].role == "system"
+    return _with_tools(columns, messages if own else [*_system(columns), *messages])
+
+
+def _with_tools(columns: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """Put the row's tools behind its system turn."""
+    try:
+        lines = tool_lines(columns.get("tools"))
+    except ValueError as error:
+        raise RowProblem("tools", str(error), TOOLS) from error
+    head = 1 if messages[0].role == "system" else 0
+    tools = [Message("tools", _checked(lines, "tools"))] if lines else []
+    return [*messages[:head], *tools, *messages[head:]]
 
 
 LAYOUTS = (
+    Layout("messages with tools", ("messages", "tools"), _messages, nullable=("tools",)),
     Layout("messages", ("messages",), _messages),
+    Layout("ShareGPT with tools", ("conversations", "tools"), _conversations, nullable=("tools",)),
     Layout("ShareGPT", ("conversations",), _conversations),
     Layout("Alpaca", ("instruction", "output"), _alpaca),
+    Layout("Natural Instructions", ("definition", "inputs", "targets"), _natural_instructions),
+    Layout("T0 tasks", ("task", "prompt", "completion"), _tasks),
     Layout("prompt/completion", ("prompt", "completion"), _pair("prompt", "completion")),
     Layout("prompt/response", ("prompt", "response"), _pair("prompt", "response")),
+    Layout("question/rationale/answer", ("question", "rationale", "answer"), _rationale),
     Layout("question/answer", ("question", "answer"), _pair("question", "answer")),
+    Layout("inputs/targets", ("inputs", "targets"), _pair("inputs", "targets")),
 )
 """Recognised in this order: the first whose columns are all there."""
 
@@ -121,7 +161,8 @@ def to_conversations(
             **{ours: row.columns.get(theirs) for ours, theirs in (columns or {}).items()},
         }
         try:
-            missing = [name for name in layout.required if values.get(name) is None]
+            needed = [name for name in layout.required if name not in layout.nullable]
+            missing = [name for name in needed if values.get(name) is None]
             if missing:
                 raise RowProblem(
                     missing[0], "missing or null", f"layout {layout.name}: {'+'.join(layout.required)}"
@@ -180,7 +221,13 @@ def _turn(turn: Any, field: str, role_key: str, text_key: str) -> Message:
     role = turn[role_key]
     if not isinstance(role, str) or role not in ROLES:
         raise RowProblem(f"{field}.{role_key}", f"found {_short(role)}", f"one of {', '.join(ROLES)}")
-    text = _checked(turn[text_key], f"{field}.{text_key}")
+    text = turn[text_key]
+    if role == "function_call":
+        try:
+            text = call_lines(text)
+        except ValueError as error:
+            raise RowProblem(f"{field}.{text_key}", str(error), CALL) from error
+    text = _checked(text, f"{field}.{text_key}")
     return Message(ROLES[role], text, trained=turn.get("trained", True) is not False)
 
 

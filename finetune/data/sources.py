@@ -35,8 +35,8 @@ def read_source(
     """Read all rows of a source.
 
     Args:
-        source: hub id, file (``.json .jsonl .csv .tsv .parquet``, ``.gz`` too), folder of such files, or
-            rows.
+        source: hub id (``owner/name``, or ``owner/name:subset``), file (``.json .jsonl .csv .tsv .parquet``,
+            ``.gz`` too), folder of such files, or rows.
         split: split of a hub data set.
         revision: revision of a hub data set.
 
@@ -159,8 +159,9 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def _read_hub(name: str, split: str, revision: str | None) -> list[Row]:
+    repository, _, subset = name.partition(":")
     try:
-        table = datasets.load_dataset(name, split=split, revision=revision)
+        table = datasets.load_dataset(repository, subset or None, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         where = f"data set '{name}', split '{split}'"
         found = f"the hub did not give it: {_first_line(error)}"

@@ -125,7 +125,7 @@ class Encoder:
     def fingerprint(self) -> str:
         """Return a digest of everything that decides the token ids: tokenizer, template and system text."""
         folder = Path(data_templates.__path__[0])
-        files = [folder / f"{name}.py" for name in ("_markers", "_segments", self.name)]
+        files = [*sorted(folder.glob("_*.py")), folder / f"{self.name}.py"]
         parts = [_tokenizer_state(self.tokenizer), self.tokenizer.chat_template, self.system]
         parts += [file.read_text(encoding="utf-8") for file in files]
         parts += [self._bos, self.stop_ids, self.special_tokens]
@@ -166,14 +166,22 @@ class Encoder:
         return chunk
 
     def _render(self, messages: Sequence[Message]) -> tuple[list[_Stretch], int] | TemplateError:
-        if self.system and messages and messages[0].role != "system":
-            messages = [Message("system", self.system), *messages]
         try:
-            read = [self._as_read(message) for message in messages]
-            segments, written_apart = render(self.template, read, special_tokens=self.special_tokens)
+            segments, written_apart = self.segments(messages)
         except TemplateError as error:
             return error
         return self._stretches(segments), written_apart
+
+    def segments(self, messages: Sequence[Message]) -> tuple[list[Segment], int]:
+        """Return a conversation's segments, and how many markers in its text were written apart.
+
+        Raises:
+            TemplateError: the template cannot write this conversation.
+        """
+        if self.system and messages and messages[0].role != "system":
+            messages = [Message("system", self.system), *messages]
+        read = [self._as_read(message) for message in messages]
+        return render(self.template, read, special_tokens=self.special_tokens)
 
     def _as_read(self, message: Message) -> Message:
         """Return a turn in the text that the tokenizer makes of it: markers are what it reads as such."""

@@ -50,7 +50,8 @@ class DataSettings(Section):
 
     source: Text | list[dict[str, Any]] | None = Field(
         None,
-        description="hub id, file (.json, .jsonl, .csv, .parquet; .gz too), folder; in Python a list of rows",
+        description="hub id (owner/name, owner/name:subset), file (.json, .jsonl, .csv, .parquet; .gz too), "
+        "folder; in Python a list of rows",
     )
     mix: Annotated[list[MixedSource], Field(min_length=1)] | None = Field(
         None, description="several sources in place of `source`"

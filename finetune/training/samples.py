@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_templates._segments import Message
+from data_templates._segments import REPLIES, Message
 from finetune.training.generate import Reply
 from finetune.training.run_directory import SAMPLES, RunDirectory
 
@@ -66,7 +66,7 @@ class Samples:
 
 
 def _last_reply(conversation: Sequence[Message]) -> int:
-    return max(index for index, turn in enumerate(conversation) if turn.role == "assistant")
+    return max(index for index, turn in enumerate(conversation) if turn.role in REPLIES)
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 from data_templates._segments import Message
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
 from finetune.data.dataset import Prepared, TokenizedRows
+from finetune.data.replies import worded
 from finetune.planning import choices
 from finetune.training.adapter_hooks import adapter_hooks
 from finetune.training.arguments import training_arguments
@@ -49,7 +50,7 @@ class Supervised:
         shown = spread(len(prompts), evaluate.samples)
         others = [index for index in range(len(prompts)) if index not in shown]
         count = max(evaluate.samples, evaluate.exact_match)
-        chosen = [prompts[index] for index in [*shown, *others][:count]]
+        chosen = [worded(prompts[index], self.text.encoder) for index in [*shown, *others][:count]]
         return Samples(chosen, evaluate.samples, scored=evaluate.exact_match > 0)
 
     def facts(self) -> dict[str, Any]:

@@ -11,6 +11,14 @@ from data_templates._segments import Message, Template, TemplateError, render
 from finetune.recipe.discovery import load_plugin, plugin_names
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+SPECIAL += [
+    "<|start_header_id|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "[|endofturn|]",
+    "[INST]",
+]
 NAMES = plugin_names("data_templates")
 
 
@@ -162,5 +170,6 @@ def test_what_was_written_apart_is_counted(name):
 
 def test_the_folder_is_listed_and_helpers_are_not():
     assert {"alpaca", "chatml", "koalpaca", "llama2", "model", "plain", "vicuna"} <= set(NAMES)
+    assert {"llama3", "mistral", "gemma", "zephyr", "hh", "qwen", "cot", "flan", "toolcall"} <= set(NAMES)
     assert not any(name.startswith("_") for name in NAMES)
     assert isinstance(template_of("alpaca"), Template)

@@ -1,15 +1,10 @@
 """Each template's text, byte for byte, as its source writes it; BOS and EOS are shown as <s> and </s>."""
 
 import pytest
+from golden_chats import ANSWER, ASK, ASK_WITH_INPUT, CHATS, MORE, SYSTEM
 
 from data_templates._segments import Message, TemplateError, render
 from finetune.recipe.discovery import load_plugin, plugin_names
-
-SYSTEM = Message("system", "Be brief.")
-ASK = Message("user", "Add 2 and 3.")
-ASK_WITH_INPUT = Message("user", "Add them.", context="2, 3")
-ANSWER = Message("assistant", "5")
-MORE = [Message("user", "And 4?"), Message("assistant", "9")]
 
 ALPACA = (
     "Below is an instruction that describes a task. "
@@ -26,7 +21,7 @@ VICUNA = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
 
-GOLDEN = {
+GOLDEN = CHATS | {
     "alpaca": [
         ([ASK], f"<s>{ALPACA}"),
         ([ASK, ANSWER], f"<s>{ALPACA}5</s>"),
@@ -115,7 +110,7 @@ def test_no_shipped_template_is_without_golden_texts():
     assert set(GOLDEN) == set(plugin_names("data_templates")) - {"model"}
 
 
-@pytest.mark.parametrize("name", ["alpaca", "koalpaca", "plain"])
+@pytest.mark.parametrize("name", ["alpaca", "koalpaca", "plain", "kullm", "cot", "flan"])
 def test_one_exchange_templates_name_others_for_longer_conversations(name):
     template = load_plugin("data_templates", name, where="test").TEMPLATE
     with pytest.raises(TemplateError, match=f"'{name}' holds one exchange.* has 4 turns.*'vicuna', 'chatml'"):

@@ -33,6 +33,24 @@ def read(row, columns=None):
         ({"prompt": "q", "response": "a", "system": "s"}, "prompt/response", [S("s"), U("q"), A("a")]),
         ({"question": "q", "answer": "a"}, "question/answer", [U("q"), A("a")]),
         (
+            {"question": "q", "rationale": "r", "answer": "a"},
+            "question/rationale/answer",
+            [U("q"), A("r\n#### a")],
+        ),
+        ({"task": "t", "prompt": "q\n", "completion": "a<|endoftext|>"}, "T0 tasks", [U("q\n"), A("a")]),
+        (
+            {"task": "t", "prompt": "q", "completion": "<|endoftext|>a"},
+            "T0 tasks",
+            [U("q"), A("<|endoftext|>a")],
+        ),
+        ({"prompt": "q", "completion": "a<|endoftext|>"}, "prompt/completion", [U("q"), A("a<|endoftext|>")]),
+        (
+            {"definition": "d", "inputs": "i", "targets": "a"},
+            "Natural Instructions",
+            [U("d", context="i"), A("a")],
+        ),
+        ({"inputs": "q", "targets": "a", "task_name": "t"}, "inputs/targets", [U("q"), A("a")]),
+        (
             {
                 "prompt": [{"role": "user", "content": "q"}],
                 "completion": [{"role": "assistant", "content": "a"}],

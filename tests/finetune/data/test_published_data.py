@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from small_tokenizers import tokenizer
 
-from data_templates._segments import TemplateError
+from data_templates._segments import REPLIES, TemplateError
 from finetune.data.layouts import recognise, to_conversations
+from finetune.data.replies import worded
 from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
 
@@ -28,6 +29,14 @@ ENCODED = 200
         ("alpaca/dolly_3k.jsonl.gz", 2719, "question/answer", DOLLY, "plain"),
         ("alpaca/gpteacher_roleplay.json", 2759, "Alpaca", None, "alpaca"),
         ("alpaca/gpteacher_toolformer.json", 2105, "Alpaca", None, "alpaca"),
+        ("llamafactory/glaive_toolcall_en_demo.json", 300, "ShareGPT with tools", None, "toolcall"),
+        ("t0/t0_prompted_tasks.jsonl.gz", 5100, "T0 tasks", None, "flan"),
+        ("t0/t0_prompted_tasks.jsonl.gz", 5100, "T0 tasks", None, "plain"),
+        ("alpaca/dolly_3k.jsonl.gz", 2719, "question/answer", DOLLY, "flan"),
+        ("gsm8k/train.jsonl", 7473, "question/answer", None, "cot"),
+        ("chat/fastchat_dummy_conversation.json", None, "ShareGPT", None, "llama3"),
+        ("korean/ko_alpaca_data.json", 10244, "Alpaca", None, "kullm"),
+        ("korean/ko_alpaca_data.json", 10244, "Alpaca", None, "exaone"),
         ("korean/ChatbotData.csv", None, "prompt/completion", {"prompt": "Q", "completion": "A"}, "koalpaca"),
     ],
 )
@@ -47,6 +56,8 @@ def test_published_files_are_read_and_encoded(path, rows, layout, columns, templ
         # The first trained run is the first reply and its end, to the character.
         start = encoded.trained.index(True)
         stop = next(i for i in range(start, len(encoded.trained)) if encoded.input_ids[i] in encoder.stop_ids)
-        reply = next(turn.content for turn in conversation if turn.role == "assistant")
-        if not encoded.written_apart:
-            assert encoder.decode_reply(encoded.input_ids[start : stop + 1]) == reply.strip()
+        first = next(number for number, turn in enumerate(conversation) if turn.role in REPLIES)
+        reply = worded(conversation[: first + 1], encoder)[-1].content
+        assert encoder.decode_reply(encoded.input_ids[start : stop + 1]) == reply
+        if template not in ("cot", "toolcall") and not encoded.written_apart:
+            assert reply == conversation[first].content.strip()

@@ -171,6 +171,22 @@ def test_a_missing_file_is_never_looked_for_on_the_hub(name):
     assert refused(name).startswith(f"{name}: no such file or folder")
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("owner/name", ("owner/name", None)), ("openai/gsm8k:main", ("openai/gsm8k", "main"))],
+)
+def test_a_subset_of_a_hub_set_stands_behind_a_colon(monkeypatch, name, asked):
+    calls = []
+
+    def load_dataset(repository, subset, **options):
+        calls.append((repository, subset))
+        return ROWS
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read_source(name)[0].where == f"{name}[train] row 1"
+    assert calls == [asked]
+
+
 def test_pain_24_the_hub_out_of_reach_is_one_clear_message(tmp_path):
     # The library reads the switch when it is imported, hence a process of its own.
     code = "from finetune.data.sources import read_source; read_source('nobody/nothing', split='train')"

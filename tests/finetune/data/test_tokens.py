@@ -227,11 +227,12 @@ def test_fingerprint_changes_with_the_templates_source(tmp_path, monkeypatch):
     before = encoder.fingerprint()
     folder = tmp_path / "data_templates"
     folder.mkdir()
-    for name in ("_markers", "_segments", "alpaca"):
-        shutil.copy(Path(_segments.__file__).with_name(f"{name}.py"), folder)
+    shipped = Path(_segments.__file__).parent
+    for file in (*shipped.glob("_*.py"), shipped / "alpaca.py"):
+        shutil.copy(file, folder)
     monkeypatch.setattr("data_templates.__path__", [str(folder)])
     assert encoder.fingerprint() == before
-    with (folder / "_segments.py").open("a") as stream:
+    with (folder / "_chatml.py").open("a") as stream:
         stream.write("# changed\n")
     assert encoder.fingerprint() != before
 

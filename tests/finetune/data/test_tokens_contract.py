@@ -20,6 +20,10 @@ LOSSLESS = [name for name in TOKENIZERS if name != "unigram"]
 ONE_EXCHANGE = [Message("user", "q one"), Message("assistant", "a one")]
 TWO_EXCHANGES = [*ONE_EXCHANGE, Message("user", "q two"), Message("assistant", "a two")]
 PAIRS = [(template, name) for template in plugin_names("data_templates") for name in TOKENIZERS]
+BLANKS = dict.fromkeys(("cot", "hh", "koalpaca", "mistral", "mistral_v1", "vicuna"), " {}") | {
+    "llama2": " {} "
+}
+"""The blanks around a reply that the model itself writes."""
 ENCODERS = {}
 
 
@@ -67,7 +71,7 @@ def test_pain_02_loss_is_on_reply_and_end_token_of_each_turn_and_nothing_else(te
     assert len(encoded.input_ids) == len(encoded.trained)
     replies = [turn.content for turn in turns if turn.role == "assistant"]
     assert len(runs) == len(replies)
-    blanks = {"koalpaca": " {}", "vicuna": " {}", "llama2": " {} "}.get(template, "{}")
+    blanks = BLANKS.get(template, "{}")
     for run, reply in zip(runs, replies, strict=True):
         assert text_behind(encoder, run[:-1]) == blanks.format(reply)
 
@@ -200,7 +204,7 @@ def test_replies_come_back_as_they_were_written(template, name, data):
     expected = markers.write_apart(answered)[0]
     assert encoder.decode_reply(run) == expected.strip()
     if not encoded.written_apart:
-        blanks = {"koalpaca": " {}", "vicuna": " {}", "llama2": " {} "}.get(template, "{}")
+        blanks = BLANKS.get(template, "{}")
         assert text_behind(encoder, run[:-1]) == blanks.format(answered)
 
 

@@ -21,6 +21,9 @@ SHIPPED = [
     "koalpaca",
     "vicuna",
     "guanaco",
+    "toolcall",
+    "cot",
+    "flan",
 ]
 
 VALUE = re.compile(r"^  (\w+): (\S.*?)(\s+# (.+))?$")
@@ -115,3 +118,12 @@ def test_published_numbers(shipped):
     assert (guanaco.adapter.rank, guanaco.adapter.alpha, guanaco.adapter.dropout) == (64, 16, 0.1)
     assert shipped("koalpaca").settings.train.batch_size == 2 * 64
     assert shipped("vicuna").settings.data.max_length == 2048
+    cot = shipped("cot").settings
+    assert (cot.train.epochs, cot.train.batch_size, cot.train.learning_rate) == (6, 64, 3e-4)
+    assert (cot.adapter.rank, cot.adapter.alpha, cot.train.weight_decay) == (64, 16, 0.1)
+    assert shipped("toolcall").settings.train.batch_size == 1 * 8
+
+
+@pytest.mark.parametrize("name", ["toolcall", "cot", "flan"])
+def test_a_recipe_named_after_its_template_uses_it(shipped, name):
+    assert shipped(name).settings.data.template == name

@@ -1,11 +1,12 @@
 """Replies before and after, side by side, and their scores."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fixture_types import MakeRecipe
+from fixture_types import MakeRecipe, Tune
 
 from data_templates._segments import Message
 from finetune.training.generate import Reply
@@ -91,6 +92,21 @@ def test_any_reply_comes_back_as_it_was(run: RunDirectory, text: str) -> None:
     assert line["before"] == line["after"] == text
     raw = (run.path / "samples.jsonl").read_bytes()
     assert raw.count(b"\n") == 1 and json.loads(raw)["expected"] == "4"
+
+
+def test_a_reply_is_compared_with_the_words_of_the_template(tune: Tune) -> None:
+    rows = [{"question": f"{i} + 1", "answer": f"<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(12)]
+    result = tune("run", data__source=rows, data__template="cot", train__max_steps=1)
+    assert all(re.fullmatch(r"(\d+)\nThe answer is \1\.", line["expected"]) for line in result.samples)
+    assert len(result.samples) == 2
+
+
+def test_a_conversation_that_ends_in_a_call_is_asked_for_the_call(tune: Tune) -> None:
+    call = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'}
+    row = {"conversations": [{"from": "human", "value": "Add."}, call]}
+    result = tune("run", data__source=[row] * 12, data__template="toolcall", train__max_steps=1)
+    expected = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    assert {line["expected"] for line in result.samples} == {expected}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,49 @@
+r"""Chain of thought: question, then reasoning, then ``The answer is ...``; one exchange.
+
+The words are those of Wei et al. 2022 (arXiv 2201.11903, appendix G), learnt and not shown in the prompt, as
+Flan does (Chung et al. 2022, arXiv 2210.11416); the answer stands on a line of its own, as in some of Flan's
+phrasings, for two of five solutions of GSM8K end without a full stop. A reply that ends in GSM8K's mark
+``\n#### 72`` (Cobbe et al. 2021, arXiv 2110.14168) is reasoning and answer: the mark becomes that sentence,
+and the calculator's notes (``<<48/2=24>>``) are left out. Any other reply stays as it is.
+"""
+
+import re
+from collections.abc import Sequence
+
+from data_templates._segments import (
+    BOS,
+    Message,
+    Segment,
+    Template,
+    asked,
+    markup,
+    only_one_exchange,
+    reply,
+    split_system,
+)
+
+MARK = "\n#### "
+CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+
+
+def render(messages: Sequence[Message]) -> list[Segment]:
+    """Render one question and its reasoned answer; a system turn stands above the question."""
+    system, turns = split_system(messages)
+    only_one_exchange("cot", turns)
+    head = [BOS, Segment("content", system), markup("\n\n")] if system else [BOS]
+    segments = [*head, markup("Q: "), *asked(turns[0]), markup("\nA:")]
+    return segments + [piece for message in turns[1:] for piece in _reasoned(message)]
+
+
+def _reasoned(message: Message) -> list[Segment]:
+    reasoning, mark, answer = message.content.rpartition(MARK)
+    if not mark or not answer.strip():
+        return reply(message, before=" ")
+    # One piece each, so that what a note kept apart cannot join to a marker unseen.
+    steps = [Segment("content", piece) for piece in CALCULATOR.split(reasoning)]
+    said = [Segment("markup", " "), *steps, Segment("markup", "\nThe answer is ")]
+    said += [Segment("content", answer), Segment("markup", "."), Segment("eos")]
+    return [Segment(piece.kind, piece.text, message.trained, reply=True) for piece in said]
+
+
+TEMPLATE = Template(render, markers=("\nQ:", "\nA:"))

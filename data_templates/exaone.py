@@ -1,0 +1,26 @@
+"""EXAONE 3's chat (LG AI Research, Korean and English): roles in ``[|brackets|]``, ``[|endofturn|]``.
+
+A conversation without a system text begins with an empty system turn. The reference is the chat template of
+LGAI-EXAONE/EXAONE-3.5-7.8B-Instruct.
+"""
+
+from collections.abc import Sequence
+
+from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply, split_system
+
+END = "[|endofturn|]"
+
+
+def render(messages: Sequence[Message]) -> list[Segment]:
+    """Render the turns; a line feed ends the user's, the end token the others."""
+    system, turns = split_system(messages)
+    segments = [BOS, markup("[|system|]"), Segment("content", system), markup(f"{END}\n")]
+    for message in turns:
+        if message.role == "assistant":
+            segments += [*reply(message, end=END), markup("\n")]
+        else:
+            segments += [markup("[|user|]"), *asked(message), markup("\n[|assistant|]")]
+    return segments
+
+
+TEMPLATE = Template(render, markers=("[|system|]", "[|user|]", "[|assistant|]", END), stop=(END,))

@@ -1,0 +1,29 @@
+"""Gemma's chat: ``<start_of_turn>user`` and ``<start_of_turn>model``, each ended by ``<end_of_turn>``.
+
+There is no system role: the system text stands before the first question. The reference is the chat template
+of google/gemma-3-4b-it (Gemma 2's is the same and refuses a system turn), which also trims contents (here the
+data's blanks stay).
+"""
+
+from collections.abc import Sequence
+
+from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply, split_system
+
+START, END = "<start_of_turn>", "<end_of_turn>"
+
+
+def render(messages: Sequence[Message]) -> list[Segment]:
+    """Render the turns; after a user's turn the model's is opened."""
+    system, turns = split_system(messages)
+    segments = [BOS]
+    for index, message in enumerate(turns):
+        if message.role == "assistant":
+            segments += [*reply(message, end=END), markup("\n")]
+            continue
+        first = [Segment("content", system), markup("\n\n")] if system and index == 0 else []
+        segments += [markup(f"{START}user\n"), *first, *asked(message)]
+        segments.append(markup(f"{END}\n{START}model\n"))
+    return segments
+
+
+TEMPLATE = Template(render, markers=(START, END), stop=(END,))

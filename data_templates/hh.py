@@ -1,0 +1,26 @@
+"""Anthropic's HH layout: ``Human:`` and ``Assistant:``, a blank line before each, any number of turns.
+
+The reference is the data of anthropics/hh-rlhf (Bai et al. 2022, arXiv 2204.05862), where a dialogue begins
+with two line feeds.
+"""
+
+from collections.abc import Sequence
+
+from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply, split_system
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def render(messages: Sequence[Message]) -> list[Segment]:
+    r"""Render ``\n\nHuman: ...\n\nAssistant: ...``; a system turn stands above the dialogue."""
+    system, turns = split_system(messages)
+    segments = [BOS, Segment("content", system)] if system else [BOS]
+    for message in turns:
+        if message.role == "assistant":
+            segments += reply(message, before=" ")
+        else:
+            segments += [markup(f"{HUMAN} "), *asked(message), markup(ASSISTANT)]
+    return segments
+
+
+TEMPLATE = Template(render, markers=(HUMAN, ASSISTANT))

@@ -1,0 +1,30 @@
+"""Mistral-Instruct's chat since tokenizer v2 (Mistral-7B-Instruct-v0.3): ``[INST] question[/INST] answer``.
+
+The system text stands before the *last* question, wherever that is (chat template of
+mistralai/Mistral-7B-Instruct-v0.3; ``InstructTokenizerV2`` and ``V3`` of mistralai/mistral-common). So in a
+conversation with a system text the last reply alone carries loss: when the earlier ones were asked for, the
+system text stood before their questions. ``mistral_v1`` is the older format, which learns them all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply, split_system
+
+
+def render(messages: Sequence[Message]) -> list[Segment]:
+    """Render ``<s>[INST] question[/INST] answer</s>[INST] ...``."""
+    system, turns = split_system(messages)
+    last = max(index for index, message in enumerate(turns) if message.role == "user")
+    segments = [BOS]
+    for index, message in enumerate(turns):
+        if message.role == "assistant":
+            answered_so = not system or index > last
+            segments += reply(message if answered_so else replace(message, trained=False), before=" ")
+            continue
+        head = [Segment("content", system), markup("\n\n")] if system and index == last else []
+        segments += [markup("[INST]"), markup(" "), *head, *asked(message), markup("[/INST]")]
+    return segments
+
+
+TEMPLATE = Template(render, markers=("[INST]", "[/INST]"))

@@ -1,0 +1,25 @@
+"""Mistral-Instruct's first chat (Mistral-7B-Instruct-v0.1, Mixtral-8x7B): ``[INST] question [/INST] answer``.
+
+The system text stands before the first question. The reference is ``InstructTokenizerV1`` of
+mistralai/mistral-common; ``mistral`` is the format of the later models.
+"""
+
+from collections.abc import Sequence
+
+from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply, split_system
+
+
+def render(messages: Sequence[Message]) -> list[Segment]:
+    """Render ``<s>[INST] question [/INST] answer</s>[INST] ...``."""
+    system, turns = split_system(messages)
+    segments = [BOS]
+    for index, message in enumerate(turns):
+        if message.role == "assistant":
+            segments += reply(message, before=" ")
+            continue
+        head = [Segment("content", system), markup("\n\n")] if system and index == 0 else []
+        segments += [markup("[INST] "), *head, *asked(message), markup(" [/INST]")]
+    return segments
+
+
+TEMPLATE = Template(render, markers=("[INST]", "[/INST]"))

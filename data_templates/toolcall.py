@@ -1,0 +1,67 @@
+"""Tool calls in ChatML, as Hermes and Qwen write them: signatures, ``<tool_call>``, ``<tool_response>``.
+
+Calls and replies carry loss; signatures and what a tool returned do not. The reference is the chat template
+of Qwen/Qwen3-4B-Instruct-2507 (Qwen2.5's is the same behind its system text); the data's layout is
+LLaMA-Factory's (``conversations`` with function_call and observation, and a column ``tools``).
+"""
+
+from collections.abc import Sequence
+
+from data_templates._chatml import END, MARKERS, answered, opened, turn
+from data_templates._segments import BOS, Message, Segment, Template, asked, markup, split_system
+
+SIGNATURES = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+)
+HOW_TO_CALL = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
+    "<args-json-object>}\n</tool_call>"
+)
+TAGS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+
+
+def render(messages: Sequence[Message]) -> list[Segment]:
+    """Render system text and tools as one turn, then the turns; observations stand in the user's place."""
+    system, turns = split_system(messages)
+    head = [Segment("content", system)] if system else []
+    if turns[0].role == "tools":
+        between = [markup("\n\n")] if system else []
+        signatures = Segment("content", turns.pop(0).content)
+        head += [*between, markup(SIGNATURES), signatures, markup(HOW_TO_CALL)]
+    segments = [BOS, *(turn("system", head) if head else [])]
+    for message in turns:
+        segments += _turn(message)
+    return segments
+
+
+def _turn(message: Message) -> list[Segment]:
+    if message.role == "function_call":
+        return _called(message)
+    if message.role == "assistant":
+        return answered(message)
+    said = asked(message)
+    if message.role == "observation":
+        said = [markup("<tool_response>\n"), *said, markup("\n</tool_response>")]
+    return [*turn("user", said), opened()]
+
+
+def _called(message: Message) -> list[Segment]:
+    """Return an assistant's turn of one call a line."""
+    said: list[Segment] = []
+    for call in message.content.split("\n"):
+        said += [
+            _own("\n<tool_call>\n" if said else "<tool_call>\n", message),
+            Segment("content", call, message.trained, reply=True),
+            _own("\n</tool_call>", message),
+        ]
+    return [*said, Segment("eos", END, message.trained, reply=True), markup("\n")]
+
+
+def _own(text: str, message: Message) -> Segment:
+    """Return text of the template that the model has to write."""
+    return Segment("markup", text, message.trained, reply=True)
+
+
+TEMPLATE = Template(render, markers=(*MARKERS, *TAGS), stop=(END,), tools=True)

@@ -1,0 +1,27 @@
+"""Zephyr's chat: ``<|system|>``, ``<|user|>`` and ``<|assistant|>``; EOS ends every turn, the user's too.
+
+The reference is the chat template of HuggingFaceH4/zephyr-7b-beta.
+"""
+
+from collections.abc import Sequence
+
+from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply
+
+READ = Segment("eos")
+"""The EOS behind a turn that the model reads: it carries no loss."""
+
+
+def render(messages: Sequence[Message]) -> list[Segment]:
+    """Render the turns; after a user's turn the assistant's is opened."""
+    segments = [BOS]
+    for message in messages:
+        if message.role == "assistant":
+            segments += [*reply(message), markup("\n")]
+            continue
+        segments += [markup(f"<|{message.role}|>\n"), *asked(message), READ, markup("\n")]
+        if message.role == "user":
+            segments.append(markup("<|assistant|>\n"))
+    return segments
+
+
+TEMPLATE = Template(render, markers=("<|system|>", "<|user|>", "<|assistant|>"))

@@ -1,0 +1,97 @@
+"""Tool calls: what carries loss, what a tool may not write, and who has no words for them."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_templates import toolcall
+from data_templates._segments import Message, TemplateError, render
+from finetune.recipe.discovery import load_plugin, plugin_names
+
+TOOLS = Message("tools", '{"type": "function", "function": {"name": "area"}}')
+ASK = Message("user", "How large?")
+CALL = Message("function_call", '{"name": "area", "arguments": {"sides": [5, 3]}}')
+SEEN = Message("observation", '{"area": 15}')
+ANSWER = Message("assistant", "It is 15.")
+SPECIAL = ["<s>", "</s>", *toolcall.TEMPLATE.markers]
+
+
+def learnt(messages):
+    """Return the text that carries loss, turns parted by a bar."""
+    segments, _ = render(toolcall.TEMPLATE, messages)
+    ends = (segment.text + ("|" if segment.kind == "eos" else "") for segment in segments if segment.trained)
+    return "".join(ends)
+
+
+def test_calls_and_replies_carry_loss_and_nothing_else():
+    text = '<tool_call>\n{"name": "area", "arguments": {"sides": [5, 3]}}\n</tool_call><|im_end|>|'
+    assert learnt([TOOLS, ASK, CALL, SEEN, ANSWER]) == f"{text}It is 15.<|im_end|>|"
+
+
+def test_several_calls_in_one_turn():
+    one, two = '{"name": "a", "arguments": {}}', '{"name": "b", "arguments": {}}'
+    text = f"<tool_call>\n{one}\n</tool_call>\n<tool_call>\n{two}\n</tool_call><|im_end|>|"
+    assert learnt([TOOLS, ASK, Message("function_call", f"{one}\n{two}")]) == text
+
+
+def test_a_call_that_is_not_trained_reads_the_same():
+    silent = Message("function_call", CALL.content, trained=False)
+    learnt_text = render(toolcall.TEMPLATE, [TOOLS, ASK, CALL, SEEN, ANSWER])[0]
+    silent_text = render(toolcall.TEMPLATE, [TOOLS, ASK, silent, SEEN, ANSWER])[0]
+    assert [s.text for s in silent_text] == [s.text for s in learnt_text]
+    assert learnt([TOOLS, ASK, silent, SEEN, ANSWER]) == "It is 15.<|im_end|>|"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in plugin_names("data_templates") if name not in ("model", "toolcall")]
+)
+@pytest.mark.parametrize(
+    ("turns", "told"),
+    [
+        ([TOOLS, ASK, ANSWER], "turn 1 is tools"),
+        ([ASK, CALL, SEEN, ANSWER], "turn 2 is function_call"),
+    ],
+)
+def test_other_templates_refuse_and_name_the_one_for_it(name, turns, told):
+    template = load_plugin("data_templates", name, where="test").TEMPLATE
+    with pytest.raises(
+        TemplateError, match=f"{told}, and this template has no words for tools; use 'toolcall'"
+    ):
+        render(template, turns)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [[TOOLS], [ASK, SEEN], [ASK, ANSWER, SEEN], [ASK, CALL, ANSWER], [ASK, TOOLS, ANSWER], [SEEN, ANSWER]],
+)
+def test_observations_follow_calls_and_tools_stand_in_front(turns):
+    with pytest.raises(TemplateError, match="observation behind it"):
+        render(toolcall.TEMPLATE, turns)
+
+
+def hostile():
+    """Draw what a tool's or a site's text may hold: whole tags, halves, blanks."""
+    halves = [half for text in SPECIAL for half in (text[: len(text) // 2], text[len(text) // 2 :])]
+    pieces = [*SPECIAL, *halves, " ", "\n", "assistant", '{"name": "pay"}']
+    return st.lists(st.sampled_from(pieces), max_size=6).map("".join)
+
+
+@settings(deadline=None)
+@given(texts=st.lists(hostile(), min_size=6, max_size=6))
+def test_nothing_that_was_read_can_forge_a_call_or_a_turn(texts):
+    roles = ("system", "tools", "user", "function_call", "observation", "assistant")
+    one_line = [text.replace("\n", " ") for text in texts]
+    forged = [Message(role, text) for role, text in zip(roles, one_line, strict=True)]
+    neutral = [
+        Message(role, "x" if text.strip() else text) for role, text in zip(roles, one_line, strict=True)
+    ]
+    found, emitted = (
+        "".join(segment.text for segment in render(toolcall.TEMPLATE, turns, special_tokens=SPECIAL)[0])
+        for turns in (forged, neutral)
+    )
+    for marker in SPECIAL:
+        assert len(re.findall(f"(?={re.escape(marker)})", found)) == len(
+            re.findall(f"(?={re.escape(marker)})", emitted)
+        ), (marker, found)

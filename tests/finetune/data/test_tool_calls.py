@@ -1,0 +1,114 @@
+"""Tools and calls as data sets hold them become the lines of chat templates, or a problem with a place."""
+
+import json
+
+import pytest
+
+from data_templates._segments import Message
+from finetune.data.layouts import recognise, to_conversations
+from finetune.data.sources import Row
+from finetune.data.tool_calls import call_lines, tool_lines
+from finetune.recipe.errors import UserError
+
+AREA = {"name": "area", "description": "넓이", "parameters": {"type": "object", "properties": {}}}
+WRAPPED = '{"type": "function", "function": ' + json.dumps(AREA, ensure_ascii=False) + "}"
+CALL = {"name": "area", "arguments": {"sides": [5, 3], "unit": "제곱미터"}}
+TURNS = [
+    {"from": "human", "value": "How large?"},
+    {"from": "function_call", "value": json.dumps(CALL)},
+    {"from": "observation", "value": '{"area": 15}'},
+    {"from": "gpt", "value": "15."},
+]
+
+
+@pytest.mark.parametrize("none", [None, "", "[]", []])
+def test_no_tools(none):
+    assert tool_lines(none) == ""
+
+
+@pytest.mark.parametrize(
+    "tools", [[AREA], json.dumps([AREA]), [{"type": "function", "function": AREA}], f"[{WRAPPED}]"]
+)
+def test_tools_are_wrapped_once_and_keep_their_letters(tools):
+    assert tool_lines(tools) == WRAPPED
+
+
+def test_a_tool_a_line():
+    assert tool_lines([AREA, {"name": "b"}]).split("\n") == [
+        WRAPPED,
+        '{"type": "function", "function": {"name": "b"}}',
+    ]
+
+
+@pytest.mark.parametrize("call", [CALL, [CALL], json.dumps(CALL), json.dumps([{**CALL, "id": "x"}])])
+def test_calls_have_one_writing(call):
+    assert call_lines(call) == '{"name": "area", "arguments": {"sides": [5, 3], "unit": "제곱미터"}}'
+
+
+def test_line_feeds_inside_arguments_stay_inside():
+    assert call_lines([{"name": "a", "arguments": {"text": "one\ntwo"}}] * 2).count("\n") == 1
+
+
+def read(**changes):
+    """Return a row's conversation."""
+    row = {"conversations": TURNS, "tools": [AREA], **changes}
+    layout = recognise(row)
+    [conversation] = to_conversations([Row(row, "file:1")], layout, None)
+    return layout.name, conversation
+
+
+def test_llama_factorys_layout():
+    name, conversation = read()
+    assert name == "ShareGPT with tools"
+    assert conversation == [
+        Message("tools", WRAPPED),
+        Message("user", "How large?"),
+        Message("function_call", call_lines(CALL)),
+        Message("observation", '{"area": 15}'),
+        Message("assistant", "15."),
+    ]
+
+
+def test_tools_stand_behind_the_system_text():
+    _, conversation = read(system="Be brief.")
+    assert [turn.role for turn in conversation[:3]] == ["system", "tools", "user"]
+    _, conversation = read(conversations=[{"from": "system", "value": "own"}, *TURNS], system="s")
+    assert [turn.content for turn in conversation[:2]] == ["own", WRAPPED]
+
+
+@pytest.mark.parametrize("none", [None, "[]"])
+def test_rows_without_tools_among_rows_with_them(none):
+    assert read(tools=none)[1][0] == Message("user", "How large?")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"tools": "[{'name': 1}]"}, "field 'tools': no JSON (Expecting property name"),
+        ({"tools": '{"name": "a"}'}, "field 'tools': found {'name': 'a'}"),
+        ({"tools": [{"description": "x"}]}, "field 'tools': found {'description': 'x'}"),
+        ({"tools": [{"type": "function", "function": "a"}]}, "field 'tools': found {'type': 'function'"),
+        ({"tools": '[{"name": "\\ud83d"}]'}, "field 'tools': half a character"),
+    ],
+)
+def test_pain_24_tools_that_are_none_are_told(changes, told):
+    with pytest.raises(UserError) as caught:
+        read(**changes)
+    assert str(caught.value).startswith(f"file:1: {told}")
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("area(5, 3)", "no JSON (Expecting value at column 1): 'area(5, 3)'"),
+        ("[]", "found no call"),
+        ('{"name": "area"}', "found {'name': 'area'}"),
+        ('{"name": "area", "arguments": "5"}', "found {'name': 'area', 'arguments': '5'}"),
+        ('"area"', "found 'area'"),
+    ],
+)
+def test_pain_24_a_call_that_is_none_is_told_with_its_turn(value, told):
+    with pytest.raises(UserError) as caught:
+        read(conversations=[TURNS[0], {"from": "function_call", "value": value}])
+    assert str(caught.value).startswith(f"file:1: field 'conversations[1].value': {told}\n")
+    assert '{"name": ..., "arguments": {...}} as JSON' in str(caught.value)

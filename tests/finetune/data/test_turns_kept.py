@@ -1,0 +1,73 @@
+"""Which turns of a conversation are kept, learnt or passed over, and that each loss is told."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from finetune.data.dataset import Prepared, prepare
+from finetune.data.tokens import Encoder
+from finetune.recipe.settings import DataSettings
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def lines(*rows: Any) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return lines
+
+
+def read(encoder: Encoder, source: str) -> Prepared:
+    return prepare(DataSettings(source=source, cache=False), encoder, max_length=200, seed=0)
+
+
+def texts(encoder: Encoder, rows: Any) -> list[str]:
+    return [encoder.tokenizer.decode(rows[index]["input_ids"]) for index in range(len(rows))]
+
+
+def test_what_a_tool_returned_last_is_cut_and_a_call_is_a_reply(base_folder: Path, write: Write) -> None:
+    def talk(*turns: tuple[str, str]) -> dict[str, Any]:
+        return {"conversations": [{"from": role, "value": text} for role, text in turns], "tools": "[]"}
+
+    call = ("function_call", '{"name": "add", "arguments": {}}')
+    rows = [
+        talk(("human", "Add."), call),
+        talk(("human", "Add."), call, ("observation", "5")),
+        talk(("human", "Add."), call, ("observation", " "), ("gpt", "5")),
+    ]
+    own = Encoder(AutoTokenizer.from_pretrained(base_folder), "toolcall")
+    prepared = read(own, write(*rows))
+    one, two = texts(own, prepared.train)
+    assert one == two and one.endswith("</tool_call></s>\n")
+    assert prepared.report.counts == {"left out, a turn is empty": 1}
+
+
+@pytest.mark.parametrize(("template", "passed_over"), [("mistral", 1), ("mistral_v1", 0), ("chatml", 0)])
+def test_replies_that_a_template_passes_over_are_counted(
+    base_folder: Path, write: Write, template: str, passed_over: int
+) -> None:
+    turns = [{"role": role, "content": "text"} for role in ("user", "assistant", "user", "assistant")]
+    rows = [{"messages": [{"role": "system", "content": "Be brief."}, *turns]}, {"messages": turns}]
+    own = Encoder(AutoTokenizer.from_pretrained(base_folder), template)
+    counts = read(own, write(*rows)).report.counts
+    assert counts.get("hold replies that carry no loss in this template", 0) == passed_over
+
+
+def test_tools_are_left_out_for_a_template_that_has_no_words_for_them(
+    base_folder: Path, write: Write
+) -> None:
+    turns = [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "5"}]
+    rows = [{"conversations": turns, "tools": tools} for tools in ("", '[{"name": "add"}]')]
+    own = Encoder(AutoTokenizer.from_pretrained(base_folder), "alpaca")
+    report = read(own, write(*rows)).report
+    [(what, where)] = report.examples.items()
+    assert report.counts == {what: 1} and what == "left out, no conversation for this template"
+    assert where.endswith("turn 1 is tools, and this template has no words for tools; use 'toolcall'")
