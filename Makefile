@@ -18,7 +18,7 @@ OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPT
           $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv $(STAGES) list show chat test test-all check tiny-base tiny-data compare clean
+.PHONY: help venv $(STAGES) list show data chat test test-all check tiny-base tiny-data compare clean
 
 help:  ## show this
 	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [OUT=dir] [ARGS=\"section.key=value ...\"]"
@@ -41,6 +41,9 @@ list: $(READY)  ## recipes, adapters, templates, bases, stages, runs
 
 show: $(READY)  ## a recipe with every value's origin
 	$(BIN)/llm-align show $(RECIPE) $(ARGS)
+
+data: $(READY)  ## what the model will see of a recipe's data: make data RECIPE=alpaca ARGS="--rows 5 --html data.html"
+	$(BIN)/llm-align data $(RECIPE) $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 chat: $(READY)  ## talk to a finished run: make chat RUN=runs/...
 	$(BIN)/llm-align chat $(RUN) $(ARGS)

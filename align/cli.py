@@ -143,6 +143,46 @@ def show(words: tuple[str, ...], stage: str, as_json: bool, schema: bool) -> Non
 
 
 @cli.command()
+@click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
+@click.option("--stage", default="sft", show_default=True, help="Stage of the recipe.")
+@click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
+@click.option("--data", "source", metavar="D", help="Data: hub id, file or folder.")
+@click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows to show.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page as well.")
+def data(
+    words: tuple[str, ...],
+    stage: str,
+    base: str | None,
+    source: str | None,
+    rows: int,
+    as_json: bool,
+    html: Path | None,
+) -> None:
+    """Show what the model will see: rows with what is learnt, lengths, what was lost, proportions, steps."""
+    from rich.console import Console
+
+    from align.data_terminal import print_facts, print_head
+
+    shortcuts = {"model.base": base, "data.source": source}
+    given = {key: value for key, value in shortcuts.items() if value is not None}
+    recipe = _recipe(stage, words, given, None)
+    console = Console()
+    if not as_json:
+        print_head(recipe, console)
+    quiet()
+    from align.data_preview import preview, write_page
+
+    facts = preview(recipe, rows=rows)
+    if html is not None:
+        write_page(facts, html)
+    if as_json:
+        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+    else:
+        print_facts(facts, console, page=html)
+
+
+@cli.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
 @click.option("--prompt", help="Answer this once and end.")
 @click.option("--max-new-tokens", default=256, show_default=True, help="Tokens of a reply at most.")

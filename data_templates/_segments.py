@@ -37,6 +37,10 @@ class Message:
     trained: bool = True
 
 
+DOCUMENT_START = Message("user", "", trained=False)
+"""What stands before a plain text in place of a question: nothing; the text is what is written then."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A piece of a rendered conversation.
@@ -75,6 +79,11 @@ def reply(message: Message, *, before: str = "", after: str = "", end: str = "")
         *([Segment("markup", after, trained, reply=True)] if after else []),
         Segment("eos", end, trained, reply=True),
     ]
+
+
+def render_document(messages: Sequence[Message]) -> list[Segment]:
+    """Render a plain text behind DOCUMENT_START: no prompt, no markup, and EOS at its end."""
+    return [BOS, *(piece for message in messages[1:] for piece in reply(message))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,8 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,23 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset
 
-from data_templates._segments import REPLIES, Message, TemplateError
+from data_templates._segments import TemplateError
 from finetune.data.collate import IGNORED, Example
-from finetune.data.layouts import recognise, to_conversations
+from finetune.data.conversation import Conversation
+from finetune.data.gather import gather
 from finetune.data.replies import passed_over
-from finetune.data.sources import read_source
+from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import DataSettings, MixedSource
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """A row's messages and where it stands (``file:line``)."""
-
-    messages: list[Message]
-    where: str
-
+from finetune.recipe.settings import DataSettings
 
 LONG = {"cut": "cut", "drop": "left out"}
 SHOWN_FROM_TRAINING = 64
@@ -48,10 +39,11 @@ class TokenizedRows(Dataset[Example]):
     the tokens from ``starts[i]`` to ``starts[i + 1]``.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], places: list[str]) -> None:
-        """Keep ``input_ids``, ``trained`` and ``starts``, and each row's place (``file:line``)."""
+    def __init__(self, arrays: dict[str, np.ndarray], places: list[str], sources: Sequence[int] = ()) -> None:
+        """Keep ``input_ids``, ``trained`` and ``starts``, each row's place (``file:line``) and its source."""
         self.arrays = arrays
         self.places = places
+        self.sources = sources or [0] * len(places)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -82,30 +74,6 @@ class TokenizedRows(Dataset[Example]):
         return int(self.arrays["trained"].sum())
 
 
-@dataclass
-class DataReport:
-    """What was found in the data and what became of it; nothing is cut or left out without a count here."""
-
-    layout: str = ""
-    rows: int = 0
-    held_out: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    longest: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
-    from_cache: bool = False
-
-    def lines(self) -> list[str]:
-        """Return the report as lines for the terminal."""
-        share = self.trained_tokens / max(self.tokens, 1)
-        lines = [
-            f"{self.rows} rows ({self.layout}), {self.held_out} held out; {self.tokens} tokens, "
-            f"{share:.0%} carry loss, longest row {self.longest}{self.from_cache * ', from the cache'}"
-        ]
-        return lines + [f"rows {what}: {n} (first: {self.examples[what]})" for what, n in self.counts.items()]
-
-
 @dataclass(frozen=True)
 class Prepared:
     """Everything a run needs of its data."""
@@ -123,15 +91,13 @@ def prepare(settings: DataSettings, encoder: Encoder, *, max_length: int, seed: 
         settings: the recipe's data section.
         encoder: template and tokenizer.
         max_length: tokens of a row at most.
-        seed: draws the held-out rows and the rows of capped sources.
+        seed: draws the held-out rows and a mixture's rows.
 
     Raises:
         UserError: a source cannot be read, rows do not fit its layout, or no row is left that carries loss.
     """
     report, aside = DataReport(), DataReport()
-    rows = _usable(_read(settings, seed, report), report)
-    _refuse_none("data.source", "to learn from", rows, report)
-    train, held_out = _split(rows, settings, seed, aside)
+    train, held_out = gather(settings, seed, report, aside)
     tokens = _tokenise(train, encoder, settings, max_length, report)
     _refuse_none("data.source", "to learn from", tokens, report)
     held_out_tokens = None
@@ -143,10 +109,22 @@ def prepare(settings: DataSettings, encoder: Encoder, *, max_length: int, seed: 
     report.examples |= {f"held out: {what}": where for what, where in aside.examples.items()}
     report.rows, report.tokens, report.trained_tokens = len(tokens), tokens.num_tokens, tokens.num_trained
     report.longest = max(tokens.lengths)
+    _tell_shares(tokens, report)
     prompts = _kept(train, tokens)[:SHOWN_FROM_TRAINING]
     if held_out_tokens is not None:
         prompts = _kept(held_out, held_out_tokens)
     return Prepared(tokens, held_out_tokens, prompts, report)
+
+
+def _tell_shares(rows: TokenizedRows, report: DataReport) -> None:
+    """Tell what training sees of each source."""
+    starts = rows.arrays["starts"][:-1]
+    trained = np.add.reduceat(rows.arrays["trained"], starts, dtype=np.int64)
+    for number, source in enumerate(report.sources):
+        own = np.asarray(rows.sources) == number
+        source.rows = int(own.sum())
+        source.tokens = int(np.asarray(rows.lengths)[own].sum())
+        source.trained_tokens = int(trained[own].sum())
 
 
 def _refuse_none(where: str, purpose: str, rows: Sized, report: DataReport) -> None:
@@ -157,79 +135,10 @@ def _refuse_none(where: str, purpose: str, rows: Sized, report: DataReport) -> N
 
 
 def _kept(rows: list[Conversation], tokens: TokenizedRows) -> list[Conversation]:
-    """Return the conversations that became tokens; the others cannot be asked either."""
+    """Return what can be asked: the conversations that became tokens, each once; else the documents."""
     places = set(tokens.places)
-    return [row for row in rows if row.where in places]
-
-
-def _read(settings: DataSettings, seed: int, report: DataReport) -> list[Conversation]:
-    if settings.mix is None:
-        assert settings.source is not None
-        rows, report.layout = _conversations(
-            settings.source, settings.columns, settings.split, settings.revision
-        )
-        return rows
-    parts = [
-        _mixed(part, settings.split, np.random.default_rng([seed, index]))
-        for index, part in enumerate(settings.mix)
-    ]
-    report.layout = " + ".join(f"{len(rows)} {layout}" for rows, layout in parts)
-    return [row for rows, _ in parts for row in rows]
-
-
-def _mixed(part: MixedSource, split: str, random: np.random.Generator) -> tuple[list[Conversation], str]:
-    rows, layout = _conversations(part.source, part.columns, split, None)
-    if part.rows is None or part.rows >= len(rows):
-        return rows, layout
-    chosen = sorted(random.choice(len(rows), part.rows, replace=False))
-    return [rows[index] for index in chosen], layout
-
-
-def _conversations(
-    source: str | list[dict[str, Any]], columns: dict[str, str] | None, split: str, revision: str | None
-) -> tuple[list[Conversation], str]:
-    rows = read_source(source, split=split, revision=revision)
-    where = source if isinstance(source, str) else "data.source"
-    layout = recognise(rows[0].columns, columns=columns, where=where)
-    talks = to_conversations(rows, layout, columns)
-    return [Conversation(talk, row.where) for talk, row in zip(talks, rows, strict=True)], layout.name
-
-
-def _split(
-    rows: list[Conversation], settings: DataSettings, seed: int, aside: DataReport
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Return the rows to learn and the rows held out; ``aside`` counts what a file of these lost."""
-    if isinstance(settings.held_out, str):
-        held_out, _ = _conversations(settings.held_out, settings.columns, settings.split, None)
-        return rows, _usable(held_out, aside)
-    share = settings.held_out
-    count = share if isinstance(share, int) else max(1, round(share * len(rows))) if share else 0
-    if count and count >= len(rows):
-        found = f"{count} of {len(rows)} usable rows"
-        raise UserError(Problem("data.held_out", found, "fewer rows than there are"))
-    chosen = set(np.random.default_rng([seed, len(rows)]).permutation(len(rows))[:count].tolist())
-    train = [row for index, row in enumerate(rows) if index not in chosen]
-    return train, [row for index, row in enumerate(rows) if index in chosen]
-
-
-def _usable(rows: Sequence[Conversation], report: DataReport) -> list[Conversation]:
-    """Leave out conversations with an empty turn or no reply; cut a last question that has none."""
-    usable = []
-    for row in rows:
-        asks = row.messages[-1].role in ("user", "observation")
-        turns = row.messages[:-1] if asks else row.messages
-        if any(not turn.content.strip() for turn in turns):
-            _count(report, "left out, a turn is empty", row.where)
-        elif not any(turn.role in REPLIES for turn in turns):
-            _count(report, "left out, without a reply", row.where)
-        else:
-            usable.append(Conversation(turns, row.where))
-    return usable
-
-
-def _count(report: DataReport, what: str, example: str) -> None:
-    report.counts[what] = report.counts.get(what, 0) + 1
-    report.examples.setdefault(what, example)
+    kept = {row.where: row for row in rows if row.where in places}.values()
+    return [row for row in kept if not row.document] or list(kept)
 
 
 def _tokenise(
@@ -247,7 +156,8 @@ def _tokenise(
             _store(path, arrays, found)
     report.counts |= found.counts
     report.examples |= found.examples
-    return TokenizedRows(arrays, [rows[number].where for number in arrays.pop("numbers")])
+    kept = [rows[number] for number in arrays.pop("numbers")]
+    return TokenizedRows(arrays, [row.where for row in kept], [row.source for row in kept])
 
 
 def _encode(
@@ -259,19 +169,19 @@ def _encode(
     for number, encoded in enumerate(encoder.encode_many([row.messages for row in rows])):
         where = rows[number].where
         if isinstance(encoded, TemplateError):
-            _count(report, "left out, no conversation for this template", f"{where}: {encoded}")
+            report.count("left out, no conversation for this template", f"{where}: {encoded}")
             continue
         if encoded.written_apart:
-            _count(report, "hold template markers or special tokens in their text, written apart", where)
+            report.count("hold template markers or special tokens in their text, written apart", where)
         if passed_over(rows[number].messages, encoded.trained):
-            _count(report, "hold replies that carry no loss in this template", where)
+            report.count("hold replies that carry no loss in this template", where)
         if len(encoded.input_ids) > max_length:
-            _count(report, f"longer than {max_length} tokens, {LONG[too_long]}", where)
+            report.count(f"longer than {max_length} tokens, {LONG[too_long]}", where)
             if too_long == "drop":
                 continue
         labels = [False, *encoded.trained[1:max_length]]
         if not any(labels):
-            _count(report, f"left out, nothing to learn in the first {max_length} tokens", where)
+            report.count(f"left out, nothing to learn in the first {max_length} tokens", where)
             continue
         ids += encoded.input_ids[:max_length]
         trained += labels

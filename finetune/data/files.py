@@ -30,7 +30,7 @@ def data_files(path: Path) -> list[Path]:
 def data_fingerprint(settings: DataSettings) -> str:
     """Return a digest of the content that a data section names: files by content, hub sets by name."""
     sources = [source_fingerprint(settings.source, revision=settings.revision)]
-    sources += [source_fingerprint(part.source) for part in settings.mix or []]
+    sources += [source_fingerprint(part.source, revision=part.revision) for part in settings.mix or []]
     if isinstance(settings.held_out, str):
         sources.append(source_fingerprint(settings.held_out))
     return _sha256(sources)

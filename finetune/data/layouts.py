@@ -1,10 +1,10 @@
 """What a row's columns mean: published layouts, recognised by column names, become conversations."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_templates._segments import Message, Role
+from data_templates._segments import DOCUMENT_START, Message, Role
 from finetune.data.sources import Row
 from finetune.data.tool_calls import CALL, TOOLS, call_lines, tool_lines
 from finetune.recipe.errors import Problem, UserError, nearest
@@ -117,8 +117,20 @@ LAYOUTS = (
 """Recognised in this order: the first whose columns are all there."""
 
 
+def _document(columns: Mapping[str, Any]) -> list[Message]:
+    return [DOCUMENT_START, Message("assistant", _text(columns, "text"))]
+
+
+DOCUMENT = Layout("text", ("text",), _document)
+"""Plain text, where it is welcome."""
+
+
 def recognise(
-    names: Iterable[str], *, columns: Mapping[str, str] | None = None, where: str = "data.source"
+    names: Iterable[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: str = "data.source",
+    layouts: Sequence[Layout] = LAYOUTS,
 ) -> Layout:
     """Return the layout that columns of these names have.
 
@@ -126,6 +138,7 @@ def recognise(
         names: the source's column names.
         columns: ``{our name: the source's name}``, the recipe's ``data.columns``.
         where: the source, for the message.
+        layouts: those that are welcome; the first that fits is taken.
 
     Raises:
         UserError: a mapped column does not exist, or no layout fits.
@@ -138,10 +151,10 @@ def recognise(
                 Problem("data.columns", found, f"one of {', '.join(names)}", nearest(theirs, names))
             )
     known = {*(name for name in names if name not in (columns or {}).values()), *(columns or {})}
-    for layout in LAYOUTS:
+    for layout in layouts:
         if known.issuperset(layout.required):
             return layout
-    expected = "; ".join("+".join(layout.required) for layout in LAYOUTS)
+    expected = "; ".join("+".join(layout.required) for layout in layouts)
     repair = "say which column is which: data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}"
     raise UserError(Problem(where, f"columns {', '.join(names)} are no known layout", expected, repair))
 
@@ -171,11 +184,12 @@ def to_conversations(
         except RowProblem as error:
             problems.append(Problem(row.where, f"field '{error.field}': {error.found}", error.expected))
     if problems:
-        raise UserError(_first_of(problems, len(rows)))
+        raise UserError(first_of(problems, len(rows)))
     return conversations
 
 
-def _first_of(problems: list[Problem], rows: int) -> list[Problem]:
+def first_of(problems: list[Problem], rows: int) -> list[Problem]:
+    """Return the first few of many rows' problems, and how many more there are."""
     more = len(problems) - MAX_TOLD
     if more <= 0:
         return problems

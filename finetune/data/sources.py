@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -29,16 +29,25 @@ class Row:
     where: str
 
 
+Wanted = Callable[[int], Sequence[int]]
+"""Says which of so many rows are wanted, by their numbers."""
+
+
 def read_source(
-    source: str | list[dict[str, Any]], *, split: str = "train", revision: str | None = None
+    source: str | list[dict[str, Any]],
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    wanted: Wanted = range,
 ) -> list[Row]:
-    """Read all rows of a source.
+    """Read the rows of a source.
 
     Args:
         source: hub id (``owner/name``, or ``owner/name:subset``), file (``.json .jsonl .csv .tsv .parquet``,
             ``.gz`` too), folder of such files, or rows.
         split: split of a hub data set.
         revision: revision of a hub data set.
+        wanted: which rows are returned, all unless told; of a hub data set no others are read.
 
     Raises:
         UserError: the source cannot be read, or holds no rows; the message names the file and line.
@@ -51,7 +60,15 @@ def read_source(
         repair = "check the path; a data set of the hub is named owner/name"
         raise UserError(Problem(source, "no such file or folder", "an existing path", repair))
     else:
-        rows = _read_hub(source, split, revision)
+        table = _hub_table(source, split, revision)
+        numbers = wanted(len(table))
+        found = zip(numbers, table.select(numbers), strict=True)
+        return _some([Row(dict(columns), f"{source}[{split}] row {i + 1}") for i, columns in found], source)
+    numbers = wanted(len(rows))
+    return _some(rows if len(numbers) == len(rows) else [rows[i] for i in numbers], source)
+
+
+def _some(rows: list[Row], source: str | list[dict[str, Any]]) -> list[Row]:
     if not rows:
         where = source if isinstance(source, str) else "data.source"
         raise UserError(Problem(where, "no rows", "at least one row"))
@@ -158,16 +175,15 @@ def _read_parquet(path: Path) -> list[Row]:
     return [Row(columns, f"{path}:row {i + 1}") for i, columns in enumerate(table.to_pylist())]
 
 
-def _read_hub(name: str, split: str, revision: str | None) -> list[Row]:
+def _hub_table(name: str, split: str, revision: str | None) -> datasets.Dataset:
     repository, _, subset = name.partition(":")
     try:
-        table = datasets.load_dataset(repository, subset or None, split=split, revision=revision)
+        return datasets.load_dataset(repository, subset or None, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         where = f"data set '{name}', split '{split}'"
         found = f"the hub did not give it: {_first_line(error)}"
         repair = "check name, split and network; or give a local file: --data my.jsonl"
         raise UserError(Problem(where, found, "a data set of the hub", repair)) from error
-    return [Row(dict(columns), f"{name}[{split}] row {i + 1}") for i, columns in enumerate(table)]
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 import data_templates
 from data_templates import model as model_template
 from data_templates._markers import Markers
-from data_templates._segments import Message, Segment, Template, TemplateError, render
+from data_templates._segments import (
+    DOCUMENT_START,
+    Message,
+    Segment,
+    Template,
+    TemplateError,
+    render,
+    render_document,
+)
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
 
@@ -178,10 +186,13 @@ class Encoder:
         Raises:
             TemplateError: the template cannot write this conversation.
         """
-        if self.system and messages and messages[0].role != "system":
+        template = self.template
+        if messages and messages[0] == DOCUMENT_START:
+            template = replace(template, render=render_document)
+        elif self.system and messages and messages[0].role != "system":
             messages = [Message("system", self.system), *messages]
         read = [self._as_read(message) for message in messages]
-        return render(self.template, read, special_tokens=self.special_tokens)
+        return render(template, read, special_tokens=self.special_tokens)
 
     def _as_read(self, message: Message) -> Message:
         """Return a turn in the text that the tokenizer makes of it: markers are what it reads as such."""

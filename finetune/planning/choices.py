@@ -1,5 +1,7 @@
 """What ``auto`` means: each choice is a pure function that returns a value and the reason for it."""
 
+from math import ceil
+
 from finetune.planning.hardware import Hardware
 from finetune.recipe.errors import Problem, UserError
 
@@ -63,6 +65,15 @@ def micro_batch_size(
     budget = TOKENS_PER_FORWARD[hardware.device]
     size = max(1, min(batch_size, budget // longest))
     return size, f"{budget} tokens a forward pass keep the device busy; the longest row has {longest}"
+
+
+def optimizer_steps(rows: int, *, batch_size: int, epochs: float, max_steps: int | None) -> int:
+    """Return the optimizer steps of a whole run.
+
+    >>> optimizer_steps(100, batch_size=16, epochs=1.5, max_steps=None)
+    11
+    """
+    return max_steps or ceil(ceil(rows / batch_size) * epochs)
 
 
 def checkpoint_every(asked: int | None, *, steps: int) -> tuple[int, str]:

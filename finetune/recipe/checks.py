@@ -7,6 +7,7 @@ from finetune.adapters._traits import Traits
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import ADAPTERS, TEMPLATES, load_plugin, plugin_names
 from finetune.recipe.errors import Problem, UserError, nearest, one_of
+from finetune.recipe.mixture_checks import mixture, selection
 from finetune.recipe.paths import local_path, looks_local
 from finetune.recipe.settings import StageSettings
 
@@ -66,16 +67,18 @@ def _sources(settings: StageSettings) -> Iterator[Problem]:
 
 
 def _held_out(settings: StageSettings) -> Iterator[Problem]:
-    held_out, source = settings.data.held_out, settings.data.source
+    data = settings.data
+    held_out = data.held_out
     if isinstance(held_out, str):
         yield from _missing_file(
             "data.held_out", held_out, expected="rows (100), a share (0.1), or an existing file or hub id"
         )
-        if held_out == source:
-            repair = "data.held_out=0.1 keeps a tenth of the rows out of training"
-            yield Problem(
-                "data.held_out", "the same as data.source", "rows that training does not see", repair
-            )
+        mixed = [(f"data.mix[{index}].source", part.source) for index, part in enumerate(data.mix or [])]
+        for where, source in [("data.source", data.source), *mixed]:
+            if held_out == source:
+                repair = "data.held_out=0.1 keeps a tenth of the rows out of training"
+                found = f"the same as {where}"
+                yield Problem("data.held_out", found, "rows that training does not see", repair)
 
 
 def _measured(settings: StageSettings) -> Iterator[Problem]:
@@ -150,6 +153,8 @@ RULES: tuple[tuple[Callable[[StageSettings], Iterator[Problem]], set[str]], ...]
     (_attention, {"model"}),
     (_template, {"data"}),
     (_sources, {"data"}),
+    (mixture, {"data"}),
+    (selection, {"data"}),
     (_held_out, {"data"}),
     (_measured, {"data", "evaluate", "train"}),
     (_quantization, {"adapter", "model"}),

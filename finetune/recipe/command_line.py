@@ -16,6 +16,10 @@ Origins = dict[str, str]
 
 COMMAND_LINE = "command line"
 NEW_DATA = "it belongs to the data of the recipe"
+OF_THE_DATA = (
+    *("source", "mix", "mix_limit", "mix_temperature", "mix_rows"),
+    *("revision", "split", "columns", "select"),
+)
 NEW_BASE = "it belongs to the base of the recipe"
 
 
@@ -81,7 +85,7 @@ def _outdated(values: Values, origins: Origins) -> Iterator[tuple[str, str]]:
         (f"adapter.{key}", f"adapter '{_method(values)}' has no {key}") for key in _foreign_keys(values, mine)
     ]
     if mine & {"data.source", "data.mix"}:
-        gone += [(f"data.{key}", NEW_DATA) for key in ("source", "mix", "revision", "split", "columns")]
+        gone += [(f"data.{key}", NEW_DATA) for key in OF_THE_DATA]
         gone += _held_out_keys(values, mine)
     if "model.base" in mine:
         gone += [(f"model.{key}", NEW_BASE) for key in ("revision", "trust_remote_code")]

@@ -37,12 +37,41 @@ class ModelSettings(Section):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
+class SelectSettings(Section):
+    """Which rows of a source are kept: a curated subset. What is left out is counted and told."""
+
+    min_reply_characters: Count = Field(0, description="characters of a row's replies together at least")
+    max_reply_characters: Positive | None = Field(
+        None, description="characters of a row's replies together at most"
+    )
+    score: Text | None = Field(None, description="the source's column that rates each row")
+    min_score: float | None = Field(None, description="keep rows rated at least this (AlpaGasus: 4.5)")
+    distinct: Annotated[float, Field(ge=0.5, le=1)] | None = Field(
+        None,
+        description="leave out rows sharing this part of their word 5-grams with an earlier one (1: copies)",
+    )
+    rows: Positive | None = Field(None, description="keep this many of what is left (LIMA: 1000)")
+    rows_by: Literal["random", "score", "length"] = Field(
+        "random", description="which: drawn with the seed, the best rated, or the longest replies"
+    )
+
+
 class MixedSource(Section):
     """One source of a mixture."""
 
     source: Text = Field(description="hub id, file or folder")
     columns: dict[str, str] | None = Field(None, description="our column name: the source's column name")
-    rows: Positive | None = Field(None, description="take at most this many rows, drawn with the seed")
+    rows: Positive | None = Field(None, description="look at this many rows at most, drawn with the seed")
+    select: SelectSettings | None = Field(None, description="which of these rows are kept")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="rate beside the other weights; null: by the number of rows"
+    )
+    share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="fixed share of the mixture; its rows may be plain text. The others divide the rest",
+    )
+    split: Text | None = Field(None, description="split of a hub data set; null: data.split")
+    revision: Text | None = Field(None, description="branch, tag or commit of a hub data set")
 
 
 class DataSettings(Section):
@@ -56,9 +85,19 @@ class DataSettings(Section):
     mix: Annotated[list[MixedSource], Field(min_length=1)] | None = Field(
         None, description="several sources in place of `source`"
     )
+    mix_limit: Positive | None = Field(
+        None, description="a source counts as this many rows at most when rates are made of sizes"
+    )
+    mix_temperature: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="rates go as size^(1/temperature): 1 by size, more lifts small sources"
+    )
+    mix_rows: Positive | None = Field(
+        None, description="rows of an epoch of the mixture; null: until the first source is used up"
+    )
     split: Text = Field("train", description="split of a hub data set")
     revision: Text | None = Field(None, description="branch, tag or commit of a hub data set")
     columns: dict[str, str] | None = Field(None, description="our column name: the source's column name")
+    select: SelectSettings | None = Field(None, description="which rows of `source` are kept")
     template: Text = Field("alpaca", description="file of data_templates/, or `model`: the tokenizer's own")
     system: str | None = Field(None, description="system text for conversations that have none")
     held_out: Count | Share | Text = Field(

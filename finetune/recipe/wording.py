@@ -140,6 +140,10 @@ def _words(option: Schema, root: Schema) -> str:
 
 
 def _number_words(noun: str, option: Schema) -> str:
+    if {"exclusiveMinimum", "exclusiveMaximum"} <= option.keys():
+        return f"{noun} above {option['exclusiveMinimum']:g} and below {option['exclusiveMaximum']:g}"
+    if {"minimum", "maximum"} <= option.keys():
+        return f"{noun} from {option['minimum']:g} to {option['maximum']:g}"
     if "exclusiveMaximum" in option:
         return f"{noun} from {option['minimum']:g} up to, but not including, {option['exclusiveMaximum']:g}"
     if "exclusiveMinimum" in option:

@@ -6,22 +6,12 @@ from torch import nn
 from transformers import set_seed
 
 from finetune.data.dataset import Prepared, prepare
-from finetune.data.tokens import Encoder
 from finetune.planning import choices
 from finetune.recipe.checks import adapter_traits
 from finetune.training.arguments import check_engine_args
 from finetune.training.job import Job
-from finetune.training.model import attach_adapter, context_length, load_base, load_tokenizer
-
-
-@dataclass(frozen=True)
-class Text:
-    """How conversations become tokens: encoder, positions left, virtual tokens, tokens of a row at most."""
-
-    encoder: Encoder
-    context: int
-    virtual_tokens: int
-    max_length: int
+from finetune.training.model import attach_adapter, load_base
+from finetune.training.text import Text, text_of
 
 
 @dataclass(frozen=True)
@@ -40,15 +30,10 @@ def load_text(job: Job) -> Text:
         UserError: unknown engine arguments, no such base, no EOS, no chat template, or more tokens a row than
             the model has positions.
     """
-    settings = job.recipe.settings
-    check_engine_args(settings.train)
-    virtual_tokens = settings.adapter.positions
-    tokenizer = load_tokenizer(settings.model)
-    encoder = Encoder(tokenizer, settings.data.template, system=settings.data.system)
-    context = context_length(settings.model)
-    length = choices.max_length(settings.data.max_length, context=context, virtual_tokens=virtual_tokens)
-    max_length = job.choose("data.max_length", length)
-    return Text(encoder, context - virtual_tokens, virtual_tokens, max_length)
+    check_engine_args(job.recipe.settings.train)
+    text, reason = text_of(job.recipe.settings)
+    job.choose("data.max_length", (text.max_length, reason))
+    return text
 
 
 def load_data(job: Job, text: Text) -> Prepared:

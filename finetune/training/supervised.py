@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, isfinite
+from math import isfinite
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
@@ -17,11 +17,12 @@ from finetune.training.arguments import training_arguments
 from finetune.training.completion import held_out_loss
 from finetune.training.generate import Reply, reply_to
 from finetune.training.job import Job
-from finetune.training.loading import Policy, Text
+from finetune.training.loading import Policy
 from finetune.training.model import count_parameters
 from finetune.training.samples import Samples, spread
 from finetune.training.save import save_tuned
 from finetune.training.stops import NotFiniteError
+from finetune.training.text import Text
 from finetune.training.trainer import NativeTrainer
 from finetune.training.trl_engine import trl_trainer
 
@@ -39,8 +40,12 @@ class Supervised:
     def steps(self) -> int:
         """Return the optimizer steps of the whole run."""
         train = self.job.recipe.settings.train
-        whole = ceil(ceil(len(self.data.train) / train.batch_size) * train.epochs)
-        return train.max_steps or whole
+        return choices.optimizer_steps(
+            len(self.data.train),
+            batch_size=train.batch_size,
+            epochs=train.epochs,
+            max_steps=train.max_steps,
+        )
 
     @property
     def samples(self) -> Samples:

@@ -13,7 +13,12 @@ STEPS = 18
 RECIPE = """\
 stage: sft
 model: {{base: {base}, precision: float32}}
-data: {{source: {rows}, held_out: 6, packing: true, max_length: 128}}
+data:
+  mix: [{{source: {rows}, weight: 3}}, {{source: {rows}, select: {{rows: 30, rows_by: length}}, weight: 1}}]
+  mix_rows: 80
+  held_out: 6
+  packing: true
+  max_length: 128
 adapter: {{method: lora, rank: 4, dropout: 0.1}}
 train: {{max_steps: {steps}, batch_size: 8, micro_batch_size: 3, learning_rate: 1e-2, checkpoint_every: 2}}
 evaluate: {{samples: 2, max_new_tokens: 4}}

@@ -198,7 +198,10 @@ def test_a_mix_with_caps(encoder: Encoder, write: Write) -> None:
         name: sum(place.startswith(name) for place in data.train.places) for name in (first, second, third)
     }
     assert counts == {first: 4, second: 6, third: 2}
-    assert data.report.layout == "4 Alpaca + 6 question/answer + 2 Alpaca"
+    assert data.report.layout == "Alpaca + question/answer"
+    told = [line for line in data.report.lines() if " asked, " in line]
+    assert told[0].startswith("  33.3% asked, 33.3% of rows, ") and len(told) == 3
+    assert told[0].endswith(f": 4 from 4 usable rows of {first} (Alpaca)")
     chosen = [place for place in data.train.places if place.startswith(first)]
     assert len(set(chosen)) == 4
     again = read(encoder, None, mix=mix)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -180,7 +181,7 @@ def test_a_subset_of_a_hub_set_stands_behind_a_colon(monkeypatch, name, asked):
 
     def load_dataset(repository, subset, **options):
         calls.append((repository, subset))
-        return ROWS
+        return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert read_source(name)[0].where == f"{name}[train] row 1"

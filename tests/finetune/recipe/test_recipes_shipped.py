@@ -24,9 +24,13 @@ SHIPPED = [
     "toolcall",
     "cot",
     "flan",
+    "flan-mixture",
+    "lima",
+    "alpagasus",
 ]
 
-VALUE = re.compile(r"^  (\w+): (\S.*?)(\s+# (.+))?$")
+VALUE = re.compile(r"^  (\w+):( \S.*?)?(\s+# (.+))?$")
+ENTRY = re.compile(r"^    - ()(\{.*\})(\s+# (.+))$")
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def test_every_value_carries_its_source(file):
     values = [line for line in lines if line.startswith(" ")]
     assert len(values) >= 10
     for line in values:
-        match = VALUE.match(line)
+        match = VALUE.match(line) or ENTRY.match(line)
         assert match, f"{file.name}: one value a line, two blanks of indentation: {line!r}"
         assert match[4] and len(match[4]) > 8, f"{file.name}: no source behind {line!r}"
 
@@ -118,6 +122,12 @@ def test_published_numbers(shipped):
     assert (guanaco.adapter.rank, guanaco.adapter.alpha, guanaco.adapter.dropout) == (64, 16, 0.1)
     assert shipped("koalpaca").settings.train.batch_size == 2 * 64
     assert shipped("vicuna").settings.data.max_length == 2048
+    flan = shipped("flan-mixture").settings.data
+    assert [part.weight for part in flan.mix] == [0.4, 0.32, 0.2, 0.05, 0.03, None]
+    assert (flan.mix[-1].share, flan.mix_rows) == (0.05, 100_000)
+    assert all(part.rows > part.weight * flan.mix_rows for part in flan.mix[:-1]), "no row comes twice"
+    lima = shipped("lima").settings
+    assert (lima.data.select.rows, lima.train.epochs, lima.train.betas) == (1000, 15, [0.9, 0.95])
     cot = shipped("cot").settings
     assert (cot.train.epochs, cot.train.batch_size, cot.train.learning_rate) == (6, 64, 3e-4)
     assert (cot.adapter.rank, cot.adapter.alpha, cot.train.weight_decay) == (64, 16, 0.1)

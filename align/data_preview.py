@@ -1,0 +1,147 @@
+"""What a recipe's data comes to before anything is trained: rows as the model sees them, lengths, steps.
+
+Plain facts first; the terminal, JSON and the HTML page show the same ones. Tokenizer and config are read, the
+model's weights are not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import chain, groupby, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+
+import finetune.training
+from finetune.data.dataset import TokenizedRows, prepare
+from finetune.data.tokens import Encoder
+from finetune.planning.choices import optimizer_steps
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.recipe import Recipe
+from finetune.training.text import text_of
+
+BARS = 12
+"""Bars of the histogram at most."""
+
+NICE = (1, 2, 4, 5, 8)
+"""A bar is as wide as one of these times a power of ten: borders that can be read."""
+
+Facts = dict[str, Any]
+
+
+def preview(recipe: Recipe, *, rows: int) -> Facts:
+    """Return what a recipe's data comes to, as plain data.
+
+    Args:
+        recipe: what would be run.
+        rows: how many rows are shown as the model sees them.
+
+    Raises:
+        UserError: mistakes in the data, with file, line and field; or no such base.
+    """
+    settings, train = recipe.settings, recipe.settings.train
+    text, reason = text_of(settings)
+    data = prepare(settings.data, text.encoder, max_length=text.max_length, seed=train.seed)
+    report, learnt = data.report, data.train
+    steps = optimizer_steps(
+        len(learnt), batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
+    )
+    seen = train.max_steps * train.batch_size if train.max_steps else len(learnt) * train.epochs
+    return {
+        "stage": recipe.stage,
+        "recipe": recipe.name,
+        "description": recipe.description,
+        "base": settings.model.base,
+        "template": settings.data.template,
+        "max_length": text.max_length,
+        "max_length_reason": reason,
+        **{key: value for key, value in asdict(report).items() if key not in ("counts", "examples")},
+        "trained_share": report.trained_tokens / report.tokens,
+        "counts": [
+            {"what": what, "rows": number, "first": report.examples[what]}
+            for what, number in report.counts.items()
+        ],
+        "lengths": _lengths(learnt.lengths),
+        "epochs": seen / len(learnt),
+        "batch_size": train.batch_size,
+        "steps": steps,
+        "token_budget": round(report.tokens / len(learnt) * seen),
+        "trained_token_budget": round(report.trained_tokens / len(learnt) * seen),
+        "shown": [_row(learnt, index, text.encoder) for index in _chosen(learnt.sources, rows)],
+    }
+
+
+def write_page(facts: Facts, path: Path) -> None:
+    """Write the facts as one page that stands alone.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    folders = [Path(__file__).parent, Path(finetune.training.__path__[0])]
+    environment = Environment(loader=FileSystemLoader(folders), autoescape=True)
+    try:
+        path.write_text(environment.get_template("data.html.j2").render(facts), encoding="utf-8")
+    except OSError as error:
+        found = f"cannot be written: {error.strerror}"
+        raise UserError(Problem(f"--html {path}", found, "a file in a folder that is there")) from error
+
+
+def _chosen(sources: Sequence[int], count: int) -> list[int]:
+    """Return the rows to show: of each source in turn, at even distances."""
+    own = [np.flatnonzero(np.asarray(sources) == number) for number in sorted(set(sources))]
+    each = -(-count // len(own))
+    shown = [rows[np.linspace(0, len(rows) - 1, min(each, len(rows)), dtype=int)] for rows in own]
+    turns = chain.from_iterable(zip_longest(*shown))
+    return [int(index) for index in turns if index is not None][:count]
+
+
+def _row(rows: TokenizedRows, index: int, encoder: Encoder) -> Facts:
+    """Return a row as stretches of text, learnt or not; a stretch that was cut may end in half a letter."""
+    start, end = rows.arrays["starts"][index : index + 2]
+    ids, trained = (rows.arrays[name][start:end].tolist() for name in ("input_ids", "trained"))
+    pieces, read = [], 0
+    for learnt, group in groupby(trained):
+        before, read = read, read + len(list(group))
+        pieces.append({"text": _text_between(ids, before, read, encoder), "trained": learnt})
+    return {
+        "where": rows.places[index],
+        "source": rows.sources[index],
+        "tokens": len(ids),
+        "trained_tokens": sum(trained),
+        "pieces": pieces,
+    }
+
+
+def _text_between(ids: list[int], start: int, end: int, encoder: Encoder) -> str:
+    """Return the text of some tokens as it stands behind the ones before: alone it would lose its blank."""
+    before, whole = (
+        str(encoder.tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False)) for stop in (start, end)
+    )
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return str(encoder.tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False))
+
+
+def _lengths(lengths: Sequence[int]) -> Facts:
+    """Return how long rows are, in tokens: a few numbers, and a histogram of at most twelve bars."""
+    longest = max(lengths)
+    width = _bar_width(longest)
+    counts = np.bincount((np.asarray(lengths) - 1) // width)
+    bars = [
+        {"from": number * width + 1, "to": min((number + 1) * width, longest), "rows": int(counts[number])}
+        for number in range(int(np.flatnonzero(counts)[0]), len(counts))
+    ]
+    return {
+        "mean": float(np.mean(lengths)),
+        "median": float(np.median(lengths)),
+        "percentile_95": float(np.percentile(lengths, 95)),
+        "histogram": bars,
+    }
+
+
+def _bar_width(longest: int) -> int:
+    power = 1
+    while NICE[-1] * power * BARS < longest:
+        power *= 10
+    return next(nice * power for nice in NICE if nice * power * BARS >= longest)

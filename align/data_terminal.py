@@ -1,0 +1,133 @@
+"""What ``llm-align data`` prints: the rows with what is learnt in green, then the numbers."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from finetune.recipe.recipe import Recipe
+
+LEARNT, GIVEN = "bold green", "dim"
+MARKS = "⟦{}⟧"
+"""Stands around what is learnt where there are no colours."""
+
+HEAD, TAIL = 900, 300
+"""Characters shown of a long stretch; the page shows all."""
+
+BAR = 40
+NAME = 32
+
+
+def print_head(recipe: Recipe, console: Console) -> None:
+    """Print what is looked at; it stands there before the tokenizer is loaded."""
+    data = recipe.settings.data
+    mixed = [part.source for part in data.mix or []]
+    rows = [f"{len(data.source)} rows"] if isinstance(data.source, list) else [data.source or ""]
+    sources = " + ".join(mixed or rows)
+    head = f"[bold]{recipe.stage} {recipe.name}[/]  {escape(recipe.description)}"
+    console.print(head, highlight=False, soft_wrap=True)
+    line = f"data {sources}, template {data.template}, base {recipe.settings.model.base}"
+    console.print(escape(line), highlight=False, soft_wrap=True)
+    for note in recipe.notes:
+        console.print(escape(note), highlight=False, soft_wrap=True)
+
+
+def print_facts(facts: dict[str, Any], console: Console, *, page: Path | None) -> None:
+    """Print rows and numbers; ``page`` is where they also are."""
+    _print_rows(facts, console)
+    _print_numbers(facts, console)
+    if page is not None:
+        console.print(f"page     {escape(str(page))}", highlight=False, soft_wrap=True)
+
+
+def _print_rows(facts: dict[str, Any], console: Console) -> None:
+    """Print the chosen rows as the model sees them."""
+    if not facts["shown"]:
+        return
+    colours = console.color_system is not None
+    learnt = Text("what is learnt", LEARNT) if colours else Text(MARKS.format("what is learnt"))
+    console.print(Text.assemble("rows as the model sees them, ", learnt, ":"))
+    for row in facts["shown"]:
+        share = row["trained_tokens"] / row["tokens"]
+        line = f"── {row['where']}  {row['tokens']} tokens, {share:.0%} learnt"
+        console.print(Text(line, "cyan"), soft_wrap=True)
+        text = Text()
+        for piece in row["pieces"]:
+            shown = _shortened(piece["text"])
+            marked = MARKS.format(shown) if piece["trained"] and not colours else shown
+            text.append(marked, LEARNT if piece["trained"] else GIVEN)
+        console.print(text, soft_wrap=True)
+    console.print("──", style="cyan")
+
+
+def _print_numbers(facts: dict[str, Any], console: Console) -> None:
+    """Print lengths, proportions, what was lost, and what a run would take."""
+    _print_lengths(facts, console)
+    if len(facts["sources"]) > 1:
+        console.print(_sources(facts))
+    for note in facts["notes"]:
+        console.print(escape(note), highlight=False, soft_wrap=True)
+    for count in facts["counts"]:
+        line = f"rows {count['what']}: [bold]{count['rows']}[/] (first: {escape(count['first'])})"
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(
+        f"[bold]{facts['rows']:,}[/] rows ({escape(facts['layout'])}), {facts['held_out']:,} held out; "
+        f"{facts['tokens']:,} tokens, [bold]{facts['trained_share']:.0%}[/] carry loss",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"{facts['epochs']:.3g} epochs in batches of {facts['batch_size']}: [bold]{facts['steps']:,}[/] "
+        f"optimizer steps, [bold]{facts['token_budget']:,}[/] tokens, "
+        f"{facts['trained_token_budget']:,} of them learnt",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_lengths(facts: dict[str, Any], console: Console) -> None:
+    lengths = facts["lengths"]
+    console.print(
+        f"length in tokens: median {lengths['median']:g}, mean {lengths['mean']:.0f}, 95 % up to "
+        f"{lengths['percentile_95']:.0f}, longest {facts['longest']}; "
+        f"at most {facts['max_length']} ({facts['max_length_reason']})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    most = max(bar["rows"] for bar in lengths["histogram"])
+    for bar in lengths["histogram"]:
+        border = f"{bar['from']:>6}-{bar['to']:<6}"
+        blocks = "█" * round(BAR * bar["rows"] / most)
+        console.print(f"{border} {blocks:<{BAR}} {bar['rows']:,}", highlight=False)
+
+
+def _sources(facts: dict[str, Any]) -> Table:
+    title = "mixture: part of the rows, asked and found; of their tokens; of what is learnt"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table.add_column("source", no_wrap=True)
+    for column in ("usable", "rows", "asked", "found", "tokens", "learnt"):
+        table.add_column(column, justify="right")
+    for source in facts["sources"]:
+        table.add_row(
+            escape(_end_of(source["source"])),
+            f"{source['usable']:,}",
+            f"{source['rows']:,}",
+            f"{source['asked']:.1%}",
+            f"{source['rows'] / facts['rows']:.1%}",
+            f"{source['tokens'] / facts['tokens']:.1%}",
+            f"{source['trained_tokens'] / facts['trained_tokens']:.1%}",
+        )
+    return table
+
+
+def _end_of(name: str) -> str:
+    """Return the end of a long path, which tells files apart."""
+    return name if len(name) <= NAME else f"…{name[1 - NAME :]}"
+
+
+def _shortened(text: str) -> str:
+    left = len(text) - HEAD - TAIL
+    return text if left <= 0 else f"{text[:HEAD]} [… {left:,} characters …] {text[-TAIL:]}"

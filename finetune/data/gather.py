@@ -1,0 +1,167 @@
+"""From a recipe's data section to conversations: read, chosen, mixed, and kept apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from finetune.data import mixing
+from finetune.data.conversation import Conversation, usable
+from finetune.data.layouts import DOCUMENT, LAYOUTS, Layout, first_of, recognise, to_conversations
+from finetune.data.mixture import Part, mix
+from finetune.data.report import DataReport, SourceReport
+from finetune.data.selection import select
+from finetune.data.sources import Row, read_source
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import DataSettings, MixedSource, SelectSettings
+
+CAPPED, SELECTED = 0, 1
+"""What a source's random streams are for: each draw has its own, so that none disturbs another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where rows are and which of them are wanted; ``key`` is the recipe's key."""
+
+    key: str
+    source: str | list[dict[str, Any]]
+    split: str
+    revision: str | None
+    columns: dict[str, str] | None
+    rows: int | None = None
+    select: SelectSettings | None = None
+    layouts: tuple[Layout, ...] = LAYOUTS
+
+
+def gather(
+    settings: DataSettings, seed: int, report: DataReport, aside: DataReport
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Return the rows to learn and the rows held out.
+
+    Args:
+        settings: the recipe's data section.
+        seed: draws a mixture's rows and the rows held out.
+        report: counts what was lost and tells what each source gives.
+        aside: counts what a held-out file lost.
+
+    Raises:
+        UserError: a source cannot be read, rows do not fit its layout, or there is nothing left to learn.
+    """
+    parts = [_part(place, index, seed, report) for index, place in enumerate(_places(settings))]
+    report.sources = [part.report for part in parts]
+    report.layout = " + ".join(dict.fromkeys(source.layout for source in report.sources))
+    if settings.mix is None:
+        train, held_out = _split(parts[0].rows, settings.held_out, seed)
+    else:
+        train, held_out = mix(parts, settings, seed=seed, report=report)
+    if isinstance(settings.held_out, str):
+        place = Place("data.held_out", settings.held_out, settings.split, None, settings.columns)
+        held_out = usable(_conversations(place, 0, seed)[0], aside)
+    _count_copies([row for part in parts for row in part.rows], report)
+    _count_seen(held_out, train, aside)
+    return train, held_out
+
+
+def _places(settings: DataSettings) -> list[Place]:
+    if settings.mix is None:
+        assert settings.source is not None
+        where = settings.split, settings.revision, settings.columns
+        return [Place("data.source", settings.source, *where, select=settings.select)]
+    return [_place(index, part, settings.split) for index, part in enumerate(settings.mix)]
+
+
+def _place(index: int, part: MixedSource, split: str) -> Place:
+    where = part.split or split, part.revision, part.columns
+    # Plain text among conversations is meant where it has a share of its own; elsewhere it is a mistake.
+    layouts = LAYOUTS if part.share is None else (*LAYOUTS, DOCUMENT)
+    return Place(f"data.mix[{index}]", part.source, *where, part.rows, part.select, layouts)
+
+
+def _part(place: Place, index: int, seed: int, report: DataReport) -> Part:
+    found, layout = _conversations(place, index, seed)
+    rows = usable(found, report)
+    if place.select is not None:
+        random = np.random.default_rng([seed, index, SELECTED])
+        rows = select(rows, place.select, random=random, report=report)
+    if not rows:
+        told = f"nothing to learn from: {'; '.join(report.lines()[1:])}"
+        repair = "look at the rows named above, or choose fewer away"
+        raise UserError(Problem(place.key, told, "rows with replies", repair))
+    name = place.source if isinstance(place.source, str) else place.key
+    return Part(SourceReport(name, layout, found=len(found), usable=len(rows)), rows)
+
+
+def _conversations(place: Place, index: int, seed: int) -> tuple[list[Conversation], str]:
+    """Return a source's rows as conversations, and the name of their layout."""
+    random = np.random.default_rng([seed, index, CAPPED])
+    cap = place.rows
+
+    def some(count: int) -> Sequence[int]:
+        return range(count) if cap is None else mixing.draw(count, min(cap, count), random)
+
+    rows = read_source(place.source, split=place.split, revision=place.revision, wanted=some)
+    where = place.source if isinstance(place.source, str) else place.key
+    layout = recognise(rows[0].columns, columns=place.columns, where=where, layouts=place.layouts)
+    talks = to_conversations(rows, layout, place.columns)
+    column = place.select.score if place.select else None
+    scores = [0.0] * len(rows) if column is None else _scores(rows, column, where=f"{place.key}.select.score")
+    found = zip(talks, rows, scores, strict=True)
+    return [Conversation(talk, row.where, index, score) for talk, row, score in found], layout.name
+
+
+def _scores(rows: list[Row], column: str, *, where: str) -> list[float]:
+    """Return each row's rating; numbers written as text count as numbers.
+
+    Raises:
+        UserError: there is no such column, or rows in which it holds no number.
+    """
+    if column not in rows[0].columns:
+        names = ", ".join(rows[0].columns)
+        raise UserError(Problem(where, f"'{column}' is no column of the source", f"one of {names}"))
+    scores, problems = [], []
+    for row in rows:
+        value = row.columns.get(column)
+        try:
+            score = float(value) if isinstance(value, (int, float, str)) else float("nan")
+        except ValueError:
+            score = float("nan")
+        if isinstance(value, bool) or not isfinite(score):
+            problems.append(Problem(row.where, f"field '{column}': found {value!r}", "a number"))
+        scores.append(score)
+    if problems:
+        raise UserError(first_of(problems, len(rows)))
+    return scores
+
+
+def _split(
+    rows: list[Conversation], share: int | float | str, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Return the rows to learn and the rows held out of a single source."""
+    if isinstance(share, str):
+        return rows, []
+    count = share if isinstance(share, int) else max(1, round(share * len(rows))) if share else 0
+    if count and count >= len(rows):
+        found = f"{count} of {len(rows)} usable rows"
+        raise UserError(Problem("data.held_out", found, "fewer rows than there are"))
+    chosen = set(np.random.default_rng([seed, len(rows)]).permutation(len(rows))[:count].tolist())
+    train = [row for index, row in enumerate(rows) if index not in chosen]
+    return train, [row for index, row in enumerate(rows) if index in chosen]
+
+
+def _count_copies(rows: Sequence[Conversation], report: DataReport) -> None:
+    first: dict[object, str] = {}
+    for row in rows:
+        if row.words in first:
+            report.count("equal to an earlier one, kept", f"{row.where} repeats {first[row.words]}")
+        else:
+            first[row.words] = row.where
+
+
+def _count_seen(held_out: Sequence[Conversation], train: Sequence[Conversation], aside: DataReport) -> None:
+    if held_out:
+        learnt = {row.words: row.where for row in train}
+        for row in held_out:
+            if row.words in learnt:
+                aside.count("equal to one that is learnt", f"{row.where} repeats {learnt[row.words]}")

@@ -1,0 +1,70 @@
+"""How often each source of a mixture comes, and which of its rows: pure functions over sizes and a seed."""
+
+from collections.abc import Sequence
+from math import floor, fsum
+
+import numpy as np
+
+ROUNDING = 1e-9
+"""Rates are floats: 0.3 * 10 may fall a hair short of 3 and is still three rows."""
+
+
+def rates_by_size(sizes: Sequence[int], *, limit: int | None = None, temperature: float = 1.0) -> list[float]:
+    """Return the share of each source: rate_i = min(n_i, K)^(1/T) / sum_j min(n_j, K)^(1/T).
+
+    Examples-proportional mixing with a maximum K (Raffel et al. 2019, arXiv 1910.10683, section 3.5.2; FLAN,
+    arXiv 2109.01652, section 2.1, with K = 3,000; T0, arXiv 2110.08207, section 5) at temperature T.
+
+    >>> rates_by_size([100, 300, 9000], limit=600)
+    [0.1, 0.3, 0.6]
+    """
+    amounts = [min(size, limit or size) ** (1 / temperature) for size in sizes]
+    return [amount / fsum(amounts) for amount in amounts]
+
+
+def with_shares(rates: Sequence[float], shares: Sequence[float | None]) -> list[float]:
+    """Return the rates where some sources have a fixed share; the others divide what is left by their rates.
+
+    ``rates`` need not add up to 1: weights may be given as they are.
+
+    >>> with_shares([1, 3, 1], [None, None, 0.5])
+    [0.125, 0.375, 0.5]
+    """
+    free = fsum(rate for rate, share in zip(rates, shares, strict=True) if share is None)
+    left = 1 - fsum(share for share in shares if share is not None)
+    return [left * rate / free if share is None else share for rate, share in zip(rates, shares, strict=True)]
+
+
+def rows_until_used_up(sizes: Sequence[int], rates: Sequence[float]) -> int:
+    """Return the rows of the longest mixture at these rates in which no row comes twice.
+
+    >>> rows_until_used_up([100, 9000], [0.25, 0.75])
+    400
+    """
+    return min(floor(size / rate + ROUNDING) for size, rate in zip(sizes, rates, strict=True))
+
+
+def quotas(total: int, rates: Sequence[float]) -> list[int]:
+    """Return how many of ``total`` rows each source gives: within one row of its rate, ``total`` together.
+
+    Largest remainders are rounded up first (Hamilton's method), the earlier source first among equals.
+
+    >>> quotas(10, [0.55, 0.25, 0.2])
+    [6, 2, 2]
+    """
+    exact = [total * rate for rate in rates]
+    counts = [floor(value + ROUNDING) for value in exact]
+    order = sorted(range(len(rates)), key=lambda index: (counts[index] - exact[index], index))
+    for index in order[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def draw(size: int, count: int, random: np.random.Generator) -> list[int]:
+    """Return ``count`` of ``size`` rows, without replacement until all have come, then all of them anew.
+
+    In the order of the source; a row that comes k times stands there k times.
+    """
+    passes, rest = divmod(count, size)
+    some = random.permutation(size)[:rest].tolist()
+    return sorted([*range(size)] * passes + some)

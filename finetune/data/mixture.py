@@ -1,0 +1,113 @@
+"""A mixture of sources: their rates, the rows held out of each, and the rows of an epoch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.data import mixing
+from finetune.data.conversation import Conversation
+from finetune.data.report import DataReport, SourceReport
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import DataSettings
+
+HELD_OUT, DRAWN, SHUFFLED = 2, 3, 4
+"""What a source's random streams are for, beside those of reading."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A source's usable rows, and what is told of them."""
+
+    report: SourceReport
+    rows: list[Conversation]
+
+
+def mix(
+    parts: Sequence[Part], settings: DataSettings, *, seed: int, report: DataReport
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Return the rows of an epoch of the mixture, shuffled, and the rows held out, in the same proportions.
+
+    A source's rows are drawn without replacement until all have come, then anew. Every epoch holds the same
+    rows, in another order (the batches'): a mixture that shall see more of a large source asks for more rows.
+    A pure function of seed and rows.
+
+    Raises:
+        UserError: more rows of a source are held out than it has.
+    """
+    sizes = [len(part.rows) for part in parts]
+    apart = _held_out(parts, settings, _rates(sizes, settings))
+    learnt, held_out = [], []
+    for index, (part, count) in enumerate(zip(parts, apart, strict=True)):
+        order = np.random.default_rng([seed, index, HELD_OUT]).permutation(len(part.rows))
+        chosen = set(order[:count].tolist())
+        learnt.append([row for number, row in enumerate(part.rows) if number not in chosen])
+        held_out += [row for number, row in enumerate(part.rows) if number in chosen]
+    rates = _rates([len(rows) for rows in learnt], settings)
+    counts = _counts(parts, learnt, rates, settings, report)
+    drawn = []
+    for index, (rows, count) in enumerate(zip(learnt, counts, strict=True)):
+        random = np.random.default_rng([seed, index, DRAWN])
+        drawn += [rows[number] for number in mixing.draw(len(rows), count, random)]
+    order = np.random.default_rng([seed, len(parts), SHUFFLED]).permutation(len(drawn))
+    return [drawn[number] for number in order], held_out
+
+
+def _rates(sizes: Sequence[int], settings: DataSettings) -> list[float]:
+    """Return the share of each source, by weight or by size, beside the fixed shares."""
+    assert settings.mix is not None
+    shares = [part.share for part in settings.mix]
+    free = [size for size, share in zip(sizes, shares, strict=True) if share is None]
+    by_size = iter(mixing.rates_by_size(free, limit=settings.mix_limit, temperature=settings.mix_temperature))
+    weights = [
+        0.0 if part.share is not None else next(by_size) if part.weight is None else part.weight
+        for part in settings.mix
+    ]
+    return mixing.with_shares(weights, shares)
+
+
+def _held_out(parts: Sequence[Part], settings: DataSettings, rates: Sequence[float]) -> list[int]:
+    """Return how many rows of each source are held out; a share is one of the mixture without repetition."""
+    wanted = settings.held_out
+    if isinstance(wanted, str) or not wanted:
+        return [0] * len(parts)
+    sizes = [len(part.rows) for part in parts]
+    if isinstance(wanted, float):
+        wanted = max(1, round(wanted * mixing.rows_until_used_up(sizes, rates)))
+    counts = mixing.quotas(wanted, rates)
+    problems = [
+        Problem("data.held_out", f"{count} of {size} rows of {part.report.source}", "fewer than there are")
+        for part, count, size in zip(parts, counts, sizes, strict=True)
+        if count >= size
+    ]
+    if problems:
+        raise UserError(problems)
+    return counts
+
+
+def _counts(
+    parts: Sequence[Part],
+    learnt: Sequence[Sequence[Conversation]],
+    rates: Sequence[float],
+    settings: DataSettings,
+    report: DataReport,
+) -> list[int]:
+    """Return how many rows each source gives to an epoch, and tell what that means."""
+    sizes = [len(rows) for rows in learnt]
+    most = mixing.rows_until_used_up(sizes, rates)
+    counts = mixing.quotas(settings.mix_rows or most, rates)
+    for part, rate in zip(parts, rates, strict=True):
+        part.report.asked = rate
+    names = [part.report.source for part in parts]
+    if settings.mix_rows is None and most < sum(sizes):
+        first = names[int(np.argmin(np.divide(sizes, rates)))]
+        report.notes.append(
+            f"an epoch ends where {first} is used up: {most} of {sum(sizes)} rows; "
+            "data.mix_rows asks for more, and rows then come again"
+        )
+    for name, size, count in zip(names, sizes, counts, strict=True):
+        if count > size:
+            report.notes.append(f"rows of {name} come {count / size:.1f} times an epoch: {count} of {size}")
+        elif not count:
+            report.notes.append(f"no row of {name} comes: its rate is below one row of the mixture")
+    return counts

@@ -1,0 +1,59 @@
+"""What was found in the data and what became of it: nothing is cut or left out without a count."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class SourceReport:
+    """One source: rows read, rows that may be learnt, the rate asked for, and what an epoch holds of it."""
+
+    source: str
+    layout: str
+    found: int
+    usable: int
+    asked: float = 1.0
+    rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+
+
+@dataclass
+class DataReport:
+    """What was found in the data and what became of it; nothing is cut or left out without a count here."""
+
+    layout: str = ""
+    rows: int = 0
+    held_out: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+    from_cache: bool = False
+    sources: list[SourceReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def count(self, what: str, example: str) -> None:
+        """Count a row, and remember the first of its kind."""
+        self.counts[what] = self.counts.get(what, 0) + 1
+        self.examples.setdefault(what, example)
+
+    def lines(self) -> list[str]:
+        """Return the report as lines for the terminal."""
+        share = self.trained_tokens / max(self.tokens, 1)
+        lines = [
+            f"{self.rows} rows ({self.layout}), {self.held_out} held out; {self.tokens} tokens, "
+            f"{share:.0%} carry loss, longest row {self.longest}{self.from_cache * ', from the cache'}"
+        ]
+        if len(self.sources) > 1:
+            lines += [self._source_line(source) for source in self.sources]
+        lines += self.notes
+        return lines + [f"rows {what}: {n} (first: {self.examples[what]})" for what, n in self.counts.items()]
+
+    def _source_line(self, source: SourceReport) -> str:
+        rows = source.rows / max(self.rows, 1)
+        trained = source.trained_tokens / max(self.trained_tokens, 1)
+        return (
+            f"  {source.asked:.1%} asked, {rows:.1%} of rows, {trained:.1%} of what carries loss: "
+            f"{source.rows} from {source.usable} usable rows of {source.source} ({source.layout})"
+        )

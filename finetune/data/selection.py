@@ -1,0 +1,82 @@
+"""A curated subset of a source: by length of the replies, by rating, without near duplicates, the n best.
+
+Few good rows teach as much as many: 1,000 chosen by hand (LIMA, arXiv 2305.11206), those rated at least 4.5
+by a judge (AlpaGasus, arXiv 2307.08701), the 1,000 with the longest replies (Zhao et al. 2024, arXiv
+2402.04833).
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from data_templates._segments import REPLIES
+from finetune.data.conversation import Conversation
+from finetune.data.near_duplicates import near_duplicates
+from finetune.data.report import DataReport
+from finetune.recipe.settings import SelectSettings
+
+
+def select(
+    rows: Sequence[Conversation], chosen: SelectSettings, *, random: np.random.Generator, report: DataReport
+) -> list[Conversation]:
+    """Return the rows that a recipe's ``select`` keeps, in their order; ``report`` counts the others.
+
+    Length and rating come first, then near duplicates, then the number of rows.
+    """
+    kept = _within(rows, chosen, report)
+    if chosen.distinct is not None:
+        kept = _distinct(kept, chosen.distinct, report)
+    if chosen.rows is not None and chosen.rows < len(kept):
+        order = _order(kept, chosen.rows_by, random)
+        numbers = set(order[: chosen.rows])
+        for index, row in enumerate(kept):
+            if index not in numbers:
+                report.count(f"left out, {chosen.rows} are kept by select.rows", row.where)
+        kept = [row for index, row in enumerate(kept) if index in numbers]
+    return kept
+
+
+def reply_characters(row: Conversation) -> int:
+    """Return how many characters a row's replies have together."""
+    return sum(len(turn.content) for turn in row.messages if turn.role in REPLIES)
+
+
+def _within(rows: Sequence[Conversation], chosen: SelectSettings, report: DataReport) -> list[Conversation]:
+    least, most, score = chosen.min_reply_characters, chosen.max_reply_characters, chosen.min_score
+    kept = []
+    for row in rows:
+        length = reply_characters(row)
+        if length < least:
+            report.count(f"left out, replies shorter than {least} characters", row.where)
+        elif most is not None and length > most:
+            report.count(f"left out, replies longer than {most} characters", row.where)
+        elif score is not None and row.score < score:
+            report.count(f"left out, {chosen.score} below {score:g}", row.where)
+        else:
+            kept.append(row)
+    return kept
+
+
+def _distinct(rows: Sequence[Conversation], threshold: float, report: DataReport) -> list[Conversation]:
+    texts = ["\n".join(part for _, *parts in row.words for part in parts) for row in rows]
+    kept = []
+    for row, twin in zip(rows, near_duplicates(texts, threshold), strict=True):
+        if twin is None:
+            kept.append(row)
+        else:
+            what = f"left out, at least {threshold:.0%} the same as an earlier one"
+            report.count(what, f"{row.where} repeats {rows[twin].where}")
+    return kept
+
+
+def _order(rows: Sequence[Conversation], rows_by: str, random: np.random.Generator) -> list[int]:
+    """Return the rows' numbers, those to keep first; among equals the earlier one."""
+    if rows_by == "random":
+        order: list[int] = random.permutation(len(rows)).tolist()
+        return order
+    value: Callable[[Conversation], float] = reply_characters if rows_by == "length" else _score
+    return sorted(range(len(rows)), key=lambda index: -value(rows[index]))
+
+
+def _score(row: Conversation) -> float:
+    return row.score

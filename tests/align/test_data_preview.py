@@ -1,0 +1,243 @@
+"""``llm-align data``: numbers against the rows themselves, what is learnt, the page, and no weights."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from align import cli, data_preview, data_terminal
+from align.data_terminal import print_facts
+
+Call = Callable[..., tuple[int, str, str]]
+RECIPE = """\
+stage: sft
+description: sums
+model: {{base: {base}, precision: float32}}
+data: {{{data}, held_out: 6, max_length: 128}}
+train: {{epochs: 2, batch_size: 8}}
+"""
+
+
+@pytest.fixture(scope="module")
+def base_without_weights(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("no_weights") / "base"
+    shutil.copytree(base_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert not list(folder.glob("*.safetensors"))
+    return folder
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, rows_file: Path,
+    base_without_weights: Path,
+) -> Call:  # fmt: skip
+    """Return a function: words in, exit status, output and errors out; in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    general = "".join(json.dumps({"prompt": f"<b>{i}</b>", "completion": "yes"}) + "\n" for i in range(40))
+    Path("general.jsonl").write_text(general)
+    source = f"source: {rows_file}"
+    mix = f"mix: [{{source: {rows_file}}}, {{source: general.jsonl, share: 0.25}}]"
+    for name, data in (("one", source), ("mixed", mix)):
+        Path(f"{name}.yaml").write_text(RECIPE.format(base=base_without_weights, data=data))
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llm-align", *words])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run
+
+
+def facts(call: Call, *words: str) -> dict[str, Any]:
+    status, out, err = call("data", *words, "--json")
+    assert (status, err) == (0, "")
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_the_numbers_are_those_of_the_rows(call: Call) -> None:
+    found = facts(call, "one.yaml", "--rows", "42")
+    rows = found["shown"]
+    assert (found["rows"], found["held_out"], len(rows)) == (42, 6, 42)
+    assert found["tokens"] == sum(row["tokens"] for row in rows)
+    assert found["trained_tokens"] == sum(row["trained_tokens"] for row in rows)
+    assert found["trained_share"] == pytest.approx(found["trained_tokens"] / found["tokens"])
+    assert found["steps"] == 2 * 6  # 42 rows in batches of 8, twice
+    assert found["token_budget"] == 2 * found["tokens"]
+    lengths = sorted(row["tokens"] for row in rows)
+    assert found["longest"] == lengths[-1]
+    assert found["lengths"]["median"] == pytest.approx((lengths[20] + lengths[21]) / 2)
+    for bar in found["lengths"]["histogram"]:
+        assert bar["rows"] == sum(bar["from"] <= length <= bar["to"] for length in lengths)
+    assert sum(bar["rows"] for bar in found["lengths"]["histogram"]) == 42
+    assert len({row["where"] for row in rows}) == 42
+
+
+def test_rows_are_shown_as_the_model_sees_them(call: Call) -> None:
+    for row in facts(call, "one.yaml")["shown"]:
+        given, learnt = row["pieces"]
+        assert (given["trained"], learnt["trained"]) == (False, True)
+        assert given["text"].startswith("Below is an instruction") and "### Response:" in given["text"]
+        number, end = learnt["text"].split("</s>")
+        assert number.strip().isdigit() and end == "", "the end of the reply is learnt"
+
+
+def test_a_mixture_tells_what_was_asked_and_found(call: Call) -> None:
+    found = facts(call, "mixed.yaml", "--rows", "4")
+    # A quarter of the rows held out is general too; the sums that are left are then three quarters.
+    sums, general = found["sources"]
+    assert (sums["asked"], general["asked"]) == pytest.approx((0.75, 0.25))
+    assert sums["rows"] + general["rows"] == found["rows"]
+    assert abs(general["rows"] - 0.25 * found["rows"]) < 1
+    assert sum(source["trained_tokens"] for source in found["sources"]) == found["trained_tokens"]
+    assert [row["source"] for row in found["shown"]] == [0, 1, 0, 1], "each source in turn"
+    assert len(found["notes"]) == 1 and "is used up" in found["notes"][0]
+
+
+def test_max_steps_decide_the_budget(call: Call) -> None:
+    found = facts(call, "one.yaml", "train.max_steps=3")
+    assert found["steps"] == 3 and found["token_budget"] == round(found["tokens"] / 42 * 24)
+
+
+def test_what_is_lost_is_told(call: Call) -> None:
+    rows = [{"instruction": "a", "output": "b"}] * 3 + [
+        {"instruction": "", "output": "x"},
+        {"instruction": "long", "output": "word " * 300},
+    ]
+    Path("bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = facts(call, "one.yaml", "--data", "bad.jsonl", "data.held_out=0")
+    counts = {count["what"]: count["rows"] for count in found["counts"]}
+    assert counts == {
+        "left out, a turn is empty": 1,
+        "equal to an earlier one, kept": 2,
+        "longer than 128 tokens, cut": 1,
+    }
+    status, out, _ = call("data", "one.yaml", "--data", "bad.jsonl", "data.held_out=0")
+    assert (
+        status == 0
+        and "rows equal to an earlier one, kept: 2 (first: bad.jsonl:2 repeats bad.jsonl:1)" in out
+    )
+
+
+def test_the_terminal_marks_what_is_learnt(call: Call) -> None:
+    status, out, _ = call("data", "mixed.yaml", "--rows", "2")
+    assert status == 0 and out.startswith("sft mixed  sums\n")
+    assert out.count("</s>⟧") == 2 and "rows as the model sees them, ⟦what is learnt⟧:" in out
+    assert "general.jsonl" in out and "25.0%" in out and "optimizer steps" in out
+    assert "█" in out
+
+
+def test_a_colour_terminal_shows_what_is_learnt_in_green(call: Call) -> None:
+    terminal = Console(file=StringIO(), force_terminal=True, color_system="standard", width=200)
+    print_facts(facts(call, "one.yaml", "--rows", "1"), terminal, page=None)
+    assert isinstance(terminal.file, StringIO)
+    out = terminal.file.getvalue()
+    learnt = re.findall(r"\x1b\[1;32m(.*?)\x1b\[0m", out)
+    assert learnt[0] == "what is learnt" and learnt[1].endswith("</s>") and "⟦" not in out
+
+
+def test_long_stretches_are_shortened_in_the_terminal() -> None:
+    assert data_terminal._shortened("a" * 1200) == "a" * 1200
+    assert data_terminal._shortened("a" * 2000) == "a" * 900 + " [… 800 characters …] " + "a" * 300
+
+
+def test_no_rows_are_shown_when_none_are_wanted(call: Call) -> None:
+    status, out, _ = call("data", "one.yaml", "--rows", "0")
+    assert status == 0 and "⟦" not in out and "12 optimizer steps" in out
+
+
+class Page(HTMLParser):
+    """Collects what a page is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.marked: list[str] = []
+        self.cells: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "br", "link"):
+            self.open.append(tag)
+        if tag == "mark":
+            self.marked.append("")
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["mark"]:
+            self.marked[-1] += data
+        if self.open[-1:] == ["td"]:
+            self.cells[-1] += data
+
+
+def test_the_page_stands_alone_and_says_the_same(call: Call) -> None:
+    status, out, _ = call("data", "mixed.yaml", "--rows", "4", "--html", "page.html")
+    assert status == 0 and out.rstrip().endswith("page     page.html")
+    found = facts(call, "mixed.yaml", "--rows", "4")
+    text = Path("page.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == [] and page.links == [] and "script" not in page.tags and "b" in page.tags
+    assert "&lt;b&gt;" in text, "what the data holds is text, no markup"
+    learnt = [piece["text"] for row in found["shown"] for piece in row["pieces"] if piece["trained"]]
+    assert page.marked == ["what is learnt", *learnt]
+    numbers = [f"{source['rows']:,}" for source in found["sources"]]
+    assert all(number in page.cells for number in numbers) and "25.0%" in page.cells
+    assert f"<b>{found['steps']:,}</b>" in text and f"<b>{found['token_budget']:,}</b>" in text
+
+
+def test_a_page_that_cannot_be_written(call: Call) -> None:
+    status, _, err = call("data", "one.yaml", "--html", "nowhere/page.html")
+    assert status == 2 and "--html nowhere/page.html: cannot be written" in err
+
+
+def test_mistakes_in_the_data_end_with_status_2(call: Call) -> None:
+    Path("wrong.jsonl").write_text('{"q": "a"}\n')
+    status, _, err = call("data", "one.yaml", "--data", "wrong.jsonl")
+    assert status == 2 and "columns q are no known layout" in err
+
+
+@pytest.mark.parametrize(
+    ("longest", "width"), [(1, 1), (12, 1), (13, 2), (60, 5), (61, 8), (512, 50), (2048, 200)]
+)
+def test_bars_have_round_borders(longest: int, width: int) -> None:
+    assert data_preview._bar_width(longest) == width
+
+
+def test_the_head_comes_before_anything_heavy(
+    tmp_path: Path, rows_file: Path, base_without_weights: Path
+) -> None:
+    recipe = tmp_path / "one.yaml"
+    recipe.write_text(RECIPE.format(base=base_without_weights, data=f"source: {rows_file}"))
+    program = f"""
+import sys
+from align import data_terminal
+from finetune.recipe.recipe import load
+from rich.console import Console
+data_terminal.print_head(load("sft", {str(recipe)!r}), Console())
+print(sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith("sft one  sums\n") and ended.stdout.endswith("[]\n")

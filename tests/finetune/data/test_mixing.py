@@ -1,0 +1,80 @@
+"""Rates, quotas and draws of a mixture: numbers derived by hand, and what must hold for all of them."""
+
+import doctest
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.data import mixing
+
+RATES = st.lists(st.floats(0.001, 1), min_size=1, max_size=8).map(lambda raw: [r / sum(raw) for r in raw])
+
+
+def test_the_examples_in_the_docstrings():
+    assert doctest.testmod(mixing).failed == 0 and doctest.testmod(mixing).attempted == 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "temperature", "expected"),
+    [
+        # By size: 100 / 500, 400 / 500.
+        ([100, 400], None, 1, [0.2, 0.8]),
+        # FLAN's maximum K = 3,000: 500 / 6500, twice 3000 / 6500.
+        ([500, 3000, 30000], 3000, 1, [500 / 6500, 3000 / 6500, 3000 / 6500]),
+        # T = 2: square roots, 10 / 30 and 20 / 30.
+        ([100, 400], None, 2, [1 / 3, 2 / 3]),
+        # T5's K before its T: min(1600, 400)^(1/2) = 20.
+        ([100, 1600], 400, 2, [1 / 3, 2 / 3]),
+        # T = 4: fourth roots of 16 and 81 are 2 and 3.
+        ([16, 81], None, 4, [0.4, 0.6]),
+        ([7], 3, 2, [1.0]),
+    ],
+)
+def test_rates_by_size_limit_and_temperature(sizes, limit, temperature, expected):
+    assert mixing.rates_by_size(sizes, limit=limit, temperature=temperature) == pytest.approx(expected)
+
+
+def test_a_high_temperature_makes_all_sources_equal():
+    assert mixing.rates_by_size([1, 10, 10**6], temperature=1e9) == pytest.approx([1 / 3] * 3)
+
+
+def test_shares_are_of_the_whole_and_the_others_divide_the_rest():
+    # 0.05 and 0.15 are taken; 30 : 10 divide 0.8 as 0.6 : 0.2.
+    assert mixing.with_shares([30, 0, 10, 0], [None, 0.05, None, 0.15]) == pytest.approx(
+        [0.6, 0.05, 0.2, 0.15]
+    )
+
+
+def test_an_epoch_ends_where_the_first_source_is_used_up():
+    assert mixing.rows_until_used_up([95, 50], [0.95, 0.05]) == 100
+    assert mixing.rows_until_used_up([3, 70], [0.3, 0.7]) == 10  # 3 / 0.3 is a hair below 10
+    assert mixing.rows_until_used_up([60, 60], [0.75, 0.25]) == 80
+
+
+@given(RATES, st.integers(0, 5000))
+def test_quotas_add_up_and_are_within_one_row_of_the_rate(rates, total):
+    counts = mixing.quotas(total, rates)
+    assert sum(counts) == total
+    assert all(abs(count - total * rate) < 1 + 1e-6 for count, rate in zip(counts, rates, strict=True))
+
+
+@given(RATES, st.data())
+def test_no_row_comes_twice_before_the_first_source_is_used_up(rates, data):
+    sizes = [data.draw(st.integers(1, 500)) for _ in rates]
+    counts = mixing.quotas(mixing.rows_until_used_up(sizes, rates), rates)
+    assert all(count <= size for count, size in zip(counts, sizes, strict=True))
+
+
+@pytest.mark.parametrize(("size", "count"), [(10, 0), (10, 4), (10, 10), (10, 23), (1, 3)])
+def test_rows_come_again_only_when_all_have_come(size, count):
+    drawn = mixing.draw(size, count, np.random.default_rng(0))
+    times = np.bincount(drawn, minlength=size)
+    assert len(drawn) == count and drawn == sorted(drawn)
+    assert times.max() - times.min() <= 1 and times.sum() == count
+
+
+def test_a_draw_is_a_function_of_the_seed():
+    one, same, other = (mixing.draw(100, 10, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert one == same and one != other

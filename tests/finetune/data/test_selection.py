@@ -1,0 +1,119 @@
+"""Curated subsets: what ``select`` keeps, counts and tells."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.data.gather import gather
+from finetune.data.report import DataReport
+from finetune.recipe.errors import UserError
+from finetune.recipe.settings import DataSettings
+
+
+def rows(count: int = 10):
+    return [
+        {"instruction": f"q{i}", "output": "x" * (i + 1), "score": f"{4 + (i % 3) / 2}", "other": None}
+        for i in range(count)
+    ]
+
+
+def chosen(source, seed: int = 0, **select):
+    report = DataReport()
+    data = DataSettings(source=source, select=select)
+    train, _ = gather(data, seed, report, DataReport())
+    return [row.messages[0].content for row in train], report
+
+
+def test_by_the_length_of_the_replies():
+    kept, report = chosen(rows(), min_reply_characters=3, max_reply_characters=6)
+    assert kept == ["q2", "q3", "q4", "q5"]
+    assert report.counts == {
+        "left out, replies shorter than 3 characters": 2,
+        "left out, replies longer than 6 characters": 4,
+    }
+    assert report.examples["left out, replies longer than 6 characters"] == "row 7"
+
+
+def test_by_rating_as_alpagasus():
+    kept, report = chosen(rows(), score="score", min_score=4.5)
+    assert kept == ["q1", "q2", "q4", "q5", "q7", "q8"]
+    assert report.counts == {"left out, score below 4.5": 4} and report.examples == {
+        "left out, score below 4.5": "row 1"
+    }
+    assert report.sources[0].found == 10 and report.sources[0].usable == 6
+
+
+def test_n_rows_as_lima_are_drawn_with_the_seed():
+    first, report = chosen(rows(100), rows=10)
+    assert len(first) == 10 and report.counts == {"left out, 10 are kept by select.rows": 90}
+    assert first == sorted(first, key=lambda name: int(name[1:])), "in the order of the file"
+    assert chosen(rows(100), rows=10)[0] == first
+    assert chosen(rows(100), seed=1, rows=10)[0] != first
+    assert len(chosen(rows(8), rows=10)[0]) == 8
+
+
+def test_the_longest_and_the_best():
+    assert chosen(rows(), rows=3, rows_by="length")[0] == ["q7", "q8", "q9"]
+    # 5.0 is at 2, 5 and 8; the fourth is the first of those rated 4.5.
+    assert chosen(rows(), score="score", rows=4, rows_by="score")[0] == ["q1", "q2", "q5", "q8"]
+
+
+def test_near_duplicates_are_left_out_and_named():
+    long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    source = [
+        {"instruction": long, "output": "yes"},
+        {"instruction": "another question", "output": "no"},
+        {"instruction": long.title() + "!", "output": "yes"},
+    ]
+    kept, report = chosen(source, distinct=0.8)
+    assert kept == [long, "another question"]
+    assert report.counts == {"left out, at least 80% the same as an earlier one": 1}
+    assert list(report.examples.values()) == ["row 3 repeats row 1"]
+
+
+def test_rating_comes_before_the_number_of_rows():
+    kept, report = chosen(rows(30), score="score", min_score=5, rows=4, rows_by="length")
+    assert kept == ["q20", "q23", "q26", "q29"]
+    assert report.counts == {"left out, score below 5": 20, "left out, 4 are kept by select.rows": 6}
+
+
+def test_copies_are_counted_even_where_nothing_is_chosen():
+    source = [*rows(3), *rows(2)]
+    report = DataReport()
+    train, _ = gather(DataSettings(source=source), 0, report, DataReport())
+    assert len(train) == 5 and report.counts == {"equal to an earlier one, kept": 2}
+    assert report.examples == {"equal to an earlier one, kept": "row 4 repeats row 1"}
+
+
+def test_held_out_copies_of_training_rows_are_told(tmp_path: Path):
+    other = tmp_path / "held_out.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows(2)))
+    aside = DataReport()
+    gather(DataSettings(source=rows(3), held_out=str(other)), 0, DataReport(), aside)
+    assert aside.counts == {"equal to one that is learnt": 2}
+    assert aside.examples == {"equal to one that is learnt": f"{other}:1 repeats row 1"}
+
+
+@pytest.mark.parametrize(
+    ("select", "told"),
+    [
+        ({"score": "rating", "min_score": 1}, "'rating' is no column of the source"),
+        ({"score": "other", "min_score": 1}, "row 1: field 'other': found None"),
+        ({"score": "instruction", "min_score": 1}, "row 1: field 'instruction': found 'q0'"),
+        (
+            {"score": "score", "min_score": 9},
+            "data.source: nothing to learn from: rows left out, score below 9",
+        ),
+    ],
+)
+def test_mistakes_are_told_with_row_and_column(select, told):
+    with pytest.raises(UserError) as caught:
+        chosen(rows(), **select)
+    assert told in str(caught.value)
+
+
+def test_many_bad_ratings_are_told_in_a_few_lines():
+    with pytest.raises(UserError) as caught:
+        chosen(rows(20), score="other", min_score=1)
+    assert len(caught.value.problems) == 6 and "20 of 20 rows do not fit" in str(caught.value)
