@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ LONG = {"cut": "cut", "drop": "left out"}
 SHOWN_FROM_TRAINING = 64
 """Training rows to take samples from where nothing is held out."""
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Raised when the meaning of a cached file changes, so that old ones are not read."""
 
 
@@ -130,7 +130,9 @@ def _tell_shares(rows: TokenizedRows, report: DataReport) -> None:
 def _refuse_none(where: str, purpose: str, rows: Sized, report: DataReport) -> None:
     if not len(rows):
         found = f"nothing {purpose}: {'; '.join(report.lines()[1:])}"
-        repair = "raise data.max_length, or look at the rows named above"
+        other = "data.columns={instruction: Q, output: A} reads other columns"
+        remedy = "raise data.max_length" if report.too_long else other
+        repair = f"look at the rows named above, or {remedy}"
         raise UserError(Problem(where, found, "rows with replies", repair))
 
 
@@ -156,6 +158,7 @@ def _tokenise(
             _store(path, arrays, found)
     report.counts |= found.counts
     report.examples |= found.examples
+    report.too_long, report.lost_tokens = found.too_long, found.lost_tokens
     kept = [rows[number] for number in arrays.pop("numbers")]
     return TokenizedRows(arrays, [row.where for row in kept], [row.source for row in kept])
 
@@ -177,6 +180,8 @@ def _encode(
             report.count("hold replies that carry no loss in this template", where)
         if len(encoded.input_ids) > max_length:
             report.count(f"longer than {max_length} tokens, {LONG[too_long]}", where)
+            report.too_long += 1
+            report.lost_tokens += sum(encoded.trained[0 if too_long == "drop" else max_length :])
             if too_long == "drop":
                 continue
         labels = [False, *encoded.trained[1:max_length]]
@@ -215,11 +220,12 @@ def _load(path: Path, report: DataReport) -> dict[str, np.ndarray] | None:
     if kept["sha256"] != _checksum(arrays):
         return None
     report.counts, report.examples = kept["counts"], kept["examples"]
+    report.too_long, report.lost_tokens = kept["too_long"], kept["lost_tokens"]
     return arrays
 
 
 def _store(path: Path, arrays: dict[str, np.ndarray], report: DataReport) -> None:
-    kept = {"counts": report.counts, "examples": report.examples, "sha256": _checksum(arrays)}
+    kept = {**asdict(report), "sha256": _checksum(arrays)}
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,11 @@ class SourceReport:
 
 @dataclass
 class DataReport:
-    """What was found in the data and what became of it; nothing is cut or left out without a count here."""
+    """What was found in the data and what became of it; nothing is cut or left out without a count here.
+
+    ``too_long`` counts the training rows above the allowed length, ``lost_tokens`` what they lost of the
+    tokens to learn.
+    """
 
     layout: str = ""
     rows: int = 0
@@ -27,6 +31,8 @@ class DataReport:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
+    too_long: int = 0
+    lost_tokens: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
     from_cache: bool = False

@@ -14,8 +14,12 @@ from rich.markup import escape
 from transformers import PrinterCallback, Trainer
 
 from finetune.planning.hardware import Hardware, detect, peak_memory_bytes
+from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training import checkpoints
+from finetune.training.preflight.base import fingerprints, unchanged
+from finetune.training.preflight.first_steps import FirstSteps
+from finetune.training.preflight.ticks import Tick, refuse
 from finetune.training.recorder import Recorder
 from finetune.training.report import write_report
 from finetune.training.run_directory import RunDirectory
@@ -37,6 +41,18 @@ class Job:
     interrupt: Interrupt = field(default_factory=Interrupt)
     derived: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    preflight: list[dict[str, Any]] = field(default_factory=list)
+    under_way: bool = False
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Return what the run is made with."""
+        return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+    def environment(self, precision: str) -> str:
+        """Return what a run computes with, in a line."""
+        libraries = ", ".join(f"{name} {self.versions[name]}" for name in ("torch", "transformers", "peft"))
+        return f"{precision} on {self.hardware.device} ({self.hardware.name}); {libraries}"
 
     def say(self, text: str) -> None:
         """Print a line for the user."""
@@ -48,6 +64,19 @@ class Job:
         self.derived[key] = f"{value} ({reason})"
         return value
 
+    def check(self, *ticks: Tick) -> None:
+        """Print checks and keep them for the record; once the run is under way, write them to it at once.
+
+        Raises:
+            UserError: some of them failed.
+        """
+        for tick in ticks:
+            self.say(tick.line())
+        self.preflight += [tick.record() for tick in ticks]
+        if self.under_way:
+            self.run.update(preflight=self.preflight)
+        refuse(ticks)
+
     @contextmanager
     def started(self, **facts: Any) -> Iterator[None]:
         """Write the record while the run lasts, and how it ended; ``facts`` are sections of run.json.
@@ -55,17 +84,19 @@ class Job:
         Raises:
             Interrupted: after a signal.
             NotFiniteError: after a loss that is no number.
+            UserError: after a check that failed while the run was under way.
         """
         with self.run.start(), listening() as self.interrupt:
             if self.run.replaced:
                 self.run.clear()
             self._begin(facts)
+            self.under_way = True
             try:
                 yield
             except Interrupted:
                 self.run.update(status="interrupted")
                 raise
-            except NotFiniteError as error:
+            except (NotFiniteError, UserError) as error:
                 self.run.update(status="failed", reason=str(error))
                 raise
             self._finish()
@@ -76,6 +107,7 @@ class Job:
         Raises:
             Interrupted: a signal came, and a checkpoint was written.
             NotFiniteError: loss or gradient is no number.
+            UserError: the adapter does not learn, or the base does.
         """
         found = checkpoints.find_last(self.run.checkpoints)
         for line in found.damaged:
@@ -87,12 +119,15 @@ class Job:
         recorder = Recorder(self.run, self.console, self.interrupt)
         trainer.remove_callback(PrinterCallback)  # the recorder speaks in its place
         trainer.add_callback(recorder)
+        trainer.add_callback(FirstSteps(self.check))
+        before = fingerprints(trainer.model)
         with self.timed("train"):
             try:
                 trainer.train(resume_from_checkpoint=str(found.path) if found.path else None)
             finally:
                 recorder.progress.stop()
         self.stop_if_asked(f"at step {trainer.state.global_step}; a checkpoint is written")
+        self.check(unchanged(before, fingerprints(trainer.model)))
 
     def stop_if_asked(self, where: str) -> None:
         """Raise Interrupted if a signal came."""
@@ -121,8 +156,9 @@ class Job:
             command=self.command,
             seed=self.recipe.settings.train.seed,
             started=self.run.record.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
-            versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            versions=self.versions,
             hardware={"device": self.hardware.device, "name": self.hardware.name},
+            preflight=self.preflight,
             **facts,
         )
         self.run.write("recipe.yaml", self.recipe.to_yaml(self.derived))

@@ -27,11 +27,13 @@ def load_text(job: Job) -> Text:
     """Load tokenizer and template.
 
     Raises:
-        UserError: unknown engine arguments, no such base, no EOS, no chat template, or more tokens a row than
-            the model has positions.
+        UserError: unknown engine arguments, a precision that is not for this hardware, no such base, no EOS,
+            no chat template, or more tokens a row than the model has positions.
     """
-    check_engine_args(job.recipe.settings.train)
-    text, reason = text_of(job.recipe.settings)
+    settings = job.recipe.settings
+    check_engine_args(settings.train)
+    choices.precision(settings.model.precision, job.hardware)  # refused before anything is loaded
+    text, reason = text_of(settings)
     job.choose("data.max_length", (text.max_length, reason))
     return text
 

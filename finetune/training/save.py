@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune.recipe.errors import Problem, UserError
+from finetune.training.preflight.ticks import some
 from finetune.training.run_directory import RunDirectory
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -21,7 +23,7 @@ def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokeniz
         The name of the weights' file(s) and their SHA-256.
 
     Raises:
-        RuntimeError: what lies on the disk is not what is in memory.
+        UserError: what lies on the disk is not what is in memory.
     """
     is_adapter = isinstance(model, PeftModel)
     name = "adapter" if is_adapter else "model"
@@ -42,12 +44,12 @@ def _verify(folder: Path, live: dict[str, torch.Tensor]) -> None:
     """Compare a saved adapter with the one in memory, tensor by tensor."""
     saved = load_file(folder / ADAPTER_WEIGHTS)
     if not saved or saved.keys() != live.keys():
-        raise RuntimeError(f"{folder} holds {len(saved)} tensors of the adapter's {len(live)}")
+        raise _lost(folder, f"{len(saved)} tensors of the adapter's {len(live)}")
     wrong = [key for key, value in saved.items() if not torch.equal(value, live[key].cpu())]
     if wrong:
-        raise RuntimeError(f"{folder} does not hold the trained weights: {', '.join(wrong[:3])}")
+        raise _lost(folder, f"other numbers than the trained weights in {some(wrong)}")
     if all(not value.any() for value in saved.values()):
-        raise RuntimeError(f"{folder} holds zeros alone")
+        raise _lost(folder, "zeros alone")
 
 
 def _verify_model(folder: Path, live: dict[str, torch.Tensor]) -> None:
@@ -58,9 +60,14 @@ def _verify_model(folder: Path, live: dict[str, torch.Tensor]) -> None:
             key for key, value in saved.items() if key not in live or not torch.equal(value, live[key].cpu())
         ]
         if wrong or not saved:
-            raise RuntimeError(
-                f"{file} does not hold the trained weights: {', '.join(wrong[:3]) or 'no tensor'}"
-            )
+            raise _lost(file, f"other numbers than the trained weights in {some(wrong) or 'an empty file'}")
+
+
+def _lost(where: Path, found: str) -> UserError:
+    repair = "look at the free space of the disk; the same command goes on from the last checkpoint"
+    return UserError(
+        Problem(f"saved weights ({where})", f"holds {found}", "what was trained, tensor by tensor", repair)
+    )
 
 
 def _sha256(file: Path) -> str:

@@ -19,6 +19,8 @@ from finetune.training.generate import Reply, reply_to
 from finetune.training.job import Job
 from finetune.training.loading import Policy
 from finetune.training.model import count_parameters
+from finetune.training.preflight.ticks import Tick
+from finetune.training.preflight.whole import model_ticks, row_ticks, vocabulary_tick
 from finetune.training.samples import Samples, spread
 from finetune.training.save import save_tuned
 from finetune.training.stops import NotFiniteError
@@ -66,6 +68,7 @@ class Supervised:
         parameters = count_parameters(self.policy.model)
         share = parameters.trained / parameters.total
         self.job.say(f"{parameters.trained:,} of {parameters.total:,} parameters are trained ({share:.2%})")
+        self.preflight()
         return {
             "data": {**asdict(report), "lines": report.lines()},
             "parameters": asdict(parameters),
@@ -79,6 +82,22 @@ class Supervised:
                 "virtual_tokens": self.text.virtual_tokens,
             },
         }
+
+    def preflight(self) -> None:
+        """Prove before step 0 what can be proved on the run's own rows and model; neither is changed.
+
+        Raises:
+            UserError: a check failed.
+        """
+        job, text, data, policy = self.job, self.text, self.data, self.policy
+        with job.timed("preflight"):
+            job.check(Tick("environment", job.environment(policy.precision)))
+            job.check(
+                *row_ticks(data.train, data.report, text.encoder, max_length=text.max_length),
+                vocabulary_tick(policy.model, data.train, text.encoder),
+            )
+            stored = {"precision": policy.precision, "quantization": policy.quantization}
+            job.check(*model_ticks(policy.model, data.train, self._as_trained(), **stored))
 
     def arguments(self) -> TrainingArguments:
         """Return the engine's arguments; whatever is ``auto`` is decided here.
@@ -156,13 +175,26 @@ class Supervised:
                 run.update(metrics={"tokens_per_second": round(rate)})
 
     def save(self) -> None:
-        """Save the adapter (or the model) and put its checksum into the record."""
-        self.job.run.update(files=save_tuned(self.job.run, self.policy.model, self.text.encoder.tokenizer))
+        """Save the adapter (or the model), open it again, and put its checksum into the record.
+
+        Raises:
+            UserError: what was saved is not what was trained.
+        """
+        files = save_tuned(self.job.run, self.policy.model, self.text.encoder.tokenizer)
+        self.job.run.update(files=files)
+        self.job.check(Tick("saved", f"{', '.join(files)}: opened again, equal to what was trained"))
 
     def _held_out_loss(self, trainer: Trainer, rows: TokenizedRows) -> float:
         return held_out_loss(
             trainer.model, rows, self._collator(), lines=trainer.args.per_device_train_batch_size
         )
+
+    def _as_trained(self) -> Collator:
+        """Return how a forward pass of training lays rows out; TRL may be asked to pack in its own words."""
+        train = self.job.recipe.settings.train
+        if train.engine == "trl" and {"packing", "padding_free"} & train.engine_args.keys():
+            return PackedCollator(self.text.encoder.stop_ids[0], single_line=True)
+        return self._collator()
 
     def _collator(self) -> Collator:
         pad = self.text.encoder.stop_ids[0]

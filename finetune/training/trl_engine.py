@@ -2,22 +2,40 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
 from finetune.training.completion import held_out_loss
+from finetune.training.stops import NotFiniteError
 from finetune.training.trainer import log_held_out_loss
 
 
 class MeasuredSFTTrainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer; its held-out loss is the mean per label, as with the native engine."""
+    """TRL's trainer, with our held-out loss (the mean per label); a NaN names its rows."""
 
+    train_rows: TokenizedRows
     held_out_rows: TokenizedRows
     collate: PaddedCollator
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run one forward and backward pass; stop the run when its loss is no number.
+
+        Raises:
+            NotFiniteError: NaN or infinite loss; the message names the rows.
+        """
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            places = ", ".join(_places(self.train_rows, ids, mask)) or "rows that TRL packed"
+            raise NotFiniteError(f"loss is {loss.item()} at step {self.state.global_step + 1}, on {places}")
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the mean loss per label on the held-out rows; no logits are kept."""
@@ -42,10 +60,21 @@ def trl_trainer(
         eval_dataset=_dataset(held_out_rows) if held_out_rows is not None else None,
         processing_class=tokenizer,
     )
+    trainer.train_rows = train_rows
     if held_out_rows is not None:
         trainer.held_out_rows = held_out_rows
         trainer.collate = PaddedCollator(int(tokenizer.eos_token_id))
     return trainer
+
+
+def _places(rows: TokenizedRows, lines: Tensor, mask: Tensor | None) -> list[str]:
+    """Return where the rows of a batch stand: TRL passes no numbers on, so their tokens are looked up."""
+    widths = [lines.shape[1]] * len(lines) if mask is None else mask.sum(1).tolist()
+    wanted = [tuple(line[:width].tolist()) for line, width in zip(lines, widths, strict=True)]
+    lengths = set(widths)
+    candidates = [index for index, length in enumerate(rows.lengths) if length in lengths]
+    found = {tuple(rows[index]["input_ids"].tolist()): rows.places[index] for index in candidates}
+    return [found[ids] for ids in wanted if ids in found]
 
 
 def _dataset(rows: TokenizedRows) -> Dataset:

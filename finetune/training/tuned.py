@@ -34,9 +34,7 @@ def load_tuned(run: Path) -> Tuned:
     record = read_record(run)
     if record.get("status") != "finished":
         found = f"a run that is {record['status']}" if record else "no run"
-        raise UserError(
-            Problem(str(run), found, "the folder of a finished run", "`llm-align list runs` shows them")
-        )
+        raise UserError(Problem(str(run), found, "the folder of a finished run", _way_on(record)))
     load: dict[str, Any] = record["load"]
     settings = ModelSettings(**load["model"])
     whole = run / "model"
@@ -54,3 +52,14 @@ def load_tuned(run: Path) -> Tuned:
     tokenizer = AutoTokenizer.from_pretrained(str(whole if whole.is_dir() else adapter))
     encoder = Encoder(tokenizer, load["template"], system=load["system"])
     return Tuned(model, encoder, context_length(settings) - load["virtual_tokens"])
+
+
+def _way_on(record: dict[str, Any]) -> str:
+    """Return what to do about a run that is not finished."""
+    ways = {
+        "interrupted": "`{}` goes on from its checkpoint",
+        "running": "wait for its end; if it was killed, `{}` goes on from its last checkpoint",
+    }
+    if record.get("status") in ways and "command" in record:
+        return ways[record["status"]].format(record["command"])
+    return "`llm-align list runs` shows them"

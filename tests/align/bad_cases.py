@@ -15,6 +15,7 @@ from bad_input import (
     damaged_weights,
     data,
     held_out_rows_too_long,
+    larger_tokenizer,
     line,
     no_eos,
     other_run,
@@ -73,6 +74,10 @@ COMMAND_LINES = {
         words("train.engine_args={hub_strategy: carrier_pigeon}"),
         ["train.engine_args", "carrier_pigeon"],
     ),
+    "float16 on a CPU, told before the data is read": (
+        lambda place: [*place.data("bad.jsonl", b"no JSON"), "model.precision=float16"],
+        ["1 problem\nmodel.precision: float16 on a CPU"],
+    ),
     "float16 on a CPU": (
         words("model.precision=float16"),
         ["model.precision: float16 on a CPU", "float32 or bfloat16", "leave it at auto"],
@@ -127,6 +132,10 @@ CONTRADICTIONS = {
     "virtual tokens leave nothing": (
         words("--adapter", "prefix", "adapter.virtual_tokens=256", "data.max_length=null"),
         ["adapter.virtual_tokens", "256", "256 positions"],
+    ),
+    "a tokenizer larger than the embeddings": (
+        larger_tokenizer,
+        ["model.base", "512 embeddings for 601 tokens", "the data use Add", "resize_token_embeddings(601)"],
     ),
     "unknown target modules": (
         words("adapter.target=[q_prj]"),
@@ -218,7 +227,7 @@ DATA = {
     ),
     "all rows empty": (
         rows(*[{"instruction": "", "output": ""}] * 4),
-        ["nothing to learn from", "rows left out, a turn is empty: 4", "bad.jsonl:1"],
+        ["nothing to learn from", "rows left out, a turn is empty: 4", "bad.jsonl:1", "data.columns="],
     ),
     "all rows too long": (
         all_rows_too_long,
@@ -281,7 +290,14 @@ FOLDERS = {
     "out is a damaged run": (damaged_record, ["theirs/run.json", "damaged", "choose another --out"]),
     "chat without a run": (line("chat", "nowhere", "--prompt", "a"), ["nowhere: no run", "a finished run"]),
     "chat with rows": (line("chat", "rows.jsonl", "--prompt", "a"), ["rows.jsonl: no run"]),
-    "chat with a running run": (chat_with("running"), ["theirs: a run that is running", "a finished run"]),
+    "chat with a running run": (
+        chat_with("running"),
+        ["theirs: a run that is running", "a finished run", "wait for its end", "`llm-align sft good.yaml"],
+    ),
+    "chat with an interrupted run": (
+        chat_with("interrupted"),
+        ["theirs: a run that is interrupted", "`llm-align sft good.yaml --out theirs` goes on from its"],
+    ),
     "chat with a failed run": (chat_with("failed"), ["theirs: a run that is failed"]),
     "chat without a folder": (line("chat"), ["RUN"]),
 }

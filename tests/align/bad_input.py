@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 RECIPE = """\
 stage: sft
@@ -129,6 +130,14 @@ def no_eos(place: Place) -> list[str]:
     return ["sft", "good.yaml", "--base", "broken"]
 
 
+def larger_tokenizer(place: Place) -> list[str]:
+    folder = place.copy_of_base()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([*(f"word{index}" for index in range(600 - len(tokenizer))), "Add"])
+    tokenizer.save_pretrained(folder)
+    return ["sft", "good.yaml", "--base", "broken"]
+
+
 def out_is_a_file(place: Place) -> list[str]:
     place.file("taken")
     return ["sft", "good.yaml", "--out", "taken"]
@@ -162,7 +171,8 @@ def damaged_record(place: Place) -> list[str]:
 
 def chat_with(status: str) -> Callable[[Place], list[str]]:
     def arrange(place: Place) -> list[str]:
-        record = {"status": status, "recipe": "good", "digest": "0123abcd"}
+        command = "llm-align sft good.yaml --out theirs"
+        record = {"status": status, "recipe": "good", "digest": "0123abcd", "command": command}
         place.file("theirs/run.json", json.dumps(record))
         return ["chat", "theirs", "--prompt", "Hello"]
 

@@ -1,0 +1,59 @@
+"""Watches the first optimizer steps: every trained tensor has to get a gradient, and the base none."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune.training.preflight import gradients
+from finetune.training.preflight.ticks import Tick, some
+
+WATCHED = 5
+"""Steps: warm-up may begin with a rate of zero, and what starts at zero (LoRA's A) follows one step later."""
+NAME = "first steps"
+
+
+class FirstSteps(TrainerCallback):  # type: ignore[misc]
+    """Looks at the gradients before the optimizer uses them, until all have been there."""
+
+    def __init__(self, tell: Callable[[Tick], None]) -> None:
+        """Bind the watch to a function that prints and records a check, and raises when it failed."""
+        self.tell = tell
+        self.steps = 0
+        self.waiting: set[str] | None = None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the gradients of this step.
+
+        Raises:
+            UserError: a tensor of the adapter got none where its likes did, or a frozen one got one.
+        """
+        if self.steps == WATCHED or self.waiting == set():
+            return
+        self.steps += 1
+        model = kwargs["model"]
+        tick = gradients.reached(model, finite=False)
+        if tick.problem:
+            self.tell(tick)
+        found = gradients.groups(model)
+        still = {
+            group.name
+            for group, got in zip(found, gradients.states(found), strict=True)
+            if got == gradients.ZERO
+        }
+        self.waiting = still if self.waiting is None else self.waiting & still
+        if not self.waiting:
+            self.tell(Tick(NAME, f"every trained tensor had a gradient by step {state.global_step + 1}"))
+        elif self.steps == WATCHED:
+            zeros = f"{len(self.waiting)} trained tensors had gradients of zeros alone for {WATCHED} steps"
+            self.tell(Tick(NAME, f"{zeros}: {some(sorted(self.waiting))}", warned=True))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say so where there were too few steps to tell."""
+        if self.waiting and self.steps < WATCHED:
+            zeros = f"{len(self.waiting)} trained tensors had gradients of zeros alone"
+            self.tell(Tick(NAME, f"{zeros}; {self.steps} steps are too few to tell more"))

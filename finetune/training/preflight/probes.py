@@ -1,0 +1,162 @@
+"""Two numeric probes on the user's own model and rows: packed rows, and a batch cut into forward passes."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from finetune.data.collate import IGNORED, Batch, Collator, Example
+from finetune.data.dataset import TokenizedRows
+from finetune.recipe.errors import Problem
+from finetune.training.preflight.gradients import reached
+from finetune.training.preflight.ticks import Tick, failed
+from finetune.training.preflight.untouched import untouched
+
+TOKENS = 64
+"""Tokens of a row that a probe takes: a fraction of a training step's work."""
+LOOKED_AT = 64
+"""Rows among which a probe looks for two with few and with many labels."""
+PACKED = 32
+"""Tokens of the longest of the rows that are packed."""
+
+LossSum = Callable[[Mapping[str, Tensor]], Tensor]
+"""Summed loss of a batch, with gradient."""
+
+
+def short_rows(rows: TokenizedRows) -> list[Example]:
+    """Return the ends of two rows with different numbers of labels, where the first rows have such."""
+    ends = [_end(rows[index], TOKENS) for index in range(min(len(rows), LOOKED_AT))]
+    ends.sort(key=lambda example: int((example["labels"][1:] != IGNORED).sum()))
+    return [ends[0], ends[-1]]
+
+
+def _end(example: Example, tokens: int) -> Example:
+    """Return the last tokens of a row up to its last label: texts begin alike, and ends carry loss."""
+    last = int(torch.nonzero(example["labels"] != IGNORED).max()) + 1
+    window = slice(max(0, last - tokens), last)
+    return Example(
+        input_ids=example["input_ids"][window], labels=example["labels"][window], row=example["row"]
+    )
+
+
+def batch_is_its_parts(
+    model: nn.Module,
+    loss_sum: LossSum,
+    examples: Sequence[Example],
+    collate: Collator,
+    *,
+    tolerance: float,
+    scale: float = 1.0,
+) -> list[Tick]:
+    """Check that a batch in one pass gives the loss and the gradient of its rows one by one, and who gets it.
+
+    The gradient of (whole - sum of parts) / labels has to vanish against that of whole / labels. Dropout is
+    off, and the model is left as it was.
+
+    Args:
+        model: base with adapter.
+        loss_sum: summed loss of a batch.
+        examples: at least two short rows, of different numbers of labels.
+        collate: what the run uses.
+        tolerance: relative difference that the arithmetic explains.
+        scale: factor of the loss that keeps float16 gradients from vanishing.
+    """
+    whole, parts = collate(examples), [collate([example]) for example in examples]
+    labels = int((whole["labels"][:, 1:] != IGNORED).sum())
+    with untouched(model):
+        loss = _backward(model, loss_sum, whole, scale / labels)
+        gradient = reached(model)
+        size = _size(model)
+        rest = sum((_backward(model, loss_sum, part, -scale / labels) for part in parts), loss)
+        difference = max(abs(rest) / max(abs(loss), 1e-30), _size(model) / max(size, 1e-30))
+    if gradient.problem:
+        return [gradient]
+    detail = f"{len(parts)} rows in one pass and one by one: loss and gradient differ by {difference:.1e}"
+    if difference <= tolerance:
+        return [gradient, Tick("accumulation", detail)]
+    expected = f"at most {tolerance:.0e}: one optimizer step, however it is cut"
+    repair = (
+        "model.attention=eager; if it stays, this model mixes the rows of a batch: train.micro_batch_size=1"
+    )
+    return [gradient, failed("accumulation", Problem("train.micro_batch_size", detail, expected, repair))]
+
+
+def _backward(model: nn.Module, loss_sum: LossSum, batch: Batch, factor: float) -> float:
+    loss = loss_sum(_on_device(model, batch)) * factor
+    if loss.requires_grad:  # else nothing that is trained has a part in it, and the gradients' check tells
+        loss.backward()
+    return float(loss.detach())
+
+
+def _size(model: nn.Module) -> float:
+    """Return the norm of all gradients together."""
+    norms = [weight.grad.float().norm() for weight in model.parameters() if weight.grad is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def packed_is_alone(model: nn.Module, rows: TokenizedRows, collate: Collator, *, tolerance: float) -> Tick:
+    """Check that rows in one line have the logits that each has alone.
+
+    Args:
+        model: base with adapter.
+        rows: what is learnt; the ends of three of the first ones serve (one again where there are fewer).
+        collate: the packing collator of the run.
+        tolerance: difference, relative to the logits' spread, that the arithmetic explains.
+    """
+    examples = _to_pack(rows)
+    batch = collate(examples)
+    with untouched(model), torch.no_grad():
+        together = _logits(model, _on_device(model, batch))
+        worst = 0.0
+        for example, (line, start) in zip(examples, _found(batch["input_ids"], examples), strict=True):
+            ids = example["input_ids"]
+            alone = _logits(model, _on_device(model, {"input_ids": ids[None]}))[0]
+            beside = together[line, start : start + len(ids)]
+            worst = max(worst, float((beside - alone).std() / alone.std()))
+    detail = f"logits of {len(examples)} packed rows and of each alone differ by {worst:.1e} of their spread"
+    if worst <= tolerance:
+        return Tick("packing", detail)
+    expected = f"at most {tolerance:.0e}: a row must not see its neighbours"
+    repair = "data.packing=false (rows are batched by length anyway), or model.attention=sdpa"
+    return failed("packing", Problem("data.packing", detail, expected, repair))
+
+
+def _to_pack(rows: TokenizedRows) -> list[Example]:
+    """Return the end of a long row, and of two others half as much at most: these two share a line.
+
+    They are the end of the one and the beginning of the other, which differ even where there is one row.
+    """
+    first = list(range(min(len(rows), LOOKED_AT)))
+    longest = _end(max((rows[index] for index in first), key=lambda row: len(row["input_ids"])), PACKED)
+    half = len(longest["input_ids"]) // 2
+    other = rows[first[-1]]
+    beginning = Example(input_ids=other["input_ids"][:half], labels=other["labels"][:half], row=other["row"])
+    return [longest, _end(rows[first[0]], half), beginning]
+
+
+def _found(lines: Tensor, examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
+    """Yield line and column where each row begins in a batch; equal rows get different places."""
+    taken: set[tuple[int, int]] = set()
+    for example in examples:
+        ids = example["input_ids"]
+        places = (
+            (line, start)
+            for line in range(lines.shape[0])
+            for start in range(lines.shape[1] - len(ids) + 1)
+            if (line, start) not in taken and torch.equal(lines[line, start : start + len(ids)], ids)
+        )
+        place = next(places, None)
+        assert place is not None, "the collator dropped a row"
+        taken.add(place)
+        yield place
+
+
+def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    forward = {key: value for key, value in inputs.items() if key not in ("labels", "rows")}
+    logits: Tensor = model(**forward, use_cache=False).logits
+    return logits.float()
+
+
+def _on_device(model: nn.Module, batch: Mapping[str, object]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}

@@ -1,0 +1,91 @@
+"""The whole list, for stages that tune on rows of tokens: of encoder, rows and model, never of a recipe."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from finetune.data.collate import Collator, PackedCollator
+from finetune.data.dataset import DataReport, TokenizedRows
+from finetune.data.tokens import Encoder
+from finetune.training.completion import completion_loss_sum
+from finetune.training.head import output_head
+from finetune.training.model import DTYPES
+from finetune.training.preflight import probes, rows, vocabulary
+from finetune.training.preflight.ticks import Tick
+
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2, "int8": 1e-1}
+SCALE = {"float16": 1024.0}
+"""Factor of the probe's loss: float16 gradients of a mean loss vanish without one (arXiv 1710.03740)."""
+
+
+def row_ticks(data: TokenizedRows, report: DataReport, encoder: Encoder, *, max_length: int) -> list[Tick]:
+    """Return the checks of the tokenised training rows."""
+    tokenizer = encoder.tokenizer
+    name_of = tokenizer.convert_ids_to_tokens
+    wanted = encoder.begins_with is not None
+    return [
+        rows.ends_learnt(data, encoder.stop_ids, max_length=max_length, name_of=name_of),
+        rows.masks_hold_loss(data),
+        rows.begins_once(data, tokenizer.bos_token_id, wanted=wanted, name_of=name_of),
+        rows.cut_is_told(
+            rows=report.rows,
+            too_long=report.too_long,
+            trained=report.trained_tokens,
+            lost=report.lost_tokens,
+            max_length=max_length,
+        ),
+    ]
+
+
+def vocabulary_tick(model: PreTrainedModel, data: TokenizedRows, encoder: Encoder) -> Tick:
+    """Return the check of the embeddings; a token without one would break the probes."""
+    embedding = model.get_input_embeddings()
+    return vocabulary.embeddings_exist(
+        vocabulary.used_tokens(data.arrays["input_ids"], encoder.stop_ids),
+        embedding.weight,
+        trained=any(weight.requires_grad for weight in embedding.parameters()),
+        added=encoder.tokenizer.get_added_vocab(),
+        num_tokens=len(encoder.tokenizer),
+    )
+
+
+def model_ticks(
+    model: PreTrainedModel,
+    data: TokenizedRows,
+    collate: Collator,
+    *,
+    precision: str,
+    quantization: str,
+) -> list[Tick]:
+    """Return the numeric checks on the model itself; it is left as it was.
+
+    Args:
+        model: base with adapter, on its device.
+        data: the tokenised training rows.
+        collate: what the run uses.
+        precision: type of the forward pass.
+        quantization: how the base is stored.
+    """
+    head = output_head(model)
+    autocast = torch.autocast(model.device.type, dtype=DTYPES[precision], enabled=precision != "float32")
+
+    def loss_sum(batch: Mapping[str, Tensor]) -> Tensor:
+        with autocast:
+            return completion_loss_sum(model, head, batch)
+
+    # LLM.int8 (arXiv 2208.07339) picks its outlier columns from the whole batch.
+    tolerance = TOLERANCE["int8" if quantization == "int8" else precision]
+    ticks = probes.batch_is_its_parts(
+        model,
+        loss_sum,
+        probes.short_rows(data),
+        collate,
+        tolerance=tolerance,
+        scale=SCALE.get(precision, 1.0),
+    )
+    if isinstance(collate, PackedCollator):
+        with autocast:
+            ticks.append(probes.packed_is_alone(model, data, collate, tolerance=tolerance))
+    return ticks

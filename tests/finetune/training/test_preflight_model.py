@@ -1,0 +1,283 @@
+"""The checks of models: each on one that is wrong in one way, and none leaves a trace."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from small_models import MODELS, make, token_rows
+from torch import nn
+
+from finetune.data.collate import IGNORED, PackedCollator, PaddedCollator
+from finetune.training.completion import completion_loss_sum
+from finetune.training.head import output_head
+from finetune.training.preflight import base, gradients, probes
+from finetune.training.preflight.ticks import Tick
+from finetune.training.preflight.untouched import untouched
+
+ROWS = token_rows([9, 3, 14, 2, 6, 40])
+PACKED = {"lines": PackedCollator(0), "one line": PackedCollator(0, single_line=True)}
+PADDED = PaddedCollator(0)
+EXACT = 1e-3
+
+
+def lora(model: nn.Module, dropout: float = 0.1) -> nn.Module:
+    torch.manual_seed(5)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=dropout)
+    return get_peft_model(model, config)
+
+
+def adapted(name: str, method: str) -> nn.Module:
+    model = make(name)
+    if method == "full":
+        return model.requires_grad_(True)
+    configs = {
+        "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+        "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    }
+    return lora(model) if method == "lora" else get_peft_model(model, configs[method])
+
+
+def parts(model: nn.Module, collate=PADDED, loss_sum: Callable | None = None) -> list[Tick]:
+    head = output_head(model)
+    own = loss_sum or (lambda batch: completion_loss_sum(model, head, batch))
+    return probes.batch_is_its_parts(model, own, probes.short_rows(ROWS), collate, tolerance=EXACT)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "prompt", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_pain_12_a_batch_is_the_sum_of_its_rows(name: str, method: str) -> None:
+    gradient, accumulation = parts(adapted(name, method))
+    assert gradient.problem is None and accumulation.problem is None, (gradient, accumulation)
+    assert not gradient.warned
+
+
+def test_pain_12_packed_rows_add_up_too() -> None:
+    assert [tick.problem for tick in parts(lora(make("llama")), PackedCollator(0))] == [None, None]
+
+
+def test_pain_12_a_mean_of_means_is_found() -> None:
+    model = lora(make("llama"))
+    head = output_head(model)
+
+    def mean(batch):
+        labels = (batch["labels"][:, 1:] != IGNORED).sum()
+        return completion_loss_sum(model, head, batch) / labels * 4
+
+    _, accumulation = parts(model, loss_sum=mean)
+    assert accumulation.problem is not None and accumulation.problem.where == "train.micro_batch_size"
+
+
+def test_pain_12_a_model_that_mixes_the_rows_of_a_batch_is_found() -> None:
+    model = lora(make("llama"))
+    model.base_model.model.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: output - output.mean(0, keepdim=True)
+    )
+    _, accumulation = parts(model)
+    assert accumulation.problem is not None
+
+
+def test_pain_24_lora_starts_with_half_of_its_gradients_at_zero() -> None:
+    [gradient, _] = parts(lora(make("llama")))
+    assert gradient.detail == (
+        "reaches all 28 trained tensors (50% of them start at zero, as they should); the base has none"
+    )
+
+
+def layer(model: nn.Module, number: int = 1) -> nn.Module:
+    return model.base_model.model.model.layers[number]
+
+
+def frozen_layer(model: nn.Module) -> None:
+    layer(model).requires_grad_(False)
+
+
+def frozen_matrix(model: nn.Module) -> None:
+    layer(model).self_attn.q_proj.lora_A.requires_grad_(False)
+
+
+def disconnected(model: nn.Module) -> None:
+    layer(model).mlp.up_proj.lora_A["default"].register_forward_hook(lambda *args: args[-1].detach())
+
+
+def never_called(model: nn.Module) -> None:
+    layer(model).mlp.up_proj.forward = layer(model).mlp.up_proj.base_layer.forward
+
+
+def at_zero(model: nn.Module) -> None:
+    layer(model).mlp.up_proj.scaling["default"] = 0.0
+
+
+def trained_base(model: nn.Module) -> None:
+    weight = layer(model).input_layernorm.weight
+    weight.requires_grad_(True)
+
+
+def infinite(model: nn.Module) -> None:
+    layer(model).mlp.up_proj.lora_B["default"].weight.register_hook(lambda gradient: gradient * torch.inf)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (frozen_layer, "14 tensors are frozen, unlike their likes in other layers"),
+        (
+            frozen_matrix,
+            "1 tensors are frozen, unlike their likes in other layers: base_model.model.model.layers.1",
+        ),
+        (
+            disconnected,
+            "1 tensors are without a gradient: base_model.model.model.layers.1.mlp.up_proj.lora_A",
+        ),
+        (never_called, "2 tensors are without a gradient"),
+        (at_zero, "1 tensors are with a gradient of zeros, unlike their likes in other layers"),
+        (
+            trained_base,
+            "1 tensors are frozen, unlike their likes in other layers: base_model.model.model.layers.0",
+        ),
+        (infinite, "1 gradients are NaN or infinite"),
+    ],
+)
+def test_pain_24_an_adapter_that_does_not_learn_everywhere_is_found(spoil: Callable, told: str) -> None:
+    model = lora(make("llama"))
+    spoil(model)
+    [gradient] = parts(model)
+    assert gradient.problem is not None and told in gradient.detail
+
+
+def test_pain_24_a_frozen_weight_that_gets_a_gradient_is_found() -> None:
+    model = lora(make("llama"))
+    layer(model).input_layernorm.weight.grad = torch.ones(32)
+    assert "1 frozen tensors got a gradient" in gradients.reached(model).detail
+
+
+@pytest.mark.parametrize("name", ["frozen", "unused"])
+def test_pain_24_an_adapter_that_learns_nothing_at_all_is_found(name: str) -> None:
+    model = lora(make("llama"))
+    if name == "frozen":
+        model.requires_grad_(False)
+    else:
+        model.disable_adapter_layers()
+        model.requires_grad_(False)
+        layer(model).mlp.up_proj.lora_A.requires_grad_(True)
+        layer(model, 0).mlp.up_proj.lora_A.requires_grad_(True)
+    [gradient] = parts(model)
+    assert gradient.problem is not None
+
+
+def test_experts_that_a_batch_does_not_visit_are_no_mistake() -> None:
+    """One of the tensors that differ in a number alone has to learn; in another layer the others may."""
+
+    class Layer(nn.Module):
+        def __init__(self, visited: int) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+            self.visited = visited
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.experts[self.visited](x)
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.layers = nn.ModuleList([Layer(0), Layer(2)])
+    model.layers[1](model.layers[0](torch.ones(1, 2))).sum().backward()
+    model[0].requires_grad_(False)
+    assert gradients.reached(model).problem is None
+    model.zero_grad()
+    model.layers[1](torch.ones(1, 2)).sum().backward()
+    assert "2 tensors are without a gradient: layers.0.experts.0" in gradients.reached(model).detail
+
+
+def test_layers_of_another_modality_are_told_and_no_mistake() -> None:
+    model = nn.Module()
+    model.vision = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    model.text = nn.ModuleList([nn.Linear(2, 2)])
+    model.text[0](torch.ones(1, 2)).sum().backward()
+    tick = gradients.reached(model)
+    assert tick.problem is None and tick.warned and "text passes by those in vision" in tick.detail
+
+
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("name", MODELS)
+def test_pain_13_packed_rows_are_as_if_alone(name: str, layout: str) -> None:
+    tick = probes.packed_is_alone(lora(make(name)), ROWS, PACKED[layout], tolerance=EXACT)
+    assert tick.problem is None, tick
+
+
+class Forgetful(nn.Module):
+    """A model that ignores where packed rows begin."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        return self.model(**{key: value for key, value in inputs.items() if key != "position_ids"})
+
+
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("lengths", [[9, 3, 14, 2, 6, 40], [2], [3, 3, 3]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pain_13_a_model_that_ignores_the_borders_is_found(layout: str, lengths: list[int], dtype) -> None:
+    model = Forgetful(make("llama").to(dtype))
+    tolerance = {torch.float32: EXACT, torch.bfloat16: 5e-2}[dtype]
+    tick = probes.packed_is_alone(model, token_rows(lengths), PACKED[layout], tolerance=tolerance)
+    assert tick.problem is not None and tick.problem.where == "data.packing"
+    good = probes.packed_is_alone(model.model, token_rows(lengths), PACKED[layout], tolerance=tolerance)
+    assert good.problem is None, good
+
+
+def randomness() -> list:
+    return [random.random(), np.random.rand(), torch.rand(1).item()]
+
+
+def test_a_probe_leaves_no_trace() -> None:
+    model = lora(make("llama"), dropout=0.5)
+    model.train()
+    layer(model).mlp.eval()
+    modes = [module.training for module in model.modules()]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3)
+    expected = randomness()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(3)
+    with untouched(model):
+        assert not any(module.training for module in model.modules())
+        randomness()
+    parts(model)
+    probes.packed_is_alone(model, ROWS, PACKED["lines"], tolerance=EXACT)
+    assert randomness() == expected
+    assert [module.training for module in model.modules()] == modes
+    assert all(weight.grad is None for weight in model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_probe_that_fails_leaves_no_trace_either() -> None:
+    model = lora(make("llama")).train()
+    with pytest.raises(IndexError), untouched(model):
+        raise IndexError
+    assert model.training
+
+
+def test_the_rows_of_the_probe_are_short_and_differ_in_labels() -> None:
+    rows = token_rows([100, 5, 200])
+    first, last = probes.short_rows(rows)
+    assert len(first["input_ids"]) == 5 and len(last["input_ids"]) == 64
+    assert last["labels"][-1] != IGNORED and torch.equal(
+        last["input_ids"], rows[last["row"]]["input_ids"][-64:]
+    )
+
+
+def test_the_base_is_compared_bit_by_bit() -> None:
+    model = lora(make("llama"))
+    before = base.fingerprints(model)
+    assert len(before) > 10 and not any("lora" in name for name in before)
+    assert "unchanged" in base.unchanged(before, base.fingerprints(model)).detail
+    weight = layer(model).input_layernorm.weight
+    with torch.no_grad():
+        weight[0] = torch.nextafter(weight[0], torch.tensor(2.0))
+    tick = base.unchanged(before, base.fingerprints(model))
+    assert tick.problem is not None and "layers.1.input_layernorm.weight" in tick.detail
+    assert base.unchanged({}, {}).problem is None

@@ -1,0 +1,69 @@
+"""Every promise in README's table of pains has a test that carries its number."""
+
+import ast
+import re
+import tomllib
+
+import pytest
+from test_house import PACKAGES, ROOT, SOURCES, imports, tree
+
+ROW = re.compile(r"^\| (\d{2}) \| .+ \| `(test_\w+)` \|$", re.MULTILINE)
+CLAIMED = dict(ROW.findall((ROOT / "README.md").read_text(encoding="utf-8")))
+KERNELS = {"flash_attn", "xformers", "deepspeed", "triton", "vllm", "unsloth", "apex", "liger_kernel"}
+"""What has to be compiled, or fits one version of a driver."""
+OTHER_NAMES = {"ruamel": "ruamel.yaml"}
+
+
+def test_names() -> set[str]:
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    functions = [node for file in files for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef)]
+    return {function.name for function in functions if function.name.startswith("test_")}
+
+
+NAMES = test_names()
+
+
+def test_the_table_is_read() -> None:
+    expected = ["01", "02", "05", "10", "11", "12", "13", "16", "17", "19", "22", "23", "24", "25"]
+    assert sorted(CLAIMED) == expected
+
+
+@pytest.mark.parametrize("number", sorted(CLAIMED))
+def test_every_promise_has_a_test_with_its_number(number: str) -> None:
+    assert CLAIMED[number] in NAMES and CLAIMED[number].startswith(f"test_pain_{number}_")
+
+
+def third_party() -> set[str]:
+    """Return the top-level packages that the project imports, its own and the standard library left out."""
+    import sys
+
+    names = {name.partition(".")[0] for file in SOURCES for name in imports(file)}
+    return names - {*PACKAGES, *sys.stdlib_module_names}
+
+
+def requirements(name: str) -> set[str]:
+    """Return the names that a list of pyproject.toml requires."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project[name] if name == "dependencies" else project["optional-dependencies"][name]
+    return {re.split(r"[<>=;\s]", line)[0] for line in wanted}
+
+
+def test_pain_19_one_install_of_wheels_is_all_that_is_imported() -> None:
+    brought = {
+        "numpy",
+        "jinja2",
+        "pyarrow",
+        "tokenizers",
+        "pydantic_core",
+    }  # with torch, transformers, datasets
+    needed = {OTHER_NAMES.get(name, name) for name in third_party()}
+    assert needed - brought <= requirements("dependencies"), "imported, but not required"
+    assert not KERNELS & {name.replace("-", "_") for name in requirements("dependencies")}
+    assert not KERNELS & third_party(), "an accelerator that not everybody has is imported"
+
+
+def test_pain_19_every_requirement_is_pinned_in_the_tested_set() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines if "==" in line}
+    wanted = {re.sub(r"[-_.]+", "-", name).lower() for name in requirements("dependencies")}
+    assert wanted - pinned == set()
