@@ -103,7 +103,7 @@ def packed_is_alone(model: nn.Module, rows: TokenizedRows, collate: Collator, *,
         collate: the packing collator of the run.
         tolerance: difference, relative to the logits' spread, that the arithmetic explains.
     """
-    examples = _to_pack(rows)
+    examples = sorted(_to_pack(rows), key=lambda example: -len(example["input_ids"]))
     batch = collate(examples)
     with untouched(model), torch.no_grad():
         together = _logits(model, _on_device(model, batch))
@@ -135,20 +135,17 @@ def _to_pack(rows: TokenizedRows) -> list[Example]:
 
 
 def _found(lines: Tensor, examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
-    """Yield line and column where each row begins in a batch; equal rows get different places."""
-    taken: set[tuple[int, int]] = set()
+    """Yield line and column where each row begins in a batch, whose lines hold the rows longest first."""
+    filled = [0] * len(lines)
     for example in examples:
         ids = example["input_ids"]
-        places = (
-            (line, start)
-            for line in range(lines.shape[0])
-            for start in range(lines.shape[1] - len(ids) + 1)
-            if (line, start) not in taken and torch.equal(lines[line, start : start + len(ids)], ids)
+        places = enumerate(zip(lines, filled, strict=True))
+        line = next(
+            (i for i, (line, start) in places if torch.equal(line[start : start + len(ids)], ids)), None
         )
-        place = next(places, None)
-        assert place is not None, "the collator dropped a row"
-        taken.add(place)
-        yield place
+        assert line is not None, "the collator laid the rows out in another order"
+        yield line, filled[line]
+        filled[line] += len(ids)
 
 
 def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -29,9 +29,7 @@ def embeddings_exist(
     if outside:
         texts = {token: text for text, token in added.items()}
         names = [texts.get(token, str(token)) for token in outside]
-        found = (
-            f"the tokenizer has {num_tokens} tokens, the model {rows} embeddings; without one: {some(names)}"
-        )
+        found = f"{rows} embeddings for {num_tokens} tokens of the tokenizer; the data use {some(names)}"
         repair = (
             "take the tokenizer that belongs to this base, or save the base anew after "
             f"model.resize_token_embeddings({num_tokens}) and tune it with adapter.method=full"
@@ -39,14 +37,10 @@ def embeddings_exist(
         return failed("vocabulary", Problem("model.base", found, "an embedding for every token", repair))
     blank = [text for text, token in added.items() if token in used and not embedding[token].any()]
     if blank and not trained:
-        detail = (
-            f"the base never learnt {some(blank)} (embeddings of zeros), and this adapter does not either"
-        )
+        detail = f"the base never learnt {some(blank)} (embeddings of zeros), nor does this adapter"
         return Tick("vocabulary", detail, warned=True)
-    spare = "" if num_tokens <= rows else f"; {num_tokens - rows} further tokens have none and are not used"
-    return Tick(
-        "vocabulary", f"all {len(used)} tokens of the data have embeddings{spare}", warned=bool(spare)
-    )
+    spare = "" if num_tokens <= rows else f"; {num_tokens - rows} further ones have none and are not used"
+    return Tick("vocabulary", f"all {len(used)} tokens of the data have embeddings{spare}")
 
 
 def used_tokens(ids: np.ndarray, stop_ids: Collection[int]) -> set[int]:
