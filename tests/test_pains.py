@@ -14,13 +14,13 @@ KERNELS = {"flash_attn", "xformers", "deepspeed", "triton", "vllm", "unsloth", "
 OTHER_NAMES = {"ruamel": "ruamel.yaml"}
 
 
-def test_names() -> set[str]:
+def names_of_tests() -> set[str]:
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     functions = [node for file in files for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef)]
     return {function.name for function in functions if function.name.startswith("test_")}
 
 
-NAMES = test_names()
+NAMES = names_of_tests()
 
 
 def test_the_table_is_read() -> None:

@@ -84,7 +84,7 @@ def batch_is_its_parts(
 def _backward(model: nn.Module, loss_sum: LossSum, batch: Batch, factor: float) -> float:
     loss = loss_sum(_on_device(model, batch)) * factor
     if loss.requires_grad:  # else nothing that is trained has a part in it, and the gradients' check tells
-        loss.backward()
+        torch.autograd.backward(loss)
     return float(loss.detach())
 
 
