@@ -24,7 +24,8 @@ class Tick:
     def line(self) -> str:
         """Return the check as a line for the terminal."""
         mark = "NO" if self.problem else "!!" if self.warned else "ok"
-        return f"{mark}  {self.name:<{NAME_WIDTH}}{self.detail}"
+        detail = "the run stops: see below" if self.problem else self.detail
+        return f"{mark}  {self.name:<{NAME_WIDTH}}{detail}"
 
     def record(self) -> dict[str, Any]:
         """Return the check as run.json keeps it."""

@@ -15,7 +15,9 @@ from finetune.training.model import DTYPES
 from finetune.training.preflight import probes, rows, vocabulary
 from finetune.training.preflight.ticks import Tick
 
-TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2, "int8": 1e-1}
+TOLERANCE = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 1e-1, "int8": 2e-1}
+"""Relative differences that arithmetic explains (float32 may be TF32 on a GPU). The embedded base on a CPU
+gives 3e-6 in float32, 2e-3 in bfloat16, 4e-2 in int8; neighbours that are seen make 0.4."""
 SCALE = {"float16": 1024.0}
 """Factor of the probe's loss: float16 gradients of a mean loss vanish without one (arXiv 1710.03740)."""
 

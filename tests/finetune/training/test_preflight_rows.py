@@ -162,5 +162,5 @@ def test_a_line_and_a_record_of_a_check() -> None:
     tick = Tick("BOS", "one", warned=True)
     assert tick.line() == "!!  BOS           one"
     assert tick.record() == {"name": "BOS", "passed": True, "warned": True, "detail": "one"}
-    assert failed("BOS", ends(NO_END).problem).line().startswith("NO  BOS")
+    assert failed("BOS", ends(NO_END).problem).line() == "NO  BOS           the run stops: see below"
     assert some(["a", "b"]) == "a, b" and some(["a", "b"], 1) == "a and 1 more"
