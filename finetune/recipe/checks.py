@@ -120,7 +120,7 @@ def _packing(settings: StageSettings) -> Iterator[Problem]:
         yield Problem("data.packing", f"true with adapter.method '{method}'", expected, repair)
     if settings.train.engine == "trl":
         expected = "false: packing here keeps every batch as it is, TRL's makes other batches"
-        repair = "train.engine=native, or ask TRL itself: train.engine_args={packing: true}"
+        repair = "train.engine=native, or train.engine_args={padding_free: true}"
         yield Problem("data.packing", "true with train.engine 'trl'", expected, repair)
 
 

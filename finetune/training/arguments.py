@@ -55,7 +55,7 @@ def common(
 ) -> dict[str, Any]:
     """Return the arguments that the recipe decides, in the engine's names."""
     beta1, beta2 = settings.betas
-    own = {"max_length": None} if settings.engine == "trl" else {}
+    own = {"max_length": None, "packing": False} if settings.engine == "trl" else {}
     return own | {
         "output_dir": str(folder),
         "num_train_epochs": settings.epochs,

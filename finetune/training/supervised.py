@@ -190,9 +190,9 @@ class Supervised:
         )
 
     def _as_trained(self) -> Collator:
-        """Return how a forward pass of training lays rows out; TRL may be asked to pack in its own words."""
+        """Return how training lays rows out; TRL too lays them end to end where it is asked to."""
         train = self.job.recipe.settings.train
-        if train.engine == "trl" and {"packing", "padding_free"} & train.engine_args.keys():
+        if train.engine == "trl" and train.engine_args.get("padding_free"):
             return PackedCollator(self.text.encoder.stop_ids[0], single_line=True)
         return self._collator()
 

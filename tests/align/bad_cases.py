@@ -70,6 +70,10 @@ COMMAND_LINES = {
         words("train.engine_args={learning_rate: 1}"),
         ["train.engine_args.learning_rate", "the recipe decides this"],
     ),
+    "packing by TRL, which needs a length that the rows have already": (
+        words("train.engine=trl", "train.engine_args={packing: true}"),
+        ["train.engine_args.packing", "the recipe decides this"],
+    ),
     "engine_args of a wrong value": (
         words("train.engine_args={hub_strategy: carrier_pigeon}"),
         ["train.engine_args", "carrier_pigeon"],

@@ -48,7 +48,8 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]
             self.tell(Tick(NAME, f"every trained tensor had a gradient by step {state.global_step + 1}"))
         elif self.steps == WATCHED:
             zeros = f"{len(self.waiting)} trained tensors had gradients of zeros alone for {WATCHED} steps"
-            self.tell(Tick(NAME, f"{zeros}: {some(sorted(self.waiting))}", warned=True))
+            names = some(sorted(self.waiting))
+            self.tell(Tick(NAME, f"{zeros}, take them out of adapter.target: {names}", warned=True))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

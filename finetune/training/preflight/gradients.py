@@ -112,7 +112,8 @@ def reached(model: nn.Module, *, finite: bool = True) -> Tick:
     tensors = [parameter for group in found for parameter in group.parameters]
     learnt = sum(parameter.requires_grad for parameter in tensors)
     base = "; the base has none" if learnt < len(tensors) else ""
-    aside = f"; text passes by those in {some(sorted(name.rstrip('.') for name in unused))}" if unused else ""
+    names = some(sorted(stack.rstrip(".") for stack in unused))
+    aside = f"; text passes by {names}: take them out of adapter.target" if unused else ""
     return Tick(
         NAME, f"reaches all {learnt} trained tensors{_at_zero(learn)}{base}{aside}", warned=bool(unused)
     )

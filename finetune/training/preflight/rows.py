@@ -18,6 +18,8 @@ LEAST_TRAINED = 0.05
 MUCH_LOST = 0.05
 """Share of the trained tokens, or of the rows, that may be lost to ``data.max_length`` without a warning."""
 
+LONGER = "raise data.max_length where the model has room, or data.too_long=drop"
+
 Names = Callable[[int], str]
 """A token's text by its id."""
 
@@ -38,7 +40,8 @@ def ends_learnt(rows: TokenizedRows, stop_ids: Collection[int], *, max_length: i
     whole = good | (np.diff(starts) < max_length)
     names = " or ".join(sorted({name_of(token) for token in stop_ids}))
     if not whole.any():
-        return Tick("stop token", f"every row is cut: none teaches the model to write {names}", warned=True)
+        detail = f"every row is cut: none teaches the model to write {names}; {LONGER}"
+        return Tick("stop token", detail, warned=True)
     share = float(good[whole].mean())
     if share >= ENDED:
         return Tick("stop token", f"{_percent(share)} of the whole rows end with a learnt {names}")
@@ -89,7 +92,7 @@ def masks_hold_loss(rows: TokenizedRows) -> Tick:
         return failed("loss mask", Problem("data.template", found, "a reply that carries loss", repair))
     detail = f"{_percent(share)} of the tokens carry loss, at least {counts.min()} in every row"
     few = share < LEAST_TRAINED
-    return Tick("loss mask", detail + few * ": very few; is the right column the reply?", warned=few)
+    return Tick("loss mask", detail + few * ": very few; does data.columns name the reply?", warned=few)
 
 
 def begins_once(rows: TokenizedRows, bos_id: int | None, *, wanted: bool, name_of: Names) -> Tick:
@@ -136,7 +139,8 @@ def cut_is_told(*, rows: int, too_long: int, trained: int, lost: int, max_length
         f"{too_long} rows were longer than {max_length} tokens; {_percent(share)} of the tokens to learn "
         f"({lost}) are lost"
     )
-    return Tick("truncation", detail, warned=share > MUCH_LOST or too_long > MUCH_LOST * (rows + too_long))
+    much = share > MUCH_LOST or too_long > MUCH_LOST * (rows + too_long)
+    return Tick("truncation", f"{detail}; {LONGER}" if much else detail, warned=much)
 
 
 def _percent(share: float) -> str:

@@ -37,7 +37,7 @@ def embeddings_exist(
         return failed("vocabulary", Problem("model.base", found, "an embedding for every token", repair))
     blank = [text for text, token in added.items() if token in used and not embedding[token].any()]
     if blank and not trained:
-        detail = f"the base never learnt {some(blank)} (embeddings of zeros), nor does this adapter"
+        detail = f"the base never learnt {some(blank)} (embeddings of zeros); adapter.method=full learns them"
         return Tick("vocabulary", detail, warned=True)
     spare = "" if num_tokens <= rows else f"; {num_tokens - rows} further ones have none and are not used"
     return Tick("vocabulary", f"all {len(used)} tokens of the data have embeddings{spare}")

@@ -63,7 +63,7 @@ TEXT = "model: {base: ./base}\ndata: {source: rows.jsonl}\n"
             ["train.engine=trl", "data.packing=true"],
             "data.packing (command line): true with train.engine 'trl'\n"
             "    expected: false: packing here keeps every batch as it is, TRL's makes other batches\n"
-            "    repair:   train.engine=native, or ask TRL itself: train.engine_args={packing: true}",
+            "    repair:   train.engine=native, or train.engine_args={padding_free: true}",
         ),
         (
             ["train.batch_size=4", "train.micro_batch_size=8"],

@@ -93,9 +93,9 @@ def test_engine_args_are_checked_against_the_engine(engine: str, kind: type) -> 
 
 
 def test_each_engine_has_its_own_arguments(tmp_path: Path) -> None:
-    assert arguments(tmp_path, engine="trl", engine_args={"packing": True}).packing is True
-    with pytest.raises(UserError, match="packing: unknown to the engine"):
-        arguments(tmp_path, engine_args={"packing": True})
+    assert arguments(tmp_path, engine="trl", engine_args={"padding_free": True}).padding_free is True
+    with pytest.raises(UserError, match="padding_free: unknown to the engine"):
+        arguments(tmp_path, engine_args={"padding_free": True})
     with pytest.raises(UserError, match="max_length: the recipe decides this"):
         arguments(tmp_path, engine="trl", engine_args={"max_length": 9})
 

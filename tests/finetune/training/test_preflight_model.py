@@ -195,7 +195,11 @@ def test_layers_of_another_modality_are_told_and_no_mistake() -> None:
     model.text = nn.ModuleList([nn.Linear(2, 2)])
     model.text[0](torch.ones(1, 2)).sum().backward()
     tick = gradients.reached(model)
-    assert tick.problem is None and tick.warned and "text passes by those in vision" in tick.detail
+    assert (
+        tick.problem is None
+        and tick.warned
+        and "text passes by vision: take them out of adapter.target" in tick.detail
+    )
 
 
 @pytest.mark.parametrize("layout", PACKED)

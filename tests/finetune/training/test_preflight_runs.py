@@ -307,8 +307,13 @@ def test_the_record_and_the_page_hold_every_check(tune: Tune, engine: str) -> No
     assert "100% of the whole rows end with a learnt &lt;/s&gt;" in html
 
 
-def test_packing_is_checked_where_it_is_asked_for(tune: Tune) -> None:
-    ticks = tune("run", data__packing=True, evaluate__samples=0).record["preflight"]
+@pytest.mark.parametrize(
+    "asked",
+    [{"data__packing": True}, {"train__engine": "trl", "train__engine_args": {"padding_free": True}}],
+    ids=["ours", "TRL's"],
+)
+def test_pain_13_packing_is_checked_where_it_is_asked_for(tune: Tune, asked: dict) -> None:
+    ticks = tune("run", evaluate__samples=0, **asked).record["preflight"]
     assert [tick["name"] for tick in ticks] == [*BEFORE, "packing", *AFTER]
 
 
