@@ -32,12 +32,14 @@ def embeddings_exist(
         found = f"{rows} embeddings for {num_tokens} tokens of the tokenizer; the data use {some(names)}"
         repair = (
             "take the tokenizer that belongs to this base, or save the base anew after "
-            f"model.resize_token_embeddings({num_tokens}) and tune it with adapter.method=full"
+            f"model.resize_token_embeddings({num_tokens}) and learn them with adapter.method=trainable_tokens"
         )
         return failed("vocabulary", Problem("model.base", found, "an embedding for every token", repair))
     blank = [text for text, token in added.items() if token in used and not embedding[token].any()]
     if blank and not trained:
-        detail = f"the base never learnt {some(blank)} (embeddings of zeros); adapter.method=full learns them"
+        detail = (
+            f"the base never learnt {some(blank)} (embeddings of zeros); adapter.method=trainable_tokens does"
+        )
         return Tick("vocabulary", detail, warned=True)
     spare = "" if num_tokens <= rows else f"; {num_tokens - rows} further ones have none and are not used"
     return Tick("vocabulary", f"all {len(used)} tokens of the data have embeddings{spare}")

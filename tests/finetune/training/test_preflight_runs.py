@@ -273,8 +273,11 @@ def test_pain_10_an_empty_save_stops_the_run(tune: Tune, monkeypatch, tmp_path: 
         ("native", "lora"),
         ("trl", "lora"),
         ("native", "full"),
-        pytest.param("native", "prefix", marks=pytest.mark.slow),
-        pytest.param("native", "qlora", marks=pytest.mark.slow),
+        ("native", "adamix"),
+        *(
+            pytest.param("native", name, marks=pytest.mark.slow)
+            for name in ("adalora", "oft", "prefix", "qlora")
+        ),
         pytest.param("trl", "full", marks=pytest.mark.slow),
     ],
 )
