@@ -87,7 +87,8 @@ def _part(place: Place, index: int, seed: int, report: DataReport) -> Part:
         rows = select(rows, place.select, random=random, report=report)
     if not rows:
         told = f"nothing to learn from: {'; '.join(report.lines()[1:])}"
-        repair = "look at the rows named above, or choose fewer away"
+        other = "data.columns={instruction: Q, output: A} reads other columns"
+        repair = f"look at the rows named above, or {'choose fewer away' if place.select else other}"
         raise UserError(Problem(place.key, told, "rows with replies", repair))
     name = place.source if isinstance(place.source, str) else place.key
     return Part(SourceReport(name, layout, found=len(found), usable=len(rows)), rows)

@@ -97,11 +97,6 @@ class Encoder:
         self._forgeable = Markers.of(forgeable)
         self._forgeable_ids = frozenset(_ids(tokenizer, forgeable).values())
 
-    @property
-    def begins_with(self) -> int | None:
-        """Return the BOS that every row has to begin with; a model's own chat template decides for itself."""
-        return None if self.name == "model" else self._bos
-
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Return a conversation's token ids and which of them carry loss.
 

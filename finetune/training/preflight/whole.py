@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.data.collate import Collator, PackedCollator
-from finetune.data.dataset import DataReport, TokenizedRows
+from finetune.data.dataset import TokenizedRows
+from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.training.completion import completion_loss_sum
 from finetune.training.head import output_head
@@ -23,22 +24,31 @@ SCALE = {"float16": 1024.0}
 
 
 def row_ticks(data: TokenizedRows, report: DataReport, encoder: Encoder, *, max_length: int) -> list[Tick]:
-    """Return the checks of the tokenised training rows."""
+    """Return the checks of the tokenised training rows.
+
+    Rows with ``parts`` hold several texts and are cut wherever they are full: they begin and end anywhere.
+    """
     tokenizer = encoder.tokenizer
     name_of = tokenizer.convert_ids_to_tokens
-    wanted = encoder.begins_with is not None
-    return [
+    # A model's own chat template decides for itself what stands first.
+    wanted = encoder.name != "model" and _adds_bos(tokenizer)
+    borders = [
         rows.ends_learnt(data, encoder.stop_ids, max_length=max_length, name_of=name_of),
-        rows.masks_hold_loss(data),
         rows.begins_once(data, tokenizer.bos_token_id, wanted=wanted, name_of=name_of),
-        rows.cut_is_told(
-            rows=report.rows,
-            too_long=report.too_long,
-            trained=report.trained_tokens,
-            lost=report.lost_tokens,
-            max_length=max_length,
-        ),
     ]
+    cut = rows.cut_is_told(
+        rows=report.rows,
+        too_long=report.too_long,
+        trained=report.trained_tokens,
+        lost=report.lost_tokens,
+        max_length=max_length,
+    )
+    return [*([] if "parts" in data.arrays else borders), rows.masks_hold_loss(data), cut]
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def vocabulary_tick(model: PreTrainedModel, data: TokenizedRows, encoder: Encoder) -> Tick:

@@ -1,14 +1,20 @@
 """The checks of rows of tokens, each on rows that are wrong in one way."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from small_models import token_rows
+from transformers import AutoTokenizer
 
 from finetune.data.dataset import TokenizedRows
+from finetune.data.report import DataReport
+from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
 from finetune.training.preflight import rows, vocabulary
 from finetune.training.preflight.ticks import Tick, failed, refuse, some
+from finetune.training.preflight.whole import row_ticks
 
 BOS, EOS = 1, 2
 
@@ -164,3 +170,15 @@ def test_a_line_and_a_record_of_a_check() -> None:
     assert tick.record() == {"name": "BOS", "passed": True, "warned": True, "detail": "one"}
     assert failed("BOS", ends(NO_END).problem).line() == "NO  BOS           the run stops: see below"
     assert some(["a", "b"]) == "a, b" and some(["a", "b"], 1) == "a and 1 more"
+
+
+def test_blocks_of_documents_may_begin_and_end_anywhere(base_folder: Path) -> None:
+    encoder = Encoder(AutoTokenizer.from_pretrained(base_folder), "plain")
+    data, report = token_rows([4, 3]), DataReport(rows=2, trained_tokens=7)
+
+    def names() -> list[str]:
+        return [tick.name for tick in row_ticks(data, report, encoder, max_length=10)]
+
+    assert names() == ["stop token", "BOS", "loss mask", "truncation"]
+    data.arrays["parts"] = np.array([0, 2, 4])
+    assert names() == ["loss mask", "truncation"]

@@ -33,8 +33,8 @@ ENGINES = ("native", "trl")
 BEFORE = [
     "environment",
     "stop token",
-    "loss mask",
     "BOS",
+    "loss mask",
     "truncation",
     "vocabulary",
     "gradient",
