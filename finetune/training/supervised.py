@@ -93,7 +93,7 @@ class Supervised:
         with job.timed("preflight"):
             job.check(Tick("environment", job.environment(policy.precision)))
             job.check(
-                *row_ticks(data.train, data.report, text.encoder, max_length=text.max_length),
+                *row_ticks(data.train, data.report, text.encoder, max_length=text.max_length, blocks=False),
                 vocabulary_tick(policy.model, data.train, text.encoder),
             )
             stored = {"precision": policy.precision, "quantization": policy.quantization}

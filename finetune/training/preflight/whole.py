@@ -23,27 +23,27 @@ SCALE = {"float16": 1024.0}
 """Factor of the probe's loss: float16 gradients of a mean loss vanish without one (arXiv 1710.03740)."""
 
 
-def row_ticks(data: TokenizedRows, report: DataReport, encoder: Encoder, *, max_length: int) -> list[Tick]:
-    """Return the checks of the tokenised training rows.
-
-    Rows with ``parts`` hold several texts and are cut wherever they are full: they begin and end anywhere.
-    """
+def row_ticks(
+    data: TokenizedRows, report: DataReport, encoder: Encoder, *, max_length: int, blocks: bool
+) -> list[Tick]:
+    """Return the checks of the tokenised training rows; ``blocks`` may begin and end amid a text."""
     tokenizer = encoder.tokenizer
     name_of = tokenizer.convert_ids_to_tokens
     # A model's own chat template decides for itself what stands first.
-    wanted = encoder.name != "model" and _adds_bos(tokenizer)
-    borders = [
-        rows.ends_learnt(data, encoder.stop_ids, max_length=max_length, name_of=name_of),
+    wanted = encoder.name != "model" and not blocks and _adds_bos(tokenizer)
+    ends = rows.ends_learnt(data, encoder.stop_ids, max_length=max_length, name_of=name_of)
+    return [
+        *([] if blocks else [ends]),
+        rows.masks_hold_loss(data),
         rows.begins_once(data, tokenizer.bos_token_id, wanted=wanted, name_of=name_of),
+        rows.cut_is_told(
+            rows=report.rows,
+            too_long=report.too_long,
+            trained=report.trained_tokens,
+            lost=report.lost_tokens,
+            max_length=max_length,
+        ),
     ]
-    cut = rows.cut_is_told(
-        rows=report.rows,
-        too_long=report.too_long,
-        trained=report.trained_tokens,
-        lost=report.lost_tokens,
-        max_length=max_length,
-    )
-    return [*([] if "parts" in data.arrays else borders), rows.masks_hold_loss(data), cut]
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import token_rows
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from finetune.data.dataset import TokenizedRows
@@ -172,13 +173,18 @@ def test_a_line_and_a_record_of_a_check() -> None:
     assert some(["a", "b"]) == "a, b" and some(["a", "b"], 1) == "a and 1 more"
 
 
-def test_blocks_of_documents_may_begin_and_end_anywhere(base_folder: Path) -> None:
-    encoder = Encoder(AutoTokenizer.from_pretrained(base_folder), "plain")
-    data, report = token_rows([4, 3]), DataReport(rows=2, trained_tokens=7)
+def test_blocks_of_documents_may_begin_and_end_amid_a_text(base_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    bos = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[bos]
+    )
+    encoder, data = Encoder(tokenizer, "plain"), token_rows([40, 30])
 
-    def names() -> list[str]:
-        return [tick.name for tick in row_ticks(data, report, encoder, max_length=10)]
+    def wrong(blocks: bool) -> dict[str, bool]:
+        report = DataReport(rows=2, trained_tokens=data.num_trained)
+        ticks = row_ticks(data, report, encoder, max_length=40, blocks=blocks)
+        return {tick.name: tick.problem is not None for tick in ticks}
 
-    assert names() == ["stop token", "BOS", "loss mask", "truncation"]
-    data.arrays["parts"] = np.array([0, 2, 4])
-    assert names() == ["loss mask", "truncation"]
+    assert wrong(False) == {"stop token": True, "loss mask": False, "BOS": True, "truncation": False}
+    assert wrong(True) == {"loss mask": False, "BOS": False, "truncation": False}

@@ -33,8 +33,8 @@ ENGINES = ("native", "trl")
 BEFORE = [
     "environment",
     "stop token",
-    "BOS",
     "loss mask",
+    "BOS",
     "truncation",
     "vocabulary",
     "gradient",
