@@ -70,7 +70,9 @@ def _apart(method: str, rate: float, *, steps: int, rows: int) -> dict[str, Any]
 
 
 def _measure(method: str, rate: float, *, steps: int, rows: int) -> dict[str, Any]:
-    settings = {
+    own = load_plugin(ADAPTERS, method, where="compare").Settings().model_dump()
+    settings = {f"adapter.{key}": own[key] for key in ("rank", "alpha", "dropout") if key in own}
+    settings |= {
         "train.max_steps": steps,
         "train.learning_rate": rate,
         "evaluate.exact_match": rows,

@@ -5,6 +5,7 @@ R(P, Q) = ||P^T P - I||^2 + ||Q Q^T - I||^2. Equations 8 to 10: importance from 
 uncertainty. Equation 12: the budget falls with a cubic schedule between the first and the last steps.
 """
 
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -27,18 +28,24 @@ class Settings(lora.Settings):
 
     method: Literal["adalora"] = Field("adalora", description="LoRA whose rank is spent where it counts")  # type: ignore[assignment]
     rank: Positive = Field(8, description="average rank of a layer at the end")  # the paper, section 4.1
-    first_rank: Positive = Field(12, description="rank of every layer at the start")  # the paper: 1.5 times
+    # Half as much again: the paper, section 4.1, a first budget of 1.5 times the last.
+    first_rank: Positive | None = Field(None, description="rank at the start; null: half as much again")
     alpha: lora.Alpha = Field(32.0, description="scale of the product")  # the authors' scripts
     dropout: Share = Field(0.0, description="share of inputs dropped before Q, in training")
     warmup: Share = Field(0.1, description="share of the steps before the budget falls")  # table 8: 5 to 20 %
     cooldown: Share = Field(0.3, description="share of the steps after it has fallen")  # table 8: 20 to 60 %
     penalty: Annotated[float, Field(ge=0)] = Field(0.1, description="gamma of equation 5")  # the paper: 0.1
 
+    @property
+    def started(self) -> int:
+        """Return the rank of every layer at the start."""
+        return ceil(1.5 * self.rank) if self.first_rank is None else self.first_rank
+
     def problems(self) -> list[Problem]:
         """Return a budget that cannot fall."""
         found = []
-        if self.first_rank <= self.rank:
-            text = f"{self.first_rank}, with adapter.rank {self.rank}"
+        if self.started <= self.rank:
+            text = f"{self.started}, with adapter.rank {self.rank}"
             found.append(Problem("adapter.first_rank", text, "more than adapter.rank: ranks are taken away"))
         if self.warmup + self.cooldown >= 1:
             text = f"{self.warmup} and {self.cooldown}"
@@ -58,7 +65,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     check_targets(model, settings.target)
     config = AdaLoraConfig(
         task_type="CAUSAL_LM",
-        init_r=settings.first_rank,
+        init_r=settings.started,
         target_r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
