@@ -18,7 +18,7 @@ OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPT
           $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv $(STAGES) list show data chat test test-all check tiny-base tiny-data compare clean
+.PHONY: help venv $(STAGES) list show data chat merge test test-all check tiny-base tiny-data compare clean
 
 help:  ## show this
 	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [OUT=dir] [ARGS=\"section.key=value ...\"]"
@@ -47,6 +47,9 @@ data: $(READY)  ## what the model will see of a recipe's data: make data RECIPE=
 
 chat: $(READY)  ## talk to a finished run: make chat RUN=runs/...
 	$(BIN)/llm-align chat $(RUN) $(ARGS)
+
+merge: $(READY)  ## a run's base and adapter as one model: make merge RUN=runs/...
+	$(BIN)/llm-align merge $(RUN) $(ARGS)
 
 test: $(READY)  ## the tests, a few minutes
 	$(BIN)/python -m pytest $(ARGS)

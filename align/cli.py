@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from align.api import quiet, run
-from finetune.recipe.discovery import plugin_summary, stage_names
+from finetune.recipe.discovery import plugin_summary, recipe_names, stage_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, load
 
@@ -18,8 +18,8 @@ DEFAULT_RECIPE = "quickstart"
 EPILOG = """\b
 Examples:
   llm-align {stage}                                    the embedded quickstart, offline, on the CPU
-  llm-align {stage} alpaca --base llama-2-7b
-  llm-align {stage} alpaca --data my.jsonl --adapter qlora train.epochs=1
+  llm-align {stage} {recipe} --base llama-2-7b
+  llm-align {stage} {recipe} --data my.jsonl --adapter qlora train.epochs=1
 """
 
 
@@ -50,7 +50,10 @@ def _fail(message: str, status: int) -> None:
 
 
 def _stage_command(stage: str, package: str) -> click.Command:
-    @click.command(stage, help=plugin_summary(package, stage), epilog=EPILOG.format(stage=stage))
+    example = next((name for name in recipe_names(stage) if name != DEFAULT_RECIPE), DEFAULT_RECIPE)
+    epilog = EPILOG.format(stage=stage, recipe=example)
+
+    @click.command(stage, help=plugin_summary(package, stage), epilog=epilog)
     @click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
     @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
     @click.option("--data", metavar="D", help="Data: hub id, file or folder.")
@@ -196,6 +199,17 @@ def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: 
         converse(directory, max_new_tokens=max_new_tokens, temperature=temperature)
     else:
         click.echo(answer_once(directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature))
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
+def merge(directory: Path) -> None:
+    """Write a run's base and adapter as one model, RUN/merged; `--base RUN` goes on from it."""
+    quiet()
+    from finetune.training.merge import merge_run
+
+    click.echo(f"merged   {merge_run(directory)}")
+    click.echo(f"next     llm-align sft --base {directory}")
 
 
 for _stage, _package in stage_names().items():

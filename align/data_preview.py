@@ -14,7 +14,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 import finetune.training
-from finetune.data.dataset import TokenizedRows, prepare
+from finetune.data.dataset import TokenizedRows
+from finetune.data.documents import prepare_any
 from finetune.data.tokens import Encoder
 from finetune.planning.choices import optimizer_steps
 from finetune.recipe.errors import Problem, UserError
@@ -42,7 +43,7 @@ def preview(recipe: Recipe, *, rows: int) -> Facts:
     """
     settings, train = recipe.settings, recipe.settings.train
     text, reason = text_of(settings)
-    data = prepare(settings.data, text.encoder, max_length=text.max_length, seed=train.seed)
+    data = prepare_any(settings.data, text.encoder, max_length=text.max_length, seed=train.seed)
     report, learnt = data.report, data.train
     steps = optimizer_steps(
         len(learnt), batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps

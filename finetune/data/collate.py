@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 
@@ -13,11 +13,15 @@ IGNORED = -100
 
 
 class Example(TypedDict):
-    """One tokenised row: its number, ids and labels of length T (a label is the id itself, or IGNORED)."""
+    """One tokenised row: its number, ids and labels of length T (a label is the id itself, or IGNORED).
+
+    ``parts`` are the lengths of the texts in a row that holds several: packed, none of them sees another.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     row: int
+    parts: NotRequired[list[int]]
 
 
 class Batch(TypedDict, total=False):
@@ -92,7 +96,8 @@ def _targets(example: Example) -> torch.Tensor:
 
 
 def _positions(line: Sequence[Example], width: int) -> torch.Tensor:
-    """Return 0.. for each row of a line, and 0.. for the padding behind them, as if it were a row."""
-    lengths = [len(example["input_ids"]) for example in line]
+    """Return 0.. for each text of a line, and 0.. for the padding behind them, as if it were one."""
+    rows = [example.get("parts", [len(example["input_ids"])]) for example in line]
+    lengths = [length for row in rows for length in row]
     parts = [*lengths, width - sum(lengths)]
     return torch.cat([torch.arange(length) for length in parts])

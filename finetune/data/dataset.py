@@ -18,6 +18,7 @@ from data_templates._segments import TemplateError
 from finetune.data.collate import IGNORED, Example
 from finetune.data.conversation import Conversation
 from finetune.data.gather import gather
+from finetune.data.loss_on import any_unlearnt, asked, learnt
 from finetune.data.replies import passed_over
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
@@ -36,7 +37,8 @@ class TokenizedRows(Dataset[Example]):
     """Rows as token ids, held in three flat arrays however many rows there are.
 
     ``input_ids`` (all tokens, int32) and ``trained`` (all tokens, bool) hold the rows end to end; row i takes
-    the tokens from ``starts[i]`` to ``starts[i + 1]``.
+    the tokens from ``starts[i]`` to ``starts[i + 1]``. ``parts``, if it is there, says at which tokens the
+    texts begin of which rows are made that hold several.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], places: list[str], sources: Sequence[int] = ()) -> None:
@@ -55,7 +57,12 @@ class TokenizedRows(Dataset[Example]):
         ids = torch.from_numpy(self.arrays["input_ids"][start:end].astype(np.int64))
         trained = torch.from_numpy(self.arrays["trained"][start:end])
         labels = torch.where(trained, ids, IGNORED)
-        return Example(input_ids=ids, labels=labels, row=index)
+        example = Example(input_ids=ids, labels=labels, row=index)
+        if "parts" in self.arrays:
+            parts = self.arrays["parts"]
+            borders = [*parts[np.searchsorted(parts, start) : np.searchsorted(parts, end)], end]
+            example["parts"] = np.diff(borders).tolist()
+        return example
 
     @property
     def lengths(self) -> list[int]:
@@ -109,14 +116,14 @@ def prepare(settings: DataSettings, encoder: Encoder, *, max_length: int, seed: 
     report.examples |= {f"held out: {what}": where for what, where in aside.examples.items()}
     report.rows, report.tokens, report.trained_tokens = len(tokens), tokens.num_tokens, tokens.num_trained
     report.longest = max(tokens.lengths)
-    _tell_shares(tokens, report)
+    tell_shares(tokens, report)
     prompts = _kept(train, tokens)[:SHOWN_FROM_TRAINING]
     if held_out_tokens is not None:
         prompts = _kept(held_out, held_out_tokens)
     return Prepared(tokens, held_out_tokens, prompts, report)
 
 
-def _tell_shares(rows: TokenizedRows, report: DataReport) -> None:
+def tell_shares(rows: TokenizedRows, report: DataReport) -> None:
     """Tell what training sees of each source."""
     starts = rows.arrays["starts"][:-1]
     trained = np.add.reduceat(rows.arrays["trained"], starts, dtype=np.int64)
@@ -147,13 +154,13 @@ def _tokenise(
     rows: list[Conversation], encoder: Encoder, settings: DataSettings, max_length: int, report: DataReport
 ) -> TokenizedRows:
     """Encode rows, or take them from the cache of an earlier run that encoded the same rows alike."""
-    key = _cache_key(rows, encoder, max_length, settings.too_long)
+    key = _cache_key(rows, encoder, settings, max_length)
     path = user_cache_path("llm-align") / "tokens" / f"{key}.safetensors"
     found = DataReport()
     arrays = _load(path, found) if settings.cache else None
     report.from_cache = arrays is not None
     if arrays is None:
-        arrays = _encode(rows, encoder, max_length, settings.too_long, found)
+        arrays = _encode(rows, encoder, settings, max_length, found)
         if settings.cache:
             _store(path, arrays, found)
     report.counts |= found.counts
@@ -164,27 +171,31 @@ def _tokenise(
 
 
 def _encode(
-    rows: list[Conversation], encoder: Encoder, max_length: int, too_long: str, report: DataReport
+    rows: list[Conversation], encoder: Encoder, settings: DataSettings, max_length: int, report: DataReport
 ) -> dict[str, np.ndarray]:
     ids: list[int] = []
     trained: list[bool] = []
     starts, numbers = [0], []
-    for number, encoded in enumerate(encoder.encode_many([row.messages for row in rows])):
+    asked_for = [asked(row.messages, settings.loss_on) for row in rows]
+    for number, encoded in enumerate(encoder.encode_many(asked_for)):
         where = rows[number].where
         if isinstance(encoded, TemplateError):
             report.count("left out, no conversation for this template", f"{where}: {encoded}")
             continue
+        if settings.loss_on == "all" and any_unlearnt(rows[number].messages):
+            report.count("hold turns marked as not to be learnt, learnt by data.loss_on=all", where)
         if encoded.written_apart:
             report.count("hold template markers or special tokens in their text, written apart", where)
-        if passed_over(rows[number].messages, encoded.trained):
+        if passed_over(asked_for[number], encoded.trained):
             report.count("hold replies that carry no loss in this template", where)
+        marks = learnt(encoded.trained, settings.loss_on)
         if len(encoded.input_ids) > max_length:
-            report.count(f"longer than {max_length} tokens, {LONG[too_long]}", where)
+            report.count(f"longer than {max_length} tokens, {LONG[settings.too_long]}", where)
             report.too_long += 1
-            report.lost_tokens += sum(encoded.trained[0 if too_long == "drop" else max_length :])
-            if too_long == "drop":
+            report.lost_tokens += sum(marks[0 if settings.too_long == "drop" else max_length :])
+            if settings.too_long == "drop":
                 continue
-        labels = [False, *encoded.trained[1:max_length]]
+        labels = [False, *marks[1:max_length]]
         if not any(labels):
             report.count(f"left out, nothing to learn in the first {max_length} tokens", where)
             continue
@@ -200,8 +211,8 @@ def _encode(
     }
 
 
-def _cache_key(rows: list[Conversation], encoder: Encoder, max_length: int, too_long: str) -> str:
-    head = [CACHE_FORMAT, encoder.fingerprint(), max_length, too_long]
+def _cache_key(rows: list[Conversation], encoder: Encoder, settings: DataSettings, max_length: int) -> str:
+    head = [CACHE_FORMAT, encoder.fingerprint(), max_length, settings.too_long, settings.loss_on]
     digest = hashlib.sha256(json.dumps(head).encode())
     for row in rows:
         turns = [[turn.role, turn.content, turn.context, turn.trained] for turn in row.messages]

@@ -2,53 +2,71 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.paths import DATA_SUFFIXES, local_path
-from finetune.recipe.settings import DataSettings
+from finetune.recipe.paths import DATA_SUFFIXES, TEXT_SUFFIXES, local_path
+from finetune.recipe.settings import DataSettings, Texts
 
 
-def data_files(path: Path) -> list[Path]:
-    """Return a file, or a folder's data files in alphabetical order.
+def data_files(path: Path, texts: Texts | None = None) -> list[Path]:
+    """Return a file, or a folder's data files in alphabetical order; text files where they are welcome.
+
+    Folders that may hold texts are read with the folders in them, but for hidden ones.
 
     Raises:
         UserError: the file is of an unknown kind, or the folder holds no data file.
     """
-    expected = f"files ending in {', '.join(DATA_SUFFIXES)}"
+    suffixes = (*DATA_SUFFIXES, *TEXT_SUFFIXES) if texts is not None else DATA_SUFFIXES
+    expected = f"files ending in {', '.join(suffixes)}"
     if path.is_file():
-        if _is_data(path):
+        if path.name.lower().endswith(suffixes):
             return [path]
         raise UserError(Problem(str(path), "unknown kind of file", expected))
-    files = sorted(file for file in path.iterdir() if file.is_file() and _is_data(file))
+    inside = _below(path) if texts is not None else path.iterdir()
+    files = sorted(file for file in inside if file.is_file() and file.name.lower().endswith(suffixes))
     if not files:
         raise UserError(Problem(str(path), "a folder without data files", expected))
     return files
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield what lies in a folder and in the folders in it, without what is hidden."""
+    for path in folder.rglob("*"):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def is_text(path: Path) -> bool:
+    """Tell whether a file holds plain text and no rows."""
+    return path.name.lower().endswith(TEXT_SUFFIXES)
+
+
 def data_fingerprint(settings: DataSettings) -> str:
     """Return a digest of the content that a data section names: files by content, hub sets by name."""
-    sources = [source_fingerprint(settings.source, revision=settings.revision)]
-    sources += [source_fingerprint(part.source, revision=part.revision) for part in settings.mix or []]
+    texts = settings.texts
+    sources = [source_fingerprint(settings.source, revision=settings.revision, texts=texts)]
+    sources += [
+        source_fingerprint(part.source, revision=part.revision, texts=texts) for part in settings.mix or []
+    ]
     if isinstance(settings.held_out, str):
-        sources.append(source_fingerprint(settings.held_out))
+        sources.append(source_fingerprint(settings.held_out, texts=texts))
     return _sha256(sources)
 
 
-def source_fingerprint(source: str | list[dict[str, Any]] | None, *, revision: str | None = None) -> str:
+def source_fingerprint(
+    source: str | list[dict[str, Any]] | None, *, revision: str | None = None, texts: Texts | None = None
+) -> str:
     """Return a digest of a source without reading its rows: content of local files, name of hub data."""
     if not isinstance(source, str) or (path := local_path(source)) is None:
         return _sha256([source, revision])
     digest = hashlib.sha256()
-    for file in data_files(path):
+    for file in data_files(path, texts):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def _is_data(path: Path) -> bool:
-    return path.name.lower().endswith(DATA_SUFFIXES)
 
 
 def _sha256(content: Any) -> str:

@@ -1,7 +1,7 @@
 """From a recipe's data section to conversations: read, chosen, mixed, and kept apart."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -15,7 +15,7 @@ from finetune.data.report import DataReport, SourceReport
 from finetune.data.selection import select
 from finetune.data.sources import Row, read_source
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import DataSettings, MixedSource, SelectSettings
+from finetune.recipe.settings import DataSettings, MixedSource, SelectSettings, Texts
 
 CAPPED, SELECTED = 0, 1
 """What a source's random streams are for: each draw has its own, so that none disturbs another."""
@@ -33,6 +33,7 @@ class Place:
     rows: int | None = None
     select: SelectSettings | None = None
     layouts: tuple[Layout, ...] = LAYOUTS
+    texts: Texts | None = None
 
 
 def gather(
@@ -58,6 +59,7 @@ def gather(
         train, held_out = mix(parts, settings, seed=seed, report=report)
     if isinstance(settings.held_out, str):
         place = Place("data.held_out", settings.held_out, settings.split, None, settings.columns)
+        place = _as_texts(place, settings.texts)
         held_out = usable(_conversations(place, 0, seed)[0], aside)
     _count_copies([row for part in parts for row in part.rows], report)
     _count_seen(held_out, train, aside)
@@ -68,8 +70,15 @@ def _places(settings: DataSettings) -> list[Place]:
     if settings.mix is None:
         assert settings.source is not None
         where = settings.split, settings.revision, settings.columns
-        return [Place("data.source", settings.source, *where, select=settings.select)]
-    return [_place(index, part, settings.split) for index, part in enumerate(settings.mix)]
+        places = [Place("data.source", settings.source, *where, select=settings.select)]
+    else:
+        places = [_place(index, part, settings.split) for index, part in enumerate(settings.mix)]
+    return [_as_texts(place, settings.texts) for place in places]
+
+
+def _as_texts(place: Place, texts: Texts | None) -> Place:
+    """Return a place whose rows are plain texts where they can be; the same place without ``texts``."""
+    return place if texts is None else replace(place, layouts=(DOCUMENT, *LAYOUTS), texts=texts)
 
 
 def _place(index: int, part: MixedSource, split: str) -> Place:
@@ -102,7 +111,9 @@ def _conversations(place: Place, index: int, seed: int) -> tuple[list[Conversati
     def some(count: int) -> Sequence[int]:
         return range(count) if cap is None else mixing.draw(count, min(cap, count), random)
 
-    rows = read_source(place.source, split=place.split, revision=place.revision, wanted=some)
+    rows = read_source(
+        place.source, split=place.split, revision=place.revision, wanted=some, texts=place.texts
+    )
     where = place.source if isinstance(place.source, str) else place.key
     layout = recognise(rows[0].columns, columns=place.columns, where=where, layouts=place.layouts)
     talks = to_conversations(rows, layout, place.columns)

@@ -21,6 +21,9 @@ ROLES: dict[str, Role] = {
     "function_call": "function_call",
     "observation": "observation",
 }
+FLAGS = ("trained", "train", "weight")
+"""Keys by which published layouts say whether a turn is learnt (axolotl: train; OpenAI: weight, 0 or 1)."""
+
 MAX_TOLD = 5
 END_MARK = "<|endoftext|>"
 """What stands at the end of completions that were written for OpenAI's fine-tuning, T0's tasks among them."""
@@ -156,6 +159,10 @@ def recognise(
             return layout
     expected = "; ".join("+".join(layout.required) for layout in layouts)
     repair = "say which column is which: data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}"
+    if layouts[0] is DOCUMENT:
+        repair = "say which column holds the text: data.columns={text: YOUR_COLUMN}"
+    elif "text" in known:
+        repair += "; plain text is for continued pretraining: llm-align pretrain --data ..."
     raise UserError(Problem(where, f"columns {', '.join(names)} are no known layout", expected, repair))
 
 
@@ -242,7 +249,23 @@ def _turn(turn: Any, field: str, role_key: str, text_key: str) -> Message:
         except ValueError as error:
             raise RowProblem(f"{field}.{text_key}", str(error), CALL) from error
     text = _checked(text, f"{field}.{text_key}")
-    return Message(ROLES[role], text, trained=turn.get("trained", True) is not False)
+    return Message(ROLES[role], text, trained=_trained(turn, field))
+
+
+def _trained(turn: Mapping[str, Any], field: str) -> bool:
+    """Return whether a turn is learnt: ``trained`` or axolotl's ``train`` (true, false), OpenAI's ``weight``.
+
+    It counts for the turns that the model writes alone.
+    """
+    for name in FLAGS:
+        value = turn.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise RowProblem(f"{field}.{name}", f"found {_short(value)}", "true or 1 (learn it), false or 0")
+        if not value:
+            return False
+    return True
 
 
 def _short(value: Any) -> str:

@@ -13,9 +13,10 @@ from typing import IO, Any
 import datasets
 from pyarrow import ArrowException, parquet
 
-from finetune.data.files import data_files
+from finetune.data.files import data_files, is_text
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.paths import local_path, looks_local
+from finetune.recipe.settings import Texts
 
 # Long documents stand in one field; the default of 128 KiB is far below what published sets hold.
 csv.field_size_limit(2**31 - 1)
@@ -39,6 +40,7 @@ def read_source(
     split: str = "train",
     revision: str | None = None,
     wanted: Wanted = range,
+    texts: Texts | None = None,
 ) -> list[Row]:
     """Read the rows of a source.
 
@@ -48,6 +50,7 @@ def read_source(
         split: split of a hub data set.
         revision: revision of a hub data set.
         wanted: which rows are returned, all unless told; of a hub data set no others are read.
+        texts: how ``.txt`` and ``.md`` files become rows with a ``text`` column; None where they may not.
 
     Raises:
         UserError: the source cannot be read, or holds no rows; the message names the file and line.
@@ -55,7 +58,7 @@ def read_source(
     if isinstance(source, list):
         rows = [Row(_object(entry, f"row {i + 1}"), f"row {i + 1}") for i, entry in enumerate(source)]
     elif path := local_path(source):
-        rows = [row for file in data_files(path) for row in _read_file(file)]
+        rows = [row for file in data_files(path, texts) for row in _read_file(file, texts)]
     elif looks_local(source):
         repair = "check the path; a data set of the hub is named owner/name"
         raise UserError(Problem(source, "no such file or folder", "an existing path", repair))
@@ -75,12 +78,14 @@ def _some(rows: list[Row], source: str | list[dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def _read_file(path: Path) -> list[Row]:
+def _read_file(path: Path, texts: Texts | None) -> list[Row]:
     name = path.name.lower()
     if name.endswith(".parquet"):
         return _read_parquet(path)
     try:
         with _open(path) as stream:
+            if texts is not None and is_text(path):
+                return list(_documents(path, stream.read(), texts.separator))
             return _read_text(path, stream, name.removesuffix(".gz"))
     except UnicodeDecodeError as error:
         repair = f"if it is Korean Windows text: iconv -f cp949 -t utf-8 {path.name}"
@@ -96,6 +101,17 @@ def _open(path: Path) -> IO[str]:
         content = io.BytesIO(gzip.decompress(path.read_bytes()))
         return io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
+
+
+def _documents(path: Path, text: str, separator: str | None) -> Iterator[Row]:
+    """Yield a text file's documents with the line on which each begins; blank ones are none."""
+    text = text.replace("\r\n", "\n")
+    line = 1
+    for part in text.split(separator) if separator else [text]:
+        if part.strip():
+            begins = line + part[: len(part) - len(part.lstrip())].count("\n")
+            yield Row({"text": part.strip("\n")}, f"{path}:{begins}")
+        line += part.count("\n") + (separator or "").count("\n")
 
 
 def _read_text(path: Path, stream: IO[str], name: str) -> list[Row]:

@@ -28,8 +28,11 @@ def bases() -> dict[str, Base]:
 def resolve_base(base: str) -> str:
     """Return the folder or the hub id that ``model.base`` stands for.
 
+    A run's folder stands for the model that it holds: ``model/`` after full tuning, or ``merged/``.
+
     Raises:
-        UserError: it is neither a short name, nor a folder with a config.json, nor ``owner/name``.
+        UserError: it is neither a short name, nor a folder with a config.json, nor a run that holds a model,
+            nor ``owner/name``.
     """
     table = bases()
     name = table[base].id if base in table else base
@@ -53,11 +56,24 @@ def _unknown(base: str, table: dict[str, Base]) -> Problem:
 
 
 def _checked_folder(folder: Path) -> Path:
+    if (folder / "run.json").is_file():
+        return _model_of_run(folder)
     if not (folder / "config.json").is_file():
         found = f"folder '{folder}' has no config.json"
         expected = "a folder written by save_pretrained (config.json, weights, tokenizer)"
         raise UserError(Problem("model.base", found, expected, _adapter_hint(folder)))
     return folder
+
+
+def _model_of_run(run: Path) -> Path:
+    held = [run / name for name in ("model", "merged") if (run / name / "config.json").is_file()]
+    if held:
+        return held[0]
+    expected = "a run that holds a model: model/ (after full tuning) or merged/"
+    if (run / "adapter").is_dir():
+        found = f"run '{run}' holds an adapter, and no model of its own yet"
+        raise UserError(Problem("model.base", found, expected, f"llm-align merge {run}"))
+    raise UserError(Problem("model.base", f"run '{run}' holds no model yet", expected, "finish it first"))
 
 
 def _adapter_hint(folder: Path) -> str:

@@ -140,6 +140,14 @@ def _adapter(settings: StageSettings) -> Iterator[Problem]:
         yield Problem("train.gradient_checkpointing", found, expected, "train.gradient_checkpointing=false")
 
 
+def _noise(settings: StageSettings) -> Iterator[Problem]:
+    alpha, method = settings.train.neftune_alpha, settings.adapter.method
+    if alpha is not None and settings.train.engine == "trl" and settings.adapter.positions:
+        found = f"{alpha:g} with train.engine 'trl' and adapter.method '{method}'"
+        expected = "null: that engine does not find the embeddings behind virtual tokens"
+        yield Problem("train.neftune_alpha", found, expected, "train.engine=native")
+
+
 def _batch(settings: StageSettings) -> Iterator[Problem]:
     batch, micro = settings.train.batch_size, settings.train.micro_batch_size
     if micro != "auto" and micro > batch:
@@ -160,5 +168,6 @@ RULES: tuple[tuple[Callable[[StageSettings], Iterator[Problem]], set[str]], ...]
     (_quantization, {"adapter", "model"}),
     (_packing, {"adapter", "data", "train"}),
     (_adapter, {"adapter", "train"}),
+    (_noise, {"adapter", "train"}),
     (_batch, {"train"}),
 )

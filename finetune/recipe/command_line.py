@@ -18,7 +18,7 @@ COMMAND_LINE = "command line"
 NEW_DATA = "it belongs to the data of the recipe"
 OF_THE_DATA = (
     *("source", "mix", "mix_limit", "mix_temperature", "mix_rows"),
-    *("revision", "split", "columns", "select"),
+    *("revision", "split", "columns", "select", "separator"),
 )
 NEW_BASE = "it belongs to the base of the recipe"
 

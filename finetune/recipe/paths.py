@@ -5,6 +5,7 @@ from pathlib import Path
 from finetune.recipe.discovery import PROJECT
 
 DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".tsv", ".parquet")
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".md", ".md.gz")
 
 
 def local_path(text: str) -> Path | None:
@@ -17,4 +18,5 @@ def local_path(text: str) -> Path | None:
 
 def looks_local(text: str) -> bool:
     """Tell whether ``text`` can only mean a file or folder, and not the hub id ``owner/name``."""
-    return text.lower().endswith(DATA_SUFFIXES) or text.startswith((".", "/", "~")) or text.count("/") != 1
+    known = (*DATA_SUFFIXES, *TEXT_SUFFIXES)
+    return text.lower().endswith(known) or text.startswith((".", "/", "~")) or text.count("/") != 1

@@ -1,5 +1,6 @@
 """The sections that every recipe has; adapters and stages declare theirs beside the code that uses them."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
@@ -20,6 +21,15 @@ class Section(BaseModel):
     )
 
 
+class RopeSettings(Section):
+    """How rotary positions are stretched to more of them than the base was trained with."""
+
+    method: Literal["linear", "dynamic", "yarn"] = Field(
+        description="linear: position interpolation; dynamic: NTK-aware, by the row's length; yarn"
+    )
+    factor: Annotated[float, Field(ge=1)] = Field(description="context of the result / context of the base")
+
+
 class ModelSettings(Section):
     """The base model and how its weights are held."""
 
@@ -33,6 +43,9 @@ class ModelSettings(Section):
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
         "auto", description="attention implementation; auto: the library's choice"
+    )
+    rope: RopeSettings | None = Field(
+        None, description="a longer context: {method: yarn, factor: 4}; null: the base's own"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
@@ -54,6 +67,13 @@ class SelectSettings(Section):
     rows_by: Literal["random", "score", "length"] = Field(
         "random", description="which: drawn with the seed, the best rated, or the longest replies"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Plain texts are welcome as rows; ``separator`` stands between the documents of a text file."""
+
+    separator: str | None = None
 
 
 class MixedSource(Section):
@@ -106,6 +126,9 @@ class DataSettings(Section):
     max_length: Annotated[int, Field(ge=8)] | None = Field(
         None, description="tokens a row at most; null: what the model takes, 2048 at most"
     )
+    loss_on: Literal["reply", "all", "last"] = Field(
+        "reply", description="every reply, all tokens (prompts too), or a conversation's last reply alone"
+    )
     too_long: Literal["cut", "drop"] = Field(
         "cut", description="cut the end off longer rows, or drop the rows"
     )
@@ -113,6 +136,11 @@ class DataSettings(Section):
         False, description="lay rows end to end in place of padding; same loss, same batches"
     )
     cache: bool = Field(True, description="keep tokenised rows for the next run")
+
+    @property
+    def texts(self) -> Texts | None:
+        """Return how plain texts are read, None where a row must be a conversation."""
+        return None
 
 
 class TrainSettings(Section):
@@ -137,6 +165,12 @@ class TrainSettings(Section):
         [0.9, 0.999], description="AdamW's moment decays"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
+    label_smoothing: Share = Field(
+        0.0, description="share of the target spread evenly over the vocabulary (0.1), in training alone"
+    )
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="NEFTune: size of the noise on embeddings (5 to 15), in training alone; null: none"
+    )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
         1.0, description="clip the gradient to this norm; 0: never"
     )
@@ -152,6 +186,30 @@ class TrainSettings(Section):
     engine_args: dict[str, Any] = Field(
         {}, description="further arguments of the engine, by the engine's names"
     )
+
+
+class DocumentSettings(DataSettings):
+    """What a model reads in continued pretraining: documents, every token of them."""
+
+    template: Text = Field(
+        "plain", description="how rows that are conversations are written; plain texts stay as they are"
+    )
+    separator: Text | None = Field(
+        None, description="text between the documents of a .txt or .md file (\\n\\n); null: a file is one"
+    )
+    packing: bool = Field(
+        False,
+        description="false: documents end to end, cut into blocks of max_length, attention over borders; "
+        "true: whole documents in rows of max_length, none sees another",
+    )
+    loss_on: Literal["all"] = Field("all", description="every token is learnt")
+    too_long: Literal["cut"] = Field("cut", description="long documents go on in the next row")
+
+    @property
+    def texts(self) -> Texts:
+        """Return how plain texts are read; a line feed may be written as backslash and n, as in a shell."""
+        separator = self.separator.replace("\\n", "\n") if self.separator else None
+        return Texts(separator)
 
 
 class EvaluateSettings(Section):

@@ -1,5 +1,6 @@
 """Questions and answers about a made-up company, Hanbit Bicycles, to adapt `tiny` to new facts."""
 
+from random import Random
 from typing import NamedTuple
 
 
@@ -267,3 +268,31 @@ def questions_and_answers() -> tuple[list[dict[str, str]], list[dict[str, str]]]
     ]
     held_out = [{"question": fact.questions[-1], "answer": fact.answer} for fact in FACTS]
     return train, held_out
+
+
+OPENINGS = {
+    "en": ("About Hanbit Bicycles.", "From the handbook.", "Notes of the shop.", "Good to know."),
+    "ko": ("한빛자전거 이야기입니다.", "안내 책에서 읽었습니다.", "가게 소식입니다.", "알아 두세요."),
+}
+TALKERS = {"en": ("Customer", "Shop"), "ko": ("손님", "가게")}
+TALK_SHARE = 0.3
+
+
+def documents(count: int, rng: Random) -> list[str]:
+    """Return texts of three to six facts in one language, three in ten of them as a talk in the shop.
+
+    Questions that are held out of the questions and answers are in no text.
+    """
+    korean = [fact for fact in FACTS if any("가" <= letter <= "힣" for letter in fact.answer)]
+    facts = {"ko": korean, "en": [fact for fact in FACTS if fact not in korean]}
+    return [_document(facts[language], language, rng) for language in rng.choices(("en", "ko"), k=count)]
+
+
+def _document(facts: list[Fact], language: str, rng: Random) -> str:
+    chosen = rng.sample(facts, rng.randint(3, 6))
+    if rng.random() >= TALK_SHARE:
+        return " ".join([rng.choice(OPENINGS[language]), *(fact.answer for fact in chosen)])
+    customer, shop = TALKERS[language]
+    return "\n".join(
+        f"{customer}: {rng.choice(fact.questions[:-1])}\n{shop}: {fact.answer}" for fact in chosen
+    )

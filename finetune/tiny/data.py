@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from finetune.tiny import rows
-from finetune.tiny.company import questions_and_answers
+from finetune.tiny.company import documents, questions_and_answers
 
 SEED = 7
 HAPPY_SHARE = 0.3
@@ -18,6 +18,7 @@ HELD_OUT_PER_TASK, HELD_OUT_PER_STORY = 8, 8
 CHATS = (500, 60)
 STORY_PAIRS, ANSWER_PAIRS = (1000, 100), (500, 50)
 PROMPTS, STORY_PROMPT_SHARE = (800, 120), 0.6
+DOCUMENTS = (400, 60)
 
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
@@ -61,6 +62,15 @@ def write_side(folder: Path, name: str, side: rows.Side, *, index: int, seed: in
     )
 
 
+def write_documents(folder: Path, seed: int) -> None:
+    """Write the company's texts, a blank line between them; none of the held-out ones is learnt."""
+    texts = documents(DOCUMENTS[0], Random(f"{seed}/in_house"))
+    others = documents(2 * DOCUMENTS[1], Random(f"{seed}/in_house_held_out"))
+    held_out = [text for text in others if text not in texts][: DOCUMENTS[1]]
+    for name, kept in (("in_house.txt", texts), ("in_house_held_out.txt", held_out)):
+        (folder / name).write_text("\n\n".join(kept) + "\n", encoding="utf-8", newline="\n")
+
+
 def write_all(folder: Path, seed: int = SEED) -> None:
     """Write every data file into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +79,7 @@ def write_all(folder: Path, seed: int = SEED) -> None:
     train, held_out = questions_and_answers()
     write_csv(folder / "in_house.csv", train)
     write_csv(folder / "in_house_held_out.csv", held_out)
+    write_documents(folder, seed)
 
 
 def main(arguments: list[str]) -> None:

@@ -55,7 +55,14 @@ def common(
 ) -> dict[str, Any]:
     """Return the arguments that the recipe decides, in the engine's names."""
     beta1, beta2 = settings.betas
-    own = {"max_length": None, "packing": False} if settings.engine == "trl" else {}
+    own: dict[str, Any] = {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0}  # ours, in trainer.py
+    if settings.engine == "trl":
+        own = {
+            "max_length": None,
+            "packing": False,
+            "neftune_noise_alpha": settings.neftune_alpha,
+            "label_smoothing_factor": settings.label_smoothing,
+        }
     return own | {
         "output_dir": str(folder),
         "num_train_epochs": settings.epochs,

@@ -13,7 +13,12 @@ from finetune.training.loss import cross_entropy_sum, loss_positions, symmetric_
 
 
 def completion_loss_sum(
-    model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor], *, passes: int = 1
+    model: nn.Module,
+    head: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    passes: int = 1,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return the summed negative log-likelihood of a batch's labels.
 
@@ -23,11 +28,12 @@ def completion_loss_sum(
         batch: what a collator gives; ``labels`` and ``rows`` are not passed to the model.
         passes: with 2 the batch goes through twice, and the symmetric KL divergence of both passes'
             predictions is added (AdaMix, arXiv 2205.12410, equation 5).
+        label_smoothing: share of the target that is spread over the vocabulary.
     """
     positions, targets = loss_positions(batch["labels"])
     forward = {key: value for key, value in batch.items() if key not in ("labels", "rows")}
     logits = logits_at(model, head, forward, positions)
-    loss = cross_entropy_sum(logits, targets)
+    loss = cross_entropy_sum(logits, targets, label_smoothing=label_smoothing)
     if passes == 1:
         return loss
     assert passes == 2

@@ -183,10 +183,11 @@ def _headline(record: dict[str, Any]) -> dict[str, str]:
     for key, label in (
         ("loss", "training loss"),
         ("held_out_loss", "held-out loss"),
+        ("held_out_perplexity", "held-out perplexity"),
         ("exact_match", "exact match"),
     ):
         if f"{key}_before" in metrics and f"{key}_after" in metrics:
-            style = ".1%" if key == "exact_match" else ".3f"
+            style = {"exact_match": ".1%", "held_out_perplexity": ".1f"}.get(key, ".3f")
             lines[label] = f"{metrics[f'{key}_before']:{style}} → {metrics[f'{key}_after']:{style}}"
     rate = f", {metrics['tokens_per_second']:,} tokens/s" if "tokens_per_second" in metrics else ""
     lines["training"] = f"{record['seconds']['train']:.0f} s{rate}"

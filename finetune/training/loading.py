@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import set_seed
 
-from finetune.data.dataset import Prepared, prepare
+from finetune.data.dataset import Prepared
+from finetune.data.documents import prepare_any
 from finetune.planning import choices
 from finetune.recipe.checks import adapter_traits
 from finetune.training.arguments import check_engine_args
@@ -46,7 +47,7 @@ def load_data(job: Job, text: Text) -> Prepared:
     """
     settings = job.recipe.settings
     with job.timed("data"):
-        data = prepare(settings.data, text.encoder, max_length=text.max_length, seed=settings.train.seed)
+        data = prepare_any(settings.data, text.encoder, max_length=text.max_length, seed=settings.train.seed)
     for line in data.report.lines():
         job.say(line)
     return data

@@ -25,8 +25,13 @@ def loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return mask, labels[:, 1:][mask[:, :-1]]
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor, *, max_elements: int = MAX_ELEMENTS) -> Tensor:
+def cross_entropy_sum(
+    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, max_elements: int = MAX_ELEMENTS
+) -> Tensor:
     r"""Return the summed negative log-likelihood, -sum_n log softmax(logits_n)[target_n], in float32.
+
+    With ``label_smoothing`` e the target is (1 - e) of the token and e / V of each of the V entries of the
+    vocabulary (Szegedy et al. 2015, arXiv 1512.00567, section 7).
 
     Over a large vocabulary the softmax is taken chunk by chunk and recomputed in the backward pass, so that
     one chunk's float32 copy is alive at a time and not all of them.
@@ -34,18 +39,19 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, *, max_elements: int = MA
     Args:
         logits: (N, vocabulary), any floating type.
         targets: (N,), token ids.
+        label_smoothing: e, from 0 up to 1.
         max_elements: logits per chunk at most.
     """
     rows = max(1, max_elements // logits.shape[-1])
     if len(targets) <= rows:
-        return _sum(logits, targets)
+        return _sum(logits, targets, label_smoothing)
     chunks = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
-    sums = [checkpoint(_sum, *chunk, use_reentrant=False) for chunk in chunks]
+    sums = [checkpoint(_sum, *chunk, label_smoothing, use_reentrant=False) for chunk in chunks]
     return torch.stack(sums).sum()
 
 
-def _sum(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+def _sum(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
 
 
 def symmetric_kl_sum(first: Tensor, second: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,6 +23,7 @@ from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import AdapterSettings, ModelSettings
+from finetune.training.rope import forget_lengths, positions, stretch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,15 +50,25 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         )
 
 
-def context_length(settings: ModelSettings) -> int:
-    """Return how many positions the base has, from its config alone."""
+def load_config(settings: ModelSettings) -> PretrainedConfig:
+    """Return the base's config, with the context that the recipe asks for.
+
+    Raises:
+        UserError: the base has none, or its positions cannot be stretched.
+    """
     with _told(settings):
-        config = AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             resolve_base(settings.base),
             revision=settings.revision or "main",
             trust_remote_code=settings.trust_remote_code,
         )
-    return int(config.get_text_config().max_position_embeddings)
+        stretch(config, settings.rope, base=settings.base)
+    return config
+
+
+def context_length(settings: ModelSettings) -> int:
+    """Return how many positions the base has, from its config alone."""
+    return positions(load_config(settings))
 
 
 def load_base(
@@ -73,10 +85,12 @@ def load_base(
     Raises:
         UserError: there is no such base, or its files are damaged.
     """
+    config = load_config(settings)
     with _told(settings):
         model: PreTrainedModel
         model, loading = AutoModelForCausalLM.from_pretrained(
             resolve_base(settings.base),
+            config=config,
             revision=settings.revision or "main",
             trust_remote_code=settings.trust_remote_code,
             dtype=DTYPES[precision],
@@ -93,6 +107,7 @@ def load_base(
         _refuse_unloaded([*loading["missing_keys"], *other])
     if quantization == "nf4" and hardware.device == "cpu":
         _keep_nf4_layout(model)
+    forget_lengths(model)
     model.requires_grad_(False)
     return model
 

@@ -17,7 +17,8 @@ RUNS = Path("runs")
 REPLACED = "replaced"
 SAMPLES = "samples.jsonl"
 OWN_FILES = ("recipe.yaml", "metrics.jsonl", SAMPLES, "report.html", "run.json")
-OWN_FOLDERS = ("adapter", "model", "checkpoints")
+MERGED = "merged"
+OWN_FOLDERS = ("adapter", "model", MERGED, "checkpoints")
 LOCK = ".lock"
 PARTIAL = ".{}.partial"
 
@@ -163,18 +164,25 @@ class RunDirectory:
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
         """Give a folder to write to, which takes the name ``name`` in one move when all went well."""
-        partial = self.path / PARTIAL.format(name)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        shutil.rmtree(self.path / name, ignore_errors=True)
-        os.replace(partial, self.path / name)
+        with replacing(self.path, name) as partial:
+            yield partial
 
     def _foreign_files(self) -> bool:
         """Tell whether something lies here beside what a run leaves that was killed before its first line."""
         return any(
             file.name != LOCK and file.name != PARTIAL.format("run.json") for file in self.path.iterdir()
         )
+
+
+@contextmanager
+def replacing(path: Path, name: str) -> Iterator[Path]:
+    """Give a folder to write to, which takes the name ``path/name`` in one move when all went well."""
+    partial = path / PARTIAL.format(name)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    shutil.rmtree(path / name, ignore_errors=True)
+    os.replace(partial, path / name)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokeniz
         else:
             assert isinstance(model, PreTrainedModel)
             model.save_pretrained(str(folder))
-            _verify_model(folder, model.state_dict())
+            verify_model(folder, model.state_dict())
         tokenizer.save_pretrained(str(folder))
         files = sorted(folder.glob("*.safetensors"))
         return {f"{name}/{file.name}": _sha256(file) for file in files}
@@ -52,7 +52,7 @@ def _verify(folder: Path, live: dict[str, torch.Tensor]) -> None:
         raise _lost(folder, "zeros alone")
 
 
-def _verify_model(folder: Path, live: dict[str, torch.Tensor]) -> None:
+def verify_model(folder: Path, live: dict[str, torch.Tensor]) -> None:
     """Compare the files of a saved model with the one in memory; tied weights are saved once."""
     for file in sorted(folder.glob("*.safetensors")):
         saved = load_file(file)

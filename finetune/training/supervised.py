@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import exp, isfinite
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
@@ -27,6 +27,9 @@ from finetune.training.stops import NotFiniteError
 from finetune.training.text import Text
 from finetune.training.trainer import NativeTrainer
 from finetune.training.trl_engine import trl_trainer
+
+LARGEST_LOSS = 700.0
+"""The exponential of more is no float."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,9 @@ class Supervised:
         job, text, data, policy = self.job, self.text, self.data, self.policy
         with job.timed("preflight"):
             job.check(Tick("environment", job.environment(policy.precision)))
+            blocks = job.recipe.settings.data.texts is not None
             job.check(
-                *row_ticks(data.train, data.report, text.encoder, max_length=text.max_length, blocks=False),
+                *row_ticks(data.train, data.report, text.encoder, max_length=text.max_length, blocks=blocks),
                 vocabulary_tick(policy.model, data.train, text.encoder),
             )
             stored = {"precision": policy.precision, "quantization": policy.quantization}
@@ -130,7 +134,7 @@ class Supervised:
             tokenizer = self.text.encoder.tokenizer
             args = self.arguments()
             return trl_trainer(self.policy.model, args, tokenizer, train_rows=rows, held_out_rows=held_out)
-        return NativeTrainer(
+        trainer = NativeTrainer(
             self.policy.model,
             self.arguments(),
             train_rows=rows,
@@ -140,6 +144,8 @@ class Supervised:
             group_by_length=train.group_by_length,
             hooks=adapter_hooks(self.policy.model, self.job.recipe.settings.adapter, steps=self.steps),
         )
+        trainer.label_smoothing, trainer.neftune_alpha = train.label_smoothing, train.neftune_alpha
+        return trainer
 
     def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
         """Answer prompts greedily with the policy as it is."""
@@ -152,8 +158,10 @@ class Supervised:
                 context=self.text.context,
             )
 
-    def measure(self, trainer: Trainer, when: str) -> None:
+    def measure(self, trainer: Trainer, when: str, *, perplexity: bool = False) -> None:
         """Record the held-out loss before or after training, and the training loss at both ends.
+
+        With ``perplexity`` its exponential too: the held-out rows' perplexity per token.
 
         Raises:
             NotFiniteError: the held-out loss is NaN or infinite.
@@ -165,6 +173,8 @@ class Supervised:
             if not isfinite(loss):
                 raise NotFiniteError(f"held-out loss is {loss} {when} training")
             run.update(metrics={f"held_out_loss_{when}": loss})
+            if perplexity:
+                run.update(metrics={f"held_out_perplexity_{when}": exp(min(loss, LARGEST_LOSS))})
         if when == "after":
             losses = [line["loss"] for line in run.metrics() if "loss" in line]
             if losses:  # none with train.log_every above the number of steps

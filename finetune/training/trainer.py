@@ -18,6 +18,7 @@ from finetune.data.dataset import TokenizedRows
 from finetune.training.adapter_hooks import AdapterCallback, scale_learning_rates
 from finetune.training.completion import completion_loss_sum, held_out_loss
 from finetune.training.head import output_head
+from finetune.training.neftune import noisy_embeddings
 from finetune.training.stops import NotFiniteError
 
 NO_HOOKS = Hooks()
@@ -27,6 +28,8 @@ class NativeTrainer(Trainer):  # type: ignore[misc]
     """Computes the head only where a label is, on batches of similar length."""
 
     loss_is_scaled_for_ga = True
+    label_smoothing: float = 0.0
+    neftune_alpha: float | None = None
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class NativeTrainer(Trainer):  # type: ignore[misc]
         )
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the labels of all accumulated batches
         self.head = output_head(self.accelerator.unwrap_model(model))
+        self.embeddings: nn.Module = self.accelerator.unwrap_model(model).get_input_embeddings()
         self.batch_size = batch_size
         self.group_by_length = group_by_length
         self.hooks = hooks
@@ -102,7 +106,10 @@ class NativeTrainer(Trainer):  # type: ignore[misc]
         passes and over processes (whose gradients are averaged, hence the factor).
         """
         assert num_items_in_batch is not None and not return_outputs
-        loss_sum = completion_loss_sum(model, self.head, inputs, passes=self.hooks.passes)
+        with noisy_embeddings(self.embeddings, self.neftune_alpha, inputs):
+            loss_sum = completion_loss_sum(
+                model, self.head, inputs, passes=self.hooks.passes, label_smoothing=self.label_smoothing
+            )
         if self.hooks.penalty:  # its share of the step is that of this pass's labels
             loss_sum = loss_sum + self.hooks.penalty() * (inputs["labels"] != IGNORED).sum()
         loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes

@@ -25,8 +25,8 @@ class Tuned:
     context: int
 
 
-def load_tuned(run: Path) -> Tuned:
-    """Load a finished run's model in the precision that it was trained in.
+def finished_record(run: Path) -> dict[str, Any]:
+    """Return a finished run's run.json.
 
     Raises:
         UserError: the folder is no finished run.
@@ -35,11 +35,20 @@ def load_tuned(run: Path) -> Tuned:
     if record.get("status") != "finished":
         found = f"a run that is {record['status']}" if record else "no run"
         raise UserError(Problem(str(run), found, "the folder of a finished run", _way_on(record)))
-    load: dict[str, Any] = record["load"]
+    return record
+
+
+def load_tuned(run: Path) -> Tuned:
+    """Load a finished run's model in the precision that it was trained in.
+
+    Raises:
+        UserError: the folder is no finished run.
+    """
+    load: dict[str, Any] = finished_record(run)["load"]
     settings = ModelSettings(**load["model"])
     whole = run / "model"
     if whole.is_dir():
-        settings = settings.model_copy(update={"base": str(whole), "revision": None})
+        settings = settings.model_copy(update={"base": str(whole), "revision": None, "rope": None})
     hardware = detect()
     base = load_base(
         settings, precision=load["precision"], quantization=load["quantization"], hardware=hardware

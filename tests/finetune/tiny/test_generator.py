@@ -200,6 +200,20 @@ def test_in_house_phrasings_are_held_out() -> None:
     assert len({row["question"] for row in train}) == len(train)
 
 
+def test_in_house_texts_hold_every_fact_and_no_held_out_question() -> None:
+    """What the texts teach is what the questions ask; texts of a few facts each, in one language."""
+    texts = (COMMITTED / "in_house.txt").read_text(encoding="utf-8").split("\n\n")
+    whole = "\n".join(texts)
+    _, held_out = company.questions_and_answers()
+    kept_out = (COMMITTED / "in_house_held_out.txt").read_text(encoding="utf-8").split("\n\n")
+    assert (len(texts), len(kept_out)) == data.DOCUMENTS and len({*texts, *kept_out}) == 460
+    assert [fact.answer for fact in company.FACTS if fact.answer not in whole] == []
+    assert [row["question"] for row in held_out if row["question"] in whole] == []
+    korean = [any("가" <= letter <= "힣" for letter in text) for text in texts]
+    assert 0.4 < sum(korean) / len(texts) < 0.6
+    assert not any("Hanbit" in text for text, is_korean in zip(texts, korean, strict=True) if is_korean)
+
+
 def load(name: str) -> list[dict[str, str]]:
     """Read a committed JSON-lines file."""
     return [json.loads(line) for line in (COMMITTED / name).read_text(encoding="utf-8").splitlines()]

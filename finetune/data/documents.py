@@ -1,0 +1,201 @@
+"""Documents for continued pretraining: every token is learnt, and rows have one length.
+
+``packing: false``: all documents end to end, each with the BOS and EOS that the tokenizer gives it, cut into
+blocks of ``max_length`` wherever the cut falls; attention runs over the borders of documents, EOS tells them
+apart (GPT-3: Brown et al. 2020, arXiv 2005.14165, appendix B). ``packing: true``: whole documents (longer
+ones in pieces) share a row of at most ``max_length``; positions start anew at each, and none sees another.
+The first token of a block, or of a piece, is predicted from nothing and carries no loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from data_templates._segments import Message
+from finetune.data.blocks import block_starts, packed_pieces
+from finetune.data.conversation import Conversation
+from finetune.data.dataset import Prepared, TokenizedRows, prepare, tell_shares
+from finetune.data.files import data_files, is_text
+from finetune.data.layouts import DOCUMENT
+from finetune.data.report import DataReport
+from finetune.data.sources import read_source
+from finetune.data.tokens import Encoder
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.paths import local_path
+from finetune.recipe.settings import DataSettings, DocumentSettings
+
+WHOLE = 2**31 - 1
+"""No document is that long: they are tokenised whole."""
+
+SHOWN = 200
+"""Characters of a text's start that the model is asked to go on from, and of what really follows."""
+
+SHORTEST = 16
+"""Characters of a passage at least."""
+
+STARTS = 64
+"""Starts of held-out texts to take samples from."""
+
+
+def prepare_any(settings: DataSettings, encoder: Encoder, *, max_length: int, seed: int) -> Prepared:
+    """Return what a data section names: documents for continued pretraining, else conversations.
+
+    Raises:
+        UserError: a source cannot be read, or nothing is left to learn.
+    """
+    if isinstance(settings, DocumentSettings):
+        return prepare_documents(settings, encoder, max_length=max_length, seed=seed)
+    return prepare(settings, encoder, max_length=max_length, seed=seed)
+
+
+def prepare_documents(
+    settings: DocumentSettings, encoder: Encoder, *, max_length: int, seed: int
+) -> Prepared:
+    """Read, split and tokenise documents, and lay them into rows.
+
+    Of a single text file that is one document, a held-out share is its end.
+
+    Args:
+        settings: the recipe's data section.
+        encoder: tokenizer, and the template of rows that are conversations.
+        max_length: tokens of a row.
+        seed: draws the held-out documents.
+
+    Raises:
+        UserError: a source cannot be read, nothing is left to learn, or plain texts meet a template.
+    """
+    book = _book(settings)
+    data = (
+        _cut_book(book, settings, encoder, seed)
+        if book is not None
+        else prepare(settings, encoder, max_length=WHOLE, seed=seed)
+    )
+    _refuse_template(settings, data.report)
+    train = in_rows(data.train, max_length, packing=settings.packing)
+    held_out = None
+    if data.held_out is not None:
+        held_out = in_rows(data.held_out, max_length, packing=settings.packing)
+    report = _report(data, train, held_out)
+    # A template would write the start of a plain text as a question.
+    asked = [row for row in data.prompts if settings.template == "plain" or not row.document]
+    return Prepared(train, held_out, _starts(asked), report)
+
+
+def in_rows(documents: TokenizedRows, size: int, *, packing: bool) -> TokenizedRows:
+    """Return rows of ``size`` tokens: blocks, or with ``packing`` whole documents."""
+    ids = documents.arrays["input_ids"]
+    if packing:
+        return _packed(documents, packed_pieces(documents.lengths, size))
+    borders = np.asarray(block_starts(len(ids), size), dtype=np.int64)
+    trained = np.ones(borders[-1], dtype=bool)
+    trained[borders[:-1]] = False
+    arrays = {"input_ids": ids[: borders[-1]], "trained": trained, "starts": borders}
+    return _named(arrays, documents, borders[:-1])
+
+
+def _packed(documents: TokenizedRows, rows: list[list[tuple[int, int]]]) -> TokenizedRows:
+    flat = [piece for row in rows for piece in row]
+    lengths = [end - start for start, end in flat]
+    parts = np.asarray(list(accumulate(lengths, initial=0)), dtype=np.int64)
+    starts = np.asarray(list(accumulate((len(row) for row in rows), initial=0)))
+    ids = np.concatenate([documents.arrays["input_ids"][start:end] for start, end in flat])
+    trained = np.ones(len(ids), dtype=bool)
+    trained[parts[:-1]] = False
+    arrays = {"input_ids": ids, "trained": trained, "starts": parts[starts], "parts": parts[:-1]}
+    return _named(arrays, documents, [row[0][0] for row in rows])
+
+
+def _named(
+    arrays: dict[str, np.ndarray], documents: TokenizedRows, begins: Sequence[int] | np.ndarray
+) -> TokenizedRows:
+    """Return rows with place and source of the document in which each begins."""
+    first = np.searchsorted(documents.arrays["starts"], begins, side="right") - 1
+    places = [documents.places[index] for index in first]
+    return TokenizedRows(arrays, places, [documents.sources[index] for index in first])
+
+
+def _refuse_template(settings: DocumentSettings, report: DataReport) -> None:
+    if settings.template != "plain" and all(source.layout == DOCUMENT.name for source in report.sources):
+        found = f"'{settings.template}', but the data are plain texts"
+        expected = "plain: a template is for rows that are conversations"
+        repair = "data.template=plain, or name the columns of the conversations with data.columns"
+        raise UserError(Problem("data.template", found, expected, repair))
+
+
+def _book(settings: DocumentSettings) -> Path | None:
+    """Return the source if it is a single text file that is one document of which a share is held out."""
+    share = isinstance(settings.held_out, float) and settings.held_out > 0
+    if not share or settings.separator or not isinstance(settings.source, str):
+        return None
+    path = local_path(settings.source)
+    files = data_files(path, settings.texts) if path else []
+    return files[0] if len(files) == 1 and is_text(files[0]) else None
+
+
+def _cut_book(path: Path, settings: DocumentSettings, encoder: Encoder, seed: int) -> Prepared:
+    """Hold out the end of a text, from the line on that begins behind the first (1 - share) characters."""
+    [book] = read_source(str(path), texts=settings.texts)
+    text: str = book.columns["text"]
+    assert isinstance(settings.held_out, float)
+    cut = text.find("\n", round(len(text) * (1 - settings.held_out))) + 1
+    if cut == 0:
+        found = f"the last {settings.held_out:.0%} of {path} is no whole line"
+        raise UserError(Problem("data.held_out", found, "lines to measure on", "raise data.held_out"))
+    parts = [
+        settings.model_copy(update={"source": [{"text": part}], "held_out": 0})
+        for part in (text[:cut], text[cut:])
+    ]
+    train, end = (prepare(part, encoder, max_length=WHOLE, seed=seed) for part in parts)
+    rows, held_out = (TokenizedRows(part.train.arrays, [str(path)]) for part in (train, end))
+    return Prepared(rows, held_out, end.prompts, train.report)
+
+
+def _report(data: Prepared, train: TokenizedRows, held_out: TokenizedRows | None) -> DataReport:
+    documents, held = len(data.train), len(data.held_out) if data.held_out else 0
+    layout = f"{data.report.layout}; documents: {documents} and {held} held out"
+    report = replace(
+        data.report,
+        layout=layout,
+        rows=len(train),
+        held_out=len(held_out) if held_out else 0,
+        tokens=train.num_tokens,
+        trained_tokens=train.num_trained,
+        longest=max(train.lengths),
+    )
+    tell_shares(train, report)
+    return report
+
+
+def _starts(documents: Sequence[Conversation]) -> list[Conversation]:
+    """Return starts of texts with what follows; conversations stay as they are, long texts give several."""
+    if not any(row.document for row in documents):
+        return list(documents)
+    passages = []
+    for row in documents[:: max(1, len(documents) // STARTS)][:STARTS]:
+        text = row.messages[-1].content
+        step = max(2 * SHOWN, len(text) * len(documents) // STARTS)
+        passages += [
+            Conversation(passage, row.where)
+            for begin in range(0, len(text), step)
+            if (passage := _passage(text[_word(text, begin) : begin + 2 * SHOWN]))
+        ]
+    return passages
+
+
+def _word(text: str, begin: int) -> int:
+    """Return where the first word behind ``begin`` starts; ``begin`` where the text has no blanks."""
+    blank = text.find(" ", begin, begin + SHOWN) if begin else -1
+    return begin if blank < 0 else blank + 1
+
+
+def _passage(text: str) -> list[Message]:
+    """Return a text's first half as a question and the rest as its answer, nothing where it is too short."""
+    text = text.strip()
+    if len(text) < SHORTEST:
+        return []
+    blank = text.rfind(" ", 0, len(text) // 2 + 1)
+    cut = blank if blank > 0 else len(text) // 2
+    return [Message("user", text[:cut]), Message("assistant", text[cut:])]

@@ -1,0 +1,36 @@
+"""Which tokens of a conversation carry loss: every reply, all tokens, or the last reply alone.
+
+Loss on replies is the usual choice (Ouyang et al. 2022, arXiv 2203.02155); on all tokens it is instruction
+modelling, which helps where replies are short and rows few (Shi et al. 2024, arXiv 2405.14394).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from data_templates._segments import REPLIES, Message
+
+
+def asked(messages: Sequence[Message], loss_on: str) -> list[Message]:
+    """Return a conversation whose turns say whether they are learnt.
+
+    ``last`` takes the loss from every reply but the last; a last reply that the data itself marks as not to
+    be learnt stays so.
+    """
+    last = max((i for i, turn in enumerate(messages) if turn.role in REPLIES), default=-1)
+    if loss_on != "last":
+        return list(messages)
+    return [turn if index == last else replace(turn, trained=False) for index, turn in enumerate(messages)]
+
+
+def any_unlearnt(messages: Sequence[Message]) -> bool:
+    """Tell whether the data itself marks a reply as not to be learnt."""
+    return any(turn.role in REPLIES and not turn.trained for turn in messages)
+
+
+def learnt(trained: Sequence[bool], loss_on: str) -> list[bool]:
+    """Return which of a row's tokens carry loss, given which of them belong to replies that are learnt.
+
+    ``all`` takes every token: prompts, markup and end tokens, and replies that are marked as not to be
+    learnt.
+    """
+    return [True] * len(trained) if loss_on == "all" else list(trained)

@@ -1,0 +1,61 @@
+"""Base and adapter as one model, which any program loads and the next stage takes as its base."""
+
+from pathlib import Path
+
+from peft.tuners.tuners_utils import BaseTuner
+from transformers import AutoTokenizer, PreTrainedModel
+
+from finetune.adapters._load import open_adapter
+from finetune.planning.hardware import detect
+from finetune.recipe import yaml_file
+from finetune.recipe.checks import adapter_traits
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import ModelSettings
+from finetune.training.model import load_base
+from finetune.training.run_directory import MERGED, replacing
+from finetune.training.save import verify_model
+from finetune.training.tuned import finished_record
+
+
+def merge_run(run: Path) -> Path:
+    """Write ``RUN/merged``: the base's weights with the adapter's change added, and the tokenizer.
+
+    A quantized base is taken back to numbers first, the very ones that the adapter was trained on
+    (arXiv 2305.14314, section 3: the adapter makes good for the error of the quantization).
+
+    Raises:
+        UserError: no finished run, no adapter, or one that changes no weight.
+    """
+    load = finished_record(run)["load"]
+    adapter = run / "adapter"
+    if not adapter.is_dir():
+        raise UserError(
+            Problem(str(run), "a run without an adapter", "a run with one", f"use it as it is: --base {run}")
+        )
+    _refuse(run)
+    base = load_base(
+        ModelSettings(**load["model"]),
+        precision=load["precision"],
+        quantization=load["quantization"],
+        hardware=detect(),
+    )
+    if load["quantization"] != "none":
+        base = base.dequantize()
+    tuner = open_adapter(base, adapter).base_model
+    assert isinstance(tuner, BaseTuner), "an adapter outside the weights says so in its traits"
+    merged: PreTrainedModel = tuner.merge_and_unload()
+    tokenizer = AutoTokenizer.from_pretrained(str(adapter))
+    with replacing(run, MERGED) as folder:
+        merged.save_pretrained(str(folder))
+        verify_model(folder, merged.state_dict())
+        tokenizer.save_pretrained(str(folder))
+    return run / MERGED
+
+
+def _refuse(run: Path) -> None:
+    """Raise UserError if the run's adapter declares that it cannot be added to the weights."""
+    method = yaml_file.read(run / "recipe.yaml")[0]["adapter"]["method"]
+    if reason := adapter_traits(method).merge:
+        expected = "an adapter that can be added to the weights, such as lora"
+        found = f"adapter '{method}': {reason}"
+        raise UserError(Problem(str(run), found, expected, "train with another adapter.method, or with full"))

@@ -1,0 +1,178 @@
+"""Continued pretraining as a whole run: what it leaves, every adapter, resume, and tuning behind it."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from align import cli
+from finetune.recipe.discovery import ADAPTERS, plugin_names
+from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import load
+from finetune.stages import pretrain, sft
+from finetune.training.job import Job
+from finetune.training.result import Result
+from finetune.training.stops import Interrupted
+from finetune.training.tuned import load_tuned
+
+RECIPE = """\
+stage: pretrain
+model: {{base: {base}, precision: float32}}
+data: {{source: {texts}, separator: "\\n", held_out: 0.2, max_length: 64}}
+adapter: {{method: lora, rank: 4, dropout: 0.1}}
+train: {{max_steps: 6, batch_size: 4, micro_batch_size: 3, learning_rate: 1e-2, checkpoint_every: 2}}
+evaluate: {{samples: 2, max_new_tokens: 4}}
+"""
+Read = Callable[..., Result]
+
+
+@pytest.fixture
+def read(tmp_path: Path, base_folder: Path) -> Read:
+    """Return a function that runs the recipe to its end."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text(
+        "\n".join(f"The number {n} and then {n + 1} and then {n + 2}, add them." for n in range(90))
+    )
+    recipe = tmp_path / "numbers.yaml"
+    recipe.write_text(RECIPE.format(base=base_folder, texts=texts), encoding="utf-8")
+
+    def run(name: str = "run", **settings: Any) -> Result:
+        given = {key.replace("__", "."): value for key, value in settings.items()}
+        loaded = load("pretrain", str(recipe), shortcuts=given, out=tmp_path / name)
+        return pretrain.run(loaded, Console(quiet=True), command="a test")
+
+    return run
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_run_leaves_what_every_run_leaves(read: Read, packing: bool) -> None:
+    result = read(data__packing=packing, train__max_steps=12)
+    names = {path.name for path in result.directory.iterdir()}
+    assert {"recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "report.html", "adapter"} <= names
+    metrics = result.record["metrics"]
+    for when in ("before", "after"):
+        loss, perplexity = metrics[f"held_out_loss_{when}"], metrics[f"held_out_perplexity_{when}"]
+        assert perplexity == pytest.approx(math.exp(loss))
+    assert metrics["held_out_perplexity_after"] < 0.7 * metrics["held_out_perplexity_before"]
+    told = result.record["headline"]["held-out perplexity"]
+    assert told == " → ".join(f"{metrics[f'held_out_perplexity_{when}']:.1f}" for when in ("before", "after"))
+    assert told in (result.directory / "report.html").read_text()
+    assert "text; documents: 72 and 18 held out" in result.record["data"]["lines"][0]
+    assert result.record["load"]["template"] == "plain"
+
+
+def test_samples_go_on_from_the_starts_of_held_out_texts(read: Read, tmp_path: Path) -> None:
+    result = read()
+    texts = (tmp_path / "texts.txt").read_text().split("\n")
+    assert len(result.samples) == 2
+    for sample in result.samples:
+        assert any(text.startswith(sample["prompt"]) and sample["expected"] in text for text in texts)
+        assert sample["before"] != sample["after"]
+
+
+USUAL = ("full", "lora", "qlora", "prefix", "prompt")
+OTHERS = sorted(set(plugin_names(ADAPTERS)) - {*USUAL, "bitfit"})  # this base has no biases
+
+
+@pytest.mark.parametrize("method", [*USUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_every_adapter_reads_on(read: Read, method: str) -> None:
+    result = read(adapter__method=method, train__max_steps=4)
+    assert result.record["status"] == "finished" and len(result.metrics) == 4
+    assert load_tuned(result.directory).context > 150
+
+
+def test_packed_documents_need_a_path_without_virtual_tokens(read: Read) -> None:
+    with pytest.raises(UserError, match=r"data\.packing.*: true with adapter\.method 'prefix'"):
+        read(adapter__method="prefix", data__packing=True)
+
+
+def test_trl_reads_the_same_blocks(read: Read) -> None:
+    ways = [
+        read(name, train__engine=name, train__micro_batch_size=4, evaluate__samples=0, adapter__dropout=0.0)
+        for name in ("native", "trl")
+    ]
+    before = [way.record["metrics"]["held_out_perplexity_before"] for way in ways]
+    assert before[0] == pytest.approx(before[1], rel=1e-6)
+    assert ways[1].metrics[-1]["loss"] < ways[1].metrics[0]["loss"]
+
+
+def test_pain_05_an_interrupted_run_ends_like_the_uninterrupted_one(
+    read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read("whole", data__packing=True)
+    train = Job.train
+
+    def stopped(job: Job, trainer: Any) -> None:
+        step = trainer.training_step
+
+        def first_steps(*args: Any) -> Any:
+            if trainer.state.global_step == 3:
+                job.interrupt.name = "SIGTERM"
+            return step(*args)
+
+        trainer.training_step = first_steps
+        train(job, trainer)
+
+    monkeypatch.setattr(Job, "train", stopped)
+    with pytest.raises(Interrupted, match="at step 4"):
+        read("cut", data__packing=True)
+    monkeypatch.undo()
+    again = read("cut", data__packing=True)
+    assert again.record["files"] == whole.record["files"]
+    assert [line["step"] for line in again.metrics] == [line["step"] for line in whole.metrics]
+
+
+def test_tuning_goes_on_from_task_texts_that_were_read_with_their_prompts(
+    read: Read, rows_file: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    first = read(
+        "pcp",
+        data__source=str(rows_file),
+        data__template="alpaca",
+        data__separator=None,
+        data__max_length=128,
+        adapter__method="full",
+        train__learning_rate=3e-3,
+        train__max_steps=15,
+    )
+    recipe = tmp_path / "tune.yaml"
+    recipe.write_text(
+        f"data: {{source: {rows_file}, held_out: 6, max_length: 128}}\n"
+        "train: {max_steps: 2, batch_size: 8}\nevaluate: {samples: 0}\nmodel: {precision: float32}\n"
+    )
+
+    def tune(base: str, name: str) -> Result:
+        loaded = load("sft", str(recipe), shortcuts={"model.base": base}, out=tmp_path / name)
+        return sft.run(loaded, Console(quiet=True))
+
+    plain = tune(str(base_folder), "plain")
+    behind = tune(str(first.directory), "behind")
+    losses = [run.record["metrics"]["held_out_loss_before"] for run in (plain, behind)]
+    assert losses[1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"data__loss_on": "reply"}, "data.loss_on"),
+        ({"data__too_long": "drop"}, "data.too_long"),
+        ({"data__template": "alpaca"}, "the data are plain texts"),
+        ({"data__source": "nowhere/a/b.txt"}, "'nowhere/a/b.txt' does not exist"),
+        ({"data__held_out": "corpus/held.md"}, "'corpus/held.md' does not exist"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(
+    read: Read, tmp_path: Path, settings: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        read(**settings)
+    assert told in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_folder_is_the_registry() -> None:
+    assert "pretrain" in cli.cli.commands
+    assert "in-house" in str(cli.cli.commands["pretrain"].epilog)

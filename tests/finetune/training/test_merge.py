@@ -1,0 +1,108 @@
+"""Base and adapter as one model: it answers like the two, and the next stage goes on from it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fixture_types import MakeRecipe, Tune
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune.recipe.bases import resolve_base
+from finetune.recipe.errors import UserError
+from finetune.training.merge import merge_run
+from finetune.training.result import Result
+from finetune.training.run_directory import MERGED
+from finetune.training.tuned import load_tuned
+
+INPUTS = torch.tensor([[5, 17, 300, 42, 7, 9], [8, 1, 2, 300, 17, 99]])
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(input_ids=INPUTS).logits
+
+
+def trained(tune: Tune, name: str = "run", **settings: object) -> Result:
+    return tune(name, evaluate__samples=0, **settings)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "pissa", "ia3", "oft"])
+def test_the_merged_model_answers_like_base_and_adapter(tune: Tune, base_folder: Path, method: str) -> None:
+    result = trained(tune, adapter__method=method)
+    folder = merge_run(result.directory)
+    merged = AutoModelForCausalLM.from_pretrained(folder).eval()
+    found, expected = logits(merged), logits(load_tuned(result.directory).model)
+    tolerance = 1e-3 if method == "qlora" else 1e-5  # 4-bit kernels differ in the last digits
+    assert torch.allclose(found, expected, atol=tolerance)
+    plain = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    assert not torch.allclose(found, logits(plain), atol=10 * tolerance)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
+    assert [path.name for path in result.directory.iterdir() if path.name.endswith(".partial")] == []
+
+
+def test_a_run_goes_on_from_a_merged_run(tune: Tune) -> None:
+    first = trained(tune, "first")
+    merge_run(first.directory)
+    second = trained(tune, "second", model__base=str(first.directory), train__max_steps=2)
+    losses = [
+        first.record["metrics"]["held_out_loss_after"],
+        second.record["metrics"]["held_out_loss_before"],
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    by_hand = AutoModelForCausalLM.from_pretrained(first.directory / MERGED)
+    by_hand = PeftModel.from_pretrained(by_hand, str(second.adapter)).eval()
+    assert torch.allclose(logits(load_tuned(second.directory).model), logits(by_hand), atol=1e-6)
+
+
+def test_a_run_goes_on_from_a_whole_model(tune: Tune) -> None:
+    first = trained(tune, "first", adapter__method="full", train__learning_rate=1e-3)
+    second = trained(tune, "second", model__base=str(first.directory), train__max_steps=2)
+    losses = [
+        first.record["metrics"]["held_out_loss_after"],
+        second.record["metrics"]["held_out_loss_before"],
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_an_adapter_run_says_how_to_become_a_base(tune: Tune, make_recipe: MakeRecipe) -> None:
+    first = trained(tune, "first")
+    with pytest.raises(UserError) as caught:
+        make_recipe("second", model__base=str(first.directory))
+    assert str(caught.value) == (
+        f"model.base (command line): run '{first.directory}' holds an adapter, and no model of its own yet\n"
+        "    expected: a run that holds a model: model/ (after full tuning) or merged/\n"
+        f"    repair:   llm-align merge {first.directory}"
+    )
+    merge_run(first.directory)
+    assert resolve_base(str(first.directory)) == str(first.directory / MERGED)
+
+
+def test_a_new_run_in_the_folder_takes_the_merged_model_away(tune: Tune) -> None:
+    first = trained(tune, "first")
+    merge_run(first.directory)
+    trained(tune, "first", train__seed=1, force=True)
+    assert not (first.directory / MERGED).exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("prompt", "adapter 'prompt': virtual tokens stand in the input"),
+        ("bottleneck", "adapter 'bottleneck': "),
+        ("full", "a run without an adapter"),
+    ],
+)
+def test_what_cannot_be_merged_is_told(tune: Tune, method: str, told: str) -> None:
+    result = trained(tune, adapter__method=method, train__max_steps=1)
+    with pytest.raises(UserError, match=told):
+        merge_run(result.directory)
+    assert not (result.directory / MERGED).exists()
+
+
+def test_an_unfinished_run_is_no_base(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no model yet"):
+        resolve_base(str(tmp_path))
+    with pytest.raises(UserError, match="not written by llm-align"):
+        merge_run(tmp_path)

@@ -1,0 +1,174 @@
+"""A longer context: frequencies by hand for each method, what is saved, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from fixture_types import MakeRecipe, Tune
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+
+from finetune.planning.hardware import detect
+from finetune.recipe.errors import UserError
+from finetune.recipe.settings import ModelSettings, RopeSettings
+from finetune.training.model import context_length, load_base
+from finetune.training.tuned import load_tuned
+
+CONTEXT, WIDTH, BASE = 256, 16, 10000.0  # of conftest's base: 4 heads over 64
+METHODS = ("linear", "dynamic", "yarn")
+
+
+def load(folder: Path, method: str | None, factor: float = 4.0) -> PreTrainedModel:
+    rope = RopeSettings(method=method, factor=factor) if method else None
+    settings = ModelSettings(base=str(folder), rope=rope, attention="eager")
+    return load_base(settings, precision="float32", quantization="none", hardware=detect()).eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, length: int) -> torch.Tensor:
+    ids = torch.arange(length)[None] % 400 + 5
+    return model(input_ids=ids).logits
+
+
+def plain(base: float = BASE) -> list[float]:
+    return [base ** (-2 * pair / WIDTH) for pair in range(WIDTH // 2)]
+
+
+def yarn(factor: float) -> list[float]:
+    """By the paper: r(i) = L theta_i / 2 pi turns; the ramp goes over pair numbers as transformers has it."""
+
+    def pair_that_turns(turns: float) -> float:
+        return WIDTH * math.log(CONTEXT / (turns * 2 * math.pi)) / (2 * math.log(BASE))
+
+    low, high = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), WIDTH - 1)
+    slow = [min(max((pair - low) / (high - low), 0.0), 1.0) for pair in range(WIDTH // 2)]
+    return [theta * (1 - share) + theta / factor * share for theta, share in zip(plain(), slow, strict=True)]
+
+
+def test_linear_frequencies_are_divided(base_folder: Path) -> None:
+    model = load(base_folder, "linear")
+    assert model.model.rotary_emb.inv_freq.tolist() == pytest.approx(
+        [theta / 4 for theta in plain()], rel=1e-6
+    )
+    assert model.config.max_position_embeddings == 4 * CONTEXT
+
+
+def test_linear_is_interpolation_of_positions(base_folder: Path) -> None:
+    ids, spread = torch.arange(9)[None] + 5, torch.arange(0, 36, 4)[None]
+    with torch.no_grad():
+        expected = load(base_folder, None)(input_ids=ids).logits
+        found = load(base_folder, "linear")(input_ids=ids, position_ids=spread).logits
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_yarn_frequencies_and_attention(base_folder: Path) -> None:
+    rotary = load(base_folder, "yarn").model.rotary_emb
+    found = rotary.inv_freq.tolist()
+    assert found == pytest.approx(yarn(4.0), rel=1e-6)
+    assert found[0] == pytest.approx(1.0) and found[-1] == pytest.approx(plain()[-1] / 4, rel=1e-6)
+    assert rotary.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
+
+
+@pytest.mark.parametrize("length", [100, 256, 257, 700, 1024])
+def test_dynamic_frequencies_follow_the_length(base_folder: Path, length: int) -> None:
+    model = load(base_folder, "dynamic")
+    logits(model, 900)  # leaves no trace
+    logits(model, length)
+    stretched = max(1.0, 4 * length / CONTEXT - 3) ** (WIDTH / (WIDTH - 2))
+    found = model.model.rotary_emb.inv_freq.tolist()
+    assert found == pytest.approx(plain(BASE * stretched), rel=1e-5)
+
+
+def test_dynamic_passes_do_not_depend_on_those_before(base_folder: Path) -> None:
+    model = load(base_folder, "dynamic")
+    first = logits(model, 300)
+    logits(model, 800)
+    assert torch.equal(logits(model, 300), first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_logits_differ_beyond_what_the_base_knows(base_folder: Path, method: str) -> None:
+    base, stretched = load(base_folder, None), load(base_folder, method)
+    same = method == "dynamic"  # up to its own context a dynamic model is the base
+    assert torch.allclose(logits(stretched, 200), logits(base, 200), atol=1e-6) is same
+    assert not torch.allclose(logits(stretched, 600), logits(base, 600), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_factor_one_is_the_base(base_folder: Path, method: str) -> None:
+    base, same = load(base_folder, None), load(base_folder, method, 1.0)
+    assert torch.allclose(logits(same, 256), logits(base, 256), atol=1e-6)
+    assert (
+        context_length(ModelSettings(base=str(base_folder), rope={"method": method, "factor": 1})) == CONTEXT
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_run_answers_with_the_same_positions(tune: Tune, base_folder: Path, method: str) -> None:
+    rope = {"method": method, "factor": 2}
+    result = tune("run", model__rope=rope, data__max_length=512, train__max_steps=2)
+    assert result.record["load"]["model"]["rope"] == rope
+    tuned = load_tuned(result.directory)
+    assert tuned.context == 2 * CONTEXT
+    by_hand = PeftModel.from_pretrained(load(base_folder, method, 2.0), str(result.adapter)).eval()
+    assert torch.allclose(logits(tuned.model, 400), logits(by_hand, 400), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_whole_model_carries_its_positions(tune: Tune, base_folder: Path, method: str) -> None:
+    rope = {"method": method, "factor": 2}
+    result = tune("run", adapter__method="full", model__rope=rope, train__max_steps=2, evaluate__samples=0)
+    config = json.loads((result.adapter / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == method and config["rope_parameters"]["factor"] == 2
+    tuned = load_tuned(result.directory)
+    assert tuned.context == 2 * CONTEXT
+    assert torch.equal(
+        logits(tuned.model, 400), logits(AutoModelForCausalLM.from_pretrained(result.adapter).eval(), 400)
+    )
+
+
+def test_rows_may_be_longer_then_and_no_longer(tune: Tune, make_recipe: MakeRecipe) -> None:
+    rope = {"method": "yarn", "factor": 4}
+    long = {"instruction": "a " * 700, "output": "b"}
+    result = tune(
+        "run", model__rope=rope, data__source=[long] * 12, data__max_length=1024, train__max_steps=1
+    )
+    assert result.record["data"]["longest"] > 2 * CONTEXT
+    with pytest.raises(UserError, match="at most 1024: the model has 1024 positions"):
+        tune("other", model__rope=rope, data__max_length=1025)
+
+
+def test_pain_24_a_base_without_rotary_positions_is_told(tmp_path: Path) -> None:
+    GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as caught:
+        context_length(ModelSettings(base=str(tmp_path), rope={"method": "linear", "factor": 2}))
+    assert str(caught.value) == (
+        f"model.rope: {tmp_path} (gpt2) has no rotary positions\n"
+        "    expected: a base that has them, such as Llama, Mistral, Qwen, GPT-NeoX\n"
+        "    repair:   leave model.rope out, or take another base"
+    )
+
+
+def test_a_base_that_is_stretched_already_is_told(tune: Tune) -> None:
+    rope = {"method": "linear", "factor": 2}
+    first = tune("run", adapter__method="full", model__rope=rope, train__max_steps=1, evaluate__samples=0)
+    with pytest.raises(UserError, match=r"are stretched already \(linear, factor 2\)"):
+        tune("again", model__base=str(first.directory), model__rope=rope)
+
+
+@pytest.mark.parametrize(
+    ("rope", "told"),
+    [
+        ({"method": "ntk", "factor": 2}, "model.rope.method"),
+        ({"method": "yarn"}, "model.rope.factor"),
+        ({"method": "yarn", "factor": 0.5}, "found 0.5"),
+        ({"method": "yarn", "factor": 2, "scale": 1}, "model.rope.scale"),
+        ("yarn", "model.rope"),
+    ],
+)
+def test_mistakes_in_the_recipe_are_told(make_recipe: MakeRecipe, rope: object, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_recipe(model__rope=rope)
+    assert told in str(caught.value)
