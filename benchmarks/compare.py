@@ -98,9 +98,18 @@ def _write(results: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     unit = next((entry["seconds"] for entry in results if entry["adapter"] == "lora"), results[0]["seconds"])
     content = {"date": date, "device": detect().name, **facts, "results": results}
     name.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    name.with_suffix(".md").write_text(_table(results, unit), encoding="utf-8")
+    table = _head(content) + _table(results, unit)
+    name.with_suffix(".md").write_text(table, encoding="utf-8")
     _plot(results).savefig(name.with_suffix(".png"), dpi=120)
-    click.echo(_table(results, unit) + f"\nwritten to {name}.json, .md and .png")
+    click.echo(table + f"\nwritten to {name}.json, .md and .png")
+
+
+def _head(content: dict[str, Any]) -> str:
+    return (
+        f"Every adapter on the quickstart's rows: {content['steps']} optimizer steps of 16 rows, the better of "
+        f"{content['factors']} times its usual learning rate, {content['rows']} held-out rows answered, "
+        f"{content['device']}, {content['date'][:10]}. Written by `make compare`.\n\n"
+    )
 
 
 def _table(results: list[dict[str, Any]], unit: float) -> str:
