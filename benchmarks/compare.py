@@ -106,7 +106,7 @@ def _write(results: list[dict[str, Any]], facts: dict[str, Any]) -> None:
 
 def _head(content: dict[str, Any]) -> str:
     return (
-        f"Every adapter on the quickstart's rows: {content['steps']} optimizer steps of 16 rows, the better of "
+        f"Every adapter on the quickstart's rows: {content['steps']} optimizer steps of 16 rows, the best of "
         f"{content['factors']} times its usual learning rate, {content['rows']} held-out rows answered, "
         f"{content['device']}, {content['date'][:10]}. Written by `make compare`.\n\n"
     )
