@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -154,20 +154,36 @@ def _tokenise(
     rows: list[Conversation], encoder: Encoder, settings: DataSettings, max_length: int, report: DataReport
 ) -> TokenizedRows:
     """Encode rows, or take them from the cache of an earlier run that encoded the same rows alike."""
+
+    def encode(found: DataReport) -> dict[str, np.ndarray]:
+        return _encode(rows, encoder, settings, max_length, found)
+
     key = _cache_key(rows, encoder, settings, max_length)
+    arrays = cached(key, encode, cache=settings.cache, report=report)
+    kept = [rows[number] for number in arrays.pop("numbers")]
+    return TokenizedRows(arrays, [row.where for row in kept], [row.source for row in kept])
+
+
+def cached(
+    key: str, encode: Callable[[DataReport], dict[str, np.ndarray]], *, cache: bool, report: DataReport
+) -> dict[str, np.ndarray]:
+    """Return what ``encode`` makes, or what an earlier run kept under the same key; counts come with it.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
     path = user_cache_path("llm-align") / "tokens" / f"{key}.safetensors"
     found = DataReport()
-    arrays = _load(path, found) if settings.cache else None
+    arrays = _load(path, found) if cache else None
     report.from_cache = arrays is not None
     if arrays is None:
-        arrays = _encode(rows, encoder, settings, max_length, found)
-        if settings.cache:
+        arrays = encode(found)
+        if cache:
             _store(path, arrays, found)
     report.counts |= found.counts
     report.examples |= found.examples
     report.too_long, report.lost_tokens = found.too_long, found.lost_tokens
-    kept = [rows[number] for number in arrays.pop("numbers")]
-    return TokenizedRows(arrays, [row.where for row in kept], [row.source for row in kept])
+    return arrays
 
 
 def _encode(

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from data_templates._segments import Message
 from finetune.data import mixing
 from finetune.data.conversation import Conversation, usable
 from finetune.data.layouts import DOCUMENT, LAYOUTS, Layout, first_of, recognise, to_conversations
@@ -20,6 +21,20 @@ from finetune.recipe.settings import DataSettings, MixedSource, SelectSettings, 
 CAPPED, SELECTED = 0, 1
 """What a source's random streams are for: each draw has its own, so that none disturbs another."""
 
+AnyRow = TypeVar("AnyRow")
+
+
+class Said(Protocol):
+    """A row whose words and place are known."""
+
+    @property
+    def words(self) -> object:
+        """Return what is said, by whom: two rows with the same are copies of each other."""
+
+    @property
+    def where(self) -> str:
+        """Return the row's place (``file:line``)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -32,8 +47,13 @@ class Place:
     columns: dict[str, str] | None
     rows: int | None = None
     select: SelectSettings | None = None
-    layouts: tuple[Layout, ...] = LAYOUTS
+    layouts: tuple[Layout[list[Message]], ...] = LAYOUTS
     texts: Texts | None = None
+
+    @property
+    def name(self) -> str:
+        """Return what messages call the source."""
+        return self.source if isinstance(self.source, str) else self.key
 
 
 def gather(
@@ -50,23 +70,24 @@ def gather(
     Raises:
         UserError: a source cannot be read, rows do not fit its layout, or there is nothing left to learn.
     """
-    parts = [_part(place, index, seed, report) for index, place in enumerate(_places(settings))]
+    parts = [_part(place, index, seed, report) for index, place in enumerate(places_of(settings))]
     report.sources = [part.report for part in parts]
     report.layout = " + ".join(dict.fromkeys(source.layout for source in report.sources))
     if settings.mix is None:
-        train, held_out = _split(parts[0].rows, settings.held_out, seed)
+        train, held_out = split_rows(parts[0].rows, settings.held_out, seed)
     else:
         train, held_out = mix(parts, settings, seed=seed, report=report)
     if isinstance(settings.held_out, str):
         place = Place("data.held_out", settings.held_out, settings.split, None, settings.columns)
         place = _as_texts(place, settings.texts)
         held_out = usable(_conversations(place, 0, seed)[0], aside)
-    _count_copies([row for part in parts for row in part.rows], report)
-    _count_seen(held_out, train, aside)
+    count_copies([row for part in parts for row in part.rows], report)
+    count_seen(held_out, train, aside)
     return train, held_out
 
 
-def _places(settings: DataSettings) -> list[Place]:
+def places_of(settings: DataSettings) -> list[Place]:
+    """Return where a data section's rows are: its source, or those of its mixture."""
     if settings.mix is None:
         assert settings.source is not None
         where = settings.split, settings.revision, settings.columns
@@ -88,7 +109,7 @@ def _place(index: int, part: MixedSource, split: str) -> Place:
     return Place(f"data.mix[{index}]", part.source, *where, part.rows, part.select, layouts)
 
 
-def _part(place: Place, index: int, seed: int, report: DataReport) -> Part:
+def _part(place: Place, index: int, seed: int, report: DataReport) -> Part[Conversation]:
     found, layout = _conversations(place, index, seed)
     rows = usable(found, report)
     if place.select is not None:
@@ -99,28 +120,35 @@ def _part(place: Place, index: int, seed: int, report: DataReport) -> Part:
         other = "data.columns={instruction: Q, output: A} reads other columns"
         repair = f"look at the rows named above, or {'choose fewer away' if place.select else other}"
         raise UserError(Problem(place.key, told, "rows with replies", repair))
-    name = place.source if isinstance(place.source, str) else place.key
-    return Part(SourceReport(name, layout, found=len(found), usable=len(rows)), rows)
+    return Part(SourceReport(place.name, layout, found=len(found), usable=len(rows)), rows)
 
 
 def _conversations(place: Place, index: int, seed: int) -> tuple[list[Conversation], str]:
     """Return a source's rows as conversations, and the name of their layout."""
+    rows = read_place(place, index, seed)
+    layout = recognise(rows[0].columns, columns=place.columns, where=place.name, layouts=place.layouts)
+    talks = to_conversations(rows, layout, place.columns)
+    column = place.select.score if place.select else None
+    scores = [0.0] * len(rows) if column is None else _scores(rows, column, where=f"{place.key}.select.score")
+    found = zip(talks, rows, scores, strict=True)
+    return [Conversation(talk, row.where, index, score) for talk, row, score in found], layout.name
+
+
+def read_place(place: Place, index: int, seed: int) -> list[Row]:
+    """Return the rows of source number ``index``, as many as are wanted of it.
+
+    Raises:
+        UserError: the source cannot be read, or holds no rows.
+    """
     random = np.random.default_rng([seed, index, CAPPED])
     cap = place.rows
 
     def some(count: int) -> Sequence[int]:
         return range(count) if cap is None else mixing.draw(count, min(cap, count), random)
 
-    rows = read_source(
+    return read_source(
         place.source, split=place.split, revision=place.revision, wanted=some, texts=place.texts
     )
-    where = place.source if isinstance(place.source, str) else place.key
-    layout = recognise(rows[0].columns, columns=place.columns, where=where, layouts=place.layouts)
-    talks = to_conversations(rows, layout, place.columns)
-    column = place.select.score if place.select else None
-    scores = [0.0] * len(rows) if column is None else _scores(rows, column, where=f"{place.key}.select.score")
-    found = zip(talks, rows, scores, strict=True)
-    return [Conversation(talk, row.where, index, score) for talk, row, score in found], layout.name
 
 
 def _scores(rows: list[Row], column: str, *, where: str) -> list[float]:
@@ -147,9 +175,7 @@ def _scores(rows: list[Row], column: str, *, where: str) -> list[float]:
     return scores
 
 
-def _split(
-    rows: list[Conversation], share: int | float | str, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
+def split_rows(rows: list[AnyRow], share: int | float | str, seed: int) -> tuple[list[AnyRow], list[AnyRow]]:
     """Return the rows to learn and the rows held out of a single source."""
     if isinstance(share, str):
         return rows, []
@@ -162,7 +188,8 @@ def _split(
     return train, [row for index, row in enumerate(rows) if index in chosen]
 
 
-def _count_copies(rows: Sequence[Conversation], report: DataReport) -> None:
+def count_copies(rows: Sequence[Said], report: DataReport) -> None:
+    """Count the rows that say what an earlier one says."""
     first: dict[object, str] = {}
     for row in rows:
         if row.words in first:
@@ -171,7 +198,8 @@ def _count_copies(rows: Sequence[Conversation], report: DataReport) -> None:
             first[row.words] = row.where
 
 
-def _count_seen(held_out: Sequence[Conversation], train: Sequence[Conversation], aside: DataReport) -> None:
+def count_seen(held_out: Sequence[Said], train: Sequence[Said], aside: DataReport) -> None:
+    """Count the rows held out that are learnt too."""
     if held_out:
         learnt = {row.words: row.where for row in train}
         for row in held_out:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from data_templates._segments import DOCUMENT_START, Message, Role
 from finetune.data.sources import Row
@@ -24,6 +24,9 @@ ROLES: dict[str, Role] = {
 FLAGS = ("trained", "train", "weight")
 """Keys by which published layouts say whether a turn is learnt (axolotl: train; OpenAI: weight, 0 or 1)."""
 
+Read = TypeVar("Read")
+"""What a layout makes of a row: messages here, completions of a prompt in preference data."""
+
 MAX_TOLD = 5
 END_MARK = "<|endoftext|>"
 """What stands at the end of completions that were written for OpenAI's fine-tuning, T0's tasks among them."""
@@ -39,57 +42,65 @@ class RowProblem(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """A published layout: its name, the columns that make it known, and how a row becomes messages."""
+class Layout(Generic[Read]):
+    """A published layout: its name, the columns that make it known, and what it makes of a row."""
 
     name: str
     required: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], list[Message]]
+    read: Callable[[Mapping[str, Any]], Read]
     nullable: tuple[str, ...] = ()
 
 
 def _alpaca(columns: Mapping[str, Any]) -> list[Message]:
-    user = Message("user", _text(columns, "instruction"), context=_text(columns, "input", optional=True))
-    return [*_system(columns), user, Message("assistant", _text(columns, "output"))]
+    user = Message(
+        "user", text_field(columns, "instruction"), context=text_field(columns, "input", optional=True)
+    )
+    return [*system_turn(columns), user, Message("assistant", text_field(columns, "output"))]
 
 
 def _pair(prompt: str, completion: str) -> Callable[[Mapping[str, Any]], list[Message]]:
     def read(columns: Mapping[str, Any]) -> list[Message]:
         if isinstance(columns[prompt], list):
-            return _turns(columns, prompt, "role", "content") + _turns(columns, completion, "role", "content")
-        user = Message("user", _text(columns, prompt))
-        return [*_system(columns), user, Message("assistant", _text(columns, completion))]
+            return turns_field(columns, prompt, "role", "content") + turns_field(
+                columns, completion, "role", "content"
+            )
+        user = Message("user", text_field(columns, prompt))
+        return [*system_turn(columns), user, Message("assistant", text_field(columns, completion))]
 
     return read
 
 
 def _tasks(columns: Mapping[str, Any]) -> list[Message]:
-    completion = _text(columns, "completion").removesuffix(END_MARK)
-    return [Message("user", _text(columns, "prompt")), Message("assistant", completion)]
+    completion = text_field(columns, "completion").removesuffix(END_MARK)
+    return [Message("user", text_field(columns, "prompt")), Message("assistant", completion)]
 
 
 def _natural_instructions(columns: Mapping[str, Any]) -> list[Message]:
-    user = Message("user", _text(columns, "definition"), context=_text(columns, "inputs"))
-    return [user, Message("assistant", _text(columns, "targets"))]
+    user = Message("user", text_field(columns, "definition"), context=text_field(columns, "inputs"))
+    return [user, Message("assistant", text_field(columns, "targets"))]
 
 
 def _rationale(columns: Mapping[str, Any]) -> list[Message]:
     """Return a question, and reasoning and answer in GSM8K's writing, which template `cot` words."""
-    reasoned = f"{_text(columns, 'rationale')}\n#### {_text(columns, 'answer')}"
-    return [*_system(columns), Message("user", _text(columns, "question")), Message("assistant", reasoned)]
+    reasoned = f"{text_field(columns, 'rationale')}\n#### {text_field(columns, 'answer')}"
+    return [
+        *system_turn(columns),
+        Message("user", text_field(columns, "question")),
+        Message("assistant", reasoned),
+    ]
 
 
 def _messages(columns: Mapping[str, Any]) -> list[Message]:
-    return _with_tools(columns, _turns(columns, "messages", "role", "content"))
+    return _with_tools(columns, turns_field(columns, "messages", "role", "content"))
 
 
 def _conversations(columns: Mapping[str, Any]) -> list[Message]:
     turns = columns["conversations"]
     openai = isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]
     names = ("role", "content") if openai else ("from", "value")
-    messages = _turns(columns, "conversations", *names)
+    messages = turns_field(columns, "conversations", *names)
     own = messages[:1] and messages[0].role == "system"
-    return _with_tools(columns, messages if own else [*_system(columns), *messages])
+    return _with_tools(columns, messages if own else [*system_turn(columns), *messages])
 
 
 def _with_tools(columns: Mapping[str, Any], messages: list[Message]) -> list[Message]:
@@ -99,11 +110,11 @@ def _with_tools(columns: Mapping[str, Any], messages: list[Message]) -> list[Mes
     except ValueError as error:
         raise RowProblem("tools", str(error), TOOLS) from error
     head = 1 if messages[0].role == "system" else 0
-    tools = [Message("tools", _checked(lines, "tools"))] if lines else []
+    tools = [Message("tools", checked_text(lines, "tools"))] if lines else []
     return [*messages[:head], *tools, *messages[head:]]
 
 
-LAYOUTS = (
+LAYOUTS: tuple[Layout[list[Message]], ...] = (
     Layout("messages with tools", ("messages", "tools"), _messages, nullable=("tools",)),
     Layout("messages", ("messages",), _messages),
     Layout("ShareGPT with tools", ("conversations", "tools"), _conversations, nullable=("tools",)),
@@ -121,7 +132,7 @@ LAYOUTS = (
 
 
 def _document(columns: Mapping[str, Any]) -> list[Message]:
-    return [DOCUMENT_START, Message("assistant", _text(columns, "text"))]
+    return [DOCUMENT_START, Message("assistant", text_field(columns, "text"))]
 
 
 DOCUMENT = Layout("text", ("text",), _document)
@@ -133,8 +144,8 @@ def recognise(
     *,
     columns: Mapping[str, str] | None = None,
     where: str = "data.source",
-    layouts: Sequence[Layout] = LAYOUTS,
-) -> Layout:
+    layouts: Sequence[Layout[list[Message]]] = LAYOUTS,
+) -> Layout[list[Message]]:
     """Return the layout that columns of these names have.
 
     Args:
@@ -146,7 +157,28 @@ def recognise(
     Raises:
         UserError: a mapped column does not exist, or no layout fits.
     """
+    repair = "say which column is which: data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}"
     names = list(names)
+    if layouts[0] is DOCUMENT:
+        repair = "say which column holds the text: data.columns={text: YOUR_COLUMN}"
+    elif "text" in names:
+        repair += "; plain text is for continued pretraining: llm-align pretrain --data ..."
+    return recognise_among(names, layouts, columns=columns, where=where, repair=repair)
+
+
+def recognise_among(
+    names: Sequence[str],
+    layouts: Sequence[Layout[Read]],
+    *,
+    columns: Mapping[str, str] | None,
+    where: str,
+    repair: str,
+) -> Layout[Read]:
+    """Return the first of these layouts that fits; ``repair`` is what to do where none does.
+
+    Raises:
+        UserError: a mapped column does not exist, or no layout fits.
+    """
     for ours, theirs in (columns or {}).items():
         if theirs not in names:
             found = f"'{ours}' is mapped to '{theirs}', which is no column of {where}"
@@ -158,23 +190,23 @@ def recognise(
         if known.issuperset(layout.required):
             return layout
     expected = "; ".join("+".join(layout.required) for layout in layouts)
-    repair = "say which column is which: data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}"
-    if layouts[0] is DOCUMENT:
-        repair = "say which column holds the text: data.columns={text: YOUR_COLUMN}"
-    elif "text" in known:
-        repair += "; plain text is for continued pretraining: llm-align pretrain --data ..."
     raise UserError(Problem(where, f"columns {', '.join(names)} are no known layout", expected, repair))
 
 
 def to_conversations(
-    rows: list[Row], layout: Layout, columns: Mapping[str, str] | None
+    rows: list[Row], layout: Layout[list[Message]], columns: Mapping[str, str] | None
 ) -> list[list[Message]]:
-    """Return each row's messages.
+    """Return each row's messages; raises as ``read_rows`` does."""
+    return read_rows(rows, layout, columns)
+
+
+def read_rows(rows: list[Row], layout: Layout[Read], columns: Mapping[str, str] | None) -> list[Read]:
+    """Return what a layout makes of each row.
 
     Raises:
         UserError: rows that do not fit the layout, the first few of them with file, line and field.
     """
-    conversations, problems = [], []
+    read, problems = [], []
     for row in rows:
         values = {
             **row.columns,
@@ -187,12 +219,12 @@ def to_conversations(
                 raise RowProblem(
                     missing[0], "missing or null", f"layout {layout.name}: {'+'.join(layout.required)}"
                 )
-            conversations.append(layout.read(values))
+            read.append(layout.read(values))
         except RowProblem as error:
             problems.append(Problem(row.where, f"field '{error.field}': {error.found}", error.expected))
     if problems:
         raise UserError(first_of(problems, len(rows)))
-    return conversations
+    return read
 
 
 def first_of(problems: list[Problem], rows: int) -> list[Problem]:
@@ -206,16 +238,18 @@ def first_of(problems: list[Problem], rows: int) -> list[Problem]:
     return [*problems[:MAX_TOLD], rest]
 
 
-def _text(columns: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
+def text_field(columns: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
+    """Return a column's text; "" for an optional one that is not there. Raises RowProblem."""
     value = columns.get(name)
     if value is None and optional:
         return ""
-    return _checked(value, name)
+    return checked_text(value, name)
 
 
-def _checked(value: Any, field: str) -> str:
+def checked_text(value: Any, field: str) -> str:
+    """Return a value that is text; raises RowProblem where it is something else."""
     if not isinstance(value, str):
-        raise RowProblem(field, f"found {_short(value)}", "text")
+        raise RowProblem(field, f"found {short(value)}", "text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -224,31 +258,33 @@ def _checked(value: Any, field: str) -> str:
     return value
 
 
-def _system(columns: Mapping[str, Any]) -> list[Message]:
-    text = _text(columns, "system", optional=True)
+def system_turn(columns: Mapping[str, Any]) -> list[Message]:
+    """Return a row's system turn, nothing where its column is empty or missing."""
+    text = text_field(columns, "system", optional=True)
     return [Message("system", text)] if text else []
 
 
-def _turns(columns: Mapping[str, Any], name: str, role_key: str, text_key: str) -> list[Message]:
+def turns_field(columns: Mapping[str, Any], name: str, role_key: str, text_key: str) -> list[Message]:
+    """Return the turns of a column that lists them; raises RowProblem."""
     turns = columns[name]
     if not isinstance(turns, list) or not turns:
-        raise RowProblem(name, f"found {_short(turns)}", f"a list of turns with {role_key} and {text_key}")
+        raise RowProblem(name, f"found {short(turns)}", f"a list of turns with {role_key} and {text_key}")
     return [_turn(turn, f"{name}[{index}]", role_key, text_key) for index, turn in enumerate(turns)]
 
 
 def _turn(turn: Any, field: str, role_key: str, text_key: str) -> Message:
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-        raise RowProblem(field, f"found {_short(turn)}", f"an object with {role_key} and {text_key}")
+        raise RowProblem(field, f"found {short(turn)}", f"an object with {role_key} and {text_key}")
     role = turn[role_key]
     if not isinstance(role, str) or role not in ROLES:
-        raise RowProblem(f"{field}.{role_key}", f"found {_short(role)}", f"one of {', '.join(ROLES)}")
+        raise RowProblem(f"{field}.{role_key}", f"found {short(role)}", f"one of {', '.join(ROLES)}")
     text = turn[text_key]
     if role == "function_call":
         try:
             text = call_lines(text)
         except ValueError as error:
             raise RowProblem(f"{field}.{text_key}", str(error), CALL) from error
-    text = _checked(text, f"{field}.{text_key}")
+    text = checked_text(text, f"{field}.{text_key}")
     return Message(ROLES[role], text, trained=_trained(turn, field))
 
 
@@ -262,12 +298,13 @@ def _trained(turn: Mapping[str, Any], field: str) -> bool:
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise RowProblem(f"{field}.{name}", f"found {_short(value)}", "true or 1 (learn it), false or 0")
+            raise RowProblem(f"{field}.{name}", f"found {short(value)}", "true or 1 (learn it), false or 0")
         if not value:
             return False
     return True
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a value as a message shows it, 60 characters at most."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

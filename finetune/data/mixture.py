@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from finetune.data import mixing
-from finetune.data.conversation import Conversation
 from finetune.data.report import DataReport, SourceReport
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
@@ -14,18 +14,21 @@ from finetune.recipe.settings import DataSettings
 HELD_OUT, DRAWN, SHUFFLED = 2, 3, 4
 """What a source's random streams are for, beside those of reading."""
 
+Row = TypeVar("Row")
+"""A conversation, or the completions of a prompt."""
+
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Part(Generic[Row]):
     """A source's usable rows, and what is told of them."""
 
     report: SourceReport
-    rows: list[Conversation]
+    rows: list[Row]
 
 
 def mix(
-    parts: Sequence[Part], settings: DataSettings, *, seed: int, report: DataReport
-) -> tuple[list[Conversation], list[Conversation]]:
+    parts: Sequence[Part[Row]], settings: DataSettings, *, seed: int, report: DataReport
+) -> tuple[list[Row], list[Row]]:
     """Return the rows of an epoch of the mixture, shuffled, and the rows held out, in the same proportions.
 
     A source's rows are drawn without replacement until all have come, then anew. Every epoch holds the same
@@ -37,7 +40,8 @@ def mix(
     """
     sizes = [len(part.rows) for part in parts]
     apart = _held_out(parts, settings, _rates(sizes, settings))
-    learnt, held_out = [], []
+    learnt: list[list[Row]] = []
+    held_out: list[Row] = []
     for index, (part, count) in enumerate(zip(parts, apart, strict=True)):
         order = np.random.default_rng([seed, index, HELD_OUT]).permutation(len(part.rows))
         chosen = set(order[:count].tolist())
@@ -45,7 +49,7 @@ def mix(
         held_out += [row for number, row in enumerate(part.rows) if number in chosen]
     rates = _rates([len(rows) for rows in learnt], settings)
     counts = _counts(parts, learnt, rates, settings, report)
-    drawn = []
+    drawn: list[Row] = []
     for index, (rows, count) in enumerate(zip(learnt, counts, strict=True)):
         random = np.random.default_rng([seed, index, DRAWN])
         drawn += [rows[number] for number in mixing.draw(len(rows), count, random)]
@@ -66,7 +70,7 @@ def _rates(sizes: Sequence[int], settings: DataSettings) -> list[float]:
     return mixing.with_shares(weights, shares)
 
 
-def _held_out(parts: Sequence[Part], settings: DataSettings, rates: Sequence[float]) -> list[int]:
+def _held_out(parts: Sequence[Part[Any]], settings: DataSettings, rates: Sequence[float]) -> list[int]:
     """Return how many rows of each source are held out; a share is one of the mixture without repetition."""
     wanted = settings.held_out
     if isinstance(wanted, str) or not wanted:
@@ -86,8 +90,8 @@ def _held_out(parts: Sequence[Part], settings: DataSettings, rates: Sequence[flo
 
 
 def _counts(
-    parts: Sequence[Part],
-    learnt: Sequence[Sequence[Conversation]],
+    parts: Sequence[Part[Any]],
+    learnt: Sequence[Sequence[Any]],
     rates: Sequence[float],
     settings: DataSettings,
     report: DataReport,
