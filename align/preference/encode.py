@@ -1,0 +1,184 @@
+"""Comparisons as token ids: prompt and completions from the template's segments, cut to length, counted."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from align.preference.dataset import PreferenceGroups
+from align.preference.judged import Comparison
+from data_templates._segments import Message, TemplateError
+from finetune.data.dataset import cached
+from finetune.data.report import DataReport
+from finetune.data.tokens import Encoded, Encoder
+
+FORMAT = 1
+"""Raised when the meaning of a cached file changes, so that old ones are not read."""
+
+NO_TEMPLATE = "left out, no conversation for this template"
+WRITTEN_APART = "hold template markers or special tokens in their text, written apart"
+ONLY_AN_END = "left out, a completion has no token but its end"
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many tokens a prompt with one completion may have, and what a prompt keeps of itself at least."""
+
+    max_length: int
+    max_prompt_length: int
+    drop: bool = False
+
+
+Ids = list[int]
+
+
+def fit(prompt: Ids, completions: Sequence[Ids], room: Room, *, head: int = 0) -> tuple[Ids, list[Ids]]:
+    """Cut a prompt on the left and completions on the right, no more than is needed.
+
+    The prompt gives way first, down to ``max_prompt_length``; then the completions lose their ends.
+
+    Args:
+        prompt: P ids.
+        completions: K lists of ids.
+        room: what fits.
+        head: ids at the prompt's beginning that stay (BOS).
+
+    >>> fit([1, 2, 3, 4], [[5, 6, 7], [8]], Room(max_length=5, max_prompt_length=3))
+    ([2, 3, 4], [[5, 6], [8]])
+    """
+    longest = max(map(len, completions))
+    if len(prompt) + longest <= room.max_length:
+        return prompt, list(completions)
+    keeps = max(room.max_prompt_length, room.max_length - longest)
+    if len(prompt) > keeps:
+        prompt = prompt[:head] + prompt[len(prompt) - keeps + head :]
+    return prompt, [ids[: room.max_length - len(prompt)] for ids in completions]
+
+
+def tokenise(
+    rows: Sequence[Comparison], encoder: Encoder, room: Room, *, cache: bool, report: DataReport
+) -> PreferenceGroups:
+    """Encode comparisons, or take them from the cache of an earlier run that encoded the same ones alike."""
+
+    def encode(found: DataReport) -> dict[str, np.ndarray]:
+        return _encode(rows, encoder, room, found)
+
+    arrays = cached(_cache_key(rows, encoder, room), encode, cache=cache, report=report)
+    kept = [rows[number] for number in arrays.pop("numbers")]
+    places, sources = tuple(row.where for row in kept), tuple(row.source for row in kept)
+    return PreferenceGroups(**arrays, places=places, sources=sources)
+
+
+def _encode(
+    rows: Sequence[Comparison], encoder: Encoder, room: Room, report: DataReport
+) -> dict[str, np.ndarray]:
+    flat: list[int] = []
+    starts, firsts, numbers = [0], [0], []
+    scores: list[float] = []
+    ranks: list[int] = []
+    for number, (row, encoded) in enumerate(zip(rows, _by_row(rows, encoder), strict=True)):
+        parts = _parts(encoded, encoder, row.where, report)
+        fitted = parts and _fitted(*parts, row, room, encoder, report)
+        if not fitted:
+            continue
+        prompt, completions = fitted
+        for ids in (prompt, *completions.values()):
+            flat += ids
+            starts.append(len(flat))
+        firsts.append(len(starts) - 1)
+        kept = [row.ranks[index] for index in completions]
+        scores += [row.scores[index] for index in completions]
+        ranks += [kept.index(rank) for rank in kept]
+        numbers.append(number)
+    return {
+        "input_ids": np.asarray(flat, dtype=np.int32),
+        "starts": np.asarray(starts, dtype=np.int64),
+        "firsts": np.asarray(firsts, dtype=np.int64),
+        "scores": np.asarray(scores, dtype=np.float64),
+        "ranks": np.asarray(ranks, dtype=np.int32),
+        "margins": np.asarray([rows[number].margin for number in numbers], dtype=np.float64),
+        "numbers": np.asarray(numbers, dtype=np.int64),
+    }
+
+
+def _by_row(rows: Sequence[Comparison], encoder: Encoder) -> Iterator[list[Encoded | TemplateError]]:
+    """Yield each row's conversations, one a completion, of which the completion alone is learnt."""
+    conversations: list[list[Message]] = []
+    for row in rows:
+        prompt = [replace(turn, trained=False) for turn in row.prompt]
+        conversations += [[*prompt, replace(reply, trained=True)] for reply in row.replies]
+    encoded = iter(encoder.encode_many(conversations))
+    for row in rows:
+        yield [next(encoded) for _ in row.replies]
+
+
+def _parts(
+    encoded: Sequence[Encoded | TemplateError], encoder: Encoder, where: str, report: DataReport
+) -> tuple[Ids, list[Ids]] | None:
+    """Return the prompt's ids and each completion's, up to the last token that is learnt; None if none."""
+    prompts, completions = [], []
+    for one in encoded:
+        if isinstance(one, TemplateError):
+            report.count(NO_TEMPLATE, f"{where}: {one}")
+            return None
+        start, end = one.trained.index(True), len(one.trained) - one.trained[::-1].index(True)
+        if not all(one.trained[start:end]):
+            report.count(NO_TEMPLATE, f"{where}: it splits the completion into pieces")
+            return None
+        prompts.append(one.input_ids[:start])
+        completions.append(one.input_ids[start:end])
+    if any(prompt != prompts[0] for prompt in prompts):
+        report.count(NO_TEMPLATE, f"{where}: the prompt's tokens depend on the completion")
+        return None
+    if any(set(ids) <= set(encoder.stop_ids) for ids in completions):
+        report.count(ONLY_AN_END, where)
+        return None
+    if any(one.written_apart for one in encoded if isinstance(one, Encoded)):
+        report.count(WRITTEN_APART, where)
+    return prompts[0], completions
+
+
+def _fitted(
+    prompt: Ids, completions: list[Ids], row: Comparison, room: Room, encoder: Encoder, report: DataReport
+) -> tuple[Ids, dict[int, Ids]] | None:
+    """Return what fits, the completions by their number in the row; None where nothing is left to compare."""
+    head = int(prompt[:1] == [encoder.tokenizer.bos_token_id])
+    shorter, cut = fit(prompt, completions, room, head=head)
+    lost = sum(map(len, completions)) - sum(map(len, cut))
+    if len(shorter) < len(prompt) or lost:
+        report.too_long += 1
+        if room.drop:
+            report.count(f"longer than {room.max_length} tokens, left out", row.where)
+            report.lost_tokens += sum(map(len, completions))
+            return None
+    if len(shorter) < len(prompt):
+        report.count(f"longer than {room.max_length} tokens, the prompt's beginning cut", row.where)
+    if lost:
+        report.count(f"longer than {room.max_length} tokens, a completion's end cut", row.where)
+        report.lost_tokens += lost
+    first: dict[tuple[int, ...], int] = {}
+    for index, ids in enumerate(cut):
+        first.setdefault(tuple(ids), index)
+    if len(first) < len(cut):
+        few = len(first) < 2 or len(cut) == 2
+        what = "left out, their" if few else "of which some"
+        report.count(f"{what} completions are the same tokens{' once cut' if lost else ''}", row.where)
+        if few:
+            return None
+    kept = {index: cut[index] for index in first.values()}
+    if len(kept) > 1 and len({row.ranks[index] for index in kept}) < 2:
+        report.count("left out, only completions of equal rank differ once cut", row.where)
+        return None
+    return shorter, kept
+
+
+def _cache_key(rows: Sequence[Comparison], encoder: Encoder, room: Room) -> str:
+    head = ["preferences", FORMAT, encoder.fingerprint(), room.max_length, room.max_prompt_length, room.drop]
+    digest = hashlib.sha256(json.dumps(head).encode())
+    for row in rows:
+        turns = [[turn.role, turn.content, turn.context] for turn in (*row.prompt, *row.replies)]
+        judged = [row.scores, row.ranks, row.margin]
+        digest.update(json.dumps([row.where, len(row.replies), turns, judged], ensure_ascii=False).encode())
+    return digest.hexdigest()

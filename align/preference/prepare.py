@@ -1,0 +1,184 @@
+"""From a recipe's data section to tokenised comparisons: read, left out, split, encoded, cut, told."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from align.preference.dataset import PreferenceGroups, PreparedPreferences
+from align.preference.encode import Room, tokenise
+from align.preference.judged import Comparison, Judged
+from align.preference.layouts import LABELLED, RANKINGS
+from align.preference.rows import comparisons
+from align.preference.settings import PreferenceSettings
+from finetune.data.conversation import Conversation
+from finetune.data.gather import Place, count_copies, count_seen, places_of, read_place, split_rows
+from finetune.data.layouts import Layout, read_rows, recognise_among
+from finetune.data.mixture import Part, mix
+from finetune.data.report import DataReport, SourceReport
+from finetune.data.tokens import Encoder
+from finetune.recipe.errors import Problem, UserError
+
+Kind = Literal["rankings", "labels"]
+LAYOUTS: dict[Kind, Sequence[Layout[Judged]]] = {"rankings": RANKINGS, "labels": LABELLED}
+REPAIRS: dict[Kind, str] = {
+    "rankings": "say which column is which: data.columns={prompt: QUESTION, chosen: BETTER, rejected: WORSE}",
+    "labels": "say which column is which: data.columns={prompt: QUESTION, completion: REPLY, label: GOOD}",
+}
+SHOWN_FROM_TRAINING = 64
+"""Training prompts to take samples from where nothing is held out."""
+
+
+def prepare_preferences(
+    settings: PreferenceSettings, encoder: Encoder, *, max_length: int, seed: int, kind: Kind = "rankings"
+) -> PreparedPreferences:
+    """Read, split and tokenise the preferences that a data section names.
+
+    Args:
+        settings: the recipe's data section.
+        encoder: template and tokenizer.
+        max_length: tokens of a prompt with one completion at most.
+        seed: draws the held-out rows and a mixture's rows.
+        kind: ``rankings``: two completions of a prompt or more (reward models, DPO, RRHF, PRO); ``labels``:
+            one completion that is good or bad (KTO).
+
+    Raises:
+        UserError: a source cannot be read, rows do not fit its layout, or nothing is left to compare.
+    """
+    _refuse_selection(settings)
+    room = _room(settings, max_length)
+    report, aside = DataReport(), DataReport()
+    train, held_out = _gather(settings, seed, kind, report, aside)
+    learnt = tokenise(train, encoder, room, cache=settings.cache, report=report)
+    _refuse_none("data.source", "to learn from", learnt, report)
+    measured = None
+    if settings.held_out:
+        measured = tokenise(held_out, encoder, room, cache=settings.cache, report=aside)
+        _refuse_none("data.held_out", "to measure on", measured, aside)
+        report.held_out = len(measured)
+    report.counts |= {f"held out: {what}": number for what, number in aside.counts.items()}
+    report.examples |= {f"held out: {what}": where for what, where in aside.examples.items()}
+    _tell(learnt, report)
+    shown = _kept(train, learnt)[:SHOWN_FROM_TRAINING] if measured is None else _kept(held_out, measured)
+    return PreparedPreferences(learnt, measured, shown, report)
+
+
+def _refuse_selection(settings: PreferenceSettings) -> None:
+    chosen = {"data.select": settings.select}
+    chosen |= {f"data.mix[{index}].select": part.select for index, part in enumerate(settings.mix or [])}
+    if problems := [
+        Problem(key, "it chooses among conversations", "none for preference data", "leave it out")
+        for key, select in chosen.items()
+        if select is not None
+    ]:
+        raise UserError(problems)
+
+
+def _room(settings: PreferenceSettings, max_length: int) -> Room:
+    prompt = settings.max_prompt_length or max_length // 2
+    if prompt >= max_length:
+        found = f"{prompt}, and prompt and completion together have {max_length} tokens"
+        raise UserError(Problem("data.max_prompt_length", found, "less, so that completions have room"))
+    return Room(max_length, prompt, settings.too_long == "drop")
+
+
+def _gather(
+    settings: PreferenceSettings, seed: int, kind: Kind, report: DataReport, aside: DataReport
+) -> tuple[list[Comparison], list[Comparison]]:
+    """Return the comparisons to learn and those held out."""
+    places = enumerate(places_of(settings))
+    parts = [_part(place, index, seed, settings, kind, report) for index, place in places]
+    report.sources = [part.report for part in parts]
+    report.layout = " + ".join(dict.fromkeys(source.layout for source in report.sources))
+    if settings.mix is None:
+        train, held_out = split_rows(parts[0].rows, settings.held_out, seed)
+    else:
+        train, held_out = mix(parts, settings, seed=seed, report=report)
+    if isinstance(settings.held_out, str):
+        place = Place("data.held_out", settings.held_out, settings.split, None, settings.columns)
+        held_out = _part(place, 0, seed, settings, kind, aside).rows
+    count_copies([row for part in parts for row in part.rows], report)
+    count_seen(held_out, train, aside)
+    _count_shared_prompts(held_out, train, aside)
+    return train, held_out
+
+
+def _count_shared_prompts(
+    held_out: Sequence[Comparison], train: Sequence[Comparison], aside: DataReport
+) -> None:
+    learnt = {row.prompt: row.where for row in train}
+    for row in held_out:
+        if row.prompt in learnt:
+            aside.count(
+                "answer a prompt that is learnt too", f"{row.where} asks what {learnt[row.prompt]} asks"
+            )
+
+
+def _part(
+    place: Place, index: int, seed: int, settings: PreferenceSettings, kind: Kind, report: DataReport
+) -> Part[Comparison]:
+    found = read_place(place, index, seed)
+    layout = _layout(list(found[0].columns), place, kind)
+    judged = read_rows(found, layout, place.columns)
+    pairs = [(said, row.where) for said, row in zip(judged, found, strict=True)]
+    rows = comparisons(pairs, settings, source=index, report=report)
+    if not rows:
+        told = f"nothing to compare: {'; '.join(report.lines()[1:])}"
+        repair = "look at the rows named above, or data.on_different_prompts and data.on_tie"
+        raise UserError(Problem(place.key, told, "completions that differ", repair))
+    return Part(SourceReport(place.name, layout.name, found=len(found), usable=len(rows)), rows)
+
+
+def _layout(names: list[str], place: Place, kind: Kind) -> Layout[Judged]:
+    """Return the layout of a source; one of the other kind is named as what it is."""
+    try:
+        return recognise_among(
+            names, LAYOUTS[kind], columns=place.columns, where=place.name, repair=REPAIRS[kind]
+        )
+    except UserError:
+        other: Kind = "labels" if kind == "rankings" else "rankings"
+        known = {*names, *(place.columns or {})}
+        fits = [layout for layout in LAYOUTS[other] if known.issuperset(layout.required)]
+        if not fits:
+            raise
+        meant = {"labels": "labels are for KTO", "rankings": "pairs are for a reward model or DPO"}[other]
+        found = f"layout {fits[0].name}: {meant}"
+        expected = "; ".join("+".join(layout.required) for layout in LAYOUTS[kind])
+        raise UserError(Problem(place.name, found, expected, REPAIRS[kind])) from None
+
+
+def _refuse_none(where: str, purpose: str, groups: PreferenceGroups, report: DataReport) -> None:
+    if not len(groups):
+        found = f"nothing {purpose}: {'; '.join(report.lines()[1:])}"
+        remedy = "raise data.max_length" if report.too_long else "choose another data.template"
+        repair = f"look at the rows named above, or {remedy}"
+        raise UserError(Problem(where, found, "completions that differ", repair))
+
+
+def _kept(rows: Sequence[Comparison], groups: PreferenceGroups) -> list[Conversation]:
+    """Return what can be asked: the prompts that became tokens, each row once, with the best reply."""
+    places = set(groups.places)
+    kept = {row.where: row for row in rows if row.where in places}.values()
+    return [Conversation([*row.prompt, row.replies[0]], row.where, row.source) for row in kept]
+
+
+def _tell(groups: PreferenceGroups, report: DataReport) -> None:
+    """Put sizes into the report, of each source too, and how long the better and the worse ones are."""
+    lengths = groups.completion_lengths
+    owner = np.repeat(np.arange(len(groups)), groups.completions)
+    report.rows, report.tokens, report.longest = len(groups), groups.num_tokens, groups.longest
+    report.trained_tokens = int(lengths.sum())
+    for number, source in enumerate(report.sources):
+        own = np.asarray(groups.sources) == number
+        source.rows, source.tokens = int(own.sum()), int(groups.lengths[own].sum())
+        source.trained_tokens = int(lengths[own[owner]].sum())
+    best = groups.ranks == 0
+    told = f"{len(lengths)} completions; tokens on average: prompt {groups.prompt_lengths.mean():.0f}"
+    if best.all():
+        good = int((groups.scores == 1).sum())
+        report.notes.append(
+            f"{told}, completion {lengths.mean():.0f}; {good} good, {len(lengths) - good} bad"
+        )
+    else:
+        better, worse = lengths[best].mean(), lengths[~best].mean()
+        report.notes.append(f"{told}, best completion {better:.0f}, the others {worse:.0f}")
