@@ -157,7 +157,7 @@ def _asks(name: str) -> Callable[[Columns], list[Message]]:
     return lambda columns: question(columns, name)
 
 
-RANKINGS: Sequence[Layout[Judged]] = (
+PAIRS: Sequence[Layout[Judged]] = (
     Layout("prompt/chosen/rejected", ("prompt", "chosen", "rejected"), partial(_pair, _asks("prompt"))),
     Layout(
         "ShareGPT with ranking",
@@ -170,6 +170,11 @@ RANKINGS: Sequence[Layout[Judged]] = (
     Layout("Alpaca with ranking", ("instruction", "chosen", "rejected"), partial(_pair, _instruction)),
     Layout("question/chosen/rejected", ("question", "chosen", "rejected"), partial(_pair, _asks("question"))),
     Layout("chosen/rejected", ("chosen", "rejected"), partial(_pair, _nothing)),
+)
+"""A chosen and a rejected completion; the first layout that fits is taken."""
+
+RANKINGS: Sequence[Layout[Judged]] = (
+    *PAIRS,
     Layout("prompt/responses/scores", ("prompt", "responses", "scores"), partial(_responses, "scores", 1.0)),
     Layout("prompt/responses/ranks", ("prompt", "responses", "ranks"), partial(_responses, "ranks", -1.0)),
     Layout("questions with judged answers", ("questions", "answers"), _judge_scores),

@@ -8,11 +8,11 @@ import numpy as np
 from align.preference.dataset import PreferenceGroups, PreparedPreferences
 from align.preference.encode import Room, tokenise
 from align.preference.judged import Comparison, Judged
-from align.preference.layouts import LABELLED, RANKINGS
-from align.preference.rows import comparisons
+from align.preference.layouts import LABELLED, PAIRS, RANKINGS
+from align.preference.rows import comparisons, unpaired
 from align.preference.settings import PreferenceSettings
 from finetune.data.conversation import Conversation
-from finetune.data.gather import Place, count_copies, count_seen, places_of, read_place, split_rows
+from finetune.data.gather import Place, count_copies, count_seen, held_out_count, places_of, read_place
 from finetune.data.layouts import Layout, read_rows, recognise_among
 from finetune.data.mixture import Part, mix
 from finetune.data.report import DataReport, SourceReport
@@ -20,7 +20,7 @@ from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
 
 Kind = Literal["rankings", "labels"]
-LAYOUTS: dict[Kind, Sequence[Layout[Judged]]] = {"rankings": RANKINGS, "labels": LABELLED}
+LAYOUTS: dict[Kind, Sequence[Layout[Judged]]] = {"rankings": RANKINGS, "labels": (*LABELLED, *PAIRS)}
 REPAIRS: dict[Kind, str] = {
     "rankings": "say which column is which: data.columns={prompt: QUESTION, chosen: BETTER, rejected: WORSE}",
     "labels": "say which column is which: data.columns={prompt: QUESTION, completion: REPLY, label: GOOD}",
@@ -91,7 +91,7 @@ def _gather(
     report.sources = [part.report for part in parts]
     report.layout = " + ".join(dict.fromkeys(source.layout for source in report.sources))
     if settings.mix is None:
-        train, held_out = split_rows(parts[0].rows, settings.held_out, seed)
+        train, held_out = _split(parts[0].rows, settings.held_out, seed)
     else:
         train, held_out = mix(parts, settings, seed=seed, report=report)
     if isinstance(settings.held_out, str):
@@ -101,6 +101,24 @@ def _gather(
     count_seen(held_out, train, aside)
     _count_shared_prompts(held_out, train, aside)
     return train, held_out
+
+
+def _split(
+    rows: list[Comparison], share: int | float | str, seed: int
+) -> tuple[list[Comparison], list[Comparison]]:
+    """Return the rows to learn and those held out: whole prompts, so that none is on both sides."""
+    if isinstance(share, str):
+        return rows, []
+    count = held_out_count(len(rows), share)
+    prompts: dict[object, list[int]] = {}
+    for number, row in enumerate(rows):
+        prompts.setdefault(row.prompt, []).append(number)
+    together = list(prompts.values())
+    chosen: set[int] = set()
+    for index in np.random.default_rng([seed, len(rows)]).permutation(len(together)):
+        if len(chosen) + len(together[index]) <= count:
+            chosen.update(together[index])
+    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
 
 
 def _count_shared_prompts(
@@ -126,6 +144,11 @@ def _part(
         told = f"nothing to compare: {'; '.join(report.lines()[1:])}"
         repair = "look at the rows named above, or data.on_different_prompts and data.on_tie"
         raise UserError(Problem(place.key, told, "completions that differ", repair))
+    if kind == "labels" and layout in PAIRS:
+        report.notes.append(
+            f"pairs of {place.name} taken apart: what is chosen is good, what is rejected bad"
+        )
+        rows = [half for row in rows for half in unpaired(row)]
     return Part(SourceReport(place.name, layout.name, found=len(found), usable=len(rows)), rows)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import isnan, nan
 
 from align.preference.judged import Answer, Comparison, Judged, Turns
@@ -26,6 +27,10 @@ SOME_TIES = "with ties among their completions, which share a rank"
 Count = Callable[[str], None]
 
 
+class LeftOut(Exception):
+    """A row whose completions cannot be compared; the text says why."""
+
+
 def comparisons(
     rows: Sequence[tuple[Judged, str]], settings: PreferenceSettings, *, source: int, report: DataReport
 ) -> list[Comparison]:
@@ -41,12 +46,18 @@ def comparisons(
         UserError: in most pairs that have scores the rejected one's is higher: the columns are exchanged.
     """
     found = DataReport()
-    kept = [_comparison(judged, where, settings, found) for judged, where in rows]
+    kept = []
+    for judged, where in rows:
+        try:
+            compared = _comparison(judged, where, settings, partial(found.count, example=where))
+            kept.append(replace(compared, source=source))
+        except LeftOut as why:
+            found.count(str(why), where)
     _refuse_exchanged(rows, found)
     for what, number in found.counts.items():
         report.counts[what] = report.counts.get(what, 0) + number
         report.examples.setdefault(what, found.examples[what])
-    return [replace(row, source=source) for row in kept if row is not None]
+    return kept
 
 
 def _refuse_exchanged(rows: Sequence[tuple[Judged, str]], found: DataReport) -> None:
@@ -63,49 +74,35 @@ def _refuse_exchanged(rows: Sequence[tuple[Judged, str]], found: DataReport) -> 
         raise UserError(Problem(where, told, "a chosen one that is better", repair))
 
 
-def _comparison(
-    judged: Judged, where: str, settings: PreferenceSettings, report: DataReport
-) -> Comparison | None:
-    def count(what: str) -> None:
-        report.count(what, where)
-
+def _comparison(judged: Judged, where: str, settings: PreferenceSettings, count: Count) -> Comparison:
     for note in judged.notes:
         count(note)
-    pair = judged.ordered or len(judged.answers) == 2
-    answers = _said(judged.answers, count, few=len(judged.answers) <= 2)
-    answers = _one_prompt(answers, settings.on_different_prompts, count)
-    if not answers:
-        return None
+    answers = _one_prompt(_said(judged.answers, count), settings.on_different_prompts, count)
     if any(not turn.content.strip() for turn in answers[0].prompt):
-        return _none(count, EMPTY_TURN)
+        raise LeftOut(EMPTY_TURN)
     if len(judged.answers) == 1:
         return _compared(answers, (0,), judged.margin, where)
-    return _ranked(answers, judged, pair=pair, keep_ties=settings.on_tie == "keep", where=where, count=count)
+    return _ranked(answers, judged, keep_ties=settings.on_tie == "keep", where=where, count=count)
 
 
-def _none(count: Count, what: str) -> None:
-    count(what)
-
-
-def _said(answers: Sequence[Answer], count: Count, *, few: bool) -> list[Answer]:
-    """Return the completions that say something; of a pair or a labelled row none, if one does not."""
+def _said(answers: Sequence[Answer], count: Count) -> list[Answer]:
+    """Return the completions that say something; a pair and a labelled row cannot do without one."""
     kept = [answer for answer in answers if answer.reply is not None and answer.reply.content.strip()]
-    if len(kept) == len(answers):
-        return kept
-    if few:
-        count(NO_REPLY if any(answer.reply is None for answer in answers) else EMPTY)
-        return []
-    count(SOME_UNUSABLE)
+    if len(kept) < len(answers):
+        if len(answers) <= 2:
+            raise LeftOut(NO_REPLY if any(answer.reply is None for answer in answers) else EMPTY)
+        count(SOME_UNUSABLE)
+        if len(kept) < 2:
+            raise LeftOut(ONE_LEFT)
     return kept
 
 
 def _one_prompt(answers: list[Answer], policy: str, count: Count) -> list[Answer]:
-    """Return completions that answer the same turns, none where they do not."""
+    """Return completions that answer the same turns."""
     if len({_words(answer.prompt) for answer in answers}) < 2:
         return answers
     if policy == "drop":
-        count(DIFFERENT)
-        return []
+        raise LeftOut(DIFFERENT)
     count(DIFFERENT_KEPT)
     return [replace(answer, prompt=answers[0].prompt) for answer in answers]
 
@@ -115,24 +112,25 @@ def _words(prompt: Turns) -> tuple[tuple[str, str, str], ...]:
 
 
 def _ranked(
-    answers: list[Answer], judged: Judged, *, pair: bool, keep_ties: bool, where: str, count: Count
-) -> Comparison | None:
+    answers: list[Answer], judged: Judged, *, keep_ties: bool, where: str, count: Count
+) -> Comparison:
+    """Return completions in their order, the best first; raises LeftOut where there is none."""
     scored = all(answer.scored for answer in answers)
     if not judged.ordered:
         answers = sorted(answers, key=lambda answer: -answer.score)
     different = _different(answers)
     if len(different) < len(answers):
-        if pair:
-            return _none(count, IDENTICAL)
+        if len(judged.answers) == 2:
+            raise LeftOut(IDENTICAL)
         count(SOME_IDENTICAL)
     if len(different) < 2:
-        return _none(count, ONE_LEFT)
+        raise LeftOut(ONE_LEFT)
     scores = [answer.score for answer in different]
     if judged.ordered and scored and scores[0] < scores[-1]:
-        return _none(count, SWAPPED)
+        raise LeftOut(SWAPPED)
     if scored and scores[0] == scores[-1]:
         if not (judged.ordered and keep_ties):
-            return _none(count, TIE)
+            raise LeftOut(TIE)
         count(TIE_KEPT)
     ranks = tuple(range(len(different))) if judged.ordered else tuple(scores.index(score) for score in scores)
     if len(set(ranks)) < len(ranks):
@@ -158,3 +156,9 @@ def _compared(answers: Sequence[Answer], ranks: tuple[int, ...], margin: float, 
     scores = tuple(answer.score for answer in answers)
     lead = scores[0] - scores[-1] if len(scores) > 1 else nan
     return Comparison(answers[0].prompt, replies, scores, ranks, lead if isnan(margin) else margin, where)
+
+
+def unpaired(row: Comparison) -> list[Comparison]:
+    """Return a pair as two labelled rows: its better completion is good, the other one bad."""
+    both = zip(row.replies, (1.0, 0.0), strict=True)
+    return [replace(row, replies=(reply,), scores=(label,), ranks=(0,), margin=nan) for reply, label in both]

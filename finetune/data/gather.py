@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,8 +20,6 @@ from finetune.recipe.settings import DataSettings, MixedSource, SelectSettings, 
 
 CAPPED, SELECTED = 0, 1
 """What a source's random streams are for: each draw has its own, so that none disturbs another."""
-
-AnyRow = TypeVar("AnyRow")
 
 
 class Said(Protocol):
@@ -74,7 +72,7 @@ def gather(
     report.sources = [part.report for part in parts]
     report.layout = " + ".join(dict.fromkeys(source.layout for source in report.sources))
     if settings.mix is None:
-        train, held_out = split_rows(parts[0].rows, settings.held_out, seed)
+        train, held_out = _split(parts[0].rows, settings.held_out, seed)
     else:
         train, held_out = mix(parts, settings, seed=seed, report=report)
     if isinstance(settings.held_out, str):
@@ -175,17 +173,29 @@ def _scores(rows: list[Row], column: str, *, where: str) -> list[float]:
     return scores
 
 
-def split_rows(rows: list[AnyRow], share: int | float | str, seed: int) -> tuple[list[AnyRow], list[AnyRow]]:
+def _split(
+    rows: list[Conversation], share: int | float | str, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
     """Return the rows to learn and the rows held out of a single source."""
     if isinstance(share, str):
         return rows, []
-    count = share if isinstance(share, int) else max(1, round(share * len(rows))) if share else 0
-    if count and count >= len(rows):
-        found = f"{count} of {len(rows)} usable rows"
-        raise UserError(Problem("data.held_out", found, "fewer rows than there are"))
+    count = held_out_count(len(rows), share)
     chosen = set(np.random.default_rng([seed, len(rows)]).permutation(len(rows))[:count].tolist())
     train = [row for index, row in enumerate(rows) if index not in chosen]
     return train, [row for index, row in enumerate(rows) if index in chosen]
+
+
+def held_out_count(rows: int, share: int | float) -> int:
+    """Return how many of a source's usable rows are held out.
+
+    Raises:
+        UserError: no row would be left to learn from.
+    """
+    count = share if isinstance(share, int) else max(1, round(share * rows)) if share else 0
+    if count and count >= rows:
+        found = f"{count} of {rows} usable rows"
+        raise UserError(Problem("data.held_out", found, "fewer rows than there are"))
+    return count
 
 
 def count_copies(rows: Sequence[Said], report: DataReport) -> None:
