@@ -25,6 +25,12 @@ REPAIRS: dict[Kind, str] = {
     "rankings": "say which column is which: data.columns={prompt: QUESTION, chosen: BETTER, rejected: WORSE}",
     "labels": "say which column is which: data.columns={prompt: QUESTION, completion: REPLY, label: GOOD}",
 }
+MEANT: dict[Kind, str] = {
+    "rankings": "labels are for KTO",
+    "labels": "ranked lists are for a reward model, DPO, RRHF or PRO",
+}
+"""What rows of the other kind are for."""
+
 SHOWN_FROM_TRAINING = 64
 """Training prompts to take samples from where nothing is held out."""
 
@@ -118,6 +124,11 @@ def _split(
     for index in np.random.default_rng([seed, len(rows)]).permutation(len(together)):
         if len(chosen) + len(together[index]) <= count:
             chosen.update(together[index])
+    if count and not chosen:
+        found = f"{count} of {len(rows)} usable rows, and every prompt has more"
+        raise UserError(
+            Problem("data.held_out", found, "room for a whole prompt", "a larger number, or a file")
+        )
     return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
 
 
@@ -154,20 +165,16 @@ def _part(
 
 def _layout(names: list[str], place: Place, kind: Kind) -> Layout[Judged]:
     """Return the layout of a source; one of the other kind is named as what it is."""
-    try:
-        return recognise_among(
-            names, LAYOUTS[kind], columns=place.columns, where=place.name, repair=REPAIRS[kind]
-        )
-    except UserError:
-        other: Kind = "labels" if kind == "rankings" else "rankings"
-        known = {*names, *(place.columns or {})}
-        fits = [layout for layout in LAYOUTS[other] if known.issuperset(layout.required)]
-        if not fits:
-            raise
-        meant = {"labels": "labels are for KTO", "rankings": "pairs are for a reward model or DPO"}[other]
-        found = f"layout {fits[0].name}: {meant}"
+    known = {*names, *(place.columns or {})}
+    other = LABELLED if kind == "rankings" else RANKINGS
+    fits = [layout.name for layout in other if known.issuperset(layout.required)]
+    if fits and not any(known.issuperset(layout.required) for layout in LAYOUTS[kind]):
+        found = f"layout {fits[0]}: {MEANT[kind]}"
         expected = "; ".join("+".join(layout.required) for layout in LAYOUTS[kind])
-        raise UserError(Problem(place.name, found, expected, REPAIRS[kind])) from None
+        raise UserError(Problem(place.name, found, expected, REPAIRS[kind]))
+    return recognise_among(
+        names, LAYOUTS[kind], columns=place.columns, where=place.name, repair=REPAIRS[kind]
+    )
 
 
 def _refuse_none(where: str, purpose: str, groups: PreferenceGroups, report: DataReport) -> None:

@@ -1,0 +1,40 @@
+"""Short ways to read, compare and tokenise a few rows of preference data."""
+
+from small_tokenizers import tokenizer
+
+from align.preference.layouts import LABELLED, RANKINGS
+from align.preference.prepare import prepare_preferences
+from align.preference.rows import comparisons
+from align.preference.settings import PreferenceSettings
+from finetune.data.layouts import read_rows, recognise_among
+from finetune.data.report import DataReport
+from finetune.data.sources import Row
+from finetune.data.tokens import Encoder
+
+BOTH = (*LABELLED, *RANKINGS)
+
+
+def read(row, columns=None):
+    """Return the name of one row's layout, and what the row says."""
+    layout = recognise_among(list(row), BOTH, columns=columns, where="rows", repair="")
+    [judged] = read_rows([Row(row, "file:1")], layout, columns)
+    return layout.name, judged
+
+
+def compare(*rows, **settings):
+    """Return the comparisons of some rows, and the report."""
+    report = DataReport()
+    judged = [(read(row)[1], f"file:{number}") for number, row in enumerate(rows, 1)]
+    return comparisons(judged, PreferenceSettings(**settings), source=0, report=report), report
+
+
+def prepared(rows, *, template="hh", tokens="qwen", max_length=512, kind="rankings", seed=0, **settings):
+    """Return rows, or a file's, read and tokenised; nothing is cached unless asked for."""
+    data = PreferenceSettings(**{"source": rows, "template": template, "cache": False, **settings})
+    encoder = Encoder(tokenizer(tokens), template)
+    return prepare_preferences(data, encoder, max_length=max_length, seed=seed, kind=kind)
+
+
+def pair(prompt="q", chosen="good", rejected="bad", **more):
+    """Return a row with a prompt, a chosen and a rejected completion."""
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}

@@ -1,0 +1,122 @@
+"""What cannot be compared is left out, counted and told with its first place."""
+
+from math import isnan
+
+import pytest
+from small_preferences import compare, pair
+
+from finetune.recipe.errors import UserError
+
+GOOD = pair()
+SCORED = {"score_chosen": 2, "score_rejected": 1}
+
+
+def ranked(scores, responses="abcdefgh", prompt="q"):
+    return {"prompt": prompt, "responses": list(responses[: len(scores)]), "scores": scores}
+
+
+def hh(prompt, chosen, rejected, other=None):
+    texts = [
+        f"\n\nHuman: {question}\n\nAssistant: {reply}"
+        for question, reply in ((prompt, chosen), (other or prompt, rejected))
+    ]
+    return {"chosen": texts[0], "rejected": texts[1]}
+
+
+def replies(row):
+    return [reply.content for reply in row.replies]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (pair(rejected=" good "), "left out, chosen and rejected are the same"),
+        (pair(rejected=" "), "left out, an empty completion"),
+        (pair(prompt=" "), "left out, a turn of the prompt is empty"),
+        (hh("q", "a", "b", other="another"), "left out, chosen and rejected answer different prompts"),
+        ({"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q"}, "left out, a dialogue ends without a reply"),
+        (pair(score_chosen=1, score_rejected=1), "left out, a tie"),
+        (
+            pair(score_chosen=1, score_rejected=2),
+            "left out, their scores say that the rejected one is better",
+        ),
+        (ranked([1, 1, 1]), "left out, a tie"),
+        (ranked([2, 1], "aa"), "left out, chosen and rejected are the same"),
+        (ranked([3, 2, 1], "aaa"), "left out, fewer than two completions that differ"),
+        (ranked([3, 2, 1], ["a", "", " "]), "left out, fewer than two completions that differ"),
+        ({"prompt": "q", "completion": "", "label": True}, "left out, an empty completion"),
+        (
+            {"instruction": "q", "response1": "a", "response2": "b", "annotator1": 1, "annotator2": 2},
+            "left out, a tie",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_compared_is_left_out_and_told(row, told):
+    rows, report = compare(pair(**SCORED), pair(**SCORED), pair(**SCORED), row)
+    assert len(rows) == 3
+    assert report.counts[told] == 1
+    assert f"rows {told}: 1 (first: file:4)" in report.lines()
+
+
+def test_two_prompts_may_become_one_by_choice():
+    [row], report = compare(hh("mine", "a", "b", other="yours"), on_different_prompts="chosen")
+    assert [turn.content for turn in row.prompt] == ["mine"] and replies(row) == ["a", "b"]
+    assert report.counts == {
+        "of chosen and rejected to different prompts, both answer the chosen one's now": 1
+    }
+
+
+def test_blanks_make_no_other_prompt():
+    [row], report = compare(hh("q", "a", "b", other="q  "))
+    assert replies(row) == ["a", "b"] and report.counts == {}
+
+
+def test_ties_of_pairs_may_be_kept_in_the_row_s_order():
+    [row], report = compare(pair(score_chosen=1, score_rejected=1), on_tie="keep")
+    assert row.ranks == (0, 1) and row.margin == 0.0
+    assert report.counts == {"of equal scores, kept in the row's order": 1}
+
+
+def test_ties_of_lists_and_votes_have_no_order_to_keep():
+    rows, report = compare(pair(), ranked([1, 1]), on_tie="keep")
+    assert len(rows) == 1 and report.counts == {"left out, a tie": 1}
+
+
+def test_lists_are_sorted_and_ties_share_a_rank():
+    [row], report = compare(ranked([1, 5, 3, 3, 0.5]))
+    assert replies(row) == ["b", "c", "d", "a", "e"]
+    assert row.scores == (5, 3, 3, 1, 0.5) and row.ranks == (0, 1, 1, 3, 4) and row.margin == 4.5
+    assert report.counts == {"with ties among their completions, which share a rank": 1}
+
+
+def test_lists_lose_copies_and_empty_completions_alone():
+    [row], report = compare(ranked([1, 2, 3, 4], ["a", "b", "", "a "]))
+    assert replies(row) == ["a ", "b"] and row.scores == (4, 2) and row.ranks == (0, 1)
+    assert report.counts == {
+        "with completions that are empty or no reply, which are left out": 1,
+        "with completions that repeat another one, which are left out": 1,
+    }
+
+
+def test_margins():
+    rows, _ = compare(pair(), pair(**SCORED), pair(**SCORED, margin=3))
+    assert isnan(rows[0].margin) and isnan(rows[0].scores[0]) and rows[0].ranks == (0, 1)
+    assert [row.margin for row in rows[1:]] == [1.0, 3.0]
+    assert rows[1].scores == (2.0, 1.0)
+
+
+def test_columns_that_are_exchanged_are_refused_with_the_repair():
+    wrong = pair(score_chosen=1, score_rejected=2)
+    with pytest.raises(UserError) as caught:
+        compare(GOOD, wrong, wrong, pair(**SCORED))
+    text = str(caught.value)
+    assert text.startswith("file:2: in 2 of 3 pairs with scores the rejected one's is higher")
+    assert "data.columns={chosen: rejected, rejected: chosen}" in text
+
+
+def test_labels_have_one_completion():
+    [good, bad], _ = compare(
+        {"prompt": "q", "completion": "a", "label": 1}, {"prompt": "q", "completion": "b", "label": 0}
+    )
+    assert (replies(good), good.scores, good.ranks) == (["a"], (1.0,), (0,))
+    assert bad.scores == (0.0,) and good.words != bad.words

@@ -1,0 +1,158 @@
+"""Prompt and completion are the encoder's own tokens, the end token learnt; what is cut is told."""
+
+import numpy as np
+import pytest
+from small_preferences import pair, prepared
+from small_tokenizers import MAKERS, tokenizer
+
+from align.preference.encode import Room, fit
+from data_templates._segments import Message
+from finetune.data.tokens import Encoder
+
+TEMPLATES = [
+    "alpaca",
+    "chatml",
+    "cot",
+    "exaone",
+    "flan",
+    "gemma",
+    "hh",
+    "koalpaca",
+    "kullm",
+    "llama2",
+    "llama3",
+] + ["mistral", "mistral_v1", "plain", "qwen", "toolcall", "vicuna", "zephyr"]
+ONE_EXCHANGE = ("alpaca", "cot", "flan", "koalpaca", "kullm", "plain")
+ROWS = [
+    pair("What is it?", "It is a question.", "No."),
+    pair("Add 2 and 3.\n", " The sum is 5.\n", "It is <|im_end|> </s> 6 <s>"),
+    pair("더하면 얼마인가요?", "다섯입니다.", "▁모릅니다 "),
+]
+
+
+def ranked(*responses, scores=(3, 2, 1)):
+    """Return a row with a ranked list, the best first unless told."""
+    return {"prompt": "q", "responses": list(responses), "scores": list(scores[: len(responses)])}
+
+
+def talk(template):
+    """Return the turns of a prompt: several where the template takes them."""
+    turns = [("user", "Hello"), ("assistant", "Hi."), ("user", "And then? \n")]
+    return turns[-1:] if template in ONE_EXCHANGE else turns
+
+
+@pytest.mark.parametrize("tokens", MAKERS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_prompt_and_completion_together_are_what_the_encoder_gives(template, tokens):
+    encoder = Encoder(tokenizer(tokens), template)
+    turns = [{"role": role, "content": content} for role, content in talk(template)]
+    rows = [pair(row["prompt"], row["chosen"], row["rejected"]) for row in ROWS]
+    rows.append(pair(turns, *([{"role": "assistant", "content": text}] for text in ("Then 5.", "6"))))
+    groups = prepared(rows, template=template, tokens=tokens).train
+    assert len(groups) == len(rows)
+    for row, group in zip(rows, (groups[index] for index in range(4)), strict=True):
+        asked = [Message("user", row["prompt"])] if isinstance(row["prompt"], str) else None
+        prompt = asked or [Message(role, content) for role, content in talk(template)]
+        assert group.prompt_ids.tolist() == encoder.encode_prompt(prompt)
+        for ids, name in zip(group.completion_ids, ("chosen", "rejected"), strict=True):
+            text = row[name] if isinstance(row[name], str) else row[name][0]["content"]
+            whole = encoder.encode([*prompt, Message("assistant", text)])
+            joined = [*group.prompt_ids.tolist(), *ids.tolist()]
+            # What stands behind the end token (ChatML's line feed) carries no loss and is left away.
+            assert whole.input_ids[: len(joined)] == joined and not any(whole.trained[len(joined) :])
+            assert all(whole.trained[len(group.prompt_ids) : len(joined)])
+            assert ids[-1] in encoder.stop_ids
+
+
+def test_groups_hold_scores_ranks_margins_places():
+    data = prepared([ranked("a", "b"), ranked("a", "b b", "\n\nc", scores=[1, 2, 2]), ranked("c", "d")])
+    groups = data.train
+    assert groups.completions.tolist() == [2, 3, 2]
+    assert groups[1].scores.tolist() == [2.0, 2.0, 1.0] and groups[1].ranks.tolist() == [0, 0, 2]
+    assert (groups[1].margin, groups[1].place, groups[1].row, groups[-1].row) == (1.0, "row 2", 1, 2)
+    every = [groups[index] for index in range(3)]
+    tokens = [len(group.prompt_ids) + sum(map(len, group.completion_ids)) for group in every]
+    assert groups.lengths.tolist() == tokens and sum(tokens) == groups.num_tokens == data.report.tokens
+    longest = max(len(group.prompt_ids) + len(ids) for group in every for ids in group.completion_ids)
+    assert groups.longest == longest == data.report.longest
+    assert groups.prompt_lengths[1] == len(groups[1].prompt_ids)
+    assert groups.completion_lengths.sum() == data.report.trained_tokens
+    with pytest.raises(IndexError):
+        groups[3]
+
+
+def test_pairs_without_scores_have_an_order_and_no_margin():
+    [group] = [prepared([pair()]).train[0]]
+    assert group.ranks.tolist() == [0, 1] and np.isnan(group.margin) and np.isnan(group.scores).all()
+
+
+def test_fit_cuts_no_more_than_is_needed():
+    prompt, long, short = list(range(10)), [20] * 8, [30]
+    assert fit(prompt, [long, short], Room(18, 4)) == (prompt, [long, short])
+    assert fit(prompt, [long, short], Room(17, 4)) == (prompt[1:], [long, short])
+    assert fit(prompt, [long, short], Room(17, 4), head=1) == ([0, *prompt[2:]], [long, short])
+    assert fit(prompt, [long, short], Room(10, 4)) == (prompt[6:], [long[:6], short])
+    assert fit(prompt[:2], [long], Room(6, 4)) == (prompt[:2], [long[:4]])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fit_keeps_its_promises(seed):
+    random = np.random.default_rng(seed)
+    prompt = random.integers(0, 99, random.integers(1, 40)).tolist()
+    many = [random.integers(0, 99, size).tolist() for size in random.integers(1, 40, random.integers(1, 5))]
+    room = Room(int(random.integers(8, 60)), 4)
+    shorter, cut = fit(prompt, many, room)
+    assert prompt[len(prompt) - len(shorter) :] == shorter and len(shorter) >= min(len(prompt), 4)
+    assert all(ids[: len(part)] == part and part for ids, part in zip(many, cut, strict=True))
+    most = len(shorter) + max(map(len, cut))
+    assert most == min(room.max_length, len(prompt) + max(map(len, many)))
+
+
+def test_what_is_cut_is_told_and_keeps_bos_and_the_prompt_s_end():
+    rows = [pair("early " * 40 + "late", "good " * 40, "bad"), pair()]
+    whole = prepared(rows, tokens="llama2", max_length=1000).train[0]
+    data = prepared(rows, tokens="llama2", max_length=60, max_prompt_length=20)
+    cut = data.train[0]
+    encoder = Encoder(tokenizer("llama2"), "hh")
+    assert cut.prompt_ids[0] == whole.prompt_ids[0] == encoder.tokenizer.bos_token_id
+    assert cut.prompt_ids[1:].tolist() == whole.prompt_ids[-19:].tolist()
+    assert cut.completion_ids[0].tolist() == whole.completion_ids[0][:40].tolist()
+    assert cut.completion_ids[1].tolist() == whole.completion_ids[1].tolist()
+    lost = len(whole.completion_ids[0]) - 40
+    assert data.report.too_long == 1 and data.report.lost_tokens == lost > 0
+    assert data.report.counts == {
+        "longer than 60 tokens, the prompt's beginning cut": 1,
+        "longer than 60 tokens, a completion's end cut": 1,
+    }
+
+
+def test_half_the_length_is_the_prompt_s_by_default():
+    data = prepared([pair("early " * 60, "good " * 60, "bad")], max_length=64)
+    assert len(data.train[0].prompt_ids) == 32 and len(data.train[0].completion_ids[0]) == 32
+
+
+def test_long_rows_may_be_left_out():
+    data = prepared([pair("q", "good " * 60, "bad"), pair()], max_length=40, too_long="drop")
+    assert data.train.places == ("row 2",)
+    assert data.report.counts == {"longer than 40 tokens, left out": 1}
+
+
+def test_completions_that_are_the_same_once_cut_are_left_out():
+    same = "the same beginning " * 20
+    lists = [(same + "a", "other", same + "b"), ("a", "b")]
+    rows = [ranked(same + "a", same + "b"), *(ranked(*texts) for texts in lists)]
+    data = prepared(
+        [*rows, ranked(*lists[0], scores=(3, 1, 3)), ranked(*lists[0], scores=(3, 3, 1))], max_length=64
+    )
+    assert data.train.places == ("row 2", "row 3", "row 4")
+    assert data.train[0].ranks.tolist() == [0, 1] and data.train[0].scores.tolist() == [3.0, 2.0]
+    counts = data.report.counts
+    assert counts["left out, their completions are the same tokens once cut"] == 1
+    assert counts["of which some completions are the same tokens once cut"] == 3
+    assert counts["left out, only completions of equal rank differ once cut"] == 1
+
+
+def test_markers_in_completions_are_written_apart_and_told():
+    data = prepared([pair("q", "yes\n\nHuman: no", "bad"), pair()])
+    [what] = data.report.counts
+    assert what == "hold template markers or special tokens in their text, written apart"
