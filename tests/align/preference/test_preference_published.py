@@ -1,0 +1,109 @@
+"""Published preference files, in their published formats: every row is read, each loss of one counted."""
+
+from pathlib import Path
+
+import pytest
+from small_preferences import prepared
+
+ROOT = Path(__file__).parents[3]
+DATA = ROOT / "../shared/data"
+
+EMPTY, DIFFERENT = "left out, an empty completion", "left out, chosen and rejected answer different prompts"
+NO_REPLY, NO_TEMPLATE = (
+    "left out, a dialogue ends without a reply",
+    "left out, no conversation for this template",
+)
+KOREAN = "korean/ko_hh_harmless_train.jsonl.gz"
+BOTH = "of chosen and rejected to different prompts, both answer the chosen one's now"
+
+FILES = [
+    (
+        "hh_rlhf/harmless-base/test.jsonl.gz",
+        {},
+        {"groups": 203, "completions": 406},
+        {EMPTY: 2, DIFFERENT: 1},
+    ),
+    (
+        KOREAN,
+        {},
+        {"groups": 132, "completions": 264},
+        {DIFFERENT: 852, NO_REPLY: 211, EMPTY: 3, NO_TEMPLATE: 5},
+    ),
+    (
+        KOREAN,
+        {"on_different_prompts": "chosen"},
+        {"groups": 777, "completions": 1554},
+        {
+            BOTH: 852,
+            NO_REPLY: 211,
+            EMPTY: 3,
+            NO_TEMPLATE: 211,
+            "left out, chosen and rejected are the same": 1,
+        },
+    ),
+    (
+        "llamafactory/dpo_en_demo.json",
+        {"template": "chatml"},
+        {"groups": 300, "completions": 600},
+        {"equal to an earlier one, kept": 5},
+    ),
+    (
+        "llamafactory/dpo_zh_demo.json",
+        {"template": "chatml"},
+        {"groups": 300, "completions": 600},
+        {"equal to an earlier one, kept": 11},
+    ),
+    (
+        "korean/logickor_ranked.jsonl.gz",
+        {"template": "koalpaca"},
+        {"groups": 32, "completions": 373},
+        {"with ties among their completions, which share a rank": 32},
+    ),
+    (
+        "preference/pandalm_human_pairs.json",
+        {"template": "alpaca"},
+        {"groups": 663, "completions": 1326},
+        {
+            EMPTY: 43,
+            "left out, a tie": 83,
+            "left out, a turn of the prompt is empty": 1,
+            "hold a number or true/false where a completion's text stands, read as text": 6,
+        },
+    ),
+    (
+        "llamafactory/kto_en_demo.json",
+        {"template": "chatml", "kind": "labels"},
+        {"groups": 300, "completions": 300},
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "settings", "sizes", "counts"), FILES)
+def test_published_files(path, settings, sizes, counts):
+    if not (DATA / path).is_file():
+        pytest.skip("published data sets are not here")
+    data = prepared(str(DATA / path), max_length=8192, **settings)
+    groups = data.train
+    assert {"groups": len(groups), "completions": int(groups.completions.sum())} == sizes
+    assert {what: data.report.counts.get(what) for what in counts} == counts
+    assert data.report.too_long == 0 and len(data.prompts) == min(64, len({*groups.places}))
+
+
+def test_alpaca_eval_s_ranked_lists():
+    path = DATA / "preference/alpaca_eval_ranked.jsonl.gz"
+    if not path.is_file():
+        pytest.skip("published data sets are not here")
+    data = prepared(str(path), template="alpaca", max_length=256)
+    assert max(data.train.completions) == 10 and len(data.train) == 563
+    for index in range(20):
+        group = data.train[index]
+        assert (group.scores[:-1] >= group.scores[1:]).all() and group.ranks[0] == 0
+        assert group.margin == group.scores[0] - group.scores[-1]
+
+
+@pytest.mark.parametrize(("part", "rows"), [("train", 1500), ("held_out", 150)])
+def test_the_embedded_pairs_are_all_usable(part, rows):
+    data = prepared(str(ROOT / f"recipes/tiny/data/preferences_{part}.jsonl"), template="alpaca")
+    assert len(data.train) == rows and data.report.layout == "prompt/chosen/rejected"
+    assert data.report.counts == {} and (data.train.completions == 2).all()
