@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 from small_preferences import prepared
+from small_tokenizers import tokenizer
+
+from finetune.data.sources import read_source
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "../shared/data"
@@ -17,6 +20,12 @@ KOREAN = "korean/ko_hh_harmless_train.jsonl.gz"
 BOTH = "of chosen and rejected to different prompts, both answer the chosen one's now"
 
 FILES = [
+    (
+        "hh_rlhf/harmless-base/train.jsonl.gz",
+        {},
+        {"groups": 1515, "completions": 3030},
+        {EMPTY: 1, DIFFERENT: 3, NO_TEMPLATE: 3},
+    ),
     (
         "hh_rlhf/harmless-base/test.jsonl.gz",
         {},
@@ -83,11 +92,26 @@ FILES = [
 def test_published_files(path, settings, sizes, counts):
     if not (DATA / path).is_file():
         pytest.skip("published data sets are not here")
-    data = prepared(str(DATA / path), max_length=8192, **settings)
+    data = prepared(str(DATA / path), max_length=65536, **settings)
     groups = data.train
     assert {"groups": len(groups), "completions": int(groups.completions.sum())} == sizes
     assert {what: data.report.counts.get(what) for what in counts} == counts
     assert data.report.too_long == 0 and len(data.prompts) == min(64, len({*groups.places}))
+
+
+def test_hh_s_dialogues_are_the_file_s_to_the_word():
+    path = DATA / "hh_rlhf/harmless-base/test.jsonl.gz"
+    if not path.is_file():
+        pytest.skip("published data sets are not here")
+    rows = {row.where: row.columns for row in read_source(str(path))}
+    data = prepared(str(path), max_length=65536)
+    decode, same = tokenizer("qwen").decode, 0
+    for group in (data.train[index] for index in range(len(data.train))):
+        for ids, name in zip(group.completion_ids, ("chosen", "rejected"), strict=True):
+            text = decode([*group.prompt_ids, *ids], skip_special_tokens=True)
+            same += text.split() == rows[group.place][name].split()
+    told = data.report.counts.get("hold template markers or special tokens in their text, written apart", 0)
+    assert same == 2 * len(data.train) and told == 0
 
 
 def test_alpaca_eval_s_ranked_lists():

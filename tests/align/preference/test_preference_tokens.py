@@ -41,8 +41,9 @@ def talk(template):
     return turns[-1:] if template in ONE_EXCHANGE else turns
 
 
-@pytest.mark.parametrize("tokens", MAKERS)
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("template", "tokens"), [("model", "qwen"), *((name, made) for name in TEMPLATES for made in MAKERS)]
+)
 def test_prompt_and_completion_together_are_what_the_encoder_gives(template, tokens):
     encoder = Encoder(tokenizer(tokens), template)
     turns = [{"role": role, "content": content} for role, content in talk(template)]
