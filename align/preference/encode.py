@@ -147,31 +147,37 @@ def _fitted(
     head = int(prompt[:1] == [encoder.tokenizer.bos_token_id])
     shorter, cut = fit(prompt, completions, room, head=head)
     lost = sum(map(len, completions)) - sum(map(len, cut))
-    if len(shorter) < len(prompt) or lost:
-        report.too_long += 1
-        if room.drop:
-            report.count(f"longer than {room.max_length} tokens, left out", row.where)
-            report.lost_tokens += sum(map(len, completions))
-            return None
+    longer = f"longer than {room.max_length} tokens"
+    report.too_long += len(shorter) < len(prompt) or lost > 0
+    if room.drop and (len(shorter) < len(prompt) or lost):
+        report.count(f"{longer}, left out", row.where)
+        report.lost_tokens += sum(map(len, completions))
+        return None
+    report.lost_tokens += lost
     if len(shorter) < len(prompt):
-        report.count(f"longer than {room.max_length} tokens, the prompt's beginning cut", row.where)
+        report.count(f"{longer}, the prompt's beginning cut", row.where)
     if lost:
-        report.count(f"longer than {room.max_length} tokens, a completion's end cut", row.where)
-        report.lost_tokens += lost
+        report.count(f"{longer}, a completion's end cut", row.where)
+    kept = _distinct(cut, row, " once cut" * (lost > 0), report)
+    return (shorter, kept) if kept else None
+
+
+def _distinct(cut: list[Ids], row: Comparison, when: str, report: DataReport) -> dict[int, Ids]:
+    """Return the completions whose tokens differ, by their number in the row; none where too few do."""
     first: dict[tuple[int, ...], int] = {}
     for index, ids in enumerate(cut):
         first.setdefault(tuple(ids), index)
-    if len(first) < len(cut):
-        few = len(first) < 2 or len(cut) == 2
-        what = "left out, their" if few else "of which some"
-        report.count(f"{what} completions are the same tokens{' once cut' if lost else ''}", row.where)
-        if few:
-            return None
     kept = {index: cut[index] for index in first.values()}
-    if len(kept) > 1 and len({row.ranks[index] for index in kept}) < 2:
-        report.count("left out, only completions of equal rank differ once cut", row.where)
-        return None
-    return shorter, kept
+    if len(kept) == len(cut):
+        return kept
+    if len(kept) < 2:
+        report.count(f"left out, their completions are the same tokens{when}", row.where)
+        return {}
+    report.count(f"of which some completions are the same tokens{when}", row.where)
+    if len({row.ranks[index] for index in kept}) < 2:
+        report.count(f"left out, only completions of equal rank differ{when}", row.where)
+        return {}
+    return kept
 
 
 def _cache_key(rows: Sequence[Comparison], encoder: Encoder, room: Room) -> str:

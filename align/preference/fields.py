@@ -54,10 +54,10 @@ def question(columns: Columns, name: str) -> list[Message]:
 def turns(columns: Columns, name: str) -> list[Message]:
     """Return a column's turns, with role and content or from and value; a single turn stands for a list."""
     value = columns[name]
-    listed = [value] if isinstance(value, dict) else value
-    first = listed[0] if isinstance(listed, list) and listed else None
+    several = [value] if isinstance(value, dict) else value
+    first = several[0] if isinstance(several, list) and several else None
     names = ("from", "value") if isinstance(first, dict) and "from" in first else ("role", "content")
-    return turns_field({name: listed}, name, *names)
+    return turns_field({name: several}, name, *names)
 
 
 def with_system(columns: Columns, messages: list[Message]) -> list[Message]:

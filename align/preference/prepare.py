@@ -9,7 +9,7 @@ from align.preference.dataset import PreferenceGroups, PreparedPreferences
 from align.preference.encode import Room, tokenise
 from align.preference.judged import Comparison, Judged
 from align.preference.layouts import LABELLED, PAIRS, RANKINGS
-from align.preference.rows import comparisons, unpaired
+from align.preference.rows import comparisons, count_contradictions, unpaired
 from align.preference.settings import PreferenceSettings
 from finetune.data.conversation import Conversation
 from finetune.data.gather import Place, count_copies, count_seen, held_out_count, places_of, read_place
@@ -103,7 +103,9 @@ def _gather(
     if isinstance(settings.held_out, str):
         place = Place("data.held_out", settings.held_out, settings.split, None, settings.columns)
         held_out = _part(place, 0, seed, settings, kind, aside).rows
-    count_copies([row for part in parts for row in part.rows], report)
+    every = [row for part in parts for row in part.rows]
+    count_copies(every, report)
+    count_contradictions(every, report)
     count_seen(held_out, train, aside)
     _count_shared_prompts(held_out, train, aside)
     return train, held_out

@@ -162,3 +162,15 @@ def unpaired(row: Comparison) -> list[Comparison]:
     """Return a pair as two labelled rows: its better completion is good, the other one bad."""
     both = zip(row.replies, (1.0, 0.0), strict=True)
     return [replace(row, replies=(reply,), scores=(label,), ranks=(0,), margin=nan) for reply, label in both]
+
+
+def count_contradictions(rows: Sequence[Comparison], report: DataReport) -> None:
+    """Count the pairs and labels that say the opposite of an earlier one about the same completions."""
+    first: dict[object, Comparison] = {}
+    for row in rows:
+        said = frozenset(reply.content.strip() for reply in row.replies)
+        earlier = first.setdefault((_words(row.prompt), said), row)
+        best, other = row.replies[0].content.strip(), earlier.replies[0].content.strip()
+        labels = len(row.replies) == 1 and row.scores != earlier.scores
+        if len(row.replies) < 3 and (best != other or labels):
+            report.count("say the opposite of an earlier one, kept", f"{row.where} and {earlier.where}")

@@ -99,3 +99,13 @@ def test_the_report_tells_lengths_of_the_better_and_the_worse():
     assert report.lines()[0].startswith("2 rows (prompt/chosen/rejected), 0 held out; ")
     assert report.lines()[1].startswith("4 completions; tokens on average: prompt ")
     assert "rows equal to an earlier one, kept: 1 (first: row 2 repeats row 1)" in report.lines()
+
+
+def test_contradictions_are_told():
+    report = prepared([pair(), pair("other"), pair(chosen="bad", rejected="good ")]).report
+    assert report.counts == {"say the opposite of an earlier one, kept": 1}
+    assert report.examples == {"say the opposite of an earlier one, kept": "row 3 and row 1"}
+    labels = [
+        {"prompt": "q", "completion": text, "label": good} for text, good in (("a", 1), ("b", 0), ("a", 0))
+    ]
+    assert prepared(labels, kind="labels").report.counts == {"say the opposite of an earlier one, kept": 1}
