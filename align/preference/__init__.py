@@ -1,0 +1,1 @@
+"""Learning from preferences: a prompt and its completions in one sequence."""
