@@ -80,8 +80,9 @@ def why_separate(config: PretrainedConfig, *, reach: int) -> str:
 
 
 def _decoder(model: nn.Module) -> PreTrainedModel:
+    """Return the stack of layers, which the library calls with the mask that it has been given."""
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    decoder: PreTrainedModel = base.base_model
+    decoder: PreTrainedModel = base.get_decoder()
     return decoder
 
 

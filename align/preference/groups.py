@@ -218,7 +218,6 @@ def _targets(groups: Sequence[Group], starts: dict[int, int], shape: tuple[int, 
     predicts = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
     predicts[flat] = True
     sources, order = torch.sort((predicts.cumsum(0) - 1)[flat], stable=True)
-    # A completion of one token has the prompt's last state alone, so its own place is counted, not read off.
     last = chain.from_iterable(_last_tokens(group, starts[i]) for i, group in enumerate(groups))
     places = torch.tensor(list(last))
     return {
