@@ -100,7 +100,7 @@ def _shifted(positions: Tensor, *, written: int, cached: int) -> Tensor:
 
 
 def _as_read(seen: Tensor, decoder: PreTrainedModel) -> Tensor:
-    """Return the mask as the attention reads it: SDPA a boolean one, eager one that is added to the scores."""
+    """Return the mask as the attention reads it: boolean for SDPA, for eager added to the scores."""
     if decoder.config._attn_implementation == "sdpa":
         return seen
     lowest = torch.finfo(decoder.dtype).min

@@ -5,13 +5,14 @@ itself (a block mask), and its positions go on where the prompt ends, so that ea
 that it would have in a row of its own, while the prompt's are computed once. Pure functions over tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from finetune.data.packing import pack
 
@@ -37,14 +38,10 @@ class Group:
         return len(self.prompt) + max(map(len, self.completions))
 
 
-class GroupBatch(TypedDict):
-    """One forward pass over whole groups. Completions count on from group to group, in the order given.
+class Predictions(TypedDict):
+    """What a batch's completions consist of, and the states that predict it.
 
     Attributes:
-        input_ids: (lines, columns).
-        position_ids: (lines, columns); a completion's go on from its prompt's, padding has 0.
-        groups: (lines, columns), the number of a column's group in its line, from 1; 0 is padding.
-        parts: (lines, columns), 0 for a prompt, k for the k-th completion of its group.
         predicts: mask (lines, columns) of the S states that predict a token of a completion.
         sources: (N,), ascending: which of those states, in row-major order, predicts the n-th target. A
             prompt's last state predicts the first token of each of its K completions, and is there once.
@@ -52,8 +49,27 @@ class GroupBatch(TypedDict):
         owners: (N,) the completion that the target is of.
         offsets: (N,) its place in that completion.
         lengths: (completions,) tokens of each completion.
-        sizes: (groups,) K of each group.
         ends: (completions, 2), line and column of each completion's last token.
+    """
+
+    predicts: Tensor
+    sources: Tensor
+    targets: Tensor
+    owners: Tensor
+    offsets: Tensor
+    lengths: Tensor
+    ends: Tensor
+
+
+class GroupBatch(Predictions):
+    """One forward pass over whole groups. Completions count on from group to group, in the order given.
+
+    Attributes:
+        input_ids: (lines, columns).
+        position_ids: (lines, columns); a completion's go on from its prompt's, padding has 0.
+        groups: (lines, columns), the number of a column's group in its line, from 1; 0 is padding.
+        parts: (lines, columns), 0 for a prompt, k for the k-th completion of its group.
+        sizes: (groups,) K of each group.
         attention_mask: (lines, columns), in the separate layout alone: ordinary causal attention.
     """
 
@@ -61,14 +77,7 @@ class GroupBatch(TypedDict):
     position_ids: Tensor
     groups: Tensor
     parts: Tensor
-    predicts: Tensor
-    sources: Tensor
-    targets: Tensor
-    owners: Tensor
-    offsets: Tensor
-    lengths: Tensor
     sizes: Tensor
-    ends: Tensor
     attention_mask: NotRequired[Tensor]
 
 
@@ -106,16 +115,12 @@ class GroupCollator:
 
     def __call__(self, groups: Sequence[Group]) -> GroupBatch:
         """Return one forward pass."""
-        sizes = torch.tensor([len(group.completions) for group in groups])
-        if self.separate:
-            groups = [Group(group.prompt, (one,)) for group in groups for one in group.completions]
-            lines = [[index] for index in range(len(groups))]
-        else:
-            lines = even_lines([len(group) for group in groups], self.budget)
-        batch = _fill(groups, lines, self.pad_id)
-        batch["sizes"] = sizes
-        if self.separate:
-            batch["attention_mask"] = (batch["groups"] > 0).long()
+        if not self.separate:
+            return _fill(groups, even_lines([len(group) for group in groups], self.budget), self.pad_id)
+        singles = [Group(group.prompt, (one,)) for group in groups for one in group.completions]
+        batch = _fill(singles, [[index] for index in range(len(singles))], self.pad_id)
+        batch["sizes"] = torch.tensor([len(group.completions) for group in groups])
+        batch["attention_mask"] = batch["groups"].clamp(max=1)
         return batch
 
 
@@ -173,29 +178,40 @@ def visible(groups: Tensor, parts: Tensor) -> Tensor:
 
 
 def _fill(groups: Sequence[Group], lines: Sequence[Sequence[int]], pad_id: int) -> GroupBatch:
-    columns = max(sum(len(groups[index]) for index in line) for line in lines)
-    starts = _starts(groups, lines, columns)
-    size = len(lines) * columns
-    flat = {"input_ids": torch.full((size,), pad_id)}
-    flat |= {name: torch.zeros(size, dtype=torch.long) for name in ("position_ids", "groups", "parts")}
-    for line in lines:
-        for number, index in enumerate(line, start=1):
-            group, place = groups[index], slice(starts[index], starts[index] + len(groups[index]))
-            flat["input_ids"][place] = torch.cat([group.prompt, *group.completions])
-            flat["position_ids"][place] = _positions(group)
-            flat["groups"][place] = number
-            flat["parts"][place] = _parts(group)
-    shaped = {name: values.view(len(lines), columns) for name, values in flat.items()}
-    return GroupBatch(**shaped, **_targets(groups, starts, (len(lines), columns)))  # type: ignore[typeddict-item]
+    in_lines = [[groups[index] for index in line] for line in lines]
+    input_ids = _rectangle(in_lines, _ids, padding=pad_id)
+    numbers = [torch.arange(1, len(line) + 1) for line in lines]
+    lengths = [torch.tensor([len(group) for group in line]) for line in in_lines]
+    columns = [torch.repeat_interleave(*pair) for pair in zip(numbers, lengths, strict=True)]
+    return {
+        "input_ids": input_ids,
+        "position_ids": _rectangle(in_lines, _positions),
+        "groups": pad_sequence(columns, batch_first=True),
+        "parts": _rectangle(in_lines, _parts),
+        "sizes": torch.tensor([len(group.completions) for group in groups]),
+        # mypy looks for the optional key in what is unpacked
+        **_predictions(groups, _starts(groups, lines, input_ids.shape[1]), input_ids.shape),  # type: ignore[typeddict-item]
+    }
+
+
+def _rectangle(
+    lines: Sequence[Sequence[Group]], values: Callable[[Group], Tensor], padding: int = 0
+) -> Tensor:
+    rows = [torch.cat([values(group) for group in line]) for line in lines]
+    return pad_sequence(rows, batch_first=True, padding_value=padding)
 
 
 def _starts(groups: Sequence[Group], lines: Sequence[Sequence[int]], columns: int) -> dict[int, int]:
     """Return where each group starts, counting the columns of all lines on."""
-    starts = {}
+    starts: dict[int, int] = {}
     for number, line in enumerate(lines):
         places = accumulate((len(groups[index]) for index in line), initial=number * columns)
         starts |= dict(zip(line, places, strict=False))
     return starts
+
+
+def _ids(group: Group) -> Tensor:
+    return torch.cat([group.prompt, *group.completions])
 
 
 def _positions(group: Group) -> Tensor:
@@ -209,17 +225,15 @@ def _parts(group: Group) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
 
-def _targets(groups: Sequence[Group], starts: dict[int, int], shape: tuple[int, int]) -> dict[str, Tensor]:
+def _predictions(groups: Sequence[Group], starts: dict[int, int], shape: torch.Size) -> Predictions:
     """Return what is predicted, and by which states."""
     completions = list(chain.from_iterable(group.completions for group in groups))
     lengths = torch.tensor([len(completion) for completion in completions])
-    states = list(chain.from_iterable(_predictors(group, starts[i]) for i, group in enumerate(groups)))
-    flat = torch.cat(states)
-    predicts = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
-    predicts[flat] = True
-    sources, order = torch.sort((predicts.cumsum(0) - 1)[flat], stable=True)
-    last = chain.from_iterable(_last_tokens(group, starts[i]) for i, group in enumerate(groups))
-    places = torch.tensor(list(last))
+    states = torch.cat([place for i, group in enumerate(groups) for place in _predictors(group, starts[i])])
+    predicts = torch.zeros(shape.numel(), dtype=torch.bool)
+    predicts[states] = True
+    sources, order = torch.sort((predicts.cumsum(0) - 1)[states], stable=True)
+    ends = torch.tensor([end for i, group in enumerate(groups) for end in _last_tokens(group, starts[i])])
     return {
         "predicts": predicts.view(shape),
         "sources": sources,
@@ -227,7 +241,7 @@ def _targets(groups: Sequence[Group], starts: dict[int, int], shape: tuple[int, 
         "owners": torch.repeat_interleave(torch.arange(len(lengths)), lengths)[order],
         "offsets": torch.cat([torch.arange(length) for length in lengths.tolist()])[order],
         "lengths": lengths,
-        "ends": torch.stack([places // shape[1], places % shape[1]], dim=1),
+        "ends": torch.stack([ends // shape[1], ends % shape[1]], dim=1),
     }
 
 
@@ -237,7 +251,7 @@ def _last_tokens(group: Group, start: int) -> list[int]:
 
 
 def _predictors(group: Group, start: int) -> list[Tensor]:
-    """Return for each completion the places of the states that predict it: the prompt's last, then its own."""
+    """Return where the states stand that predict each completion: the prompt's last one, then its own."""
     prompt_end = torch.tensor([start + len(group.prompt) - 1])
     ends = _last_tokens(group, start)
     own = zip(ends, map(len, group.completions), strict=True)

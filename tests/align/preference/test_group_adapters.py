@@ -7,8 +7,8 @@ import torch
 from adapter_properties import FAMILIES, METHODS, base_of, build, first_choice, train
 from group_models import (
     SOME,
-    assert_same_gradients,
-    assert_same_logps,
+    error,
+    gradient_error,
     gradients,
     mixed,
     random_groups,
@@ -29,7 +29,9 @@ LAYOUTS = {
     "one line": GroupCollator(0, budget=99),
     "separate": GroupCollator(0, separate=True),
 }
-VIRTUAL = ("prompt", "ptuning", "multitask_prompt", "progressive_prompt", "prefix", "ptuning_v2")
+AS_INPUTS = ("prompt", "ptuning", "multitask_prompt", "progressive_prompt")
+AS_KEYS = ("prefix", "ptuning_v2", "adaptive_prefix")
+VIRTUAL = (*AS_INPUTS, *AS_KEYS)
 
 
 def adapted(method: str, family: str, attention: str = "sdpa") -> PeftModel:
@@ -44,25 +46,28 @@ def adapted(method: str, family: str, attention: str = "sdpa") -> PeftModel:
     return model
 
 
-def holds(model: PeftModel) -> None:
-    groups = random_groups(SOME)
+def errors(model: PeftModel) -> dict[str, tuple[float, float]]:
+    """Return how far each layout is from separate passes, in log-probabilities and in gradients."""
+    groups, found = random_groups(SOME), {}
     expected = separate_logps(model, groups)
     wanted = gradients(model, mixed(expected))
     for name, collate in LAYOUTS.items():
-        found = completion_logps(model, output_head(model), collate(groups))
-        assert_same_logps(found, expected)
-        assert_same_gradients(gradients(model, mixed(found)), wanted), name
+        logps = completion_logps(model, output_head(model), collate(groups))
+        found[name] = error(logps, expected), gradient_error(gradients(model, mixed(logps)), wanted)
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_shared_is_separate_with_every_adapter(method: str, family: str) -> None:
-    holds(adapted(method, family))
+    for layout, (value, gradient) in errors(adapted(method, family)).items():
+        assert value < 1e-5 and gradient < 1e-4, layout
 
 
 @pytest.mark.parametrize("method", [*VIRTUAL, "lora", "llama_adapter"])
 def test_shared_is_separate_in_eager_attention(method: str) -> None:
-    holds(adapted(method, "llama", "eager"))
+    for layout, (value, gradient) in errors(adapted(method, "llama", "eager")).items():
+        assert value < 1e-5 and gradient < 1e-4, layout
 
 
 @pytest.mark.parametrize("method", [*VIRTUAL, "lora"])
@@ -74,7 +79,7 @@ def test_an_adapter_switched_off_leaves_the_base(method: str) -> None:
         assert not torch.allclose(completion_logps(model, output_head(model), batch), expected, atol=1e-3)
         with model.disable_adapter():
             found = completion_logps(model, output_head(model), batch)
-    assert_same_logps(found, expected)
+    assert error(found, expected) < 1e-5
 
 
 @pytest.fixture
@@ -92,5 +97,5 @@ def test_the_mask_goes_through_ddp(method: str) -> None:
     wanted = gradients(model, mixed(expected))
     wrapped = DistributedDataParallel(model)
     found = completion_logps(wrapped, output_head(model), GroupCollator(0)(groups))
-    assert_same_logps(found, expected)
-    assert_same_gradients(gradients(model, mixed(found)), wanted)
+    assert error(found, expected) < 1e-5
+    assert gradient_error(gradients(model, mixed(found)), wanted) < 1e-4

@@ -4,27 +4,29 @@ import doctest
 
 import pytest
 import torch
-from adapter_properties import FAMILIES, WORDS
+from adapter_properties import FAMILIES, SIZES, WORDS
 from group_models import (
     SHAPES,
     SOME,
     Shape,
-    assert_same_gradients,
-    assert_same_logps,
+    error,
+    gradient_error,
     gradients,
     mixed,
     random_groups,
+    random_model,
     separate_logps,
     tiny,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import MistralConfig
 
 from align.preference import logps as own
 from align.preference.attention import block_attention
 from align.preference.groups import Group, GroupCollator
-from align.preference.logps import completion_logps, picked_logps, token_logps
+from align.preference.logps import completion_logps, layout_error, picked_logps, token_logps
 from finetune.data.collate import IGNORED, Example, PackedCollator
 from finetune.training.completion import completion_loss_sum
 from finetune.training.head import output_head
@@ -42,7 +44,9 @@ def test_the_docstring_tells_the_truth() -> None:
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("family", FAMILIES)
-@given(shapes=SHAPES, budget=st.integers(0, 90), seed=st.integers(0, 99), chunk=st.sampled_from([1, 7, 10**6]))
+@given(
+    shapes=SHAPES, budget=st.integers(0, 90), seed=st.integers(0, 99), chunk=st.sampled_from([1, 7, 10**6])
+)
 @settings(deadline=None, max_examples=12)
 def test_shared_is_separate(
     family: str, attention: str, shapes: list[Shape], budget: int, seed: int, chunk: int
@@ -50,8 +54,8 @@ def test_shared_is_separate(
     model, groups = tiny(family, attention), random_groups(shapes, seed)
     found = ours(model, groups, GroupCollator(0, budget), max_elements=chunk * WORDS)
     expected = separate_logps(model, groups)
-    assert_same_logps(found, expected)
-    assert_same_gradients(gradients(model, mixed(found)), gradients(model, mixed(expected)))
+    assert error(found, expected) < 1e-5
+    assert gradient_error(gradients(model, mixed(found)), gradients(model, mixed(expected))) < 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,8 +64,8 @@ def test_shared_is_separate(
 def test_the_separate_layout_gives_the_same(family: str, shapes: list[Shape]) -> None:
     model, groups = tiny(family), random_groups(shapes)
     found, expected = ours(model, groups, GroupCollator(0, separate=True)), separate_logps(model, groups)
-    assert_same_logps(found, expected)
-    assert_same_gradients(gradients(model, mixed(found)), gradients(model, mixed(expected)))
+    assert error(found, expected) < 1e-5
+    assert gradient_error(gradients(model, mixed(found)), gradients(model, mixed(expected))) < 1e-4
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -71,7 +75,7 @@ def test_gradients_flow_through_recomputed_layers(attention: str) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # without dropout the mode changes nothing else
     loss = mixed(ours(model, groups, GroupCollator(0)))
-    assert_same_gradients(gradients(model, loss), expected)
+    assert gradient_error(gradients(model, loss), expected) < 1e-4
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -122,7 +126,7 @@ def test_one_completion_is_finetune_s_loss(family: str) -> None:
         rows.append(Example(input_ids=ids, labels=labels, row=number))
     expected = completion_loss_sum(model, output_head(model), PackedCollator(0)(rows))  # type: ignore[arg-type]
     assert -float(found.sum().detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
-    assert_same_gradients(gradients(model, -found.sum()), gradients(model, expected))
+    assert gradient_error(gradients(model, -found.sum()), gradients(model, expected)) < 1e-4
 
 
 @torch.no_grad()
@@ -165,3 +169,12 @@ def test_a_mask_that_nobody_saw_is_a_fault() -> None:
     with pytest.raises(AssertionError, match="nobody saw the block mask"), block_attention(model, batch):
         pass
     assert not model.base_model._forward_pre_hooks
+
+
+def test_the_layout_is_measured_on_the_model_at_hand() -> None:
+    model, groups = tiny("llama").train(), random_groups(SOME)
+    assert layout_error(model, output_head(model), groups, pad_id=0) < 1e-5
+    assert model.training
+    # A window of 6 tokens is shorter than the groups' texts, and the block mask does not know it.
+    sliding = random_model(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=6))
+    assert layout_error(sliding, output_head(sliding), groups, pad_id=0) > 0.1
