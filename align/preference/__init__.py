@@ -1,1 +1,1 @@
-"""What people prefer: rows of it, and later what is learnt from them."""
+"""Learning from preferences: rows of them, a prompt and its completions in one sequence, losses."""

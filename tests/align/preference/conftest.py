@@ -1,6 +1,7 @@
-"""Preference data is encoded with the same small tokenizers as other data."""
+"""The small tokenizers of the data's tests and the toy bases of the adapters' serve here too."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2] / "finetune" / "data"))
+FINETUNE = Path(__file__).parents[2] / "finetune"
+sys.path += [str(FINETUNE / "data"), str(FINETUNE / "adapters")]

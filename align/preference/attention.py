@@ -1,0 +1,147 @@
+"""Block masks for a model in any wrapper, and which models take none."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel
+
+from align.preference.groups import visible
+
+IMPLEMENTATIONS = ("eager", "sdpa")
+WHOLE = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers that read the mask and nothing else; the last two as far as their span goes."""
+SPANS = (
+    "sliding_window",
+    "sliding_window_size",
+    "window_size",
+    "keep_window_size",
+    "local_attention_window_len",
+    "attention_chunk_size",
+)
+
+
+@contextmanager
+def block_attention(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let every forward pass inside see a batch's block mask and positions.
+
+    The mask is put in where the decoder begins, behind all wrappers: PEFT's virtual tokens have been added by
+    then (it widens a 2-D mask alone), and a disabled adapter has added none. Virtual tokens stand once at the
+    beginning of a line, as inputs (prompt tuning) or as cached keys (prefix tuning); all of its groups see
+    them, and their positions count first.
+
+    Args:
+        model: the model that will be called, with ``input_ids`` alone.
+        batch: a ``GroupBatch``.
+    """
+    decoder = _decoder(model)
+    calls = 0
+
+    def lay(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        nonlocal calls
+        calls += 1
+        embeddings, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        written = 0 if embeddings is None else embeddings.shape[1] - batch["input_ids"].shape[1]
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        seen = _behind(visible(batch["groups"], batch["parts"]), written=written, cached=cached)
+        changed = {
+            "attention_mask": _as_read(seen.unsqueeze(1), decoder),
+            "position_ids": _shifted(batch["position_ids"], written=written, cached=cached),
+        }
+        return args, kwargs | changed
+
+    handle = decoder.register_forward_pre_hook(lay, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+    assert calls, f"{type(decoder).__name__} was not called: nobody saw the block mask"
+
+
+def why_separate(config: PretrainedConfig, *, reach: int) -> str:
+    """Return why a model's attention takes no block mask, in one line; empty where it takes one.
+
+    Args:
+        config: the model's; its attention implementation counts once the model is loaded.
+        reach: the longest prompt with a completion (``Group.reach``), virtual tokens included.
+    """
+    text = config.get_text_config()
+    fields = text.to_dict()
+    return (
+        _implementation(text._attn_implementation)
+        or _architecture(config)
+        or _layers(fields)
+        or _span(fields, reach)
+    )
+
+
+def _decoder(model: nn.Module) -> PreTrainedModel:
+    """Return the stack of layers, which the library calls with the mask that it has been given."""
+    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    decoder: PreTrainedModel = base.get_decoder()
+    return decoder
+
+
+def _behind(seen: Tensor, *, written: int, cached: int) -> Tensor:
+    """Widen a mask by virtual tokens that all see: as inputs (queries and keys) or as cached keys alone."""
+    seen = F.pad(seen, (written + cached, 0), value=True)
+    seen = F.pad(seen, (0, 0, written, 0), value=False)
+    seen[:, :written, :written] = torch.ones(written, written, dtype=torch.bool, device=seen.device).tril()
+    return seen
+
+
+def _shifted(positions: Tensor, *, written: int, cached: int) -> Tensor:
+    virtual = torch.arange(written, device=positions.device).expand(len(positions), -1)
+    return torch.cat([virtual, positions + written + cached], dim=1)
+
+
+def _as_read(seen: Tensor, decoder: PreTrainedModel) -> Tensor:
+    """Return the mask as the attention reads it: boolean for SDPA, for eager added to the scores."""
+    if decoder.config._attn_implementation == "sdpa":
+        return seen
+    lowest = torch.finfo(decoder.dtype).min
+    return torch.zeros(seen.shape, dtype=decoder.dtype, device=seen.device).masked_fill(~seen, lowest)
+
+
+def _implementation(name: str | None) -> str:
+    if name is None or name in IMPLEMENTATIONS:
+        return ""
+    return f"attention '{name}' takes no block mask (model.attention=sdpa does)"
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    if type(config) not in MODEL_MAPPING:
+        return f"what '{config.model_type}' does with a block mask is not known"
+    architecture = MODEL_MAPPING[type(config)]
+    accepted = inspect.signature(architecture.forward).parameters
+    if architecture._is_stateful:
+        return f"'{config.model_type}' carries a state from token to token, past any mask"
+    if not {"attention_mask", "position_ids"} <= set(accepted):
+        return f"'{config.model_type}' counts positions by itself, so they cannot start again"
+    return ""
+
+
+def _layers(fields: Mapping[str, Any]) -> str:
+    others = sorted({*(fields.get("layer_types") or [])} - WHOLE)
+    if others:
+        return f"its layers of type {', '.join(others)} take no block mask"
+    if fields.get("alibi"):
+        return "ALiBi measures distances along the line, across completions"
+    if any("conv" in name for name in fields):
+        return "its convolutions mix neighbours, past any mask"
+    return ""
+
+
+def _span(fields: Mapping[str, Any], reach: int) -> str:
+    kinds = set(fields.get("layer_types") or WHOLE)
+    if kinds == {"full_attention"}:
+        return ""
+    spans = {name: fields[name] for name in SPANS if fields.get(name)}
+    name = min(spans, key=lambda name: spans[name], default=None)
+    if name is None or reach <= spans[name]:
+        return ""
+    return f"its attention spans {spans[name]} tokens ({name}), less than the longest text of {reach}"
