@@ -1,1 +1,1 @@
-"""What people prefer: rows of it, and later what is learnt from them."""
+"""What people prefer: rows of it, the losses that learn from it, and their metrics."""
