@@ -4,8 +4,8 @@ A loss is one function of `pairwise.py` or `listwise.py`:
 
     def dpo(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput
 
-Its first parameter says what it looks at, its other parameters are its settings with their ranges. `losses.py`
-reads both from the file, without importing torch: there is nothing to register.
+Its first parameter says what it looks at, the others are its settings with their ranges. `losses.py` reads
+both from the file, without importing torch: there is nothing to register.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class Needs:
 
     Attributes:
         reference: whether it needs the reference's log-probabilities.
-        over_tokens: whether it compares log-probabilities summed over a completion's tokens, or their mean per
-            token; ``setting``: its setting ``over_tokens`` decides. Inputs are sums and lengths in any case.
-        nll: whether it holds a negative log-likelihood term of the chosen completion, weighted by ``nll_weight``.
+        over_tokens: whether it compares log-probabilities summed over a completion's tokens, or their mean;
+            ``setting``: its setting ``over_tokens`` decides. Inputs are sums and lengths in any case.
+        nll: whether it adds the chosen completion's negative log-likelihood, weighted by ``nll_weight``.
     """
 
     reference: bool = False
@@ -73,11 +73,11 @@ class Pairs:
     """Two completions of each prompt, the first preferred; every tensor has the shape (pairs,).
 
     Attributes:
-        chosen_logps: log-probability of the chosen completion under the policy, summed over its tokens, in nats.
+        chosen_logps: log-probability of the chosen completion under the policy, summed over tokens, in nats.
         rejected_logps: the same of the rejected one.
         chosen_lengths: tokens of the chosen completion, those that ``chosen_logps`` sums over.
         rejected_lengths: the same of the rejected one.
-        reference_chosen_logps: as ``chosen_logps``, under the reference; None for a loss that needs no reference.
+        reference_chosen_logps: as ``chosen_logps``, under the reference; None where a loss needs none.
         reference_rejected_logps: the same of the rejected one.
     """
 
@@ -129,9 +129,9 @@ class Lists:
 
     Attributes:
         logps: log-probability of each completion under the policy, summed over its tokens, in nats.
-        lengths: tokens of each completion; 0 where a group has fewer than K, its other entries may be any number.
+        lengths: tokens of each completion; 0 where a group has fewer than K: other entries there are not read.
         scores: how good each completion is, higher is better. Equal scores are ties: those two are no pair.
-        reference_logps: as ``logps``, under the reference; None for a loss that needs no reference.
+        reference_logps: as ``logps``, under the reference; None where a loss needs none.
     """
 
     logps: "Tensor"

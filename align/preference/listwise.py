@@ -1,9 +1,9 @@
 r"""Losses on ranked lists of K completions, one pure function each; ties are no preference.
 
-In the equations: y_i better than y_j where its score is higher; pi policy, ref reference; p_i = log pi(y_i) / |y_i|.
-All pairs of a list are compared at once, in a (groups, K, K) table; the order in which completions stand is of no
-account, and groups may have fewer than K. A list without two different scores has no ranking term. A new loss is
-a new function here (see `inputs.py`).
+In the equations: y_i is better than y_j where its score is higher; pi policy, ref reference; p_i = log pi(y_i)
+per token. All pairs of a list are compared at once, in a (groups, K, K) table; the order in which
+completions stand is of no account, and groups may have fewer than K. A list without two different scores has
+no ranking term. A new loss is a new function here (see `inputs.py`).
 """
 
 from typing import Annotated
@@ -34,9 +34,10 @@ def rrhf(
 ) -> LossOutput:
     """RRHF: every better completion at least as probable per token as every worse one, and the best learnt.
 
-    v sum_{i better than j} max(0, p_j - p_i) - w p_best; arXiv 2304.05302, equations 1 to 4, which add both with
-    weight 1 (a run configuration of the authors' weighs the ranking with 100). The likelihood of the best is per
-    token, on the scale of the ranking; of tied best ones it is the mean.
+    v sum_{i better than j} max(0, p_j - p_i) - w p_best; arXiv 2304.05302, section 3, which adds both with
+    weight 1 (code that follows the authors' weighs the ranking with 100). The paper sums the best one's
+    likelihood over tokens; here, as in that code, it is per token, on the scale of the ranking. Of tied best
+    ones: the mean.
     """
     means = lists.means
     too_low = F.relu(means[:, None, :] - means[:, :, None]).masked_fill(~lists.better, 0.0)
@@ -47,11 +48,12 @@ def rrhf(
 def pro(
     lists: Annotated[Lists, Needs(over_tokens="mean", nll=True)], *, nll_weight: Weight = 0.05
 ) -> LossOutput:
-    """PRO: each completion against all worse ones, sharper where the scores lie further apart; the best learnt.
+    """PRO: each completion against all worse ones, sharper the further their scores; the best learnt.
 
-    -sum_i log [exp(p_i t_i) / (exp(p_i t_i) + sum_{j worse than i} exp(p_j t_ij))] - w (K - 1)^2 log pi(y_best), with
-    t_ij = score_i - score_j and t_i the largest of them; arXiv 2306.17492, equations 5 to 9 (its temperatures are
-    1 / t). The weight 0.05 (K - 1)^2 is the authors', on the summed log-probability of the best.
+    -sum_i log [exp(p_i t_i) / (exp(p_i t_i) + sum_{j worse than i} exp(p_j t_ij))] - w (K - 1)^2 log
+    pi(y_best), t_ij = score_i - score_j and t_i the largest of them; arXiv 2306.17492, section 3 (its
+    temperatures are 1 / t). The weight 0.05 (K - 1)^2 is the authors', on the best one's likelihood summed
+    over tokens.
     """
     means, better = lists.means, lists.better
     gaps = (lists.scores[:, :, None] - lists.scores[:, None, :]).masked_fill(~better, 0.0)

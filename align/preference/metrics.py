@@ -1,4 +1,4 @@
-r"""What to watch while preferences are learnt, as pure functions; nothing here carries a gradient."""
+"""What to watch while preferences are learnt, as pure functions; nothing here carries a gradient."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from align.preference.inputs import better_than
 
 @torch.no_grad()
 def implicit_rewards(logps: Tensor, reference_logps: Tensor, *, beta: float) -> Tensor:
-    """Return beta (log pi - log ref): the reward for which the policy is optimal (arXiv 2305.18290, equation 5)."""
+    """Return beta (log pi - log ref), the policy's own reward (arXiv 2305.18290, equation 5)."""
     return beta * (logps - reference_logps)
 
 
@@ -20,7 +20,7 @@ def margins(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Return 1 where the chosen completion has the higher reward, 0 where the lower, 1/2 where both are equal.
+    """Return 1 where the chosen reward is the higher one, 0 where the lower, 1/2 where both are equal.
 
     Equal rewards are a coin's toss: a policy that is still the reference has 1/2 and not 0.
     """
@@ -48,15 +48,15 @@ def list_accuracies(rewards: Tensor, scores: Tensor, *, present: Tensor | None =
 def kl_k1(logps: Tensor, reference_logps: Tensor) -> Tensor:
     """Return log pi - log ref: without bias an estimate of KL(pi || ref) on samples of pi, of great variance.
 
-    On completions that the policy did not write, as in a file of preferences, it is a drift and no divergence:
-    it may well be negative. J. Schulman, "Approximating KL divergence" (2020), k1.
+    On completions that the policy did not write, as in a file of preferences, it is no divergence but a
+    drift, and may well be negative. J. Schulman, "Approximating KL divergence" (2020), k1.
     """
     return logps - reference_logps
 
 
 @torch.no_grad()
 def kl_k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
-    """Return r - 1 - log r, r = ref / pi: on samples of pi without bias too, never negative, of small variance.
+    """Return r - 1 - log r, r = ref / pi: on samples of pi without bias, never below 0, of small variance.
 
     Take it per token and then the mean: over whole completions r overflows. Same source, k3.
     """

@@ -1,8 +1,8 @@
 r"""Losses on pairs of completions, one pure function each: the chosen one is to become the more probable.
 
-In the equations: y_w chosen, y_l rejected; pi policy, ref reference; h(y) = log pi(y|x) - log ref(y|x), summed
-over tokens; m = h(y_w) - h(y_l); s the logistic function. A new loss is a new function here (see `inputs.py`).
-Log-probabilities are float32 or float64; in half precision their differences are noise.
+In the equations: y_w chosen, y_l rejected; pi policy, ref reference; h(y) = log pi(y|x) - log ref(y|x), over
+all tokens; m = h(y_w) - h(y_l); s the logistic function. Log-probabilities are float32 or float64: in half
+precision their differences are noise. A new loss is a new function here (see `inputs.py`).
 """
 
 import math
@@ -37,9 +37,8 @@ def cdpo(
 ) -> LossOutput:
     """Conservative DPO: a share e of the labels is taken to be wrong, so that the margin stops growing.
 
-    -(1 - e) log s(beta m) - e log s(-beta m); E. Mitchell, "A note on DPO with noisy preferences & relationship
-    to IPO" (2023), equation 3, and the DPO authors' code. At its minimum s(beta m) = 1 - e.
-    No e was published: 0.1 is the one of the robust loss below.
+    -(1 - e) log s(beta m) - e log s(-beta m); E. Mitchell, "A note on DPO with noisy preferences" (2023),
+    equation 3, and the DPO authors' code. At its minimum s(beta m) = 1 - e. 0.1 is the robust loss's, below.
     """
     logits = beta * pairs.margins
     losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
@@ -68,16 +67,16 @@ def ipo(
 ) -> LossOutput:
     """Identity preference optimization: the margin is drawn to 1 / (2 beta), and no further.
 
-    (m - 1 / (2 beta))^2; arXiv 2310.12036, equation 17, with beta for its tau (0.1 as in DPO; the paper has none
-    for language models).
+    (m - 1 / (2 beta))^2; arXiv 2310.12036, equation 17, with beta for its tau (0.1 as in DPO: the paper ran
+    no language model).
 
     Args:
         pairs: the pairs.
         beta: 1 / (2 beta) is the margin wanted, in nats.
-        over_tokens: ``sum`` is the equation as printed, and the DPO authors' code: a margin of 5 nats over whole
-            completions with the default beta. ``mean`` takes h per token, as TRL does (its authors report that
-            the paper's ran so): 5 nats for each token with that beta, out of reach; use a larger one. The
-            default is ``sum``: it is what is printed, and one beta then means about the same here as in DPO.
+        over_tokens: ``sum`` is the equation as printed, and the DPO authors' code: with the default beta it
+            wants 5 nats over whole completions. ``mean`` takes h per token, as TRL does (which reports that
+            IPO's authors agree): 5 nats for each token with that beta, so use a larger one. The default is
+            ``sum``: it is what is printed, and a beta then means about the same here as in DPO.
     """
     chosen, rejected = pairs.chosen_ratios, pairs.rejected_ratios
     if over_tokens == "mean":
@@ -102,8 +101,9 @@ def slic(
 ) -> LossOutput:
     """SLiC-HF: hinge on the log-probabilities themselves, and the chosen completion's likelihood.
 
-    max(0, d - log pi(y_w) + log pi(y_l)) - w log pi(y_w); arXiv 2305.10425, equation 1, where the last term is
-    the SFT target's, for which we have y_w. d = 1 is the paper's; w is ours: its value is not given.
+    max(0, d - log pi(y_w) + log pi(y_l)) - w log pi(y_w); arXiv 2305.10425, section 2, where the last term
+    is the SFT target's, for which we have y_w. d = 1 as in RSO's hinge; w = 1/2 is ours, so that the ranking
+    leads.
     """
     losses = F.relu(margin - pairs.chosen_logps + pairs.rejected_logps) - nll_weight * pairs.chosen_logps
     return _plain(losses, pairs.chosen_logps, pairs.rejected_logps)
@@ -114,8 +114,8 @@ def simpo(
 ) -> LossOutput:
     """SimPO: logistic loss on log-probabilities per token, with a margin; no reference.
 
-    -log s(beta log pi(y_w) / |y_w| - beta log pi(y_l) / |y_l| - g); arXiv 2405.14734, equation 6. The paper's beta
-    is 2.0 to 2.5, its g 0.3 to 1.6; ``margin`` is g itself (the authors' code sets g / beta = 0.5).
+    -log s(beta log pi(y_w) / |y_w| - beta log pi(y_l) / |y_l| - g); arXiv 2405.14734, equation 6. The paper's
+    beta is 2.0 to 2.5, its g 0.3 to 1.6; ``margin`` is g itself, by default g / beta = 0.5.
     """
     chosen, rejected = beta * pairs.chosen_means, beta * pairs.rejected_means
     return _plain(-F.logsigmoid(chosen - rejected - margin), chosen, rejected)
@@ -124,10 +124,11 @@ def simpo(
 def cpo(
     pairs: Annotated[Pairs, Needs(nll=True)], *, beta: Positive = 0.1, nll_weight: Weight = 1.0
 ) -> LossOutput:
-    """CPO: DPO with a uniform reference, and the chosen completion's likelihood. Beta and weight: the authors'.
+    """CPO: DPO with a uniform reference, and the chosen completion's likelihood.
 
-    -log s(beta (log pi(y_w) - log pi(y_l))) - w log pi(y_w) / |y_w|; arXiv 2401.08417, equations 3 and 4. The paper
-    writes the last term as a sum; the authors' code and TRL take it per token, and so do we.
+    -log s(beta (log pi(y_w) - log pi(y_l))) - w log pi(y_w) / |y_w|; arXiv 2401.08417, equation 3 and its
+    behaviour cloning term, which the paper writes as a sum; TRL, from the authors' code, takes it per token,
+    as we do. Beta = 0.1 and w = 1 are that code's.
     """
     chosen, rejected = beta * pairs.chosen_logps, beta * pairs.rejected_logps
     return _plain(-F.logsigmoid(chosen - rejected) - nll_weight * pairs.chosen_means, chosen, rejected)
@@ -141,9 +142,9 @@ def orpo(
 ) -> LossOutput:
     """ORPO: supervised tuning on the chosen completion, and the odds against the rejected one.
 
-    -w log p_w - beta log s(log odds(p_w) - log odds(p_l)), odds(p) = p / (1 - p), with p the geometric mean of the
-    tokens' probabilities; arXiv 2403.07691, equations 6 and 7; beta is its lambda, 0.1 as in its code. The
-    likelihood is the completion's; the authors' code and TRL count the prompt's tokens too.
+    -w log p_w - beta log s(log odds(p_w) - log odds(p_l)), odds(p) = p / (1 - p), with p the geometric mean
+    of the tokens' probabilities; arXiv 2403.07691, equations 6 and 7; beta is its lambda, 0.1 its value for
+    Mistral. The likelihood is the completion's alone; TRL counts the prompt's tokens too.
     """
     chosen, rejected = pairs.chosen_means, pairs.rejected_means
     log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
@@ -177,8 +178,8 @@ def exo(
 ) -> LossOutput:
     """EXO on pairs: the reverse Kullback-Leibler divergence where conservative DPO has the forward one.
 
-    q log(q / (1 - e)) + (1 - q) log((1 - q) / e), q = s(beta m); arXiv 2402.00856, equation 16; beta: appendix B;
-    e must be above 0 (TRL's documentation has 1e-3). For margins far on either side the gradient vanishes.
+    q log(q / (1 - e)) + (1 - q) log((1 - q) / e), q = s(beta m); arXiv 2402.00856, equation 16; beta:
+    appendix B; e must be above 0 (1e-3: TRL's). For margins far on either side the gradient vanishes.
     """
     logits = beta * pairs.margins
     chosen = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-label_smoothing))
@@ -195,7 +196,7 @@ def rpo(
     """DPO with the chosen completion's likelihood, against chosen log-probabilities that fall.
 
     -log s(beta m) - w log pi(y_w) / |y_w|; arXiv 2404.19733 (iterative reasoning preference optimization),
-    equation 1; w = 1 and beta = 0.1 there.
+    equation 1, where the weight, 1, stands at the other term; beta = 0.1 there.
     """
     return _implicit(pairs, -F.logsigmoid(beta * pairs.margins) - nll_weight * pairs.chosen_means, beta)
 
