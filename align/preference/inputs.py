@@ -129,7 +129,7 @@ class Lists:
 
     Attributes:
         logps: log-probability of each completion under the policy, summed over its tokens, in nats.
-        lengths: tokens of each completion; 0 where a group has fewer than K: other entries there are not read.
+        lengths: tokens of each completion; 0 where a group has fewer than K: nothing else is read there.
         scores: how good each completion is, higher is better. Equal scores are ties: those two are no pair.
         reference_logps: as ``logps``, under the reference; None where a loss needs none.
     """

@@ -1,7 +1,7 @@
 r"""Losses on ranked lists of K completions, one pure function each; ties are no preference.
 
-In the equations: y_i is better than y_j where its score is higher; pi policy, ref reference; p_i = log pi(y_i)
-per token. All pairs of a list are compared at once, in a (groups, K, K) table; the order in which
+In the equations: y_i is better than y_j where its score is higher; pi policy, ref reference; p_i is log
+pi(y_i) per token. All pairs of a list are compared at once, in a (groups, K, K) table; the order in which
 completions stand is of no account, and groups may have fewer than K. A list without two different scores has
 no ranking term. A new loss is a new function here (see `inputs.py`).
 """
