@@ -65,7 +65,7 @@ def test_where_policy_and_reference_are_one_every_ranking_of_four_is_as_likely()
 
 
 def test_rrhf_by_hand() -> None:
-    """p = -1, -2, -0.5, scores 3, 2, 1. Too low: 1 under 3 by 0.5, 2 under 3 by 1.5; best: -1. 2 + 1 = 3."""
+    """p = -1, -2, -0.5, scores 3, 2, 1: the 3rd tops the 1st by 0.5, the 2nd by 1.5; best -1: 2 + 1."""
     lists = one_list([-4.0, -4.0, -1.0], [3, 2, 1], [4, 2, 2])
     output = listwise.rrhf(lists)
     assert output.losses.tolist() == [pytest.approx(3.0)]
@@ -77,8 +77,8 @@ def test_rrhf_by_hand() -> None:
 def test_pro_by_hand() -> None:
     """p = -1, -2, -0.5, scores 3, 2.5, 1.
 
-    Against the first: t = 0.5 and 2, own t 2: e^-2 / (e^-2 + e^-1 + e^-1). Against the second: t = 1.5, its own
-    too: e^-3 / (e^-3 + e^-0.75). Likelihood: 0.05 x (3 - 1)^2 x 4 = 0.8.
+    The first: t = 0.5 and 2, its own 2: e^-2 / (e^-2 + e^-1 + e^-1). The second: t = 1.5, its own too:
+    e^-3 / (e^-3 + e^-0.75). Likelihood: 0.05 x (3 - 1)^2 x 4 = 0.8.
     """
     lists = one_list([-4.0, -4.0, -1.0], [3, 2.5, 1], [4, 2, 2])
     first = math.exp(-2) / (math.exp(-2) + math.exp(-1) + math.exp(-1))
@@ -165,7 +165,7 @@ def test_shorter_lists_stand_beside_longer_ones(name: str, absent: float) -> Non
 
 
 def test_plackett_luce_gradient_in_closed_form() -> None:
-    """dL/dh_k = beta (sum over the i that k stands against of softmax_i(k), minus 1 where k stands first)."""
+    """dL/dh_k = beta (k's shares of the denominators it stands in, minus 1), the last one's own left out."""
     lists = one_list([0.5, -1.0, 2.0], [3, 2, 1])
     lists.logps.requires_grad_()
     listwise.plackett_luce(lists, beta=0.5).losses.sum().backward()
@@ -176,11 +176,10 @@ def test_plackett_luce_gradient_in_closed_form() -> None:
 
 
 def test_rrhf_gradient_in_closed_form() -> None:
-    """One token each: the first is too low against the third alone; -1 + 1, the second too: +1 -1 ... by pair."""
+    """p = -1, -2, -0.5: pairs (1, 3) and (2, 3) are too low; the likelihood adds -1 to the first."""
     lists = one_list([-1.0, -2.0, -0.5], [3, 2, 1])
     lists.logps.requires_grad_()
     listwise.rrhf(lists).losses.sum().backward()
-    # Pairs (1, 3) and (2, 3) are in the wrong order; the likelihood adds -1 to the first.
     assert lists.logps.grad is not None and lists.logps.grad.tolist() == [[-2.0, -1.0, 2.0]]
 
 

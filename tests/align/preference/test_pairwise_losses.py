@@ -186,7 +186,7 @@ def test_apo_pulls_the_rejected_completion_down() -> None:
 
 
 def test_orpo_gradient_in_closed_form() -> None:
-    """With x = log p_w per token: dL/dx = -1 - beta s(-log ratio) / (1 - p_w), the odds' part by the chain rule."""
+    """With x = log p_w per token: dL/dx = -1 - beta s(-log ratio) / (1 - p_w), by the chain rule."""
     x = torch.tensor([-0.01, -0.3, -2.0, -9.0], dtype=torch.float64, requires_grad=True)
     ones, rejected = torch.ones(4, dtype=torch.long), torch.full((4,), -1.5, dtype=torch.float64)
     pairwise.orpo(Pairs(x, rejected, ones, ones), beta=BETA).losses.sum().backward()

@@ -18,7 +18,7 @@ def test_rewards_margins_and_accuracies_by_hand() -> None:
 
 
 def test_list_accuracies_by_hand() -> None:
-    """Scores 3, 2, 2, 1: five pairs that count. Rewards 4, 1, 9, 2: of (1,2) (1,3) (1,4) (2,4) (3,4) right 3."""
+    """Scores 3, 2, 2, 1, rewards 4, 1, 9, 2: of the pairs 12, 13, 14, 24, 34 right are 12, 14, 34."""
     rewards = torch.tensor([[4.0, 1.0, 9.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
     scores = torch.tensor([[3, 2, 2, 1], [4, 3, 2, 1]])
     assert metrics.list_accuracies(rewards, scores).tolist() == pytest.approx([3 / 5, 1 / 2])

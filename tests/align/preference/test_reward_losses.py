@@ -15,7 +15,7 @@ def random_lists(groups: int = 4, size: int = 5) -> tuple[torch.Tensor, torch.Te
 
 
 def test_bradley_terry_by_hand() -> None:
-    """r = 2 and 0.5: ln(1 + e^-1.5) = 0.2014133; margin 1: ln(1 + e^-0.5) = 0.4740770; 0.01 x 2.5^2 = 0.0625."""
+    """r = 2, 0.5: ln(1 + e^-1.5) = 0.2014133; margin 1: ln(1 + e^-0.5) = 0.4740770; 0.01 x 2.5^2 = 0.0625."""
     chosen, rejected = torch.tensor([2.0]), torch.tensor([0.5])
     assert bradley_terry(chosen, rejected).item() == pytest.approx(0.2014133)
     with_margin = bradley_terry(chosen, rejected, margins=torch.tensor([1.0]))
