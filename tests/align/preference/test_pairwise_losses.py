@@ -196,6 +196,17 @@ def test_orpo_gradient_in_closed_form() -> None:
     assert torch.allclose(x.grad, -1 - BETA * torch.sigmoid(-ratio) / (1 - p), atol=1e-12)
 
 
+def test_orpo_s_odds_are_exact_near_certainty() -> None:
+    """At log p = -1e-5 float32 has 1 - exp(x) to two digits; by expm1 the loss has float64's six."""
+    x = torch.tensor([-1e-5, -2e-6, -0.3, -0.7])
+    values = []
+    for dtype in (torch.float32, torch.float64):
+        chosen, ones = x.to(dtype), torch.ones(4, dtype=torch.long)
+        pairs = Pairs(chosen, torch.full_like(chosen, -1e-4), ones, ones)
+        values.append(pairwise.orpo(pairs, beta=1.0, nll_weight=0.0).losses)
+    assert values[0].tolist() == pytest.approx(values[1].tolist(), rel=2e-5)
+
+
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_gradcheck(name: str) -> None:
     pairs = random_pairs(seed=3)

@@ -45,9 +45,9 @@ def test_both_estimates_have_the_divergence_as_their_mean() -> None:
 
 
 def test_k3_of_nearly_equal_policies_is_half_the_square() -> None:
-    """r - 1 - ln r = d^2 / 2 for small d; without expm1 float32 would say 0."""
-    small = metrics.kl_k3(torch.tensor([-1.0]), torch.tensor([-1.0 - 1e-3]))
-    assert small.item() == pytest.approx(0.5e-6, rel=0.05)
+    """r - 1 - ln r = d^2 / 2 for small d = 2^-13: 2^-27; without expm1 float32 would say 2^-13 - 2^-13 = 0."""
+    small = metrics.kl_k3(torch.tensor([-1.0]), torch.tensor([-1.0 + 2**-13]))
+    assert small.item() == pytest.approx(2**-27, rel=0.01)
 
 
 def test_length_ratio_by_hand() -> None:
