@@ -45,7 +45,7 @@ def test_both_estimates_have_the_divergence_as_their_mean() -> None:
 
 
 def test_k3_of_nearly_equal_policies_is_half_the_square() -> None:
-    """r - 1 - ln r = d^2 / 2 for small d = 2^-13: 2^-27; without expm1 float32 would say 2^-13 - 2^-13 = 0."""
+    """r - 1 - ln r is d^2 / 2 for small d: 2^-27 for 2^-13; without expm1 float32 would say 0."""
     small = metrics.kl_k3(torch.tensor([-1.0]), torch.tensor([-1.0 + 2**-13]))
     assert small.item() == pytest.approx(2**-27, rel=0.01)
 
