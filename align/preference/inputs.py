@@ -1,0 +1,217 @@
+"""What preference losses take and give back, and how a loss declares what it needs.
+
+A loss is one function of `pairwise.py` or `listwise.py`:
+
+    def dpo(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput
+
+Its first parameter says what it looks at, the others are its settings with their ranges. `losses.py` reads
+both from the file, without importing torch: there is nothing to register.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a loss looks at beside the policy's log-probabilities.
+
+    Attributes:
+        reference: whether it needs the reference's log-probabilities.
+        over_tokens: whether it compares log-probabilities summed over a completion's tokens, or their mean;
+            ``setting``: its setting ``over_tokens`` decides. Inputs are sums and lengths in any case.
+        nll: whether it adds the chosen completion's negative log-likelihood, weighted by ``nll_weight``.
+    """
+
+    reference: bool = False
+    over_tokens: Literal["sum", "mean", "setting"] = "sum"
+    nll: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers that a setting may take: above (or from) ``low``, and below ``high``."""
+
+    low: float
+    high: float = float("inf")
+    with_low: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        """Tell whether the number is allowed; NaN is not."""
+        return self.low < number < self.high or (self.with_low and number == self.low)
+
+    def __str__(self) -> str:
+        """Return the range in words."""
+        low = f"{self.low:g} or more" if self.with_low else f"above {self.low:g}"
+        return low if self.high == float("inf") else f"{low} and below {self.high:g}"
+
+
+Positive = Annotated[float, Range(0)]
+Weight = Annotated[float, Range(0, with_low=True)]
+FlipRate = Annotated[float, Range(0, 0.5, with_low=True)]
+"""The share of pairs whose labels are taken to be swapped; at one half the labels say nothing."""
+SomeFlips = Annotated[float, Range(0, 0.5)]
+OverTokens = Literal["sum", "mean"]
+
+
+class LossOutput(NamedTuple):
+    """One loss for each pair or list, not reduced, and the implicit rewards of its best and worst completion.
+
+    The rewards are detached: they are for metrics.
+    """
+
+    losses: "Tensor"
+    chosen_rewards: "Tensor"
+    rejected_rewards: "Tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Two completions of each prompt, the first preferred; every tensor has the shape (pairs,).
+
+    Attributes:
+        chosen_logps: log-probability of the chosen completion under the policy, summed over tokens, in nats.
+        rejected_logps: the same of the rejected one.
+        chosen_lengths: tokens of the chosen completion, those that ``chosen_logps`` sums over.
+        rejected_lengths: the same of the rejected one.
+        reference_chosen_logps: as ``chosen_logps``, under the reference; None where a loss needs none.
+        reference_rejected_logps: the same of the rejected one.
+    """
+
+    chosen_logps: "Tensor"
+    rejected_logps: "Tensor"
+    chosen_lengths: "Tensor"
+    rejected_lengths: "Tensor"
+    reference_chosen_logps: "Tensor | None" = None
+    reference_rejected_logps: "Tensor | None" = None
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that would broadcast to a table of pairs.
+
+        Raises:
+            ValueError: the tensors are not all of one shape (pairs,).
+        """
+        _same_shape(1, self.chosen_logps, self.rejected_logps, self.chosen_lengths, self.rejected_lengths)
+        _same_shape(1, self.chosen_logps, self.reference_chosen_logps, self.reference_rejected_logps)
+
+    @property
+    def chosen_ratios(self) -> "Tensor":
+        """Log pi(chosen) - log pi_ref(chosen)."""
+        return self.chosen_logps - _known(self.reference_chosen_logps)
+
+    @property
+    def rejected_ratios(self) -> "Tensor":
+        """Log pi(rejected) - log pi_ref(rejected)."""
+        return self.rejected_logps - _known(self.reference_rejected_logps)
+
+    @property
+    def margins(self) -> "Tensor":
+        """How much more the policy has moved towards the chosen completion than towards the rejected one."""
+        return self.chosen_ratios - self.rejected_ratios
+
+    @property
+    def chosen_means(self) -> "Tensor":
+        """Log pi(chosen) per token."""
+        return self.chosen_logps / self.chosen_lengths.clamp(min=1)
+
+    @property
+    def rejected_means(self) -> "Tensor":
+        """Log pi(rejected) per token."""
+        return self.rejected_logps / self.rejected_lengths.clamp(min=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """K completions of each prompt with their scores; every tensor has the shape (groups, K), in any order.
+
+    Attributes:
+        logps: log-probability of each completion under the policy, summed over its tokens, in nats.
+        lengths: tokens of each completion; 0 where a group has fewer than K: nothing else is read there.
+        scores: how good each completion is, higher is better. Equal scores are ties: those two are no pair.
+        reference_logps: as ``logps``, under the reference; None where a loss needs none.
+    """
+
+    logps: "Tensor"
+    lengths: "Tensor"
+    scores: "Tensor"
+    reference_logps: "Tensor | None" = None
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that would broadcast.
+
+        Raises:
+            ValueError: the tensors are not all of one shape (groups, K).
+        """
+        _same_shape(2, self.logps, self.lengths, self.scores, self.reference_logps)
+
+    @property
+    def present(self) -> "Tensor":
+        """Whether there is a completion: (groups, K)."""
+        return self.lengths > 0
+
+    @property
+    def ratios(self) -> "Tensor":
+        """Log pi - log pi_ref of each completion: (groups, K), 0 where there is none."""
+        return (self.logps - _known(self.reference_logps)).masked_fill(~self.present, 0.0)
+
+    @property
+    def means(self) -> "Tensor":
+        """Log pi per token of each completion: (groups, K), 0 where there is none."""
+        return (self.logps / self.lengths.clamp(min=1)).masked_fill(~self.present, 0.0)
+
+    @property
+    def better(self) -> "Tensor":
+        """Whether completion i has a higher score than j, at [group, i, j]: (groups, K, K)."""
+        return better_than(self.scores, self.present)
+
+    @property
+    def best(self) -> "Tensor":
+        """Whether no completion of the group is better; true for several where the best are tied."""
+        return self.present & ~self.better.any(-2)
+
+    @property
+    def worst(self) -> "Tensor":
+        """Whether no completion of the group is worse."""
+        return self.present & ~self.better.any(-1)
+
+    def pairs(self) -> Pairs:
+        """Return every pair of unequal scores as chosen and rejected; ``better.nonzero()`` has their places.
+
+        This is how a loss on pairs learns from a ranked list.
+        """
+        group, chosen, rejected = self.better.nonzero(as_tuple=True)
+        reference = self.reference_logps
+        return Pairs(
+            chosen_logps=self.logps[group, chosen],
+            rejected_logps=self.logps[group, rejected],
+            chosen_lengths=self.lengths[group, chosen],
+            rejected_lengths=self.lengths[group, rejected],
+            reference_chosen_logps=None if reference is None else reference[group, chosen],
+            reference_rejected_logps=None if reference is None else reference[group, rejected],
+        )
+
+
+def better_than(scores: "Tensor", present: "Tensor") -> "Tensor":
+    """Return whether i is there, j is there, and i has the higher score, at [group, i, j].
+
+    Args:
+        scores: (groups, K), higher is better.
+        present: (groups, K), where a group has a completion.
+    """
+    both = present[:, :, None] & present[:, None, :]
+    return both & (scores[:, :, None] > scores[:, None, :])
+
+
+def _known(reference: "Tensor | None") -> "Tensor":
+    if reference is None:
+        raise ValueError("this loss needs log-probabilities under the reference; none were given")
+    return reference
+
+
+def _same_shape(dimensions: int, *tensors: "Tensor | None") -> None:
+    shapes = [tuple(tensor.shape) for tensor in tensors if tensor is not None]
+    if len(set(shapes)) != 1 or len(shapes[0]) != dimensions:
+        raise ValueError(f"expected tensors of one shape with {dimensions} dimensions, found {shapes}")

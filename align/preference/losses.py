@@ -1,0 +1,122 @@
+"""The losses by name: their files are the registry, read without importing them, so without torch."""
+
+import ast
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from align.preference import inputs
+from align.preference.inputs import LossOutput, Needs, Range
+from finetune.recipe.errors import Problem, UserError, nearest, one_of
+
+FILES = ("pairwise", "listwise")
+Setting = float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A loss as its function's head describes it.
+
+    Attributes:
+        name: the function's name.
+        summary: the first line of its docstring.
+        takes: what its first parameter is: ``Pairs`` or ``Lists``.
+        needs: what it looks at.
+        defaults: its settings.
+        allowed: setting -> its range, or the words that it may be.
+    """
+
+    name: str
+    module: str
+    summary: str
+    takes: Literal["Pairs", "Lists"]
+    needs: Needs
+    defaults: Mapping[str, Setting]
+    allowed: Mapping[str, Range | tuple[str, ...]]
+
+    def function(self) -> Callable[..., LossOutput]:
+        """Import the loss, and torch with it."""
+        module = importlib.import_module(f"{__package__}.{self.module}")
+        function: Callable[..., LossOutput] = vars(module)[self.name]
+        return function
+
+    def settings(self, chosen: Mapping[str, Setting], *, where: str) -> dict[str, Setting]:
+        """Return all settings, the defaults overlaid with the chosen ones.
+
+        Raises:
+            UserError: a setting is unknown or outside its range, all of them at once.
+        """
+        problems = [
+            problem
+            for key, value in chosen.items()
+            if (problem := self._problem(key, value, f"{where}.{key}"))
+        ]
+        if problems:
+            raise UserError(problems)
+        return {**self.defaults, **chosen}
+
+    def _problem(self, key: str, value: Setting, where: str) -> Problem | None:
+        if key not in self.defaults:
+            expected = f"for the loss '{self.name}': {one_of(self.defaults)}"
+            return Problem(where, "unknown setting", expected, nearest(key, self.defaults))
+        allowed = self.allowed[key]
+        if isinstance(allowed, tuple):
+            return None if value in allowed else Problem(where, f"found {value!r}", one_of(allowed))
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and value in allowed
+        return None if fits else Problem(where, f"found {value!r}", f"a number {allowed}")
+
+
+def losses() -> dict[str, Loss]:
+    """Return all losses by name, in the order of their files."""
+    return {loss.name: loss for file in FILES for loss in _losses_of(file)}
+
+
+def find_loss(name: str, *, where: str) -> Loss:
+    """Return the loss of this name.
+
+    Args:
+        name: what the user asked for.
+        where: the recipe key that named it, for the message.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    known = losses()
+    if name not in known:
+        raise UserError(Problem(where, f"the loss '{name}' is unknown", one_of(known), nearest(name, known)))
+    return known[name]
+
+
+def _losses_of(file: str) -> list[Loss]:
+    tree = ast.parse(Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return [_read(function, file) for function in functions if not function.name.startswith("_")]
+
+
+def _read(function: ast.FunctionDef, module: str) -> Loss:
+    """Read ``def NAME(x: Annotated[TAKES, Needs(...)], *, SETTING: RANGE = DEFAULT, ...)``."""
+    parameter = function.args.args[0].annotation
+    assert isinstance(parameter, ast.Subscript) and isinstance(parameter.slice, ast.Tuple), function.name
+    takes, needs = parameter.slice.elts
+    assert isinstance(needs, ast.Call), f"{function.name}: Annotated[Pairs or Lists, Needs(...)]"
+    settings = dict(zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True))
+    return Loss(
+        name=function.name,
+        module=module,
+        summary=(ast.get_docstring(function) or "").split("\n")[0],
+        takes="Lists" if ast.unparse(takes) == "Lists" else "Pairs",
+        needs=Needs(
+            **{keyword.arg: ast.literal_eval(keyword.value) for keyword in needs.keywords if keyword.arg}
+        ),
+        defaults={key.arg: ast.literal_eval(value) for key, value in settings.items() if value is not None},
+        allowed={key.arg: _allowed(key) for key in settings},
+    )
+
+
+def _allowed(setting: ast.arg) -> Range | tuple[str, ...]:
+    """Return the range or the words that a setting's annotation, a name of `inputs.py`, stands for."""
+    assert isinstance(setting.annotation, ast.Name), f"{setting.arg}: annotate it with a name of inputs.py"
+    words_or_range: tuple[Any, ...] = get_args(vars(inputs)[setting.annotation.id])
+    return words_or_range[1] if isinstance(words_or_range[1], Range) else words_or_range

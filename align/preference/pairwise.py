@@ -1,0 +1,221 @@
+r"""Losses on pairs of completions, one pure function each: the chosen one is to become the more probable.
+
+In the equations: y_w chosen, y_l rejected; pi policy, ref reference; h(y) = log pi(y|x) - log ref(y|x), over
+all tokens; m = h(y_w) - h(y_l); s the logistic function. Log-probabilities are float32 or float64: in half
+precision their differences are noise. A new loss is a new function here (see `inputs.py`).
+"""
+
+import math
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from align.preference.inputs import (
+    FlipRate,
+    LossOutput,
+    Needs,
+    OverTokens,
+    Pairs,
+    Positive,
+    SomeFlips,
+    Weight,
+)
+
+
+def dpo(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
+    """Direct preference optimization: logistic loss on the margin. Beta: the paper's, appendix B.
+
+    -log s(beta m); arXiv 2305.18290, equation 7.
+    """
+    return _implicit(pairs, -F.logsigmoid(beta * pairs.margins), beta)
+
+
+def cdpo(
+    pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1, label_smoothing: FlipRate = 0.1
+) -> LossOutput:
+    """Conservative DPO: a share e of the labels is taken to be wrong, so that the margin stops growing.
+
+    -(1 - e) log s(beta m) - e log s(-beta m); E. Mitchell, "A note on DPO with noisy preferences" (2023),
+    equation 3, and the DPO authors' code. At its minimum s(beta m) = 1 - e. 0.1 is the robust loss's, below.
+    """
+    logits = beta * pairs.margins
+    losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    return _implicit(pairs, losses, beta)
+
+
+def robust(
+    pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1, label_smoothing: FlipRate = 0.1
+) -> LossOutput:
+    """Robust DPO: labels swapped at random with a known rate e leave its mean as with true labels.
+
+    (-(1 - e) log s(beta m) + e log s(-beta m)) / (1 - 2e); arXiv 2403.00409, section 3.1; e = 0.1 there in
+    section 6. It is not bounded below: beyond some margin it falls along a straight line.
+    """
+    logits = beta * pairs.margins
+    clean, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
+    losses = ((1 - label_smoothing) * clean - label_smoothing * swapped) / (1 - 2 * label_smoothing)
+    return _implicit(pairs, losses, beta)
+
+
+def ipo(
+    pairs: Annotated[Pairs, Needs(reference=True, over_tokens="setting")],
+    *,
+    beta: Positive = 0.1,
+    over_tokens: OverTokens = "sum",
+) -> LossOutput:
+    """Identity preference optimization: the margin is drawn to 1 / (2 beta), and no further.
+
+    (m - 1 / (2 beta))^2; arXiv 2310.12036, equation 17, with beta for its tau (0.1 as in DPO: the paper ran
+    no language model).
+
+    Args:
+        pairs: the pairs.
+        beta: 1 / (2 beta) is the margin wanted, in nats.
+        over_tokens: ``sum`` is the equation as printed, and the DPO authors' code: with the default beta it
+            wants 5 nats over whole completions. ``mean`` takes h per token, as TRL does (which reports that
+            IPO's authors agree): 5 nats for each token with that beta, so use a larger one. The default is
+            ``sum``: it is what is printed, and a beta then means about the same here as in DPO.
+    """
+    chosen, rejected = pairs.chosen_ratios, pairs.rejected_ratios
+    if over_tokens == "mean":
+        chosen = chosen / pairs.chosen_lengths.clamp(min=1)
+        rejected = rejected / pairs.rejected_lengths.clamp(min=1)
+    return _implicit(pairs, (chosen - rejected - 1 / (2 * beta)) ** 2, beta)
+
+
+def hinge(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
+    """RSO's normalised hinge: SLiC's loss on the margin over the reference. Beta: as in DPO.
+
+    max(0, 1 - beta m); arXiv 2309.06657, hinge-norm, with beta for its gamma.
+    """
+    return _implicit(pairs, F.relu(1 - beta * pairs.margins), beta)
+
+
+def slic(
+    pairs: Annotated[Pairs, Needs(nll=True)],
+    *,
+    margin: Weight = 1.0,
+    nll_weight: Weight = 0.5,
+) -> LossOutput:
+    """SLiC-HF: hinge on the log-probabilities themselves, and the chosen completion's likelihood.
+
+    max(0, d - log pi(y_w) + log pi(y_l)) - w log pi(y_w); arXiv 2305.10425, section 2, where the last term
+    is the SFT target's, for which we have y_w. d = 1 as in RSO's hinge; w = 1/2 is ours, so that the ranking
+    leads.
+    """
+    losses = F.relu(margin - pairs.chosen_logps + pairs.rejected_logps) - nll_weight * pairs.chosen_logps
+    return _plain(losses, pairs.chosen_logps, pairs.rejected_logps)
+
+
+def simpo(
+    pairs: Annotated[Pairs, Needs(over_tokens="mean")], *, beta: Positive = 2.0, margin: Weight = 1.0
+) -> LossOutput:
+    """SimPO: logistic loss on log-probabilities per token, with a margin; no reference.
+
+    -log s(beta log pi(y_w) / |y_w| - beta log pi(y_l) / |y_l| - g); arXiv 2405.14734, equation 6. The paper's
+    beta is 2.0 to 2.5, its g 0.3 to 1.6; ``margin`` is g itself, by default g / beta = 0.5.
+    """
+    chosen, rejected = beta * pairs.chosen_means, beta * pairs.rejected_means
+    return _plain(-F.logsigmoid(chosen - rejected - margin), chosen, rejected)
+
+
+def cpo(
+    pairs: Annotated[Pairs, Needs(nll=True)], *, beta: Positive = 0.1, nll_weight: Weight = 1.0
+) -> LossOutput:
+    """CPO: DPO with a uniform reference, and the chosen completion's likelihood.
+
+    -log s(beta (log pi(y_w) - log pi(y_l))) - w log pi(y_w) / |y_w|; arXiv 2401.08417, equation 3 and its
+    behaviour cloning term, which the paper writes as a sum; TRL, from the authors' code, takes it per token,
+    as we do. Beta = 0.1 and w = 1 are that code's.
+    """
+    chosen, rejected = beta * pairs.chosen_logps, beta * pairs.rejected_logps
+    return _plain(-F.logsigmoid(chosen - rejected) - nll_weight * pairs.chosen_means, chosen, rejected)
+
+
+def orpo(
+    pairs: Annotated[Pairs, Needs(over_tokens="mean", nll=True)],
+    *,
+    beta: Positive = 0.1,
+    nll_weight: Weight = 1.0,
+) -> LossOutput:
+    """ORPO: supervised tuning on the chosen completion, and the odds against the rejected one.
+
+    -w log p_w - beta log s(log odds(p_w) - log odds(p_l)), odds(p) = p / (1 - p), with p the geometric mean
+    of the tokens' probabilities; arXiv 2403.07691, equations 6 and 7; beta is its lambda, 0.1 its value for
+    Mistral. The likelihood is the completion's alone; TRL counts the prompt's tokens too.
+    """
+    chosen, rejected = pairs.chosen_means, pairs.rejected_means
+    log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
+    losses = -nll_weight * chosen - beta * F.logsigmoid(log_odds)
+    return _plain(losses, beta * chosen, beta * rejected)
+
+
+def apo_zero(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
+    """APO-zero: chosen up, rejected down, each by itself; where chosen answers are better than the model's.
+
+    1 - s(beta h(y_w)) + s(beta h(y_l)); arXiv 2408.06266, equation 7; beta in section 5.2.
+    """
+    losses = torch.sigmoid(-beta * pairs.chosen_ratios) + torch.sigmoid(beta * pairs.rejected_ratios)
+    return _implicit(pairs, losses, beta)
+
+
+def apo_down(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
+    """APO-down: both down, the rejected one further; where the model is better than the chosen answers.
+
+    s(beta h(y_w)) + 1 - s(beta m); arXiv 2408.06266, equation 8; beta in section 5.2.
+    """
+    losses = torch.sigmoid(beta * pairs.chosen_ratios) + torch.sigmoid(-beta * pairs.margins)
+    return _implicit(pairs, losses, beta)
+
+
+def exo(
+    pairs: Annotated[Pairs, Needs(reference=True)],
+    *,
+    beta: Positive = 0.1,
+    label_smoothing: SomeFlips = 1e-3,
+) -> LossOutput:
+    """EXO on pairs: the reverse Kullback-Leibler divergence where conservative DPO has the forward one.
+
+    q log(q / (1 - e)) + (1 - q) log((1 - q) / e), q = s(beta m); arXiv 2402.00856, equation 16; beta:
+    appendix B; e must be above 0 (1e-3: TRL's). For margins far on either side the gradient vanishes.
+    """
+    logits = beta * pairs.margins
+    chosen = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-label_smoothing))
+    rejected = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(label_smoothing))
+    return _implicit(pairs, chosen + rejected, beta)
+
+
+def rpo(
+    pairs: Annotated[Pairs, Needs(reference=True, nll=True)],
+    *,
+    beta: Positive = 0.1,
+    nll_weight: Weight = 1.0,
+) -> LossOutput:
+    """DPO with the chosen completion's likelihood, against chosen log-probabilities that fall.
+
+    -log s(beta m) - w log pi(y_w) / |y_w|; arXiv 2404.19733 (iterative reasoning preference optimization),
+    equation 1, where the weight, 1, stands at the other term; beta = 0.1 there.
+    """
+    return _implicit(pairs, -F.logsigmoid(beta * pairs.margins) - nll_weight * pairs.chosen_means, beta)
+
+
+def _implicit(pairs: Pairs, losses: Tensor, beta: float) -> LossOutput:
+    """Add DPO's implicit rewards, beta h(y) (arXiv 2305.18290, equation 5 without the prompt's term)."""
+    return _plain(losses, beta * pairs.chosen_ratios, beta * pairs.rejected_ratios)
+
+
+def _plain(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> LossOutput:
+    return LossOutput(losses, chosen_rewards.detach(), rejected_rewards.detach())
+
+
+def _log1mexp(log_probability: Tensor) -> Tensor:
+    """Return log(1 - exp(x)) for x <= 0 without cancellation; x stays below 0 by one rounding step at least.
+
+    Each branch sees its own side of -ln 2 alone, so that no gradient of the other is infinite.
+    """
+    split = -math.log(2)
+    near = log_probability.clamp(min=split, max=-torch.finfo(log_probability.dtype).eps)
+    far = log_probability.clamp(max=split)
+    return torch.where(log_probability > split, torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))

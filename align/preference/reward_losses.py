@@ -1,0 +1,65 @@
+"""Losses of a reward model, pure functions of its scores: of a pair, and of all pairs of a list at once."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from align.preference.inputs import better_than
+
+
+def bradley_terry(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    *,
+    margins: Tensor | None = None,
+    centring: float = 0.0,
+) -> Tensor:
+    """Return -log s(r_w - r_l - m) + c (r_w + r_l)^2 of each pair.
+
+    The first term is Llama 2's (arXiv 2307.09288, equation 2); without margins it is InstructGPT's. The
+    second draws rewards to a mean of 0, which the first leaves free (arXiv 2312.09244, equation 2; c is its
+    eta).
+
+    Args:
+        chosen_rewards: (pairs,), the model's score of the chosen completion.
+        rejected_rewards: (pairs,).
+        margins: (pairs,), 0 or more: how much better the chosen one was judged; None means 0.
+        centring: c; 0 switches it off (TRL's documentation recommends 0.01).
+
+    Returns:
+        (pairs,), not reduced.
+    """
+    differences = chosen_rewards - rejected_rewards
+    if margins is not None:
+        differences = differences - margins
+    return -F.logsigmoid(differences) + centring * (chosen_rewards + rejected_rewards) ** 2
+
+
+def all_pairs(
+    rewards: Tensor,
+    scores: Tensor,
+    *,
+    present: Tensor | None = None,
+    margins: Tensor | None = None,
+    centring: float = 0.0,
+) -> Tensor:
+    """Return the mean Bradley-Terry loss over the pairs of each list: InstructGPT's K choose 2, in one pass.
+
+    -1 / (K choose 2) sum_{i better than j} log s(r_i - r_j); arXiv 2203.02155, equation 1. Each list weighs
+    the same however long it is, and each completion is scored once. Ties are left out of the sum and of the
+    count; a list that is all ties gives 0.
+
+    Args:
+        rewards: (groups, K), the model's scores.
+        scores: (groups, K), the people's: higher is better, equal ones are ties.
+        present: (groups, K), false where a group has fewer than K completions; None means all are there.
+        margins: (groups, K, K), at [group, i, j] that of i over j, read where i is better; None means 0.
+        centring: as in ``bradley_terry``, over the same pairs.
+
+    Returns:
+        (groups,), not reduced.
+    """
+    present = torch.ones_like(rewards, dtype=torch.bool) if present is None else present
+    better = better_than(scores, present)
+    losses = bradley_terry(rewards[:, :, None], rewards[:, None, :], margins=margins, centring=centring)
+    return losses.masked_fill(~better, 0.0).sum((-1, -2)) / better.sum((-1, -2)).clamp(min=1)
