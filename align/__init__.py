@@ -1,5 +1,17 @@
 """Adapt and align language models: ``from align import load_recipe, load_tuned, run``."""
 
-from align.api import load_recipe, load_tuned, run
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from align.api import load_recipe, load_tuned, run
 
 __all__ = ["load_recipe", "load_tuned", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the notebook's door when it is first used: a loss in here needs torch alone."""
+    if name not in __all__:
+        raise AttributeError(f"module 'align' has no attribute '{name}'")
+    from align import api
+
+    return vars(api)[name]

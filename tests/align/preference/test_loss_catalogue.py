@@ -174,7 +174,7 @@ def test_each_setting_has_its_range(name: str, settings: dict[str, float | str],
 
 
 ALONE = """
-import importlib.abc, sys, types
+import importlib.abc, sys
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -182,15 +182,12 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ImportError("refused: " + name)
 
 sys.meta_path.insert(0, Refuse())
-align = types.ModuleType("align")
-align.__path__ = [{align!r}]
-sys.modules["align"] = align
 """
 
 
 def run_alone(refused: set[str], code: str) -> str:
-    """Run code where some libraries are missing; align's own __init__, the notebook's door, stays out."""
-    start = ALONE.format(refused=refused, align=str(FOLDER.parent))
+    """Run code where some libraries are missing."""
+    start = ALONE.format(refused=refused)
     answer = subprocess.run(
         [sys.executable, "-c", start + code],
         capture_output=True,
