@@ -51,7 +51,7 @@ chat: $(READY)  ## talk to a finished run: make chat RUN=runs/...
 merge: $(READY)  ## a run's base and adapter as one model: make merge RUN=runs/...
 	$(BIN)/llm-align merge $(RUN) $(ARGS)
 
-test: $(READY)  ## the tests, a few minutes
+test: $(READY)  ## the tests, about ten minutes
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: $(READY)  ## the slow tests too
