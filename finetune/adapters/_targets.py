@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALL_LINEAR: Final = "all-linear"
+FEED_FORWARD_OUTPUT: Final = ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
+"""Usual names of the layer that ends the feed-forward block."""
+
 Target = Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)]
 
 
@@ -54,32 +57,21 @@ def check_targets(model: "PreTrainedModel", target: str | list[str]) -> None:
         raise UserError(Problem("adapter.target", found, expected, nearest(missing[0], names)))
 
 
-def module_names(model: "PreTrainedModel", usual: tuple[str, ...], *, what: str) -> list[str]:
-    """Return those of some usual names that the model's linear layers have.
+def module_names(
+    model: "PreTrainedModel", usual: tuple[str, ...], *, what: str, linear: bool = True
+) -> list[str]:
+    """Return those of some usual names that the model's linear layers (or any of its modules) have.
 
     Raises:
         UserError: it has none of them; ``what`` says in the message what was looked for.
     """
-    present = linear_names(model)
+    modules = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    present = set(linear_names(model)) if linear else modules
     found = [name for name in usual if name in present]
     if not found:
         text = f"no layer of {type(model).__name__} has a usual name of {what}"
         repair = "adapter.method=lora takes any model: adapter.target names its layers"
         raise UserError(Problem("adapter.method", text, f"one of {', '.join(usual)}", repair))
-    return found
-
-
-def submodule_names(model: "PreTrainedModel", usual: tuple[str, ...], *, what: str) -> list[str]:
-    """Return those of some usual names that any of the model's modules have.
-
-    Raises:
-        UserError: it has none of them.
-    """
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    found = [name for name in usual if name in present]
-    if not found:
-        text = f"no module of {type(model).__name__} has a usual name of {what}"
-        raise UserError(Problem("adapter.method", text, f"one of {', '.join(usual)}", "adapter.method=lora"))
     return found
 
 

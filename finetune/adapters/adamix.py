@@ -37,7 +37,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     Raises:
         UserError: the layers are not found by their usual names.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     from finetune.adapters._bottleneck_layer import BottleneckConfig
 

@@ -31,7 +31,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     Raises:
         UserError: the base has no bias terms.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     from finetune.adapters._bias_layer import BitFitConfig
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from finetune.adapters._targets import module_names, submodule_names
+from finetune.adapters._targets import FEED_FORWARD_OUTPUT, module_names
 from finetune.adapters._traits import Traits
 from finetune.recipe.settings import AdapterSettings, Positive
 
@@ -23,7 +23,6 @@ NONLINEAR = "a bottleneck is nonlinear: no weight of the base can hold it"
 TRAITS = Traits(merge=NONLINEAR, learning_rate=1e-3)  # Houlsby et al., section 3.1: 3e-5 to 3e-3
 
 ATTENTION_OUTPUT = ("o_proj", "out_proj", "dense", "wo", "c_proj")
-FEED_FORWARD_OUTPUT = ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn")
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
@@ -52,7 +51,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     Raises:
         UserError: the layers are not found by their usual names.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     from finetune.adapters._bottleneck_layer import BottleneckConfig
 
@@ -77,7 +76,7 @@ def places(model: "PreTrainedModel", placement: Placement) -> list[str]:
         UserError: the model has none of the usual names.
     """
     if placement == "parallel":
-        return submodule_names(model, FEED_FORWARD, what="the feed-forward block")
+        return module_names(model, FEED_FORWARD, what="the feed-forward block", linear=False)
     after_ffn = module_names(model, FEED_FORWARD_OUTPUT, what="the output layer of the feed-forward block")
     if placement == "pfeiffer":
         return after_ffn

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits()
+# No int8: on an 8-bit base the norm in PEFT's DoRA ended in an AttributeError here (on a CPU).
+TRAITS = Traits(quantization=("none", "nf4"))
 
 
 class Settings(lora.Settings):

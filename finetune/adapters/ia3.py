@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._targets import module_names
+from finetune.adapters._targets import FEED_FORWARD_OUTPUT, module_names
 from finetune.adapters._traits import Traits
 from finetune.recipe.settings import AdapterSettings
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 TRAITS = Traits(learning_rate=3e-3)  # the paper, section 3.5
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "Wqkv")
-INTO_FEED_FORWARD_OUTPUT = ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
 
 
 class Settings(AdapterSettings):
@@ -37,7 +36,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     from peft import IA3Config, get_peft_model
 
     attention = module_names(model, KEYS_AND_VALUES, what="the layers that make keys and values")
-    inner = module_names(model, INTO_FEED_FORWARD_OUTPUT, what="the output layer of the feed-forward block")
+    inner = module_names(model, FEED_FORWARD_OUTPUT, what="the output layer of the feed-forward block")
     config = IA3Config(task_type="CAUSAL_LM", target_modules=[*attention, *inner], feedforward_modules=inner)
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model

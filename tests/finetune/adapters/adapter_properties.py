@@ -11,15 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from finetune.adapters._load import open_adapter
+from finetune.data.collate import Example, PackedCollator, PaddedCollator
 from finetune.planning.hardware import detect
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings
+from finetune.training.completion import completion_loss_sum
+from finetune.training.head import output_head
 from finetune.training.model import load_base
 
 WIDTH, WORDS = 64, 96
@@ -209,6 +212,39 @@ def takes_four_bits(method: str, family: str) -> str | None:
     return None
 
 
+def takes_eight_bits(method: str, family: str) -> str | None:
+    """It trains on an 8-bit base."""
+    allowed = load_plugin(ADAPTERS, method, where="test").TRAITS.quantization
+    if "int8" not in allowed:
+        kinds = ["unquantized" if kind == "none" else kind for kind in allowed]
+        return f"it is made for a base that is {' or '.join(kinds)}"
+    base = base_of(family, "int8")
+    assert any(isinstance(module, Linear8bitLt) for module in base.modules())
+    adapted = build(method, base)
+    before = logits(adapted)
+    train(adapted, steps=3)
+    assert torch.isfinite(logits(adapted)).all() and not torch.equal(logits(adapted), before)
+    return None
+
+
+def packs_rows(method: str, family: str) -> str | None:
+    """Rows end to end give the loss of padded rows."""
+    if not load_plugin(ADAPTERS, method, where="test").TRAITS.packing:
+        return "virtual tokens stand in front of each row, and packed rows share one front"
+    adapted = made(method, family)
+    train(adapted, steps=2)
+    head = output_head(adapted.get_base_model())
+    rows = [
+        Example(input_ids=torch.arange(3, 3 + size), labels=torch.arange(3, 3 + size), row=size)
+        for size in (9, 3, 14, 6)
+    ]
+    collators = (PaddedCollator(0), PackedCollator(0), PackedCollator(0, single_line=True))
+    with torch.no_grad():
+        padded, *packed = (float(completion_loss_sum(adapted, head, one(rows))) for one in collators)
+    assert all(abs(loss / padded - 1) < 1e-5 for loss in packed)
+    return None
+
+
 def switches_between_two(method: str, family: str) -> str | None:
     """Two trained adapters on one base answer as each does alone."""
     if load_plugin(ADAPTERS, method, where="test").TRAITS.changes_base:
@@ -275,6 +311,8 @@ PROPERTIES: dict[str, Callable[[str, str], str | None]] = {
     "merge": merges,
     "off = base": switches_off,
     "4-bit base": takes_four_bits,
+    "8-bit base": takes_eight_bits,
+    "packed = padded": packs_rows,
     "two on one base": switches_between_two,
     "checkpointing": checkpoints_gradients,
     "cache": generates_with_cache,
