@@ -10,7 +10,7 @@ from finetune.data.report import DataReport
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class TokenizedGroup:
     """A prompt and its K completions, the best first.
 
     ``prompt_ids``: (P,) int32. ``completion_ids``: K arrays (C_k,) int32; every token of them is learnt or
@@ -52,13 +52,13 @@ class PreferenceGroups:
         """Return the number of groups."""
         return len(self.places)
 
-    def __getitem__(self, index: int) -> Group:
+    def __getitem__(self, index: int) -> TokenizedGroup:
         """Return one group; its arrays are views."""
         index = range(len(self))[index]
         first, end = (int(number) for number in self.firsts[index : index + 2])
         pieces = [self.input_ids[self.starts[i] : self.starts[i + 1]] for i in range(first, end)]
         own = slice(first - index, end - index - 1)
-        return Group(
+        return TokenizedGroup(
             prompt_ids=pieces[0],
             completion_ids=tuple(pieces[1:]),
             scores=self.scores[own],

@@ -10,9 +10,9 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
+from finetune.training.base_trainer import log_held_out
 from finetune.training.completion import held_out_loss
 from finetune.training.stops import NotFiniteError
-from finetune.training.trainer import log_held_out_loss
 
 
 class MeasuredSFTTrainer(SFTTrainer):  # type: ignore[misc]
@@ -41,7 +41,7 @@ class MeasuredSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """Log and return the mean loss per label on the held-out rows; no logits are kept."""
         size = self.args.per_device_train_batch_size
         loss = held_out_loss(self.model, self.held_out_rows, self.collate, lines=size)
-        return log_held_out_loss(self, loss)
+        return log_held_out(self, {"held_out_loss": loss})
 
 
 def trl_trainer(
