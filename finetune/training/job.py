@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from finetune.training.recorder import Recorder
 from finetune.training.report import write_report
 from finetune.training.run_directory import RunDirectory
 from finetune.training.stops import Interrupt, Interrupted, NotFiniteError, listening
+from finetune.training.watched import SUPERVISED, Watched
 
 Value = TypeVar("Value")
 PACKAGES = ("llm-align", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
@@ -37,6 +38,7 @@ class Job:
     run: RunDirectory
     console: Console
     command: str
+    watched: Watched = SUPERVISED
     hardware: Hardware = field(default_factory=detect)
     interrupt: Interrupt = field(default_factory=Interrupt)
     derived: dict[str, str] = field(default_factory=dict)
@@ -116,7 +118,7 @@ class Job:
         self.run.forget_after(found.step)
         if found.path:
             self.say(f"goes on from step {found.step}")
-        recorder = Recorder(self.run, self.console, self.interrupt)
+        recorder = Recorder(self.run, self.console, self.interrupt, logged=self.watched.logged)
         trainer.remove_callback(PrinterCallback)  # the recorder speaks in its place
         trainer.add_callback(recorder)
         trainer.add_callback(FirstSteps(self.check))
@@ -171,23 +173,17 @@ class Job:
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(self.hardware),
         )
-        self.run.update(headline=_headline(self.run.record))
-        write_report(self.run)
+        self.run.update(headline=_headline(self.run.record, self.watched.numbers))
+        write_report(self.run, self.watched.logged)
 
 
-def _headline(record: dict[str, Any]) -> dict[str, str]:
+def _headline(record: dict[str, Any], numbers: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """Return the few numbers that a reader looks for first."""
     metrics, parameters = record.get("metrics", {}), record["parameters"]
     share = parameters["trained"] / parameters["total"]
     lines = {"trained parameters": f"{parameters['trained']:,} ({share:.2%})"}
-    for key, label in (
-        ("loss", "training loss"),
-        ("held_out_loss", "held-out loss"),
-        ("held_out_perplexity", "held-out perplexity"),
-        ("exact_match", "exact match"),
-    ):
+    for key, (label, style) in numbers.items():
         if f"{key}_before" in metrics and f"{key}_after" in metrics:
-            style = {"exact_match": ".1%", "held_out_perplexity": ".1f"}.get(key, ".3f")
             lines[label] = f"{metrics[f'{key}_before']:{style}} → {metrics[f'{key}_after']:{style}}"
     rate = f", {metrics['tokens_per_second']:,} tokens/s" if "tokens_per_second" in metrics else ""
     lines["training"] = f"{record['seconds']['train']:.0f} s{rate}"

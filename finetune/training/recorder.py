@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from finetune.training.run_directory import RunDirectory
 from finetune.training.stops import Interrupt, NotFiniteError
 
 LINES_WITHOUT_TERMINAL = 10
-LOGGED = ("loss", "grad_norm", "learning_rate", "held_out_loss")
 MEAN_LOSS = "train_loss"
 """What the engine logs at the end: the mean over all steps, those between two lines of metrics too."""
 
@@ -22,9 +22,12 @@ MEAN_LOSS = "train_loss"
 class Recorder(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, seals checkpoints, and ends the run when it must end."""
 
-    def __init__(self, run: RunDirectory, console: Console, interrupt: Interrupt) -> None:
-        """Bind the recorder to a run."""
+    def __init__(
+        self, run: RunDirectory, console: Console, interrupt: Interrupt, *, logged: Collection[str]
+    ) -> None:
+        """Bind the recorder to a run; ``logged`` are the keys that metrics.jsonl keeps."""
         self.run = run
+        self.logged = logged
         self.console = console
         self.interrupt = interrupt
         self.progress = Progress(
@@ -75,10 +78,10 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             NotFiniteError: loss or gradient norm is NaN or infinite.
         """
         logs = logs or {}
-        for key in (*LOGGED, MEAN_LOSS):
+        for key in (*self.logged, MEAN_LOSS):
             if not math.isfinite(logs.get(key, 0.0)):
                 raise NotFiniteError(f"{key} is {logs[key]} at step {state.global_step}")
-        line = {key: value for key, value in logs.items() if key in LOGGED}
+        line = {key: value for key, value in logs.items() if key in self.logged}
         if not line:
             return
         self.run.log({"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **line})

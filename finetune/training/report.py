@@ -1,6 +1,7 @@
 """``report.html``: one page that stands alone, with curves, samples, data and recipe."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,15 @@ from matplotlib.figure import Figure
 
 from finetune.training.run_directory import RunDirectory
 
-CURVES = {
-    "loss": "training loss (nats per trained token)",
-    "held_out_loss": "held-out loss",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm",
-}
 
-
-def write_report(run: RunDirectory) -> None:
-    """Write the page from what the run's folder holds."""
+def write_report(run: RunDirectory, curves: Mapping[str, str]) -> None:
+    """Write the page from what the run's folder holds; ``curves``: key of metrics.jsonl -> title."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     metrics = run.metrics()
     page = environment.get_template("report.html.j2").render(
         run=run.record,
         name=run.path.name,
-        curves={title: _curve(metrics, key, title) for key, title in CURVES.items() if _points(metrics, key)},
+        curves={title: _curve(metrics, key, title) for key, title in curves.items() if _points(metrics, key)},
         samples=run.samples(),
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8"),
     )

@@ -9,6 +9,7 @@ from fixture_types import Tune
 from finetune.training.report import write_report
 from finetune.training.result import Result
 from finetune.training.run_directory import RunDirectory
+from finetune.training.watched import SUPERVISED
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_what_a_model_or_a_row_wrote_is_text(result: Result, make_recipe) -> Non
     (result.directory / "samples.jsonl").write_text(json.dumps(line) + "\n")
     run = RunDirectory(result.directory, make_recipe(), result.record["digest"])
     run.record["command"] = evil
-    write_report(run)
+    write_report(run, SUPERVISED.logged)
     html = page(result)
     assert "<script>" not in html and "<img" not in html
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 5

@@ -70,4 +70,4 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(
 
 
 def test_the_recorder_is_silent_on_a_quiet_console(make_recipe: MakeRecipe, tmp_path) -> None:
-    assert Recorder(None, Console(quiet=True), Interrupt()).progress.disable
+    assert Recorder(None, Console(quiet=True), Interrupt(), logged=()).progress.disable
