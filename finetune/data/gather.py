@@ -78,10 +78,19 @@ def gather(
     if isinstance(settings.held_out, str):
         place = Place("data.held_out", settings.held_out, settings.split, None, settings.columns)
         place = _as_texts(place, settings.texts)
-        held_out = usable(_conversations(place, 0, seed)[0], aside)
+        held_out = read_conversations(place, aside, seed=seed)
     count_copies([row for part in parts for row in part.rows], report)
     count_seen(held_out, train, aside)
     return train, held_out
+
+
+def read_conversations(place: Place, report: DataReport, *, seed: int) -> list[Conversation]:
+    """Return the usable conversations of a file that stands beside the data, such as a held-out one.
+
+    Raises:
+        UserError: it cannot be read, or its rows fit no layout.
+    """
+    return usable(_conversations(place, 0, seed)[0], report)
 
 
 def places_of(settings: DataSettings) -> list[Place]:

@@ -9,7 +9,10 @@ from finetune.recipe.discovery import ADAPTERS, TEMPLATES, load_plugin, plugin_n
 from finetune.recipe.errors import Problem, UserError, nearest, one_of
 from finetune.recipe.mixture_checks import mixture, selection
 from finetune.recipe.paths import local_path, looks_local
+from finetune.recipe.python_function import function_file
 from finetune.recipe.settings import StageSettings
+
+HOLD_OUT = "set data.held_out to rows (100), a share (0.1) or a file"
 
 
 def contradictions(settings: StageSettings, valid: Collection[str]) -> list[Problem]:
@@ -88,8 +91,25 @@ def _measured(settings: StageSettings) -> Iterator[Problem]:
     }
     for where, value in wanted.items():
         if value and not settings.data.held_out:
-            repair = "set data.held_out to rows (100), a share (0.1) or a file"
-            yield Problem(where, f"{value}, but data.held_out is 0", "held-out rows to measure on", repair)
+            yield Problem(where, f"{value}, but data.held_out is 0", "held-out rows to measure on", HOLD_OUT)
+
+
+def _judged(settings: StageSettings) -> Iterator[Problem]:
+    evaluate = settings.evaluate
+    for name, text in evaluate.judges.items():
+        where = f"evaluate.judges.{name}"
+        if not name.isidentifier():
+            repair = "write it as a variable's name: happy_end"
+            yield Problem(where, f"the name '{name}'", "letters, digits and _", repair)
+        try:
+            function_file(text, where=where)
+        except UserError as error:
+            yield from error.problems
+    if evaluate.judges and not settings.data.held_out:
+        found, expected = "given, but data.held_out is 0", "held-out prompts to judge on"
+        yield Problem("evaluate.judges", found, expected, HOLD_OUT)
+    if evaluate.skill is not None:
+        yield from _missing_file("evaluate.skill", evaluate.skill)
 
 
 def _missing_file(
@@ -165,6 +185,7 @@ RULES: tuple[tuple[Callable[[StageSettings], Iterator[Problem]], set[str]], ...]
     (selection, {"data"}),
     (_held_out, {"data"}),
     (_measured, {"data", "evaluate", "train"}),
+    (_judged, {"data", "evaluate"}),
     (_quantization, {"adapter", "model"}),
     (_packing, {"adapter", "data", "train"}),
     (_adapter, {"adapter", "train"}),

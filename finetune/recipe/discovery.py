@@ -15,6 +15,9 @@ _SHIPPED = _PACKAGE / "shipped"
 PROJECT = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent
 """The folder that holds recipes/: the checkout, or a folder inside the package that a wheel installed."""
 
+INSTALLED = _PACKAGE.parent
+"""The folder that holds the packages: the checkout again, or where a wheel was installed."""
+
 STAGES = ("finetune.stages", "align.stages")
 ADAPTERS = "finetune.adapters"
 TEMPLATES = "data_templates"

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from finetune.recipe.discovery import INSTALLED
 from finetune.recipe.errors import Problem, UserError, nearest, one_of
 from finetune.recipe.paths import local_path
 
@@ -47,7 +48,7 @@ def function_file(text: str, *, where: str) -> Path:
     path, _, name = text.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
         raise UserError(Problem(where, f"'{text}'", EXPECTED, f"write {where}: rules.py:my_rule"))
-    file = local_path(path)
+    file = local_path(path) or local_path(str(INSTALLED / path))
     if file is None or not file.is_file():
         repair = f"relative paths start at {Path.cwd()}"
         raise UserError(Problem(where, f"'{path}' does not exist", "an existing Python file", repair))

@@ -218,6 +218,16 @@ class EvaluateSettings(Section):
     samples: Count = Field(4, description="replies written to samples.jsonl")
     exact_match: Count = Field(0, description="held-out rows whose greedy reply must be equal")
     max_new_tokens: Positive = Field(128, description="length of a reply at most")
+    judges: dict[str, Text] = Field(
+        {},
+        description="programs that judge replies to held-out prompts, before and after: {name: "
+        "file.py:function}; function(prompt, reply) gives a truth or a number, None: not for this prompt",
+    )
+    judge_rows: Positive = Field(100, description="held-out prompts that judges look at")
+    skill: Text | None = Field(
+        None, description="instructions with their exact answers: a skill that this tuning must not cost"
+    )
+    skill_rows: Positive = Field(100, description="rows of `skill` that are asked, before and after")
 
 
 class AdapterSettings(Section):

@@ -53,10 +53,12 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     tuning = Supervised(job, text, data, policy=load_policy(job))
     with job.started(fingerprint=fingerprint, **tuning.facts()):
         tuning.samples.before(run, tuning.answer)
+        tuning.behaviour.measure(run, tuning.answer, "before")
         trainer = tuning.trainer()
         tuning.measure(trainer, "before")
         job.train(trainer)
         tuning.save()
         tuning.measure(trainer, "after")
         tuning.samples.after(run, tuning.answer)
+        tuning.behaviour.measure(run, tuning.answer, "after")
     return Result.of(run)

@@ -4,7 +4,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -59,6 +59,10 @@ class Job:
     def say(self, text: str) -> None:
         """Print a line for the user."""
         self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+    def watch(self, numbers: Mapping[str, tuple[str, str]]) -> None:
+        """Put further numbers, before and after, at the top of the report: metric -> label and format."""
+        self.watched = replace(self.watched, numbers={**self.watched.numbers, **numbers})
 
     def choose(self, key: str, choice: tuple[Value, str]) -> Value:
         """Take a derived value and remember why, for recipe.yaml."""

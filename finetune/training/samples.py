@@ -46,10 +46,8 @@ class Samples:
 
     def _line(self, index: int) -> dict[str, str]:
         conversation = self.conversations[index]
-        end = _last_reply(conversation)
-        prompt = "\n".join(filter(None, (turn.content for turn in conversation[:end])))
-        context = conversation[end - 1].context
-        return {"prompt": f"{prompt}\n{context}".strip(), "expected": conversation[end].content}
+        expected = conversation[_last_reply(conversation)].content
+        return {"prompt": question_of(conversation), "expected": expected}
 
     def _score(self, run: RunDirectory, when: str, replies: list[Reply]) -> None:
         scores = {f"stopped_{when}": sum(reply.stopped for reply in replies) / len(replies)}
@@ -63,6 +61,13 @@ class Samples:
 
     def _write(self, run: RunDirectory, lines: list[dict[str, Any]]) -> None:
         run.write(SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def question_of(conversation: Sequence[Message]) -> str:
+    """Return what stands before a conversation's last reply, as a reader sees it."""
+    end = _last_reply(conversation)
+    prompt = "\n".join(filter(None, (turn.content for turn in conversation[:end])))
+    return f"{prompt}\n{conversation[end - 1].context}".strip()
 
 
 def _last_reply(conversation: Sequence[Message]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import exp, isfinite
 from typing import Any
 
@@ -14,6 +15,7 @@ from finetune.data.replies import worded
 from finetune.planning import choices
 from finetune.training.adapter_hooks import adapter_hooks
 from finetune.training.arguments import training_arguments
+from finetune.training.behaviour import Behaviour, load_behaviour
 from finetune.training.completion import held_out_loss
 from finetune.training.generate import Reply, reply_to
 from finetune.training.job import Job
@@ -63,9 +65,18 @@ class Supervised:
         chosen = [worded(prompts[index], self.text.encoder) for index in [*shown, *others][:count]]
         return Samples(chosen, evaluate.samples, scored=evaluate.exact_match > 0)
 
+    @cached_property
+    def behaviour(self) -> Behaviour:
+        """Return what is measured of the replies, before and after training."""
+        settings = self.job.recipe.settings
+        prompts = [row.messages for row in self.data.prompts]
+        seed = settings.train.seed
+        return load_behaviour(settings.evaluate, prompts, self.text.encoder, seed=seed)
+
     def facts(self) -> dict[str, Any]:
         """Return what run.json says before the first step; whatever can be refused is refused here."""
         self.arguments()
+        self.job.watch(self.behaviour.numbers)
         settings, report = self.job.recipe.settings, self.data.report
         base = settings.model.model_dump()
         parameters = count_parameters(self.policy.model)

@@ -1,0 +1,145 @@
+"""What replies are like, before and after training: judged by programs, and a skill that must not go."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, Protocol
+
+from data_templates._segments import Message
+from finetune.data.gather import Place, read_conversations
+from finetune.data.replies import worded
+from finetune.data.report import DataReport
+from finetune.data.tokens import Encoder
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.python_function import call_problems, load_function
+from finetune.recipe.settings import EvaluateSettings
+from finetune.training.run_directory import RunDirectory
+from finetune.training.samples import Answer, question_of, spread
+
+ARGUMENTS = ("prompt", "reply")
+
+
+class Judge(Protocol):
+    """A user's function: what a reply is worth, or None where it has nothing to say about the prompt."""
+
+    def __call__(self, prompt: str, reply: str, /) -> float | bool | None:
+        """Return true or 1 for a reply that is as wanted, false or 0 for one that is not."""
+        ...
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Greedy replies to ``prompts`` go to every judge; those to ``skill`` must be equal to the ones expected.
+
+    Both hold conversations that end with a reply.
+    """
+
+    judges: Mapping[str, Judge]
+    prompts: Sequence[Sequence[Message]]
+    skill: Sequence[Sequence[Message]]
+
+    def measure(self, run: RunDirectory, answer: Answer, when: str) -> None:
+        """Record each judge's mean and the share of exact answers, ``before`` or ``after`` training.
+
+        A resumed run keeps what its first start measured before.
+
+        Raises:
+            UserError: a judge raised something, gave no number, or had nothing to say about any prompt.
+        """
+        names = [f"judged_{name}_{when}" for name in self.judges] + [f"skill_{when}"] * bool(self.skill)
+        if when == "before" and set(names) <= run.record.get("metrics", {}).keys():
+            return
+        metrics = {}
+        if self.judges:
+            questions = [question_of(talk) for talk in self.prompts]
+            replies = [reply.text for reply in answer([talk[:-1] for talk in self.prompts])]
+            for name, judge in self.judges.items():
+                metrics[f"judged_{name}_{when}"] = mean_judgement(name, judge, questions, replies)
+        if self.skill:
+            replies = [reply.text for reply in answer([talk[:-1] for talk in self.skill])]
+            right = [reply == talk[-1].content for reply, talk in zip(replies, self.skill, strict=True)]
+            metrics[f"skill_{when}"] = sum(right) / len(right)
+        run.update(metrics=metrics)
+
+    @property
+    def numbers(self) -> dict[str, tuple[str, str]]:
+        """Return what stands at the top of the report: metric -> label and format."""
+        judged = {f"judged_{name}": (f"judged: {name}", ".1%") for name in self.judges}
+        return judged | {"skill": ("skill: exact answers", ".1%")}
+
+
+def mean_judgement(name: str, judge: Judge, prompts: Sequence[str], replies: Sequence[str]) -> float:
+    """Return the mean of what a judge says of the replies that it has something to say about.
+
+    Raises:
+        UserError: it raised something, gave no number, or had nothing to say about any.
+    """
+    said = [_said(name, judge, prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    numbers = [value for value in said if value is not None]
+    if not numbers:
+        found = f"None for each of {len(said)} prompts"
+        raise UserError(
+            Problem(f"evaluate.judges.{name}", found, "a number for some of the held-out prompts")
+        )
+    return sum(numbers) / len(numbers)
+
+
+def _said(name: str, judge: Judge, prompt: str, reply: str) -> float | None:
+    try:
+        value: Any = judge(prompt, reply)
+    except Exception as error:  # the function is the user's and may raise anything
+        found = f"{type(error).__name__}: {error}"
+        raise UserError(_misjudged(name, found, prompt, reply)) from error
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or not isfinite(value):
+        raise UserError(_misjudged(name, f"it returned {value!r}", prompt, reply))
+    return float(value)
+
+
+def _misjudged(name: str, found: str, prompt: str, reply: str) -> Problem:
+    at = f"{found}; prompt {prompt[:80]!r}, reply {reply[:80]!r}"
+    return Problem(f"evaluate.judges.{name}", at, "true, false, a number, or None")
+
+
+def load_judges(judges: Mapping[str, str]) -> dict[str, Judge]:
+    """Return the functions that a recipe names; their files are executed.
+
+    Raises:
+        UserError: a file or a function is not there, or does not take a prompt and a reply.
+    """
+    found: dict[str, Judge] = {}
+    problems: list[Problem] = []
+    for name, text in judges.items():
+        where = f"evaluate.judges.{name}"
+        try:
+            found[name] = load_function(text, where=where)
+            problems += call_problems(found[name], ARGUMENTS, where=where)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def load_behaviour(
+    settings: EvaluateSettings, prompts: Sequence[Sequence[Message]], encoder: Encoder, *, seed: int
+) -> Behaviour:
+    """Return what a recipe wants to be measured of the replies.
+
+    Args:
+        settings: the recipe's section.
+        prompts: held-out conversations; judges see ``judge_rows`` of them at even distances.
+        encoder: writes the expected answers as the template would.
+        seed: draws the rows of the skill's file.
+
+    Raises:
+        UserError: a judge or the file of the skill cannot be used.
+    """
+    judged = [prompts[index] for index in spread(len(prompts), settings.judge_rows)]
+    skill: list[list[Message]] = []
+    if settings.skill is not None:
+        place = Place("evaluate.skill", settings.skill, "train", None, None, settings.skill_rows)
+        rows = read_conversations(place, DataReport(), seed=seed)
+        skill = [worded(row.messages, encoder) for row in rows]
+    return Behaviour(load_judges(settings.judges), [worded(talk, encoder) for talk in judged], skill)
