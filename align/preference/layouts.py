@@ -32,6 +32,9 @@ SCORES = (
 )
 """Columns by which published pairs tell their scores (UltraFeedback-binarized: the first)."""
 
+ASPECTS = "fine-grained_score"
+"""UltraFeedback's mean of a completion's ratings for helpfulness, honesty, instruction following and truth."""
+
 LATER_TURNS = "hold later questions too, left aside: each completion gave them another context"
 
 
@@ -111,6 +114,18 @@ def _scored_answers(columns: Columns) -> Judged:
     return Judged(tuple(answers))
 
 
+def _ultrafeedback(columns: Columns) -> Judged:
+    """Return the completions with their mean over four aspects: ``overall_score`` reads some 1s as 10s."""
+    asked = tuple(_instruction(columns))
+    answers = []
+    for index, entry in enumerate(listed(columns, "completions")):
+        field = f"completions[{index}]"
+        text = checked_text(member(entry, "response", field), f"{field}.response")
+        score = number(member(entry, ASPECTS, field), f"{field}.{ASPECTS}")
+        answers.append(Answer(asked, Message("assistant", text), score))
+    return Judged(tuple(answers))
+
+
 def _judge_scores(columns: Columns) -> Judged:
     """Return the first question's answers: those to later ones follow upon each model's own first."""
     questions = columns["questions"]
@@ -179,6 +194,7 @@ RANKINGS: Sequence[Layout[Judged]] = (
     Layout("prompt/responses/ranks", ("prompt", "responses", "ranks"), partial(_responses, "ranks", -1.0)),
     Layout("questions with judged answers", ("questions", "answers"), _judge_scores),
     Layout("instruction with scored answers", ("instruction", "answers"), _scored_answers),
+    Layout("UltraFeedback", ("instruction", "completions"), _ultrafeedback),
     Layout("PandaLM votes", ("instruction", "response1", "response2", "annotator1"), _votes),
 )
 """A prompt with two completions or more, of which some are better; the first that fits is taken."""

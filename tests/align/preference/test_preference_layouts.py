@@ -130,6 +130,20 @@ def test_alpaca_eval_and_logickor():
     assert "later questions" in judged.notes[0]
 
 
+def test_ultrafeedback_s_lists_are_scored_by_the_mean_of_their_aspects():
+    scores = [(7.5, 4.0), (10.0, 2.25)]  # the published overall scores hold 10s that were 1s
+    completions = [
+        {"model": "m", "response": text, "overall_score": overall, "fine-grained_score": mean}
+        for text, (overall, mean) in zip("ab", scores, strict=True)
+    ]
+    name, judged = read({"source": "evol", "instruction": "q", "completions": completions})
+    assert name == "UltraFeedback" and not judged.ordered
+    assert [(a.prompt, a.reply, a.score) for a in judged.answers] == [
+        ((U("q"),), A("a"), 4.0),
+        ((U("q"),), A("b"), 2.25),
+    ]
+
+
 @pytest.mark.parametrize(
     ("votes", "scores"),
     [
