@@ -110,7 +110,7 @@ def _run_stage(recipe: Recipe, *, force: bool) -> None:
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(kind: str | None, as_json: bool) -> None:
-    """Show recipes, adapters, templates, bases, stages and runs; KIND shows one of these."""
+    """Show recipes, adapters, templates, losses, bases, stages and runs; KIND shows one of these."""
     from align.listing import everything, print_listing
 
     found = everything()

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from align.preference.losses import losses
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schema import listing, rows
 
@@ -29,6 +30,7 @@ def everything() -> dict[str, dict[str, str]]:
         "recipes": recipes,
         "adapters": found.adapters,
         "templates": found.templates,
+        "losses": {loss.name: loss.summary for loss in losses().values()},
         "bases": bases,
         "runs": {
             str(path): _run_line(path) for path in sorted(RUNS.glob("*/")) if (path / "run.json").is_file()

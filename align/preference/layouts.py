@@ -33,7 +33,7 @@ SCORES = (
 """Columns by which published pairs tell their scores (UltraFeedback-binarized: the first)."""
 
 ASPECTS = "fine-grained_score"
-"""UltraFeedback's mean of a completion's ratings for helpfulness, honesty, instruction following and truth."""
+"""UltraFeedback's mean of a completion's ratings: helpfulness, honesty, instruction following, truth."""
 
 LATER_TURNS = "hold later questions too, left aside: each completion gave them another context"
 
