@@ -51,10 +51,9 @@ def prepare_preferences(
     Raises:
         UserError: a source cannot be read, rows do not fit its layout, or nothing is left to compare.
     """
-    _refuse_selection(settings)
     room = _room(settings, max_length)
     report, aside = DataReport(), DataReport()
-    train, held_out = _gather(settings, seed, kind, report, aside)
+    train, held_out = gather_comparisons(settings, seed, report, aside, kind=kind)
     learnt = tokenise(train, encoder, room, cache=settings.cache, report=report)
     _refuse_none("data.source", "to learn from", learnt, report)
     measured = None
@@ -88,10 +87,27 @@ def _room(settings: PreferenceSettings, max_length: int) -> Room:
     return Room(max_length, prompt, settings.too_long == "drop")
 
 
-def _gather(
-    settings: PreferenceSettings, seed: int, kind: Kind, report: DataReport, aside: DataReport
+def gather_comparisons(
+    settings: PreferenceSettings,
+    seed: int,
+    report: DataReport,
+    aside: DataReport,
+    *,
+    kind: Kind = "rankings",
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """Return the comparisons to learn and those held out."""
+    """Return the comparisons to learn and those held out, as words.
+
+    Args:
+        settings: the recipe's data section.
+        seed: draws the held-out rows and a mixture's rows.
+        report: counts what was lost and tells what each source gives.
+        aside: counts what a held-out file lost.
+        kind: as for ``prepare_preferences``.
+
+    Raises:
+        UserError: a source cannot be read, or rows do not fit its layout.
+    """
+    _refuse_selection(settings)
     places = enumerate(places_of(settings))
     parts = [_part(place, index, seed, settings, kind, report) for index, place in places]
     report.sources = [part.report for part in parts]

@@ -105,6 +105,32 @@ def prepare(settings: DataSettings, encoder: Encoder, *, max_length: int, seed: 
     """
     report, aside = DataReport(), DataReport()
     train, held_out = gather(settings, seed, report, aside)
+    return prepare_gathered(train, held_out, settings, encoder, max_length=max_length, told=(report, aside))
+
+
+def prepare_gathered(
+    train: list[Conversation],
+    held_out: list[Conversation],
+    settings: DataSettings,
+    encoder: Encoder,
+    *,
+    max_length: int,
+    told: tuple[DataReport, DataReport],
+) -> Prepared:
+    """Tokenise conversations that are there already.
+
+    Args:
+        train: what is learnt.
+        held_out: what is measured.
+        settings: the recipe's data section.
+        encoder: template and tokenizer.
+        max_length: tokens of a row at most.
+        told: what was counted of the first and of the second.
+
+    Raises:
+        UserError: no row is left that carries loss.
+    """
+    report, aside = told
     tokens = _tokenise(train, encoder, settings, max_length, report)
     _refuse_none("data.source", "to learn from", tokens, report)
     held_out_tokens = None

@@ -69,9 +69,20 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, *, system: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        *,
+        system: str | None = None,
+        wish: str | None = None,
     ) -> None:
         """Bind a tokenizer to ``data_templates/<template>.py``, or to its own chat template for ``model``.
+
+        Args:
+            tokenizer: the base's.
+            template: the template's name.
+            system: stands before conversations that have no system text.
+            wish: stands behind each question that the tuned model is asked, and behind none that is learnt.
 
         Raises:
             UserError: the tokenizer has no EOS, or no chat template where the recipe asks for it.
@@ -79,6 +90,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.name = template
         self.system = system
+        self.wish = wish
         if tokenizer.eos_token_id is None:
             found = "the tokenizer has no EOS token"
             raise UserError(Problem("model.base", found, "an EOS token, or no reply would ever end"))
@@ -120,7 +132,7 @@ class Encoder:
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids up to where the assistant's reply begins; the last message is the user's."""
-        return self.encode(messages).input_ids
+        return self.encode(wishing(messages, self.wish)).input_ids
 
     def decode_reply(self, ids: Sequence[int]) -> str:
         """Return a reply's text up to its first stop token, without the blanks around it."""
@@ -276,6 +288,14 @@ class Encoder:
         """Tell whether more special ids came out than the text, already harmless, has special tokens."""
         special = sum(map(self._forgeable_ids.__contains__, ids))
         return special > 0 and special > len(self._forgeable.pattern.findall(text))
+
+
+def wishing(messages: Sequence[Message], wish: str | None) -> Sequence[Message]:
+    """Return a conversation with a wish behind the user's last words."""
+    if not wish or messages[-1].role != "user":
+        return messages
+    last = messages[-1]
+    return [*messages[:-1], replace(last, content=f"{last.content}\n\n{wish}")]
 
 
 def _kind(piece: Segment) -> str:
