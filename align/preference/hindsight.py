@@ -11,8 +11,7 @@ import numpy as np
 
 from align.preference.judged import Comparison
 from data_templates._segments import Message
-from finetune.data.conversation import Conversation
-from finetune.data.tokens import wishing
+from finetune.data.conversation import Conversation, wishing
 
 ORDER = 5
 """What this random stream is for, beside those of reading and mixing."""

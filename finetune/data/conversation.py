@@ -1,6 +1,6 @@
 """A row as the project knows it: its messages and where it stands."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from data_templates._segments import DOCUMENT_START, REPLIES, Message
@@ -43,3 +43,11 @@ def usable(rows: Iterable[Conversation], report: DataReport) -> list[Conversatio
         else:
             kept.append(replace(row, messages=turns))
     return kept
+
+
+def wishing(messages: Sequence[Message], wish: str) -> Sequence[Message]:
+    """Return a conversation with a wish behind the user's last words."""
+    if not wish or messages[-1].role != "user":
+        return messages
+    last = messages[-1]
+    return [*messages[:-1], replace(last, content=f"{last.content}\n\n{wish}")]

@@ -23,6 +23,7 @@ from data_templates._segments import (
     render,
     render_document,
 )
+from finetune.data.conversation import wishing
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
 
@@ -30,7 +31,6 @@ CHUNK = 2048
 """Conversations tokenised in one call: enough to keep every core busy, few enough to need little memory."""
 ANCHORS = ("\n", "\t", "。", "|")
 """What a stretch is encoded behind where tokenizers begin every text with a blank; the first that suits."""
-
 
 SAME: tuple[tuple[Callable[[str], str], str], ...] = (
     (lambda text: unicodedata.normalize("NFKC", text), "ＵＳＥＲ："),
@@ -65,24 +65,14 @@ class Encoder:
     """Writes conversations as token ids with one template and one tokenizer.
 
     Prompt and reply are encoded apart, so that the tokens of a prompt are the same whether a reply follows
-    (training) or not (generation), and no token straddles the border between them.
+    (training) or not (generation), and no token straddles the border between them. ``system`` stands before
+    conversations without one, ``wish`` behind what is asked of the tuned model (and behind nothing learnt).
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str,
-        *,
-        system: str | None = None,
-        wish: str | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, template: str, *, system: str | None = None, wish: str = ""
     ) -> None:
         """Bind a tokenizer to ``data_templates/<template>.py``, or to its own chat template for ``model``.
-
-        Args:
-            tokenizer: the base's.
-            template: the template's name.
-            system: stands before conversations that have no system text.
-            wish: stands behind each question that the tuned model is asked, and behind none that is learnt.
 
         Raises:
             UserError: the tokenizer has no EOS, or no chat template where the recipe asks for it.
@@ -131,7 +121,7 @@ class Encoder:
         return encoded
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids up to where the assistant's reply begins; the last message is the user's."""
+        """Return the ids up to where the reply begins; the last message is the user's."""
         return self.encode(wishing(messages, self.wish)).input_ids
 
     def decode_reply(self, ids: Sequence[int]) -> str:
@@ -274,12 +264,8 @@ class Encoder:
             if isinstance(part, TemplateError):
                 return part
             if not stretch.ids and self._forged(stretch.text, part):
-                found = (
-                    f"the tokenizer finds a special token in {stretch.text[:40]!r} that is not written there"
-                )
-                return TemplateError(
-                    f"{found} (it changes the text first); leave those characters out of the data"
-                )
+                found = f"the tokenizer finds a special token in {stretch.text[:40]!r} that is not there"
+                return TemplateError(f"{found} (it changes the text first); leave those characters out")
             ids += part
             trained += [stretch.trained] * len(part)
         return Encoded(ids, trained, written_apart)
@@ -288,14 +274,6 @@ class Encoder:
         """Tell whether more special ids came out than the text, already harmless, has special tokens."""
         special = sum(map(self._forgeable_ids.__contains__, ids))
         return special > 0 and special > len(self._forgeable.pattern.findall(text))
-
-
-def wishing(messages: Sequence[Message], wish: str | None) -> Sequence[Message]:
-    """Return a conversation with a wish behind the user's last words."""
-    if not wish or messages[-1].role != "user":
-        return messages
-    last = messages[-1]
-    return [*messages[:-1], replace(last, content=f"{last.content}\n\n{wish}")]
 
 
 def _kind(piece: Segment) -> str:

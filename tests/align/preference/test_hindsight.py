@@ -8,7 +8,8 @@ from small_tokenizers import tokenizer
 from align.preference.hindsight import chains, questions
 from align.preference.judged import Comparison
 from data_templates._segments import Message
-from finetune.data.tokens import Encoder, wishing
+from finetune.data.conversation import wishing
+from finetune.data.tokens import Encoder
 
 GOOD, BAD = "Answer well.", "Answer badly."
 
@@ -65,7 +66,7 @@ def test_a_tuned_model_is_asked_for_a_good_answer_in_the_words_that_it_learnt():
     ][:1]
     asked = encoder.encode_prompt(row.prompt)
     assert encoder.encode(talk.messages).input_ids[: len(asked)] == asked
-    assert wishing(row.prompt, None) is row.prompt
+    assert wishing(row.prompt, "") is row.prompt
 
 
 def test_a_question_is_asked_once_with_its_best_completion():
