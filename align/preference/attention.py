@@ -79,10 +79,14 @@ def why_separate(config: PretrainedConfig, *, reach: int) -> str:
     )
 
 
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """Return the model in all wrappers."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
 def _decoder(model: nn.Module) -> PreTrainedModel:
     """Return the stack of layers, which the library calls with the mask that it has been given."""
-    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    decoder: PreTrainedModel = base.get_decoder()
+    decoder: PreTrainedModel = unwrapped(model).get_decoder()
     return decoder
 
 

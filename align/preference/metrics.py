@@ -19,12 +19,14 @@ def margins(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+def accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor, *, tie: float = 0.0) -> Tensor:
     """Return 1 where the chosen reward is the higher one, 0 where the lower, 1/2 where both are equal.
 
-    Equal rewards are a coin's toss: a policy that is still the reference has 1/2 and not 0.
+    Equal rewards are a coin's toss: a policy that is still the reference has 1/2 and not 0. ``tie`` is the
+    difference up to which they count as equal.
     """
-    return (torch.sign(chosen_rewards - rejected_rewards) + 1) / 2
+    differences = chosen_rewards - rejected_rewards
+    return (torch.sign(differences.masked_fill(differences.abs() <= tie, 0.0)) + 1) / 2
 
 
 @torch.no_grad()
@@ -52,6 +54,16 @@ def kl_k1(logps: Tensor, reference_logps: Tensor) -> Tensor:
     drift, and may well be negative. J. Schulman, "Approximating KL divergence" (2020), k1.
     """
     return logps - reference_logps
+
+
+@torch.no_grad()
+def kl_k2(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """Return (log pi - log ref)^2 / 2: never below 0, and near KL(pi || ref) where both are near each other.
+
+    Of the three it is the one to watch on completions that the policy did not write: what the policy makes a
+    thousand times less likely counts there, and does not drown all the rest as in k3. Same source, k2.
+    """
+    return (logps - reference_logps) ** 2 / 2
 
 
 @torch.no_grad()

@@ -2,19 +2,16 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from platformdirs import user_cache_path
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
 from torch.utils.data import Dataset
 
 from data_templates._segments import TemplateError
+from finetune.data.cache import DamagedCacheError, cache_file, store, stored
 from finetune.data.collate import IGNORED, Example
 from finetune.data.conversation import Conversation
 from finetune.data.gather import gather
@@ -198,17 +195,31 @@ def cached(
     Raises:
         UserError: the cache cannot be written.
     """
-    path = user_cache_path("llm-align") / "tokens" / f"{key}.safetensors"
+    path = cache_file("tokens", key)
     found = DataReport()
-    arrays = _load(path, found) if cache else None
+    arrays = _from_cache(path, found) if cache else None
     report.from_cache = arrays is not None
     if arrays is None:
         arrays = encode(found)
         if cache:
-            _store(path, arrays, found)
+            store(path, arrays, asdict(found))
     report.counts |= found.counts
     report.examples |= found.examples
     report.too_long, report.lost_tokens = found.too_long, found.lost_tokens
+    return arrays
+
+
+def _from_cache(path: Path, report: DataReport) -> dict[str, np.ndarray] | None:
+    """Return a cached file's arrays and put its counts into the report; a damaged file counts as none."""
+    try:
+        found = stored(path)
+    except DamagedCacheError:
+        return None
+    if found is None:
+        return None
+    arrays, notes = found
+    report.counts, report.examples = notes["counts"], notes["examples"]
+    report.too_long, report.lost_tokens = notes["too_long"], notes["lost_tokens"]
     return arrays
 
 
@@ -259,39 +270,4 @@ def _cache_key(rows: list[Conversation], encoder: Encoder, settings: DataSetting
     for row in rows:
         turns = [[turn.role, turn.content, turn.context, turn.trained] for turn in row.messages]
         digest.update(json.dumps([row.where, turns], ensure_ascii=False).encode())
-    return digest.hexdigest()
-
-
-def _load(path: Path, report: DataReport) -> dict[str, np.ndarray] | None:
-    """Return a cached file's arrays and put its counts into the report; a damaged file counts as none."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            kept = json.loads((file.metadata() or {})["report"])
-        arrays: dict[str, np.ndarray] = load_file(path)
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError):
-        return None
-    if kept["sha256"] != _checksum(arrays):
-        return None
-    report.counts, report.examples = kept["counts"], kept["examples"]
-    report.too_long, report.lost_tokens = kept["too_long"], kept["lost_tokens"]
-    return arrays
-
-
-def _store(path: Path, arrays: dict[str, np.ndarray], report: DataReport) -> None:
-    kept = {**asdict(report), "sha256": _checksum(arrays)}
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, partial, metadata={"report": json.dumps(kept)})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        repair = "data.cache=false, or XDG_CACHE_HOME names another folder"
-        found = f"the cache cannot be written: {error}"
-        raise UserError(Problem(str(path.parent), found, "a folder that can be written", repair)) from error
-
-
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(arrays[name].tobytes())
     return digest.hexdigest()

@@ -38,8 +38,8 @@ def parse(
     problems = [_misunderstood(key, "") for key, equals, _ in pairs if not equals]
     values = {}
     for key, value in given.items():
-        section, _, name = key.partition(".")
-        if not section or not name or "." in name:
+        section, name, inner = _parts(key)
+        if not section or not name or (inner and name not in _named(schema, section)):
             problems.append(_misunderstood(key, value))
         elif section not in schema.model_fields:
             sections = list(schema.model_fields)
@@ -53,16 +53,35 @@ def parse(
 def override(values: Values, origins: Origins, *, words: dict[str, Any]) -> list[str]:
     """Lay the command line's values over the recipe's; return notes on recipe values that no longer fit."""
     before = _method(values)
-    for dotted, value in words.items():
-        section, key = dotted.split(".", 1)
-        values.setdefault(section, {})[key] = value
-        origins[dotted] = COMMAND_LINE
+    for dotted, value in sorted(words.items(), key=lambda word: word[0].count(".")):  # whole settings first
+        section, key, inner = _parts(dotted)
+        content = values.setdefault(section, {})
+        content[key] = _within(content.get(key), inner, value) if inner else value
+        origins[dotted] = origins[f"{section}.{key}"] = COMMAND_LINE
     notes = []
     for dotted, why in dict(_outdated(values, origins)).items():
         section, key = dotted.split(".")
         value = yaml_file.shown(values[section].pop(key))
         notes.append(f"{dotted}={value} ({origins.pop(dotted)}) is left out: {why}")
     return notes + _learning_rate_note(values, origins, before=before)
+
+
+def _parts(dotted: str) -> tuple[str, str, str]:
+    """Return section, key, and what stands behind a second dot, if anything does."""
+    section, key, inner = [*dotted.split(".", 2), "", ""][:3]
+    return section, key, inner
+
+
+def _named(schema: type[StageSettings], section: str) -> tuple[str, ...]:
+    """Return the settings of a section that are a name with settings of its own."""
+    known = schema.model_fields
+    return known[section].annotation.NAMED if section in known else ()  # type: ignore[union-attr]
+
+
+def _within(current: Any, inner: str, value: Any) -> dict[str, Any]:
+    """Return a named setting, a bare name or a mapping, with one of its own settings changed."""
+    whole = {"name": current} if isinstance(current, str) else dict(current or {})
+    return {**whole, inner: value}
 
 
 def _misunderstood(key: str, value: Any) -> Problem:

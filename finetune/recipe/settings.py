@@ -1,7 +1,8 @@
 """The sections that every recipe has; adapters and stages declare theirs beside the code that uses them."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
@@ -19,6 +20,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
     )
+    NAMED: ClassVar[tuple[str, ...]] = ()
+    """Settings that are a name, or a mapping of ``name`` and what belongs to it (``align.loss.beta=0.2``)."""
 
 
 class RopeSettings(Section):
@@ -264,3 +267,11 @@ class StageSettings(Section):
     adapter: SerializeAsAny[AdapterSettings] = AdapterSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    def problems(self, valid: Collection[str]) -> list[Problem]:
+        """Return what contradicts itself for this stage, before anything is loaded.
+
+        Args:
+            valid: the sections that are in order; the others hold defaults in the mistaken ones' stead.
+        """
+        return []

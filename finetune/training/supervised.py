@@ -1,7 +1,7 @@
 """The pieces of supervised tuning, put together from a recipe: trainer, answers, measures."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from math import exp, isfinite
 from typing import Any
@@ -11,20 +11,16 @@ from transformers import Trainer, TrainingArguments
 from data_templates._segments import Message
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
 from finetune.data.dataset import Prepared, TokenizedRows
-from finetune.data.replies import worded
-from finetune.planning import choices
+from finetune.training import tuning
 from finetune.training.adapter_hooks import adapter_hooks
-from finetune.training.arguments import training_arguments
-from finetune.training.behaviour import Behaviour, load_behaviour
+from finetune.training.behaviour import Behaviour
 from finetune.training.completion import held_out_loss
-from finetune.training.generate import Reply, reply_to
+from finetune.training.generate import Reply
 from finetune.training.job import Job
 from finetune.training.loading import Policy
-from finetune.training.model import count_parameters
 from finetune.training.preflight.ticks import Tick
 from finetune.training.preflight.whole import model_ticks, row_ticks, vocabulary_tick
-from finetune.training.samples import Samples, spread
-from finetune.training.save import save_tuned
+from finetune.training.samples import Samples
 from finetune.training.stops import NotFiniteError
 from finetune.training.text import Text
 from finetune.training.trainer import NativeTrainer
@@ -46,56 +42,25 @@ class Supervised:
     @property
     def steps(self) -> int:
         """Return the optimizer steps of the whole run."""
-        train = self.job.recipe.settings.train
-        return choices.optimizer_steps(
-            len(self.data.train),
-            batch_size=train.batch_size,
-            epochs=train.epochs,
-            max_steps=train.max_steps,
-        )
+        return tuning.optimizer_steps(self.job, len(self.data.train))
 
     @property
     def samples(self) -> Samples:
         """Return the questions to answer before and after training."""
-        evaluate = self.job.recipe.settings.evaluate
-        prompts = [row.messages for row in self.data.prompts]
-        shown = spread(len(prompts), evaluate.samples)
-        others = [index for index in range(len(prompts)) if index not in shown]
-        count = max(evaluate.samples, evaluate.exact_match)
-        chosen = [worded(prompts[index], self.text.encoder) for index in [*shown, *others][:count]]
-        return Samples(chosen, evaluate.samples, scored=evaluate.exact_match > 0)
+        return tuning.samples_of(self.job, self.text, self.data.prompts)
 
     @cached_property
     def behaviour(self) -> Behaviour:
         """Return what is measured of the replies, before and after training."""
-        settings = self.job.recipe.settings
-        prompts = [row.messages for row in self.data.prompts]
-        seed = settings.train.seed
-        return load_behaviour(settings.evaluate, prompts, self.text.encoder, seed=seed)
+        return tuning.behaviour_of(self.job, self.text, self.data.prompts)
 
     def facts(self) -> dict[str, Any]:
         """Return what run.json says before the first step; whatever can be refused is refused here."""
         self.arguments()
         self.job.watch(self.behaviour.numbers)
-        settings, report = self.job.recipe.settings, self.data.report
-        base = settings.model.model_dump()
-        parameters = count_parameters(self.policy.model)
-        share = parameters.trained / parameters.total
-        self.job.say(f"{parameters.trained:,} of {parameters.total:,} parameters are trained ({share:.2%})")
+        tuning.say_parameters(self.job, self.policy)
         self.preflight()
-        return {
-            "data": {**asdict(report), "lines": report.lines()},
-            "parameters": asdict(parameters),
-            "choices": self.job.derived,
-            "load": {
-                "model": base,
-                "precision": self.policy.precision,
-                "quantization": self.policy.quantization,
-                "template": settings.data.template,
-                "system": settings.data.system,
-                "virtual_tokens": self.text.virtual_tokens,
-            },
-        }
+        return tuning.policy_facts(self.job, self.text, self.policy, self.data.report)
 
     def preflight(self) -> None:
         """Prove before step 0 what can be proved on the run's own rows and model; neither is changed.
@@ -120,22 +85,8 @@ class Supervised:
         Raises:
             UserError: the engine refuses them.
         """
-        train = self.job.recipe.settings.train
-        micro = choices.micro_batch_size(
-            train.micro_batch_size,
-            batch_size=train.batch_size,
-            longest=self.data.report.longest,
-            hardware=self.job.hardware,
-        )
-        every = choices.checkpoint_every(train.checkpoint_every, steps=self.steps)
-        return training_arguments(
-            train,
-            folder=self.job.run.checkpoints,
-            device=self.job.hardware.device,
-            precision=self.policy.precision,
-            micro_batch_size=self.job.choose("train.micro_batch_size", micro),
-            checkpoint_every=self.job.choose("train.checkpoint_every", every),
-        )
+        longest = self.data.report.longest
+        return tuning.engine_arguments(self.job, self.policy, longest=longest, steps=self.steps)
 
     def trainer(self) -> Trainer:
         """Return the engine's trainer, which makes the folder of the checkpoints."""
@@ -160,14 +111,7 @@ class Supervised:
 
     def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
         """Answer prompts greedily with the policy as it is."""
-        with self.job.timed("samples"):
-            return reply_to(
-                self.policy.model,
-                self.text.encoder,
-                prompts,
-                max_new_tokens=self.job.recipe.settings.evaluate.max_new_tokens,
-                context=self.text.context,
-            )
+        return tuning.replies(self.job, self.text, self.policy, prompts)
 
     def measure(self, trainer: Trainer, when: str, *, perplexity: bool = False) -> None:
         """Record the held-out loss before or after training, and the training loss at both ends.
@@ -187,13 +131,7 @@ class Supervised:
             if perplexity:
                 run.update(metrics={f"held_out_perplexity_{when}": exp(min(loss, LARGEST_LOSS))})
         if when == "after":
-            losses = [line["loss"] for line in run.metrics() if "loss" in line]
-            if losses:  # none with train.log_every above the number of steps
-                last = losses[-10:]
-                run.update(metrics={"loss_before": losses[0], "loss_after": sum(last) / len(last)})
-            if isinstance(trainer, NativeTrainer) and trainer.num_tokens:
-                rate = trainer.num_tokens / self.job.seconds["train"]
-                run.update(metrics={"tokens_per_second": round(rate)})
+            tuning.record_training(self.job, trainer)
 
     def save(self) -> None:
         """Save the adapter (or the model), open it again, and put its checksum into the record.
@@ -201,9 +139,7 @@ class Supervised:
         Raises:
             UserError: what was saved is not what was trained.
         """
-        files = save_tuned(self.job.run, self.policy.model, self.text.encoder.tokenizer)
-        self.job.run.update(files=files)
-        self.job.check(Tick("saved", f"{', '.join(files)}: opened again, equal to what was trained"))
+        tuning.save_policy(self.job, self.text, self.policy)
 
     def _held_out_loss(self, trainer: Trainer, rows: TokenizedRows) -> float:
         return held_out_loss(

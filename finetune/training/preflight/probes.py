@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from finetune.data.collate import IGNORED, Batch, Collator, Example
+from finetune.data.collate import IGNORED, Collator, Example
 from finetune.data.dataset import TokenizedRows
 from finetune.recipe.errors import Problem
 from finetune.training.preflight.gradients import reached
@@ -63,11 +63,25 @@ def batch_is_its_parts(
     """
     whole, parts = collate(examples), [collate([example]) for example in examples]
     labels = int((whole["labels"][:, 1:] != IGNORED).sum())
+    return whole_is_its_parts(model, loss_sum, whole, parts, items=labels, tolerance=tolerance, scale=scale)
+
+
+def whole_is_its_parts(
+    model: nn.Module,
+    loss_sum: LossSum,
+    whole: Mapping[str, object],
+    parts: Sequence[Mapping[str, object]],
+    *,
+    items: int,
+    tolerance: float,
+    scale: float = 1.0,
+) -> list[Tick]:
+    """Check the same of batches that are there; ``items`` is what a step's loss is the mean over."""
     with untouched(model):
-        loss = _backward(model, loss_sum, whole, scale / labels)
+        loss = _backward(model, loss_sum, whole, scale / items)
         gradient = reached(model)
         size = _size(model)
-        rest = sum((_backward(model, loss_sum, part, -scale / labels) for part in parts), loss)
+        rest = sum((_backward(model, loss_sum, part, -scale / items) for part in parts), loss)
         difference = max(abs(rest) / max(abs(loss), 1e-30), _size(model) / max(size, 1e-30))
     if gradient.problem:
         return [gradient]
@@ -81,7 +95,7 @@ def batch_is_its_parts(
     return [gradient, failed("accumulation", Problem("train.micro_batch_size", detail, expected, repair))]
 
 
-def _backward(model: nn.Module, loss_sum: LossSum, batch: Batch, factor: float) -> float:
+def _backward(model: nn.Module, loss_sum: LossSum, batch: Mapping[str, object], factor: float) -> float:
     loss = loss_sum(_on_device(model, batch)) * factor
     if loss.requires_grad:  # else nothing that is trained has a part in it, and the gradients' check tells
         torch.autograd.backward(loss)

@@ -1,0 +1,65 @@
+"""What contradicts itself in a recipe that learns from preferences, before anything is loaded."""
+
+from collections.abc import Collection, Iterator
+
+from align.preference.settings import AlignSettings
+from finetune.recipe.checks import adapter_traits
+from finetune.recipe.errors import Problem
+from finetune.recipe.settings import StageSettings
+
+
+def contradictions(
+    settings: StageSettings, align: AlignSettings, valid: Collection[str]
+) -> Iterator[Problem]:
+    """Yield the mistakes of a stage that learns a policy from preferences; unsound sections are passed over.
+
+    Args:
+        settings: all sections.
+        align: its own one.
+        valid: the sections that are in order.
+    """
+    if "align" in valid:
+        yield from align.problems()
+    if "train" in valid:
+        yield from _of_supervised_tuning(settings)
+    if "data" in valid:
+        yield from _packing(settings)
+    if {"align", "adapter"} <= set(valid):
+        yield from _live_reference(settings, align)
+    if {"align", "train"} <= set(valid):
+        yield from _stop_rule(settings, align)
+
+
+def _of_supervised_tuning(settings: StageSettings) -> Iterator[Problem]:
+    train = settings.train
+    if train.neftune_alpha is not None:
+        expected = "null: noise would stand in the policy's log-probabilities and not in the reference's"
+        found = f"{train.neftune_alpha:g}"
+        yield Problem("train.neftune_alpha", found, expected, "train.neftune_alpha=null")
+    if train.label_smoothing:
+        expected = "0: there are no labels here, one completion is compared with another"
+        repair = f"align.loss={{name: cdpo, label_smoothing: {train.label_smoothing:g}}}: labels may be wrong"
+        yield Problem("train.label_smoothing", f"{train.label_smoothing:g}", expected, repair)
+    if train.engine == "trl":
+        yield Problem("train.engine", "'trl'", "native for this stage", "train.engine=native")
+
+
+def _packing(settings: StageSettings) -> Iterator[Problem]:
+    if settings.data.packing:
+        expected = "false: a prompt and its completions share a line already, and lines are filled up"
+        yield Problem("data.packing", "true", expected, "data.packing=false")
+
+
+def _live_reference(settings: StageSettings, align: AlignSettings) -> Iterator[Problem]:
+    method = settings.adapter.method
+    if align.reference == "live" and adapter_traits(method).whole_model:
+        expected = "precomputed: a live reference would be a second base in memory"
+        found = f"'live' with adapter.method '{method}'"
+        yield Problem("align.reference", found, expected, "align.reference=precomputed")
+
+
+def _stop_rule(settings: StageSettings, align: AlignSettings) -> Iterator[Problem]:
+    if align.stop_when_chosen_falls is not None and not settings.train.evaluate_every:
+        found = f"{align.stop_when_chosen_falls:g}, but train.evaluate_every is null"
+        expected = "held-out measures between the steps"
+        yield Problem("align.stop_when_chosen_falls", found, expected, "train.evaluate_every=50")

@@ -1,0 +1,78 @@
+r"""Direct preference optimization: the preferred completion becomes the likelier one; no reward model.
+
+Rafailov et al. 2023 (arXiv 2305.18290), equation 7: L = -E log s(beta [log pi(y_w|x) / ref(y_w|x) - log
+pi(y_l|x) / ref(y_l|x)]), y_w preferred to y_l, and the reference is the policy as it starts. Its variants on
+pairs and on ranked lists, with and without a reference, are chosen with ``align.loss``.
+"""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from align.preference.checks import contradictions
+from align.preference.settings import AlignSettings, PreferenceSettings
+from finetune.recipe.errors import Problem
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.settings import StageSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from finetune.training.result import Result
+
+
+class Settings(StageSettings):
+    """Preference data, and what is learnt from it."""
+
+    data: PreferenceSettings = PreferenceSettings()
+    align: AlignSettings = AlignSettings()
+
+    def problems(self, valid: Collection[str]) -> list[Problem]:
+        """Return what contradicts itself, before anything is loaded."""
+        return list(contradictions(self, self.align, valid))
+
+
+def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
+    """Tune a model on preferences.
+
+    Args:
+        recipe: what to do.
+        console: where progress is shown.
+        force: start over where a run of this recipe is there already.
+        command: the words that started it, for the record.
+
+    Raises:
+        UserError: the user's mistakes, before anything is written.
+        Interrupted: a signal came; a checkpoint is there.
+        NotFiniteError: loss or gradient became NaN or infinite.
+    """
+    from finetune.data.files import data_fingerprint
+    from finetune.training.result import Result
+    from finetune.training.run_directory import RunDirectory
+
+    settings = recipe.settings
+    assert isinstance(settings, Settings)
+    fingerprint = data_fingerprint(settings.data)
+    run = RunDirectory.open(recipe, fingerprint, force=force)
+    if run.finished:
+        return Result.of(run)
+
+    from align.preference.tuning import PreferenceTuning, load_preferences
+    from align.preference.watched import WATCHED
+    from finetune.training.job import Job
+    from finetune.training.loading import load_policy, load_text
+
+    job = Job(recipe, run, console, command, watched=WATCHED)
+    text = load_text(job)
+    data = load_preferences(job, settings.data, text)
+    tuning = PreferenceTuning(job, text, data, policy=load_policy(job), align=settings.align)
+    with job.started(fingerprint=fingerprint, **tuning.facts()):
+        tuning.samples.before(run, tuning.answer)
+        tuning.behaviour.measure(run, tuning.answer, "before")
+        trainer = tuning.trainer()
+        tuning.measure(trainer, "before")
+        job.train(trainer)
+        tuning.save()
+        tuning.measure(trainer, "after")
+        tuning.samples.after(run, tuning.answer)
+        tuning.behaviour.measure(run, tuning.answer, "after")
+    return Result.of(run)
