@@ -9,9 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.runs import RUNS
 from finetune.recipe.schema import listing, rows
-
-RUNS = Path("runs")
 
 
 def everything() -> dict[str, dict[str, str]]:

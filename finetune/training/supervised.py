@@ -67,7 +67,7 @@ class Supervised:
         """Return what run.json says before the first step; whatever can be refused is refused here."""
         self.arguments()
         settings, report = self.job.recipe.settings, self.data.report
-        base = settings.model.model_dump()
+        base = settings.model.model_dump(exclude={"start"})
         parameters = count_parameters(self.policy.model)
         share = parameters.trained / parameters.total
         self.job.say(f"{parameters.trained:,} of {parameters.total:,} parameters are trained ({share:.2%})")
@@ -158,10 +158,10 @@ class Supervised:
                 context=self.text.context,
             )
 
-    def measure(self, trainer: Trainer, when: str, *, perplexity: bool = False) -> None:
+    def measure(self, trainer: Trainer, when: str) -> None:
         """Record the held-out loss before or after training, and the training loss at both ends.
 
-        With ``perplexity`` its exponential too: the held-out rows' perplexity per token.
+        Where plain texts are read, its exponential too: their perplexity per token.
 
         Raises:
             NotFiniteError: the held-out loss is NaN or infinite.
@@ -173,7 +173,7 @@ class Supervised:
             if not isfinite(loss):
                 raise NotFiniteError(f"held-out loss is {loss} {when} training")
             run.update(metrics={f"held_out_loss_{when}": loss})
-            if perplexity:
+            if self.job.recipe.settings.data.texts is not None:
                 run.update(metrics={f"held_out_perplexity_{when}": exp(min(loss, LARGEST_LOSS))})
         if when == "after":
             losses = [line["loss"] for line in run.metrics() if "loss" in line]
