@@ -8,6 +8,7 @@ RECIPE ?=
 BASE ?=
 DATA ?=
 ADAPTER ?=
+FROM ?=
 OUT ?=
 ARGS ?=
 
@@ -15,13 +16,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STAGES := $(filter-out __init__,$(notdir $(basename $(wildcard finetune/stages/*.py align/stages/*.py))))
 OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPTER),--adapter $(ADAPTER)) \
-          $(if $(OUT),--out $(OUT))
+          $(if $(FROM),--from $(FROM)) $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv $(STAGES) list show data chat merge test test-all check tiny-base tiny-data compare clean
 
 help:  ## show this
-	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [OUT=dir] [ARGS=\"section.key=value ...\"]"
+	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [FROM=run] [OUT=dir] [ARGS=\"section.key=value ...\"]"
 	@echo
 	@echo "  $(STAGES)   run a stage; without RECIPE its quickstart: embedded model and data, offline, on the CPU"
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -40,10 +41,10 @@ list: $(READY)  ## recipes, adapters, templates, bases, stages, runs
 	$(BIN)/llm-align list $(ARGS)
 
 show: $(READY)  ## a recipe with every value's origin
-	$(BIN)/llm-align show $(RECIPE) $(ARGS)
+	$(BIN)/llm-align show $(RECIPE) $(if $(FROM),--from $(FROM)) $(ARGS)
 
 data: $(READY)  ## what the model will see of a recipe's data: make data RECIPE=alpaca ARGS="--rows 5 --html data.html"
-	$(BIN)/llm-align data $(RECIPE) $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(BIN)/llm-align data $(RECIPE) $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(FROM),--from $(FROM)) $(ARGS)
 
 chat: $(READY)  ## talk to a finished run: make chat RUN=runs/...
 	$(BIN)/llm-align chat $(RUN) $(ARGS)

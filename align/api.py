@@ -32,6 +32,7 @@ def load_recipe(
     base: str | None = None,
     data: str | list[dict[str, Any]] | None = None,
     adapter: str | None = None,
+    start: str | Path | None = None,
     out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Recipe:
@@ -43,13 +44,15 @@ def load_recipe(
         base: short name, hub id or folder of the base model.
         data: hub id, file, folder, or a list of rows.
         adapter: name of an adapter.
+        start: a finished run to go on from: its folder, its name, or ``stage/recipe``.
         out: the run directory.
         settings: further values, ``{"train.epochs": 3}``.
 
     Raises:
         UserError: every mistake that could be found.
     """
-    shortcuts = {"model.base": base, "data.source": data, "adapter.method": adapter}
+    begin = str(start) if start is not None else None
+    shortcuts = {"model.base": base, "data.source": data, "adapter.method": adapter, "model.start": begin}
     given = {key: value for key, value in shortcuts.items() if value is not None} | dict(settings or {})
     return load(stage, name, shortcuts=given, out=Path(out) if out is not None else None)
 
@@ -72,6 +75,8 @@ def load_tuned(directory: str | Path) -> "Tuned":
 def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") -> "Result":
     """Run a recipe and return its result; a run that is finished already is returned at once.
 
+    Where the recipe starts from another recipe's run (``model.start: sft/quickstart``), that runs first.
+
     Args:
         recipe: what ``load_recipe`` gave.
         force: start over where a run of this recipe is there already.
@@ -85,5 +90,9 @@ def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") ->
     from rich.console import Console
 
     quiet()
-    result: Result = load_stage(recipe.stage).run(recipe, Console(), force=force, command=command)
+    from align.start import ready
+
+    console = Console()
+    recipe = ready(recipe, console)
+    result: Result = load_stage(recipe.stage).run(recipe, console, force=force, command=command)
     return result

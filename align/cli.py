@@ -14,12 +14,14 @@ from finetune.recipe.recipe import Recipe, load
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
 DEFAULT_RECIPE = "quickstart"
+FROM = "Finished run to go on from: folder, name or its beginning; or STAGE/RECIPE, run first if need be."
 
 EPILOG = """\b
 Examples:
   llm-align {stage}                                    the embedded quickstart, offline, on the CPU
   llm-align {stage} {recipe} --base llama-2-7b
   llm-align {stage} {recipe} --data my.jsonl --adapter qlora train.epochs=1
+  llm-align {stage} {recipe} --from sft-quickstart          goes on from a finished run
 """
 
 
@@ -58,6 +60,7 @@ def _stage_command(stage: str, package: str) -> click.Command:
     @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
     @click.option("--data", metavar="D", help="Data: hub id, file or folder.")
     @click.option("--adapter", metavar="A", help="Adapter: a name of `llm-align list adapters`.")
+    @click.option("--from", "start", metavar="RUN", help=FROM)
     @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory.")
     @click.option("--force", is_flag=True, help="Start over where the run is there already.")
     def command(
@@ -65,10 +68,16 @@ def _stage_command(stage: str, package: str) -> click.Command:
         base: str | None,
         data: str | None,
         adapter: str | None,
+        start: str | None,
         out: Path | None,
         force: bool,
     ) -> None:
-        shortcuts = {"model.base": base, "data.source": data, "adapter.method": adapter}
+        shortcuts = {
+            "model.base": base,
+            "data.source": data,
+            "adapter.method": adapter,
+            "model.start": start,
+        }
         given = {key: value for key, value in shortcuts.items() if value is not None}
         recipe = _recipe(stage, words, given, out)
         _run_stage(recipe, force=force)
@@ -126,9 +135,10 @@ def list_(kind: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
 @click.option("--stage", default="sft", show_default=True, help="Stage of the recipe.")
+@click.option("--from", "start", metavar="RUN", help=FROM)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--schema", is_flag=True, help="Print the stage's JSON Schema, for editors.")
-def show(words: tuple[str, ...], stage: str, as_json: bool, schema: bool) -> None:
+def show(words: tuple[str, ...], stage: str, start: str | None, as_json: bool, schema: bool) -> None:
     """Show a recipe with every value's origin."""
     from align.listing import print_recipe
     from finetune.recipe.schema import rows
@@ -137,7 +147,7 @@ def show(words: tuple[str, ...], stage: str, as_json: bool, schema: bool) -> Non
     if schema:
         click.echo(json.dumps(json_schema(stage), indent=1, ensure_ascii=False))
         return
-    recipe = _recipe(stage, words, {}, None)
+    recipe = _recipe(stage, words, {"model.start": start} if start is not None else {}, None)
     if as_json:
         values = [{"key": key, "value": value, "origin": origin} for key, value, origin in rows(recipe)]
         click.echo(json.dumps({"stage": stage, "recipe": recipe.name, "settings": values}, indent=1))
@@ -150,6 +160,7 @@ def show(words: tuple[str, ...], stage: str, as_json: bool, schema: bool) -> Non
 @click.option("--stage", default="sft", show_default=True, help="Stage of the recipe.")
 @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
 @click.option("--data", "source", metavar="D", help="Data: hub id, file or folder.")
+@click.option("--from", "start", metavar="RUN", help=FROM)
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page as well.")
@@ -158,6 +169,7 @@ def data(
     stage: str,
     base: str | None,
     source: str | None,
+    start: str | None,
     rows: int,
     as_json: bool,
     html: Path | None,
@@ -167,7 +179,7 @@ def data(
 
     from align.data_terminal import print_facts, print_head
 
-    shortcuts = {"model.base": base, "data.source": source}
+    shortcuts = {"model.base": base, "data.source": source, "model.start": start}
     given = {key: value for key, value in shortcuts.items() if value is not None}
     recipe = _recipe(stage, words, given, None)
     console = Console()

@@ -10,9 +10,8 @@ from rich.table import Table
 
 from align.preference.losses import losses
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.runs import RUNS
 from finetune.recipe.schema import listing, rows
-
-RUNS = Path("runs")
 
 
 def everything() -> dict[str, dict[str, str]]:

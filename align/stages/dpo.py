@@ -45,13 +45,13 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
         Interrupted: a signal came; a checkpoint is there.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
-    from finetune.data.files import data_fingerprint
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory
+    from finetune.training.run_fingerprint import run_fingerprint
 
     settings = recipe.settings
     assert isinstance(settings, Settings)
-    fingerprint = data_fingerprint(settings.data)
+    fingerprint = run_fingerprint(settings)
     run = RunDirectory.open(recipe, fingerprint, force=force)
     if run.finished:
         return Result.of(run)
@@ -60,19 +60,11 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     from align.preference.watched import WATCHED
     from finetune.training.job import Job
     from finetune.training.loading import load_policy, load_text
+    from finetune.training.tune import carry_out
 
     job = Job(recipe, run, console, command, watched=WATCHED)
     text = load_text(job)
     data = load_preferences(job, settings.data, text)
     tuning = PreferenceTuning(job, text, data, policy=load_policy(job), align=settings.align)
-    with job.started(fingerprint=fingerprint, **tuning.facts()):
-        tuning.samples.before(run, tuning.answer)
-        tuning.behaviour.measure(run, tuning.answer, "before")
-        trainer = tuning.trainer()
-        tuning.measure(trainer, "before")
-        job.train(trainer)
-        tuning.save()
-        tuning.measure(trainer, "after")
-        tuning.samples.after(run, tuning.answer)
-        tuning.behaviour.measure(run, tuning.answer, "after")
+    carry_out(job, tuning, fingerprint=fingerprint)
     return Result.of(run)

@@ -23,6 +23,9 @@ class Traits:
         merge: empty, or why the adapter cannot be folded into the base's weights.
         engines: the engines that can train it.
         learning_rate: a usual one, told when the command line changes a recipe's adapter but not its rate.
+        in_training: settings that act in training alone, which a run that goes on from another may change.
+        at_start: settings that only say how it begins, of no use to a run that goes on from another.
+        goes_on_as: the adapter that trains on what this one has saved, where that is another.
     """
 
     quantization: tuple[str, ...] = ("none", "nf4", "int8")
@@ -33,6 +36,9 @@ class Traits:
     merge: str = ""
     engines: tuple[str, ...] = ("native", "trl")
     learning_rate: float = 2e-4  # QLoRA (arXiv 2305.14314), table 9
+    in_training: tuple[str, ...] = ()
+    at_start: tuple[str, ...] = ()
+    goes_on_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(engines=("native",), learning_rate=1e-3)  # the paper, table 8: 5e-4 to 2e-3
+TRAITS = Traits(
+    engines=("native",), learning_rate=1e-3, in_training=("dropout", "warmup", "cooldown", "penalty")
+)  # the paper, table 8: 5e-4 to 2e-3
 
 
 class Settings(lora.Settings):

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(merge=NONLINEAR, engines=("native",), learning_rate=1e-3)  # as for `bottleneck`
+TRAITS = Traits(
+    merge=NONLINEAR, engines=("native",), learning_rate=1e-3, in_training=("consistency",)
+)  # as for `bottleneck`
 
 
 class Settings(AdapterSettings):

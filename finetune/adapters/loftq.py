@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-TRAITS = Traits(quantization=("nf4",), learning_rate=1e-4)  # the paper's appendix, LLaMA-2: 1e-4 to 7e-4
+# What it saves is LoRA over the 4-bit base. Learning rate: the paper's appendix, LLaMA-2: 1e-4 to 7e-4.
+TRAITS = Traits(quantization=("nf4",), learning_rate=1e-4, in_training=("dropout",), goes_on_as="lora")
 
 
 class Settings(lora.Settings):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits()
+TRAITS = Traits(in_training=("dropout",))
 
 Alpha = Annotated[float, Field(gt=0)]
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(engines=("native",), learning_rate=2e-5)  # the paper, table of LLaMA-7B: A at 2e-5
+TRAITS = Traits(
+    engines=("native",), learning_rate=2e-5, in_training=("dropout", "ratio")
+)  # the paper, table of LLaMA-7B: A at 2e-5
 
 
 class Settings(lora.Settings):

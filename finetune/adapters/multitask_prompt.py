@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    packing=False, merge=IN_THE_INPUT, learning_rate=1e-1
+    packing=False, merge=IN_THE_INPUT, learning_rate=1e-1, at_start=("source",)
 )  # 1e-1: the product starts near zero and its gradient with it; the paper uses 0.3 (section 4.1)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(learning_rate=4e-4)  # arXiv 2506.19847, table of hyper-parameters
+TRAITS = Traits(learning_rate=4e-4, in_training=("dropout",))  # arXiv 2506.19847, table of hyper-parameters
 
 
 class Settings(AdapterSettings):

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(quantization=("none",), changes_base=True, learning_rate=2e-5)  # the paper's appendix: 2e-5
+TRAITS = Traits(
+    quantization=("none",), changes_base=True, learning_rate=2e-5, in_training=("dropout",)
+)  # the paper's appendix: 2e-5
 
 
 class Settings(lora.Settings):

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(packing=False, merge=IN_THE_INPUT, learning_rate=1e-3)  # huggingface/peft, method_comparison
+TRAITS = Traits(
+    packing=False, merge=IN_THE_INPUT, learning_rate=1e-3, at_start=("init_text",)
+)  # huggingface/peft, method_comparison
 
 
 class Settings(VirtualTokenSettings):

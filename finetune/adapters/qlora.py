@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(quantization=("nf4", "int8"))
+TRAITS = Traits(quantization=("nf4", "int8"), in_training=("dropout",))
 
 
 class Settings(lora.Settings):

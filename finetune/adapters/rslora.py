@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits()
+TRAITS = Traits(in_training=("dropout",))
 
 
 class Settings(lora.Settings):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(learning_rate=4e-3)  # the paper, table 9: LLaMA on instructions
+TRAITS = Traits(learning_rate=4e-3, in_training=("dropout",))  # the paper, table 9: LLaMA on instructions
 
 
 class Settings(AdapterSettings):

@@ -63,7 +63,7 @@ def override(values: Values, origins: Origins, *, words: dict[str, Any]) -> list
         section, key = dotted.split(".")
         value = yaml_file.shown(values[section].pop(key))
         notes.append(f"{dotted}={value} ({origins.pop(dotted)}) is left out: {why}")
-    return notes + _learning_rate_note(values, origins, before=before)
+    return notes + learning_rate_note(values, origins, before=before)
 
 
 def _parts(dotted: str) -> tuple[str, str, str]:
@@ -107,7 +107,7 @@ def _outdated(values: Values, origins: Origins) -> Iterator[tuple[str, str]]:
         gone += [(f"data.{key}", NEW_DATA) for key in OF_THE_DATA]
         gone += _held_out_keys(values, mine)
     if "model.base" in mine:
-        gone += [(f"model.{key}", NEW_BASE) for key in ("revision", "trust_remote_code")]
+        gone += [(f"model.{key}", NEW_BASE) for key in ("revision", "trust_remote_code", "start")]
     for dotted, why in gone:
         section, key = dotted.split(".")
         if key in values.get(section, {}) and dotted not in mine:
@@ -132,7 +132,7 @@ def _held_out_keys(values: Values, mine: set[str]) -> list[tuple[str, str]]:
     return [("data.held_out", NEW_DATA), ("evaluate.exact_match", why), ("train.evaluate_every", why)]
 
 
-def _learning_rate_note(values: Values, origins: Origins, *, before: Any) -> list[str]:
+def learning_rate_note(values: Values, origins: Origins, *, before: Any) -> list[str]:
     """Return a note on a learning rate of the recipe that was meant for another adapter."""
     method, rate = _method(values), values.get("train", {}).get("learning_rate")
     known = plugin_names(ADAPTERS)

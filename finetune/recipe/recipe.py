@@ -22,6 +22,7 @@ from finetune.recipe.discovery import (
 )
 from finetune.recipe.errors import Problem, UserError, nearest, one_of
 from finetune.recipe.settings import AdapterSettings, StageSettings
+from finetune.recipe.start import Start, is_recipe, lay_over, start_of_recipe, start_of_run
 from finetune.recipe.wording import problems_of
 
 DEFAULT = "default"
@@ -48,8 +49,17 @@ class Recipe:
         return content
 
     def digest(self, data_fingerprint: str) -> str:
-        """Return 8 hex digits that name the run: same settings and same data, same name."""
-        return _sha([self.stage, self.values(), data_fingerprint])[:8]
+        """Return 8 hex digits that name the run: same settings and same data, same name.
+
+        Args:
+            data_fingerprint: digest of the data's content, and of the start's; where a start lies, and under
+                which name, is not part of it.
+        """
+        content = self.values()
+        start = content["model"].pop("start")
+        if start is not None and content["model"]["base"] == start:
+            content["model"]["base"] = None
+        return _sha([self.stage, content, data_fingerprint])[:8]
 
     def to_yaml(self, derived: dict[str, str] | None = None) -> str:
         """Return the resolved recipe with the values' origins behind them; ``derived``: what was chosen."""
@@ -69,6 +79,7 @@ def load(
     shortcuts: dict[str, Any] | None = None,
     overrides: Sequence[str] = (),
     out: Path | None = None,
+    above: tuple[str, ...] = (),
 ) -> Recipe:
     """Load a recipe.
 
@@ -78,6 +89,7 @@ def load(
         shortcuts: ``{"model.base": "tiny"}``: what --base, --data and --adapter set, or a notebook.
         overrides: ``section.key=value`` words of the command line.
         out: the run directory, where the user wants another than the usual one.
+        above: the starts that led to this recipe, each ``stage/recipe``.
 
     Raises:
         UserError: with every mistake that could be found.
@@ -89,13 +101,16 @@ def load(
     values, problems = _sections(content, schema, stage=stage, path=path)
     words, misunderstood = command_line.parse(shortcuts or {}, overrides, schema=schema)
     notes = command_line.override(values, origins, words=words)
+    begun, unfit = _begin(values, origins, stage=stage, out=out, above=above)
     sections, mistakes = _validate(values, schema)
     settings = schema(**sections)
-    problems += [*mistakes, *contradictions(settings, sections)]
+    problems += [*unfit, *mistakes, *contradictions(settings, sections)]
     if problems or misunderstood:
         raise UserError([*(problem.placed(origins) for problem in problems), *misunderstood])
     description = " ".join(str(content.get("description") or "").split())
-    return Recipe(stage, path.stem, description, settings, _all_origins(settings, origins), out, notes)
+    return Recipe(
+        stage, path.stem, description, settings, _all_origins(settings, origins), out, notes + begun
+    )
 
 
 def stage_settings(stage: str) -> type[StageSettings]:
@@ -116,6 +131,34 @@ def adapter_settings(method: str) -> type[AdapterSettings]:
     """
     schema: type[AdapterSettings] = load_plugin(ADAPTERS, method, where="adapter.method").Settings
     return schema
+
+
+def _begin(
+    values: Values, origins: Origins, *, stage: str, out: Path | None, above: tuple[str, ...]
+) -> tuple[list[str], list[Problem]]:
+    """Lay what belongs to ``model.start`` over a recipe's values; return notes and problems."""
+    text = values.get("model", {}).get("start")
+    if not isinstance(text, str) or not text:
+        return [], []
+    try:
+        start = _found_start(text, stage=stage, above=above)
+    except UserError as error:
+        return [], error.problems
+    if out is not None and Path(start.name).resolve() == out.resolve():
+        found = f"{out}, the folder of the run that it starts from"
+        return [], [Problem("--out", found, "a folder of its own", "leave --out out, or name another one")]
+    return lay_over(values, origins, start)
+
+
+def _found_start(text: str, *, stage: str, above: tuple[str, ...]) -> Start:
+    if not is_recipe(text):
+        return start_of_run(text, stage=stage)
+    if text in above:
+        way = " -> ".join([*above, text])
+        raise UserError(Problem("model.start", f"a circle: {way}", "a start that leads to a base"))
+    first, _, name = text.partition("/")
+    recipe = load(first, name, above=(*above, text))
+    return start_of_recipe(text, first, recipe.settings, stage=stage)
 
 
 def _all_origins(settings: StageSettings, origins: Origins) -> Origins:

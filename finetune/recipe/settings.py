@@ -38,6 +38,11 @@ class ModelSettings(Section):
 
     base: Text = Field("tiny", description="short name (`llm-align list bases`), hub id, or folder")
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
+    start: Text | None = Field(
+        None,
+        description="finished run to go on from: its folder, its name below ./runs or the beginning of it; "
+        "or stage/recipe (sft/quickstart), which runs first if need be",
+    )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it, else float32"
     )

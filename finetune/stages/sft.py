@@ -34,31 +34,15 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
         Interrupted: a signal came; a checkpoint is there.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
-    from finetune.data.files import data_fingerprint
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory
+    from finetune.training.run_fingerprint import run_fingerprint
 
-    fingerprint = data_fingerprint(recipe.settings.data)
+    fingerprint = run_fingerprint(recipe.settings)
     run = RunDirectory.open(recipe, fingerprint, force=force)
-    if run.finished:
-        return Result.of(run)
+    if not run.finished:
+        from finetune.training.job import Job
+        from finetune.training.tune import tune
 
-    from finetune.training.job import Job
-    from finetune.training.loading import load_data, load_policy, load_text
-    from finetune.training.supervised import Supervised
-
-    job = Job(recipe, run, console, command)
-    text = load_text(job)
-    data = load_data(job, text)
-    tuning = Supervised(job, text, data, policy=load_policy(job))
-    with job.started(fingerprint=fingerprint, **tuning.facts()):
-        tuning.samples.before(run, tuning.answer)
-        tuning.behaviour.measure(run, tuning.answer, "before")
-        trainer = tuning.trainer()
-        tuning.measure(trainer, "before")
-        job.train(trainer)
-        tuning.save()
-        tuning.measure(trainer, "after")
-        tuning.samples.after(run, tuning.answer)
-        tuning.behaviour.measure(run, tuning.answer, "after")
+        tune(Job(recipe, run, console, command), fingerprint)
     return Result.of(run)

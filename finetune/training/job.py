@@ -23,6 +23,7 @@ from finetune.training.preflight.ticks import Tick, refuse
 from finetune.training.recorder import Recorder
 from finetune.training.report import write_report
 from finetune.training.run_directory import RunDirectory
+from finetune.training.run_fingerprint import start_record
 from finetune.training.stops import Interrupt, Interrupted, NotFiniteError, listening
 from finetune.training.watched import SUPERVISED, Watched
 
@@ -154,6 +155,7 @@ class Job:
     def _begin(self, facts: dict[str, Any]) -> None:
         for note in self.recipe.notes:
             self.say(note)
+        start = start_record(self.recipe.settings)
         self.run.update(
             status="running",
             stage=self.recipe.stage,
@@ -165,6 +167,7 @@ class Job:
             versions=self.versions,
             hardware={"device": self.hardware.device, "name": self.hardware.name},
             preflight=self.preflight,
+            **({"start": start} if start is not None else {}),
             **facts,
         )
         self.run.write("recipe.yaml", self.recipe.to_yaml(self.derived))

@@ -1,6 +1,7 @@
 """What a recipe names, loaded: first the text side, cheap and where most mistakes are, then the model."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 from transformers import set_seed
@@ -9,7 +10,9 @@ from finetune.data.dataset import Prepared
 from finetune.data.documents import prepare_any
 from finetune.planning import choices
 from finetune.recipe.checks import adapter_traits
+from finetune.recipe.settings import ModelSettings
 from finetune.training.arguments import check_engine_args
+from finetune.training.go_on import take_weights
 from finetune.training.job import Job
 from finetune.training.model import attach_adapter, load_base
 from finetune.training.text import Text, text_of
@@ -53,11 +56,17 @@ def load_data(job: Job, text: Text) -> Prepared:
     return data
 
 
+def adapter_start(settings: ModelSettings) -> Path | None:
+    """Return the run whose adapter goes on; None without a start, or where the start became the base."""
+    start = Path(settings.start) if settings.start is not None else None
+    return start if start is not None and (start / "adapter").is_dir() else None
+
+
 def load_policy(job: Job) -> Policy:
-    """Load the base and put the adapter on it; the seed decides how the adapter begins.
+    """Load the base and put the adapter on it: the start's, or a new one, which the seed decides.
 
     Raises:
-        UserError: the base cannot be loaded, or the adapter does not fit it.
+        UserError: the base cannot be loaded, the adapter does not fit it, or the start's files are damaged.
     """
     settings = job.recipe.settings
     traits = adapter_traits(settings.adapter.method)
@@ -71,6 +80,8 @@ def load_policy(job: Job) -> Policy:
         set_seed(settings.train.seed)
         base = load_base(settings.model, precision=stored, quantization=quantization, hardware=job.hardware)
         model = attach_adapter(base, settings.adapter)
+        if start := adapter_start(settings.model):
+            take_weights(model, start)
     if settings.train.gradient_checkpointing:
         base.enable_input_require_grads()
     return Policy(model, precision, quantization)

@@ -10,11 +10,11 @@ from finetune.planning.hardware import detect
 from finetune.recipe import yaml_file
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.runs import finished_record
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import load_base
 from finetune.training.run_directory import MERGED, replacing
 from finetune.training.save import verify_model
-from finetune.training.tuned import finished_record
 
 
 def merge_run(run: Path) -> Path:

@@ -12,8 +12,8 @@ from filelock import FileLock, Timeout
 
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.runs import RUNS, read_record
 
-RUNS = Path("runs")
 REPLACED = "replaced"
 SAMPLES = "samples.jsonl"
 OWN_FILES = ("recipe.yaml", "metrics.jsonl", SAMPLES, "report.html", "run.json")
@@ -183,23 +183,3 @@ def replacing(path: Path, name: str) -> Iterator[Path]:
     yield partial
     shutil.rmtree(path / name, ignore_errors=True)
     os.replace(partial, path / name)
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Return a folder's run.json, or nothing where there is none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    file = path / "run.json"
-    if not file.is_file():
-        return {}
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        repair = "delete the folder, or choose another --out"
-        raise UserError(Problem(str(file), "damaged", "the JSON that a run writes", repair)) from error
-    if not isinstance(record, dict) or not {"status", "recipe", "digest"} <= record.keys():
-        found = "not written by llm-align"
-        raise UserError(Problem(str(file), found, "the JSON that a run writes", "choose another --out"))
-    return record

@@ -37,7 +37,7 @@ def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokeniz
             verify_model(folder, model.state_dict())
         tokenizer.save_pretrained(str(folder))
         files = sorted(folder.glob("*.safetensors"))
-        return {f"{name}/{file.name}": _sha256(file) for file in files}
+        return {f"{name}/{file.name}": sha256(file) for file in files}
 
 
 def _verify(folder: Path, live: dict[str, torch.Tensor]) -> None:
@@ -70,6 +70,7 @@ def _lost(where: Path, found: str) -> UserError:
     )
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Return a file's checksum, as run.json has it."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

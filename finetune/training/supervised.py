@@ -113,10 +113,10 @@ class Supervised:
         """Answer prompts greedily with the policy as it is."""
         return tuning.replies(self.job, self.text, self.policy, prompts)
 
-    def measure(self, trainer: Trainer, when: str, *, perplexity: bool = False) -> None:
+    def measure(self, trainer: Trainer, when: str) -> None:
         """Record the held-out loss before or after training, and the training loss at both ends.
 
-        With ``perplexity`` its exponential too: the held-out rows' perplexity per token.
+        Where plain texts are read, its exponential too: their perplexity per token.
 
         Raises:
             NotFiniteError: the held-out loss is NaN or infinite.
@@ -128,7 +128,7 @@ class Supervised:
             if not isfinite(loss):
                 raise NotFiniteError(f"held-out loss is {loss} {when} training")
             run.update(metrics={f"held_out_loss_{when}": loss})
-            if perplexity:
+            if self.job.recipe.settings.data.texts is not None:
                 run.update(metrics={f"held_out_perplexity_{when}": exp(min(loss, LARGEST_LOSS))})
         if when == "after":
             tuning.record_training(self.job, trainer)

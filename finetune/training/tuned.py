@@ -10,10 +10,9 @@ from transformers import AutoTokenizer
 from finetune.adapters._load import open_adapter
 from finetune.data.tokens import Encoder
 from finetune.planning.hardware import detect
-from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.runs import finished_record
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import context_length, load_base
-from finetune.training.run_directory import read_record
 
 
 @dataclass(frozen=True)
@@ -23,19 +22,6 @@ class Tuned:
     model: nn.Module
     encoder: Encoder
     context: int
-
-
-def finished_record(run: Path) -> dict[str, Any]:
-    """Return a finished run's run.json.
-
-    Raises:
-        UserError: the folder is no finished run.
-    """
-    record = read_record(run)
-    if record.get("status") != "finished":
-        found = f"a run that is {record['status']}" if record else "no run"
-        raise UserError(Problem(str(run), found, "the folder of a finished run", _way_on(record)))
-    return record
 
 
 def load_tuned(run: Path) -> Tuned:
@@ -61,14 +47,3 @@ def load_tuned(run: Path) -> Tuned:
     tokenizer = AutoTokenizer.from_pretrained(str(whole if whole.is_dir() else adapter))
     encoder = Encoder(tokenizer, load["template"], system=load["system"])
     return Tuned(model, encoder, context_length(settings) - load["virtual_tokens"])
-
-
-def _way_on(record: dict[str, Any]) -> str:
-    """Return what to do about a run that is not finished."""
-    ways = {
-        "interrupted": "`{}` goes on from its checkpoint",
-        "running": "wait for its end; if it was killed, `{}` goes on from its last checkpoint",
-    }
-    if record.get("status") in ways and "command" in record:
-        return ways[record["status"]].format(record["command"])
-    return "`llm-align list runs` shows them"

@@ -70,7 +70,7 @@ def policy_facts(job: Job, text: Text, policy: Policy, report: DataReport) -> di
         "parameters": asdict(count_parameters(policy.model)),
         "choices": job.derived,
         "load": {
-            "model": job.recipe.settings.model.model_dump(),
+            "model": job.recipe.settings.model.model_dump(exclude={"start"}),
             "precision": policy.precision,
             "quantization": policy.quantization,
             "template": data.template,

@@ -10,7 +10,8 @@ from fixture_types import MakeRecipe, Tune
 
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
-from finetune.training.run_directory import RunDirectory, read_record
+from finetune.recipe.runs import read_record
+from finetune.training.run_directory import RunDirectory
 
 
 @pytest.fixture

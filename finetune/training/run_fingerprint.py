@@ -1,0 +1,37 @@
+"""What a run is made of beside its settings: the content of its data, and of the run that it starts from."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.data.files import data_fingerprint
+from finetune.recipe.runs import finished_record
+from finetune.recipe.settings import StageSettings
+
+
+def run_fingerprint(settings: StageSettings) -> str:
+    """Return a digest of the data's content and of the weights that the run starts from.
+
+    Raises:
+        UserError: data that are not there, or a start that is no finished run.
+    """
+    data = data_fingerprint(settings.data)
+    start = start_record(settings)
+    if start is None:
+        return data
+    return hashlib.sha256(json.dumps([data, start["files"]], sort_keys=True).encode()).hexdigest()
+
+
+def start_record(settings: StageSettings) -> dict[str, Any] | None:
+    """Return what run.json says of the run's start, None where it starts from a base.
+
+    Raises:
+        UserError: the start is no finished run.
+    """
+    if settings.model.start is None:
+        return None
+    path = Path(settings.model.start)
+    record = finished_record(path)
+    names = {"name": path.name, "folder": str(path), "stage": record["stage"], "recipe": record["recipe"]}
+    return {**names, "digest": record["digest"], "files": record["files"]}
