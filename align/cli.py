@@ -2,18 +2,19 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from align.api import quiet, run
+from align.default_recipe import QUICKSTART, default_recipe
 from finetune.recipe.discovery import plugin_summary, recipe_names, stage_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, load
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
-DEFAULT_RECIPE = "quickstart"
 FROM = "Finished run to go on from: folder, name or its beginning; or STAGE/RECIPE, run first if need be."
 
 EPILOG = """\b
@@ -52,7 +53,7 @@ def _fail(message: str, status: int) -> None:
 
 
 def _stage_command(stage: str, package: str) -> click.Command:
-    example = next((name for name in recipe_names(stage) if name != DEFAULT_RECIPE), DEFAULT_RECIPE)
+    example = next((name for name in recipe_names(stage) if name != QUICKSTART), QUICKSTART)
     epilog = EPILOG.format(stage=stage, recipe=example)
 
     @click.command(stage, help=plugin_summary(package, stage), epilog=epilog)
@@ -93,9 +94,9 @@ def _recipe(stage: str, words: tuple[str, ...], shortcuts: dict[str, Any], out: 
             f"one RECIPE is expected, found {', '.join(names)}; settings are SECTION.KEY=VALUE"
         )
     overrides = [word for word in words if "=" in word]
-    return load(
-        stage, names[0] if names else DEFAULT_RECIPE, shortcuts=shortcuts, overrides=overrides, out=out
-    )
+    name, notes = (names[0], []) if names else default_recipe(stage, shortcuts)
+    recipe = load(stage, name, shortcuts=shortcuts, overrides=overrides, out=out)
+    return replace(recipe, notes=[*notes, *recipe.notes])
 
 
 def _run_stage(recipe: Recipe, *, force: bool) -> None:

@@ -10,8 +10,15 @@ from dataclasses import replace
 import numpy as np
 
 from align.preference.judged import Comparison
+from align.preference.prepare import gather_comparisons
+from align.preference.settings import HindsightSettings, PreferenceSettings
 from data_templates._segments import Message
 from finetune.data.conversation import Conversation, wishing
+from finetune.data.dataset import Prepared, prepare_gathered
+from finetune.data.report import DataReport
+from finetune.data.tokens import Encoder
+from finetune.training.job import Job
+from finetune.training.text import Text
 
 ORDER = 5
 """What this random stream is for, beside those of reading and mixing."""
@@ -42,3 +49,33 @@ def questions(rows: Iterable[Comparison]) -> list[Conversation]:
     """Return each prompt with its best completion, once: what samples ask for and expect."""
     first = {row.prompt: row for row in reversed(list(rows))}
     return [Conversation([*row.prompt, row.replies[0]], row.where, row.source) for row in first.values()]
+
+
+def wishing_text(text: Text, wish: str) -> Text:
+    """Return how conversations become tokens where the tuned model is asked with a wish."""
+    encoder = text.encoder
+    asking = Encoder(encoder.tokenizer, encoder.name, system=encoder.system, wish=wish)
+    return replace(text, encoder=asking)
+
+
+def load_chains(job: Job, settings: PreferenceSettings, words: HindsightSettings, text: Text) -> Prepared:
+    """Read a recipe's preferences and write them as chains of tokens; tell what was found.
+
+    Raises:
+        UserError: mistakes in the data, with file, line and field.
+    """
+    seed = job.recipe.settings.train.seed
+    report, aside = DataReport(), DataReport()
+    with job.timed("data"):
+        train, held_out = gather_comparisons(settings, seed, report, aside)
+        data = prepare_gathered(
+            chains(train, good=words.good, bad=words.bad, seed=seed),
+            chains(held_out, good=words.good, bad=words.bad, seed=seed),
+            settings,
+            text.encoder,
+            max_length=text.max_length,
+            told=(report, aside),
+        )
+    for line in data.report.lines():
+        job.say(line)
+    return replace(data, prompts=questions(held_out or train))

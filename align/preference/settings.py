@@ -74,3 +74,18 @@ class AlignSettings(Section):
         except UserError as error:
             return error.problems
         return []
+
+
+class HindsightSettings(Section):
+    """Feedback in words, in the language of the data."""
+
+    good: Text = Field(
+        "Give a good answer.", description="asks for the best completion, in training and later"
+    )
+    bad: Text = Field("Give a bad answer.", description="asks for the worst completion, in training alone")
+
+    def problems(self) -> list[Problem]:
+        """Return what contradicts itself."""
+        if self.good.strip() != self.bad.strip():
+            return []
+        return [Problem("hindsight.bad", "the same as hindsight.good", "other words", "hindsight.bad=...")]

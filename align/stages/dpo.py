@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from finetune.training.result import Result
 
 
+PUBLIC = "ultrafeedback"
+"""The recipe that serves another base than the embedded one where none is named."""
+
+
 class Settings(StageSettings):
     """Preference data, and what is learnt from it."""
 

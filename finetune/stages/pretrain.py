@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from finetune.training.result import Result
 
 
+PUBLIC = "in-house"
+"""The recipe that serves another base than the embedded one where none is named."""
+
+
 class Settings(StageSettings):
     """As every stage; the data are documents."""
 

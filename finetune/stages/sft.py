@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from finetune.training.result import Result
 
 
+PUBLIC = "alpaca"
+"""The recipe that serves another base than the embedded one where none is named."""
+
+
 class Settings(StageSettings):
     """Model, data, adapter, training and evaluation: nothing beyond what every stage has."""
 

@@ -45,5 +45,5 @@ def load_tuned(run: Path) -> Tuned:
         model = open_adapter(base, adapter)
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(str(whole if whole.is_dir() else adapter))
-    encoder = Encoder(tokenizer, load["template"], system=load["system"])
+    encoder = Encoder(tokenizer, load["template"], system=load["system"], wish=load.get("wish", ""))
     return Tuned(model, encoder, context_length(settings) - load["virtual_tokens"])

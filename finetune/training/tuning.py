@@ -75,6 +75,7 @@ def policy_facts(job: Job, text: Text, policy: Policy, report: DataReport) -> di
             "quantization": policy.quantization,
             "template": data.template,
             "system": data.system,
+            "wish": text.encoder.wish,
             "virtual_tokens": text.virtual_tokens,
         },
     }
