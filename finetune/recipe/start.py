@@ -247,7 +247,7 @@ def _same(dotted: str, one: Any, other: Any) -> bool:
 def _other_template(values: Values, origins: Origins, *, start: Start) -> list[str]:
     """Return a note on a recipe's template that is not the one that the start has learnt."""
     template, learnt = values.get("data", {}).get("template"), start.template.get("template")
-    origin = origins.get("data.template", "")
+    origin = origins.get("data.template", COMMAND_LINE)  # without an origin it is the start's own
     if learnt is None or template == learnt or origin == COMMAND_LINE:
         return []
     return [f"data.template={template} ({origin}); {start.origin} learnt data.template={learnt}"]
