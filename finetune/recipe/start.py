@@ -93,8 +93,7 @@ def lay_over(values: Values, origins: Origins, start: Start) -> tuple[list[str],
         Notes on what gave way, and the user's contradictions.
     """
     taken = _taken(start, values)
-    if problems := list(_contradictions(values, origins, start=start, taken=taken)):
-        return [], problems
+    problems = list(_contradictions(values, origins, start=start, taken=taken))
     before = values.get("adapter", {}).get("method", AdapterSettings().method)
     notes = [*start.notes, *_other_template(values, origins, start=start)]
     gave_way = [
@@ -102,7 +101,7 @@ def lay_over(values: Values, origins: Origins, start: Start) -> tuple[list[str],
     ]
     if gave_way:
         notes.append(f"{start.origin} has its own in place of the recipe's {', '.join(gave_way)}")
-    return notes + learning_rate_note(values, origins, before=before), []
+    return notes + learning_rate_note(values, origins, before=before), problems
 
 
 def _start(
@@ -185,11 +184,16 @@ def _taken(start: Start, values: Values) -> Values:
 def _lay(section: str, values: Values, origins: Origins, *, start: Start, taken: Values) -> list[str]:
     """Lay the start's values over a section; return the recipe's values that were others."""
     mine, theirs = values.setdefault(section, {}), taken[section]
+    foreign = mine.get("method", theirs.get("method")) != theirs.get("method")
     gave_way = []
     for key in list(mine):
         dotted = f"{section}.{key}"
         belongs = section == "adapter" or key in theirs
-        if origins[dotted] == COMMAND_LINE or dotted == "model.start" or not belongs:
+        if dotted == "model.start" or not belongs:
+            continue
+        if origins[dotted] == COMMAND_LINE:
+            if foreign and key not in theirs:
+                del mine[key]  # it speaks of the adapter that is refused
             continue
         value, origin = mine.pop(key), origins.pop(dotted)
         if key not in theirs or not _same(dotted, value, theirs[key]):
@@ -247,7 +251,7 @@ def _same(dotted: str, one: Any, other: Any) -> bool:
 def _other_template(values: Values, origins: Origins, *, start: Start) -> list[str]:
     """Return a note on a recipe's template that is not the one that the start has learnt."""
     template, learnt = values.get("data", {}).get("template"), start.template.get("template")
-    origin = origins.get("data.template", COMMAND_LINE)  # without an origin it is the start's own
-    if learnt is None or template == learnt or origin == COMMAND_LINE:
+    origin = origins.get("data.template", "")
+    if learnt is None or template in (None, learnt) or origin == COMMAND_LINE:
         return []
     return [f"data.template={template} ({origin}); {start.origin} learnt data.template={learnt}"]

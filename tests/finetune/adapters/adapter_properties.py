@@ -73,12 +73,12 @@ def base_of(family: str, quantization: str = "none") -> PreTrainedModel:
     return load_base(settings, precision="float32", quantization=quantization, hardware=detect())
 
 
-def build(method: str, base: PreTrainedModel) -> PeftModel:
+def build(method: str, base: PreTrainedModel, **changed: object) -> PeftModel:
     module = load_plugin(ADAPTERS, method, where="test")
     fields = module.Settings.model_fields
     short = {key: value for key, value in SHORT.items() if key in fields}
     torch.manual_seed(1)
-    adapted = module.build(base, module.Settings(**(short | SETTINGS.get(method, {}))))
+    adapted = module.build(base, module.Settings(**(short | SETTINGS.get(method, {}) | changed)))
     assert isinstance(adapted, PeftModel)
     return adapted
 

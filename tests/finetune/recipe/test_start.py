@@ -1,0 +1,319 @@
+"""``model.start``: which run a name means, what the run brings with it, and what is refused."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.recipe import yaml_file
+from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.runs import RUNS, find_run
+from finetune.recipe.schema import rows
+
+MODEL = {
+    "base": "./base",
+    "revision": None,
+    "precision": "float32",
+    "quantization": "auto",
+    "attention": "eager",
+    "rope": {"method": "yarn", "factor": 2.0},
+    "trust_remote_code": False,
+}
+LORA = {"method": "lora", "rank": 4, "alpha": 12.0, "dropout": 0.1, "target": ["q_proj"]}
+PLAIN = "data: {source: rows.jsonl}\n"
+OTHER = """
+model: {base: ./base, precision: bfloat16}
+data: {source: rows.jsonl, template: vicuna}
+adapter: {method: prefix, virtual_tokens: 7}
+train: {learning_rate: 3e-2}
+"""
+
+
+class Place:
+    """Makes runs and recipes in the current folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, name: str = "runs/sft-a-12345678", **changed: Any) -> Path:
+        """Write a run's folder: ``adapter=...``, ``model=...`` and ``load=...``, and fields of run.json."""
+        path = self.folder / name
+        adapter = changed.pop("adapter", LORA)
+        weights = (
+            "model/model.safetensors" if adapter["method"] == "full" else "adapter/adapter_model.safetensors"
+        )
+        (path / weights).parent.mkdir(parents=True)
+        (path / weights).write_bytes(b"weights")
+        if adapter["method"] == "full":
+            (path / "model" / "config.json").write_text("{}")
+        load = {"model": MODEL | changed.pop("model", {}), "precision": "float32", "quantization": "none"}
+        load |= {"template": "chatml", "system": "Be brief.", "virtual_tokens": 0, **changed.pop("load", {})}
+        record = {"status": "finished", "stage": "sft", "recipe": "a", "digest": "12345678", "load": load}
+        record |= {"command": "llm-align sft a", "started": "2026-01-01", "finished": "2026-01-02"}
+        record |= {"files": {weights: "0" * 64}, **changed}
+        (path / "run.json").write_text(json.dumps(record))
+        (path / "recipe.yaml").write_text(yaml_file.write({"stage": "sft", "adapter": adapter}, {}))
+        return path
+
+    def recipe(self, text: str = PLAIN, *words: str, stage: str = "sft", out: Path | None = None) -> Recipe:
+        (self.folder / "my.yaml").write_text(text)
+        return load(stage, "my.yaml", overrides=words, out=out)
+
+    def problem(self, text: str, *words: str, **more: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            self.recipe(text, *words, **more)
+        return str(caught.value)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    return Place(tmp_path)
+
+
+FROM = "model.start=sft-a"
+
+
+def test_base_adapter_and_template_come_from_the_run_and_say_so(place: Place) -> None:
+    place.run()
+    recipe = place.recipe(PLAIN, FROM)
+    model, data = recipe.settings.model, recipe.settings.data
+    assert model.start == "runs/sft-a-12345678" and model.base == "./base"
+    assert (model.precision, model.attention, model.quantization) == ("float32", "eager", "none")
+    assert model.rope is not None and model.rope.factor == 2.0
+    assert (data.template, data.system) == ("chatml", "Be brief.")
+    assert recipe.settings.adapter.model_dump() == LORA
+    shown = {key: origin for key, _, origin in rows(recipe)}
+    run = "run sft-a-12345678"
+    assert shown["model.start"] == "command line"
+    keys = ["model.base", "model.rope", "model.quantization", "adapter.rank", "data.template", "data.system"]
+    assert [shown[key] for key in keys] == [run] * len(keys)
+    assert shown["train.epochs"] == "default"
+    assert "start: runs/sft-a-12345678" in recipe.to_yaml() and f"# {run}" in recipe.to_yaml()
+    assert recipe.notes == []
+
+
+def test_the_recipe_s_base_and_adapter_give_way_and_are_told(place: Place) -> None:
+    place.run()
+    (place.folder / "other").mkdir()
+    recipe = place.recipe(OTHER.replace("./base", "./other"), FROM)
+    assert recipe.settings.adapter.model_dump() == LORA and recipe.settings.model.base == "./base"
+    assert recipe.settings.model.precision == "bfloat16", "how it is computed is the recipe's choice"
+    assert recipe.settings.data.template == "vicuna" and recipe.settings.data.system == "Be brief."
+    assert recipe.notes == [
+        "data.template=vicuna (my.yaml:3); run sft-a-12345678 learnt data.template=chatml",
+        "run sft-a-12345678 has its own in place of the recipe's model.base='./other' (my.yaml:2), "
+        "adapter.method='prefix' (my.yaml:4), adapter.virtual_tokens=7 (my.yaml:4)",
+        "train.learning_rate=0.03 (my.yaml:5) was chosen for adapter 'prefix'; 'lora' usually takes 0.0002: "
+        "train.learning_rate=0.0002",
+    ]
+
+
+def test_the_user_may_say_what_the_run_has_and_what_acts_in_training(place: Place) -> None:
+    place.run()
+    words = (
+        "model.base=base",
+        "adapter.rank=4",
+        "adapter.dropout=0.3",
+        "data.template=alpaca",
+        "data.system=null",
+    )
+    settings = place.recipe(PLAIN, FROM, "model.precision=bfloat16", *words).settings
+    assert settings.adapter.model_dump() == LORA | {"dropout": 0.3}
+    assert (settings.model.precision, settings.data.template, settings.data.system) == (
+        "bfloat16",
+        "alpaca",
+        None,
+    )
+
+
+def test_what_is_auto_for_one_adapter_is_what_it_asked_for(place: Place) -> None:
+    place.run(adapter={"method": "qlora"})
+    settings = place.recipe(PLAIN, FROM).settings
+    assert (settings.adapter.method, settings.model.quantization) == ("qlora", "nf4")
+
+
+def test_loftq_goes_on_as_lora_over_its_base(place: Place) -> None:
+    place.run(adapter={"method": "loftq", "rank": 4})
+    recipe = place.recipe(PLAIN, FROM)
+    adapter = recipe.settings.adapter
+    assert (adapter.method, adapter.rank, recipe.settings.model.quantization) == ("lora", 4, "nf4")
+    assert recipe.notes == ["adapter 'loftq' goes on as 'lora': that is what it saved"]
+
+
+def test_a_source_of_the_first_run_is_not_needed_again(place: Place) -> None:
+    place.run(adapter={"method": "multitask_prompt", "virtual_tokens": 5, "source": "runs/long-gone"})
+    adapter = place.recipe(PLAIN, FROM).settings.adapter
+    assert (adapter.virtual_tokens, adapter.source) == (5, None)
+
+
+def test_a_run_of_full_tuning_is_a_base_for_a_new_adapter(place: Place) -> None:
+    place.run(adapter={"method": "full"})
+    recipe = place.recipe(OTHER, FROM)
+    model = recipe.settings.model
+    assert (model.base, model.start, model.rope) == ("runs/sft-a-12345678", "runs/sft-a-12345678", None)
+    assert recipe.settings.adapter.virtual_tokens == 7
+    assert place.recipe(PLAIN, FROM, "adapter.method=qlora").settings.model.quantization == "auto"
+    assert place.recipe(PLAIN, FROM).settings.data.template == "chatml"
+
+
+@pytest.mark.parametrize(("template", "expected"), [("plain", "alpaca"), ("vicuna", "vicuna")])
+def test_a_stage_that_read_texts_has_a_template_only_if_it_was_given_one(
+    place: Place, template: str, expected: str
+) -> None:
+    place.run(stage="pretrain", load={"template": template, "system": None})
+    assert place.recipe(PLAIN, FROM).settings.data.template == expected
+
+
+NAMES = [
+    "runs/sft-a-12345678",
+    "runs/sft-a-12345678/",
+    "sft-a-12345678",
+    "sft-a",
+    "runs/sft-a",
+    "{here}/runs/sft-a-12345678",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_names_of_a_run_make_one_recipe(place: Place, name: str) -> None:
+    place.run()
+    recipe = place.recipe(PLAIN, f"model.start={name.format(here=place.folder)}")
+    assert recipe.settings.model.start == "runs/sft-a-12345678"
+
+
+def test_a_run_elsewhere_keeps_its_whole_path(place: Place, tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = place.run(str(tmp_path_factory.mktemp("elsewhere") / "mine"))
+    assert place.recipe(PLAIN, f"model.start={run}").settings.model.start == str(run)
+
+
+def test_of_several_the_newest_finished_one_is_taken_and_told(place: Place) -> None:
+    place.run("runs/sft-a-1", finished="2026-03-01")
+    place.run("runs/sft-a-2", finished="2026-04-01")
+    place.run("runs/sft-a-3", status="running", started="2026-05-01")
+    note = "'sft-a' begins the names of 2 finished runs; the newest is taken: runs/sft-a-2"
+    assert find_run("sft-a") == (RUNS / "sft-a-2", note)
+    assert place.recipe(PLAIN, FROM).notes == [note]
+
+
+def test_where_and_under_which_name_it_lies_is_no_part_of_the_digest(place: Place) -> None:
+    place.run()
+    place.run("runs/copy")
+    place.run("runs/full-1", adapter={"method": "full"})
+    place.run("runs/full-2", adapter={"method": "full"})
+    names = ("sft-a", "runs/copy", "full-1", "full-2")
+    one, copy, full, same = (place.recipe(PLAIN, f"model.start={name}").digest("x") for name in names)
+    assert one == copy and full == same and one != full
+
+
+def test_without_a_start_the_digest_is_what_it_was(place: Place) -> None:
+    """Runs that were made before ``model.start`` was a setting keep their names."""
+    recipe = place.recipe(PLAIN)
+    content = recipe.values()
+    assert content["model"].pop("start") is None
+    text = json.dumps(["sft", content, "x"], sort_keys=True, ensure_ascii=False)
+    assert recipe.digest("x") == hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def test_a_recipe_s_start_goes_when_the_user_takes_another_base(place: Place) -> None:
+    place.run()
+    recipe = place.recipe(f"model: {{start: sft-a}}\n{PLAIN}", "model.base=./base")
+    assert recipe.settings.model.start is None and recipe.settings.adapter.rank == 16
+    assert recipe.notes == [
+        "model.start='sft-a' (my.yaml:1) is left out: it belongs to the base of the recipe"
+    ]
+    assert place.recipe(f"model: {{start: sft-a}}\n{PLAIN}", "model.start=null").settings.model.start is None
+
+
+FIRST = (
+    "model: {base: ./base}\ndata: {source: rows.jsonl, template: chatml}\nadapter: {method: qlora, rank: 4}\n"
+)
+
+
+def test_a_recipe_that_has_not_run_says_what_its_run_will_have(place: Place) -> None:
+    (place.folder / "recipes" / "sft").mkdir(parents=True)
+    (place.folder / "recipes" / "sft" / "first.yaml").write_text(FIRST)
+    recipe = place.recipe(f"model: {{start: sft/first}}\n{PLAIN}")
+    settings = recipe.settings
+    assert settings.model.start == "sft/first" and recipe.origins["adapter.rank"] == "run sft/first"
+    assert (settings.adapter.rank, settings.model.quantization, settings.data.template) == (
+        4,
+        "nf4",
+        "chatml",
+    )
+
+
+BAD = [
+    ("sft-a-12345679", "there is no run 'sft-a-12345679'", "did you mean 'sft-a-12345678'?"),
+    ("runs/sft-a-1x345678", "there is no run 'runs/sft-a-1x345678'", "did you mean 'sft-a-12345678'?"),
+    ("nothing/like-it", "there is no run 'nothing/like-it'", "`llm-align list runs`"),
+    ("base", "folder 'base' is no run (it has no run.json)", "it is a model: --base base"),
+    ("runs/sft-a-12345678/adapter", "is no run", "did you mean 'runs/sft-a-12345678'?"),
+    ("rows.jsonl", "there is no run 'rows.jsonl'", "`llm-align list runs`"),
+    ("broken", "runs/broken/run.json: damaged", "delete the folder"),
+    ("foreign", "runs/foreign/run.json: not written by llm-align", ""),
+    ("cut", "a run that is interrupted", "`llm-align sft cut` goes on from its checkpoint"),
+    ("going", "a run that is running", "wait for its end"),
+    ("nan", "a run that is failed", "`llm-align list runs`"),
+    ("judge", "'runs/judge' is of stage reward: its model gives scores", "`llm-align list runs`"),
+    ("emptied", "has lost adapter/adapter_model.safetensors", "`llm-align sft a --force` makes it anew"),
+    ("moved", "model.base (run moved): './gone' is no folder", ""),
+    ("sft/none", "recipe 'none': stage sft has no such recipe", "`llm-align list`"),
+    ("sft/my.yaml", "a circle: sft/my.yaml -> sft/my.yaml", ""),
+    ("reward/my", "reward", ""),
+    ("3", "model.start (command line): found 3", "put it in quotes"),
+]
+
+
+@pytest.mark.parametrize(("name", "found", "repair"), BAD, ids=[case[0] for case in BAD])
+def test_a_bad_start_is_told_with_the_way_on(place: Place, name: str, found: str, repair: str) -> None:
+    place.run()
+    place.run("runs/cut", status="interrupted", command="llm-align sft cut")
+    place.run("runs/going", status="running", command="llm-align sft going")
+    place.run("runs/nan", status="failed")
+    place.run("runs/judge", stage="reward")
+    (place.run("runs/emptied") / "adapter" / "adapter_model.safetensors").unlink()
+    place.run("runs/moved", model={"base": "./gone"})
+    (place.run("runs/broken") / "run.json").write_text("{")
+    (place.run("runs/foreign") / "run.json").write_text("{}")
+    told = place.problem(f"model: {{start: {name}}}\n{PLAIN}", f"model.start={name}")
+    assert found in told and repair in told and told.count("expected:") == 1
+
+
+def test_the_run_s_own_folder_is_not_written_over(place: Place) -> None:
+    run = place.run()
+    told = place.problem(PLAIN, FROM, out=run)
+    assert "the folder of the run that it starts from" in told
+
+
+OTHERS = [
+    ("model.base=./other", "model.base (command line): './other', but run sft-a-12345678 has './base'"),
+    ("adapter.method=prefix", "adapter.method (command line): 'prefix', but run sft-a-12345678 has 'lora'"),
+    ("adapter.method=full", "adapter.method (command line): 'full', but run sft-a-12345678 has 'lora'"),
+    ("adapter.rank=8", "adapter.rank (command line): 8, but run sft-a-12345678 has 4"),
+    ("model.quantization=nf4", "model.quantization (command line): 'nf4', but run sft-a-12345678 has 'none'"),
+    (
+        "model.rope=null",
+        "model.rope (command line): nothing (null), but run sft-a-12345678 has {'method': 'yarn'",
+    ),
+    ("model.revision=v2", "model.revision (command line): 'v2', but run sft-a-12345678 has nothing (null)"),
+]
+
+
+@pytest.mark.parametrize(("word", "found"), OTHERS, ids=[case[0] for case in OTHERS])
+def test_what_the_run_cannot_become_is_one_problem(place: Place, word: str, found: str) -> None:
+    place.run()
+    told = place.problem(OTHER, FROM, word)
+    assert told.startswith(found) and told.count("expected:") == 1
+    assert "`llm-align merge runs/sft-a-12345678`, then --base runs/sft-a-12345678 in place of --from" in told
+
+
+def test_a_base_beside_a_run_of_full_tuning_is_one_too_many(place: Place) -> None:
+    place.run(adapter={"method": "full"})
+    assert "leave out one of the two" in place.problem(PLAIN, FROM, "model.base=./base")
