@@ -1,17 +1,13 @@
-"""Every shipped SFT recipe: it loads, is laid out like the others, and gives the source of every value."""
-
-import re
+"""The shipped SFT recipes: published numbers, other adapters, the user's own rows."""
 
 import pytest
 
-from finetune.recipe.bases import bases
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.discovery import PROJECT
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import load
 
 FILES = sorted((PROJECT / "recipes" / "sft").glob("*.yaml"))
-ORDER = ["stage", "description", "model", "data", "adapter", "train", "evaluate"]
 SHIPPED = [
     "quickstart",
     "alpaca",
@@ -28,9 +24,6 @@ SHIPPED = [
     "lima",
     "alpagasus",
 ]
-
-VALUE = re.compile(r"^  (\w+):( \S.*?)?(\s+# (.+))?$")
-ENTRY = re.compile(r"^    - ()(\{.*\})(\s+# (.+))$")
 
 
 @pytest.fixture
@@ -51,41 +44,6 @@ def shipped(tmp_path, monkeypatch):
 
 def test_the_recipes_are_there():
     assert {file.stem for file in FILES} >= set(SHIPPED)
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_it_loads(shipped, file):
-    recipe = shipped(file.stem)
-    assert recipe.stage == "sft"
-    assert 20 < len(recipe.description) <= 100
-    assert recipe.notes == []
-    assert recipe.settings.model.base in (*bases(), "./base")
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_value_carries_its_source(file):
-    lines = file.read_text(encoding="utf-8").splitlines()
-    values = [line for line in lines if line.startswith(" ")]
-    assert len(values) >= 10
-    for line in values:
-        match = VALUE.match(line) or ENTRY.match(line)
-        assert match, f"{file.name}: one value a line, two blanks of indentation: {line!r}"
-        assert match[4] and len(match[4]) > 8, f"{file.name}: no source behind {line!r}"
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_sections_and_keys_stand_in_one_order(file):
-    from finetune.recipe.recipe import adapter_settings, stage_settings
-
-    text = file.read_text(encoding="utf-8")
-    assert re.findall(r"^(\w+):", text, re.MULTILINE) == ORDER
-    schema = stage_settings("sft").model_fields
-    method = re.search(r"^  method: (\w+)", text, re.MULTILINE)[1]
-    for section in ORDER[2:]:
-        model = adapter_settings(method) if section == "adapter" else schema[section].annotation
-        known = list(model.model_fields)
-        written = re.findall(r"^  (\w+):", text.split(f"\n{section}:\n")[1].split("\n\n")[0], re.MULTILINE)
-        assert written == sorted(written, key=known.index), f"{file.name}: {section}"
 
 
 @pytest.mark.parametrize("name", ["alpaca", "koalpaca", "vicuna", "guanaco"])

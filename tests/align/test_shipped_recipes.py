@@ -1,0 +1,101 @@
+"""Every shipped recipe of every stage: it loads, gives each value's source, and takes two steps on `tiny`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from finetune.recipe.bases import bases
+from finetune.recipe.discovery import PROJECT, load_stage, stage_names
+from finetune.recipe.recipe import Recipe, adapter_settings, load, stage_settings
+
+FILES = sorted(file for stage in stage_names() for file in (PROJECT / "recipes" / stage).glob("*.yaml"))
+VALUE = re.compile(r"^  (\w+):( \S.*?)?(\s+# (.+))?$")
+ENTRY = re.compile(r"^    - ()(\{.*\})(\s+# (.+))$")
+every_recipe = pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+
+NUMBERS = range(8)
+TALKS = [
+    {"messages": [{"role": "user", "content": f"{i} + 1"}, {"role": "assistant", "content": f"{i + 1}."}]}
+    for i in NUMBERS
+]
+TEXTS = [{"text": f"{i} and {i + 1}"} for i in NUMBERS]
+PAIRS = [{"prompt": f"{i} + 1?", "chosen": f"It is {i + 1}.", "rejected": f"It is {i}."} for i in NUMBERS]
+ROWS = {"sft": TALKS, "pretrain": TEXTS, "pcp": TALKS}
+"""What stands in for the data of a recipe or of its stage; the others learn from pairs."""
+SMALL = {
+    "model.base": "tiny",
+    "model.revision": None,
+    "model.start": None,
+    "data.mix": None,
+    "data.columns": None,
+    "data.select": None,
+    "data.held_out": 2,
+    "data.max_length": 128,
+    "data.max_prompt_length": 64,
+    "train.max_steps": 2,
+    "train.batch_size": 2,
+    "train.micro_batch_size": "auto",
+    "train.warmup": 0,
+    "evaluate.samples": 1,
+    "evaluate.max_new_tokens": 4,
+}
+UNMEASURED = {"evaluate.exact_match": 0, "evaluate.judges": {}, "evaluate.skill": None}
+"""What needs the recipe's own held-out rows."""
+
+
+def shipped(file: Path, **further: Any) -> Recipe:
+    """Return a recipe with the rows that it asks for from its user."""
+    needs_rows = file.stem == "in-house"
+    given = {"data.source": TEXTS} if needs_rows else {}
+    return load(file.parent.name, file.stem, shortcuts=given | further or None)
+
+
+@every_recipe
+def test_it_loads(file: Path) -> None:
+    recipe = shipped(file)
+    assert recipe.stage == file.parent.name and 20 < len(recipe.description) <= 110
+    assert recipe.notes == [] and recipe.settings.model.base in bases()
+
+
+@every_recipe
+def test_every_value_carries_its_source(file: Path) -> None:
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith(" ")]
+    assert len(lines) >= 10
+    for line in lines:
+        match = VALUE.match(line) or ENTRY.match(line)
+        assert match, f"one value a line, two blanks of indentation: {line!r}"
+        assert match[4] and len(match[4]) > 7, f"no source behind {line!r}"
+
+
+@every_recipe
+def test_sections_and_keys_stand_in_one_order(file: Path) -> None:
+    text, schema = file.read_text(encoding="utf-8"), stage_settings(file.parent.name).model_fields
+    order = ["stage", "description", *schema]
+    sections = re.findall(r"^(\w+):", text, re.MULTILINE)
+    assert sections == sorted(sections, key=order.index)
+    method = re.search(r"^  method: (\w+)", text, re.MULTILINE)
+    for section in sections[2:]:
+        own = section == "adapter" and method is not None
+        model: Any = adapter_settings(method[1]) if own and method else schema[section].annotation
+        known = list(model.model_fields)
+        written = re.findall(r"^  (\w+):", text.split(f"\n{section}:\n")[1].split("\n\n")[0], re.MULTILINE)
+        assert written == sorted(written, key=known.index), section
+
+
+@every_recipe
+def test_it_takes_two_steps_on_the_embedded_base(file: Path, tmp_path: Path) -> None:
+    stage = file.parent.name
+    known = stage_settings(stage).model_fields
+    small = {key: value for key, value in (SMALL | UNMEASURED).items() if _has(known, key)}
+    recipe = shipped(file, **small | {"data.source": ROWS.get(file.stem, ROWS.get(stage, PAIRS))})
+    recipe = Recipe(stage, file.stem, "", recipe.settings, recipe.origins, out=tmp_path / "run")
+    result = load_stage(stage).run(recipe, Console(quiet=True), command="a test")
+    assert result.record["status"] == "finished" and result.metrics[-1]["step"] == 2
+
+
+def _has(schema: Any, dotted: str) -> bool:
+    section, key = dotted.split(".")
+    return key in schema[section].annotation.model_fields
