@@ -47,6 +47,9 @@ def finished_record(run: Path) -> dict[str, Any]:
 def find_run(name: str) -> tuple[Path, str]:
     """Return the finished run that a name means, and a note where it was chosen among several.
 
+    Of several the newest is meant; those that went on from another one of them do not count, so that the same
+    command means the same run when its own is finished.
+
     Args:
         name: a run's folder, the name of a folder below ./runs, or the beginning of such a name.
 
@@ -65,7 +68,9 @@ def find_run(name: str) -> tuple[Path, str]:
     done = [path for path in called if records[path]["status"] == FINISHED]
     if not done:
         finished_record(max(called, key=lambda path: records[path].get("started", "")))
-    newest = max(done, key=lambda path: records[path].get("finished", ""))
+    names = {path.name for path in done}
+    first = [path for path in done if records[path].get("start", {}).get("name") not in names] or done
+    newest = max(first, key=lambda path: records[path].get("finished", ""))
     note = f"'{name}' begins the names of {len(done)} finished runs; the newest is taken: {newest}"
     return newest, note if len(done) > 1 else ""
 

@@ -226,7 +226,7 @@ def _contradictions(values: Values, origins: Origins, *, start: Start, taken: Va
         if _same(dotted, mine, theirs):
             continue
         found = f"{yaml_file.shown(mine)}, but {start.origin} has {yaml_file.shown(theirs)}"
-        yield Problem(dotted, found, "what the run has: it goes on with its own", _apart(start))
+        yield Problem(dotted, found, "that of the run, which goes on with its own", _apart(start))
         if key in ("base", "method"):
             return
 
@@ -235,7 +235,9 @@ def _apart(start: Start) -> str:
     """Return how to get what a start cannot become."""
     if start.adapter is None:
         return "leave out one of the two"
-    run = "RUN" if is_recipe(start.name) else start.name
+    if is_recipe(start.name):
+        return "leave it out; or model.start=null: a new adapter on the base, and no start"
+    run = start.name
     return f"leave it out; or `llm-align merge {run}`, then --base {run} in place of --from"
 
 

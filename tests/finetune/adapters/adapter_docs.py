@@ -22,6 +22,7 @@ tests/finetune/adapters/adapter_docs.py`); a test holds it to what they say.
 
 Adapters of PEFT's own kinds open with plain `PeftModel.from_pretrained`. `bottleneck`, `adamix` and `bitfit`
 are ours, and `multitask_prompt` asks for a task for each row: `from align import load_tuned` opens any run.
+`--from RUN` trains any of them on, networks and gates that make a prompt included; `loftq` goes on as `lora`.
 
 """
 

@@ -202,6 +202,13 @@ def test_of_several_the_newest_finished_one_is_taken_and_told(place: Place) -> N
     assert place.recipe(PLAIN, FROM).notes == [note]
 
 
+def test_what_went_on_from_a_run_does_not_take_its_name(place: Place) -> None:
+    place.run("runs/sft-a-1", finished="2026-03-01")
+    place.run("runs/sft-a-2", finished="2026-04-01", start={"name": "sft-a-1"})
+    assert find_run("sft-a")[0] == RUNS / "sft-a-1"
+    assert find_run("sft-a-2") == (RUNS / "sft-a-2", "")
+
+
 def test_where_and_under_which_name_it_lies_is_no_part_of_the_digest(place: Place) -> None:
     place.run()
     place.run("runs/copy")
