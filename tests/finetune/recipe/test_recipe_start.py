@@ -254,6 +254,8 @@ def test_a_recipe_that_has_not_run_says_what_its_run_will_have(place: Place) -> 
         "nf4",
         "chatml",
     )
+    told = place.problem(f"model: {{start: sft/first}}\n{PLAIN}", "adapter.method=prefix")
+    assert "'prefix', but run sft/first has 'qlora'" in told and "model.start=null" in told
 
 
 BAD = [
