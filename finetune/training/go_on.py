@@ -1,20 +1,22 @@
 """Going on with a finished run's adapter: its weights, trainable, on its base."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from finetune.adapters._prompt_model import ENCODER_WEIGHTS
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import finished_record
 from finetune.training.preflight.ticks import some
 from finetune.training.save import ADAPTER_WEIGHTS, sha256
 
 
-def take_weights(model: nn.Module, run: Path) -> None:
+def take_weights(model: nn.Module, run: Path, *, head: Collection[str] = ()) -> None:
     """Give an adapter that is new on its base the weights of a finished run.
 
     An adapter whose parameters are more than what it serves with (an MLP that makes a prefix, gates) takes
@@ -23,6 +25,7 @@ def take_weights(model: nn.Module, run: Path) -> None:
     Args:
         model: base with an adapter of the run's settings; what is trainable stays trainable.
         run: the run's folder.
+        head: names of modules that stand beside the adapter and may be new, such as a score's.
 
     Raises:
         UserError: the run's files are not what it wrote, or do not fit.
@@ -32,21 +35,28 @@ def take_weights(model: nn.Module, run: Path) -> None:
         if sha256(run / name) != checksum:
             raise _damaged(run, f"{name} does not have the checksum it was written with")
     folder = run / "adapter"
-    saved = load_file(folder / ADAPTER_WEIGHTS)
+    saved, live = load_file(folder / ADAPTER_WEIGHTS), get_peft_model_state_dict(model)
+    new = {name for name in live.keys() - saved.keys() if set(head) & set(name.split("."))}
+    if other := sorted(saved.keys() ^ live.keys() - new):
+        raise _damaged(run, f"it and an adapter of its settings do not both have {some(other)}")
     try:
-        model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
+        if new and not (folder / ENCODER_WEIGHTS).is_file():  # PEFT would look for the head in it
+            whole = saved | {name: live[name] for name in new}
+            set_peft_model_state_dict(model, whole, adapter_name=model.active_adapter)
+        else:
+            model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
     except (RuntimeError, OSError, SafetensorError) as error:
         raise _damaged(run, " ".join(str(error).split())[:300]) from error
     live = get_peft_model_state_dict(model)
-    if wrong := sorted(name for name in saved.keys() | live.keys() if not _equal(name, saved, live)):
+    if wrong := sorted(name for name, value in saved.items() if not _equal(live[name], value)):
         raise _damaged(run, f"{some(wrong)} did not come back as saved")
 
 
-def _equal(name: str, saved: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> bool:
+def _equal(live: torch.Tensor, saved: torch.Tensor) -> bool:
     """Tell whether a tensor is there as saved; one that a network makes anew differs in its last digits."""
-    if name not in saved or name not in live or saved[name].shape != live[name].shape:
-        return False
-    return torch.allclose(live[name].detach().float().cpu(), saved[name].float(), rtol=1e-4, atol=1e-5)
+    return live.shape == saved.shape and torch.allclose(
+        live.detach().float().cpu(), saved.float(), rtol=1e-4, atol=1e-5
+    )
 
 
 def _damaged(run: Path, found: str) -> UserError:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_properties import FAMILIES, METHODS, base_of, build, first_choice, logits, made, train
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import AutoModelForSequenceClassification
 
 from finetune.recipe.discovery import ADAPTERS, load_plugin
 from finetune.recipe.errors import UserError
@@ -106,5 +107,21 @@ def test_an_adapter_of_other_shapes_is_refused(tmp_path: Path) -> None:
     run = saved_run(made("lora", "llama"), tmp_path)
     with pytest.raises(UserError, match="size mismatch"):
         take_weights(build("lora", base_of("llama"), rank=8), run)
-    with pytest.raises(UserError, match="did not come back as saved"):
+    with pytest.raises(UserError, match="do not both have base_model.model"):
         take_weights(build("lora", base_of("gpt-neox")), run)
+
+
+def test_a_model_that_scores_takes_the_adapter_of_one_that_writes(tmp_path: Path) -> None:
+    adapted = made("lora", "llama")
+    train(adapted)
+    run = saved_run(adapted, tmp_path)
+    folder = adapted.get_base_model().config.name_or_path
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=32.0, target_modules="all-linear")
+    scorer = get_peft_model(base, config)
+    with pytest.raises(UserError, match=r"do not both have base_model\.model\.score\.weight"):
+        take_weights(scorer, run)
+    take_weights(scorer, run, head=("score",))
+    expected, found = get_peft_model_state_dict(adapted), get_peft_model_state_dict(scorer)
+    assert found.keys() - expected.keys() == {"base_model.model.score.weight"}
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
