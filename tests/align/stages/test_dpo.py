@@ -1,0 +1,206 @@
+"""Preference tuning as a whole run: what it leaves, every loss, every adapter, and what it refuses."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align import cli
+from align.preference.losses import losses
+from align.preference.reference import rows_of_steps
+from finetune.data.batches import optimizer_batches
+from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
+from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import Recipe, load
+from finetune.training.result import Result
+from finetune.training.tuned import load_tuned
+
+Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
+QUIET = {"evaluate__samples": 0}
+SMALL = {"virtual_tokens": 5, "rank": 4, "dropout": 0.1, "encoder_width": 16, "width": 8}
+FAST = ("prompt", "prefix", "qlora", "adalora")
+OTHERS = [name for name in plugin_names(ADAPTERS) if name not in (*FAST, "lora", "bitfit")]
+BY_STEP = {
+    *("loss", "margin", "accuracy", "chosen_logps", "rejected_logps", "chosen_drift", "rejected_drift"),
+    *("kl", "length_ratio"),
+}
+
+
+def test_a_run_leaves_what_every_run_leaves_and_learns(prefer: Runs) -> None:
+    result = prefer(train__max_steps=12, train__evaluate_every=6)
+    names = {path.name for path in result.directory.iterdir()}
+    assert {"recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "report.html", "adapter"} <= names
+    steps = [line for line in result.metrics if "loss" in line]
+    assert len(steps) == 12 and all(line.keys() >= BY_STEP for line in steps)
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert (steps[0]["margin"], steps[0]["accuracy"]) == (pytest.approx(0, abs=1e-5), 0.5)
+    assert [line["step"] for line in result.metrics if "held_out_loss" in line] == [6, 12]
+    metrics = result.record["metrics"]
+    assert metrics["held_out_loss_before"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["held_out_accuracy_before"] == 0.5
+    assert metrics["held_out_accuracy_after"] == 1.0 and metrics["held_out_margin_after"] > 0.5
+    assert metrics["held_out_chosen_drift_after"] == pytest.approx(
+        metrics["held_out_chosen_logps_after"] - metrics["held_out_chosen_logps_before"], abs=1e-4
+    )
+    assert metrics["tokens_per_second"] > 0
+    assert [line.keys() >= {"prompt", "expected", "before", "after"} for line in result.samples] == [True] * 2
+    assert "held-out accuracy" in (result.directory / "report.html").read_text(encoding="utf-8")
+    assert load_tuned(result.directory).model.training is False
+
+
+def test_the_length_ratio_is_that_of_the_data(prefer: Runs, pairs_file: Path) -> None:
+    result = prefer(train__max_steps=None, train__epochs=1, train__log_every=100, data__held_out=0, **QUIET)
+    assert result.metrics == []  # fewer steps than a line: nothing is said of a part
+    result = prefer("other", train__max_steps=6, train__log_every=6, data__held_out=0, **QUIET)
+    [line] = [line for line in result.metrics if "length_ratio" in line]
+    assert line["step"] == 6 and 0 < line["length_ratio"] < 1, "sums are shorter than what is rejected"
+
+
+@pytest.mark.parametrize("name", losses())
+def test_every_loss_takes_three_steps(prefer: Runs, lists_file: Path, name: str) -> None:
+    loss = losses()[name]
+    settings = {"data__source": str(lists_file)} if loss.takes == "Lists" else {}
+    result = prefer(align__loss=name, data__held_out=0, **settings, **QUIET)
+    lines = [line for line in result.metrics if "loss" in line]
+    assert len(lines) == 3 and all(math.isfinite(value) for line in lines for value in line.values())
+    assert ("chosen_drift" in lines[0]) == loss.needs.reference
+    ticks = {tick["name"]: tick for tick in result.record["preflight"]}
+    assert ("reference" in ticks) == loss.needs.reference
+    assert ticks["base"]["passed"] and "to the bit" in ticks["base"]["detail"]
+    weights = load_file(result.directory / "adapter" / "adapter_model.safetensors")
+    assert all(value.any() for value in weights.values()), "every B has left zero"
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo"])
+def test_a_loss_on_pairs_learns_from_ranked_lists(prefer: Runs, lists_file: Path, name: str) -> None:
+    result = prefer(align__loss=name, data__source=str(lists_file), train__max_steps=8, **QUIET)
+    metrics = result.record["metrics"]
+    assert metrics["held_out_loss_after"] < 0.9 * metrics["held_out_loss_before"]
+    assert metrics["held_out_accuracy_after"] > 0.6
+
+
+def check_adapter(prefer: Runs, method: str) -> None:
+    known = load_plugin(ADAPTERS, method, where="test").Settings.model_fields
+    given: dict[str, Any] = {f"adapter__{key}": value for key, value in SMALL.items() if key in known}
+    if method == "trainable_tokens":
+        given["adapter__tokens"] = list(range(20, 60))
+    if method == "adamix":
+        given["adapter__consistency"] = False
+    result = prefer(adapter__method=method, **given, **QUIET)
+    lines = [line for line in result.metrics if "loss" in line]
+    assert len(lines) == 3
+    if method != "adalora":  # its penalty is in the loss
+        assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.02), "dropout alone is between both"
+    ticks = {tick["name"]: tick for tick in result.record["preflight"]}
+    assert all(tick["passed"] for tick in ticks.values()) and "loss 0.6931" in ticks["reference"]["detail"]
+    metrics = result.record["metrics"]
+    assert metrics["held_out_loss_before"] == pytest.approx(math.log(2), abs=1e-4)
+    assert metrics["held_out_chosen_logps_after"] != metrics["held_out_chosen_logps_before"]
+
+
+@pytest.mark.parametrize("method", FAST)
+def test_some_adapters_learn_from_pairs(prefer: Runs, method: str) -> None:
+    check_adapter(prefer, method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OTHERS)
+def test_every_adapter_learns_from_pairs(prefer: Runs, method: str) -> None:
+    check_adapter(prefer, method)
+
+
+def test_adamix_is_told_that_its_second_pass_has_no_place_here(prefer: Runs) -> None:
+    with pytest.raises(UserError, match="adapter.consistency=false"):
+        prefer(adapter__method="adamix", adapter__width=8)
+
+
+def test_a_loss_is_a_name_or_a_mapping_or_words_of_the_command_line(dpo_recipe: Recipes) -> None:
+    assert dpo_recipe().settings.align.loss == "dpo"
+    assert dpo_recipe(words=("align.loss=ipo",)).settings.align.loss == "ipo"
+    given = dpo_recipe(words=("align.loss.beta=0.2", "align.loss=ipo"))
+    assert given.settings.align.loss == {"name": "ipo", "beta": 0.2}
+    assert given.origins["align.loss"] == "command line"
+    assert dpo_recipe(words=("align.loss.beta=0.5",)).settings.align.loss_name == "dpo"
+    mapping = dpo_recipe(align__loss={"name": "simpo", "margin": 0.5}, words=("align.loss.beta=2.5",))
+    assert mapping.settings.align.loss == {"name": "simpo", "margin": 0.5, "beta": 2.5}
+
+
+BAD = {
+    "align.loss=ippo": ["align.loss (command line)", "the loss 'ippo' is unknown", "did you mean 'ipo'?"],
+    "align.loss.beta=-1": ["align.loss.beta (command line)", "found -1", "a number above 0"],
+    "align.loss.betta=1": ["unknown setting", "for the loss 'dpo': beta", "did you mean 'beta'?"],
+    "align.loss={name: ipo, over_tokens: max}": ["align.loss.over_tokens", "one of sum, mean"],
+    "align.loss=3": ["align.loss", "found 3", "a text, or a mapping"],
+    "align.reference=frozen": ["align.reference", "one of precomputed, live"],
+    "train.neftune_alpha=5": ["train.neftune_alpha", "train.neftune_alpha=null"],
+    "train.label_smoothing=0.1": ["train.label_smoothing", "{name: cdpo, label_smoothing: 0.1}"],
+    "data.packing=true": ["data.packing", "share a line already"],
+    "train.engine=trl": ["train.engine", "train.engine=native"],
+    "align.stop_when_chosen_falls=0.5": ["train.evaluate_every is null", "train.evaluate_every=50"],
+    "train.beta=0.1": ["train.beta", "unknown key"],
+    "data.source.x=1": ["'data.source.x'", "not understood"],
+}
+
+
+@pytest.mark.parametrize("word", BAD)
+def test_a_mistake_is_told_before_anything_is_loaded(dpo_recipe: Recipes, word: str) -> None:
+    with pytest.raises(UserError) as caught:
+        dpo_recipe(words=(word,))
+    assert len(caught.value.problems) == 1
+    for fragment in BAD[word]:
+        assert fragment in str(caught.value)
+
+
+def test_all_mistakes_at_once(dpo_recipe: Recipes) -> None:
+    words = ("align.loss={name: dpo, beta: 0, x: 1}", "data.packing=true", "train.batch_size=0")
+    with pytest.raises(UserError) as caught:
+        dpo_recipe(words=words)
+    assert [problem.where.split(" ")[0] for problem in caught.value.problems] == [
+        "train.batch_size",
+        "align.loss.beta",
+        "align.loss.x",
+        "data.packing",
+    ]
+
+
+def test_full_tuning_has_no_live_reference(dpo_recipe: Recipes) -> None:
+    with pytest.raises(UserError, match="align.reference=precomputed"):
+        dpo_recipe(adapter__method="full", align__reference="live")
+
+
+def test_the_shipped_recipe_loads() -> None:
+    recipe = load("dpo", "quickstart")
+    assert recipe.settings.align.loss_name == "dpo" and recipe.notes == []
+
+
+def test_the_command_line_prints_a_summary(
+    preference_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [str(preference_recipe), "--out", str(tmp_path / "run"), "align.loss=ipo", "align.loss.beta=0.2"]
+    monkeypatch.setattr("sys.argv", ["llm-align", "dpo", *words])
+    cli.main()
+    told = capsys.readouterr().out
+    assert "ok  reference" in told and "ok  stop token" in told and "held-out accuracy" in told
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["metrics"]["held_out_loss_before"] == pytest.approx((1 / (2 * 0.2)) ** 2, rel=1e-4)
+    monkeypatch.setattr("sys.argv", ["llm-align", "chat", str(tmp_path / "run"), "--prompt", "Add. 1 2"])
+    cli.main()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("steps", "group_by_length"), [(1, True), (3, False), (5, True), (40, True)])
+def test_the_rows_of_a_run_are_those_of_its_steps(steps: int, group_by_length: bool) -> None:
+    lengths, batch = [3 + 5 * i % 11 for i in range(29)], 4
+    options = {"seed": 7, "group_by_length": group_by_length}
+    order = [row for epoch in range(6) for row in optimizer_batches(lengths, batch, epoch=epoch, **options)]
+    expected = sorted({row for rows in order[:steps] for row in rows})
+    assert rows_of_steps(lengths, steps=steps, batch_size=batch, **options) == expected
+    assert torch.tensor(expected).max() < 29

@@ -1,0 +1,158 @@
+"""The reference: the policy as it starts, live or computed before, kept for the next run."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import nn
+
+from align.preference import tuning
+from align.preference.reference import model_digest
+from align.stages import dpo
+from finetune.data.cache import DamagedCacheError, stored
+from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import Recipe
+from finetune.training import loading
+from finetune.training.result import Result
+
+Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
+QUIET = {"evaluate__samples": 0}
+CALM = {"train__engine_args": {"adam_epsilon": 1e-3}, "train__max_steps": 4, **QUIET}
+"""Adam's first steps have the size of its rate whatever the gradient's last digits say; not with this."""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs begin with an adapter that has learnt something, as after supervised tuning."""
+    attach = loading.attach_adapter
+
+    def with_weights(model: Any, settings: Any) -> nn.Module:
+        adapted = attach(model, settings)
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for name, weight in adapted.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(0.0, 0.2)
+        return adapted
+
+    monkeypatch.setattr(loading, "attach_adapter", with_weights)
+
+
+def numbers(result: Result, key: str) -> list[float]:
+    return [line[key] for line in result.metrics if key in line]
+
+
+def weights(result: Result) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(result.directory / "adapter" / "adapter_model.safetensors")
+    return found
+
+
+def alike(prefer: Runs, **settings: Any) -> None:
+    """Check that a live reference gives the run that a precomputed one gives."""
+    ways = [prefer(way, align__reference=way, **CALM, **settings) for way in ("precomputed", "live")]
+    for key in ("loss", "margin", "chosen_drift", "kl"):
+        assert numbers(ways[0], key) == pytest.approx(numbers(ways[1], key), abs=1e-5), key
+    assert max(map(abs, numbers(ways[0], "margin"))) > 1e-2, "something was learnt"
+    for name, value in weights(ways[0]).items():
+        assert torch.allclose(value, weights(ways[1])[name], atol=1e-5), name
+    said = [way.record["metrics"]["held_out_loss_after"] for way in ways]
+    assert said[0] == pytest.approx(said[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix", "pissa"])
+def test_a_live_reference_is_the_precomputed_one(prefer: Runs, method: str) -> None:
+    virtual = {"adapter__virtual_tokens": 5} if method in ("prompt", "prefix") else {}
+    rate = {"train__learning_rate": 0.1} if virtual else {}
+    alike(prefer, adapter__method=method, **virtual, **rate)
+
+
+@pytest.mark.usefixtures("started")
+def test_a_live_reference_is_the_adapter_that_a_run_began_with(prefer: Runs) -> None:
+    alike(prefer, adapter__dropout=0.0)
+
+
+def test_gradients_are_there_with_a_live_reference_and_checkpointing(prefer: Runs) -> None:
+    plain = prefer("plain", align__reference="live", **CALM)
+    checked = prefer("checked", align__reference="live", train__gradient_checkpointing=True, **CALM)
+    assert min(numbers(checked, "grad_norm")) > 0
+    for name, value in weights(plain).items():
+        assert torch.allclose(value, weights(checked)[name], atol=1e-5), name
+
+
+@pytest.mark.usefixtures("started")
+def test_pain_14_the_reference_is_the_tuned_start_and_not_the_base(prefer: Runs) -> None:
+    result = prefer(**CALM)
+    assert numbers(result, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+    [tick] = [tick for tick in result.record["preflight"] if tick["name"] == "reference"]
+    assert "margin 0.0000, loss 0.6931 (ln 2 = 0.6931)" in tick["detail"]
+
+
+@pytest.mark.usefixtures("started")
+def test_pain_14_the_base_in_the_reference_s_place_stops_the_run(
+    prefer: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = tuning.reference_logps
+
+    def of_the_base(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        with model.disable_adapter():
+            return honest(model, *args, **kwargs)
+
+    monkeypatch.setattr(tuning, "reference_logps", of_the_base)
+    with pytest.raises(UserError, match=r"align.reference: policy and reference differ by .* on 8 groups"):
+        prefer(data__cache=False, **CALM)
+
+
+def test_the_reference_is_kept_for_the_next_run(
+    prefer: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = prefer("first", **CALM)
+    files = sorted((tmp_path / "cache" / "llm-align" / "reference").glob("*"))
+    assert len(files) == 2, "what is learnt and what is held out"
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "reference_logps", never)
+        again = prefer("again", align__loss={"name": "dpo", "beta": 0.5}, **CALM)  # a sweep over beta
+        with pytest.raises(AssertionError, match="computed again"):
+            prefer("other start", train__seed=1, **CALM)
+    assert numbers(again, "chosen_logps")[0] == numbers(first, "chosen_logps")[0]
+    assert numbers(again, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_damaged_reference_is_told_and_computed_again(
+    dpo_recipe: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = dpo.run(dpo_recipe("first", **CALM), Console(quiet=True))
+    for file in (tmp_path / "cache" / "llm-align" / "reference").glob("*"):
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(DamagedCacheError, match="other numbers"):
+            stored(file)
+    second = dpo.run(dpo_recipe("second", **CALM), Console(width=200))
+    assert capsys.readouterr().out.count("damaged reference, it is computed again") == 2
+    assert weights(first).keys() == weights(second).keys()
+    assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
+    assert stored(file) is not None
+
+
+def test_the_digest_of_a_model_sees_every_number(base_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    before = model_digest(model)
+    assert model_digest(AutoModelForCausalLM.from_pretrained(base_folder)) == before
+    weight = model.get_output_embeddings().weight
+    with torch.no_grad():
+        weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(2.0))
+    assert model_digest(model) != before
