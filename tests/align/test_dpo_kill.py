@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from killed import STEPS, check, finished, start
+from killed import STEPS, finished, killed_twice, start
 
 Whole = Callable[[str], dict[str, str]]
 RECIPE = """\
@@ -60,7 +60,8 @@ def uninterrupted(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 def test_pain_05_preferences_resume_after_kill_bit_for_bit(
     recipes: dict[str, Path], uninterrupted: Whole, tmp_path: Path
 ) -> None:
-    check(recipes["computed again"], tmp_path / "run", uninterrupted("computed again"), seed=0)
+    found = killed_twice(recipes["computed again"], tmp_path / "run", seed=0)
+    assert found == uninterrupted("computed again")
 
 
 def test_the_reference_s_way_does_not_change_what_is_learnt(uninterrupted: Whole) -> None:
@@ -77,4 +78,4 @@ def test_preferences_resume_at_more_moments(
     name: str,
     seed: int,
 ) -> None:
-    check(recipes[name], tmp_path / "run", uninterrupted(name), seed)
+    assert killed_twice(recipes[name], tmp_path / "run", seed) == uninterrupted(name)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from killed import STEPS, check, command_line, count, finished, kill_at, start
+from killed import STEPS, command_line, count, finished, kill_at, killed_twice, start
 
 RECIPE = """\
 stage: sft
@@ -41,7 +41,7 @@ def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 def test_pain_05_resume_after_kill_is_bit_for_bit(
     recipe: Path, uninterrupted: dict[str, str], tmp_path: Path, seed: int
 ) -> None:
-    check(recipe, tmp_path / "run", uninterrupted, seed)
+    assert killed_twice(recipe, tmp_path / "run", seed) == uninterrupted
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_pain_05_resume_after_kill_is_bit_for_bit(
 def test_resume_at_eighteen_more_moments(
     recipe: Path, uninterrupted: dict[str, str], tmp_path: Path, seed: int
 ) -> None:
-    check(recipe, tmp_path / "run", uninterrupted, seed)
+    assert killed_twice(recipe, tmp_path / "run", seed) == uninterrupted
 
 
 def test_damaged_checkpoint_is_told_and_the_one_before_is_used(
