@@ -74,6 +74,19 @@ def borders(groups: PreferenceGroups) -> NDArray[np.int64]:
     return found
 
 
+def length_ratio(groups: PreferenceGroups) -> float:
+    """Return the tokens of all best completions for one of all worst ones; of tied ones the mean counts."""
+    owner = np.repeat(np.arange(len(groups)), groups.completions)
+    last = np.full(len(groups), -1, dtype=np.int32)
+    np.maximum.at(last, owner, groups.ranks)
+
+    def mean(chosen: NDArray[np.bool_]) -> float:
+        counts = np.bincount(owner[chosen], minlength=len(groups))
+        return float((np.bincount(owner[chosen], groups.completion_lengths[chosen]) / counts).sum())
+
+    return mean(groups.ranks == 0) / mean(groups.ranks == last[owner])
+
+
 @dataclass(frozen=True, slots=True)
 class PreferenceCollator:
     """Examples to tensors; ``separate``: each completion in a line of its own (``attention.why_separate``).

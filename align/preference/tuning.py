@@ -1,38 +1,28 @@
 """The pieces of preference tuning, put together from a recipe: reference, trainer, checks, measures."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
 from typing import Any
 
-import torch
-import transformers
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Trainer, TrainingArguments
 
-from align.preference import preflight
+from align.preference import panel, preflight
 from align.preference.attention import unwrapped, why_separate
-from align.preference.collate import PreferenceCollator, PreferenceRows
+from align.preference.collate import PreferenceCollator, PreferenceRows, length_ratio
 from align.preference.dataset import PreferenceGroups, PreparedPreferences
-from align.preference.losses import find_loss
+from align.preference.losses import Loss, find_loss
 from align.preference.objective import Objective
 from align.preference.prepare import prepare_preferences
-from align.preference.reference import (
-    Logps,
-    keep_reference,
-    kept_reference,
-    reference_file,
-    reference_logps,
-    rows_of_steps,
-)
-from align.preference.scoring import StartingPolicy, arithmetic
+from align.preference.reference import rows_of_steps
+from align.preference.references import Reference
+from align.preference.scoring import StartingPolicy
 from align.preference.settings import AlignSettings, PreferenceSettings
+from align.preference.stop_rule import MEASURED, StopWhenChosenFalls
 from align.preference.trainer import HELD_OUT, PreferenceTrainer
 from data_templates._segments import Message
-from finetune.data.cache import DamagedCacheError
+from finetune.adapters._traits import Hooks
 from finetune.recipe.errors import Problem, UserError
 from finetune.training import tuning
 from finetune.training.adapter_hooks import adapter_hooks
@@ -45,6 +35,9 @@ from finetune.training.preflight.whole import row_ticks, vocabulary_tick
 from finetune.training.samples import Samples
 from finetune.training.stops import NotFiniteError
 from finetune.training.text import Text
+
+AT_BOTH_ENDS = ("loss", "accuracy", "margin", "chosen_drift", "rejected_drift", "kl")
+"""What is recorded of training's first step and of its last ones."""
 
 
 def load_preferences(job: Job, settings: PreferenceSettings, text: Text) -> PreparedPreferences:
@@ -86,11 +79,20 @@ class PreferenceTuning:
         """Return what is measured of the replies, before and after training."""
         return tuning.behaviour_of(self.job, self.text, self.data.prompts)
 
+    @property
+    def loss(self) -> Loss:
+        """Return the loss of the catalogue that the recipe names."""
+        return find_loss(self.align.loss_name, where="align.loss")
+
+    @cached_property
+    def hooks(self) -> Hooks:
+        """Return what the adapter does while it trains."""
+        return adapter_hooks(self.policy.model, self.job.recipe.settings.adapter, steps=self.steps)
+
     @cached_property
     def objective(self) -> Objective:
         """Return what is minimised."""
-        loss = find_loss(self.align.loss_name, where="align.loss")
-        return Objective.of(loss, loss.settings(self.align.loss_settings, where="align.loss"))
+        return Objective.of(self.loss, self.loss.settings(self.align.loss_settings, where="align.loss"))
 
     @cached_property
     def collator(self) -> PreferenceCollator:
@@ -176,7 +178,7 @@ class PreferenceTuning:
                 raise NotFiniteError(f"held-out loss is {found['loss']} {when} training")
             run.update(metrics={f"{HELD_OUT}{name}_{when}": value for name, value in found.items()})
         if when == "after":
-            tuning.record_training(self.job, trainer, ("loss", "accuracy", "margin"))
+            tuning.record_training(self.job, trainer, AT_BOTH_ENDS)
 
     def save(self) -> None:
         """Save the adapter (or the model), open it again, and put its checksum into the record.
@@ -186,10 +188,24 @@ class PreferenceTuning:
         """
         tuning.save_policy(self.job, self.text, self.policy)
 
+    def explain(self) -> None:
+        """Say what happened to the policy, what it means, and what to do about it."""
+        run = self.job.run
+        pairs = [(line["before"], line["after"]) for line in run.samples()]
+        seen = panel.Seen(
+            metrics=run.record["metrics"],
+            length_ratio=length_ratio(self.data.train),
+            replies=pairs,
+            likelihood=self.loss.needs.nll,
+        )
+        found = panel.findings(seen)
+        for finding in found:
+            self.job.say(finding.line())
+        run.update(panel=[finding.record() for finding in found])
+
     def _refuse_passes(self) -> None:
         """Refuse an adapter that wants each batch twice: its second term is one of labels, not of pairs."""
-        hooks = adapter_hooks(self.policy.model, self.job.recipe.settings.adapter, steps=self.steps)
-        if hooks.passes != 1:
+        if self.hooks.passes != 1:
             found = "true: predictions of two passes are pulled together, which is a loss on labels"
             expected = "false where completions are compared"
             raise UserError(Problem("adapter.consistency", found, expected, "adapter.consistency=false"))
@@ -198,21 +214,26 @@ class PreferenceTuning:
         train, args = self.job.recipe.settings.train, self.arguments()
         live = self.objective.needs_reference and self.align.reference == "live"
         start = StartingPolicy(self.policy.model) if live else None
-        used = self._used(args)
-        rows = self._rows(self.data.train, used, args)
-        everything = range(len(self.data.held_out or ()))
-        held_out = self._rows(self.data.held_out, everything, args) if self.data.held_out else None
+        used, held_out = self._used(args), self.data.held_out
+        size = args.per_device_train_batch_size
         trainer = PreferenceTrainer(
             self.policy.model,
             args,
-            train_rows=rows,
-            held_out_rows=held_out,
+            train_rows=self._rows(self.data.train, used, size),
+            held_out_rows=None if held_out is None else self._rows(held_out, range(len(held_out)), size),
             collator=self.collator,
             batch_size=train.batch_size,
             group_by_length=train.group_by_length,
-            hooks=adapter_hooks(self.policy.model, self.job.recipe.settings.adapter, steps=self.steps),
+            hooks=self.hooks,
         )
         trainer.objective, trainer.start, trainer.precision = self.objective, start, self.policy.precision
+        if self.align.stop_when_chosen_falls is not None:
+            most, run = self.align.stop_when_chosen_falls, self.job.run
+            trainer.add_callback(
+                StopWhenChosenFalls(
+                    most, start=lambda: run.record["metrics"][f"{MEASURED}_before"], tell=self._tell_stop
+                )
+            )
         if self.objective.needs_reference:
             proved = preflight.some_rows(used)
             self.job.check(preflight.start_tick(trainer, proved, stored=self.policy.quantization))
@@ -231,59 +252,12 @@ class PreferenceTuning:
             group_by_length=train.group_by_length,
         )
 
-    def _rows(self, groups: PreferenceGroups, used: Sequence[int], args: TrainingArguments) -> PreferenceRows:
+    def _rows(self, groups: PreferenceGroups, rows: Sequence[int], size: int) -> PreferenceRows:
         """Return groups with the reference's log-probabilities, if the loss needs them before step 0."""
         if not self.objective.needs_reference or self.align.reference == "live":
             return PreferenceRows(groups)
-        with self.job.timed("reference"):
-            return PreferenceRows(groups, self._reference(groups, used, args))
+        return PreferenceRows(groups, Reference(self.job, self.policy, self.collator, size).of(groups, rows))
 
-    def _reference(self, groups: PreferenceGroups, used: Sequence[int], args: TrainingArguments) -> Logps:
-        """Return the reference from the cache of an earlier run, or compute and keep it."""
-        cache = self.job.recipe.settings.data.cache
-        file = reference_file(self.policy.model, self._key(used), groups)
-        try:
-            found = kept_reference(file) if cache else None
-        except DamagedCacheError as damage:
-            self.job.say(f"damaged reference, it is computed again: {damage}")
-            found = None
-        if found is not None:
-            self.job.say(f"reference of {len(used)} groups from the cache")
-            return found
-        started = time.monotonic()
-        with self._progress(len(used)) as done, arithmetic(self.policy.model, self.policy.precision):
-            size = args.per_device_train_batch_size
-            found = reference_logps(
-                self.policy.model, groups, used, collate=self.collator, size=size, done=done
-            )
-        seconds = time.monotonic() - started
-        self.job.say(f"reference of {len(used)} groups: {seconds:.1f} s, {len(used) / seconds:.1f} groups/s")
-        if cache:
-            keep_reference(file, found)
-        return found
-
-    def _key(self, used: Sequence[int]) -> dict[str, Any]:
-        """Return what the reference's numbers depend on, beside weights and tokens."""
-        return {
-            "rows": list(used),
-            "precision": self.policy.precision,
-            "quantization": self.policy.quantization,
-            "separate": self.collator.separate,
-            "attention": unwrapped(self.policy.model).config._attn_implementation,
-            "device": self.job.hardware.device,
-            "versions": [torch.__version__, transformers.__version__],
-        }
-
-    @contextmanager
-    def _progress(self, total: int) -> Iterator[Callable[[int], None]]:
-        """Show how far the reference is; a signal stops it between two passes."""
-        columns = (TextColumn("  reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = self.job.console
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=total)
-
-            def done(groups: int) -> None:
-                bar.advance(task, groups)
-                self.job.stop_if_asked("while the reference was computed")
-
-            yield done
+    def _tell_stop(self, why: str) -> None:
+        self.job.say(why)
+        self.job.run.update(stopped=why)

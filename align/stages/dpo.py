@@ -70,5 +70,5 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     text = load_text(job)
     data = load_preferences(job, settings.data, text)
     tuning = PreferenceTuning(job, text, data, policy=load_policy(job), align=settings.align)
-    carry_out(job, tuning, fingerprint=fingerprint)
+    carry_out(job, tuning, fingerprint=fingerprint, conclude=tuning.explain)
     return Result.of(run)

@@ -1,6 +1,6 @@
 """A stage from its first measure to its last: what all stages do that tune a model which writes text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from transformers import Trainer
@@ -65,8 +65,16 @@ def tune(job: Job, fingerprint: str) -> None:
     carry_out(job, Supervised(job, text, data, policy=load_policy(job)), fingerprint=fingerprint)
 
 
-def carry_out(job: Job, tuning: Tuning, *, fingerprint: str) -> None:
+def carry_out(
+    job: Job, tuning: Tuning, *, fingerprint: str, conclude: Callable[[], None] | None = None
+) -> None:
     """Measure, answer, train, save, measure and answer again.
+
+    Args:
+        job: the run, which has not started.
+        tuning: what is measured and shown, and what trains.
+        fingerprint: what the run is made of beside its settings, for its record.
+        conclude: what else is said of a whole run, before its report is written.
 
     Raises:
         UserError: a check failed.
@@ -83,3 +91,5 @@ def carry_out(job: Job, tuning: Tuning, *, fingerprint: str) -> None:
         tuning.measure(trainer, "after")
         tuning.samples.after(job.run, tuning.answer)
         tuning.behaviour.measure(job.run, tuning.answer, "after")
+        if conclude:
+            conclude()

@@ -1,15 +1,13 @@
 """kill -9 at any moment: the same command goes on, and the adapter is the uninterrupted run's, bit by bit."""
 
 import json
-import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from killed import STEPS, command_line, count, finished, kill_at, killed_twice, start
 
-STEPS = 18
 RECIPE = """\
 stage: sft
 model: {{base: {base}, precision: float32}}
@@ -39,52 +37,11 @@ def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return finished(out)
 
 
-def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "align", "sft", str(recipe), "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def finished(out: Path) -> dict[str, str]:
-    """Return the checksums of what was trained."""
-    record = json.loads((out / "run.json").read_text())
-    assert record["status"] == "finished"
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [step for step in steps if steps.count(step) > 1] == [], "a step was logged twice"
-    assert set(range(1, STEPS + 1)) <= set(steps)
-    files: dict[str, str] = record["files"]
-    return files
-
-
-def kill_at(recipe: Path, out: Path, lines: int, delay: float) -> None:
-    """Kill the run some milliseconds after its metrics have grown to so many lines."""
-    process = start(recipe, out)
-    metrics = out / "metrics.jsonl"
-    while process.poll() is None:
-        if (out / "run.json").is_file() and (lines == 0 or (metrics.is_file() and count(metrics) >= lines)):
-            time.sleep(delay)
-            break
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-
-
-def count(metrics: Path) -> int:
-    return metrics.read_bytes().count(b"\n")
-
-
-def check(recipe: Path, out: Path, uninterrupted: dict[str, str], seed: int) -> None:
-    moment = random.Random(seed)
-    for _ in range(2):
-        kill_at(recipe, out, moment.randint(0, STEPS + 1), moment.uniform(0, 0.15))
-    assert start(recipe, out).wait() == 0
-    assert finished(out) == uninterrupted
-
-
 @pytest.mark.parametrize("seed", range(2))
 def test_pain_05_resume_after_kill_is_bit_for_bit(
     recipe: Path, uninterrupted: dict[str, str], tmp_path: Path, seed: int
 ) -> None:
-    check(recipe, tmp_path / "run", uninterrupted, seed)
+    assert killed_twice(recipe, tmp_path / "run", seed) == uninterrupted
 
 
 @pytest.mark.slow
@@ -92,7 +49,7 @@ def test_pain_05_resume_after_kill_is_bit_for_bit(
 def test_resume_at_eighteen_more_moments(
     recipe: Path, uninterrupted: dict[str, str], tmp_path: Path, seed: int
 ) -> None:
-    check(recipe, tmp_path / "run", uninterrupted, seed)
+    assert killed_twice(recipe, tmp_path / "run", seed) == uninterrupted
 
 
 def test_damaged_checkpoint_is_told_and_the_one_before_is_used(
@@ -107,8 +64,7 @@ def test_damaged_checkpoint_is_told_and_the_one_before_is_used(
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    command = [sys.executable, "-m", "align", "sft", str(recipe), "--out", str(out)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(command_line(recipe, out), capture_output=True, text=True, check=True).stdout
     assert f"{newest.parent}: adapter_model.safetensors does not have the checksum" in told
     step = int(newest.parent.name[11:]) - 2
     assert f"goes on from step {step}" in told

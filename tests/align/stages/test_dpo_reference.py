@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from align.preference import tuning
+from align.preference import references
 from align.preference.reference import model_digest
 from align.stages import dpo
 from finetune.data.cache import DamagedCacheError, stored
@@ -97,13 +97,13 @@ def test_pain_14_the_reference_is_the_tuned_start_and_not_the_base(prefer: Runs)
 def test_pain_14_the_base_in_the_reference_s_place_stops_the_run(
     prefer: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = tuning.reference_logps
+    honest = references.reference_logps
 
     def of_the_base(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
         with model.disable_adapter():
             return honest(model, *args, **kwargs)
 
-    monkeypatch.setattr(tuning, "reference_logps", of_the_base)
+    monkeypatch.setattr(references, "reference_logps", of_the_base)
     with pytest.raises(UserError, match=r"align.reference: policy and reference differ by .* on 8 groups"):
         prefer(data__cache=False, **CALM)
 
@@ -120,7 +120,7 @@ def test_the_reference_is_kept_for_the_next_run(
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "reference_logps", never)
+        patch.setattr(references, "reference_logps", never)
         again = prefer("again", align__loss={"name": "dpo", "beta": 0.5}, **CALM)  # a sweep over beta
         with pytest.raises(AssertionError, match="computed again"):
             prefer("other start", train__seed=1, **CALM)

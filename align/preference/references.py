@@ -1,0 +1,88 @@
+"""A run's reference: taken from the cache of an earlier run, or computed with progress, and kept."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from align.preference.attention import unwrapped
+from align.preference.collate import PreferenceCollator
+from align.preference.dataset import PreferenceGroups
+from align.preference.reference import (
+    Logps,
+    keep_reference,
+    kept_reference,
+    reference_file,
+    reference_logps,
+)
+from align.preference.scoring import arithmetic
+from finetune.data.cache import DamagedCacheError
+from finetune.training.job import Job
+from finetune.training.loading import Policy
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The policy as it starts, asked before step 0; ``size``: groups of a forward pass."""
+
+    job: Job
+    policy: Policy
+    collator: PreferenceCollator
+    size: int
+
+    def of(self, groups: PreferenceGroups, rows: Sequence[int]) -> Logps:
+        """Return the log-probabilities of some groups' completions, token by token."""
+        with self.job.timed("reference"):
+            if not self.job.recipe.settings.data.cache:
+                return self._computed(groups, rows)
+            file = reference_file(self.policy.model, self._key(rows), groups)
+            try:
+                found = kept_reference(file)
+            except DamagedCacheError as damage:
+                self.job.say(f"damaged reference, it is computed again: {damage}")
+                found = None
+            if found is not None:
+                self.job.say(f"reference of {len(rows)} groups from the cache")
+                return found
+            found = self._computed(groups, rows)
+            keep_reference(file, found)
+            return found
+
+    def _computed(self, groups: PreferenceGroups, rows: Sequence[int]) -> Logps:
+        model, started = self.policy.model, time.monotonic()
+        with self._progress(len(rows)) as done, arithmetic(model, self.policy.precision):
+            found = reference_logps(model, groups, rows, collate=self.collator, size=self.size, done=done)
+        seconds = time.monotonic() - started
+        self.job.say(f"reference of {len(rows)} groups: {seconds:.1f} s, {len(rows) / seconds:.1f} groups/s")
+        return found
+
+    def _key(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Return what the reference's numbers depend on, beside weights and tokens."""
+        return {
+            "rows": list(rows),
+            "precision": self.policy.precision,
+            "quantization": self.policy.quantization,
+            "separate": self.collator.separate,
+            "attention": unwrapped(self.policy.model).config._attn_implementation,
+            "device": self.job.hardware.device,
+            "versions": [torch.__version__, transformers.__version__],
+        }
+
+    @contextmanager
+    def _progress(self, total: int) -> Iterator[Callable[[int], None]]:
+        """Show how far it is; a signal stops it between two passes."""
+        columns = (TextColumn("  reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = self.job.console
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=total)
+
+            def done(groups: int) -> None:
+                bar.advance(task, groups)
+                self.job.stop_if_asked("while the reference was computed")
+
+            yield done

@@ -1,0 +1,40 @@
+"""What a preference run says of its health: the panel in record and report, the stop rule."""
+
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from align.stages import dpo
+from finetune.recipe.recipe import Recipe
+from finetune.training.result import Result
+
+Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
+
+
+def test_pain_15_a_run_explains_itself(dpo_recipe: Recipes, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = dpo_recipe(train__max_steps=16, train__learning_rate=0.03)
+    result = dpo.run(recipe, Console(width=300), command="a test")
+    panel = {finding["name"]: finding for finding in result.record["panel"]}
+    assert "saturated" in panel and panel["likelihood"]["warned"]
+    page = (result.directory / "report.html").read_text(encoding="utf-8")
+    assert "What happened" in page and "adds their likelihood" in page
+    told = capsys.readouterr().out
+    assert "!!  likelihood" in told and "--  learning" in told
+
+
+def test_pain_15_a_run_stops_when_the_chosen_fall(
+    dpo_recipe: Recipes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"train__max_steps": 40, "train__learning_rate": 0.03, "train__evaluate_every": 2}
+    recipe = dpo_recipe(align__stop_when_chosen_falls=0.03, **settings)
+    result = dpo.run(recipe, Console(width=300), command="a test")
+    last = result.metrics[-1]["step"]
+    assert 2 <= last < 40 and f"stopped at step {last}" in capsys.readouterr().out
+    assert f"stopped at step {last}: held-out chosen completions have lost" in result.record["stopped"]
+    fell = [line["held_out_chosen_logps"] for line in result.metrics if "held_out_loss" in line]
+    start = result.record["metrics"]["held_out_chosen_logps_before"]
+    assert start - fell[-1] > 0.03 and all(start - value <= 0.03 for value in fell[:-1])
+    assert result.record["status"] == "finished"
+    steps = [int(path.name[11:]) for path in (result.directory / "checkpoints").glob("checkpoint-*")]
+    assert last not in steps, "a run that is killed now measures this step again"
