@@ -13,6 +13,7 @@ from trl import KTOConfig, KTOTrainer
 
 from align.preference.dataset import PreferenceGroups
 from align.preference.trl_engine import (
+    InOurWords,
     logps_of,
     made_quietly,
     own_replies,
@@ -38,7 +39,7 @@ class Judged:
     reference: dict[str, Tensor]
 
 
-class MeasuredKTOTrainer(KTOTrainer):  # type: ignore[misc]
+class MeasuredKTOTrainer(KTOTrainer, InOurWords):  # type: ignore[misc]
     """TRL's trainer, with our held-out measures; a NaN names its rows."""
 
     places: Mapping[tuple[int, ...], str]
@@ -71,8 +72,7 @@ class MeasuredKTOTrainer(KTOTrainer):  # type: ignore[misc]
         """
         rows = self.held_out
         assert rows is not None
-        size = self.args.per_device_train_batch_size
-        found = logps_of(self, rows.columns, kinds=KINDS, size=size)
+        found = _both(self, rows.columns)
         ratios, others = (found[kind] - rows.reference[kind] for kind in KINDS)
         point = reference_point(others)
         judged = kto(
@@ -155,7 +155,7 @@ def trl_kto_trainer(
     without_copy(model)
     size = args.per_device_train_batch_size
     columns = label_columns(train, order=order, size=size)
-    reference = logps_of(trainer, columns, kinds=KINDS, size=size)
+    reference = _both(trainer, columns)
     trainer.train_dataset = columns.add_column("ref_logps", reference[""].tolist()).add_column(
         "ref_KL_logps", reference["KL_"].tolist()
     )
@@ -165,6 +165,11 @@ def trl_kto_trainer(
             held_out, order=np.argsort(held_out.lengths, kind="stable").tolist(), size=size
         )
         good = torch.tensor(measured["label"])
-        trainer.held_out = Judged(measured, good, logps_of(trainer, measured, kinds=KINDS, size=size))
+        trainer.held_out = Judged(measured, good, _both(trainer, measured))
         trainer.eval_dataset = measured
     return trainer
+
+
+def _both(trainer: MeasuredKTOTrainer, columns: Dataset) -> dict[str, Tensor]:
+    """Return log-probabilities of the completions, and of those behind another prompt: (rows,) each."""
+    return {kind: torch.cat(logps_of(trainer, columns, kind=kind)) for kind in KINDS}

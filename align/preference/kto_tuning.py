@@ -39,9 +39,9 @@ from finetune.training.watched import Watched
 WATCHED = Watched(
     curves={
         "loss": "training loss (mean over replies)",
-        "rewards/chosen": "implicit reward of good replies",
-        "rewards/rejected": "implicit reward of bad replies",
-        "rewards/margins": "good above bad: implicit rewards",
+        "chosen_reward": "implicit reward of good replies",
+        "rejected_reward": "implicit reward of bad replies",
+        "margin": "good above bad: implicit rewards",
         "kl": "reference point (KL from the start, nats a reply)",
         "held_out_loss": "held-out loss",
         "held_out_chosen_reward": "held-out: implicit reward of good replies",
@@ -214,7 +214,7 @@ class KtoTuning:
                 raise NotFiniteError(f"held-out loss is {found['loss']} {when} training")
             run.update(metrics={f"held_out_{name}_{when}": value for name, value in found.items()})
         if when == "after":
-            tuning.record_training(self.job, trainer, ("loss", "rewards/margins", "kl"))
+            tuning.record_training(self.job, trainer, ("loss", "margin", "kl"))
 
     def save(self) -> None:
         """Save the adapter (or the model), open it again, and put its checksum into the record.

@@ -8,7 +8,7 @@ trains with and handed over in the columns that its collator documents for preco
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,13 @@ from finetune.training.preflight.untouched import untouched
 
 COPY = "ref"
 """What TRL calls its copy of the adapter, which precomputed references make superfluous."""
+NAMES = {
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+}
+"""TRL's names of what it logs: ours. A tie counts 0 in TRL's accuracy."""
 BARS = "TQDM_DISABLE"
 """The switch that TRL reads for the bar over its own row."""
 
@@ -71,27 +78,32 @@ def without_copy(model: nn.Module) -> None:
         model.delete_adapter(COPY)
 
 
+class InOurWords(Trainer):  # type: ignore[misc]
+    """Stands behind a trainer of TRL, between it and its own base, and names what it logs as we do."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log under our names."""
+        super().log({NAMES.get(name, name): value for name, value in logs.items()}, start_time)
+
+
 @torch.no_grad()
-def logps_of(trainer: Trainer, columns: Dataset, *, kinds: Sequence[str], size: int) -> dict[str, Tensor]:
+def logps_of(trainer: Trainer, columns: Dataset, *, kind: str = "") -> list[Tensor]:
     """Return log-probabilities of completions under the policy as it is, by the engine's own forward pass.
 
     Args:
         trainer: one of TRL's, whose model takes ``fused_lm_head``.
         columns: rows as its collator takes them.
-        kinds: prefixes of the collator's tensors: ``""``, ``"KL_"``.
-        size: rows of a forward pass.
+        kind: prefix of the collator's tensors.
 
     Returns:
-        For each kind (lines,) float32, in the collator's order within each pass.
+        Of each pass (lines,) float32, in the collator's order.
     """
-    found: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+    found, size = [], trainer.args.per_device_train_batch_size
     with untouched(trainer.model), trainer.accelerator.autocast():
         for start in range(0, len(columns), size):
             rows = [columns[index] for index in range(start, min(start + size, len(columns)))]
-            batch = trainer.data_collator(rows)
-            for kind in kinds:
-                found[kind].append(_logps(trainer.model, batch, kind))
-    return {kind: torch.cat(parts) for kind, parts in found.items()}
+            found.append(_logps(trainer.model, trainer.data_collator(rows), kind))
+    return found
 
 
 def _logps(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> Tensor:

@@ -69,7 +69,7 @@ def test_a_run_learns_and_says_what_it_did(tune: Tune) -> None:
     steps = [line for line in result.metrics if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
     assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-6) and steps[-1]["loss"] < 0.49
-    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "kl"} <= steps[-1].keys()
+    assert {"chosen_reward", "rejected_reward", "margin", "kl"} <= steps[-1].keys()
     assert [line["step"] for line in result.metrics if "held_out_loss" in line] == [4, 8]
     metrics = result.record["metrics"]
     assert metrics["held_out_loss_before"] == pytest.approx(0.5, abs=1e-6)
