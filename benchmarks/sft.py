@@ -10,46 +10,40 @@ repeats of a contender's time to ours. Peak memory comes from a process of its o
 """
 
 import json
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from peft import LoraConfig, get_peft_model
-from tokenizers import ByteLevelBPETokenizer
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from trl import SFTConfig
 
+from benchmarks.common import (
+    RESULTS,
+    adapted_llama,
+    engine_arguments,
+    facts,
+    forget_peak,
+    losses_logged,
+    peak,
+    peak_apart,
+    save_result,
+    times_slower,
+    train_tokenizer,
+)
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import Prepared, TokenizedRows, prepare
 from finetune.data.tokens import Encoder
-from finetune.planning.hardware import detect
 from finetune.recipe.settings import DataSettings
 from finetune.training.trainer import NativeTrainer
 from finetune.training.trl_engine import trl_trainer
 
-RESULTS = Path(__file__).parent / "results"
 EMBEDDED = "recipes/tiny/data/sft_train.jsonl"
 CONTENDERS = ("native", "trl", "trl-best")
-VOCABULARY = 32_000
-LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -65,16 +59,12 @@ class Work:
 
 def build(path: str, rows: int, batch_size: int, *, bfloat16: bool) -> Work:
     """Return rows, tokenizer and adapted model; the tokenizer is trained on the data's own text."""
-    torch.manual_seed(0)
     text = Path(path).read_text(encoding="utf-8")
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(text.splitlines(), vocab_size=VOCABULARY - 3)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
-    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    tokenizer = train_tokenizer(text.splitlines())
     encoder = Encoder(tokenizer, "plain")
     settings = DataSettings(source=[json.loads(line) for line in text.splitlines()[:rows]], cache=False)
     data = prepare(settings, encoder, max_length=512, seed=0)
-    return Work(data, encoder, _model(bfloat16), batch_size, bfloat16)
+    return Work(data, encoder, adapted_llama(bfloat16=bfloat16), batch_size, bfloat16)
 
 
 def run(work: Work, contender: str, *, max_steps: int = -1) -> dict[str, Any]:
@@ -86,47 +76,11 @@ def run(work: Work, contender: str, *, max_steps: int = -1) -> dict[str, Any]:
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return {
-        "contender": contender,
-        "seconds": seconds,
-        "first_losses": losses[:2],
-        "mean_loss": statistics.fmean(losses),
-    }
-
-
-def _model(bfloat16: bool) -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-    )
-    base = LlamaForCausalLM(config).to(torch.bfloat16 if bfloat16 else torch.float32)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-    adapted: nn.Module = get_peft_model(base, lora)
-    return adapted
+    return {"contender": contender, "seconds": seconds, **losses_logged(trainer.state.log_history)}
 
 
 def _trainer(work: Work, contender: str, model: nn.Module, folder: str, max_steps: int) -> Trainer:
-    common: dict[str, Any] = {
-        "output_dir": folder,
-        "num_train_epochs": 1,
-        "max_steps": max_steps,
-        "per_device_train_batch_size": work.batch_size,
-        "learning_rate": LEARNING_RATE,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "bf16": work.bfloat16,
-        "use_cpu": not torch.cuda.is_available(),
-        "seed": 0,
-    }
+    common = engine_arguments(folder, batch_size=work.batch_size, max_steps=max_steps, bfloat16=work.bfloat16)
     rows: TokenizedRows = work.data.train
     if contender == "native":
         return NativeTrainer(
@@ -141,21 +95,6 @@ def _trainer(work: Work, contender: str, model: nn.Module, folder: str, max_step
     best = {"train_sampling_strategy": "group_by_length", "activation_checkpointing": False}
     config = SFTConfig(**common, max_length=None, **(best if contender == "trl-best" else {}))
     return trl_trainer(model, config, work.encoder.tokenizer, train_rows=rows, held_out_rows=None)
-
-
-def _peak() -> float:
-    """Return this process's peak resident memory in GiB since it was reset (Linux)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
-
-
-def _peak_memory(arguments: list[str], contender: str) -> float:
-    """Return the peak resident memory in GiB of a process that does a few steps of one contender."""
-    command = [sys.executable, "-m", "benchmarks.sft", *arguments, "--only", contender]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    peak: float = json.loads(printed.splitlines()[-1])["peak_memory_gib"]
-    return peak
 
 
 @click.command()
@@ -176,9 +115,9 @@ def main(
     """Measure, and print the ratios on the last line."""
     work = build(data, rows, batch_size, bfloat16=bfloat16)
     if only:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts anew from here
+        forget_peak()
         run(work, only, max_steps=4)
-        click.echo(json.dumps({"peak_memory_gib": round(_peak(), 3)}))
+        click.echo(json.dumps({"peak_memory_gib": round(peak(), 3)}))
         return
     runs = []
     for repeat in range(repeats):
@@ -187,36 +126,24 @@ def main(
             click.echo(json.dumps(runs[-1]))
     arguments = ["--data", data, "--rows", str(rows), "--batch-size", str(batch_size)]
     arguments += ["--bfloat16"] if bfloat16 else []
-    peaks = {contender: _peak_memory(arguments, contender) for contender in CONTENDERS}
+    peaks = {contender: peak_apart("benchmarks.sft", arguments, contender) for contender in CONTENDERS}
     result = _result(work, runs, peaks, {"data": Path(data).name, "rows": rows, "batch_size": batch_size})
     if save:
-        name = f"sft-{result['precision']}-{result['date'][:10]}.json"
-        (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        save_result("sft", result)
     ratios = ", ".join(f"{name} {value:.2f}x" for name, value in result["times_slower_than_native"].items())
     click.echo(f"peak memory (GiB): {peaks}\ntime of others / native: {ratios}")
 
 
 def _result(
-    work: Work, runs: list[dict[str, Any]], peaks: dict[str, float], facts: dict[str, Any]
+    work: Work, runs: list[dict[str, Any]], peaks: dict[str, float], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    ours = {entry["repeat"]: entry["seconds"] for entry in runs if entry["contender"] == "native"}
-    ratios = {
-        contender: statistics.median(
-            entry["seconds"] / ours[entry["repeat"]] for entry in runs if entry["contender"] == contender
-        )
-        for contender in CONTENDERS[1:]
-    }
     tokens, trained = work.data.train.num_tokens, work.data.train.num_trained
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": detect().name,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "precision": "bfloat16" if work.bfloat16 else "float32",
-        **facts,
+        **facts(bfloat16=work.bfloat16),
+        **settings,
         "tokens": tokens,
         "share_with_loss": trained / tokens,
-        "times_slower_than_native": ratios,
+        "times_slower_than_native": times_slower(runs, CONTENDERS),
         "peak_memory_gib": peaks,
         "runs": runs,
     }

@@ -57,14 +57,34 @@ def max_length(asked: int | None, *, context: int, virtual_tokens: int) -> tuple
 
 
 def micro_batch_size(
-    asked: int | str, *, batch_size: int, longest: int, hardware: Hardware
+    asked: int | str,
+    *,
+    batch_size: int,
+    longest: int,
+    hardware: Hardware,
+    whole: bool = False,
+    least: int = 1,
 ) -> tuple[int, str]:
-    """Return the sequences of a forward pass, and why."""
+    """Return the sequences of a forward pass, and why.
+
+    Args:
+        asked: a number, or ``auto``.
+        batch_size: sequences of an optimizer step.
+        longest: tokens of the longest one.
+        hardware: where it runs.
+        whole: whether the steps must hold whole forward passes, all of one size.
+        least: sequences that a forward pass must have.
+    """
     if isinstance(asked, int):
         return asked, "as asked"
     budget = TOKENS_PER_FORWARD[hardware.device]
-    size = max(1, min(batch_size, budget // longest))
-    return size, f"{budget} tokens a forward pass keep the device busy; the longest row has {longest}"
+    size = max(least, min(batch_size, budget // longest))
+    why = f"{budget} tokens a forward pass keep the device busy; the longest row has {longest}"
+    if whole and batch_size % size:
+        fitting = [part for part in range(least, batch_size + 1) if batch_size % part == 0]
+        size = max((part for part in fitting if part <= size), default=min(fitting, default=size))
+        why = f"{why}; a divisor of {batch_size}"
+    return size, why
 
 
 def optimizer_steps(rows: int, *, batch_size: int, epochs: float, max_steps: int | None) -> int:

@@ -267,6 +267,9 @@ class VirtualTokenSettings(AdapterSettings):
 class StageSettings(Section):
     """The sections of a stage's recipe; a stage may add its own."""
 
+    TRL_CONFIG: ClassVar[str] = "SFTConfig"
+    """The class of the engine's arguments under ``train.engine: trl``."""
+
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     adapter: SerializeAsAny[AdapterSettings] = AdapterSettings()

@@ -122,7 +122,11 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def _choices(option: Schema) -> list[str]:
-    return option.get("enum") or ([option["const"]] if "const" in option else [])
+    if "const" in option:
+        const = option["const"]
+        return [const if isinstance(const, str) else yaml_file.shown(const)]
+    words: list[str] = option.get("enum", [])
+    return words
 
 
 def _words(option: Schema, root: Schema) -> str:

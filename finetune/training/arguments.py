@@ -1,12 +1,13 @@
 """The one place where the recipe's words become the engines' argument names."""
 
-import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from trl import SFTConfig
+from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
 from finetune.recipe.errors import Problem, UserError, nearest
 from finetune.recipe.settings import TrainSettings
@@ -19,17 +20,39 @@ OPTIMIZERS = {
 }
 
 
-def engine_class(engine: str) -> type[TrainingArguments]:
+TRL_CONFIGS: dict[str, type[TrainingArguments]] = {
+    config.__name__: config for config in (SFTConfig, DPOConfig, KTOConfig, RewardConfig)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TrlStage:
+    """TRL's side of a stage.
+
+    Attributes:
+        config: the class of its arguments.
+        decided: those of them that the stage itself decides.
+        least: rows that a forward pass must have.
+    """
+
+    config: str = "SFTConfig"
+    decided: Mapping[str, Any] = field(default_factory=dict)
+    least: int = 1
+
+
+SUPERVISED = TrlStage()
+
+
+def engine_class(engine: str, stage: TrlStage = SUPERVISED) -> type[TrainingArguments]:
     """Return the class whose fields are the engine's arguments."""
-    config: type[TrainingArguments] = SFTConfig if engine == "trl" else TrainingArguments
-    return config
+    return TRL_CONFIGS[stage.config] if engine == "trl" else TrainingArguments
 
 
-def check_engine_args(settings: TrainSettings) -> None:
+def check_engine_args(settings: TrainSettings, stage: TrlStage = SUPERVISED) -> None:
     """Raise UserError if ``train.engine_args`` names what the engine lacks or what the recipe decides."""
-    config = engine_class(settings.engine)
-    known = [field.name for field in dataclasses.fields(config)]
-    decided = common(
+    config = engine_class(settings.engine, stage)
+    known = [one.name for one in fields(config)]
+    decided = _engines_own(settings, stage) | common(
         settings, folder=Path(), device="cpu", precision="float32", micro_batch_size=1, checkpoint_every=1
     )
     problems = []
@@ -44,6 +67,26 @@ def check_engine_args(settings: TrainSettings) -> None:
         raise UserError(problems)
 
 
+def _engines_own(settings: TrainSettings, stage: TrlStage) -> dict[str, Any]:
+    """Return what the recipe decides in names that not every engine has."""
+    if settings.engine != "trl":
+        return {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0}  # ours, in trainer.py
+    smoothed = {
+        "neftune_noise_alpha": settings.neftune_alpha,
+        "label_smoothing_factor": settings.label_smoothing,
+    }
+    # Rows are cut already. Dropout is the adapter's to say. The reference is the policy as it starts.
+    compared = {"max_length": None, "disable_dropout": False}
+    referred = compared | {"precompute_ref_log_probs": True, "sync_ref_model": False}
+    own: dict[str, dict[str, Any]] = {
+        "SFTConfig": {"max_length": None, "packing": False},
+        "RewardConfig": compared,
+        "DPOConfig": referred | {"truncation_mode": "keep_start"},
+        "KTOConfig": referred | {"train_sampling_strategy": "sequential"},
+    }
+    return smoothed | own[stage.config] | dict(stage.decided)
+
+
 def common(
     settings: TrainSettings,
     *,
@@ -53,17 +96,9 @@ def common(
     micro_batch_size: int,
     checkpoint_every: int,
 ) -> dict[str, Any]:
-    """Return the arguments that the recipe decides, in the engine's names."""
+    """Return the arguments that the recipe decides, in names that all engines share."""
     beta1, beta2 = settings.betas
-    own: dict[str, Any] = {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0}  # ours, in trainer.py
-    if settings.engine == "trl":
-        own = {
-            "max_length": None,
-            "packing": False,
-            "neftune_noise_alpha": settings.neftune_alpha,
-            "label_smoothing_factor": settings.label_smoothing,
-        }
-    return own | {
+    return {
         "output_dir": str(folder),
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
@@ -103,20 +138,21 @@ def training_arguments(
     precision: str,
     micro_batch_size: int,
     checkpoint_every: int,
+    stage: TrlStage = SUPERVISED,
 ) -> TrainingArguments:
-    """Return the engine's arguments.
+    """Return the engine's arguments; ``stage`` is what the engine `trl` calls them.
 
     Raises:
         UserError: ``train.engine_args`` names what the engine does not have, the engine refuses a value,
             or TRL's steps would hold other than ``train.batch_size`` rows.
     """
-    check_engine_args(settings)
+    check_engine_args(settings, stage)
     if settings.engine == "trl" and settings.batch_size % micro_batch_size:
         found = f"{micro_batch_size}, which does not divide train.batch_size ({settings.batch_size})"
         expected = "a divisor of it: TRL's optimizer steps hold whole forward passes"
         fits = max(size for size in range(1, micro_batch_size) if settings.batch_size % size == 0)
         raise UserError(Problem("train.micro_batch_size", found, expected, f"train.micro_batch_size={fits}"))
-    arguments = common(
+    arguments = _engines_own(settings, stage) | common(
         settings,
         folder=folder,
         device=device,
@@ -125,6 +161,6 @@ def training_arguments(
         checkpoint_every=checkpoint_every,
     )
     try:
-        return engine_class(settings.engine)(**arguments, **settings.engine_args)
+        return engine_class(settings.engine, stage)(**arguments, **settings.engine_args)
     except (ValueError, TypeError) as error:
         raise UserError(Problem("train.engine_args", str(error), "values that the engine takes")) from error

@@ -11,7 +11,7 @@ from finetune.data.documents import prepare_any
 from finetune.planning import choices
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.settings import ModelSettings
-from finetune.training.arguments import check_engine_args
+from finetune.training.arguments import TrlStage, check_engine_args
 from finetune.training.go_on import take_weights
 from finetune.training.job import Job
 from finetune.training.model import attach_adapter, load_base
@@ -35,7 +35,7 @@ def load_text(job: Job) -> Text:
             no chat template, or more tokens a row than the model has positions.
     """
     settings = job.recipe.settings
-    check_engine_args(settings.train)
+    check_engine_args(settings.train, TrlStage(settings.TRL_CONFIG))
     choices.precision(settings.model.precision, job.hardware)  # refused before anything is loaded
     text, reason = text_of(settings)
     job.choose("data.max_length", (text.max_length, reason))

@@ -11,7 +11,7 @@ from finetune.data.conversation import Conversation
 from finetune.data.replies import worded
 from finetune.data.report import DataReport
 from finetune.planning import choices
-from finetune.training.arguments import training_arguments
+from finetune.training.arguments import SUPERVISED, TrlStage, training_arguments
 from finetune.training.base_trainer import BaseTrainer
 from finetune.training.behaviour import Behaviour, load_behaviour
 from finetune.training.generate import Reply, reply_to
@@ -35,7 +35,9 @@ def optimizer_steps(job: Job, rows: int) -> int:
     )
 
 
-def engine_arguments(job: Job, policy: Policy, *, longest: int, steps: int) -> TrainingArguments:
+def engine_arguments(
+    job: Job, policy: Policy, *, longest: int, steps: int, stage: TrlStage = SUPERVISED
+) -> TrainingArguments:
     """Return the engine's arguments; whatever is ``auto`` is decided here.
 
     Args:
@@ -43,13 +45,19 @@ def engine_arguments(job: Job, policy: Policy, *, longest: int, steps: int) -> T
         policy: what is trained.
         longest: tokens of the longest row, as a forward pass lays it out.
         steps: optimizer steps of the run.
+        stage: what the engine ``trl`` calls the stage's arguments.
 
     Raises:
         UserError: the engine refuses them.
     """
     train = job.recipe.settings.train
     micro = choices.micro_batch_size(
-        train.micro_batch_size, batch_size=train.batch_size, longest=longest, hardware=job.hardware
+        train.micro_batch_size,
+        batch_size=train.batch_size,
+        longest=longest,
+        hardware=job.hardware,
+        whole=train.engine == "trl",
+        least=stage.least,
     )
     every = choices.checkpoint_every(train.checkpoint_every, steps=steps)
     return training_arguments(
@@ -59,6 +67,7 @@ def engine_arguments(job: Job, policy: Policy, *, longest: int, steps: int) -> T
         precision=policy.precision,
         micro_batch_size=job.choose("train.micro_batch_size", micro),
         checkpoint_every=job.choose("train.checkpoint_every", every),
+        stage=stage,
     )
 
 

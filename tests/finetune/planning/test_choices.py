@@ -8,6 +8,7 @@ from finetune.recipe.errors import UserError
 
 OLD = Hardware("cpu", "an old CPU", bfloat16=False)
 NEW = Hardware("cpu", "a new CPU", bfloat16=True)
+CPU = Hardware("cpu", "a CPU", bfloat16=False)
 GPU = Hardware("cuda", "a GPU", bfloat16=True)
 
 
@@ -84,6 +85,19 @@ def test_virtual_tokens_leave_room_for_a_row(asked: int | None) -> None:
 def test_micro_batch_size(asked: int | str, longest: int, hardware: Hardware, expected: int) -> None:
     value, _ = choices.micro_batch_size(asked, batch_size=32, longest=longest, hardware=hardware)
     assert value == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "longest", "least", "expected"),
+    [(12, 500, 1, 6), (12, 5000, 1, 1), (12, 5000, 2, 2), (9, 5000, 2, 3), (16, 500, 2, 8), (7, 1000, 1, 1)],
+)
+def test_steps_of_whole_forward_passes(batch: int, longest: int, least: int, expected: int) -> None:
+    """4096 tokens a pass on a CPU: 8 rows of 500, of which 6 divide 12; one row of 5000."""
+    value, why = choices.micro_batch_size(
+        "auto", batch_size=batch, longest=longest, hardware=CPU, whole=True, least=least
+    )
+    assert value == expected and batch % value == 0
+    assert ("a divisor of" in why) == (batch % max(least, min(batch, 4096 // longest)) > 0)
 
 
 @pytest.mark.parametrize(

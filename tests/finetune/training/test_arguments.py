@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 from transformers import TrainingArguments
-from trl import SFTConfig
+from trl import KTOConfig, SFTConfig
 
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import TrainSettings
-from finetune.training.arguments import OPTIMIZERS, check_engine_args, training_arguments
+from finetune.training.arguments import OPTIMIZERS, TrlStage, check_engine_args, training_arguments
 
 
 def arguments(tmp_path: Path, *, precision: str = "float32", micro: int = 4, **settings: Any) -> Any:
@@ -117,3 +117,20 @@ def test_trl_steps_hold_as_many_rows_as_the_recipe_says(
         arguments(tmp_path, engine="trl", batch_size=batch, micro=micro)
     found = arguments(tmp_path, engine="trl", batch_size=batch, micro=fits)
     assert found.gradient_accumulation_steps * found.per_device_train_batch_size == batch
+
+
+def test_a_stage_s_own_arguments_arrive_and_are_its_own(tmp_path: Path) -> None:
+    settings = TrainSettings(engine="trl", batch_size=4)
+    stage = TrlStage("KTOConfig", {"beta": 0.25})
+    sizes = {"micro_batch_size": 2, "checkpoint_every": 1}
+    found = training_arguments(
+        settings, folder=tmp_path, device="cpu", precision="float32", **sizes, stage=stage
+    )
+    assert isinstance(found, KTOConfig) and found.beta == 0.25 and found.max_length is None
+    assert found.precompute_ref_log_probs and found.train_sampling_strategy == "sequential"
+    for name in ("beta", "precompute_ref_log_probs", "disable_dropout"):
+        taken = TrainSettings(engine="trl", engine_args={name: 1})
+        with pytest.raises(UserError, match=f"engine_args.{name}: the recipe decides this"):
+            check_engine_args(taken, stage)
+    with pytest.raises(UserError, match="packing: unknown to the engine"):
+        check_engine_args(TrainSettings(engine="trl", engine_args={"packing": True}), stage)

@@ -1,0 +1,260 @@
+"""The pieces of KTO, put together from a recipe: trainer, checks, measures."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from align.preference.dataset import PreferenceGroups, PreparedPreferences
+from align.preference.kto_engine import MeasuredKTOTrainer, training_order, trl_kto_trainer
+from align.preference.kto_settings import KtoSettings
+from align.preference.preflight import as_rows
+from align.preference.prepare import prepare_preferences
+from align.preference.settings import PreferenceSettings
+from align.preference.unpaired import balance
+from data_templates._segments import Message
+from finetune.data.collate import PaddedCollator
+from finetune.recipe.errors import Problem, UserError
+from finetune.training import tuning
+from finetune.training.arguments import TrlStage
+from finetune.training.behaviour import Behaviour
+from finetune.training.generate import Reply
+from finetune.training.job import Job
+from finetune.training.loading import Policy
+from finetune.training.preflight.ticks import Tick, failed
+from finetune.training.preflight.untouched import untouched
+from finetune.training.preflight.whole import model_ticks, row_ticks, vocabulary_tick
+from finetune.training.samples import Samples
+from finetune.training.stops import NotFiniteError
+from finetune.training.text import Text
+from finetune.training.watched import Watched
+
+WATCHED = Watched(
+    curves={
+        "loss": "training loss (mean over replies)",
+        "chosen_reward": "implicit reward of good replies",
+        "rejected_reward": "implicit reward of bad replies",
+        "margin": "good above bad: implicit rewards",
+        "kl": "reference point (KL from the start, nats a reply)",
+        "held_out_loss": "held-out loss",
+        "held_out_chosen_reward": "held-out: implicit reward of good replies",
+        "held_out_rejected_reward": "held-out: implicit reward of bad replies",
+        "held_out_margin": "held-out: good above bad",
+        "held_out_kl": "held-out: reference point",
+    },
+    numbers={
+        "loss": ("training loss", ".4f"),
+        "held_out_loss": ("held-out loss", ".4f"),
+        "held_out_chosen_reward": ("held-out reward of good replies", ".3f"),
+        "held_out_rejected_reward": ("held-out reward of bad replies", ".3f"),
+        "held_out_margin": ("held-out margin", ".3f"),
+    },
+)
+RATIO = (1.0, 4 / 3)
+"""What good replies may weigh for one of bad ones: arXiv 2402.01306, equation 9."""
+START = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
+"""How far the first loss may be from its value at the reference, from rounding alone."""
+
+
+def load_labels(job: Job, settings: PreferenceSettings, text: Text) -> PreparedPreferences:
+    """Read and tokenise a recipe's judged replies, and tell what was found.
+
+    Raises:
+        UserError: mistakes in the data, or all replies are good, or all bad.
+    """
+    seed = job.recipe.settings.train.seed
+    with job.timed("data"):
+        data = prepare_preferences(
+            settings, text.encoder, max_length=text.max_length, seed=seed, kind="labels"
+        )
+    for line in data.report.lines():
+        job.say(line)
+    refuse_one_sided(data)
+    return data
+
+
+def refuse_one_sided(data: PreparedPreferences) -> None:
+    """Refuse rows that are all good or all bad, or answer one prompt: nothing can be measured against them.
+
+    Raises:
+        UserError: of the training rows or the held-out ones.
+    """
+    problems = []
+    for where, rows in (("data.source", data.train), ("data.held_out", data.held_out)):
+        if rows is None:
+            continue
+        good, prompts = int((rows.scores == 1).sum()), {row.prompt_ids.tobytes() for row in _each(rows)}
+        if good in (0, len(rows)):
+            found = f"{len(rows)} replies, all {'good' if good else 'bad'}"
+            problems.append(
+                Problem(where, found, "good and bad ones", "tune on good ones with `llm-align sft`")
+            )
+        elif len(prompts) == 1:
+            found = f"{len(rows)} replies to one prompt"
+            expected = "two prompts at least: KTO puts replies behind others' prompts"
+            problems.append(Problem(where, found, expected, "add rows with other prompts"))
+    if problems:
+        raise UserError(problems)
+
+
+def _each(rows: PreferenceGroups) -> Sequence[Any]:
+    return [rows[index] for index in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class KtoTuning:
+    """Tuning of a policy on replies that are good or bad."""
+
+    job: Job
+    text: Text
+    data: PreparedPreferences
+    policy: Policy
+    align: KtoSettings
+
+    @property
+    def steps(self) -> int:
+        """Return the optimizer steps of the whole run."""
+        return tuning.optimizer_steps(self.job, len(self.data.train))
+
+    @property
+    def samples(self) -> Samples:
+        """Return the prompts to answer before and after training."""
+        return tuning.samples_of(self.job, self.text, self.data.prompts)
+
+    @cached_property
+    def behaviour(self) -> Behaviour:
+        """Return what is measured of replies before and after training."""
+        return tuning.behaviour_of(self.job, self.text, self.data.prompts)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what run.json says before the first step; whatever can be refused is refused here."""
+        self.job.watch(self.behaviour.numbers)
+        self.arguments()
+        tuning.say_parameters(self.job, self.policy)
+        self.preflight()
+        return tuning.policy_facts(self.job, self.text, self.policy, self.data.report)
+
+    def preflight(self) -> None:
+        """Prove before step 0 what can be proved on the run's own rows and model; neither is changed.
+
+        Raises:
+            UserError: a check failed.
+        """
+        job, text, data, policy = self.job, self.text, self.data, self.policy
+        with job.timed("preflight"):
+            job.check(Tick("environment", job.environment(policy.precision)))
+            rows = as_rows(data.train)
+            job.check(
+                *row_ticks(rows, data.report, text.encoder, max_length=text.max_length, blocks=False),
+                vocabulary_tick(policy.model, rows, text.encoder),
+                balance_tick(data.train, self.align),
+            )
+            collate = PaddedCollator(text.encoder.stop_ids[0])
+            stored = {"precision": policy.precision, "quantization": policy.quantization}
+            job.check(*model_ticks(policy.model, rows, collate, **stored))
+
+    def arguments(self) -> TrainingArguments:
+        """Return the engine's arguments; whatever is ``auto`` is decided here.
+
+        Raises:
+            UserError: the engine refuses them.
+        """
+        own = self.align.model_dump() | {"loss_type": "kto"}
+        stage = TrlStage(self.job.recipe.settings.TRL_CONFIG, own, least=2)
+        longest = self.data.train.longest
+        return tuning.engine_arguments(self.job, self.policy, longest=longest, steps=self.steps, stage=stage)
+
+    def trainer(self) -> MeasuredKTOTrainer:
+        """Return TRL's trainer, the reference computed and compared with the policy's start.
+
+        Raises:
+            UserError: policy and reference differ.
+        """
+        train, rows = self.job.recipe.settings.train, self.data.train
+        order = training_order(
+            rows, batch_size=train.batch_size, seed=train.seed, group_by_length=train.group_by_length
+        )
+        used = order[: self.steps * train.batch_size]
+        started = time.monotonic()
+        with self.job.timed("reference"):
+            trainer = trl_kto_trainer(
+                self.policy.model,
+                self.arguments(),
+                self.text.encoder.tokenizer,
+                train=rows,
+                held_out=self.data.held_out,
+                order=used,
+            )
+        self.job.say(f"reference of {len(used)} replies: {time.monotonic() - started:.1f} s")
+        self.job.check(start_tick(trainer, self.align, START[self.policy.precision]))
+        return trainer
+
+    def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
+        """Answer prompts greedily with the policy as it is."""
+        return tuning.replies(self.job, self.text, self.policy, prompts)
+
+    def measure(self, trainer: Trainer, when: str) -> None:
+        """Record the held-out measures before or after training, and those of training at both ends.
+
+        Raises:
+            NotFiniteError: the held-out loss is NaN or infinite.
+        """
+        run = self.job.run
+        if self.data.held_out is not None and f"held_out_loss_{when}" not in run.record.get("metrics", {}):
+            with self.job.timed("held_out"):
+                found = trainer.measure()
+            if not isfinite(found["loss"]):
+                raise NotFiniteError(f"held-out loss is {found['loss']} {when} training")
+            run.update(metrics={f"held_out_{name}_{when}": value for name, value in found.items()})
+        if when == "after":
+            tuning.record_training(self.job, trainer, ("loss", "margin", "kl"))
+
+    def save(self) -> None:
+        """Save the adapter (or the model), open it again, and put its checksum into the record.
+
+        Raises:
+            UserError: what was saved is not what was trained.
+        """
+        tuning.save_policy(self.job, self.text, self.policy)
+
+
+def balance_tick(rows: PreferenceGroups, align: KtoSettings) -> Tick:
+    """Tell how much good replies weigh for bad ones, and the weight that the paper recommends instead."""
+    good = int((rows.scores == 1).sum())
+    bad = len(rows) - good
+    weights = {"desirable_weight": align.desirable_weight, "undesirable_weight": align.undesirable_weight}
+    ratio, (low, high) = balance(good, bad, **weights), RATIO
+    counted = f"{good} good replies, {bad} bad; weighted {ratio:.2f} to 1"
+    if low - 1e-9 <= ratio <= high + 1e-9:
+        return Tick("balance", counted)
+    if ratio < low:
+        advice = f"align.desirable_weight={align.desirable_weight * low / ratio:.3g}"
+    else:
+        advice = f"align.undesirable_weight={align.undesirable_weight * ratio / high:.3g}"
+    return Tick("balance", f"{counted}, where 1 to 1.33 is recommended: {advice}", warned=True)
+
+
+@torch.no_grad()
+def start_tick(trainer: MeasuredKTOTrainer, align: KtoSettings, tolerance: float) -> Tick:
+    """Check that the policy begins as its own reference: each reply's loss is half its weight, s(0) = 1/2."""
+    rows = [trainer.train_dataset[index] for index in range(trainer.args.per_device_train_batch_size)]
+    laid: dict[str, Tensor] = trainer.data_collator(rows)
+    batch = {name: value.to(trainer.args.device) for name, value in laid.items()}
+    good = laid["label"].numpy()
+    expected = float(np.where(good, align.desirable_weight, align.undesirable_weight).mean() / 2)
+    with untouched(trainer.model), trainer.accelerator.autocast():
+        found = float(trainer.compute_loss(trainer.model, batch))
+    detail = f"the policy begins as the reference: first loss {found:.4f}, {expected:.4f} expected"
+    if abs(found - expected) <= tolerance:
+        return Tick("start", detail)
+    problem = Problem(
+        "train.engine", f"first loss {found:.4f}", f"{expected:.4f}: the policy is the reference"
+    )
+    return failed("start", problem)

@@ -1,0 +1,93 @@
+r"""The loss on single completions that are good or bad (KTO), and where its reference point comes from.
+
+In the equations: r(y) = log pi(y|x) - log ref(y|x), over all tokens; z is a reference point, the same for all
+rows of a forward pass; s the logistic function.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Judgement(NamedTuple):
+    """A loss for each completion, with gradient, and its implicit reward beta r(y), without: (rows,)."""
+
+    losses: Tensor
+    rewards: Tensor
+
+
+def kto(
+    ratios: Tensor,
+    good: Tensor,
+    *,
+    reference_point: Tensor,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Judgement:
+    """Return w_D (1 - s(beta (r - z))) of good completions and w_U (1 - s(beta (z - r))) of bad ones.
+
+    Kahneman-Tversky optimization, arXiv 2402.01306, equation 8: lambda_y - v(x, y).
+
+    Args:
+        ratios: (rows,) r of each completion.
+        good: (rows,) whether it is desirable.
+        reference_point: () z, without gradient.
+        beta: how averse to risk, above 0.
+        desirable_weight: lambda_D.
+        undesirable_weight: lambda_U.
+    """
+    gains = beta * (ratios - reference_point)
+    losses = torch.where(
+        good, desirable_weight * torch.sigmoid(-gains), undesirable_weight * torch.sigmoid(gains)
+    )
+    return Judgement(losses, (beta * ratios).detach())
+
+
+@torch.no_grad()
+def reference_point(mismatched_ratios: Tensor) -> Tensor:
+    """Return z: the mean of r over completions behind prompts that they do not answer, 0 at least.
+
+    arXiv 2402.01306, section 3.3: an estimate of KL(pi || ref), cheap and biased, that only sets where gains
+    end and losses begin.
+
+    Args:
+        mismatched_ratios: (rows,).
+    """
+    return mismatched_ratios.mean().clamp(min=0)
+
+
+def mismatched(prompts: Sequence[Hashable], size: int) -> list[int]:
+    """Return for each row the row whose completion is put behind its prompt, to estimate z.
+
+    Rows that come together in a forward pass lend each other their completions: each takes that of the row
+    before it, the first that of the last. A row of the same prompt is passed over (the halves of a pair
+    answer one prompt), and where all of them have it, a row of another pass serves.
+
+    Args:
+        prompts: each row's prompt, in the order of training.
+        size: rows of a forward pass.
+
+    >>> mismatched(["a", "b", "c", "d", "d", "e"], size=3)
+    [2, 0, 1, 5, 5, 4]
+    >>> mismatched(["a", "a", "b"], size=2)
+    [2, 2, 1]
+    """
+    return [_other(prompts, row, size) for row in range(len(prompts))]
+
+
+def _other(prompts: Sequence[Hashable], row: int, size: int) -> int:
+    start = row // size * size
+    together = range(start, min(start + size, len(prompts)))
+    beside = [start + (row - start - step) % len(together) for step in range(1, len(together))]
+    before = [(row - step) % len(prompts) for step in range(1, len(prompts))]
+    found = next((other for other in (*beside, *before) if prompts[other] != prompts[row]), None)
+    assert found is not None, "one prompt alone"
+    return found
+
+
+def balance(good: int, bad: int, *, desirable_weight: float, undesirable_weight: float) -> float:
+    """Return lambda_D n_D / (lambda_U n_U): how much good completions weigh for one of bad ones."""
+    return desirable_weight * good / (undesirable_weight * bad)

@@ -1,0 +1,81 @@
+r"""Kahneman-Tversky optimization: replies that are good or bad, one by one; no pairs, no reward model.
+
+Ethayarajh et al. 2024 (arXiv 2402.01306), equation 8: L = E[w_y - v(x, y)], v = w_D s(beta (r - z)) for good
+replies and w_U s(beta (z - r)) for bad ones, r = log pi(y|x) / ref(y|x), z the mean of r over replies behind
+prompts that they do not answer. The reference is the policy as it starts. TRL's KTOTrainer runs it.
+"""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, ClassVar
+
+from align.preference import kto_settings
+from align.preference.kto_settings import KtoDataSettings, KtoSettings, KtoTrainSettings
+from finetune.recipe.errors import Problem
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.settings import StageSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from finetune.training.result import Result
+
+
+PUBLIC = "kto-mix"
+"""The recipe that serves another base than the embedded one where none is named."""
+
+
+class Settings(StageSettings):
+    """Judged replies, and what is learnt from them."""
+
+    TRL_CONFIG: ClassVar[str] = "KTOConfig"
+
+    data: KtoDataSettings = KtoDataSettings()
+    train: KtoTrainSettings = KtoTrainSettings()
+    align: KtoSettings = KtoSettings()
+
+    def problems(self, valid: Collection[str]) -> list[Problem]:
+        """Return what contradicts itself, before anything is loaded."""
+        found: list[Problem] = []
+        if "train" in valid:
+            found += kto_settings.of_training(self.train)
+        if "adapter" in valid:
+            found += kto_settings.of_engine(self)
+        return found
+
+
+def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
+    """Tune a model on replies that are good or bad.
+
+    Args:
+        recipe: what to do.
+        console: where progress is shown.
+        force: start over where a run of this recipe is there already.
+        command: the words that started it, for the record.
+
+    Raises:
+        UserError: the user's mistakes, before anything is written.
+        Interrupted: a signal came; a checkpoint is there.
+        NotFiniteError: loss or gradient became NaN or infinite.
+    """
+    from finetune.training.result import Result
+    from finetune.training.run_directory import RunDirectory
+    from finetune.training.run_fingerprint import run_fingerprint
+
+    settings = recipe.settings
+    assert isinstance(settings, Settings)
+    fingerprint = run_fingerprint(settings)
+    run = RunDirectory.open(recipe, fingerprint, force=force)
+    if run.finished:
+        return Result.of(run)
+
+    from align.preference.kto_tuning import WATCHED, KtoTuning, load_labels
+    from finetune.training.job import Job
+    from finetune.training.loading import load_policy, load_text
+    from finetune.training.tune import carry_out
+
+    job = Job(recipe, run, console, command, watched=WATCHED)
+    text = load_text(job)
+    data = load_labels(job, settings.data, text)
+    tuning = KtoTuning(job, text, data, policy=load_policy(job), align=settings.align)
+    carry_out(job, tuning, fingerprint=fingerprint)
+    return Result.of(run)

@@ -1,0 +1,133 @@
+"""What the programs that measure share: a model of 42M parameters, its tokenizer, peak memory, ratios."""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import ByteLevelBPETokenizer
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from finetune.planning.hardware import detect, peak_memory_bytes
+
+RESULTS = Path(__file__).parent / "results"
+VOCABULARY = 32_000
+LEARNING_RATE = 1e-3
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer of 32k entries at most, trained on the data's own text."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=VOCABULARY - 3, show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    return tokenizer
+
+
+def adapted_llama(
+    *, bfloat16: bool, hidden_size: int = 512, layers: int = 8, positions: int = 1024
+) -> nn.Module:
+    """Return a Llama shape with random weights, and LoRA r = 16 on all its linear layers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden_size,
+        intermediate_size=1376 * hidden_size // 512,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+        max_position_embeddings=positions,
+    )
+    base = LlamaForCausalLM(config).to(torch.bfloat16 if bfloat16 else torch.float32)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    adapted: nn.Module = get_peft_model(base, lora)
+    return adapted
+
+
+def engine_arguments(folder: str, *, batch_size: int, max_steps: int, bfloat16: bool) -> dict[str, Any]:
+    """Return the engine's arguments that every contender shares."""
+    return {
+        "output_dir": folder,
+        "num_train_epochs": 1,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": LEARNING_RATE,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": bfloat16,
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": 0,
+    }
+
+
+def losses_logged(history: Iterable[dict[str, float]]) -> dict[str, Any]:
+    """Return the first losses that a trainer logged, and the mean of all."""
+    losses = [line["loss"] for line in history if "loss" in line]
+    return {"first_losses": losses[:2], "mean_loss": statistics.fmean(losses)}
+
+
+def forget_peak() -> None:
+    """Let the peak memory count anew from here: of the process (Linux), and of the GPU."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> float:
+    """Return the peak memory in GiB since it was reset: allocated on the GPU, or resident (Linux)."""
+    if torch.cuda.is_available():
+        return peak_memory_bytes(detect()) / 2**30
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
+
+
+def peak_apart(module: str, arguments: Sequence[str], contender: str) -> float:
+    """Return the peak memory in GiB of a process that does a few steps of one contender."""
+    command = [sys.executable, "-m", module, *arguments, "--only", contender]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: float = json.loads(printed.splitlines()[-1])["peak_memory_gib"]
+    return found
+
+
+def times_slower(runs: Sequence[dict[str, Any]], contenders: Sequence[str]) -> dict[str, float]:
+    """Return the median over the repeats of each contender's seconds for one of the first's."""
+    first, *others = contenders
+    ours = {entry["repeat"]: entry["seconds"] for entry in runs if entry["contender"] == first}
+    return {
+        contender: statistics.median(
+            entry["seconds"] / ours[entry["repeat"]] for entry in runs if entry["contender"] == contender
+        )
+        for contender in others
+    }
+
+
+def facts(*, bfloat16: bool) -> dict[str, Any]:
+    """Return when, on what and with what was measured."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": detect().name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "precision": "bfloat16" if bfloat16 else "float32",
+    }
+
+
+def save_result(name: str, result: dict[str, Any]) -> Path:
+    """Write a result to ``results/NAME-PRECISION-DATE.json`` and say so."""
+    path = RESULTS / f"{name}-{result['precision']}-{result['date'][:10]}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    click.echo(f"written to {path}")
+    return path

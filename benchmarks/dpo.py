@@ -1,0 +1,310 @@
+"""Direct preference optimization, our path against TRL: the same pairs, the same start, one process, in turn.
+
+    make bench-dpo ARGS=...      or      python -m benchmarks.dpo --data hh_rlhf/harmless-base/train.jsonl.gz
+
+A Llama shape of 42M parameters with random weights and a vocabulary of 32k, LoRA r = 16 on all linear layers,
+the base (the adapter switched off) as reference. Contenders: the prompt shared by both completions of a
+pair; each completion behind its prompt in a line of its own; TRL's DPOTrainer with its defaults; TRL at its
+best here (pairs grouped by length, no gradient checkpointing). Each computes the reference's
+log-probabilities once for every pair, in its steps. Before anything is timed, both programs'
+log-probabilities under policy and reference are compared. Seconds mean little on a shared machine, so the
+last line gives ratios: the median over the repeats of a contender's time to ours. Peak memory comes from a
+process of its own for each.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, PrinterCallback
+from trl import DPOConfig, DPOTrainer
+
+from align.preference.dataset import PreferenceGroups
+from align.preference.groups import Group, GroupCollator
+from align.preference.inputs import Pairs
+from align.preference.logps import completion_logps
+from align.preference.pairwise import dpo
+from align.preference.prepare import prepare_preferences
+from align.preference.settings import PreferenceSettings
+from align.preference.trl_engine import pair_columns
+from benchmarks.common import (
+    LEARNING_RATE,
+    RESULTS,
+    adapted_llama,
+    engine_arguments,
+    facts,
+    forget_peak,
+    losses_logged,
+    peak,
+    peak_apart,
+    save_result,
+    times_slower,
+    train_tokenizer,
+)
+from finetune.data.batches import MicroBatches
+from finetune.data.sources import read_source
+from finetune.data.tokens import Encoder
+from finetune.training.head import output_head
+
+EMBEDDED = "recipes/tiny/data/preferences_train.jsonl"
+CONTENDERS = ("native", "native-separate", "trl", "trl-best")
+TOLERANCE = {False: 1e-5, True: 2e-2}
+"""Of a completion's log-probability, relative: in float32, in bfloat16 (which has three digits)."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contender does."""
+
+    groups: PreferenceGroups
+    tokenizer: PreTrainedTokenizerFast
+    model: PeftModel
+    batch_size: int
+    bfloat16: bool
+    device: torch.device
+
+    @property
+    def pad(self) -> int:
+        """Return the token that fills lines up."""
+        return int(self.tokenizer.pad_token_id)
+
+    def group(self, index: int) -> Group:
+        """Return a pair as the collator takes it."""
+        row = self.groups[index]
+        pieces = (row.prompt_ids, *row.completion_ids)
+        prompt, *completions = (torch.tensor(ids, dtype=torch.long) for ids in pieces)
+        return Group(prompt, tuple(completions))
+
+    def batches(self) -> Iterator[list[int]]:
+        """Yield the pairs of each step, of similar length, as the native trainers order them."""
+        lengths = self.groups.lengths.tolist()
+        size = self.batch_size
+        yield from MicroBatches(lengths, batch_size=size, micro_batch_size=size, seed=0, group_by_length=True)
+
+
+def build(path: str, rows: int, batch_size: int, *, bfloat16: bool, small: bool = False) -> Work:
+    """Return the first pairs of a file, tokenizer and adapted model; the tokenizer is trained on its text."""
+    found = [row.columns for row in read_source(path)]
+    tokenizer = train_tokenizer(str(text) for row in found for text in row.values())
+    settings = PreferenceSettings(source=found[: 2 * rows], cache=False, template="hh")
+    prepared = prepare_preferences(settings, Encoder(tokenizer, "hh"), max_length=512, seed=0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = {"hidden_size": 64, "layers": 2} if small else {}
+    model = adapted_llama(bfloat16=bfloat16, **shape)
+    assert isinstance(model, PeftModel)
+    groups = _first(prepared.train, rows)
+    return Work(groups, tokenizer, model.to(device), batch_size, bfloat16, device)
+
+
+def run(work: Work, contender: str, *, max_steps: int = -1) -> dict[str, Any]:
+    """Train one epoch with one contender, from the same start; return seconds and losses."""
+    model = deepcopy(work.model)
+    if contender.startswith("native"):
+        measured = _native(work, model, separate=contender.endswith("separate"), max_steps=max_steps)
+    else:
+        measured = _trl(work, model, best=contender.endswith("best"), max_steps=max_steps)
+    return {"contender": contender, **measured}
+
+
+def differences(work: Work) -> dict[str, float]:
+    """Return the largest relative difference between our log-probabilities of completions and TRL's.
+
+    The adapter is moved away from its start, where it changes nothing, so that policy and reference differ.
+    """
+    model = deepcopy(work.model)
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trl_trainer(work, model, folder, best=True, max_steps=-1)
+        columns = pair_columns(work.groups)
+        lines = trainer.data_collator([columns[index] for index in range(len(columns))])
+        batch = {key: value.to(work.device) for key, value in lines.items()}
+        theirs = {
+            "policy": trainer.compute_ref_log_probs(model, batch)
+        }  # under "ref", its copy of the policy
+        model.delete_adapter("ref")
+        theirs["reference"] = trainer.compute_ref_log_probs(model, batch)
+    with torch.no_grad():
+        pairs = _pairs(work, model, range(len(work.groups)), GroupCollator(work.pad, budget=2048))
+    assert pairs.reference_chosen_logps is not None and pairs.reference_rejected_logps is not None
+    ours = {
+        "policy": (pairs.chosen_logps, pairs.rejected_logps),
+        "reference": (pairs.reference_chosen_logps, pairs.reference_rejected_logps),
+    }
+    apart = (torch.cat(ours["policy"]) - torch.cat(ours["reference"])).abs().mean()
+    assert apart > 0.01, "the policy is another one than the reference"
+    return {who: _difference(torch.cat(ours[who]), torch.cat(theirs[who])) for who in ours}
+
+
+def _first(groups: PreferenceGroups, count: int) -> PreferenceGroups:
+    """Return the first groups."""
+    assert len(groups) >= count, f"{len(groups)} pairs of {count}"
+    first = int(groups.firsts[count])
+    completions = first - count
+    return PreferenceGroups(
+        input_ids=groups.input_ids[: groups.starts[first]],
+        starts=groups.starts[: first + 1],
+        firsts=groups.firsts[: count + 1],
+        scores=groups.scores[:completions],
+        ranks=groups.ranks[:completions],
+        margins=groups.margins[:count],
+        places=groups.places[:count],
+        sources=groups.sources[:count],
+    )
+
+
+def _native(work: Work, model: PeftModel, *, separate: bool, max_steps: int) -> dict[str, Any]:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+    batches = list(work.batches())[: max_steps if max_steps > 0 else None]
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
+    collate = GroupCollator(work.pad, separate=separate)
+    model.train()
+    start, losses = time.perf_counter(), []
+    for rows in batches:
+        with torch.autocast(work.device.type, torch.bfloat16, enabled=work.bfloat16):
+            loss = dpo(_pairs(work, model, rows, collate)).losses.mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "first_losses": losses[:2], "mean_loss": statistics.fmean(losses)}
+
+
+def _pairs(work: Work, model: PeftModel, rows: Sequence[int], collate: GroupCollator) -> Pairs:
+    """Return log-probabilities under the policy and, the adapter switched off, under the reference."""
+    laid = collate([work.group(row) for row in rows])
+    batch = {key: value.to(work.device) for key, value in laid.items() if isinstance(value, Tensor)}
+    head = output_head(model)
+    with torch.no_grad(), model.disable_adapter():
+        reference = completion_logps(model, head, batch)
+    logps, lengths = completion_logps(model, head, batch), batch["lengths"]
+    return Pairs(
+        chosen_logps=logps[::2],
+        rejected_logps=logps[1::2],
+        chosen_lengths=lengths[::2],
+        rejected_lengths=lengths[1::2],
+        reference_chosen_logps=reference[::2],
+        reference_rejected_logps=reference[1::2],
+    )
+
+
+def _trl(work: Work, model: PeftModel, *, best: bool, max_steps: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trl_trainer(work, model, folder, best=best, max_steps=max_steps)
+        model.delete_adapter("ref")  # TRL then takes the base as reference, which is cheaper and the same
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, **losses_logged(trainer.state.log_history)}
+
+
+def _trl_trainer(work: Work, model: PeftModel, folder: str, *, best: bool, max_steps: int) -> DPOTrainer:
+    common = engine_arguments(folder, batch_size=work.batch_size, max_steps=max_steps, bfloat16=work.bfloat16)
+    faster: dict[str, Any] = {
+        "activation_checkpointing": False,
+        "train_sampling_strategy": "group_by_length",
+        "length_column_name": "length",
+        "remove_unused_columns": False,
+    }
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(**common, max_length=None, **(faster if best else {})),
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=work.tokenizer,
+    )
+    columns = pair_columns(work.groups)
+    trainer.train_dataset = columns.add_column("length", work.groups.lengths.tolist()) if best else columns
+    return trainer
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    return float(((ours.float() - theirs.float()).abs() / theirs.float().abs()).max())
+
+
+@click.command()
+@click.option(
+    "--data", default=EMBEDDED, show_default=True, help="A file of pairs in a layout that recipes know."
+)
+@click.option("--rows", default=24, show_default=True, help="Pairs.")
+@click.option("--batch-size", default=4, show_default=True)
+@click.option("--repeats", default=3, show_default=True)
+@click.option("--bfloat16", is_flag=True, help="bfloat16 in place of float32, for all contenders.")
+@click.option("--small", is_flag=True, help="A model of two narrow layers, to try the program.")
+@click.option(
+    "--only", type=click.Choice(CONTENDERS), help="Four steps of one contender, for its peak memory."
+)
+@click.option("--save", is_flag=True, help=f"Write the result to {RESULTS.name}/.")
+def main(
+    data: str,
+    rows: int,
+    batch_size: int,
+    repeats: int,
+    bfloat16: bool,
+    small: bool,
+    only: str | None,
+    save: bool,
+) -> None:
+    """Measure, and print the ratios on the last line."""
+    work = build(data, rows, batch_size, bfloat16=bfloat16, small=small)
+    if only:
+        forget_peak()
+        run(work, only, max_steps=4)
+        click.echo(json.dumps({"peak_memory_gib": round(peak(), 3)}))
+        return
+    apart = differences(work)
+    click.echo(f"largest relative difference of log-probabilities: {apart}")
+    assert max(apart.values()) < TOLERANCE[bfloat16], "the contenders do not compute the same"
+    runs = []
+    for repeat in range(repeats):
+        for contender in CONTENDERS if repeat % 2 == 0 else reversed(CONTENDERS):
+            runs.append({"repeat": repeat, **run(work, contender)})
+            click.echo(json.dumps(runs[-1]))
+    arguments = ["--data", data, "--rows", str(rows), "--batch-size", str(batch_size)]
+    arguments += ["--bfloat16"] * bfloat16 + ["--small"] * small
+    peaks = {contender: peak_apart("benchmarks.dpo", arguments, contender) for contender in CONTENDERS}
+    settings = {"data": Path(data).name, "rows": rows, "batch_size": batch_size}
+    result = _result(work, runs, peaks, {**settings, "logps_differ_by": apart})
+    if save:
+        save_result("dpo", result)
+    ratios = ", ".join(f"{name} {value:.2f}x" for name, value in result["times_slower_than_native"].items())
+    click.echo(f"peak memory (GiB): {peaks}\ntime of others / native: {ratios}")
+
+
+def _result(
+    work: Work, runs: list[dict[str, Any]], peaks: dict[str, float], settings: dict[str, Any]
+) -> dict[str, Any]:
+    groups = work.groups
+    separate = int((groups.completions * groups.prompt_lengths).sum() + groups.completion_lengths.sum())
+    return {
+        **facts(bfloat16=work.bfloat16),
+        **settings,
+        "parameters": sum(weight.numel() for weight in work.model.parameters()),
+        "tokens_shared": groups.num_tokens,
+        "tokens_separate": separate,
+        "tokens_with_loss": int(groups.completion_lengths.sum()),
+        "times_slower_than_native": times_slower(runs, CONTENDERS),
+        "peak_memory_gib": peaks,
+        "runs": runs,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What sharing the prompt saves: a prompt's K completions in one line against K lines, over their lengths.
+
+    make bench-prompt_share ARGS=--save      or      python -m benchmarks.prompt_share
+
+The model of the other programs (42M parameters, LoRA on all linear layers), random tokens, forward and
+backward pass of all completions' log-probabilities, prompt and one completion together 512 tokens. Both
+layouts take turns in one process; what is kept is the median ratio of their times, beside the ratio of the
+tokens that they compute. The shared line pays with a longer attention (its mask is dense: completions do not
+see each other, but the products are computed), so time follows tokens only as far as prompts are long.
+"""
+
+import statistics
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from align.preference.groups import Group, GroupBatch, GroupCollator
+from align.preference.logps import completion_logps
+from benchmarks.common import RESULTS, VOCABULARY, adapted_llama, facts, save_result
+from finetune.training.head import output_head
+
+TOTAL = 512
+PROMPTS = (64, 128, 256, 384, 448)
+COMPLETIONS = (2, 4, 8)
+
+
+def group(prompt: int, completions: int, *, total: int = TOTAL) -> Group:
+    """Return a prompt of random tokens with K completions, each filling up to ``total`` tokens."""
+    random = torch.Generator().manual_seed(prompt * 100 + completions)
+    lengths = [prompt, *[total - prompt] * completions]
+    first, *others = (torch.randint(5, VOCABULARY, (length,), generator=random) for length in lengths)
+    return Group(first, tuple(others))
+
+
+def measure(model: nn.Module, prompt: int, completions: int, *, total: int, repeats: int) -> dict[str, Any]:
+    """Return both layouts' seconds, the median of their ratios, and their tokens."""
+    one = group(prompt, completions, total=total)
+    layouts = {"shared": GroupCollator(0), "separate": GroupCollator(0, separate=True)}
+    batches = {name: collate([one]) for name, collate in layouts.items()}
+    apart = _difference(model, batches["shared"], batches["separate"])
+    seconds: dict[str, list[float]] = {name: [] for name in layouts}
+    for repeat in range(repeats):
+        for name in layouts if repeat % 2 == 0 else reversed(layouts):
+            seconds[name].append(_seconds(model, batches[name]))
+    tokens = {name: batch["input_ids"].numel() for name, batch in batches.items()}
+    pairs = zip(seconds["separate"], seconds["shared"], strict=True)
+    return {
+        "prompt": prompt,
+        "completions": completions,
+        "tokens": tokens,
+        "token_ratio": tokens["separate"] / tokens["shared"],
+        "time_ratio": statistics.median(separate / shared for separate, shared in pairs),
+        "seconds": seconds,
+        "logps_differ_by": apart,
+    }
+
+
+def _on_device(model: nn.Module, batch: GroupBatch) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, shared: GroupBatch, separate: GroupBatch) -> float:
+    """Return the largest relative difference of the completions' log-probabilities."""
+    head = output_head(model)
+    first, second = (completion_logps(model, head, _on_device(model, batch)) for batch in (shared, separate))
+    return float(((first - second) / second).abs().max())
+
+
+def _seconds(model: nn.Module, batch: GroupBatch) -> float:
+    inputs = _on_device(model, batch)
+    bfloat16 = next(model.parameters()).dtype == torch.bfloat16
+    start = time.perf_counter()
+    with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=bfloat16):
+        loss = -completion_logps(model, output_head(model), inputs).sum()
+    loss.backward()
+    if inputs["input_ids"].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@click.command()
+@click.option("--repeats", default=3, show_default=True)
+@click.option("--bfloat16", is_flag=True, help="bfloat16 in place of float32.")
+@click.option("--small", is_flag=True, help="A model of two narrow layers and 64 tokens, to try the program.")
+@click.option("--save", is_flag=True, help=f"Write numbers and plot to {RESULTS.name}/.")
+def main(repeats: int, bfloat16: bool, small: bool, save: bool) -> None:
+    """Measure, and print a line for each pair of lengths."""
+    total = TOTAL // 8 if small else TOTAL
+    shape = {"hidden_size": 64, "layers": 2} if small else {}
+    model = adapted_llama(bfloat16=bfloat16, positions=TOTAL, **shape)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    _seconds(model, GroupCollator(0)([group(total // 2, 2, total=total)]))  # the first pass warms up
+    points = []
+    for completions, prompt in product(COMPLETIONS, PROMPTS):
+        prompt = prompt * total // TOTAL
+        point = measure(model, prompt, completions, total=total, repeats=repeats)
+        points.append(point)
+        ratios = f"tokens {point['token_ratio']:.2f}x, time {point['time_ratio']:.2f}x"
+        click.echo(f"K = {completions}, prompt {prompt} of {total}: {ratios}")
+    if save:
+        result = {**facts(bfloat16=bfloat16), "total": total, "repeats": repeats, "points": points}
+        _write_plot(result, save_result("prompt_share", result).with_suffix(".png"))
+
+
+def _write_plot(result: dict[str, Any], path: Path) -> None:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for completions, colour in zip(COMPLETIONS, ("#3b5bdb", "#e8590c", "#2b8a3e"), strict=True):
+        own = [point for point in result["points"] if point["completions"] == completions]
+        share = [point["prompt"] / result["total"] for point in own]
+        times, tokens = ([point[key] for point in own] for key in ("time_ratio", "token_ratio"))
+        axes.plot(share, times, color=colour, marker="o", label=f"time, K = {completions}")
+        axes.plot(share, tokens, color=colour, linestyle=":", label=f"tokens, K = {completions}")
+    axes.axhline(1.0, color="#868e96", linewidth=0.8)
+    axes.set(
+        xlabel=f"prompt's share of {result['total']} tokens",
+        ylabel="separate lines / shared prompt",
+        title=f"{result['device']}, {result['precision']}",
+    )
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    click.echo(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
