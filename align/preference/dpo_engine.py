@@ -38,8 +38,8 @@ SAME = {
     "apo_zero": "apo_zero",
     "apo_down": "apo_down",
 }
-"""Our losses: TRL's. Its `sigmoid` has no label smoothing, so there is no cDPO; its likelihood is the mean over
-all tokens of a pass and not over pairs, so there is no RPO."""
+"""Our losses: TRL's. Its `sigmoid` has no label smoothing, so there is no cDPO; its likelihood is the mean
+over all tokens of a pass and not over pairs, so there is no RPO."""
 NATIVE = "train.engine=native"
 
 
