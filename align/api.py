@@ -3,9 +3,11 @@
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.default_recipe import default_recipe
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.recipe import Recipe, load
 
@@ -26,7 +28,7 @@ def quiet() -> None:
 
 
 def load_recipe(
-    name: str = "quickstart",
+    name: str | None = None,
     *,
     stage: str = "sft",
     base: str | None = None,
@@ -39,7 +41,8 @@ def load_recipe(
     """Load a recipe, as ``llm-align STAGE NAME --base .. --data .. section.key=value`` does.
 
     Args:
-        name: a recipe's name, or the path of a YAML file.
+        name: a recipe's name, or the path of a YAML file; None: the quickstart, or for another base the
+            stage's recipe of public data.
         stage: the stage that will run it.
         base: short name, hub id or folder of the base model.
         data: hub id, file, folder, or a list of rows.
@@ -54,7 +57,9 @@ def load_recipe(
     begin = str(start) if start is not None else None
     shortcuts = {"model.base": base, "data.source": data, "adapter.method": adapter, "model.start": begin}
     given = {key: value for key, value in shortcuts.items() if value is not None} | dict(settings or {})
-    return load(stage, name, shortcuts=given, out=Path(out) if out is not None else None)
+    known, notes = (name, []) if name else default_recipe(stage, given)
+    recipe = load(stage, known, shortcuts=given, out=Path(out) if out is not None else None)
+    return replace(recipe, notes=[*notes, *recipe.notes])
 
 
 def load_tuned(directory: str | Path) -> "Tuned":

@@ -13,6 +13,7 @@ ROWS = [{"instruction": f"Add {i} and {i}.", "output": str(2 * i)} for i in rang
 FAST = {
     "model.precision": "float32",
     "data.held_out": 2,
+    "data.max_length": 128,
     "train.max_steps": 2,
     "train.batch_size": 4,
     "evaluate.samples": 1,
