@@ -92,7 +92,7 @@ def _learning(seen: Seen) -> Finding | None:
         return Finding(
             "learning", said, "next to nothing was learnt", "raise train.learning_rate, or train longer"
         )
-    return Finding("learning", said, "chosen and rejected are told apart")
+    return Finding("learning", said, "chosen completions gained on rejected ones")
 
 
 def _chosen(seen: Seen) -> Finding | None:
@@ -102,7 +102,9 @@ def _chosen(seen: Seen) -> Finding | None:
     said = f"log-probability per token: chosen {chosen:+.3f}, rejected {rejected:+.3f} nats"
     if chosen >= -CHOSEN_FELL:
         return Finding("likelihood", said, "chosen completions are about as likely as before, or more")
-    means = "both became less likely, the rejected ones more so; what took their place is in no data"
+    means = "chosen completions became less likely, and more so than rejected ones, token by token"
+    if rejected < chosen:
+        means = "both became less likely, rejected ones more so: what took their place is in no data"
     more = (
         "raise align.loss.nll_weight" if seen.likelihood else "align.loss={name: rpo} adds their likelihood"
     )

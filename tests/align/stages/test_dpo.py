@@ -175,7 +175,7 @@ def test_full_tuning_has_no_live_reference(dpo_recipe: Recipes) -> None:
 
 def test_the_shipped_recipe_loads() -> None:
     recipe = load("dpo", "quickstart")
-    assert recipe.settings.align.loss_name == "dpo" and recipe.notes == []
+    assert recipe.settings.align.loss_name == "dpo" and recipe.settings.align.problems() == []
 
 
 def test_the_command_line_prints_a_summary(
