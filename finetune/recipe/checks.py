@@ -22,7 +22,8 @@ def contradictions(settings: StageSettings, valid: Collection[str]) -> list[Prob
         settings: a recipe's sections; those that are not ``valid`` hold defaults in the mistaken ones' stead.
         valid: the sections that are in order; a rule that reads another one is left out.
     """
-    return [problem for rule, sections in RULES if sections <= set(valid) for problem in rule(settings)]
+    found = [problem for rule, sections in RULES if sections <= set(valid) for problem in rule(settings)]
+    return found + (settings.problems() if set(type(settings).model_fields) <= set(valid) else [])
 
 
 def adapter_traits(method: str) -> Traits:

@@ -264,3 +264,7 @@ class StageSettings(Section):
     adapter: SerializeAsAny[AdapterSettings] = AdapterSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    def problems(self) -> list[Problem]:
+        """Return what contradicts itself between a stage's own sections, before anything is loaded."""
+        return []

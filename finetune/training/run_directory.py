@@ -17,8 +17,8 @@ RUNS = Path("runs")
 REPLACED = "replaced"
 SAMPLES = "samples.jsonl"
 OWN_FILES = ("recipe.yaml", "metrics.jsonl", SAMPLES, "report.html", "run.json")
-MERGED = "merged"
-OWN_FOLDERS = ("adapter", "model", MERGED, "checkpoints")
+MERGED, RULES = "merged", "rules"
+OWN_FOLDERS = ("adapter", "model", MERGED, RULES, "checkpoints")
 LOCK = ".lock"
 PARTIAL = ".{}.partial"
 

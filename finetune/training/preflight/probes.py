@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from finetune.data.collate import IGNORED, Batch, Collator, Example
+from finetune.data.collate import IGNORED, Collator, Example
 from finetune.data.dataset import TokenizedRows
 from finetune.recipe.errors import Problem
 from finetune.training.preflight.gradients import reached
@@ -63,11 +63,33 @@ def batch_is_its_parts(
     """
     whole, parts = collate(examples), [collate([example]) for example in examples]
     labels = int((whole["labels"][:, 1:] != IGNORED).sum())
+    return whole_is_its_parts(model, loss_sum, whole, parts=parts, factor=scale / labels, tolerance=tolerance)
+
+
+def whole_is_its_parts(
+    model: nn.Module,
+    loss_sum: LossSum,
+    whole: Mapping[str, object],
+    *,
+    parts: Sequence[Mapping[str, object]],
+    factor: float,
+    tolerance: float,
+) -> list[Tick]:
+    """Check that a batch gives the loss and the gradient of its parts together, and who gets a gradient.
+
+    Args:
+        model: as the run has it.
+        loss_sum: summed loss of a batch.
+        whole: rows in one forward pass.
+        parts: the same rows, one a forward pass.
+        factor: what the sums are multiplied with, one over the number of their terms.
+        tolerance: relative difference that the arithmetic explains.
+    """
     with untouched(model):
-        loss = _backward(model, loss_sum, whole, scale / labels)
+        loss = _backward(model, loss_sum, whole, factor)
         gradient = reached(model)
         size = _size(model)
-        rest = sum((_backward(model, loss_sum, part, -scale / labels) for part in parts), loss)
+        rest = sum((_backward(model, loss_sum, part, -factor) for part in parts), loss)
         difference = max(abs(rest) / max(abs(loss), 1e-30), _size(model) / max(size, 1e-30))
     if gradient.problem:
         return [gradient]
@@ -81,7 +103,7 @@ def batch_is_its_parts(
     return [gradient, failed("accumulation", Problem("train.micro_batch_size", detail, expected, repair))]
 
 
-def _backward(model: nn.Module, loss_sum: LossSum, batch: Batch, factor: float) -> float:
+def _backward(model: nn.Module, loss_sum: LossSum, batch: Mapping[str, object], factor: float) -> float:
     loss = loss_sum(_on_device(model, batch)) * factor
     if loss.requires_grad:  # else nothing that is trained has a part in it, and the gradients' check tells
         torch.autograd.backward(loss)
