@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel
 
 from align.preference.attention import block_attention
+from finetune.adapters._prompt_model import ENCODER_WEIGHTS
 from finetune.planning.hardware import Hardware
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import ModelSettings
@@ -143,7 +144,7 @@ def take_weights(model: PeftModel, folder: Path) -> list[str]:
     Raises:
         UserError: the saved adapter has other tensors than this one.
     """
-    saved, live = load_file(folder / ADAPTER_WEIGHTS), get_peft_model_state_dict(model)
+    saved, live = load_file(folder / ADAPTER_WEIGHTS), dict(get_peft_model_state_dict(model))
     expected = {name for name in live if f".{SCORE}." not in name}
     given = {name: value for name, value in saved.items() if f".{SCORE}." not in name}
     wrong = sorted(given.keys() ^ expected)
@@ -152,7 +153,8 @@ def take_weights(model: PeftModel, folder: Path) -> list[str]:
         found = f"{len(wrong)} tensors of the adapter in {folder} are missing or of other shape ({wrong[0]})"
         repair = "the same base and the same adapter section as in that run (its recipe.yaml)"
         raise UserError(Problem("adapter", found, "an adapter of the same kind and size", repair))
-    with torch.no_grad():
-        for name, value in given.items():
-            live[name].copy_(value)
+    if (folder / ENCODER_WEIGHTS).is_file():  # a prompt's encoder is more than the prompt that it makes
+        model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
+    else:
+        set_peft_model_state_dict(model, live | given)
     return sorted(given)

@@ -1,5 +1,6 @@
 """What a reader of a reward model's run looks at: curves and numbers."""
 
+from align.reward.panel import reward_panel
 from align.reward.settings import Settings
 from finetune.recipe.settings import StageSettings
 from finetune.training.watched import Watched
@@ -25,4 +26,4 @@ def watched(settings: StageSettings) -> Watched:
     }
     heads = settings.reward.heads if len(settings.reward.heads) > 1 else []
     numbers |= {f"held_out_accuracy_{name}": (f"held-out accuracy, {name}", ".1%") for name in heads}
-    return Watched(curves=CURVES, numbers=numbers)
+    return Watched(curves=CURVES, numbers=numbers, panel=reward_panel)

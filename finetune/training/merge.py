@@ -14,7 +14,7 @@ from finetune.recipe.settings import ModelSettings
 from finetune.training.model import load_base
 from finetune.training.run_directory import MERGED, replacing
 from finetune.training.save import verify_model
-from finetune.training.tuned import finished_record
+from finetune.training.tuned import record_of_writer
 
 
 def merge_run(run: Path) -> Path:
@@ -26,7 +26,7 @@ def merge_run(run: Path) -> Path:
     Raises:
         UserError: no finished run, no adapter, or one that changes no weight.
     """
-    load = finished_record(run)["load"]
+    load = record_of_writer(run)["load"]
     adapter = run / "adapter"
     if not adapter.is_dir():
         raise UserError(

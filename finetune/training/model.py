@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from finetune.planning.hardware import Hardware
 from finetune.recipe.bases import resolve_base
@@ -101,6 +101,7 @@ def load_base(
     config = load_config(settings)
     if heads:
         label_scores(config, heads)
+        set_verbosity_error()  # the library's report that a head is fresh asks nothing of the user
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     with _told(settings):
         model: PreTrainedModel

@@ -38,13 +38,28 @@ def finished_record(run: Path) -> dict[str, Any]:
     return record
 
 
+def record_of_writer(run: Path) -> dict[str, Any]:
+    """Return the run.json of a finished run whose model writes text.
+
+    Raises:
+        UserError: the folder is no finished run, or its model scores texts.
+    """
+    record = finished_record(run)
+    if "heads" in record["load"]:
+        repair = f"`llm-align score {run} FILE` scores the completions of a file"
+        raise UserError(
+            Problem(str(run), "a reward model, which writes no text", "a model that does", repair)
+        )
+    return record
+
+
 def load_tuned(run: Path) -> Tuned:
     """Load a finished run's model in the precision that it was trained in.
 
     Raises:
         UserError: the folder is no finished run.
     """
-    load: dict[str, Any] = finished_record(run)["load"]
+    load: dict[str, Any] = record_of_writer(run)["load"]
     settings = ModelSettings(**load["model"])
     whole = run / "model"
     if whole.is_dir():
