@@ -92,6 +92,7 @@ class RewardTuning:
                 "heads": settings.reward.heads,
                 "pad_id": self.collator.pad_id,
                 "max_length": self.text.max_length,
+                "max_prompt_length": settings.data.max_prompt_length or self.text.max_length // 2,
                 "rules": [rule.model_dump() for rule in settings.reward.rules],
             },
         }
