@@ -11,7 +11,7 @@ from align.reward.score_file import score_file, summary, write_rows
 from align.reward.scorer import load_reward
 from finetune.recipe.errors import Problem, UserError
 
-HEAD = ("reward", "completions", "mean", "deviation", "lowest", "highest", "right order", "95 % interval")
+SPREAD = ("mean", "deviation")
 
 
 def score(run: Path, source: str, *, out: Path | None, as_json: bool) -> None:
@@ -37,8 +37,9 @@ def score(run: Path, source: str, *, out: Path | None, as_json: bool) -> None:
 def _print(facts: dict[str, Any], out: Path | None) -> None:
     console = Console()
     table = Table()
-    for index, column in enumerate(HEAD):
-        table.add_column(column, justify="right" if index else "left")
+    ordered = any("accuracy" in values for values in facts["rewards"].values())
+    for column in ("reward", "scored", *SPREAD, *(("right order", "95 %") if ordered else ())):
+        table.add_column(column, justify="left" if column == "reward" else "right", no_wrap=True)
     for name, values in facts["rewards"].items():
         table.add_row(name, *_cells(values))
     console.print(table)
@@ -52,9 +53,9 @@ def _print(facts: dict[str, Any], out: Path | None) -> None:
 
 
 def _cells(values: dict[str, Any]) -> list[str]:
-    spread = [f"{values[key]:.3f}" if key in values else "" for key in ("mean", "deviation", "min", "max")]
-    order = ["", ""]
+    spread = [f"{values[key]:.3f}" if key in values else "" for key in SPREAD]
+    order = []
     if "accuracy" in values:
         low, high = values["interval"]
-        order = [f"{values['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"]
+        order = [f"{values['accuracy']:.1%}", f"{100 * low:.0f} to {high:.0%}"]
     return [str(values.get("completions", "")), *spread, *order]
