@@ -1,11 +1,11 @@
-"""Adapt and align language models: ``from align import load_recipe, load_tuned, run``."""
+"""Adapt and align language models: ``from align import load_recipe, load_reward, load_tuned, run``."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from align.api import load_recipe, load_tuned, run
+    from align.api import load_recipe, load_reward, load_tuned, run
 
-__all__ = ["load_recipe", "load_tuned", "run"]
+__all__ = ["load_recipe", "load_reward", "load_tuned", "run"]
 
 
 def __getattr__(name: str) -> Any:

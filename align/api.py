@@ -12,6 +12,7 @@ from finetune.recipe.discovery import load_stage
 from finetune.recipe.recipe import Recipe, load
 
 if TYPE_CHECKING:
+    from align.reward.scorer import RewardModel
     from finetune.training.result import Result
     from finetune.training.tuned import Tuned
 
@@ -75,6 +76,21 @@ def load_tuned(directory: str | Path) -> "Tuned":
     from finetune.training import tuned
 
     return tuned.load_tuned(Path(directory))
+
+
+def load_reward(directory: str | Path) -> "RewardModel":
+    """Open a finished reward model; ``.score(prompts, completions)`` gives what each completion is worth.
+
+    Args:
+        directory: the run directory.
+
+    Raises:
+        UserError: the folder is no finished run of a reward model.
+    """
+    quiet()
+    from align.reward import scorer
+
+    return scorer.load_reward(Path(directory))
 
 
 def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") -> "Result":

@@ -216,6 +216,21 @@ def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: 
 
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("source", metavar="FILE")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write each row with its rewards."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None:
+    """Score the completions of a file with a reward model: of each head, each rule, and all together."""
+    quiet()
+    from align.score import score as score_source
+
+    score_source(directory, source, out=out, as_json=as_json)
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
 def merge(directory: Path) -> None:
     """Write a run's base and adapter as one model, RUN/merged; `--base RUN` goes on from it."""
     quiet()

@@ -22,7 +22,9 @@ def print_summary(result: Result) -> None:
     console.print(
         f"result   {result.adapter}\nreport   {folder / 'report.html'}", highlight=False, soft_wrap=True
     )
-    console.print(f"next     [bold]llm-align chat {folder}[/]", highlight=False, soft_wrap=True)
+    scores = "heads" in result.record["load"]
+    following = f"score {folder} FILE.jsonl" if scores else f"chat {folder}"
+    console.print(f"next     [bold]llm-align {following}[/]", highlight=False, soft_wrap=True)
 
 
 def _samples(result: Result) -> Table:

@@ -17,6 +17,8 @@ class BitFitConfig(PeftConfig):  # type: ignore[misc]
 
     target_modules: Any = field(default=None, metadata={"help": "names of the modules whose bias is trained"})
 
+    modules_to_save: Any = field(default=None, metadata={"help": "modules trained and saved whole: a head"})
+
     def __post_init__(self) -> None:
         """Name the kind of adapter."""
         super().__post_init__()

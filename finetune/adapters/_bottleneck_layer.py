@@ -26,6 +26,8 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
     parallel: bool = field(default=False, metadata={"help": "reads the module's input, not its output"})
     experts: int = field(default=1, metadata={"help": "bottlenecks in the mixture"})
 
+    modules_to_save: Any = field(default=None, metadata={"help": "modules trained and saved whole: a head"})
+
     def __post_init__(self) -> None:
         """Name the kind of adapter."""
         super().__post_init__()

@@ -6,7 +6,7 @@ from peft import MultitaskPromptTuningConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from finetune.adapters import _bias_layer, _bottleneck_layer
-from finetune.adapters._prompt_model import SingleTaskModel
+from finetune.adapters._prompt_model import single_task_model
 
 OURS = (_bias_layer, _bottleneck_layer)
 """Importing these makes our kinds of adapters known to PEFT."""
@@ -21,6 +21,6 @@ def open_adapter(base: PreTrainedModel, path: Path) -> PeftModel:
     if not isinstance(config, MultitaskPromptTuningConfig):
         return PeftModel.from_pretrained(base, str(path))
     config.prompt_tuning_init, config.inference_mode = "RANDOM", True
-    model = SingleTaskModel(base, config)
+    model = single_task_model(base, config)
     model.load_adapter(str(path), "default")
     return model

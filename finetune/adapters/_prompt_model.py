@@ -8,14 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForSequenceClassification,
+    get_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from finetune.adapters._task import SCORES
 
 ENCODER_WEIGHTS = "prompt_encoder.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MADE = "prompt_embeddings"
+"""What the encoder makes, which PEFT saves."""
 
 
-class PromptModel(PeftModelForCausalLM):  # type: ignore[misc]
+class _KeepsEncoder(PeftModel):  # type: ignore[misc]
     """A base with a prompt encoder that can be saved in the middle of training."""
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
@@ -30,8 +42,16 @@ class PromptModel(PeftModelForCausalLM):  # type: ignore[misc]
         """Load a checkpoint of this adapter; any other adapter is loaded as PEFT does it."""
         file = Path(model_id) / ENCODER_WEIGHTS
         if is_trainable and adapter_name in self.peft_config and file.is_file():
+            self._take_head(load_file(Path(model_id) / ADAPTER_WEIGHTS))
             return self._encoder.load_state_dict(load_file(file))
         return super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
+
+    def _take_head(self, saved: dict[str, Tensor]) -> None:
+        """Copy what is saved beside the prompt: the head of a model that scores."""
+        live = get_peft_model_state_dict(self)
+        for name, value in saved.items():
+            if name != MADE:
+                live[name].copy_(value)
 
     @property
     def _encoder(self) -> nn.Module:
@@ -39,7 +59,7 @@ class PromptModel(PeftModelForCausalLM):  # type: ignore[misc]
         return encoder
 
 
-class SingleTaskModel(PromptModel):
+class _SingleTask(_KeepsEncoder):
     """A base with a multi-task prompt of which one task is used."""
 
     def get_prompt(
@@ -50,3 +70,29 @@ class SingleTaskModel(PromptModel):
             task_ids = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         prompts: Tensor = super().get_prompt(batch_size, task_ids, *args, **kwargs)
         return prompts
+
+
+class PromptModel(_KeepsEncoder, PeftModelForCausalLM):  # type: ignore[misc]
+    """A prompt encoder before a model that writes."""
+
+
+class PromptScorer(_KeepsEncoder, PeftModelForSequenceClassification):  # type: ignore[misc]
+    """A prompt encoder before a model that scores."""
+
+
+class SingleTaskModel(_SingleTask, PeftModelForCausalLM):  # type: ignore[misc]
+    """A single task's prompt before a model that writes."""
+
+
+class SingleTaskScorer(_SingleTask, PeftModelForSequenceClassification):  # type: ignore[misc]
+    """A single task's prompt before a model that scores."""
+
+
+def prompt_model(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Return a base with a prompt encoder, of the kind that ``config.task_type`` says."""
+    return PromptScorer(model, config) if config.task_type == SCORES else PromptModel(model, config)
+
+
+def single_task_model(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Return a base with a single task's prompt, of the kind that ``config.task_type`` says."""
+    return SingleTaskScorer(model, config) if config.task_type == SCORES else SingleTaskModel(model, config)

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 IN_THE_INPUT = "virtual tokens stand in the input: no weight of the base can hold them"
 
 
+NO_HEAD = "PEFT's record of it has no room for a trained head, so that what is saved could not score"
+
+
 @dataclass(frozen=True, slots=True)
 class Traits:
     """Facts about an adapter.
@@ -21,6 +24,7 @@ class Traits:
         changes_base: whether building it changes the frozen weights (their sum with the adapter stays).
         checkpointing: whether it works with ``train.gradient_checkpointing``.
         merge: empty, or why the adapter cannot be folded into the base's weights.
+        scores: empty, or why it cannot adapt a model that scores (a reward model).
         engines: the engines that can train it.
         learning_rate: a usual one, told when the command line changes a recipe's adapter but not its rate.
         in_training: settings that act in training alone, which a run that goes on from another may change.
@@ -34,6 +38,7 @@ class Traits:
     changes_base: bool = False
     checkpointing: bool = True
     merge: str = ""
+    scores: str = ""
     engines: tuple[str, ...] = ("native", "trl")
     learning_rate: float = 2e-4  # QLoRA (arXiv 2305.14314), table 9
     in_training: tuple[str, ...] = ()

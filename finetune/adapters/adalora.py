@@ -12,6 +12,7 @@ from pydantic import Field
 
 from finetune.adapters import lora
 from finetune.adapters._targets import check_targets
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import Hooks, Traits
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import Positive, Share
@@ -66,7 +67,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
     check_targets(model, settings.target)
     config = AdaLoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(model),
         init_r=settings.started,
         target_r=settings.rank,
         lora_alpha=settings.alpha,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import Hooks, Traits
 from finetune.adapters.bottleneck import NONLINEAR, places
 from finetune.recipe.settings import AdapterSettings, Positive
@@ -44,7 +45,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     from finetune.adapters._bottleneck_layer import BottleneckConfig
 
     config = BottleneckConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(model),
         target_modules=places(model, "pfeiffer"),
         hidden_size=model.config.hidden_size,
         width=settings.width,

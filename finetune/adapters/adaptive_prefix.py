@@ -34,11 +34,11 @@ class Settings(VirtualTokenSettings):
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base with a gated prefix that starts as the keys and values of real words."""
     from finetune.adapters._prefix_encoders import GatedPrefix
-    from finetune.adapters._prompt_model import PromptModel
+    from finetune.adapters._prompt_model import prompt_model
 
     words = prefix.build(model, prefix.Settings(virtual_tokens=settings.virtual_tokens))
     start = words.prompt_encoder["default"].embedding.weight.detach()
     config = words.peft_config["default"]
-    adapted = PromptModel(model, config)
+    adapted = prompt_model(model, config)
     adapted.prompt_encoder["default"] = GatedPrefix(start, layers=config.num_layers).to(start.device)
     return adapted

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import Traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import AdapterSettings
@@ -45,6 +46,6 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         found = f"'bitfit', but {type(model).__name__} has no bias terms (Llama, Mistral and Qwen3 have none)"
         repair = "adapter.method=ia3 or layernorm trains as few parameters and works on it"
         raise UserError(Problem("adapter.method", found, "a base with biases (GPT-NeoX, Qwen2, ...)", repair))
-    config = BitFitConfig(task_type="CAUSAL_LM", target_modules=names)
+    config = BitFitConfig(task_type=task_of(model), target_modules=names)
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model

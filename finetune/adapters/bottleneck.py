@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from finetune.adapters._targets import FEED_FORWARD_OUTPUT, module_names
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import Traits
 from finetune.recipe.settings import AdapterSettings, Positive
 
@@ -57,7 +58,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
     parallel = settings.placement == "parallel"
     config = BottleneckConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(model),
         target_modules=places(model, settings.placement),
         hidden_size=model.config.hidden_size,
         width=settings.width,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters._targets import FEED_FORWARD_OUTPUT, module_names
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import Traits
 from finetune.recipe.settings import AdapterSettings
 
@@ -37,6 +38,8 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
     attention = module_names(model, KEYS_AND_VALUES, what="the layers that make keys and values")
     inner = module_names(model, FEED_FORWARD_OUTPUT, what="the output layer of the feed-forward block")
-    config = IA3Config(task_type="CAUSAL_LM", target_modules=[*attention, *inner], feedforward_modules=inner)
+    config = IA3Config(
+        task_type=task_of(model), target_modules=[*attention, *inner], feedforward_modules=inner
+    )
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model

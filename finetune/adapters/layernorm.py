@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters._targets import norm_names
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import Traits
 from finetune.recipe.settings import AdapterSettings
 
@@ -33,6 +34,6 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """
     from peft import LNTuningConfig, get_peft_model
 
-    config = LNTuningConfig(task_type="CAUSAL_LM", target_modules=norm_names(model))
+    config = LNTuningConfig(task_type=task_of(model), target_modules=norm_names(model))
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._traits import Traits
+from finetune.adapters._task import task_of
+from finetune.adapters._traits import NO_HEAD, Traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import AdapterSettings, Positive
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    merge="its attention to the prompt is no weight of the base", learning_rate=9e-3
+    merge="its attention to the prompt is no weight of the base", scores=NO_HEAD, learning_rate=9e-3
 )  # the authors' script: 9e-3 at a batch of 256
 
 FAMILIES = ("llama", "mistral", "gpt2")
@@ -52,7 +53,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
             Problem("adapter.method", found, expected, "adapter.method=prefix works on any of them")
         )
     config = AdaptionPromptConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(model),
         adapter_len=settings.virtual_tokens,
         adapter_layers=min(settings.layers, model.config.num_hidden_layers),
     )

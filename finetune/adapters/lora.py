@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from finetune.adapters._targets import ALL_LINEAR, Target, check_targets
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import Traits
 from finetune.recipe.settings import AdapterSettings, Positive, Share
 
@@ -52,7 +53,7 @@ def with_lora(model: "PreTrainedModel", settings: Settings, **variant: bool | st
 
     check_targets(model, settings.target)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(model),
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import IN_THE_INPUT, Traits
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import Positive, Text, VirtualTokenSettings
@@ -47,20 +48,20 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base with a shared prompt and a task's matrix."""
     from peft import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 
-    from finetune.adapters._prompt_model import SingleTaskModel
+    from finetune.adapters._prompt_model import single_task_model
 
     start = (
         MultitaskPromptTuningInit.ONLY_SOURCE_SHARED if settings.source else MultitaskPromptTuningInit.RANDOM
     )
     config = MultitaskPromptTuningConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(model),
         num_virtual_tokens=settings.virtual_tokens,
         num_ranks=settings.rank,
         num_tasks=1,
         prompt_tuning_init=start,
         prompt_tuning_init_state_dict_path=str(_shared(settings.source)) if settings.source else None,
     )
-    return SingleTaskModel(model, config)
+    return single_task_model(model, config)
 
 
 def _shared(source: str) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters._targets import ALL_LINEAR, Target, check_targets
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import Traits
 from finetune.recipe.settings import AdapterSettings, Positive, Share
 
@@ -41,7 +42,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
     check_targets(model, settings.target)
     config = OFTConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(model),
         oft_block_size=settings.block_size,
         module_dropout=settings.dropout,
         target_modules=settings.target,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import IN_THE_INPUT, Traits
 from finetune.recipe.settings import Positive, VirtualTokenSettings
 
@@ -38,15 +39,15 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     import torch
     from peft import PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
 
-    from finetune.adapters._prompt_model import PromptModel
+    from finetune.adapters._prompt_model import prompt_model
 
     config = PrefixTuningConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(model),
         num_virtual_tokens=settings.virtual_tokens,
         prefix_projection=settings.projection,
     )
     if settings.projection:
-        return PromptModel(model, config)
+        return prompt_model(model, config)
     words = torch.randint(model.config.vocab_size, (1, settings.virtual_tokens))
     if model.config.bos_token_id is not None:
         words[0, 0] = model.config.bos_token_id  # models lean on what stands first

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters import prompt
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import IN_THE_INPUT, Traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import Positive, Text, VirtualTokenSettings
@@ -58,7 +59,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     from peft import PromptTuningConfig
 
     from finetune.adapters._prefix_encoders import ProgressivePrompt
-    from finetune.adapters._prompt_model import PromptModel
+    from finetune.adapters._prompt_model import prompt_model
 
     first = prompt.build(model, prompt.Settings(virtual_tokens=settings.virtual_tokens))
     new = first.prompt_encoder["default"].embedding.weight.detach()
@@ -66,8 +67,8 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     if earlier.shape[1] != new.shape[1]:
         found = f"'{settings.previous}' holds prompts of width {earlier.shape[1]}"
         raise UserError(Problem("adapter.previous", found, f"a run on this base (width {new.shape[1]})"))
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(new) + len(earlier))
-    adapted = PromptModel(model, config)
+    config = PromptTuningConfig(task_type=task_of(model), num_virtual_tokens=len(new) + len(earlier))
+    adapted = prompt_model(model, config)
     adapted.prompt_encoder["default"] = ProgressivePrompt(new, earlier.to(new)).to(new.device)
     return adapted
 

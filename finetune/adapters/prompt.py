@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import IN_THE_INPUT, Traits
 from finetune.recipe.settings import Positive, Text, VirtualTokenSettings
 
@@ -37,7 +38,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
     start = PromptTuningInit.TEXT if settings.init_text else PromptTuningInit.SAMPLE_VOCAB
     config = PromptTuningConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(model),
         num_virtual_tokens=settings.virtual_tokens,
         prompt_tuning_init=start,
         prompt_tuning_init_text=settings.init_text,

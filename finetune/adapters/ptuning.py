@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import IN_THE_INPUT, Traits
 from finetune.recipe.settings import Positive, VirtualTokenSettings
 
@@ -35,12 +36,12 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base with a network that makes a soft prompt."""
     from peft import PromptEncoderConfig
 
-    from finetune.adapters._prompt_model import PromptModel
+    from finetune.adapters._prompt_model import prompt_model
 
     config = PromptEncoderConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(model),
         num_virtual_tokens=settings.virtual_tokens,
         encoder_reparameterization_type=settings.encoder.upper(),
         encoder_hidden_size=settings.encoder_width,
     )
-    return PromptModel(model, config)
+    return prompt_model(model, config)

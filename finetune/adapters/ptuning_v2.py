@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import IN_THE_INPUT, Traits
 from finetune.recipe.settings import Positive, VirtualTokenSettings
 
@@ -37,6 +38,6 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base with trainable keys and values before every sequence, one for each layer."""
     from peft import PrefixTuningConfig, get_peft_model
 
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=settings.virtual_tokens)
+    config = PrefixTuningConfig(task_type=task_of(model), num_virtual_tokens=settings.virtual_tokens)
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from finetune.adapters._traits import Traits
+from finetune.adapters._task import task_of
+from finetune.adapters._traits import NO_HEAD, Traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import AdapterSettings, Count, Text
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(learning_rate=1e-3)  # as for `prompt`
+TRAITS = Traits(scores=NO_HEAD, learning_rate=1e-3)  # as for `prompt`
 
 
 class Settings(AdapterSettings):
@@ -42,7 +43,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     ids = _ids(model, settings.tokens)
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
-    config = TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=ids, target_modules=[name])
+    config = TrainableTokensConfig(task_type=task_of(model), token_indices=ids, target_modules=[name])
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from finetune.adapters._targets import ALL_LINEAR, Target, check_targets
+from finetune.adapters._task import task_of
 from finetune.adapters._traits import Traits
 from finetune.recipe.settings import AdapterSettings, Positive, Share
 
@@ -41,7 +42,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
     check_targets(model, settings.target)
     config = VeraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(model),
         r=settings.rank,
         d_initial=settings.start,
         vera_dropout=settings.dropout,

@@ -44,6 +44,20 @@ def finished_record(run: Path) -> dict[str, Any]:
     return record
 
 
+def record_of_writer(run: Path) -> dict[str, Any]:
+    """Return the run.json of a finished run whose model writes text.
+
+    Raises:
+        UserError: the folder is no finished run, or its model scores texts.
+    """
+    record = finished_record(run)
+    if "heads" in record["load"]:
+        found = "a reward model, which writes no text"
+        repair = f"`llm-align score {run} FILE` scores the completions of a file"
+        raise UserError(Problem(str(run), found, "a model that does", repair))
+    return record
+
+
 def find_run(name: str) -> tuple[Path, str]:
     """Return the finished run that a name means, and a note where it was chosen among several.
 

@@ -4,7 +4,7 @@ Only public hooks of transformers' Trainer are overridden. Optimizer, schedule, 
 checkpoints and distribution stay the library's; that is what makes a run resume bit for bit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +32,7 @@ class Rows(Protocol):
         ...
 
     @property
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> Iterable[int]:
         """Return the tokens of each row."""
         ...
 
@@ -84,7 +84,7 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         self.hooks = hooks
         self.add_callback(AdapterCallback(hooks))
         self.num_tokens = 0
-        self.lengths = train_rows.lengths
+        self.lengths = [int(length) for length in train_rows.lengths]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer; an adapter may ask for other learning rates on some of its parameters."""

@@ -181,7 +181,7 @@ class Job:
             peak_memory_bytes=peak_memory_bytes(self.hardware),
         )
         self.run.update(headline=_headline(self.run.record, self.watched.numbers))
-        write_report(self.run, self.watched.logged)
+        write_report(self.run, self.watched.logged, self.watched.panel(self.run.record))
 
 
 def _headline(record: dict[str, Any], numbers: Mapping[str, tuple[str, str]]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from finetune.planning.hardware import detect
 from finetune.recipe import yaml_file
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.runs import finished_record
+from finetune.recipe.runs import record_of_writer
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import load_base
 from finetune.training.run_directory import MERGED, replacing
@@ -26,7 +26,7 @@ def merge_run(run: Path) -> Path:
     Raises:
         UserError: no finished run, no adapter, or one that changes no weight.
     """
-    load = finished_record(run)["load"]
+    load = record_of_writer(run)["load"]
     adapter = run / "adapter"
     if not adapter.is_dir():
         raise UserError(

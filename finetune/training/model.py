@@ -1,6 +1,7 @@
 """Loading a base and putting an adapter on it."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +11,14 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from finetune.planning.hardware import Hardware
 from finetune.recipe.bases import resolve_base
@@ -26,6 +28,11 @@ from finetune.recipe.settings import AdapterSettings, ModelSettings
 from finetune.training.rope import forget_lengths, positions, stretch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+SCORE = "score"
+"""What the library calls the head of its decoders that score a text, and PEFT trains beside an adapter."""
+SCORE_WEIGHT = f"{SCORE}.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,12 @@ def context_length(settings: ModelSettings) -> int:
 
 
 def load_base(
-    settings: ModelSettings, *, precision: str, quantization: str, hardware: Hardware
+    settings: ModelSettings,
+    *,
+    precision: str,
+    quantization: str,
+    hardware: Hardware,
+    heads: Sequence[str] = (),
 ) -> PreTrainedModel:
     """Return the frozen base on the device, its weights stored as asked.
 
@@ -81,21 +93,26 @@ def load_base(
         precision: type of the forward pass, and of weights that are not quantized.
         quantization: ``none``, ``nf4`` (4-bit NormalFloat, double quantization) or ``int8``.
         hardware: where it goes.
+        heads: names of the scores that it gives in place of a next token; their weights may be missing.
 
     Raises:
         UserError: there is no such base, or its files are damaged.
     """
     config = load_config(settings)
+    if heads:
+        label_scores(config, heads)
+        set_verbosity_error()  # the library's report that a head is fresh asks nothing of the user
+    kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     with _told(settings):
         model: PreTrainedModel
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = kind.from_pretrained(
             resolve_base(settings.base),
             config=config,
             revision=settings.revision or "main",
             trust_remote_code=settings.trust_remote_code,
             dtype=DTYPES[precision],
             attn_implementation=None if settings.attention == "auto" else settings.attention,
-            quantization_config=_quantization(quantization, precision),
+            quantization_config=_quantization(quantization, precision, heads=bool(heads)),
             device_map={"": hardware.device},
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # told below with names and shapes
@@ -104,7 +121,8 @@ def load_base(
         other = [
             f"{name}: {found} in place of {wanted}" for name, found, wanted in loading["mismatched_keys"]
         ]
-        _refuse_unloaded([*loading["missing_keys"], *other])
+        missing = [name for name in loading["missing_keys"] if not (heads and name == SCORE_WEIGHT)]
+        _refuse_unloaded([*missing, *other])
     if quantization == "nf4" and hardware.device == "cpu":
         _keep_nf4_layout(model)
     forget_lengths(model)
@@ -135,6 +153,13 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(trained, total)
 
 
+def label_scores(config: PretrainedConfig, heads: Sequence[str]) -> None:
+    """Make a config that of a model with one score for each head."""
+    config.id2label = dict(enumerate(heads))  # sets num_labels as well
+    config.label2id = {name: index for index, name in enumerate(heads)}
+    config.problem_type = "regression"
+
+
 def _refuse_unloaded(weights: list[str]) -> None:
     """Raise ValueError for weights that the files do not hold: the library would draw them at random."""
     if weights:
@@ -142,15 +167,19 @@ def _refuse_unloaded(weights: list[str]) -> None:
         raise ValueError(f"its files lack {len(weights)} of the weights that config.json asks for ({some})")
 
 
-def _quantization(quantization: str, precision: str) -> BitsAndBytesConfig | None:
+def _quantization(quantization: str, precision: str, *, heads: bool) -> BitsAndBytesConfig | None:
+    whole = [SCORE] if heads else None  # a list takes the place of the library's own: the output embeddings
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[precision],
+            llm_int8_skip_modules=whole,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
+    return (
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole) if quantization == "int8" else None
+    )
 
 
 def _keep_nf4_layout(model: nn.Module) -> None:

@@ -9,16 +9,26 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from finetune.training.run_directory import RunDirectory
+from finetune.training.watched import Panel
 
 
-def write_report(run: RunDirectory, curves: Mapping[str, str]) -> None:
-    """Write the page from what the run's folder holds; ``curves``: key of metrics.jsonl -> title."""
+def write_report(run: RunDirectory, curves: Mapping[str, str], panel: Panel | None = None) -> None:
+    """Write the page from what the run's folder holds.
+
+    Args:
+        run: a run's folder.
+        curves: key of metrics.jsonl -> title.
+        panel: what the stage adds.
+    """
+    panel = panel or Panel()
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     metrics = run.metrics()
     page = environment.get_template("report.html.j2").render(
         run=run.record,
         name=run.path.name,
         curves={title: _curve(metrics, key, title) for key, title in curves.items() if _points(metrics, key)},
+        figures=[_svg(figure) for figure in panel.figures.values()],
+        tables=panel.tables,
         samples=run.samples(),
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8"),
     )
@@ -40,6 +50,11 @@ def _curve(metrics: list[dict[str, Any]], key: str, title: str) -> str:
     axes.set(xlabel="step", title=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    """Return a figure as an SVG element."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()

@@ -17,8 +17,8 @@ from finetune.recipe.runs import RUNS, read_record
 REPLACED = "replaced"
 SAMPLES = "samples.jsonl"
 OWN_FILES = ("recipe.yaml", "metrics.jsonl", SAMPLES, "report.html", "run.json")
-MERGED = "merged"
-OWN_FOLDERS = ("adapter", "model", MERGED, "checkpoints")
+MERGED, RULES = "merged", "rules"
+OWN_FOLDERS = ("adapter", "model", MERGED, RULES, "checkpoints")
 LOCK = ".lock"
 PARTIAL = ".{}.partial"
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from finetune.adapters._load import open_adapter
 from finetune.data.tokens import Encoder
 from finetune.planning.hardware import detect
-from finetune.recipe.runs import finished_record
+from finetune.recipe.runs import record_of_writer
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import context_length, load_base
 
@@ -30,7 +30,7 @@ def load_tuned(run: Path) -> Tuned:
     Raises:
         UserError: the folder is no finished run.
     """
-    load: dict[str, Any] = finished_record(run)["load"]
+    load: dict[str, Any] = record_of_writer(run)["load"]
     settings = ModelSettings(**load["model"])
     whole = run / "model"
     if whole.is_dir():

@@ -1,0 +1,1 @@
+"""Reward models: scores learnt from comparisons, rules beside them, and what is measured of both."""

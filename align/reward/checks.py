@@ -1,0 +1,160 @@
+"""What is proved of a reward model before step 0, on the run's own rows; the model is left as it was."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from align.preference.dataset import PreferenceGroups, PreparedPreferences, TokenizedGroup
+from align.reward.collate import RewardBatch, RewardCollator
+from align.reward.model import completion_scores
+from align.reward.objective import Objective
+from finetune.data.tokens import Encoder
+from finetune.recipe.errors import Problem
+from finetune.training.model import DTYPES
+from finetune.training.preflight import probes, rows, vocabulary
+from finetune.training.preflight.ticks import Tick, failed
+from finetune.training.preflight.untouched import untouched
+from finetune.training.preflight.whole import SCALE, TOLERANCE
+
+LOOKED_AT = 64
+"""Comparisons among which the checks look for two that are not long."""
+
+
+def data_ticks(
+    data: PreparedPreferences, encoder: Encoder, embedding: nn.Module, *, max_length: int
+) -> list[Tick]:
+    """Return the checks of the tokenised training comparisons."""
+    groups, report = data.train, data.report
+    return [
+        _where_read(groups, encoder),
+        rows.cut_is_told(
+            rows=report.rows,
+            too_long=report.too_long,
+            trained=report.trained_tokens,
+            lost=report.lost_tokens,
+            max_length=max_length,
+        ),
+        vocabulary.embeddings_exist(
+            vocabulary.used_tokens(groups.input_ids, encoder.stop_ids),
+            embedding.get_parameter("weight"),
+            trained=any(weight.requires_grad for weight in embedding.parameters()),
+            added=encoder.tokenizer.get_added_vocab(),
+            num_tokens=len(encoder.tokenizer),
+        ),
+    ]
+
+
+def margins_tick(groups: PreferenceGroups, *, scale: float) -> Tick:
+    """Tell how many comparisons have margins; refuse where none has."""
+    scores = np.isfinite(groups.scores)
+    lists = np.logical_and.reduceat(scores, np.cumsum(groups.completions) - groups.completions)
+    known = np.where(groups.completions == 2, np.isfinite(groups.margins), lists)
+    if not known.any():
+        expected = "a column `margin` (0 or more), or scores of both completions"
+        problem = Problem("reward.margins", "no comparison says how much better", expected, "leave it out")
+        return failed("margins", problem)
+    values = scale * groups.margins[known]
+    told = (
+        f"{int(known.sum())} of {len(groups)} comparisons say how much better, {values.mean():.2f} on average"
+    )
+    rest = "; the others count as 0" if not known.all() else ""
+    return Tick("margins", told + rest, warned=not known.all())
+
+
+def model_ticks(
+    model: nn.Module,
+    groups: PreferenceGroups,
+    objective: Objective,
+    collate: RewardCollator,
+    *,
+    precision: str,
+    quantization: str,
+) -> list[Tick]:
+    """Return the numeric checks on the model itself; it is left as it was.
+
+    Args:
+        model: base with adapter and head, on its device.
+        groups: the training comparisons.
+        objective: what is learnt from them.
+        collate: what the run uses.
+        precision: type of the forward pass.
+        quantization: how the base is stored.
+    """
+    device = next(model.parameters()).device
+    some = short_groups(groups)
+    autocast = torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "float32")
+
+    def loss_sum(batch: Mapping[str, Tensor]) -> Tensor:
+        with autocast:
+            return objective.losses(model, batch)[0].sum()
+
+    tolerance = TOLERANCE["int8" if quantization == "int8" else precision]
+    ticks = probes.whole_is_its_parts(
+        model,
+        loss_sum,
+        collate(some),
+        [collate([group]) for group in some],
+        items=len(some),
+        tolerance=tolerance,
+        scale=SCALE.get(precision, 1.0),
+    )
+    if ticks[0].problem:
+        return ticks
+    with autocast:
+        return [*ticks, *_layout_ticks(model, some, collate, tolerance=tolerance)]
+
+
+def short_groups(groups: PreferenceGroups) -> list[TokenizedGroup]:
+    """Return a short comparison and a middling one of the first ones; there may be one alone."""
+    order = np.argsort(groups.lengths[:LOOKED_AT], kind="stable")
+    return [groups[int(index)] for index in dict.fromkeys([order[0], order[len(order) // 2]])]
+
+
+def _where_read(groups: PreferenceGroups, encoder: Encoder) -> Tick:
+    """Tell at which tokens the scores are read."""
+    lengths = np.diff(groups.starts)
+    completions = np.delete(np.arange(len(lengths)), groups.firsts[:-1])
+    last = groups.input_ids[groups.starts[completions + 1] - 1]
+    share = float(np.isin(last, encoder.stop_ids).mean())
+    names = " or ".join(encoder.tokenizer.convert_ids_to_tokens(encoder.stop_ids))
+    detail = f"read at each completion's last token: {share:.1%} of them end with {names}, the others are cut"
+    return Tick("score", detail)
+
+
+def _layout_ticks(
+    model: nn.Module, groups: Sequence[TokenizedGroup], collate: RewardCollator, *, tolerance: float
+) -> Iterator[Tick]:
+    """Yield whether a completion has the score that it has alone, and that the library itself reads."""
+    with untouched(model), torch.no_grad():
+        alone = _scores(model, RewardCollator(collate.pad_id, separate=True)(groups))
+        together = _scores(model, collate(groups))
+        plain = torch.cat([_plain(model, group, ids) for group in groups for ids in group.completion_ids])
+    size = max(float(alone.abs().max()), 1e-30)
+    if not collate.separate:
+        apart = float((together - alone).abs().max()) / size
+        told = f"scores of completions behind a shared prompt and of each alone differ by {apart:.1e}"
+        yield _compared("layout", told, apart, tolerance, repair="model.attention=eager")
+    apart = float((plain - alone).abs().max()) / size
+    told = f"the library's own model for sequence classification gives these scores, {apart:.1e} apart"
+    yield _compared("library", told, apart, tolerance, repair="")
+
+
+def _compared(name: str, told: str, apart: float, tolerance: float, *, repair: str) -> Tick:
+    if apart <= tolerance:
+        return Tick(name, told)
+    expected = f"at most {tolerance:.0e} of the largest score"
+    return failed(name, Problem("model.base", told, expected, repair or "this is a fault of ours"))
+
+
+def _scores(model: nn.Module, batch: RewardBatch) -> Tensor:
+    device = next(model.parameters()).device
+    return completion_scores(model, {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)})
+
+
+def _plain(model: nn.Module, group: TokenizedGroup, completion: np.ndarray) -> Tensor:
+    """Return what a user of the library gets for a row of its own: (1, heads)."""
+    ids = torch.from_numpy(np.concatenate([group.prompt_ids, completion])).long()
+    scores: Tensor = model(input_ids=ids[None].to(next(model.parameters()).device)).logits
+    return scores

@@ -1,0 +1,79 @@
+"""What a reward model's recipe names, loaded: comparisons, and the base with an adapter and a head."""
+
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from align.preference.dataset import PreparedPreferences
+from align.preference.prepare import prepare_preferences
+from align.reward.model import draw_head, load_scorer
+from align.reward.settings import Settings
+from finetune.data.tokens import Encoder
+from finetune.planning import choices
+from finetune.recipe.checks import adapter_traits
+from finetune.training.go_on import take_weights
+from finetune.training.job import Job
+from finetune.training.loading import Policy, adapter_start
+from finetune.training.model import SCORE, attach_adapter
+from finetune.training.text import Text
+
+
+def load_comparisons(job: Job, text: Text) -> PreparedPreferences:
+    """Read and tokenise the recipe's comparisons, and tell what was found.
+
+    Raises:
+        UserError: mistakes in the data, with file, line and field.
+    """
+    settings = job.recipe.settings
+    assert isinstance(settings, Settings)
+    with job.timed("data"):
+        data = prepare_preferences(
+            settings.data, text.encoder, max_length=text.max_length, seed=settings.train.seed
+        )
+    for line in data.report.lines():
+        job.say(line)
+    return data
+
+
+def load_reward_policy(job: Job, encoder: Encoder) -> Policy:
+    """Load the base with a fresh head, and put the adapter on it; the seed decides how both begin.
+
+    Raises:
+        UserError: the base cannot be loaded, has no scoring model, or the adapter does not fit it.
+    """
+    settings = job.recipe.settings
+    assert isinstance(settings, Settings)
+    seed = settings.train.seed
+    traits = adapter_traits(settings.adapter.method)
+    precision = job.choose("model.precision", choices.precision(settings.model.precision, job.hardware))
+    quantization = job.choose(
+        "model.quantization", choices.quantization(settings.model.quantization, traits.quantization)
+    )
+    stored = "float32" if traits.whole_model else precision
+    with job.timed("load"):
+        set_seed(seed)
+        base = load_scorer(
+            settings.model,
+            settings.reward.heads,
+            precision=stored,
+            quantization=quantization,
+            hardware=job.hardware,
+            pad_id=pad_id(encoder.tokenizer, encoder.stop_ids),
+        )
+        draw_head(base, seed=seed)
+        model = attach_adapter(base, settings.adapter)
+        if start := adapter_start(settings.model):
+            take_weights(model, start, head=(SCORE,))
+    if settings.train.gradient_checkpointing:
+        base.enable_input_require_grads()
+    return Policy(model, precision, quantization)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> int:
+    """Return a token that ends no text.
+
+    The library reads the score at the last token that is not the padding token. Where that is the end token,
+    as in many chat models, it would read it one token too early.
+    """
+    usual = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+    others = [*sorted(tokenizer.get_added_vocab().values()), *range(len(tokenizer))]
+    tokens = (int(token) for token in [*usual, *others] if token is not None)
+    return next(token for token in tokens if token not in stop_ids)

@@ -1,0 +1,160 @@
+"""A reward model: the base with a linear head that turns a state into scores, read where a text ends."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel
+
+from align.preference.attention import block_attention
+from finetune.adapters._prompt_model import ENCODER_WEIGHTS
+from finetune.planning.hardware import Hardware
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import ModelSettings
+from finetune.training.model import SCORE, load_base, load_config
+from finetune.training.save import ADAPTER_WEIGHTS
+
+
+class ScoreHead(nn.Linear):
+    """The head in float32, whatever the base computes in: differences of scores are small numbers."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return (..., heads) for states (..., width)."""
+        with torch.autocast(states.device.type, enabled=False):
+            return F.linear(states.float(), self.weight.float())
+
+
+def load_scorer(
+    settings: ModelSettings,
+    heads: Sequence[str],
+    *,
+    precision: str,
+    quantization: str,
+    hardware: Hardware,
+    pad_id: int,
+) -> PreTrainedModel:
+    """Return the frozen base with a head of its files, or with a fresh one (``draw_head``).
+
+    Args:
+        settings: the recipe's model section.
+        heads: names of the scores.
+        precision: type of the base's forward pass; the head is float32.
+        quantization: how the base is stored; the head never is.
+        hardware: where it goes.
+        pad_id: a token that ends no text: the library reads the score at the last token that is another.
+
+    Raises:
+        UserError: no such base, or its architecture has no model that scores.
+    """
+    refuse_without_scores(settings)
+    base = load_base(settings, precision=precision, quantization=quantization, hardware=hardware, heads=heads)
+    base.config.get_text_config().pad_token_id = base.config.pad_token_id = pad_id
+    old: nn.Linear = base.get_submodule(SCORE)
+    head = ScoreHead(old.in_features, len(heads), bias=False, device=old.weight.device)
+    with torch.no_grad():
+        head.weight.copy_(old.weight)
+    head.requires_grad_(False)
+    base.set_submodule(SCORE, head)
+    return base
+
+
+def refuse_without_scores(settings: ModelSettings) -> None:
+    """Raise UserError if the library has no scoring model of the base's architecture; no weight is read."""
+    config = load_config(settings)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        found = f"'{settings.base}' is of type '{config.model_type}', for which there is no scoring model"
+        expected = "a type that AutoModelForSequenceClassification knows (Llama, Qwen, GPT-NeoX, ...)"
+        raise UserError(Problem("model.base", found, expected))
+
+
+def draw_head(model: PreTrainedModel, *, seed: int) -> None:
+    """Draw the head's weights from N(0, 1 / (width + 1)), the same for a seed on every device.
+
+    Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1; Huang et al. 2024 (arXiv 2403.17031), detail 11.
+    """
+    head = model.get_submodule(SCORE)
+    assert isinstance(head, ScoreHead)
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(head.weight.shape, generator=draw) / sqrt(head.in_features + 1)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+
+
+def score_head(model: nn.Module) -> ScoreHead:
+    """Return the head that the forward pass goes through, in any wrapper."""
+    found = [module for module in model.modules() if isinstance(module, ScoreHead)]
+    return found[-1]  # PEFT keeps the one that it copied before the copy
+
+
+def input_embeddings(model: nn.Module) -> nn.Module:
+    """Return what turns token ids into vectors, in any wrapper."""
+    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    found: nn.Module = base.get_input_embeddings()
+    return found
+
+
+def completion_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the scores of each completion, read at its last token, in float32.
+
+    Args:
+        model: a reward model in any wrapper; virtual tokens in front of the input are allowed for.
+        batch: a ``GroupBatch`` on the model's device.
+
+    Returns:
+        (completions, heads), with gradients.
+    """
+    separate = "attention_mask" in batch
+    names = ("input_ids", "attention_mask") if separate else ("input_ids",)
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], scores: Tensor) -> None:
+        found.append(scores)
+
+    handle = score_head(model).register_forward_hook(keep)
+    try:
+        with nullcontext() if separate else block_attention(model, batch):
+            model(**{name: batch[name] for name in names}, use_cache=False)
+    finally:
+        handle.remove()
+    assert len(found) == 1, f"the model went through its head {len(found)} times"
+    lines, columns = batch["ends"].T
+    return found[0][:, -batch["input_ids"].shape[1] :][lines, columns]
+
+
+def take_weights(model: PeftModel, folder: Path) -> list[str]:
+    """Give the adapter of a reward model the weights of a saved adapter of the same kind, by their names.
+
+    So a reward model starts from the SFT model (InstructGPT, arXiv 2203.02155, section 3.5); the head, which
+    that one does not have, stays as it is.
+
+    Args:
+        model: base with an adapter and a head.
+        folder: ``adapter/`` of a run, of a model that writes or that scores.
+
+    Returns:
+        The names that were taken.
+
+    Raises:
+        UserError: the saved adapter has other tensors than this one.
+    """
+    saved, live = load_file(folder / ADAPTER_WEIGHTS), dict(get_peft_model_state_dict(model))
+    expected = {name for name in live if f".{SCORE}." not in name}
+    given = {name: value for name, value in saved.items() if f".{SCORE}." not in name}
+    wrong = sorted(given.keys() ^ expected)
+    wrong += sorted(name for name in given.keys() & expected if given[name].shape != live[name].shape)
+    if wrong:
+        found = f"{len(wrong)} tensors of the adapter in {folder} are missing or of other shape ({wrong[0]})"
+        repair = "the same base and the same adapter section as in that run (its recipe.yaml)"
+        raise UserError(Problem("adapter", found, "an adapter of the same kind and size", repair))
+    if (folder / ENCODER_WEIGHTS).is_file():  # a prompt's encoder is more than the prompt that it makes
+        model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
+    else:
+        set_peft_model_state_dict(model, live | given)
+    return sorted(given)

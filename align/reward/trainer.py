@@ -1,0 +1,70 @@
+"""The native engine of reward models: our loss on whole groups, and our held-out measure."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.preference.metrics import list_accuracies
+from align.reward.loss import mean_margins
+from align.reward.objective import Objective
+from finetune.training.base_trainer import BaseTrainer, log_held_out
+
+
+class RewardTrainer(BaseTrainer):
+    """Scores each completion once, and compares those of a group."""
+
+    objective: Objective
+    measure: Callable[[], dict[str, float]]
+    """Gives the held-out rows' metrics."""
+    seen: list[Tensor]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Return the forward passes of an optimizer step, and how many groups there are in all of them."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(count).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the summed loss of this forward pass over the number of groups in the whole optimizer step.
+
+        These quotients add up to the mean over all groups of the step, however it is cut into forward passes
+        and over processes (whose gradients are averaged, hence the factor).
+        """
+        assert num_items_in_batch is not None and not return_outputs
+        losses, rewards = self.objective.losses(model, inputs)
+        self._see(rewards.detach(), inputs["ranks"])
+        loss_sum = losses.sum()
+        if self.hooks.penalty:  # its share of the step is that of this pass's groups
+            loss_sum = loss_sum + self.hooks.penalty() * len(losses)
+        loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, beside the loss, what the rewards were since the last line."""
+        if "loss" in logs and self.seen:
+            names = ("accuracy", "margin", "mean_reward")
+            means = torch.cat(self.seen, dim=1).nanmean(1).tolist()
+            logs |= dict(zip(names, means, strict=True))
+            self.seen = []
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log and return what is measured on the held-out comparisons."""
+        return log_held_out(self, self.measure())
+
+    def _see(self, rewards: Tensor, ranks: Tensor) -> None:
+        """Keep accuracy, margin and mean reward of each group: (3, G)."""
+        there = ranks >= 0
+        accuracies = list_accuracies(rewards, -ranks, present=there)
+        means = rewards.sum(1) / there.sum(1)
+        self.seen.append(torch.stack([accuracies, mean_margins(rewards, ranks), means]))

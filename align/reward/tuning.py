@@ -1,0 +1,206 @@
+"""The pieces of learning a reward model, put together from a recipe: checks, trainer, measures."""
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from transformers import TrainingArguments
+
+from align.preference.attention import why_separate
+from align.preference.dataset import PreparedPreferences
+from align.reward.checks import data_ticks, margins_tick, model_ticks
+from align.reward.collate import RewardCollator
+from align.reward.loading import pad_id
+from align.reward.measuring import Measuring
+from align.reward.model import input_embeddings
+from align.reward.objective import Objective
+from align.reward.settings import Settings, heads_of
+from align.reward.trainer import RewardTrainer
+from finetune.planning import choices
+from finetune.training.adapter_hooks import adapter_hooks
+from finetune.training.arguments import training_arguments
+from finetune.training.job import Job
+from finetune.training.loading import Policy
+from finetune.training.model import count_parameters
+from finetune.training.preflight.ticks import Tick
+from finetune.training.save import save_tuned
+from finetune.training.text import Text
+
+
+@dataclass(frozen=True)
+class RewardTuning:
+    """Learning a reward model from comparisons."""
+
+    job: Job
+    text: Text
+    data: PreparedPreferences
+    policy: Policy
+
+    @property
+    def settings(self) -> Settings:
+        """Return the recipe's sections."""
+        settings = self.job.recipe.settings
+        assert isinstance(settings, Settings)
+        return settings
+
+    @property
+    def steps(self) -> int:
+        """Return the optimizer steps of the whole run."""
+        train = self.settings.train
+        return choices.optimizer_steps(
+            len(self.data.train), batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
+        )
+
+    @property
+    def objective(self) -> Objective:
+        """Return what is learnt from a batch."""
+        reward = self.settings.reward
+        return Objective(tuple(heads_of(self.settings)), reward.centring, reward.margins)
+
+    @cached_property
+    def separate(self) -> str:
+        """Return why completions cannot share their prompt's line; empty where they can."""
+        groups = [rows for rows in (self.data.train, self.data.held_out) if rows is not None]
+        reach = max(rows.longest for rows in groups) + self.text.virtual_tokens
+        return why_separate(self.policy.model.config, reach=reach)
+
+    @property
+    def collator(self) -> RewardCollator:
+        """Return how comparisons are laid out."""
+        encoder = self.text.encoder
+        return RewardCollator(pad_id(encoder.tokenizer, encoder.stop_ids), separate=bool(self.separate))
+
+    def facts(self) -> dict[str, Any]:
+        """Return what run.json says before the first step; whatever can be refused is refused here."""
+        self.arguments()
+        settings, report = self.settings, self.data.report
+        parameters = count_parameters(self.policy.model)
+        share = parameters.trained / parameters.total
+        self.job.say(f"{parameters.trained:,} of {parameters.total:,} parameters are trained ({share:.2%})")
+        self.preflight()
+        return {
+            "data": {**asdict(report), "lines": report.lines()},
+            "parameters": asdict(parameters),
+            "choices": self.job.derived,
+            "load": {
+                "model": settings.model.model_dump(exclude={"start"}),
+                "precision": self.policy.precision,
+                "quantization": self.policy.quantization,
+                "template": settings.data.template,
+                "system": settings.data.system,
+                "virtual_tokens": self.text.virtual_tokens,
+                "heads": settings.reward.heads,
+                "pad_id": self.collator.pad_id,
+                "max_length": self.text.max_length,
+                "max_prompt_length": settings.data.max_prompt_length or self.text.max_length // 2,
+                "rules": [rule.model_dump() for rule in settings.reward.rules],
+            },
+        }
+
+    def preflight(self) -> None:
+        """Prove before step 0 what can be proved on the run's own rows and model; neither is changed.
+
+        Raises:
+            UserError: a check failed.
+        """
+        job, policy = self.job, self.policy
+        with job.timed("preflight"):
+            job.check(Tick("environment", job.environment(policy.precision)))
+            if self.separate:
+                job.check(Tick("layout", f"each completion in a line of its own: {self.separate}"))
+            train, model = self.data.train, policy.model
+            room = self.text.max_length
+            job.check(*data_ticks(self.data, self.text.encoder, input_embeddings(model), max_length=room))
+            if self.settings.reward.margins is not None:
+                job.check(margins_tick(train, scale=self.settings.reward.margins))
+            stored = {"precision": policy.precision, "quantization": policy.quantization}
+            job.check(*model_ticks(model, train, self.objective, self.collator, **stored))
+
+    def arguments(self) -> TrainingArguments:
+        """Return the engine's arguments; whatever is ``auto`` is decided here.
+
+        Raises:
+            UserError: the engine refuses them.
+        """
+        train = self.settings.train
+        micro = choices.micro_batch_size(
+            train.micro_batch_size,
+            batch_size=train.batch_size,
+            longest=int(self.data.train.lengths.max()),
+            hardware=self.job.hardware,
+        )
+        every = choices.checkpoint_every(train.checkpoint_every, steps=self.steps)
+        return training_arguments(
+            train,
+            folder=self.job.run.checkpoints,
+            device=self.job.hardware.device,
+            precision=self.policy.precision,
+            micro_batch_size=self.job.choose("train.micro_batch_size", micro),
+            checkpoint_every=self.job.choose("train.checkpoint_every", every),
+        )
+
+    def trainer(self) -> RewardTrainer:
+        """Return the engine's trainer, which makes the folder of the checkpoints."""
+        train = self.settings.train
+        hooks = adapter_hooks(self.policy.model, self.settings.adapter, steps=self.steps)
+        trainer = RewardTrainer(
+            self.policy.model,
+            self.arguments(),
+            train_rows=self.data.train,
+            held_out_rows=self.data.held_out,
+            collator=self.collator,
+            batch_size=train.batch_size,
+            group_by_length=train.group_by_length,
+            hooks=hooks,
+        )
+        trainer.objective = replace(self.objective, passes=hooks.passes)
+        trainer.measure, trainer.seen = self.measuring.metrics, []
+        return trainer
+
+    @property
+    def measuring(self) -> Measuring:
+        """Return what is measured before and after training."""
+        size, _ = choices.micro_batch_size(
+            self.settings.train.micro_batch_size,
+            batch_size=self.settings.train.batch_size,
+            longest=int(self.data.train.lengths.max()),
+            hardware=self.job.hardware,
+        )
+        return Measuring(
+            self.policy.model,
+            self.data,
+            names=self.settings.reward.heads,
+            heads=tuple(heads_of(self.settings)),
+            collate=self.collator,
+            size=size,
+        )
+
+    def measure(self, when: str) -> None:
+        """Record what the model says of the held-out comparisons, before or after training.
+
+        Raises:
+            NotFiniteError: a score is NaN or infinite.
+        """
+        run, samples = self.job.run, self.settings.evaluate.samples
+        with self.job.timed("held_out"):
+            self.measuring.record(run, self.text.encoder, when, samples=samples)
+        if when == "after":
+            losses = [line["loss"] for line in run.metrics() if "loss" in line]
+            if losses:  # none with train.log_every above the number of steps
+                last = losses[-10:]
+                run.update(metrics={"loss_before": losses[0], "loss_after": sum(last) / len(last)})
+
+    def save(self, trainer: RewardTrainer) -> None:
+        """Save adapter and head (or the model), open them again, and record their checksums, zero and rate.
+
+        Raises:
+            UserError: what was saved is not what was trained, or a head gives the same score to everything.
+        """
+        run = self.job.run
+        files = save_tuned(run, self.policy.model, self.text.encoder.tokenizer)
+        run.update(files=files)
+        self.job.check(Tick("saved", f"{', '.join(files)}: opened again, equal to what was trained"))
+        with self.job.timed("held_out"):
+            self.measuring.zero(run)
+        if trainer.num_tokens:
+            run.update(metrics={"tokens_per_second": round(trainer.num_tokens / self.job.seconds["train"])})

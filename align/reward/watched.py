@@ -1,0 +1,29 @@
+"""What a reader of a reward model's run looks at: curves and numbers."""
+
+from align.reward.panel import reward_panel
+from align.reward.settings import Settings
+from finetune.recipe.settings import StageSettings
+from finetune.training.watched import Watched
+
+CURVES = {
+    "loss": "training loss (nats per comparison)",
+    "accuracy": "share of comparisons in the right order",
+    "margin": "reward of the better above the worse",
+    "mean_reward": "mean reward",
+    "held_out_loss": "held-out loss",
+    "held_out_accuracy": "held-out accuracy",
+    "held_out_margin": "held-out margin",
+}
+
+
+def watched(settings: StageSettings) -> Watched:
+    """Return the curves and numbers of a run with these heads."""
+    assert isinstance(settings, Settings)
+    numbers = {
+        "held_out_accuracy": ("held-out accuracy", ".1%"),
+        "held_out_loss": ("held-out loss", ".3f"),
+        "held_out_margin": ("held-out margin", ".2f"),
+    }
+    heads = settings.reward.heads if len(settings.reward.heads) > 1 else []
+    numbers |= {f"held_out_accuracy_{name}": (f"held-out accuracy, {name}", ".1%") for name in heads}
+    return Watched(curves=CURVES, numbers=numbers, panel=reward_panel)

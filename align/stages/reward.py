@@ -1,0 +1,63 @@
+"""Reward model: a score is learnt for each completion, so that the preferred ones have the higher one.
+
+The loss is the mean negative log-likelihood of what people preferred (Ouyang et al. 2022, arXiv 2203.02155,
+equation 1; Touvron et al. 2023, arXiv 2307.09288, equation 2): L = -(1/N) sum_n log s(r(x, y_w) - r(x, y_l) -
+m), over all pairs of a ranked list at once.
+"""
+
+from typing import TYPE_CHECKING
+
+from align.reward import settings
+from finetune.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from finetune.training.result import Result
+
+Settings = settings.Settings
+PUBLIC = "hh"
+"""The recipe that serves another base than the embedded one where none is named."""
+
+
+def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
+    """Learn a reward model from comparisons.
+
+    Args:
+        recipe: what to do.
+        console: where progress is shown.
+        force: start over where a run of this recipe is there already.
+        command: the words that started it, for the record.
+
+    Raises:
+        UserError: the user's mistakes, before anything is written.
+        Interrupted: a signal came; a checkpoint is there.
+        NotFiniteError: loss, gradient or a score became NaN or infinite.
+    """
+    from align.reward.rules import copy_rules, fingerprint_of
+    from finetune.training.result import Result
+    from finetune.training.run_directory import RunDirectory
+
+    fingerprint = fingerprint_of(recipe.settings)
+    run = RunDirectory.open(recipe, fingerprint, force=force)
+    if run.finished:
+        return Result.of(run)
+
+    from align.reward.loading import load_comparisons, load_reward_policy
+    from align.reward.tuning import RewardTuning
+    from align.reward.watched import watched
+    from finetune.training.job import Job
+    from finetune.training.loading import load_text
+
+    job = Job(recipe, run, console, command, watched(recipe.settings))
+    text = load_text(job)
+    data = load_comparisons(job, text)
+    tuning = RewardTuning(job, text, data, policy=load_reward_policy(job, text.encoder))
+    with job.started(fingerprint=fingerprint, **tuning.facts()):
+        copy_rules(recipe.settings, run)
+        tuning.measure("before")
+        trainer = tuning.trainer()
+        job.train(trainer)
+        tuning.save(trainer)
+        tuning.measure("after")
+    return Result.of(run)

@@ -1,0 +1,118 @@
+"""The scoring head: drawn by the seed, float32, read at a text's last token; weights of another adapter."""
+
+from math import sqrt
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_properties import made
+from adapter_properties import train as train_writer
+from group_models import SOME, random_groups
+from reward_models import HEADS, adapted, plain_scores, scorer
+from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
+
+from align.preference.groups import GroupCollator
+from align.reward.loading import pad_id
+from align.reward.model import (
+    ScoreHead,
+    completion_scores,
+    draw_head,
+    refuse_without_scores,
+    score_head,
+    take_weights,
+)
+from finetune.recipe.errors import UserError
+from finetune.recipe.settings import ModelSettings
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_the_head_is_drawn_by_the_seed() -> None:
+    base, other = scorer("llama"), scorer("llama")
+    assert torch.equal(base.score.weight, other.score.weight)
+    draw_head(other, seed=2)
+    assert not torch.equal(base.score.weight, other.score.weight)
+    wide = ScoreHead(4095, 8, bias=False)
+    model = torch.nn.Module()
+    model.add_module("score", wide)
+    draw_head(model, seed=0)
+    assert float(wide.weight.detach().std()) == pytest.approx(1 / sqrt(4096), rel=0.02)
+
+
+def test_the_head_names_its_scores_and_stays_in_float32() -> None:
+    base = scorer("llama", "nf4")
+    assert base.config.id2label == {0: "help", 1: "safety"} and base.config.num_labels == 2
+    assert base.config.problem_type == "regression" and base.config.pad_token_id == 0
+    assert isinstance(base.score, ScoreHead) and base.score.weight.dtype == torch.float32
+    states = torch.randn(2, 3, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        exact = base.score(states)
+    assert exact.dtype == torch.float32
+    assert torch.equal(exact, states @ base.score.weight.T)
+
+
+def test_the_head_in_use_is_the_one_that_learns() -> None:
+    model = adapted("lora", "llama")
+    assert score_head(model).weight.requires_grad
+    assert not model.base_model.model.score.original_module.weight.requires_grad
+
+
+def test_an_end_token_that_pads_is_not_taken_for_padding() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(_tokenizer()))
+    tokenizer.add_special_tokens({"eos_token": "</s>", "pad_token": "</s>", "bos_token": "<s>"})
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    assert tokenizer.pad_token_id == eos and pad_id(tokenizer, [eos]) == bos
+    assert pad_id(tokenizer, [eos, bos]) not in (eos, bos)
+
+
+def _tokenizer() -> Path:
+    return Path(__file__).parents[3] / "recipes" / "tiny" / "model" / "tokenizer.json"
+
+
+def test_an_architecture_without_a_scoring_model_is_refused(tmp_path: Path) -> None:
+    MambaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="'mamba', for which there is no scoring model"):
+        refuse_without_scores(ModelSettings(base=str(tmp_path)))
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    refuse_without_scores(ModelSettings(base=str(tmp_path)))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt", "prefix", "ptuning", "adaptive_prefix"])
+def test_a_reward_model_starts_from_the_adapter_of_a_model_that_writes(method: str, tmp_path: Path) -> None:
+    writer = made(method, "llama")
+    train_writer(writer)
+    writer.save_pretrained(tmp_path, save_embedding_layers=False)
+    model, groups = adapted(method, "llama"), random_groups(SOME)
+    head = score_head(model).weight.detach().clone()
+    assert len(take_weights(model, tmp_path)) >= 1
+    assert torch.equal(score_head(model).weight, head), "the head is this model's own"
+    assert _states(model, groups) == pytest.approx(_states(writer, groups), abs=2e-5)
+    assert [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def _states(model: torch.nn.Module, groups: list) -> list[float]:
+    """Return the last state of the first text, which decides the scores and the next token alike."""
+    row = torch.cat([groups[0].prompt, groups[0].completions[0]])
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=row[None], output_hidden_states=True).hidden_states[-1][0, -1].tolist()
+
+
+def test_weights_of_another_adapter_are_refused(tmp_path: Path) -> None:
+    made("ia3", "llama").save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(UserError, match="missing or of other shape"):
+        take_weights(adapted("lora", "llama"), tmp_path)
+
+
+def test_full_tuning_scores_as_its_saved_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    base, groups = scorer("llama"), random_groups(SOME)
+    base.requires_grad_(True)
+    base.eval()
+    expected = plain_scores(base, groups)
+    assert torch.allclose(completion_scores(base, GroupCollator(0)(groups)), expected, atol=1e-5)
+    base.save_pretrained(tmp_path)
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert opened.config.id2label == dict(enumerate(HEADS))
+    assert torch.allclose(plain_scores(opened, groups), expected, atol=1e-6)

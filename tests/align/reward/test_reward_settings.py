@@ -1,0 +1,89 @@
+"""A reward model's recipe: what contradicts itself is told at once, with what to do about it."""
+
+from pathlib import Path
+
+import pytest
+
+from align.reward.settings import Settings, heads_of
+from finetune.adapters import lora
+from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import Recipe, load
+
+ROWS = "recipes/tiny/data/preferences_train.jsonl"
+OTHERS = "recipes/tiny/data/preferences_held_out.jsonl"
+
+
+def recipe(*words: str) -> Recipe:
+    return load("reward", "quickstart", overrides=["data.held_out=0.1", *words])
+
+
+def problems(*words: str) -> list[tuple[str, str]]:
+    with pytest.raises(UserError) as told:
+        recipe(*words)
+    return [(problem.where.split(" ")[0], str(problem)) for problem in told.value.problems]
+
+
+def mix(*parts: str) -> str:
+    return f"data.mix=[{', '.join(parts)}]"
+
+
+def two(first: str, second: str) -> str:
+    return mix(f"{{source: {ROWS}{first}}}", f"{{source: {OTHERS}{second}}}")
+
+
+HEADS = "reward.heads=[help, safety]"
+
+
+def test_each_source_trains_its_head() -> None:
+    found = recipe(HEADS, two(", head: safety", ", head: help"), "data.source=null").settings
+    assert isinstance(found, Settings) and heads_of(found) == [1, 0]
+    single = recipe().settings
+    assert isinstance(single, Settings) and heads_of(single) == [0]
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "told"),
+    [
+        ([HEADS], "reward.heads", "2 heads, and data.source is one source"),
+        ([HEADS, two(", head: help", "")], "data.mix[1].head", "not given, and there are 2 heads"),
+        ([HEADS, two(", head: help", ", head: safty")], "data.mix[1].head", "did you mean 'safety'?"),
+        ([HEADS, two(", head: help", ", head: help")], "reward.heads", "nothing is learnt by safety"),
+        (["reward.heads=[a, a]"], "reward.heads", "names that differ"),
+        ([two(", head: other", "")], "data.mix[0].head", "'other' is no head"),
+        (["train.engine=trl"], "train.engine", "'trl' for a reward model"),
+        (["data.packing=true"], "data.packing", "share their prompt's line"),
+        (["evaluate.exact_match=5"], "evaluate.exact_match", "writes no text"),
+        (["train.neftune_alpha=5.0"], "train.neftune_alpha", "not for a reward model"),
+        (["adapter.method=llama_adapter"], "adapter.method", "no room for a trained head"),
+        (["reward.centring=-1.0"], "reward.centring", "0"),
+        (["reward.margins=0.0"], "reward.margins", "0"),
+    ],
+)
+def test_contradictions_are_told(words: list[str], where: str, told: str) -> None:
+    more = ["data.source=null"] if any(word.startswith("data.mix") for word in words) else []
+    found = problems(*words, *more)
+    assert any(place == where and told in text for place, text in found), found
+
+
+def test_a_held_out_file_names_no_head() -> None:
+    words = [HEADS, two(", head: help", ", head: safety"), "data.source=null", f"data.held_out={ROWS}.x"]
+    assert "data.held_out" in {place for place, _ in problems(*words)}
+
+
+def test_rules_are_looked_at_with_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "rules.py"
+    file.write_text("def good(prompt, completion):\n    return 1.0\n\ndef few(prompt):\n    return 1.0\n")
+    fine = recipe(f"reward.rules=[{{name: good, function: '{file}:good'}}]").settings
+    assert isinstance(fine, Settings) and fine.reward.rules[0].weight == 1.0
+    found = problems(
+        f"reward.rules=[{{name: a, function: '{file}:god'}}, {{name: b, function: '{file}:few'}}, "
+        f"{{name: b, function: '{file}.py:good'}}, {{name: reward, function: '{file}:good'}}]"
+    )
+    told = "\n".join(text for _, text in found)
+    assert "did you mean 'good'?" in told and "a function that takes (prompt, completion)" in told
+    assert "does not exist" in told and "'reward' is there twice" in told and "'b' is there twice" in told
+
+
+def test_adapters_keep_their_own_settings() -> None:
+    settings = recipe("adapter.rank=3").settings
+    assert isinstance(settings.adapter, lora.Settings) and settings.adapter.rank == 3

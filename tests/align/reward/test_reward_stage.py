@@ -1,0 +1,255 @@
+"""The stage from end to end: what a run holds, what scores afterwards, and that the library scores alike."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from align import load_recipe, load_reward, load_tuned, run
+from align.reward.scorer import TOTAL, RewardModel
+from data_templates._segments import Message
+from finetune.recipe.errors import UserError
+from finetune.training.result import Result
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+RULES = "def brief(prompt, completion):\n    return -len(completion) / 10\n"
+HEADS = ["help", "safety"]
+
+
+def pairs(count: int, *, better: str, worse: str) -> list[dict[str, object]]:
+    """Return rows of which a word decides who is better; the length does not."""
+    return [
+        {
+            "prompt": f"Add the numbers. {number}",
+            "chosen": f"{better} {number % 7}",
+            "rejected": f"{worse} {number % 5}",
+            "margin": 1.0 + number % 3,
+        }
+        for number in range(count)
+    ]
+
+
+def ranked(count: int) -> list[dict[str, object]]:
+    return [
+        {
+            "prompt": f"Response {number}",
+            "responses": ["bad", "good one", "middling"],
+            "scores": [1, 3, 2],
+        }
+        for number in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rewards")
+    files = {
+        "first": pairs(24, better="good", worse="evil"),
+        "second": pairs(24, better="calm", worse="loud"),
+    }
+    for name, rows in (files | {"lists": ranked(24)}).items():
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "rules.py").write_text(RULES)
+    return path
+
+
+def tuned(folder: Path, base: Path, name: str, **settings: object) -> Result:
+    given = {
+        "model.precision": "float32",
+        "data.held_out": 6,
+        "data.cache": False,
+        "data.template": "plain",
+        "train.max_steps": 12,
+        "train.batch_size": 4,
+        "train.learning_rate": 2e-2,
+        "evaluate.samples": 2,
+        "reward.rules": [],
+    }
+    more = {key.replace("__", "."): value for key, value in settings.items()}
+    recipe = load_recipe(
+        stage="reward",
+        base=str(base),
+        out=folder / name,
+        settings=given | {"data.source": str(folder / "first.jsonl")} | more,
+    )
+    return run(recipe)
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path, base_folder: Path) -> Result:
+    rules = [{"name": "brief", "function": f"{folder}/rules.py:brief", "weight": 0.5}]
+    return tuned(folder, base_folder, "single", reward__rules=rules, train__evaluate_every=6)
+
+
+@pytest.fixture(scope="module")
+def double(folder: Path, base_folder: Path) -> Result:
+    mix = [
+        {"source": str(folder / "second.jsonl"), "head": "safety"},
+        {"source": str(folder / "lists.jsonl"), "head": "help"},
+    ]
+    return tuned(
+        folder,
+        base_folder,
+        "double",
+        data__source=None,
+        data__mix=mix,
+        reward__heads=HEADS,
+        reward__margins=0.5,
+        reward__centring=0.01,
+    )
+
+
+def library_scores(
+    result: Result, base: Path, model: RewardModel, rows: list[tuple[str, str]]
+) -> list[float]:
+    """Return what a user of plain transformers and PEFT gets."""
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    opened = PeftModel.from_pretrained(plain, result.adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(result.adapter)
+    assert len(tokenizer) == len(model.encoder.tokenizer)
+    found = []
+    for prompt, completion in rows:
+        ids = model.encoder.encode([Message("user", prompt), Message("assistant", completion)]).input_ids
+        with torch.no_grad():
+            found.append(float(opened(input_ids=torch.tensor([ids])).logits))
+    return found
+
+
+def test_a_run_learns_and_says_how_well(single: Result) -> None:
+    record = single.record
+    metrics = record["metrics"]
+    assert metrics["held_out_loss_after"] < 0.5 < metrics["held_out_loss_before"]
+    assert metrics["held_out_accuracy_after"] == 1.0 and metrics["held_out_margin_after"] > 1.0
+    facts = record["comparisons"]["after"]["all"]
+    assert facts["comparisons"] == 6 and facts["interval"][0] == pytest.approx(6 / (6 + 1.959964**2))
+    assert {"calibration_error", "reliability", "longer_is_better", "correlation_with_length"} <= facts.keys()
+    assert record["normalisation"]["reward"]["completions"] == 18
+    assert [tick["name"] for tick in record["preflight"]][:8] == [
+        *("environment", "score", "truncation", "vocabulary"),
+        *("gradient", "accumulation", "layout", "library"),
+    ]
+    assert all(tick["passed"] for tick in record["preflight"])
+    lines = [line for line in single.metrics if "loss" in line]
+    assert len(lines) == 12 and {"accuracy", "margin", "mean_reward"} <= lines[0].keys()
+    assert [line["step"] for line in single.metrics if "held_out_accuracy" in line] == [6, 12]
+    assert 0.0 <= lines[0]["accuracy"] <= 1.0 and lines[-1]["accuracy"] == 1.0
+
+
+def test_the_report_shows_tables_figures_and_samples(single: Result) -> None:
+    page = (single.directory / "report.html").read_text()
+    for text in ("Held-out comparisons", "longer is better", "correlation with length", "all, after"):
+        assert text in page
+    assert page.count("<svg") == 11, "nine curves, reliability, scores"
+    assert "held-out accuracy" in page and "better: good" in page
+    [first, _] = single.samples
+    assert first["before"].startswith("better: ") and first["after"] != first["before"]
+
+
+def test_the_library_gives_the_same_scores(single: Result, base_folder: Path) -> None:
+    rows = [("Add the numbers. 3", "good 3"), ("Add the numbers. 3", "evil 3 and more"), ("Please.", "x")]
+    model = load_reward(single.directory)
+    found = model.score([prompt for prompt, _ in rows], [text for _, text in rows])
+    assert list(found) == ["reward", "brief", TOTAL]
+    expected = library_scores(single, base_folder, model, rows)
+    assert found["reward"] == pytest.approx(expected, abs=1e-5)
+    assert found["reward"][0] > found["reward"][1]
+    normalised = model.normalised(found)["reward"]
+    assert found[TOTAL] == pytest.approx(
+        [a + 0.5 * b for a, b in zip(normalised, found["brief"], strict=True)]
+    )
+    assert found["brief"] == [-0.6, -1.5, -0.1]
+
+
+def test_chosen_completions_have_mean_0_and_deviation_1_once_normalised(single: Result, folder: Path) -> None:
+    model = load_reward(single.directory)
+    rows = [json.loads(line) for line in (folder / "first.jsonl").read_text().splitlines()]
+    scores = model.score([row["prompt"] for row in rows], [row["chosen"] for row in rows])
+    normalised = torch.tensor(model.normalised(scores)["reward"])
+    assert abs(float(normalised.mean())) < 0.5 and 0.5 < float(normalised.std()) < 1.5
+
+
+def test_two_heads_learn_from_their_own_sources(double: Result) -> None:
+    metrics = double.record["metrics"]
+    assert metrics["held_out_accuracy_help_after"] > 0.8 and metrics["held_out_accuracy_safety_after"] > 0.8
+    facts = double.record["comparisons"]["after"]
+    assert set(facts["heads"]) == set(HEADS) and len(facts["sources"]) == 2
+    assert facts["heads"]["help"]["pairs"] == 3 * facts["heads"]["help"]["comparisons"]
+    ticks = {tick["name"]: tick for tick in double.record["preflight"]}
+    assert "say how much better" in ticks["margins"]["detail"] and not ticks["margins"]["warned"]
+    model = load_reward(double.directory)
+    found = model.score(
+        ["Add the numbers. 1"] * 2 + ["Response 3"] * 2, ["calm 1", "loud 1", "good one", "bad"]
+    )
+    assert found["safety"][0] > found["safety"][1] and found["help"][2] > found["help"][3]
+    normalised = model.normalised(found)
+    assert found[TOTAL][0] == pytest.approx(normalised["help"][0] + normalised["safety"][0])
+    page = (double.directory / "report.html").read_text()
+    assert "head safety, after" in page and "Scores of held-out completions help" in page
+
+
+def test_a_whole_model_scores_with_the_library_alone(folder: Path, base_folder: Path) -> None:
+    result = tuned(folder, base_folder, "whole", adapter__method="full", train__learning_rate=1e-3)
+    model = load_reward(result.directory)
+    [ours] = model.score(["Please."], ["good 3"])["reward"]
+    plain = AutoModelForSequenceClassification.from_pretrained(result.directory / "model").eval()
+    assert plain.config.id2label == {0: "reward"}
+    ids = model.encoder.encode([Message("user", "Please."), Message("assistant", "good 3")]).input_ids
+    assert float(plain(input_ids=torch.tensor([ids])).logits) == pytest.approx(ours, abs=1e-5)
+
+
+def test_a_four_bit_base_learns_and_is_opened_again(folder: Path, base_folder: Path) -> None:
+    result = tuned(folder, base_folder, "four", adapter__method="qlora", train__max_steps=3)
+    assert result.record["load"]["quantization"] == "nf4"
+    scores = load_reward(result.directory).score(["Please."], ["good 3"])
+    assert abs(scores["reward"][0]) < 100
+
+
+def test_the_rules_of_a_run_are_its_own_copies(single: Result, folder: Path) -> None:
+    copy = single.directory / "rules" / "0.py"
+    assert copy.read_text() == (folder / "rules.py").read_text()
+    assert single.record["load"]["rules"][0]["weight"] == 0.5
+
+
+def test_a_changed_rule_is_another_run(folder: Path, base_folder: Path) -> None:
+    from align.reward.rules import fingerprint_of
+
+    rules = [{"name": "brief", "function": f"{folder}/rules.py:brief"}]
+    more = {"data.source": str(folder / "first.jsonl"), "data.held_out": 3, "reward.rules": rules}
+    settings = load_recipe(stage="reward", base=str(base_folder), settings=more).settings
+    before = fingerprint_of(settings)
+    text = (folder / "rules.py").read_text()
+    (folder / "rules.py").write_text(text + "# changed\n")
+    assert fingerprint_of(settings) != before
+    (folder / "rules.py").write_text(text)
+    assert fingerprint_of(settings) == before
+
+
+def test_a_rule_that_gives_no_number_names_itself_and_the_row(single: Result) -> None:
+    from dataclasses import replace
+
+    from align.reward.rules import Rule
+
+    model = load_reward(single.directory)
+    for function, told in (
+        (lambda p, c: float("nan"), "nan"),
+        (lambda p, c: "x", "'x'"),
+        (lambda p, c: 1 / 0, "Zero"),
+    ):
+        broken = replace(model, rules=[Rule("odd", 1.0, function)])
+        with pytest.raises(UserError, match=f"rule 'odd' on completion 1(.|\n)*{told}"):
+            broken.score(["p"], ["c"])
+
+
+def test_a_reward_model_does_not_talk_and_a_talker_does_not_score(single: Result) -> None:
+    with pytest.raises(UserError, match="a reward model, which writes no text"):
+        load_tuned(single.directory)
+    record = json.loads((single.directory / "run.json").read_text())
+    record["load"].pop("heads")
+    other = single.directory.parent / "talker"
+    other.mkdir()
+    (other / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="expected: a run of stage reward"):
+        load_reward(other)

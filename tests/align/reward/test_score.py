@@ -1,0 +1,155 @@
+"""``llm-align score``: rows of any layout with their rewards, who wins, and how often the file agrees."""
+
+import json
+from pathlib import Path
+
+import pytest
+from reward_models import scorer
+from small_tokenizers import tokenizer
+
+from align import score as score_verb
+from align.preference.encode import Room
+from align.reward.collate import RewardCollator
+from align.reward.rules import Rule
+from align.reward.score_file import score_file, summary, write_rows
+from align.reward.scorer import TOGETHER, TOTAL, RewardModel
+from data_templates._segments import Message
+from finetune.data.tokens import Encoder
+from finetune.recipe.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+PAIR = {"prompt": "Say it.", "chosen": "a long reply", "rejected": "short"}
+
+
+@pytest.fixture(scope="module")
+def model() -> RewardModel:
+    """Return a random model with two heads, and a rule that likes length."""
+    encoder = Encoder(tokenizer("qwen"), "plain")
+    base = scorer("llama")
+    base.resize_token_embeddings(len(encoder.tokenizer))
+    return RewardModel(
+        base.eval(),
+        encoder,
+        zeros={"help": (1.0, 2.0), "safety": (0.0, 0.5)},
+        rules=[Rule("long", 100.0, lambda prompt, completion: len(completion))],
+        room=Room(48, 24),
+        collate=RewardCollator(pad_id=encoder.tokenizer.unk_token_id or 0),
+        tokens=256,
+    )
+
+
+def test_scores_do_not_depend_on_their_neighbours(model: RewardModel) -> None:
+    prompts = ["one", "one", "two", "one"] + ["many"] * (TOGETHER + 3)
+    completions = ["a", "b c", "a", "a"] + [f"n {number}" for number in range(TOGETHER + 3)]
+    together = model.score(prompts, completions)
+    for index, (prompt, text) in enumerate(zip(prompts, completions, strict=True)):
+        alone = model.score([prompt], [text])
+        for name in ("help", "safety", TOTAL):
+            assert alone[name] == pytest.approx([together[name][index]], abs=1e-4)
+    assert together["help"][0] == pytest.approx(together["help"][3], abs=1e-5)
+    assert model.score([], []) == {"help": [], "safety": [], "long": [], TOTAL: []}
+
+
+def test_the_total_is_the_sum_of_normalised_heads_and_weighted_rules(model: RewardModel) -> None:
+    found = model.score(["p"], ["four"])
+    by_hand = (found["help"][0] - 1.0) / 2.0 + found["safety"][0] / 0.5 + 100.0 * 4
+    assert found["long"] == [4.0] and found[TOTAL] == pytest.approx([by_hand])
+
+
+def test_a_prompt_may_be_turns_or_a_dialogue(model: RewardModel) -> None:
+    turns = [Message("user", "q"), Message("assistant", "r"), Message("user", "s")]
+    dialogue = "\n\nHuman: q\n\nAssistant: r\n\nHuman: s\n\nAssistant:"
+    encoder = Encoder(model.encoder.tokenizer, "hh")
+    hh = RewardModel(**{**vars(model), "encoder": encoder})
+    found = hh.score([turns, dialogue], ["t", "t"])
+    assert found["help"][0] == pytest.approx(found["help"][1], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("row", "count"),
+    [
+        ({"prompt": "q", "completion": "r"}, 1),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}, 1),
+        ({"instruction": "q", "input": "", "output": "r"}, 1),
+        ({"prompt": "q", "responses": ["a", "b", "c"]}, 3),
+        (PAIR, 2),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: r", "rejected": "\n\nHuman: q\n\nAssistant: s"}, 2),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}, 2),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [2, 1]}, 2),
+    ],
+)
+def test_rows_of_every_layout_are_scored(model: RewardModel, row: dict, count: int) -> None:
+    encoder = Encoder(model.encoder.tokenizer, "hh")
+    [found] = score_file(RewardModel(**{**vars(model), "encoder": encoder}), [row])
+    assert {name: len(values) for name, values in found.scores.items()} == {
+        "help": count,
+        "safety": count,
+        "long": count,
+        TOTAL: count,
+    }
+    line = found.line()
+    assert line["rewards"]["normalised"].keys() == {"help", "safety"}
+    assert isinstance(line["rewards"]["help"], float if count == 1 else list)
+    assert {key: line[key] for key in row} == row, "the row itself stays"
+
+
+def test_pairs_say_who_wins_and_how_often_the_file_agrees(model: RewardModel) -> None:
+    rows = score_file(model, [PAIR, {**PAIR, "chosen": "x", "rejected": "much longer"}])
+    assert [row.line()["winner"] for row in rows] == ["chosen", "rejected"], "the rule outweighs the heads"
+    facts = summary(rows)
+    assert facts["rewards"]["long"]["accuracy"] == 0.5 and facts["rewards"]["length"]["accuracy"] == 0.5
+    assert facts["rewards"]["long"]["comparisons"] == 2 and facts["rewards"]["long"]["completions"] == 4
+    assert facts["rewards"]["long"]["mean"] == pytest.approx((12 + 5 + 1 + 11) / 4)
+    low, high = facts["rewards"]["long"]["interval"]
+    assert low < 0.5 < high
+
+
+def test_lists_agree_by_their_scores_or_ranks(model: RewardModel) -> None:
+    by_length = {"prompt": "q", "responses": ["a", "bbb", "cc"], "scores": [1, 3, 2]}
+    against = {"prompt": "q", "responses": ["a", "bbb", "cc"], "scores": [3, 1, 2]}
+    facts = summary(score_file(model, [by_length, by_length, against]))
+    assert facts["rewards"]["long"]["accuracy"] == pytest.approx(2 / 3)
+    unjudged = summary(score_file(model, [{"prompt": "q", "responses": ["a", "bbb"]}]))
+    assert "accuracy" not in unjudged["rewards"]["long"] and "length" not in unjudged["rewards"]
+
+
+def test_a_row_without_a_reply_is_counted_and_kept(model: RewardModel, tmp_path: Path) -> None:
+    cut = {"messages": [{"role": "user", "content": "q"}]}
+    whole = {"messages": [*cut["messages"], {"role": "assistant", "content": "r"}]}
+    rows = score_file(model, [cut, whole])
+    assert summary(rows)["without_reply"] == 1
+    write_rows(rows, tmp_path / "out.jsonl")
+    first, second = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first["rewards"] is None and second["rewards"]["long"] == 1.0
+    with pytest.raises(UserError, match="no row ends with a reply"):
+        score_file(model, [cut])
+
+
+def test_files_that_cannot_be_scored_are_told(model: RewardModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="columns a are no known layout"):
+        score_file(model, [{"a": 1}])
+    with pytest.raises(UserError, match="no such file or folder"):
+        score_file(model, "nowhere.jsonl")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(PAIR) + "\n")
+    with pytest.raises(UserError, match="the file that is read"):
+        score_verb.score(tmp_path, str(rows), out=rows, as_json=False)
+    with pytest.raises(UserError, match="no folder"):
+        score_verb.score(tmp_path, str(rows), out=tmp_path / "no" / "out.jsonl", as_json=False)
+    with pytest.raises(UserError, match="expected: the folder of a finished run"):
+        score_verb.score(tmp_path, str(rows), out=None, as_json=False)
+
+
+def test_the_terminal_and_json_show_the_same_facts(
+    model: RewardModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(PAIR) + "\n")
+    monkeypatch.setattr(score_verb, "load_reward", lambda run: model)
+    score_verb.score(tmp_path, str(rows), out=tmp_path / "out.jsonl", as_json=True)
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["rows"] == 1 and list(facts["rewards"]) == ["help", "safety", "long", TOTAL, "length"]
+    score_verb.score(tmp_path, str(rows), out=tmp_path / "out.jsonl", as_json=False)
+    shown = capsys.readouterr().out
+    assert "right order" in shown and "100.0%" in shown and "out.jsonl" in shown
+    assert json.loads((tmp_path / "out.jsonl").read_text())["winner"] == "chosen"
