@@ -70,6 +70,7 @@ def tuned(folder: Path, base: Path, name: str, **settings: object) -> Result:
     }
     more = {key.replace("__", "."): value for key, value in settings.items()}
     recipe = load_recipe(
+        "quickstart",
         stage="reward",
         base=str(base),
         out=folder / name,
@@ -218,7 +219,7 @@ def test_a_changed_rule_is_another_run(folder: Path, base_folder: Path) -> None:
 
     rules = [{"name": "brief", "function": f"{folder}/rules.py:brief"}]
     more = {"data.source": str(folder / "first.jsonl"), "data.held_out": 3, "reward.rules": rules}
-    settings = load_recipe(stage="reward", base=str(base_folder), settings=more).settings
+    settings = load_recipe("quickstart", stage="reward", base=str(base_folder), settings=more).settings
     before = fingerprint_of(settings)
     text = (folder / "rules.py").read_text()
     (folder / "rules.py").write_text(text + "# changed\n")
