@@ -5,7 +5,7 @@ model's weights are not.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain, groupby, zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,18 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 import finetune.training
+from align.preference.completion_rows import as_rows
+from align.preference.prepare import prepare_preferences
+from align.preference.settings import PreferenceSettings
 from finetune.data.dataset import TokenizedRows
 from finetune.data.documents import prepare_any
+from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.planning.choices import optimizer_steps
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.training.text import text_of
+from finetune.recipe.settings import StageSettings
+from finetune.training.text import Text, text_of
 
 BARS = 12
 """Bars of the histogram at most."""
@@ -43,12 +48,12 @@ def preview(recipe: Recipe, *, rows: int) -> Facts:
     """
     settings, train = recipe.settings, recipe.settings.train
     text, reason = text_of(settings)
-    data = prepare_any(settings.data, text.encoder, max_length=text.max_length, seed=train.seed)
-    report, learnt = data.report, data.train
+    report, learnt, items = _prepared(settings, text)
+    count = len(items.sources)
     steps = optimizer_steps(
-        len(learnt), batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
+        count, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
     )
-    seen = train.max_steps * train.batch_size if train.max_steps else len(learnt) * train.epochs
+    seen = train.max_steps * train.batch_size if train.max_steps else count * train.epochs
     return {
         "stage": recipe.stage,
         "recipe": recipe.name,
@@ -64,13 +69,37 @@ def preview(recipe: Recipe, *, rows: int) -> Facts:
             for what, number in report.counts.items()
         ],
         "lengths": _lengths(learnt.lengths),
-        "epochs": seen / len(learnt),
+        "epochs": seen / count,
         "batch_size": train.batch_size,
         "steps": steps,
-        "token_budget": round(report.tokens / len(learnt) * seen),
-        "trained_token_budget": round(report.trained_tokens / len(learnt) * seen),
-        "shown": [_row(learnt, index, text.encoder) for index in _chosen(learnt.sources, rows)],
+        "token_budget": round(report.tokens / count * seen),
+        "trained_token_budget": round(report.trained_tokens / count * seen),
+        "shown": [
+            _row(learnt, index, text.encoder)
+            for item in _chosen(items.sources, rows)
+            for index in range(*items.rows[item : item + 2])
+        ],
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """What a step counts: each item's source, and where its rows begin; a comparison has a row a completion."""
+
+    sources: Sequence[int]
+    rows: Sequence[int]
+
+
+def _prepared(settings: StageSettings, text: Text) -> tuple[DataReport, TokenizedRows, Items]:
+    """Return what became of the data: rows of conversations and texts, or of comparisons."""
+    options = {"max_length": text.max_length, "seed": settings.train.seed}
+    if isinstance(settings.data, PreferenceSettings):
+        data = prepare_preferences(settings.data, text.encoder, **options)
+        rows = as_rows(data.train)
+        return data.report, rows, Items(data.train.sources, np.cumsum([0, *data.train.completions]).tolist())
+    prepared = prepare_any(settings.data, text.encoder, **options)
+    rows = prepared.train
+    return prepared.report, rows, Items(rows.sources, range(len(rows) + 1))
 
 
 def write_page(facts: Facts, path: Path) -> None:
