@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 
 import finetune.training
 from align.preference.completion_rows import as_rows
-from align.preference.prepare import prepare_preferences
+from align.preference.prepare import Kind, prepare_preferences
 from align.preference.settings import PreferenceSettings
 from finetune.data.dataset import TokenizedRows
 from finetune.data.documents import prepare_any
@@ -24,7 +24,6 @@ from finetune.data.tokens import Encoder
 from finetune.planning.choices import optimizer_steps
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.settings import StageSettings
 from finetune.training.text import Text, text_of
 
 BARS = 12
@@ -32,6 +31,9 @@ BARS = 12
 
 NICE = (1, 2, 4, 5, 8)
 """A bar is as wide as one of these times a power of ten: borders that can be read."""
+
+KINDS: dict[str, Kind] = {"dpo": "rankings", "reward": "rankings", "kto": "labels"}
+"""What the stages that learn from preferences read."""
 
 Facts = dict[str, Any]
 
@@ -48,7 +50,7 @@ def preview(recipe: Recipe, *, rows: int) -> Facts:
     """
     settings, train = recipe.settings, recipe.settings.train
     text, reason = text_of(settings)
-    report, learnt, items = _prepared(settings, text)
+    report, learnt, items = _prepared(recipe, text)
     count = len(items.sources)
     steps = optimizer_steps(
         count, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
@@ -84,22 +86,30 @@ def preview(recipe: Recipe, *, rows: int) -> Facts:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """What a step counts: each item's source, and where its rows begin; a comparison has a row a completion."""
+    """What a step counts: each item's source, and where its rows begin; comparisons have one a completion."""
 
     sources: Sequence[int]
     rows: Sequence[int]
 
 
-def _prepared(settings: StageSettings, text: Text) -> tuple[DataReport, TokenizedRows, Items]:
-    """Return what became of the data: rows of conversations and texts, or of comparisons."""
-    options = {"max_length": text.max_length, "seed": settings.train.seed}
-    if isinstance(settings.data, PreferenceSettings):
-        data = prepare_preferences(settings.data, text.encoder, **options)
-        rows = as_rows(data.train)
-        return data.report, rows, Items(data.train.sources, np.cumsum([0, *data.train.completions]).tolist())
-    prepared = prepare_any(settings.data, text.encoder, **options)
-    rows = prepared.train
-    return prepared.report, rows, Items(rows.sources, range(len(rows) + 1))
+def _prepared(recipe: Recipe, text: Text) -> tuple[DataReport, TokenizedRows, Items]:
+    """Return what became of the data: rows of conversations and texts, or of comparisons.
+
+    Raises:
+        UserError: mistakes in the data, or a stage that makes other rows of its preferences.
+    """
+    settings, encoder = recipe.settings.data, text.encoder
+    length, seed = text.max_length, recipe.settings.train.seed
+    if not isinstance(settings, PreferenceSettings):
+        prepared = prepare_any(settings, encoder, max_length=length, seed=seed)
+        return prepared.report, prepared.train, Items(prepared.train.sources, range(len(prepared.train) + 1))
+    if recipe.stage not in KINDS:
+        found = f"'{recipe.stage}' makes conversations of its preferences while it runs"
+        repair = "llm-align data --stage dpo shows the preferences themselves"
+        raise UserError(Problem("--stage", found, f"another stage, or one of {', '.join(KINDS)}", repair))
+    data = prepare_preferences(settings, encoder, max_length=length, seed=seed, kind=KINDS[recipe.stage])
+    firsts = np.cumsum([0, *data.train.completions]).tolist()
+    return data.report, as_rows(data.train), Items(data.train.sources, firsts)
 
 
 def write_page(facts: Facts, path: Path) -> None:
