@@ -25,6 +25,8 @@ KNOWN, OVERFIT = 0.9, 0.1
 """Accuracy in training from which held-out pairs should not stay behind by more than this."""
 NO_MARGIN, NO_ACCURACY = 0.02, 0.05
 """What the margin of implicit rewards and the accuracy have grown by at most where nothing was learnt."""
+WORSE = 0.005
+"""Share by which the held-out loss must have risen to be told: below it is the noise of a few dozen pairs."""
 PHRASE, SAID_AGAIN = 4, 3
 """A reply repeats itself where so many words in a row come so often."""
 
@@ -101,6 +103,17 @@ def _learning(seen: Seen) -> Finding | None:
         action = "raise train.learning_rate, or train longer"
         return Finding("learning", said, "next to nothing was learnt", action)
     return Finding("learning", said, "chosen completions gained on rejected ones")
+
+
+def _unseen(seen: Seen) -> Finding | None:
+    losses = [seen.metrics.get(f"held_out_loss_{when}") for when in ("before", "after")]
+    if losses[0] is None or losses[1] is None or losses[1] - losses[0] <= WORSE * abs(losses[0]):
+        return None
+    said = f"held-out loss {losses[0]:.4f} → {losses[1]:.4f}"
+    means = "on unseen pairs it ends worse than it began: where the policy is wrong it is surer of it"
+    return Finding(
+        "unseen pairs", said, means, "lower train.learning_rate, fewer train.epochs, or more pairs"
+    )
 
 
 def _chosen(seen: Seen) -> Finding | None:
@@ -195,6 +208,7 @@ def _copies(replies: Sequence[str]) -> int:
 
 LOOKS: tuple[Callable[[Seen], Finding | None], ...] = (
     _learning,
+    _unseen,
     _chosen,
     _distance,
     _by_heart,

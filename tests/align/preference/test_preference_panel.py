@@ -9,6 +9,8 @@ from align.preference.panel import Finding, Seen, findings
 
 CALM = {
     "accuracy_after": 0.8,
+    "held_out_loss_before": 0.6931,
+    "held_out_loss_after": 0.6,
     "held_out_margin_before": 0.0,
     "held_out_margin_after": 1.0,
     "held_out_accuracy_before": 0.5,
@@ -50,6 +52,7 @@ def test_pain_15_without_held_out_rows_training_s_own_drift_counts() -> None:
 
 
 WARNED = {
+    "unseen pairs": {"held_out_loss_before": 0.6931, "held_out_loss_after": 0.71},
     "learning": {"held_out_margin_after": 0.001, "held_out_accuracy_after": 0.52},
     "distance": {"held_out_kl_after": 0.9},
     "overfit": {"accuracy_after": 0.99, "held_out_accuracy_after": 0.6},
