@@ -5,7 +5,7 @@ model's weights are not.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain, groupby, zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,26 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 import finetune.training
+from align.preference.completion_rows import as_rows
+from align.preference.prepare import Kind, prepare_preferences
+from align.preference.settings import PreferenceSettings
 from finetune.data.dataset import TokenizedRows
 from finetune.data.documents import prepare_any
+from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.planning.choices import optimizer_steps
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.training.text import text_of
+from finetune.training.text import Text, text_of
 
 BARS = 12
 """Bars of the histogram at most."""
 
 NICE = (1, 2, 4, 5, 8)
 """A bar is as wide as one of these times a power of ten: borders that can be read."""
+
+KINDS: dict[str, Kind] = {"dpo": "rankings", "reward": "rankings", "kto": "labels"}
+"""What the stages that learn from preferences read."""
 
 Facts = dict[str, Any]
 
@@ -43,12 +50,12 @@ def preview(recipe: Recipe, *, rows: int) -> Facts:
     """
     settings, train = recipe.settings, recipe.settings.train
     text, reason = text_of(settings)
-    data = prepare_any(settings.data, text.encoder, max_length=text.max_length, seed=train.seed)
-    report, learnt = data.report, data.train
+    report, learnt, items = _prepared(recipe, text)
+    count = len(items.sources)
     steps = optimizer_steps(
-        len(learnt), batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
+        count, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
     )
-    seen = train.max_steps * train.batch_size if train.max_steps else len(learnt) * train.epochs
+    seen = train.max_steps * train.batch_size if train.max_steps else count * train.epochs
     return {
         "stage": recipe.stage,
         "recipe": recipe.name,
@@ -64,13 +71,45 @@ def preview(recipe: Recipe, *, rows: int) -> Facts:
             for what, number in report.counts.items()
         ],
         "lengths": _lengths(learnt.lengths),
-        "epochs": seen / len(learnt),
+        "epochs": seen / count,
         "batch_size": train.batch_size,
         "steps": steps,
-        "token_budget": round(report.tokens / len(learnt) * seen),
-        "trained_token_budget": round(report.trained_tokens / len(learnt) * seen),
-        "shown": [_row(learnt, index, text.encoder) for index in _chosen(learnt.sources, rows)],
+        "token_budget": round(report.tokens / count * seen),
+        "trained_token_budget": round(report.trained_tokens / count * seen),
+        "shown": [
+            _row(learnt, index, text.encoder)
+            for item in _chosen(items.sources, rows)
+            for index in range(*items.rows[item : item + 2])
+        ],
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """What a step counts: each item's source, and where its rows begin; comparisons have one a completion."""
+
+    sources: Sequence[int]
+    rows: Sequence[int]
+
+
+def _prepared(recipe: Recipe, text: Text) -> tuple[DataReport, TokenizedRows, Items]:
+    """Return what became of the data: rows of conversations and texts, or of comparisons.
+
+    Raises:
+        UserError: mistakes in the data, or a stage that makes other rows of its preferences.
+    """
+    settings, encoder = recipe.settings.data, text.encoder
+    length, seed = text.max_length, recipe.settings.train.seed
+    if not isinstance(settings, PreferenceSettings):
+        prepared = prepare_any(settings, encoder, max_length=length, seed=seed)
+        return prepared.report, prepared.train, Items(prepared.train.sources, range(len(prepared.train) + 1))
+    if recipe.stage not in KINDS:
+        found = f"'{recipe.stage}' makes conversations of its preferences while it runs"
+        repair = "llm-align data --stage dpo shows the preferences themselves"
+        raise UserError(Problem("--stage", found, f"another stage, or one of {', '.join(KINDS)}", repair))
+    data = prepare_preferences(settings, encoder, max_length=length, seed=seed, kind=KINDS[recipe.stage])
+    firsts = np.cumsum([0, *data.train.completions]).tolist()
+    return data.report, as_rows(data.train), Items(data.train.sources, firsts)
 
 
 def write_page(facts: Facts, path: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from align.preference.completion_rows import as_rows
 from align.preference.dataset import PreferenceGroups, PreparedPreferences
 from align.preference.kto_engine import MeasuredKTOTrainer, training_order, trl_kto_trainer
 from align.preference.kto_settings import KtoSettings
-from align.preference.preflight import as_rows
 from align.preference.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
 from align.preference.unpaired import balance

@@ -23,8 +23,10 @@ LEARNT_BY_HEART = 0.995
 """Accuracy in the last steps of training at which no pair has anything left to teach."""
 KNOWN, OVERFIT = 0.9, 0.1
 """Accuracy in training from which held-out pairs should not stay behind by more than this."""
-NO_MARGIN, NO_ACCURACY = 0.02, 0.55
-"""A margin of implicit rewards that grew less than this, with an accuracy near 1/2: nothing was learnt."""
+NO_MARGIN, NO_ACCURACY = 0.02, 0.05
+"""What the margin of implicit rewards and the accuracy have grown by at most where nothing was learnt."""
+WORSE = 0.005
+"""Share by which the held-out loss must have risen to be told: below it is the noise of a few dozen pairs."""
 PHRASE, SAID_AGAIN = 4, 3
 """A reply repeats itself where so many words in a row come so often."""
 
@@ -46,6 +48,14 @@ class Seen:
     length_ratio: float
     replies: Sequence[tuple[str, str]]
     likelihood: bool
+
+    def both_ends(self, what: str) -> tuple[float, float] | None:
+        """Return a measure before and after: held out, or else in the first step and the last ones."""
+        for start in ("held_out_", ""):
+            names = [f"{start}{what}_{when}" for when in ("before", "after")]
+            if all(name in self.metrics for name in names):
+                return self.metrics[names[0]], self.metrics[names[1]]
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +93,27 @@ def _drift(metrics: Numbers, which: str) -> float | None:
 
 
 def _learning(seen: Seen) -> Finding | None:
-    margins = [seen.metrics.get(f"margin_{when}") for when in ("before", "after")]
-    accuracy = seen.metrics.get("accuracy_after")
-    if margins[0] is None or margins[1] is None or accuracy is None:
+    margins = seen.both_ends("margin")
+    accuracies = seen.both_ends("accuracy")
+    if margins is None or accuracies is None:
         return None
-    said = f"margin {margins[0]:.3f} → {margins[1]:.3f}, accuracy at the end {accuracy:.0%}"
-    if margins[1] - margins[0] < NO_MARGIN and accuracy < NO_ACCURACY:
-        return Finding(
-            "learning", said, "next to nothing was learnt", "raise train.learning_rate, or train longer"
-        )
+    (first, last), (before, after) = margins, accuracies
+    said = f"margin {first:.3f} → {last:.3f}, accuracy {before:.0%} → {after:.0%}"
+    if last - first < NO_MARGIN and after - before < NO_ACCURACY:
+        action = "raise train.learning_rate, or train longer"
+        return Finding("learning", said, "next to nothing was learnt", action)
     return Finding("learning", said, "chosen completions gained on rejected ones")
+
+
+def _unseen(seen: Seen) -> Finding | None:
+    losses = [seen.metrics.get(f"held_out_loss_{when}") for when in ("before", "after")]
+    if losses[0] is None or losses[1] is None or losses[1] - losses[0] <= WORSE * abs(losses[0]):
+        return None
+    said = f"held-out loss {losses[0]:.4f} → {losses[1]:.4f}"
+    means = "on unseen pairs it ends worse than it began: where the policy is wrong it is surer of it"
+    return Finding(
+        "unseen pairs", said, means, "lower train.learning_rate, fewer train.epochs, or more pairs"
+    )
 
 
 def _chosen(seen: Seen) -> Finding | None:
@@ -187,6 +208,7 @@ def _copies(replies: Sequence[str]) -> int:
 
 LOOKS: tuple[Callable[[Seen], Finding | None], ...] = (
     _learning,
+    _unseen,
     _chosen,
     _distance,
     _by_heart,

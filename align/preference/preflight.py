@@ -13,7 +13,6 @@ from align.preference.logps import layout_error, token_logps
 from align.preference.objective import Objective
 from align.preference.scoring import arithmetic, lists_of
 from align.preference.trainer import PreferenceTrainer
-from finetune.data.dataset import TokenizedRows
 from finetune.recipe.errors import Problem
 from finetune.training.head import output_head
 from finetune.training.preflight.probes import whole_is_its_parts
@@ -34,19 +33,6 @@ START = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 1e-1}
 """The same for the mean over a completion's tokens, in which rounding averages out."""
 PROVED_ON = 8
 """Groups on which the start is compared with the reference."""
-
-
-def as_rows(groups: PreferenceGroups) -> TokenizedRows:
-    """Return every completion behind its prompt as a row whose completion is learnt, for checks of rows."""
-    ids, trained, starts, places = [], [], [0], []
-    for group in (groups[index] for index in range(len(groups))):
-        for completion in group.completion_ids:
-            ids += [group.prompt_ids, completion]
-            trained += [np.zeros(len(group.prompt_ids), bool), np.ones(len(completion), bool)]
-            starts.append(starts[-1] + len(group.prompt_ids) + len(completion))
-            places.append(group.place)
-    arrays = {"input_ids": np.concatenate(ids), "trained": np.concatenate(trained)}
-    return TokenizedRows(arrays | {"starts": np.asarray(starts, dtype=np.int64)}, places)
 
 
 def short_groups(groups: PreferenceGroups) -> list[Example]:

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from align.preference import panel, preflight
 from align.preference.attention import unwrapped, why_separate
 from align.preference.collate import PreferenceCollator, PreferenceRows, length_ratio
+from align.preference.completion_rows import as_rows
 from align.preference.dataset import PreferenceGroups, PreparedPreferences
 from align.preference.losses import Loss, find_loss
 from align.preference.objective import Objective
@@ -127,7 +128,7 @@ class PreferenceTuning:
         self._refuse_passes()
         with job.timed("preflight"):
             job.check(Tick("environment", job.environment(policy.precision)))
-            rows = preflight.as_rows(data.train)
+            rows = as_rows(data.train)
             job.check(
                 *row_ticks(rows, data.report, text.encoder, max_length=text.max_length, blocks=False),
                 vocabulary_tick(policy.model, rows, text.encoder),

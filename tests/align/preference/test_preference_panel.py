@@ -8,9 +8,12 @@ from align.preference.collate import length_ratio
 from align.preference.panel import Finding, Seen, findings
 
 CALM = {
-    "margin_before": 0.0,
-    "margin_after": 1.0,
     "accuracy_after": 0.8,
+    "held_out_loss_before": 0.6931,
+    "held_out_loss_after": 0.6,
+    "held_out_margin_before": 0.0,
+    "held_out_margin_after": 1.0,
+    "held_out_accuracy_before": 0.5,
     "held_out_accuracy_after": 0.75,
     "held_out_chosen_logps_before": -1.0,
     "held_out_chosen_logps_after": -1.02,
@@ -49,7 +52,8 @@ def test_pain_15_without_held_out_rows_training_s_own_drift_counts() -> None:
 
 
 WARNED = {
-    "learning": {"margin_after": 0.001, "accuracy_after": 0.5},
+    "unseen pairs": {"held_out_loss_before": 0.6931, "held_out_loss_after": 0.71},
+    "learning": {"held_out_margin_after": 0.001, "held_out_accuracy_after": 0.52},
     "distance": {"held_out_kl_after": 0.9},
     "overfit": {"accuracy_after": 0.99, "held_out_accuracy_after": 0.6},
     "saturated": {"accuracy_after": 1.0, "held_out_accuracy_after": 0.99},

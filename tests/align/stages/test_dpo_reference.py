@@ -86,6 +86,17 @@ def test_gradients_are_there_with_a_live_reference_and_checkpointing(prefer: Run
 
 
 @pytest.mark.usefixtures("started")
+def test_gradients_are_there_in_bfloat16_with_a_live_reference(prefer: Runs) -> None:
+    """Autocast keeps what it has turned into bfloat16: the start's weights must not serve the policy."""
+    rough = {"model__precision": "bfloat16", **CALM}
+    ways = [prefer(way, align__reference=way, **rough) for way in ("precomputed", "live")]
+    norms = [numbers(way, "grad_norm") for way in ways]
+    assert min(norms[1]) > 0 and norms[0] == pytest.approx(norms[1], rel=0.1)
+    margins = [numbers(way, "margin")[-1] for way in ways]
+    assert margins[0] > 0.05 and margins[0] == pytest.approx(margins[1], abs=0.02)
+
+
+@pytest.mark.usefixtures("started")
 def test_pain_14_the_reference_is_the_tuned_start_and_not_the_base(prefer: Runs) -> None:
     result = prefer(**CALM)
     assert numbers(result, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
