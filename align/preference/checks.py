@@ -2,9 +2,11 @@
 
 from collections.abc import Collection, Iterator
 
+from align.preference.losses import find_loss
 from align.preference.settings import AlignSettings
+from align.preference.trl_losses import NATIVE, trl_loss
 from finetune.recipe.checks import adapter_traits
-from finetune.recipe.errors import Problem
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import StageSettings
 
 
@@ -28,6 +30,10 @@ def contradictions(
         yield from _live_reference(settings, align)
     if {"align", "train"} <= set(valid):
         yield from _stop_rule(settings, align)
+        if settings.train.engine == "trl":
+            yield from _of_trl(align)
+    if {"adapter", "train"} <= set(valid) and settings.train.engine == "trl":
+        yield from copied_by_trl(settings)
 
 
 def _of_supervised_tuning(settings: StageSettings) -> Iterator[Problem]:
@@ -40,8 +46,6 @@ def _of_supervised_tuning(settings: StageSettings) -> Iterator[Problem]:
         expected = "0: there are no labels here, one completion is compared with another"
         repair = f"align.loss={{name: cdpo, label_smoothing: {train.label_smoothing:g}}}: labels may be wrong"
         yield Problem("train.label_smoothing", f"{train.label_smoothing:g}", expected, repair)
-    if train.engine == "trl":
-        yield Problem("train.engine", "'trl'", "native for this stage", "train.engine=native")
 
 
 def _packing(settings: StageSettings) -> Iterator[Problem]:
@@ -63,3 +67,25 @@ def _stop_rule(settings: StageSettings, align: AlignSettings) -> Iterator[Proble
         found = f"{align.stop_when_chosen_falls:g}, but train.evaluate_every is null"
         expected = "held-out measures between the steps"
         yield Problem("align.stop_when_chosen_falls", found, expected, "train.evaluate_every=50")
+
+
+def _of_trl(align: AlignSettings) -> Iterator[Problem]:
+    """Yield what TRL's trainer does not have of the loss and its reference."""
+    if align.reference == "live":
+        expected = "with train.engine 'trl': precomputed"
+        yield Problem("align.reference", "'live'", expected, f"align.reference=precomputed, or {NATIVE}")
+    if not align.problems():
+        loss = find_loss(align.loss_name, where="align.loss")
+        try:
+            trl_loss(loss.name, loss.settings(align.loss_settings, where="align.loss"))
+        except UserError as error:
+            yield from error.problems
+
+
+def copied_by_trl(settings: StageSettings) -> Iterator[Problem]:
+    """Yield an adapter that TRL's preference trainers, which copy it, would change the base with."""
+    method = settings.adapter.method
+    if adapter_traits(method).changes_base:
+        found = f"'{method}', which begins by changing the base"
+        expected = "with train.engine 'trl' an adapter beside it: TRL's copy would change the base again"
+        yield Problem("adapter.method", found, expected, "adapter.method=lora")

@@ -1,7 +1,6 @@
 """DPO on TRL: its trainer with our tokens, our loss in its name, and the policy's start as reference."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from trl import DPOConfig, DPOTrainer
 from align.preference import metrics
 from align.preference.dataset import PreferenceGroups
 from align.preference.inputs import LossOutput, Pairs
-from align.preference.losses import Setting
 from align.preference.trl_engine import (
     InOurWords,
     logps_of,
@@ -24,47 +22,18 @@ from align.preference.trl_engine import (
     places_of,
     without_copy,
 )
-from finetune.recipe.errors import Problem, UserError, one_of
-from finetune.training.arguments import TrlStage
+from align.preference.trl_losses import NATIVE
+from finetune.recipe.errors import Problem, UserError
 from finetune.training.base_trainer import log_held_out
+from finetune.training.preflight.ticks import Tick, failed
+from finetune.training.preflight.untouched import untouched
 from finetune.training.stops import NotFiniteError
 
-SAME = {
-    "dpo": "sigmoid",
-    "robust": "robust",
-    "ipo": "ipo",
-    "hinge": "hinge",
-    "exo": "exo_pair",
-    "apo_zero": "apo_zero",
-    "apo_down": "apo_down",
-}
-"""Our losses: TRL's. Its `sigmoid` has no label smoothing, so there is no cDPO; its likelihood is the mean
-over all tokens of a pass and not over pairs, so there is no RPO."""
-NATIVE = "train.engine=native"
-
-
-def dpo_stage(loss: str, settings: Mapping[str, Setting]) -> TrlStage:
-    """Return TRL's arguments for a loss of the catalogue.
-
-    Args:
-        loss: its name.
-        settings: all of its settings.
-
-    Raises:
-        UserError: TRL has no such loss.
-    """
-    if loss not in SAME:
-        expected = f"with train.engine 'trl': {one_of(SAME)}"
-        raise UserError(Problem("align.loss", f"'{loss}'", expected, NATIVE))
-    if settings.get("over_tokens") == "sum":
-        found = f"'{loss}' summed over tokens, as the paper prints it"
-        expected = "with train.engine 'trl': the mean over tokens"
-        repair = (
-            f"align.loss={{name: {loss}, over_tokens: mean, beta: ...}}, where beta is per token; or {NATIVE}"
-        )
-        raise UserError(Problem("align.loss", found, expected, repair))
-    own = {key: settings[key] for key in ("beta", "label_smoothing") if key in settings}
-    return TrlStage("DPOConfig", {"loss_type": [SAME[loss]], "loss_weights": None, **own})
+SIDES = ("chosen_ids", "rejected_ids")
+REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
+"""TRL's names of a pair's tokens, and of what the reference says of them."""
+START = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
+"""How far the first loss may be from its value at the reference, relative, from rounding alone."""
 
 
 def refuse_lists(groups: PreferenceGroups, *, where: str) -> None:
@@ -83,20 +52,11 @@ def refuse_lists(groups: PreferenceGroups, *, where: str) -> None:
         raise UserError(Problem(where, found, "pairs, with train.engine 'trl'", NATIVE))
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """Held-out pairs, and what the reference says of them: chosen and rejected, (pairs,) each."""
-
-    columns: Dataset
-    reference: tuple[Tensor, Tensor]
-
-
 class MeasuredDPOTrainer(DPOTrainer, InOurWords):  # type: ignore[misc]
     """TRL's trainer, with our held-out measures by our own loss; a NaN names its rows."""
 
     places: Mapping[tuple[int, ...], str]
     loss: Callable[[Pairs], LossOutput]
-    held_out: HeldOut | None = None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -115,17 +75,14 @@ class MeasuredDPOTrainer(DPOTrainer, InOurWords):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out measures."""
-        return log_held_out(self, {f"held_out_{key}": value for key, value in self.measure().items()})
+        found = self.measure(self.eval_dataset)
+        return log_held_out(self, {f"held_out_{key}": value for key, value in found.items()})
 
-    def measure(self) -> dict[str, float]:
-        """Return the means over all held-out pairs, in the native engine's words."""
-        rows = self.held_out
-        assert rows is not None
-        chosen, rejected = _by_side(logps_of(self, rows.columns))
-        lengths = [
-            torch.tensor([len(ids) for ids in rows.columns[side]]) for side in ("chosen_ids", "rejected_ids")
-        ]
-        pairs = Pairs(chosen, rejected, lengths[0], lengths[1], *rows.reference)
+    def measure(self, columns: Dataset) -> dict[str, float]:
+        """Return the means over all pairs of ``columns``, in the native engine's words."""
+        chosen, rejected = _by_side(logps_of(self, columns))
+        lengths = [torch.tensor([len(ids) for ids in columns[side]]) for side in SIDES]
+        pairs = Pairs(chosen, rejected, *lengths, *(torch.tensor(columns[name]) for name in REFERENCES))
         found = self.loss(pairs)
         sides = (found.chosen_rewards, found.rejected_rewards)
         means = {
@@ -154,7 +111,7 @@ def trl_dpo_trainer(
 
     Args:
         model: base with adapter, before its first step.
-        args: of ``dpo_stage``, with ``precompute_ref_log_probs``.
+        args: with ``trl_loss`` and ``precompute_ref_log_probs``.
         tokenizer: for padding.
         train: what is learnt; pairs.
         held_out: what is measured, if anything; pairs.
@@ -173,16 +130,35 @@ def trl_dpo_trainer(
             processing_class=tokenizer,
         )
     without_copy(model)
-    columns = pair_columns(train)
-    reference = _by_side(logps_of(trainer, columns))
-    for name, values in zip(("ref_chosen_logps", "ref_rejected_logps"), reference, strict=True):
-        columns = columns.add_column(name, values.tolist())
-    trainer.train_dataset, trainer.places, trainer.loss = columns, places_of(train), loss
+    trainer.train_dataset, trainer.places, trainer.loss = _referred(trainer, train), places_of(train), loss
     if held_out is not None:
-        measured = pair_columns(held_out)
-        trainer.held_out = HeldOut(measured, _by_side(logps_of(trainer, measured)))
-        trainer.eval_dataset = measured
+        trainer.eval_dataset = _referred(trainer, held_out)
     return trainer
+
+
+@torch.no_grad()
+def start_tick(trainer: MeasuredDPOTrainer, precision: str) -> Tick:
+    """Check that the policy begins as its own reference: TRL's first loss is ours of ratios that are 0."""
+    count = min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
+    rows = [trainer.train_dataset[index] for index in range(count)]
+    batch = {name: value.to(trainer.args.device) for name, value in trainer.data_collator(rows).items()}
+    zeros, ones = torch.zeros(count), torch.ones(count)
+    expected = float(trainer.loss(Pairs(zeros, zeros, ones, ones, zeros, zeros)).losses.mean())
+    with untouched(trainer.model), trainer.accelerator.autocast():
+        found = float(trainer.compute_loss(trainer.model, batch))
+    if abs(found - expected) <= START[precision] * max(1.0, expected):
+        detail = f"the policy begins as the reference: first loss {found:.4f}, {expected:.4f} expected"
+        return Tick("start", detail)
+    told = f"{expected:.4f}: the policy is the reference"
+    return failed("start", Problem("train.engine", f"first loss {found:.4f}", told, NATIVE))
+
+
+def _referred(trainer: MeasuredDPOTrainer, groups: PreferenceGroups) -> Dataset:
+    """Return pairs with what the policy, as it is now, says of them."""
+    columns = pair_columns(groups)
+    for name, values in zip(REFERENCES, _by_side(logps_of(trainer, columns)), strict=True):
+        columns = columns.add_column(name, values.tolist())
+    return columns
 
 
 def _by_side(passes: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from align.preference.settings import PreferenceSettings
-from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import Section, StageSettings, TrainSettings
+from finetune.recipe.settings import Section, TrainSettings
 
 Weight = Annotated[float, Field(gt=0)]
 
@@ -50,12 +49,3 @@ def of_training(train: TrainSettings) -> Iterator[Problem]:
     if train.micro_batch_size == 1:
         expected = "2 or more: a reply is measured against those beside it in a forward pass"
         yield Problem("train.micro_batch_size", "1", expected, "train.micro_batch_size=auto")
-
-
-def of_engine(settings: StageSettings) -> Iterator[Problem]:
-    """Yield what TRL's trainer cannot do."""
-    method = settings.adapter.method
-    if adapter_traits(method).changes_base:
-        found = f"'{method}', which begins by changing the base"
-        expected = "an adapter beside the base: TRL makes a copy of it, which would change the base again"
-        yield Problem("adapter.method", found, expected, "adapter.method=lora")

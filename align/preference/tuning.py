@@ -13,6 +13,7 @@ from align.preference.attention import unwrapped, why_separate
 from align.preference.collate import PreferenceCollator, PreferenceRows, length_ratio
 from align.preference.completion_rows import as_rows
 from align.preference.dataset import PreferenceGroups, PreparedPreferences
+from align.preference.dpo_engine import refuse_lists, start_tick, trl_dpo_trainer
 from align.preference.losses import Loss, find_loss
 from align.preference.objective import Objective
 from align.preference.prepare import prepare_preferences
@@ -22,11 +23,13 @@ from align.preference.scoring import StartingPolicy
 from align.preference.settings import AlignSettings, PreferenceSettings
 from align.preference.stop_rule import MEASURED, StopWhenChosenFalls
 from align.preference.trainer import HELD_OUT, PreferenceTrainer
+from align.preference.trl_losses import trl_loss
 from data_templates._segments import Message
 from finetune.adapters._traits import Hooks
 from finetune.recipe.errors import Problem, UserError
 from finetune.training import tuning
 from finetune.training.adapter_hooks import adapter_hooks
+from finetune.training.arguments import SUPERVISED, TrlStage
 from finetune.training.behaviour import Behaviour
 from finetune.training.generate import Reply
 from finetune.training.job import Job
@@ -99,6 +102,8 @@ class PreferenceTuning:
     def collator(self) -> PreferenceCollator:
         """Return how groups are laid out: prompts shared, where this model can; it is told which and why."""
         pad, groups = self.text.encoder.stop_ids[0], self.data.train
+        if self.by_trl:
+            return PreferenceCollator(pad, separate=True)
         stored = {"precision": self.policy.precision, "stored": self.policy.quantization}
         why = why_separate(
             unwrapped(self.policy.model).config, reach=groups.longest + self.text.virtual_tokens
@@ -109,6 +114,11 @@ class PreferenceTuning:
         tick = preflight.layout_tick(self.policy.model, groups, pad_id=pad, **stored)
         self.job.check(tick)
         return PreferenceCollator(pad, separate=tick.warned)
+
+    @property
+    def by_trl(self) -> bool:
+        """Tell whether TRL's trainer runs it."""
+        return self.job.recipe.settings.train.engine == "trl"
 
     def facts(self) -> dict[str, Any]:
         """Return what run.json says before the first step; whatever can be refused is refused here."""
@@ -126,6 +136,10 @@ class PreferenceTuning:
         """
         job, text, data, policy = self.job, self.text, self.data, self.policy
         self._refuse_passes()
+        if self.by_trl:
+            refuse_lists(data.train, where="data.source")
+            if data.held_out is not None:
+                refuse_lists(data.held_out, where="data.held_out")
         with job.timed("preflight"):
             job.check(Tick("environment", job.environment(policy.precision)))
             rows = as_rows(data.train)
@@ -149,7 +163,11 @@ class PreferenceTuning:
         longest = int(self.data.train.lengths.max())
         if self.collator.separate:
             longest = self.data.train.longest * int(self.data.train.completions.max())
-        return tuning.engine_arguments(self.job, self.policy, longest=longest, steps=self.steps)
+        stage = SUPERVISED
+        if self.by_trl:
+            settings = self.loss.settings(self.align.loss_settings, where="align.loss")
+            stage = TrlStage(self.job.recipe.settings.TRL_CONFIG, trl_loss(self.loss.name, settings))
+        return tuning.engine_arguments(self.job, self.policy, longest=longest, steps=self.steps, stage=stage)
 
     def trainer(self) -> Trainer:
         """Return the engine's trainer, the reference computed and compared with the policy's start.
@@ -157,8 +175,15 @@ class PreferenceTuning:
         Raises:
             UserError: policy and reference differ.
         """
-        assert self.job.recipe.settings.train.engine == "native", "the recipe's checks refuse the other one"
-        return self._native_trainer()
+        trainer = self._trl_trainer() if self.by_trl else self._native_trainer()
+        if self.align.stop_when_chosen_falls is not None:
+            most, run = self.align.stop_when_chosen_falls, self.job.run
+            trainer.add_callback(
+                StopWhenChosenFalls(
+                    most, start=lambda: run.record["metrics"][f"{MEASURED}_before"], tell=self._tell_stop
+                )
+            )
+        return trainer
 
     def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
         """Answer prompts greedily with the policy as it is."""
@@ -228,16 +253,23 @@ class PreferenceTuning:
             hooks=self.hooks,
         )
         trainer.objective, trainer.start, trainer.precision = self.objective, start, self.policy.precision
-        if self.align.stop_when_chosen_falls is not None:
-            most, run = self.align.stop_when_chosen_falls, self.job.run
-            trainer.add_callback(
-                StopWhenChosenFalls(
-                    most, start=lambda: run.record["metrics"][f"{MEASURED}_before"], tell=self._tell_stop
-                )
-            )
         if self.objective.needs_reference:
             proved = preflight.some_rows(used)
             self.job.check(preflight.start_tick(trainer, proved, stored=self.policy.quantization))
+        return trainer
+
+    def _trl_trainer(self) -> Trainer:
+        with self.job.timed("reference"):
+            trainer = trl_dpo_trainer(
+                self.policy.model,
+                self.arguments(),
+                self.text.encoder.tokenizer,
+                train=self.data.train,
+                held_out=self.data.held_out,
+                loss=self.objective.loss,
+            )
+        self.job.say(f"reference of {len(self.data.train)} pairs: {self.job.seconds['reference']:.1f} s")
+        self.job.check(start_tick(trainer, self.policy.precision))
         return trainer
 
     def _used(self, args: TrainingArguments) -> list[int]:

@@ -6,7 +6,7 @@ pairs and on ranked lists, with and without a reference, are chosen with ``align
 """
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from align.preference.checks import contradictions
 from align.preference.settings import AlignSettings, PreferenceSettings
@@ -26,6 +26,8 @@ PUBLIC = "ultrafeedback"
 
 class Settings(StageSettings):
     """Preference data, and what is learnt from it."""
+
+    TRL_CONFIG: ClassVar[str] = "DPOConfig"
 
     data: PreferenceSettings = PreferenceSettings()
     align: AlignSettings = AlignSettings()

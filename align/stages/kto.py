@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
 from align.preference import kto_settings
+from align.preference.checks import copied_by_trl
 from align.preference.kto_settings import KtoDataSettings, KtoSettings, KtoTrainSettings
 from finetune.recipe.errors import Problem
 from finetune.recipe.recipe import Recipe
@@ -39,7 +40,7 @@ class Settings(StageSettings):
         if "train" in valid:
             found += kto_settings.of_training(self.train)
         if "adapter" in valid:
-            found += kto_settings.of_engine(self)
+            found += copied_by_trl(self)
         return found
 
 

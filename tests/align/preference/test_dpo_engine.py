@@ -13,13 +13,14 @@ from trl import DPOConfig
 
 from align.preference.collate import PreferenceCollator, PreferenceRows
 from align.preference.dataset import PreferenceGroups
-from align.preference.dpo_engine import SAME, MeasuredDPOTrainer, dpo_stage, refuse_lists, trl_dpo_trainer
+from align.preference.dpo_engine import MeasuredDPOTrainer, refuse_lists, start_tick, trl_dpo_trainer
 from align.preference.losses import find_loss, losses
 from align.preference.objective import Objective
 from align.preference.prepare import prepare_preferences
 from align.preference.reference import reference_logps
 from align.preference.scoring import score
 from align.preference.settings import PreferenceSettings
+from align.preference.trl_losses import SAME, trl_loss
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
 from finetune.training.head import output_head
@@ -61,7 +62,7 @@ def trainer_of(base: Path, out: Path, groups: PreferenceGroups, name: str = "dpo
         use_cpu=True,
         bf16=False,
         report_to="none",
-        **dpo_stage(name, settings).decided,
+        **trl_loss(name, settings),
     )
     loss = partial(losses()[name].function(), **settings)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -121,7 +122,9 @@ def test_every_pair_reaches_trl_with_our_tokens(
 def test_the_start_is_its_own_reference(base_folder: Path, tmp_path: Path, groups: PreferenceGroups) -> None:
     trainer = trainer_of(base_folder, tmp_path, groups)
     assert list(trainer.model.peft_config) == ["default"]
-    found = trainer.measure()
+    tick = start_tick(trainer, "float32")
+    assert tick.problem is None and tick.detail.endswith("first loss 0.6931, 0.6931 expected")
+    found = trainer.measure(trainer.eval_dataset)
     assert found["loss"] == pytest.approx(0.693147, abs=1e-5)  # ln 2
     assert found["margin"] == pytest.approx(0.0, abs=1e-5) and found["chosen_drift"] == pytest.approx(
         0, abs=1e-6
@@ -152,12 +155,12 @@ def test_a_loss_that_is_no_number_names_its_pairs(
 @pytest.mark.parametrize("name", sorted(set(losses()) - set(SAME)))
 def test_what_trl_has_not_is_refused_with_the_way_out(name: str) -> None:
     with pytest.raises(UserError, match="repair:   train.engine=native"):
-        dpo_stage(name, losses()[name].defaults)
+        trl_loss(name, losses()[name].defaults)
 
 
 def test_ipo_summed_over_tokens_is_not_trl_s() -> None:
     with pytest.raises(UserError, match=r"over_tokens: mean.*or train.engine=native"):
-        dpo_stage("ipo", losses()["ipo"].defaults)
+        trl_loss("ipo", losses()["ipo"].defaults)
 
 
 def test_ranked_lists_are_refused_by_the_first_one_s_place(base_folder: Path) -> None:

@@ -140,7 +140,6 @@ BAD = {
     "train.neftune_alpha=5": ["train.neftune_alpha", "train.neftune_alpha=null"],
     "train.label_smoothing=0.1": ["train.label_smoothing", "{name: cdpo, label_smoothing: 0.1}"],
     "data.packing=true": ["data.packing", "share a line already"],
-    "train.engine=trl": ["train.engine", "train.engine=native"],
     "align.stop_when_chosen_falls=0.5": ["train.evaluate_every is null", "train.evaluate_every=50"],
     "train.beta=0.1": ["train.beta", "unknown key"],
     "data.source.x=1": ["'data.source.x'", "not understood"],

@@ -1,0 +1,120 @@
+"""Reward models on TRL: its trainer, which takes our tokens as they are."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from trl import RewardConfig, RewardTrainer
+
+from align.preference import metrics
+from align.preference.dataset import PreferenceGroups
+from align.preference.reward_losses import bradley_terry
+from align.preference.trl_engine import places_by_tokens, places_of
+from finetune.training.arguments import TrlStage
+from finetune.training.base_trainer import log_held_out
+from finetune.training.preflight.untouched import untouched
+from finetune.training.stops import NotFiniteError
+
+
+def reward_stage(*, centring: float) -> TrlStage:
+    """Return TRL's arguments; ``centring`` is that of ``bradley_terry``, 0 for none."""
+    return TrlStage("RewardConfig", {"center_rewards_coefficient": centring or None})
+
+
+class MeasuredRewardTrainer(RewardTrainer):  # type: ignore[misc]
+    """TRL's trainer, with our held-out measures; a NaN names its rows."""
+
+    places: Mapping[tuple[int, ...], str]
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run one forward and backward pass; stop the run when its loss is no number.
+
+        Raises:
+            NotFiniteError: NaN or infinite loss; the message names the rows.
+        """
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            places = ", ".join(dict.fromkeys(places_by_tokens(self.places, ids, mask)))
+            raise NotFiniteError(f"loss is {loss.item()} at step {self.state.global_step + 1}, on {places}")
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log and return the held-out measures."""
+        return log_held_out(self, {f"held_out_{key}": value for key, value in self.measure().items()})
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Return loss, margin and accuracy over all held-out pairs, without the training's margins."""
+        columns, size = self.eval_dataset, self.args.per_device_train_batch_size
+        passes = []
+        with untouched(self.model), self.accelerator.autocast():
+            for start in range(0, len(columns), size):
+                rows = [columns[index] for index in range(start, min(start + size, len(columns)))]
+                batch = {key: value.to(self.args.device) for key, value in self.data_collator(rows).items()}
+                names = ("input_ids", "attention_mask")
+                scores = self.model(**{name: batch[name] for name in names}, use_cache=False).logits
+                passes.append(scores.squeeze(-1).float().cpu().chunk(2))
+        chosen, rejected = (torch.cat([sides[side] for sides in passes]) for side in (0, 1))
+        return {
+            "loss": float(bradley_terry(chosen, rejected).mean()),
+            "margin": float(metrics.margins(chosen, rejected).mean()),
+            "accuracy": float(metrics.accuracies(chosen, rejected).mean()),
+        }
+
+
+def score_columns(groups: PreferenceGroups, *, margins: list[float] | None = None) -> Dataset:
+    """Return pairs as TRL's reward trainer takes them: each completion behind its prompt.
+
+    Args:
+        groups: two completions each, the better one first.
+        margins: by how much each chosen completion's score shall be above the rejected one's.
+    """
+    rows = [groups[index] for index in range(len(groups))]
+    assert all(len(row.completion_ids) == 2 for row in rows), "pairs"
+    whole = [
+        [[*row.prompt_ids.tolist(), *row.completion_ids[side].tolist()] for row in rows] for side in (0, 1)
+    ]
+    columns: dict[str, list[Any]] = {"chosen_ids": whole[0], "rejected_ids": whole[1]}
+    return Dataset.from_dict(columns | ({} if margins is None else {"margin": margins}))
+
+
+def trl_reward_trainer(
+    model: nn.Module,
+    args: RewardConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train: PreferenceGroups,
+    held_out: PreferenceGroups | None,
+    pad_id: int,
+    margins: list[float] | None = None,
+) -> MeasuredRewardTrainer:
+    """Return TRL's RewardTrainer on pairs that are tokenised already.
+
+    Args:
+        model: base with adapter and a head of one score.
+        args: of ``reward_stage``.
+        tokenizer: the base's; it is left as it is.
+        train: what is learnt; pairs.
+        held_out: what is measured, if anything; pairs.
+        pad_id: a token that ends no text. TRL pads with the tokenizer's padding token, and the library reads
+            the score at the last token that is not that one: one too early where it is the end token.
+        margins: of each training pair.
+    """
+    padding = deepcopy(tokenizer)
+    padding.pad_token = padding.convert_ids_to_tokens(pad_id)
+    trainer = MeasuredRewardTrainer(
+        model=model,
+        args=args,
+        train_dataset=score_columns(train, margins=margins),
+        eval_dataset=None if held_out is None else score_columns(held_out),
+        processing_class=padding,
+    )
+    trainer.places = places_of(train)
+    return trainer

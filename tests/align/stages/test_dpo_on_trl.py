@@ -1,0 +1,103 @@
+"""Preference tuning with TRL's trainer: the same run from the same recipe, and what TRL cannot do."""
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.preference.trl_losses import SAME
+from finetune.recipe.errors import UserError
+from finetune.training.recorder import Recorder
+from finetune.training.result import Result
+from finetune.training.stops import Interrupted, NotFiniteError
+from finetune.training.tuned import load_tuned
+
+Runs = Callable[..., Result]
+TRL: dict[str, Any] = {"train__engine": "trl"}
+QUIET = {"evaluate__samples": 0}
+
+
+def test_both_engines_measure_the_same_and_learn(prefer: Runs) -> None:
+    ours, theirs = prefer("ours"), prefer("theirs", train__max_steps=12, train__evaluate_every=6, **TRL)
+    before, after = ours.record["metrics"], theirs.record["metrics"]
+    for name in ("loss", "margin", "accuracy", "chosen_logps", "rejected_logps", "chosen_drift"):
+        key = f"held_out_{name}_before"
+        assert after[key] == pytest.approx(before[key], abs=1e-4), name
+    assert after["held_out_accuracy_after"] == 1.0 and after["held_out_margin_after"] > 0.5
+    steps = [line for line in theirs.metrics if "loss" in line]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert len(steps) == 12 and {"margin", "accuracy"} <= steps[0].keys()
+    assert [line["step"] for line in theirs.metrics if "held_out_loss" in line] == [6, 12]
+    assert theirs.record["panel"], "the run explains itself"
+    assert not (theirs.adapter / "ref").exists()
+    assert load_tuned(theirs.directory).model.training is False
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_loss_that_trl_has_begins_as_its_own_reference(prefer: Runs, name: str) -> None:
+    loss = {"name": name, "over_tokens": "mean"} if name == "ipo" else {"name": name}
+    result = prefer(align__loss=loss, data__held_out=0, **TRL, **QUIET)
+    told = {tick["name"]: tick for tick in result.record["preflight"]}
+    assert told["start"]["passed"] and len(result.metrics) == 3
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "ia3", "full", "vera", "oft", "dora", "qlora"])
+def test_every_kind_of_adapter_begins_as_its_own_reference(prefer: Runs, method: str) -> None:
+    result = prefer(adapter__method=method, data__held_out=0, train__max_steps=2, **TRL, **QUIET)
+    told = {tick["name"]: tick for tick in result.record["preflight"]}
+    assert told["start"]["passed"] and told["base"]["passed"]
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(
+    prefer: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prefer("whole", train__max_steps=5, adapter__dropout=0.1, **TRL)
+    log = Recorder.on_log
+
+    def ask_at_step_2(self: Recorder, args, state, control, logs=None, **kwargs) -> None:
+        log(self, args, state, control, logs=logs, **kwargs)
+        if state.global_step == 2 and not self.interrupt.name:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Recorder, "on_log", ask_at_step_2)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3; a checkpoint is written"):
+        prefer(train__max_steps=5, adapter__dropout=0.1, **TRL)
+    monkeypatch.undo()
+    again = prefer(train__max_steps=5, adapter__dropout=0.1, **TRL)
+    assert [line["step"] for line in again.metrics] == [1, 2, 3, 4, 5]
+    assert again.record["files"] == whole.record["files"]
+
+
+def test_a_loss_that_is_no_number_names_step_and_rows(prefer: Runs) -> None:
+    with pytest.raises(NotFiniteError, match=r"^loss is (nan|inf) at step \d, on \S*pairs\.jsonl:\d+(, |$)"):
+        prefer(train__learning_rate=1e30, train__warmup=0, data__held_out=0, **TRL, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"align__loss": "cdpo"}, ["align.loss", "'cdpo'", "train.engine=native"]),
+        ({"align__loss": "ipo"}, ["align.loss", "summed over tokens", "over_tokens: mean"]),
+        ({"align__reference": "live"}, ["align.reference", "align.reference=precomputed"]),
+        ({"adapter__method": "pissa"}, ["adapter.method", "adapter.method=lora"]),
+        ({"train__engine_args": {"beta": 1}}, ["train.engine_args.beta", "the recipe decides this"]),
+    ],
+)
+def test_what_trl_cannot_do_is_refused_before_anything_is_written(
+    prefer: Runs, tmp_path: Path, settings: dict[str, Any], told: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        prefer(**settings, **TRL)
+    for fragment in told:
+        assert fragment in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranked_lists_are_refused(prefer: Runs, lists_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"lists\.jsonl:\d+, [34] completions"):
+        prefer(data__source=str(lists_file), data__held_out=0, **TRL)
+    assert not (tmp_path / "run").exists()
