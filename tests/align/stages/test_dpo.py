@@ -16,7 +16,7 @@ from align.preference.reference import rows_of_steps
 from finetune.data.batches import optimizer_batches
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.recipe import Recipe
 from finetune.training.result import Result
 from finetune.training.tuned import load_tuned
 
@@ -170,11 +170,6 @@ def test_all_mistakes_at_once(dpo_recipe: Recipes) -> None:
 def test_full_tuning_has_no_live_reference(dpo_recipe: Recipes) -> None:
     with pytest.raises(UserError, match="align.reference=precomputed"):
         dpo_recipe(adapter__method="full", align__reference="live")
-
-
-def test_the_shipped_recipe_loads() -> None:
-    recipe = load("dpo", "quickstart")
-    assert recipe.settings.align.loss_name == "dpo" and recipe.settings.align.problems() == []
 
 
 def test_the_command_line_prints_a_summary(
