@@ -13,8 +13,9 @@ from typing import Any
 
 CHOSEN_FELL = 0.05
 """Nats per token: a reply of 50 tokens is then 12 times less likely than it was."""
-FAR = 0.5
-"""Distance (k2) per token: tokens are on average e times likelier or less likely than at the start."""
+FAR = 2.0
+"""Distance (k2) per token: tokens are some e^2 = 7 times likelier or less likely than at the start. Rejected
+ones are to become so, short ones fast: half of this is seen in runs that end well."""
 LONGER_CHOSEN = 1.2
 """Chosen tokens for a rejected one: from here on length alone tells them apart in most pairs."""
 LONGER_REPLIES = 1.3
