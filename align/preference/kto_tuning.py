@@ -81,25 +81,25 @@ def load_labels(job: Job, settings: PreferenceSettings, text: Text) -> PreparedP
 
 
 def refuse_one_sided(data: PreparedPreferences) -> None:
-    """Refuse rows that are all good or all bad, or answer one prompt: nothing can be measured against them.
+    """Refuse rows that are all good or all bad, and training rows that answer one prompt.
 
     Raises:
         UserError: of the training rows or the held-out ones.
     """
     problems = []
+    repairs = {
+        "data.source": "tune on good ones with `llm-align sft`",
+        "data.held_out": "hold out more, or 0",
+    }
     for where, rows in (("data.source", data.train), ("data.held_out", data.held_out)):
-        if rows is None:
-            continue
-        good, prompts = int((rows.scores == 1).sum()), {row.prompt_ids.tobytes() for row in _each(rows)}
-        if good in (0, len(rows)):
+        good = 0 if rows is None else int((rows.scores == 1).sum())
+        if rows is not None and good in (0, len(rows)):
             found = f"{len(rows)} replies, all {'good' if good else 'bad'}"
-            problems.append(
-                Problem(where, found, "good and bad ones", "tune on good ones with `llm-align sft`")
-            )
-        elif len(prompts) == 1:
-            found = f"{len(rows)} replies to one prompt"
-            expected = "two prompts at least: KTO puts replies behind others' prompts"
-            problems.append(Problem(where, found, expected, "add rows with other prompts"))
+            problems.append(Problem(where, found, "good and bad ones", repairs[where]))
+    if len({row.prompt_ids.tobytes() for row in _each(data.train)}) == 1:
+        found = f"{len(data.train)} replies to one prompt"
+        expected = "two prompts at least: KTO puts replies behind others' prompts"
+        problems.append(Problem("data.source", found, expected, "add rows with other prompts"))
     if problems:
         raise UserError(problems)
 

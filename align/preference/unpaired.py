@@ -64,7 +64,8 @@ def mismatched(prompts: Sequence[Hashable], size: int) -> list[int]:
 
     Rows that come together in a forward pass lend each other their completions: each takes that of the row
     before it, the first that of the last. A row of the same prompt is passed over (the halves of a pair
-    answer one prompt), and where all of them have it, a row of another pass serves.
+    answer one prompt), and where all of them have it, a row of another pass serves. Where all rows answer one
+    prompt, as a few held-out ones may, each takes its neighbour's.
 
     Args:
         prompts: each row's prompt, in the order of training.
@@ -83,9 +84,8 @@ def _other(prompts: Sequence[Hashable], row: int, size: int) -> int:
     together = range(start, min(start + size, len(prompts)))
     beside = [start + (row - start - step) % len(together) for step in range(1, len(together))]
     before = [(row - step) % len(prompts) for step in range(1, len(prompts))]
-    found = next((other for other in (*beside, *before) if prompts[other] != prompts[row]), None)
-    assert found is not None, "one prompt alone"
-    return found
+    every = [*beside, *before]
+    return next((other for other in every if prompts[other] != prompts[row]), every[0] if every else row)
 
 
 def balance(good: int, bad: int, *, desirable_weight: float, undesirable_weight: float) -> float:

@@ -109,6 +109,10 @@ def test_no_prompt_gets_a_completion_of_its_own(groups: PreferenceGroups) -> Non
     )
 
 
+def test_rows_of_one_prompt_take_their_neighbour_s() -> None:
+    assert mismatched(["a", "a", "a"], 4) == [2, 0, 1] and mismatched(["a"], 4) == [0]
+
+
 def test_every_row_reaches_trl_with_our_tokens(
     base_folder: Path, tmp_path: Path, small_groups: PreferenceGroups
 ) -> None:

@@ -161,3 +161,8 @@ def test_llama_factory_s_judged_conversations_are_learnt(tune: Tune) -> None:
     result = tune(data__source=str(DEMO), data__template="chatml", train__max_steps=1, evaluate__samples=0)
     assert result.record["data"]["layout"] == "messages with label"
     assert result.record["data"]["rows"] > 200
+
+
+def test_published_numbers() -> None:
+    train = load("kto", "kto-mix").settings.train
+    assert (train.epochs, train.batch_size, train.schedule, train.warmup) == (1, 16, "cosine", 0.1)
