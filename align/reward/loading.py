@@ -34,7 +34,10 @@ def load_comparisons(job: Job, text: Text) -> PreparedPreferences:
 
 
 def load_reward_policy(job: Job, encoder: Encoder) -> Policy:
-    """Load the base with a fresh head, and put the adapter on it; the seed decides how both begin.
+    """Load the base with a fresh head, and put the adapter on it: the start's, or a new one.
+
+    With ``model.start`` the reward model begins as the SFT model (InstructGPT, arXiv 2203.02155, section
+    3.5), or as an earlier reward model with its head. What is new is decided by the seed.
 
     Raises:
         UserError: the base cannot be loaded, has no scoring model, or the adapter does not fit it.

@@ -3,23 +3,18 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel
 
 from align.preference.attention import block_attention
-from finetune.adapters._prompt_model import ENCODER_WEIGHTS
 from finetune.planning.hardware import Hardware
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import SCORE, load_base, load_config
-from finetune.training.save import ADAPTER_WEIGHTS
 
 
 class ScoreHead(nn.Linear):
@@ -126,35 +121,3 @@ def completion_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     assert len(found) == 1, f"the model went through its head {len(found)} times"
     lines, columns = batch["ends"].T
     return found[0][:, -batch["input_ids"].shape[1] :][lines, columns]
-
-
-def take_weights(model: PeftModel, folder: Path) -> list[str]:
-    """Give the adapter of a reward model the weights of a saved adapter of the same kind, by their names.
-
-    So a reward model starts from the SFT model (InstructGPT, arXiv 2203.02155, section 3.5); the head, which
-    that one does not have, stays as it is.
-
-    Args:
-        model: base with an adapter and a head.
-        folder: ``adapter/`` of a run, of a model that writes or that scores.
-
-    Returns:
-        The names that were taken.
-
-    Raises:
-        UserError: the saved adapter has other tensors than this one.
-    """
-    saved, live = load_file(folder / ADAPTER_WEIGHTS), dict(get_peft_model_state_dict(model))
-    expected = {name for name in live if f".{SCORE}." not in name}
-    given = {name: value for name, value in saved.items() if f".{SCORE}." not in name}
-    wrong = sorted(given.keys() ^ expected)
-    wrong += sorted(name for name in given.keys() & expected if given[name].shape != live[name].shape)
-    if wrong:
-        found = f"{len(wrong)} tensors of the adapter in {folder} are missing or of other shape ({wrong[0]})"
-        repair = "the same base and the same adapter section as in that run (its recipe.yaml)"
-        raise UserError(Problem("adapter", found, "an adapter of the same kind and size", repair))
-    if (folder / ENCODER_WEIGHTS).is_file():  # a prompt's encoder is more than the prompt that it makes
-        model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
-    else:
-        set_peft_model_state_dict(model, live | given)
-    return sorted(given)

@@ -56,13 +56,13 @@ class Rule:
 
 
 def fingerprint_of(settings: StageSettings) -> str:
-    """Return a digest of the data, of the start, and of the rules' files: other rules, other run."""
+    """Return a digest of data and start (``run_fingerprint``) and of the rules' files."""
     assert isinstance(settings, Settings)
-    data = run_fingerprint(settings)
+    own = run_fingerprint(settings)
     if not settings.reward.rules:
-        return data
+        return own
     files = [_file(rule) for rule in settings.reward.rules]
-    content = [data, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
+    content = [own, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -158,7 +158,7 @@ def load_reward(run: Path) -> RewardModel:
     zeros = record["normalisation"]
     return RewardModel(
         model,
-        Encoder(tokenizer, load["template"], system=load["system"]),
+        Encoder(tokenizer, load["template"], system=load["system"], wish=load.get("wish", "")),
         zeros={name: (zeros[name]["mean"], zeros[name]["deviation"]) for name in load["heads"]},
         rules=rules,
         room=Room(load["max_length"], load["max_prompt_length"]),

@@ -65,10 +65,10 @@ class Settings(StageSettings):
     reward: RewardSettings = RewardSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return what contradicts itself between these sections; the files of rules are executed for it."""
-        if not set(type(self).model_fields) <= set(valid):
-            return []
-        return [*_unused(self), *_adapter(self), *_heads(self), *_rules(self.reward)]
+        """Return what contradicts itself for this stage; the files of rules are executed for it."""
+        found = [*_unused(self), *(_adapter(self) if "adapter" in valid else [])]
+        found += _heads(self) if {"data", "reward"} <= set(valid) else []
+        return found + (list(_rules(self.reward)) if "reward" in valid else [])
 
 
 def heads_of(settings: Settings) -> list[int]:

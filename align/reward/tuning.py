@@ -1,6 +1,6 @@
 """The pieces of learning a reward model, put together from a recipe: checks, trainer, measures."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,13 +18,18 @@ from align.reward.settings import Settings, heads_of
 from align.reward.trainer import RewardTrainer
 from finetune.planning import choices
 from finetune.training.adapter_hooks import adapter_hooks
-from finetune.training.arguments import training_arguments
 from finetune.training.job import Job
 from finetune.training.loading import Policy
-from finetune.training.model import count_parameters
 from finetune.training.preflight.ticks import Tick
-from finetune.training.save import save_tuned
 from finetune.training.text import Text
+from finetune.training.tuning import (
+    engine_arguments,
+    optimizer_steps,
+    policy_facts,
+    record_training,
+    save_policy,
+    say_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,7 @@ class RewardTuning:
     @property
     def steps(self) -> int:
         """Return the optimizer steps of the whole run."""
-        train = self.settings.train
-        return choices.optimizer_steps(
-            len(self.data.train), batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
-        )
+        return optimizer_steps(self.job, len(self.data.train))
 
     @property
     def objective(self) -> Objective:
@@ -73,29 +75,18 @@ class RewardTuning:
     def facts(self) -> dict[str, Any]:
         """Return what run.json says before the first step; whatever can be refused is refused here."""
         self.arguments()
-        settings, report = self.settings, self.data.report
-        parameters = count_parameters(self.policy.model)
-        share = parameters.trained / parameters.total
-        self.job.say(f"{parameters.trained:,} of {parameters.total:,} parameters are trained ({share:.2%})")
+        say_parameters(self.job, self.policy)
         self.preflight()
-        return {
-            "data": {**asdict(report), "lines": report.lines()},
-            "parameters": asdict(parameters),
-            "choices": self.job.derived,
-            "load": {
-                "model": settings.model.model_dump(exclude={"start"}),
-                "precision": self.policy.precision,
-                "quantization": self.policy.quantization,
-                "template": settings.data.template,
-                "system": settings.data.system,
-                "virtual_tokens": self.text.virtual_tokens,
-                "heads": settings.reward.heads,
-                "pad_id": self.collator.pad_id,
-                "max_length": self.text.max_length,
-                "max_prompt_length": settings.data.max_prompt_length or self.text.max_length // 2,
-                "rules": [rule.model_dump() for rule in settings.reward.rules],
-            },
+        facts = policy_facts(self.job, self.text, self.policy, self.data.report)
+        settings, room = self.settings, self.text.max_length
+        facts["load"] |= {
+            "heads": settings.reward.heads,
+            "pad_id": self.collator.pad_id,
+            "max_length": room,
+            "max_prompt_length": settings.data.max_prompt_length or room // 2,
+            "rules": [rule.model_dump() for rule in settings.reward.rules],
         }
+        return facts
 
     def preflight(self) -> None:
         """Prove before step 0 what can be proved on the run's own rows and model; neither is changed.
@@ -122,22 +113,8 @@ class RewardTuning:
         Raises:
             UserError: the engine refuses them.
         """
-        train = self.settings.train
-        micro = choices.micro_batch_size(
-            train.micro_batch_size,
-            batch_size=train.batch_size,
-            longest=int(self.data.train.lengths.max()),
-            hardware=self.job.hardware,
-        )
-        every = choices.checkpoint_every(train.checkpoint_every, steps=self.steps)
-        return training_arguments(
-            train,
-            folder=self.job.run.checkpoints,
-            device=self.job.hardware.device,
-            precision=self.policy.precision,
-            micro_batch_size=self.job.choose("train.micro_batch_size", micro),
-            checkpoint_every=self.job.choose("train.checkpoint_every", every),
-        )
+        longest = int(self.data.train.lengths.max())
+        return engine_arguments(self.job, self.policy, longest=longest, steps=self.steps)
 
     def trainer(self) -> RewardTrainer:
         """Return the engine's trainer, which makes the folder of the checkpoints."""
@@ -181,26 +158,17 @@ class RewardTuning:
         Raises:
             NotFiniteError: a score is NaN or infinite.
         """
-        run, samples = self.job.run, self.settings.evaluate.samples
+        samples = self.settings.evaluate.samples
         with self.job.timed("held_out"):
-            self.measuring.record(run, self.text.encoder, when, samples=samples)
-        if when == "after":
-            losses = [line["loss"] for line in run.metrics() if "loss" in line]
-            if losses:  # none with train.log_every above the number of steps
-                last = losses[-10:]
-                run.update(metrics={"loss_before": losses[0], "loss_after": sum(last) / len(last)})
+            self.measuring.record(self.job.run, self.text.encoder, when, samples=samples)
 
     def save(self, trainer: RewardTrainer) -> None:
-        """Save adapter and head (or the model), open them again, and record their checksums, zero and rate.
+        """Save adapter and head (or the model), open them again, and record what they are normalised with.
 
         Raises:
             UserError: what was saved is not what was trained, or a head gives the same score to everything.
         """
-        run = self.job.run
-        files = save_tuned(run, self.policy.model, self.text.encoder.tokenizer)
-        run.update(files=files)
-        self.job.check(Tick("saved", f"{', '.join(files)}: opened again, equal to what was trained"))
+        save_policy(self.job, self.text, self.policy)
+        record_training(self.job, trainer)
         with self.job.timed("held_out"):
-            self.measuring.zero(run)
-        if trainer.num_tokens:
-            run.update(metrics={"tokens_per_second": round(trainer.num_tokens / self.job.seconds["train"])})
+            self.measuring.zero(self.job.run)

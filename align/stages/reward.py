@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     from finetune.training.result import Result
 
-Settings = settings.Settings
 PUBLIC = "hh"
 """The recipe that serves another base than the embedded one where none is named."""
+
+Settings = settings.Settings
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":

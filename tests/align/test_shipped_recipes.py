@@ -40,6 +40,8 @@ SMALL = {
     "train.micro_batch_size": "auto",
     "train.warmup": 0,
     "evaluate.samples": 1,
+    "reward.heads": ["reward"],
+    "reward.margins": None,
     "evaluate.max_new_tokens": 4,
 }
 UNMEASURED = {"evaluate.exact_match": 0, "evaluate.judges": {}, "evaluate.skill": None}
@@ -98,4 +100,4 @@ def test_it_takes_two_steps_on_the_embedded_base(file: Path, tmp_path: Path) -> 
 
 def _has(schema: Any, dotted: str) -> bool:
     section, key = dotted.split(".")
-    return key in schema[section].annotation.model_fields
+    return section in schema and key in schema[section].annotation.model_fields

@@ -254,3 +254,39 @@ def test_a_reward_model_does_not_talk_and_a_talker_does_not_score(single: Result
     (other / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="expected: a run of stage reward"):
         load_reward(other)
+
+
+def test_a_reward_model_starts_from_a_tuned_one_and_goes_on_with_its_head(
+    single: Result, folder: Path, base_folder: Path
+) -> None:
+    talk = {"prompt": "Add the numbers.", "completion": "good 1"}
+    more = {"model.precision": "float32", "data.held_out": 0, "train.max_steps": 2, "evaluate.samples": 0}
+    sft = load_recipe(
+        "quickstart",
+        base=str(base_folder),
+        data=[talk] * 8,
+        out=folder / "sft",
+        settings=more | {"data.template": "plain", "evaluate.exact_match": 0},
+    )
+    run(sft)
+    result = from_run(folder, folder / "sft", "from-sft")
+    assert result.record["start"]["stage"] == "sft"
+    again = from_run(folder, single.directory, "from-reward")
+    before = again.record["metrics"]["held_out_accuracy_before"]
+    assert before == single.record["metrics"]["held_out_accuracy_after"] == 1.0, "it begins with its head"
+
+
+def from_run(folder: Path, start: Path, name: str) -> Result:
+    recipe = load_recipe(
+        "quickstart",
+        stage="reward",
+        start=str(start),
+        out=folder / name,
+        settings={
+            "data.source": str(folder / "first.jsonl"),
+            "data.held_out": 6,
+            "train.max_steps": 2,
+            "evaluate.samples": 0,
+        },
+    )
+    return run(recipe)
