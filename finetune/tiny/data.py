@@ -35,15 +35,18 @@ def write_csv(path: Path, records: Sequence[Mapping[str, str]]) -> None:
         writer.writerows(records)
 
 
-def preferences(side: rows.Side, stories: int, answers: int, rng: Random) -> list[rows.Row]:
-    """Story pairs and answer pairs, shuffled together."""
-    pairs = rows.story_preferences(side, stories, rng) + rows.answer_preferences(side, answers, rng)
+def preferences(
+    side: rows.Side, stories: int, answers: int, rng: Random
+) -> tuple[list[rows.Row], list[rows.Row]]:
+    """Return story pairs and answer pairs, shuffled together, and the story pairs alone in the same order."""
+    told = rows.story_preferences(side, stories, rng)
+    pairs = told + rows.answer_preferences(side, answers, rng)
     rng.shuffle(pairs)
-    return pairs
+    return pairs, [pair for pair in pairs if pair in told]
 
 
 def write_side(folder: Path, name: str, side: rows.Side, *, index: int, seed: int) -> None:
-    """Write the four files of one side of the split; `index` picks the train (0) or held-out (1) sizes."""
+    """Write the five files of one side of the split; `index` picks the train (0) or held-out (1) sizes."""
     rng = Random(f"{seed}/{name}")
     per_task, per_story = ((TRAIN_PER_TASK, TRAIN_PER_STORY), (HELD_OUT_PER_TASK, HELD_OUT_PER_STORY))[index]
     sft = rows.instruction_rows(side, per_task, per_story, happy_share=HAPPY_SHARE, rng=rng)
@@ -54,9 +57,9 @@ def write_side(folder: Path, name: str, side: rows.Side, *, index: int, seed: in
     chats = [rows.conversation(side, happy_share=HAPPY_SHARE, rng=rng) for _ in range(CHATS[index])]
     write_jsonl(folder / f"sft_{name}.jsonl", sft)
     write_jsonl(folder / f"chat_{name}.jsonl", chats)
-    write_jsonl(
-        folder / f"preferences_{name}.jsonl", preferences(side, STORY_PAIRS[index], ANSWER_PAIRS[index], rng)
-    )
+    pairs, story_pairs = preferences(side, STORY_PAIRS[index], ANSWER_PAIRS[index], rng)
+    write_jsonl(folder / f"preferences_{name}.jsonl", pairs)
+    write_jsonl(folder / f"story_preferences_{name}.jsonl", story_pairs)
     write_jsonl(
         folder / f"prompts_{name}.jsonl", rows.prompt_rows(side, PROMPTS[index], STORY_PROMPT_SHARE, rng)
     )

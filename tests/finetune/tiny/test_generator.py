@@ -238,6 +238,13 @@ def test_preference_layout() -> None:
             assert stories.ends_sadly(row["rejected"])
 
 
+@pytest.mark.parametrize("side", ["train", "held_out"])
+def test_the_story_preferences_are_those_of_the_mixture(side: str) -> None:
+    """For a reward model: only what its base can learn to tell apart."""
+    mixed = [row for row in load(f"preferences_{side}.jsonl") if stories.requested(row["prompt"])]
+    assert load(f"story_preferences_{side}.jsonl") == mixed
+
+
 @pytest.mark.parametrize("kind", ["sft", "preferences", "prompts"])
 def test_no_prompt_on_both_sides(kind: str) -> None:
     """Held-out prompts are new."""
