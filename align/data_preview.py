@@ -14,8 +14,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 import finetune.training
-from align.preference.completion_rows import as_rows
-from align.preference.prepare import Kind, prepare_preferences
+from align.preference.rows.completion_rows import as_rows
+from align.preference.rows.prepare import Kind, prepare_preferences
 from align.preference.settings import PreferenceSettings
 from finetune.data.dataset import TokenizedRows
 from finetune.data.documents import prepare_any

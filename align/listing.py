@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from align.preference.losses import losses
+from align.preference.losses.catalogue import losses
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS
 from finetune.recipe.schema import listing, rows

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from align.preference.dataset import PreferenceGroups
 from align.preference.groups import Group, GroupCollator
-from align.preference.inputs import Pairs
 from align.preference.logps import completion_logps
-from align.preference.pairwise import dpo
-from align.preference.prepare import prepare_preferences
+from align.preference.losses.inputs import Pairs
+from align.preference.losses.pairwise import dpo
+from align.preference.rows.dataset import PreferenceGroups
+from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
 from align.preference.trl_engine import pair_columns
 from benchmarks.common import (

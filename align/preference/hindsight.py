@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from align.preference.judged import Comparison
-from align.preference.prepare import gather_comparisons
+from align.preference.rows.judged import Comparison
+from align.preference.rows.prepare import gather_comparisons
 from align.preference.settings import HindsightSettings, PreferenceSettings
 from data_templates._segments import Message
 from finetune.data.conversation import Conversation, wishing

@@ -18,9 +18,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from align.preference.dataset import PreferenceGroups
+from align.preference.rows.dataset import PreferenceGroups
+from finetune.recipe.errors import Problem, UserError
 from finetune.training.preflight.untouched import untouched
 
+NATIVE = "train.engine=native"
 COPY = "ref"
 """What TRL calls its copy of the adapter, which precomputed references make superfluous."""
 NAMES = {
@@ -45,6 +47,22 @@ def pair_columns(groups: PreferenceGroups) -> Dataset:
             "rejected_ids": [row.completion_ids[1].tolist() for row in rows],
         }
     )
+
+
+def refuse_lists(groups: PreferenceGroups, *, where: str) -> None:
+    """Refuse groups that are no pairs.
+
+    Raises:
+        UserError: a group has more than two completions; the first such is named.
+    """
+    longer = [index for index, count in enumerate(groups.completions) if count != 2]
+    if longer:
+        first = groups[longer[0]]
+        found = (
+            f"{len(longer)} prompts with more than two completions (first: {first.place}, "
+            f"{len(first.completion_ids)} completions)"
+        )
+        raise UserError(Problem(where, found, "pairs, with train.engine 'trl'", NATIVE))
 
 
 def own_replies(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:

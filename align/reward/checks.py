@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from align.preference.dataset import PreferenceGroups, PreparedPreferences, TokenizedGroup
+from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences, TokenizedGroup
 from align.reward.collate import RewardBatch, RewardCollator
 from align.reward.model import completion_scores
 from align.reward.objective import Objective

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align.preference.dataset import TokenizedGroup
-from align.preference.groups import Group, GroupBatch, GroupCollator
+from align.preference.groups import GroupBatch, GroupCollator
+from align.preference.rows.dataset import TokenizedGroup
 
 ABSENT = -1
 """The rank of a completion that is not there."""
@@ -45,15 +45,10 @@ class RewardCollator:
         ranks = [torch.from_numpy(group.ranks).long() for group in groups]
         scores = [torch.from_numpy(group.scores).float() for group in groups]
         return {
-            **collate([_as_tensors(group) for group in groups]),
+            **collate([group.as_tensors() for group in groups]),
             "rows": torch.tensor([group.row for group in groups]),
             "ranks": pad_sequence(ranks, batch_first=True, padding_value=ABSENT),
             "scores": pad_sequence(scores, batch_first=True, padding_value=torch.nan),
             "margins": torch.tensor([group.margin for group in groups]),
             "sources": torch.tensor([group.source for group in groups]),
         }
-
-
-def _as_tensors(group: TokenizedGroup) -> Group:
-    completions = tuple(torch.from_numpy(ids).long() for ids in group.completion_ids)
-    return Group(torch.from_numpy(group.prompt_ids).long(), completions)

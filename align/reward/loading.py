@@ -2,8 +2,8 @@
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from align.preference.dataset import PreparedPreferences
-from align.preference.prepare import prepare_preferences
+from align.preference.rows.dataset import PreparedPreferences
+from align.preference.rows.prepare import prepare_preferences
 from align.reward.model import draw_head, load_scorer
 from align.reward.settings import Settings
 from finetune.data.tokens import Encoder

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from align.preference.inputs import better_than
-from align.preference.reward_losses import all_pairs
+from align.preference.losses.inputs import better_than
+from align.preference.losses.reward import all_pairs
 
 
 def reward_table(scores: Tensor, sizes: Tensor, heads: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from align.preference.dataset import PreferenceGroups, PreparedPreferences, TokenizedGroup
+from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences, TokenizedGroup
 from align.reward.collate import RewardCollator
 from align.reward.measures import Numbers, measured
 from align.reward.scoring import of_own_heads, score_groups

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from align.preference.fields import completion, question, whole
-from align.preference.judged import Answer, Judged
-from align.preference.layouts import RANKINGS
+from align.preference.rows.fields import completion, question, whole
+from align.preference.rows.judged import Answer, Judged
+from align.preference.rows.layouts import RANKINGS
 from align.reward.measures import Scored, contests, wilson
 from align.reward.scorer import TOTAL, RewardModel
 from data_templates._segments import REPLIES, Message

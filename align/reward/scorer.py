@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from align.preference.attention import why_separate
-from align.preference.dataset import TokenizedGroup
-from align.preference.encode import Room, fit
-from align.preference.fields import question
+from align.preference.rows.dataset import TokenizedGroup
+from align.preference.rows.encode import Room, fit
+from align.preference.rows.fields import question
 from align.reward.collate import RewardCollator
 from align.reward.model import load_scorer
 from align.reward.rules import Rule, saved_rules

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from align.preference.dataset import PreferenceGroups, TokenizedGroup
+from align.preference.rows.dataset import PreferenceGroups, TokenizedGroup
 from align.reward.collate import RewardCollator
 from align.reward.measures import Numbers, Scored
 from align.reward.model import completion_scores

@@ -1,7 +1,7 @@
 """A reward model's settings: its heads and their data, and the rules that stand beside them."""
 
 from collections.abc import Collection, Iterator
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -61,6 +61,8 @@ class RewardSettings(Section):
 class Settings(StageSettings):
     """The sections of a reward model's recipe."""
 
+    TRL_CONFIG: ClassVar[str] = "RewardConfig"
+
     data: RewardData = RewardData()
     reward: RewardSettings = RewardSettings()
 
@@ -81,8 +83,9 @@ def heads_of(settings: Settings) -> list[int]:
 def _unused(settings: Settings) -> Iterator[Problem]:
     """Yield settings of other stages that would change nothing here."""
     train, evaluate = settings.train, settings.evaluate
-    if train.engine == "trl":
-        yield Problem("train.engine", "'trl' for a reward model", "native", "train.engine=native")
+    if train.engine == "trl" and len(settings.reward.heads) > 1:
+        found = f"'trl' with {len(settings.reward.heads)} heads"
+        yield Problem("train.engine", found, "native: TRL's trainer has one score", "train.engine=native")
     given = {
         "train.label_smoothing": train.label_smoothing != 0,
         "train.neftune_alpha": train.neftune_alpha is not None,

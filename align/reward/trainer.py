@@ -1,32 +1,25 @@
 """The native engine of reward models: our loss on whole groups, and our held-out measure."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from align.preference.metrics import list_accuracies
+from align.preference.group_trainer import GroupTrainer
+from align.preference.losses.metrics import list_accuracies
 from align.reward.loss import mean_margins
 from align.reward.objective import Objective
-from finetune.training.base_trainer import BaseTrainer, log_held_out
+from finetune.training.base_trainer import log_held_out
 
 
-class RewardTrainer(BaseTrainer):
+class RewardTrainer(GroupTrainer):
     """Scores each completion once, and compares those of a group."""
 
     objective: Objective
     measure: Callable[[], dict[str, float]]
     """Gives the held-out rows' metrics."""
     seen: list[Tensor]
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
-        """Return the forward passes of an optimizer step, and how many groups there are in all of them."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
-        return batches, self.accelerator.gather(count).sum()
 
     def compute_loss(
         self,
@@ -35,19 +28,11 @@ class RewardTrainer(BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the summed loss of this forward pass over the number of groups in the whole optimizer step.
-
-        These quotients add up to the mean over all groups of the step, however it is cut into forward passes
-        and over processes (whose gradients are averaged, hence the factor).
-        """
+        """Return this pass's share of the mean loss over the groups of the optimizer step."""
         assert num_items_in_batch is not None and not return_outputs
         losses, rewards = self.objective.losses(model, inputs)
         self._see(rewards.detach(), inputs["ranks"])
-        loss_sum = losses.sum()
-        if self.hooks.penalty:  # its share of the step is that of this pass's groups
-            loss_sum = loss_sum + self.hooks.penalty() * len(losses)
-        loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
-        return loss
+        return self.step_loss(losses, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, beside the loss, what the rewards were since the last line."""

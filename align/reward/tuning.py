@@ -4,10 +4,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from transformers import TrainingArguments
+import numpy as np
+from transformers import Trainer, TrainingArguments
 
 from align.preference.attention import why_separate
-from align.preference.dataset import PreparedPreferences
+from align.preference.rows.dataset import PreparedPreferences
+from align.preference.trl_engine import refuse_lists
 from align.reward.checks import data_ticks, margins_tick, model_ticks
 from align.reward.collate import RewardCollator
 from align.reward.loading import pad_id
@@ -16,6 +18,7 @@ from align.reward.model import input_embeddings
 from align.reward.objective import Objective
 from align.reward.settings import Settings, heads_of
 from align.reward.trainer import RewardTrainer
+from align.reward.trl_engine import reward_stage, trl_reward_trainer
 from finetune.planning import choices
 from finetune.training.adapter_hooks import adapter_hooks
 from finetune.training.job import Job
@@ -95,6 +98,10 @@ class RewardTuning:
             UserError: a check failed.
         """
         job, policy = self.job, self.policy
+        if self.by_trl:
+            refuse_lists(self.data.train, where="data.source")
+            if self.data.held_out is not None:
+                refuse_lists(self.data.held_out, where="data.held_out")
         with job.timed("preflight"):
             job.check(Tick("environment", job.environment(policy.precision)))
             if self.separate:
@@ -114,10 +121,32 @@ class RewardTuning:
             UserError: the engine refuses them.
         """
         longest = int(self.data.train.lengths.max())
-        return engine_arguments(self.job, self.policy, longest=longest, steps=self.steps)
+        stage = reward_stage(centring=self.settings.reward.centring)
+        return engine_arguments(self.job, self.policy, longest=longest, steps=self.steps, stage=stage)
 
-    def trainer(self) -> RewardTrainer:
+    @property
+    def by_trl(self) -> bool:
+        """Tell whether TRL's trainer runs it."""
+        return self.settings.train.engine == "trl"
+
+    def trainer(self) -> Trainer:
         """Return the engine's trainer, which makes the folder of the checkpoints."""
+        return self._trl_trainer() if self.by_trl else self._native_trainer()
+
+    def _trl_trainer(self) -> Trainer:
+        scale, train = self.settings.reward.margins, self.data.train
+        margins = None if scale is None else (scale * np.nan_to_num(train.margins)).clip(min=0).tolist()
+        return trl_reward_trainer(
+            self.policy.model,
+            self.arguments(),
+            self.text.encoder.tokenizer,
+            train=train,
+            held_out=self.data.held_out,
+            pad_id=self.collator.pad_id,
+            margins=margins,
+        )
+
+    def _native_trainer(self) -> RewardTrainer:
         train = self.settings.train
         hooks = adapter_hooks(self.policy.model, self.settings.adapter, steps=self.steps)
         trainer = RewardTrainer(
@@ -162,7 +191,7 @@ class RewardTuning:
         with self.job.timed("held_out"):
             self.measuring.record(self.job.run, self.text.encoder, when, samples=samples)
 
-    def save(self, trainer: RewardTrainer) -> None:
+    def save(self, trainer: Trainer) -> None:
         """Save adapter and head (or the model), open them again, and record what they are normalised with.
 
         Raises:

@@ -8,8 +8,9 @@ pairs and on ranked lists, with and without a reference, are chosen with ``align
 from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
-from align.preference.checks import contradictions
-from align.preference.settings import AlignSettings, PreferenceSettings
+from align.dpo.checks import contradictions
+from align.dpo.settings import AlignSettings
+from align.preference.settings import PreferenceSettings
 from finetune.recipe.errors import Problem
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
@@ -62,8 +63,8 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
-    from align.preference.tuning import PreferenceTuning, load_preferences
-    from align.preference.watched import WATCHED
+    from align.dpo.tuning import PreferenceTuning, load_preferences
+    from align.dpo.watched import WATCHED
     from finetune.training.job import Job
     from finetune.training.loading import load_policy, load_text
     from finetune.training.tune import carry_out

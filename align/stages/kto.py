@@ -8,9 +8,9 @@ prompts that they do not answer. The reference is the policy as it starts. TRL's
 from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
-from align.preference import kto_settings
-from align.preference.checks import copied_by_trl
-from align.preference.kto_settings import KtoDataSettings, KtoSettings, KtoTrainSettings
+from align.dpo.checks import copied_by_trl
+from align.kto import settings as kto_settings
+from align.kto.settings import KtoDataSettings, KtoSettings, KtoTrainSettings
 from finetune.recipe.errors import Problem
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
@@ -69,7 +69,7 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
-    from align.preference.kto_tuning import WATCHED, KtoTuning, load_labels
+    from align.kto.tuning import WATCHED, KtoTuning, load_labels
     from finetune.training.job import Job
     from finetune.training.loading import load_policy, load_text
     from finetune.training.tune import carry_out

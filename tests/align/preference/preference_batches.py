@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from align.preference.inputs import Lists, Pairs
-from align.preference.losses import Loss
+from align.preference.losses.catalogue import Loss
+from align.preference.losses.inputs import Lists, Pairs
 
 
 def by_hand() -> Pairs:

@@ -2,9 +2,9 @@
 
 from small_tokenizers import tokenizer
 
-from align.preference.layouts import LABELLED, RANKINGS
-from align.preference.prepare import prepare_preferences
-from align.preference.rows import comparisons
+from align.preference.rows.comparisons import comparisons
+from align.preference.rows.layouts import LABELLED, RANKINGS
+from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
 from finetune.data.layouts import read_rows, recognise_among
 from finetune.data.report import DataReport

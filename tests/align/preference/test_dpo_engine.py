@@ -11,16 +11,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 
-from align.preference.collate import PreferenceCollator, PreferenceRows
-from align.preference.dataset import PreferenceGroups
-from align.preference.dpo_engine import MeasuredDPOTrainer, refuse_lists, start_tick, trl_dpo_trainer
-from align.preference.losses import find_loss, losses
-from align.preference.objective import Objective
-from align.preference.prepare import prepare_preferences
-from align.preference.reference import reference_logps
-from align.preference.scoring import score
+from align.dpo.collate import PreferenceCollator, PreferenceRows
+from align.dpo.objective import Objective
+from align.dpo.reference import reference_logps
+from align.dpo.scoring import score
+from align.dpo.trl_engine import MeasuredDPOTrainer, start_tick, trl_dpo_trainer
+from align.dpo.trl_losses import SAME, trl_loss
+from align.preference.losses.catalogue import find_loss, losses
+from align.preference.rows.dataset import PreferenceGroups
+from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
-from align.preference.trl_losses import SAME, trl_loss
+from align.preference.trl_engine import refuse_lists
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
 from finetune.training.head import output_head

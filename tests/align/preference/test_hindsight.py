@@ -6,7 +6,7 @@ import pytest
 from small_tokenizers import tokenizer
 
 from align.preference.hindsight import chains, questions
-from align.preference.judged import Comparison
+from align.preference.rows.judged import Comparison
 from data_templates._segments import Message
 from finetune.data.conversation import wishing
 from finetune.data.tokens import Encoder

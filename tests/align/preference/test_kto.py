@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import KTOConfig
 
-from align.preference.dataset import PreferenceGroups
-from align.preference.kto_engine import MeasuredKTOTrainer, label_columns, training_order, trl_kto_trainer
-from align.preference.kto_settings import KtoSettings
-from align.preference.kto_tuning import balance_tick, refuse_one_sided, start_tick
-from align.preference.unpaired import kto, mismatched, reference_point
+from align.kto.settings import KtoSettings
+from align.kto.trl_engine import MeasuredKTOTrainer, label_columns, training_order, trl_kto_trainer
+from align.kto.tuning import balance_tick, refuse_one_sided, start_tick
+from align.preference.losses.unpaired import kto, mismatched, reference_point
+from align.preference.rows.dataset import PreferenceGroups
 from finetune.recipe.errors import UserError
 from finetune.training.stops import NotFiniteError
 
@@ -63,7 +63,7 @@ def trainer_of(base: Path, out: Path, groups: PreferenceGroups, **settings: Any)
 @pytest.fixture
 def small_groups(base_folder: Path) -> PreferenceGroups:
     """Return the same rows in the small base's own tokens."""
-    from align.preference.prepare import prepare_preferences
+    from align.preference.rows.prepare import prepare_preferences
     from align.preference.settings import PreferenceSettings
     from finetune.data.tokens import Encoder
 

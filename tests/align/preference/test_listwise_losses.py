@@ -9,9 +9,9 @@ import torch
 from preference_batches import random_lists
 from torch import Tensor
 
-from align.preference import listwise, pairwise
-from align.preference.inputs import Lists, LossOutput
-from align.preference.losses import losses
+from align.preference.losses import listwise, pairwise
+from align.preference.losses.catalogue import losses
+from align.preference.losses.inputs import Lists, LossOutput
 
 LISTWISE = [name for name, loss in losses().items() if loss.takes == "Lists"]
 

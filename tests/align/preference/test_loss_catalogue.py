@@ -11,9 +11,9 @@ import pytest
 import torch
 from preference_batches import random_batch, random_lists
 
-from align.preference import inputs
-from align.preference.inputs import Lists, Pairs, Range
-from align.preference.losses import Loss, find_loss, losses
+from align.preference.losses import inputs
+from align.preference.losses.catalogue import Loss, find_loss, losses
+from align.preference.losses.inputs import Lists, Pairs, Range
 from finetune.recipe.errors import UserError
 
 LOSSES = losses()
@@ -193,18 +193,19 @@ def run_alone(refused: set[str], code: str) -> str:
         capture_output=True,
         text=True,
         check=True,
-        cwd=FOLDER.parents[1],
+        cwd=FOLDER.parents[2],
     )
     return answer.stdout.strip()
 
 
 def test_losses_need_torch_alone() -> None:
     others = {"transformers", "peft", "trl", "accelerate", "datasets", "pydantic", "ruamel", "finetune"}
-    names = "listwise, metrics, pairwise, reward_losses"
-    code = f"from align.preference import {names}\nprint(pairwise.dpo.__name__)"
+    names = "listwise, metrics, pairwise, reward, unpaired"
+    code = f"from align.preference.losses import {names}\nprint(pairwise.dpo.__name__)"
     assert run_alone(others, code) == "dpo"
 
 
 def test_the_catalogue_needs_no_torch() -> None:
-    code = "from align.preference.losses import find_loss\nprint(find_loss('ipo', where='').needs.reference)"
+    load = "from align.preference.losses.catalogue import find_loss"
+    code = f"{load}\nprint(find_loss('ipo', where='').needs.reference)"
     assert run_alone({"torch", "transformers", "pydantic"}, code) == "True"

@@ -22,10 +22,10 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from align.preference import pairwise
-from align.preference.inputs import Pairs
-from align.preference.losses import losses
-from align.preference.reward_losses import bradley_terry
+from align.preference.losses import pairwise
+from align.preference.losses.catalogue import losses
+from align.preference.losses.inputs import Pairs
+from align.preference.losses.reward import bradley_terry
 
 LENGTHS = ((4, 6, 3), (5, 2, 7), (3, 4, 4))
 """Tokens of prompt, chosen and rejected completion."""

@@ -8,9 +8,9 @@ import pytest
 import torch
 from preference_batches import at_margins, by_hand, random_pairs
 
-from align.preference import pairwise
-from align.preference.inputs import LossOutput, Pairs
-from align.preference.losses import losses
+from align.preference.losses import pairwise
+from align.preference.losses.catalogue import losses
+from align.preference.losses.inputs import LossOutput, Pairs
 
 PAIRWISE = [name for name, loss in losses().items() if loss.takes == "Pairs"]
 BETA, FLIPS = 0.5, 0.1

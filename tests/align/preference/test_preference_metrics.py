@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from align.preference import metrics
+from align.preference.losses import metrics
 
 
 def test_rewards_margins_and_accuracies_by_hand() -> None:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from align.preference.collate import length_ratio
-from align.preference.panel import Finding, Seen, findings
+from align.dpo.collate import length_ratio
+from align.dpo.panel import Finding, Seen, findings
 
 CALM = {
     "accuracy_after": 0.8,

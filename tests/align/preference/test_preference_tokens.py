@@ -5,7 +5,7 @@ import pytest
 from small_preferences import pair, prepared
 from small_tokenizers import MAKERS, tokenizer
 
-from align.preference.encode import Room, fit
+from align.preference.rows.encode import Room, fit
 from data_templates._segments import Message
 from finetune.data.tokens import Encoder
 

@@ -12,14 +12,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from align.preference import metrics
-from align.preference.collate import PreferenceCollator, PreferenceRows, scores_of
-from align.preference.dataset import PreferenceGroups
-from align.preference.inputs import Lists
-from align.preference.losses import losses
-from align.preference.objective import Objective, by_group
-from align.preference.reference import reference_logps
-from align.preference.trainer import PreferenceTrainer
+from align.dpo.collate import PreferenceCollator, PreferenceRows, scores_of
+from align.dpo.objective import Objective, by_group
+from align.dpo.reference import reference_logps
+from align.dpo.trainer import PreferenceTrainer
+from align.preference.losses import metrics
+from align.preference.losses.catalogue import losses
+from align.preference.losses.inputs import Lists
+from align.preference.rows.dataset import PreferenceGroups
 from finetune.adapters._traits import Hooks
 
 SHAPES = [*SOME[:2], (3, [2, 9]), (5, [4, 1, 3])]

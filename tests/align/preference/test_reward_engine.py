@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig
 
-from align.preference.dataset import PreferenceGroups
-from align.preference.prepare import prepare_preferences
-from align.preference.reward_engine import MeasuredRewardTrainer, reward_stage, trl_reward_trainer
-from align.preference.reward_losses import bradley_terry
+from align.preference.losses.reward import bradley_terry
+from align.preference.rows.dataset import PreferenceGroups
+from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
+from align.reward.trl_engine import MeasuredRewardTrainer, reward_stage, trl_reward_trainer
 from finetune.data.tokens import Encoder
 from finetune.training.stops import NotFiniteError
 

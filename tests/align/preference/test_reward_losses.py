@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from align.preference.reward_losses import all_pairs, bradley_terry
+from align.preference.losses.reward import all_pairs, bradley_terry
 
 
 def random_lists(groups: int = 4, size: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

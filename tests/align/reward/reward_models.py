@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.preference.dataset import TokenizedGroup
 from align.preference.groups import Group
+from align.preference.rows.dataset import TokenizedGroup
 from align.reward.model import completion_scores, draw_head, load_scorer
 from finetune.planning.hardware import detect
 from finetune.recipe.settings import ModelSettings

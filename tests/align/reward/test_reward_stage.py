@@ -290,3 +290,29 @@ def from_run(folder: Path, start: Path, name: str) -> Result:
         },
     )
     return run(recipe)
+
+
+def test_trl_s_trainer_runs_the_same_recipe(single: Result, folder: Path, base_folder: Path) -> None:
+    result = tuned(folder, base_folder, "trl", train__engine="trl", train__evaluate_every=6)
+    ours, theirs = single.record["metrics"], result.record["metrics"]
+    assert theirs["held_out_loss_before"] == pytest.approx(ours["held_out_loss_before"], rel=1e-5)
+    assert theirs["held_out_accuracy_after"] == 1.0 and theirs["held_out_margin_after"] > 1.0
+    assert [line["step"] for line in result.metrics if "held_out_accuracy" in line] == [6, 12]
+    assert set(result.record["files"]) == set(single.record["files"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data__source": "lists.jsonl"}, "24 prompts with more than two completions"),
+        ({"reward__heads": HEADS}, "train.engine (command line): 'trl' with 2 heads"),
+    ],
+)
+def test_what_trl_s_trainer_cannot_learn_is_told(
+    folder: Path, base_folder: Path, settings: dict[str, object], message: str
+) -> None:
+    if "data__source" in settings:
+        settings = {"data__source": str(folder / str(settings["data__source"])), "data__held_out": 0}
+    with pytest.raises(UserError) as caught:
+        tuned(folder, base_folder, "refused", train__engine="trl", **settings)
+    assert message in str(caught.value) and not (folder / "refused").exists()

@@ -8,7 +8,7 @@ from reward_models import scorer
 from small_tokenizers import tokenizer
 
 from align import score as score_verb
-from align.preference.encode import Room
+from align.preference.rows.encode import Room
 from align.reward.collate import RewardCollator
 from align.reward.rules import Rule
 from align.reward.score_file import score_file, summary, write_rows

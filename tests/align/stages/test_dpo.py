@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from align import cli
-from align.preference.losses import losses
-from align.preference.reference import rows_of_steps
+from align.dpo.reference import rows_of_steps
+from align.preference.losses.catalogue import losses
 from finetune.data.batches import optimizer_batches
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from align.preference.trl_losses import SAME
+from align.dpo.trl_losses import SAME
 from finetune.recipe.errors import UserError
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result

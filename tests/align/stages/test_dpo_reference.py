@@ -12,8 +12,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from align.preference import references
-from align.preference.reference import model_digest
+from align.dpo import references
+from align.dpo.reference import model_digest
 from align.stages import dpo
 from finetune.data.cache import DamagedCacheError, stored
 from finetune.recipe.errors import UserError

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from align.preference.dataset import PreferenceGroups, TokenizedGroup
+from align.preference.rows.dataset import PreferenceGroups, TokenizedGroup
 from finetune.data.dataset import TokenizedRows
 
 

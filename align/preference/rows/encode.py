@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from align.preference.dataset import PreferenceGroups
-from align.preference.judged import Comparison
+from align.preference.rows.dataset import PreferenceGroups
+from align.preference.rows.judged import Comparison
 from data_templates._segments import Message, TemplateError
 from finetune.data.dataset import cached
 from finetune.data.report import DataReport

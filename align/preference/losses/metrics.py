@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from align.preference.inputs import better_than
+from align.preference.losses.inputs import better_than
 
 
 @torch.no_grad()

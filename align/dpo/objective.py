@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align.preference import metrics
-from align.preference.inputs import Lists, LossOutput
-from align.preference.losses import Loss, Setting
+from align.preference.losses import metrics
+from align.preference.losses.catalogue import Loss, Setting
+from align.preference.losses.inputs import Lists, LossOutput
 
 TIE = 1e-5
 """Implicit rewards nearer to each other than this are equal: a float32 sum over a completion is not exact."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.preference.inputs import (
+from align.preference.losses.inputs import (
     FlipRate,
     LossOutput,
     Needs,

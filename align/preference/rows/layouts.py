@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from math import nan
 
-from align.preference.fields import (
+from align.preference.rows.fields import (
     WRITTEN,
     Columns,
     completion,
@@ -20,7 +20,7 @@ from align.preference.fields import (
     with_system,
     written,
 )
-from align.preference.judged import Answer, Judged
+from align.preference.rows.judged import Answer, Judged
 from data_templates._segments import REPLIES, Message
 from finetune.data.layouts import Layout, RowProblem, checked_text, short, system_turn, text_field
 

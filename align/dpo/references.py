@@ -10,17 +10,17 @@ import torch
 import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from align.preference.attention import unwrapped
-from align.preference.collate import PreferenceCollator
-from align.preference.dataset import PreferenceGroups
-from align.preference.reference import (
+from align.dpo.collate import PreferenceCollator
+from align.dpo.reference import (
     Logps,
     keep_reference,
     kept_reference,
     reference_file,
     reference_logps,
 )
-from align.preference.scoring import arithmetic
+from align.dpo.scoring import arithmetic
+from align.preference.attention import unwrapped
+from align.preference.rows.dataset import PreferenceGroups
 from finetune.data.cache import DamagedCacheError
 from finetune.training.job import Job
 from finetune.training.loading import Policy

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
+from align.dpo.collate import PreferenceCollator, PreferenceRows, borders
 from align.preference.attention import unwrapped
-from align.preference.collate import PreferenceCollator, PreferenceRows, borders
-from align.preference.dataset import PreferenceGroups
 from align.preference.logps import token_logps
+from align.preference.rows.dataset import PreferenceGroups
 from finetune.data.batches import optimizer_batches
 from finetune.data.cache import cache_file, store, stored
 from finetune.training.head import output_head

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
-from align.preference import metrics
-from align.preference.dataset import PreferenceGroups
-from align.preference.reward_losses import bradley_terry
+from align.preference.losses import metrics
+from align.preference.losses.reward import bradley_terry
+from align.preference.rows.dataset import PreferenceGroups
 from align.preference.trl_engine import places_by_tokens, places_of
 from finetune.training.arguments import TrlStage
 from finetune.training.base_trainer import log_held_out

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from align.preference.groups import Group
 from finetune.data.conversation import Conversation
 from finetune.data.report import DataReport
 
@@ -28,6 +30,12 @@ class TokenizedGroup:
     row: int
     place: str
     source: int
+
+    def as_tensors(self) -> Group:
+        """Return the token ids as tensors, for a forward pass."""
+        ids = (self.prompt_ids, *self.completion_ids)
+        prompt, *completions = (torch.from_numpy(part.astype(np.int64)) for part in ids)
+        return Group(prompt, tuple(completions))
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from typing import Literal
 
 import numpy as np
 
-from align.preference.dataset import PreferenceGroups, PreparedPreferences
-from align.preference.encode import Room, tokenise
-from align.preference.judged import Comparison, Judged
-from align.preference.layouts import LABELLED, PAIRS, RANKINGS
-from align.preference.rows import comparisons, count_contradictions, unpaired
+from align.preference.rows.comparisons import comparisons, count_contradictions, unpaired
+from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
+from align.preference.rows.encode import Room, tokenise
+from align.preference.rows.judged import Comparison, Judged
+from align.preference.rows.layouts import LABELLED, PAIRS, RANKINGS
 from align.preference.settings import PreferenceSettings
 from finetune.data.conversation import Conversation
 from finetune.data.gather import Place, count_copies, count_seen, held_out_count, places_of, read_place

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from align.preference.inputs import Lists
+from align.dpo.objective import GroupLosses, Objective, by_group, measures
 from align.preference.logps import token_logps
-from align.preference.objective import GroupLosses, Objective, by_group, measures
+from align.preference.losses.inputs import Lists
 from finetune.training.model import DTYPES
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from align.preference import inputs
-from align.preference.inputs import LossOutput, Needs, Range
+from align.preference.losses import inputs
+from align.preference.losses.inputs import LossOutput, Needs, Range
 from finetune.recipe.errors import Problem, UserError, nearest, one_of
 
 FILES = ("pairwise", "listwise")

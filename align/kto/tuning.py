@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from align.preference.completion_rows import as_rows
-from align.preference.dataset import PreferenceGroups, PreparedPreferences
-from align.preference.kto_engine import MeasuredKTOTrainer, training_order, trl_kto_trainer
-from align.preference.kto_settings import KtoSettings
-from align.preference.prepare import prepare_preferences
+from align.kto.settings import KtoSettings
+from align.kto.trl_engine import MeasuredKTOTrainer, training_order, trl_kto_trainer
+from align.preference.losses.unpaired import balance
+from align.preference.rows.completion_rows import as_rows
+from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
+from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
-from align.preference.unpaired import balance
 from data_templates._segments import Message
 from finetune.data.collate import PaddedCollator
 from finetune.recipe.errors import Problem, UserError

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.preference.inputs import better_than
+from align.preference.losses.inputs import better_than
 
 
 def bradley_terry(

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align.preference.dataset import PreferenceGroups, TokenizedGroup
-from align.preference.groups import Group, GroupCollator
+from align.preference.groups import GroupCollator
+from align.preference.rows.dataset import PreferenceGroups, TokenizedGroup
 
 Batch = dict[str, Tensor]
 """A ``GroupBatch`` with ``rows`` (groups,), ``scores`` (groups, K), and where it is known ``reference``,
@@ -100,7 +100,7 @@ class PreferenceCollator:
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Return one forward pass."""
-        groups = [group_of(example.group) for example in examples]
+        groups = [example.group.as_tensors() for example in examples]
         batch: Batch = dict(GroupCollator(self.pad_id, separate=self.separate)(groups))  # type: ignore[arg-type]
         batch["rows"] = torch.tensor([example.group.row for example in examples])
         batch["scores"] = pad_sequence(
@@ -112,14 +112,6 @@ class PreferenceCollator:
             tokens = torch.split(torch.from_numpy(np.concatenate(known)), batch["lengths"].tolist())
             batch["reference"] = pad_sequence(list(tokens), batch_first=True)
         return batch
-
-
-def group_of(group: TokenizedGroup) -> Group:
-    """Return a group's tensors."""
-    prompt, *completions = (
-        torch.from_numpy(ids.astype(np.int64)) for ids in (group.prompt_ids, *group.completion_ids)
-    )
-    return Group(prompt, tuple(completions))
 
 
 def scores_of(group: TokenizedGroup) -> NDArray[np.float32]:

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor, nn
 
-from align.preference.collate import Example, PreferenceCollator, group_of
-from align.preference.dataset import PreferenceGroups
+from align.dpo.collate import Example, PreferenceCollator
+from align.dpo.objective import Objective
+from align.dpo.scoring import arithmetic, lists_of
+from align.dpo.trainer import PreferenceTrainer
 from align.preference.logps import layout_error, token_logps
-from align.preference.objective import Objective
-from align.preference.scoring import arithmetic, lists_of
-from align.preference.trainer import PreferenceTrainer
+from align.preference.rows.dataset import PreferenceGroups
 from finetune.recipe.errors import Problem
 from finetune.training.head import output_head
 from finetune.training.preflight.probes import whole_is_its_parts
@@ -65,7 +65,7 @@ def layout_tick(
     Returns:
         A tick with a warning where they do not: then each has to have a line of its own.
     """
-    some = [group_of(example.group) for example in short_groups(groups)]
+    some = [example.group.as_tensors() for example in short_groups(groups)]
     with untouched(model), arithmetic(model, precision):
         difference = layout_error(model, output_head(model), some, pad_id=pad_id)
     detail = f"completions in one line and each in its own differ by {difference:.1e} nats a token"

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Iterator
 
-from align.preference.losses import find_loss
-from align.preference.settings import AlignSettings
-from align.preference.trl_losses import NATIVE, trl_loss
+from align.dpo.settings import AlignSettings
+from align.dpo.trl_losses import NATIVE, trl_loss
+from align.preference.losses.catalogue import find_loss
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import StageSettings

@@ -8,22 +8,24 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from align.preference import panel, preflight
+from align.dpo import panel, preflight
+from align.dpo.collate import PreferenceCollator, PreferenceRows, length_ratio
+from align.dpo.objective import Objective
+from align.dpo.reference import rows_of_steps
+from align.dpo.references import Reference
+from align.dpo.scoring import StartingPolicy
+from align.dpo.settings import AlignSettings
+from align.dpo.stop_rule import MEASURED, StopWhenChosenFalls
+from align.dpo.trainer import HELD_OUT, PreferenceTrainer
+from align.dpo.trl_engine import start_tick, trl_dpo_trainer
+from align.dpo.trl_losses import trl_loss
 from align.preference.attention import unwrapped, why_separate
-from align.preference.collate import PreferenceCollator, PreferenceRows, length_ratio
-from align.preference.completion_rows import as_rows
-from align.preference.dataset import PreferenceGroups, PreparedPreferences
-from align.preference.dpo_engine import refuse_lists, start_tick, trl_dpo_trainer
-from align.preference.losses import Loss, find_loss
-from align.preference.objective import Objective
-from align.preference.prepare import prepare_preferences
-from align.preference.reference import rows_of_steps
-from align.preference.references import Reference
-from align.preference.scoring import StartingPolicy
-from align.preference.settings import AlignSettings, PreferenceSettings
-from align.preference.stop_rule import MEASURED, StopWhenChosenFalls
-from align.preference.trainer import HELD_OUT, PreferenceTrainer
-from align.preference.trl_losses import trl_loss
+from align.preference.losses.catalogue import Loss, find_loss
+from align.preference.rows.completion_rows import as_rows
+from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
+from align.preference.rows.prepare import prepare_preferences
+from align.preference.settings import PreferenceSettings
+from align.preference.trl_engine import refuse_lists
 from data_templates._segments import Message
 from finetune.adapters._traits import Hooks
 from finetune.recipe.errors import Problem, UserError

@@ -1,6 +1,5 @@
 """The native engine of preference tuning: whole groups, the prompt once, one loss a group."""
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -8,16 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from align.preference.collate import PreferenceCollator, PreferenceRows
-from align.preference.objective import Means, Objective
-from align.preference.scoring import Scored, StartingPolicy, arithmetic, score
-from finetune.training.base_trainer import BaseTrainer, log_held_out
+from align.dpo.collate import PreferenceCollator, PreferenceRows
+from align.dpo.objective import Means, Objective
+from align.dpo.scoring import Scored, StartingPolicy, arithmetic, score
+from align.preference.group_trainer import GroupTrainer
+from finetune.training.base_trainer import log_held_out
 from finetune.training.head import output_head
 
 HELD_OUT = "held_out_"
 
 
-class PreferenceTrainer(BaseTrainer):
+class PreferenceTrainer(GroupTrainer):
     """Learns from comparisons; rows are groups, and a batch's size counts groups."""
 
     objective: Objective
@@ -34,14 +34,6 @@ class PreferenceTrainer(BaseTrainer):
         """Return the measures of the groups since the last line of metrics."""
         return Means()
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """Return the forward passes of an optimizer step, and the groups in all of them, of all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        groups = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
-        return batches, self.accelerator.reduce(groups, "sum")
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -49,21 +41,13 @@ class PreferenceTrainer(BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the summed loss of this pass's groups over the number of groups in the whole optimizer step.
-
-        These quotients add up to the mean over all groups of the step, however it is cut into forward
-        passes and over processes (whose gradients are averaged, hence the factor).
-        """
+        """Return this pass's share of the mean loss over the groups of the optimizer step."""
         assert num_items_in_batch is not None and not return_outputs
         known = "reference" not in inputs or not inputs["reference"].isnan().any()
         assert known, "a step looks at groups that the reference was not computed for"
         found = score(model, self.head, inputs, objective=self.objective, start=self.start)
         self.means.add(found.measures)
-        loss_sum = found.losses.sum()
-        if self.hooks.penalty:  # its share of the step is that of this pass's groups
-            loss_sum = loss_sum + self.hooks.penalty() * len(inputs["rows"])
-        loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
-        return loss
+        return self.step_loss(found.losses, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what the engine says, and the means of what was watched since it last spoke of a loss."""

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from align.preference import metrics
-from align.preference.dataset import PreferenceGroups
-from align.preference.inputs import LossOutput, Pairs
+from align.dpo.trl_losses import NATIVE
+from align.preference.losses import metrics
+from align.preference.losses.inputs import LossOutput, Pairs
+from align.preference.rows.dataset import PreferenceGroups
 from align.preference.trl_engine import (
     InOurWords,
     logps_of,
@@ -22,8 +23,7 @@ from align.preference.trl_engine import (
     places_of,
     without_copy,
 )
-from align.preference.trl_losses import NATIVE
-from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.errors import Problem
 from finetune.training.base_trainer import log_held_out
 from finetune.training.preflight.ticks import Tick, failed
 from finetune.training.preflight.untouched import untouched
@@ -34,22 +34,6 @@ REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 """TRL's names of a pair's tokens, and of what the reference says of them."""
 START = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
 """How far the first loss may be from its value at the reference, relative, from rounding alone."""
-
-
-def refuse_lists(groups: PreferenceGroups, *, where: str) -> None:
-    """Refuse groups that are no pairs.
-
-    Raises:
-        UserError: a group has more than two completions; the first such is named.
-    """
-    longer = [index for index, count in enumerate(groups.completions) if count != 2]
-    if longer:
-        first = groups[longer[0]]
-        found = (
-            f"{len(longer)} prompts with more than two completions (first: {first.place}, "
-            f"{len(first.completion_ids)} completions)"
-        )
-        raise UserError(Problem(where, found, "pairs, with train.engine 'trl'", NATIVE))
 
 
 class MeasuredDPOTrainer(DPOTrainer, InOurWords):  # type: ignore[misc]

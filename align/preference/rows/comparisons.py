@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from math import isnan, nan
 
-from align.preference.judged import Answer, Comparison, Judged, Turns
+from align.preference.rows.judged import Answer, Comparison, Judged, Turns
 from align.preference.settings import PreferenceSettings
 from finetune.data.report import DataReport
 from finetune.recipe.errors import Problem, UserError

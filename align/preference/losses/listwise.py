@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.preference.inputs import Lists, LossOutput, Needs, Positive, Weight
+from align.preference.losses.inputs import Lists, LossOutput, Needs, Positive, Weight
 
 
 def plackett_luce(lists: Annotated[Lists, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:

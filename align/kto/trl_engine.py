@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import KTOConfig, KTOTrainer
 
-from align.preference.dataset import PreferenceGroups
+from align.preference.losses.unpaired import kto, mismatched, reference_point
+from align.preference.rows.dataset import PreferenceGroups
 from align.preference.trl_engine import (
     InOurWords,
     logps_of,
@@ -21,7 +22,6 @@ from align.preference.trl_engine import (
     places_of,
     without_copy,
 )
-from align.preference.unpaired import kto, mismatched, reference_point
 from finetune.data.batches import optimizer_batches
 from finetune.training.base_trainer import log_held_out
 from finetune.training.stops import NotFiniteError

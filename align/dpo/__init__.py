@@ -1,0 +1,1 @@
+"""Stage dpo: a policy learns from comparisons, against its own start."""

@@ -1,0 +1,1 @@
+"""The losses, pure functions, and their catalogue."""

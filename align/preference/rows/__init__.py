@@ -1,0 +1,1 @@
+"""Preference data: published layouts to comparisons, and to token ids."""
