@@ -23,8 +23,6 @@ from align.preference.attention import unwrapped, why_separate
 from align.preference.losses.catalogue import Loss, find_loss
 from align.preference.rows.completion_rows import as_rows
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
-from align.preference.rows.prepare import prepare_preferences
-from align.preference.settings import PreferenceSettings
 from align.preference.trl_engine import refuse_lists
 from data_templates._segments import Message
 from finetune.adapters._traits import Hooks
@@ -44,20 +42,6 @@ from finetune.training.text import Text
 
 AT_BOTH_ENDS = ("loss", "accuracy", "margin", "chosen_drift", "rejected_drift", "kl")
 """What is recorded of training's first step and of its last ones."""
-
-
-def load_preferences(job: Job, settings: PreferenceSettings, text: Text) -> PreparedPreferences:
-    """Read and tokenise a recipe's preferences, and tell what was found.
-
-    Raises:
-        UserError: mistakes in the data, with file, line and field.
-    """
-    seed = job.recipe.settings.train.seed
-    with job.timed("data"):
-        data = prepare_preferences(settings, text.encoder, max_length=text.max_length, seed=seed)
-    for line in data.report.lines():
-        job.say(line)
-    return data
 
 
 @dataclass(frozen=True)

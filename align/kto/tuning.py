@@ -17,7 +17,7 @@ from align.kto.trl_engine import MeasuredKTOTrainer, training_order, trl_kto_tra
 from align.preference.losses.unpaired import balance
 from align.preference.rows.completion_rows import as_rows
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
-from align.preference.rows.prepare import prepare_preferences
+from align.preference.rows.load import load_preferences
 from align.preference.settings import PreferenceSettings
 from data_templates._segments import Message
 from finetune.data.collate import PaddedCollator
@@ -69,13 +69,7 @@ def load_labels(job: Job, settings: PreferenceSettings, text: Text) -> PreparedP
     Raises:
         UserError: mistakes in the data, or all replies are good, or all bad.
     """
-    seed = job.recipe.settings.train.seed
-    with job.timed("data"):
-        data = prepare_preferences(
-            settings, text.encoder, max_length=text.max_length, seed=seed, kind="labels"
-        )
-    for line in data.report.lines():
-        job.say(line)
+    data = load_preferences(job, settings, text, kind="labels")
     refuse_one_sided(data)
     return data
 

@@ -2,8 +2,6 @@
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from align.preference.rows.dataset import PreparedPreferences
-from align.preference.rows.prepare import prepare_preferences
 from align.reward.model import draw_head, load_scorer
 from align.reward.settings import Settings
 from finetune.data.tokens import Encoder
@@ -13,24 +11,6 @@ from finetune.training.go_on import take_weights
 from finetune.training.job import Job
 from finetune.training.loading import Policy, adapter_start
 from finetune.training.model import SCORE, attach_adapter
-from finetune.training.text import Text
-
-
-def load_comparisons(job: Job, text: Text) -> PreparedPreferences:
-    """Read and tokenise the recipe's comparisons, and tell what was found.
-
-    Raises:
-        UserError: mistakes in the data, with file, line and field.
-    """
-    settings = job.recipe.settings
-    assert isinstance(settings, Settings)
-    with job.timed("data"):
-        data = prepare_preferences(
-            settings.data, text.encoder, max_length=text.max_length, seed=settings.train.seed
-        )
-    for line in data.report.lines():
-        job.say(line)
-    return data
 
 
 def load_reward_policy(job: Job, encoder: Encoder) -> Policy:

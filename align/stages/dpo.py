@@ -63,8 +63,9 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
-    from align.dpo.tuning import PreferenceTuning, load_preferences
+    from align.dpo.tuning import PreferenceTuning
     from align.dpo.watched import WATCHED
+    from align.preference.rows.load import load_preferences
     from finetune.training.job import Job
     from finetune.training.loading import load_policy, load_text
     from finetune.training.tune import carry_out

@@ -39,23 +39,26 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory
 
-    fingerprint = fingerprint_of(recipe.settings)
+    own = recipe.settings
+    assert isinstance(own, Settings)
+    fingerprint = fingerprint_of(own)
     run = RunDirectory.open(recipe, fingerprint, force=force)
     if run.finished:
         return Result.of(run)
 
-    from align.reward.loading import load_comparisons, load_reward_policy
+    from align.preference.rows.load import load_preferences
+    from align.reward.loading import load_reward_policy
     from align.reward.tuning import RewardTuning
     from align.reward.watched import watched
     from finetune.training.job import Job
     from finetune.training.loading import load_text
 
-    job = Job(recipe, run, console, command, watched(recipe.settings))
+    job = Job(recipe, run, console, command, watched(own))
     text = load_text(job)
-    data = load_comparisons(job, text)
+    data = load_preferences(job, own.data, text)
     tuning = RewardTuning(job, text, data, policy=load_reward_policy(job, text.encoder))
     with job.started(fingerprint=fingerprint, **tuning.facts()):
-        copy_rules(recipe.settings, run)
+        copy_rules(own, run)
         tuning.measure("before")
         trainer = tuning.trainer()
         job.train(trainer)

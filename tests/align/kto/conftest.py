@@ -1,0 +1,11 @@
+"""The toy bases of the adapters' tests and the models of the groups' serve here too."""
+
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[2]
+sys.path += [
+    str(TESTS / "finetune" / "data"),
+    str(TESTS / "finetune" / "adapters"),
+    str(TESTS / "align" / "preference"),
+]
