@@ -4,6 +4,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
 RECIPE ?=
 BASE ?=
 DATA ?=
@@ -53,16 +54,16 @@ merge: $(READY)  ## a run's base and adapter as one model: make merge RUN=runs/.
 	$(BIN)/llm-align merge $(RUN) $(ARGS)
 
 test: $(READY)  ## the tests, about ten minutes
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: $(READY)  ## the slow tests too
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow or not slow" $(ARGS)
 
 check: $(READY)  ## style, types and tests, as in CI
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 tiny-base: $(READY)  ## train the embedded base model anew (about 40 minutes on two cores)
 	$(BIN)/python -m finetune.tiny.train_base --out recipes/tiny/model
