@@ -20,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from align.preference.attention import cost_of
 from align.preference.groups import Group, GroupBatch, GroupCollator
 from align.preference.logps import completion_logps
 from benchmarks.common import RESULTS, VOCABULARY, adapted_llama, facts, save_result
@@ -58,6 +59,7 @@ def measure(model: nn.Module, prompt: int, completions: int, *, total: int, repe
         "time_ratio": statistics.median(separate / shared for separate, shared in pairs),
         "seconds": seconds,
         "logps_differ_by": apart,
+        "taken": "separate" if "attention_mask" in GroupCollator(0, cost=cost_of(model))([one]) else "shared",
     }
 
 
@@ -104,7 +106,9 @@ def main(repeats: int, bfloat16: bool, small: bool, save: bool) -> None:
         point = measure(model, prompt, completions, total=total, repeats=repeats)
         points.append(point)
         ratios = f"tokens {point['token_ratio']:.2f}x, time {point['time_ratio']:.2f}x"
-        click.echo(f"K = {completions}, prompt {prompt} of {total}: {ratios}")
+        click.echo(
+            f"K = {completions}, prompt {prompt} of {total}: {ratios}; training takes {point['taken']}"
+        )
     if save:
         result = {**facts(bfloat16=bfloat16), "total": total, "repeats": repeats, "points": points}
         _write_plot(result, save_result("prompt_share", result).with_suffix(".png"))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align.preference.groups import GroupCollator
+from align.preference.groups import Cost, GroupCollator
 from align.preference.rows.dataset import PreferenceGroups, TokenizedGroup
 
 Batch = dict[str, Tensor]
@@ -93,15 +93,17 @@ class PreferenceCollator:
 
     In the shared layout lines are as long as the longest group of the pass, shorter groups fill them up:
     attention with a mask costs the square of a line's length, so that longer ones cost more and save nothing.
+    With a ``cost`` each pass takes the cheaper layout.
     """
 
     pad_id: int
     separate: bool = False
+    cost: Cost | None = None
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Return one forward pass."""
-        groups = [example.group.as_tensors() for example in examples]
-        batch: Batch = dict(GroupCollator(self.pad_id, separate=self.separate)(groups))  # type: ignore[arg-type]
+        collate = GroupCollator(self.pad_id, separate=self.separate, cost=self.cost)
+        batch: Batch = dict(collate([example.group.as_tensors() for example in examples]))  # type: ignore[arg-type]
         batch["rows"] = torch.tensor([example.group.row for example in examples])
         batch["scores"] = pad_sequence(
             [torch.from_numpy(scores_of(example.group)) for example in examples], batch_first=True

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Reference:
             "rows": list(rows),
             "precision": self.policy.precision,
             "quantization": self.policy.quantization,
-            "separate": self.collator.separate,
+            "layout": asdict(self.collator),
             "attention": unwrapped(self.policy.model).config._attn_implementation,
             "device": self.job.hardware.device,
             "versions": [torch.__version__, transformers.__version__],

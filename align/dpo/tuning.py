@@ -19,7 +19,7 @@ from align.dpo.stop_rule import MEASURED, StopWhenChosenFalls
 from align.dpo.trainer import HELD_OUT, PreferenceTrainer
 from align.dpo.trl_engine import start_tick, trl_dpo_trainer
 from align.dpo.trl_losses import trl_loss
-from align.preference.attention import unwrapped, why_separate
+from align.preference.attention import cost_of, unwrapped, why_separate
 from align.preference.losses.catalogue import Loss, find_loss
 from align.preference.rows.completion_rows import as_rows
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
@@ -99,7 +99,7 @@ class PreferenceTuning:
             return PreferenceCollator(pad, separate=True)
         tick = preflight.layout_tick(self.policy.model, groups, pad_id=pad, **stored)
         self.job.check(tick)
-        return PreferenceCollator(pad, separate=tick.warned)
+        return PreferenceCollator(pad, separate=tick.warned, cost=cost_of(self.policy.model))
 
     @property
     def by_trl(self) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel
 
-from align.preference.groups import visible
+from align.preference.groups import Cost, visible
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 WHOLE = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -77,6 +77,16 @@ def why_separate(config: PretrainedConfig, *, reach: int) -> str:
         or _layers(fields)
         or _span(fields, reach)
     )
+
+
+def cost_of(model: nn.Module) -> Cost:
+    """Return what tokens and pairs of tokens cost a model, adapters included, its embeddings and head not."""
+    decoder = _decoder(model)
+    linear = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
+    config = decoder.config.get_text_config()
+    # Queries times keys, and weights times values: a multiply-add for each of a layer's dimensions.
+    pair = 2.0 * config.num_hidden_layers * config.hidden_size
+    return Cost(token=float(sum(one.in_features * one.out_features for one in linear)), pair=pair)
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:

@@ -82,13 +82,34 @@ class GroupBatch(Predictions):
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What a forward pass costs, in multiply-adds.
+
+    ``token``: of each token in linear layers. ``pair``: of each two tokens of a line in attention, masked or
+    not.
+    """
+
+    token: float
+    pair: float
+
+    def __call__(self, lines: int, columns: int) -> float:
+        """Return the cost of so many lines of so many columns.
+
+        >>> Cost(token=10.0, pair=1.0)(2, 5)
+        150.0
+        """
+        return lines * columns * (self.token + self.pair * columns)
+
+
+@dataclass(frozen=True, slots=True)
 class GroupCollator:
     """Groups to tensors.
 
     Shared layout: groups end to end in lines of about the same length, which is ``budget`` tokens at most, or
     the longest group's if that is more. Separate layout, for models whose attention takes no block mask
     (``attention.why_separate``): each completion behind its prompt in a line of its own. The same completions
-    in the same order either way.
+    in the same order either way. With a ``cost`` (``attention.cost_of``) each pass takes the cheaper layout:
+    many long completions of a short prompt cost more in one line than they save.
 
     >>> pair = Group(torch.tensor([5, 6, 7]), (torch.tensor([1, 2]), torch.tensor([3])))
     >>> batch = GroupCollator(pad_id=0)([pair])
@@ -112,16 +133,27 @@ class GroupCollator:
     pad_id: int
     budget: int = 0
     separate: bool = False
+    cost: Cost | None = None
 
     def __call__(self, groups: Sequence[Group]) -> GroupBatch:
         """Return one forward pass."""
-        if not self.separate:
-            return _fill(groups, even_lines([len(group) for group in groups], self.budget), self.pad_id)
+        lines = even_lines([len(group) for group in groups], self.budget)
+        if not self.separate and not self._cheaper_apart(groups, lines):
+            return _fill(groups, lines, self.pad_id)
         singles = [Group(group.prompt, (one,)) for group in groups for one in group.completions]
         batch = _fill(singles, [[index] for index in range(len(singles))], self.pad_id)
         batch["sizes"] = torch.tensor([len(group.completions) for group in groups])
         batch["attention_mask"] = batch["groups"].clamp(max=1)
         return batch
+
+    def _cheaper_apart(self, groups: Sequence[Group], lines: Sequence[Sequence[int]]) -> bool:
+        """Tell whether a line for each completion costs less than these lines of whole groups."""
+        if self.cost is None:
+            return False
+        longest = max(sum(len(groups[index]) for index in line) for line in lines)
+        completions = sum(len(group.completions) for group in groups)
+        reach = max(group.reach for group in groups)
+        return self.cost(completions, reach) < self.cost(len(lines), longest)
 
 
 def even_lines(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -129,7 +129,7 @@ def _layout_ticks(
     """Yield whether a completion has the score that it has alone, and that the library itself reads."""
     with untouched(model), torch.no_grad():
         alone = _scores(model, RewardCollator(collate.pad_id, separate=True)(groups))
-        together = _scores(model, collate(groups))
+        together = _scores(model, RewardCollator(collate.pad_id, separate=collate.separate)(groups))
         plain = torch.cat([_plain(model, group, ids) for group in groups for ids in group.completion_ids])
     size = max(float(alone.abs().max()), 1e-30)
     if not collate.separate:

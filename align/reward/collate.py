@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align.preference.groups import GroupBatch, GroupCollator
+from align.preference.groups import Cost, GroupBatch, GroupCollator
 from align.preference.rows.dataset import TokenizedGroup
 
 ABSENT = -1
@@ -38,10 +38,11 @@ class RewardCollator:
 
     pad_id: int
     separate: bool = False
+    cost: Cost | None = None
 
     def __call__(self, groups: Sequence[TokenizedGroup]) -> RewardBatch:
         """Return one forward pass."""
-        collate = GroupCollator(self.pad_id, separate=self.separate)
+        collate = GroupCollator(self.pad_id, separate=self.separate, cost=self.cost)
         ranks = [torch.from_numpy(group.ranks).long() for group in groups]
         scores = [torch.from_numpy(group.scores).float() for group in groups]
         return {

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 from transformers import AutoTokenizer
 
-from align.preference.attention import why_separate
+from align.preference.attention import cost_of, why_separate
 from align.preference.rows.dataset import TokenizedGroup
 from align.preference.rows.encode import Room, fit
 from align.preference.rows.fields import question
@@ -162,7 +162,7 @@ def load_reward(run: Path) -> RewardModel:
         zeros={name: (zeros[name]["mean"], zeros[name]["deviation"]) for name in load["heads"]},
         rules=rules,
         room=Room(load["max_length"], load["max_prompt_length"]),
-        collate=RewardCollator(load["pad_id"], separate=separate),
+        collate=RewardCollator(load["pad_id"], separate=separate, cost=cost_of(model)),
         tokens=TOKENS_PER_FORWARD[detect().device],
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import Trainer, TrainingArguments
 
-from align.preference.attention import why_separate
+from align.preference.attention import cost_of, why_separate
 from align.preference.rows.dataset import PreparedPreferences
 from align.preference.trl_engine import refuse_lists
 from align.reward.checks import data_ticks, margins_tick, model_ticks
@@ -73,7 +73,8 @@ class RewardTuning:
     def collator(self) -> RewardCollator:
         """Return how comparisons are laid out."""
         encoder = self.text.encoder
-        return RewardCollator(pad_id(encoder.tokenizer, encoder.stop_ids), separate=bool(self.separate))
+        pad, cost = pad_id(encoder.tokenizer, encoder.stop_ids), cost_of(self.policy.model)
+        return RewardCollator(pad, separate=bool(self.separate), cost=cost)
 
     def facts(self) -> dict[str, Any]:
         """Return what run.json says before the first step; whatever can be refused is refused here."""

@@ -4,17 +4,18 @@ import doctest
 
 import pytest
 import torch
-from group_models import SHAPES, SOME, Shape, random_groups
+from group_models import SHAPES, SOME, Shape, random_groups, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.preference import groups as layout
-from align.preference.groups import Group, GroupBatch, GroupCollator, even_lines, visible
+from align.preference.attention import cost_of
+from align.preference.groups import Cost, Group, GroupBatch, GroupCollator, even_lines, visible
 from finetune.data.packing import pack
 
 
 def test_the_docstrings_tell_the_truth() -> None:
-    assert doctest.testmod(layout) == (0, 10)
+    assert doctest.testmod(layout) == (0, 11)
 
 
 def predicted(batch: GroupBatch) -> list[list[tuple[int, int]]]:
@@ -104,3 +105,31 @@ def test_nothing_may_be_empty() -> None:
     for prompt, completions in ((none, (some,)), (some, ()), (some, (some, none))):
         with pytest.raises(AssertionError):
             Group(prompt, completions)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lengths", "apart"),
+    [
+        (400, [100, 100], False),  # a long prompt is worth sharing
+        (20, [400] * 8, True),  # one line of 3,220 columns costs more than eight of 420
+        (20, [400], False),  # one completion is the same either way
+    ],
+)
+def test_a_pass_takes_the_cheaper_layout(prompt: int, lengths: list[int], apart: bool) -> None:
+    group = Group(torch.ones(prompt).long(), tuple(torch.ones(length).long() for length in lengths))
+    cost = Cost(token=25e6, pair=8192.0)  # 8 layers of width 512
+    assert ("attention_mask" in GroupCollator(0, cost=cost)([group])) == apart
+    assert "attention_mask" not in GroupCollator(0)([group])
+
+
+def test_what_a_model_costs_is_counted_in_its_layers() -> None:
+    model = tiny("llama")
+    config = model.config
+    layer = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if ".layers.0." in name and weight.dim() == 2
+    )
+    found = cost_of(model)
+    assert found.token == layer * config.num_hidden_layers
+    assert found.pair == 2 * config.num_hidden_layers * config.hidden_size
