@@ -46,6 +46,7 @@ class _KeepsEncoder(PeftModel):  # type: ignore[misc]
             return self._encoder.load_state_dict(load_file(file))
         return super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
 
+    @torch.no_grad()
     def _take_head(self, saved: dict[str, Tensor]) -> None:
         """Copy what is saved beside the prompt: the head of a model that scores."""
         live = get_peft_model_state_dict(self)

@@ -82,6 +82,6 @@ def test_pain_15_one_answer_to_every_prompt_is_repetition() -> None:
 
 
 def test_the_length_ratio_of_groups_counts_best_and_worst() -> None:
-    from test_preference_trainer import grouped
+    from test_dpo_trainer import grouped
 
     assert length_ratio(grouped([(2, [6, 3]), (4, [2, 9, 1])])) == pytest.approx((6 + 2) / (3 + 1))

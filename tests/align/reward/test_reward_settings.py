@@ -50,7 +50,6 @@ def test_each_source_trains_its_head() -> None:
         ([HEADS, two(", head: help", ", head: help")], "reward.heads", "nothing is learnt by safety"),
         (["reward.heads=[a, a]"], "reward.heads", "names that differ"),
         ([two(", head: other", "")], "data.mix[0].head", "'other' is no head"),
-        (["train.engine=trl"], "train.engine", "'trl' for a reward model"),
         (["data.packing=true"], "data.packing", "share their prompt's line"),
         (["evaluate.exact_match=5"], "evaluate.exact_match", "writes no text"),
         (["train.neftune_alpha=5.0"], "train.neftune_alpha", "not for a reward model"),

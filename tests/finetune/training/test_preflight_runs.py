@@ -64,7 +64,7 @@ def stopped(tune: Tune, earlier: Result, tmp_path: Path) -> Callable[..., UserEr
             tune("run", force=True, **QUICK, **settings)
         record = json.loads((tmp_path / "run" / "run.json").read_text())
         assert record["status"] == "finished" and record["files"] == before
-        assert save._sha256(tmp_path / "run" / "adapter" / save.ADAPTER_WEIGHTS) in before.values()
+        assert save.sha256(tmp_path / "run" / "adapter" / save.ADAPTER_WEIGHTS) in before.values()
         assert all(problem.repair for problem in error.value.problems)
         return error.value
 

@@ -61,7 +61,7 @@ def test_the_record_holds_the_checksum_of_the_weights(tune: Tune) -> None:
     result = tune("run", evaluate__samples=0)
     [(name, checksum)] = result.record["files"].items()
     assert name == "adapter/adapter_model.safetensors"
-    assert save._sha256(result.directory / name) == checksum
+    assert save.sha256(result.directory / name) == checksum
 
 
 @pytest.mark.parametrize(
