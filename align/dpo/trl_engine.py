@@ -21,13 +21,13 @@ from align.preference.trl_engine import (
     pair_columns,
     places_by_tokens,
     places_of,
+    refuse_not_finite,
     without_copy,
 )
 from finetune.recipe.errors import Problem
 from finetune.training.base_trainer import log_held_out
 from finetune.training.preflight.ticks import Tick, failed
 from finetune.training.preflight.untouched import untouched
-from finetune.training.stops import NotFiniteError
 
 SIDES = ("chosen_ids", "rejected_ids")
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
@@ -52,9 +52,7 @@ class MeasuredDPOTrainer(DPOTrainer, InOurWords):  # type: ignore[misc]
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            places = ", ".join(dict.fromkeys(places_by_tokens(self.places, ids, mask)))
-            raise NotFiniteError(f"loss is {loss.item()} at step {self.state.global_step + 1}, on {places}")
+        refuse_not_finite(self, loss, places_by_tokens(self.places, ids, mask))
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

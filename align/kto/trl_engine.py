@@ -20,11 +20,11 @@ from align.preference.trl_engine import (
     own_replies,
     places_by_tokens,
     places_of,
+    refuse_not_finite,
     without_copy,
 )
 from finetune.data.batches import optimizer_batches
 from finetune.training.base_trainer import log_held_out
-from finetune.training.stops import NotFiniteError
 
 KINDS = ("", "KL_")
 """TRL's tensors of the completions themselves, and of those behind another prompt."""
@@ -55,9 +55,7 @@ class MeasuredKTOTrainer(KTOTrainer, InOurWords):  # type: ignore[misc]
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            places = ", ".join(places_by_tokens(self.places, ids, mask))
-            raise NotFiniteError(f"loss is {loss.item()} at step {self.state.global_step + 1}, on {places}")
+        refuse_not_finite(self, loss, places_by_tokens(self.places, ids, mask))
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -8,7 +8,7 @@ trains with and handed over in the columns that its collator documents for preco
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.recipe.errors import Problem, UserError
 from finetune.training.preflight.untouched import untouched
+from finetune.training.stops import NotFiniteError
 
 NATIVE = "train.engine=native"
 COPY = "ref"
@@ -132,6 +133,22 @@ def _logps(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> Tensor:
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     tokens: Tensor = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
     return tokens[:, 1 - ids.shape[1] :].sum(1).float().cpu()  # behind virtual tokens
+
+
+def refuse_not_finite(trainer: Trainer, loss: Tensor, places: Sequence[str]) -> None:
+    """Stop a run whose loss is no number.
+
+    Args:
+        trainer: at the step in question.
+        loss: of a forward pass.
+        places: where its lines come from.
+
+    Raises:
+        NotFiniteError: NaN or infinite loss; the message names the rows.
+    """
+    if not torch.isfinite(loss):
+        step, named = trainer.state.global_step + 1, ", ".join(dict.fromkeys(places))
+        raise NotFiniteError(f"loss is {loss.item()} at step {step}, on {named}")
 
 
 def places_by_tokens(rows: Mapping[tuple[int, ...], str], lines: Tensor, mask: Tensor) -> list[str]:

@@ -113,11 +113,12 @@ class RewardModel:
         }
 
     def _heads(self, talks: Sequence[Sequence[Message]], places: Sequence[str]) -> np.ndarray:
-        """Return raw scores (talks, heads); neighbours with one prompt share a group."""
+        """Return raw scores (talks, heads); neighbours with one prompt share a group, some at a time."""
         pairs = [self._encoded(talk, place) for talk, place in zip(talks, places, strict=True)]
         groups = [
-            _group(prompt, [ids for _, ids in own])
+            _group(prompt, part)
             for prompt, own in groupby(pairs, key=lambda pair: pair[0])
+            for part in _few([ids for _, ids in own])
         ]
         longest = max(len(group.prompt_ids) + sum(map(len, group.completion_ids)) for group in groups)
         return score_groups(self.model, groups, self.collate, size=max(1, self.tokens // longest))

@@ -13,11 +13,10 @@ from trl import RewardConfig, RewardTrainer
 from align.preference.losses import metrics
 from align.preference.losses.reward import bradley_terry
 from align.preference.rows.dataset import PreferenceGroups
-from align.preference.trl_engine import places_by_tokens, places_of
+from align.preference.trl_engine import places_by_tokens, places_of, refuse_not_finite
 from finetune.training.arguments import TrlStage
 from finetune.training.base_trainer import log_held_out
 from finetune.training.preflight.untouched import untouched
-from finetune.training.stops import NotFiniteError
 
 
 def reward_stage(*, centring: float) -> TrlStage:
@@ -40,9 +39,7 @@ class MeasuredRewardTrainer(RewardTrainer):  # type: ignore[misc]
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            places = ", ".join(dict.fromkeys(places_by_tokens(self.places, ids, mask)))
-            raise NotFiniteError(f"loss is {loss.item()} at step {self.state.global_step + 1}, on {places}")
+        refuse_not_finite(self, loss, places_by_tokens(self.places, ids, mask))
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

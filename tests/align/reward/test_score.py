@@ -9,6 +9,7 @@ from small_tokenizers import tokenizer
 
 from align import score as score_verb
 from align.preference.rows.encode import Room
+from align.reward import scorer as scorer_module
 from align.reward.collate import RewardCollator
 from align.reward.rules import Rule
 from align.reward.score_file import score_file, summary, write_rows
@@ -48,6 +49,21 @@ def test_scores_do_not_depend_on_their_neighbours(model: RewardModel) -> None:
             assert alone[name] == pytest.approx([together[name][index]], abs=1e-4)
     assert together["help"][0] == pytest.approx(together["help"][3], abs=1e-5)
     assert model.score([], []) == {"help": [], "safety": [], "long": [], TOTAL: []}
+
+
+def test_many_completions_of_a_prompt_go_some_at_a_time(
+    model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    scored = scorer_module.score_groups
+
+    def seen(network, groups, collate, *, size):
+        sizes.extend(len(group.completion_ids) for group in groups)
+        return scored(network, groups, collate, size=size)
+
+    monkeypatch.setattr(scorer_module, "score_groups", seen)
+    model.score(["many"] * (TOGETHER + 3), [f"n {number}" for number in range(TOGETHER + 3)])
+    assert sizes == [TOGETHER, 3]
 
 
 def test_the_total_is_the_sum_of_normalised_heads_and_weighted_rules(model: RewardModel) -> None:
