@@ -50,14 +50,19 @@ def load_scorer(
     """
     refuse_without_scores(settings)
     base = load_base(settings, precision=precision, quantization=quantization, hardware=hardware, heads=heads)
+    put_head(base, len(heads), pad_id=pad_id)
+    return base
+
+
+def put_head(base: PreTrainedModel, heads: int, *, pad_id: int) -> None:
+    """Put our head in the place of a scoring model's own, with its weights; it is frozen."""
     base.config.get_text_config().pad_token_id = base.config.pad_token_id = pad_id
     old: nn.Linear = base.get_submodule(SCORE)
-    head = ScoreHead(old.in_features, len(heads), bias=False, device=old.weight.device)
+    head = ScoreHead(old.in_features, heads, bias=False, device=old.weight.device)
     with torch.no_grad():
         head.weight.copy_(old.weight)
     head.requires_grad_(False)
     base.set_submodule(SCORE, head)
-    return base
 
 
 def refuse_without_scores(settings: ModelSettings) -> None:

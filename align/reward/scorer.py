@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from align.preference.attention import cost_of, why_separate
 from align.preference.rows.dataset import TokenizedGroup
@@ -20,6 +20,7 @@ from align.reward.model import load_scorer
 from align.reward.rules import Rule, saved_rules
 from align.reward.scoring import score_groups
 from align.reward.settings import RuleSettings
+from align.reward.shared_base import scorer_on
 from data_templates._segments import Message, TemplateError
 from finetune.adapters._load import open_adapter
 from finetune.data.tokens import Encoder
@@ -139,8 +140,13 @@ class RewardModel:
         return prompt, reply
 
 
-def load_reward(run: Path) -> RewardModel:
+def load_reward(run: Path, *, base: PreTrainedModel | None = None) -> RewardModel:
     """Open a finished run of stage ``reward``.
+
+    Args:
+        run: the run's folder.
+        base: the run's base in memory, a causal model without an adapter, whose weights serve; else it is
+            loaded. A run that tuned the whole model brings its own weights in either case.
 
     Raises:
         UserError: the folder is no finished run of a reward model.
@@ -151,7 +157,7 @@ def load_reward(run: Path) -> RewardModel:
         found, expected = f"a run of stage {record['stage']}", "a run of stage reward"
         raise UserError(Problem(str(run), found, expected, f"`llm-align chat {run}` talks to this one"))
     rules = saved_rules(run, [RuleSettings(**rule) for rule in load["rules"]])
-    model = _model(run, load)
+    model = _model(run, load, base)
     folder = run / "adapter" if (run / "adapter").is_dir() else run / "model"
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     reach = load["max_length"] + load["virtual_tokens"]
@@ -168,20 +174,23 @@ def load_reward(run: Path) -> RewardModel:
     )
 
 
-def _model(run: Path, load: Mapping[str, Any]) -> nn.Module:
+def _model(run: Path, load: Mapping[str, Any], shared: PreTrainedModel | None) -> nn.Module:
     """Return base, adapter and heads, or the model that was tuned as a whole."""
     settings, whole = ModelSettings(**load["model"]), run / "model"
-    precision = load["precision"]
+    heads, pad, precision = load["heads"], load["pad_id"], load["precision"]
+    if shared is not None and not whole.is_dir():
+        scorer: nn.Module = open_adapter(scorer_on(shared, heads, pad_id=pad), run / "adapter")
+        return scorer.eval()
     if whole.is_dir():  # its weights were trained in float32
         settings = settings.model_copy(update={"base": str(whole), "revision": None, "rope": None})
         precision = "float32"
     base = load_scorer(
         settings,
-        load["heads"],
+        heads,
         precision=precision,
         quantization=load["quantization"],
         hardware=detect(),
-        pad_id=load["pad_id"],
+        pad_id=pad,
     )
     model: nn.Module = base if whole.is_dir() else open_adapter(base, run / "adapter")
     return model.eval()

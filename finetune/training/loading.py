@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from finetune.data.dataset import Prepared
 from finetune.data.documents import prepare_any
@@ -16,6 +16,15 @@ from finetune.training.go_on import take_weights
 from finetune.training.job import Job
 from finetune.training.model import attach_adapter, load_base
 from finetune.training.text import Text, text_of
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A base before an adapter is put on it, the precision of its passes, how its weights are stored."""
+
+    base: PreTrainedModel
+    precision: str
+    quantization: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,15 @@ def load_policy(job: Job) -> Policy:
     Raises:
         UserError: the base cannot be loaded, the adapter does not fit it, or the start's files are damaged.
     """
+    return put_adapter(job, load_frozen(job))
+
+
+def load_frozen(job: Job) -> Frozen:
+    """Load the base, stored as its adapter asks.
+
+    Raises:
+        UserError: the base cannot be loaded.
+    """
     settings = job.recipe.settings
     traits = adapter_traits(settings.adapter.method)
     precision = job.choose("model.precision", choices.precision(settings.model.precision, job.hardware))
@@ -79,9 +97,21 @@ def load_policy(job: Job) -> Policy:
     with job.timed("load"):
         set_seed(settings.train.seed)
         base = load_base(settings.model, precision=stored, quantization=quantization, hardware=job.hardware)
-        model = attach_adapter(base, settings.adapter)
+    return Frozen(base, precision, quantization)
+
+
+def put_adapter(job: Job, frozen: Frozen) -> Policy:
+    """Put the recipe's adapter on a base: the start's, or a new one, which the seed decides.
+
+    Raises:
+        UserError: the adapter does not fit the base, or the start's files are damaged.
+    """
+    settings = job.recipe.settings
+    with job.timed("load"):
+        set_seed(settings.train.seed)
+        model = attach_adapter(frozen.base, settings.adapter)
         if start := adapter_start(settings.model):
             take_weights(model, start)
     if settings.train.gradient_checkpointing:
-        base.enable_input_require_grads()
-    return Policy(model, precision, quantization)
+        frozen.base.enable_input_require_grads()
+    return Policy(model, frozen.precision, frozen.quantization)
