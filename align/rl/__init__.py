@@ -1,0 +1,1 @@
+"""Reinforcement learning from rewards: prompts, rollouts, rewards, and what learns from them."""

@@ -1,0 +1,103 @@
+"""Completions sampled from a policy: whole distribution at a temperature, as its log-probabilities assume."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are sampled.
+
+    There is no top-p and no top-k: a policy gradient needs the probability of what was sampled, and that of a
+    cut distribution is another one (arXiv 2403.17031, detail 5: top-k 0, top-p 1).
+
+    Attributes:
+        temperature: the logits are divided by it.
+        max_new_tokens: of a completion, at most, its end token included.
+        stop_ids: tokens that end one.
+        tokens: of a forward pass, prompts and completions together, about.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    stop_ids: Sequence[int]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was sampled; ``ids`` ends with the end token where the policy ``stopped`` by itself."""
+
+    ids: tuple[int, ...]
+    stopped: bool
+
+
+@torch.no_grad()
+def sample(model: nn.Module, prompts: Sequence[Ids], *, sampling: Sampling, seed: int) -> list[Completion]:
+    """Return a completion of each prompt, in order; prompts of similar length are answered together.
+
+    The same call gives the same completions, whatever was drawn before, and leaves the global random state
+    alone: that is what lets a run resume bit for bit.
+
+    Args:
+        model: a causal model in any wrapper with ``generate``; it samples without dropout.
+        prompts: token ids; for several completions of a prompt give it several times.
+        sampling: how.
+        seed: decides what is drawn.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    found: dict[int, Completion] = {}
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for part in _parts(order, [len(prompt) for prompt in prompts], sampling):
+            new = _generate(model, [prompts[index] for index in part], sampling, device)
+            found |= {index: _completion(ids, sampling) for index, ids in zip(part, new, strict=True)}
+    model.train(training)
+    return [found[index] for index in range(len(prompts))]
+
+
+def _parts(order: Sequence[int], lengths: Sequence[int], sampling: Sampling) -> list[list[int]]:
+    """Cut prompts, shortest first, into batches of ``tokens`` at most, or of one prompt."""
+    parts: list[list[int]] = [[]]
+    for index in order:
+        width = lengths[index] + sampling.max_new_tokens
+        if parts[-1] and (len(parts[-1]) + 1) * width > sampling.tokens:
+            parts.append([])
+        parts[-1].append(index)
+    return parts
+
+
+def _generate(
+    model: nn.Module, prompts: Sequence[Ids], sampling: Sampling, device: torch.device
+) -> list[list[int]]:
+    width, pad = max(map(len, prompts)), sampling.stop_ids[0]
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=list(sampling.stop_ids),
+        pad_token_id=pad,
+    )
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    new: list[list[int]] = output[:, width:].tolist()
+    return new
+
+
+def _completion(ids: Sequence[int], sampling: Sampling) -> Completion:
+    """Return what stands before the padding, which is an end token as well."""
+    for place, token in enumerate(ids):
+        if token in sampling.stop_ids:
+            return Completion(tuple(ids[: place + 1]), stopped=True)
+    return Completion(tuple(ids), stopped=False)
