@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from align.dpo.collate import Example, PreferenceCollator
 from align.dpo.objective import Objective
-from align.dpo.scoring import arithmetic, lists_of
+from align.dpo.scoring import lists_of
 from align.dpo.trainer import PreferenceTrainer
 from align.preference.logps import layout_error, token_logps
 from align.preference.rows.dataset import PreferenceGroups
+from align.preference.starting_policy import arithmetic
 from finetune.recipe.errors import Problem
 from finetune.training.head import output_head
 from finetune.training.preflight.probes import whole_is_its_parts

@@ -18,9 +18,9 @@ from align.dpo.reference import (
     reference_file,
     reference_logps,
 )
-from align.dpo.scoring import arithmetic
 from align.preference.attention import unwrapped
 from align.preference.rows.dataset import PreferenceGroups
+from align.preference.starting_policy import arithmetic
 from finetune.data.cache import DamagedCacheError
 from finetune.training.job import Job
 from finetune.training.loading import Policy

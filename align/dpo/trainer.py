@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from align.dpo.collate import PreferenceCollator, PreferenceRows
 from align.dpo.objective import Means, Objective
-from align.dpo.scoring import Scored, StartingPolicy, arithmetic, score
+from align.dpo.scoring import Scored, score
 from align.preference.group_trainer import GroupTrainer
+from align.preference.starting_policy import StartingPolicy, arithmetic
 from finetune.training.base_trainer import log_held_out
 from finetune.training.head import output_head
 

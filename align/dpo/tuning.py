@@ -13,7 +13,6 @@ from align.dpo.collate import PreferenceCollator, PreferenceRows, length_ratio
 from align.dpo.objective import Objective
 from align.dpo.reference import rows_of_steps
 from align.dpo.references import Reference
-from align.dpo.scoring import StartingPolicy
 from align.dpo.settings import AlignSettings
 from align.dpo.stop_rule import MEASURED, StopWhenChosenFalls
 from align.dpo.trainer import HELD_OUT, PreferenceTrainer
@@ -23,6 +22,7 @@ from align.preference.attention import cost_of, unwrapped, why_separate
 from align.preference.losses.catalogue import Loss, find_loss
 from align.preference.rows.completion_rows import as_rows
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
+from align.preference.starting_policy import StartingPolicy
 from align.preference.trl_engine import refuse_lists
 from data_templates._segments import Message
 from finetune.adapters._traits import Hooks

@@ -110,6 +110,12 @@ def completion_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Returns:
         (completions, heads), with gradients.
     """
+    lines, columns = batch["ends"].T
+    return all_scores(model, batch)[lines, columns]
+
+
+def all_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return what the head makes of every state, (lines, columns, heads), in float32, with gradients."""
     separate = "attention_mask" in batch
     names = ("input_ids", "attention_mask") if separate else ("input_ids",)
     found: list[Tensor] = []
@@ -124,5 +130,4 @@ def completion_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     finally:
         handle.remove()
     assert len(found) == 1, f"the model went through its head {len(found)} times"
-    lines, columns = batch["ends"].T
-    return found[0][:, -batch["input_ids"].shape[1] :][lines, columns]
+    return found[0][:, -batch["input_ids"].shape[1] :]

@@ -80,7 +80,9 @@ def _generate(
 ) -> list[list[int]]:
     width, pad = max(map(len, prompts)), sampling.stop_ids[0]
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+    )
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=True,
