@@ -1,0 +1,1 @@
+"""Proximal policy optimization: policy, reference, reward and value on one frozen base."""

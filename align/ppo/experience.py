@@ -1,0 +1,231 @@
+"""Experience: the policy answers prompts, the answers are judged, and every token gets its advantage."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.ppo.episodes import Episodes, Tables, lay_out, token_mask
+from align.ppo.roles import Roles, policy_tables
+from align.ppo.settings import PpoSettings
+from align.preference.starting_policy import StartingPolicy, arithmetic
+from align.rl.maths import advantages, kl, masked, scores
+from align.rl.prompts import Prompt, Prompts
+from align.rl.rewards.rewards import Judged, Rewards
+from align.rl.rollout import Completion, Sampling, sample
+from data_templates._segments import Message
+from finetune.data.tokens import Encoder
+
+Controller = kl.FixedKl | kl.AdaptiveKl
+PROMPTS, CUT = 0, 1
+"""What random streams are for: each draw has its own, so that none disturbs another."""
+
+
+@dataclass(frozen=True)
+class Replies:
+    """Sampled completions with what the rewards say of them."""
+
+    prompts: Sequence[Prompt]
+    completions: Sequence[Completion]
+    texts: Sequence[str]
+    judged: Judged
+
+    @property
+    def lengths(self) -> Tensor:
+        """Return the tokens of each completion: (episodes,)."""
+        return torch.tensor([len(one.ids) for one in self.completions])
+
+    @property
+    def stopped(self) -> Tensor:
+        """Return which completions ended by themselves: (episodes,)."""
+        return torch.tensor([one.stopped for one in self.completions])
+
+    @property
+    def rewards(self) -> Tensor:
+        """Return the rewards that are maximised: (episodes,), float32."""
+        return torch.from_numpy(np.asarray(self.judged.total)).float()
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the models say of each token: tables (episodes, longest), 0 behind a completion's end."""
+
+    logps: Tensor
+    reference_logps: Tensor
+    values: Tensor
+    entropies: Tensor
+
+
+@dataclass
+class Collector:
+    """Policy, reference, value and rewards at work on prompts.
+
+    Attributes:
+        roles: policy and value.
+        start: the policy as it started: the reference.
+        rewards: what is maximised.
+        encoder: turns completions into text.
+        sampling: how completions are drawn.
+        precision: of forward passes.
+        size: completions of a forward pass.
+        seconds: what each kind of work took since it was last asked for.
+    """
+
+    roles: Roles
+    start: StartingPolicy
+    rewards: Rewards
+    encoder: Encoder
+    sampling: Sampling
+    precision: str
+    size: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def answer(self, prompts: Sequence[Prompt], *, seed: int) -> Replies:
+        """Return a sampled and judged reply to each prompt.
+
+        Raises:
+            UserError: a reward raised something or gave no number.
+        """
+        with self._timed("generation"):
+            ids = [prompt.ids for prompt in prompts]
+            completions = sample(self.roles.policy, ids, sampling=self.sampling, seed=seed)
+        with self._timed("scoring"):
+            texts = [self.encoder.decode_reply(list(one.ids)) for one in completions]
+            talks = [
+                [*prompt.talk, Message("assistant", text)]
+                for prompt, text in zip(prompts, texts, strict=True)
+            ]
+            judged = self.rewards.judge(talks, [prompt.place for prompt in prompts])
+        return Replies(prompts, completions, texts, judged)
+
+    @torch.no_grad()
+    def read(self, replies: Replies, passes: Sequence[Sequence[int]]) -> Said:
+        """Return what the models say of the replies' tokens.
+
+        Args:
+            replies: what was sampled.
+            passes: the numbers of the replies of each forward pass; every reply is in one of them. The passes
+                of the first updates, in this order, make their ratios exactly 1.
+        """
+        longest, count = int(replies.lengths.max()), len(replies.completions)
+        device, pad = next(self.roles.parameters()).device, self.sampling.stop_ids[0]
+        names = ("logps", "reference_logps", "values", "entropies")
+        tables = {name: torch.zeros(count, longest) for name in names}
+        with self._timed("scoring"), arithmetic(self.roles.policy, self.precision):
+            for part in passes:
+                ids = [replies.prompts[i].ids for i in part], [replies.completions[i].ids for i in part]
+                batch = {name: value.to(device) for name, value in lay_out(*ids, pad_id=pad).items()}
+                logps, entropies, values = self.roles(batch)
+                with self.start.in_place():
+                    reference, _ = policy_tables(
+                        self.roles.policy, batch, temperature=self.roles.temperature, spread=False
+                    )
+                for name, found in zip(names, (logps, reference, values, entropies), strict=True):
+                    tables[name][list(part), : found.shape[1]] = found.float().cpu()
+        return Said(**tables)
+
+    def passes(self, replies: Replies) -> list[list[int]]:
+        """Return forward passes over all replies, those of similar length together."""
+        order = np.argsort(-_lengths(replies), kind="stable").tolist()
+        return [order[start : start + self.size] for start in range(0, len(order), self.size)]
+
+    @contextmanager
+    def _timed(self, work: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[work] = self.seconds.get(work, 0.0) + time.monotonic() - start
+
+
+def rows_of_rollout(prompts: int, size: int, rollout: int, *, seed: int) -> list[int]:
+    """Return the numbers of a rollout's prompts: all prompts in a new order again and again.
+
+    >>> one, two = rows_of_rollout(4, 2, 0, seed=0), rows_of_rollout(4, 2, 1, seed=0)
+    >>> sorted(one + two)
+    [0, 1, 2, 3]
+    """
+    places = range(rollout * size, (rollout + 1) * size)
+    orders = {
+        epoch: np.random.default_rng([seed, PROMPTS, epoch]).permutation(prompts).tolist()
+        for epoch in {place // prompts for place in places}
+    }
+    return [orders[place // prompts][place % prompts] for place in places]
+
+
+def cut_updates(
+    lengths: np.ndarray, *, batch_size: int, size: int, draw: Sequence[int]
+) -> list[list[list[int]]]:
+    """Cut a rollout into the optimizer steps of one epoch, and these into forward passes.
+
+    Args:
+        lengths: (episodes,) tokens of each with its prompt; a step's longest ones go through together.
+        batch_size: episodes of an optimizer step; it divides their number.
+        size: episodes of a forward pass.
+        draw: seeds of the order.
+
+    >>> cut_updates(np.array([3, 9, 4, 8]), batch_size=4, size=2, draw=[0])
+    [[[1, 3], [2, 0]]]
+    """
+    order = np.random.default_rng([CUT, *draw]).permutation(len(lengths))
+    steps = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    by_length = [step[np.argsort(-lengths[step], kind="stable")].tolist() for step in steps]
+    return [[step[start : start + size] for start in range(0, len(step), size)] for step in by_length]
+
+
+def whole_lengths(replies: Replies) -> np.ndarray:
+    """Return the tokens of each reply with its prompt: (episodes,)."""
+    return np.array([len(prompt.ids) for prompt in replies.prompts]) + _lengths(replies)
+
+
+def _lengths(replies: Replies) -> np.ndarray:
+    return np.array([len(one.ids) for one in replies.completions])
+
+
+def shaped_scores(replies: Replies, settings: PpoSettings, running: scores.Running) -> Tensor:
+    """Return what PPO maximises of the rewards: (episodes,).
+
+    Normalised, clipped, and replaced where a reply has no end, in this order.
+    """
+    found = replies.rewards
+    if settings.normalise == "running":
+        found = running.normalise(found, shift_mean=True)
+    if settings.clip_scores is not None:
+        found = scores.clip_scores(found, limit=settings.clip_scores)
+    return scores.missing_end(found, replies.stopped, value=settings.missing_end)
+
+
+def learnt_from(said: Said, found: Tensor, lengths: Tensor, *, coefficient: float, settings: PpoSettings) -> Tables:
+    """Return what is learnt: each token's advantage and return.
+
+    Args:
+        said: what the models say of the tokens.
+        found: (episodes,) scores.
+        lengths: (episodes,) tokens.
+        coefficient: what a nat of distance costs.
+        settings: discount, trace, estimator, whitening.
+    """
+    mask = token_mask(lengths, said.logps.shape[1])
+    distance = kl.kl_terms(said.logps, said.reference_logps, estimator=settings.kl_estimator)
+    rewards = advantages.token_rewards(distance, found, lengths, coefficient=coefficient)
+    if settings.whiten_rewards:
+        rewards = masked.whiten(rewards, mask, shift_mean=False)
+    gained, returns = advantages.advantages(
+        rewards, said.values, mask, discount=settings.discount, trace=settings.trace
+    )
+    if settings.whiten_advantages:
+        gained = masked.whiten(gained, mask, shift_mean=True)
+    return Tables(said.logps, said.reference_logps, said.values, gained, returns)
+
+
+def episodes_of(rows: Sequence[int], replies: Replies, tables: Tables) -> Episodes:
+    """Return a rollout as it is kept until it has been learnt from."""
+    prompts = tuple(prompt.ids for prompt in replies.prompts)
+    return Episodes(tuple(rows), prompts, tuple(one.ids for one in replies.completions), tables)
+
+
+def select(prompts: Prompts, rows: Sequence[int]) -> list[Prompt]:
+    """Return some prompts."""
+    return [prompts[row] for row in rows]

@@ -1,0 +1,71 @@
+"""What is watched of replies: reward, distance, length, ends, entropy; numbers for people and for stop rules."""
+
+
+import numpy as np
+import torch
+
+from align.ppo.episodes import token_mask
+from align.ppo.experience import Replies, Said
+from align.rl.maths.losses import explained_variance
+from align.rl.maths.masked import masked_mean
+
+
+def of_replies(replies: Replies) -> dict[str, float]:
+    """Return means over replies: reward and its parts, tokens, the share that ended, the share that differ."""
+    lengths = replies.lengths.double()
+    found = {f"reward_{name}": float(np.mean(part)) for name, part in replies.judged.parts.items()}
+    return {
+        "reward": float(np.mean(replies.judged.total)),
+        **(found if len(found) > 1 else {}),
+        "length": float(lengths.mean()),
+        "ends": float(replies.stopped.double().mean()),
+        "distinct": len(set(replies.texts)) / len(replies.texts),
+        "length_reward": correlation(lengths.numpy(), np.asarray(replies.judged.total)),
+    }
+
+
+def of_distance(replies: Replies, said: Said) -> dict[str, float]:
+    """Return the distance from the start, nats a reply (k1), and entropy and perplexity a token.
+
+    The perplexity is that of the replies under the start: text that it would not write has a high one.
+    """
+    mask = token_mask(replies.lengths, said.logps.shape[1])
+    kl = (said.logps - said.reference_logps).double().sum(1).mean()
+    return {
+        "kl": float(kl),
+        "entropy": float(masked_mean(said.entropies, mask)),
+        "perplexity": float(torch.exp(-masked_mean(said.reference_logps, mask))),
+    }
+
+
+def of_values(values: torch.Tensor, returns: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
+    """Return how well values foretold returns: 1 all of it, 0 no better than their mean."""
+    mask = token_mask(lengths, values.shape[1])
+    return {"explained_variance": float(explained_variance(values, returns, mask))}
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Return Pearson's r; 0 where one of the two does not vary."""
+    spread = one.std() * other.std()
+    return float(((one - one.mean()) * (other - other.mean())).mean() / spread) if spread else 0.0
+
+
+class TokenMeans:
+    """Means over tokens of all forward passes since they were last taken."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.tokens = 0
+
+    def add(self, tables: dict[str, torch.Tensor], mask: torch.Tensor) -> None:
+        """Add tables of (episodes, tokens); only what the mask shows counts."""
+        for name, table in tables.items():
+            total = float(table.detach().masked_fill(~mask, 0).double().sum())
+            self.sums[name] = self.sums.get(name, 0.0) + total
+        self.tokens += int(mask.sum())
+
+    def take(self) -> dict[str, float]:
+        """Return the means and begin anew."""
+        means = {name: value / max(1, self.tokens) for name, value in self.sums.items()}
+        self.sums, self.tokens = {}, 0
+        return means

@@ -1,0 +1,102 @@
+"""The trained roles of PPO as one model: the policy, and the value with modules of its own on the same base."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from align.preference.attention import unwrapped
+from align.preference.logps import completion_logits, picked_logps
+from align.reward.model import all_scores
+from align.rl.maths.losses import entropy
+from finetune.training.head import output_head
+from finetune.training.loss import MAX_ELEMENTS
+
+
+class Outputs(NamedTuple):
+    """Tables (episodes, longest completion), 0 behind a completion's end.
+
+    Attributes:
+        logps: log pi(y_t | x, y_<t) at the sampling temperature.
+        entropies: of the distribution that y_t was drawn from, in nats.
+        values: of the state that y_t is drawn in.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    values: Tensor
+
+
+class Roles(nn.Module):
+    """Policy and value. The library trains, saves and resumes them as one model with their trained weights.
+
+    Each has modules of its own and none is switched, so that a backward pass that recomputes activations
+    (gradient checkpointing) recomputes with the adapter of its forward pass.
+    """
+
+    def __init__(self, policy: nn.Module, value: nn.Module, *, column: int, temperature: float) -> None:
+        """Put two models together.
+
+        Args:
+            policy: a causal model in any wrapper.
+            value: a scoring model in any wrapper, on the same base or another one.
+            column: which of its scores is the value.
+            temperature: the policy's, as it samples.
+        """
+        super().__init__()
+        self.policy, self.value = policy, value
+        self.column, self.temperature = column, temperature
+        without_dropout(self)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Outputs:
+        """Return what both say of the completions of a ``GroupBatch``; all with gradients."""
+        logps, entropies = policy_tables(self.policy, batch, temperature=self.temperature, spread=True)
+        return Outputs(logps, entropies, self.values(batch))
+
+    def values(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the value of each state that a token of a completion is drawn in, in float32."""
+        scores = all_scores(self.value, batch)[..., self.column]
+        return as_table(scores[batch["predicts"]][batch["sources"]], batch)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return what is trained: the frozen base is in no checkpoint."""
+        return {name: weight.detach() for name, weight in self.named_parameters() if weight.requires_grad}
+
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        """Let both recompute activations in the backward pass."""
+        for role in (self.policy, self.value):
+            base: PreTrainedModel = unwrapped(role)
+            base.activation_checkpointing_enable(**settings)
+
+
+def policy_tables(
+    policy: nn.Module, batch: Mapping[str, Tensor], *, temperature: float, spread: bool
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of the completions' tokens, and entropies where ``spread`` asks for them."""
+    logits = completion_logits(policy, output_head(unwrapped(policy)), batch)
+    if temperature != 1.0:
+        logits = logits / temperature
+    sources, targets = batch["sources"], batch["targets"]
+    logps = as_table(picked_logps(logits, sources, targets, max_elements=MAX_ELEMENTS), batch)
+    entropies = as_table(entropy(logits)[sources], batch) if spread else torch.zeros_like(logps)
+    return logps, entropies
+
+
+def as_table(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return a value a token, (N,), as (completions, longest completion), 0 behind a completion's end."""
+    table = values.new_zeros(len(batch["lengths"]), int(batch["lengths"].max()))
+    return table.index_put((batch["owners"], batch["offsets"]), values)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Switch dropout off for good: the ratio to the policy that sampled has to begin at 1.
+
+    Huang et al. 2024 (arXiv 2403.17031), detail 14.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif "attention_dropout" in vars(module):
+            vars(module)["attention_dropout"] = 0.0
