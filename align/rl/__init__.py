@@ -1,0 +1,1 @@
+"""Reinforcement learning on one base: rollouts, their maths, and the trainer."""
