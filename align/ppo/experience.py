@@ -119,7 +119,7 @@ class Collector:
             for part in passes:
                 ids = [replies.prompts[i].ids for i in part], [replies.completions[i].ids for i in part]
                 batch = {name: value.to(device) for name, value in lay_out(*ids, pad_id=pad).items()}
-                logps, entropies, values = self.roles(batch)
+                logps, entropies, values = self.roles(batch, spread=True)
                 with self.start.in_place():
                     reference, _ = policy_tables(
                         self.roles.policy, batch, temperature=self.roles.temperature, spread=False

@@ -50,9 +50,14 @@ class Roles(nn.Module):
         self.column, self.temperature = column, temperature
         without_dropout(self)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Outputs:
-        """Return what both say of the completions of a ``GroupBatch``; all with gradients."""
-        logps, entropies = policy_tables(self.policy, batch, temperature=self.temperature, spread=True)
+    def forward(self, batch: Mapping[str, Tensor], *, spread: bool) -> Outputs:
+        """Return what both say of the completions of a ``GroupBatch``, with gradients.
+
+        Args:
+            batch: lines of completions on the models' device.
+            spread: whether entropies are wanted; they are 0 otherwise.
+        """
+        logps, entropies = policy_tables(self.policy, batch, temperature=self.temperature, spread=spread)
         return Outputs(logps, entropies, self.values(batch))
 
     def values(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -93,7 +98,7 @@ def as_table(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 def without_dropout(model: nn.Module) -> None:
     """Switch dropout off for good: the ratio to the policy that sampled has to begin at 1.
 
-    Huang et al. 2024 (arXiv 2403.17031), detail 14.
+    Huang et al. 2024 (arXiv 2403.17031) train without it for that reason.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -61,7 +61,7 @@ class PpoSettings(Section):
         None, description="adapt the coefficient to this distance, nats a reply (6); null: fixed"
     )
     kl_horizon: Positive = Field(10_000, description="replies in which the coefficient adapts")
-    # Detail 8, the 'EOS trick': whatever its score is, a reply without an end gets this.
+    # Detail 23, the EOS trick: whatever its score is, a reply without an end gets this.
     missing_end: float | None = Field(
         -1.0, description="score of a reply that did not end in time; null: what the reward says"
     )

@@ -15,7 +15,7 @@ class Sampling:
     """How completions are sampled.
 
     There is no top-p and no top-k: a policy gradient needs the probability of what was sampled, and that of a
-    cut distribution is another one (arXiv 2403.17031, detail 5: top-k 0, top-p 1).
+    cut distribution is another one (arXiv 2403.17031 samples so).
 
     Attributes:
         temperature: the logits are divided by it.

@@ -1,0 +1,212 @@
+"""The engine of PPO: rollouts made ahead of the steps that learn from them, inside transformers' Trainer."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from align.ppo import experience, measures
+from align.ppo.episodes import Episodes
+from align.ppo.experience import Collector, Replies
+from align.ppo.pretraining import Pretraining
+from align.ppo.progress import Progress
+from align.ppo.settings import PpoSettings
+from align.rl.maths.losses import policy_loss, value_loss
+from align.rl.prompts import Prompt, Prompts
+from finetune.training.base_trainer import BaseTrainer, log_held_out
+
+HELD_OUT = "held_out_"
+AT_HELD_OUT = 1
+"""Added to the seed of held-out replies: always the same draws, and none of a rollout's."""
+
+
+class PpoTrainer(BaseTrainer):
+    """Learns from its own replies; a row is a prompt, and a batch's size counts replies."""
+
+    ppo: PpoSettings
+    collector: Collector
+    progress: Progress
+    held_out: Sequence[Prompt] = ()
+    gold: Callable[[Replies], dict[str, float]] | None = None
+    pretraining: Pretraining | None = None
+    episodes: Episodes | None = None
+    begins_at_one: Callable[[float], None] | None = None
+
+    @property
+    def prompts(self) -> Prompts:
+        """Return what is answered."""
+        assert isinstance(self.train_dataset, Prompts)
+        return self.train_dataset
+
+    @property
+    def updates(self) -> list[list[list[int]]]:
+        """Return the optimizer steps on the current rollout, of all epochs, each in forward passes."""
+        assert self.episodes is not None
+        lengths = [len(prompt) for prompt in self.episodes.prompts]
+        return self._cut([p + c for p, c in zip(lengths, self.episodes.lengths, strict=True)], self.rollout)
+
+    @property
+    def rollout(self) -> int:
+        """Return the number of the current rollout, from 0."""
+        return self.progress.rollouts - 1
+
+    def get_train_dataloader(self) -> DataLoader[int]:
+        """Return a loader that counts forward passes: what they are made of is decided when they come."""
+        passes = self.args.max_steps * self.args.gradient_accumulation_steps
+        return DataLoader(list(range(passes)), batch_size=1, collate_fn=_only)  # type: ignore[arg-type]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """Return the forward passes of an optimizer step and its tokens; sample a new rollout where due."""
+        for _ in range(num_batches):
+            next(epoch_iterator)
+        if self._learnt_out():
+            self.collect()
+        assert self.episodes is not None
+        step = self.updates[self.progress.done]
+        self.progress.done += 1
+        pad = self.collector.sampling.stop_ids[0]
+        batches: list[dict[str, Any]] = [dict(self.episodes.batch(part, pad_id=pad)) for part in step]
+        if self.pretraining:
+            self.pretraining.add_to(batches, step=self.state.global_step)
+        tokens = torch.tensor(sum(int(batch["mask"].sum()) for batch in batches), device=device)
+        self.num_tokens += int(tokens)
+        return batches, self.accelerator.reduce(tokens, "sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return this pass's share of the mean loss over the tokens of the optimizer step."""
+        assert num_items_in_batch is not None and not return_outputs
+        start = time.monotonic()
+        ppo, mask = self.ppo, inputs["mask"]
+        found = model(inputs, spread=ppo.entropy_coefficient > 0)
+        policy = policy_loss(found.logps, inputs["old_logps"], inputs["advantages"], mask, clip=ppo.clip)
+        value = value_loss(
+            found.values, inputs["old_values"], inputs["returns"], mask, clip=ppo.value_clip
+        )
+        losses = policy.losses + ppo.value_coefficient * value.losses
+        losses = losses - ppo.entropy_coefficient * found.entropies
+        self._watch(inputs, found.logps, policy.ratios, policy.clipped, policy.losses, value.losses)
+        loss_sum = losses.sum()
+        if self.hooks.penalty:  # its share of the step is that of this pass's tokens
+            loss_sum = loss_sum + self.hooks.penalty() * mask.sum()
+        loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
+        if self.pretraining:
+            loss = loss + self.pretraining.loss(self.collector.roles.policy, inputs)
+        self.collector.seconds["updates"] = (
+            self.collector.seconds.get("updates", 0.0) + time.monotonic() - start
+        )
+        return loss
+
+    def collect(self) -> None:
+        """Sample a rollout, judge it, and work out what is learnt from it.
+
+        Raises:
+            UserError: a reward raised something or gave no number.
+        """
+        progress, collector, ppo, seed = self.progress, self.collector, self.ppo, self.args.seed
+        number = progress.rollouts
+        rows = experience.rows_of_rollout(len(self.prompts), ppo.rollout_size, number, seed=seed)
+        replies = collector.answer(experience.select(self.prompts, rows), seed=_seed(seed, number))
+        progress.running = progress.running.updated(replies.rewards)
+        first_epoch = self._cut(experience.whole_lengths(replies).tolist(), number)
+        per_epoch = ppo.rollout_size // self.batch_size
+        said = collector.read(replies, [part for step in first_epoch[:per_epoch] for part in step])
+        scores = experience.shaped_scores(replies, ppo, progress.running)
+        coefficient = progress.controller.coefficient
+        tables = experience.learnt_from(
+            said, scores, replies.lengths, coefficient=coefficient, settings=ppo
+        )
+        self.episodes = experience.episodes_of(rows, replies, tables)
+        found = measures.of_replies(replies) | measures.of_distance(replies, said)
+        found |= measures.of_values(said.values, tables.returns, replies.lengths)
+        found |= {"score": float(scores.mean()), "kl_coefficient": coefficient}
+        found |= {f"seconds_{work}": value for work, value in collector.seconds.items()}
+        collector.seconds.clear()
+        progress.controller = progress.controller.after(found["kl"], len(rows))
+        progress.pending, progress.first = found, progress.first or found
+        progress.rollouts, progress.done, progress.step_kl = number + 1, 0, 0.0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what the engine says, the means of what was watched, and the measures of a new rollout."""
+        if "loss" in logs:
+            logs |= self.means.take() | self.progress.pending
+            self.progress.pending = {}
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log and return the measures of replies to held-out prompts."""
+        return log_held_out(self, {f"{HELD_OUT}{name}": value for name, value in self.measure().items()})
+
+    def measure(self) -> dict[str, float]:
+        """Return what is watched of sampled replies to the held-out prompts; always the same draws.
+
+        Raises:
+            UserError: a reward or a judge raised something or gave no number.
+        """
+        before = dict(self.collector.seconds)
+        replies = self.collector.answer(self.held_out, seed=self.args.seed + AT_HELD_OUT)
+        said = self.collector.read(replies, self.collector.passes(replies))
+        self.collector.seconds = before  # a rollout's seconds are its own
+        gold = self.gold(replies) if self.gold else {}
+        return measures.of_replies(replies) | measures.of_distance(replies, said) | gold
+
+    def _cut(self, lengths: Sequence[int], rollout: int) -> list[list[list[int]]]:
+        """Return the optimizer steps of all epochs on a rollout."""
+        size = self.args.per_device_train_batch_size
+        return [
+            step
+            for epoch in range(self.ppo.epochs)
+            for step in experience.cut_updates(
+                lengths, batch_size=self.batch_size, size=size, draw=[self.args.seed, rollout, epoch]
+            )
+        ]
+
+    def _learnt_out(self) -> bool:
+        """Tell whether a new rollout is due."""
+        if self.episodes is None or self.progress.done == len(self.updates):
+            return True
+        most = self.ppo.epoch_stop_kl
+        return most is not None and self.progress.step_kl > most
+
+    def _watch(
+        self,
+        inputs: dict[str, Any],
+        logps: Tensor,
+        ratios: Tensor,
+        clipped: Tensor,
+        policy: Tensor,
+        value: Tensor,
+    ) -> None:
+        """Keep what is logged of a forward pass; the first one on a rollout must have ratios of 1."""
+        mask = inputs["mask"]
+        moved = (inputs["old_logps"] - logps.detach()).masked_fill(~mask, 0.0)
+        tables = {
+            "policy_loss": policy,
+            "value_loss": value,
+            "ratio": ratios,
+            "clipped": clipped.float(),
+            "step_kl": moved.exp() - 1 - moved,  # k3 of the policy that sampled from this one
+        }
+        self.means.add(tables, mask)
+        if self.progress.done == 1 and self.begins_at_one:
+            self.begins_at_one(float((ratios - 1).abs().max()))
+
+
+def _only(items: list[int]) -> int:
+    return items[0]
+
+
+def _seed(seed: int, rollout: int) -> int:
+    """Return the seed of a rollout's sampling: of this run and of no other rollout of it."""
+    mixed: int = int(torch.tensor([seed, rollout], dtype=torch.int64).mul(torch.tensor([1_000_003, 7919])).sum())
+    return mixed

@@ -1,0 +1,72 @@
+"""Rewards of single tokens, and how much better each token was than its value foretold."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def token_rewards(kl: Tensor, scores: Tensor, lengths: Tensor, *, coefficient: float) -> Tensor:
+    """Return each token's reward: -beta kl_t, and at an episode's last token its score besides.
+
+    Summed over an episode this is R(x, y) = r(x, y) - beta sum_t kl_t, the reward of Ziegler et al. (arXiv
+    1909.08593, equation 2) and of InstructGPT (arXiv 2203.02155, equation 2).
+
+    Args:
+        kl: (episodes, tokens), one of ``kl_terms``; what stands behind an episode's end is not read.
+        scores: (episodes,).
+        lengths: (episodes,), tokens of each episode, the end-of-sequence token among them; 1 or more.
+        coefficient: beta.
+
+    Returns:
+        (episodes, tokens), without gradient; exactly 0 behind an episode's end.
+
+    >>> kl = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    >>> token_rewards(kl, torch.tensor([10.0, 20.0]), torch.tensor([3, 1]), coefficient=0.5)
+    tensor([[-0.5000, -1.0000,  8.5000],
+            [18.0000,  0.0000,  0.0000]])
+    """
+    columns = torch.arange(kl.shape[1], device=kl.device)
+    rewards = torch.where(columns < lengths[:, None], -coefficient * kl, 0.0)
+    return rewards + torch.where(columns == lengths[:, None] - 1, scores[:, None], 0.0)
+
+
+@torch.no_grad()
+def advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, discount: float, trace: float
+) -> tuple[Tensor, Tensor]:
+    """Return the generalised advantages and the returns that the values are to learn.
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = sum_l (gamma lambda)^l delta_{t+l} (arXiv 1506.02438,
+    equation 16), worked out from the last token back as A_t = delta_t + gamma lambda A_{t+1}. The value
+    after an episode's last token is 0: there the text ends. Returns are A + V.
+
+    Args:
+        rewards: (episodes, tokens), ``token_rewards``.
+        values: (episodes, tokens), of the state before each token.
+        mask: bool (episodes, tokens), true at an episode's tokens, which begin in the first column and leave
+            no gap; nothing else is read.
+        discount: gamma; 1 in arXiv 2403.17031.
+        trace: lambda; 0.95 there.
+
+    Returns:
+        Two of (episodes, tokens), without gradient; exactly 0 behind an episode's end. With gamma 1 and
+        lambda 1/2: delta = 0 + 3 - 2 and 4 - 3, so that A = 1 + 1/2 and 1; the second episode: 5 - 7.
+
+    >>> rewards, values = torch.tensor([[0.0, 4.0], [5.0, 9.0]]), torch.tensor([[2.0, 3.0], [7.0, 9.0]])
+    >>> mask = torch.tensor([[True, True], [True, False]])
+    >>> found, returns = advantages(rewards, values, mask, discount=1.0, trace=0.5)
+    >>> found
+    tensor([[ 1.5000,  1.0000],
+            [-2.0000,  0.0000]])
+    >>> returns
+    tensor([[3.5000, 4.0000],
+            [5.0000, 0.0000]])
+    """
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    deltas = rewards + discount * F.pad(values[:, 1:], (0, 1)) - values
+    found, later = torch.zeros_like(deltas), torch.zeros_like(deltas[:, 0])
+    for column in reversed(range(deltas.shape[1])):
+        later = deltas[:, column] + discount * trace * later
+        found[:, column] = later
+    return found, found + values

@@ -1,0 +1,78 @@
+"""Means, variances and whitening over the entries that count.
+
+What stands in an entry that does not count is never read: it may be NaN, and its gradient is exactly 0.
+"""
+
+import torch
+from torch import Tensor
+
+SMALLEST_VARIANCE = 1e-8
+"""Added under whitening's root, as in the published code (arXiv 2403.17031, detail 24)."""
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of the entries that count, NaN where none does.
+
+    Args:
+        values: (episodes, tokens), or any shape.
+        mask: bool of the same shape, true where an entry counts.
+
+    Returns:
+        A scalar.
+
+    >>> masked_mean(torch.tensor([[1.0, 3.0], [8.0, 100.0]]), torch.tensor([[True, True], [True, False]]))
+    tensor(4.)
+    """
+    return values.masked_fill(~mask, 0.0).sum() / mask.sum()
+
+
+def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = True) -> Tensor:
+    """Return the variance of the entries that count: the squares' sum over n - 1, or over n.
+
+    One entry alone has the variance 0, with either divisor; none has NaN.
+
+    Args:
+        values: (episodes, tokens), or any shape.
+        mask: bool of the same shape, true where an entry counts.
+        unbiased: divide by n - 1 (Bessel).
+
+    Returns:
+        A scalar. Of 1, 3, 8: mean 4, squares 9 + 1 + 16 = 26, so 26 / 2.
+
+    >>> values, mask = torch.tensor([[1.0, 3.0], [8.0, 100.0]]), torch.tensor([[True, True], [True, False]])
+    >>> masked_var(values, mask)
+    tensor(13.)
+    >>> masked_var(values, mask, unbiased=False)
+    tensor(8.6667)
+    """
+    count = mask.sum()
+    squares = (values - masked_mean(values, mask)).masked_fill(~mask, 0.0) ** 2
+    return squares.sum() / (torch.where(count > 1, count - 1, count) if unbiased else count)
+
+
+def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool) -> Tensor:
+    """Return (x - mean) / sqrt(var + 1e-8), plus the mean unless it is shifted away.
+
+    Rewards are whitened with their mean kept, advantages with their mean at 0 (arXiv 2403.17031, details 24
+    and 25; "The N implementation details of RLHF with PPO", reward and advantage whitening). The variance is
+    the unbiased one, as in the code of the former.
+
+    Args:
+        values: (episodes, tokens), or any shape.
+        mask: bool of the same shape, true where an entry counts.
+        shift_mean: whether the mean becomes 0; otherwise it stays what it was.
+
+    Returns:
+        The shape of ``values``; exactly 0 where an entry does not count. Of 2, 4, 6 (mean 4, variance 4):
+
+    >>> values, mask = torch.tensor([[2.0, 4.0], [6.0, 9.0]]), torch.tensor([[True, True], [True, False]])
+    >>> whiten(values, mask, shift_mean=True)
+    tensor([[-1.,  0.],
+            [ 1.,  0.]])
+    >>> whiten(values, mask, shift_mean=False)
+    tensor([[3., 4.],
+            [5., 0.]])
+    """
+    mean = masked_mean(values, mask)
+    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + SMALLEST_VARIANCE)
+    return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
