@@ -90,10 +90,10 @@ class Collector:
         Raises:
             UserError: a reward raised something or gave no number.
         """
-        with self._timed("generation"):
+        with self.timed("generation"):
             ids = [prompt.ids for prompt in prompts]
             completions = sample(self.roles.policy, ids, sampling=self.sampling, seed=seed)
-        with self._timed("scoring"):
+        with self.timed("scoring"):
             texts = [self.encoder.decode_reply(list(one.ids)) for one in completions]
             talks = [
                 [*prompt.talk, Message("assistant", text)]
@@ -115,7 +115,7 @@ class Collector:
         device, pad = next(self.roles.parameters()).device, self.sampling.stop_ids[0]
         names = ("logps", "reference_logps", "values", "entropies")
         tables = {name: torch.zeros(count, longest) for name in names}
-        with self._timed("scoring"), arithmetic(self.roles.policy, self.precision):
+        with self.timed("scoring"), arithmetic(self.roles.policy, self.precision):
             for part in passes:
                 ids = [replies.prompts[i].ids for i in part], [replies.completions[i].ids for i in part]
                 batch = {name: value.to(device) for name, value in lay_out(*ids, pad_id=pad).items()}
@@ -134,7 +134,8 @@ class Collector:
         return [order[start : start + self.size] for start in range(0, len(order), self.size)]
 
     @contextmanager
-    def _timed(self, work: str) -> Iterator[None]:
+    def timed(self, work: str) -> Iterator[None]:
+        """Add what a block takes to the seconds of its kind of work."""
         start = time.monotonic()
         yield
         self.seconds[work] = self.seconds.get(work, 0.0) + time.monotonic() - start

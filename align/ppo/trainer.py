@@ -1,7 +1,7 @@
 """The engine of PPO: rollouts made ahead of the steps that learn from them, inside transformers' Trainer."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from align.ppo.experience import Collector, Replies
 from align.ppo.pretraining import Pretraining
 from align.ppo.progress import Progress
 from align.ppo.settings import PpoSettings
-from align.rl.maths.losses import policy_loss, value_loss
+from align.rl.maths.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from align.rl.prompts import Prompt, Prompts
 from finetune.training.base_trainer import BaseTrainer, log_held_out
 
 HELD_OUT = "held_out_"
-AT_HELD_OUT = 1
-"""Added to the seed of held-out replies: always the same draws, and none of a rollout's."""
+AT_HELD_OUT = -1
+"""The number of the held-out replies among rollouts: always the same draws, and none of a rollout's."""
 
 
 class PpoTrainer(BaseTrainer):
@@ -34,6 +34,11 @@ class PpoTrainer(BaseTrainer):
     pretraining: Pretraining | None = None
     episodes: Episodes | None = None
     begins_at_one: Callable[[float], None] | None = None
+
+    @cached_property
+    def means(self) -> measures.TokenMeans:
+        """Return the measures of the tokens since the last line of metrics."""
+        return measures.TokenMeans()
 
     @property
     def prompts(self) -> Prompts:
@@ -68,7 +73,7 @@ class PpoTrainer(BaseTrainer):
             self.collect()
         assert self.episodes is not None
         step = self.updates[self.progress.done]
-        self.progress.done += 1
+        self.progress.done, self.progress.step_kl = self.progress.done + 1, 0.0
         pad = self.collector.sampling.stop_ids[0]
         batches: list[dict[str, Any]] = [dict(self.episodes.batch(part, pad_id=pad)) for part in step]
         if self.pretraining:
@@ -86,7 +91,6 @@ class PpoTrainer(BaseTrainer):
     ) -> Tensor:
         """Return this pass's share of the mean loss over the tokens of the optimizer step."""
         assert num_items_in_batch is not None and not return_outputs
-        start = time.monotonic()
         ppo, mask = self.ppo, inputs["mask"]
         found = model(inputs, spread=ppo.entropy_coefficient > 0)
         policy = policy_loss(found.logps, inputs["old_logps"], inputs["advantages"], mask, clip=ppo.clip)
@@ -95,17 +99,21 @@ class PpoTrainer(BaseTrainer):
         )
         losses = policy.losses + ppo.value_coefficient * value.losses
         losses = losses - ppo.entropy_coefficient * found.entropies
-        self._watch(inputs, found.logps, policy.ratios, policy.clipped, policy.losses, value.losses)
+        self._watch(inputs, found.logps, policy, value, tokens=num_items_in_batch)
         loss_sum = losses.sum()
         if self.hooks.penalty:  # its share of the step is that of this pass's tokens
             loss_sum = loss_sum + self.hooks.penalty() * mask.sum()
         loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
         if self.pretraining:
             loss = loss + self.pretraining.loss(self.collector.roles.policy, inputs)
-        self.collector.seconds["updates"] = (
-            self.collector.seconds.get("updates", 0.0) + time.monotonic() - start
-        )
         return loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run one forward and backward pass; what it takes is logged with the rollout's other work."""
+        with self.collector.timed("updates"):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def collect(self) -> None:
         """Sample a rollout, judge it, and work out what is learnt from it.
@@ -154,7 +162,7 @@ class PpoTrainer(BaseTrainer):
             UserError: a reward or a judge raised something or gave no number.
         """
         before = dict(self.collector.seconds)
-        replies = self.collector.answer(self.held_out, seed=self.args.seed + AT_HELD_OUT)
+        replies = self.collector.answer(self.held_out, seed=_seed(self.args.seed, AT_HELD_OUT))
         said = self.collector.read(replies, self.collector.passes(replies))
         self.collector.seconds = before  # a rollout's seconds are its own
         gold = self.gold(replies) if self.gold else {}
@@ -182,24 +190,26 @@ class PpoTrainer(BaseTrainer):
         self,
         inputs: dict[str, Any],
         logps: Tensor,
-        ratios: Tensor,
-        clipped: Tensor,
-        policy: Tensor,
-        value: Tensor,
+        policy: PolicyLoss,
+        value: ValueLoss,
+        *,
+        tokens: Tensor | int,
     ) -> None:
         """Keep what is logged of a forward pass; the first one on a rollout must have ratios of 1."""
         mask = inputs["mask"]
         moved = (inputs["old_logps"] - logps.detach()).masked_fill(~mask, 0.0)
+        step_kl = moved.exp() - 1 - moved  # k3 of the policy that sampled from this one
+        self.progress.step_kl += float(step_kl.sum() / tokens)
         tables = {
-            "policy_loss": policy,
-            "value_loss": value,
-            "ratio": ratios,
-            "clipped": clipped.float(),
-            "step_kl": moved.exp() - 1 - moved,  # k3 of the policy that sampled from this one
+            "policy_loss": policy.losses,
+            "value_loss": value.losses,
+            "ratio": policy.ratios,
+            "clipped": policy.clipped.float(),
+            "step_kl": step_kl,
         }
         self.means.add(tables, mask)
         if self.progress.done == 1 and self.begins_at_one:
-            self.begins_at_one(float((ratios - 1).abs().max()))
+            self.begins_at_one(float((policy.ratios - 1).abs().max()))
 
 
 def _only(items: list[int]) -> int:
@@ -207,6 +217,5 @@ def _only(items: list[int]) -> int:
 
 
 def _seed(seed: int, rollout: int) -> int:
-    """Return the seed of a rollout's sampling: of this run and of no other rollout of it."""
-    mixed: int = int(torch.tensor([seed, rollout], dtype=torch.int64).mul(torch.tensor([1_000_003, 7919])).sum())
-    return mixed
+    """Return the seed of a rollout's sampling; -1 is the held-out replies'."""
+    return seed * 1_000_003 + rollout + 1
