@@ -1,0 +1,1 @@
+"""Reinforcement learning: prompts, rewards, rollouts, and what learns from them."""
