@@ -136,7 +136,7 @@ def _conversations(place: Place, index: int, seed: int) -> tuple[list[Conversati
     layout = recognise(rows[0].columns, columns=place.columns, where=place.name, layouts=place.layouts)
     talks = to_conversations(rows, layout, place.columns)
     column = place.select.score if place.select else None
-    scores = [0.0] * len(rows) if column is None else _scores(rows, column, where=f"{place.key}.select.score")
+    scores = [0.0] * len(rows) if column is None else ratings(rows, column, where=f"{place.key}.select.score")
     found = zip(talks, rows, scores, strict=True)
     return [Conversation(talk, row.where, index, score) for talk, row, score in found], layout.name
 
@@ -158,7 +158,7 @@ def read_place(place: Place, index: int, seed: int) -> list[Row]:
     )
 
 
-def _scores(rows: list[Row], column: str, *, where: str) -> list[float]:
+def ratings(rows: list[Row], column: str, *, where: str) -> list[float]:
     """Return each row's rating; numbers written as text count as numbers.
 
     Raises:

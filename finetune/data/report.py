@@ -22,7 +22,7 @@ class DataReport:
     """What was found in the data and what became of it; nothing is cut or left out without a count here.
 
     ``too_long`` counts the training rows above the allowed length, ``lost_tokens`` what they lost of the
-    tokens to learn.
+    tokens to learn. ``prompts``: the rows are questions, whose replies are still to come.
     """
 
     layout: str = ""
@@ -38,6 +38,7 @@ class DataReport:
     from_cache: bool = False
     sources: list[SourceReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    prompts: bool = False
 
     def count(self, what: str, example: str) -> None:
         """Count a row, and remember the first of its kind."""
@@ -47,9 +48,10 @@ class DataReport:
     def lines(self) -> list[str]:
         """Return the report as lines for the terminal."""
         share = self.trained_tokens / max(self.tokens, 1)
+        what, loss = ("prompts", "") if self.prompts else ("rows", f"{share:.0%} carry loss, ")
         lines = [
-            f"{self.rows} rows ({self.layout}), {self.held_out} held out; {self.tokens} tokens, "
-            f"{share:.0%} carry loss, longest row {self.longest}{self.from_cache * ', from the cache'}"
+            f"{self.rows} {what} ({self.layout}), {self.held_out} held out; {self.tokens} tokens, "
+            f"{loss}longest {what[:-1]} {self.longest}{self.from_cache * ', from the cache'}"
         ]
         if len(self.sources) > 1:
             lines += [self._source_line(source) for source in self.sources]
@@ -59,7 +61,8 @@ class DataReport:
     def _source_line(self, source: SourceReport) -> str:
         rows = source.rows / max(self.rows, 1)
         trained = source.trained_tokens / max(self.trained_tokens, 1)
+        loss = "" if self.prompts else f", {trained:.1%} of what carries loss"
         return (
-            f"  {source.asked:.1%} asked, {rows:.1%} of rows, {trained:.1%} of what carries loss: "
+            f"  {source.asked:.1%} asked, {rows:.1%} of rows{loss}: "
             f"{source.rows} from {source.usable} usable rows of {source.source} ({source.layout})"
         )

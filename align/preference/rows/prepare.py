@@ -1,7 +1,7 @@
 """From a recipe's data section to tokenised comparisons: read, left out, split, encoded, cut, told."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -113,7 +113,7 @@ def gather_comparisons(
     report.sources = [part.report for part in parts]
     report.layout = " + ".join(dict.fromkeys(source.layout for source in report.sources))
     if settings.mix is None:
-        train, held_out = _split(parts[0].rows, settings.held_out, seed)
+        train, held_out = split_by_prompt(parts[0].rows, settings.held_out, seed)
     else:
         train, held_out = mix(parts, settings, seed=seed, report=report)
     if isinstance(settings.held_out, str):
@@ -127,10 +127,25 @@ def gather_comparisons(
     return train, held_out
 
 
-def _split(
-    rows: list[Comparison], share: int | float | str, seed: int
-) -> tuple[list[Comparison], list[Comparison]]:
-    """Return the rows to learn and those held out: whole prompts, so that none is on both sides."""
+class Asking(Protocol):
+    """A row that asks something."""
+
+    @property
+    def prompt(self) -> object:
+        """Return what is asked: two rows with the same ask the same."""
+
+
+AskingRow = TypeVar("AskingRow", bound=Asking)
+
+
+def split_by_prompt(
+    rows: list[AskingRow], share: int | float | str, seed: int
+) -> tuple[list[AskingRow], list[AskingRow]]:
+    """Return the rows to learn and those held out: whole prompts, so that none is on both sides.
+
+    Raises:
+        UserError: nothing would be left to learn from, or every prompt has more rows than are held out.
+    """
     if isinstance(share, str):
         return rows, []
     count = held_out_count(len(rows), share)
