@@ -7,9 +7,10 @@ functions of numbers and texts.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+
+from align.preference.finding import Finding
 
 CHOSEN_FELL = 0.05
 """Nats per token: a reply of 50 tokens is then 12 times less likely than it was."""
@@ -57,27 +58,6 @@ class Seen:
             if all(name in self.metrics for name in names):
                 return self.metrics[names[0]], self.metrics[names[1]]
         return None
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that happened: numbers, what they mean, and what can be done where something should be."""
-
-    name: str
-    said: str
-    means: str
-    action: str = ""
-
-    def line(self) -> str:
-        """Return it as a line for the terminal."""
-        mark = "!!" if self.action else "--"
-        return (
-            f"{mark}  {self.name:<14}{self.said}: {self.means}{f' -> {self.action}' if self.action else ''}"
-        )
-
-    def record(self) -> dict[str, Any]:
-        """Return it as run.json keeps it."""
-        return {**asdict(self), "warned": bool(self.action)}
 
 
 def findings(seen: Seen) -> list[Finding]:

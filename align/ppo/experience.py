@@ -198,7 +198,9 @@ def shaped_scores(replies: Replies, settings: PpoSettings, running: scores.Runni
     return scores.missing_end(found, replies.stopped, value=settings.missing_end)
 
 
-def learnt_from(said: Said, found: Tensor, lengths: Tensor, *, coefficient: float, settings: PpoSettings) -> Tables:
+def learnt_from(
+    said: Said, found: Tensor, lengths: Tensor, *, coefficient: float, settings: PpoSettings
+) -> Tables:
     """Return what is learnt: each token's advantage and return.
 
     Args:

@@ -1,5 +1,6 @@
 """What is watched of replies: reward, distance, length, ends, entropy; numbers for people and for stop rules."""
 
+from math import isfinite
 
 import numpy as np
 import torch
@@ -39,9 +40,10 @@ def of_distance(replies: Replies, said: Said) -> dict[str, float]:
 
 
 def of_values(values: torch.Tensor, returns: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
-    """Return how well values foretold returns: 1 all of it, 0 no better than their mean."""
+    """Return how well values foretold returns: 1 all of it, 0 no better than their mean; nothing if all equal."""
     mask = token_mask(lengths, values.shape[1])
-    return {"explained_variance": float(explained_variance(values, returns, mask))}
+    found = float(explained_variance(values, returns, mask))
+    return {"explained_variance": found} if isfinite(found) else {}
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:

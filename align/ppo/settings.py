@@ -107,9 +107,7 @@ class StopSettings(Section):
         description="over-optimised: a judge's held-out mean has fallen this far below its best while the "
         "reward has risen; null: never. Measured every train.evaluate_every steps",
     )
-    kl: Rate | None = Field(
-        None, description="too far from the start: nats a held-out reply; null: never"
-    )
+    kl: Rate | None = Field(None, description="too far from the start: nats a held-out reply; null: never")
     longer: Annotated[float, Field(gt=1)] | None = Field(
         None,
         description="length hacking: replies are this many times as long as at the start, and the longer "

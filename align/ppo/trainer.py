@@ -32,7 +32,6 @@ class PpoTrainer(BaseTrainer):
     held_out: Sequence[Prompt] = ()
     gold: Callable[[Replies], dict[str, float]] | None = None
     pretraining: Pretraining | None = None
-    episodes: Episodes | None = None
     begins_at_one: Callable[[float], None] | None = None
 
     @cached_property
@@ -47,9 +46,14 @@ class PpoTrainer(BaseTrainer):
         return self.train_dataset
 
     @property
+    def episodes(self) -> Episodes:
+        """Return the current rollout."""
+        assert self.progress.episodes is not None, "no rollout was sampled"
+        return self.progress.episodes
+
+    @property
     def updates(self) -> list[list[list[int]]]:
         """Return the optimizer steps on the current rollout, of all epochs, each in forward passes."""
-        assert self.episodes is not None
         lengths = [len(prompt) for prompt in self.episodes.prompts]
         return self._cut([p + c for p, c in zip(lengths, self.episodes.lengths, strict=True)], self.rollout)
 
@@ -71,7 +75,6 @@ class PpoTrainer(BaseTrainer):
             next(epoch_iterator)
         if self._learnt_out():
             self.collect()
-        assert self.episodes is not None
         step = self.updates[self.progress.done]
         self.progress.done, self.progress.step_kl = self.progress.done + 1, 0.0
         pad = self.collector.sampling.stop_ids[0]
@@ -94,9 +97,7 @@ class PpoTrainer(BaseTrainer):
         ppo, mask = self.ppo, inputs["mask"]
         found = model(inputs, spread=ppo.entropy_coefficient > 0)
         policy = policy_loss(found.logps, inputs["old_logps"], inputs["advantages"], mask, clip=ppo.clip)
-        value = value_loss(
-            found.values, inputs["old_values"], inputs["returns"], mask, clip=ppo.value_clip
-        )
+        value = value_loss(found.values, inputs["old_values"], inputs["returns"], mask, clip=ppo.value_clip)
         losses = policy.losses + ppo.value_coefficient * value.losses
         losses = losses - ppo.entropy_coefficient * found.entropies
         self._watch(inputs, found.logps, policy, value, tokens=num_items_in_batch)
@@ -131,10 +132,8 @@ class PpoTrainer(BaseTrainer):
         said = collector.read(replies, [part for step in first_epoch[:per_epoch] for part in step])
         scores = experience.shaped_scores(replies, ppo, progress.running)
         coefficient = progress.controller.coefficient
-        tables = experience.learnt_from(
-            said, scores, replies.lengths, coefficient=coefficient, settings=ppo
-        )
-        self.episodes = experience.episodes_of(rows, replies, tables)
+        tables = experience.learnt_from(said, scores, replies.lengths, coefficient=coefficient, settings=ppo)
+        progress.episodes = experience.episodes_of(rows, replies, tables)
         found = measures.of_replies(replies) | measures.of_distance(replies, said)
         found |= measures.of_values(said.values, tables.returns, replies.lengths)
         found |= {"score": float(scores.mean()), "kl_coefficient": coefficient}
@@ -181,7 +180,7 @@ class PpoTrainer(BaseTrainer):
 
     def _learnt_out(self) -> bool:
         """Tell whether a new rollout is due."""
-        if self.episodes is None or self.progress.done == len(self.updates):
+        if self.progress.episodes is None or self.progress.done == len(self.updates):
             return True
         most = self.ppo.epoch_stop_kl
         return most is not None and self.progress.step_kl > most

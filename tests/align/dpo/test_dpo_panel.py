@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from align.dpo.collate import length_ratio
-from align.dpo.panel import Finding, Seen, findings
+from align.dpo.panel import Seen, findings
+from align.preference.finding import Finding
 
 CALM = {
     "accuracy_after": 0.8,

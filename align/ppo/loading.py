@@ -1,0 +1,101 @@
+"""The roles of PPO, loaded onto one base: policy, value and reward models share its weights in memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from align.ppo.roles import Roles
+from align.ppo.stage_settings import Settings
+from align.reward.loading import pad_id
+from align.reward.model import refuse_without_scores
+from align.reward.shared_base import own_weights, scorer_on
+from align.rl.rewards.loading import load_rewards, reward_runs
+from align.rl.rewards.rewards import Rewards
+from finetune.recipe import yaml_file
+from finetune.recipe.checks import adapter_traits
+from finetune.recipe.recipe import adapter_settings
+from finetune.recipe.runs import finished_record
+from finetune.recipe.settings import AdapterSettings
+from finetune.training.go_on import take_weights
+from finetune.training.job import Job
+from finetune.training.loading import Frozen, Policy, adapter_start, load_frozen, put_adapter
+from finetune.training.model import SCORE, attach_adapter
+from finetune.training.text import Text
+
+FRESH = "lora"
+"""The value's adapter where the policy's own cannot score."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """All roles: the policy as stages save it, policy and value as one model, and the rewards."""
+
+    policy: Policy
+    roles: Roles
+    rewards: Rewards
+
+
+def load_cast(job: Job, text: Text) -> Cast:
+    """Load the base once, and put policy, value and reward models on it.
+
+    Raises:
+        UserError: the base cannot be loaded or has no scoring model, an adapter does not fit it, or a reward
+            run is not there or damaged.
+    """
+    settings = job.recipe.settings
+    assert isinstance(settings, Settings)
+    refuse_without_scores(settings.model)
+    frozen = load_frozen(job)
+    rewards = load_rewards(settings.reward, base=frozen.base, tokenizer=text.encoder.tokenizer)
+    for note in rewards.notes:
+        job.say(note)
+    value, column = _value(settings, frozen, pad_id(text.encoder.tokenizer, text.encoder.stop_ids))
+    policy = put_adapter(job, frozen)
+    others = [value, *(model.model for model in rewards.models)]
+    for other in others:
+        own_weights(other, [policy.model])
+    if settings.train.gradient_checkpointing:
+        value.get_base_model().enable_input_require_grads()  # type: ignore[operator]
+    roles = Roles(policy.model, value, column=column, temperature=settings.sampling.temperature)
+    return Cast(policy, roles, rewards)
+
+
+def value_run(settings: Settings) -> tuple[Path, str] | None:
+    """Return the reward run that the value begins as, and the score that it begins with; None: the start.
+
+    The first learnt reward with an adapter of its own serves (InstructGPT, arXiv 2203.02155, appendix C.4).
+    """
+    if settings.ppo.value_from == "start":
+        return None
+    for index, run in reward_runs(settings.reward).items():
+        if (run / "adapter").is_dir():
+            return run, settings.reward.sources[index].score or ""
+    return None
+
+
+def _value(settings: Settings, frozen: Frozen, pad: int) -> tuple[nn.Module, int]:
+    """Return the value with its trainable adapter, and which of its scores it is."""
+    found = value_run(settings)
+    torch.manual_seed(settings.train.seed)
+    if found is None:
+        scorer = scorer_on(frozen.base, ["value"], pad_id=pad)
+        own, start = _fresh(settings.adapter), adapter_start(settings.model)
+        value = attach_adapter(scorer, own)
+        if start is not None and own == settings.adapter:
+            take_weights(value, start, head=(SCORE,))
+        return value, 0
+    run, score = found
+    heads = finished_record(run)["load"]["heads"]
+    content = yaml_file.read(run / "recipe.yaml")[0]["adapter"]
+    own = adapter_settings(content["method"]).model_validate(content)
+    value = attach_adapter(scorer_on(frozen.base, heads, pad_id=pad), own)
+    take_weights(value, run, head=(SCORE,))
+    return value, heads.index(score) if score in heads else 0
+
+
+def _fresh(adapter: AdapterSettings) -> AdapterSettings:
+    """Return the policy's adapter settings, or plain LoRA where the policy's adapter cannot score."""
+    traits = adapter_traits(adapter.method)
+    return adapter_settings(FRESH)() if traits.scores or traits.whole_model else adapter

@@ -1,0 +1,273 @@
+"""The pieces of PPO, put together from a recipe: trainer, checks, measures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from align.ppo import panel
+from align.ppo.experience import Collector, Replies
+from align.ppo.loading import Cast, value_run
+from align.ppo.pretraining import Pretraining
+from align.ppo.progress import KeepProgress, Progress
+from align.ppo.stage_settings import Settings
+from align.ppo.stop_rule import GOLD, Numbers, StopWhenSpoilt
+from align.ppo.trainer import HELD_OUT, PpoTrainer
+from align.preference.starting_policy import StartingPolicy
+from align.rl.maths.kl import AdaptiveKl, FixedKl
+from align.rl.prompts import PreparedPrompts
+from align.rl.rewards.loading import rewards_record
+from align.rl.rollout import Sampling
+from data_templates._segments import Message
+from finetune.adapters._traits import Hooks
+from finetune.data.collate import PaddedCollator
+from finetune.data.dataset import prepare_gathered
+from finetune.data.gather import Place, read_conversations
+from finetune.data.report import DataReport
+from finetune.planning.choices import TOKENS_PER_FORWARD
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import DataSettings
+from finetune.training import tuning
+from finetune.training.adapter_hooks import adapter_hooks
+from finetune.training.behaviour import Behaviour, mean_judgement
+from finetune.training.generate import Reply
+from finetune.training.job import Job
+from finetune.training.loading import Policy
+from finetune.training.model import count_parameters
+from finetune.training.preflight.ticks import Tick, failed
+from finetune.training.samples import Samples, question_of, spread
+from finetune.training.text import Text
+
+AT_BOTH_ENDS = ("loss", "reward", "score", "kl", "entropy", "length", "ends", "clipped", "explained_variance")
+"""What is recorded of training's first rollout and of its last ones."""
+AT_ONE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
+"""How far the first ratios may be from 1, where arithmetic is not the same with gradients as without."""
+
+
+@dataclass(frozen=True)
+class PpoTuning:
+    """Tuning of a policy on rewards of its own replies."""
+
+    job: Job
+    text: Text
+    data: PreparedPrompts
+    cast: Cast
+
+    @property
+    def settings(self) -> Settings:
+        """Return the recipe's sections."""
+        settings = self.job.recipe.settings
+        assert isinstance(settings, Settings)
+        return settings
+
+    @property
+    def policy(self) -> Policy:
+        """Return the model that is saved."""
+        return self.cast.policy
+
+    @property
+    def steps(self) -> int:
+        """Return the optimizer steps of the whole run: all updates of all rollouts."""
+        train, ppo = self.settings.train, self.settings.ppo
+        rollouts = max(1, ceil(train.epochs * len(self.data.train) / ppo.rollout_size))
+        return train.max_steps or rollouts * ppo.epochs * (ppo.rollout_size // train.batch_size)
+
+    @property
+    def samples(self) -> Samples:
+        """Return the prompts to answer before and after training."""
+        return tuning.samples_of(self.job, self.text, self.data.conversations)
+
+    @cached_property
+    def behaviour(self) -> Behaviour:
+        """Return what is measured of greedy replies, before and after training."""
+        return tuning.behaviour_of(self.job, self.text, self.data.conversations)
+
+    @cached_property
+    def hooks(self) -> Hooks:
+        """Return what the adapter does while it trains, and the value's learning rate."""
+        settings = self.settings
+        hooks = adapter_hooks(self.policy.model, settings.adapter, steps=self.steps)
+        factors = {f"policy.{name}": factor for name, factor in hooks.rate_factors.items()}
+        if settings.ppo.value_learning_rate is not None:
+            factor = settings.ppo.value_learning_rate / settings.train.learning_rate
+            names = [name for name, weight in self.cast.roles.named_parameters() if weight.requires_grad]
+            factors |= {name: factor for name in names if name.startswith("value.")}
+        return replace(hooks, rate_factors=factors)
+
+    @cached_property
+    def pretraining(self) -> Pretraining | None:
+        """Return the rows of PPO-ptx, read and tokenised.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        settings, encoder = self.settings, self.text.encoder
+        wanted = settings.pretraining
+        if wanted.source is None:
+            return None
+        report, most = DataReport(), self.text.max_length
+        place = Place("pretraining.source", wanted.source, "train", None, None)
+        rows = read_conversations(place, report, seed=settings.train.seed)
+        told = report, DataReport()
+        data = prepare_gathered(rows, [], DataSettings(), encoder, max_length=most, told=told)
+        self.job.say(f"pretraining: {'; '.join(report.lines())}")
+        pad = PaddedCollator(encoder.stop_ids[0])
+        return Pretraining(data.train, pad, wanted.batch_size, wanted.weight, settings.train.seed)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what run.json says before the first step; whatever can be refused is refused here."""
+        self.arguments()
+        self._refuse_passes()
+        self.job.watch(self.behaviour.numbers)
+        self._say_roles()
+        self.job.check(Tick("environment", self.job.environment(self.policy.precision)))
+        self.job.choose("train.max_steps", (self.steps, "optimizer steps of all rollouts"))
+        assert self.pretraining is None or len(self.pretraining.rows)
+        facts = tuning.policy_facts(self.job, self.text, self.policy, self.data.report)
+        return {**facts, "rewards": rewards_record(self.settings.reward)}
+
+    def arguments(self) -> TrainingArguments:
+        """Return the engine's arguments; whatever is ``auto`` is decided here.
+
+        Raises:
+            UserError: the engine refuses them.
+        """
+        longest = max(self.data.train.lengths) + self.settings.sampling.max_new_tokens
+        arguments = tuning.engine_arguments(self.job, self.policy, longest=longest, steps=self.steps)
+        arguments.max_steps = self.steps
+        return arguments
+
+    def trainer(self) -> Trainer:
+        """Return the engine, with the reference as the policy starts."""
+        settings, args, ppo = self.settings, self.arguments(), self.settings.ppo
+        progress = Progress(FixedKl(ppo.kl_coefficient))
+        if ppo.kl_target is not None:
+            progress.controller = AdaptiveKl(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
+        trainer = PpoTrainer(
+            self.cast.roles,
+            args,
+            train_rows=self.data.train,
+            held_out_rows=self.data.held_out,
+            collator=list,
+            batch_size=settings.train.batch_size,
+            group_by_length=settings.train.group_by_length,
+            hooks=self.hooks,
+        )
+        trainer.ppo, trainer.progress, trainer.pretraining = ppo, progress, self.pretraining
+        trainer.collector = self._collector(args.per_device_train_batch_size)
+        if self.data.held_out is not None:
+            rows = self.data.held_out
+            trainer.held_out = [rows[i] for i in spread(len(rows), settings.evaluate.judge_rows)]
+        trainer.gold, trainer.begins_at_one = self._gold, self._at_one
+        trainer.add_callback(KeepProgress(progress))
+        trainer.add_callback(
+            StopWhenSpoilt(
+                settings.stop, first=lambda: progress.first, history=self._history, tell=self._tell_stop
+            )
+        )
+        return trainer
+
+    def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
+        """Answer prompts greedily with the policy as it is."""
+        return tuning.replies(self.job, self.text, self.policy, prompts)
+
+    def measure(self, trainer: Trainer, when: str) -> None:
+        """Record the measures of sampled replies to held-out prompts, and those of training at both ends."""
+        assert isinstance(trainer, PpoTrainer)
+        run = self.job.run
+        if trainer.held_out and f"{HELD_OUT}reward_{when}" not in run.record.get("metrics", {}):
+            with self.job.timed("held_out"):
+                found = trainer.measure()
+            run.update(metrics={f"{HELD_OUT}{name}_{when}": value for name, value in found.items()})
+        if when == "after":
+            tuning.record_training(self.job, trainer, AT_BOTH_ENDS)
+
+    def save(self) -> None:
+        """Save the policy's adapter (or the model), open it again, and put its checksum into the record.
+
+        Raises:
+            UserError: what was saved is not what was trained.
+        """
+        tuning.save_policy(self.job, self.text, self.policy)
+
+    def explain(self) -> None:
+        """Say what happened to the policy, what it means, and what to do about it."""
+        found = panel.findings(self.job.run.record["metrics"])
+        for finding in found:
+            self.job.say(finding.line())
+        self.job.run.update(panel=[finding.record() for finding in found])
+
+    def _collector(self, size: int) -> Collector:
+        sampling, encoder = self.settings.sampling, self.text.encoder
+        return Collector(
+            self.cast.roles,
+            StartingPolicy(self.policy.model),
+            self.cast.rewards,
+            encoder,
+            Sampling(
+                sampling.temperature,
+                sampling.max_new_tokens,
+                encoder.stop_ids,
+                GENERATED_AT_ONCE * TOKENS_PER_FORWARD[self.job.hardware.device],
+            ),
+            self.policy.precision,
+            size,
+        )
+
+    def _gold(self, replies: Replies) -> dict[str, float]:
+        """Return what judges, which the run does not maximise, say of replies."""
+        judges = self.behaviour.judges
+        questions = [question_of([*prompt.talk, Message("assistant", "")]) for prompt in replies.prompts]
+        return {
+            f"{GOLD}{name}": mean_judgement(name, judge, questions, replies.texts)
+            for name, judge in judges.items()
+        }
+
+    def _history(self) -> list[Numbers]:
+        """Return the measures of held-out replies so far, those before training first."""
+        run = self.job.run
+        known = run.record["metrics"]
+        start = {name.removesuffix("_before"): value for name, value in known.items() if "_before" in name}
+        lines = [start, *(line for line in run.metrics() if f"{HELD_OUT}reward" in line)]
+        return [{name.removeprefix(HELD_OUT): value for name, value in line.items()} for line in lines]
+
+    def _at_one(self, error: float) -> None:
+        """Check once that the first update begins at the policy that sampled."""
+        if any(tick["name"] == RATIO for tick in self.job.preflight):
+            return
+        allowed = AT_ONE[self.policy.precision]
+        if error > allowed:
+            found = f"the first update's ratios differ from 1 by up to {error:.2g}"
+            problem = Problem("model", found, f"at most {allowed:g}: nothing was learnt yet")
+            self.job.check(failed(RATIO, problem))
+        said = "exactly 1" if error == 0 else f"1, to {error:.1g}"
+        self.job.check(Tick(RATIO, f"to the policy that sampled: {said} on the first update"))
+
+    def _say_roles(self) -> None:
+        """Tell who is there, and how much of it is trained."""
+        counted = count_parameters(self.cast.roles)
+        own = count_parameters(self.policy.model).trained
+        found = value_run(self.settings)
+        begins = "the policy's start, with a head of zeros" if found is None else f"{found[0]}"
+        self.job.say(
+            f"{own:,} parameters of the policy are trained, {counted.trained - own:,} of the value (begins as "
+            f"{begins}); {counted.total:,} with the base that all share"
+        )
+
+    def _refuse_passes(self) -> None:
+        if self.hooks.passes != 1:
+            found = "true: predictions of two passes are pulled together, which is a loss on labels"
+            expected = "false where rewards are learnt from"
+            raise UserError(Problem("adapter.consistency", found, expected, "adapter.consistency=false"))
+
+    def _tell_stop(self, reason: str) -> None:
+        self.job.say(reason)
+        self.job.run.update(stopped=reason)
+
+
+RATIO = "ratio"
+GENERATED_AT_ONCE = 4
+"""Times as many tokens as a training pass takes: sampling keeps no activations."""

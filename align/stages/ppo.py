@@ -1,0 +1,62 @@
+r"""Proximal policy optimization: a policy learns what a reward model likes, and stays near its start.
+
+Ouyang et al. 2022 (arXiv 2203.02155), equation 2: maximise E[r(x, y) - beta log(pi(y|x) / pi_SFT(y|x))] over
+replies y that the policy samples, with the clipped objective of Schulman et al. 2017 (arXiv 1707.06347,
+equation 7). Policy, reference, reward and value share one frozen base in memory.
+"""
+
+from typing import TYPE_CHECKING
+
+from align.ppo import stage_settings
+from finetune.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from finetune.training.result import Result
+
+PUBLIC = "hh"
+"""The recipe that serves another base than the embedded one where none is named."""
+
+Settings = stage_settings.Settings
+
+
+def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
+    """Tune a model on rewards of its own replies.
+
+    Args:
+        recipe: what to do.
+        console: where progress is shown.
+        force: start over where a run of this recipe is there already.
+        command: the words that started it, for the record.
+
+    Raises:
+        UserError: the user's mistakes, before anything is written; or a reward that fails on a reply.
+        Interrupted: a signal came; a checkpoint is there.
+        NotFiniteError: loss, gradient or a reward became NaN or infinite.
+    """
+    from finetune.training.result import Result
+    from finetune.training.run_directory import RunDirectory
+    from finetune.training.run_fingerprint import run_fingerprint
+
+    settings = recipe.settings
+    assert isinstance(settings, Settings)
+    fingerprint = run_fingerprint(settings)
+    run = RunDirectory.open(recipe, fingerprint, force=force)
+    if run.finished:
+        return Result.of(run)
+
+    from align.ppo.loading import load_cast
+    from align.ppo.tuning import PpoTuning
+    from align.ppo.watched import watched
+    from align.rl.prompts import load_prompts
+    from finetune.training.job import Job
+    from finetune.training.loading import load_text
+    from finetune.training.tune import carry_out
+
+    job = Job(recipe, run, console, command, watched=watched(settings))
+    text = load_text(job)
+    prompts = load_prompts(job, settings.data, text, room=settings.sampling.max_new_tokens)
+    tuning = PpoTuning(job, text, prompts, load_cast(job, text))
+    carry_out(job, tuning, fingerprint=fingerprint, conclude=tuning.explain)
+    return Result.of(run)
