@@ -3,29 +3,25 @@
 Sparrow (Glaese et al. 2022, arXiv 2209.14375, section 2.6) adds what rules say to what preferences say.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from align.reward.settings import RuleSettings, Settings
-from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.python_function import function_file, load_function
+from finetune.recipe.python_function import function_file, load_function, number_from
 from finetune.recipe.settings import StageSettings
 from finetune.training.run_directory import RULES, RunDirectory
-from finetune.training.run_fingerprint import run_fingerprint
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A reward that is a program, and how many times it counts."""
+    """A reward that is a program, how many times it counts, and what a message calls it."""
 
     name: str
     weight: float
     function: Callable[[str, str], Any]
+    kind: str = "rule"
 
     def scores(
         self, prompts: Sequence[str], completions: Sequence[str], places: Sequence[str]
@@ -40,30 +36,10 @@ class Rule:
         Raises:
             UserError: it raised something, or gave no number.
         """
-        rows = zip(prompts, completions, places, strict=True)
-        return [self._score(prompt, completion, place) for prompt, completion, place in rows]
-
-    def _score(self, prompt: str, completion: str, place: str) -> float:
-        where = f"rule '{self.name}' on {place}"
-        try:
-            value = self.function(prompt, completion)
-        except Exception as error:  # the function is the user's and may raise anything
-            found = f"{type(error).__name__}: {error}"
-            raise UserError(Problem(where, found, "a number, or true or false")) from error
-        if not isinstance(value, (bool, int, float)) or not isfinite(value):
-            raise UserError(Problem(where, f"it gave {value!r}", "a finite number, or true or false"))
-        return float(value)
-
-
-def fingerprint_of(settings: StageSettings) -> str:
-    """Return a digest of data and start (``run_fingerprint``) and of the rules' files."""
-    assert isinstance(settings, Settings)
-    own = run_fingerprint(settings)
-    if not settings.reward.rules:
-        return own
-    files = [_file(rule) for rule in settings.reward.rules]
-    content = [own, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return [
+            number_from(self.function, prompt, completion, where=f"{self.kind} '{self.name}' on {place}")
+            for prompt, completion, place in zip(prompts, completions, places, strict=True)
+        ]
 
 
 def copy_rules(settings: StageSettings, run: RunDirectory) -> None:

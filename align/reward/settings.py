@@ -8,7 +8,7 @@ from pydantic import Field
 from align.preference.settings import PreferenceSettings
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError, nearest, one_of
-from finetune.recipe.python_function import call_problems, load_function
+from finetune.recipe.python_function import call_problems, file_digest, load_function
 from finetune.recipe.settings import MixedSource, Section, StageSettings, Text
 
 ARGUMENTS = ("prompt", "completion")
@@ -56,6 +56,10 @@ class RewardSettings(Section):
     rules: list[RuleSettings] = Field(
         [], description="programs beside the heads: [{name: N, function: file.py:function, weight: 1.0}]"
     )
+
+    def made_of(self) -> list[str]:
+        """Return the digests of the rules' files."""
+        return [file_digest(rule.function, where=f"rule '{rule.name}'") for rule in self.rules]
 
 
 class Settings(StageSettings):

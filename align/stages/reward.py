@@ -35,13 +35,14 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
         Interrupted: a signal came; a checkpoint is there.
         NotFiniteError: loss, gradient or a score became NaN or infinite.
     """
-    from align.reward.rules import copy_rules, fingerprint_of
+    from align.reward.rules import copy_rules
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory
+    from finetune.training.run_fingerprint import run_fingerprint
 
     own = recipe.settings
     assert isinstance(own, Settings)
-    fingerprint = fingerprint_of(own)
+    fingerprint = run_fingerprint(own)
     run = RunDirectory.open(recipe, fingerprint, force=force)
     if run.finished:
         return Result.of(run)

@@ -5,6 +5,8 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from math import isfinite
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,9 @@ from finetune.recipe.errors import Problem, UserError, nearest, one_of
 from finetune.recipe.paths import local_path
 
 EXPECTED = "path/to/file.py:function"
+NUMBER = "a finite number, or true or false"
+SHOWN = 80
+"""Characters of prompt and reply in a message about a function that failed on them."""
 
 
 def load_function(text: str, *, where: str) -> Callable[..., Any]:
@@ -53,6 +58,64 @@ def function_file(text: str, *, where: str) -> Path:
         repair = f"relative paths start at {Path.cwd()}"
         raise UserError(Problem(where, f"'{path}' does not exist", "an existing Python file", repair))
     return file
+
+
+def file_digest(text: str, *, where: str) -> str:
+    """Return the SHA-256 of the file of ``path/to/file.py:function``.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    return hashlib.sha256(function_file(text, where=where).read_bytes()).hexdigest()
+
+
+def number_from(function: Callable[[str, str], Any], prompt: str, reply: str, *, where: str) -> float:
+    """Return what a user's function says of a reply.
+
+    Raises:
+        UserError: it raised something, or gave no finite number; the message shows prompt and reply.
+    """
+    number = opinion_of(function, prompt, reply, where=where, expected=NUMBER)
+    if number is None:
+        raise UserError(_no_number(where, "it returned None", prompt, reply, NUMBER))
+    return number
+
+
+def opinion_of(
+    function: Callable[[str, str], Any],
+    prompt: str,
+    reply: str,
+    *,
+    where: str,
+    expected: str = f"{NUMBER}, or None",
+) -> float | None:
+    """Return what a user's function says of a reply, None where it has nothing to say.
+
+    Args:
+        function: (prompt, reply) -> a number or a truth.
+        prompt: what was asked.
+        reply: what is judged.
+        where: who judges, for the message.
+        expected: what it should return, for the message.
+
+    Raises:
+        UserError: it raised something, or returned neither a finite number nor None.
+    """
+    try:
+        value = function(prompt, reply)
+    except Exception as error:  # the function is the user's and may raise anything
+        found = f"{type(error).__name__}: {error}"
+        raise UserError(_no_number(where, found, prompt, reply, expected)) from error
+    if value is None:
+        return None
+    if not isinstance(value, Real) or not isfinite(value):
+        raise UserError(_no_number(where, f"it returned {value!r}", prompt, reply, expected))
+    return float(value)
+
+
+def _no_number(where: str, found: str, prompt: str, reply: str, expected: str) -> Problem:
+    at = f"{found}; prompt {prompt[:SHOWN]!r}, reply {reply[:SHOWN]!r}"
+    return Problem(where, at, expected)
 
 
 def call_problems(function: Callable[..., Any], parameters: tuple[str, ...], *, where: str) -> list[Problem]:

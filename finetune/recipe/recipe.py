@@ -21,7 +21,7 @@ from finetune.recipe.discovery import (
     stage_names,
 )
 from finetune.recipe.errors import Problem, UserError, nearest, one_of
-from finetune.recipe.settings import AdapterSettings, StageSettings
+from finetune.recipe.settings import AdapterSettings, Section, StageSettings
 from finetune.recipe.start import Start, is_recipe, lay_over, start_of_recipe, start_of_run
 from finetune.recipe.wording import problems_of
 
@@ -52,13 +52,14 @@ class Recipe:
         """Return 8 hex digits that name the run: same settings and same data, same name.
 
         Args:
-            data_fingerprint: digest of the data's content, and of the start's; where a start lies, and under
-                which name, is not part of it.
+            data_fingerprint: digest of the data's content, of the start's and of other runs'; where those lie,
+                and under which names, is not part of it.
         """
         content = self.values()
-        start = content["model"].pop("start")
+        start = self.settings.model.start
         if start is not None and content["model"]["base"] == start:
             content["model"]["base"] = None
+        _forget_places(self.settings, content)
         return _sha([self.stage, content, data_fingerprint])[:8]
 
     def to_yaml(self, derived: dict[str, str] | None = None) -> str:
@@ -232,6 +233,19 @@ def _adapter_model(given: dict[str, Any]) -> type[AdapterSettings]:
             )
         )
     return adapter_settings(method)
+
+
+def _forget_places(settings: Section, content: dict[str, Any]) -> None:
+    """Take out of a section's values, and of those inside it, what says where a run lies."""
+    for key, value in settings:
+        if isinstance(value, Section):
+            _forget_places(value, content[key])
+        elif isinstance(value, list):
+            for number, part in enumerate(value):
+                if isinstance(part, Section):
+                    _forget_places(part, content[key][number])
+    for key in settings.PLACES:
+        content.pop(key)
 
 
 def _sha(content: Any) -> str:

@@ -58,7 +58,7 @@ def record_of_writer(run: Path) -> dict[str, Any]:
     return record
 
 
-def find_run(name: str) -> tuple[Path, str]:
+def find_run(name: str, *, where: str = "model.start") -> tuple[Path, str]:
     """Return the finished run that a name means, and a note where it was chosen among several.
 
     Of several the newest is meant; those that went on from another one of them do not count, so that the same
@@ -66,6 +66,7 @@ def find_run(name: str) -> tuple[Path, str]:
 
     Args:
         name: a run's folder, the name of a folder below ./runs, or the beginning of such a name.
+        where: the recipe's key, for the message.
 
     Raises:
         UserError: there is none, or none of them is finished.
@@ -77,7 +78,7 @@ def find_run(name: str) -> tuple[Path, str]:
             return path, ""
     called = [path for path in _runs() if path.name.startswith(name.removeprefix(f"{RUNS}/"))]
     if not called:
-        raise UserError(_no_run(name, folder))
+        raise UserError(_no_run(name, folder, where))
     records = {path: read_record(path) for path in called}
     done = [path for path in called if records[path]["status"] == FINISHED]
     if not done:
@@ -93,18 +94,18 @@ def _runs() -> list[Path]:
     return [path for path in sorted(RUNS.glob("*/")) if (path / "run.json").is_file()]
 
 
-def _no_run(name: str, folder: Path) -> Problem:
+def _no_run(name: str, folder: Path, where: str) -> Problem:
     expected = "a finished run: its folder, its name below ./runs or the beginning of it, or stage/recipe"
     if not folder.is_dir():
         found = f"there is no run '{name}'"
         close = nearest(name.removeprefix(f"{RUNS}/"), [path.name for path in _runs()])
-        return Problem("model.start", found, expected, close or ALL_RUNS)
+        return Problem(where, found, expected, close or ALL_RUNS)
     found = f"folder '{name}' is no run (it has no run.json)"
     if (folder.parent / "run.json").is_file():
-        return Problem("model.start", found, expected, f"did you mean '{folder.parent}'?")
+        return Problem(where, found, expected, f"did you mean '{folder.parent}'?")
     if (folder / "config.json").is_file():
-        return Problem("model.start", found, expected, f"it is a model: --base {name}")
-    return Problem("model.start", found, expected, ALL_RUNS)
+        return Problem(where, found, expected, f"it is a model: --base {name}")
+    return Problem(where, found, expected, ALL_RUNS)
 
 
 def _way_on(record: dict[str, Any]) -> str:

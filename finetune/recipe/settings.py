@@ -22,6 +22,16 @@ class Section(BaseModel):
     )
     NAMED: ClassVar[tuple[str, ...]] = ()
     """Settings that are a name, or a mapping of ``name`` and what belongs to it (``align.loss.beta=0.2``)."""
+    PLACES: ClassVar[tuple[str, ...]] = ()
+    """Settings that say where a run lies: what it holds names the run that uses it, not where."""
+
+    def made_of(self) -> list[str]:
+        """Return digests of what these settings name beside data and start: the user's programs, other runs.
+
+        Raises:
+            UserError: some of it is not there.
+        """
+        return []
 
 
 class RopeSettings(Section):
@@ -35,6 +45,8 @@ class RopeSettings(Section):
 
 class ModelSettings(Section):
     """The base model and how its weights are held."""
+
+    PLACES: ClassVar[tuple[str, ...]] = ("start",)
 
     base: Text = Field("tiny", description="short name (`llm-align list bases`), hub id, or folder")
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")

@@ -62,7 +62,7 @@ def start_of_run(text: str, *, stage: str) -> Start:
     run, note = find_run(text)
     record = finished_record(run)
     _refuse_scorer(str(run), record["stage"], stage=stage)
-    _refuse_lost_files(run, record)
+    refuse_lost_files(run, record, where="model.start")
     load, name = record["load"], _shown(run)
     method = yaml_file.read(run / "recipe.yaml")[0]["adapter"]
     notes = [note] if note else []
@@ -152,13 +152,13 @@ def _refuse_scorer(run: str, first: str, *, stage: str) -> None:
         raise UserError(Problem("model.start", found, expected, ALL_RUNS))
 
 
-def _refuse_lost_files(run: Path, record: dict[str, Any]) -> None:
+def refuse_lost_files(run: Path, record: dict[str, Any], *, where: str) -> None:
     """Raise UserError if what a run has saved is not there any more."""
     lost = [name for name in record.get("files", {}) if not (run / name).is_file()]
     if lost or not record.get("files"):
         found = f"'{run}' has lost {', '.join(lost)}" if lost else f"'{run}' has saved no weights"
         repair = f"`{record['command']} --force` makes it anew"
-        raise UserError(Problem("model.start", found, "the weights that a run saves", repair))
+        raise UserError(Problem(where, found, "the weights that a run saves", repair))
 
 
 def _shown(run: Path) -> str:

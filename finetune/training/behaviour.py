@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
-from typing import Any, Protocol
+from typing import Protocol
 
 from data_templates._segments import Message
 from finetune.data.gather import Place, read_conversations
@@ -11,7 +10,7 @@ from finetune.data.replies import worded
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.python_function import call_problems, load_function
+from finetune.recipe.python_function import call_problems, load_function, opinion_of
 from finetune.recipe.settings import EvaluateSettings
 from finetune.training.run_directory import RunDirectory
 from finetune.training.samples import Answer, question_of, spread
@@ -74,32 +73,13 @@ def mean_judgement(name: str, judge: Judge, prompts: Sequence[str], replies: Seq
     Raises:
         UserError: it raised something, gave no number, or had nothing to say about any.
     """
-    said = [_said(name, judge, prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    where = f"evaluate.judges.{name}"
+    said = [opinion_of(judge, *pair, where=where) for pair in zip(prompts, replies, strict=True)]
     numbers = [value for value in said if value is not None]
     if not numbers:
         found = f"None for each of {len(said)} prompts"
-        raise UserError(
-            Problem(f"evaluate.judges.{name}", found, "a number for some of the held-out prompts")
-        )
+        raise UserError(Problem(where, found, "a number for some of the held-out prompts"))
     return sum(numbers) / len(numbers)
-
-
-def _said(name: str, judge: Judge, prompt: str, reply: str) -> float | None:
-    try:
-        value: Any = judge(prompt, reply)
-    except Exception as error:  # the function is the user's and may raise anything
-        found = f"{type(error).__name__}: {error}"
-        raise UserError(_misjudged(name, found, prompt, reply)) from error
-    if value is None:
-        return None
-    if not isinstance(value, int | float) or not isfinite(value):
-        raise UserError(_misjudged(name, f"it returned {value!r}", prompt, reply))
-    return float(value)
-
-
-def _misjudged(name: str, found: str, prompt: str, reply: str) -> Problem:
-    at = f"{found}; prompt {prompt[:80]!r}, reply {reply[:80]!r}"
-    return Problem(f"evaluate.judges.{name}", at, "true, false, a number, or None")
 
 
 def load_judges(judges: Mapping[str, str]) -> dict[str, Judge]:

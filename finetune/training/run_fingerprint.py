@@ -1,4 +1,4 @@
-"""What a run is made of beside its settings: the content of its data, and of the run that it starts from."""
+"""What a run is made of beside its settings: the content of its data, of its start, of programs and runs."""
 
 import hashlib
 import json
@@ -11,16 +11,17 @@ from finetune.recipe.settings import StageSettings
 
 
 def run_fingerprint(settings: StageSettings) -> str:
-    """Return a digest of the data's content and of the weights that the run starts from.
+    """Return a digest of the data's content, of the weights that the run starts from, and of what else it uses.
 
     Raises:
-        UserError: data that are not there, or a start that is no finished run.
+        UserError: data that are not there, a start that is no finished run, or a program that is gone.
     """
-    data = data_fingerprint(settings.data)
+    found = data_fingerprint(settings.data)
     start = start_record(settings)
-    if start is None:
-        return data
-    return hashlib.sha256(json.dumps([data, start["files"]], sort_keys=True).encode()).hexdigest()
+    if start is not None:
+        found = _sha256([found, start["files"]])
+    used = [digest for _, section in settings for digest in section.made_of()]
+    return _sha256([found, *used]) if used else found
 
 
 def start_record(settings: StageSettings) -> dict[str, Any] | None:
@@ -35,3 +36,7 @@ def start_record(settings: StageSettings) -> dict[str, Any] | None:
     record = finished_record(path)
     names = {"name": path.name, "folder": str(path), "stage": record["stage"], "recipe": record["recipe"]}
     return {**names, "digest": record["digest"], "files": record["files"]}
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

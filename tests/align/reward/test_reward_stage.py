@@ -215,17 +215,17 @@ def test_the_rules_of_a_run_are_its_own_copies(single: Result, folder: Path) -> 
 
 
 def test_a_changed_rule_is_another_run(folder: Path, base_folder: Path) -> None:
-    from align.reward.rules import fingerprint_of
+    from finetune.training.run_fingerprint import run_fingerprint
 
     rules = [{"name": "brief", "function": f"{folder}/rules.py:brief"}]
     more = {"data.source": str(folder / "first.jsonl"), "data.held_out": 3, "reward.rules": rules}
     settings = load_recipe("quickstart", stage="reward", base=str(base_folder), settings=more).settings
-    before = fingerprint_of(settings)
+    before = run_fingerprint(settings)
     text = (folder / "rules.py").read_text()
     (folder / "rules.py").write_text(text + "# changed\n")
-    assert fingerprint_of(settings) != before
+    assert run_fingerprint(settings) != before
     (folder / "rules.py").write_text(text)
-    assert fingerprint_of(settings) == before
+    assert run_fingerprint(settings) == before
 
 
 def test_a_rule_that_gives_no_number_names_itself_and_the_row(single: Result) -> None:

@@ -1,0 +1,1 @@
+"""What is maximised: finished reward models and programs, weighted and put together."""

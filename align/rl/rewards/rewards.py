@@ -1,0 +1,135 @@
+"""What replies are worth: scores of reward models and programs, side by side and combined."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from align.reward.rules import Rule
+from align.reward.scorer import TOTAL, RewardModel
+from align.rl.rewards.combining import Numbers, length_cost, piecewise, weighted_sum
+from align.rl.rewards.settings import HELPFULNESS, LENGTH, SAFETY, RewardsSettings
+from data_templates._segments import Message
+from finetune.recipe.python_function import number_from
+from finetune.training.samples import question_of
+from finetune.training.stops import NotFiniteError
+
+Talks = Sequence[Sequence[Message]]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What replies are worth: ``total`` (N,) is maximised, ``parts`` holds each reward by itself, (N,)."""
+
+    total: Numbers
+    parts: dict[str, Numbers]
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A score of a reward model: the model's number among those loaded, and the score's name.
+
+    A head's score has mean 0 and deviation 1 over chosen completions of its training rows.
+    """
+
+    name: str
+    weight: float
+    model: int
+    score: str
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """All rewards of a recipe.
+
+    Attributes:
+        settings: how they are combined.
+        sources: the rewards, in the recipe's order.
+        models: reward models; several sources may be scores of one.
+        risky: tells whether a prompt may lead to unsafe replies, if the recipe asks for it.
+        tokenizer: counts the tokens of replies.
+        notes: what the user should know.
+    """
+
+    settings: RewardsSettings
+    sources: Sequence[Learnt | Rule]
+    models: Sequence[RewardModel]
+    risky: Callable[[str], Any] | None
+    tokenizer: PreTrainedTokenizerBase
+    notes: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the parts."""
+        own = [source.name for source in self.sources]
+        return [*own, LENGTH] if self.settings.length_penalty else own
+
+    def judge(self, talks: Talks, places: Sequence[str]) -> Judged:
+        """Return what the last replies of conversations are worth; an empty reply is one that ends at once.
+
+        Neighbours with the same prompt are read together.
+
+        Args:
+            talks: conversations that end with the assistant's reply.
+            places: what each one is called in a message.
+
+        Raises:
+            UserError: a program failed on a reply, or a template cannot write a conversation.
+            NotFiniteError: a reward model gave NaN or infinity.
+        """
+        if not talks:
+            return Judged(np.zeros(0), {name: np.zeros(0) for name in self.names})
+        prompts, replies = [question_of(talk) for talk in talks], [talk[-1].content for talk in talks]
+        scores = [_scores(model, talks, places) for model in self.models]
+        parts: dict[str, Numbers] = {}
+        for source in self.sources:
+            if isinstance(source, Learnt):
+                parts[source.name] = scores[source.model][source.score]
+            else:
+                parts[source.name] = np.asarray(source.scores(prompts, replies, places))
+        total = self._combined(parts, prompts)
+        if self.settings.length_penalty:
+            parts[LENGTH] = self._length_cost(replies)
+            total = total + parts[LENGTH]
+        _refuse_no_number(parts, places)
+        return Judged(total, parts)
+
+    def _combined(self, parts: Mapping[str, Numbers], prompts: Sequence[str]) -> Numbers:
+        weights = {source.name: source.weight for source in self.sources}
+        if self.settings.combine == "sum":
+            return weighted_sum(parts, weights)
+        asked = {prompt: self._is_risky(prompt) for prompt in dict.fromkeys(prompts)}
+        return piecewise(
+            weights[HELPFULNESS] * parts[HELPFULNESS],
+            weights[SAFETY] * parts[SAFETY],
+            [asked[prompt] for prompt in prompts],
+            below=self.settings.risky_below,
+        )
+
+    def _is_risky(self, prompt: str) -> bool:
+        risky = self.risky
+        if risky is None:
+            return False
+        return bool(number_from(lambda text, _: risky(text), prompt, "", where="reward.risky"))
+
+    def _length_cost(self, replies: Sequence[str]) -> Numbers:
+        ids: list[list[int]] = self.tokenizer(list(replies), add_special_tokens=False)["input_ids"]
+        per_token, free = self.settings.length_penalty, self.settings.length_free
+        return length_cost([len(one) for one in ids], per_token=per_token, free=free)
+
+
+def _scores(model: RewardModel, talks: Talks, places: Sequence[str]) -> dict[str, Numbers]:
+    """Return all scores of a reward model; those of heads are normalised, as their sum is."""
+    raw = model.score_talks(talks, places)
+    found = {**raw, **model.normalised(raw), TOTAL: raw[TOTAL]}
+    return {name: np.asarray(values, dtype=np.float64) for name, values in found.items()}
+
+
+def _refuse_no_number(parts: Mapping[str, Numbers], places: Sequence[str]) -> None:
+    """Raise NotFiniteError for the first reward that is no number; programs' were looked at before."""
+    for name, values in parts.items():
+        wrong = np.flatnonzero(~np.isfinite(values))
+        if wrong.size:
+            raise NotFiniteError(f"reward '{name}' is {values[wrong[0]]} on {places[wrong[0]]}")
