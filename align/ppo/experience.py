@@ -118,7 +118,8 @@ class Collector:
         with self.timed("scoring"), arithmetic(self.roles.policy, self.precision):
             for part in passes:
                 ids = [replies.prompts[i].ids for i in part], [replies.completions[i].ids for i in part]
-                batch = {name: value.to(device) for name, value in lay_out(*ids, pad_id=pad).items()}
+                laid = lay_out(*ids, pad_id=pad)
+                batch = {name: value.to(device) for name, value in laid.items() if isinstance(value, Tensor)}
                 logps, entropies, values = self.roles(batch, spread=True)
                 with self.start.in_place():
                     reference, _ = policy_tables(
@@ -157,7 +158,7 @@ def rows_of_rollout(prompts: int, size: int, rollout: int, *, seed: int) -> list
 
 
 def cut_updates(
-    lengths: np.ndarray, *, batch_size: int, size: int, draw: Sequence[int]
+    lengths: Sequence[int], *, batch_size: int, size: int, draw: Sequence[int]
 ) -> list[list[list[int]]]:
     """Cut a rollout into the optimizer steps of one epoch, and these into forward passes.
 
@@ -167,18 +168,20 @@ def cut_updates(
         size: episodes of a forward pass.
         draw: seeds of the order.
 
-    >>> cut_updates(np.array([3, 9, 4, 8]), batch_size=4, size=2, draw=[0])
+    >>> cut_updates([3, 9, 4, 8], batch_size=4, size=2, draw=[0])
     [[[1, 3], [2, 0]]]
     """
     order = np.random.default_rng([CUT, *draw]).permutation(len(lengths))
     steps = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    by_length = [step[np.argsort(-lengths[step], kind="stable")].tolist() for step in steps]
+    longest_first = -np.asarray(lengths)
+    by_length = [step[np.argsort(longest_first[step], kind="stable")].tolist() for step in steps]
     return [[step[start : start + size] for start in range(0, len(step), size)] for step in by_length]
 
 
 def whole_lengths(replies: Replies) -> np.ndarray:
     """Return the tokens of each reply with its prompt: (episodes,)."""
-    return np.array([len(prompt.ids) for prompt in replies.prompts]) + _lengths(replies)
+    own: np.ndarray = np.array([len(prompt.ids) for prompt in replies.prompts]) + _lengths(replies)
+    return own
 
 
 def _lengths(replies: Replies) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is watched of replies: reward, distance, length, ends, entropy; numbers for people and for stop rules."""
+"""What is watched of replies: reward, distance, length, ends, entropy; for people and for stop rules."""
 
 from math import isfinite
 
@@ -12,7 +12,7 @@ from align.rl.maths.masked import masked_mean
 
 
 def of_replies(replies: Replies) -> dict[str, float]:
-    """Return means over replies: reward and its parts, tokens, the share that ended, the share that differ."""
+    """Return means over replies: reward and its parts, tokens, shares that ended and that differ."""
     lengths = replies.lengths.double()
     found = {f"reward_{name}": float(np.mean(part)) for name, part in replies.judged.parts.items()}
     return {
@@ -40,7 +40,7 @@ def of_distance(replies: Replies, said: Said) -> dict[str, float]:
 
 
 def of_values(values: torch.Tensor, returns: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
-    """Return how well values foretold returns: 1 all of it, 0 no better than their mean; nothing if all equal."""
+    """Return how well values foretold returns: 1 all of it, 0 as a constant would; none if all are equal."""
     mask = token_mask(lengths, values.shape[1])
     found = float(explained_variance(values, returns, mask))
     return {"explained_variance": found} if isfinite(found) else {}

@@ -1,4 +1,4 @@
-"""What happened to a policy while it learnt from rewards: what is normal, what is not, what to do about it."""
+"""What happened to a policy while it learnt from rewards: what is normal, what is not, what to do then."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,8 +11,8 @@ NOTHING = 0.02
 LOST = 0.05
 """What a judge's mean has fallen by where the reward is not what it stands for."""
 FAR = 25.0
-"""Nats a reply: from about here learnt rewards are wrong more often than right (arXiv 2210.10760, figure 1: the
-true reward's best is at a distance of 4 to 100, the smaller the reward model the nearer)."""
+"""Nats a reply, our choice: a learnt reward and the true one part ways with the distance, the sooner the
+smaller the reward model (arXiv 2210.10760)."""
 NEGATIVE = -0.05
 """Nats a reply below which a distance is not the noise of its estimate."""
 CLIPPED = 0.3

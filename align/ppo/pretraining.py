@@ -1,4 +1,4 @@
-"""PPO-ptx: beside its rewards the policy goes on learning what it had learnt (arXiv 2203.02155, equation 2)."""
+"""PPO-ptx: beside its rewards the policy goes on learning what it had learnt (InstructGPT, equation 2)."""
 
 from dataclasses import dataclass
 from typing import Any

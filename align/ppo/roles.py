@@ -1,4 +1,4 @@
-"""The trained roles of PPO as one model: the policy, and the value with modules of its own on the same base."""
+"""The trained roles of PPO as one model: the policy, and the value with its own modules on the same base."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ class Roles(nn.Module):
         scores = all_scores(self.value, batch)[..., self.column]
         return as_table(scores[batch["predicts"]][batch["sources"]], batch)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Return what is trained: the frozen base is in no checkpoint."""
         return {name: weight.detach() for name, weight in self.named_parameters() if weight.requires_grad}
 

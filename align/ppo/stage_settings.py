@@ -22,7 +22,7 @@ class Settings(StageSettings):
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return what contradicts itself, before anything is loaded."""
         sound = set(valid)
-        found = self.reward.problems(self, valid)
+        found = list(self.reward.problems(self, valid))
         if "train" in sound:
             found += _train(self)
         if {"ppo", "train"} <= sound:

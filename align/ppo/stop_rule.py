@@ -1,4 +1,4 @@
-"""When a PPO run is not worth going on with, and why: collapse, over-optimisation, length hacking, distance."""
+"""When a PPO run is not worth going on with, and why: collapse, over-optimisation, length, distance."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,11 +32,11 @@ def why_stop(first: Numbers, now: Numbers, rules: StopSettings) -> str:
         return f"collapsed: {share} (stop.ends {rules.ends:g})"
     if rules.kl is not None and now["kl"] > rules.kl:
         return f"too far from the start: {now['kl']:.2f} nats a reply, more than stop.kl ({rules.kl:g})"
-    if rules.longer is not None and now["length"] > rules.longer * first["length"]:
-        if now["length_reward"] > LONGER_IS_BETTER:
-            grew = f"from {first['length']:.1f} to {now['length']:.1f} tokens"
-            why = f"a reply's length and its reward correlate by {now['length_reward']:.2f}"
-            return f"length hacking: replies grew {grew}, and {why} (stop.longer {rules.longer:g})"
+    grew = rules.longer is not None and now["length"] > rules.longer * first["length"]
+    if grew and now["length_reward"] > LONGER_IS_BETTER:
+        tokens = f"from {first['length']:.1f} to {now['length']:.1f} tokens"
+        why = f"a reply's length and its reward correlate by {now['length_reward']:.2f}"
+        return f"length hacking: replies grew {tokens}, and {why} (stop.longer {rules.longer:g})"
     return ""
 
 

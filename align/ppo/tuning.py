@@ -253,8 +253,8 @@ class PpoTuning:
         found = value_run(self.settings)
         begins = "the policy's start, with a head of zeros" if found is None else f"{found[0]}"
         self.job.say(
-            f"{own:,} parameters of the policy are trained, {counted.trained - own:,} of the value (begins as "
-            f"{begins}); {counted.total:,} with the base that all share"
+            f"{own:,} parameters of the policy are trained, and {counted.trained - own:,} of the value, "
+            f"which begins as {begins}; {counted.total:,} with the base that all share"
         )
 
     def _refuse_passes(self) -> None:
