@@ -1,6 +1,7 @@
-"""The small tokenizers of the data's tests serve here too."""
+"""The small tokenizers, models and bases of other tests serve here too."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2] / "finetune" / "data"))
+TESTS = Path(__file__).parents[2]
+sys.path += [str(TESTS / "finetune" / room) for room in ("data", "adapters", "training")]

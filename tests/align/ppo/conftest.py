@@ -1,0 +1,12 @@
+"""The toy bases of the adapters' tests serve here too."""
+
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[2]
+sys.path += [
+    str(TESTS / "finetune" / "data"),
+    str(TESTS / "finetune" / "adapters"),
+    str(TESTS / "align" / "preference"),
+    str(TESTS / "align" / "reward"),
+]
