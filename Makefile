@@ -10,6 +10,7 @@ BASE ?=
 DATA ?=
 ADAPTER ?=
 FROM ?=
+REWARD ?=
 OUT ?=
 ARGS ?=
 
@@ -17,13 +18,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STAGES := $(filter-out __init__,$(notdir $(basename $(wildcard finetune/stages/*.py align/stages/*.py))))
 OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPTER),--adapter $(ADAPTER)) \
-          $(if $(FROM),--from $(FROM)) $(if $(OUT),--out $(OUT))
+          $(if $(FROM),--from $(FROM)) $(if $(REWARD),--reward $(REWARD)) $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv $(STAGES) list show data chat merge test test-all check tiny-base tiny-data compare clean
 
 help:  ## show this
-	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [FROM=run] [OUT=dir] [ARGS=\"section.key=value ...\"]"
+	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [FROM=run] [REWARD=run] [OUT=dir] [ARGS=\"section.key=value ...\"]"
 	@echo
 	@echo "  $(STAGES)   run a stage; without RECIPE its quickstart: embedded model and data, offline, on the CPU"
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'

@@ -36,6 +36,7 @@ def load_recipe(
     data: str | list[dict[str, Any]] | None = None,
     adapter: str | None = None,
     start: str | Path | None = None,
+    reward: str | Path | None = None,
     out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Recipe:
@@ -49,14 +50,21 @@ def load_recipe(
         data: hub id, file, folder, or a list of rows.
         adapter: name of an adapter.
         start: a finished run to go on from: its folder, its name, or ``stage/recipe``.
+        reward: what replies are worth, for stages that maximise it: a finished run of stage reward, or
+            ``reward/recipe``, or ``file.py:function``.
         out: the run directory.
         settings: further values, ``{"train.epochs": 3}``.
 
     Raises:
         UserError: every mistake that could be found.
     """
-    begin = str(start) if start is not None else None
-    shortcuts = {"model.base": base, "data.source": data, "adapter.method": adapter, "model.start": begin}
+    shortcuts = {
+        "model.base": base,
+        "data.source": data,
+        "adapter.method": adapter,
+        "model.start": str(start) if start is not None else None,
+        "reward.sources": str(reward) if reward is not None else None,
+    }
     given = {key: value for key, value in shortcuts.items() if value is not None} | dict(settings or {})
     known, notes = (name, []) if name else default_recipe(stage, given)
     recipe = load(stage, known, shortcuts=given, out=Path(out) if out is not None else None)
@@ -96,7 +104,8 @@ def load_reward(directory: str | Path) -> "RewardModel":
 def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") -> "Result":
     """Run a recipe and return its result; a run that is finished already is returned at once.
 
-    Where the recipe starts from another recipe's run (``model.start: sft/quickstart``), that runs first.
+    Where the recipe starts from another recipe's run (``model.start: sft/quickstart``), or is rewarded by
+    one, that runs first.
 
     Args:
         recipe: what ``load_recipe`` gave.

@@ -10,12 +10,14 @@ import click
 
 from align.api import quiet, run
 from align.default_recipe import QUICKSTART, default_recipe
+from align.rl.rewards.settings import maximises_rewards
 from finetune.recipe.discovery import plugin_summary, recipe_names, stage_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, load
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
 FROM = "Finished run to go on from: folder, name or its beginning; or STAGE/RECIPE, run first if need be."
+REWARD = "What replies are worth: a finished reward run, reward/RECIPE, or file.py:function."
 
 EPILOG = """\b
 Examples:
@@ -72,17 +74,21 @@ def _stage_command(stage: str, package: str) -> click.Command:
         start: str | None,
         out: Path | None,
         force: bool,
+        reward: str | None = None,
     ) -> None:
         shortcuts = {
             "model.base": base,
             "data.source": data,
             "adapter.method": adapter,
             "model.start": start,
+            "reward.sources": reward,
         }
         given = {key: value for key, value in shortcuts.items() if value is not None}
         recipe = _recipe(stage, words, given, out)
         _run_stage(recipe, force=force)
 
+    if maximises_rewards(stage):
+        command.params.insert(-2, click.Option(["--reward"], metavar="RUN", help=REWARD))
     return command
 
 

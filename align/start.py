@@ -1,4 +1,4 @@
-"""A recipe that starts from another recipe's run: found where it is finished, made first where it is not."""
+"""A recipe that needs other recipes' runs: found where they are finished, made first where they are not."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,38 +7,66 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from align.rl.rewards.settings import RewardSource, RewardsSettings
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.runs import find_run
 from finetune.recipe.start import is_recipe
 from finetune.training.run_directory import RunDirectory
 from finetune.training.run_fingerprint import run_fingerprint
 
 
 def ready(recipe: Recipe, console: Console) -> Recipe:
-    """Return the recipe with a finished run as its start.
+    """Return the recipe with finished runs as its start and as its rewards.
 
     Args:
-        recipe: its ``model.start`` may be ``stage/recipe``; that recipe's run is found by its digest.
-        console: where the run that comes first shows its progress.
+        recipe: its ``model.start`` and its ``reward.sources`` may be ``stage/recipe``; such a recipe's run is
+            found by its digest.
+        console: where a run that comes first shows its progress.
 
     Raises:
-        UserError: mistakes in the recipe that comes first, or in its data.
+        UserError: mistakes in a recipe that comes first, or in its data.
         Interrupted: a signal came while it ran.
         NotFiniteError: its loss or gradient became NaN or infinite.
     """
     start = recipe.settings.model.start
-    if start is None or not is_recipe(start):
-        return recipe
-    stage, _, name = start.partition("/")
+    if start is not None and is_recipe(start):
+        recipe = _starting_from(_made(start, recipe, console, "starts from"), recipe)
+    reward = dict(recipe.settings).get("reward")
+    return _rewarded(recipe, reward, console) if isinstance(reward, RewardsSettings) else recipe
+
+
+def _rewarded(recipe: Recipe, reward: RewardsSettings, console: Console) -> Recipe:
+    """Return the recipe with folders of finished runs in place of what its reward runs are called."""
+    sources: list[RewardSource] = []
+    notes: list[str] = []
+    for index, source in enumerate(reward.sources):
+        if source.run is None:
+            sources.append(source)
+            continue
+        if is_recipe(source.run):
+            run = _made(source.run, recipe, console, "is rewarded by")
+        else:
+            run, note = find_run(source.run, where=f"reward.sources[{index}].run")
+            notes += [note] if note else []
+        sources.append(source.model_copy(update={"run": str(run)}))
+    section = reward.model_copy(update={"sources": sources})
+    settings = recipe.settings.model_copy(update={"reward": section})
+    return replace(recipe, settings=settings, notes=recipe.notes + notes)
+
+
+def _made(text: str, recipe: Recipe, console: Console, verb: str) -> Path:
+    """Return the folder of a recipe's finished run; it runs now if need be."""
+    stage, _, name = text.partition("/")
     first = ready(load(stage, name), console)
     run = RunDirectory.open(first, run_fingerprint(first.settings), force=False)
     if run.finished:
-        _say(console, f"starts from {run.path} ({start})")
+        _say(console, f"{verb} {run.path} ({text})")
     else:
-        _say(console, f"starts from {run.path}, the run of {start}: it is not finished, and runs first")
+        _say(console, f"{verb} {run.path}, the run of {text}: it is not finished, and runs first")
         load_stage(stage).run(first, console, command=f"llm-align {stage} {name}")
         _say(console, f"{run.path} is finished; now {recipe.stage} {recipe.name}")
-    return _starting_from(run.path, recipe)
+    return run.path
 
 
 def _starting_from(run: Path, recipe: Recipe) -> Recipe:

@@ -52,8 +52,8 @@ class Recipe:
         """Return 8 hex digits that name the run: same settings and same data, same name.
 
         Args:
-            data_fingerprint: digest of the data's content, of the start's and of other runs'; where those lie,
-                and under which names, is not part of it.
+            data_fingerprint: digest of the data's content, of the start's and other runs'; where those
+                lie, and under which names, is not part of it.
         """
         content = self.values()
         start = self.settings.model.start

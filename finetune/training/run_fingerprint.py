@@ -11,7 +11,7 @@ from finetune.recipe.settings import StageSettings
 
 
 def run_fingerprint(settings: StageSettings) -> str:
-    """Return a digest of the data's content, of the weights that the run starts from, and of what else it uses.
+    """Return a digest of the data's content, of the weights that a run starts from, and of what else it uses.
 
     Raises:
         UserError: data that are not there, a start that is no finished run, or a program that is gone.

@@ -9,13 +9,13 @@ Numbers = np.ndarray
 
 
 def weighted_sum(parts: Mapping[str, Numbers], weights: Mapping[str, float]) -> Numbers:
-    """Return r = sum_i w_i r_i (Glaese et al. 2022, arXiv 2209.14375, section 2.6, for preferences and rules).
+    """Return r = sum_i w_i r_i (Glaese et al. 2022, arXiv 2209.14375, section 2.6: preferences and rules).
 
     Args:
         parts: (N,) of each reward.
         weights: how many times each counts.
     """
-    return np.sum([weights[name] * values for name, values in parts.items()], axis=0, dtype=np.float64)
+    return np.asarray(sum(weights[name] * values for name, values in parts.items()))
 
 
 def piecewise(helpfulness: Numbers, safety: Numbers, risky: Sequence[bool], *, below: float) -> Numbers:

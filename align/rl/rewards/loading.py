@@ -99,7 +99,7 @@ def _stored_otherwise(run: Path, base: PreTrainedModel) -> Iterator[str]:
     theirs, own = (load["precision"], load["quantization"]), _stored(base)
     if theirs != own:
         yield (
-            f"{run} learnt on a base in {_shown(*theirs)}, and scores on the policy's, in {_shown(*own)}: its "
+            f"{run} learnt on a base in {_shown(*theirs)}, and scores on the policy's in {_shown(*own)}: its "
             "scores differ a little from those that `llm-align score` gives"
         )
 

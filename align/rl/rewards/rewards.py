@@ -97,16 +97,11 @@ class Rewards:
         return Judged(total, parts)
 
     def _combined(self, parts: Mapping[str, Numbers], prompts: Sequence[str]) -> Numbers:
-        weights = {source.name: source.weight for source in self.sources}
         if self.settings.combine == "sum":
-            return weighted_sum(parts, weights)
+            return weighted_sum(parts, {source.name: source.weight for source in self.sources})
         asked = {prompt: self._is_risky(prompt) for prompt in dict.fromkeys(prompts)}
-        return piecewise(
-            weights[HELPFULNESS] * parts[HELPFULNESS],
-            weights[SAFETY] * parts[SAFETY],
-            [asked[prompt] for prompt in prompts],
-            below=self.settings.risky_below,
-        )
+        risky = [asked[prompt] for prompt in prompts]
+        return piecewise(parts[HELPFULNESS], parts[SAFETY], risky, below=self.settings.risky_below)
 
     def _is_risky(self, prompt: str) -> bool:
         risky = self.risky

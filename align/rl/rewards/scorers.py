@@ -81,7 +81,9 @@ def _of_recipe(text: str, where: str) -> Scorer:
 
 
 def _other_stage(where: str, found: str, stage: str) -> Problem:
-    return Problem(where, f"{found} of stage {stage}, whose model gives no scores", "one of stage reward", ALL_RUNS)
+    return Problem(
+        where, f"{found} of stage {stage}, whose model gives no scores", "one of stage reward", ALL_RUNS
+    )
 
 
 def _circle(text: str, above: tuple[str, ...]) -> tuple[str, ...]:

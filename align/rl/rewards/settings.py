@@ -11,13 +11,14 @@ from pydantic import BeforeValidator, Field
 
 from align.reward.settings import ARGUMENTS
 from align.rl.rewards.scorers import LONE_HEAD, same_base, scorer_of
+from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError, nearest, one_of
 from finetune.recipe.python_function import call_problems, file_digest, load_function
 from finetune.recipe.runs import find_run, finished_record
 from finetune.recipe.settings import Count, Section, StageSettings, Text
 from finetune.recipe.start import is_recipe
 
-LENGTH, TOTAL = "length", "total"
+LENGTH, TOTAL = "length_penalty", "total"
 HELPFULNESS, SAFETY = "helpfulness", "safety"
 """The names of the two sources that ``llama2`` combines."""
 
@@ -76,7 +77,7 @@ class RewardsSettings(Section):
     # Llama 2 (arXiv 2307.09288), section 3.2.3; weighted sums as in Sparrow (arXiv 2209.14375), section 2.6.
     combine: Literal["sum", "llama2"] = Field(
         "sum",
-        description="weighted sum; or llama2: safety where the prompt or the reply is risky, else helpfulness",
+        description="weighted sum; or llama2: safety where the prompt or the reply is risky, else help",
     )
     risky: Text | None = Field(
         None, description="for llama2: file.py:function; (prompt) -> does it ask for something unsafe?"
@@ -124,6 +125,12 @@ class RewardsSettings(Section):
         return found + ([file_digest(self.risky, where="reward.risky")] if self.risky is not None else [])
 
 
+def maximises_rewards(stage: str) -> bool:
+    """Tell whether a stage's recipe names rewards."""
+    field = load_stage(stage).Settings.model_fields.get("reward")
+    return field is not None and field.annotation is RewardsSettings
+
+
 def folder_of(source: RewardSource, *, where: str) -> Path:
     """Return the folder of a source's finished run.
 
@@ -142,12 +149,19 @@ def _combination(rewards: RewardsSettings) -> Iterator[Problem]:
     sources = rewards.sources
     if not sources:
         repair = "--reward RUN, or reward.sources=[{function: my.py:good}]"
-        yield Problem("reward.sources", "nothing says what a reply is worth", "a reward run or a program", repair)
+        yield Problem(
+            "reward.sources", "nothing says what a reply is worth", "a reward run or a program", repair
+        )
     names = sorted(source.called for source in sources)
     if rewards.combine == "llama2" and names != [HELPFULNESS, SAFETY]:
         found = f"llama2 with {', '.join(names) or 'no source'}"
-        repair = "reward.sources=[{run: R, score: helpfulness}, {run: S, score: safety}], or give them a name:"
+        repair = (
+            "reward.sources=[{run: R, score: helpfulness}, {run: S, score: safety}], or give them a name:"
+        )
         yield Problem("reward.combine", found, "two sources called helpfulness and safety", repair)
+    if rewards.combine == "llama2" and any(source.weight != 1 for source in sources):
+        found = "llama2 with weights, and it takes one score or the other"
+        yield Problem("reward.combine", found, "weights of 1", "reward.combine=sum, or leave weight: out")
     if rewards.combine == "sum" and rewards.risky is not None:
         yield Problem("reward.risky", "given with reward.combine=sum", "null", "reward.combine=llama2")
     if sources and not any(source.weight for source in sources):
@@ -166,7 +180,9 @@ def _source(
     source: RewardSource, stage: StageSettings, valid: Collection[str], *, where: str
 ) -> Iterator[Problem]:
     if (source.run is None) == (source.function is None):
-        found = "neither run nor function is given" if source.run is None else "both run and function are given"
+        found = (
+            "neither run nor function is given" if source.run is None else "both run and function are given"
+        )
         yield Problem(where, found, "exactly one of run and function")
     elif source.function is not None:
         yield from _program(source.function, ARGUMENTS, f"{where}.function")
@@ -199,8 +215,12 @@ def _run(source: RewardSource, stage: StageSettings, valid: Collection[str], whe
     if "model" in valid and not same_base(mine, theirs):
         found = f"'{source.run}' scores on base '{theirs.base}', and the policy is '{mine.base}'"
         repair = f"llm-align reward --base {mine.base} makes one; or start from a run on {theirs.base}"
-        yield Problem(f"{where}.run", found, "a reward run on the policy's base, whose weights they share", repair)
+        yield Problem(
+            f"{where}.run", found, "a reward run on the policy's base, whose weights they share", repair
+        )
     elif "data" in valid and scorer.template != stage.data.template:
-        found = f"'{source.run}' has learnt template '{scorer.template}', the policy has '{stage.data.template}'"
+        found = (
+            f"'{source.run}' has learnt template '{scorer.template}', the policy has '{stage.data.template}'"
+        )
         repair = f"data.template={scorer.template}, or a reward run with data.template={stage.data.template}"
         yield Problem(f"{where}.run", found, "one template for both", repair)

@@ -1,0 +1,59 @@
+"""What the tests of rewards share: comparisons, programs, and a stage's settings that name rewards."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from align.rl.rewards.settings import RewardsSettings
+from data_templates._segments import Message
+from finetune.recipe.errors import Problem
+from finetune.recipe.settings import DataSettings, ModelSettings, StageSettings
+
+PAIRS = [
+    {"prompt": f"Add the numbers. {i}", "chosen": f"good {i % 7}", "rejected": f"evil {i % 5}"}
+    for i in range(20)
+]
+PROGRAMS = """\
+def brief(prompt, completion):
+    return -len(completion) / 10
+
+def asks(prompt):
+    return "danger" in prompt
+
+def good(prompt, completion):
+    return "good" in completion
+
+def few(prompt):
+    return 1.0
+
+def broken(prompt, completion):
+    return 1 / len(completion)
+
+def nan(prompt, completion):
+    return float("nan")
+
+def text(prompt, completion):
+    return completion
+"""
+
+
+class Rewarded(StageSettings):
+    """The sections of a stage that names rewards."""
+
+    reward: RewardsSettings = RewardsSettings()
+
+    def problems(self, valid: Collection[str]) -> list[Problem]:
+        return self.reward.problems(self, valid)
+
+
+def rewards(*sources: Any, **settings: Any) -> RewardsSettings:
+    return RewardsSettings.model_validate({"sources": list(sources), **settings})
+
+
+def stage(base: Path, section: RewardsSettings, *, template: str = "plain") -> Rewarded:
+    model, data = ModelSettings(base=str(base)), DataSettings(template=template, source="rows.jsonl")
+    return Rewarded(model=model, data=data, reward=section)
+
+
+def talk(prompt: str, reply: str) -> list[Message]:
+    return [Message("user", prompt), Message("assistant", reply)]

@@ -1,0 +1,207 @@
+"""A recipe's rewards: short forms, every mistake told at once, and a digest of what the runs hold."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reward_sections import Rewarded, rewards, stage
+
+from align.rl.rewards.settings import RewardsSettings, folder_of, maximises_rewards
+from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import Recipe
+from finetune.training.run_fingerprint import run_fingerprint
+
+Places = dict[str, str]
+Given = Callable[[Places], tuple[list[Any], dict[str, Any]]]
+
+
+def problems(base: Path, section: RewardsSettings, **how: str) -> list[tuple[str, str]]:
+    found = stage(base, section, **how).problems(("model", "data", "reward"))
+    return [(problem.where, str(problem)) for problem in found]
+
+
+@pytest.fixture
+def places(
+    lone_run: Path, whole_run: Path, talker_run: Path, rewards_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Places:
+    """Return what the cases below name, with an empty folder as the place where the user is."""
+    runs = {"lone": lone_run, "whole": whole_run, "talker": talker_run}
+    return {name: str(path) for name, path in runs.items()} | {"file": f"{rewards_folder}/programs.py"}
+
+
+def test_short_forms_mean_the_long_ones() -> None:
+    run, program = {"run": "reward/quickstart"}, {"function": "my.py:good"}
+    assert RewardsSettings.model_validate({"sources": "reward/quickstart"}) == rewards(run)
+    assert RewardsSettings.model_validate({"sources": run}) == rewards(run)
+    assert rewards("reward/quickstart", "my.py:good") == rewards(run, program)
+    names = [
+        source.called
+        for source in rewards(run, program, {**run, "score": "help"}, {**run, "name": "n"}).sources
+    ]
+    assert names == ["reward", "good", "help", "n"]
+
+
+CASES: dict[str, tuple[Given, str, str]] = {
+    "nothing": (lambda at: ([], {}), "reward.sources", "nothing says what a reply is worth"),
+    "neither": (lambda at: ([{"weight": 2.0}], {}), "reward.sources[0]", "neither run nor function is given"),
+    "both": (
+        lambda at: ([{"run": at["lone"], "function": f"{at['file']}:good"}], {}),
+        "reward.sources[0]",
+        "both run and function are given",
+    ),
+    "an unknown function": (
+        lambda at: ([f"{at['file']}:god"], {}),
+        "reward.sources[0].function",
+        "did you mean 'good'?",
+    ),
+    "no such file": (lambda at: (["no/such.py:f"], {}), "reward.sources[0].function", "does not exist"),
+    "wrong arguments": (
+        lambda at: ([f"{at['file']}:few"], {}),
+        "reward.sources[0].function",
+        "a function that takes (prompt, completion)",
+    ),
+    "a score of a function": (
+        lambda at: ([{"function": f"{at['file']}:good", "score": "x"}], {}),
+        "reward.sources[0].score",
+        "a function has one number",
+    ),
+    "the same name twice": (
+        lambda at: ([at["lone"], at["whole"]], {}),
+        "reward.sources[1].name",
+        "'reward' is there twice",
+    ),
+    "no such run": (
+        lambda at: (["reward-nobody"], {}),
+        "reward.sources[0].run",
+        "there is no run 'reward-nobody'",
+    ),
+    "a run that writes text": (lambda at: ([at["talker"]], {}), "reward.sources[0].run", "of stage sft"),
+    "a recipe of another stage": (
+        lambda at: (["sft/quickstart"], {}),
+        "reward.sources[0].run",
+        "of stage sft",
+    ),
+    "no such recipe": (
+        lambda at: (["reward/quickstrat"], {}),
+        "recipe 'quickstrat'",
+        "did you mean 'quickstart'?",
+    ),
+    "another base": (
+        lambda at: (["reward/quickstart"], {}),
+        "reward.sources[0].run",
+        "scores on base 'tiny', and the policy is",
+    ),
+    "no such score": (
+        lambda at: ([{"run": at["lone"], "score": "rewrad"}], {}),
+        "reward.sources[0].score",
+        "did you mean 'reward'?",
+    ),
+    "llama2 with one source": (
+        lambda at: ([at["lone"]], {"combine": "llama2"}),
+        "reward.combine",
+        "two sources called helpfulness and safety",
+    ),
+    "llama2 with weights": (
+        lambda at: (
+            [
+                {"run": at["lone"], "name": "helpfulness", "weight": 2.0},
+                {"run": at["whole"], "name": "safety"},
+            ],
+            {"combine": "llama2"},
+        ),
+        "reward.combine",
+        "weights of 1",
+    ),
+    "risky without llama2": (
+        lambda at: ([at["lone"]], {"risky": f"{at['file']}:asks"}),
+        "reward.risky",
+        "reward.combine=sum",
+    ),
+    "risky of two arguments": (
+        lambda at: ([at["lone"]], {"risky": f"{at['file']}:good"}),
+        "reward.risky",
+        "a function that takes (prompt)",
+    ),
+    "nothing counts": (
+        lambda at: ([{"run": at["lone"], "weight": 0.0}], {}),
+        "reward.sources",
+        "each weight is 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistakes_are_told_before_anything_is_loaded(case: str, places: Places, base_folder: Path) -> None:
+    given, where, told = CASES[case]
+    sources, settings = given(places)
+    found = problems(base_folder, rewards(*sources, **settings))
+    assert any(place == where and told in text for place, text in found), found
+
+
+def test_another_template_is_told_but_for_a_model_of_its_own(places: Places, base_folder: Path) -> None:
+    [(where, told)] = problems(base_folder, rewards(places["lone"]), template="alpaca")
+    assert where == "reward.sources[0].run" and "has learnt template 'plain'" in told
+    assert problems(base_folder, rewards(places["whole"]), template="alpaca") == []
+    assert problems(base_folder, rewards(places["lone"], f"{places['file']}:good")) == []
+
+
+def test_a_run_that_lost_its_weights_and_one_that_is_not_finished(
+    lone_run: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(lone_run, copy)
+    (copy / "adapter" / "adapter_model.safetensors").unlink()
+    [(where, told)] = problems(base_folder, rewards(str(copy)))
+    assert where == "reward.sources[0].run" and "has lost adapter/adapter_model.safetensors" in told
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    [(_, told)] = problems(base_folder, rewards(str(copy)))
+    assert "a run that is interrupted" in told and "goes on from its checkpoint" in told
+
+
+def test_a_recipe_that_leads_back_to_itself_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "recipes" / "reward"
+    folder.mkdir(parents=True)
+    for name, start in (("one", "reward/two"), ("two", "reward/one")):
+        (folder / f"{name}.yaml").write_text(f"model: {{start: {start}}}\n")
+    monkeypatch.chdir(tmp_path)
+    [(where, told)] = problems(tmp_path, rewards("reward/one"))
+    assert where == "reward.sources[0].run"
+    assert "a circle: reward/one -> reward/two -> reward/one" in told
+
+
+def digest(base: Path, section: RewardsSettings) -> str:
+    settings = stage(base, section)
+    data = settings.data.model_copy(update={"source": [{"prompt": "p"}]})
+    settings = settings.model_copy(update={"data": data})
+    assert isinstance(settings, Rewarded)
+    return Recipe("rejection", "x", "", settings, {}).digest(run_fingerprint(settings))
+
+
+def test_a_digest_is_of_what_runs_and_programs_hold_and_not_of_where_they_lie(
+    lone_run: Path, whole_run: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    copy, program = tmp_path / "copy", tmp_path / "my.py"
+    shutil.copytree(lone_run, copy)
+    program.write_text("def good(prompt, completion):\n    return 1.0\n")
+    first = digest(base_folder, rewards(str(lone_run)))
+    assert digest(base_folder, rewards(str(copy))) == first
+    other = rewards({"run": str(lone_run), "weight": 2.0})
+    learnt = [first, digest(base_folder, rewards(str(whole_run))), digest(base_folder, other)]
+    programs = [digest(base_folder, rewards(f"{program}:good"))]
+    program.write_text("def good(prompt, completion):\n    return 2.0\n")
+    programs.append(digest(base_folder, rewards(f"{program}:good")))
+    assert len({*learnt, *programs}) == 5
+
+
+def test_a_recipe_whose_run_is_not_made_has_no_folder() -> None:
+    [source] = rewards("reward/quickstart").sources
+    with pytest.raises(UserError, match="`llm-align reward quickstart` makes it"):
+        folder_of(source, where="reward.sources[0].run")
+
+
+def test_the_option_is_for_stages_that_maximise_rewards() -> None:
+    assert not maximises_rewards("sft") and not maximises_rewards("reward")
