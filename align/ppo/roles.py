@@ -69,6 +69,15 @@ class Roles(nn.Module):
         """Return what is trained: the frozen base is in no checkpoint."""
         return {name: weight.detach() for name, weight in self.named_parameters() if weight.requires_grad}
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Take what ``state_dict`` gave; that the base is not in it is as it should be."""
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        lost = self.state_dict().keys() & set(found.missing_keys)
+        assert not lost and not found.unexpected_keys, f"another model's weights: {lost or found}"
+        return found._replace(missing_keys=[])
+
     def activation_checkpointing_enable(self, **settings: Any) -> None:
         """Let both recompute activations in the backward pass."""
         for role in (self.policy, self.value):

@@ -31,8 +31,6 @@ class Settings(StageSettings):
             found += _value(self)
         if "pretraining" in sound:
             found += self.pretraining.problems()
-        if {"stop", "train", "evaluate", "data"} <= sound:
-            found += _stop(self)
         return found
 
 
@@ -69,10 +67,3 @@ def _value(settings: Settings) -> Iterator[Problem]:
     if settings.ppo.value_from == "reward" and not learnt and settings.reward.sources:
         found = "'reward', and no reward is learnt"
         yield Problem("ppo.value_from", found, "a reward run among reward.sources", "ppo.value_from=start")
-
-
-def _stop(settings: Settings) -> Iterator[Problem]:
-    if settings.train.evaluate_every and not settings.data.held_out:
-        found = f"{settings.train.evaluate_every}, and no prompts are held out"
-        expected = "prompts to measure on"
-        yield Problem("train.evaluate_every", found, expected, "data.held_out=0.1")

@@ -1,0 +1,278 @@
+"""PPO as a whole run: what it leaves, what it learns, that it goes on bit for bit, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from align import cli
+from align.ppo.progress import EPISODES, PROGRESS
+from align.stages import ppo
+from data_templates._segments import Message
+from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import Recipe, load
+from finetune.training.recorder import Recorder
+from finetune.training.result import Result
+from finetune.training.stops import Interrupted
+from finetune.training.tuned import load_tuned
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
+JUDGES = """
+def long(prompt, completion):
+    return float(len(completion))
+
+def alphabet(prompt, completion):
+    return "hgfedcba".find(completion) / 7 if completion in set("abcdefgh") else 0
+
+def broken(prompt, completion):
+    return 1 / 0
+
+def nothing(prompt, completion):
+    return float("nan")
+"""
+RECIPE = """\
+stage: ppo
+model: {{base: {base}, precision: float32}}
+data: {{source: {rows}, held_out: 4}}
+adapter: {{method: lora, rank: 4, dropout: 0.1}}
+train: {{max_steps: 6, batch_size: 4, micro_batch_size: 3, learning_rate: 1e-2, warmup: 0}}
+evaluate: {{samples: 2, max_new_tokens: 4}}
+reward: {{sources: "{judges}:long"}}
+sampling: {{max_new_tokens: 5}}
+ppo: {{rollout_size: 8, epochs: 2, missing_end: null}}
+"""
+BY_STEP = {"loss", "policy_loss", "value_loss", "ratio", "clipped", "step_kl"}
+BY_ROLLOUT = {"reward", "kl", "entropy", "length", "ends", "score", "kl_coefficient", "seconds_generation"}
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("judges") / "judges.py"
+    path.write_text(JUDGES)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ppo_file(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, judges: Path) -> Path:
+    folder = tmp_path_factory.mktemp("ppo")
+    rows = [{"prompt": f"Add the numbers.{' Please.' * (i % 4)} {i}"} for i in range(16)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = RECIPE.format(base=base_folder, rows=folder / "prompts.jsonl", judges=judges)
+    (folder / "good.yaml").write_text(text)
+    return folder / "good.yaml"
+
+
+@pytest.fixture
+def recipe(ppo_file: Path, tmp_path: Path) -> Recipes:
+    def make(name: str = "run", **settings: Any) -> Recipe:
+        given = {key.replace("__", "."): value for key, value in settings.items()}
+        return load("ppo", str(ppo_file), shortcuts=given, out=tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def reinforce(recipe: Recipes) -> Runs:
+    def run(name: str = "run", **settings: Any) -> Result:
+        return ppo.run(recipe(name, **settings), Console(quiet=True), command="a test")
+
+    return run
+
+
+def test_a_run_leaves_what_every_run_leaves(reinforce: Runs) -> None:
+    result = reinforce(train__evaluate_every=4)
+    names = {path.name for path in result.directory.iterdir()}
+    assert {"recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "report.html", "adapter"} <= names
+    steps = [line for line in result.metrics if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(line.keys() >= BY_STEP for line in steps)
+    rollouts = [line for line in steps if "reward" in line]
+    assert [line["step"] for line in rollouts] == [1, 5] and all(
+        line.keys() >= BY_ROLLOUT for line in rollouts
+    )
+    assert rollouts[0]["ratio"] == 1.0 and rollouts[0]["kl"] == 0.0 and rollouts[0]["clipped"] == 0.0
+    assert rollouts[1]["kl"] != 0.0
+    assert [line["step"] for line in result.metrics if "held_out_reward" in line] == [4, 6]
+    metrics = result.record["metrics"]
+    assert metrics["held_out_kl_before"] == 0.0 and metrics["held_out_reward_before"] > 0
+    assert {"held_out_reward_after", "reward_after", "clipped_after"} <= metrics.keys()
+    [ratio] = [tick for tick in result.record["preflight"] if tick["name"] == "ratio"]
+    assert "exactly 1" in ratio["detail"]
+    assert result.record["rewards"][0]["name"] == "long" and result.record["panel"]
+    assert "distance from the start" in (result.directory / "report.html").read_text(encoding="utf-8")
+    assert load_tuned(result.directory).model.training is False
+
+
+MOVING = {
+    "ppo__kl_target": 0.5,
+    "ppo__kl_horizon": 64,
+    "ppo__normalise": "running",
+    "train__checkpoint_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(ppo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Return a run that nobody stopped."""
+    given = {key.replace("__", "."): value for key, value in MOVING.items()}
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return ppo.run(
+        load("ppo", str(ppo_file), shortcuts=given, out=out), Console(quiet=True), command="a test"
+    )
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+def test_pain_06_ppo_goes_on_bit_for_bit_from_any_step(
+    whole: Result, reinforce: Runs, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped amid a rollout's updates and between two rollouts; controller and statistics go on too."""
+
+    ends = Recorder.on_step_end
+
+    def signalled(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == stop:
+            self.interrupt.name = "SIGTERM"
+        ends(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_step_end", signalled)
+        with pytest.raises(Interrupted):
+            reinforce("cut", **MOVING)
+    cut = reinforce("cut", **MOVING)
+    assert cut.record["files"] == whole.record["files"]
+    watched = {"step", *BY_STEP, *BY_ROLLOUT} - {"seconds_generation"}
+    for mine, theirs in zip(whole.metrics, cut.metrics, strict=True):
+        assert {k: mine[k] for k in watched & mine.keys()} == {k: theirs[k] for k in watched & mine.keys()}
+    last = cut.directory / "checkpoints" / "checkpoint-6"
+    assert (last / PROGRESS).is_file() and (last / EPISODES).is_file()
+
+
+def test_cutting_a_step_into_passes_changes_nothing_that_is_learnt(reinforce: Runs) -> None:
+    one, four = (
+        [
+            line["loss"]
+            for line in reinforce(f"cut-{size}", train__micro_batch_size=size, train__max_steps=4).metrics
+            if "loss" in line
+        ]
+        for size in (4, 1)
+    )
+    assert one == pytest.approx(four, rel=1e-3, abs=1e-5)
+
+
+def test_a_step_that_goes_too_far_ends_the_rollout_s_updates(reinforce: Runs) -> None:
+    result = reinforce(ppo__epoch_stop_kl=1e-9, data__held_out=0)
+    rollouts = [line["step"] for line in result.metrics if "reward" in line]
+    assert rollouts == [1, 3, 5], "the first step of a rollout cannot go far, the second one does"
+
+
+WORDS = "hgfedcba"
+"""What the bandit says: the later in this row, the better."""
+
+
+@pytest.fixture
+def bandit(tmp_path: Path) -> Path:
+    """Return a folder with a random model of eight words."""
+    tokens = ["<s>", "</s>", "<pad>", "<unk>", *sorted(WORDS)]
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(tokens)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path / "bandit")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, vocab_size=len(tokens), max_position_embeddings=64, initializer_range=0.2)
+    config.bos_token_id, config.eos_token_id = 0, 1
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "bandit")
+    return tmp_path / "bandit"
+
+
+def test_the_known_optimum_of_a_bandit_is_reached(reinforce: Runs, judges: Path, bandit: Path) -> None:
+    """Replies of one word with rewards r: pi* = ref exp(r / beta) / Z (arXiv 1909.08593, equation 2)."""
+    beta = 0.2
+    result = reinforce(
+        model__base=str(bandit),
+        data__source=[{"prompt": "a b c"}],
+        data__template="plain",
+        data__held_out=0,
+        reward__sources=f"{judges}:alphabet",
+        sampling__max_new_tokens=1,
+        ppo__rollout_size=256,
+        ppo__kl_coefficient=beta,
+        ppo__value_coefficient=1.0,
+        train__batch_size=64,
+        train__micro_batch_size=64,
+        train__max_steps=240,
+        train__learning_rate=1e-3,
+        train__schedule="linear",
+        train__checkpoint_every=240,
+        evaluate__samples=0,
+        adapter__dropout=0.0,
+    )
+    tuned = load_tuned(result.directory)
+    ids = torch.tensor([tuned.encoder.encode_prompt([Message("user", "a b c")])])
+    said = [tuned.encoder.decode_reply([token]) for token in range(tuned.model.config.vocab_size)]
+    rewards = torch.tensor([WORDS.index(word) / 7 if word in set(WORDS) else 0.0 for word in said])
+    with torch.no_grad():
+        found = tuned.model(input_ids=ids).logits[0, -1].softmax(-1)
+        with tuned.model.disable_adapter():
+            start = tuned.model(input_ids=ids).logits[0, -1].softmax(-1)
+    optimum = (start * (rewards / beta).exp()) / (start * (rewards / beta).exp()).sum()
+    variation = [0.5 * float((one - optimum).abs().sum()) for one in (start, found)]
+    assert variation[0] > 0.3 and variation[1] < 0.08  # measured: 0.457 and 0.029
+    assert float(found @ rewards) == pytest.approx(float(optimum @ rewards), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"reward__sources": []}, ["reward.sources", "nothing says what a reply is worth"]),
+        ({"ppo__rollout_size": 6}, ["ppo.rollout_size", "6", "ppo.rollout_size=4"]),
+        ({"ppo__value_from": "reward"}, ["ppo.value_from", "no reward is learnt", "value_from=start"]),
+        ({"pretraining__weight": 1.0}, ["pretraining.source"]),
+        ({"ppo__kl_target": 1.0, "ppo__kl_horizon": 1}, ["ppo.kl_horizon", "a fifth"]),
+        ({"train__engine": "trl"}, ["train.engine", "native"]),
+        ({"train__evaluate_every": 2, "data__held_out": 0}, ["train.evaluate_every", "held-out"]),
+        ({"train__neftune_alpha": 5.0}, ["train.neftune_alpha"]),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(
+    recipe: Recipes, settings: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        recipe(**settings)
+    assert len(error.value.problems) == 1
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_replies_need_room_behind_their_prompts(reinforce: Runs, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sampling\.max_new_tokens.*256 positions"):
+        reinforce(sampling__max_new_tokens=255)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(("name", "words"), [("broken", "ZeroDivisionError"), ("nothing", "nan")])
+def test_a_reward_that_fails_is_named_with_its_reply(
+    reinforce: Runs, judges: Path, name: str, words: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        reinforce(reward__sources=f"{judges}:{name}")
+    assert name in str(error.value) and words in str(error.value)
+
+
+def test_the_command_line_says_what_is_wrong(
+    ppo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["llm-align", "ppo", str(ppo_file), "ppo.clipp=0.1"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2 and "ppo.clip" in capsys.readouterr().err
