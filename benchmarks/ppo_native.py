@@ -1,0 +1,80 @@
+"""Our side of `benchmarks.ppo`: stage ppo as a user runs it, from a folder that `benchmarks.ppo_work` filled."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.common import forget_peak, peak
+from benchmarks.ppo_work import as_text, run_recipe
+
+CONTENDERS = ("native", "native-nf4")
+"""All roles on one base; the same, the base in 4 bits."""
+PARTS = ("generation", "scoring", "updates")
+
+
+def sections(folder: Path, work: dict[str, Any], contender: str) -> dict[str, dict[str, Any]]:
+    """Return the recipe's sections; what is not named here is our default, which is arXiv 2403.17031's.
+
+    A reply without an end keeps its score, as it does in TRL where nothing else is said.
+    """
+    return {
+        "model": {"quantization": "nf4" if contender.endswith("nf4") else "none"},
+        "reward": {"sources": str(folder / "runs" / "reward")},
+        "sampling": {"max_new_tokens": work["new_tokens"]},
+        "ppo": {"rollout_size": work["rollout"], "epochs": work["epochs"], "missing_end": None},
+        "train": {
+            "epochs": 1,
+            "batch_size": work["rollout"],
+            "micro_batch_size": work["rollout"],
+            "learning_rate": work["learning_rate"],
+            "schedule": "linear",
+            "warmup": 0,
+            "checkpoint_every": 10**6,
+        },
+        "evaluate": {"samples": 0},
+    }
+
+
+def split(lines: list[dict[str, float]]) -> dict[str, float]:
+    """Return where the time of training went, in seconds, summed over the rollouts."""
+    return {part: sum(line.get(f"seconds_{part}", 0.0) for line in lines) for part in PARTS}
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@click.option("--contender", type=click.Choice(CONTENDERS), required=True)
+def main(folder: Path, contender: str) -> None:
+    """Train as FOLDER/work.json says, and print what was measured as the last line."""
+    work = json.loads((folder / "work.json").read_text(encoding="utf-8"))
+    number = len(list((folder / "runs").glob(f"{contender}-*")))
+    rows = [{"prompt": as_text(ids)} for ids in work["prompts"]]
+    forget_peak()
+    done = run_recipe(
+        folder,
+        "ppo",
+        rows,
+        sections(folder, work, contender),
+        bfloat16=work["bfloat16"],
+        name=f"{contender}-{number}",
+    )
+    highest = peak()
+    record = json.loads((done / "run.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (done / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rollouts = [line for line in lines if "seconds_generation" in line]
+    assert record["data"]["longest"] == len(work["prompts"][0]), "prompts are as long as TRL's"
+    measured = {
+        "seconds": record["seconds"]["train"],
+        "peak_memory_gib": round(highest, 3),
+        "episodes": len(rollouts) * work["rollout"],
+        "rollouts": len(rollouts),
+        "trainable": record["parameters"]["trained"],
+        "new_tokens": sum(line["length"] for line in rollouts) / len(rollouts),
+        "split": split(lines),
+    }
+    click.echo(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()
