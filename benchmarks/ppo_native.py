@@ -1,4 +1,4 @@
-"""Our side of `benchmarks.ppo`: stage ppo as a user runs it, from a folder that `benchmarks.ppo_work` filled."""
+"""Our side of `benchmarks.ppo`: stage ppo as a user runs it, on what `benchmarks.ppo_work` prepared."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,6 @@ from benchmarks.ppo_work import as_text, run_recipe
 
 CONTENDERS = ("native", "native-nf4")
 """All roles on one base; the same, the base in 4 bits."""
-PARTS = ("generation", "scoring", "updates")
 
 
 def sections(folder: Path, work: dict[str, Any], contender: str) -> dict[str, dict[str, Any]]:
@@ -37,9 +36,10 @@ def sections(folder: Path, work: dict[str, Any], contender: str) -> dict[str, di
     }
 
 
-def split(lines: list[dict[str, float]]) -> dict[str, float]:
-    """Return where the time of training went, in seconds, summed over the rollouts."""
-    return {part: sum(line.get(f"seconds_{part}", 0.0) for line in lines) for part in PARTS}
+def split(rollouts: list[dict[str, float]], seconds: float) -> dict[str, float]:
+    """Return where the time of training went; updates are what is left, the engine's own work included."""
+    found = {part: sum(line[f"seconds_{part}"] for line in rollouts) for part in ("generation", "scoring")}
+    return {**found, "updates": seconds - sum(found.values())}
 
 
 @click.command()
@@ -71,7 +71,7 @@ def main(folder: Path, contender: str) -> None:
         "rollouts": len(rollouts),
         "trainable": record["parameters"]["trained"],
         "new_tokens": sum(line["length"] for line in rollouts) / len(rollouts),
-        "split": split(lines),
+        "split": split(rollouts, record["seconds"]["train"]),
     }
     click.echo(json.dumps(measured))
 

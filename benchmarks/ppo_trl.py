@@ -1,10 +1,7 @@
 """TRL's side of `benchmarks.ppo`: its last PPOTrainer, in an environment of its own, from a prepared folder.
 
-    python3 -m venv trl024
-    trl024/bin/pip install "torch==2.13.0" "trl==0.24.0" "transformers==4.57.6" "peft==0.17.1" click
-
-`benchmarks.ppo --trl-python trl024/bin/python` writes the folder, calls this with that interpreter from the
-repository's root, and reads the last line that is printed. Nothing here needs the project installed.
+`benchmarks.ppo` says how to make that, fills the folder, calls this with that interpreter from the repository's
+root, and reads the last line that is printed. Nothing here needs the project installed.
 """
 
 import json
@@ -32,7 +29,7 @@ from trl import PPOConfig, PPOTrainer  # noqa: E402
 from benchmarks.common import forget_peak, peak  # noqa: E402
 
 CONTENDERS = ("trl", "trl-policy-lora", "trl-best")
-"""Full models; `peft_config` for the policy, whose base is the reference then; LoRA in the value model too."""
+"""Full models; a `peft_config` for the policy, whose base is the reference then; LoRA in the value too."""
 
 
 def lora(task: str | None) -> LoraConfig:

@@ -44,6 +44,7 @@ def prepare(folder: Path, *, hidden_size: int, layers: int, middle: int, bfloat1
         num_key_value_heads=8,
         tie_word_embeddings=True,
         max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
