@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import RESULTS, facts, save_result, times_slower
-from benchmarks.ppo_work import WORK, prepare
+from benchmarks.ppo_work import WORK, Shape, prepare
 
 NATIVE = "native"
 TRL = ("trl", "trl-policy-lora", "trl-best")
-SHAPES = {
-    False: {"hidden_size": 512, "layers": 8, "middle": 1376},
-    True: {"hidden_size": 64, "layers": 2, "middle": 172},
-}
+SHAPES = {False: Shape(512, 8, 1376), True: Shape(64, 2, 172)}
 """Of the base: whether it is small, to try the program."""
 TOLERANCE = {False: 1e-5, True: 2e-2}
 """Of a prompt's log-probability, relative: in float32, in bfloat16 (which has three digits)."""
@@ -51,7 +49,7 @@ def measure(folder: Path, contender: str, *, trl_python: str) -> dict[str, Any]:
     Raises:
         CalledProcessError: it failed; what it said stands above.
     """
-    ours = contender.startswith(NATIVE)
+    ours = contender not in TRL
     module = "benchmarks.ppo_native" if ours else "benchmarks.ppo_trl"
     python = sys.executable if ours else trl_python
     command = [python, "-m", module, str(folder), "--contender", contender]
@@ -73,13 +71,13 @@ def difference(folder: Path, work: dict[str, Any], theirs: list[float]) -> float
     return float(((ours - other).abs() / other.abs()).max())
 
 
-def refuse_unequal(runs: list[dict[str, Any]]) -> None:
+def refuse_unequal(runs: list[dict[str, Any]], work: dict[str, Any]) -> None:
     """Raise AssertionError where contenders did not do the same amount of work."""
     for one in runs:
-        assert one["episodes"] == WORK["episodes"], f"{one['contender']}: {one['episodes']} episodes"
-        assert one["rollouts"] == WORK["episodes"] // WORK["rollout"], one["contender"]
-        tokens = one.get("new_tokens", WORK["new_tokens"])
-        assert tokens > 0.98 * WORK["new_tokens"], f"{one['contender']}: {tokens} tokens an episode"
+        assert one["episodes"] == work["episodes"], f"{one['contender']}: {one['episodes']} episodes"
+        assert one["rollouts"] == work["episodes"] // work["rollout"], one["contender"]
+        tokens = one.get("new_tokens", work["new_tokens"])
+        assert tokens > 0.98 * work["new_tokens"], f"{one['contender']}: {tokens} tokens an episode"
 
 
 def summary(runs: list[dict[str, Any]], contenders: tuple[str, ...]) -> dict[str, Any]:
@@ -109,7 +107,7 @@ def main(trl_python: str, repeats: int, bfloat16: bool, small: bool, save: bool)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        work = prepare(folder, **SHAPES[small], bfloat16=bfloat16)
+        work = prepare(folder, SHAPES[small], bfloat16=bfloat16)
         for repeat in range(repeats):
             for contender in contenders if repeat % 2 == 0 else reversed(contenders):
                 runs.append({"repeat": repeat, **measure(folder, contender, trl_python=trl_python)})
@@ -119,8 +117,14 @@ def main(trl_python: str, repeats: int, bfloat16: bool, small: bool, save: bool)
                     assert apart < TOLERANCE[bfloat16], f"{contender} has another policy: {apart}"
                     runs[-1]["logps_differ_by"] = apart
                 click.echo(json.dumps(runs[-1]))
-    refuse_unequal(runs)
-    result = {**facts(bfloat16=bfloat16), **WORK, **SHAPES[small], **summary(runs, contenders), "runs": runs}
+    refuse_unequal(runs, work)
+    result = {
+        **facts(bfloat16=bfloat16),
+        **{name: work[name] for name in (*WORK, "episodes", "epochs")},
+        **asdict(SHAPES[small]),
+        **summary(runs, contenders),
+        "runs": runs,
+    }
     if save:
         save_result("ppo", result)
     tell(result)

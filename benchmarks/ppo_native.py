@@ -1,16 +1,31 @@
 """Our side of `benchmarks.ppo`: stage ppo as a user runs it, on what `benchmarks.ppo_work` prepared."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
+from torch import nn
 
+from align import run
+from align.ppo.loading import load_cast
+from align.ppo.stage_settings import Settings
+from align.ppo.tuning import PpoTuning
+from align.ppo.watched import watched
+from align.rl.prompts import load_prompts
 from benchmarks.common import forget_peak, peak
 from benchmarks.ppo_work import as_text, run_recipe
+from finetune.recipe.recipe import Recipe
+from finetune.training.job import Job
+from finetune.training.loading import load_text
+from finetune.training.run_directory import RunDirectory
+from finetune.training.run_fingerprint import run_fingerprint
+from finetune.training.tune import carry_out
 
-CONTENDERS = ("native", "native-nf4")
-"""All roles on one base; the same, the base in 4 bits."""
+CONTENDERS = ("native", "native-nf4", "four-models")
+"""All roles on one base; the same, the base in 4 bits; each role with weights of its own."""
 
 
 def sections(folder: Path, work: dict[str, Any], contender: str) -> dict[str, dict[str, Any]]:
@@ -42,6 +57,36 @@ def split(rollouts: list[dict[str, float]], seconds: float) -> dict[str, float]:
     return {**found, "updates": seconds - sum(found.values())}
 
 
+def run_apart(recipe: Recipe) -> None:
+    """Run stage ppo with a whole model for each of its four roles; what they compute is the same."""
+    settings, quietly = recipe.settings, Console(quiet=True)
+    assert isinstance(settings, Settings)
+    fingerprint = run_fingerprint(settings)
+    directory = RunDirectory.open(recipe, fingerprint, force=False)
+    job = Job(recipe, directory, quietly, "four models", watched=watched(settings))
+    text = load_text(job)
+    prompts = load_prompts(job, settings.data, text, room=settings.sampling.max_new_tokens)
+    cast = load_cast(job, text)
+    policy = cast.policy.model
+    for role in (cast.roles.value, *(reward.model for reward in cast.rewards.models)):
+        copy_shared(role, policy)
+    reference = copy.deepcopy(policy)
+    carry_out(job, PpoTuning(job, text, prompts, cast), fingerprint=fingerprint, conclude=lambda: None)
+    assert reference is not policy, "the reference's weights were there all the time"
+
+
+def copy_shared(role: nn.Module, policy: nn.Module) -> None:
+    """Give a role copies of the weights that it shares with the policy."""
+    shared = {id(weight) for weight in policy.parameters()}
+    copies: dict[int, nn.Parameter] = {}
+    for name, weight in list(role.named_parameters(remove_duplicate=False)):
+        if id(weight) in shared:
+            copied = copies.setdefault(id(weight), nn.Parameter(weight.detach().clone(), requires_grad=False))
+            place, _, own = name.rpartition(".")
+            role.get_submodule(place).register_parameter(own, copied)
+    assert copies, "a role shared nothing"
+
+
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--contender", type=click.Choice(CONTENDERS), required=True)
@@ -51,6 +96,7 @@ def main(folder: Path, contender: str) -> None:
     number = len(list((folder / "runs").glob(f"{contender}-*")))
     rows = [{"prompt": as_text(ids)} for ids in work["prompts"]]
     forget_peak()
+    before = peak()
     done = run_recipe(
         folder,
         "ppo",
@@ -58,6 +104,7 @@ def main(folder: Path, contender: str) -> None:
         sections(folder, work, contender),
         bfloat16=work["bfloat16"],
         name=f"{contender}-{number}",
+        runner=run_apart if contender == "four-models" else run,
     )
     highest = peak()
     record = json.loads((done / "run.json").read_text(encoding="utf-8"))
@@ -67,6 +114,7 @@ def main(folder: Path, contender: str) -> None:
     measured = {
         "seconds": record["seconds"]["train"],
         "peak_memory_gib": round(highest, 3),
+        "libraries_gib": round(before, 3),
         "episodes": len(rollouts) * work["rollout"],
         "rollouts": len(rollouts),
         "trainable": record["parameters"]["trained"],

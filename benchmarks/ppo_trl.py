@@ -1,7 +1,7 @@
 """TRL's side of `benchmarks.ppo`: its last PPOTrainer, in an environment of its own, from a prepared folder.
 
-`benchmarks.ppo` says how to make that, fills the folder, calls this with that interpreter from the repository's
-root, and reads the last line that is printed. Nothing here needs the project installed.
+`benchmarks.ppo` says how to make that, fills the folder, calls this with that interpreter from the
+repository's root, and reads the last line that is printed. Nothing here needs the project installed.
 """
 
 import json

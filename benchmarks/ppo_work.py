@@ -5,6 +5,8 @@ random model's replies are text that a reward model reads at the same length.
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +16,44 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align import load_recipe, run
 from benchmarks.common import VOCABULARY
+from finetune.recipe.recipe import Recipe
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 WORDS = VOCABULARY - len(SPECIAL) - 1
 PAIRS = 8
 """For the one step that makes a reward model of the base."""
-WORK = {"episodes": 24, "rollout": 8, "epochs": 4, "prompt": 96, "new_tokens": 64, "learning_rate": 3e-6}
+WORK = {"rollout": 8, "prompt": 96, "new_tokens": 64, "learning_rate": 3e-6}
 """The last is arXiv 2403.17031's, as most of TRL's defaults are."""
 
 
-def prepare(folder: Path, *, hidden_size: int, layers: int, middle: int, bfloat16: bool) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Llama shape with eight heads; ``middle`` is the width of its MLPs."""
+
+    hidden_size: int
+    layers: int
+    middle: int
+
+
+def prepare(
+    folder: Path, shape: Shape, *, bfloat16: bool, rollouts: int = 3, epochs: int = 4
+) -> dict[str, Any]:
     """Write base, prompts, a reward run and ``work.json`` into a folder, and return what that says.
 
     Args:
         folder: it is filled.
-        hidden_size: of a Llama shape with eight heads.
-        layers: of it.
-        middle: the width of its MLPs.
+        shape: the base's.
         bfloat16: in place of float32.
+        rollouts: of the run.
+        epochs: of updates on each.
     """
     base = folder / "model"
     tokenizer = word_tokenizer()
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=hidden_size,
-        intermediate_size=middle,
-        num_hidden_layers=layers,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.middle,
+        num_hidden_layers=shape.layers,
         num_attention_heads=8,
         num_key_value_heads=8,
         tie_word_embeddings=True,
@@ -51,8 +65,16 @@ def prepare(folder: Path, *, hidden_size: int, layers: int, middle: int, bfloat1
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    prompts = torch.randint(WORDS, (WORK["episodes"], WORK["prompt"]))
-    work = {**WORK, "bfloat16": bfloat16, "special_tokens": SPECIAL, "prompts": prompts.tolist()}
+    episodes = rollouts * WORK["rollout"]
+    prompts = torch.randint(WORDS, (episodes, WORK["prompt"]))
+    work = {
+        **WORK,
+        "episodes": episodes,
+        "epochs": epochs,
+        "bfloat16": bfloat16,
+        "special_tokens": SPECIAL,
+        "prompts": prompts.tolist(),
+    }
     (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
     make_reward_run(folder, bfloat16=bfloat16)
     return work
@@ -89,6 +111,7 @@ def run_recipe(
     *,
     bfloat16: bool,
     name: str = "",
+    runner: Callable[[Recipe], object] = run,
 ) -> Path:
     """Run a stage on the folder's base as a user would, from a recipe that is written there.
 
@@ -99,6 +122,7 @@ def run_recipe(
         sections: what the recipe says beside the base, the data and LoRA on all linear layers.
         bfloat16: in place of float32.
         name: of the recipe and the run; the stage's where none is given.
+        runner: what runs the recipe.
 
     Returns:
         The run's directory.
@@ -117,5 +141,5 @@ def run_recipe(
     }
     file = folder / f"{name}.yaml"  # JSON is YAML
     file.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    run(load_recipe(str(file), stage=stage, out=folder / "runs" / name))
+    runner(load_recipe(str(file), stage=stage, out=folder / "runs" / name))
     return folder / "runs" / name
