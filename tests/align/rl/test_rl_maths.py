@@ -46,7 +46,7 @@ def by_definition(rewards: list[float], values: list[float], discount: float, tr
 
 @pytest.mark.parametrize(
     ("module", "examples"),
-    [(masked, 7), (advantages_module, 7), (kl_module, 4), (losses, 11), (scores, 10)],
+    [(masked, 7), (advantages_module, 7), (kl_module, 4), (losses, 11), (scores, 9)],
     ids=lambda value: value.__name__ if isinstance(value, ModuleType) else "",
 )
 def test_the_docstrings_tell_the_truth(module: ModuleType, examples: int) -> None:

@@ -9,38 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.rl.maths.scores import (
-    Running,
-    clip_scores,
-    length_penalty,
-    logit_whiten,
-    missing_end,
-    missing_end_penalty,
-    piecewise,
-)
+from align.rl.maths.scores import Running, clip_scores, missing_end
 
 STOPPED = torch.tensor([True, False, False])
 
 
-def test_the_paper_replaces_and_trl_subtracts() -> None:
-    """Scores 2, -4, 7, the last two without an end: the paper's rule lifts -4 to -1, TRL's lowers it."""
+def test_a_reply_without_an_end_has_the_score_that_is_given() -> None:
+    """Scores 2, -4, 7, the last two without an end: even a bad one is lifted to -1."""
     scores = torch.tensor([2.0, -4.0, 7.0])
     assert missing_end(scores, STOPPED, value=-1.0).tolist() == [2.0, -1.0, -1.0]
-    assert missing_end_penalty(scores, STOPPED, penalty=1.0).tolist() == [2.0, -5.0, 6.0]
     assert missing_end(scores, STOPPED, value=None) is scores
-    assert missing_end_penalty(scores, STOPPED, penalty=None) is scores
     assert scores.tolist() == [2.0, -4.0, 7.0], "nothing is changed in place"
 
 
 def test_a_score_of_nan_without_an_end_is_replaced_too() -> None:
     scores = torch.tensor([2.0, torch.nan, 7.0])
     assert missing_end(scores, STOPPED, value=-1.0).tolist() == [2.0, -1.0, -1.0]
-
-
-def test_length_costs_beyond_what_is_free() -> None:
-    """0.1 a token beyond 20: 0, 0, 0.1, 1."""
-    found = length_penalty(torch.tensor([1, 20, 21, 30]), per_token=0.1, free=20)
-    assert found.tolist() == pytest.approx([0.0, 0.0, -0.1, -1.0])
 
 
 def test_clipped_scores_keep_their_sign() -> None:
@@ -89,23 +73,3 @@ def test_without_a_spread_scores_are_not_scaled(seen: list[float]) -> None:
     assert running.deviation == 1.0
     assert running.normalise(torch.tensor([5.0]), shift_mean=False).tolist() == [5.0]
     assert running.normalise(torch.tensor([5.0]), shift_mean=True).tolist() == [5.0 - running.mean]
-
-
-def test_llama_2_s_rule_in_its_three_cases() -> None:
-    """Risky prompt: safety; reply below 0.15: safety; else helpfulness. At 0.15 it is not below."""
-    helpfulness, safety = torch.tensor([0.9] * 4), torch.tensor([0.5, 0.1, 0.5, 0.15])
-    risky = torch.tensor([True, False, False, False])
-    assert torch.equal(piecewise(helpfulness, safety, is_risky=risky), torch.tensor([0.5, 0.1, 0.9, 0.9]))
-    higher = piecewise(helpfulness, safety, is_risky=risky, threshold=0.6)
-    assert torch.equal(higher, safety)
-
-
-def test_logit_undoes_the_sigmoid_before_whitening() -> None:
-    """Linear scores -3, 1, 5 have mean 1 and variance 16: whitened -1, 0, 1."""
-    linear = torch.tensor([-3.0, 1.0, 5.0])
-    assert logit_whiten(linear.sigmoid()).tolist() == pytest.approx([-1, 0, 1], abs=1e-5)
-
-
-def test_scores_of_0_and_1_stay_finite_and_in_order() -> None:
-    found = logit_whiten(torch.tensor([0.0, 0.5, 1.0]))
-    assert found.isfinite().all() and found.tolist() == pytest.approx([-1, 0, 1], abs=1e-2)
