@@ -1,0 +1,145 @@
+"""Proximal policy optimization, our stage against TRL's last PPOTrainer: the same base, prompts and shapes.
+
+    python3 -m venv trl024
+    trl024/bin/pip install "torch==2.13.0" "trl==0.24.0" "transformers==4.57.6" "peft==0.17.1" click
+    make bench-ppo ARGS="--trl-python trl024/bin/python"
+
+TRL dropped its PPO trainer after 0.24, which does not work with the transformers that the project needs: it
+runs in an environment of its own, made as above, and reads the same folder. A Llama shape of 42M parameters
+with random weights and a vocabulary of 32k; 24 prompts of 96 tokens, 8 a rollout, 64 new tokens each, 4
+epochs of one optimizer step over a rollout's 8 episodes.
+
+Contenders: `native`, stage ppo as a user runs it, all roles on one base, with LoRA r = 16 on all linear
+layers of policy and value, and a reward run; `trl`, full models (policy, its copy as reference, value,
+reward); `trl-policy-lora`, TRL with a `peft_config`, whose reference is the base and whose value model learns
+as a whole; `trl-best`, LoRA in the value model too, so that it trains what ours does. Each runs in a fresh
+process, in turn, in an order that alternates; what is timed is training alone, without loading. Before
+anything is said, both programs' log-probabilities of the prompts under the policy are compared, and how much
+each did. Seconds mean little on a shared machine, so the last line gives ratios: the median over the repeats
+of a contender's time to ours. Without `--trl-python` ours alone is measured.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.common import RESULTS, facts, save_result, times_slower
+from benchmarks.ppo_work import WORK, Shape, prepare
+
+NATIVE = "native"
+TRL = ("trl", "trl-policy-lora", "trl-best")
+SHAPES = {False: Shape(512, 8, 1376), True: Shape(64, 2, 172)}
+"""Of the base: whether it is small, to try the program."""
+TOLERANCE = {False: 1e-5, True: 2e-2}
+"""Of a prompt's log-probability, relative: in float32, in bfloat16 (which has three digits)."""
+
+
+def measure(folder: Path, contender: str, *, trl_python: str) -> dict[str, Any]:
+    """Run a contender in a process of its own, and return what it measured.
+
+    Raises:
+        CalledProcessError: it failed; what it said stands above.
+    """
+    ours = contender not in TRL
+    module = "benchmarks.ppo_native" if ours else "benchmarks.ppo_trl"
+    python = sys.executable if ours else trl_python
+    command = [python, "-m", module, str(folder), "--contender", contender]
+    root = Path(__file__).parents[1]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root).stdout
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return {"contender": contender, **found}
+
+
+def difference(folder: Path, work: dict[str, Any], theirs: list[float]) -> float:
+    """Return the largest relative difference between the prompts' log-probabilities here and there."""
+    dtype = torch.bfloat16 if work["bfloat16"] else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    ids = torch.tensor(work["prompts"])
+    with torch.no_grad():
+        logps = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+    ours = logps.gather(-1, ids[:, 1:, None]).sum((1, 2))
+    other = torch.tensor(theirs)
+    return float(((ours - other).abs() / other.abs()).max())
+
+
+def refuse_unequal(runs: list[dict[str, Any]], work: dict[str, Any]) -> None:
+    """Raise AssertionError where contenders did not do the same amount of work."""
+    for one in runs:
+        assert one["episodes"] == work["episodes"], f"{one['contender']}: {one['episodes']} episodes"
+        assert one["rollouts"] == work["episodes"] // work["rollout"], one["contender"]
+        tokens = one.get("new_tokens", work["new_tokens"])
+        assert tokens > 0.98 * work["new_tokens"], f"{one['contender']}: {tokens} tokens an episode"
+
+
+def summary(runs: list[dict[str, Any]], contenders: tuple[str, ...]) -> dict[str, Any]:
+    """Return medians over the repeats: episodes a second, peak memory, ratios, and where our time went."""
+    by = {name: [one for one in runs if one["contender"] == name] for name in contenders}
+    middle = statistics.median
+    native = by[NATIVE]
+    return {
+        "episodes_per_second": {
+            name: middle(one["episodes"] / one["seconds"] for one in own) for name, own in by.items()
+        },
+        "peak_memory_gib": {name: middle(one["peak_memory_gib"] for one in own) for name, own in by.items()},
+        "times_slower_than_native": times_slower(runs, contenders),
+        "native_seconds": {part: middle(one["split"][part] for one in native) for part in native[0]["split"]},
+    }
+
+
+@click.command()
+@click.option("--trl-python", default="", help="The interpreter of the environment with TRL 0.24.")
+@click.option("--repeats", default=3, show_default=True)
+@click.option("--bfloat16", is_flag=True, help="bfloat16 in place of float32, for all contenders.")
+@click.option("--small", is_flag=True, help="A model of two narrow layers, to try the program.")
+@click.option("--save", is_flag=True, help=f"Write the result to {RESULTS.name}/.")
+def main(trl_python: str, repeats: int, bfloat16: bool, small: bool, save: bool) -> None:
+    """Measure, and print the ratios on the last line."""
+    contenders = (NATIVE, *TRL) if trl_python else (NATIVE,)
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        work = prepare(folder, SHAPES[small], bfloat16=bfloat16)
+        for repeat in range(repeats):
+            for contender in contenders if repeat % 2 == 0 else reversed(contenders):
+                runs.append({"repeat": repeat, **measure(folder, contender, trl_python=trl_python)})
+                logps = runs[-1].pop("prompt_logps", None)
+                if logps is not None:
+                    apart = difference(folder, work, logps)
+                    assert apart < TOLERANCE[bfloat16], f"{contender} has another policy: {apart}"
+                    runs[-1]["logps_differ_by"] = apart
+                click.echo(json.dumps(runs[-1]))
+    refuse_unequal(runs, work)
+    result = {
+        **facts(bfloat16=bfloat16),
+        **{name: work[name] for name in (*WORK, "episodes", "epochs")},
+        **asdict(SHAPES[small]),
+        **summary(runs, contenders),
+        "runs": runs,
+    }
+    if save:
+        save_result("ppo", result)
+    tell(result)
+
+
+def tell(result: dict[str, Any]) -> None:
+    """Print what was found, the ratios last."""
+    seconds = ", ".join(f"{part} {value:.1f} s" for part, value in result["native_seconds"].items())
+    click.echo(f"native, a run: {seconds}")
+    for name in ("episodes_per_second", "peak_memory_gib"):
+        numbers = ", ".join(f"{contender} {value:.2f}" for contender, value in result[name].items())
+        click.echo(f"{name.replace('_', ' ')}: {numbers}")
+    ratios = ", ".join(f"{name} {value:.2f}x" for name, value in result["times_slower_than_native"].items())
+    click.echo(f"time of others / native: {ratios or 'not measured, no --trl-python'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""TRL's side of `benchmarks.ppo`: its last PPOTrainer, in an environment of its own, from a prepared folder.
+
+`benchmarks.ppo` says how to make that, fills the folder, calls this with that interpreter from the
+repository's root, and reads the last line that is printed. Nothing here needs the project installed.
+"""
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from datasets import Dataset
+from peft import LoraConfig, inject_adapter_in_model
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+)
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL's switch for its notice that the trainer goes
+
+from trl import PPOConfig, PPOTrainer  # noqa: E402
+
+from benchmarks.common import forget_peak, peak  # noqa: E402
+
+CONTENDERS = ("trl", "trl-policy-lora", "trl-best")
+"""Full models; a `peft_config` for the policy, whose base is the reference then; LoRA in the value too."""
+
+
+def lora(task: str | None) -> LoraConfig:
+    """Return the adapter of all contenders that have one."""
+    return LoraConfig(task_type=task, r=16, lora_alpha=32, target_modules="all-linear")
+
+
+def scorer(folder: Path, dtype: torch.dtype) -> LlamaForSequenceClassification:
+    """Return a model of its own with a head of one number on the same base."""
+    return LlamaForSequenceClassification.from_pretrained(folder / "model", num_labels=1, dtype=dtype)
+
+
+def value_model(folder: Path, dtype: torch.dtype, *, adapted: bool) -> LlamaForSequenceClassification:
+    """Return the value model: all of it learns, or an adapter and the head."""
+    model = scorer(folder, dtype)
+    if adapted:
+        model.model = inject_adapter_in_model(lora(None), model.model)
+        assert model.score.weight.requires_grad
+    return model
+
+
+def trainer(folder: Path, work: dict[str, Any], contender: str, output: str) -> PPOTrainer:
+    """Return TRL's trainer for the work that the folder describes."""
+    dtype = torch.bfloat16 if work["bfloat16"] else torch.float32
+    policy = LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    file = str(folder / "model" / "tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, padding_side="left", **work["special_tokens"])
+    prompts = Dataset.from_dict({"input_ids": work["prompts"]})
+    return PPOTrainer(
+        args=configuration(work, output),
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=None,
+        reward_model=scorer(folder, dtype),
+        value_model=value_model(folder, dtype, adapted=contender == "trl-best"),
+        train_dataset=prompts,
+        eval_dataset=prompts,
+        peft_config=None if contender == "trl" else lora("CAUSAL_LM"),
+    )
+
+
+def configuration(work: dict[str, Any], output: str) -> PPOConfig:
+    """Return TRL's settings; what is not named here is its default, which is arXiv 2403.17031's.
+
+    Without a stop token every episode has its full length, and the rollout goes through in one batch.
+    """
+    return PPOConfig(
+        output_dir=output,
+        total_episodes=work["episodes"],
+        per_device_train_batch_size=work["rollout"],
+        gradient_accumulation_steps=1,
+        num_mini_batches=1,
+        num_ppo_epochs=work["epochs"],
+        response_length=work["new_tokens"],
+        local_rollout_forward_batch_size=work["rollout"],
+        learning_rate=work["learning_rate"],
+        temperature=1.0,
+        stop_token=None,
+        num_sample_generations=0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        bf16=work["bfloat16"],
+        use_cpu=not torch.cuda.is_available(),
+        seed=0,
+    )
+
+
+def prompt_logps(trained: PPOTrainer, prompts: list[list[int]]) -> list[float]:
+    """Return log p(prompt) under the policy, to be compared with our program's."""
+    ids = torch.tensor(prompts, device=trained.accelerator.device)
+    with torch.no_grad():
+        logps = trained.policy_model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+    found: list[float] = logps.gather(-1, ids[:, 1:, None]).sum((1, 2)).tolist()
+    return found
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@click.option("--contender", type=click.Choice(CONTENDERS), required=True)
+def main(folder: Path, contender: str) -> None:
+    """Train as FOLDER/work.json says, and print what was measured as one line of JSON."""
+    work = json.loads((folder / "work.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as output:
+        ready = trainer(folder, work, contender, output)
+        ready.remove_callback(PrinterCallback)
+        logps = prompt_logps(ready, work["prompts"])
+        forget_peak()
+        start = time.perf_counter()
+        ready.train()
+        seconds = time.perf_counter() - start
+    measured = {
+        "seconds": seconds,
+        "peak_memory_gib": round(peak(), 3),
+        "episodes": ready.state.episode,
+        "rollouts": ready.state.global_step,
+        "trainable": sum(weight.numel() for weight in ready.model.parameters() if weight.requires_grad),
+        "prompt_logps": logps,
+    }
+    click.echo(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()

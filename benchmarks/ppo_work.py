@@ -1,0 +1,145 @@
+"""The work that `benchmarks.ppo` gives every contender: a base of random weights, prompts, a reward model.
+
+The tokenizer knows words alone, so that prompts have the length that is asked for to the token, and so that a
+random model's replies are text that a reward model reads at the same length.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from align import load_recipe, run
+from benchmarks.common import VOCABULARY
+from finetune.recipe.recipe import Recipe
+
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+WORDS = VOCABULARY - len(SPECIAL) - 1
+PAIRS = 8
+"""For the one step that makes a reward model of the base."""
+WORK = {"rollout": 8, "prompt": 96, "new_tokens": 64, "learning_rate": 3e-6}
+"""The last is arXiv 2403.17031's, as most of TRL's defaults are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Llama shape with eight heads; ``middle`` is the width of its MLPs."""
+
+    hidden_size: int
+    layers: int
+    middle: int
+
+
+def prepare(
+    folder: Path, shape: Shape, *, bfloat16: bool, rollouts: int = 3, epochs: int = 4
+) -> dict[str, Any]:
+    """Write base, prompts, a reward run and ``work.json`` into a folder, and return what that says.
+
+    Args:
+        folder: it is filled.
+        shape: the base's.
+        bfloat16: in place of float32.
+        rollouts: of the run.
+        epochs: of updates on each.
+    """
+    base = folder / "model"
+    tokenizer = word_tokenizer()
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.middle,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    episodes = rollouts * WORK["rollout"]
+    prompts = torch.randint(WORDS, (episodes, WORK["prompt"]))
+    work = {
+        **WORK,
+        "episodes": episodes,
+        "epochs": epochs,
+        "bfloat16": bfloat16,
+        "special_tokens": SPECIAL,
+        "prompts": prompts.tolist(),
+    }
+    (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
+    make_reward_run(folder, bfloat16=bfloat16)
+    return work
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of the words w0, w1, ...: each is a token whatever stands around it."""
+    vocabulary = {f"w{number}": number for number in range(WORDS)}
+    for token in ("\n", *SPECIAL.values()):
+        vocabulary[token] = len(vocabulary)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\S+"), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def as_text(ids: list[int]) -> str:
+    """Return words."""
+    return " ".join(f"w{number}" for number in ids)
+
+
+def make_reward_run(folder: Path, *, bfloat16: bool) -> None:
+    """Train a reward model for a step; its run stands in ``runs/reward``."""
+    words = torch.randint(WORDS, (PAIRS, 3, 16)).tolist()
+    rows = [dict(zip(("prompt", "chosen", "rejected"), map(as_text, row), strict=True)) for row in words]
+    sections = {"train": {"max_steps": 1, "batch_size": PAIRS}, "evaluate": {"samples": 0}}
+    run_recipe(folder, "reward", rows, sections, bfloat16=bfloat16)
+
+
+def run_recipe(
+    folder: Path,
+    stage: str,
+    rows: list[dict[str, str]],
+    sections: dict[str, dict[str, Any]],
+    *,
+    bfloat16: bool,
+    name: str = "",
+    runner: Callable[[Recipe], object] = run,
+) -> Path:
+    """Run a stage on the folder's base as a user would, from a recipe that is written there.
+
+    Args:
+        folder: what ``prepare`` filled.
+        stage: of llm-align.
+        rows: its data.
+        sections: what the recipe says beside the base, the data and LoRA on all linear layers.
+        bfloat16: in place of float32.
+        name: of the recipe and the run; the stage's where none is given.
+        runner: what runs the recipe.
+
+    Returns:
+        The run's directory.
+    """
+    name = name or stage
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    model = {"base": str(folder / "model"), "precision": "bfloat16" if bfloat16 else "float32"}
+    content: dict[str, Any] = {
+        "stage": stage,
+        "description": "one of a benchmark",
+        "data": {"source": str(data), "template": "plain", "cache": False},
+        "adapter": {"method": "lora", "rank": 16, "alpha": 32, "dropout": 0.0, "target": "all-linear"},
+        **sections,
+        "model": model | sections.get("model", {}),
+    }
+    file = folder / f"{name}.yaml"  # JSON is YAML
+    file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    runner(load_recipe(str(file), stage=stage, out=folder / "runs" / name))
+    return folder / "runs" / name

@@ -1,0 +1,203 @@
+"""Whitening, rewards of tokens, generalised advantages and KL controllers: by hand and by definition."""
+
+import doctest
+import json
+from dataclasses import asdict
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from align.rl.maths import advantages as advantages_module
+from align.rl.maths import kl as kl_module
+from align.rl.maths import losses, masked, scores
+from align.rl.maths.advantages import advantages, token_rewards
+from align.rl.maths.kl import AdaptiveKl, FixedKl, kl_terms
+from align.rl.maths.masked import masked_mean, masked_var, whiten
+
+DOUBLE = torch.float64
+LENGTHS = st.lists(st.integers(1, 7), min_size=1, max_size=5)
+SHARE = st.sampled_from([0.0, 0.3, 0.95, 1.0])
+
+
+def episodes(lengths: list[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rewards, values and mask of episodes with NaN behind every end."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    rewards, values = torch.randn(2, *mask.shape, generator=generator, dtype=DOUBLE)
+    return rewards.masked_fill(~mask, torch.nan), values.masked_fill(~mask, torch.nan), mask
+
+
+def by_definition(rewards: list[float], values: list[float], discount: float, trace: float) -> list[float]:
+    """Return sum_l (gamma lambda)^l delta_{t+l} of one episode, each from its own sum."""
+    following = [*values[1:], 0.0]
+    deltas = [
+        reward + discount * later - value
+        for reward, later, value in zip(rewards, following, values, strict=True)
+    ]
+    return [
+        sum((discount * trace) ** step * delta for step, delta in enumerate(deltas[start:]))
+        for start in range(len(deltas))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "examples"),
+    [(masked, 7), (advantages_module, 7), (kl_module, 4), (losses, 11), (scores, 9)],
+    ids=lambda value: value.__name__ if isinstance(value, ModuleType) else "",
+)
+def test_the_docstrings_tell_the_truth(module: ModuleType, examples: int) -> None:
+    assert doctest.testmod(module) == (0, examples)
+
+
+@given(lengths=LENGTHS, seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_masked_statistics_are_torch_s_of_the_entries_that_count(lengths: list[int], seed: int) -> None:
+    values, _, mask = episodes(lengths, seed)
+    picked = values[mask]
+    assert masked_mean(values, mask).item() == pytest.approx(picked.mean().item(), abs=1e-12)
+    population = picked.var(correction=0).item()
+    assert masked_var(values, mask, unbiased=False).item() == pytest.approx(population, abs=1e-12)
+    if len(picked) > 1:
+        assert masked_var(values, mask).item() == pytest.approx(picked.var().item(), abs=1e-12)
+
+
+def test_one_entry_alone_has_no_variance_and_whitens_to_its_mean() -> None:
+    values, mask = torch.tensor([[5.0, torch.nan]]), torch.tensor([[True, False]])
+    assert masked_var(values, mask).item() == 0 and masked_var(values, mask, unbiased=False).item() == 0
+    assert whiten(values, mask, shift_mean=True).tolist() == [[0.0, 0.0]]
+    assert whiten(values, mask, shift_mean=False).tolist() == [[5.0, 0.0]]
+
+
+@given(lengths=LENGTHS.filter(lambda lengths: sum(lengths) > 3), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_whitened_values_have_the_variance_1(lengths: list[int], seed: int) -> None:
+    values, _, mask = episodes(lengths, seed)
+    shifted, kept = (whiten(values, mask, shift_mean=shift) for shift in (True, False))
+    assert shifted[mask].var().item() == pytest.approx(1, rel=1e-4)
+    assert shifted[mask].mean().item() == pytest.approx(0, abs=1e-9)
+    assert kept[mask].mean().item() == pytest.approx(values[mask].mean().item(), abs=1e-9)
+    assert (shifted[~mask] == 0).all() and (kept[~mask] == 0).all()
+
+
+def test_entries_that_do_not_count_get_no_gradient() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    values = torch.tensor([[1.0, 2.0, torch.nan], [4.0, torch.nan, torch.inf]], requires_grad=True)
+    (whiten(values, mask, shift_mean=True) ** 3).sum().backward()
+    assert values.grad is not None and (values.grad[~mask] == 0).all() and (values.grad[mask] != 0).all()
+
+
+@given(lengths=LENGTHS, seed=st.integers(0, 99), beta=st.floats(0, 2))
+@settings(deadline=None)
+def test_an_episode_s_rewards_sum_to_its_score_less_its_kl(
+    lengths: list[int], seed: int, beta: float
+) -> None:
+    kl, _, mask = episodes(lengths, seed)
+    scored = torch.arange(1.0, len(lengths) + 1, dtype=DOUBLE)
+    rewards = token_rewards(kl, scored, torch.tensor(lengths), coefficient=beta)
+    expected = scored - beta * kl.masked_fill(~mask, 0.0).sum(1)
+    assert rewards.sum(1).tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+    assert (rewards[~mask] == 0).all()
+    inner = mask & (torch.arange(mask.shape[1]) < torch.tensor(lengths)[:, None] - 1)
+    assert torch.equal(rewards[inner], -beta * kl[inner])
+
+
+@given(lengths=LENGTHS, seed=st.integers(0, 99), discount=SHARE, trace=SHARE)
+@settings(deadline=None)
+def test_advantages_are_their_definition(
+    lengths: list[int], seed: int, discount: float, trace: float
+) -> None:
+    rewards, values, mask = episodes(lengths, seed)
+    found, returns = advantages(rewards, values, mask, discount=discount, trace=trace)
+    for row, length in enumerate(lengths):
+        ours, theirs = rewards[row, :length].tolist(), values[row, :length].tolist()
+        expected = by_definition(ours, theirs, discount, trace)
+        assert found[row, :length].tolist() == pytest.approx(expected, abs=1e-12)
+    assert torch.equal(returns[mask], found[mask] + values[mask])
+    assert (found[~mask] == 0).all() and (returns[~mask] == 0).all()
+
+
+@given(lengths=LENGTHS, seed=st.integers(0, 99), discount=SHARE)
+@settings(deadline=None)
+def test_a_trace_of_1_gives_discounted_returns(lengths: list[int], seed: int, discount: float) -> None:
+    """Sum_l gamma^l delta_{t+l} telescopes: what remains is sum_l gamma^l r_{t+l} - V_t."""
+    rewards, values, mask = episodes(lengths, seed)
+    _, returns = advantages(rewards, values, mask, discount=discount, trace=1.0)
+    for row, length in enumerate(lengths):
+        ahead = rewards[row, :length].tolist()
+        expected = [
+            sum(discount**step * reward for step, reward in enumerate(ahead[start:]))
+            for start in range(length)
+        ]
+        assert returns[row, :length].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_trace_of_0_gives_the_error_of_one_step() -> None:
+    """Gamma 1/2: 1 + 8/2 - 4 = 1, 2 + 6/2 - 8 = -3, 5 - 6 = -1."""
+    rewards, values = torch.tensor([[1.0, 2.0, 5.0]]), torch.tensor([[4.0, 8.0, 6.0]])
+    found, _ = advantages(rewards, values, torch.ones(1, 3, dtype=torch.bool), discount=0.5, trace=0.0)
+    assert found.tolist() == [[1.0, -3.0, -1.0]]
+
+
+def test_values_that_foretell_exactly_leave_no_advantage() -> None:
+    """Rewards 1, 2, 3 without discount: values 6, 5, 3 are the returns, whatever the trace."""
+    rewards, values = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[6.0, 5.0, 3.0]])
+    for trace in (0.0, 0.5, 1.0):
+        found, returns = advantages(rewards, values, torch.ones(1, 3) > 0, discount=1.0, trace=trace)
+        assert found.tolist() == [[0.0, 0.0, 0.0]] and torch.equal(returns, values)
+
+
+@given(lengths=LENGTHS, seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_advantages_do_not_depend_on_the_other_episodes(lengths: list[int], seed: int) -> None:
+    rewards, values, mask = episodes(lengths, seed)
+    together, _ = advantages(rewards, values, mask, discount=0.9, trace=0.8)
+    for row, length in enumerate(lengths):
+        one = (slice(row, row + 1), slice(0, length))
+        alone, _ = advantages(rewards[one], values[one], mask[one], discount=0.9, trace=0.8)
+        assert torch.equal(alone[0], together[row, :length])
+
+
+def test_targets_carry_no_gradient() -> None:
+    values = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    targets = advantages(values * 2, values, mask, discount=1.0, trace=0.95)
+    assert not any(target.requires_grad for target in targets)
+    assert not token_rewards(values, values[:, 0], torch.tensor([2]), coefficient=0.1).requires_grad
+
+
+def test_kl_terms_by_hand_and_by_their_mean() -> None:
+    """Policy (3/4, 1/4) against (1/2, 1/2): KL = 3/4 ln 3/2 + 1/4 ln 1/2; k1 and k3 meet it, k2 does not."""
+    logps = torch.tensor([0.75, 0.25], dtype=DOUBLE).log()
+    reference = torch.tensor([0.5, 0.5], dtype=DOUBLE).log()
+    exact = (
+        0.75 * torch.tensor(1.5, dtype=DOUBLE).log() + 0.25 * torch.tensor(0.5, dtype=DOUBLE).log()
+    ).item()
+    means = {
+        name: (logps.exp() * kl_terms(logps, reference, estimator=name)).sum().item()
+        for name in ("k1", "k2", "k3")
+    }
+    assert means["k1"] == pytest.approx(exact, abs=1e-12) and means["k3"] == pytest.approx(exact, abs=1e-12)
+    assert means["k2"] != pytest.approx(exact, rel=0.01) and means["k2"] == pytest.approx(exact, rel=0.5)
+
+
+def test_the_adaptive_coefficient_by_hand() -> None:
+    """Target 4, n / horizon 1/2: KL 4.4 is 0.1 above, 3.6 is 0.1 below, 40 and 0 count as 0.2."""
+    start = AdaptiveKl(coefficient=1.0, target=4.0, horizon=128)
+    found = [start.after(kl, 64).coefficient for kl in (4.4, 3.6, 40.0, 0.0, 4.0)]
+    assert found == pytest.approx([1.05, 0.95, 1.1, 0.9, 1.0], abs=1e-12)
+    assert start.coefficient == 1.0, "a new controller is returned"
+    assert start.after(4.4, 64).after(3.6, 64).coefficient == pytest.approx(1.05 * 0.95, abs=1e-12)
+
+
+def test_controllers_are_plain_numbers_and_refuse_nan() -> None:
+    moved = AdaptiveKl(coefficient=0.1, target=6.0, horizon=10_000).after(7.3, 37)
+    assert AdaptiveKl(**json.loads(json.dumps(asdict(moved)))) == moved
+    assert FixedKl(0.3).after(float("nan"), 8) == FixedKl(0.3)
+    with pytest.raises(AssertionError, match="a divergence of nan"):
+        moved.after(float("nan"), 8)
+    with pytest.raises(AssertionError, match="below 0"):
+        moved.after(1.0, 50_000)

@@ -1,0 +1,66 @@
+"""A bandit whose optimum is known: PPO's maths alone must find it.
+
+Five actions, one token an episode. KL-regularised reward E[r] - beta KL(pi || ref) is largest at
+pi* = ref exp(r / beta) / Z, and there the reward less its KL cost is beta log Z whatever the action: the
+value's fixed point, at which every advantage is 0 and sampling adds no noise.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from align.rl.maths.advantages import advantages, token_rewards
+from align.rl.maths.kl import FixedKl, kl_terms
+from align.rl.maths.losses import policy_loss, value_loss
+from align.rl.maths.masked import masked_mean
+
+REWARDS = torch.tensor([1.0, 0.5, 0.0, -0.5, 0.8])
+REFERENCE = torch.tensor([0.1, 0.3, 0.2, 0.3, 0.1]).log()
+EPISODES, EPOCHS, ROLLOUTS = 512, 4, 120
+
+
+def optimum(beta: float) -> tuple[Tensor, float]:
+    """Return the best policy and its value."""
+    tilted = REFERENCE + REWARDS / beta
+    return tilted.softmax(0), beta * tilted.logsumexp(0).item()
+
+
+def optimise(beta: float, *, seed: int, estimator: str = "k1", clip: float = 0.2) -> tuple[Tensor, float]:
+    """Return policy and value after PPO from the reference."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, value = REFERENCE.clone().requires_grad_(), torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.Adam([logits, value], lr=0.02)
+    mask, lengths = torch.ones(EPISODES, 1, dtype=torch.bool), torch.ones(EPISODES, dtype=torch.long)
+    controller = FixedKl(beta)
+    for _ in range(ROLLOUTS):
+        actions = torch.multinomial(
+            logits.detach().softmax(0), EPISODES, replacement=True, generator=generator
+        )
+        old = logits.detach().log_softmax(0)[actions, None]
+        kl = kl_terms(old, REFERENCE[actions, None], estimator=estimator)
+        rewards = token_rewards(kl, REWARDS[actions], lengths, coefficient=controller.coefficient)
+        values = value.detach().expand(EPISODES, 1)
+        gains, returns = advantages(rewards, values, mask, discount=1.0, trace=0.95)
+        for _ in range(EPOCHS):
+            policy = policy_loss(logits.log_softmax(0)[actions, None], old, gains, mask, clip=clip)
+            critic = value_loss(value.expand(EPISODES, 1), values, returns, mask, clip=clip)
+            optimizer.zero_grad()
+            masked_mean(policy.losses + critic.losses, mask).backward()
+            optimizer.step()
+        controller = controller.after(masked_mean(kl, mask).item(), EPISODES)
+    return logits.detach().softmax(0), value.item()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_ppo_finds_the_known_optimum(beta: float, seed: int) -> None:
+    best, worth = optimum(beta)
+    found, value = optimise(beta, seed=seed)
+    assert (found - best).abs().sum().item() / 2 < 0.01, (found, best)
+    assert value == pytest.approx(worth, abs=0.01)
+    assert (REFERENCE.exp() - best).abs().sum() / 2 > 0.15, "the start is far from it"
+
+
+def test_without_a_penalty_the_best_action_takes_all() -> None:
+    found, value = optimise(0.0, seed=0)
+    assert found.argmax() == REWARDS.argmax() and found.max() > 0.9 and value > 0.95
