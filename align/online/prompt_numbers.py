@@ -14,7 +14,9 @@ class PromptNumbers(PreTrainedTokenizerBase):  # type: ignore[misc]
     tokenised to it (text that is written apart, a prompt that was cut, a second BOS).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], *, end: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], *, end: int
+    ) -> None:
         """Bind prompts to their numbers.
 
         Args:

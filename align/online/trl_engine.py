@@ -1,20 +1,19 @@
 """RLOO and GRPO on TRL: its trainers with our prompts, our rewards, and the policy's start as reference.
 
-TRL keeps a copy of the adapter as it starts, ``ref``, and switches to it for the reference's log-probabilities
-and back; so the reference is the start, and not the base beneath it (``start_tick`` proves it on each run).
-A step draws its replies and learns from them once: the ratio of new to old probabilities is 1, nothing is
-clipped, and a checkpoint lies between two steps, so that a resumed run draws what the first would have drawn.
+TRL keeps a copy of the adapter as it starts, ``ref``, and switches to it and back for the reference's
+log-probabilities: the reference is the start, and not the base beneath it. A step draws its replies and
+learns from them once: the ratio of new to old probabilities is 1, nothing is clipped, and no checkpoint lies
+between a draw and what is learnt of it, so that a resumed run draws what the first would have drawn.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
 from align.online.prompt_numbers import PromptNumbers
@@ -29,14 +28,13 @@ from finetune.training.base_trainer import log_held_out
 NAMES = {
     "reward": "reward",
     "reward_std": "reward_deviation",
-    "kl": "kl",
     "entropy": "entropy",
-    "completions/mean_length": "reply_length",
+    "completions/mean_length": "length",
     "frac_reward_zero_std": "equal_groups",
 }
 """TRL's names of what it logs: ours."""
-CUT = "completions/clipped_ratio"
-"""TRL's name of the share of replies that did not end by themselves."""
+CUT, TOKEN_KL = "completions/clipped_ratio", "kl"
+"""TRL's names of the share of replies that did not end by themselves, and of the distance, nats a token."""
 
 Measure = Callable[[], dict[str, float]]
 
@@ -45,10 +43,12 @@ class InOurWords(Trainer):  # type: ignore[misc]
     """Stands behind a trainer of TRL, between it and its own base, and names what it logs as we do."""
 
     def log(self, logs: dict[str, float | None], start_time: float | None = None) -> None:
-        """Log under our names; what TRL has no number for is left out."""
+        """Log under our names, the distance as nats a reply; what TRL has no number for is left out."""
         known = {NAMES.get(name, name): value for name, value in logs.items() if value is not None}
         if CUT in known:
-            known["stopped"] = 1 - known[CUT]
+            known["ends"] = 1 - known[CUT]
+        if TOKEN_KL in known:
+            known["kl"] = known[TOKEN_KL] * known["length"]
         super().log(known, start_time)
 
 
@@ -158,7 +158,7 @@ def prompt_order(
 
 
 def online_trainer(
-    model: nn.Module,
+    model: PreTrainedModel,
     args: TrainingArguments,
     judging: Judging,
     *,
@@ -194,7 +194,7 @@ def online_trainer(
 
 
 @contextmanager
-def _ends(model: nn.Module, stop_ids: Sequence[int]) -> Iterator[None]:
+def _ends(model: PreTrainedModel, stop_ids: Sequence[int]) -> Iterator[None]:
     """Let a model end replies at our stop tokens while TRL asks it where they end."""
     config = model.generation_config
     before = config.eos_token_id
@@ -217,7 +217,7 @@ def _as_stored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_reference(model: nn.Module) -> Iterator[None]:
-    """Let a policy be its own reference, as TRL does: with the copy of the adapter that it keeps."""
+    """Let a policy be TRL's reference, as TRL does it: with the copy of the adapter that it keeps."""
     assert isinstance(model, PeftModel) and COPY in model.peft_config
     active = model.active_adapter
     model.set_adapter(COPY)
