@@ -37,6 +37,10 @@ class PromptNumbers(PreTrainedTokenizerBase):  # type: ignore[misc]
         """Return the number of tokens."""
         return len(self.tokenizer)
 
+    def __repr__(self) -> str:
+        """Return what this is; the library's own words need a vocabulary."""
+        return f"PromptNumbers({len(self.prompts)} prompts)"
+
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """Return the ids of tokens."""
         return self.tokenizer.convert_tokens_to_ids(tokens)
