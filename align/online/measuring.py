@@ -72,7 +72,9 @@ class HeldOut:
             [*prompt.talk, Message("assistant", text)]
             for prompt, text in zip(self.prompts, texts, strict=True)
         ]
-        judged = self.rewards.judge(talks, [prompt.place for prompt in self.prompts])
+        places = [prompt.place for prompt in self.prompts]
+        known = [prompt.expected for prompt in self.prompts]
+        judged = self.rewards.judge(talks, places, expected=known)
         return Replies(self.prompts, completions, texts, judged)
 
 

@@ -81,7 +81,8 @@ class Judging:
         talks = [
             (*prompt.talk, Message("assistant", reply)) for prompt, reply in zip(asked, replies, strict=True)
         ]
-        judged = self.rewards.judge(talks, self.places)
+        known = [prompt.expected for prompt in asked]
+        judged = self.rewards.judge(talks, self.places, expected=known)
         for name, values in judged.parts.items():
             log_metric(part(name), float(values.mean()))
         total: list[float] = judged.total.tolist()

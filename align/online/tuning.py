@@ -101,6 +101,9 @@ class OnlineTuning:
     def facts(self) -> dict[str, Any]:
         """Return what run.json says before the first step; whatever can be refused is refused here."""
         self.arguments()
+        for prompts in filter(None, (self.data.train, self.data.held_out)):
+            known = [prompt.expected for prompt in prompts]
+            self.judged.rewards.refuse_unanswered(known, prompts.places)
         self.job.watch(self.behaviour.numbers)
         tuning.say_parameters(self.job, self.policy)
         self.job.check(Tick("environment", self.job.environment(self.policy.precision)))

@@ -47,7 +47,7 @@ class Rewards:
     def __init__(self):
         self.seen = []
 
-    def judge(self, talks, places):
+    def judge(self, talks, places, *, expected):
         self.seen.append(
             [(talk[0].content, talk[-1].content, place) for talk, place in zip(talks, places, strict=True)]
         )
