@@ -188,6 +188,9 @@ def online_trainer(
             eval_dataset=None if held_out is None else asked.select([0]),
             processing_class=numbers,
         )
+    for name, weight in model.named_parameters():
+        if f".{COPY}." in name:
+            weight.requires_grad_(False)  # of virtual tokens the library leaves both trainable
     trainer.judging = judging
     if held_out is not None:
         trainer.held_out = held_out
