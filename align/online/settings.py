@@ -37,7 +37,7 @@ class OnlineTrainSettings(TrainSettings):
 
 
 class RlooSettings(Section):
-    """RLOO's loss (arXiv 2402.14740, equation 8)."""
+    """RLOO's loss (arXiv 2402.14740)."""
 
     beta: Weight = Field(
         0.05, description="what a nat of KL from the start costs, taken off a reply's reward; 0: none"

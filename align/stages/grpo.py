@@ -2,8 +2,8 @@
 
 Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), equation 3: A_i = (r_i - mean r) / std r over a prompt's
 replies, for each of a reply's tokens, and beta times the distance from the reference (k3, equation 4) in the
-loss. There is no value model. The reference is the policy as it starts. TRL's GRPOTrainer runs it, and a run
-that was stopped goes on to the bit.
+loss. There is no value model. The reference is the policy as it starts. TRL's GRPOTrainer runs it; each step
+draws replies of its own, and a run that was stopped goes on to the bit.
 """
 
 from collections.abc import Collection
