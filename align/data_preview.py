@@ -17,6 +17,8 @@ import finetune.training
 from align.preference.rows.completion_rows import as_rows
 from align.preference.rows.prepare import Kind, prepare_preferences
 from align.preference.settings import PreferenceSettings
+from align.rl.prompts import Prompts, longest_prompt, prepare_prompts
+from align.rl.settings import PromptSettings, SamplingSettings
 from finetune.data.dataset import TokenizedRows
 from finetune.data.documents import prepare_any
 from finetune.data.report import DataReport
@@ -24,6 +26,7 @@ from finetune.data.tokens import Encoder
 from finetune.planning.choices import optimizer_steps
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.settings import TrainSettings
 from finetune.training.text import Text, text_of
 
 BARS = 12
@@ -50,19 +53,15 @@ def preview(recipe: Recipe, *, rows: int) -> Facts:
     """
     settings, train = recipe.settings, recipe.settings.train
     text, reason = text_of(settings)
-    report, learnt, items = _prepared(recipe, text)
-    count = len(items.sources)
-    steps = optimizer_steps(
-        count, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
-    )
-    seen = train.max_steps * train.batch_size if train.max_steps else count * train.epochs
+    length, reason = _longest(recipe, text, reason)
+    report, learnt, items = _prepared(recipe, text, length)
     return {
         "stage": recipe.stage,
         "recipe": recipe.name,
         "description": recipe.description,
         "base": settings.model.base,
         "template": settings.data.template,
-        "max_length": text.max_length,
+        "max_length": length,
         "max_length_reason": reason,
         **{key: value for key, value in asdict(report).items() if key not in ("counts", "examples")},
         "trained_share": report.trained_tokens / report.tokens,
@@ -71,16 +70,31 @@ def preview(recipe: Recipe, *, rows: int) -> Facts:
             for what, number in report.counts.items()
         ],
         "lengths": _lengths(learnt.lengths),
-        "epochs": seen / count,
-        "batch_size": train.batch_size,
-        "steps": steps,
-        "token_budget": round(report.tokens / count * seen),
-        "trained_token_budget": round(report.trained_tokens / count * seen),
+        **_work(report, len(items.sources), train),
         "shown": [
             _row(learnt, index, text.encoder)
             for item in _chosen(items.sources, rows)
             for index in range(*items.rows[item : item + 2])
         ],
+    }
+
+
+def _work(report: DataReport, count: int, train: TrainSettings) -> Facts:
+    """Return what a run of so many items would take; of prompts that is the stage's own affair: nothing."""
+    if report.prompts:
+        return {key: None for key in ("epochs", "steps", "token_budget", "trained_token_budget")} | {
+            "batch_size": train.batch_size
+        }
+    steps = optimizer_steps(
+        count, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
+    )
+    seen = train.max_steps * train.batch_size if train.max_steps else count * train.epochs
+    return {
+        "epochs": seen / count,
+        "batch_size": train.batch_size,
+        "steps": steps,
+        "token_budget": round(report.tokens / count * seen),
+        "trained_token_budget": round(report.trained_tokens / count * seen),
     }
 
 
@@ -92,14 +106,28 @@ class Items:
     rows: Sequence[int]
 
 
-def _prepared(recipe: Recipe, text: Text) -> tuple[DataReport, TokenizedRows, Items]:
-    """Return what became of the data: rows of conversations and texts, or of comparisons.
+def _longest(recipe: Recipe, text: Text, reason: str) -> tuple[int, str]:
+    """Return the tokens of a row at most and why: of a prompt, what the replies leave."""
+    settings = recipe.settings.data
+    if not isinstance(settings, PromptSettings):
+        return text.max_length, reason
+    sampling = dict(recipe.settings)["sampling"]
+    assert isinstance(sampling, SamplingSettings), "stages that ask prompts say how replies are drawn"
+    return longest_prompt(settings, text, room=sampling.max_new_tokens)
+
+
+def _prepared(recipe: Recipe, text: Text, length: int) -> tuple[DataReport, TokenizedRows, Items]:
+    """Return what became of the data: rows of conversations and texts, of prompts, or of comparisons.
 
     Raises:
         UserError: mistakes in the data, or a stage that makes other rows of its preferences.
     """
     settings, encoder = recipe.settings.data, text.encoder
-    length, seed = text.max_length, recipe.settings.train.seed
+    seed = recipe.settings.train.seed
+    if isinstance(settings, PromptSettings):
+        asked = prepare_prompts(settings, encoder, max_prompt_length=length, seed=seed)
+        sources = [prompt.source for prompt in asked.train]
+        return asked.report, _as_rows(asked.train), Items(sources, range(len(asked.train) + 1))
     if not isinstance(settings, PreferenceSettings):
         prepared = prepare_any(settings, encoder, max_length=length, seed=seed)
         return prepared.report, prepared.train, Items(prepared.train.sources, range(len(prepared.train) + 1))
@@ -110,6 +138,14 @@ def _prepared(recipe: Recipe, text: Text) -> tuple[DataReport, TokenizedRows, It
     data = prepare_preferences(settings, encoder, max_length=length, seed=seed, kind=KINDS[recipe.stage])
     firsts = np.cumsum([0, *data.train.completions]).tolist()
     return data.report, as_rows(data.train), Items(data.train.sources, firsts)
+
+
+def _as_rows(prompts: Prompts) -> TokenizedRows:
+    """Return prompts as rows of which nothing is learnt."""
+    ids = np.concatenate([np.asarray(prompt.ids, dtype=np.int32) for prompt in prompts])
+    starts = np.concatenate([[0], np.cumsum(prompts.lengths)]).astype(np.int64)
+    arrays = {"input_ids": ids, "trained": np.zeros(len(ids), dtype=bool), "starts": starts}
+    return TokenizedRows(arrays, prompts.places, [prompt.source for prompt in prompts])
 
 
 def write_page(facts: Facts, path: Path) -> None:

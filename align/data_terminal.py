@@ -49,10 +49,11 @@ def _print_rows(facts: dict[str, Any], console: Console) -> None:
         return
     colours = console.color_system is not None
     learnt = Text("what is learnt", LEARNT) if colours else Text(MARKS.format("what is learnt"))
-    console.print(Text.assemble("rows as the model sees them, ", learnt, ":"))
+    legend = () if facts["prompts"] else (", ", learnt)
+    console.print(Text.assemble("rows as the model sees them", *legend, ":"))
     for row in facts["shown"]:
-        share = row["trained_tokens"] / row["tokens"]
-        line = f"── {row['where']}  {row['tokens']} tokens, {share:.0%} learnt"
+        share = f", {row['trained_tokens'] / row['tokens']:.0%} learnt" * (not facts["prompts"])
+        line = f"── {row['where']}  {row['tokens']} tokens{share}"
         console.print(Text(line, "cyan"), soft_wrap=True)
         text = Text()
         for piece in row["pieces"]:
@@ -73,12 +74,17 @@ def _print_numbers(facts: dict[str, Any], console: Console) -> None:
     for count in facts["counts"]:
         line = f"rows {count['what']}: [bold]{count['rows']}[/] (first: {escape(count['first'])})"
         console.print(line, highlight=False, soft_wrap=True)
+    what, loss = "rows", f", [bold]{facts['trained_share']:.0%}[/] carry loss"
+    if facts["prompts"]:
+        what, loss = "prompts", "; what is learnt are the replies, which are drawn in training"
     console.print(
-        f"[bold]{facts['rows']:,}[/] rows ({escape(facts['layout'])}), {facts['held_out']:,} held out; "
-        f"{facts['tokens']:,} tokens, [bold]{facts['trained_share']:.0%}[/] carry loss",
+        f"[bold]{facts['rows']:,}[/] {what} ({escape(facts['layout'])}), {facts['held_out']:,} held out; "
+        f"{facts['tokens']:,} tokens{loss}",
         highlight=False,
         soft_wrap=True,
     )
+    if facts["prompts"]:
+        return
     console.print(
         f"{facts['epochs']:.3g} epochs in batches of {facts['batch_size']}: [bold]{facts['steps']:,}[/] "
         f"optimizer steps, [bold]{facts['token_budget']:,}[/] tokens, "
@@ -108,7 +114,8 @@ def _sources(facts: dict[str, Any]) -> Table:
     title = "mixture: part of the rows, asked and found; of their tokens; of what is learnt"
     table = Table(title=title, title_justify="left", title_style="bold", box=None)
     table.add_column("source", no_wrap=True)
-    for column in ("usable", "rows", "asked", "found", "tokens", "learnt"):
+    learnt = () if facts["prompts"] else ("learnt",)
+    for column in ("usable", "rows", "asked", "found", "tokens", *learnt):
         table.add_column(column, justify="right")
     for source in facts["sources"]:
         table.add_row(
@@ -118,7 +125,7 @@ def _sources(facts: dict[str, Any]) -> Table:
             f"{source['asked']:.1%}",
             f"{source['rows'] / facts['rows']:.1%}",
             f"{source['tokens'] / facts['tokens']:.1%}",
-            f"{source['trained_tokens'] / facts['trained_tokens']:.1%}",
+            *(f"{source['trained_tokens'] / facts['trained_tokens']:.1%}" for _ in learnt),
         )
     return table
 

@@ -99,7 +99,8 @@ class Collector:
                 [*prompt.talk, Message("assistant", text)]
                 for prompt, text in zip(prompts, texts, strict=True)
             ]
-            judged = self.rewards.judge(talks, [prompt.place for prompt in prompts])
+            known = [prompt.expected for prompt in prompts]
+            judged = self.rewards.judge(talks, [prompt.place for prompt in prompts], expected=known)
         return Replies(prompts, completions, texts, judged)
 
     @torch.no_grad()

@@ -144,3 +144,8 @@ def _executed(file: Path, where: str) -> ModuleType:
         found = f"'{file}' cannot be executed: {type(error).__name__}: {error}"
         raise UserError(Problem(where, found, "a Python file that can be imported")) from error
     return module
+
+
+def has_parameter(function: Callable[..., Any], name: str) -> bool:
+    """Tell whether a function has a parameter of this name."""
+    return name in inspect.signature(function).parameters

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from finetune.recipe.errors import Problem, UserError, nearest
 from finetune.recipe.settings import TrainSettings
@@ -21,7 +21,8 @@ OPTIMIZERS = {
 
 
 TRL_CONFIGS: dict[str, type[TrainingArguments]] = {
-    config.__name__: config for config in (SFTConfig, DPOConfig, KTOConfig, RewardConfig)
+    config.__name__: config
+    for config in (SFTConfig, DPOConfig, KTOConfig, RewardConfig, RLOOConfig, GRPOConfig)
 }
 
 
@@ -78,7 +79,16 @@ def _engines_own(settings: TrainSettings, stage: TrlStage) -> dict[str, Any]:
     # Rows are cut already. Dropout is the adapter's to say. The reference is the policy as it starts.
     compared = {"max_length": None, "disable_dropout": False}
     referred = compared | {"precompute_ref_log_probs": True, "sync_ref_model": False}
+    # Log-probabilities are those of the whole distribution, without dropout, of replies drawn for the step.
+    drawn = {
+        **{"disable_dropout": True, "sync_ref_model": False, "shuffle_dataset": False},
+        **{"num_iterations": 1, "steps_per_generation": None, "generation_batch_size": None},
+        **{"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None},
+        "num_generations_eval": 1,
+    }
     own: dict[str, dict[str, Any]] = {
+        "RLOOConfig": drawn,
+        "GRPOConfig": drawn,
         "SFTConfig": {"max_length": None, "packing": False},
         "RewardConfig": compared,
         "DPOConfig": referred | {"truncation_mode": "keep_start"},

@@ -46,6 +46,8 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     preflight: list[dict[str, Any]] = field(default_factory=list)
     under_way: bool = False
+    may_idle: bool = False
+    """Whether a step may have nothing to learn, such as replies that are all worth the same."""
 
     @property
     def versions(self) -> dict[str, str]:
@@ -126,7 +128,7 @@ class Job:
         recorder = Recorder(self.run, self.console, self.interrupt, logged=self.watched.logged)
         trainer.remove_callback(PrinterCallback)  # the recorder speaks in its place
         trainer.add_callback(recorder)
-        trainer.add_callback(FirstSteps(self.check))
+        trainer.add_callback(FirstSteps(self.check, may_idle=self.may_idle))
         before = fingerprints(trainer.model)
         with self.timed("train"):
             try:

@@ -29,7 +29,8 @@ def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokeniz
     name = "adapter" if is_adapter else "model"
     with run.replacing(name) as folder:
         if isinstance(model, PeftModel):
-            model.save_pretrained(str(folder), save_embedding_layers=False)
+            trained = [model.active_adapter]  # a reference may stand beside it
+            model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=trained)
             _verify(folder, {key: value for key, value in get_peft_model_state_dict(model).items()})
         else:
             assert isinstance(model, PreTrainedModel)

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.reward.rules import Rule
 from align.reward.scorer import TOTAL, load_reward
-from align.rl.rewards.rewards import Learnt, Rewards
-from align.rl.rewards.settings import RewardsSettings, folder_of
+from align.rl.rewards.rewards import AnswerRule, Learnt, Rewards
+from align.rl.rewards.settings import EXPECTED, RewardsSettings, folder_of
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.python_function import load_function
+from finetune.recipe.python_function import has_parameter, load_function
 from finetune.recipe.runs import finished_record
 from finetune.training.save import sha256
 
@@ -34,11 +34,14 @@ def load_rewards(
     order = list(dict.fromkeys(runs.values()))
     for run in order:
         _refuse_damaged(run)
-    sources: list[Learnt | Rule] = []
+    sources: list[Learnt | Rule | AnswerRule] = []
     for index, source in enumerate(settings.sources):
         if source.function is not None:
             function = load_function(source.function, where=f"reward.sources[{index}].function")
-            sources.append(Rule(source.called, source.weight, function, kind="reward"))
+            if has_parameter(function, EXPECTED):
+                sources.append(AnswerRule(source.called, source.weight, function))
+            else:
+                sources.append(Rule(source.called, source.weight, function, kind="reward"))
         else:
             number = order.index(runs[index])
             sources.append(Learnt(source.called, source.weight, number, source.score or TOTAL))

@@ -12,11 +12,13 @@ from align.reward.scorer import TOTAL, RewardModel
 from align.rl.rewards.combining import Numbers, length_cost, piecewise, weighted_sum
 from align.rl.rewards.settings import HELPFULNESS, LENGTH, SAFETY, RewardsSettings
 from data_templates._segments import Message
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.python_function import number_from
 from finetune.training.samples import question_of
 from finetune.training.stops import NotFiniteError
 
 Talks = Sequence[Sequence[Message]]
+ANSWERED = "the right reply beside each prompt, as in rows of question and answer"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,36 @@ class Learnt:
 
 
 @dataclass(frozen=True)
+class AnswerRule:
+    """A reward that is a program which is told the row's own reply, and how many times it counts."""
+
+    name: str
+    weight: float
+    function: Callable[[str, str, str], Any]
+
+    def scores(
+        self,
+        prompts: Sequence[str],
+        replies: Sequence[str],
+        places: Sequence[str],
+        expected: Sequence[str | None],
+    ) -> list[float]:
+        """Return what the program says of each reply.
+
+        Raises:
+            UserError: a row has no reply of its own, or the program raised something or gave no number.
+        """
+        rows = zip(prompts, replies, places, expected, strict=True)
+        return [self._score(*row) for row in rows]
+
+    def _score(self, prompt: str, reply: str, place: str, right: str | None) -> float:
+        where, function = f"reward '{self.name}' on {place}", self.function
+        if right is None:
+            raise UserError(Problem(where, "the row has no reply of its own", ANSWERED))
+        return number_from(lambda asked, said: function(asked, said, right), prompt, reply, where=where)
+
+
+@dataclass(frozen=True)
 class Rewards:
     """All rewards of a recipe.
 
@@ -54,7 +86,7 @@ class Rewards:
     """
 
     settings: RewardsSettings
-    sources: Sequence[Learnt | Rule]
+    sources: Sequence[Learnt | Rule | AnswerRule]
     models: Sequence[RewardModel]
     risky: Callable[[str], Any] | None
     tokenizer: PreTrainedTokenizerBase
@@ -66,7 +98,17 @@ class Rewards:
         own = [source.name for source in self.sources]
         return [*own, LENGTH] if self.settings.length_penalty else own
 
-    def judge(self, talks: Talks, places: Sequence[str]) -> Judged:
+    def refuse_unanswered(self, expected: Sequence[str | None], places: Sequence[str]) -> None:
+        """Raise UserError if a program needs replies of the rows' own, and some have none."""
+        rules = [source.name for source in self.sources if isinstance(source, AnswerRule)]
+        without = [place for place, right in zip(places, expected, strict=True) if right is None]
+        if rules and without:
+            found = f"{len(without)} of {len(places)} rows have no reply of their own (first: {without[0]})"
+            raise UserError(Problem(f"reward '{rules[0]}'", found, ANSWERED))
+
+    def judge(
+        self, talks: Talks, places: Sequence[str], *, expected: Sequence[str | None] | None = None
+    ) -> Judged:
         """Return what the last replies of conversations are worth; an empty reply is one that ends at once.
 
         Neighbours with the same prompt are read together.
@@ -74,6 +116,7 @@ class Rewards:
         Args:
             talks: conversations that end with the assistant's reply.
             places: what each one is called in a message.
+            expected: the rows' own replies, for programs that ask for them.
 
         Raises:
             UserError: a program failed on a reply, or a template cannot write a conversation.
@@ -87,6 +130,9 @@ class Rewards:
         for source in self.sources:
             if isinstance(source, Learnt):
                 parts[source.name] = scores[source.model][source.score]
+            elif isinstance(source, AnswerRule):
+                known = [None] * len(talks) if expected is None else expected
+                parts[source.name] = np.asarray(source.scores(prompts, replies, places, known))
             else:
                 parts[source.name] = np.asarray(source.scores(prompts, replies, places))
         total = self._combined(parts, prompts)

@@ -13,12 +13,14 @@ from align.reward.settings import ARGUMENTS
 from align.rl.rewards.scorers import LONE_HEAD, same_base, scorer_of
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError, nearest, one_of
-from finetune.recipe.python_function import call_problems, file_digest, load_function
+from finetune.recipe.python_function import call_problems, file_digest, has_parameter, load_function
 from finetune.recipe.runs import find_run, finished_record
 from finetune.recipe.settings import Count, Section, StageSettings, Text
 from finetune.recipe.start import is_recipe
 
 LENGTH, TOTAL = "length_penalty", "total"
+EXPECTED = "expected"
+"""The third parameter of a program that is told the row's own reply."""
 HELPFULNESS, SAFETY = "helpfulness", "safety"
 """The names of the two sources that ``llama2`` combines."""
 
@@ -37,7 +39,9 @@ class RewardSource(Section):
         None, description="which of the run's scores: a head's name, a rule's; null: all together (total)"
     )
     function: Text | None = Field(
-        None, description="path/to/file.py:function; (prompt, completion) -> a number or a truth"
+        None,
+        description="path/to/file.py:function; (prompt, completion) -> a number or a truth; with a third "
+        "parameter `expected` it is told the row's own reply",
     )
     name: Text | None = Field(
         None, description="what it is called in metrics; null: the score's name, or the function's"
@@ -185,11 +189,19 @@ def _source(
         )
         yield Problem(where, found, "exactly one of run and function")
     elif source.function is not None:
-        yield from _program(source.function, ARGUMENTS, f"{where}.function")
+        yield from _reward_program(source.function, f"{where}.function")
         if source.score is not None:
             yield Problem(f"{where}.score", "given with a function", "null: a function has one number")
     else:
         yield from _run(source, stage, valid, where)
+
+
+def _reward_program(text: str, where: str) -> list[Problem]:
+    try:
+        answered = has_parameter(load_function(text, where=where), EXPECTED)
+    except UserError as error:
+        return error.problems
+    return _program(text, (*ARGUMENTS, EXPECTED) if answered else ARGUMENTS, where)
 
 
 def _program(text: str, arguments: tuple[str, ...], where: str) -> list[Problem]:

@@ -16,9 +16,15 @@ NAME = "first steps"
 class FirstSteps(TrainerCallback):  # type: ignore[misc]
     """Looks at the gradients before the optimizer uses them, until all have been there."""
 
-    def __init__(self, tell: Callable[[Tick], None]) -> None:
-        """Bind the watch to a function that prints and records a check, and raises when it failed."""
+    def __init__(self, tell: Callable[[Tick], None], *, may_idle: bool = False) -> None:
+        """Bind the watch to a function that prints and records a check, and raises when it failed.
+
+        Args:
+            tell: takes a check.
+            may_idle: whether a step whose gradients are all zeros is none to judge by.
+        """
         self.tell = tell
+        self.may_idle = may_idle
         self.steps = 0
         self.waiting: set[str] | None = None
 
@@ -32,8 +38,10 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]
         """
         if self.steps == WATCHED or self.waiting == set():
             return
-        self.steps += 1
         model = kwargs["model"]
+        if self.may_idle and gradients.ALIVE not in gradients.states(gradients.groups(model)):
+            return
+        self.steps += 1
         tick = gradients.reached(model, finite=False)
         if tick.problem:
             self.tell(tick)
@@ -55,6 +63,8 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say so where there were too few steps to tell."""
-        if self.waiting and self.steps < WATCHED:
+        if self.may_idle and not self.steps:
+            self.tell(Tick(NAME, "no step had anything to learn: all gradients were zeros", warned=True))
+        elif self.waiting and self.steps < WATCHED:
             zeros = f"{len(self.waiting)} trained tensors had gradients of zeros alone"
             self.tell(Tick(NAME, f"{zeros}; {self.steps} steps are too few to tell more"))

@@ -1,0 +1,36 @@
+"""What RLOO and GRPO load: the policy, and rewards on the same base in memory."""
+
+from dataclasses import dataclass
+
+from align.reward.shared_base import own_weights
+from align.rl.rewards.loading import load_rewards
+from align.rl.rewards.rewards import Rewards
+from align.rl.rewards.settings import RewardsSettings
+from finetune.training.job import Job
+from finetune.training.loading import Policy, load_frozen, put_adapter
+from finetune.training.text import Text
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A policy, and what its replies are worth."""
+
+    policy: Policy
+    rewards: Rewards
+
+
+def load_judged(job: Job, text: Text, settings: RewardsSettings) -> Judged:
+    """Load the base once, and put the policy's adapter and the reward models on it.
+
+    Raises:
+        UserError: the base cannot be loaded, the adapter does not fit it, or a reward run is not there or
+            damaged.
+    """
+    frozen = load_frozen(job)
+    rewards = load_rewards(settings, base=frozen.base, tokenizer=text.encoder.tokenizer)
+    for note in rewards.notes:
+        job.say(note)
+    policy = put_adapter(job, frozen)
+    for model in rewards.models:
+        own_weights(model.model, [policy.model])
+    return Judged(policy, rewards)

@@ -1,0 +1,118 @@
+"""What is measured of sampled replies to held-out prompts: reward, distance from the start, length, ends."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.ppo.episodes import lay_out
+from align.ppo.experience import Replies, Said
+from align.ppo.measures import of_distance, of_replies
+from align.ppo.roles import policy_tables
+from align.preference.starting_policy import StartingPolicy, arithmetic
+from align.rl.prompts import Prompt
+from align.rl.rewards.rewards import Rewards
+from align.rl.rollout import Completion, Sampling, sample
+from data_templates._segments import Message
+from finetune.data.tokens import Encoder
+from finetune.training.loading import Policy
+from finetune.training.preflight.untouched import untouched
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out prompts and all that measuring the replies to them needs.
+
+    Attributes:
+        prompts: what is asked.
+        policy: who answers.
+        start: the policy as it starts.
+        rewards: what replies are worth.
+        encoder: turns completions into text.
+        sampling: how they are drawn.
+        seed: of the draws: the same before, between and after.
+        size: replies of a forward pass.
+    """
+
+    prompts: Sequence[Prompt]
+    policy: Policy
+    start: StartingPolicy
+    rewards: Rewards
+    encoder: Encoder
+    sampling: Sampling
+    seed: int
+    size: int
+
+    def measure(self) -> dict[str, float]:
+        """Return what is watched of one sampled reply to each prompt; always the same draws.
+
+        Raises:
+            UserError: a reward raised something or gave no number.
+        """
+        replies = self.answer()
+        said = read(
+            self.policy,
+            replies.prompts,
+            replies.completions,
+            sampling=self.sampling,
+            size=self.size,
+            reference=self.start.in_place,
+        )
+        return of_replies(replies) | of_distance(replies, said)
+
+    def answer(self) -> Replies:
+        """Return a sampled and judged reply to each prompt."""
+        ids = [prompt.ids for prompt in self.prompts]
+        completions = sample(self.policy.model, ids, sampling=self.sampling, seed=self.seed)
+        texts = [self.encoder.decode_reply(list(one.ids)) for one in completions]
+        talks = [
+            [*prompt.talk, Message("assistant", text)]
+            for prompt, text in zip(self.prompts, texts, strict=True)
+        ]
+        places = [prompt.place for prompt in self.prompts]
+        known = [prompt.expected for prompt in self.prompts]
+        judged = self.rewards.judge(talks, places, expected=known)
+        return Replies(self.prompts, completions, texts, judged)
+
+
+@torch.no_grad()
+def read(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    *,
+    sampling: Sampling,
+    size: int,
+    reference: Callable[[], AbstractContextManager[None]],
+) -> Said:
+    """Return what a policy and a reference on the same base say of completions' tokens; there are no values.
+
+    Args:
+        policy: who answered.
+        prompts: what was asked.
+        completions: the answers.
+        sampling: how they were drawn.
+        size: completions of a forward pass.
+        reference: while it lasts, the policy is the reference.
+    """
+    model, pad, temperature = policy.model, sampling.stop_ids[0], sampling.temperature
+    device = next(model.parameters()).device
+    widths = np.array([len(one.ids) for one in completions])
+    tables = [torch.zeros(len(widths), int(widths.max())) for _ in range(3)]
+    order = np.argsort(-widths, kind="stable").tolist()
+    with untouched(model), arithmetic(model, policy.precision):
+        for first in range(0, len(order), size):
+            part = order[first : first + size]
+            ids = [prompts[i].ids for i in part], [completions[i].ids for i in part]
+            laid: Mapping[str, Any] = lay_out(*ids, pad_id=pad)
+            batch = {name: value.to(device) for name, value in laid.items()}
+            logps, entropies = policy_tables(model, batch, temperature=temperature, spread=True)
+            with reference():
+                theirs, _ = policy_tables(model, batch, temperature=temperature, spread=False)
+            for table, found in zip(tables, (logps, theirs, entropies), strict=True):
+                table[part, : found.shape[1]] = found.float().cpu()
+    logps, theirs, entropies = tables
+    return Said(logps, theirs, torch.zeros_like(logps), entropies)

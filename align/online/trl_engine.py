@@ -1,0 +1,231 @@
+"""RLOO and GRPO on TRL: its trainers with our prompts, our rewards, and the policy's start as reference.
+
+TRL keeps a copy of the adapter as it starts, ``ref``, and switches to it and back for the reference's
+log-probabilities: the reference is the start, and not the base beneath it. A step draws its replies and
+learns from them once: the ratio of new to old probabilities is 1, nothing is clipped, and no checkpoint lies
+between a draw and what is learnt of it, so that a resumed run draws what the first would have drawn.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from trl import GRPOTrainer, RLOOTrainer
+
+from align.online.prompt_numbers import PromptNumbers
+from align.preference.trl_engine import COPY, made_quietly, refuse_not_finite
+from align.rl.prompts import Prompts
+from align.rl.rewards.rewards import Rewards
+from data_templates._segments import Message
+from finetune.data.batches import optimizer_batches
+from finetune.data.tokens import Encoder
+from finetune.training.base_trainer import log_held_out
+
+NAMES = {
+    "reward": "reward",
+    "reward_std": "reward_deviation",
+    "entropy": "entropy",
+    "completions/mean_length": "length",
+    "frac_reward_zero_std": "equal_groups",
+}
+"""TRL's names of what it logs: ours."""
+CUT, TOKEN_KL = "completions/clipped_ratio", "kl"
+"""TRL's names of the share of replies that did not end by themselves, and of the distance, nats a token."""
+
+Measure = Callable[[], dict[str, float]]
+
+
+class InOurWords(Trainer):  # type: ignore[misc]
+    """Stands behind a trainer of TRL, between it and its own base, and names what it logs as we do."""
+
+    def log(self, logs: dict[str, float | None], start_time: float | None = None) -> None:
+        """Log under our names, the distance as nats a reply; what TRL has no number for is left out."""
+        known = {NAMES.get(name, name): value for name, value in logs.items() if value is not None}
+        if CUT in known:
+            known["ends"] = 1 - known[CUT]
+        if TOKEN_KL in known:
+            known["kl"] = known[TOKEN_KL] * known["length"]
+        super().log(known, start_time)
+
+
+class Judging:
+    """Rewards in TRL's words; remembers where the prompts came from that were answered last."""
+
+    def __init__(self, rewards: Rewards, prompts: Prompts, encoder: Encoder) -> None:
+        """Bind rewards to prompts, which TRL names by number."""
+        self.rewards = rewards
+        self.prompts = prompts
+        self.encoder = encoder
+        self.places: list[str] = []
+
+    def reward(
+        self,
+        prompts: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        log_metric: Callable[[str, float], None],
+        **ignored: Any,
+    ) -> list[float]:
+        """Return what replies are worth, in their order; TRL passes much else along.
+
+        Raises:
+            UserError: a program failed on a reply.
+            NotFiniteError: a reward is no number.
+        """
+        asked = [self.prompts[int(number)] for number in prompts]
+        self.places = [prompt.place for prompt in asked]
+        replies = [self.encoder.decode_reply(ids) for ids in completion_ids]
+        talks = [
+            (*prompt.talk, Message("assistant", reply)) for prompt, reply in zip(asked, replies, strict=True)
+        ]
+        known = [prompt.expected for prompt in asked]
+        judged = self.rewards.judge(talks, self.places, expected=known)
+        for name, values in judged.parts.items():
+            log_metric(part(name), float(values.mean()))
+        total: list[float] = judged.total.tolist()
+        return total
+
+
+def part(name: str) -> str:
+    """Return what a single reward is called in metrics.jsonl."""
+    return f"reward_{name}"
+
+
+class MeasuredRLOOTrainer(RLOOTrainer, InOurWords):  # type: ignore[misc]
+    """TRL's trainer, with our held-out measures; a NaN names its rows."""
+
+    judging: Judging
+    held_out: Measure
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run one forward and backward pass; raises NotFiniteError for a loss that is no number."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        refuse_not_finite(self, loss, self.judging.places)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log and return the held-out measures."""
+        return log_held_out(self, self.held_out())
+
+
+class MeasuredGRPOTrainer(GRPOTrainer, InOurWords):  # type: ignore[misc]
+    """TRL's trainer, with our held-out measures; a NaN names its rows."""
+
+    judging: Judging
+    held_out: Measure
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run one forward and backward pass; raises NotFiniteError for a loss that is no number."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        refuse_not_finite(self, loss, self.judging.places)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log and return the held-out measures."""
+        return log_held_out(self, self.held_out())
+
+
+OnlineTrainer = MeasuredRLOOTrainer | MeasuredGRPOTrainer
+TRAINERS: Mapping[str, type[OnlineTrainer]] = {
+    "RLOOConfig": MeasuredRLOOTrainer,
+    "GRPOConfig": MeasuredGRPOTrainer,
+}
+"""The trainer that goes with a class of arguments."""
+
+
+def prompt_order(
+    lengths: Sequence[int], *, count: int, seed: int, group_by_length: bool, together: int
+) -> list[int]:
+    """Return the prompts of a whole run, shuffled anew for each pass; ``together`` meet in a step.
+
+    TRL's own order goes on from a random state that no checkpoint holds; laid out at once, it is the rows'.
+    """
+    order: list[int] = []
+    epoch = 0
+    while len(order) < count:
+        batches = optimizer_batches(
+            lengths, together, seed=seed, epoch=epoch, group_by_length=group_by_length
+        )
+        order += [row for batch in batches for row in batch]
+        epoch += 1
+    return order[:count]
+
+
+def online_trainer(
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    judging: Judging,
+    *,
+    order: Sequence[int],
+    held_out: Measure | None,
+) -> OnlineTrainer:
+    """Return TRL's trainer; its reference is the model as it is now.
+
+    Args:
+        model: base with adapter, before its first step.
+        args: RLOOConfig or GRPOConfig.
+        judging: prompts and rewards.
+        order: the prompts' numbers, as many as the run needs.
+        held_out: what is measured between the steps, if anything.
+    """
+    encoder = judging.encoder
+    end = int(encoder.tokenizer.eos_token_id)
+    numbers = PromptNumbers(encoder.tokenizer, [prompt.ids for prompt in judging.prompts], end=end)
+    asked = Dataset.from_dict({"prompt": [str(number) for number in order]})
+    with made_quietly(), _ends(model, encoder.stop_ids), _as_stored(model):
+        trainer = TRAINERS[type(args).__name__](
+            model=model,
+            reward_funcs=judging.reward,
+            args=args,
+            train_dataset=asked,
+            eval_dataset=None if held_out is None else asked.select([0]),
+            processing_class=numbers,
+        )
+    for name, weight in model.named_parameters():
+        if f".{COPY}." in name:
+            weight.requires_grad_(False)  # of virtual tokens the library leaves both trainable
+    trainer.judging = judging
+    if held_out is not None:
+        trainer.held_out = held_out
+    return trainer
+
+
+@contextmanager
+def _ends(model: PreTrainedModel, stop_ids: Sequence[int]) -> Iterator[None]:
+    """Let a model end replies at our stop tokens while TRL asks it where they end."""
+    config = model.generation_config
+    before = config.eos_token_id
+    config.eos_token_id = list(stop_ids)
+    try:
+        yield
+    finally:
+        config.eos_token_id = before
+
+
+@contextmanager
+def _as_stored(model: nn.Module) -> Iterator[None]:
+    """Give trained weights their numbers back: on a 4-bit base TRL rounds them to bfloat16."""
+    before = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+    yield
+    for name, weight in model.named_parameters():
+        if name in before:
+            weight.data = before[name]
+
+
+@contextmanager
+def as_reference(model: nn.Module) -> Iterator[None]:
+    """Let a policy be TRL's reference, as TRL does it: with the copy of the adapter that it keeps."""
+    assert isinstance(model, PeftModel) and COPY in model.peft_config
+    active = model.active_adapter
+    model.set_adapter(COPY)
+    try:
+        yield
+    finally:
+        model.set_adapter(active)

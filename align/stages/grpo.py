@@ -1,0 +1,77 @@
+"""Group relative policy optimization: a reply's advantage is its reward among replies to the same prompt.
+
+Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), equation 3: A_i = (r_i - mean r) / std r over a prompt's
+replies, for each of a reply's tokens, and beta times the distance from the reference (k3, equation 4) in the
+loss. There is no value model. The reference is the policy as it starts. TRL's GRPOTrainer runs it; each step
+draws replies of its own, and a run that was stopped goes on to the bit.
+"""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, ClassVar
+
+from align.online.settings import GrpoSettings, OnlineSettings, contradictions
+from finetune.recipe.errors import Problem
+from finetune.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from finetune.training.result import Result
+
+
+PUBLIC = "gsm8k"
+"""The recipe that serves another base than the embedded one where none is named."""
+
+
+class Settings(OnlineSettings):
+    """Prompts, rewards, how replies are drawn, and what is learnt from them."""
+
+    TRL_CONFIG: ClassVar[str] = "GRPOConfig"
+
+    align: GrpoSettings = GrpoSettings()
+
+    def problems(self, valid: Collection[str]) -> list[Problem]:
+        """Return what contradicts itself, before anything is loaded."""
+        return list(contradictions(self, self.align, valid))
+
+
+def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
+    """Tune a model on rewards of its own replies.
+
+    Args:
+        recipe: what to do.
+        console: where progress is shown.
+        force: start over where a run of this recipe is there already.
+        command: the words that started it, for the record.
+
+    Raises:
+        UserError: the user's mistakes, before anything is written; or a reward that fails on a reply.
+        Interrupted: a signal came; a checkpoint is there.
+        NotFiniteError: loss, gradient or a reward became NaN or infinite.
+    """
+    from finetune.training.result import Result
+    from finetune.training.run_directory import RunDirectory
+    from finetune.training.run_fingerprint import run_fingerprint
+
+    settings = recipe.settings
+    assert isinstance(settings, Settings)
+    fingerprint = run_fingerprint(settings)
+    run = RunDirectory.open(recipe, fingerprint, force=force)
+    if run.finished:
+        return Result.of(run)
+
+    from align.online.loading import load_judged
+    from align.online.tuning import OnlineTuning
+    from align.online.watched import watched
+    from align.rl.prompts import load_prompts
+    from finetune.training.job import Job
+    from finetune.training.loading import load_text
+    from finetune.training.tune import carry_out
+
+    names = [source.called for source in settings.reward.sources]
+    job = Job(recipe, run, console, command, watched=watched(names), may_idle=True)
+    text = load_text(job)
+    prompts = load_prompts(job, settings.data, text, room=settings.sampling.max_new_tokens)
+    tuning = OnlineTuning(job, text, prompts, load_judged(job, text, settings.reward), settings.align)
+    carry_out(job, tuning, fingerprint=fingerprint)
+    return Result.of(run)

@@ -1,0 +1,199 @@
+"""Whole runs of RLOO and GRPO in a temporary folder."""
+
+import os
+import signal
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import load
+from finetune.stages import sft
+from finetune.training.recorder import Recorder
+from finetune.training.stops import Interrupted, NotFiniteError
+from finetune.training.tuned import load_tuned
+
+both = pytest.mark.parametrize("stage", ["rloo", "grpo"])
+
+
+def told(result):
+    """Return what the checks said, by name."""
+    return {tick["name"]: tick for tick in result.record["preflight"]}
+
+
+@both
+def test_a_rule_is_learnt(tune, stage):
+    result = tune(stage, train__max_steps=20, train__batch_size=16, train__evaluate_every=10)
+    steps = [line for line in result.metrics if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 21))
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-5) and steps[-1]["kl"] > 0.01
+    assert {"reward", "reward_deviation", "length", "ends", "entropy", "equal_groups"} <= steps[-1].keys()
+    metrics = result.record["metrics"]
+    assert metrics["held_out_reward_after"] > metrics["held_out_reward_before"] + 0.1
+    assert metrics["held_out_kl_before"] == pytest.approx(0, abs=1e-5) and metrics["held_out_kl_after"] > 0.1
+    assert [line["step"] for line in result.metrics if "held_out_reward" in line] == [10, 20]
+    assert "held-out reward" in result.record["headline"]
+    assert "the policy begins as the reference" in told(result)["start"]["detail"]
+    assert told(result)["base"]["passed"] and "had a gradient" in told(result)["first steps"]["detail"]
+    assert [{"before", "after"} <= sample.keys() for sample in result.samples] == [True, True]
+    assert result.record["data"]["lines"][0].startswith("24 prompts (prompt), 6 held out; ")
+
+
+@both
+def test_what_is_saved_opens_as_any_adapter_and_as_a_run(tune, stage, decided_base):
+    result = tune(stage)
+    assert not (result.adapter / "ref").exists()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decided_base), result.adapter)
+    saved = load_file(result.adapter / "adapter_model.safetensors")
+    assert any(value.any() for name, value in saved.items() if "lora_B" in name)
+    assert list(model.peft_config) == ["default"]
+    assert load_tuned(result.directory).encoder.name == "plain"
+
+
+@both
+def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(tune, stage, monkeypatch):
+    settings = {"train__max_steps": 9, "train__checkpoint_every": 4, "train__evaluate_every": 3}
+    whole = tune(stage, "whole", **settings)
+    log = Recorder.on_log
+
+    def ask_at_step_5(self, args, state, control, logs=None, **kwargs):
+        log(self, args, state, control, logs=logs, **kwargs)
+        if state.global_step == 5 and not self.interrupt.name:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Recorder, "on_log", ask_at_step_5)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 6; a checkpoint is written"):
+        tune(stage, **settings)
+    monkeypatch.undo()
+    again = tune(stage, **settings)
+    assert again.record["files"] == whole.record["files"]
+    assert again.metrics == whole.metrics
+    assert again.samples == whole.samples and again.record["metrics"] == whole.record["metrics"]
+
+
+@pytest.fixture
+def tuned_run(decided_base, rows_file, tmp_path):
+    """Return a run of sft whose adapter is far from zero."""
+    text = (
+        f"stage: sft\nmodel: {{base: {decided_base}, precision: float32}}\n"
+        f"data: {{source: {rows_file}, template: plain, cache: false}}\n"
+        "adapter: {method: lora, rank: 4, dropout: 0.0}\n"
+        "train: {max_steps: 4, batch_size: 8, learning_rate: 5e-2}\nevaluate: {samples: 0}\n"
+    )
+    (tmp_path / "sft.yaml").write_text(text, encoding="utf-8")
+    recipe = load("sft", str(tmp_path / "sft.yaml"), out=tmp_path / "tuned")
+    return sft.run(recipe, Console(quiet=True), command="a test").directory
+
+
+@both
+def test_pain_14_the_reference_is_the_start_and_not_the_base(tune, stage, tuned_run):
+    result = tune(stage, model__start=str(tuned_run), train__max_steps=2)
+    first = next(line for line in result.metrics if "kl" in line)
+    assert first["kl"] == pytest.approx(0, abs=1e-5), "TRL's own number"
+    assert told(result)["start"]["detail"].startswith("the policy begins as the reference")
+    saved, start = (
+        load_file(run / "adapter/adapter_model.safetensors") for run in (result.directory, tuned_run)
+    )
+    assert saved.keys() == start.keys()
+    assert max(float(value.abs().max()) for name, value in start.items() if "lora_B" in name) > 0.01
+
+
+@pytest.mark.parametrize("method", ["dora", "prefix", "prompt", "ia3", "vera", "oft", "layernorm"])
+def test_kinds_of_adapters_begin_as_their_own_reference(tune, method):
+    result = tune("grpo", adapter__method=method, train__max_steps=2, evaluate__samples=0, data__held_out=0)
+    assert told(result)["start"]["passed"] and told(result)["base"]["passed"]
+
+
+def test_the_whole_model_is_tuned_without_a_reference(tune):
+    result = tune("rloo", adapter__method="full", align__beta=0.0, train__learning_rate=1e-4)
+    assert (result.directory / "model").is_dir() and "start" not in told(result)
+
+
+@both
+def test_a_four_bit_base_keeps_the_adapter_in_full_precision(tune, stage):
+    result = tune(stage, adapter__method="qlora", train__max_steps=2, data__held_out=0)
+    saved = load_file(result.adapter / "adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    rounded = [torch.equal(value, value.bfloat16().float()) for value in saved.values()]
+    assert not all(rounded) and told(result)["start"]["passed"]
+
+
+def test_several_rewards_are_logged_one_by_one(tune, rule_file):
+    sources = [{"function": f"{rule_file}:the"}, {"function": f"{rule_file}:short", "weight": 2.0}]
+    result = tune("rloo", reward__sources=sources, train__max_steps=1)
+    [line] = [line for line in result.metrics if "loss" in line]
+    assert line["reward"] == pytest.approx(line["reward_the"] + 2 * line["reward_short"], abs=1e-5)
+    assert [entry["name"] for entry in result.record["rewards"]] == ["the", "short"]
+    assert {"held_out_reward_the_before", "held_out_reward_short_after"} <= result.record["metrics"].keys()
+
+
+@both
+def test_replies_that_are_all_worth_the_same_are_no_fault_of_the_adapter(tune, stage, tmp_path):
+    (tmp_path / "same.py").write_text("def same(prompt, completion):\n    return 1.0\n", encoding="utf-8")
+    source = [{"function": f"{tmp_path / 'same.py'}:same"}]
+    result = tune(stage, reward__sources=source, align__beta=0.0, data__held_out=0, evaluate__samples=0)
+    assert told(result)["first steps"]["detail"] == "no step had anything to learn: all gradients were zeros"
+    assert [line["equal_groups"] for line in result.metrics] == [1.0, 1.0, 1.0]
+
+
+@both
+def test_a_reward_that_raises_names_the_prompt_and_ends_the_run(tune, stage, rule_file, tmp_path):
+    with pytest.raises(
+        UserError, match=r"reward 'raises' on \S+prompts.jsonl:\d+: RuntimeError: out of order"
+    ):
+        tune(stage, reward__sources=[{"function": f"{rule_file}:raises"}], data__held_out=0)
+    assert '"status": "failed"' in (tmp_path / "run/run.json").read_text(encoding="utf-8")
+
+
+def test_a_reward_that_is_no_number_is_told(tune, rule_file):
+    with pytest.raises(UserError, match="it returned nan"):
+        tune("grpo", reward__sources=[{"function": f"{rule_file}:no_number"}])
+
+
+def test_a_loss_that_is_no_number_names_step_and_rows(tune):
+    with pytest.raises((NotFiniteError, RuntimeError), match=r"at step \d|nan|inf"):
+        tune("rloo", train__learning_rate=1e30, evaluate__samples=0, data__held_out=0)
+
+
+@both
+@pytest.mark.parametrize(
+    ("settings", "where", "repair"),
+    [
+        ({"train__engine": "native"}, "train.engine", ""),
+        ({"train__neftune_alpha": 5.0}, "train.neftune_alpha", "train.neftune_alpha=null"),
+        ({"train__label_smoothing": 0.1}, "train.label_smoothing", "train.label_smoothing=0"),
+        ({"train__batch_size": 10}, "train.batch_size", "train.batch_size=8"),
+        ({"sampling__samples": 1}, "sampling.samples", ""),
+        ({"sampling__temperature": 0.0}, "sampling.temperature", ""),
+        ({"sampling__top_p": 0.9}, "sampling.top_p", ""),
+        ({"sampling__max_new_tokens": 256}, "sampling.max_new_tokens", ""),
+        ({"data__max_prompt_length": 254}, "data.max_prompt_length", "data.max_prompt_length=250"),
+        ({"data__max_length": 64}, "data.max_length", ""),
+        ({"data__packing": True}, "data.packing", ""),
+        ({"adapter__method": "pissa"}, "adapter.method", "adapter.method=lora"),
+        ({"adapter__method": "full"}, "align.beta", "align.beta=0"),
+        ({"align__beta": -1.0}, "align.beta", ""),
+        ({"evaluate__exact_match": 3}, "evaluate.exact_match", ""),
+        ({"reward__sources": []}, "reward.sources", "reward.sources"),
+        ({"reward__sources": [{"function": "nowhere.py:f"}]}, "reward.sources[0].function", ""),
+        ({"train__engine_args": {"num_iterations": 2}}, "train.engine_args.num_iterations", ""),
+        ({"train__engine_args": {"top_p": 0.9}}, "train.engine_args.top_p", ""),
+        ({"train__engine_args": {"beta": 1.0}}, "train.engine_args.beta", ""),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(tune, tmp_path, stage, settings, where, repair):
+    with pytest.raises(UserError) as error:
+        tune(stage, **settings)
+    [problem] = [found for found in error.value.problems if found.where.split(" ")[0] == where]
+    assert repair in problem.repair
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_set_of_prompts_is_one_clear_message(tune, tmp_path):
+    (tmp_path / "none.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="no rows"):
+        tune("rloo", data__source=str(tmp_path / "none.jsonl"))

@@ -1,0 +1,76 @@
+"""Rewards of right answers: numbers as people write them, and rows that say what is right."""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from small_tokenizers import tokenizer
+
+from align.rl.rewards.loading import load_rewards
+from align.rl.rewards.settings import RewardsSettings
+from align.rl.rules.answers import last_number, same_number
+from data_templates._segments import Message
+from finetune.recipe.errors import UserError
+
+DATA = Path(__file__).parents[3] / "../shared/data"
+RULE = "align/rl/rules/answers.py:same_number"
+SOLUTION = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The answer is 72.", "72"),
+        ("$1,000.50 in all", "1000.50"),
+        ("it fell to -3", "-3"),
+        ("48-24", "24"),
+        ("(3+4)-5", "5"),
+        ("a half is .5", ".5"),
+        ("12%, not 13%!", "13"),
+        ("1,000,000", "1000000"),
+        ("nothing", None),
+        ("", None),
+    ],
+)
+def test_the_last_number_of_a_text(text, number):
+    assert last_number(text) == (None if number is None else Decimal(number))
+
+
+def test_replies_with_the_right_number_are_right():
+    assert same_number("", "so 24 + 48 = 72", SOLUTION) and same_number("", "It is $72.00.", SOLUTION)
+    assert not same_number("", "72 or 73", SOLUTION) and not same_number("", "", SOLUTION)
+    with pytest.raises(ValueError, match="no number in the row's own reply, 'many'"):
+        same_number("", "3", "many")
+
+
+@pytest.fixture
+def rewards():
+    """Return the rule as a recipe names it."""
+    settings = RewardsSettings(sources=[{"function": RULE}])
+    return load_rewards(settings, base=None, tokenizer=tokenizer("qwen"))
+
+
+def test_a_rule_is_told_the_row_s_own_reply(rewards):
+    talks = [[Message("user", "How many?"), Message("assistant", text)] for text in ("72", "24")]
+    judged = rewards.judge(talks, ["row 1", "row 2"], expected=[SOLUTION, SOLUTION])
+    assert judged.total.tolist() == [1.0, 0.0] and list(judged.parts) == ["same_number"]
+
+
+def test_a_row_without_a_reply_of_its_own_is_told(rewards):
+    talks = [[Message("user", "How many?"), Message("assistant", "72")]]
+    for known in (None, [None]):
+        with pytest.raises(UserError, match="reward 'same_number' on row 1: the row has no reply of its own"):
+            rewards.judge(talks, ["row 1"], expected=known)
+    rewards.refuse_unanswered([SOLUTION], ["row 1"])
+    with pytest.raises(UserError, match=r"1 of 2 rows have no reply of their own \(first: row 2\)"):
+        rewards.refuse_unanswered([SOLUTION, None], ["row 1", "row 2"])
+
+
+@pytest.mark.skipif(not (DATA / "gsm8k/test.jsonl").is_file(), reason="published data is not here")
+def test_gsm8k_s_solutions_agree_with_themselves_and_not_with_the_next_one():
+    lines = (DATA / "gsm8k/test.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line)["answer"] for line in lines]
+    assert all(same_number("", answer, answer) for answer in answers)
+    agree = sum(same_number("", one, other) for one, other in zip(answers, answers[1:], strict=False))
+    assert agree < 0.05 * len(answers)
