@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.pipeline.settings import REWARDS
+from align.rl.rewards.scorers import pending as pending_scorers
 from finetune.recipe import yaml_file
 from finetune.recipe.command_line import COMMAND_LINE
 from finetune.recipe.errors import Problem, UserError
@@ -67,14 +68,15 @@ class Entry:
         Args:
             start: what ``model.start`` becomes; None where the recipe says it.
             rewards: the run that each name of ``rewards`` means.
-            pending: recipes whose runs are still to be made, by what ``start`` calls them.
+            pending: recipes whose runs are still to be made, by what ``start`` and ``rewards`` call them.
 
         Raises:
             UserError: every mistake that could be found, each with the stage's name before it.
         """
         shortcuts = self._shortcuts(start, rewards)
         try:
-            recipe = load(self.stage, self.recipe, shortcuts=shortcuts, pending=pending)
+            with pending_scorers(pending or {}):
+                recipe = load(self.stage, self.recipe, shortcuts=shortcuts, pending=pending)
         except UserError as error:
             raise UserError([self.placed(problem) for problem in error.problems]) from error
         return replace(recipe, origins={**recipe.origins, **dict(self._origins(recipe))})

@@ -19,6 +19,7 @@ from finetune.recipe.command_line import COMMAND_LINE
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS
+from finetune.recipe.start import SCORERS
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _recipes(entries: Sequence[Entry]) -> tuple[dict[str, Recipe], list[Problem]
     problems: list[Problem] = []
     for entry in entries:
         start = entry.start if entry.start in recipes else None
-        rewards = {name: recipes[name].name for name in entry.rewards if name in recipes}
+        rewards = {name: name for name in entry.rewards if name in recipes and recipes[name].stage in SCORERS}
         try:
             recipes[entry.name] = entry.load(start=start, rewards=rewards, pending=recipes)
         except UserError as error:
