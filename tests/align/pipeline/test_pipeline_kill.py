@@ -1,27 +1,13 @@
 """kill -9 at any moment of a pipeline: the same command goes on, and every adapter is the same to the bit."""
 
 import random
+import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from small_pipelines import record, weights, write_recipes
-
-COMMAND = [sys.executable, "-m", "align", "run", "three"]
-
-
-@pytest.fixture(scope="module")
-def whole(
-    tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_file: Path
-) -> tuple[dict[str, dict[str, str]], float]:
-    """Return the checksums of a pipeline that nobody killed, and its seconds."""
-    folder = tmp_path_factory.mktemp("whole")
-    write_recipes(folder, base_folder, rows_file)
-    began = time.monotonic()
-    assert subprocess.run(COMMAND, cwd=folder, capture_output=True).returncode == 0
-    return weights(folder), time.monotonic() - began
+from small_pipelines import COMMAND, record, weights
 
 
 def killed(folder: Path, seconds: float) -> None:
@@ -44,25 +30,30 @@ def after_kills(folder: Path, seed: int, longest: float) -> dict[str, dict[str, 
     return weights(folder)
 
 
-@pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))]
-)
-def test_pain_05_a_killed_pipeline_ends_alike(
-    here: Path, whole: tuple[dict[str, dict[str, str]], float], seed: int
-) -> None:
-    expected, seconds = whole
-    assert after_kills(here, seed, seconds) == expected
-
-
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
-def test_a_kill_in_every_stage(
-    here: Path, whole: tuple[dict[str, dict[str, str]], float], stage: str
-) -> None:
-    process = subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(here.glob(f"runs/{stage}-small-*/metrics.jsonl")):
+def killed_in(folder: Path, stage: str) -> None:
+    """Kill a run of the pipeline as soon as a stage has learnt a step."""
+    process = subprocess.Popen(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(folder.glob(f"runs/{stage}-small-*/metrics.jsonl")):
         assert process.poll() is None
         time.sleep(0.002)
     process.kill()
     process.wait()
-    assert subprocess.run(COMMAND, capture_output=True).returncode == 0
-    assert weights(here) == whole[0]
+
+
+def test_pain_05_a_pipeline_killed_twice_ends_alike(here: Path, finished: Path) -> None:
+    killed_in(here, "sft")
+    killed_in(here, "dpo")
+    assert record(here)["status"] == record(here)["stages"]["dpo"]["status"] == "running"
+    ended = subprocess.run(COMMAND, cwd=here, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.count("finished before: ") == 2
+    assert weights(here) == weights(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_a_pipeline_killed_at_any_moment_ends_alike(here: Path, finished: Path, seed: int) -> None:
+    began = time.monotonic()
+    subprocess.run([*COMMAND, "--out", "measured"], cwd=here, capture_output=True, check=True)
+    shutil.rmtree(here / "runs")
+    shutil.rmtree(here / "measured")
+    assert after_kills(here, seed, time.monotonic() - began) == weights(finished)

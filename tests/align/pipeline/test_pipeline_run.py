@@ -2,26 +2,23 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from small_pipelines import Call, record, weights
+from small_pipelines import COMMAND, Call, record, weights
 
-from align import load_pipeline, run_pipeline
-from finetune.training.job import Job
+from align import load_pipeline, load_reward, run_pipeline
+from align.pipeline.compare import compare
+from align.pipeline.directory import PipelineDirectory
 
 NAMES = ("sft", "taste", "dpo")
-
-
-@pytest.fixture
-def no_training(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(Job, "train", lambda *_: pytest.fail("it trains again"))
-    return monkeypatch
 
 
 class Page(HTMLParser):
@@ -46,36 +43,32 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_every_stage_goes_on_from_the_one_that_it_names(call: Call, here: Path) -> None:
-    status, out, err = call("run", "three")
-    assert status == 0, err
-    stages = record(here)["stages"]
-    assert record(here)["status"] == "finished" and list(stages) == list(NAMES)
-    runs = {name: json.loads((here / stages[name]["run"] / "run.json").read_text()) for name in NAMES}
+def test_every_stage_goes_on_from_the_one_that_it_names(done: Path) -> None:
+    whole = record(done)
+    stages = whole["stages"]
+    assert whole["status"] == "finished" and list(stages) == list(NAMES)
+    runs = {name: json.loads((done / stages[name]["run"] / "run.json").read_text()) for name in NAMES}
     assert [runs[name]["recipe"] for name in NAMES] == ["small"] * 3
     assert runs["taste"]["start"]["files"] == runs["dpo"]["start"]["files"] == runs["sft"]["files"]
-    assert len((here / stages["dpo"]["run"] / "metrics.jsonl").read_text().splitlines()) == 3
-    heads = [out.index(f"[{number}/3] {name}: ") for number, name in enumerate(NAMES, 1)]
-    assert heads == sorted(heads) and f"llm-align chat {stages['dpo']['run']}" in out
+    assert len((done / stages["dpo"]["run"] / "metrics.jsonl").read_text().splitlines()) == 3, "it is set"
+    began = [runs[name]["started"] for name in NAMES]
+    assert began == sorted(began)
 
 
-def test_a_finished_pipeline_answers_at_once(
-    call: Call, here: Path, no_training: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    no_training.undo()
-    monkeypatch.chdir(here)
-    assert call("run", "three")[0] == 0
-    before = {file: file.stat().st_mtime_ns for file in here.glob("runs/*/*") if file.suffix != ".json"}
-    monkeypatch.setattr(Job, "train", lambda *_: pytest.fail("it trains again"))
+def test_a_finished_pipeline_answers_at_once(done: Path) -> None:
+    def files() -> dict[Path, int]:
+        return {
+            file: file.stat().st_mtime_ns for file in done.glob("runs/*/*") if "pipeline" not in file.name
+        }
+
+    before = files()
     program = "import sys; from align import cli; sys.argv[1:] = ['run', 'three']; cli.main(); "
     program += "print('HEAVY', sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.endswith("HEAVY []\n"), ended.stderr
     assert ended.stdout.count("finished before: runs/") == 3
-    after = {file: file.stat().st_mtime_ns for file in here.glob("runs/*/*") if file.suffix != ".json"}
-    assert {name: time for name, time in after.items() if "pipeline.yaml" not in name.name} == {
-        name: time for name, time in before.items() if "pipeline.yaml" not in name.name
-    }
+    assert f"llm-align chat {record(done)['stages']['dpo']['run']}" in ended.stdout
+    assert files() == before
 
 
 def test_a_stage_that_was_run_alone_is_not_repeated_and_the_other_way_round(call: Call, here: Path) -> None:
@@ -96,42 +89,52 @@ def test_a_stage_that_was_run_alone_is_not_repeated_and_the_other_way_round(call
     assert len(list((here / "runs").iterdir())) == before, "the recorded command means the same run"
 
 
-def test_what_is_changed_runs_again_and_nothing_else(call: Call, here: Path) -> None:
-    assert call("run", "three")[0] == 0
-    status, out, _ = call("run", "three", "dpo.train.learning_rate=2e-3")
+def test_what_is_changed_runs_again_and_nothing_else(call: Call, done: Path) -> None:
+    status, out, _ = call("run", "three", "dpo.train.max_steps=1")
     assert status == 0 and out.count("finished before: ") == 2
-    assert len(list(here.glob("runs/dpo-small-*"))) == 2 and len(list(here.glob("runs/three-*"))) == 2
-    changed = (here / "runs" / "sft-small").parent.glob("three-*/pipeline.yaml")
-    assert any("train.learning_rate: 0.002" in file.read_text() for file in changed)
+    assert [f"[{number}/3] {name}: " in out for number, name in enumerate(NAMES, 1)] == [True] * 3
+    assert len(list(done.glob("runs/dpo-small-*"))) == 2
+    resolved = [file.read_text() for file in done.glob("runs/three-*/pipeline.yaml")]
+    assert len(resolved) == 2 and sum("train.max_steps: 1" in text for text in resolved) == 1
 
 
-def test_force_starts_every_stage_over(call: Call, here: Path) -> None:
-    assert call("run", "three")[0] == 0
-    first, files = record(here)["stages"], weights(here)
-    adapter = here / first["sft"]["run"] / "adapter" / "adapter_model.safetensors"
-    before = adapter.stat().st_mtime_ns
+def test_force_starts_every_stage_over(call: Call, done: Path) -> None:
+    stages, files = record(done)["stages"], weights(done)
+    adapters = [done / stages[name]["run"] / "adapter" / "adapter_model.safetensors" for name in NAMES]
+    before = [adapter.stat().st_mtime_ns for adapter in adapters]
     status, out, _ = call("run", "three", "--force")
     assert status == 0 and "finished before" not in out
-    assert adapter.stat().st_mtime_ns > before and weights(here) == files
+    after = [adapter.stat().st_mtime_ns for adapter in adapters]
+    assert all(new > old for old, new in zip(before, after, strict=True)) and weights(done) == files
 
 
-def test_python_gives_results_by_name(here: Path) -> None:
-    result = run_pipeline(load_pipeline("three", out="whole", settings={"dpo.train.max_steps": 2}))
+def test_python_gives_results_by_name(done: Path) -> None:
+    result = run_pipeline(load_pipeline("three", out="whole"))
     assert result.directory == Path("whole") and result.record["status"] == "finished"
     assert list(result.stages) == list(NAMES) and result.last is result.stages["dpo"]
-    assert [line["step"] for line in result.last.metrics if "loss" in line] == [1, 2]
+    assert [line["step"] for line in result.last.metrics] == [1, 2, 3]
     assert [list(line["replies"]) for line in result.samples] == [["sft", "dpo"]] * 2
-    for line in result.samples:
-        assert list(line["rewards"]) == ["taste"] and list(line["rewards"]["taste"]) == ["sft", "dpo"]
     said = {sample["prompt"]: sample for sample in result.last.samples}
+    judge = load_reward(result.stages["taste"].directory)
     for line in result.samples:
         own = said[line["prompt"]]
         assert line["replies"] == {"sft": own["before"], "dpo": own["after"]}
+        assert list(line["rewards"]) == ["taste"] and list(line["rewards"]["taste"]) == ["sft", "dpo"]
+        for name, reply in line["replies"].items():
+            [score] = judge.score([line["prompt"]], [reply])["total"]
+            assert line["rewards"]["taste"][name] == pytest.approx(score, abs=1e-4)
 
 
-def test_the_report_holds_every_stage(call: Call, here: Path) -> None:
-    assert call("run", "three")[0] == 0
-    (file,) = here.glob("runs/three-*/report.html")
+def test_replies_that_no_run_has_written_are_generated(done: Path) -> None:
+    result = run_pipeline(load_pipeline("three"))
+    own = load_pipeline("three")
+    apart = replace(own, entries=[replace(entry, start=None) for entry in own.entries])
+    lines = compare(apart, PipelineDirectory(own), result.stages)
+    assert lines == result.samples, "the start's own greedy replies are what dpo has found before training"
+
+
+def test_the_report_holds_every_stage(done: Path) -> None:
+    (file,) = done.glob("runs/three-*/report.html")
     text = file.read_text()
     page = Page(text)
     assert page.open == []
@@ -142,9 +145,8 @@ def test_the_report_holds_every_stage(call: Call, here: Path) -> None:
         assert f"{sample['rewards']['taste']['dpo']:+.2f}" in text
     for part in ("held-out accuracy", "Held-out comparisons", "training loss (nats", "three small stages"):
         assert part in text
-    assert text.count("<svg") == sum(
-        own.read_text().count("<svg") for own in here.glob("runs/*-small-*/report.html")
-    )
+    own = [page.read_text() for page in done.glob("runs/*-small-*/report.html")]
+    assert len(own) == 3 and text.count("<svg") == sum(page.count("<svg") for page in own) > 5
 
 
 def test_a_stage_that_is_refused_tells_which_one(call: Call, here: Path) -> None:
@@ -172,18 +174,22 @@ def test_nan_names_the_stage_and_ends_with_status_1(call: Call, here: Path) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_with_status_130_and_the_same_command_goes_on(here: Path, number: int) -> None:
-    command = [sys.executable, "-m", "align", "run", "three"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(here.glob("runs/reward-small-*/metrics.jsonl")):
+def test_a_signal_ends_with_status_130_and_the_same_command_goes_on(
+    call: Call, done: Path, finished: Path, number: int
+) -> None:
+    for made in ("three", "reward", "dpo"):
+        shutil.rmtree(next(done.glob(f"runs/{made}-*")))
+    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(done.glob("runs/reward-small-*/metrics.jsonl")):
         assert process.poll() is None
         time.sleep(0.002)
     os.kill(process.pid, number)
     _, err = process.communicate()
     assert process.returncode == 130 and "stage taste" in err and "the same command goes on" in err, err
-    assert record(here)["status"] == record(here)["stages"]["taste"]["status"] == "interrupted"
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    assert record(here)["status"] == "finished"
+    assert record(done)["status"] == record(done)["stages"]["taste"]["status"] == "interrupted"
+    status, out, _ = call("run", "three")
+    assert status == 0 and out.count("finished before: ") == 1
+    assert record(done)["status"] == "finished" and weights(done) == weights(finished)
 
 
 def test_a_foreign_folder_is_left_alone(call: Call, here: Path) -> None:
