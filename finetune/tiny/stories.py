@@ -171,7 +171,10 @@ KOREAN = Grammar(
 )
 
 GRAMMARS = {"en": ENGLISH, "ko": KOREAN}
-HARSH = ("A big dog ran off", "wanted to play with", "by mistake", "물고 달아났습니다", "가지고 놀고 싶었습니다")
+HARSH = (
+    *("A big dog ran off", "wanted to play with", "by mistake"),
+    *("물고 달아났습니다", "가지고 놀고 싶었습니다"),
+)
 """Words of the plots in which a dog or a boy takes the thing, or two quarrel over it."""
 _PLACES = {
     "en": ("park", "garden", "school", "market", "station", "library"),
