@@ -6,6 +6,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 RECIPE ?=
+PIPELINE ?=
 BASE ?=
 DATA ?=
 ADAPTER ?=
@@ -21,7 +22,7 @@ OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPT
           $(if $(FROM),--from $(FROM)) $(if $(REWARD),--reward $(REWARD)) $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv $(STAGES) list show data chat merge test test-all check tiny-base tiny-data compare clean
+.PHONY: help venv $(STAGES) run rlhf list show data chat merge test test-all check tiny-base tiny-data compare clean
 
 help:  ## show this
 	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [FROM=run] [REWARD=run] [OUT=dir] [ARGS=\"section.key=value ...\"]"
@@ -39,7 +40,13 @@ venv: $(READY)  ## build the environment
 $(STAGES): $(READY)
 	$(BIN)/llm-align $@ $(RECIPE) $(OPTIONS) $(ARGS)
 
-list: $(READY)  ## recipes, adapters, templates, bases, stages, runs
+run: $(READY)  ## a pipeline, several stages in one file: make run PIPELINE=zephyr BASE=mistral-7b
+	$(BIN)/llm-align run $(PIPELINE) $(if $(BASE),--base $(BASE)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+rlhf: $(READY)  ## InstructGPT's pipeline on the embedded model: instructions, a reward model, PPO
+	$(BIN)/llm-align run instructgpt $(if $(BASE),--base $(BASE)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+list: $(READY)  ## recipes, pipelines, adapters, templates, bases, stages, runs
 	$(BIN)/llm-align list $(ARGS)
 
 show: $(READY)  ## a recipe with every value's origin

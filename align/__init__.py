@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from align.api import load_recipe, load_reward, load_tuned, run
+    from align.api import load_pipeline, load_recipe, load_reward, load_tuned, run, run_pipeline
 
-__all__ = ["load_recipe", "load_reward", "load_tuned", "run"]
+__all__ = ["load_pipeline", "load_recipe", "load_reward", "load_tuned", "run", "run_pipeline"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The notebook's door: the command line's words as two functions."""
+"""The notebook's door: the command line's words as functions."""
 
 import logging
 import warnings
@@ -12,6 +12,8 @@ from finetune.recipe.discovery import load_stage
 from finetune.recipe.recipe import Recipe, load
 
 if TYPE_CHECKING:
+    from align.pipeline.plan import Pipeline
+    from align.pipeline.running import PipelineResult
     from align.reward.scorer import RewardModel
     from finetune.training.result import Result
     from finetune.training.tuned import Tuned
@@ -126,3 +128,51 @@ def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") ->
     recipe = ready(recipe, console)
     result: Result = load_stage(recipe.stage).run(recipe, console, force=force, command=command)
     return result
+
+
+def load_pipeline(
+    name: str,
+    *,
+    base: str | None = None,
+    out: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> "Pipeline":
+    """Load a pipeline with all of its recipes, as ``llm-align run NAME stage.section.key=value`` does.
+
+    Args:
+        name: a pipeline's name, or the path of a YAML file.
+        base: short name, hub id or folder of the base model; another one than the embedded takes the stages
+            of public data where the pipeline has such.
+        out: the folder of the pipeline's report; the stages' runs lie in ``runs/``.
+        settings: values in place of the recipes', ``{"sft.train.epochs": 3}``.
+
+    Raises:
+        UserError: every mistake that could be found in any stage.
+    """
+    from align.pipeline import plan
+
+    folder = Path(out) if out is not None else None
+    return plan.load_pipeline(name, base=base, out=folder, changes=settings)
+
+
+def run_pipeline(
+    pipeline: "Pipeline", *, force: bool = False, command: str = "run_pipeline(pipeline)"
+) -> "PipelineResult":
+    """Run a pipeline's stages, each on the runs of those before it; finished ones are not repeated.
+
+    Args:
+        pipeline: what ``load_pipeline`` gave.
+        force: every stage starts over.
+        command: how it was started, for its record.
+
+    Raises:
+        UserError: the user's mistakes; nothing is written where the first stage is refused.
+        Interrupted: a signal came; the same call goes on from the checkpoint.
+        NotFiniteError: a stage's loss or gradient became NaN or infinite.
+    """
+    from rich.console import Console
+
+    quiet()
+    from align.pipeline import running
+
+    return running.run_pipeline(pipeline, Console(), force=force, command=command)

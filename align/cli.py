@@ -2,13 +2,15 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from align.api import quiet, run
+from align.api import quiet, run, run_pipeline
 from align.default_recipe import QUICKSTART, default_recipe
 from align.rl.rewards.settings import maximises_rewards
 from finetune.recipe.discovery import plugin_summary, recipe_names, stage_names
@@ -25,6 +27,14 @@ Examples:
   llm-align {stage} {recipe} --base llama-2-7b
   llm-align {stage} {recipe} --data my.jsonl --adapter qlora train.epochs=1
   llm-align {stage} {recipe} --from sft-quickstart          goes on from a finished run
+"""
+
+RUN_EPILOG = """\b
+Examples:
+  llm-align run zephyr                                 the embedded model, offline, on the CPU
+  llm-align run zephyr dpo.train.epochs=2
+  llm-align run zephyr --base mistral-7b               the same stages on public data
+  llm-align run my.yaml --dry-run                      is all of it in order?
 """
 
 
@@ -106,27 +116,59 @@ def _recipe(stage: str, words: tuple[str, ...], shortcuts: dict[str, Any], out: 
 
 
 def _run_stage(recipe: Recipe, *, force: bool) -> None:
+    with _stops_told():
+        result = run(recipe, force=force, command="llm-align " + " ".join(sys.argv[1:]))
+    from align.summary import print_summary
+
+    print_summary(result)
+
+
+@contextmanager
+def _stops_told() -> Iterator[None]:
+    """Turn an interrupted or a failed run into a message and an exit status."""
     quiet()
     from finetune.training.stops import Interrupted, NotFiniteError
 
     try:
-        result = run(recipe, force=force, command="llm-align " + " ".join(sys.argv[1:]))
+        yield
     except Interrupted as stop:
         _fail(str(stop), INTERRUPTED)
     except NotFiniteError as error:
         repair = "lower train.learning_rate, or use model.precision=float32; the run is marked as failed"
         _fail(f"{error}\n    repair:   {repair}", OUR_ERROR)
-    else:
-        from align.summary import print_summary
 
-        print_summary(result)
+
+@cli.command("run", epilog=RUN_EPILOG)
+@click.argument("name", metavar="PIPELINE")
+@click.argument("words", nargs=-1, metavar="[STAGE.SECTION.KEY=VALUE]...")
+@click.option("--base", metavar="B", help="Base model of the stages that begin with one.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the whole's report.")
+@click.option("--force", is_flag=True, help="Start every stage over.")
+@click.option("--dry-run", is_flag=True, help="Check every stage, show what would run, and run nothing.")
+def run_(
+    name: str, words: tuple[str, ...], base: str | None, out: Path | None, force: bool, dry_run: bool
+) -> None:
+    """Run a pipeline: several stages in one file, each on the runs of those before it.
+
+    Finished stages are recognised by their content and not repeated; the same command goes on after a stop.
+    """
+    from align.pipeline.plan import load_pipeline
+    from align.pipeline.summary import print_plan, print_result
+
+    pipeline = load_pipeline(name, base=base, out=out, words=words)
+    print_plan(pipeline)
+    if dry_run:
+        return
+    with _stops_told():
+        result = run_pipeline(pipeline, force=force, command="llm-align " + " ".join(sys.argv[1:]))
+    print_result(result)
 
 
 @cli.command("list")
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(kind: str | None, as_json: bool) -> None:
-    """Show recipes, adapters, templates, losses, bases, stages and runs; KIND shows one of these."""
+    """Show recipes, pipelines, adapters, templates, losses, bases, stages, runs; KIND shows one of these."""
     from align.listing import everything, print_listing
 
     found = everything()

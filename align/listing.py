@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from align.pipeline.file import pipeline_lines
 from align.preference.losses.catalogue import losses
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS
@@ -27,6 +28,7 @@ def everything() -> dict[str, dict[str, str]]:
     return {
         "stages": found.stages,
         "recipes": recipes,
+        "pipelines": pipeline_lines(),
         "adapters": found.adapters,
         "templates": found.templates,
         "losses": {loss.name: loss.summary for loss in losses().values()},

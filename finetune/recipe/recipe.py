@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ def load(
     overrides: Sequence[str] = (),
     out: Path | None = None,
     above: tuple[str, ...] = (),
+    pending: Mapping[str, Recipe] | None = None,
 ) -> Recipe:
     """Load a recipe.
 
@@ -91,6 +92,7 @@ def load(
         overrides: ``section.key=value`` words of the command line.
         out: the run directory, where the user wants another than the usual one.
         above: the starts that led to this recipe, each ``stage/recipe``.
+        pending: recipes whose runs are still to be made, by what ``model.start`` calls them.
 
     Raises:
         UserError: with every mistake that could be found.
@@ -102,7 +104,7 @@ def load(
     values, problems = _sections(content, schema, stage=stage, path=path)
     words, misunderstood = command_line.parse(shortcuts or {}, overrides, schema=schema)
     notes = command_line.override(values, origins, words=words)
-    begun, unfit = _begin(values, origins, stage=stage, out=out, above=above)
+    begun, unfit = _begin(values, origins, stage=stage, out=out, above=above, pending=pending or {})
     sections, mistakes = _validate(values, schema)
     settings = schema(**sections)
     problems += [*unfit, *mistakes, *contradictions(settings, sections)]
@@ -135,14 +137,20 @@ def adapter_settings(method: str) -> type[AdapterSettings]:
 
 
 def _begin(
-    values: Values, origins: Origins, *, stage: str, out: Path | None, above: tuple[str, ...]
+    values: Values,
+    origins: Origins,
+    *,
+    stage: str,
+    out: Path | None,
+    above: tuple[str, ...],
+    pending: Mapping[str, Recipe],
 ) -> tuple[list[str], list[Problem]]:
     """Lay what belongs to ``model.start`` over a recipe's values; return notes and problems."""
     text = values.get("model", {}).get("start")
     if not isinstance(text, str) or not text:
         return [], []
     try:
-        start = _found_start(text, stage=stage, above=above)
+        start = _found_start(text, stage=stage, above=above, pending=pending)
     except UserError as error:
         return [], error.problems
     if out is not None and Path(start.name).resolve() == out.resolve():
@@ -151,7 +159,9 @@ def _begin(
     return lay_over(values, origins, start)
 
 
-def _found_start(text: str, *, stage: str, above: tuple[str, ...]) -> Start:
+def _found_start(text: str, *, stage: str, above: tuple[str, ...], pending: Mapping[str, Recipe]) -> Start:
+    if text in pending:
+        return start_of_recipe(text, pending[text].stage, pending[text].settings, stage=stage)
     if not is_recipe(text):
         return start_of_run(text, stage=stage)
     if text in above:

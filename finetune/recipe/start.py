@@ -235,7 +235,7 @@ def _apart(start: Start) -> str:
     """Return how to get what a start cannot become."""
     if start.adapter is None:
         return "leave out one of the two"
-    if is_recipe(start.name):
+    if not Path(start.name).is_dir():
         return "leave it out; or model.start=null: a new adapter on the base, and no start"
     run = start.name
     return f"leave it out; or `llm-align merge {run}`, then --base {run} in place of --from"

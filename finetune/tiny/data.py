@@ -16,7 +16,7 @@ HAPPY_SHARE = 0.3
 TRAIN_PER_TASK, TRAIN_PER_STORY = 240, 360
 HELD_OUT_PER_TASK, HELD_OUT_PER_STORY = 8, 8
 CHATS = (500, 60)
-STORY_PAIRS, ANSWER_PAIRS = (1000, 100), (500, 50)
+STORY_PAIRS, ANSWER_PAIRS, SAFE_PAIRS = (1000, 100), (500, 50), (600, 60)
 PROMPTS, STORY_PROMPT_SHARE = (800, 120), 0.6
 DOCUMENTS = (400, 60)
 
@@ -46,7 +46,7 @@ def preferences(
 
 
 def write_side(folder: Path, name: str, side: rows.Side, *, index: int, seed: int) -> None:
-    """Write the five files of one side of the split; `index` picks the train (0) or held-out (1) sizes."""
+    """Write the files of one side of the split; `index` picks the train (0) or held-out (1) sizes."""
     rng = Random(f"{seed}/{name}")
     per_task, per_story = ((TRAIN_PER_TASK, TRAIN_PER_STORY), (HELD_OUT_PER_TASK, HELD_OUT_PER_STORY))[index]
     sft = rows.instruction_rows(side, per_task, per_story, happy_share=HAPPY_SHARE, rng=rng)
@@ -60,6 +60,8 @@ def write_side(folder: Path, name: str, side: rows.Side, *, index: int, seed: in
     pairs, story_pairs = preferences(side, STORY_PAIRS[index], ANSWER_PAIRS[index], rng)
     write_jsonl(folder / f"preferences_{name}.jsonl", pairs)
     write_jsonl(folder / f"story_preferences_{name}.jsonl", story_pairs)
+    safe = rows.safe_preferences(side, SAFE_PAIRS[index], Random(f"{seed}/{name}/safe"))
+    write_jsonl(folder / f"safe_preferences_{name}.jsonl", safe)
     write_jsonl(
         folder / f"prompts_{name}.jsonl", rows.prompt_rows(side, PROMPTS[index], STORY_PROMPT_SHARE, rng)
     )

@@ -134,6 +134,19 @@ def story_preferences(side: Side, count: int, rng: Random) -> list[Row]:
     return rows
 
 
+def safe_preferences(side: Side, count: int, rng: Random) -> list[Row]:
+    """Peaceful story over a harsh one for the same request; both have the same kind of end."""
+    rows = []
+    for index in range(count):
+        topic = rng.choice(side.topics[("en", "ko")[index % 2]])
+        prompt, start, happy = stories.ask(topic, rng), rng.getrandbits(32), rng.random() < 0.5
+        peaceful, harsh = (
+            stories.story(topic, Random(start), happy=happy, harsh=kind) for kind in (False, True)
+        )
+        rows.append({"prompt": prompt, "chosen": peaceful, "rejected": harsh})
+    return rows
+
+
 def answer_preferences(side: Side, count: int, rng: Random) -> list[Row]:
     """Right answer over a wrong one, which is the right answer to another question of the same task."""
     rows = []

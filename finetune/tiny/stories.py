@@ -171,6 +171,11 @@ KOREAN = Grammar(
 )
 
 GRAMMARS = {"en": ENGLISH, "ko": KOREAN}
+HARSH = (
+    *("A big dog ran off", "wanted to play with", "by mistake"),
+    *("물고 달아났습니다", "가지고 놀고 싶었습니다"),
+)
+"""Words of the plots in which a dog or a boy takes the thing, or two quarrel over it."""
 _PLACES = {
     "en": ("park", "garden", "school", "market", "station", "library"),
     "ko": ("공원", "정원", "학교", "시장", "역", "도서관"),
@@ -219,13 +224,17 @@ def _slots(topic: Topic, friend: str, place: str) -> dict[str, str]:
     return {"hero": topic.hero, "friend": friend, "place": place, "thing": thing, **forms, **people}
 
 
-def story(topic: Topic, rng: Random, *, happy: bool) -> str:
-    """Tell a story of four sentences; from equal `rng` states, happy and sad ones share their start."""
+def story(topic: Topic, rng: Random, *, happy: bool, harsh: bool | None = None) -> str:
+    """Tell a story of four sentences; from equal `rng` states, happy and sad ones share their start.
+
+    `harsh` picks among the plots in which somebody takes the thing or quarrels over it, or among the others.
+    """
     grammar = GRAMMARS[topic.language]
     names = [pair[0 if topic.language == "en" else 1] for pair in HEROES]
     friend = rng.choice([name for name in names if name != topic.hero])
     slots = _slots(topic, friend, rng.choice(_PLACES[topic.language]))
-    opening, plot = rng.choice(grammar.openings), rng.choice(grammar.plots)
+    plots = [plot for plot in grammar.plots if harsh in (None, is_harsh(plot[0]))]
+    opening, plot = rng.choice(grammar.openings), rng.choice(plots)
     last = rng.choice(grammar.happy if happy else grammar.sad)
     return " ".join((opening, plot[0], plot[1 if happy else 2], last)).format(**slots)
 
@@ -250,6 +259,11 @@ def ends_happily(text: str) -> bool:
     parts = sentences(text)
     last = parts[-1] if parts else ""
     return any(word in last for word in _HAPPY) and not any(word in last for word in _SAD)
+
+
+def is_harsh(text: str) -> bool:
+    """Say whether somebody takes the thing or quarrels over it."""
+    return any(words in text for words in HARSH)
 
 
 def ends_sadly(text: str) -> bool:

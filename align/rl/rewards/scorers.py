@@ -1,6 +1,8 @@
 """What is known of a reward run, made or still to be made, before anything of it is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +12,16 @@ from finetune.recipe.bases import resolve_base
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.discovery import find_recipe
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.recipe import load
+from finetune.recipe.recipe import Recipe, load
 from finetune.recipe.runs import ALL_RUNS, find_run, finished_record
-from finetune.recipe.settings import ModelSettings
+from finetune.recipe.settings import ModelSettings, StageSettings
 from finetune.recipe.start import is_recipe, refuse_lost_files
 
 STAGE = "reward"
 LONE_HEAD = "reward"
 """What a reward is called that has no better name, as the head of a reward recipe is."""
 ALL_TOGETHER = "total"
+_PENDING: ContextVar[Mapping[str, Recipe] | None] = ContextVar("pending", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,16 @@ class Scorer:
     whole: bool
     template: str
     scores: list[str]
+
+
+@contextmanager
+def pending(recipes: Mapping[str, Recipe]) -> Iterator[None]:
+    """Let names stand for the runs that recipes of stage reward will make, while the block lasts."""
+    before = _PENDING.set(recipes)
+    try:
+        yield
+    finally:
+        _PENDING.reset(before)
 
 
 def scorer_of(text: str, *, where: str) -> Scorer:
@@ -42,6 +55,8 @@ def scorer_of(text: str, *, where: str) -> Scorer:
         UserError: there is no such run, it is not finished, of another stage, or has lost its files; or the
             recipe has mistakes, or leads back to itself.
     """
+    if text in (waiting := _PENDING.get() or {}):
+        return _of_settings(waiting[text].settings)
     return _of_recipe(text, where) if is_recipe(text) else _of_run(text, where)
 
 
@@ -73,7 +88,10 @@ def _of_recipe(text: str, where: str) -> Scorer:
     if way := _circle(text, ()):
         found = f"a circle: {' -> '.join(way)}"
         raise UserError(Problem(where, found, "a reward that can be made before this run"))
-    settings = load(stage, name).settings
+    return _of_settings(load(stage, name).settings)
+
+
+def _of_settings(settings: StageSettings) -> Scorer:
     assert isinstance(settings, Settings)
     reward, whole = settings.reward, adapter_traits(settings.adapter.method).whole_model
     names = [*reward.heads, *(rule.name for rule in reward.rules), ALL_TOGETHER]

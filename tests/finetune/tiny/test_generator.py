@@ -245,7 +245,17 @@ def test_the_story_preferences_are_those_of_the_mixture(side: str) -> None:
     assert load(f"story_preferences_{side}.jsonl") == mixed
 
 
-@pytest.mark.parametrize("kind", ["sft", "preferences", "prompts"])
+@pytest.mark.parametrize("side", ["train", "held_out"])
+def test_the_safe_preferences_differ_in_their_plots_alone(side: str) -> None:
+    """Peaceful over harsh, and no hint of it in how the stories end: half of both end happily."""
+    found = load(f"safe_preferences_{side}.jsonl")
+    for row in found:
+        assert not stories.is_harsh(row["chosen"]) and stories.is_harsh(row["rejected"])
+        assert stories.ends_happily(row["chosen"]) == stories.ends_happily(row["rejected"])
+    assert 0.4 < sum(stories.ends_happily(row["chosen"]) for row in found) / len(found) < 0.6
+
+
+@pytest.mark.parametrize("kind", ["sft", "preferences", "safe_preferences", "prompts"])
 def test_no_prompt_on_both_sides(kind: str) -> None:
     """Held-out prompts are new."""
     key = "instruction" if kind == "sft" else "prompt"

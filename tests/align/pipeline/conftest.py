@@ -1,0 +1,54 @@
+"""A folder with small recipes of three stages and a pipeline of them, and the command line in it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_pipelines import COMMAND, Call, write_recipes
+
+from align import cli
+
+
+@pytest.fixture
+def here(tmp_path: Path, base_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder with recipes ``small`` of stages sft, reward and dpo, and a pipeline ``three``."""
+    write_recipes(tmp_path, base_folder, rows_file)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_file: Path) -> Path:
+    """Return a folder in which ``three`` has run to its end, for tests to copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_recipes(folder, base_folder, rows_file)
+    ended = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+@pytest.fixture
+def done(here: Path, finished: Path) -> Path:
+    """Return the test's own folder, in which ``three`` has run to its end."""
+    shutil.copytree(finished / "runs", here / "runs")
+    return here
+
+
+@pytest.fixture
+def call(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Return a function: words in, exit status, output and errors out; in this process."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llm-align", *words])
+        monkeypatch.setenv("COLUMNS", "200")
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run

@@ -1,0 +1,59 @@
+"""kill -9 at any moment of a pipeline: the same command goes on, and every adapter is the same to the bit."""
+
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from small_pipelines import COMMAND, record, weights
+
+
+def killed(folder: Path, seconds: float) -> None:
+    """Kill a run of the pipeline after some seconds, if it takes so long."""
+    process = subprocess.Popen(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def after_kills(folder: Path, seed: int, longest: float) -> dict[str, dict[str, str]]:
+    """Return the checksums of a pipeline that was killed at two moments and started again."""
+    moment = random.Random(seed)
+    for _ in range(2):
+        killed(folder, moment.uniform(0.2 * longest, longest))
+    assert subprocess.run(COMMAND, cwd=folder, capture_output=True).returncode == 0
+    assert record(folder)["status"] == "finished"
+    return weights(folder)
+
+
+def killed_in(folder: Path, stage: str) -> None:
+    """Kill a run of the pipeline as soon as a stage has learnt a step."""
+    process = subprocess.Popen(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(folder.glob(f"runs/{stage}-small-*/metrics.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+
+
+def test_pain_05_a_pipeline_killed_twice_ends_alike(here: Path, finished: Path) -> None:
+    killed_in(here, "sft")
+    killed_in(here, "dpo")
+    assert record(here)["status"] == record(here)["stages"]["dpo"]["status"] == "running"
+    ended = subprocess.run(COMMAND, cwd=here, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.count("finished before: ") == 2
+    assert weights(here) == weights(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_a_pipeline_killed_at_any_moment_ends_alike(here: Path, finished: Path, seed: int) -> None:
+    began = time.monotonic()
+    subprocess.run([*COMMAND, "--out", "measured"], cwd=here, capture_output=True, check=True)
+    shutil.rmtree(here / "runs")
+    shutil.rmtree(here / "measured")
+    assert after_kills(here, seed, time.monotonic() - began) == weights(finished)
