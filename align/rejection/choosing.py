@@ -47,7 +47,10 @@ def top_share(replies: Sequence[Reply], count: int) -> list[Reply]:
 
     Dong et al. 2023 (arXiv 2304.06767), algorithm 1.
     """
-    once = list({(reply.prompt, reply.text): reply for reply in reversed(replies)}.values())[::-1]
+    first: dict[tuple[int, str], Reply] = {}
+    for reply in replies:
+        first.setdefault((reply.prompt, reply.text), reply)
+    once = list(first.values())
     order = sorted(range(len(once)), key=lambda index: -once[index].reward)
     return [once[index] for index in sorted(order[:count])]
 

@@ -128,6 +128,7 @@ class RejectionTuning:
         entry = self._told(number, replies) | {"rows": len(rows)}
         before = self.job.run.record.get("rounds", {}).get(str(number), {})
         self.job.run.update(rounds={str(number): {**before, **entry}})
+        self.job.stop_if_asked(f"before round {number} is learnt")
         self._learn(number, rows)
 
     def measure(self, number: int) -> None:
@@ -265,7 +266,7 @@ class RejectionTuning:
         with job.timed("train"):
             learnt = Supervised(own, self.text, self._prepared(rows), policy=self.policies.before(number))
             carry_out(own, learnt, fingerprint=fingerprint)
-        own.stop_if_asked(f"after round {number}")
+        own.stop_if_asked(f"when round {number} was learnt")
 
     def _prepared(self, rows: list[Conversation]) -> Prepared:
         # A dialogue's earlier replies are part of what is asked.

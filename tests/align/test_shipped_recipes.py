@@ -42,8 +42,16 @@ SMALL = {
     "evaluate.samples": 1,
     "reward.heads": ["reward"],
     "reward.margins": None,
+    "reward.combine": "sum",
+    "rejection.rounds": 1,
+    "rejection.prompts": None,
+    "rejection.samples": 2,
+    "rejection.unfinished": "learn",
     "evaluate.max_new_tokens": 4,
 }
+DRAWN = {"data.max_length": None, "sampling.max_new_tokens": 4, "sampling.samples": 2, "ppo.rollout_size": 2}
+"""Beside it for stages that learn from replies that they draw; a rule says what these are worth."""
+RULE = "def short(prompt, completion):\n    return -len(completion)\n"
 UNMEASURED = {"evaluate.exact_match": 0, "evaluate.judges": {}, "evaluate.skill": None}
 """What needs the recipe's own held-out rows."""
 
@@ -91,7 +99,11 @@ def test_sections_and_keys_stand_in_one_order(file: Path) -> None:
 def test_it_takes_two_steps_on_the_embedded_base(file: Path, tmp_path: Path) -> None:
     stage = file.parent.name
     known = stage_settings(stage).model_fields
-    small = {key: value for key, value in (SMALL | UNMEASURED).items() if _has(known, key)}
+    wanted = SMALL | UNMEASURED
+    if "sampling" in known:
+        (tmp_path / "rule.py").write_text(RULE, encoding="utf-8")
+        wanted |= DRAWN | {"reward.sources": [{"function": f"{tmp_path / 'rule.py'}:short"}]}
+    small = {key: value for key, value in wanted.items() if _has(known, key)}
     recipe = shipped(file, **small | {"data.source": ROWS.get(file.stem, ROWS.get(stage, PAIRS))})
     recipe = Recipe(stage, file.stem, "", recipe.settings, recipe.origins, out=tmp_path / "run")
     result = load_stage(stage).run(recipe, Console(quiet=True), command="a test")
