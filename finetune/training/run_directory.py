@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from finetune.recipe.runs import RUNS, read_record
 
 REPLACED = "replaced"
 SAMPLES = "samples.jsonl"
-OWN_FILES = ("recipe.yaml", "metrics.jsonl", SAMPLES, "report.html", "run.json")
+CHOSEN = "chosen.jsonl"
+METRICS = "metrics.jsonl"
+OWN_FILES = ("recipe.yaml", METRICS, SAMPLES, CHOSEN, "report.html", "run.json")
 MERGED, RULES = "merged", "rules"
-OWN_FOLDERS = ("adapter", "model", MERGED, RULES, "checkpoints")
+DRAWN, ROUNDS = "drawn", "rounds"
+OWN_FOLDERS = ("adapter", "model", MERGED, RULES, DRAWN, ROUNDS, "checkpoints")
 LOCK = ".lock"
 PARTIAL = ".{}.partial"
 
@@ -141,25 +144,31 @@ class RunDirectory:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        with (self.path / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl; a last line cut short by a kill is left out."""
-        path = self.path / "metrics.jsonl"
+        """Return the lines of metrics.jsonl."""
+        return self.lines(METRICS)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Return the lines of samples.jsonl."""
+        return self.lines(SAMPLES)
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Return a file's lines, none where there is no such file; one cut short by a kill is left out."""
+        path = self.path / name
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in lines]
 
-    def samples(self) -> list[dict[str, Any]]:
-        """Return the lines of samples.jsonl, none where there is no such file."""
-        path = self.path / SAMPLES
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        return [json.loads(line) for line in lines]
+    def write_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write a file of one object a line in one move."""
+        self.write(name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of later steps, which a resumed run takes again."""
         kept = [line for line in self.metrics() if line["step"] <= step]
-        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self.write_lines(METRICS, kept)
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:

@@ -1,6 +1,5 @@
 """Replies before and after training, side by side, and how many held-out answers are exactly right."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +59,7 @@ class Samples:
         run.update(metrics=scores)
 
     def _write(self, run: RunDirectory, lines: list[dict[str, Any]]) -> None:
-        run.write(SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        run.write_lines(SAMPLES, lines)
 
 
 def question_of(conversation: Sequence[Message]) -> str:

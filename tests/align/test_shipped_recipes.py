@@ -42,6 +42,11 @@ SMALL = {
     "evaluate.samples": 1,
     "reward.heads": ["reward"],
     "reward.margins": None,
+    "reward.combine": "sum",
+    "rejection.rounds": 1,
+    "rejection.prompts": None,
+    "rejection.samples": 2,
+    "rejection.unfinished": "learn",
     "evaluate.max_new_tokens": 4,
 }
 DRAWN = {"data.max_length": None, "sampling.max_new_tokens": 4, "sampling.samples": 2, "ppo.rollout_size": 2}

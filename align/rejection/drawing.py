@@ -1,0 +1,143 @@
+"""Replies drawn from a policy and judged, a part of the prompts at a time; what is drawn is kept."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from align.rejection.choosing import Reply
+from align.rl.prompts import Prompts
+from align.rl.rewards.rewards import Rewards
+from align.rl.rollout import Sampling, sample
+from data_templates._segments import Message
+from finetune.data.cache import DamagedCacheError, store, stored
+from finetune.data.tokens import Encoder
+
+AT_ONCE = 512
+"""Replies that are drawn, judged and kept together, about."""
+LINES = 10
+"""Lines that tell how far the drawing is, about."""
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Drawing ``samples`` replies to each prompt.
+
+    Attributes:
+        prompts: what is asked.
+        rewards: what judges the replies.
+        encoder: turns them into text.
+        sampling: how they are drawn.
+        samples: for each prompt.
+        say: tells the user.
+        check: raises where the user wants it to stop.
+    """
+
+    prompts: Prompts
+    rewards: Rewards
+    encoder: Encoder
+    sampling: Sampling
+    samples: int
+    say: Callable[[str], None]
+    check: Callable[[str], None]
+
+    def draw(
+        self,
+        numbers: Sequence[int],
+        policy: Callable[[], nn.Module],
+        *,
+        seeds: Sequence[int],
+        keep: Path | None,
+    ) -> list[Reply]:
+        """Return judged replies to prompts, ``samples`` of a prompt side by side.
+
+        Args:
+            numbers: the prompts' numbers.
+            policy: gives the model, if something has not been drawn yet.
+            seeds: decide what is drawn.
+            keep: beginning of the names of the files in which parts are kept; None: nothing is.
+
+        Raises:
+            UserError: a reward failed on a reply.
+            Interrupted: a signal came; what is drawn is kept.
+        """
+        each = max(1, AT_ONCE // self.samples)
+        parts = [numbers[start : start + each] for start in range(0, len(numbers), each)]
+        replies: list[Reply] = []
+        begun, fresh = time.monotonic(), 0
+        for index, part in enumerate(parts):
+            file = None if keep is None else keep.with_name(f"{keep.name}-{index:04}.safetensors")
+            arrays = self._kept(file)
+            if arrays is None:
+                arrays = self._drawn(part, policy(), seed=_seed([*seeds, index]))
+                fresh += len(part) * self.samples
+                if file is not None:
+                    store(file, arrays, {})
+            replies += self._replies(part, arrays)
+            if fresh and (index + 1) % max(1, len(parts) // LINES) == 0 and len(parts) > 1:
+                rate = fresh / (time.monotonic() - begun)
+                self.say(f"  {len(replies)} of {len(numbers) * self.samples} replies, {rate:.1f} replies/s")
+            if keep is not None:
+                self.check(f"after {len(replies)} replies, which are kept")
+        return replies
+
+    def _kept(self, file: Path | None) -> Arrays | None:
+        """Return what an earlier start has drawn; a damaged file is told, and drawn again."""
+        if file is None:
+            return None
+        try:
+            found = stored(file)
+        except DamagedCacheError as error:
+            self.say(f"damaged, these replies are drawn again: {error}")
+            return None
+        return None if found is None else found[0]
+
+    def _drawn(self, part: Sequence[int], model: nn.Module, *, seed: int) -> Arrays:
+        rows = [self.prompts[number] for number in part for _ in range(self.samples)]
+        completions = sample(model, [row.ids for row in rows], sampling=self.sampling, seed=seed)
+        texts = [self.encoder.decode_reply(one.ids) for one in completions]
+        talks = [[*row.talk, Message("assistant", text)] for row, text in zip(rows, texts, strict=True)]
+        judged = self.rewards.judge(talks, [row.place for row in rows])
+        return {
+            "ids": np.concatenate([np.asarray(one.ids, dtype=np.int32) for one in completions]),
+            "lengths": np.asarray([len(one.ids) for one in completions]),
+            "ended": np.asarray([one.stopped for one in completions]),
+            "rewards": judged.total,
+            "parts": np.stack([judged.parts[name] for name in self.rewards.names]),
+        }
+
+    def _replies(self, part: Sequence[int], arrays: Arrays) -> list[Reply]:
+        pieces = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
+        return [
+            Reply(
+                part[row // self.samples],
+                self.encoder.decode_reply(ids.tolist()),
+                bool(arrays["ended"][row]),
+                float(arrays["rewards"][row]),
+                dict(zip(self.rewards.names, arrays["parts"][:, row].tolist(), strict=True)),
+            )
+            for row, ids in enumerate(pieces)
+        ]
+
+
+def prompts_of_round(total: int, count: int | None, number: int, *, seed: int) -> list[int]:
+    """Return the numbers of a round's prompts: the next ones, round and round, in an order by seed.
+
+    Args:
+        total: prompts that there are.
+        count: prompts of a round; None: all.
+        number: of the round, from 1.
+        seed: decides the order.
+    """
+    each = min(count or total, total)
+    order = np.random.default_rng([seed, total]).permutation(total)
+    return [int(order[place % total]) for place in range((number - 1) * each, number * each)]
+
+
+def _seed(parts: Sequence[int]) -> int:
+    """Return one seed for several numbers."""
+    return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])

@@ -1,0 +1,54 @@
+"""Small runs of stage rejection: random base, prompts, a program as the reward."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from align import load_recipe
+from finetune.recipe.recipe import Recipe
+
+PROGRAM = """\
+def letters(prompt, completion):
+    return sum(letter in "aeiou" for letter in completion) - len(completion) / 10
+"""
+PROMPTS = [{"prompt": f"Add the numbers. {i} {i % 3}"} for i in range(14)]
+
+
+def write(folder: Path) -> Path:
+    """Write prompts and a program."""
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    (folder / "mine.py").write_text(PROGRAM)
+    return folder
+
+
+def settings(folder: Path, base: Path, **more: Any) -> dict[str, Any]:
+    """Return values of a recipe; keys are written with two underscores for the dot."""
+    given = {
+        "model.base": str(base),
+        "model.precision": "float32",
+        "model.start": None,
+        "data.source": str(folder / "prompts.jsonl"),
+        "data.held_out": 4,
+        "data.template": "alpaca",
+        "data.cache": False,
+        "adapter.method": "lora",
+        "train.epochs": 2,
+        "train.batch_size": 4,
+        "train.learning_rate": 2e-2,
+        "evaluate.samples": 2,
+        "evaluate.judges": {},
+        "evaluate.skill": None,
+        "evaluate.max_new_tokens": 6,
+        "reward.sources": f"{folder}/mine.py:letters",
+        "sampling.max_new_tokens": 8,
+        "rejection.rounds": 2,
+        "rejection.prompts": 6,
+        "rejection.samples": 3,
+        "rejection.unfinished": "learn",
+    }
+    return given | {key.replace("__", "."): value for key, value in more.items()}
+
+
+def recipe(folder: Path, base: Path, out: Path, **more: Any) -> Recipe:
+    """Return a recipe whose run goes to ``out``."""
+    return load_recipe("quickstart", stage="rejection", out=out, settings=settings(folder, base, **more))
