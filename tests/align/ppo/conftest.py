@@ -9,4 +9,5 @@ sys.path += [
     str(TESTS / "finetune" / "adapters"),
     str(TESTS / "align" / "preference"),
     str(TESTS / "align" / "reward"),
+    str(TESTS / "finetune" / "training"),
 ]

@@ -52,7 +52,7 @@ def at(reward: float, gold: float) -> dict[str, float]:
     ],
     ids=["gold fell", "by little", "and the reward too", "from the start", "no judge"],
 )
-def test_over_optimisation_is_a_higher_reward_and_a_worse_judgement(
+def test_pain_07_over_optimisation_is_a_higher_reward_and_a_worse_judgement(
     history: list[dict[str, float]], stops: bool
 ) -> None:
     reason = over_optimised(history, StopSettings())
