@@ -22,8 +22,13 @@ class Problem:
         return "\n".join(lines)
 
     def placed(self, origins: Mapping[str, str]) -> "Problem":
-        """Return the mistake with the origin of its key, or else of its section, behind it."""
+        """Return the mistake with the origin of its key, or else of its section, behind it.
+
+        One of another recipe, which comes first, has its origin already.
+        """
         key = self.where
+        if key.endswith(")"):
+            return self
         while key not in origins and (cut := max(key.rfind("."), key.rfind("["))) > 0:
             key = key[:cut]
         return replace(self, where=f"{self.where} ({origins[key]})") if key in origins else self

@@ -1,0 +1,134 @@
+"""A recipe that is rewarded by another recipe's run: that runs first, and a name means the same run."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from align import cli, load_recipe, run
+from finetune.training.job import Job
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+PAIRS = [
+    {"prompt": f"Add the numbers. {i}", "chosen": f"good {i % 7}", "rejected": f"evil {i % 5}"}
+    for i in range(12)
+]
+TRAIN = "train: {{max_steps: 2, batch_size: 4, learning_rate: 1e-2}}\n"
+RECIPES = {
+    "sft/first": """\
+model: {{base: {base}, precision: float32}}
+data: {{source: {rows}, max_length: 128}}
+evaluate: {{samples: 0}}
+"""
+    + TRAIN,
+    "reward/judge": """\
+model: {{start: sft/first}}
+data: {{source: {pairs}, held_out: 2, max_length: 128}}
+evaluate: {{samples: 0}}
+"""
+    + TRAIN,
+    "rejection/second": """\
+model: {{start: sft/first}}
+data: {{source: {pairs}, template: alpaca}}
+evaluate: {{samples: 0}}
+reward: {{sources: reward/judge}}
+sampling: {{max_new_tokens: 4}}
+rejection: {{prompts: 4, samples: 2, unfinished: learn}}
+"""
+    + TRAIN,
+}
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def here(tmp_path: Path, base_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    for name, text in RECIPES.items():
+        path = tmp_path / "recipes" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.format(base=base_folder, rows=rows_file, pairs=pairs))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def call(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Return a function: words in, exit status, output and errors out; in this process."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llm-align", *words])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run
+
+
+def records(here: Path) -> dict[str, dict]:
+    found = [json.loads(file.read_text()) for file in (here / "runs").glob("*/run.json")]
+    return {record["recipe"]: record for record in found}
+
+
+def test_the_reward_s_run_comes_first_and_is_found_again(
+    call: Call, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("show", "second", "--stage", "rejection")[0] == 0
+    assert not (here / "runs").exists(), "showing runs nothing"
+    status, out, err = call("rejection", "second")
+    assert status == 0, err
+    found = records(here)
+    assert set(found) == {"first", "judge", "second"}
+    judge = f"runs/reward-judge-{found['judge']['digest']}"
+    assert f"is rewarded by {judge}, the run of reward/judge: it is not finished, and runs first\n" in out
+    assert f"{judge} is finished; now rejection second\n" in out
+    assert found["second"]["rewards"][0]["run"] == judge
+    assert found["second"]["rewards"][0]["files"] == found["judge"]["files"]
+
+    monkeypatch.setattr(Job, "train", lambda *_: pytest.fail("it trains again"))
+    for words in ([], ["--reward", "reward-judge"], ["--reward", judge], ["--reward", str(here / judge)]):
+        status, out, err = call("rejection", "second", *words)
+        assert status == 0, err
+    assert f"is rewarded by {judge} (reward/judge)\n" not in out and len(records(here)) == 3
+    recipe = load_recipe("second", stage="rejection", reward=here / judge)
+    assert run(recipe).record["digest"] == found["second"]["digest"]
+
+
+def test_a_mistake_in_the_reward_s_recipe_is_told_before_anything_runs(call: Call, here: Path) -> None:
+    path = here / "recipes" / "reward" / "judge.yaml"
+    path.write_text(path.read_text().replace("max_steps", "max_stepz"))
+    status, _, err = call("rejection", "second")
+    assert status == 2 and "train.max_stepz (judge.yaml:4): unknown key" in err
+    assert not (here / "runs").exists()
+
+
+def test_a_circle_over_starts_and_rewards_is_told(call: Call, here: Path) -> None:
+    path = here / "recipes" / "reward" / "judge.yaml"
+    path.write_text(path.read_text().replace("sft/first", "rejection/second"))
+    status, _, err = call("rejection", "second")
+    assert status == 2
+    assert "a circle: reward/judge -> rejection/second -> reward/judge" in err
+
+
+def test_a_rule_changed_in_a_reward_recipe_makes_another_run_of_it(call: Call, here: Path) -> None:
+    (here / "mine.py").write_text("def brief(prompt, completion):\n    return -len(completion)\n")
+    path = here / "recipes" / "reward" / "judge.yaml"
+    path.write_text(path.read_text() + "reward: {rules: [{name: brief, function: 'mine.py:brief'}]}\n")
+    assert call("rejection", "second")[0] == 0
+    assert call("rejection", "second")[0] == 0 and len(list((here / "runs").iterdir())) == 3
+    (here / "mine.py").write_text("def brief(prompt, completion):\n    return 1 - len(completion)\n")
+    assert call("rejection", "second")[0] == 0
+    assert len(list((here / "runs").iterdir())) == 5, "another reward run, and another run that it rewards"
+
+
+def test_the_option_is_for_stages_with_rewards(call: Call) -> None:
+    assert "--reward RUN" in call("rejection", "--help")[1]
+    assert "--reward" not in call("sft", "--help")[1]
+    status, _, err = call("sft", "first", "--reward", "x")
+    assert status == 2 and "--reward" in err
