@@ -101,7 +101,8 @@ class Drawing:
         completions = sample(model, [row.ids for row in rows], sampling=self.sampling, seed=seed)
         texts = [self.encoder.decode_reply(one.ids) for one in completions]
         talks = [[*row.talk, Message("assistant", text)] for row, text in zip(rows, texts, strict=True)]
-        judged = self.rewards.judge(talks, [row.place for row in rows])
+        known = [row.expected for row in rows]
+        judged = self.rewards.judge(talks, [row.place for row in rows], expected=known)
         return {
             "ids": np.concatenate([np.asarray(one.ids, dtype=np.int32) for one in completions]),
             "lengths": np.asarray([len(one.ids) for one in completions]),

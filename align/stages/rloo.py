@@ -1,7 +1,8 @@
 """REINFORCE leave-one-out: each reply to a prompt is compared with the mean of the others.
 
 Ahmadian et al. 2024 (arXiv 2402.14740): of k replies y_i that the policy samples, the gradient is
-sum_i (R(y_i) - mean_{j != i} R(y_j)) grad log pi(y_i|x) / k; R = r(x, y) - beta log(pi(y|x) / ref(y|x)). There is no value model. The reference is the policy as it starts. TRL's RLOOTrainer runs it; each step draws
+sum_i (R(y_i) - mean_{j != i} R(y_j)) grad log pi(y_i|x) / k; R = r(x, y) - beta log(pi(y|x) / ref(y|x)).
+There is no value model. The reference is the policy as it starts. TRL's RLOOTrainer runs it; each step draws
 replies of its own, and a run that was stopped goes on to the bit.
 """
 
