@@ -156,7 +156,7 @@ def run_(
     from align.pipeline.summary import print_plan, print_result
 
     pipeline = load_pipeline(name, base=base, out=out, words=words)
-    print_plan(pipeline)
+    print_plan(pipeline, notes=dry_run)
     if dry_run:
         return
     with _stops_told():

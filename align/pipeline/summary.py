@@ -10,24 +10,34 @@ from align.pipeline.directory import REPORT
 from align.pipeline.plan import Pipeline
 from align.pipeline.report import HIDDEN, duration
 from align.pipeline.running import PipelineResult
+from finetune.recipe import yaml_file
 
 SAMPLE_WIDTH = 160
 
 
-def print_plan(pipeline: Pipeline) -> None:
-    """Print the stages in their order, and what the user should know about them."""
+def print_plan(pipeline: Pipeline, *, notes: bool) -> None:
+    """Print the stages in their order, what is set, and where the report will be.
+
+    Args:
+        pipeline: what may run.
+        notes: print the recipes' notes too, which each stage prints when it runs.
+    """
     console = Console()
     console.print(f"[bold]{pipeline.name}[/]  {escape(pipeline.description)}", highlight=False)
     table = Table(box=None)
-    for column in ("stage", "recipe", "goes on from", "rewards", "changed"):
-        table.add_column(column, overflow="fold")
+    for column in ("stage", "recipe", "goes on from", "rewards"):
+        table.add_column(column, no_wrap=True)
     for entry in pipeline.entries:
         begins = entry.start or f"base {pipeline.recipes[entry.name].settings.model.base}"
-        changed = ", ".join(f"{key}={value}" for key, value in entry.given.items())
-        cells = (entry.name, entry.title, begins, ", ".join(entry.rewards), changed)
+        cells = (entry.name, entry.title, begins, ", ".join(entry.rewards))
         table.add_row(*(escape(cell) for cell in cells))
     console.print(table)
-    for note in pipeline.notes:
+    for entry in pipeline.entries:
+        for key, value in entry.given.items():
+            line = f"{entry.name}.{key}={yaml_file.shown(value)} ({entry.origins[key]})"
+            console.print(escape(line), highlight=False, soft_wrap=True, style="dim")
+    told = [f"{name}: {note}" for name, recipe in pipeline.recipes.items() for note in recipe.notes]
+    for note in [*pipeline.notes, *(told if notes else [])]:
         console.print(escape(note), highlight=False, soft_wrap=True)
     console.print(f"report   {pipeline.path / REPORT}", highlight=False, soft_wrap=True)
 
