@@ -5,12 +5,10 @@ Known from users' threads and from papers: the chosen completions' likelihood fa
 functions of numbers and texts.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
-from align.preference.finding import Finding
+from align.preference.finding import Finding, repetition
 
 CHOSEN_FELL = 0.05
 """Nats per token: a reply of 50 tokens is then 12 times less likely than it was."""
@@ -29,8 +27,6 @@ NO_MARGIN, NO_ACCURACY = 0.02, 0.05
 """What the margin of implicit rewards and the accuracy have grown by at most where nothing was learnt."""
 WORSE = 0.005
 """Share by which the held-out loss must have risen to be told: below it is the noise of a few dozen pairs."""
-PHRASE, SAID_AGAIN = 4, 3
-"""A reply repeats itself where so many words in a row come so often."""
 
 Numbers = Mapping[str, float]
 
@@ -162,29 +158,7 @@ def _length(seen: Seen) -> Finding | None:
 
 
 def _repetition(seen: Seen) -> Finding | None:
-    shares = [[_repeats(pair[when]) for pair in seen.replies] for when in (0, 1)]
-    again = [sum(share) for share in shares]
-    same = [_copies([pair[when] for pair in seen.replies]) for when in (0, 1)]
-    if again[1] <= again[0] and same[1] <= same[0]:
-        return None
-    count = len(seen.replies)
-    said = f"of {count} replies {again[0]} → {again[1]} repeat themselves, {same[0]} → {same[1]} another one"
-    means = "the policy falls into loops, as one that has moved too far does"
-    return Finding(
-        "repetition", said, means, "lower train.learning_rate, raise align.loss.beta, or align.loss=rpo"
-    )
-
-
-def _repeats(reply: str) -> bool:
-    """Tell whether a phrase comes again and again in a reply."""
-    words = reply.split()
-    phrases = Counter(zip(*(islice(words, start, None) for start in range(PHRASE)), strict=False))
-    return max(phrases.values(), default=0) >= SAID_AGAIN
-
-
-def _copies(replies: Sequence[str]) -> int:
-    """Return how many replies are those of an earlier prompt, word for word."""
-    return len(replies) - len(set(replies))
+    return repetition(seen.replies, "lower train.learning_rate, raise align.loss.beta, or align.loss=rpo")
 
 
 LOOKS: tuple[Callable[[Seen], Finding | None], ...] = (

@@ -1,9 +1,9 @@
 """What happened to a policy while it learnt from rewards: what is normal, what is not, what to do then."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from align.ppo.stop_rule import GOLD
-from align.preference.finding import Finding
+from align.preference.finding import Finding, repetition
 
 Numbers = Mapping[str, float]
 NOTHING = 0.02
@@ -21,9 +21,15 @@ LONGER, SHORTER = 1.5, 0.5
 EXPLAINED = 0.0
 
 
-def findings(metrics: Numbers) -> list[Finding]:
-    """Return what can be said of a run, from run.json's metrics, in the order in which a reader asks."""
+def findings(metrics: Numbers, replies: Sequence[tuple[str, str]]) -> list[Finding]:
+    """Return what can be said of a run, in the order in which a reader asks.
+
+    Args:
+        metrics: run.json's.
+        replies: to some prompts, before and after.
+    """
     found = [look(metrics) for look in LOOKS]
+    found.append(repetition(replies, "raise ppo.kl_coefficient, lower train.learning_rate, or train shorter"))
     return [finding for finding in found if finding is not None]
 
 

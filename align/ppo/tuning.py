@@ -195,10 +195,12 @@ class PpoTuning:
 
     def explain(self) -> None:
         """Say what happened to the policy, what it means, and what to do about it."""
-        found = panel.findings(self.job.run.record["metrics"])
+        run = self.job.run
+        pairs = [(line["before"], line["after"]) for line in run.samples()]
+        found = panel.findings(run.record["metrics"], pairs)
         for finding in found:
             self.job.say(finding.line())
-        self.job.run.update(panel=[finding.record() for finding in found])
+        run.update(panel=[finding.record() for finding in found])
 
     def _collector(self, size: int) -> Collector:
         sampling, encoder = self.settings.sampling, self.text.encoder

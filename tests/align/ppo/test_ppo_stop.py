@@ -82,8 +82,20 @@ SOUND = both(
 ) | {"clipped_after": 0.1, "explained_variance_after": 0.5}
 
 
+SAID = [("one two", "three four"), ("five", "six")]
+
+
+def test_replies_that_go_round_are_told() -> None:
+    again = "he was very happy. " * 3
+    [found] = findings({}, [("one two", again), ("five", again)])
+    assert (
+        found.name == "repetition" and "of 2 replies 0 → 2 repeat themselves, 0 → 1 another one" in found.said
+    )
+    assert "kl_coefficient" in found.action
+
+
 def test_a_sound_run_is_praised_without_a_warning() -> None:
-    found = {finding.name: finding for finding in findings(SOUND)}
+    found = {finding.name: finding for finding in findings(SOUND, SAID)}
     assert list(found) == ["reward", "judges", "distance", "fluency", "length", "variety", "updates"]
     assert not any(finding.action for finding in found.values())
     assert "0.300 → 0.900" in found["judges"].said
@@ -106,9 +118,9 @@ def test_a_sound_run_is_praised_without_a_warning() -> None:
     ],
 )
 def test_what_went_wrong_is_told_with_a_remedy(changed: dict[str, float], name: str, action: str) -> None:
-    warned = [finding for finding in findings(SOUND | changed) if finding.action]
+    warned = [finding for finding in findings(SOUND | changed, SAID) if finding.action]
     assert [finding.name for finding in warned] == [name] and action in warned[0].action
 
 
 def test_nothing_is_said_of_what_was_not_measured() -> None:
-    assert findings({}) == []
+    assert findings({}, []) == []
