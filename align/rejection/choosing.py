@@ -45,7 +45,7 @@ def best_of_each(replies: Sequence[Reply]) -> list[Reply]:
 def top_share(replies: Sequence[Reply], count: int) -> list[Reply]:
     """Return the ``count`` best replies of all, the first drawn of equals; a reply is taken once a prompt.
 
-    Dong et al. 2023 (arXiv 2304.06767), algorithm 1.
+    Dong et al. 2023 (arXiv 2304.06767), in its first version: the top 1/k of a batch.
     """
     first: dict[tuple[int, str], Reply] = {}
     for reply in replies:

@@ -22,9 +22,9 @@ class RejectionSettings(Section):
     prompts: Positive | None = Field(
         None, description="prompts of a round, the next ones in an order by seed; null: all of them"
     )
-    # RAFT (arXiv 2304.06767), section 4.1, draws 8 to 32; Llama 2 (arXiv 2307.09288), figure 7, 10 to 100.
+    # RAFT (arXiv 2304.06767) draws 8 to 32; Llama 2 (arXiv 2307.09288), figure 7, 10 to 100.
     samples: Annotated[int, Field(ge=2)] = Field(8, description="replies drawn for each prompt (n)")
-    # best: Llama 2, section 3.2.3, and RAFT with local ranking; share: RAFT, algorithm 1.
+    # best: Llama 2, section 3.2.3, and RAFT; share: the first version of RAFT (arXiv 2304.06767v1).
     keep: Literal["best", "share"] = Field(
         "best", description="best: each prompt's best reply; share: the best of all replies of a round"
     )

@@ -1,6 +1,6 @@
 r"""Best-of-n tuning: replies are drawn from the policy, judged by rewards, and the best of them learnt.
 
-RAFT (Dong et al. 2023, arXiv 2304.06767, algorithm 1) and Llama 2's rejection sampling (Touvron et al. 2023,
+RAFT (Dong et al. 2023, arXiv 2304.06767) and Llama 2's rejection sampling (Touvron et al. 2023,
 arXiv 2307.09288, section 3.2.3): y* = argmax_k r(x, y_k) of n replies y_k ~ pi(. | x), and then supervised
 tuning on (x, y*); the next round draws from the policy that this has made.
 """
