@@ -44,7 +44,7 @@ class Samples:
         return [conversation[: _last_reply(conversation)] for conversation in self.conversations]
 
     def _line(self, index: int) -> dict[str, Any]:
-        """Return what is asked and what is expected; its ``turns`` too where they are not one of the user's."""
+        """Return what is asked and expected; its ``turns`` too where they are not one of the user's."""
         conversation = self.conversations[index]
         end = _last_reply(conversation)
         line = {"prompt": question_of(conversation), "expected": conversation[end].content}
