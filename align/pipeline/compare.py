@@ -8,9 +8,9 @@ from align.pipeline.directory import SAMPLES, PipelineDirectory
 from align.pipeline.entry import Entry
 from align.pipeline.plan import Pipeline
 from align.reward.scorer import TOTAL, load_reward
-from data_templates._segments import Message
 from finetune.training.generate import reply_to
 from finetune.training.result import Result
+from finetune.training.samples import turns_of
 from finetune.training.tuned import load_tuned
 
 Lines = list[dict[str, Any]]
@@ -30,10 +30,9 @@ def compare(pipeline: Pipeline, folder: PipelineDirectory, results: Mapping[str,
     if not writers:
         return []
     shown = results[writers[-1].name].samples
-    prompts = [sample["prompt"] for sample in shown]
-    replies = {entry.name: _replies(entry, prompts, pipeline, results) for entry in writers}
+    replies = {entry.name: _replies(entry, shown, pipeline, results) for entry in writers}
     judges = [entry.name for entry in pipeline.entries if entry.scores]
-    rewards = {name: _rewards(results[name], prompts, replies) for name in judges}
+    rewards = {name: _rewards(results[name], shown, replies) for name in judges}
     lines: Lines = [
         {
             "prompt": sample["prompt"],
@@ -50,9 +49,7 @@ def compare(pipeline: Pipeline, folder: PipelineDirectory, results: Mapping[str,
     return lines
 
 
-def _replies(
-    entry: Entry, prompts: Sequence[str], pipeline: Pipeline, results: Mapping[str, Result]
-) -> list[str]:
+def _replies(entry: Entry, shown: Lines, pipeline: Pipeline, results: Mapping[str, Result]) -> list[str]:
     """Return a stage's replies: of its own run, of the run of a stage that starts from it, or new ones."""
     result = results[entry.name]
     said = {sample["prompt"]: sample["after"] for sample in result.samples}
@@ -60,30 +57,30 @@ def _replies(
         if other.start == entry.name and not other.scores:
             before = {sample["prompt"]: sample["before"] for sample in results[other.name].samples}
             said = before | said
-    missing = [prompt for prompt in prompts if prompt not in said]
+    missing = [sample for sample in shown if sample["prompt"] not in said]
     length = pipeline.recipes[entry.name].settings.evaluate.max_new_tokens
-    said |= dict(zip(missing, _generated(result, missing, length), strict=True))
-    return [said[prompt] for prompt in prompts]
+    replies = _generated(result, missing, length)
+    said |= {sample["prompt"]: reply for sample, reply in zip(missing, replies, strict=True)}
+    return [said[sample["prompt"]] for sample in shown]
 
 
-def _generated(result: Result, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Return a run's greedy replies to prompts, each as one turn of the user."""
-    if not prompts:
+def _generated(result: Result, missing: Lines, max_new_tokens: int) -> list[str]:
+    """Return a run's greedy replies."""
+    if not missing:
         return []
     tuned = load_tuned(result.directory)
     replies = reply_to(
         tuned.model,
         tuned.encoder,
-        [[Message("user", prompt)] for prompt in prompts],
+        [turns_of(sample) for sample in missing],
         max_new_tokens=max_new_tokens,
         context=tuned.context,
     )
     return [reply.text for reply in replies]
 
 
-def _rewards(
-    result: Result, prompts: Sequence[str], replies: Mapping[str, Sequence[str]]
-) -> dict[str, list[float]]:
+def _rewards(result: Result, shown: Lines, replies: Mapping[str, Sequence[str]]) -> dict[str, list[float]]:
     """Return what a reward model says of every stage's replies."""
     model = load_reward(result.directory)
+    prompts = [turns_of(sample) for sample in shown]
     return {name: model.score(prompts, texts)[TOTAL] for name, texts in replies.items()}

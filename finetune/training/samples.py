@@ -1,6 +1,6 @@
 """Replies before and after training, side by side, and how many held-out answers are exactly right."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,13 @@ class Samples:
     def _questions(self) -> list[list[Message]]:
         return [conversation[: _last_reply(conversation)] for conversation in self.conversations]
 
-    def _line(self, index: int) -> dict[str, str]:
+    def _line(self, index: int) -> dict[str, Any]:
+        """Return what is asked and expected; its ``turns`` too where they are not one of the user's."""
         conversation = self.conversations[index]
-        expected = conversation[_last_reply(conversation)].content
-        return {"prompt": question_of(conversation), "expected": expected}
+        end = _last_reply(conversation)
+        line = {"prompt": question_of(conversation), "expected": conversation[end].content}
+        turns = [[turn.role, turn.content, turn.context] for turn in conversation[:end]]
+        return line if turns == [["user", line["prompt"], ""]] else line | {"turns": turns}
 
     def _score(self, run: RunDirectory, when: str, replies: list[Reply]) -> None:
         scores = {f"stopped_{when}": sum(reply.stopped for reply in replies) / len(replies)}
@@ -60,6 +63,13 @@ class Samples:
 
     def _write(self, run: RunDirectory, lines: list[dict[str, Any]]) -> None:
         run.write_lines(SAMPLES, lines)
+
+
+def turns_of(sample: Mapping[str, Any]) -> list[Message]:
+    """Return the turns that a line of samples.jsonl was asked with."""
+    if "turns" not in sample:
+        return [Message("user", sample["prompt"])]
+    return [Message(role, content, context=context) for role, content, context in sample["turns"]]
 
 
 def question_of(conversation: Sequence[Message]) -> str:

@@ -11,7 +11,7 @@ from fixture_types import MakeRecipe, Tune
 from data_templates._segments import Message
 from finetune.training.generate import Reply
 from finetune.training.run_directory import RunDirectory
-from finetune.training.samples import Samples, spread
+from finetune.training.samples import Samples, spread, turns_of
 
 
 @pytest.fixture
@@ -64,7 +64,10 @@ def test_the_last_reply_is_asked_for_with_everything_before_it(run: RunDirectory
     Samples([[*turns, Message("assistant", "f")]], shown=1, scored=False).before(run, script)
     assert script.asked == [turns]
     [line] = run.samples()
-    assert line == {"prompt": "Be brief.\na\nb\nc\nd", "expected": "f", "before": "e"}
+    assert turns_of(line) == turns
+    said = [[turn.role, turn.content, turn.context] for turn in turns]
+    assert line == {"prompt": "Be brief.\na\nb\nc\nd", "expected": "f", "before": "e", "turns": said}
+    assert turns_of({"prompt": "a\nb"}) == [Message("user", "a\nb")]
 
 
 def test_a_resumed_run_keeps_what_its_first_start_wrote(run: RunDirectory) -> None:

@@ -1,0 +1,113 @@
+"""Pipelines with stages that learn from rewards: which runs they get, and what does not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_pipelines import Call, record
+
+from align import load_pipeline
+from finetune.recipe.errors import UserError
+
+PPO = """\
+description: small
+model: {start: sft/small}
+data: {source: prompts.jsonl, held_out: 4}
+train: {max_steps: 2, batch_size: 4, learning_rate: 1e-3, evaluate_every: 2}
+evaluate: {samples: 2}
+reward: {sources: [{run: reward/small}]}
+sampling: {max_new_tokens: 4}
+ppo: {rollout_size: 8, epochs: 1}
+"""
+WHOLE = """\
+stages:
+  sft: {recipe: sft/small}
+  reward: {recipe: reward/small}
+  ppo: {recipe: ppo/small, from: sft, reward: reward}
+"""
+TWO = """\
+stages:
+  sft: {recipe: sft/small}
+  helpfulness: {recipe: reward/small, from: sft}
+  safety: {recipe: reward/small, from: sft, set: {train.seed: 1}}
+  ppo:
+    recipe: ppo/small
+    from: sft
+    reward: [helpfulness, safety]
+    set: {reward.combine: llama2}
+"""
+
+
+@pytest.fixture
+def place(here: Path) -> Path:
+    (here / "recipes" / "ppo").mkdir()
+    (here / "recipes" / "ppo" / "small.yaml").write_text(PPO)
+    rows = [{"prompt": f"Add the numbers. {i} {i % 7}"} for i in range(100, 130)]
+    (here / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return here
+
+
+def told(place: Path, text: str) -> str:
+    (place / "own.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_pipeline("own.yaml")
+    return str(refused.value)
+
+
+def test_ppo_that_was_run_alone_is_not_repeated(call: Call, place: Path) -> None:
+    status, _, err = call("ppo", "small")
+    assert status == 0, err
+    made = sorted(path.name for path in (place / "runs").iterdir())
+    assert [name.split("-")[0] for name in made] == ["ppo", "reward", "sft"]
+    (place / "own.yaml").write_text(WHOLE)
+    status, out, _ = call("run", "own.yaml")
+    assert status == 0 and out.count("finished before: runs/") == 3
+    assert sorted(Path(stage["run"]).name for stage in record(place)["stages"].values()) == made
+    page = next(place.glob("runs/own-*/report.html")).read_text()
+    assert "rewards: reward" in page and "held-out reward" in page
+
+
+def test_two_rewards_are_called_by_their_stages(call: Call, place: Path) -> None:
+    (place / "own.yaml").write_text(TWO)
+    status, out, err = call("run", "own.yaml")
+    assert status == 0, err
+    stages = record(place)["stages"]
+    assert stages["helpfulness"]["digest"] != stages["safety"]["digest"]
+    text = (place / stages["ppo"]["run"] / "recipe.yaml").read_text()
+    for name in ("helpfulness", "safety"):
+        assert f"run: {stages[name]['run']}" in text and f"name: {name}" in text
+    samples = [json.loads(line) for line in next(place.glob("runs/own-*/samples.jsonl")).open()]
+    assert [list(line["rewards"]) for line in samples] == [["helpfulness", "safety"]] * 2
+    assert [list(line["replies"]) for line in samples] == [["sft", "ppo"]] * 2
+    command = json.loads((place / stages["ppo"]["run"] / "run.json").read_text())["command"]
+    assert command.startswith(f"llm-align ppo small --from {stages['sft']['run']} 'reward.sources=[")
+
+
+def test_what_cannot_be_a_reward_is_told_before_anything_runs(place: Path) -> None:
+    error = told(place, WHOLE.replace("reward: reward}", "reward: sft}"))
+    assert "stages.ppo.reward (own.yaml:4): 'sft' gives no scores" in error
+    error = told(place, TWO.replace("safety]", "safety, safety]"))
+    assert "stages.ppo.reward (own.yaml:8): a stage is named twice" in error
+    error = told(place, TWO.replace("safety", "harm"))
+    assert "stage ppo: reward.combine (own.yaml:9): llama2 with harm, helpfulness" in error
+    other = WHOLE.replace("reward/small}", "reward/small, set: {model.base: tiny}}")
+    error = told(place, other)
+    assert "stage ppo: reward.sources[0].run (own.yaml:4): 'reward' scores on base 'tiny'" in error
+    other = WHOLE.replace("reward/small}", "reward/small, set: {data.template: vicuna}}")
+    assert "'reward' has learnt template 'vicuna', the policy has 'alpaca'" in told(place, other)
+    both = WHOLE.replace("reward: reward}", "reward: reward, set: {reward.sources: reward/small}}")
+    assert "stages.ppo.reward (own.yaml:4): given beside reward.sources" in told(place, both)
+    assert not (place / "runs").exists()
+
+
+def test_a_reward_on_the_base_does_not_fit_a_policy_of_full_tuning(place: Path) -> None:
+    text = WHOLE.replace("sft/small}", "sft/small, set: {adapter: {method: full}}}")
+    path = place / "recipes" / "sft" / "small.yaml"
+    path.write_text(path.read_text().replace("adapter: {method: lora, rank: 2}\n", ""))
+    error = told(place, text)
+    assert (
+        "stage ppo: reward (own.yaml:4): 'reward' stands on " in error and "this stage on stage sft" in error
+    )
+    own = place / "own.yaml"
+    own.write_text(text.replace("reward/small}", "reward/small, from: sft}"))
+    assert list(load_pipeline("own.yaml").recipes) == ["sft", "reward", "ppo"]
