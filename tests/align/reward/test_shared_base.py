@@ -28,7 +28,9 @@ def scores(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["lora", "qlora", "prefix", "ia3"])
-def test_pain_08_a_reward_model_scores_the_same_on_a_shared_base(method: str, family: str, tmp_path: Path) -> None:
+def test_pain_08_a_reward_model_scores_the_same_on_a_shared_base(
+    method: str, family: str, tmp_path: Path
+) -> None:
     stored = "nf4" if method == "qlora" else "none"
     alone = adapted(method, family)
     train_scores(alone, BATCH)
