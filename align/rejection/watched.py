@@ -49,7 +49,10 @@ def watched(settings: Settings) -> Watched:
 def rounds_panel(record: Mapping[str, Any]) -> Panel:
     """Return the table of the rounds."""
     rounds: dict[str, dict[str, Any]] = record["rounds"]
-    known = {key: column for key, column in COLUMNS.items() if any(key in entry for entry in rounds.values())}
+    keys = dict.fromkeys(key for entry in rounds.values() for key in entry)
+    gold = {key: key.removeprefix(HELD_OUT) for key in keys if key.startswith(HELD_OUT + GOLD)}
+    columns = COLUMNS | {key: (f"{name.replace('_', ': ', 1)} after it", ".3f") for key, name in gold.items()}
+    known = {key: column for key, column in columns.items() if key in keys}
     lines = [["round", *(title for title, _ in known.values())]]
     for number, entry in rounds.items():
         cells = [f"{entry[key]:{style}}" if key in entry else "" for key, (_, style) in known.items()]

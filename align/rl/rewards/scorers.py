@@ -99,9 +99,8 @@ def _of_settings(settings: StageSettings) -> Scorer:
 
 
 def _other_stage(where: str, found: str, stage: str) -> Problem:
-    return Problem(
-        where, f"{found} of stage {stage}, whose model gives no scores", "one of stage reward", ALL_RUNS
-    )
+    told = f"{found} of stage {stage}, whose model gives no scores"
+    return Problem(where, told, "a run of stage reward, or reward/recipe", ALL_RUNS)
 
 
 def _circle(text: str, above: tuple[str, ...]) -> tuple[str, ...]:
