@@ -84,6 +84,8 @@ class Entry:
     def placed(self, problem: Problem) -> Problem:
         """Return a problem with the stage's name before its place, and with the pipeline's own line."""
         where = problem.where
+        if where.startswith(f"stage {self.name}: "):
+            return problem
         key = where.removesuffix(f" ({COMMAND_LINE})").strip("'")
         if key != where.strip("'"):
             place = next((self.origins[own] for own in self.origins if key.startswith(own)), COMMAND_LINE)

@@ -21,6 +21,7 @@ from align.pipeline.plan import Pipeline
 from align.start import ready
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import Recipe
 from finetune.training.result import Result
 from finetune.training.stops import Interrupted, NotFiniteError
 
@@ -91,36 +92,42 @@ def _run(
 ) -> Result:
     """Run one stage, or find it finished, and write what became of it."""
     began = time.time()
-    where = {"status": "running", "stage": entry.stage, "recipe": entry.recipe}
-    try:
+    with _recorded(pipeline, entry, folder, first=not results):
         recipe, command = _at_its_turn(entry, results)
-        folder.stage(entry.name, **where)
-        result: Result = load_stage(entry.stage).run(
-            ready(recipe, console), console, force=force, command=command
-        )
-    except KeyboardInterrupt as error:
-        folder.stage(entry.name, **where | {"status": "interrupted"})
-        folder.update(status="interrupted")
-        raise Interrupted(_stopped(pipeline, entry, "stopped; the same command goes on")) from error
-    except Interrupted as stop:
-        folder.stage(entry.name, **where | {"status": "interrupted"})
-        folder.update(status="interrupted")
-        raise Interrupted(_stopped(pipeline, entry, str(stop))) from stop
-    except NotFiniteError as error:
-        _failed(folder, entry, where, str(error))
-        raise NotFiniteError(_stopped(pipeline, entry, str(error))) from error
-    except UserError as error:
-        _failed(folder, entry, where, str(error))
-        if not results:
-            folder.withdraw()
-        raise UserError([entry.placed(problem) for problem in error.problems]) from error
+        stage = load_stage(entry.stage)
+        result: Result = stage.run(ready(recipe, console), console, force=force, command=command)
     folder.stage(entry.name, **_facts(result))
     if (result.directory / "run.json").stat().st_mtime < began:
         _say(console, f"finished before: {result.directory}")
     return result
 
 
-def _at_its_turn(entry: Entry, results: dict[str, Result]) -> tuple[Any, str]:
+@contextmanager
+def _recorded(pipeline: Pipeline, entry: Entry, folder: PipelineDirectory, *, first: bool) -> Iterator[None]:
+    """Write that a stage runs, and how it ended if it did not come to its end; say which stage it was."""
+
+    def ended(status: str, **why: str) -> None:
+        folder.stage(entry.name, status=status, stage=entry.stage, recipe=entry.recipe, **why)
+        folder.update(status=status)
+
+    ended("running")
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        ended("interrupted")
+        text = str(stop) or "stopped; the same command goes on"
+        raise Interrupted(_stopped(pipeline, entry, text)) from stop
+    except NotFiniteError as error:
+        ended("failed", reason=str(error))
+        raise NotFiniteError(_stopped(pipeline, entry, str(error))) from error
+    except UserError as error:
+        ended("failed", reason=str(error))
+        if first:
+            folder.withdraw()
+        raise UserError([entry.placed(problem) for problem in error.problems]) from error
+
+
+def _at_its_turn(entry: Entry, results: dict[str, Result]) -> tuple[Recipe, str]:
     """Return a stage's recipe with the runs that it needs, and the command that does the same alone.
 
     Raises:
@@ -162,11 +169,6 @@ def _conclude(
 def _whole(folder: PipelineDirectory) -> bool:
     """Tell whether an earlier run of the pipeline has come to its end and its report is there."""
     return folder.record.get("status") == "finished" and (folder.path / REPORT).is_file()
-
-
-def _failed(folder: PipelineDirectory, entry: Entry, where: dict[str, Any], reason: str) -> None:
-    folder.stage(entry.name, **where | {"status": "failed", "reason": reason})
-    folder.update(status="failed")
 
 
 def _stopped(pipeline: Pipeline, entry: Entry, text: str) -> str:

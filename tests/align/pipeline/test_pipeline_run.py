@@ -159,6 +159,14 @@ def test_a_stage_that_is_refused_tells_which_one(call: Call, here: Path) -> None
     assert record(here)["stages"]["dpo"]["status"] == "waiting"
 
 
+def test_a_run_that_has_lost_its_weights_is_told_once(call: Call, done: Path) -> None:
+    adapter = done / record(done)["stages"]["sft"]["run"] / "adapter" / "adapter_model.safetensors"
+    adapter.unlink()
+    status, _, err = call("run", "three", "dpo.train.max_steps=1")
+    assert status == 2 and err.count("stage taste: ") == 1 and "has lost adapter/" in err
+    assert "llm-align sft small --force" in err
+
+
 def test_the_first_stage_refused_leaves_nothing(call: Call, here: Path) -> None:
     (here / "bad.jsonl").write_text('{"instruct": "a"}\n' * 20)
     before = sorted(here.rglob("*"))
