@@ -13,7 +13,6 @@ from finetune.recipe.recipe import Recipe, load
 from finetune.recipe.runs import find_run
 from finetune.recipe.start import is_recipe
 from finetune.training.run_directory import RunDirectory
-from finetune.training.run_fingerprint import run_fingerprint
 
 
 def ready(recipe: Recipe, console: Console) -> Recipe:
@@ -59,7 +58,7 @@ def _made(text: str, recipe: Recipe, console: Console, verb: str) -> Path:
     """Return the folder of a recipe's finished run; it runs now if need be."""
     stage, _, name = text.partition("/")
     first = ready(load(stage, name), console)
-    run = RunDirectory.open(first, run_fingerprint(first.settings), force=False)
+    run = RunDirectory.of(first, force=False)
     if run.finished:
         _say(console, f"{verb} {run.path} ({text})")
     else:

@@ -52,7 +52,6 @@ class RejectionTuning:
         text: template and tokenizer.
         data: what is asked.
         policies: the policy before each round, and the rewards.
-        fingerprint: what the run is made of beside its settings.
         chosen: each round's chosen replies so far.
     """
 
@@ -60,7 +59,6 @@ class RejectionTuning:
     text: Text
     data: PreparedPrompts
     policies: Policies
-    fingerprint: str
     chosen: dict[int, list[Reply]] = field(default_factory=dict)
 
     @property
@@ -257,7 +255,7 @@ class RejectionTuning:
         job = self.job
         recipe = round_recipe(job.recipe, job.run.path, number)
         words = [[list(map(str, row.words)), row.where] for row in rows]
-        content = json.dumps([self.fingerprint, number, words])
+        content = json.dumps([self.job.run.fingerprint, number, words])
         fingerprint = hashlib.sha256(content.encode()).hexdigest()
         run = RunDirectory.open(recipe, fingerprint, force=False)
         if run.finished:
@@ -265,7 +263,7 @@ class RejectionTuning:
         own = Job(recipe, run, job.console, job.command)
         with job.timed("train"):
             learnt = Supervised(own, self.text, self._prepared(rows), policy=self.policies.before(number))
-            carry_out(own, learnt, fingerprint=fingerprint)
+            carry_out(own, learnt)
         own.stop_if_asked(f"when round {number} was learnt")
 
     def _prepared(self, rows: list[Conversation]) -> Prepared:

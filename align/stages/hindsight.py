@@ -48,12 +48,10 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     """
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory
-    from finetune.training.run_fingerprint import run_fingerprint
 
     settings = recipe.settings
     assert isinstance(settings, Settings)
-    fingerprint = run_fingerprint(settings)
-    run = RunDirectory.open(recipe, fingerprint, force=force)
+    run = RunDirectory.of(recipe, force=force)
     if run.finished:
         return Result.of(run)
 
@@ -66,5 +64,5 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     job = Job(recipe, run, console, command)
     text = wishing_text(load_text(job), settings.hindsight.good)
     data = load_chains(job, settings.data, settings.hindsight, text)
-    carry_out(job, Supervised(job, text, data, policy=load_policy(job)), fingerprint=fingerprint)
+    carry_out(job, Supervised(job, text, data, policy=load_policy(job)))
     return Result.of(run)

@@ -60,12 +60,10 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     """
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory
-    from finetune.training.run_fingerprint import run_fingerprint
 
     settings = recipe.settings
     assert isinstance(settings, Settings)
-    fingerprint = run_fingerprint(settings)
-    run = RunDirectory.open(recipe, fingerprint, force=force)
+    run = RunDirectory.of(recipe, force=force)
     if run.finished:
         return Result.of(run)
 
@@ -78,5 +76,5 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     text = load_text(job)
     data = load_labels(job, settings.data, text)
     tuning = KtoTuning(job, text, data, policy=load_policy(job), align=settings.align)
-    carry_out(job, tuning, fingerprint=fingerprint)
+    carry_out(job, tuning)
     return Result.of(run)

@@ -37,12 +37,10 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     """
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory
-    from finetune.training.run_fingerprint import run_fingerprint
 
     settings = recipe.settings
     assert isinstance(settings, Settings)
-    fingerprint = run_fingerprint(settings)
-    run = RunDirectory.open(recipe, fingerprint, force=force)
+    run = RunDirectory.of(recipe, force=force)
     if run.finished:
         return Result.of(run)
 
@@ -58,5 +56,5 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     text = load_text(job)
     prompts = load_prompts(job, settings.data, text, room=settings.sampling.max_new_tokens)
     tuning = PpoTuning(job, text, prompts, load_cast(job, text))
-    carry_out(job, tuning, fingerprint=fingerprint, conclude=tuning.explain)
+    carry_out(job, tuning, conclude=tuning.explain)
     return Result.of(run)

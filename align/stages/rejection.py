@@ -37,12 +37,10 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     """
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory
-    from finetune.training.run_fingerprint import run_fingerprint
 
     own = recipe.settings
     assert isinstance(own, Settings)
-    fingerprint = run_fingerprint(own)
-    run = RunDirectory.open(recipe, fingerprint, force=force)
+    run = RunDirectory.of(recipe, force=force)
     if run.finished:
         return Result.of(run)
 
@@ -56,8 +54,8 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     job = Job(recipe, run, console, command, watched=watched(own))
     text = load_text(job)
     prompts = load_prompts(job, own.data, text, room=own.sampling.max_new_tokens)
-    tuning = RejectionTuning(job, text, prompts, load_policies(job, text), fingerprint)
-    with job.started(fingerprint=fingerprint, **tuning.facts()):
+    tuning = RejectionTuning(job, text, prompts, load_policies(job, text))
+    with job.started(**tuning.facts()):
         tuning.samples.before(run, tuning.answer)
         tuning.behaviour.measure(run, tuning.answer, "before")
         tuning.measure(0)

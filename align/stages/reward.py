@@ -38,12 +38,10 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     from align.reward.rules import copy_rules
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory
-    from finetune.training.run_fingerprint import run_fingerprint
 
     own = recipe.settings
     assert isinstance(own, Settings)
-    fingerprint = run_fingerprint(own)
-    run = RunDirectory.open(recipe, fingerprint, force=force)
+    run = RunDirectory.of(recipe, force=force)
     if run.finished:
         return Result.of(run)
 
@@ -58,7 +56,7 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     text = load_text(job)
     data = load_preferences(job, own.data, text)
     tuning = RewardTuning(job, text, data, policy=load_reward_policy(job, text.encoder))
-    with job.started(fingerprint=fingerprint, **tuning.facts()):
+    with job.started(**tuning.facts()):
         copy_rules(own, run)
         tuning.measure("before")
         trainer = tuning.trainer()

@@ -42,13 +42,11 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     """
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory
-    from finetune.training.run_fingerprint import run_fingerprint
 
-    fingerprint = run_fingerprint(recipe.settings)
-    run = RunDirectory.open(recipe, fingerprint, force=force)
+    run = RunDirectory.of(recipe, force=force)
     if not run.finished:
         from finetune.training.job import Job
         from finetune.training.tune import tune
 
-        tune(Job(recipe, run, console, command), fingerprint)
+        tune(Job(recipe, run, console, command))
     return Result.of(run)

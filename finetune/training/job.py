@@ -163,6 +163,7 @@ class Job:
             stage=self.recipe.stage,
             recipe=self.recipe.name,
             digest=self.run.digest,
+            fingerprint=self.run.fingerprint,
             command=self.command,
             seed=self.recipe.settings.train.seed,
             started=self.run.record.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),

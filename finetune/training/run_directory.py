@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS, read_record
+from finetune.training.run_fingerprint import run_fingerprint
 
 REPLACED = "replaced"
 SAMPLES = "samples.jsonl"
@@ -29,27 +30,42 @@ PARTIAL = ".{}.partial"
 class RunDirectory:
     """``runs/<stage>-<recipe>-<hash8>``, or the folder that ``--out`` names."""
 
-    def __init__(self, path: Path, recipe: Recipe, digest: str) -> None:
+    def __init__(self, path: Path, recipe: Recipe, digest: str, *, fingerprint: str = "") -> None:
         """Look at a folder; nothing is written before ``start``."""
         self.path = path
         self.recipe = recipe
         self.digest = digest
+        self.fingerprint = fingerprint
         self.record = read_record(path)
 
     @classmethod
-    def open(cls, recipe: Recipe, data_fingerprint: str, *, force: bool) -> "RunDirectory":
+    def of(cls, recipe: Recipe, *, force: bool) -> "RunDirectory":
         """Find the folder of a recipe's run and see whether it may be used; nothing is written.
 
         Args:
             recipe: what will run.
-            data_fingerprint: digest of its data's content; other data, other run.
+            force: an earlier run in the folder is replaced when the new one starts.
+
+        Raises:
+            UserError: data or a start that are not there, or the folder holds something else.
+        """
+        return cls.open(recipe, run_fingerprint(recipe.settings), force=force)
+
+    @classmethod
+    def open(cls, recipe: Recipe, fingerprint: str, *, force: bool) -> "RunDirectory":
+        """Find a run's folder as ``of`` does, where what it is made of is known.
+
+        Args:
+            recipe: what will run.
+            fingerprint: digest of what it is made of beside its settings; other data, other run.
             force: an earlier run in the folder is replaced when the new one starts.
 
         Raises:
             UserError: the folder holds something else.
         """
-        digest = recipe.digest(data_fingerprint)
-        run = cls(recipe.out or RUNS / f"{recipe.stage}-{recipe.name}-{digest}", recipe, digest)
+        digest = recipe.digest(fingerprint)
+        path = recipe.out or RUNS / f"{recipe.stage}-{recipe.name}-{digest}"
+        run = cls(path, recipe, digest, fingerprint=fingerprint)
         if force and run.record:
             run.record["status"] = REPLACED
         else:

@@ -48,12 +48,11 @@ class Tuning(Protocol):
         ...
 
 
-def tune(job: Job, fingerprint: str) -> None:
+def tune(job: Job) -> None:
     """Tune the recipe's policy on the recipe's rows of tokens.
 
     Args:
         job: the run, which has not started.
-        fingerprint: what the run is made of beside its settings, for its record.
 
     Raises:
         UserError: the user's mistakes, before anything is written.
@@ -62,18 +61,15 @@ def tune(job: Job, fingerprint: str) -> None:
     """
     text = load_text(job)
     data = load_data(job, text)
-    carry_out(job, Supervised(job, text, data, policy=load_policy(job)), fingerprint=fingerprint)
+    carry_out(job, Supervised(job, text, data, policy=load_policy(job)))
 
 
-def carry_out(
-    job: Job, tuning: Tuning, *, fingerprint: str, conclude: Callable[[], None] | None = None
-) -> None:
+def carry_out(job: Job, tuning: Tuning, *, conclude: Callable[[], None] | None = None) -> None:
     """Measure, answer, train, save, measure and answer again.
 
     Args:
         job: the run, which has not started.
         tuning: what is measured and shown, and what trains.
-        fingerprint: what the run is made of beside its settings, for its record.
         conclude: what else is said of a whole run, before its report is written.
 
     Raises:
@@ -81,7 +77,7 @@ def carry_out(
         Interrupted: a signal came; a checkpoint is there.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
-    with job.started(fingerprint=fingerprint, **tuning.facts()):
+    with job.started(**tuning.facts()):
         tuning.samples.before(job.run, tuning.answer)
         tuning.behaviour.measure(job.run, tuning.answer, "before")
         trainer = tuning.trainer()

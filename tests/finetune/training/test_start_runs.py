@@ -54,7 +54,7 @@ def test_the_policy_is_the_run_s_adapter_trainable_and_nothing_else(
 ) -> None:
     first = tune("first")
     recipe = make_recipe("second", **start_of(first))
-    run = RunDirectory.open(recipe, run_fingerprint(recipe.settings), force=False)
+    run = RunDirectory.of(recipe, force=False)
     model = load_policy(Job(recipe, run, Console(quiet=True), "a test")).model
     saved = load_file(first.adapter / "adapter_model.safetensors")
     own = {name.replace(".default", ""): w for name, w in model.named_parameters() if w.requires_grad}
