@@ -20,12 +20,15 @@ of a contender's time to ours. Without `--trl-python` ours alone is measured.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -43,8 +46,16 @@ TOLERANCE = {False: 1e-5, True: 2e-2}
 """Of a prompt's log-probability, relative: in float32, in bfloat16 (which has three digits)."""
 
 
-def measure(folder: Path, contender: str, *, trl_python: str) -> dict[str, Any]:
+def measure(
+    folder: Path, contender: str, *, trl_python: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """Run a contender in a process of its own, and return what it measured.
+
+    Args:
+        folder: what ``prepare`` filled.
+        contender: of this program or of `benchmarks.ppo_memory`.
+        trl_python: the interpreter of TRL's environment.
+        environment: further variables of the process.
 
     Raises:
         CalledProcessError: it failed; what it said stands above.
@@ -54,7 +65,10 @@ def measure(folder: Path, contender: str, *, trl_python: str) -> dict[str, Any]:
     python = sys.executable if ours else trl_python
     command = [python, "-m", module, str(folder), "--contender", contender]
     root = Path(__file__).parents[1]
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root).stdout
+    variables = {**os.environ, **environment}
+    printed = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, cwd=root, env=variables
+    ).stdout
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return {"contender": contender, **found}
 
