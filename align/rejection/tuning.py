@@ -92,7 +92,9 @@ class RejectionTuning:
         tuning.engine_arguments(self.job, policy, longest=longest, steps=steps)
         self.job.watch(self.behaviour.numbers)
         tuning.say_parameters(self.job, policy)
-        self.job.check(Tick("environment", self.job.environment(policy.precision)))
+        rows = self.data.train
+        tried = self.policies.rewards.tick([row.talk for row in rows], rows.places)
+        self.job.check(Tick("environment", self.job.environment(policy.precision)), tried)
         drawn = f"{count * settings.rejection.samples} replies to {count} prompts"
         self.job.say(f"{settings.rejection.rounds} round(s) of {drawn}, then the best of them are learnt")
         facts = tuning.policy_facts(self.job, self.text, policy, self.data.report)

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -77,7 +78,8 @@ def number_from(function: Callable[[str, str], Any], prompt: str, reply: str, *,
     """
     number = opinion_of(function, prompt, reply, where=where, expected=NUMBER)
     if number is None:
-        raise UserError(_no_number(where, "it returned None", prompt, reply, NUMBER))
+        problem = _no_number(where, "it returned None", prompt, reply, NUMBER)
+        raise UserError(replace(problem, repair="return 0 where it has nothing to say"))
     return number
 
 

@@ -14,10 +14,13 @@ from align.rl.rewards.settings import HELPFULNESS, LENGTH, SAFETY, RewardsSettin
 from data_templates._segments import Message
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.python_function import number_from
-from finetune.training.samples import question_of
+from finetune.training.preflight.ticks import Tick
+from finetune.training.samples import question_of, spread
 from finetune.training.stops import NotFiniteError
 
 Talks = Sequence[Sequence[Message]]
+TRIED = 8
+"""Prompts on which the rewards are tried before anything is drawn."""
 ANSWERED = "the right reply beside each prompt, as in rows of question and answer"
 
 
@@ -141,6 +144,24 @@ class Rewards:
             total = total + parts[LENGTH]
         _refuse_no_number(parts, places)
         return Judged(total, parts)
+
+    def tick(self, prompts: Talks, places: Sequence[str]) -> Tick:
+        """Judge an empty reply to some of the prompts, before anything is drawn: a policy may say nothing.
+
+        Args:
+            prompts: conversations that end with the user's turn.
+            places: what each one is called in a message.
+
+        Raises:
+            UserError: a program fails on one of them, or a template cannot write it.
+            NotFiniteError: a reward model gives NaN or infinity.
+        """
+        some = spread(len(prompts), TRIED)
+        talks = [[*prompts[index], Message("assistant", "")] for index in some]
+        worth = self.judge(talks, [places[index] for index in some]).total
+        named = ", ".join(source.name for source in self.sources)
+        said = f"empty replies to {len(some)} prompts are worth {worth.min():.3g} to {worth.max():.3g}"
+        return Tick("rewards", f"{named}: {said}")
 
     def _combined(self, parts: Mapping[str, Numbers], prompts: Sequence[str]) -> Numbers:
         if self.settings.combine == "sum":

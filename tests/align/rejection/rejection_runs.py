@@ -44,6 +44,8 @@ def settings(folder: Path, base: Path, **more: Any) -> dict[str, Any]:
         "rejection.rounds": 2,
         "rejection.prompts": 6,
         "rejection.samples": 3,
+        "rejection.keep": "best",
+        "rejection.share": None,
         "rejection.unfinished": "learn",
     }
     return given | {key.replace("__", "."): value for key, value in more.items()}

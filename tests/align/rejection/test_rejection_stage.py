@@ -144,6 +144,26 @@ def test_damaged_replies_are_told_and_drawn_again(
     assert chosen(result.directory) == chosen(whole.directory)
 
 
+def test_a_reward_that_fails_on_an_empty_reply_is_told_before_anything_is_written(
+    folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text("def mean(prompt, completion):\n    return 1 / len(completion)\n")
+    with pytest.raises(UserError, match="reward 'mean' on .*prompts.jsonl:1: ZeroDivisionError"):
+        run(recipe(folder, base_folder, tmp_path / "run", reward__sources=f"{tmp_path}/mine.py:mean"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_starts_over_forgets_its_rounds(
+    folder: Path, base_folder: Path, whole: Result, tmp_path: Path
+) -> None:
+    judges = {"letters": f"{folder}/mine.py:letters"}
+    shutil.copytree(whole.directory, tmp_path / "run")
+    (tmp_path / "run" / "drawn" / "9-0000.safetensors").write_text("of another run")
+    result = run(recipe(folder, base_folder, tmp_path / "run", evaluate__judges=judges), force=True)
+    assert result.record["files"] == whole.record["files"] and result.metrics == whole.metrics
+    assert not (tmp_path / "run" / "drawn" / "9-0000.safetensors").exists()
+
+
 def test_the_last_round_alone_or_the_best_of_all(folder: Path, base_folder: Path, tmp_path: Path) -> None:
     how = {"rejection__memory": False, "rejection__keep": "share", "rejection__share": 0.5}
     result = run(recipe(folder, base_folder, tmp_path / "run", **how))

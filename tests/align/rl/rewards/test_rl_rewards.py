@@ -116,6 +116,20 @@ def test_a_program_that_fails_is_named_with_prompt_and_reply(
     assert "prompt 'Add the numbers. 1', reply" in problem.found
 
 
+def test_rewards_are_tried_on_empty_replies_before_anything_is_drawn(
+    lone_run: Path, rewards_folder: Path, base_folder: Path
+) -> None:
+    prompts = [one[:-1] for one in TALKS]
+    ours = loaded(rewards(str(lone_run), f"{rewards_folder}/programs.py:good"), base_folder)
+    told = ours.tick(prompts, PLACES)
+    assert told.problem is None and told.detail.startswith(
+        "reward, good: empty replies to 4 prompts are worth "
+    )
+    broken = loaded(rewards(f"{rewards_folder}/programs.py:broken"), base_folder)
+    with pytest.raises(UserError, match="reward 'broken' on prompt 0: ZeroDivisionError"):
+        broken.tick(prompts, PLACES)
+
+
 def test_a_reward_model_that_gives_no_number_is_named(lone_run: Path, base_folder: Path) -> None:
     ours = loaded(rewards(str(lone_run)), base_folder)
     for weight in ours.models[0].model.parameters():
