@@ -55,21 +55,8 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     settings = recipe.settings
     assert isinstance(settings, Settings)
     run = RunDirectory.of(recipe, force=force)
-    if run.finished:
-        return Result.of(run)
+    if not run.finished:
+        from align.online.running import learn_online
 
-    from align.online.loading import load_judged
-    from align.online.tuning import OnlineTuning
-    from align.online.watched import watched
-    from align.rl.prompts import load_prompts
-    from finetune.training.job import Job
-    from finetune.training.loading import load_text
-    from finetune.training.tune import carry_out
-
-    names = [source.called for source in settings.reward.sources]
-    job = Job(recipe, run, console, command, watched=watched(names), may_idle=True)
-    text = load_text(job)
-    prompts = load_prompts(job, settings.data, text, room=settings.sampling.max_new_tokens)
-    tuning = OnlineTuning(job, text, prompts, load_judged(job, text, settings.reward), settings.align)
-    carry_out(job, tuning)
+        learn_online(recipe, run, settings.align, console=console, command=command)
     return Result.of(run)
