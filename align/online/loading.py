@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from align.reward.shared_base import own_weights
+from align.reward.shared_base import base_for_scorers, own_weights
 from align.rl.rewards.loading import load_rewards
 from align.rl.rewards.rewards import Rewards
 from align.rl.rewards.settings import RewardsSettings
+from finetune.recipe.checks import adapter_traits
 from finetune.training.job import Job
 from finetune.training.loading import Policy, load_frozen, put_adapter
 from finetune.training.text import Text
@@ -27,7 +28,9 @@ def load_judged(job: Job, text: Text, settings: RewardsSettings) -> Judged:
             damaged.
     """
     frozen = load_frozen(job)
-    rewards = load_rewards(settings, base=frozen.base, tokenizer=text.encoder.tokenizer)
+    traits = adapter_traits(job.recipe.settings.adapter.method)
+    base = base_for_scorers(frozen.base, rewritten=traits.changes_base)
+    rewards = load_rewards(settings, base=base, tokenizer=text.encoder.tokenizer)
     for note in rewards.notes:
         job.say(note)
     policy = put_adapter(job, frozen)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from align.ppo.roles import Roles
 from align.ppo.stage_settings import Settings
 from align.reward.loading import pad_id
 from align.reward.model import refuse_without_scores
-from align.reward.shared_base import own_weights, scorer_on
+from align.reward.shared_base import base_for_scorers, own_weights, scorer_on
 from align.rl.rewards.loading import load_rewards, reward_runs
 from align.rl.rewards.rewards import Rewards
 from finetune.recipe import yaml_file
@@ -18,9 +19,10 @@ from finetune.recipe.checks import adapter_traits
 from finetune.recipe.recipe import adapter_settings
 from finetune.recipe.runs import finished_record
 from finetune.recipe.settings import AdapterSettings
+from finetune.recipe.start import going_on
 from finetune.training.go_on import take_weights
 from finetune.training.job import Job
-from finetune.training.loading import Frozen, Policy, adapter_start, load_frozen, put_adapter
+from finetune.training.loading import Policy, adapter_start, load_frozen, put_adapter
 from finetune.training.model import SCORE, attach_adapter
 from finetune.training.text import Text
 
@@ -48,10 +50,12 @@ def load_cast(job: Job, text: Text) -> Cast:
     assert isinstance(settings, Settings)
     refuse_without_scores(settings.model)
     frozen = load_frozen(job)
-    rewards = load_rewards(settings.reward, base=frozen.base, tokenizer=text.encoder.tokenizer)
+    traits = adapter_traits(settings.adapter.method)
+    base = base_for_scorers(frozen.base, rewritten=traits.changes_base)
+    rewards = load_rewards(settings.reward, base=base, tokenizer=text.encoder.tokenizer)
     for note in rewards.notes:
         job.say(note)
-    value, column = _value(settings, frozen, pad_id(text.encoder.tokenizer, text.encoder.stop_ids))
+    value, column = _value(settings, base, pad_id(text.encoder.tokenizer, text.encoder.stop_ids))
     policy = put_adapter(job, frozen)
     others = [value, *(model.model for model in rewards.models)]
     for other in others:
@@ -75,12 +79,12 @@ def value_run(settings: Settings) -> tuple[Path, str] | None:
     return None
 
 
-def _value(settings: Settings, frozen: Frozen, pad: int) -> tuple[nn.Module, int]:
+def _value(settings: Settings, base: PreTrainedModel, pad: int) -> tuple[nn.Module, int]:
     """Return the value with its trainable adapter, and which of its scores it is."""
     found = value_run(settings)
     torch.manual_seed(settings.train.seed)
     if found is None:
-        scorer = scorer_on(frozen.base, ["value"], pad_id=pad)
+        scorer = scorer_on(base, ["value"], pad_id=pad)
         own, start = _fresh(settings.adapter), adapter_start(settings.model)
         value = attach_adapter(scorer, own)
         if start is not None and own == settings.adapter:
@@ -89,13 +93,14 @@ def _value(settings: Settings, frozen: Frozen, pad: int) -> tuple[nn.Module, int
     run, score = found
     heads = finished_record(run)["load"]["heads"]
     content = yaml_file.read(run / "recipe.yaml")[0]["adapter"]
-    own = adapter_settings(content["method"]).model_validate(content)
-    value = attach_adapter(scorer_on(frozen.base, heads, pad_id=pad), own)
+    own = going_on(adapter_settings(content["method"]).model_validate(content))
+    value = attach_adapter(scorer_on(base, heads, pad_id=pad), own)
     take_weights(value, run, head=(SCORE,))
     return value, heads.index(score) if score in heads else 0
 
 
 def _fresh(adapter: AdapterSettings) -> AdapterSettings:
-    """Return the policy's adapter settings, or plain LoRA where the policy's adapter cannot score."""
+    """Return the policy's adapter settings, or plain LoRA where that adapter cannot score or stand beside."""
     traits = adapter_traits(adapter.method)
-    return adapter_settings(FRESH)() if traits.scores or traits.whole_model else adapter
+    unfit = traits.scores or traits.whole_model or traits.changes_base
+    return adapter_settings(FRESH)() if unfit else adapter

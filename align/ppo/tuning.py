@@ -123,7 +123,11 @@ class PpoTuning:
         self._refuse_passes()
         self.job.watch(self.behaviour.numbers)
         self._say_roles()
-        self.job.check(Tick("environment", self.job.environment(self.policy.precision)))
+        rows = self.data.train
+        self.job.check(
+            Tick("environment", self.job.environment(self.policy.precision)),
+            self.cast.rewards.tick([row.talk for row in rows], rows.places),
+        )
         self.job.choose("train.max_steps", (self.steps, "optimizer steps of all rollouts"))
         assert self.pretraining is None or len(self.pretraining.rows)
         facts = tuning.policy_facts(self.job, self.text, self.policy, self.data.report)

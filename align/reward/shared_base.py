@@ -59,6 +59,16 @@ def scorer_on(base: PreTrainedModel, heads: Sequence[str], *, pad_id: int) -> Pr
     return scorer
 
 
+def base_for_scorers(base: PreTrainedModel, *, rewritten: bool) -> PreTrainedModel:
+    """Return the base that scorers share with a policy: a copy of it where the policy's adapter rewrites it.
+
+    Args:
+        base: a causal model that has no adapter yet.
+        rewritten: whether building the adapter changes the frozen weights (``Traits.changes_base``).
+    """
+    return copy.deepcopy(base) if rewritten else base
+
+
 def own_weights(module: nn.Module, others: Sequence[nn.Module]) -> None:
     """Give a module copies of the weights that it shares with others which train them.
 

@@ -117,14 +117,19 @@ def _start(
         return Start(name, model, None, template, notes)
     if model.quantization == "auto":
         model = model.model_copy(update={"quantization": traits.quantization[0]})
-    kept = adapter.model_dump(exclude={"method", *traits.at_start})
     if traits.goes_on_as:
         notes = [
             *notes,
             f"adapter '{adapter.method}' goes on as '{traits.goes_on_as}': that is what it saved",
         ]
-    schema = _schema(traits.goes_on_as or adapter.method)
-    return Start(name, model, schema(**kept), template, notes)
+    return Start(name, model, going_on(adapter), template, notes)
+
+
+def going_on(adapter: AdapterSettings) -> AdapterSettings:
+    """Return the settings of what trains on where an adapter has ended: its own but for how it begins."""
+    traits = adapter_traits(adapter.method)
+    kept = adapter.model_dump(exclude={"method", *traits.at_start})
+    return _schema(traits.goes_on_as or adapter.method)(**kept)
 
 
 def _adapter(content: dict[str, Any]) -> AdapterSettings:

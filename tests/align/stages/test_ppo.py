@@ -8,19 +8,24 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align import cli
+from align.ppo.loading import load_cast
 from align.ppo.progress import EPISODES, PROGRESS
 from align.stages import ppo
 from data_templates._segments import Message
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, load
+from finetune.training.job import Job
+from finetune.training.loading import load_text
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
+from finetune.training.run_directory import RunDirectory
 from finetune.training.stops import Interrupted
 from finetune.training.tuned import load_tuned
 
@@ -267,6 +272,30 @@ def test_a_reward_that_fails_is_named_with_its_reply(
     with pytest.raises(UserError) as error:
         reinforce(reward__sources=f"{judges}:{name}")
     assert name in str(error.value) and words in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["pissa", "layernorm", "full"])
+def test_the_value_has_the_base_s_weights_whatever_the_policy_s_adapter_does(
+    recipe: Recipes, base_folder: Path, method: str
+) -> None:
+    own = (
+        recipe(adapter__method=method, adapter__rank=4)
+        if method == "pissa"
+        else recipe(adapter__method=method)
+    )
+    job = Job(own, RunDirectory.of(own, force=False), Console(quiet=True), "a test")
+    cast = load_cast(job, load_text(job))
+    with torch.no_grad():
+        for weight in cast.policy.model.parameters():
+            if weight.requires_grad:
+                weight.add_(1.0)
+    saved = load_file(base_folder / "model.safetensors")
+    held = dict(cast.roles.value.named_parameters())
+    names = [name for name in held if "q_proj" in name and "lora" not in name]
+    assert len(names) == 2
+    for name in names:
+        source = name.rpartition("model.")[2].replace("base_layer.", "")
+        assert torch.equal(held[name], saved[f"model.{source}"]), name
 
 
 def test_the_command_line_says_what_is_wrong(
