@@ -124,9 +124,10 @@ def test_a_four_bit_base_keeps_the_adapter_in_full_precision(tune, stage):
 
 def test_several_rewards_are_logged_one_by_one(tune, rule_file):
     sources = [{"function": f"{rule_file}:the"}, {"function": f"{rule_file}:short", "weight": 2.0}]
-    result = tune("rloo", reward__sources=sources, train__max_steps=1)
+    result = tune("rloo", reward__sources=sources, reward__length_penalty=0.1, train__max_steps=1)
     [line] = [line for line in result.metrics if "loss" in line]
-    assert line["reward"] == pytest.approx(line["reward_the"] + 2 * line["reward_short"], abs=1e-5)
+    parts = line["reward_the"] + 2 * line["reward_short"] + line["reward_length_penalty"]
+    assert line["reward"] == pytest.approx(parts, abs=1e-5) and line["reward_length_penalty"] < 0
     assert [entry["name"] for entry in result.record["rewards"]] == ["the", "short"]
     assert {"held_out_reward_the_before", "held_out_reward_short_after"} <= result.record["metrics"].keys()
 
