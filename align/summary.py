@@ -29,9 +29,11 @@ def print_summary(result: Result) -> None:
 
 def _samples(result: Result) -> Table:
     table = Table(show_lines=True, expand=False)
-    for column in ("prompt", "expected", "before", "after"):
+    known = any(sample.get("expected") for sample in result.samples)
+    columns = ["prompt", *(["expected"] if known else []), "before", "after"]
+    for column in columns:
         table.add_column(column, overflow="fold")
     for sample in result.samples:
-        cells = [sample.get(column, "") for column in ("prompt", "expected", "before", "after")]
+        cells = [sample.get(column, "") for column in columns]
         table.add_row(*(escape(textwrap.shorten(cell, SAMPLE_WIDTH, placeholder=" …")) for cell in cells))
     return table

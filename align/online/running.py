@@ -7,6 +7,7 @@ from align.online.settings import GrpoSettings, OnlineSettings, RlooSettings
 from align.online.tuning import OnlineTuning
 from align.online.watched import watched
 from align.rl.prompts import load_prompts
+from align.rl.rewards.settings import LENGTH
 from finetune.recipe.recipe import Recipe
 from finetune.training.job import Job
 from finetune.training.loading import load_text
@@ -29,6 +30,7 @@ def learn_online(
     settings = recipe.settings
     assert isinstance(settings, OnlineSettings)
     names = [source.called for source in settings.reward.sources]
+    names += [LENGTH] if settings.reward.length_penalty else []
     job = Job(recipe, run, console, command, watched=watched(names), may_idle=True)
     text = load_text(job)
     prompts = load_prompts(job, settings.data, text, room=settings.sampling.max_new_tokens)

@@ -101,12 +101,9 @@ class OnlineTuning:
     def facts(self) -> dict[str, Any]:
         """Return what run.json says before the first step; whatever can be refused is refused here."""
         self.arguments()
-        for prompts in filter(None, (self.data.train, self.data.held_out)):
-            known = [prompt.expected for prompt in prompts]
-            self.judged.rewards.refuse_unanswered(known, prompts.places)
         self.job.watch(self.behaviour.numbers)
         tuning.say_parameters(self.job, self.policy)
-        self.job.check(Tick("environment", self.job.environment(self.policy.precision)))
+        self.job.check(Tick("environment", self.job.environment(self.policy.precision)), self._tried())
         facts = tuning.policy_facts(self.job, self.text, self.policy, self.data.report)
         return {**facts, "rewards": rewards_record(self.settings.reward)}
 
@@ -185,6 +182,18 @@ class OnlineTuning:
             UserError: what was saved is not what was trained.
         """
         tuning.save_policy(self.job, self.text, self.policy)
+
+    def _tried(self) -> Tick:
+        """Try the rewards before anything is drawn.
+
+        Raises:
+            UserError: a program fails, or it needs replies of the rows' own and some rows have none.
+        """
+        rewards, rows = self.judged.rewards, self.data.train
+        for prompts in filter(None, (rows, self.data.held_out)):
+            rewards.refuse_unanswered([prompt.expected for prompt in prompts], prompts.places)
+        known = [row.expected for row in rows]
+        return rewards.tick([row.talk for row in rows], rows.places, expected=known)
 
     def _check_start(self) -> None:
         """Check that TRL's reference is the policy as it starts, adapter and all."""

@@ -93,7 +93,8 @@ class RejectionTuning:
         self.job.watch(self.behaviour.numbers)
         tuning.say_parameters(self.job, policy)
         rows = self.data.train
-        tried = self.policies.rewards.tick([row.talk for row in rows], rows.places)
+        known = [row.expected for row in rows]
+        tried = self.policies.rewards.tick([row.talk for row in rows], rows.places, expected=known)
         self.job.check(Tick("environment", self.job.environment(policy.precision)), tried)
         drawn = f"{count * settings.rejection.samples} replies to {count} prompts"
         self.job.say(f"{settings.rejection.rounds} round(s) of {drawn}, then the best of them are learnt")

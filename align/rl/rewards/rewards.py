@@ -145,12 +145,15 @@ class Rewards:
         _refuse_no_number(parts, places)
         return Judged(total, parts)
 
-    def tick(self, prompts: Talks, places: Sequence[str]) -> Tick:
+    def tick(
+        self, prompts: Talks, places: Sequence[str], *, expected: Sequence[str | None] | None = None
+    ) -> Tick:
         """Judge an empty reply to some of the prompts, before anything is drawn: a policy may say nothing.
 
         Args:
             prompts: conversations that end with the user's turn.
             places: what each one is called in a message.
+            expected: the rows' own replies, for programs that ask for them.
 
         Raises:
             UserError: a program fails on one of them, or a template cannot write it.
@@ -158,7 +161,8 @@ class Rewards:
         """
         some = spread(len(prompts), TRIED)
         talks = [[*prompts[index], Message("assistant", "")] for index in some]
-        worth = self.judge(talks, [places[index] for index in some]).total
+        known = None if expected is None else [expected[index] for index in some]
+        worth = self.judge(talks, [places[index] for index in some], expected=known).total
         named = ", ".join(source.name for source in self.sources)
         said = f"empty replies to {len(some)} prompts are worth {worth.min():.3g} to {worth.max():.3g}"
         return Tick("rewards", f"{named}: {said}")

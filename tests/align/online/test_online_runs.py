@@ -124,9 +124,10 @@ def test_a_four_bit_base_keeps_the_adapter_in_full_precision(tune, stage):
 
 def test_several_rewards_are_logged_one_by_one(tune, rule_file):
     sources = [{"function": f"{rule_file}:the"}, {"function": f"{rule_file}:short", "weight": 2.0}]
-    result = tune("rloo", reward__sources=sources, train__max_steps=1)
+    result = tune("rloo", reward__sources=sources, reward__length_penalty=0.1, train__max_steps=1)
     [line] = [line for line in result.metrics if "loss" in line]
-    assert line["reward"] == pytest.approx(line["reward_the"] + 2 * line["reward_short"], abs=1e-5)
+    parts = line["reward_the"] + 2 * line["reward_short"] + line["reward_length_penalty"]
+    assert line["reward"] == pytest.approx(parts, abs=1e-5) and line["reward_length_penalty"] < 0
     assert [entry["name"] for entry in result.record["rewards"]] == ["the", "short"]
     assert {"held_out_reward_the_before", "held_out_reward_short_after"} <= result.record["metrics"].keys()
 
@@ -141,12 +142,29 @@ def test_replies_that_are_all_worth_the_same_are_no_fault_of_the_adapter(tune, s
 
 
 @both
-def test_a_reward_that_raises_names_the_prompt_and_ends_the_run(tune, stage, rule_file, tmp_path):
+def test_a_reward_that_raises_names_the_prompt_before_anything_is_written(tune, stage, rule_file, tmp_path):
     with pytest.raises(
         UserError, match=r"reward 'raises' on \S+prompts.jsonl:\d+: RuntimeError: out of order"
     ):
         tune(stage, reward__sources=[{"function": f"{rule_file}:raises"}], data__held_out=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_raises_later_ends_the_run(tune, tmp_path):
+    rule = "def words(prompt, completion):\n    return 1 / (not completion)\n"
+    (tmp_path / "late.py").write_text(rule, encoding="utf-8")
+    with pytest.raises(UserError, match=r"reward 'words' on \S+prompts.jsonl:\d+: ZeroDivisionError"):
+        tune("rloo", reward__sources=[{"function": f"{tmp_path / 'late.py'}:words"}], data__held_out=0)
     assert '"status": "failed"' in (tmp_path / "run/run.json").read_text(encoding="utf-8")
+
+
+def test_a_right_answer_needs_rows_that_have_one(tune, tmp_path):
+    source = [{"function": "align/rl/rules/answers.py:same_number"}]
+    with pytest.raises(UserError, match="24 of 24 rows have no reply of their own"):
+        tune("grpo", reward__sources=source)
+    sums = [{"question": f"{i} + 1", "answer": f"#### {i + 1}"} for i in range(8)]
+    result = tune("grpo", reward__sources=source, data__source=sums, data__held_out=2, train__max_steps=1)
+    assert result.record["metrics"]["held_out_reward_before"] == 0.0
 
 
 def test_a_reward_that_is_no_number_is_told(tune, rule_file):
