@@ -126,7 +126,9 @@ class PpoTuning:
         rows = self.data.train
         self.job.check(
             Tick("environment", self.job.environment(self.policy.precision)),
-            self.cast.rewards.tick([row.talk for row in rows], rows.places),
+            self.cast.rewards.tick(
+                [row.talk for row in rows], rows.places, expected=[row.expected for row in rows]
+            ),
         )
         self.job.choose("train.max_steps", (self.steps, "optimizer steps of all rollouts"))
         assert self.pretraining is None or len(self.pretraining.rows)
