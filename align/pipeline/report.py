@@ -86,6 +86,8 @@ def _stage(entry: Entry, result: Result, pipeline: Pipeline, folder: PipelineDir
 
 def _body(page: Path) -> str:
     """Return a run's own page from its numbers to its samples; the rest is a link away."""
+    if not page.is_file():
+        return "<p>The run's own page is not there any more.</p>"
     text = page.read_text(encoding="utf-8")
     tag = "main" if "<main>" in text else "body"  # pages of earlier versions have no <main>
     return text[text.index(f"<{tag}>") + len(tag) + 2 : text.rindex(f"</{tag}>")]

@@ -20,7 +20,7 @@ from finetune.training import checkpoints
 from finetune.training.preflight.base import fingerprints, unchanged
 from finetune.training.preflight.first_steps import FirstSteps
 from finetune.training.preflight.ticks import Tick, refuse
-from finetune.training.recorder import Recorder
+from finetune.training.recorder import Recorder, TrainedAlready
 from finetune.training.report import write_report
 from finetune.training.run_directory import RunDirectory
 from finetune.training.run_fingerprint import start_record
@@ -133,6 +133,8 @@ class Job:
         with self.timed("train"):
             try:
                 trainer.train(resume_from_checkpoint=str(found.path) if found.path else None)
+            except TrainedAlready:
+                self.say("every step is done")
             finally:
                 recorder.progress.stop()
         self.stop_if_asked(f"at step {trainer.state.global_step}; a checkpoint is written")
@@ -176,15 +178,17 @@ class Job:
         self.run.write("recipe.yaml", self.recipe.to_yaml(self.derived))
 
     def _finish(self) -> None:
+        """Write the report, and then, last of all, that the run is finished: a kill leaves no half of it."""
         seconds = {phase: round(value, 2) for phase, value in self.seconds.items()}
-        self.run.update(
-            status="finished",
-            finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=seconds,
-            peak_memory_bytes=peak_memory_bytes(self.hardware),
-        )
-        self.run.update(headline=_headline(self.run.record, self.watched.numbers))
+        self.run.record |= {
+            "status": "finished",
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.hardware),
+        }
+        self.run.record["headline"] = _headline(self.run.record, self.watched.numbers)
         write_report(self.run, self.watched.logged, self.watched.panel(self.run.record))
+        self.run.update(status="finished")
 
 
 def _headline(record: dict[str, Any], numbers: Mapping[str, tuple[str, str]]) -> dict[str, str]:

@@ -19,6 +19,10 @@ MEAN_LOSS = "train_loss"
 """What the engine logs at the end: the mean over all steps, those between two lines of metrics too."""
 
 
+class TrainedAlready(Exception):  # noqa: N818 - it is no error
+    """The checkpoint is that of the last step."""
+
+
 class Recorder(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, seals checkpoints, and ends the run when it must end."""
 
@@ -47,7 +51,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock."""
+        """Start the clock.
+
+        Raises:
+            TrainedAlready: no step is left; amid an epoch the engine would take one more before it looks.
+        """
+        if state.global_step >= state.max_steps:
+            raise TrainedAlready
         self.started = time.monotonic()
         self.first_step = state.global_step
         self.task = self.progress.add_task(

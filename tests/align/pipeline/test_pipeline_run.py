@@ -167,6 +167,30 @@ def test_a_run_that_has_lost_its_weights_is_told_once(call: Call, done: Path) ->
     assert "llm-align sft small --force" in err
 
 
+def test_a_stage_killed_while_its_report_is_written_is_not_finished(
+    call: Call, done: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for made in ("three", "dpo"):
+        shutil.rmtree(next(done.glob(f"runs/{made}-*")))
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.training.job.write_report", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr("finetune.training.stops.Interrupt.receive", _killed)
+        with pytest.raises(Killed):
+            call("run", "three")
+    (run,) = done.glob("runs/dpo-small-*/run.json")
+    assert json.loads(run.read_text())["status"] == "running" and "headline" not in run.read_text()
+    assert call("run", "three")[0] == 0
+    assert weights(done) == weights(finished) and (run.parent / "report.html").is_file()
+
+
+class Killed(BaseException):
+    """Ends a test's run where kill -9 would: nobody catches it."""
+
+
+def _killed(*_: object) -> None:
+    raise Killed
+
+
 def test_the_first_stage_refused_leaves_nothing(call: Call, here: Path) -> None:
     (here / "bad.jsonl").write_text('{"instruct": "a"}\n' * 20)
     before = sorted(here.rglob("*"))
