@@ -24,6 +24,18 @@ stages:
   taste: {recipe: reward/small, from: sft}
   dpo: {recipe: dpo/small, from: sft, set: {train.max_steps: 3}}
 """
+RLHF = """\
+description: small
+stages:
+  sft: {recipe: sft/small}
+  taste: {recipe: reward/small}
+  ppo: {recipe: ppo/small, from: sft, reward: taste}
+"""
+PPO = """\
+data: {{source: asked.jsonl, held_out: 4}}
+sampling: {{max_new_tokens: 4}}
+ppo: {{rollout_size: 8, epochs: 2, missing_end: null}}
+"""
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -41,6 +53,15 @@ def write_recipes(folder: Path, base: Path, sums: Path) -> None:
     path = folder / "recipes" / "pipelines" / "three.yaml"
     path.parent.mkdir()
     path.write_text(PIPELINE)
+
+
+def write_rlhf(folder: Path, base: Path) -> None:
+    """Add a pipeline that ends with PPO to the recipes of ``write_recipes``."""
+    asked = [json.dumps({"prompt": f"Add the numbers. {i} {i % 7}"}) for i in range(20)]
+    (folder / "asked.jsonl").write_text("\n".join(asked))
+    (folder / "recipes" / "ppo").mkdir()
+    (folder / "recipes" / "ppo" / "small.yaml").write_text((COMMON + PPO).format(base=base))
+    (folder / "recipes" / "pipelines" / "rlhf.yaml").write_text(RLHF)
 
 
 COMMAND = [sys.executable, "-m", "align", "run", "three"]

@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
-from small_pipelines import COMMAND, record, weights, write_recipes
+from small_pipelines import COMMAND, record, weights, write_recipes, write_rlhf
+
+LEARNT = [*COMMAND[:-1], "rlhf"]
 
 
-def killed(folder: Path, seconds: float) -> None:
-    """Kill a run of the pipeline after some seconds, if it takes so long."""
-    process = subprocess.Popen(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def killed(folder: Path, seconds: float, command: list[str]) -> None:
+    """Kill a run of a pipeline after some seconds, if it takes so long."""
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -19,12 +21,14 @@ def killed(folder: Path, seconds: float) -> None:
         process.wait()
 
 
-def after_kills(folder: Path, seed: int, longest: float) -> dict[str, dict[str, str]]:
+def after_kills(
+    folder: Path, seed: int, longest: float, command: list[str] = COMMAND
+) -> dict[str, dict[str, str]]:
     """Return the checksums of a pipeline that was killed at two moments and started again."""
     moment = random.Random(seed)
     for _ in range(2):
-        killed(folder, moment.uniform(0.2 * longest, longest))
-    assert subprocess.run(COMMAND, cwd=folder, capture_output=True).returncode == 0
+        killed(folder, moment.uniform(0.2 * longest, longest), command)
+    assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
     assert record(folder)["status"] == "finished"
     return weights(folder)
 
@@ -64,3 +68,26 @@ def test_a_pipeline_killed_at_any_moment_ends_alike(
     here: Path, finished: Path, seconds: float, seed: int
 ) -> None:
     assert after_kills(here, seed, seconds) == weights(finished)
+
+
+@pytest.fixture(scope="module")
+def learnt(
+    tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_file: Path
+) -> tuple[dict[str, dict[str, str]], float]:
+    """Return the checksums of a pipeline with PPO that nobody killed, and how long it took."""
+    folder = tmp_path_factory.mktemp("learnt")
+    write_recipes(folder, base_folder, rows_file)
+    write_rlhf(folder, base_folder)
+    began = time.monotonic()
+    subprocess.run(LEARNT, cwd=folder, capture_output=True, check=True)
+    return weights(folder), time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_pain_06_rlhf_killed_at_any_moment_ends_alike(
+    here: Path, base_folder: Path, learnt: tuple[dict[str, dict[str, str]], float], seed: int
+) -> None:
+    expected, seconds = learnt
+    write_rlhf(here, base_folder)
+    assert after_kills(here, seed, seconds, LEARNT) == expected
