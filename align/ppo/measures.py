@@ -7,6 +7,7 @@ import torch
 
 from align.ppo.episodes import token_mask
 from align.ppo.experience import Replies, Said
+from align.rl.maths.kl import kl_terms
 from align.rl.maths.losses import explained_variance
 from align.rl.maths.masked import masked_mean
 
@@ -44,6 +45,19 @@ def of_values(values: torch.Tensor, returns: torch.Tensor, lengths: torch.Tensor
     mask = token_mask(lengths, values.shape[1])
     found = float(explained_variance(values, returns, mask))
     return {"explained_variance": found} if isfinite(found) else {}
+
+
+def from_sampler(old_logps: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return KL(policy that sampled || policy now) of each token, (episodes, tokens), by k3; no gradient.
+
+    The tokens are the former's, so that r - 1 - log r with r = now / then is never negative, and a token that
+    has become impossible counts by its logarithm: -log(e^-20) - 1 = 19, and 2 - 1 - log 2.
+
+    >>> then, now = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-21.0, -0.3068528]])
+    >>> from_sampler(then, now, torch.tensor([[True, True]]))
+    tensor([[19.0000,  0.3069]])
+    """
+    return kl_terms(old_logps, logps.detach(), estimator="k3").masked_fill(~mask, 0.0)
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:

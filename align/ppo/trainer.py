@@ -196,8 +196,7 @@ class PpoTrainer(BaseTrainer):
     ) -> None:
         """Keep what is logged of a forward pass; the first one on a rollout must have ratios of 1."""
         mask = inputs["mask"]
-        moved = (inputs["old_logps"] - logps.detach()).masked_fill(~mask, 0.0)
-        step_kl = moved.exp() - 1 - moved  # k3 of the policy that sampled from this one
+        step_kl = measures.from_sampler(inputs["old_logps"], logps, mask)
         self.progress.step_kl += float(step_kl.sum() / tokens)
         tables = {
             "policy_loss": policy.losses,

@@ -97,3 +97,9 @@ def test_values_that_explain_nothing_are_not_logged() -> None:
     assert measures.of_values(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([3, 3])) == {}
     returns = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert measures.of_values(returns, returns, torch.tensor([2, 2])) == {"explained_variance": 1.0}
+
+
+def test_a_token_that_became_impossible_does_not_drown_the_distance() -> None:
+    then, mask = torch.full((1, 3), -1.0), torch.tensor([[True, True, False]])
+    found = measures.from_sampler(then, torch.tensor([[-41.0, -1.0, -99.0]]), mask)
+    assert found.tolist() == [[pytest.approx(39.0), 0.0, 0.0]]
