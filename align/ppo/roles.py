@@ -48,7 +48,7 @@ class Roles(nn.Module):
         super().__init__()
         self.policy, self.value = policy, value
         self.column, self.temperature = column, temperature
-        without_dropout(self)
+        self.had_dropout = without_dropout(self)
 
     def forward(self, batch: Mapping[str, Tensor], *, spread: bool) -> Outputs:
         """Return what both say of the completions of a ``GroupBatch``, with gradients.
@@ -104,13 +104,18 @@ def as_table(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     return table.index_put((batch["owners"], batch["offsets"]), values)
 
 
-def without_dropout(model: nn.Module) -> None:
-    """Switch dropout off for good: the ratio to the policy that sampled has to begin at 1.
+def without_dropout(model: nn.Module) -> bool:
+    """Switch dropout off for good, and tell whether there was any.
+
+    The ratio to the policy that sampled has to begin at 1.
 
     Huang et al. 2024 (arXiv 2403.17031) train without it for that reason.
     """
+    found = False
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            found, module.p = found or module.p > 0, 0.0
         elif "attention_dropout" in vars(module):
+            found = found or vars(module)["attention_dropout"] > 0
             vars(module)["attention_dropout"] = 0.0
+    return found

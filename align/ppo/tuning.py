@@ -264,6 +264,8 @@ class PpoTuning:
             f"{own:,} parameters of the policy are trained, and {counted.trained - own:,} of the value, "
             f"which begins as {begins}; {counted.total:,} with the base that all share"
         )
+        if self.cast.roles.had_dropout:
+            self.job.say("dropout is off: the ratio to the policy that sampled has to begin at 1")
 
     def _refuse_passes(self) -> None:
         if self.hooks.passes != 1:

@@ -7,7 +7,7 @@ from cast import episodes, ids, models
 from torch import Tensor, nn
 
 from align.ppo.episodes import Episodes, lay_out
-from align.ppo.roles import Roles, policy_tables
+from align.ppo.roles import Roles, policy_tables, without_dropout
 from align.preference.starting_policy import StartingPolicy
 from align.reward.model import completion_scores
 from align.rl.maths.losses import policy_loss, value_loss
@@ -150,6 +150,10 @@ def test_what_is_saved_is_what_is_trained() -> None:
 
 def test_dropout_is_off() -> None:
     roles, _ = models("lora", "gpt-neox")
+    assert not roles.had_dropout
+    dropped = next(module for module in roles.modules() if isinstance(module, nn.Dropout))
+    dropped.p = 0.5
+    assert without_dropout(roles) and dropped.p == 0.0
     roles.train()
     batch = lay_out(*ids(), pad_id=0)
     assert torch.equal(roles(batch, spread=False).logps, roles(batch, spread=False).logps)
