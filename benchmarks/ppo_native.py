@@ -21,7 +21,6 @@ from finetune.recipe.recipe import Recipe
 from finetune.training.job import Job
 from finetune.training.loading import load_text
 from finetune.training.run_directory import RunDirectory
-from finetune.training.run_fingerprint import run_fingerprint
 from finetune.training.tune import carry_out
 
 CONTENDERS = ("native", "native-nf4", "four-models")
@@ -61,8 +60,7 @@ def run_apart(recipe: Recipe) -> None:
     """Run stage ppo with a whole model for each of its four roles; what they compute is the same."""
     settings, quietly = recipe.settings, Console(quiet=True)
     assert isinstance(settings, Settings)
-    fingerprint = run_fingerprint(settings)
-    directory = RunDirectory.open(recipe, fingerprint, force=False)
+    directory = RunDirectory.of(recipe, force=False)
     job = Job(recipe, directory, quietly, "four models", watched=watched(settings))
     text = load_text(job)
     prompts = load_prompts(job, settings.data, text, room=settings.sampling.max_new_tokens)
@@ -71,7 +69,7 @@ def run_apart(recipe: Recipe) -> None:
     for role in (cast.roles.value, *(reward.model for reward in cast.rewards.models)):
         copy_shared(role, policy)
     reference = copy.deepcopy(policy)
-    carry_out(job, PpoTuning(job, text, prompts, cast), fingerprint=fingerprint, conclude=lambda: None)
+    carry_out(job, PpoTuning(job, text, prompts, cast), conclude=lambda: None)
     assert reference is not policy, "the reference's weights were there all the time"
 
 

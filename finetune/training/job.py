@@ -200,6 +200,7 @@ def _headline(record: dict[str, Any], numbers: Mapping[str, tuple[str, str]]) ->
         if f"{key}_before" in metrics and f"{key}_after" in metrics:
             lines[label] = f"{metrics[f'{key}_before']:{style}} → {metrics[f'{key}_after']:{style}}"
     rate = f", {metrics['tokens_per_second']:,} tokens/s" if "tokens_per_second" in metrics else ""
-    lines["training"] = f"{record['seconds']['train']:.0f} s{rate}"
+    if "train" in record["seconds"]:  # not where a run goes on behind its last step
+        lines["training"] = f"{record['seconds']['train']:.0f} s{rate}"
     lines["peak memory"] = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
     return lines
