@@ -69,7 +69,7 @@ def load_cast(job: Job, text: Text) -> Cast:
 def value_run(settings: Settings) -> tuple[Path, str] | None:
     """Return the reward run that the value begins as, and the score that it begins with; None: the start.
 
-    The first learnt reward with an adapter of its own serves (InstructGPT, arXiv 2203.02155, appendix C.4).
+    The first learnt reward with an adapter of its own serves (InstructGPT, arXiv 2203.02155, section 3.5).
     """
     if settings.ppo.value_from == "start":
         return None

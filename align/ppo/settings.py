@@ -15,8 +15,7 @@ Weight = Annotated[float, Field(ge=0)]
 class PpoSettings(Section):
     """How completions become advantages, and advantages updates.
 
-    Defaults are those of Huang et al. 2024 (arXiv 2403.17031), table 3 and the details named below, where
-    nothing else is said.
+    Defaults are those of Huang et al. 2024 (arXiv 2403.17031) where nothing else is said.
     """
 
     rollout_size: Positive = Field(
