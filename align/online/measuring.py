@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.ppo.episodes import lay_out
-from align.ppo.experience import Replies, Said
-from align.ppo.measures import of_distance, of_replies
-from align.ppo.roles import policy_tables
 from align.preference.starting_policy import StartingPolicy, arithmetic
+from align.rl.measures import of_distance, of_replies
 from align.rl.prompts import Prompt
+from align.rl.reading import Said, lay_out, policy_tables
+from align.rl.replies import Replies, judged_replies
 from align.rl.rewards.rewards import Rewards
 from align.rl.rollout import Completion, Sampling, sample
-from data_templates._segments import Message
 from finetune.data.tokens import Encoder
 from finetune.training.loading import Policy
 from finetune.training.preflight.untouched import untouched
@@ -67,15 +65,7 @@ class HeldOut:
         """Return a sampled and judged reply to each prompt."""
         ids = [prompt.ids for prompt in self.prompts]
         completions = sample(self.policy.model, ids, sampling=self.sampling, seed=self.seed)
-        texts = [self.encoder.decode_reply(list(one.ids)) for one in completions]
-        talks = [
-            [*prompt.talk, Message("assistant", text)]
-            for prompt, text in zip(self.prompts, texts, strict=True)
-        ]
-        places = [prompt.place for prompt in self.prompts]
-        known = [prompt.expected for prompt in self.prompts]
-        judged = self.rewards.judge(talks, places, expected=known)
-        return Replies(self.prompts, completions, texts, judged)
+        return judged_replies(self.prompts, completions, self.rewards, self.encoder)
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ from align.online.trl_engine import Judging, OnlineTrainer, as_reference, online
 from align.online.watched import AT_BOTH_ENDS, HELD_OUT
 from align.preference.starting_policy import StartingPolicy
 from align.rl.prompts import PreparedPrompts
+from align.rl.replies import try_rewards
 from align.rl.rewards.loading import rewards_record
 from align.rl.rollout import Sampling, sample
 from data_templates._segments import Message
-from finetune.planning.choices import TOKENS_PER_FORWARD
 from finetune.recipe.errors import Problem
 from finetune.training import tuning
 from finetune.training.arguments import TrlStage
@@ -33,8 +33,6 @@ from finetune.training.text import Text
 
 PROBED = 4
 """Prompts, and tokens of replies to them, on which reference and policy are compared."""
-GENERATED_AT_ONCE = 4
-"""Times as many tokens as a training pass takes: sampling keeps no activations."""
 START = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
 """How far reference and policy may be apart at the start, nats a token, from rounding alone."""
 
@@ -103,7 +101,10 @@ class OnlineTuning:
         self.arguments()
         self.job.watch(self.behaviour.numbers)
         tuning.say_parameters(self.job, self.policy)
-        self.job.check(Tick("environment", self.job.environment(self.policy.precision)), self._tried())
+        self.job.check(
+            Tick("environment", self.job.environment(self.policy.precision)),
+            try_rewards(self.judged.rewards, self.data),
+        )
         facts = tuning.policy_facts(self.job, self.text, self.policy, self.data.report)
         return {**facts, "rewards": rewards_record(self.settings.reward)}
 
@@ -183,18 +184,6 @@ class OnlineTuning:
         """
         tuning.save_policy(self.job, self.text, self.policy)
 
-    def _tried(self) -> Tick:
-        """Try the rewards before anything is drawn.
-
-        Raises:
-            UserError: a program fails, or it needs replies of the rows' own and some rows have none.
-        """
-        rewards, rows = self.judged.rewards, self.data.train
-        for prompts in filter(None, (rows, self.data.held_out)):
-            rewards.refuse_unanswered([prompt.expected for prompt in prompts], prompts.places)
-        known = [row.expected for row in rows]
-        return rewards.tick([row.talk for row in rows], rows.places, expected=known)
-
     def _check_start(self) -> None:
         """Check that TRL's reference is the policy as it starts, adapter and all."""
         model, prompts = self.policy.model, self.data.train.rows[:PROBED]
@@ -219,9 +208,9 @@ class OnlineTuning:
         self.job.check(Tick("start", f"the policy begins as the reference, {at}"))
 
     def _sampling(self) -> Sampling:
-        sampling, encoder = self.settings.sampling, self.text.encoder
-        tokens = GENERATED_AT_ONCE * TOKENS_PER_FORWARD[self.job.hardware.device]
-        return Sampling(sampling.temperature, sampling.max_new_tokens, encoder.stop_ids, tokens)
+        sampling, stops = self.settings.sampling, self.text.encoder.stop_ids
+        device = self.job.hardware.device
+        return Sampling.on(device, sampling.temperature, sampling.max_new_tokens, stop_ids=stops)
 
     def _measured(self) -> dict[str, float]:
         assert self.held_out is not None

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align.preference.groups import Group, GroupBatch, GroupCollator
+from align.preference.groups import GroupBatch
+from align.rl.reading import lay_out, token_mask
 
 Ids = tuple[int, ...]
 
@@ -110,24 +111,6 @@ class Episodes:
             for name in ("prompts", "completions")
         )
         return cls(tuple(found["rows"].tolist()), prompts, completions, tables)
-
-
-def lay_out(prompts: Sequence[Ids], completions: Sequence[Ids], *, pad_id: int) -> GroupBatch:
-    """Return a forward pass with a line for each completion, padded at its end."""
-    groups = [
-        Group(torch.tensor(prompt), (torch.tensor(completion),))
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    return GroupCollator(pad_id, separate=True)(groups)
-
-
-def token_mask(lengths: Tensor, longest: int) -> Tensor:
-    """Return where completions of these lengths have tokens: (episodes, longest), boolean.
-
-    >>> token_mask(torch.tensor([1, 3]), 3).int().tolist()
-    [[1, 0, 0], [1, 1, 1]]
-    """
-    return torch.arange(longest) < lengths[:, None]
 
 
 def _rows(flat: list[int], lengths: list[int]) -> tuple[Ids, ...]:

@@ -9,55 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.ppo.episodes import Episodes, Tables, lay_out, token_mask
-from align.ppo.roles import Roles, policy_tables
+from align.ppo.episodes import Episodes, Tables
+from align.ppo.roles import Roles
 from align.ppo.settings import PpoSettings
 from align.preference.starting_policy import StartingPolicy, arithmetic
 from align.rl.maths import advantages, kl, masked, scores
 from align.rl.prompts import Prompt, Prompts
-from align.rl.rewards.rewards import Judged, Rewards
-from align.rl.rollout import Completion, Sampling, sample
-from data_templates._segments import Message
+from align.rl.reading import Said, lay_out, policy_tables, token_mask
+from align.rl.replies import Replies, judged_replies
+from align.rl.rewards.rewards import Rewards
+from align.rl.rollout import Sampling, sample
 from finetune.data.tokens import Encoder
 
 Controller = kl.FixedKl | kl.AdaptiveKl
 PROMPTS, CUT = 0, 1
 """What random streams are for: each draw has its own, so that none disturbs another."""
-
-
-@dataclass(frozen=True)
-class Replies:
-    """Sampled completions with what the rewards say of them."""
-
-    prompts: Sequence[Prompt]
-    completions: Sequence[Completion]
-    texts: Sequence[str]
-    judged: Judged
-
-    @property
-    def lengths(self) -> Tensor:
-        """Return the tokens of each completion: (episodes,)."""
-        return torch.tensor([len(one.ids) for one in self.completions])
-
-    @property
-    def stopped(self) -> Tensor:
-        """Return which completions ended by themselves: (episodes,)."""
-        return torch.tensor([one.stopped for one in self.completions])
-
-    @property
-    def rewards(self) -> Tensor:
-        """Return the rewards that are maximised: (episodes,), float32."""
-        return torch.from_numpy(np.asarray(self.judged.total)).float()
-
-
-@dataclass(frozen=True)
-class Said:
-    """What the models say of each token: tables (episodes, longest), 0 behind a completion's end."""
-
-    logps: Tensor
-    reference_logps: Tensor
-    values: Tensor
-    entropies: Tensor
 
 
 @dataclass
@@ -94,14 +60,7 @@ class Collector:
             ids = [prompt.ids for prompt in prompts]
             completions = sample(self.roles.policy, ids, sampling=self.sampling, seed=seed)
         with self.timed("scoring"):
-            texts = [self.encoder.decode_reply(list(one.ids)) for one in completions]
-            talks = [
-                [*prompt.talk, Message("assistant", text)]
-                for prompt, text in zip(prompts, texts, strict=True)
-            ]
-            known = [prompt.expected for prompt in prompts]
-            judged = self.rewards.judge(talks, [prompt.place for prompt in prompts], expected=known)
-        return Replies(prompts, completions, texts, judged)
+            return judged_replies(prompts, completions, self.rewards, self.encoder)
 
     @torch.no_grad()
     def read(self, replies: Replies, passes: Sequence[Sequence[int]]) -> Said:

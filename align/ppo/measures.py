@@ -1,43 +1,12 @@
-"""What is watched of replies: reward, distance, length, ends, entropy; for people and for stop rules."""
+"""What is watched of updates: how well values foretold returns, how far the policy has moved, means."""
 
 from math import isfinite
 
-import numpy as np
 import torch
 
-from align.ppo.episodes import token_mask
-from align.ppo.experience import Replies, Said
 from align.rl.maths.kl import kl_terms
 from align.rl.maths.losses import explained_variance
-from align.rl.maths.masked import masked_mean
-
-
-def of_replies(replies: Replies) -> dict[str, float]:
-    """Return means over replies: reward and its parts, tokens, shares that ended and that differ."""
-    lengths = replies.lengths.double()
-    found = {f"reward_{name}": float(np.mean(part)) for name, part in replies.judged.parts.items()}
-    return {
-        "reward": float(np.mean(replies.judged.total)),
-        **(found if len(found) > 1 else {}),
-        "length": float(lengths.mean()),
-        "ends": float(replies.stopped.double().mean()),
-        "distinct": len(set(replies.texts)) / len(replies.texts),
-        "length_reward": correlation(lengths.numpy(), np.asarray(replies.judged.total)),
-    }
-
-
-def of_distance(replies: Replies, said: Said) -> dict[str, float]:
-    """Return the distance from the start, nats a reply (k1), and entropy and perplexity a token.
-
-    The perplexity is that of the replies under the start: text that it would not write has a high one.
-    """
-    mask = token_mask(replies.lengths, said.logps.shape[1])
-    kl = (said.logps - said.reference_logps).double().sum(1).mean()
-    return {
-        "kl": float(kl),
-        "entropy": float(masked_mean(said.entropies, mask)),
-        "perplexity": float(torch.exp(-masked_mean(said.reference_logps, mask))),
-    }
+from align.rl.reading import token_mask
 
 
 def of_values(values: torch.Tensor, returns: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
@@ -58,12 +27,6 @@ def from_sampler(old_logps: torch.Tensor, logps: torch.Tensor, mask: torch.Tenso
     tensor([[19.0000,  0.3069]])
     """
     return kl_terms(old_logps, logps.detach(), estimator="k3").masked_fill(~mask, 0.0)
-
-
-def correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Return Pearson's r; 0 where one of the two does not vary."""
-    spread = one.std() * other.std()
-    return float(((one - one.mean()) * (other - other.mean())).mean() / spread) if spread else 0.0
 
 
 class TokenMeans:

@@ -3,16 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.preference.attention import unwrapped
-from align.preference.logps import completion_logits, picked_logps
 from align.reward.model import all_scores
-from align.rl.maths.losses import entropy
-from finetune.training.head import output_head
-from finetune.training.loss import MAX_ELEMENTS
+from align.rl.reading import as_table, policy_tables
 
 
 class Outputs(NamedTuple):
@@ -83,25 +79,6 @@ class Roles(nn.Module):
         for role in (self.policy, self.value):
             base: PreTrainedModel = unwrapped(role)
             base.activation_checkpointing_enable(**settings)
-
-
-def policy_tables(
-    policy: nn.Module, batch: Mapping[str, Tensor], *, temperature: float, spread: bool
-) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities of the completions' tokens, and entropies where ``spread`` asks for them."""
-    logits = completion_logits(policy, output_head(unwrapped(policy)), batch)
-    if temperature != 1.0:
-        logits = logits / temperature
-    sources, targets = batch["sources"], batch["targets"]
-    logps = as_table(picked_logps(logits, sources, targets, max_elements=MAX_ELEMENTS), batch)
-    entropies = as_table(entropy(logits)[sources], batch) if spread else torch.zeros_like(logps)
-    return logps, entropies
-
-
-def as_table(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return a value a token, (N,), as (completions, longest completion), 0 behind a completion's end."""
-    table = values.new_zeros(len(batch["lengths"]), int(batch["lengths"].max()))
-    return table.index_put((batch["owners"], batch["offsets"]), values)
 
 
 def without_dropout(model: nn.Module) -> bool:

@@ -10,12 +10,14 @@ from torch.utils.data import DataLoader
 
 from align.ppo import experience, measures
 from align.ppo.episodes import Episodes
-from align.ppo.experience import Collector, Replies
+from align.ppo.experience import Collector
 from align.ppo.pretraining import Pretraining
 from align.ppo.progress import Progress
 from align.ppo.settings import PpoSettings
 from align.rl.maths.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
+from align.rl.measures import of_distance, of_replies
 from align.rl.prompts import Prompt, Prompts
+from align.rl.replies import Replies
 from finetune.training.base_trainer import BaseTrainer, log_held_out
 
 HELD_OUT = "held_out_"
@@ -134,7 +136,7 @@ class PpoTrainer(BaseTrainer):
         coefficient = progress.controller.coefficient
         tables = experience.learnt_from(said, scores, replies.lengths, coefficient=coefficient, settings=ppo)
         progress.episodes = experience.episodes_of(rows, replies, tables)
-        found = measures.of_replies(replies) | measures.of_distance(replies, said)
+        found = of_replies(replies) | of_distance(replies, said)
         found |= measures.of_values(said.values, tables.returns, replies.lengths)
         found |= {"score": float(scores.mean()), "kl_coefficient": coefficient}
         found |= {f"seconds_{work}": value for work, value in collector.seconds.items()}
@@ -165,7 +167,7 @@ class PpoTrainer(BaseTrainer):
         said = self.collector.read(replies, self.collector.passes(replies))
         self.collector.seconds = before  # a rollout's seconds are its own
         gold = self.gold(replies) if self.gold else {}
-        return measures.of_replies(replies) | measures.of_distance(replies, said) | gold
+        return of_replies(replies) | of_distance(replies, said) | gold
 
     def _cut(self, lengths: Sequence[int], rollout: int) -> list[list[list[int]]]:
         """Return the optimizer steps of all epochs on a rollout."""

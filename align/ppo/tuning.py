@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from align.ppo import panel
-from align.ppo.experience import Collector, Replies
+from align.ppo.experience import Collector
 from align.ppo.loading import Cast, value_run
 from align.ppo.pretraining import Pretraining
 from align.ppo.progress import KeepProgress, Progress
@@ -19,6 +19,7 @@ from align.ppo.trainer import HELD_OUT, PpoTrainer
 from align.preference.starting_policy import StartingPolicy
 from align.rl.maths.kl import AdaptiveKl, FixedKl
 from align.rl.prompts import PreparedPrompts
+from align.rl.replies import Replies, try_rewards
 from align.rl.rewards.loading import rewards_record
 from align.rl.rollout import Sampling
 from data_templates._segments import Message
@@ -27,7 +28,6 @@ from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import prepare_gathered
 from finetune.data.gather import Place, read_conversations
 from finetune.data.report import DataReport
-from finetune.planning.choices import TOKENS_PER_FORWARD
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
 from finetune.training import tuning
@@ -123,12 +123,9 @@ class PpoTuning:
         self._refuse_passes()
         self.job.watch(self.behaviour.numbers)
         self._say_roles()
-        rows = self.data.train
         self.job.check(
             Tick("environment", self.job.environment(self.policy.precision)),
-            self.cast.rewards.tick(
-                [row.talk for row in rows], rows.places, expected=[row.expected for row in rows]
-            ),
+            try_rewards(self.cast.rewards, self.data),
         )
         self.job.choose("train.max_steps", (self.steps, "optimizer steps of all rollouts"))
         assert self.pretraining is None or len(self.pretraining.rows)
@@ -215,11 +212,11 @@ class PpoTuning:
             StartingPolicy(self.policy.model),
             self.cast.rewards,
             encoder,
-            Sampling(
+            Sampling.on(
+                self.job.hardware.device,
                 sampling.temperature,
                 sampling.max_new_tokens,
-                encoder.stop_ids,
-                GENERATED_AT_ONCE * TOKENS_PER_FORWARD[self.job.hardware.device],
+                stop_ids=encoder.stop_ids,
             ),
             self.policy.precision,
             size,
@@ -279,5 +276,3 @@ class PpoTuning:
 
 
 RATIO = "ratio"
-GENERATED_AT_ONCE = 4
-"""Times as many tokens as a training pass takes: sampling keeps no activations."""

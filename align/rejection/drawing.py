@@ -10,9 +10,9 @@ from torch import nn
 
 from align.rejection.choosing import Reply
 from align.rl.prompts import Prompts
+from align.rl.replies import judged_replies
 from align.rl.rewards.rewards import Rewards
 from align.rl.rollout import Sampling, sample
-from data_templates._segments import Message
 from finetune.data.cache import DamagedCacheError, store, stored
 from finetune.data.tokens import Encoder
 
@@ -99,10 +99,7 @@ class Drawing:
     def _drawn(self, part: Sequence[int], model: nn.Module, *, seed: int) -> Arrays:
         rows = [self.prompts[number] for number in part for _ in range(self.samples)]
         completions = sample(model, [row.ids for row in rows], sampling=self.sampling, seed=seed)
-        texts = [self.encoder.decode_reply(one.ids) for one in completions]
-        talks = [[*row.talk, Message("assistant", text)] for row, text in zip(rows, texts, strict=True)]
-        known = [row.expected for row in rows]
-        judged = self.rewards.judge(talks, [row.place for row in rows], expected=known)
+        judged = judged_replies(rows, completions, self.rewards, self.encoder).judged
         return {
             "ids": np.concatenate([np.asarray(one.ids, dtype=np.int32) for one in completions]),
             "lengths": np.asarray([len(one.ids) for one in completions]),

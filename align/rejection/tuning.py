@@ -16,13 +16,13 @@ from align.rejection.policies import Policies, round_folder, round_recipe
 from align.rejection.settings import Settings
 from align.rejection.watched import GOLD, HELD_OUT
 from align.rl.prompts import PreparedPrompts, Prompts
+from align.rl.replies import try_rewards
 from align.rl.rewards.loading import rewards_record
 from align.rl.rollout import Sampling
 from data_templates._segments import Message
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import Prepared, prepare_gathered
 from finetune.data.report import DataReport
-from finetune.planning.choices import TOKENS_PER_FORWARD
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
 from finetune.training import tuning
@@ -37,8 +37,6 @@ from finetune.training.supervised import Supervised
 from finetune.training.text import Text
 from finetune.training.tune import carry_out
 
-GENERATED_AT_ONCE = 4
-"""Times as many tokens as a training pass takes: sampling keeps no activations."""
 TRAINING, MEASURING = 0, 1
 """What random numbers are for: each draw has its own."""
 
@@ -92,9 +90,7 @@ class RejectionTuning:
         tuning.engine_arguments(self.job, policy, longest=longest, steps=steps)
         self.job.watch(self.behaviour.numbers)
         tuning.say_parameters(self.job, policy)
-        rows = self.data.train
-        known = [row.expected for row in rows]
-        tried = self.policies.rewards.tick([row.talk for row in rows], rows.places, expected=known)
+        tried = try_rewards(self.policies.rewards, self.data)
         self.job.check(Tick("environment", self.job.environment(policy.precision)), tried)
         drawn = f"{count * settings.rejection.samples} replies to {count} prompts"
         self.job.say(f"{settings.rejection.rounds} round(s) of {drawn}, then the best of them are learnt")
@@ -171,11 +167,11 @@ class RejectionTuning:
 
     def _drawing(self, prompts: Prompts) -> Drawing:
         sampling, job = self.settings.sampling, self.job
-        how = Sampling(
+        how = Sampling.on(
+            job.hardware.device,
             sampling.temperature,
             sampling.max_new_tokens,
-            self.text.encoder.stop_ids,
-            GENERATED_AT_ONCE * TOKENS_PER_FORWARD[job.hardware.device],
+            stop_ids=self.text.encoder.stop_ids,
         )
         return Drawing(
             prompts,

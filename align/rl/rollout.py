@@ -7,7 +7,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from finetune.planning.choices import TOKENS_PER_FORWARD
+
 Ids = Sequence[int]
+GENERATED_AT_ONCE = 4
+"""Times as many tokens as a training pass takes: sampling keeps no activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,14 @@ class Sampling:
     max_new_tokens: int
     stop_ids: Sequence[int]
     tokens: int
+
+    @classmethod
+    def on(
+        cls, device: str, temperature: float, max_new_tokens: int, *, stop_ids: Sequence[int]
+    ) -> "Sampling":
+        """Return sampling in passes that keep a device busy."""
+        tokens = GENERATED_AT_ONCE * TOKENS_PER_FORWARD[device]
+        return cls(temperature, max_new_tokens, stop_ids, tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,14 @@ from reward_models import tokenized
 from reward_models import train as train_scores
 from torch import nn
 
-from align.ppo.episodes import Episodes, Tables, token_mask
-from align.ppo.experience import Replies
+from align.ppo.episodes import Episodes, Tables
 from align.ppo.roles import Roles
 from align.reward.collate import RewardCollator
 from align.reward.model import score_head
 from align.reward.shared_base import own_weights, scorer_on
 from align.rl.prompts import Prompt
+from align.rl.reading import token_mask
+from align.rl.replies import Replies
 from align.rl.rewards.rewards import Judged
 from align.rl.rollout import Completion
 

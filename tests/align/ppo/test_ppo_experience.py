@@ -8,9 +8,11 @@ from cast import LENGTHS, episodes, models, replies
 
 from align.ppo import measures
 from align.ppo.episodes import Episodes
-from align.ppo.experience import Said, cut_updates, learnt_from, rows_of_rollout, shaped_scores
+from align.ppo.experience import cut_updates, learnt_from, rows_of_rollout, shaped_scores
 from align.ppo.settings import PpoSettings
+from align.rl import measures as of
 from align.rl.maths.scores import Running
+from align.rl.reading import Said
 
 COUNT, LONGEST = 4, 6
 OWN = torch.tensor([length for _, length in LENGTHS])
@@ -81,12 +83,12 @@ def test_episodes_come_back_from_their_file(tmp_path: Path) -> None:
 
 
 def test_measures_by_hand() -> None:
-    found = measures.of_replies(replies([1.0, 2.0, 3.0, 6.0], stopped=[True, False, True, True]))
+    found = of.of_replies(replies([1.0, 2.0, 3.0, 6.0], stopped=[True, False, True, True]))
     assert found["reward"] == 3.0 and found["ends"] == 0.75 and found["distinct"] == 1.0
     assert found["length"] == sum(length for _, length in LENGTHS) / 4
-    assert measures.correlation(OWN.double().numpy(), OWN.double().numpy()) == pytest.approx(1.0)
+    assert of.correlation(OWN.double().numpy(), OWN.double().numpy()) == pytest.approx(1.0)
     seen = said()
-    distance = measures.of_distance(replies([0.0] * 4), seen)
+    distance = of.of_distance(replies([0.0] * 4), seen)
     assert distance["kl"] == pytest.approx(float((seen.logps - seen.reference_logps).sum() / 4), abs=1e-5)
     assert distance["perplexity"] == pytest.approx(
         float(torch.exp(-seen.reference_logps.sum() / OWN.sum())), rel=1e-5

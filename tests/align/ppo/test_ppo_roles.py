@@ -6,11 +6,12 @@ from adapter_properties import FAMILIES, IDS
 from cast import episodes, ids, models
 from torch import Tensor, nn
 
-from align.ppo.episodes import Episodes, lay_out
-from align.ppo.roles import Roles, policy_tables, without_dropout
+from align.ppo.episodes import Episodes
+from align.ppo.roles import Roles, without_dropout
 from align.preference.starting_policy import StartingPolicy
 from align.reward.model import completion_scores
 from align.rl.maths.losses import policy_loss, value_loss
+from align.rl.reading import lay_out, policy_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 METHODS = ["lora", "qlora", "prefix", "prompt", "ia3", "dora", "ptuning", "bitfit"]

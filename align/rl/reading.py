@@ -1,0 +1,63 @@
+"""What models say of completions' tokens, in tables of a line a completion."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from align.preference.attention import unwrapped
+from align.preference.groups import Group, GroupBatch, GroupCollator
+from align.preference.logps import completion_logits, picked_logps
+from align.rl.maths.losses import entropy
+from finetune.training.head import output_head
+from finetune.training.loss import MAX_ELEMENTS
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the models say of each token: tables (episodes, longest), 0 behind a completion's end."""
+
+    logps: Tensor
+    reference_logps: Tensor
+    values: Tensor
+    entropies: Tensor
+
+
+def lay_out(prompts: Sequence[Ids], completions: Sequence[Ids], *, pad_id: int) -> GroupBatch:
+    """Return a forward pass with a line for each completion, padded at its end."""
+    groups = [
+        Group(torch.tensor(prompt), (torch.tensor(completion),))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return GroupCollator(pad_id, separate=True)(groups)
+
+
+def token_mask(lengths: Tensor, longest: int) -> Tensor:
+    """Return where completions of these lengths have tokens: (episodes, longest), boolean.
+
+    >>> token_mask(torch.tensor([1, 3]), 3).int().tolist()
+    [[1, 0, 0], [1, 1, 1]]
+    """
+    return torch.arange(longest) < lengths[:, None]
+
+
+def policy_tables(
+    policy: nn.Module, batch: Mapping[str, Tensor], *, temperature: float, spread: bool
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of the completions' tokens, and entropies where ``spread`` asks for them."""
+    logits = completion_logits(policy, output_head(unwrapped(policy)), batch)
+    if temperature != 1.0:
+        logits = logits / temperature
+    sources, targets = batch["sources"], batch["targets"]
+    logps = as_table(picked_logps(logits, sources, targets, max_elements=MAX_ELEMENTS), batch)
+    entropies = as_table(entropy(logits)[sources], batch) if spread else torch.zeros_like(logps)
+    return logps, entropies
+
+
+def as_table(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return a value a token, (N,), as (completions, longest completion), 0 behind a completion's end."""
+    table = values.new_zeros(len(batch["lengths"]), int(batch["lengths"].max()))
+    return table.index_put((batch["owners"], batch["offsets"]), values)
