@@ -1,14 +1,12 @@
 """The notebook's door: the command line's words as functions."""
 
-import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.default_recipe import default_recipe
-from finetune.recipe.discovery import load_stage
+from finetune.recipe.quiet import quiet
 from finetune.recipe.recipe import Recipe, load
 
 if TYPE_CHECKING:
@@ -17,17 +15,6 @@ if TYPE_CHECKING:
     from align.reward.scorer import RewardModel
     from finetune.training.result import Result
     from finetune.training.tuned import Tuned
-
-NOISY = ("bitsandbytes", "transformers", "datasets", "httpx", "DeepSpeed")
-"""Libraries whose warnings ask nothing of our users."""
-
-
-def quiet() -> None:
-    """Keep the libraries to errors; call it before the first of them is imported."""
-    for library in NOISY:
-        logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient")
 
 
 def load_recipe(
@@ -118,16 +105,16 @@ def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") ->
         UserError: the user's mistakes, before anything is written.
         Interrupted: a signal came; the same call goes on from the checkpoint.
         NotFiniteError: loss or gradient became NaN or infinite.
+        LostProcessError: one of several processes ended before its work did.
     """
     from rich.console import Console
 
     quiet()
     from align.start import ready
+    from finetune.training.launch import run_stage
 
     console = Console()
-    recipe = ready(recipe, console)
-    result: Result = load_stage(recipe.stage).run(recipe, console, force=force, command=command)
-    return result
+    return run_stage(ready(recipe, console), console, force=force, command=command)
 
 
 def load_pipeline(

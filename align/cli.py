@@ -10,11 +10,12 @@ from typing import Any
 
 import click
 
-from align.api import quiet, run, run_pipeline
+from align.api import run, run_pipeline
 from align.default_recipe import QUICKSTART, default_recipe
 from align.rl.rewards.settings import maximises_rewards
 from finetune.recipe.discovery import plugin_summary, recipe_names, stage_names
 from finetune.recipe.errors import UserError
+from finetune.recipe.quiet import quiet
 from finetune.recipe.recipe import Recipe, load
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
@@ -127,12 +128,14 @@ def _run_stage(recipe: Recipe, *, force: bool) -> None:
 def _stops_told() -> Iterator[None]:
     """Turn an interrupted or a failed run into a message and an exit status."""
     quiet()
-    from finetune.training.stops import Interrupted, NotFiniteError
+    from finetune.training.stops import Interrupted, LostProcessError, NotFiniteError
 
     try:
         yield
     except Interrupted as stop:
         _fail(str(stop), INTERRUPTED)
+    except LostProcessError as error:
+        _fail(f"{error}\n    repair:   the same command goes on from the last checkpoint", OUR_ERROR)
     except NotFiniteError as error:
         repair = "lower train.learning_rate, or use model.precision=float32; the run is marked as failed"
         _fail(f"{error}\n    repair:   {repair}", OUR_ERROR)

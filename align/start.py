@@ -8,10 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from align.rl.rewards.settings import RewardSource, RewardsSettings
-from finetune.recipe.discovery import load_stage
+from finetune.planning.world import world
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe, load
 from finetune.recipe.runs import find_run
 from finetune.recipe.start import is_recipe
+from finetune.training.launch import run_stage
 from finetune.training.run_directory import RunDirectory
 
 
@@ -63,9 +65,18 @@ def _made(text: str, recipe: Recipe, console: Console, verb: str) -> Path:
         _say(console, f"{verb} {run.path} ({text})")
     else:
         _say(console, f"{verb} {run.path}, the run of {text}: it is not finished, and runs first")
-        load_stage(stage).run(first, console, command=f"llm-align {stage} {name}")
+        _refuse_world(text, recipe)
+        run_stage(first, console, command=f"llm-align {stage} {name}")
         _say(console, f"{run.path} is finished; now {recipe.stage} {recipe.name}")
     return run.path
+
+
+def _refuse_world(text: str, recipe: Recipe) -> None:
+    """Raise UserError where a launcher of the user's has started processes for the second recipe."""
+    if world().size > 1:
+        found = f"{text} has not run, and a launcher has started {world().size} processes for {recipe.stage}"
+        repair = f"run {text} first; or leave the launcher out: llm-align starts the processes it needs"
+        raise UserError(Problem(f"{recipe.stage} {recipe.name}", found, "its run, finished", repair))
 
 
 def _starting_from(run: Path, recipe: Recipe) -> Recipe:

@@ -19,9 +19,9 @@ from align.pipeline.directory import REPORT, PipelineDirectory, now
 from align.pipeline.entry import Entry
 from align.pipeline.plan import Pipeline
 from align.start import ready
-from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
+from finetune.training.launch import run_stage
 from finetune.training.result import Result
 from finetune.training.stops import Interrupted, NotFiniteError
 
@@ -94,8 +94,7 @@ def _run(
     began = time.time()
     with _recorded(pipeline, entry, folder, first=not results):
         recipe, command = _at_its_turn(entry, results)
-        stage = load_stage(entry.stage)
-        result: Result = stage.run(ready(recipe, console), console, force=force, command=command)
+        result = run_stage(ready(recipe, console), console, force=force, command=command)
     folder.stage(entry.name, **_facts(result))
     if (result.directory / "run.json").stat().st_mtime < began:
         _say(console, f"finished before: {result.directory}")

@@ -6,6 +6,8 @@ from math import ceil
 import numpy as np
 from torch.utils.data import Sampler
 
+from finetune.planning.world import ALONE, World
+
 POOL = 16
 """Batches whose rows are sorted by length together."""
 
@@ -39,9 +41,11 @@ def _longest_first(rows: np.ndarray, sizes: np.ndarray) -> list[int]:
 class MicroBatches(Sampler[list[int]]):
     """Cuts each optimizer batch into forward passes of at most ``micro_batch_size`` rows of similar length.
 
-    Every optimizer batch yields ``ceil(batch_size / micro_batch_size)`` of them (the epoch's last one fewer),
-    so that gradient accumulation never mixes two batches. A pure function of seed and epoch: nothing has to
-    be saved to go on.
+    Of every optimizer batch each process has every size-th row, and as many forward passes as the others
+    (``passes``; of the epoch's last one fewer), so that gradient accumulation never mixes two batches and no
+    process waits for one that has nothing left: where its rows are used up it has a pass that does not count,
+    of the row ``~number``. A pure function of seed, epoch and place: nothing has to be saved to go on, on any
+    number of processes.
     """
 
     def __init__(
@@ -52,8 +56,10 @@ class MicroBatches(Sampler[list[int]]):
         micro_batch_size: int,
         seed: int,
         group_by_length: bool,
+        world: World = ALONE,
     ) -> None:
-        """Keep the rows' lengths and the sizes."""
+        """Keep the rows' lengths and the sizes; ``world`` says whose passes these are."""
+        self.world = world
         self.lengths = list(lengths)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
@@ -68,7 +74,7 @@ class MicroBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         """Return the number of forward passes of an epoch."""
         full, rest = divmod(len(self.lengths), self.batch_size)
-        return full * ceil(self.batch_size / self.micro_batch_size) + ceil(rest / self.micro_batch_size)
+        return full * self._passes(self.batch_size) + self._passes(rest)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the row numbers of each forward pass."""
@@ -80,6 +86,19 @@ class MicroBatches(Sampler[list[int]]):
             group_by_length=self.group_by_length,
         )
         for batch in batches:
-            yield from (
-                batch[i : i + self.micro_batch_size] for i in range(0, len(batch), self.micro_batch_size)
-            )
+            own, size = batch[self.world.rank :: self.world.size], self.micro_batch_size
+            cut = [own[start : start + size] for start in range(0, len(own), size)]
+            yield from cut
+            yield from [[~batch[-1]]] * (self._passes(len(batch)) - len(cut))
+
+    def _passes(self, rows: int) -> int:
+        return passes(rows, self.micro_batch_size, self.world.size)
+
+
+def passes(rows: int, micro_batch_size: int, processes: int) -> int:
+    """Return the forward passes that each process has of an optimizer batch.
+
+    >>> passes(16, 4, 2)
+    2
+    """
+    return ceil(ceil(rows / processes) / micro_batch_size)

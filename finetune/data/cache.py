@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
@@ -25,6 +27,25 @@ class DamagedCacheError(Exception):
 def cache_file(kind: str, key: str) -> Path:
     """Return where arrays of a kind (``tokens``) are kept under a key."""
     return user_cache_path("llm-align") / kind / f"{key}.safetensors"
+
+
+@contextmanager
+def made_once(path: Path) -> Iterator[None]:
+    """Let one process at a time look for a file and make it; the others wait and find it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
+        lock.acquire()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def stored(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
@@ -59,9 +80,13 @@ def store(path: Path, arrays: dict[str, np.ndarray], notes: Mapping[str, Any]) -
         save_file(arrays, partial, metadata={NOTES: written})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        repair = "data.cache=false, or XDG_CACHE_HOME names another folder"
-        found = f"the cache cannot be written: {error}"
-        raise UserError(Problem(str(path.parent), found, "a folder that can be written", repair)) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: Exception) -> UserError:
+    repair = "data.cache=false, or XDG_CACHE_HOME names another folder"
+    found = f"the cache cannot be written: {error}"
+    return UserError(Problem(str(path.parent), found, "a folder that can be written", repair))
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:

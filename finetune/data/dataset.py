@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data_templates._segments import TemplateError
-from finetune.data.cache import DamagedCacheError, cache_file, store, stored
+from finetune.data.cache import DamagedCacheError, cache_file, made_once, store, stored
 from finetune.data.collate import IGNORED, Example
 from finetune.data.conversation import Conversation
 from finetune.data.gather import gather
@@ -195,14 +195,17 @@ def cached(
     Raises:
         UserError: the cache cannot be written.
     """
-    path = cache_file("tokens", key)
     found = DataReport()
-    arrays = _from_cache(path, found) if cache else None
-    report.from_cache = arrays is not None
-    if arrays is None:
+    if cache:
+        path = cache_file("tokens", key)
+        with made_once(path):
+            arrays = _from_cache(path, found)
+            report.from_cache = arrays is not None
+            if arrays is None:
+                arrays = encode(found)
+                store(path, arrays, asdict(found))
+    else:
         arrays = encode(found)
-        if cache:
-            store(path, arrays, asdict(found))
     report.counts |= found.counts
     report.examples |= found.examples
     report.too_long, report.lost_tokens = found.too_long, found.lost_tokens

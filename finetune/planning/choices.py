@@ -87,6 +87,37 @@ def micro_batch_size(
     return size, why
 
 
+def processes(asked: int | str, hardware: Hardware) -> tuple[int, str]:
+    """Return how many processes this machine gives a run, and why.
+
+    Raises:
+        UserError: more than there are GPUs.
+    """
+    if not isinstance(asked, int):
+        return hardware.count, f"one a GPU: {hardware.count}" if hardware.device == "cuda" else "one on a CPU"
+    if hardware.device == "cuda" and asked > hardware.count:
+        found, expected = f"{asked} on {hardware.count} GPUs", f"at most {hardware.count}"
+        raise UserError(Problem("train.processes", found, expected, f"train.processes={hardware.count}"))
+    return asked, "as asked"
+
+
+def strategy(asked: str, count: int) -> Choice:
+    """Return how ``count`` processes share the work, and why.
+
+    Raises:
+        UserError: one process is to hold a part, or several are to be one.
+    """
+    if asked == "auto":
+        return ("single", "one process") if count == 1 else ("ddp", f"{count} processes, the weights in each")
+    if asked == "single" and count > 1:
+        found, repair = f"single, with {count} processes", "train.strategy=auto, or train.processes=1"
+        raise UserError(Problem("train.strategy", found, "a strategy of several processes", repair))
+    if asked != "single" and count == 1:
+        found, repair = f"{asked}, with one process", "train.processes=2 or more, or train.strategy=auto"
+        raise UserError(Problem("train.strategy", found, "several processes to share among", repair))
+    return asked, "as asked"
+
+
 def optimizer_steps(rows: int, *, batch_size: int, epochs: float, max_steps: int | None) -> int:
     """Return the optimizer steps of a whole run.
 

@@ -9,18 +9,29 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """The device that a run uses, its name, and whether it computes in bfloat16 rather than imitating it."""
+    """The device that a process uses.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        name: what the maker calls it.
+        bfloat16: whether it computes in bfloat16 rather than imitating it.
+        count: how many of them this machine has; the CPU is one.
+    """
 
     device: str
     name: str
     bfloat16: bool
+    count: int = 1
 
 
 def detect() -> Hardware:
     """Return the first GPU, or the CPU."""
     if torch.cuda.is_available():
         return Hardware(
-            "cuda", torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False)
+            "cuda",
+            torch.cuda.get_device_name(0),
+            torch.cuda.is_bf16_supported(including_emulation=False),
+            torch.cuda.device_count(),
         )
     flags = torch.cpu.get_capabilities()
     bfloat16 = any(flags.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -23,7 +23,7 @@ class Section(BaseModel):
     NAMED: ClassVar[tuple[str, ...]] = ()
     """Settings that are a name, or a mapping of ``name`` and what belongs to it (``align.loss.beta=0.2``)."""
     PLACES: ClassVar[tuple[str, ...]] = ()
-    """Settings that say where a run lies: what it holds names the run that uses it, not where."""
+    """Settings that are no part of a run's name: where another run lies, on how many processes this runs."""
 
     def made_of(self) -> list[str]:
         """Return digests of what these settings name beside data and start: the user's programs, other runs.
@@ -164,7 +164,9 @@ class DataSettings(Section):
 
 
 class TrainSettings(Section):
-    """How long, how fast, and on which engine."""
+    """How long, how fast, on which engine and how many processes."""
+
+    PLACES: ClassVar[tuple[str, ...]] = ("processes", "strategy", "offload")
 
     engine: Literal["native", "trl"] = Field("native", description="our trainer, or TRL's for the same stage")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the data")
@@ -199,6 +201,18 @@ class TrainSettings(Section):
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="checkpoints kept at a time")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     group_by_length: bool = Field(True, description="batches of rows of similar length: less padding")
+    processes: Positive | Literal["auto"] = Field(
+        "auto",
+        description="how many share the work; auto: one a GPU, one on the CPU; not part of a run's name",
+    )
+    strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
+        "auto",
+        description="what processes hold a part of: ddp nothing, zero1 optimizer, zero2 gradients too, "
+        "zero3 and fsdp2 weights too",
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="where zero keeps optimizer states (zero3: weights too) between uses"
+    )
     log_every: Positive = Field(1, description="steps between lines of metrics.jsonl")
     evaluate_every: Positive | None = Field(
         None, description="steps between held-out losses; null: start and end"

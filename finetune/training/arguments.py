@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
 
+from finetune.data.batches import passes
 from finetune.recipe.errors import Problem, UserError, nearest
 from finetune.recipe.settings import TrainSettings
+from finetune.training.processes import PATIENCE
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -24,6 +25,16 @@ TRL_CONFIGS: dict[str, type[TrainingArguments]] = {
     config.__name__: config
     for config in (SFTConfig, DPOConfig, KTOConfig, RewardConfig, RLOOConfig, GRPOConfig)
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a run computes with: device, floating-point type of its passes, processes and how they share."""
+
+    device: str
+    precision: str
+    processes: int = 1
+    strategy: str = "single"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +65,7 @@ def check_engine_args(settings: TrainSettings, stage: TrlStage = SUPERVISED) -> 
     config = engine_class(settings.engine, stage)
     known = [one.name for one in fields(config)]
     decided = _engines_own(settings, stage) | common(
-        settings, folder=Path(), device="cpu", precision="float32", micro_batch_size=1, checkpoint_every=1
+        settings, folder=Path(), machine=Machine("cpu", "float32"), micro_batch_size=1, checkpoint_every=1
     )
     problems = []
     for name in settings.engine_args:
@@ -101,8 +112,7 @@ def common(
     settings: TrainSettings,
     *,
     folder: Path,
-    device: str,
-    precision: str,
+    machine: Machine,
     micro_batch_size: int,
     checkpoint_every: int,
 ) -> dict[str, Any]:
@@ -113,7 +123,7 @@ def common(
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
         "per_device_train_batch_size": micro_batch_size,
-        "gradient_accumulation_steps": ceil(settings.batch_size / micro_batch_size),
+        "gradient_accumulation_steps": passes(settings.batch_size, micro_batch_size, machine.processes),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": settings.warmup,
@@ -123,9 +133,10 @@ def common(
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
-        "use_cpu": device == "cpu",  # or bfloat16 is refused there
-        "bf16": precision == "bfloat16",
-        "fp16": precision == "float16",
+        "use_cpu": machine.device == "cpu",  # or bfloat16 is refused there
+        "bf16": machine.precision == "bfloat16",
+        "fp16": machine.precision == "float16",
+        "ddp_timeout": int(PATIENCE.total_seconds()),
         "activation_checkpointing": settings.gradient_checkpointing,
         "save_strategy": "steps",
         "save_steps": checkpoint_every,
@@ -144,8 +155,7 @@ def training_arguments(
     settings: TrainSettings,
     *,
     folder: Path,
-    device: str,
-    precision: str,
+    machine: Machine,
     micro_batch_size: int,
     checkpoint_every: int,
     stage: TrlStage = SUPERVISED,
@@ -165,8 +175,7 @@ def training_arguments(
     arguments = _engines_own(settings, stage) | common(
         settings,
         folder=folder,
-        device=device,
-        precision=precision,
+        machine=machine,
         micro_batch_size=micro_batch_size,
         checkpoint_every=checkpoint_every,
     )

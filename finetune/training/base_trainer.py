@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
 from finetune.adapters._traits import Hooks
 from finetune.data.batches import MicroBatches
+from finetune.data.collate import IGNORED
+from finetune.planning.world import world
 from finetune.training.adapter_hooks import AdapterCallback, scale_learning_rates
 from finetune.training.stops import NotFiniteError
 
@@ -40,6 +43,22 @@ class Rows(Protocol):
     def places(self) -> Sequence[str]:
         """Return where each row comes from."""
         ...
+
+
+class Counted(Dataset[tuple[Any, bool]]):
+    """Rows, each with whether it counts: row ``~number`` is row ``number`` in a pass that only keeps step."""
+
+    def __init__(self, rows: Rows) -> None:
+        """Wrap rows of any kind."""
+        self.rows = rows
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> tuple[Any, bool]:
+        """Return a row as the collator takes it, and whether it counts."""
+        return (self.rows[number], True) if number >= 0 else (self.rows[~number], False)
 
 
 class BaseTrainer(Trainer):  # type: ignore[misc]
@@ -95,17 +114,31 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of forward passes, in the order that seed and epoch give."""
+        """Return the loader of this process's forward passes, in the order that seed and epoch give."""
         batches = MicroBatches(
             self.lengths,
             batch_size=self.batch_size,
             micro_batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed,
             group_by_length=self.group_by_length,
+            world=world(),
         )
-        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
-        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        rows = Counted(self.train_dataset)
+        loader = DataLoader(rows, batch_sampler=batches, collate_fn=self._collate)
+        # Shared out already, so that every process has as many passes of each step.
+        prepared: DataLoader[Any] = prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
         return prepared
+
+    def _collate(self, rows: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
+        """Return a forward pass; one that does not count has no ``rows``, and no label of it is learnt."""
+        batch: dict[str, Any] = dict(self.data_collator([row for row, _ in rows]))
+        if not rows[0][1]:
+            batch["rows"] = batch["rows"][:0]
+            if "labels" in batch:
+                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        return batch
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -23,6 +23,9 @@ class Found:
         return _step(self.path) if self.path else 0
 
 
+NONE = Found(None, [])
+
+
 def seal(checkpoint: Path) -> None:
     """Write the checksums of a checkpoint's files. Without this file a checkpoint does not count.
 

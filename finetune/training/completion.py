@@ -10,6 +10,7 @@ from finetune.data.collate import Collator
 from finetune.data.dataset import TokenizedRows
 from finetune.training.head import logits_at, output_head
 from finetune.training.loss import cross_entropy_sum, loss_positions, symmetric_kl_sum
+from finetune.training.processes import everyones, share
 
 
 def completion_loss_sum(
@@ -46,7 +47,7 @@ def held_out_loss(model: nn.Module, rows: TokenizedRows, collate: Collator, *, l
 
     Args:
         model: causal model in any wrapper.
-        rows: what is measured, in batches sorted by length.
+        rows: what is measured, in batches sorted by length; each process measures its share.
         collate: padded or packed.
         lines: rows of a forward pass.
     """
@@ -56,9 +57,9 @@ def held_out_loss(model: nn.Module, rows: TokenizedRows, collate: Collator, *, l
     model.eval()
     order = np.argsort(rows.lengths, kind="stable").tolist()
     total = 0.0
-    for start in range(0, len(order), lines):
-        batch = collate([rows[index] for index in order[start : start + lines]])
+    for part in share([order[start : start + lines] for start in range(0, len(order), lines)]):
+        batch = collate([rows[index] for index in part])
         on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
         total += float(completion_loss_sum(model, head, on_device))
     model.train(training)
-    return total / rows.num_trained
+    return sum(everyones(total)) / rows.num_trained

@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PrinterCallback, Trainer
 
+from finetune.planning import choices
 from finetune.planning.hardware import Hardware, detect, peak_memory_bytes
+from finetune.planning.world import World, world
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
-from finetune.training import checkpoints
+from finetune.training import checkpoints, processes
 from finetune.training.preflight.base import fingerprints, unchanged
 from finetune.training.preflight.first_steps import FirstSteps
 from finetune.training.preflight.ticks import Tick, refuse
@@ -41,10 +43,12 @@ class Job:
     command: str
     watched: Watched = SUPERVISED
     hardware: Hardware = field(default_factory=detect)
+    world: World = field(default_factory=world)
     interrupt: Interrupt = field(default_factory=Interrupt)
     derived: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     preflight: list[dict[str, Any]] = field(default_factory=list)
+    strategy: str = "single"
     under_way: bool = False
     may_idle: bool = False
     """Whether a step may have nothing to learn, such as replies that are all worth the same."""
@@ -66,6 +70,18 @@ class Job:
     def watch(self, numbers: Mapping[str, tuple[str, str]]) -> None:
         """Put further numbers, before and after, at the top of the report: metric -> label and format."""
         self.watched = replace(self.watched, numbers={**self.watched.numbers, **numbers})
+
+    def join(self) -> None:
+        """Meet the run's other processes; called before a model is loaded.
+
+        Raises:
+            UserError: a strategy that is not for this number of processes.
+        """
+        asked, size = self.recipe.settings.train, self.world.size
+        self.strategy = self.choose("train.strategy", choices.strategy(asked.strategy, size))
+        if asked.processes != size:
+            self.choose("train.processes", (size, "as started"))
+        processes.join(self.hardware.device, deepspeed=self.strategy.startswith("zero"))
 
     def choose(self, key: str, choice: tuple[Value, str]) -> Value:
         """Take a derived value and remember why, for recipe.yaml."""
@@ -95,6 +111,7 @@ class Job:
             NotFiniteError: after a loss that is no number.
             UserError: after a check that failed while the run was under way.
         """
+        processes.wait()  # until all have seen the folder as it was
         with self.run.start(), listening() as self.interrupt:
             if self.run.replaced:
                 self.run.clear()
@@ -118,10 +135,7 @@ class Job:
             NotFiniteError: loss or gradient is no number.
             UserError: the adapter does not learn, or the base does.
         """
-        found = checkpoints.find_last(self.run.checkpoints)
-        for line in found.damaged:
-            self.say(f"damaged checkpoint, the one before it is used: {line}")
-        checkpoints.remove_after(self.run.checkpoints, found.step)
+        found = processes.from_main(self._last_checkpoint() if self.world.main else checkpoints.NONE)
         self.run.forget_after(found.step)
         if found.path:
             self.say(f"goes on from step {found.step}")
@@ -139,6 +153,14 @@ class Job:
                 recorder.progress.stop()
         self.stop_if_asked(f"at step {trainer.state.global_step}; a checkpoint is written")
         self.check(unchanged(before, fingerprints(trainer.model)))
+
+    def _last_checkpoint(self) -> checkpoints.Found:
+        """Return the newest good checkpoint; later ones go."""
+        found = checkpoints.find_last(self.run.checkpoints)
+        for line in found.damaged:
+            self.say(f"damaged checkpoint, the one before it is used: {line}")
+        checkpoints.remove_after(self.run.checkpoints, found.step)
+        return found
 
     def stop_if_asked(self, where: str) -> None:
         """Raise Interrupted if a signal came."""
@@ -171,6 +193,7 @@ class Job:
             started=self.run.record.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
             versions=self.versions,
             hardware={"device": self.hardware.device, "name": self.hardware.name},
+            processes=self.world.size,
             preflight=self.preflight,
             **({"start": start} if start is not None else {}),
             **facts,
@@ -180,11 +203,14 @@ class Job:
     def _finish(self) -> None:
         """Write the report, and then, last of all, that the run is finished: a kill leaves no half of it."""
         seconds = {phase: round(value, 2) for phase, value in self.seconds.items()}
+        peaks = processes.everyones(peak_memory_bytes(self.hardware))
+        if not self.world.main:
+            return
         self.run.record |= {
             "status": "finished",
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.hardware),
+            "peak_memory_bytes": max(peaks),
         }
         self.run.record["headline"] = _headline(self.run.record, self.watched.numbers)
         write_report(self.run, self.watched.logged, self.watched.panel(self.run.record))

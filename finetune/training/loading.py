@@ -88,6 +88,7 @@ def load_frozen(job: Job) -> Frozen:
     """
     settings = job.recipe.settings
     traits = adapter_traits(settings.adapter.method)
+    job.join()
     precision = job.choose("model.precision", choices.precision(settings.model.precision, job.hardware))
     quantization = job.choose(
         "model.quantization", choices.quantization(settings.model.quantization, traits.quantization)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.training import processes
 from finetune.training.checkpoints import seal
 from finetune.training.run_directory import RunDirectory
 from finetune.training.stops import Interrupt, NotFiniteError
@@ -68,9 +69,10 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the step; after a signal, save and stop."""
+        """Show the step; after a signal to any of the processes, all save and stop."""
         self.progress.update(self.task, completed=state.global_step, rate=self._rate(state))
-        if self.interrupt.name:
+        if processes.anyones(bool(self.interrupt.name)):
+            self.interrupt.name = next(filter(None, processes.everyones(self.interrupt.name)))
             control.should_save = True
             control.should_training_stop = True
 
@@ -102,8 +104,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Seal the checkpoint that the engine has just written."""
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        """Seal the checkpoint that the engine has just written, when every process has written its part."""
+        processes.wait()
+        if self.run.writes:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        processes.wait()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

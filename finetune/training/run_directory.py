@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from finetune.planning.world import world
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS, read_record
@@ -28,7 +29,10 @@ PARTIAL = ".{}.partial"
 
 
 class RunDirectory:
-    """``runs/<stage>-<recipe>-<hash8>``, or the folder that ``--out`` names."""
+    """``runs/<stage>-<recipe>-<hash8>``, or the folder that ``--out`` names.
+
+    Where several processes share a run, each has the record, and the one of rank 0 writes.
+    """
 
     def __init__(self, path: Path, recipe: Recipe, digest: str, *, fingerprint: str = "") -> None:
         """Look at a folder; nothing is written before ``start``."""
@@ -37,6 +41,7 @@ class RunDirectory:
         self.digest = digest
         self.fingerprint = fingerprint
         self.record = read_record(path)
+        self.writes = world().main
 
     @classmethod
     def of(cls, recipe: Recipe, *, force: bool) -> "RunDirectory":
@@ -108,7 +113,8 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Delete an earlier run's files, run.json last: a kill midway leaves no run that looks whole."""
-        if not self.record:
+        if not self.record or not self.writes:
+            self.record = {}
             return
         self.update(status=REPLACED)
         for name in OWN_FOLDERS:
@@ -119,11 +125,14 @@ class RunDirectory:
 
     @contextmanager
     def start(self) -> Iterator[None]:
-        """Make the folder and keep every other process out of it while the run lasts.
+        """Make the folder and keep every other run out of it while this one lasts.
 
         Raises:
-            UserError: another process is at work in it, or it cannot be written.
+            UserError: another run is at work in it, or it cannot be written.
         """
+        if not self.writes:
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / LOCK, timeout=0)
@@ -154,12 +163,16 @@ class RunDirectory:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file in one move."""
+        if not self.writes:
+            return
         partial = self.path / PARTIAL.format(name)
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path / name)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
+        if not self.writes:
+            return
         with (self.path / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
 
@@ -183,12 +196,15 @@ class RunDirectory:
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of later steps, which a resumed run takes again."""
+        if not self.writes:
+            return
         kept = [line for line in self.metrics() if line["step"] <= step]
         self.write_lines(METRICS, kept)
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
         """Give a folder to write to, which takes the name ``name`` in one move when all went well."""
+        assert self.writes, "rank 0 alone saves"
         with replacing(self.path, name) as partial:
             yield partial
 

@@ -14,6 +14,10 @@ class NotFiniteError(Exception):
     """The loss or the gradient is NaN or infinite; the message names the step and the rows."""
 
 
+class LostProcessError(Exception):
+    """One of a run's processes ended before its work did; the message names it and the cause."""
+
+
 class Interrupt:
     """Remembers that a signal came; a second one ends the program at once."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import ceil
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
@@ -11,7 +12,8 @@ from finetune.data.conversation import Conversation
 from finetune.data.replies import worded
 from finetune.data.report import DataReport
 from finetune.planning import choices
-from finetune.training.arguments import SUPERVISED, TrlStage, training_arguments
+from finetune.training import processes
+from finetune.training.arguments import SUPERVISED, Machine, TrlStage, training_arguments
 from finetune.training.base_trainer import BaseTrainer
 from finetune.training.behaviour import Behaviour, load_behaviour
 from finetune.training.generate import Reply, reply_to
@@ -53,7 +55,7 @@ def engine_arguments(
     train = job.recipe.settings.train
     micro = choices.micro_batch_size(
         train.micro_batch_size,
-        batch_size=train.batch_size,
+        batch_size=ceil(train.batch_size / job.world.size),
         longest=longest,
         hardware=job.hardware,
         whole=train.engine == "trl",
@@ -63,8 +65,7 @@ def engine_arguments(
     return training_arguments(
         train,
         folder=job.run.checkpoints,
-        device=job.hardware.device,
-        precision=policy.precision,
+        machine=Machine(job.hardware.device, policy.precision, job.world.size, job.strategy),
         micro_batch_size=job.choose("train.micro_batch_size", micro),
         checkpoint_every=job.choose("train.checkpoint_every", every),
         stage=stage,
@@ -120,15 +121,16 @@ def behaviour_of(job: Job, text: Text, conversations: Sequence[Conversation]) ->
 
 
 def replies(job: Job, text: Text, policy: Policy, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
-    """Answer prompts greedily with the policy as it is."""
+    """Answer prompts greedily with the policy as it is; each process answers its share."""
     with job.timed("samples"):
-        return reply_to(
+        own = reply_to(
             policy.model,
             text.encoder,
-            prompts,
+            processes.share(prompts),
             max_new_tokens=job.recipe.settings.evaluate.max_new_tokens,
             context=text.context,
         )
+        return processes.together(processes.everyones(own))
 
 
 def save_policy(job: Job, text: Text, policy: Policy) -> None:
@@ -137,7 +139,8 @@ def save_policy(job: Job, text: Text, policy: Policy) -> None:
     Raises:
         UserError: what was saved is not what was trained.
     """
-    files = save_tuned(job.run, policy.model, text.encoder.tokenizer)
+    found = save_tuned(job.run, policy.model, text.encoder.tokenizer) if job.world.main else {}
+    files = processes.from_main(found)
     job.run.update(files=files)
     job.check(Tick("saved", f"{', '.join(files)}: opened again, equal to what was trained"))
 
@@ -150,5 +153,5 @@ def record_training(job: Job, trainer: Trainer, keys: Sequence[str] = ("loss",))
         if values:  # none with train.log_every above the number of steps
             last = values[-LAST:]
             job.run.update(metrics={f"{key}_before": values[0], f"{key}_after": sum(last) / len(last)})
-    if isinstance(trainer, BaseTrainer) and trainer.num_tokens:
-        job.run.update(metrics={"tokens_per_second": round(trainer.num_tokens / job.seconds["train"])})
+    if isinstance(trainer, BaseTrainer) and (tokens := sum(processes.everyones(trainer.num_tokens))):
+        job.run.update(metrics={"tokens_per_second": round(tokens / job.seconds["train"])})

@@ -9,15 +9,14 @@ from trl import KTOConfig, SFTConfig
 
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import TrainSettings
-from finetune.training.arguments import OPTIMIZERS, TrlStage, check_engine_args, training_arguments
+from finetune.training.arguments import OPTIMIZERS, Machine, TrlStage, check_engine_args, training_arguments
 
 
 def arguments(tmp_path: Path, *, precision: str = "float32", micro: int = 4, **settings: Any) -> Any:
     return training_arguments(
         TrainSettings(**settings),
         folder=tmp_path,
-        device="cpu",
-        precision=precision,
+        machine=Machine("cpu", precision),
         micro_batch_size=micro,
         checkpoint_every=7,
     )
@@ -124,7 +123,7 @@ def test_a_stage_s_own_arguments_arrive_and_are_its_own(tmp_path: Path) -> None:
     stage = TrlStage("KTOConfig", {"beta": 0.25})
     sizes = {"micro_batch_size": 2, "checkpoint_every": 1}
     found = training_arguments(
-        settings, folder=tmp_path, device="cpu", precision="float32", **sizes, stage=stage
+        settings, folder=tmp_path, machine=Machine("cpu", "float32"), **sizes, stage=stage
     )
     assert isinstance(found, KTOConfig) and found.beta == 0.25 and found.max_length is None
     assert found.precompute_ref_log_probs and found.train_sampling_strategy == "sequential"

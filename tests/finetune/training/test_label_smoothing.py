@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 from finetune.data.collate import PackedCollator, PaddedCollator
 from finetune.recipe.settings import TrainSettings
-from finetune.training.arguments import training_arguments
+from finetune.training.arguments import Machine, training_arguments
 from finetune.training.loss import cross_entropy_sum
 from finetune.training.trainer import NativeTrainer
 from finetune.training.trl_engine import trl_trainer
@@ -62,7 +62,7 @@ def arguments(folder: Path, micro: int, engine: str = "native"):
         engine=engine, batch_size=8, max_steps=1, max_grad_norm=0.0, warmup=0, label_smoothing=0.1
     )
     return training_arguments(
-        settings, folder=folder, device="cpu", precision="float32", micro_batch_size=micro, checkpoint_every=9
+        settings, folder=folder, machine=Machine("cpu", "float32"), micro_batch_size=micro, checkpoint_every=9
     )
 
 

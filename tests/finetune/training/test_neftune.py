@@ -12,7 +12,7 @@ from small_models import make, token_rows
 from finetune.data.collate import PackedCollator, PaddedCollator
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import TrainSettings
-from finetune.training.arguments import training_arguments
+from finetune.training.arguments import Machine, training_arguments
 from finetune.training.completion import held_out_loss
 from finetune.training.neftune import noisy_embeddings, row_lengths
 from finetune.training.trainer import NativeTrainer
@@ -87,8 +87,7 @@ def test_held_out_rows_are_measured_without_noise(tmp_path: Path) -> None:
         training_arguments(
             TrainSettings(batch_size=2, max_steps=1),
             folder=tmp_path,
-            device="cpu",
-            precision="float32",
+            machine=Machine("cpu", "float32"),
             micro_batch_size=2,
             checkpoint_every=9,
         ),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
 from finetune.data.dataset import TokenizedRows
 from finetune.recipe.settings import TrainSettings
-from finetune.training.arguments import training_arguments
+from finetune.training.arguments import Machine, training_arguments
 from finetune.training.result import Result
 from finetune.training.trainer import NativeTrainer
 from finetune.training.trl_engine import trl_trainer
@@ -55,7 +55,7 @@ def trainer(
 ) -> NativeTrainer:
     train = settings(**changes)
     args = training_arguments(
-        train, folder=folder, device="cpu", precision="float32", micro_batch_size=micro, checkpoint_every=100
+        train, folder=folder, machine=Machine("cpu", "float32"), micro_batch_size=micro, checkpoint_every=100
     )
     return NativeTrainer(
         model,
@@ -133,8 +133,7 @@ def test_native_and_trl_take_the_same_step(
             args = training_arguments(
                 settings(engine="trl"),
                 folder=tmp_path / name,
-                device="cpu",
-                precision="float32",
+                machine=Machine("cpu", "float32"),
                 micro_batch_size=micro,
                 checkpoint_every=100,
             )
