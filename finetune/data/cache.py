@@ -36,9 +36,10 @@ def made_once(path: Path) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be written.
     """
+    locks = path.parents[1] / "locks"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / f"{path.stem}.lock")
         lock.acquire()
     except OSError as error:
         raise _unwritable(path, error) from error

@@ -11,5 +11,5 @@ def quiet() -> None:
     """Keep the libraries to errors; call it before the first of them is imported."""
     for library in NOISY:
         logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient")

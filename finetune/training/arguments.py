@@ -12,6 +12,7 @@ from finetune.data.batches import passes
 from finetune.recipe.errors import Problem, UserError, nearest
 from finetune.recipe.settings import TrainSettings
 from finetune.training.processes import PATIENCE
+from finetune.training.strategies import engine_words
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -148,6 +149,7 @@ def common(
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": settings.engine == "trl",
+        **engine_words(machine.strategy),
     }
 
 

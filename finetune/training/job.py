@@ -27,6 +27,7 @@ from finetune.training.report import write_report
 from finetune.training.run_directory import RunDirectory
 from finetune.training.run_fingerprint import start_record
 from finetune.training.stops import Interrupt, Interrupted, NotFiniteError, listening
+from finetune.training.strategies import ZERO
 from finetune.training.watched import SUPERVISED, Watched
 
 Value = TypeVar("Value")
@@ -81,7 +82,7 @@ class Job:
         self.strategy = self.choose("train.strategy", choices.strategy(asked.strategy, size))
         if asked.processes != size:
             self.choose("train.processes", (size, "as started"))
-        processes.join(self.hardware.device, deepspeed=self.strategy.startswith("zero"))
+        processes.join(self.hardware.device, deepspeed=self.strategy in ZERO)
 
     def choose(self, key: str, choice: tuple[Value, str]) -> Value:
         """Take a derived value and remember why, for recipe.yaml."""
@@ -142,7 +143,8 @@ class Job:
         recorder = Recorder(self.run, self.console, self.interrupt, logged=self.watched.logged)
         trainer.remove_callback(PrinterCallback)  # the recorder speaks in its place
         trainer.add_callback(recorder)
-        trainer.add_callback(FirstSteps(self.check, may_idle=self.may_idle))
+        zero = self.strategy in ZERO
+        trainer.add_callback(FirstSteps(self.check, may_idle=self.may_idle, taken=zero))
         before = fingerprints(trainer.model)
         with self.timed("train"):
             try:

@@ -17,6 +17,8 @@ PATIENCE = timedelta(hours=2)
 """How long a process waits for another, which may measure or write; one that died is told at once."""
 DEEPSPEED_SWITCH = "ACCELERATE_USE_DEEPSPEED"
 """What Accelerate's own launcher sets where DeepSpeed is to run; its states look for it."""
+DEEPSPEED_DEVICE = "DS_ACCELERATOR"
+"""What DeepSpeed is told of the device with, before it is first imported."""
 
 
 def join(device: str, *, deepspeed: bool) -> World:
@@ -34,6 +36,8 @@ def join(device: str, *, deepspeed: bool) -> World:
         return place
     _name_place(place)
     os.environ[DEEPSPEED_SWITCH] = str(deepspeed).lower()
+    if device == "cpu":
+        os.environ[DEEPSPEED_DEVICE] = "cpu"  # or DeepSpeed says that it found no GPU
     backend: dict[str, Any] = {"backend": "gloo"} if device == "cpu" else {}
     PartialState(cpu=device == "cpu" and not deepspeed, timeout=PATIENCE, **backend)
     assert PartialState().num_processes == place.size, "the processes did not meet"

@@ -16,17 +16,27 @@ NAME = "first steps"
 class FirstSteps(TrainerCallback):  # type: ignore[misc]
     """Looks at the gradients before the optimizer uses them, until all have been there."""
 
-    def __init__(self, tell: Callable[[Tick], None], *, may_idle: bool = False) -> None:
+    def __init__(self, tell: Callable[[Tick], None], *, may_idle: bool = False, taken: bool = False) -> None:
         """Bind the watch to a function that prints and records a check, and raises when it failed.
 
         Args:
             tell: takes a check.
             may_idle: whether a step whose gradients are all zeros is none to judge by.
+            taken: whether the engine takes the gradients away before they can be looked at.
         """
+        self.taken = taken
+        self.seen: gradients.Seen | None = None
         self.tell = tell
         self.may_idle = may_idle
         self.steps = 0
         self.waiting: set[str] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watch gradients pass by where they cannot be looked at."""
+        if self.taken:
+            self.seen = gradients.Seen(kwargs["model"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -38,20 +48,21 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]
         """
         if self.steps == WATCHED or self.waiting == set():
             return
-        model = kwargs["model"]
-        if self.may_idle and gradients.ALIVE not in gradients.states(gradients.groups(model)):
+        model, of = kwargs["model"], self.seen or gradients.held
+        found = gradients.groups(model)
+        got = gradients.states(found, of)
+        if self.may_idle and gradients.ALIVE not in got:
             return
         self.steps += 1
-        tick = gradients.reached(model, finite=False)
+        tick = gradients.reached(model, finite=False, of=of)
         if tick.problem:
             self.tell(tick)
-        found = gradients.groups(model)
-        still = {
-            group.name
-            for group, got in zip(found, gradients.states(found), strict=True)
-            if got == gradients.ZERO
-        }
+        if self.seen:
+            self.seen.forget()
+        still = {group.name for group, state in zip(found, got, strict=True) if state == gradients.ZERO}
         self.waiting = still if self.waiting is None else self.waiting & still
+        if self.seen and (self.steps == WATCHED or not self.waiting):
+            self.seen.close()
         if not self.waiting:
             self.tell(Tick(NAME, f"every trained tensor had a gradient by step {state.global_step + 1}"))
         elif self.steps == WATCHED:

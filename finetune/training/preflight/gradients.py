@@ -9,11 +9,12 @@ stack of layers without gradients beside one that has them is another modality's
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.recipe.errors import Problem
 from finetune.training.preflight.ticks import Tick, failed, some
@@ -66,20 +67,64 @@ def _address(name: str, layers: Sequence[str]) -> tuple[str, str, str]:
     return stack, f"{stack}*.{NUMBER.sub('#', tail)}", number
 
 
-def states(found: Sequence[Group]) -> list[State]:
+Of = Callable[[nn.Parameter], Tensor | None]
+"""Gives a parameter's gradient, or a tensor of the same norm; None where it has none."""
+
+
+def held(parameter: nn.Parameter) -> Tensor | None:
+    """Return the gradient that lies beside the parameter, as after every backward pass of PyTorch's."""
+    return parameter.grad
+
+
+class Seen:
+    """Gradients as they pass by, for engines that take them away (ZeRO keeps its parts of them in buffers).
+
+    Kept is the norm of each, summed over the passes since ``forget``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Watch all that is trained."""
+        self.norms: dict[nn.Parameter, Tensor] = {}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.handles = [
+            parameter.register_hook(partial(self._see, parameter))  # type: ignore[no-untyped-call]
+            for parameter in trained
+        ]
+
+    def _see(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        size = gradient.detach().float().norm()
+        self.norms[parameter] = self.norms[parameter] + size if parameter in self.norms else size
+
+    def __call__(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the summed norm."""
+        return self.norms.get(parameter)
+
+    def forget(self) -> None:
+        """Begin anew, at the next step."""
+        self.norms.clear()
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def states(found: Sequence[Group], of: Of = held) -> list[State]:
     """Return what each group's best tensor has: frozen, no gradient, one of zeros, or another one."""
-    norms = iter(_norms([p.grad for group in found for p in group.parameters if p.grad is not None]))
-    return [max(_state(parameter, norms) for parameter in group.parameters) for group in found]
+    there = [(p, of(p)) for group in found for p in group.parameters]
+    norms = iter(_norms([gradient for _, gradient in there if gradient is not None]))
+    best = {id(p): _state(p, gradient, norms) for p, gradient in there}
+    return [max(best[id(parameter)] for parameter in group.parameters) for group in found]
 
 
-def _state(parameter: nn.Parameter, norms: Iterator[float]) -> State:
-    if parameter.grad is not None:
+def _state(parameter: nn.Parameter, gradient: Tensor | None, norms: Iterator[float]) -> State:
+    if gradient is not None:
         size = next(norms)
         return ALIVE if size != 0 else ZERO  # NaN and infinity are told apart elsewhere
     return NONE if parameter.requires_grad else FROZEN
 
 
-def _norms(tensors: Sequence[torch.Tensor]) -> list[float]:
+def _norms(tensors: Sequence[Tensor]) -> list[float]:
     """Return the tensors' norms with one transfer from the device."""
     if not tensors:
         return []
@@ -87,17 +132,18 @@ def _norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     return sizes
 
 
-def reached(model: nn.Module, *, finite: bool = True) -> Tick:
+def reached(model: nn.Module, *, finite: bool = True, of: Of = held) -> Tick:
     """Check, behind a backward pass, that all that is to learn gets a gradient and nothing else does.
 
     Args:
         model: base with adapter, gradients in place.
         finite: whether NaN and infinity are mistakes (with loss scaling the first ones may be infinite).
+        of: where gradients are found.
     """
     everything = groups(model)
-    unused = _unused(everything)
+    unused = _unused(everything, of)
     found = [group for group in everything if group.stack not in unused]
-    wrong = [*_silent(found), *_stray(found), *(_infinite(found) if finite else [])]
+    wrong = [*_silent(found, of), *_stray(found), *(_infinite(found) if finite else [])]
     if wrong:
         expected = "a gradient for every tensor of the adapter, and for none of the base"
         repair = (
@@ -105,7 +151,7 @@ def reached(model: nn.Module, *, finite: bool = True) -> Tick:
             "adapter.target; otherwise the adapter does not fit this model"
         )
         return failed(NAME, Problem("adapter.method", "; ".join(wrong), expected, repair))
-    learn = [state for group, state in zip(found, states(found), strict=True) if state != FROZEN]
+    learn = [state for group, state in zip(found, states(found, of), strict=True) if state != FROZEN]
     if all(state == ZERO for state in learn):
         problem = Problem("adapter.method", "nothing gets a gradient but zeros", "an adapter that learns")
         return failed(NAME, problem)
@@ -119,10 +165,10 @@ def reached(model: nn.Module, *, finite: bool = True) -> Tick:
     )
 
 
-def _unused(found: Sequence[Group]) -> set[str]:
+def _unused(found: Sequence[Group], of: Of) -> set[str]:
     """Return the stacks of layers whose trained tensors all lack a gradient, where others have one."""
     best: dict[str, State] = defaultdict(lambda: FROZEN)
-    for group, state in zip(found, states(found), strict=True):
+    for group, state in zip(found, states(found, of), strict=True):
         best[group.stack] = max(best[group.stack], state)
     alive = any(state == ALIVE for state in best.values())
     return {stack for stack, state in best.items() if alive and stack and state == NONE}
@@ -133,9 +179,9 @@ def _at_zero(learn: Sequence[State]) -> str:
     return f" ({share:.0%} of them start at zero, as they should)" if share else ""
 
 
-def _silent(found: Sequence[Group]) -> list[str]:
+def _silent(found: Sequence[Group], of: Of) -> list[str]:
     """Return what is wrong with groups that do less than their likes in other layers, or get no gradient."""
-    got = states(found)
+    got = states(found, of)
     best: dict[str, State] = defaultdict(lambda: FROZEN)
     for group, state in zip(found, got, strict=True):
         best[group.kind] = max(best[group.kind], state)

@@ -1,0 +1,76 @@
+"""Two real processes on the CPU: what one process learns, however they share the model."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixture_types import MakeRecipe
+from rich.console import Console
+from safetensors.torch import load_file
+
+from finetune.recipe.errors import UserError
+from finetune.training.launch import run_stage
+from finetune.training.result import Result
+
+QUIET = Console(quiet=True)
+UNEVEN: dict[str, Any] = {"train__batch_size": 5, "train__micro_batch_size": 2, "train__max_steps": 10}
+"""42 rows: an odd batch, and a last one of two rows, so that processes have unequal shares."""
+
+
+def share(make_recipe: MakeRecipe, name: str, count: int, strategy: str = "auto", **settings: Any) -> Result:
+    recipe = make_recipe(name, train__processes=count, train__strategy=strategy, **settings)
+    return run_stage(recipe, QUIET, command="a test")
+
+
+def close(one: Result, two: Result, *, error: float = 1e-4) -> None:
+    """Compare losses and gradients step by step, held-out losses, and the saved adapters."""
+    assert len(one.metrics) == len(two.metrics)
+    for first, second in zip(one.metrics, two.metrics, strict=True):
+        for key in ("loss", "grad_norm", "held_out_loss"):
+            assert math.isclose(first.get(key, 0), second.get(key, 0), rel_tol=error), (first, second)
+    for key in ("held_out_loss_before", "held_out_loss_after"):
+        assert math.isclose(one.record["metrics"][key], two.record["metrics"][key], rel_tol=error)
+    saved, expected = (load_file(run.adapter / "adapter_model.safetensors") for run in (two, one))
+    assert saved.keys() == expected.keys()
+    assert all(saved[name].any() for name in saved)
+    # Adam divides by the size of a gradient: what is nearly nothing may go either way.
+    assert max(float((saved[name] - expected[name]).abs().max()) for name in saved) < 2e-3
+
+
+@pytest.fixture
+def alone(make_recipe: MakeRecipe) -> Result:
+    return share(make_recipe, "one", 1, **UNEVEN)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
+def test_two_processes_learn_what_one_does(make_recipe: MakeRecipe, alone: Result, strategy: str) -> None:
+    two = share(make_recipe, "two", 2, strategy, **UNEVEN)
+    close(alone, two)
+    assert two.record["processes"] == 2 and two.record["status"] == "finished"
+    assert two.samples == alone.samples
+    ticks = {tick["name"] for tick in two.record["preflight"]}
+    assert {"first steps", "base", "saved"} <= ticks
+
+
+def test_a_mistake_is_told_once_by_the_process_that_was_asked(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": 3}\n', encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        share(make_recipe, "bad", 2, data__source=str(rows))
+    assert "rows.jsonl:1" in str(caught.value) and caught.value.problems[0].expected
+    assert not (tmp_path / "bad" / "run.json").exists()
+
+
+def test_strategies_that_nobody_shares_are_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.strategy: zero2, with one process"):
+        share(make_recipe, "single", 1, "zero2")
+    assert not (tmp_path / "single" / "run.json").exists()
+
+
+def test_a_finished_run_answers_without_processes(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    first = share(make_recipe, "run", 1)
+    (tmp_path / "run" / "run.json").write_text(json.dumps(first.record | {"mark": 1}), encoding="utf-8")
+    again = share(make_recipe, "run", 2)
+    assert again.record["mark"] == 1
