@@ -13,6 +13,7 @@ import click
 from align.api import run, run_pipeline
 from align.default_recipe import QUICKSTART, default_recipe
 from align.rl.rewards.settings import maximises_rewards
+from finetune.planning.world import world
 from finetune.recipe.discovery import plugin_summary, recipe_names, stage_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.quiet import quiet
@@ -61,6 +62,9 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
+    place = world()
+    if not place.main:
+        message = f"process {place.rank}: {message}"
     click.echo(f"llm-align: {message}", err=True)
     sys.exit(status)
 
@@ -121,7 +125,8 @@ def _run_stage(recipe: Recipe, *, force: bool) -> None:
         result = run(recipe, force=force, command="llm-align " + " ".join(sys.argv[1:]))
     from align.summary import print_summary
 
-    print_summary(result)
+    if world().main:
+        print_summary(result)
 
 
 @contextmanager

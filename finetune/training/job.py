@@ -206,8 +206,6 @@ class Job:
         """Write the report, and then, last of all, that the run is finished: a kill leaves no half of it."""
         seconds = {phase: round(value, 2) for phase, value in self.seconds.items()}
         peaks = processes.everyones(peak_memory_bytes(self.hardware))
-        if not self.world.main:
-            return
         self.run.record |= {
             "status": "finished",
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -215,8 +213,10 @@ class Job:
             "peak_memory_bytes": max(peaks),
         }
         self.run.record["headline"] = _headline(self.run.record, self.watched.numbers)
-        write_report(self.run, self.watched.logged, self.watched.panel(self.run.record))
+        if self.world.main:
+            write_report(self.run, self.watched.logged, self.watched.panel(self.run.record))
         self.run.update(status="finished")
+        processes.wait()  # nobody leaves before the folder is whole
 
 
 def _headline(record: dict[str, Any], numbers: Mapping[str, tuple[str, str]]) -> dict[str, str]:

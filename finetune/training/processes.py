@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +41,8 @@ def join(device: str, *, deepspeed: bool) -> World:
     if device == "cpu":
         os.environ[DEEPSPEED_DEVICE] = "cpu"  # or DeepSpeed says that it found no GPU
     backend: dict[str, Any] = {"backend": "gloo"} if device == "cpu" else {}
-    PartialState(cpu=device == "cpu" and not deepspeed, timeout=PATIENCE, **backend)
+    with redirect_stdout(StringIO()):  # DeepSpeed prints what it compiled
+        PartialState(cpu=device == "cpu" and not deepspeed, timeout=PATIENCE, **backend)
     assert PartialState().num_processes == place.size, "the processes did not meet"
     return place
 

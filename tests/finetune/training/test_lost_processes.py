@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 LIMIT = 120
 STEPS = 60
-SIZES = f"train.max_steps={STEPS} train.batch_size=5 train.micro_batch_size=2 train.checkpoint_every=3".split()
+SIZES = ["train.batch_size=5", "train.micro_batch_size=2", "train.checkpoint_every=3"]
 
 
 def command(recipe_file: Path, out: Path, processes: int) -> list[str]:
     words = ["-m", "align", "sft", str(recipe_file), "--out", str(out), f"train.processes={processes}"]
-    return [sys.executable, *words, *SIZES]
+    return [sys.executable, *words, f"train.max_steps={STEPS}", *SIZES]
 
 
 def begin(recipe_file: Path, out: Path, processes: int) -> subprocess.Popen[str]:

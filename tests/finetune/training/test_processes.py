@@ -54,7 +54,7 @@ def test_two_processes_learn_what_one_does(make_recipe: MakeRecipe, alone: Resul
     assert {"first steps", "base", "saved"} <= ticks
 
 
-def test_a_mistake_is_told_once_by_the_process_that_was_asked(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_mistake_in_the_data_comes_back_whole(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "a", "output": 3}\n', encoding="utf-8")
     with pytest.raises(UserError) as caught:
