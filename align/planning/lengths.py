@@ -1,4 +1,4 @@
-"""How many rows there are to learn, and how many tokens they have: counted where possible, else said why not."""
+"""How many rows there are to learn, and how long they are: counted where possible, else said why not."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +45,7 @@ class Lengths:
         replies: of a row, on average.
         longest: tokens of the longest row with one reply, after the cut.
         longest_prompt: tokens of the longest prompt.
+        longest_reply: tokens of the longest reply.
         bound: whether the tokens are an upper bound and no average.
         how: where this comes from.
     """
@@ -55,6 +56,7 @@ class Lengths:
     replies: float
     longest: int
     longest_prompt: int
+    longest_reply: int
     bound: bool
     how: str
 
@@ -138,6 +140,7 @@ def _measured(
         replies=fmean(len(own) for own in replies),
         longest=max(ends),
         longest_prompt=min(most, max(count(row.prompt) + BORDER for row in long)),
+        longest_reply=min(most, max(max(map(count, row.replies), default=0) + BORDER for row in long)),
         bound=False,
         how=how,
     )
@@ -170,11 +173,13 @@ def _tokenizer_file(model: ModelSettings) -> Path | None:
 def _large(data: DataSettings, size: int, most: int, replies: int) -> Lengths:
     """Return what the size of files tells that are too large to be read for a plan."""
     rows = _lines(data)
-    how = f"{_names(data)} has {size / 2**20:,.0f} MiB, not read for a plan: {BYTES_PER_TOKEN:g} bytes a token"
+    how = (
+        f"{_names(data)} has {size / 2**20:,.0f} MiB, not read for a plan: {BYTES_PER_TOKEN:g} bytes a token"
+    )
     if rows is None:
-        return Lengths(None, most / 2, most / 2, replies, most, most, True, f"{how}, rows not counted")
+        return Lengths(None, most / 2, most / 2, replies, most, most, most, True, f"{how}, rows not counted")
     mean = min(float(most), size / rows / BYTES_PER_TOKEN)
-    return Lengths(rows, mean / 2, mean / 2, replies, most, most, False, f"{rows:,} lines; {how}")
+    return Lengths(rows, mean / 2, mean / 2, replies, most, most, most, False, f"{rows:,} lines; {how}")
 
 
 def _lines(data: DataSettings) -> int | None:
@@ -199,12 +204,16 @@ def _unread(data: DataSettings, most: int, replies: int) -> Lengths:
     mean = entry.get("bytes", 0) / BYTES_PER_TOKEN if entry is not None else 0
     told = f"{rows:,} rows (the hub's card)" if rows is not None else "how many rows it has is not known here"
     if mean:
-        how = f"{_names(data)}: {told}; {mean:.0f} tokens each on average, at {BYTES_PER_TOKEN:g} bytes a token"
+        how = (
+            f"{_names(data)}: {told}; {mean:.0f} tokens each on average, at {BYTES_PER_TOKEN:g} bytes a token"
+        )
         mean = min(mean, float(most))
-        return Lengths(rows, mean / 2, mean / 2, replies, most, most, False, how)
-    how = f"{_names(data)} is not read: {told}; every row is taken to be full ({most:,} tokens), an upper bound"
+        return Lengths(rows, mean / 2, mean / 2, replies, most, most, most, False, how)
+    how = (
+        f"{_names(data)} is not read: {told}; every row is taken to be full ({most:,} tokens), an upper bound"
+    )
     prompt, reply = (most / 2, most / 2) if replies else (float(most), 0.0)
-    return Lengths(rows, prompt, reply, replies, most, most, True, how)
+    return Lengths(rows, prompt, reply, replies, most, most, most, True, how)
 
 
 def _known_rows(data: DataSettings, known: dict[str, Any]) -> int | None:
@@ -220,8 +229,10 @@ def _known_rows(data: DataSettings, known: dict[str, Any]) -> int | None:
         return chosen
     rows = min(rows, chosen or rows)
     held_out = data.held_out
-    return rows if isinstance(held_out, str) else rows - (
-        held_out if isinstance(held_out, int) else round(held_out * rows)
+    return (
+        rows
+        if isinstance(held_out, str)
+        else rows - (held_out if isinstance(held_out, int) else round(held_out * rows))
     )
 
 

@@ -1,4 +1,4 @@
-"""What a row is made of, as text: the words around it, what is asked, what is answered. No tokenizer is needed."""
+"""What a row is made of, as text: what is asked and what is answered. No tokenizer is needed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

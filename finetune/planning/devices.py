@@ -1,4 +1,4 @@
-"""What a run may compute with: GPUs by name, with the numbers of their data sheets; nothing heavy is imported."""
+"""What a run may compute with: GPUs by name, with the numbers of their data sheets; without torch."""
 
 import os
 import platform
@@ -13,13 +13,16 @@ from finetune.recipe.errors import Problem, UserError, nearest
 
 GIB = 2**30
 USABLE = 0.98
-"""Share of a card's nominal memory that PyTorch can hand out, where only its size is known: 23.6 of 24 GiB."""
+"""Share of a card's nominal memory that PyTorch sees, where only its size is known: 23.6 of 24 GiB."""
 DRIVER = 0.45
-"""GiB that ``nvidia-smi`` counts as the card's and PyTorch does not see: 81,559 MiB and 79.2 GiB of an H100."""
+"""GiB that ``nvidia-smi`` counts and PyTorch does not see: 81,559 MiB and 79.2 GiB of an H100."""
+TAKEN = {"cuda": GIB // 2, "cpu": GIB}
+"""Bytes that are gone before a weight is loaded: CUDA's context and its libraries' buffers (0.4 to 0.6 GiB);
+on a CPU the program itself (1 GiB: Python with torch, transformers, peft and trl)."""
 Share = tuple[float, float]
 
-# MosaicML, llm-foundry, scripts/train/benchmarking/README.md: FLOP/s that the hardware did while it trained models of
-# 125M to 70B parameters, over its peak. The lower ends are halved: theirs are pretraining runs of full rows.
+# MosaicML, llm-foundry, scripts/train/benchmarking/README.md: FLOP/s that the hardware did, over its peak, in
+# training of 125M to 70B parameters. The lower ends are halved: theirs are pretraining on full rows.
 HOPPER: Share = (0.18, 0.59)  # H100 in bfloat16: 35 to 59 %
 AMPERE: Share = (0.21, 0.79)  # A100: 42 to 79 %
 OTHERS: Share = (0.15, 0.60)  # no table as long is known here: torchtune's README has an RTX 4090 above half
@@ -50,6 +53,11 @@ class Device:
     bandwidth: float
     used: Share
 
+    @property
+    def room(self) -> int:
+        """Return the bytes that are left for a run."""
+        return self.memory - TAKEN[self.kind]
+
     def peak(self, precision: str) -> float:
         """Return the FLOP/s at most in a precision; 0: not known."""
         return self.single if precision == "float32" else self.half
@@ -64,14 +72,12 @@ def _gpu(
     bfloat16: bool = True,
 ) -> Device:
     half, single, bandwidth = rates
-    return Device(
-        name, "cuda", int(gib * GIB), bfloat16, half * 1e12, single * 1e12, bandwidth * 1e9, used
-    )
+    return Device(name, "cuda", int(gib * GIB), bfloat16, half * 1e12, single * 1e12, bandwidth * 1e9, used)
 
 
 # GiB: "total capacity" in PyTorch's messages on such cards (with error correction where a card has it on).
-# Then TFLOP/s of dense 16-bit products (half of what data sheets give "with sparsity"; GeForce: summed in float32),
-# TFLOP/s in float32, GB/s; from NVIDIA's data sheets and architecture papers.
+# Then TFLOP/s of dense 16-bit products (half of what data sheets give "with sparsity"; GeForce: summed in
+# float32), TFLOP/s in float32, GB/s; from NVIDIA's data sheets and architecture papers.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -98,7 +104,13 @@ GPUS = {
         _gpu("rtx3060", 11.8, (25.5, 12.7, 360)),
     )
 }
-OTHER_NAMES = {"a100": "a100-80g", "v100": "v100-16g", "4090": "rtx4090", "3090": "rtx3090", "5090": "rtx5090"}
+OTHER_NAMES = {
+    "a100": "a100-80g",
+    "v100": "v100-16g",
+    "4090": "rtx4090",
+    "3090": "rtx3090",
+    "5090": "rtx5090",
+}
 SPOKEN = {
     "h100pcie": "h100-pcie",
     "a100sxm440gb": "a100-40g",
@@ -137,7 +149,7 @@ def _letters(name: str) -> str:
 
 
 def this_machine() -> tuple[Device, int]:
-    """Return what this machine computes with, and how many of it: the GPUs that the driver tells, or the CPU."""
+    """Return what this machine computes with, and how many: the GPUs that the driver tells, or the CPU."""
     gpus = _driver_lists()
     if not gpus:
         return this_cpu(), 1
@@ -170,7 +182,9 @@ def this_cpu() -> Device:
     """Return the machine's CPU and its memory, as much of it as this process may use."""
     flags = _cpu_flags()
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    wide = 32 if "avx512f" in flags else 16  # products and sums of float32 in a cycle: two units of 16 or 8 lanes
+    wide = (
+        32 if "avx512f" in flags else 16
+    )  # products and sums of float32 in a cycle: two units of 16 or 8 lanes
     single = cores * 2 * wide * 2.5e9
     bfloat16 = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
     name = f"the CPU ({cores} core{'s' if cores > 1 else ''}, {platform.machine()})"

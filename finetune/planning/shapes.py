@@ -34,15 +34,15 @@ def base_config(base: str, revision: str | None = None) -> dict[str, Any]:
     cached = try_to_load_from_cache(found, "config.json", revision=revision)
     if isinstance(cached, str):
         return _read(Path(cached))
-    which = f"'{base}'" + (f" at revision '{revision}'" if revision else "")
-    raise UserError(
-        Problem(
-            "model.base",
-            f"the shape of {which} is not known here: its config.json is not on this machine",
-            f"one of the {len(known)} short names of `llm-align list bases`, a folder, or a hub model in the cache",
-            f"hf download {found} config.json{f' --revision {revision}' if revision else ''}   (1 kB, no weights)",
-        )
-    )
+    raise UserError(_unknown(base, found, revision, len(known)))
+
+
+def _unknown(base: str, found: str, revision: str | None, known: int) -> Problem:
+    at = f" at revision '{revision}'" if revision else ""
+    text = f"the shape of '{base}'{at} is not known here: its config.json is not on this machine"
+    expected = f"one of {known} short names (`llm-align list bases`), a folder, or a model in the hub's cache"
+    option = f" --revision {revision}" if revision else ""
+    return Problem("model.base", text, expected, f"hf download {found} config.json{option}   (no weights)")
 
 
 def _read(file: Path) -> dict[str, Any]:
