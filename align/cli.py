@@ -4,20 +4,20 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from align.api import run, run_pipeline
-from align.default_recipe import QUICKSTART, default_recipe
+from align.default_recipe import QUICKSTART
+from align.planning.command import plan
+from align.recipe_words import recipe_of_words
 from align.rl.rewards.settings import maximises_rewards
 from finetune.planning.world import world
 from finetune.recipe.discovery import plugin_summary, recipe_names, stage_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.quiet import quiet
-from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.recipe import Recipe
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
 FROM = "Finished run to go on from: folder, name or its beginning; or STAGE/RECIPE, run first if need be."
@@ -99,25 +99,12 @@ def _stage_command(stage: str, package: str) -> click.Command:
             "reward.sources": reward,
         }
         given = {key: value for key, value in shortcuts.items() if value is not None}
-        recipe = _recipe(stage, words, given, out)
+        recipe = recipe_of_words(stage, words, given, out)
         _run_stage(recipe, force=force)
 
     if maximises_rewards(stage):
         command.params.insert(-2, click.Option(["--reward"], metavar="RUN", help=REWARD))
     return command
-
-
-def _recipe(stage: str, words: tuple[str, ...], shortcuts: dict[str, Any], out: Path | None) -> Recipe:
-    """Tell the recipe's name from overrides: the first word without ``=`` is the name."""
-    names = [word for word in words if "=" not in word]
-    if len(names) > 1:
-        raise click.UsageError(
-            f"one RECIPE is expected, found {', '.join(names)}; settings are SECTION.KEY=VALUE"
-        )
-    overrides = [word for word in words if "=" in word]
-    name, notes = (names[0], []) if names else default_recipe(stage, shortcuts)
-    recipe = load(stage, name, shortcuts=shortcuts, overrides=overrides, out=out)
-    return replace(recipe, notes=[*notes, *recipe.notes])
 
 
 def _run_stage(recipe: Recipe, *, force: bool) -> None:
@@ -204,7 +191,7 @@ def show(words: tuple[str, ...], stage: str, start: str | None, as_json: bool, s
     if schema:
         click.echo(json.dumps(json_schema(stage), indent=1, ensure_ascii=False))
         return
-    recipe = _recipe(stage, words, {"model.start": start} if start is not None else {}, None)
+    recipe = recipe_of_words(stage, words, {"model.start": start} if start is not None else {})
     if as_json:
         values = [{"key": key, "value": value, "origin": origin} for key, value, origin in rows(recipe)]
         click.echo(json.dumps({"stage": stage, "recipe": recipe.name, "settings": values}, indent=1))
@@ -238,7 +225,7 @@ def data(
 
     shortcuts = {"model.base": base, "data.source": source, "model.start": start}
     given = {key: value for key, value in shortcuts.items() if value is not None}
-    recipe = _recipe(stage, words, given, None)
+    recipe = recipe_of_words(stage, words, given)
     console = Console()
     if not as_json:
         print_head(recipe, console)
@@ -298,3 +285,4 @@ def merge(directory: Path) -> None:
 
 for _stage, _package in stage_names().items():
     cli.add_command(_stage_command(_stage, _package))
+cli.add_command(plan)

@@ -8,15 +8,15 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import datasets
-from pyarrow import ArrowException, parquet
+from typing import IO, TYPE_CHECKING, Any
 
 from finetune.data.files import data_files, is_text
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.paths import local_path, looks_local
 from finetune.recipe.settings import Texts
+
+if TYPE_CHECKING:
+    import datasets
 
 # Long documents stand in one field; the default of 128 KiB is far below what published sets hold.
 csv.field_size_limit(2**31 - 1)
@@ -184,6 +184,8 @@ def _header(path: Path, fields: Sequence[str]) -> list[str]:
 
 
 def _read_parquet(path: Path) -> list[Row]:
+    from pyarrow import ArrowException, parquet
+
     try:
         table = parquet.read_table(path)
     except (OSError, ValueError, ArrowException) as error:
@@ -191,7 +193,9 @@ def _read_parquet(path: Path) -> list[Row]:
     return [Row(columns, f"{path}:row {i + 1}") for i, columns in enumerate(table.to_pylist())]
 
 
-def _hub_table(name: str, split: str, revision: str | None) -> datasets.Dataset:
+def _hub_table(name: str, split: str, revision: str | None) -> "datasets.Dataset":
+    import datasets
+
     repository, _, subset = name.partition(":")
     try:
         return datasets.load_dataset(repository, subset or None, split=split, revision=revision)

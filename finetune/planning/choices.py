@@ -1,5 +1,7 @@
 """What ``auto`` means: each choice is a pure function that returns a value and the reason for it."""
 
+from bisect import bisect_left
+from collections.abc import Callable
 from math import ceil
 
 from finetune.planning.hardware import Hardware
@@ -64,6 +66,7 @@ def micro_batch_size(
     hardware: Hardware,
     whole: bool = False,
     least: int = 1,
+    fits: Callable[[int], bool] | None = None,
 ) -> tuple[int, str]:
     """Return the sequences of a forward pass, and why.
 
@@ -74,12 +77,17 @@ def micro_batch_size(
         hardware: where it runs.
         whole: whether the steps must hold whole forward passes, all of one size.
         least: sequences that a forward pass must have.
+        fits: tells whether so many fit the device's memory, by the plan; None: nothing is known of it.
     """
     if isinstance(asked, int):
         return asked, "as asked"
     budget = TOKENS_PER_FORWARD[hardware.device]
     size = max(least, min(batch_size, budget // longest))
     why = f"{budget} tokens a forward pass keep the device busy; the longest row has {longest}"
+    if fits is not None and not fits(size):
+        size = max(least, bisect_left(range(1, size), True, key=lambda rows: not fits(rows)))
+        enough = "the plan has memory for no more" if fits(size) else "by the plan even this is too much"
+        why = f"the longest row has {longest} tokens; {enough}"
     if whole and batch_size % size:
         fitting = [part for part in range(least, batch_size + 1) if batch_size % part == 0]
         size = max((part for part in fitting if part <= size), default=min(fitting, default=size))

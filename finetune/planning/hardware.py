@@ -4,8 +4,6 @@ import platform
 import resource
 from dataclasses import dataclass
 
-import torch
-
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -26,6 +24,8 @@ class Hardware:
 
 def detect() -> Hardware:
     """Return the first GPU, or the CPU."""
+    import torch
+
     if torch.cuda.is_available():
         return Hardware(
             "cuda",
@@ -42,6 +42,8 @@ def detect() -> Hardware:
 def peak_memory_bytes(hardware: Hardware) -> int:
     """Return the most memory held so far: allocated on the GPU, or resident in the process on the CPU."""
     if hardware.device == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024

@@ -1,0 +1,90 @@
+"""``llm-align plan``: what a recipe will need, told in a second or two."""
+
+import json
+import shlex
+import sys
+from typing import Any
+
+import click
+
+from align.recipe_words import recipe_of_words
+from finetune.recipe.recipe import Recipe
+
+DOES_NOT_FIT = 3
+"""The exit status of a plan that does not fit: no mistake (2), no fault (1), yet `plan && sft` must stop."""
+
+EPILOG = """\b
+Examples:
+  llm-align plan                                       the embedded quickstart, on this machine
+  llm-align plan alpaca --gpu rtx4090
+  llm-align plan alpaca --base llama-2-70b --adapter qlora --gpu 24GB --gpus 2 --strategy zero3
+  llm-align plan hh --stage ppo --gpu a100-40g --fit
+\b
+Exit status: 0 it fits, 3 it does not, 2 a mistake in the recipe or the command.
+"""
+
+
+@click.command("plan", epilog=EPILOG)
+@click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
+@click.option("--stage", default="sft", show_default=True, help="Stage of the recipe.")
+@click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
+@click.option("--data", metavar="D", help="Data: hub id, file or folder.")
+@click.option("--adapter", metavar="A", help="Adapter: a name of `llm-align list adapters`.")
+@click.option("--from", "start", metavar="RUN", help="Finished run to go on from.")
+@click.option("--gpu", metavar="G", help="h100, a100-40g, rtx4090, ..., 24GB, cpu; without: this machine.")
+@click.option("--gpus", type=click.IntRange(1), metavar="N", help="How many; without: as the recipe says.")
+@click.option("--strategy", metavar="S", help="ddp, zero1, zero2, zero3, fsdp2: what processes share.")
+@click.option("--fit", is_flag=True, help="Show what can be changed, the cheapest that fits first.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(
+    words: tuple[str, ...],
+    stage: str,
+    base: str | None,
+    data: str | None,
+    adapter: str | None,
+    start: str | None,
+    gpu: str | None,
+    gpus: int | None,
+    strategy: str | None,
+    fit: bool,
+    as_json: bool,
+) -> None:
+    """Tell memory, steps, tokens, time and disk of a recipe before anything is loaded; no GPU is needed."""
+    options = {"--base": base, "--data": data, "--adapter": adapter, "--from": start}
+    keys = {"--base": "model.base", "--data": "data.source", "--adapter": "adapter.method"}
+    keys |= {"--from": "model.start"}
+    given: dict[str, Any] = {keys[name]: value for name, value in options.items() if value is not None}
+    given |= {"train.strategy": strategy} if strategy is not None else {}
+    recipe = recipe_of_words(stage, words, given)
+    typed = [f"{name} {shlex.quote(value)}" for name, value in options.items() if value is not None]
+    typed += [f"train.strategy={strategy}"] if strategy is not None else []
+    command = " ".join(["llm-align", stage, *map(shlex.quote, words), *typed])
+    if not _show(recipe, gpu, gpus, fit=fit, as_json=as_json, command=command):
+        sys.exit(DOES_NOT_FIT)
+
+
+def _show(
+    recipe: Recipe, gpu: str | None, gpus: int | None, *, fit: bool, as_json: bool, command: str
+) -> bool:
+    """Print the plan and return whether it fits."""
+    from rich.console import Console
+
+    from align.planning.fit import alternatives
+    from align.planning.machine import machine
+    from align.planning.plan import plan_of
+    from align.planning.record import record
+    from align.planning.terminal import print_alternatives, print_plan
+
+    device, count = machine(recipe.settings.train, gpu, gpus)
+    found = plan_of(recipe, device, count)
+    changes = alternatives(found, count) if fit else None
+    if as_json:
+        click.echo(json.dumps(record(found, changes), indent=1, ensure_ascii=False))
+        return found.fits
+    console = Console()
+    print_plan(found, console, command=command)
+    if changes is not None:
+        print_alternatives(changes, found, console, command=command)
+    elif not found.fits:
+        console.print("[bold]next[/]     the same with --fit shows what can be changed", highlight=False)
+    return found.fits

@@ -1,0 +1,202 @@
+"""What to change so that a run fits: alternatives with their peak and their price, the cheapest first.
+
+A change costs time, or it changes what is learnt. The order is the price, in this order of kinds:
+
+* Fewer rows in a forward pass, and more passes in a step: the same numbers, in the same time as long as a
+  pass keeps the device busy. Every alternative takes as many rows as fit it.
+* ZeRO-1 and ZeRO-2 send as much as plain data parallelism does (arXiv 1910.02054, section 7); ZeRO-3 and
+  FSDP2 one and a half times as much.
+* Gradient checkpointing computes one forward pass more: 6 P in place of 4 P for an adapter, 8 P in place of
+  6 P for full tuning (``finetune/planning/speed.py``).
+* Numbers of 16 bits in place of float32 (float16 on GPUs that have no bfloat16) are faster, not slower.
+* 8-bit states of AdamW (arXiv 2110.02861), 4-bit weights under an adapter (arXiv 2305.14314): other digits.
+* Offloading sends what is partitioned over the bus in every step.
+* Shorter rows change what is learnt: they come last, however fast they are.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from statistics import fmean
+from typing import Any
+
+from align.planning.plan import Plan, plan_of
+from align.rl.settings import PromptSettings
+from finetune.planning.speed import DEQUANTIZED, learnt_operations
+from finetune.planning.workload import Workload
+from finetune.recipe.checks import adapter_traits
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.settings import StageSettings
+
+SENT = {"zero3": 1.25, "fsdp2": 1.25}
+"""Times as long: half of the extra sending of ZeRO-3 is taken to be hidden behind arithmetic."""
+BUS = 12e9
+"""Bytes a second between a GPU and the machine's memory: PCIe 4.0 x16 as it is reached."""
+USUAL = 100e12
+"""FLOP/s of a card whose speed is not known, to weigh sending against arithmetic."""
+SHORTEST = 128
+"""Tokens of a row below which nothing is proposed."""
+Change = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A change of the recipe.
+
+    Attributes:
+        changes: the settings, with their values.
+        plan: of the changed recipe.
+        time: how many times as long it takes as the recipe as it is.
+    """
+
+    changes: tuple[Change, ...]
+    plan: Plan
+    time: float
+
+    @property
+    def words(self) -> str:
+        """Return what to append to the command."""
+        rows = [("train.micro_batch_size", self.plan.rows)] if self._rows_told else []
+        return " ".join(f"{key}={_written(value)}" for key, value in [*self.changes, *rows])
+
+    @property
+    def _rows_told(self) -> bool:
+        asked = self.plan.recipe.settings.train.micro_batch_size
+        return asked != self.plan.rows and self.plan.device.kind == "cpu"
+
+    @property
+    def shorter(self) -> bool:
+        """Tell whether rows are cut that were not."""
+        return any("length" in key or "tokens" in key for key, _ in self.changes)
+
+
+def alternatives(plan: Plan, count: int) -> list[Alternative]:
+    """Return what can be changed, those that fit first, the cheapest of them first.
+
+    Args:
+        plan: the recipe as it is.
+        count: GPUs of the machine.
+
+    Raises:
+        UserError: a changed recipe that cannot be planned.
+    """
+    found = [_alternative(plan, changes, count) for changes in _combinations(plan)]
+    return sorted(
+        found,
+        key=lambda one: (
+            not one.plan.fits,
+            one.shorter,
+            round(one.time, 2) if one.plan.fits else one.plan.peak.total,
+            len(one.changes),
+            one.plan.peak.total,
+        ),
+    )
+
+
+def _alternative(plan: Plan, changes: tuple[Change, ...], count: int) -> Alternative:
+    recipe = changed(plan.recipe, changes)
+    other = plan_of(recipe, plan.device, count, known=plan)
+    return Alternative(changes, other, _price(other) / _price(plan))
+
+
+def changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
+    """Return a recipe with other values."""
+    settings = recipe.settings
+    for key, value in changes:
+        section, name = key.split(".")
+        part = dict(settings)[section].model_copy(update={name: value})
+        settings = settings.model_copy(update={section: part})
+    return replace(recipe, settings=settings)
+
+
+def _combinations(plan: Plan) -> Iterator[tuple[Change, ...]]:
+    """Yield every combination of one step of each kind, but for the recipe as it is."""
+    settings = plan.recipe.settings
+    kinds = [_rows(plan), _halved(plan), _recomputed(settings), _stored(settings, plan)]
+    kinds += [_shared(plan), _cut(plan)]
+    for choice in product(*kinds):
+        changes = tuple(change for part in choice for change in part)
+        if changes:
+            yield changes
+
+
+def _rows(plan: Plan) -> list[list[Change]]:
+    """Return the rows of a pass: always as many as fit."""
+    asked = plan.recipe.settings.train.micro_batch_size
+    return [[]] if asked == "auto" else [[("train.micro_batch_size", "auto")]]
+
+
+def _halved(plan: Plan) -> list[list[Change]]:
+    """Return 16-bit numbers in place of float32: bfloat16 where the GPU computes in it, else float16."""
+    if plan.device.kind == "cpu" or plan.step.precision != "float32":
+        return [[]]
+    return [[], [("model.precision", "bfloat16" if plan.device.bfloat16 else "float16")]]
+
+
+def _recomputed(settings: StageSettings) -> list[list[Change]]:
+    possible = adapter_traits(settings.adapter.method).checkpointing
+    if settings.train.gradient_checkpointing or not possible:
+        return [[]]
+    return [[], [("train.gradient_checkpointing", True)]]
+
+
+def _stored(settings: StageSettings, plan: Plan) -> list[list[Change]]:
+    traits = adapter_traits(settings.adapter.method)
+    if traits.whole_model and settings.train.optimizer == "adamw":
+        return [[], [("train.optimizer", "adamw_8bit")]]
+    if "nf4" in traits.quantization and plan.step.quantization != "nf4":
+        return [[], [("model.quantization", "nf4")]]
+    return [[]]
+
+
+def _shared(plan: Plan) -> list[list[Change]]:
+    """Return the strategies that partition more than the recipe's, with several processes."""
+    if plan.step.processes == 1:
+        return [[]]
+    order = ["ddp", "zero1", "zero2", "zero3"]
+    here = order.index(plan.step.strategy) if plan.step.strategy in order else len(order)
+    more: list[list[Change]] = [[("train.strategy", name)] for name in order[here + 1 :]]
+    offloaded: list[list[Change]] = [[("train.strategy", "zero3"), ("train.offload", "cpu")]]
+    return [[], *more, *(offloaded if plan.step.offload == "none" else [])]
+
+
+def _cut(plan: Plan) -> list[list[Change]]:
+    """Return rows of half the length, and of a quarter; of prompts and replies alike where they are drawn."""
+    settings = plan.recipe.settings
+    found: list[list[Change]] = [[]]
+    for part in (2, 4):
+        most = plan.step.columns // part
+        if isinstance(settings.data, PromptSettings):
+            reply = int(dict(settings)["sampling"].max_new_tokens) // part
+            if reply >= SHORTEST // part:
+                prompt = max(2, plan.lengths.longest_prompt // part)
+                found.append([("data.max_prompt_length", prompt), ("sampling.max_new_tokens", reply)])
+        elif plan.lengths.longest // part >= SHORTEST and most:
+            found.append([("data.max_length", plan.lengths.longest // part)])
+    return found
+
+
+def _price(plan: Plan) -> float:
+    """Return the seconds of a learnt token, up to a factor that all alternatives of a plan share."""
+    step, peak = plan.step, plan.device.peak(plan.step.precision) or USUAL
+    stored = fmean(DEQUANTIZED) if step.quantization == "nf4" else 1.0
+    arithmetic = learnt_operations(step, plan.trained) / (fmean(plan.device.used) * peak) * stored
+    return arithmetic * SENT.get(step.strategy, 1.0) + _bus_seconds(step, plan.trained)
+
+
+def _bus_seconds(step: Workload, trained: int) -> float:
+    """Return the seconds in which a token's part of what is offloaded goes over the bus.
+
+    The gradients of what is trained go out and its weights come back once a step; with ZeRO-3 the weights
+    of a process's part come for the forward pass, and for the backward pass.
+    """
+    if step.offload == "none":
+        return 0.0
+    tokens = step.tokens * step.accumulated
+    own = 8 * trained / step.processes
+    passes = 2 * step.accumulated * step.architecture.parameters * step.bytes / step.processes
+    return (own + (passes if step.strategy == "zero3" else 0.0)) / BUS / tokens
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

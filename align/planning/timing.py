@@ -1,0 +1,78 @@
+"""How long a run takes: as an earlier run on this machine did, or by arithmetic."""
+
+from align.planning.work import Work
+from finetune.planning.devices import Device
+from finetune.planning.speed import Seconds, drawn_seconds, learnt_operations, read_operations, step_seconds
+from finetune.planning.workload import Workload
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.runs import FINISHED, RUNS, read_record
+
+COUNTED = ("sft", "pretrain", "hindsight", "reward", "dpo")
+"""Stages whose record says how many tokens a second were learnt, and which do nothing else in that time."""
+UNLIKE = 0.25
+"""How far a run's rate may be from that of an earlier one on the same base: other rows, another adapter."""
+
+
+def seconds(
+    recipe: Recipe, step: Workload, device: Device, *, done: Work | None, trained: int, base: int
+) -> Seconds | None:
+    """Return how long the training of a recipe takes, without loading and what is measured around it.
+
+    Args:
+        recipe: what runs.
+        step: one optimizer step of a process.
+        device: what each process computes with.
+        done: the work of the whole run.
+        trained: parameters that are trained.
+        base: bytes of the base's weights.
+    """
+    if done is None:
+        return None
+    if rates := _measured(recipe, step, device):
+        slow, quick = min(rates.values()) * (1 - UNLIKE), max(rates.values()) * (1 + UNLIKE)
+        names = ", ".join(rates)
+        how = f"measured: {min(rates.values()):,.0f} tokens/s in {names}; {UNLIKE:.0%} to either side"
+        return Seconds(done.learnt / quick, done.learnt / slow, how)
+    return _computed(step, device, done=done, trained=trained, base=base)
+
+
+def _computed(step: Workload, device: Device, *, done: Work, trained: int, base: int) -> Seconds | None:
+    operations = done.learnt * learnt_operations(step, trained) + done.read * read_operations(step)
+    training = step_seconds(step, device, operations=operations)
+    if training is None:
+        return None
+    least, most = training
+    slow, quick = device.used
+    peak = f"{device.peak(step.precision) / 1e12:,.3g} TFLOP/s"
+    how = f"stated: training reaches {slow:.0%} to {quick:.0%} of this device's {peak}"
+    if done.replies:
+        drawing = drawn_seconds(step, device, replies=done.replies, base_bytes=base)
+        if drawing is None:
+            return None
+        least, most = least + drawing[0], most + drawing[1]
+        how += f", and {done.replies:,} replies of up to {done.reply} tokens drawn"
+    return Seconds(least, most, how)
+
+
+def _measured(recipe: Recipe, step: Workload, device: Device) -> dict[str, float]:
+    """Return the tokens a second of finished runs of this stage, base and kind of device, by run."""
+    if recipe.stage not in COUNTED or step.processes > 1:
+        return {}
+    wanted = (recipe.stage, recipe.settings.model.base, step.quantization, step.precision, device.kind)
+    found = {}
+    for folder in sorted(RUNS.glob(f"{recipe.stage}-*/")):
+        record = read_record(folder)
+        if record.get("status") != FINISHED:
+            continue
+        load, hardware = record.get("load", {}), record.get("hardware", {})
+        held = (
+            record.get("stage"),
+            load.get("model", {}).get("base"),
+            load.get("quantization"),
+            load.get("precision"),
+            hardware.get("device"),
+        )
+        rate = record.get("metrics", {}).get("tokens_per_second")
+        if held == wanted and rate and (device.kind == "cpu" or device.name in hardware.get("name", "")):
+            found[folder.name] = float(rate)
+    return found

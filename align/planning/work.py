@@ -1,0 +1,109 @@
+"""How much there is to do in a whole run: optimizer steps, tokens learnt, tokens read, replies drawn."""
+
+from dataclasses import dataclass
+from math import ceil
+
+from align.online.settings import OnlineSettings
+from align.planning.forward import reference_needed
+from align.planning.lengths import Lengths
+from align.ppo.stage_settings import Settings as PpoSettings
+from align.rejection.settings import Settings as RejectionSettings
+from align.stages.dpo import Settings as DpoSettings
+from align.stages.kto import Settings as KtoSettings
+from finetune.planning.choices import optimizer_steps
+from finetune.recipe.settings import StageSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A whole run, without what is measured before and after it.
+
+    Attributes:
+        steps: of the optimizer.
+        learnt: tokens of forward and backward passes.
+        read: tokens of forward passes alone: a reference's, a value's, scores.
+        replies: drawn from the policy.
+        reply: tokens of one at most.
+    """
+
+    steps: int
+    learnt: float
+    read: float = 0.0
+    replies: int = 0
+    reply: int = 0
+
+
+def work(settings: StageSettings, lengths: Lengths) -> Work | None:
+    """Return the work of a whole run; None where neither its rows nor its steps are known.
+
+    Args:
+        settings: a recipe's sections.
+        lengths: of its rows.
+    """
+    if lengths.rows is None and settings.train.max_steps is None:
+        return None
+    if isinstance(settings, PpoSettings):
+        return _ppo(settings, lengths)
+    if isinstance(settings, RejectionSettings):
+        return _rejection(settings, lengths)
+    if isinstance(settings, OnlineSettings):
+        return _online(settings, lengths)
+    steps = _steps(settings, lengths.rows)
+    learnt = steps * settings.train.batch_size * lengths.together
+    return Work(steps, learnt, _reference(settings, lengths, learnt))
+
+
+def _steps(settings: StageSettings, rows: int | None) -> int:
+    train = settings.train
+    return optimizer_steps(
+        rows or 0, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
+    )
+
+
+def _reference(settings: StageSettings, lengths: Lengths, learnt: float) -> float:
+    """Return the tokens that a reference reads: those of the rows in use once, or of every step."""
+    if isinstance(settings, KtoSettings):
+        return _once(lengths, learnt)
+    if isinstance(settings, DpoSettings) and reference_needed(settings):
+        return learnt if settings.align.reference == "live" else _once(lengths, learnt)
+    return 0.0
+
+
+def _once(lengths: Lengths, learnt: float) -> float:
+    return learnt if lengths.rows is None else min(learnt, lengths.rows * lengths.together)
+
+
+def _ppo(settings: PpoSettings, lengths: Lengths) -> Work:
+    """Return rollouts, each read by policy, reference, value and rewards, and learnt by policy and value."""
+    train, ppo, reply = settings.train, settings.ppo, settings.sampling.max_new_tokens
+    updates = ppo.epochs * (ppo.rollout_size // train.batch_size)
+    rollouts = max(1, ceil(train.epochs * (lengths.rows or 0) / ppo.rollout_size))
+    if train.max_steps is not None:
+        rollouts = ceil(train.max_steps / updates)
+    episodes = rollouts * ppo.rollout_size
+    tokens = episodes * (lengths.prompt + reply)
+    scorers = sum(source.run is not None for source in settings.reward.sources)
+    steps = train.max_steps or rollouts * updates
+    return Work(steps, 2 * ppo.epochs * tokens, (3 + scorers) * tokens, episodes, reply)
+
+
+def _rejection(settings: RejectionSettings, lengths: Lengths) -> Work:
+    """Return rounds of replies, and the learning of the best, those of earlier rounds too if remembered."""
+    own, reply = settings.rejection, settings.sampling.max_new_tokens
+    prompts = own.prompts or lengths.rows or 0
+    kept = [prompts * (number if own.memory else 1) for number in range(1, own.rounds + 1)]
+    steps = sum(_steps(settings, rows) for rows in kept)
+    drawn = own.rounds * prompts * own.samples
+    tokens = lengths.prompt + reply
+    scorers = sum(source.run is not None for source in settings.reward.sources)
+    return Work(steps, steps * settings.train.batch_size * tokens, scorers * drawn * tokens, drawn, reply)
+
+
+def _online(settings: OnlineSettings, lengths: Lengths) -> Work:
+    """Return the replies of every step, read by reference and rewards, and learnt once."""
+    reply = settings.sampling.max_new_tokens
+    steps = _steps(settings, (lengths.rows or 0) * settings.sampling.samples)
+    drawn = steps * settings.train.batch_size
+    tokens = drawn * (lengths.prompt + reply)
+    scorers = sum(source.run is not None for source in settings.reward.sources)
+    return Work(steps, tokens, (1 + scorers) * tokens, drawn, reply)

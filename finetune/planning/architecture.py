@@ -1,0 +1,317 @@
+"""The shapes of a decoder, from its config.json alone: no weights, no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune.recipe.errors import Problem, UserError, nearest
+
+Values = Mapping[str, Any]
+
+OFTEN = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {**OFTEN, "vocab_size": 32000, "max_position_embeddings": 2048},
+    "mistral": {**OFTEN, "vocab_size": 32000, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "qwen2": {**OFTEN, "vocab_size": 151936, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {
+        **OFTEN,
+        **{"vocab_size": 151936, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+        "head_dim": 128,
+    },
+    "gemma2": {
+        **OFTEN,
+        **{"vocab_size": 256000, "max_position_embeddings": 8192, "num_attention_heads": 8},
+        **{"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "hidden_size": 2304},
+        **{"num_hidden_layers": 26, "intermediate_size": 9216, "final_logit_softcapping": 30.0},
+    },
+    "gemma3_text": {
+        **OFTEN,
+        **{"vocab_size": 262208, "max_position_embeddings": 131072, "num_attention_heads": 8},
+        **{"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "hidden_size": 2304},
+        **{"num_hidden_layers": 26, "intermediate_size": 9216, "final_logit_softcapping": None},
+    },
+    "gpt_neox": {
+        **OFTEN,
+        **{"attention_bias": True, "mlp_bias": True, "vocab_size": 50432, "max_position_embeddings": 2048},
+        "use_parallel_residual": True,
+    },
+}
+"""What a config.json may leave out: the defaults of transformers' configuration classes."""
+VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_channels": 3}
+VISION |= {"image_size": 224, "patch_size": 16}
+"""The same of the tower that reads images (SigLIP)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer: its last name, its sizes, whether it has a bias, and how many the model has of it."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool
+    count: int
+
+    @property
+    def weights(self) -> int:
+        """Return the numbers in all weights of this name."""
+        return self.count * self.inputs * self.outputs
+
+    @property
+    def parameters(self) -> int:
+        """Return the numbers in all weights and biases of this name."""
+        return self.weights + (self.count * self.outputs if self.bias else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm: its last name, its width, whether it has a bias, and how many the model has of it."""
+
+    name: str
+    width: int
+    bias: bool
+    count: int
+
+    @property
+    def parameters(self) -> int:
+        """Return the numbers in all norms of this name."""
+        return self.count * self.width * (2 if self.bias else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Vision:
+    """The tower that reads images, frozen or not; text alone never goes through it.
+
+    Attributes:
+        hidden: width of a state.
+        intermediate: width inside the feed-forward block.
+        layers: their number.
+        patch: numbers of a patch: channels times its area.
+        patches: of an image.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    patch: int
+    patches: int
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a decoder consists of.
+
+    Attributes:
+        family: ``model_type`` of the config.
+        hidden: width of a state.
+        layers: decoder layers.
+        heads: query heads of a layer.
+        key_value_heads: key heads, and as many value heads.
+        head_dim: width of a head.
+        intermediate: width inside the feed-forward block.
+        vocabulary: rows of the embeddings.
+        context: positions.
+        tied: whether the output head is the input embeddings.
+        attention_bias: whether queries, keys and values have a bias.
+        output_bias: whether the output layer of attention has one.
+        mlp_bias: whether the feed-forward layers have one.
+        gated: act(gate x) * (up x) in place of act(up x).
+        fused: queries, keys and values in one layer.
+        layer_norm: norms have a mean and a bias (LayerNorm), else neither (RMSNorm).
+        sandwich: norms behind attention and feed-forward block too.
+        query_key_norm: queries and keys have a norm.
+        parallel: attention and feed-forward block read the same state.
+        softcap: whether logits go through a tanh.
+        eager: whether attention can only be computed with its scores written out (a cap on them).
+        sliding_window: tokens that a layer of the sliding kind looks back at; 0: there is none.
+        sliding_layers: layers of that kind.
+        vision: the tower that reads images, if any.
+    """
+
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    context: int
+    tied: bool
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    gated: bool = True
+    fused: bool = False
+    layer_norm: bool = False
+    sandwich: bool = False
+    query_key_norm: bool = False
+    parallel: bool = False
+    softcap: bool = False
+    eager: bool = False
+    sliding_window: int = 0
+    sliding_layers: int = 0
+    vision: Vision | None = None
+
+    @classmethod
+    def of(cls, config: Values) -> "Architecture":
+        """Return the architecture that a config.json describes.
+
+        Raises:
+            UserError: a ``model_type`` whose shapes are not known here, or a config without its sizes.
+        """
+        family = config.get("model_type")
+        if family == "gemma3":
+            return _with_vision(config)
+        if family not in DEFAULTS:
+            raise UserError(_unknown(str(family)))
+        try:
+            return _decoder(str(family), {**DEFAULTS[str(family)], **config})
+        except KeyError as error:
+            found = f"a config.json of type '{family}' without {error}"
+            raise UserError(Problem("model.base", found, "a whole config.json")) from error
+
+    @property
+    def queries(self) -> int:
+        """Return the width of all queries of a token."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Return the width of all keys of a token, which is that of its values."""
+        return self.key_value_heads * self.head_dim
+
+    @property
+    def parameters(self) -> int:
+        """Return the model's parameters; tied embeddings count once."""
+        tables = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        linear = sum(layer.parameters for layer in self.linear_layers())
+        norms = sum(norm.parameters for norm in self.norms())
+        return tables + linear + norms + _loose(self.vision, self.hidden)
+
+    def linear_layers(self) -> tuple[Linear, ...]:
+        """Return the linear layers but the head: those of the decoder, in order, then those of the tower."""
+        attention, mlp, n = self.attention_bias, self.mlp_bias, self.layers
+        if self.fused:
+            found = [
+                Linear("query_key_value", self.hidden, self.queries + 2 * self.keys, attention, n),
+                Linear("dense", self.queries, self.hidden, self.output_bias, n),
+                Linear("dense_h_to_4h", self.hidden, self.intermediate, mlp, n),
+                Linear("dense_4h_to_h", self.intermediate, self.hidden, mlp, n),
+            ]
+        else:
+            found = [
+                Linear("q_proj", self.hidden, self.queries, attention, n),
+                Linear("k_proj", self.hidden, self.keys, attention, n),
+                Linear("v_proj", self.hidden, self.keys, attention, n),
+                Linear("o_proj", self.queries, self.hidden, self.output_bias, n),
+                Linear("gate_proj", self.hidden, self.intermediate, mlp, n),
+                Linear("up_proj", self.hidden, self.intermediate, mlp, n),
+                Linear("down_proj", self.intermediate, self.hidden, mlp, n),
+            ]
+        return (*found, *(_vision_layers(self.vision) if self.vision else ()))
+
+    def norms(self) -> tuple[Norm, ...]:
+        """Return the norms of the decoder, then those of the tower."""
+        n, bias = self.layers, self.layer_norm
+        names = ["input_layernorm", "post_attention_layernorm"]
+        if self.sandwich:
+            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        found = [Norm(name, self.hidden, bias, n) for name in names]
+        if self.query_key_norm:
+            found += [Norm(name, self.head_dim, bias, n) for name in ("q_norm", "k_norm")]
+        found.append(Norm("final_layer_norm" if self.fused else "norm", self.hidden, bias, 1))
+        return (*found, *(_vision_norms(self.vision) if self.vision else ()))
+
+
+def _decoder(family: str, config: Values) -> Architecture:
+    heads = int(config["num_attention_heads"])
+    gemma, neox = family.startswith("gemma"), family == "gpt_neox"
+    bias = bool(config["attention_bias"])
+    window, sliding = _sliding(family, config)
+    return Architecture(
+        family=family,
+        hidden=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        key_value_heads=heads if neox else config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        intermediate=config["intermediate_size"],
+        vocabulary=config["vocab_size"],
+        context=config["max_position_embeddings"],
+        tied=bool(config["tie_word_embeddings"]),
+        attention_bias=family == "qwen2" or bias,
+        output_bias=family != "qwen2" and bias,
+        mlp_bias=bool(config["mlp_bias"]),
+        gated=not neox,
+        fused=neox,
+        layer_norm=neox,
+        sandwich=gemma,
+        query_key_norm=family in ("qwen3", "gemma3_text"),
+        parallel=neox and bool(config["use_parallel_residual"]),
+        softcap=gemma and config["final_logit_softcapping"] is not None,
+        eager=family == "gemma2",
+        sliding_window=window,
+        sliding_layers=sliding,
+    )
+
+
+def _sliding(family: str, config: Values) -> tuple[int, int]:
+    """Return the window of the sliding layers, and their number."""
+    layers = int(config["num_hidden_layers"])
+    if family == "mistral":
+        window = config.get("sliding_window", 4096)
+        return (window, layers) if window else (0, 0)
+    if family in ("qwen2", "qwen3"):
+        used = config.get("use_sliding_window", False) and config.get("sliding_window")
+        return (config["sliding_window"], layers - config.get("max_window_layers", 28)) if used else (0, 0)
+    if family.startswith("gemma"):
+        every = 2 if family == "gemma2" else int(config.get("sliding_window_pattern") or 6)
+        return config.get("sliding_window") or 4096, layers - layers // every
+    return 0, 0
+
+
+def _with_vision(config: Values) -> Architecture:
+    text = {**DEFAULTS["gemma3_text"], **config.get("text_config", {})}
+    tower = {**VISION, **config.get("vision_config", {})}
+    vision = Vision(
+        hidden=tower["hidden_size"],
+        intermediate=tower["intermediate_size"],
+        layers=tower["num_hidden_layers"],
+        patch=tower["num_channels"] * tower["patch_size"] ** 2,
+        patches=(tower["image_size"] // tower["patch_size"]) ** 2,
+    )
+    return replace(_decoder("gemma3_text", text), vision=vision)
+
+
+def _vision_layers(vision: Vision) -> tuple[Linear, ...]:
+    wide, n = vision.intermediate, vision.layers
+    attention = (Linear(f"{part}_proj", vision.hidden, vision.hidden, True, n) for part in "kvq")
+    return (
+        *attention,
+        Linear("out_proj", vision.hidden, vision.hidden, True, n),
+        Linear("fc1", vision.hidden, wide, True, n),
+        Linear("fc2", wide, vision.hidden, True, n),
+    )
+
+
+def _vision_norms(vision: Vision) -> tuple[Norm, ...]:
+    layers = (Norm(name, vision.hidden, True, vision.layers) for name in ("layer_norm1", "layer_norm2"))
+    last = Norm("post_layernorm", vision.hidden, True, 1)
+    return (*layers, last, Norm("mm_soft_emb_norm", vision.hidden, False, 1))
+
+
+def _loose(vision: Vision | None, hidden: int) -> int:
+    """Return the tower's parameters outside linear layers and norms: patches, positions, projection."""
+    if vision is None:
+        return 0
+    patches = vision.patch * vision.hidden + vision.hidden
+    return patches + vision.patches * vision.hidden + vision.hidden * hidden
+
+
+def _unknown(family: str) -> Problem:
+    known = ", ".join([*DEFAULTS, "gemma3"])
+    repair = nearest(family, DEFAULTS) or (
+        "it may well run: train.max_steps=3 trains three steps, and run.json then has the peak memory"
+    )
+    return Problem("model.base", f"a model of type '{family}', which is not planned here", known, repair)

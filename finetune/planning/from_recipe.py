@@ -1,0 +1,109 @@
+"""A recipe's words as the planner's: model, adapter and training, of any stage."""
+
+from typing import Any
+
+from finetune.planning import choices
+from finetune.planning.architecture import Architecture
+from finetune.planning.hardware import Hardware
+from finetune.planning.shapes import base_config
+from finetune.planning.workload import Adapter, Workload
+from finetune.recipe.checks import adapter_traits
+from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettings
+
+ADAMIX_PASSES = 2
+SPECIAL_TOKENS = 3
+"""BOS, EOS and padding: what trainable_tokens trains where the recipe names none."""
+
+
+def architecture_of(model: ModelSettings) -> Architecture:
+    """Return the base's architecture with the context that the recipe asks for.
+
+    Raises:
+        UserError: there is no such base, or its shape is not known.
+    """
+    config = base_config(model.base, model.revision)
+    if model.rope is not None:
+        text = config.get("text_config", config)
+        longer = {**text, "max_position_embeddings": round(_context(text) * model.rope.factor)}
+        config = {**config, "text_config": longer} if "text_config" in config else longer
+    return Architecture.of(config)
+
+
+def _context(text: dict[str, Any]) -> int:
+    return int(text["max_position_embeddings"])
+
+
+def adapter_of(settings: AdapterSettings) -> Adapter:
+    """Return those of an adapter's settings that its memory depends on."""
+    values = settings.model_dump()
+    target = values.get("target", "all-linear")
+    tokens = values.get("tokens")
+    own = int(values.get("virtual_tokens", 0))
+    return Adapter(
+        method=settings.method,
+        rank=_rank(values),
+        targets=() if isinstance(target, str) else tuple(target),
+        dropout=values.get("dropout", 0.0) > 0,
+        virtual_tokens=max(own, settings.positions),
+        frozen_tokens=max(0, settings.positions - own),
+        width=values.get("width", values.get("encoder_width", 0)),
+        experts=values.get("experts", 1),
+        placement=values.get("placement", "parallel"),
+        encoder=values.get("encoder", "mlp"),
+        projection=bool(values.get("projection", False)),
+        top_layers=values.get("layers", 0),
+        block_size=values.get("block_size", 32),
+        tokens=len(tokens) if tokens is not None else SPECIAL_TOKENS,
+        passes=ADAMIX_PASSES if values.get("consistency") else 1,
+    )
+
+
+def _rank(values: dict[str, Any]) -> int:
+    """Return the rank that memory is needed for: AdaLoRA starts with half as much again."""
+    rank = int(values.get("rank", 0))
+    if values["method"] == "adalora":
+        return int(values["first_rank"] or -(-3 * rank // 2))
+    return rank
+
+
+def model_choices(settings: StageSettings, hardware: Hardware) -> dict[str, choices.Choice]:
+    """Return precision and quantization of a recipe on some hardware, each with its reason.
+
+    Raises:
+        UserError: the precision is not for this hardware.
+    """
+    model, possible = settings.model, adapter_traits(settings.adapter.method).quantization
+    return {
+        "model.precision": choices.precision(model.precision, hardware),
+        "model.quantization": choices.quantization(model.quantization, possible),
+    }
+
+
+def step_of(
+    settings: StageSettings,
+    architecture: Architecture,
+    *,
+    precision: str,
+    quantization: str,
+    device: str,
+) -> Workload:
+    """Return what a recipe says of an optimizer step but for its rows: those the stage adds.
+
+    Args:
+        settings: the recipe's sections.
+        architecture: of its base.
+        precision: as chosen.
+        quantization: as chosen.
+        device: ``cuda`` or ``cpu``.
+    """
+    attention = settings.model.attention
+    return Workload(
+        architecture=architecture,
+        adapter=adapter_of(settings.adapter),
+        precision=precision,  # type: ignore[arg-type]  # the recipe's words are the planner's
+        quantization=quantization,  # type: ignore[arg-type]
+        optimizer=settings.train.optimizer,
+        checkpointing=settings.train.gradient_checkpointing,
+        attention="sdpa" if attention == "auto" else attention,
+        device=device,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,128 @@
+"""What lies in memory from the first step to the last: weights, gradients, the optimizer's states."""
+
+from dataclasses import dataclass
+from math import ceil
+
+from finetune.planning.architecture import Architecture, Linear
+from finetune.planning.trained import targets, trained_parameters
+from finetune.planning.workload import BYTES, LOW_RANK, Quantization, Workload
+
+NF4_BLOCK, NF4_SCALES = 64, 256
+"""Weights that share a scale, and scales that share one themselves (arXiv 2305.14314, section 3)."""
+NF4_TABLES = 4 * (16 + 256) + 4
+"""The 16 values of the code, the 256 of the scales' code, and the scales' mean: float32."""
+ADAM_8BIT_BLOCK, ADAM_8BIT_LEAST = 256, 4096
+"""bitsandbytes: numbers that share a scale; smaller tensors keep float32 states."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Bytes that a process holds.
+
+    Attributes:
+        base: frozen weights, or the whole model where it is trained.
+        adapter: what is trained beside them, and what stands frozen beside it.
+        gradients: of all that is trained.
+        optimizer: states.
+        step_workspace: what a step of the optimizer takes for its own.
+        host: in the machine's memory.
+    """
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    step_workspace: int
+    host: int
+
+
+def resident(workload: Workload) -> Resident:
+    """Return what a process holds, with what the strategy partitions divided by the processes.
+
+    ZeRO-1 partitions the optimizer's states, ZeRO-2 the gradients too, ZeRO-3 and FSDP2 the weights too
+    (Rajbhandari et al. 2019, arXiv 1910.02054, section 5).
+    """
+    trained = trained_parameters(workload.architecture, workload.adapter, heads=workload.heads)
+    roles = 2 if workload.objective == "ppo" else 1
+    whole = workload.adapter.whole_model
+    base = base_bytes(workload)
+    adapter = 0 if whole else roles * 4 * trained
+    gradients = roles * 4 * trained
+    states = roles * optimizer_bytes(workload, trained)
+    shared = _shares(workload)
+    paged = workload.optimizer == "paged_adamw"
+    host = states if paged or workload.offload != "none" else 0
+    return Resident(
+        base=ceil(base / shared["weights"]),
+        adapter=ceil(adapter / shared["weights"]),
+        gradients=ceil(gradients / shared["gradients"]),
+        optimizer=0 if host else ceil(states / shared["states"]),
+        step_workspace=ceil(4 * roles * trained / shared["states"]) if workload.device == "cuda" else 0,
+        host=ceil(host / shared["states"]),
+    )
+
+
+def base_bytes(workload: Workload) -> int:
+    """Return the bytes of the base: quantized linear layers, and the rest in the precision of its passes.
+
+    Trained weights stay in float32 (mixed precision).
+    """
+    architecture = workload.architecture
+    if workload.adapter.whole_model:
+        return 4 * architecture.parameters
+    linear = architecture.linear_layers()
+    weights = sum(layer.weights for layer in linear)
+    rest = (architecture.parameters - weights) * workload.bytes
+    return rest + sum(
+        layer.count * quantized_bytes(layer, workload.quantization, workload) for layer in linear
+    )
+
+
+def quantized_bytes(layer: Linear, quantization: Quantization, workload: Workload) -> int:
+    """Return the bytes of one weight (out, in).
+
+    NF4: two weights a byte, an 8-bit scale for each 64 of them, a float32 scale for each 256 scales, and the
+    tables. int8: a byte a weight, a float32 scale for each output.
+    """
+    numbers = layer.inputs * layer.outputs
+    if quantization == "nf4":
+        scales = ceil(numbers / NF4_BLOCK)
+        return ceil(numbers / 2) + scales + 4 * ceil(scales / NF4_SCALES) + NF4_TABLES
+    if quantization == "int8":
+        return numbers + 4 * layer.outputs
+    return numbers * BYTES[workload.precision]
+
+
+def optimizer_bytes(workload: Workload, trained: int) -> int:
+    """Return the states of an optimizer.
+
+    AdamW: two float32 moments a number. 8-bit: two bytes and two float32 scales a block of 256 (Dettmers et
+    al. 2021, arXiv 2110.02861). Adafactor: a number for each row and each column of a matrix (Shazeer and
+    Stern 2018, arXiv 1804.04235).
+    """
+    if workload.optimizer == "adamw_8bit":
+        return 2 * trained + 2 * 4 * ceil(trained / ADAM_8BIT_BLOCK)
+    if workload.optimizer == "adafactor":
+        return 4 * _factored(workload.architecture, workload, trained)
+    return 8 * trained
+
+
+def _factored(architecture: Architecture, workload: Workload, trained: int) -> int:
+    adapter = workload.adapter
+    if adapter.whole_model:
+        rows = sum(layer.count * (layer.inputs + layer.outputs) for layer in architecture.linear_layers())
+        return rows + 2 * (architecture.vocabulary + architecture.hidden)
+    if adapter.method in LOW_RANK:
+        chosen = targets(architecture, adapter)
+        return sum(one.count * (one.inputs + one.outputs + 2 * adapter.rank) for one in chosen)
+    return trained
+
+
+def _shares(workload: Workload) -> dict[str, int]:
+    """Return by how many processes weights, gradients and states are divided."""
+    n, strategy = workload.processes, workload.strategy
+    return {
+        "weights": n if strategy in ("zero3", "fsdp2") else 1,
+        "gradients": n if strategy in ("zero2", "zero3", "fsdp2") else 1,
+        "states": n if strategy in ("zero1", "zero2", "zero3", "fsdp2") else 1,
+    }

@@ -1,0 +1,55 @@
+"""A base's config.json without a download: from our table, from a folder, or from the hub's cache."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from finetune.recipe import yaml_file
+from finetune.recipe.bases import bases, resolve_base
+from finetune.recipe.discovery import PROJECT
+from finetune.recipe.errors import Problem, UserError
+
+ARCHITECTURES = PROJECT / "recipes" / "architectures.yaml"
+
+
+def base_config(base: str, revision: str | None = None) -> dict[str, Any]:
+    """Return what the config.json of a base says, of a known one by heart.
+
+    Args:
+        base: short name, hub id or folder.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        UserError: there is no such base, or its config.json is not on this machine.
+    """
+    found = resolve_base(base)
+    if Path(found).is_dir():
+        return _read(Path(found) / "config.json")
+    known = {entry.id: name for name, entry in bases().items()}
+    if found in known and revision is None:
+        config: dict[str, Any] = yaml_file.read(ARCHITECTURES)[0][known[found]]["config"]
+        return config
+    cached = try_to_load_from_cache(found, "config.json", revision=revision)
+    if isinstance(cached, str):
+        return _read(Path(cached))
+    raise UserError(_unknown(base, found, revision, len(known)))
+
+
+def _unknown(base: str, found: str, revision: str | None, known: int) -> Problem:
+    at = f" at revision '{revision}'" if revision else ""
+    text = f"the shape of '{base}'{at} is not known here: its config.json is not on this machine"
+    expected = f"one of {known} short names (`llm-align list bases`), a folder, or a model in the hub's cache"
+    option = f" --revision {revision}" if revision else ""
+    return Problem("model.base", text, expected, f"hf download {found} config.json{option}   (no weights)")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(Problem("model.base", f"{file}: {error}", "the JSON of a config.json")) from error
+    if not isinstance(content, dict):
+        raise UserError(Problem("model.base", f"{file} holds no object", "the JSON of a config.json"))
+    return content
