@@ -1,6 +1,6 @@
 """Which settings do not go together, why, and who says so: data alone, read by ``finetune.planning.solver``.
 
-Whatever no rule here speaks of works. COMPATIBILITY.md is made of it (``python -m finetune.planning.matrix``).
+Whatever no rule here speaks of works. COMPATIBILITY.md is made of it by ``finetune.planning.matrix``.
 ``evidence`` is how a fact was found out: *run* (tried here, on the versions in constraints.txt), *source*
 (read in the library's code), *thread* (reported by its users), *ours* (how this program is built).
 """
@@ -86,18 +86,10 @@ OF_THE_ADAPTER = (
         repair="adapter.method=lora, or another one that leaves the base as it is",
     ),
     Rule(
-        "passes",
-        {"stage": ("dpo",), "two_passes": (True,)},
-        "predictions of two passes are pulled together, which is a loss on labels and not on comparisons",
-        "align/dpo/tuning.py",
-        "ours",
-        {"adapter.consistency": False},
-    ),
-    Rule(
-        "passes-drawn",
-        {"stage": ("ppo",), "two_passes": (True,)},
-        "predictions of two passes are pulled together, which is a loss on labels and not on drawn replies",
-        "align/ppo/tuning.py",
+        "two-passes",
+        {"stage": ("dpo", "ppo"), "two_passes": (True,)},
+        "pulling the predictions of two passes together is a loss on labels, and there are none here",
+        "align/dpo/tuning.py, align/ppo/tuning.py",
         "ours",
         {"adapter.consistency": False},
     ),
