@@ -54,10 +54,10 @@ OF_THE_ADAPTER = (
         {"model.quantization": "auto"},
     ),
     Rule(
-        "hooks",
+        "engine",
         {"adapter_has_engine": (False,)},
-        "the adapter acts between the steps, which TRL's trainers do not offer",
-        "finetune/adapters/*.py, TRAITS.engines",
+        "the adapter needs what TRL's trainers do not offer: to act between the steps, or their head behind it",
+        "finetune/adapters/*.py, TRAITS.engines; llama_adapter tried here: no log_probs in the model's output",
         "ours",
         {"train.engine": "native"},
     ),

@@ -32,7 +32,7 @@ SEVERAL = {"processes": 2}
 
 HITS: dict[str, dict[str, Any]] = {
     "storage": {"adapter": "pissa", "quantization": "nf4"},
-    "hooks": {"adapter": "lora_plus", "engine": "trl"},
+    "engine": {"adapter": "lora_plus", "engine": "trl"},
     "scores": {"stage": "reward", "adapter": "trainable_tokens"},
     "copied": {"stage": "dpo", "adapter": "pissa", "engine": "trl"},
     "copied-always": {"stage": "kto", "adapter": "pissa", "engine": "trl"},
@@ -114,7 +114,7 @@ def test_every_combination_of_strategy_optimizer_offload_and_hardware_ends() -> 
 
 def test_what_is_done_twice_back_and_forth_cannot_be() -> None:
     verdict = judge(Combination(stage="rloo", adapter="adalora", engine="trl"))
-    assert verdict.kind == "cannot" and [rule.name for rule in verdict.rules] == ["hooks", "trl-alone"]
+    assert verdict.kind == "cannot" and [rule.name for rule in verdict.rules] == ["engine", "trl-alone"]
 
 
 def test_a_change_that_needs_another_one_is_followed() -> None:
