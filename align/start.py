@@ -8,6 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from align.rl.rewards.settings import RewardSource, RewardsSettings
+from finetune.planning import choices
+from finetune.planning.hardware import detect
+from finetune.planning.solver import Machine, settled
 from finetune.planning.world import world
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe, load
@@ -18,7 +21,7 @@ from finetune.training.run_directory import RunDirectory
 
 
 def ready(recipe: Recipe, console: Console) -> Recipe:
-    """Return the recipe with finished runs as its start and as its rewards.
+    """Return the recipe with settings that go together here, finished runs as its start and as its rewards.
 
     Args:
         recipe: its ``model.start`` and its ``reward.sources`` may be ``stage/recipe``; such a recipe's run is
@@ -26,15 +29,23 @@ def ready(recipe: Recipe, console: Console) -> Recipe:
         console: where a run that comes first shows its progress.
 
     Raises:
-        UserError: mistakes in a recipe that comes first, or in its data.
+        UserError: settings that do not go together; mistakes in a recipe that comes first, or in its data.
         Interrupted: a signal came while it ran.
         NotFiniteError: its loss or gradient became NaN or infinite.
     """
+    recipe = settled(recipe, _machine(recipe))
     start = recipe.settings.model.start
     if start is not None and is_recipe(start):
         recipe = _starting_from(_made(start, recipe, console, "starts from"), recipe)
     reward = dict(recipe.settings).get("reward")
     return _rewarded(recipe, reward, console) if isinstance(reward, RewardsSettings) else recipe
+
+
+def _machine(recipe: Recipe) -> Machine:
+    """Return what it is started on: the processes of a launcher of the user's, or those that it asks for."""
+    hardware, place = detect(), world()
+    count, _ = choices.processes(recipe.settings.train.processes, hardware)
+    return Machine(hardware.device, hardware.bfloat16, place.size if place.size > 1 else count)
 
 
 def _rewarded(recipe: Recipe, reward: RewardsSettings, console: Console) -> Recipe:

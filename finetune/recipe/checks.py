@@ -151,9 +151,7 @@ def _adapter(settings: StageSettings) -> Iterator[Problem]:
     yield from settings.adapter.problems()
     if train.engine not in traits.engines:
         found = f"'{train.engine}' with adapter.method '{method}'"
-        repair = (
-            "train.engine=native: this adapter acts between the steps, which TRL's trainer does not offer"
-        )
+        repair = "train.engine=native: this adapter needs what TRL's trainer does not offer"
         yield Problem("train.engine", found, one_of(traits.engines), repair)
     if train.gradient_checkpointing and not traits.checkpointing:
         found = f"true with adapter.method '{method}'"

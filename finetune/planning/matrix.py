@@ -1,0 +1,182 @@
+"""The compatibility matrix as tables: every cell judged, equal rows told once, and the page made of them.
+
+``python -m finetune.planning.matrix`` prints COMPATIBILITY.md.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from finetune.planning.compatibility import RULES, Rule
+from finetune.planning.solver import (
+    OFFLOADS,
+    OPTIMIZERS,
+    STRATEGIES,
+    Combination,
+    Verdict,
+    judge,
+    settings_text,
+    wants_two_passes,
+)
+from finetune.recipe.checks import adapter_traits
+from finetune.recipe.discovery import ADAPTERS, plugin_names, stage_names
+from finetune.recipe.recipe import adapter_settings, stage_settings
+
+DEVICES = ("cpu", "cuda")
+YES, NO = "yes", "no"
+HEAD = """\
+# What goes together
+
+Made from `finetune/planning/compatibility.py` by `python -m finetune.planning.matrix`. For one stage:
+`llm-align plan --matrix`. Every run is judged so before anything is loaded: what nobody asked for is changed
+where that helps, with a note; other things that do not go together end with exit status 2 and the repair.
+
+`yes`: works. `zero3 [fsdp2-cpu]`: works with this value in its place, because of the rule of that name below.
+`no [...]`: cannot. Several processes everywhere but under `single`.
+"""
+EVIDENCE = {
+    "run": "tried here",
+    "source": "read in the library's source",
+    "thread": "reported by its users",
+    "ours": "how this program is built",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Cells of one line, with what they have in common: (adapter, quantization) pairs, or one value."""
+
+    names: tuple[str, ...]
+    cells: tuple[Combination, ...]
+    verdicts: tuple[Verdict, ...]
+
+
+def engine_of(stage: str) -> str:
+    """Return the engine that a stage uses unless it is told another."""
+    return stage_settings(stage)().train.engine
+
+
+def cells(stage: str, device: str) -> Iterator[Combination]:
+    """Yield every adapter x quantization that it takes x strategy, on two processes or more."""
+    start = Combination(stage=stage, device=device, engine=engine_of(stage))
+    for method in plugin_names(ADAPTERS):
+        twice = wants_two_passes(adapter_settings(method)())
+        for stored in adapter_traits(method).quantization:
+            base = replace(start, adapter=method, quantization=stored, two_passes=twice)
+            yield from across(base)
+
+
+def across(base: Combination) -> tuple[Combination, ...]:
+    """Return a combination under each strategy, with as many processes as that needs."""
+    return tuple(replace(base, strategy=name, processes=1 if name == "single" else 2) for name in STRATEGIES)
+
+
+def adapter_rows(stage: str, device: str) -> list[Row]:
+    """Return the table of a stage: a row for all adapters and quantizations of equal verdicts."""
+    found = list(cells(stage, device))
+    lines = [found[start : start + len(STRATEGIES)] for start in range(0, len(found), len(STRATEGIES))]
+    return _merged((f"{line[0].adapter} {line[0].quantization}", tuple(line)) for line in lines)
+
+
+def optimizer_rows(device: str) -> list[Row]:
+    """Return the table of optimizers."""
+    start = Combination(device=device)
+    return _merged((name, across(replace(start, optimizer=name))) for name in OPTIMIZERS)
+
+
+def offload_rows(device: str) -> list[Row]:
+    """Return the table of places to offload to."""
+    start = Combination(device=device)
+    return _merged((name, across(replace(start, offload=name))) for name in OFFLOADS)
+
+
+def engine_rows(device: str) -> list[Row]:
+    """Return the table of stages on TRL's trainers."""
+    start = Combination(device=device, engine="trl")
+    return _merged((name, across(replace(start, stage=name))) for name in stage_names())
+
+
+def cell_text(verdict: Verdict) -> str:
+    """Return a verdict as it stands in a table: yes, the values that make it work, or no."""
+    if verdict.kind == "works":
+        return YES
+    names = ", ".join(dict.fromkeys(rule.name for rule in verdict.rules))
+    if verdict.kind == "cannot":
+        return f"{NO} [{names}]"
+    only = list(verdict.changes) == ["train.strategy"]
+    text = str(verdict.changes["train.strategy"]) if only else settings_text(verdict.changes)
+    return f"{text} [{names}]"
+
+
+def rules_in(rows: Iterable[Row]) -> list[Rule]:
+    """Return the rules that a table's cells name, in their order."""
+    hit = {rule.name for row in rows for verdict in row.verdicts for rule in verdict.rules}
+    return [rule for rule in RULES if rule.name in hit]
+
+
+def page() -> str:
+    """Return COMPATIBILITY.md."""
+    parts = [HEAD]
+    for device in DEVICES:
+        parts.append(f"## On {'CPUs' if device == 'cpu' else 'GPUs'}\n")
+        for stages, rows in _by_table(device):
+            parts.append(f"### {', '.join(stages)}\n\n{_table('adapter and base', rows)}")
+        for title, rows in (
+            ("optimizer", optimizer_rows(device)),
+            ("train.offload", offload_rows(device)),
+            ("train.engine=trl", engine_rows(device)),
+        ):
+            parts.append(f"### {title}\n\n{_table(title, rows)}")
+    parts.append("## Rules\n\n" + "\n".join(rule_line(rule) for rule in RULES))
+    return "\n".join(parts) + "\n"
+
+
+def _by_table(device: str) -> Iterator[tuple[list[str], list[Row]]]:
+    """Yield tables with all stages that have the same one."""
+    tables: dict[str, tuple[list[str], list[Row]]] = {}
+    for stage in stage_names():
+        rows = adapter_rows(stage, device)
+        tables.setdefault(_table("", rows), ([], rows))[0].append(stage)
+    yield from tables.values()
+
+
+def _merged(lines: Iterable[tuple[str, tuple[Combination, ...]]]) -> list[Row]:
+    """Return rows, those of equal verdicts as one."""
+    rows: dict[tuple[str, ...], list[tuple[str, tuple[Combination, ...], tuple[Verdict, ...]]]] = {}
+    for name, line in lines:
+        verdicts = tuple(judge(cell) for cell in line)
+        rows.setdefault(tuple(map(cell_text, verdicts)), []).append((name, line, verdicts))
+    return [
+        Row(
+            tuple(name for name, _, _ in same),
+            tuple(cell for _, line, _ in same for cell in line),
+            same[0][2],
+        )
+        for same in rows.values()
+    ]
+
+
+def row_name(names: tuple[str, ...]) -> str:
+    """Return what a row is called: ``lora none/nf4/int8, dora none/nf4``."""
+    by_adapter: dict[str, list[str]] = {}
+    for name in names:
+        adapter, _, stored = name.partition(" ")
+        by_adapter.setdefault(adapter, []).append(stored)
+    return ", ".join(f"{adapter} {'/'.join(stored)}".strip() for adapter, stored in by_adapter.items())
+
+
+def _table(title: str, rows: list[Row]) -> str:
+    head = f"| {title} | {' | '.join(STRATEGIES)} |\n|{' --- |' * (len(STRATEGIES) + 1)}\n"
+    lines = (
+        f"| {row_name(row.names)} | {' | '.join(cell_text(verdict) for verdict in row.verdicts)} |"
+        for row in rows
+    )
+    return head + "\n".join(lines) + "\n"
+
+
+def rule_line(rule: Rule) -> str:
+    """Return a rule in a line: why, how it was found out, and who says so."""
+    return f"* **{rule.name}**: {rule.reason}. ({EVIDENCE[rule.evidence]}: {rule.source})"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

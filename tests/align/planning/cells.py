@@ -1,0 +1,132 @@
+"""Cells of the compatibility matrix as commands: a random model, a few rows, three steps on two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.planning.solver import Combination
+
+PREFERENCES = ("reward", "dpo", "kto", "hindsight")
+DRAWN = ("ppo", "rejection", "rloo", "grpo")
+REWARD = "def short(prompt, completion):\n    return -0.1 * len(completion)\n"
+NEEDS = {
+    "ppo": "sampling: {max_new_tokens: 4}\nppo: {rollout_size: 8, epochs: 1, missing_end: null}\n",
+    "rloo": "sampling: {samples: 4, max_new_tokens: 4}\n",
+    "grpo": "sampling: {samples: 4, max_new_tokens: 4}\n",
+    "rejection": "sampling: {max_new_tokens: 4}\n"
+    "rejection: {rounds: 1, prompts: 8, samples: 2, keep: best, unfinished: learn}\n",
+}
+SMALL = {"vera": "rank: 8", "oft": "block_size: 8", "multitask_prompt": "virtual_tokens: 8"}
+SMALL["trainable_tokens"] = f"tokens: {list(range(20, 60))}"
+"""Settings of adapters whose defaults are made for larger models."""
+SECONDS = 240
+
+
+@dataclass(frozen=True)
+class World:
+    """Where cells run: a base, and rows of each kind."""
+
+    folder: Path
+
+    @property
+    def base(self) -> Path:
+        """Return the folder of the random base."""
+        return self.folder / "base"
+
+    def rows(self, stage: str) -> Path:
+        """Return the file of rows that a stage learns from."""
+        kind = "pairs" if stage in PREFERENCES else "prompts" if stage in DRAWN else "sums"
+        return self.folder / f"{kind}.jsonl"
+
+
+def make_world(folder: Path) -> World:
+    """Write a random Llama of two layers, biases in its attention, and 24 rows of each kind."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    world = World(folder)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        ["### Instruction: ### Input: ### Response: Add the numbers."] * 4, vocab_size=400
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    tokenizer.save_pretrained(world.base)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(
+        vocab_size=512,
+        attention_bias=True,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        **sizes,
+        **ends,
+    )
+    LlamaForCausalLM(config).save_pretrained(world.base)
+    sums = [
+        {"instruction": "Add the numbers.", "input": f"{i} {i % 7}", "output": f"{i + i % 7}"}
+        for i in range(24)
+    ]
+    pairs = [
+        {"prompt": f"Add {i} {i % 7}", "chosen": f"{i + i % 7}", "rejected": f"no {i}"} for i in range(24)
+    ]
+    for name, rows in {"sums": sums, "pairs": pairs, "prompts": pairs}.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "reward.py").write_text(REWARD, encoding="utf-8")
+    return world
+
+
+def recipe_text(cell: Combination, world: World) -> str:
+    """Return the recipe of a cell."""
+    adapter = ", ".join(filter(None, [f"method: {cell.adapter}", SMALL.get(cell.adapter, "")]))
+    template = "plain" if cell.stage in ("rloo", "grpo") else "alpaca"
+    lines = [
+        f"stage: {cell.stage}",
+        f"model: {{base: {world.base}, precision: float32, quantization: {cell.quantization}}}",
+        f"data: {{source: {world.rows(cell.stage)}, template: {template}, cache: false, held_out: 4}}",
+        f"adapter: {{{adapter}}}",
+        "train: {max_steps: 3, batch_size: 8, micro_batch_size: 2, warmup: 0,"
+        f" engine: {cell.engine}, optimizer: {cell.optimizer},"
+        f" strategy: {cell.strategy}, processes: {cell.processes}, offload: {cell.offload}}}",
+        "evaluate: {samples: 1, max_new_tokens: 3}" if cell.stage != "reward" else "",
+        f'reward: {{sources: "{world.folder}/reward.py:short"}}' if cell.stage in DRAWN else "",
+        NEEDS.get(cell.stage, ""),
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def name_of(cell: Combination) -> str:
+    """Return what a cell is called."""
+    parts = [cell.stage, cell.adapter, cell.quantization, cell.strategy]
+    further = [value for value in (cell.engine, cell.optimizer, cell.offload) if value not in USUAL]
+    return "-".join(parts + further)
+
+
+USUAL = ("native", "adamw", "none")
+
+
+def command(cell: Combination, world: World, out: Path) -> list[str]:
+    """Write a cell's recipe beside ``out`` and return the words that run it."""
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(recipe_text(cell, world), encoding="utf-8")
+    return [sys.executable, "-m", "align", cell.stage, str(recipe), "--out", str(out)]
+
+
+def run(cell: Combination, world: World, out: Path) -> tuple[int, str]:
+    """Run a cell; return its exit status and what it said."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(cell, world, out),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        env=environment,
+    )
+    return done.returncode, done.stdout + done.stderr
