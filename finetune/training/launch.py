@@ -13,6 +13,7 @@ import sys
 import tempfile
 import uuid
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,11 @@ from finetune.planning import choices
 from finetune.planning.hardware import detect
 from finetune.planning.world import world
 from finetune.recipe.discovery import load_stage
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training.run_directory import RunDirectory
 from finetune.training.stops import Interrupted, LostProcessError
+from finetune.training.strategies import ZERO
 
 if TYPE_CHECKING:
     from finetune.training.result import Result
@@ -64,6 +67,7 @@ def run_stage(recipe: Recipe, console: Console, *, force: bool = False, command:
         NotFiniteError: loss or gradient became NaN or infinite.
         LostProcessError: a process ended before its work did.
     """
+    _refuse_without_library(recipe.settings.train.strategy)
     stage, place = load_stage(recipe.stage), world()
     if place.size > 1:
         shown = console if place.main else Console(quiet=True)
@@ -73,6 +77,13 @@ def run_stage(recipe: Recipe, console: Console, *, force: bool = False, command:
         _start(Work(recipe, force, command), count)
         force = False
     return stage.run(recipe, console, force=force, command=command)  # type: ignore[no-any-return]
+
+
+def _refuse_without_library(strategy: str) -> None:
+    """Raise UserError for ZeRO where DeepSpeed, which carries it out, is not installed."""
+    if strategy in ZERO and find_spec("deepspeed") is None:
+        repair = "pip install 'llm-align[zero]' (Linux); or train.strategy=ddp"
+        raise UserError(Problem("train.strategy", f"{strategy}, without DeepSpeed", "DeepSpeed", repair))
 
 
 def _start(work: Work, count: int) -> None:
