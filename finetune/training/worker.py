@@ -5,7 +5,6 @@ import pickle
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 
 from finetune.recipe.quiet import quiet
@@ -29,17 +28,17 @@ def main(folder: Path) -> int:
     _end_with_parent()
     place = world()
     work = pickle.loads((folder / WORK).read_bytes())
+    report = report_file(folder, place.rank)
     try:
         run_stage(work.recipe, Console(), force=work.force, command=work.command)
-    except (UserError, Interrupted, NotFiniteError) as known:
-        told: Exception = known
-    except Exception as error:  # told by rank and cause, with the traceback above it
-        traceback.print_exc()
-        told = LostProcessError(f"process {place.rank}: {type(error).__name__}: {error}")
-    else:
-        return 0
-    report_file(folder, place.rank).write_bytes(pickle.dumps(told))
-    return 1
+    except (UserError, Interrupted, NotFiniteError) as told:
+        report.write_bytes(pickle.dumps(told))
+        return 1
+    except Exception as error:  # whatever it is, it is told with this process's number, and its traceback
+        cause = LostProcessError(f"process {place.rank}: {type(error).__name__}: {error}")
+        report.write_bytes(pickle.dumps(cause))
+        raise
+    return 0
 
 
 def _end_with_parent() -> None:
