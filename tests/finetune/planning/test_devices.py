@@ -99,4 +99,4 @@ def test_a_driver_that_fails_means_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_cpu_has_the_machine_s_memory() -> None:
     found = device("cpu")
-    assert found.kind == "cpu" and GIB < found.memory and found.single > 0
+    assert found.kind == "cpu" and found.memory > GIB and found.single > 0
