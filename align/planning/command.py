@@ -70,13 +70,13 @@ def _show(
     from rich.console import Console
 
     from align.planning.fit import alternatives
-    from align.planning.machine import machine
+    from align.planning.machine import machine, together
     from align.planning.plan import plan_of
     from align.planning.record import record
     from align.planning.terminal import print_alternatives, print_plan
 
     device, count = machine(recipe.settings.train, gpu, gpus)
-    found = plan_of(recipe, device, count)
+    found = plan_of(together(recipe, device, count), device, count)
     changes = alternatives(found, count) if fit else None
     if as_json:
         click.echo(json.dumps(record(found, changes), indent=1, ensure_ascii=False))

@@ -22,6 +22,7 @@ from typing import Any
 
 from align.planning.plan import Plan, plan_of
 from align.rl.settings import PromptSettings
+from finetune.planning.solver import Machine, combination_of, judge
 from finetune.planning.speed import DEQUANTIZED, learnt_operations
 from finetune.planning.workload import Workload
 from finetune.recipe.checks import adapter_traits
@@ -80,7 +81,8 @@ def alternatives(plan: Plan, count: int) -> list[Alternative]:
     Raises:
         UserError: a changed recipe that cannot be planned.
     """
-    found = [_alternative(plan, changes, count) for changes in _combinations(plan)]
+    works = (changes for changes in _combinations(plan) if _go_together(plan, changes))
+    found = [_alternative(plan, changes, count) for changes in works]
     return sorted(
         found,
         key=lambda one: (
@@ -91,6 +93,14 @@ def alternatives(plan: Plan, count: int) -> list[Alternative]:
             one.plan.peak.total,
         ),
     )
+
+
+def _go_together(plan: Plan, changes: tuple[Change, ...]) -> bool:
+    """Tell whether the changed settings work as they are, by the compatibility solver."""
+    device, processes = plan.device, plan.step.processes
+    recipe = changed(plan.recipe, [("train.strategy", plan.step.strategy), *changes])
+    machine = Machine(device.kind, device.bfloat16, processes)
+    return judge(combination_of(recipe, machine)).kind == "works"
 
 
 def _alternative(plan: Plan, changes: tuple[Change, ...], count: int) -> Alternative:
@@ -153,7 +163,7 @@ def _shared(plan: Plan) -> list[list[Change]]:
     """Return the strategies that partition more than the recipe's, with several processes."""
     if plan.step.processes == 1:
         return [[]]
-    order = ["ddp", "zero1", "zero2", "zero3"]
+    order = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
     here = order.index(plan.step.strategy) if plan.step.strategy in order else len(order)
     more: list[list[Change]] = [[("train.strategy", name)] for name in order[here + 1 :]]
     offloaded: list[list[Change]] = [[("train.strategy", "zero3"), ("train.offload", "cpu")]]

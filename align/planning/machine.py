@@ -1,7 +1,11 @@
 """The machine that is planned for: the one that is named, or this one."""
 
+from finetune.planning import choices
 from finetune.planning.devices import Device, device, this_machine
+from finetune.planning.hardware import Hardware
+from finetune.planning.solver import Machine, settled
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import TrainSettings
 
 
@@ -23,3 +27,14 @@ def machine(train: TrainSettings, gpu: str | None, gpus: int | None) -> tuple[De
         raise UserError(Problem("--gpus", text, "1, or a GPU by --gpu", repair))
     asked = train.processes if isinstance(train.processes, int) else 1
     return found, gpus or here or asked
+
+
+def together(recipe: Recipe, found: Device, count: int) -> Recipe:
+    """Return the recipe with settings that go together on a machine, as its run would have them.
+
+    Raises:
+        UserError: what is asked for does not go together.
+    """
+    hardware = Hardware(found.kind, found.name, found.bfloat16, count)
+    processes, _ = choices.processes(recipe.settings.train.processes, hardware)
+    return settled(recipe, Machine(found.kind, found.bfloat16, processes))

@@ -172,9 +172,11 @@ def print_alternatives(found: Sequence[Alternative], plan: Plan, console: Consol
 
 
 def shown(found: Sequence[Alternative]) -> list[Alternative]:
-    """Return the alternatives worth a line: the cheapest that fit, and each single change."""
-    best = [one for one in found if one.plan.fits][:SHOWN]
-    single = [one for one in found if len(one.changes) == 1 and one not in best]
+    """Return the alternatives worth a line: the cheapest that fit, and each single change; of equal ones one."""
+    alike = {(one.plan.peak.total, one.plan.rows, round(one.time, 2)): one for one in reversed(found)}
+    others = sorted(alike.values(), key=found.index)
+    best = [one for one in others if one.plan.fits][:SHOWN]
+    single = [one for one in others if len(one.changes) == 1 and one not in best]
     return [*best, *single[:SHOWN]]
 
 

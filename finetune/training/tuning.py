@@ -1,6 +1,6 @@
 """What every stage does that tunes a policy: arguments, facts, replies, the saved result, the record."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from math import ceil
 from typing import Any
@@ -19,6 +19,7 @@ from finetune.training.behaviour import Behaviour, load_behaviour
 from finetune.training.generate import Reply, reply_to
 from finetune.training.job import Job
 from finetune.training.loading import Policy
+from finetune.training.memory_room import free_bytes, rows_that_fit
 from finetune.training.model import count_parameters
 from finetune.training.preflight.ticks import Tick
 from finetune.training.samples import Samples, spread
@@ -60,6 +61,7 @@ def engine_arguments(
         hardware=job.hardware,
         whole=train.engine == "trl",
         least=stage.least,
+        fits=_memory(job, policy, longest) if job.hardware.device == "cuda" else None,
     )
     every = choices.checkpoint_every(train.checkpoint_every, steps=steps)
     return training_arguments(
@@ -69,6 +71,18 @@ def engine_arguments(
         micro_batch_size=job.choose("train.micro_batch_size", micro),
         checkpoint_every=job.choose("train.checkpoint_every", every),
         stage=stage,
+    )
+
+
+def _memory(job: Job, policy: Policy, longest: int) -> Callable[[int], bool] | None:
+    """Return what tells how many rows the GPU has memory for."""
+    return rows_that_fit(
+        job.recipe.settings,
+        policy,
+        longest=longest,
+        processes=job.world.size,
+        strategy=job.strategy,
+        room=min(processes.everyones(free_bytes())),  # or the processes would cut a step differently
     )
 
 

@@ -120,3 +120,30 @@ def test_this_machine_is_told_by_name_and_memory() -> None:
     if hardware.device == "cpu":
         assert hardware.name.endswith("threads")
         assert 10 * 2**20 < peak_memory_bytes(hardware) < 2**40
+
+
+@pytest.mark.parametrize(
+    ("most", "expected", "reason"),
+    [
+        (99, 16, "16384 tokens a forward pass keep the device busy"),
+        (16, 16, "16384 tokens a forward pass keep the device busy"),
+        (15, 15, "memory for no more"),
+        (7, 7, "memory for no more"),
+        (1, 1, "memory for no more"),
+        (0, 1, "even this is too much"),
+    ],
+)
+def test_a_forward_pass_has_as_many_rows_as_the_plan_has_memory_for(
+    most: int, expected: int, reason: str
+) -> None:
+    size, why = choices.micro_batch_size(
+        "auto", batch_size=64, longest=1024, hardware=GPU, fits=lambda rows: rows <= most
+    )
+    assert size == expected and reason in why
+
+
+def test_memory_and_whole_steps_go_together() -> None:
+    size, why = choices.micro_batch_size(
+        "auto", batch_size=64, longest=1024, hardware=GPU, whole=True, fits=lambda rows: rows <= 7
+    )
+    assert size == 4 and "a divisor of 64" in why

@@ -1,0 +1,79 @@
+"""How many rows of a forward pass a GPU has memory for, by the plan: what ``micro_batch_size: auto`` asks."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
+
+import torch
+
+from finetune.planning.devices import GIB
+from finetune.planning.from_recipe import architecture_of, step_of
+from finetune.planning.memory import peak, plan_memory
+from finetune.planning.workload import Objective, Workload
+from finetune.recipe.errors import UserError
+from finetune.recipe.settings import StageSettings
+from finetune.training.loading import Policy
+
+MERGE = "merge"
+OBJECTIVES: dict[str, Objective] = {
+    "SFTConfig": "likelihood",
+    "DPOConfig": "comparison",
+    "KTOConfig": "comparison",
+    "RLOOConfig": "comparison",
+    "GRPOConfig": "comparison",
+    "RewardConfig": "scores",
+}
+"""What stands on the last state, by what TRL calls the stage's arguments."""
+
+
+def rows_that_fit(
+    settings: StageSettings, policy: Policy, *, longest: int, processes: int, strategy: str, room: int
+) -> Callable[[int], bool] | None:
+    """Return what tells whether so many rows fit the GPU; None where it has no plan for such a model.
+
+    Args:
+        settings: the recipe's sections.
+        policy: what is trained, loaded already.
+        longest: tokens of the longest row, all of which are taken to be predicted.
+        processes: that share the work.
+        strategy: what they partition.
+        room: bytes of a GPU.
+    """
+    try:
+        architecture = architecture_of(settings.model)
+    except UserError:
+        return None
+    step = step_of(
+        settings,
+        architecture,
+        precision=policy.precision,
+        quantization=policy.quantization,
+        device="cuda",
+    )
+    step = replace(step, processes=processes, strategy=strategy, offload=settings.train.offload)  # type: ignore[arg-type]
+    return lambda rows: _needed(settings, step, rows, longest) <= room
+
+
+def free_bytes() -> int:
+    """Return what the GPU has for this process, free or held by it already, in whole GiB.
+
+    So that the same command chooses the same rows tomorrow, when a little more or less is free.
+    """
+    free, _ = torch.cuda.mem_get_info()
+    return (free + torch.cuda.memory_reserved()) // GIB * GIB
+
+
+def _needed(settings: StageSettings, step: Workload, rows: int, longest: int) -> int:
+    objective = OBJECTIVES[settings.TRL_CONFIG]
+    own = replace(
+        step,
+        objective=objective,
+        lines=rows,
+        columns=longest,
+        predicted=rows * longest,
+        completions=2 * rows if objective != "likelihood" else 0,
+        heads=1 if objective == "scores" else 0,
+        masked=rows > 1,
+        accumulated=ceil(settings.train.batch_size / (rows * step.processes)),
+    )
+    return peak(phase for phase in plan_memory(own) if phase.name != MERGE).total

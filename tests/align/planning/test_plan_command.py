@@ -1,0 +1,162 @@
+"""``llm-align plan`` as a user meets it: what it prints, how it ends, and what it does not load."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align import cli
+
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "deepspeed", "bitsandbytes")
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """Return a function: words in, exit status, output and errors out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llm-align", "plan", *words])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run
+
+
+PROGRAM = """
+import sys, time
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {heavy!r}:
+            raise ModuleNotFoundError(f"no module named {{name}} here")
+sys.meta_path.insert(0, Refuse())
+start = time.monotonic()
+from align import cli
+sys.argv = ["llm-align", "plan", *{words!r}]
+try:
+    cli.main()
+except SystemExit as end:
+    print("STATUS", end.code)
+print("SECONDS", time.monotonic() - start)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["alpaca", "--gpu", "rtx4090", "--fit"],
+        ["hh", "--stage", "ppo", "--gpu", "a100-40g", "--json"],
+        ["quickstart", "--stage", "dpo"],
+    ],
+    ids=" ".join,
+)
+def test_it_answers_on_a_machine_without_torch_and_soon(words: list[str]) -> None:
+    program = PROGRAM.format(heavy=HEAVY, words=words)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "STATUS" not in ended.stdout.replace("STATUS 3", ""), ended.stdout + ended.stderr
+    # Two seconds on an idle machine; tests share theirs.
+    assert float(ended.stdout.split("SECONDS")[1]) < 8
+
+
+def test_it_says_where_the_memory_goes_how_long_and_why(call: Call) -> None:
+    status, out, _ = call("alpaca", "--gpu", "rtx4090")
+    assert status == 0
+    for words in (
+        "It fits",
+        "activations",
+        "logits and loss",
+        "together",
+        "19,988,480 of 6,758,404,096 parameters",
+        "51,482 rows",
+        "1,209 of 128 rows",
+        "stated: training reaches",
+        "adapter 76 MiB",
+        "model.precision=bfloat16",
+        "llm-align sft alpaca",
+    ):
+        assert words in out, words
+
+
+def test_what_does_not_fit_stands_first_and_ends_with_status_3(call: Call) -> None:
+    status, out, _ = call("alpaca", "--base", "llama-2-70b", "--gpu", "rtx4090")
+    assert status == 3 and out.splitlines()[1].startswith("It does not fit")
+    assert "are missing" in out and "--fit" in out
+
+
+def test_fit_prints_what_to_type(call: Call) -> None:
+    status, out, _ = call("alpaca", "--gpu", "t4", "--fit")
+    last = [line for line in out.splitlines() if line.strip()][-1]
+    assert status == 3 and last.startswith("next") and "llm-align sft alpaca model.precision=float16" in last
+    assert "append to the command" in out and "(as it is)" in out
+
+
+def test_fit_says_so_where_nothing_has_to_change_and_where_nothing_helps(call: Call) -> None:
+    assert "nothing has to be changed: llm-align sft alpaca" in call("alpaca", "--gpu", "h100", "--fit")[1]
+    hopeless = call("alpaca", "--base", "llama-2-70b", "--gpu", "8GB", "--fit")[1]
+    assert "nothing here makes it fit" in hopeless
+
+
+def test_json_holds_the_same(call: Call) -> None:
+    status, out, _ = call("alpaca", "--gpu", "rtx4090", "--json", "--fit")
+    told: dict[str, Any] = json.loads(out)
+    assert status == 0 and told["fits"] is True
+    assert told["parameters"] == {"trained": 19_988_480, "total": 6_758_404_096}
+    assert told["peak"]["bytes"] == max(
+        phase["total"] for phase in told["phases"] if phase["name"] != "merge"
+    )
+    for phase in told["phases"]:
+        assert phase["total"] == sum(phase["parts"].values())
+    assert told["work"]["steps"] == 1209 and told["alternatives"][0]["append"]
+    assert call("alpaca", "--gpu", "t4", "--json")[0] == 3
+
+
+def test_rows_that_are_not_known_are_said_not_to_be(call: Call) -> None:
+    _, out, _ = call("vicuna", "--gpu", "h100")
+    assert "not known: epochs=3 of an unknown number of rows" in out and "--data FILE" in out
+    fixed = call("vicuna", "--gpu", "h100", "train.max_steps=10")[1]
+    assert "steps    10 of 128 rows" in fixed and "unknown number" not in fixed
+
+
+def test_a_card_known_by_its_size_has_no_time(call: Call) -> None:
+    status, out, _ = call("alpaca", "--gpu", "24GB")
+    assert status == 0 and "time     not known" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("alpaca", "--gpu", "rtx4091"), "did you mean 'rtx4090'?"),
+        (("alpaca", "--gpu", "cpu", "--gpus", "2"), "train.processes=2"),
+        (("alpaca", "--base", "owner/unheard-of"), "hf download owner/unheard-of config.json"),
+        (("alpaca", "--gpu", "h100", "--strategy", "zero3"), "train.processes=2 or more"),
+        (("alpaca", "--strategy", "zero4"), "train.strategy"),
+        (("nothing",), "stage sft has no such recipe"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_a_repair(call: Call, words: tuple[str, ...], expected: str) -> None:
+    status, out, err = call(*words)
+    assert (status, out) == (2, "") and expected in err
+
+
+def test_several_gpus_are_said(call: Call) -> None:
+    words = ("alpaca", "--adapter", "full", "--gpu", "a100-80g", "--gpus", "8", "--strategy", "zero3")
+    status, out, _ = call(*words)
+    assert status == 0 and "on 8 x a100-80g, zero3" in out and "of each process" in out
+    assert "llm-align sft alpaca --adapter full train.strategy=zero3" in out
+
+
+def test_the_small_things_are_told_in_mib(call: Call) -> None:
+    status, out, _ = call()
+    assert status == 0 and "memory of the run, MiB" in out and "llm-align sft" in out

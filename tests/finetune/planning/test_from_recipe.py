@@ -1,0 +1,99 @@
+"""A recipe's adapter, base and training in the planner's words, held to the models that are built of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.planning.from_recipe import adapter_of, architecture_of, model_choices, step_of
+from finetune.planning.hardware import Hardware
+from finetune.planning.trained import trained_parameters
+from finetune.recipe.discovery import ADAPTERS, plugin_names
+from finetune.recipe.recipe import adapter_settings
+from finetune.recipe.settings import ModelSettings, RopeSettings, StageSettings, TrainSettings
+
+GPU, OLD = Hardware("cuda", "a GPU", bfloat16=True), Hardware("cuda", "an old GPU", bfloat16=False)
+FOR_OTHERS = {"bitfit": "polyglot-ko-1.3b"}
+"""A base with biases for what trains them."""
+
+
+def settings_of(method: str, **values: Any) -> Any:
+    return adapter_settings(method).model_validate({"method": method, **values})
+
+
+@pytest.mark.parametrize("method", plugin_names(ADAPTERS))
+def test_every_adapter_has_a_size(method: str) -> None:
+    base = FOR_OTHERS.get(method, "llama-2-7b")
+    adapter = adapter_of(settings_of(method))
+    assert adapter.method == method
+    assert trained_parameters(architecture_of(ModelSettings(base=base)), adapter) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("lora", {"rank": 4}),
+        ("lora", {"rank": 4, "target": ["q_proj", "v_proj"]}),
+        ("adalora", {"rank": 5}),
+        ("dora", {"rank": 2}),
+        ("prefix", {"virtual_tokens": 7}),
+        ("prefix", {"virtual_tokens": 7, "projection": True}),
+        ("prompt", {"virtual_tokens": 9}),
+        ("ptuning", {"encoder": "mlp", "encoder_width": 32}),
+        ("bottleneck", {"placement": "houlsby", "width": 8}),
+        ("adamix", {"width": 4, "experts": 3}),
+        ("llama_adapter", {"virtual_tokens": 3, "layers": 1}),
+        ("ia3", {}),
+        ("vera", {"rank": 8}),
+        ("layernorm", {}),
+        ("full", {}),
+    ],
+)
+def test_the_count_is_that_of_the_model_that_is_built(
+    method: str, values: dict[str, Any], base_folder: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from finetune.training.model import attach_adapter, count_parameters
+
+    settings = settings_of(method, **values)
+    model = AutoModelForCausalLM.from_pretrained(str(base_folder)).requires_grad_(False)
+    built = count_parameters(attach_adapter(model, settings))
+    architecture = architecture_of(ModelSettings(base=str(base_folder)))
+    assert trained_parameters(architecture, adapter_of(settings)) == built.trained
+
+
+def test_a_stretched_base_has_more_positions(tmp_path: Path, base_folder: Path) -> None:
+    rope = RopeSettings(method="yarn", factor=4.0)
+    assert architecture_of(ModelSettings(base=str(base_folder))).context == 256
+    assert architecture_of(ModelSettings(base=str(base_folder), rope=rope)).context == 1024
+    text = json.loads((base_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": {**text, "head_dim": 16}, "vision_config": {}})
+    )
+    assert architecture_of(ModelSettings(base=str(tmp_path), rope=rope)).context == 1024
+
+
+@pytest.mark.parametrize(
+    ("hardware", "method", "expected"),
+    [(GPU, "lora", ("bfloat16", "none")), (OLD, "qlora", ("float32", "nf4"))],
+)
+def test_precision_and_storage_are_chosen_for_hardware_and_adapter(
+    hardware: Hardware, method: str, expected: tuple[str, str]
+) -> None:
+    made = model_choices(StageSettings(adapter=settings_of(method)), hardware)
+    assert tuple(value for value, _ in made.values()) == expected
+
+
+def test_what_a_step_takes_of_the_recipe() -> None:
+    train = TrainSettings(optimizer="paged_adamw", gradient_checkpointing=True)
+    settings = StageSettings(
+        adapter=settings_of("lora", dropout=0.0),
+        train=train,
+        model=ModelSettings(base="llama-2-7b", attention="flash_attention_2"),
+    )
+    architecture = architecture_of(settings.model)
+    step = step_of(settings, architecture, precision="bfloat16", quantization="nf4", device="cuda")
+    assert (step.optimizer, step.checkpointing, step.attention) == ("paged_adamw", True, "flash_attention_2")
+    assert (step.quantization, step.adapter.dropout, step.adapter.targets) == ("nf4", False, ())
