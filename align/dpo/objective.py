@@ -1,6 +1,6 @@
 """A loss of the catalogue on whole groups: one number a group, however many completions it has."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +13,8 @@ from align.preference.losses import metrics
 from align.preference.losses.catalogue import Loss, Setting
 from align.preference.losses.inputs import Lists, LossOutput
 
+Totals = tuple[int, dict[str, float]]
+"""How many groups were watched, and the sum of each measure over them."""
 TIE = 1e-5
 """Implicit rewards nearer to each other than this are equal: a float32 sum over a completion is not exact."""
 
@@ -136,15 +138,21 @@ class Means:
             self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.groups += len(values["loss"])
 
-    def totals(self) -> Tensor:
-        """Return the number of groups and the sums, for processes to add up."""
-        sums = list(self.sums.values())
-        return torch.stack([torch.tensor(float(self.groups), device=sums[0].device).double(), *sums])
+    def take(self) -> Totals:
+        """Return the number of groups and the sums, and begin anew."""
+        found = self.groups, {name: float(value) for name, value in self.sums.items()}
+        self.sums, self.groups = {}, 0
+        return found
 
-    def take(self, totals: Tensor) -> dict[str, float]:
-        """Return the means of ``totals`` and begin anew; the lengths become ``length_ratio``."""
-        groups, *sums = totals.tolist()
-        means = {name: value / groups for name, value in zip(self.sums, sums, strict=True)}
-        means["length_ratio"] = means.pop("chosen_tokens") / means.pop("rejected_tokens")
-        self.__init__()  # type: ignore[misc]
-        return means
+
+def means_of(parts: Sequence[Totals]) -> dict[str, float]:
+    """Return the means over the groups of all processes; the lengths become ``length_ratio``.
+
+    >>> means_of([(1, {"loss": 2.0, "chosen_tokens": 4.0, "rejected_tokens": 2.0}), (0, {})])
+    {'loss': 2.0, 'length_ratio': 2.0}
+    """
+    groups = sum(count for count, _ in parts)
+    names = next(sums for _, sums in parts if sums)
+    means = {name: sum(sums.get(name, 0.0) for _, sums in parts) / groups for name in names}
+    means["length_ratio"] = means.pop("chosen_tokens") / means.pop("rejected_tokens")
+    return means

@@ -19,8 +19,10 @@ from align.preference.logps import token_logps
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.data.batches import optimizer_batches
 from finetune.data.cache import cache_file, store, stored
+from finetune.planning.world import world
 from finetune.training.head import output_head
 from finetune.training.preflight.untouched import untouched
+from finetune.training.processes import everyones, share
 
 FORMAT = 1
 """Raised when the meaning of a kept file changes, so that old ones are not read."""
@@ -61,13 +63,15 @@ def reference_logps(
 ) -> Logps:
     """Return log-probabilities of all tokens of all completions under a model as it is, without dropout.
 
+    Each process looks at its share of the forward passes, and has the numbers of all.
+
     Args:
         model: the policy before its first step; it is left as it is.
         groups: the data.
         rows: the groups to look at; the others are not a number.
         collate: as training has it.
         size: groups of a forward pass.
-        done: is told how many groups are done; it may raise.
+        done: is told how many groups are done, of all processes, as often in each; it may raise.
 
     Returns:
         (T,) float32, the completions' tokens end to end.
@@ -77,17 +81,21 @@ def reference_logps(
     head, device = output_head(model), next(model.parameters()).device
     data, lengths = PreferenceRows(groups), groups.lengths
     order = sorted(rows, key=lambda row: -lengths[row])
+    passes = [order[start : start + size] for start in range(0, len(order), size)]
     with untouched(model):
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
-            batch = {name: value.to(device) for name, value in collate([data[row] for row in part]).items()}
-            table, counts = token_logps(model, head, batch).cpu(), batch["lengths"].tolist()
-            flat = torch.cat([own[:number] for own, number in zip(table, counts, strict=True)]).numpy()
-            sizes = [int(ends[row + 1] - ends[row]) for row in part]
-            for row, own in zip(part, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
-                found[ends[row] : ends[row + 1]] = own
-            done(len(part))
-    return found
+        for first in range(0, len(passes), world().size):
+            now = passes[first : first + world().size]
+            for part in share(now):  # one, or none in the last round
+                laid = collate([data[row] for row in part])
+                batch = {name: value.to(device) for name, value in laid.items()}
+                table, counts = token_logps(model, head, batch).cpu(), batch["lengths"].tolist()
+                flat = torch.cat([own[:number] for own, number in zip(table, counts, strict=True)]).numpy()
+                sizes = [int(ends[row + 1] - ends[row]) for row in part]
+                for row, own in zip(part, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
+                    found[ends[row] : ends[row + 1]] = own
+            done(sum(map(len, now)))
+    merged: Logps = np.fmax.reduce(everyones(found))  # of two the one that is a number
+    return merged
 
 
 def reference_file(model: nn.Module, key: Mapping[str, Any], groups: PreferenceGroups) -> Path:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from align.preference.attention import unwrapped
 from align.preference.rows.dataset import PreferenceGroups
 from align.preference.starting_policy import arithmetic
 from finetune.data.cache import DamagedCacheError
+from finetune.training import processes
 from finetune.training.job import Job
 from finetune.training.loading import Policy
 
@@ -41,17 +43,22 @@ class Reference:
             if not self.job.recipe.settings.data.cache:
                 return self._computed(groups, rows)
             file = reference_file(self.policy.model, self._key(rows), groups)
-            try:
-                found = kept_reference(file)
-            except DamagedCacheError as damage:
-                self.job.say(f"damaged reference, it is computed again: {damage}")
-                found = None
+            found = processes.from_main(self._kept(file) if self.job.world.main else None)
             if found is not None:
                 self.job.say(f"reference of {len(rows)} groups from the cache")
                 return found
             found = self._computed(groups, rows)
-            keep_reference(file, found)
+            if self.job.world.main:
+                keep_reference(file, found)
             return found
+
+    def _kept(self, file: Path) -> Logps | None:
+        """Return what an earlier run has kept; a damaged file is told."""
+        try:
+            return kept_reference(file)
+        except DamagedCacheError as damage:
+            self.job.say(f"damaged reference, it is computed again: {damage}")
+            return None
 
     def _computed(self, groups: PreferenceGroups, rows: Sequence[int]) -> Logps:
         model, started = self.policy.model, time.monotonic()

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from align.dpo.collate import PreferenceCollator, PreferenceRows
-from align.dpo.objective import Means, Objective
+from align.dpo.objective import Means, Objective, means_of
 from align.dpo.scoring import Scored, score
 from align.preference.group_trainer import GroupTrainer
 from align.preference.starting_policy import StartingPolicy, arithmetic
 from finetune.training.base_trainer import log_held_out
 from finetune.training.head import output_head
+from finetune.training.processes import everyones, share
 
 HELD_OUT = "held_out_"
 
@@ -47,13 +48,14 @@ class PreferenceTrainer(GroupTrainer):
         known = "reference" not in inputs or not inputs["reference"].isnan().any()
         assert known, "a step looks at groups that the reference was not computed for"
         found = score(model, self.head, inputs, objective=self.objective, start=self.start)
-        self.means.add(found.measures)
-        return self.step_loss(found.losses, num_items_in_batch)
+        counted = len(inputs["rows"])
+        self.means.add({name: values[:counted] for name, values in found.measures.items()})
+        return self.step_loss(found.losses[:counted], num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what the engine says, and the means of what was watched since it last spoke of a loss."""
-        if "loss" in logs and self.means.groups:
-            means = self.means.take(self.accelerator.reduce(self.means.totals(), "sum"))
+        if "loss" in logs and self.means.sums:
+            means = means_of(everyones(self.means.take()))
             logs |= {name: value for name, value in means.items() if name != "loss"}  # with the penalty
         super().log(logs, start_time)
 
@@ -64,15 +66,18 @@ class PreferenceTrainer(GroupTrainer):
 
     @torch.no_grad()
     def measure(self, rows: PreferenceRows) -> dict[str, float]:
-        """Return the means of what is watched over all groups of ``rows``, without dropout."""
+        """Return the means of what is watched over all groups of ``rows``, without dropout.
+
+        Each process measures its share of the passes.
+        """
         means, size = Means(), self.args.per_device_train_batch_size
         training = self.model.training
         self.model.eval()
         order = np.argsort(rows.lengths, kind="stable").tolist()
-        for start in range(0, len(order), size):
-            means.add(self.scored(rows, order[start : start + size]).measures)
+        for part in share([order[start : start + size] for start in range(0, len(order), size)]):
+            means.add(self.scored(rows, part).measures)
         self.model.train(training)
-        return means.take(means.totals())
+        return means_of(everyones(means.take()))
 
     def scored(self, rows: PreferenceRows, numbers: list[int]) -> Scored:
         """Return losses and measures of some groups, by the collator and the loss of training."""

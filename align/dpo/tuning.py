@@ -226,7 +226,7 @@ class PreferenceTuning:
         train, args = self.job.recipe.settings.train, self.arguments()
         live = self.objective.needs_reference and self.align.reference == "live"
         start = StartingPolicy(self.policy.model) if live else None
-        used, held_out = self._used(args), self.data.held_out
+        used, held_out = self._used(), self.data.held_out
         size = args.per_device_train_batch_size
         trainer = PreferenceTrainer(
             self.policy.model,
@@ -258,13 +258,11 @@ class PreferenceTuning:
         self.job.check(start_tick(trainer, self.policy.precision))
         return trainer
 
-    def _used(self, args: TrainingArguments) -> list[int]:
-        """Return the groups that the run's steps look at; where processes share them out, all."""
-        train, lengths = self.job.recipe.settings.train, self.data.train.lengths.tolist()
-        if args.world_size > 1:
-            return list(range(len(lengths)))
+    def _used(self) -> list[int]:
+        """Return the groups that the run's steps look at."""
+        train = self.job.recipe.settings.train
         return rows_of_steps(
-            lengths,
+            self.data.train.lengths.tolist(),
             steps=self.steps,
             batch_size=train.batch_size,
             seed=train.seed,

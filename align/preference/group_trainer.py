@@ -27,7 +27,8 @@ class GroupTrainer(BaseTrainer):
         over processes (whose gradients are averaged, hence the factor).
 
         Args:
-            losses: (groups,) of this pass.
+            losses: those of this pass's groups that count, cut out of all with gradient: where none does,
+                the sum is a 0 whose gradient is 0 in every trained weight.
             num_groups: of the whole step.
         """
         loss_sum = losses.sum()

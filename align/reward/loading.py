@@ -26,6 +26,7 @@ def load_reward_policy(job: Job, encoder: Encoder) -> Policy:
     assert isinstance(settings, Settings)
     seed = settings.train.seed
     traits = adapter_traits(settings.adapter.method)
+    job.join()
     precision = job.choose("model.precision", choices.precision(settings.model.precision, job.hardware))
     quantization = job.choose(
         "model.quantization", choices.quantization(settings.model.quantization, traits.quantization)

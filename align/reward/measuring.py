@@ -14,6 +14,7 @@ from align.reward.measures import Numbers, measured
 from align.reward.scoring import of_own_heads, score_groups
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
+from finetune.training.processes import everyones, share, together
 from finetune.training.run_directory import SAMPLES, RunDirectory
 from finetune.training.samples import spread
 from finetune.training.stops import NotFiniteError
@@ -46,7 +47,7 @@ class Measuring:
     def metrics(self) -> dict[str, float]:
         """Return the held-out loss, accuracy and margin, for a curve over the steps."""
         assert self.data.held_out is not None
-        scores = score_groups(self.model, self._groups(self.data.held_out), self.collate, size=self.size)
+        scores = self._scores(self._groups(self.data.held_out))
         facts = measured(of_own_heads(scores, self.data.held_out, self.heads))
         return {f"held_out_{name}": facts[name] for name in NUMBERS}
 
@@ -68,7 +69,7 @@ class Measuring:
             groups, shown = [groups[index] for index in shown], list(range(len(shown)))
         if not groups:
             return
-        scores = score_groups(self.model, groups, self.collate, size=self.size)
+        scores = self._scores(groups)
         if not np.isfinite(scores).all():
             raise NotFiniteError(f"a score of the held-out comparisons is no number {when} training")
         if held_out is not None:
@@ -95,7 +96,7 @@ class Measuring:
         for number, name in enumerate(self.names):
             own = np.flatnonzero(owners == number)
             groups = [rows[int(own[index])] for index in spread(len(own), CENTRE_ROWS)]
-            scores = score_groups(self.model, groups, self.collate, size=self.size)[:, number]
+            scores = self._scores(groups)[:, number]
             best = np.concatenate([group.ranks for group in groups]) == 0
             mean, deviation = float(scores[best].mean()), float(scores[best].std())
             if not deviation > 0 or not isfinite(mean):
@@ -103,6 +104,15 @@ class Measuring:
                 raise UserError(Problem("reward.heads", told, "scores that differ", "train for more steps"))
             found[name] = {"mean": mean, "deviation": deviation, "completions": int(best.sum())}
         run.update(normalisation=found)
+
+    def _scores(self, groups: list[TokenizedGroup]) -> Numbers:
+        """Return the scores of all completions, (N, heads); each process scores its share of the groups."""
+        own = share(groups)
+        scores = np.zeros((0, len(self.names)))
+        if own:
+            scores = score_groups(self.model, own, self.collate, size=self.size)
+        ends = np.cumsum([len(group.completion_ids) for group in own], dtype=int)
+        return np.concatenate(together(everyones(np.split(scores, ends)[:-1])))
 
     def _groups(self, rows: PreferenceGroups) -> list[TokenizedGroup]:
         return [rows[index] for index in range(len(rows))]

@@ -45,7 +45,7 @@ class Rule:
 def copy_rules(settings: StageSettings, run: RunDirectory) -> None:
     """Write each rule's file to ```RUN/rules/NUMBER.py```."""
     assert isinstance(settings, Settings)
-    if settings.reward.rules:
+    if settings.reward.rules and run.writes:
         with run.replacing(RULES) as folder:
             for number, rule in enumerate(settings.reward.rules):
                 (folder / f"{number}.py").write_bytes(_file(rule).read_bytes())

@@ -20,7 +20,7 @@ def score_groups(
 
     Args:
         model: a reward model in any wrapper; it scores without dropout and is left in its mode.
-        groups: prompts with their completions.
+        groups: prompts with their completions; one at least.
         collate: the layout.
         size: groups of a forward pass; those of similar length meet.
     """

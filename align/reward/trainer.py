@@ -11,6 +11,7 @@ from align.preference.losses.metrics import list_accuracies
 from align.reward.loss import mean_margins
 from align.reward.objective import Objective
 from finetune.training.base_trainer import log_held_out
+from finetune.training.processes import everyones
 
 
 class RewardTrainer(GroupTrainer):
@@ -31,14 +32,16 @@ class RewardTrainer(GroupTrainer):
         """Return this pass's share of the mean loss over the groups of the optimizer step."""
         assert num_items_in_batch is not None and not return_outputs
         losses, rewards = self.objective.losses(model, inputs)
-        self._see(rewards.detach(), inputs["ranks"])
-        return self.step_loss(losses, num_items_in_batch)
+        counted = len(inputs["rows"])
+        self._see(rewards.detach()[:counted], inputs["ranks"][:counted])
+        return self.step_loss(losses[:counted], num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, beside the loss, what the rewards were since the last line."""
         if "loss" in logs and self.seen:
             names = ("accuracy", "margin", "mean_reward")
-            means = torch.cat(self.seen, dim=1).nanmean(1).tolist()
+            all_seen = everyones(torch.cat(self.seen, dim=1).cpu())
+            means = torch.cat(all_seen, dim=1).nanmean(1).tolist()
             logs |= dict(zip(names, means, strict=True))
             self.seen = []
         super().log(logs, start_time)

@@ -21,6 +21,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.training import checkpoints, processes
 from finetune.training.preflight.base import fingerprints, unchanged
 from finetune.training.preflight.first_steps import FirstSteps
+from finetune.training.preflight.same_weights import same_tick, trained_digest
 from finetune.training.preflight.ticks import Tick, refuse
 from finetune.training.recorder import Recorder, TrainedAlready
 from finetune.training.report import write_report
@@ -32,6 +33,9 @@ from finetune.training.watched import SUPERVISED, Watched
 
 Value = TypeVar("Value")
 PACKAGES = ("llm-align", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+
+WHOLE_IN_EACH = ("ddp", "zero1", "zero2")
+"""Strategies under which each process holds all that is trained."""
 
 
 @dataclass
@@ -117,6 +121,7 @@ class Job:
             if self.run.replaced:
                 self.run.clear()
             self._begin(facts)
+            processes.wait()  # or one could see a file of the run before
             self.under_way = True
             try:
                 yield
@@ -127,6 +132,7 @@ class Job:
                 self.run.update(status="failed", reason=str(error))
                 raise
             self._finish()
+        processes.wait()  # or one could go on with a run that another has not finished
 
     def train(self, trainer: Trainer) -> None:
         """Train to the end, from the newest good checkpoint if there is one.
@@ -155,6 +161,8 @@ class Job:
                 recorder.progress.stop()
         self.stop_if_asked(f"at step {trainer.state.global_step}; a checkpoint is written")
         self.check(unchanged(before, fingerprints(trainer.model)))
+        if self.strategy in WHOLE_IN_EACH:
+            self.check(same_tick(processes.everyones(trained_digest(trainer.model))))
 
     def _last_checkpoint(self) -> checkpoints.Found:
         """Return the newest good checkpoint; later ones go."""
@@ -165,11 +173,10 @@ class Job:
         return found
 
     def stop_if_asked(self, where: str) -> None:
-        """Raise Interrupted if a signal came."""
-        if self.interrupt.name:
-            raise Interrupted(
-                f"stopped by {self.interrupt.name} {where}; the same command goes on from there"
-            )
+        """Raise Interrupted in all processes if a signal came to any; all ask as often."""
+        if processes.anyones(bool(self.interrupt.name)):
+            name = next(filter(None, processes.everyones(self.interrupt.name)))
+            raise Interrupted(f"stopped by {name} {where}; the same command goes on from there")
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from transformers import Trainer
 
 from data_templates._segments import Message
+from finetune.training import processes
 from finetune.training.behaviour import Behaviour
 from finetune.training.generate import Reply
 from finetune.training.job import Job
@@ -88,4 +89,5 @@ def carry_out(job: Job, tuning: Tuning, *, conclude: Callable[[], None] | None =
         tuning.samples.after(job.run, tuning.answer)
         tuning.behaviour.measure(job.run, tuning.answer, "after")
         if conclude:
+            processes.wait()  # until what was measured is written, which is read again
             conclude()
