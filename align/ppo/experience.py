@@ -20,6 +20,7 @@ from align.rl.replies import Replies, judged_replies
 from align.rl.rewards.rewards import Rewards
 from align.rl.rollout import Sampling, sample
 from finetune.data.tokens import Encoder
+from finetune.training.processes import everyones, share
 
 Controller = kl.FixedKl | kl.AdaptiveKl
 PROMPTS, CUT = 0, 1
@@ -64,7 +65,7 @@ class Collector:
 
     @torch.no_grad()
     def read(self, replies: Replies, passes: Sequence[Sequence[int]]) -> Said:
-        """Return what the models say of the replies' tokens.
+        """Return what the models say of the replies' tokens; each process reads its share of the passes.
 
         Args:
             replies: what was sampled.
@@ -76,18 +77,18 @@ class Collector:
         names = ("logps", "reference_logps", "values", "entropies")
         tables = {name: torch.zeros(count, longest) for name in names}
         with self.timed("scoring"), arithmetic(self.roles.policy, self.precision):
-            for part in passes:
+            for part in share(passes):
                 ids = [replies.prompts[i].ids for i in part], [replies.completions[i].ids for i in part]
                 laid = lay_out(*ids, pad_id=pad)
                 batch = {name: value.to(device) for name, value in laid.items() if isinstance(value, Tensor)}
-                logps, entropies, values = self.roles(batch, spread=True)
+                logps, entropies, values, _ = self.roles(batch, spread=True)
                 with self.start.in_place():
                     reference, _ = policy_tables(
                         self.roles.policy, batch, temperature=self.roles.temperature, spread=False
                     )
                 for name, found in zip(names, (logps, reference, values, entropies), strict=True):
                     tables[name][list(part), : found.shape[1]] = found.float().cpu()
-        return Said(**tables)
+            return Said(**_of_all(tables, [index for part in share(passes) for index in part]))
 
     def passes(self, replies: Replies) -> list[list[int]]:
         """Return forward passes over all replies, those of similar length together."""
@@ -100,6 +101,14 @@ class Collector:
         start = time.monotonic()
         yield
         self.seconds[work] = self.seconds.get(work, 0.0) + time.monotonic() - start
+
+
+def _of_all(tables: dict[str, Tensor], own: Sequence[int]) -> dict[str, Tensor]:
+    """Return tables with the lines that every process has filled; ``own`` are this one's."""
+    for lines, part in everyones((list(own), {name: table[own] for name, table in tables.items()})):
+        for name, table in part.items():
+            tables[name][lines] = table
+    return tables
 
 
 def rows_of_rollout(prompts: int, size: int, rollout: int, *, seed: int) -> list[int]:

@@ -1,5 +1,6 @@
 """What is watched of updates: how well values foretold returns, how far the policy has moved, means."""
 
+from collections.abc import Sequence
 from math import isfinite
 
 import torch
@@ -7,6 +8,9 @@ import torch
 from align.rl.maths.kl import kl_terms
 from align.rl.maths.losses import explained_variance
 from align.rl.reading import token_mask
+
+Totals = tuple[int, dict[str, float]]
+"""How many tokens were watched, and the sum of each measure over them."""
 
 
 def of_values(values: torch.Tensor, returns: torch.Tensor, lengths: torch.Tensor) -> dict[str, float]:
@@ -43,8 +47,18 @@ class TokenMeans:
             self.sums[name] = self.sums.get(name, 0.0) + total
         self.tokens += int(mask.sum())
 
-    def take(self) -> dict[str, float]:
-        """Return the means and begin anew."""
-        means = {name: value / max(1, self.tokens) for name, value in self.sums.items()}
+    def take(self) -> Totals:
+        """Return the number of tokens and the sums, and begin anew."""
+        found = self.tokens, self.sums
         self.sums, self.tokens = {}, 0
-        return means
+        return found
+
+
+def means_of(parts: Sequence[Totals]) -> dict[str, float]:
+    """Return the means over the tokens of all processes, each of which has watched the same.
+
+    >>> means_of([(3, {"ratio": 3.0}), (1, {"ratio": 2.0})])
+    {'ratio': 1.25}
+    """
+    tokens = max(1, sum(count for count, _ in parts))
+    return {name: sum(sums[name] for _, sums in parts) / tokens for name in parts[0][1]}

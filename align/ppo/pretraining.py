@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.ppo.experience import rows_of_rollout
-from align.preference.attention import unwrapped
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
-from finetune.training.completion import completion_loss_sum
-from finetune.training.head import output_head
+from finetune.planning.world import ALONE, World
 from finetune.training.loss import loss_positions
 
 ROWS, LABELS = "pretraining", "pretraining_labels"
@@ -34,20 +32,21 @@ class Pretraining:
     weight: float
     seed: int
 
-    def add_to(self, batches: list[dict[str, Any]], *, step: int) -> None:
-        """Deal the rows of an optimizer step out to its forward passes."""
+    def add_to(self, batches: list[dict[str, Any]], *, step: int, world: World = ALONE) -> None:
+        """Deal the rows of an optimizer step out to its forward passes; ``batches`` are this process's."""
         numbers = rows_of_rollout(len(self.rows), self.batch_size, step, seed=self.seed)
-        hands = [numbers[start :: len(batches)] for start in range(len(batches))]
+        hands = [numbers[start :: len(batches) * world.size] for start in range(len(batches) * world.size)]
         dealt = [self.collate([self.rows[number] for number in hand]) if hand else None for hand in hands]
         labels = sum(len(loss_positions(rows["labels"])[1]) for rows in dealt if rows is not None)
-        for batch, rows in zip(batches, dealt, strict=True):
+        for batch, rows in zip(batches, dealt[world.rank :: world.size], strict=True):
             if rows is not None:
                 batch[ROWS], batch[LABELS] = dict(rows), labels
 
-    def loss(self, policy: nn.Module, inputs: dict[str, Any]) -> Tensor | float:
-        """Return a forward pass's share of gamma times the mean loss over the step's labels."""
-        if ROWS not in inputs:
-            return 0.0
-        head = output_head(unwrapped(policy))
-        loss: Tensor = self.weight * completion_loss_sum(policy, head, inputs[ROWS]) / inputs[LABELS]
-        return loss
+    def loss(self, unlikelihood: Tensor | float, inputs: dict[str, Any]) -> Tensor | float:
+        """Return a forward pass's share of gamma times the mean loss over the step's labels.
+
+        Args:
+            unlikelihood: what the policy says of the pass's rows, ``Outputs.unlikelihood``.
+            inputs: the pass.
+        """
+        return self.weight * unlikelihood / inputs[LABELS] if ROWS in inputs else 0.0

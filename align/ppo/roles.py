@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from align.preference.attention import unwrapped
 from align.reward.model import all_scores
 from align.rl.reading import as_table, policy_tables
+from finetune.training.completion import completion_loss_sum
+from finetune.training.head import output_head
 
 
 class Outputs(NamedTuple):
@@ -18,11 +20,13 @@ class Outputs(NamedTuple):
         logps: log pi(y_t | x, y_<t) at the sampling temperature.
         entropies: of the distribution that y_t was drawn from, in nats.
         values: of the state that y_t is drawn in.
+        unlikelihood: a scalar, the policy's summed negative log-likelihood of the labels beside them, or 0.
     """
 
     logps: Tensor
     entropies: Tensor
     values: Tensor
+    unlikelihood: Tensor | float = 0.0
 
 
 class Roles(nn.Module):
@@ -46,15 +50,24 @@ class Roles(nn.Module):
         self.column, self.temperature = column, temperature
         self.had_dropout = without_dropout(self)
 
-    def forward(self, batch: Mapping[str, Tensor], *, spread: bool) -> Outputs:
+    def forward(
+        self, batch: Mapping[str, Tensor], *, spread: bool, beside: Mapping[str, Tensor] | None = None
+    ) -> Outputs:
         """Return what both say of the completions of a ``GroupBatch``, with gradients.
+
+        Whatever is learnt in a step goes through this one call, as wrappers of several processes need it.
 
         Args:
             batch: lines of completions on the models' device.
             spread: whether entropies are wanted; they are 0 otherwise.
+            beside: rows with labels that the policy learns too.
         """
         logps, entropies = policy_tables(self.policy, batch, temperature=self.temperature, spread=spread)
-        return Outputs(logps, entropies, self.values(batch))
+        values = self.values(batch)
+        if beside is None:
+            return Outputs(logps, entropies, values)
+        head = output_head(unwrapped(self.policy))
+        return Outputs(logps, entropies, values, completion_loss_sum(self.policy, head, beside))
 
     def values(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the value of each state that a token of a completion is drawn in, in float32."""

@@ -11,14 +11,16 @@ from torch.utils.data import DataLoader
 from align.ppo import experience, measures
 from align.ppo.episodes import Episodes
 from align.ppo.experience import Collector
-from align.ppo.pretraining import Pretraining
+from align.ppo.pretraining import ROWS, Pretraining
 from align.ppo.progress import Progress
 from align.ppo.settings import PpoSettings
 from align.rl.maths.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from align.rl.measures import of_distance, of_replies
 from align.rl.prompts import Prompt, Prompts
 from align.rl.replies import Replies
+from finetune.planning.world import world
 from finetune.training.base_trainer import BaseTrainer, log_held_out
+from finetune.training.processes import everyones, share
 
 HELD_OUT = "held_out_"
 AT_HELD_OUT = -1
@@ -79,10 +81,9 @@ class PpoTrainer(BaseTrainer):
             self.collect()
         step = self.updates[self.progress.done]
         self.progress.done, self.progress.step_kl = self.progress.done + 1, 0.0
-        pad = self.collector.sampling.stop_ids[0]
-        batches: list[dict[str, Any]] = [dict(self.episodes.batch(part, pad_id=pad)) for part in step]
+        batches = self._passes(step, num_batches)
         if self.pretraining:
-            self.pretraining.add_to(batches, step=self.state.global_step)
+            self.pretraining.add_to(batches, step=self.state.global_step, world=world())
         tokens = torch.tensor(sum(int(batch["mask"].sum()) for batch in batches), device=device)
         self.num_tokens += int(tokens)
         return batches, self.accelerator.reduce(tokens, "sum")
@@ -97,19 +98,19 @@ class PpoTrainer(BaseTrainer):
         """Return this pass's share of the mean loss over the tokens of the optimizer step."""
         assert num_items_in_batch is not None and not return_outputs
         ppo, mask = self.ppo, inputs["mask"]
-        found = model(inputs, spread=ppo.entropy_coefficient > 0)
+        found = model(inputs, spread=ppo.entropy_coefficient > 0, beside=inputs.get(ROWS))
         policy = policy_loss(found.logps, inputs["old_logps"], inputs["advantages"], mask, clip=ppo.clip)
         value = value_loss(found.values, inputs["old_values"], inputs["returns"], mask, clip=ppo.value_clip)
         losses = policy.losses + ppo.value_coefficient * value.losses
-        losses = losses - ppo.entropy_coefficient * found.entropies
+        losses = losses - ppo.entropy_coefficient * found.entropies.masked_fill(~mask, 0.0)
         self._watch(inputs, found.logps, policy, value, tokens=num_items_in_batch)
         loss_sum = losses.sum()
         if self.hooks.penalty:  # its share of the step is that of this pass's tokens
             loss_sum = loss_sum + self.hooks.penalty() * mask.sum()
-        loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
+        loss: Tensor = loss_sum / num_items_in_batch
         if self.pretraining:
-            loss = loss + self.pretraining.loss(self.collector.roles.policy, inputs)
-        return loss
+            loss = loss + self.pretraining.loss(found.unlikelihood, inputs)
+        return loss * self.accelerator.num_processes  # the processes' gradients are averaged
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -148,7 +149,7 @@ class PpoTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what the engine says, the means of what was watched, and the measures of a new rollout."""
         if "loss" in logs:
-            logs |= self.means.take() | self.progress.pending
+            logs |= measures.means_of(everyones(self.means.take())) | self.progress.pending
             self.progress.pending = {}
         super().log(logs, start_time)
 
@@ -168,6 +169,16 @@ class PpoTrainer(BaseTrainer):
         self.collector.seconds = before  # a rollout's seconds are its own
         gold = self.gold(replies) if self.gold else {}
         return of_replies(replies) | of_distance(replies, said) | gold
+
+    def _passes(self, step: list[list[int]], count: int) -> list[dict[str, Any]]:
+        """Return this process's forward passes of an optimizer step; one too many counts for nothing."""
+        pad = self.collector.sampling.stop_ids[0]
+        passes: list[dict[str, Any]] = [dict(self.episodes.batch(part, pad_id=pad)) for part in share(step)]
+        for _ in range(count - len(passes)):
+            batch = self.episodes.batch(step[-1][-1:], pad_id=pad)
+            nothing = {"rows": batch["rows"][:0], "mask": torch.zeros_like(batch["mask"])}
+            passes.append({**batch, **nothing})
+        return passes
 
     def _cut(self, lengths: Sequence[int], rollout: int) -> list[list[list[int]]]:
         """Return the optimizer steps of all epochs on a rollout."""
@@ -199,7 +210,7 @@ class PpoTrainer(BaseTrainer):
         """Keep what is logged of a forward pass; the first one on a rollout must have ratios of 1."""
         mask = inputs["mask"]
         step_kl = measures.from_sampler(inputs["old_logps"], logps, mask)
-        self.progress.step_kl += float(step_kl.sum() / tokens)
+        self.progress.step_kl += float(self.accelerator.reduce(step_kl.sum() / tokens, "sum"))
         tables = {
             "policy_loss": policy.losses,
             "value_loss": value.losses,
@@ -209,7 +220,7 @@ class PpoTrainer(BaseTrainer):
         }
         self.means.add(tables, mask)
         if self.progress.done == 1 and self.begins_at_one:
-            self.begins_at_one(float((policy.ratios - 1).abs().max()))
+            self.begins_at_one(max(everyones(float((policy.ratios - 1).abs().max()))))
 
 
 def _only(items: list[int]) -> int:

@@ -30,7 +30,7 @@ from finetune.data.gather import Place, read_conversations
 from finetune.data.report import DataReport
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
-from finetune.training import tuning
+from finetune.training import processes, tuning
 from finetune.training.adapter_hooks import adapter_hooks
 from finetune.training.behaviour import Behaviour, mean_judgement
 from finetune.training.generate import Reply
@@ -232,7 +232,10 @@ class PpoTuning:
         }
 
     def _history(self) -> list[Numbers]:
-        """Return the measures of held-out replies so far, those before training first."""
+        """Return the measures of held-out replies so far, those before training first, as rank 0 reads them."""
+        return processes.from_main(self._written() if self.job.world.main else [])
+
+    def _written(self) -> list[Numbers]:
         run = self.job.run
         known = run.record["metrics"]
         start = {name.removesuffix("_before"): value for name, value in known.items() if "_before" in name}

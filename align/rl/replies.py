@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from align.rl.rollout import Completion
 from data_templates._segments import Message
 from finetune.data.tokens import Encoder
 from finetune.training.preflight.ticks import Tick
+from finetune.training.processes import everyones, share, together
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,30 @@ def judged_replies(
 ) -> Replies:
     """Return completions in words, judged; neighbours with the same prompt are read together.
 
+    Each process judges its share of the prompts, and has what is said of all.
+
     Raises:
         UserError: a reward raised something or gave no number.
     """
     texts = [encoder.decode_reply(list(one.ids)) for one in completions]
     talks = [[*row.talk, Message("assistant", text)] for row, text in zip(prompts, texts, strict=True)]
-    known = [row.expected for row in prompts]
-    judged = rewards.judge(talks, [row.place for row in prompts], expected=known)
-    return Replies(prompts, completions, texts, judged)
+    runs = [list(run) for _, run in groupby(range(len(prompts)), key=lambda index: prompts[index].ids)]
+    own = [index for run in share(runs) for index in run]
+    judged = rewards.judge(
+        [talks[index] for index in own],
+        [prompts[index].place for index in own],
+        expected=[prompts[index].expected for index in own],
+    )
+    return Replies(prompts, completions, texts, _of_all(judged, [len(run) for run in share(runs)]))
+
+
+def _of_all(judged: Judged, sizes: Sequence[int]) -> Judged:
+    """Return what all processes say, from what this one says of its runs of replies, which have these sizes."""
+    names = list(judged.parts)
+    table = np.stack([judged.total, *judged.parts.values()])
+    runs = np.split(table, np.cumsum(sizes, dtype=int), axis=1)[:-1]
+    total, *parts = np.concatenate(together(everyones(runs)), axis=1)
+    return Judged(total, dict(zip(names, parts, strict=True)))
 
 
 def try_rewards(rewards: Rewards, data: PreparedPrompts) -> Tick:

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import GenerationConfig
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from finetune.planning.choices import TOKENS_PER_FORWARD
+from finetune.planning.world import world
+from finetune.training.processes import everyones, share, together
 
 Ids = Sequence[int]
 GENERATED_AT_ONCE = 4
@@ -50,12 +52,37 @@ class Completion:
     stopped: bool
 
 
+class DrawsOfAll(LogitsProcessor):  # type: ignore[misc]
+    """Draws the tokens of some lines of a batch as one process would that has all its lines.
+
+    With E_i from the exponential distribution, argmax p_i / E_i is i with probability p_i; that is how
+    ``torch.multinomial`` draws one token a line, from the same random numbers.
+    """
+
+    def __init__(self, own: Sequence[int], lines: int, *, temperature: float) -> None:
+        """Choose the lines: ``own`` of so many."""
+        self.own, self.lines, self.temperature = list(own), lines, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return what is largest at the token that is drawn, for greedy decoding to take."""
+        self.noise = scores.new_empty(self.lines, scores.shape[-1])
+        shares = (scores if self.temperature == 1.0 else scores / self.temperature).softmax(-1)
+        found: Tensor = shares / self.noise.exponential_()[self.own]
+        return found
+
+    def skip(self, steps: int) -> None:
+        """Let the random numbers of steps pass that other lines needed and these did not."""
+        for _ in range(steps):
+            self.noise.exponential_()
+
+
 @torch.no_grad()
 def sample(model: nn.Module, prompts: Sequence[Ids], *, sampling: Sampling, seed: int) -> list[Completion]:
     """Return a completion of each prompt, in order; prompts of similar length are answered together.
 
     The same call gives the same completions, whatever was drawn before, and leaves the global random state
-    alone: that is what lets a run resume bit for bit.
+    alone: that is what lets a run resume bit for bit. Several processes answer a share each, draw what one
+    would draw, and have all completions.
 
     Args:
         model: a causal model in any wrapper with ``generate``; it samples without dropout.
@@ -70,7 +97,7 @@ def sample(model: nn.Module, prompts: Sequence[Ids], *, sampling: Sampling, seed
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for part in _parts(order, [len(prompt) for prompt in prompts], sampling):
-            new = _generate(model, [prompts[index] for index in part], sampling, device)
+            new = _by_all(model, [prompts[index] for index in part], sampling, device)
             found |= {index: _completion(ids, sampling) for index, ids in zip(part, new, strict=True)}
     model.train(training)
     return [found[index] for index in range(len(prompts))]
@@ -87,24 +114,46 @@ def _parts(order: Sequence[int], lengths: Sequence[int], sampling: Sampling) -> 
     return parts
 
 
-def _generate(
+def _by_all(
     model: nn.Module, prompts: Sequence[Ids], sampling: Sampling, device: torch.device
 ) -> list[list[int]]:
+    """Return the new tokens of each line of a batch; each process answers every size-th."""
+    if world().size == 1:
+        return _generate(model, prompts, sampling, device)
+    own = share(range(len(prompts))) or range(1)  # none is left out: a partitioned model needs all
+    draws = DrawsOfAll(own, len(prompts), temperature=sampling.temperature)
+    new = _generate(model, [prompts[index] for index in own], sampling, device, draws=draws)
+    shares = everyones(new)
+    draws.skip(max(len(lines[0]) for lines in shares) - len(new[0]))
+    return together(shares)[: len(prompts)]
+
+
+def _generate(
+    model: nn.Module,
+    prompts: Sequence[Ids],
+    sampling: Sampling,
+    device: torch.device,
+    draws: DrawsOfAll | None = None,
+) -> list[list[int]]:
+    """Return the new tokens of each line of a batch, padded to the longest; ``draws``: the library's own."""
     width, pad = max(map(len, prompts)), sampling.stop_ids[0]
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor(
         [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
     )
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
+        **(drawn if draws is None else {"do_sample": False}),
         max_new_tokens=sampling.max_new_tokens,
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_k=0,
-        top_p=1.0,
         eos_token_id=list(sampling.stop_ids),
         pad_token_id=pad,
     )
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    output = model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([] if draws is None else [draws]),
+    )
     new: list[list[int]] = output[:, width:].tolist()
     return new
 
