@@ -66,7 +66,8 @@ class Job:
     def environment(self, precision: str) -> str:
         """Return what a run computes with, in a line."""
         libraries = ", ".join(f"{name} {self.versions[name]}" for name in ("torch", "transformers", "peft"))
-        return f"{precision} on {self.hardware.device} ({self.hardware.name}); {libraries}"
+        shared = f", {self.world.size} processes with {self.strategy}" if self.world.size > 1 else ""
+        return f"{precision} on {self.hardware.device} ({self.hardware.name}){shared}; {libraries}"
 
     def say(self, text: str) -> None:
         """Print a line for the user."""

@@ -3,15 +3,18 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.batches import POOL, MicroBatches, optimizer_batches
+from finetune.data.batches import POOL, MicroBatches, optimizer_batches, passes
+from finetune.planning.world import ALONE, World
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 SIZES = st.integers(1, 9)
 
 
-def sampler(lengths, size, micro, *, group=True, seed=0):
+def sampler(lengths, size, micro, *, group=True, seed=0, place=ALONE):
     """Return the sampler under test."""
-    return MicroBatches(lengths, batch_size=size, micro_batch_size=micro, seed=seed, group_by_length=group)
+    return MicroBatches(
+        lengths, batch_size=size, micro_batch_size=micro, seed=seed, group_by_length=group, world=place
+    )
 
 
 @settings(deadline=None)
@@ -87,3 +90,21 @@ def test_set_epoch_changes_the_order():
     batches.set_epoch(0)
     assert second != first
     assert list(batches) == first
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, size=SIZES, micro=SIZES, count=st.integers(2, 5), epoch=st.integers(0, 3))
+def test_processes_share_every_step_and_nobody_has_more_passes(lengths, size, micro, count, epoch):
+    shares = [sampler(lengths, size, micro, place=World(rank, count, rank)) for rank in range(count)]
+    for share in shares:
+        share.set_epoch(epoch)
+    found = [list(share) for share in shares]
+    assert {len(own) for own in found} == {len(shares[0])}
+    for batch in optimizer_batches(lengths, size, seed=0, epoch=epoch, group_by_length=True):
+        number = passes(len(batch), micro, count)
+        step = [own[:number] for own in found]
+        found = [own[number:] for own in found]
+        assert sorted(row for own in step for part in own for row in part if row >= 0) == sorted(batch)
+        kept_up = [part for own in step for part in own if part[0] < 0]
+        assert all(part == [~batch[-1]] for part in kept_up)  # only to keep step: none of them counts
+    assert found == [[]] * count
