@@ -172,7 +172,7 @@ def print_alternatives(found: Sequence[Alternative], plan: Plan, console: Consol
 
 
 def shown(found: Sequence[Alternative]) -> list[Alternative]:
-    """Return the alternatives worth a line: the cheapest that fit, and each single change; of equal ones one."""
+    """Return the alternatives worth a line: the cheapest that fit, and single changes; of equal ones one."""
     alike = {(one.plan.peak.total, one.plan.rows, round(one.time, 2)): one for one in reversed(found)}
     others = sorted(alike.values(), key=found.index)
     best = [one for one in others if one.plan.fits][:SHOWN]
