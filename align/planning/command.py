@@ -19,6 +19,7 @@ Examples:
   llm-align plan alpaca --gpu rtx4090
   llm-align plan alpaca --base llama-2-70b --adapter qlora --gpu 24GB --gpus 2 --strategy zero3
   llm-align plan hh --stage ppo --gpu a100-40g --fit
+  llm-align plan --matrix --stage dpo --gpu h100       which adapters, bases and strategies go together
 \b
 Exit status: 0 it fits, 3 it does not, 2 a mistake in the recipe or the command.
 """
@@ -35,6 +36,7 @@ Exit status: 0 it fits, 3 it does not, 2 a mistake in the recipe or the command.
 @click.option("--gpus", type=click.IntRange(1), metavar="N", help="How many; without: as the recipe says.")
 @click.option("--strategy", metavar="S", help="ddp, zero1, zero2, zero3, fsdp2: what processes share.")
 @click.option("--fit", is_flag=True, help="Show what can be changed, the cheapest that fits first.")
+@click.option("--matrix", is_flag=True, help="Show what goes together in the stage, and why not.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     words: tuple[str, ...],
@@ -47,9 +49,14 @@ def plan(
     gpus: int | None,
     strategy: str | None,
     fit: bool,
+    matrix: bool,
     as_json: bool,
 ) -> None:
     """Tell memory, steps, tokens, time and disk of a recipe before anything is loaded; no GPU is needed."""
+    if matrix:
+        from align.planning.matrix import show_matrix
+
+        return show_matrix(stage, gpu, as_json=as_json)
     options = {"--base": base, "--data": data, "--adapter": adapter, "--from": start}
     keys = {"--base": "model.base", "--data": "data.source", "--adapter": "adapter.method"}
     keys |= {"--from": "model.start"}

@@ -56,8 +56,8 @@ OF_THE_ADAPTER = (
     Rule(
         "engine",
         {"adapter_has_engine": (False,)},
-        "the adapter needs what TRL's trainers do not offer: to act between the steps, or their head behind it",
-        "finetune/adapters/*.py, TRAITS.engines; llama_adapter tried here: no log_probs in the model's output",
+        "the adapter needs what TRL's trainers do not offer: to act between the steps, or a head behind it",
+        "finetune/adapters/*.py, TRAITS.engines; llama_adapter tried here: TRL finds no log_probs",
         "ours",
         {"train.engine": "native"},
     ),

@@ -156,12 +156,19 @@ def _merged(lines: Iterable[tuple[str, tuple[Combination, ...]]]) -> list[Row]:
 
 
 def row_name(names: tuple[str, ...]) -> str:
-    """Return what a row is called: ``lora none/nf4/int8, dora none/nf4``."""
+    """Return what a row is called.
+
+    >>> row_name(("dora none", "dora nf4", "lora none", "lora nf4", "full none"))
+    'none/nf4: dora, lora; none: full'
+    """
     by_adapter: dict[str, list[str]] = {}
     for name in names:
         adapter, _, stored = name.partition(" ")
         by_adapter.setdefault(adapter, []).append(stored)
-    return ", ".join(f"{adapter} {'/'.join(stored)}".strip() for adapter, stored in by_adapter.items())
+    by_base: dict[str, list[str]] = {}
+    for adapter, bases in by_adapter.items():
+        by_base.setdefault("/".join(filter(None, bases)), []).append(adapter)
+    return "; ".join(f"{base}: {', '.join(one)}" if base else ", ".join(one) for base, one in by_base.items())
 
 
 def _table(title: str, rows: list[Row]) -> str:

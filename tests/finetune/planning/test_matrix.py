@@ -35,7 +35,8 @@ def test_equal_rows_stand_together_and_none_is_lost(device: str) -> None:
 
 
 def test_rows_are_named_by_adapter() -> None:
-    assert matrix.row_name(("lora none", "lora nf4", "full none")) == "lora none/nf4, full none"
+    assert matrix.row_name(("lora none", "lora nf4", "full none")) == "none/nf4: lora; none: full"
+    assert matrix.row_name(("adamw", "adafactor")) == "adamw, adafactor"
 
 
 def test_cells_say_what_to_change() -> None:

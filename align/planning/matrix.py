@@ -2,11 +2,14 @@
 
 import json
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from finetune.planning.compatibility import Rule
+from finetune.planning.devices import device as device_named
+from finetune.planning.devices import this_machine
 from finetune.planning.matrix import (
     Row,
     adapter_rows,
@@ -24,6 +27,24 @@ from finetune.planning.solver import STRATEGIES, judge
 COLOURS = {"works": "green", "changed": "yellow", "cannot": "red"}
 
 
+def show_matrix(stage: str, gpu: str | None, *, as_json: bool) -> None:
+    """Print a stage's matrix, as tables or as JSON.
+
+    Args:
+        stage: what runs.
+        gpu: a card by name, or ``cpu``; None: this machine.
+        as_json: whether a program reads it.
+
+    Raises:
+        UserError: there is no such stage, or no such card.
+    """
+    device = (device_named(gpu) if gpu is not None else this_machine()[0]).kind
+    if as_json:
+        click.echo(matrix_json(stage, device))
+        return
+    print_matrix(stage, device, Console())
+
+
 def print_matrix(stage: str, device: str, console: Console) -> None:
     """Print a stage's matrix on a device, and the rules that its cells name.
 
@@ -31,7 +52,7 @@ def print_matrix(stage: str, device: str, console: Console) -> None:
         UserError: there is no such stage.
     """
     tables = {
-        f"{stage} on {device}: adapter and base": adapter_rows(stage, device),
+        f"{stage} on {device} (base: adapters)": adapter_rows(stage, device),
         "train.optimizer": optimizer_rows(device),
         "train.offload": offload_rows(device),
         "train.engine=trl": engine_rows(device),
