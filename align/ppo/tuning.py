@@ -232,7 +232,7 @@ class PpoTuning:
         }
 
     def _history(self) -> list[Numbers]:
-        """Return the measures of held-out replies so far, those before training first, as rank 0 reads them."""
+        """Return the measures of held-out replies so far, from before training on, as rank 0 reads them."""
         return processes.from_main(self._written() if self.job.world.main else [])
 
     def _written(self) -> list[Numbers]:

@@ -15,6 +15,8 @@ from align.rl.rewards.rewards import Rewards
 from align.rl.rollout import Sampling, sample
 from finetune.data.cache import DamagedCacheError, store, stored
 from finetune.data.tokens import Encoder
+from finetune.planning.world import world
+from finetune.training.processes import from_main
 
 AT_ONCE = 512
 """Replies that are drawn, judged and kept together, about."""
@@ -71,11 +73,11 @@ class Drawing:
         begun, fresh = time.monotonic(), 0
         for index, part in enumerate(parts):
             file = None if keep is None else keep.with_name(f"{keep.name}-{index:04}.safetensors")
-            arrays = self._kept(file)
+            arrays = from_main(self._kept(file) if world().main else None)
             if arrays is None:
                 arrays = self._drawn(part, policy(), seed=_seed([*seeds, index]))
                 fresh += len(part) * self.samples
-                if file is not None:
+                if file is not None and world().main:
                     store(file, arrays, {})
             replies += self._replies(part, arrays)
             if fresh and (index + 1) % max(1, len(parts) // LINES) == 0 and len(parts) > 1:

@@ -25,7 +25,7 @@ from finetune.data.dataset import Prepared, prepare_gathered
 from finetune.data.report import DataReport
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
-from finetune.training import tuning
+from finetune.training import processes, tuning
 from finetune.training.behaviour import Behaviour, mean_judgement
 from finetune.training.generate import Reply as Answered
 from finetune.training.job import Job
@@ -147,6 +147,11 @@ class RejectionTuning:
         Raises:
             UserError: it is not what the round wrote.
         """
+        files = processes.from_main(self._taken_over() if self.job.world.main else {})
+        self.job.run.update(files=files)
+        self.job.check(Tick("saved", f"{', '.join(files)}: what round {len(self.rounds)} has learnt"))
+
+    def _taken_over(self) -> dict[str, str]:
         last = round_folder(self.job.run.path, len(self.rounds))
         name = "adapter" if (last / "adapter").is_dir() else "model"
         with self.job.run.replacing(name) as folder:
@@ -156,8 +161,7 @@ class RejectionTuning:
         if wrong:
             found = f"{', '.join(wrong)} does not have the checksum it was written with"
             raise UserError(Problem(str(last), found, "what the last round saved", "--force starts over"))
-        self.job.run.update(files=files)
-        self.job.check(Tick("saved", f"{', '.join(files)}: what round {len(self.rounds)} has learnt"))
+        return files
 
     def _numbers(self, number: int) -> list[int]:
         settings = self.settings
@@ -260,6 +264,7 @@ class RejectionTuning:
         if run.finished:
             return
         own = Job(recipe, run, job.console, job.command)
+        own.join()
         with job.timed("train"):
             learnt = Supervised(own, self.text, self._prepared(rows), policy=self.policies.before(number))
             carry_out(own, learnt)

@@ -65,7 +65,7 @@ def judged_replies(
 
 
 def _of_all(judged: Judged, sizes: Sequence[int]) -> Judged:
-    """Return what all processes say, from what this one says of its runs of replies, which have these sizes."""
+    """Return what all processes say, from what this one says of its runs of replies, so many in each."""
     names = list(judged.parts)
     table = np.stack([judged.total, *judged.parts.values()])
     runs = np.split(table, np.cumsum(sizes, dtype=int), axis=1)[:-1]
