@@ -22,6 +22,7 @@ from align.preference.trl_engine import (
     places_by_tokens,
     places_of,
     refuse_not_finite,
+    seen_by_all,
     without_copy,
 )
 from finetune.recipe.errors import Problem
@@ -103,12 +104,12 @@ def trl_dpo_trainer(
     replies = own_replies(tokenizer)
     [chosen, rejected] = replies["completion"]
     own = Dataset.from_dict({"prompt": replies["prompt"][:1], "chosen": [chosen], "rejected": [rejected]})
-    with made_quietly():
+    with made_quietly(), seen_by_all(own, args) as rows:
         trainer = MeasuredDPOTrainer(
             model=model,
             args=args,
-            train_dataset=own,
-            eval_dataset=None if held_out is None else own,
+            train_dataset=rows,
+            eval_dataset=None if held_out is None else rows,
             processing_class=tokenizer,
         )
     without_copy(model)

@@ -21,9 +21,11 @@ from align.preference.trl_engine import (
     places_by_tokens,
     places_of,
     refuse_not_finite,
+    seen_by_all,
     without_copy,
 )
 from finetune.data.batches import optimizer_batches
+from finetune.planning.world import world
 from finetune.training.base_trainer import log_held_out
 
 KINDS = ("", "KL_")
@@ -95,7 +97,7 @@ def label_columns(groups: PreferenceGroups, *, order: list[int], size: int) -> D
     Args:
         groups: one completion each, of score 1 (good) or 0 (bad).
         order: the rows' numbers.
-        size: rows of a forward pass, which lend each other their completions (``mismatched``).
+        size: rows of all processes' forward passes, which lend each other completions (``mismatched``).
     """
     rows = [groups[index] for index in order]
     assert all(len(row.completion_ids) == 1 for row in rows), "single completions"
@@ -142,16 +144,16 @@ def trl_kto_trainer(
     assert args.precompute_ref_log_probs, "or TRL would keep a reference of its own"
     replies = own_replies(tokenizer)
     own = Dataset.from_dict({**replies, "label": [True, False]})
-    with made_quietly():
+    with made_quietly(), seen_by_all(own, args) as rows:
         trainer = MeasuredKTOTrainer(
             model=model,
             args=args,
-            train_dataset=own,
-            eval_dataset=None if held_out is None else own,
+            train_dataset=rows,
+            eval_dataset=None if held_out is None else rows,
             processing_class=tokenizer,
         )
     without_copy(model)
-    size = args.per_device_train_batch_size
+    size = args.per_device_train_batch_size * world().size
     columns = label_columns(train, order=order, size=size)
     reference = _both(trainer, columns)
     trainer.train_dataset = columns.add_column("ref_logps", reference[""].tolist()).add_column(

@@ -110,7 +110,8 @@ class PpoTrainer(BaseTrainer):
         loss: Tensor = loss_sum / num_items_in_batch
         if self.pretraining:
             loss = loss + self.pretraining.loss(found.unlikelihood, inputs)
-        return loss * self.accelerator.num_processes  # the processes' gradients are averaged
+        loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
+        return loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -10,17 +10,27 @@ trains with and handed over in the columns that its collator documents for preco
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import (
+    Dataset,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_from_disk,
+)
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from align.preference.rows.dataset import PreferenceGroups
+from finetune.planning.world import world
 from finetune.recipe.errors import Problem, UserError
 from finetune.training.preflight.untouched import untouched
+from finetune.training.processes import everyones, share, together, wait
 from finetune.training.stops import NotFiniteError
 
 NATIVE = "train.engine=native"
@@ -33,6 +43,8 @@ NAMES = {
     "rewards/accuracies": "accuracy",
 }
 """TRL's names of what it logs: ours. A tie counts 0 in TRL's accuracy."""
+ROWS = "first-rows"
+"""The folder, while a trainer is made, of the rows that it is made with."""
 BARS = "TQDM_DISABLE"
 """The switch that TRL reads for the bar over its own row."""
 
@@ -91,6 +103,25 @@ def made_quietly() -> Iterator[None]:
             os.environ[BARS] = before
 
 
+@contextmanager
+def seen_by_all(rows: Dataset, args: TrainingArguments) -> Iterator[Dataset]:
+    """Give rows that several processes have from one file: TRL keeps its reference's numbers beside it.
+
+    Rows in memory have such files in a temporary folder of each process's own, where the others look in vain.
+    """
+    if world().size == 1:
+        yield rows
+        return
+    folder = Path(args.output_dir) / ROWS
+    if world().main:
+        rows.save_to_disk(str(folder))
+    wait()
+    yield load_from_disk(str(folder))
+    wait()
+    if world().main:
+        rmtree(folder)
+
+
 def without_copy(model: nn.Module) -> None:
     """Take TRL's copy of the adapter away: it would be kept in memory, and saved beside the adapter."""
     if isinstance(model, PeftModel) and COPY in model.peft_config:
@@ -109,6 +140,8 @@ class InOurWords(Trainer):  # type: ignore[misc]
 def logps_of(trainer: Trainer, columns: Dataset, *, kind: str = "") -> list[Tensor]:
     """Return log-probabilities of completions under the policy as it is, by the engine's own forward pass.
 
+    Each process looks at its share of the passes, and has the numbers of all.
+
     Args:
         trainer: one of TRL's, whose model takes ``fused_lm_head``.
         columns: rows as its collator takes them.
@@ -119,10 +152,10 @@ def logps_of(trainer: Trainer, columns: Dataset, *, kind: str = "") -> list[Tens
     """
     found, size = [], trainer.args.per_device_train_batch_size
     with untouched(trainer.model), trainer.accelerator.autocast():
-        for start in range(0, len(columns), size):
+        for start in share(range(0, len(columns), size)):
             rows = [columns[index] for index in range(start, min(start + size, len(columns)))]
             found.append(_logps(trainer.model, trainer.data_collator(rows), kind))
-    return found
+    return together(everyones(found))
 
 
 def _logps(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> Tensor:

@@ -153,6 +153,22 @@ def common(
     }
 
 
+def _refuse_parts(batch_size: int, micro_batch_size: int, processes: int) -> None:
+    """Refuse steps that are not whole forward passes of all processes, which TRL would make larger."""
+    if batch_size % processes:
+        found = f"{batch_size}, with {processes} processes"
+        expected = "a multiple: each process has as many rows of TRL's optimizer steps as the others"
+        fits = batch_size + processes - batch_size % processes
+        raise UserError(Problem("train.batch_size", found, expected, f"train.batch_size={fits}"))
+    own = batch_size // processes
+    if own % micro_batch_size:
+        share = f"({batch_size})" if processes == 1 else f"({batch_size}) shared among {processes} processes"
+        found = f"{micro_batch_size}, which does not divide train.batch_size {share}"
+        expected = "a divisor of it: TRL's optimizer steps hold whole forward passes"
+        fits = max(size for size in range(1, micro_batch_size) if own % size == 0)
+        raise UserError(Problem("train.micro_batch_size", found, expected, f"train.micro_batch_size={fits}"))
+
+
 def training_arguments(
     settings: TrainSettings,
     *,
@@ -169,11 +185,8 @@ def training_arguments(
             or TRL's steps would hold other than ``train.batch_size`` rows.
     """
     check_engine_args(settings, stage)
-    if settings.engine == "trl" and settings.batch_size % micro_batch_size:
-        found = f"{micro_batch_size}, which does not divide train.batch_size ({settings.batch_size})"
-        expected = "a divisor of it: TRL's optimizer steps hold whole forward passes"
-        fits = max(size for size in range(1, micro_batch_size) if settings.batch_size % size == 0)
-        raise UserError(Problem("train.micro_batch_size", found, expected, f"train.micro_batch_size={fits}"))
+    if settings.engine == "trl":
+        _refuse_parts(settings.batch_size, micro_batch_size, machine.processes)
     arguments = _engines_own(settings, stage) | common(
         settings,
         folder=folder,
