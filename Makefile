@@ -22,7 +22,7 @@ OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPT
           $(if $(FROM),--from $(FROM)) $(if $(REWARD),--reward $(REWARD)) $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv $(STAGES) run rlhf list show data chat merge test test-all check tiny-base tiny-data compare clean
+.PHONY: help venv $(STAGES) run rlhf list show data plan chat merge test test-all check tiny-base tiny-data compare clean
 
 help:  ## show this
 	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [FROM=run] [REWARD=run] [OUT=dir] [ARGS=\"section.key=value ...\"]"
@@ -54,6 +54,9 @@ show: $(READY)  ## a recipe with every value's origin
 
 data: $(READY)  ## what the model will see of a recipe's data: make data RECIPE=alpaca ARGS="--rows 5 --html data.html"
 	$(BIN)/llm-align data $(RECIPE) $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(FROM),--from $(FROM)) $(ARGS)
+
+plan: $(READY)  ## memory, time and disk before anything is loaded: make plan RECIPE=alpaca BASE=llama-2-7b ARGS="--gpu 24GB"
+	$(BIN)/llm-align plan $(RECIPE) $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPTER),--adapter $(ADAPTER)) $(if $(FROM),--from $(FROM)) $(ARGS)
 
 chat: $(READY)  ## talk to a finished run: make chat RUN=runs/...
 	$(BIN)/llm-align chat $(RUN) $(ARGS)

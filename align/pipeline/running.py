@@ -19,7 +19,8 @@ from align.pipeline.directory import REPORT, PipelineDirectory, now
 from align.pipeline.entry import Entry
 from align.pipeline.plan import Pipeline
 from align.start import ready
-from finetune.recipe.errors import UserError
+from finetune.planning.world import world
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training.launch import run_stage
 from finetune.training.result import Result
@@ -67,6 +68,7 @@ def run_pipeline(
         Interrupted: a signal came; the same call goes on from there.
         NotFiniteError: a stage's loss or gradient became NaN or infinite.
     """
+    _refuse_world(pipeline)
     folder = PipelineDirectory(pipeline)
     with folder.locked(), _signals():
         before = dict(folder.record.get("stages", {})) if _whole(folder) else {}
@@ -79,6 +81,14 @@ def run_pipeline(
             _conclude(pipeline, folder, results, console)
         folder.update(status="finished", finished=folder.record.get("finished") or now())
     return PipelineResult(folder.path, folder.record, results, folder.samples())
+
+
+def _refuse_world(pipeline: Pipeline) -> None:
+    """Raise UserError under a launcher of the user's: each stage starts the processes that it needs."""
+    if (size := world().size) > 1:
+        found = f"a launcher has started {size} processes"
+        repair = "llm-align run without it: every stage starts the processes that train.processes asks for"
+        raise UserError(Problem(f"pipeline {pipeline.name}", found, "one process", repair))
 
 
 def _run(

@@ -230,3 +230,11 @@ def test_a_foreign_folder_is_left_alone(call: Call, here: Path) -> None:
     status, _, err = call("run", "three", "--out", "mine")
     assert status == 2 and "nothing in that folder was touched" in err
     assert not (here / "runs").exists() and len(list((here / "mine").iterdir())) == 1
+
+
+def test_a_pipeline_wants_no_launcher(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    status, _, said = call("run", "three")
+    assert status == 2 and "a launcher has started 2 processes" in said
+    assert "llm-align run without it" in said
