@@ -1,31 +1,38 @@
-"""What sampling and scoring hold: keys and values of what has been written, and passes without gradients."""
+"""What sampling holds: keys and values of what has been written."""
 
 from finetune.planning.workload import Workload
 
+SCORES = 3
+"""Copies of a token's logits in float32: as given, divided by the temperature, as probabilities."""
 
-def rollout(workload: Workload) -> dict[str, int]:
-    """Return the cache of keys and values at a reply's last token, and the logits of a token."""
-    assert workload.rollout is not None
+
+def decoding(workload: Workload) -> dict[str, int]:
+    """Return what is held when the last token of a reply is drawn.
+
+    Keys and values of all layers; a layer's grow by being copied, one at a time.
+    """
+    model, asked = workload.architecture, workload.rollout
+    assert asked is not None
+    layer = asked.lines * _columns(workload) * model.keys * workload.bytes
+    repeated = model.heads // model.key_value_heads if workload.attention == "eager" or model.eager else 0
     return {
         "key-value cache": cache_bytes(workload),
-        "logits and loss": 3 * 4 * workload.rollout.lines * workload.architecture.vocabulary,
-        "workspace": 2 * cache_bytes(workload) // workload.architecture.layers,
+        "logits and loss": asked.lines * model.vocabulary * (workload.bytes + 4 * SCORES),
+        "workspace": layer * (1 + 2 * repeated),
     }
 
 
 def cache_bytes(workload: Workload) -> int:
-    """Return keys and values of all layers, of prompts and completions."""
+    """Return keys and values of all layers, of prompts and completions; sliding layers keep their window."""
     model, asked = workload.architecture, workload.rollout
     assert asked is not None
-    width = asked.prompt + asked.completion + workload.adapter.virtual_tokens
-    return 2 * model.layers * asked.lines * width * model.keys * workload.bytes
+    width = _columns(workload)
+    sliding = model.sliding_layers * min(width, model.sliding_window)
+    columns = (model.layers - model.sliding_layers) * width + sliding
+    return 2 * columns * asked.lines * model.keys * workload.bytes
 
 
-def scoring(workload: Workload) -> dict[str, int]:
-    """Return a pass without gradients: the states of one layer, and the logits."""
-    numbers = workload.predicted * workload.architecture.vocabulary
-    states = workload.tokens * workload.bytes
-    return {
-        "activations": states * (2 * workload.architecture.hidden + 3 * workload.architecture.intermediate),
-        "logits and loss": 8 * numbers,
-    }
+def _columns(workload: Workload) -> int:
+    asked = workload.rollout
+    assert asked is not None
+    return asked.prompt + asked.completion + workload.adapter.virtual_tokens

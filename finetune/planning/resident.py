@@ -5,7 +5,7 @@ from math import ceil
 
 from finetune.planning.architecture import Architecture, Linear
 from finetune.planning.trained import targets, trained_parameters
-from finetune.planning.workload import BYTES, LOW_RANK, Quantization, Workload
+from finetune.planning.workload import BYTES, LOW_RANK, Adapter, Quantization, Workload
 
 NF4_BLOCK, NF4_SCALES = 64, 256
 """Weights that share a scale, and scales that share one themselves (arXiv 2305.14314, section 3)."""
@@ -39,27 +39,57 @@ class Resident:
 def resident(workload: Workload) -> Resident:
     """Return what a process holds, with what the strategy partitions divided by the processes.
 
+    A reference and PPO keep a copy of what is trained as it was at the start (StartingPolicy).
+
     ZeRO-1 partitions the optimizer's states, ZeRO-2 the gradients too, ZeRO-3 and FSDP2 the weights too
     (Rajbhandari et al. 2019, arXiv 1910.02054, section 5).
     """
-    trained = trained_parameters(workload.architecture, workload.adapter, heads=workload.heads)
-    roles = 2 if workload.objective == "ppo" else 1
-    whole = workload.adapter.whole_model
-    base = base_bytes(workload)
-    adapter = 0 if whole else roles * 4 * trained
-    gradients = roles * 4 * trained
-    states = roles * optimizer_bytes(workload, trained)
+    model, adapter = workload.architecture, workload.adapter
+    trained = trained_parameters(model, adapter, heads=0 if workload.objective == "ppo" else workload.heads)
+    value = _value(workload)
+    kept = trained if workload.objective == "ppo" or workload.live_reference else 0
+    beside = 0 if adapter.whole_model else 4 * trained
+    own = beside + 4 * (value + kept) + _frozen_beside(workload) + workload.scorers * beside
+    whole = adapter.whole_model and workload.objective == "ppo"
+    states = optimizer_bytes(workload, trained + value)
     shared = _shares(workload)
-    paged = workload.optimizer == "paged_adamw"
-    host = states if paged or workload.offload != "none" else 0
+    host = states if workload.optimizer == "paged_adamw" or workload.offload != "none" else 0
+    foreach = 4 * (trained + value) if workload.device == "cuda" and not host else 0
     return Resident(
-        base=ceil(base / shared["weights"]),
-        adapter=ceil(adapter / shared["weights"]),
-        gradients=ceil(gradients / shared["gradients"]),
+        base=ceil((2 if whole else 1) * base_bytes(workload) / shared["weights"]),
+        adapter=ceil(own / shared["weights"]),
+        gradients=ceil(4 * (trained + value) / shared["gradients"]),
         optimizer=0 if host else ceil(states / shared["states"]),
-        step_workspace=ceil(4 * roles * trained / shared["states"]) if workload.device == "cuda" else 0,
+        step_workspace=ceil(foreach / shared["states"]),
         host=ceil(host / shared["states"]),
     )
+
+
+def gathered(workload: Workload) -> int:
+    """Return the weights that are whole for a moment where they are partitioned: a layer and the next one."""
+    if workload.strategy not in ("zero3", "fsdp2") or workload.processes == 1:
+        return 0
+    model = workload.architecture
+    layer = sum(one.inputs * one.outputs for one in model.linear_layers() if one.count == model.layers)
+    return 2 * max(layer, model.vocabulary * model.hidden) * workload.bytes
+
+
+def _value(workload: Workload) -> int:
+    """Return the trained parameters of PPO's value: an adapter as the policy's, or LoRA, and a score."""
+    if workload.objective != "ppo":
+        return 0
+    fresh = Adapter() if workload.adapter.whole_model else workload.adapter
+    return trained_parameters(workload.architecture, fresh, heads=1)
+
+
+def _frozen_beside(workload: Workload) -> int:
+    """Return what stands frozen beside trained weights: VeRA's two matrices, prompts of earlier tasks."""
+    adapter = workload.adapter
+    if adapter.method == "vera":
+        sizes = targets(workload.architecture, adapter)
+        widest = max(one.inputs for one in sizes) + max(one.outputs for one in sizes)
+        return 4 * adapter.rank * widest
+    return 4 * adapter.frozen_tokens * workload.architecture.hidden
 
 
 def base_bytes(workload: Workload) -> int:

@@ -1,0 +1,278 @@
+"""Linear layers with what adapters add to them, operation by operation, as they are computed.
+
+A method leaves the tensors that it is given to its caller, as a Python function does, and hands over what it
+returns.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from finetune.planning.architecture import Linear
+from finetune.planning.resident import NF4_BLOCK
+from finetune.planning.tape import Tape, Tensor
+from finetune.planning.trained import INNER, KEYS_AND_VALUES, block_size
+from finetune.planning.workload import LOW_RANK, Adapter, Workload
+
+
+@dataclass
+class Linears:
+    """The linear layers of a model on a tape.
+
+    Attributes:
+        tape: where operations are written.
+        workload: sizes.
+        casts: copies of trained weights in the precision of the pass, which autocast keeps until its end.
+    """
+
+    tape: Tape
+    workload: Workload
+    casts: list[Tensor] = field(default_factory=list)
+
+    @cached_property
+    def named(self) -> dict[str, Linear]:
+        """Return the linear layers by their names."""
+        return {layer.name: layer for layer in self.workload.architecture.linear_layers()}
+
+    @property
+    def adapter(self) -> Adapter:
+        """Return what is trained."""
+        return self.workload.adapter
+
+    @property
+    def each(self) -> int:
+        """Return the bytes of a number that a linear layer gives."""
+        return self.workload.bytes
+
+    def add(self, one: Tensor, other: Tensor) -> Tensor:
+        """Return a sum, whose gradient is that of both terms."""
+        return self.tape.run([one, other], one.numbers, max(one.each, other.each), aliased=True)
+
+    def to(self, states: Tensor, each: int) -> Tensor:
+        """Return a tensor with numbers of so many bytes: itself, or a copy."""
+        if states.each == each:
+            self.tape.hold(states)
+            return states
+        return self.tape.run([states], states.numbers, each)
+
+    def forget_casts(self) -> None:
+        """Let go of autocast's copies: the pass is over."""
+        self.tape.drop(*self.casts)
+        self.casts = []
+
+    def linear(self, states: Tensor, name: str) -> Tensor:
+        """Return a linear layer's output, with the adapter's part."""
+        layer = self.named[name]
+        method = self.adapter.method
+        if method == "full":
+            return self.trained_linear(states, layer)
+        if method == "ia3" and name in INNER:
+            return self.scaled_input(states, layer)
+        if method == "oft" and self.is_target(name):
+            return self.rotated_input(states, layer)
+        made = self.frozen_linear(states, layer)
+        if method == "ia3" and name in KEYS_AND_VALUES:
+            return self.scaled_output(made, layer.outputs)
+        if method == "bitfit" and layer.bias:
+            return self.in_place_of(made, self.shifted(made, layer.outputs))
+        if not self.is_target(name):
+            return made
+        if method in ("dora", "vera"):
+            return (self.dora if method == "dora" else self.vera)(states, layer, made)
+        return self.low_rank(states, layer, made) if method in LOW_RANK else made
+
+    def is_target(self, name: str) -> bool:
+        """Return whether the adapter sits on layers of a name."""
+        return not self.adapter.targets or name in self.adapter.targets
+
+    def in_place_of(self, before: Tensor, made: Tensor) -> Tensor:
+        """Let go of a tensor and return what takes its place, with numbers as large."""
+        narrow = self.to(made, before.each)
+        self.tape.drop(before, made)
+        return narrow
+
+    def trained_linear(self, states: Tensor, layer: Linear) -> Tensor:
+        """Return W x: x is kept for the gradient of W, and W for that of x."""
+        tape = self.tape
+        inputs, weight = self.to(states, self.each), self.cast(layer.inputs * layer.outputs)
+        rows = states.numbers // layer.inputs
+        made = tape.run([inputs, weight], rows * layer.outputs, self.each, keeps=[inputs, weight])
+        tape.drop(inputs)
+        return made
+
+    def frozen_linear(self, states: Tensor, layer: Linear) -> Tensor:
+        """Return W x of a frozen weight: x is not kept; a quantized weight is dequantized both ways."""
+        tape, inputs = self.tape, self.to(states, self.each)
+        taken = self.dequantized(layer)
+        if taken:
+            tape.moment(taken)
+        rows = states.numbers // layer.inputs
+        made = tape.run([inputs], rows * layer.outputs, self.each, workspace=taken)
+        tape.drop(inputs)
+        return made
+
+    def dequantized(self, layer: Linear) -> int:
+        """Return the bytes of a weight that is taken back to numbers, with its scales in float32."""
+        numbers = layer.inputs * layer.outputs
+        if self.workload.quantization == "none":
+            return 0
+        return numbers * self.each + (4 * numbers // NF4_BLOCK if self.workload.quantization == "nf4" else 0)
+
+    def cast(self, numbers: int) -> Tensor:
+        """Return a trained weight as the pass computes with it; autocast keeps the copy until its end."""
+        weight = self.tape.weight(numbers)
+        if self.each == 4:
+            return weight
+        copy = self.tape.run([weight], numbers, self.each)
+        self.casts.append(copy)
+        return copy
+
+    def low_rank(self, states: Tensor, layer: Linear, base: Tensor) -> Tensor:
+        """Return W x + s B A x, in the place of W x.
+
+        PEFT turns x into A's float32, drops some of it (a mask and a new x), and autocast turns that back:
+        A's input is kept in the precision of the pass, and so is A's output, for B. Without autocast and
+        dropout x itself is kept, once for all layers that read it.
+        """
+        wide = self.to(states, 4)
+        dropped = self.dropped(wide)
+        outer = self.product(dropped, layer)
+        self.tape.drop(dropped)
+        scaled = self.tape.run([outer], outer.numbers, self.each)
+        self.tape.drop(outer)
+        made = self.add(base, scaled)
+        self.tape.drop(base, scaled, wide)
+        return made
+
+    def product(self, states: Tensor, layer: Linear) -> Tensor:
+        """Return B A x; A keeps its input, and B that of its own."""
+        tape, rank, rows = self.tape, self.adapter.rank, states.numbers // layer.inputs
+        inputs, down = self.to(states, self.each), self.cast(rank * layer.inputs)
+        inner = tape.run([inputs, down], rows * rank, self.each, keeps=[inputs, down])
+        tape.drop(inputs)
+        up = self.cast(rank * layer.outputs)
+        outer = tape.run([inner, up], rows * layer.outputs, self.each, keeps=[inner, up])
+        tape.drop(inner)
+        return outer
+
+    def dropped(self, states: Tensor) -> Tensor:
+        """Return what dropout leaves of a tensor: a GPU keeps a byte for each number, a CPU the noise."""
+        tape = self.tape
+        if not self.adapter.dropout:
+            tape.hold(states)
+            return states
+        noise = tape.new(states.numbers, 1 if self.workload.device == "cuda" else states.each)
+        made = tape.run([states], states.numbers, states.each, keeps=[noise])
+        tape.drop(noise)
+        return made
+
+    def dora(self, states: Tensor, layer: Linear, base: Tensor) -> Tensor:
+        """Return W x + (m - 1) W x + m s B A x, in the place of W x; m is the magnitude over the norm.
+
+        For the norm PEFT multiplies B A out, in float32. With dropout it computes W x once more, from the
+        dropped x, and then autocast's copy of W is kept for the gradient of x.
+        """
+        tape, rows = self.tape, states.numbers // layer.inputs
+        numbers = layer.inputs * layer.outputs
+        wide = self.to(states, 4)
+        dropped = self.dropped(wide)
+        product = tape.new(numbers, 4)
+        tape.moment(4 * layer.inputs**2 + (self.each % 4) * (layer.inputs**2 + numbers))
+        weight = tape.new(0 if self.each == 4 and not self.dequantized(layer) else numbers, 4)
+        tape.moment(2 * 4 * numbers)
+        outer = self.product(dropped, layer)
+        if self.adapter.dropout:
+            inputs, copy = self.to(dropped, self.each), tape.new(0 if self.each == 4 else numbers, self.each)
+            again = tape.run([inputs], base.numbers, self.each, keeps=[copy])
+            tape.drop(inputs, copy)
+        else:
+            tape.hold(base)
+            again = base
+        magnitude = tape.weight(layer.outputs)
+        own = tape.run([again, magnitude], rows * layer.outputs, 4, keeps=[again], workspace=4 * base.numbers)
+        added = tape.run([outer, magnitude], outer.numbers, 4, keeps=[outer], workspace=4 * base.numbers)
+        scaled = tape.run([added], added.numbers, 4)
+        tape.drop(added)
+        both = self.add(own, scaled)
+        tape.drop(own, scaled, again, outer, weight, product, dropped, wide)
+        made = self.add(base, both)
+        tape.drop(both)
+        return self.in_place_of(base, made)
+
+    def vera(self, states: Tensor, layer: Linear, base: Tensor) -> Tensor:
+        """Return W x + b * (B (d * (A x))), in the place of W x.
+
+        A and B are frozen; d and b want A x and B (...). Autocast's copies of A and B are kept.
+        """
+        tape, rank, rows = self.tape, self.adapter.rank, states.numbers // layer.inputs
+        copied = 0 if self.each == 4 else rank
+        wide = self.to(states, 4)
+        dropped = self.dropped(wide)
+        inputs, down = self.to(dropped, self.each), tape.new(copied * layer.inputs, self.each)
+        inner = tape.run([inputs], rows * rank, self.each, keeps=[down])
+        tape.drop(dropped, inputs, down)
+        turned = tape.run([inner, tape.weight(rank)], rows * rank, 4, keeps=[inner])
+        narrow, up = self.to(turned, self.each), tape.new(copied * layer.outputs, self.each)
+        outer = tape.run([narrow], base.numbers, self.each, keeps=[up])
+        tape.drop(inner, turned, narrow, up)
+        scaled = tape.run([outer, tape.weight(layer.outputs)], outer.numbers, 4, keeps=[outer])
+        made = self.add(base, scaled)
+        tape.drop(outer, scaled, wide)
+        return self.in_place_of(base, made)
+
+    def scaled_output(self, base: Tensor, width: int) -> Tensor:
+        """Return (IA)^3's l * (W x), in the place of W x, which is kept for the gradient of l."""
+        return self.in_place_of(base, self.scaled(base, width))
+
+    def scaled_input(self, states: Tensor, layer: Linear) -> Tensor:
+        """Return (IA)^3's W (l * x): x is kept in float32."""
+        wide = self.to(states, 4)
+        scaled = self.scaled(wide, layer.inputs)
+        inner = self.to(scaled, states.each)
+        self.tape.drop(wide, scaled)
+        made = self.frozen_linear(inner, layer)
+        self.tape.drop(inner)
+        return made
+
+    def scaled(self, states: Tensor, width: int) -> Tensor:
+        """Return x times a trained float32 vector."""
+        factor = self.tape.weight(width)
+        return self.tape.run(
+            [states, factor], states.numbers, 4, keeps=[states], workspace=4 * states.numbers
+        )
+
+    def shifted(self, states: Tensor, width: int) -> Tensor:
+        """Return x plus a trained float32 vector."""
+        return self.tape.run([states, self.tape.weight(width)], states.numbers, 4)
+
+    def rotated_input(self, states: Tensor, layer: Linear) -> Tensor:
+        """Return OFT's W (R x): x is turned in blocks, in float32 or as autocast computes it, and kept."""
+        tape = self.tape
+        size = block_size(layer.inputs, self.adapter.block_size)
+        rotation = self.tape.weight(layer.inputs // size * size * size)
+        wide = self.to(states, 4)
+        inputs = self.to(wide, self.each)
+        turned = tape.run([inputs, rotation], states.numbers, self.each, keeps=[inputs])
+        laid = tape.run([turned], states.numbers, self.each)
+        tape.drop(inputs, turned)
+        again = self.to(laid, 4)
+        inner = self.to(again, states.each)
+        tape.drop(laid)
+        made = self.frozen_linear(inner, layer)
+        tape.drop(wide, again, inner)
+        return made
+
+    def bottleneck(self, states: Tensor) -> Tensor:
+        """Return what a bottleneck adds: W_up f(W_down x) in the precision of the pass, times its scale."""
+        tape, hidden, width = self.tape, self.workload.architecture.hidden, self.adapter.width
+        rows = states.numbers // hidden
+        wide = self.to(states, 4)
+        inputs, down = self.to(wide, self.each), self.cast(hidden * width)
+        inner = tape.run([inputs, down], rows * width, self.each, keeps=[inputs, down])
+        active = tape.run([inner], inner.numbers, self.each, keeps_result=True)
+        tape.drop(inputs, inner)
+        up = self.cast(hidden * width)
+        outer = tape.run([active, up], states.numbers, self.each, keeps=[active, up])
+        tape.drop(active)
+        made = tape.run([outer], outer.numbers, self.each)
+        tape.drop(outer, wide)
+        return made

@@ -1,0 +1,141 @@
+"""Queries, keys and values to mixed values, operation by operation."""
+
+from dataclasses import dataclass
+
+from finetune.planning.adapted import Linears
+from finetune.planning.architecture import Architecture
+from finetune.planning.tape import Tape, Tensor
+from finetune.planning.workload import Adapter, Workload
+
+FLASH_ALIGNED = 16
+"""On a GPU the additive mask of attention is laid out in lines of a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of one model on a tape."""
+
+    linears: Linears
+
+    @property
+    def tape(self) -> Tape:
+        """Return where operations are written."""
+        return self.linears.tape
+
+    @property
+    def workload(self) -> Workload:
+        """Return the sizes."""
+        return self.linears.workload
+
+    @property
+    def model(self) -> Architecture:
+        """Return the sizes of the model."""
+        return self.workload.architecture
+
+    @property
+    def adapter(self) -> Adapter:
+        """Return what is trained."""
+        return self.workload.adapter
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor, *, whole: Tensor) -> Tensor:
+        """Return the values mixed by attention.
+
+        Args:
+            query: rotated.
+            key: rotated.
+            value: as its layer gave it.
+            whole: what ``value`` is a view of, or itself.
+        """
+        tape = self.tape
+        query, key = self.linears.to(query, self.linears.each), self.linears.to(key, self.linears.each)
+        tape.hold(value)
+        if self.adapter.cached:
+            key, value = self.behind_prefix(key), self.behind_prefix(value)
+            whole = value
+        if self.model.heads != self.model.key_value_heads and (self.masked or self.eager):
+            key, value = self.repeated(key), self.repeated(value)
+            whole = value
+        made = (self.written_out if self.eager else self.fused)(query, key, value, whole)
+        tape.drop(query, key, value)
+        return made
+
+    @property
+    def eager(self) -> bool:
+        """Return whether all scores are written out."""
+        return self.model.eager or self.workload.attention == "eager"
+
+    @property
+    def masked(self) -> bool:
+        """Return whether attention takes a mask: for padding, blocks, or keys before the first query."""
+        return self.workload.masked or self.adapter.cached > 0
+
+    @property
+    def seen(self) -> int:
+        """Return the keys that a line has."""
+        return self.workload.width + self.adapter.cached
+
+    def behind_prefix(self, states: Tensor) -> Tensor:
+        """Return keys or values with the prefix before them, in their place."""
+        numbers, prefix = self.workload.lines * self.seen * self.model.keys, self.prefix
+        made = self.tape.run([states, prefix], numbers, self.linears.each)
+        self.tape.drop(states)
+        return made
+
+    @property
+    def prefix(self) -> Tensor:
+        """Return the gradient's place of a layer's trained keys or values."""
+        return self.tape.weight(self.adapter.cached * self.model.keys)
+
+    def repeated(self, states: Tensor) -> Tensor:
+        """Return a copy of keys or values for each query head, in their place."""
+        made = self.tape.run(
+            [states], self.workload.lines * self.seen * self.model.queries, self.linears.each
+        )
+        self.tape.drop(states)
+        return made
+
+    def fused(self, query: Tensor, key: Tensor, value: Tensor, held: Tensor) -> Tensor:
+        """Return softmax(Q K^T) V of a fused kernel: inputs, output and the logarithm of each sum are kept.
+
+        FlashAttention (Dao et al. 2022, arXiv 2205.14135, section 3.1). A boolean mask becomes an additive
+        one, anew in each layer, and is kept. On a GPU the gradient of the queries is summed in float32.
+        """
+        tape, work = self.tape, self.workload
+        sums = tape.new(work.lines * self.model.heads * work.width, 4)
+        kept = [query, key, held, sums]
+        if self.masked:
+            line = -(-self.seen // FLASH_ALIGNED) * FLASH_ALIGNED if work.device == "cuda" else self.seen
+            kept.append(tape.new(work.lines * work.width * line, self.linears.each))
+        own = 4 * query.numbers if work.device == "cuda" and not self.masked else 0
+        made = tape.run(
+            [query, key, value],
+            query.numbers,
+            self.linears.each,
+            keeps=kept,
+            keeps_result=True,
+            workspace=own,
+        )
+        tape.drop(sums, *kept[4:])
+        return made
+
+    def written_out(self, query: Tensor, key: Tensor, value: Tensor, held: Tensor) -> Tensor:
+        """Return the same with all scores written out, in float32 for the softmax."""
+        tape, work = self.tape, self.workload
+        scores = work.lines * self.model.heads * work.width * self.seen
+        found = tape.run([query, key], scores, self.linears.each, keeps=[query, key])
+        for keeps in [False, *([False, True, False] if self.model.eager else []), False]:
+            made = tape.run(
+                [found], scores, self.linears.each, keeps_result=keeps
+            )  # scale, cap by a tanh, mask
+            tape.drop(found)
+            found = made
+        wide = self.linears.to(found, 4)
+        shares = tape.run([wide], scores, 4, keeps_result=True)
+        tape.drop(found, wide)
+        narrow = self.linears.to(shares, self.linears.each)
+        tape.drop(shares)
+        mixed = tape.run([narrow, value], query.numbers, self.linears.each, keeps=[narrow, held])
+        tape.drop(narrow)
+        made = tape.run([mixed], query.numbers, self.linears.each)
+        tape.drop(mixed)
+        return made
