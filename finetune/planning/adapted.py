@@ -157,7 +157,7 @@ class Linears:
     def dropped(self, states: Tensor) -> Tensor:
         """Return what dropout leaves of a tensor: a GPU keeps a byte for each number, a CPU the noise."""
         tape = self.tape
-        if not self.adapter.dropout:
+        if not self.adapter.dropout or self.workload.objective == "ppo":  # PPO switches dropout off
             tape.hold(states)
             return states
         noise = tape.new(states.numbers, 1 if self.workload.device == "cuda" else states.each)
@@ -248,12 +248,12 @@ class Linears:
         """Return OFT's W (R x): x is turned in blocks, in float32 or as autocast computes it, and kept."""
         tape = self.tape
         size = block_size(layer.inputs, self.adapter.block_size)
-        rotation = self.tape.weight(layer.inputs // size * size * size)
+        rotation, solved = self.tape.weight(layer.inputs * (size - 1) // 2), tape.new(3 * layer.inputs * size, 4)
         wide = self.to(states, 4)
         inputs = self.to(wide, self.each)
-        turned = tape.run([inputs, rotation], states.numbers, self.each, keeps=[inputs])
+        turned = tape.run([inputs, rotation], states.numbers, self.each, keeps=[inputs, solved])
         laid = tape.run([turned], states.numbers, self.each)
-        tape.drop(inputs, turned)
+        tape.drop(inputs, turned, solved)
         again = self.to(laid, 4)
         inner = self.to(again, states.each)
         tape.drop(laid)

@@ -139,3 +139,19 @@ class Attention:
         made = tape.run([mixed], query.numbers, self.linears.each)
         tape.drop(mixed)
         return made
+
+    def to_prompt(self, query: Tensor, tokens: int) -> Tensor:
+        """Return gate * softmax(Q K^T) V for keys and values made of a trained prompt."""
+        tape, each, numbers = self.tape, self.linears.each, query.numbers // self.model.head_dim * tokens
+        prompt = tape.weight(tokens * self.model.hidden)
+        found = tape.run([query, prompt], numbers, each, keeps=[query])
+        scaled = tape.run([found], numbers, each)
+        wide = self.linears.to(scaled, 4)
+        shares = tape.run([wide], numbers, 4, keeps_result=True)
+        tape.drop(found, scaled, wide)
+        narrow = self.linears.to(shares, each)
+        gated = tape.run([narrow, tape.weight(1)], numbers, each, keeps=[narrow])
+        mixed = tape.run([gated, prompt], query.numbers, each, keeps=[gated])
+        made = tape.run([mixed], query.numbers, each)
+        tape.drop(shares, narrow, gated, mixed)
+        return made

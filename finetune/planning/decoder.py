@@ -84,6 +84,8 @@ class Decoder:
         to layer, so that the first and the last hold the most; between them the others are taken at once.
         """
         tape, count = self.tape, self.model.layers
+        if self.adapter.method == "llama_adapter":  # the layers below learn nothing and keep nothing
+            count = min(count, self.adapter.top_layers)
         for index in range(min(count, PLAYED)):
             before, trained, casts = dict(tape.live), tape.trained, len(self.linears.casts)
             made = self.checkpointed(states) if self.workload.checkpointing else self.layer(states)
@@ -191,7 +193,7 @@ class Decoder:
             return self.layer_norm(states, gains)
         wide = self.linears.to(states, 4)
         tape.moment(wide.size, "activations")  # x squared
-        scale = tape.run([wide], rows, 4, keeps=[wide], keeps_result=True, workspace=2 * wide.size)
+        scale = tape.run([wide], rows, 4, keeps=[wide], keeps_result=True, workspace=3 * wide.size)
         scaled = tape.run([wide, scale], wide.numbers, 4, keeps=[wide, scale])
         tape.drop(wide, scale)
         narrow = self.linears.to(scaled, states.each)
@@ -217,7 +219,22 @@ class Decoder:
         mixed = self.of_fused(states) if self.model.fused else self.of_three(states)
         made = self.linears.linear(mixed, "dense" if self.model.fused else "o_proj")
         tape.drop(mixed)
+        if self.adapter.method == "llama_adapter":
+            return self.with_prompt(made, states)
         return self.with_bottleneck(made, made) if self.adapter.placement == "houlsby" else made
+
+    def with_prompt(self, made: Tensor, states: Tensor) -> Tensor:
+        """Return attention's output and what LLaMA-Adapter adds: attention to a prompt.
+
+        Queries are computed once more; the softmax over the prompt is float32, and its gate keeps it.
+        """
+        tape, adapter = self.tape, self.adapter
+        query = self.turned(self.linears.linear(states, "q_proj"))
+        mixed = self.scores.to_prompt(query, adapter.virtual_tokens)
+        added = self.linears.linear(mixed, "o_proj")
+        both = self.linears.add(made, added)
+        tape.drop(query, mixed, made, added)
+        return both
 
     def of_three(self, states: Tensor) -> Tensor:
         """Return mixed values, of queries, keys and values from layers of their own."""
@@ -275,7 +292,8 @@ class Decoder:
             active = product
         made = self.linears.linear(active, "down_proj" if self.model.gated else "dense_4h_to_h")
         tape.drop(active)
-        behind = self.adapter.method in BOTTLENECK and self.adapter.placement != "parallel"
+        parallel = self.adapter.method == "bottleneck" and self.adapter.placement == "parallel"
+        behind = self.adapter.method in BOTTLENECK and not parallel
         return self.with_bottleneck(made, made) if behind else made
 
     def with_bottleneck(self, made: Tensor, states: Tensor) -> Tensor:

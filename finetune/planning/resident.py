@@ -95,14 +95,16 @@ def _frozen_beside(workload: Workload) -> int:
 def base_bytes(workload: Workload) -> int:
     """Return the bytes of the base: quantized linear layers, and the rest in the precision of its passes.
 
-    Trained weights stay in float32 (mixed precision).
+    Trained weights stay in float32 (mixed precision). A model that scores has no output embeddings.
     """
     architecture = workload.architecture
+    headless = workload.objective == "scores" and not architecture.tied
+    parameters = architecture.parameters - (architecture.vocabulary * architecture.hidden if headless else 0)
     if workload.adapter.whole_model:
-        return 4 * architecture.parameters
+        return 4 * parameters
     linear = architecture.linear_layers()
     weights = sum(layer.weights for layer in linear)
-    rest = (architecture.parameters - weights) * workload.bytes
+    rest = (parameters - weights) * workload.bytes
     return rest + sum(
         layer.count * quantized_bytes(layer, workload.quantization, workload) for layer in linear
     )

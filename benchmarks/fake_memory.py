@@ -1,0 +1,338 @@
+"""The real training step on tensors that have a shape and no numbers, and how much memory it holds.
+
+Models are built from a config by the library's classes, adapters by finetune/adapters, losses by our own
+functions; ``FakeTensorMode`` lets them run without numbers, and ``Ledger`` sees every tensor that an operation
+makes, gradients and optimizer states included, and when it goes. What a kernel takes for itself inside is not
+seen.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from align.ppo.roles import Roles
+from align.preference.logps import token_logps
+from align.preference.starting_policy import StartingPolicy
+from align.reward.model import all_scores, put_head
+from align.reward.shared_base import scorer_on
+from finetune.planning.architecture import Architecture
+from finetune.planning.from_recipe import adapter_of
+from finetune.planning.workload import Objective, Precision, Workload
+from finetune.recipe.discovery import ADAPTERS, load_plugin
+from finetune.recipe.settings import AdapterSettings
+from finetune.training.completion import completion_loss_sum
+from finetune.training.head import output_head
+from finetune.training.model import DTYPES, label_scores
+
+aten = torch.ops.aten
+Values = Mapping[str, Any]
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of all tensors alive.
+
+    Numbers that the program asks for (how many true positions a mask has) are ``count``.
+    """
+
+    def __init__(self, count: int) -> None:
+        """Start with nothing alive."""
+        super().__init__()
+        self.count = count
+        self.live = self.peak = 0
+        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.drawn: set[int] = set()
+
+    def begin(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.live
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage until it goes."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.alive or tensor.device.type == "meta":
+            return
+
+        def gone(_: object) -> None:
+            if self.alive.pop(key, None) is not None:
+                self.live -= size
+
+        self.alive[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count what it makes."""
+        if func is aten._local_scalar_dense.default:
+            return 0 if args[0].untyped_storage()._cdata in self.drawn else self.count
+        made = self._masked(func, args) if func in MASKED and _by_mask(args[1]) else None
+        if made is None:
+            made = func(*args, **(kwargs or {}))
+        for one in tree_leaves(made):
+            if isinstance(one, Tensor):
+                self.add(one)
+                if func is aten.randint.default:
+                    self.drawn.add(one.untyped_storage()._cdata)
+        return made
+
+    def _masked(self, func: Any, args: tuple[Any, ...]) -> Tensor:
+        """Return what an operation with a mask makes: its size depends on numbers that are not there."""
+        states, (mask,) = args[0], args[1]
+        if func is aten.index.Tensor:
+            made: Tensor = states.new_empty((self.count, *states.shape[mask.dim() :]))
+            return made
+        return torch.empty_like(states) if func is aten.index_put.default else states
+
+
+MASKED = (
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+)
+
+
+def _by_mask(indices: Sequence[Tensor | None]) -> bool:
+    return any(one is not None and one.dtype == torch.bool for one in indices)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step to measure and to plan.
+
+    Attributes:
+        name: of the shape.
+        config: config.json of the base.
+        adapter: the recipe's section.
+        objective: what stands on the last state.
+        precision: of the pass.
+        lines: of a pass.
+        columns: of a line.
+        predicted: states before a label.
+        masked: whether lines are padded.
+        checkpointing: whether activations are computed again.
+        attention: its implementation.
+        accumulated: passes of an optimizer step.
+    """
+
+    name: str
+    config: Values
+    adapter: Values = field(default_factory=lambda: {"method": "lora"})
+    objective: Objective = "likelihood"
+    precision: Precision = "bfloat16"
+    lines: int = 4
+    columns: int = 256
+    predicted: int = 500
+    masked: bool = False
+    checkpointing: bool = False
+    attention: str = "sdpa"
+    accumulated: int = 1
+
+    @property
+    def settings(self) -> AdapterSettings:
+        """Return the adapter's section, typed."""
+        plugin = load_plugin(ADAPTERS, self.adapter["method"], where="adapter.method")
+        settings: AdapterSettings = plugin.Settings.model_validate(self.adapter)
+        return settings
+
+    @property
+    def workload(self) -> Workload:
+        """Return what the planner is told; on a CPU, as the fake tensors are."""
+        return Workload(
+            architecture=Architecture.of(self.config),
+            adapter=adapter_of(self.settings),
+            objective=self.objective,
+            precision=self.precision,
+            lines=self.lines,
+            columns=self.columns,
+            predicted=self.predicted,
+            masked=self.masked,
+            checkpointing=self.checkpointing,
+            attention=self.attention,  # type: ignore[arg-type]
+            accumulated=self.accumulated,
+            heads=1 if self.objective in ("scores", "ppo") else 0,
+            device="cpu",
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of the second optimizer step.
+
+    Attributes:
+        loaded: base and adapter.
+        states: the optimizer's.
+        peak: the most, from the first forward pass of the step to the end of the last backward pass.
+    """
+
+    loaded: int
+    states: int
+    peak: int
+
+
+def measure(case: Case) -> Measured:
+    """Run two optimizer steps of a case without numbers; return what the second one holds."""
+    model = _built(case)
+    ledger = Ledger(case.predicted)
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        _materialise(model)
+        start = StartingPolicy(model.policy) if isinstance(model, Roles) else None
+        gc.collect()
+        loaded = ledger.live
+        _prepare(model, case)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=False)
+        for step in range(2):
+            if step:
+                states = ledger.live - loaded
+                ledger.begin()
+            for _ in range(case.accumulated):
+                _loss(model, case).backward()
+            peak = ledger.peak
+            optimizer.step()
+            optimizer.zero_grad()
+        del start
+    return Measured(loaded, states, peak)
+
+
+def _built(case: Case) -> nn.Module:
+    """Return base and adapter without memory."""
+    config = AutoConfig.for_model(**case.config)
+    plugin = load_plugin(ADAPTERS, case.adapter["method"], where="adapter.method")
+    stored = DTYPES["float32" if case.adapter["method"] == "full" else case.precision]
+    kind = AutoModelForSequenceClassification if case.objective == "scores" else AutoModelForCausalLM
+    if case.objective == "scores":
+        label_scores(config, ["score"])
+    with torch.device("meta"), _zeros():
+        base: PreTrainedModel = kind.from_config(config, dtype=stored, attn_implementation=case.attention)
+        if case.objective == "scores":
+            put_head(base, 1, pad_id=0)
+        base.requires_grad_(False)
+        if case.objective != "ppo":
+            model: nn.Module = plugin.build(base, case.settings)
+            return model
+        value = plugin.build(scorer_on(base, ["value"], pad_id=0), case.settings)
+        return Roles(plugin.build(base, case.settings), value, column=0, temperature=1.0)
+
+
+@contextmanager
+def _zeros() -> Iterator[None]:
+    """Answer 0 where a program asks for a number of a tensor without memory."""
+
+    class Answers(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            asked = func is aten._local_scalar_dense.default and args[0].device.type == "meta"
+            return 0 if asked else func(*args, **(kwargs or {}))
+
+    with Answers():
+        yield
+
+
+def _materialise(model: nn.Module) -> None:
+    """Give weights and buffers a place in memory; those that are shared stay so."""
+    weights: dict[int, nn.Parameter] = {}
+    for name, weight in list(model.named_parameters(remove_duplicate=False)):
+        if id(weight) not in weights:
+            empty = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+            weights[id(weight)] = nn.Parameter(empty, requires_grad=weight.requires_grad)
+        _put(model, name, weights[id(weight)])
+    buffers: dict[int, Tensor] = {}
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if id(buffer) not in buffers:
+            buffers[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+        _put(model, name, buffers[id(buffer)])
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    place, _, own = name.rpartition(".")
+    module = model.get_submodule(place)
+    if isinstance(module, (nn.ParameterDict,)) or type(module).__name__ == "BufferDict":
+        module[own] = value  # type: ignore[operator]
+    elif isinstance(value, nn.Parameter):
+        module.register_parameter(own, value)
+    else:
+        module.register_buffer(own, value, persistent=own not in module._non_persistent_buffers_set)
+
+
+def _bases(model: nn.Module) -> list[PreTrainedModel]:
+    return [one for one in model.modules() if isinstance(one, PreTrainedModel) and _has_layers(one)]
+
+
+def _has_layers(model: PreTrainedModel) -> bool:
+    return any(name == "layers" for name, _ in model.named_children())
+
+
+def _prepare(model: nn.Module, case: Case) -> None:
+    """Let the model train as the Trainer would: checkpointing, autocast, float32 outputs."""
+    model.train()
+    if case.checkpointing:
+        for one in model.modules():
+            if isinstance(one, PreTrainedModel) and not _has_layers(one):
+                one.enable_input_require_grads()
+                one.activation_checkpointing_enable()
+    for decoder in _bases(model):
+        if not case.masked and case.objective != "comparison":
+            for layer in decoder.get_submodule("layers"):  # tracing makes a mask where a run makes none
+                layer.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    if case.precision == "bfloat16":
+        forward: Callable[..., Any] = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+        model.forward = convert_outputs_to_fp32(forward)  # type: ignore[assignment]
+
+
+def _without_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "attention_mask": None}
+
+
+def _loss(model: nn.Module, case: Case) -> Tensor:
+    ids = torch.zeros(case.lines, case.columns, dtype=torch.long)
+    if case.objective == "likelihood":
+        batch = {"input_ids": ids, "labels": ids.clone(), "rows": torch.zeros(case.lines)}
+        if case.masked:
+            batch["attention_mask"] = torch.ones_like(ids)
+        passes = adapter_of(case.settings).passes
+        return completion_loss_sum(model, output_head(_causal(model)), batch, passes=passes)
+    batch = _groups(case, ids)
+    if case.objective == "comparison":
+        return token_logps(model, output_head(_causal(model)), batch).sum()
+    if case.objective == "scores":
+        return all_scores(model, batch).sum()
+    found = model(batch, spread=False)
+    return (found.logps + found.values).sum()
+
+
+def _causal(model: nn.Module) -> PreTrainedModel:
+    return next(one for one in model.modules() if isinstance(one, PreTrainedModel))
+
+
+def _groups(case: Case, ids: Tensor) -> dict[str, Tensor]:
+    """Return a pass over groups: prompt and completions in one line, or in PPO a completion a line."""
+    numbers = torch.zeros(case.predicted, dtype=torch.long)
+    batch = {"input_ids": ids, "position_ids": ids.clone(), "groups": ids.clone(), "parts": ids.clone()}
+    batch |= {"sources": numbers, "targets": numbers.clone(), "owners": numbers.clone()}
+    batch |= {"offsets": numbers.clone(), "lengths": torch.zeros(case.lines, dtype=torch.long)}
+    batch["predicts"] = torch.zeros(case.lines, case.columns, dtype=torch.bool)
+    if case.objective == "ppo":
+        batch["attention_mask"] = torch.ones_like(ids)
+    return batch
+
+
