@@ -21,6 +21,7 @@ class GroupSamplingSettings(SamplingSettings):
     samples: Annotated[int, Field(ge=2)] = Field(
         4, description="replies to a prompt, which are compared with each other"
     )
+    at_once: Literal["auto"] = Field("auto", description="TRL draws all replies of a step side by side")
 
 
 class OnlineTrainSettings(TrainSettings):

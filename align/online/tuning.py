@@ -208,9 +208,8 @@ class OnlineTuning:
         self.job.check(Tick("start", f"the policy begins as the reference, {at}"))
 
     def _sampling(self) -> Sampling:
-        sampling, stops = self.settings.sampling, self.text.encoder.stop_ids
-        device = self.job.hardware.device
-        return Sampling.on(device, sampling.temperature, sampling.max_new_tokens, stop_ids=stops)
+        stops = self.text.encoder.stop_ids
+        return Sampling.on(self.job.hardware.device, self.settings.sampling, stop_ids=stops)
 
     def _measured(self) -> dict[str, float]:
         assert self.held_out is not None

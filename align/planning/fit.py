@@ -10,8 +10,10 @@ A change costs time, or it changes what is learnt. The order is the price, in th
   6 P for full tuning (``finetune/planning/speed.py``).
 * Numbers of 16 bits in place of float32 (float16 on GPUs that have no bfloat16) are faster, not slower.
 * 8-bit states of AdamW (arXiv 2110.02861), 4-bit weights under an adapter (arXiv 2305.14314): other digits.
+* Fewer replies drawn side by side read the weights more often.
 * Offloading sends what is partitioned over the bus in every step.
-* Shorter rows change what is learnt: they come last, however fast they are.
+* Shorter rows, and fewer replies in a step of TRL's, which draws all of them at once, change what is learnt:
+  they come last, however fast they are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,10 +22,12 @@ from itertools import product
 from statistics import fmean
 from typing import Any
 
+from align.online.settings import OnlineSettings
 from align.planning.plan import Plan, plan_of
 from align.rl.settings import PromptSettings
+from finetune.planning.caches import cache_bytes
 from finetune.planning.solver import Machine, combination_of, judge
-from finetune.planning.speed import DEQUANTIZED, learnt_operations
+from finetune.planning.speed import DEQUANTIZED, drawn_seconds, learnt_operations
 from finetune.planning.workload import Workload
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.recipe import Recipe
@@ -37,6 +41,7 @@ USUAL = 100e12
 """FLOP/s of a card whose speed is not known, to weigh sending against arithmetic."""
 SHORTEST = 128
 """Tokens of a row below which nothing is proposed."""
+LEARNS_OTHER = ("data.max_length", "data.max_prompt_length", "sampling.max_new_tokens", "train.batch_size")
 Change = tuple[str, Any]
 
 
@@ -66,9 +71,9 @@ class Alternative:
         return asked != self.plan.rows and self.plan.device.kind == "cpu"
 
     @property
-    def shorter(self) -> bool:
-        """Tell whether rows are cut that were not."""
-        return any("length" in key or "tokens" in key for key, _ in self.changes)
+    def learns_other(self) -> bool:
+        """Tell whether other things are learnt: rows are cut that were not, or a step has fewer of them."""
+        return any(key in LEARNS_OTHER for key, _ in self.changes)
 
 
 def alternatives(plan: Plan, count: int) -> list[Alternative]:
@@ -87,7 +92,7 @@ def alternatives(plan: Plan, count: int) -> list[Alternative]:
         found,
         key=lambda one: (
             not one.plan.fits,
-            one.shorter,
+            one.learns_other,
             round(one.time, 2) if one.plan.fits else one.plan.peak.total,
             len(one.changes),
             one.plan.peak.total,
@@ -123,7 +128,7 @@ def _combinations(plan: Plan) -> Iterator[tuple[Change, ...]]:
     """Yield every combination of one step of each kind, but for the recipe as it is."""
     settings = plan.recipe.settings
     kinds = [_rows(plan), _halved(plan), _recomputed(settings), _stored(settings, plan)]
-    kinds += [_shared(plan), _cut(plan)]
+    kinds += [_shared(plan), _drawn(plan), _cut(plan)]
     for choice in product(*kinds):
         changes = tuple(change for part in choice for change in part)
         if changes:
@@ -170,10 +175,26 @@ def _shared(plan: Plan) -> list[list[Change]]:
     return [[], *more, *(offloaded if plan.step.offload == "none" else [])]
 
 
+def _drawn(plan: Plan) -> list[list[Change]]:
+    """Return fewer replies drawn side by side: as many as half of what the weights leave has caches for."""
+    asked, settings = plan.step.rollout, plan.recipe.settings
+    if asked is None or isinstance(settings, OnlineSettings):
+        return [[]]
+    each = cache_bytes(plan.step) // asked.lines
+    left = plan.device.room - plan.phases[0].total
+    lines = max(1, left // 2 // each)
+    here = asked.lines * plan.step.processes
+    found = [lines, lines // 4] if left > 0 else [8]
+    return [[], *([("sampling.at_once", some * plan.step.processes)] for some in found if 0 < some < here)]
+
+
 def _cut(plan: Plan) -> list[list[Change]]:
-    """Return rows of half the length, and of a quarter; of prompts and replies alike where they are drawn."""
+    """Return rows of half the length, or of a quarter (prompts and replies too), or fewer replies a step."""
     settings = plan.recipe.settings
     found: list[list[Change]] = [[]]
+    if isinstance(settings, OnlineSettings):
+        sizes = (settings.train.batch_size // part for part in (2, 4, 8, 16))
+        return [[], *([("train.batch_size", size)] for size in sizes if size >= settings.sampling.samples)]
     for part in (2, 4):
         most = plan.step.columns // part
         if isinstance(settings.data, PromptSettings):
@@ -191,7 +212,16 @@ def _price(plan: Plan) -> float:
     step, peak = plan.step, plan.device.peak(plan.step.precision) or USUAL
     stored = fmean(DEQUANTIZED) if step.quantization == "nf4" else 1.0
     arithmetic = learnt_operations(step, plan.trained) / (fmean(plan.device.used) * peak) * stored
-    return arithmetic * SENT.get(step.strategy, 1.0) + _bus_seconds(step, plan.trained)
+    return arithmetic * SENT.get(step.strategy, 1.0) + _bus_seconds(step, plan.trained) + _drawing(plan)
+
+
+def _drawing(plan: Plan) -> float:
+    """Return the seconds of drawing that come to a learnt token."""
+    done, base = plan.work, plan.phases[0].parts["base"]
+    if done is None or not done.replies:
+        return 0.0
+    spent = drawn_seconds(plan.step, plan.device, replies=done.replies, base_bytes=base)
+    return 0.0 if spent is None else fmean(spent) / done.learnt
 
 
 def _bus_seconds(step: Workload, trained: int) -> float:

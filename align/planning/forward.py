@@ -13,12 +13,9 @@ from align.reward.settings import Settings as RewardSettings
 from align.rl.rewards.settings import RewardsSettings
 from align.stages.dpo import Settings as DpoSettings
 from align.stages.kto import Settings as KtoSettings
-from finetune.planning.choices import TOKENS_PER_FORWARD
+from finetune.planning.choices import GENERATED_AT_ONCE, TOKENS_PER_FORWARD
 from finetune.planning.workload import Rollout, Workload
 from finetune.recipe.settings import StageSettings
-
-GENERATED_AT_ONCE = 4
-"""Times as many tokens as a training pass takes (align/rl/rollout.py): sampling keeps no activations."""
 
 At = Callable[[int], Workload]
 """Rows of a forward pass in, what it holds out."""
@@ -119,20 +116,15 @@ def _with_reply(lengths: Lengths, reply: int) -> Lengths:
 def _rollout(
     settings: PpoSettings | RejectionSettings | OnlineSettings, step: Workload, lengths: Lengths
 ) -> Rollout:
-    reply = settings.sampling.max_new_tokens
-    tokens = GENERATED_AT_ONCE * TOKENS_PER_FORWARD[step.device]
-    drawn = _drawn_at_once(settings, step.processes)
-    lines = max(1, min(drawn, tokens // (lengths.longest_prompt + reply)))
-    return Rollout(lines, lengths.longest_prompt, reply)
-
-
-def _drawn_at_once(settings: PpoSettings | RejectionSettings | OnlineSettings, processes: int) -> int:
-    """Return the replies that a process has to draw before it goes on."""
+    """Return how a process draws; TRL's trainers draw all replies of a step at once."""
+    reply, width = settings.sampling.max_new_tokens, lengths.longest_prompt + settings.sampling.max_new_tokens
+    asked = settings.sampling.at_once
+    lines = GENERATED_AT_ONCE * TOKENS_PER_FORWARD[step.device] // width if asked == "auto" else asked
     if isinstance(settings, PpoSettings):
-        return ceil(settings.ppo.rollout_size / processes)
+        lines = min(lines, settings.ppo.rollout_size)
     if isinstance(settings, OnlineSettings):
-        return ceil(settings.train.batch_size / processes)
-    return 10**9
+        lines = settings.train.batch_size
+    return Rollout(ceil(max(1, lines) / step.processes), lengths.longest_prompt, reply)
 
 
 def _ppo(settings: PpoSettings, step: Workload, lengths: Lengths, rows: int) -> Workload:

@@ -22,6 +22,8 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
 
 MERGE = "merge"
+WITHOUT_ROWS = (MERGE, "rollout")
+"""Phases in which the rows of a forward pass change nothing."""
 BLOCKS = "pretrain"
 """The stage whose rows are documents, laid end to end and cut into blocks of data.max_length."""
 
@@ -120,8 +122,19 @@ def plan_of(recipe: Recipe, device: Device, count: int, *, known: Plan | None = 
         "train.strategy": strategy,
         _length_key(settings): (str(length[0]), length[1]),
         "train.micro_batch_size": (str(rows[0]), rows[1]),
+        **_side_by_side(settings, at(1)),
     }
     return finished(recipe, device, at, rows[0], found, chosen)
+
+
+def _side_by_side(settings: StageSettings, step: Workload) -> dict[str, tuple[str, str]]:
+    """Return how many replies are drawn at once, over all processes, where any are."""
+    if step.rollout is None:
+        return {}
+    asked, drawn = dict(settings)["sampling"].at_once, step.rollout
+    width = drawn.prompt + drawn.completion
+    why = "as asked" if asked != "auto" else f"prompt and reply have up to {width} tokens"
+    return {"sampling.at_once": (str(drawn.lines * step.processes), why)}
 
 
 def finished(
@@ -216,13 +229,17 @@ def _in_blocks(found: Lengths, most: int) -> Lengths:
     )
 
 
+def phases_of_rows(step: Workload) -> list[Phase]:
+    """Return the phases that hold the rows of a forward pass."""
+    return [phase for phase in plan_memory(step) if phase.name not in WITHOUT_ROWS]
+
+
 def _rows(settings: StageSettings, at: At, device: Device, processes: int) -> tuple[int, str]:
     """Return the rows of a forward pass, and why."""
     train = settings.train
 
     def fits(rows: int) -> bool:
-        running = (phase for phase in plan_memory(at(rows)) if phase.name != MERGE)
-        return peak(running).total <= device.room
+        return peak(phases_of_rows(at(rows))).total <= device.room
 
     return choices.micro_batch_size(
         train.micro_batch_size,

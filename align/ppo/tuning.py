@@ -212,12 +212,7 @@ class PpoTuning:
             StartingPolicy(self.policy.model),
             self.cast.rewards,
             encoder,
-            Sampling.on(
-                self.job.hardware.device,
-                sampling.temperature,
-                sampling.max_new_tokens,
-                stop_ids=encoder.stop_ids,
-            ),
+            Sampling.on(self.job.hardware.device, sampling, stop_ids=encoder.stop_ids),
             self.policy.precision,
             size,
         )

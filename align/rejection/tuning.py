@@ -171,12 +171,7 @@ class RejectionTuning:
 
     def _drawing(self, prompts: Prompts) -> Drawing:
         sampling, job = self.settings.sampling, self.job
-        how = Sampling.on(
-            job.hardware.device,
-            sampling.temperature,
-            sampling.max_new_tokens,
-            stop_ids=self.text.encoder.stop_ids,
-        )
+        how = Sampling.on(job.hardware.device, sampling, stop_ids=self.text.encoder.stop_ids)
         return Drawing(
             prompts,
             self.policies.rewards,

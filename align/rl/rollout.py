@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from finetune.planning.choices import TOKENS_PER_FORWARD
+from align.rl.settings import SamplingSettings
+from finetune.planning.choices import GENERATED_AT_ONCE, TOKENS_PER_FORWARD
 from finetune.planning.world import world
 from finetune.training.processes import everyones, share, together
 
 Ids = Sequence[int]
-GENERATED_AT_ONCE = 4
-"""Times as many tokens as a training pass takes: sampling keeps no activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +27,21 @@ class Sampling:
         max_new_tokens: of a completion, at most, its end token included.
         stop_ids: tokens that end one.
         tokens: of a forward pass, prompts and completions together, about.
+        lines: prompts that are answered side by side, at most; None: as many as ``tokens`` allows.
     """
 
     temperature: float
     max_new_tokens: int
     stop_ids: Sequence[int]
     tokens: int
+    lines: int | None = None
 
     @classmethod
-    def on(
-        cls, device: str, temperature: float, max_new_tokens: int, *, stop_ids: Sequence[int]
-    ) -> "Sampling":
-        """Return sampling in passes that keep a device busy."""
+    def on(cls, device: str, settings: SamplingSettings, *, stop_ids: Sequence[int]) -> "Sampling":
+        """Return sampling in passes that keep a device busy, or of as many replies as is asked for."""
         tokens = GENERATED_AT_ONCE * TOKENS_PER_FORWARD[device]
-        return cls(temperature, max_new_tokens, stop_ids, tokens)
+        lines = None if settings.at_once == "auto" else settings.at_once
+        return cls(settings.temperature, settings.max_new_tokens, stop_ids, tokens, lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +104,12 @@ def sample(model: nn.Module, prompts: Sequence[Ids], *, sampling: Sampling, seed
 
 
 def _parts(order: Sequence[int], lengths: Sequence[int], sampling: Sampling) -> list[list[int]]:
-    """Cut prompts, shortest first, into batches of ``tokens`` at most, or of one prompt."""
+    """Cut prompts, shortest first, into batches of ``tokens`` and ``lines`` at most, or of one prompt."""
     parts: list[list[int]] = [[]]
     for index in order:
         width = lengths[index] + sampling.max_new_tokens
-        if parts[-1] and (len(parts[-1]) + 1) * width > sampling.tokens:
+        full = sampling.lines is not None and len(parts[-1]) >= sampling.lines
+        if parts[-1] and (full or (len(parts[-1]) + 1) * width > sampling.tokens):
             parts.append([])
         parts[-1].append(index)
     return parts

@@ -29,3 +29,8 @@ class SamplingSettings(Section):
         1.0, description="logits are divided by it, in sampling and in the loss"
     )
     max_new_tokens: Positive = Field(64, description="tokens of a reply at most")
+    at_once: Positive | Literal["auto"] = Field(
+        "auto",
+        description="replies drawn side by side, over all processes: fewer need less memory and more time, "
+        "and are other draws; auto: as many as keep the device busy",
+    )

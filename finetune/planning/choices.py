@@ -10,6 +10,9 @@ from finetune.recipe.errors import Problem, UserError
 TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
 """Tokens that keep the device busy in one forward pass; more cost memory and gain nothing."""
 
+GENERATED_AT_ONCE = 4
+"""Times as many tokens are drawn at once as a training pass takes: sampling keeps no activations."""
+
 DEFAULT_MAX_LENGTH = 2048
 SHORTEST_ROW = 8
 CHECKPOINTS_PER_RUN = 10

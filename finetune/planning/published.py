@@ -147,8 +147,8 @@ STORED = (
     "there is not known to us"
 )
 COMPILED = (
-    "the base alone has {base} GiB and the checkpoints {kept}: their compiled loss in chunks hardly adds to it, "
-    "while ours holds the logits of a pass (128,256 words) in float32"
+    "the base alone has {base} GiB and the checkpoints {kept}: their compiled loss in chunks hardly adds to "
+    "it, while ours holds the logits of a pass (128,256 words) in float32"
 )
 
 CASES = (
@@ -317,10 +317,10 @@ CASES = (
 HEAD = """\
 # Published figures beside the plan
 
-Made from `finetune/planning/published.py` by `python -m finetune.planning.published`; a test holds this page to
-it. The plan is what PyTorch's allocator hands out in our program with these settings; CUDA itself takes about
-{context} beside it. GB are 10^9 bytes and GiB 2^30, as each source has them. "Fits" compares with the memory
-that such a card leaves (`finetune/planning/devices.py`).
+Made from `finetune/planning/published.py` by `python -m finetune.planning.published`; a test holds this page
+to it. The plan is what PyTorch's allocator hands out in our program with these settings; CUDA itself takes
+about {context} beside it. GB are 10^9 bytes and GiB 2^30, as each source has them. "Fits" compares with the
+memory that such a card leaves (`finetune/planning/devices.py`).
 
 | what | settings | published | plan | plan / published | fits | where the difference comes from |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -14,7 +14,7 @@ from finetune.recipe.errors import UserError
 from finetune.recipe.settings import StageSettings
 from finetune.training.loading import Policy
 
-MERGE = "merge"
+WITHOUT_ROWS = ("merge", "rollout")
 OBJECTIVES: dict[str, Objective] = {
     "SFTConfig": "likelihood",
     "DPOConfig": "comparison",
@@ -76,4 +76,4 @@ def _needed(settings: StageSettings, step: Workload, rows: int, longest: int) ->
         masked=rows > 1,
         accumulated=ceil(settings.train.batch_size / (rows * step.processes)),
     )
-    return peak(phase for phase in plan_memory(own) if phase.name != MERGE).total
+    return peak(phase for phase in plan_memory(own) if phase.name not in WITHOUT_ROWS).total

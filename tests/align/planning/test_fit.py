@@ -22,13 +22,13 @@ def test_those_that_fit_stand_first_the_cheapest_of_them_first() -> None:
     plan, found = planned("24GB", adapter__method="lora", model__base="llama-2-13b")
     fits = [one.plan.fits for one in found]
     assert not plan.fits and fits == sorted(fits, reverse=True) and any(fits) and not all(fits)
-    whole = [one.time for one in found if one.plan.fits and not one.shorter]
+    whole = [one.time for one in found if one.plan.fits and not one.learns_other]
     assert whole == sorted(whole)
 
 
 def test_shorter_rows_come_last_however_fast_they_are() -> None:
     _, found = planned("24GB", adapter__method="lora", model__base="llama-2-13b")
-    shorter = [one.shorter for one in found if one.plan.fits]
+    shorter = [one.learns_other for one in found if one.plan.fits]
     assert shorter == sorted(shorter) and shorter[-1]
 
 
@@ -77,9 +77,22 @@ def test_nothing_is_proposed_that_the_adapter_cannot() -> None:
 
 def test_replies_are_shortened_where_they_are_drawn() -> None:
     _, found = planned("24GB", stage="ppo", name="hh")
-    shorter = [one for one in found if one.shorter]
+    shorter = [one for one in found if one.learns_other]
     assert shorter and all("max_length" not in one.words for one in shorter)
     assert any("data.max_prompt_length=" in one.words for one in shorter)
+
+
+def test_a_step_of_trl_s_gets_fewer_replies_where_they_do_not_fit_at_once() -> None:
+    plan, found = planned("a100-80g", stage="grpo", name="gsm8k")
+    assert not plan.fits and plan.peak.name == "rollout" and found[0].plan.fits
+    assert "train.batch_size" in dict(found[0].changes)
+
+
+def test_one_card_of_24_gb_draws_fewer_replies_of_a_7b_side_by_side() -> None:
+    sources = {"reward__sources": "reward/llama2-two-heads", "data__template": "llama2"}
+    plan, found = planned("24GB", stage="ppo", name="hh", model__base="llama-2-7b", **sources)
+    assert not plan.fits and plan.peak.name == "rollout"
+    assert found[0].plan.fits and "sampling.at_once" in dict(found[0].changes)
 
 
 def test_one_process_has_nothing_to_share() -> None:

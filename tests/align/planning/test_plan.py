@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from align.planning.plan import Plan, plan_of
+from align.planning.plan import Plan, phases_of_rows, plan_of
 from align.planning.timing import UNLIKE
 from finetune.planning.devices import Device, device
+from finetune.planning.memory import peak
 from finetune.recipe.discovery import PROJECT, stage_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, load
@@ -26,7 +27,9 @@ def planned(stage: str, name: str, at: Device = A100, count: int = 1, **values: 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_shipped_recipe_has_a_plan(file: Path) -> None:
     given = {"data__source": ROWS} if file.stem == "in-house" else {}
-    plan = planned(file.parent.name, file.stem, **given)
+    # As published, on 8 GPUs: TRL draws all 512 replies of a step at once, 161 GiB on one of them.
+    many = 8 if file.parent.name == "grpo" else 1
+    plan = planned(file.parent.name, file.stem, A100, many, **given)
     assert plan.fits and 0 < plan.trained <= plan.total
     assert (plan.trained < plan.total) == ("adapter" in plan.disk)
     assert plan.peak in plan.running and plan.peak.total == max(phase.total for phase in plan.running)
@@ -47,10 +50,7 @@ def test_rows_of_a_forward_pass_are_as_many_as_fit() -> None:
     small, large = planned("sft", "alpaca", device("rtx4090")), planned("sft", "alpaca", A100)
     assert small.fits and large.fits and small.rows < large.rows
     assert small.at(small.rows).accumulated == -(-128 // small.rows)
-    from finetune.planning.memory import peak, plan_memory
-
-    running = [phase for phase in plan_memory(small.at(small.rows + 1)) if phase.name != "merge"]
-    assert peak(running).total > small.device.room
+    assert peak(phases_of_rows(small.at(small.rows + 1))).total > small.device.room
 
 
 def test_asked_rows_are_taken_as_they_are() -> None:

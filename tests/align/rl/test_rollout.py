@@ -1,6 +1,7 @@
 """Replies are drawn from the distribution that log-probabilities assume, whatever stands beside them."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from small_models import llama
 from torch import nn
 
 from align.rl.rollout import Sampling, sample
+from align.rl.settings import SamplingSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = [(5, 9, 11), (7, 3, 30, 31, 32, 33, 40), (8,), (12, 13, 14, 15, 16)]
@@ -69,6 +71,23 @@ def test_the_seed_alone_decides_and_nothing_else_is_drawn_from() -> None:
         == first
         != sample(model, PROMPTS, sampling=drawn, seed=4)
     )
+
+
+@pytest.mark.parametrize(("at_once", "expected"), [("auto", [len(PROMPTS)]), (1, [1] * len(PROMPTS))])
+def test_as_many_are_answered_side_by_side_as_is_asked_for(
+    at_once: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, lines = llama(), []
+    generate = model.generate
+
+    def counted(**inputs: Any) -> Any:
+        lines.append(len(inputs["input_ids"]))
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", counted)
+    how = Sampling.on("cpu", SamplingSettings(max_new_tokens=3, at_once=at_once), stop_ids=[1])
+    assert len(sample(model, PROMPTS, sampling=how, seed=0)) == len(PROMPTS)
+    assert lines == expected
 
 
 def test_a_reply_ends_with_its_end_token_or_with_its_length() -> None:
