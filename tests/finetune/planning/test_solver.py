@@ -41,18 +41,18 @@ HITS: dict[str, dict[str, Any]] = {
     "no-trl": {"stage": "ppo", "engine": "trl"},
     "float16-cpu": {"precision": "float16"},
     "bfloat16-imitated": {"precision": "bfloat16", "device": "cuda", "bfloat16": False},
-    "fsdp2-cpu": {"strategy": "fsdp2", **SEVERAL},
     "alone-not": {"strategy": "single", **SEVERAL},
     "nobody-to-share": {"strategy": "zero2"},
     "nothing-offloaded": {"strategy": "ddp", "offload": "cpu", **SEVERAL},
     "nothing-swapped": {"strategy": "ddp", "offload": "nvme", **SEVERAL},
     "offload-alone": {"offload": "cpu"},
+    "fsdp2-offload": {"strategy": "fsdp2", "offload": "cpu", **SEVERAL},
     "nvme-needs-zero3": {"strategy": "zero2", "offload": "nvme", **SEVERAL},
-    "nvme-fsdp2": {"strategy": "fsdp2", "offload": "nvme", "device": "cuda", **SEVERAL},
-    "offload-optimizer": {"strategy": "zero2", "offload": "cpu", "optimizer": "adamw_8bit", **SEVERAL},
+    "fsdp2-quantized": {"strategy": "fsdp2", "adapter": "qlora", **SEVERAL},
     "int8-apart": {"strategy": "zero3", "quantization": "int8", **SEVERAL},
+    "rewritten-base": {"strategy": "zero3", "adapter": "pissa", **SEVERAL},
     "adafactor-flat": {"strategy": "zero1", "optimizer": "adafactor", **SEVERAL},
-    "fsdp2-optimizer": {"strategy": "fsdp2", "optimizer": "paged_adamw", "device": "cuda", **SEVERAL},
+    "fsdp2-optimizer": {"strategy": "fsdp2", "adapter": "full", "optimizer": "paged_adamw", **SEVERAL},
     "rank-budget": {"strategy": "zero2", "adapter": "adalora", **SEVERAL},
     "tokens-cpu": {"strategy": "zero3", "adapter": "trainable_tokens", **SEVERAL},
 }
@@ -120,7 +120,7 @@ def test_what_is_done_twice_back_and_forth_cannot_be() -> None:
 def test_a_change_that_needs_another_one_is_followed() -> None:
     verdict = judge(Combination(strategy="fsdp2", quantization="int8", processes=2))
     assert verdict.changes == {"train.strategy": "zero2"}
-    assert "Accelerate" in verdict.reason and "bitsandbytes" in verdict.reason
+    assert "DTensors" in verdict.reason and "8-bit weights" in verdict.reason
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,11 @@ def test_a_default_is_changed_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("machine", "settings", "words"),
     [
-        (TWO, {"train__strategy": "fsdp2"}, ["train.strategy", "on a CPU", "train.strategy=zero3"]),
+        (
+            TWO,
+            {"train__strategy": "fsdp2", "train__offload": "cpu"},
+            ["train.strategy", "train.offload=cpu", "train.strategy=zero3"],
+        ),
         (LAPTOP, {"train__strategy": "zero3"}, ["train.strategy", "1 process", "train.processes=2 or more"]),
         (TWO, {"train__strategy": "single"}, ["2 processes", "train.processes=1"]),
         (
@@ -189,8 +193,8 @@ def test_pain_09_what_is_asked_for_and_does_not_go_together_is_refused(
 
 
 def test_what_the_recipe_file_says_is_asked_for_too(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="train.strategy=zero3"):
-        settled(recipe(tmp_path, "train: {strategy: fsdp2}\n"), TWO)
+    with pytest.raises(UserError, match="train.strategy=zero2"):
+        settled(recipe(tmp_path, "train: {strategy: fsdp2}\nadapter: {method: pissa}\n"), TWO)
 
 
 def test_keys_are_those_of_recipes(tmp_path: Path) -> None:
