@@ -189,6 +189,14 @@ OF_THE_OFFLOAD = (
         {"train.strategy": "zero3"},
     ),
     Rule(
+        "nvme-cpu",
+        {"offload": ("nvme",), "device": ("cpu",)},
+        "DeepSpeed swaps what a GPU holds; here nothing lies outside of the CPU's memory",
+        "deepspeed 0.19.8, op_builder/async_io.py: pinned buffers and libaio, which is not there",
+        "source",
+        {"train.offload": "none"},
+    ),
+    Rule(
         "nvme-needs-zero3",
         {"strategy": ("zero1", "zero2"), "offload": ("nvme",)},
         "DeepSpeed swaps to NVMe in stage 3 alone; stages 1 and 2 put it on the CPU without a word",

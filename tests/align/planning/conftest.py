@@ -1,6 +1,5 @@
 """The random base and the rows that cells of the compatibility matrix run on."""
 
-
 import pytest
 from cells import World, make_world
 

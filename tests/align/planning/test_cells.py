@@ -15,7 +15,7 @@ from finetune.planning.solver import OFFLOADS, OPTIMIZERS, STRATEGIES, Combinati
 from finetune.recipe.discovery import stage_names
 
 HERE = Path(__file__).parent
-ELSEWHERE = ("adalora", "adamix", "bitfit", "full", "lora", "loftq", "pissa", "prefix", "prompt", "ptuning")
+ELSEWHERE = ("adalora", "bitfit", "full", "lora", "loftq", "pissa", "prefix", "prompt", "ptuning")
 """Adapters that every stage runs, one of each kind; stage sft runs all, on every base."""
 LORA = Combination(quantization="none", processes=2)
 
@@ -89,5 +89,5 @@ def test_the_slow_tests_reach_every_strategy_and_stage() -> None:
     todo = [cell for pair in product(stage_names(), STRATEGIES[1:]) for cell in of_the_matrix(*pair)]
     assert {cell.strategy for cell in todo} == set(STRATEGIES[1:])
     assert {cell.stage for cell in todo} == set(stage_names())
-    assert len({cell.adapter for cell in todo}) == 25 and len(todo) > 500
+    assert len({cell.adapter for cell in todo}) == 25 and len(todo) > 400
     assert all(cell in across(replace(cell, strategy="single")) for cell in todo)
