@@ -21,7 +21,7 @@ from finetune.planning.solver import (
     settled,
     strategy,
 )
-from finetune.recipe.discovery import stage_names
+from finetune.recipe.discovery import PROJECT, stage_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, load
 
@@ -29,6 +29,7 @@ LAPTOP = Machine("cpu", bfloat16=False, processes=1)
 TWO = Machine("cpu", bfloat16=False, processes=2)
 CARDS = Machine("cuda", bfloat16=True, processes=8)
 SEVERAL = {"processes": 2}
+SHIPPED = sorted(file for stage in stage_names() for file in (PROJECT / "recipes" / stage).glob("*.yaml"))
 
 HITS: dict[str, dict[str, Any]] = {
     "storage": {"adapter": "pissa", "quantization": "nf4"},
@@ -136,6 +137,14 @@ def test_a_change_that_needs_another_one_is_followed() -> None:
 )
 def test_auto_is_the_first_strategy_that_works(given: dict[str, Any], expected: str) -> None:
     assert strategy(Combination(**given)) == expected
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_shipped_recipes_go_together_everywhere(file: Path) -> None:
+    own = {"data.source": [{"text": "a"}]} if file.stem == "in-house" else {}
+    shipped = load(file.parent.name, file.stem, shortcuts=own or None)
+    for machine in (LAPTOP, TWO, CARDS):
+        assert settled(shipped, machine) is shipped
 
 
 def test_what_goes_together_is_left_as_it_is(tmp_path: Path) -> None:
