@@ -131,15 +131,6 @@ OF_THE_HARDWARE = (
         "source",
         {"model.precision": "auto"},
     ),
-    Rule(
-        "fsdp2-cpu",
-        {"strategy": ("fsdp2",), "device": ("cpu",)},
-        "Accelerate turns FSDP on for GPUs alone and would run plain data parallelism without a word; "
-        "ZeRO-3 partitions the weights on CPUs too",
-        "accelerate 1.15, state.py: DistributedType.FSDP is set for MULTI_GPU and its like, not MULTI_CPU",
-        "source",
-        {"train.strategy": "zero3"},
-    ),
 )
 
 OF_THE_PROCESSES = (
@@ -164,7 +155,7 @@ OF_THE_PROCESSES = (
     Rule(
         "nothing-offloaded",
         {"strategy": ("ddp",), "offload": ("cpu",)},
-        "ZeRO and FSDP2 offload; plain data parallelism keeps everything where it is",
+        "offloading is ZeRO's; plain data parallelism keeps everything where it is",
         "accelerate 1.15, accelerator.py: offloading belongs to the DeepSpeed and FSDP plug-ins",
         "source",
         {"train.strategy": "zero2"},
@@ -180,7 +171,7 @@ OF_THE_PROCESSES = (
     Rule(
         "offload-alone",
         {"offload": ("cpu", "nvme"), "processes": ("one",)},
-        "ZeRO and FSDP2 offload, and one process is neither",
+        "offloading is ZeRO's, which needs several processes here",
         "finetune/training/launch.py",
         "ours",
         {"train.offload": "none"},
@@ -190,6 +181,22 @@ OF_THE_PROCESSES = (
 
 OF_THE_OFFLOAD = (
     Rule(
+        "fsdp2-offload",
+        {"strategy": ("fsdp2",), "offload": ("cpu", "nvme")},
+        "offloading is ZeRO's here: FSDP2 keeps its parts on the device",
+        "finetune/training/strategies.py; transformers 5.23: fsdp_cpu_offload needs a GPU",
+        "ours",
+        {"train.strategy": "zero3"},
+    ),
+    Rule(
+        "nvme-cpu",
+        {"offload": ("nvme",), "device": ("cpu",)},
+        "DeepSpeed swaps what a GPU holds; here nothing lies outside of the CPU's memory",
+        "deepspeed 0.19.8, op_builder/async_io.py: pinned buffers and libaio, which is not there",
+        "source",
+        {"train.offload": "none"},
+    ),
+    Rule(
         "nvme-needs-zero3",
         {"strategy": ("zero1", "zero2"), "offload": ("nvme",)},
         "DeepSpeed swaps to NVMe in stage 3 alone; stages 1 and 2 put it on the CPU without a word",
@@ -197,33 +204,33 @@ OF_THE_OFFLOAD = (
         "source",
         {"train.strategy": "zero3"},
     ),
-    Rule(
-        "nvme-fsdp2",
-        {"strategy": ("fsdp2",), "offload": ("nvme",)},
-        "FSDP2 offloads to the CPU alone",
-        "torch 2.13, distributed/fsdp: CPUOffloadPolicy is the only one",
-        "source",
-        {"train.offload": "cpu"},
-    ),
-    Rule(
-        "offload-optimizer",
-        {"strategy": ZERO, "offload": ("cpu", "nvme"), "optimizer": ("adafactor", "adamw_8bit")},
-        "where the optimizer is offloaded, Accelerate puts DeepSpeed's 32-bit Adam in its place without a "
-        "word, and not as AdamW: its weight decay is not decoupled",
-        "accelerate 1.15, utils/deepspeed.py: map_pytorch_optim_to_deepspeed; accelerate#3255",
-        "source",
-        {"train.optimizer": "adamw"},
-    ),
 )
 
 OF_THE_WEIGHTS = (
     Rule(
+        "fsdp2-quantized",
+        {"strategy": ("fsdp2",), "quantization": ("nf4", "int8")},
+        "FSDP2's weights become DTensors while they are read, which bitsandbytes cannot quantize; ZeRO-3 "
+        "partitions 4-bit weights after they are quantized",
+        "tried on two CPU ranks: 'DTensor' object has no attribute 'compress_statistics'; bitsandbytes#1709",
+        "run",
+        {"train.strategy": "zero3"},
+    ),
+    Rule(
         "int8-apart",
-        {"strategy": WEIGHTS_APART, "quantization": ("int8",)},
+        {"strategy": ("zero3",), "quantization": ("int8",)},
         "bitsandbytes' 8-bit weights keep their scales outside the parameter, and lose them when it is "
         "partitioned: the loss is off by an order of magnitude; ZeRO-2 keeps the weights whole",
-        "bitsandbytes#1451 (ZeRO-3 wrong, ZeRO-1 and 2 right), bitsandbytes#1709 (FSDP), accelerate#3730",
+        "bitsandbytes#1451 (ZeRO-3 wrong, ZeRO-1 and 2 right), accelerate#3730",
         "thread",
+        {"train.strategy": "zero2"},
+    ),
+    Rule(
+        "rewritten-base",
+        {"strategy": WEIGHTS_APART, "adapter": ("pissa", "loftq")},
+        "the adapter begins by taking the whole weights apart, and each process holds a part of them alone",
+        "peft 0.21.2, lora/layer.py: pissa_init, loftq_init; peft#1826, accelerate#2886",
+        "source",
         {"train.strategy": "zero2"},
     ),
     Rule(
@@ -238,7 +245,11 @@ OF_THE_WEIGHTS = (
     ),
     Rule(
         "fsdp2-optimizer",
-        {"strategy": ("fsdp2",), "optimizer": ("adafactor", "adamw_8bit", "paged_adamw")},
+        {
+            "strategy": ("fsdp2",),
+            "whole_model": (True,),
+            "optimizer": ("adafactor", "adamw_8bit", "paged_adamw"),
+        },
         "FSDP2's parameters are DTensors, which this optimizer's arithmetic does not take",
         "tried on two CPU ranks with fully_shard: mixed torch.Tensor and DTensor; bitsandbytes#1633, #89",
         "run",
@@ -246,9 +257,8 @@ OF_THE_WEIGHTS = (
     ),
     Rule(
         "rank-budget",
-        {"strategy": (*ZERO, "fsdp2"), "adapter": ("adalora",)},
-        "AdaLoRA weighs its ranks by the gradients after each step, which DeepSpeed has cleared by then and "
-        "FSDP2 holds in parts",
+        {"strategy": ZERO, "adapter": ("adalora",)},
+        "AdaLoRA weighs its ranks by the gradients after each step, which DeepSpeed has cleared by then",
         "accelerate 1.15, utils/deepspeed.py: backward() steps and clears; peft 0.21.2, adalora/layer.py: "
         "update_ipt; peft#1721",
         "source",

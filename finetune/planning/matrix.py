@@ -30,8 +30,8 @@ Made from `finetune/planning/compatibility.py` by `python -m finetune.planning.m
 `llm-align plan --matrix`. Every run is judged so before anything is loaded: what nobody asked for is changed
 where that helps, with a note; other things that do not go together end with exit status 2 and the repair.
 
-`yes`: works. `zero3 [fsdp2-cpu]`: works with this value in its place, because of the rule of that name below.
-`no [...]`: cannot. Several processes everywhere but under `single`.
+`yes`: works. `zero3 [fsdp2-quantized]`: works with this value in its place, because of the rule of that name
+below. `no [...]`: cannot. Several processes everywhere but under `single`.
 """
 EVIDENCE = {
     "run": "tried here",

@@ -195,7 +195,7 @@ def settled(recipe: Recipe, machine: Machine) -> Recipe:
     verdict = judge(combination)
     free = {key for key in KEYS.values() if _free(recipe, key)}
     if verdict.kind == "cannot" or not verdict.changes.keys() <= free:
-        raise UserError(problem(combination, verdict))
+        raise UserError(problem(combination, verdict).placed(recipe.origins))
     plain = STRATEGIES[combination.processes > 1]
     if combination.strategy != plain and recipe.settings.train.strategy == "auto":
         why = judge(replace(combination, strategy=plain)).reason
@@ -230,16 +230,16 @@ def wants_two_passes(adapter: AdapterSettings) -> bool:
 def problem(combination: Combination, verdict: Verdict) -> Problem:
     """Return a verdict as the message that the user reads."""
     rule = verdict.rules[0]
-    told = [_told(name, combination) for name in rule.when]
     where = next((name for name in rule.when if name in KEYS), "adapter")
-    found = ", ".join(dict.fromkeys(text for text in told if text))
+    others = dict.fromkeys(_told(name, combination) for name in rule.when if name != where)
+    found = f"{str(combination.facts()[where]).lower()}, with {', '.join(others)}"
     return Problem(KEYS[where], found, f"settings that go together: {verdict.reason}", verdict.repair)
 
 
 def _told(name: str, combination: Combination) -> str:
     """Return a fact of a combination in the words of a recipe."""
     if name == "device":
-        return "on a CPU" if combination.device == "cpu" else "on a GPU"
+        return "the CPU" if combination.device == "cpu" else "a GPU"
     if name == "processes":
         count = combination.processes
         return f"{count} process{'es' if count > 1 else ''}"
@@ -250,7 +250,7 @@ def _told(name: str, combination: Combination) -> str:
     return {
         "adapter_takes_it": f"model.quantization={combination.quantization}",
         "adapter_has_engine": f"train.engine={combination.engine}",
-        "bfloat16": "without bfloat16",
+        "bfloat16": "no bfloat16",
     }.get(name, f"adapter.method={combination.adapter}")
 
 

@@ -22,6 +22,7 @@ NEEDS = {
 SMALL = {"vera": "rank: 8", "oft": "block_size: 8", "multitask_prompt": "virtual_tokens: 8"}
 SMALL["trainable_tokens"] = f"tokens: {list(range(20, 60))}"
 """Settings of adapters whose defaults are made for larger models."""
+TEMPLATES = {"rloo": "plain", "grpo": "plain", "hindsight": "vicuna"}
 SECONDS = 240
 
 
@@ -85,7 +86,7 @@ def make_world(folder: Path) -> World:
 def recipe_text(cell: Combination, world: World) -> str:
     """Return the recipe of a cell."""
     adapter = ", ".join(filter(None, [f"method: {cell.adapter}", SMALL.get(cell.adapter, "")]))
-    template = "plain" if cell.stage in ("rloo", "grpo") else "alpaca"
+    template = TEMPLATES.get(cell.stage, "alpaca")
     lines = [
         f"stage: {cell.stage}",
         f"model: {{base: {world.base}, precision: float32, quantization: {cell.quantization}}}",

@@ -30,7 +30,7 @@ def test_equal_rows_stand_together_and_none_is_lost(device: str) -> None:
     rows = matrix.adapter_rows("sft", device)
     names = [name for row in rows for name in row.names]
     assert len(names) == len(set(names)) == 67
-    assert len(rows) < 8
+    assert len(rows) < 15
     assert all(len(row.verdicts) == len(STRATEGIES) for row in rows)
 
 
@@ -40,13 +40,7 @@ def test_rows_are_named_by_adapter() -> None:
 
 
 def test_cells_say_what_to_change() -> None:
-    fsdp2 = Combination(strategy="fsdp2", processes=2)
+    fsdp2 = Combination(strategy="fsdp2", processes=2, adapter="qlora")
     assert matrix.cell_text(judge(Combination())) == "yes"
-    assert matrix.cell_text(judge(fsdp2)) == "zero3 [fsdp2-cpu]"
+    assert matrix.cell_text(judge(fsdp2)) == "zero3 [fsdp2-quantized]"
     assert matrix.cell_text(judge(Combination(stage="reward", adapter="llama_adapter"))) == "no [scores]"
-
-
-def test_on_gpus_fsdp2_works_and_on_cpus_it_is_zero3() -> None:
-    for device, expected in (("cuda", "yes"), ("cpu", "zero3 [fsdp2-cpu]")):
-        [row] = [row for row in matrix.adapter_rows("sft", device) if "lora none" in row.names]
-        assert matrix.cell_text(row.verdicts[-1]) == expected

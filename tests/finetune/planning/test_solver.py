@@ -21,7 +21,7 @@ from finetune.planning.solver import (
     settled,
     strategy,
 )
-from finetune.recipe.discovery import stage_names
+from finetune.recipe.discovery import PROJECT, stage_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, load
 
@@ -29,6 +29,7 @@ LAPTOP = Machine("cpu", bfloat16=False, processes=1)
 TWO = Machine("cpu", bfloat16=False, processes=2)
 CARDS = Machine("cuda", bfloat16=True, processes=8)
 SEVERAL = {"processes": 2}
+SHIPPED = sorted(file for stage in stage_names() for file in (PROJECT / "recipes" / stage).glob("*.yaml"))
 
 HITS: dict[str, dict[str, Any]] = {
     "storage": {"adapter": "pissa", "quantization": "nf4"},
@@ -41,18 +42,19 @@ HITS: dict[str, dict[str, Any]] = {
     "no-trl": {"stage": "ppo", "engine": "trl"},
     "float16-cpu": {"precision": "float16"},
     "bfloat16-imitated": {"precision": "bfloat16", "device": "cuda", "bfloat16": False},
-    "fsdp2-cpu": {"strategy": "fsdp2", **SEVERAL},
     "alone-not": {"strategy": "single", **SEVERAL},
     "nobody-to-share": {"strategy": "zero2"},
     "nothing-offloaded": {"strategy": "ddp", "offload": "cpu", **SEVERAL},
     "nothing-swapped": {"strategy": "ddp", "offload": "nvme", **SEVERAL},
     "offload-alone": {"offload": "cpu"},
-    "nvme-needs-zero3": {"strategy": "zero2", "offload": "nvme", **SEVERAL},
-    "nvme-fsdp2": {"strategy": "fsdp2", "offload": "nvme", "device": "cuda", **SEVERAL},
-    "offload-optimizer": {"strategy": "zero2", "offload": "cpu", "optimizer": "adamw_8bit", **SEVERAL},
+    "fsdp2-offload": {"strategy": "fsdp2", "offload": "cpu", **SEVERAL},
+    "nvme-cpu": {"strategy": "zero3", "offload": "nvme", **SEVERAL},
+    "nvme-needs-zero3": {"strategy": "zero2", "offload": "nvme", "device": "cuda", **SEVERAL},
+    "fsdp2-quantized": {"strategy": "fsdp2", "adapter": "qlora", **SEVERAL},
     "int8-apart": {"strategy": "zero3", "quantization": "int8", **SEVERAL},
+    "rewritten-base": {"strategy": "zero3", "adapter": "pissa", **SEVERAL},
     "adafactor-flat": {"strategy": "zero1", "optimizer": "adafactor", **SEVERAL},
-    "fsdp2-optimizer": {"strategy": "fsdp2", "optimizer": "paged_adamw", "device": "cuda", **SEVERAL},
+    "fsdp2-optimizer": {"strategy": "fsdp2", "adapter": "full", "optimizer": "paged_adamw", **SEVERAL},
     "rank-budget": {"strategy": "zero2", "adapter": "adalora", **SEVERAL},
     "tokens-cpu": {"strategy": "zero3", "adapter": "trainable_tokens", **SEVERAL},
 }
@@ -120,7 +122,7 @@ def test_what_is_done_twice_back_and_forth_cannot_be() -> None:
 def test_a_change_that_needs_another_one_is_followed() -> None:
     verdict = judge(Combination(strategy="fsdp2", quantization="int8", processes=2))
     assert verdict.changes == {"train.strategy": "zero2"}
-    assert "Accelerate" in verdict.reason and "bitsandbytes" in verdict.reason
+    assert "DTensors" in verdict.reason and "8-bit weights" in verdict.reason
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,14 @@ def test_a_change_that_needs_another_one_is_followed() -> None:
 )
 def test_auto_is_the_first_strategy_that_works(given: dict[str, Any], expected: str) -> None:
     assert strategy(Combination(**given)) == expected
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_shipped_recipes_go_together_everywhere(file: Path) -> None:
+    own = {"data.source": [{"text": "a"}]} if file.stem == "in-house" else {}
+    shipped = load(file.parent.name, file.stem, shortcuts=own or None)
+    for machine in (LAPTOP, TWO, CARDS):
+        assert settled(shipped, machine) is shipped
 
 
 def test_what_goes_together_is_left_as_it_is(tmp_path: Path) -> None:
@@ -163,7 +173,11 @@ def test_a_default_is_changed_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("machine", "settings", "words"),
     [
-        (TWO, {"train__strategy": "fsdp2"}, ["train.strategy", "on a CPU", "train.strategy=zero3"]),
+        (
+            TWO,
+            {"train__strategy": "fsdp2", "train__offload": "cpu"},
+            ["train.strategy", "train.offload=cpu", "train.strategy=zero3"],
+        ),
         (LAPTOP, {"train__strategy": "zero3"}, ["train.strategy", "1 process", "train.processes=2 or more"]),
         (TWO, {"train__strategy": "single"}, ["2 processes", "train.processes=1"]),
         (
@@ -189,8 +203,8 @@ def test_pain_09_what_is_asked_for_and_does_not_go_together_is_refused(
 
 
 def test_what_the_recipe_file_says_is_asked_for_too(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="train.strategy=zero3"):
-        settled(recipe(tmp_path, "train: {strategy: fsdp2}\n"), TWO)
+    with pytest.raises(UserError, match="train.strategy=zero2"):
+        settled(recipe(tmp_path, "train: {strategy: fsdp2}\nadapter: {method: pissa}\n"), TWO)
 
 
 def test_keys_are_those_of_recipes(tmp_path: Path) -> None:
