@@ -12,7 +12,7 @@ from finetune.data.batches import passes
 from finetune.recipe.errors import Problem, UserError, nearest
 from finetune.recipe.settings import TrainSettings
 from finetune.training.processes import PATIENCE
-from finetune.training.strategies import engine_words
+from finetune.training.strategies import engine_words, train_again
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -195,6 +195,8 @@ def training_arguments(
         checkpoint_every=checkpoint_every,
     )
     try:
-        return engine_class(settings.engine, stage)(**arguments, **settings.engine_args)
+        found = engine_class(settings.engine, stage)(**arguments, **settings.engine_args)
     except (ValueError, TypeError) as error:
         raise UserError(Problem("train.engine_args", str(error), "values that the engine takes")) from error
+    train_again(found)
+    return found

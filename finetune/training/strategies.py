@@ -6,8 +6,14 @@ ZeRO partitions optimizer states (stage 1), gradients too (2), weights too (3): 
 
 from typing import Any
 
+from accelerate.state import AcceleratorState, is_initialized
+from transformers import TrainingArguments
+
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
 """Strategies that DeepSpeed carries out, and their stages."""
+
+CURRENT = "current"
+"""What Accelerate knows the DeepSpeed of a further training by."""
 
 
 def engine_words(strategy: str) -> dict[str, Any]:
@@ -32,3 +38,18 @@ def engine_words(strategy: str) -> dict[str, Any]:
         "accelerator_config": {"use_configured_state": True},
         "deepspeed": config,
     }
+
+
+def train_again(arguments: TrainingArguments) -> None:
+    """Let a process train another time with ZeRO, as in rounds: Accelerate takes DeepSpeed from the first alone.
+
+    The further training's DeepSpeed is selected in the first one's place, as Accelerate does for several models.
+    """
+    plugin = arguments.deepspeed_plugin
+    if plugin is None or not is_initialized():
+        return
+    state = AcceleratorState()
+    plugin.set_mixed_precision(state.mixed_precision)
+    state.deepspeed_plugins = {CURRENT: plugin}
+    state.select_deepspeed_plugin(CURRENT)
+    arguments.deepspeed_plugin = None
