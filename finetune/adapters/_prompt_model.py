@@ -30,11 +30,15 @@ MADE = "prompt_embeddings"
 class _KeepsEncoder(PeftModel):  # type: ignore[misc]
     """A base with a prompt encoder that can be saved in the middle of training."""
 
-    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str, *args: Any, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """Write the adapter in PEFT's format, and the encoder's parameters beside it."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        weights = {name: weight.contiguous() for name, weight in self._encoder.state_dict().items()}
-        save_file(weights, Path(save_directory) / ENCODER_WEIGHTS)
+        # Taken first: to make the prompt is to run the encoder, behind which ZeRO-3 parts its weights again.
+        weights = {name: weight.clone().contiguous() for name, weight in self._encoder.state_dict().items()}
+        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            save_file(weights, Path(save_directory) / ENCODER_WEIGHTS)
 
     def load_adapter(
         self, model_id: str, adapter_name: str, is_trainable: bool = False, *args: Any, **kwargs: Any

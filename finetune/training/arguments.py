@@ -149,7 +149,9 @@ def common(
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": settings.engine == "trl",
-        **engine_words(machine.strategy),
+        **engine_words(
+            machine.strategy, precision=machine.precision, offload=settings.offload, folder=folder.parent
+        ),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
@@ -18,6 +19,7 @@ from finetune.data.batches import MicroBatches
 from finetune.data.collate import IGNORED
 from finetune.planning.world import world
 from finetune.training.adapter_hooks import AdapterCallback, scale_learning_rates
+from finetune.training.apart import in_parts
 from finetune.training.stops import NotFiniteError
 
 NO_HOOKS = Hooks()
@@ -130,6 +132,14 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
         return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model of a checkpoint; under ZeRO-3 the engine's own files hold all that is trained.
+
+        PEFT would make a prompt with rank 0 alone, which would wait for the others' parts for ever.
+        """
+        if not (isinstance(self.model, PeftModel) and self.is_deepspeed_enabled and in_parts(self.model)):
+            super().save_model(output_dir, _internal_call)
 
     def _collate(self, rows: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
         """Return a forward pass; one that does not count has no ``rows``, and no label of it is learnt."""

@@ -10,7 +10,7 @@ from finetune.data.collate import Collator
 from finetune.data.dataset import TokenizedRows
 from finetune.training.head import logits_at, output_head
 from finetune.training.loss import cross_entropy_sum, loss_positions, symmetric_kl_sum
-from finetune.training.processes import everyones, share
+from finetune.training.processes import everyones, share_in_step
 
 
 def completion_loss_sum(
@@ -57,9 +57,10 @@ def held_out_loss(model: nn.Module, rows: TokenizedRows, collate: Collator, *, l
     model.eval()
     order = np.argsort(rows.lengths, kind="stable").tolist()
     total = 0.0
-    for part in share([order[start : start + lines] for start in range(0, len(order), lines)]):
+    batches = [order[start : start + lines] for start in range(0, len(order), lines)]
+    for part, counts in share_in_step(batches):
         batch = collate([rows[index] for index in part])
         on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-        total += float(completion_loss_sum(model, head, on_device))
+        total += float(completion_loss_sum(model, head, on_device)) * counts
     model.train(training)
     return sum(everyones(total)) / rows.num_trained

@@ -8,6 +8,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from data_templates._segments import Message
 from finetune.data.tokens import Encoder
+from finetune.training.apart import in_parts
+from finetune.training.processes import everyones
 
 BATCH = 32
 
@@ -46,10 +48,13 @@ def reply_to(
     replies: dict[int, Reply] = {}
     training = model.training
     model.eval()
-    for start in range(0, len(order), BATCH):
-        part = order[start : start + BATCH]
-        new = _generate(model, encoder, [encoded[index] for index in part], max_new_tokens, temperature)
-        replies |= {index: _reply(encoder, ids) for index, ids in zip(part, new, strict=True)}
+    parted = in_parts(model)
+    batches = range(0, len(order), BATCH)
+    rounds = max(everyones(len(batches))) if parted else len(batches)  # weights in parts: all equally often
+    for part in ([order[start : start + BATCH] for start in batches] + [[]] * rounds)[:rounds]:
+        rows = [encoded[index] for index in part] or [encoder.stop_ids[:1]]
+        new = _generate(model, encoder, rows, max_new_tokens, temperature, together=parted)
+        replies |= {index: _reply(encoder, ids) for index, ids in zip(part, new[: len(part)], strict=True)}
     model.train(training)
     return [replies[index] for index in range(len(prompts))]
 
@@ -60,6 +65,8 @@ def _generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     temperature: float,
+    *,
+    together: bool,
 ) -> list[list[int]]:
     width = max(len(prompt) for prompt in prompts)
     pad = encoder.stop_ids[0]
@@ -75,7 +82,9 @@ def _generate(
         eos_token_id=encoder.stop_ids,
         pad_token_id=pad,
     )
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=together
+    )
     new: list[list[int]] = output[:, width:].tolist()
     return new
 

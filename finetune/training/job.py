@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -11,14 +11,15 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from transformers import PrinterCallback, Trainer
+from torch import nn
+from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from finetune.planning import choices
 from finetune.planning.hardware import Hardware, detect, peak_memory_bytes
 from finetune.planning.world import World, world
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
-from finetune.training import checkpoints, processes
+from finetune.training import apart, checkpoints, processes
 from finetune.training.preflight.base import fingerprints, unchanged
 from finetune.training.preflight.first_steps import FirstSteps
 from finetune.training.preflight.same_weights import same_tick, trained_digest
@@ -54,6 +55,7 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     preflight: list[dict[str, Any]] = field(default_factory=list)
     strategy: str = "single"
+    before_training: ExitStack = field(default_factory=ExitStack)
     under_way: bool = False
     may_idle: bool = False
     """Whether a step may have nothing to learn, such as replies that are all worth the same."""
@@ -88,6 +90,21 @@ class Job:
         if asked.processes != size:
             self.choose("train.processes", (size, "as started"))
         processes.join(self.hardware.device, deepspeed=self.strategy in ZERO)
+
+    def load_in_parts(self, stored: str) -> None:
+        """Have bases loaded in parts until training begins, as ZeRO-3 wants them; FSDP2 needs no word."""
+        if self.strategy == "zero3":
+            self.before_training.enter_context(
+                apart.loading(stored, offload=self.recipe.settings.train.offload, folder=self.run.path)
+            )
+
+    def let_compute(self, model: nn.Module, base: PreTrainedModel) -> None:
+        """Let a model that lies in parts compute until its trainer takes over."""
+        if self.strategy == "zero3":
+            offload = self.recipe.settings.train.offload
+            self.before_training.enter_context(
+                apart.measuring(model, base, offload=offload, folder=self.run.path)
+            )
 
     def choose(self, key: str, choice: tuple[Value, str]) -> Value:
         """Take a derived value and remember why, for recipe.yaml."""
@@ -153,6 +170,7 @@ class Job:
         zero = self.strategy in ZERO
         trainer.add_callback(FirstSteps(self.check, may_idle=self.may_idle, taken=zero))
         before = fingerprints(trainer.model)
+        self.before_training.close()
         with self.timed("train"):
             try:
                 trainer.train(resume_from_checkpoint=str(found.path) if found.path else None)

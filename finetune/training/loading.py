@@ -97,7 +97,14 @@ def load_frozen(job: Job) -> Frozen:
     stored = "float32" if traits.whole_model else precision
     with job.timed("load"):
         set_seed(settings.train.seed)
-        base = load_base(settings.model, precision=stored, quantization=quantization, hardware=job.hardware)
+        job.load_in_parts(stored)
+        base = load_base(
+            settings.model,
+            precision=stored,
+            quantization=quantization,
+            hardware=job.hardware,
+            strategy=job.strategy,
+        )
     return Frozen(base, precision, quantization)
 
 
@@ -115,4 +122,5 @@ def put_adapter(job: Job, frozen: Frozen) -> Policy:
             take_weights(model, start)
     if settings.train.gradient_checkpointing:
         frozen.base.enable_input_require_grads()
+    job.let_compute(model, frozen.base)
     return Policy(model, frozen.precision, frozen.quantization)

@@ -18,14 +18,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from finetune.planning.hardware import Hardware
+from finetune.planning.world import world
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import AdapterSettings, ModelSettings
+from finetune.training.apart import numbers, root
 from finetune.training.rope import forget_lengths, positions, stretch
+from finetune.training.strategies import APART
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -85,6 +89,7 @@ def load_base(
     quantization: str,
     hardware: Hardware,
     heads: Sequence[str] = (),
+    strategy: str = "single",
 ) -> PreTrainedModel:
     """Return the frozen base on the device, its weights stored as asked.
 
@@ -94,6 +99,7 @@ def load_base(
         quantization: ``none``, ``nf4`` (4-bit NormalFloat, double quantization) or ``int8``.
         hardware: where it goes.
         heads: names of the scores that it gives in place of a next token; their weights may be missing.
+        strategy: how processes share it; ``fsdp2`` gives each a part, ``zero3`` within ``apart.loading``.
 
     Raises:
         UserError: there is no such base, or its files are damaged.
@@ -113,7 +119,8 @@ def load_base(
             dtype=DTYPES[precision],
             attn_implementation=None if settings.attention == "auto" else settings.attention,
             quantization_config=_quantization(quantization, precision, heads=bool(heads)),
-            device_map={"": hardware.device},
+            device_map=None if strategy in APART else {"": hardware.device},  # theirs to say
+            distributed_config=DistributedConfig(fsdp_size=world().size) if strategy == "fsdp2" else None,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # told below with names and shapes
             output_loading_info=True,
@@ -127,6 +134,8 @@ def load_base(
         _keep_nf4_layout(model)
     forget_lengths(model)
     model.requires_grad_(False)
+    if strategy == "fsdp2":
+        root(model)
     return model
 
 
@@ -147,9 +156,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     trained = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        numbers = state.shape.numel() if state is not None else parameter.numel()
-        total += numbers
-        trained += numbers if parameter.requires_grad else 0
+        size = state.shape.numel() if state is not None else numbers(parameter)
+        total += size
+        trained += size if parameter.requires_grad else 0
     return ParameterCount(trained, total)
 
 

@@ -82,6 +82,16 @@ def share(items: Sequence[Value]) -> Sequence[Value]:
     return items[place.rank :: place.size]
 
 
+def share_in_step(items: Sequence[Value]) -> list[tuple[Value, bool]]:
+    """Return this process's part of a list as ``share``, as long as every other's: the last may not count.
+
+    Weights that lie in parts are fetched by all processes together, so all compute equally often.
+    """
+    own = [(item, True) for item in share(items)]
+    longest = -(-len(items) // world().size)
+    return own + [(items[0], False)] * (longest - len(own))
+
+
 def together(shares: Sequence[Sequence[Value]]) -> list[Value]:
     """Return what ``share`` took apart, in its order, from every process's part."""
     size = len(shares)

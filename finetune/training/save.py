@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.recipe.errors import Problem, UserError
+from finetune.training import apart
 from finetune.training.preflight.ticks import some
 from finetune.training.run_directory import RunDirectory
 
@@ -19,26 +20,55 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Write ``adapter/`` (PEFT's format) or ``model/``, with the tokenizer, in one move.
 
+    All processes must come here, and rank 0 alone writes: weights may lie in parts on all of them.
+
     Returns:
-        The name of the weights' file(s) and their SHA-256.
+        The name of the weights' file(s) and their SHA-256, on rank 0.
 
     Raises:
         UserError: what lies on the disk is not what is in memory.
     """
-    is_adapter = isinstance(model, PeftModel)
-    name = "adapter" if is_adapter else "model"
+    name = "adapter" if isinstance(model, PeftModel) else "model"
+    write = _write_adapter if isinstance(model, PeftModel) else _write_model
+    if not run.writes:
+        write(model, Path(name), main=False)
+        return {}
     with run.replacing(name) as folder:
-        if isinstance(model, PeftModel):
-            trained = [model.active_adapter]  # a reference may stand beside it
-            model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=trained)
-            _verify(folder, {key: value for key, value in get_peft_model_state_dict(model).items()})
-        else:
-            assert isinstance(model, PreTrainedModel)
-            model.save_pretrained(str(folder))
-            verify_model(folder, model.state_dict())
+        live = write(model, folder, main=True)
+        (_verify if isinstance(model, PeftModel) else verify_model)(folder, live)
         tokenizer.save_pretrained(str(folder))
         files = sorted(folder.glob("*.safetensors"))
         return {f"{name}/{file.name}": sha256(file) for file in files}
+
+
+def _write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, torch.Tensor]:
+    """Write the adapter if this is rank 0, and return what lies in memory."""
+    assert isinstance(model, PeftModel)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    with apart.whole(*trained):  # twice: PEFT runs prompt encoders, behind which ZeRO-3 parts them again
+        found = get_peft_model_state_dict(model)
+        live = {name: value.detach().cpu().clone() for name, value in found.items()}
+    with apart.whole(*trained):
+        model.save_pretrained(
+            str(folder),
+            save_embedding_layers=False,
+            selected_adapters=[model.active_adapter],  # a reference may stand beside it
+            is_main_process=main,
+        )
+    return live
+
+
+def _write_model(model: nn.Module, folder: Path, *, main: bool) -> dict[str, torch.Tensor]:
+    """Write the whole model if this is rank 0, and return what lies in memory."""
+    assert isinstance(model, PreTrainedModel)
+    if not apart.in_parts(model):
+        if main:
+            model.save_pretrained(str(folder))
+        found: dict[str, torch.Tensor] = model.state_dict()
+        return found
+    live = apart.state_dict(model)
+    model.save_pretrained(str(folder), state_dict=live, is_main_process=main)
+    return live
 
 
 def _verify(folder: Path, live: dict[str, torch.Tensor]) -> None:

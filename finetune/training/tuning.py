@@ -153,8 +153,7 @@ def save_policy(job: Job, text: Text, policy: Policy) -> None:
     Raises:
         UserError: what was saved is not what was trained.
     """
-    found = save_tuned(job.run, policy.model, text.encoder.tokenizer) if job.world.main else {}
-    files = processes.from_main(found)
+    files = processes.from_main(save_tuned(job.run, policy.model, text.encoder.tokenizer))
     job.run.update(files=files)
     job.check(Tick("saved", f"{', '.join(files)}: opened again, equal to what was trained"))
 

@@ -3,9 +3,10 @@
 import hashlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.recipe.errors import Problem
+from finetune.training.apart import whole
 from finetune.training.preflight.ticks import Tick, failed, some
 
 TENSORS, NUMBERS = 32, 4096
@@ -16,11 +17,15 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     """Return a checksum for each of up to 32 frozen tensors, spread evenly over the model."""
     frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
     every = max(1, -(-len(frozen) // TENSORS))
-    return {name: _checksum(weight) for name, weight in frozen[::every]}
+    found = {}
+    for name, weight in frozen[::every]:
+        with whole(weight) as (numbers,):
+            found[name] = _checksum(numbers)
+    return found
 
 
-def _checksum(weight: nn.Parameter) -> str:
-    numbers = weight.detach().reshape(-1)
+def _checksum(weight: Tensor) -> str:
+    numbers = weight.reshape(-1)
     sample = numbers[:: max(1, len(numbers) // NUMBERS)].contiguous().cpu()
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
 

@@ -10,6 +10,7 @@ from finetune.data.collate import Collator, PackedCollator
 from finetune.data.dataset import TokenizedRows
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
+from finetune.training import apart
 from finetune.training.completion import completion_loss_sum
 from finetune.training.head import output_head
 from finetune.training.model import DTYPES
@@ -54,13 +55,14 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def vocabulary_tick(model: PreTrainedModel, data: TokenizedRows, encoder: Encoder) -> Tick:
     """Return the check of the embeddings; a token without one would break the probes."""
     embedding = model.get_input_embeddings()
-    return vocabulary.embeddings_exist(
-        vocabulary.used_tokens(data.arrays["input_ids"], encoder.stop_ids),
-        embedding.weight,
-        trained=any(weight.requires_grad for weight in embedding.parameters()),
-        added=encoder.tokenizer.get_added_vocab(),
-        num_tokens=len(encoder.tokenizer),
-    )
+    with apart.whole(embedding.weight) as (weight,):
+        return vocabulary.embeddings_exist(
+            vocabulary.used_tokens(data.arrays["input_ids"], encoder.stop_ids),
+            weight,
+            trained=any(one.requires_grad for one in embedding.parameters()),
+            added=encoder.tokenizer.get_added_vocab(),
+            num_tokens=len(encoder.tokenizer),
+        )
 
 
 def model_ticks(

@@ -44,7 +44,7 @@ def alone(make_recipe: MakeRecipe) -> Result:
     return share(make_recipe, "one", 1, **UNEVEN)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_two_processes_learn_what_one_does(make_recipe: MakeRecipe, alone: Result, strategy: str) -> None:
     two = share(make_recipe, "two", 2, strategy, **UNEVEN)
     close(alone, two)
