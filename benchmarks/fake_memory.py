@@ -1,9 +1,9 @@
 """The real training step on tensors that have a shape and no numbers, and how much memory it holds.
 
 Models are built from a config by the library's classes, adapters by finetune/adapters, losses by our own
-functions; ``FakeTensorMode`` lets them run without numbers, and ``Ledger`` sees every tensor that an operation
-makes, gradients and optimizer states included, and when it goes. What a kernel takes for itself inside is not
-seen.
+functions; ``FakeTensorMode`` lets them run without numbers, and ``Ledger`` sees every tensor that an
+operation makes, gradients and optimizer states included, and when it goes. What a kernel takes for itself
+inside is not seen.
 """
 
 import gc
@@ -72,6 +72,7 @@ class Ledger(TorchDispatchMode):
         def gone(_: object) -> None:
             if self.alive.pop(key, None) is not None:
                 self.live -= size
+                self.drawn.discard(key)
 
         self.alive[key] = weakref.ref(storage, gone)
         self.live += size
@@ -175,21 +176,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of the second optimizer step.
+    """Bytes of an optimizer step.
 
     Attributes:
         loaded: base and adapter.
-        states: the optimizer's.
-        peak: the most, from the first forward pass of the step to the end of the last backward pass.
+        states: the optimizer's, as they are from the second step on.
+        taken: what the forward and backward passes take beside both, at most.
     """
 
     loaded: int
     states: int
-    peak: int
+    taken: int
 
 
 def measure(case: Case) -> Measured:
-    """Run two optimizer steps of a case without numbers; return what the second one holds."""
+    """Run an optimizer step of a case without numbers; return what it holds."""
     model = _built(case)
     ledger = Ledger(case.predicted)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
@@ -200,17 +201,15 @@ def measure(case: Case) -> Measured:
         _prepare(model, case)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=False)
-        for step in range(2):
-            if step:
-                states = ledger.live - loaded
-                ledger.begin()
-            for _ in range(case.accumulated):
-                _loss(model, case).backward()
-            peak = ledger.peak
-            optimizer.step()
-            optimizer.zero_grad()
+        ledger.begin()
+        for _ in range(case.accumulated):
+            _loss(model, case).backward()
+        taken = ledger.peak - loaded
+        optimizer.step()
+        optimizer.zero_grad()
+        states = ledger.live - loaded
         del start
-    return Measured(loaded, states, peak)
+    return Measured(loaded, states, taken)
 
 
 def _built(case: Case) -> nn.Module:
@@ -334,5 +333,3 @@ def _groups(case: Case, ids: Tensor) -> dict[str, Tensor]:
     if case.objective == "ppo":
         batch["attention_mask"] = torch.ones_like(ids)
     return batch
-
-

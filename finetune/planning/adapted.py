@@ -33,6 +33,12 @@ class Linears:
         """Return the linear layers by their names."""
         return {layer.name: layer for layer in self.workload.architecture.linear_layers()}
 
+    @cached_property
+    def table(self) -> Tensor:
+        """Return the trained embeddings: one weight with the head where both are tied."""
+        model = self.workload.architecture
+        return self.tape.weight(model.vocabulary * model.hidden)
+
     @property
     def adapter(self) -> Adapter:
         """Return what is trained."""
@@ -100,29 +106,35 @@ class Linears:
         return made
 
     def frozen_linear(self, states: Tensor, layer: Linear) -> Tensor:
-        """Return W x of a frozen weight: x is not kept; a quantized weight is dequantized both ways."""
+        """Return W x of a frozen weight: x is not kept; a quantized weight is dequantized both ways.
+
+        bitsandbytes keeps x for 8-bit weights all the same, and computes in int8 with sums in int32.
+        """
         tape, inputs = self.tape, self.to(states, self.each)
-        taken = self.dequantized(layer)
-        if taken:
-            tape.moment(taken)
-        rows = states.numbers // layer.inputs
-        made = tape.run([inputs], rows * layer.outputs, self.each, workspace=taken)
-        tape.drop(inputs)
+        taken, rows = self.dequantized(layer), states.numbers // layer.inputs
+        is_int8 = self.workload.quantization == "int8"
+        sums = 4 * rows * layer.outputs + 3 * inputs.numbers if is_int8 else taken
+        for_a_moment = tape.new(sums, 1, "workspace")
+        keeps = [inputs] if is_int8 else []
+        made = tape.run([inputs], rows * layer.outputs, self.each, keeps=keeps, workspace=taken)
+        tape.drop(inputs, for_a_moment)
         return made
 
     def dequantized(self, layer: Linear) -> int:
-        """Return the bytes of a weight that is taken back to numbers, with its scales in float32."""
-        numbers = layer.inputs * layer.outputs
-        if self.workload.quantization == "none":
-            return 0
-        return numbers * self.each + (4 * numbers // NF4_BLOCK if self.workload.quantization == "nf4" else 0)
+        """Return the bytes of a weight that is taken back to numbers, with NF4's scales in float32."""
+        numbers, stored = layer.inputs * layer.outputs, self.workload.quantization
+        scales = 4 * numbers // NF4_BLOCK if stored == "nf4" else 0
+        return 0 if stored == "none" else numbers * self.each + scales
 
     def cast(self, numbers: int) -> Tensor:
-        """Return a trained weight as the pass computes with it; autocast keeps the copy until its end."""
-        weight = self.tape.weight(numbers)
+        """Return a trained weight as the pass computes with it."""
+        return self.copied(self.tape.weight(numbers))
+
+    def copied(self, weight: Tensor) -> Tensor:
+        """Return a weight in the precision of the pass; autocast keeps the copy until its end."""
         if self.each == 4:
             return weight
-        copy = self.tape.run([weight], numbers, self.each)
+        copy = self.tape.run([weight], weight.numbers, self.each)
         self.casts.append(copy)
         return copy
 
@@ -248,7 +260,10 @@ class Linears:
         """Return OFT's W (R x): x is turned in blocks, in float32 or as autocast computes it, and kept."""
         tape = self.tape
         size = block_size(layer.inputs, self.adapter.block_size)
-        rotation, solved = self.tape.weight(layer.inputs * (size - 1) // 2), tape.new(3 * layer.inputs * size, 4)
+        rotation, solved = (
+            self.tape.weight(layer.inputs * (size - 1) // 2),
+            tape.new(3 * layer.inputs * size, 4),
+        )
         wide = self.to(states, 4)
         inputs = self.to(wide, self.each)
         turned = tape.run([inputs, rotation], states.numbers, self.each, keeps=[inputs, solved])

@@ -104,6 +104,7 @@ class Decoder:
         """Return the states behind ``count`` more layers like the last one, in the place of those before."""
         tape, made = self.tape, self.tape.new(states.numbers, states.each)
         kept = dict(like.kept)
+        tape.trained += count * like.trained
         if self.workload.checkpointing or not tape.recording:  # nothing but autocast keeps its copies
             kept["activations"] = kept.get("activations", 0) - like.casts
             self.linears.casts.append(tape.new(count * like.casts, 1))

@@ -66,12 +66,16 @@ def resident(workload: Workload) -> Resident:
 
 
 def gathered(workload: Workload) -> int:
-    """Return the weights that are whole for a moment where they are partitioned: a layer and the next one."""
+    """Return the weights that are whole for a moment where they are partitioned: a layer and the next one.
+
+    Quantized ones travel as they are stored.
+    """
     if workload.strategy not in ("zero3", "fsdp2") or workload.processes == 1:
         return 0
-    model = workload.architecture
-    layer = sum(one.inputs * one.outputs for one in model.linear_layers() if one.count == model.layers)
-    return 2 * max(layer, model.vocabulary * model.hidden) * workload.bytes
+    model, stored = workload.architecture, workload.quantization
+    inside = [one for one in model.linear_layers() if one.count == model.layers]
+    layer = sum(quantized_bytes(one, stored, workload) for one in inside)
+    return 2 * max(layer, model.vocabulary * model.hidden * workload.bytes)
 
 
 def _value(workload: Workload) -> int:

@@ -60,11 +60,10 @@ def embedded(linears: Linears) -> Tensor:
     model, adapter = work.architecture, work.adapter
     numbers = work.tokens * model.hidden
     if adapter.whole_model:
-        return tape.run([tape.weight(model.vocabulary * model.hidden)], numbers, 4)
+        return tape.run([linears.table], numbers, 4)
     if adapter.method == "trainable_tokens":
-        table = tape.run(
-            [tape.weight(adapter.tokens * model.hidden)], model.vocabulary * model.hidden, work.bytes
-        )
+        rows = tape.weight(adapter.tokens * model.hidden)
+        table = tape.run([rows], model.vocabulary * model.hidden, work.bytes)
         states = tape.run([table], numbers, work.bytes)
         tape.drop(table)
         return states
@@ -85,7 +84,8 @@ def headed(linears: Linears, states: Tensor) -> Tensor:
     tape.drop(states)
     inputs = linears.to(chosen, work.bytes)
     tape.drop(chosen)
-    weight = [linears.cast(model.vocabulary * model.hidden)] if work.adapter.whole_model else []
+    own = linears.table if model.tied else tape.weight(model.vocabulary * model.hidden)
+    weight = [linears.copied(own)] if work.adapter.whole_model else []
     keeps = [inputs, *weight] if weight else []
     logits = tape.run(
         [inputs, *weight], work.predicted * model.vocabulary, work.bytes, keeps=keeps, part=LOSS
