@@ -181,7 +181,7 @@ def _drawn(plan: Plan) -> list[list[Change]]:
     if asked is None or isinstance(settings, OnlineSettings):
         return [[]]
     each = cache_bytes(plan.step) // asked.lines
-    left = plan.device.room - plan.phases[0].total
+    left = plan.room - plan.phases[0].total
     lines = max(1, left // 2 // each)
     here = asked.lines * plan.step.processes
     found = [lines, lines // 4] if left > 0 else [8]
@@ -210,7 +210,7 @@ def _cut(plan: Plan) -> list[list[Change]]:
 def _price(plan: Plan) -> float:
     """Return the seconds of a learnt token, up to a factor that all alternatives of a plan share."""
     step, peak = plan.step, plan.device.peak(plan.step.precision) or USUAL
-    stored = fmean(DEQUANTIZED) if step.quantization == "nf4" else 1.0
+    stored = fmean(DEQUANTIZED) if step.quantization != "none" else 1.0
     arithmetic = learnt_operations(step, plan.trained) / (fmean(plan.device.used) * peak) * stored
     return arithmetic * SENT.get(step.strategy, 1.0) + _bus_seconds(step, plan.trained) + _drawing(plan)
 

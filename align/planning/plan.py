@@ -72,7 +72,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Tell whether it fits the device's memory."""
-        return self.peak.total <= self.device.room
+        return self.peak.total <= self.room
+
+    @property
+    def room(self) -> int:
+        """Return the bytes that a process has."""
+        return self.device.share(self.step.processes)
 
     @property
     def total(self) -> int:

@@ -55,8 +55,13 @@ class Device:
 
     @property
     def room(self) -> int:
-        """Return the bytes that are left for a run."""
-        return self.memory - TAKEN[self.kind]
+        """Return the bytes that are left for a process that has it for its own."""
+        return self.share(1)
+
+    def share(self, processes: int) -> int:
+        """Return the bytes that are left for each process: of a GPU each, or of its part of one CPU's memory."""
+        together = processes if self.kind == "cpu" else 1
+        return self.memory // together - TAKEN[self.kind]
 
     def peak(self, precision: str) -> float:
         """Return the FLOP/s at most in a precision; 0: not known."""

@@ -17,7 +17,7 @@ from finetune.planning.devices import Device
 from finetune.planning.workload import Workload
 
 DEQUANTIZED = (1.2, 1.6)
-"""A pass over 4-bit weights takes this many times as long: litgpt, tutorials/resource-tables.md and
+"""A pass over quantized weights takes this many times as long: litgpt, tutorials/resource-tables.md and
 finetune_lora.md: 3.68 / 2.36 minutes (short rows), 1,090 / 876 seconds; torchtune's README: 3,083 / 2,413."""
 DRAWN = (1.2, 5.0)
 """Drawing a token takes this many times as long as reading all weights once from memory: the library launches
@@ -70,7 +70,7 @@ def step_seconds(workload: Workload, device: Device, *, operations: float) -> Ra
     if not peak:
         return None
     slowest, fastest = device.used
-    stored = DEQUANTIZED if workload.quantization == "nf4" else (1.0, 1.0)
+    stored = DEQUANTIZED if workload.quantization != "none" else (1.0, 1.0)
     waits = EXCHANGED if workload.processes > 1 else (1.0, 1.0)
     ideal = operations / peak / workload.processes
     return ideal / fastest * stored[0] * waits[0], ideal / slowest * stored[1] * waits[1]

@@ -126,3 +126,11 @@ def test_a_finished_run_tells_how_long_the_next_one_takes(
     assert measured.seconds.most == pytest.approx(measured.work.learnt / (1000 * (1 - UNLIKE)))
     elsewhere = plan_of(recipe, A100, 1)
     assert elsewhere.seconds is not None and elsewhere.seconds.how.startswith("stated")
+
+
+def test_a_notebook_plans_with_the_same_words() -> None:
+    from align import load_recipe
+    from align import plan as planned_by_name
+
+    plan = planned_by_name(load_recipe("alpaca", base="llama-2-7b"), gpu="rtx4090")
+    assert plan.peak.total == planned("sft", "alpaca", device("rtx4090")).peak.total
