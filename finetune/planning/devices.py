@@ -12,6 +12,8 @@ from pathlib import Path
 from finetune.recipe.errors import Problem, UserError, nearest
 
 GIB = 2**30
+SURE = 0.95
+"""Share of what is left that a choice of ours may fill: the plan is meant to be right within 5 %."""
 USABLE = 0.98
 """Share of a card's nominal memory that PyTorch sees, where only its size is known: 23.6 of 24 GiB."""
 DRIVER = 0.45
@@ -59,7 +61,7 @@ class Device:
         return self.share(1)
 
     def share(self, processes: int) -> int:
-        """Return the bytes that are left for each process: of a GPU each, or of its part of one CPU's memory."""
+        """Return the bytes that are left for each process: of its own GPU, or of its part of the CPU's."""
         together = processes if self.kind == "cpu" else 1
         return self.memory // together - TAKEN[self.kind]
 

@@ -6,7 +6,7 @@ from math import ceil
 
 import torch
 
-from finetune.planning.devices import GIB
+from finetune.planning.devices import GIB, SURE
 from finetune.planning.from_recipe import architecture_of, step_of
 from finetune.planning.memory import peak, plan_memory
 from finetune.planning.workload import Objective, Workload
@@ -51,7 +51,7 @@ def rows_that_fit(
         device="cuda",
     )
     step = replace(step, processes=processes, strategy=strategy, offload=settings.train.offload)  # type: ignore[arg-type]
-    return lambda rows: _needed(settings, step, rows, longest) <= room
+    return lambda rows: _needed(settings, step, rows, longest) <= SURE * room
 
 
 def free_bytes() -> int:
