@@ -23,7 +23,7 @@ OBJECTIVES: dict[str, Objective] = {
     "GRPOConfig": "comparison",
     "RewardConfig": "scores",
 }
-"""What stands on the last state, by what TRL calls the stage's arguments."""
+"""What stands on the last state, by what TRL calls the stage's arguments; TRL has no PPO."""
 
 
 def rows_that_fit(
@@ -64,7 +64,7 @@ def free_bytes() -> int:
 
 
 def _needed(settings: StageSettings, step: Workload, rows: int, longest: int) -> int:
-    objective = OBJECTIVES[settings.TRL_CONFIG]
+    objective: Objective = "ppo" if "ppo" in dict(settings) else OBJECTIVES[settings.TRL_CONFIG]
     own = replace(
         step,
         objective=objective,
@@ -72,7 +72,7 @@ def _needed(settings: StageSettings, step: Workload, rows: int, longest: int) ->
         columns=longest,
         predicted=rows * longest,
         completions=2 * rows if objective != "likelihood" else 0,
-        heads=1 if objective == "scores" else 0,
+        heads=1 if objective in ("scores", "ppo") else 0,
         masked=rows > 1,
         accumulated=ceil(settings.train.batch_size / (rows * step.processes)),
     )
