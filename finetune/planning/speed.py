@@ -22,6 +22,9 @@ finetune_lora.md: 3.68 / 2.36 minutes (short rows), 1,090 / 876 seconds; torchtu
 DRAWN = (1.2, 5.0)
 """Drawing a token takes this many times as long as reading all weights once from memory: the library launches
 kernels one by one (litgpt's table: 7B in bfloat16 on an A100, 31 tokens a second where memory allows 115)."""
+LAUNCHED = (0.001, 0.0045)
+"""Seconds in which a GPU's kernels of one layer are launched, forward and backward, however few the tokens:
+litgpt's table has 0.142 s for a pass of about 110 tokens through 32 layers with LoRA."""
 EXCHANGED = (1.0, 1.5)
 """Several processes wait for each other: not measured here, a guess to the safe side."""
 
@@ -74,6 +77,15 @@ def step_seconds(workload: Workload, device: Device, *, operations: float) -> Ra
     waits = EXCHANGED if workload.processes > 1 else (1.0, 1.0)
     ideal = operations / peak / workload.processes
     return ideal / fastest * stored[0] * waits[0], ideal / slowest * stored[1] * waits[1]
+
+
+def launch_seconds(workload: Workload, *, passes: int) -> Range:
+    """Return the seconds in which a GPU is told what to do, in so many forward and backward passes."""
+    if workload.device == "cpu":
+        return 0.0, 0.0
+    quick, slow = LAUNCHED
+    layers = passes * workload.architecture.layers
+    return layers * quick, layers * slow
 
 
 def drawn_seconds(workload: Workload, device: Device, *, replies: int, base_bytes: int) -> Range | None:
