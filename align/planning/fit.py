@@ -23,7 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from align.online.settings import OnlineSettings
-from align.planning.plan import Plan, plan_of
+from align.planning.plan import Plan, least_rows, plan_of
 from align.rl.settings import PromptSettings
 from finetune.planning.caches import cache_bytes
 from finetune.planning.solver import Machine, combination_of, judge
@@ -62,13 +62,7 @@ class Alternative:
     @property
     def words(self) -> str:
         """Return what to append to the command."""
-        rows = [("train.micro_batch_size", self.plan.rows)] if self._rows_told else []
-        return " ".join(f"{key}={_written(value)}" for key, value in [*self.changes, *rows])
-
-    @property
-    def _rows_told(self) -> bool:
-        asked = self.plan.recipe.settings.train.micro_batch_size
-        return asked != self.plan.rows and self.plan.device.kind == "cpu"
+        return " ".join(f"{key}={_written(value)}" for key, value in self.changes)
 
     @property
     def learns_other(self) -> bool:
@@ -136,7 +130,11 @@ def _combinations(plan: Plan) -> Iterator[tuple[Change, ...]]:
 
 
 def _rows(plan: Plan) -> list[list[Change]]:
-    """Return the rows of a pass: always as many as fit."""
+    """Return the rows of a pass: on a GPU as many as fit, which is what auto means there; on a CPU fewer."""
+    if plan.device.kind == "cpu":
+        least = least_rows(plan.recipe.settings)
+        fewer = sorted({max(least, plan.rows // 4), least} - {plan.rows}, reverse=True)
+        return [[], *([("train.micro_batch_size", rows)] for rows in fewer)]
     asked = plan.recipe.settings.train.micro_batch_size
     return [[]] if asked == "auto" else [[("train.micro_batch_size", "auto")]]
 

@@ -258,6 +258,11 @@ def _in_blocks(found: Lengths, most: int) -> Lengths:
     )
 
 
+def least_rows(settings: StageSettings) -> int:
+    """Return the rows that a forward pass must have: KTO measures a reply against those beside it."""
+    return 2 if isinstance(settings, KtoSettings) else 1
+
+
 def phases_of_rows(step: Workload) -> list[Phase]:
     """Return the phases that hold the rows of a forward pass."""
     return [phase for phase in plan_memory(step) if phase.name not in WITHOUT_ROWS]
@@ -276,6 +281,6 @@ def _rows(settings: StageSettings, at: At, device: Device, processes: int) -> tu
         longest=at(1).columns,
         hardware=Hardware(device.kind, device.name, device.bfloat16),
         whole=train.engine == "trl",
-        least=2 if isinstance(settings, KtoSettings) else 1,
+        least=least_rows(settings),
         fits=fits if device.kind == "cuda" else None,
     )
