@@ -1,11 +1,11 @@
-"""Adapt and align language models: ``from align import load_recipe, load_reward, load_tuned, run``."""
+"""Adapt and align language models: ``from align import load_recipe, plan, run, load_tuned``."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from align.api import load_pipeline, load_recipe, load_reward, load_tuned, run, run_pipeline
+    from align.api import load_pipeline, load_recipe, load_reward, load_tuned, plan, run, run_pipeline
 
-__all__ = ["load_pipeline", "load_recipe", "load_reward", "load_tuned", "run", "run_pipeline"]
+__all__ = ["load_pipeline", "load_recipe", "load_reward", "load_tuned", "plan", "run", "run_pipeline"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from finetune.recipe.recipe import Recipe, load
 if TYPE_CHECKING:
     from align.pipeline.plan import Pipeline
     from align.pipeline.running import PipelineResult
+    from align.planning.plan import Plan
     from align.reward.scorer import RewardModel
     from finetune.training.result import Result
     from finetune.training.tuned import Tuned
@@ -115,6 +116,24 @@ def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") ->
 
     console = Console()
     return run_stage(ready(recipe, console), console, force=force, command=command)
+
+
+def plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> "Plan":
+    """Return what a recipe will need, as ``llm-align plan`` prints it; nothing is loaded.
+
+    Args:
+        recipe: what ``load_recipe`` gave.
+        gpu: the GPUs to plan for (``h100``, ``rtx4090``, ``24GB``, ``cpu``); None: this machine.
+        gpus: how many of them.
+
+    Raises:
+        UserError: an unknown GPU, a base of unknown shape, settings that do not go together, faulty data.
+    """
+    from align.planning.machine import machine, together
+    from align.planning.plan import plan_of
+
+    device, count = machine(recipe.settings.train, gpu, gpus)
+    return plan_of(together(recipe, device, count), device, count)
 
 
 def load_pipeline(

@@ -23,7 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from align.online.settings import OnlineSettings
-from align.planning.plan import Plan, plan_of
+from align.planning.plan import Plan, least_rows, plan_of
 from align.rl.settings import PromptSettings
 from finetune.planning.caches import cache_bytes
 from finetune.planning.solver import Machine, combination_of, judge
@@ -62,13 +62,7 @@ class Alternative:
     @property
     def words(self) -> str:
         """Return what to append to the command."""
-        rows = [("train.micro_batch_size", self.plan.rows)] if self._rows_told else []
-        return " ".join(f"{key}={_written(value)}" for key, value in [*self.changes, *rows])
-
-    @property
-    def _rows_told(self) -> bool:
-        asked = self.plan.recipe.settings.train.micro_batch_size
-        return asked != self.plan.rows and self.plan.device.kind == "cpu"
+        return " ".join(f"{key}={_written(value)}" for key, value in self.changes)
 
     @property
     def learns_other(self) -> bool:
@@ -136,7 +130,11 @@ def _combinations(plan: Plan) -> Iterator[tuple[Change, ...]]:
 
 
 def _rows(plan: Plan) -> list[list[Change]]:
-    """Return the rows of a pass: always as many as fit."""
+    """Return the rows of a pass: on a GPU as many as fit, which is what auto means there; on a CPU fewer."""
+    if plan.device.kind == "cpu":
+        least = least_rows(plan.recipe.settings)
+        fewer = sorted({max(least, plan.rows // 4), least} - {plan.rows}, reverse=True)
+        return [[], *([("train.micro_batch_size", rows)] for rows in fewer)]
     asked = plan.recipe.settings.train.micro_batch_size
     return [[]] if asked == "auto" else [[("train.micro_batch_size", "auto")]]
 
@@ -181,7 +179,7 @@ def _drawn(plan: Plan) -> list[list[Change]]:
     if asked is None or isinstance(settings, OnlineSettings):
         return [[]]
     each = cache_bytes(plan.step) // asked.lines
-    left = plan.device.room - plan.phases[0].total
+    left = plan.room - plan.phases[0].total
     lines = max(1, left // 2 // each)
     here = asked.lines * plan.step.processes
     found = [lines, lines // 4] if left > 0 else [8]
@@ -210,7 +208,7 @@ def _cut(plan: Plan) -> list[list[Change]]:
 def _price(plan: Plan) -> float:
     """Return the seconds of a learnt token, up to a factor that all alternatives of a plan share."""
     step, peak = plan.step, plan.device.peak(plan.step.precision) or USUAL
-    stored = fmean(DEQUANTIZED) if step.quantization == "nf4" else 1.0
+    stored = fmean(DEQUANTIZED) if step.quantization != "none" else 1.0
     arithmetic = learnt_operations(step, plan.trained) / (fmean(plan.device.used) * peak) * stored
     return arithmetic * SENT.get(step.strategy, 1.0) + _bus_seconds(step, plan.trained) + _drawing(plan)
 

@@ -9,8 +9,9 @@ from align.planning.timing import seconds
 from align.planning.work import Work, work
 from align.rl.settings import PromptSettings
 from align.stages.kto import Settings as KtoSettings
+from finetune.adapters import llama_adapter
 from finetune.planning import choices
-from finetune.planning.devices import Device
+from finetune.planning.devices import SURE, Device
 from finetune.planning.disk import disk_bytes
 from finetune.planning.from_recipe import architecture_of, model_choices, step_of
 from finetune.planning.hardware import Hardware
@@ -18,6 +19,7 @@ from finetune.planning.memory import Phase, peak, plan_memory
 from finetune.planning.speed import Seconds
 from finetune.planning.trained import trained_parameters
 from finetune.planning.workload import Workload
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
 
@@ -72,7 +74,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Tell whether it fits the device's memory."""
-        return self.peak.total <= self.device.room
+        return self.peak.total <= self.room
+
+    @property
+    def room(self) -> int:
+        """Return the bytes that a process has."""
+        return self.device.share(self.step.processes)
 
     @property
     def total(self) -> int:
@@ -148,7 +155,7 @@ def finished(
     """Return the plan of forward passes of so many rows."""
     settings, step = recipe.settings, at(rows)
     phases = plan_memory(step)
-    trained = trained_parameters(step.architecture, step.adapter, heads=step.heads)
+    trained = _trained(recipe, step)
     trained *= 2 if step.objective == "ppo" else 1
     done = work(settings, found)
     return Plan(
@@ -165,6 +172,28 @@ def finished(
         rows=rows,
         at=at,
     )
+
+
+def _trained(recipe: Recipe, step: Workload) -> int:
+    """Return the trained parameters of one role.
+
+    Raises:
+        UserError: the adapter is not for this base, as it would say once the base is loaded.
+    """
+    method, family = step.adapter.method, step.architecture.family
+    trained = trained_parameters(step.architecture, step.adapter, heads=step.heads)
+    found = f"'{method}' on '{recipe.settings.model.base}', a model of type '{family}'"
+    if method == "llama_adapter" and family not in llama_adapter.FAMILIES:
+        expected = f"a model of type {', '.join(llama_adapter.FAMILIES)}"
+        raise UserError(
+            Problem("adapter.method", found, expected, "adapter.method=prefix works on any of them")
+        )
+    if not trained:
+        repair = "adapter.method=ia3 or layernorm trains as few parameters and works on it"
+        raise UserError(
+            Problem("adapter.method", f"{found}: nothing to train", "a base with bias terms", repair)
+        )
+    return trained
 
 
 def _accumulating(settings: StageSettings, at: At, processes: int) -> At:
@@ -229,6 +258,11 @@ def _in_blocks(found: Lengths, most: int) -> Lengths:
     )
 
 
+def least_rows(settings: StageSettings) -> int:
+    """Return the rows that a forward pass must have: KTO measures a reply against those beside it."""
+    return 2 if isinstance(settings, KtoSettings) else 1
+
+
 def phases_of_rows(step: Workload) -> list[Phase]:
     """Return the phases that hold the rows of a forward pass."""
     return [phase for phase in plan_memory(step) if phase.name not in WITHOUT_ROWS]
@@ -239,7 +273,7 @@ def _rows(settings: StageSettings, at: At, device: Device, processes: int) -> tu
     train = settings.train
 
     def fits(rows: int) -> bool:
-        return peak(phases_of_rows(at(rows))).total <= device.room
+        return peak(phases_of_rows(at(rows))).total <= SURE * device.room
 
     return choices.micro_batch_size(
         train.micro_batch_size,
@@ -247,6 +281,6 @@ def _rows(settings: StageSettings, at: At, device: Device, processes: int) -> tu
         longest=at(1).columns,
         hardware=Hardware(device.kind, device.name, device.bfloat16),
         whole=train.engine == "trl",
-        least=2 if isinstance(settings, KtoSettings) else 1,
+        least=least_rows(settings),
         fits=fits if device.kind == "cuda" else None,
     )

@@ -50,8 +50,9 @@ def _head(plan: Plan, console: Console) -> None:
 
 def verdict(plan: Plan) -> str:
     """Return in a sentence whether it fits."""
-    top, room = plan.peak, plan.device.room
-    here = f"{size(top.total)} in '{top.name}', and {plan.device.name} has {size(room)} free"
+    top, room = plan.peak, plan.room
+    each = " for each process" if plan.device.kind == "cpu" and plan.step.processes > 1 else ""
+    here = f"{size(top.total)} in '{top.name}', and {plan.device.name} has {size(room)} free{each}"
     if not plan.fits:
         return f"It does not fit: {here}; {size(top.total - room)} are missing."
     left = room - top.total
@@ -108,7 +109,7 @@ def facts(plan: Plan) -> Iterable[tuple[str, str]]:
     yield from _amount(plan)
     yield "disk", _disk(plan)
     merge = next((phase for phase in plan.phases if phase.name == MERGE), None)
-    if merge is not None and merge.total > plan.device.room and plan.device.kind == "cuda":
+    if merge is not None and merge.total > plan.room and plan.device.kind == "cuda":
         yield (
             "merge",
             f"`llm-align merge` needs {size(merge.total)}: CUDA_VISIBLE_DEVICES= lets the CPU do it",
@@ -126,7 +127,7 @@ def _amount(plan: Plan) -> Iterable[tuple[str, str]]:
     step = plan.step
     passes = f"{step.accumulated} forward pass{'es' if step.accumulated > 1 else ''} of {plan.rows}"
     each = " in each process" if step.processes > 1 else ""
-    yield "steps", f"{done.steps:,} of {settings.train.batch_size} rows: {passes}{each}"
+    yield "steps", f"{done.steps:,} of {settings.train.batch_size} rows, each {passes}{each}"
     if plan.seconds is None:
         yield "time", f"not known: the speed of {plan.device.name} is not; name a card (--gpu rtx4090)"
     else:

@@ -2,13 +2,22 @@
 
 from align.planning.work import Work
 from finetune.planning.devices import Device
-from finetune.planning.speed import Seconds, drawn_seconds, learnt_operations, read_operations, step_seconds
+from finetune.planning.speed import (
+    Seconds,
+    drawn_seconds,
+    launch_seconds,
+    learnt_operations,
+    read_operations,
+    step_seconds,
+)
 from finetune.planning.workload import Workload
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import FINISHED, RUNS, read_record
 
 COUNTED = ("sft", "pretrain", "hindsight", "reward", "dpo")
 """Stages whose record says how many tokens a second were learnt, and which do nothing else in that time."""
+MUCH = 0.3
+"""Share of the time from which the launching of kernels is worth a word."""
 UNLIKE = 0.25
 """How far a run's rate may be from that of an earlier one on the same base: other rows, another adapter."""
 
@@ -41,10 +50,14 @@ def _computed(step: Workload, device: Device, *, done: Work, trained: int, base:
     training = step_seconds(step, device, operations=operations)
     if training is None:
         return None
-    least, most = training
+    passes = done.steps * step.accumulated
+    launching = launch_seconds(step, passes=passes)
+    least, most = max(training[0], launching[0]), training[1] + launching[1]
     slow, quick = device.used
     peak = f"{device.peak(step.precision) / 1e12:,.3g} TFLOP/s"
     how = f"stated: training reaches {slow:.0%} to {quick:.0%} of this device's {peak}"
+    if launching[1] > MUCH * training[1]:
+        how += f", and kernels are launched for {passes:,} small passes"
     if done.replies:
         drawing = drawn_seconds(step, device, replies=done.replies, base_bytes=base)
         if drawing is None:

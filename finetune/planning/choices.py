@@ -89,7 +89,7 @@ def micro_batch_size(
     why = f"{budget} tokens a forward pass keep the device busy; the longest row has {longest}"
     if fits is not None and not fits(size):
         size = max(least, bisect_left(range(1, size), True, key=lambda rows: not fits(rows)))
-        enough = "the plan has memory for no more" if fits(size) else "by the plan even this is too much"
+        enough = "the plan has memory for no more" if fits(size) else "the plan has hardly memory for this"
         why = f"the longest row has {longest} tokens; {enough}"
     if whole and batch_size % size:
         fitting = [part for part in range(least, batch_size + 1) if batch_size % part == 0]

@@ -17,11 +17,14 @@ from finetune.planning.devices import Device
 from finetune.planning.workload import Workload
 
 DEQUANTIZED = (1.2, 1.6)
-"""A pass over 4-bit weights takes this many times as long: litgpt, tutorials/resource-tables.md and
+"""A pass over quantized weights takes this many times as long: litgpt, tutorials/resource-tables.md and
 finetune_lora.md: 3.68 / 2.36 minutes (short rows), 1,090 / 876 seconds; torchtune's README: 3,083 / 2,413."""
 DRAWN = (1.2, 5.0)
 """Drawing a token takes this many times as long as reading all weights once from memory: the library launches
 kernels one by one (litgpt's table: 7B in bfloat16 on an A100, 31 tokens a second where memory allows 115)."""
+LAUNCHED = (0.001, 0.0045)
+"""Seconds in which a GPU's kernels of one layer are launched, forward and backward, however few the tokens:
+litgpt's table has 0.142 s for a pass of about 110 tokens through 32 layers with LoRA."""
 EXCHANGED = (1.0, 1.5)
 """Several processes wait for each other: not measured here, a guess to the safe side."""
 
@@ -70,10 +73,19 @@ def step_seconds(workload: Workload, device: Device, *, operations: float) -> Ra
     if not peak:
         return None
     slowest, fastest = device.used
-    stored = DEQUANTIZED if workload.quantization == "nf4" else (1.0, 1.0)
+    stored = DEQUANTIZED if workload.quantization != "none" else (1.0, 1.0)
     waits = EXCHANGED if workload.processes > 1 else (1.0, 1.0)
     ideal = operations / peak / workload.processes
     return ideal / fastest * stored[0] * waits[0], ideal / slowest * stored[1] * waits[1]
+
+
+def launch_seconds(workload: Workload, *, passes: int) -> Range:
+    """Return the seconds in which a GPU is told what to do, in so many forward and backward passes."""
+    if workload.device == "cpu":
+        return 0.0, 0.0
+    quick, slow = LAUNCHED
+    layers = passes * workload.architecture.layers
+    return layers * quick, layers * slow
 
 
 def drawn_seconds(workload: Workload, device: Device, *, replies: int, base_bytes: int) -> Range | None:

@@ -6,7 +6,7 @@ from math import ceil
 
 import torch
 
-from finetune.planning.devices import GIB
+from finetune.planning.devices import GIB, SURE
 from finetune.planning.from_recipe import architecture_of, step_of
 from finetune.planning.memory import peak, plan_memory
 from finetune.planning.workload import Objective, Workload
@@ -23,7 +23,7 @@ OBJECTIVES: dict[str, Objective] = {
     "GRPOConfig": "comparison",
     "RewardConfig": "scores",
 }
-"""What stands on the last state, by what TRL calls the stage's arguments."""
+"""What stands on the last state, by what TRL calls the stage's arguments; TRL has no PPO."""
 
 
 def rows_that_fit(
@@ -51,7 +51,7 @@ def rows_that_fit(
         device="cuda",
     )
     step = replace(step, processes=processes, strategy=strategy, offload=settings.train.offload)  # type: ignore[arg-type]
-    return lambda rows: _needed(settings, step, rows, longest) <= room
+    return lambda rows: _needed(settings, step, rows, longest) <= SURE * room
 
 
 def free_bytes() -> int:
@@ -64,7 +64,7 @@ def free_bytes() -> int:
 
 
 def _needed(settings: StageSettings, step: Workload, rows: int, longest: int) -> int:
-    objective = OBJECTIVES[settings.TRL_CONFIG]
+    objective: Objective = "ppo" if "ppo" in dict(settings) else OBJECTIVES[settings.TRL_CONFIG]
     own = replace(
         step,
         objective=objective,
@@ -72,7 +72,7 @@ def _needed(settings: StageSettings, step: Workload, rows: int, longest: int) ->
         columns=longest,
         predicted=rows * longest,
         completions=2 * rows if objective != "likelihood" else 0,
-        heads=1 if objective == "scores" else 0,
+        heads=1 if objective in ("scores", "ppo") else 0,
         masked=rows > 1,
         accumulated=ceil(settings.train.batch_size / (rows * step.processes)),
     )

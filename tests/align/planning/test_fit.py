@@ -95,6 +95,14 @@ def test_one_card_of_24_gb_draws_fewer_replies_of_a_7b_side_by_side() -> None:
     assert found[0].plan.fits and "sampling.at_once" in dict(found[0].changes)
 
 
+def test_fewer_rows_a_pass_are_proposed_on_a_cpu() -> None:
+    plan, found = planned("cpu", model__base="smollm2-1.7b")
+    rows = {dict(one.changes).get("train.micro_batch_size") for one in found}
+    assert rows == {None, plan.rows // 4, 1}
+    _, of_kto = planned("cpu", stage="kto", name="quickstart")
+    assert {dict(one.changes).get("train.micro_batch_size") for one in of_kto} == {None, 8, 2}
+
+
 def test_one_process_has_nothing_to_share() -> None:
     _, found = planned("24GB", model__base="llama-2-13b")
     assert not any(key == "train.strategy" for one in found for key, _ in one.changes)

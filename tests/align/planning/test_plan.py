@@ -8,7 +8,7 @@ import pytest
 
 from align.planning.plan import Plan, phases_of_rows, plan_of
 from align.planning.timing import UNLIKE
-from finetune.planning.devices import Device, device
+from finetune.planning.devices import SURE, Device, device
 from finetune.planning.memory import peak
 from finetune.recipe.discovery import PROJECT, stage_names
 from finetune.recipe.errors import UserError
@@ -50,7 +50,7 @@ def test_rows_of_a_forward_pass_are_as_many_as_fit() -> None:
     small, large = planned("sft", "alpaca", device("rtx4090")), planned("sft", "alpaca", A100)
     assert small.fits and large.fits and small.rows < large.rows
     assert small.at(small.rows).accumulated == -(-128 // small.rows)
-    assert peak(phases_of_rows(small.at(small.rows + 1))).total > small.device.room
+    assert peak(phases_of_rows(small.at(small.rows + 1))).total > SURE * small.device.room
 
 
 def test_asked_rows_are_taken_as_they_are() -> None:
@@ -96,6 +96,12 @@ def test_an_unknown_base_is_refused_in_one_message() -> None:
     assert len(caught.value.problems) == 1
 
 
+@pytest.mark.parametrize(("method", "base"), [("llama_adapter", "gemma-2-2b"), ("bitfit", "llama-2-7b")])
+def test_an_adapter_that_is_not_for_a_base_is_refused(method: str, base: str) -> None:
+    with pytest.raises(UserError, match=r"adapter\.method.*a model of type"):
+        planned("sft", "alpaca", adapter__method=method, model__base=base)
+
+
 def run_of(recipe: Recipe, folder: Path, rate: float) -> None:
     folder.mkdir(parents=True)
     record = {
@@ -126,3 +132,11 @@ def test_a_finished_run_tells_how_long_the_next_one_takes(
     assert measured.seconds.most == pytest.approx(measured.work.learnt / (1000 * (1 - UNLIKE)))
     elsewhere = plan_of(recipe, A100, 1)
     assert elsewhere.seconds is not None and elsewhere.seconds.how.startswith("stated")
+
+
+def test_a_notebook_plans_with_the_same_words() -> None:
+    from align import load_recipe
+    from align import plan as planned_by_name
+
+    plan = planned_by_name(load_recipe("alpaca", base="llama-2-7b"), gpu="rtx4090")
+    assert plan.peak.total == planned("sft", "alpaca", device("rtx4090")).peak.total

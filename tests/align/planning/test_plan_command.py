@@ -80,7 +80,7 @@ def test_it_says_where_the_memory_goes_how_long_and_why(call: Call) -> None:
         "together",
         "19,988,480 of 6,758,404,096 parameters",
         "51,482 rows",
-        "1,209 of 128 rows",
+        "1,209 of 128 rows, each 64 forward passes of 2",
         "stated: training reaches",
         "adapter 76 MiB",
         "model.precision=bfloat16",
@@ -126,7 +126,7 @@ def test_rows_that_are_not_known_are_said_not_to_be(call: Call) -> None:
     _, out, _ = call("vicuna", "--gpu", "h100")
     assert "not known: epochs=3 of an unknown number of rows" in out and "--data FILE" in out
     fixed = call("vicuna", "--gpu", "h100", "train.max_steps=10")[1]
-    assert "steps    10 of 128 rows" in fixed and "unknown number" not in fixed
+    assert "steps    10 of 128 rows, each" in fixed and "unknown number" not in fixed
 
 
 def test_a_card_known_by_its_size_has_no_time(call: Call) -> None:
@@ -155,6 +155,13 @@ def test_several_gpus_are_said(call: Call) -> None:
     status, out, _ = call(*words)
     assert status == 0 and "on 8 x a100-80g, zero3" in out and "of each process" in out
     assert "llm-align sft alpaca --adapter full train.strategy=zero3" in out
+
+
+def test_processes_on_one_cpu_share_its_memory(call: Call) -> None:
+    alone, shared = call("--json")[1], call("train.processes=2", "train.strategy=zero2", "--json")[1]
+    room = [json.loads(told)["device"]["room"] for told in (alone, shared)]
+    assert room[1] < room[0] / 2
+    assert "free for each process" in call("train.processes=2")[1]
 
 
 def test_the_small_things_are_told_in_mib(call: Call) -> None:

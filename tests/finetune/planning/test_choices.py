@@ -130,7 +130,7 @@ def test_this_machine_is_told_by_name_and_memory() -> None:
         (15, 15, "memory for no more"),
         (7, 7, "memory for no more"),
         (1, 1, "memory for no more"),
-        (0, 1, "even this is too much"),
+        (0, 1, "hardly memory for this"),
     ],
 )
 def test_a_forward_pass_has_as_many_rows_as_the_plan_has_memory_for(

@@ -10,6 +10,7 @@ from finetune.planning.disk import disk_bytes
 from finetune.planning.shapes import base_config
 from finetune.planning.speed import (
     drawn_seconds,
+    launch_seconds,
     learnt_operations,
     matrix_weights,
     read_operations,
@@ -65,6 +66,22 @@ def test_seconds_are_operations_over_what_the_device_reaches() -> None:
         pytest.approx(1.2 / 0.79),
         pytest.approx(1.6 / 0.21),
     )
+
+
+def test_a_thousand_short_passes_take_as_long_as_litgpt_says() -> None:
+    # tutorials/resource-tables.md: 7B with LoRA, rows of Alpaca (about 110 tokens) one by one: 2.36 minutes.
+    short = replace(STEP, columns=110)
+    computed = step_seconds(short, GPUS["a100-40g"], operations=110_000 * learnt_operations(short, 4_194_304))
+    launched = launch_seconds(short, passes=1000)
+    assert computed is not None
+    assert max(computed[0], launched[0]) < 2.36 * 60 < computed[1] + launched[1]
+    assert launch_seconds(replace(short, device="cpu"), passes=1000) == (0.0, 0.0)
+
+
+def test_an_8b_on_a_4090_is_as_fast_as_torchtune_says() -> None:
+    eight = Workload(Architecture.of(base_config("llama-3.1-8b")), lines=2, columns=2048, checkpointing=True)
+    took = step_seconds(eight, GPUS["rtx4090"], operations=learnt_operations(eight, 10_000_000))
+    assert took is not None and took[0] < 1 / 3083 < took[1]
 
 
 def test_a_card_known_by_its_size_has_no_speed() -> None:
