@@ -219,10 +219,11 @@ OF_THE_WEIGHTS = (
     Rule(
         "int8-apart",
         {"strategy": ("zero3",), "quantization": ("int8",)},
-        "bitsandbytes' 8-bit weights keep their scales outside the parameter, and lose them when it is "
-        "partitioned: the loss is off by an order of magnitude; ZeRO-2 keeps the weights whole",
-        "bitsandbytes#1451 (ZeRO-3 wrong, ZeRO-1 and 2 right), accelerate#3730",
-        "thread",
+        "bitsandbytes' 8-bit layers keep the whole weight beside the parameter that is partitioned: no "
+        "memory is saved, and on GPUs the loss was off by an order of magnitude",
+        "bitsandbytes 0.50.2, nn/modules.py: Linear8bitLt, state.CB; two CPU ranks compute what one does, "
+        "each with all weights; bitsandbytes#1451 (ZeRO-3 wrong, ZeRO-1 and 2 right), accelerate#3730",
+        "run",
         {"train.strategy": "zero2"},
     ),
     Rule(

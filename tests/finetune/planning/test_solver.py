@@ -122,7 +122,7 @@ def test_what_is_done_twice_back_and_forth_cannot_be() -> None:
 def test_a_change_that_needs_another_one_is_followed() -> None:
     verdict = judge(Combination(strategy="fsdp2", quantization="int8", processes=2))
     assert verdict.changes == {"train.strategy": "zero2"}
-    assert "DTensors" in verdict.reason and "8-bit weights" in verdict.reason
+    assert "DTensors" in verdict.reason and "8-bit layers" in verdict.reason
 
 
 @pytest.mark.parametrize(
