@@ -105,6 +105,7 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         self.hooks = hooks
         self.add_callback(AdapterCallback(hooks))
         self.num_tokens = 0
+        self.first_rows: list[int] = []
         self.lengths = [int(length) for length in train_rows.lengths]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -160,11 +161,17 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         """
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         rows = inputs["rows"].tolist()
+        self.first_rows = self.first_rows or rows
         if not torch.isfinite(loss):
             places = ", ".join(self.train_dataset.places[row] for row in rows)
             raise NotFiniteError(f"loss is {loss.item()} at step {self.state.global_step + 1}, on {places}")
         self.num_tokens += sum(self.lengths[row] for row in rows)
         return loss
+
+
+def first_rows(trainer: Trainer) -> list[int]:
+    """Return the rows of this process's first pass that counted; none where TRL's trainer does not say."""
+    return trainer.first_rows if isinstance(trainer, BaseTrainer) else []
 
 
 def log_held_out(trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -20,8 +21,10 @@ from finetune.planning.world import World, world
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training import apart, checkpoints, processes
+from finetune.training.base_trainer import first_rows
 from finetune.training.preflight.base import fingerprints, unchanged
 from finetune.training.preflight.first_steps import FirstSteps
+from finetune.training.preflight.parts import Parts
 from finetune.training.preflight.same_weights import same_tick, trained_digest
 from finetune.training.preflight.ticks import Tick, refuse
 from finetune.training.recorder import Recorder, TrainedAlready
@@ -29,7 +32,7 @@ from finetune.training.report import write_report
 from finetune.training.run_directory import RunDirectory
 from finetune.training.run_fingerprint import start_record
 from finetune.training.stops import Interrupt, Interrupted, NotFiniteError, listening
-from finetune.training.strategies import ZERO
+from finetune.training.strategies import APART, ZERO
 from finetune.training.watched import SUPERVISED, Watched
 
 Value = TypeVar("Value")
@@ -169,6 +172,8 @@ class Job:
         trainer.add_callback(recorder)
         zero = self.strategy in ZERO
         trainer.add_callback(FirstSteps(self.check, may_idle=self.may_idle, taken=zero))
+        if self.strategy in (*ZERO, *APART):
+            trainer.add_callback(Parts(self.check, strategy=self.strategy, rows=partial(first_rows, trainer)))
         before = fingerprints(trainer.model)
         self.before_training.close()
         with self.timed("train"):
