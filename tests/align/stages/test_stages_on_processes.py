@@ -26,6 +26,9 @@ adapter: {{method: lora, rank: 4, dropout: 0.0}}
 TRAIN = "train: {{batch_size: 5, micro_batch_size: 2, learning_rate: 1e-2, checkpoint_every: 2, MORE}}\n"
 UNEVEN = "max_steps: 10, evaluate_every: 4"
 """Batches of five rows in passes of two: of each step one process has a pass that only keeps step."""
+MIXED = """\
+data: {{mix: [{{source: {pairs}}}, {{source: {lists}}}], held_out: 7, max_length: 128, cache: false}}
+"""
 JUDGES = """
 def letters(prompt, completion):
     return sum(letter in "aeiou" for letter in completion) - len(completion) / 10
@@ -35,10 +38,11 @@ def long(prompt, completion):
 """
 STAGES = {
     "reward": TRAIN.replace("MORE", UNEVEN)
-    + "data: {{mix: [{{source: {pairs}}}, {{source: {lists}}}], held_out: 7, max_length: 128, cache: false}}\n"
-    + "reward: {{centring: 0.01, rules: [{{name: letters, function: '{judges}:letters'}}]}}\nevaluate: {{samples: 3}}\n",
+    + MIXED
+    + "reward: {{centring: 0.01, rules: [{{name: letters, function: '{judges}:letters'}}]}}\n"
+    + "evaluate: {{samples: 3}}\n",
     "dpo": TRAIN.replace("MORE", UNEVEN)
-    + "data: {{mix: [{{source: {pairs}}}, {{source: {lists}}}], held_out: 7, max_length: 128, cache: false}}\n"
+    + MIXED
     + "evaluate: {{samples: 3, max_new_tokens: 4, judges: {{long: '{judges}:long'}}}}\n",
     "ppo": TRAIN.replace("MORE", "max_steps: 7, evaluate_every: 3")
     + "data: {{source: {prompts}, held_out: 5, cache: false}}\n"
