@@ -22,7 +22,7 @@ from finetune.data.cache import cache_file, store, stored
 from finetune.planning.world import world
 from finetune.training.head import output_head
 from finetune.training.preflight.untouched import untouched
-from finetune.training.processes import everyones, share
+from finetune.training.processes import everyones, share_in_step
 
 FORMAT = 1
 """Raised when the meaning of a kept file changes, so that old ones are not read."""
@@ -85,7 +85,7 @@ def reference_logps(
     with untouched(model):
         for first in range(0, len(passes), world().size):
             now = passes[first : first + world().size]
-            for part in share(now):  # one, or none in the last round
+            for part, _ in share_in_step(now):  # one; in the last round perhaps another's
                 laid = collate([data[row] for row in part])
                 batch = {name: value.to(device) for name, value in laid.items()}
                 table, counts = token_logps(model, head, batch).cpu(), batch["lengths"].tolist()

@@ -14,7 +14,7 @@ from align.preference.group_trainer import GroupTrainer
 from align.preference.starting_policy import StartingPolicy, arithmetic
 from finetune.training.base_trainer import log_held_out
 from finetune.training.head import output_head
-from finetune.training.processes import everyones, share
+from finetune.training.processes import everyones, share_in_step
 
 HELD_OUT = "held_out_"
 
@@ -74,8 +74,10 @@ class PreferenceTrainer(GroupTrainer):
         training = self.model.training
         self.model.eval()
         order = np.argsort(rows.lengths, kind="stable").tolist()
-        for part in share([order[start : start + size] for start in range(0, len(order), size)]):
-            means.add(self.scored(rows, part).measures)
+        passes = [order[start : start + size] for start in range(0, len(order), size)]
+        for part, counts in share_in_step(passes):
+            found = self.scored(rows, part).measures
+            means.add(found if counts else {name: values[:0] for name, values in found.items()})
         self.model.train(training)
         return means_of(everyones(means.take()))
 

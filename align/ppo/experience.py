@@ -20,7 +20,7 @@ from align.rl.replies import Replies, judged_replies
 from align.rl.rewards.rewards import Rewards
 from align.rl.rollout import Sampling, sample
 from finetune.data.tokens import Encoder
-from finetune.training.processes import everyones, share
+from finetune.training.processes import everyones, share, share_in_step
 
 Controller = kl.FixedKl | kl.AdaptiveKl
 PROMPTS, CUT = 0, 1
@@ -77,7 +77,7 @@ class Collector:
         names = ("logps", "reference_logps", "values", "entropies")
         tables = {name: torch.zeros(count, longest) for name in names}
         with self.timed("scoring"), arithmetic(self.roles.policy, self.precision):
-            for part in share(passes):
+            for part, _ in share_in_step(passes):
                 ids = [replies.prompts[i].ids for i in part], [replies.completions[i].ids for i in part]
                 laid = lay_out(*ids, pad_id=pad)
                 batch = {name: value.to(device) for name, value in laid.items() if isinstance(value, Tensor)}

@@ -14,7 +14,7 @@ from align.reward.measures import Numbers, measured
 from align.reward.scoring import of_own_heads, score_groups
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.processes import everyones, share, together
+from finetune.training.processes import everyones, share_in_step, together
 from finetune.training.run_directory import SAMPLES, RunDirectory
 from finetune.training.samples import spread
 from finetune.training.stops import NotFiniteError
@@ -107,12 +107,11 @@ class Measuring:
 
     def _scores(self, groups: list[TokenizedGroup]) -> Numbers:
         """Return the scores of all completions, (N, heads); each process scores its share of the groups."""
-        own = share(groups)
-        scores = np.zeros((0, len(self.names)))
-        if own:
-            scores = score_groups(self.model, own, self.collate, size=self.size)
-        ends = np.cumsum([len(group.completion_ids) for group in own], dtype=int)
-        return np.concatenate(together(everyones(np.split(scores, ends)[:-1])))
+        own = share_in_step(groups)
+        scores = score_groups(self.model, [group for group, _ in own], self.collate, size=self.size)
+        ends = np.cumsum([len(group.completion_ids) for group, _ in own])
+        parts = zip(np.split(scores, ends[:-1]), own, strict=True)
+        return np.concatenate(together(everyones([part for part, (_, counts) in parts if counts])))
 
     def _groups(self, rows: PreferenceGroups) -> list[TokenizedGroup]:
         return [rows[index] for index in range(len(rows))]

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from align.rl.settings import SamplingSettings
 from finetune.planning.choices import GENERATED_AT_ONCE, TOKENS_PER_FORWARD
 from finetune.planning.world import world
+from finetune.training.apart import in_parts
 from finetune.training.processes import everyones, share, together
 
 Ids = Sequence[int]
@@ -154,6 +155,7 @@ def _generate(
         attention_mask=mask,
         generation_config=config,
         logits_processor=LogitsProcessorList([] if draws is None else [draws]),
+        synced_gpus=draws is not None and in_parts(model),
     )
     new: list[list[int]] = output[:, width:].tolist()
     return new
