@@ -221,7 +221,8 @@ def _built(case: Case) -> nn.Module:
     if case.objective == "scores":
         label_scores(config, ["score"])
     with torch.device("meta"), _zeros():
-        base: PreTrainedModel = kind.from_config(config, dtype=stored, attn_implementation=case.attention)
+        attention = "eager" if Architecture.of(case.config).eager else case.attention
+        base: PreTrainedModel = kind.from_config(config, dtype=stored, attn_implementation=attention)
         if case.objective == "scores":
             put_head(base, 1, pad_id=0)
         base.requires_grad_(False)

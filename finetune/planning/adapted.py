@@ -40,6 +40,12 @@ class Linears:
         return self.tape.weight(model.vocabulary * model.hidden)
 
     @property
+    def head(self) -> Tensor:
+        """Return the trained output head in the precision of the pass."""
+        model = self.workload.architecture
+        return self.copied(self.table if model.tied else self.tape.weight(model.vocabulary * model.hidden))
+
+    @property
     def adapter(self) -> Adapter:
         """Return what is trained."""
         return self.workload.adapter

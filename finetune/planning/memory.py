@@ -7,7 +7,7 @@ from functools import lru_cache
 from finetune.planning.caches import decoding
 from finetune.planning.resident import Resident, gathered, resident
 from finetune.planning.step import played, read
-from finetune.planning.workload import Workload
+from finetune.planning.workload import PARTED_GRADIENTS, Workload
 
 PARTS = (
     "base",
@@ -64,8 +64,7 @@ def plan_memory(workload: Workload) -> tuple[Phase, ...]:
         phases.append(_with("score", own, _read(_plain(workload)), workspace=shared, host=held.host))
     step = dict(_played(_plain(workload)))
     if workload.accumulated > 1:
-        step["gradients"] = held.gradients
-    step["gradients"] = min(step.get("gradients", 0), held.gradients)
+        step["gradients"] = held.gradients + step.get("gradients", 0)  # one more for a moment
     buckets = held.gradients if workload.strategy == "ddp" else 0
     phases.append(_with("forward and backward", own, step, workspace=shared + buckets, host=held.host))
     taken = {"gradients": held.gradients, "workspace": held.step_workspace}
@@ -100,8 +99,8 @@ def _plain(workload: Workload) -> Workload:
         live_reference=False,
         scorers=0,
         rollout=None,
-        processes=1,
-        strategy="single",
+        processes=workload.processes if workload.strategy in PARTED_GRADIENTS else 1,
+        strategy="zero2" if workload.strategy in PARTED_GRADIENTS else "single",
         offload="none",
     )
 

@@ -5,7 +5,16 @@ from math import ceil
 
 from finetune.planning.architecture import Architecture, Linear
 from finetune.planning.trained import targets, trained_parameters
-from finetune.planning.workload import BYTES, LOW_RANK, Adapter, Quantization, Workload
+from finetune.planning.workload import (
+    BYTES,
+    LOW_RANK,
+    PARTED_GRADIENTS,
+    PARTED_STATES,
+    PARTED_WEIGHTS,
+    Adapter,
+    Quantization,
+    Workload,
+)
 
 NF4_BLOCK, NF4_SCALES = 64, 256
 """Weights that share a scale, and scales that share one themselves (arXiv 2305.14314, section 3)."""
@@ -68,14 +77,15 @@ def resident(workload: Workload) -> Resident:
 def gathered(workload: Workload) -> int:
     """Return the weights that are whole for a moment where they are partitioned: a layer and the next one.
 
-    Quantized ones travel as they are stored.
+    They travel as they are stored: quantized ones so, trained ones in float32.
     """
-    if workload.strategy not in ("zero3", "fsdp2") or workload.processes == 1:
+    if workload.strategy not in PARTED_WEIGHTS or workload.processes == 1:
         return 0
     model, stored = workload.architecture, workload.quantization
     inside = [one for one in model.linear_layers() if one.count == model.layers]
     layer = sum(quantized_bytes(one, stored, workload) for one in inside)
-    return 2 * max(layer, model.vocabulary * model.hidden * workload.bytes)
+    wider = 4 // workload.bytes if workload.adapter.whole_model else 1
+    return 2 * wider * max(layer, model.vocabulary * model.hidden * workload.bytes)
 
 
 def _value(workload: Workload) -> int:
@@ -158,7 +168,7 @@ def _shares(workload: Workload) -> dict[str, int]:
     """Return by how many processes weights, gradients and states are divided."""
     n, strategy = workload.processes, workload.strategy
     return {
-        "weights": n if strategy in ("zero3", "fsdp2") else 1,
-        "gradients": n if strategy in ("zero2", "zero3", "fsdp2") else 1,
-        "states": n if strategy in ("zero1", "zero2", "zero3", "fsdp2") else 1,
+        "weights": n if strategy in PARTED_WEIGHTS else 1,
+        "gradients": n if strategy in PARTED_GRADIENTS else 1,
+        "states": n if strategy in PARTED_STATES else 1,
     }

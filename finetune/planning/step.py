@@ -3,7 +3,7 @@
 from finetune.planning.adapted import Linears
 from finetune.planning.decoder import Decoder
 from finetune.planning.tape import Tape, Tensor
-from finetune.planning.workload import Workload
+from finetune.planning.workload import PARTED_GRADIENTS, Workload
 
 MAX_ELEMENTS = 2**26
 """Logits whose softmax is taken at a time, as in finetune/training/loss.py."""
@@ -17,7 +17,8 @@ def played(workload: Workload, *, in_place: bool = True) -> Tape:
         workload: sizes.
         in_place: as ``Tape`` has it.
     """
-    tape = Tape(in_place=in_place, accumulating=workload.accumulated > 1)
+    parts = workload.processes if workload.strategy in PARTED_GRADIENTS else 1
+    tape = Tape(in_place=in_place, accumulating=workload.accumulated > 1, parts=parts)
     tape.backward(losses(tape, workload))
     return tape
 
@@ -84,8 +85,7 @@ def headed(linears: Linears, states: Tensor) -> Tensor:
     tape.drop(states)
     inputs = linears.to(chosen, work.bytes)
     tape.drop(chosen)
-    own = linears.table if model.tied else tape.weight(model.vocabulary * model.hidden)
-    weight = [linears.copied(own)] if work.adapter.whole_model else []
+    weight = [linears.head] if work.adapter.whole_model else []
     keeps = [inputs, *weight] if weight else []
     logits = tape.run(
         [inputs, *weight], work.predicted * model.vocabulary, work.bytes, keeps=keeps, part=LOSS

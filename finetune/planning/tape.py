@@ -9,6 +9,7 @@ operations are written down as they are.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 
 class Tensor:
@@ -60,7 +61,8 @@ class Tape:
         most: the same at the fullest moment so far.
         recording: whether operations are written down for a backward pass.
         accumulating: whether gradients of weights are there already (counted elsewhere) and are added to.
-        trained: bytes of the gradients of all weights that were spoken of so far.
+        parts: into how many a gradient of a weight is cut when it is whole; one of them stays.
+        trained: bytes that stay of the gradients of all weights that were spoken of so far.
     """
 
     in_place: bool = True
@@ -70,6 +72,7 @@ class Tape:
     peak: int = 0
     recording: bool = True
     accumulating: bool = False
+    parts: int = 1
     trained: int = 0
     operations: list[Operation] = field(default_factory=list)
 
@@ -102,7 +105,7 @@ class Tape:
 
     def weight(self, numbers: int) -> Tensor:
         """Return a trained float32 weight; only its gradient is counted here."""
-        self.trained += 4 * numbers
+        self.trained += ceil(4 * numbers / self.parts)
         return Tensor(numbers, 4, "gradients", trained=True)
 
     def run(
@@ -193,9 +196,12 @@ class Tape:
     def accumulate(self, tensor: Tensor, grad: Tensor) -> None:
         """Add a gradient to what a tensor has of it."""
         waiting = tensor.grad
-        if waiting is None and not (tensor.trained and self.accumulating):
+        if waiting is None and tensor.trained and self.parts > 1 and not self.accumulating:
+            tensor.grad = self.new(ceil(grad.size / self.parts), 1, grad.part)
+            self.drop(grad)
+        elif waiting is None and not (tensor.trained and self.accumulating):
             tensor.grad = grad
-        elif waiting is None or tensor.trained or (self.in_place and waiting.holders == 1):
+        elif waiting is None or (self.in_place and (tensor.trained or waiting.holders == 1)):
             self.drop(grad)
         else:
             tensor.grad = self.new(waiting.numbers, waiting.each, waiting.part)

@@ -18,6 +18,11 @@ completions (dpo, kto and the other preference losses), scores (reward), both po
 BYTES: dict[Precision, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number."""
 
+PARTED_WEIGHTS = ("zero3", "fsdp2")
+PARTED_GRADIENTS = ("zero2", *PARTED_WEIGHTS)
+PARTED_STATES = ("zero1", *PARTED_GRADIENTS)
+"""Strategies that cut these into one part a process."""
+
 LOW_RANK = ("lora", "qlora", "rslora", "lora_plus", "pissa", "loftq", "dora", "adalora")
 PREFIX = ("prefix", "ptuning_v2", "adaptive_prefix")
 PROMPT = ("prompt", "ptuning", "progressive_prompt", "multitask_prompt")
