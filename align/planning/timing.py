@@ -18,6 +18,8 @@ COUNTED = ("sft", "pretrain", "hindsight", "reward", "dpo")
 """Stages whose record says how many tokens a second were learnt, and which do nothing else in that time."""
 MUCH = 0.3
 """Share of the time from which the launching of kernels is worth a word."""
+LONG_ENOUGH = 30.0
+"""Seconds of training from which a run's rate says something: the first steps are checked, and slower."""
 UNLIKE = 0.25
 """How far a run's rate may be from that of an earlier one on the same base: other rows, another adapter."""
 
@@ -86,6 +88,8 @@ def _measured(recipe: Recipe, step: Workload, device: Device) -> dict[str, float
             hardware.get("device"),
         )
         rate = record.get("metrics", {}).get("tokens_per_second")
+        if record.get("seconds", {}).get("train", 0.0) < LONG_ENOUGH:
+            continue
         if held == wanted and rate and (device.kind == "cpu" or device.name in hardware.get("name", "")):
             found[folder.name] = float(rate)
     return found

@@ -341,7 +341,7 @@ def _line(case: Case) -> str:
         unit, name = GB, "GB"
     ratio = "" if case.figure is None else f"{total / case.figure:.2f}"
     fits = "" if not case.room else "yes" if total <= case.room else "no"
-    plan = f"{total / unit:.2f} {name} ({case.peak.name})"
+    plan = f"{total / unit:.1f} {name} ({case.peak.name})"
     return "| " + " | ".join((case.what, case.settings, case.told, plan, ratio, fits, case.why)) + " |"
 
 

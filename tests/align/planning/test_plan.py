@@ -102,7 +102,7 @@ def test_an_adapter_that_is_not_for_a_base_is_refused(method: str, base: str) ->
         planned("sft", "alpaca", adapter__method=method, model__base=base)
 
 
-def run_of(recipe: Recipe, folder: Path, rate: float) -> None:
+def run_of(recipe: Recipe, folder: Path, rate: float, seconds: float = 60.0) -> None:
     folder.mkdir(parents=True)
     record = {
         "status": "finished",
@@ -112,6 +112,7 @@ def run_of(recipe: Recipe, folder: Path, rate: float) -> None:
         "hardware": {"device": "cpu", "name": "a CPU, 2 threads"},
         "load": {"model": {"base": "tiny"}, "precision": "float32", "quantization": "none"},
         "metrics": {"tokens_per_second": rate},
+        "seconds": {"train": seconds},
     }
     (folder / "run.json").write_text(json.dumps(record))
 
@@ -125,6 +126,7 @@ def test_a_finished_run_tells_how_long_the_next_one_takes(
     assert stated.seconds is not None and stated.seconds.how.startswith("stated")
     run_of(recipe, tmp_path / "runs" / "sft-quickstart-1", 1000.0)
     run_of(recipe, tmp_path / "runs" / "sft-quickstart-2", 2000.0)
+    run_of(recipe, tmp_path / "runs" / "sft-quickstart-3", 9.0, seconds=5.0)
     measured = plan_of(recipe, CPU, 1)
     assert measured.seconds is not None and measured.work is not None
     assert "measured" in measured.seconds.how and "sft-quickstart-1" in measured.seconds.how
