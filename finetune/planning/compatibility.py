@@ -236,6 +236,32 @@ OF_THE_WEIGHTS = (
         {"train.strategy": "zero3"},
     ),
     Rule(
+        "dora-norms",
+        {"strategy": ("fsdp2",), "adapter": ("dora",)},
+        "DoRA measures the whole weights' columns, and PEFT knows no DTensors",
+        "tried on two CPU ranks: aten.add.Tensor got mixed torch.Tensor and DTensor; peft#1797",
+        "run",
+        {"train.strategy": "zero3"},
+    ),
+    Rule(
+        "stage-whole",
+        {"strategy": WEIGHTS_APART, "stage": ("reward", "ppo", "rejection", "rloo", "grpo", "kto")},
+        "the stage reads weights that lie whole in each process, beside the policy's or before its first "
+        "step",
+        "tried on two CPU ranks: reward ends in DeepSpeed's backward pass, ppo with a meta tensor; the "
+        "others are not tried",
+        "run",
+        {"train.strategy": "zero2"},
+    ),
+    Rule(
+        "trl-whole",
+        {"strategy": WEIGHTS_APART, "engine": ("trl",)},
+        "with TRL's trainers weights in parts are not tried",
+        "finetune/training/trl_engine.py",
+        "ours",
+        {"train.strategy": "zero2"},
+    ),
+    Rule(
         "adafactor-flat",
         {"strategy": ZERO, "optimizer": ("adafactor",)},
         "ZeRO lays the parameters out in one line, and Adafactor has no rows and columns to factor: it "
