@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from peft.utils.integrations import gather_params_ctx
-from torch import nn
+from torch import Tensor, nn
 
 
-def whole(weight: nn.Parameter) -> AbstractContextManager[None]:
+def whole(weight: Tensor) -> AbstractContextManager[None]:
     """Give a parameter whole, for reading, while the block lasts; all processes must come here."""
     context: AbstractContextManager[None] = gather_params_ctx(weight, modifier_rank=None)
     return context
