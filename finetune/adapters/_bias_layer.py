@@ -8,6 +8,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from finetune.adapters._in_parts import whole
 from finetune.adapters._wrapping import WrappingLayer, WrappingTuner, register
 
 
@@ -37,7 +38,9 @@ class BiasLayer(WrappingLayer):
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
         """Add a change of the bias, zero at the start."""
-        self.bitfit_bias[adapter_name] = nn.Parameter(torch.zeros_like(self.bias, dtype=torch.float32))
+        with whole(self.bias):
+            zeros = torch.zeros(self.bias.shape, dtype=torch.float32, device=self.bias.device)
+        self.bitfit_bias[adapter_name] = nn.Parameter(zeros)
         self._place(adapter_name, config)
 
     def changed(self, adapter_name: str, inputs: Tensor, output: Tensor) -> Tensor:

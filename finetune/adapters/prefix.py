@@ -39,6 +39,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     import torch
     from peft import PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
 
+    from finetune.adapters._in_parts import fetched
     from finetune.adapters._prompt_model import prompt_model
 
     config = PrefixTuningConfig(
@@ -51,7 +52,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     words = torch.randint(model.config.vocab_size, (1, settings.virtual_tokens))
     if model.config.bos_token_id is not None:
         words[0, 0] = model.config.bos_token_id  # models lean on what stands first
-    with torch.no_grad():
+    with torch.no_grad(), fetched(model):
         cache = model(input_ids=words.to(model.device), use_cache=True).past_key_values
     peft_model: PeftModel = get_peft_model(model, config)
     initialize_kv_prefix_from_past_key_values(peft_model, past_key_values=cache)

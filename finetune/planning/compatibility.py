@@ -228,10 +228,37 @@ OF_THE_WEIGHTS = (
     ),
     Rule(
         "rewritten-base",
-        {"strategy": WEIGHTS_APART, "adapter": ("pissa", "loftq")},
-        "the adapter begins by taking the whole weights apart, and each process holds a part of them alone",
-        "peft 0.21.2, lora/layer.py: pissa_init, loftq_init; peft#1826, accelerate#2886",
+        {"strategy": ("fsdp2",), "adapter": ("pissa",)},
+        "PiSSA begins by taking the whole weights apart and writing them anew; PEFT fetches them for that "
+        "under ZeRO-3, and knows no DTensors",
+        "peft 0.21.2, lora/layer.py: gather_params_ctx around pissa_init; ZeRO-3 run here: the losses of ddp",
         "source",
+        {"train.strategy": "zero3"},
+    ),
+    Rule(
+        "dora-norms",
+        {"strategy": ("fsdp2",), "adapter": ("dora",)},
+        "DoRA measures the whole weights' columns, and PEFT knows no DTensors",
+        "tried on two CPU ranks: aten.add.Tensor got mixed torch.Tensor and DTensor; peft#1797",
+        "run",
+        {"train.strategy": "zero3"},
+    ),
+    Rule(
+        "stage-whole",
+        {"strategy": WEIGHTS_APART, "stage": ("reward", "ppo", "rejection", "rloo", "grpo", "kto")},
+        "the stage reads weights that lie whole in each process, beside the policy's or before its first "
+        "step",
+        "tried on two CPU ranks: reward ends in DeepSpeed's backward pass, ppo with a meta tensor; the "
+        "others are not tried",
+        "run",
+        {"train.strategy": "zero2"},
+    ),
+    Rule(
+        "trl-whole",
+        {"strategy": WEIGHTS_APART, "engine": ("trl",)},
+        "with TRL's trainers weights in parts are not tried",
+        "finetune/training/trl_engine.py",
+        "ours",
         {"train.strategy": "zero2"},
     ),
     Rule(
@@ -260,17 +287,17 @@ OF_THE_WEIGHTS = (
         "rank-budget",
         {"strategy": ZERO, "adapter": ("adalora",)},
         "AdaLoRA weighs its ranks by the gradients after each step, which DeepSpeed has cleared by then",
-        "accelerate 1.15, utils/deepspeed.py: backward() steps and clears; peft 0.21.2, adalora/layer.py: "
-        "update_ipt; peft#1721",
-        "source",
+        "tried: Gradients are only available immediately after backward and before engine step; accelerate "
+        "1.15, utils/deepspeed.py: backward() steps and clears; peft#1721",
+        "run",
         {"train.strategy": "ddp"},
     ),
     Rule(
         "tokens-cpu",
         {"strategy": ("zero3",), "adapter": ("trainable_tokens",), "device": ("cpu",)},
         "PEFT gathers the rows of a partitioned embedding on a CUDA device, whatever the device is",
-        "peft 0.21.2, trainable_tokens/layer.py: _collect_token_weights",
-        "source",
+        "peft 0.21.2, trainable_tokens/layer.py: _collect_token_weights; tried: Torch not compiled with CUDA",
+        "run",
         {"train.strategy": "zero2"},
     ),
 )

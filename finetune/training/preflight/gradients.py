@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from finetune.recipe.errors import Problem
 from finetune.training.preflight.ticks import Tick, failed, some
@@ -128,8 +129,10 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
     """Return the tensors' norms with one transfer from the device."""
     if not tensors:
         return []
-    sizes: list[float] = torch.stack([tensor.detach().float().norm() for tensor in tensors]).tolist()
-    return sizes
+    sizes = [tensor.detach().float().norm() for tensor in tensors]
+    whole = [size.full_tensor() if isinstance(size, DTensor) else size for size in sizes]  # FSDP2's parts
+    found: list[float] = torch.stack(whole).tolist()
+    return found
 
 
 def reached(model: nn.Module, *, finite: bool = True, of: Of = held) -> Tick:

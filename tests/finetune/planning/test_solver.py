@@ -52,7 +52,10 @@ HITS: dict[str, dict[str, Any]] = {
     "nvme-needs-zero3": {"strategy": "zero2", "offload": "nvme", "device": "cuda", **SEVERAL},
     "fsdp2-quantized": {"strategy": "fsdp2", "adapter": "qlora", **SEVERAL},
     "int8-apart": {"strategy": "zero3", "quantization": "int8", **SEVERAL},
-    "rewritten-base": {"strategy": "zero3", "adapter": "pissa", **SEVERAL},
+    "rewritten-base": {"strategy": "fsdp2", "adapter": "pissa", **SEVERAL},
+    "dora-norms": {"strategy": "fsdp2", "adapter": "dora", **SEVERAL},
+    "stage-whole": {"strategy": "zero3", "stage": "reward", **SEVERAL},
+    "trl-whole": {"strategy": "zero3", "engine": "trl", **SEVERAL},
     "adafactor-flat": {"strategy": "zero1", "optimizer": "adafactor", **SEVERAL},
     "fsdp2-optimizer": {"strategy": "fsdp2", "adapter": "full", "optimizer": "paged_adamw", **SEVERAL},
     "rank-budget": {"strategy": "zero2", "adapter": "adalora", **SEVERAL},
@@ -203,7 +206,7 @@ def test_pain_09_what_is_asked_for_and_does_not_go_together_is_refused(
 
 
 def test_what_the_recipe_file_says_is_asked_for_too(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="train.strategy=zero2"):
+    with pytest.raises(UserError, match="train.strategy=zero3"):
         settled(recipe(tmp_path, "train: {strategy: fsdp2}\nadapter: {method: pissa}\n"), TWO)
 
 
