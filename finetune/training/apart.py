@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -34,6 +35,13 @@ def numbers_here(weight: nn.Parameter) -> int:
         part: Tensor = vars(weight)["ds_tensor"]
         return part.numel()
     return weight.data.to_local().numel() if isinstance(weight.data, DTensor) else weight.numel()
+
+
+def settle(model: nn.Module) -> None:
+    """Give back what FSDP2 still holds of other processes' parts; shared weights are one parameter again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ checkpoints and distribution stay the library's; that is what makes a run resume
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from finetune.data.collate import IGNORED
 from finetune.planning.world import world
 from finetune.training.adapter_hooks import AdapterCallback, scale_learning_rates
 from finetune.training.apart import in_parts
+from finetune.training.save import write_adapter
 from finetune.training.stops import NotFiniteError
 
 NO_HOOKS = Hooks()
@@ -106,6 +108,7 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         self.add_callback(AdapterCallback(hooks))
         self.num_tokens = 0
         self.first_rows: list[int] = []
+        self.groups: list[dict[str, Any]] = []
         self.lengths = [int(length) for length in train_rows.lengths]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -114,6 +117,8 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if fresh and self.hooks.rate_factors:
             scale_learning_rates(optimizer, model or self.model, self.hooks)
+        if fresh:
+            self.groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -135,11 +140,13 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model of a checkpoint; under ZeRO-3 the engine's own files hold all that is trained.
+        """Write the model of a checkpoint; adapters whose base lies in parts are written by all processes.
 
         PEFT would make a prompt with rank 0 alone, which would wait for the others' parts for ever.
         """
-        if not (isinstance(self.model, PeftModel) and self.is_deepspeed_enabled and in_parts(self.model)):
+        if isinstance(self.model, PeftModel) and in_parts(self.model):
+            write_adapter(self.model, Path(output_dir or self.args.output_dir), main=world().main)
+        else:
             super().save_model(output_dir, _internal_call)
 
     def _collate(self, rows: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
@@ -172,6 +179,11 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
 def first_rows(trainer: Trainer) -> list[int]:
     """Return the rows of this process's first pass that counted; none where TRL's trainer does not say."""
     return trainer.first_rows if isinstance(trainer, BaseTrainer) else []
+
+
+def groups(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return the optimizer's groups as they were made; none where TRL's trainer does not say."""
+    return trainer.groups if isinstance(trainer, BaseTrainer) else []
 
 
 def log_held_out(trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:

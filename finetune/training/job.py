@@ -21,7 +21,7 @@ from finetune.planning.world import World, world
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training import apart, checkpoints, processes
-from finetune.training.base_trainer import first_rows
+from finetune.training.base_trainer import first_rows, groups
 from finetune.training.preflight.base import fingerprints, unchanged
 from finetune.training.preflight.first_steps import FirstSteps
 from finetune.training.preflight.parts import Parts
@@ -34,6 +34,7 @@ from finetune.training.run_fingerprint import start_record
 from finetune.training.stops import Interrupt, Interrupted, NotFiniteError, listening
 from finetune.training.strategies import APART, ZERO
 from finetune.training.watched import SUPERVISED, Watched
+from finetune.training.whole_checkpoint import WholeCheckpoint, refuse_other_parts
 
 Value = TypeVar("Value")
 PACKAGES = ("llm-align", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
@@ -164,16 +165,19 @@ class Job:
             UserError: the adapter does not learn, or the base does.
         """
         found = processes.from_main(self._last_checkpoint() if self.world.main else checkpoints.NONE)
+        if found.path:
+            refuse_other_parts(found.path, strategy=self.strategy, processes=self.world.size)
         self.run.forget_after(found.step)
         if found.path:
             self.say(f"goes on from step {found.step}")
         recorder = Recorder(self.run, self.console, self.interrupt, logged=self.watched.logged)
         trainer.remove_callback(PrinterCallback)  # the recorder speaks in its place
+        if self.strategy in (*ZERO, *APART):
+            trainer.add_callback(WholeCheckpoint(partial(groups, trainer), strategy=self.strategy))
+            trainer.add_callback(Parts(self.check, strategy=self.strategy, rows=partial(first_rows, trainer)))
         trainer.add_callback(recorder)
         zero = self.strategy in ZERO
         trainer.add_callback(FirstSteps(self.check, may_idle=self.may_idle, taken=zero))
-        if self.strategy in (*ZERO, *APART):
-            trainer.add_callback(Parts(self.check, strategy=self.strategy, rows=partial(first_rows, trainer)))
         before = fingerprints(trainer.model)
         self.before_training.close()
         with self.timed("train"):

@@ -27,7 +27,7 @@ from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import AdapterSettings, ModelSettings
-from finetune.training.apart import numbers, root
+from finetune.training.apart import numbers, root, settle
 from finetune.training.rope import forget_lengths, positions, stretch
 from finetune.training.strategies import APART
 
@@ -153,6 +153,7 @@ def attach_adapter(model: PreTrainedModel, settings: AdapterSettings) -> nn.Modu
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Return trained and total parameters; a 4-bit weight counts as the numbers that it stands for."""
+    settle(model)
     trained = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

@@ -29,7 +29,7 @@ def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokeniz
         UserError: what lies on the disk is not what is in memory.
     """
     name = "adapter" if isinstance(model, PeftModel) else "model"
-    write = _write_adapter if isinstance(model, PeftModel) else _write_model
+    write = write_adapter if isinstance(model, PeftModel) else _write_model
     if not run.writes:
         write(model, Path(name), main=False)
         return {}
@@ -41,7 +41,7 @@ def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokeniz
         return {f"{name}/{file.name}": sha256(file) for file in files}
 
 
-def _write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, torch.Tensor]:
+def write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, torch.Tensor]:
     """Write the adapter if this is rank 0, and return what lies in memory."""
     assert isinstance(model, PeftModel)
     trained = [weight for weight in model.parameters() if weight.requires_grad]

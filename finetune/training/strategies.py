@@ -30,11 +30,13 @@ def engine_words(
     on a CPU must not be asked for with ``use_cpu``: Accelerate would drop DeepSpeed without a word.
 
     Args:
-        strategy: ``zero1``, ``zero2``, ``zero3``, or another one, which needs no words.
+        strategy: ``zero1``, ``zero2``, ``zero3``, ``fsdp2``, or another one, which needs no words.
         precision: type of the forward pass.
         offload: where optimizer states (stage 3: weights too) are kept between uses.
         folder: where they are put with ``nvme``.
     """
+    if strategy == "fsdp2":
+        return {"save_only_model": True}  # the Trainer refuses to write more; whole_checkpoint does
     if strategy not in ZERO:
         return {}
     filled_in = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.recipe.errors import Problem
-from finetune.training.apart import whole
+from finetune.training.apart import settle, whole
 from finetune.training.preflight.ticks import Tick, failed, some
 
 TENSORS, NUMBERS = 32, 4096
@@ -15,6 +15,7 @@ TENSORS, NUMBERS = 32, 4096
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
     """Return a checksum for each of up to 32 frozen tensors, spread evenly over the model."""
+    settle(model)
     frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
     every = max(1, -(-len(frozen) // TENSORS))
     found = {}

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.recipe.errors import Problem
-from finetune.training.apart import numbers, numbers_here
+from finetune.training.apart import numbers, numbers_here, settle
 from finetune.training.preflight.ticks import Tick, failed
 from finetune.training.processes import everyones
 from finetune.training.strategies import APART, ZERO
@@ -41,6 +41,7 @@ class Part:
 
 def part_of(model: nn.Module, optimizer: Optimizer, rows: Sequence[int] = ()) -> Part:
     """Count what this process keeps."""
+    settle(model)
     kinds: dict[str, int] = defaultdict(int)
     for state in optimizer.state.values():
         for kind, value in state.items():
