@@ -210,8 +210,8 @@ OF_THE_WEIGHTS = (
     Rule(
         "judges-apart",
         {"stage": ("ppo", "rejection", "rloo", "grpo"), "strategy": WEIGHTS_APART},
-        "reward and value models stand on the policy's own base in memory, and each process would hold a part "
-        "of it alone; ZeRO-2 keeps the weights whole",
+        "reward and value models stand on the policy's own base in memory, and each process would hold a "
+        "part of it alone; ZeRO-2 keeps the weights whole",
         "tried on two CPU ranks with ZeRO-3: Cannot copy out of meta tensor (align/reward/shared_base.py)",
         "run",
         {"train.strategy": "zero2"},
