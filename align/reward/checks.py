@@ -12,6 +12,7 @@ from align.reward.model import completion_scores
 from align.reward.objective import Objective
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem
+from finetune.training.apart import whole
 from finetune.training.model import DTYPES
 from finetune.training.preflight import probes, rows, vocabulary
 from finetune.training.preflight.ticks import Tick, failed
@@ -27,23 +28,22 @@ def data_ticks(
 ) -> list[Tick]:
     """Return the checks of the tokenised training comparisons."""
     groups, report = data.train, data.report
-    return [
-        _where_read(groups, encoder),
-        rows.cut_is_told(
-            rows=report.rows,
-            too_long=report.too_long,
-            trained=report.trained_tokens,
-            lost=report.lost_tokens,
-            max_length=max_length,
-        ),
-        vocabulary.embeddings_exist(
+    with whole(embedding.get_parameter("weight")) as (weight,):
+        embedded = vocabulary.embeddings_exist(
             vocabulary.used_tokens(groups.input_ids, encoder.stop_ids),
-            embedding.get_parameter("weight"),
-            trained=any(weight.requires_grad for weight in embedding.parameters()),
+            weight,
+            trained=any(one.requires_grad for one in embedding.parameters()),
             added=encoder.tokenizer.get_added_vocab(),
             num_tokens=len(encoder.tokenizer),
-        ),
-    ]
+        )
+    cut = rows.cut_is_told(
+        rows=report.rows,
+        too_long=report.too_long,
+        trained=report.trained_tokens,
+        lost=report.lost_tokens,
+        max_length=max_length,
+    )
+    return [_where_read(groups, encoder), cut, embedded]
 
 
 def margins_tick(groups: PreferenceGroups, *, scale: float) -> Tick:

@@ -34,6 +34,7 @@ def load_reward_policy(job: Job, encoder: Encoder) -> Policy:
     stored = "float32" if traits.whole_model else precision
     with job.timed("load"):
         set_seed(seed)
+        job.load_in_parts(stored)
         base = load_scorer(
             settings.model,
             settings.reward.heads,
@@ -41,6 +42,7 @@ def load_reward_policy(job: Job, encoder: Encoder) -> Policy:
             quantization=quantization,
             hardware=job.hardware,
             pad_id=pad_id(encoder.tokenizer, encoder.stop_ids),
+            strategy=job.strategy,
         )
         draw_head(base, seed=seed)
         model = attach_adapter(base, settings.adapter)
@@ -48,6 +50,7 @@ def load_reward_policy(job: Job, encoder: Encoder) -> Policy:
             take_weights(model, start, head=(SCORE,))
     if settings.train.gradient_checkpointing:
         base.enable_input_require_grads()
+    job.let_compute(model, base)
     return Policy(model, precision, quantization)
 
 

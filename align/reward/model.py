@@ -14,6 +14,7 @@ from align.preference.attention import block_attention
 from finetune.planning.hardware import Hardware
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import ModelSettings
+from finetune.training.apart import in_parts, whole
 from finetune.training.model import SCORE, load_base, load_config
 
 
@@ -34,6 +35,7 @@ def load_scorer(
     quantization: str,
     hardware: Hardware,
     pad_id: int,
+    strategy: str = "single",
 ) -> PreTrainedModel:
     """Return the frozen base with a head of its files, or with a fresh one (``draw_head``).
 
@@ -44,12 +46,20 @@ def load_scorer(
         quantization: how the base is stored; the head never is.
         hardware: where it goes.
         pad_id: a token that ends no text: the library reads the score at the last token that is another.
+        strategy: how processes share the base.
 
     Raises:
         UserError: no such base, or its architecture has no model that scores.
     """
     refuse_without_scores(settings)
-    base = load_base(settings, precision=precision, quantization=quantization, hardware=hardware, heads=heads)
+    base = load_base(
+        settings,
+        precision=precision,
+        quantization=quantization,
+        hardware=hardware,
+        heads=heads,
+        strategy=strategy,
+    )
     put_head(base, len(heads), pad_id=pad_id)
     return base
 
@@ -59,8 +69,8 @@ def put_head(base: PreTrainedModel, heads: int, *, pad_id: int) -> None:
     base.config.get_text_config().pad_token_id = base.config.pad_token_id = pad_id
     old: nn.Linear = base.get_submodule(SCORE)
     head = ScoreHead(old.in_features, heads, bias=False, device=old.weight.device)
-    with torch.no_grad():
-        head.weight.copy_(old.weight)
+    with torch.no_grad(), whole(old.get_parameter("weight")) as (weight,):
+        head.weight.copy_(weight)
     head.requires_grad_(False)
     base.set_submodule(SCORE, head)
 
@@ -126,8 +136,11 @@ def all_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     handle = score_head(model).register_forward_hook(keep)
     try:
         with nullcontext() if separate else block_attention(model, batch):
-            model(**{name: batch[name] for name in names}, use_cache=False)
+            output = model(**{name: batch[name] for name in names}, use_cache=False)
     finally:
         handle.remove()
     assert len(found) == 1, f"the model went through its head {len(found)} times"
-    return found[0][:, -batch["input_ids"].shape[1] :]
+    scores = found[0][:, -batch["input_ids"].shape[1] :]
+    if in_parts(model):  # ZeRO-3 fetches weights when the backward pass comes to a module's output
+        scores = scores + 0.0 * output.logits.sum()
+    return scores

@@ -208,6 +208,15 @@ OF_THE_OFFLOAD = (
 
 OF_THE_WEIGHTS = (
     Rule(
+        "judges-apart",
+        {"stage": ("ppo", "rejection", "rloo", "grpo"), "strategy": WEIGHTS_APART},
+        "reward and value models stand on the policy's own base in memory, and each process would hold a "
+        "part of it alone; ZeRO-2 keeps the weights whole",
+        "tried on two CPU ranks with ZeRO-3: Cannot copy out of meta tensor (align/reward/shared_base.py)",
+        "run",
+        {"train.strategy": "zero2"},
+    ),
+    Rule(
         "fsdp2-quantized",
         {"strategy": ("fsdp2",), "quantization": ("nf4", "int8")},
         "FSDP2's weights become DTensors while they are read, which bitsandbytes cannot quantize; ZeRO-3 "

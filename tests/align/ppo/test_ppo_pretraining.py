@@ -12,6 +12,7 @@ from align.ppo.pretraining import LABELS, ROWS, Pretraining
 from align.ppo.roles import Roles
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
+from finetune.planning.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTHS = [5, 9, 4, 7, 6]
@@ -61,3 +62,15 @@ def test_every_row_comes_once_in_a_round_whatever_the_step() -> None:
 
 def test_nothing_is_added_where_a_pass_has_no_rows() -> None:
     assert mixed(1).loss(0.0, dealt(mixed(1), 2, step=0)[1]) == 0.0
+
+
+def test_processes_share_a_step_s_rows_and_know_all_its_labels() -> None:
+    [alone] = dealt(mixed(5), 1, step=0)
+    passes = []
+    for rank in range(2):
+        batches: list[dict[str, Any]] = [{}, {}]
+        mixed(5).add_to(batches, step=0, world=World(rank, 2, rank))
+        passes += batches
+    given = [row for batch in passes for row in batch[ROWS]["rows"].tolist()]
+    assert sorted(given) == sorted(alone[ROWS]["rows"].tolist()) and len(given) == 5
+    assert {batch[LABELS] for batch in passes} == {alone[LABELS]}

@@ -9,7 +9,7 @@ from adapter_properties import FAMILIES, base_of, build, first_choice
 from small_models import llama
 from torch import nn
 
-from align.rl.rollout import Sampling, sample
+from align.rl.rollout import Completion, DrawsOfAll, Sampling, _completion, _generate, _parts, sample
 from align.rl.settings import SamplingSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -100,3 +100,32 @@ def test_a_reply_ends_with_its_end_token_or_with_its_length() -> None:
     for one in found:
         assert not set(one.ids[:-1]) & set(ends)
         assert (one.ids[-1] in ends) == one.stopped and (one.stopped or len(one.ids) == 6)
+
+
+@torch.no_grad()
+def of_a_process(model: nn.Module, sampling: Sampling, rank: int, size: int) -> dict[int, Completion]:
+    """Return what a process of several draws of ``PROMPTS``; the lengths of others' replies are looked up."""
+    prompts, found = PROMPTS, {}
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    whole = sample(model, prompts, sampling=sampling, seed=5)
+    torch.manual_seed(5)
+    for part in _parts(order, [len(prompt) for prompt in prompts], sampling):
+        own = list(range(rank, len(part), size)) or [0]
+        draws = DrawsOfAll(own, len(part), temperature=sampling.temperature)
+        asked = [prompts[part[index]] for index in own]
+        new = _generate(model, asked, sampling, torch.device("cpu"), draws=draws)
+        draws.skip(max(len(whole[index].ids) for index in part) - len(new[0]))
+        found |= {part[index]: _completion(ids, sampling) for index, ids in zip(own, new, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("size", "tokens"), [(2, 4096), (3, 4096), (2, 30)])
+def test_several_processes_draw_what_one_would(temperature: float, size: int, tokens: int) -> None:
+    torch.manual_seed(0)
+    model = llama().eval()
+    drawn = Sampling(temperature, max_new_tokens=7, stop_ids=list(range(0, 97, 6)), tokens=tokens)
+    whole = sample(model, PROMPTS, sampling=drawn, seed=5)
+    assert len({len(one.ids) for one in whole}) > 1, "replies of one length would show little"
+    shares = [of_a_process(model, drawn, rank, size) for rank in range(size)]
+    assert {key: one for share in shares for key, one in share.items()} == dict(enumerate(whole))

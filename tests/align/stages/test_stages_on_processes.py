@@ -180,9 +180,13 @@ def test_kto_of_two_processes_is_that_of_one_with_passes_twice_as_large(share: S
     close(share("kto", "kto-1", 1, size=8), share("kto", "kto-2", 2, size=4))
 
 
+ZERO = [
+    (stage, strategy) for strategy in ("zero1", "zero2") for stage in ("reward", "dpo", "ppo", "rejection")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
-@pytest.mark.parametrize("stage", ["reward", "dpo", "ppo", "rejection"])
+@pytest.mark.parametrize(("stage", "strategy"), [*ZERO, ("reward", "zero3"), ("dpo", "zero3")])
 def test_zero_learns_what_one_process_does(share: Share, scored: Result, stage: str, strategy: str) -> None:
     one = share(stage, f"{stage}-alone", 1) if stage != "reward" else scored
     close(one, share(stage, f"{stage}-{strategy}", 2, train__strategy=strategy))

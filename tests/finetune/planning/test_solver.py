@@ -50,6 +50,7 @@ HITS: dict[str, dict[str, Any]] = {
     "fsdp2-offload": {"strategy": "fsdp2", "offload": "cpu", **SEVERAL},
     "nvme-cpu": {"strategy": "zero3", "offload": "nvme", **SEVERAL},
     "nvme-needs-zero3": {"strategy": "zero2", "offload": "nvme", "device": "cuda", **SEVERAL},
+    "judges-apart": {"stage": "ppo", "strategy": "zero3", **SEVERAL},
     "fsdp2-quantized": {"strategy": "fsdp2", "adapter": "qlora", **SEVERAL},
     "int8-apart": {"strategy": "zero3", "quantization": "int8", **SEVERAL},
     "rewritten-base": {"strategy": "fsdp2", "adapter": "pissa", **SEVERAL},

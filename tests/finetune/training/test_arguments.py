@@ -133,3 +133,19 @@ def test_a_stage_s_own_arguments_arrive_and_are_its_own(tmp_path: Path) -> None:
             check_engine_args(taken, stage)
     with pytest.raises(UserError, match="packing: unknown to the engine"):
         check_engine_args(TrainSettings(engine="trl", engine_args={"packing": True}), stage)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro", "repair"),
+    [(7, 1, "train.batch_size=8"), (12, 4, "train.micro_batch_size=3")],
+)
+def test_processes_have_equal_parts_of_trl_s_steps(
+    tmp_path: Path, batch_size: int, micro: int, repair: str
+) -> None:
+    settings = TrainSettings(engine="trl", batch_size=batch_size)
+    machine = Machine("cpu", "float32", processes=2)
+    with pytest.raises(UserError) as caught:
+        training_arguments(
+            settings, folder=tmp_path, machine=machine, micro_batch_size=micro, checkpoint_every=7
+        )
+    assert caught.value.problems[0].repair == repair
