@@ -70,6 +70,7 @@ ADAPTERS: tuple[dict[str, Any], ...] = (
     {"method": "prompt"},
     {"method": "ptuning"},
     {"method": "multitask_prompt"},
+    {"method": "progressive_prompt"},
     {"method": "llama_adapter", "layers": 3},
     {"method": "trainable_tokens", "tokens": [1, 2]},
 )

@@ -270,7 +270,7 @@ CASES = (
         16 * 6_738_415_616 / 8,
         "13.5 GB of weights, gradients and optimizer",
         GPUS["a100-80g"].room,
-        "the formula has no activations, logits or gathered layers, which are the rest",
+        "autocast's bfloat16 copies of all weights, activations, logits and gathered layers are the rest",
     ),
     Case(
         "llama-2-13b, full tuning",
@@ -280,7 +280,7 @@ CASES = (
         16 * 13_015_864_320 / 8,
         "26.0 GB of weights, gradients and optimizer",
         GPUS["a100-80g"].room,
-        "the formula has no activations, logits or gathered layers, which are the rest",
+        "autocast's bfloat16 copies of all weights, activations, logits and gathered layers are the rest",
     ),
     Case(
         "llama-2-70b, full tuning",
