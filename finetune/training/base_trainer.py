@@ -118,6 +118,8 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         if fresh and self.hooks.rate_factors:
             scale_learning_rates(optimizer, model or self.model, self.hooks)
         if fresh:
+            # Empty ones go, as with DeepSpeed: checkpoints then have as many with and without it.
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
             self.groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
         return optimizer
 

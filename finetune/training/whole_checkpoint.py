@@ -84,12 +84,12 @@ def _zero_states(groups: Groups, optimizer: Optimizer) -> dict[str, Any]:
         found = {kind: safe_get_full_optimizer_state(weight, kind) for kind in kinds}
         shaped = {kind: value.detach().cpu().view(_shape(weight)).clone() for kind, value in found.items()}
         states[index] = shaped | {"step": steps}
-    counted, live = iter(range(len(states))), iter(optimizer.param_groups)  # ZeRO drops empty ones
+    counted = iter(range(len(states)))
     return {
         "state": states,
         "param_groups": [
-            {**(next(live) if made["params"] else made), "params": [next(counted) for _ in made["params"]]}
-            for made in groups
+            {**live, "params": [next(counted) for _ in made["params"]]}
+            for made, live in zip(groups, optimizer.param_groups, strict=True)
         ],
     }
 
