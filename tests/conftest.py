@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# DeepSpeed compiles for the CPU once a machine, not once a session with a cache of its own.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(CACHE / "torch_extensions"))
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: one core each, or they wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parents[1]

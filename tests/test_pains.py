@@ -13,6 +13,8 @@ KERNELS = {"flash_attn", "xformers", "deepspeed", "triton", "vllm", "unsloth", "
 """What has to be compiled, or fits one version of a driver."""
 BROUGHT = {"numpy", "pyarrow", "tokenizers", "huggingface_hub", "pydantic_core"}
 """What torch, transformers, datasets and pydantic cannot do without themselves."""
+ASKED_FOR = {"deepspeed": "zero"}
+"""What only one setting uses, and the extra that brings it; nothing imports it before it is asked for."""
 OTHER_NAMES = {"ruamel": "ruamel.yaml"}
 
 
@@ -33,6 +35,7 @@ def test_the_table_is_read() -> None:
         "06",
         "07",
         "08",
+        "09",
         "10",
         "11",
         "12",
@@ -42,6 +45,7 @@ def test_the_table_is_read() -> None:
         "16",
         "17",
         "19",
+        "20",
         "22",
         "23",
         "24",
@@ -72,9 +76,17 @@ def requirements(name: str) -> set[str]:
 
 def test_pain_19_one_install_of_wheels_is_all_that_is_imported() -> None:
     needed = {OTHER_NAMES.get(name, name) for name in third_party()}
-    assert needed - BROUGHT <= requirements("dependencies"), "imported, but not required"
+    needed -= BROUGHT | ASKED_FOR.keys()
+    assert needed <= requirements("dependencies"), "imported, but not required"
+    assert all(name in requirements(extra) for name, extra in ASKED_FOR.items())
+    top = [
+        node for file in SOURCES for node in tree(file).body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert not any(name in ast.unparse(node) for node in top for name in ASKED_FOR), "imported by all"
     assert not KERNELS & {name.replace("-", "_") for name in requirements("dependencies")}
-    assert not KERNELS & third_party(), "an accelerator that not everybody has is imported"
+    assert not (KERNELS - ASKED_FOR.keys()) & third_party(), (
+        "an accelerator that not everybody has is imported"
+    )
 
 
 def test_pain_19_every_requirement_is_pinned_in_the_tested_set() -> None:

@@ -35,20 +35,18 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
 
 PROGRAM = """
-import sys, time
+import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {heavy!r}:
             raise ModuleNotFoundError(f"no module named {{name}} here")
 sys.meta_path.insert(0, Refuse())
-start = time.monotonic()
 from align import cli
 sys.argv = ["llm-align", "plan", *{words!r}]
 try:
     cli.main()
 except SystemExit as end:
     print("STATUS", end.code)
-print("SECONDS", time.monotonic() - start)
 """
 
 
@@ -62,12 +60,10 @@ print("SECONDS", time.monotonic() - start)
     ],
     ids=" ".join,
 )
-def test_it_answers_on_a_machine_without_torch_and_soon(words: list[str]) -> None:
+def test_pain_20_it_answers_without_torch(words: list[str]) -> None:
     program = PROGRAM.format(heavy=HEAVY, words=words)
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "STATUS" not in ended.stdout.replace("STATUS 3", ""), ended.stdout + ended.stderr
-    # Two seconds on an idle machine; tests share theirs.
-    assert float(ended.stdout.split("SECONDS")[1]) < 8
 
 
 def test_it_says_where_the_memory_goes_how_long_and_why(call: Call) -> None:
