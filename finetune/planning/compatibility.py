@@ -212,7 +212,8 @@ OF_THE_WEIGHTS = (
         {"stage": ("ppo", "rejection", "rloo", "grpo"), "strategy": WEIGHTS_APART},
         "reward and value models stand on the policy's own base in memory, and each process would hold a "
         "part of it alone; ZeRO-2 keeps the weights whole",
-        "tried on two CPU ranks with ZeRO-3: Cannot copy out of meta tensor (align/reward/shared_base.py)",
+        "ppo tried on two CPU ranks with ZeRO-3: Cannot copy out of meta tensor (align/reward/shared_base.py); "
+        "the other stages load their rewards in the same way",
         "run",
         {"train.strategy": "zero2"},
     ),
@@ -253,14 +254,13 @@ OF_THE_WEIGHTS = (
         {"train.strategy": "zero3"},
     ),
     Rule(
-        "stage-whole",
-        {"strategy": WEIGHTS_APART, "stage": ("reward", "ppo", "rejection", "rloo", "grpo", "kto")},
-        "the stage reads weights that lie whole in each process, beside the policy's or before its first "
-        "step",
-        "tried on two CPU ranks: reward ends in DeepSpeed's backward pass, ppo with a meta tensor; the "
-        "others are not tried",
+        "fsdp2-full",
+        {"strategy": ("fsdp2",), "whole_model": (True,)},
+        "each process would write its part of the optimizer over the others' in checkpoints, and the run "
+        "could not go on; ZeRO-3 writes all parts",
+        "tried on two CPU ranks: it trains, and optimizer.pt holds one process's part",
         "run",
-        {"train.strategy": "zero2"},
+        {"train.strategy": "zero3"},
     ),
     Rule(
         "trl-whole",
@@ -278,18 +278,6 @@ OF_THE_WEIGHTS = (
         "deepspeed 0.19.8, stage_1_and_2.py: flatten; transformers 5.23, optimization.py: "
         "factored = len(param_shape) >= 2",
         "source",
-        {"train.optimizer": "adamw"},
-    ),
-    Rule(
-        "fsdp2-optimizer",
-        {
-            "strategy": ("fsdp2",),
-            "whole_model": (True,),
-            "optimizer": ("adafactor", "adamw_8bit", "paged_adamw"),
-        },
-        "FSDP2's parameters are DTensors, which this optimizer's arithmetic does not take",
-        "tried on two CPU ranks with fully_shard: mixed torch.Tensor and DTensor; bitsandbytes#1633, #89",
-        "run",
         {"train.optimizer": "adamw"},
     ),
     Rule(

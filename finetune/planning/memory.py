@@ -7,7 +7,7 @@ from functools import lru_cache
 from finetune.planning.caches import decoding
 from finetune.planning.resident import Resident, gathered, resident
 from finetune.planning.step import played, read
-from finetune.planning.workload import PARTED_GRADIENTS, Workload
+from finetune.planning.workload import PARTED_GRADIENTS, PARTED_WEIGHTS, Workload
 
 PARTS = (
     "base",
@@ -55,7 +55,7 @@ def plan_memory(workload: Workload) -> tuple[Phase, ...]:
         UserError: an adapter whose size is not known here.
     """
     held = resident(workload)
-    phases = [Phase("load", _parts(replace(held, optimizer=0)), held.host)]
+    phases = [Phase("load", _parts(replace(held, optimizer=0, base=_loaded(workload, held))), held.host)]
     own = {"base": held.base, "adapter": held.adapter, "optimizer": held.optimizer}
     shared = gathered(workload)
     if workload.rollout is not None:
@@ -78,6 +78,16 @@ def plan_memory(workload: Workload) -> tuple[Phase, ...]:
 def peak(phases: Iterable[Phase]) -> Phase:
     """Return the fullest phase."""
     return max(phases, key=lambda phase: phase.total)
+
+
+def _loaded(workload: Workload, held: Resident) -> int:
+    """Return the weights that a process has loaded, before quantized ones are parted.
+
+    transformers 5.23 loads in parts what is not quantized; of 4-bit weights each process has all at first.
+    """
+    if workload.quantization == "none" or workload.strategy not in PARTED_WEIGHTS:
+        return held.base
+    return resident(replace(workload, processes=1, strategy="single", offload="none")).base
 
 
 def _parts(held: Resident) -> dict[str, int]:

@@ -105,7 +105,8 @@ def _start(work: Work, count: int) -> None:
             shutdown_timeout=GRACE,
         )
         try:
-            with patch_environment(omp_num_threads=max(1, len(os.sched_getaffinity(0)) // count)):
+            cores = max(1, len(os.sched_getaffinity(0)) // count)
+            with patch_environment(omp_num_threads=cores, torch_cpp_log_level="ERROR"):
                 elastic_launch(config, sys.executable)("-P", "-m", "finetune.training.worker", name)
         except SignalException as stop:
             raise Interrupted(_stopped(folder, stop)) from stop

@@ -54,4 +54,8 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    status = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written. Threads of the libraries that still run abort the interpreter's end once in a while.
+    os._exit(status)

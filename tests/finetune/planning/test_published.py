@@ -34,15 +34,15 @@ def test_what_is_said_to_fit_fits() -> None:
     fits = {
         (case.what, case.source): case.peak.total <= case.room
         for case in CASES
-        if case.room and "does not fit" not in case.told
+        if case.room and "does not fit" not in case.told and not case.another_way
     }
-    assert all(fits.values()) and len(fits) >= 6
+    assert all(fits.values()) and len(fits) >= 5
 
 
 def test_what_is_said_not_to_fit_does_not() -> None:
-    assert [case.what for case in CASES if case.room and case.peak.total > case.room] == [
-        "llama-2-70b, full tuning"
-    ]
+    too_large = [case for case in CASES if case.room and case.peak.total > case.room]
+    assert [case.what for case in too_large] == ["llama-2-70b, QLoRA", "llama-2-70b, full tuning"]
+    assert too_large[0].another_way and too_large[0].peak.name == "load"
 
 
 def test_zero_3_holds_what_the_paper_s_formula_says_and_more() -> None:

@@ -55,10 +55,9 @@ HITS: dict[str, dict[str, Any]] = {
     "int8-apart": {"strategy": "zero3", "quantization": "int8", **SEVERAL},
     "rewritten-base": {"strategy": "fsdp2", "adapter": "pissa", **SEVERAL},
     "dora-norms": {"strategy": "fsdp2", "adapter": "dora", **SEVERAL},
-    "stage-whole": {"strategy": "zero3", "stage": "reward", **SEVERAL},
+    "fsdp2-full": {"strategy": "fsdp2", "adapter": "full", **SEVERAL},
     "trl-whole": {"strategy": "zero3", "engine": "trl", **SEVERAL},
     "adafactor-flat": {"strategy": "zero1", "optimizer": "adafactor", **SEVERAL},
-    "fsdp2-optimizer": {"strategy": "fsdp2", "adapter": "full", "optimizer": "paged_adamw", **SEVERAL},
     "rank-budget": {"strategy": "zero2", "adapter": "adalora", **SEVERAL},
     "tokens-cpu": {"strategy": "zero3", "adapter": "trainable_tokens", **SEVERAL},
 }
