@@ -212,8 +212,8 @@ OF_THE_WEIGHTS = (
         {"stage": ("ppo", "rejection", "rloo", "grpo"), "strategy": WEIGHTS_APART},
         "reward and value models stand on the policy's own base in memory, and each process would hold a "
         "part of it alone; ZeRO-2 keeps the weights whole",
-        "ppo tried on two CPU ranks with ZeRO-3: Cannot copy out of meta tensor (align/reward/shared_base.py); "
-        "the other stages load their rewards in the same way",
+        "ppo tried on two CPU ranks with ZeRO-3: Cannot copy out of meta tensor "
+        "(align/reward/shared_base.py); the other stages load their rewards in the same way",
         "run",
         {"train.strategy": "zero2"},
     ),
