@@ -80,11 +80,11 @@ COMMAND_LINES = {
     ),
     "float16 on a CPU, told before the data is read": (
         lambda place: [*place.data("bad.jsonl", b"no JSON"), "model.precision=float16"],
-        ["1 problem\nmodel.precision: float16 on a CPU"],
+        ["1 problem\nmodel.precision (command line): float16, with the CPU"],
     ),
     "float16 on a CPU": (
         words("model.precision=float16"),
-        ["model.precision: float16 on a CPU", "float32 or bfloat16", "leave it at auto"],
+        ["model.precision (command line): float16, with the CPU", "no loss-scaled", "model.precision=auto"],
     ),
 }
 

@@ -287,7 +287,7 @@ def test_the_checks_change_no_bit(tune: Tune, monkeypatch, engine: str, method: 
         settings["adapter__dropout"] = 0.3
     checked = tune("checked", **settings)
     monkeypatch.setattr(Supervised, "preflight", lambda self: None)
-    monkeypatch.setattr(job, "FirstSteps", lambda tell, may_idle: TrainerCallback())
+    monkeypatch.setattr(job, "FirstSteps", lambda tell, may_idle, taken: TrainerCallback())
     unchecked = tune("unchecked", **settings)
     assert checked.record["files"].values() and checked.record["files"] == unchecked.record["files"]
     assert checked.metrics == unchecked.metrics
