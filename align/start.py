@@ -9,7 +9,8 @@ from rich.markup import escape
 
 from align.rl.rewards.settings import RewardSource, RewardsSettings
 from finetune.planning import choices
-from finetune.planning.hardware import detect
+from finetune.planning.devices import this_machine
+from finetune.planning.hardware import Hardware
 from finetune.planning.solver import Machine, settled
 from finetune.planning.world import world
 from finetune.recipe.errors import Problem, UserError
@@ -43,9 +44,10 @@ def ready(recipe: Recipe, console: Console) -> Recipe:
 
 def _machine(recipe: Recipe) -> Machine:
     """Return what it is started on: the processes of a launcher of the user's, or those that it asks for."""
-    hardware, place = detect(), world()
+    found, number = this_machine()
+    hardware, place = Hardware(found.kind, found.name, found.bfloat16, number), world()
     count, _ = choices.processes(recipe.settings.train.processes, hardware)
-    return Machine(hardware.device, hardware.bfloat16, place.size if place.size > 1 else count)
+    return Machine(found.kind, found.bfloat16, place.size if place.size > 1 else count)
 
 
 def _rewarded(recipe: Recipe, reward: RewardsSettings, console: Console) -> Recipe:

@@ -182,7 +182,9 @@ def _driver_lists() -> list[tuple[str, int]]:
     words = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     lines = [line.rsplit(",", 1) for line in ended.stdout.splitlines() if ended.returncode == 0]
-    return [(name.strip(), int(size)) for name, size in lines if size.strip().isdigit()]
+    found = [(name.strip(), int(size)) for name, size in lines if size.strip().isdigit()]
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")  # nvidia-smi lists what CUDA hides
+    return found if seen is None else found[: len([one for one in seen.split(",") if one not in ("", "-1")])]
 
 
 def this_cpu() -> Device:

@@ -1,7 +1,4 @@
-"""Published memory figures beside the plan of the same settings: data, and the page made of them.
-
-``python -m finetune.planning.published`` prints PUBLISHED.md.
-"""
+"""Published figures beside the plan; ``python -m finetune.planning.published`` prints PUBLISHED.md."""
 
 from dataclasses import dataclass
 

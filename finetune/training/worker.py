@@ -1,4 +1,4 @@
-"""One of a run's processes, started by ``finetune.training.launch``."""
+"""One of a run's processes, started by ``finetune.training.elastic``."""
 
 import os
 import pickle
@@ -15,7 +15,8 @@ from rich.console import Console  # noqa: E402
 
 from finetune.planning.world import world  # noqa: E402
 from finetune.recipe.errors import UserError  # noqa: E402
-from finetune.training.launch import WORK, report_file, run_stage  # noqa: E402
+from finetune.training.elastic import WORK, report_file  # noqa: E402
+from finetune.training.launch import run_stage  # noqa: E402
 from finetune.training.stops import Interrupted, LostProcessError, NotFiniteError  # noqa: E402
 
 
