@@ -1,9 +1,9 @@
 """A stage on as many processes as its recipe asks for; the user types no launcher.
 
 Each process runs the whole stage; under a launcher of the user's (torchrun, accelerate, deepspeed, srun) this
-Each process runs the whole stage; under a launcher of the user's (torchrun, accelerate, deepspeed, srun) this
 process is one of them already. Nothing heavy is imported before a run needs it: one that is finished answers
 at once.
+"""
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
