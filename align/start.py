@@ -7,10 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from align.planning.machine import started_on
 from align.rl.rewards.settings import RewardSource, RewardsSettings
-from finetune.planning import choices
 from finetune.planning.devices import this_machine
-from finetune.planning.hardware import Hardware
 from finetune.planning.solver import Machine, settled
 from finetune.planning.world import world
 from finetune.recipe.errors import Problem, UserError
@@ -45,9 +44,9 @@ def ready(recipe: Recipe, console: Console) -> Recipe:
 def _machine(recipe: Recipe) -> Machine:
     """Return what it is started on: the processes of a launcher of the user's, or those that it asks for."""
     found, number = this_machine()
-    hardware, place = Hardware(found.kind, found.name, found.bfloat16, number), world()
-    count, _ = choices.processes(recipe.settings.train.processes, hardware)
-    return Machine(found.kind, found.bfloat16, place.size if place.size > 1 else count)
+    if (size := world().size) > 1:  # on other machines too, so that this one's GPUs are no limit
+        return Machine(found.kind, found.bfloat16, size)
+    return started_on(recipe, found, number)
 
 
 def _rewarded(recipe: Recipe, reward: RewardsSettings, console: Console) -> Recipe:

@@ -35,6 +35,15 @@ def together(recipe: Recipe, found: Device, count: int) -> Recipe:
     Raises:
         UserError: what is asked for does not go together.
     """
+    return settled(recipe, started_on(recipe, found, count))
+
+
+def started_on(recipe: Recipe, found: Device, count: int) -> Machine:
+    """Return a machine with the processes that a recipe asks for on it.
+
+    Raises:
+        UserError: more processes than GPUs.
+    """
     hardware = Hardware(found.kind, found.name, found.bfloat16, count)
     processes, _ = choices.processes(recipe.settings.train.processes, hardware)
-    return settled(recipe, Machine(found.kind, found.bfloat16, processes))
+    return Machine(found.kind, found.bfloat16, processes)
