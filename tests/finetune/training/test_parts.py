@@ -38,7 +38,7 @@ def test_the_same_rows_in_two_processes_are_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["prefix", "prompt", "ptuning_v2", "full"])
 def test_adapters_under_zero3_learn_what_one_process_does(make_recipe: MakeRecipe, method: str) -> None:
-    given: dict[str, Any] = {"adapter": {"method": method}}
+    given: dict[str, Any] = {"adapter__method": method}
     one, two = share(make_recipe, "one", 1, **given), share(make_recipe, "two", 2, "zero3", **given)
     expected = pytest.approx([line["loss"] for line in one.metrics], rel=1e-4)
     assert [line["loss"] for line in two.metrics] == expected
