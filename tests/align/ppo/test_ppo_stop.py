@@ -89,7 +89,7 @@ def test_replies_that_go_round_are_told() -> None:
     again = "he was very happy. " * 3
     [found] = findings({}, [("one two", again), ("five", again)])
     assert (
-        found.name == "repetition" and "of 2 replies 0 → 2 repeat themselves, 0 → 1 another one" in found.said
+        found.name == "repetition" and "of 2 completions, self-repeating: 0 → 2, duplicates of another one: 0 → 1" in found.said
     )
     assert "kl_coefficient" in found.action
 
