@@ -1,4 +1,4 @@
-"""Llama-2-Chat's dialogue: [INST] ... [/INST], BOS and EOS at every exchange.
+"""Llama-2-Chat's chat format: ``[INST] ... [/INST]``, with BOS and EOS around every exchange.
 
 The reference is ``generation.py`` of facebookresearch/llama.
 """

@@ -1,4 +1,4 @@
-"""Vicuna v1.1's chat: USER and ASSISTANT, any number of turns.
+"""Vicuna v1.1's chat format: USER and ASSISTANT; multi-turn.
 
 The reference is ``vicuna_v1.1`` in ``conversation.py`` of lm-sys/FastChat.
 """
