@@ -125,7 +125,7 @@ def test_chat_talks_until_an_empty_line(call: Call, monkeypatch: pytest.MonkeyPa
     lines = iter(["Add the numbers.", "and again", "/new", "1 2", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     status, out, _ = call("chat", "run", "--max-new-tokens", "3")
-    assert status == 0 and out.startswith("run answers; an empty line ends the talk")
+    assert status == 0 and out.startswith("Chatting with run; empty line to quit")
     assert list(lines) == []
 
 
@@ -146,7 +146,7 @@ def test_control_c_ends_with_status_130(call: Call, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("align.cli.run", interrupted)
     status, _, err = call("sft", "sums.yaml")
     assert status == 130
-    assert err.strip() == "llm-align: interrupted; the same command goes on from the last checkpoint"
+    assert err.strip() == "llm-align: interrupted. Run the same command to resume from the last checkpoint"
 
 
 def test_version_is_told(call: Call) -> None:

@@ -137,7 +137,7 @@ def test_what_is_lost_is_told(call: Call) -> None:
 def test_the_terminal_marks_what_is_learnt(call: Call) -> None:
     status, out, _ = call("data", "mixed.yaml", "--rows", "2")
     assert status == 0 and out.startswith("sft mixed  sums\n")
-    assert out.count("</s>⟧") == 2 and "rows as the model sees them, ⟦what is learnt⟧:" in out
+    assert out.count("</s>⟧") == 2 and "rows as the model sees them, ⟦trained tokens⟧:" in out
     assert "general.jsonl" in out and "25.0%" in out and "optimizer steps" in out
     assert "█" in out
 
@@ -148,7 +148,7 @@ def test_a_colour_terminal_shows_what_is_learnt_in_green(call: Call) -> None:
     assert isinstance(terminal.file, StringIO)
     out = terminal.file.getvalue()
     learnt = re.findall(r"\x1b\[1;32m(.*?)\x1b\[0m", out)
-    assert learnt[0] == "what is learnt" and learnt[1].endswith("</s>") and "⟦" not in out
+    assert learnt[0] == "trained tokens" and learnt[1].endswith("</s>") and "⟦" not in out
 
 
 def test_long_stretches_are_shortened_in_the_terminal() -> None:
@@ -202,7 +202,7 @@ def test_the_page_stands_alone_and_says_the_same(call: Call) -> None:
     assert page.open == [] and page.links == [] and "script" not in page.tags and "b" in page.tags
     assert "&lt;b&gt;" in text, "what the data holds is text, no markup"
     learnt = [piece["text"] for row in found["shown"] for piece in row["pieces"] if piece["trained"]]
-    assert page.marked == ["what is learnt", *learnt]
+    assert page.marked == ["trained tokens", *learnt]
     numbers = [f"{source['rows']:,}" for source in found["sources"]]
     assert all(number in page.cells for number in numbers) and "25.0%" in page.cells
     assert f"<b>{found['steps']:,}</b>" in text and f"<b>{found['token_budget']:,}</b>" in text

@@ -19,7 +19,7 @@ def test_prompts_are_shown_without_anything_learnt(online_recipes, tmp_path):
     printed = StringIO()
     print_facts(facts, Console(file=printed, width=200), page=None)
     said = printed.getvalue()
-    assert "24 prompts (prompt), 6 held out; " in said and "what is learnt are the replies" in said
+    assert "24 prompts (prompt), 6 held out; " in said and "the loss is on completions sampled" in said
     assert "optimizer steps" not in said and "% learnt" not in said
     write_page(facts, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -86,8 +86,8 @@ def test_the_reward_s_run_comes_first_and_is_found_again(
     found = records(here)
     assert set(found) == {"first", "judge", "second"}
     judge = f"runs/reward-judge-{found['judge']['digest']}"
-    assert f"is rewarded by {judge}, the run of reward/judge: it is not finished, and runs first\n" in out
-    assert f"{judge} is finished; now rejection second\n" in out
+    assert f"takes rewards from reward/judge, which has no finished run; running it first ({judge})\n" in out
+    assert f"{judge} is finished; continuing with rejection second\n" in out
     assert found["second"]["rewards"][0]["run"] == judge
     assert found["second"]["rewards"][0]["files"] == found["judge"]["files"]
 
@@ -95,7 +95,7 @@ def test_the_reward_s_run_comes_first_and_is_found_again(
     for words in ([], ["--reward", "reward-judge"], ["--reward", judge], ["--reward", str(here / judge)]):
         status, out, err = call("rejection", "second", *words)
         assert status == 0, err
-    assert f"is rewarded by {judge} (reward/judge)\n" not in out and len(records(here)) == 3
+    assert f"takes rewards from {judge} (reward/judge)\n" not in out and len(records(here)) == 3
     recipe = load_recipe("second", stage="rejection", reward=here / judge)
     assert run(recipe).record["digest"] == found["second"]["digest"]
 
