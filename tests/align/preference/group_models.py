@@ -47,7 +47,7 @@ def random_groups(shapes: Sequence[Shape], seed: int = 0) -> list[Group]:
 
 
 def separate_logps(model: nn.Module, groups: Sequence[Group]) -> Tensor:
-    """Return log p(completion | prompt) the plain way: one row per forward pass, all logits, shifted by one."""
+    """Return log p(completion | prompt) the plain way: one row per pass, all logits, shifted by one."""
     found = []
     for group in groups:
         for completion in group.completions:

@@ -19,7 +19,7 @@ def test_the_docstrings_tell_the_truth() -> None:
 
 
 def predicted(batch: GroupBatch) -> list[list[tuple[int, int]]]:
-    """Return for each token of each completion the token id whose state predicts it, and the token's own id."""
+    """Return for each completion's tokens: the token id whose state predicts it, and its own id."""
     states = batch["input_ids"][batch["predicts"]][batch["sources"]]
     rows = [[(0, 0)] * length for length in batch["lengths"].tolist()]
     columns = (states, batch["targets"], batch["owners"], batch["offsets"])

@@ -1,4 +1,4 @@
-"""Preference tuning with TRL's trainer: the same run from the same recipe, and what TRL cannot do."""
+"""DPO on the TRL engine: the same run from the same recipe, and what TRL does not support."""
 
 import math
 import os
