@@ -1,4 +1,4 @@
-"""What one forward pass of a stage holds: lines, tokens, completions; of so many rows."""
+"""Workload of a micro-batch by number of rows, for every stage: sequence length, predicted tokens, masks."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +18,11 @@ from finetune.planning.workload import Rollout, Workload
 from finetune.recipe.settings import StageSettings
 
 At = Callable[[int], Workload]
-"""Rows of a forward pass in, what it holds out."""
+"""Number of rows of a micro-batch -> its workload."""
 
 
 def forward_pass(settings: StageSettings, step: Workload, lengths: Lengths) -> At:
-    """Return what a forward pass of so many rows holds, for the longest rows.
+    """Return a function from a number of rows to the workload of a micro-batch of maximum-length rows.
 
     Args:
         settings: a recipe's sections.
@@ -55,7 +55,7 @@ def _supervised(settings: StageSettings, step: Workload, lengths: Lengths, rows:
 
 
 def _lines(step: Workload, lengths: Lengths, rows: int, *, every: bool, completions: int = 0) -> Workload:
-    """Return padded lines of one row each; ``every``: the head is computed for all of their tokens."""
+    """Return padded rows; ``predict_all``: the head is computed for all of their tokens."""
     predicted = lengths.longest if every else min(lengths.longest, lengths.longest_reply)
     return replace(
         step,
@@ -70,7 +70,7 @@ def _lines(step: Workload, lengths: Lengths, rows: int, *, every: bool, completi
 def _compared(
     settings: DpoSettings | RewardSettings, step: Workload, lengths: Lengths, rows: int
 ) -> Workload:
-    """Return rows of a prompt with its completions behind it; on TRL every completion has a line."""
+    """Return prompts with all their completions in one row; on TRL every completion has its own."""
     each = max(1, ceil(lengths.replies))
     if isinstance(settings, RewardSettings):
         own = replace(step, objective="scores", heads=len(settings.reward.heads))
@@ -94,7 +94,7 @@ def _live(settings: DpoSettings) -> bool:
 
 
 def reference_needed(settings: DpoSettings) -> bool:
-    """Tell whether the loss looks at a reference."""
+    """Return whether the loss needs a reference model."""
     return find_loss(settings.align.loss_name, where="align.loss").needs.reference
 
 
@@ -103,7 +103,7 @@ def _scorers(reward: RewardsSettings) -> int:
 
 
 def _with_reply(lengths: Lengths, reply: int) -> Lengths:
-    """Return prompts with replies of so many tokens, the most that are drawn."""
+    """Return the prompts' lengths with completions of the maximum length."""
     return replace(
         lengths,
         longest=lengths.longest_prompt + reply,
@@ -116,7 +116,7 @@ def _with_reply(lengths: Lengths, reply: int) -> Lengths:
 def _rollout(
     settings: PpoSettings | RejectionSettings | OnlineSettings, step: Workload, lengths: Lengths
 ) -> Rollout:
-    """Return how a process draws; TRL's trainers draw all replies of a step at once."""
+    """Return the generation batch of a process; TRL's trainers sample all completions of a step at once."""
     reply, width = settings.sampling.max_new_tokens, lengths.longest_prompt + settings.sampling.max_new_tokens
     asked = settings.sampling.at_once
     lines = GENERATED_AT_ONCE * TOKENS_PER_FORWARD[step.device] // width if asked == "auto" else asked

@@ -1,4 +1,4 @@
-"""The compatibility matrix is true: cells that it says work run three steps on two CPU ranks."""
+"""The compatibility matrix is correct: cells marked as working train three steps on two CPU ranks."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from finetune.recipe.discovery import stage_names
 
 HERE = Path(__file__).parent
 ELSEWHERE = ("adalora", "bitfit", "full", "lora", "loftq", "pissa", "prefix", "prompt", "ptuning")
-"""Adapters that every stage runs, one of each kind; stage sft runs all, on every base."""
+"""Adapters that every stage runs, one of each kind; stage sft runs all, with every quantization."""
 LORA = Combination(quantization="none", processes=2)
 
 
@@ -31,7 +31,7 @@ def of_the_matrix(stage: str, strategy: str) -> list[Combination]:
 
 
 def around_it(strategy: str) -> list[Combination]:
-    """Return LoRA's cells with every optimizer, place to offload to and engine that work."""
+    """Return LoRA's working cells with every optimizer, offload target and engine."""
     some = [replace(LORA, strategy=strategy, optimizer=name) for name in OPTIMIZERS]
     some += [replace(LORA, strategy=strategy, offload=name) for name in OFFLOADS]
     some += [replace(LORA, strategy=strategy, engine="trl", stage=name) for name in ("sft", "reward", "dpo")]
@@ -40,7 +40,7 @@ def around_it(strategy: str) -> list[Combination]:
 
 
 def failures(todo: list[Combination], world: World, out: Path) -> dict[str, str]:
-    """Run cells, and return what those said that failed."""
+    """Run cells, and return the output of those that failed."""
     asked = "".join(json.dumps(asdict(cell)) + "\n" for cell in todo)
     words = [sys.executable, str(HERE / "warm_cells.py"), str(world.folder), str(out)]
     done = subprocess.run(words, input=asked, capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
-"""Runs cells one after the other, each on processes forked from this one, which has imported everything.
+"""Fork server for cells: each runs in processes forked from this one, which has imported everything.
 
-``python warm_cells.py WORLD OUT`` reads a cell a line as JSON and answers each with a line of JSON. Each
-process sees the variables of a launcher of the user's, so that what runs is what runs under torchrun.
+``python warm_cells.py WORLD OUT`` reads one cell per line as JSON and answers each with a line of JSON. The
+processes get the environment variables of torchrun.
 """
 
 import json
@@ -29,7 +29,7 @@ SHOWN = 3000
 
 
 def main(world: World, out: Path) -> None:
-    """Run what stdin says."""
+    """Run the cells on stdin."""
     quiet()
     for line in sys.stdin:
         cell = Combination(**json.loads(line))
@@ -38,7 +38,7 @@ def main(world: World, out: Path) -> None:
 
 
 def run(cell: Combination, world: World, out: Path) -> tuple[int, str]:
-    """Return the first exit status that is not 0 of a cell's processes, and what they said."""
+    """Return the first nonzero exit status of a cell's processes, and their output."""
     out.with_suffix(".yaml").write_text(recipe_text(cell, world), encoding="utf-8")
     port = free_port()
     logs = [out.with_suffix(f".{rank}.log") for rank in range(cell.processes)]
@@ -49,7 +49,7 @@ def run(cell: Combination, world: World, out: Path) -> tuple[int, str]:
 
 
 def waited_for(processes: list[int]) -> list[int]:
-    """Return exit statuses; where one process failed or time is up, the others are killed."""
+    """Return exit statuses; after a failure or timeout the other processes are killed."""
     found: dict[int, int] = {}
     end = time.monotonic() + SECONDS
     while len(found) < len(processes):
@@ -69,7 +69,7 @@ def waited_for(processes: list[int]) -> list[int]:
 
 
 def started(cell: Combination, out: Path, *, rank: int, port: int, log: Path) -> int:
-    """Fork a process of a cell and return its number."""
+    """Fork a process of a cell and return its PID."""
     if process := os.fork():
         return process
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -85,7 +85,7 @@ def started(cell: Combination, out: Path, *, rank: int, port: int, log: Path) ->
     except UserError:
         traceback.print_exc()
         status = 2
-    except Exception:  # whatever it is, the parent tells it
+    except Exception:  # whatever it is, the parent reports it
         traceback.print_exc()
         raise
     finally:
@@ -95,7 +95,7 @@ def started(cell: Combination, out: Path, *, rank: int, port: int, log: Path) ->
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]
