@@ -17,7 +17,7 @@ class TokenizedGroup:
 
     ``prompt_ids``: (P,) int32. ``completion_ids``: K arrays (T_k,) int32, trained or scored at every token;
     the last token is EOS unless truncated. ``scores``: (K,) float64, NaN if the data has none; for labels 1
-    (good) or 0 (bad). ``ranks``: (K,) int32, 0 is the best, ties share a rank. ``margin``: preference margin of
+    (good) or 0 (bad). ``ranks``: (K,) int32, 0 is the best, ties share one. ``margin``: preference margin of
     the first over the last, NaN if unknown. ``row``: index of the group, ``location``: ``file:line``,
     ``source``: index of the source.
     """

@@ -165,7 +165,7 @@ def test_shorter_lists_stand_beside_longer_ones(name: str, absent: float) -> Non
 
 
 def test_plackett_luce_gradient_in_closed_form() -> None:
-    """dL/dh_k = beta (k's shares of the denominators that contain it, minus 1), without the last one's own."""
+    """dL/dh_k = beta (k's shares of the denominators that contain it, minus 1), without the last one's."""
     lists = one_list([0.5, -1.0, 2.0], [3, 2, 1])
     lists.logps.requires_grad_()
     listwise.plackett_luce(lists, beta=0.5).losses.sum().backward()

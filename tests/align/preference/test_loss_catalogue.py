@@ -51,7 +51,7 @@ def test_a_reference_is_needed_exactly_where_it_is_declared(loss: Loss) -> None:
     with_one = random_batch(loss, reference=True)
     without = random_batch(loss, reference=False)
     if loss.needs.reference:
-        with pytest.raises(ValueError, match="under the reference; none were given"):
+        with pytest.raises(ValueError, match="needs reference log-probabilities; none were given"):
             loss.function()(without)
     else:
         torch.testing.assert_close(loss.function()(with_one), loss.function()(without), rtol=0, atol=0)
