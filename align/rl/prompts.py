@@ -32,7 +32,7 @@ REPAIR = "name the column of the prompt: data.columns={prompt: QUESTION_COLUMN}"
 NO_QUESTION = "dropped: the prompt does not end with a user turn"
 EMPTY_TURN = "dropped: empty turn in the prompt"
 NO_TEMPLATE = "dropped: not valid for this template"
-WRITTEN_APART = "contain template markers or special tokens in their text (escaped)"
+WRITTEN_APART = "contain template markers in their text (escaped)"
 
 Turns = tuple[Message, ...]
 

@@ -1,4 +1,4 @@
-"""``llm-align data`` on prompts: nothing of them is learnt, and no step can be counted from them."""
+"""``llm-align data`` on prompts: no trained tokens and no step count."""
 
 from io import StringIO
 
@@ -12,7 +12,10 @@ from finetune.recipe.recipe import load
 def test_prompts_are_shown_without_anything_learnt(online_recipes, tmp_path):
     facts = preview(load("rloo", str(online_recipes["rloo"])), rows=2)
     assert facts["prompts"] and (facts["rows"], facts["held_out"], facts["trained_tokens"]) == (24, 6, 0)
-    assert (facts["max_length"], facts["max_length_reason"]) == (250, "6 tokens are the reply's")
+    assert (facts["max_length"], facts["max_length_reason"]) == (
+        250,
+        "6 tokens are reserved for the completion",
+    )
     assert [piece["trained"] for row in facts["shown"] for piece in row["pieces"]] == [False] * 2
     assert facts["shown"][0]["pieces"][0]["text"].startswith("Add ")
     assert facts["steps"] is None and facts["token_budget"] is None

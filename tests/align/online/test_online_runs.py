@@ -1,4 +1,4 @@
-"""Whole runs of RLOO and GRPO in a temporary folder."""
+"""Complete runs of RLOO and GRPO in a temporary folder."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ both = pytest.mark.parametrize("stage", ["rloo", "grpo"])
 
 
 def told(result):
-    """Return what the checks said, by name."""
+    """Return the check results by name."""
     return {tick["name"]: tick for tick in result.record["preflight"]}
 
 
@@ -37,7 +37,7 @@ def test_a_rule_is_learnt(tune, stage):
     assert metrics["held_out_kl_before"] == pytest.approx(0, abs=1e-5) and metrics["held_out_kl_after"] > 0.1
     assert [line["step"] for line in result.metrics if "held_out_reward" in line] == [10, 20]
     assert "held-out reward" in result.record["headline"]
-    assert "the policy begins as the reference" in told(result)["start"]["detail"]
+    assert "policy equals reference before step 0" in told(result)["start"]["detail"]
     assert told(result)["base"]["passed"] and "had a gradient" in told(result)["first steps"]["detail"]
     assert [{"before", "after"} <= sample.keys() for sample in result.samples] == [True, True]
     assert result.record["data"]["lines"][0].startswith("24 prompts (prompt), 6 held out; ")
@@ -93,8 +93,8 @@ def tuned_run(decided_base, rows_file, tmp_path):
 def test_pain_14_the_reference_is_the_start_and_not_the_base(tune, stage, tuned_run):
     result = tune(stage, model__start=str(tuned_run), train__max_steps=2)
     first = next(line for line in result.metrics if "kl" in line)
-    assert first["kl"] == pytest.approx(0, abs=1e-5), "TRL's own number"
-    assert told(result)["start"]["detail"].startswith("the policy begins as the reference")
+    assert first["kl"] == pytest.approx(0, abs=1e-5), "as TRL computes it"
+    assert told(result)["start"]["detail"].startswith("policy equals reference before step 0")
     saved, start = (
         load_file(run / "adapter/adapter_model.safetensors") for run in (result.directory, tuned_run)
     )
@@ -160,7 +160,7 @@ def test_a_reward_that_raises_later_ends_the_run(tune, tmp_path):
 
 def test_a_right_answer_needs_rows_that_have_one(tune, tmp_path):
     source = [{"function": "align/rl/rules/answers.py:same_number"}]
-    with pytest.raises(UserError, match="24 of 24 rows have no reply of their own"):
+    with pytest.raises(UserError, match="24 of 24 rows have no reference answer"):
         tune("grpo", reward__sources=source)
     sums = [{"question": f"{i} + 1", "answer": f"#### {i + 1}"} for i in range(8)]
     result = tune("grpo", reward__sources=source, data__source=sums, data__held_out=2, train__max_steps=1)

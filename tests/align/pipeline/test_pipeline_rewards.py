@@ -92,9 +92,9 @@ def test_what_cannot_be_a_reward_is_told_before_anything_runs(place: Path) -> No
     assert "stage ppo: reward.combine (own.yaml:9): llama2 with harm, helpfulness" in error
     other = WHOLE.replace("reward/small}", "reward/small, set: {model.base: tiny}}")
     error = told(place, other)
-    assert "stage ppo: reward.sources[0].run (own.yaml:4): 'reward' scores on base 'tiny'" in error
+    assert "stage ppo: reward.sources[0].run (own.yaml:4): 'reward' is on base 'tiny'" in error
     other = WHOLE.replace("reward/small}", "reward/small, set: {data.template: vicuna}}")
-    assert "'reward' has learnt template 'vicuna', the policy has 'alpaca'" in told(place, other)
+    assert "'reward' has template 'vicuna', the policy has 'alpaca'" in told(place, other)
     both = WHOLE.replace("reward: reward}", "reward: reward, set: {reward.sources: reward/small}}")
     assert "stages.ppo.reward (own.yaml:4): conflicts with reward.sources" in told(place, both)
     assert not (place / "runs").exists()

@@ -1,4 +1,4 @@
-"""Prompts for reinforcement learning: every layout, what is lost and told, and ids that are chat's own."""
+"""RL prompts: every layout, dropped rows and their counts, and the same token ids as chat."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -63,14 +63,14 @@ LAYOUTS = [
 
 
 def prepared(rows, *, template="chatml", tokens="qwen", longest=512, seed=0, **settings):
-    """Return rows, or a file's, as prompts; nothing is cached unless asked for."""
+    """Return rows or a file as prompts, without a cache by default."""
     data = PromptSettings(**{"source": rows, "template": template, "cache": False, **settings})
     encoder = Encoder(tokenizer(tokens), template)
     return prepare_prompts(data, encoder, max_prompt_length=longest, seed=seed)
 
 
 def numbered(count):
-    """Return rows that ask different things."""
+    """Return different prompts."""
     return [{"prompt": f"question {number}"} for number in range(count)]
 
 
@@ -103,7 +103,7 @@ def test_a_wish_of_the_start_stands_behind_what_is_asked():
 def test_longer_prompts_are_left_out_and_told():
     data = prepared([{"prompt": "Hi"}, {"prompt": "long " * 50}], longest=20)
     assert data.train.places == ["row 1"] and data.report.too_long == 1
-    assert data.report.lines()[1] == "rows longer than 20 tokens, left out: 1 (first: row 2)"
+    assert data.report.lines()[1] == "rows longer than 20 tokens, dropped: 1 (first: row 2)"
 
 
 def test_longer_prompts_lose_their_beginning_but_not_the_token_that_begins_them():
@@ -112,7 +112,7 @@ def test_longer_prompts_lose_their_beginning_but_not_the_token_that_begins_them(
     data = prepared(rows, template="vicuna", tokens="llama2", longest=12, too_long="cut")
     bos = tokenizer("llama2").bos_token_id
     assert data.train[0].ids == (bos, *whole[-11:]) and whole[0] == bos
-    assert data.report.lines()[1] == "rows longer than 12 tokens, beginning cut: 1 (first: row 1)"
+    assert data.report.lines()[1] == "rows longer than 12 tokens, truncated: 1 (first: row 1)"
     assert data.report.lost_tokens == len(whole) - 12
 
 
@@ -195,22 +195,25 @@ def test_nothing_to_answer_is_one_clear_message(rows, told):
 
 
 def test_prompts_that_are_all_too_long_are_one_clear_message():
-    with pytest.raises(UserError, match=r"nothing to answer: rows longer than 4 tokens, left out: 2"):
+    with pytest.raises(UserError, match=r"nothing to answer: rows longer than 4 tokens, dropped: 2"):
         prepared(numbered(2), longest=4)
 
 
 def text(context=64, longest=64):
-    """Return a text side of so many positions."""
+    """Return template and tokenizer with a context length."""
     return Text(Encoder(tokenizer("qwen"), "chatml"), context, 0, longest)
 
 
 def test_prompt_and_reply_must_fit_the_model():
-    assert longest_prompt(PromptSettings(), text(), room=24) == (40, "24 tokens are the reply's")
-    assert longest_prompt(PromptSettings(max_prompt_length=40), text(), room=24) == (40, "as asked")
+    assert longest_prompt(PromptSettings(), text(), room=24) == (
+        40,
+        "24 tokens are reserved for the completion",
+    )
+    assert longest_prompt(PromptSettings(max_prompt_length=40), text(), room=24) == (40, "as requested")
     assert longest_prompt(PromptSettings(), text(4096, 2048), room=48)[0] == 2000
     with pytest.raises(UserError, match=r"data.max_prompt_length=39"):
         longest_prompt(PromptSettings(max_prompt_length=40), text(), room=25)
-    with pytest.raises(UserError, match=r"sampling.max_new_tokens: 60 of the model's 64 positions"):
+    with pytest.raises(UserError, match=r"sampling.max_new_tokens: 60 of a context length of 64"):
         longest_prompt(PromptSettings(), text(), room=60)
 
 
@@ -225,7 +228,7 @@ def test_loading_tells_what_was_found():
     settings = PromptSettings(source=numbered(3), template="chatml", cache=False)
     data = load_prompts(job, settings, text(), room=24)
     assert said == data.report.lines() and chosen == {
-        "data.max_prompt_length": (40, "24 tokens are the reply's")
+        "data.max_prompt_length": (40, "24 tokens are reserved for the completion")
     }
 
 
@@ -256,7 +259,7 @@ def test_published_files(path, template, layout, rows):
     if not (DATA / path).is_file():
         pytest.skip("published data sets are not here")
     data = prepared(str(DATA / path), template=template, longest=65536)
-    lost = {what: number for what, number in data.report.counts.items() if "left out" in what}
+    lost = {what: number for what, number in data.report.counts.items() if "dropped" in what}
     assert data.report.layout == layout and len(data.train) + sum(lost.values()) == rows
     assert set(lost) <= {EMPTY_TURN, NO_TEMPLATE} and sum(lost.values()) < 0.03 * rows
     assert all(prompt.talk[-1].role == "user" for prompt in data.train)
