@@ -82,7 +82,7 @@ def reply(message: Message, *, before: str = "", after: str = "", end: str = "")
 
 
 def render_document(messages: Sequence[Message]) -> list[Segment]:
-    """Render a plain text (after DOCUMENT_START): BOS, the text and EOS, without prompt or markup."""
+    """Render a plain text (the turns after DOCUMENT_START): BOS, text, EOS."""
     return [BOS, *(piece for message in messages[1:] for piece in reply(message))]
 
 
@@ -92,8 +92,8 @@ class Template:
 
     ``render`` takes messages; if the last one is not the assistant's, the result ends where a reply begins
     (the generation prompt, by the same code that renders the training rows). ``markers`` begin or end turns
-    and are escaped in the data's text; ``stop`` has the tokens that end a reply besides EOS. ``tools`` is True
-    if it can render tools, calls and observations.
+    and are escaped in the data's text; ``stop`` has the tokens that end a reply besides EOS. ``tools``: can
+    it render tools, calls and observations?
     """
 
     render: Callable[[Sequence[Message]], list[Segment]]
@@ -208,8 +208,8 @@ def check_roles(messages: Sequence[Message]) -> None:
     body = body[1:] if body[:1] == ["tools"] else body
     if body[:1] != ["user"] or not all(_may_follow(one, next_one) for one, next_one in pairwise(body)):
         raise TemplateError(
-            f"the turns are [{', '.join(turns)}]; expected an optional system turn, then alternating user and "
-            "assistant, beginning with user (function_call in place of assistant, then observation)"
+            f"the turns are [{', '.join(turns)}]; expected an optional system turn, then alternating user "
+            "and assistant, beginning with user (function_call in place of assistant, then observation)"
         )
 
 

@@ -85,8 +85,8 @@ def _closed(text: str, turns: list[dict[str, str]], chat: ChatRenderer) -> int:
     beginning = chat(turns, False)
     if not text.startswith(beginning):
         raise TemplateError(
-            f"the tokenizer's chat template ends turn {len(turns)} without a special token and not as it ends "
-            "a last turn, so the end of the reply is unknown; use 'chatml' or another listed template"
+            f"the tokenizer's chat template ends turn {len(turns)} without a special token and not as it "
+            "ends a last turn, so the end of the reply is unknown; use 'chatml' or another listed template"
         )
     return len(beginning)
 

@@ -237,7 +237,7 @@ def _encode(
     for number, encoded in enumerate(encoder.encode_many(asked_for)):
         where = rows[number].where
         if isinstance(encoded, TemplateError):
-            report.count("dropped: this template cannot render the conversation", f"{where}: {encoded}")
+            report.count("dropped: the template cannot render the conversation", f"{where}: {encoded}")
             continue
         if settings.loss_on == "all" and any_unlearnt(rows[number].messages):
             report.count("have turns marked train=false, trained anyway because data.loss_on=all", where)
@@ -247,7 +247,7 @@ def _encode(
             report.count("have replies without loss in this template", where)
         marks = learnt(encoded.trained, settings.loss_on)
         if len(encoded.input_ids) > max_length:
-            report.count(f"longer than {max_length} tokens ({LONG[settings.too_long]})", where)
+            report.count(f"longer than {max_length} tokens, {LONG[settings.too_long]}", where)
             report.too_long += 1
             report.lost_tokens += sum(marks[0 if settings.too_long == "drop" else max_length :])
             if settings.too_long == "drop":
