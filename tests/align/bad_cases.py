@@ -84,7 +84,7 @@ COMMAND_LINES = {
     ),
     "float16 on a CPU": (
         words("model.precision=float16"),
-        ["model.precision (command line): float16, with the CPU", "no loss-scaled", "model.precision=auto"],
+        ["model.precision (command line): float16, with the CPU", "no fast float16", "model.precision=auto"],
     ),
 }
 
