@@ -53,7 +53,7 @@ def test_each_source_trains_its_head() -> None:
         (["data.packing=true"], "data.packing", "share their prompt's line"),
         (["evaluate.exact_match=5"], "evaluate.exact_match", "generate no text"),
         (["train.neftune_alpha=5.0"], "train.neftune_alpha", "not for a reward model"),
-        (["adapter.method=llama_adapter"], "adapter.method", "no room for a trained head"),
+        (["adapter.method=llama_adapter"], "adapter.method", "PEFT cannot save a trained score head"),
         (["reward.centring=-1.0"], "reward.centring", "0"),
         (["reward.margins=0.0"], "reward.margins", "0"),
     ],

@@ -1,4 +1,4 @@
-"""The property matrix: every adapter, every property, three families; the docs hold what it says."""
+"""The property matrix: every adapter, every property, three families; the docs are up to date."""
 
 import adapter_docs
 import pytest

@@ -1,4 +1,4 @@
-"""Every adapter goes on: built anew, given a run's weights, it is the run's and trains alone."""
+"""Every adapter can continue training: a new one with a run's weights equals the run's, and trains."""
 
 import json
 from pathlib import Path
