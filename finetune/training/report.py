@@ -1,4 +1,4 @@
-"""``report.html``: one page that stands alone, with curves, samples, data and recipe."""
+"""``report.html``: a self-contained page with curves, samples, checks, data and recipe."""
 
 import io
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from finetune.training.watched import Panel
 
 
 def write_report(run: RunDirectory, curves: Mapping[str, str], panel: Panel | None = None) -> None:
-    """Write the page from what the run's folder holds.
+    """Write the page from the files of a run's folder.
 
     Args:
-        run: a run's folder.
-        curves: key of metrics.jsonl -> title.
-        panel: what the stage adds.
+        run: the run's folder.
+        curves: metric of metrics.jsonl -> title.
+        panel: the stage's own tables and figures.
     """
     panel = panel or Panel()
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
@@ -54,8 +54,7 @@ def _curve(metrics: list[dict[str, Any]], key: str, title: str) -> str:
 
 
 def _svg(figure: Figure) -> str:
-    """Return a figure as an SVG element."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})  # no date: equal runs give equal pages
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]

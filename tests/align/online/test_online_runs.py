@@ -38,7 +38,9 @@ def test_a_rule_is_learnt(tune, stage):
     assert [line["step"] for line in result.metrics if "held_out_reward" in line] == [10, 20]
     assert "held-out reward" in result.record["headline"]
     assert "policy equals reference before step 0" in told(result)["start"]["detail"]
-    assert told(result)["base"]["passed"] and "had a gradient" in told(result)["first steps"]["detail"]
+    assert (
+        told(result)["base"]["passed"] and "had a nonzero gradient" in told(result)["first steps"]["detail"]
+    )
     assert [{"before", "after"} <= sample.keys() for sample in result.samples] == [True, True]
     assert result.record["data"]["lines"][0].startswith("24 prompts (prompt), 6 held out; ")
 
@@ -66,7 +68,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(tune, stage,
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Recorder, "on_log", ask_at_step_5)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 6; a checkpoint is written"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 6; checkpoint saved"):
         tune(stage, **settings)
     monkeypatch.undo()
     again = tune(stage, **settings)
@@ -137,7 +139,9 @@ def test_replies_that_are_all_worth_the_same_are_no_fault_of_the_adapter(tune, s
     (tmp_path / "same.py").write_text("def same(prompt, completion):\n    return 1.0\n", encoding="utf-8")
     source = [{"function": f"{tmp_path / 'same.py'}:same"}]
     result = tune(stage, reward__sources=source, align__beta=0.0, data__held_out=0, evaluate__samples=0)
-    assert told(result)["first steps"]["detail"] == "no step had anything to learn: all gradients were zeros"
+    assert (
+        told(result)["first steps"]["detail"] == "all gradients were zero in every step: nothing was learned"
+    )
     assert [line["equal_groups"] for line in result.metrics] == [1.0, 1.0, 1.0]
 
 

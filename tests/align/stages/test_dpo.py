@@ -71,7 +71,7 @@ def test_every_loss_takes_three_steps(prefer: Runs, lists_file: Path, name: str)
     assert ("chosen_drift" in lines[0]) == loss.needs.reference
     ticks = {tick["name"]: tick for tick in result.record["preflight"]}
     assert ("reference" in ticks) == loss.needs.reference
-    assert ticks["base"]["passed"] and "to the bit" in ticks["base"]["detail"]
+    assert ticks["base"]["passed"] and "bit for bit" in ticks["base"]["detail"]
     weights = load_file(result.directory / "adapter" / "adapter_model.safetensors")
     assert all(value.any() for value in weights.values()), "every B has left its zero initialization"
 
@@ -142,7 +142,7 @@ BAD = {
     "data.packing=true": ["data.packing", "share a row already"],
     "align.stop_when_chosen_falls=0.5": ["train.evaluate_every is null", "train.evaluate_every=50"],
     "train.beta=0.1": ["train.beta", "unknown key"],
-    "data.source.x=1": ["'data.source.x'", "not understood"],
+    "data.source.x=1": ["'data.source.x'", "invalid override"],
 }
 
 

@@ -103,7 +103,7 @@ def test_the_disk_holds_adapter_checkpoints_and_a_merged_model() -> None:
     assert disk_bytes(STEP, trained=100, kept=2) == {
         "adapter": 400,
         "checkpoints": 3 * (400 + 800),
-        "merged model, if asked for": 2 * 6_738_415_616,
+        "merged model, if requested": 2 * 6_738_415_616,
     }
     whole = replace(STEP, adapter=Adapter("full"))
     assert set(disk_bytes(whole, trained=LLAMA.parameters, kept=2)) == {"model", "checkpoints"}

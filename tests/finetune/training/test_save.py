@@ -96,7 +96,7 @@ def test_pain_10_a_save_that_loses_weights_is_refused(
         tune("run", evaluate__samples=0, train__max_steps=3, force=True)
     monkeypatch.undo()
     assert not (tmp_path / "run" / "adapter").exists(), "a broken adapter never takes the name"
-    with pytest.raises(UserError, match="a run that is failed"):
+    with pytest.raises(UserError, match="a run with status 'failed'"):
         load_tuned(tmp_path / "run")
     again = tune("run", evaluate__samples=0, train__max_steps=3)
     assert again.record["status"] == "finished"
@@ -106,5 +106,5 @@ def test_pain_10_a_save_that_loses_weights_is_refused(
 def test_pain_10_zeros_that_were_trained_are_refused_too(tmp_path: Path) -> None:
     zeros = {"a.lora_A.weight": torch.zeros(2, 3)}
     save_file(zeros, tmp_path / save.ADAPTER_WEIGHTS)
-    with pytest.raises(UserError, match="holds zeros alone"):
+    with pytest.raises(UserError, match="holds only zeros"):
         save._verify(tmp_path, zeros)
