@@ -17,7 +17,7 @@ def contradictions(
 
     Args:
         settings: all sections.
-        align: the stage's own section.
+        dpo: the stage's own section.
         valid: names of the sections that passed validation.
     """
     if "align" in valid:

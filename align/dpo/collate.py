@@ -106,6 +106,7 @@ class PreferenceCollator:
         )
         known = [example.reference for example in examples if example.reference is not None]
         if known:
+            # A dataset has reference log-probabilities for all groups or for none.
             assert len(known) == len(examples)
             tokens = torch.split(torch.from_numpy(np.concatenate(known)), batch["lengths"].tolist())
             batch["reference"] = pad_sequence(list(tokens), batch_first=True)

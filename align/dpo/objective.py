@@ -58,6 +58,7 @@ class Objective:
         output, better = self.loss(lists.pairs()), lists.better
         owners, counts = better.nonzero()[:, 0], better.sum((-1, -2))
 
+        # Groups have different numbers of pairs, so pairs are summed by their group's index.
         def mean(values: Tensor) -> Tensor:
             return values.new_zeros(len(counts)).index_add(0, owners, values) / counts
 
@@ -94,8 +95,8 @@ def measures(
     Args:
         lists: the groups.
         group_losses: their losses.
-        logps: (C, T) token log-probabilities under the policy, 0 after a completion's end.
-        reference: the same under the reference, None without one.
+        logps_CT: (C, T) token log-probabilities under the policy, 0 after a completion's end.
+        reference_CT: the same under the reference, None without one.
         sizes: (G,) completions of each group.
     """
     best, worst = lists.best, lists.worst
@@ -153,7 +154,9 @@ def means_of(parts: Sequence[Totals]) -> dict[str, float]:
     {'loss': 2.0, 'length_ratio': 2.0}
     """
     groups = sum(count for count, _ in parts)
+    # A rank without batches since the last log has no sums.
     names = next(sums for _, sums in parts if sums)
     means = {name: sum(sums.get(name, 0.0) for _, sums in parts) / groups for name in names}
+    # The ratio of means and not the mean of ratios, which short rejected completions would dominate.
     means["length_ratio"] = means.pop("chosen_tokens") / means.pop("rejected_tokens")
     return means

@@ -38,8 +38,8 @@ class Seen:
     Attributes:
         metrics: those of run.json, ``..._before`` and ``..._after``, with held-out ones if there are any.
         length_ratio: chosen to rejected tokens in the training data.
-        replies: completions of some prompts, before and after training.
-        likelihood: whether the loss has an NLL term on the chosen completions.
+        completions: completions of some prompts, before and after training.
+        has_nll_term: whether the loss has an NLL term on the chosen completions.
     """
 
     metrics: Numbers
@@ -66,6 +66,7 @@ def _drift(metrics: Numbers, which: str) -> float | None:
     before, after = (metrics.get(f"held_out_{which}_logps_{when}") for when in ("before", "after"))
     if before is not None and after is not None:
         return after - before
+    # Without held-out pairs: the log-ratio to the reference, which is the policy before training.
     return metrics.get(f"{which}_drift_after")
 
 

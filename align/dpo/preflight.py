@@ -40,9 +40,11 @@ def short_groups(groups: PreferenceGroups) -> list[Example]:
     """Return two truncated groups, of different sizes if the first groups of the data differ."""
     first = [groups[index] for index in range(min(len(groups), LOOKED_AT))]
     first.sort(key=lambda group: (len(group.completion_ids), sum(map(len, group.completion_ids))))
+    # Truncated, because the checks run forward and backward several times before training starts.
     cut = [
         replace(
             group,
+            # The end of the prompt: its last state predicts every completion.
             prompt_ids=group.prompt_ids[-TOKENS:],
             completion_ids=tuple(ids[:TOKENS] for ids in group.completion_ids[:COMPLETIONS]),
             scores=group.scores[:COMPLETIONS],
@@ -121,6 +123,7 @@ def start_tick(trainer: PreferenceTrainer, rows: Sequence[int], *, stored: str) 
     objective = trainer.objective
     with untouched(trainer.model):
         found = trainer.scored(trainer.train_dataset, list(rows)).measures
+    # Per token: a sum over a long completion would accumulate rounding.
     apart = max(abs(found[name]).max().item() for name in ("chosen_drift", "rejected_drift"))
     loss = float(found["loss"].mean())
     detail = f"policy and reference differ by {apart:.1e} nats per token on {len(rows)} groups"

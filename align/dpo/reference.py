@@ -70,8 +70,8 @@ def reference_logps(
         groups: the data.
         rows: the groups to compute; the others are NaN.
         collate: the training collator, so that the numerics are those of training.
-        size: groups per forward pass.
-        done: progress callback with the number of finished groups over all processes, called equally often in
+        batch_size: groups per forward pass.
+        on_progress: callback with the number of finished groups over all processes, called equally often in
             each process; it may raise.
 
     Returns:

@@ -30,7 +30,7 @@ from finetune.training.loading import Policy
 
 @dataclass(frozen=True)
 class Reference:
-    """Reference log-probabilities from the initial policy; ``size``: groups per forward pass."""
+    """Reference log-probabilities from the initial policy; ``batch_size``: groups per forward pass."""
 
     job: Job
     policy: Policy
@@ -74,6 +74,7 @@ class Reference:
 
     def _key(self, rows: Sequence[int]) -> dict[str, Any]:
         """Return what the log-probabilities depend on besides weights and tokens."""
+        # Kernels round differently by device, attention implementation, batch layout and version.
         return {
             "rows": list(rows),
             "precision": self.policy.precision,

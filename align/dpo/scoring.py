@@ -33,7 +33,7 @@ def score(
         head: its output embeddings.
         batch: from ``PreferenceCollator``, on the model's device.
         objective: the loss.
-        start: the live reference; None if its log-probabilities are in the batch or not needed.
+        reference_policy: the live reference; None if its log-probabilities are in the batch or not needed.
     """
     reference = batch.get("reference") if start is None else start.logps(model, head, batch)
     # After the reference: its weight swap needs that no autograd graph of the policy is alive.

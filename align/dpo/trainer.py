@@ -71,10 +71,12 @@ class PreferenceTrainer(GroupTrainer):
         means, size = Means(), self.args.per_device_train_batch_size
         training = self.model.training
         self.model.eval()
+        # By length, so that a batch has little padding.
         order = np.argsort(rows.lengths, kind="stable").tolist()
         passes = [order[start : start + size] for start in range(0, len(order), size)]
         for part, counts in share_in_step(passes):
             found = self.scored(rows, part).measures
+            # A padding batch only keeps the ranks in step: it is computed and not counted.
             means.add(found if counts else {name: values[:0] for name, values in found.items()})
         self.model.train(training)
         return means_of(everyones(means.take()))

@@ -62,7 +62,7 @@ class MeasuredDPOTrainer(DPOTrainer, InOurWords):  # type: ignore[misc]
         return log_held_out(self, {f"held_out_{key}": value for key, value in found.items()})
 
     def measure(self, columns: Dataset) -> dict[str, float]:
-        """Return the metric means over all pairs of ``columns``, with the native engine's names."""
+        """Return the metric means over all pairs of ``dataset``, with the native engine's names."""
         chosen, rejected = _by_side(logps_of(self, columns))
         lengths = [torch.tensor([len(ids) for ids in columns[side]]) for side in SIDES]
         pairs = Pairs(chosen, rejected, *lengths, *(torch.tensor(columns[name]) for name in REFERENCES))
@@ -103,6 +103,7 @@ def trl_dpo_trainer(
     assert args.precompute_ref_log_probs, "TRL would load a second reference model"
     replies = own_replies(tokenizer)
     [chosen, rejected] = replies["completion"]
+    # TRL tokenizes its dataset in the constructor: it gets a placeholder, ours replaces it below.
     own = Dataset.from_dict({"prompt": replies["prompt"][:1], "chosen": [chosen], "rejected": [rejected]})
     with made_quietly(), seen_by_all(own, args) as rows:
         trainer = MeasuredDPOTrainer(
@@ -125,6 +126,7 @@ def start_tick(trainer: MeasuredDPOTrainer, precision: str) -> Tick:
     count = min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
     rows = [trainer.train_dataset[index] for index in range(count)]
     batch = {name: value.to(trainer.args.device) for name, value in trainer.data_collator(rows).items()}
+    # Log-ratios of 0: what our loss is if policy equals reference.
     zeros, ones = torch.zeros(count), torch.ones(count)
     expected = float(trainer.loss(Pairs(zeros, zeros, ones, ones, zeros, zeros)).losses.mean())
     with untouched(trainer.model), trainer.accelerator.autocast():

@@ -83,9 +83,11 @@ class PreferenceTuning:
     def collator(self) -> PreferenceCollator:
         """Return the collator: shared prompts if this model can take a block mask; logs the decision."""
         pad, groups = self.text.encoder.stop_ids[0], self.data.train
+        # TRL's own collator has one completion per row.
         if self.by_trl:
             return PreferenceCollator(pad, separate=True)
         stored = {"precision": self.policy.precision, "stored": self.policy.quantization}
+        # Virtual tokens take positions too, which count against an attention window.
         why = why_separate(
             unwrapped(self.policy.model).config, reach=groups.longest + self.text.virtual_tokens
         )
@@ -105,6 +107,7 @@ class PreferenceTuning:
         self.job.watch(self.behaviour.numbers)
         tuning.say_parameters(self.job, self.policy)
         self.preflight()
+        # Built here too, so that invalid arguments are refused before step 0.
         self.arguments()
         return tuning.policy_facts(self.job, self.text, self.policy, self.data.report)
 
@@ -158,6 +161,7 @@ class PreferenceTuning:
         """
         trainer = self._trl_trainer() if self.by_trl else self._native_trainer()
         if self.align.stop_when_chosen_falls is not None:
+            # The value before training is recorded after the trainer is built, hence a callable.
             most, run = self.align.stop_when_chosen_falls, self.job.run
             trainer.add_callback(
                 StopWhenChosenFalls(
@@ -221,6 +225,7 @@ class PreferenceTuning:
     def _native_trainer(self) -> PreferenceTrainer:
         train, args = self.job.recipe.settings.train, self.arguments()
         live = self.objective.needs_reference and self.align.reference == "live"
+        # Copied before a checkpoint is loaded: in a resumed run too, the reference is the initial policy.
         start = StartingPolicy(self.policy.model) if live else None
         used, held_out = self._used(), self.data.held_out
         size = args.per_device_train_batch_size
@@ -234,6 +239,7 @@ class PreferenceTuning:
             group_by_length=train.group_by_length,
             hooks=self.hooks,
         )
+        # Set before the check below, which runs the forward pass of training.
         trainer.objective, trainer.start, trainer.precision = self.objective, start, self.policy.precision
         if self.objective.needs_reference:
             proved = preflight.some_rows(used)

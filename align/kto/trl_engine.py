@@ -97,7 +97,7 @@ def label_columns(groups: PreferenceGroups, *, order: list[int], size: int) -> D
     Args:
         groups: one completion each, with score 1 (good) or 0 (bad).
         order: row ids, in training order.
-        size: rows of a forward pass over all processes, which exchange completions (``mismatched_rows``).
+        batch_size: rows of a forward pass over all processes, which swap completions (``mismatched_rows``).
     """
     rows = [groups[index] for index in order]
     assert all(len(row.completion_ids) == 1 for row in rows), "single completions"
@@ -154,9 +154,11 @@ def trl_kto_trainer(
             processing_class=tokenizer,
         )
     without_copy(model)
+    # TRL's batches of all ranks together: only rows of one forward pass are paired.
     size = args.per_device_train_batch_size * world().size
     columns = label_columns(train, order=order, size=size)
     reference = _both(trainer, columns)
+    # The columns that TRL reads with `precompute_ref_log_probs`.
     trainer.train_dataset = columns.add_column("ref_logps", reference[""].tolist()).add_column(
         "ref_KL_logps", reference["KL_"].tolist()
     )

@@ -158,6 +158,7 @@ class KtoTuning:
             UserError: the engine refuses them.
         """
         own = self.align.model_dump() | {"loss_type": "kto"}
+        # At least two rows per micro-batch: each is paired with another row's completion to estimate z.
         stage = TrlStage(self.job.recipe.settings.TRL_CONFIG, own, least=2)
         longest = self.data.train.longest
         return tuning.engine_arguments(self.job, self.policy, longest=longest, steps=self.steps, stage=stage)

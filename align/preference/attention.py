@@ -45,6 +45,7 @@ def block_attention(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[N
         nonlocal calls
         calls += 1
         embeddings, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        # Prompt tuning has prepended its embeddings, prefix tuning passes its keys and values as a cache.
         written = 0 if embeddings is None else embeddings.shape[1] - batch["input_ids"].shape[1]
         cached = 0 if cache is None else int(cache.get_seq_length())
         seen = _behind(visible(batch["groups"], batch["parts"]), written=written, cached=cached)
@@ -59,6 +60,7 @@ def block_attention(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[N
         yield
     finally:
         handle.remove()
+    # Without the mask completions would attend to each other, and no error would show it.
     assert calls, f"{type(decoder).__name__} was not called: the block mask was not used"
 
 
@@ -67,7 +69,7 @@ def why_separate(config: PretrainedConfig, *, reach: int) -> str:
 
     Args:
         config: the model's config; its attention implementation is set once the model is loaded.
-        reach: the longest prompt with a completion (``Group.max_positions``), virtual tokens included.
+        max_positions: of the longest prompt with a completion (``Group.max_positions``) and virtual tokens.
     """
     text = config.get_text_config()
     fields = text.to_dict()
@@ -131,6 +133,7 @@ def _architecture(config: PretrainedConfig) -> str:
         return f"unknown architecture '{config.model_type}': it may not take a block mask"
     architecture = MODEL_MAPPING[type(config)]
     accepted = inspect.signature(architecture.forward).parameters
+    # A private flag, but it is how transformers marks models with recurrent states.
     if architecture._is_stateful:
         return f"'{config.model_type}' has a recurrent state, which ignores the mask"
     if not {"attention_mask", "position_ids"} <= set(accepted):
@@ -153,6 +156,7 @@ def _span(fields: Mapping[str, Any], reach: int) -> str:
     kinds = set(fields.get("layer_types") or WHOLE)
     if kinds == {"full_attention"}:
         return ""
+    # A window longer than every row hides nothing.
     spans = {name: fields[name] for name in SPANS if fields.get(name)}
     name = min(spans, key=lambda name: spans[name], default=None)
     if name is None or reach <= spans[name]:

@@ -34,7 +34,7 @@ def repetition(replies: Sequence[tuple[str, str]], action: str) -> Finding | Non
     """Return a finding if more completions repeat themselves or each other after training than before.
 
     Args:
-        replies: completions of some prompts, before and after training.
+        completions: completions of some prompts, before and after training.
         action: the suggested action.
     """
     shares = [[_repeats(pair[when]) for pair in replies] for when in (0, 1)]

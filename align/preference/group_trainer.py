@@ -16,6 +16,7 @@ class GroupTrainer(BaseTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
         """Return an optimizer step's micro-batches and their number of groups, summed over all processes."""
+        # Trainer counts trained tokens, but preference losses are averaged over groups.
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         groups = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
         return batches, self.accelerator.reduce(groups, "sum")

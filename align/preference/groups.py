@@ -142,10 +142,12 @@ class GroupCollator:
         lines = even_lines([len(group) for group in groups], self.budget)
         if not self.separate and not self._cheaper_apart(groups, lines):
             return _fill(groups, lines, self.pad_id)
+        # Each completion gets its own copy of the prompt, so that plain causal attention is enough.
         singles = [Group(group.prompt, (one,)) for group in groups for one in group.completions]
         batch = _fill(singles, [[index] for index in range(len(singles))], self.pad_id)
         # `singles` are groups of one completion; losses need the K of the groups they come from.
         batch["sizes"] = torch.tensor([len(group.completions) for group in groups])
+        # One group per row: its index is 1, and padding is 0.
         batch["attention_mask"] = batch["groups"].clamp(max=1)
         return batch
 
@@ -172,6 +174,7 @@ def even_lines(lengths: Sequence[int], budget: int) -> list[list[int]]:
     lines = pack(lengths, budget)
     # Binary search for the smallest budget with as many rows: masked attention costs the square of a row's
     # length, so that of equally many rows the shortest are the cheapest.
+    # No row can be shorter than the longest item, nor all of them than the mean.
     low = max(*lengths, -(-sum(lengths) // len(lines)))
     while low < budget:
         middle = (low + budget) // 2
@@ -189,8 +192,8 @@ def visible(groups: Tensor, parts: Tensor) -> Tensor:
     A token attends to the earlier tokens of its prompt and of its own completion, and to itself.
 
     Args:
-        groups: (B, T), index of the group, 0 for padding.
-        parts: (B, T), 0 for the prompt, k for the k-th completion.
+        group_ids_BT: (B, T), index of the group, 0 for padding.
+        completion_ids_BT: (B, T), 0 for the prompt, k for the k-th completion.
 
     >>> block_mask(torch.tensor([[1, 1, 1, 1, 2, 0]]), torch.tensor([[0, 1, 1, 2, 0, 0]])).int()
     tensor([[[1, 0, 0, 0, 0, 0],
@@ -203,6 +206,7 @@ def visible(groups: Tensor, parts: Tensor) -> Tensor:
     columns = torch.arange(groups.shape[1], device=groups.device)
     together = groups[:, :, None] == groups[:, None, :]
     inside = (parts[:, None, :] == 0) | (parts[:, :, None] == parts[:, None, :])
+    # By order in the row and not by position ids, which all completions of a prompt share.
     before = columns[:, None] >= columns[None, :]
     real = groups[:, None, :] > 0
     # Padding attends to itself: a softmax over no key at all is NaN.
@@ -212,6 +216,7 @@ def visible(groups: Tensor, parts: Tensor) -> Tensor:
 def _fill(groups: Sequence[Group], lines: Sequence[Sequence[int]], pad_id: int) -> GroupBatch:
     in_lines = [[groups[index] for index in line] for line in lines]
     input_ids = _rectangle(in_lines, _ids, padding=pad_id)
+    # From 1, since 0 is padding.
     numbers = [torch.arange(1, len(line) + 1) for line in lines]
     lengths = [torch.tensor([len(group) for group in line]) for line in in_lines]
     columns = [torch.repeat_interleave(*pair) for pair in zip(numbers, lengths, strict=True)]
@@ -237,6 +242,7 @@ def _starts(groups: Sequence[Group], lines: Sequence[Sequence[int]], columns: in
     """Return the flat position (row * T + position) at which each group starts."""
     starts: dict[int, int] = {}
     for number, line in enumerate(lines):
+        # One value more than groups: the last one is the end of the row.
         places = accumulate((len(groups[index]) for index in line), initial=number * columns)
         starts |= dict(zip(line, places, strict=False))
     return starts
@@ -248,6 +254,7 @@ def _ids(group: Group) -> Tensor:
 
 def _positions(group: Group) -> Tensor:
     end = len(group.prompt)
+    # Each completion restarts after the prompt, at the positions that it would have in a row of its own.
     completions = [torch.arange(end, end + len(completion)) for completion in group.completions]
     return torch.cat([torch.arange(end), *completions])
 
@@ -280,6 +287,7 @@ def _predictions(groups: Sequence[Group], starts: dict[int, int], shape: torch.S
 
 def _last_tokens(group: Group, start: int) -> list[int]:
     ends = accumulate(map(len, group.completions), initial=start + len(group.prompt) - 1)
+    # The first value is the last token of the prompt.
     return list(ends)[1:]
 
 

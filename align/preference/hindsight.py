@@ -48,6 +48,7 @@ def _chain(row: Comparison, *, good: str, bad: str, good_first: bool) -> Convers
 
 def questions(rows: Iterable[Comparison]) -> list[Conversation]:
     """Return each distinct prompt with its best completion, for samples and generation metrics."""
+    # Reversed, so that the first row of a prompt is the one that stays.
     first = {row.prompt: row for row in reversed(list(rows))}
     return [Conversation([*row.prompt, row.replies[0]], row.where, row.source) for row in first.values()]
 
@@ -69,6 +70,7 @@ def load_chains(job: Job, settings: PreferenceSettings, words: HindsightSettings
     report, aside = DataReport(), DataReport()
     with job.timed("data"):
         train, held_out = gather_comparisons(settings, seed, report, aside)
+        # The SFT pipeline from here on: a chain is a conversation with some untrained turns.
         data = prepare_gathered(
             chains(train, good=words.good, bad=words.bad, seed=seed),
             chains(held_out, good=words.good, bad=words.bad, seed=seed),

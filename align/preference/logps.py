@@ -41,6 +41,7 @@ def token_logps(
     """
     logits = completion_logits(model, head, batch)
     picked = picked_logps(logits, batch["sources"], batch["targets"], max_elements=max_elements)
+    # Padding is 0, so that sums over tokens are log-probabilities of completions.
     table = picked.new_zeros(len(batch["lengths"]), int(batch["lengths"].max()))
     return table.index_put((batch["owners"], batch["offsets"]), picked)
 
@@ -48,6 +49,7 @@ def token_logps(
 def completion_logits(model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the logits (S, V) of the states that predict tokens of completions, each state once."""
     separate = "attention_mask" in batch
+    # With a block mask the hook sets mask and position ids, so only the ids are passed.
     names = ("input_ids", "attention_mask") if separate else ("input_ids",)
     # One completion per row is ordinary causal attention, which the model's own 2-D mask describes.
     with nullcontext() if separate else block_attention(model, batch):
@@ -58,9 +60,9 @@ def picked_logps(logits: Tensor, sources: Tensor, targets: Tensor, *, max_elemen
     r"""Return each target token's log-probability, log softmax(logits[state_index_n])[targets_n], in float32.
 
     Args:
-        logits: (S, V), any floating dtype.
-        sources: (N,) row of ``logits`` for each target, ascending.
-        targets: (N,) token ids.
+        logits_SV: (S, V), any floating dtype.
+        state_index_N: (N,) row of ``logits_SV`` for each target, ascending.
+        targets_N: (N,) token ids.
         max_elements: logits per chunk at most.
 
     Returns:
@@ -83,6 +85,7 @@ def picked_logps(logits: Tensor, sources: Tensor, targets: Tensor, *, max_elemen
 
 
 def _picked(logits: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+    # In bfloat16 the differences of log-probabilities would be rounding noise.
     scores = logits.float()
     return scores[sources, targets] - scores.logsumexp(-1)[sources]
 
@@ -103,6 +106,7 @@ def layout_error(model: nn.Module, head: nn.Module, groups: Sequence[Group], *, 
     training = model.training
     model.eval()
     device = next(model.parameters()).device
+    # All groups in one row: masks between groups are measured too.
     collators = (GroupCollator(pad_id, sum(map(len, groups))), GroupCollator(pad_id, separate=True))
     shared, separate = (
         token_logps(

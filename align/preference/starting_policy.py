@@ -19,6 +19,7 @@ class StartingPolicy:
 
     def __init__(self, model: nn.Module) -> None:
         """Copy the trainable weights; call it before a checkpoint is loaded, which would overwrite them."""
+        # The frozen base is shared: only trained weights are copied, a few MB for LoRA.
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.copies = [(weight, weight.detach().clone()) for weight in trained]
 
@@ -27,6 +28,7 @@ class StartingPolicy:
         """Make the model the reference policy inside the block; no autograd graph of it may be alive."""
         now = [weight.data for weight, _ in self.copies]
         try:
+            # `.data` is swapped and not the Parameter, which optimizer and adapter refer to.
             for weight, start in self.copies:
                 weight.data = start
             yield

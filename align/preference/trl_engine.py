@@ -51,6 +51,7 @@ BARS = "TQDM_DISABLE"
 
 def pair_columns(groups: PreferenceGroups) -> Dataset:
     """Return pairs in the columns of TRL's ``DataCollatorForPreference``: ids of prompt and completions."""
+    # Lists were refused before (`require_pairs`), with their location.
     rows = [groups[index] for index in range(len(groups))]
     assert all(len(row.completion_ids) == 2 for row in rows), "pairs"
     return Dataset.from_dict(
@@ -140,13 +141,14 @@ def logps_of(trainer: Trainer, columns: Dataset, *, kind: str = "") -> list[Tens
 
     Args:
         trainer: a TRL trainer whose model takes ``fused_lm_head``.
-        columns: rows as its collator takes them.
-        kind: prefix of the collator's tensors.
+        dataset: rows as its collator takes them.
+        prefix: prefix of the collator's tensors.
 
     Returns:
         (B,) float32 for each batch, in the collator's order.
     """
     found, size = [], trainer.args.per_device_train_batch_size
+    # In the trainer's own autocast: the reference must round as the policy does in training.
     with untouched(trainer.model), trainer.accelerator.autocast():
         for start in share(range(0, len(columns), size)):
             rows = [columns[index] for index in range(start, min(start + size, len(columns)))]
@@ -171,7 +173,7 @@ def refuse_not_finite(trainer: Trainer, loss: Tensor, places: Sequence[str]) -> 
     Args:
         trainer: for the current step.
         loss: of a micro-batch.
-        places: locations (``file:line``) of its rows.
+        locations: locations (``file:line``) of its rows.
 
     Raises:
         NotFiniteError: NaN or infinite loss; the message names the rows.

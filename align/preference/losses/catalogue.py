@@ -64,6 +64,7 @@ class Loss:
         allowed = self.allowed[key]
         if isinstance(allowed, tuple):
             return None if value in allowed else Problem(where, f"found {value!r}", one_of(allowed))
+        # bool is a subclass of int, and NaN is in no interval.
         fits = isinstance(value, int | float) and not isinstance(value, bool) and value in allowed
         return None if fits else Problem(where, f"found {value!r}", f"a number {allowed}")
 

@@ -63,11 +63,11 @@ def pro(
 
 
 def _lost_to_worse(own: Tensor, others: Tensor, better: Tensor) -> Tensor:
-    """Return -sum_i log [exp own_i / (exp own_i + sum over the j worse than i of exp others_ij)]: (groups,).
+    """Return -sum_i log [exp a_i / (exp a_i + sum over the j worse than i of exp b_ij)]: (groups,).
 
     Args:
-        own: (groups, K).
-        others: (groups, K, K), read where ``better`` is true.
+        logits_GK: a, (groups, K).
+        worse_logits_GKK: b, (groups, K, K), used where ``better`` is true.
         better: (groups, K, K), whether i is better than j at [group, i, j].
     """
     rivals = others.masked_fill(~better, -torch.inf)

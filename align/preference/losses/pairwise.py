@@ -38,7 +38,7 @@ def cdpo(
     """Conservative DPO: a fraction e of the labels is assumed wrong, so that the margin stops growing.
 
     -(1 - e) log s(beta m) - e log s(-beta m); E. Mitchell, "A note on DPO with noisy preferences" (2023),
-    equation 3, and the DPO authors' code. At its minimum s(beta m) = 1 - e. 0.1 is from the robust loss, below.
+    equation 3, and the DPO authors' code. At its minimum s(beta m) = 1 - e. 0.1: see the robust loss.
     """
     logits = beta * pairs.margins
     losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)

@@ -32,7 +32,7 @@ def kto(
     Kahneman-Tversky optimization, arXiv 2402.01306, equation 8: lambda_y - v(x, y).
 
     Args:
-        ratios: (rows,) r of each completion.
+        logratios: (rows,) r of each completion.
         desirable: (rows,) whether the completion is good.
         reference_point: () z, without gradient.
         beta: risk aversion, above 0.
@@ -54,7 +54,7 @@ def reference_point(mismatched_ratios: Tensor) -> Tensor:
     losses.
 
     Args:
-        mismatched_ratios: (rows,).
+        mismatched_logratios: (rows,).
     """
     return mismatched_ratios.mean().clamp(min=0)
 

@@ -118,6 +118,7 @@ def _ranked(
     """
     scored = all(answer.scored for answer in answers)
     if not judged.ordered:
+        # A stable sort: tied completions keep the row's order.
         answers = sorted(answers, key=lambda answer: -answer.score)
     different = _different(answers)
     if len(different) < len(answers):
@@ -133,6 +134,7 @@ def _ranked(
         if not (judged.ordered and keep_ties):
             raise LeftOut(TIE)
         count(TIE_KEPT)
+    # `index` finds the first of equal scores, so that ties share the better rank.
     ranks = tuple(range(len(different))) if judged.ordered else tuple(scores.index(score) for score in scores)
     if len(set(ranks)) < len(ranks):
         count(SOME_TIES)
@@ -169,6 +171,7 @@ def count_contradictions(rows: Sequence[Comparison], report: DataReport) -> None
     """Count pairs and labels that contradict an earlier one about the same completions."""
     first: dict[object, Comparison] = {}
     for row in rows:
+        # Unordered: a pair and its swap have the same key.
         said = frozenset(reply.content.strip() for reply in row.replies)
         earlier = first.setdefault((_words(row.prompt), said), row)
         best, other = row.replies[0].content.strip(), earlier.replies[0].content.strip()

@@ -44,7 +44,7 @@ class PreferenceGroups:
 
     ``input_ids``: every prompt followed by its completions, int32. ``offsets``: (S + 1,) start of each
     segment. ``prompt_index``: (G + 1,) the segment that is each group's prompt. ``scores``, ``ranks``:
-    (S - G,), one per completion. ``margins``, ``locations`` (``file:line``), ``sources``: (G,).
+    (S - G,), one per completion. ``margins``, ``locations`` (``file:line``), ``source_ids``: (G,).
     """
 
     input_ids: NDArray[np.int32]

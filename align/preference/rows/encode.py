@@ -43,7 +43,7 @@ def fit(prompt: Ids, completions: Sequence[Ids], room: Room, *, head: int = 0) -
         prompt: P ids.
         completions: K lists of ids.
         limits: the maximum lengths.
-        head: number of ids to keep at the start of the prompt (BOS).
+        num_kept_start: number of ids to keep at the start of the prompt (BOS).
 
     >>> truncate_to([1, 2, 3, 4], [[5, 6, 7], [8]], LengthLimits(max_length=5, max_prompt_length=3))
     ([2, 3, 4], [[5, 6], [8]])
@@ -88,6 +88,7 @@ def _encode(
             flat += ids
             starts.append(len(flat))
         firsts.append(len(starts) - 1)
+        # Ranks are renumbered without the dropped completions; `index` lets ties share one.
         kept = [row.ranks[index] for index in completions]
         scores += [row.scores[index] for index in completions]
         ranks += [kept.index(rank) for rank in kept]
@@ -123,6 +124,7 @@ def _parts(
         if isinstance(one, TemplateError):
             report.count(NO_TEMPLATE, f"{where}: {one}")
             return None
+        # The loss mask marks the completion: what comes before it is the prompt, what follows is dropped.
         start, end = one.trained.index(True), len(one.trained) - one.trained[::-1].index(True)
         if not all(one.trained[start:end]):
             report.count(NO_TEMPLATE, f"{where}: the completion is not contiguous")
@@ -145,6 +147,7 @@ def _fitted(
     prompt: Ids, completions: list[Ids], row: Comparison, room: Room, encoder: Encoder, report: DataReport
 ) -> tuple[Ids, dict[int, Ids]] | None:
     """Return the truncated prompt and completions (by index in the row), None if too few are distinct."""
+    # BOS stays first when the prompt is truncated on the left.
     head = int(prompt[:1] == [encoder.tokenizer.bos_token_id])
     shorter, cut = fit(prompt, completions, room, head=head)
     lost = sum(map(len, completions)) - sum(map(len, cut))
@@ -159,6 +162,7 @@ def _fitted(
         report.count(f"{longer}, prompt truncated on the left", row.where)
     if lost:
         report.count(f"{longer}, completion truncated", row.where)
+    # Completions that differed may be identical after truncation.
     kept = _distinct(cut, row, " after truncation" * (lost > 0), report)
     return (shorter, kept) if kept else None
 

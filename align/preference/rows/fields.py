@@ -80,8 +80,8 @@ def whole(
     """Split turns into prompt and completion; the completion is None if a dialogue ends with a user turn.
 
     Args:
-        asked: the prompt, if it has its own column.
-        said: the turns of the completion column, with or without the prompt.
+        prompt: the prompt, if it has its own column.
+        completion: the turns of the completion column, with or without the prompt.
         name: the completion column.
     """
     first = next((turn for turn in said if turn.role != "system"), said[0])
@@ -94,6 +94,7 @@ def whole(
 def number(value: Any, field: str, expected: str = "a finite number") -> float:
     """Return a finite number; numbers in text are accepted, for CSV files."""
     try:
+        # bool is a subclass of int, but a score of true is a mistake in the data.
         found = nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         found = nan
@@ -129,7 +130,7 @@ def member(entry: Any, name: str, field: str) -> Any:
 
 
 def label(value: Any) -> bool:
-    """Return whether a completion is labelled good."""
+    """Return whether a completion is labeled good."""
     found = LABELS.get(str(value).lower()) if isinstance(value, (bool, int, str)) else None
     if found is None:
         raise RowProblem("label", f"found {short(value)}", "true or 1 (good), false or 0 (bad)")

@@ -154,6 +154,7 @@ def split_by_prompt(
         prompts.setdefault(row.prompt, []).append(number)
     together = list(prompts.values())
     chosen: set[int] = set()
+    # Greedy: a prompt with more rows than are still wanted is skipped.
     for index in np.random.default_rng([seed, len(rows)]).permutation(len(together)):
         if len(chosen) + len(together[index]) <= count:
             chosen.update(together[index])

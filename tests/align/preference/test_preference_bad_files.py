@@ -52,7 +52,12 @@ FIELDS = {
         "an object with role and content",
     ),
     "no prompt at all": (HH, {"chosen": "a"}, "field 'chosen': a reply without a prompt, 'a'", "Human:"),
-    "half a character": (pair(), {"chosen": "\ud83d"}, "field 'chosen': half a character", "valid Unicode"),
+    "an unpaired surrogate": (
+        pair(),
+        {"chosen": "\ud83d"},
+        "field 'chosen': an unpaired surrogate",
+        "valid Unicode",
+    ),
     "a score for one alone": (
         pair(score_chosen=1, score_rejected=0),
         {"score_rejected": None},
@@ -147,14 +152,14 @@ def test_a_field_that_is_not_what_it_should_be(case, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "settings", "told"),
     [
-        ([{"prompt": "q", "chosen": "a"}], {}, "columns prompt, chosen are no known layout"),
-        ([{"chosen": HH["chosen"]}], {}, "columns chosen are no known layout"),
+        ([{"prompt": "q", "chosen": "a"}], {}, "no known layout has columns prompt, chosen"),
+        ([{"chosen": HH["chosen"]}], {}, "no known layout has columns chosen"),
         (
             [{"frage": "q", "gut": "a"}],
             {},
             "data.columns={prompt: QUESTION, chosen: BETTER, rejected: WORSE}",
         ),
-        ([pair()], {"columns": {"chosen": "gud"}}, "'chosen' is mapped to 'gud', which is no column"),
+        ([pair()], {"columns": {"chosen": "gud"}}, "'chosen' is mapped to 'gud', but"),
         ([LABELLED], {}, "layout prompt/completion/label: labels are for KTO"),
         ([LISTED], {"kind": "labels"}, "layout prompt/responses/scores: ranked lists are for a reward model"),
         (
@@ -200,4 +205,4 @@ def test_many_bad_rows_are_told_by_the_first_five(tmp_path):
     with pytest.raises(UserError) as caught:
         prepared(str(path))
     assert len(caught.value.problems) == 6
-    assert "and 4 rows more: 9 of 9 rows do not fit" in str(caught.value)
+    assert "and 4 more rows: 9 of 9 rows do not fit" in str(caught.value)

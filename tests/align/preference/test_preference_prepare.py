@@ -39,7 +39,7 @@ def test_a_held_out_file_is_told_where_it_repeats_what_is_learnt(tmp_path):
     assert data.held_out.places == tuple(f"{path}:{line}" for line in (1, 2, 3))
     assert data.report.counts == {
         "held out: dropped: identical chosen and rejected": 1,
-        "held out: equal to one that is learnt": 1,
+        "held out: identical to a training row": 1,
         "held out: with a prompt that is in the training data": 2,
     }
 
@@ -98,7 +98,7 @@ def test_the_report_tells_lengths_of_the_better_and_the_worse():
     report = prepared([pair("q", "much longer " * 5, "bad")] * 2).report
     assert report.lines()[0].startswith("2 rows (prompt/chosen/rejected), 0 held out; ")
     assert report.lines()[1].startswith("4 completions; mean tokens: prompt ")
-    assert "rows equal to an earlier one, kept: 1 (first: row 2 repeats row 1)" in report.lines()
+    assert "rows identical to an earlier row (not dropped): 1 (first: row 2 repeats row 1)" in report.lines()
 
 
 def test_contradictions_are_told():

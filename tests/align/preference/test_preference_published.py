@@ -54,13 +54,13 @@ FILES = [
         "llamafactory/dpo_en_demo.json",
         {"template": "chatml"},
         {"groups": 300, "completions": 600},
-        {"equal to an earlier one, kept": 5},
+        {"identical to an earlier row (not dropped)": 5},
     ),
     (
         "llamafactory/dpo_zh_demo.json",
         {"template": "chatml"},
         {"groups": 300, "completions": 600},
-        {"equal to an earlier one, kept": 11},
+        {"identical to an earlier row (not dropped)": 11},
     ),
     (
         "korean/logickor_ranked.jsonl.gz",
