@@ -170,7 +170,7 @@ def _report(data: Prepared, train: TokenizedRows, held_out: TokenizedRows | None
 
 
 def _starts(documents: Sequence[Conversation]) -> list[Conversation]:
-    """Return passages of documents as prompt and continuation, several of long ones; else the conversations."""
+    """Return passages of documents as prompt and continuation (long ones give several); else all rows."""
     if not any(row.document for row in documents):
         return list(documents)
     passages = []

@@ -136,7 +136,7 @@ def test_pain_25_nan_ends_with_status_1_and_never_finished(call: Call, tmp_path:
     assert "Traceback" not in err and "next" not in out
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     status, _, err = call("chat", "run", "--prompt", "a")
-    assert status == 2 and "a run that is failed" in err
+    assert status == 2 and "a run with status 'failed'" in err
 
 
 def test_control_c_ends_with_status_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,8 +95,8 @@ MISTAKES = {
         "stages:\n  sft: {recipe: sft/small, form: x}\n",
         ("stages.sft.form (own.yaml:2): unknown key", "did you mean 'from'?"),
     ),
-    "no recipe": ("stages:\n  sft: {set: {}}\n", ("stages.sft.recipe (own.yaml:2): not given",)),
-    "no stages": ("description: a\n", ("stages: not given",)),
+    "no recipe": ("stages:\n  sft: {set: {}}\n", ("stages.sft.recipe (own.yaml:2): missing",)),
+    "no stages": ("description: a\n", ("stages: missing",)),
     "not a mapping": (
         "stages: [sft/small]\n",
         ("stages (own.yaml:1): found ['sft/small']", "a mapping such as {name: value}"),
@@ -129,7 +129,7 @@ MISTAKES = {
     "itself": ("stages:\n  a: {recipe: sft/small, from: a}\n", ("a cycle: a -> a",)),
     "a scorer that should write": (
         "stages:\n  r: {recipe: reward/small}\n  dpo: {recipe: dpo/small, from: r}\n",
-        ("stage dpo: model.start (own.yaml:3): 'r' is of stage reward", "a run that writes text"),
+        ("stage dpo: model.start (own.yaml:3): 'r' is a run of stage reward", "a run with a generative model"),
     ),
     "rewards where none are taken": (
         "stages:\n  r: {recipe: reward/small}\n  dpo: {recipe: dpo/small, reward: r}\n",
@@ -149,7 +149,7 @@ MISTAKES = {
     ),
     "no setting": (
         "stages:\n  sft: {recipe: sft/small, set: {epochs: 2}}\n",
-        ("stage sft: 'epochs' (own.yaml:2): not understood",),
+        ("stage sft: 'epochs' (own.yaml:2): invalid override",),
     ),
     "start and from": (
         "stages:\n  sft: {recipe: sft/small}\n  b: {recipe: sft/small, from: sft, set: {model.start: x}}\n",

@@ -142,7 +142,7 @@ def test_a_row_without_a_reply_is_counted_and_kept(model: RewardModel, tmp_path:
 
 
 def test_files_that_cannot_be_scored_are_told(model: RewardModel, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="columns a are no known layout"):
+    with pytest.raises(UserError, match="no known layout has columns a"):
         score_file(model, [{"a": 1}])
     with pytest.raises(UserError, match="no such file or folder"):
         score_file(model, "nowhere.jsonl")

@@ -131,7 +131,7 @@ def test_what_asks_nothing_is_counted():
 def test_copies_are_counted_and_kept():
     data = prepared([{"prompt": "Hi"}, {"prompt": "Ho"}, {"prompt": "Hi"}])
     assert len(data.train) == 3
-    assert data.report.lines()[1:] == ["rows equal to an earlier one, kept: 1 (first: row 3 repeats row 1)"]
+    assert data.report.lines()[1:] == ["rows identical to an earlier row (not dropped): 1 (first: row 3 repeats row 1)"]
 
 
 def test_a_share_held_out_holds_whole_prompts():
@@ -149,7 +149,7 @@ def test_a_held_out_file_is_read_and_compared(tmp_path):
     file.write_text('{"prompt": "question 1"}\n{"prompt": "new"}\n', encoding="utf-8")
     data = prepared(numbered(3), held_out=str(file))
     assert [prompt.talk[0].content for prompt in data.held_out] == ["question 1", "new"]
-    assert data.report.counts == {"held out: equal to one that is learnt": 1}
+    assert data.report.counts == {"held out: identical to a training row": 1}
     assert data.report.lines()[0].startswith("3 prompts (prompt), 2 held out; ")
 
 
@@ -168,7 +168,7 @@ def test_a_mixture_is_drawn_with_the_seed(tmp_path):
 def test_rows_are_selected():
     data = prepared(numbered(9), select={"rows": 4})
     assert len(data.train) == 4
-    assert data.report.counts == {"left out, 4 are kept by select.rows": 5}
+    assert data.report.counts == {"dropped: select.rows=4": 5}
 
 
 def test_prompts_come_from_the_cache_as_they_were(tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_prompts_come_from_the_cache_as_they_were(tmp_path, monkeypatch):
     [
         ([], "no rows"),
         ([{"prompt": ""}], "nothing to answer"),
-        ([{"other": "Hi"}], "columns other are no known layout"),
+        ([{"other": "Hi"}], "no known layout has columns other"),
         ([{"prompt": 3}], "found 3"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Continued pretraining as a whole run: what it leaves, every adapter, resume, and tuning behind it."""
+"""Complete runs of continued pretraining: files, every adapter, resuming, SFT after it."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Replies judged by programs, and a skill that is asked for before and after."""
+"""Generation evals: graders, and exact match on a retention set, before and after training."""
 
 import json
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def talk(question: str, answer: str) -> list[Message]:
 
 
 class Record:
-    """A run's record, and nothing else of it."""
+    """A stub of a run directory that only has a record."""
 
     def __init__(self) -> None:
         self.record: dict[str, Any] = {"metrics": {}}

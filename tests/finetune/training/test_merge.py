@@ -1,4 +1,4 @@
-"""Base and adapter as one model: it answers like the two, and the next stage goes on from it."""
+"""Merged models: logits equal base with adapter, and the next stage trains them further."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Runs that the checks stop: before anything is written where that is possible, and always with a repair."""
+"""Runs that the pre-flight stops, before anything is written if possible, always with a repair."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def earlier(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Resu
 
 @pytest.fixture
 def stopped(tune: Tune, earlier: Result, tmp_path: Path) -> Callable[..., UserError]:
-    """Return a function that runs a recipe over an earlier run: the checks stop it, the earlier run stays."""
+    """Return a function that runs a recipe with --force over an earlier run, which must survive."""
     shutil.copytree(earlier.directory, tmp_path / "run")
     before = earlier.record["files"]
 
@@ -72,7 +72,7 @@ def stopped(tune: Tune, earlier: Result, tmp_path: Path) -> Callable[..., UserEr
 
 
 def rewritten(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[Segment]], list[Segment]]) -> None:
-    """Let the template alpaca write its segments otherwise."""
+    """Change the segments that the template alpaca renders."""
 
     def render(messages: Sequence[Message]) -> list[Segment]:
         return change(alpaca.render(messages))
@@ -128,7 +128,7 @@ def test_pain_16_a_missing_bos_stops_the_run(stopped, monkeypatch, base_folder: 
 
 
 def larger(base: Path, folder: Path) -> Path:
-    """Return a copy of a base whose tokenizer got words that its model has no embeddings for."""
+    """Return a copy of a base whose tokenizer has more tokens than the model has embeddings."""
     shutil.copytree(base, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([*(f"word{index}" for index in range(600 - len(tokenizer))), "Please"])
@@ -160,7 +160,7 @@ def test_pain_13_contaminated_packing_stops_the_run(stopped, monkeypatch, attent
 
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[nn.Module], None]) -> None:
-    """Let the adapter be built with a mistake in its second layer."""
+    """Build the adapter with a fault in its second layer."""
     build = lora.build
 
     def with_mistake(*args) -> nn.Module:
@@ -197,7 +197,7 @@ def test_pain_12_a_model_that_mixes_the_rows_of_a_batch_stops_the_run(stopped, m
 
 
 def late(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[nn.Module], None]) -> None:
-    """Spoil the model behind the checks before step 0."""
+    """Break the model after the checks, before step 0."""
     measure = Supervised.measure
 
     def and_spoil(self: Supervised, trainer, when: str) -> None:

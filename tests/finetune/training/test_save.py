@@ -1,4 +1,4 @@
-"""What a run leaves: weights that plain PEFT and plain transformers load, equal to the last bit."""
+"""Saved weights load in plain PEFT and transformers, bit for bit."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_plain_peft_loads_the_adapter(tune: Tune, base_folder: Path, method: str
     result = tune("run", adapter__method=method, evaluate__samples=0)
     plain = PeftModel.from_pretrained(plain_base(base_folder, method), str(result.adapter)).eval()
     tuned = load_tuned(result.directory)
-    if method == "qlora":  # else this CPU may repack them
+    if method == "qlora":  # otherwise this CPU may repack them
         for module in plain.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False

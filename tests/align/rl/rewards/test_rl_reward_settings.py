@@ -159,7 +159,7 @@ def test_a_run_that_lost_its_weights_and_one_that_is_not_finished(
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
     [(_, told)] = problems(base_folder, rewards(str(copy)))
-    assert "a run that is interrupted" in told and "goes on from its checkpoint" in told
+    assert "a run with status 'interrupted'" in told and "resumes from its checkpoint" in told
 
 
 def test_a_recipe_that_leads_back_to_itself_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
