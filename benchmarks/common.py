@@ -27,6 +27,7 @@ LEARNING_RATE = 1e-3
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer of at most 32k entries, trained on the data."""
     bpe = ByteLevelBPETokenizer()
+    # Three special tokens are added below.
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY - 3, show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
@@ -37,6 +38,7 @@ def adapted_llama(
     *, bfloat16: bool, hidden_size: int = 512, layers: int = 8, positions: int = 1024
 ) -> nn.Module:
     """Return a randomly initialized Llama with LoRA r = 16 on all linear layers."""
+    # All contenders start from the same weights.
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -80,6 +82,7 @@ def losses_logged(history: Iterable[dict[str, float]]) -> dict[str, Any]:
 
 def forget_peak() -> None:
     """Reset the peak memory of the process (Linux), and of the GPU."""
+    # Writing 5 resets VmHWM, the peak resident size (proc(5)).
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -96,6 +99,7 @@ def peak() -> float:
 
 def peak_apart(module: str, arguments: Sequence[str], contender: str) -> float:
     """Return the peak memory in GiB of a fresh process that trains a few steps of one contender."""
+    # A fresh process, since a peak includes whatever ran before it.
     command = [sys.executable, "-m", module, *arguments, "--only", contender]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: float = json.loads(printed.splitlines()[-1])["peak_memory_gib"]
@@ -107,6 +111,7 @@ def times_slower(runs: Sequence[dict[str, Any]], contenders: Sequence[str]) -> d
     first, *others = contenders
     ours = {entry["repeat"]: entry["seconds"] for entry in runs if entry["contender"] == first}
     return {
+        # Ratios within a repeat: a machine that slows down hits all contenders of it.
         contender: statistics.median(
             entry["seconds"] / ours[entry["repeat"]] for entry in runs if entry["contender"] == contender
         )

@@ -65,6 +65,7 @@ class Ledger(TorchDispatchMode):
         """Count a tensor's storage until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
+        # Views share a storage; meta tensors have none.
         if key in self.alive or tensor.device.type == "meta":
             return
 
@@ -73,6 +74,7 @@ class Ledger(TorchDispatchMode):
                 self.live -= size
                 self.drawn.discard(key)
 
+        # A weak reference does not prolong the storage's life and reports its end.
         self.alive[key] = weakref.ref(storage, gone)
         self.live += size
         self.peak = max(self.peak, self.live)
@@ -81,6 +83,7 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation and count its outputs."""
+        # Tensor.item(): a random index (AdaMix's expert) must be valid, other numbers count mask elements.
         if func is aten._local_scalar_dense.default:
             return 0 if args[0].untyped_storage()._cdata in self.drawn else self.count
         made = self._masked(func, args) if func in MASKED and _by_mask(args[1]) else None
@@ -195,10 +198,12 @@ def measure(case: Case) -> Measured:
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         _materialise(model)
         start = StartingPolicy(model.policy) if isinstance(model, Roles) else None
+        # Garbage in reference cycles would count as live.
         gc.collect()
         loaded = ledger.live
         _prepare(model, case)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
+        # Without foreach: the planner counts its temporaries on CUDA alone.
         optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=False)
         ledger.begin()
         for _ in range(case.accumulated):
@@ -224,6 +229,7 @@ def _built(case: Case) -> nn.Module:
         base: PreTrainedModel = kind.from_config(config, dtype=stored, attn_implementation=attention)
         if case.objective == "scores":
             put_head(base, 1, pad_id=0)
+        # Adapters expect a frozen base, as finetune/training loads it.
         base.requires_grad_(False)
         if case.objective != "ppo":
             model: nn.Module = plugin.build(base, case.settings)

@@ -92,7 +92,9 @@ class Line:
 def compared(case: Case) -> Line:
     """Measure and plan a case."""
     found, work = measure(case), case.workload
+    # Fake tensors do not accumulate in place, and are planned so.
     held, tape = resident(work), played(work, in_place=False)
+    # With accumulation the gradients of the first micro-batch exist throughout the second.
     own = tape.peak + (held.gradients if case.accumulated > 1 else 0)
     total = held.base + held.adapter + held.optimizer + own
     peak = found.loaded + found.states + found.taken

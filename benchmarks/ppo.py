@@ -123,6 +123,7 @@ def main(trl_python: str, repeats: int, bfloat16: bool, small: bool, save: bool)
         folder = Path(directory)
         work = prepare(folder, SHAPES[small], bfloat16=bfloat16)
         for repeat in range(repeats):
+            # Alternating order, so that a drift of the machine hits all contenders alike.
             for contender in contenders if repeat % 2 == 0 else reversed(contenders):
                 runs.append({"repeat": repeat, **measure(folder, contender, trl_python=trl_python)})
                 logps = runs[-1].pop("prompt_logps", None)

@@ -68,6 +68,7 @@ def run_apart(recipe: Recipe) -> None:
     policy = cast.policy.model
     for role in (cast.roles.value, *(reward.model for reward in cast.rewards.models)):
         copy_shared(role, policy)
+    # For its memory alone: the stage computes reference log-probabilities with the policy's weights.
     reference = copy.deepcopy(policy)
     carry_out(job, PpoTuning(job, text, prompts, cast), conclude=lambda: None)
     assert reference is not policy, "keeps the reference's weights alive"

@@ -47,6 +47,7 @@ def measure(model: nn.Module, prompt: int, completions: int, *, total: int, repe
     apart = _difference(model, batches["shared"], batches["separate"])
     seconds: dict[str, list[float]] = {name: [] for name in layouts}
     for repeat in range(repeats):
+        # Alternating order, so that a drift of the machine hits both layouts alike.
         for name in layouts if repeat % 2 == 0 else reversed(layouts):
             seconds[name].append(_seconds(model, batches[name]))
     tokens = {name: batch["input_ids"].numel() for name, batch in batches.items()}
@@ -84,6 +85,7 @@ def _seconds(model: nn.Module, batch: GroupBatch) -> float:
         loss = -completion_logps(model, output_head(model), inputs).sum()
     loss.backward()
     if inputs["input_ids"].is_cuda:
+        # Kernels run asynchronously; without this only launches are timed.
         torch.cuda.synchronize()
     return time.perf_counter() - start
 

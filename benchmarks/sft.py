@@ -92,6 +92,7 @@ def _trainer(work: Work, contender: str, model: nn.Module, folder: str, max_step
             batch_size=work.batch_size,
             group_by_length=True,
         )
+    # The fastest settings of TRL here; defaults are measured as "trl".
     best = {"train_sampling_strategy": "group_by_length", "activation_checkpointing": False}
     config = SFTConfig(**common, max_length=None, **(best if contender == "trl-best" else {}))
     return trl_trainer(model, config, work.encoder.tokenizer, train_rows=rows, held_out_rows=None)
@@ -121,6 +122,7 @@ def main(
         return
     runs = []
     for repeat in range(repeats):
+        # Alternating order, so that a drift of the machine hits all contenders alike.
         for contender in CONTENDERS if repeat % 2 == 0 else reversed(CONTENDERS):
             runs.append({"repeat": repeat, **run(work, contender)})
             click.echo(json.dumps(runs[-1]))

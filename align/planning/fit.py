@@ -85,6 +85,7 @@ def alternatives(plan: Plan, count: int) -> list[Alternative]:
     return sorted(
         found,
         key=lambda one: (
+            # Those that fit, those that train the same, then by time, or by peak memory where nothing fits.
             not one.plan.fits,
             one.learns_other,
             round(one.time, 2) if one.plan.fits else one.plan.peak.total,
@@ -97,6 +98,7 @@ def alternatives(plan: Plan, count: int) -> list[Alternative]:
 def _go_together(plan: Plan, changes: tuple[Change, ...]) -> bool:
     """Return whether the changed settings are compatible as they are."""
     device, processes = plan.device, plan.step.processes
+    # The resolved strategy, since auto would hide an incompatibility.
     recipe = changed(plan.recipe, [("train.strategy", plan.step.strategy), *changes])
     machine = Machine(device.kind, device.bfloat16, processes)
     return judge(combination_of(recipe, machine)).kind == "works"
@@ -169,6 +171,7 @@ def _shared(plan: Plan) -> list[list[Change]]:
     order = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
     here = order.index(plan.step.strategy) if plan.step.strategy in order else len(order)
     more: list[list[Change]] = [[("train.strategy", name)] for name in order[here + 1 :]]
+    # Offloading alone is ZeRO's, and saves most with sharded weights.
     offloaded: list[list[Change]] = [[("train.strategy", "zero3"), ("train.offload", "cpu")]]
     return [[], *more, *(offloaded if plan.step.offload == "none" else [])]
 
@@ -183,6 +186,7 @@ def _drawn(plan: Plan) -> list[list[Change]]:
     left = plan.room - plan.phases[0].total
     lines = max(1, left // 2 // each)
     here = asked.lines * plan.step.processes
+    # If not even the weights fit, other changes have to free the memory first.
     found = [lines, lines // 4] if left > 0 else [8]
     return [[], *([("sampling.at_once", some * plan.step.processes)] for some in found if 0 < some < here)]
 
@@ -192,6 +196,7 @@ def _cut(plan: Plan) -> list[list[Change]]:
     settings = plan.recipe.settings
     found: list[list[Change]] = [[]]
     if isinstance(settings, OnlineSettings):
+        # TRL samples the full batch at once, and a batch cannot be smaller than one group.
         sizes = (settings.train.batch_size // part for part in (2, 4, 8, 16))
         return [[], *([("train.batch_size", size)] for size in sizes if size >= settings.sampling.samples)]
     for part in (2, 4):
@@ -232,7 +237,9 @@ def _bus_seconds(step: Workload, trained: int) -> float:
     if step.offload == "none":
         return 0.0
     tokens = step.tokens * step.accumulated
+    # float32 gradients out and float32 weights back.
     own = 8 * trained / step.processes
+    # The weights, for the forward and the backward pass of every micro-batch.
     passes = 2 * step.accumulated * step.architecture.parameters * step.bytes / step.processes
     return (own + (passes if step.strategy == "zero3" else 0.0)) / BUS / tokens
 

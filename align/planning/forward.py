@@ -46,9 +46,11 @@ def forward_pass(settings: StageSettings, step: Workload, lengths: Lengths) -> A
 
 
 def _supervised(settings: StageSettings, step: Workload, lengths: Lengths, rows: int) -> Workload:
+    # TRL computes logits at all positions.
     every = settings.data.loss_on == "all" or settings.train.engine == "trl"
     if not settings.data.packing:
         return _lines(step, lengths, rows, every=every)
+    # FlashAttention 2 separates packed rows by cumulative lengths, other implementations by a block mask.
     flash = step.attention == "flash_attention_2"
     one = _lines(step, lengths, rows, every=every)
     return replace(one, lines=1, columns=rows * one.columns, masked=rows > 1 and not flash)
@@ -82,6 +84,7 @@ def _compared(
     return replace(
         own,
         lines=rows,
+        # One prompt, followed by all completions.
         columns=lengths.longest + (each - 1) * reply,
         predicted=rows * each * reply,
         completions=rows * each,
@@ -123,6 +126,7 @@ def _rollout(
     if isinstance(settings, PpoSettings):
         lines = min(lines, settings.ppo.rollout_size)
     if isinstance(settings, OnlineSettings):
+        # TRL has no generation batch of its own.
         lines = settings.train.batch_size
     return Rollout(ceil(max(1, lines) / step.processes), lengths.longest_prompt, reply)
 
@@ -141,6 +145,7 @@ def _ppo(settings: PpoSettings, step: Workload, lengths: Lengths, rows: int) -> 
 
 def _online(settings: OnlineSettings, step: Workload, lengths: Lengths, rows: int) -> Workload:
     longer = _with_reply(lengths, settings.sampling.max_new_tokens)
+    # Without a KL penalty TRL runs no reference.
     beta = float(str(settings.model_dump().get("align", {}).get("beta", 0)))
     own = replace(
         step,

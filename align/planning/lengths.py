@@ -88,8 +88,10 @@ def lengths(
         return _large(data, size, most, replies)
     rows = rows_to_learn(data, seed, labels=labels)
     write = writer(data.template)
+    # Evenly spaced, since files may be sorted.
     some = [write(row) for row in rows[:: max(1, len(rows) // COUNTED)]]
     count, how = _counter(model, some)
+    # Memory is planned for the longest row, which a sample would miss.
     long = [write(row) for row in nlargest(LONG, rows, key=lambda row: row.size)]
     return _measured(
         some, long, count, rows=len(rows), most=most, how=f"{len(rows):,} rows of {_names(data)}; {how}"
@@ -153,6 +155,7 @@ def _counter(model: ModelSettings, some: Sequence[Said]) -> tuple[Count, str]:
         rate = BYTES_PER_TOKEN
         how = f"assuming {rate:g} bytes per token (the base's tokenizer is not on this machine)"
     else:
+        # Encoding all rows would take too long for a plan: other rows are converted by bytes per token.
         texts = ["".join((row.prompt, *row.replies)) for row in some]
         tokenizer = Tokenizer.from_file(str(file))
         tokens = sum(len(encoded.ids) for encoded in tokenizer.encode_batch(texts, add_special_tokens=False))
@@ -176,6 +179,7 @@ def _large(data: DataSettings, size: int, most: int, replies: int) -> Lengths:
     how = f"{_names(data)}: {size / 2**20:,.0f} MiB, not read for a plan; {BYTES_PER_TOKEN:g} bytes per token"
     if rows is None:
         return Lengths(None, most / 2, most / 2, replies, most, most, most, True, f"{how}, rows not counted")
+    # How rows divide into prompt and completion is unknown: half and half.
     mean = min(float(most), size / rows / BYTES_PER_TOKEN)
     return Lengths(rows, mean / 2, mean / 2, replies, most, most, most, False, f"{rows:,} rows; {how}")
 

@@ -225,6 +225,7 @@ def _length_key(settings: StageSettings) -> str:
 def _lengths(recipe: Recipe, most: int) -> Lengths:
     settings = recipe.settings
     drawn, labels = isinstance(settings.data, PromptSettings), isinstance(settings, KtoSettings)
+    # Without reading the data: pairs have two completions per row, other rows have one.
     pairs = settings.TRL_CONFIG in ("DPOConfig", "RewardConfig")
     found = lengths(
         settings.data,
@@ -252,6 +253,7 @@ def cut(known: Lengths, most: int) -> Lengths:
 
 def _in_blocks(found: Lengths, most: int) -> Lengths:
     """Return documents as the blocks they are split into."""
+    # All tokens, concatenated and split: blocks are full rows without a prompt.
     rows = None if found.rows is None else max(1, ceil(found.rows * found.together / most))
     full = float(most)
     return replace(
@@ -274,6 +276,7 @@ def _rows(settings: StageSettings, at: At, device: Device, processes: int) -> tu
     train = settings.train
 
     def fits(rows: int) -> bool:
+        # auto leaves a margin for the plan's error; a requested size is compared with the full memory.
         return peak(phases_of_rows(at(rows))).total <= SURE * device.room
 
     return choices.micro_batch_size(

@@ -68,6 +68,7 @@ def _memory(plan: Plan) -> Table:
     table = Table(title=f"memory {whose}, {name}", title_justify="left", title_style="bold", box=None)
     table.add_column("")
     for phase in plan.phases:
+        # In parentheses: a merge is a separate command and does not count for the verdict.
         title = f"({phase.name})" if phase.name == MERGE else phase.name
         table.add_column(title, justify="right", style="bold" if phase is top else "", max_width=12)
     for part in PARTS:
@@ -142,6 +143,7 @@ def _read(plan: Plan) -> str:
 
 
 def _disk(plan: Plan) -> str:
+    # Optional files have a comma in their name ("merged model, if ...").
     kept = {name: number for name, number in plan.disk.items() if "," not in name}
     asked = [f"{name}: {size(number)}" for name, number in plan.disk.items() if "," in name]
     parts = ", ".join(f"{name} {size(number)}" for name, number in kept.items())
@@ -174,6 +176,7 @@ def print_alternatives(found: Sequence[Alternative], plan: Plan, console: Consol
 
 def shown(found: Sequence[Alternative]) -> list[Alternative]:
     """Return the alternatives to print: the cheapest that fit, and single changes, without duplicates."""
+    # Of alternatives with equal results the first wins, reversed since later keys overwrite earlier ones.
     alike = {(one.plan.peak.total, one.plan.rows, round(one.time, 2)): one for one in reversed(found)}
     others = sorted(alike.values(), key=found.index)
     best = [one for one in others if one.plan.fits][:SHOWN]

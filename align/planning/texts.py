@@ -73,6 +73,7 @@ def _comparisons(settings: PreferenceSettings, seed: int, *, labels: bool) -> li
         layout = recognise_among(names, known, columns=place.columns, where=place.name, repair="")
         read = zip(read_rows(rows, layout, place.columns), (row.where for row in rows), strict=True)
         for row in comparisons(list(read), settings, source=index, report=report):
+            # KTO trains on each completion of a comparison separately.
             found += unpaired(row) if labels and len(row.replies) > 1 else [row]
     return found
 
@@ -104,6 +105,7 @@ def writer(name: str) -> Callable[[Row], Said]:
 
     def write(row: Row) -> Said:
         if row.document:
+            # All tokens of a document are trained on.
             return Said("", tuple(piece.text for piece in render_document(row.messages)))
         outside, inside = _written(template, row.messages)
         return Said(outside, tuple(turn.content for turn in row.completions) or ((inside,) if inside else ()))
@@ -121,6 +123,7 @@ def _written(template: Template | None, messages: Sequence[Message]) -> tuple[st
     if template is not None:
         try:
             segments, _ = render(template, messages)
+        # The run reports rows that the template refuses; the plan only needs their length.
         except TemplateError:
             return _plainly(messages)
         outside = "".join(piece.text for piece in segments if not piece.reply)

@@ -40,6 +40,7 @@ def seconds(
     if done is None:
         return None
     if rates := _measured(recipe, step, device):
+        # The spread covers other row lengths and adapters on the same base.
         slow, quick = min(rates.values()) * (1 - UNLIKE), max(rates.values()) * (1 + UNLIKE)
         names = ", ".join(rates)
         how = f"measured: {min(rates.values()):,.0f} tokens/s in {names}, give or take {UNLIKE:.0%}"
@@ -54,6 +55,7 @@ def _computed(step: Workload, device: Device, *, done: Work, trained: int, base:
         return None
     passes = done.steps * step.accumulated
     launching = launch_seconds(step, passes=passes)
+    # At best kernel launches overlap with computation, at worst they add up.
     least, most = max(training[0], launching[0]), training[1] + launching[1]
     slow, quick = device.used
     peak = f"{device.peak(step.precision) / 1e12:,.3g} TFLOP/s"
@@ -71,6 +73,7 @@ def _computed(step: Workload, device: Device, *, done: Work, trained: int, base:
 
 def _measured(recipe: Recipe, step: Workload, device: Device) -> dict[str, float]:
     """Return the tokens/s of finished runs with this stage, base and kind of device, by run."""
+    # A recorded rate is that of one process, and says nothing about communication.
     if recipe.stage not in COUNTED or step.processes > 1:
         return {}
     wanted = (recipe.stage, recipe.settings.model.base, step.quantization, step.precision, device.kind)

@@ -76,6 +76,7 @@ def _once(lengths: Lengths, learnt: float) -> float:
 def _ppo(settings: PpoSettings, lengths: Lengths) -> Work:
     """Return rollouts: scored by policy, reference, value and rewards; trained on by policy and value."""
     train, ppo, reply = settings.train, settings.ppo, settings.sampling.max_new_tokens
+    # Optimizer steps per rollout.
     updates = ppo.epochs * (ppo.rollout_size // train.batch_size)
     rollouts = max(1, ceil(train.epochs * (lengths.rows or 0) / ppo.rollout_size))
     if train.max_steps is not None:
@@ -84,6 +85,7 @@ def _ppo(settings: PpoSettings, lengths: Lengths) -> Work:
     tokens = episodes * (lengths.prompt + reply)
     scorers = sum(source.run is not None for source in settings.reward.sources)
     steps = train.max_steps or rollouts * updates
+    # Trained: policy and value. Forward only: old policy, reference and value, and each reward model.
     return Work(steps, 2 * ppo.epochs * tokens, (3 + scorers) * tokens, episodes, reply)
 
 
@@ -91,6 +93,7 @@ def _rejection(settings: RejectionSettings, lengths: Lengths) -> Work:
     """Return rounds of completions, and training on the best (of earlier rounds too if accumulated)."""
     own, reply = settings.rejection, settings.sampling.max_new_tokens
     prompts = own.prompts or lengths.rows or 0
+    # With accumulation each round trains on the selections of all rounds so far.
     kept = [prompts * (number if own.memory else 1) for number in range(1, own.rounds + 1)]
     steps = sum(_steps(settings, rows) for rows in kept)
     drawn = own.rounds * prompts * own.samples

@@ -74,6 +74,7 @@ class Linears:
         method = self.adapter.method
         if method == "full":
             return self.trained_linear(states, layer)
+        # (IA)^3 rescales the input of the feed-forward output layer, and the outputs of keys and values.
         if method == "ia3" and name in INNER:
             return self.scaled_input(states, layer)
         if method == "oft" and self.is_target(name):
@@ -149,11 +150,11 @@ class Linears:
         input and A's output are saved in the compute dtype. Without autocast and dropout x itself is saved,
         once for all layers that read it.
         """
-        wide = self.to(states, 4)
+        wide = self.to(states, 4)  # PEFT casts x to the dtype of A
         dropped = self.dropped(wide)
         outer = self.product(dropped, layer)
         self.tape.drop(dropped)
-        scaled = self.tape.run([outer], outer.numbers, self.each)
+        scaled = self.tape.run([outer], outer.numbers, self.each)  # times alpha / r
         self.tape.drop(outer)
         made = self.add(base, scaled)
         self.tape.drop(base, scaled, wide)
@@ -192,9 +193,11 @@ class Linears:
         wide = self.to(states, 4)
         dropped = self.dropped(wide)
         product = tape.new(numbers, 4)  # B A
+        # PEFT computes B A from an identity matrix as x; under autocast 16-bit copies are made too.
         tape.moment(4 * layer.inputs**2 + (self.each % 4) * (layer.inputs**2 + numbers))
         # W in float32 for the norm; a plain float32 weight is read where it is.
         weight = tape.new(0 if self.each == 4 and not self.dequantized(layer) else numbers, 4)
+        # W + s B A and a temporary for its column norms.
         tape.moment(2 * 4 * numbers)
         outer = self.product(dropped, layer)
         if self.adapter.dropout:
@@ -273,6 +276,7 @@ class Linears:
         wide = self.to(states, 4)
         inputs = self.to(wide, self.each)
         turned = tape.run([inputs, rotation], states.numbers, self.each, keeps=[inputs, solved])
+        # The rotated blocks are made contiguous again.
         laid = tape.run([turned], states.numbers, self.each)
         tape.drop(inputs, turned, solved)
         again = self.to(laid, 4)
@@ -294,6 +298,6 @@ class Linears:
         up = self.cast(hidden * width)
         outer = tape.run([active, up], states.numbers, self.each, keeps=[active, up])
         tape.drop(active)
-        made = tape.run([outer], outer.numbers, self.each)
+        made = tape.run([outer], outer.numbers, self.each)  # times the scale
         tape.drop(outer, wide)
         return made

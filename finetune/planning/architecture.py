@@ -161,6 +161,7 @@ class Architecture:
             UserError: an unknown ``model_type``, or a config without its sizes.
         """
         family = config.get("model_type")
+        # A multimodal config nests the decoder's under text_config.
         if family == "gemma3":
             return _with_vision(config)
         if family not in DEFAULTS:
@@ -184,6 +185,7 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """Return the number of parameters; tied embeddings count once."""
+        # Input embeddings, and the output head where it is a matrix of its own.
         tables = self.vocabulary * self.hidden * (1 if self.tied else 2)
         linear = sum(layer.parameters for layer in self.linear_layers())
         norms = sum(norm.parameters for norm in self.norms())
@@ -240,6 +242,7 @@ def _decoder(family: str, config: Values) -> Architecture:
         vocabulary=config["vocab_size"],
         context=config["max_position_embeddings"],
         tied=bool(config["tie_word_embeddings"]),
+        # Qwen2 has biases on queries, keys and values, without a config key for it.
         attention_bias=family == "qwen2" or bias,
         output_bias=family != "qwen2" and bias,
         mlp_bias=bool(config["mlp_bias"]),
@@ -250,6 +253,7 @@ def _decoder(family: str, config: Values) -> Architecture:
         query_key_norm=family in ("qwen3", "gemma3_text"),
         parallel=neox and bool(config["use_parallel_residual"]),
         softcap=gemma and config["final_logit_softcapping"] is not None,
+        # Gemma 2 caps the attention scores, which fused kernels do not support.
         eager=family == "gemma2",
         sliding_window=window,
         sliding_layers=sliding,
@@ -260,12 +264,15 @@ def _sliding(family: str, config: Values) -> tuple[int, int]:
     """Return the window of the sliding layers, and their number."""
     layers = int(config["num_hidden_layers"])
     if family == "mistral":
+        # null disables the window; a missing key means the class's default.
         window = config.get("sliding_window", 4096)
         return (window, layers) if window else (0, 0)
     if family in ("qwen2", "qwen3"):
+        # The first max_window_layers attend to everything.
         used = config.get("use_sliding_window", False) and config.get("sliding_window")
         return (config["sliding_window"], layers - config.get("max_window_layers", 28)) if used else (0, 0)
     if family.startswith("gemma"):
+        # Gemma 2 alternates; in Gemma 3 one layer of six attends to everything.
         every = 2 if family == "gemma2" else int(config.get("sliding_window_pattern") or 6)
         return config.get("sliding_window") or 4096, layers - layers // every
     return 0, 0

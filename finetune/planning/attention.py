@@ -45,6 +45,7 @@ class Attention:
         tape = self.tape
         query, key = self.linears.to(query, self.linears.each), self.linears.to(key, self.linears.each)
         tape.hold(value)
+        # The concatenation is a new buffer, so attention saves that and not the projection's output.
         if self.adapter.cached:
             key, value = self.behind_prefix(key), self.behind_prefix(value)
             whole = value
@@ -99,11 +100,13 @@ class Attention:
         float32.
         """
         tape, work = self.tape, self.workload
+        # One float32 log-sum-exp per query and head.
         sums = tape.new(work.lines * self.model.heads * work.width, 4)
         kept = [query, key, held, sums]
         if self.masked:
             line = -(-self.seen // FLASH_ALIGNED) * FLASH_ALIGNED if work.device == "cuda" else self.seen
             kept.append(tape.new(work.lines * work.width * line, self.linears.each))
+        # FlashAttention's backward accumulates dQ in float32; the kernel for masks does not.
         own = 4 * query.numbers if work.device == "cuda" and not self.masked else 0
         made = tape.run(
             [query, key, value],
@@ -119,6 +122,7 @@ class Attention:
     def written_out(self, query: Tensor, key: Tensor, value: Tensor, held: Tensor) -> Tensor:
         """Return eager attention: the score matrix is materialized, and the softmax is float32."""
         tape, work = self.tape, self.workload
+        # The score matrix is quadratic in the row length, and every step below is out of place.
         scores = work.lines * self.model.heads * work.width * self.seen
         found = tape.run([query, key], scores, self.linears.each, keeps=[query, key])
         for keeps in [False, *([False, True, False] if self.model.eager else []), False]:

@@ -14,10 +14,12 @@ def decoding(workload: Workload) -> dict[str, int]:
     model, asked = workload.architecture, workload.rollout
     assert asked is not None
     layer = asked.lines * _columns(workload) * model.keys * workload.bytes
+    # Eager attention copies keys and values to every query head.
     repeated = model.heads // model.key_value_heads if workload.attention == "eager" or model.eager else 0
     return {
         "key-value cache": cache_bytes(workload),
         "logits and loss": asked.lines * model.vocabulary * (workload.bytes + 4 * SCORES),
+        # Appending concatenates: the layer's new cache exists next to the old one.
         "workspace": layer * (1 + 2 * repeated),
     }
 

@@ -85,6 +85,7 @@ class Decoder:
             made = self.checkpointed(states) if self.workload.checkpointing else self.layer(states)
             tape.drop(states)
             states = made
+            # The middle layer's footprint is multiplied by the number of layers that are not simulated.
             if index == PLAYED - 2 and count > PLAYED:
                 kept = {part: size - before.get(part, 0) for part, size in tape.live.items()}
                 own = sum(cast.size for cast in self.linears.casts[casts:])
@@ -122,6 +123,7 @@ class Decoder:
         Chen et al. 2016 (arXiv 1604.06174), section 4; PyTorch's non-reentrant form.
         """
         tape, recording = self.tape, self.tape.recording
+        # The first forward pass runs under no_grad: nothing inside the layer is saved.
         tape.recording = False
         made = self.layer(states)
         tape.recording = recording
@@ -152,6 +154,8 @@ class Decoder:
         tape.drop(before)
         if model.sandwich:
             attended = self.behind(attended)
+        # GPT-NeoX: attention and feed-forward block read the same input, and both outputs are added at the
+        # end.
         middle = states if model.parallel else self.linears.add(states, attended)
         before = self.norm(middle, model.hidden)
         wide = self.feed_forward(before)
@@ -265,6 +269,7 @@ class Decoder:
     def rotated(self, states: Tensor, width: int) -> Tensor:
         """Return x cos + rotate(x) sin (RoPE): two products; autograd saves only cosines and sines."""
         tape, numbers = self.tape, self.workload.tokens * width
+        # cos and sin have the residual stream's dtype, which promotes the products.
         each = max(states.each, self.stream)
         straight = tape.run([states], numbers, each)
         tape.moment(numbers * states.each // 2, "activations")  # the negated half of rotate_half
@@ -281,6 +286,7 @@ class Decoder:
         inner = self.linears.linear(states, "gate_proj" if self.model.gated else "dense_h_to_4h")
         active = tape.run([inner], inner.numbers, inner.each, keeps=[inner])
         tape.drop(inner)
+        # act(gate x) * (up x): both factors are saved for each other's gradient.
         if self.model.gated:
             up = self.linears.linear(states, "up_proj")
             product = tape.run([active, up], active.numbers, active.each, keeps=[active, up])
@@ -288,6 +294,8 @@ class Decoder:
             active = product
         made = self.linears.linear(active, "down_proj" if self.model.gated else "dense_4h_to_h")
         tape.drop(active)
+        # Houlsby inserts a bottleneck after attention and after the MLP; Pfeiffer and AdaMix after the MLP
+        # alone.
         parallel = self.adapter.method == "bottleneck" and self.adapter.placement == "parallel"
         behind = self.adapter.method in BOTTLENECK and not parallel
         return self.with_bottleneck(made, made) if behind else made

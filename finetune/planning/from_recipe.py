@@ -23,6 +23,7 @@ def architecture_of(model: ModelSettings) -> Architecture:
     """
     config = base_config(model.base, model.revision)
     if model.rope is not None:
+        # Multimodal configs nest the decoder's.
         text = config.get("text_config", config)
         longer = {**text, "max_position_embeddings": round(_context(text) * model.rope.factor)}
         config = {**config, "text_config": longer} if "text_config" in config else longer
@@ -44,6 +45,7 @@ def adapter_of(settings: AdapterSettings) -> Adapter:
         rank=_rank(values),
         targets=() if isinstance(target, str) else tuple(target),
         dropout=values.get("dropout", 0.0) > 0,
+        # Positions include the frozen prompts of earlier tasks (progressive_prompt).
         virtual_tokens=max(own, settings.positions),
         frozen_tokens=max(0, settings.positions - own),
         width=values.get("width", values.get("encoder_width", 0)),
@@ -62,6 +64,7 @@ def _rank(values: dict[str, Any]) -> int:
     """Return the rank that memory is needed for: AdaLoRA starts at 1.5 times the final rank."""
     rank = int(values.get("rank", 0))
     if values["method"] == "adalora":
+        # It starts with more ranks than it ends with, and the largest count needs the memory.
         return int(values["first_rank"] or -(-3 * rank // 2))
     return rank
 

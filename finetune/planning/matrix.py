@@ -136,6 +136,7 @@ def _by_table(device: str) -> Iterator[tuple[list[str], list[Row]]]:
     tables: dict[str, tuple[list[str], list[Row]]] = {}
     for stage in stage_names():
         rows = adapter_rows(stage, device)
+        # Stages share a table if it renders to the same text.
         tables.setdefault(_table("", rows), ([], rows))[0].append(stage)
     yield from tables.values()
 
@@ -145,6 +146,7 @@ def _merged(lines: Iterable[tuple[str, tuple[Combination, ...]]]) -> list[Row]:
     rows: dict[tuple[str, ...], list[tuple[str, tuple[Combination, ...], tuple[Verdict, ...]]]] = {}
     for name, line in lines:
         verdicts = tuple(judge(cell) for cell in line)
+        # Verdicts with the same text are equal for a reader, so their rows are merged.
         rows.setdefault(tuple(map(cell_text, verdicts)), []).append((name, line, verdicts))
     return [
         Row(

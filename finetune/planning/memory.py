@@ -62,6 +62,7 @@ def plan_memory(workload: Workload) -> tuple[Phase, ...]:
     if workload.objective == "ppo" or workload.live_reference:
         phases.append(_with("score", own, _read(_plain(workload)), workspace=shared, host=held.host))
     step = dict(_played(_plain(workload)))
+    # The first micro-batch has no gradient to accumulate into, the later ones do.
     if workload.accumulated > 1:
         # The accumulated and the new gradient exist at once.
         step["gradients"] = held.gradients + step.get("gradients", 0)
@@ -72,6 +73,7 @@ def plan_memory(workload: Workload) -> tuple[Phase, ...]:
     phases.append(_with("optimizer step", own, taken, workspace=buckets, host=held.host))
     if not workload.adapter.whole_model:
         phases.append(Phase("merge", _merge(workload, held), held.host))
+    # Weights are copied to host memory to be written: one shard of a model, or the full adapter.
     written = min(SHARD, held.base) if workload.adapter.whole_model else held.adapter
     return (*phases, Phase("save", _parts(held), held.host + written))
 
@@ -112,6 +114,8 @@ def _plain(workload: Workload) -> Workload:
         scorers=0,
         rollout=None,
         processes=workload.processes if workload.strategy in PARTED_GRADIENTS else 1,
+        # A pass depends on the strategy only by the sharding of its gradients, so equal passes share a cache
+        # entry.
         strategy="zero2" if workload.strategy in PARTED_GRADIENTS else "single",
         offload="none",
     )
@@ -147,5 +151,6 @@ def _rollout(workload: Workload) -> Mapping[str, int]:
 def _merge(workload: Workload, held: Resident) -> dict[str, int]:
     """Return the memory of a merge: base, adapter, and the largest adapter product in float32."""
     largest = max(layer.inputs * layer.outputs for layer in workload.architecture.linear_layers())
+    # A merge loads the base unquantized, in the compute dtype.
     base = workload.architecture.parameters * workload.bytes
     return dict.fromkeys(PARTS, 0) | {"base": base, "adapter": held.adapter, "workspace": 2 * 4 * largest}

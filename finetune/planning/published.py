@@ -56,6 +56,7 @@ class Case:
     @property
     def peak(self) -> Phase:
         """Return the run's phase with the highest peak."""
+        # A merge is a command of its own; published figures are those of training.
         return peak(phase for phase in plan_memory(self.step) if phase.name != MERGE)
 
 
@@ -340,6 +341,7 @@ def page() -> str:
 
 def _line(case: Case) -> str:
     total, unit, name = case.peak.total, GIB, "GiB"
+    # Each plan is printed in the unit of its source.
     if "GB" in case.told:
         unit, name = GB, "GB"
     ratio = "" if case.figure is None else f"{total / case.figure:.2f}"

@@ -56,6 +56,7 @@ def resident(workload: Workload) -> Resident:
     model, adapter = workload.architecture, workload.adapter
     trained = trained_parameters(model, adapter, heads=0 if workload.objective == "ppo" else workload.heads)
     value = _value(workload)
+    # The reference log-probabilities are computed with the initial values of the trained weights.
     kept = trained if workload.objective == "ppo" or workload.live_reference else 0
     beside = 0 if adapter.whole_model else 4 * trained
     own = beside + 4 * (value + kept) + _frozen_beside(workload) + workload.scorers * beside
@@ -63,6 +64,7 @@ def resident(workload: Workload) -> Resident:
     whole = adapter.whole_model and workload.objective == "ppo"
     states = optimizer_bytes(workload, trained + value)
     shared = _shares(workload)
+    # Paged and offloaded optimizer states are in host memory.
     host = states if workload.optimizer == "paged_adamw" or workload.offload != "none" else 0
     # The foreach implementation, the default on CUDA, allocates one temporary of all parameters' size.
     foreach = 4 * (trained + value) if workload.device == "cuda" and not host else 0
@@ -84,6 +86,7 @@ def gathered(workload: Workload) -> int:
     if workload.strategy not in PARTED_WEIGHTS or workload.processes == 1:
         return 0
     model, stored = workload.architecture, workload.quantization
+    # Decoder layers alone: the vision tower does not run on text.
     inside = [one for one in model.linear_layers() if one.count == model.layers]
     layer = sum(quantized_bytes(one, stored, workload) for one in inside)
     wider = 4 // workload.bytes if workload.adapter.whole_model else 1
@@ -114,6 +117,7 @@ def base_bytes(workload: Workload) -> int:
     Trained weights stay in float32 (mixed precision). A model with a score head has no output embeddings.
     """
     architecture = workload.architecture
+    # AutoModelForSequenceClassification drops an untied output head.
     headless = workload.objective == "scores" and not architecture.tied
     parameters = architecture.parameters - (architecture.vocabulary * architecture.hidden if headless else 0)
     if workload.adapter.whole_model:

@@ -141,6 +141,7 @@ def judge(combination: Combination) -> Verdict:
         seen.add(combination)
     if not hit:
         return WORKS
+    # A rule's repair text describes its change alone; a chain of changes is listed as overrides.
     alone = hit[0].repair if len(hit) == 1 else ""
     return Verdict("changed", changes, _reasons(hit), alone or settings_text(changes), tuple(hit))
 
@@ -160,6 +161,7 @@ def strategy(combination: Combination) -> str:
     if combination.processes == 1:
         return STRATEGIES[0]
     each = (replace(combination, strategy=name) for name in STRATEGIES[1:])
+    # Where none works as it is, ddp is checked, and the user reads why it does not.
     return next((one.strategy for one in each if first_hit(one) is None), STRATEGIES[1])
 
 
@@ -232,6 +234,7 @@ def wants_two_passes(adapter: AdapterSettings) -> bool:
 def problem(combination: Combination, verdict: Verdict) -> Problem:
     """Return a verdict as the user's error message."""
     rule = verdict.rules[0]
+    # The error is reported at the rule's first property that is a recipe key.
     where = next((name for name in rule.when if name in KEYS), "adapter")
     others = dict.fromkeys(_told(name, combination) for name in rule.when if name != where)
     found = f"{str(combination.facts()[where]).lower()}, with {', '.join(others)}"
@@ -260,6 +263,7 @@ def _free(recipe: Recipe, key: str) -> bool:
     """Return whether nobody set a value, so that the solver may change it."""
     section, name = key.split(".")
     value = recipe.settings.model_dump()[section].get(name)
+    # The solver's own changes may change again, so that resolving a resolved recipe is a no-op.
     return value == "auto" or recipe.origins.get(key, DEFAULT) in (DEFAULT, SOLVER)
 
 

@@ -54,6 +54,8 @@ def matrix_weights(architecture: Architecture) -> int:
 def read_operations(workload: Workload) -> float:
     """Return the FLOPs of a token's forward pass, at the middle of the longest row."""
     architecture = workload.architecture
+    # With causal attention a token sees half of its row on average; completions that share a prompt do not
+    # see each other.
     seen = workload.columns / max(1, workload.completions / max(1, workload.lines))
     attention = 2 * architecture.layers * architecture.queries * seen
     return 2 * matrix_weights(architecture) + attention
@@ -66,6 +68,7 @@ def learnt_operations(workload: Workload, trained: int) -> float:
         workload: the step.
         trainable: parameters with a gradient.
     """
+    # Forward, the gradient of activations, and the recomputed forward under checkpointing.
     passes = 2 + workload.checkpointing
     return passes * read_operations(workload) + 2 * min(trained, matrix_weights(workload.architecture))
 
@@ -78,6 +81,7 @@ def step_seconds(workload: Workload, device: Device, *, operations: float) -> Ra
     slowest, fastest = device.used
     stored = DEQUANTIZED if workload.quantization != "none" else (1.0, 1.0)
     waits = EXCHANGED if workload.processes > 1 else (1.0, 1.0)
+    # Lower bound first: the highest utilization and the smallest overheads.
     ideal = operations / peak / workload.processes
     return ideal / fastest * stored[0] * waits[0], ideal / slowest * stored[1] * waits[1]
 
@@ -107,4 +111,5 @@ def drawn_seconds(workload: Workload, device: Device, *, replies: int, base_byte
     reading = base_bytes / device.bandwidth
     computing = asked.lines * read_operations(workload) / device.peak(workload.precision)
     quick, slow = DRAWN
+    # At best reading and computing overlap, at worst they add up.
     return turns * max(reading, computing) * quick, turns * (reading + computing / device.used[0]) * slow

@@ -33,6 +33,7 @@ def read(workload: Workload) -> Tape:
 def losses(tape: Tape, workload: Workload) -> Tensor:
     """Return the loss of a micro-batch by its objective."""
     found = [loss_of(tape, workload) for _ in range(workload.adapter.passes)]
+    # The value model runs on the same tokens, in the same step as the policy.
     if workload.objective == "ppo":
         found.append(scored(tape, workload))
     elif workload.adapter.passes > 1:
@@ -64,6 +65,7 @@ def embedded(linears: Linears) -> Tensor:
         return tape.run([linears.table], numbers, 4)
     if adapter.method == "trainable_tokens":
         rows = tape.weight(adapter.tokens * model.hidden)
+        # PEFT builds a full embedding matrix with the trained rows in every pass.
         table = tape.run([rows], model.vocabulary * model.hidden, work.bytes)
         states = tape.run([table], numbers, work.bytes)
         tape.drop(table)
@@ -83,6 +85,7 @@ def headed(linears: Linears, states: Tensor) -> Tensor:
     """
     tape, work = linears.tape, linears.workload
     model = work.architecture
+    # The output head runs on the positions before a label alone: logits dominate memory otherwise.
     chosen = tape.run([states], work.predicted * model.hidden, states.each)
     tape.drop(states)
     inputs = linears.to(chosen, work.bytes)
@@ -136,6 +139,7 @@ def likelihood(tape: Tape, workload: Workload, logits: Tensor) -> Tensor:
     chunks = chunked(tape, workload, logits)
     sums = []
     for chunk in chunks:
+        # The float32 softmax of one chunk is freed before the next chunk.
         tape.moment(4 * chunk.numbers, LOSS)
         sums.append(tape.run([chunk], 1, 4, keeps=[logits], workspace=2 * 4 * chunk.numbers))
     loss = tape.run(sums, 1, 4)

@@ -82,6 +82,7 @@ class Tape:
         tensor.holders = 1
         self.live[part] = self.live.get(part, 0) + tensor.size
         self.total += tensor.size
+        # Only an allocation can raise the peak, so it is recorded here.
         if self.total > self.peak:
             self.peak, self.most = self.total, dict(self.live)
         return tensor
@@ -132,6 +133,7 @@ class Tape:
             workspace: temporary bytes of the backward pass.
             category: memory category of the output; default: that of the first input.
         """
+        # A weight's category is that of its gradient; what is computed from it is an activation.
         first = "activations" if inputs[0].trained else inputs[0].part
         made = self.new(numbers, each, part or first)
         learning = [one for one in inputs if one.learns]
@@ -154,6 +156,7 @@ class Tape:
             self.drop(first, *(view.grad for view in views if view.grad is not None))
             self.accumulate(whole, joined)
 
+        # The views' readers are recorded later and so run backward earlier: their gradients exist by then.
         if whole.learns and self.recording:
             self.write(Operation(views[0], [whole], [], again=join))
         return views
@@ -182,6 +185,8 @@ class Tape:
             operation.again(grad)
             self.drop(*kept)
         else:
+            # Autograd allocates all input gradients before it frees the output's gradient and the saved
+            # buffers.
             gradients = [self._gradient(one, grad, aliased=operation.aliased) for one in operation.inputs]
             if operation.workspace:
                 self.moment(operation.workspace)

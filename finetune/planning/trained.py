@@ -101,13 +101,16 @@ def _prefix(architecture: Architecture, adapter: Adapter) -> int:
     width, tokens = architecture.keys, adapter.virtual_tokens
     made = 2 * architecture.layers * width
     if adapter.projection:
+        # PEFT's prefix encoder: an embedding and an MLP whose output is all layers' keys and values.
         return tokens * width + (width * width + width) + (width * made + made)
+    # One gate per layer, and one per layer and token.
     gates = architecture.layers * (1 + tokens) if adapter.method == "adaptive_prefix" else 0
     return tokens * made + gates
 
 
 def _bottlenecks(architecture: Architecture, adapter: Adapter) -> int:
     """Count W_down, W_up and their biases over all layers and insertion points."""
+    # Houlsby: after attention and after the MLP.
     places = 2 if adapter.placement == "houlsby" and adapter.method == "bottleneck" else 1
     one = 2 * architecture.hidden * adapter.width + adapter.width + architecture.hidden
     return architecture.layers * places * adapter.experts * one
@@ -120,8 +123,10 @@ def _of_states(architecture: Architecture, adapter: Adapter) -> int:
     if adapter.method in ("prompt", "progressive_prompt"):
         return own * hidden
     if adapter.method == "multitask_prompt":
+        # A shared prompt, and a task matrix of rank r.
         return tokens * hidden + tokens * adapter.rank + adapter.rank * hidden
     if adapter.method == "llama_adapter":
+        # A prompt and a zero-initialized gate in each of the top layers.
         return min(adapter.top_layers, architecture.layers) * (tokens * hidden + 1)
     if adapter.method == "trainable_tokens":
         return adapter.tokens * hidden
