@@ -26,7 +26,7 @@ def forward_pass(settings: StageSettings, step: Workload, lengths: Lengths) -> A
 
     Args:
         settings: a recipe's sections.
-        step: base, adapter and training.
+        workload: base, adapter and training.
         lengths: of its rows.
     """
     if isinstance(settings, (DpoSettings, RewardSettings)):

@@ -47,7 +47,7 @@ class Lengths:
         longest_prompt: tokens of the longest prompt.
         longest_completion: tokens of the longest completion.
         is_upper_bound: whether the means are upper bounds.
-        source: how the lengths were obtained.
+        basis: how the lengths were obtained.
     """
 
     rows: int | None

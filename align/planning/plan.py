@@ -95,7 +95,7 @@ def plan_of(recipe: Recipe, device: Device, count: int, *, known: Plan | None = 
         recipe: the recipe.
         device: the device of each process.
         count: how many of them the machine has.
-        known: a plan with the same base and data, to avoid reading them again.
+        reuse: a plan with the same base and data, to avoid reading them again.
 
     Raises:
         UserError: an unknown base, a setting that the device does not support, mistakes in local data.

@@ -31,11 +31,11 @@ def seconds(
 
     Args:
         recipe: the recipe.
-        step: one optimizer step of a process.
+        workload: one optimizer step of a process.
         device: the device of each process.
         work: of the full run.
         trainable: number of trainable parameters.
-        base: bytes of the base's weights.
+        base_bytes: bytes of the base's weights.
     """
     if done is None:
         return None

@@ -49,7 +49,7 @@ class Adapter:
         top_layers: llama_adapter's layers that have a prompt.
         block_size: of oft.
         tokens: the number of trainable_tokens.
-        passes: forward passes per batch (adamix with consistency: 2).
+        forward_passes: per batch (adamix with consistency: 2).
     """
 
     method: str = "lora"
