@@ -39,7 +39,7 @@ def load_recipe(
         base: short name, hub id or folder of the base model.
         data: hub id, file, folder, or a list of rows.
         adapter: name of an adapter.
-        start: finished run to initialize from: its folder, its name, or ``stage/recipe``.
+        init_from: finished run to initialize from: its folder, its name, or ``stage/recipe``.
         reward: reward of the RL stages: a finished run of stage reward, ``reward/recipe``, or
             ``file.py:function``.
         out: the run directory.

@@ -201,7 +201,7 @@ def _text_between(ids: list[int], start: int, end: int, encoder: Encoder) -> str
 
 
 def _lengths(lengths: Sequence[int]) -> Facts:
-    """Return statistics of the row lengths in tokens, with a histogram of at most BARS bars."""
+    """Return statistics of the row lengths in tokens, with a histogram of at most MAX_BARS bars."""
     longest = max(lengths)
     width = _bar_width(longest)
     counts = np.bincount((np.asarray(lengths) - 1) // width)

@@ -15,7 +15,7 @@ def default_recipe(stage: str, given: Mapping[str, Any]) -> tuple[str, list[str]
 
     Args:
         stage: the stage.
-        given: values of --base, --from and other options, by recipe key.
+        overrides: values of --base, --from and other options, by recipe key.
 
     Raises:
         UserError: --from is not a finished run.

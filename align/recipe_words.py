@@ -17,7 +17,7 @@ def recipe_of_words(
 
     Args:
         stage: the stage of the recipe.
-        words: ``RECIPE`` and ``section.key=value``.
+        arguments: ``RECIPE`` and ``section.key=value``.
         shortcuts: values of --base, --data and other options, by recipe key.
         out: the run directory.
 

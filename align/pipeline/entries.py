@@ -24,10 +24,10 @@ def entries_of(
 
     Args:
         section: ``stages`` or ``public``.
-        found: the file's settings of each stage.
+        stages: the file's settings of each stage.
         file: name of the file.
-        lines: line numbers of its keys.
-        changes: ``stage.section.key`` -> value, from the command line or from Python.
+        line_numbers: line numbers of its keys.
+        overrides: ``stage.section.key`` -> value, from the command line or from Python.
     """
     places = {".".join(key): f"{file}:{line}" for key, line in lines.items()}
     problems = [*_names(section, found), *_references(section, found), *_changes(found, changes)]

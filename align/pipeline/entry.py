@@ -25,9 +25,9 @@ class Entry:
         name: name in the pipeline.
         stage: the stage that runs it (sft, dpo, ...).
         recipe: name or path of the recipe.
-        start: name of the pipeline stage to initialize from; None starts from a base model.
+        init_from: name of the pipeline stage to initialize from; None starts from a base model.
         rewards: names of the pipeline stages that provide the reward models.
-        given: overrides of the recipe's settings, by ``section.key``.
+        overrides: overrides of the recipe's settings, by ``section.key``.
         origins: origin (file and line) of each override, also of ``model.start`` and ``reward.sources``.
     """
 
@@ -66,9 +66,9 @@ class Entry:
         """Load the recipe with the pipeline's overrides.
 
         Args:
-            start: value of ``model.start``; None leaves the recipe's.
+            init_from: value of ``model.start``; None leaves the recipe's.
             rewards: the run of each name in ``rewards``.
-            pending: recipes that have not run yet, by the names used in ``start`` and ``rewards``.
+            pending: recipes that have not run yet, by the names used in ``init_from`` and ``rewards``.
 
         Raises:
             UserError: all problems found, each prefixed with the stage's name.

@@ -69,8 +69,8 @@ def load_pipeline(
         name: name of a pipeline, or path of a YAML file.
         base: base model of the stages that start from one.
         out: output folder of the pipeline.
-        changes: overrides of the recipes' settings, ``{"sft.train.epochs": 3}``.
-        words: the same as command-line arguments, ``sft.train.epochs=3``.
+        overrides: overrides of the recipes' settings, ``{"sft.train.epochs": 3}``.
+        arguments: the same as command-line arguments, ``sft.train.epochs=3``.
 
     Raises:
         UserError: all problems found.

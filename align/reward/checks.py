@@ -76,7 +76,7 @@ def model_ticks(
         model: base with adapter and head, on its device.
         groups: the training comparisons.
         objective: the training objective.
-        collate: the run's collator.
+        collator: the run's collator.
         precision: dtype of the forward pass.
         quantization: quantization of the base.
     """

@@ -12,7 +12,7 @@ def reward_table(scores: Tensor, sizes: Tensor, heads: Tensor) -> Tensor:
 
     Args:
         scores: (C, heads), completions in group order.
-        sizes: (G,) number of completions per group.
+        group_sizes: (G,) number of completions per group.
         heads: (G,) index of the head trained on the group.
 
     >>> scores = torch.tensor([[1.0, 9.0], [2.0, 9.0], [9.0, 3.0], [9.0, 4.0], [9.0, 5.0]])
@@ -32,7 +32,7 @@ def margin_table(margins: Tensor, scores: Tensor, sizes: Tensor, *, scale: float
     Args:
         margins: (G,) margin of a pair, NaN where the data has none.
         scores: (G, K), NaN where the data has none or the completion is padding.
-        sizes: (G,) number of completions per group.
+        group_sizes: (G,) number of completions per group.
         scale: factor on the margins.
     """
     between = scores[:, :, None] - scores[:, None, :]
@@ -50,7 +50,7 @@ def comparison_losses(
         rewards: (G, K).
         ranks: (G, K), 0 is the best; negative for padding.
         margins: (G, K, K), [g, i, j] is the margin of i over j; None means 0.
-        centring: coefficient of the squared sum of the two rewards.
+        center_rewards_coefficient: coefficient of the squared sum of the two rewards.
     """
     return all_pairs(rewards, -ranks, present=ranks >= 0, margins=margins, centring=centring)
 
@@ -63,7 +63,7 @@ def disagreements(rewards: Tensor, others: Tensor, ranks: Tensor) -> Tensor:
 
     Args:
         rewards: (G, K) of the first forward pass.
-        others: (G, K) of the second forward pass.
+        other_rewards: (G, K) of the second forward pass.
         ranks: (G, K), 0 is the best; negative for padding.
     """
     better = better_than(-ranks, ranks >= 0)

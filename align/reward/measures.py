@@ -19,7 +19,7 @@ Z95 = 1.959964
 class Scored:
     """Scored comparisons: C completions in the order of their G groups.
 
-    ``rewards``, ``ranks`` (0 is the best) and ``lengths`` (tokens): (C,); ``sizes``: (G,).
+    ``rewards``, ``ranks`` (0 is the best) and ``lengths`` (tokens): (C,); ``group_sizes``: (G,).
     """
 
     rewards: Numbers
@@ -37,7 +37,7 @@ class Scored:
 class Contests:
     """P pairs of completions of unequal rank.
 
-    ``leads``: reward margin of the better completion; ``longer``: its length difference in tokens;
+    ``margins``: reward margin of the better completion; ``length_differences``: difference in tokens;
     ``weights``: sum to 1 over the pairs of a group. All have shape (P,).
     """
 

@@ -31,10 +31,10 @@ class Measuring:
     Attributes:
         model: base with adapter and head.
         data: training and held-out comparisons.
-        names: names of the heads.
-        heads: index of the head of each data source.
-        collate: the collator.
-        size: groups per forward pass.
+        head_names: names of the heads.
+        head_of_source: index of the head of each data source.
+        collator: the collator.
+        batch_size: groups per forward pass.
     """
 
     model: nn.Module

@@ -37,7 +37,7 @@ def load_scorer(
     pad_id: int,
     strategy: str = "single",
 ) -> PreTrainedModel:
-    """Load the frozen base with a score head: the checkpoint's, or an untrained one (see ``draw_head``).
+    """Load the frozen base with a score head: the checkpoint's, or an untrained one (``init_score_head``).
 
     Args:
         settings: the recipe's model section.

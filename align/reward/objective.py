@@ -15,10 +15,10 @@ class Objective:
     """The loss of a reward model, shared by the trainer and the pre-flight checks.
 
     Attributes:
-        heads: index of the head of each data source.
-        centring: coefficient of the reward centering term (arXiv 2312.09244).
-        margins: factor on the dataset's margins; None ignores them.
-        passes: forward passes per batch; 2 adds the AdaMix consistency loss.
+        head_of_source: index of the head of each data source.
+        center_rewards_coefficient: coefficient of the reward centering term (arXiv 2312.09244).
+        margin_scale: factor on the dataset's margins; None ignores them.
+        forward_passes: forward passes per batch; 2 adds the AdaMix consistency loss.
     """
 
     heads: tuple[int, ...]

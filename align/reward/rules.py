@@ -31,7 +31,7 @@ class Rule:
         Args:
             prompts: one per completion.
             completions: the texts to score.
-            places: location of each completion, for error messages.
+            locations: location of each completion, for error messages.
 
         Raises:
             UserError: the function raised, or returned no number.

@@ -46,11 +46,11 @@ class RewardModel:
     Attributes:
         model: the sequence classification model.
         encoder: converts conversations to tokens.
-        zeros: mean and standard deviation of each head over chosen completions of its training rows.
+        normalization: mean and standard deviation of each head over chosen completions of its training rows.
         rules: rule rewards.
-        room: length limits of a prompt with its completion.
-        collate: the collator.
-        tokens: approximate tokens per forward pass.
+        length_limits: length limits of a prompt with its completion.
+        collator: the collator.
+        tokens_per_forward: approximate tokens per forward pass.
     """
 
     model: nn.Module
@@ -92,8 +92,8 @@ class RewardModel:
         """Score the last reply of each conversation, as ``score`` does.
 
         Args:
-            talks: conversations that end with a reply.
-            places: location of each conversation, for error messages.
+            conversations: conversations that end with a reply.
+            locations: location of each conversation, for error messages.
         """
         if not talks:
             return {name: [] for name in self.names}
@@ -203,7 +203,7 @@ def _turns(prompt: Prompt) -> list[Message]:
 
 
 def _few(completions: list[Ids]) -> Iterator[list[Ids]]:
-    """Yield chunks of at most TOGETHER completions."""
+    """Yield chunks of at most MAX_SHARED_COMPLETIONS completions."""
     for start in range(0, len(completions), TOGETHER):
         yield completions[start : start + TOGETHER]
 

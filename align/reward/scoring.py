@@ -21,8 +21,8 @@ def score_groups(
     Args:
         model: a reward model in any wrapper; evaluated without dropout, its mode is restored.
         groups: prompts with their completions; at least one.
-        collate: the collator.
-        size: groups per forward pass.
+        collator: the collator.
+        batch_size: groups per forward pass.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -47,7 +47,7 @@ def of_own_heads(scores: Numbers, groups: PreferenceGroups, heads: Sequence[int]
     Args:
         scores: (C, heads).
         groups: the scored comparisons.
-        heads: index of the head of each data source.
+        head_of_source: index of the head of each data source.
     """
     owners = np.repeat(np.asarray(heads)[list(groups.sources)], groups.completions)
     rewards = scores[np.arange(len(scores)), owners]

@@ -65,7 +65,7 @@ def base_for_scorers(base: PreTrainedModel, *, rewritten: bool) -> PreTrainedMod
 
     Args:
         base: a causal model without an adapter.
-        rewritten: whether building the adapter changes the frozen weights (``Traits.changes_base``).
+        changes_base: whether building the adapter changes the frozen weights (``Traits.changes_base``).
     """
     return copy.deepcopy(base) if rewritten else base
 

@@ -20,7 +20,7 @@ from finetune.training.preflight.untouched import untouched
 
 
 def reward_stage(*, centring: float) -> TrlStage:
-    """Return the arguments of RewardConfig; ``centring`` as in ``bradley_terry``, 0 for off."""
+    """Return the arguments of RewardConfig; the coefficient is that of ``bradley_terry``, 0 for off."""
     return TrlStage("RewardConfig", {"center_rewards_coefficient": centring or None})
 
 
@@ -96,7 +96,7 @@ def trl_reward_trainer(
 
     Args:
         model: base with adapter and a single score head.
-        args: from ``reward_stage``.
+        args: from ``reward_config_spec``.
         tokenizer: the base's tokenizer; not modified.
         train: training pairs.
         held_out: held-out pairs, if any.

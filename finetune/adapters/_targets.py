@@ -60,10 +60,10 @@ def check_targets(model: "PreTrainedModel", target: str | list[str]) -> None:
 def module_names(
     model: "PreTrainedModel", usual: tuple[str, ...], *, what: str, linear: bool = True
 ) -> list[str]:
-    """Return the names among ``usual`` that the model's linear layers (or any of its modules) have.
+    """Return the names among ``candidates`` that the model's linear layers (or any of its modules) have.
 
     Raises:
-        UserError: none of them exists; ``what`` names the searched part in the message.
+        UserError: none of them exists; ``part`` names the searched part in the message.
     """
     modules = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     present = set(linear_names(model)) if linear else modules

@@ -21,16 +21,16 @@ class Traits:
         quantization: supported quantizations of the base; the first is the value of
             ``model.quantization: auto``.
         packing: whether rows may be packed (virtual tokens before each row rule it out).
-        whole_model: whether it trains the base's own weights, so that the result is a full model.
+        full_finetuning: whether it trains the base's own weights, so that the result is a full model.
         changes_base: whether building it changes the frozen weights (their sum with the adapter stays).
-        checkpointing: whether it supports ``train.gradient_checkpointing``.
-        merge: empty, or why the adapter cannot be merged into the base's weights.
-        scores: empty, or why it cannot adapt a reward model.
+        gradient_checkpointing: whether it supports ``train.gradient_checkpointing``.
+        merge_unsupported: empty, or why the adapter cannot be merged into the base's weights.
+        scoring_unsupported: empty, or why it cannot adapt a reward model.
         engines: the engines that can train it.
         learning_rate: typical learning rate, suggested when only the adapter of a recipe is changed.
-        in_training: settings that only affect training; a run that continues another may change them.
-        at_start: settings that only affect initialization; ignored when a run continues another.
-        goes_on_as: the adapter to continue training with, if it is another one than this.
+        training_only: settings that only affect training; a run that continues another may change them.
+        init_only: settings that only affect initialization; ignored when a run continues another.
+        continues_as: the adapter to continue training with, if it is another one than this.
     """
 
     quantization: tuple[str, ...] = ("none", "nf4", "int8")
@@ -52,9 +52,9 @@ class Hooks:
     """Training hooks of an adapter, called by the native engine.
 
     Attributes:
-        rate_factors: parameter name -> learning rate factor (LoRA+).
+        lr_factors: parameter name -> learning rate factor (LoRA+).
         penalty: term added to the loss of each optimizer step (AdaLoRA's orthogonality penalty).
-        passes: forward passes per batch; 2 adds a consistency loss between them (AdaMix).
+        forward_passes: forward passes per batch; 2 adds a consistency loss between them (AdaMix).
         after_step: called with the number of completed steps, after the optimizer step and before zero_grad.
         state: returns tensors to checkpoint besides the weights.
         restore: restores what ``state`` returned.

@@ -1,7 +1,7 @@
 """Custom PEFT tuners: base classes for layers that wrap a module and change its output.
 
-Importing a module that calls ``register`` makes its adapter known to ``PeftModel.from_pretrained``. Saving,
-loading, several adapters on one base, switching and disabling are PEFT's.
+Importing a module that calls ``register_tuner`` makes its adapter known to ``PeftModel.from_pretrained``.
+Saving, loading, several adapters on one base, switching and disabling are PEFT's.
 """
 
 from abc import abstractmethod

@@ -279,7 +279,7 @@ TALK_SHARE = 0.3
 
 
 def documents(count: int, rng: Random) -> list[str]:
-    """Return texts of three to six facts in one language, TALK_SHARE of them as dialogues in the shop.
+    """Return texts of three to six facts in one language, DIALOGUE_FRACTION of them as dialogues in the shop.
 
     Held-out questions appear in none of them.
     """

@@ -1,4 +1,4 @@
-"""Graders of completions: ``evaluate.judges: {happy_end: finetune/tiny/judges.py:happy_end}``."""
+"""Graders of completions: ``evaluate.graders: {happy_end: finetune/tiny/graders.py:happy_end}``."""
 
 from finetune.tiny.stories import ends_happily, is_harsh, requested
 

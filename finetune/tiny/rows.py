@@ -68,7 +68,7 @@ def exact_rows(side: Side, task: Task, count: int, rng: Random) -> list[Row]:
 
 
 def story_rows(side: Side, language: str, count: int, *, happy_share: float, rng: Random) -> list[Row]:
-    """Return rows of the story task; each ends happily with probability `happy_share`."""
+    """Return rows of the story task; each ends happily with probability `happy_fraction`."""
     return [
         {
             "instruction": stories.ask(topic, rng),

@@ -68,7 +68,7 @@ def korean_to_english(_: Random) -> list[Example]:
 
 
 def sums(_: Random) -> list[Example]:
-    """Return all sums of two numbers from 1 to LARGEST_SUMMAND; a + b and b + a share a key."""
+    """Return all sums of two numbers from 1 to MAX_SUMMAND; a + b and b + a share a key."""
     numbers = range(1, LARGEST_SUMMAND + 1)
     return [
         Example(
@@ -89,7 +89,7 @@ def sums(_: Random) -> list[Example]:
 
 
 def larger(_: Random) -> list[Example]:
-    """Return all ordered pairs of distinct numbers from 1 to LARGEST_NUMBER."""
+    """Return all ordered pairs of distinct numbers from 1 to MAX_NUMBER."""
     numbers = range(1, LARGEST_NUMBER + 1)
     return [
         Example(
