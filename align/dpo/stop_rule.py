@@ -9,7 +9,7 @@ MEASURED = "held_out_chosen_logps"
 
 
 class StopWhenChosenFalls(TrainerCallback):  # type: ignore[misc]
-    """Stops training once the held-out chosen log-probability dropped by more than ``max_drop`` nats per token."""
+    """Stops training once the held-out chosen log-probability dropped by more than ``max_drop`` per token."""
 
     def __init__(self, most: float, *, start: Callable[[], float], tell: Callable[[str], None]) -> None:
         """Bind the largest allowed drop, the value before training, and the logger of the reason."""

@@ -2,7 +2,7 @@
 
 A loss is one function of `pairwise.py` or `listwise.py`:
 
-    def dpo(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveFloat = 0.1) -> LossOutput
+    def dpo(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveSetting = 0.1) -> LossOutput
 
 Its first parameter declares its inputs, the others are its settings with their ranges. `catalog.py` parses
 both from the file, without importing torch: there is nothing to register.

@@ -18,7 +18,7 @@ def test_pain_15_a_run_explains_itself(dpo_recipe: Recipes, capsys: pytest.Captu
     panel = {finding["name"]: finding for finding in result.record["panel"]}
     assert "saturated" in panel and panel["likelihood"]["warned"]
     page = (result.directory / "report.html").read_text(encoding="utf-8")
-    assert "What happened" in page and "adds an NLL term" in page
+    assert "Diagnostics" in page and "adds an NLL term" in page
     told = capsys.readouterr().out
     assert "!!  likelihood" in told and "--  learning" in told
 
