@@ -33,4 +33,5 @@ def opened() -> Segment:
 
 def answered(message: Message) -> list[Segment]:
     """Return the rest of the assistant's turn: its text and the end-of-turn token."""
+    # The line feed after the end token is not generated, so it carries no loss.
     return [*reply(message, end=END), markup("\n")]

@@ -48,6 +48,7 @@ class Markers:
         # Cheap exit for nearly all boundaries: the two characters at it must be adjacent in some marker.
         if before[-1:] + after[:1] not in self.pairs:
             return 0
+        # A marker across the boundary has at least one character on each side.
         window = before[-(self.longest - 1) :]
         return max(
             (len(window) - start for start in _over(self.pattern, window, after[: self.longest - 1])),
@@ -76,5 +77,6 @@ def _build(texts: tuple[str, ...]) -> Markers:
         pattern=re.compile(alternatives),
         pairs=frozenset(text[i : i + 2] for text in texts for i in range(len(text) - 1)),
         longest=max(map(len, texts), default=0),
+        # Still contained after a space was inserted: a single character, or a space at an end.
         unbreakable=frozenset(text for text in texts if text in f"{text[0]} {text[1:]}"),
     )

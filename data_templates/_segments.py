@@ -116,6 +116,7 @@ def render(
     """
     check_roles(messages)
     _check_tools(template, messages)
+    # All special tokens of the tokenizer, also those that this template does not use.
     markers = Markers.of((*template.markers, *special_tokens))
     harmless = []
     total = 0
@@ -126,6 +127,7 @@ def render(
         # Published datasets have inputs of a single space or line feed, which mean "no input".
         harmless.append(replace(message, content=content, context=context if context.strip() else ""))
         total += in_content + in_context
+    # Escaped contents can still form a marker together with the text around them.
     segments, at_borders = apart_at_borders(template.render(harmless), markers)
     return segments, total + at_borders
 
@@ -159,6 +161,7 @@ def apart_at_borders(segments: Sequence[Segment], markers: Markers) -> tuple[lis
             else:
                 result[place] = replace(result[place], text=f"{result[place].text} ")
             tries += 1
+            # More spaces than the longest marker has characters cannot help.
             if tries > markers.longest:
                 raise TemplateError(
                     f"{segment.text[:20]!r} and the text before it form a marker that no space can break"
@@ -179,7 +182,7 @@ def _tail(segments: Sequence[Segment], markers: Markers) -> str:
 
 
 def _last_content(segments: Sequence[Segment], back: int) -> int | None:
-    """Return the index of the last content segment within the last ``back`` characters, or None."""
+    """Return the index of the last content segment within the last ``num_characters`` characters, or None."""
     for index in reversed(range(len(segments))):
         if back <= 0:
             return None
@@ -204,6 +207,7 @@ def check_roles(messages: Sequence[Message]) -> None:
     counts as a reply, and an observation takes the place of a user turn.
     """
     turns = [message.role for message in messages]
+    # A conversation may end with a user turn: that is a generation prompt.
     body = turns[1:] if turns[:1] == ["system"] else turns
     body = body[1:] if body[:1] == ["tools"] else body
     if body[:1] != ["user"] or not all(_may_follow(one, next_one) for one, next_one in pairwise(body)):

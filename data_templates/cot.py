@@ -36,6 +36,7 @@ def render(messages: Sequence[Message]) -> list[Segment]:
 
 
 def _reasoned(message: Message) -> list[Segment]:
+    # The last mark, should the reasoning contain another one.
     reasoning, mark, answer = message.content.rpartition(MARK)
     if not mark or not answer.strip():
         return reply(message, before=" ")

@@ -20,6 +20,7 @@ def render(messages: Sequence[Message]) -> list[Segment]:
         if message.role == "assistant":
             segments += [*reply(message, end=END), markup("\n")]
             continue
+        # Gemma has no system role: its template puts the system text into the first user turn.
         first = [Segment("content", system), markup("\n\n")] if system and index == 0 else []
         segments += [markup(f"{START}user\n"), *first, *asked(message)]
         segments.append(markup(f"{END}\n{START}model\n"))

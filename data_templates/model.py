@@ -54,6 +54,7 @@ def _render(messages: Sequence[Message], chat: ChatRenderer, ends: re.Pattern[st
     limits = [*opened, len(text)][1:]
     for index, begin, limit in zip(replies, opened, limits, strict=True):
         trained = messages[index].trained
+        # Searched up to the next reply only: a later turn's end token is not this one's.
         end = ends.search(text, begin, limit)
         stop = end.start() if end else _closed(text, turns[: index + 1], chat)
         last = (
@@ -70,6 +71,7 @@ def _render(messages: Sequence[Message], chat: ChatRenderer, ends: re.Pattern[st
 
 def _opened(text: str, before: list[dict[str, str]], chat: ChatRenderer) -> int:
     """Return the start of the assistant's turn: the end of its generation prompt."""
+    # A template may render a turn differently once others follow it; then the prompt is not a prefix.
     prompt = chat(before, True)
     if not text.startswith(prompt):
         raise TemplateError(
@@ -105,6 +107,7 @@ def _check_complete(messages: Sequence[Message], chat: ChatRenderer) -> None:
 
 
 def _with_placeholders(messages: Sequence[Message], chat: ChatRenderer) -> str:
+    # Private use characters: no template contains, changes or strips them.
     blanks = [
         {"role": message.role, "content": f"\ue000{index}\ue001"} for index, message in enumerate(messages)
     ]
@@ -114,6 +117,7 @@ def _with_placeholders(messages: Sequence[Message], chat: ChatRenderer) -> str:
 def _stop(chat: ChatRenderer, special: re.Pattern[str]) -> tuple[str, ...]:
     """Return the special token with which this template ends a reply, if any."""
     exchange = [Message("user", "a"), Message("assistant", "b")]
+    # With a system turn too, for templates that reject a conversation without one.
     for messages in (exchange, [Message("system", "c"), *exchange]):
         try:
             segments = _render(messages, chat, special)

@@ -27,6 +27,7 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     system, turns = split_system(messages)
     head = [Segment("content", system)] if system else []
     if turns[0].role == "tools":
+        # Qwen puts the signatures into the system turn, after its text.
         between = [markup("\n\n")] if system else []
         signatures = Segment("content", turns.pop(0).content)
         head += [*between, markup(SIGNATURES), signatures, markup(HOW_TO_CALL)]

@@ -24,12 +24,14 @@ def optimizer_batches(
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     sizes = np.asarray(lengths)
+    # Sorted within a batch, so that its micro-batches have rows of similar length.
     if not group_by_length:
         return [_longest_first(order[i : i + batch_size], sizes) for i in range(0, len(order), batch_size)]
     pool = POOL * batch_size
     pools = [np.asarray(_longest_first(order[i : i + pool], sizes)) for i in range(0, len(order), pool)]
     batches = [part[i : i + batch_size].tolist() for part in pools for i in range(0, len(part), batch_size)]
     full = [batch for batch in batches if len(batch) == batch_size]
+    # The smaller batch stays last: only the last step of an epoch may have fewer micro-batches.
     rest = [batch for batch in batches if len(batch) < batch_size]
     return [full[i] for i in random.permutation(len(full))] + rest
 
@@ -58,7 +60,7 @@ class MicroBatches(Sampler[list[int]]):
         group_by_length: bool,
         world: World = ALONE,
     ) -> None:
-        """Store lengths and sizes; ``world`` has this process's rank and the number of processes."""
+        """Store lengths and sizes; ``dist`` has this process's rank and the number of processes."""
         self.world = world
         self.lengths = list(lengths)
         self.batch_size = batch_size
@@ -86,6 +88,7 @@ class MicroBatches(Sampler[list[int]]):
             group_by_length=self.group_by_length,
         )
         for batch in batches:
+            # Every world_size-th row of a batch sorted by length: the ranks' rows have similar lengths.
             own, size = batch[self.world.rank :: self.world.size], self.micro_batch_size
             cut = [own[start : start + size] for start in range(0, len(own), size)]
             yield from cut
@@ -97,7 +100,7 @@ class MicroBatches(Sampler[list[int]]):
 
 
 def passes(rows: int, micro_batch_size: int, processes: int) -> int:
-    """Return the number of micro-batches per rank of an optimizer batch of ``rows`` rows.
+    """Return the number of micro-batches per rank of an optimizer batch of ``num_rows`` rows.
 
     >>> passes(16, 4, 2)
     2

@@ -39,6 +39,7 @@ def packed_pieces(lengths: Sequence[int], size: int) -> list[list[Piece]]:
     for first in range(0, len(pieces), WINDOW):
         window = pieces[first : first + WINDOW]
         bins = pack([end - start for start, end in window], size)
+        # Pieces in data order within a row, not in the order in which first-fit decreasing placed them.
         rows += [[window[index] for index in sorted(items)] for items in bins]
     return rows
 

@@ -94,6 +94,7 @@ def _unwritable(path: Path, error: Exception) -> UserError:
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
+    # Sorted, as safetensors returns arrays in its own order.
     for name in sorted(arrays):
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()

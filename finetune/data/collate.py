@@ -15,7 +15,7 @@ IGNORED = -100
 class Example(TypedDict):
     """One tokenized row: its index, ids and labels of length T (a label is the id itself, or -100).
 
-    ``parts`` are the lengths of the documents in a row of several: attention is masked between them.
+    ``document_lengths`` (of a row with several documents): attention is masked between them.
     """
 
     input_ids: torch.Tensor
@@ -56,7 +56,7 @@ class PackedCollator:
 
     In this form transformers separates packed rows for every attention implementation: a block mask for
     eager, SDPA and FlexAttention, sequence lengths for FlashAttention, which takes a single batch row
-    (``single_line``). Otherwise a batch row is as long as the longest row, so that masked attention costs no
+    (``single_row``). Otherwise a batch row is as long as the longest row, so that masked attention costs no
     more than for padded rows.
     """
 
@@ -66,6 +66,7 @@ class PackedCollator:
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Return input_ids, labels and position_ids of shape (B, longest batch row)."""
         lengths = [len(example["input_ids"]) for example in examples]
+        # Packed per micro-batch, never across: the optimizer step has the same rows as without packing.
         bins = pack(lengths, sum(lengths) if self.single_line else max(lengths))
         lines = [[examples[index] for index in items] for items in bins]
         batch = _fill(lines, self.pad_id)
@@ -100,5 +101,6 @@ def _positions(line: Sequence[Example], width: int) -> torch.Tensor:
     """Return position ids: 0.. for each document of a batch row, and 0.. for the padding, as for one more."""
     rows = [example.get("parts", [len(example["input_ids"])]) for example in line]
     lengths = [length for row in rows for length in row]
+    # The padding restarts at 0 like a row, so that it is separated from the last one.
     parts = [*lengths, width - sum(lengths)]
     return torch.cat([torch.arange(length) for length in parts])

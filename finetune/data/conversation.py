@@ -37,6 +37,7 @@ def usable(rows: Iterable[Conversation], report: DataReport) -> list[Conversatio
         # An unanswered last question has nothing to train on; the turns before it may have.
         asks = row.messages[-1].role in ("user", "observation")
         turns = row.messages[:-1] if asks else row.messages
+        # DOCUMENT_START is empty on purpose: it is the prompt of a plain text.
         if any(not turn.content.strip() and turn != DOCUMENT_START for turn in turns):
             report.count("dropped: empty turn", row.where)
         elif not any(turn.role in REPLIES for turn in turns):

@@ -33,9 +33,9 @@ CACHE_FORMAT = 2
 class TokenizedRows(Dataset[Example]):
     """Tokenized rows in flat arrays: concatenated token ids, their loss mask, and row offsets.
 
-    ``input_ids`` (int32) and ``trained`` (the loss mask, bool) have one entry per token; row i is the tokens
-    from ``starts[i]`` to ``starts[i + 1]``. ``parts``, if present, has the token offset of each document in
-    rows that contain several.
+    ``input_ids`` (int32) and ``loss_mask`` (bool) have one entry per token; row i is the tokens from
+    ``offsets[i]`` to ``offsets[i + 1]``. ``document_offsets``, if present, has the token offset of each
+    document in rows that contain several.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], places: list[str], sources: Sequence[int] = ()) -> None:
@@ -121,7 +121,7 @@ def prepare_gathered(
         settings: the recipe's data section.
         encoder: template and tokenizer.
         max_length: maximum number of tokens per row.
-        told: the reports of the training rows and of the held-out rows.
+        reports: the reports of the training rows and of the held-out rows.
 
     Raises:
         UserError: no remaining row carries loss.
@@ -134,6 +134,7 @@ def prepare_gathered(
         held_out_tokens = _tokenise(held_out, encoder, settings, max_length, aside)
         _refuse_none("data.held_out", "to evaluate on", held_out_tokens, aside)
         report.held_out = len(held_out_tokens)
+    # One report for both: labels of held-out rows get a prefix.
     report.counts |= {f"held out: {what}": number for what, number in aside.counts.items()}
     report.examples |= {f"held out: {what}": where for what, where in aside.examples.items()}
     report.rows, report.tokens, report.trained_tokens = len(tokens), tokens.num_tokens, tokens.num_trained
@@ -170,6 +171,7 @@ def _kept(rows: list[Conversation], tokens: TokenizedRows) -> list[Conversation]
     """Return the tokenized conversations without repeats, to prompt for samples; else the documents."""
     places = set(tokens.places)
     kept = {row.where: row for row in rows if row.where in places}.values()
+    # A document has no prompt of its own; it is only sampled from if there is nothing else.
     return [row for row in kept if not row.document] or list(kept)
 
 
@@ -207,6 +209,7 @@ def cached(
                 store(path, arrays, asdict(found))
     else:
         arrays = encode(found)
+    # A separate report, so that the cached counts are those of encoding alone.
     report.counts |= found.counts
     report.examples |= found.examples
     report.too_long, report.lost_tokens = found.too_long, found.lost_tokens
@@ -232,6 +235,7 @@ def _encode(
 ) -> dict[str, np.ndarray]:
     ids: list[int] = []
     trained: list[bool] = []
+    # Rows may be dropped here, so the cache has the indices of the others; their locations are in `rows`.
     starts, numbers = [0], []
     asked_for = [asked(row.messages, settings.loss_on) for row in rows]
     for number, encoded in enumerate(encoder.encode_many(asked_for)):
@@ -249,6 +253,7 @@ def _encode(
         if len(encoded.input_ids) > max_length:
             report.count(f"longer than {max_length} tokens, {LONG[settings.too_long]}", where)
             report.too_long += 1
+            # Lost are trained tokens only: a truncated prompt costs nothing.
             report.lost_tokens += sum(marks[0 if settings.too_long == "drop" else max_length :])
             if settings.too_long == "drop":
                 continue

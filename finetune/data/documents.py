@@ -91,6 +91,7 @@ def in_rows(documents: TokenizedRows, size: int, *, packing: bool) -> TokenizedR
         return _packed(documents, packed_pieces(documents.lengths, size))
     borders = np.asarray(block_starts(len(ids), size), dtype=np.int64)
     trained = np.ones(borders[-1], dtype=bool)
+    # The first token of each block: its prefix, if any, is in the block before.
     trained[borders[:-1]] = False
     arrays = {"input_ids": ids[: borders[-1]], "trained": trained, "starts": borders}
     return _named(arrays, documents, borders[:-1])
@@ -112,6 +113,7 @@ def _named(
     arrays: dict[str, np.ndarray], documents: TokenizedRows, begins: Sequence[int] | np.ndarray
 ) -> TokenizedRows:
     """Return rows with the location and source of the document in which each begins."""
+    # side="right": a row that begins exactly at a document's offset belongs to that document.
     first = np.searchsorted(documents.arrays["starts"], begins, side="right") - 1
     places = [documents.places[index] for index in first]
     return TokenizedRows(arrays, places, [documents.sources[index] for index in first])
@@ -140,6 +142,7 @@ def _cut_book(path: Path, settings: DocumentSettings, encoder: Encoder, seed: in
     [book] = read_source(str(path), texts=settings.texts)
     text: str = book.columns["text"]
     assert isinstance(settings.held_out, float)
+    # At a line end, so that neither side begins inside a word.
     cut = text.find("\n", round(len(text) * (1 - settings.held_out))) + 1
     if cut == 0:
         found = f"the last {settings.held_out:.0%} of {path} has no complete line"
@@ -174,6 +177,7 @@ def _starts(documents: Sequence[Conversation]) -> list[Conversation]:
     if not any(row.document for row in documents):
         return list(documents)
     passages = []
+    # Spread over all documents and, in long ones, over their length.
     for row in documents[:: max(1, len(documents) // STARTS)][:STARTS]:
         text = row.messages[-1].content
         step = max(2 * SHOWN, len(text) * len(documents) // STARTS)
@@ -186,7 +190,7 @@ def _starts(documents: Sequence[Conversation]) -> list[Conversation]:
 
 
 def _word(text: str, begin: int) -> int:
-    """Return the start of the first word after ``begin``, or ``begin`` if the text has no spaces."""
+    """Return the start of the first word after ``start``, or ``start`` if the text has no spaces."""
     blank = text.find(" ", begin, begin + SHOWN) if begin else -1
     return begin if blank < 0 else blank + 1
 

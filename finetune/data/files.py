@@ -12,9 +12,9 @@ from finetune.recipe.settings import DataSettings, Texts
 
 
 def data_files(path: Path, texts: Texts | None = None) -> list[Path]:
-    """Return a file, or a folder's data files in alphabetical order; text files only with ``texts``.
+    """Return a file, or a folder's data files in alphabetical order; text files only with ``text_format``.
 
-    With ``texts`` subfolders are included, except hidden ones.
+    With ``text_format`` subfolders are included, except hidden ones.
 
     Raises:
         UserError: the file type is unknown, or the folder has no data file.
@@ -63,6 +63,7 @@ def source_fingerprint(
     if not isinstance(source, str) or (path := local_path(source)) is None:
         return _sha256([source, revision])
     digest = hashlib.sha256()
+    # Contents only: renaming or moving the files does not change a run's name.
     for file in data_files(path, texts):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

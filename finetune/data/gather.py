@@ -63,7 +63,7 @@ def gather(
         settings: the recipe's data section.
         seed: seed of mixture sampling and of the held-out split.
         report: receives counts of dropped rows and what each source contributes.
-        aside: receives counts of rows dropped from a held-out file.
+        held_out_report: receives counts of rows dropped from a held-out file.
 
     Raises:
         UserError: a source cannot be read, rows do not fit its layout, or no trainable row remains.
@@ -105,7 +105,7 @@ def places_of(settings: DataSettings) -> list[Place]:
 
 
 def _as_texts(place: Place, texts: Texts | None) -> Place:
-    """Return the spec with the plain-text layout tried first; unchanged if ``texts`` is None."""
+    """Return the spec with the plain-text layout tried first; unchanged if ``text_format`` is None."""
     return place if texts is None else replace(place, layouts=(DOCUMENT, *LAYOUTS), texts=texts)
 
 
@@ -119,6 +119,7 @@ def _place(index: int, part: MixedSource, split: str) -> Place:
 def _part(place: Place, index: int, seed: int, report: DataReport) -> Part[Conversation]:
     found, layout = _conversations(place, index, seed)
     rows = usable(found, report)
+    # Per source, before mixing: rates by size refer to the selected rows.
     if place.select is not None:
         random = np.random.default_rng([seed, index, SELECTED])
         rows = select(rows, place.select, random=random, report=report)
@@ -142,7 +143,7 @@ def _conversations(place: Place, index: int, seed: int) -> tuple[list[Conversati
 
 
 def read_place(place: Place, index: int, seed: int) -> list[Row]:
-    """Return the rows of source number ``index``, at most ``place.rows`` of them, sampled with the seed.
+    """Return the rows of source number ``index``, at most ``spec.max_rows`` of them, sampled with the seed.
 
     Raises:
         UserError: the source cannot be read, or has no rows.
@@ -150,6 +151,7 @@ def read_place(place: Place, index: int, seed: int) -> list[Row]:
     random = np.random.default_rng([seed, index, CAPPED])
     cap = place.rows
 
+    # A callback, because the number of rows is known only once the source is open.
     def some(count: int) -> Sequence[int]:
         return range(count) if cap is None else mixing.draw(count, min(cap, count), random)
 
@@ -202,6 +204,7 @@ def held_out_count(rows: int, share: int | float) -> int:
     Raises:
         UserError: no training row would remain.
     """
+    # A fraction holds out at least one row.
     count = share if isinstance(share, int) else max(1, round(share * rows)) if share else 0
     if count and count >= rows:
         found = f"{count} of {rows} usable rows"

@@ -98,6 +98,7 @@ def _conversations(columns: Mapping[str, Any]) -> list[Message]:
     openai = isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]
     names = ("role", "content") if openai else ("from", "value")
     messages = turns_field(columns, "conversations", *names)
+    # ShareGPT may have the system prompt as a first turn or as a column of its own; the turn wins.
     own = messages[:1] and messages[0].role == "system"
     return _with_tools(columns, messages if own else [*system_turn(columns), *messages])
 
@@ -184,6 +185,7 @@ def recognise_among(
             raise UserError(
                 Problem("data.columns", found, f"one of {', '.join(names)}", nearest(theirs, names))
             )
+    # A mapped column counts under its new name only.
     known = {*(name for name in names if name not in (columns or {}).values()), *(columns or {})}
     for layout in layouts:
         if known.issuperset(layout.required):
@@ -195,7 +197,7 @@ def recognise_among(
 def to_conversations(
     rows: list[Row], layout: Layout[list[Message]], columns: Mapping[str, str] | None
 ) -> list[list[Message]]:
-    """Return each row's messages; raises as ``read_rows`` does."""
+    """Return each row's messages; raises as ``parse_rows`` does."""
     return read_rows(rows, layout, columns)
 
 

@@ -31,6 +31,7 @@ def with_shares(rates: Sequence[float], shares: Sequence[float | None]) -> list[
     [0.125, 0.375, 0.5]
     """
     free = fsum(rate for rate, share in zip(rates, shares, strict=True) if share is None)
+    # fsum: exactly rounded, so the order of the sources does not change the rates.
     left = 1 - fsum(share for share in shares if share is not None)
     return [left * rate / free if share is None else share for rate, share in zip(rates, shares, strict=True)]
 

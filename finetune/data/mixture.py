@@ -54,6 +54,7 @@ def mix(
     for index, (rows, count) in enumerate(zip(learnt, counts, strict=True)):
         random = np.random.default_rng([seed, index, DRAWN])
         drawn += [rows[number] for number in mixing.draw(len(rows), count, random)]
+    # Until here the rows are grouped by source.
     order = np.random.default_rng([seed, len(parts), SHUFFLED]).permutation(len(drawn))
     return [drawn[number] for number in order], held_out
 

@@ -43,11 +43,14 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> list[int | None]:
         grams = _grams(text)
         least = ((grams[:, None] % PRIME * multipliers + offsets) % PRIME).min(axis=0)
         starts = range(0, NUM_HASHES - rows + 1, rows)
+        # LSH: two texts are candidates if all hashes of at least one band are equal.
         bands = [(start, least[start : start + rows].tobytes()) for start in starts]
         candidates = sorted({other for band in bands if band in buckets for other in buckets[band]})
         own = set(grams.tolist())
+        # Verified exactly, so that hashing can miss a duplicate but never drop a distinct text.
         twin = next((other for other in candidates if _overlap(own, kept[other]) >= threshold), None)
         found.append(twin)
+        # Dropped texts are not compared with, so a chain of near duplicates (a~b~c) loses b only.
         if twin is None:
             kept[index] = own
             for band in bands:
@@ -67,6 +70,7 @@ def _grams(text: str) -> np.ndarray:
     """Return the hashes of a text's word 5-grams (uint64); a shorter text is one n-gram of all its words."""
     words = np.fromiter((crc32(word.encode()) for word in WORD.findall(text.lower())), dtype=np.uint64)
     size = max(1, min(WORDS_OF_A_GRAM, len(words)))
+    # A polynomial hash of `size` words, vectorized over all positions; uint64 wraps around on purpose.
     total = np.zeros(max(1, len(words) - size + 1), dtype=np.uint64)
     for place in range(min(size, len(words))):
         total = (total + words[place : place + len(total)]) * BASE

@@ -18,6 +18,7 @@ def worded(messages: Sequence[Message], encoder: Encoder) -> list[Message]:
     pairs = enumerate(pairwise(segments), 1)
     start = max(index for index, (before, piece) in pairs if piece.reply and not before.reply)
     said = (piece for piece in segments[start:] if piece.reply and piece.kind != "eos")
+    # Without end tokens, as a generated reply is decoded without them.
     text = "".join(piece.text for piece in said if piece.text not in encoder.template.stop)
     return [*messages[:end], replace(messages[end], content=text.strip())]
 
@@ -27,8 +28,9 @@ def passed_over(messages: Sequence[Message], trained: Sequence[bool]) -> bool:
 
     Args:
         messages: a conversation.
-        trained: its loss mask, of length T.
+        loss_mask: its loss mask, of length T.
     """
     # Each reply is one run of trained tokens, as the prompt between two replies carries no loss.
     meant = sum(turn.trained for turn in messages if turn.role in REPLIES)
+    # With a single reply the whole mask would be empty, and the row is dropped and counted elsewhere.
     return meant > 1 and meant > sum(learnt for learnt, _ in groupby(trained))

@@ -23,6 +23,7 @@ def select(
 
     Order of the filters: length and rating, near duplicates, number of rows.
     """
+    # Cheap filters first; near-duplicate detection is the expensive one.
     kept = _within(rows, chosen, report)
     if chosen.distinct is not None:
         kept = _distinct(kept, chosen.distinct, report)
@@ -75,6 +76,7 @@ def _order(rows: Sequence[Conversation], rows_by: str, random: np.random.Generat
         order: list[int] = random.permutation(len(rows)).tolist()
         return order
     value: Callable[[Conversation], float] = reply_characters if rows_by == "length" else _score
+    # sorted() is stable: ties stay in source order.
     return sorted(range(len(rows)), key=lambda index: -value(rows[index]))
 
 

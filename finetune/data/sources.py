@@ -49,8 +49,8 @@ def read_source(
             ``.gz`` too), folder of such files, or rows.
         split: split of a Hub dataset.
         revision: revision of a Hub dataset.
-        wanted: selects the rows to return, by default all; of a Hub dataset only these are read.
-        texts: how ``.txt`` and ``.md`` files become rows with a ``text`` column; None refuses them.
+        row_selector: selects the rows to return, by default all; of a Hub dataset only these are read.
+        text_format: how ``.txt`` and ``.md`` files become rows with a ``text`` column; None refuses them.
 
     Raises:
         UserError: the source cannot be read, or has no rows; the message names the file and line.
@@ -100,6 +100,7 @@ def _open(path: Path) -> IO[str]:
         # Decompress everything first: gzip's checksum is at the end, and damage must not be read as text.
         content = io.BytesIO(gzip.decompress(path.read_bytes()))
         return io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+    # utf-8-sig: files written on Windows may begin with a byte order mark. newline="" as csv demands.
     return path.open(encoding="utf-8-sig", newline="")
 
 
@@ -159,6 +160,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def _read_csv(path: Path, stream: IO[str], delimiter: str) -> Iterator[Row]:
     reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
     line = 0
+    # The line of a record's start: quoted fields may contain line feeds, so line_num is that of its end.
     try:
         names = _header(path, reader.fieldnames or [])
         line = reader.line_num + 1

@@ -52,7 +52,7 @@ class Encoded:
 class _Stretch:
     """A span of adjacent segments that is tokenized in one piece: given ``ids`` (BOS, EOS), or ``text``.
 
-    ``behind`` is the special token that precedes the text, "" at the start of a sequence, None after text.
+    ``preceding`` is the special token that precedes the text, "" at the start of a sequence, None after text.
     """
 
     trained: bool
@@ -66,8 +66,7 @@ class Encoder:
 
     Prompt and reply are tokenized separately, so that a prompt has the same tokens whether a reply follows
     (training) or not (generation), and no token spans the boundary. ``system`` is prepended to conversations
-    without a system turn; ``wish`` (the control suffix) is appended to generation prompts, never to training
-    rows.
+    without a system turn; ``control_suffix`` is appended to generation prompts, never to training rows.
     """
 
     def __init__(
@@ -86,6 +85,7 @@ class Encoder:
             found = "the tokenizer has no EOS token"
             raise UserError(Problem("model.base", found, "a tokenizer with an EOS token, to end replies"))
         self.special_tokens = _special_tokens(tokenizer)
+        # Tokens that the tokenizer matches as a unit, before it splits a text.
         self._whole_tokens = {**tokenizer.get_added_vocab(), **_ids(tokenizer, self.special_tokens)}
         self.template = self._template(template)
         known = [self._whole_tokens[token] for token in self.template.stop if token in self._whole_tokens]
@@ -193,6 +193,7 @@ class Encoder:
         template = self.template
         if messages and messages[0] == DOCUMENT_START:
             template = replace(template, render=render_document)
+        # A system turn of the data wins over the recipe's.
         elif self.system and messages and messages[0].role != "system":
             messages = [Message("system", self.system), *messages]
         read = [self._as_read(message) for message in messages]
@@ -207,6 +208,7 @@ class Encoder:
     def _stretches(self, segments: Sequence[Segment]) -> list[_Stretch]:
         """Merge adjacent segments of equal kind, reply and trained flags into spans."""
         stretches: list[_Stretch] = []
+        # All segments of one reply have the same trained flag, so the flag never splits a reply's tokens.
         behind: str | None = ""
         for (kind, _, trained), group in groupby(segments, key=lambda s: (_kind(s), s.reply, s.trained)):
             pieces = [piece.text for piece in group]

@@ -36,6 +36,7 @@ def resolve_base(base: str) -> str:
     """
     table = bases()
     name = table[base].id if base in table else base
+    # A folder wins over a Hub id of the same form (owner/name).
     for folder in (Path(name).expanduser(), PROJECT / name):
         if folder.is_dir():
             return str(_checked_folder(folder))

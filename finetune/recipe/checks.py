@@ -22,6 +22,7 @@ def contradictions(settings: StageSettings, valid: Collection[str]) -> list[Prob
         settings: a recipe's sections; those that are not ``valid`` hold defaults.
         valid: the names of the valid sections; a rule that reads any other section is skipped.
     """
+    # An invalid section holds defaults, and a rule that reads it would report problems of those.
     shared = [problem for rule, sections in RULES if sections <= set(valid) for problem in rule(settings)]
     return [*shared, *settings.problems(valid)]
 
@@ -41,6 +42,7 @@ def _base(settings: StageSettings) -> Iterator[Problem]:
 
 def _attention(settings: StageSettings) -> Iterator[Problem]:
     model = settings.model
+    # FlashAttention-2 kernels exist for float16 and bfloat16 only.
     if model.attention == "flash_attention_2" and model.precision == "float32":
         found = "'flash_attention_2', but model.precision is float32"
         yield Problem(
@@ -79,6 +81,7 @@ def _held_out(settings: StageSettings) -> Iterator[Problem]:
         )
         mixed = [(f"data.mix[{index}].source", part.source) for index, part in enumerate(data.mix or [])]
         for where, source in [("data.source", data.source), *mixed]:
+            # Evaluating on training rows would look like generalization.
             if held_out == source:
                 repair = "data.held_out=0.1 holds out a tenth of the rows"
                 found = f"the same as {where}"
@@ -102,6 +105,7 @@ def _judged(settings: StageSettings) -> Iterator[Problem]:
         if not name.isidentifier():
             repair = "write it like a Python identifier: happy_end"
             yield Problem(where, f"the name '{name}'", "letters, digits and _", repair)
+        # Only that the file exists; it is imported when the run needs it.
         try:
             function_file(text, where=where)
         except UserError as error:

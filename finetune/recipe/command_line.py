@@ -30,9 +30,10 @@ def parse(
 
     Args:
         shortcuts: values by ``section.key``, from options or from Python.
-        words: the command line's arguments; they override shortcuts.
+        arguments: the command line's arguments; they override shortcuts.
         schema: the stage's sections.
     """
+    # Only the first "=" separates: values may contain more of them.
     pairs = [word.partition("=") for word in words]
     given = {**shortcuts, **{key: yaml_file.scalar(text) for key, equals, text in pairs if equals}}
     problems = [_misunderstood(key, "") for key, equals, _ in pairs if not equals]
@@ -58,6 +59,7 @@ def override(values: Values, origins: Origins, *, words: dict[str, Any]) -> list
         section, key, inner = _parts(dotted)
         content = values.setdefault(section, {})
         content[key] = _within(content.get(key), inner, value) if inner else value
+        # The nested key and its setting: problems may refer to either.
         origins[dotted] = origins[f"{section}.{key}"] = COMMAND_LINE
     notes = []
     for dotted, why in dict(_outdated(values, origins)).items():
@@ -104,9 +106,11 @@ def _outdated(values: Values, origins: Origins) -> Iterator[tuple[str, str]]:
     gone = [
         (f"adapter.{key}", f"adapter '{_method(values)}' has no {key}") for key in _foreign_keys(values, mine)
     ]
+    # New data: columns, split and the like describe the recipe's data, not the user's.
     if mine & {"data.source", "data.mix"}:
         gone += [(f"data.{key}", NEW_DATA) for key in OF_THE_DATA]
         gone += _held_out_keys(values, mine)
+    # trust_remote_code too: the recipe trusted its own base, not this one.
     if "model.base" in mine:
         gone += [(f"model.{key}", NEW_BASE) for key in ("revision", "trust_remote_code", "start")]
     for dotted, why in gone:
@@ -142,6 +146,7 @@ def learning_rate_note(values: Values, origins: Origins, *, before: Any) -> list
     old, usual = (
         load_plugin(ADAPTERS, name, where="adapter.method").TRAITS.learning_rate for name in (before, method)
     )
+    # A note and not an override: the recipe's rate may be meant.
     if origins["train.learning_rate"] == COMMAND_LINE or old == usual:
         return []
     return [

@@ -31,6 +31,7 @@ def plugin_names(package: str) -> list[str]:
 
 def plugin_summary(package: str, name: str) -> str:
     """Return the first paragraph of a plug-in's docstring, parsed from its file without importing it."""
+    # Parsed, not imported: `llm-align list` is fast, and one broken plug-in does not break it.
     spec = importlib.util.find_spec(f"{package}.{name}")
     assert spec is not None and spec.origin is not None, f"{package}.{name} is listed but has no file"
     docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
@@ -83,6 +84,7 @@ def recipe_folders() -> list[Path]:
 
 def recipe_names(stage: str) -> dict[str, Path]:
     """Return a stage's recipes by name, from ``recipes/<stage>/*.yaml``; the user's take precedence."""
+    # Reversed: of equal names the last one wins in the dict below, and that must be the user's.
     files = [
         file for folder in reversed(recipe_folders()) for file in sorted((folder / stage).glob("*.yaml"))
     ]

@@ -27,6 +27,7 @@ class Problem:
         # A problem of the parent run's recipe has its origin already.
         if key.endswith(")"):
             return self
+        # data.mix[0].rows -> data.mix[0] -> data.mix: the closest key that has an origin.
         while key not in origins and (cut := max(key.rfind("."), key.rfind("["))) > 0:
             key = key[:cut]
         return replace(self, where=f"{self.where} ({origins[key]})") if key in origins else self
@@ -41,6 +42,7 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[list[Problem]]]:
         """Pickle the problems and not their text, for sending the error between processes."""
+        # The default passes args (the text) to __init__, which expects problems.
         return UserError, (self.problems,)
 
 

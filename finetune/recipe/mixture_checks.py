@@ -37,6 +37,7 @@ def _rates(mix: list[MixedSource], *, by_size: list[str]) -> Iterator[Problem]:
             expected = "one of the two: a share is a fraction of the mixture, weights divide the rest"
             yield Problem(f"data.mix[{index}]", found, expected)
     yield from _shares([part.share for part in mix])
+    # Weights or sizes define the rates of all sources without a share; mixing the two has no meaning.
     weights = [part.weight for part in mix if part.share is None]
     if None in weights and weights.count(None) < len(weights):
         index = next(i for i, part in enumerate(mix) if part.weight is None and part.share is None)

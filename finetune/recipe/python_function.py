@@ -110,6 +110,7 @@ def opinion_of(
         raise UserError(_no_number(where, found, prompt, reply, expected)) from error
     if value is None:
         return None
+    # Real and not float: numpy scalars and bools are fine; NaN would poison every mean.
     if not isinstance(value, Real) or not isfinite(value):
         raise UserError(_no_number(where, f"it returned {value!r}", prompt, reply, expected))
     return float(value)
@@ -122,6 +123,7 @@ def _no_number(where: str, found: str, prompt: str, reply: str, expected: str) -
 
 def call_problems(function: Callable[..., Any], parameters: tuple[str, ...], *, where: str) -> list[Problem]:
     """Return the problems of a function that will be called with these positional arguments."""
+    # bind() checks numbers and names of parameters without calling the function.
     try:
         inspect.signature(function).bind(*parameters)
     except TypeError as error:

@@ -92,7 +92,7 @@ def load(
         shortcuts: ``{"model.base": "tiny"}``: values of --base, --data and --adapter, or from Python.
         overrides: ``section.key=value`` arguments of the command line.
         out: the run directory, if not the default one.
-        above: the recipes whose ``model.start`` led to this one, each ``stage/recipe``.
+        ancestors: the recipes whose ``model.start`` led to this one, each ``stage/recipe``.
         pending: recipes that are not run yet, by the name that ``model.start`` uses for them.
 
     Raises:
@@ -107,6 +107,7 @@ def load(
     notes = command_line.override(values, origins, words=words)
     begun, unfit = _begin(values, origins, stage=stage, out=out, above=above, pending=pending or {})
     sections, mistakes = _validate(values, schema)
+    # Defaults stand in for invalid sections, so that cross-field checks of the valid ones still run.
     settings = schema(**sections)
     problems += [*unfit, *mistakes, *contradictions(settings, sections)]
     if problems or misunderstood:
@@ -154,6 +155,7 @@ def _begin(
         start = _found_start(text, stage=stage, above=above, pending=pending)
     except UserError as error:
         return [], error.problems
+    # The run would overwrite the weights that it starts from.
     if out is not None and Path(start.name).resolve() == out.resolve():
         found = f"{out}, the folder of the parent run (model.start)"
         return [], [Problem("--out", found, "another folder", "omit --out, or choose another folder")]
@@ -222,6 +224,7 @@ def _validate(values: Values, schema: type[StageSettings]) -> tuple[dict[str, An
         given = values.get(name, {})
         model: Any = field_info.annotation
         try:
+            # The schema of this section depends on its own key `method`.
             if name == "adapter":
                 model = _adapter_model(given)
             sections[name] = model.model_validate(given)
@@ -258,5 +261,6 @@ def _forget_places(settings: Section, content: dict[str, Any]) -> None:
 
 
 def _sha(content: Any) -> str:
+    # sort_keys: the order of keys in a recipe is not part of a run's name.
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -25,6 +25,7 @@ def read_record(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         repair = "delete the folder, or choose another --out"
         raise UserError(Problem(str(file), "corrupt file", "the JSON record of a run", repair)) from error
+    # Some other tool's run.json: nothing in this folder may be overwritten.
     if not isinstance(record, dict) or not {"status", "recipe", "digest"} <= record.keys():
         found = "not written by llm-align"
         raise UserError(Problem(str(file), found, "the JSON record of a run", "choose another --out"))
@@ -51,6 +52,7 @@ def record_of_writer(run: Path) -> dict[str, Any]:
         UserError: the folder is not a finished run, or its model is a reward model.
     """
     record = finished_record(run)
+    # Only reward models have heads.
     if "heads" in record["load"]:
         found = "a reward model, which cannot generate text"
         repair = f"`llm-align score {run} FILE` scores the completions of a file"
@@ -76,6 +78,7 @@ def find_run(name: str, *, where: str = "model.start") -> tuple[Path, str]:
         if (path / "run.json").is_file():
             finished_record(path)
             return path, ""
+    # A run's name is stage, recipe and digest; users type it without the digest.
     called = [path for path in _runs() if path.name.startswith(name.removeprefix(f"{RUNS}/"))]
     if not called:
         raise UserError(_no_run(name, folder, where))

@@ -40,6 +40,7 @@ def schema(stage: str) -> dict[str, Any]:
         UserError: there is no such stage.
     """
     adapters = [adapter_settings(name) for name in plugin_names(ADAPTERS)]
+    # A union of all adapters, discriminated by `method`: editors complete the keys of the chosen one.
     either: Any = reduce(or_, adapters)
     fields: dict[str, Any] = {
         "stage": (Literal[stage], stage),

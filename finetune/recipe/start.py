@@ -64,6 +64,7 @@ def start_of_run(text: str, *, stage: str) -> Start:
     _refuse_scorer(str(run), record["stage"], stage=stage)
     refuse_lost_files(run, record, where="model.start")
     load, name = record["load"], _shown(run)
+    # The resolved recipe of the run, as its values may come from the command line.
     method = yaml_file.read(run / "recipe.yaml")[0]["adapter"]
     notes = [note] if note else []
     model = ModelSettings(**{**load["model"], "start": None})
@@ -74,7 +75,7 @@ def start_of_run(text: str, *, stage: str) -> Start:
 
 
 def start_of_recipe(text: str, first: str, settings: StageSettings, *, stage: str) -> Start:
-    """Return the future run of a recipe of stage ``first`` as the parent of a run of ``stage``.
+    """Return the future run of a recipe of stage ``parent_stage`` as the parent of a run of ``stage``.
 
     Raises:
         UserError: the model of that stage does not generate text.
@@ -94,6 +95,7 @@ def lay_over(values: Values, origins: Origins, start: Start) -> tuple[list[str],
         Notes on replaced values, and problems for conflicting values of the command line.
     """
     taken = _taken(start, values)
+    # Before anything is replaced: conflicts are with the values of the command line.
     problems = list(_contradictions(values, origins, start=start, taken=taken))
     before = values.get("adapter", {}).get("method", AdapterSettings().method)
     notes = [*start.notes, *_other_template(values, origins, start=start)]
@@ -116,6 +118,7 @@ def _start(
     traits = adapter_traits(adapter.method)
     if traits.whole_model:
         return Start(name, model, None, template, notes)
+    # The parent's "auto" is the default of its own adapter, which this recipe may not name.
     if model.quantization == "auto":
         model = model.model_copy(update={"quantization": traits.quantization[0]})
     if traits.goes_on_as:
@@ -129,6 +132,7 @@ def _start(
 def going_on(adapter: AdapterSettings) -> AdapterSettings:
     """Return the settings for training an adapter further: its own, without those of its initialization."""
     traits = adapter_traits(adapter.method)
+    # Settings of the initialization (a prompt's init_text) have no effect on trained weights.
     kept = adapter.model_dump(exclude={"method", *traits.at_start})
     return _schema(traits.goes_on_as or adapter.method)(**kept)
 
@@ -251,6 +255,7 @@ def _apart(start: Start) -> str:
 def _same(dotted: str, one: Any, other: Any) -> bool:
     if dotted != "model.base" or one == other or not isinstance(one, str):
         return bool(one == other)
+    # A short name, its Hub id and a folder may be the same base.
     try:
         return resolve_base(one) == resolve_base(other)
     except UserError:

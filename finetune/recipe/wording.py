@@ -38,6 +38,7 @@ def _inside_another(where: str, others: dict[str, Problem]) -> bool:
 def _walk(section: str, location: tuple[int | str, ...], *, root: Schema) -> tuple[str, Schema]:
     """Resolve an error's location in the schema, skipping pydantic's names of union members."""
     where, schema = section, root
+    # A location such as ("held_out", "constrained-int") names the union's type last: not a key of the recipe.
     for part in location:
         for option in _options(schema, root):
             if isinstance(part, int) and "items" in option:
@@ -97,6 +98,7 @@ def _repair(key: str, value: Any, *, options: list[Schema]) -> str:
     kinds = {option.get("type") for option in options}
     if isinstance(value, str) and value:
         return _repair_text(key, value, options=options, kinds=kinds)
+    # YAML reads an unquoted revision such as 2 as a number.
     if _is_number(value) and kinds <= {"string", "null"}:
         return f'put it in quotes: {key}: "{value}"'
     if isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds:
@@ -105,6 +107,7 @@ def _repair(key: str, value: Any, *, options: list[Schema]) -> str:
 
 
 def _repair_text(key: str, value: str, *, options: list[Schema], kinds: set[str | None]) -> str:
+    # YAML 1.1 habits: yes, no, on and off are strings in YAML 1.2.
     if "boolean" in kinds and value.lower() in SWITCHES:
         return f"write {SWITCHES[value.lower()]}"
     if "null" in kinds and value in NULLS:

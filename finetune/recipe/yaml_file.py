@@ -36,6 +36,7 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
         UserError: the file is not valid YAML, has a duplicate key, or is not a mapping.
     """
     try:
+        # "rt" (round trip): its nodes have line numbers.
         content = YAML(typ="rt", pure=True).load(path.read_text(encoding="utf-8-sig"))
     except MarkedYAMLError as error:
         raise UserError(_broken(path, error)) from error
@@ -97,6 +98,7 @@ def plain(node: Any) -> Any:
         return node.isoformat()
     if isinstance(node, ScalarBoolean):
         return bool(node)
+    # ruamel's ScalarFloat and the like are subclasses; bool before int, of which it is one.
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)
