@@ -23,7 +23,7 @@ def test_prompts_are_shown_without_anything_learnt(online_recipes, tmp_path):
     print_facts(facts, Console(file=printed, width=200), page=None)
     said = printed.getvalue()
     assert "24 prompts (prompt), 6 held out; " in said and "the loss is on completions sampled" in said
-    assert "optimizer steps" not in said and "% learnt" not in said
+    assert "optimizer steps" not in said and "have loss" not in said
     write_page(facts, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<div>prompts<b>24</b></div>" in page and "optimizer steps" not in page
@@ -38,5 +38,5 @@ def test_a_mixture_of_prompts_has_no_column_of_what_is_learnt(online_recipes, tm
     printed = StringIO()
     print_facts(facts, Console(file=printed, width=200), page=tmp_path / "page.html")
     write_page(facts, tmp_path / "page.html")
-    assert "asked" in printed.getvalue() and " learnt\n" not in printed.getvalue()
-    assert "of learnt" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "requested" in printed.getvalue() and " trained\n" not in printed.getvalue()
+    assert "of trained tokens" not in (tmp_path / "page.html").read_text(encoding="utf-8")

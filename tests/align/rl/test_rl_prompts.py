@@ -131,7 +131,9 @@ def test_what_asks_nothing_is_counted():
 def test_copies_are_counted_and_kept():
     data = prepared([{"prompt": "Hi"}, {"prompt": "Ho"}, {"prompt": "Hi"}])
     assert len(data.train) == 3
-    assert data.report.lines()[1:] == ["rows identical to an earlier row (not dropped): 1 (first: row 3 repeats row 1)"]
+    assert data.report.lines()[1:] == [
+        "rows identical to an earlier row (not dropped): 1 (first: row 3 repeats row 1)"
+    ]
 
 
 def test_a_share_held_out_holds_whole_prompts():
@@ -259,7 +261,7 @@ def test_published_files(path, template, layout, rows):
     if not (DATA / path).is_file():
         pytest.skip("published data sets are not here")
     data = prepared(str(DATA / path), template=template, longest=65536)
-    lost = {what: number for what, number in data.report.counts.items() if "dropped" in what}
+    lost = {what: number for what, number in data.report.counts.items() if "dropped: " in what}
     assert data.report.layout == layout and len(data.train) + sum(lost.values()) == rows
     assert set(lost) <= {EMPTY_TURN, NO_TEMPLATE} and sum(lost.values()) < 0.03 * rows
     assert all(prompt.talk[-1].role == "user" for prompt in data.train)

@@ -155,7 +155,7 @@ def test_a_run_that_lost_its_weights_and_one_that_is_not_finished(
     shutil.copytree(lone_run, copy)
     (copy / "adapter" / "adapter_model.safetensors").unlink()
     [(where, told)] = problems(base_folder, rewards(str(copy)))
-    assert where == "reward.sources[0].run" and "has lost adapter/adapter_model.safetensors" in told
+    assert where == "reward.sources[0].run" and "lacks adapter/adapter_model.safetensors" in told
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
     [(_, told)] = problems(base_folder, rewards(str(copy)))
