@@ -72,11 +72,7 @@ class Encoder:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, template: str, *, system: str | None = None, wish: str = ""
     ) -> None:
-        """Bind a tokenizer to ``data_templates/<template>.py``, or to its own chat template for ``model``.
-
-        Raises:
-            UserError: the tokenizer has no EOS, or no chat template where the recipe asks for it.
-        """
+        """Raise UserError if the tokenizer has no EOS, or no chat template although ``template`` is `model`."""
         self.tokenizer = tokenizer
         self.name = template
         self.system = system
