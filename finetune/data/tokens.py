@@ -72,7 +72,7 @@ class Encoder:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, template: str, *, system: str | None = None, wish: str = ""
     ) -> None:
-        """Raise UserError if the tokenizer has no EOS, or no chat template although ``template`` is `model`."""
+        """Raise UserError if the tokenizer has no EOS, or no chat template and ``template`` is `model`."""
         self.tokenizer = tokenizer
         self.name = template
         self.system = system
