@@ -141,7 +141,7 @@ MISTAKES = {
     ),
     "a setting of another kind": (
         "stages:\n  sft: {recipe: sft/small, set: {train.epochs: many}}\n",
-        ("stage sft: train.epochs (own.yaml:2): found the text 'many'",),
+        ("stage sft: train.epochs (own.yaml:2): found the string 'many'",),
     ),
     "a section that the stage has not": (
         "stages:\n  sft: {recipe: sft/small, set: {aling.loss: ipo}}\n",
