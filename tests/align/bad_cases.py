@@ -296,11 +296,19 @@ FOLDERS = {
     "chat with rows": (line("chat", "rows.jsonl", "--prompt", "a"), ["rows.jsonl: no run"]),
     "chat with a running run": (
         chat_with("running"),
-        ["theirs: a run with status 'running'", "a finished run", "wait until it finishes", "`llm-align sft good.yaml"],
+        [
+            "theirs: a run with status 'running'",
+            "a finished run",
+            "wait until it finishes",
+            "`llm-align sft good.yaml",
+        ],
     ),
     "chat with an interrupted run": (
         chat_with("interrupted"),
-        ["theirs: a run with status 'interrupted'", "`llm-align sft good.yaml --out theirs` resumes from its"],
+        [
+            "theirs: a run with status 'interrupted'",
+            "`llm-align sft good.yaml --out theirs` resumes from its",
+        ],
     ),
     "chat with a failed run": (chat_with("failed"), ["theirs: a run with status 'failed'"]),
     "chat without a folder": (line("chat"), ["RUN"]),

@@ -1,4 +1,4 @@
-"""A pipeline as a user meets it: what runs, what is not repeated, how it stops, the report of the whole."""
+"""Pipelines end to end: execution, reuse of finished stages, interruption, report."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A reward model's recipe: what contradicts itself is told at once, with what to do about it."""
+"""Reward recipes: contradictory settings are reported at once, with a repair."""
 
 from pathlib import Path
 
