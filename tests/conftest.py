@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: one core each, or 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 """Published data beside a developer's checkout; tests that want it skip where it is absent."""
+
+DRAWN: dict[str, Callable[..., str]] = {}
+"""What draws a report's figures."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let reports be drawn for tests marked ``plots``; for others the figures are made, but no SVG."""
+    if "finetune.training.report" not in sys.modules:  # nothing that is collected writes one
+        return
+    from finetune.training import report
+
+    DRAWN.setdefault("svg", report._svg)
+    report._svg = DRAWN["svg"] if item.get_closest_marker("plots") else lambda figure: "<svg></svg>"
 
 
 @pytest.fixture(scope="session", autouse=True)
