@@ -1,5 +1,6 @@
 """What all tests share: a tiny base written to a folder, a few rows, and a cache that is thrown away."""
 
+import gc
 import json
 import os
 import sys
@@ -20,6 +21,12 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 DRAWN: dict[str, Callable[..., str]] = {}
 """What draws a report's figures."""
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now to no collection of garbage: a training asks for one, 0.3 s each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
