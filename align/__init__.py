@@ -9,7 +9,7 @@ __all__ = ["load_pipeline", "load_recipe", "load_reward", "load_tuned", "plan", 
 
 
 def __getattr__(name: str) -> Any:
-    """Import the notebook's door when it is first used: a loss in here needs torch alone."""
+    """Import the Python API on first use, so that importing a loss of this package needs torch only."""
     if name not in __all__:
         raise AttributeError(f"module 'align' has no attribute '{name}'")
     from align import api

@@ -1,4 +1,4 @@
-"""``python -m align``: the command line."""
+"""Entry point of ``python -m align``."""
 
 from align.cli import main
 

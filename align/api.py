@@ -1,4 +1,4 @@
-"""The notebook's door: the command line's words as functions."""
+"""Python API: the commands of ``llm-align`` as functions."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,20 +33,20 @@ def load_recipe(
     """Load a recipe, as ``llm-align STAGE NAME --base .. --data .. section.key=value`` does.
 
     Args:
-        name: a recipe's name, or the path of a YAML file; None: the quickstart, or for another base the
-            stage's recipe of public data.
-        stage: the stage that will run it.
+        name: name of a recipe, or path of a YAML file; None: the quickstart, or for bases other than the
+            embedded one the stage's recipe on public data.
+        stage: the stage that runs it.
         base: short name, hub id or folder of the base model.
         data: hub id, file, folder, or a list of rows.
         adapter: name of an adapter.
-        start: a finished run to go on from: its folder, its name, or ``stage/recipe``.
-        reward: what replies are worth, for stages that maximise it: a finished run of stage reward, or
-            ``reward/recipe``, or ``file.py:function``.
+        init_from: finished run to initialize from: its folder, its name, or ``stage/recipe``.
+        reward: reward of the RL stages: a finished run of stage reward, ``reward/recipe``, or
+            ``file.py:function``.
         out: the run directory.
-        settings: further values, ``{"train.epochs": 3}``.
+        settings: further overrides, ``{"train.epochs": 3}``.
 
     Raises:
-        UserError: every mistake that could be found.
+        UserError: all problems found.
     """
     shortcuts = {
         "model.base": base,
@@ -62,13 +62,13 @@ def load_recipe(
 
 
 def load_tuned(directory: str | Path) -> "Tuned":
-    """Open a finished run: its model with the adapter, of any kind, and the encoder of its conversations.
+    """Load a finished run: its model with the adapter, of any kind, and the encoder of its conversations.
 
     Args:
         directory: the run directory.
 
     Raises:
-        UserError: the folder is no finished run.
+        UserError: not the folder of a finished run.
     """
     quiet()
     from finetune.training import tuned
@@ -77,13 +77,13 @@ def load_tuned(directory: str | Path) -> "Tuned":
 
 
 def load_reward(directory: str | Path) -> "RewardModel":
-    """Open a finished reward model; ``.score(prompts, completions)`` gives what each completion is worth.
+    """Load a finished reward model; ``.score(prompts, completions)`` returns the reward of each completion.
 
     Args:
         directory: the run directory.
 
     Raises:
-        UserError: the folder is no finished run of a reward model.
+        UserError: not the folder of a finished reward model run.
     """
     quiet()
     from align.reward import scorer
@@ -92,21 +92,21 @@ def load_reward(directory: str | Path) -> "RewardModel":
 
 
 def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") -> "Result":
-    """Run a recipe and return its result; a run that is finished already is returned at once.
+    """Run a recipe and return its result; a finished run is returned at once.
 
-    Where the recipe starts from another recipe's run (``model.start: sft/quickstart``), or is rewarded by
-    one, that runs first.
+    If the recipe starts from another recipe's run (``model.start: sft/quickstart``), or takes its rewards
+    from one, that one runs first.
 
     Args:
-        recipe: what ``load_recipe`` gave.
-        force: start over where a run of this recipe is there already.
-        command: how the run was started, for its record.
+        recipe: from ``load_recipe``.
+        force: start over even if a run of this recipe exists.
+        command: command for run.json.
 
     Raises:
-        UserError: the user's mistakes, before anything is written.
-        Interrupted: a signal came; the same call goes on from the checkpoint.
+        UserError: invalid settings or data, before anything is written.
+        Interrupted: stopped by a signal; the same call resumes from the checkpoint.
         NotFiniteError: loss or gradient became NaN or infinite.
-        LostProcessError: one of several processes ended before its work did.
+        LostProcessError: one of several processes died.
     """
     from rich.console import Console
 
@@ -119,15 +119,15 @@ def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") ->
 
 
 def plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> "Plan":
-    """Return what a recipe will need, as ``llm-align plan`` prints it; nothing is loaded.
+    """Return the memory and time plan of a recipe, as ``llm-align plan`` prints it; nothing is loaded.
 
     Args:
-        recipe: what ``load_recipe`` gave.
-        gpu: the GPUs to plan for (``h100``, ``rtx4090``, ``24GB``, ``cpu``); None: this machine.
-        gpus: how many of them.
+        recipe: from ``load_recipe``.
+        gpu: GPU to plan for (``h100``, ``rtx4090``, ``24GB``, ``cpu``); None: this machine.
+        gpus: number of GPUs.
 
     Raises:
-        UserError: an unknown GPU, a base of unknown shape, settings that do not go together, faulty data.
+        UserError: unknown GPU, unknown base architecture, incompatible settings, or invalid data.
     """
     from align.planning.machine import machine, together
     from align.planning.plan import plan_of
@@ -146,14 +146,14 @@ def load_pipeline(
     """Load a pipeline with all of its recipes, as ``llm-align run NAME stage.section.key=value`` does.
 
     Args:
-        name: a pipeline's name, or the path of a YAML file.
-        base: short name, hub id or folder of the base model; another one than the embedded takes the stages
-            of public data where the pipeline has such.
-        out: the folder of the pipeline's report; the stages' runs lie in ``runs/``.
-        settings: values in place of the recipes', ``{"sft.train.epochs": 3}``.
+        name: name of a pipeline, or path of a YAML file.
+        base: short name, hub id or folder of the base model; any but the embedded one selects the stages on
+            public data, if the pipeline has them.
+        out: folder of the pipeline's report; the stages' runs are in ``runs/``.
+        settings: overrides of the recipes' settings, ``{"sft.train.epochs": 3}``.
 
     Raises:
-        UserError: every mistake that could be found in any stage.
+        UserError: all problems found in any stage.
     """
     from align.pipeline import plan
 
@@ -164,16 +164,16 @@ def load_pipeline(
 def run_pipeline(
     pipeline: "Pipeline", *, force: bool = False, command: str = "run_pipeline(pipeline)"
 ) -> "PipelineResult":
-    """Run a pipeline's stages, each on the runs of those before it; finished ones are not repeated.
+    """Run a pipeline's stages, each on the runs of earlier ones; finished stages are skipped.
 
     Args:
-        pipeline: what ``load_pipeline`` gave.
-        force: every stage starts over.
-        command: how it was started, for its record.
+        pipeline: from ``load_pipeline``.
+        force: start every stage over.
+        command: command for pipeline.json.
 
     Raises:
-        UserError: the user's mistakes; nothing is written where the first stage is refused.
-        Interrupted: a signal came; the same call goes on from the checkpoint.
+        UserError: invalid settings or data; nothing is written if the first stage is rejected.
+        Interrupted: stopped by a signal; the same call resumes from the checkpoint.
         NotFiniteError: a stage's loss or gradient became NaN or infinite.
     """
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""Talking to a run: the same encoder, template and stop tokens as in training."""
+"""Chat with a finished run in the terminal, with the encoder, template and stop tokens of training."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,24 +11,22 @@ from finetune.training.tuned import Tuned, load_tuned
 
 
 def answer_once(run: Path, prompt: str, *, max_new_tokens: int, temperature: float) -> str:
-    """Return a run's reply to one prompt.
+    """Generate a run's reply to one prompt.
 
     Raises:
-        UserError: the folder is no finished run.
+        UserError: not the folder of a finished run.
     """
     return _reply(load_tuned(run), [Message("user", prompt)], max_new_tokens, temperature)
 
 
 def converse(run: Path, *, max_new_tokens: int, temperature: float) -> None:
-    """Talk on the terminal until an empty line or the end of input.
-
-    A template that holds one exchange starts a new conversation with every question.
+    """Chat in the terminal until an empty line or the end of input.
 
     Raises:
-        UserError: the folder is no finished run.
+        UserError: not the folder of a finished run.
     """
     tuned = load_tuned(run)
-    click.echo(f"{run} answers; an empty line ends the talk, /new begins another one.")
+    click.echo(f"Chatting with {run}; empty line to quit, /new to start a new conversation.")
     history: list[Message] = []
     for question in _questions():
         if question == "/new":
@@ -37,6 +35,7 @@ def converse(run: Path, *, max_new_tokens: int, temperature: float) -> None:
         turns = [*history, Message("user", question)]
         try:
             reply = _reply(tuned, turns, max_new_tokens, temperature)
+        # Single-turn templates cannot render a history: each question starts a new conversation.
         except TemplateError:
             turns = turns[-1:]
             reply = _reply(tuned, turns, max_new_tokens, temperature)

@@ -1,4 +1,4 @@
-"""``llm-align``: every verb of the command line. Nothing heavy is imported before a verb runs."""
+"""``llm-align`` command line (click). Heavy libraries are imported only inside the commands."""
 
 import json
 import sys
@@ -20,15 +20,15 @@ from finetune.recipe.quiet import quiet
 from finetune.recipe.recipe import Recipe
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
-FROM = "Finished run to go on from: folder, name or its beginning; or STAGE/RECIPE, run first if need be."
-REWARD = "What replies are worth: a finished reward run, reward/RECIPE, or file.py:function."
+FROM = "Finished run to start from: folder, name or prefix; or STAGE/RECIPE, which runs first if needed."
+REWARD = "Reward: a finished reward run, reward/RECIPE, or file.py:function."
 
 EPILOG = """\b
 Examples:
   llm-align {stage}                                    the embedded quickstart, offline, on the CPU
   llm-align {stage} {recipe} --base llama-2-7b
   llm-align {stage} {recipe} --data my.jsonl --adapter qlora train.epochs=1
-  llm-align {stage} {recipe} --from sft-quickstart          goes on from a finished run
+  llm-align {stage} {recipe} --from sft-quickstart          start from a finished run
 """
 
 RUN_EPILOG = """\b
@@ -36,21 +36,21 @@ Examples:
   llm-align run zephyr                                 the embedded model, offline, on the CPU
   llm-align run zephyr dpo.train.epochs=2
   llm-align run zephyr --base mistral-7b               the same stages on public data
-  llm-align run my.yaml --dry-run                      is all of it in order?
+  llm-align run my.yaml --dry-run                      validate without running
 """
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="llm-align")
 def cli() -> None:
-    """Adapt and align language models: one line a stage.
+    """Adapt and align language models: one command per stage.
 
-    Recipes are YAML files; `llm-align list` shows what there is, `llm-align show RECIPE` what a recipe says.
+    Recipes are YAML files: `llm-align list` lists them, `llm-align show RECIPE` prints one.
     """
 
 
 def main() -> None:
-    """Run the command line and turn what happened into an exit status and a message."""
+    """Run the command line; turn exceptions into messages and exit codes."""
     try:
         cli.main(standalone_mode=False)
     except UserError as error:
@@ -58,13 +58,13 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message(), USER_ERROR)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+        _fail("interrupted. Run the same command to resume from the last checkpoint", INTERRUPTED)
 
 
 def _fail(message: str, status: int) -> None:
     place = world()
     if not place.main:
-        message = f"process {place.rank}: {message}"
+        message = f"rank {place.rank}: {message}"
     click.echo(f"llm-align: {message}", err=True)
     sys.exit(status)
 
@@ -77,10 +77,10 @@ def _stage_command(stage: str, package: str) -> click.Command:
     @click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
     @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
     @click.option("--data", metavar="D", help="Data: hub id, file or folder.")
-    @click.option("--adapter", metavar="A", help="Adapter: a name of `llm-align list adapters`.")
+    @click.option("--adapter", metavar="A", help="Adapter (see `llm-align list adapters`).")
     @click.option("--from", "start", metavar="RUN", help=FROM)
     @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory.")
-    @click.option("--force", is_flag=True, help="Start over where the run is there already.")
+    @click.option("--force", is_flag=True, help="Start over even if the run exists.")
     def command(
         words: tuple[str, ...],
         base: str | None,
@@ -118,7 +118,7 @@ def _run_stage(recipe: Recipe, *, force: bool) -> None:
 
 @contextmanager
 def _stops_told() -> Iterator[None]:
-    """Turn an interrupted or a failed run into a message and an exit status."""
+    """Turn an interrupted or failed run into a message and an exit code."""
     quiet()
     from finetune.training.stops import Interrupted, LostProcessError, NotFiniteError
 
@@ -127,25 +127,27 @@ def _stops_told() -> Iterator[None]:
     except Interrupted as stop:
         _fail(str(stop), INTERRUPTED)
     except LostProcessError as error:
-        _fail(f"{error}\n    repair:   the same command goes on from the last checkpoint", OUR_ERROR)
+        _fail(f"{error}\n    repair:   run the same command to resume from the last checkpoint", OUR_ERROR)
     except NotFiniteError as error:
-        repair = "lower train.learning_rate, or use model.precision=float32; the run is marked as failed"
+        repair = "lower train.learning_rate, or use model.precision=float32 (the run is marked as failed)"
         _fail(f"{error}\n    repair:   {repair}", OUR_ERROR)
 
 
 @cli.command("run", epilog=RUN_EPILOG)
 @click.argument("name", metavar="PIPELINE")
 @click.argument("words", nargs=-1, metavar="[STAGE.SECTION.KEY=VALUE]...")
-@click.option("--base", metavar="B", help="Base model of the stages that begin with one.")
-@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the whole's report.")
+@click.option("--base", metavar="B", help="Base model of the stages that start from one.")
+@click.option(
+    "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the pipeline's report."
+)
 @click.option("--force", is_flag=True, help="Start every stage over.")
-@click.option("--dry-run", is_flag=True, help="Check every stage, show what would run, and run nothing.")
+@click.option("--dry-run", is_flag=True, help="Validate every stage and print the plan; run nothing.")
 def run_(
     name: str, words: tuple[str, ...], base: str | None, out: Path | None, force: bool, dry_run: bool
 ) -> None:
-    """Run a pipeline: several stages in one file, each on the runs of those before it.
+    """Run a pipeline: several stages in one file, each on the runs of earlier ones.
 
-    Finished stages are recognised by their content and not repeated; the same command goes on after a stop.
+    Finished stages are identified by content and skipped; the same command resumes after an interruption.
     """
     from align.pipeline.plan import load_pipeline
     from align.pipeline.summary import print_plan, print_result
@@ -163,12 +165,12 @@ def run_(
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(kind: str | None, as_json: bool) -> None:
-    """Show recipes, pipelines, adapters, templates, losses, bases, stages, runs; KIND shows one of these."""
+    """List recipes, pipelines, adapters, templates, losses, bases, stages and runs, or one KIND of them."""
     from align.listing import everything, print_listing
 
     found = everything()
     if kind is not None and kind not in found:
-        raise click.UsageError(f"'{kind}' is unknown; expected one of {', '.join(found)}")
+        raise click.UsageError(f"unknown kind '{kind}'; expected one of {', '.join(found)}")
     chosen = found if kind is None else {kind: found[kind]}
     if as_json:
         click.echo(json.dumps(chosen, indent=1, ensure_ascii=False))
@@ -183,7 +185,7 @@ def list_(kind: str | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--schema", is_flag=True, help="Print the stage's JSON Schema, for editors.")
 def show(words: tuple[str, ...], stage: str, start: str | None, as_json: bool, schema: bool) -> None:
-    """Show a recipe with every value's origin."""
+    """Show a recipe with the origin of every value."""
     from align.listing import print_recipe
     from finetune.recipe.schema import rows
     from finetune.recipe.schema import schema as json_schema
@@ -207,7 +209,7 @@ def show(words: tuple[str, ...], stage: str, start: str | None, as_json: bool, s
 @click.option("--from", "start", metavar="RUN", help=FROM)
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page as well.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write an HTML page.")
 def data(
     words: tuple[str, ...],
     stage: str,
@@ -218,7 +220,7 @@ def data(
     as_json: bool,
     html: Path | None,
 ) -> None:
-    """Show what the model will see: rows with what is learnt, lengths, what was lost, proportions, steps."""
+    """Preview the tokenized data: rows with their loss mask, lengths, truncation, mixture, step count."""
     from rich.console import Console
 
     from align.data_terminal import print_facts, print_head
@@ -243,11 +245,13 @@ def data(
 
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
-@click.option("--prompt", help="Answer this once and end.")
-@click.option("--max-new-tokens", default=256, show_default=True, help="Tokens of a reply at most.")
-@click.option("--temperature", default=0.0, show_default=True, help="0: the likeliest token every time.")
+@click.option("--prompt", help="Answer this prompt and exit.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Maximum tokens per reply.")
+@click.option(
+    "--temperature", default=0.0, show_default=True, help="Sampling temperature; 0: greedy decoding."
+)
 def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: float) -> None:
-    """Talk to a finished run, with the template that it was trained with."""
+    """Chat with a finished run, using the template it was trained with."""
     quiet()
     from align.chat import answer_once, converse
 
@@ -261,11 +265,14 @@ def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: 
 @click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
 @click.argument("source", metavar="FILE")
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Write each row with its rewards."
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write each row with its rewards (JSON Lines).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None:
-    """Score the completions of a file with a reward model: of each head, each rule, and all together."""
+    """Score the completions of a file with a reward model: per head, per rule, and in total."""
     quiet()
     from align.score import score as score_source
 
@@ -275,7 +282,7 @@ def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
 def merge(directory: Path) -> None:
-    """Write a run's base and adapter as one model, RUN/merged; `--base RUN` goes on from it."""
+    """Merge a run's adapter into its base and save RUN/merged; `--base RUN` trains on from it."""
     quiet()
     from finetune.training.merge import merge_run
 

@@ -1,7 +1,7 @@
-"""What a recipe's data comes to before anything is trained: rows as the model sees them, lengths, steps.
+"""Data preview: a recipe's tokenized rows with their loss mask, length statistics and step count.
 
-Plain facts first; the terminal, JSON and the HTML page show the same ones. Tokenizer and config are read, the
-model's weights are not.
+The terminal, the JSON output and the HTML page show the same data. Loads the tokenizer and config, not the
+weights.
 """
 
 from collections.abc import Sequence
@@ -30,26 +30,26 @@ from finetune.recipe.settings import TrainSettings
 from finetune.training.text import Text, text_of
 
 BARS = 12
-"""Bars of the histogram at most."""
+"""Maximum bars of the histogram."""
 
 NICE = (1, 2, 4, 5, 8)
-"""A bar is as wide as one of these times a power of ten: borders that can be read."""
+"""Bar widths are one of these times a power of ten, for readable bin edges."""
 
 KINDS: dict[str, Kind] = {"dpo": "rankings", "reward": "rankings", "kto": "labels"}
-"""What the stages that learn from preferences read."""
+"""Kind of preference data that each stage reads."""
 
 Facts = dict[str, Any]
 
 
 def preview(recipe: Recipe, *, rows: int) -> Facts:
-    """Return what a recipe's data comes to, as plain data.
+    """Prepare a recipe's data and return the preview as plain data.
 
     Args:
-        recipe: what would be run.
-        rows: how many rows are shown as the model sees them.
+        recipe: the loaded recipe.
+        rows: number of rows to show.
 
     Raises:
-        UserError: mistakes in the data, with file, line and field; or no such base.
+        UserError: invalid data (with file, line and field), or unknown base.
     """
     settings, train = recipe.settings, recipe.settings.train
     text, reason = text_of(settings)
@@ -80,7 +80,7 @@ def preview(recipe: Recipe, *, rows: int) -> Facts:
 
 
 def _work(report: DataReport, count: int, train: TrainSettings) -> Facts:
-    """Return what a run of so many items would take; of prompts that is the stage's own affair: nothing."""
+    """Return epochs, steps and token budget for N items; None for prompts, whose stages count otherwise."""
     if report.prompts:
         return {key: None for key in ("epochs", "steps", "token_budget", "trained_token_budget")} | {
             "batch_size": train.batch_size
@@ -100,27 +100,27 @@ def _work(report: DataReport, count: int, train: TrainSettings) -> Facts:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """What a step counts: each item's source, and where its rows begin; comparisons have one a completion."""
+    """The items of a batch: source and first row of each; a comparison has one row per completion."""
 
     sources: Sequence[int]
     rows: Sequence[int]
 
 
 def _longest(recipe: Recipe, text: Text, reason: str) -> tuple[int, str]:
-    """Return the tokens of a row at most and why: of a prompt, what the replies leave."""
+    """Return the maximum tokens per row and the reason; for prompts, what the completions leave."""
     settings = recipe.settings.data
     if not isinstance(settings, PromptSettings):
         return text.max_length, reason
     sampling = dict(recipe.settings)["sampling"]
-    assert isinstance(sampling, SamplingSettings), "stages that ask prompts say how replies are drawn"
+    assert isinstance(sampling, SamplingSettings), "stages on prompts have sampling settings"
     return longest_prompt(settings, text, room=sampling.max_new_tokens)
 
 
 def _prepared(recipe: Recipe, text: Text, length: int) -> tuple[DataReport, TokenizedRows, Items]:
-    """Return what became of the data: rows of conversations and texts, of prompts, or of comparisons.
+    """Return report, tokenized rows and items of conversations, texts, prompts or comparisons.
 
     Raises:
-        UserError: mistakes in the data, or a stage that makes other rows of its preferences.
+        UserError: invalid data, or a stage that converts its preferences to other rows.
     """
     settings, encoder = recipe.settings.data, text.encoder
     seed = recipe.settings.train.seed
@@ -132,8 +132,8 @@ def _prepared(recipe: Recipe, text: Text, length: int) -> tuple[DataReport, Toke
         prepared = prepare_any(settings, encoder, max_length=length, seed=seed)
         return prepared.report, prepared.train, Items(prepared.train.sources, range(len(prepared.train) + 1))
     if recipe.stage not in KINDS:
-        found = f"'{recipe.stage}' makes conversations of its preferences while it runs"
-        repair = "llm-align data --stage dpo shows the preferences themselves"
+        found = f"'{recipe.stage}' converts its preferences to conversations at run time"
+        repair = "`llm-align data --stage dpo` shows the preferences"
         raise UserError(Problem("--stage", found, f"another stage, or one of {', '.join(KINDS)}", repair))
     data = prepare_preferences(settings, encoder, max_length=length, seed=seed, kind=KINDS[recipe.stage])
     firsts = np.cumsum([0, *data.train.completions]).tolist()
@@ -141,7 +141,7 @@ def _prepared(recipe: Recipe, text: Text, length: int) -> tuple[DataReport, Toke
 
 
 def _as_rows(prompts: Prompts) -> TokenizedRows:
-    """Return prompts as rows of which nothing is learnt."""
+    """Return prompts as rows whose loss mask is all False."""
     ids = np.concatenate([np.asarray(prompt.ids, dtype=np.int32) for prompt in prompts])
     starts = np.concatenate([[0], np.cumsum(prompts.lengths)]).astype(np.int64)
     arrays = {"input_ids": ids, "trained": np.zeros(len(ids), dtype=bool), "starts": starts}
@@ -149,7 +149,7 @@ def _as_rows(prompts: Prompts) -> TokenizedRows:
 
 
 def write_page(facts: Facts, path: Path) -> None:
-    """Write the facts as one page that stands alone.
+    """Write the preview as a self-contained HTML page.
 
     Raises:
         UserError: the file cannot be written.
@@ -160,11 +160,11 @@ def write_page(facts: Facts, path: Path) -> None:
         path.write_text(environment.get_template("data.html.j2").render(facts), encoding="utf-8")
     except OSError as error:
         found = f"cannot be written: {error.strerror}"
-        raise UserError(Problem(f"--html {path}", found, "a file in a folder that is there")) from error
+        raise UserError(Problem(f"--html {path}", found, "a file in an existing folder")) from error
 
 
 def _chosen(sources: Sequence[int], count: int) -> list[int]:
-    """Return the rows to show: of each source in turn, at even distances."""
+    """Return evenly spaced rows to show, alternating between sources."""
     own = [np.flatnonzero(np.asarray(sources) == number) for number in sorted(set(sources))]
     each = -(-count // len(own))
     shown = [rows[np.linspace(0, len(rows) - 1, min(each, len(rows)), dtype=int)] for rows in own]
@@ -173,7 +173,7 @@ def _chosen(sources: Sequence[int], count: int) -> list[int]:
 
 
 def _row(rows: TokenizedRows, index: int, encoder: Encoder) -> Facts:
-    """Return a row as stretches of text, learnt or not; a stretch that was cut may end in half a letter."""
+    """Return a row as text spans with their loss mask; a truncated span may end within a character."""
     start, end = rows.arrays["starts"][index : index + 2]
     ids, trained = (rows.arrays[name][start:end].tolist() for name in ("input_ids", "trained"))
     pieces, read = [], 0
@@ -190,7 +190,8 @@ def _row(rows: TokenizedRows, index: int, encoder: Encoder) -> Facts:
 
 
 def _text_between(ids: list[int], start: int, end: int, encoder: Encoder) -> str:
-    """Return the text of some tokens as it stands behind the ones before: alone it would lose its blank."""
+    """Return the text of tokens start to end."""
+    # Decoded after the tokens before them: alone, many tokenizers drop the leading space.
     before, whole = (
         str(encoder.tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False)) for stop in (start, end)
     )
@@ -200,7 +201,7 @@ def _text_between(ids: list[int], start: int, end: int, encoder: Encoder) -> str
 
 
 def _lengths(lengths: Sequence[int]) -> Facts:
-    """Return how long rows are, in tokens: a few numbers, and a histogram of at most twelve bars."""
+    """Return statistics of the row lengths in tokens, with a histogram of at most MAX_BARS bars."""
     longest = max(lengths)
     width = _bar_width(longest)
     counts = np.bincount((np.asarray(lengths) - 1) // width)

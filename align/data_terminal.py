@@ -1,4 +1,4 @@
-"""What ``llm-align data`` prints: the rows with what is learnt in green, then the numbers."""
+"""Terminal output of ``llm-align data``: rows with trained tokens in green, then the statistics."""
 
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,17 @@ from finetune.recipe.recipe import Recipe
 
 LEARNT, GIVEN = "bold green", "dim"
 MARKS = "⟦{}⟧"
-"""Stands around what is learnt where there are no colours."""
+"""Marks trained tokens if the terminal has no colors."""
 
 HEAD, TAIL = 900, 300
-"""Characters shown of a long stretch; the page shows all."""
+"""Characters shown of a long span; the HTML page shows all."""
 
 BAR = 40
 NAME = 32
 
 
 def print_head(recipe: Recipe, console: Console) -> None:
-    """Print what is looked at; it stands there before the tokenizer is loaded."""
+    """Print recipe, data and base, before the tokenizer is loaded."""
     data = recipe.settings.data
     mixed = [part.source for part in data.mix or []]
     rows = [f"{len(data.source)} rows"] if isinstance(data.source, list) else [data.source or ""]
@@ -36,7 +36,7 @@ def print_head(recipe: Recipe, console: Console) -> None:
 
 
 def print_facts(facts: dict[str, Any], console: Console, *, page: Path | None) -> None:
-    """Print rows and numbers; ``page`` is where they also are."""
+    """Print rows and statistics; ``page`` is the path of the HTML page, if written."""
     _print_rows(facts, console)
     _print_numbers(facts, console)
     if page is not None:
@@ -44,15 +44,15 @@ def print_facts(facts: dict[str, Any], console: Console, *, page: Path | None) -
 
 
 def _print_rows(facts: dict[str, Any], console: Console) -> None:
-    """Print the chosen rows as the model sees them."""
+    """Print the selected rows with their loss mask."""
     if not facts["shown"]:
         return
     colours = console.color_system is not None
-    learnt = Text("what is learnt", LEARNT) if colours else Text(MARKS.format("what is learnt"))
+    learnt = Text("trained tokens", LEARNT) if colours else Text(MARKS.format("trained tokens"))
     legend = () if facts["prompts"] else (", ", learnt)
     console.print(Text.assemble("rows as the model sees them", *legend, ":"))
     for row in facts["shown"]:
-        share = f", {row['trained_tokens'] / row['tokens']:.0%} learnt" * (not facts["prompts"])
+        share = f", {row['trained_tokens'] / row['tokens']:.0%} trained" * (not facts["prompts"])
         line = f"── {row['where']}  {row['tokens']} tokens{share}"
         console.print(Text(line, "cyan"), soft_wrap=True)
         text = Text()
@@ -65,7 +65,7 @@ def _print_rows(facts: dict[str, Any], console: Console) -> None:
 
 
 def _print_numbers(facts: dict[str, Any], console: Console) -> None:
-    """Print lengths, proportions, what was lost, and what a run would take."""
+    """Print lengths, mixture, dropped and truncated rows, and the training budget."""
     _print_lengths(facts, console)
     if len(facts["sources"]) > 1:
         console.print(_sources(facts))
@@ -74,9 +74,9 @@ def _print_numbers(facts: dict[str, Any], console: Console) -> None:
     for count in facts["counts"]:
         line = f"rows {count['what']}: [bold]{count['rows']}[/] (first: {escape(count['first'])})"
         console.print(line, highlight=False, soft_wrap=True)
-    what, loss = "rows", f", [bold]{facts['trained_share']:.0%}[/] carry loss"
+    what, loss = "rows", f", [bold]{facts['trained_share']:.0%}[/] have loss"
     if facts["prompts"]:
-        what, loss = "prompts", "; what is learnt are the replies, which are drawn in training"
+        what, loss = "prompts", "; the loss is on completions sampled during training"
     console.print(
         f"[bold]{facts['rows']:,}[/] {what} ({escape(facts['layout'])}), {facts['held_out']:,} held out; "
         f"{facts['tokens']:,} tokens{loss}",
@@ -88,7 +88,7 @@ def _print_numbers(facts: dict[str, Any], console: Console) -> None:
     console.print(
         f"{facts['epochs']:.3g} epochs in batches of {facts['batch_size']}: [bold]{facts['steps']:,}[/] "
         f"optimizer steps, [bold]{facts['token_budget']:,}[/] tokens, "
-        f"{facts['trained_token_budget']:,} of them learnt",
+        f"{facts['trained_token_budget']:,} of them trained",
         highlight=False,
         soft_wrap=True,
     )
@@ -111,11 +111,11 @@ def _print_lengths(facts: dict[str, Any], console: Console) -> None:
 
 
 def _sources(facts: dict[str, Any]) -> Table:
-    title = "mixture: part of the rows, asked and found; of their tokens; of what is learnt"
+    title = "mixture: requested and actual share of the rows; share of tokens; share of trained tokens"
     table = Table(title=title, title_justify="left", title_style="bold", box=None)
     table.add_column("source", no_wrap=True)
-    learnt = () if facts["prompts"] else ("learnt",)
-    for column in ("usable", "rows", "asked", "found", "tokens", *learnt):
+    learnt = () if facts["prompts"] else ("trained",)
+    for column in ("usable", "rows", "requested", "actual", "tokens", *learnt):
         table.add_column(column, justify="right")
     for source in facts["sources"]:
         table.add_row(
@@ -131,7 +131,7 @@ def _sources(facts: dict[str, Any]) -> Table:
 
 
 def _end_of(name: str) -> str:
-    """Return the end of a long path, which tells files apart."""
+    """Return the end of a long path: the part that distinguishes files."""
     return name if len(name) <= NAME else f"…{name[1 - NAME :]}"
 
 

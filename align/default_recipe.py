@@ -1,4 +1,4 @@
-"""Which recipe serves where none is named: the quickstart, or for another base the stage's public one."""
+"""Default recipe of a stage: the quickstart, or for other bases the stage's recipe on public data."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,23 +11,21 @@ QUICKSTART, EMBEDDED = "quickstart", "tiny"
 
 
 def default_recipe(stage: str, given: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Return the name of the recipe that a stage runs when none is named, and what to tell of it.
-
-    The quickstart's data and learning rates are made for the embedded base; any other one gets the recipe of
-    public data that the stage's module names as ``PUBLIC``.
+    """Return the name of a stage's default recipe, and notes for the user.
 
     Args:
         stage: the stage.
-        given: what --base, --from and their like say.
+        overrides: values of --base, --from and other options, by recipe key.
 
     Raises:
-        UserError: --from names no finished run.
+        UserError: --from is not a finished run.
     """
+    # The quickstart's data and learning rates are chosen for the embedded base.
     base = given.get("model.base") or _base_of_start(given.get("model.start"))
     if base in (None, EMBEDDED):
         return QUICKSTART, []
     public: str = load_stage(stage).PUBLIC
-    return public, [f"no recipe is named: '{public}' serves ({QUICKSTART} is for the base '{EMBEDDED}')"]
+    return public, [f"no recipe given: using '{public}' ({QUICKSTART} is for base '{EMBEDDED}')"]
 
 
 def _base_of_start(start: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""What ``llm-align list`` and ``llm-align show`` print."""
+"""Terminal output of ``llm-align list`` and ``llm-align show``."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from finetune.recipe.schema import listing, rows
 
 
 def everything() -> dict[str, dict[str, str]]:
-    """Return all names by kind, each with a line about it."""
+    """Return all names by kind, each with a one-line description."""
     found = listing()
     recipes = {
         f"{stage} {name}": line for stage, names in found.recipes.items() for name, line in names.items()
@@ -50,7 +50,7 @@ def print_listing(kinds: Mapping[str, Mapping[str, str]]) -> None:
             table.add_row(escape(name), escape(line))
         console.print(table)
         if not names:
-            console.print(f"  no {kind} here yet")
+            console.print(f"  no {kind} yet")
 
 
 def print_recipe(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""The words of a command line as a recipe: its name, and what it is told beside."""
+"""Parse command-line arguments to a recipe: its name and SECTION.KEY=VALUE overrides."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,22 +13,22 @@ from finetune.recipe.recipe import Recipe, load
 def recipe_of_words(
     stage: str, words: tuple[str, ...], shortcuts: dict[str, Any], out: Path | None = None
 ) -> Recipe:
-    """Return the recipe that words mean: the first one without ``=`` is its name, the others are settings.
+    """Load the recipe of command-line arguments: the one without ``=`` is its name, the others are overrides.
 
     Args:
-        stage: the stage that runs it, or for which it is planned.
-        words: ``RECIPE`` and ``section.key=value``.
-        shortcuts: what --base, --data and their like set.
+        stage: the stage of the recipe.
+        arguments: ``RECIPE`` and ``section.key=value``.
+        shortcuts: values of --base, --data and other options, by recipe key.
         out: the run directory.
 
     Raises:
-        UsageError: several names.
-        UserError: mistakes in the recipe.
+        UsageError: more than one name.
+        UserError: invalid recipe.
     """
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
         raise click.UsageError(
-            f"one RECIPE is expected, found {', '.join(names)}; settings are SECTION.KEY=VALUE"
+            f"expected one RECIPE, found {', '.join(names)}; overrides are SECTION.KEY=VALUE"
         )
     overrides = [word for word in words if "=" in word]
     name, notes = (names[0], []) if names else default_recipe(stage, shortcuts)

@@ -1,4 +1,4 @@
-"""``llm-align score``: a file's completions with their rewards, on the terminal and in a file."""
+"""``llm-align score``: score a file with a reward model, print the statistics and write the rows."""
 
 import json
 from pathlib import Path
@@ -15,15 +15,17 @@ SPREAD = ("mean", "deviation")
 
 
 def score(run: Path, source: str, *, out: Path | None, as_json: bool) -> None:
-    """Score the rows of a file with a finished reward model, tell the sum of it, and write the rows.
+    """Score the rows of a file with a finished reward model, print the statistics, and write the rows.
 
     Raises:
-        UserError: no reward model, no such file, rows of no known layout, or ``out`` is the file itself.
+        UserError: not a reward model, no such file, unknown layout, or ``out`` is the input file.
     """
     if out is not None and Path(source).exists() and out.exists() and out.samefile(source):
-        raise UserError(Problem(f"--out {out}", "the file that is read", "another name"))
+        raise UserError(Problem(f"--out {out}", "the input file", "another path"))
     if out is not None and not out.resolve().parent.is_dir():
-        raise UserError(Problem(f"--out {out}", f"no folder {out.resolve().parent}", "an existing folder"))
+        raise UserError(
+            Problem(f"--out {out}", f"no such folder: {out.resolve().parent}", "an existing folder")
+        )
     rows = score_file(load_reward(run), source)
     if out is not None:
         write_rows(rows, out)
@@ -38,13 +40,13 @@ def _print(facts: dict[str, Any], out: Path | None) -> None:
     console = Console()
     table = Table()
     ordered = any("accuracy" in values for values in facts["rewards"].values())
-    for column in ("reward", "scored", *SPREAD, *(("right order", "95 %") if ordered else ())):
+    for column in ("reward", "scored", *SPREAD, *(("accuracy", "95 % interval") if ordered else ())):
         table.add_column(column, justify="left" if column == "reward" else "right", no_wrap=True)
     for name, values in facts["rewards"].items():
         table.add_row(name, *_cells(values))
     console.print(table)
     without = facts["without_reply"]
-    told = f"{facts['rows']} rows" + (f", {without} of them without a reply to score" if without else "")
+    told = f"{facts['rows']} rows" + (f", {without} without a reply to score" if without else "")
     console.print(told, highlight=False)
     if out is not None:
         console.print(f"written  {out}", highlight=False, soft_wrap=True)

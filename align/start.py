@@ -1,4 +1,4 @@
-"""A recipe that needs other recipes' runs: found where they are finished, made first where they are not."""
+"""Resolve the runs a recipe depends on: reuse finished ones, and run the missing ones first."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +21,16 @@ from finetune.training.run_directory import RunDirectory
 
 
 def ready(recipe: Recipe, console: Console) -> Recipe:
-    """Return the recipe with settings that go together here, finished runs as its start and as its rewards.
+    """Return the recipe with resolved settings, and finished runs as its parent run and rewards.
 
     Args:
-        recipe: its ``model.start`` and its ``reward.sources`` may be ``stage/recipe``; such a recipe's run is
-            found by its digest.
-        console: where a run that comes first shows its progress.
+        recipe: ``model.start`` and ``reward.sources`` may be ``stage/recipe``; the run of such a recipe is
+            found by its digest, or runs now.
+        console: console for the progress of runs that come first.
 
     Raises:
-        UserError: settings that do not go together; mistakes in a recipe that comes first, or in its data.
-        Interrupted: a signal came while it ran.
+        UserError: incompatible settings, or invalid settings or data of a recipe that runs first.
+        Interrupted: stopped by a signal during such a run.
         NotFiniteError: its loss or gradient became NaN or infinite.
     """
     recipe = settled(recipe, _machine(recipe))
@@ -42,15 +42,15 @@ def ready(recipe: Recipe, console: Console) -> Recipe:
 
 
 def _machine(recipe: Recipe) -> Machine:
-    """Return what it is started on: the processes of a launcher of the user's, or those that it asks for."""
+    """Return the machine to solve for: a launcher's processes, or those that the recipe requests."""
     found, number = this_machine()
-    if (size := world().size) > 1:  # on other machines too, so that this one's GPUs are no limit
+    if (size := world().size) > 1:  # possibly on several machines, so this one's GPU count is no limit
         return Machine(found.kind, found.bfloat16, size)
     return started_on(recipe, found, number)
 
 
 def _rewarded(recipe: Recipe, reward: RewardsSettings, console: Console) -> Recipe:
-    """Return the recipe with folders of finished runs in place of what its reward runs are called."""
+    """Return the recipe with its reward runs replaced by folders of finished runs."""
     sources: list[RewardSource] = []
     notes: list[str] = []
     for index, source in enumerate(reward.sources):
@@ -58,7 +58,7 @@ def _rewarded(recipe: Recipe, reward: RewardsSettings, console: Console) -> Reci
             sources.append(source)
             continue
         if is_recipe(source.run):
-            run = _made(source.run, recipe, console, "is rewarded by")
+            run = _made(source.run, recipe, console, "takes rewards from")
         else:
             run, note = find_run(source.run, where=f"reward.sources[{index}].run")
             notes += [note] if note else []
@@ -69,30 +69,32 @@ def _rewarded(recipe: Recipe, reward: RewardsSettings, console: Console) -> Reci
 
 
 def _made(text: str, recipe: Recipe, console: Console, verb: str) -> Path:
-    """Return the folder of a recipe's finished run; it runs now if need be."""
+    """Return the folder of a recipe's finished run, running it now if needed."""
     stage, _, name = text.partition("/")
     first = ready(load(stage, name), console)
     run = RunDirectory.of(first, force=False)
     if run.finished:
         _say(console, f"{verb} {run.path} ({text})")
     else:
-        _say(console, f"{verb} {run.path}, the run of {text}: it is not finished, and runs first")
+        _say(console, f"{verb} {text}, which has no finished run; running it first ({run.path})")
         _refuse_world(text, recipe)
         run_stage(first, console, command=f"llm-align {stage} {name}")
-        _say(console, f"{run.path} is finished; now {recipe.stage} {recipe.name}")
+        _say(console, f"{run.path} is finished; continuing with {recipe.stage} {recipe.name}")
     return run.path
 
 
 def _refuse_world(text: str, recipe: Recipe) -> None:
-    """Raise UserError where a launcher of the user's has started processes for the second recipe."""
+    """Raise UserError under torchrun or another launcher, whose processes are for the second recipe."""
     if world().size > 1:
-        found = f"{text} has not run, and a launcher has started {world().size} processes for {recipe.stage}"
-        repair = f"run {text} first; or leave the launcher out: llm-align starts the processes it needs"
-        raise UserError(Problem(f"{recipe.stage} {recipe.name}", found, "its run, finished", repair))
+        found = (
+            f"{text} has no finished run, and a launcher started {world().size} processes for {recipe.stage}"
+        )
+        repair = f"run {text} first, or run without a launcher: llm-align launches its processes itself"
+        raise UserError(Problem(f"{recipe.stage} {recipe.name}", found, "a finished run of it", repair))
 
 
 def _starting_from(run: Path, recipe: Recipe) -> Recipe:
-    """Return the recipe with a run as its start; a run of full tuning becomes its base."""
+    """Return the recipe initialized from a run; a fully fine-tuned run also becomes its base."""
     update: dict[str, Any] = {"start": str(run)}
     if (run / "model").is_dir():
         update |= {"base": str(run), "revision": None, "rope": None}

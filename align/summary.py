@@ -1,4 +1,4 @@
-"""The last lines of a run: what changed, samples, where the result is, and what to type next."""
+"""Terminal summary of a finished run: metrics, samples, paths, and the next command."""
 
 import textwrap
 
@@ -12,7 +12,7 @@ SAMPLE_WIDTH = 160
 
 
 def print_summary(result: Result) -> None:
-    """Print a finished run's end."""
+    """Print the summary of a finished run."""
     console = Console()
     for label, value in result.record["headline"].items():
         console.print(f"  {label}: [bold]{escape(value)}[/]", highlight=False)

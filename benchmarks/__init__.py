@@ -1,1 +1,1 @@
-"""Measurements against other programs: the same work, in one run, told as ratios."""
+"""Benchmarks against TRL: the same work in one run, reported as ratios."""

@@ -1,4 +1,4 @@
-"""What the programs that measure share: a model of 42M parameters, its tokenizer, peak memory, ratios."""
+"""Shared pieces of the benchmarks: a model of 42M parameters, its tokenizer, peak memory, ratios."""
 
 import json
 import platform
@@ -25,8 +25,9 @@ LEARNING_RATE = 1e-3
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer of 32k entries at most, trained on the data's own text."""
+    """Return a byte-level BPE tokenizer of at most 32k entries, trained on the data."""
     bpe = ByteLevelBPETokenizer()
+    # Three special tokens are added below.
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY - 3, show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
@@ -36,7 +37,8 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 def adapted_llama(
     *, bfloat16: bool, hidden_size: int = 512, layers: int = 8, positions: int = 1024
 ) -> nn.Module:
-    """Return a Llama shape with random weights, and LoRA r = 16 on all its linear layers."""
+    """Return a randomly initialized Llama with LoRA r = 16 on all linear layers."""
+    # All contenders start from the same weights.
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -55,7 +57,7 @@ def adapted_llama(
 
 
 def engine_arguments(folder: str, *, batch_size: int, max_steps: int, bfloat16: bool) -> dict[str, Any]:
-    """Return the engine's arguments that every contender shares."""
+    """Return the TrainingArguments that all contenders share."""
     return {
         "output_dir": folder,
         "num_train_epochs": 1,
@@ -73,20 +75,21 @@ def engine_arguments(folder: str, *, batch_size: int, max_steps: int, bfloat16: 
 
 
 def losses_logged(history: Iterable[dict[str, float]]) -> dict[str, Any]:
-    """Return the first losses that a trainer logged, and the mean of all."""
+    """Return the first two losses that a trainer logged, and the mean of all."""
     losses = [line["loss"] for line in history if "loss" in line]
     return {"first_losses": losses[:2], "mean_loss": statistics.fmean(losses)}
 
 
 def forget_peak() -> None:
-    """Let the peak memory count anew from here: of the process (Linux), and of the GPU."""
+    """Reset the peak memory of the process (Linux), and of the GPU."""
+    # Writing 5 resets VmHWM, the peak resident size (proc(5)).
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak() -> float:
-    """Return the peak memory in GiB since it was reset: allocated on the GPU, or resident (Linux)."""
+    """Return the peak memory in GiB since the reset: allocated on the GPU, or resident (Linux)."""
     if torch.cuda.is_available():
         return peak_memory_bytes(detect()) / 2**30
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -95,7 +98,8 @@ def peak() -> float:
 
 
 def peak_apart(module: str, arguments: Sequence[str], contender: str) -> float:
-    """Return the peak memory in GiB of a process that does a few steps of one contender."""
+    """Return the peak memory in GiB of a fresh process that trains a few steps of one contender."""
+    # A fresh process, since a peak includes whatever ran before it.
     command = [sys.executable, "-m", module, *arguments, "--only", contender]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: float = json.loads(printed.splitlines()[-1])["peak_memory_gib"]
@@ -103,10 +107,11 @@ def peak_apart(module: str, arguments: Sequence[str], contender: str) -> float:
 
 
 def times_slower(runs: Sequence[dict[str, Any]], contenders: Sequence[str]) -> dict[str, float]:
-    """Return the median over the repeats of each contender's seconds for one of the first's."""
+    """Return each contender's time over the first contender's, as the median over the repeats."""
     first, *others = contenders
     ours = {entry["repeat"]: entry["seconds"] for entry in runs if entry["contender"] == first}
     return {
+        # Ratios within a repeat: a machine that slows down hits all contenders of it.
         contender: statistics.median(
             entry["seconds"] / ours[entry["repeat"]] for entry in runs if entry["contender"] == contender
         )
@@ -115,7 +120,7 @@ def times_slower(runs: Sequence[dict[str, Any]], contenders: Sequence[str]) -> d
 
 
 def facts(*, bfloat16: bool) -> dict[str, Any]:
-    """Return when, on what and with what was measured."""
+    """Return date, device and versions of a measurement."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": detect().name,
@@ -126,7 +131,7 @@ def facts(*, bfloat16: bool) -> dict[str, Any]:
 
 
 def save_result(name: str, result: dict[str, Any]) -> Path:
-    """Write a result to ``results/NAME-PRECISION-DATE.json`` and say so."""
+    """Write a result to ``results/NAME-PRECISION-DATE.json`` and print the path."""
     path = RESULTS / f"{name}-{result['precision']}-{result['date'][:10]}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     click.echo(f"written to {path}")

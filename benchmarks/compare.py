@@ -1,11 +1,11 @@
-"""Every adapter on the embedded task, with an equal budget: the same rows, batches and optimizer steps.
+"""All adapters on the embedded task with an equal budget: the same rows, batches and optimizer steps.
 
     make compare      or      python -m benchmarks.compare --steps 150
 
-Each adapter runs in a process of its own (so that its peak memory is its own), on the quickstart's recipe, at
-several multiples of its usual learning rate, of which the one with the lowest held-out loss counts: the
-embedded model is tiny and takes higher rates than the papers' models. Writes compare-DATE.json, .md and .png
-into benchmarks/results/.
+Each adapter runs in a process of its own (for its own peak memory), on the quickstart's recipe, at several
+multiples of its default learning rate, of which the one with the lowest held-out loss counts: the embedded
+model is tiny and takes higher rates than the papers' models. Writes compare-DATE.json, .md and .png into
+benchmarks/results/.
 """
 
 import json
@@ -30,7 +30,7 @@ NO_BIASES = "bitfit"
 COLUMNS = {
     "adapter": "adapter",
     "trained": "trained parameters",
-    "exact": "exact answers",
+    "exact": "exact match",
     "held_out_loss": "held-out loss",
     "seconds": "training, lora = 1",
     "peak_gib": "peak memory (GiB)",
@@ -40,10 +40,10 @@ COLUMNS = {
 
 @click.command()
 @click.option("--steps", default=150, show_default=True, help="Optimizer steps of 16 rows.")
-@click.option("--rows", default=100, show_default=True, help="Held-out rows to answer.")
-@click.option("--factors", default="3,10", show_default=True, help="Multiples of the usual learning rate.")
-@click.option("--only", help="One adapter, at one rate: METHOD:RATE; prints its numbers.")
-@click.option("--methods", help="Some adapters, comma-separated; without it all.")
+@click.option("--rows", default=100, show_default=True, help="Held-out rows for exact match.")
+@click.option("--factors", default="3,10", show_default=True, help="Multiples of the default learning rate.")
+@click.option("--only", help="One adapter at one rate, METHOD:RATE; prints its results.")
+@click.option("--methods", help="Adapters, comma-separated; default: all.")
 def main(steps: int, rows: int, factors: str, only: str | None, methods: str | None) -> None:
     """Measure, and write table and plot."""
     if only:
@@ -106,8 +106,8 @@ def _write(results: list[dict[str, Any]], facts: dict[str, Any]) -> None:
 
 def _head(content: dict[str, Any]) -> str:
     return (
-        f"Every adapter on the quickstart's rows: {content['steps']} optimizer steps of 16 rows, the best of "
-        f"{content['factors']} times its usual learning rate, {content['rows']} held-out rows answered, "
+        f"All adapters on the quickstart's rows: {content['steps']} optimizer steps of 16 rows, the best of "
+        f"{content['factors']} times its default learning rate, {content['rows']} rows of exact match, "
         f"{content['device']}, {content['date'][:10]}. Written by `make compare`.\n\n"
     )
 

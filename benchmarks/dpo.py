@@ -1,15 +1,14 @@
-"""Direct preference optimization, our path against TRL: the same pairs, the same start, one process, in turn.
+"""Benchmark of DPO against TRL: the same pairs and initial weights, contenders alternating in one process.
 
     make bench-dpo ARGS=...      or      python -m benchmarks.dpo --data hh_rlhf/harmless-base/train.jsonl.gz
 
-A Llama shape of 42M parameters with random weights and a vocabulary of 32k, LoRA r = 16 on all linear layers,
-the base (the adapter switched off) as reference. Contenders: the prompt shared by both completions of a
-pair; each completion behind its prompt in a line of its own; TRL's DPOTrainer with its defaults; TRL at its
-best here (pairs grouped by length, no gradient checkpointing). Each computes the reference's
-log-probabilities once for every pair, in its steps. Before anything is timed, both programs'
-log-probabilities under policy and reference are compared. Seconds mean little on a shared machine, so the
-last line gives ratios: the median over the repeats of a contender's time to ours. Peak memory comes from a
-process of its own for each.
+A randomly initialized Llama of 42M parameters with a vocabulary of 32k, LoRA r = 16 on all linear layers; the
+reference is the base (the adapter disabled). Contenders: one row per pair with a shared prompt; one row per
+completion; TRL's DPOTrainer with its defaults; TRL's DPOTrainer at its fastest (pairs grouped by length, no
+gradient checkpointing). Each computes the reference log-probabilities once for every pair, within its steps.
+Before the timing, policy and reference log-probabilities of both implementations are compared. Seconds mean
+little on a shared machine, so the last line gives ratios: the median over the repeats of a contender's time
+to ours. Peak memory comes from one fresh process per contender.
 """
 
 import json
@@ -60,12 +59,12 @@ from finetune.training.head import output_head
 EMBEDDED = "recipes/tiny/data/preferences_train.jsonl"
 CONTENDERS = ("native", "native-separate", "trl", "trl-best")
 TOLERANCE = {False: 1e-5, True: 2e-2}
-"""Of a completion's log-probability, relative: in float32, in bfloat16 (which has three digits)."""
+"""Relative, of a completion's log-probability: in float32, in bfloat16 (which has three digits)."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every contender does."""
+    """Data and model that all contenders share."""
 
     groups: PreferenceGroups
     tokenizer: PreTrainedTokenizerFast
@@ -76,25 +75,24 @@ class Work:
 
     @property
     def pad(self) -> int:
-        """Return the token that fills lines up."""
         return int(self.tokenizer.pad_token_id)
 
     def group(self, index: int) -> Group:
-        """Return a pair as the collator takes it."""
+        """Return a pair as the collator's input."""
         row = self.groups[index]
         pieces = (row.prompt_ids, *row.completion_ids)
         prompt, *completions = (torch.tensor(ids, dtype=torch.long) for ids in pieces)
         return Group(prompt, tuple(completions))
 
     def batches(self) -> Iterator[list[int]]:
-        """Yield the pairs of each step, of similar length, as the native trainers order them."""
+        """Yield the pairs of each step, grouped by length as in the native trainers."""
         lengths = self.groups.lengths.tolist()
         size = self.batch_size
         yield from MicroBatches(lengths, batch_size=size, micro_batch_size=size, seed=0, group_by_length=True)
 
 
 def build(path: str, rows: int, batch_size: int, *, bfloat16: bool, small: bool = False) -> Work:
-    """Return the first pairs of a file, tokenizer and adapted model; the tokenizer is trained on its text."""
+    """Return the first pairs of a file, the adapted model, and a tokenizer trained on the file."""
     found = [row.columns for row in read_source(path)]
     tokenizer = train_tokenizer(str(text) for row in found for text in row.values())
     settings = PreferenceSettings(source=found[: 2 * rows], cache=False, template="hh")
@@ -108,7 +106,7 @@ def build(path: str, rows: int, batch_size: int, *, bfloat16: bool, small: bool 
 
 
 def run(work: Work, contender: str, *, max_steps: int = -1) -> dict[str, Any]:
-    """Train one epoch with one contender, from the same start; return seconds and losses."""
+    """Train one epoch with one contender from the initial weights; return seconds and losses."""
     model = deepcopy(work.model)
     if contender.startswith("native"):
         measured = _native(work, model, separate=contender.endswith("separate"), max_steps=max_steps)
@@ -118,13 +116,14 @@ def run(work: Work, contender: str, *, max_steps: int = -1) -> dict[str, Any]:
 
 
 def differences(work: Work) -> dict[str, float]:
-    """Return the largest relative difference between our log-probabilities of completions and TRL's.
+    """Return the largest relative differences of log-probabilities between our implementation and TRL's.
 
-    The adapter is moved away from its start, where it changes nothing, so that policy and reference differ.
+    LoRA's B is randomized first, since policy and reference agree as long as it is zero.
     """
     model = deepcopy(work.model)
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
+        # With B = 0 policy and reference agree, and the comparison would prove nothing.
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
     with tempfile.TemporaryDirectory() as folder:
@@ -132,9 +131,7 @@ def differences(work: Work) -> dict[str, float]:
         columns = pair_columns(work.groups)
         lines = trainer.data_collator([columns[index] for index in range(len(columns))])
         batch = {key: value.to(work.device) for key, value in lines.items()}
-        theirs = {
-            "policy": trainer.compute_ref_log_probs(model, batch)
-        }  # under "ref", its copy of the policy
+        theirs = {"policy": trainer.compute_ref_log_probs(model, batch)}  # by "ref", its copy of the adapter
         model.delete_adapter("ref")
         theirs["reference"] = trainer.compute_ref_log_probs(model, batch)
     with torch.no_grad():
@@ -145,7 +142,7 @@ def differences(work: Work) -> dict[str, float]:
         "reference": (pairs.reference_chosen_logps, pairs.reference_rejected_logps),
     }
     apart = (torch.cat(ours["policy"]) - torch.cat(ours["reference"])).abs().mean()
-    assert apart > 0.01, "the policy is another one than the reference"
+    assert apart > 0.01, "policy and reference agree"
     return {who: _difference(torch.cat(ours[who]), torch.cat(theirs[who])) for who in ours}
 
 
@@ -188,7 +185,7 @@ def _native(work: Work, model: PeftModel, *, separate: bool, max_steps: int) -> 
 
 
 def _pairs(work: Work, model: PeftModel, rows: Sequence[int], collate: GroupCollator) -> Pairs:
-    """Return log-probabilities under the policy and, the adapter switched off, under the reference."""
+    """Return log-probabilities under the policy and, with the adapter disabled, under the reference."""
     laid = collate([work.group(row) for row in rows])
     batch = {key: value.to(work.device) for key, value in laid.items() if isinstance(value, Tensor)}
     head = output_head(model)
@@ -208,7 +205,7 @@ def _pairs(work: Work, model: PeftModel, rows: Sequence[int], collate: GroupColl
 def _trl(work: Work, model: PeftModel, *, best: bool, max_steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trl_trainer(work, model, folder, best=best, max_steps=max_steps)
-        model.delete_adapter("ref")  # TRL then takes the base as reference, which is cheaper and the same
+        model.delete_adapter("ref")  # TRL then takes the base as reference: cheaper, and equal
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
@@ -227,6 +224,7 @@ def _trl_trainer(work: Work, model: PeftModel, folder: str, *, best: bool, max_s
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(**common, max_length=None, **(faster if best else {})),
+        # TRL would tokenize text itself: a dummy row passes its checks, and our token ids replace it below.
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=work.tokenizer,
     )
@@ -241,13 +239,13 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 @click.command()
 @click.option(
-    "--data", default=EMBEDDED, show_default=True, help="A file of pairs in a layout that recipes know."
+    "--data", default=EMBEDDED, show_default=True, help="A file of pairs in a layout that recipes support."
 )
 @click.option("--rows", default=24, show_default=True, help="Pairs.")
 @click.option("--batch-size", default=4, show_default=True)
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--bfloat16", is_flag=True, help="bfloat16 in place of float32, for all contenders.")
-@click.option("--small", is_flag=True, help="A model of two narrow layers, to try the program.")
+@click.option("--small", is_flag=True, help="A model of two narrow layers, as a smoke test.")
 @click.option(
     "--only", type=click.Choice(CONTENDERS), help="Four steps of one contender, for its peak memory."
 )
@@ -271,9 +269,10 @@ def main(
         return
     apart = differences(work)
     click.echo(f"largest relative difference of log-probabilities: {apart}")
-    assert max(apart.values()) < TOLERANCE[bfloat16], "the contenders do not compute the same"
+    assert max(apart.values()) < TOLERANCE[bfloat16], "log-probabilities differ between contenders"
     runs = []
     for repeat in range(repeats):
+        # Alternating order, so that a drift of the machine hits all contenders alike.
         for contender in CONTENDERS if repeat % 2 == 0 else reversed(CONTENDERS):
             runs.append({"repeat": repeat, **run(work, contender)})
             click.echo(json.dumps(runs[-1]))

@@ -1,9 +1,9 @@
-"""The real training step on tensors that have a shape and no numbers, and how much memory it holds.
+"""Memory of the real training step under FakeTensorMode, as the planner's reference.
 
-Models are built from a config by the library's classes, adapters by finetune/adapters, losses by our own
-functions; ``FakeTensorMode`` lets them run without numbers, and ``Ledger`` sees every tensor that an
-operation makes, gradients and optimizer states included, and when it goes. What a kernel takes for itself
-inside is not seen.
+Models are built from a config by transformers' classes, adapters by finetune/adapters, losses by our own
+functions; ``FakeTensorMode`` runs them without data, and ``Ledger`` counts the storage of every tensor that
+an operation returns, gradients and optimizer states included, until it is freed. Temporaries inside a kernel
+are not counted.
 """
 
 import gc
@@ -45,13 +45,12 @@ Values = Mapping[str, Any]
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all tensors alive.
+    """Counts the bytes of all live storages.
 
-    Numbers that the program asks for (how many true positions a mask has) are ``count``.
+    Data-dependent numbers (how many elements of a mask are true) are answered with ``count``.
     """
 
     def __init__(self, count: int) -> None:
-        """Start with nothing alive."""
         super().__init__()
         self.count = count
         self.live = self.peak = 0
@@ -59,13 +58,14 @@ class Ledger(TorchDispatchMode):
         self.drawn: set[int] = set()
 
     def begin(self) -> None:
-        """Forget the peak so far."""
+        """Reset the peak."""
         self.peak = self.live
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it goes."""
+        """Count a tensor's storage until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
+        # Views share a storage; meta tensors have none.
         if key in self.alive or tensor.device.type == "meta":
             return
 
@@ -74,6 +74,7 @@ class Ledger(TorchDispatchMode):
                 self.live -= size
                 self.drawn.discard(key)
 
+        # A weak reference does not prolong the storage's life and reports its end.
         self.alive[key] = weakref.ref(storage, gone)
         self.live += size
         self.peak = max(self.peak, self.live)
@@ -81,7 +82,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation and count what it makes."""
+        """Run an operation and count its outputs."""
+        # Tensor.item(): a random index (AdaMix's expert) must be valid, other numbers count mask elements.
         if func is aten._local_scalar_dense.default:
             return 0 if args[0].untyped_storage()._cdata in self.drawn else self.count
         made = self._masked(func, args) if func in MASKED and _by_mask(args[1]) else None
@@ -95,7 +97,7 @@ class Ledger(TorchDispatchMode):
         return made
 
     def _masked(self, func: Any, args: tuple[Any, ...]) -> Tensor:
-        """Return what an operation with a mask makes: its size depends on numbers that are not there."""
+        """Return the output of an operation with a boolean mask: its size is data-dependent."""
         states, (mask,) = args[0], args[1]
         if func is aten.index.Tensor:
             made: Tensor = states.new_empty((self.count, *states.shape[mask.dim() :]))
@@ -123,15 +125,15 @@ class Case:
         name: of the shape.
         config: config.json of the base.
         adapter: the recipe's section.
-        objective: what stands on the last state.
-        precision: of the pass.
-        lines: of a pass.
-        columns: of a line.
+        objective: the loss.
+        precision: of the forward pass.
+        rows: of a micro-batch.
+        seq_len: of a row.
         predicted: states before a label.
-        masked: whether lines are padded.
-        checkpointing: whether activations are computed again.
+        masked: whether rows are padded.
+        checkpointing: whether activations are recomputed.
         attention: its implementation.
-        accumulated: passes of an optimizer step.
+        accumulation_steps: micro-batches per optimizer step.
     """
 
     name: str
@@ -149,14 +151,14 @@ class Case:
 
     @property
     def settings(self) -> AdapterSettings:
-        """Return the adapter's section, typed."""
+        """Return the adapter's settings."""
         plugin = load_plugin(ADAPTERS, self.adapter["method"], where="adapter.method")
         settings: AdapterSettings = plugin.Settings.model_validate(self.adapter)
         return settings
 
     @property
     def workload(self) -> Workload:
-        """Return what the planner is told; on a CPU, as the fake tensors are."""
+        """Return the planner's input; for a CPU, as fake tensors are."""
         return Workload(
             architecture=Architecture.of(self.config),
             adapter=adapter_of(self.settings),
@@ -180,8 +182,8 @@ class Measured:
 
     Attributes:
         loaded: base and adapter.
-        states: the optimizer's, as they are from the second step on.
-        taken: what the forward and backward passes take beside both, at most.
+        states: the optimizer's, from the second step on.
+        pass_peak: peak of the forward and backward passes in addition to both.
     """
 
     loaded: int
@@ -190,16 +192,18 @@ class Measured:
 
 
 def measure(case: Case) -> Measured:
-    """Run an optimizer step of a case without numbers; return what it holds."""
+    """Run an optimizer step of a case on fake tensors; return its memory."""
     model = _built(case)
     ledger = Ledger(case.predicted)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         _materialise(model)
         start = StartingPolicy(model.policy) if isinstance(model, Roles) else None
+        # Garbage in reference cycles would count as live.
         gc.collect()
         loaded = ledger.live
         _prepare(model, case)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
+        # Without foreach: the planner counts its temporaries on CUDA alone.
         optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=False)
         ledger.begin()
         for _ in range(case.accumulated):
@@ -213,7 +217,7 @@ def measure(case: Case) -> Measured:
 
 
 def _built(case: Case) -> nn.Module:
-    """Return base and adapter without memory."""
+    """Return base and adapter on the meta device."""
     config = AutoConfig.for_model(**case.config)
     plugin = load_plugin(ADAPTERS, case.adapter["method"], where="adapter.method")
     stored = DTYPES["float32" if case.adapter["method"] == "full" else case.precision]
@@ -225,6 +229,7 @@ def _built(case: Case) -> nn.Module:
         base: PreTrainedModel = kind.from_config(config, dtype=stored, attn_implementation=attention)
         if case.objective == "scores":
             put_head(base, 1, pad_id=0)
+        # Adapters expect a frozen base, as finetune/training loads it.
         base.requires_grad_(False)
         if case.objective != "ppo":
             model: nn.Module = plugin.build(base, case.settings)
@@ -235,7 +240,7 @@ def _built(case: Case) -> nn.Module:
 
 @contextmanager
 def _zeros() -> Iterator[None]:
-    """Answer 0 where a program asks for a number of a tensor without memory."""
+    """Answer 0 where library code reads a number from a meta tensor."""
 
     class Answers(TorchDispatchMode):
         def __torch_dispatch__(
@@ -249,7 +254,7 @@ def _zeros() -> Iterator[None]:
 
 
 def _materialise(model: nn.Module) -> None:
-    """Give weights and buffers a place in memory; those that are shared stay so."""
+    """Allocate parameters and buffers on the CPU; shared ones stay shared."""
     weights: dict[int, nn.Parameter] = {}
     for name, weight in list(model.named_parameters(remove_duplicate=False)):
         if id(weight) not in weights:
@@ -283,7 +288,7 @@ def _has_layers(model: PreTrainedModel) -> bool:
 
 
 def _prepare(model: nn.Module, case: Case) -> None:
-    """Let the model train as the Trainer would: checkpointing, autocast, float32 outputs."""
+    """Prepare the model as the Trainer does: checkpointing, autocast, float32 outputs."""
     model.train()
     if case.checkpointing:
         for one in model.modules():
@@ -292,7 +297,9 @@ def _prepare(model: nn.Module, case: Case) -> None:
                 one.activation_checkpointing_enable()
     for decoder in _bases(model):
         if not case.masked and case.objective != "comparison":
-            for layer in decoder.get_submodule("layers"):  # tracing makes a mask where a run makes none
+            for layer in decoder.get_submodule(
+                "layers"
+            ):  # under tracing transformers builds a mask that a run skips
                 layer.register_forward_pre_hook(_without_mask, with_kwargs=True)
     if case.precision == "bfloat16":
         forward: Callable[..., Any] = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
@@ -325,7 +332,7 @@ def _causal(model: nn.Module) -> PreTrainedModel:
 
 
 def _groups(case: Case, ids: Tensor) -> dict[str, Tensor]:
-    """Return a pass over groups: prompt and completions in one line, or in PPO a completion a line."""
+    """Return a batch of groups: prompt and completions in one row, or in PPO one row per completion."""
     numbers = torch.zeros(case.predicted, dtype=torch.long)
     batch = {"input_ids": ids, "position_ids": ids.clone(), "groups": ids.clone(), "parts": ids.clone()}
     batch |= {"sources": numbers, "targets": numbers.clone(), "owners": numbers.clone()}

@@ -1,4 +1,4 @@
-"""Plans of memory beside the step that they plan, on tensors without numbers: many shapes, adapters, losses.
+"""Accuracy of the memory planner: planned and measured peaks over many shapes, adapters and losses.
 
 python -m benchmarks.memory            all cases, written to benchmarks/results/memory-fake-<date>.json
 python -m benchmarks.memory --quick    one of each kind
@@ -78,7 +78,7 @@ ADAPTERS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Line:
-    """A case, measured and planned: bytes of one process, and the error of the plan in percent."""
+    """A case, measured and planned: bytes of one process, and the plan's error in percent."""
 
     case: dict[str, Any]
     measured: int
@@ -90,9 +90,11 @@ class Line:
 
 
 def compared(case: Case) -> Line:
-    """Measure a case and plan it."""
+    """Measure and plan a case."""
     found, work = measure(case), case.workload
+    # Fake tensors do not accumulate in place, and are planned so.
     held, tape = resident(work), played(work, in_place=False)
+    # With accumulation the gradients of the first micro-batch exist throughout the second.
     own = tape.peak + (held.gradients if case.accumulated > 1 else 0)
     total = held.base + held.adapter + held.optimizer + own
     peak = found.loaded + found.states + found.taken
@@ -101,7 +103,7 @@ def compared(case: Case) -> Line:
 
 
 def cases(*, quick: bool = False) -> Iterator[Case]:
-    """Yield what is compared."""
+    """Yield all cases."""
     for precision in ("bfloat16", "float32"):
         for checkpointing in (False, True):
             how: dict[str, Any] = {"precision": precision, "checkpointing": checkpointing}
@@ -120,7 +122,7 @@ def cases(*, quick: bool = False) -> Iterator[Case]:
 
 
 def cut(name: str, config: dict[str, Any], layers: int) -> tuple[str, dict[str, Any]]:
-    """Return a shape with fewer layers, which are all alike, and say so in its name."""
+    """Return a shape with fewer layers, which are all alike, with their number in its name."""
     return f"{name}, {layers} layers", config | {"num_hidden_layers": layers}
 
 
@@ -151,7 +153,7 @@ def _large() -> Iterator[Case]:
 
 
 def text_of(line: Line) -> str:
-    """Return a line of the table."""
+    """Return a result as one line."""
     case = line.case
     own = {key: value for key, value in case["adapter"].items() if key != "method"}
     words = [case["name"], case["adapter"]["method"], *(f"{key}={value}" for key, value in own.items())]
@@ -164,7 +166,7 @@ def text_of(line: Line) -> str:
 @click.command()
 @click.option("--quick", is_flag=True, help="One of each kind.")
 def main(quick: bool) -> None:
-    """Compare plans with steps on tensors without numbers, and write the errors down."""
+    """Compare plans with steps on fake tensors, and write the errors."""
     lines = []
     for case in cases(quick=quick):
         lines.append(compared(case))

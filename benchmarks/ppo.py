@@ -6,17 +6,17 @@
 
 TRL dropped its PPO trainer after 0.24, which does not work with the transformers that the project needs: it
 runs in an environment of its own, made as above, and reads the same folder. A Llama shape of 42M parameters
-with random weights and a vocabulary of 32k; 24 prompts of 96 tokens, 8 a rollout, 64 new tokens each, 4
-epochs of one optimizer step over a rollout's 8 episodes.
+with random weights and a vocabulary of 32k; 24 prompts of 96 tokens, 8 per rollout, 64 new tokens each, 4
+PPO epochs of one optimizer step over a rollout's 8 episodes.
 
 Contenders: `native`, stage ppo as a user runs it, all roles on one base, with LoRA r = 16 on all linear
 layers of policy and value, and a reward run; `trl`, full models (policy, its copy as reference, value,
-reward); `trl-policy-lora`, TRL with a `peft_config`, whose reference is the base and whose value model learns
-as a whole; `trl-best`, LoRA in the value model too, so that it trains what ours does. Each runs in a fresh
-process, in turn, in an order that alternates; what is timed is training alone, without loading. Before
-anything is said, both programs' log-probabilities of the prompts under the policy are compared, and how much
-each did. Seconds mean little on a shared machine, so the last line gives ratios: the median over the repeats
-of a contender's time to ours. Without `--trl-python` ours alone is measured.
+reward); `trl-policy-lora`, TRL with a `peft_config`, whose reference is the base and whose value model is
+fully trained; `trl-best`, LoRA on the value model too, so that it trains the same parameters as ours. Each
+runs in a fresh process, in alternating order; training alone is timed, without loading. Before anything is
+reported, both implementations' log-probabilities of the prompts under the policy are compared, and the amount
+of work. Seconds mean little on a shared machine, so the last line gives ratios: the median over the repeats
+of a contender's time to ours. Without `--trl-python` only ours is measured.
 """
 
 import json
@@ -41,24 +41,24 @@ from benchmarks.ppo_work import WORK, Shape, prepare
 NATIVE = "native"
 TRL = ("trl", "trl-policy-lora", "trl-best")
 SHAPES = {False: Shape(512, 8, 1376), True: Shape(64, 2, 172)}
-"""Of the base: whether it is small, to try the program."""
+"""Of the base; a small one as a smoke test."""
 TOLERANCE = {False: 1e-5, True: 2e-2}
-"""Of a prompt's log-probability, relative: in float32, in bfloat16 (which has three digits)."""
+"""Relative, of a prompt's log-probability: in float32, in bfloat16 (which has three digits)."""
 
 
 def measure(
     folder: Path, contender: str, *, trl_python: str, environment: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Run a contender in a process of its own, and return what it measured.
+    """Run a contender in a process of its own, and return its measurements.
 
     Args:
-        folder: what ``prepare`` filled.
-        contender: of this program or of `benchmarks.ppo_memory`.
+        folder: written by ``prepare``.
+        contender: of this benchmark or of `benchmarks.ppo_memory`.
         trl_python: the interpreter of TRL's environment.
         environment: further variables of the process.
 
     Raises:
-        CalledProcessError: it failed; what it said stands above.
+        CalledProcessError: it failed; its stderr was printed.
     """
     ours = contender not in TRL
     module = "benchmarks.ppo_native" if ours else "benchmarks.ppo_trl"
@@ -74,7 +74,7 @@ def measure(
 
 
 def difference(folder: Path, work: dict[str, Any], theirs: list[float]) -> float:
-    """Return the largest relative difference between the prompts' log-probabilities here and there."""
+    """Return the largest relative difference between our prompt log-probabilities and TRL's."""
     dtype = torch.bfloat16 if work["bfloat16"] else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
     ids = torch.tensor(work["prompts"])
@@ -86,16 +86,16 @@ def difference(folder: Path, work: dict[str, Any], theirs: list[float]) -> float
 
 
 def refuse_unequal(runs: list[dict[str, Any]], work: dict[str, Any]) -> None:
-    """Raise AssertionError where contenders did not do the same amount of work."""
+    """Raise AssertionError if contenders did different amounts of work."""
     for one in runs:
         assert one["episodes"] == work["episodes"], f"{one['contender']}: {one['episodes']} episodes"
         assert one["rollouts"] == work["episodes"] // work["rollout"], one["contender"]
         tokens = one.get("new_tokens", work["new_tokens"])
-        assert tokens > 0.98 * work["new_tokens"], f"{one['contender']}: {tokens} tokens an episode"
+        assert tokens > 0.98 * work["new_tokens"], f"{one['contender']}: {tokens} tokens per episode"
 
 
 def summary(runs: list[dict[str, Any]], contenders: tuple[str, ...]) -> dict[str, Any]:
-    """Return medians over the repeats: episodes a second, peak memory, ratios, and where our time went."""
+    """Return medians over the repeats: episodes/s, peak memory, ratios, and our time by part."""
     by = {name: [one for one in runs if one["contender"] == name] for name in contenders}
     middle = statistics.median
     native = by[NATIVE]
@@ -113,7 +113,7 @@ def summary(runs: list[dict[str, Any]], contenders: tuple[str, ...]) -> dict[str
 @click.option("--trl-python", default="", help="The interpreter of the environment with TRL 0.24.")
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--bfloat16", is_flag=True, help="bfloat16 in place of float32, for all contenders.")
-@click.option("--small", is_flag=True, help="A model of two narrow layers, to try the program.")
+@click.option("--small", is_flag=True, help="A model of two narrow layers, as a smoke test.")
 @click.option("--save", is_flag=True, help=f"Write the result to {RESULTS.name}/.")
 def main(trl_python: str, repeats: int, bfloat16: bool, small: bool, save: bool) -> None:
     """Measure, and print the ratios on the last line."""
@@ -123,12 +123,13 @@ def main(trl_python: str, repeats: int, bfloat16: bool, small: bool, save: bool)
         folder = Path(directory)
         work = prepare(folder, SHAPES[small], bfloat16=bfloat16)
         for repeat in range(repeats):
+            # Alternating order, so that a drift of the machine hits all contenders alike.
             for contender in contenders if repeat % 2 == 0 else reversed(contenders):
                 runs.append({"repeat": repeat, **measure(folder, contender, trl_python=trl_python)})
                 logps = runs[-1].pop("prompt_logps", None)
                 if logps is not None:
                     apart = difference(folder, work, logps)
-                    assert apart < TOLERANCE[bfloat16], f"{contender} has another policy: {apart}"
+                    assert apart < TOLERANCE[bfloat16], f"{contender}: log-probabilities differ by {apart}"
                     runs[-1]["logps_differ_by"] = apart
                 click.echo(json.dumps(runs[-1]))
     refuse_unequal(runs, work)
@@ -145,14 +146,14 @@ def main(trl_python: str, repeats: int, bfloat16: bool, small: bool, save: bool)
 
 
 def tell(result: dict[str, Any]) -> None:
-    """Print what was found, the ratios last."""
+    """Print the results, the ratios last."""
     seconds = ", ".join(f"{part} {value:.1f} s" for part, value in result["native_seconds"].items())
-    click.echo(f"native, a run: {seconds}")
+    click.echo(f"native, per run: {seconds}")
     for name in ("episodes_per_second", "peak_memory_gib"):
         numbers = ", ".join(f"{contender} {value:.2f}" for contender, value in result[name].items())
         click.echo(f"{name.replace('_', ' ')}: {numbers}")
     ratios = ", ".join(f"{name} {value:.2f}x" for name, value in result["times_slower_than_native"].items())
-    click.echo(f"time of others / native: {ratios or 'not measured, no --trl-python'}")
+    click.echo(f"time of others / native: {ratios or 'not measured (no --trl-python)'}")
 
 
 if __name__ == "__main__":

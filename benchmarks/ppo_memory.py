@@ -1,13 +1,14 @@
-"""Peak memory of PPO: four roles on one base, on a base in 4 bits, and with a whole model for each role.
+"""Benchmark of PPO's peak memory: all roles on one base, on a 4-bit base, and one full model per role.
 
     make bench-ppo_memory      or      python -m benchmarks.ppo_memory --hidden-size 1024 --layers 16
 
 Policy, reference, reward and value in one process, one rollout of `benchmarks.ppo` with an update, each
-contender in a fresh process. What a role of its own costs is its weights: the larger the base beside the
-activations, the more sharing saves. What the libraries have resident before anything is loaded is told too.
+contender in a fresh process. A model per role costs its weights: the larger the base relative to the
+activations, the more sharing saves. The resident memory of the libraries alone is reported too.
 
-Large blocks go back to the system as soon as they are free (glibc's MALLOC_MMAP_THRESHOLD_). Without that the
-peak of the same run was 1.1 GiB higher, and differed from run to run by as much: fragments, and no weights.
+Large blocks are returned to the system as soon as they are free (glibc's MALLOC_MMAP_THRESHOLD_). Without
+that the peak of the same run was 1.1 GiB higher, and varied by as much from run to run: fragmentation, not
+weights.
 """
 
 import json
@@ -26,9 +27,9 @@ RETURNED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
 @click.command()
-@click.option("--hidden-size", default=512, show_default=True, help="A multiple of 64, which 4 bits need.")
+@click.option("--hidden-size", default=512, show_default=True, help="A multiple of 64, for NF4 blocks.")
 @click.option("--layers", default=8, show_default=True)
-@click.option("--trl-python", default="", help="As of `benchmarks.ppo`: TRL's peaks are told too.")
+@click.option("--trl-python", default="", help="As for `benchmarks.ppo`: measure TRL too.")
 @click.option("--bfloat16", is_flag=True, help="bfloat16 in place of float32.")
 @click.option("--save", is_flag=True, help=f"Write the result to {RESULTS.name}/.")
 def main(hidden_size: int, layers: int, trl_python: str, bfloat16: bool, save: bool) -> None:

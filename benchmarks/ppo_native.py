@@ -1,4 +1,4 @@
-"""Our side of `benchmarks.ppo`: stage ppo as a user runs it, on what `benchmarks.ppo_work` prepared."""
+"""The native contender of `benchmarks.ppo`: stage ppo as a user runs it, on what `ppo_work` prepared."""
 
 import copy
 import json
@@ -24,13 +24,13 @@ from finetune.training.run_directory import RunDirectory
 from finetune.training.tune import carry_out
 
 CONTENDERS = ("native", "native-nf4", "four-models")
-"""All roles on one base; the same, the base in 4 bits; each role with weights of its own."""
+"""All roles on one base; the same, with a 4-bit base; one full model per role."""
 
 
 def sections(folder: Path, work: dict[str, Any], contender: str) -> dict[str, dict[str, Any]]:
-    """Return the recipe's sections; what is not named here is our default, which is arXiv 2403.17031's.
+    """Return the recipe's sections; everything else is our default, which is arXiv 2403.17031's.
 
-    A reply without an end keeps its score, as it does in TRL where nothing else is said.
+    A completion without EOS keeps its score, as with TRL's defaults.
     """
     return {
         "model": {"quantization": "nf4" if contender.endswith("nf4") else "none"},
@@ -51,13 +51,13 @@ def sections(folder: Path, work: dict[str, Any], contender: str) -> dict[str, di
 
 
 def split(rollouts: list[dict[str, float]], seconds: float) -> dict[str, float]:
-    """Return where the time of training went; updates are what is left, the engine's own work included."""
+    """Return the training time by part; updates are the remainder, the engine's overhead included."""
     found = {part: sum(line[f"seconds_{part}"] for line in rollouts) for part in ("generation", "scoring")}
     return {**found, "updates": seconds - sum(found.values())}
 
 
 def run_apart(recipe: Recipe) -> None:
-    """Run stage ppo with a whole model for each of its four roles; what they compute is the same."""
+    """Run stage ppo with one full model for each of its four roles; they compute the same."""
     settings, quietly = recipe.settings, Console(quiet=True)
     assert isinstance(settings, Settings)
     directory = RunDirectory.of(recipe, force=False)
@@ -68,13 +68,14 @@ def run_apart(recipe: Recipe) -> None:
     policy = cast.policy.model
     for role in (cast.roles.value, *(reward.model for reward in cast.rewards.models)):
         copy_shared(role, policy)
+    # For its memory alone: the stage computes reference log-probabilities with the policy's weights.
     reference = copy.deepcopy(policy)
     carry_out(job, PpoTuning(job, text, prompts, cast), conclude=lambda: None)
-    assert reference is not policy, "the reference's weights were there all the time"
+    assert reference is not policy, "keeps the reference's weights alive"
 
 
 def copy_shared(role: nn.Module, policy: nn.Module) -> None:
-    """Give a role copies of the weights that it shares with the policy."""
+    """Replace the weights that a role shares with the policy by copies."""
     shared = {id(weight) for weight in policy.parameters()}
     copies: dict[int, nn.Parameter] = {}
     for name, weight in list(role.named_parameters(remove_duplicate=False)):
@@ -82,14 +83,14 @@ def copy_shared(role: nn.Module, policy: nn.Module) -> None:
             copied = copies.setdefault(id(weight), nn.Parameter(weight.detach().clone(), requires_grad=False))
             place, _, own = name.rpartition(".")
             role.get_submodule(place).register_parameter(own, copied)
-    assert copies, "a role shared nothing"
+    assert copies, "a role shares no weights with the policy"
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--contender", type=click.Choice(CONTENDERS), required=True)
 def main(folder: Path, contender: str) -> None:
-    """Train as FOLDER/work.json says, and print what was measured as the last line."""
+    """Train as FOLDER/work.json says, and print the measurements on the last line."""
     work = json.loads((folder / "work.json").read_text(encoding="utf-8"))
     number = len(list((folder / "runs").glob(f"{contender}-*")))
     rows = [{"prompt": as_text(ids)} for ids in work["prompts"]]
@@ -108,7 +109,7 @@ def main(folder: Path, contender: str) -> None:
     record = json.loads((done / "run.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (done / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rollouts = [line for line in lines if "seconds_generation" in line]
-    assert record["data"]["longest"] == len(work["prompts"][0]), "prompts are as long as TRL's"
+    assert record["data"]["longest"] == len(work["prompts"][0]), "prompts have the length of TRL's"
     measured = {
         "seconds": record["seconds"]["train"],
         "peak_memory_gib": round(highest, 3),

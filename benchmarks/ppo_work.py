@@ -1,7 +1,7 @@
-"""The work that `benchmarks.ppo` gives every contender: a base of random weights, prompts, a reward model.
+"""Shared work of `benchmarks.ppo`: a randomly initialized base, prompts, a reward model.
 
-The tokenizer knows words alone, so that prompts have the length that is asked for to the token, and so that a
-random model's replies are text that a reward model reads at the same length.
+The tokenizer is word-level, so that prompts have exactly the requested length, and so that a random model's
+completions are text that a reward model tokenizes to the same length.
 """
 
 import json
@@ -21,14 +21,14 @@ from finetune.recipe.recipe import Recipe
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 WORDS = VOCABULARY - len(SPECIAL) - 1
 PAIRS = 8
-"""For the one step that makes a reward model of the base."""
+"""For the one training step of the reward model."""
 WORK = {"rollout": 8, "prompt": 96, "new_tokens": 64, "learning_rate": 3e-6}
-"""The last is arXiv 2403.17031's, as most of TRL's defaults are."""
+"""The learning rate is arXiv 2403.17031's, as most of TRL's defaults are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A Llama shape with eight heads; ``middle`` is the width of its MLPs."""
+    """A Llama shape with eight heads; ``intermediate_size`` is the width of its MLPs."""
 
     hidden_size: int
     layers: int
@@ -38,14 +38,14 @@ class Shape:
 def prepare(
     folder: Path, shape: Shape, *, bfloat16: bool, rollouts: int = 3, epochs: int = 4
 ) -> dict[str, Any]:
-    """Write base, prompts, a reward run and ``work.json`` into a folder, and return what that says.
+    """Write base, prompts, a reward run and ``work.json`` into a folder, and return the latter's content.
 
     Args:
-        folder: it is filled.
+        folder: the target.
         shape: the base's.
-        bfloat16: in place of float32.
+        bfloat16: instead of float32.
         rollouts: of the run.
-        epochs: of updates on each.
+        epochs: PPO epochs per rollout.
     """
     base = folder / "model"
     tokenizer = word_tokenizer()
@@ -81,7 +81,7 @@ def prepare(
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of the words w0, w1, ...: each is a token whatever stands around it."""
+    """Return a word-level tokenizer of w0, w1, ..., independent of context."""
     vocabulary = {f"w{number}": number for number in range(WORDS)}
     for token in ("\n", *SPECIAL.values()):
         vocabulary[token] = len(vocabulary)
@@ -91,12 +91,11 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def as_text(ids: list[int]) -> str:
-    """Return words."""
     return " ".join(f"w{number}" for number in ids)
 
 
 def make_reward_run(folder: Path, *, bfloat16: bool) -> None:
-    """Train a reward model for a step; its run stands in ``runs/reward``."""
+    """Train a reward model for one step, into ``runs/reward``."""
     words = torch.randint(WORDS, (PAIRS, 3, 16)).tolist()
     rows = [dict(zip(("prompt", "chosen", "rejected"), map(as_text, row), strict=True)) for row in words]
     sections = {"train": {"max_steps": 1, "batch_size": PAIRS}, "evaluate": {"samples": 0}}
@@ -113,16 +112,16 @@ def run_recipe(
     name: str = "",
     runner: Callable[[Recipe], object] = run,
 ) -> Path:
-    """Run a stage on the folder's base as a user would, from a recipe that is written there.
+    """Write a recipe for the folder's base and run it as a user would.
 
     Args:
-        folder: what ``prepare`` filled.
+        folder: written by ``prepare``.
         stage: of llm-align.
         rows: its data.
-        sections: what the recipe says beside the base, the data and LoRA on all linear layers.
-        bfloat16: in place of float32.
-        name: of the recipe and the run; the stage's where none is given.
-        runner: what runs the recipe.
+        sections: the recipe's sections besides base, data and LoRA on all linear layers.
+        bfloat16: instead of float32.
+        name: of the recipe and the run; default: the stage's.
+        runner: runs the recipe.
 
     Returns:
         The run's directory.

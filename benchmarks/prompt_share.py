@@ -1,12 +1,12 @@
-"""What sharing the prompt saves: a prompt's K completions in one line against K lines, over their lengths.
+"""Benchmark of prompt sharing: K completions of a prompt in one row against K rows, over their lengths.
 
     make bench-prompt_share ARGS=--save      or      python -m benchmarks.prompt_share
 
-The model of the other programs (42M parameters, LoRA on all linear layers), random tokens, forward and
-backward pass of all completions' log-probabilities, prompt and one completion together 512 tokens. Both
-layouts take turns in one process; what is kept is the median ratio of their times, beside the ratio of the
-tokens that they compute. The shared line pays with a longer attention (its mask is dense: completions do not
-see each other, but the products are computed), so time follows tokens only as far as prompts are long.
+The 42M-parameter model of the other benchmarks (LoRA on all linear layers), random tokens, forward and
+backward pass of all completions' log-probabilities, prompt plus one completion 512 tokens long. Both layouts
+alternate in one process; the result is the median ratio of their times, next to the ratio of their tokens.
+The shared row has a longer attention with a dense mask (completions do not see each other, but the products
+are computed), so time follows tokens only as far as prompts are long.
 """
 
 import statistics
@@ -32,7 +32,7 @@ COMPLETIONS = (2, 4, 8)
 
 
 def group(prompt: int, completions: int, *, total: int = TOTAL) -> Group:
-    """Return a prompt of random tokens with K completions, each filling up to ``total`` tokens."""
+    """Return a random prompt with K completions, each of which extends it to ``total`` tokens."""
     random = torch.Generator().manual_seed(prompt * 100 + completions)
     lengths = [prompt, *[total - prompt] * completions]
     first, *others = (torch.randint(5, VOCABULARY, (length,), generator=random) for length in lengths)
@@ -40,13 +40,14 @@ def group(prompt: int, completions: int, *, total: int = TOTAL) -> Group:
 
 
 def measure(model: nn.Module, prompt: int, completions: int, *, total: int, repeats: int) -> dict[str, Any]:
-    """Return both layouts' seconds, the median of their ratios, and their tokens."""
+    """Return both layouts' seconds and tokens, and the median ratio of the seconds."""
     one = group(prompt, completions, total=total)
     layouts = {"shared": GroupCollator(0), "separate": GroupCollator(0, separate=True)}
     batches = {name: collate([one]) for name, collate in layouts.items()}
     apart = _difference(model, batches["shared"], batches["separate"])
     seconds: dict[str, list[float]] = {name: [] for name in layouts}
     for repeat in range(repeats):
+        # Alternating order, so that a drift of the machine hits both layouts alike.
         for name in layouts if repeat % 2 == 0 else reversed(layouts):
             seconds[name].append(_seconds(model, batches[name]))
     tokens = {name: batch["input_ids"].numel() for name, batch in batches.items()}
@@ -84,6 +85,7 @@ def _seconds(model: nn.Module, batch: GroupBatch) -> float:
         loss = -completion_logps(model, output_head(model), inputs).sum()
     loss.backward()
     if inputs["input_ids"].is_cuda:
+        # Kernels run asynchronously; without this only launches are timed.
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -91,10 +93,10 @@ def _seconds(model: nn.Module, batch: GroupBatch) -> float:
 @click.command()
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--bfloat16", is_flag=True, help="bfloat16 in place of float32.")
-@click.option("--small", is_flag=True, help="A model of two narrow layers and 64 tokens, to try the program.")
-@click.option("--save", is_flag=True, help=f"Write numbers and plot to {RESULTS.name}/.")
+@click.option("--small", is_flag=True, help="A model of two narrow layers and 64 tokens, as a smoke test.")
+@click.option("--save", is_flag=True, help=f"Write results and plot to {RESULTS.name}/.")
 def main(repeats: int, bfloat16: bool, small: bool, save: bool) -> None:
-    """Measure, and print a line for each pair of lengths."""
+    """Measure, and print one line per prompt length and number of completions."""
     total = TOTAL // 8 if small else TOTAL
     shape = {"hidden_size": 64, "layers": 2} if small else {}
     model = adapted_llama(bfloat16=bfloat16, positions=TOTAL, **shape)
@@ -125,8 +127,8 @@ def _write_plot(result: dict[str, Any], path: Path) -> None:
         axes.plot(share, tokens, color=colour, linestyle=":", label=f"tokens, K = {completions}")
     axes.axhline(1.0, color="#868e96", linewidth=0.8)
     axes.set(
-        xlabel=f"prompt's share of {result['total']} tokens",
-        ylabel="separate lines / shared prompt",
+        xlabel=f"prompt length / {result['total']} tokens",
+        ylabel="separate rows / shared prompt",
         title=f"{result['device']}, {result['precision']}",
     )
     axes.legend(frameon=False, fontsize=8)

@@ -1,5 +1,4 @@
-"""Prompt templates: text in, labelled segments out.
+"""Chat and prompt templates: messages in, labeled segments out.
 
-Layer 0 of the house: the standard library alone. Each module of this folder whose name does not begin with an
-underscore is a template; ``data: {template: alpaca}`` means ``data_templates/alpaca.py``.
+Standard library only. ``data: {template: alpaca}`` means ``data_templates/alpaca.py``.
 """

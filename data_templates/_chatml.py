@@ -1,4 +1,4 @@
-"""ChatML's turns (OpenAI), for the templates that are written in them."""
+"""ChatML turns (OpenAI), shared by the templates in that format."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ MARKERS = (START, END)
 
 
 def dialogue(messages: Sequence[Message]) -> list[Segment]:
-    """Return system, user and assistant turns; after a user's turn the assistant's is opened."""
+    """Render system, user and assistant turns; a user turn is followed by the assistant header."""
     segments: list[Segment] = []
     for message in messages:
         if message.role == "assistant":
@@ -22,15 +22,16 @@ def dialogue(messages: Sequence[Message]) -> list[Segment]:
 
 
 def turn(role: str, said: Sequence[Segment]) -> list[Segment]:
-    """Return a turn that the model reads."""
+    """Return a turn without loss."""
     return [markup(f"{START}{role}\n"), *said, markup(f"{END}\n")]
 
 
 def opened() -> Segment:
-    """Return the beginning of the assistant's turn, where a prompt ends."""
+    """Return the assistant header, the end of a generation prompt."""
     return markup(f"{START}assistant\n")
 
 
 def answered(message: Message) -> list[Segment]:
-    """Return the rest of the assistant's turn: what it says, and the token that ends the turn."""
+    """Return the rest of the assistant's turn: its text and the end-of-turn token."""
+    # The line feed after the end token is not generated, so it carries no loss.
     return [*reply(message, end=END), markup("\n")]

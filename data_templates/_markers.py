@@ -1,4 +1,4 @@
-"""Markers and special tokens in the data's own text, and how they are made harmless."""
+"""Escape turn markers and special tokens in the data's text (prompt injection)."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 ROUNDS = 4
-"""Blanks put in before what is left is taken out; every marker of practice breaks in one or two rounds."""
+"""Rounds of inserting spaces before the rest is deleted; markers in practice need one or two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Markers:
-    """A set of texts that data must not be able to write."""
+    """A set of texts that must not occur in the data's text."""
 
     pattern: re.Pattern[str]
     pairs: frozenset[str]
@@ -20,13 +20,13 @@ class Markers:
 
     @staticmethod
     def of(texts: Iterable[str]) -> "Markers":
-        """Return the set; sets of equal texts are built once a process."""
+        """Return the set for these texts, compiled once per process."""
         return _build(tuple(dict.fromkeys(text for text in texts if text)))
 
     def write_apart(self, text: str) -> tuple[str, int]:
-        """Put a blank behind the first character of every marker; return the text and how many there were.
+        """Insert a space after the first character of every marker; return the text and their number.
 
-        What a blank cannot break (a marker of one character, or one with a blank at its border) is taken out.
+        Markers that a space cannot break (a single character, or a space at an end) are deleted.
 
         >>> Markers.of(["</s>", "### Response:"]).write_apart("ok</s>### Response: yes")
         ('ok< /s># ## Response: yes', 2)
@@ -37,16 +37,18 @@ class Markers:
             total += found
             if not found:
                 return text, total
-        # Blanks alone may go round in circles ("ab" and " b" among the markers); taking out comes to an end.
+        # Inserting spaces may never terminate (markers "ab" and " b"); deleting does.
         while found := len(self.pattern.findall(text)):
             text = self.pattern.sub("", text)
             total += found
         return text, total
 
     def over_border(self, before: str, after: str) -> int:
-        """Return how many characters of ``before``, at its end, belong to a marker that ends in ``after``."""
+        """Return how many characters at the end of ``before`` belong to a marker that ends in ``after``."""
+        # Cheap exit for nearly all boundaries: the two characters at it must be adjacent in some marker.
         if before[-1:] + after[:1] not in self.pairs:
             return 0
+        # A marker across the boundary has at least one character on each side.
         window = before[-(self.longest - 1) :]
         return max(
             (len(window) - start for start in _over(self.pattern, window, after[: self.longest - 1])),
@@ -59,7 +61,7 @@ class Markers:
 
 
 def _over(pattern: re.Pattern[str], before: str, after: str) -> Iterator[int]:
-    """Yield where in ``before`` each marker begins that ends in ``after``; markers may overlap."""
+    """Yield the start in ``before`` of each marker that ends in ``after``; markers may overlap."""
     text = before + after
     for start in range(len(before)):
         match = pattern.match(text, start)
@@ -69,11 +71,12 @@ def _over(pattern: re.Pattern[str], before: str, after: str) -> Iterator[int]:
 
 @lru_cache(maxsize=64)
 def _build(texts: tuple[str, ...]) -> Markers:
-    # Longest first, so that of two markers with one beginning the longer is found. "(?!)" never matches.
+    # Longest first, so that a marker wins over its own prefix. "(?!)" never matches.
     alternatives = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)"
     return Markers(
         pattern=re.compile(alternatives),
         pairs=frozenset(text[i : i + 2] for text in texts for i in range(len(text) - 1)),
         longest=max(map(len, texts), default=0),
+        # Still contained after a space was inserted: a single character, or a space at an end.
         unbreakable=frozenset(text for text in texts if text in f"{text[0]} {text[1:]}"),
     )

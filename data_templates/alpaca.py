@@ -1,4 +1,4 @@
-"""Stanford Alpaca's prompt, with and without an input; one exchange (tatsu-lab/stanford_alpaca, train.py)."""
+"""Stanford Alpaca's prompt, with and without an input; single-turn (tatsu-lab/stanford_alpaca, train.py)."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ PREAMBLE_WITH_INPUT = (
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    """Render one instruction and its answer; a system turn takes the place of the preamble."""
+    """Render one instruction and its answer; a system turn replaces the preamble."""
     system, turns = split_system(messages)
     only_one_exchange("alpaca", turns)
     request = turns[0]

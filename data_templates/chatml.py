@@ -1,8 +1,7 @@
-"""ChatML (OpenAI; Qwen, SmolLM): any number of turns, each between ``<|im_start|>role`` and ``<|im_end|>``.
+"""ChatML (OpenAI; Qwen, SmolLM): turns between ``<|im_start|>role`` and ``<|im_end|>``; multi-turn.
 
-A tokenizer that knows ``<|im_end|>`` ends a reply with it; for one that does not, a reply ends with EOS.
-Nothing is written that the data does not hold: ``qwen`` is the same with Qwen2.5's system text where a row
-has none, ``toolcall`` the same with tools.
+A reply ends with ``<|im_end|>`` if the tokenizer has it, with EOS otherwise. There is no default system turn:
+``qwen`` is the same format with Qwen2.5's default system prompt, ``toolcall`` the same with tools.
 """
 
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from data_templates._segments import BOS, Message, Segment, Template
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    """Render the turns; after a user's turn the assistant's is opened."""
+    """Render the turns; a user turn is followed by the assistant header."""
     return [BOS, *dialogue(messages)]
 
 

@@ -1,10 +1,10 @@
 r"""Chain of thought: question, then reasoning, then ``The answer is ...``; one exchange.
 
-The words are those of Wei et al. 2022 (arXiv 2201.11903, appendix G), learnt and not shown in the prompt, as
-Flan does (Chung et al. 2022, arXiv 2210.11416); the answer stands on a line of its own, as in some of Flan's
-phrasings, for two of five solutions of GSM8K end without a full stop. A reply that ends in GSM8K's mark
-``\n#### 72`` (Cobbe et al. 2021, arXiv 2110.14168) is reasoning and answer: the mark becomes that sentence,
-and the calculator's notes (``<<48/2=24>>``) are left out. Any other reply stays as it is.
+The wording is that of Wei et al. 2022 (arXiv 2201.11903, appendix G), trained and not given in the prompt, as
+in Flan (Chung et al. 2022, arXiv 2210.11416); the answer is on its own line, as in some of Flan's phrasings,
+because two of five solutions of GSM8K end without a full stop. In a reply that ends in GSM8K's mark
+``\n#### 72`` (Cobbe et al. 2021, arXiv 2110.14168) the mark becomes that sentence, and the calculator
+annotations (``<<48/2=24>>``) are removed. Any other reply is unchanged.
 """
 
 import re
@@ -27,7 +27,7 @@ CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    """Render one question and its reasoned answer; a system turn stands above the question."""
+    """Render one question, its reasoning and answer; a system turn goes first."""
     system, turns = split_system(messages)
     only_one_exchange("cot", turns)
     head = [BOS, Segment("content", system), markup("\n\n")] if system else [BOS]
@@ -36,10 +36,11 @@ def render(messages: Sequence[Message]) -> list[Segment]:
 
 
 def _reasoned(message: Message) -> list[Segment]:
+    # The last mark, should the reasoning contain another one.
     reasoning, mark, answer = message.content.rpartition(MARK)
     if not mark or not answer.strip():
         return reply(message, before=" ")
-    # One piece each, so that what a note kept apart cannot join to a marker unseen.
+    # One segment each, so that text around a removed annotation cannot form a marker unnoticed.
     steps = [Segment("content", piece) for piece in CALCULATOR.split(reasoning)]
     said = [Segment("markup", " "), *steps, Segment("markup", "\nThe answer is ")]
     said += [Segment("content", answer), Segment("markup", "."), Segment("eos")]

@@ -1,4 +1,4 @@
-"""EXAONE 3's chat (LG AI Research, Korean and English): roles in ``[|brackets|]``, ``[|endofturn|]``.
+"""EXAONE 3's chat format (LG AI Research, Korean and English): roles in ``[|brackets|]``, ``[|endofturn|]``.
 
 A conversation without a system text begins with an empty system turn. The reference is the chat template of
 LGAI-EXAONE/EXAONE-3.5-7.8B-Instruct.

@@ -1,11 +1,11 @@
-"""Several phrasings of one task, as Flan has them: which one a row gets depends on the row's own text alone.
+"""Flan's instruction phrasings: ten per task, selected by a hash of the row's text.
 
-Ten phrasings a task are Flan's (Wei et al. 2021, arXiv 2109.01652); several make a model robust to wording
+Ten phrasings per task are Flan's (Wei et al. 2021, arXiv 2109.01652); several make a model robust to wording
 (T0: Sanh et al. 2021, arXiv 2110.08207). These are the Flan collection's (Longpre et al. 2023, arXiv
 2301.13688; google-research/FLAN, flan/v2/templates.py): ``natinst_v2`` for rows with an input,
-``t0_question_answer`` for the others, T0's prompts among them. A digest of the task's text draws one, and no
-seed: a row reads the same in every run, and chat asks as training did. Flan's models read the prompt apart
-from the answer; in one stream of text a line feed stands between the two. One exchange.
+``t0_question_answer`` for the others, including T0's prompts. A hash of the task's text selects one, not a
+seed: a row is rendered alike in every run, and in chat as in training. Flan's models take prompt and answer
+as separate inputs and targets; here a line feed separates them. Single-turn.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ WITH_INPUT = (
     ("Detailed Instructions: ", "\nProblem:", "\nSolution:"),
     ("Detailed Instructions: ", "\nQ: ", "\nA:"),
 )
-"""What stands before the task's definition, between it and the input, and behind."""
+"""Text before the task's definition, between it and the input, and after the input."""
 
 WITHOUT_INPUT = (
     ("", "\n"),
@@ -52,11 +52,11 @@ WITHOUT_INPUT = (
     ("Please answer the following question: ", "\nA:"),
     ("Please answer the following question: ", "\nAnswer:"),
 )
-"""What stands before the question, and behind."""
+"""Text before the question, and after it."""
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    """Render one task and its answer in the words that the task's text draws; a system turn stands above."""
+    """Render one task and its answer, in the phrasing selected by its text; a system turn goes first."""
     system, turns = split_system(messages)
     only_one_exchange("flan", turns)
     head = [BOS, Segment("content", system), markup("\n\n")] if system else [BOS]
@@ -75,7 +75,7 @@ def _phrased(request: Message) -> list[Segment]:
 
 
 def drawn(text: str, count: int) -> int:
-    """Return a number below ``count`` that depends on the text alone.
+    """Return an index below ``count``, a hash of the text.
 
     >>> [drawn(text, 10) for text in ("Add 2 and 3.", "Add 2 and 4.")]
     [4, 6]
@@ -84,7 +84,7 @@ def drawn(text: str, count: int) -> int:
 
 
 def _end(behind: str, text: str) -> str:
-    """Return the end of a phrasing, with a line feed before the answer; T0's prompts bring one along."""
+    """Return the end of a phrasing, with a line feed before the answer; T0's prompts already have one."""
     end = behind if behind.endswith("\n") else f"{behind}\n"
     return end.removeprefix("\n") if text.endswith("\n") else end
 

@@ -1,8 +1,8 @@
-"""Gemma's chat: ``<start_of_turn>user`` and ``<start_of_turn>model``, each ended by ``<end_of_turn>``.
+"""Gemma's chat format: ``<start_of_turn>user`` and ``<start_of_turn>model``, ended by ``<end_of_turn>``.
 
-There is no system role: the system text stands before the first question. The reference is the chat template
-of google/gemma-3-4b-it (Gemma 2's is the same and refuses a system turn), which also trims contents (here the
-data's blanks stay).
+There is no system role: the system text goes before the first question. The reference is the chat template of
+google/gemma-3-4b-it (Gemma 2's is the same and rejects a system turn), which also strips contents (here the
+data's whitespace is preserved).
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,14 @@ START, END = "<start_of_turn>", "<end_of_turn>"
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    """Render the turns; after a user's turn the model's is opened."""
+    """Render the turns; a user turn is followed by the model header."""
     system, turns = split_system(messages)
     segments = [BOS]
     for index, message in enumerate(turns):
         if message.role == "assistant":
             segments += [*reply(message, end=END), markup("\n")]
             continue
+        # Gemma has no system role: its template puts the system text into the first user turn.
         first = [Segment("content", system), markup("\n\n")] if system and index == 0 else []
         segments += [markup(f"{START}user\n"), *first, *asked(message)]
         segments.append(markup(f"{END}\n{START}model\n"))

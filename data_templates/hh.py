@@ -1,4 +1,4 @@
-"""Anthropic's HH layout: ``Human:`` and ``Assistant:``, a blank line before each, any number of turns.
+"""Anthropic's HH format: ``Human:`` and ``Assistant:``, a blank line before each; multi-turn.
 
 The reference is the data of anthropics/hh-rlhf (Bai et al. 2022, arXiv 2204.05862), where a dialogue begins
 with two line feeds.
@@ -12,7 +12,7 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    r"""Render ``\n\nHuman: ...\n\nAssistant: ...``; a system turn stands above the dialogue."""
+    r"""Render ``\n\nHuman: ...\n\nAssistant: ...``; a system turn goes first."""
     system, turns = split_system(messages)
     segments = [BOS, Segment("content", system)] if system else [BOS]
     for message in turns:

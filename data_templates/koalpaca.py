@@ -1,4 +1,4 @@
-"""KoAlpaca v1.1's Korean prompt: question, perhaps context, answer; one exchange (Beomi/KoAlpaca)."""
+"""KoAlpaca v1.1's Korean prompt: question, optional context, answer; single-turn (Beomi/KoAlpaca)."""
 
 from collections.abc import Sequence
 

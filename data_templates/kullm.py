@@ -1,4 +1,4 @@
-"""KULLM's Korean prompt, Alpaca's in translation, with and without an input; one exchange.
+"""KULLM's Korean prompt, a translation of Alpaca's, with and without an input; single-turn.
 
 The reference is ``templates/kullm.json`` of nlpai-lab/KULLM (Korea University; polyglot-ko and LoRA).
 """
@@ -24,7 +24,7 @@ PREAMBLE_WITH_INPUT = (
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    """Render one instruction and its answer; a system turn takes the place of the preamble."""
+    """Render one instruction and its answer; a system turn replaces the preamble."""
     system, turns = split_system(messages)
     only_one_exchange("kullm", turns)
     request = turns[0]

@@ -1,4 +1,4 @@
-"""Llama-2-Chat's dialogue: [INST] ... [/INST], BOS and EOS at every exchange.
+"""Llama-2-Chat's chat format: ``[INST] ... [/INST]``, with BOS and EOS around every exchange.
 
 The reference is ``generation.py`` of facebookresearch/llama.
 """
@@ -25,6 +25,7 @@ def render(messages: Sequence[Message]) -> list[Segment]:
         if message.role == "assistant":
             segments += reply(message, before=" ", after=" ")
             continue
+        # generation.py encodes each exchange with its own BOS and EOS.
         segments += [BOS, markup("[INST] ")]
         if system and index == 0:
             segments += [markup("<<SYS>>\n"), Segment("content", system), markup("\n<</SYS>>\n\n")]

@@ -1,8 +1,8 @@
-"""Llama-3's chat: every turn behind a header of special tokens, ended by ``<|eot_id|>``.
+"""Llama-3's chat format: each turn has a header of special tokens and ends with ``<|eot_id|>``.
 
-The reference is the chat template of meta-llama/Meta-Llama-3-8B-Instruct, which also trims contents (here the
-data's blanks stay). The template of Llama-3.1 and later is this behind a system turn with two dates:
-``template: model`` writes those, with the tokenizer of an Instruct model.
+The reference is the chat template of meta-llama/Meta-Llama-3-8B-Instruct, which also strips contents (here
+the data's whitespace is preserved). Llama-3.1 and later add a system turn with two dates: use ``template:
+model`` with the tokenizer of an Instruct model for it.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ END = "<|eot_id|>"
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    """Render the turns; after a user's turn the assistant's is opened."""
+    """Render the turns; a user turn is followed by the assistant header."""
     segments = [BOS]
     for message in messages:
         if message.role == "assistant":

@@ -1,9 +1,9 @@
-"""Mistral-Instruct's chat since tokenizer v2 (Mistral-7B-Instruct-v0.3): ``[INST] question[/INST] answer``.
+"""Mistral-Instruct's chat format since tokenizer v2 (v0.3): ``[INST] question[/INST] answer``.
 
-The system text stands before the *last* question, wherever that is (chat template of
+The system text goes before the *last* question, wherever that is (chat template of
 mistralai/Mistral-7B-Instruct-v0.3; ``InstructTokenizerV2`` and ``V3`` of mistralai/mistral-common). So in a
-conversation with a system text the last reply alone carries loss: when the earlier ones were asked for, the
-system text stood before their questions. ``mistral_v1`` is the older format, which learns them all.
+conversation with a system text only the last reply carries loss: when the earlier replies were generated, the
+system text was before their own questions. ``mistral_v1`` is the older format, which trains on all replies.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     segments = [BOS]
     for index, message in enumerate(turns):
         if message.role == "assistant":
+            # Earlier replies are conditioned on a prompt that never occurs at generation.
             answered_so = not system or index > last
             segments += reply(message if answered_so else replace(message, trained=False), before=" ")
             continue

@@ -1,7 +1,7 @@
-"""Mistral-Instruct's first chat (Mistral-7B-Instruct-v0.1, Mixtral-8x7B): ``[INST] question [/INST] answer``.
+"""Mistral-Instruct's first chat format (7B v0.1, Mixtral-8x7B): ``[INST] question [/INST] answer``.
 
-The system text stands before the first question. The reference is ``InstructTokenizerV1`` of
-mistralai/mistral-common; ``mistral`` is the format of the later models.
+The system text goes before the first question. The reference is ``InstructTokenizerV1`` of
+mistralai/mistral-common; ``mistral`` is the format of later models.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""``template: model``: the chat template that the tokenizer itself carries (Jinja), as labelled segments.
+"""``template: model``: the tokenizer's own chat template (Jinja), as labeled segments.
 
-The text is exactly what the tokenizer writes, so that training, chat and every server that uses the same
-template agree. A reply is what stands between two places that the template itself names: the end of the
-prompt that it writes for that turn, and the special token that it ends the turn with.
+The text is exactly what ``apply_chat_template`` returns, so that training, chat and every server with the
+same template agree. A reply begins at the end of the generation prompt for its turn, and ends with the
+special token that the template writes after it.
 """
 
 import re
@@ -12,27 +12,28 @@ from data_templates._markers import Markers
 from data_templates._segments import Message, Segment, Template, TemplateError, markup, with_context
 
 ChatRenderer = Callable[[list[dict[str, str]], bool], str]
-"""Writes ``[{role, content}]`` as text; the flag asks for an opened assistant turn at the end."""
+"""Renders ``[{role, content}]`` as text; the flag is ``add_generation_prompt``."""
 
 PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 SHORTEST_MARKER = 3
-"""Characters of a marker at least: a lone colon or bracket begins no turn."""
+"""Minimum number of characters of a marker: a lone colon or bracket begins no turn."""
 
 
 def bind(chat: ChatRenderer, *, special_tokens: Sequence[str], added_tokens: Sequence[str] = ()) -> Template:
-    """Return the template that a tokenizer carries.
+    """Return the template of a tokenizer.
 
     Args:
-        chat: the tokenizer's own rendering of messages.
-        special_tokens: the first of them behind a reply ends the turn, and carries loss.
-        added_tokens: the tokenizer's further whole tokens (``<think>``), which data may write.
+        chat: the tokenizer's chat template.
+        special_tokens: the first of them after a reply ends the turn, and carries loss.
+        added_tokens: the tokenizer's other added tokens (``<think>``), which may occur in the data.
     """
     stop = _stop(chat, Markers.of(special_tokens).pattern)
-    # A template without an end token may still begin the next turn with a special one, which ends no reply.
+    # A template without an end token may begin the next turn with a special token; that one ends no reply.
     ends = Markers.of(special_tokens if stop else ()).pattern
     complete: set[tuple[str, ...]] = set()
 
     def render(messages: Sequence[Message]) -> list[Segment]:
+        # Whether a template drops a turn depends on the roles only, so each sequence of roles is tried once.
         roles = tuple(message.role for message in messages)
         if roles not in complete:
             _check_complete(messages, chat)
@@ -53,6 +54,7 @@ def _render(messages: Sequence[Message], chat: ChatRenderer, ends: re.Pattern[st
     limits = [*opened, len(text)][1:]
     for index, begin, limit in zip(replies, opened, limits, strict=True):
         trained = messages[index].trained
+        # Searched up to the next reply only: a later turn's end token is not this one's.
         end = ends.search(text, begin, limit)
         stop = end.start() if end else _closed(text, turns[: index + 1], chat)
         last = (
@@ -68,42 +70,44 @@ def _render(messages: Sequence[Message], chat: ChatRenderer, ends: re.Pattern[st
 
 
 def _opened(text: str, before: list[dict[str, str]], chat: ChatRenderer) -> int:
-    """Return where the assistant's turn begins: behind what the template writes as its prompt."""
+    """Return the start of the assistant's turn: the end of its generation prompt."""
+    # A template may render a turn differently once others follow it; then the prompt is not a prefix.
     prompt = chat(before, True)
     if not text.startswith(prompt):
         raise TemplateError(
-            "the model's own chat template writes a conversation otherwise than its beginning (the prompt of "
-            f"turn {len(before) + 1} is no prefix of the whole), so training would differ from chatting; "
-            "use 'chatml' or another template of the list"
+            "the tokenizer's chat template changes earlier turns (the generation prompt of turn "
+            f"{len(before) + 1} is not a prefix of the conversation), so training and generation would "
+            "differ; use 'chatml' or another listed template"
         )
     return len(prompt)
 
 
 def _closed(text: str, turns: list[dict[str, str]], chat: ChatRenderer) -> int:
-    """Return where a turn without an end token ends: where the conversation up to it does."""
+    """Return the end of a turn without an end token: the end of the conversation up to it."""
     beginning = chat(turns, False)
     if not text.startswith(beginning):
         raise TemplateError(
-            f"the model's own chat template ends turn {len(turns)} with no special token and otherwise than "
-            "a conversation's last turn, so nothing tells where the reply ends; use 'chatml' or another one"
+            f"the tokenizer's chat template ends turn {len(turns)} without a special token and not as it "
+            "ends a last turn, so the end of the reply is unknown; use 'chatml' or another listed template"
         )
     return len(beginning)
 
 
 def _check_complete(messages: Sequence[Message], chat: ChatRenderer) -> None:
-    """Raise TemplateError if the template leaves out a turn, often the system's (tried with placeholders)."""
+    """Raise TemplateError if the template drops a turn (often the system turn), tested with placeholders."""
     text = _with_placeholders(messages, chat)
     there = [int(match[1]) for match in PLACEHOLDER.finditer(text)]
     missing = [index for index in range(len(messages)) if index not in there]
     if missing:
         role = messages[missing[0]].role
         raise TemplateError(
-            f"the model's own chat template leaves turn {missing[0] + 1} ({role}) out of the text; use "
-            "another template, or leave that turn out of the data"
+            f"the tokenizer's chat template drops turn {missing[0] + 1} ({role}); use another template, or "
+            "remove that turn from the data"
         )
 
 
 def _with_placeholders(messages: Sequence[Message], chat: ChatRenderer) -> str:
+    # Private use characters: no template contains, changes or strips them.
     blanks = [
         {"role": message.role, "content": f"\ue000{index}\ue001"} for index, message in enumerate(messages)
     ]
@@ -111,22 +115,21 @@ def _with_placeholders(messages: Sequence[Message], chat: ChatRenderer) -> str:
 
 
 def _stop(chat: ChatRenderer, special: re.Pattern[str]) -> tuple[str, ...]:
-    """Return the special token that this template ends a reply with, if it writes one."""
+    """Return the special token with which this template ends a reply, if any."""
     exchange = [Message("user", "a"), Message("assistant", "b")]
+    # With a system turn too, for templates that reject a conversation without one.
     for messages in (exchange, [Message("system", "c"), *exchange]):
         try:
             segments = _render(messages, chat, special)
         except TemplateError:
-            continue  # each row will tell
+            continue  # reported for each row when it is rendered
         return tuple(segment.text for segment in segments if segment.trained and segment.kind == "markup")
     return ()
 
 
 def _markers(chat: ChatRenderer, whole: re.Pattern[str]) -> tuple[str, ...]:
-    """Return the plain text beside contents that begins or ends turns: ``### Human:``, ``[/INST]``.
-
-    Special tokens are written apart in any case; a word such as ChatML's ``user`` means nothing without them.
-    """
+    """Return the plain text around contents that begins or ends turns: ``### Human:``, ``[/INST]``."""
+    # Special tokens are escaped anyway, and a word such as ChatML's ``user`` has no meaning without them.
     turns = [Message("user", ""), Message("assistant", ""), Message("user", "")]
     found: list[str] = []
     for messages in (turns, [Message("system", ""), *turns]):
@@ -142,6 +145,6 @@ def _markers(chat: ChatRenderer, whole: re.Pattern[str]) -> tuple[str, ...]:
 
 
 def _line(text: str, place: int) -> str:
-    """Return the first (0) or last (-1) line of what the template writes beside a content."""
+    """Return the first (0) or last (-1) line of a text."""
     lines = text.strip().splitlines()
     return lines[place].strip() if lines else ""

@@ -1,4 +1,4 @@
-"""No template at all: prompt, completion, EOS, with the blanks that the data itself holds (one exchange)."""
+"""No template: prompt, completion and EOS, with the whitespace of the data (single-turn)."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from data_templates._segments import (
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    """Render prompt and completion back to back; a system turn stands above the prompt."""
+    """Render prompt and completion without a separator; a system turn goes first."""
     system, turns = split_system(messages)
     only_one_exchange("plain", turns)
     head = [BOS, Segment("content", system), markup("\n\n")] if system else [BOS]

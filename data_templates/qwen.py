@@ -1,7 +1,7 @@
-"""Qwen2.5's chat: ChatML that begins with Qwen's own system text where a conversation has none.
+"""Qwen2.5's chat format: ChatML with Qwen's default system prompt for conversations without one.
 
-``chatml`` writes no system turn then. The reference is the chat template of Qwen/Qwen2.5-7B-Instruct (Qwen2's
-text is the second sentence alone; Qwen3 has none, so that ``chatml`` is its format without thinking). Qwen's
+``chatml`` has no default system turn. The reference is the chat template of Qwen/Qwen2.5-7B-Instruct (Qwen2's
+default is only the second sentence; Qwen3 has none, so ``chatml`` is its format without thinking). Qwen's
 tokenizers have no BOS, and ``<|im_end|>`` ends a turn.
 """
 
@@ -14,7 +14,7 @@ SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    """Render the turns; a system turn of the data, even an empty one, takes the place of Qwen's."""
+    """Render the turns; a system turn of the data, even an empty one, replaces Qwen's default."""
     own = [] if messages[0].role == "system" else [Message("system", SYSTEM)]
     return [BOS, *dialogue([*own, *messages])]
 

@@ -1,8 +1,8 @@
 """Tool calls in ChatML, as Hermes and Qwen write them: signatures, ``<tool_call>``, ``<tool_response>``.
 
-Calls and replies carry loss; signatures and what a tool returned do not. The reference is the chat template
-of Qwen/Qwen3-4B-Instruct-2507 (Qwen2.5's is the same behind its system text); the data's layout is
-LLaMA-Factory's (``conversations`` with function_call and observation, and a column ``tools``).
+Calls and replies carry loss; signatures and tool responses do not. The reference is the chat template of
+Qwen/Qwen3-4B-Instruct-2507 (Qwen2.5's is the same after its system text); the data layout is LLaMA-Factory's
+(``conversations`` with function_call and observation, and a column ``tools``).
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,11 @@ TAGS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>",
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    """Render system text and tools as one turn, then the turns; observations stand in the user's place."""
+    """Render system text and tools as one turn, then the other turns; an observation is a user turn."""
     system, turns = split_system(messages)
     head = [Segment("content", system)] if system else []
     if turns[0].role == "tools":
+        # Qwen puts the signatures into the system turn, after its text.
         between = [markup("\n\n")] if system else []
         signatures = Segment("content", turns.pop(0).content)
         head += [*between, markup(SIGNATURES), signatures, markup(HOW_TO_CALL)]
@@ -48,7 +49,7 @@ def _turn(message: Message) -> list[Segment]:
 
 
 def _called(message: Message) -> list[Segment]:
-    """Return an assistant's turn of one call a line."""
+    """Return an assistant turn with one call per line."""
     said: list[Segment] = []
     for call in message.content.split("\n"):
         said += [
@@ -60,7 +61,7 @@ def _called(message: Message) -> list[Segment]:
 
 
 def _own(text: str, message: Message) -> Segment:
-    """Return text of the template that the model has to write."""
+    """Return template text that the model has to generate."""
     return Segment("markup", text, message.trained, reply=True)
 
 

@@ -1,4 +1,4 @@
-"""Vicuna v1.1's chat: USER and ASSISTANT, any number of turns.
+"""Vicuna v1.1's chat format: USER and ASSISTANT; multi-turn.
 
 The reference is ``vicuna_v1.1`` in ``conversation.py`` of lm-sys/FastChat.
 """
@@ -25,6 +25,7 @@ SYSTEM = (
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Render ``system USER: ... ASSISTANT: ...</s>USER: ... ASSISTANT:``."""
     system, turns = split_system(messages, SYSTEM)
+    # A system text of the data is content, so that markers in it are escaped.
     segments = [BOS, markup(SYSTEM) if system is SYSTEM else Segment("content", system), markup(" ")]
     for message in turns:
         if message.role == "user":

@@ -1,4 +1,4 @@
-"""Zephyr's chat: ``<|system|>``, ``<|user|>`` and ``<|assistant|>``; EOS ends every turn, the user's too.
+"""Zephyr's chat format: ``<|system|>``, ``<|user|>`` and ``<|assistant|>``; EOS ends every turn.
 
 The reference is the chat template of HuggingFaceH4/zephyr-7b-beta.
 """
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply
 
 READ = Segment("eos")
-"""The EOS behind a turn that the model reads: it carries no loss."""
+"""The EOS after a system or user turn, which carries no loss."""
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
-    """Render the turns; after a user's turn the assistant's is opened."""
+    """Render the turns; a user turn is followed by the assistant header."""
     segments = [BOS]
     for message in messages:
         if message.role == "assistant":

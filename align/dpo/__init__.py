@@ -1,1 +1,1 @@
-"""Stage dpo: a policy learns from comparisons, against its own start."""
+"""Direct preference optimization (stage dpo): trainer, reference log-probabilities, checks, diagnostics."""

@@ -1,4 +1,4 @@
-"""What contradicts itself in a recipe that learns from preferences, before anything is loaded."""
+"""Cross-field checks of a DPO recipe, before anything is loaded."""
 
 from collections.abc import Collection, Iterator
 
@@ -13,12 +13,12 @@ from finetune.recipe.settings import StageSettings
 def contradictions(
     settings: StageSettings, align: AlignSettings, valid: Collection[str]
 ) -> Iterator[Problem]:
-    """Yield the mistakes of a stage that learns a policy from preferences; unsound sections are passed over.
+    """Yield the problems of a preference recipe; checks that read an invalid section are skipped.
 
     Args:
         settings: all sections.
-        align: its own one.
-        valid: the sections that are in order.
+        dpo: the stage's own section.
+        valid: names of the sections that passed validation.
     """
     if "align" in valid:
         yield from align.problems()
@@ -39,25 +39,25 @@ def contradictions(
 def _of_supervised_tuning(settings: StageSettings) -> Iterator[Problem]:
     train = settings.train
     if train.neftune_alpha is not None:
-        expected = "null: noise would stand in the policy's log-probabilities and not in the reference's"
+        expected = "null: NEFTune noise would change the policy's log-probabilities but not the reference's"
         found = f"{train.neftune_alpha:g}"
         yield Problem("train.neftune_alpha", found, expected, "train.neftune_alpha=null")
     if train.label_smoothing:
-        expected = "0: there are no labels here, one completion is compared with another"
-        repair = f"align.loss={{name: cdpo, label_smoothing: {train.label_smoothing:g}}}: labels may be wrong"
+        expected = "0: preference losses compare completions and have no token labels to smooth"
+        repair = f"align.loss={{name: cdpo, label_smoothing: {train.label_smoothing:g}}} for noisy labels"
         yield Problem("train.label_smoothing", f"{train.label_smoothing:g}", expected, repair)
 
 
 def _packing(settings: StageSettings) -> Iterator[Problem]:
     if settings.data.packing:
-        expected = "false: a prompt and its completions share a line already, and lines are filled up"
+        expected = "false: a prompt and its completions share a row already, and groups fill up the rows"
         yield Problem("data.packing", "true", expected, "data.packing=false")
 
 
 def _live_reference(settings: StageSettings, align: AlignSettings) -> Iterator[Problem]:
     method = settings.adapter.method
     if align.reference == "live" and adapter_traits(method).whole_model:
-        expected = "precomputed: a live reference would be a second base in memory"
+        expected = "precomputed: a live reference would keep a second copy of the model in memory"
         found = f"'live' with adapter.method '{method}'"
         yield Problem("align.reference", found, expected, "align.reference=precomputed")
 
@@ -65,12 +65,11 @@ def _live_reference(settings: StageSettings, align: AlignSettings) -> Iterator[P
 def _stop_rule(settings: StageSettings, align: AlignSettings) -> Iterator[Problem]:
     if align.stop_when_chosen_falls is not None and not settings.train.evaluate_every:
         found = f"{align.stop_when_chosen_falls:g}, but train.evaluate_every is null"
-        expected = "held-out measures between the steps"
+        expected = "held-out evaluations during training"
         yield Problem("align.stop_when_chosen_falls", found, expected, "train.evaluate_every=50")
 
 
 def _of_trl(align: AlignSettings) -> Iterator[Problem]:
-    """Yield what TRL's trainer does not have of the loss and its reference."""
     if align.reference == "live":
         expected = "with train.engine 'trl': precomputed"
         yield Problem("align.reference", "'live'", expected, f"align.reference=precomputed, or {NATIVE}")
@@ -83,9 +82,9 @@ def _of_trl(align: AlignSettings) -> Iterator[Problem]:
 
 
 def copied_by_trl(settings: StageSettings) -> Iterator[Problem]:
-    """Yield an adapter that TRL's preference trainers, which copy it, would change the base with."""
+    """Yield a problem if the adapter changes the base weights: TRL copies the adapter for its reference."""
     method = settings.adapter.method
     if adapter_traits(method).changes_base:
-        found = f"'{method}', which begins by changing the base"
-        expected = "with train.engine 'trl' an adapter beside it: TRL's copy would change the base again"
+        found = f"'{method}', which changes the base weights at initialization"
+        expected = "with train.engine 'trl': an adapter that leaves the base unchanged; TRL copies it"
         yield Problem("adapter.method", found, expected, "adapter.method=lora")

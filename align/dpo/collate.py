@@ -1,4 +1,4 @@
-"""Groups of a preference data set to one forward pass: tokens, scores, what the reference says of them."""
+"""Collate preference groups: tokens, scores and reference log-probabilities of one forward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from align.preference.groups import Cost, GroupCollator
 from align.preference.rows.dataset import PreferenceGroups, TokenizedGroup
 
 Batch = dict[str, Tensor]
-"""A ``GroupBatch`` with ``rows`` (groups,), ``scores`` (groups, K), and where it is known ``reference``,
-(completions, longest): log-probabilities of the tokens under the reference, 0 behind a completion's end."""
+"""A ``GroupBatch`` with ``rows`` (G,), ``scores`` (G, K) and, if precomputed, ``reference_logps`` (C, T):
+token log-probabilities under the reference, 0 after a completion's end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A group, and the reference's log-probabilities of its completions' tokens, end to end, if known."""
+    """A group and, if precomputed, its reference token log-probabilities, completions concatenated."""
 
     group: TokenizedGroup
     reference: NDArray[np.float32] | None = None
@@ -28,21 +28,19 @@ class Example:
 
 @dataclass(frozen=True)
 class PreferenceRows:
-    """What a trainer learns or measures: groups, and what the reference says of their completions.
+    """The dataset of a preference trainer: groups with their reference log-probabilities.
 
-    ``reference``: (T,) float32, all tokens of all completions end to end, not a number where no step of the
-    run looks; None where it is not needed or taken live.
+    ``reference_logps``: (N,) float32, tokens of all completions concatenated, NaN for groups that no step of
+    the run uses; None if the loss needs no reference or the reference is live.
     """
 
     groups: PreferenceGroups
     reference: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
-        """Return the number of groups."""
         return len(self.groups)
 
     def __getitem__(self, index: int) -> Example:
-        """Return a group with its reference."""
         group = self.groups[index]
         if self.reference is None:
             return Example(group)
@@ -51,23 +49,22 @@ class PreferenceRows:
 
     @property
     def lengths(self) -> list[int]:
-        """Return each group's number of tokens, the prompt counted once."""
+        """Return the number of tokens of each group, the prompt counted once."""
         lengths: list[int] = self.groups.lengths.tolist()
         return lengths
 
     @property
     def places(self) -> Sequence[str]:
-        """Return where each group comes from."""
         return self.groups.places
 
     @cached_property
     def borders(self) -> NDArray[np.int64]:
-        """Return where each group's tokens begin in ``reference``: (groups + 1,)."""
+        """Return the offset of each group's tokens in ``reference_logps``: (G + 1,)."""
         return borders(self.groups)
 
 
 def borders(groups: PreferenceGroups) -> NDArray[np.int64]:
-    """Return where each group's completion tokens begin, completions counted end to end: (groups + 1,)."""
+    """Return the offset of each group's first completion token, completions concatenated: (G + 1,)."""
     tokens = np.cumsum(np.concatenate([[0], groups.completion_lengths]))
     firsts = np.cumsum(np.concatenate([[0], groups.completions]))
     found: NDArray[np.int64] = tokens[firsts]
@@ -75,7 +72,7 @@ def borders(groups: PreferenceGroups) -> NDArray[np.int64]:
 
 
 def length_ratio(groups: PreferenceGroups) -> float:
-    """Return the tokens of all best completions for one of all worst ones; of tied ones the mean counts."""
+    """Return the ratio of chosen to rejected tokens: best against worst completions, averaged over ties."""
     owner = np.repeat(np.arange(len(groups)), groups.completions)
     last = np.full(len(groups), -1, dtype=np.int32)
     np.maximum.at(last, owner, groups.ranks)
@@ -89,11 +86,9 @@ def length_ratio(groups: PreferenceGroups) -> float:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceCollator:
-    """Examples to tensors; ``separate``: each completion in a line of its own (``attention.why_separate``).
+    """Collate examples; ``one_per_row``: one completion per row (``attention.block_mask_unsupported``).
 
-    In the shared layout lines are as long as the longest group of the pass, shorter groups fill them up:
-    attention with a mask costs the square of a line's length, so that longer ones cost more and save nothing.
-    With a ``cost`` each pass takes the cheaper layout.
+    With a ``cost`` each batch takes the cheaper layout.
     """
 
     pad_id: int
@@ -101,7 +96,8 @@ class PreferenceCollator:
     cost: Cost | None = None
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        """Return one forward pass."""
+        # Rows are as long as the longest group (no budget), and short groups fill them up. Masked attention
+        # costs the square of a row's length: longer rows would cost more and save nothing.
         collate = GroupCollator(self.pad_id, separate=self.separate, cost=self.cost)
         batch: Batch = dict(collate([example.group.as_tensors() for example in examples]))  # type: ignore[arg-type]
         batch["rows"] = torch.tensor([example.group.row for example in examples])
@@ -110,6 +106,7 @@ class PreferenceCollator:
         )
         known = [example.reference for example in examples if example.reference is not None]
         if known:
+            # A dataset has reference log-probabilities for all groups or for none.
             assert len(known) == len(examples)
             tokens = torch.split(torch.from_numpy(np.concatenate(known)), batch["lengths"].tolist())
             batch["reference"] = pad_sequence(list(tokens), batch_first=True)
@@ -117,9 +114,9 @@ class PreferenceCollator:
 
 
 def scores_of(group: TokenizedGroup) -> NDArray[np.float32]:
-    """Return how good each completion is, (K,): the data's scores where these say what the ranks say.
+    """Return a score per completion (K,): the data's if they agree with the ranks, else minus the rank.
 
-    Where there are none, or where the row's own order says otherwise (a kept tie), it is minus the rank.
+    They disagree if there are none, and for a tie that was kept in the row's order (``data.on_tie``).
     """
     scores, ranks = group.scores.astype(np.float32), group.ranks
     same = (scores[:, None] > scores[None, :]) == (ranks[:, None] < ranks[None, :])

@@ -1,4 +1,4 @@
-"""A loss of the catalogue on whole groups: one number a group, however many completions it has."""
+"""Preference objective: a loss from the catalog per group of K completions, its metrics, and their means."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from align.preference.losses.catalogue import Loss, Setting
 from align.preference.losses.inputs import Lists, LossOutput
 
 Totals = tuple[int, dict[str, float]]
-"""How many groups were watched, and the sum of each measure over them."""
+"""The number of groups, and the sum of each metric over them."""
 TIE = 1e-5
-"""Implicit rewards nearer to each other than this are equal: a float32 sum over a completion is not exact."""
+"""Implicit rewards closer than this are tied: a float32 sum over a completion is not exact."""
 
 
 class GroupLosses(NamedTuple):
-    """Each group's loss, with gradient, and margin and accuracy of its implicit rewards: (groups,)."""
+    """Loss per group, with gradient, and margin and accuracy of its implicit rewards: (G,) each."""
 
     losses: Tensor
     margins: Tensor
@@ -29,7 +29,7 @@ class GroupLosses(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is minimised: a loss with its settings, on pairs or on lists, with or without a reference."""
+    """A preference loss with its settings, on pairs or ranked lists, with or without a reference."""
 
     name: str
     loss: Callable[..., LossOutput]
@@ -38,26 +38,27 @@ class Objective:
 
     @classmethod
     def of(cls, loss: Loss, settings: dict[str, Setting]) -> "Objective":
-        """Return a loss of the catalogue with its settings."""
         function = partial(loss.function(), **settings)
         return cls(loss.name, function, loss.takes == "Pairs", loss.needs.reference)
 
     def __call__(self, lists: Lists) -> GroupLosses:
-        """Return each group's loss.
+        """Return the loss of each group.
 
-        A loss on pairs is the mean over the group's pairs of unequal score: the comparisons of one prompt are
-        one element of the batch (InstructGPT, arXiv 2203.02155, section 3.5), and a long list weighs as much
-        as a pair. A loss on lists is the list's; its margin is that of the best over the worst completion.
+        A loss on pairs is averaged over the group's pairs of unequal score. The margin of a loss on lists is
+        that of the best over the worst completion.
 
         Args:
-            lists: G groups of up to K completions, each with one pair of unequal score at least.
+            lists: G groups of up to K completions, each with at least one pair of unequal scores.
         """
         if not self.on_pairs:
             output = self.loss(lists)
             return GroupLosses(output.losses, _margins(output), _accuracies(output))
+        # All comparisons of one prompt are one batch element (InstructGPT, arXiv 2203.02155, section 3.5), so
+        # that a long list weighs as much as a pair.
         output, better = self.loss(lists.pairs()), lists.better
         owners, counts = better.nonzero()[:, 0], better.sum((-1, -2))
 
+        # Groups have different numbers of pairs, so pairs are summed by their group's index.
         def mean(values: Tensor) -> Tensor:
             return values.new_zeros(len(counts)).index_add(0, owners, values) / counts
 
@@ -73,9 +74,9 @@ def _accuracies(output: LossOutput) -> Tensor:
 
 
 def by_group(values: Tensor, sizes: Tensor) -> Tensor:
-    """Return a value a completion, (completions,), as a row a group, (groups, K), 0 where there is none.
+    """Pad values per completion (C,) to one row per group (G, K), with 0 for missing completions.
 
-    >>> by_group(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([2, 3]))
+    >>> pad_by_group(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([2, 3]))
     tensor([[1, 2, 0],
             [3, 4, 5]])
     """
@@ -86,17 +87,17 @@ def by_group(values: Tensor, sizes: Tensor) -> Tensor:
 def measures(
     lists: Lists, found: GroupLosses, logps: Tensor, reference: Tensor | None, sizes: Tensor
 ) -> dict[str, Tensor]:
-    """Return what is watched, a value a group; chosen is the best completion, rejected the worst one.
+    """Return the logged metrics, (G,) each; chosen is the best completion of a group, rejected the worst.
 
-    Log-probabilities and drifts (log pi - log ref) are per token, in nats; of tied ones the mean. ``kl`` is
-    k2, per token: a distance from the reference on the data's completions, not on the policy's own.
+    Log-probabilities and log-ratios (log pi - log ref) are per token, in nats, averaged over ties. ``kl`` is
+    the k2 estimate per token, on the data's completions and not on samples of the policy.
 
     Args:
         lists: the groups.
-        found: their losses.
-        logps: (completions, longest) of each token under the policy, 0 behind the end.
-        reference: the same under the reference, None without one.
-        sizes: (groups,) completions of each.
+        group_losses: their losses.
+        logps_CT: (C, T) token log-probabilities under the policy, 0 after a completion's end.
+        reference_CT: the same under the reference, None without one.
+        sizes: (G,) completions of each group.
     """
     best, worst = lists.best, lists.worst
     lengths = lists.lengths.to(lists.logps)
@@ -125,34 +126,37 @@ def _mean(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 class Means:
-    """Means over all groups since they were last taken."""
+    """Averages metrics over all groups since the last ``pop_sums``."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.groups = 0
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Add values of some groups, each of shape (groups,)."""
+        """Add the metrics of some groups, each of shape (G,)."""
         for name, own in values.items():
+            # Kept on the device and summed in float64: a copy to the host per micro-batch would synchronize.
             total = own.double().sum()
             self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.groups += len(values["loss"])
 
     def take(self) -> Totals:
-        """Return the number of groups and the sums, and begin anew."""
+        """Return the number of groups and the sums, and reset them."""
         found = self.groups, {name: float(value) for name, value in self.sums.items()}
         self.sums, self.groups = {}, 0
         return found
 
 
 def means_of(parts: Sequence[Totals]) -> dict[str, float]:
-    """Return the means over the groups of all processes; the lengths become ``length_ratio``.
+    """Return the means over the groups of all processes; token counts become ``length_ratio``.
 
-    >>> means_of([(1, {"loss": 2.0, "chosen_tokens": 4.0, "rejected_tokens": 2.0}), (0, {})])
+    >>> mean_preference_metrics([(1, {"loss": 2.0, "chosen_tokens": 4.0, "rejected_tokens": 2.0}), (0, {})])
     {'loss': 2.0, 'length_ratio': 2.0}
     """
     groups = sum(count for count, _ in parts)
+    # A rank without batches since the last log has no sums.
     names = next(sums for _, sums in parts if sums)
     means = {name: sum(sums.get(name, 0.0) for _, sums in parts) / groups for name in names}
+    # The ratio of means and not the mean of ratios, which short rejected completions would dominate.
     means["length_ratio"] = means.pop("chosen_tokens") / means.pop("rejected_tokens")
     return means

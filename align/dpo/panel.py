@@ -1,8 +1,8 @@
-"""What happened to the policy while it learnt preferences: what is normal, what is not, what to do about it.
+"""DPO diagnostics after training: chosen log-probability drop, KL, overfitting, length and repetition.
 
-Known from users' threads and from papers: the chosen completions' likelihood falls (arXiv 2402.13228,
-2404.19733), replies grow longer (arXiv 2403.19159), a model that knows its pairs by heart drifts on. Pure
-functions of numbers and texts.
+Known from user reports and papers: the chosen log-probability falls (arXiv 2402.13228, 2404.19733),
+completions grow longer (arXiv 2403.19159), a policy that has memorized its pairs keeps drifting. Pure
+functions of metrics and texts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,35 +11,35 @@ from dataclasses import dataclass
 from align.preference.finding import Finding, repetition
 
 CHOSEN_FELL = 0.05
-"""Nats per token: a reply of 50 tokens is then 12 times less likely than it was."""
+"""Nats per token: a completion of 50 tokens is then 12 times less likely than before training."""
 FAR = 2.0
-"""Distance (k2) per token: tokens are some e^2 = 7 times likelier or less likely than at the start. Rejected
-ones are to become so, short ones fast: half of this is seen in runs that end well."""
+"""KL (k2) per token: tokens are e^2 = 7 times more or less likely than under the reference. Rejected ones
+should become so, short ones fast: healthy runs reach half of this."""
 LONGER_CHOSEN = 1.2
-"""Chosen tokens for a rejected one: from here on length alone tells them apart in most pairs."""
+"""Chosen to rejected tokens: above this ratio length alone separates most pairs."""
 LONGER_REPLIES = 1.3
-"""Words of replies after for one before."""
+"""Ratio of completion lengths in words, after to before training."""
 LEARNT_BY_HEART = 0.995
-"""Accuracy in the last steps of training at which no pair has anything left to teach."""
+"""Training accuracy in the last steps above which no pair is left to learn from."""
 KNOWN, OVERFIT = 0.9, 0.1
-"""Accuracy in training from which held-out pairs should not stay behind by more than this."""
+"""From this training accuracy on, held-out accuracy should not be lower by more than this gap."""
 NO_MARGIN, NO_ACCURACY = 0.02, 0.05
-"""What the margin of implicit rewards and the accuracy have grown by at most where nothing was learnt."""
+"""Increases of implicit reward margin and accuracy below which nothing was learned."""
 WORSE = 0.005
-"""Share by which the held-out loss must have risen to be told: below it is the noise of a few dozen pairs."""
+"""Relative increase of held-out loss that is reported; less is noise with a few dozen pairs."""
 
 Numbers = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the panel looks at.
+    """Inputs of the diagnostics.
 
     Attributes:
-        metrics: run.json's, ``..._before`` and ``..._after``; held-out ones where there are any.
-        length_ratio: tokens of the data's chosen completions for one of the rejected ones.
-        replies: to some prompts, before and after.
-        likelihood: whether the loss holds the chosen completions' likelihood up.
+        metrics: those of run.json, ``..._before`` and ``..._after``, with held-out ones if there are any.
+        length_ratio: chosen to rejected tokens in the training data.
+        completions: completions of some prompts, before and after training.
+        has_nll_term: whether the loss has an NLL term on the chosen completions.
     """
 
     metrics: Numbers
@@ -48,7 +48,7 @@ class Seen:
     likelihood: bool
 
     def both_ends(self, what: str) -> tuple[float, float] | None:
-        """Return a measure before and after: held out, or else in the first step and the last ones."""
+        """Return a metric before and after training: held-out, else that of the first and the last steps."""
         for start in ("held_out_", ""):
             names = [f"{start}{what}_{when}" for when in ("before", "after")]
             if all(name in self.metrics for name in names):
@@ -57,15 +57,16 @@ class Seen:
 
 
 def findings(seen: Seen) -> list[Finding]:
-    """Return what is worth saying, in the order in which a reader wants it."""
+    """Return the findings of a run, in the order of the report."""
     return [found for look in LOOKS if (found := look(seen)) is not None]
 
 
 def _drift(metrics: Numbers, which: str) -> float | None:
-    """Return how the log-probability per token has moved: of held-out completions where there are any."""
+    """Return the change of log-probability per token: on held-out completions if there are any."""
     before, after = (metrics.get(f"held_out_{which}_logps_{when}") for when in ("before", "after"))
     if before is not None and after is not None:
         return after - before
+    # Without held-out pairs: the log-ratio to the reference, which is the policy before training.
     return metrics.get(f"{which}_drift_after")
 
 
@@ -78,8 +79,8 @@ def _learning(seen: Seen) -> Finding | None:
     said = f"margin {first:.3f} → {last:.3f}, accuracy {before:.0%} → {after:.0%}"
     if last - first < NO_MARGIN and after - before < NO_ACCURACY:
         action = "raise train.learning_rate, or train longer"
-        return Finding("learning", said, "next to nothing was learnt", action)
-    return Finding("learning", said, "chosen completions gained on rejected ones")
+        return Finding("learning", said, "almost nothing was learned", action)
+    return Finding("learning", said, "the policy prefers chosen over rejected completions more than before")
 
 
 def _unseen(seen: Seen) -> Finding | None:
@@ -87,7 +88,7 @@ def _unseen(seen: Seen) -> Finding | None:
     if losses[0] is None or losses[1] is None or losses[1] - losses[0] <= WORSE * abs(losses[0]):
         return None
     said = f"held-out loss {losses[0]:.4f} → {losses[1]:.4f}"
-    means = "on unseen pairs it ends worse than it began: where the policy is wrong it is surer of it"
+    means = "held-out loss increased: the policy is more confident where it is wrong (overfitting)"
     return Finding(
         "unseen pairs", said, means, "lower train.learning_rate, fewer train.epochs, or more pairs"
     )
@@ -99,13 +100,11 @@ def _chosen(seen: Seen) -> Finding | None:
         return None
     said = f"log-probability per token: chosen {chosen:+.3f}, rejected {rejected:+.3f} nats"
     if chosen >= -CHOSEN_FELL:
-        return Finding("likelihood", said, "chosen completions are about as likely as before, or more")
-    means = "chosen completions became less likely, and more so than rejected ones, token by token"
+        return Finding("likelihood", said, "chosen completions are as likely as before, or more")
+    means = "chosen completions became less likely, by more per token than rejected ones"
     if rejected < chosen:
-        means = "both became less likely, rejected ones more so: what took their place is in no data"
-    more = (
-        "raise align.loss.nll_weight" if seen.likelihood else "align.loss={name: rpo} adds their likelihood"
-    )
+        means = "both became less likely, rejected ones more: probability mass moved to text outside the data"
+    more = "raise align.loss.nll_weight" if seen.likelihood else "align.loss={name: rpo} adds an NLL term"
     return Finding(
         "likelihood", said, means, f"{more}; or raise align.loss.beta, or lower train.learning_rate"
     )
@@ -117,8 +116,8 @@ def _distance(seen: Seen) -> Finding | None:
     if found is None or found < FAR:
         return None
     said, means = (
-        f"distance from the start {found:.2f} per token",
-        "far from what it was: other skills may be lost",
+        f"KL to the reference {found:.2f} per token (k2)",
+        "far from the reference: other abilities may be lost",
     )
     return Finding(
         "distance", said, means, "raise align.loss.beta, lower train.learning_rate, or train.epochs=1"
@@ -133,9 +132,9 @@ def _by_heart(seen: Seen) -> Finding | None:
     said = f"accuracy {learnt:.1%} in training" + ("" if unseen is None else f", {unseen:.1%} held out")
     action = "fewer train.epochs or more pairs; align.loss=ipo or cdpo lets margins stop growing"
     if apart > OVERFIT and learnt >= KNOWN:
-        return Finding("overfit", said, "pairs are known by heart that say little of others", action)
+        return Finding("overfit", said, "training pairs are memorized and do not generalize", action)
     if learnt >= LEARNT_BY_HEART:
-        means = "every pair is told apart: further steps drive both apart and teach nothing"
+        means = "every training pair is ranked correctly: further steps only widen the margins"
         return Finding("saturated", said, means, action)
     return None
 
@@ -143,17 +142,17 @@ def _by_heart(seen: Seen) -> Finding | None:
 def _length(seen: Seen) -> Finding | None:
     before, after = (sum(len(pair[when].split()) for pair in seen.replies) for when in (0, 1))
     growth = after / before if before else 1.0
-    told = f"chosen tokens for a rejected one in the data {seen.length_ratio:.2f}"
-    said = f"{told}, words of a reply after for one before {growth:.2f}" if seen.replies else told
+    told = f"chosen/rejected length ratio in the data {seen.length_ratio:.2f}"
+    said = f"{told}, completion length after/before {growth:.2f}" if seen.replies else told
     if growth > LONGER_REPLIES and seen.length_ratio > 1:
-        action = "align.loss=simpo compares means over tokens; or even out the lengths in the data"
-        return Finding("length", said, "the policy learnt that longer is better", action)
+        action = "align.loss=simpo is length-normalized; or balance the lengths in the data"
+        return Finding("length", said, "the policy learned that longer is better", action)
     if growth > LONGER_REPLIES:
-        action = "look at samples.jsonl: do replies still end? raise align.loss.beta"
-        return Finding("length", said, "replies grew, and not because of the data", action)
+        action = "look at samples.jsonl: do completions still end with EOS? raise align.loss.beta"
+        return Finding("length", said, "completions grew longer, but not because of the data", action)
     if seen.length_ratio > LONGER_CHOSEN:
-        action = "watch the replies' length; align.loss=simpo compares means over tokens"
-        return Finding("length", said, "length alone tells most pairs apart", action)
+        action = "watch completion length; align.loss=simpo is length-normalized"
+        return Finding("length", said, "length alone separates most pairs", action)
     return None
 
 

@@ -1,4 +1,4 @@
-"""What is proved of a preference run before step 0: rows, layout, gradients, and the reference itself."""
+"""DPO pre-flight checks: prompt sharing (block mask), gradients, and policy = reference before step 0."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,27 +22,29 @@ from finetune.training.preflight.untouched import untouched
 from finetune.training.preflight.whole import SCALE, TOLERANCE
 
 LOOKED_AT = 64
-"""Groups among which a probe looks for a short and a long one."""
+"""Groups among which a probe selects a short and a long one."""
 TOKENS = 24
-"""Tokens of a prompt and of each completion that a probe takes."""
+"""Tokens of a prompt and of each completion in a probe, at most."""
 COMPLETIONS = 4
-"""Completions of a group that a probe takes at most."""
+"""Completions of a group in a probe, at most."""
 SAME = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1, "int8": 5e-1}
-"""Nats by which a token's log-probability may differ between two layouts or two batches, from rounding: the
-embedded base gives 1e-5 in float32 and 6e-2 in bfloat16; completions that see each other give 1 and more."""
+"""Rounding tolerance, in nats, for a token's log-probability in two layouts or two batches: the embedded base
+gives 1e-5 in float32 and 6e-2 in bfloat16; completions that attend to each other give 1 and more."""
 START = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 1e-1}
-"""The same for the mean over a completion's tokens, in which rounding averages out."""
+"""The same for the mean over a completion's tokens, where rounding averages out."""
 PROVED_ON = 8
-"""Groups on which the start is compared with the reference."""
+"""Groups on which policy and reference are compared."""
 
 
 def short_groups(groups: PreferenceGroups) -> list[Example]:
-    """Return two groups cut short, of different sizes where the first ones have such."""
+    """Return two truncated groups, of different sizes if the first groups of the data differ."""
     first = [groups[index] for index in range(min(len(groups), LOOKED_AT))]
     first.sort(key=lambda group: (len(group.completion_ids), sum(map(len, group.completion_ids))))
+    # Truncated, because the checks run forward and backward several times before training starts.
     cut = [
         replace(
             group,
+            # The end of the prompt: its last state predicts every completion.
             prompt_ids=group.prompt_ids[-TOKENS:],
             completion_ids=tuple(ids[:TOKENS] for ids in group.completion_ids[:COMPLETIONS]),
             scores=group.scores[:COMPLETIONS],
@@ -54,25 +56,25 @@ def short_groups(groups: PreferenceGroups) -> list[Example]:
 
 
 def _distinct(ranks: np.ndarray) -> np.ndarray:
-    """Return ranks of which two differ: the first of a long list may all be tied."""
+    """Return ranks with at least two different values: the first ones of a long list may all be tied."""
     return ranks if len(set(ranks.tolist())) > 1 else np.arange(len(ranks), dtype=np.int32)
 
 
 def layout_tick(
     model: nn.Module, groups: PreferenceGroups, *, pad_id: int, precision: str, stored: str
 ) -> Tick:
-    """Measure whether completions in one line have the log-probabilities that each has alone.
+    """Check that prompt sharing leaves log-probabilities unchanged.
 
     Returns:
-        A tick with a warning where they do not: then each has to have a line of its own.
+        A check result with a warning if it does not: then each completion needs a row of its own.
     """
     some = [example.group.as_tensors() for example in short_groups(groups)]
     with untouched(model), arithmetic(model, precision):
         difference = layout_error(model, output_head(model), some, pad_id=pad_id)
-    detail = f"completions in one line and each in its own differ by {difference:.1e} nats a token"
+    detail = f"shared-prompt and one-per-row log-probabilities differ by {difference:.1e} nats per token"
     if difference <= SAME["int8" if stored == "int8" else precision]:
-        return Tick("layout", f"the prompt is shared; {detail}")
-    return Tick("layout", f"{detail}: each goes behind its prompt alone, which takes longer", warned=True)
+        return Tick("layout", f"prompts are shared; {detail}")
+    return Tick("layout", f"{detail}: using one row per completion (no shared prompts)", warned=True)
 
 
 def gradient_ticks(
@@ -84,9 +86,9 @@ def gradient_ticks(
     precision: str,
     stored: str,
 ) -> list[Tick]:
-    """Check whom the loss reaches, and that a batch is the sum of its groups; the model is left as it was.
+    """Check gradient flow, and that a batch's gradient is the sum of its groups'; the model is unchanged.
 
-    Where the loss needs a reference it is the policy itself, as at step 0.
+    If the loss needs a reference, it is the policy itself, as at step 0.
     """
     head = output_head(model)
 
@@ -109,26 +111,27 @@ def gradient_ticks(
 
 
 def start_tick(trainer: PreferenceTrainer, rows: Sequence[int], *, stored: str) -> Tick:
-    """Check on the run's own rows that the policy starts as its reference: margin 0, the loss that is due.
+    """Check on the run's own rows that policy equals reference before step 0: margin 0, DPO loss ln 2.
 
-    The forward pass, the collator and the loss are those of training; dropout is off.
+    Forward pass, collator and loss are those of training; dropout is off.
 
     Args:
-        trainer: about to train.
-        rows: some of the groups that it will see.
-        stored: how the base is stored.
+        trainer: before its first step.
+        rows: some of the groups that training uses.
+        quantization: of the base's weights.
     """
     objective = trainer.objective
     with untouched(trainer.model):
         found = trainer.scored(trainer.train_dataset, list(rows)).measures
+    # Per token: a sum over a long completion would accumulate rounding.
     apart = max(abs(found[name]).max().item() for name in ("chosen_drift", "rejected_drift"))
     loss = float(found["loss"].mean())
-    detail = f"policy and reference differ by {apart:.1e} nats a token on {len(rows)} groups"
+    detail = f"policy and reference differ by {apart:.1e} nats per token on {len(rows)} groups"
     told = f"{detail}; margin {float(found['margin'].abs().mean()):.4f}, loss {loss:.4f}{_due(objective)}"
     if apart <= START["int8" if stored == "int8" else trainer.precision]:
         return Tick("reference", told)
-    expected = "none: the reference is the policy as it starts (arXiv 2305.18290)"
-    repair = "data.cache=false computes it anew; if it stays, this is a fault of ours"
+    expected = "no difference: the reference is the initial policy (arXiv 2305.18290)"
+    repair = "data.cache=false recomputes the reference; if the difference remains, please report a bug"
     return failed("reference", Problem("align.reference", told, expected, repair))
 
 
@@ -137,6 +140,6 @@ def _due(objective: Objective) -> str:
 
 
 def some_rows(rows: Sequence[int], count: int = PROVED_ON) -> list[int]:
-    """Return up to ``count`` of some rows, at even distances."""
+    """Return up to ``count`` of the rows, evenly spaced."""
     picked = np.linspace(0, len(rows) - 1, min(count, len(rows)), dtype=int)
     return [rows[index] for index in picked]

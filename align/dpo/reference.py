@@ -1,4 +1,4 @@
-"""The reference, computed once before step 0: which rows a run looks at, their numbers, the cache."""
+"""Precomputed reference log-probabilities: the rows that a run uses, the forward passes, the cache file."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from finetune.training.preflight.untouched import untouched
 from finetune.training.processes import everyones, share_in_step
 
 FORMAT = 1
-"""Raised when the meaning of a kept file changes, so that old ones are not read."""
+"""Increased when the meaning of a cached file changes, so that old files are not read."""
 
 Logps = NDArray[np.float32]
 
@@ -33,9 +33,9 @@ Logps = NDArray[np.float32]
 def rows_of_steps(
     lengths: Sequence[int], *, steps: int, batch_size: int, seed: int, group_by_length: bool
 ) -> list[int]:
-    """Return the rows that the first optimizer steps of a run look at, in order of their numbers.
+    """Return the rows that the first optimizer steps of a run use, in ascending order.
 
-    >>> rows_of_steps([5, 5, 5, 5, 5, 5], steps=1, batch_size=2, seed=0, group_by_length=True)
+    >>> rows_seen_by_run([5, 5, 5, 5, 5, 5], steps=1, batch_size=2, seed=0, group_by_length=True)
     [2, 5]
     """
     epochs = (
@@ -61,31 +61,35 @@ def reference_logps(
     size: int,
     done: Callable[[int], None],
 ) -> Logps:
-    """Return log-probabilities of all tokens of all completions under a model as it is, without dropout.
+    """Return the log-probabilities of all completion tokens under the current model, without dropout.
 
-    Each process looks at its share of the forward passes, and has the numbers of all.
+    The forward passes are sharded over processes; every process returns the values of all.
 
     Args:
-        model: the policy before its first step; it is left as it is.
+        model: the policy before its first step; unchanged afterwards.
         groups: the data.
-        rows: the groups to look at; the others are not a number.
-        collate: as training has it.
-        size: groups of a forward pass.
-        done: is told how many groups are done, of all processes, as often in each; it may raise.
+        rows: the groups to compute; the others are NaN.
+        collate: the training collator, so that the numerics are those of training.
+        batch_size: groups per forward pass.
+        on_progress: callback with the number of finished groups over all processes, called equally often in
+            each process; it may raise.
 
     Returns:
-        (T,) float32, the completions' tokens end to end.
+        (N,) float32, tokens of all completions concatenated.
     """
     ends = borders(groups)
     found = np.full(ends[-1], np.nan, dtype=np.float32)
     head, device = output_head(model), next(model.parameters()).device
     data, lengths = PreferenceRows(groups), groups.lengths
+    # Longest first: similar lengths share a pass (little padding), and running out of memory shows at once.
     order = sorted(rows, key=lambda row: -lengths[row])
     passes = [order[start : start + size] for start in range(0, len(order), size)]
     with untouched(model):
         for first in range(0, len(passes), world().size):
             now = passes[first : first + world().size]
-            for part, _ in share_in_step(now):  # one; in the last round perhaps another's
+            # One part per process. In the last round it may repeat another rank's: with sharded weights every
+            # rank must run every forward pass.
+            for part, _ in share_in_step(now):
                 laid = collate([data[row] for row in part])
                 batch = {name: value.to(device) for name, value in laid.items()}
                 table, counts = token_logps(model, head, batch).cpu(), batch["lengths"].tolist()
@@ -94,16 +98,17 @@ def reference_logps(
                 for row, own in zip(part, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
                     found[ends[row] : ends[row + 1]] = own
             done(sum(map(len, now)))
-    merged: Logps = np.fmax.reduce(everyones(found))  # of two the one that is a number
+    # Each rank has NaN where it computed nothing; fmax takes the number of the two.
+    merged: Logps = np.fmax.reduce(everyones(found))
     return merged
 
 
 def reference_file(model: nn.Module, key: Mapping[str, Any], groups: PreferenceGroups) -> Path:
-    """Return where the reference of some groups is kept: a name made of all that the numbers depend on.
+    """Return the cache file of reference log-probabilities, named by a digest of everything they depend on.
 
     Args:
-        model: the policy before its first step: base and adapter, every number of both.
-        key: what else counts (rows, precision, layout, versions), as JSON takes it.
+        model: the policy before its first step: every weight of base and adapter.
+        key: rows, precision, layout and versions, JSON-serializable.
         groups: the data: every token.
     """
     digest = hashlib.sha256(json.dumps([FORMAT, key], sort_keys=True).encode())
@@ -114,7 +119,7 @@ def reference_file(model: nn.Module, key: Mapping[str, Any], groups: PreferenceG
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return a digest of all that a model computes with: weights, buffers, and both configs."""
+    """Return a digest of a model: weights, buffers, model config and adapter configs."""
     digest = hashlib.sha256()
     configs = [unwrapped(model).config.to_dict()]
     if isinstance(model, PeftModel):
@@ -128,12 +133,13 @@ def model_digest(model: nn.Module) -> str:
 
 
 def _plain(value: object) -> object:
-    """Return what JSON lacks as text; a set in order, which is another one in every process otherwise."""
+    """Return a value that JSON lacks as text."""
+    # Sets are sorted: their order follows Python's string hashes, which differ in every process.
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def kept_reference(path: Path) -> Logps | None:
-    """Return the reference of an earlier run, None where there is none.
+    """Return the cached log-probabilities of an earlier run, None if there are none.
 
     Raises:
         DamagedCacheError: the file is not what was written.
@@ -143,7 +149,7 @@ def kept_reference(path: Path) -> Logps | None:
 
 
 def keep_reference(path: Path, logps: Logps) -> None:
-    """Keep a reference for the next run.
+    """Write reference log-probabilities to the cache.
 
     Raises:
         UserError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""A run's reference: taken from the cache of an earlier run, or computed with progress, and kept."""
+"""Reference log-probabilities of a run: read from the cache, or computed with a progress bar and cached."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ from finetune.training.loading import Policy
 
 @dataclass(frozen=True)
 class Reference:
-    """The policy as it starts, asked before step 0; ``size``: groups of a forward pass."""
+    """Reference log-probabilities from the initial policy; ``batch_size``: groups per forward pass."""
 
     job: Job
     policy: Policy
@@ -38,14 +38,15 @@ class Reference:
     size: int
 
     def of(self, groups: PreferenceGroups, rows: Sequence[int]) -> Logps:
-        """Return the log-probabilities of some groups' completions, token by token."""
+        """Return the token log-probabilities of some groups' completions."""
         with self.job.timed("reference"):
             if not self.job.recipe.settings.data.cache:
                 return self._computed(groups, rows)
             file = reference_file(self.policy.model, self._key(rows), groups)
+            # Rank 0 reads for all, so that all ranks agree on whether the cache has them.
             found = processes.from_main(self._kept(file) if self.job.world.main else None)
             if found is not None:
-                self.job.say(f"reference of {len(rows)} groups from the cache")
+                self.job.say(f"reference log-probabilities of {len(rows)} groups: cached")
                 return found
             found = self._computed(groups, rows)
             if self.job.world.main:
@@ -53,11 +54,11 @@ class Reference:
             return found
 
     def _kept(self, file: Path) -> Logps | None:
-        """Return what an earlier run has kept; a damaged file is told."""
+        """Return the cached log-probabilities; a corrupt file is logged and recomputed."""
         try:
             return kept_reference(file)
         except DamagedCacheError as damage:
-            self.job.say(f"damaged reference, it is computed again: {damage}")
+            self.job.say(f"corrupt reference cache, recomputing: {damage}")
             return None
 
     def _computed(self, groups: PreferenceGroups, rows: Sequence[int]) -> Logps:
@@ -65,11 +66,15 @@ class Reference:
         with self._progress(len(rows)) as done, arithmetic(model, self.policy.precision):
             found = reference_logps(model, groups, rows, collate=self.collator, size=self.size, done=done)
         seconds = time.monotonic() - started
-        self.job.say(f"reference of {len(rows)} groups: {seconds:.1f} s, {len(rows) / seconds:.1f} groups/s")
+        self.job.say(
+            f"reference log-probabilities of {len(rows)} groups: {seconds:.1f} s "
+            f"({len(rows) / seconds:.1f} groups/s)"
+        )
         return found
 
     def _key(self, rows: Sequence[int]) -> dict[str, Any]:
-        """Return what the reference's numbers depend on, beside weights and tokens."""
+        """Return what the log-probabilities depend on besides weights and tokens."""
+        # Kernels round differently by device, attention implementation, batch layout and version.
         return {
             "rows": list(rows),
             "precision": self.policy.precision,
@@ -82,7 +87,7 @@ class Reference:
 
     @contextmanager
     def _progress(self, total: int) -> Iterator[Callable[[int], None]]:
-        """Show how far it is; a signal stops it between two passes."""
+        """Show a progress bar; a signal interrupts between two forward passes."""
         columns = (TextColumn("  reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         console = self.job.console
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -90,6 +95,6 @@ class Reference:
 
             def done(groups: int) -> None:
                 bar.advance(task, groups)
-                self.job.stop_if_asked("while the reference was computed")
+                self.job.stop_if_asked("while computing reference log-probabilities")
 
             yield done

@@ -1,4 +1,4 @@
-"""One forward pass over groups: log-probabilities under policy and reference, losses, what is watched."""
+"""Forward pass of DPO: policy and reference log-probabilities, group losses and metrics."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from align.preference.starting_policy import StartingPolicy
 
 
 class Scored(NamedTuple):
-    """Losses of the groups with gradient, and measures of them without, each of shape (groups,)."""
+    """Losses per group with gradient, and metrics per group without, (G,) each."""
 
     losses: Tensor
     measures: dict[str, Tensor]
@@ -26,16 +26,17 @@ def score(
     objective: Objective,
     start: StartingPolicy | None = None,
 ) -> Scored:
-    """Return losses and measures of a batch.
+    """Return the losses and metrics of a batch.
 
     Args:
         model: the policy, in any wrapper.
         head: its output embeddings.
-        batch: what ``PreferenceCollator`` gives, on the model's device.
-        objective: what is minimised.
-        start: where the reference is taken live; else it is in the batch, or not needed.
+        batch: from ``PreferenceCollator``, on the model's device.
+        objective: the loss.
+        reference_policy: the live reference; None if its log-probabilities are in the batch or not needed.
     """
     reference = batch.get("reference") if start is None else start.logps(model, head, batch)
+    # After the reference: its weight swap needs that no autograd graph of the policy is alive.
     logps = token_logps(model, head, batch)
     lists = lists_of(logps, reference, batch)
     found: GroupLosses = objective(lists)
@@ -43,7 +44,7 @@ def score(
 
 
 def lists_of(logps: Tensor, reference: Tensor | None, batch: Mapping[str, Tensor]) -> Lists:
-    """Return what losses look at, from log-probabilities of tokens: (completions, longest)."""
+    """Return the loss inputs (G, K), from token log-probabilities (C, T)."""
     sizes = batch["sizes"]
     return Lists(
         logps=by_group(logps.sum(1), sizes),

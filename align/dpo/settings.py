@@ -1,4 +1,4 @@
-"""What stage dpo adds to a recipe: what is learnt of comparisons, against what, and when it is enough."""
+"""Recipe section of stage dpo: the loss, the reference and the early stop."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
@@ -13,40 +13,38 @@ DEFAULT_LOSS = "dpo"
 
 
 class AlignSettings(Section):
-    """What is learnt from preferences, against which reference, and when it is enough."""
+    """The preference loss, its reference model, and early stopping."""
 
     NAMED: ClassVar[tuple[str, ...]] = ("loss",)
 
     loss: Text | dict[str, float | str] = Field(
         DEFAULT_LOSS,
-        description="a loss (`llm-align list losses`), or {name: ipo, beta: 0.2, ...}",
+        description="loss name (`llm-align list losses`), or {name: ipo, beta: 0.2, ...}",
     )
-    # Precomputed: one pass over what the run uses in place of one in every step (the numbers are the same).
+    # Precomputed: one forward pass over the rows of the run instead of one in every step, with equal values.
     reference: Literal["precomputed", "live"] = Field(
         "precomputed",
-        description="the start's log-probabilities: all before step 0, kept on disk; or anew in every step",
+        description="reference log-probabilities: all before step 0, cached on disk; or live in every step",
     )
-    # Off: DPO lowers the chosen completions' likelihood in most runs that end well (arXiv 2404.19733).
+    # Off: the chosen completions' likelihood falls in most successful DPO runs (arXiv 2404.19733).
     stop_when_chosen_falls: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="stop once held-out chosen completions have lost this many nats per token (0.5); null: "
-        "never. Measured every train.evaluate_every steps",
+        description="stop once the held-out chosen log-probability has dropped by this many nats per token "
+        "(0.5), checked every train.evaluate_every steps; null: never",
     )
 
     @property
     def loss_name(self) -> str:
-        """Return the loss's name."""
         return self.loss if isinstance(self.loss, str) else str(self.loss.get("name", DEFAULT_LOSS))
 
     @property
     def loss_settings(self) -> Mapping[str, Setting]:
-        """Return what the recipe says of the loss beside its name."""
         if isinstance(self.loss, str):
             return {}
         return {key: value for key, value in self.loss.items() if key != "name"}
 
     def problems(self) -> list[Problem]:
-        """Return what is wrong with the loss: its name, its settings, numbers outside their range."""
+        """Return the problems of the loss: unknown name, unknown settings, values out of range."""
         try:
             find_loss(self.loss_name, where="align.loss").settings(self.loss_settings, where="align.loss")
         except UserError as error:

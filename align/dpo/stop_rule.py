@@ -1,4 +1,4 @@
-"""Stops a run whose held-out chosen completions have become too much less likely than they were."""
+"""Early stopping on a drop of the held-out chosen log-probability."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +9,10 @@ MEASURED = "held_out_chosen_logps"
 
 
 class StopWhenChosenFalls(TrainerCallback):  # type: ignore[misc]
-    """Ends training after a held-out measure below the start's by more than is allowed.
-
-    No checkpoint is written at that step: a run that is killed before it has ended goes on from an earlier
-    one, measures the same, and stops again.
-    """
+    """Stops training once the held-out chosen log-probability dropped by more than ``max_drop`` per token."""
 
     def __init__(self, most: float, *, start: Callable[[], float], tell: Callable[[str], None]) -> None:
-        """Bind the rule: ``most`` in nats per token, the value before training, and who is told why."""
+        """Bind the largest allowed drop, the value before training, and the logger of the reason."""
         self.most = most
         self.start = start
         self.tell = tell
@@ -24,11 +20,12 @@ class StopWhenChosenFalls(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Compare what was measured with the start."""
         fallen = self.start() - kwargs["metrics"][MEASURED]
         if fallen > self.most and not control.should_training_stop:
+            # No checkpoint at this step: a run killed before its end resumes from an earlier one, evaluates
+            # the same policy and stops here again.
             control.should_training_stop, control.should_save = True, False
             self.tell(
-                f"stopped at step {state.global_step}: held-out chosen completions have lost {fallen:.3f} "
-                f"nats per token, more than align.stop_when_chosen_falls ({self.most:g})"
+                f"stopped at step {state.global_step}: held-out chosen log-probability dropped by "
+                f"{fallen:.3f} nats per token, more than align.stop_when_chosen_falls ({self.most:g})"
             )

@@ -1,4 +1,4 @@
-"""DPO on TRL: its trainer with our tokens, our loss in its name, and the policy's start as reference."""
+"""DPO on the TRL engine: TRL's DPOTrainer with our token ids and precomputed reference log-probabilities."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,13 +32,13 @@ from finetune.training.preflight.untouched import untouched
 
 SIDES = ("chosen_ids", "rejected_ids")
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
-"""TRL's names of a pair's tokens, and of what the reference says of them."""
+"""TRL's columns of a pair's token ids and of its reference log-probabilities."""
 START = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
-"""How far the first loss may be from its value at the reference, relative, from rounding alone."""
+"""Relative rounding tolerance for the initial loss."""
 
 
 class MeasuredDPOTrainer(DPOTrainer, InOurWords):  # type: ignore[misc]
-    """TRL's trainer, with our held-out measures by our own loss; a NaN names its rows."""
+    """TRL's DPOTrainer with held-out metrics from our loss; a non-finite loss names its rows."""
 
     places: Mapping[tuple[int, ...], str]
     loss: Callable[[Pairs], LossOutput]
@@ -46,7 +46,7 @@ class MeasuredDPOTrainer(DPOTrainer, InOurWords):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one forward and backward pass; stop the run when its loss is no number.
+        """Run one forward and backward pass; stop the run if the loss is not finite.
 
         Raises:
             NotFiniteError: NaN or infinite loss; the message names the rows.
@@ -57,12 +57,12 @@ class MeasuredDPOTrainer(DPOTrainer, InOurWords):  # type: ignore[misc]
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the held-out measures."""
+        """Log and return the held-out metrics."""
         found = self.measure(self.eval_dataset)
         return log_held_out(self, {f"held_out_{key}": value for key, value in found.items()})
 
     def measure(self, columns: Dataset) -> dict[str, float]:
-        """Return the means over all pairs of ``columns``, in the native engine's words."""
+        """Return the metric means over all pairs of ``dataset``, with the native engine's names."""
         chosen, rejected = _by_side(logps_of(self, columns))
         lengths = [torch.tensor([len(ids) for ids in columns[side]]) for side in SIDES]
         pairs = Pairs(chosen, rejected, *lengths, *(torch.tensor(columns[name]) for name in REFERENCES))
@@ -90,19 +90,20 @@ def trl_dpo_trainer(
     held_out: PreferenceGroups | None,
     loss: Callable[[Pairs], LossOutput],
 ) -> MeasuredDPOTrainer:
-    """Return TRL's DPOTrainer on pairs that are tokenised already; the reference is the model as it is now.
+    """Return TRL's DPOTrainer on tokenized pairs; the reference is the current model.
 
     Args:
         model: base with adapter, before its first step.
         args: with ``trl_loss`` and ``precompute_ref_log_probs``.
         tokenizer: for padding.
-        train: what is learnt; pairs.
-        held_out: what is measured, if anything; pairs.
-        loss: ours, which measures the held-out pairs.
+        train: training pairs.
+        held_out: held-out pairs, if any.
+        loss: our loss, for the held-out metrics.
     """
-    assert args.precompute_ref_log_probs, "or TRL would keep a reference of its own"
+    assert args.precompute_ref_log_probs, "TRL would load a second reference model"
     replies = own_replies(tokenizer)
     [chosen, rejected] = replies["completion"]
+    # TRL tokenizes its dataset in the constructor: it gets a placeholder, ours replaces it below.
     own = Dataset.from_dict({"prompt": replies["prompt"][:1], "chosen": [chosen], "rejected": [rejected]})
     with made_quietly(), seen_by_all(own, args) as rows:
         trainer = MeasuredDPOTrainer(
@@ -121,23 +122,24 @@ def trl_dpo_trainer(
 
 @torch.no_grad()
 def start_tick(trainer: MeasuredDPOTrainer, precision: str) -> Tick:
-    """Check that the policy begins as its own reference: TRL's first loss is ours of ratios that are 0."""
+    """Check that policy equals reference: TRL's initial loss is ours at log-ratios of 0."""
     count = min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
     rows = [trainer.train_dataset[index] for index in range(count)]
     batch = {name: value.to(trainer.args.device) for name, value in trainer.data_collator(rows).items()}
+    # Log-ratios of 0: what our loss is if policy equals reference.
     zeros, ones = torch.zeros(count), torch.ones(count)
     expected = float(trainer.loss(Pairs(zeros, zeros, ones, ones, zeros, zeros)).losses.mean())
     with untouched(trainer.model), trainer.accelerator.autocast():
         found = float(trainer.compute_loss(trainer.model, batch))
     if abs(found - expected) <= START[precision] * max(1.0, expected):
-        detail = f"the policy begins as the reference: first loss {found:.4f}, {expected:.4f} expected"
+        detail = f"policy equals reference before step 0: loss {found:.4f}, expected {expected:.4f}"
         return Tick("start", detail)
-    told = f"{expected:.4f}: the policy is the reference"
-    return failed("start", Problem("train.engine", f"first loss {found:.4f}", told, NATIVE))
+    told = f"{expected:.4f}: policy equals reference before step 0"
+    return failed("start", Problem("train.engine", f"initial loss {found:.4f}", told, NATIVE))
 
 
 def _referred(trainer: MeasuredDPOTrainer, groups: PreferenceGroups) -> Dataset:
-    """Return pairs with what the policy, as it is now, says of them."""
+    """Return pairs with their log-probabilities under the current policy as the reference."""
     columns = pair_columns(groups)
     for name, values in zip(REFERENCES, _by_side(logps_of(trainer, columns)), strict=True):
         columns = columns.add_column(name, values.tolist())
@@ -145,6 +147,6 @@ def _referred(trainer: MeasuredDPOTrainer, groups: PreferenceGroups) -> Dataset:
 
 
 def _by_side(passes: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return chosen and rejected completions' values, (pairs,) each, of passes that hold the chosen first."""
+    """Return chosen and rejected values, (pairs,) each, of batches that hold the chosen completions first."""
     sides = [values.chunk(2) for values in passes]
     return torch.cat([side[0] for side in sides]), torch.cat([side[1] for side in sides])

@@ -1,4 +1,4 @@
-"""Which of our losses TRL's DPOTrainer has, in its names; light, because a recipe is checked with it."""
+"""TRL's names of our losses (DPOConfig.loss_type); imports no TRL, because recipe validation reads it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,29 +15,29 @@ SAME = {
     "apo_zero": "apo_zero",
     "apo_down": "apo_down",
 }
-"""Our losses: TRL's. Its `sigmoid` has no label smoothing, so there is no cDPO; its likelihood is the mean
-over all tokens of a pass and not over pairs, so there is no RPO."""
+"""Our loss -> TRL's. No cDPO, because TRL's `sigmoid` has no label smoothing; no RPO, because TRL averages
+the NLL over all tokens of a batch and not over pairs."""
 NATIVE = "train.engine=native"
 
 
 def trl_loss(loss: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Return the arguments of TRL's DPOConfig for a loss of the catalogue.
+    """Return the DPOConfig arguments for a loss of the catalog.
 
     Args:
         loss: its name.
         settings: all of its settings.
 
     Raises:
-        UserError: TRL has no such loss.
+        UserError: TRL does not implement the loss.
     """
     if loss not in SAME:
         expected = f"with train.engine 'trl': {one_of(SAME)}"
         raise UserError(Problem("align.loss", f"'{loss}'", expected, NATIVE))
     if settings.get("over_tokens") == "sum":
-        found = f"'{loss}' summed over tokens, as the paper prints it"
-        expected = "with train.engine 'trl': the mean over tokens"
+        found = f"'{loss}' with log-probabilities summed over tokens, as in the paper"
+        expected = "with train.engine 'trl': averaged over tokens"
         repair = (
-            f"align.loss={{name: {loss}, over_tokens: mean, beta: ...}}, where beta is per token; or {NATIVE}"
+            f"align.loss={{name: {loss}, over_tokens: mean, beta: ...}}, with beta per token; or {NATIVE}"
         )
         raise UserError(Problem("align.loss", found, expected, repair))
     own = {key: settings[key] for key in ("beta", "label_smoothing") if key in settings}

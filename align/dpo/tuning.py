@@ -1,4 +1,4 @@
-"""The pieces of preference tuning, put together from a recipe: reference, trainer, checks, measures."""
+"""DPO method: builds reference, trainer, pre-flight checks and metrics from a recipe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,12 +41,12 @@ from finetune.training.stops import NotFiniteError
 from finetune.training.text import Text
 
 AT_BOTH_ENDS = ("loss", "accuracy", "margin", "chosen_drift", "rejected_drift", "kl")
-"""What is recorded of training's first step and of its last ones."""
+"""Metrics recorded from the first training step and the last ones."""
 
 
 @dataclass(frozen=True)
 class PreferenceTuning:
-    """Tuning of a policy on comparisons."""
+    """DPO and its variants: trains a policy on preference pairs and ranked lists."""
 
     job: Job
     text: Text
@@ -56,46 +56,43 @@ class PreferenceTuning:
 
     @property
     def steps(self) -> int:
-        """Return the optimizer steps of the whole run."""
         return tuning.optimizer_steps(self.job, len(self.data.train))
 
     @property
     def samples(self) -> Samples:
-        """Return the prompts to answer before and after training; the best completion is what is expected."""
+        """Return the sample prompts; the expected reply is the best completion."""
         return tuning.samples_of(self.job, self.text, self.data.prompts)
 
     @cached_property
     def behaviour(self) -> Behaviour:
-        """Return what is measured of the replies, before and after training."""
         return tuning.behaviour_of(self.job, self.text, self.data.prompts)
 
     @property
     def loss(self) -> Loss:
-        """Return the loss of the catalogue that the recipe names."""
         return find_loss(self.align.loss_name, where="align.loss")
 
     @cached_property
     def hooks(self) -> Hooks:
-        """Return what the adapter does while it trains."""
         return adapter_hooks(self.policy.model, self.job.recipe.settings.adapter, steps=self.steps)
 
     @cached_property
     def objective(self) -> Objective:
-        """Return what is minimised."""
         return Objective.of(self.loss, self.loss.settings(self.align.loss_settings, where="align.loss"))
 
     @cached_property
     def collator(self) -> PreferenceCollator:
-        """Return how groups are laid out: prompts shared, where this model can; it is told which and why."""
+        """Return the collator: shared prompts if this model can take a block mask; logs the decision."""
         pad, groups = self.text.encoder.stop_ids[0], self.data.train
+        # TRL's own collator has one completion per row.
         if self.by_trl:
             return PreferenceCollator(pad, separate=True)
         stored = {"precision": self.policy.precision, "stored": self.policy.quantization}
+        # Virtual tokens take positions too, which count against an attention window.
         why = why_separate(
             unwrapped(self.policy.model).config, reach=groups.longest + self.text.virtual_tokens
         )
         if why:
-            self.job.check(Tick("layout", f"each completion behind its prompt in a line of its own: {why}"))
+            self.job.check(Tick("layout", f"prompt sharing off: {why}"))
             return PreferenceCollator(pad, separate=True)
         tick = preflight.layout_tick(self.policy.model, groups, pad_id=pad, **stored)
         self.job.check(tick)
@@ -103,19 +100,19 @@ class PreferenceTuning:
 
     @property
     def by_trl(self) -> bool:
-        """Tell whether TRL's trainer runs it."""
         return self.job.recipe.settings.train.engine == "trl"
 
     def facts(self) -> dict[str, Any]:
-        """Return what run.json says before the first step; whatever can be refused is refused here."""
+        """Run the pre-flight checks and return the metadata of run.json; raises whatever can be refused."""
         self.job.watch(self.behaviour.numbers)
         tuning.say_parameters(self.job, self.policy)
         self.preflight()
+        # Built here too, so that invalid arguments are refused before step 0.
         self.arguments()
         return tuning.policy_facts(self.job, self.text, self.policy, self.data.report)
 
     def preflight(self) -> None:
-        """Prove before step 0 what can be proved on the run's own rows and model; neither is changed.
+        """Check rows, model, layout and gradients before step 0; neither data nor model is changed.
 
         Raises:
             UserError: a check failed.
@@ -141,11 +138,12 @@ class PreferenceTuning:
             )
 
     def arguments(self) -> TrainingArguments:
-        """Return the engine's arguments; whatever is ``auto`` is decided here.
+        """Return the training arguments, with every ``auto`` resolved.
 
         Raises:
             UserError: the engine refuses them.
         """
+        # The micro-batch size is resolved for the longest row of the layout: a group, or one per completion.
         longest = int(self.data.train.lengths.max())
         if self.collator.separate:
             longest = self.data.train.longest * int(self.data.train.completions.max())
@@ -156,13 +154,14 @@ class PreferenceTuning:
         return tuning.engine_arguments(self.job, self.policy, longest=longest, steps=self.steps, stage=stage)
 
     def trainer(self) -> Trainer:
-        """Return the engine's trainer, the reference computed and compared with the policy's start.
+        """Return the engine's trainer, with the reference computed and checked against the initial policy.
 
         Raises:
-            UserError: policy and reference differ.
+            UserError: policy and reference differ before step 0.
         """
         trainer = self._trl_trainer() if self.by_trl else self._native_trainer()
         if self.align.stop_when_chosen_falls is not None:
+            # The value before training is recorded after the trainer is built, hence a callable.
             most, run = self.align.stop_when_chosen_falls, self.job.run
             trainer.add_callback(
                 StopWhenChosenFalls(
@@ -172,16 +171,17 @@ class PreferenceTuning:
         return trainer
 
     def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
-        """Answer prompts greedily with the policy as it is."""
+        """Generate greedy completions with the current policy."""
         return tuning.replies(self.job, self.text, self.policy, prompts)
 
     def measure(self, trainer: Trainer, when: str) -> None:
-        """Record the held-out measures before or after training, and those of training at both ends.
+        """Record the held-out metrics before or after training, and training's first and last metrics.
 
         Raises:
             NotFiniteError: the held-out loss is NaN or infinite.
         """
         run = self.job.run
+        # A resumed run has its `before` metrics already.
         known = run.record.get("metrics", {})
         if self.data.held_out is not None and f"{HELD_OUT}loss_{when}" not in known:
             with self.job.timed("held_out"):
@@ -193,15 +193,15 @@ class PreferenceTuning:
             tuning.record_training(self.job, trainer, AT_BOTH_ENDS)
 
     def save(self) -> None:
-        """Save the adapter (or the model), open it again, and put its checksum into the record.
+        """Save the adapter (or the model), reload it, and record its checksum.
 
         Raises:
-            UserError: what was saved is not what was trained.
+            UserError: the reloaded weights differ from the trained ones.
         """
         tuning.save_policy(self.job, self.text, self.policy)
 
     def explain(self) -> None:
-        """Say what happened to the policy, what it means, and what to do about it."""
+        """Log and record the diagnostics of the run."""
         run = self.job.run
         pairs = [(line["before"], line["after"]) for line in run.samples()]
         seen = panel.Seen(
@@ -216,15 +216,16 @@ class PreferenceTuning:
         run.update(panel=[finding.record() for finding in found])
 
     def _refuse_passes(self) -> None:
-        """Refuse an adapter that wants each batch twice: its second term is one of labels, not of pairs."""
+        """Raise if the adapter needs two forward passes per batch (AdaMix consistency)."""
         if self.hooks.passes != 1:
-            found = "true: predictions of two passes are pulled together, which is a loss on labels"
-            expected = "false where completions are compared"
+            found = "true: the consistency loss over two forward passes is a loss on labels"
+            expected = "false with preference losses"
             raise UserError(Problem("adapter.consistency", found, expected, "adapter.consistency=false"))
 
     def _native_trainer(self) -> PreferenceTrainer:
         train, args = self.job.recipe.settings.train, self.arguments()
         live = self.objective.needs_reference and self.align.reference == "live"
+        # Copied before a checkpoint is loaded: in a resumed run too, the reference is the initial policy.
         start = StartingPolicy(self.policy.model) if live else None
         used, held_out = self._used(), self.data.held_out
         size = args.per_device_train_batch_size
@@ -238,6 +239,7 @@ class PreferenceTuning:
             group_by_length=train.group_by_length,
             hooks=self.hooks,
         )
+        # Set before the check below, which runs the forward pass of training.
         trainer.objective, trainer.start, trainer.precision = self.objective, start, self.policy.precision
         if self.objective.needs_reference:
             proved = preflight.some_rows(used)
@@ -254,12 +256,15 @@ class PreferenceTuning:
                 held_out=self.data.held_out,
                 loss=self.objective.loss,
             )
-        self.job.say(f"reference of {len(self.data.train)} pairs: {self.job.seconds['reference']:.1f} s")
+        self.job.say(
+            f"reference log-probabilities of {len(self.data.train)} pairs: "
+            f"{self.job.seconds['reference']:.1f} s"
+        )
         self.job.check(start_tick(trainer, self.policy.precision))
         return trainer
 
     def _used(self) -> list[int]:
-        """Return the groups that the run's steps look at."""
+        """Return the groups that the run's steps use."""
         train = self.job.recipe.settings.train
         return rows_of_steps(
             self.data.train.lengths.tolist(),
@@ -270,7 +275,7 @@ class PreferenceTuning:
         )
 
     def _rows(self, groups: PreferenceGroups, rows: Sequence[int], size: int) -> PreferenceRows:
-        """Return groups with the reference's log-probabilities, if the loss needs them before step 0."""
+        """Return groups with precomputed reference log-probabilities, if the loss needs them."""
         if not self.objective.needs_reference or self.align.reference == "live":
             return PreferenceRows(groups)
         return PreferenceRows(groups, Reference(self.job, self.policy, self.collator, size).of(groups, rows))

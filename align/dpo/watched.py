@@ -1,17 +1,17 @@
-"""What a reader of a preference run looks at: curves over the steps, numbers before and after."""
+"""Metrics of a DPO run: labels of the curves, and of the summary before and after training."""
 
 from finetune.training.watched import Watched
 
 CURVES = {
-    "loss": "training loss (mean over groups)",
-    "margin": "margin of the implicit rewards",
-    "accuracy": "accuracy: chosen above rejected (1/2: a tie)",
-    "chosen_logps": "chosen: log-probability per token (nats)",
-    "rejected_logps": "rejected: log-probability per token (nats)",
-    "chosen_drift": "chosen: drift from the start per token (nats)",
-    "rejected_drift": "rejected: drift from the start per token (nats)",
-    "kl": "distance from the start per token (k2 on the data, nats)",
-    "length_ratio": "chosen tokens for one rejected token",
+    "loss": "training loss (mean per group)",
+    "margin": "implicit reward margin",
+    "accuracy": "reward accuracy (tie: 1/2)",
+    "chosen_logps": "chosen log-probability (nats per token)",
+    "rejected_logps": "rejected log-probability (nats per token)",
+    "chosen_drift": "chosen log-ratio to the reference (nats per token)",
+    "rejected_drift": "rejected log-ratio to the reference (nats per token)",
+    "kl": "KL to the reference (k2 on the data, nats per token)",
+    "length_ratio": "chosen/rejected length ratio",
 }
 HELD_OUT = {f"held_out_{name}": f"held-out {title}" for name, title in CURVES.items()}
 
@@ -22,7 +22,7 @@ WATCHED = Watched(
         "held_out_loss": ("held-out loss", ".4f"),
         "held_out_accuracy": ("held-out accuracy", ".1%"),
         "held_out_margin": ("held-out margin", ".3f"),
-        "held_out_chosen_logps": ("held-out chosen, nats per token", ".3f"),
-        "held_out_rejected_logps": ("held-out rejected, nats per token", ".3f"),
+        "held_out_chosen_logps": ("held-out chosen log-probability per token", ".3f"),
+        "held_out_rejected_logps": ("held-out rejected log-probability per token", ".3f"),
     },
 )

@@ -1,1 +1,1 @@
-"""Stage kto: a policy learns from replies that are good or bad, on TRL's trainer."""
+"""Kahneman-Tversky optimization (stage kto) on TRL's KTOTrainer."""

@@ -1,4 +1,4 @@
-"""What KTO is told: its loss, and the engine that runs it; and what contradicts itself in that."""
+"""Recipe sections of stage kto: data, loss and training, and their cross-field checks."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -13,39 +13,41 @@ Weight = Annotated[float, Field(gt=0)]
 
 
 class KtoDataSettings(PreferenceSettings):
-    """Judged replies: each stands behind its prompt in a line of its own."""
+    """Labeled completions, one per row."""
 
-    packing: Literal[False] = Field(False, description="lines hold one reply")
+    packing: Literal[False] = Field(False, description="off: one completion per row")
 
 
 class KtoSettings(Section):
     """KTO's loss (arXiv 2402.01306, equation 8)."""
 
     beta: Weight = Field(
-        0.1, description="aversion to risk: smaller lets the policy go further from its start"
+        0.1, description="risk aversion: a smaller beta lets the policy move further from the reference"
     )
-    desirable_weight: Weight = Field(1.0, description="what a good reply counts")
-    undesirable_weight: Weight = Field(1.0, description="what a bad reply counts")
+    desirable_weight: Weight = Field(1.0, description="weight of desirable (good) completions")
+    undesirable_weight: Weight = Field(1.0, description="weight of undesirable (bad) completions")
 
 
 class KtoTrainSettings(TrainSettings):
-    """How long and how fast; TRL's trainer runs it."""
+    """Training settings; TRL's trainer runs the stage."""
 
     engine: Literal["trl"] = Field("trl", description="TRL's trainer")
     learning_rate: Annotated[float, Field(gt=0)] = Field(5e-6, description="peak learning rate")
-    batch_size: Annotated[int, Field(ge=2)] = Field(32, description="replies per optimizer step")
+    batch_size: Annotated[int, Field(ge=2)] = Field(32, description="completions per optimizer step")
 
 
 def of_training(train: TrainSettings) -> Iterator[Problem]:
-    """Yield the settings of supervised tuning that are none of KTO's, and passes of one row."""
+    """Yield the SFT settings that KTO does not support, and micro-batches of one row."""
     if train.neftune_alpha is not None:
-        expected = "null: noise would stand in the policy's log-probabilities and not in the reference's"
+        expected = "null: NEFTune noise would change the policy's log-probabilities but not the reference's"
         found = f"{train.neftune_alpha:g}"
         yield Problem("train.neftune_alpha", found, expected, "train.neftune_alpha=null")
     if train.label_smoothing:
-        expected = "0: it spreads a token's probability, and KTO judges whole replies"
+        expected = "0: it smooths token labels, but KTO labels completions"
         found = f"{train.label_smoothing:g}"
         yield Problem("train.label_smoothing", found, expected, "train.label_smoothing=0")
     if train.micro_batch_size == 1:
-        expected = "2 or more: a reply is measured against those beside it in a forward pass"
+        expected = (
+            "2 or more: the KL estimate pairs each prompt with another row's completion of the micro-batch"
+        )
         yield Problem("train.micro_batch_size", "1", expected, "train.micro_batch_size=auto")

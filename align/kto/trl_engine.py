@@ -1,4 +1,4 @@
-"""KTO on TRL: its trainer with our rows, our order of them, and the policy's start as reference."""
+"""KTO on the TRL engine: TRL's KTOTrainer with our token ids, row order and precomputed reference."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ from finetune.planning.world import world
 from finetune.training.base_trainer import log_held_out
 
 KINDS = ("", "KL_")
-"""TRL's tensors of the completions themselves, and of those behind another prompt."""
+"""TRL's tensor prefixes: each row's own completion, and the mismatched one of the KL estimate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Held-out rows, and what the reference says of their completions and of mismatched ones: (rows,)."""
+    """Held-out rows with reference log-probabilities of own and mismatched completions, (rows,) each."""
 
     columns: Dataset
     good: Tensor
@@ -42,7 +42,7 @@ class Judged:
 
 
 class MeasuredKTOTrainer(KTOTrainer, InOurWords):  # type: ignore[misc]
-    """TRL's trainer, with our held-out measures; a NaN names its rows."""
+    """TRL's KTOTrainer with held-out metrics from our loss; a non-finite loss names its rows."""
 
     places: Mapping[tuple[int, ...], str]
     held_out: Judged | None = None
@@ -50,7 +50,7 @@ class MeasuredKTOTrainer(KTOTrainer, InOurWords):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one forward and backward pass; stop the run when its loss is no number.
+        """Run one forward and backward pass; stop the run if the loss is not finite.
 
         Raises:
             NotFiniteError: NaN or infinite loss; the message names the rows.
@@ -61,14 +61,14 @@ class MeasuredKTOTrainer(KTOTrainer, InOurWords):  # type: ignore[misc]
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the held-out measures."""
+        """Log and return the held-out metrics."""
         assert self.held_out is not None
         return log_held_out(self, {f"held_out_{key}": value for key, value in self.measure().items()})
 
     def measure(self) -> dict[str, float]:
-        """Return loss, rewards, their margin and the reference point over all held-out rows.
+        """Return loss, implicit rewards, their margin and the reference point z over all held-out rows.
 
-        The loss's reference point is that of all of them, where training's is each forward pass's own.
+        z is estimated from all held-out rows, but in training from each micro-batch.
         """
         rows = self.held_out
         assert rows is not None
@@ -92,12 +92,12 @@ class MeasuredKTOTrainer(KTOTrainer, InOurWords):  # type: ignore[misc]
 
 
 def label_columns(groups: PreferenceGroups, *, order: list[int], size: int) -> Dataset:
-    """Return rows as TRL's ``DataCollatorForUnpairedPreference`` takes them, in the order of training.
+    """Return rows in the columns of TRL's ``DataCollatorForUnpairedPreference``, in training order.
 
     Args:
-        groups: one completion each, of score 1 (good) or 0 (bad).
-        order: the rows' numbers.
-        size: rows of all processes' forward passes, which lend each other completions (``mismatched``).
+        groups: one completion each, with score 1 (good) or 0 (bad).
+        order: row ids, in training order.
+        batch_size: rows of a forward pass over all processes, which swap completions (``mismatched_rows``).
     """
     rows = [groups[index] for index in order]
     assert all(len(row.completion_ids) == 1 for row in rows), "single completions"
@@ -116,7 +116,8 @@ def label_columns(groups: PreferenceGroups, *, order: list[int], size: int) -> D
 def training_order(
     groups: PreferenceGroups, *, batch_size: int, seed: int, group_by_length: bool
 ) -> list[int]:
-    """Return the rows of every epoch: shuffled once, because TRL pairs neighbours and keeps their order."""
+    """Return the row order of every epoch, shuffled once."""
+    # KTO pairs neighboring rows for its KL estimate, so TRL keeps their order in every epoch.
     lengths = groups.lengths.tolist()
     batches = optimizer_batches(lengths, batch_size, seed=seed, epoch=0, group_by_length=group_by_length)
     return [row for batch in batches for row in batch]
@@ -131,17 +132,17 @@ def trl_kto_trainer(
     held_out: PreferenceGroups | None,
     order: list[int],
 ) -> MeasuredKTOTrainer:
-    """Return TRL's KTOTrainer on rows that are tokenised already; the reference is the model as it is now.
+    """Return TRL's KTOTrainer on tokenized rows; the reference is the current model.
 
     Args:
         model: base with adapter, before its first step.
         args: with ``precompute_ref_log_probs``.
         tokenizer: for padding.
-        train: what is learnt.
-        held_out: what is measured, if anything.
+        train: training rows.
+        held_out: held-out rows, if any.
         order: of the training rows.
     """
-    assert args.precompute_ref_log_probs, "or TRL would keep a reference of its own"
+    assert args.precompute_ref_log_probs, "TRL would load a second reference model"
     replies = own_replies(tokenizer)
     own = Dataset.from_dict({**replies, "label": [True, False]})
     with made_quietly(), seen_by_all(own, args) as rows:
@@ -153,16 +154,21 @@ def trl_kto_trainer(
             processing_class=tokenizer,
         )
     without_copy(model)
+    # TRL's batches of all ranks together: only rows of one forward pass are paired.
     size = args.per_device_train_batch_size * world().size
     columns = label_columns(train, order=order, size=size)
     reference = _both(trainer, columns)
+    # The columns that TRL reads with `precompute_ref_log_probs`.
     trainer.train_dataset = columns.add_column("ref_logps", reference[""].tolist()).add_column(
         "ref_KL_logps", reference["KL_"].tolist()
     )
     trainer.places = places_of(train)
     if held_out is not None:
         measured = label_columns(
-            held_out, order=np.argsort(held_out.lengths, kind="stable").tolist(), size=size
+            # Sorted by length, so that a forward pass has little padding.
+            held_out,
+            order=np.argsort(held_out.lengths, kind="stable").tolist(),
+            size=size,
         )
         good = torch.tensor(measured["label"])
         trainer.held_out = Judged(measured, good, _both(trainer, measured))
@@ -171,5 +177,5 @@ def trl_kto_trainer(
 
 
 def _both(trainer: MeasuredKTOTrainer, columns: Dataset) -> dict[str, Tensor]:
-    """Return log-probabilities of the completions, and of those behind another prompt: (rows,) each."""
+    """Return log-probabilities of each row's own and mismatched completion: (rows,) each."""
     return {kind: torch.cat(logps_of(trainer, columns, kind=kind)) for kind in KINDS}

@@ -1,4 +1,4 @@
-"""The pieces of KTO, put together from a recipe: trainer, checks, measures."""
+"""KTO method: builds trainer, pre-flight checks and metrics from a recipe."""
 
 import time
 from collections.abc import Sequence
@@ -38,36 +38,36 @@ from finetune.training.watched import Watched
 
 WATCHED = Watched(
     curves={
-        "loss": "training loss (mean over replies)",
-        "chosen_reward": "implicit reward of good replies",
-        "rejected_reward": "implicit reward of bad replies",
-        "margin": "good above bad: implicit rewards",
-        "kl": "reference point (KL from the start, nats a reply)",
+        "loss": "training loss (mean per completion)",
+        "chosen_reward": "implicit reward of good completions",
+        "rejected_reward": "implicit reward of bad completions",
+        "margin": "implicit reward margin, good over bad",
+        "kl": "reference point z (KL to the reference, nats per completion)",
         "held_out_loss": "held-out loss",
-        "held_out_chosen_reward": "held-out: implicit reward of good replies",
-        "held_out_rejected_reward": "held-out: implicit reward of bad replies",
-        "held_out_margin": "held-out: good above bad",
-        "held_out_kl": "held-out: reference point",
+        "held_out_chosen_reward": "held-out implicit reward of good completions",
+        "held_out_rejected_reward": "held-out implicit reward of bad completions",
+        "held_out_margin": "held-out implicit reward margin",
+        "held_out_kl": "held-out reference point z",
     },
     numbers={
         "loss": ("training loss", ".4f"),
         "held_out_loss": ("held-out loss", ".4f"),
-        "held_out_chosen_reward": ("held-out reward of good replies", ".3f"),
-        "held_out_rejected_reward": ("held-out reward of bad replies", ".3f"),
+        "held_out_chosen_reward": ("held-out reward of good completions", ".3f"),
+        "held_out_rejected_reward": ("held-out reward of bad completions", ".3f"),
         "held_out_margin": ("held-out margin", ".3f"),
     },
 )
 RATIO = (1.0, 4 / 3)
-"""What good replies may weigh for one of bad ones: arXiv 2402.01306, equation 9."""
+"""Recommended ratio of total desirable to undesirable weight: arXiv 2402.01306, equation 9."""
 START = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
-"""How far the first loss may be from its value at the reference, from rounding alone."""
+"""Rounding tolerance for the initial loss."""
 
 
 def load_labels(job: Job, settings: PreferenceSettings, text: Text) -> PreparedPreferences:
-    """Read and tokenise a recipe's judged replies, and tell what was found.
+    """Read and tokenize a recipe's labeled completions, and log the data report.
 
     Raises:
-        UserError: mistakes in the data, or all replies are good, or all bad.
+        UserError: mistakes in the data, or all completions have the same label.
     """
     data = load_preferences(job, settings, text, kind="labels")
     refuse_one_sided(data)
@@ -75,24 +75,24 @@ def load_labels(job: Job, settings: PreferenceSettings, text: Text) -> PreparedP
 
 
 def refuse_one_sided(data: PreparedPreferences) -> None:
-    """Refuse rows that are all good or all bad, and training rows that answer one prompt.
+    """Raise if all rows are good or all bad, or if all training rows have one prompt.
 
     Raises:
-        UserError: of the training rows or the held-out ones.
+        UserError: for the training rows or the held-out ones.
     """
     problems = []
     repairs = {
-        "data.source": "tune on good ones with `llm-align sft`",
-        "data.held_out": "hold out more, or 0",
+        "data.source": "train on good completions with `llm-align sft`",
+        "data.held_out": "hold out more rows, or 0",
     }
     for where, rows in (("data.source", data.train), ("data.held_out", data.held_out)):
         good = 0 if rows is None else int((rows.scores == 1).sum())
         if rows is not None and good in (0, len(rows)):
-            found = f"{len(rows)} replies, all {'good' if good else 'bad'}"
-            problems.append(Problem(where, found, "good and bad ones", repairs[where]))
+            found = f"{len(rows)} completions, all {'good' if good else 'bad'}"
+            problems.append(Problem(where, found, "good and bad completions", repairs[where]))
     if len({row.prompt_ids.tobytes() for row in _each(data.train)}) == 1:
-        found = f"{len(data.train)} replies to one prompt"
-        expected = "two prompts at least: KTO puts replies behind others' prompts"
+        found = f"{len(data.train)} completions of one prompt"
+        expected = "at least two prompts: KTO's KL estimate pairs prompts with completions of other prompts"
         problems.append(Problem("data.source", found, expected, "add rows with other prompts"))
     if problems:
         raise UserError(problems)
@@ -104,7 +104,7 @@ def _each(rows: PreferenceGroups) -> Sequence[Any]:
 
 @dataclass(frozen=True)
 class KtoTuning:
-    """Tuning of a policy on replies that are good or bad."""
+    """KTO: trains a policy on completions labeled good or bad."""
 
     job: Job
     text: Text
@@ -114,21 +114,18 @@ class KtoTuning:
 
     @property
     def steps(self) -> int:
-        """Return the optimizer steps of the whole run."""
         return tuning.optimizer_steps(self.job, len(self.data.train))
 
     @property
     def samples(self) -> Samples:
-        """Return the prompts to answer before and after training."""
         return tuning.samples_of(self.job, self.text, self.data.prompts)
 
     @cached_property
     def behaviour(self) -> Behaviour:
-        """Return what is measured of replies before and after training."""
         return tuning.behaviour_of(self.job, self.text, self.data.prompts)
 
     def facts(self) -> dict[str, Any]:
-        """Return what run.json says before the first step; whatever can be refused is refused here."""
+        """Run the pre-flight checks and return the metadata of run.json; raises whatever can be refused."""
         self.job.watch(self.behaviour.numbers)
         self.arguments()
         tuning.say_parameters(self.job, self.policy)
@@ -136,7 +133,7 @@ class KtoTuning:
         return tuning.policy_facts(self.job, self.text, self.policy, self.data.report)
 
     def preflight(self) -> None:
-        """Prove before step 0 what can be proved on the run's own rows and model; neither is changed.
+        """Check rows, model and label balance before step 0; neither data nor model is changed.
 
         Raises:
             UserError: a check failed.
@@ -155,26 +152,28 @@ class KtoTuning:
             job.check(*model_ticks(policy.model, rows, collate, **stored))
 
     def arguments(self) -> TrainingArguments:
-        """Return the engine's arguments; whatever is ``auto`` is decided here.
+        """Return the training arguments, with every ``auto`` resolved.
 
         Raises:
             UserError: the engine refuses them.
         """
         own = self.align.model_dump() | {"loss_type": "kto"}
+        # At least two rows per micro-batch: each is paired with another row's completion to estimate z.
         stage = TrlStage(self.job.recipe.settings.TRL_CONFIG, own, least=2)
         longest = self.data.train.longest
         return tuning.engine_arguments(self.job, self.policy, longest=longest, steps=self.steps, stage=stage)
 
     def trainer(self) -> MeasuredKTOTrainer:
-        """Return TRL's trainer, the reference computed and compared with the policy's start.
+        """Return TRL's trainer, with the reference computed and checked against the initial policy.
 
         Raises:
-            UserError: policy and reference differ.
+            UserError: policy and reference differ before step 0.
         """
         train, rows = self.job.recipe.settings.train, self.data.train
         order = training_order(
             rows, batch_size=train.batch_size, seed=train.seed, group_by_length=train.group_by_length
         )
+        # Log-probabilities of the reference are computed only for rows that the steps use.
         used = order[: self.steps * train.batch_size]
         started = time.monotonic()
         with self.job.timed("reference"):
@@ -186,16 +185,18 @@ class KtoTuning:
                 held_out=self.data.held_out,
                 order=used,
             )
-        self.job.say(f"reference of {len(used)} replies: {time.monotonic() - started:.1f} s")
+        self.job.say(
+            f"reference log-probabilities of {len(used)} completions: {time.monotonic() - started:.1f} s"
+        )
         self.job.check(start_tick(trainer, self.align, START[self.policy.precision]))
         return trainer
 
     def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
-        """Answer prompts greedily with the policy as it is."""
+        """Generate greedy completions with the current policy."""
         return tuning.replies(self.job, self.text, self.policy, prompts)
 
     def measure(self, trainer: Trainer, when: str) -> None:
-        """Record the held-out measures before or after training, and those of training at both ends.
+        """Record the held-out metrics before or after training, and training's first and last metrics.
 
         Raises:
             NotFiniteError: the held-out loss is NaN or infinite.
@@ -211,33 +212,33 @@ class KtoTuning:
             tuning.record_training(self.job, trainer, ("loss", "margin", "kl"))
 
     def save(self) -> None:
-        """Save the adapter (or the model), open it again, and put its checksum into the record.
+        """Save the adapter (or the model), reload it, and record its checksum.
 
         Raises:
-            UserError: what was saved is not what was trained.
+            UserError: the reloaded weights differ from the trained ones.
         """
         tuning.save_policy(self.job, self.text, self.policy)
 
 
 def balance_tick(rows: PreferenceGroups, align: KtoSettings) -> Tick:
-    """Tell how much good replies weigh for bad ones, and the weight that the paper recommends instead."""
+    """Check the ratio of desirable to undesirable weight, and suggest the paper's if it is out of range."""
     good = int((rows.scores == 1).sum())
     bad = len(rows) - good
     weights = {"desirable_weight": align.desirable_weight, "undesirable_weight": align.undesirable_weight}
     ratio, (low, high) = balance(good, bad, **weights), RATIO
-    counted = f"{good} good replies, {bad} bad; weighted {ratio:.2f} to 1"
+    counted = f"{good} good completions, {bad} bad; weighted {ratio:.2f} to 1"
     if low - 1e-9 <= ratio <= high + 1e-9:
         return Tick("balance", counted)
     if ratio < low:
         advice = f"align.desirable_weight={align.desirable_weight * low / ratio:.3g}"
     else:
         advice = f"align.undesirable_weight={align.undesirable_weight * ratio / high:.3g}"
-    return Tick("balance", f"{counted}, where 1 to 1.33 is recommended: {advice}", warned=True)
+    return Tick("balance", f"{counted} (recommended: 1 to 1.33): {advice}", warned=True)
 
 
 @torch.no_grad()
 def start_tick(trainer: MeasuredKTOTrainer, align: KtoSettings, tolerance: float) -> Tick:
-    """Check that the policy begins as its own reference: each reply's loss is half its weight, s(0) = 1/2."""
+    """Check that policy equals reference: each completion's loss is half its weight, s(0) = 1/2."""
     rows = [trainer.train_dataset[index] for index in range(trainer.args.per_device_train_batch_size)]
     laid: dict[str, Tensor] = trainer.data_collator(rows)
     batch = {name: value.to(trainer.args.device) for name, value in laid.items()}
@@ -245,10 +246,10 @@ def start_tick(trainer: MeasuredKTOTrainer, align: KtoSettings, tolerance: float
     expected = float(np.where(good, align.desirable_weight, align.undesirable_weight).mean() / 2)
     with untouched(trainer.model), trainer.accelerator.autocast():
         found = float(trainer.compute_loss(trainer.model, batch))
-    detail = f"the policy begins as the reference: first loss {found:.4f}, {expected:.4f} expected"
+    detail = f"policy equals reference before step 0: loss {found:.4f}, expected {expected:.4f}"
     if abs(found - expected) <= tolerance:
         return Tick("start", detail)
     problem = Problem(
-        "train.engine", f"first loss {found:.4f}", f"{expected:.4f}: the policy is the reference"
+        "train.engine", f"initial loss {found:.4f}", f"{expected:.4f}: policy equals reference before step 0"
     )
     return failed("start", problem)

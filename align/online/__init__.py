@@ -1,1 +1,1 @@
-"""Learning from groups of one's own replies, on TRL: RLOO and GRPO."""
+"""RLOO and GRPO: online RL on groups of completions, with TRL's trainers."""

@@ -1,4 +1,4 @@
-"""What RLOO and GRPO load: the policy, and rewards on the same base in memory."""
+"""Load the models of RLOO and GRPO: the policy, and reward models on the same base in memory."""
 
 from dataclasses import dataclass
 
@@ -14,17 +14,17 @@ from finetune.training.text import Text
 
 @dataclass(frozen=True)
 class Judged:
-    """A policy, and what its replies are worth."""
+    """The policy and the rewards."""
 
     policy: Policy
     rewards: Rewards
 
 
 def load_judged(job: Job, text: Text, settings: RewardsSettings) -> Judged:
-    """Load the base once, and put the policy's adapter and the reward models on it.
+    """Load the base once and attach the policy's adapter and the reward models to it.
 
     Raises:
-        UserError: the base cannot be loaded, the adapter does not fit it, or a reward run is not there or
+        UserError: the base cannot be loaded, the adapter does not fit it, or a reward run is missing or
             damaged.
     """
     frozen = load_frozen(job)

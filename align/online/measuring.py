@@ -1,4 +1,4 @@
-"""What is measured of sampled replies to held-out prompts: reward, distance from the start, length, ends."""
+"""Held-out evaluation of sampled completions: reward, KL to the reference, length, EOS rate."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,17 +22,17 @@ from finetune.training.preflight.untouched import untouched
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out prompts and all that measuring the replies to them needs.
+    """Evaluates the policy on held-out prompts.
 
     Attributes:
-        prompts: what is asked.
-        policy: who answers.
-        start: the policy as it starts.
-        rewards: what replies are worth.
-        encoder: turns completions into text.
-        sampling: how they are drawn.
-        seed: of the draws: the same before, between and after.
-        size: replies of a forward pass.
+        prompts: the held-out prompts.
+        policy: the trained policy.
+        start: the reference policy, which is the initial policy.
+        rewards: score the completions.
+        encoder: decodes completions to text.
+        sampling: sampling parameters.
+        seed: sampling seed, the same before, during and after training.
+        size: completions per forward pass.
     """
 
     prompts: Sequence[Prompt]
@@ -45,10 +45,10 @@ class HeldOut:
     size: int
 
     def measure(self) -> dict[str, float]:
-        """Return what is watched of one sampled reply to each prompt; always the same draws.
+        """Return the metrics of one completion per prompt, always sampled with the same seed.
 
         Raises:
-            UserError: a reward raised something or gave no number.
+            UserError: a reward function raised or did not return a number.
         """
         replies = self.answer()
         said = read(
@@ -62,7 +62,7 @@ class HeldOut:
         return of_replies(replies) | of_distance(replies, said)
 
     def answer(self) -> Replies:
-        """Return a sampled and judged reply to each prompt."""
+        """Sample one completion per prompt and score it."""
         ids = [prompt.ids for prompt in self.prompts]
         completions = sample(self.policy.model, ids, sampling=self.sampling, seed=self.seed)
         return judged_replies(self.prompts, completions, self.rewards, self.encoder)
@@ -78,15 +78,15 @@ def read(
     size: int,
     reference: Callable[[], AbstractContextManager[None]],
 ) -> Said:
-    """Return what a policy and a reference on the same base say of completions' tokens; there are no values.
+    """Return policy and reference log-probabilities and entropies of the completions' tokens; values are 0.
 
     Args:
-        policy: who answered.
-        prompts: what was asked.
-        completions: the answers.
-        sampling: how they were drawn.
-        size: completions of a forward pass.
-        reference: while it lasts, the policy is the reference.
+        policy: the policy that sampled.
+        prompts: prompt of each completion.
+        completions: the sampled completions.
+        sampling: sampling parameters.
+        size: completions per forward pass.
+        reference: context manager that turns the policy into the reference.
     """
     model, pad, temperature = policy.model, sampling.stop_ids[0], sampling.temperature
     device = next(model.parameters()).device

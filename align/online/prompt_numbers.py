@@ -1,4 +1,4 @@
-"""Prompts for TRL's online trainers: it is given numbers for texts, and ids that our encoder wrote."""
+"""Feed our own prompt token ids to TRL's online trainers, which accept only text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,21 +8,21 @@ from transformers import PreTrainedTokenizerBase
 
 
 class PromptNumbers(PreTrainedTokenizerBase):  # type: ignore[misc]
-    """Stands where TRL expects a tokenizer: a prompt's text is its number, its ids are ready.
+    """A fake tokenizer for TRL: the text of a prompt is its index, which maps to our encoder's token ids.
 
-    TRL's trainers of this kind tokenise strings themselves, and not every token sequence has a string that is
-    tokenised to it (text that is written apart, a prompt that was cut, a second BOS).
+    TRL's online trainers tokenize strings themselves, and not every token sequence can be written as a string
+    (escaped markers, a truncated prompt, a second BOS).
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], *, end: int
     ) -> None:
-        """Bind prompts to their numbers.
+        """Map prompt indices to token ids.
 
         Args:
-            tokenizer: the policy's.
-            prompts: token ids; number i is the text ``str(i)``.
-            end: the token that ends a reply, and pads: no mask depends on it.
+            tokenizer: the policy's tokenizer.
+            prompts: token ids; the text of prompt i is ``str(i)``.
+            end: EOS token id, which is also the pad token: no mask depends on it.
         """
         token = str(tokenizer.convert_ids_to_tokens(end))
         super().__init__(eos_token=token, pad_token=token, padding_side="left")
@@ -30,26 +30,24 @@ class PromptNumbers(PreTrainedTokenizerBase):  # type: ignore[misc]
         self.prompts = prompts
 
     def __call__(self, text: Sequence[str], **kwargs: Any) -> dict[str, list[list[int]]]:
-        """Return the ids of prompts, given by number."""
+        """Return the token ids of prompts, given by index."""
         return {"input_ids": [list(self.prompts[int(number)]) for number in text]}
 
     def __len__(self) -> int:
-        """Return the number of tokens."""
         return len(self.tokenizer)
 
     def __repr__(self) -> str:
-        """Return what this is; the library's own words need a vocabulary."""
+        # The base class's version needs a vocabulary.
         return f"PromptNumbers({len(self.prompts)} prompts)"
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Return the ids of tokens."""
         return self.tokenizer.convert_tokens_to_ids(tokens)
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
-        """Return no texts: replies are judged by their tokens."""
+        """Return empty texts: our rewards use the token ids."""
         return [""] * len(sequences)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> tuple[str, ...]:
-        """Save the policy's tokenizer, for a checkpoint."""
+        """Save the policy's tokenizer with a checkpoint."""
         saved: tuple[str, ...] = self.tokenizer.save_pretrained(str(save_directory))
         return saved

@@ -1,4 +1,4 @@
-"""A run of RLOO or GRPO from its recipe to its result."""
+"""Run stage rloo or grpo."""
 
 from rich.console import Console
 
@@ -18,14 +18,14 @@ from finetune.training.tune import carry_out
 def learn_online(
     recipe: Recipe, run: RunDirectory, align: RlooSettings | GrpoSettings, *, console: Console, command: str
 ) -> None:
-    """Tune a model on rewards of its own replies, on the trainer of TRL that the settings are for.
+    """Train a policy with RLOO or GRPO on TRL's trainer.
 
     Args:
-        recipe: what to do.
-        run: its folder.
-        align: what is learnt from the replies.
-        console: where progress is shown.
-        command: the words that started it, for the record.
+        recipe: the validated recipe.
+        run: the run directory.
+        align: settings of the loss, which select the trainer.
+        console: shows progress.
+        command: command line, for the record.
     """
     settings = recipe.settings
     assert isinstance(settings, OnlineSettings)

@@ -1,9 +1,9 @@
-"""RLOO and GRPO on TRL: its trainers with our prompts, our rewards, and the policy's start as reference.
+"""RLOO and GRPO on TRL's trainers, with our prompts, our rewards, and the initial policy as reference.
 
-TRL keeps a copy of the adapter as it starts, ``ref``, and switches to it and back for the reference's
-log-probabilities: the reference is the start, and not the base beneath it. A step draws its replies and
-learns from them once: the ratio of new to old probabilities is 1, nothing is clipped, and no checkpoint lies
-between a draw and what is learnt of it, so that a resumed run draws what the first would have drawn.
+TRL keeps a copy of the initial adapter, ``ref``, and switches to it for the reference log-probabilities: the
+reference is the initial policy, not the base model. Every step samples its own completions and trains on them
+once (on-policy): the ratio of new to old probabilities is 1 and nothing is clipped. No checkpoint falls
+between sampling and update, so a resumed run samples what an uninterrupted one would have sampled.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,18 +32,18 @@ NAMES = {
     "completions/mean_length": "length",
     "frac_reward_zero_std": "equal_groups",
 }
-"""TRL's names of what it logs: ours."""
+"""TRL's metric names -> ours."""
 CUT, TOKEN_KL = "completions/clipped_ratio", "kl"
-"""TRL's names of the share of replies that did not end by themselves, and of the distance, nats a token."""
+"""TRL's metric names: fraction of completions without EOS, and KL in nats per token."""
 
 Measure = Callable[[], dict[str, float]]
 
 
 class InOurWords(Trainer):  # type: ignore[misc]
-    """Stands behind a trainer of TRL, between it and its own base, and names what it logs as we do."""
+    """Renames TRL's metrics to ours; sits between TRL's trainer and Trainer in the MRO."""
 
     def log(self, logs: dict[str, float | None], start_time: float | None = None) -> None:
-        """Log under our names, the distance as nats a reply; what TRL has no number for is left out."""
+        """Log with our metric names; KL in nats per completion; metrics without a value are dropped."""
         known = {NAMES.get(name, name): value for name, value in logs.items() if value is not None}
         if CUT in known:
             known["ends"] = 1 - known[CUT]
@@ -53,10 +53,9 @@ class InOurWords(Trainer):  # type: ignore[misc]
 
 
 class Judging:
-    """Rewards in TRL's words; remembers where the prompts came from that were answered last."""
+    """Adapts our rewards to TRL's reward function; remembers the locations of the last batch's prompts."""
 
     def __init__(self, rewards: Rewards, prompts: Prompts, encoder: Encoder) -> None:
-        """Bind rewards to prompts, which TRL names by number."""
         self.rewards = rewards
         self.prompts = prompts
         self.encoder = encoder
@@ -69,11 +68,11 @@ class Judging:
         log_metric: Callable[[str, float], None],
         **ignored: Any,
     ) -> list[float]:
-        """Return what replies are worth, in their order; TRL passes much else along.
+        """Return the reward of each completion; TRL passes more arguments, which are ignored.
 
         Raises:
-            UserError: a program failed on a reply.
-            NotFiniteError: a reward is no number.
+            UserError: a reward function failed on a completion.
+            NotFiniteError: a reward is NaN or infinite.
         """
         asked = [self.prompts[int(number)] for number in prompts]
         self.places = [prompt.place for prompt in asked]
@@ -90,12 +89,12 @@ class Judging:
 
 
 def part(name: str) -> str:
-    """Return what a single reward is called in metrics.jsonl."""
+    """Return the metric name of a single reward in metrics.jsonl."""
     return f"reward_{name}"
 
 
 class MeasuredRLOOTrainer(RLOOTrainer, InOurWords):  # type: ignore[misc]
-    """TRL's trainer, with our held-out measures; a NaN names its rows."""
+    """TRL's trainer with our held-out evaluation; a NaN loss names its rows."""
 
     judging: Judging
     held_out: Measure
@@ -103,18 +102,18 @@ class MeasuredRLOOTrainer(RLOOTrainer, InOurWords):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one forward and backward pass; raises NotFiniteError for a loss that is no number."""
+        """Run one forward and backward pass; raise NotFiniteError if the loss is NaN or infinite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         refuse_not_finite(self, loss, self.judging.places)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the held-out measures."""
+        """Log and return the held-out metrics."""
         return log_held_out(self, self.held_out())
 
 
 class MeasuredGRPOTrainer(GRPOTrainer, InOurWords):  # type: ignore[misc]
-    """TRL's trainer, with our held-out measures; a NaN names its rows."""
+    """TRL's trainer with our held-out evaluation; a NaN loss names its rows."""
 
     judging: Judging
     held_out: Measure
@@ -122,13 +121,13 @@ class MeasuredGRPOTrainer(GRPOTrainer, InOurWords):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one forward and backward pass; raises NotFiniteError for a loss that is no number."""
+        """Run one forward and backward pass; raise NotFiniteError if the loss is NaN or infinite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         refuse_not_finite(self, loss, self.judging.places)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the held-out measures."""
+        """Log and return the held-out metrics."""
         return log_held_out(self, self.held_out())
 
 
@@ -137,16 +136,14 @@ TRAINERS: Mapping[str, type[OnlineTrainer]] = {
     "RLOOConfig": MeasuredRLOOTrainer,
     "GRPOConfig": MeasuredGRPOTrainer,
 }
-"""The trainer that goes with a class of arguments."""
+"""Class name of the arguments -> trainer."""
 
 
 def prompt_order(
     lengths: Sequence[int], *, count: int, seed: int, group_by_length: bool, together: int
 ) -> list[int]:
-    """Return the prompts of a whole run, shuffled anew for each pass; ``together`` meet in a step.
-
-    TRL's own order goes on from a random state that no checkpoint holds; laid out at once, it is the rows'.
-    """
+    """Return the prompt order of the run, reshuffled per epoch, with ``together`` prompts per step."""
+    # TRL's own shuffle depends on a random state that is in no checkpoint; a fixed order resumes exactly.
     order: list[int] = []
     epoch = 0
     while len(order) < count:
@@ -172,8 +169,8 @@ def online_trainer(
         model: base with adapter, before its first step.
         args: RLOOConfig or GRPOConfig.
         judging: prompts and rewards.
-        order: the prompts' numbers, as many as the run needs.
-        held_out: what is measured between the steps, if anything.
+        order: prompt indices of the complete run.
+        held_out: evaluation between steps, or None.
     """
     encoder = judging.encoder
     end = int(encoder.tokenizer.eos_token_id)
@@ -190,7 +187,7 @@ def online_trainer(
         )
     for name, weight in model.named_parameters():
         if f".{COPY}." in name:
-            weight.requires_grad_(False)  # of virtual tokens the library leaves both trainable
+            weight.requires_grad_(False)  # for virtual tokens PEFT leaves the copy trainable
     trainer.judging = judging
     if held_out is not None:
         trainer.held_out = held_out
@@ -199,7 +196,7 @@ def online_trainer(
 
 @contextmanager
 def _ends(model: PreTrainedModel, stop_ids: Sequence[int]) -> Iterator[None]:
-    """Let a model end replies at our stop tokens while TRL asks it where they end."""
+    """Set the model's EOS ids to our stop tokens while TRL's trainer reads them."""
     config = model.generation_config
     before = config.eos_token_id
     config.eos_token_id = list(stop_ids)
@@ -211,7 +208,7 @@ def _ends(model: PreTrainedModel, stop_ids: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def _as_stored(model: nn.Module) -> Iterator[None]:
-    """Give trained weights their numbers back: on a 4-bit base TRL rounds them to bfloat16."""
+    """Restore the trained weights afterwards: on a 4-bit base TRL casts them to bfloat16."""
     before = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     yield
     for name, weight in model.named_parameters():
@@ -221,7 +218,7 @@ def _as_stored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_reference(model: nn.Module) -> Iterator[None]:
-    """Let a policy be TRL's reference, as TRL does it: with the copy of the adapter that it keeps."""
+    """Turn the policy into TRL's reference, as TRL does: by activating its copy of the adapter."""
     assert isinstance(model, PeftModel) and COPY in model.peft_config
     active = model.active_adapter
     model.set_adapter(COPY)

@@ -1,4 +1,4 @@
-"""The pieces of RLOO and GRPO, put together from a recipe: trainer, checks, measures."""
+"""RLOO and GRPO as a training method: trainer, checks and evaluation built from a recipe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,14 +32,14 @@ from finetune.training.stops import NotFiniteError
 from finetune.training.text import Text
 
 PROBED = 4
-"""Prompts, and tokens of replies to them, on which reference and policy are compared."""
+"""Number of prompts, and of completion tokens each, on which reference and policy are compared."""
 START = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
-"""How far reference and policy may be apart at the start, nats a token, from rounding alone."""
+"""Tolerance between reference and initial policy by precision, nats per token: rounding alone."""
 
 
 @dataclass(frozen=True)
 class OnlineTuning:
-    """Tuning of a policy on rewards of groups of its own replies."""
+    """RLOO or GRPO on rewards of groups of the policy's own completions."""
 
     job: Job
     text: Text
@@ -49,34 +49,34 @@ class OnlineTuning:
 
     @property
     def settings(self) -> OnlineSettings:
-        """Return the recipe's sections."""
+        """Return the recipe's settings."""
         settings = self.job.recipe.settings
         assert isinstance(settings, OnlineSettings)
         return settings
 
     @property
     def policy(self) -> Policy:
-        """Return what is trained."""
+        """Return the trained policy."""
         return self.judged.policy
 
     @property
     def steps(self) -> int:
-        """Return the optimizer steps of the whole run."""
+        """Return the optimizer steps of the run."""
         return tuning.optimizer_steps(self.job, len(self.data.train) * self.settings.sampling.samples)
 
     @property
     def samples(self) -> Samples:
-        """Return the prompts to answer before and after training."""
+        """Return the sample prompts, answered before and after training."""
         return tuning.samples_of(self.job, self.text, self.data.conversations)
 
     @cached_property
     def behaviour(self) -> Behaviour:
-        """Return what is measured of greedy replies before and after training."""
+        """Return the evaluation of greedy generations, before and after training."""
         return tuning.behaviour_of(self.job, self.text, self.data.conversations)
 
     @cached_property
     def held_out(self) -> HeldOut | None:
-        """Return what is measured of sampled replies to held-out prompts, if there are any."""
+        """Return the evaluation on held-out prompts, or None."""
         settings, rows = self.settings, self.data.held_out
         if rows is None:
             return None
@@ -93,11 +93,11 @@ class OnlineTuning:
 
     @cached_property
     def start(self) -> StartingPolicy:
-        """Return the policy as it starts; it is asked for before a checkpoint is loaded."""
+        """Return the reference policy: the initial weights, so access it before a checkpoint is loaded."""
         return StartingPolicy(self.policy.model)
 
     def facts(self) -> dict[str, Any]:
-        """Return what run.json says before the first step; whatever can be refused is refused here."""
+        """Return the metadata that run.json records before the first step, after all checks."""
         self.arguments()
         self.job.watch(self.behaviour.numbers)
         tuning.say_parameters(self.job, self.policy)
@@ -109,10 +109,10 @@ class OnlineTuning:
         return {**facts, "rewards": rewards_record(self.settings.reward)}
 
     def arguments(self) -> TrainingArguments:
-        """Return the engine's arguments; whatever is ``auto`` is decided here.
+        """Return the training arguments, with every ``auto`` resolved.
 
         Raises:
-            UserError: the engine refuses them.
+            UserError: TRL rejects them.
         """
         sampling = self.settings.sampling
         own = self.align.arguments | {
@@ -129,14 +129,14 @@ class OnlineTuning:
         return arguments
 
     def trainer(self) -> OnlineTrainer:
-        """Return TRL's trainer; its reference is compared with the policy's start.
+        """Return TRL's trainer, after checking that its reference equals the initial policy.
 
         Raises:
             UserError: they differ.
         """
         train, prompts = self.settings.train, self.data.train
         together = train.batch_size // self.settings.sampling.samples
-        assert self.start.copies, "the start is kept before anything is learnt or loaded"
+        assert self.start.copies, "the initial weights are copied before training or loading"
         trainer = online_trainer(
             self.policy.model,
             self.arguments(),
@@ -155,14 +155,14 @@ class OnlineTuning:
         return trainer
 
     def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
-        """Answer prompts greedily with the policy as it is."""
+        """Generate greedily with the current policy."""
         return tuning.replies(self.job, self.text, self.policy, prompts)
 
     def measure(self, trainer: Trainer, when: str) -> None:
-        """Record the measures of sampled replies before or after training, and training's at both ends.
+        """Record held-out metrics, and after training the first and last training metrics.
 
         Raises:
-            NotFiniteError: a measure is NaN or infinite.
+            NotFiniteError: a metric is NaN or infinite.
         """
         run = self.job.run
         known = run.record.get("metrics", {})
@@ -177,15 +177,15 @@ class OnlineTuning:
             tuning.record_training(self.job, trainer, AT_BOTH_ENDS)
 
     def save(self) -> None:
-        """Save the adapter (or the model), open it again, and put its checksum into the record.
+        """Save the adapter (or the model), reload it to verify, and record its checksum.
 
         Raises:
-            UserError: what was saved is not what was trained.
+            UserError: the reloaded weights differ from the trained ones.
         """
         tuning.save_policy(self.job, self.text, self.policy)
 
     def _check_start(self) -> None:
-        """Check that TRL's reference is the policy as it starts, adapter and all."""
+        """Check that TRL's reference equals the initial policy, including its adapter."""
         model, prompts = self.policy.model, self.data.train.rows[:PROBED]
         sampling = replace(self._sampling(), max_new_tokens=PROBED)
         ids = [prompt.ids for prompt in prompts]
@@ -200,12 +200,12 @@ class OnlineTuning:
         apart = float((said.logps - said.reference_logps).abs().max())
         if apart > START[self.policy.precision]:
             method = self.settings.adapter.method
-            found = f"with adapter.method '{method}' its log-probabilities are up to {apart:.2g} nats apart"
-            expected = "a reference that is the policy as it starts"
+            found = f"with adapter.method '{method}' reference log-probabilities differ by {apart:.2g} nats"
+            expected = "a reference equal to the initial policy"
             problem = Problem("align.beta", found, expected, "align.beta=0, or adapter.method=lora")
             self.job.check(failed("start", problem))
-        at = "exactly" if not apart else f"to {apart:.1g} nats a token"
-        self.job.check(Tick("start", f"the policy begins as the reference, {at}"))
+        at = "exactly" if not apart else f"within {apart:.1g} nats per token"
+        self.job.check(Tick("start", f"policy equals reference before step 0 ({at})"))
 
     def _sampling(self) -> Sampling:
         stops = self.text.encoder.stop_ids

@@ -1,1 +1,1 @@
-"""Several stages in one file: what each one goes on from, what is finished, and one report for the whole."""
+"""Pipelines: several stages in one YAML file, run in order, resumable, with one report."""

@@ -1,4 +1,4 @@
-"""A pipeline's own folder: which stages are finished, and where their runs are; every file in one move."""
+"""Pipeline folder: pipeline.json, samples and report, written atomically under a file lock."""
 
 import json
 from collections.abc import Iterator
@@ -20,25 +20,25 @@ class PipelineDirectory:
     """``runs/<pipeline>-<hash8>``, or the folder that ``--out`` names."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        """Look at a pipeline's folder; nothing is written.
+        """Read a pipeline's folder, if it exists; nothing is written.
 
         Raises:
-            UserError: the folder holds something else.
+            UserError: the folder belongs to something else.
         """
         self.path = pipeline.path
         self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.record = self._read()
         if self.record and self.record.get("digest") != pipeline.digest:
-            found = f"pipeline {self.record.get('pipeline')} with other settings or other data"
-            expected = f"a folder of this one ({pipeline.digest})"
+            found = f"pipeline {self.record.get('pipeline')} with different settings or data"
+            expected = f"a folder of this pipeline ({pipeline.digest})"
             raise UserError(Problem(f"--out {self.path}", found, expected, "choose another --out"))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and keep every other process out of it.
+        """Create the folder and hold its lock.
 
         Raises:
-            UserError: another process is at work in it, or it cannot be written.
+            UserError: another process holds the lock, or the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -47,12 +47,12 @@ class PipelineDirectory:
         except Timeout as error:
             found = "another process is running this pipeline"
             raise UserError(
-                Problem(str(self.path), found, "one process at a time", "wait for its end")
+                Problem(str(self.path), found, "one process at a time", "wait for it to finish")
             ) from error
         except OSError as error:
             found = f"cannot be written: {error.strerror}"
             raise UserError(
-                Problem(str(self.path), found, "a folder that can be written", "use --out")
+                Problem(str(self.path), found, "a writable folder", "choose another one with --out")
             ) from error
         try:
             yield
@@ -60,7 +60,7 @@ class PipelineDirectory:
             lock.release()
 
     def begin(self, pipeline: Pipeline, command: str) -> None:
-        """Write what runs; of an earlier start, the stages stay on record."""
+        """Write the initial record; stages recorded by an earlier start are kept."""
         started = self.record.get("started") or now()
         stages = self.record.get("stages", {})
         self.record |= {
@@ -77,29 +77,30 @@ class PipelineDirectory:
         self._save()
 
     def update(self, **fields: Any) -> None:
-        """Lay fields over pipeline.json."""
+        """Update fields of pipeline.json."""
         self.record |= fields
         self._save()
 
     def stage(self, name: str, **fields: Any) -> None:
-        """Write what is known of a stage, in place of what was."""
+        """Replace the record of a stage."""
         self.record["stages"][name] = fields
         self._save()
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file in one move."""
+        """Write a text file atomically."""
+        # A rename is atomic: a killed process leaves the old file, never half of the new one.
         partial = self.path / PARTIAL.format(name)
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path / name)
 
     def samples(self) -> list[dict[str, Any]]:
-        """Return the lines of samples.jsonl, none where there is no such file."""
+        """Return the entries of samples.jsonl; empty if the file does not exist."""
         path = self.path / SAMPLES
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in lines]
 
     def withdraw(self) -> None:
-        """Take the folder away again if this start has made it."""
+        """Remove the folder if this process created it."""
         if self.path not in self.made:
             return
         for name in (RECORD, RESOLVED, LOCK):
@@ -119,23 +120,25 @@ class PipelineDirectory:
         try:
             record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            repair = "delete that file; the stages' own runs stay as they are"
+            repair = "delete this file; the runs of the stages are not affected"
             raise UserError(
-                Problem(str(file), "damaged", "the JSON that a pipeline writes", repair)
+                Problem(str(file), "not valid JSON", "the record of a pipeline", repair)
             ) from error
         return record
 
     def _refuse_foreign(self) -> None:
-        """Raise UserError if something else than a pipeline's folder lies there."""
+        """Raise UserError if the path holds anything but a pipeline's folder."""
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(Problem(f"--out {self.path}", "a file", "a folder, or a name that is free"))
+            raise UserError(
+                Problem(f"--out {self.path}", "a file", "a folder, or a path that does not exist")
+            )
         own = {LOCK, RESOLVED, PARTIAL.format(RECORD), PARTIAL.format(RESOLVED)}
         if self.path.is_dir() and any(file.name not in own for file in self.path.iterdir()):
-            found = "a folder with other files, no pipeline's"
-            repair = "choose another --out; nothing in that folder was touched"
-            raise UserError(Problem(f"--out {self.path}", found, "an empty folder, or a new name", repair))
+            found = "a folder with files that are not a pipeline's"
+            repair = "choose another --out; nothing in this folder was changed"
+            raise UserError(Problem(f"--out {self.path}", found, "an empty or new folder", repair))
 
 
 def now() -> str:
-    """Return the time of day, to the second."""
+    """Return the current UTC time in ISO format, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

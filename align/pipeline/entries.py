@@ -1,4 +1,4 @@
-"""The stages of a pipeline's file with what the command line changes, or every mistake in them at once."""
+"""Parse the stages of a pipeline file with command-line overrides; reports all problems at once."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -14,20 +14,20 @@ from finetune.recipe.errors import Problem, UserError, nearest, one_of
 from finetune.recipe.yaml_file import Lines
 
 NAME = re.compile(r"[A-Za-z][\w-]*")
-LATER = "stages run in the order of the file: put it above this one"
+LATER = "stages run in file order: move it above this one"
 
 
 def entries_of(
     section: str, found: Mapping[str, EntrySettings], *, file: str, lines: Lines, changes: Mapping[str, Any]
 ) -> tuple[list[Entry], list[Problem]]:
-    """Return the stages in order, and what is wrong with them before their recipes are loaded.
+    """Return the stages in order, and the problems that can be found without loading their recipes.
 
     Args:
         section: ``stages`` or ``public``.
-        found: what the file says of each stage.
-        file: its name.
-        lines: the lines of its keys.
-        changes: ``stage.section.key`` -> value, from the command line or from Python.
+        stages: the file's settings of each stage.
+        file: name of the file.
+        line_numbers: line numbers of its keys.
+        overrides: ``stage.section.key`` -> value, from the command line or from Python.
     """
     places = {".".join(key): f"{file}:{line}" for key, line in lines.items()}
     problems = [*_names(section, found), *_references(section, found), *_changes(found, changes)]
@@ -51,12 +51,12 @@ def entries_of(
 def _names(section: str, found: Mapping[str, EntrySettings]) -> Iterator[Problem]:
     for name in found:
         if not NAME.fullmatch(name):
-            expected = "letters, digits, - and _, a letter first: STAGE.section.key=value speaks of it"
-            yield Problem(f"{section}.{name}", "no name for a stage", expected)
+            expected = "letters, digits, - and _, starting with a letter (used in STAGE.section.key=value)"
+            yield Problem(f"{section}.{name}", "not a valid stage name", expected)
 
 
 def _references(section: str, found: Mapping[str, EntrySettings]) -> Iterator[Problem]:
-    """Yield references to stages that are not there, or that come later."""
+    """Yield references to unknown or later stages."""
     names = list(found)
     for number, (name, settings) in enumerate(found.items()):
         named = [("from", settings.start), *(("reward", reward) for reward in settings.rewards)]
@@ -64,20 +64,22 @@ def _references(section: str, found: Mapping[str, EntrySettings]) -> Iterator[Pr
             where = f"{section}.{name}.{key}"
             if other is None or other in names[:number]:
                 continue
-            expected = f"{one_of(names[:number])}, above it" if number else "no such key: it is the first"
+            expected = (
+                f"{one_of(names[:number])}, above it" if number else "no reference: it is the first stage"
+            )
             if other not in names:
-                yield Problem(where, f"there is no stage '{other}'", expected, nearest(other, names))
+                yield Problem(where, f"unknown stage '{other}'", expected, nearest(other, names))
             elif circle := _circle(name, found):
                 way = " -> ".join(circle)
-                yield Problem(where, f"a circle: {way}", expected, "leave one of these out")
+                yield Problem(where, f"a cycle: {way}", expected, "remove one of these references")
             else:
                 yield Problem(where, f"'{other}' comes later", expected, LATER)
         if len(set(settings.rewards)) < len(settings.rewards):
-            yield Problem(f"{section}.{name}.reward", "a stage is named twice", "each once")
+            yield Problem(f"{section}.{name}.reward", "duplicate stages", "each stage once")
 
 
 def _circle(name: str, found: Mapping[str, EntrySettings]) -> list[str]:
-    """Return the way from a stage along its references back to it, nothing where there is none."""
+    """Return a cycle of references through a stage; empty if there is none."""
     ways = [[name]]
     seen = {name}
     while ways:
@@ -97,17 +99,17 @@ def _changes(found: Mapping[str, EntrySettings], changes: Mapping[str, Any]) -> 
         name = key.split(".")[0]
         if key.count(".") < 2:
             expected = f"STAGE.section.key=value, as in {next(iter(found))}.train.epochs=3"
-            yield Problem(f"'{key}' ({COMMAND_LINE})", "not understood", expected)
+            yield Problem(f"'{key}' ({COMMAND_LINE})", "invalid override", expected)
         elif name not in found:
             where = f"{key} ({COMMAND_LINE})"
-            yield Problem(where, f"there is no stage '{name}'", one_of(found), nearest(name, found))
+            yield Problem(where, f"unknown stage '{name}'", one_of(found), nearest(name, found))
 
 
 def _split(where: str, text: str) -> tuple[str, str]:
-    """Return stage and recipe of ``stage/recipe``, or of a file that names its stage.
+    """Return stage and recipe of ``stage/recipe``, or of a recipe file with a ``stage`` key.
 
     Raises:
-        UserError: there is no such stage, or no such recipe.
+        UserError: unknown stage or recipe.
     """
     stages = list(stage_names())
     if text.endswith((".yaml", ".yml")):
@@ -118,7 +120,7 @@ def _split(where: str, text: str) -> tuple[str, str]:
         repair = f"{text}/quickstart" if text in stages else nearest(text, stages)
         raise UserError(Problem(where, f"'{text}'", expected, repair))
     if stage not in stages:
-        found = f"'{text}': there is no stage '{stage}'"
+        found = f"'{text}': unknown stage '{stage}'"
         raise UserError(Problem(where, found, one_of(stages), nearest(stage, stages)))
     try:
         find_recipe(stage, name)
@@ -129,21 +131,21 @@ def _split(where: str, text: str) -> tuple[str, str]:
 
 
 def _stage_of(where: str, path: Path) -> str:
-    """Return the stage that a recipe's file names."""
+    """Return the `stage` of a recipe file."""
     if not path.is_file():
         raise UserError(Problem(where, f"'{path}': no such file", "a recipe's YAML file, or stage/recipe"))
     stage = yaml_file.read(path)[0].get("stage")
     if not isinstance(stage, str) or stage not in stage_names():
-        found = f"'{path}' names no stage" if stage is None else f"'{path}' names stage '{stage}'"
+        found = f"'{path}' has no `stage`" if stage is None else f"'{path}' has stage '{stage}'"
         expected = f"stage: {one_of(stage_names())}"
-        raise UserError(Problem(where, found, expected, f"write `stage: sft` into {path}"))
+        raise UserError(Problem(where, found, expected, f"add e.g. `stage: sft` to {path}"))
     return stage
 
 
 def _given(
     settings: EntrySettings, where: str, places: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what ``set`` gives by ``section.key``, and where it stands; a section may be a mapping."""
+    """Return the values of ``set`` and their origins by ``section.key``; a section may be a mapping."""
     given: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for key, value in settings.given.items():
@@ -162,23 +164,23 @@ def _section(key: str, value: Any) -> bool:
 
 
 def _taken(where: str, settings: EntrySettings, given: list[str]) -> Iterator[Problem]:
-    """Yield settings that the pipeline's own keys have given already."""
+    """Yield overrides that conflict with the pipeline's own keys `from` and `reward`."""
     for key, named, word in [(START, settings.start, "from"), (REWARDS, settings.reward, "reward")]:
         if key in given and named is not None:
-            yield Problem(f"{where}.{word}", f"given beside {key}", "one of the two", f"leave {key} out")
+            yield Problem(f"{where}.{word}", f"conflicts with {key}", "one of the two", f"remove {key}")
     if BASE in given and settings.start is not None:
-        expected = f"the base of '{settings.start}', which goes on"
-        yield Problem(f"{where}.from", f"given beside {BASE}", expected, f"leave {BASE} out")
+        expected = f"the base of '{settings.start}'"
+        yield Problem(f"{where}.from", f"conflicts with {BASE}", expected, f"remove {BASE}")
 
 
 def _kinds(section: str, entries: list[Entry]) -> Iterator[Problem]:
-    """Yield references to stages whose models cannot do what is asked of them."""
+    """Yield rewards of stages that take none, and rewards from stages that are no reward models."""
     scores = {entry.name: entry.scores for entry in entries}
     for entry in entries:
         where = f"{section}.{entry.name}.reward"
         if entry.rewards and not entry.takes_rewards:
-            found = f"given, and stage {entry.stage} takes no rewards"
-            yield Problem(where, found, "no such key", "leave it out")
+            found = f"set, but stage {entry.stage} takes no rewards"
+            yield Problem(where, found, "no reward", "remove it")
         for name in entry.rewards:
             if not scores.get(name, True):
-                yield Problem(where, f"'{name}' gives no scores", "a stage of reward models")
+                yield Problem(where, f"'{name}' is not a reward model", "a stage that trains a reward model")

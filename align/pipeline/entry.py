@@ -1,4 +1,4 @@
-"""One stage of a pipeline as it is asked for, and the recipe that it comes to."""
+"""One stage of a pipeline: its settings, and loading of its recipe."""
 
 import json
 import shlex
@@ -22,13 +22,13 @@ class Entry:
     """One stage of a pipeline.
 
     Attributes:
-        name: what the pipeline calls it.
-        stage: the stage that runs it.
-        recipe: the recipe's name, or its path.
-        start: the name of the stage whose model goes on; None where it begins with a base.
-        rewards: the names of the stages whose models give the rewards.
-        given: settings in place of the recipe's, by ``section.key``.
-        origins: where these stand, by ``section.key``; ``model.start`` and ``reward.sources`` too.
+        name: name in the pipeline.
+        stage: the stage that runs it (sft, dpo, ...).
+        recipe: name or path of the recipe.
+        init_from: name of the pipeline stage to initialize from; None starts from a base model.
+        rewards: names of the pipeline stages that provide the reward models.
+        overrides: overrides of the recipe's settings, by ``section.key``.
+        origins: origin (file and line) of each override, also of ``model.start`` and ``reward.sources``.
     """
 
     name: str
@@ -41,17 +41,17 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """Return ``stage/recipe``, or the path of a recipe that has no place of its own."""
+        """Return ``stage/recipe``, or stage and path of a recipe file."""
         return f"{self.stage} {self.recipe}" if "/" in self.recipe else f"{self.stage}/{self.recipe}"
 
     @property
     def scores(self) -> bool:
-        """Tell whether its model gives scores and writes no text."""
+        """Return whether its model is a reward model."""
         return self.stage in SCORERS
 
     @property
     def takes_rewards(self) -> bool:
-        """Tell whether the stage learns from rewards."""
+        """Return whether the stage optimizes rewards."""
         section, key = REWARDS.split(".")
         known = stage_settings(self.stage).model_fields
         return section in known and key in known[section].annotation.model_fields  # type: ignore[union-attr]
@@ -63,15 +63,15 @@ class Entry:
         rewards: Mapping[str, str],
         pending: Mapping[str, Recipe] | None = None,
     ) -> Recipe:
-        """Load the recipe with what the pipeline says.
+        """Load the recipe with the pipeline's overrides.
 
         Args:
-            start: what ``model.start`` becomes; None where the recipe says it.
-            rewards: the run that each name of ``rewards`` means.
-            pending: recipes whose runs are still to be made, by what ``start`` and ``rewards`` call them.
+            init_from: value of ``model.start``; None leaves the recipe's.
+            rewards: the run of each name in ``rewards``.
+            pending: recipes that have not run yet, by the names used in ``init_from`` and ``rewards``.
 
         Raises:
-            UserError: every mistake that could be found, each with the stage's name before it.
+            UserError: all problems found, each prefixed with the stage's name.
         """
         shortcuts = self._shortcuts(start, rewards)
         try:
@@ -82,7 +82,7 @@ class Entry:
         return replace(recipe, origins={**recipe.origins, **dict(self._origins(recipe))})
 
     def placed(self, problem: Problem) -> Problem:
-        """Return a problem with the stage's name before its place, and with the pipeline's own line."""
+        """Prefix a problem with the stage's name, and replace its origin by the pipeline's line."""
         where = problem.where
         if where.startswith(f"stage {self.name}: "):
             return problem
@@ -93,7 +93,7 @@ class Entry:
         return replace(problem, where=f"stage {self.name}: {where}")
 
     def command(self, *, start: str | None, rewards: Mapping[str, str]) -> str:
-        """Return the command that makes the same run without the pipeline."""
+        """Return the command line of the same run outside the pipeline."""
         words = ["llm-align", self.stage, self.recipe, *(["--from", start] if start else [])]
         shortcuts = self._shortcuts(None, rewards)
         return shlex.join([*words, *(f"{key}={_written(value)}" for key, value in shortcuts.items())])
@@ -107,7 +107,7 @@ class Entry:
         }
 
     def _origins(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
-        """Yield the settings that the pipeline's file or its command line has given, with their places."""
+        """Yield the settings overridden by the pipeline file or the command line, with their origins."""
         for dotted, place in self.origins.items():
             key = ".".join(dotted.split(".")[:2])
             if recipe.origins.get(key) == COMMAND_LINE:
@@ -115,11 +115,11 @@ class Entry:
 
 
 def _source(name: str, run: str, *, alone: bool) -> dict[str, str]:
-    """Return a reward as a recipe names it; one that is alone keeps the name that it has by itself."""
+    """Return an entry of `reward.sources`; a single reward keeps its default name."""
     return {"run": run} if alone else {"run": run, "name": name}
 
 
 def _written(value: Any) -> str:
-    """Return a value as a word of the command line, which reads it as YAML."""
+    """Return a value as a command-line argument, which is parsed as YAML."""
     plain = isinstance(value, str) and yaml_file.scalar(value) == value
     return str(value) if plain else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Pipelines by name, and what their files say: typed, or every mistake at once."""
+"""Find pipeline files by name and parse them; reports all problems at once."""
 
 from pathlib import Path
 
@@ -12,17 +12,17 @@ from finetune.recipe.wording import problems_of
 from finetune.recipe.yaml_file import Lines
 
 PIPELINES = "pipelines"
-"""The folder beside the stages' recipes."""
+"""Folder of the pipelines, next to those of the stages' recipes."""
 
 
 def pipeline_names() -> dict[str, Path]:
-    """Return pipelines by name, from ``recipes/pipelines/*.yaml``; the user's own hide shipped ones."""
+    """Return pipelines by name, from ``recipes/pipelines/*.yaml``; the user's override shipped ones."""
     folders = [folder / PIPELINES for folder in reversed(recipe_folders())]
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def pipeline_lines() -> dict[str, str]:
-    """Return a line about each pipeline; one that cannot be read says so and does not hide the others."""
+    """Return a one-line description of each pipeline, or why it cannot be read."""
     lines = {}
     for name, path in pipeline_names().items():
         try:
@@ -33,10 +33,10 @@ def pipeline_lines() -> dict[str, str]:
 
 
 def find_pipeline(name: str) -> Path:
-    """Return the file of a pipeline given by name or by path.
+    """Return the file of a pipeline, by name or path.
 
     Raises:
-        UserError: there is none; the message lists those that exist.
+        UserError: it does not exist; the message lists the known pipelines.
     """
     known = pipeline_names()
     if name in known:
@@ -48,14 +48,14 @@ def find_pipeline(name: str) -> Path:
             return path
         raise UserError(Problem(where, "no such file", "a pipeline's YAML file", nearest(path.stem, known)))
     expected = f"{one_of(sorted(known))}, or the path of a .yaml file"
-    raise UserError(Problem(where, "there is none of this name", expected, nearest(name, known)))
+    raise UserError(Problem(where, "unknown pipeline", expected, nearest(name, known)))
 
 
 def read_pipeline(path: Path) -> tuple[FileSettings, Lines]:
-    """Return what a file says, and the lines of its keys.
+    """Parse a pipeline file; returns its settings and the line numbers of its keys.
 
     Raises:
-        UserError: the file is no YAML, or holds unknown keys or values of another kind.
+        UserError: invalid YAML, unknown keys or values of the wrong type.
     """
     content, lines = yaml_file.read(path)
     try:
@@ -67,6 +67,6 @@ def read_pipeline(path: Path) -> tuple[FileSettings, Lines]:
 
 
 def _shorter(problem: Problem) -> Problem:
-    """Return a problem whose place starts at the file's own keys."""
+    """Return a problem located by the file's keys, without the prefix `pipeline.`."""
     where = problem.where.removeprefix("pipeline.")
     return Problem(where, problem.found, problem.expected, problem.repair)

@@ -1,4 +1,4 @@
-"""A pipeline from its file: each stage's recipe loaded and fitted to the others before the first runs."""
+"""Load a pipeline: all recipes are loaded and checked against each other before the first stage runs."""
 
 import hashlib
 import json
@@ -24,16 +24,16 @@ from finetune.recipe.start import SCORERS
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Stages that fit each other, in the order in which they run.
+    """A validated pipeline with its stages in execution order.
 
     Attributes:
-        name: of its file.
-        description: a line about it.
-        entries: the stages as they are asked for.
-        recipes: what each comes to, where the runs of the others stand as their names.
-        digest: 8 hex digits: same settings and same data, same digits.
-        notes: what the user should know about it.
-        out: the folder that the user wants in place of ``runs/<name>-<digest>``.
+        name: stem of its file.
+        description: one-line description.
+        entries: the stages.
+        recipes: the recipe of each stage; runs of earlier stages are given by stage name.
+        digest: 8 hex digits over all settings and data.
+        notes: notes for the user.
+        out: output folder in place of ``runs/<name>-<digest>``.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Pipeline:
 
     @property
     def path(self) -> Path:
-        """Return the folder of the pipeline's own report; each stage's run has one of its own."""
+        """Return the pipeline's folder, which is separate from the stages' run folders."""
         return self.out or RUNS / f"{self.name}-{self.digest}"
 
     def to_yaml(self) -> str:
-        """Return the pipeline with what was changed in it, as a file that `llm-align run` takes."""
+        """Return the pipeline with its overrides as YAML for `llm-align run`."""
         stages = {entry.name: _plain(entry) for entry in self.entries}
         return yaml_file.write({"description": self.description, "stages": stages}, {})
 
@@ -66,14 +66,14 @@ def load_pipeline(
     """Load a pipeline and all of its recipes; nothing runs and nothing is written.
 
     Args:
-        name: a pipeline's name, or the path of a YAML file.
-        base: the base of the stages that begin with one.
-        out: the folder of the pipeline's report.
-        changes: ``{"sft.train.epochs": 3}``: settings in place of the recipes'.
-        words: the same as words of the command line, ``sft.train.epochs=3``.
+        name: name of a pipeline, or path of a YAML file.
+        base: base model of the stages that start from one.
+        out: output folder of the pipeline.
+        overrides: overrides of the recipes' settings, ``{"sft.train.epochs": 3}``.
+        arguments: the same as command-line arguments, ``sft.train.epochs=3``.
 
     Raises:
-        UserError: with every mistake that could be found.
+        UserError: all problems found.
     """
     path = find_pipeline(name)
     found, lines = read_pipeline(path)
@@ -82,7 +82,7 @@ def load_pipeline(
     section = "stages"
     if base not in (None, EMBEDDED) and found.public is not None:
         chosen, section = found.public, "public"
-        notes = [f"base {base}: the stages of `public` serve; those of `stages` are for '{EMBEDDED}'"]
+        notes = [f"base {base}: using the stages of `public`; those of `stages` are for '{EMBEDDED}'"]
     entries, mistakes = entries_of(section, chosen, file=path.name, lines=lines, changes=given)
     entries = [_on_base(entry, base) for entry in entries]
     recipes, unfit = _recipes(entries)
@@ -100,7 +100,7 @@ def _given(changes: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, 
     pairs = [word.partition("=") for word in words]
     expected = "STAGE.section.key=value, as in sft.train.epochs=3"
     problems = [
-        Problem(f"'{key}' ({COMMAND_LINE})", "not understood", expected)
+        Problem(f"'{key}' ({COMMAND_LINE})", "invalid override", expected)
         for key, equals, _ in pairs
         if not equals
     ]
@@ -108,7 +108,7 @@ def _given(changes: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, 
 
 
 def _on_base(entry: Entry, base: str | None) -> Entry:
-    """Return a stage that begins with a base with the user's base in place of its own."""
+    """Return a stage with the user's base model, if it starts from a base."""
     if base is None or entry.start is not None or entry.origins.get(BASE) == COMMAND_LINE:
         return entry
     given, origins = {**entry.given, BASE: base}, {**entry.origins, BASE: COMMAND_LINE}
@@ -116,10 +116,11 @@ def _on_base(entry: Entry, base: str | None) -> Entry:
 
 
 def _recipes(entries: Sequence[Entry]) -> tuple[dict[str, Recipe], list[Problem]]:
-    """Load each stage's recipe on those before it; one whose start is mistaken is looked at without it."""
+    """Load each stage's recipe on top of the earlier ones, and collect the problems."""
     recipes: dict[str, Recipe] = {}
     problems: list[Problem] = []
     for entry in entries:
+        # A stage whose reference is invalid is loaded without it, so that its own problems are found too.
         start = entry.start if entry.start in recipes else None
         rewards = {name: name for name in entry.rewards if name in recipes and recipes[name].stage in SCORERS}
         try:
@@ -130,23 +131,23 @@ def _recipes(entries: Sequence[Entry]) -> tuple[dict[str, Recipe], list[Problem]
 
 
 def _foundations(entries: Sequence[Entry], recipes: Mapping[str, Recipe]) -> list[Problem]:
-    """Return the rewards that stand on another base than the model that they judge."""
+    """Return a problem for each reward model on another base than the policy it scores."""
     problems: list[Problem] = []
     ground: dict[str, str] = {}
     for entry in entries:
         ground[entry.name] = _ground(entry, recipes, ground)
         for name in entry.rewards:
             if ground[name] != ground[entry.name] and not _whole(recipes[name]):
-                found = f"'{name}' stands on {ground[name]}, this stage on {ground[entry.name]}"
+                found = f"'{name}' is based on {ground[name]}, this stage on {ground[entry.name]}"
                 place = entry.origins["reward.sources"]
                 where = f"stage {entry.name}: reward ({place})"
-                repair = "give both the same base, or the same stage as `from`"
-                problems.append(Problem(where, found, "one base for policy and reward", repair))
+                repair = "use the same base, or the same stage in `from`, for both"
+                problems.append(Problem(where, found, "the same base for policy and reward model", repair))
     return problems
 
 
 def _ground(entry: Entry, recipes: Mapping[str, Recipe], ground: Mapping[str, str]) -> str:
-    """Return the base under a stage's adapter: a model, or an earlier stage that tuned all of one."""
+    """Return the base under a stage's adapter: a base model, or an earlier fully fine-tuned stage."""
     if entry.start is None:
         return resolve_base(recipes[entry.name].settings.model.base)
     return f"stage {entry.start}" if _whole(recipes[entry.start]) else ground[entry.start]
@@ -157,7 +158,7 @@ def _whole(recipe: Recipe) -> bool:
 
 
 def _digest(entries: Sequence[Entry], recipes: Mapping[str, Recipe]) -> tuple[str, list[Problem]]:
-    """Return 8 hex digits of the settings and the data of all stages, and data that cannot be read."""
+    """Return 8 hex digits over the settings and data of all stages, and problems with unreadable data."""
     content: list[Any] = []
     problems: list[Problem] = []
     for entry in entries:
@@ -175,7 +176,7 @@ def _digest(entries: Sequence[Entry], recipes: Mapping[str, Recipe]) -> tuple[st
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
-    """Return a stage as a pipeline's file says it."""
+    """Return a stage as the mapping in a pipeline file."""
     path = "/" in entry.recipe or entry.recipe.endswith((".yaml", ".yml"))
     said: dict[str, Any] = {"recipe": entry.recipe if path else f"{entry.stage}/{entry.recipe}"}
     if entry.start is not None:

@@ -1,4 +1,4 @@
-"""``report.html`` of a pipeline: its stages, the same prompts answered by each, and each stage's own page."""
+"""Write ``report.html`` of a pipeline: its stages, completions of the same prompts, each run's report."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from finetune.recipe.discovery import plugin_summary, stage_names
 from finetune.training.result import Result
 
 HIDDEN = ("training", "peak memory")
-"""Lines of a run's headline that the table of stages leaves to the run's own part."""
+"""Summary entries of a run that the stage table omits; the run's section shows them."""
 
 
 def write_report(pipeline: Pipeline, folder: PipelineDirectory, results: Mapping[str, Result]) -> None:
-    """Write the page from what the folders of the pipeline and of its runs hold."""
+    """Write the report from the folders of the pipeline and its runs."""
     folders = [Path(__file__).parent, Path(finetune.training.__path__[0])]
     environment = Environment(loader=FileSystemLoader(folders), autoescape=True)
     lines = folder.samples()
@@ -43,7 +43,7 @@ def write_report(pipeline: Pipeline, folder: PipelineDirectory, results: Mapping
 
 
 def mean_rewards(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return what each reward model says of each stage's replies, on average: reward -> stage -> number."""
+    """Return the mean reward of each stage's completions: reward model -> stage -> number."""
     if not lines:
         return {}
     return {
@@ -53,7 +53,7 @@ def mean_rewards(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, floa
 
 
 def duration(seconds: float) -> str:
-    """Return a time as a reader says it.
+    """Format a duration.
 
     >>> [duration(seconds) for seconds in (4.2, 95, 7300)]
     ['4 s', '1 min 35 s', '2 h 2 min']
@@ -66,7 +66,7 @@ def duration(seconds: float) -> str:
 
 
 def _stage(entry: Entry, result: Result, pipeline: Pipeline, folder: PipelineDirectory) -> dict[str, Any]:
-    """Return what the page says of a stage."""
+    """Return the template context of a stage."""
     recipe = pipeline.recipes[entry.name]
     headline = result.record["headline"]
     return {
@@ -85,9 +85,9 @@ def _stage(entry: Entry, result: Result, pipeline: Pipeline, folder: PipelineDir
 
 
 def _body(page: Path) -> str:
-    """Return a run's own page from its numbers to its samples; the rest is a link away."""
+    """Return the body of a run's report, to embed it."""
     if not page.is_file():
-        return "<p>The run's own page is not there any more.</p>"
+        return "<p>The report of this run no longer exists.</p>"
     text = page.read_text(encoding="utf-8")
-    tag = "main" if "<main>" in text else "body"  # pages of earlier versions have no <main>
+    tag = "main" if "<main>" in text else "body"  # reports of earlier versions have no <main>
     return text[text.index(f"<{tag}>") + len(tag) + 2 : text.rindex(f"</{tag}>")]

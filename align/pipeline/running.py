@@ -1,6 +1,6 @@
-"""A pipeline at work: stage after stage, each on the runs of those before it; finished ones are not repeated.
+"""Run a pipeline: stage by stage, each on the runs of earlier ones; finished stages are skipped.
 
-Nothing heavy is imported before a stage needs it, so that a finished pipeline answers at once.
+Heavy libraries are imported only when a stage needs them, so a finished pipeline returns at once.
 """
 
 import signal
@@ -29,14 +29,14 @@ from finetune.training.stops import Interrupted, NotFiniteError
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """A pipeline's folder and what it says.
+    """The result of a pipeline.
 
     Attributes:
-        directory: the folder.
-        record: pipeline.json.
+        directory: the pipeline's folder.
+        record: content of pipeline.json.
         stages: the result of each stage, by its name in the pipeline.
-        samples: a line a prompt: ``prompt``, ``expected``, ``replies`` (stage -> text) and ``rewards`` (stage
-            of a reward model -> stage -> number).
+        samples: one entry per prompt: ``prompt``, ``expected``, ``replies`` (stage -> text) and ``rewards``
+            (reward model stage -> stage -> number).
     """
 
     directory: Path
@@ -46,26 +46,26 @@ class PipelineResult:
 
     @property
     def last(self) -> Result:
-        """Return the result of the last stage: the model that all of it was for."""
+        """Return the result of the last stage."""
         return list(self.stages.values())[-1]
 
 
 def run_pipeline(
     pipeline: Pipeline, console: Console, *, force: bool = False, command: str = ""
 ) -> PipelineResult:
-    """Run the stages that are not finished, then write the report of them all.
+    """Run the stages that are not finished, then write the report.
 
-    A stage's run is found by its content, as everywhere: one that was made without the pipeline counts.
+    Runs are identified by content: a run made outside the pipeline is reused.
 
     Args:
-        pipeline: what ``load_pipeline`` gave.
-        console: where progress is shown.
-        force: every stage starts over.
-        command: the words that started it, for the record.
+        pipeline: from ``load_pipeline``.
+        console: console for progress output.
+        force: start every stage over.
+        command: command line for pipeline.json.
 
     Raises:
-        UserError: the user's mistakes; nothing is written where the first stage is refused.
-        Interrupted: a signal came; the same call goes on from there.
+        UserError: invalid settings or data; nothing is written if the first stage is rejected.
+        Interrupted: stopped by a signal; the same call resumes.
         NotFiniteError: a stage's loss or gradient became NaN or infinite.
     """
     _refuse_world(pipeline)
@@ -84,10 +84,10 @@ def run_pipeline(
 
 
 def _refuse_world(pipeline: Pipeline) -> None:
-    """Raise UserError under a launcher of the user's: each stage starts the processes that it needs."""
+    """Raise UserError under torchrun or another launcher: each stage launches its own processes."""
     if (size := world().size) > 1:
-        found = f"a launcher has started {size} processes"
-        repair = "llm-align run without it: every stage starts the processes that train.processes asks for"
+        found = f"started by a launcher with {size} processes"
+        repair = "run `llm-align run` without a launcher: every stage launches its train.processes processes"
         raise UserError(Problem(f"pipeline {pipeline.name}", found, "one process", repair))
 
 
@@ -100,20 +100,20 @@ def _run(
     console: Console,
     force: bool,
 ) -> Result:
-    """Run one stage, or find it finished, and write what became of it."""
+    """Run one stage, or reuse its finished run, and record the result."""
     began = time.time()
     with _recorded(pipeline, entry, folder, first=not results):
         recipe, command = _at_its_turn(entry, results)
         result = run_stage(ready(recipe, console), console, force=force, command=command)
     folder.stage(entry.name, **_facts(result))
     if (result.directory / "run.json").stat().st_mtime < began:
-        _say(console, f"finished before: {result.directory}")
+        _say(console, f"already finished: {result.directory}")
     return result
 
 
 @contextmanager
 def _recorded(pipeline: Pipeline, entry: Entry, folder: PipelineDirectory, *, first: bool) -> Iterator[None]:
-    """Write that a stage runs, and how it ended if it did not come to its end; say which stage it was."""
+    """Record a stage's status, and prefix its errors with the stage's name."""
 
     def ended(status: str, **why: str) -> None:
         folder.stage(entry.name, status=status, stage=entry.stage, recipe=entry.recipe, **why)
@@ -124,7 +124,7 @@ def _recorded(pipeline: Pipeline, entry: Entry, folder: PipelineDirectory, *, fi
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
         ended("interrupted")
-        text = str(stop) or "stopped; the same command goes on"
+        text = str(stop) or "stopped; run the same command to resume"
         raise Interrupted(_stopped(pipeline, entry, text)) from stop
     except NotFiniteError as error:
         ended("failed", reason=str(error))
@@ -137,10 +137,10 @@ def _recorded(pipeline: Pipeline, entry: Entry, folder: PipelineDirectory, *, fi
 
 
 def _at_its_turn(entry: Entry, results: dict[str, Result]) -> tuple[Recipe, str]:
-    """Return a stage's recipe with the runs that it needs, and the command that does the same alone.
+    """Return a stage's recipe with the run folders it needs, and its standalone command line.
 
     Raises:
-        UserError: a run's files are not there any more.
+        UserError: files of a required run are missing.
     """
     start = str(results[entry.start].directory) if entry.start else None
     rewards = {name: str(results[name].directory) for name in entry.rewards}
@@ -165,18 +165,18 @@ def _facts(result: Result) -> dict[str, Any]:
 def _conclude(
     pipeline: Pipeline, folder: PipelineDirectory, results: dict[str, Result], console: Console
 ) -> None:
-    """Let every model answer the same prompts, and write the report."""
+    """Generate every model's completions of the same prompts, and write the report."""
     from align.pipeline.compare import compare
     from align.pipeline.report import write_report
 
-    _say(console, "\nreport: the same prompts, answered by the model of every stage")
+    _say(console, "\nreport: generating every stage's completions of the same prompts")
     compare(pipeline, folder, results)
     folder.update(finished=now())
     write_report(pipeline, folder, results)
 
 
 def _whole(folder: PipelineDirectory) -> bool:
-    """Tell whether an earlier run of the pipeline has come to its end and its report is there."""
+    """Return whether an earlier run of the pipeline finished and wrote its report."""
     return folder.record.get("status") == "finished" and (folder.path / REPORT).is_file()
 
 
@@ -186,14 +186,14 @@ def _stopped(pipeline: Pipeline, entry: Entry, text: str) -> str:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C between the stages too, where no checkpoint is due."""
+    """Raise KeyboardInterrupt on SIGTERM, also between stages, where there is no checkpoint to save."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # signals can be set in the main thread alone
+    except ValueError:  # signal handlers can only be set in the main thread
         yield
         return
     try:

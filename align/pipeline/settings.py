@@ -1,4 +1,4 @@
-"""What a pipeline's file says: stages by name, what each goes on from, and which rewards it takes."""
+"""Schema of a pipeline file: stages by name, with their parent stage and reward models."""
 
 from typing import Annotated, Any
 
@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field
 from finetune.recipe.settings import Section, Text
 
 REWARDS = "reward.sources"
-"""The setting that a stage of reinforcement learning takes its rewards from."""
+"""Recipe key of the rewards of an RL stage."""
 
 
 class EntrySettings(Section):
@@ -17,18 +17,18 @@ class EntrySettings(Section):
 
     recipe: Text = Field(description="stage/recipe (sft/quickstart), or the path of a .yaml file")
     start: Text | None = Field(
-        None, alias="from", description="an earlier stage of this file, whose model goes on"
+        None, alias="from", description="earlier stage of this file to initialize from"
     )
     reward: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
-        None, description="an earlier stage of this file whose model gives the rewards, or a list of them"
+        None, description="earlier stage of this file that trains the reward model, or a list of them"
     )
     given: dict[str, Any] = Field(
-        {}, alias="set", description="settings in place of the recipe's: {train.epochs: 2}"
+        {}, alias="set", description="overrides of the recipe's settings: {train.epochs: 2}"
     )
 
     @property
     def rewards(self) -> list[str]:
-        """Return the stages that give rewards, none where it names none."""
+        """Return the reward model stages; may be empty."""
         if isinstance(self.reward, str):
             return [self.reward]
         return self.reward or []
@@ -42,6 +42,4 @@ class FileSettings(Section):
 
     description: str = Field("", description="one line for `llm-align list pipelines`")
     stages: Entries = Field(description="name: {recipe: stage/recipe, from: NAME, reward: NAME, set: {...}}")
-    public: Entries | None = Field(
-        None, description="the stages that serve another base than the embedded one"
-    )
+    public: Entries | None = Field(None, description="stages for bases other than the embedded one")

@@ -1,4 +1,4 @@
-"""What ``llm-align run`` prints before its first stage and after its last one."""
+"""Terminal output of ``llm-align run``: the plan before the first stage, the result after the last."""
 
 import textwrap
 
@@ -16,16 +16,16 @@ SAMPLE_WIDTH = 160
 
 
 def print_plan(pipeline: Pipeline, *, notes: bool) -> None:
-    """Print the stages in their order, what is set, and where the report will be.
+    """Print the stages in order, their overrides, and the path of the report.
 
     Args:
-        pipeline: what may run.
-        notes: print the recipes' notes too, which each stage prints when it runs.
+        pipeline: the pipeline to run.
+        notes: also print the recipes' notes, which each stage prints when it runs.
     """
     console = Console()
     console.print(f"[bold]{pipeline.name}[/]  {escape(pipeline.description)}", highlight=False)
     table = Table(box=None)
-    for column in ("stage", "recipe", "goes on from", "rewards"):
+    for column in ("stage", "recipe", "init from", "rewards"):
         table.add_column(column, no_wrap=True)
     for entry in pipeline.entries:
         begins = entry.start or f"base {pipeline.recipes[entry.name].settings.model.base}"
@@ -43,7 +43,7 @@ def print_plan(pipeline: Pipeline, *, notes: bool) -> None:
 
 
 def print_result(result: PipelineResult) -> None:
-    """Print a finished pipeline's end: numbers, the same prompts, and what to type next."""
+    """Print the result of a finished pipeline: metrics, samples, and the next command."""
     console = Console()
     for name, stage in result.stages.items():
         seconds = result.record["stages"][name]["seconds"]
@@ -54,7 +54,7 @@ def print_result(result: PipelineResult) -> None:
     if result.samples:
         console.print(_replies(result))
     total = sum(stage["seconds"] for stage in result.record["stages"].values())
-    console.print(f"all stages took {duration(total)}", highlight=False)
+    console.print(f"total time: {duration(total)}", highlight=False)
     last = result.last.directory
     following = f"score {last} FILE.jsonl" if "heads" in result.last.record["load"] else f"chat {last}"
     console.print(
@@ -66,7 +66,7 @@ def print_result(result: PipelineResult) -> None:
 
 
 def _replies(result: PipelineResult) -> Table:
-    """Return the same prompts with the reply of every stage, and its rewards."""
+    """Return a table of prompts with every stage's completion and its rewards."""
     table = Table(show_lines=True, expand=False)
     for column in ("prompt", *result.samples[0]["replies"]):
         table.add_column(column, overflow="fold")
@@ -77,7 +77,7 @@ def _replies(result: PipelineResult) -> Table:
 
 
 def _judged(text: str, name: str, rewards: dict[str, dict[str, float]]) -> str:
-    """Return a reply with what the reward models say of it below."""
+    """Return a completion with its rewards below."""
     return "\n".join([_short(text), *(f"{judge} {said[name]:+.2f}" for judge, said in rewards.items())])
 
 

@@ -1,1 +1,1 @@
-"""What a recipe will need, told before anything is loaded."""
+"""Plans of recipes: memory, steps, tokens, time and disk, before anything is loaded."""

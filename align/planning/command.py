@@ -1,4 +1,4 @@
-"""``llm-align plan``: what a recipe will need, told in a second or two."""
+"""``llm-align plan``: memory, time and disk of a recipe in a second or two, without loading it."""
 
 import json
 import shlex
@@ -11,7 +11,7 @@ from align.recipe_words import recipe_of_words
 from finetune.recipe.recipe import Recipe
 
 DOES_NOT_FIT = 3
-"""The exit status of a plan that does not fit: no mistake (2), no fault (1), yet `plan && sft` must stop."""
+"""Exit status of a plan that does not fit: no mistake (2), no failure (1), yet `plan && sft` must stop."""
 
 EPILOG = """\b
 Examples:
@@ -19,9 +19,9 @@ Examples:
   llm-align plan alpaca --gpu rtx4090
   llm-align plan alpaca --base llama-2-70b --adapter qlora --gpu 24GB --gpus 2 --strategy zero3
   llm-align plan hh --stage ppo --gpu a100-40g --fit
-  llm-align plan --matrix --stage dpo --gpu h100       which adapters, bases and strategies go together
+  llm-align plan --compatibility --stage dpo           which adapters, bases and strategies work together
 \b
-Exit status: 0 it fits, 3 it does not, 2 a mistake in the recipe or the command.
+Exit status: 0 fits, 3 does not fit, 2 a mistake in the recipe or the command.
 """
 
 
@@ -31,12 +31,12 @@ Exit status: 0 it fits, 3 it does not, 2 a mistake in the recipe or the command.
 @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
 @click.option("--data", metavar="D", help="Data: hub id, file or folder.")
 @click.option("--adapter", metavar="A", help="Adapter: a name of `llm-align list adapters`.")
-@click.option("--from", "start", metavar="RUN", help="Finished run to go on from.")
-@click.option("--gpu", metavar="G", help="h100, a100-40g, rtx4090, ..., 24GB, cpu; without: this machine.")
-@click.option("--gpus", type=click.IntRange(1), metavar="N", help="How many; without: as the recipe says.")
-@click.option("--strategy", metavar="S", help="ddp, zero1, zero2, zero3, fsdp2: what processes share.")
-@click.option("--fit", is_flag=True, help="Show what can be changed, the cheapest that fits first.")
-@click.option("--matrix", is_flag=True, help="Show what goes together in the stage, and why not.")
+@click.option("--from", "start", metavar="RUN", help="Finished run to continue from.")
+@click.option("--gpu", metavar="G", help="h100, a100-40g, rtx4090, ..., 24GB, cpu; default: this machine.")
+@click.option("--gpus", type=click.IntRange(1), metavar="N", help="Number of GPUs; default: the recipe's.")
+@click.option("--strategy", metavar="S", help="Sharding over processes: ddp, zero1, zero2, zero3, fsdp2.")
+@click.option("--fit", is_flag=True, help="List alternative settings, the cheapest that fits first.")
+@click.option("--compatibility", is_flag=True, help="Show which settings the stage can combine, and why not.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     words: tuple[str, ...],
@@ -49,11 +49,11 @@ def plan(
     gpus: int | None,
     strategy: str | None,
     fit: bool,
-    matrix: bool,
+    compatibility: bool,
     as_json: bool,
 ) -> None:
-    """Tell memory, steps, tokens, time and disk of a recipe before anything is loaded; no GPU is needed."""
-    if matrix:
+    """Print memory, steps, tokens, time and disk of a recipe before anything is loaded; no GPU is needed."""
+    if compatibility:
         from align.planning.matrix import show_matrix
 
         return show_matrix(stage, gpu, as_json=as_json)
@@ -93,5 +93,5 @@ def _show(
     if changes is not None:
         print_alternatives(changes, found, console, command=command)
     elif not found.fits:
-        console.print("[bold]next[/]     the same with --fit shows what can be changed", highlight=False)
+        console.print("[bold]next[/]     add --fit to list settings that would fit", highlight=False)
     return found.fits

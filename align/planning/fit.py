@@ -1,19 +1,19 @@
-"""What to change so that a run fits: alternatives with their peak and their price, the cheapest first.
+"""``plan --fit``: alternative settings with peak memory and relative time, the cheapest that fits first.
 
-A change costs time, or it changes what is learnt. The order is the price, in this order of kinds:
+A change costs time, or it changes training itself. The kinds of changes, in order of their price:
 
-* Fewer rows in a forward pass, and more passes in a step: the same numbers, in the same time as long as a
-  pass keeps the device busy. Every alternative takes as many rows as fit it.
-* ZeRO-1 and ZeRO-2 send as much as plain data parallelism does (arXiv 1910.02054, section 7); ZeRO-3 and
-  FSDP2 one and a half times as much.
-* Gradient checkpointing computes one forward pass more: 6 P in place of 4 P for an adapter, 8 P in place of
-  6 P for full tuning (``finetune/planning/speed.py``).
-* Numbers of 16 bits in place of float32 (float16 on GPUs that have no bfloat16) are faster, not slower.
-* 8-bit states of AdamW (arXiv 2110.02861), 4-bit weights under an adapter (arXiv 2305.14314): other digits.
-* Fewer replies drawn side by side read the weights more often.
-* Offloading sends what is partitioned over the bus in every step.
-* Shorter rows, and fewer replies in a step of TRL's, which draws all of them at once, change what is learnt:
-  they come last, however fast they are.
+* Smaller micro-batches with more accumulation: the same numbers, in the same time as long as a micro-batch
+  keeps the device busy. Every alternative takes the largest micro-batch that fits.
+* ZeRO-1 and ZeRO-2 communicate as much as plain data parallelism (arXiv 1910.02054, section 7); ZeRO-3 and
+  FSDP2 1.5 times as much.
+* Gradient checkpointing computes one more forward pass: 6 P in place of 4 P for an adapter, 8 P in place of
+  6 P for full fine-tuning (``finetune/planning/speed.py``).
+* 16-bit dtypes in place of float32 (float16 on GPUs without bfloat16) are faster, not slower.
+* 8-bit AdamW states (arXiv 2110.02861), 4-bit weights under an adapter (arXiv 2305.14314): other rounding.
+* Fewer completions sampled in parallel read the weights more often.
+* Offloading sends what is sharded over the bus in every step.
+* Shorter rows, and fewer completions per step of TRL's trainers, which sample all of them at once, change
+  what is trained on: they come last, however fast they are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,13 +34,13 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
 
 SENT = {"zero3": 1.25, "fsdp2": 1.25}
-"""Times as long: half of the extra sending of ZeRO-3 is taken to be hidden behind arithmetic."""
+"""Slow-down: half of the extra communication of ZeRO-3 is assumed to overlap with computation."""
 BUS = 12e9
-"""Bytes a second between a GPU and the machine's memory: PCIe 4.0 x16 as it is reached."""
+"""Bytes/s between GPU and host memory: PCIe 4.0 x16 as reached in practice."""
 USUAL = 100e12
-"""FLOP/s of a card whose speed is not known, to weigh sending against arithmetic."""
+"""FLOP/s assumed for an unknown GPU, to weigh communication against computation."""
 SHORTEST = 128
-"""Tokens of a row below which nothing is proposed."""
+"""Row lengths in tokens below which nothing is proposed."""
 LEARNS_OTHER = ("data.max_length", "data.max_prompt_length", "sampling.max_new_tokens", "train.batch_size")
 Change = tuple[str, Any]
 
@@ -52,7 +52,7 @@ class Alternative:
     Attributes:
         changes: the settings, with their values.
         plan: of the changed recipe.
-        time: how many times as long it takes as the recipe as it is.
+        relative_time: its time over that of the unchanged recipe.
     """
 
     changes: tuple[Change, ...]
@@ -61,17 +61,17 @@ class Alternative:
 
     @property
     def words(self) -> str:
-        """Return what to append to the command."""
+        """Return the overrides to append to the command."""
         return " ".join(f"{key}={_written(value)}" for key, value in self.changes)
 
     @property
     def learns_other(self) -> bool:
-        """Tell whether other things are learnt: rows are cut that were not, or a step has fewer of them."""
+        """Return whether training changes: rows are truncated further, or a step has fewer of them."""
         return any(key in LEARNS_OTHER for key, _ in self.changes)
 
 
 def alternatives(plan: Plan, count: int) -> list[Alternative]:
-    """Return what can be changed, those that fit first, the cheapest of them first.
+    """Return alternative settings, those that fit first, the cheapest of them first.
 
     Args:
         plan: the recipe as it is.
@@ -85,6 +85,7 @@ def alternatives(plan: Plan, count: int) -> list[Alternative]:
     return sorted(
         found,
         key=lambda one: (
+            # Those that fit, those that train the same, then by time, or by peak memory where nothing fits.
             not one.plan.fits,
             one.learns_other,
             round(one.time, 2) if one.plan.fits else one.plan.peak.total,
@@ -95,8 +96,9 @@ def alternatives(plan: Plan, count: int) -> list[Alternative]:
 
 
 def _go_together(plan: Plan, changes: tuple[Change, ...]) -> bool:
-    """Tell whether the changed settings work as they are, by the compatibility solver."""
+    """Return whether the changed settings are compatible as they are."""
     device, processes = plan.device, plan.step.processes
+    # The resolved strategy, since auto would hide an incompatibility.
     recipe = changed(plan.recipe, [("train.strategy", plan.step.strategy), *changes])
     machine = Machine(device.kind, device.bfloat16, processes)
     return judge(combination_of(recipe, machine)).kind == "works"
@@ -119,7 +121,7 @@ def changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
 
 
 def _combinations(plan: Plan) -> Iterator[tuple[Change, ...]]:
-    """Yield every combination of one step of each kind, but for the recipe as it is."""
+    """Yield every combination of one change per kind, except the unchanged recipe."""
     settings = plan.recipe.settings
     kinds = [_rows(plan), _halved(plan), _recomputed(settings), _stored(settings, plan)]
     kinds += [_shared(plan), _drawn(plan), _cut(plan)]
@@ -130,7 +132,7 @@ def _combinations(plan: Plan) -> Iterator[tuple[Change, ...]]:
 
 
 def _rows(plan: Plan) -> list[list[Change]]:
-    """Return the rows of a pass: on a GPU as many as fit, which is what auto means there; on a CPU fewer."""
+    """Return micro-batch sizes: on a GPU auto, which is the largest that fits; on a CPU smaller ones."""
     if plan.device.kind == "cpu":
         least = least_rows(plan.recipe.settings)
         fewer = sorted({max(least, plan.rows // 4), least} - {plan.rows}, reverse=True)
@@ -140,7 +142,7 @@ def _rows(plan: Plan) -> list[list[Change]]:
 
 
 def _halved(plan: Plan) -> list[list[Change]]:
-    """Return 16-bit numbers in place of float32: bfloat16 where the GPU computes in it, else float16."""
+    """Return 16-bit precision in place of float32: bfloat16 where the GPU supports it, else float16."""
     if plan.device.kind == "cpu" or plan.step.precision != "float32":
         return [[]]
     return [[], [("model.precision", "bfloat16" if plan.device.bfloat16 else "float16")]]
@@ -163,34 +165,38 @@ def _stored(settings: StageSettings, plan: Plan) -> list[list[Change]]:
 
 
 def _shared(plan: Plan) -> list[list[Change]]:
-    """Return the strategies that partition more than the recipe's, with several processes."""
+    """Return the strategies that shard more than the recipe's, with several processes."""
     if plan.step.processes == 1:
         return [[]]
     order = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
     here = order.index(plan.step.strategy) if plan.step.strategy in order else len(order)
     more: list[list[Change]] = [[("train.strategy", name)] for name in order[here + 1 :]]
+    # Offloading alone is ZeRO's, and saves most with sharded weights.
     offloaded: list[list[Change]] = [[("train.strategy", "zero3"), ("train.offload", "cpu")]]
     return [[], *more, *(offloaded if plan.step.offload == "none" else [])]
 
 
 def _drawn(plan: Plan) -> list[list[Change]]:
-    """Return fewer replies drawn side by side: as many as half of what the weights leave has caches for."""
+    """Return smaller generation batches: their KV cache takes half of the memory left by the weights."""
     asked, settings = plan.step.rollout, plan.recipe.settings
     if asked is None or isinstance(settings, OnlineSettings):
         return [[]]
     each = cache_bytes(plan.step) // asked.lines
+    # The first phase is loading: what it leaves is free for caches.
     left = plan.room - plan.phases[0].total
     lines = max(1, left // 2 // each)
     here = asked.lines * plan.step.processes
+    # If not even the weights fit, other changes have to free the memory first.
     found = [lines, lines // 4] if left > 0 else [8]
     return [[], *([("sampling.at_once", some * plan.step.processes)] for some in found if 0 < some < here)]
 
 
 def _cut(plan: Plan) -> list[list[Change]]:
-    """Return rows of half the length, or of a quarter (prompts and replies too), or fewer replies a step."""
+    """Return rows of a half or a quarter of the length (prompts and completions too), or smaller batches."""
     settings = plan.recipe.settings
     found: list[list[Change]] = [[]]
     if isinstance(settings, OnlineSettings):
+        # TRL samples the full batch at once, and a batch cannot be smaller than one group.
         sizes = (settings.train.batch_size // part for part in (2, 4, 8, 16))
         return [[], *([("train.batch_size", size)] for size in sizes if size >= settings.sampling.samples)]
     for part in (2, 4):
@@ -206,7 +212,7 @@ def _cut(plan: Plan) -> list[list[Change]]:
 
 
 def _price(plan: Plan) -> float:
-    """Return the seconds of a learnt token, up to a factor that all alternatives of a plan share."""
+    """Return the seconds per trained token, up to a factor that all alternatives of a plan share."""
     step, peak = plan.step, plan.device.peak(plan.step.precision) or USUAL
     stored = fmean(DEQUANTIZED) if step.quantization != "none" else 1.0
     arithmetic = learnt_operations(step, plan.trained) / (fmean(plan.device.used) * peak) * stored
@@ -214,7 +220,7 @@ def _price(plan: Plan) -> float:
 
 
 def _drawing(plan: Plan) -> float:
-    """Return the seconds of drawing that come to a learnt token."""
+    """Return the generation seconds per trained token."""
     done, base = plan.work, plan.phases[0].parts["base"]
     if done is None or not done.replies:
         return 0.0
@@ -223,15 +229,17 @@ def _drawing(plan: Plan) -> float:
 
 
 def _bus_seconds(step: Workload, trained: int) -> float:
-    """Return the seconds in which a token's part of what is offloaded goes over the bus.
+    """Return the seconds per token to transfer offloaded state over the bus.
 
-    The gradients of what is trained go out and its weights come back once a step; with ZeRO-3 the weights
-    of a process's part come for the forward pass, and for the backward pass.
+    Gradients go to the host and weights come back once per step; with ZeRO-3 each process also fetches its
+    shard of the weights for the forward pass, and for the backward pass.
     """
     if step.offload == "none":
         return 0.0
     tokens = step.tokens * step.accumulated
+    # float32 gradients out and float32 weights back.
     own = 8 * trained / step.processes
+    # The weights, for the forward and the backward pass of every micro-batch.
     passes = 2 * step.accumulated * step.architecture.parameters * step.bytes / step.processes
     return (own + (passes if step.strategy == "zero3" else 0.0)) / BUS / tokens
 

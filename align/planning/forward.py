@@ -1,4 +1,4 @@
-"""What one forward pass of a stage holds: lines, tokens, completions; of so many rows."""
+"""Workload of a micro-batch by number of rows, for every stage: sequence length, predicted tokens, masks."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,15 +18,15 @@ from finetune.planning.workload import Rollout, Workload
 from finetune.recipe.settings import StageSettings
 
 At = Callable[[int], Workload]
-"""Rows of a forward pass in, what it holds out."""
+"""Number of rows of a micro-batch -> its workload."""
 
 
 def forward_pass(settings: StageSettings, step: Workload, lengths: Lengths) -> At:
-    """Return what a forward pass of so many rows holds, for the longest rows.
+    """Return a function from a number of rows to the workload of a micro-batch of maximum-length rows.
 
     Args:
         settings: a recipe's sections.
-        step: base, adapter and training.
+        workload: base, adapter and training.
         lengths: of its rows.
     """
     if isinstance(settings, (DpoSettings, RewardSettings)):
@@ -46,16 +46,18 @@ def forward_pass(settings: StageSettings, step: Workload, lengths: Lengths) -> A
 
 
 def _supervised(settings: StageSettings, step: Workload, lengths: Lengths, rows: int) -> Workload:
+    # TRL computes logits at all positions.
     every = settings.data.loss_on == "all" or settings.train.engine == "trl"
     if not settings.data.packing:
         return _lines(step, lengths, rows, every=every)
+    # FlashAttention 2 separates packed rows by cumulative lengths, other implementations by a block mask.
     flash = step.attention == "flash_attention_2"
     one = _lines(step, lengths, rows, every=every)
     return replace(one, lines=1, columns=rows * one.columns, masked=rows > 1 and not flash)
 
 
 def _lines(step: Workload, lengths: Lengths, rows: int, *, every: bool, completions: int = 0) -> Workload:
-    """Return padded lines of one row each; ``every``: the head is computed for all of their tokens."""
+    """Return padded rows; ``predict_all``: the head is computed for all of their tokens."""
     predicted = lengths.longest if every else min(lengths.longest, lengths.longest_reply)
     return replace(
         step,
@@ -70,7 +72,7 @@ def _lines(step: Workload, lengths: Lengths, rows: int, *, every: bool, completi
 def _compared(
     settings: DpoSettings | RewardSettings, step: Workload, lengths: Lengths, rows: int
 ) -> Workload:
-    """Return rows of a prompt with its completions behind it; on TRL every completion has a line."""
+    """Return prompts with all their completions in one row; on TRL every completion has its own."""
     each = max(1, ceil(lengths.replies))
     if isinstance(settings, RewardSettings):
         own = replace(step, objective="scores", heads=len(settings.reward.heads))
@@ -82,6 +84,7 @@ def _compared(
     return replace(
         own,
         lines=rows,
+        # One prompt, followed by all completions.
         columns=lengths.longest + (each - 1) * reply,
         predicted=rows * each * reply,
         completions=rows * each,
@@ -94,7 +97,7 @@ def _live(settings: DpoSettings) -> bool:
 
 
 def reference_needed(settings: DpoSettings) -> bool:
-    """Tell whether the loss looks at a reference."""
+    """Return whether the loss needs a reference model."""
     return find_loss(settings.align.loss_name, where="align.loss").needs.reference
 
 
@@ -103,7 +106,7 @@ def _scorers(reward: RewardsSettings) -> int:
 
 
 def _with_reply(lengths: Lengths, reply: int) -> Lengths:
-    """Return prompts with replies of so many tokens, the most that are drawn."""
+    """Return the prompts' lengths with completions of the maximum length."""
     return replace(
         lengths,
         longest=lengths.longest_prompt + reply,
@@ -116,13 +119,14 @@ def _with_reply(lengths: Lengths, reply: int) -> Lengths:
 def _rollout(
     settings: PpoSettings | RejectionSettings | OnlineSettings, step: Workload, lengths: Lengths
 ) -> Rollout:
-    """Return how a process draws; TRL's trainers draw all replies of a step at once."""
+    """Return the generation batch of a process; TRL's trainers sample all completions of a step at once."""
     reply, width = settings.sampling.max_new_tokens, lengths.longest_prompt + settings.sampling.max_new_tokens
     asked = settings.sampling.at_once
     lines = GENERATED_AT_ONCE * TOKENS_PER_FORWARD[step.device] // width if asked == "auto" else asked
     if isinstance(settings, PpoSettings):
         lines = min(lines, settings.ppo.rollout_size)
     if isinstance(settings, OnlineSettings):
+        # TRL has no generation batch of its own.
         lines = settings.train.batch_size
     return Rollout(ceil(max(1, lines) / step.processes), lengths.longest_prompt, reply)
 
@@ -141,6 +145,7 @@ def _ppo(settings: PpoSettings, step: Workload, lengths: Lengths, rows: int) -> 
 
 def _online(settings: OnlineSettings, step: Workload, lengths: Lengths, rows: int) -> Workload:
     longer = _with_reply(lengths, settings.sampling.max_new_tokens)
+    # Without a KL penalty TRL runs no reference.
     beta = float(str(settings.model_dump().get("align", {}).get("beta", 0)))
     own = replace(
         step,

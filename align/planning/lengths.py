@@ -1,4 +1,4 @@
-"""How many rows there are to learn, and how long they are: counted where possible, else said why not."""
+"""Row counts and token lengths of a recipe's data, measured where possible, otherwise estimated."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ from finetune.recipe.settings import DataSettings, ModelSettings
 
 DATA_SETS = PROJECT / "recipes" / "data_sets.yaml"
 BYTES_PER_TOKEN = 4.0
-"""English prose under tokenizers of 32,000 to 256,000 words; code and most other languages have fewer."""
+"""English prose under vocabularies of 32,000 to 256,000; code and most other languages have fewer."""
 COUNTED = 256
-"""Rows that are written down and counted; the others are taken to be like them."""
+"""Rows that are rendered and counted; they stand for the others."""
 LONG = 16
-"""Rows with the most characters, among which the longest is sought."""
+"""Rows with the most characters, among which the one with the most tokens is searched."""
 BORDER = 1
-"""Special tokens at the beginning of a row, and at the end of a reply."""
+"""Special tokens at the beginning of a row, and at the end of a completion."""
 LARGE = 24 * 2**20
-"""Bytes of local files that are read for a plan, so that it answers in a second or two."""
+"""Maximum bytes of local files that are read for a plan, so that it takes a second or two."""
 
 
 Count = Callable[[str], int]
@@ -36,18 +36,18 @@ Count = Callable[[str], int]
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Rows and their tokens.
+    """Row count and token lengths.
 
     Attributes:
-        rows: to learn; None: not known here.
-        prompt: tokens of a prompt, on average.
-        reply: tokens of one reply, on average.
-        replies: of a row, on average.
-        longest: tokens of the longest row with one reply, after the cut.
+        rows: to train on; None: unknown.
+        prompt: mean tokens of a prompt.
+        completion: mean tokens of one completion.
+        completions: mean number per row.
+        longest: tokens of the longest row with one completion, after truncation.
         longest_prompt: tokens of the longest prompt.
-        longest_reply: tokens of the longest reply.
-        bound: whether the tokens are an upper bound and no average.
-        how: where this comes from.
+        longest_completion: tokens of the longest completion.
+        is_upper_bound: whether the means are upper bounds.
+        basis: how the lengths were obtained.
     """
 
     rows: int | None
@@ -62,22 +62,22 @@ class Lengths:
 
     @property
     def together(self) -> float:
-        """Return the tokens of a row on average whose replies stand behind one prompt."""
+        """Return the mean tokens of a row whose completions share one prompt."""
         return self.prompt + self.replies * self.reply
 
 
 def lengths(
     data: DataSettings, model: ModelSettings, *, seed: int, most: int, replies: int, labels: bool
 ) -> Lengths:
-    """Return how long the rows of a recipe are.
+    """Return the lengths of a recipe's rows.
 
     Args:
         data: its data section.
-        model: its base, whose tokenizer counts where it is on this machine.
-        seed: draws held-out rows and mixtures.
-        most: tokens of a prompt with one reply at most.
-        replies: of a row, where rows cannot be read.
-        labels: whether each reply is a row of its own.
+        model: its base, whose tokenizer counts tokens if it is on this machine.
+        seed: of held-out splits and mixtures.
+        max_length: maximum tokens of a prompt with one completion.
+        completions: per row, where rows cannot be read.
+        labels: whether each completion is a row of its own (KTO).
 
     Raises:
         UserError: mistakes in local data, with file, line and field.
@@ -88,8 +88,10 @@ def lengths(
         return _large(data, size, most, replies)
     rows = rows_to_learn(data, seed, labels=labels)
     write = writer(data.template)
+    # Evenly spaced, since files may be sorted.
     some = [write(row) for row in rows[:: max(1, len(rows) // COUNTED)]]
     count, how = _counter(model, some)
+    # Memory is planned for the longest row, which a sample would miss.
     long = [write(row) for row in nlargest(LONG, rows, key=lambda row: row.size)]
     return _measured(
         some, long, count, rows=len(rows), most=most, how=f"{len(rows):,} rows of {_names(data)}; {how}"
@@ -97,7 +99,7 @@ def lengths(
 
 
 def _local_bytes(data: DataSettings) -> int | None:
-    """Return the bytes of the data's files, 0 for rows given in Python; None where some is on the hub."""
+    """Return the bytes of the data's files, 0 for rows given in Python; None if some are on the hub."""
     total = 0
     for source in _sources(data):
         if isinstance(source, list):
@@ -121,13 +123,13 @@ def _names(data: DataSettings) -> str:
 def _measured(
     some: Sequence[Said], long: Sequence[Said], count: Count, *, rows: int, most: int, how: str
 ) -> Lengths:
-    """Return the lengths of all rows by some of them and by the longest."""
+    """Return the lengths of all rows from a sample and the longest rows."""
     prompts = [count(row.prompt) + BORDER for row in some]
     replies = [[count(reply) + BORDER for reply in row.replies] for row in some]
     each = [min(most, length) for own in replies for length in own]
     pairs = zip(prompts, replies, strict=True)
     whole = [min(most, prompt + max(own, default=0)) for prompt, own in pairs]
-    # Rows are cut at `most`: what the average row loses is taken off its prompt and its reply alike.
+    # Truncation at the maximum length shortens the mean prompt and the mean completion by the same factor.
     mean_prompt, mean_reply = fmean(prompts), fmean(each) if each else 0.0
     kept = min(1.0, fmean(whole) / (mean_prompt + mean_reply))
     ends = [
@@ -147,17 +149,18 @@ def _measured(
 
 
 def _counter(model: ModelSettings, some: Sequence[Said]) -> tuple[Count, str]:
-    """Return what counts a text's tokens, and how: by the rate of some rows under the base's tokenizer."""
+    """Return a token counter, bytes over a sample's bytes per token, and a description of it."""
     file = _tokenizer_file(model)
     if file is None:
         rate = BYTES_PER_TOKEN
-        how = f"{rate:g} bytes a token assumed, the base's tokenizer is not on this machine"
+        how = f"assuming {rate:g} bytes per token (the base's tokenizer is not on this machine)"
     else:
+        # Encoding all rows would take too long for a plan: other rows are converted by bytes per token.
         texts = ["".join((row.prompt, *row.replies)) for row in some]
         tokenizer = Tokenizer.from_file(str(file))
         tokens = sum(len(encoded.ids) for encoded in tokenizer.encode_batch(texts, add_special_tokens=False))
         rate = sum(len(text.encode()) for text in texts) / max(1, tokens)
-        how = f"{rate:.2f} bytes a token, counted on {len(some)} of them with the base's tokenizer"
+        how = f"{rate:.2f} bytes per token, counted on {len(some)} of them with the base's tokenizer"
     return lambda text: round(len(text.encode()) / rate), how
 
 
@@ -171,19 +174,18 @@ def _tokenizer_file(model: ModelSettings) -> Path | None:
 
 
 def _large(data: DataSettings, size: int, most: int, replies: int) -> Lengths:
-    """Return what the size of files tells that are too large to be read for a plan."""
+    """Return lengths from the size of files that are too large to read."""
     rows = _lines(data)
-    how = (
-        f"{_names(data)} has {size / 2**20:,.0f} MiB, not read for a plan: {BYTES_PER_TOKEN:g} bytes a token"
-    )
+    how = f"{_names(data)}: {size / 2**20:,.0f} MiB, not read for a plan; {BYTES_PER_TOKEN:g} bytes per token"
     if rows is None:
         return Lengths(None, most / 2, most / 2, replies, most, most, most, True, f"{how}, rows not counted")
+    # How rows divide into prompt and completion is unknown: half and half.
     mean = min(float(most), size / rows / BYTES_PER_TOKEN)
-    return Lengths(rows, mean / 2, mean / 2, replies, most, most, most, False, f"{rows:,} lines; {how}")
+    return Lengths(rows, mean / 2, mean / 2, replies, most, most, most, False, f"{rows:,} rows; {how}")
 
 
 def _lines(data: DataSettings) -> int | None:
-    """Return the lines of files that hold a row a line; None for others."""
+    """Return the number of rows of JSON Lines files; None for other formats."""
     paths = [local_path(source) for source in _sources(data)]
     files = [file for path in paths if path is not None for file in data_files(path, data.texts)]
     if not all(file.name.endswith(".jsonl") for file in files):
@@ -197,27 +199,23 @@ def _count_lines(file: Path) -> int:
 
 
 def _unread(data: DataSettings, most: int, replies: int) -> Lengths:
-    """Return what is known of data on the hub: rows by the table, each as long as a row may be."""
+    """Return lengths of data on the hub: the row count of our table, rows of maximum length."""
     known = yaml_file.read(DATA_SETS)[0]
     rows = _known_rows(data, known)
     entry = known.get(_name(data.source)) if data.mix is None else None
     mean = entry.get("bytes", 0) / BYTES_PER_TOKEN if entry is not None else 0
-    told = f"{rows:,} rows (the hub's card)" if rows is not None else "how many rows it has is not known here"
+    told = f"{rows:,} rows (data set card)" if rows is not None else "row count unknown"
     if mean:
-        how = (
-            f"{_names(data)}: {told}; {mean:.0f} tokens each on average, at {BYTES_PER_TOKEN:g} bytes a token"
-        )
+        how = f"{_names(data)}: {told}; mean {mean:.0f} tokens per row, {BYTES_PER_TOKEN:g} bytes per token"
         mean = min(mean, float(most))
         return Lengths(rows, mean / 2, mean / 2, replies, most, most, most, False, how)
-    how = (
-        f"{_names(data)} is not read: {told}; every row is taken to be full ({most:,} tokens), an upper bound"
-    )
+    how = f"{_names(data)} is not read: {told}; assuming full rows ({most:,} tokens), an upper bound"
     prompt, reply = (most / 2, most / 2) if replies else (float(most), 0.0)
     return Lengths(rows, prompt, reply, replies, most, most, most, True, how)
 
 
 def _known_rows(data: DataSettings, known: dict[str, Any]) -> int | None:
-    """Return the rows to learn of data sets in the table, less those held out."""
+    """Return the number of training rows of data sets in the table."""
     if data.mix is None:
         rows = _rows_of(data.source, data.split, known)
         chosen = data.select.rows if data.select is not None and rows is not None else None

@@ -1,4 +1,4 @@
-"""The machine that is planned for: the one that is named, or this one."""
+"""The device that a plan is made for: a GPU by name, or this machine."""
 
 from finetune.planning import choices
 from finetune.planning.devices import Device, device, this_machine
@@ -13,9 +13,9 @@ def machine(train: TrainSettings, gpu: str | None, gpus: int | None) -> tuple[De
     """Return a device and how many of it there are.
 
     Args:
-        train: a recipe's training section: the processes that it asks for are GPUs of a named machine.
+        train: a recipe's training section, whose number of processes is the number of GPUs of a named device.
         gpu: a name, a size, ``cpu``; None: this machine.
-        gpus: how many; None: this machine's, or as many as the recipe asks for.
+        gpus: their number; None: this machine's, or the recipe's.
 
     Raises:
         UserError: an unknown name, or several CPUs.
@@ -23,23 +23,23 @@ def machine(train: TrainSettings, gpu: str | None, gpus: int | None) -> tuple[De
     found, here = (device(gpu), None) if gpu is not None else this_machine()
     if gpus is not None and gpus > 1 and found.kind == "cpu":
         text = f"{gpus} of {found.name}"
-        repair = "train.processes=2 shares one CPU; --gpu h100 names the GPUs of another machine"
+        repair = "train.processes=2 runs two processes on the CPU; --gpu h100 plans for another machine"
         raise UserError(Problem("--gpus", text, "1, or a GPU by --gpu", repair))
     asked = train.processes if isinstance(train.processes, int) else 1
     return found, gpus or here or asked
 
 
 def together(recipe: Recipe, found: Device, count: int) -> Recipe:
-    """Return the recipe with settings that go together on a machine, as its run would have them.
+    """Return the recipe with compatible settings for a device, as its run would have them.
 
     Raises:
-        UserError: what is asked for does not go together.
+        UserError: incompatible settings.
     """
     return settled(recipe, started_on(recipe, found, count))
 
 
 def started_on(recipe: Recipe, found: Device, count: int) -> Machine:
-    """Return a machine with the processes that a recipe asks for on it.
+    """Return the launch target of a recipe on a device.
 
     Raises:
         UserError: more processes than GPUs.

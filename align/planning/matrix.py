@@ -1,4 +1,4 @@
-"""What ``llm-align plan --matrix`` prints: which adapters, bases and strategies go together, and why not."""
+"""``llm-align plan --compatibility``: which adapters, quantizations and strategies work together."""
 
 import json
 
@@ -28,15 +28,15 @@ COLOURS = {"works": "green", "changed": "yellow", "cannot": "red"}
 
 
 def show_matrix(stage: str, gpu: str | None, *, as_json: bool) -> None:
-    """Print a stage's matrix, as tables or as JSON.
+    """Print a stage's compatibility, as tables or as JSON.
 
     Args:
-        stage: what runs.
-        gpu: a card by name, or ``cpu``; None: this machine.
-        as_json: whether a program reads it.
+        stage: its name.
+        gpu: a GPU by name, or ``cpu``; None: this machine.
+        as_json: whether to print JSON.
 
     Raises:
-        UserError: there is no such stage, or no such card.
+        UserError: unknown stage or GPU.
     """
     device = (device_named(gpu) if gpu is not None else this_machine()[0]).kind
     if as_json:
@@ -46,13 +46,13 @@ def show_matrix(stage: str, gpu: str | None, *, as_json: bool) -> None:
 
 
 def print_matrix(stage: str, device: str, console: Console) -> None:
-    """Print a stage's matrix on a device, and the rules that its cells name.
+    """Print a stage's compatibility tables for a device, and the rules that their cells name.
 
     Raises:
-        UserError: there is no such stage.
+        UserError: unknown stage.
     """
     tables = {
-        f"{stage} on {device} (base: adapters)": adapter_rows(stage, device),
+        f"{stage} on {device} (quantization: adapters)": adapter_rows(stage, device),
         "train.optimizer": optimizer_rows(device),
         "train.offload": offload_rows(device),
         "train.engine=trl": engine_rows(device),
@@ -66,7 +66,7 @@ def print_matrix(stage: str, device: str, console: Console) -> None:
 
 
 def matrix_json(stage: str, device: str) -> str:
-    """Return a stage's matrix as JSON: one object a cell."""
+    """Return a stage's compatibility as JSON: one object per cell."""
     found = [
         {
             "stage": stage,

@@ -1,4 +1,4 @@
-"""A recipe's plan: what it holds, does and leaves, and how long that takes; nothing is loaded."""
+"""The plan of a recipe: its memory by phase, work, time and disk, computed without loading anything."""
 
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -25,27 +25,28 @@ from finetune.recipe.settings import StageSettings
 
 MERGE = "merge"
 WITHOUT_ROWS = (MERGE, "rollout")
-"""Phases in which the rows of a forward pass change nothing."""
+"""Phases whose memory does not depend on the micro-batch size."""
 BLOCKS = "pretrain"
-"""The stage whose rows are documents, laid end to end and cut into blocks of data.max_length."""
+"""The stage whose documents are concatenated and split into blocks of data.max_length."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of a recipe needs.
+    """The resources that a run of a recipe needs.
 
     Attributes:
-        recipe: what is planned.
+        recipe: the planned recipe.
         device: one of those that it runs on.
-        step: one optimizer step of one process.
+        workload: one optimizer step of one process.
         phases: the memory of a process, phase by phase.
-        trained: parameters that are trained.
+        trainable: number of trainable parameters.
         lengths: of the rows.
-        work: of the whole run; None where the number of rows is not known.
-        seconds: of the whole run; None where neither speed nor rows are known.
-        disk: bytes of what it writes.
-        chosen: what was ``auto``, with the reason for each.
-        at: a forward pass of so many rows.
+        work: of the full run; None where the number of rows is unknown.
+        time: of the full run; None where speed or rows are unknown.
+        disk: bytes written, by kind.
+        auto: values of settings that were ``auto``, with the reason for each.
+        micro_batch_size: rows per micro-batch.
+        workload_of_rows: number of rows -> the workload of that micro-batch.
     """
 
     recipe: Recipe
@@ -63,27 +64,26 @@ class Plan:
 
     @property
     def peak(self) -> Phase:
-        """Return the fullest phase of the run; a merge is a command of its own, after it."""
+        """Return the run's phase with the highest peak; a merge is a separate command."""
         return peak(self.running)
 
     @property
     def running(self) -> list[Phase]:
-        """Return the phases of the run itself."""
+        """Return the phases of the run itself, without the merge."""
         return [phase for phase in self.phases if phase.name != MERGE]
 
     @property
     def fits(self) -> bool:
-        """Tell whether it fits the device's memory."""
         return self.peak.total <= self.room
 
     @property
     def room(self) -> int:
-        """Return the bytes that a process has."""
+        """Return the device bytes available to a process."""
         return self.device.share(self.step.processes)
 
     @property
     def total(self) -> int:
-        """Return the parameters of base and adapter together."""
+        """Return the number of parameters of base and adapter."""
         own = self.step.architecture.parameters
         return own if self.step.adapter.whole_model else own + self.trained
 
@@ -92,13 +92,13 @@ def plan_of(recipe: Recipe, device: Device, count: int, *, known: Plan | None = 
     """Return the plan of a recipe.
 
     Args:
-        recipe: what is planned.
-        device: what each process computes with.
+        recipe: the recipe.
+        device: the device of each process.
         count: how many of them the machine has.
-        known: a plan of the same base and the same rows, of which nothing has to be read again.
+        reuse: a plan with the same base and data, to avoid reading them again.
 
     Raises:
-        UserError: a base of unknown shape, a choice that this device does not allow, mistakes in local data.
+        UserError: an unknown base, a setting that the device does not support, mistakes in local data.
     """
     settings = recipe.settings
     hardware = Hardware(device.kind, device.name, device.bfloat16, count)
@@ -118,7 +118,7 @@ def plan_of(recipe: Recipe, device: Device, count: int, *, known: Plan | None = 
             device=device.kind,
         ),
         processes=processes[0],
-        strategy=strategy[0],  # type: ignore[arg-type]  # the recipe's words are the planner's
+        strategy=strategy[0],  # type: ignore[arg-type]  # the settings have the same Literal values
         offload=settings.train.offload,
     )
     at = _accumulating(settings, forward_pass(settings, step, found), processes[0])
@@ -135,12 +135,12 @@ def plan_of(recipe: Recipe, device: Device, count: int, *, known: Plan | None = 
 
 
 def _side_by_side(settings: StageSettings, step: Workload) -> dict[str, tuple[str, str]]:
-    """Return how many replies are drawn at once, over all processes, where any are."""
+    """Return the generation batch size over all processes, for stages that generate."""
     if step.rollout is None:
         return {}
     asked, drawn = dict(settings)["sampling"].at_once, step.rollout
     width = drawn.prompt + drawn.completion
-    why = "as asked" if asked != "auto" else f"prompt and reply have up to {width} tokens"
+    why = "as requested" if asked != "auto" else f"prompt and completion have up to {width} tokens"
     return {"sampling.at_once": (str(drawn.lines * step.processes), why)}
 
 
@@ -152,10 +152,11 @@ def finished(
     found: Lengths,
     chosen: dict[str, tuple[str, str]],
 ) -> Plan:
-    """Return the plan of forward passes of so many rows."""
+    """Return the plan for a micro-batch size."""
     settings, step = recipe.settings, at(rows)
     phases = plan_memory(step)
     trained = _trained(recipe, step)
+    # PPO trains an adapter for the policy and one for the value model.
     trained *= 2 if step.objective == "ppo" else 1
     done = work(settings, found)
     return Plan(
@@ -175,10 +176,10 @@ def finished(
 
 
 def _trained(recipe: Recipe, step: Workload) -> int:
-    """Return the trained parameters of one role.
+    """Return the number of trainable parameters of one role.
 
     Raises:
-        UserError: the adapter is not for this base, as it would say once the base is loaded.
+        UserError: the adapter does not support this base, with the message of a run.
     """
     method, family = step.adapter.method, step.architecture.family
     trained = trained_parameters(step.architecture, step.adapter, heads=step.heads)
@@ -197,7 +198,7 @@ def _trained(recipe: Recipe, step: Workload) -> int:
 
 
 def _accumulating(settings: StageSettings, at: At, processes: int) -> At:
-    """Return forward passes that know how many of them make an optimizer step."""
+    """Return workloads with the number of micro-batches per optimizer step."""
 
     def with_number(rows: int) -> Workload:
         return replace(at(rows), accumulated=ceil(settings.train.batch_size / (rows * processes)))
@@ -206,15 +207,15 @@ def _accumulating(settings: StageSettings, at: At, processes: int) -> At:
 
 
 def _longest(settings: StageSettings, context: int) -> tuple[int, str]:
-    """Return the tokens of a row at most (of a prompt, where replies are drawn), and why."""
+    """Return the maximum tokens of a row (of a prompt, in stages that generate), and the reason."""
     data, taken = settings.data, settings.adapter.positions
     if not isinstance(data, PromptSettings):
         return choices.max_length(data.max_length, context=context, virtual_tokens=taken)
     reply = int(settings.model_dump()["sampling"]["max_new_tokens"])
     if data.max_prompt_length is not None:
-        return data.max_prompt_length, "as asked"
+        return data.max_prompt_length, "as requested"
     room = min(context - taken, choices.DEFAULT_MAX_LENGTH) - reply
-    return max(1, room), f"beside a reply of {reply} tokens"
+    return max(1, room), f"maximum length minus a completion of {reply} tokens"
 
 
 def _length_key(settings: StageSettings) -> str:
@@ -224,6 +225,7 @@ def _length_key(settings: StageSettings) -> str:
 def _lengths(recipe: Recipe, most: int) -> Lengths:
     settings = recipe.settings
     drawn, labels = isinstance(settings.data, PromptSettings), isinstance(settings, KtoSettings)
+    # Without reading the data: pairs have two completions per row, other rows have one.
     pairs = settings.TRL_CONFIG in ("DPOConfig", "RewardConfig")
     found = lengths(
         settings.data,
@@ -237,7 +239,7 @@ def _lengths(recipe: Recipe, most: int) -> Lengths:
 
 
 def cut(known: Lengths, most: int) -> Lengths:
-    """Return lengths of rows that are cut at so many tokens."""
+    """Return the lengths of rows truncated to a maximum length."""
     kept = min(1.0, most / max(1.0, known.prompt + known.reply))
     return replace(
         known,
@@ -250,7 +252,8 @@ def cut(known: Lengths, most: int) -> Lengths:
 
 
 def _in_blocks(found: Lengths, most: int) -> Lengths:
-    """Return documents as the blocks that they are cut into."""
+    """Return documents as the blocks they are split into."""
+    # All tokens, concatenated and split: blocks are full rows without a prompt.
     rows = None if found.rows is None else max(1, ceil(found.rows * found.together / most))
     full = float(most)
     return replace(
@@ -259,20 +262,21 @@ def _in_blocks(found: Lengths, most: int) -> Lengths:
 
 
 def least_rows(settings: StageSettings) -> int:
-    """Return the rows that a forward pass must have: KTO measures a reply against those beside it."""
+    """Return the minimum micro-batch size: KTO compares a completion with the others of its micro-batch."""
     return 2 if isinstance(settings, KtoSettings) else 1
 
 
 def phases_of_rows(step: Workload) -> list[Phase]:
-    """Return the phases that hold the rows of a forward pass."""
+    """Return the phases whose memory depends on the micro-batch size."""
     return [phase for phase in plan_memory(step) if phase.name not in WITHOUT_ROWS]
 
 
 def _rows(settings: StageSettings, at: At, device: Device, processes: int) -> tuple[int, str]:
-    """Return the rows of a forward pass, and why."""
+    """Return the micro-batch size and its reason."""
     train = settings.train
 
     def fits(rows: int) -> bool:
+        # auto leaves a margin for the plan's error; a requested size is compared with the full memory.
         return peak(phases_of_rows(at(rows))).total <= SURE * device.room
 
     return choices.micro_batch_size(

@@ -1,4 +1,4 @@
-"""A plan as plain data, for programs."""
+"""A plan as JSON data: ``llm-align plan --json``."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from align.planning.plan import Plan
 
 
 def record(plan: Plan, found: Sequence[Alternative] | None = None) -> dict[str, Any]:
-    """Return a plan, and what can be changed if that was asked for, in bytes, tokens and seconds."""
+    """Return a plan, and its alternatives if given, in bytes, tokens and seconds."""
     step = plan.step
     content: dict[str, Any] = {
         "stage": plan.recipe.stage,

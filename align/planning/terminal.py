@@ -1,4 +1,4 @@
-"""A plan for readers: what does not fit stands first, then where the memory goes, how long, and why."""
+"""A plan on the console: whether it fits, memory by phase and category, steps, time, auto values."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,21 +13,21 @@ from finetune.planning.memory import PARTS, Phase
 
 MIB = 2**20
 SMALL = 2 * GIB
-"""Peaks below are told in MiB."""
+"""Peaks below are printed in MiB."""
 TIGHT = 0.05
-"""Share of a device below which what is left of it is no comfort: the allocator leaves gaps."""
+"""Share of the device below which free memory may be lost to allocator fragmentation."""
 SHOWN = 8
 
 
 def print_plan(plan: Plan, console: Console, *, command: str) -> None:
-    """Print a plan; ``command`` is what runs the recipe."""
+    """Print a plan; ``command`` is the command that runs the recipe."""
     _head(plan, console)
     console.print(_memory(plan))
     _line(console, "device", _device(plan))
     for label, text in facts(plan):
         _line(console, label, text)
     for number, (key, (value, why)) in enumerate(plan.chosen.items()):
-        _line(console, "chosen" if not number else "", f"{key}={value}  ({why})")
+        _line(console, "auto" if not number else "", f"{key}={value}  ({why})")
     for note in plan.recipe.notes:
         _line(console, "note", note)
     if plan.fits:
@@ -49,25 +49,26 @@ def _head(plan: Plan, console: Console) -> None:
 
 
 def verdict(plan: Plan) -> str:
-    """Return in a sentence whether it fits."""
+    """Return one sentence: does it fit, and by how much?"""
     top, room = plan.peak, plan.room
-    each = " for each process" if plan.device.kind == "cpu" and plan.step.processes > 1 else ""
-    here = f"{size(top.total)} in '{top.name}', and {plan.device.name} has {size(room)} free{each}"
+    each = " per process" if plan.device.kind == "cpu" and plan.step.processes > 1 else ""
+    here = f"peak {size(top.total)} in '{top.name}'; {plan.device.name} has {size(room)} free{each}"
     if not plan.fits:
-        return f"It does not fit: {here}; {size(top.total - room)} are missing."
+        return f"Does not fit: {here}, {size(top.total - room)} too little."
     left = room - top.total
-    tight = " That is tight: gaps between blocks of memory may take it." if left < TIGHT * room else ""
-    return f"It fits: {here}; {size(left)} are left.{tight}"
+    tight = " Tight: allocator fragmentation may use it up." if left < TIGHT * room else ""
+    return f"Fits: {here}, {size(left)} to spare.{tight}"
 
 
 def _memory(plan: Plan) -> Table:
-    """Return a table of phases by parts, the peak in bold."""
+    """Return a table of phases by categories, the peak in bold."""
     top, unit = plan.peak, _unit(plan.peak.total)
     name = "GiB" if unit == GIB else "MiB"
-    whose = "of each process" if plan.step.processes > 1 else "of the run"
+    whose = "per process" if plan.step.processes > 1 else "of the run"
     table = Table(title=f"memory {whose}, {name}", title_justify="left", title_style="bold", box=None)
     table.add_column("")
     for phase in plan.phases:
+        # In parentheses: a merge is a separate command and does not count for the verdict.
         title = f"({phase.name})" if phase.name == MERGE else phase.name
         table.add_column(title, justify="right", style="bold" if phase is top else "", max_width=12)
     for part in PARTS:
@@ -75,9 +76,9 @@ def _memory(plan: Plan) -> Table:
         if any(numbers):
             table.add_row(part, *(_cell(number, unit) for number in numbers))
     totals = [_total(phase, unit, peak=phase is top) for phase in plan.phases]
-    table.add_row("together", *totals, style="bold", end_section=True)
+    table.add_row("total", *totals, style="bold", end_section=True)
     if any(phase.host for phase in plan.phases):
-        table.add_row("machine's memory", *(_cell(phase.host, unit) for phase in plan.phases), style="dim")
+        table.add_row("host memory", *(_cell(phase.host, unit) for phase in plan.phases), style="dim")
     return table
 
 
@@ -98,12 +99,12 @@ def _unit(most: int) -> int:
 
 def _device(plan: Plan) -> str:
     device = plan.device
-    taken = "CUDA itself" if device.kind == "cuda" else "the program itself"
-    return f"{device.name}: {size(device.memory)}, of which {taken} takes {size(TAKEN[device.kind])}"
+    taken = "the CUDA context" if device.kind == "cuda" else "the Python process"
+    return f"{device.name}: {size(device.memory)}, minus {size(TAKEN[device.kind])} for {taken}"
 
 
 def facts(plan: Plan) -> Iterable[tuple[str, str]]:
-    """Yield labels and lines about the whole run."""
+    """Yield labels and lines about the full run."""
     yield "trained", f"{plan.trained:,} of {plan.total:,} parameters ({plan.trained / plan.total:.2%})"
     yield "rows", plan.lengths.how
     yield from _amount(plan)
@@ -112,24 +113,24 @@ def facts(plan: Plan) -> Iterable[tuple[str, str]]:
     if merge is not None and merge.total > plan.room and plan.device.kind == "cuda":
         yield (
             "merge",
-            f"`llm-align merge` needs {size(merge.total)}: CUDA_VISIBLE_DEVICES= lets the CPU do it",
+            f"`llm-align merge` needs {size(merge.total)}: set CUDA_VISIBLE_DEVICES= to run it on the CPU",
         )
 
 
 def _amount(plan: Plan) -> Iterable[tuple[str, str]]:
     settings, done = plan.recipe.settings, plan.work
     if done is None:
-        yield "steps", f"not known: epochs={settings.train.epochs:g} of an unknown number of rows"
-        yield "", "give them with --data FILE, or set train.max_steps=N"
+        yield "steps", f"unknown: epochs={settings.train.epochs:g} over an unknown number of rows"
+        yield "", "pass local data with --data FILE, or set train.max_steps=N"
         return
     at_most = "at most " if plan.lengths.bound else "about "
-    yield "tokens", f"{at_most}{amount(done.learnt)} learnt{_read(plan)}"
+    yield "tokens", f"{at_most}{amount(done.learnt)} trained on{_read(plan)}"
     step = plan.step
-    passes = f"{step.accumulated} forward pass{'es' if step.accumulated > 1 else ''} of {plan.rows}"
-    each = " in each process" if step.processes > 1 else ""
-    yield "steps", f"{done.steps:,} of {settings.train.batch_size} rows, each {passes}{each}"
+    passes = f"{step.accumulated} micro-batch{'es' if step.accumulated > 1 else ''} of {plan.rows}"
+    each = " per process" if step.processes > 1 else ""
+    yield "steps", f"{done.steps:,} of {settings.train.batch_size} rows: {passes}{each}"
     if plan.seconds is None:
-        yield "time", f"not known: the speed of {plan.device.name} is not; name a card (--gpu rtx4090)"
+        yield "time", f"unknown: no throughput data for {plan.device.name}; name a GPU (--gpu rtx4090)"
     else:
         yield "time", f"{span(plan.seconds.least)} to {span(plan.seconds.most)}  ({plan.seconds.how})"
 
@@ -137,11 +138,12 @@ def _amount(plan: Plan) -> Iterable[tuple[str, str]]:
 def _read(plan: Plan) -> str:
     done = plan.work
     assert done is not None
-    read = f", {amount(done.read)} read by reference, value or rewards" if done.read else ""
-    return read + (f", {done.replies:,} replies drawn" if done.replies else "")
+    read = f", {amount(done.read)} scored by reference, value or reward models" if done.read else ""
+    return read + (f", {done.replies:,} completions sampled" if done.replies else "")
 
 
 def _disk(plan: Plan) -> str:
+    # Optional files have a comma in their name ("merged model, if ...").
     kept = {name: number for name, number in plan.disk.items() if "," not in name}
     asked = [f"{name}: {size(number)}" for name, number in plan.disk.items() if "," in name]
     parts = ", ".join(f"{name} {size(number)}" for name, number in kept.items())
@@ -149,19 +151,19 @@ def _disk(plan: Plan) -> str:
 
 
 def print_alternatives(found: Sequence[Alternative], plan: Plan, console: Console, *, command: str) -> None:
-    """Print what can be changed, the cheapest that fits first, and what to type."""
+    """Print alternatives, the cheapest that fits first, and the command to run."""
     console.print()
     fitting = [one for one in found if one.plan.fits]
     table = Table(
-        title="what to change; time is that of the recipe as it is = 1",
+        title="alternatives; time relative to the unchanged recipe",
         title_justify="left",
         title_style="bold",
         box=None,
     )
-    for name, side in (("fits", "left"), ("peak", "right"), ("rows a pass", "right"), ("time", "right")):
+    for name, side in (("fits", "left"), ("peak", "right"), ("micro-batch", "right"), ("time", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     table.add_column("append to the command", overflow="fold")
-    table.add_row(_yes(plan.fits), size(plan.peak.total), str(plan.rows), "1.00", "(as it is)")
+    table.add_row(_yes(plan.fits), size(plan.peak.total), str(plan.rows), "1.00", "(unchanged)")
     for one in shown(found):
         words = escape(one.words)
         text = f"[bold]{words}[/]" if fitting and one is fitting[0] and not plan.fits else words
@@ -173,7 +175,8 @@ def print_alternatives(found: Sequence[Alternative], plan: Plan, console: Consol
 
 
 def shown(found: Sequence[Alternative]) -> list[Alternative]:
-    """Return the alternatives worth a line: the cheapest that fit, and single changes; of equal ones one."""
+    """Return the alternatives to print: the cheapest that fit, and single changes, without duplicates."""
+    # Of alternatives with equal results the first wins, reversed since later keys overwrite earlier ones.
     alike = {(one.plan.peak.total, one.plan.rows, round(one.time, 2)): one for one in reversed(found)}
     others = sorted(alike.values(), key=found.index)
     best = [one for one in others if one.plan.fits][:SHOWN]
@@ -183,10 +186,10 @@ def shown(found: Sequence[Alternative]) -> list[Alternative]:
 
 def _advice(plan: Plan, fitting: Sequence[Alternative], command: str) -> str:
     if plan.fits:
-        return f"nothing has to be changed: {command}"
+        return f"no change needed: {command}"
     if fitting:
         return f"{command} {fitting[0].words}"
-    return "nothing here makes it fit: a smaller base, a larger GPU (--gpu), or more of them (--gpus)"
+    return "no alternative fits: use a smaller base, a larger GPU (--gpu) or more GPUs (--gpus)"
 
 
 def _yes(fits: bool) -> str:
@@ -198,12 +201,12 @@ def _line(console: Console, label: str, text: str) -> None:
 
 
 def size(number: int) -> str:
-    """Return bytes in GiB or MiB."""
+    """Format bytes in GiB or MiB."""
     return f"{number / GIB:.1f} GiB" if abs(number) >= GIB else f"{number / MIB:.0f} MiB"
 
 
 def amount(tokens: float) -> str:
-    """Return a number of tokens in words."""
+    """Format a number of tokens."""
     for name, unit in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
         if tokens >= unit:
             return f"{tokens / unit:.3g} {name} tokens"
@@ -211,7 +214,7 @@ def amount(tokens: float) -> str:
 
 
 def span(seconds: float) -> str:
-    """Return a time in words."""
+    """Format a duration."""
     minutes = seconds / 60
     if minutes < 2:
         return f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""What a row is made of, as text: what is asked and what is answered. No tokenizer is needed."""
+"""Training rows as text, prompt and completions, without a tokenizer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from finetune.recipe.settings import DataSettings
 
 OWN_TEMPLATE = "model"
 MARKUP = "<|im_start|>assistant\n<|im_end|>\n"
-"""What stands for the words of a tokenizer's own template, which is not read here."""
+"""Stands for the markup of the tokenizer's own chat template, which is not rendered here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row's messages: a conversation, or a prompt and the completions that stand behind it."""
+    """A row's messages: a conversation, or a prompt and its completions."""
 
     messages: Sequence[Message]
     completions: Sequence[Message] = ()
@@ -38,19 +38,19 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A row's text: everything that stands before or between replies, and the replies."""
+    """A row's text: everything outside of completions, and the completions."""
 
     prompt: str
     replies: tuple[str, ...]
 
 
 def rows_to_learn(settings: DataSettings, seed: int, *, labels: bool = False) -> list[Row]:
-    """Return the rows to learn of local data.
+    """Return the training rows of local data.
 
     Args:
         settings: the recipe's data section.
-        seed: draws the held-out rows and a mixture's rows.
-        labels: whether completions bear a label each (KTO) in place of being compared.
+        seed: of the held-out split and of a mixture.
+        labels: whether completions have labels (KTO) instead of being compared.
 
     Raises:
         UserError: mistakes in the data, with file, line and field.
@@ -73,6 +73,7 @@ def _comparisons(settings: PreferenceSettings, seed: int, *, labels: bool) -> li
         layout = recognise_among(names, known, columns=place.columns, where=place.name, repair="")
         read = zip(read_rows(rows, layout, place.columns), (row.where for row in rows), strict=True)
         for row in comparisons(list(read), settings, source=index, report=report):
+            # KTO trains on each completion of a comparison separately.
             found += unpaired(row) if labels and len(row.replies) > 1 else [row]
     return found
 
@@ -89,21 +90,22 @@ def _asked(settings: PromptSettings, seed: int) -> list[Row]:
 
 
 def _less_held_out(rows: list[Row], settings: DataSettings) -> list[Row]:
-    """Leave out as many rows as are held out; which ones does not matter for a plan."""
+    """Drop as many rows as are held out; which ones does not matter for a plan."""
     share = settings.held_out
     return rows if isinstance(share, str) else rows[held_out_count(len(rows), share) :]
 
 
 def writer(name: str) -> Callable[[Row], Said]:
-    """Return what writes rows down with a template of data_templates/, or roughly so for ``model``.
+    """Return a function that renders rows with a template, approximately for ``model``.
 
     Raises:
-        UserError: there is no such template.
+        UserError: unknown template.
     """
     template = None if name == OWN_TEMPLATE else _template(name)
 
     def write(row: Row) -> Said:
         if row.document:
+            # All tokens of a document are trained on.
             return Said("", tuple(piece.text for piece in render_document(row.messages)))
         outside, inside = _written(template, row.messages)
         return Said(outside, tuple(turn.content for turn in row.completions) or ((inside,) if inside else ()))
@@ -117,10 +119,11 @@ def _template(name: str) -> Template:
 
 
 def _written(template: Template | None, messages: Sequence[Message]) -> tuple[str, str]:
-    """Return the text outside of replies, and that of replies."""
+    """Return the text outside of completions, and that of the completions."""
     if template is not None:
         try:
             segments, _ = render(template, messages)
+        # The run reports rows that the template refuses; the plan only needs their length.
         except TemplateError:
             return _plainly(messages)
         outside = "".join(piece.text for piece in segments if not piece.reply)

@@ -1,4 +1,4 @@
-"""How much there is to do in a whole run: optimizer steps, tokens learnt, tokens read, replies drawn."""
+"""Work of a full run: optimizer steps, trained tokens, forward-only tokens, sampled completions."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -16,14 +16,14 @@ from finetune.recipe.settings import StageSettings
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A whole run, without what is measured before and after it.
+    """Work of a full run, without the evaluations before and after it.
 
     Attributes:
-        steps: of the optimizer.
-        learnt: tokens of forward and backward passes.
-        read: tokens of forward passes alone: a reference's, a value's, scores.
-        replies: drawn from the policy.
-        reply: tokens of one at most.
+        steps: optimizer steps.
+        trained_tokens: tokens of forward and backward passes.
+        forward_tokens: tokens of forward passes alone: reference, value, reward models.
+        completions: sampled from the policy.
+        completion_tokens: maximum tokens of one.
     """
 
     steps: int
@@ -34,7 +34,7 @@ class Work:
 
 
 def work(settings: StageSettings, lengths: Lengths) -> Work | None:
-    """Return the work of a whole run; None where neither its rows nor its steps are known.
+    """Return the work of a full run; None where neither the number of rows nor of steps is known.
 
     Args:
         settings: a recipe's sections.
@@ -61,7 +61,7 @@ def _steps(settings: StageSettings, rows: int | None) -> int:
 
 
 def _reference(settings: StageSettings, lengths: Lengths, learnt: float) -> float:
-    """Return the tokens that a reference reads: those of the rows in use once, or of every step."""
+    """Return the tokens that a reference scores: each row once, or in every step."""
     if isinstance(settings, KtoSettings):
         return _once(lengths, learnt)
     if isinstance(settings, DpoSettings) and reference_needed(settings):
@@ -74,8 +74,9 @@ def _once(lengths: Lengths, learnt: float) -> float:
 
 
 def _ppo(settings: PpoSettings, lengths: Lengths) -> Work:
-    """Return rollouts, each read by policy, reference, value and rewards, and learnt by policy and value."""
+    """Return rollouts: scored by policy, reference, value and rewards; trained on by policy and value."""
     train, ppo, reply = settings.train, settings.ppo, settings.sampling.max_new_tokens
+    # Optimizer steps per rollout.
     updates = ppo.epochs * (ppo.rollout_size // train.batch_size)
     rollouts = max(1, ceil(train.epochs * (lengths.rows or 0) / ppo.rollout_size))
     if train.max_steps is not None:
@@ -84,13 +85,15 @@ def _ppo(settings: PpoSettings, lengths: Lengths) -> Work:
     tokens = episodes * (lengths.prompt + reply)
     scorers = sum(source.run is not None for source in settings.reward.sources)
     steps = train.max_steps or rollouts * updates
+    # Trained: policy and value. Forward only: old policy, reference and value, and each reward model.
     return Work(steps, 2 * ppo.epochs * tokens, (3 + scorers) * tokens, episodes, reply)
 
 
 def _rejection(settings: RejectionSettings, lengths: Lengths) -> Work:
-    """Return rounds of replies, and the learning of the best, those of earlier rounds too if remembered."""
+    """Return rounds of completions, and training on the best (of earlier rounds too if accumulated)."""
     own, reply = settings.rejection, settings.sampling.max_new_tokens
     prompts = own.prompts or lengths.rows or 0
+    # With accumulation each round trains on the selections of all rounds so far.
     kept = [prompts * (number if own.memory else 1) for number in range(1, own.rounds + 1)]
     steps = sum(_steps(settings, rows) for rows in kept)
     drawn = own.rounds * prompts * own.samples
@@ -100,7 +103,7 @@ def _rejection(settings: RejectionSettings, lengths: Lengths) -> Work:
 
 
 def _online(settings: OnlineSettings, lengths: Lengths) -> Work:
-    """Return the replies of every step, read by reference and rewards, and learnt once."""
+    """Return the completions of every step, scored by reference and rewards, and trained on once."""
     reply = settings.sampling.max_new_tokens
     steps = _steps(settings, (lengths.rows or 0) * settings.sampling.samples)
     drawn = steps * settings.train.batch_size

@@ -1,1 +1,1 @@
-"""Proximal policy optimization: policy, reference, reward and value on one frozen base."""
+"""Proximal policy optimization (PPO): policy, reference, reward and value model on one frozen base."""

@@ -1,4 +1,4 @@
-"""A rollout: completions with what was said of them when they were sampled, and what is learnt from them."""
+"""A PPO rollout: sampled completions with log-probabilities, values, advantages and returns per token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,12 +16,12 @@ Ids = tuple[int, ...]
 
 
 class EpisodeBatch(GroupBatch):
-    """One forward pass over completions in lines of their own, with what is known of them.
+    """One micro-batch of a rollout: one row per completion. C completions, T tokens of the longest one.
 
     Attributes:
-        rows: (episodes,) the numbers of their prompts.
-        mask: (episodes, tokens), true where a completion has a token.
-        old_logps, old_values, advantages, returns: (episodes, tokens), 0 behind a completion's end.
+        rows: (C,) index of each completion's prompt.
+        mask: (C, T) bool, true at the tokens of a completion.
+        old_logps, old_values, advantages, returns: (C, T), 0 after the end of a completion.
     """
 
     rows: Tensor
@@ -34,14 +34,14 @@ class EpisodeBatch(GroupBatch):
 
 @dataclass(frozen=True)
 class Tables:
-    """Numbers of each token of each completion, (episodes, longest), 0 behind a completion's end.
+    """Per-token tensors of a rollout: (C, T) = completions x longest completion, 0 after the end of each.
 
     Attributes:
-        logps: under the policy that sampled.
-        reference_logps: under the policy as it started.
-        values: when it was sampled.
-        advantages: what is learnt, whitened where asked for.
-        returns: what values should have been.
+        logps: log-probabilities under the sampling policy (old policy).
+        reference_logps: log-probabilities under the reference policy.
+        values: value estimates at sampling time (old values).
+        advantages: GAE advantages, whitened if ``ppo.whiten_advantages``.
+        returns: regression targets of the value model.
     """
 
     logps: Tensor
@@ -53,13 +53,13 @@ class Tables:
 
 @dataclass(frozen=True)
 class Episodes:
-    """A rollout's completions, in the order in which they were sampled.
+    """The completions of a rollout, in the order in which they were sampled.
 
     Attributes:
-        rows: (episodes,) the number of each one's prompt.
-        prompts: token ids.
-        completions: token ids, with the end token where there is one.
-        tables: numbers of each token.
+        rows: (C,) index of each completion's prompt.
+        prompts: token ids of each completion's prompt.
+        completions: token ids, including EOS if the completion has one.
+        tables: per-token tensors.
     """
 
     rows: tuple[int, ...]
@@ -68,16 +68,14 @@ class Episodes:
     tables: Tables
 
     def __len__(self) -> int:
-        """Return the number of completions."""
         return len(self.rows)
 
     @property
     def lengths(self) -> list[int]:
-        """Return the tokens of each completion."""
         return [len(ids) for ids in self.completions]
 
     def batch(self, chosen: Sequence[int], *, pad_id: int) -> EpisodeBatch:
-        """Return one forward pass over some episodes."""
+        """Collate the completions at the indices ``chosen`` into one micro-batch."""
         layout = lay_out(
             [self.prompts[i] for i in chosen], [self.completions[i] for i in chosen], pad_id=pad_id
         )
@@ -94,8 +92,9 @@ class Episodes:
         }
 
     def save(self, file: Path) -> None:
-        """Write everything to a safetensors file."""
+        """Write the rollout to a safetensors file, so that PPO resumes within a rollout."""
         tables = {name: table.contiguous() for name, table in vars(self.tables).items()}
+        # safetensors holds no ragged arrays: token ids are stored flat, with their lengths.
         ids = {"prompts": self.prompts, "completions": self.completions}
         flat = {name: torch.tensor([token for row in rows for token in row]) for name, rows in ids.items()}
         lengths = {f"{name}_lengths": torch.tensor(list(map(len, rows))) for name, rows in ids.items()}
@@ -103,7 +102,7 @@ class Episodes:
 
     @classmethod
     def load(cls, file: Path) -> "Episodes":
-        """Read what ``save`` wrote."""
+        """Read a rollout written by ``save``."""
         found = load_file(file)
         tables = Tables(**{field.name: found[field.name] for field in fields(Tables)})
         prompts, completions = (

@@ -1,4 +1,4 @@
-"""Experience: the policy answers prompts, the answers are judged, and every token gets its advantage."""
+"""PPO experience: generate completions, score them, compute per-token rewards, GAE advantages and returns."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -24,22 +24,22 @@ from finetune.training.processes import everyones, share, share_in_step
 
 Controller = kl.FixedKl | kl.AdaptiveKl
 PROMPTS, CUT = 0, 1
-"""What random streams are for: each draw has its own, so that none disturbs another."""
+"""Random streams of prompt order and minibatch order: separate, so that one never shifts the other."""
 
 
 @dataclass
 class Collector:
-    """Policy, reference, value and rewards at work on prompts.
+    """Generates and scores completions with policy, reference, value and reward models.
 
     Attributes:
-        roles: policy and value.
-        start: the policy as it started: the reference.
-        rewards: what is maximised.
-        encoder: turns completions into text.
-        sampling: how completions are drawn.
+        roles: policy and value model (actor-critic).
+        start: the reference policy, which is the initial policy.
+        rewards: the rewards to maximize.
+        encoder: decodes completions to text.
+        sampling: sampling parameters.
         precision: of forward passes.
-        size: completions of a forward pass.
-        seconds: what each kind of work took since it was last asked for.
+        size: completions per forward pass.
+        seconds: time spent per kind of work since the last rollout.
     """
 
     roles: Roles
@@ -52,10 +52,10 @@ class Collector:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def answer(self, prompts: Sequence[Prompt], *, seed: int) -> Replies:
-        """Return a sampled and judged reply to each prompt.
+        """Sample one completion per prompt and score it.
 
         Raises:
-            UserError: a reward raised something or gave no number.
+            UserError: a reward function raised or did not return a number.
         """
         with self.timed("generation"):
             ids = [prompt.ids for prompt in prompts]
@@ -65,12 +65,13 @@ class Collector:
 
     @torch.no_grad()
     def read(self, replies: Replies, passes: Sequence[Sequence[int]]) -> Said:
-        """Return what the models say of the replies' tokens; each process reads its share of the passes.
+        """Return policy and reference log-probabilities, values and entropies of the completions' tokens.
+
+        Each process scores its shard of the micro-batches.
 
         Args:
-            replies: what was sampled.
-            passes: the numbers of the replies of each forward pass; every reply is in one of them. The passes
-                of the first updates, in this order, make their ratios exactly 1.
+            replies: the sampled completions.
+            passes: completion indices of each micro-batch; they cover every completion once.
         """
         longest, count = int(replies.lengths.max()), len(replies.completions)
         device, pad = next(self.roles.parameters()).device, self.sampling.stop_ids[0]
@@ -91,20 +92,20 @@ class Collector:
             return Said(**_of_all(tables, [index for part in share(passes) for index in part]))
 
     def passes(self, replies: Replies) -> list[list[int]]:
-        """Return forward passes over all replies, those of similar length together."""
+        """Return micro-batches that cover all completions, sorted by length to reduce padding."""
         order = np.argsort(-_lengths(replies), kind="stable").tolist()
         return [order[start : start + self.size] for start in range(0, len(order), self.size)]
 
     @contextmanager
     def timed(self, work: str) -> Iterator[None]:
-        """Add what a block takes to the seconds of its kind of work."""
+        """Add the duration of the block to ``seconds[work]``."""
         start = time.monotonic()
         yield
         self.seconds[work] = self.seconds.get(work, 0.0) + time.monotonic() - start
 
 
 def _of_all(tables: dict[str, Tensor], own: Sequence[int]) -> dict[str, Tensor]:
-    """Return tables with the lines that every process has filled; ``own`` are this one's."""
+    """All-gather tables: each process contributes the rows that it computed; ``own`` are this process's."""
     for lines, part in everyones((list(own), {name: table[own] for name, table in tables.items()})):
         for name, table in part.items():
             tables[name][lines] = table
@@ -112,7 +113,7 @@ def _of_all(tables: dict[str, Tensor], own: Sequence[int]) -> dict[str, Tensor]:
 
 
 def rows_of_rollout(prompts: int, size: int, rollout: int, *, seed: int) -> list[int]:
-    """Return the numbers of a rollout's prompts: all prompts in a new order again and again.
+    """Return the prompt indices of a rollout: the prompts are reshuffled for every pass over them.
 
     >>> one, two = rows_of_rollout(4, 2, 0, seed=0), rows_of_rollout(4, 2, 1, seed=0)
     >>> sorted(one + two)
@@ -129,26 +130,27 @@ def rows_of_rollout(prompts: int, size: int, rollout: int, *, seed: int) -> list
 def cut_updates(
     lengths: Sequence[int], *, batch_size: int, size: int, draw: Sequence[int]
 ) -> list[list[list[int]]]:
-    """Cut a rollout into the optimizer steps of one epoch, and these into forward passes.
+    """Split a rollout into the minibatches of one PPO epoch, and each minibatch into micro-batches.
 
     Args:
-        lengths: (episodes,) tokens of each with its prompt; a step's longest ones go through together.
-        batch_size: episodes of an optimizer step; it divides their number.
-        size: episodes of a forward pass.
-        draw: seeds of the order.
+        lengths: (C,) tokens of prompt plus completion.
+        batch_size: completions per optimizer step; it divides C.
+        size: completions per forward pass.
+        draw: seeds of the shuffle.
 
     >>> cut_updates([3, 9, 4, 8], batch_size=4, size=2, draw=[0])
     [[[1, 3], [2, 0]]]
     """
     order = np.random.default_rng([CUT, *draw]).permutation(len(lengths))
     steps = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    # Sorted within the minibatch: completions of similar length share a micro-batch, which saves padding.
     longest_first = -np.asarray(lengths)
     by_length = [step[np.argsort(longest_first[step], kind="stable")].tolist() for step in steps]
     return [[step[start : start + size] for start in range(0, len(step), size)] for step in by_length]
 
 
 def whole_lengths(replies: Replies) -> np.ndarray:
-    """Return the tokens of each reply with its prompt: (episodes,)."""
+    """Return the tokens of prompt plus completion: (C,)."""
     own: np.ndarray = np.array([len(prompt.ids) for prompt in replies.prompts]) + _lengths(replies)
     return own
 
@@ -158,33 +160,32 @@ def _lengths(replies: Replies) -> np.ndarray:
 
 
 def shaped_scores(replies: Replies, settings: PpoSettings, running: scores.Running) -> Tensor:
-    """Return what PPO maximises of the rewards: (episodes,).
-
-    Normalised, clipped, and replaced where a reply has no end, in this order.
-    """
+    """Return the shaped rewards that PPO maximizes: (C,); normalized, then clipped, then the EOS penalty."""
     found = replies.rewards
     if settings.normalise == "running":
         found = running.normalise(found, shift_mean=True)
     if settings.clip_scores is not None:
         found = scores.clip_scores(found, limit=settings.clip_scores)
+    # Last, so that neither normalization nor clipping changes the penalty.
     return scores.missing_end(found, replies.stopped, value=settings.missing_end)
 
 
 def learnt_from(
     said: Said, found: Tensor, lengths: Tensor, *, coefficient: float, settings: PpoSettings
 ) -> Tables:
-    """Return what is learnt: each token's advantage and return.
+    """Return the rollout's tensors with GAE advantages and returns per token.
 
     Args:
-        said: what the models say of the tokens.
-        found: (episodes,) scores.
-        lengths: (episodes,) tokens.
-        coefficient: what a nat of distance costs.
-        settings: discount, trace, estimator, whitening.
+        said: log-probabilities and values of the tokens, (C, T).
+        found: (C,) shaped rewards.
+        lengths: (C,) tokens of each completion.
+        coefficient: KL coefficient (beta) of the per-token penalty.
+        settings: gamma, lambda, KL estimator, whitening.
     """
     mask = token_mask(lengths, said.logps.shape[1])
     distance = kl.kl_terms(said.logps, said.reference_logps, estimator=settings.kl_estimator)
     rewards = advantages.token_rewards(distance, found, lengths, coefficient=coefficient)
+    # The mean is retained: a constant added to every token would reward or punish length.
     if settings.whiten_rewards:
         rewards = masked.whiten(rewards, mask, shift_mean=False)
     gained, returns = advantages.advantages(
@@ -196,11 +197,11 @@ def learnt_from(
 
 
 def episodes_of(rows: Sequence[int], replies: Replies, tables: Tables) -> Episodes:
-    """Return a rollout as it is kept until it has been learnt from."""
+    """Return the rollout that the PPO epochs train on."""
     prompts = tuple(prompt.ids for prompt in replies.prompts)
     return Episodes(tuple(rows), prompts, tuple(one.ids for one in replies.completions), tables)
 
 
 def select(prompts: Prompts, rows: Sequence[int]) -> list[Prompt]:
-    """Return some prompts."""
+    """Return the prompts at ``rows``."""
     return [prompts[row] for row in rows]

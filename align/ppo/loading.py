@@ -1,4 +1,4 @@
-"""The roles of PPO, loaded onto one base: policy, value and reward models share its weights in memory."""
+"""Load the models of PPO: policy, value and reward models share one frozen base in memory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,12 @@ from finetune.training.model import SCORE, attach_adapter
 from finetune.training.text import Text
 
 FRESH = "lora"
-"""The value's adapter where the policy's own cannot score."""
+"""Adapter of the value model where the policy's adapter does not support a scoring head."""
 
 
 @dataclass(frozen=True)
 class Cast:
-    """All roles: the policy as stages save it, policy and value as one model, and the rewards."""
+    """The models of PPO: the policy as stages save it, policy and value as one module, and the rewards."""
 
     policy: Policy
     roles: Roles
@@ -40,11 +40,11 @@ class Cast:
 
 
 def load_cast(job: Job, text: Text) -> Cast:
-    """Load the base once, and put policy, value and reward models on it.
+    """Load the base once and attach policy, value and reward models to it.
 
     Raises:
-        UserError: the base cannot be loaded or has no scoring model, an adapter does not fit it, or a reward
-            run is not there or damaged.
+        UserError: the base cannot be loaded or has no sequence-classification class, an adapter does not fit
+            it, or a reward run is missing or damaged.
     """
     settings = job.recipe.settings
     assert isinstance(settings, Settings)
@@ -56,10 +56,12 @@ def load_cast(job: Job, text: Text) -> Cast:
     for note in rewards.notes:
         job.say(note)
     value, column = _value(settings, base, pad_id(text.encoder.tokenizer, text.encoder.stop_ids))
+    # The policy's adapter comes last: value and reward models copy the modules of a base without an adapter.
     policy = put_adapter(job, frozen)
     others = [value, *(model.model for model in rewards.models)]
     for other in others:
         own_weights(other, [policy.model])
+    # The base is frozen: a checkpointed block backpropagates only if its inputs require a gradient.
     if settings.train.gradient_checkpointing:
         value.get_base_model().enable_input_require_grads()  # type: ignore[operator]
     roles = Roles(policy.model, value, column=column, temperature=settings.sampling.temperature)
@@ -67,9 +69,9 @@ def load_cast(job: Job, text: Text) -> Cast:
 
 
 def value_run(settings: Settings) -> tuple[Path, str] | None:
-    """Return the reward run that the value begins as, and the score that it begins with; None: the start.
+    """Return the reward run and score that initialize the value model; None: the initial policy.
 
-    The first learnt reward with an adapter of its own serves (InstructGPT, arXiv 2203.02155, section 3.5).
+    It is the first reward model with its own adapter (InstructGPT, arXiv 2203.02155, section 3.5).
     """
     if settings.ppo.value_from == "start":
         return None
@@ -80,7 +82,7 @@ def value_run(settings: Settings) -> tuple[Path, str] | None:
 
 
 def _value(settings: Settings, base: PreTrainedModel, pad: int) -> tuple[nn.Module, int]:
-    """Return the value with its trainable adapter, and which of its scores it is."""
+    """Return the value model with its trainable adapter, and the index of its head."""
     found = value_run(settings)
     torch.manual_seed(settings.train.seed)
     if found is None:
@@ -100,7 +102,7 @@ def _value(settings: Settings, base: PreTrainedModel, pad: int) -> tuple[nn.Modu
 
 
 def _fresh(adapter: AdapterSettings) -> AdapterSettings:
-    """Return the policy's adapter settings, or plain LoRA where that adapter cannot score or stand beside."""
+    """Return the policy's adapter settings, or plain LoRA if that adapter cannot score or share the base."""
     traits = adapter_traits(adapter.method)
     unfit = traits.scores or traits.whole_model or traits.changes_base
     return adapter_settings(FRESH)() if unfit else adapter

@@ -1,4 +1,4 @@
-"""PPO-ptx: beside its rewards the policy goes on learning what it had learnt (InstructGPT, equation 2)."""
+"""PPO-ptx: mix pretraining gradients into the PPO updates (InstructGPT, arXiv 2203.02155, equation 2)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,14 @@ ROWS, LABELS = "pretraining", "pretraining_labels"
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Rows that are learnt beside the rewards.
+    """The rows of the PPO-ptx loss and its weight.
 
     Attributes:
         rows: conversations with the labels of stage sft.
-        collate: rows to tensors.
-        batch_size: rows of an optimizer step.
-        weight: gamma, what the mean loss over their labels counts.
-        seed: of their order.
+        collate: collates rows to tensors.
+        batch_size: rows per optimizer step.
+        weight: gamma, weight of the mean loss over their labels.
+        seed: of the row order.
     """
 
     rows: TokenizedRows
@@ -33,20 +33,21 @@ class Pretraining:
     seed: int
 
     def add_to(self, batches: list[dict[str, Any]], *, step: int, world: World = ALONE) -> None:
-        """Deal the rows of an optimizer step out to its forward passes; ``batches`` are this process's."""
+        """Distribute the rows of an optimizer step over the micro-batches; ``batches`` are this process's."""
         numbers = rows_of_rollout(len(self.rows), self.batch_size, step, seed=self.seed)
         hands = [numbers[start :: len(batches) * world.size] for start in range(len(batches) * world.size)]
         dealt = [self.collate([self.rows[number] for number in hand]) if hand else None for hand in hands]
+        # Labels of the whole step, over all processes: the loss is a mean over them, however they are split.
         labels = sum(len(loss_positions(rows["labels"])[1]) for rows in dealt if rows is not None)
         for batch, rows in zip(batches, dealt[world.rank :: world.size], strict=True):
             if rows is not None:
                 batch[ROWS], batch[LABELS] = dict(rows), labels
 
     def loss(self, unlikelihood: Tensor | float, inputs: dict[str, Any]) -> Tensor | float:
-        """Return a forward pass's share of gamma times the mean loss over the step's labels.
+        """Return this micro-batch's part of gamma times the mean loss over the step's labels.
 
         Args:
-            unlikelihood: what the policy says of the pass's rows, ``Outputs.unlikelihood``.
-            inputs: the pass.
+            unlikelihood: summed NLL of the micro-batch's pretraining rows, ``Outputs.unlikelihood``.
+            inputs: the micro-batch.
         """
         return self.weight * unlikelihood / inputs[LABELS] if ROWS in inputs else 0.0

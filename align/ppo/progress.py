@@ -1,4 +1,4 @@
-"""Where a PPO run stands beside its weights: what a checkpoint must hold so that it goes on bit for bit."""
+"""PPO state in checkpoints (KL coefficient, reward statistics, current rollout), for bit-exact resuming."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -16,16 +16,16 @@ PROGRESS, EPISODES = "ppo.json", "episodes.safetensors"
 
 @dataclass
 class Progress:
-    """What changes from rollout to rollout.
+    """The state of PPO beyond weights and optimizer.
 
     Attributes:
-        controller: what a nat of distance costs now.
-        running: statistics of all rewards so far.
-        rollouts: how many there were.
-        done: optimizer steps on the current one.
-        step_kl: distance of the policy from the one that sampled, after the last step, nats a token.
-        pending: measures of the rollout that no line of metrics has yet.
-        first: measures of the first rollout, for the stop rules.
+        controller: fixed or adaptive KL controller, which holds the KL coefficient.
+        running: running mean and variance of all rewards.
+        rollouts: number of rollouts so far.
+        done: optimizer steps done on the current rollout.
+        step_kl: approx_kl to the sampling policy in the last optimizer step, nats per token.
+        pending: metrics of the rollout that are not logged yet.
+        first: metrics of the first rollout, the baseline of the stop rules.
         episodes: the current rollout.
     """
 
@@ -39,7 +39,7 @@ class Progress:
     episodes: Episodes | None = None
 
     def save(self, folder: Path) -> None:
-        """Write everything into a checkpoint."""
+        """Write the state into a checkpoint folder."""
         assert self.episodes is not None, "no step comes before the first rollout"
         kept = {name: value for name, value in vars(self).items() if name != "episodes"}
         kept |= {"controller": asdict(self.controller), "running": asdict(self.running)}
@@ -47,31 +47,31 @@ class Progress:
         self.episodes.save(folder / EPISODES)
 
     def restore(self, folder: Path) -> None:
-        """Take what ``save`` wrote; the kind of controller is the recipe's."""
+        """Load the state that ``save`` wrote."""
         saved = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        # The recipe decides between fixed and adaptive; the checkpoint has its numbers.
         controller = replace(self.controller, **saved.pop("controller"))
         running, episodes = Running(**saved.pop("running")), Episodes.load(folder / EPISODES)
         vars(self).update(saved, controller=controller, running=running, episodes=episodes)
 
 
 class KeepProgress(TrainerCallback):  # type: ignore[misc]
-    """Writes progress and rollout into checkpoints and reads them; it must come before the one that seals."""
+    """Saves the PPO state in checkpoints and restores it; must run before the checksum callback."""
 
     def __init__(self, progress: Progress) -> None:
-        """Bind the callback to a run's progress."""
         self.progress = progress
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take what the checkpoint holds."""
+        """Restore the state of the checkpoint that training resumes from."""
         if state.global_step:
             self.progress.restore(_checkpoint(args, state))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write progress and rollout."""
+        """Save the state into the new checkpoint."""
         if state.is_world_process_zero:
             self.progress.save(_checkpoint(args, state))
 

@@ -1,4 +1,4 @@
-"""The trained roles of PPO as one model: the policy, and the value with its own modules on the same base."""
+"""Actor-critic of PPO: policy and value model as one module on a shared base."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from finetune.training.head import output_head
 
 
 class Outputs(NamedTuple):
-    """Tables (episodes, longest completion), 0 behind a completion's end.
+    """Outputs per token, (C, T) = completions x longest completion, 0 after the end of each.
 
     Attributes:
         logps: log pi(y_t | x, y_<t) at the sampling temperature.
-        entropies: of the distribution that y_t was drawn from, in nats.
-        values: of the state that y_t is drawn in.
-        unlikelihood: a scalar, the policy's summed negative log-likelihood of the labels beside them, or 0.
+        entropies: entropy of pi(. | x, y_<t), in nats.
+        values: V(x, y_<t), the value of the state before y_t.
+        unlikelihood: scalar, the policy's summed NLL of the pretraining labels (PPO-ptx), or 0.
     """
 
     logps: Tensor
@@ -30,20 +30,20 @@ class Outputs(NamedTuple):
 
 
 class Roles(nn.Module):
-    """Policy and value. The library trains, saves and resumes them as one model with their trained weights.
+    """Policy and value model, which the Trainer trains, saves and resumes as one module.
 
-    Each has modules of its own and none is switched, so that a backward pass that recomputes activations
-    (gradient checkpointing) recomputes with the adapter of its forward pass.
+    Each has its own modules, and no adapter is switched: gradient checkpointing recomputes activations in the
+    backward pass, and must do so with the adapter of the forward pass.
     """
 
     def __init__(self, policy: nn.Module, value: nn.Module, *, column: int, temperature: float) -> None:
-        """Put two models together.
+        """Combine two models.
 
         Args:
-            policy: a causal model in any wrapper.
-            value: a scoring model in any wrapper, on the same base or another one.
-            column: which of its scores is the value.
-            temperature: the policy's, as it samples.
+            policy: a causal LM in any wrapper.
+            value: a sequence-classification model in any wrapper, on the same base or another one.
+            column: index of the head that is the value.
+            temperature: sampling temperature of the policy.
         """
         super().__init__()
         self.policy, self.value = policy, value
@@ -53,15 +53,14 @@ class Roles(nn.Module):
     def forward(
         self, batch: Mapping[str, Tensor], *, spread: bool, beside: Mapping[str, Tensor] | None = None
     ) -> Outputs:
-        """Return what both say of the completions of a ``GroupBatch``, with gradients.
-
-        Whatever is learnt in a step goes through this one call, as wrappers of several processes need it.
+        """Return log-probabilities, entropies and values of a batch's completions, with gradients.
 
         Args:
-            batch: lines of completions on the models' device.
-            spread: whether entropies are wanted; they are 0 otherwise.
-            beside: rows with labels that the policy learns too.
+            batch: a ``GroupBatch`` on the models' device.
+            spread: whether to compute entropies; they are 0 otherwise.
+            beside: pretraining rows with labels (PPO-ptx).
         """
+        # One forward call for all losses of a step: DDP and DeepSpeed synchronize gradients per call.
         logps, entropies = policy_tables(self.policy, batch, temperature=self.temperature, spread=spread)
         values = self.values(batch)
         if beside is None:
@@ -70,36 +69,35 @@ class Roles(nn.Module):
         return Outputs(logps, entropies, values, completion_loss_sum(self.policy, head, beside))
 
     def values(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the value of each state that a token of a completion is drawn in, in float32."""
+        """Return the value of the state before each token, (C, T), in float32."""
         scores = all_scores(self.value, batch)[..., self.column]
         return as_table(scores[batch["predicts"]][batch["sources"]], batch)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Return what is trained: the frozen base is in no checkpoint."""
+        """Return the trained parameters only, so that checkpoints do not hold the frozen base."""
         return {name: weight.detach() for name, weight in self.named_parameters() if weight.requires_grad}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Take what ``state_dict`` gave; that the base is not in it is as it should be."""
+        """Load trained parameters; the frozen base may be missing."""
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
         lost = self.state_dict().keys() & set(found.missing_keys)
-        assert not lost and not found.unexpected_keys, f"another model's weights: {lost or found}"
+        assert not lost and not found.unexpected_keys, f"checkpoint of another model: {lost or found}"
         return found._replace(missing_keys=[])
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
-        """Let both recompute activations in the backward pass."""
+        """Turn on gradient checkpointing in both models."""
         for role in (self.policy, self.value):
             base: PreTrainedModel = unwrapped(role)
             base.activation_checkpointing_enable(**settings)
 
 
 def without_dropout(model: nn.Module) -> bool:
-    """Switch dropout off for good, and tell whether there was any.
+    """Turn dropout off for good. Return whether there was any.
 
-    The ratio to the policy that sampled has to begin at 1.
-
-    Huang et al. 2024 (arXiv 2403.17031) train without it for that reason.
+    With dropout the ratio to the sampling policy would not start at 1, which is why Huang et al. 2024
+    (arXiv 2403.17031) train without it.
     """
     found = False
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The engine of PPO: rollouts made ahead of the steps that learn from them, inside transformers' Trainer."""
+"""PPO trainer: rollouts, minibatch updates with PPO clip, metrics; a subclass of transformers' Trainer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -24,11 +24,11 @@ from finetune.training.processes import everyones, share
 
 HELD_OUT = "held_out_"
 AT_HELD_OUT = -1
-"""The number of the held-out replies among rollouts: always the same draws, and none of a rollout's."""
+"""Rollout index of the held-out completions: always the same seed, and no rollout's."""
 
 
 class PpoTrainer(BaseTrainer):
-    """Learns from its own replies; a row is a prompt, and a batch's size counts replies."""
+    """Trains on its own completions. A row is a prompt; batch sizes count completions."""
 
     ppo: PpoSettings
     collector: Collector
@@ -40,12 +40,12 @@ class PpoTrainer(BaseTrainer):
 
     @cached_property
     def means(self) -> measures.TokenMeans:
-        """Return the measures of the tokens since the last line of metrics."""
+        """Return the per-token metrics since they were last logged."""
         return measures.TokenMeans()
 
     @property
     def prompts(self) -> Prompts:
-        """Return what is answered."""
+        """Return the training prompts."""
         assert isinstance(self.train_dataset, Prompts)
         return self.train_dataset
 
@@ -57,24 +57,25 @@ class PpoTrainer(BaseTrainer):
 
     @property
     def updates(self) -> list[list[list[int]]]:
-        """Return the optimizer steps on the current rollout, of all epochs, each in forward passes."""
+        """Return the minibatches of all PPO epochs on the current rollout, as micro-batches of indices."""
         lengths = [len(prompt) for prompt in self.episodes.prompts]
         return self._cut([p + c for p, c in zip(lengths, self.episodes.lengths, strict=True)], self.rollout)
 
     @property
     def rollout(self) -> int:
-        """Return the number of the current rollout, from 0."""
+        """Return the index of the current rollout, from 0."""
         return self.progress.rollouts - 1
 
     def get_train_dataloader(self) -> DataLoader[int]:
-        """Return a loader that counts forward passes: what they are made of is decided when they come."""
+        """Return a loader of micro-batch indices; ``get_batch_samples`` builds the batches."""
+        # The Trainer asks for a loader up front, and a rollout exists only once the policy has sampled it.
         passes = self.args.max_steps * self.args.gradient_accumulation_steps
         return DataLoader(list(range(passes)), batch_size=1, collate_fn=_only)  # type: ignore[arg-type]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """Return the forward passes of an optimizer step and its tokens; sample a new rollout where due."""
+        """Return the micro-batches of an optimizer step and its number of tokens; sample a rollout if due."""
         for _ in range(num_batches):
             next(epoch_iterator)
         if self._learnt_out():
@@ -95,7 +96,7 @@ class PpoTrainer(BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return this pass's share of the mean loss over the tokens of the optimizer step."""
+        """Return this micro-batch's part of the mean loss over all tokens of the optimizer step."""
         assert num_items_in_batch is not None and not return_outputs
         ppo, mask = self.ppo, inputs["mask"]
         found = model(inputs, spread=ppo.entropy_coefficient > 0, beside=inputs.get(ROWS))
@@ -105,26 +106,27 @@ class PpoTrainer(BaseTrainer):
         losses = losses - ppo.entropy_coefficient * found.entropies.masked_fill(~mask, 0.0)
         self._watch(inputs, found.logps, policy, value, tokens=num_items_in_batch)
         loss_sum = losses.sum()
-        if self.hooks.penalty:  # its share of the step is that of this pass's tokens
+        if self.hooks.penalty:  # weighted by this micro-batch's part of the step's tokens
             loss_sum = loss_sum + self.hooks.penalty() * mask.sum()
         loss: Tensor = loss_sum / num_items_in_batch
         if self.pretraining:
             loss = loss + self.pretraining.loss(found.unlikelihood, inputs)
-        loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
+        # DDP averages gradients over ranks, and the mean above is global already.
+        loss = loss * self.accelerator.num_processes
         return loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one forward and backward pass; what it takes is logged with the rollout's other work."""
+        """Run one forward and backward pass, and add its duration to ``updates``."""
         with self.collector.timed("updates"):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def collect(self) -> None:
-        """Sample a rollout, judge it, and work out what is learnt from it.
+        """Sample and score a rollout, and compute its advantages and returns.
 
         Raises:
-            UserError: a reward raised something or gave no number.
+            UserError: a reward function raised or did not return a number.
         """
         progress, collector, ppo, seed = self.progress, self.collector, self.ppo, self.args.seed
         number = progress.rollouts
@@ -133,6 +135,7 @@ class PpoTrainer(BaseTrainer):
         progress.running = progress.running.updated(replies.rewards)
         first_epoch = self._cut(experience.whole_lengths(replies).tolist(), number)
         per_epoch = ppo.rollout_size // self.batch_size
+        # In the layout of the first epoch: same shapes, same rounding, so its first ratios are exactly 1.
         said = collector.read(replies, [part for step in first_epoch[:per_epoch] for part in step])
         scores = experience.shaped_scores(replies, ppo, progress.running)
         coefficient = progress.controller.coefficient
@@ -143,46 +146,48 @@ class PpoTrainer(BaseTrainer):
         found |= {"score": float(scores.mean()), "kl_coefficient": coefficient}
         found |= {f"seconds_{work}": value for work, value in collector.seconds.items()}
         collector.seconds.clear()
+        # After the advantages: this rollout was penalized with the coefficient before.
         progress.controller = progress.controller.after(found["kl"], len(rows))
         progress.pending, progress.first = found, progress.first or found
         progress.rollouts, progress.done, progress.step_kl = number + 1, 0, 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what the engine says, the means of what was watched, and the measures of a new rollout."""
+        """Log the Trainer's metrics, the means of the per-token metrics, and those of a new rollout."""
         if "loss" in logs:
             logs |= measures.means_of(everyones(self.means.take())) | self.progress.pending
             self.progress.pending = {}
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the measures of replies to held-out prompts."""
+        """Log and return the metrics of completions to held-out prompts."""
         return log_held_out(self, {f"{HELD_OUT}{name}": value for name, value in self.measure().items()})
 
     def measure(self) -> dict[str, float]:
-        """Return what is watched of sampled replies to the held-out prompts; always the same draws.
+        """Return the metrics of completions to held-out prompts, always sampled with the same seed.
 
         Raises:
-            UserError: a reward or a judge raised something or gave no number.
+            UserError: a reward function or a grader raised or did not return a number.
         """
         before = dict(self.collector.seconds)
         replies = self.collector.answer(self.held_out, seed=_seed(self.args.seed, AT_HELD_OUT))
         said = self.collector.read(replies, self.collector.passes(replies))
-        self.collector.seconds = before  # a rollout's seconds are its own
+        self.collector.seconds = before  # evaluation is not part of a rollout's time
         gold = self.gold(replies) if self.gold else {}
         return of_replies(replies) | of_distance(replies, said) | gold
 
     def _passes(self, step: list[list[int]], count: int) -> list[dict[str, Any]]:
-        """Return this process's forward passes of an optimizer step; one too many counts for nothing."""
+        """Return this process's micro-batches of an optimizer step, padded to ``count`` with empty ones."""
         pad = self.collector.sampling.stop_ids[0]
         passes: list[dict[str, Any]] = [dict(self.episodes.batch(part, pad_id=pad)) for part in share(step)]
         for _ in range(count - len(passes)):
+            # Every rank must run the same number of forward passes, or collectives hang: mask one out.
             batch = self.episodes.batch(step[-1][-1:], pad_id=pad)
             nothing = {"rows": batch["rows"][:0], "mask": torch.zeros_like(batch["mask"])}
             passes.append({**batch, **nothing})
         return passes
 
     def _cut(self, lengths: Sequence[int], rollout: int) -> list[list[list[int]]]:
-        """Return the optimizer steps of all epochs on a rollout."""
+        """Return the minibatches of all PPO epochs on a rollout, each as micro-batches of indices."""
         size = self.args.per_device_train_batch_size
         return [
             step
@@ -193,7 +198,7 @@ class PpoTrainer(BaseTrainer):
         ]
 
     def _learnt_out(self) -> bool:
-        """Tell whether a new rollout is due."""
+        """Return whether a new rollout is due: all minibatches are done, or approx_kl exceeds its target."""
         if self.progress.episodes is None or self.progress.done == len(self.updates):
             return True
         most = self.ppo.epoch_stop_kl
@@ -208,7 +213,7 @@ class PpoTrainer(BaseTrainer):
         *,
         tokens: Tensor | int,
     ) -> None:
-        """Keep what is logged of a forward pass; the first one on a rollout must have ratios of 1."""
+        """Record the metrics of a micro-batch, and check that a rollout's first ratios are 1."""
         mask = inputs["mask"]
         step_kl = measures.from_sampler(inputs["old_logps"], logps, mask)
         self.progress.step_kl += float(self.accelerator.reduce(step_kl.sum() / tokens, "sum"))
@@ -229,5 +234,5 @@ def _only(items: list[int]) -> int:
 
 
 def _seed(seed: int, rollout: int) -> int:
-    """Return the seed of a rollout's sampling; -1 is the held-out replies'."""
+    """Return the sampling seed of a rollout; index -1 is evaluation."""
     return seed * 1_000_003 + rollout + 1

@@ -1,4 +1,4 @@
-"""The pieces of PPO, put together from a recipe: trainer, checks, measures."""
+"""PPO as a training method: trainer, checks, evaluation and diagnostics built from a recipe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -42,14 +42,14 @@ from finetune.training.samples import Samples, question_of, spread
 from finetune.training.text import Text
 
 AT_BOTH_ENDS = ("loss", "reward", "score", "kl", "entropy", "length", "ends", "clipped", "explained_variance")
-"""What is recorded of training's first rollout and of its last ones."""
+"""Training metrics that run.json records for the first and the last rollouts."""
 AT_ONE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
-"""How far the first ratios may be from 1, where arithmetic is not the same with gradients as without."""
+"""Tolerance of the first ratios by precision: kernels with and without gradients may round differently."""
 
 
 @dataclass(frozen=True)
 class PpoTuning:
-    """Tuning of a policy on rewards of its own replies."""
+    """PPO on rewards of the policy's own completions."""
 
     job: Job
     text: Text
@@ -58,36 +58,36 @@ class PpoTuning:
 
     @property
     def settings(self) -> Settings:
-        """Return the recipe's sections."""
+        """Return the recipe's settings."""
         settings = self.job.recipe.settings
         assert isinstance(settings, Settings)
         return settings
 
     @property
     def policy(self) -> Policy:
-        """Return the model that is saved."""
+        """Return the trained policy, the model that is saved."""
         return self.cast.policy
 
     @property
     def steps(self) -> int:
-        """Return the optimizer steps of the whole run: all updates of all rollouts."""
+        """Return the optimizer steps of the run: rollouts x PPO epochs x minibatches."""
         train, ppo = self.settings.train, self.settings.ppo
         rollouts = max(1, ceil(train.epochs * len(self.data.train) / ppo.rollout_size))
         return train.max_steps or rollouts * ppo.epochs * (ppo.rollout_size // train.batch_size)
 
     @property
     def samples(self) -> Samples:
-        """Return the prompts to answer before and after training."""
+        """Return the sample prompts, answered before and after training."""
         return tuning.samples_of(self.job, self.text, self.data.conversations)
 
     @cached_property
     def behaviour(self) -> Behaviour:
-        """Return what is measured of greedy replies, before and after training."""
+        """Return the evaluation of greedy generations, before and after training."""
         return tuning.behaviour_of(self.job, self.text, self.data.conversations)
 
     @cached_property
     def hooks(self) -> Hooks:
-        """Return what the adapter does while it trains, and the value's learning rate."""
+        """Return the adapter's training hooks, and the learning rate factors of the value model."""
         settings = self.settings
         hooks = adapter_hooks(self.policy.model, settings.adapter, steps=self.steps)
         factors = {f"policy.{name}": factor for name, factor in hooks.rate_factors.items()}
@@ -99,10 +99,10 @@ class PpoTuning:
 
     @cached_property
     def pretraining(self) -> Pretraining | None:
-        """Return the rows of PPO-ptx, read and tokenised.
+        """Return the tokenized rows of PPO-ptx, or None.
 
         Raises:
-            UserError: they cannot be read.
+            UserError: the rows cannot be read.
         """
         settings, encoder = self.settings, self.text.encoder
         wanted = settings.pretraining
@@ -118,7 +118,7 @@ class PpoTuning:
         return Pretraining(data.train, pad, wanted.batch_size, wanted.weight, settings.train.seed)
 
     def facts(self) -> dict[str, Any]:
-        """Return what run.json says before the first step; whatever can be refused is refused here."""
+        """Return the metadata that run.json records before the first step, after all checks."""
         self.arguments()
         self._refuse_passes()
         self.job.watch(self.behaviour.numbers)
@@ -133,10 +133,10 @@ class PpoTuning:
         return {**facts, "rewards": rewards_record(self.settings.reward)}
 
     def arguments(self) -> TrainingArguments:
-        """Return the engine's arguments; whatever is ``auto`` is decided here.
+        """Return the training arguments, with every ``auto`` resolved.
 
         Raises:
-            UserError: the engine refuses them.
+            UserError: transformers rejects them.
         """
         longest = max(self.data.train.lengths) + self.settings.sampling.max_new_tokens
         arguments = tuning.engine_arguments(self.job, self.policy, longest=longest, steps=self.steps)
@@ -144,7 +144,7 @@ class PpoTuning:
         return arguments
 
     def trainer(self) -> Trainer:
-        """Return the engine, with the reference as the policy starts."""
+        """Return the trainer; the reference is the policy as it is now."""
         settings, args, ppo = self.settings, self.arguments(), self.settings.ppo
         progress = Progress(FixedKl(ppo.kl_coefficient))
         if ppo.kl_target is not None:
@@ -174,11 +174,11 @@ class PpoTuning:
         return trainer
 
     def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
-        """Answer prompts greedily with the policy as it is."""
+        """Generate greedily with the current policy."""
         return tuning.replies(self.job, self.text, self.policy, prompts)
 
     def measure(self, trainer: Trainer, when: str) -> None:
-        """Record the measures of sampled replies to held-out prompts, and those of training at both ends."""
+        """Record held-out metrics, and after training the first and last training metrics."""
         assert isinstance(trainer, PpoTrainer)
         run = self.job.run
         if trainer.held_out and f"{HELD_OUT}reward_{when}" not in run.record.get("metrics", {}):
@@ -189,15 +189,15 @@ class PpoTuning:
             tuning.record_training(self.job, trainer, AT_BOTH_ENDS)
 
     def save(self) -> None:
-        """Save the policy's adapter (or the model), open it again, and put its checksum into the record.
+        """Save the policy's adapter (or the model), reload it to verify, and record its checksum.
 
         Raises:
-            UserError: what was saved is not what was trained.
+            UserError: the reloaded weights differ from the trained ones.
         """
         tuning.save_policy(self.job, self.text, self.policy)
 
     def explain(self) -> None:
-        """Say what happened to the policy, what it means, and what to do about it."""
+        """Log and record the diagnostics of the run."""
         run = self.job.run
         pairs = [(line["before"], line["after"]) for line in run.samples()]
         found = panel.findings(run.record["metrics"], pairs)
@@ -218,7 +218,7 @@ class PpoTuning:
         )
 
     def _gold(self, replies: Replies) -> dict[str, float]:
-        """Return what judges, which the run does not maximise, say of replies."""
+        """Return the mean of each grader (gold reward), which the run does not maximize."""
         judges = self.behaviour.judges
         questions = [question_of([*prompt.talk, Message("assistant", "")]) for prompt in replies.prompts]
         return {
@@ -227,7 +227,7 @@ class PpoTuning:
         }
 
     def _history(self) -> list[Numbers]:
-        """Return the measures of held-out replies so far, from before training on, as rank 0 reads them."""
+        """Return all held-out metrics so far, from before training on, as read by rank 0."""
         return processes.from_main(self._written() if self.job.world.main else [])
 
     def _written(self) -> list[Numbers]:
@@ -238,34 +238,34 @@ class PpoTuning:
         return [{name.removeprefix(HELD_OUT): value for name, value in line.items()} for line in lines]
 
     def _at_one(self, error: float) -> None:
-        """Check once that the first update begins at the policy that sampled."""
+        """Check once that the first update's ratios to the sampling policy are 1."""
         if any(tick["name"] == RATIO for tick in self.job.preflight):
             return
         allowed = AT_ONE[self.policy.precision]
         if error > allowed:
-            found = f"the first update's ratios differ from 1 by up to {error:.2g}"
-            problem = Problem("model", found, f"at most {allowed:g}: nothing was learnt yet")
+            found = f"ratios of the first update differ from 1 by up to {error:.2g}"
+            problem = Problem("model", found, f"at most {allowed:g}: the policy has not changed yet")
             self.job.check(failed(RATIO, problem))
-        said = "exactly 1" if error == 0 else f"1, to {error:.1g}"
-        self.job.check(Tick(RATIO, f"to the policy that sampled: {said} on the first update"))
+        said = "exactly 1" if error == 0 else f"1 within {error:.1g}"
+        self.job.check(Tick(RATIO, f"ratio to the sampling policy is {said} on the first update"))
 
     def _say_roles(self) -> None:
-        """Tell who is there, and how much of it is trained."""
+        """Log the trainable parameters of policy and value, and how the value is initialized."""
         counted = count_parameters(self.cast.roles)
         own = count_parameters(self.policy.model).trained
         found = value_run(self.settings)
-        begins = "the policy's start, with a head of zeros" if found is None else f"{found[0]}"
+        begins = "the initial policy with a zero head" if found is None else f"{found[0]}"
         self.job.say(
-            f"{own:,} parameters of the policy are trained, and {counted.trained - own:,} of the value, "
-            f"which begins as {begins}; {counted.total:,} with the base that all share"
+            f"trainable parameters: policy {own:,}, value {counted.trained - own:,} "
+            f"(initialized from {begins}); {counted.total:,} in total with the shared base"
         )
         if self.cast.roles.had_dropout:
-            self.job.say("dropout is off: the ratio to the policy that sampled has to begin at 1")
+            self.job.say("dropout is off: the ratio to the sampling policy must start at 1")
 
     def _refuse_passes(self) -> None:
         if self.hooks.passes != 1:
-            found = "true: predictions of two passes are pulled together, which is a loss on labels"
-            expected = "false where rewards are learnt from"
+            found = "true: consistency between two forward passes is a loss on labels"
+            expected = "false in RL"
             raise UserError(Problem("adapter.consistency", found, expected, "adapter.consistency=false"))
 
     def _tell_stop(self, reason: str) -> None:

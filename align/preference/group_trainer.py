@@ -1,4 +1,4 @@
-"""What trainers on groups share: a step's loss is the mean over its groups, however it is cut."""
+"""Base trainer for prompt groups: the loss of an optimizer step is the mean over the groups of all ranks."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,29 +10,32 @@ from finetune.training.base_trainer import BaseTrainer
 
 
 class GroupTrainer(BaseTrainer):
-    """A trainer whose rows are groups: prompts with their completions."""
+    """A trainer whose rows are groups: a prompt with its completions."""
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """Return the forward passes of an optimizer step, and the groups in all of them, of all processes."""
+        """Return an optimizer step's micro-batches and their number of groups, summed over all processes."""
+        # Trainer counts trained tokens, but preference losses are averaged over groups.
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         groups = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
         return batches, self.accelerator.reduce(groups, "sum")
 
     def step_loss(self, losses: Tensor, num_groups: Tensor | int) -> Tensor:
-        """Return this pass's share of the optimizer step's loss.
+        """Return this micro-batch's contribution to the optimizer step's loss.
 
-        The shares add up to the mean over all groups of the step, however it is cut into forward passes and
-        over processes (whose gradients are averaged, hence the factor).
+        Summed over micro-batches and averaged over processes, it is the mean over all groups of the step,
+        whatever the micro-batch size and the number of processes.
 
         Args:
-            losses: those of this pass's groups that count, cut out of all with gradient: where none does,
-                the sum is a 0 whose gradient is 0 in every trained weight.
-            num_groups: of the whole step.
+            losses: of this micro-batch's real (not padding) groups, a slice of all with gradient: if it is
+                empty, the sum is 0 and its gradient is 0 in every trained weight.
+            num_groups: groups of the optimizer step, over all processes.
         """
         loss_sum = losses.sum()
-        if self.hooks.penalty:  # its share of the step is that of this pass's groups
+        # The penalty counts once per step, so each micro-batch adds it weighted by its number of groups.
+        if self.hooks.penalty:
             loss_sum = loss_sum + self.hooks.penalty() * len(losses)
+        # DDP averages gradients over processes, where we need their sum.
         loss: Tensor = loss_sum / num_groups * self.accelerator.num_processes
         return loss

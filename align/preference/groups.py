@@ -1,8 +1,10 @@
-"""A prompt and its K completions in one sequence: the prompt once, then one completion behind another.
+"""Shared-prompt batches: a prompt and its K completions in one sequence, with a block mask.
 
-K = 2 is a preference pair, K = 4 to 12 a ranked list, K = n the best of n. A completion sees the prompt and
-itself (a block mask), and its positions go on where the prompt ends, so that each completion has the states
-that it would have in a row of its own, while the prompt's are computed once. Pure functions over tensors.
+K = 2 is a preference pair, K = 4 to 12 a ranked list, K = n best-of-n. The block mask lets each completion
+attend to the prompt and to itself, and its position ids continue from the prompt: its hidden states are those
+of a row of its own, while the prompt is encoded once. Pure functions over tensors.
+
+Sizes: B rows, T positions, C completions of the batch, G groups, N predicted tokens, S states that predict.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,37 +21,37 @@ from finetune.data.packing import pack
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The token ids of a prompt, shape (P,), and of its completions, each of shape (C_k,); none is empty."""
+    """The token ids of a prompt, shape (P,), and of its completions, each of shape (T_k,); none is empty."""
 
     prompt: Tensor
     completions: tuple[Tensor, ...]
 
     def __post_init__(self) -> None:
-        """Hold the caller to it: a completion's first token is predicted by the prompt's last state."""
+        # A completion's first token is predicted by the prompt's last state, so there must be one.
         assert len(self.prompt) and self.completions and all(map(len, self.completions))
 
     def __len__(self) -> int:
-        """Return the tokens of the group: P + C_1 + ... + C_K."""
+        """Return the number of tokens of the group: P + T_1 + ... + T_K."""
         return len(self.prompt) + sum(map(len, self.completions))
 
     @property
     def reach(self) -> int:
-        """Return the tokens of the prompt with its longest completion: the positions that the group takes."""
+        """Return the number of positions: the tokens of the prompt plus those of its longest completion."""
         return len(self.prompt) + max(map(len, self.completions))
 
 
 class Predictions(TypedDict):
-    """What a batch's completions consist of, and the states that predict it.
+    """The tokens of a batch's completions and the states that predict them.
 
     Attributes:
-        predicts: mask (lines, columns) of the S states that predict a token of a completion.
-        sources: (N,), ascending: which of those states, in row-major order, predicts the n-th target. A
-            prompt's last state predicts the first token of each of its K completions, and is there once.
+        predict_mask: (B, T) bool, true at the S states that predict a token of a completion.
+        state_index: (N,), ascending: which of those S states, in row-major order, predicts the n-th target. A
+            prompt's last state is one state and predicts the first token of each of its K completions.
         targets: (N,) token ids: all tokens of all completions.
-        owners: (N,) the completion that the target is of.
-        offsets: (N,) its place in that completion.
-        lengths: (completions,) tokens of each completion.
-        ends: (completions, 2), line and column of each completion's last token.
+        completion_index: (N,) the completion of each target.
+        token_offset: (N,) the position of each target in its completion.
+        lengths: (C,) number of tokens of each completion.
+        last_token_index: (C, 2), row and position of each completion's last token.
     """
 
     predicts: Tensor
@@ -62,15 +64,15 @@ class Predictions(TypedDict):
 
 
 class GroupBatch(Predictions):
-    """One forward pass over whole groups. Completions count on from group to group, in the order given.
+    """One forward pass over complete groups; completions are numbered across groups, in the order given.
 
     Attributes:
-        input_ids: (lines, columns).
-        position_ids: (lines, columns); a completion's go on from its prompt's, padding has 0.
-        groups: (lines, columns), the number of a column's group in its line, from 1; 0 is padding.
-        parts: (lines, columns), 0 for a prompt, k for the k-th completion of its group.
-        sizes: (groups,) K of each group.
-        attention_mask: (lines, columns), in the separate layout alone: ordinary causal attention.
+        input_ids: (B, T).
+        position_ids: (B, T); those of a completion continue from its prompt, padding is 0.
+        group_ids: (B, T), 1-based index of a position's group within its row; 0 is padding.
+        completion_ids: (B, T), 0 for the prompt, k for the k-th completion of the group.
+        sizes: (G,) K of each group.
+        attention_mask: (B, T), only with one completion per row, where attention is causal as usual.
     """
 
     input_ids: Tensor
@@ -83,33 +85,34 @@ class GroupBatch(Predictions):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a forward pass costs, in multiply-adds.
+    """The cost of a forward pass in multiply-adds.
 
-    ``token``: of each token in linear layers. ``pair``: of each two tokens of a line in attention, masked or
-    not.
+    ``per_token``: of each token in linear layers. ``per_pair``: of each pair of tokens of a row in attention,
+    masked or not.
     """
 
     token: float
     pair: float
 
     def __call__(self, lines: int, columns: int) -> float:
-        """Return the cost of so many lines of so many columns.
+        """Return the cost of a padded batch of shape (rows, positions).
 
-        >>> Cost(token=10.0, pair=1.0)(2, 5)
+        >>> ForwardCost(per_token=10.0, per_pair=1.0)(2, 5)
         150.0
         """
+        # A dense mask is added to the scores, so attention computes the masked pairs too.
         return lines * columns * (self.token + self.pair * columns)
 
 
 @dataclass(frozen=True, slots=True)
 class GroupCollator:
-    """Groups to tensors.
+    """Collate groups into one forward pass.
 
-    Shared layout: groups end to end in lines of about the same length, which is ``budget`` tokens at most, or
-    the longest group's if that is more. Separate layout, for models whose attention takes no block mask
-    (``attention.why_separate``): each completion behind its prompt in a line of its own. The same completions
-    in the same order either way. With a ``cost`` (``attention.cost_of``) each pass takes the cheaper layout:
-    many long completions of a short prompt cost more in one line than they save.
+    Shared layout: groups are concatenated into rows of about equal length, at most ``budget`` tokens or the
+    longest group if that is more. ``one_per_row``: each completion after its own copy of the prompt, for
+    models that cannot take a block mask (``attention.block_mask_unsupported``). The completions and their
+    order are the same in both layouts. With a ``cost`` (``attention.forward_cost``) each batch takes the
+    cheaper layout: many long completions of a short prompt cost more attention in one row than they save.
 
     >>> pair = Group(torch.tensor([5, 6, 7]), (torch.tensor([1, 2]), torch.tensor([3])))
     >>> batch = GroupCollator(pad_id=0)([pair])
@@ -118,15 +121,15 @@ class GroupCollator:
 
     The prompt's last state (7) predicts 1 and 3, the state of 1 predicts 2:
 
-    >>> batch["predicts"].int().tolist(), batch["sources"].tolist(), batch["targets"].tolist()
+    >>> batch["predict_mask"].int().tolist(), batch["state_index"].tolist(), batch["targets"].tolist()
     ([[0, 0, 1, 1, 0, 0]], [0, 0, 1], [1, 3, 2])
-    >>> batch["owners"].tolist(), batch["offsets"].tolist(), batch["lengths"].tolist()
+    >>> batch["completion_index"].tolist(), batch["token_offset"].tolist(), batch["lengths"].tolist()
     ([0, 1, 0], [0, 0, 1], [2, 1])
 
-    >>> batch = GroupCollator(pad_id=0, separate=True)([pair])
+    >>> batch = GroupCollator(pad_id=0, one_per_row=True)([pair])
     >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
     ([[5, 6, 7, 1, 2], [5, 6, 7, 3, 0]], [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
-    >>> batch["sources"].tolist(), batch["targets"].tolist(), batch["owners"].tolist()
+    >>> batch["state_index"].tolist(), batch["targets"].tolist(), batch["completion_index"].tolist()
     ([0, 1, 2], [1, 2, 3], [0, 0, 1])
     """
 
@@ -136,18 +139,20 @@ class GroupCollator:
     cost: Cost | None = None
 
     def __call__(self, groups: Sequence[Group]) -> GroupBatch:
-        """Return one forward pass."""
         lines = even_lines([len(group) for group in groups], self.budget)
         if not self.separate and not self._cheaper_apart(groups, lines):
             return _fill(groups, lines, self.pad_id)
+        # Each completion gets its own copy of the prompt, so that plain causal attention is enough.
         singles = [Group(group.prompt, (one,)) for group in groups for one in group.completions]
         batch = _fill(singles, [[index] for index in range(len(singles))], self.pad_id)
+        # `singles` are groups of one completion; losses need the K of the groups they come from.
         batch["sizes"] = torch.tensor([len(group.completions) for group in groups])
+        # One group per row: its index is 1, and padding is 0.
         batch["attention_mask"] = batch["groups"].clamp(max=1)
         return batch
 
     def _cheaper_apart(self, groups: Sequence[Group], lines: Sequence[Sequence[int]]) -> bool:
-        """Tell whether a line for each completion costs less than these lines of whole groups."""
+        """Return whether one completion per row costs less than these rows of complete groups."""
         if self.cost is None:
             return False
         longest = max(sum(len(groups[index]) for index in line) for line in lines)
@@ -157,18 +162,19 @@ class GroupCollator:
 
 
 def even_lines(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Put items into as few lines of ``budget`` tokens as ``pack`` finds, and make these lines alike.
-
-    Among as many lines the shortest are the cheapest: attention with a mask costs the square of their length.
+    """Pack items into as few rows of ``budget`` tokens as ``pack`` needs, with the shortest longest row.
 
     Returns:
-        The indices of each line's items.
+        The indices of each row's items.
 
-    >>> pack([5, 4, 3, 2, 2], 9), even_lines([5, 4, 3, 2, 2], 12)
+    >>> pack([5, 4, 3, 2, 2], 9), pack_evenly([5, 4, 3, 2, 2], 12)
     ([[0, 1], [2, 3, 4]], [[0, 2], [1, 3, 4]])
     """
     budget = max(budget, *lengths)
     lines = pack(lengths, budget)
+    # Binary search for the smallest budget with as many rows: masked attention costs the square of a row's
+    # length, so that of equally many rows the shortest are the cheapest.
+    # No row can be shorter than the longest item, nor all of them than the mean.
     low = max(*lengths, -(-sum(lengths) // len(lines)))
     while low < budget:
         middle = (low + budget) // 2
@@ -181,19 +187,15 @@ def even_lines(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def visible(groups: Tensor, parts: Tensor) -> Tensor:
-    """Return the block mask: who (second axis) sees whom (third axis).
+    """Return the block mask (B, T, T), bool: [b, i, j] is true where query i attends to key j.
 
-    A token sees what stands before it in its prompt and in its own part. Padding is seen by itself alone: a
-    softmax over nothing would be no number.
+    A token attends to the earlier tokens of its prompt and of its own completion, and to itself.
 
     Args:
-        groups: (lines, columns), number of the group, 0 for padding.
-        parts: (lines, columns), 0 for the prompt, k for the k-th completion.
+        group_ids_BT: (B, T), index of the group, 0 for padding.
+        completion_ids_BT: (B, T), 0 for the prompt, k for the k-th completion.
 
-    Returns:
-        (lines, columns, columns), boolean.
-
-    >>> visible(torch.tensor([[1, 1, 1, 1, 2, 0]]), torch.tensor([[0, 1, 1, 2, 0, 0]])).int()
+    >>> block_mask(torch.tensor([[1, 1, 1, 1, 2, 0]]), torch.tensor([[0, 1, 1, 2, 0, 0]])).int()
     tensor([[[1, 0, 0, 0, 0, 0],
              [1, 1, 0, 0, 0, 0],
              [1, 1, 1, 0, 0, 0],
@@ -204,14 +206,17 @@ def visible(groups: Tensor, parts: Tensor) -> Tensor:
     columns = torch.arange(groups.shape[1], device=groups.device)
     together = groups[:, :, None] == groups[:, None, :]
     inside = (parts[:, None, :] == 0) | (parts[:, :, None] == parts[:, None, :])
+    # By order in the row and not by position ids, which all completions of a prompt share.
     before = columns[:, None] >= columns[None, :]
     real = groups[:, None, :] > 0
+    # Padding attends to itself: a softmax over no key at all is NaN.
     return (together & inside & before & real) | (columns[:, None] == columns[None, :])
 
 
 def _fill(groups: Sequence[Group], lines: Sequence[Sequence[int]], pad_id: int) -> GroupBatch:
     in_lines = [[groups[index] for index in line] for line in lines]
     input_ids = _rectangle(in_lines, _ids, padding=pad_id)
+    # From 1, since 0 is padding.
     numbers = [torch.arange(1, len(line) + 1) for line in lines]
     lengths = [torch.tensor([len(group) for group in line]) for line in in_lines]
     columns = [torch.repeat_interleave(*pair) for pair in zip(numbers, lengths, strict=True)]
@@ -234,9 +239,10 @@ def _rectangle(
 
 
 def _starts(groups: Sequence[Group], lines: Sequence[Sequence[int]], columns: int) -> dict[int, int]:
-    """Return where each group starts, counting the columns of all lines on."""
+    """Return the flat position (row * T + position) at which each group starts."""
     starts: dict[int, int] = {}
     for number, line in enumerate(lines):
+        # One value more than groups: the last one is the end of the row.
         places = accumulate((len(groups[index]) for index in line), initial=number * columns)
         starts |= dict(zip(line, places, strict=False))
     return starts
@@ -248,6 +254,7 @@ def _ids(group: Group) -> Tensor:
 
 def _positions(group: Group) -> Tensor:
     end = len(group.prompt)
+    # Each completion restarts after the prompt, at the positions that it would have in a row of its own.
     completions = [torch.arange(end, end + len(completion)) for completion in group.completions]
     return torch.cat([torch.arange(end), *completions])
 
@@ -258,12 +265,13 @@ def _parts(group: Group) -> Tensor:
 
 
 def _predictions(groups: Sequence[Group], starts: dict[int, int], shape: torch.Size) -> Predictions:
-    """Return what is predicted, and by which states."""
     completions = list(chain.from_iterable(group.completions for group in groups))
     lengths = torch.tensor([len(completion) for completion in completions])
     states = torch.cat([place for i, group in enumerate(groups) for place in _predictors(group, starts[i])])
     predicts = torch.zeros(shape.numel(), dtype=torch.bool)
     predicts[states] = True
+    # Ascending state indices let `gather_logps` split logits and targets into chunks; a stable sort keeps the
+    # targets of one state in the order of their completions.
     sources, order = torch.sort((predicts.cumsum(0) - 1)[states], stable=True)
     ends = torch.tensor([end for i, group in enumerate(groups) for end in _last_tokens(group, starts[i])])
     return {
@@ -279,11 +287,12 @@ def _predictions(groups: Sequence[Group], starts: dict[int, int], shape: torch.S
 
 def _last_tokens(group: Group, start: int) -> list[int]:
     ends = accumulate(map(len, group.completions), initial=start + len(group.prompt) - 1)
+    # The first value is the last token of the prompt.
     return list(ends)[1:]
 
 
 def _predictors(group: Group, start: int) -> list[Tensor]:
-    """Return where the states stand that predict each completion: the prompt's last one, then its own."""
+    """Return the flat positions that predict each completion: the prompt's last token, then its own ones."""
     prompt_end = torch.tensor([start + len(group.prompt) - 1])
     ends = _last_tokens(group, start)
     own = zip(ends, map(len, group.completions), strict=True)

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions, computed only at the states that predict them."""
+"""Log-probabilities of completions: the LM head is applied only at the states that predict their tokens."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -19,14 +19,14 @@ def completion_logps(
     """Return log p(completion | prompt) = sum_t log p(y_t | x, y_<t) of each completion, in float32.
 
     Args:
-        model: causal model in any wrapper.
+        model: causal LM in any wrapper.
         head: its output embeddings.
         batch: a ``GroupBatch`` on the model's device; divided by its ``lengths`` the sums are means, and
-            ``sums.split(batch["sizes"].tolist())`` gives those of each group.
-        max_elements: logits that are turned into float32 at a time.
+            ``sums.split(batch["sizes"].tolist())`` are those of each group.
+        max_elements: logits that are cast to float32 at a time.
 
     Returns:
-        (completions,), with gradients.
+        (C,), with gradients.
     """
     return token_logps(model, head, batch, max_elements=max_elements).sum(1)
 
@@ -37,42 +37,47 @@ def token_logps(
     """Return log p(y_t | x, y_<t) of each token of each completion, in float32.
 
     Returns:
-        (completions, longest completion), with gradients; 0 behind a completion's end.
+        (C, T) with T the longest completion, with gradients; 0 after a completion's end.
     """
     logits = completion_logits(model, head, batch)
     picked = picked_logps(logits, batch["sources"], batch["targets"], max_elements=max_elements)
+    # Padding is 0, so that sums over tokens are log-probabilities of completions.
     table = picked.new_zeros(len(batch["lengths"]), int(batch["lengths"].max()))
     return table.index_put((batch["owners"], batch["offsets"]), picked)
 
 
 def completion_logits(model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the logits (S, vocabulary) of the states that predict tokens of completions, each once."""
+    """Return the logits (S, V) of the states that predict tokens of completions, each state once."""
     separate = "attention_mask" in batch
+    # With a block mask the hook sets mask and position ids, so only the ids are passed.
     names = ("input_ids", "attention_mask") if separate else ("input_ids",)
+    # One completion per row is ordinary causal attention, which the model's own 2-D mask describes.
     with nullcontext() if separate else block_attention(model, batch):
         return logits_at(model, head, {name: batch[name] for name in names}, batch["predicts"])
 
 
 def picked_logps(logits: Tensor, sources: Tensor, targets: Tensor, *, max_elements: int) -> Tensor:
-    r"""Return log softmax(logits[sources_n])[targets_n] for each n, in float32.
-
-    Over a large vocabulary this is done chunk by chunk and again in the backward pass, so that one chunk's
-    float32 copy is alive at a time and not all of them.
+    r"""Return each target token's log-probability, log softmax(logits[state_index_n])[targets_n], in float32.
 
     Args:
-        logits: (S, vocabulary), any floating type.
-        sources: (N,), ascending.
-        targets: (N,), token ids.
+        logits_SV: (S, V), any floating dtype.
+        state_index_N: (N,) row of ``logits_SV`` for each target, ascending.
+        targets_N: (N,) token ids.
         max_elements: logits per chunk at most.
 
+    Returns:
+        (N,).
+
     >>> logits = torch.tensor([[0.0, 0.0], [1.0986123, 0.0]])
-    >>> found = picked_logps(logits, torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1]), max_elements=2)
-    >>> found.exp()
+    >>> logps = gather_logps(logits, torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1]), max_elements=2)
+    >>> logps.exp()
     tensor([0.5000, 0.7500, 0.2500])
     """
     rows = max(1, max_elements // logits.shape[-1])
     if len(logits) <= rows:
         return _picked(logits, sources, targets)
+    # Chunks are recomputed in the backward pass, so that one chunk's float32 copy is alive at a time: with a
+    # large vocabulary the float32 logits of all states would dominate memory.
     chunks = torch.split(logits, rows)
     counts = torch.bincount(sources // rows, minlength=len(chunks)).tolist()
     parts = zip(chunks, torch.split(sources % rows, counts), torch.split(targets, counts), strict=True)
@@ -80,26 +85,28 @@ def picked_logps(logits: Tensor, sources: Tensor, targets: Tensor, *, max_elemen
 
 
 def _picked(logits: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+    # In bfloat16 the differences of log-probabilities would be rounding noise.
     scores = logits.float()
     return scores[sources, targets] - scores.logsumexp(-1)[sources]
 
 
 @torch.no_grad()
 def layout_error(model: nn.Module, head: nn.Module, groups: Sequence[Group], *, pad_id: int) -> float:
-    """Return the largest difference that the shared layout makes to the log-probability of a token.
+    """Return the largest difference between shared and one-per-row layout in a token's log-probability.
 
-    What a config tells (``attention.why_separate``) can be measured on the model at hand: rounding gives
-    1e-6 in float32, completions that see each other give 0.1 and more.
+    It measures on the loaded model what ``attention.block_mask_unsupported`` infers from its config: rounding
+    gives 1e-6 in float32, completions that attend to each other give 0.1 and more.
 
     Args:
-        model: causal model in any wrapper; it is measured without dropout.
+        model: causal LM in any wrapper; dropout is off during the measurement.
         head: its output embeddings.
-        groups: some of the user's, with two completions or more; they go through in two forward passes.
+        groups: some of the user's groups, with two completions or more; two forward passes.
         pad_id: any token.
     """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
+    # All groups in one row: masks between groups are measured too.
     collators = (GroupCollator(pad_id, sum(map(len, groups))), GroupCollator(pad_id, separate=True))
     shared, separate = (
         token_logps(

@@ -1,4 +1,4 @@
-"""What stages that learn from completions add to a recipe: how data is read, and what is learnt of it."""
+"""Recipe sections of the preference stages: the data section, and chain-of-hindsight feedback."""
 
 from typing import Annotated, Literal
 
@@ -9,38 +9,37 @@ from finetune.recipe.settings import DataSettings, Section, Text
 
 
 class PreferenceSettings(DataSettings):
-    """What is preferred to what, and how it is written down."""
+    """Preference data: how pairs, ranked lists and labels are read, truncated and filtered."""
 
     # Null: half, as in the DPO authors' code (max_length 512, max_prompt_length 256) and TRL's.
     max_prompt_length: Annotated[int, Field(ge=2)] | None = Field(
         None,
-        description="tokens that a prompt keeps, at its end, where prompt and completion are longer than "
-        "max_length; null: half of it",
+        description="tokens kept of a prompt, from its end, if prompt and completion are longer than "
+        "max_length; null: half of max_length",
     )
-    # DPO's loss compares completions of one prompt (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
+    # The DPO loss compares completions of one prompt (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
     on_different_prompts: Literal["drop", "chosen"] = Field(
         "drop",
-        description="a pair whose two prompts differ: drop it, or answer the chosen one's prompt with both",
+        description="a pair whose two prompts differ: drop it, or use the chosen one's prompt for both",
     )
     # Bradley-Terry has no probability for a tie; zephyr's published set keeps pairs of equal scores.
     on_tie: Literal["drop", "keep"] = Field(
         "drop",
-        description="chosen and rejected of equal score: drop the pair, or keep the order that the row says",
+        description="chosen and rejected with equal scores: drop the pair, or keep the order of the row",
     )
-    # The reply that is preferred or not is the conversation's last.
-    loss_on: Literal["reply"] = Field("reply", description="the completions, each with its end token")
+    # Only the last reply of a conversation is compared.
+    loss_on: Literal["reply"] = Field("reply", description="the completions, each with its EOS token")
 
 
 class HindsightSettings(Section):
-    """Feedback in words, in the language of the data."""
+    """Chain-of-hindsight feedback, in the language of the data."""
 
     good: Text = Field(
-        "Give a good answer.", description="asks for the best completion, in training and later"
+        "Give a good answer.", description="control text of the best completion, for training and generation"
     )
-    bad: Text = Field("Give a bad answer.", description="asks for the worst completion, in training alone")
+    bad: Text = Field("Give a bad answer.", description="control text of the worst completion, for training")
 
     def problems(self) -> list[Problem]:
-        """Return what contradicts itself."""
         if self.good.strip() != self.bad.strip():
             return []
-        return [Problem("hindsight.bad", "the same as hindsight.good", "other words", "hindsight.bad=...")]
+        return [Problem("hindsight.bad", "equal to hindsight.good", "a different text", "hindsight.bad=...")]

@@ -1,4 +1,4 @@
-"""The policy as it starts: what a live reference is computed with, on the policy's own base."""
+"""Reference policy: a copy of the initial trained weights, swapped into the policy's own base model."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,33 +11,36 @@ from finetune.training.model import DTYPES
 
 
 class StartingPolicy:
-    """The policy as it starts, for a live reference: a copy of its trained weights, beside one base.
+    """The reference model of DPO, PPO and GRPO: the initial policy, sharing the frozen base with the policy.
 
-    The copies take the weights' place while the reference is computed. That serves every adapter, virtual
-    tokens and one that a run began with included, and leaves adapters, checkpoints and gradients alone.
+    A copy of the initial trained weights is swapped in while reference log-probabilities are computed. That
+    works with every adapter (virtual tokens, that of a parent run) and touches no checkpoint and no gradient.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Copy what is trained; call it before a checkpoint is loaded."""
+        """Copy the trainable weights; call it before a checkpoint is loaded, which would overwrite them."""
+        # The frozen base is shared: only trained weights are copied, a few MB for LoRA.
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.copies = [(weight, weight.detach().clone()) for weight in trained]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the model be the starting policy while the block lasts; no graph of a forward may be alive."""
+        """Make the model the reference policy inside the block; no autograd graph of it may be alive."""
         now = [weight.data for weight, _ in self.copies]
         try:
+            # `.data` is swapped and not the Parameter, which optimizer and adapter refer to.
             for weight, start in self.copies:
                 weight.data = start
             yield
         finally:
             for (weight, _), data in zip(self.copies, now, strict=True):
                 weight.data = data
-            torch.clear_autocast_cache()  # else the policy's pass could find the start's weights in there
+            # Autocast caches casts by weight: the policy's forward pass would reuse the reference's.
+            torch.clear_autocast_cache()
 
     @torch.no_grad()
     def logps(self, model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return log-probabilities of the completions' tokens under the start, without dropout."""
+        """Return the completions' token log-probabilities (C, T) under the reference, without dropout."""
         training = model.training
         model.eval()
         with self.in_place():
@@ -47,6 +50,6 @@ class StartingPolicy:
 
 
 def arithmetic(model: nn.Module, precision: str) -> torch.autocast:
-    """Return the arithmetic that Accelerate gives a model's forward pass once it trains."""
+    """Return the autocast context that Accelerate runs the forward pass in during training."""
     device = next(model.parameters()).device.type
     return torch.autocast(device, dtype=DTYPES[precision], enabled=precision != "float32")

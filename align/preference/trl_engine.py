@@ -1,10 +1,10 @@
-"""The TRL engine: TRL's own preference trainers, fed the same tokens.
+"""TRL engine for preferences: TRL's trainers on our token ids, with precomputed reference log-probabilities.
 
-TRL's trainers for preferences tokenise strings themselves, and not every token sequence has a string that is
-tokenised to it (text that is written apart, a prompt that was cut). So a trainer is made with a row of its
-own words, and then given ours as ``train_dataset``, the Trainer's public attribute, in the columns of ids
-that its collator documents. Its reference is the policy as it starts, computed with the forward pass that it
-trains with and handed over in the columns that its collator documents for precomputed ones.
+TRL's preference trainers tokenize strings, but not every token sequence has a string that tokenizes to it
+(escaped markers, a truncated prompt). So a trainer is built on a placeholder row, and then our rows replace
+its ``train_dataset``, a public attribute of Trainer, in the id columns that its collator documents. The
+reference model is the initial policy: its log-probabilities come from TRL's own forward pass, in the columns
+that the collator documents for precomputed ones.
 """
 
 import os
@@ -35,22 +35,23 @@ from finetune.training.stops import NotFiniteError
 
 NATIVE = "train.engine=native"
 COPY = "ref"
-"""What TRL calls its copy of the adapter, which precomputed references make superfluous."""
+"""The name of TRL's reference copy of the adapter, which precomputed log-probabilities make unnecessary."""
 NAMES = {
     "rewards/chosen": "chosen_reward",
     "rewards/rejected": "rejected_reward",
     "rewards/margins": "margin",
     "rewards/accuracies": "accuracy",
 }
-"""TRL's names of what it logs: ours. A tie counts 0 in TRL's accuracy."""
+"""TRL's metric names -> ours. A tie counts as 0 in TRL's accuracy."""
 ROWS = "first-rows"
-"""The folder, while a trainer is made, of the rows that it is made with."""
+"""Temporary folder of the placeholder rows while a trainer is built."""
 BARS = "TQDM_DISABLE"
-"""The switch that TRL reads for the bar over its own row."""
+"""The environment variable that disables TRL's progress bars."""
 
 
 def pair_columns(groups: PreferenceGroups) -> Dataset:
-    """Return pairs as TRL's ``DataCollatorForPreference`` takes them: ids of prompt and completions."""
+    """Return pairs in the columns of TRL's ``DataCollatorForPreference``: ids of prompt and completions."""
+    # Lists were refused before (`require_pairs`), with their location.
     rows = [groups[index] for index in range(len(groups))]
     assert all(len(row.completion_ids) == 2 for row in rows), "pairs"
     return Dataset.from_dict(
@@ -63,10 +64,10 @@ def pair_columns(groups: PreferenceGroups) -> Dataset:
 
 
 def refuse_lists(groups: PreferenceGroups, *, where: str) -> None:
-    """Refuse groups that are no pairs.
+    """Raise if a group is not a pair.
 
     Raises:
-        UserError: a group has more than two completions; the first such is named.
+        UserError: a group has more than two completions; the first one is named.
     """
     longer = [index for index, count in enumerate(groups.completions) if count != 2]
     if longer:
@@ -79,16 +80,14 @@ def refuse_lists(groups: PreferenceGroups, *, where: str) -> None:
 
 
 def own_replies(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
-    """Return what a trainer is made with before it is given our rows: two replies to one prompt.
-
-    The prompt is a special token, which nothing behind it is merged with.
-    """
+    """Return the placeholder rows that a TRL trainer is built on: two completions of one prompt."""
+    # A special token as the prompt: no tokenizer merges it with the text after it.
     return {"prompt": [str(tokenizer.eos_token)] * 2, "completion": ["a", "b"]}
 
 
 @contextmanager
 def made_quietly() -> Iterator[None]:
-    """Keep back the progress bars over the one row that a trainer is made with."""
+    """Disable progress bars over the placeholder rows."""
     shown, before = not are_progress_bars_disabled(), os.environ.get(BARS)
     disable_progress_bars()
     os.environ[BARS] = "1"
@@ -105,13 +104,12 @@ def made_quietly() -> Iterator[None]:
 
 @contextmanager
 def seen_by_all(rows: Dataset, args: TrainingArguments) -> Iterator[Dataset]:
-    """Give rows that several processes have from one file: TRL keeps its reference's numbers beside it.
-
-    Rows in memory have such files in a temporary folder of each process's own, where the others look in vain.
-    """
+    """Yield rows that all processes read from one file."""
     if world().size == 1:
         yield rows
         return
+    # TRL stores reference log-probabilities in the dataset's cache folder, where the other ranks read them.
+    # For rows in memory that is a temporary folder of each process, which the others do not see.
     folder = Path(args.output_dir) / ROWS
     if world().main:
         rows.save_to_disk(str(folder))
@@ -123,34 +121,34 @@ def seen_by_all(rows: Dataset, args: TrainingArguments) -> Iterator[Dataset]:
 
 
 def without_copy(model: nn.Module) -> None:
-    """Take TRL's copy of the adapter away: it would be kept in memory, and saved beside the adapter."""
+    """Delete TRL's reference copy of the adapter: it would stay in memory and be saved with the adapter."""
     if isinstance(model, PeftModel) and COPY in model.peft_config:
         model.delete_adapter(COPY)
 
 
 class InOurWords(Trainer):  # type: ignore[misc]
-    """Stands behind a trainer of TRL, between it and its own base, and names what it logs as we do."""
+    """Mixin that renames the metrics a TRL trainer logs to ours; comes after TRL's class in the MRO."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log under our names."""
         super().log({NAMES.get(name, name): value for name, value in logs.items()}, start_time)
 
 
 @torch.no_grad()
 def logps_of(trainer: Trainer, columns: Dataset, *, kind: str = "") -> list[Tensor]:
-    """Return log-probabilities of completions under the policy as it is, by the engine's own forward pass.
+    """Return completion log-probabilities under the current policy, from the engine's own forward pass.
 
-    Each process looks at its share of the passes, and has the numbers of all.
+    The batches are sharded over processes; every process returns the values of all.
 
     Args:
-        trainer: one of TRL's, whose model takes ``fused_lm_head``.
-        columns: rows as its collator takes them.
-        kind: prefix of the collator's tensors.
+        trainer: a TRL trainer whose model takes ``fused_lm_head``.
+        dataset: rows as its collator takes them.
+        prefix: prefix of the collator's tensors.
 
     Returns:
-        Of each pass (lines,) float32, in the collator's order.
+        (B,) float32 for each batch, in the collator's order.
     """
     found, size = [], trainer.args.per_device_train_batch_size
+    # In the trainer's own autocast: the reference must round as the policy does in training.
     with untouched(trainer.model), trainer.accelerator.autocast():
         for start in share(range(0, len(columns), size)):
             rows = [columns[index] for index in range(start, min(start + size, len(columns)))]
@@ -165,16 +163,17 @@ def _logps(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> Tensor:
     labels = ids.masked_fill(completion == 0, -100)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     tokens: Tensor = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
-    return tokens[:, 1 - ids.shape[1] :].sum(1).float().cpu()  # behind virtual tokens
+    # Virtual tokens come first: the last T - 1 positions are those of the input.
+    return tokens[:, 1 - ids.shape[1] :].sum(1).float().cpu()
 
 
 def refuse_not_finite(trainer: Trainer, loss: Tensor, places: Sequence[str]) -> None:
-    """Stop a run whose loss is no number.
+    """Raise if the loss is not finite.
 
     Args:
-        trainer: at the step in question.
-        loss: of a forward pass.
-        places: where its lines come from.
+        trainer: for the current step.
+        loss: of a micro-batch.
+        locations: locations (``file:line``) of its rows.
 
     Raises:
         NotFiniteError: NaN or infinite loss; the message names the rows.
@@ -185,13 +184,13 @@ def refuse_not_finite(trainer: Trainer, loss: Tensor, places: Sequence[str]) -> 
 
 
 def places_by_tokens(rows: Mapping[tuple[int, ...], str], lines: Tensor, mask: Tensor) -> list[str]:
-    """Return where the lines of a batch come from; TRL passes no numbers on, so tokens are looked up."""
+    """Return the locations of a batch's rows, looked up by their tokens: TRL's collators drop row ids."""
     wanted = [tuple(line[: int(width)].tolist()) for line, width in zip(lines, mask.sum(1), strict=True)]
     return [rows[ids] for ids in wanted if ids in rows]
 
 
 def places_of(groups: PreferenceGroups) -> dict[tuple[int, ...], str]:
-    """Return the place of each completion, by the tokens of prompt and completion."""
+    """Return the location of each completion by the token ids of prompt and completion."""
     found: dict[tuple[int, ...], str] = {}
     for group in (groups[index] for index in range(len(groups))):
         prompt = group.prompt_ids.tolist()

@@ -1,1 +1,1 @@
-"""Best-of-n sampling and tuning: replies are drawn, judged, and the best of them learnt."""
+"""Rejection sampling (best-of-n): sample completions, score them, fine-tune on the best."""

@@ -1,4 +1,4 @@
-"""Which of many judged replies are learnt."""
+"""Select training completions: best of n per prompt, or the top fraction of all."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A drawn reply: the number of its prompt, its text, whether it ended by itself, what it is worth."""
+    """A sampled completion: prompt index, text, whether it ended with EOS, reward, rewards by source."""
 
     prompt: int
     text: str
@@ -18,12 +18,12 @@ class Reply:
 
 
 def eligible(replies: Sequence[Reply], *, above: float | None, unfinished: bool) -> list[Reply]:
-    """Return the replies that may be learnt at all.
+    """Return the completions that may be selected.
 
     Args:
-        replies: what was drawn.
-        above: their reward must be more than this; None: any.
-        unfinished: whether those may be learnt that did not end by themselves.
+        replies: all sampled completions.
+        above: the reward must be above this; None: no minimum.
+        unfinished: whether completions without EOS may be selected.
     """
     return [
         reply for reply in replies if (reply.ended or unfinished) and (above is None or reply.reward > above)
@@ -31,7 +31,7 @@ def eligible(replies: Sequence[Reply], *, above: float | None, unfinished: bool)
 
 
 def best_of_each(replies: Sequence[Reply]) -> list[Reply]:
-    """Return each prompt's best reply, the first drawn of equals, in the order of the prompts.
+    """Return the best completion of each prompt, in prompt order; ties go to the one sampled first.
 
     y* = argmax_k r(x, y_k): Touvron et al. 2023 (arXiv 2307.09288), section 3.2.3.
     """
@@ -43,7 +43,7 @@ def best_of_each(replies: Sequence[Reply]) -> list[Reply]:
 
 
 def top_share(replies: Sequence[Reply], count: int) -> list[Reply]:
-    """Return the ``count`` best replies of all, the first drawn of equals; a reply is taken once a prompt.
+    """Return the ``count`` best completions of all prompts, without duplicates; ties go to the first.
 
     Dong et al. 2023 (arXiv 2304.06767), in its first version: the top 1/k of a batch.
     """
@@ -56,5 +56,5 @@ def top_share(replies: Sequence[Reply], count: int) -> list[Reply]:
 
 
 def best_of_n(rewards: np.ndarray) -> float:
-    """Return the mean over prompts of the best of n rewards: (prompts, n)."""
+    """Return the mean over prompts of the best of n rewards, given as (prompts, n)."""
     return float(rewards.max(axis=1).mean())

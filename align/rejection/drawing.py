@@ -1,4 +1,4 @@
-"""Replies drawn from a policy and judged, a part of the prompts at a time; what is drawn is kept."""
+"""Sample and score n completions per prompt, in chunks that are cached so that a run can resume."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,24 +19,24 @@ from finetune.planning.world import world
 from finetune.training.processes import from_main
 
 AT_ONCE = 512
-"""Replies that are drawn, judged and kept together, about."""
+"""Approximate number of completions per chunk, which is sampled, scored and stored at once."""
 LINES = 10
-"""Lines that tell how far the drawing is, about."""
+"""Approximate number of progress messages per round."""
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Drawing ``samples`` replies to each prompt.
+    """Samples and scores ``samples`` completions per prompt.
 
     Attributes:
-        prompts: what is asked.
-        rewards: what judges the replies.
-        encoder: turns them into text.
-        sampling: how they are drawn.
-        samples: for each prompt.
-        say: tells the user.
-        check: raises where the user wants it to stop.
+        prompts: the prompts.
+        rewards: score the completions.
+        encoder: decodes completions to text.
+        sampling: sampling parameters.
+        samples: completions per prompt (n).
+        say: logs a message.
+        check: raises Interrupted if a signal arrived.
     """
 
     prompts: Prompts
@@ -55,17 +55,17 @@ class Drawing:
         seeds: Sequence[int],
         keep: Path | None,
     ) -> list[Reply]:
-        """Return judged replies to prompts, ``samples`` of a prompt side by side.
+        """Return scored completions, the ``samples`` of a prompt consecutively.
 
         Args:
-            numbers: the prompts' numbers.
-            policy: gives the model, if something has not been drawn yet.
-            seeds: decide what is drawn.
-            keep: beginning of the names of the files in which parts are kept; None: nothing is.
+            numbers: prompt indices.
+            policy: returns the model; called only if a chunk is not stored yet.
+            seeds: random seeds.
+            keep: path prefix of the stored chunks; None: nothing is stored.
 
         Raises:
-            UserError: a reward failed on a reply.
-            Interrupted: a signal came; what is drawn is kept.
+            UserError: a reward function failed on a completion.
+            Interrupted: a signal arrived; sampled completions are stored.
         """
         each = max(1, AT_ONCE // self.samples)
         parts = [numbers[start : start + each] for start in range(0, len(numbers), each)]
@@ -73,6 +73,7 @@ class Drawing:
         begun, fresh = time.monotonic(), 0
         for index, part in enumerate(parts):
             file = None if keep is None else keep.with_name(f"{keep.name}-{index:04}.safetensors")
+            # Only rank 0 reads: all ranks must agree on whether to sample.
             arrays = from_main(self._kept(file) if world().main else None)
             if arrays is None:
                 arrays = self._drawn(part, policy(), seed=_seed([*seeds, index]))
@@ -82,19 +83,21 @@ class Drawing:
             replies += self._replies(part, arrays)
             if fresh and (index + 1) % max(1, len(parts) // LINES) == 0 and len(parts) > 1:
                 rate = fresh / (time.monotonic() - begun)
-                self.say(f"  {len(replies)} of {len(numbers) * self.samples} replies, {rate:.1f} replies/s")
+                self.say(
+                    f"  {len(replies)} of {len(numbers) * self.samples} completions, {rate:.1f} per second"
+                )
             if keep is not None:
-                self.check(f"after {len(replies)} replies, which are kept")
+                self.check(f"after {len(replies)} completions, which are stored")
         return replies
 
     def _kept(self, file: Path | None) -> Arrays | None:
-        """Return what an earlier start has drawn; a damaged file is told, and drawn again."""
+        """Return a stored chunk, or None; a corrupt file is reported and sampled again."""
         if file is None:
             return None
         try:
             found = stored(file)
         except DamagedCacheError as error:
-            self.say(f"damaged, these replies are drawn again: {error}")
+            self.say(f"corrupt file, sampling these completions again: {error}")
             return None
         return None if found is None else found[0]
 
@@ -125,13 +128,13 @@ class Drawing:
 
 
 def prompts_of_round(total: int, count: int | None, number: int, *, seed: int) -> list[int]:
-    """Return the numbers of a round's prompts: the next ones, round and round, in an order by seed.
+    """Return the prompt indices of a round: consecutive slices of one shuffle, cyclically.
 
     Args:
-        total: prompts that there are.
-        count: prompts of a round; None: all.
-        number: of the round, from 1.
-        seed: decides the order.
+        total: number of prompts.
+        count: prompts per round; None: all.
+        number: index of the round, from 1.
+        seed: of the shuffle.
     """
     each = min(count or total, total)
     order = np.random.default_rng([seed, total]).permutation(total)
@@ -139,5 +142,5 @@ def prompts_of_round(total: int, count: int | None, number: int, *, seed: int) -
 
 
 def _seed(parts: Sequence[int]) -> int:
-    """Return one seed for several numbers."""
+    """Combine several seeds into one."""
     return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""The policy as it stands before each round, on the base that the reward models share."""
+"""The policy at the start of each round, on the base that the reward models share."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,14 +19,14 @@ from finetune.training.text import Text
 
 @dataclass
 class Policies:
-    """Gives the policy before a round, one at a time, always from what the round before has saved.
+    """Loads the policy of a round from the weights that the previous round saved, one at a time.
 
-    A run that goes on after a stop and one that never stopped therefore have the same weights.
+    A resumed run and an uninterrupted one therefore have the same weights.
 
     Attributes:
-        job: the stage at work.
-        frozen: the base without an adapter; None where the policy cannot share it.
-        rewards: what judges replies; its reward models share the base.
+        job: the run context.
+        frozen: the base without an adapter; None if the policy cannot share it.
+        rewards: score completions; their reward models share the base.
     """
 
     job: Job
@@ -35,13 +35,13 @@ class Policies:
     _held: tuple[int, Policy] | None = field(default=None)
 
     def before(self, number: int) -> Policy:
-        """Return the policy before a round (from 1); before the first one it is the start.
+        """Return the policy at the start of a round (from 1); in the first round it is the initial policy.
 
         Raises:
-            UserError: the base cannot be loaded, or saved weights are damaged.
+            UserError: the base cannot be loaded, or saved weights are corrupt.
         """
         if self._held is None or self._held[0] != number:
-            self._held = None  # its memory is free before the next one is loaded
+            self._held = None  # free its memory before the next one is loaded
             self._held = (number, self._load(number))
         return self._held[1]
 
@@ -60,16 +60,15 @@ class Policies:
 
 
 def load_policies(job: Job, text: Text) -> Policies:
-    """Load the base and the rewards; the policy is loaded when it is asked for.
-
-    An adapter that changes or trains the whole base has one of its own, and so has each reward model then.
+    """Load the base and the rewards; policies are loaded on demand.
 
     Raises:
-        UserError: the base cannot be loaded, or a reward run is not there or damaged.
+        UserError: the base cannot be loaded, or a reward run is missing or damaged.
     """
     settings = job.recipe.settings
     assert isinstance(settings, Settings)
     traits = adapter_traits(settings.adapter.method)
+    # An adapter that rewrites or trains the base weights cannot share them; reward models load their own.
     alone = traits.whole_model or traits.changes_base
     frozen = None if alone else load_frozen(job)
     base = frozen.base if frozen is not None else None
@@ -81,12 +80,12 @@ def load_policies(job: Job, text: Text) -> Policies:
 
 
 def round_folder(run: Path, number: int) -> Path:
-    """Return the folder of a round: a run of its own."""
+    """Return the folder of a round, which is a run itself."""
     return run / ROUNDS / str(number)
 
 
 def round_recipe(recipe: Recipe, run: Path, number: int) -> Recipe:
-    """Return the recipe of a round's run: it starts where the round before ended, and measures nothing."""
+    """Return the recipe of a round: initialized from the previous round, without evaluation."""
     settings = recipe.settings
     update: dict[str, Any] = {"evaluate": EvaluateSettings(samples=0)}
     if number > 1:

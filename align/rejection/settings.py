@@ -1,4 +1,4 @@
-"""The sections of a recipe of stage rejection, and what contradicts itself in them."""
+"""Recipe of stage rejection: its sections, and the checks across them."""
 
 from collections.abc import Collection, Iterator
 from typing import Annotated, Literal
@@ -13,39 +13,39 @@ from finetune.recipe.settings import Positive, Section, StageSettings
 
 
 class RejectionSettings(Section):
-    """How many replies are drawn, which of them are learnt, and how often this is done."""
+    """Rejection sampling: rounds, completions per prompt, selection."""
 
     rounds: Positive = Field(
         1,
-        description="times that replies are drawn from the policy as it is by then, and the best are learnt",
+        description="rounds of sampling from the current policy and fine-tuning on the best completions",
     )
     prompts: Positive | None = Field(
-        None, description="prompts of a round, the next ones in an order by seed; null: all of them"
+        None, description="prompts per round, consecutive slices of one shuffle; null: all"
     )
-    # RAFT (arXiv 2304.06767) draws 8 to 32; Llama 2 (arXiv 2307.09288), figure 7, 10 to 100.
-    samples: Annotated[int, Field(ge=2)] = Field(8, description="replies drawn for each prompt (n)")
+    # RAFT (arXiv 2304.06767) samples 8 to 32; Llama 2 (arXiv 2307.09288), figure 7, 10 to 100.
+    samples: Annotated[int, Field(ge=2)] = Field(8, description="completions per prompt (n)")
     # best: Llama 2, section 3.2.3, and RAFT; share: the first version of RAFT (arXiv 2304.06767v1).
     keep: Literal["best", "share"] = Field(
-        "best", description="best: each prompt's best reply; share: the best of all replies of a round"
+        "best", description="best: the best completion of each prompt; share: the best of all in a round"
     )
     share: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="for keep: share, this part of all replies; null: 1 / samples"
+        None, description="for keep: share: fraction of all completions; null: 1 / samples"
     )
     # ReST (arXiv 2308.08998), section 3.
     above: float | None = Field(
-        None, description="only replies with a reward above this are learnt; null: any"
+        None, description="train only on completions with a reward above this; null: no minimum"
     )
     unfinished: Literal["drop", "learn"] = Field(
-        "drop", description="replies that did not end within sampling.max_new_tokens: learnt too, or never"
+        "drop", description="completions cut off at sampling.max_new_tokens: drop, or train on them too"
     )
-    # Llama 2 (arXiv 2307.09288), section 3.2.3: with the last round's alone, some abilities were forgotten.
+    # Llama 2 (arXiv 2307.09288), section 3.2.3: with the last round alone, some abilities were forgotten.
     memory: bool = Field(
-        True, description="what earlier rounds have chosen is learnt again; false: the last round's alone"
+        True, description="also train on the completions of earlier rounds; false: the last round only"
     )
 
 
 class Settings(StageSettings):
-    """Prompts, rewards, how replies are sampled, and which of them are learnt; ``train`` is of each round."""
+    """Prompts, rewards, sampling and selection; ``train`` applies to each round."""
 
     data: PromptSettings = PromptSettings()
     reward: RewardsSettings = RewardsSettings()
@@ -53,20 +53,20 @@ class Settings(StageSettings):
     rejection: RejectionSettings = RejectionSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return what contradicts itself, before anything is loaded."""
+        """Return every problem that can be found before anything is loaded."""
         found = self.reward.problems(self, valid)
         if "train" in valid and self.train.evaluate_every is not None:
             given, expected = (
                 f"{self.train.evaluate_every}",
-                "null: held-out replies are measured after each round",
+                "null: evaluation runs after each round",
             )
             found.append(Problem("train.evaluate_every", given, expected, "train.evaluate_every=null"))
         if "data" in valid and self.data.too_long == "cut":
-            expected = "drop: what is learnt is a prompt as it stands, with its reply"
+            expected = "drop: training rows hold the complete prompt with its completion"
             found.append(Problem("data.too_long", "'cut'", expected, "data.too_long=drop"))
         if "evaluate" in valid and self.evaluate.exact_match:
             given = f"{self.evaluate.exact_match}"
-            expected = "0: prompts have no one right reply (evaluate.skill holds what has)"
+            expected = "0: prompts have no reference reply (use evaluate.skill for rows that have)"
             found.append(Problem("evaluate.exact_match", given, expected, "evaluate.exact_match=0"))
         if "rejection" in valid:
             found += _choice(self.rejection)
@@ -77,16 +77,14 @@ class Settings(StageSettings):
 
 def _choice(rejection: RejectionSettings) -> Iterator[Problem]:
     if rejection.share is not None and rejection.keep == "best":
-        found = f"{rejection.share:g}, and rejection.keep is best"
-        yield Problem(
-            "rejection.share", found, "null: the best of each prompt is one", "rejection.keep=share"
-        )
+        found = f"{rejection.share:g} with rejection.keep=best"
+        yield Problem("rejection.share", found, "null: best selects one per prompt", "rejection.keep=share")
 
 
 def _rounds(settings: Settings) -> Iterator[Problem]:
     method = settings.adapter.method
     other = adapter_traits(method).goes_on_as
     if settings.rejection.rounds > 1 and other:
-        found = f"{settings.rejection.rounds} with adapter.method '{method}', which goes on as '{other}'"
-        repair = f"adapter.method={other}, or one round and then another run --from this one"
+        found = f"{settings.rejection.rounds} with adapter.method '{method}', which continues as '{other}'"
+        repair = f"adapter.method={other}, or one round, then another run --from this one"
         yield Problem("rejection.rounds", found, "1 for this adapter", repair)

@@ -1,4 +1,4 @@
-"""The pieces of best-of-n sampling and tuning, put together from a recipe: rounds and measures."""
+"""Rejection sampling as a training method: rounds of sampling, selection and fine-tuning; evaluation."""
 
 import hashlib
 import json
@@ -38,19 +38,19 @@ from finetune.training.text import Text
 from finetune.training.tune import carry_out
 
 TRAINING, MEASURING = 0, 1
-"""What random numbers are for: each draw has its own."""
+"""Random streams of training and evaluation completions."""
 
 
 @dataclass
 class RejectionTuning:
-    """Rounds of drawing, judging, choosing and learning.
+    """Rounds of sampling, scoring, selecting and fine-tuning.
 
     Attributes:
-        job: the stage at work.
+        job: the run context.
         text: template and tokenizer.
-        data: what is asked.
-        policies: the policy before each round, and the rewards.
-        chosen: each round's chosen replies so far.
+        data: training and held-out prompts.
+        policies: the policy of each round, and the rewards.
+        chosen: selected completions by round.
     """
 
     job: Job
@@ -61,28 +61,28 @@ class RejectionTuning:
 
     @property
     def settings(self) -> Settings:
-        """Return the recipe's sections."""
+        """Return the recipe's settings."""
         settings = self.job.recipe.settings
         assert isinstance(settings, Settings)
         return settings
 
     @property
     def samples(self) -> Samples:
-        """Return the prompts to answer before and after, for readers."""
+        """Return the sample prompts, answered before and after training."""
         return tuning.samples_of(self.job, self.text, self.data.conversations)
 
     @cached_property
     def behaviour(self) -> Behaviour:
-        """Return what is measured of greedy replies, before and after."""
+        """Return the evaluation of greedy generations, before and after training."""
         return tuning.behaviour_of(self.job, self.text, self.data.conversations)
 
     @property
     def rounds(self) -> range:
-        """Return the rounds' numbers."""
+        """Return the round indices, from 1."""
         return range(1, self.settings.rejection.rounds + 1)
 
     def facts(self) -> dict[str, Any]:
-        """Return what run.json says before the first round; whatever can be refused is refused here."""
+        """Return the metadata that run.json records before the first round, after all checks."""
         settings, policy = self.settings, self.policies.before(1)
         count = len(self._numbers(1))
         longest = max(self.data.train.lengths) + settings.sampling.max_new_tokens
@@ -92,24 +92,24 @@ class RejectionTuning:
         tuning.say_parameters(self.job, policy)
         tried = try_rewards(self.policies.rewards, self.data)
         self.job.check(Tick("environment", self.job.environment(policy.precision)), tried)
-        drawn = f"{count * settings.rejection.samples} replies to {count} prompts"
-        self.job.say(f"{settings.rejection.rounds} round(s) of {drawn}, then the best of them are learnt")
+        drawn = f"{count * settings.rejection.samples} completions of {count} prompts"
+        self.job.say(f"{settings.rejection.rounds} round(s): sample {drawn}, fine-tune on the best")
         facts = tuning.policy_facts(self.job, self.text, policy, self.data.report)
         return {**facts, "rewards": rewards_record(settings.reward)}
 
     def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Answered]:
-        """Answer prompts greedily with the policy as the last finished round left it."""
+        """Generate greedily with the policy of the last finished round."""
         finished = (number for number in self.rounds if number not in self.chosen)
         policy = self.policies.before(next(finished, len(self.rounds) + 1))
         return tuning.replies(self.job, self.text, policy, prompts)
 
     def round(self, number: int) -> None:
-        """Draw replies, choose, and learn what was chosen.
+        """Run a round: sample completions, select, fine-tune on the selected ones.
 
         Raises:
-            UserError: a reward failed on a reply, or nothing could be chosen.
-            Interrupted: a signal came; the same command goes on from there.
-            NotFiniteError: loss, gradient or a reward is no number.
+            UserError: a reward function failed on a completion, or no completion could be selected.
+            Interrupted: a signal arrived; the same command resumes from there.
+            NotFiniteError: loss, gradient or a reward is NaN or infinite.
         """
         drawing = self._drawing(self.data.train)
         with self.job.timed("drawing"):
@@ -125,11 +125,11 @@ class RejectionTuning:
         entry = self._told(number, replies) | {"rows": len(rows)}
         before = self.job.run.record.get("rounds", {}).get(str(number), {})
         self.job.run.update(rounds={str(number): {**before, **entry}})
-        self.job.stop_if_asked(f"before round {number} is learnt")
+        self.job.stop_if_asked(f"before training of round {number}")
         self._learn(number, rows)
 
     def measure(self, number: int) -> None:
-        """Record what replies to held-out prompts are worth after a round (0: at the start), once a run."""
+        """Evaluate on held-out prompts after a round (0: before training), unless recorded already."""
         held_out, run = self.data.held_out, self.job.run
         entry = run.record.get("rounds", {}).get(str(number), {})
         if held_out is not None and "held_out_reward" not in entry:
@@ -142,14 +142,14 @@ class RejectionTuning:
         self._write_metrics(number)
 
     def save(self) -> None:
-        """Take over what the last round has saved, and put its checksum into the record.
+        """Copy the weights of the last round into the run, and record their checksums.
 
         Raises:
-            UserError: it is not what the round wrote.
+            UserError: the files do not match the round's checksums.
         """
         files = processes.from_main(self._taken_over() if self.job.world.main else {})
         self.job.run.update(files=files)
-        self.job.check(Tick("saved", f"{', '.join(files)}: what round {len(self.rounds)} has learnt"))
+        self.job.check(Tick("saved", f"{', '.join(files)} from round {len(self.rounds)}"))
 
     def _taken_over(self) -> dict[str, str]:
         last = round_folder(self.job.run.path, len(self.rounds))
@@ -159,8 +159,10 @@ class RejectionTuning:
         files: dict[str, str] = RunDirectory(last, self.job.recipe, "").record["files"]
         wrong = [file for file, checksum in files.items() if sha256(self.job.run.path / file) != checksum]
         if wrong:
-            found = f"{', '.join(wrong)} does not have the checksum it was written with"
-            raise UserError(Problem(str(last), found, "what the last round saved", "--force starts over"))
+            found = f"checksum mismatch: {', '.join(wrong)}"
+            raise UserError(
+                Problem(str(last), found, "files as the round saved them", "start over with --force")
+            )
         return files
 
     def _numbers(self, number: int) -> list[int]:
@@ -189,16 +191,18 @@ class RejectionTuning:
         if not fit:
             ended = sum(reply.ended for reply in replies)
             best = max(reply.reward for reply in replies)
-            found = f"round {number}: none of {len(replies)} replies; {ended} ended, the best has {best:.3g}"
+            found = (
+                f"round {number}: none of {len(replies)} completions; {ended} ended, best reward {best:.3g}"
+            )
             repair = "raise sampling.max_new_tokens, or lower rejection.above"
-            raise UserError(Problem("rejection", found, "replies that can be learnt", repair))
+            raise UserError(Problem("rejection", found, "completions to train on", repair))
         if rejection.keep == "best":
             return best_of_each(fit)
         share = rejection.share or 1 / rejection.samples
         return top_share(fit, max(1, round(share * len(replies))))
 
     def _told(self, number: int, replies: Sequence[Reply]) -> dict[str, Any]:
-        """Tell what a round has drawn and chosen; return it for run.json."""
+        """Log what a round sampled and selected; return it for run.json."""
         chosen = self.chosen[number]
         entry = {
             "prompts": len(self._numbers(number)),
@@ -209,13 +213,13 @@ class RejectionTuning:
             "chosen_reward": float(np.mean([reply.reward for reply in chosen])),
         }
         self.job.say(
-            f"round {number}: reward {entry['reward']:.3f} on average of {entry['replies']} replies, "
-            f"{entry['chosen_reward']:.3f} of the {entry['chosen']} chosen; {entry['ends']:.1%} end"
+            f"round {number}: mean reward {entry['reward']:.3f} over {entry['replies']} completions, "
+            f"{entry['chosen_reward']:.3f} over the {entry['chosen']} selected; EOS rate {entry['ends']:.1%}"
         )
         return entry
 
     def _write_chosen(self, number: int, replies: Sequence[Reply]) -> None:
-        """Write ``chosen.jsonl``: the lines of earlier rounds, and those of this one."""
+        """Write ``chosen.jsonl``: the entries of earlier rounds and of this one."""
         run = self.job.run
         kept = [line for line in run.lines(CHOSEN) if line["round"] < number]
         rewards: dict[int, list[float]] = {}
@@ -237,19 +241,19 @@ class RejectionTuning:
         run.write_lines(CHOSEN, kept)
 
     def _rows(self, number: int) -> list[Conversation]:
-        """Return what a round learns: a reply to a prompt once, whichever rounds have chosen it."""
+        """Return the training rows of a round, without duplicates across rounds."""
         first = 1 if self.settings.rejection.memory else number
         found: dict[tuple[int, str], Conversation] = {}
         for earlier in range(first, number + 1):
             for reply in self.chosen[earlier]:
                 prompt = self.data.train[reply.prompt]
                 talk = [*prompt.talk, Message("assistant", reply.text)]
-                place = f"{prompt.place}, drawn in round {earlier}"
+                place = f"{prompt.place}, sampled in round {earlier}"
                 found.setdefault((reply.prompt, reply.text), Conversation(talk, place))
         return list(found.values())
 
     def _learn(self, number: int, rows: list[Conversation]) -> None:
-        """Carry out the run of a round, or what is left of it."""
+        """Fine-tune on the rows of a round, or resume it."""
         job = self.job
         recipe = round_recipe(job.recipe, job.run.path, number)
         words = [[list(map(str, row.words)), row.where] for row in rows]
@@ -263,10 +267,10 @@ class RejectionTuning:
         with job.timed("train"):
             learnt = Supervised(own, self.text, self._prepared(rows), policy=self.policies.before(number))
             carry_out(own, learnt)
-        own.stop_if_asked(f"when round {number} was learnt")
+        own.stop_if_asked(f"after training of round {number}")
 
     def _prepared(self, rows: list[Conversation]) -> Prepared:
-        # A dialogue's earlier replies are part of what is asked.
+        # Earlier replies of a dialogue belong to the prompt: loss on the sampled one alone.
         how = DataSettings(loss_on="last", too_long="drop", cache=False)
         report, aside = DataReport(), DataReport()
         length = self.text.max_length
@@ -297,7 +301,7 @@ class RejectionTuning:
         return {f"{HELD_OUT}{name}": value for name, value in found.items()}
 
     def _write_metrics(self, number: int) -> None:
-        """Write ``metrics.jsonl`` up to a round: the steps of all rounds, one behind the other."""
+        """Write ``metrics.jsonl`` up to a round: the steps of all rounds, concatenated."""
         run, rounds = self.job.run, self.job.run.record.get("rounds", {})
         kinds = self.job.watched.logged
         lines = [{"step": 0, "epoch": 0.0, **_numbers_of(rounds.get("0", {}), kinds)}]
@@ -309,5 +313,5 @@ class RejectionTuning:
 
 
 def _numbers_of(entry: dict[str, Any], kinds: dict[str, str]) -> dict[str, Any]:
-    """Return what of a round's entry is a curve."""
+    """Return the values of a round's entry that are plotted as curves."""
     return {key: value for key, value in entry.items() if key in kinds}

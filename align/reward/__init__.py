@@ -1,1 +1,1 @@
-"""Reward models: scores learnt from comparisons, rules beside them, and what is measured of both."""
+"""Reward models: Bradley-Terry training on preferences, rule rewards, evaluation and scoring."""

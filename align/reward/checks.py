@@ -1,4 +1,4 @@
-"""What is proved of a reward model before step 0, on the run's own rows; the model is left as it was."""
+"""Pre-flight checks of a reward model on the run's rows: data, margins, batch invariance, score position."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,13 +20,13 @@ from finetune.training.preflight.untouched import untouched
 from finetune.training.preflight.whole import SCALE, TOLERANCE
 
 LOOKED_AT = 64
-"""Comparisons among which the checks look for two that are not long."""
+"""The first training comparisons, from which two short ones are checked."""
 
 
 def data_ticks(
     data: PreparedPreferences, encoder: Encoder, embedding: nn.Module, *, max_length: int
 ) -> list[Tick]:
-    """Return the checks of the tokenised training comparisons."""
+    """Return the checks of the tokenized training comparisons."""
     groups, report = data.train, data.report
     with whole(embedding.get_parameter("weight")) as (weight,):
         embedded = vocabulary.embeddings_exist(
@@ -47,19 +47,17 @@ def data_ticks(
 
 
 def margins_tick(groups: PreferenceGroups, *, scale: float) -> Tick:
-    """Tell how many comparisons have margins; refuse where none has."""
+    """Report how many comparisons have margins; fail if none has."""
     scores = np.isfinite(groups.scores)
     lists = np.logical_and.reduceat(scores, np.cumsum(groups.completions) - groups.completions)
     known = np.where(groups.completions == 2, np.isfinite(groups.margins), lists)
     if not known.any():
-        expected = "a column `margin` (0 or more), or scores of both completions"
-        problem = Problem("reward.margins", "no comparison says how much better", expected, "leave it out")
+        expected = "a column `margin` (0 or more), or scores for both completions"
+        problem = Problem("reward.margins", "no comparison has a margin", expected, "remove it")
         return failed("margins", problem)
     values = scale * groups.margins[known]
-    told = (
-        f"{int(known.sum())} of {len(groups)} comparisons say how much better, {values.mean():.2f} on average"
-    )
-    rest = "; the others count as 0" if not known.all() else ""
+    told = f"{int(known.sum())} of {len(groups)} comparisons have a margin, mean {values.mean():.2f}"
+    rest = "; the others have margin 0" if not known.all() else ""
     return Tick("margins", told + rest, warned=not known.all())
 
 
@@ -72,15 +70,15 @@ def model_ticks(
     precision: str,
     quantization: str,
 ) -> list[Tick]:
-    """Return the numeric checks on the model itself; it is left as it was.
+    """Return the numeric checks of the model, which is not changed.
 
     Args:
         model: base with adapter and head, on its device.
         groups: the training comparisons.
-        objective: what is learnt from them.
-        collate: what the run uses.
-        precision: type of the forward pass.
-        quantization: how the base is stored.
+        objective: the training objective.
+        collator: the run's collator.
+        precision: dtype of the forward pass.
+        quantization: quantization of the base.
     """
     device = next(model.parameters()).device
     some = short_groups(groups)
@@ -107,26 +105,26 @@ def model_ticks(
 
 
 def short_groups(groups: PreferenceGroups) -> list[TokenizedGroup]:
-    """Return a short comparison and a middling one of the first ones; there may be one alone."""
+    """Return the shortest and the median-length comparison of the first ones; possibly a single one."""
     order = np.argsort(groups.lengths[:LOOKED_AT], kind="stable")
     return [groups[int(index)] for index in dict.fromkeys([order[0], order[len(order) // 2]])]
 
 
 def _where_read(groups: PreferenceGroups, encoder: Encoder) -> Tick:
-    """Tell at which tokens the scores are read."""
+    """Report the token at which scores are read."""
     lengths = np.diff(groups.starts)
     completions = np.delete(np.arange(len(lengths)), groups.firsts[:-1])
     last = groups.input_ids[groups.starts[completions + 1] - 1]
     share = float(np.isin(last, encoder.stop_ids).mean())
     names = " or ".join(encoder.tokenizer.convert_ids_to_tokens(encoder.stop_ids))
-    detail = f"read at each completion's last token: {share:.1%} of them end with {names}, the others are cut"
+    detail = f"read at each completion's last token: {share:.1%} end with {names}, the others are truncated"
     return Tick("score", detail)
 
 
 def _layout_ticks(
     model: nn.Module, groups: Sequence[TokenizedGroup], collate: RewardCollator, *, tolerance: float
 ) -> Iterator[Tick]:
-    """Yield whether a completion has the score that it has alone, and that the library itself reads."""
+    """Yield checks that scores agree with one-per-row scoring and with transformers' own forward pass."""
     with untouched(model), torch.no_grad():
         alone = _scores(model, RewardCollator(collate.pad_id, separate=True)(groups))
         together = _scores(model, RewardCollator(collate.pad_id, separate=collate.separate)(groups))
@@ -134,18 +132,20 @@ def _layout_ticks(
     size = max(float(alone.abs().max()), 1e-30)
     if not collate.separate:
         apart = float((together - alone).abs().max()) / size
-        told = f"scores of completions behind a shared prompt and of each alone differ by {apart:.1e}"
+        told = f"scores with a shared prompt and with one row per completion differ by {apart:.1e}"
         yield _compared("layout", told, apart, tolerance, repair="model.attention=eager")
     apart = float((plain - alone).abs().max()) / size
-    told = f"the library's own model for sequence classification gives these scores, {apart:.1e} apart"
+    told = f"scores differ from transformers' sequence classification forward by {apart:.1e}"
     yield _compared("library", told, apart, tolerance, repair="")
 
 
 def _compared(name: str, told: str, apart: float, tolerance: float, *, repair: str) -> Tick:
     if apart <= tolerance:
         return Tick(name, told)
-    expected = f"at most {tolerance:.0e} of the largest score"
-    return failed(name, Problem("model.base", told, expected, repair or "this is a fault of ours"))
+    expected = f"a difference of at most {tolerance:.0e} of the largest score"
+    return failed(
+        name, Problem("model.base", told, expected, repair or "this is a bug in llm-align: please report it")
+    )
 
 
 def _scores(model: nn.Module, batch: RewardBatch) -> Tensor:
@@ -154,7 +154,7 @@ def _scores(model: nn.Module, batch: RewardBatch) -> Tensor:
 
 
 def _plain(model: nn.Module, group: TokenizedGroup, completion: np.ndarray) -> Tensor:
-    """Return what a user of the library gets for a row of its own: (1, heads)."""
+    """Return the scores from transformers' own forward pass on a single row: (1, heads)."""
     ids = torch.from_numpy(np.concatenate([group.prompt_ids, completion])).long()
     scores: Tensor = model(input_ids=ids[None].to(next(model.parameters()).device)).logits
     return scores

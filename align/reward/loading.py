@@ -1,4 +1,4 @@
-"""What a reward model's recipe names, loaded: comparisons, and the base with an adapter and a head."""
+"""Load a reward recipe's model: the base with adapter and score head."""
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -14,13 +14,14 @@ from finetune.training.model import SCORE, attach_adapter
 
 
 def load_reward_policy(job: Job, encoder: Encoder) -> Policy:
-    """Load the base with a fresh head, and put the adapter on it: the start's, or a new one.
+    """Load the base with a score head and an adapter: new ones, or those of ``model.start``.
 
-    With ``model.start`` the reward model begins as the SFT model (InstructGPT, arXiv 2203.02155, section
-    3.5), or as an earlier reward model with its head. What is new is decided by the seed.
+    With ``model.start`` the reward model is initialized from the SFT model (InstructGPT, arXiv 2203.02155,
+    section 3.5), or from an earlier reward model with its head. New weights depend on the seed.
 
     Raises:
-        UserError: the base cannot be loaded, has no scoring model, or the adapter does not fit it.
+        UserError: the base cannot be loaded or has no sequence classification model, or the adapter does not
+            fit it.
     """
     settings = job.recipe.settings
     assert isinstance(settings, Settings)
@@ -31,6 +32,7 @@ def load_reward_policy(job: Job, encoder: Encoder) -> Policy:
     quantization = job.choose(
         "model.quantization", choices.quantization(settings.model.quantization, traits.quantization)
     )
+    # Weights that are trained directly stay in float32; autocast computes in the chosen precision.
     stored = "float32" if traits.whole_model else precision
     with job.timed("load"):
         set_seed(seed)
@@ -48,6 +50,7 @@ def load_reward_policy(job: Job, encoder: Encoder) -> Policy:
         model = attach_adapter(base, settings.adapter)
         if start := adapter_start(settings.model):
             take_weights(model, start, head=(SCORE,))
+    # Embeddings are frozen: without this, checkpointed blocks would get no input that requires a gradient.
     if settings.train.gradient_checkpointing:
         base.enable_input_require_grads()
     job.let_compute(model, base)
@@ -55,11 +58,9 @@ def load_reward_policy(job: Job, encoder: Encoder) -> Policy:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> int:
-    """Return a token that ends no text.
-
-    The library reads the score at the last token that is not the padding token. Where that is the end token,
-    as in many chat models, it would read it one token too early.
-    """
+    """Return a padding token that never ends a text: not one of ``stop_ids``."""
+    # transformers reads the score at the last token that is not padding. If the pad token is EOS, as in many
+    # chat models, that would be one token too early.
     usual = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
     others = [*sorted(tokenizer.get_added_vocab().values()), *range(len(tokenizer))]
     tokens = (int(token) for token in [*usual, *others] if token is not None)

@@ -1,4 +1,4 @@
-"""What is measured of scores: who is better, how sure that is, whether length alone decides; plain numpy."""
+"""Reward model metrics in numpy: pairwise accuracy, calibration (ECE), Wilson interval, length bias."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
 BINS = 10
-"""Bins of the reliability curve and of the histogram of scores."""
+"""Bins of the reliability curve; the score histogram has three times as many."""
 Z95 = 1.959964
-"""The normal distribution holds 95 % between minus and plus this many standard deviations."""
+"""Two-sided 95 % quantile of the standard normal distribution."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Comparisons with their scores, N completions of G groups, one group behind the other.
+    """Scored comparisons: C completions in the order of their G groups.
 
-    ``rewards``, ``ranks`` (0 is the best) and ``lengths`` (tokens): (N,); ``sizes``: (G,).
+    ``rewards``, ``ranks`` (0 is the best) and ``lengths`` (tokens): (C,); ``group_sizes``: (G,).
     """
 
     rewards: Numbers
@@ -28,17 +28,17 @@ class Scored:
     sizes: NDArray[np.int64]
 
     def only(self, groups: NDArray[np.bool_]) -> "Scored":
-        """Return some of the groups."""
+        """Return the subset of groups selected by a boolean mask (G,)."""
         own = np.repeat(groups, self.sizes)
         return Scored(self.rewards[own], self.ranks[own], self.lengths[own], self.sizes[groups])
 
 
 @dataclass(frozen=True, slots=True)
 class Contests:
-    """Pairs of completions of which one is better, P of them.
+    """P pairs of completions of unequal rank.
 
-    ``leads``: reward of the better one above the other's; ``longer``: tokens by which it is longer;
-    ``weights``: the pairs of a group add up to 1. All have the shape (P,).
+    ``margins``: reward margin of the better completion; ``length_differences``: difference in tokens;
+    ``weights``: sum to 1 over the pairs of a group. All have shape (P,).
     """
 
     leads: Numbers
@@ -46,7 +46,7 @@ class Contests:
     weights: Numbers
 
     def share(self, values: Numbers | NDArray[np.int64]) -> float:
-        """Return the weighted share of pairs whose value is above 0; a 0 counts half."""
+        """Return the weighted fraction of pairs with a positive value; a 0 counts half."""
         return float(np.average((np.sign(values) + 1) / 2, weights=self.weights))
 
 
@@ -69,7 +69,7 @@ def _contests(scored: Scored) -> Iterator[tuple[Numbers, NDArray[np.int64], Numb
 
 
 def measured(scored: Scored) -> dict[str, Any]:
-    """Return what is told of some comparisons; each of them counts once, however many pairs it has."""
+    """Return the metrics of scored comparisons; each has weight 1, whatever its number of pairs."""
     pairs = contests(scored)
     accuracy = pairs.share(pairs.leads)
     count = round(pairs.weights.sum())
@@ -93,10 +93,10 @@ def measured(scored: Scored) -> dict[str, Any]:
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of ``count`` independent cases.
+    """Return the 95 % Wilson score interval of a proportion over ``count`` independent cases.
 
-    Wilson 1927, "Probable inference, the law of succession, and statistical inference": unlike the plain
-    normal interval it stays within 0 and 1 and has a width at shares of 0 and 1.
+    Wilson 1927, "Probable inference, the law of succession, and statistical inference". Unlike the normal
+    approximation it stays within [0, 1] and has a nonzero width at proportions of 0 and 1.
 
     >>> [round(end, 3) for end in wilson(0.9, 100)]
     [0.826, 0.945]
@@ -107,12 +107,12 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def calibration(leads: Numbers, weights: Numbers) -> tuple[float, list[dict[str, float]]]:
-    """Return the expected calibration error of s(r_w - r_l), and the reliability curve that it sums up.
+    """Return the expected calibration error (ECE) of s(r_w - r_l) and its reliability curve.
 
-    A model that says of a completion that it is better with probability p should be right in a share p of the
-    cases: sum_b (n_b / n) |right_b - said_b| over bins of what it says, from 1/2 (no idea) to 1 (Guo et al.
-    2017, arXiv 1706.04599, equation 3).
+    ECE = sum_b (n_b / n) |accuracy_b - confidence_b| over bins of the confidence, which is from 1/2 to 1
+    for pairs (Guo et al. 2017, arXiv 1706.04599, equation 3).
     """
+    # The model's confidence in the order that it predicts, which is not always the labeled one.
     said = 1 / (1 + np.exp(-np.abs(leads)))
     right = (np.sign(leads) + 1) / 2
     bins = np.minimum(((said - 0.5) * 2 * BINS).astype(int), BINS - 1)
@@ -127,7 +127,7 @@ def calibration(leads: Numbers, weights: Numbers) -> tuple[float, list[dict[str,
 
 
 def spearman(one: NDArray[Any], other: NDArray[Any]) -> float | None:
-    """Return Spearman's rank correlation; None where one of both is the same everywhere."""
+    """Return Spearman's rank correlation; None if either input is constant."""
     ranks = [_mean_ranks(values) for values in (one, other)]
     if any(values.std() == 0 for values in ranks):
         return None
@@ -136,13 +136,13 @@ def spearman(one: NDArray[Any], other: NDArray[Any]) -> float | None:
 
 
 def _mean_ranks(values: NDArray[Any]) -> Numbers:
-    """Return each value's rank, equal ones their mean rank."""
+    """Return ranks, with ties at their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def histogram(chosen: Numbers, rejected: Numbers) -> dict[str, list[float]]:
-    """Return how many scores of both kinds lie between common borders."""
+    """Return histogram counts of both kinds of scores over common bin edges."""
     borders = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=3 * BINS)
     counts = [np.histogram(values, borders)[0].tolist() for values in (chosen, rejected)]
     return {"borders": borders.tolist(), "chosen": counts[0], "rejected": counts[1]}

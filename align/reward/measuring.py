@@ -1,4 +1,4 @@
-"""What a reward model says of comparisons before and after training: metrics, samples, and its zero."""
+"""Reward model evaluation before and after training: held-out metrics, samples, reward normalization."""
 
 import json
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ from finetune.training.samples import spread
 from finetune.training.stops import NotFiniteError
 
 CENTRE_ROWS = 1000
-"""Training comparisons whose chosen completions give a head's zero: it is then good to 3 % of a deviation."""
+"""Training comparisons for reward normalization: the standard error of the mean is then 3 % of the std."""
 NUMBERS = ("loss", "accuracy", "margin")
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """A reward model and the comparisons that it is measured on.
+    """Evaluate a reward model on training and held-out comparisons.
 
     Attributes:
         model: base with adapter and head.
-        data: what is learnt and what is held out.
-        names: of the heads.
-        heads: for each source the number of its head.
-        collate: the layout.
-        size: groups of a forward pass.
+        data: training and held-out comparisons.
+        head_names: names of the heads.
+        head_of_source: index of the head of each data source.
+        collator: the collator.
+        batch_size: groups per forward pass.
     """
 
     model: nn.Module
@@ -45,21 +45,21 @@ class Measuring:
     size: int
 
     def metrics(self) -> dict[str, float]:
-        """Return the held-out loss, accuracy and margin, for a curve over the steps."""
+        """Return held-out loss, accuracy and margin, for metrics.jsonl."""
         assert self.data.held_out is not None
         scores = self._scores(self._groups(self.data.held_out))
         facts = measured(of_own_heads(scores, self.data.held_out, self.heads))
         return {f"held_out_{name}": facts[name] for name in NUMBERS}
 
     def record(self, run: RunDirectory, encoder: Encoder, when: str, *, samples: int) -> None:
-        """Record what the model says of the held-out comparisons, ``before`` or ``after`` training.
+        """Record held-out metrics and samples ``before`` or ``after`` training.
 
-        Without held-out rows the samples alone, of training rows. A resumed run keeps what its first start
-        measured before.
+        Without held-out rows only samples are recorded, from training rows.
 
         Raises:
             NotFiniteError: a score is NaN or infinite.
         """
+        # A resumed run keeps the metrics of its first start: the model is no longer untrained.
         if when == "before" and (when in run.record.get("comparisons", {}) or run.samples()):
             return
         held_out = self.data.held_out
@@ -71,7 +71,7 @@ class Measuring:
             return
         scores = self._scores(groups)
         if not np.isfinite(scores).all():
-            raise NotFiniteError(f"a score of the held-out comparisons is no number {when} training")
+            raise NotFiniteError(f"a score of the held-out comparisons is NaN or infinite {when} training")
         if held_out is not None:
             facts = self._facts(scores, held_out)
             metrics = {f"held_out_{name}_{when}": facts["all"][name] for name in NUMBERS}
@@ -82,14 +82,14 @@ class Measuring:
         self._sample(run, encoder, when, groups=groups, scores=scores, shown=shown)
 
     def zero(self, run: RunDirectory) -> None:
-        """Record each head's mean and deviation over chosen completions of its training rows.
+        """Record each head's mean and standard deviation over chosen completions of its training rows.
 
-        Bradley-Terry leaves a constant free. Ziegler et al. (arXiv 1909.08593, section 2.1) bring rewards to
-        mean 0 and variance 1, InstructGPT (arXiv 2203.02155, section 3.5) takes the mean over demonstrations
-        off before PPO: the chosen completions are what is nearest to demonstrations here.
+        The Bradley-Terry loss is invariant to a constant offset. Ziegler et al. (arXiv 1909.08593, section
+        2.1) normalize rewards to mean 0 and variance 1; InstructGPT (arXiv 2203.02155, section 3.5) subtracts
+        the mean over demonstrations before PPO. Chosen completions are the closest to demonstrations here.
 
         Raises:
-            UserError: a head gives the same score to all of them: it has learnt nothing.
+            UserError: a head gives every completion the same score.
         """
         rows, found = self.data.train, {}
         owners = np.asarray(self.heads)[list(rows.sources)]
@@ -100,24 +100,32 @@ class Measuring:
             best = np.concatenate([group.ranks for group in groups]) == 0
             mean, deviation = float(scores[best].mean()), float(scores[best].std())
             if not deviation > 0 or not isfinite(mean):
-                told = f"head '{name}' gives {mean} to each of {int(best.sum())} completions"
-                raise UserError(Problem("reward.heads", told, "scores that differ", "train for more steps"))
+                told = f"head '{name}' scores all {int(best.sum())} chosen completions {mean}"
+                raise UserError(
+                    Problem(
+                        "reward.heads",
+                        told,
+                        "different scores for different completions",
+                        "train for more steps",
+                    )
+                )
             found[name] = {"mean": mean, "deviation": deviation, "completions": int(best.sum())}
         run.update(normalisation=found)
 
     def _scores(self, groups: list[TokenizedGroup]) -> Numbers:
-        """Return the scores of all completions, (N, heads); each process scores its share of the groups."""
+        """Return the scores of all completions, (C, heads); each rank scores its shard of the groups."""
         own = share_in_step(groups)
         scores = score_groups(self.model, [group for group, _ in own], self.collate, size=self.size)
         ends = np.cumsum([len(group.completion_ids) for group, _ in own])
         parts = zip(np.split(scores, ends[:-1]), own, strict=True)
+        # Padding groups, which keep the ranks' collectives in step, are dropped before the gather.
         return np.concatenate(together(everyones([part for part, (_, counts) in parts if counts])))
 
     def _groups(self, rows: PreferenceGroups) -> list[TokenizedGroup]:
         return [rows[index] for index in range(len(rows))]
 
     def _facts(self, scores: Numbers, rows: PreferenceGroups) -> dict[str, Any]:
-        """Return what is told of all held-out comparisons, and of each head's and each source's own."""
+        """Return held-out metrics over all comparisons, per head and per data source."""
         scored = of_own_heads(scores, rows, self.heads)
         sources = np.asarray(rows.sources)
         owners = np.asarray(self.heads)[sources]
@@ -143,7 +151,7 @@ class Measuring:
         scores: Numbers,
         shown: list[int],
     ) -> None:
-        """Put what the model says of a few comparisons beside their texts."""
+        """Write the scores of a few comparisons with their texts to the samples file."""
         ends = np.cumsum([len(group.completion_ids) for group in groups])
         lines = []
         for index, earlier in zip(shown, run.samples() or [{} for _ in shown], strict=True):
@@ -155,7 +163,7 @@ class Measuring:
 
 
 def _places(group: TokenizedGroup) -> list[str]:
-    """Return what each completion's place in the comparison is called."""
+    """Return a label for each completion's rank."""
     if len(group.ranks) == 2:
         return ["better", "worse"]
     return [f"place {rank + 1}" for rank in group.ranks.tolist()]

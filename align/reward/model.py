@@ -1,4 +1,4 @@
-"""A reward model: the base with a linear head that turns a state into scores, read where a text ends."""
+"""Reward model: base with a linear score head, read at the last token of each completion."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -19,10 +19,10 @@ from finetune.training.model import SCORE, load_base, load_config
 
 
 class ScoreHead(nn.Linear):
-    """The head in float32, whatever the base computes in: differences of scores are small numbers."""
+    """A score head that computes in float32 whatever the base's dtype: score differences are small."""
 
     def forward(self, states: Tensor) -> Tensor:
-        """Return (..., heads) for states (..., width)."""
+        """Return scores (..., heads) for hidden states (..., D)."""
         with torch.autocast(states.device.type, enabled=False):
             return F.linear(states.float(), self.weight.float())
 
@@ -37,19 +37,19 @@ def load_scorer(
     pad_id: int,
     strategy: str = "single",
 ) -> PreTrainedModel:
-    """Return the frozen base with a head of its files, or with a fresh one (``draw_head``).
+    """Load the frozen base with a score head: the checkpoint's, or an untrained one (``init_score_head``).
 
     Args:
         settings: the recipe's model section.
-        heads: names of the scores.
-        precision: type of the base's forward pass; the head is float32.
-        quantization: how the base is stored; the head never is.
-        hardware: where it goes.
-        pad_id: a token that ends no text: the library reads the score at the last token that is another.
-        strategy: how processes share the base.
+        heads: names of the heads.
+        precision: compute dtype of the base; the head is float32.
+        quantization: quantization of the base; the head is never quantized.
+        hardware: target device.
+        pad_id: a token that never ends a text: transformers reads the score at the last non-padding token.
+        strategy: distributed strategy of the base.
 
     Raises:
-        UserError: no such base, or its architecture has no model that scores.
+        UserError: unknown base, or transformers has no sequence classification model of its architecture.
     """
     refuse_without_scores(settings)
     base = load_base(
@@ -65,7 +65,7 @@ def load_scorer(
 
 
 def put_head(base: PreTrainedModel, heads: int, *, pad_id: int) -> None:
-    """Put our head in the place of a scoring model's own, with its weights; it is frozen."""
+    """Replace the model's score head with a frozen ``ScoreHead`` of the same weights."""
     base.config.get_text_config().pad_token_id = base.config.pad_token_id = pad_id
     old: nn.Linear = base.get_submodule(SCORE)
     head = ScoreHead(old.in_features, heads, bias=False, device=old.weight.device)
@@ -76,21 +76,24 @@ def put_head(base: PreTrainedModel, heads: int, *, pad_id: int) -> None:
 
 
 def refuse_without_scores(settings: ModelSettings) -> None:
-    """Raise UserError if the library has no scoring model of the base's architecture; no weight is read."""
+    """Raise UserError if transformers has no sequence classification model for the base's config."""
     config = load_config(settings)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        found = f"'{settings.base}' is of type '{config.model_type}', for which there is no scoring model"
-        expected = "a type that AutoModelForSequenceClassification knows (Llama, Qwen, GPT-NeoX, ...)"
+        found = (
+            f"'{settings.base}' is of type '{config.model_type}', which has no sequence classification model"
+        )
+        expected = "a type that AutoModelForSequenceClassification supports (Llama, Qwen, GPT-NeoX, ...)"
         raise UserError(Problem("model.base", found, expected))
 
 
 def draw_head(model: PreTrainedModel, *, seed: int) -> None:
-    """Draw the head's weights from N(0, 1 / (width + 1)), the same for a seed on every device.
+    """Initialize the head from N(0, 1 / (D + 1)), reproducibly on every device.
 
     Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1; Huang et al. 2024 (arXiv 2403.17031), detail 11.
     """
     head = model.get_submodule(SCORE)
     assert isinstance(head, ScoreHead)
+    # A CPU generator: CUDA's would give other weights for the same seed.
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(head.weight.shape, generator=draw) / sqrt(head.in_features + 1)
     with torch.no_grad():
@@ -98,34 +101,31 @@ def draw_head(model: PreTrainedModel, *, seed: int) -> None:
 
 
 def score_head(model: nn.Module) -> ScoreHead:
-    """Return the head that the forward pass goes through, in any wrapper."""
+    """Return the active score head, through any wrapper."""
     found = [module for module in model.modules() if isinstance(module, ScoreHead)]
-    return found[-1]  # PEFT keeps the one that it copied before the copy
+    return found[-1]  # PEFT's trainable copy comes after the original, which it keeps
 
 
 def input_embeddings(model: nn.Module) -> nn.Module:
-    """Return what turns token ids into vectors, in any wrapper."""
+    """Return the input embedding layer, through any wrapper."""
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     found: nn.Module = base.get_input_embeddings()
     return found
 
 
 def completion_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the scores of each completion, read at its last token, in float32.
+    """Return the scores of each completion at its last token: (C, heads), float32, differentiable.
 
     Args:
-        model: a reward model in any wrapper; virtual tokens in front of the input are allowed for.
+        model: a reward model in any wrapper, also with virtual tokens before the input.
         batch: a ``GroupBatch`` on the model's device.
-
-    Returns:
-        (completions, heads), with gradients.
     """
     lines, columns = batch["ends"].T
     return all_scores(model, batch)[lines, columns]
 
 
 def all_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return what the head makes of every state, (lines, columns, heads), in float32, with gradients."""
+    """Return the scores at every position: (B, T, heads), float32, differentiable."""
     separate = "attention_mask" in batch
     names = ("input_ids", "attention_mask") if separate else ("input_ids",)
     found: list[Tensor] = []
@@ -133,14 +133,16 @@ def all_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     def keep(module: nn.Module, args: tuple[Any, ...], scores: Tensor) -> None:
         found.append(scores)
 
+    # transformers pools one position per row; a hook on the head gives the scores at all of them.
     handle = score_head(model).register_forward_hook(keep)
     try:
         with nullcontext() if separate else block_attention(model, batch):
             output = model(**{name: batch[name] for name in names}, use_cache=False)
     finally:
         handle.remove()
-    assert len(found) == 1, f"the model went through its head {len(found)} times"
-    scores = found[0][:, -batch["input_ids"].shape[1] :]
-    if in_parts(model):  # ZeRO-3 fetches weights when the backward pass comes to a module's output
+    assert len(found) == 1, f"the score head ran {len(found)} times"
+    scores = found[0][:, -batch["input_ids"].shape[1] :]  # virtual tokens come first
+    # ZeRO-3 gathers weights when backward reaches a module's output, so the output must be in the graph.
+    if in_parts(model):
         scores = scores + 0.0 * output.logits.sum()
     return scores

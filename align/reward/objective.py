@@ -1,4 +1,4 @@
-"""What a reward model learns from a batch, in training and in the checks before it."""
+"""Reward model training objective: Bradley-Terry loss per head, with margins and AdaMix consistency."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from align.reward.model import completion_scores
 
 @dataclass(frozen=True)
 class Objective:
-    """Which head learns from which source, and what is added to plain Bradley-Terry.
+    """The loss of a reward model, shared by the trainer and the pre-flight checks.
 
     Attributes:
-        heads: for each source the number of its head.
-        centring: coefficient that draws rewards to a mean of 0.
-        margins: what the data's margins are multiplied with; None: they are left aside.
-        passes: with 2 a batch goes through twice, and both predictions are pulled together (AdaMix).
+        head_of_source: index of the head of each data source.
+        center_rewards_coefficient: coefficient of the reward centering term (arXiv 2312.09244).
+        margin_scale: factor on the dataset's margins; None ignores them.
+        forward_passes: forward passes per batch; 2 adds the AdaMix consistency loss.
     """
 
     heads: tuple[int, ...]
@@ -27,7 +27,7 @@ class Objective:
     passes: int = 1
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return each group's loss, and its rewards (G, K), 0 where there is no completion.
+        """Return each group's loss (G,) and its zero-padded rewards (G, K).
 
         Args:
             model: a reward model in any wrapper.
@@ -43,6 +43,6 @@ class Objective:
         return losses, rewards
 
     def rewards(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the score that each group's own head gives to its completions: (G, K)."""
+        """Return the rewards of each group under its head, zero-padded: (G, K)."""
         heads = torch.tensor(self.heads, device=batch["sources"].device)[batch["sources"]]
         return reward_table(completion_scores(model, batch), batch["sizes"], heads)

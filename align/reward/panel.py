@@ -1,4 +1,4 @@
-"""A reward model's part of the report: how good, how sure, and how much of it is length."""
+"""Reward model diagnostics in the report: accuracy table, reliability curve, score histograms."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 from finetune.training.watched import Panel
 
 HEAD: tuple[str, ...] = (
-    *("", "comparisons", "right order", "95 % interval", "loss", "margin"),
-    *("calibration error", "longer is better", "correlation with length"),
+    *("", "comparisons", "accuracy", "95 % interval", "loss", "margin"),
+    *("calibration error", "longest wins", "length correlation"),
 )
 COLOURS = {"chosen": "#2b8a3e", "rejected": "#c92a2a", "before": "#adb5bd", "after": "#3b5bdb"}
 
 
 def reward_panel(record: Mapping[str, Any]) -> Panel:
-    """Return tables and figures from run.json; nothing where nothing was held out."""
+    """Return the tables and figures of run.json; empty without held-out comparisons."""
     found = record.get("comparisons", {})
     if "after" not in found:
         return Panel()
@@ -29,10 +29,10 @@ def reward_panel(record: Mapping[str, Any]) -> Panel:
     heads = found["after"]["heads"] or {"": found["after"]["all"]}
     figures = {"reliability": _reliability(found)}
     figures |= {f"scores {name}": _histogram(part, name) for name, part in heads.items()}
-    zeros: list[Sequence[str]] = [("head", "mean", "deviation", "completions")]
+    zeros: list[Sequence[str]] = [("head", "mean", "std", "completions")]
     for name, zero in record["normalisation"].items():
         zeros.append((name, f"{zero['mean']:.3f}", f"{zero['deviation']:.3f}", str(zero["completions"])))
-    tables = {"Held-out comparisons": lines, "Scores of chosen completions in training": zeros}
+    tables = {"Held-out comparisons": lines, "Reward normalization (chosen training completions)": zeros}
     return Panel(tables, figures)
 
 
@@ -53,7 +53,7 @@ def _line(name: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _reliability(found: Mapping[str, Any]) -> Figure:
-    figure, axes = _axes("Said and right: share in the right order")
+    figure, axes = _axes("Calibration: accuracy by confidence")
     axes.plot([0.5, 1], [0.5, 1], color="#868e96", linewidth=1, linestyle=":")
     for when in ("before", "after"):
         curve = found[when]["all"]["reliability"]
@@ -61,7 +61,7 @@ def _reliability(found: Mapping[str, Any]) -> Figure:
         sizes = [200 * point["share"] + 4 for point in curve]
         axes.plot(said, right, color=COLOURS[when], linewidth=1.2, label=when)
         axes.scatter(said, right, s=sizes, color=COLOURS[when], alpha=0.7)
-    axes.set(xlabel="probability that the model gives to its order", ylim=(-0.02, 1.05))
+    axes.set(xlabel="confidence: predicted probability of the model's order", ylim=(-0.02, 1.05))
     axes.legend(frameon=False)
     return figure
 

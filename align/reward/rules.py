@@ -1,6 +1,6 @@
-"""Rules beside a reward model: the user's programs, kept with the run so that they serve later.
+"""Rule rewards: user-written Python reward functions, saved with the run.
 
-Sparrow (Glaese et al. 2022, arXiv 2209.14375, section 2.6) adds what rules say to what preferences say.
+Sparrow (Glaese et al. 2022, arXiv 2209.14375, section 2.6) combines rule rewards with preference rewards.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from finetune.training.run_directory import RULES, RunDirectory
 
 @dataclass(frozen=True)
 class Rule:
-    """A reward that is a program, how many times it counts, and what a message calls it."""
+    """A Python reward function with its name, its weight and its kind (for error messages)."""
 
     name: str
     weight: float
@@ -26,15 +26,15 @@ class Rule:
     def scores(
         self, prompts: Sequence[str], completions: Sequence[str], places: Sequence[str]
     ) -> list[float]:
-        """Return what the rule says of each completion.
+        """Return the rule's score of each completion.
 
         Args:
-            prompts: one for each completion.
-            completions: what is judged.
-            places: what each one is called in a message.
+            prompts: one per completion.
+            completions: the texts to score.
+            locations: location of each completion, for error messages.
 
         Raises:
-            UserError: it raised something, or gave no number.
+            UserError: the function raised, or returned no number.
         """
         return [
             number_from(self.function, prompt, completion, where=f"{self.kind} '{self.name}' on {place}")
@@ -43,8 +43,9 @@ class Rule:
 
 
 def copy_rules(settings: StageSettings, run: RunDirectory) -> None:
-    """Write each rule's file to ```RUN/rules/NUMBER.py```."""
+    """Copy each rule's file to ``RUN/rules/NUMBER.py``."""
     assert isinstance(settings, Settings)
+    # A copy, so that the finished run scores the same after the user's file has changed.
     if settings.reward.rules and run.writes:
         with run.replacing(RULES) as folder:
             for number, rule in enumerate(settings.reward.rules):
@@ -52,10 +53,10 @@ def copy_rules(settings: StageSettings, run: RunDirectory) -> None:
 
 
 def saved_rules(run: Path, rules: Sequence[RuleSettings]) -> list[Rule]:
-    """Return the rules of a finished run, from its own copies of their files.
+    """Load the rules of a finished run from its copies of their files.
 
     Raises:
-        UserError: a copy is gone, or it cannot be executed.
+        UserError: a copy is missing, or it cannot be executed.
     """
     found = []
     for number, rule in enumerate(rules):

@@ -1,4 +1,4 @@
-"""The rows of a file with their scores: single completions, pairs with who wins, ranked lists."""
+"""Score a file with a reward model: single completions, preference pairs, ranked lists."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,16 +19,16 @@ from finetune.data.layouts import LAYOUTS, Layout, RowProblem, read_rows, recogn
 from finetune.data.sources import Row, read_source
 from finetune.recipe.errors import Problem, UserError
 
-REPAIR = "name the columns so: prompt and completion, or prompt, chosen and rejected"
+REPAIR = "rename the columns: prompt and completion, or prompt, chosen and rejected"
 LENGTH = "length"
-"""The rule that the longer of two completions (in characters) is the better one, to hold scores against."""
+"""Longest-wins baseline: the longer completion (in characters) is predicted to be better."""
 
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """A row of a file, what it says, and by the names of rewards the scores of its completions.
+    """A row with the scores of its completions by reward name.
 
-    ``scores`` is empty where the row has no reply that could be scored.
+    ``scores`` is empty if the row has no reply to score.
     """
 
     row: Row
@@ -38,7 +38,7 @@ class ScoredRow:
 
     @property
     def ranks(self) -> list[int] | None:
-        """Return the completions' places, 0 for the best; None where the row does not say."""
+        """Return the completions' ranks, 0 for the best; None if the row is unranked."""
         answers = self.judged.answers
         if self.judged.ordered:
             return list(range(len(answers)))
@@ -47,7 +47,7 @@ class ScoredRow:
         return [sum(other > score for other in scores) for score in scores] if told else None
 
     def line(self) -> dict[str, Any]:
-        """Return the row with its rewards, a number for a single completion and a list for several."""
+        """Return the row with its rewards: a number for a single completion, a list for several."""
         single = len(self.judged.answers) == 1
         shown = {name: values[0] if single else values for name, values in self.scores.items()}
         shown_normalised = {name: values[0] if single else values for name, values in self.normalised.items()}
@@ -57,20 +57,20 @@ class ScoredRow:
 
     @property
     def winner(self) -> str:
-        """Return which completion of a pair has the higher reward in all."""
+        """Return the completion of a pair with the higher total reward."""
         chosen, rejected = self.scores[TOTAL]
         return "tie" if chosen == rejected else "chosen" if chosen > rejected else "rejected"
 
 
 def score_file(model: RewardModel, source: str | list[dict[str, Any]]) -> list[ScoredRow]:
-    """Return the rows of a file with their scores.
+    """Score the completions of every row of a file.
 
     Args:
-        model: what scores.
+        model: the reward model.
         source: file, folder, hub id, or rows.
 
     Raises:
-        UserError: the rows are of no known layout, or the template cannot write them.
+        UserError: unknown layout of the rows, or the template cannot render them.
     """
     rows = read_source(source)
     where = source if isinstance(source, str) else "rows"
@@ -95,16 +95,15 @@ def score_file(model: RewardModel, source: str | list[dict[str, Any]]) -> list[S
 
 
 def write_rows(rows: Sequence[ScoredRow], path: Path) -> None:
-    """Write each row with its rewards as a line of JSON."""
+    """Write the rows with their rewards as JSON Lines."""
     lines = [json.dumps(row.line(), ensure_ascii=False, default=str) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def summary(rows: Sequence[ScoredRow]) -> dict[str, Any]:
-    """Return what is told of all rows: of each reward its spread, and how often it agrees with the file.
+    """Return statistics per reward: mean, std, min, max, and accuracy against the file's ranking.
 
-    A comparison counts once, however many completions it has; the rule that the longer one is better stands
-    beside the rewards.
+    Each comparison has weight 1, whatever its number of completions. The longest-wins baseline is included.
     """
     usable = [row for row in rows if row.scores]
     compared = [row for row in usable if row.ranks is not None and len(set(row.ranks)) > 1]
@@ -131,7 +130,7 @@ def _agreement(rows: Sequence[ScoredRow], values: Sequence[Sequence[float]]) -> 
 
 
 def _talks(judged: Judged) -> Iterator[list[Message]]:
-    """Yield a row's conversations, one a completion; none where one of them ends without a reply."""
+    """Yield a row's conversations, one per completion; none if any of them ends without a reply."""
     if all(answer.reply is not None and _said(answer).strip() for answer in judged.answers):
         for answer in judged.answers:
             assert answer.reply is not None
@@ -143,9 +142,9 @@ def _said(answer: Answer) -> str:
 
 
 def _responses(columns: Mapping[str, Any]) -> Judged:
-    """Return completions of a prompt of which nobody said which is better."""
+    """Read the unranked completions of a prompt."""
     if not isinstance(columns["responses"], list) or not columns["responses"]:
-        raise RowProblem("responses", "no list", "a list of completions")
+        raise RowProblem("responses", "not a list, or empty", "a list of completions")
     asked, answers = question(columns, "prompt"), []
     for index, entry in enumerate(columns["responses"]):
         field = f"responses[{index}]"
@@ -155,13 +154,13 @@ def _responses(columns: Mapping[str, Any]) -> Judged:
 
 
 def _asked(columns: Mapping[str, Any]) -> Judged:
-    """Return a completion behind its prompt, which may be a dialogue."""
+    """Read a prompt, which may be a dialogue, with one completion."""
     turns, reply = whole(question(columns, "prompt"), completion(columns, "completion"), "completion")
     return Judged((Answer(tuple(turns), reply),))
 
 
 def _last(layout: Layout[list[Message]], columns: Mapping[str, Any]) -> Judged:
-    """Return a conversation's last turn as its completion."""
+    """Read a conversation with its last turn as the completion."""
     turns = layout.read(columns)
     reply = turns[-1] if turns[-1].role in REPLIES else None
     return Judged((Answer(tuple(turns[:-1] if reply else turns), reply),))
@@ -173,4 +172,4 @@ READ: Sequence[Layout[Judged]] = (
     Layout("prompt/completion", ("prompt", "completion"), _asked),
     *(Layout(one.name, one.required, partial(_last, one), one.nullable) for one in LAYOUTS),
 )
-"""Comparisons first; then single completions, in every layout that instructions come in."""
+"""Comparisons first, then single completions in every instruction layout."""

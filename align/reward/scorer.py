@@ -1,4 +1,4 @@
-"""A finished reward model at work: scores of any completions, of every head, every rule and all together."""
+"""Load a finished reward model and score completions: per head, per rule, and in total."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ from finetune.training.samples import question_of
 Prompt = str | Sequence[Message]
 Ids = list[int]
 TOGETHER = 16
-"""Completions of a prompt that share its line: attention costs the square of the line's length."""
+"""Maximum completions that share one prompt: attention costs the square of the row's length."""
 TOTAL = "total"
-"""The sum of all heads, each brought to mean 0 and deviation 1, and of all rules by their weights."""
+"""Name of the total reward: sum of all heads, normalized to mean 0 and std 1, and of the weighted rules."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class RewardModel:
     """Base, adapter and heads of a finished run, with its rules.
 
     Attributes:
-        model: it scores.
-        encoder: how conversations become tokens.
-        zeros: of each head the mean and the deviation over chosen completions of its training rows.
-        rules: programs beside the heads.
-        room: tokens of a prompt with its completion.
-        collate: the layout of a forward pass.
-        tokens: of a forward pass, about.
+        model: the sequence classification model.
+        encoder: converts conversations to tokens.
+        normalization: mean and standard deviation of each head over chosen completions of its training rows.
+        rules: rule rewards.
+        length_limits: length limits of a prompt with its completion.
+        collator: the collator.
+        tokens_per_forward: approximate tokens per forward pass.
     """
 
     model: nn.Module
@@ -63,21 +63,21 @@ class RewardModel:
 
     @property
     def names(self) -> list[str]:
-        """Return what is scored: heads, rules, and all together."""
+        """Return the names of all rewards: heads, rules and the total."""
         return [*self.zeros, *(rule.name for rule in self.rules), TOTAL]
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> dict[str, list[float]]:
-        """Return the scores of completions, each behind its prompt; equal prompts side by side are read once.
+        """Score completions of prompts; consecutive completions of one prompt share its forward pass.
 
         Args:
-            prompts: one for each completion: a text (an HH dialogue too), or turns.
-            completions: what is scored.
+            prompts: one per completion: a text (also an HH dialogue), or messages.
+            completions: the texts to score.
 
         Returns:
-            Raw scores by the names of the heads, what rules say by theirs, and ``total``.
+            Raw scores by head name, rule scores by rule name, and ``total``.
 
         Raises:
-            UserError: the template cannot write a conversation, or a rule fails.
+            UserError: the template cannot render a conversation, or a rule fails.
         """
         talks = [
             [*_turns(prompt), Message("assistant", text)]
@@ -89,11 +89,11 @@ class RewardModel:
     def score_talks(
         self, talks: Sequence[Sequence[Message]], places: Sequence[str]
     ) -> dict[str, list[float]]:
-        """Return the scores of conversations' last replies, as ``score`` does.
+        """Score the last reply of each conversation, as ``score`` does.
 
         Args:
-            talks: conversations that end with a reply.
-            places: what each one is called in a message.
+            conversations: conversations that end with a reply.
+            locations: location of each conversation, for error messages.
         """
         if not talks:
             return {name: [] for name in self.names}
@@ -107,14 +107,14 @@ class RewardModel:
         return {**found, TOTAL: np.asarray(total).tolist()}
 
     def normalised(self, scores: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-        """Return the heads' scores, with mean 0 and deviation 1 over chosen completions of the training."""
+        """Normalize the heads' scores to mean 0 and std 1 over chosen training completions."""
         return {
             name: ((np.asarray(scores[name]) - mean) / deviation).tolist()
             for name, (mean, deviation) in self.zeros.items()
         }
 
     def _heads(self, talks: Sequence[Sequence[Message]], places: Sequence[str]) -> np.ndarray:
-        """Return raw scores (talks, heads); neighbours with one prompt share a group, some at a time."""
+        """Return raw scores (C, heads); consecutive conversations with one prompt are scored as a group."""
         pairs = [self._encoded(talk, place) for talk, place in zip(talks, places, strict=True)]
         groups = [
             _group(prompt, part)
@@ -125,14 +125,14 @@ class RewardModel:
         return score_groups(self.model, groups, self.collate, size=max(1, self.tokens // longest))
 
     def _encoded(self, talk: Sequence[Message], place: str) -> tuple[Ids, Ids]:
-        """Return the ids of prompt and reply, cut as in training."""
+        """Return the token ids of prompt and reply, truncated as in training."""
         try:
             encoded = self.encoder.encode(talk)
         except TemplateError as error:
-            found = f"no conversation for template '{self.encoder.name}': {error}"
-            raise UserError(Problem(place, found, "turns that the template can write")) from error
+            found = f"template '{self.encoder.name}' cannot render it: {error}"
+            raise UserError(Problem(place, found, "turns that the template supports")) from error
         if True not in encoded.trained:
-            raise UserError(Problem(place, "its reply carries no token", "a reply"))
+            raise UserError(Problem(place, "the reply has no tokens", "a non-empty reply"))
         start = encoded.trained.index(True)
         end = len(encoded.trained) - encoded.trained[::-1].index(True)
         head = int(encoded.input_ids[:1] == [self.encoder.tokenizer.bos_token_id])
@@ -141,21 +141,23 @@ class RewardModel:
 
 
 def load_reward(run: Path, *, base: PreTrainedModel | None = None) -> RewardModel:
-    """Open a finished run of stage ``reward``.
+    """Load the reward model of a finished run of stage ``reward``.
 
     Args:
         run: the run's folder.
-        base: the run's base in memory, a causal model without an adapter, whose weights serve; else it is
-            loaded. A run that tuned the whole model brings its own weights in either case.
+        base: the base in memory, a causal model without an adapter, to share weights with; None loads it.
+            A fully fine-tuned run always loads its own weights.
 
     Raises:
-        UserError: the folder is no finished run of a reward model.
+        UserError: not the folder of a finished reward model run.
     """
     record = finished_record(run)
     load: dict[str, Any] = record["load"]
     if "heads" not in load:
         found, expected = f"a run of stage {record['stage']}", "a run of stage reward"
-        raise UserError(Problem(str(run), found, expected, f"`llm-align chat {run}` talks to this one"))
+        raise UserError(
+            Problem(str(run), found, expected, f"`llm-align chat {run}` for a model that generates text")
+        )
     rules = saved_rules(run, [RuleSettings(**rule) for rule in load["rules"]])
     model = _model(run, load, base)
     folder = run / "adapter" if (run / "adapter").is_dir() else run / "model"
@@ -175,7 +177,7 @@ def load_reward(run: Path, *, base: PreTrainedModel | None = None) -> RewardMode
 
 
 def _model(run: Path, load: Mapping[str, Any], shared: PreTrainedModel | None) -> nn.Module:
-    """Return base, adapter and heads, or the model that was tuned as a whole."""
+    """Load base, adapter and heads, or the fully fine-tuned model."""
     settings, whole = ModelSettings(**load["model"]), run / "model"
     heads, pad, precision = load["heads"], load["pad_id"], load["precision"]
     if shared is not None and not whole.is_dir():
@@ -201,7 +203,7 @@ def _turns(prompt: Prompt) -> list[Message]:
 
 
 def _few(completions: list[Ids]) -> Iterator[list[Ids]]:
-    """Yield so many completions that attention over all of them stays cheap."""
+    """Yield chunks of at most MAX_SHARED_COMPLETIONS completions."""
     for start in range(0, len(completions), TOGETHER):
         yield completions[start : start + TOGETHER]
 

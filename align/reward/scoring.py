@@ -1,4 +1,4 @@
-"""The scores of tokenised groups, without gradients."""
+"""Score tokenized groups in batches, without gradients."""
 
 from collections.abc import Sequence
 
@@ -16,17 +16,18 @@ from align.reward.model import completion_scores
 def score_groups(
     model: nn.Module, groups: Sequence[TokenizedGroup], collate: RewardCollator, *, size: int
 ) -> Numbers:
-    """Return the scores of all completions, those of one group behind those of another: (N, heads).
+    """Return the scores of all completions in group order: (C, heads).
 
     Args:
-        model: a reward model in any wrapper; it scores without dropout and is left in its mode.
-        groups: prompts with their completions; one at least.
-        collate: the layout.
-        size: groups of a forward pass; those of similar length meet.
+        model: a reward model in any wrapper; evaluated without dropout, its mode is restored.
+        groups: prompts with their completions; at least one.
+        collator: the collator.
+        batch_size: groups per forward pass.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
     lengths = [len(group.prompt_ids) + sum(map(len, group.completion_ids)) for group in groups]
+    # Groups of similar length share a batch, so that little of it is padding.
     order = np.argsort(lengths, kind="stable").tolist()
     found: dict[int, Numbers] = {}
     for start in range(0, len(order), size):
@@ -41,12 +42,12 @@ def score_groups(
 
 
 def of_own_heads(scores: Numbers, groups: PreferenceGroups, heads: Sequence[int]) -> Scored:
-    """Return comparisons with the score of the head that each one's source belongs to.
+    """Select each comparison's scores under the head of its data source.
 
     Args:
-        scores: (N, all heads).
-        groups: the comparisons that were scored.
-        heads: for each source the number of its head.
+        scores: (C, heads).
+        groups: the scored comparisons.
+        head_of_source: index of the head of each data source.
     """
     owners = np.repeat(np.asarray(heads)[list(groups.sources)], groups.completions)
     rewards = scores[np.arange(len(scores)), owners]

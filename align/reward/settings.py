@@ -1,4 +1,4 @@
-"""A reward model's settings: its heads and their data, and the rules that stand beside them."""
+"""Recipe settings of stage `reward`: heads and their data sources, loss terms, and rules."""
 
 from collections.abc import Collection, Iterator
 from typing import Annotated, ClassVar
@@ -12,58 +12,56 @@ from finetune.recipe.python_function import call_problems, file_digest, load_fun
 from finetune.recipe.settings import MixedSource, Section, StageSettings, Text
 
 ARGUMENTS = ("prompt", "completion")
-"""What a rule is called with."""
+"""Arguments of a rule function."""
 
 
 class RewardSource(MixedSource):
-    """One source of a mixture, and the head that learns from it."""
+    """One source of a data mixture, and the head trained on it."""
 
-    head: Text | None = Field(None, description="head that learns from it; null: the only one")
+    head: Text | None = Field(None, description="head trained on this source; null: the only head")
 
 
 class RewardData(PreferenceSettings):
-    """What is preferred to what, and which head learns it."""
+    """Preference data, and the head trained on each source."""
 
     mix: Annotated[list[RewardSource], Field(min_length=1)] | None = Field(  # type: ignore[assignment]
-        None, description="several sources in place of `source`; each may name the head that learns from it"
+        None, description="several sources instead of `source`; each may name the head trained on it"
     )
 
 
 class RuleSettings(Section):
-    """A reward that is a program."""
+    """A Python reward function."""
 
-    name: Text = Field(description="what it is called in the scores")
-    function: Text = Field(
-        description="path/to/file.py:function; (prompt, completion) -> a number or a truth"
-    )
-    weight: float = Field(1.0, description="it counts this many times in the sum of all rewards")
+    name: Text = Field(description="name of its score")
+    function: Text = Field(description="path/to/file.py:function; (prompt, completion) -> number or bool")
+    weight: float = Field(1.0, description="weight in the total reward")
 
 
 class RewardSettings(Section):
-    """Heads, what the loss adds to plain Bradley-Terry, and rules."""
+    """Heads, terms added to the Bradley-Terry loss, and rules."""
 
     heads: Annotated[list[Text], Field(min_length=1)] = Field(
-        ["reward"], description="names of the scores that one base gives, each learnt from its own sources"
+        ["reward"], description="names of the score heads on one base, each trained on its own sources"
     )
-    # arXiv 2312.09244, equation 2; TRL's documentation recommends 0.01. A bias is taken off later anyway.
+    # arXiv 2312.09244, equation 2; TRL recommends 0.01. Off: rewards are normalized after training anyway.
     centring: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="coefficient that draws rewards to a mean of 0 (0.01); 0: none"
+        0.0, description="coefficient of the term that centers rewards at 0 (e.g. 0.01); 0: off"
     )
     # Llama 2 (arXiv 2307.09288), equation 2 and table 27: 0 to 1 (small) or 0 to 3 (large).
     margins: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="the loss asks for the data's margin times this between two scores; null: for none"
+        None, description="factor on the dataset's margins, subtracted inside the loss; null: no margins"
     )
     rules: list[RuleSettings] = Field(
-        [], description="programs beside the heads: [{name: N, function: file.py:function, weight: 1.0}]"
+        [], description="Python reward functions: [{name: N, function: file.py:function, weight: 1.0}]"
     )
 
     def made_of(self) -> list[str]:
-        """Return the digests of the rules' files."""
+        """Return the digests of the rules' files, part of the run's fingerprint."""
         return [file_digest(rule.function, where=f"rule '{rule.name}'") for rule in self.rules]
 
 
 class Settings(StageSettings):
-    """The sections of a reward model's recipe."""
+    """The sections of a reward recipe."""
 
     TRL_CONFIG: ClassVar[str] = "RewardConfig"
 
@@ -71,25 +69,27 @@ class Settings(StageSettings):
     reward: RewardSettings = RewardSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return what contradicts itself for this stage; the files of rules are executed for it."""
+        """Return contradictory settings; executes the rules' files to check their functions."""
         found = [*_unused(self), *(_adapter(self) if "adapter" in valid else [])]
         found += _heads(self) if {"data", "reward"} <= set(valid) else []
         return found + (list(_rules(self.reward)) if "reward" in valid else [])
 
 
 def heads_of(settings: Settings) -> list[int]:
-    """Return for each source of the data the number of the head that learns from it."""
+    """Return the index of the head trained on each data source."""
     names = settings.reward.heads
     parts = settings.data.mix
     return [0] if parts is None else [names.index(part.head or names[0]) for part in parts]
 
 
 def _unused(settings: Settings) -> Iterator[Problem]:
-    """Yield settings of other stages that would change nothing here."""
+    """Yield settings that have no effect in this stage."""
     train, evaluate = settings.train, settings.evaluate
     if train.engine == "trl" and len(settings.reward.heads) > 1:
         found = f"'trl' with {len(settings.reward.heads)} heads"
-        yield Problem("train.engine", found, "native: TRL's trainer has one score", "train.engine=native")
+        yield Problem(
+            "train.engine", found, "native: TRL's RewardTrainer has a single score", "train.engine=native"
+        )
     given = {
         "train.label_smoothing": train.label_smoothing != 0,
         "train.neftune_alpha": train.neftune_alpha is not None,
@@ -99,45 +99,49 @@ def _unused(settings: Settings) -> Iterator[Problem]:
         "evaluate.skill": evaluate.skill is not None,
     }
     for where in (name for name, wanted in given.items() if wanted):
-        reason = "not for a reward model: completions share their prompt's line anyway"
+        reason = "not supported for reward models: completions already share their prompt's row"
         if where != "data.packing":
-            reason = "not for a reward model, which writes no text"
-        yield Problem(where, "given", reason, "leave it out")
+            reason = "not supported for reward models, which generate no text"
+        yield Problem(where, "set", reason, "remove it")
 
 
 def _adapter(settings: Settings) -> Iterator[Problem]:
     method = settings.adapter.method
     if reason := adapter_traits(method).scores:
         repair = "adapter.method=lora, or another one of `llm-align list adapters`"
-        yield Problem("adapter.method", f"'{method}': {reason}", "an adapter that scores", repair)
+        yield Problem(
+            "adapter.method", f"'{method}': {reason}", "an adapter that supports reward models", repair
+        )
 
 
 def _heads(settings: Settings) -> Iterator[Problem]:
     names, parts = settings.reward.heads, settings.data.mix
     if len(set(names)) < len(names):
-        yield Problem("reward.heads", f"found {', '.join(names)}", "names that differ")
+        yield Problem("reward.heads", f"duplicate names: {', '.join(names)}", "unique names")
     if len(names) == 1 and not any(part.head for part in parts or []):
         return
     if parts is None:
         repair = "data.mix=[{source: ..., head: NAME}, ...]"
-        found = f"{len(names)} heads, and data.source is one source"
-        yield Problem("reward.heads", found, "sources in data.mix, each with its head", repair)
+        found = f"{len(names)} heads, but data.source is a single source"
+        yield Problem("reward.heads", found, "sources in data.mix, each with a head", repair)
         return
     for index, part in enumerate(parts):
         where = f"data.mix[{index}].head"
         if part.head is None:
-            found = f"not given, and there are {len(names)} heads"
-            yield Problem(where, found, one_of(names), "say which head learns from this source")
+            found = f"missing, and there are {len(names)} heads"
+            yield Problem(where, found, one_of(names), "set the head to train on this source")
         elif part.head not in names:
-            found = f"'{part.head}' is no head"
-            repair = nearest(part.head, names) or "or add it to reward.heads"
+            found = f"unknown head '{part.head}'"
+            repair = nearest(part.head, names) or "add it to reward.heads"
             yield Problem(where, found, f"{one_of(names)} (reward.heads)", repair)
     if idle := [name for name in names if name not in {part.head for part in parts}]:
-        found = f"nothing is learnt by {', '.join(idle)}"
-        yield Problem("reward.heads", found, "a source of data.mix for every head", "add head: to a source")
+        found = f"no data source for {', '.join(idle)}"
+        yield Problem("reward.heads", found, "a source in data.mix for every head", "set `head` on a source")
     if isinstance(settings.data.held_out, str):
-        found = "a file, and its rows name no head"
-        yield Problem("data.held_out", found, "rows (100) or a share (0.1), taken of every source")
+        found = "a file, whose rows have no head"
+        yield Problem(
+            "data.held_out", found, "a number of rows (100) or a fraction (0.1), taken from every source"
+        )
 
 
 def _rules(reward: RewardSettings) -> Iterator[Problem]:
@@ -145,7 +149,7 @@ def _rules(reward: RewardSettings) -> Iterator[Problem]:
     for index, rule in enumerate(reward.rules):
         where = f"reward.rules[{index}]"
         if names.count(rule.name) > 1:
-            yield Problem(f"{where}.name", f"'{rule.name}' is there twice", "names that differ")
+            yield Problem(f"{where}.name", f"duplicate name '{rule.name}'", "unique names")
         try:
             function = load_function(rule.function, where=f"{where}.function")
         except UserError as error:

@@ -1,9 +1,8 @@
-"""Several models on one frozen base: each has modules of its own, and all have the same weights in memory.
+"""Weight sharing: several models on one frozen base, each with its own modules, all with the same weights.
 
-PEFT can put several adapters on one model and switch between them; then whatever runs between a forward pass
-and its backward pass (gradient checkpointing recomputes in between) must not switch, or an adapter silently
-gets no gradient. Here nothing is switched: a copy of the modules costs kilobytes, and its parameters are the
-base's own, 4-bit ones included.
+PEFT can hold several adapters on one model and switch between them, but switching between a forward pass and
+its backward pass (where gradient checkpointing recomputes) silently drops an adapter's gradient. Here nothing
+is switched: a copy of the modules costs kilobytes, and its parameters are the base's, 4-bit ones included.
 """
 
 import copy
@@ -18,13 +17,13 @@ from align.reward.model import ScoreHead
 from finetune.training.model import SCORE, label_scores
 
 STORED = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
-"""What a model says of how its weights are stored; adapters ask for it."""
+"""Quantization attributes of a model, which PEFT reads to choose the adapter layers."""
 
 
 def same_weights(module: nn.Module) -> nn.Module:
-    """Return a copy of a module whose parameters and buffers are those of the module itself.
+    """Copy a module without its parameters and buffers, which both share.
 
-    Hooks and wrappers that are put on one of the two are not on the other.
+    Hooks and wrappers added to one of the two later do not affect the other.
     """
     tensors: list[Any] = [*module.parameters(), *module.buffers()]
     states = [tensor.quant_state for tensor in tensors if "quant_state" in vars(tensor)]
@@ -33,22 +32,24 @@ def same_weights(module: nn.Module) -> nn.Module:
 
 
 def scorer_on(base: PreTrainedModel, heads: Sequence[str], *, pad_id: int) -> PreTrainedModel:
-    """Return a scoring model with the weights of a causal model that has no adapter yet, and zeros as head.
+    """Return a sequence classification model that shares a causal model's backbone; its head is zero.
 
     Args:
-        base: a causal model; the result shares its backbone's weights, and stays as it is when an adapter is
-            put on the base.
-        heads: names of the scores.
-        pad_id: a token that ends no text.
+        base: a causal model without an adapter; adapters added to it later do not affect the result.
+        heads: names of the heads.
+        pad_id: a token that never ends a text.
     """
     config = copy.deepcopy(base.config)
     label_scores(config, heads)
     config.get_text_config().pad_token_id = config.pad_token_id = pad_id
+    # On the meta device: the backbone is replaced at once, so its weights need no memory.
     with torch.device("meta"):
         scorer: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     prefix = base.base_model_prefix
     backbone = same_weights(base.get_submodule(prefix))
-    assert type(backbone) is type(scorer.get_submodule(prefix)), "the library scores with another backbone"
+    assert type(backbone) is type(scorer.get_submodule(prefix)), (
+        "the sequence classification model has another backbone class"
+    )
     scorer.set_submodule(prefix, backbone)
     vars(scorer).update({name: value for name, value in vars(base).items() if name in STORED})
     old: nn.Linear = scorer.get_submodule(SCORE)
@@ -60,23 +61,23 @@ def scorer_on(base: PreTrainedModel, heads: Sequence[str], *, pad_id: int) -> Pr
 
 
 def base_for_scorers(base: PreTrainedModel, *, rewritten: bool) -> PreTrainedModel:
-    """Return the base that scorers share with a policy: a copy of it where the policy's adapter rewrites it.
+    """Return the base that reward models share with a policy; a copy if the policy's adapter changes it.
 
     Args:
-        base: a causal model that has no adapter yet.
-        rewritten: whether building the adapter changes the frozen weights (``Traits.changes_base``).
+        base: a causal model without an adapter.
+        changes_base: whether building the adapter changes the frozen weights (``Traits.changes_base``).
     """
     return copy.deepcopy(base) if rewritten else base
 
 
 def own_weights(module: nn.Module, others: Sequence[nn.Module]) -> None:
-    """Give a module copies of the weights that it shares with others which train them.
+    """Untie a module from shared weights that other models train, by giving it frozen copies.
 
-    An adapter that trains weights of the base itself (full tuning, norms) would otherwise carry every other
-    model on that base along.
+    Otherwise an adapter that trains weights of the base (full fine-tuning, norms) would change every model
+    on that base.
 
     Args:
-        module: it stays as it is, frozen.
+        module: the module to keep frozen.
         others: models on the same base, with their adapters.
     """
     trained = {id(weight) for other in others for weight in other.parameters() if weight.requires_grad}

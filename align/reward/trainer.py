@@ -1,4 +1,4 @@
-"""The native engine of reward models: our loss on whole groups, and our held-out measure."""
+"""Native reward model trainer: Bradley-Terry loss on preference groups, held-out evaluation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +15,11 @@ from finetune.training.processes import everyones
 
 
 class RewardTrainer(GroupTrainer):
-    """Scores each completion once, and compares those of a group."""
+    """Trainer that scores each completion once and compares all completions of a group."""
 
     objective: Objective
     measure: Callable[[], dict[str, float]]
-    """Gives the held-out rows' metrics."""
+    """Returns the held-out metrics."""
     seen: list[Tensor]
 
     def compute_loss(
@@ -29,15 +29,16 @@ class RewardTrainer(GroupTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return this pass's share of the mean loss over the groups of the optimizer step."""
+        """Return this micro-batch's share of the mean loss over the optimizer step's groups."""
         assert num_items_in_batch is not None and not return_outputs
         losses, rewards = self.objective.losses(model, inputs)
+        # Padding groups, without an entry in `rows`, only keep the ranks in step: no loss, no metrics.
         counted = len(inputs["rows"])
         self._see(rewards.detach()[:counted], inputs["ranks"][:counted])
         return self.step_loss(losses[:counted], num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, beside the loss, what the rewards were since the last line."""
+        """Log the reward metrics averaged since the last log, together with the loss."""
         if "loss" in logs and self.seen:
             names = ("accuracy", "margin", "mean_reward")
             all_seen = everyones(torch.cat(self.seen, dim=1).cpu())
@@ -47,11 +48,11 @@ class RewardTrainer(GroupTrainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return what is measured on the held-out comparisons."""
+        """Log and return the held-out metrics."""
         return log_held_out(self, self.measure())
 
     def _see(self, rewards: Tensor, ranks: Tensor) -> None:
-        """Keep accuracy, margin and mean reward of each group: (3, G)."""
+        """Store accuracy, margin and mean reward of each group: (3, G)."""
         there = ranks >= 0
         accuracies = list_accuracies(rewards, -ranks, present=there)
         means = rewards.sum(1) / there.sum(1)

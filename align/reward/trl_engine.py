@@ -1,4 +1,4 @@
-"""Reward models on TRL: its trainer, which takes our tokens as they are."""
+"""TRL engine of stage `reward`: TRL's RewardTrainer on our tokenized pairs."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -20,19 +20,19 @@ from finetune.training.preflight.untouched import untouched
 
 
 def reward_stage(*, centring: float) -> TrlStage:
-    """Return TRL's arguments; ``centring`` is that of ``bradley_terry``, 0 for none."""
+    """Return the arguments of RewardConfig; the coefficient is that of ``bradley_terry``, 0 for off."""
     return TrlStage("RewardConfig", {"center_rewards_coefficient": centring or None})
 
 
 class MeasuredRewardTrainer(RewardTrainer):  # type: ignore[misc]
-    """TRL's trainer, with our held-out measures; a NaN names its rows."""
+    """TRL's RewardTrainer with our held-out metrics; a NaN loss reports its rows."""
 
     places: Mapping[tuple[int, ...], str]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one forward and backward pass; stop the run when its loss is no number.
+        """Run one forward and backward pass; stop the run if the loss is NaN or infinite.
 
         Raises:
             NotFiniteError: NaN or infinite loss; the message names the rows.
@@ -43,12 +43,12 @@ class MeasuredRewardTrainer(RewardTrainer):  # type: ignore[misc]
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the held-out measures."""
+        """Log and return the held-out metrics."""
         return log_held_out(self, {f"held_out_{key}": value for key, value in self.measure().items()})
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Return loss, margin and accuracy over all held-out pairs, without the training's margins."""
+        """Return loss, margin and accuracy over all held-out pairs; the loss has no data margins."""
         columns, size = self.eval_dataset, self.args.per_device_train_batch_size
         passes = []
         with untouched(self.model), self.accelerator.autocast():
@@ -67,11 +67,11 @@ class MeasuredRewardTrainer(RewardTrainer):  # type: ignore[misc]
 
 
 def score_columns(groups: PreferenceGroups, *, margins: list[float] | None = None) -> Dataset:
-    """Return pairs as TRL's reward trainer takes them: each completion behind its prompt.
+    """Convert pairs to TRL's RewardTrainer dataset: prompt plus completion, chosen and rejected.
 
     Args:
-        groups: two completions each, the better one first.
-        margins: by how much each chosen completion's score shall be above the rejected one's.
+        groups: groups of two completions, the better one first.
+        margins: target margin of each pair.
     """
     rows = [groups[index] for index in range(len(groups))]
     assert all(len(row.completion_ids) == 2 for row in rows), "pairs"
@@ -92,18 +92,19 @@ def trl_reward_trainer(
     pad_id: int,
     margins: list[float] | None = None,
 ) -> MeasuredRewardTrainer:
-    """Return TRL's RewardTrainer on pairs that are tokenised already.
+    """Return TRL's RewardTrainer on tokenized pairs.
 
     Args:
-        model: base with adapter and a head of one score.
-        args: of ``reward_stage``.
-        tokenizer: the base's; it is left as it is.
-        train: what is learnt; pairs.
-        held_out: what is measured, if anything; pairs.
-        pad_id: a token that ends no text. TRL pads with the tokenizer's padding token, and the library reads
-            the score at the last token that is not that one: one too early where it is the end token.
-        margins: of each training pair.
+        model: base with adapter and a single score head.
+        args: from ``reward_config_spec``.
+        tokenizer: the base's tokenizer; not modified.
+        train: training pairs.
+        held_out: held-out pairs, if any.
+        pad_id: a token that never ends a text.
+        margins: target margin of each training pair.
     """
+    # TRL pads with the tokenizer's pad token, and transformers reads the score at the last other token. If
+    # the pad token is EOS, as in many chat models, that is one token too early.
     padding = deepcopy(tokenizer)
     padding.pad_token = padding.convert_ids_to_tokens(pad_id)
     trainer = MeasuredRewardTrainer(

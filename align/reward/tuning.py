@@ -1,4 +1,4 @@
-"""The pieces of learning a reward model, put together from a recipe: checks, trainer, measures."""
+"""Reward model training from a recipe: pre-flight checks, trainer, evaluation, saving."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,7 +37,7 @@ from finetune.training.tuning import (
 
 @dataclass(frozen=True)
 class RewardTuning:
-    """Learning a reward model from comparisons."""
+    """Train a reward model on preference comparisons."""
 
     job: Job
     text: Text
@@ -46,38 +46,37 @@ class RewardTuning:
 
     @property
     def settings(self) -> Settings:
-        """Return the recipe's sections."""
         settings = self.job.recipe.settings
         assert isinstance(settings, Settings)
         return settings
 
     @property
     def steps(self) -> int:
-        """Return the optimizer steps of the whole run."""
+        """Return the total number of optimizer steps."""
         return optimizer_steps(self.job, len(self.data.train))
 
     @property
     def objective(self) -> Objective:
-        """Return what is learnt from a batch."""
+        """Return the training objective."""
         reward = self.settings.reward
         return Objective(tuple(heads_of(self.settings)), reward.centring, reward.margins)
 
     @cached_property
     def separate(self) -> str:
-        """Return why completions cannot share their prompt's line; empty where they can."""
+        """Return why the model cannot take a block mask; empty if completions can share their prompt."""
         groups = [rows for rows in (self.data.train, self.data.held_out) if rows is not None]
         reach = max(rows.longest for rows in groups) + self.text.virtual_tokens
         return why_separate(self.policy.model.config, reach=reach)
 
     @property
     def collator(self) -> RewardCollator:
-        """Return how comparisons are laid out."""
+        """Return the collator of the recipe's layout."""
         encoder = self.text.encoder
         pad, cost = pad_id(encoder.tokenizer, encoder.stop_ids), cost_of(self.policy.model)
         return RewardCollator(pad, separate=bool(self.separate), cost=cost)
 
     def facts(self) -> dict[str, Any]:
-        """Return what run.json says before the first step; whatever can be refused is refused here."""
+        """Validate the run, and return the run.json fields known before step 0."""
         self.arguments()
         say_parameters(self.job, self.policy)
         self.preflight()
@@ -93,7 +92,7 @@ class RewardTuning:
         return facts
 
     def preflight(self) -> None:
-        """Prove before step 0 what can be proved on the run's own rows and model; neither is changed.
+        """Run the pre-flight checks on the run's rows and model; neither is changed.
 
         Raises:
             UserError: a check failed.
@@ -106,7 +105,7 @@ class RewardTuning:
         with job.timed("preflight"):
             job.check(Tick("environment", job.environment(policy.precision)))
             if self.separate:
-                job.check(Tick("layout", f"each completion in a line of its own: {self.separate}"))
+                job.check(Tick("layout", f"prompt sharing off: {self.separate}"))
             train, model = self.data.train, policy.model
             room = self.text.max_length
             job.check(*data_ticks(self.data, self.text.encoder, input_embeddings(model), max_length=room))
@@ -116,10 +115,10 @@ class RewardTuning:
             job.check(*model_ticks(model, train, self.objective, self.collator, **stored))
 
     def arguments(self) -> TrainingArguments:
-        """Return the engine's arguments; whatever is ``auto`` is decided here.
+        """Return the engine's arguments, with ``auto`` values resolved.
 
         Raises:
-            UserError: the engine refuses them.
+            UserError: the engine rejects them.
         """
         longest = int(self.data.train.lengths.max())
         stage = reward_stage(centring=self.settings.reward.centring)
@@ -127,11 +126,10 @@ class RewardTuning:
 
     @property
     def by_trl(self) -> bool:
-        """Tell whether TRL's trainer runs it."""
         return self.settings.train.engine == "trl"
 
     def trainer(self) -> Trainer:
-        """Return the engine's trainer, which makes the folder of the checkpoints."""
+        """Return the engine's trainer; it creates the checkpoint folder."""
         return self._trl_trainer() if self.by_trl else self._native_trainer()
 
     def _trl_trainer(self) -> Trainer:
@@ -166,7 +164,7 @@ class RewardTuning:
 
     @property
     def measuring(self) -> Measuring:
-        """Return what is measured before and after training."""
+        """Return the evaluation of this model and data."""
         size, _ = choices.micro_batch_size(
             self.settings.train.micro_batch_size,
             batch_size=self.settings.train.batch_size,
@@ -183,7 +181,7 @@ class RewardTuning:
         )
 
     def measure(self, when: str) -> None:
-        """Record what the model says of the held-out comparisons, before or after training.
+        """Evaluate the held-out comparisons ``before`` or ``after`` training and record the metrics.
 
         Raises:
             NotFiniteError: a score is NaN or infinite.
@@ -193,10 +191,10 @@ class RewardTuning:
             self.measuring.record(self.job.run, self.text.encoder, when, samples=samples)
 
     def save(self, trainer: Trainer) -> None:
-        """Save adapter and head (or the model), open them again, and record what they are normalised with.
+        """Save adapter and head (or the full model), reload and verify them, and record the normalization.
 
         Raises:
-            UserError: what was saved is not what was trained, or a head gives the same score to everything.
+            UserError: the saved weights differ from the trained ones, or a head's scores are constant.
         """
         save_policy(self.job, self.text, self.policy)
         record_training(self.job, trainer)

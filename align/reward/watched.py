@@ -1,4 +1,4 @@
-"""What a reader of a reward model's run looks at: curves and numbers."""
+"""Reward model metrics of the report: curves and before/after values."""
 
 from align.reward.panel import reward_panel
 from align.reward.settings import Settings
@@ -7,8 +7,8 @@ from finetune.training.watched import Watched
 
 CURVES = {
     "loss": "training loss (nats per comparison)",
-    "accuracy": "share of comparisons in the right order",
-    "margin": "reward of the better above the worse",
+    "accuracy": "accuracy (fraction of comparisons ranked correctly)",
+    "margin": "reward margin (better minus worse)",
     "mean_reward": "mean reward",
     "held_out_loss": "held-out loss",
     "held_out_accuracy": "held-out accuracy",
@@ -17,7 +17,7 @@ CURVES = {
 
 
 def watched(settings: StageSettings) -> Watched:
-    """Return the curves and numbers of a run with these heads."""
+    """Return the curves and values to show for these heads."""
     assert isinstance(settings, Settings)
     numbers = {
         "held_out_accuracy": ("held-out accuracy", ".1%"),

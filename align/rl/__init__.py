@@ -1,1 +1,1 @@
-"""Reinforcement learning from rewards: prompts, rollouts, rewards, and what learns from them."""
+"""Reinforcement learning from rewards: prompts, sampling, rewards, token statistics, maths."""

@@ -1,4 +1,4 @@
-"""What is watched of replies: reward, distance, length, ends, entropy; for people and for stop rules."""
+"""Metrics of completions: reward, KL to the reference, length, EOS rate, entropy, perplexity."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from align.rl.replies import Replies
 
 
 def of_replies(replies: Replies) -> dict[str, float]:
-    """Return means over replies: reward and its parts, tokens, shares that ended and that differ."""
+    """Return means over completions: reward and its sources, length, EOS rate, unique fraction."""
     lengths = replies.lengths.double()
     found = {f"reward_{name}": float(np.mean(part)) for name, part in replies.judged.parts.items()}
     return {
@@ -23,9 +23,9 @@ def of_replies(replies: Replies) -> dict[str, float]:
 
 
 def of_distance(replies: Replies, said: Said) -> dict[str, float]:
-    """Return the distance from the start, nats a reply (k1), and entropy and perplexity a token.
+    """Return KL to the reference (k1, nats per completion), entropy per token, and reference perplexity.
 
-    The perplexity is that of the replies under the start: text that it would not write has a high one.
+    The perplexity is that of the completions under the reference model: high for text it would not generate.
     """
     mask = token_mask(replies.lengths, said.logps.shape[1])
     kl = (said.logps - said.reference_logps).double().sum(1).mean()
@@ -37,6 +37,6 @@ def of_distance(replies: Replies, said: Said) -> dict[str, float]:
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Return Pearson's r; 0 where one of the two does not vary."""
+    """Return Pearson's r; 0 if either input is constant."""
     spread = one.std() * other.std()
     return float(((one - one.mean()) * (other - other.mean())).mean() / spread) if spread else 0.0

@@ -1,4 +1,4 @@
-"""Published layouts as prompts: those of conversations and of preferences, and prompts that stand alone."""
+"""Row layouts accepted as RL prompts: conversations, preference data, plain prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ Read = Callable[[Columns], list[Message]]
 
 
 def _best(read: Callable[[Columns], Judged]) -> Read:
-    """Return the prompt with its best reply; without one that is known to be good, the prompt alone."""
+    """Return a reader of the prompt with its best reply, or without a reply if none is known to be good."""
 
     def messages(columns: Columns) -> list[Message]:
         judged = read(columns)
@@ -37,4 +37,4 @@ PROMPTS: Sequence[Layout[list[Message]]] = (
     Layout("instruction", ("instruction",), _instruction),
     Layout("question", ("question",), lambda columns: question(columns, "question")),
 )
-"""The first that fits is taken: judged replies, conversations, prompts alone."""
+"""The first layout that matches is used: preference data, conversations, plain prompts."""

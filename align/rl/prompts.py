@@ -1,4 +1,4 @@
-"""Prompts that a policy answers in reinforcement learning: read, split, encoded, counted."""
+"""RL prompts: read, select, split off held-out prompts, tokenize, cache, report."""
 
 import hashlib
 import json
@@ -24,26 +24,29 @@ from finetune.training.job import Job
 from finetune.training.text import Text
 
 FORMAT = 1
-"""Raised when the meaning of a cached file changes, so that old ones are not read."""
+"""Cache format version. Increment it when the content of a cached file changes, so old files are ignored."""
 SHORTEST = 8
-"""Positions that a prompt must have at least."""
+"""Minimum number of positions for a prompt."""
 
-REPAIR = "say which column holds what is asked: data.columns={prompt: QUESTION_COLUMN}"
-NO_QUESTION = "left out, no turn of a user stands at the end of the prompt"
-EMPTY_TURN = "left out, a turn of the prompt is empty"
-NO_TEMPLATE = "left out, no conversation for this template"
-WRITTEN_APART = "hold template markers or special tokens in their text, written apart"
+REPAIR = "name the column of the prompt: data.columns={prompt: QUESTION_COLUMN}"
+NO_QUESTION = "dropped: the prompt does not end with a user turn"
+EMPTY_TURN = "dropped: empty turn in the prompt"
+NO_TEMPLATE = "dropped: not valid for this template"
+WRITTEN_APART = "contain template markers in their text (escaped)"
 
 Turns = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked.
+    """A tokenized prompt.
 
-    ``talk`` ends with the user's turn and is whole, even where ``ids`` lost their beginning; ``ids`` end
-    where a reply begins. ``place`` is ``file:line``. ``expected`` is the row's own reply where it has one,
-    for readers. ``source`` is the source's number.
+    Attributes:
+        talk: the turns up to and including the last user turn, complete even if ``ids`` are truncated.
+        ids: token ids up to the position where the completion starts.
+        place: location of the row, ``file:line``.
+        expected: the row's own reply (reference answer), if it has one.
+        source: index of the source.
     """
 
     talk: Turns
@@ -60,31 +63,28 @@ class Prompts:
     rows: tuple[Prompt, ...]
 
     def __len__(self) -> int:
-        """Return the number of prompts."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Prompt:
-        """Return one prompt."""
         return self.rows[index]
 
     def __iter__(self) -> Iterator[Prompt]:
-        """Iterate over the prompts."""
         return iter(self.rows)
 
     @property
     def lengths(self) -> list[int]:
-        """Return each prompt's number of tokens."""
+        """Return the number of tokens of each prompt."""
         return [len(row.ids) for row in self.rows]
 
     @property
     def places(self) -> list[str]:
-        """Return where each prompt comes from."""
+        """Return the location of each prompt, ``file:line``."""
         return [row.place for row in self.rows]
 
 
 @dataclass(frozen=True)
 class PreparedPrompts:
-    """Everything a run needs of its prompts."""
+    """Training prompts, held-out prompts and the data report."""
 
     train: Prompts
     held_out: Prompts | None
@@ -92,9 +92,9 @@ class PreparedPrompts:
 
     @property
     def conversations(self) -> list[Conversation]:
-        """Return what is shown and judged: prompts held out, else some of training, each place once.
+        """Return the conversations for samples and graders: held-out prompts, else some training prompts.
 
-        Each ends with its row's own reply, an empty one where the row has none.
+        Each row appears once, and ends with its own reply (empty if it has none).
         """
         rows = self.train.rows[:SHOWN_FROM_TRAINING] if self.held_out is None else self.held_out.rows
         once = {row.place: row for row in rows}.values()
@@ -106,7 +106,7 @@ class PreparedPrompts:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A row before it is tokenised: the turns up to the reply, and the row's own reply if it has one."""
+    """A row before tokenization: the turns up to the completion, and the row's own reply if it has one."""
 
     prompt: Turns
     expected: str | None
@@ -115,21 +115,21 @@ class Asked:
 
     @property
     def words(self) -> object:
-        """Return what is asked, by whom: two prompts with the same are copies of each other."""
+        """Return the key by which duplicate prompts are found: role, content and context of each turn."""
         return tuple((turn.role, turn.content, turn.context) for turn in self.prompt)
 
 
 def load_prompts(job: Job, settings: PromptSettings, text: Text, *, room: int) -> PreparedPrompts:
-    """Read and tokenise a recipe's prompts, and tell what was found.
+    """Read and tokenize a recipe's prompts, and log the data report.
 
     Args:
-        job: the stage at work.
-        settings: its data section.
+        job: the run context.
+        settings: the recipe's data section.
         text: template and tokenizer.
-        room: tokens of a reply at most, for which positions are kept free behind every prompt.
+        room: maximum number of completion tokens, reserved after every prompt.
 
     Raises:
-        UserError: prompt and reply do not fit the model, or mistakes in the data, with file, line and field.
+        UserError: prompt and completion exceed the context length, or the data are invalid.
     """
     length = job.choose("data.max_prompt_length", longest_prompt(settings, text, room=room))
     with job.timed("data"):
@@ -141,35 +141,35 @@ def load_prompts(job: Job, settings: PromptSettings, text: Text, *, room: int) -
 
 
 def longest_prompt(settings: PromptSettings, text: Text, *, room: int) -> tuple[int, str]:
-    """Return the tokens of a prompt at most, and why.
+    """Return the maximum number of prompt tokens, and the reason for it.
 
     Raises:
-        UserError: a prompt and a reply of ``room`` tokens have no room in the model's positions.
+        UserError: a prompt plus ``room`` completion tokens exceeds the model's context length.
     """
     asked, free = settings.max_prompt_length, text.context - room
     if free < SHORTEST:
-        found = f"{room} of the model's {text.context} positions"
-        expected = f"at most {text.context - SHORTEST}, so that a prompt has room"
+        found = f"{room} of a context length of {text.context}"
+        expected = f"at most {text.context - SHORTEST}, to leave room for a prompt"
         raise UserError(Problem("sampling.max_new_tokens", found, expected))
     if asked is None:
-        return max(SHORTEST, text.max_length - room), f"{room} tokens are the reply's"
+        return max(SHORTEST, text.max_length - room), f"{room} tokens are reserved for the completion"
     if asked > free:
-        found = f"{asked}, and a reply has up to {room} tokens"
-        expected = f"at most {free}: the model has {text.context} positions"
+        found = f"{asked}, plus up to {room} completion tokens"
+        expected = f"at most {free}: the context length is {text.context}"
         raise UserError(Problem("data.max_prompt_length", found, expected, f"data.max_prompt_length={free}"))
-    return asked, "as asked"
+    return asked, "as requested"
 
 
 def prepare_prompts(
     settings: PromptSettings, encoder: Encoder, *, max_prompt_length: int, seed: int
 ) -> PreparedPrompts:
-    """Read, split and tokenise the prompts that a data section names.
+    """Read, split and tokenize the prompts of a data section.
 
     Args:
         settings: the recipe's data section.
         encoder: template and tokenizer.
-        max_prompt_length: tokens of a prompt at most.
-        seed: draws the held-out prompts and a mixture's rows.
+        max_prompt_length: maximum number of prompt tokens.
+        seed: of the held-out split and of mixture sampling.
 
     Raises:
         UserError: a source cannot be read, rows do not fit its layout, or no prompt is left.
@@ -192,7 +192,7 @@ def prepare_prompts(
 def _gather(
     settings: PromptSettings, seed: int, report: DataReport, aside: DataReport
 ) -> tuple[list[Asked], list[Asked]]:
-    """Return the prompts to learn from and those held out; the reports count what was lost."""
+    """Return training and held-out prompts; the reports count dropped rows."""
     places = enumerate(places_of(settings))
     parts = [_part(place, index, seed, report) for index, place in places]
     report.sources = [part.report for part in parts]
@@ -210,10 +210,10 @@ def _gather(
 
 
 def _part(place: Place, index: int, seed: int, report: DataReport) -> Part[Asked]:
-    """Return a source's prompts.
+    """Return the prompts of a source.
 
     Raises:
-        UserError: the source cannot be read, its rows fit no layout, or none asks anything.
+        UserError: the source cannot be read, its rows match no layout, or no row has a prompt.
     """
     found = read_place(place, index, seed)
     layout = recognise_among(
@@ -234,13 +234,13 @@ def _part(place: Place, index: int, seed: int, report: DataReport) -> Part[Asked
     asked = _asked(rows, report)
     if not asked:
         told = f"nothing to answer: {'; '.join(report.lines()[1:])}"
-        repair = f"look at the rows named above, or {'choose fewer away' if place.select else REPAIR}"
-        raise UserError(Problem(place.key, told, "rows with a user's turn", repair))
+        repair = f"check the rows above, or {'select more rows' if place.select else REPAIR}"
+        raise UserError(Problem(place.key, told, "rows with a user turn", repair))
     return Part(SourceReport(place.name, layout.name, found=len(found), usable=len(asked)), asked)
 
 
 def _asked(rows: Sequence[Conversation], report: DataReport) -> list[Asked]:
-    """Return what rows ask, without the replies at their ends; what asks nothing is counted."""
+    """Split rows into prompt and final reply; rows without a prompt are dropped and counted."""
     kept = []
     for row in rows:
         prompt, expected = list(row.messages), None
@@ -258,7 +258,7 @@ def _asked(rows: Sequence[Conversation], report: DataReport) -> list[Asked]:
 def _tokenise(
     rows: Sequence[Asked], encoder: Encoder, settings: PromptSettings, longest: int, report: DataReport
 ) -> Prompts:
-    """Encode prompts as chat does, or take them from the cache of a run that encoded the same ones alike."""
+    """Tokenize prompts as ``chat`` does, or load them from the cache."""
     drop = settings.too_long == "drop"
 
     def encode(found: DataReport) -> dict[str, np.ndarray]:
@@ -271,7 +271,7 @@ def _tokenise(
     return Prompts(
         tuple(
             Prompt(row.prompt, tuple(own.tolist()), row.where, row.expected, row.source)
-            for row, own in zip(kept, ids, strict=False)  # an empty split is one piece
+            for row, own in zip(kept, ids, strict=False)  # np.split of nothing returns one piece
         )
     )
 
@@ -289,11 +289,12 @@ def _encode(
             continue
         ids = encoded.input_ids
         if len(ids) > longest:
-            report.count(f"longer than {longest} tokens, {'left out' if drop else 'beginning cut'}", where)
+            report.count(f"longer than {longest} tokens, {'dropped' if drop else 'truncated'}", where)
             report.too_long += 1
             report.lost_tokens += len(ids) - (0 if drop else longest)
             if drop:
                 continue
+            # Truncate from the left, so that the user's last turn survives, and keep BOS.
             head = int(ids[:1] == [encoder.tokenizer.bos_token_id])
             ids = ids[:head] + ids[len(ids) - longest + head :]
         if encoded.written_apart:
@@ -320,11 +321,11 @@ def _refuse_none(where: str, purpose: str, prompts: Prompts, report: DataReport)
     if not len(prompts):
         found = f"nothing {purpose}: {'; '.join(report.lines()[1:])}"
         remedy = "data.too_long=cut" if report.too_long else "choose another data.template"
-        raise UserError(Problem(where, found, "prompts", f"look at the rows named above, or {remedy}"))
+        raise UserError(Problem(where, found, "prompts", f"check the rows above, or {remedy}"))
 
 
 def _tell(prompts: Prompts, report: DataReport) -> None:
-    """Put sizes into the report, of each source too."""
+    """Add row and token counts to the report, in total and per source."""
     lengths, sources = np.asarray(prompts.lengths), np.asarray([row.source for row in prompts])
     report.rows, report.tokens, report.longest = len(prompts), int(lengths.sum()), int(lengths.max())
     for number, source in enumerate(report.sources):

@@ -1,4 +1,4 @@
-"""What models say of completions' tokens, in tables of a line a completion."""
+"""Token statistics of completions: log-probabilities, entropies, values; one row per completion."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True)
 class Said:
-    """What the models say of each token: tables (episodes, longest), 0 behind a completion's end."""
+    """Per-token statistics: (C, T) = completions x longest completion, 0 after the end of each."""
 
     logps: Tensor
     reference_logps: Tensor
@@ -27,7 +27,7 @@ class Said:
 
 
 def lay_out(prompts: Sequence[Ids], completions: Sequence[Ids], *, pad_id: int) -> GroupBatch:
-    """Return a forward pass with a line for each completion, padded at its end."""
+    """Collate prompts and completions into a right-padded batch with one row per completion."""
     groups = [
         Group(torch.tensor(prompt), (torch.tensor(completion),))
         for prompt, completion in zip(prompts, completions, strict=True)
@@ -36,7 +36,7 @@ def lay_out(prompts: Sequence[Ids], completions: Sequence[Ids], *, pad_id: int) 
 
 
 def token_mask(lengths: Tensor, longest: int) -> Tensor:
-    """Return where completions of these lengths have tokens: (episodes, longest), boolean.
+    """Return the mask of completion tokens: (C, T) bool.
 
     >>> token_mask(torch.tensor([1, 3]), 3).int().tolist()
     [[1, 0, 0], [1, 1, 1]]
@@ -47,8 +47,9 @@ def token_mask(lengths: Tensor, longest: int) -> Tensor:
 def policy_tables(
     policy: nn.Module, batch: Mapping[str, Tensor], *, temperature: float, spread: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities of the completions' tokens, and entropies where ``spread`` asks for them."""
+    """Return the (C, T) log-probabilities of the completions' tokens, and entropies if ``spread``, else 0."""
     logits = completion_logits(policy, output_head(unwrapped(policy)), batch)
+    # The policy gradient needs the distribution that was sampled from.
     if temperature != 1.0:
         logits = logits / temperature
     sources, targets = batch["sources"], batch["targets"]
@@ -58,6 +59,6 @@ def policy_tables(
 
 
 def as_table(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return a value a token, (N,), as (completions, longest completion), 0 behind a completion's end."""
+    """Scatter per-token values (N,) to a padded (C, T) tensor, 0 after the end of each completion."""
     table = values.new_zeros(len(batch["lengths"]), int(batch["lengths"].max()))
     return table.index_put((batch["owners"], batch["offsets"]), values)

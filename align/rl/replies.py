@@ -1,4 +1,4 @@
-"""Replies that a policy has drawn, in words, with what the rewards say of them."""
+"""Sampled completions with their text and reward scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from finetune.training.processes import everyones, share, together
 
 @dataclass(frozen=True)
 class Replies:
-    """Sampled completions with what the rewards say of them."""
+    """C sampled completions with prompts, texts and reward scores."""
 
     prompts: Sequence[Prompt]
     completions: Sequence[Completion]
@@ -28,32 +28,31 @@ class Replies:
 
     @property
     def lengths(self) -> Tensor:
-        """Return the tokens of each completion: (episodes,)."""
+        """Return the number of tokens of each completion: (C,)."""
         return torch.tensor([len(one.ids) for one in self.completions])
 
     @property
     def stopped(self) -> Tensor:
-        """Return which completions ended by themselves: (episodes,)."""
+        """Return which completions ended with EOS: (C,) bool."""
         return torch.tensor([one.stopped for one in self.completions])
 
     @property
     def rewards(self) -> Tensor:
-        """Return the rewards that are maximised: (episodes,), float32."""
+        """Return the total rewards, which are maximized: (C,) float32."""
         return torch.from_numpy(np.asarray(self.judged.total)).float()
 
 
 def judged_replies(
     prompts: Sequence[Prompt], completions: Sequence[Completion], rewards: Rewards, encoder: Encoder
 ) -> Replies:
-    """Return completions in words, judged; neighbours with the same prompt are read together.
-
-    Each process judges its share of the prompts, and has what is said of all.
+    """Decode completions and score them; each process scores a shard, and all get all scores.
 
     Raises:
-        UserError: a reward raised something or gave no number.
+        UserError: a reward function raised or did not return a number.
     """
     texts = [encoder.decode_reply(list(one.ids)) for one in completions]
     talks = [[*row.talk, Message("assistant", text)] for row, text in zip(prompts, texts, strict=True)]
+    # Shard by runs of equal prompts: a reward model encodes a prompt once for its consecutive completions.
     runs = [list(run) for _, run in groupby(range(len(prompts)), key=lambda index: prompts[index].ids)]
     own = [index for run in share(runs) for index in run]
     judged = rewards.judge(
@@ -65,7 +64,7 @@ def judged_replies(
 
 
 def _of_all(judged: Judged, sizes: Sequence[int]) -> Judged:
-    """Return what all processes say, from what this one says of its runs of replies, so many in each."""
+    """All-gather reward scores; ``sizes`` are the numbers of completions in this process's runs."""
     names = list(judged.parts)
     table = np.stack([judged.total, *judged.parts.values()])
     runs = np.split(table, np.cumsum(sizes, dtype=int), axis=1)[:-1]
@@ -74,11 +73,11 @@ def _of_all(judged: Judged, sizes: Sequence[int]) -> Judged:
 
 
 def try_rewards(rewards: Rewards, data: PreparedPrompts) -> Tick:
-    """Try the rewards on the recipe's prompts before anything is drawn or written.
+    """Check the rewards on the recipe's prompts before anything is sampled or written.
 
     Raises:
-        UserError: a program fails, or it needs replies of the rows' own and some rows have none.
-        NotFiniteError: a reward model gives NaN or infinity.
+        UserError: a reward function fails, or needs reference answers that some rows lack.
+        NotFiniteError: a reward model returns NaN or infinity.
     """
     for prompts in filter(None, (data.train, data.held_out)):
         rewards.refuse_unanswered([prompt.expected for prompt in prompts], prompts.places)

@@ -1,4 +1,4 @@
-"""Completions sampled from a policy: whole distribution at a temperature, as its log-probabilities assume."""
+"""Sample completions from the policy at a temperature, without top-p or top-k truncation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are sampled.
+    """Sampling parameters.
 
-    There is no top-p and no top-k: a policy gradient needs the probability of what was sampled, and that of a
-    cut distribution is another one (arXiv 2403.17031 samples so).
+    There is no top-p or top-k: the policy gradient needs the probability of each sampled token, and that of a
+    truncated distribution is another one (arXiv 2403.17031 samples like this).
 
     Attributes:
-        temperature: the logits are divided by it.
-        max_new_tokens: of a completion, at most, its end token included.
-        stop_ids: tokens that end one.
-        tokens: of a forward pass, prompts and completions together, about.
-        lines: prompts that are answered side by side, at most; None: as many as ``tokens`` allows.
+        temperature: divides the logits.
+        max_new_tokens: maximum completion length, including EOS.
+        stop_ids: token ids that end a completion.
+        tokens: approximate budget of tokens per batch, prompts and completions together.
+        lines: maximum batch size; None: as many rows as ``tokens`` allows.
     """
 
     temperature: float
@@ -39,7 +39,7 @@ class Sampling:
 
     @classmethod
     def on(cls, device: str, settings: SamplingSettings, *, stop_ids: Sequence[int]) -> "Sampling":
-        """Return sampling in passes that keep a device busy, or of as many replies as is asked for."""
+        """Return the recipe's sampling parameters, with a batch size for the device if it is ``auto``."""
         tokens = GENERATED_AT_ONCE * TOKENS_PER_FORWARD[device]
         lines = None if settings.at_once == "auto" else settings.at_once
         return cls(settings.temperature, settings.max_new_tokens, stop_ids, tokens, lines)
@@ -47,54 +47,56 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What was sampled; ``ids`` ends with the end token where the policy ``stopped`` by itself."""
+    """A sampled completion; ``ids`` ends with a stop token if ``stopped``."""
 
     ids: tuple[int, ...]
     stopped: bool
 
 
 class DrawsOfAll(LogitsProcessor):  # type: ignore[misc]
-    """Draws the tokens of some lines of a batch as one process would that has all its lines.
+    """Samples this process's rows of a batch exactly as a single process with the whole batch would.
 
     With E_i from the exponential distribution, argmax p_i / E_i is i with probability p_i; that is how
-    ``torch.multinomial`` draws one token a line, from the same random numbers.
+    ``torch.multinomial`` samples one token per row, from the same random numbers.
     """
 
     def __init__(self, own: Sequence[int], lines: int, *, temperature: float) -> None:
-        """Choose the lines: ``own`` of so many."""
+        """Select the rows ``own`` of a global batch of ``lines`` rows."""
         self.own, self.lines, self.temperature = list(own), lines, temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return what is largest at the token that is drawn, for greedy decoding to take."""
+        """Return scores whose argmax is the sampled token, for greedy decoding."""
+        # Noise for the whole batch: every rank consumes the random stream of a single process.
         self.noise = scores.new_empty(self.lines, scores.shape[-1])
         shares = (scores if self.temperature == 1.0 else scores / self.temperature).softmax(-1)
         found: Tensor = shares / self.noise.exponential_()[self.own]
         return found
 
     def skip(self, steps: int) -> None:
-        """Let the random numbers of steps pass that other lines needed and these did not."""
+        """Consume the random numbers of steps that only other rows needed."""
         for _ in range(steps):
             self.noise.exponential_()
 
 
 @torch.no_grad()
 def sample(model: nn.Module, prompts: Sequence[Ids], *, sampling: Sampling, seed: int) -> list[Completion]:
-    """Return a completion of each prompt, in order; prompts of similar length are answered together.
+    """Sample one completion per prompt, in the order of the prompts.
 
-    The same call gives the same completions, whatever was drawn before, and leaves the global random state
-    alone: that is what lets a run resume bit for bit. Several processes answer a share each, draw what one
-    would draw, and have all completions.
+    The result depends on the arguments alone. Several processes sample a shard each, get the same completions
+    as a single process would, and return all of them.
 
     Args:
-        model: a causal model in any wrapper with ``generate``; it samples without dropout.
-        prompts: token ids; for several completions of a prompt give it several times.
-        sampling: how.
-        seed: decides what is drawn.
+        model: a causal LM in any wrapper with ``generate``; it samples without dropout.
+        prompts: token ids; repeat a prompt for several completions.
+        sampling: sampling parameters.
+        seed: random seed.
     """
+    # Prompts of similar length share a batch: less padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, Completion] = {}
     training, device = model.training, next(model.parameters()).device
     model.eval()
+    # A seed of its own and no change of the global random state: this lets a run resume bit for bit.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for part in _parts(order, [len(prompt) for prompt in prompts], sampling):
@@ -105,7 +107,7 @@ def sample(model: nn.Module, prompts: Sequence[Ids], *, sampling: Sampling, seed
 
 
 def _parts(order: Sequence[int], lengths: Sequence[int], sampling: Sampling) -> list[list[int]]:
-    """Cut prompts, shortest first, into batches of ``tokens`` and ``lines`` at most, or of one prompt."""
+    """Split prompts, shortest first, into batches of at most ``tokens`` and ``lines``, or of one prompt."""
     parts: list[list[int]] = [[]]
     for index in order:
         width = lengths[index] + sampling.max_new_tokens
@@ -119,10 +121,11 @@ def _parts(order: Sequence[int], lengths: Sequence[int], sampling: Sampling) -> 
 def _by_all(
     model: nn.Module, prompts: Sequence[Ids], sampling: Sampling, device: torch.device
 ) -> list[list[int]]:
-    """Return the new tokens of each line of a batch; each process answers every size-th."""
+    """Return the new tokens of each row of a batch; each process generates its shard."""
     if world().size == 1:
         return _generate(model, prompts, sampling, device)
-    own = share(range(len(prompts))) or range(1)  # none is left out: a partitioned model needs all
+    # A rank without rows generates one anyway: a sharded model all-gathers in every forward pass.
+    own = share(range(len(prompts))) or range(1)
     draws = DrawsOfAll(own, len(prompts), temperature=sampling.temperature)
     new = _generate(model, [prompts[index] for index in own], sampling, device, draws=draws)
     shares = everyones(new)
@@ -137,8 +140,9 @@ def _generate(
     device: torch.device,
     draws: DrawsOfAll | None = None,
 ) -> list[list[int]]:
-    """Return the new tokens of each line of a batch, padded to the longest; ``draws``: the library's own."""
+    """Return the new tokens of each row, padded to the longest; without ``draws`` transformers samples."""
     width, pad = max(map(len, prompts)), sampling.stop_ids[0]
+    # Left padding: every prompt ends at the position from which generation continues.
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor(
         [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
@@ -162,7 +166,7 @@ def _generate(
 
 
 def _completion(ids: Sequence[int], sampling: Sampling) -> Completion:
-    """Return what stands before the padding, which is an end token as well."""
+    """Return the completion up to its first stop token; padding is a stop token as well."""
     for place, token in enumerate(ids):
         if token in sampling.stop_ids:
             return Completion(tuple(ids[: place + 1]), stopped=True)

@@ -1,8 +1,8 @@
-r"""Direct preference optimization: the preferred completion becomes the likelier one; no reward model.
+r"""Direct preference optimization (DPO): raise the chosen completion over the rejected one, no reward model.
 
 Rafailov et al. 2023 (arXiv 2305.18290), equation 7: L = -E log s(beta [log pi(y_w|x) / ref(y_w|x) - log
-pi(y_l|x) / ref(y_l|x)]), y_w preferred to y_l, and the reference is the policy as it starts. Its variants on
-pairs and on ranked lists, with and without a reference, are chosen with ``align.loss``.
+pi(y_l|x) / ref(y_l|x)]), y_w preferred to y_l; the reference model is the initial policy. ``align.loss``
+selects the variants on pairs and ranked lists, with and without a reference.
 """
 
 from collections.abc import Collection
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 PUBLIC = "ultrafeedback"
-"""The recipe that serves another base than the embedded one where none is named."""
+"""The default recipe for a base model other than the embedded one."""
 
 
 class Settings(StageSettings):
-    """Preference data, and what is learnt from it."""
+    """Recipe of a preference stage: data and loss."""
 
     TRL_CONFIG: ClassVar[str] = "DPOConfig"
 
@@ -34,22 +34,22 @@ class Settings(StageSettings):
     align: AlignSettings = AlignSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return what contradicts itself, before anything is loaded."""
+        """Return the cross-field problems, before anything is loaded."""
         return list(contradictions(self, self.align, valid))
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Tune a model on preferences.
+    """Train a policy on preferences.
 
     Args:
-        recipe: what to do.
+        recipe: the validated recipe.
         console: where progress is shown.
-        force: start over where a run of this recipe is there already.
-        command: the words that started it, for the record.
+        force: start over if the recipe has been run before.
+        command: the command line, for run.json.
 
     Raises:
         UserError: the user's mistakes, before anything is written.
-        Interrupted: a signal came; a checkpoint is there.
+        Interrupted: stopped by a signal; a checkpoint is saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
     from finetune.training.result import Result

@@ -1,9 +1,9 @@
-"""Group relative policy optimization: a reply's advantage is its reward among replies to the same prompt.
+"""Group relative policy optimization (GRPO): advantages are rewards normalized within a group of completions.
 
 Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), equation 3: A_i = (r_i - mean r) / std r over a prompt's
-replies, for each of a reply's tokens, and beta times the distance from the reference (k3, equation 4) in the
-loss. There is no value model. The reference is the policy as it starts. TRL's GRPOTrainer runs it; each step
-draws replies of its own, and a run that was stopped goes on to the bit.
+completions, for every token of a completion, and beta times the KL to the reference (k3, equation 4) in the
+loss. There is no value model. The reference is the initial policy. TRL's GRPOTrainer runs it; each step
+samples its own completions, and an interrupted run resumes bit for bit.
 """
 
 from collections.abc import Collection
@@ -20,34 +20,34 @@ if TYPE_CHECKING:
 
 
 PUBLIC = "gsm8k"
-"""The recipe that serves another base than the embedded one where none is named."""
+"""Default recipe for a base other than the embedded one."""
 
 
 class Settings(OnlineSettings):
-    """Prompts, rewards, how replies are drawn, and what is learnt from them."""
+    """Prompts, rewards, sampling, training, and the loss."""
 
     TRL_CONFIG: ClassVar[str] = "GRPOConfig"
 
     align: GrpoSettings = GrpoSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return what contradicts itself, before anything is loaded."""
+        """Return every problem that can be found before anything is loaded."""
         return list(contradictions(self, self.align, valid))
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Tune a model on rewards of its own replies.
+    """Train a policy with GRPO.
 
     Args:
-        recipe: what to do.
-        console: where progress is shown.
-        force: start over where a run of this recipe is there already.
-        command: the words that started it, for the record.
+        recipe: the validated recipe.
+        console: shows progress.
+        force: start over if the run exists.
+        command: command line, for the record.
 
     Raises:
-        UserError: the user's mistakes, before anything is written; or a reward that fails on a reply.
-        Interrupted: a signal came; a checkpoint is there.
-        NotFiniteError: loss, gradient or a reward became NaN or infinite.
+        UserError: invalid input, before anything is written; or a reward function that fails on a completion.
+        Interrupted: a signal arrived; a checkpoint is saved.
+        NotFiniteError: loss, gradient or a reward is NaN or infinite.
     """
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory

@@ -1,7 +1,7 @@
-"""Chain of hindsight: preferences become text, each completion announced by what was thought of it.
+"""Chain of hindsight (CoH): SFT on pairs of completions, each after a control text that says good or bad.
 
-Liu et al. 2023 (arXiv 2302.02676), section 3: with the loss of supervised tuning the model learns to write
-bad and good completions behind the words that ask for either; afterwards it is asked for good ones.
+Liu et al. 2023 (arXiv 2302.02676), section 3: the model learns to write bad and good completions after the
+control text of either; at inference the prompt carries that of good ones.
 """
 
 from collections.abc import Collection
@@ -18,32 +18,32 @@ if TYPE_CHECKING:
     from finetune.training.result import Result
 
 PUBLIC = "hh"
-"""The recipe that serves another base than the embedded one where none is named."""
+"""The default recipe for a base model other than the embedded one."""
 
 
 class Settings(StageSettings):
-    """Preference data, and the words of its feedback."""
+    """Recipe of chain of hindsight: preference data and control texts."""
 
     data: PreferenceSettings = PreferenceSettings()
     hindsight: HindsightSettings = HindsightSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return what contradicts itself, before anything is loaded."""
+        """Return the cross-field problems, before anything is loaded."""
         return self.hindsight.problems() if "hindsight" in valid else []
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Tune a model on chains of completions.
+    """Train a model on chains of hindsight.
 
     Args:
-        recipe: what to do.
+        recipe: the validated recipe.
         console: where progress is shown.
-        force: start over where a run of this recipe is there already.
-        command: the words that started it, for the record.
+        force: start over if the recipe has been run before.
+        command: the command line, for run.json.
 
     Raises:
         UserError: the user's mistakes, before anything is written.
-        Interrupted: a signal came; a checkpoint is there.
+        Interrupted: stopped by a signal; a checkpoint is saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
     from finetune.training.result import Result

@@ -1,8 +1,8 @@
-r"""Kahneman-Tversky optimization: replies that are good or bad, one by one; no pairs, no reward model.
+r"""Kahneman-Tversky optimization (KTO): completions labeled good or bad; no pairs, no reward model.
 
 Ethayarajh et al. 2024 (arXiv 2402.01306), equation 8: L = E[w_y - v(x, y)], v = w_D s(beta (r - z)) for good
-replies and w_U s(beta (z - r)) for bad ones, r = log pi(y|x) / ref(y|x), z the mean of r over replies behind
-prompts that they do not answer. The reference is the policy as it starts. TRL's KTOTrainer runs it.
+completions and w_U s(beta (z - r)) for bad ones, r = log pi(y|x) / ref(y|x), z the mean of r over mismatched
+prompts and completions. The reference model is the initial policy. TRL's KTOTrainer runs it.
 """
 
 from collections.abc import Collection
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 PUBLIC = "kto-mix"
-"""The recipe that serves another base than the embedded one where none is named."""
+"""The default recipe for a base model other than the embedded one."""
 
 
 class Settings(StageSettings):
-    """Judged replies, and what is learnt from them."""
+    """Recipe of stage kto: labeled completions and the KTO loss."""
 
     TRL_CONFIG: ClassVar[str] = "KTOConfig"
 
@@ -35,7 +35,7 @@ class Settings(StageSettings):
     align: KtoSettings = KtoSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return what contradicts itself, before anything is loaded."""
+        """Return the cross-field problems, before anything is loaded."""
         found: list[Problem] = []
         if "train" in valid:
             found += kto_settings.of_training(self.train)
@@ -45,17 +45,17 @@ class Settings(StageSettings):
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Tune a model on replies that are good or bad.
+    """Train a policy on completions labeled good or bad.
 
     Args:
-        recipe: what to do.
+        recipe: the validated recipe.
         console: where progress is shown.
-        force: start over where a run of this recipe is there already.
-        command: the words that started it, for the record.
+        force: start over if the recipe has been run before.
+        command: the command line, for run.json.
 
     Raises:
         UserError: the user's mistakes, before anything is written.
-        Interrupted: a signal came; a checkpoint is there.
+        Interrupted: stopped by a signal; a checkpoint is saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
     from finetune.training.result import Result

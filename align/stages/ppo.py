@@ -1,7 +1,7 @@
-r"""Proximal policy optimization: a policy learns what a reward model likes, and stays near its start.
+r"""Proximal policy optimization (PPO): maximize a reward with a KL penalty to the reference policy.
 
-Ouyang et al. 2022 (arXiv 2203.02155), equation 2: maximise E[r(x, y) - beta log(pi(y|x) / pi_SFT(y|x))] over
-replies y that the policy samples, with the clipped objective of Schulman et al. 2017 (arXiv 1707.06347,
+Ouyang et al. 2022 (arXiv 2203.02155), equation 2: maximize E[r(x, y) - beta log(pi(y|x) / pi_SFT(y|x))] over
+completions y sampled from the policy, with the clipped objective of Schulman et al. 2017 (arXiv 1707.06347,
 equation 7). Policy, reference, reward and value share one frozen base in memory.
 """
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from finetune.training.result import Result
 
 PUBLIC = "hh"
-"""The recipe that serves another base than the embedded one where none is named."""
+"""Default recipe for a base other than the embedded one."""
 
 Settings = stage_settings.Settings
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Tune a model on rewards of its own replies.
+    """Train a policy with PPO.
 
     Args:
-        recipe: what to do.
-        console: where progress is shown.
-        force: start over where a run of this recipe is there already.
-        command: the words that started it, for the record.
+        recipe: the validated recipe.
+        console: shows progress.
+        force: start over if the run exists.
+        command: command line, for the record.
 
     Raises:
-        UserError: the user's mistakes, before anything is written; or a reward that fails on a reply.
-        Interrupted: a signal came; a checkpoint is there.
-        NotFiniteError: loss, gradient or a reward became NaN or infinite.
+        UserError: invalid input, before anything is written; or a reward function that fails on a completion.
+        Interrupted: a signal arrived; a checkpoint is saved.
+        NotFiniteError: loss, gradient or a reward is NaN or infinite.
     """
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory

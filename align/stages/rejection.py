@@ -1,8 +1,8 @@
-r"""Best-of-n tuning: replies are drawn from the policy, judged by rewards, and the best of them learnt.
+r"""Rejection sampling (best-of-n): sample completions, score them, fine-tune on the best ones.
 
 RAFT (Dong et al. 2023, arXiv 2304.06767) and Llama 2's rejection sampling (Touvron et al. 2023,
-arXiv 2307.09288, section 3.2.3): y* = argmax_k r(x, y_k) of n replies y_k ~ pi(. | x), and then supervised
-tuning on (x, y*); the next round draws from the policy that this has made.
+arXiv 2307.09288, section 3.2.3): y* = argmax_k r(x, y_k) of n completions y_k ~ pi(. | x), then supervised
+fine-tuning on (x, y*); the next round samples from the fine-tuned policy.
 """
 
 from typing import TYPE_CHECKING
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from finetune.training.result import Result
 
 PUBLIC = "llama2-chat"
-"""The recipe that serves another base than the embedded one where none is named."""
+"""Default recipe for a base other than the embedded one."""
 
 Settings = settings.Settings
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Tune a model on the best of its own replies.
+    """Fine-tune a policy on the best of its own completions.
 
     Args:
-        recipe: what to do.
-        console: where progress is shown.
-        force: start over where a run of this recipe is there already.
-        command: the words that started it, for the record.
+        recipe: the validated recipe.
+        console: shows progress.
+        force: start over if the run exists.
+        command: command line, for the record.
 
     Raises:
-        UserError: the user's mistakes, before anything is written; or a reward that fails on a reply.
-        Interrupted: a signal came; what is drawn is kept, and a checkpoint is there.
-        NotFiniteError: loss, gradient or a reward became NaN or infinite.
+        UserError: invalid input, before anything is written; or a reward function that fails on a completion.
+        Interrupted: a signal arrived; completions are stored and a checkpoint is saved.
+        NotFiniteError: loss, gradient or a reward is NaN or infinite.
     """
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory

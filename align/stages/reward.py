@@ -1,6 +1,6 @@
-"""Reward model: a score is learnt for each completion, so that the preferred ones have the higher one.
+"""Reward model: trains a scalar score on human preferences (Bradley-Terry), on pairs or ranked lists.
 
-The loss is the mean negative log-likelihood of what people preferred (Ouyang et al. 2022, arXiv 2203.02155,
+The loss is the mean negative log-likelihood of the preferences (Ouyang et al. 2022, arXiv 2203.02155,
 equation 1; Touvron et al. 2023, arXiv 2307.09288, equation 2): L = -(1/N) sum_n log s(r(x, y_w) - r(x, y_l) -
 m), over all pairs of a ranked list at once.
 """
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from finetune.training.result import Result
 
 PUBLIC = "hh"
-"""The recipe that serves another base than the embedded one where none is named."""
+"""Default recipe for bases other than the embedded one."""
 
 Settings = settings.Settings
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Learn a reward model from comparisons.
+    """Train a reward model on preference comparisons.
 
     Args:
-        recipe: what to do.
-        console: where progress is shown.
-        force: start over where a run of this recipe is there already.
-        command: the words that started it, for the record.
+        recipe: the loaded recipe.
+        console: console for progress output.
+        force: start over even if a run of this recipe exists.
+        command: command line for run.json.
 
     Raises:
-        UserError: the user's mistakes, before anything is written.
-        Interrupted: a signal came; a checkpoint is there.
+        UserError: invalid settings or data, before anything is written.
+        Interrupted: stopped by a signal; a checkpoint is saved.
         NotFiniteError: loss, gradient or a score became NaN or infinite.
     """
     from align.reward.rules import copy_rules

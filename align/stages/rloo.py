@@ -1,9 +1,9 @@
-"""REINFORCE leave-one-out: each reply to a prompt is compared with the mean of the others.
+"""REINFORCE leave-one-out (RLOO): a completion's baseline is the mean reward of the others of its prompt.
 
-Ahmadian et al. 2024 (arXiv 2402.14740): of k replies y_i that the policy samples, the gradient is
+Ahmadian et al. 2024 (arXiv 2402.14740): of k completions y_i sampled from the policy, the gradient is
 sum_i (R(y_i) - mean_{j != i} R(y_j)) grad log pi(y_i|x) / k; R = r(x, y) - beta log(pi(y|x) / ref(y|x)).
-There is no value model. The reference is the policy as it starts. TRL's RLOOTrainer runs it; each step draws
-replies of its own, and a run that was stopped goes on to the bit.
+There is no value model. The reference is the initial policy. TRL's RLOOTrainer runs it; each step samples its
+own completions, and an interrupted run resumes bit for bit.
 """
 
 from collections.abc import Collection
@@ -20,34 +20,34 @@ if TYPE_CHECKING:
 
 
 PUBLIC = "hh"
-"""The recipe that serves another base than the embedded one where none is named."""
+"""Default recipe for a base other than the embedded one."""
 
 
 class Settings(OnlineSettings):
-    """Prompts, rewards, how replies are drawn, and what is learnt from them."""
+    """Prompts, rewards, sampling, training, and the loss."""
 
     TRL_CONFIG: ClassVar[str] = "RLOOConfig"
 
     align: RlooSettings = RlooSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return what contradicts itself, before anything is loaded."""
+        """Return every problem that can be found before anything is loaded."""
         return list(contradictions(self, self.align, valid))
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Tune a model on rewards of its own replies.
+    """Train a policy with RLOO.
 
     Args:
-        recipe: what to do.
-        console: where progress is shown.
-        force: start over where a run of this recipe is there already.
-        command: the words that started it, for the record.
+        recipe: the validated recipe.
+        console: shows progress.
+        force: start over if the run exists.
+        command: command line, for the record.
 
     Raises:
-        UserError: the user's mistakes, before anything is written; or a reward that fails on a reply.
-        Interrupted: a signal came; a checkpoint is there.
-        NotFiniteError: loss, gradient or a reward became NaN or infinite.
+        UserError: invalid input, before anything is written; or a reward function that fails on a completion.
+        Interrupted: a signal arrived; a checkpoint is saved.
+        NotFiniteError: loss, gradient or a reward is NaN or infinite.
     """
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory

@@ -1,1 +1,1 @@
-"""One file an adapter; the file's name is its name in `adapter.method`."""
+"""Adapters (PEFT methods), one file each: the file's name is its name in `adapter.method`."""

@@ -1,4 +1,4 @@
-"""Layers with a trained change of their bias."""
+"""BitFit layers for PEFT: a trainable offset of each bias."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,30 +14,29 @@ from finetune.adapters._wrapping import WrappingLayer, WrappingTuner, register
 
 @dataclass
 class BitFitConfig(PeftConfig):  # type: ignore[misc]
-    """PEFT's record of BitFit."""
+    """PEFT config of BitFit."""
 
     target_modules: Any = field(default=None, metadata={"help": "names of the modules whose bias is trained"})
 
     modules_to_save: Any = field(default=None, metadata={"help": "modules trained and saved whole: a head"})
 
     def __post_init__(self) -> None:
-        """Name the kind of adapter."""
         super().__post_init__()
         self.peft_type = "BITFIT"
 
 
 class BiasLayer(WrappingLayer):
-    """A linear layer or a norm, and what is added to its bias."""
+    """A linear or norm layer with a trainable bias offset."""
 
     adapter_layer_names = ("bitfit_bias",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
-        """Wrap a layer that has a bias."""
         super().__init__(base_layer, adapter_name)
         self.bitfit_bias = nn.ParameterDict()
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
-        """Add a change of the bias, zero at the start."""
+        """Add a bias offset, initialized to zero."""
+        # Under ZeRO-3 the bias has its shape only while it is gathered.
         with whole(self.bias):
             zeros = torch.zeros(self.bias.shape, dtype=torch.float32, device=self.bias.device)
         self.bitfit_bias[adapter_name] = nn.Parameter(zeros)
@@ -49,28 +48,28 @@ class BiasLayer(WrappingLayer):
         return output + change
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' changes to the base's bias.
+        """Add the adapters' offsets to the base's bias.
 
         Raises:
-            ValueError: with ``safe_merge``, a change is NaN or infinite; the bias is then left as it was.
+            ValueError: with ``safe_merge``, an offset is NaN or infinite; the bias is not changed.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.bitfit_bias:
                 change = self.bitfit_bias[name].data
                 if safe_merge and not torch.isfinite(change).all():
-                    raise ValueError(f"adapter {name} holds numbers that are none")
+                    raise ValueError(f"adapter {name} has NaN or infinite weights")
                 self.bias.data += change.to(self.bias.dtype)
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take the merged changes out again."""
+        """Subtract the merged offsets."""
         while self.merged_adapters:
             change = self.bitfit_bias[self.merged_adapters.pop()].data
             self.bias.data -= change.to(self.bias.dtype)
 
 
 class BitFitTuner(WrappingTuner):
-    """Puts trained changes on biases."""
+    """PEFT tuner that wraps layers in BiasLayer."""
 
     prefix = "bitfit_"
     tuner_layer_cls = BiasLayer

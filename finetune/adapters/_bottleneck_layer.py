@@ -1,4 +1,4 @@
-r"""Bottleneck layers: W_up f(W_down x) beside or behind a layer of the base; one, or a mixture of several."""
+r"""Bottleneck layers for PEFT: W_up f(W_down x), sequential or parallel; single, or AdaMix's mixture."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 
 @dataclass
 class BottleneckConfig(PeftConfig):  # type: ignore[misc]
-    """PEFT's record of a bottleneck adapter: ``experts`` > 1 makes it AdaMix's mixture."""
+    """PEFT config of a bottleneck adapter: ``experts`` > 1 is AdaMix's mixture."""
 
     target_modules: Any = field(default=None, metadata={"help": "names of the modules that are wrapped"})
     hidden_size: int = field(default=0, metadata={"help": "width of what flows through the wrapped modules"})
@@ -29,20 +29,15 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
     modules_to_save: Any = field(default=None, metadata={"help": "modules trained and saved whole: a head"})
 
     def __post_init__(self) -> None:
-        """Name the kind of adapter."""
         super().__post_init__()
         self.peft_type = "BOTTLENECK"
 
 
 class Bottleneck(nn.Module):
-    """``experts`` bottlenecks: one drawn pair of projections in training, the average of all otherwise.
-
-    The draw comes from PyTorch's CPU generator, which gradient checkpointing puts back before it computes
-    a layer again.
-    """
+    """``experts`` bottlenecks: a random pair of projections in training, their average otherwise."""
 
     def __init__(self, config: BottleneckConfig) -> None:
-        """Draw the projections down; the projections up start at zero, so training starts at the base."""
+        """Initialize the down projections randomly, the up projections to zero: no change of the base."""
         super().__init__()
         shape = (config.experts, config.width, config.hidden_size)
         self.down = nn.Parameter(torch.empty(shape))
@@ -54,7 +49,7 @@ class Bottleneck(nn.Module):
         self.scale = config.scale
 
     def forward(self, states: Tensor) -> Tensor:
-        """Return what is added, of the same shape as ``states`` (..., hidden_size)."""
+        """Return the bottleneck's output, of the shape of ``states`` (..., hidden_size)."""
         states = states.to(self.down.dtype)
         down, down_bias = self._choose(self.down, self.down_bias)
         up, up_bias = self._choose(self.up, self.up_bias)
@@ -65,17 +60,18 @@ class Bottleneck(nn.Module):
             return weights[0], biases[0]
         if not self.training:
             return weights.mean(0), biases.mean(0)
+        # From the CPU generator: gradient checkpointing restores it before it recomputes a layer.
         expert = int(torch.randint(len(weights), ()))
         return weights[expert], biases[expert]
 
 
 class BottleneckLayer(WrappingLayer):
-    """A module with bottlenecks behind it (sequential) or beside it (parallel)."""
+    """A module with bottlenecks after it (sequential) or in parallel to it."""
 
     adapter_layer_names = ("bottleneck_layers",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
-        """Wrap a module that takes and gives states of the model's hidden size."""
+        """Wrap a module whose input and output have the model's hidden size."""
         super().__init__(base_layer, adapter_name)
         self.bottleneck_layers = nn.ModuleDict()
         self.parallel: dict[str, bool] = {}
@@ -88,22 +84,22 @@ class BottleneckLayer(WrappingLayer):
         self._place(adapter_name, config)
 
     def changed(self, adapter_name: str, inputs: Tensor, output: Tensor) -> Tensor:
-        """Return h + f(h), or h + f(x) for a parallel one."""
+        """Return h + f(h), or h + f(x) if parallel."""
         states = inputs if self.parallel[adapter_name] else output
         added: Tensor = self.bottleneck_layers[adapter_name](states)
         return output + added
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: a nonlinear function is no part of a weight.
+        """Raise: a nonlinear function cannot be merged into a weight.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("a bottleneck is nonlinear: it cannot be folded into the weights of the base")
+        raise ValueError("a bottleneck is nonlinear and cannot be merged into the base weights")
 
 
 class BottleneckTuner(WrappingTuner):
-    """Puts bottlenecks on the target modules."""
+    """PEFT tuner that wraps target modules in BottleneckLayer."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer

@@ -1,4 +1,4 @@
-"""Weights of a base that ZeRO-3 has loaded in parts (arXiv 1910.02054), read while an adapter is made."""
+"""Gather ZeRO-3's sharded weights (arXiv 1910.02054) for reading and for forward passes without an engine."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,17 +8,18 @@ from torch import Tensor, nn
 
 
 def whole(weight: Tensor) -> AbstractContextManager[None]:
-    """Give a parameter whole, for reading, while the block lasts; all processes must come here."""
+    """Gather a parameter for reading inside the context; a collective, every rank must enter it."""
     context: AbstractContextManager[None] = gather_params_ctx(weight, modifier_rank=None)
     return context
 
 
 @contextmanager
 def fetched(model: nn.Module) -> Iterator[None]:
-    """Let a base compute before there is an engine: a module's own weights are whole while it runs.
+    """Gather each module's weights during its forward pass, so that a model runs without a DeepSpeed engine.
 
-    One module's at a time, so that no process holds the whole base. All processes must come here.
+    A collective: every rank must call it and run the same forward passes.
     """
+    # Only the module's own weights (recurse=False): no rank ever holds the full base.
     opened: dict[nn.Module, list[AbstractContextManager[None]]] = {}
 
     def fetch(module: nn.Module, inputs: object) -> None:

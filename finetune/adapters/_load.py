@@ -1,4 +1,4 @@
-"""Opening a saved adapter, ours and PEFT's alike."""
+"""Load a saved adapter of any kind, PEFT's or ours."""
 
 from pathlib import Path
 
@@ -9,17 +9,18 @@ from finetune.adapters import _bias_layer, _bottleneck_layer
 from finetune.adapters._prompt_model import single_task_model
 
 OURS = (_bias_layer, _bottleneck_layer)
-"""Importing these makes our kinds of adapters known to PEFT."""
+"""Importing these registers our adapter types with PEFT."""
 
 
 def open_adapter(base: PreTrainedModel, path: Path) -> PeftModel:
-    """Return a base with the adapter of a folder, for use and not for training.
+    """Load a saved adapter onto a base, for inference.
 
-    Adapters of PEFT's own kinds open with plain ``PeftModel.from_pretrained`` as well.
+    Adapters of PEFT's own types also load with plain ``PeftModel.from_pretrained``.
     """
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, MultitaskPromptTuningConfig):
         return PeftModel.from_pretrained(base, str(path))
+    # Random: the weights are loaded below, and the run with the source prompt may no longer exist.
     config.prompt_tuning_init, config.inference_mode = "RANDOM", True
     model = single_task_model(base, config)
     model.load_adapter(str(path), "default")

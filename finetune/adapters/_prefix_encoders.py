@@ -1,22 +1,22 @@
-"""Encoders of virtual tokens that PEFT lacks; what they make is an ordinary prefix or soft prompt."""
+"""Prompt encoders that PEFT lacks (gated prefix, progressive prompt), saved as prefix or soft prompt."""
 
 import torch
 from torch import Tensor, nn
 
 
 class GatedPrefix(nn.Module):
-    """A prefix whose layers and positions have gates: lambda_i sigmoid(a_ij) P_ij (layer i, position j).
+    """A prefix with gates per layer and position: lambda_i sigmoid(a_ij) P_ij (layer i, position j).
 
-    Input: positions (batch, tokens). Output: (batch, tokens, 2 * layers * width), keys and values as PEFT
-    lays them out: for each layer the key, then the value.
+    Input: positions (batch, tokens). Output: (batch, tokens, 2 * layers * width), keys and values in PEFT's
+    order: for each layer the key, then the value.
     """
 
     def __init__(self, prefix: Tensor, *, layers: int) -> None:
-        """Start so that gates times prefix are ``prefix``, of shape (tokens, 2 * layers * width).
+        """Initialize so that the gated prefix is ``prefix``.
 
         Args:
-            prefix: keys and values at the start.
-            layers: layers of the model.
+            prefix: initial keys and values, (tokens, 2 * layers * width).
+            layers: number of layers of the model.
         """
         super().__init__()
         tokens, size = prefix.shape
@@ -36,7 +36,7 @@ class GatedPrefix(nn.Module):
 
 
 class ProgressivePrompt(nn.Module):
-    """A trained prompt before the frozen prompts of earlier tasks.
+    """A trainable prompt before the frozen prompts of earlier tasks.
 
     Input: positions (batch, tokens of all tasks). Output: (batch, tokens of all tasks, width), the new task's
     prompt first, then the earlier ones, latest first.
@@ -45,7 +45,7 @@ class ProgressivePrompt(nn.Module):
     earlier: Tensor
 
     def __init__(self, new: Tensor, earlier: Tensor) -> None:
-        """Take the new prompt's start (tokens, width) and the earlier prompts (their tokens, width)."""
+        """Take the new prompt's initial value (tokens, width) and the earlier prompts (tokens, width)."""
         super().__init__()
         self.embedding = nn.Embedding(*new.shape)
         with torch.no_grad():

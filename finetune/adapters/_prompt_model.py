@@ -1,7 +1,7 @@
-"""PEFT's soft prompts, for encoders whose parameters are more than the prompt that they make.
+"""PEFT prompt-learning models that also save their prompt encoder's parameters.
 
-PEFT saves the prompt alone. That is right for use and too little for going on with training, so these models
-write the encoder's own parameters beside it, and read them back when a checkpoint is loaded.
+PEFT saves only the computed prompt. That is enough for inference but not to resume training, so these models
+also save the encoder's parameters, and restore them when a checkpoint is loaded.
 """
 
 from pathlib import Path
@@ -24,17 +24,17 @@ from finetune.adapters._task import SCORES
 ENCODER_WEIGHTS = "prompt_encoder.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MADE = "prompt_embeddings"
-"""What the encoder makes, which PEFT saves."""
+"""Key of the computed prompt in PEFT's file."""
 
 
 class _KeepsEncoder(PeftModel):  # type: ignore[misc]
-    """A base with a prompt encoder that can be saved in the middle of training."""
+    """A base with a prompt encoder whose training can be resumed from its files."""
 
     def save_pretrained(
         self, save_directory: str, *args: Any, is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """Write the adapter in PEFT's format, and the encoder's parameters beside it."""
-        # Taken first: to make the prompt is to run the encoder, behind which ZeRO-3 parts its weights again.
+        """Save the adapter in PEFT's format, and the encoder's parameters in a second file."""
+        # Before super(), which runs the encoder: after its forward pass ZeRO-3 shards the weights again.
         weights = {name: weight.clone().contiguous() for name, weight in self._encoder.state_dict().items()}
         super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
         if is_main_process:
@@ -43,7 +43,7 @@ class _KeepsEncoder(PeftModel):  # type: ignore[misc]
     def load_adapter(
         self, model_id: str, adapter_name: str, is_trainable: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """Load a checkpoint of this adapter; any other adapter is loaded as PEFT does it."""
+        """Load a checkpoint of this adapter; other adapters are loaded by PEFT."""
         file = Path(model_id) / ENCODER_WEIGHTS
         if is_trainable and adapter_name in self.peft_config and file.is_file():
             self._take_head(load_file(Path(model_id) / ADAPTER_WEIGHTS))
@@ -52,7 +52,7 @@ class _KeepsEncoder(PeftModel):  # type: ignore[misc]
 
     @torch.no_grad()
     def _take_head(self, saved: dict[str, Tensor]) -> None:
-        """Copy what is saved beside the prompt: the head of a model that scores."""
+        """Load what is saved besides the prompt: the score head of a reward model."""
         live = get_peft_model_state_dict(self)
         for name, value in saved.items():
             if name != MADE:
@@ -65,12 +65,12 @@ class _KeepsEncoder(PeftModel):  # type: ignore[misc]
 
 
 class _SingleTask(_KeepsEncoder):
-    """A base with a multi-task prompt of which one task is used."""
+    """A base with a multi-task prompt, fixed to a single task."""
 
     def get_prompt(
         self, batch_size: int, task_ids: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Return the prompts of task 0, where PEFT would ask for the task of each row."""
+        """Return the prompts of task 0; PEFT would require task ids for each row."""
         if task_ids is None:
             task_ids = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         prompts: Tensor = super().get_prompt(batch_size, task_ids, *args, **kwargs)
@@ -78,26 +78,26 @@ class _SingleTask(_KeepsEncoder):
 
 
 class PromptModel(_KeepsEncoder, PeftModelForCausalLM):  # type: ignore[misc]
-    """A prompt encoder before a model that writes."""
+    """A causal LM with a prompt encoder."""
 
 
 class PromptScorer(_KeepsEncoder, PeftModelForSequenceClassification):  # type: ignore[misc]
-    """A prompt encoder before a model that scores."""
+    """A sequence classification model with a prompt encoder."""
 
 
 class SingleTaskModel(_SingleTask, PeftModelForCausalLM):  # type: ignore[misc]
-    """A single task's prompt before a model that writes."""
+    """A causal LM with a single task's prompt."""
 
 
 class SingleTaskScorer(_SingleTask, PeftModelForSequenceClassification):  # type: ignore[misc]
-    """A single task's prompt before a model that scores."""
+    """A sequence classification model with a single task's prompt."""
 
 
 def prompt_model(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """Return a base with a prompt encoder, of the kind that ``config.task_type`` says."""
+    """Return a base with a prompt encoder, of class according to ``config.task_type``."""
     return PromptScorer(model, config) if config.task_type == SCORES else PromptModel(model, config)
 
 
 def single_task_model(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """Return a base with a single task's prompt, of the kind that ``config.task_type`` says."""
+    """Return a base with a single task's prompt, of class according to ``config.task_type``."""
     return SingleTaskScorer(model, config) if config.task_type == SCORES else SingleTaskModel(model, config)

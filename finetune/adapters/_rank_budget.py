@@ -1,4 +1,4 @@
-"""AdaLoRA's budget while it trains: importance, schedule, masks, and what a checkpoint must hold of them."""
+"""AdaLoRA rank allocation during training: importance, budget schedule, masks, and their checkpoint state."""
 
 import torch
 from peft import PeftModel
@@ -10,15 +10,15 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
 class RankBudget:
-    """Takes singular values away step by step, with PEFT's allocator."""
+    """Prunes singular values step by step with PEFT's RankAllocator."""
 
     def __init__(self, model: PeftModel, *, warmup: int, cooldown: int, steps: int, penalty: float) -> None:
         """Set the schedule.
 
         Args:
             model: base with AdaLoRA.
-            warmup: steps before the budget falls.
-            cooldown: steps at the end, after it has fallen.
+            warmup: steps before the budget decreases.
+            cooldown: final steps after the last allocation.
             steps: optimizer steps of the run.
             penalty: weight of the orthogonality penalty.
         """
@@ -31,7 +31,7 @@ class RankBudget:
         self.kept: dict[str, list[bool]] = {}
 
     def after_step(self, step: int) -> None:
-        """Update importance and mask values; after the last allocation the masks stay."""
+        """Update importance and masks; after the last allocation the masks are fixed."""
         if step < self.last:
             self.allocator.update_and_allocate(self.core, step)
         elif step == self.last or not self.kept:
@@ -52,14 +52,14 @@ class RankBudget:
         return self.weight * total
 
     def state(self) -> dict[str, Tensor]:
-        """Return the smoothed importance and the last masks."""
+        """Return the smoothed importance and the final masks, for a checkpoint."""
         averages = {
             f"{kind}.{name}": value for kind in AVERAGES for name, value in self._average(kind).items()
         }
         return averages | {f"{MASK}{name}": torch.tensor(kept) for name, kept in self.kept.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back what ``state`` gave."""
+        """Restore what ``state`` returned."""
         self.kept = {
             name.removeprefix(MASK): value.tolist() for name, value in state.items() if name.startswith(MASK)
         }

@@ -1,4 +1,4 @@
-"""Which modules an adapter may sit on."""
+"""Target modules of adapters: find and validate their names."""
 
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 ALL_LINEAR: Final = "all-linear"
 FEED_FORWARD_OUTPUT: Final = ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
-"""Usual names of the layer that ends the feed-forward block."""
+"""Common names of the output layer of the feed-forward block."""
 
 Target = Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)]
 
 
 def linear_names(model: "PreTrainedModel") -> list[str]:
-    """Return the last names of the model's linear layers (quantized ones too), the output head left out."""
+    """Return the module names of the model's linear layers (also quantized ones), without the output head."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -32,13 +32,13 @@ def linear_names(model: "PreTrainedModel") -> list[str]:
 
 
 def check_targets(model: "PreTrainedModel", target: str | list[str]) -> None:
-    """Tell targets that no layer answers to, before PEFT meets them.
+    """Check that every target matches a layer.
 
-    A target matches a layer whose full name is it or ends with ``.`` and it, as in PEFT. Linear layers (the
-    head too) and embeddings can carry an adapter.
+    As in PEFT, a target matches a layer whose full name equals it or ends with ``.target``. Linear layers
+    (also the head) and embeddings are supported.
 
     Raises:
-        UserError: a target names no such layer; the message lists the linear layers that exist.
+        UserError: a target matches no layer; the message lists the model's linear layers.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -60,26 +60,26 @@ def check_targets(model: "PreTrainedModel", target: str | list[str]) -> None:
 def module_names(
     model: "PreTrainedModel", usual: tuple[str, ...], *, what: str, linear: bool = True
 ) -> list[str]:
-    """Return those of some usual names that the model's linear layers (or any of its modules) have.
+    """Return the names among ``candidates`` that the model's linear layers (or any of its modules) have.
 
     Raises:
-        UserError: it has none of them; ``what`` says in the message what was looked for.
+        UserError: none of them exists; ``part`` names the searched part in the message.
     """
     modules = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     present = set(linear_names(model)) if linear else modules
     found = [name for name in usual if name in present]
     if not found:
-        text = f"no layer of {type(model).__name__} has a usual name of {what}"
-        repair = "adapter.method=lora takes any model: adapter.target names its layers"
+        text = f"found no layer of {type(model).__name__} with a known name of {what}"
+        repair = "adapter.method=lora works on any model: set adapter.target to its layers"
         raise UserError(Problem("adapter.method", text, f"one of {', '.join(usual)}", repair))
     return found
 
 
 def norm_names(model: "PreTrainedModel") -> list[str]:
-    """Return the last names of the model's norms that have weights.
+    """Return the module names of the model's norm layers with weights.
 
     Raises:
-        UserError: it has none.
+        UserError: there are none.
     """
     norms = [
         name.rsplit(".", 1)[-1]
@@ -87,8 +87,8 @@ def norm_names(model: "PreTrainedModel") -> list[str]:
         if type(module).__name__.endswith("Norm") and next(module.parameters(), None) is not None
     ]
     if not norms:
-        text = f"{type(model).__name__} has no norm with weights"
+        text = f"{type(model).__name__} has no norm layer with weights"
         raise UserError(
-            Problem("adapter.method", text, "a model whose norms have gains", "adapter.method=lora")
+            Problem("adapter.method", text, "a model whose norm layers have weights", "adapter.method=lora")
         )
     return list(dict.fromkeys(norms))

@@ -1,4 +1,4 @@
-"""Which of PEFT's kinds of task a model is for: writing text, or scoring it."""
+"""PEFT task type of a model: causal LM or sequence classification."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ WRITES, SCORES = "CAUSAL_LM", "SEQ_CLS"
 
 
 def task_of(model: "PreTrainedModel") -> str:
-    """Return PEFT's ``task_type``; with SCORES the head is trained and saved beside the adapter."""
+    """Return PEFT's ``task_type``; with SEQ_CLS PEFT trains and saves the head with the adapter."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     config = type(model.config)

@@ -1,4 +1,4 @@
-"""What an adapter declares beside its settings: what it goes with, and what it does while it trains."""
+"""Adapter traits (what it is compatible with) and training hooks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,29 +7,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-IN_THE_INPUT = "virtual tokens stand in the input: no weight of the base can hold them"
+IN_THE_INPUT = "virtual tokens are part of the input and cannot be merged into base weights"
 
 
-NO_HEAD = "PEFT's record of it has no room for a trained head, so that what is saved could not score"
+NO_HEAD = "PEFT cannot save a trained score head with it"
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """Facts about an adapter.
+    """Properties of an adapter.
 
     Attributes:
-        quantization: how its base may be stored; the first one is what ``model.quantization: auto`` means.
-        packing: whether rows may be laid end to end (virtual tokens in front of a row forbid it).
-        whole_model: whether it trains the base's own weights, so that the result is a model and no adapter.
+        quantization: supported quantizations of the base; the first is the value of
+            ``model.quantization: auto``.
+        packing: whether rows may be packed (virtual tokens before each row rule it out).
+        full_finetuning: whether it trains the base's own weights, so that the result is a full model.
         changes_base: whether building it changes the frozen weights (their sum with the adapter stays).
-        checkpointing: whether it works with ``train.gradient_checkpointing``.
-        merge: empty, or why the adapter cannot be folded into the base's weights.
-        scores: empty, or why it cannot adapt a model that scores (a reward model).
+        gradient_checkpointing: whether it supports ``train.gradient_checkpointing``.
+        merge_unsupported: empty, or why the adapter cannot be merged into the base's weights.
+        scoring_unsupported: empty, or why it cannot adapt a reward model.
         engines: the engines that can train it.
-        learning_rate: a usual one, told when the command line changes a recipe's adapter but not its rate.
-        in_training: settings that act in training alone, which a run that goes on from another may change.
-        at_start: settings that only say how it begins, of no use to a run that goes on from another.
-        goes_on_as: the adapter that trains on what this one has saved, where that is another.
+        learning_rate: typical learning rate, suggested when only the adapter of a recipe is changed.
+        training_only: settings that only affect training; a run that continues another may change them.
+        init_only: settings that only affect initialization; ignored when a run continues another.
+        continues_as: the adapter to continue training with, if it is another one than this.
     """
 
     quantization: tuple[str, ...] = ("none", "nf4", "int8")
@@ -48,15 +49,15 @@ class Traits:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What an adapter does while it trains, beyond its forward pass; the native engine calls these.
+    """Training hooks of an adapter, called by the native engine.
 
     Attributes:
-        rate_factors: parameter name -> factor of the learning rate.
-        penalty: added to the loss of each optimizer step.
-        passes: forward passes of each batch; with 2 their predictions are pulled together (AdaMix).
-        after_step: called with the number of steps done, after the optimizer, before gradients are cleared.
-        state: tensors that a checkpoint must hold beside the weights.
-        restore: takes what ``state`` gave.
+        lr_factors: parameter name -> learning rate factor (LoRA+).
+        penalty: term added to the loss of each optimizer step (AdaLoRA's orthogonality penalty).
+        forward_passes: forward passes per batch; 2 adds a consistency loss between them (AdaMix).
+        after_step: called with the number of completed steps, after the optimizer step and before zero_grad.
+        state: returns tensors to checkpoint besides the weights.
+        restore: restores what ``state`` returned.
     """
 
     rate_factors: Mapping[str, float] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""Adapters that PEFT lacks, written as its own are: a layer is wrapped, and what it gives is changed.
+"""Custom PEFT tuners: base classes for layers that wrap a module and change its output.
 
-Importing a file that calls ``register`` is enough for ``PeftModel.from_pretrained`` to know the adapter;
-save, load, several adapters on one base, switching and disabling are PEFT's.
+Importing a module that calls ``register_tuner`` makes its adapter known to ``PeftModel.from_pretrained``.
+Saving, loading, several adapters on one base, switching and disabling are PEFT's.
 """
 
 from abc import abstractmethod
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 
 def register(name: str, config: type[PeftConfig], tuner: type["WrappingTuner"]) -> None:
-    """Make a kind of adapter known to PEFT under ``peft_type`` NAME."""
+    """Register an adapter type with PEFT as ``peft_type`` NAME."""
     PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
     PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner.prefix
 
 
 class WrappingLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A layer of the base with what each adapter adds to it."""
+    """A layer of the base, wrapped with the parameters of each adapter."""
 
     base_layer: nn.Module
     merged_adapters: list[str]
@@ -50,10 +50,10 @@ class WrappingLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @abstractmethod
     def changed(self, adapter_name: str, inputs: Tensor, output: Tensor) -> Tensor:
-        """Return the layer's output with one adapter's part in it."""
+        """Return the layer's output with one adapter applied."""
 
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the layer's output, changed by the active adapters."""
+        """Return the layer's output with the active adapters applied."""
         output: Tensor = self.base_layer(inputs, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return output
@@ -63,14 +63,14 @@ class WrappingLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return output
 
     def _place(self, adapter_name: str, config: PeftConfig) -> None:
-        """Put new parameters where the layer is, and make them trainable unless they are for inference."""
+        """Move new parameters to the layer's device, and make them trainable unless in inference mode."""
         device = next(self.base_layer.parameters()).device
         self._move_adapter_to_device_of_base_layer(adapter_name, device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
 
 class WrappingTuner(BaseTuner):  # type: ignore[misc]
-    """Wraps every target module in the tuner's kind of layer."""
+    """PEFT tuner that wraps every target module in its ``tuner_layer_cls``."""
 
     prefix = "wrapping_"
     target_module_mapping: dict[str, list[str]] = {}
@@ -90,6 +90,7 @@ class WrappingTuner(BaseTuner):  # type: ignore[misc]
             return
         layer = self.tuner_layer_cls(target, adapter_name)
         layer.update_layer(adapter_name, peft_config)
+        # An adapter that is loaded next to an active one stays frozen, as in PEFT's own tuners.
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -1,8 +1,8 @@
-r"""AdaLoRA: LoRA as P Lambda Q, whose least important singular values are taken away while it trains.
+r"""AdaLoRA: LoRA as P Lambda Q, whose least important singular values are pruned during training.
 
 Zhang et al. 2023 (arXiv 2303.10512). Equation 3: W + P Lambda Q. Equation 4: the penalty
 R(P, Q) = ||P^T P - I||^2 + ||Q Q^T - I||^2. Equations 8 to 10: importance from smoothed sensitivity and its
-uncertainty. Equation 12: the budget falls with a cubic schedule between the first and the last steps.
+uncertainty. Equation 12: the budget decreases with a cubic schedule between warmup and cooldown.
 """
 
 from math import ceil
@@ -27,32 +27,38 @@ TRAITS = Traits(
 
 
 class Settings(lora.Settings):
-    """LoRA's settings; ``rank`` is the average rank at the end."""
+    """LoRA's settings; ``rank`` is the final average rank."""
 
-    method: Literal["adalora"] = Field("adalora", description="LoRA whose rank is spent where it counts")  # type: ignore[assignment]
-    rank: Positive = Field(8, description="average rank of a layer at the end")  # the paper, section 4.1
-    # Half as much again: the paper, section 4.1, a first budget of 1.5 times the last.
-    first_rank: Positive | None = Field(None, description="rank at the start; null: half as much again")
-    alpha: lora.Alpha = Field(32.0, description="scale of the product")  # the authors' scripts
-    dropout: Share = Field(0.0, description="share of inputs dropped before Q, in training")
-    warmup: Share = Field(0.1, description="share of the steps before the budget falls")  # table 8: 5 to 20 %
-    cooldown: Share = Field(0.3, description="share of the steps after it has fallen")  # table 8: 20 to 60 %
-    penalty: Annotated[float, Field(ge=0)] = Field(0.1, description="gamma of equation 5")  # the paper: 0.1
+    method: Literal["adalora"] = Field("adalora", description="LoRA with an adaptive rank per layer")  # type: ignore[assignment]
+    rank: Positive = Field(8, description="average rank per layer at the end")  # the paper, section 4.1
+    # 1.5 times the rank: the paper, section 4.1, an initial budget of 1.5 times the final one.
+    first_rank: Positive | None = Field(None, description="initial rank; null: 1.5 times `rank`")
+    alpha: lora.Alpha = Field(32.0, description="scale of the low-rank product")  # the authors' scripts
+    dropout: Share = Field(0.0, description="dropout probability of the input of Q")
+    warmup: Share = Field(
+        0.1, description="fraction of steps before the budget decreases"
+    )  # table 8: 5 to 20 %
+    cooldown: Share = Field(
+        0.3, description="fraction of steps after the last allocation"
+    )  # table 8: 20 to 60 %
+    penalty: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="weight of the orthogonality penalty (gamma of equation 5)"
+    )  # the paper: 0.1
 
     @property
     def started(self) -> int:
-        """Return the rank of every layer at the start."""
+        """Return the initial rank of every layer."""
         return ceil(1.5 * self.rank) if self.first_rank is None else self.first_rank
 
     def problems(self) -> list[Problem]:
-        """Return a budget that cannot fall."""
+        """Return problems with a budget that cannot decrease."""
         found = []
         if self.started <= self.rank:
             text = f"{self.started}, with adapter.rank {self.rank}"
-            found.append(Problem("adapter.first_rank", text, "more than adapter.rank: ranks are taken away"))
+            found.append(Problem("adapter.first_rank", text, "more than adapter.rank: ranks are pruned"))
         if self.warmup + self.cooldown >= 1:
             text = f"{self.warmup} and {self.cooldown}"
-            expected = "together below 1: the budget falls between them"
+            expected = "a sum below 1: the budget decreases between them"
             found.append(Problem("adapter.warmup, adapter.cooldown", text, expected))
         return found
 
@@ -61,7 +67,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base, quantized or not, with P Lambda Q on its targets.
 
     Raises:
-        UserError: a target names no layer of this model.
+        UserError: a target matches no layer of this model.
     """
     from peft import AdaLoraConfig, get_peft_model
 
@@ -73,14 +79,14 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.target,
-        total_step=1,  # PEFT asks for it; ``hooks`` keeps the schedule
+        total_step=1,  # required by PEFT; RankBudget sets the schedule
     )
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model
 
 
 def hooks(model: "PeftModel", settings: Settings, *, steps: int) -> Hooks:
-    """Spend the budget over the run's optimizer steps, and keep P and Q orthogonal."""
+    """Return the hooks for rank allocation and the orthogonality penalty of P and Q."""
     from finetune.adapters._rank_budget import RankBudget
 
     budget = RankBudget(

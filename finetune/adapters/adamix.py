@@ -1,7 +1,7 @@
-r"""AdaMix: several bottlenecks share the place of one; training draws one, inference averages their weights.
+r"""AdaMix: a mixture of bottlenecks; training samples one at random, inference averages their weights.
 
-Wang et al. 2022 (arXiv 2205.12410). Section 3.2, stochastic routing: every forward pass draws a projection
-down and one up in each block. Section 3.3, consistency: each batch goes through twice, and the loss is
+Wang et al. 2022 (arXiv 2205.12410). Section 3.2, stochastic routing: every forward pass samples a down
+and an up projection in each block. Section 3.3, consistency: two forward passes per batch, and the loss is
 equation 5, -log p_A(y | x) + 1/2 (KL(p_A || p_B) + KL(p_B || p_A)). Section 3.4, merging: W = 1/M sum_i W_i.
 """
 
@@ -31,14 +31,16 @@ class Settings(AdapterSettings):
     )
     width: Positive = Field(16, description="width of each bottleneck")  # the paper, section 4.1: 16 or 48
     experts: Annotated[int, Field(ge=2)] = Field(4, description="bottlenecks in the mixture")  # section 4.1
-    consistency: bool = Field(True, description="each batch twice, predictions pulled together (equation 5)")
+    consistency: bool = Field(
+        True, description="two forward passes per batch with a consistency loss (equation 5)"
+    )
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Return the base, quantized or not, with a mixture of bottlenecks behind every feed-forward layer.
+    """Return the base, quantized or not, with a mixture of bottlenecks after every feed-forward layer.
 
     Raises:
-        UserError: the layers are not found by their usual names.
+        UserError: the layers have none of the known names.
     """
     from peft import get_peft_model
 
@@ -56,5 +58,5 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
 
 def hooks(model: "PeftModel", settings: Settings, *, steps: int) -> Hooks:
-    """Ask for two passes of each batch, if consistency is wanted."""
+    """Return the hooks: two forward passes per batch if ``consistency`` is set."""
     return Hooks(passes=2 if settings.consistency else 1)

@@ -1,10 +1,10 @@
-r"""Adaptive prefix tuning: a prefix with a gate for each layer, and one for each position of each layer.
+r"""Adaptive prefix tuning: a prefix with a gate per layer, and one per position of each layer.
 
 Zhang et al. 2023 (arXiv 2305.15212), section 2.2: P_i' = lambda_i alpha_i * P_i, lambda_i a trained scale of
-layer i, alpha_i in (0, 1) one gate for each virtual token. The paper computes alpha_i from the states of the
-layer below. In a causal model the one state that all positions may look at is that of the first token, and
-that is the same in every row; so alpha_i = sigmoid(a_i) with a_i trained. The gates are multiplied into the
-prefix when it is saved: the result is a prefix adapter that plain PEFT loads.
+layer i, alpha_i in (0, 1) one gate per virtual token. The paper computes alpha_i from the states of the layer
+below. In a causal model only the first token's state is visible to all positions, and it is the same in every
+row; so alpha_i = sigmoid(a_i) with a_i trained. The gates are multiplied into the prefix when it is saved:
+plain PEFT loads the result as a prefix adapter.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -32,7 +32,7 @@ class Settings(VirtualTokenSettings):
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Return the base with a gated prefix that starts as the keys and values of real words."""
+    """Return the base with a gated prefix, initialized from the keys and values of real tokens."""
     from finetune.adapters._prefix_encoders import GatedPrefix
     from finetune.adapters._prompt_model import prompt_model
 

@@ -1,7 +1,7 @@
 """BitFit: only the bias terms are trained.
 
-Ben Zaken et al. 2021 (arXiv 2106.10199), section 3. Kept apart from the base: what is trained is a change of
-each bias, zero at the start; merging adds it to the bias.
+Ben Zaken et al. 2021 (arXiv 2106.10199), section 3. The base's biases stay frozen: an offset of each bias is
+trained, initialized to zero; merging adds it to the bias.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -21,13 +21,13 @@ TRAITS = Traits(learning_rate=1e-3)  # the paper, appendix A.2: 1e-4 to 1e-2
 
 
 class Settings(AdapterSettings):
-    """BitFit has no settings of its own: every bias is trained."""
+    """BitFit has no further settings: every bias is trained."""
 
     method: Literal["bitfit"] = Field("bitfit", description="the bias terms of the base")
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Return the base, quantized or not, with trainable changes of its biases.
+    """Return the base, quantized or not, with trainable bias offsets.
 
     Raises:
         UserError: the base has no bias terms.
@@ -44,7 +44,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     ]
     if not names:
         found = f"'bitfit', but {type(model).__name__} has no bias terms (Llama, Mistral and Qwen3 have none)"
-        repair = "adapter.method=ia3 or layernorm trains as few parameters and works on it"
+        repair = "use adapter.method=ia3 or layernorm, which train as few parameters"
         raise UserError(Problem("adapter.method", found, "a base with biases (GPT-NeoX, Qwen2, ...)", repair))
     config = BitFitConfig(task_type=task_of(model), target_modules=names)
     peft_model: PeftModel = get_peft_model(model, config)

@@ -1,8 +1,8 @@
-r"""Bottleneck adapters: a small network behind (sequential) or beside (parallel) a part of each block.
+r"""Bottleneck adapters: a small network after (sequential) or in parallel to the sublayers of each block.
 
-``houlsby``: behind attention and behind the feed-forward layer, Houlsby et al. 2019 (arXiv 1902.00751),
-figure 2: h <- h + f(h W_down) W_up. ``pfeiffer``: behind the feed-forward layer alone, Pfeiffer et al. 2020
-(arXiv 2005.00247), section 3.2.2. ``parallel``: beside the feed-forward layer, He et al. 2021 (arXiv
+``houlsby``: after attention and after the feed-forward layer, Houlsby et al. 2019 (arXiv 1902.00751),
+figure 2: h <- h + f(h W_down) W_up. ``pfeiffer``: after the feed-forward layer only, Pfeiffer et al. 2020
+(arXiv 2005.00247), section 3.2.2. ``parallel``: parallel to the feed-forward layer, He et al. 2021 (arXiv
 2110.04366), equation 10 and table 6, "scaled parallel adapter": h <- FFN(x) + s f(x W_down) W_up, with s =
 4.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-NONLINEAR = "a bottleneck is nonlinear: no weight of the base can hold it"
+NONLINEAR = "a bottleneck is nonlinear and cannot be merged into base weights"
 TRAITS = Traits(merge=NONLINEAR, learning_rate=1e-3)  # Houlsby et al., section 3.1: 3e-5 to 3e-3
 
 ATTENTION_OUTPUT = ("o_proj", "out_proj", "dense", "wo", "c_proj")
@@ -30,16 +30,16 @@ Placement = Literal["houlsby", "pfeiffer", "parallel"]
 
 
 class Settings(AdapterSettings):
-    """Where the bottlenecks stand, how wide they are, and their activation."""
+    """Placement, width, scale and activation of the bottlenecks."""
 
-    method: Literal["bottleneck"] = Field("bottleneck", description="small networks inside each block")
+    method: Literal["bottleneck"] = Field("bottleneck", description="bottleneck networks in each block")
     # parallel: He et al., table 6: better than sequential at the same number of parameters.
     placement: Placement = Field(
-        "parallel", description="behind attention and FFN, behind FFN, or beside FFN"
+        "parallel", description="after attention and FFN, after FFN, or parallel to FFN"
     )
     width: Positive = Field(64, description="width of the bottleneck")  # Houlsby et al.: 8, 64 or 256
     scale: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="what it adds counts this many times; null: 4 for parallel (He et al.), else 1"
+        None, description="scale of its output; null: 4 for parallel (He et al.), else 1"
     )
     activation: Literal["relu", "gelu", "silu"] = Field(
         "relu", description="nonlinearity"
@@ -50,7 +50,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base, quantized or not, with bottlenecks in every block.
 
     Raises:
-        UserError: the layers are not found by their usual names.
+        UserError: the layers have none of the known names.
     """
     from peft import get_peft_model
 
@@ -71,10 +71,10 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
 
 def places(model: "PreTrainedModel", placement: Placement) -> list[str]:
-    """Return the names of the modules that a placement wraps.
+    """Return the names of the target modules of a placement.
 
     Raises:
-        UserError: the model has none of the usual names.
+        UserError: the model has none of the known names.
     """
     if placement == "parallel":
         return module_names(model, FEED_FORWARD, what="the feed-forward block", linear=False)

@@ -1,8 +1,8 @@
-r"""DoRA: LoRA moves a weight's direction, and a trained vector its magnitude.
+r"""DoRA: LoRA on a weight's direction, with a trained magnitude vector.
 
 Liu et al. 2024 (arXiv 2402.09353), equation 5: W' = m (W + B A) / ||W + B A||_c, with ||.||_c the norm of
-each column (of each output's weights, in PyTorch's layout) and m its trained magnitude. It starts at the
-base.
+each column (of each output's weights, in PyTorch's layout) and m its trained magnitude. At initialization
+it equals the base.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# No int8: on an 8-bit base the norm in PEFT's DoRA ended in an AttributeError here (on a CPU).
+# No int8: on an 8-bit base the norm in PEFT's DoRA raised an AttributeError (tested on a CPU).
 TRAITS = Traits(quantization=("none", "nf4"), in_training=("dropout",))
 
 
 class Settings(lora.Settings):
     """LoRA's settings; the paper's table 8 for LLaMA-7B: rank 16 or 32, alpha = 2 r, dropout 0.05."""
 
-    method: Literal["dora"] = Field("dora", description="LoRA with a trained magnitude of each output")  # type: ignore[assignment]
+    method: Literal["dora"] = Field("dora", description="LoRA with a trained magnitude per output")  # type: ignore[assignment]
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base, quantized or not, with DoRA on its targets.
 
     Raises:
-        UserError: a target names no layer of this model.
+        UserError: a target matches no layer of this model.
     """
     return lora.with_lora(model, settings, use_dora=True)

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of the base is trained, and the result is a model of its own."""
+"""Full fine-tuning: every weight of the base is trained; the result is a full model."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -14,12 +14,12 @@ TRAITS = Traits(quantization=("none",), whole_model=True, learning_rate=2e-5)  #
 
 
 class Settings(AdapterSettings):
-    """Full tuning has no settings of its own."""
+    """Full fine-tuning has no further settings."""
 
-    method: Literal["full"] = Field("full", description="train the base's own weights")
+    method: Literal["full"] = Field("full", description="full fine-tuning of the base weights")
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PreTrainedModel":
-    """Return the base itself, all of it trainable."""
+    """Return the base with all weights trainable."""
     model.requires_grad_(True)
     return model

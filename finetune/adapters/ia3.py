@@ -1,7 +1,7 @@
 r"""(IA)^3: trained vectors scale keys, values and the inner activations of the feed-forward layer.
 
 Liu et al. 2022 (arXiv 2205.05638), equations 3 and 4: softmax(Q (l_k K)^T / sqrt(d)) (l_v V) and
-(l_ff gamma(W_1 x)) W_2. The vectors start at one.
+(l_ff gamma(W_1 x)) W_2. The vectors are initialized to one.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -23,20 +23,20 @@ KEYS_AND_VALUES = ("k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", 
 
 
 class Settings(AdapterSettings):
-    """(IA)^3 has no settings of its own: the paper fixes where the vectors stand."""
+    """(IA)^3 has no further settings: the paper fixes where the vectors act."""
 
-    method: Literal["ia3"] = Field("ia3", description="vectors that scale keys, values, inner activations")
+    method: Literal["ia3"] = Field("ia3", description="vectors that scale keys, values and FFN activations")
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Return the base, quantized or not, with (IA)^3; where keys sit in one layer with queries, all scale.
+    """Return the base, quantized or not, with (IA)^3; a fused query-key-value layer is scaled as a whole.
 
     Raises:
-        UserError: the layers are not found by their usual names.
+        UserError: the layers have none of the known names.
     """
     from peft import IA3Config, get_peft_model
 
-    attention = module_names(model, KEYS_AND_VALUES, what="the layers that make keys and values")
+    attention = module_names(model, KEYS_AND_VALUES, what="the key and value projections")
     inner = module_names(model, FEED_FORWARD_OUTPUT, what="the output layer of the feed-forward block")
     config = IA3Config(
         task_type=task_of(model), target_modules=[*attention, *inner], feedforward_modules=inner

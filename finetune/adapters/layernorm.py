@@ -1,6 +1,6 @@
-"""LayerNorm tuning: copies of the norms' own gains (and biases) are trained, and nothing else.
+"""LayerNorm tuning: only copies of the norm layers' weights (and biases) are trained.
 
-Zhao et al. 2023 (arXiv 2312.11420), section 3: tuning the norms of the attention blocks alone comes close to
+Zhao et al. 2023 (arXiv 2312.11420), section 3: tuning only the norms of the attention blocks comes close to
 LoRA on multi-modal instruction tuning.
 """
 
@@ -21,16 +21,16 @@ TRAITS = Traits(learning_rate=1e-3)  # the paper, section 4: larger than for ful
 
 
 class Settings(AdapterSettings):
-    """LayerNorm tuning has no settings of its own."""
+    """LayerNorm tuning has no further settings."""
 
-    method: Literal["layernorm"] = Field("layernorm", description="the norms' gains and biases")
+    method: Literal["layernorm"] = Field("layernorm", description="weights and biases of the norm layers")
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Return the base, quantized or not, with a trainable copy of every norm.
+    """Return the base, quantized or not, with a trainable copy of every norm layer.
 
     Raises:
-        UserError: the model has no norm with weights.
+        UserError: the model has no norm layer with weights.
     """
     from peft import LNTuningConfig, get_peft_model
 

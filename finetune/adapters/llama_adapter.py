@@ -1,7 +1,7 @@
-r"""LLaMA-Adapter: trained prompts that the upper layers attend to through a gate that starts at zero.
+r"""LLaMA-Adapter: trained prompts that the upper layers attend to through a zero-initialized gate.
 
-Zhang et al. 2023 (arXiv 2303.16199), equations 6 to 8: the attention to the prompt has a softmax of its own,
-times a trained gate g = 0 at the start, so training begins at the base.
+Zhang et al. 2023 (arXiv 2303.16199), equations 6 to 8: the attention to the prompt has a separate softmax,
+times a trained gate initialized to g = 0, so at initialization the model equals the base.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    merge="its attention to the prompt is no weight of the base",
+    merge="its attention to the prompt cannot be merged into base weights",
     scores=NO_HEAD,
-    engines=("native",),  # TRL puts a head of its own on the base, and does not find it behind PEFT's wrapper
+    engines=("native",),  # TRL replaces the head of the base, and does not find it inside PEFT's wrapper
     learning_rate=9e-3,
 )  # the authors' script: 9e-3 at a batch of 256
 
@@ -28,16 +28,12 @@ FAMILIES = ("llama", "mistral", "gpt2")
 
 
 class Settings(AdapterSettings):
-    """Length of the prompts, and how many layers from the top have one."""
+    """Prompt length, and number of upper layers with a prompt."""
 
-    method: Literal["llama_adapter"] = Field(
-        "llama_adapter", description="gated prompts inside the upper layers"
-    )
-    virtual_tokens: Positive = Field(
-        10, description="length of the prompt of a layer"
-    )  # the paper, section 4.1
+    method: Literal["llama_adapter"] = Field("llama_adapter", description="gated prompts in the upper layers")
+    virtual_tokens: Positive = Field(10, description="prompt length per layer")  # the paper, section 4.1
     layers: Positive = Field(
-        30, description="layers from the top that have a prompt; at most all"
+        30, description="number of upper layers with a prompt; capped at all layers"
     )  # 30 of 32
 
 
@@ -45,7 +41,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base with gated prompts in its upper layers.
 
     Raises:
-        UserError: the model is of a family that PEFT's adaption prompt does not know.
+        UserError: PEFT's adaption prompt does not support the model type.
     """
     from peft import AdaptionPromptConfig, get_peft_model
 
@@ -53,7 +49,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         found = f"'llama_adapter' on a model of type '{model.config.model_type}'"
         expected = f"a model of type {', '.join(FAMILIES)}"
         raise UserError(
-            Problem("adapter.method", found, expected, "adapter.method=prefix works on any of them")
+            Problem("adapter.method", found, expected, "use adapter.method=prefix, which supports any model")
         )
     config = AdaptionPromptConfig(
         task_type=task_of(model),

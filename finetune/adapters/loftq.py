@@ -1,8 +1,8 @@
-r"""LoftQ: QLoRA whose product starts as what quantization took away from each weight.
+r"""LoftQ: QLoRA whose low-rank product is initialized to the quantization error of each weight.
 
 Li et al. 2023 (arXiv 2310.08659), equation 6: min over A, B of ||W - Q - B A||_F for the 4-bit weight Q. One
-step of the alternation: the r largest singular values of W - Q, with Q the base as it is loaded (NF4).
-The full-precision weights are read again from the base's files, one tensor at a time.
+step of the alternation: the r largest singular values of W - Q, with Q the loaded NF4 base. The
+full-precision weights are read from the base's files, one tensor at a time.
 """
 
 from pathlib import Path
@@ -21,21 +21,23 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-# What it saves is LoRA over the 4-bit base. Learning rate: the paper's appendix, LLaMA-2: 1e-4 to 7e-4.
+# Saved as a LoRA adapter for the 4-bit base. Learning rate: the paper's appendix, LLaMA-2: 1e-4 to 7e-4.
 TRAITS = Traits(quantization=("nf4",), learning_rate=1e-4, in_training=("dropout",), goes_on_as="lora")
 
 
 class Settings(lora.Settings):
     """LoRA's settings."""
 
-    method: Literal["loftq"] = Field("loftq", description="LoRA that repairs the 4-bit base")  # type: ignore[assignment]
+    method: Literal["loftq"] = Field(
+        "loftq", description="LoRA initialized to the quantization error of the 4-bit base"
+    )  # type: ignore[assignment]
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Return the 4-bit base with LoRA that makes up for its quantization.
+    """Return the 4-bit base with LoRA initialized to its quantization error.
 
     Raises:
-        UserError: a target names no layer of this model, or its weights in full precision are not found.
+        UserError: a target matches no layer, or the full-precision weights are not found.
     """
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora.bnb import Linear4bit
@@ -55,7 +57,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
 
 def factors(matrix: "Tensor", rank: int) -> tuple["Tensor", "Tensor"]:
-    """Return B (out, rank) and A (rank, in) whose product is nearest to a matrix (out, in)."""
+    """Return B (out, rank) and A (rank, in): the best rank-r approximation of a matrix (out, in), by SVD."""
     import torch
 
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -64,7 +66,7 @@ def factors(matrix: "Tensor", rank: int) -> tuple["Tensor", "Tensor"]:
 
 
 def _weights(base: str) -> "Callable[[str], Tensor]":
-    """Return a reader of a base's full-precision weights by their names."""
+    """Return a function that reads a base's full-precision weights by name."""
     from huggingface_hub import snapshot_download
     from safetensors import safe_open
 
@@ -76,8 +78,10 @@ def _weights(base: str) -> "Callable[[str], Tensor]":
 
     def read(name: str) -> "Tensor":
         if name not in files:
-            found = f"the files of '{base}' hold no '{name}'"
-            raise UserError(Problem("adapter.method", found, "its weights in full precision", "use qlora"))
+            found = f"the files of '{base}' have no tensor '{name}'"
+            raise UserError(
+                Problem("adapter.method", found, "its full-precision weights", "use adapter.method=qlora")
+            )
         with safe_open(files[name], framework="pt") as opened:
             weight: Tensor = opened.get_tensor(name)
         return weight

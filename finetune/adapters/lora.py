@@ -1,7 +1,7 @@
-r"""LoRA: a frozen weight W gets a trainable product of low rank, h = W x + (alpha / r) B A x.
+r"""LoRA: a trainable low-rank product is added to each frozen weight W, h = W x + (alpha / r) B A x.
 
-Hu et al. 2021 (arXiv 2106.09685), equation 3. A is r x in (Kaiming), B is out x r (zero), so training
-starts at the base.
+Hu et al. 2021 (arXiv 2106.09685), equation 3. A is r x in (Kaiming), B is out x r (zero), so at
+initialization the model equals the base.
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -23,18 +23,18 @@ Alpha = Annotated[float, Field(gt=0)]
 
 
 class Settings(AdapterSettings):
-    """Rank, scale and place of the low-rank product."""
+    """Rank, scale, dropout and target modules."""
 
-    method: Literal["lora"] = Field("lora", description="low-rank product beside frozen weights")
+    method: Literal["lora"] = Field("lora", description="low-rank product added to frozen weights")
     # Rank 16, alpha = 2 r: Biderman et al. 2024, "LoRA Learns Less and Forgets Less" (arXiv 2405.09673).
-    rank: Positive = Field(16, description="r: columns of the low-rank product")
-    alpha: Alpha = Field(32.0, description="scale: the product counts alpha / rank times")
+    rank: Positive = Field(16, description="r: rank of the low-rank product")
+    alpha: Alpha = Field(32.0, description="scale: the product is multiplied by alpha / rank")
     # Dropout 0.05: tloen/alpaca-lora, finetune.py; QLoRA (arXiv 2305.14314, appendix B.2) above 13B.
-    dropout: Share = Field(0.05, description="share of inputs dropped before A, in training")
-    # Every linear layer: QLoRA, figure 2: with fewer of them LoRA stays behind full tuning.
+    dropout: Share = Field(0.05, description="dropout probability of the input of A")
+    # Every linear layer: QLoRA, figure 2: with fewer of them LoRA does not match full fine-tuning.
     target: Target = Field(
         ALL_LINEAR,
-        description="names of layers that get an adapter; all-linear: every linear layer but the head",
+        description="names of the target layers; all-linear: every linear layer except the head",
     )
 
 
@@ -42,13 +42,13 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base, quantized or not, with LoRA on its targets; nothing else is trainable.
 
     Raises:
-        UserError: a target names no layer of this model.
+        UserError: a target matches no layer of this model.
     """
     return with_lora(model, settings)
 
 
 def with_lora(model: "PreTrainedModel", settings: Settings, **variant: bool | str) -> "PeftModel":
-    """Return the base with LoRA, or with a variant of it: ``variant`` holds PEFT's names for that."""
+    """Return the base with LoRA or a variant of it; ``variant`` are further arguments of LoraConfig."""
     from peft import LoraConfig, get_peft_model
 
     check_targets(model, settings.target)

@@ -1,4 +1,4 @@
-r"""LoRA+: LoRA whose B learns faster than its A.
+r"""LoRA+: LoRA with a higher learning rate for B than for A.
 
 Hayou et al. 2024 (arXiv 2402.12354), section 4: the learning rate of B is lambda times that of A, lambda >>
 1; ``train.learning_rate`` is that of A.
@@ -21,23 +21,23 @@ TRAITS = Traits(
 
 
 class Settings(lora.Settings):
-    """LoRA's settings, and how much faster B learns."""
+    """LoRA's settings, and the learning rate ratio of B to A."""
 
-    method: Literal["lora_plus"] = Field("lora_plus", description="LoRA whose B learns faster")  # type: ignore[assignment]
+    method: Literal["lora_plus"] = Field("lora_plus", description="LoRA with a higher learning rate for B")  # type: ignore[assignment]
     # 16: the ratio that the paper recommends (about 2^4).
-    ratio: Annotated[float, Field(ge=1)] = Field(16.0, description="learning rate of B over that of A")
+    ratio: Annotated[float, Field(ge=1)] = Field(16.0, description="learning rate of B divided by that of A")
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base, quantized or not, with LoRA on its targets.
 
     Raises:
-        UserError: a target names no layer of this model.
+        UserError: a target matches no layer of this model.
     """
     return lora.with_lora(model, settings)
 
 
 def hooks(model: "PeftModel", settings: Settings, *, steps: int) -> Hooks:
-    """Return the factor of the learning rate for each B."""
+    """Return the hooks: the LoRA+ learning rate factor of each B."""
     names = [name for name, weight in model.named_parameters() if weight.requires_grad and ".lora_B." in name]
     return Hooks(rate_factors=dict.fromkeys(names, settings.ratio))

@@ -1,8 +1,8 @@
-r"""Multitask prompt tuning: a shared prompt, and a matrix of rank one that fits it to a task.
+r"""Multitask prompt tuning: a shared prompt, adapted to a task by a rank-one matrix.
 
 Wang et al. 2023 (arXiv 2303.02861), equation 1: P_k = P* o (u_k v_k^T). Here for one task at a time, the
-paper's transfer to a target task: ``source`` names a run whose shared prompt P* is the start (the paper
-learns it on many tasks; our ``data.mix`` mixes them).
+paper's transfer to a target task: ``source`` is a run whose shared prompt P* is the initial value (the paper
+trains it on many tasks; our ``data.mix`` mixes them).
 """
 
 from pathlib import Path
@@ -21,31 +21,29 @@ if TYPE_CHECKING:
 
 TRAITS = Traits(
     packing=False, merge=IN_THE_INPUT, learning_rate=1e-1, at_start=("source",)
-)  # 1e-1: the product starts near zero and its gradient with it; the paper uses 0.3 (section 4.1)
+)  # 1e-1: the product and its gradient are near zero initially; the paper uses 0.3 (section 4.1)
 
 
 class Settings(VirtualTokenSettings):
-    """Length of the prompt, rank, and where the shared prompt comes from."""
+    """Prompt length, rank, and source of the shared prompt."""
 
     method: Literal["multitask_prompt"] = Field(
-        "multitask_prompt", description="a shared prompt times a matrix of rank one"
+        "multitask_prompt", description="a shared prompt times a rank-one matrix"
     )
     virtual_tokens: Positive = Field(100, description="length of the prompt")  # the paper, section 4.1
-    rank: Positive = Field(1, description="rank of the task's matrix")  # equation 1
-    source: Text | None = Field(
-        None, description="run directory with the shared prompt; null: from random words"
-    )
+    rank: Positive = Field(1, description="rank of the task matrix")  # equation 1
+    source: Text | None = Field(None, description="run directory with the shared prompt; null: random tokens")
 
     def problems(self) -> list[Problem]:
-        """Return a source that is no run of this adapter."""
+        """Return a problem if ``source`` has no adapter."""
         if self.source is None or _shared(self.source).is_file():
             return []
-        found = f"'{self.source}' holds no adapter"
+        found = f"'{self.source}' has no adapter"
         return [Problem("adapter.source", found, "the run directory of a multitask_prompt run")]
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Return the base with a shared prompt and a task's matrix."""
+    """Return the base with a shared prompt and a task matrix."""
     from peft import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 
     from finetune.adapters._prompt_model import single_task_model

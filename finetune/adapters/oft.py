@@ -1,7 +1,7 @@
-r"""OFT: each weight is turned by a trained rotation, in blocks, which keeps the angles between its outputs.
+r"""OFT: each weight is multiplied by a trained block-diagonal rotation, preserving angles between neurons.
 
 Qiu et al. 2023 (arXiv 2306.07280), equation 5: W' = R W with R orthogonal and block-diagonal, R = (I + Q)
-(I - Q)^-1 (Cayley) of a trained skew-symmetric Q that starts at zero; here the exact Cayley transform, no
+(I - Q)^-1 (Cayley) of a trained skew-symmetric Q, initialized to zero; the exact Cayley transform, no
 series. On a quantized base this is QOFT (arXiv 2506.19847).
 """
 
@@ -22,21 +22,23 @@ TRAITS = Traits(learning_rate=4e-4, in_training=("dropout",))  # arXiv 2506.1984
 
 
 class Settings(AdapterSettings):
-    """Size of the rotated blocks, and place."""
+    """Block size, dropout and target modules."""
 
     method: Literal["oft"] = Field("oft", description="trained rotations of frozen weights")
     block_size: Positive = Field(
-        32, description="width of a rotated block; made to divide each layer's input"
+        32, description="block size; adjusted to divide each layer's input size"
     )  # PEFT
-    dropout: Share = Field(0.0, description="share of blocks left as they are, in training")  # PEFT's default
-    target: Target = Field(ALL_LINEAR, description="names of layers that get an adapter")
+    dropout: Share = Field(
+        0.0, description="probability that a block is not rotated, in training"
+    )  # PEFT's default
+    target: Target = Field(ALL_LINEAR, description="names of the target layers")
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base, quantized or not, with rotations on its targets.
 
     Raises:
-        UserError: a target names no layer of this model.
+        UserError: a target matches no layer of this model.
     """
     from peft import OFTConfig, get_peft_model
 

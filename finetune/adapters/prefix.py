@@ -1,9 +1,9 @@
-"""Prefix tuning: trained keys and values stand before the sequence in every attention layer.
+"""Prefix tuning: trained keys and values are prepended to the sequence in every attention layer.
 
 Li and Liang 2021 (arXiv 2101.00190), equation 3: h_i = P[i] where i is in the prefix; the base stays
-frozen. The prefix begins as the keys and values of real words (their section 7.4: far better than random
-numbers, which make a model forget what it knows before the first step). Made by an MLP (``projection``), it
-begins at random.
+frozen. The prefix is initialized from the keys and values of real tokens (their section 7.4: far better than
+random values, which disrupt the model before the first step). With an MLP (``projection``) it is initialized
+at random.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -24,18 +24,18 @@ TRAITS = Traits(
 
 
 class Settings(VirtualTokenSettings):
-    """Length of the prefix, and whether an MLP makes it."""
+    """Length of the prefix, and whether an MLP produces it."""
 
     method: Literal["prefix"] = Field("prefix", description="trained keys and values before every sequence")
     # 20: between the lengths that the paper found best, 10 (table to text) and 200 (summaries); section 7.2.
     virtual_tokens: Positive = Field(20, description="length of the prefix")
     projection: bool = Field(
-        False, description="make the prefix with an MLP (the paper's reparameterisation)"
+        False, description="produce the prefix with an MLP (the paper's reparameterization)"
     )
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Return the base with a trainable prefix of keys and values, one for each layer."""
+    """Return the base with a trainable prefix of keys and values per layer."""
     import torch
     from peft import PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
 
@@ -51,7 +51,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         return prompt_model(model, config)
     words = torch.randint(model.config.vocab_size, (1, settings.virtual_tokens))
     if model.config.bos_token_id is not None:
-        words[0, 0] = model.config.bos_token_id  # models lean on what stands first
+        words[0, 0] = model.config.bos_token_id  # models attend strongly to the first token
     with torch.no_grad(), fetched(model):
         cache = model(input_ids=words.to(model.device), use_cache=True).past_key_values
     peft_model: PeftModel = get_peft_model(model, config)

@@ -1,9 +1,9 @@
-"""Progressive prompts: each task gets a new prompt before the frozen prompts of the tasks before it.
+"""Progressive prompts: each task adds a trainable prompt before the frozen prompts of earlier tasks.
 
 Razdaibiedina et al. 2023 (arXiv 2301.12314), section 3: for task k the model reads [P_k; P_(k-1); ...; P_1;
-x] and only P_k is trained. Earlier prompts and the base stay, so earlier tasks lose nothing; the new task
-can use what the earlier prompts hold. ``previous`` names the run of the task before; without it this is the
-first task, and the method is prompt tuning.
+x] and only P_k is trained. Earlier prompts and the base are frozen, so there is no forgetting, and the new
+task can use the earlier prompts. ``previous`` is the run of the previous task; without it this is the first
+task, and the method is prompt tuning.
 """
 
 import json
@@ -27,21 +27,21 @@ TRAITS = Traits(packing=False, merge=IN_THE_INPUT, learning_rate=1e-3)  # as for
 
 
 class Settings(VirtualTokenSettings):
-    """Length of the new prompt, and the run before."""
+    """Length of the new prompt, and the previous run."""
 
     method: Literal["progressive_prompt"] = Field(
         "progressive_prompt", description="a new prompt before those of earlier tasks"
     )
     virtual_tokens: Positive = Field(10, description="length of the new prompt")  # the paper, section 4: 10
-    previous: Text | None = Field(None, description="run directory of the task before; null: the first task")
+    previous: Text | None = Field(None, description="run directory of the previous task; null: first task")
 
     @property
     def positions(self) -> int:
-        """Return the positions that all prompts together take."""
+        """Return the total number of virtual tokens of all prompts."""
         return self.virtual_tokens + (_earlier_tokens(self.previous) if self.previous else 0)
 
     def problems(self) -> list[Problem]:
-        """Return what is wrong with the run before."""
+        """Return problems with the previous run."""
         try:
             _ = self.positions
         except UserError as error:
@@ -53,7 +53,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base with a trainable prompt before the frozen ones.
 
     Raises:
-        UserError: ``previous`` is no run with a soft prompt, or its prompts are for another width.
+        UserError: ``previous`` is not a run with a soft prompt, or its prompts have another width.
     """
     import torch
     from peft import PromptTuningConfig
@@ -65,7 +65,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     new = first.prompt_encoder["default"].embedding.weight.detach()
     earlier = _earlier_prompts(settings.previous) if settings.previous else torch.empty(0, new.shape[1])
     if earlier.shape[1] != new.shape[1]:
-        found = f"'{settings.previous}' holds prompts of width {earlier.shape[1]}"
+        found = f"'{settings.previous}' has prompts of width {earlier.shape[1]}"
         raise UserError(Problem("adapter.previous", found, f"a run on this base (width {new.shape[1]})"))
     config = PromptTuningConfig(task_type=task_of(model), num_virtual_tokens=len(new) + len(earlier))
     adapted = prompt_model(model, config)
@@ -79,10 +79,10 @@ def _earlier_tokens(previous: str) -> int:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         found = f"'{previous}' is not the folder of a finished run ({file.name} cannot be read)"
-        expected = "the run directory of the task before"
+        expected = "the run directory of the previous task"
         raise UserError(Problem("adapter.previous", found, expected, "`llm-align list runs`")) from error
     if config.get("peft_type") != "PROMPT_TUNING":
-        found = f"'{previous}' holds an adapter of type {config.get('peft_type')}"
+        found = f"'{previous}' has an adapter of type {config.get('peft_type')}"
         raise UserError(Problem("adapter.previous", found, "a run with adapter prompt or progressive_prompt"))
     return int(config["num_virtual_tokens"])
 

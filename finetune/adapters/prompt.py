@@ -1,7 +1,7 @@
-"""Prompt tuning: trained embeddings stand before the input's embeddings; nothing inside the model changes.
+"""Prompt tuning: trained embeddings are prepended to the input embeddings; the model is frozen.
 
-Lester et al. 2021 (arXiv 2104.08691), section 2. It starts from the embeddings of real words, drawn or
-those of ``init_text`` (section 3.2: better than random numbers).
+Lester et al. 2021 (arXiv 2104.08691), section 2. Initialized from the embeddings of real tokens, sampled or
+those of ``init_text`` (section 3.2: better than random values).
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -22,13 +22,13 @@ TRAITS = Traits(
 
 
 class Settings(VirtualTokenSettings):
-    """Length of the soft prompt and where it starts."""
+    """Length of the soft prompt and its initialization."""
 
     method: Literal["prompt"] = Field("prompt", description="trained embeddings before every sequence")
     # 20: longer prompts gain little (the paper's section 3.2, "Prompt Length").
     virtual_tokens: Positive = Field(20, description="length of the soft prompt")
     init_text: Text | None = Field(
-        None, description="start from the embeddings of this text; null: of drawn words"
+        None, description="initialize from the embeddings of this text; null: of random tokens"
     )
 
 

@@ -1,7 +1,7 @@
-"""P-tuning: a small network makes the embeddings that stand before the input's embeddings.
+"""P-tuning: a small network produces the embeddings that are prepended to the input embeddings.
 
 Liu et al. 2021 (arXiv 2103.10385), equation 5: h_i = MLP([LSTM(h_0:i), LSTM(h_i:m)]), or an MLP alone. After
-training only the embeddings that the network makes are needed: the saved adapter holds those.
+training only the embeddings that the network produces are needed: the saved adapter has those.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -20,10 +20,10 @@ TRAITS = Traits(packing=False, merge=IN_THE_INPUT, learning_rate=1e-3)  # huggin
 
 
 class Settings(VirtualTokenSettings):
-    """Length of the prompt, and the network that makes it."""
+    """Length of the prompt, and the network that produces it."""
 
     method: Literal["ptuning"] = Field(
-        "ptuning", description="embeddings before every sequence, made by a network"
+        "ptuning", description="embeddings before every sequence, produced by a network"
     )
     virtual_tokens: Positive = Field(20, description="length of the prompt")  # as for `prompt`
     encoder: Literal["mlp", "lstm"] = Field(
@@ -33,7 +33,7 @@ class Settings(VirtualTokenSettings):
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Return the base with a network that makes a soft prompt."""
+    """Return the base with a network that produces a soft prompt."""
     from peft import PromptEncoderConfig
 
     from finetune.adapters._prompt_model import prompt_model

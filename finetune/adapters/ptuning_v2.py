@@ -1,10 +1,10 @@
-"""P-tuning v2: deep prompts, that is prefix tuning without an MLP and with a random start.
+"""P-tuning v2: deep prompts, i.e. prefix tuning without an MLP and with random initialization.
 
-Liu et al. 2021 (arXiv 2110.07602), section 3: trained vectors stand before the keys and values of every
-layer. For a causal language model this is the same function as prefix tuning (Li and Liang 2021); what
-differs: P-tuning v2 has no reparameterisation, starts at random where our ``prefix`` starts from real words,
-and its other ideas (a classification head, multi-task training first) concern tasks that are no text
-generation. The saved adapter is of PEFT's type PREFIX_TUNING, as that of ``prefix``.
+Liu et al. 2021 (arXiv 2110.07602), section 3: trained vectors are prepended to the keys and values of every
+layer. For a causal language model this is the same function as prefix tuning (Li and Liang 2021). P-tuning v2
+has no reparameterization and random initialization, where our ``prefix`` starts from real tokens; its other
+ideas (a classification head, multi-task training first) concern tasks other than text generation. The saved
+adapter has PEFT type PREFIX_TUNING, like that of ``prefix``.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -28,14 +28,14 @@ class Settings(VirtualTokenSettings):
     """Length of the deep prompt."""
 
     method: Literal["ptuning_v2"] = Field(
-        "ptuning_v2", description="deep prompts: a prefix from a random start"
+        "ptuning_v2", description="deep prompts: a randomly initialized prefix"
     )
-    # 20: the paper, figure 3: simple tasks want less than 20, hard ones about 100.
+    # 20: the paper, figure 3: simple tasks need less than 20, hard ones about 100.
     virtual_tokens: Positive = Field(20, description="length of the deep prompt")
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
-    """Return the base with trainable keys and values before every sequence, one for each layer."""
+    """Return the base with trainable keys and values per layer before every sequence."""
     from peft import PrefixTuningConfig, get_peft_model
 
     config = PrefixTuningConfig(task_type=task_of(model), num_virtual_tokens=settings.virtual_tokens)

@@ -23,15 +23,15 @@ class Settings(lora.Settings):
     """LoRA's settings, with the QLoRA paper's values (appendix B.2; dropout 0.1 up to 13B, 0.05 above)."""
 
     method: Literal["qlora"] = Field("qlora", description="LoRA over a 4-bit base")  # type: ignore[assignment]
-    rank: Positive = Field(64, description="r: columns of the low-rank product")
-    alpha: lora.Alpha = Field(16.0, description="scale: the product counts alpha / rank times")
-    dropout: Share = Field(0.1, description="share of inputs dropped before A, in training")
+    rank: Positive = Field(64, description="r: rank of the low-rank product")
+    alpha: lora.Alpha = Field(16.0, description="scale: the product is multiplied by alpha / rank")
+    dropout: Share = Field(0.1, description="dropout probability of the input of A")
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the quantized base with LoRA on its targets.
 
     Raises:
-        UserError: a target names no layer of this model.
+        UserError: a target matches no layer of this model.
     """
     return lora.build(model, settings)

@@ -1,8 +1,8 @@
-"""Trainable tokens: the embeddings of a few tokens are trained, all others stay.
+"""Trainable tokens: the embeddings of a few tokens are trained, all others are frozen.
 
-For tokens that a base has never learnt: turn markers of a template, words of a trade. The same idea as
-prompt tuning (Lester et al. 2021, arXiv 2104.08691), but at tokens that the text itself holds; PEFT keeps the
-trained rows apart from the frozen table.
+For tokens that a base was not trained on: turn markers of a template, domain terms. The same idea as prompt
+tuning (Lester et al. 2021, arXiv 2104.08691), but for tokens of the text itself; PEFT stores the trained rows
+separately from the frozen embedding matrix.
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -36,7 +36,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base with a few trainable rows of its embeddings.
 
     Raises:
-        UserError: a text is no single token of the base, or an id is outside its vocabulary.
+        UserError: a text is not a single token of the base, or an id is outside its vocabulary.
     """
     from peft import TrainableTokensConfig, get_peft_model
 
@@ -59,7 +59,7 @@ def _ids(model: "PreTrainedModel", tokens: list[str | int] | None) -> list[int]:
         ids = [word if isinstance(word, int) else _single(tokenizer.encode, word) for word in words]
     size = model.get_input_embeddings().num_embeddings
     if any(number >= size for number in ids):
-        found = f"token {max(ids)}, but the base has embeddings for {size}"
+        found = f"token id {max(ids)}, but the base has {size} embeddings"
         raise UserError(Problem("adapter.tokens", found, "tokens of the base's vocabulary"))
     return sorted(set(ids))
 
@@ -67,6 +67,6 @@ def _ids(model: "PreTrainedModel", tokens: list[str | int] | None) -> list[int]:
 def _single(encode: "Callable[..., list[int]]", word: str) -> int:
     ids = encode(word, add_special_tokens=False)
     if len(ids) != 1:
-        found = f"'{word}' is {len(ids)} tokens of this base"
+        found = f"'{word}' is {len(ids)} tokens in this base's tokenizer"
         raise UserError(Problem("adapter.tokens", found, "texts that are one token each, or ids"))
     return ids[0]

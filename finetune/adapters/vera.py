@@ -1,7 +1,7 @@
 r"""VeRA: two random matrices, frozen and shared by all layers; each layer trains two vectors that scale them.
 
-Kopiczko et al. 2023 (arXiv 2310.11454), equation 2: h = W x + Lambda_b B Lambda_d A x, with b = 0 at the
-start. The random matrices are saved beside the vectors.
+Kopiczko et al. 2023 (arXiv 2310.11454), equation 2: h = W x + Lambda_b B Lambda_d A x, with b
+initialized to 0. The random matrices are saved with the vectors.
 """
 
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,22 +21,20 @@ TRAITS = Traits(learning_rate=4e-3, in_training=("dropout",))  # the paper, tabl
 
 
 class Settings(AdapterSettings):
-    """Rank of the shared matrices, start of the inner scale, place."""
+    """Rank of the shared matrices, initial value of d, dropout and target modules."""
 
     method: Literal["vera"] = Field("vera", description="vectors that scale shared random matrices")
     rank: Positive = Field(256, description="r: rank of the shared random matrices")  # the paper, table 9
-    start: Annotated[float, Field(gt=0)] = Field(0.1, description="first value of d")  # the paper, table 6
-    dropout: Share = Field(0.0, description="share of inputs dropped, in training")  # the paper, table 9
-    target: Target = Field(
-        ALL_LINEAR, description="names of layers that get an adapter"
-    )  # the paper: all linear
+    start: Annotated[float, Field(gt=0)] = Field(0.1, description="initial value of d")  # the paper, table 6
+    dropout: Share = Field(0.0, description="dropout probability of the inputs")  # the paper, table 9
+    target: Target = Field(ALL_LINEAR, description="names of the target layers")  # the paper: all linear
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base, quantized or not, with VeRA on its targets.
 
     Raises:
-        UserError: a target names no layer of this model.
+        UserError: a target matches no layer of this model.
     """
     from peft import VeraConfig, get_peft_model
 

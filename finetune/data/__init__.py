@@ -1,1 +1,1 @@
-"""Rows in, token ids and loss masks out."""
+"""Data pipeline: load, mix, filter, tokenize, pack and collate rows; token ids and loss masks come out."""

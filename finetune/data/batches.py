@@ -1,4 +1,4 @@
-"""Which rows meet in a batch: shuffled by the seed, of similar length, the same again after a restart."""
+"""Batch sampler: seeded shuffling, length grouping, sharding over ranks; the same batches after a resume."""
 
 from collections.abc import Iterator, Sequence
 from math import ceil
@@ -9,26 +9,29 @@ from torch.utils.data import Sampler
 from finetune.planning.world import ALONE, World
 
 POOL = 16
-"""Batches whose rows are sorted by length together."""
+"""Batches per pool: rows are sorted by length within a pool."""
 
 
 def optimizer_batches(
     lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, group_by_length: bool
 ) -> list[list[int]]:
-    """Return the rows of each optimizer step of an epoch, longest first within a step.
+    """Return the row indices of each optimizer step of an epoch, longest first within a step.
 
-    Rows are shuffled; with ``group_by_length`` each pool of 16 batches is sorted by length before it is cut,
-    and the batches are shuffled again. Every row comes exactly once; the last batch may be smaller.
+    Rows are shuffled; with ``group_by_length`` each pool of 16 batches is sorted by length before it is
+    split, and the batches are shuffled again. Every row is used exactly once; the last batch may be smaller.
     """
+    # Seeded by epoch and not by a running generator: any epoch's order is known without the earlier ones.
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     sizes = np.asarray(lengths)
+    # Sorted within a batch, so that its micro-batches have rows of similar length.
     if not group_by_length:
         return [_longest_first(order[i : i + batch_size], sizes) for i in range(0, len(order), batch_size)]
     pool = POOL * batch_size
     pools = [np.asarray(_longest_first(order[i : i + pool], sizes)) for i in range(0, len(order), pool)]
     batches = [part[i : i + batch_size].tolist() for part in pools for i in range(0, len(part), batch_size)]
     full = [batch for batch in batches if len(batch) == batch_size]
+    # The smaller batch stays last: only the last step of an epoch may have fewer micro-batches.
     rest = [batch for batch in batches if len(batch) < batch_size]
     return [full[i] for i in random.permutation(len(full))] + rest
 
@@ -39,13 +42,12 @@ def _longest_first(rows: np.ndarray, sizes: np.ndarray) -> list[int]:
 
 
 class MicroBatches(Sampler[list[int]]):
-    """Cuts each optimizer batch into forward passes of at most ``micro_batch_size`` rows of similar length.
+    """Splits each optimizer batch into micro-batches of at most ``micro_batch_size`` rows of similar length.
 
-    Of every optimizer batch each process has every size-th row, and as many forward passes as the others
-    (``passes``; of the epoch's last one fewer), so that gradient accumulation never mixes two batches and no
-    process waits for one that has nothing left: where its rows are used up it has a pass that does not count,
-    of the row ``~number``. A pure function of seed, epoch and place: nothing has to be saved to go on, on any
-    number of processes.
+    Each rank gets every world_size-th row of an optimizer batch, and as many micro-batches as the other ranks
+    (fewer for the last batch of an epoch), so that gradient accumulation never mixes two batches. A rank
+    whose rows are exhausted gets padding micro-batches: one row ``~index`` that does not count toward the
+    loss. A pure function of seed, epoch and rank: resuming needs no saved state, on any number of processes.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class MicroBatches(Sampler[list[int]]):
         group_by_length: bool,
         world: World = ALONE,
     ) -> None:
-        """Keep the rows' lengths and the sizes; ``world`` says whose passes these are."""
+        """Store lengths and sizes; ``dist`` has this process's rank and the number of processes."""
         self.world = world
         self.lengths = list(lengths)
         self.batch_size = batch_size
@@ -68,16 +70,16 @@ class MicroBatches(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
+        """Set the epoch, which determines the order of the rows."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Return the number of forward passes of an epoch."""
+        """Return the number of micro-batches of an epoch, equal on all ranks."""
         full, rest = divmod(len(self.lengths), self.batch_size)
         return full * self._passes(self.batch_size) + self._passes(rest)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the row numbers of each forward pass."""
+        """Yield the row indices of each micro-batch."""
         batches = optimizer_batches(
             self.lengths,
             self.batch_size,
@@ -86,9 +88,11 @@ class MicroBatches(Sampler[list[int]]):
             group_by_length=self.group_by_length,
         )
         for batch in batches:
+            # Every world_size-th row of a batch sorted by length: the ranks' rows have similar lengths.
             own, size = batch[self.world.rank :: self.world.size], self.micro_batch_size
             cut = [own[start : start + size] for start in range(0, len(own), size)]
             yield from cut
+            # Every rank must run the same number of forward passes, or collectives would deadlock.
             yield from [[~batch[-1]]] * (self._passes(len(batch)) - len(cut))
 
     def _passes(self, rows: int) -> int:
@@ -96,7 +100,7 @@ class MicroBatches(Sampler[list[int]]):
 
 
 def passes(rows: int, micro_batch_size: int, processes: int) -> int:
-    """Return the forward passes that each process has of an optimizer batch.
+    """Return the number of micro-batches per rank of an optimizer batch of ``num_rows`` rows.
 
     >>> passes(16, 4, 2)
     2

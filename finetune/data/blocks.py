@@ -1,4 +1,4 @@
-"""Documents to rows of one length: cut into blocks, or packed whole. Pure functions over numbers."""
+"""Chunk a token stream into blocks, or pack documents into rows: pure functions over lengths."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -6,16 +6,16 @@ from itertools import accumulate, pairwise
 from finetune.data.packing import pack
 
 WINDOW = 512
-"""Pieces that are packed at a time: neighbours stay near each other, and the time grows with the length."""
+"""Pieces per packing window: neighbors stay near each other, and the time is linear in the data."""
 
 Piece = tuple[int, int]
-"""Where a piece of a document begins in the flat array of all tokens, and where it ends."""
+"""Start and end of a piece of a document in the flat array of all tokens."""
 
 
 def block_starts(total: int, size: int) -> list[int]:
-    """Return where each block of ``size`` tokens begins, and the end of the last one, which may be shorter.
+    """Return the offsets of blocks of ``size`` tokens, and the end of the last one, which may be shorter.
 
-    A single token that would be left over has nothing before it to be predicted from: it is dropped.
+    A remainder of one token is dropped: it has no prefix to be predicted from.
 
     >>> block_starts(10, 4), block_starts(9, 4)
     ([0, 4, 8, 10], [0, 4, 8])
@@ -25,10 +25,10 @@ def block_starts(total: int, size: int) -> list[int]:
 
 
 def packed_pieces(lengths: Sequence[int], size: int) -> list[list[Piece]]:
-    """Return the pieces of each row: documents of at most ``size`` tokens stay whole, longer ones are cut.
+    """Return the pieces of each row: documents of at most ``size`` tokens are not split, longer ones are.
 
     Rows are filled by first-fit decreasing over 512 pieces at a time (Ding et al. 2024, arXiv 2404.10830:
-    whole documents in place of cut ones). A single token left over of a document is dropped.
+    complete documents in place of truncated ones). A remainder of one token is dropped.
 
     >>> packed_pieces([3, 6, 2], 5)
     [[(3, 8)], [(0, 3), (9, 11)]]
@@ -39,6 +39,7 @@ def packed_pieces(lengths: Sequence[int], size: int) -> list[list[Piece]]:
     for first in range(0, len(pieces), WINDOW):
         window = pieces[first : first + WINDOW]
         bins = pack([end - start for start, end in window], size)
+        # Pieces in data order within a row, not in the order in which first-fit decreasing placed them.
         rows += [[window[index] for index in sorted(items)] for items in bins]
     return rows
 

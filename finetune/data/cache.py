@@ -1,4 +1,4 @@
-"""Arrays kept on the disk between runs: written in one move, with a checksum that is compared on reading."""
+"""Disk cache of arrays (safetensors): atomic writes, and a checksum that is verified on reading."""
 
 import hashlib
 import json
@@ -17,25 +17,26 @@ from safetensors.numpy import load_file, save_file
 from finetune.recipe.errors import Problem, UserError
 
 NOTES = "report"
-"""Where a file keeps its notes."""
+"""Key of the JSON notes in the safetensors metadata."""
 
 
 class DamagedCacheError(Exception):
-    """A kept file cannot be read, or does not hold what was written; the message names it."""
+    """A cached file is unreadable or fails its checksum; the message names it."""
 
 
 def cache_file(kind: str, key: str) -> Path:
-    """Return where arrays of a kind (``tokens``) are kept under a key."""
+    """Return the path of a cached file, by kind (``tokens``) and key."""
     return user_cache_path("llm-align") / kind / f"{key}.safetensors"
 
 
 @contextmanager
 def made_once(path: Path) -> Iterator[None]:
-    """Let one process at a time look for a file and make it; the others wait and find it.
+    """Lock a cached file, so that one process creates it while the others wait and then read it.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder is not writable.
     """
+    # Lock files are in a folder of their own: the cache folder has only arrays.
     locks = path.parents[1] / "locks"
     try:
         locks.mkdir(parents=True, exist_ok=True)
@@ -50,10 +51,10 @@ def made_once(path: Path) -> Iterator[None]:
 
 
 def stored(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """Return a file's arrays and notes, None where there is no such file.
+    """Read a cached file's arrays and notes; None if there is no such file.
 
     Raises:
-        DamagedCacheError: the file is not what was written.
+        DamagedCacheError: the file is unreadable or fails its checksum.
     """
     if not path.exists():
         return None
@@ -64,16 +65,17 @@ def stored(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise DamagedCacheError(f"{path}: unreadable") from error
     if notes.get("sha256") != _checksum(arrays):
-        raise DamagedCacheError(f"{path}: other numbers than were written")
+        raise DamagedCacheError(f"{path}: checksum mismatch")
     return arrays, notes
 
 
 def store(path: Path, arrays: dict[str, np.ndarray], notes: Mapping[str, Any]) -> None:
-    """Write arrays and notes.
+    """Write arrays and notes atomically: to a partial file that is then renamed.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder is not writable.
     """
+    # One partial file per process: jobs on other nodes may write the same key to a shared folder.
     partial = path.with_suffix(f".{os.getpid()}.partial")
     written = json.dumps({**notes, "sha256": _checksum(arrays)})
     try:
@@ -85,13 +87,14 @@ def store(path: Path, arrays: dict[str, np.ndarray], notes: Mapping[str, Any]) -
 
 
 def _unwritable(path: Path, error: Exception) -> UserError:
-    repair = "data.cache=false, or XDG_CACHE_HOME names another folder"
-    found = f"the cache cannot be written: {error}"
-    return UserError(Problem(str(path.parent), found, "a folder that can be written", repair))
+    repair = "set data.cache=false, or point XDG_CACHE_HOME to another folder"
+    found = f"cannot write the cache: {error}"
+    return UserError(Problem(str(path.parent), found, "a writable folder", repair))
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
+    # Sorted, as safetensors returns arrays in its own order.
     for name in sorted(arrays):
         digest.update(arrays[name].tobytes())
     return digest.hexdigest()

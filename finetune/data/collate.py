@@ -1,4 +1,4 @@
-"""Rows to tensors: padded, one row a line, or packed, rows end to end; the same loss either way."""
+"""Collators: pad rows, or pack several per batch row with position ids; the loss is the same either way."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ import torch
 from finetune.data.packing import pack
 
 IGNORED = -100
-"""The label of a token that carries no loss (PyTorch's ``ignore_index``)."""
+"""The label of a token without loss (PyTorch's ``ignore_index``)."""
 
 
 class Example(TypedDict):
-    """One tokenised row: its number, ids and labels of length T (a label is the id itself, or IGNORED).
+    """One tokenized row: its index, ids and labels of length T (a label is the id itself, or -100).
 
-    ``parts`` are the lengths of the texts in a row that holds several: packed, none of them sees another.
+    ``document_lengths`` (of a row with several documents): attention is masked between them.
     """
 
     input_ids: torch.Tensor
@@ -25,7 +25,7 @@ class Example(TypedDict):
 
 
 class Batch(TypedDict, total=False):
-    """One forward pass. All tensors have shape (lines, columns) but ``rows``, which names the rows in it."""
+    """One micro-batch: tensors of shape (B, T), except ``rows``, the indices of the rows in it."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -36,12 +36,12 @@ class Batch(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class PaddedCollator:
-    """One row a line, shorter ones filled up on the right; padding is masked and carries no loss."""
+    """Pads rows on the right; padding is masked and carries no loss."""
 
     pad_id: int
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        """Return input_ids, labels and attention_mask of shape (rows, longest)."""
+        """Return input_ids, labels and attention_mask of shape (B, longest row)."""
         lines = [[example] for example in examples]
         batch = _fill(lines, self.pad_id)
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
@@ -52,11 +52,11 @@ class PaddedCollator:
 
 @dataclass(frozen=True, slots=True)
 class PackedCollator:
-    """Rows end to end, positions starting anew at each, and no attention mask.
+    """Concatenates rows; position ids restart at each, and there is no attention mask.
 
-    That is the form in which transformers tells packed rows apart for every attention implementation: a block
-    mask for eager, SDPA and FlexAttention, sequence lengths for FlashAttention, which takes one line alone
-    (``single_line``). Otherwise the lines are as long as the longest row, so that masked attention costs no
+    In this form transformers separates packed rows for every attention implementation: a block mask for
+    eager, SDPA and FlexAttention, sequence lengths for FlashAttention, which takes a single batch row
+    (``single_row``). Otherwise a batch row is as long as the longest row, so that masked attention costs no
     more than for padded rows.
     """
 
@@ -64,8 +64,9 @@ class PackedCollator:
     single_line: bool = False
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        """Return input_ids, labels and position_ids of shape (lines, longest line)."""
+        """Return input_ids, labels and position_ids of shape (B, longest batch row)."""
         lengths = [len(example["input_ids"]) for example in examples]
+        # Packed per micro-batch, never across: the optimizer step has the same rows as without packing.
         bins = pack(lengths, sum(lengths) if self.single_line else max(lengths))
         lines = [[examples[index] for index in items] for items in bins]
         batch = _fill(lines, self.pad_id)
@@ -89,15 +90,17 @@ def _fill(lines: Sequence[Sequence[Example]], pad_id: int) -> Batch:
 
 
 def _targets(example: Example) -> torch.Tensor:
-    """Return the labels; a row's first token follows nothing, so it is no target (in a packed line too)."""
+    """Return the labels, the first one ignored: a row's first token has no prefix to be predicted from."""
     labels = example["labels"].clone()
+    # In a packed row the model would predict it from the end of the row before.
     labels[0] = IGNORED
     return labels
 
 
 def _positions(line: Sequence[Example], width: int) -> torch.Tensor:
-    """Return 0.. for each text of a line, and 0.. for the padding behind them, as if it were one."""
+    """Return position ids: 0.. for each document of a batch row, and 0.. for the padding, as for one more."""
     rows = [example.get("parts", [len(example["input_ids"])]) for example in line]
     lengths = [length for row in rows for length in row]
+    # The padding restarts at 0 like a row, so that it is separated from the last one.
     parts = [*lengths, width - sum(lengths)]
     return torch.cat([torch.arange(length) for length in parts])

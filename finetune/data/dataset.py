@@ -1,4 +1,4 @@
-"""From a recipe's data section to tokenised rows: read, split, encode, cut, count, cache."""
+"""Tokenized dataset: load, split, tokenize, truncate and cache the rows of a recipe's data section."""
 
 import hashlib
 import json
@@ -22,35 +22,34 @@ from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
 
-LONG = {"cut": "cut", "drop": "left out"}
+LONG = {"cut": "truncated", "drop": "dropped"}
 SHOWN_FROM_TRAINING = 64
-"""Training rows to take samples from where nothing is held out."""
+"""Number of training rows used as sample prompts where nothing is held out."""
 
 CACHE_FORMAT = 2
-"""Raised when the meaning of a cached file changes, so that old ones are not read."""
+"""Version of the token cache: incremented when the meaning of a cached file changes."""
 
 
 class TokenizedRows(Dataset[Example]):
-    """Rows as token ids, held in three flat arrays however many rows there are.
+    """Tokenized rows in flat arrays: concatenated token ids, their loss mask, and row offsets.
 
-    ``input_ids`` (all tokens, int32) and ``trained`` (all tokens, bool) hold the rows end to end; row i takes
-    the tokens from ``starts[i]`` to ``starts[i + 1]``. ``parts``, if it is there, says at which tokens the
-    texts begin of which rows are made that hold several.
+    ``input_ids`` (int32) and ``loss_mask`` (bool) have one entry per token; row i is the tokens from
+    ``offsets[i]`` to ``offsets[i + 1]``. ``document_offsets``, if present, has the token offset of each
+    document in rows that contain several.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], places: list[str], sources: Sequence[int] = ()) -> None:
-        """Keep ``input_ids``, ``trained`` and ``starts``, each row's place (``file:line``) and its source."""
+        """Store the arrays, each row's location (``file:line``) and the index of its source."""
         self.arrays = arrays
         self.places = places
         self.sources = sources or [0] * len(places)
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.places)
 
     def __getitem__(self, index: int) -> Example:
-        """Return one row's ids and labels."""
         start, end = self.arrays["starts"][index : index + 2]
+        # int32 on disk and in memory, int64 only per row: embeddings and cross-entropy index with int64.
         ids = torch.from_numpy(self.arrays["input_ids"][start:end].astype(np.int64))
         trained = torch.from_numpy(self.arrays["trained"][start:end])
         labels = torch.where(trained, ids, IGNORED)
@@ -63,24 +62,24 @@ class TokenizedRows(Dataset[Example]):
 
     @property
     def lengths(self) -> list[int]:
-        """Return each row's number of tokens."""
+        """Number of tokens of each row."""
         lengths: list[int] = np.diff(self.arrays["starts"]).tolist()
         return lengths
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens of all rows."""
+        """Number of tokens of all rows."""
         return len(self.arrays["input_ids"])
 
     @property
     def num_trained(self) -> int:
-        """Return how many tokens carry loss."""
+        """Number of tokens that carry loss."""
         return int(self.arrays["trained"].sum())
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a run needs of its data."""
+    """Tokenized training and held-out rows, prompts for samples, and the data report."""
 
     train: TokenizedRows
     held_out: TokenizedRows | None
@@ -89,16 +88,16 @@ class Prepared:
 
 
 def prepare(settings: DataSettings, encoder: Encoder, *, max_length: int, seed: int) -> Prepared:
-    """Read, split and tokenise what a data section names.
+    """Load, split and tokenize the sources of a data section.
 
     Args:
         settings: the recipe's data section.
         encoder: template and tokenizer.
-        max_length: tokens of a row at most.
-        seed: draws the held-out rows and a mixture's rows.
+        max_length: maximum number of tokens per row.
+        seed: seed of the held-out split and of mixture sampling.
 
     Raises:
-        UserError: a source cannot be read, rows do not fit its layout, or no row is left that carries loss.
+        UserError: a source cannot be read, rows do not fit its layout, or no remaining row carries loss.
     """
     report, aside = DataReport(), DataReport()
     train, held_out = gather(settings, seed, report, aside)
@@ -114,32 +113,34 @@ def prepare_gathered(
     max_length: int,
     told: tuple[DataReport, DataReport],
 ) -> Prepared:
-    """Tokenise conversations that are there already.
+    """Tokenize loaded conversations.
 
     Args:
-        train: what is learnt.
-        held_out: what is measured.
+        train: the training rows.
+        held_out: the held-out rows.
         settings: the recipe's data section.
         encoder: template and tokenizer.
-        max_length: tokens of a row at most.
-        told: what was counted of the first and of the second.
+        max_length: maximum number of tokens per row.
+        reports: the reports of the training rows and of the held-out rows.
 
     Raises:
-        UserError: no row is left that carries loss.
+        UserError: no remaining row carries loss.
     """
     report, aside = told
     tokens = _tokenise(train, encoder, settings, max_length, report)
-    _refuse_none("data.source", "to learn from", tokens, report)
+    _refuse_none("data.source", "to train on", tokens, report)
     held_out_tokens = None
     if settings.held_out:
         held_out_tokens = _tokenise(held_out, encoder, settings, max_length, aside)
-        _refuse_none("data.held_out", "to measure on", held_out_tokens, aside)
+        _refuse_none("data.held_out", "to evaluate on", held_out_tokens, aside)
         report.held_out = len(held_out_tokens)
+    # One report for both: labels of held-out rows get a prefix.
     report.counts |= {f"held out: {what}": number for what, number in aside.counts.items()}
     report.examples |= {f"held out: {what}": where for what, where in aside.examples.items()}
     report.rows, report.tokens, report.trained_tokens = len(tokens), tokens.num_tokens, tokens.num_trained
     report.longest = max(tokens.lengths)
     tell_shares(tokens, report)
+    # Samples come from held-out rows; without any, from the first training rows.
     prompts = _kept(train, tokens)[:SHOWN_FROM_TRAINING]
     if held_out_tokens is not None:
         prompts = _kept(held_out, held_out_tokens)
@@ -147,7 +148,7 @@ def prepare_gathered(
 
 
 def tell_shares(rows: TokenizedRows, report: DataReport) -> None:
-    """Tell what training sees of each source."""
+    """Record the rows, tokens and trained tokens of each source in the report."""
     starts = rows.arrays["starts"][:-1]
     trained = np.add.reduceat(rows.arrays["trained"], starts, dtype=np.int64)
     for number, source in enumerate(report.sources):
@@ -159,24 +160,25 @@ def tell_shares(rows: TokenizedRows, report: DataReport) -> None:
 
 def _refuse_none(where: str, purpose: str, rows: Sized, report: DataReport) -> None:
     if not len(rows):
-        found = f"nothing {purpose}: {'; '.join(report.lines()[1:])}"
-        other = "data.columns={instruction: Q, output: A} reads other columns"
+        found = f"no row {purpose}: {'; '.join(report.lines()[1:])}"
+        other = "map other columns: data.columns={instruction: Q, output: A}"
         remedy = "raise data.max_length" if report.too_long else other
-        repair = f"look at the rows named above, or {remedy}"
-        raise UserError(Problem(where, found, "rows with replies", repair))
+        repair = f"check the rows named above, or {remedy}"
+        raise UserError(Problem(where, found, "rows with an assistant reply", repair))
 
 
 def _kept(rows: list[Conversation], tokens: TokenizedRows) -> list[Conversation]:
-    """Return what can be asked: the conversations that became tokens, each once; else the documents."""
+    """Return the tokenized conversations without repeats, to prompt for samples; else the documents."""
     places = set(tokens.places)
     kept = {row.where: row for row in rows if row.where in places}.values()
+    # A document has no prompt of its own; it is only sampled from if there is nothing else.
     return [row for row in kept if not row.document] or list(kept)
 
 
 def _tokenise(
     rows: list[Conversation], encoder: Encoder, settings: DataSettings, max_length: int, report: DataReport
 ) -> TokenizedRows:
-    """Encode rows, or take them from the cache of an earlier run that encoded the same rows alike."""
+    """Tokenize rows, or read them from the cache if rows, tokenizer and settings are the same."""
 
     def encode(found: DataReport) -> dict[str, np.ndarray]:
         return _encode(rows, encoder, settings, max_length, found)
@@ -190,7 +192,7 @@ def _tokenise(
 def cached(
     key: str, encode: Callable[[DataReport], dict[str, np.ndarray]], *, cache: bool, report: DataReport
 ) -> dict[str, np.ndarray]:
-    """Return what ``encode`` makes, or what an earlier run kept under the same key; counts come with it.
+    """Return the arrays that ``encode`` returns, cached on disk under ``key`` together with their report.
 
     Raises:
         UserError: the cache cannot be written.
@@ -198,6 +200,7 @@ def cached(
     found = DataReport()
     if cache:
         path = cache_file("tokens", key)
+        # All ranks of a node get here at once: one encodes, the others wait and read the file.
         with made_once(path):
             arrays = _from_cache(path, found)
             report.from_cache = arrays is not None
@@ -206,6 +209,7 @@ def cached(
                 store(path, arrays, asdict(found))
     else:
         arrays = encode(found)
+    # A separate report, so that the cached counts are those of encoding alone.
     report.counts |= found.counts
     report.examples |= found.examples
     report.too_long, report.lost_tokens = found.too_long, found.lost_tokens
@@ -213,7 +217,7 @@ def cached(
 
 
 def _from_cache(path: Path, report: DataReport) -> dict[str, np.ndarray] | None:
-    """Return a cached file's arrays and put its counts into the report; a damaged file counts as none."""
+    """Return a cached file's arrays, with its counts in the report; a damaged file is treated as missing."""
     try:
         found = stored(path)
     except DamagedCacheError:
@@ -231,29 +235,32 @@ def _encode(
 ) -> dict[str, np.ndarray]:
     ids: list[int] = []
     trained: list[bool] = []
+    # Rows may be dropped here, so the cache has the indices of the others; their locations are in `rows`.
     starts, numbers = [0], []
     asked_for = [asked(row.messages, settings.loss_on) for row in rows]
     for number, encoded in enumerate(encoder.encode_many(asked_for)):
         where = rows[number].where
         if isinstance(encoded, TemplateError):
-            report.count("left out, no conversation for this template", f"{where}: {encoded}")
+            report.count("dropped: the template cannot render the conversation", f"{where}: {encoded}")
             continue
         if settings.loss_on == "all" and any_unlearnt(rows[number].messages):
-            report.count("hold turns marked as not to be learnt, learnt by data.loss_on=all", where)
+            report.count("have turns marked train=false, trained anyway because data.loss_on=all", where)
         if encoded.written_apart:
-            report.count("hold template markers or special tokens in their text, written apart", where)
+            report.count("contain template markers in their text (escaped)", where)
         if passed_over(asked_for[number], encoded.trained):
-            report.count("hold replies that carry no loss in this template", where)
+            report.count("have replies without loss in this template", where)
         marks = learnt(encoded.trained, settings.loss_on)
         if len(encoded.input_ids) > max_length:
             report.count(f"longer than {max_length} tokens, {LONG[settings.too_long]}", where)
             report.too_long += 1
+            # Lost are trained tokens only: a truncated prompt costs nothing.
             report.lost_tokens += sum(marks[0 if settings.too_long == "drop" else max_length :])
             if settings.too_long == "drop":
                 continue
+        # The first token has no prefix to be predicted from, so it is never a target.
         labels = [False, *marks[1:max_length]]
         if not any(labels):
-            report.count(f"left out, nothing to learn in the first {max_length} tokens", where)
+            report.count(f"dropped: no trained token within the first {max_length} tokens", where)
             continue
         ids += encoded.input_ids[:max_length]
         trained += labels
@@ -268,6 +275,7 @@ def _encode(
 
 
 def _cache_key(rows: list[Conversation], encoder: Encoder, settings: DataSettings, max_length: int) -> str:
+    # Everything that decides ids or masks; the location too, as messages about cached rows name it.
     head = [CACHE_FORMAT, encoder.fingerprint(), max_length, settings.too_long, settings.loss_on]
     digest = hashlib.sha256(json.dumps(head).encode())
     for row in rows:

@@ -1,10 +1,10 @@
-"""Documents for continued pretraining: every token is learnt, and rows have one length.
+"""Documents for continued pretraining: concatenated and chunked, or packed; every token is trained on.
 
-``packing: false``: all documents end to end, each with the BOS and EOS that the tokenizer gives it, cut into
-blocks of ``max_length`` wherever the cut falls; attention runs over the borders of documents, EOS tells them
-apart (GPT-3: Brown et al. 2020, arXiv 2005.14165, appendix B). ``packing: true``: whole documents (longer
-ones in pieces) share a row of at most ``max_length``; positions start anew at each, and none sees another.
-The first token of a block, or of a piece, is predicted from nothing and carries no loss.
+``packing: false``: all documents concatenated, each with the BOS and EOS of the tokenizer, and chunked into
+blocks of ``max_length``; attention is not masked between documents, EOS separates them (GPT-3: Brown et al.
+2020, arXiv 2005.14165, appendix B). ``packing: true``: complete documents (longer ones in pieces) share a row
+of at most ``max_length``; position ids restart at each, and attention is masked between them. The first token
+of a block, or of a piece, has no prefix to be predicted from and carries no loss.
 """
 
 from collections.abc import Sequence
@@ -28,23 +28,23 @@ from finetune.recipe.paths import local_path
 from finetune.recipe.settings import DataSettings, DocumentSettings
 
 WHOLE = 2**31 - 1
-"""No document is that long: they are tokenised whole."""
+"""No limit: documents are tokenized without truncation, then chunked or packed."""
 
 SHOWN = 200
-"""Characters of a text's start that the model is asked to go on from, and of what really follows."""
+"""Characters of a sample prompt (the start of a passage), and of the reference continuation."""
 
 SHORTEST = 16
-"""Characters of a passage at least."""
+"""Minimum number of characters of a passage."""
 
 STARTS = 64
-"""Starts of held-out texts to take samples from."""
+"""Number of held-out passages used as sample prompts."""
 
 
 def prepare_any(settings: DataSettings, encoder: Encoder, *, max_length: int, seed: int) -> Prepared:
-    """Return what a data section names: documents for continued pretraining, else conversations.
+    """Prepare a data section: documents for continued pretraining, conversations otherwise.
 
     Raises:
-        UserError: a source cannot be read, or nothing is left to learn.
+        UserError: a source cannot be read, or no trainable row remains.
     """
     if isinstance(settings, DocumentSettings):
         return prepare_documents(settings, encoder, max_length=max_length, seed=seed)
@@ -54,18 +54,18 @@ def prepare_any(settings: DataSettings, encoder: Encoder, *, max_length: int, se
 def prepare_documents(
     settings: DocumentSettings, encoder: Encoder, *, max_length: int, seed: int
 ) -> Prepared:
-    """Read, split and tokenise documents, and lay them into rows.
+    """Load, split and tokenize documents, and chunk or pack them into rows.
 
-    Of a single text file that is one document, a held-out share is its end.
+    For a single text file that is one document, the held-out split is its tail.
 
     Args:
         settings: the recipe's data section.
         encoder: tokenizer, and the template of rows that are conversations.
-        max_length: tokens of a row.
-        seed: draws the held-out documents.
+        max_length: tokens per row.
+        seed: seed of the held-out split.
 
     Raises:
-        UserError: a source cannot be read, nothing is left to learn, or plain texts meet a template.
+        UserError: a source cannot be read, no trainable row remains, or a template is set for plain texts.
     """
     book = _book(settings)
     data = (
@@ -79,18 +79,19 @@ def prepare_documents(
     if data.held_out is not None:
         held_out = in_rows(data.held_out, max_length, packing=settings.packing)
     report = _report(data, train, held_out)
-    # A template would write the start of a plain text as a question.
+    # A template would render the start of a plain text as a user turn.
     asked = [row for row in data.prompts if settings.template == "plain" or not row.document]
     return Prepared(train, held_out, _starts(asked), report)
 
 
 def in_rows(documents: TokenizedRows, size: int, *, packing: bool) -> TokenizedRows:
-    """Return rows of ``size`` tokens: blocks, or with ``packing`` whole documents."""
+    """Return rows of at most ``size`` tokens: chunks of the token stream, or packed documents."""
     ids = documents.arrays["input_ids"]
     if packing:
         return _packed(documents, packed_pieces(documents.lengths, size))
     borders = np.asarray(block_starts(len(ids), size), dtype=np.int64)
     trained = np.ones(borders[-1], dtype=bool)
+    # The first token of each block: its prefix, if any, is in the block before.
     trained[borders[:-1]] = False
     arrays = {"input_ids": ids[: borders[-1]], "trained": trained, "starts": borders}
     return _named(arrays, documents, borders[:-1])
@@ -111,7 +112,8 @@ def _packed(documents: TokenizedRows, rows: list[list[tuple[int, int]]]) -> Toke
 def _named(
     arrays: dict[str, np.ndarray], documents: TokenizedRows, begins: Sequence[int] | np.ndarray
 ) -> TokenizedRows:
-    """Return rows with place and source of the document in which each begins."""
+    """Return rows with the location and source of the document in which each begins."""
+    # side="right": a row that begins exactly at a document's offset belongs to that document.
     first = np.searchsorted(documents.arrays["starts"], begins, side="right") - 1
     places = [documents.places[index] for index in first]
     return TokenizedRows(arrays, places, [documents.sources[index] for index in first])
@@ -119,14 +121,14 @@ def _named(
 
 def _refuse_template(settings: DocumentSettings, report: DataReport) -> None:
     if settings.template != "plain" and all(source.layout == DOCUMENT.name for source in report.sources):
-        found = f"'{settings.template}', but the data are plain texts"
-        expected = "plain: a template is for rows that are conversations"
-        repair = "data.template=plain, or name the columns of the conversations with data.columns"
+        found = f"'{settings.template}', but the data is plain text"
+        expected = "plain: templates apply to conversations"
+        repair = "data.template=plain, or map the columns of the conversations with data.columns"
         raise UserError(Problem("data.template", found, expected, repair))
 
 
 def _book(settings: DocumentSettings) -> Path | None:
-    """Return the source if it is a single text file that is one document of which a share is held out."""
+    """Return the source's path if it is a single one-document text file with a held-out fraction."""
     share = isinstance(settings.held_out, float) and settings.held_out > 0
     if not share or settings.separator or not isinstance(settings.source, str):
         return None
@@ -136,14 +138,15 @@ def _book(settings: DocumentSettings) -> Path | None:
 
 
 def _cut_book(path: Path, settings: DocumentSettings, encoder: Encoder, seed: int) -> Prepared:
-    """Hold out the end of a text, from the line on that begins behind the first (1 - share) characters."""
+    """Hold out the tail of a text, from the first line after (1 - share) of its characters."""
     [book] = read_source(str(path), texts=settings.texts)
     text: str = book.columns["text"]
     assert isinstance(settings.held_out, float)
+    # At a line end, so that neither side begins inside a word.
     cut = text.find("\n", round(len(text) * (1 - settings.held_out))) + 1
     if cut == 0:
-        found = f"the last {settings.held_out:.0%} of {path} is no whole line"
-        raise UserError(Problem("data.held_out", found, "lines to measure on", "raise data.held_out"))
+        found = f"the last {settings.held_out:.0%} of {path} has no complete line"
+        raise UserError(Problem("data.held_out", found, "lines to evaluate on", "raise data.held_out"))
     parts = [
         settings.model_copy(update={"source": [{"text": part}], "held_out": 0})
         for part in (text[:cut], text[cut:])
@@ -170,10 +173,11 @@ def _report(data: Prepared, train: TokenizedRows, held_out: TokenizedRows | None
 
 
 def _starts(documents: Sequence[Conversation]) -> list[Conversation]:
-    """Return starts of texts with what follows; conversations stay as they are, long texts give several."""
+    """Return passages of documents as prompt and continuation (long ones give several); else all rows."""
     if not any(row.document for row in documents):
         return list(documents)
     passages = []
+    # Spread over all documents and, in long ones, over their length.
     for row in documents[:: max(1, len(documents) // STARTS)][:STARTS]:
         text = row.messages[-1].content
         step = max(2 * SHOWN, len(text) * len(documents) // STARTS)
@@ -186,13 +190,13 @@ def _starts(documents: Sequence[Conversation]) -> list[Conversation]:
 
 
 def _word(text: str, begin: int) -> int:
-    """Return where the first word behind ``begin`` starts; ``begin`` where the text has no blanks."""
+    """Return the start of the first word after ``start``, or ``start`` if the text has no spaces."""
     blank = text.find(" ", begin, begin + SHOWN) if begin else -1
     return begin if blank < 0 else blank + 1
 
 
 def _passage(text: str) -> list[Message]:
-    """Return a text's first half as a question and the rest as its answer, nothing where it is too short."""
+    """Return a text's first half as a prompt and the rest as its reply, [] if it is too short."""
     text = text.strip()
     if len(text) < SHORTEST:
         return []

@@ -1,4 +1,4 @@
-"""Which files a source is made of, and a digest of what they hold; nothing heavy is imported for it."""
+"""Files of a data source, and a digest of their contents; no heavy imports."""
 
 import hashlib
 import json
@@ -12,19 +12,19 @@ from finetune.recipe.settings import DataSettings, Texts
 
 
 def data_files(path: Path, texts: Texts | None = None) -> list[Path]:
-    """Return a file, or a folder's data files in alphabetical order; text files where they are welcome.
+    """Return a file, or a folder's data files in alphabetical order; text files only with ``text_format``.
 
-    Folders that may hold texts are read with the folders in them, but for hidden ones.
+    With ``text_format`` subfolders are included, except hidden ones.
 
     Raises:
-        UserError: the file is of an unknown kind, or the folder holds no data file.
+        UserError: the file type is unknown, or the folder has no data file.
     """
     suffixes = (*DATA_SUFFIXES, *TEXT_SUFFIXES) if texts is not None else DATA_SUFFIXES
     expected = f"files ending in {', '.join(suffixes)}"
     if path.is_file():
         if path.name.lower().endswith(suffixes):
             return [path]
-        raise UserError(Problem(str(path), "unknown kind of file", expected))
+        raise UserError(Problem(str(path), "unknown file type", expected))
     inside = _below(path) if texts is not None else path.iterdir()
     files = sorted(file for file in inside if file.is_file() and file.name.lower().endswith(suffixes))
     if not files:
@@ -33,19 +33,19 @@ def data_files(path: Path, texts: Texts | None = None) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Yield what lies in a folder and in the folders in it, without what is hidden."""
+    """Yield everything below a folder, except hidden files and folders."""
     for path in folder.rglob("*"):
         if not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path
 
 
 def is_text(path: Path) -> bool:
-    """Tell whether a file holds plain text and no rows."""
+    """Return True if a file is plain text, and not rows."""
     return path.name.lower().endswith(TEXT_SUFFIXES)
 
 
 def data_fingerprint(settings: DataSettings) -> str:
-    """Return a digest of the content that a data section names: files by content, hub sets by name."""
+    """Return a digest of a data section's sources: files by content, Hub datasets by name and revision."""
     texts = settings.texts
     sources = [source_fingerprint(settings.source, revision=settings.revision, texts=texts)]
     sources += [
@@ -59,10 +59,11 @@ def data_fingerprint(settings: DataSettings) -> str:
 def source_fingerprint(
     source: str | list[dict[str, Any]] | None, *, revision: str | None = None, texts: Texts | None = None
 ) -> str:
-    """Return a digest of a source without reading its rows: content of local files, name of hub data."""
+    """Return a digest of a source without parsing it: content of local files, name of Hub datasets."""
     if not isinstance(source, str) or (path := local_path(source)) is None:
         return _sha256([source, revision])
     digest = hashlib.sha256()
+    # Contents only: renaming or moving the files does not change a run's name.
     for file in data_files(path, texts):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

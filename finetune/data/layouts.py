@@ -1,4 +1,4 @@
-"""What a row's columns mean: published layouts, recognised by column names, become conversations."""
+"""Dataset layouts: Alpaca, ShareGPT, messages and others, detected by column names, parsed to messages."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,28 +22,27 @@ ROLES: dict[str, Role] = {
     "observation": "observation",
 }
 FLAGS = ("trained", "train", "weight")
-"""Keys by which published layouts say whether a turn is learnt (axolotl: train; OpenAI: weight, 0 or 1)."""
+"""Keys by which published layouts mark a turn as trained or not (axolotl: train; OpenAI: weight, 0 or 1)."""
 
 Read = TypeVar("Read")
-"""What a layout makes of a row: messages here, completions of a prompt in preference data."""
+"""What a layout parses a row into: messages here, completions of a prompt in preference data."""
 
 MAX_TOLD = 5
 END_MARK = "<|endoftext|>"
-"""What stands at the end of completions that were written for OpenAI's fine-tuning, T0's tasks among them."""
+"""End mark of completions written for OpenAI's fine-tuning, such as T0's tasks."""
 
 
 class RowProblem(ValueError):
-    """One field of a row that is not what its layout says."""
+    """A field of a row that does not fit the layout."""
 
     def __init__(self, field: str, found: str, expected: str) -> None:
-        """Keep the field's name, what it holds and what was expected."""
         super().__init__(f"{field}: {found}, expected {expected}")
         self.field, self.found, self.expected = field, found, expected
 
 
 @dataclass(frozen=True, slots=True)
 class Layout(Generic[Read]):
-    """A published layout: its name, the columns that make it known, and what it makes of a row."""
+    """A published layout: name, required columns (those that identify it), and the parser of a row."""
 
     name: str
     required: tuple[str, ...]
@@ -81,7 +80,7 @@ def _natural_instructions(columns: Mapping[str, Any]) -> list[Message]:
 
 
 def _rationale(columns: Mapping[str, Any]) -> list[Message]:
-    """Return a question, and reasoning and answer in GSM8K's writing, which template `cot` words."""
+    """Return question, and reasoning with answer in GSM8K's notation, which template `cot` renders."""
     reasoned = f"{text_field(columns, 'rationale')}\n#### {text_field(columns, 'answer')}"
     return [
         *system_turn(columns),
@@ -99,12 +98,13 @@ def _conversations(columns: Mapping[str, Any]) -> list[Message]:
     openai = isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]
     names = ("role", "content") if openai else ("from", "value")
     messages = turns_field(columns, "conversations", *names)
+    # ShareGPT may have the system prompt as a first turn or as a column of its own; the turn wins.
     own = messages[:1] and messages[0].role == "system"
     return _with_tools(columns, messages if own else [*system_turn(columns), *messages])
 
 
 def _with_tools(columns: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """Put the row's tools behind its system turn."""
+    """Insert the row's tools after its system turn."""
     try:
         lines = tool_lines(columns.get("tools"))
     except ValueError as error:
@@ -128,7 +128,7 @@ LAYOUTS: tuple[Layout[list[Message]], ...] = (
     Layout("question/answer", ("question", "answer"), _pair("question", "answer")),
     Layout("inputs/targets", ("inputs", "targets"), _pair("inputs", "targets")),
 )
-"""Recognised in this order: the first whose columns are all there."""
+"""In order of detection: the first layout whose required columns are all present."""
 
 
 def _document(columns: Mapping[str, Any]) -> list[Message]:
@@ -136,7 +136,7 @@ def _document(columns: Mapping[str, Any]) -> list[Message]:
 
 
 DOCUMENT = Layout("text", ("text",), _document)
-"""Plain text, where it is welcome."""
+"""Plain text, where the stage accepts it."""
 
 
 def recognise(
@@ -146,23 +146,23 @@ def recognise(
     where: str = "data.source",
     layouts: Sequence[Layout[list[Message]]] = LAYOUTS,
 ) -> Layout[list[Message]]:
-    """Return the layout that columns of these names have.
+    """Return the layout of a source with these column names.
 
     Args:
         names: the source's column names.
         columns: ``{our name: the source's name}``, the recipe's ``data.columns``.
         where: the source, for the message.
-        layouts: those that are welcome; the first that fits is taken.
+        layouts: the accepted layouts; the first that fits is returned.
 
     Raises:
         UserError: a mapped column does not exist, or no layout fits.
     """
-    repair = "say which column is which: data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}"
+    repair = "map your columns: data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}"
     names = list(names)
     if layouts[0] is DOCUMENT:
-        repair = "say which column holds the text: data.columns={text: YOUR_COLUMN}"
+        repair = "map the text column: data.columns={text: YOUR_COLUMN}"
     elif "text" in names:
-        repair += "; plain text is for continued pretraining: llm-align pretrain --data ..."
+        repair += "; for plain text, use continued pretraining: llm-align pretrain --data ..."
     return recognise_among(names, layouts, columns=columns, where=where, repair=repair)
 
 
@@ -174,37 +174,38 @@ def recognise_among(
     where: str,
     repair: str,
 ) -> Layout[Read]:
-    """Return the first of these layouts that fits; ``repair`` is what to do where none does.
+    """Return the first of these layouts that fits; ``repair`` goes into the error if none does.
 
     Raises:
         UserError: a mapped column does not exist, or no layout fits.
     """
     for ours, theirs in (columns or {}).items():
         if theirs not in names:
-            found = f"'{ours}' is mapped to '{theirs}', which is no column of {where}"
+            found = f"'{ours}' is mapped to '{theirs}', but {where} has no such column"
             raise UserError(
                 Problem("data.columns", found, f"one of {', '.join(names)}", nearest(theirs, names))
             )
+    # A mapped column counts under its new name only.
     known = {*(name for name in names if name not in (columns or {}).values()), *(columns or {})}
     for layout in layouts:
         if known.issuperset(layout.required):
             return layout
     expected = "; ".join("+".join(layout.required) for layout in layouts)
-    raise UserError(Problem(where, f"columns {', '.join(names)} are no known layout", expected, repair))
+    raise UserError(Problem(where, f"no known layout has columns {', '.join(names)}", expected, repair))
 
 
 def to_conversations(
     rows: list[Row], layout: Layout[list[Message]], columns: Mapping[str, str] | None
 ) -> list[list[Message]]:
-    """Return each row's messages; raises as ``read_rows`` does."""
+    """Return each row's messages; raises as ``parse_rows`` does."""
     return read_rows(rows, layout, columns)
 
 
 def read_rows(rows: list[Row], layout: Layout[Read], columns: Mapping[str, str] | None) -> list[Read]:
-    """Return what a layout makes of each row.
+    """Parse each row by a layout.
 
     Raises:
-        UserError: rows that do not fit the layout, the first few of them with file, line and field.
+        UserError: some rows do not fit the layout; the first few are listed with file, line and field.
     """
     read, problems = [], []
     for row in rows:
@@ -228,18 +229,18 @@ def read_rows(rows: list[Row], layout: Layout[Read], columns: Mapping[str, str] 
 
 
 def first_of(problems: list[Problem], rows: int) -> list[Problem]:
-    """Return the first few of many rows' problems, and how many more there are."""
+    """Return the first few of many rows' problems, and one that counts the rest."""
     more = len(problems) - MAX_TOLD
     if more <= 0:
         return problems
     rest = Problem(
-        f"and {more} rows more", f"{len(problems)} of {rows} rows do not fit", "all rows of one layout"
+        f"and {more} more rows", f"{len(problems)} of {rows} rows do not fit", "one layout for all rows"
     )
     return [*problems[:MAX_TOLD], rest]
 
 
 def text_field(columns: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
-    """Return a column's text; "" for an optional one that is not there. Raises RowProblem."""
+    """Return a column's text, "" for a missing optional one; raises RowProblem."""
     value = columns.get(name)
     if value is None and optional:
         return ""
@@ -247,25 +248,26 @@ def text_field(columns: Mapping[str, Any], name: str, *, optional: bool = False)
 
 
 def checked_text(value: Any, field: str) -> str:
-    """Return a value that is text; raises RowProblem where it is something else."""
+    """Return the value if it is valid text; raises RowProblem otherwise."""
     if not isinstance(value, str):
         raise RowProblem(field, f"found {short(value)}", "text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        found = f"half a character ({value[error.start]!r}) at position {error.start + 1}"
+        # A lone surrogate: JSON can write one (\ud83d), UTF-8 and tokenizers cannot.
+        found = f"an unpaired surrogate ({value[error.start]!r}) at position {error.start + 1}"
         raise RowProblem(field, found, "valid Unicode") from error
     return value
 
 
 def system_turn(columns: Mapping[str, Any]) -> list[Message]:
-    """Return a row's system turn, nothing where its column is empty or missing."""
+    """Return a row's system turn, or [] if its column is empty or missing."""
     text = text_field(columns, "system", optional=True)
     return [Message("system", text)] if text else []
 
 
 def turns_field(columns: Mapping[str, Any], name: str, role_key: str, text_key: str) -> list[Message]:
-    """Return the turns of a column that lists them; raises RowProblem."""
+    """Parse a column that holds a list of turns; raises RowProblem."""
     turns = columns[name]
     if not isinstance(turns, list) or not turns:
         raise RowProblem(name, f"found {short(turns)}", f"a list of turns with {role_key} and {text_key}")
@@ -289,22 +291,24 @@ def _turn(turn: Any, field: str, role_key: str, text_key: str) -> Message:
 
 
 def _trained(turn: Mapping[str, Any], field: str) -> bool:
-    """Return whether a turn is learnt: ``trained`` or axolotl's ``train`` (true, false), OpenAI's ``weight``.
+    """Return a turn's train flag: ``trained`` or axolotl's ``train`` (true, false), or OpenAI's ``weight``.
 
-    It counts for the turns that the model writes alone.
+    Only replies use the flag.
     """
     for name in FLAGS:
         value = turn.get(name)
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise RowProblem(f"{field}.{name}", f"found {short(value)}", "true or 1 (learn it), false or 0")
+            raise RowProblem(
+                f"{field}.{name}", f"found {short(value)}", "true or 1 (train on it), false or 0"
+            )
         if not value:
             return False
     return True
 
 
 def short(value: Any) -> str:
-    """Return a value as a message shows it, 60 characters at most."""
+    """Return a value's repr for messages, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation carry loss: every reply, all tokens, or the last reply alone.
+"""Loss mask scope: loss on every assistant reply, on all tokens, or on the last reply only.
 
 Loss on replies is the usual choice (Ouyang et al. 2022, arXiv 2203.02155); on all tokens it is instruction
 modelling, which helps where replies are short and rows few (Shi et al. 2024, arXiv 2405.14394).
@@ -11,10 +11,10 @@ from data_templates._segments import REPLIES, Message
 
 
 def asked(messages: Sequence[Message], loss_on: str) -> list[Message]:
-    """Return a conversation whose turns say whether they are learnt.
+    """Return a conversation whose turns have their ``trained`` flag set by ``data.loss_on``.
 
-    ``last`` takes the loss from every reply but the last; a last reply that the data itself marks as not to
-    be learnt stays so.
+    ``last`` removes the loss from every reply but the last; a last reply that the data itself marks as
+    untrained stays untrained.
     """
     last = max((i for i, turn in enumerate(messages) if turn.role in REPLIES), default=-1)
     if loss_on != "last":
@@ -23,14 +23,13 @@ def asked(messages: Sequence[Message], loss_on: str) -> list[Message]:
 
 
 def any_unlearnt(messages: Sequence[Message]) -> bool:
-    """Tell whether the data itself marks a reply as not to be learnt."""
+    """Return True if the data itself marks a reply as untrained."""
     return any(turn.role in REPLIES and not turn.trained for turn in messages)
 
 
 def learnt(trained: Sequence[bool], loss_on: str) -> list[bool]:
-    """Return which of a row's tokens carry loss, given which of them belong to replies that are learnt.
+    """Return a row's loss mask from the mask of its trained replies.
 
-    ``all`` takes every token: prompts, markup and end tokens, and replies that are marked as not to be
-    learnt.
+    ``all`` includes every token: prompts, markup and end tokens, and replies that are marked as untrained.
     """
     return [True] * len(trained) if loss_on == "all" else list(trained)

@@ -1,4 +1,4 @@
-"""How often each source of a mixture comes, and which of its rows: pure functions over sizes and a seed."""
+"""Mixing rates (examples-proportional, temperature), row quotas and sampling: pure functions over sizes."""
 
 from collections.abc import Sequence
 from math import floor, fsum
@@ -6,11 +6,11 @@ from math import floor, fsum
 import numpy as np
 
 ROUNDING = 1e-9
-"""Rates are floats: 0.3 * 10 may fall a hair short of 3 and is still three rows."""
+"""Tolerance for float rates: 0.3 * 10 may be slightly below 3 and is still three rows."""
 
 
 def rates_by_size(sizes: Sequence[int], *, limit: int | None = None, temperature: float = 1.0) -> list[float]:
-    """Return the share of each source: rate_i = min(n_i, K)^(1/T) / sum_j min(n_j, K)^(1/T).
+    """Return each source's mixing rate: rate_i = min(n_i, K)^(1/T) / sum_j min(n_j, K)^(1/T).
 
     Examples-proportional mixing with a maximum K (Raffel et al. 2019, arXiv 1910.10683, section 3.5.2; FLAN,
     arXiv 2109.01652, section 2.1, with K = 3,000; T0, arXiv 2110.08207, section 5) at temperature T.
@@ -23,20 +23,21 @@ def rates_by_size(sizes: Sequence[int], *, limit: int | None = None, temperature
 
 
 def with_shares(rates: Sequence[float], shares: Sequence[float | None]) -> list[float]:
-    """Return the rates where some sources have a fixed share; the others divide what is left by their rates.
+    """Return rates in which some sources have a fixed share; the others divide the rest by their rates.
 
-    ``rates`` need not add up to 1: weights may be given as they are.
+    ``rates`` need not add up to 1, so weights can be passed directly.
 
     >>> with_shares([1, 3, 1], [None, None, 0.5])
     [0.125, 0.375, 0.5]
     """
     free = fsum(rate for rate, share in zip(rates, shares, strict=True) if share is None)
+    # fsum: exactly rounded, so the order of the sources does not change the rates.
     left = 1 - fsum(share for share in shares if share is not None)
     return [left * rate / free if share is None else share for rate, share in zip(rates, shares, strict=True)]
 
 
 def rows_until_used_up(sizes: Sequence[int], rates: Sequence[float]) -> int:
-    """Return the rows of the longest mixture at these rates in which no row comes twice.
+    """Return the number of rows of the longest mixture at these rates in which no row repeats.
 
     >>> rows_until_used_up([100, 9000], [0.25, 0.75])
     400
@@ -45,9 +46,9 @@ def rows_until_used_up(sizes: Sequence[int], rates: Sequence[float]) -> int:
 
 
 def quotas(total: int, rates: Sequence[float]) -> list[int]:
-    """Return how many of ``total`` rows each source gives: within one row of its rate, ``total`` together.
+    """Return the number of rows per source: within one row of its rate, ``total`` in sum.
 
-    Largest remainders are rounded up first (Hamilton's method), the earlier source first among equals.
+    Largest remainders are rounded up first (Hamilton's method); ties go to the earlier source.
 
     >>> quotas(10, [0.55, 0.25, 0.2])
     [6, 2, 2]
@@ -61,9 +62,9 @@ def quotas(total: int, rates: Sequence[float]) -> list[int]:
 
 
 def draw(size: int, count: int, random: np.random.Generator) -> list[int]:
-    """Return ``count`` of ``size`` rows, without replacement until all have come, then all of them anew.
+    """Return ``count`` row indices below ``size``, without replacement; an exhausted source is repeated.
 
-    In the order of the source; a row that comes k times stands there k times.
+    In source order; a row that is used k times is listed k times.
     """
     passes, rest = divmod(count, size)
     some = random.permutation(size)[:rest].tolist()

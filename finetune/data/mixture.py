@@ -1,4 +1,4 @@
-"""A mixture of sources: their rates, the rows held out of each, and the rows of an epoch."""
+"""Data mixture: sampling rates per source, held-out rows of each, and the rows of one epoch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
 
 HELD_OUT, DRAWN, SHUFFLED = 2, 3, 4
-"""What a source's random streams are for, beside those of reading."""
+"""Seed suffixes of a source's random streams, next to those of reading (0 and 1)."""
 
 Row = TypeVar("Row")
-"""A conversation, or the completions of a prompt."""
+"""A conversation, or a prompt with its completions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part(Generic[Row]):
-    """A source's usable rows, and what is told of them."""
+    """One source of a mixture: its usable rows and its report."""
 
     report: SourceReport
     rows: list[Row]
@@ -29,16 +29,17 @@ class Part(Generic[Row]):
 def mix(
     parts: Sequence[Part[Row]], settings: DataSettings, *, seed: int, report: DataReport
 ) -> tuple[list[Row], list[Row]]:
-    """Return the rows of an epoch of the mixture, shuffled, and the rows held out, in the same proportions.
+    """Return the shuffled rows of one epoch of the mixture and its held-out rows, in the same proportions.
 
-    A source's rows are drawn without replacement until all have come, then anew. Every epoch holds the same
-    rows, in another order (the batches'): a mixture that shall see more of a large source asks for more rows.
+    A source's rows are sampled without replacement; an exhausted source is reshuffled. Every epoch has the
+    same rows, in another order (that of the batches): to see more of a large source, set more rows per epoch.
     A pure function of seed and rows.
 
     Raises:
         UserError: more rows of a source are held out than it has.
     """
     sizes = [len(part.rows) for part in parts]
+    # Held-out rows are taken first, at the rates of the full sources; the epoch's rates use what remains.
     apart = _held_out(parts, settings, _rates(sizes, settings))
     learnt: list[list[Row]] = []
     held_out: list[Row] = []
@@ -53,12 +54,13 @@ def mix(
     for index, (rows, count) in enumerate(zip(learnt, counts, strict=True)):
         random = np.random.default_rng([seed, index, DRAWN])
         drawn += [rows[number] for number in mixing.draw(len(rows), count, random)]
+    # Until here the rows are grouped by source.
     order = np.random.default_rng([seed, len(parts), SHUFFLED]).permutation(len(drawn))
     return [drawn[number] for number in order], held_out
 
 
 def _rates(sizes: Sequence[int], settings: DataSettings) -> list[float]:
-    """Return the share of each source, by weight or by size, beside the fixed shares."""
+    """Return each source's fraction of the mixture: fixed shares, the rest divided by weight or by size."""
     assert settings.mix is not None
     shares = [part.share for part in settings.mix]
     free = [size for size, share in zip(sizes, shares, strict=True) if share is None]
@@ -71,7 +73,7 @@ def _rates(sizes: Sequence[int], settings: DataSettings) -> list[float]:
 
 
 def _held_out(parts: Sequence[Part[Any]], settings: DataSettings, rates: Sequence[float]) -> list[int]:
-    """Return how many rows of each source are held out; a share is one of the mixture without repetition."""
+    """Return the number of held-out rows per source; a fraction is of the longest mixture without repeats."""
     wanted = settings.held_out
     if isinstance(wanted, str) or not wanted:
         return [0] * len(parts)
@@ -80,7 +82,11 @@ def _held_out(parts: Sequence[Part[Any]], settings: DataSettings, rates: Sequenc
         wanted = max(1, round(wanted * mixing.rows_until_used_up(sizes, rates)))
     counts = mixing.quotas(wanted, rates)
     problems = [
-        Problem("data.held_out", f"{count} of {size} rows of {part.report.source}", "fewer than there are")
+        Problem(
+            "data.held_out",
+            f"{count} of {size} rows of {part.report.source}",
+            "fewer rows than the source has",
+        )
         for part, count, size in zip(parts, counts, sizes, strict=True)
         if count >= size
     ]
@@ -96,7 +102,7 @@ def _counts(
     settings: DataSettings,
     report: DataReport,
 ) -> list[int]:
-    """Return how many rows each source gives to an epoch, and tell what that means."""
+    """Return the number of rows per source and epoch; repeats and unused rows are noted in the report."""
     sizes = [len(rows) for rows in learnt]
     most = mixing.rows_until_used_up(sizes, rates)
     counts = mixing.quotas(settings.mix_rows or most, rates)
@@ -106,12 +112,14 @@ def _counts(
     if settings.mix_rows is None and most < sum(sizes):
         first = names[int(np.argmin(np.divide(sizes, rates)))]
         report.notes.append(
-            f"an epoch ends where {first} is used up: {most} of {sum(sizes)} rows; "
-            "data.mix_rows asks for more, and rows then come again"
+            f"one epoch is {most} of {sum(sizes)} rows: it ends when {first} is exhausted; "
+            "set data.mix_rows for a longer epoch (smaller sources then repeat)"
         )
     for name, size, count in zip(names, sizes, counts, strict=True):
         if count > size:
-            report.notes.append(f"rows of {name} come {count / size:.1f} times an epoch: {count} of {size}")
+            report.notes.append(
+                f"rows of {name} repeat {count / size:.1f} times per epoch: {count} samples of {size} rows"
+            )
         elif not count:
-            report.notes.append(f"no row of {name} comes: its rate is below one row of the mixture")
+            report.notes.append(f"no row of {name} is used: its rate is below one row of the mixture")
     return counts

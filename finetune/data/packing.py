@@ -1,16 +1,15 @@
-"""How rows share a rectangle: which of them stand end to end in one line. Pure functions over lengths."""
+"""Sequence packing as bin packing (first-fit decreasing): a pure function over lengths."""
 
 from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put items into as few bins of ``capacity`` as first-fit decreasing finds.
+    """Pack items into bins of ``capacity`` by first-fit decreasing.
 
-    Johnson 1973: at most 11/9 of the optimum plus one bin. An item longer than the capacity gets a bin of its
-    own.
+    Johnson 1973: at most 11/9 of the optimum plus one bin. An item longer than the capacity gets its own bin.
 
     Returns:
-        The indices of each bin's items, longest first; the bins in the order in which they were opened.
+        The indices of each bin's items, longest first; bins in the order in which they were opened.
 
     >>> pack([50, 200, 100, 100], 200)
     [[1], [2, 3], [0]]

@@ -1,11 +1,11 @@
-"""What was found in the data and what became of it: nothing is cut or left out without a count."""
+"""Data report: rows, tokens, sources, and a count with a first example of everything dropped or truncated."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class SourceReport:
-    """One source: rows read, rows that may be learnt, the rate asked for, and what an epoch holds of it."""
+    """One source: rows read, usable rows, requested mixing rate, and its rows and tokens in one epoch."""
 
     source: str
     layout: str
@@ -19,10 +19,10 @@ class SourceReport:
 
 @dataclass
 class DataReport:
-    """What was found in the data and what became of it; nothing is cut or left out without a count here.
+    """Counts of the data; no row is dropped or truncated without a count here.
 
-    ``too_long`` counts the training rows above the allowed length, ``lost_tokens`` what they lost of the
-    tokens to learn. ``prompts``: the rows are questions, whose replies are still to come.
+    ``too_long`` is the number of training rows above the maximum length, ``lost_tokens`` the number of
+    trained tokens that they lost. ``prompts``: the rows are prompts without replies (RL).
     """
 
     layout: str = ""
@@ -41,7 +41,7 @@ class DataReport:
     prompts: bool = False
 
     def count(self, what: str, example: str) -> None:
-        """Count a row, and remember the first of its kind."""
+        """Count a row under a label, and store the first one as its example."""
         self.counts[what] = self.counts.get(what, 0) + 1
         self.examples.setdefault(what, example)
 
@@ -61,8 +61,8 @@ class DataReport:
     def _source_line(self, source: SourceReport) -> str:
         rows = source.rows / max(self.rows, 1)
         trained = source.trained_tokens / max(self.trained_tokens, 1)
-        loss = "" if self.prompts else f", {trained:.1%} of what carries loss"
+        loss = "" if self.prompts else f", {trained:.1%} of trained tokens"
         return (
-            f"  {source.asked:.1%} asked, {rows:.1%} of rows{loss}: "
+            f"  {source.asked:.1%} requested, {rows:.1%} of rows{loss}: "
             f"{source.rows} from {source.usable} usable rows of {source.source} ({source.layout})"
         )

@@ -1,4 +1,4 @@
-"""A curated subset of a source: by length of the replies, by rating, without near duplicates, the n best.
+"""Data selection: filter by reply length and rating, drop near duplicates, take the n best or random rows.
 
 Few good rows teach as much as many: 1,000 chosen by hand (LIMA, arXiv 2305.11206), those rated at least 4.5
 by a judge (AlpaGasus, arXiv 2307.08701), the 1,000 with the longest replies (Zhao et al. 2024, arXiv
@@ -19,10 +19,11 @@ from finetune.recipe.settings import SelectSettings
 def select(
     rows: Sequence[Conversation], chosen: SelectSettings, *, random: np.random.Generator, report: DataReport
 ) -> list[Conversation]:
-    """Return the rows that a recipe's ``select`` keeps, in their order; ``report`` counts the others.
+    """Return the rows selected by a recipe's ``select``, in source order; ``report`` counts the others.
 
-    Length and rating come first, then near duplicates, then the number of rows.
+    Order of the filters: length and rating, near duplicates, number of rows.
     """
+    # Cheap filters first; near-duplicate detection is the expensive one.
     kept = _within(rows, chosen, report)
     if chosen.distinct is not None:
         kept = _distinct(kept, chosen.distinct, report)
@@ -31,13 +32,13 @@ def select(
         numbers = set(order[: chosen.rows])
         for index, row in enumerate(kept):
             if index not in numbers:
-                report.count(f"left out, {chosen.rows} are kept by select.rows", row.where)
+                report.count(f"dropped: select.rows={chosen.rows}", row.where)
         kept = [row for index, row in enumerate(kept) if index in numbers]
     return kept
 
 
 def reply_characters(row: Conversation) -> int:
-    """Return how many characters a row's replies have together."""
+    """Return the total number of characters of a row's replies."""
     return sum(len(turn.content) for turn in row.messages if turn.role in REPLIES)
 
 
@@ -47,11 +48,11 @@ def _within(rows: Sequence[Conversation], chosen: SelectSettings, report: DataRe
     for row in rows:
         length = reply_characters(row)
         if length < least:
-            report.count(f"left out, replies shorter than {least} characters", row.where)
+            report.count(f"dropped: replies shorter than {least} characters", row.where)
         elif most is not None and length > most:
-            report.count(f"left out, replies longer than {most} characters", row.where)
+            report.count(f"dropped: replies longer than {most} characters", row.where)
         elif score is not None and row.score < score:
-            report.count(f"left out, {chosen.score} below {score:g}", row.where)
+            report.count(f"dropped: {chosen.score} below {score:g}", row.where)
         else:
             kept.append(row)
     return kept
@@ -64,17 +65,18 @@ def _distinct(rows: Sequence[Conversation], threshold: float, report: DataReport
         if twin is None:
             kept.append(row)
         else:
-            what = f"left out, at least {threshold:.0%} the same as an earlier one"
+            what = f"dropped: at least {threshold:.0%} identical to an earlier row"
             report.count(what, f"{row.where} repeats {rows[twin].where}")
     return kept
 
 
 def _order(rows: Sequence[Conversation], rows_by: str, random: np.random.Generator) -> list[int]:
-    """Return the rows' numbers, those to keep first; among equals the earlier one."""
+    """Return the rows' indices, best first; ties go to the earlier row."""
     if rows_by == "random":
         order: list[int] = random.permutation(len(rows)).tolist()
         return order
     value: Callable[[Conversation], float] = reply_characters if rows_by == "length" else _score
+    # sorted() is stable: ties stay in source order.
     return sorted(range(len(rows)), key=lambda index: -value(rows[index]))
 
 

@@ -1,4 +1,4 @@
-"""Rows from a hub id, a file, a folder or a Python list, each with the place it came from."""
+"""Read rows with their locations from a Hub dataset, JSON, CSV, Parquet or text files, a folder or a list."""
 
 import csv
 import gzip
@@ -18,20 +18,20 @@ from finetune.recipe.settings import Texts
 if TYPE_CHECKING:
     import datasets
 
-# Long documents stand in one field; the default of 128 KiB is far below what published sets hold.
+# A long document is one field; the default limit of 128 KiB is far below the fields of published datasets.
 csv.field_size_limit(2**31 - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a source: its columns, and where it stands (``file:line``)."""
+    """One row of a source: its columns and its location (``file:line``)."""
 
     columns: dict[str, Any]
     where: str
 
 
 Wanted = Callable[[int], Sequence[int]]
-"""Says which of so many rows are wanted, by their numbers."""
+"""Returns the indices of the rows to use, given the number of rows."""
 
 
 def read_source(
@@ -47,20 +47,20 @@ def read_source(
     Args:
         source: hub id (``owner/name``, or ``owner/name:subset``), file (``.json .jsonl .csv .tsv .parquet``,
             ``.gz`` too), folder of such files, or rows.
-        split: split of a hub data set.
-        revision: revision of a hub data set.
-        wanted: which rows are returned, all unless told; of a hub data set no others are read.
-        texts: how ``.txt`` and ``.md`` files become rows with a ``text`` column; None where they may not.
+        split: split of a Hub dataset.
+        revision: revision of a Hub dataset.
+        row_selector: selects the rows to return, by default all; of a Hub dataset only these are read.
+        text_format: how ``.txt`` and ``.md`` files become rows with a ``text`` column; None refuses them.
 
     Raises:
-        UserError: the source cannot be read, or holds no rows; the message names the file and line.
+        UserError: the source cannot be read, or has no rows; the message names the file and line.
     """
     if isinstance(source, list):
         rows = [Row(_object(entry, f"row {i + 1}"), f"row {i + 1}") for i, entry in enumerate(source)]
     elif path := local_path(source):
         rows = [row for file in data_files(path, texts) for row in _read_file(file, texts)]
     elif looks_local(source):
-        repair = "check the path; a data set of the hub is named owner/name"
+        repair = "check the path; a Hub dataset is named owner/name"
         raise UserError(Problem(source, "no such file or folder", "an existing path", repair))
     else:
         table = _hub_table(source, split, revision)
@@ -89,22 +89,23 @@ def _read_file(path: Path, texts: Texts | None) -> list[Row]:
             return _read_text(path, stream, name.removesuffix(".gz"))
     except UnicodeDecodeError as error:
         repair = f"if it is Korean Windows text: iconv -f cp949 -t utf-8 {path.name}"
-        raise UserError(Problem(str(path), f"no UTF-8: {error}", "UTF-8 text", repair)) from error
+        raise UserError(Problem(str(path), f"not UTF-8: {error}", "UTF-8 text", repair)) from error
     except (OSError, EOFError, zlib.error) as error:
-        expected = "a whole gzip file" if name.endswith(".gz") else "a file that can be read"
+        expected = "a complete gzip file" if name.endswith(".gz") else "a readable file"
         raise UserError(Problem(str(path), f"cannot be read: {error}", expected)) from error
 
 
 def _open(path: Path) -> IO[str]:
     if path.name.lower().endswith(".gz"):
-        # The whole file before its first line: its checksum comes last, and damage must not pass for text.
+        # Decompress everything first: gzip's checksum is at the end, and damage must not be read as text.
         content = io.BytesIO(gzip.decompress(path.read_bytes()))
         return io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+    # utf-8-sig: files written on Windows may begin with a byte order mark. newline="" as csv demands.
     return path.open(encoding="utf-8-sig", newline="")
 
 
 def _documents(path: Path, text: str, separator: str | None) -> Iterator[Row]:
-    """Yield a text file's documents with the line on which each begins; blank ones are none."""
+    """Yield a text file's documents with the line number of their start; blank ones are skipped."""
     text = text.replace("\r\n", "\n")
     line = 1
     for part in text.split(separator) if separator else [text]:
@@ -131,7 +132,7 @@ def _read_lines(path: Path, stream: IO[str]) -> Iterator[Row]:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             found = f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}"
-            raise UserError(Problem(where, found, "one JSON object a line")) from error
+            raise UserError(Problem(where, found, "one JSON object per line")) from error
         yield Row(_object(value, where), where)
 
 
@@ -140,7 +141,7 @@ def _read_json(path: Path, stream: IO[str]) -> list[Row]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        repair = "name it .jsonl if it holds one object a line" if error.msg == "Extra data" else ""
+        repair = "rename it to .jsonl if it has one object per line" if error.msg == "Extra data" else ""
         found = f"{error.msg} at column {error.colno}"
         raise UserError(
             Problem(f"{path}:{error.lineno}", found, "a JSON array of objects", repair)
@@ -159,18 +160,20 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def _read_csv(path: Path, stream: IO[str], delimiter: str) -> Iterator[Row]:
     reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
     line = 0
+    # The line of a record's start: quoted fields may contain line feeds, so line_num is that of its end.
     try:
         names = _header(path, reader.fieldnames or [])
         line = reader.line_num + 1
         for columns in reader:
             if None in columns or None in columns.values():
-                found = f"another number of fields than the header ({len(names)})"
-                repair = "put quotes around text that holds the separator"
+                # DictReader collects extra fields under None and fills missing ones with None.
+                found = f"the number of fields differs from the header ({len(names)})"
+                repair = "put quotes around text that contains the separator"
                 raise UserError(Problem(f"{path}:{line}", found, f"columns {', '.join(names)}", repair))
             yield Row(dict(columns), f"{path}:{line}")
             line = reader.line_num + 1
     except csv.Error as error:
-        repair = "quotes inside a quoted field are written twice"
+        repair = "double the quotes inside a quoted field"
         raise UserError(Problem(f"{path}:{line}", str(error), "a row of quoted fields", repair)) from error
 
 
@@ -178,8 +181,8 @@ def _header(path: Path, fields: Sequence[str]) -> list[str]:
     names = list(fields)
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
-        found = f"column '{twice[0]}' stands in the header twice"
-        raise UserError(Problem(f"{path}:1", found, "one name for each column"))
+        found = f"duplicate column '{twice[0]}' in the header"
+        raise UserError(Problem(f"{path}:1", found, "unique column names"))
     return names
 
 
@@ -200,10 +203,10 @@ def _hub_table(name: str, split: str, revision: str | None) -> "datasets.Dataset
     try:
         return datasets.load_dataset(repository, subset or None, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        where = f"data set '{name}', split '{split}'"
-        found = f"the hub did not give it: {_first_line(error)}"
-        repair = "check name, split and network; or give a local file: --data my.jsonl"
-        raise UserError(Problem(where, found, "a data set of the hub", repair)) from error
+        where = f"dataset '{name}', split '{split}'"
+        found = f"cannot be loaded from the Hub: {_first_line(error)}"
+        repair = "check name, split and network; or use a local file: --data my.jsonl"
+        raise UserError(Problem(where, found, "a dataset on the Hub", repair)) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The one way from messages to token ids: training rows, prompts, samples and chat all come through here."""
+"""Encoder: messages to token ids and loss mask, for training rows, prompts, samples and chat alike."""
 
 import hashlib
 import json
@@ -28,20 +28,20 @@ from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
 
 CHUNK = 2048
-"""Conversations tokenised in one call: enough to keep every core busy, few enough to need little memory."""
+"""Conversations per tokenizer call: enough to use every core, few enough to need little memory."""
 ANCHORS = ("\n", "\t", "。", "|")
-"""What a stretch is encoded behind where tokenizers begin every text with a blank; the first that suits."""
+"""Prefixes for encoding a span with tokenizers that add a space to every text, in order of preference."""
 
 SAME: tuple[tuple[Callable[[str], str], str], ...] = (
     (lambda text: unicodedata.normalize("NFKC", text), "ＵＳＥＲ："),
     (lambda text: text.replace("▁", " "), "a▁b"),
 )
-"""What some tokenizers do to a text first, with a text that shows it: to them fullwidth marks are marks."""
+"""Normalizations that some tokenizers apply first, each with a probe text (fullwidth marks become ASCII)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A conversation as token ids; ``trained[i]`` says whether token i is to be learnt. Both of length T."""
+    """Token ids and loss mask of a conversation, both of length T, and the number of escaped markers."""
 
     input_ids: list[int]
     trained: list[bool]
@@ -50,9 +50,9 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Neighbouring segments that become tokens together: ready ``ids`` (BOS, EOS), or ``text`` to encode.
+    """A span of adjacent segments that is tokenized in one piece: given ``ids`` (BOS, EOS), or ``text``.
 
-    ``behind`` is the special token that stands before the text, "" where a sequence begins, None behind text.
+    ``preceding`` is the special token that precedes the text, "" at the start of a sequence, None after text.
     """
 
     trained: bool
@@ -62,29 +62,26 @@ class _Stretch:
 
 
 class Encoder:
-    """Writes conversations as token ids with one template and one tokenizer.
+    """Encodes conversations to token ids with one template and one tokenizer.
 
-    Prompt and reply are encoded apart, so that the tokens of a prompt are the same whether a reply follows
-    (training) or not (generation), and no token straddles the border between them. ``system`` stands before
-    conversations without one, ``wish`` behind what is asked of the tuned model (and behind nothing learnt).
+    Prompt and reply are tokenized separately, so that a prompt has the same tokens whether a reply follows
+    (training) or not (generation), and no token spans the boundary. ``system`` is prepended to conversations
+    without a system turn; ``control_suffix`` is appended to generation prompts, never to training rows.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, template: str, *, system: str | None = None, wish: str = ""
     ) -> None:
-        """Bind a tokenizer to ``data_templates/<template>.py``, or to its own chat template for ``model``.
-
-        Raises:
-            UserError: the tokenizer has no EOS, or no chat template where the recipe asks for it.
-        """
+        """Raise UserError if the tokenizer has no EOS, or no chat template and ``template`` is `model`."""
         self.tokenizer = tokenizer
         self.name = template
         self.system = system
         self.wish = wish
         if tokenizer.eos_token_id is None:
             found = "the tokenizer has no EOS token"
-            raise UserError(Problem("model.base", found, "an EOS token, or no reply would ever end"))
+            raise UserError(Problem("model.base", found, "a tokenizer with an EOS token, to end replies"))
         self.special_tokens = _special_tokens(tokenizer)
+        # Tokens that the tokenizer matches as a unit, before it splits a text.
         self._whole_tokens = {**tokenizer.get_added_vocab(), **_ids(tokenizer, self.special_tokens)}
         self.template = self._template(template)
         known = [self._whole_tokens[token] for token in self.template.stop if token in self._whole_tokens]
@@ -94,16 +91,16 @@ class Encoder:
         self._same_to_tokenizer = [
             same for same, sample in SAME if _reads_alike(tokenizer, sample, same(sample))
         ]
-        # Unknown characters become <unk> wherever they stand: that one forges nothing.
+        # Unknown characters become <unk> anywhere in a text, so <unk> is no sign of an injected token.
         forgeable = [token for token in self.special_tokens if token != tokenizer.unk_token]
         self._forgeable = Markers.of(forgeable)
         self._forgeable_ids = frozenset(_ids(tokenizer, forgeable).values())
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
-        """Return a conversation's token ids and which of them carry loss.
+        """Encode one conversation.
 
         Raises:
-            TemplateError: the template cannot write this conversation.
+            TemplateError: the template cannot render this conversation.
         """
         [encoded] = self.encode_many([messages])
         if isinstance(encoded, TemplateError):
@@ -111,9 +108,9 @@ class Encoder:
         return encoded
 
     def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | TemplateError]:
-        """Return for each conversation what ``encode`` returns, or the error that it raises.
+        """Encode many conversations; one that the template cannot render gets its TemplateError.
 
-        Fast tokenizers spread one call over the cores; on a single one it still saves a sixth or more.
+        Fast tokenizers parallelize one call over the cores; even on a single core it saves a sixth or more.
         """
         encoded: list[Encoded | TemplateError] = []
         for start in range(0, len(conversations), CHUNK):
@@ -121,11 +118,11 @@ class Encoder:
         return encoded
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids up to where the reply begins; the last message is the user's."""
+        """Return the ids of a generation prompt, up to the start of the reply."""
         return self.encode(wishing(messages, self.wish)).input_ids
 
     def decode_reply(self, ids: Sequence[int]) -> str:
-        """Return a reply's text up to its first stop token, without the blanks around it."""
+        """Decode a reply up to its first stop token and strip it."""
         end = next((index for index, token in enumerate(ids) if token in self.stop_ids), len(ids))
         text = self.tokenizer.decode(
             list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -133,7 +130,7 @@ class Encoder:
         return str(text).strip()
 
     def fingerprint(self) -> str:
-        """Return a digest of everything that decides the token ids: tokenizer, template and system text."""
+        """Return a digest of everything that determines the token ids: tokenizer, template, system text."""
         folder = Path(data_templates.__path__[0])
         files = [*sorted(folder.glob("_*.py")), folder / f"{self.name}.py"]
         parts = [_tokenizer_state(self.tokenizer), self.tokenizer.chat_template, self.system]
@@ -158,13 +155,14 @@ class Encoder:
     def _chat(self, messages: list[dict[str, str]], opened: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
-        except Exception as error:  # a Jinja template raises what it likes; its text is what the user needs
+        except Exception as error:  # a Jinja template may raise anything; its text is what the user needs
             raise TemplateError(
-                f"the model's own chat template refuses this conversation: {error}"
+                f"the tokenizer's chat template rejects this conversation: {error}"
             ) from error
         return str(text)
 
     def _encode_chunk(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | TemplateError]:
+        # The spans of all conversations go through the tokenizer in one batch.
         rendered = [self._render(messages) for messages in conversations]
         plans = [[] if isinstance(row, TemplateError) else row[0] for row in rendered]
         stretches = [stretch for plan in plans for stretch in plan if not stretch.ids]
@@ -183,28 +181,30 @@ class Encoder:
         return self._stretches(segments), written_apart
 
     def segments(self, messages: Sequence[Message]) -> tuple[list[Segment], int]:
-        """Return a conversation's segments, and how many markers in its text were written apart.
+        """Return a conversation's segments and the number of escaped markers in its text.
 
         Raises:
-            TemplateError: the template cannot write this conversation.
+            TemplateError: the template cannot render this conversation.
         """
         template = self.template
         if messages and messages[0] == DOCUMENT_START:
             template = replace(template, render=render_document)
+        # A system turn of the data wins over the recipe's.
         elif self.system and messages and messages[0].role != "system":
             messages = [Message("system", self.system), *messages]
         read = [self._as_read(message) for message in messages]
         return render(template, read, special_tokens=self.special_tokens)
 
     def _as_read(self, message: Message) -> Message:
-        """Return a turn in the text that the tokenizer makes of it: markers are what it reads as such."""
+        """Apply the tokenizer's own normalizations, so that markers it would see are found in the text."""
         for same in self._same_to_tokenizer:
             message = replace(message, content=same(message.content), context=same(message.context))
         return message
 
     def _stretches(self, segments: Sequence[Segment]) -> list[_Stretch]:
-        """Join neighbours, prompt with prompt and reply with reply: being learnt or not decides no token."""
+        """Merge adjacent segments of equal kind, reply and trained flags into spans."""
         stretches: list[_Stretch] = []
+        # All segments of one reply have the same trained flag, so the flag never splits a reply's tokens.
         behind: str | None = ""
         for (kind, _, trained), group in groupby(segments, key=lambda s: (_kind(s), s.reply, s.trained)):
             pieces = [piece.text for piece in group]
@@ -224,9 +224,9 @@ class Encoder:
         return stretches
 
     def _encode_texts(self, stretches: Sequence[_Stretch]) -> list[list[int] | TemplateError]:
-        """Encode each stretch as it would be encoded where it stands, and keep the stretch's own tokens."""
+        """Tokenize each span after a prefix with a known tokenization, and return the span's own tokens."""
         encoded: list[list[int] | TemplateError] = [
-            TemplateError(f"the tokenizer merges {stretch.text[:20]!r} with whatever stands before it")
+            TemplateError(f"the tokenizer merges {stretch.text[:20]!r} with any text before it")
             for stretch in stretches
         ]
         tries = {index: self._before(stretch) for index, stretch in enumerate(stretches)}
@@ -236,6 +236,7 @@ class Encoder:
                 list(tries.items()), _encode(self.tokenizer, texts), strict=True
             ):
                 head = anchors[0][1]
+                # The prefix has its own tokens again, so the rest are exactly the span's.
                 if ids[: len(head)] == head:
                     encoded[index] = ids[len(head) :]
                     tries.pop(index)
@@ -245,9 +246,9 @@ class Encoder:
         return encoded
 
     def _before(self, stretch: _Stretch) -> list[tuple[str, list[int]]]:
-        """Return what to encode in front of a stretch, with its ids: the first that stays as it is serves.
+        """Return the prefixes to try in front of a span, with their ids; the first that stays intact is used.
 
-        Behind a special token it is that token, for some put a blank behind themselves or swallow one.
+        After a special token that token comes first: some add a space after themselves or strip one.
         """
         if stretch.behind is None:
             return self._anchors
@@ -264,14 +265,14 @@ class Encoder:
             if isinstance(part, TemplateError):
                 return part
             if not stretch.ids and self._forged(stretch.text, part):
-                found = f"the tokenizer finds a special token in {stretch.text[:40]!r} that is not there"
-                return TemplateError(f"{found} (it changes the text first); leave those characters out")
+                found = f"the tokenizer produces a special token from {stretch.text[:40]!r}"
+                return TemplateError(f"{found} (it normalizes the text first); remove those characters")
             ids += part
             trained += [stretch.trained] * len(part)
         return Encoded(ids, trained, written_apart)
 
     def _forged(self, text: str, ids: Sequence[int]) -> bool:
-        """Tell whether more special ids came out than the text, already harmless, has special tokens."""
+        """Return True if there are more special ids than special tokens in the (escaped) text."""
         special = sum(map(self._forgeable_ids.__contains__, ids))
         return special > 0 and special > len(self._forgeable.pattern.findall(text))
 
@@ -281,7 +282,7 @@ def _kind(piece: Segment) -> str:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the special tokens: named ones, and those only marked as such (``<|start_header_id|>``)."""
+    """Return the special tokens: named ones, and those only flagged as special (``<|start_header_id|>``)."""
     marked = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*tokenizer.all_special_tokens, *marked})
 
@@ -303,20 +304,19 @@ def _reads_alike(tokenizer: PreTrainedTokenizerBase, one: str, other: str) -> bo
 
 
 def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the BOS id if this tokenizer puts it in front of a text by itself, else None."""
+    """Return the BOS id if this tokenizer adds it to a text by itself, else None."""
     bos = tokenizer.bos_token_id
     return int(bos) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
 def _anchors(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
-    """Return the texts to encode in front of a stretch that begins no sequence, each with its own token ids.
+    """Return the prefixes for spans inside a sequence, each with its token ids.
 
-    SentencePiece-style tokenizers put a blank in front of whatever they encode; behind other text they do
-    not.
+    SentencePiece-style tokenizers add a space in front of every text they encode, but not after other text.
 
     Raises:
-        UserError: the tokenizer joins every anchor with what follows, so that no stretch could be encoded
-            alone.
+        UserError: the tokenizer merges every prefix with what follows, so that no span can be tokenized by
+            itself.
     """
     [plain] = _encode(tokenizer, ["a"])
     if not tokenizer.convert_ids_to_tokens(plain)[0].startswith("▁"):
@@ -330,18 +330,18 @@ def _anchors(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
         and not tokenizer.convert_ids_to_tokens(whole)[len(head)].startswith("▁")
     ]
     if not found:
-        problem = "the tokenizer merges a line feed with the text behind it"
+        problem = "the tokenizer merges a line feed with the text after it"
         raise UserError(
-            Problem("model.base", problem, "a tokenizer that encodes a stretch of text by itself")
+            Problem("model.base", problem, "a tokenizer that can encode a piece of text independently")
         )
     return found
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return all that decides how a tokenizer cuts text, as JSON holds it."""
+    """Return everything that determines a tokenizer's output, as JSON-serializable data."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         added = {str(index): str(token) for index, token in tokenizer.added_tokens_decoder.items()}
         return [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), added]
-    # The backend remembers how the last call padded and cut; that decides nothing here.
+    # The backend stores padding and truncation of its last call; neither is used here.
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return {key: value for key, value in state.items() if key not in ("padding", "truncation")}

@@ -1,4 +1,4 @@
-"""The JSON of tools and calls, brought to one writing: an object a line, as chat templates write them."""
+"""JSON of tools and tool calls in one canonical form: one object per line, as chat templates write it."""
 
 import json
 from typing import Any
@@ -8,13 +8,13 @@ CALL = '{"name": ..., "arguments": {...}} as JSON, or a list of them'
 
 
 def tool_lines(value: Any) -> str:
-    """Return ``{"type": "function", "function": {...}}`` for each tool; "" where there is none.
+    """Return a line ``{"type": "function", "function": {...}}`` per tool, "" if there is none.
 
     Args:
-        value: a list of tools, bare or wrapped so already, or its JSON; null and empty text mean none.
+        value: a list of tools, bare or already wrapped, or its JSON; null and empty text mean none.
 
     Raises:
-        ValueError: it is something else; the message says what was found.
+        ValueError: it is something else; the message shows the value.
     """
     if value is None or value == "":
         return ""
@@ -25,18 +25,18 @@ def tool_lines(value: Any) -> str:
 
 
 def call_lines(value: Any) -> str:
-    """Return ``{"name": ..., "arguments": {...}}`` for each call of a turn.
+    """Return a line ``{"name": ..., "arguments": {...}}`` per tool call of a turn.
 
     Args:
         value: one call or a list of them, or its JSON.
 
     Raises:
-        ValueError: it is something else; the message says what was found.
+        ValueError: it is something else; the message shows the value.
     """
     calls = _parsed(value)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls:
-        raise ValueError("found no call")
+        raise ValueError("found no tool call")
     for call in calls:
         named = isinstance(call, dict) and isinstance(call.get("name"), str)
         if not named or not isinstance(call.get("arguments"), dict):
@@ -50,7 +50,7 @@ def _parsed(value: Any) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error.msg} at column {error.colno}): {_short(value)}") from error
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno}): {_short(value)}") from error
 
 
 def _wrapped(tool: Any) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What a run will need, and what fits together; pure functions."""
+"""Memory, time and disk planning from shapes alone, and the compatibility rules of settings."""

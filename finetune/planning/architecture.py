@@ -1,4 +1,4 @@
-"""The shapes of a decoder, from its config.json alone: no weights, no torch."""
+"""A decoder's layer shapes and parameter count from config.json alone, without weights or torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -36,15 +36,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "use_parallel_residual": True,
     },
 }
-"""What a config.json may leave out: the defaults of transformers' configuration classes."""
+"""Defaults of transformers' configuration classes for keys that a config.json may omit."""
 VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_channels": 3}
 VISION |= {"image_size": 224, "patch_size": 16}
-"""The same of the tower that reads images (SigLIP)."""
+"""Defaults of the vision tower (SigLIP)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer: its last name, its sizes, whether it has a bias, and how many the model has of it."""
+    """A linear layer: its module name, its sizes, whether it has a bias, and how many the model has."""
 
     name: str
     inputs: int
@@ -54,18 +54,18 @@ class Linear:
 
     @property
     def weights(self) -> int:
-        """Return the numbers in all weights of this name."""
+        """Return the weights of all layers of this name."""
         return self.count * self.inputs * self.outputs
 
     @property
     def parameters(self) -> int:
-        """Return the numbers in all weights and biases of this name."""
+        """Return the weights and biases of all layers of this name."""
         return self.weights + (self.count * self.outputs if self.bias else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A norm: its last name, its width, whether it has a bias, and how many the model has of it."""
+    """A norm: its module name, its width, whether it has a bias, and how many the model has."""
 
     name: str
     width: int
@@ -74,20 +74,20 @@ class Norm:
 
     @property
     def parameters(self) -> int:
-        """Return the numbers in all norms of this name."""
+        """Return the parameters of all norms of this name."""
         return self.count * self.width * (2 if self.bias else 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Vision:
-    """The tower that reads images, frozen or not; text alone never goes through it.
+    """The vision tower; text-only inputs do not run through it.
 
     Attributes:
-        hidden: width of a state.
-        intermediate: width inside the feed-forward block.
-        layers: their number.
-        patch: numbers of a patch: channels times its area.
-        patches: of an image.
+        hidden_size: width of a hidden state.
+        intermediate_size: width inside the feed-forward block.
+        num_layers: encoder layers.
+        patch_size: elements of a patch: channels times its area.
+        num_patches: per image.
     """
 
     hidden: int
@@ -99,33 +99,33 @@ class Vision:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What a decoder consists of.
+    """The layers and sizes of a decoder.
 
     Attributes:
         family: ``model_type`` of the config.
-        hidden: width of a state.
-        layers: decoder layers.
-        heads: query heads of a layer.
-        key_value_heads: key heads, and as many value heads.
+        hidden_size: width of a hidden state.
+        num_layers: decoder layers.
+        num_heads: query heads per layer.
+        num_kv_heads: key heads, and as many value heads.
         head_dim: width of a head.
-        intermediate: width inside the feed-forward block.
-        vocabulary: rows of the embeddings.
-        context: positions.
-        tied: whether the output head is the input embeddings.
+        intermediate_size: width inside the feed-forward block.
+        vocab_size: rows of the embeddings.
+        max_positions: context length.
+        tied_embeddings: whether the output head is the input embeddings.
         attention_bias: whether queries, keys and values have a bias.
-        output_bias: whether the output layer of attention has one.
+        output_bias: whether the output projection of attention has one.
         mlp_bias: whether the feed-forward layers have one.
         gated: act(gate x) * (up x) in place of act(up x).
-        fused: queries, keys and values in one layer.
+        fused_qkv: queries, keys and values in one layer.
         layer_norm: norms have a mean and a bias (LayerNorm), else neither (RMSNorm).
-        sandwich: norms behind attention and feed-forward block too.
+        post_norms: norms after attention and feed-forward block too.
         query_key_norm: queries and keys have a norm.
-        parallel: attention and feed-forward block read the same state.
-        softcap: whether logits go through a tanh.
-        eager: whether attention can only be computed with its scores written out (a cap on them).
-        sliding_window: tokens that a layer of the sliding kind looks back at; 0: there is none.
+        parallel_residual: attention and feed-forward block read the same state.
+        softcap: whether logits are capped by a tanh.
+        eager: whether attention needs the eager implementation (softcapped attention scores).
+        sliding_window: tokens in the window of a sliding layer; 0: there is none.
         sliding_layers: layers of that kind.
-        vision: the tower that reads images, if any.
+        vision: the vision tower, if any.
     """
 
     family: str
@@ -158,9 +158,10 @@ class Architecture:
         """Return the architecture that a config.json describes.
 
         Raises:
-            UserError: a ``model_type`` whose shapes are not known here, or a config without its sizes.
+            UserError: an unknown ``model_type``, or a config without its sizes.
         """
         family = config.get("model_type")
+        # A multimodal config nests the decoder's under text_config.
         if family == "gemma3":
             return _with_vision(config)
         if family not in DEFAULTS:
@@ -169,28 +170,29 @@ class Architecture:
             return _decoder(str(family), {**DEFAULTS[str(family)], **config})
         except KeyError as error:
             found = f"a config.json of type '{family}' without {error}"
-            raise UserError(Problem("model.base", found, "a whole config.json")) from error
+            raise UserError(Problem("model.base", found, "a complete config.json")) from error
 
     @property
     def queries(self) -> int:
-        """Return the width of all queries of a token."""
+        """Return the width of all query heads."""
         return self.heads * self.head_dim
 
     @property
     def keys(self) -> int:
-        """Return the width of all keys of a token, which is that of its values."""
+        """Return the width of all key heads, which is that of the value heads."""
         return self.key_value_heads * self.head_dim
 
     @property
     def parameters(self) -> int:
-        """Return the model's parameters; tied embeddings count once."""
+        """Return the number of parameters; tied embeddings count once."""
+        # Input embeddings, and the output head where it is a matrix of its own.
         tables = self.vocabulary * self.hidden * (1 if self.tied else 2)
         linear = sum(layer.parameters for layer in self.linear_layers())
         norms = sum(norm.parameters for norm in self.norms())
         return tables + linear + norms + _loose(self.vision, self.hidden)
 
     def linear_layers(self) -> tuple[Linear, ...]:
-        """Return the linear layers but the head: those of the decoder, in order, then those of the tower."""
+        """Return the decoder's linear layers except the head, in order, then the vision tower's."""
         attention, mlp, n = self.attention_bias, self.mlp_bias, self.layers
         if self.fused:
             found = [
@@ -212,7 +214,7 @@ class Architecture:
         return (*found, *(_vision_layers(self.vision) if self.vision else ()))
 
     def norms(self) -> tuple[Norm, ...]:
-        """Return the norms of the decoder, then those of the tower."""
+        """Return the norms of the decoder, then those of the vision tower."""
         n, bias = self.layers, self.layer_norm
         names = ["input_layernorm", "post_attention_layernorm"]
         if self.sandwich:
@@ -240,6 +242,7 @@ def _decoder(family: str, config: Values) -> Architecture:
         vocabulary=config["vocab_size"],
         context=config["max_position_embeddings"],
         tied=bool(config["tie_word_embeddings"]),
+        # Qwen2 has biases on queries, keys and values, without a config key for it.
         attention_bias=family == "qwen2" or bias,
         output_bias=family != "qwen2" and bias,
         mlp_bias=bool(config["mlp_bias"]),
@@ -250,6 +253,7 @@ def _decoder(family: str, config: Values) -> Architecture:
         query_key_norm=family in ("qwen3", "gemma3_text"),
         parallel=neox and bool(config["use_parallel_residual"]),
         softcap=gemma and config["final_logit_softcapping"] is not None,
+        # Gemma 2 caps the attention scores, which fused kernels do not support.
         eager=family == "gemma2",
         sliding_window=window,
         sliding_layers=sliding,
@@ -260,12 +264,15 @@ def _sliding(family: str, config: Values) -> tuple[int, int]:
     """Return the window of the sliding layers, and their number."""
     layers = int(config["num_hidden_layers"])
     if family == "mistral":
+        # null disables the window; a missing key means the class's default.
         window = config.get("sliding_window", 4096)
         return (window, layers) if window else (0, 0)
     if family in ("qwen2", "qwen3"):
+        # The first max_window_layers attend to everything.
         used = config.get("use_sliding_window", False) and config.get("sliding_window")
         return (config["sliding_window"], layers - config.get("max_window_layers", 28)) if used else (0, 0)
     if family.startswith("gemma"):
+        # Gemma 2 alternates; in Gemma 3 one layer of six attends to everything.
         every = 2 if family == "gemma2" else int(config.get("sliding_window_pattern") or 6)
         return config.get("sliding_window") or 4096, layers - layers // every
     return 0, 0
@@ -302,7 +309,7 @@ def _vision_norms(vision: Vision) -> tuple[Norm, ...]:
 
 
 def _loose(vision: Vision | None, hidden: int) -> int:
-    """Return the tower's parameters outside linear layers and norms: patches, positions, projection."""
+    """Return the vision tower's other parameters: patch embedding, positions, projection."""
     if vision is None:
         return 0
     patches = vision.patch * vision.hidden + vision.hidden
@@ -312,6 +319,8 @@ def _loose(vision: Vision | None, hidden: int) -> int:
 def _unknown(family: str) -> Problem:
     known = ", ".join([*DEFAULTS, "gemma3"])
     repair = nearest(family, DEFAULTS) or (
-        "it may well run: train.max_steps=3 trains three steps, and run.json then has the peak memory"
+        "training may work anyway: train.max_steps=3 trains three steps; run.json then has the peak memory"
     )
-    return Problem("model.base", f"a model of type '{family}', which is not planned here", known, repair)
+    return Problem(
+        "model.base", f"a model of type '{family}', which the planner does not know", known, repair
+    )

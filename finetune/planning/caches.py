@@ -1,29 +1,31 @@
-"""What sampling holds: keys and values of what has been written."""
+"""Memory of sampling: the key-value cache and the logits of the last token."""
 
 from finetune.planning.workload import Workload
 
 SCORES = 3
-"""Copies of a token's logits in float32: as given, divided by the temperature, as probabilities."""
+"""Float32 copies of one token's logits: raw, divided by the temperature, as probabilities."""
 
 
 def decoding(workload: Workload) -> dict[str, int]:
-    """Return what is held when the last token of a reply is drawn.
+    """Return the memory in use when the last token of a completion is sampled.
 
-    Keys and values of all layers; a layer's grow by being copied, one at a time.
+    The key-value cache of all layers; appending copies one layer's cache at a time.
     """
     model, asked = workload.architecture, workload.rollout
     assert asked is not None
     layer = asked.lines * _columns(workload) * model.keys * workload.bytes
+    # Eager attention copies keys and values to every query head.
     repeated = model.heads // model.key_value_heads if workload.attention == "eager" or model.eager else 0
     return {
         "key-value cache": cache_bytes(workload),
         "logits and loss": asked.lines * model.vocabulary * (workload.bytes + 4 * SCORES),
+        # Appending concatenates: the layer's new cache exists next to the old one.
         "workspace": layer * (1 + 2 * repeated),
     }
 
 
 def cache_bytes(workload: Workload) -> int:
-    """Return keys and values of all layers, of prompts and completions; sliding layers keep their window."""
+    """Return the bytes of the KV cache; sliding-window layers cache their window alone."""
     model, asked = workload.architecture, workload.rollout
     assert asked is not None
     width = _columns(workload)

@@ -1,8 +1,9 @@
-"""Which settings do not go together, why, and who says so: data alone, read by ``finetune.planning.solver``.
+"""Compatibility rules: which settings cannot be combined, why, and the source of each claim.
 
-Whatever no rule here speaks of works. COMPATIBILITY.md is made of it by ``finetune.planning.matrix``.
-``evidence`` is how a fact was found out: *run* (tried here, on the versions in constraints.txt), *source*
-(read in the library's code), *thread* (reported by its users), *ours* (how this program is built).
+Everything that no rule excludes works. ``finetune.planning.solver`` evaluates the rules, and
+``finetune.planning.compatibility_page`` makes COMPATIBILITY.md of them. ``evidence`` is how a claim was
+established: *run* (tested here, on the versions in constraints.txt), *source* (read in the library's code),
+*thread* (reported by its users), *ours* (our own design).
 """
 
 from collections.abc import Mapping
@@ -14,16 +15,16 @@ Fact = str | bool
 
 @dataclass(frozen=True)
 class Rule:
-    """A combination that does not work as it is.
+    """A combination of settings that does not work.
 
     Attributes:
-        name: what it is called in tables.
-        when: fact -> the values of it for which this holds; all of them must.
-        reason: why.
-        source: who says so.
-        evidence: how it was found out.
-        changes: recipe key -> a value with which it would work; empty: there is none.
-        repair: what the user can do, in other words than these changes.
+        name: its label in tables.
+        when: property -> the values for which this applies; all of them must match.
+        reason: why it does not work.
+        source: reference for the claim.
+        evidence: how the claim was established.
+        changes: recipe key -> a value that works; empty: there is none.
+        repair: a repair that ``changes`` cannot express.
     """
 
     name: str
@@ -35,42 +36,42 @@ class Rule:
     repair: str = ""
 
     def hits(self, facts: Mapping[str, Fact]) -> bool:
-        """Tell whether a combination's facts are these."""
+        """Return whether the rule applies to a combination with these properties."""
         return all(facts[name] in values for name, values in self.when.items())
 
 
 ZERO = ("zero1", "zero2", "zero3")
 SHARED = ("ddp", *ZERO, "fsdp2")
 WEIGHTS_APART = ("zero3", "fsdp2")
-"""Strategies under which each process holds a part of the weights."""
+"""Strategies that shard the weights over the processes."""
 
 OF_THE_ADAPTER = (
     Rule(
-        "storage",
+        "quantization",
         {"adapter_takes_it": (False,)},
-        "the adapter is not made for a base that is stored so",
-        "what adapters declare: finetune/adapters/*.py, TRAITS.quantization",
+        "the adapter does not support this quantization of the base",
+        "finetune/adapters/*.py, TRAITS.quantization",
         "ours",
         {"model.quantization": "auto"},
     ),
     Rule(
         "engine",
         {"adapter_has_engine": (False,)},
-        "the adapter needs what TRL's trainers do not offer: to act between the steps, or a head behind it",
-        "finetune/adapters/*.py, TRAITS.engines; llama_adapter tried here: TRL finds no log_probs",
+        "the adapter needs hooks between steps or access to the output head, which TRL's trainers lack",
+        "finetune/adapters/*.py, TRAITS.engines; llama_adapter tested here: TRL finds no log_probs",
         "ours",
         {"train.engine": "native"},
     ),
     Rule(
-        "scores",
+        "reward-head",
         {"stage": ("reward",), "adapter_scores": (False,)},
-        "PEFT's record of the adapter has no room for the head that scores",
+        "PEFT cannot save a reward head with this adapter",
         "finetune/adapters/*.py, TRAITS.scores",
         "ours",
         repair="another adapter of `llm-align list adapters`, such as lora",
     ),
     Rule(
-        "copied",
+        "trl-reference",
         {"stage": ("dpo",), "engine": ("trl",), "changes_base": (True,)},
         "TRL copies the adapter for its reference, and the copy would change the base again",
         "align/dpo/checks.py",
@@ -78,17 +79,17 @@ OF_THE_ADAPTER = (
         {"train.engine": "native"},
     ),
     Rule(
-        "copied-always",
+        "trl-reference-only",
         {"stage": ("kto", "rloo", "grpo"), "engine": ("trl",), "changes_base": (True,)},
         "TRL copies the adapter for its reference, and the copy would change the base again",
         "align/dpo/checks.py",
         "ours",
-        repair="adapter.method=lora, or another one that leaves the base as it is",
+        repair="adapter.method=lora, or another one that does not change the base",
     ),
     Rule(
-        "two-passes",
+        "consistency",
         {"stage": ("dpo", "ppo"), "two_passes": (True,)},
-        "pulling the predictions of two passes together is a loss on labels, and there are none here",
+        "the consistency loss of two forward passes needs labels, and this stage has none",
         "align/dpo/tuning.py, align/ppo/tuning.py",
         "ours",
         {"adapter.consistency": False},
@@ -97,17 +98,17 @@ OF_THE_ADAPTER = (
 
 OF_THE_STAGE = (
     Rule(
-        "trl-alone",
+        "trl-only",
         {"stage": ("kto", "rloo", "grpo"), "engine": ("native",)},
-        "TRL's trainer runs this stage",
+        "this stage runs on TRL's trainer alone",
         "DESIGN: methods that TRL does well run on TRL",
         "ours",
         {"train.engine": "trl"},
     ),
     Rule(
-        "no-trl",
+        "native-only",
         {"stage": ("ppo",), "engine": ("trl",)},
-        "TRL has no PPO trainer since 0.25",
+        "TRL 1.16 has no PPO trainer",
         "trl 1.16: no PPOTrainer, not in trl.experimental either",
         "source",
         {"train.engine": "native"},
@@ -118,15 +119,15 @@ OF_THE_HARDWARE = (
     Rule(
         "float16-cpu",
         {"precision": ("float16",), "device": ("cpu",)},
-        "a CPU has no loss-scaled float16 kernels worth using",
+        "CPUs have no fast float16 kernels with loss scaling",
         "finetune/planning/choices.py",
         "ours",
         {"model.precision": "auto"},
     ),
     Rule(
-        "bfloat16-imitated",
+        "bfloat16-emulated",
         {"precision": ("bfloat16",), "device": ("cuda",), "bfloat16": (False,)},
-        "this GPU only imitates bfloat16, slower than it computes float32",
+        "this GPU only emulates bfloat16, which is slower than float32",
         "torch 2.13, cuda/__init__.py: is_bf16_supported(including_emulation=False)",
         "source",
         {"model.precision": "auto"},
@@ -135,43 +136,43 @@ OF_THE_HARDWARE = (
 
 OF_THE_PROCESSES = (
     Rule(
-        "alone-not",
+        "single-process-strategy",
         {"strategy": ("single",), "processes": ("several",)},
-        "each of the processes would train a model of its own",
+        "each process would train an independent model",
         "finetune/training/launch.py",
         "ours",
         {"train.strategy": "ddp"},
         "train.strategy=auto, or train.processes=1",
     ),
     Rule(
-        "nobody-to-share",
+        "one-process",
         {"strategy": SHARED, "processes": ("one",)},
-        "there is one process, and nobody to share with",
+        "the strategy needs several processes, and there is one",
         "finetune/training/launch.py",
         "ours",
         {"train.strategy": "single"},
         "train.processes=2 or more, or train.strategy=auto",
     ),
     Rule(
-        "nothing-offloaded",
+        "ddp-offload",
         {"strategy": ("ddp",), "offload": ("cpu",)},
-        "offloading is ZeRO's; plain data parallelism keeps everything where it is",
+        "offloading is a ZeRO feature; plain data parallelism has no offload",
         "accelerate 1.15, accelerator.py: offloading belongs to the DeepSpeed and FSDP plug-ins",
         "source",
         {"train.strategy": "zero2"},
     ),
     Rule(
-        "nothing-swapped",
+        "ddp-nvme",
         {"strategy": ("ddp",), "offload": ("nvme",)},
-        "ZeRO-3 offloads to NVMe; plain data parallelism keeps everything where it is",
+        "only ZeRO-3 offloads to NVMe; plain data parallelism has no offload",
         "accelerate 1.15, accelerator.py: offloading belongs to the DeepSpeed and FSDP plug-ins",
         "source",
         {"train.strategy": "zero3"},
     ),
     Rule(
-        "offload-alone",
+        "offload-one-process",
         {"offload": ("cpu", "nvme"), "processes": ("one",)},
-        "offloading is ZeRO's, which needs several processes here",
+        "offloading is a ZeRO feature, and ZeRO needs several processes here",
         "finetune/training/launch.py",
         "ours",
         {"train.offload": "none"},
@@ -183,7 +184,7 @@ OF_THE_OFFLOAD = (
     Rule(
         "fsdp2-offload",
         {"strategy": ("fsdp2",), "offload": ("cpu", "nvme")},
-        "offloading is ZeRO's here: FSDP2 keeps its parts on the device",
+        "offloading is a ZeRO feature here: FSDP2 keeps its shards on the device",
         "finetune/training/strategies.py; transformers 5.23: fsdp_cpu_offload needs a GPU",
         "ours",
         {"train.strategy": "zero3"},
@@ -191,7 +192,7 @@ OF_THE_OFFLOAD = (
     Rule(
         "nvme-cpu",
         {"offload": ("nvme",), "device": ("cpu",)},
-        "DeepSpeed swaps what a GPU holds; here nothing lies outside of the CPU's memory",
+        "DeepSpeed swaps GPU memory to NVMe, and on a CPU there is none",
         "deepspeed 0.19.8, op_builder/async_io.py: pinned buffers and libaio, which is not there",
         "source",
         {"train.offload": "none"},
@@ -199,7 +200,7 @@ OF_THE_OFFLOAD = (
     Rule(
         "nvme-needs-zero3",
         {"strategy": ("zero1", "zero2"), "offload": ("nvme",)},
-        "DeepSpeed swaps to NVMe in stage 3 alone; stages 1 and 2 put it on the CPU without a word",
+        "DeepSpeed swaps to NVMe in stage 3 alone; stages 1 and 2 silently offload to the CPU",
         "deepspeed 0.19.8, runtime/zero/stage_1_and_2.py: any offload device sets cpu_offload",
         "source",
         {"train.strategy": "zero3"},
@@ -208,11 +209,11 @@ OF_THE_OFFLOAD = (
 
 OF_THE_WEIGHTS = (
     Rule(
-        "judges-apart",
+        "reward-models-sharded",
         {"stage": ("ppo", "rejection", "rloo", "grpo"), "strategy": WEIGHTS_APART},
-        "reward and value models stand on the policy's own base in memory, and each process would hold a "
-        "part of it alone; ZeRO-2 keeps the weights whole",
-        "ppo tried on two CPU ranks with ZeRO-3: Cannot copy out of meta tensor "
+        "reward and value models share the policy's base in memory, which would be sharded; ZeRO-2 "
+        "replicates the weights",
+        "ppo on two CPU ranks with ZeRO-3: Cannot copy out of meta tensor "
         "(align/reward/shared_base.py); the other stages load their rewards in the same way",
         "run",
         {"train.strategy": "zero2"},
@@ -220,80 +221,80 @@ OF_THE_WEIGHTS = (
     Rule(
         "fsdp2-quantized",
         {"strategy": ("fsdp2",), "quantization": ("nf4", "int8")},
-        "FSDP2's weights become DTensors while they are read, which bitsandbytes cannot quantize; ZeRO-3 "
+        "FSDP2's weights become DTensors while they are loaded, which bitsandbytes cannot quantize; ZeRO-3 "
         "partitions 4-bit weights after they are quantized",
-        "tried on two CPU ranks: 'DTensor' object has no attribute 'compress_statistics'; bitsandbytes#1709",
+        "two CPU ranks: 'DTensor' object has no attribute 'compress_statistics'; bitsandbytes#1709",
         "run",
         {"train.strategy": "zero3"},
     ),
     Rule(
-        "int8-apart",
+        "int8-sharded",
         {"strategy": ("zero3",), "quantization": ("int8",)},
-        "bitsandbytes' 8-bit layers keep the whole weight beside the parameter that is partitioned: no "
-        "memory is saved, and on GPUs the loss was off by an order of magnitude",
-        "bitsandbytes 0.50.2, nn/modules.py: Linear8bitLt, state.CB; two CPU ranks compute what one does, "
-        "each with all weights; bitsandbytes#1451 (ZeRO-3 wrong, ZeRO-1 and 2 right), accelerate#3730",
+        "bitsandbytes' 8-bit layers keep the full weight in addition to the sharded parameter: no memory is "
+        "saved, and on GPUs the loss was off by an order of magnitude",
+        "bitsandbytes 0.50.2, nn/modules.py: Linear8bitLt, state.CB; two CPU ranks equal one, each with all "
+        "weights; bitsandbytes#1451 (ZeRO-3 wrong, ZeRO-1 and 2 right), accelerate#3730",
         "run",
         {"train.strategy": "zero2"},
     ),
     Rule(
-        "rewritten-base",
+        "pissa-fsdp2",
         {"strategy": ("fsdp2",), "adapter": ("pissa",)},
-        "PiSSA begins by taking the whole weights apart and writing them anew; PEFT fetches them for that "
-        "under ZeRO-3, and knows no DTensors",
-        "peft 0.21.2, lora/layer.py: gather_params_ctx around pissa_init; ZeRO-3 run here: the losses of ddp",
+        "PiSSA initializes from the SVD of the full weights and overwrites them; PEFT gathers them for that "
+        "under ZeRO-3, and does not support DTensors",
+        "peft 0.21.2, lora/layer.py: gather_params_ctx around pissa_init; ZeRO-3 tested: the losses of ddp",
         "source",
         {"train.strategy": "zero3"},
     ),
     Rule(
-        "dora-norms",
+        "dora-fsdp2",
         {"strategy": ("fsdp2",), "adapter": ("dora",)},
-        "DoRA measures the whole weights' columns, and PEFT knows no DTensors",
-        "tried on two CPU ranks: aten.add.Tensor got mixed torch.Tensor and DTensor; peft#1797",
+        "DoRA takes column norms of the full weights, and PEFT does not support DTensors",
+        "two CPU ranks: aten.add.Tensor got mixed torch.Tensor and DTensor; peft#1797",
         "run",
         {"train.strategy": "zero3"},
     ),
     Rule(
         "fsdp2-full",
         {"strategy": ("fsdp2",), "whole_model": (True,)},
-        "each process would write its part of the optimizer over the others' in checkpoints, and the run "
-        "could not go on; ZeRO-3 writes all parts",
-        "tried on two CPU ranks: it trains, and optimizer.pt holds one process's part",
+        "in checkpoints each process would overwrite the others' optimizer shards, and the run could not "
+        "resume; ZeRO-3 writes all shards",
+        "two CPU ranks: it trains, and optimizer.pt holds one process's shard",
         "run",
         {"train.strategy": "zero3"},
     ),
     Rule(
-        "trl-whole",
+        "trl-sharded",
         {"strategy": WEIGHTS_APART, "engine": ("trl",)},
-        "with TRL's trainers weights in parts are not tried",
+        "sharded weights are not tested with TRL's trainers",
         "finetune/training/trl_engine.py",
         "ours",
         {"train.strategy": "zero2"},
     ),
     Rule(
-        "adafactor-flat",
+        "adafactor-zero",
         {"strategy": ZERO, "optimizer": ("adafactor",)},
-        "ZeRO lays the parameters out in one line, and Adafactor has no rows and columns to factor: it "
-        "would hold as much as Adam's second moment and compute something else",
+        "ZeRO flattens the parameters, and Adafactor has no rows and columns to factor: it would need as "
+        "much memory as Adam's second moment and compute something else",
         "deepspeed 0.19.8, stage_1_and_2.py: flatten; transformers 5.23, optimization.py: "
         "factored = len(param_shape) >= 2",
         "source",
         {"train.optimizer": "adamw"},
     ),
     Rule(
-        "rank-budget",
+        "adalora-zero",
         {"strategy": ZERO, "adapter": ("adalora",)},
-        "AdaLoRA weighs its ranks by the gradients after each step, which DeepSpeed has cleared by then",
-        "tried: Gradients are only available immediately after backward and before engine step; accelerate "
+        "AdaLoRA scores its ranks by the gradients after each step, which DeepSpeed has cleared by then",
+        "Gradients are only available immediately after backward and before engine step; accelerate "
         "1.15, utils/deepspeed.py: backward() steps and clears; peft#1721",
         "run",
         {"train.strategy": "ddp"},
     ),
     Rule(
-        "tokens-cpu",
+        "trainable-tokens-cpu",
         {"strategy": ("zero3",), "adapter": ("trainable_tokens",), "device": ("cpu",)},
-        "PEFT gathers the rows of a partitioned embedding on a CUDA device, whatever the device is",
-        "peft 0.21.2, trainable_tokens/layer.py: _collect_token_weights; tried: Torch not compiled with CUDA",
+        "PEFT gathers the rows of a sharded embedding on a CUDA device, whatever the device is",
+        "peft 0.21.2, trainable_tokens/layer.py: _collect_token_weights; run: Torch not compiled with CUDA",
         "run",
         {"train.strategy": "zero2"},
     ),

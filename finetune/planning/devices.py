@@ -1,4 +1,4 @@
-"""What a run may compute with: GPUs by name, with the numbers of their data sheets; without torch."""
+"""GPU specs by name (memory, FLOP/s, bandwidth, utilization) and this machine's devices; without torch."""
 
 import os
 import platform
@@ -13,18 +13,18 @@ from finetune.recipe.errors import Problem, UserError, nearest
 
 GIB = 2**30
 SURE = 0.95
-"""Share of what is left that a choice of ours may fill: the plan is meant to be right within 5 %."""
+"""Fraction of the available memory that an automatic choice may fill: the plan aims at an error below 5 %."""
 USABLE = 0.98
-"""Share of a card's nominal memory that PyTorch sees, where only its size is known: 23.6 of 24 GiB."""
+"""Fraction of a card's nominal memory that PyTorch sees, if only its size is known: 23.6 of 24 GiB."""
 DRIVER = 0.45
 """GiB that ``nvidia-smi`` counts and PyTorch does not see: 81,559 MiB and 79.2 GiB of an H100."""
 TAKEN = {"cuda": GIB // 2, "cpu": GIB}
-"""Bytes that are gone before a weight is loaded: CUDA's context and its libraries' buffers (0.4 to 0.6 GiB);
-on a CPU the program itself (1 GiB: Python with torch, transformers, peft and trl)."""
+"""Bytes in use before a weight is loaded: CUDA's context and its libraries' buffers (0.4 to 0.6 GiB); on a
+CPU the process itself (1 GiB: Python with torch, transformers, peft and trl)."""
 Share = tuple[float, float]
 
-# MosaicML, llm-foundry, scripts/train/benchmarking/README.md: FLOP/s that the hardware did, over its peak, in
-# training of 125M to 70B parameters. The lower ends are halved: theirs are pretraining on full rows.
+# Hardware FLOPs utilization (HFU), from MosaicML, llm-foundry, scripts/train/benchmarking/README.md: training
+# of 125M to 70B parameters. The lower ends are halved: theirs are pretraining on full rows.
 HOPPER: Share = (0.18, 0.59)  # H100 in bfloat16: 35 to 59 %
 AMPERE: Share = (0.21, 0.79)  # A100: 42 to 79 %
 OTHERS: Share = (0.15, 0.90)  # torchtune's README: an 8B's LoRA, 3,083 tokens/s on an RTX 4090
@@ -36,14 +36,14 @@ class Device:
     """One GPU, or the machine's CPU.
 
     Attributes:
-        name: how a user calls it.
+        name: its name on the command line.
         kind: ``cuda`` or ``cpu``.
-        memory: bytes that PyTorch can hand out (of the CPU: the machine's).
-        bfloat16: whether it computes in it.
-        half: FLOP/s of dense 16-bit matrix products summed in 32 bits; 0: not known.
-        single: FLOP/s in float32, no TF32; 0: not known.
-        bandwidth: bytes a second of its memory; 0: not known.
-        used: which shares of the peak training reaches.
+        memory: bytes that PyTorch can allocate (for the CPU: the machine's memory).
+        bfloat16: whether it has native bfloat16 arithmetic.
+        half: peak FLOP/s of dense 16-bit matrix products with 32-bit accumulation; 0: unknown.
+        single: peak FLOP/s in float32, without TF32; 0: unknown.
+        bandwidth: memory bandwidth in bytes per second; 0: unknown.
+        used: lower and upper utilization of the peak in training.
     """
 
     name: str
@@ -57,16 +57,16 @@ class Device:
 
     @property
     def room(self) -> int:
-        """Return the bytes that are left for a process that has it for its own."""
+        """Return the bytes available to a process that does not share the device."""
         return self.share(1)
 
     def share(self, processes: int) -> int:
-        """Return the bytes that are left for each process: of its own GPU, or of its part of the CPU's."""
-        together = processes if self.kind == "cpu" else 1
+        """Return the bytes available to each process: all of its GPU, or its fraction of the CPU's memory."""
+        together = processes if self.kind == "cpu" else 1  # each process has a GPU of its own
         return self.memory // together - TAKEN[self.kind]
 
     def peak(self, precision: str) -> float:
-        """Return the FLOP/s at most in a precision; 0: not known."""
+        """Return the peak FLOP/s in a precision; 0: unknown."""
         return self.single if precision == "float32" else self.half
 
 
@@ -82,7 +82,7 @@ def _gpu(
     return Device(name, "cuda", int(gib * GIB), bfloat16, half * 1e12, single * 1e12, bandwidth * 1e9, used)
 
 
-# GiB: "total capacity" in PyTorch's messages on such cards (with error correction where a card has it on).
+# GiB: "total capacity" in PyTorch's messages on such cards (with ECC where it is on by default).
 # Then TFLOP/s of dense 16-bit products (half of what data sheets give "with sparsity"; GeForce: summed in
 # float32), TFLOP/s in float32, GB/s; from NVIDIA's data sheets and architecture papers.
 GPUS = {
@@ -127,12 +127,12 @@ SPOKEN = {
     "v100sxm232gb": "v100-32g",
     "v100pcie32gb": "v100-32g",
 }
-"""What the driver calls cards that the first letters of their short names do not tell apart."""
+"""The driver's names of cards that a prefix of the short name would confuse."""
 SIZE = re.compile(r"(\d+(?:\.\d+)?)(?:g|gb|gib)")
 
 
 def device(text: str) -> Device:
-    """Return a device by its name, or a GPU of a size such as ``24GB``.
+    """Return a device by name, or a GPU of a memory size such as ``24GB``.
 
     Raises:
         UserError: the name is unknown.
@@ -156,7 +156,7 @@ def _letters(name: str) -> str:
 
 
 def this_machine() -> tuple[Device, int]:
-    """Return what this machine computes with, and how many: the GPUs that the driver tells, or the CPU."""
+    """Return this machine's GPU as `nvidia-smi` reports it, or its CPU, and the number of devices."""
     gpus = _driver_lists()
     if not gpus:
         return this_cpu(), 1
@@ -166,7 +166,7 @@ def this_machine() -> tuple[Device, int]:
 
 
 def _of_driver(name: str) -> Device:
-    """Return the card that the driver's name stands for, or one of unknown speed."""
+    """Return the spec that matches the driver's name, or one of unknown speed."""
     letters = _letters(name)
     special = [short for spoken, short in SPOKEN.items() if spoken in letters]
     usual = [short for short in GPUS if _letters(short.removesuffix("-80g").removesuffix("-16g")) in letters]
@@ -175,7 +175,7 @@ def _of_driver(name: str) -> Device:
 
 
 def _driver_lists() -> list[tuple[str, int]]:
-    """Return name and MiB of every GPU that ``nvidia-smi`` lists; none where it is not there or fails."""
+    """Return name and MiB of every GPU that ``nvidia-smi`` lists; empty if it is missing or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -183,12 +183,12 @@ def _driver_lists() -> list[tuple[str, int]]:
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     lines = [line.rsplit(",", 1) for line in ended.stdout.splitlines() if ended.returncode == 0]
     found = [(name.strip(), int(size)) for name, size in lines if size.strip().isdigit()]
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")  # nvidia-smi lists what CUDA hides
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")  # nvidia-smi ignores it, CUDA does not
     return found if seen is None else found[: len([one for one in seen.split(",") if one not in ("", "-1")])]
 
 
 def this_cpu() -> Device:
-    """Return the machine's CPU and its memory, as much of it as this process may use."""
+    """Return the spec of this machine's CPU: the cores and memory that this process may use."""
     flags = _cpu_flags()
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     wide = (
@@ -208,7 +208,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _machine_memory() -> int:
-    """Return the machine's memory in bytes, or what a container leaves of it."""
+    """Return the machine's memory in bytes, or the container's (cgroup) limit if that is lower."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else ""

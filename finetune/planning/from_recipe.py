@@ -1,4 +1,4 @@
-"""A recipe's words as the planner's: model, adapter and training, of any stage."""
+"""Planner inputs from a recipe's settings: architecture, adapter, and the step without its rows."""
 
 from typing import Any
 
@@ -12,17 +12,18 @@ from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettin
 
 ADAMIX_PASSES = 2
 SPECIAL_TOKENS = 3
-"""BOS, EOS and padding: what trainable_tokens trains where the recipe names none."""
+"""BOS, EOS and padding: the tokens that trainable_tokens trains by default."""
 
 
 def architecture_of(model: ModelSettings) -> Architecture:
-    """Return the base's architecture with the context that the recipe asks for.
+    """Return the base's architecture, with the context length of the recipe's RoPE scaling.
 
     Raises:
-        UserError: there is no such base, or its shape is not known.
+        UserError: an unknown base.
     """
     config = base_config(model.base, model.revision)
     if model.rope is not None:
+        # Multimodal configs nest the decoder's.
         text = config.get("text_config", config)
         longer = {**text, "max_position_embeddings": round(_context(text) * model.rope.factor)}
         config = {**config, "text_config": longer} if "text_config" in config else longer
@@ -34,7 +35,7 @@ def _context(text: dict[str, Any]) -> int:
 
 
 def adapter_of(settings: AdapterSettings) -> Adapter:
-    """Return those of an adapter's settings that its memory depends on."""
+    """Return the adapter settings that memory depends on."""
     values = settings.model_dump()
     target = values.get("target", "all-linear")
     tokens = values.get("tokens")
@@ -44,6 +45,7 @@ def adapter_of(settings: AdapterSettings) -> Adapter:
         rank=_rank(values),
         targets=() if isinstance(target, str) else tuple(target),
         dropout=values.get("dropout", 0.0) > 0,
+        # Positions include the frozen prompts of earlier tasks (progressive_prompt).
         virtual_tokens=max(own, settings.positions),
         frozen_tokens=max(0, settings.positions - own),
         width=values.get("width", values.get("encoder_width", 0)),
@@ -59,18 +61,19 @@ def adapter_of(settings: AdapterSettings) -> Adapter:
 
 
 def _rank(values: dict[str, Any]) -> int:
-    """Return the rank that memory is needed for: AdaLoRA starts with half as much again."""
+    """Return the rank that memory is needed for: AdaLoRA starts at 1.5 times the final rank."""
     rank = int(values.get("rank", 0))
     if values["method"] == "adalora":
+        # It starts with more ranks than it ends with, and the largest count needs the memory.
         return int(values["first_rank"] or -(-3 * rank // 2))
     return rank
 
 
 def model_choices(settings: StageSettings, hardware: Hardware) -> dict[str, choices.Choice]:
-    """Return precision and quantization of a recipe on some hardware, each with its reason.
+    """Return a recipe's precision and quantization on some hardware, each with its reason.
 
     Raises:
-        UserError: the precision is not for this hardware.
+        UserError: the hardware does not support the precision.
     """
     model, possible = settings.model, adapter_traits(settings.adapter.method).quantization
     return {
@@ -87,20 +90,20 @@ def step_of(
     quantization: str,
     device: str,
 ) -> Workload:
-    """Return what a recipe says of an optimizer step but for its rows: those the stage adds.
+    """Return a recipe's workload without its rows, which the stage adds.
 
     Args:
         settings: the recipe's sections.
         architecture: of its base.
-        precision: as chosen.
-        quantization: as chosen.
+        precision: as resolved.
+        quantization: as resolved.
         device: ``cuda`` or ``cpu``.
     """
     attention = settings.model.attention
     return Workload(
         architecture=architecture,
         adapter=adapter_of(settings.adapter),
-        precision=precision,  # type: ignore[arg-type]  # the recipe's words are the planner's
+        precision=precision,  # type: ignore[arg-type]  # the settings have the same Literal values
         quantization=quantization,  # type: ignore[arg-type]
         optimizer=settings.train.optimizer,
         checkpointing=settings.train.gradient_checkpointing,

@@ -1,4 +1,4 @@
-"""What this machine computes with."""
+"""Detect this process's GPU or CPU, its bfloat16 support and peak memory; torch is imported late."""
 
 import platform
 import resource
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """The device that a process uses.
+    """The device of a process.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        name: what the maker calls it.
-        bfloat16: whether it computes in bfloat16 rather than imitating it.
-        count: how many of them this machine has; the CPU is one.
+        name: the vendor's name for it.
+        bfloat16: whether it has native bfloat16 arithmetic (emulation does not count).
+        count: number of such devices in this machine; 1 for the CPU.
     """
 
     device: str
@@ -23,7 +23,7 @@ class Hardware:
 
 
 def detect() -> Hardware:
-    """Return the first GPU, or the CPU."""
+    """Return the first GPU, or the CPU if there is none."""
     import torch
 
     if torch.cuda.is_available():
@@ -40,10 +40,10 @@ def detect() -> Hardware:
 
 
 def peak_memory_bytes(hardware: Hardware) -> int:
-    """Return the most memory held so far: allocated on the GPU, or resident in the process on the CPU."""
+    """Return the peak memory in bytes: allocated on the GPU, or the process's resident set on the CPU."""
     if hardware.device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+    return peak if platform.system() == "Darwin" else peak * 1024  # macOS reports bytes, Linux KiB

@@ -1,6 +1,6 @@
-"""The compatibility matrix as tables: every cell judged, equal rows told once, and the page made of them.
+"""COMPATIBILITY.md: every cell of the compatibility matrix checked, rows with equal verdicts merged.
 
-``python -m finetune.planning.matrix`` prints COMPATIBILITY.md.
+``python -m finetune.planning.compatibility_page`` prints it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,26 +24,27 @@ from finetune.recipe.recipe import adapter_settings, stage_settings
 DEVICES = ("cpu", "cuda")
 YES, NO = "yes", "no"
 HEAD = """\
-# What goes together
+# Compatibility of adapters, quantization, strategies and engines
 
-Made from `finetune/planning/compatibility.py` by `python -m finetune.planning.matrix`. For one stage:
-`llm-align plan --matrix`. Every run is judged so before anything is loaded: what nobody asked for is changed
-where that helps, with a note; other things that do not go together end with exit status 2 and the repair.
+Generated from `finetune/planning/compatibility.py` by `python -m finetune.planning.compatibility_page`. For
+one stage: `llm-align plan --compatibility`. Every run is checked before anything is loaded: values that
+nobody set are changed where that helps, with a note; other incompatible settings end with exit status 2 and
+a repair.
 
-`yes`: works. `zero3 [fsdp2-quantized]`: works with this value in its place, because of the rule of that name
-below. `no [...]`: cannot. Several processes everywhere but under `single`.
+`yes`: works. `zero3 [fsdp2-quantized]`: works with this value instead, because of the rule of that name
+below. `no [...]`: incompatible. All columns but `single` are for several processes.
 """
 EVIDENCE = {
-    "run": "tried here",
+    "run": "tested here",
     "source": "read in the library's source",
-    "thread": "reported by its users",
-    "ours": "how this program is built",
+    "thread": "reported by users",
+    "ours": "by design",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Cells of one line, with what they have in common: (adapter, quantization) pairs, or one value."""
+    """Cells of one table row and their common label: (adapter, quantization) pairs, or one value."""
 
     names: tuple[str, ...]
     cells: tuple[Combination, ...]
@@ -51,12 +52,12 @@ class Row:
 
 
 def engine_of(stage: str) -> str:
-    """Return the engine that a stage uses unless it is told another."""
+    """Return a stage's default engine."""
     return stage_settings(stage)().train.engine
 
 
 def cells(stage: str, device: str) -> Iterator[Combination]:
-    """Yield every adapter x quantization that it takes x strategy, on two processes or more."""
+    """Yield every adapter x supported quantization x strategy, on two processes or more."""
     start = Combination(stage=stage, device=device, engine=engine_of(stage))
     for method in plugin_names(ADAPTERS):
         twice = wants_two_passes(adapter_settings(method)())
@@ -71,7 +72,7 @@ def across(base: Combination) -> tuple[Combination, ...]:
 
 
 def adapter_rows(stage: str, device: str) -> list[Row]:
-    """Return the table of a stage: a row for all adapters and quantizations of equal verdicts."""
+    """Return a stage's table: adapters and quantizations with equal verdicts share a row."""
     found = list(cells(stage, device))
     lines = [found[start : start + len(STRATEGIES)] for start in range(0, len(found), len(STRATEGIES))]
     return _merged((f"{line[0].adapter} {line[0].quantization}", tuple(line)) for line in lines)
@@ -84,7 +85,7 @@ def optimizer_rows(device: str) -> list[Row]:
 
 
 def offload_rows(device: str) -> list[Row]:
-    """Return the table of places to offload to."""
+    """Return the table of offload targets."""
     start = Combination(device=device)
     return _merged((name, across(replace(start, offload=name))) for name in OFFLOADS)
 
@@ -96,7 +97,7 @@ def engine_rows(device: str) -> list[Row]:
 
 
 def cell_text(verdict: Verdict) -> str:
-    """Return a verdict as it stands in a table: yes, the values that make it work, or no."""
+    """Return a verdict as a table cell: yes, the values that make it work, or no."""
     if verdict.kind == "works":
         return YES
     names = ", ".join(dict.fromkeys(rule.name for rule in verdict.rules))
@@ -108,7 +109,7 @@ def cell_text(verdict: Verdict) -> str:
 
 
 def rules_in(rows: Iterable[Row]) -> list[Rule]:
-    """Return the rules that a table's cells name, in their order."""
+    """Return the rules that a table's cells name, in order."""
     hit = {rule.name for row in rows for verdict in row.verdicts for rule in verdict.rules}
     return [rule for rule in RULES if rule.name in hit]
 
@@ -119,7 +120,7 @@ def page() -> str:
     for device in DEVICES:
         parts.append(f"## On {'CPUs' if device == 'cpu' else 'GPUs'}\n")
         for stages, rows in _by_table(device):
-            parts.append(f"### {', '.join(stages)}\n\n{_table('adapter and base', rows)}")
+            parts.append(f"### {', '.join(stages)}\n\n{_table('quantization: adapters', rows)}")
         for title, rows in (
             ("optimizer", optimizer_rows(device)),
             ("train.offload", offload_rows(device)),
@@ -135,15 +136,17 @@ def _by_table(device: str) -> Iterator[tuple[list[str], list[Row]]]:
     tables: dict[str, tuple[list[str], list[Row]]] = {}
     for stage in stage_names():
         rows = adapter_rows(stage, device)
+        # Stages share a table if it renders to the same text.
         tables.setdefault(_table("", rows), ([], rows))[0].append(stage)
     yield from tables.values()
 
 
 def _merged(lines: Iterable[tuple[str, tuple[Combination, ...]]]) -> list[Row]:
-    """Return rows, those of equal verdicts as one."""
+    """Return rows, merging those with equal verdicts."""
     rows: dict[tuple[str, ...], list[tuple[str, tuple[Combination, ...], tuple[Verdict, ...]]]] = {}
     for name, line in lines:
         verdicts = tuple(judge(cell) for cell in line)
+        # Verdicts with the same text are equal for a reader, so their rows are merged.
         rows.setdefault(tuple(map(cell_text, verdicts)), []).append((name, line, verdicts))
     return [
         Row(
@@ -156,7 +159,7 @@ def _merged(lines: Iterable[tuple[str, tuple[Combination, ...]]]) -> list[Row]:
 
 
 def row_name(names: tuple[str, ...]) -> str:
-    """Return what a row is called.
+    """Return a row's label.
 
     >>> row_name(("dora none", "dora nf4", "lora none", "lora nf4", "full none"))
     'none/nf4: dora, lora; none: full'
@@ -181,7 +184,7 @@ def _table(title: str, rows: list[Row]) -> str:
 
 
 def rule_line(rule: Rule) -> str:
-    """Return a rule in a line: why, how it was found out, and who says so."""
+    """Return a rule as a Markdown list item: reason, evidence, source."""
     return f"* **{rule.name}**: {rule.reason}. ({EVIDENCE[rule.evidence]}: {rule.source})"
 
 

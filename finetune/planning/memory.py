@@ -1,4 +1,4 @@
-"""The most memory that each phase of a run holds, in bytes, from shapes alone."""
+"""Peak memory of each phase of a run: load, rollout, forward and backward, optimizer step, merge, save."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,19 +20,19 @@ PARTS = (
     "workspace",
 )
 SHARD = 5 * 10**9
-"""Bytes of a file of weights at most, as transformers writes them; one is read back at a time."""
+"""Maximum bytes of one safetensors file, as transformers writes them; loading reads one at a time."""
 CONTEXT = 512
-"""Plans that are remembered: a search asks for the same pass many times."""
+"""Size of the LRU cache of simulated passes: a search repeats the same pass many times."""
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What one process holds at the fullest moment of a phase.
+    """Memory of one process at the peak of a phase.
 
     Attributes:
         name: load, rollout, score, forward and backward, optimizer step, merge, save.
-        parts: bytes on the device, by what they are for (``PARTS``).
-        host: bytes in the memory of the machine, beside what the program itself takes.
+        categories: device bytes by category (``CATEGORIES``).
+        host: bytes of host memory, not counting the Python process itself.
     """
 
     name: str
@@ -41,20 +41,19 @@ class Phase:
 
     @property
     def total(self) -> int:
-        """Return the bytes on the device."""
         return sum(self.parts.values())
 
 
 def plan_memory(workload: Workload) -> tuple[Phase, ...]:
-    """Return the phases of a run in their order, as far as it has them.
+    """Return the phases of a run in order.
 
-    Tensors alone are counted: what a device's own context takes, and the gaps that its allocator leaves, come
-    on top.
+    Only tensors are counted: the CUDA context and the fragmentation of the allocator are not included.
 
     Raises:
-        UserError: an adapter whose size is not known here.
+        UserError: the adapter's size is unknown.
     """
     held = resident(workload)
+    # There is no optimizer state before the first step.
     phases = [Phase("load", _parts(replace(held, optimizer=0, base=_loaded(workload, held))), held.host)]
     own = {"base": held.base, "adapter": held.adapter, "optimizer": held.optimizer}
     shared = gathered(workload)
@@ -63,27 +62,32 @@ def plan_memory(workload: Workload) -> tuple[Phase, ...]:
     if workload.objective == "ppo" or workload.live_reference:
         phases.append(_with("score", own, _read(_plain(workload)), workspace=shared, host=held.host))
     step = dict(_played(_plain(workload)))
+    # The first micro-batch has no gradient to accumulate into, the later ones do.
     if workload.accumulated > 1:
-        step["gradients"] = held.gradients + step.get("gradients", 0)  # one more for a moment
+        # The accumulated and the new gradient exist at once.
+        step["gradients"] = held.gradients + step.get("gradients", 0)
+    # DDP's reducer copies gradients into buckets, which stay allocated.
     buckets = held.gradients if workload.strategy == "ddp" else 0
     phases.append(_with("forward and backward", own, step, workspace=shared + buckets, host=held.host))
     taken = {"gradients": held.gradients, "workspace": held.step_workspace}
     phases.append(_with("optimizer step", own, taken, workspace=buckets, host=held.host))
     if not workload.adapter.whole_model:
         phases.append(Phase("merge", _merge(workload, held), held.host))
+    # Weights are copied to host memory to be written: one shard of a model, or the full adapter.
     written = min(SHARD, held.base) if workload.adapter.whole_model else held.adapter
     return (*phases, Phase("save", _parts(held), held.host + written))
 
 
 def peak(phases: Iterable[Phase]) -> Phase:
-    """Return the fullest phase."""
+    """Return the phase with the highest peak."""
     return max(phases, key=lambda phase: phase.total)
 
 
 def _loaded(workload: Workload, held: Resident) -> int:
-    """Return the weights that a process has loaded, before quantized ones are parted.
+    """Return the bytes of base weights during loading, before quantized ones are sharded.
 
-    transformers 5.23 loads in parts what is not quantized; of 4-bit weights each process has all at first.
+    transformers 5.23 shards unquantized weights while it loads them; 4-bit weights are first loaded by every
+    process in full.
     """
     if workload.quantization == "none" or workload.strategy not in PARTED_WEIGHTS:
         return held.base
@@ -101,7 +105,7 @@ def _with(name: str, own: Mapping[str, int], added: Mapping[str, int], *, worksp
 
 
 def _plain(workload: Workload) -> Workload:
-    """Return the part of a workload that one forward and backward pass depends on."""
+    """Return the workload reduced to what one forward and backward pass depends on, as a cache key."""
     return replace(
         workload,
         optimizer="adamw",
@@ -110,6 +114,8 @@ def _plain(workload: Workload) -> Workload:
         scorers=0,
         rollout=None,
         processes=workload.processes if workload.strategy in PARTED_GRADIENTS else 1,
+        # A pass depends on the strategy only by the sharding of its gradients, so equal passes share a cache
+        # entry.
         strategy="zero2" if workload.strategy in PARTED_GRADIENTS else "single",
         offload="none",
     )
@@ -126,7 +132,7 @@ def _read(workload: Workload) -> Mapping[str, int]:
 
 
 def _rollout(workload: Workload) -> Mapping[str, int]:
-    """Return the fuller one of reading the prompts, and of writing the last token."""
+    """Return the larger of the prompts' prefill and the decoding of the last token."""
     asked = workload.rollout
     assert asked is not None
     prompts = replace(
@@ -143,7 +149,8 @@ def _rollout(workload: Workload) -> Mapping[str, int]:
 
 
 def _merge(workload: Workload, held: Resident) -> dict[str, int]:
-    """Return what a merge holds: base, adapter, and the largest product of an adapter in float32."""
+    """Return the memory of a merge: base, adapter, and the largest adapter product in float32."""
     largest = max(layer.inputs * layer.outputs for layer in workload.architecture.linear_layers())
+    # A merge loads the base unquantized, in the compute dtype.
     base = workload.architecture.parameters * workload.bytes
     return dict.fromkeys(PARTS, 0) | {"base": base, "adapter": held.adapter, "workspace": 2 * 4 * largest}

@@ -1,4 +1,7 @@
-"""Published figures beside the plan; ``python -m finetune.planning.published`` prints PUBLISHED.md."""
+"""PUBLISHED.md: published memory figures next to the plan.
+
+``python -m finetune.planning.published_memory`` prints it.
+"""
 
 from dataclasses import dataclass
 
@@ -14,14 +17,14 @@ LITGPT = "litgpt, tutorials/resource-tables.md (A100-40G, PyTorch 2.1)"
 TORCHTUNE = "torchtune, README.md, September 2024 (PyTorch 2.4, compiled)"
 QLORA = "QLoRA (arXiv 2305.14314), abstract and section 5"
 ANSWER = "answer.ai/posts/2024-03-06-fsdp-qlora"
-ZERO = "ZeRO (arXiv 1910.02054), section 3.1: 16 bytes a parameter over all devices"
+ZERO = "ZeRO (arXiv 1910.02054), section 3.1: 16 bytes per parameter over all devices"
 
 LLAMA_65B = {
     **{"model_type": "llama", "vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 22016},
     **{"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 64},
     **{"max_position_embeddings": 2048, "tie_word_embeddings": False},
 }
-"""LLaMA-65B, which has left the hub: 65,285,660,672 parameters."""
+"""LLaMA-65B, which is no longer on the hub: 65,285,660,672 parameters."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,15 @@ class Case:
     """A published figure and the workload with the same settings.
 
     Attributes:
-        what: model and method.
+        title: model and method.
         settings: in words.
-        step: the same in the planner's.
+        workload: the same for the planner.
         source: who published it.
-        figure: bytes; None: none was published, or only where it fits.
-        told: the figure as it was published.
-        room: bytes of the device that it is said to fit; 0: none is named.
-        why: what the difference is made of.
-        another_way: whether our libraries cannot go theirs.
+        published_bytes: None: no figure was published, or only that it fits.
+        published_text: the figure as it was published.
+        available_bytes: memory of the GPU that it is said to fit; 0: none is named.
+        explanation: where the difference comes from.
+        different_loader: whether our libraries cannot load the model the way theirs do.
     """
 
     what: str
@@ -52,7 +55,8 @@ class Case:
 
     @property
     def peak(self) -> Phase:
-        """Return the fullest phase of the run."""
+        """Return the run's phase with the highest peak."""
+        # A merge is a command of its own; published figures are those of training.
         return peak(phase for phase in plan_memory(self.step) if phase.name != MERGE)
 
 
@@ -75,7 +79,7 @@ def _litgpt(base: str, *, quantization: str = "none", rows: int = 1) -> Workload
 
 
 def _torchtune(base: str, *, quantization: str = "none", processes: int = 1) -> Workload:
-    """Return torchtune's settings: rank 8, two packed rows of 2,048 tokens, checkpointing."""
+    """Return torchtune's settings: rank 8, two packed rows of 2,048 tokens, gradient checkpointing."""
     return Workload(
         _base(base),
         Adapter("lora", rank=8, targets=("q_proj", "v_proj", "o_proj")),
@@ -139,15 +143,15 @@ def _ppo(base: str, quantization: str) -> Workload:
 
 
 COMPUTED = (
-    "their adapter and AdamW are bfloat16, ours float32; their loss has the logits in chunks of 128 tokens"
+    "their adapter and AdamW are bfloat16, ours float32; their loss takes the logits in chunks of 128 tokens"
 )
 STORED = (
-    "NF4 takes {less} GB off the weights by arithmetic, and {told} off their figure: what holds the rest "
-    "there is not known to us"
+    "by arithmetic NF4 saves {less} GB of weights; their figure is lower by {told}: we do not know what uses "
+    "the rest"
 )
 COMPILED = (
-    "the base alone has {base} GiB and the checkpoints {kept}: their compiled loss in chunks hardly adds to "
-    "it, while ours holds the logits of a pass (128,256 words) in float32"
+    "the base alone has {base} GiB and the checkpoints {kept}: their compiled chunked loss adds little, "
+    "while ours holds the logits of a micro-batch (vocabulary of 128,256) in float32"
 )
 
 CASES = (
@@ -227,7 +231,7 @@ CASES = (
         _torchtune("llama-3.1-70b", processes=8),
         TORCHTUNE,
         27.6 * GIB,
-        "27.6 GiB a GPU",
+        "27.6 GiB per GPU",
         0,
         COMPILED.format(base="16.4", kept="5.0"),
     ),
@@ -239,7 +243,7 @@ CASES = (
         None,
         "fits one GPU of 48 GB",
         GPUS["a6000"].room,
-        "the paper names no peak, only that it stays below 48 GB",
+        "the paper gives no peak, only that it is below 48 GB",
     ),
     Case(
         "llama-2-70b, QLoRA",
@@ -259,11 +263,11 @@ CASES = (
         None,
         "trains on two GPUs of 24 GB",
         device("24GB").room,
-        "their loader gives each card its part; transformers loads all 4-bit weights in each process first",
+        "their loader gives each GPU its shard; transformers first loads all 4-bit weights in each process",
         another_way=True,
     ),
     Case(
-        "llama-2-7b, full tuning",
+        "llama-2-7b, full fine-tuning",
         "ZeRO-3 on 8 GPUs of 80 GB, 4 rows of 2,048 tokens, checkpointing, AdamW",
         _full("llama-2-7b", rows=4, columns=2048),
         ZERO,
@@ -273,7 +277,7 @@ CASES = (
         "autocast's bfloat16 copies of all weights, activations, logits and gathered layers are the rest",
     ),
     Case(
-        "llama-2-13b, full tuning",
+        "llama-2-13b, full fine-tuning",
         "the same",
         _full("llama-2-13b", rows=4, columns=2048),
         ZERO,
@@ -283,7 +287,7 @@ CASES = (
         "autocast's bfloat16 copies of all weights, activations, logits and gathered layers are the rest",
     ),
     Case(
-        "llama-2-70b, full tuning",
+        "llama-2-70b, full fine-tuning",
         "the same",
         _full("llama-2-70b", rows=4, columns=2048),
         ZERO,
@@ -315,14 +319,14 @@ CASES = (
 )
 
 HEAD = """\
-# Published figures beside the plan
+# Published memory figures and the plan
 
-Made from `finetune/planning/published.py` by `python -m finetune.planning.published`; a test holds this page
-to it. The plan is what PyTorch's allocator hands out in our program with these settings; CUDA itself takes
-about {context} beside it. GB are 10^9 bytes and GiB 2^30, as each source has them. "Fits" compares with the
-memory that such a card leaves (`finetune/planning/devices.py`).
+Generated from `finetune/planning/published_memory.py` by `python -m finetune.planning.published_memory`; a
+test compares them. The plan counts what PyTorch's allocator hands out in our program with these settings; the
+CUDA context takes about {context} on top. GB are 10^9 bytes and GiB 2^30, as in each source. "Fits" compares
+with the free memory of such a GPU (`finetune/planning/devices.py`).
 
-| what | settings | published | plan | plan / published | fits | where the difference comes from |
+| model and method | settings | published | plan | plan / published | fits | where the difference comes from |
 | --- | --- | --- | --- | --- | --- | --- |
 """
 
@@ -337,6 +341,7 @@ def page() -> str:
 
 def _line(case: Case) -> str:
     total, unit, name = case.peak.total, GIB, "GiB"
+    # Each plan is printed in the unit of its source.
     if "GB" in case.told:
         unit, name = GB, "GB"
     ratio = "" if case.figure is None else f"{total / case.figure:.2f}"

@@ -1,4 +1,4 @@
-"""What lies in memory from the first step to the last: weights, gradients, the optimizer's states."""
+"""Static memory of a run: weights, gradients and optimizer states, quantized (NF4, int8) and sharded."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -17,24 +17,24 @@ from finetune.planning.workload import (
 )
 
 NF4_BLOCK, NF4_SCALES = 64, 256
-"""Weights that share a scale, and scales that share one themselves (arXiv 2305.14314, section 3)."""
+"""Weights per scale, and scales per second-level scale (arXiv 2305.14314, section 3)."""
 NF4_TABLES = 4 * (16 + 256) + 4
 """The 16 values of the code, the 256 of the scales' code, and the scales' mean: float32."""
 ADAM_8BIT_BLOCK, ADAM_8BIT_LEAST = 256, 4096
-"""bitsandbytes: numbers that share a scale; smaller tensors keep float32 states."""
+"""bitsandbytes: elements per scale; smaller tensors have float32 states."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """Bytes that a process holds.
+    """Bytes that a process holds throughout a run.
 
     Attributes:
-        base: frozen weights, or the whole model where it is trained.
-        adapter: what is trained beside them, and what stands frozen beside it.
-        gradients: of all that is trained.
+        base: frozen weights, or the full model where it is trained.
+        adapter: trained weights next to the base, and frozen weights that the adapter adds.
+        gradients: of all trained weights.
         optimizer: states.
-        step_workspace: what a step of the optimizer takes for its own.
-        host: in the machine's memory.
+        step_workspace: temporaries of an optimizer step.
+        host: in host memory.
     """
 
     base: int
@@ -46,23 +46,27 @@ class Resident:
 
 
 def resident(workload: Workload) -> Resident:
-    """Return what a process holds, with what the strategy partitions divided by the processes.
+    """Return the static memory of a process, with what the strategy shards divided by the process count.
 
-    A reference and PPO keep a copy of what is trained as it was at the start (StartingPolicy).
+    The reference policy and PPO hold a copy of the trained weights' initial values (StartingPolicy).
 
-    ZeRO-1 partitions the optimizer's states, ZeRO-2 the gradients too, ZeRO-3 and FSDP2 the weights too
+    ZeRO-1 shards the optimizer states, ZeRO-2 the gradients too, ZeRO-3 and FSDP2 the weights too
     (Rajbhandari et al. 2019, arXiv 1910.02054, section 5).
     """
     model, adapter = workload.architecture, workload.adapter
     trained = trained_parameters(model, adapter, heads=0 if workload.objective == "ppo" else workload.heads)
     value = _value(workload)
+    # The reference log-probabilities are computed with the initial values of the trained weights.
     kept = trained if workload.objective == "ppo" or workload.live_reference else 0
     beside = 0 if adapter.whole_model else 4 * trained
     own = beside + 4 * (value + kept) + _frozen_beside(workload) + workload.scorers * beside
+    # Under full tuning the value model cannot share the policy's base.
     whole = adapter.whole_model and workload.objective == "ppo"
     states = optimizer_bytes(workload, trained + value)
     shared = _shares(workload)
+    # Paged and offloaded optimizer states are in host memory.
     host = states if workload.optimizer == "paged_adamw" or workload.offload != "none" else 0
+    # The foreach implementation, the default on CUDA, allocates one temporary of all parameters' size.
     foreach = 4 * (trained + value) if workload.device == "cuda" and not host else 0
     return Resident(
         base=ceil((2 if whole else 1) * base_bytes(workload) / shared["weights"]),
@@ -75,13 +79,14 @@ def resident(workload: Workload) -> Resident:
 
 
 def gathered(workload: Workload) -> int:
-    """Return the weights that are whole for a moment where they are partitioned: a layer and the next one.
+    """Return the bytes of all-gathered weights (ZeRO-3, FSDP2): the current layer and the prefetched one.
 
-    They travel as they are stored: quantized ones so, trained ones in float32.
+    They are gathered in their stored format: quantized weights quantized, trained ones in float32.
     """
     if workload.strategy not in PARTED_WEIGHTS or workload.processes == 1:
         return 0
     model, stored = workload.architecture, workload.quantization
+    # Decoder layers alone: the vision tower does not run on text.
     inside = [one for one in model.linear_layers() if one.count == model.layers]
     layer = sum(quantized_bytes(one, stored, workload) for one in inside)
     wider = 4 // workload.bytes if workload.adapter.whole_model else 1
@@ -89,7 +94,7 @@ def gathered(workload: Workload) -> int:
 
 
 def _value(workload: Workload) -> int:
-    """Return the trained parameters of PPO's value: an adapter as the policy's, or LoRA, and a score."""
+    """Return PPO's trained value parameters: an adapter like the policy's, or LoRA, and a score head."""
     if workload.objective != "ppo":
         return 0
     fresh = Adapter() if workload.adapter.whole_model else workload.adapter
@@ -97,7 +102,7 @@ def _value(workload: Workload) -> int:
 
 
 def _frozen_beside(workload: Workload) -> int:
-    """Return what stands frozen beside trained weights: VeRA's two matrices, prompts of earlier tasks."""
+    """Return the bytes of frozen adapter weights: VeRA's two matrices, prompts of earlier tasks."""
     adapter = workload.adapter
     if adapter.method == "vera":
         sizes = targets(workload.architecture, adapter)
@@ -107,11 +112,12 @@ def _frozen_beside(workload: Workload) -> int:
 
 
 def base_bytes(workload: Workload) -> int:
-    """Return the bytes of the base: quantized linear layers, and the rest in the precision of its passes.
+    """Return the bytes of the base: quantized linear layers, and the rest in the compute dtype.
 
-    Trained weights stay in float32 (mixed precision). A model that scores has no output embeddings.
+    Trained weights stay in float32 (mixed precision). A model with a score head has no output embeddings.
     """
     architecture = workload.architecture
+    # AutoModelForSequenceClassification drops an untied output head.
     headless = workload.objective == "scores" and not architecture.tied
     parameters = architecture.parameters - (architecture.vocabulary * architecture.hidden if headless else 0)
     if workload.adapter.whole_model:
@@ -127,8 +133,8 @@ def base_bytes(workload: Workload) -> int:
 def quantized_bytes(layer: Linear, quantization: Quantization, workload: Workload) -> int:
     """Return the bytes of one weight (out, in).
 
-    NF4: two weights a byte, an 8-bit scale for each 64 of them, a float32 scale for each 256 scales, and the
-    tables. int8: a byte a weight, a float32 scale for each output.
+    NF4: two weights per byte, an 8-bit scale per 64 of them, a float32 scale per 256 scales, and the tables.
+    int8: one byte per weight, one float32 scale per output.
     """
     numbers = layer.inputs * layer.outputs
     if quantization == "nf4":
@@ -140,11 +146,11 @@ def quantized_bytes(layer: Linear, quantization: Quantization, workload: Workloa
 
 
 def optimizer_bytes(workload: Workload, trained: int) -> int:
-    """Return the states of an optimizer.
+    """Return the bytes of an optimizer's states.
 
-    AdamW: two float32 moments a number. 8-bit: two bytes and two float32 scales a block of 256 (Dettmers et
-    al. 2021, arXiv 2110.02861). Adafactor: a number for each row and each column of a matrix (Shazeer and
-    Stern 2018, arXiv 1804.04235).
+    AdamW: two float32 moments per element. 8-bit: two bytes per element and two float32 scales per block of
+    256 (Dettmers et al. 2021, arXiv 2110.02861). Adafactor: one value per row and per column of a matrix
+    (Shazeer and Stern 2018, arXiv 1804.04235).
     """
     if workload.optimizer == "adamw_8bit":
         return 2 * trained + 2 * 4 * ceil(trained / ADAM_8BIT_BLOCK)
@@ -165,7 +171,7 @@ def _factored(architecture: Architecture, workload: Workload, trained: int) -> i
 
 
 def _shares(workload: Workload) -> dict[str, int]:
-    """Return by how many processes weights, gradients and states are divided."""
+    """Return the number of shards of weights, gradients and optimizer states."""
     n, strategy = workload.processes, workload.strategy
     return {
         "weights": n if strategy in PARTED_WEIGHTS else 1,

@@ -1,4 +1,4 @@
-"""A base's config.json without a download: from our table, from a folder, or from the hub's cache."""
+"""A base model's config.json without a download: from our table, a folder, or the Hugging Face cache."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ ARCHITECTURES = PROJECT / "recipes" / "architectures.yaml"
 
 
 def base_config(base: str, revision: str | None = None) -> dict[str, Any]:
-    """Return what the config.json of a base says, of a known one by heart.
+    """Return a base model's config.json; known bases are in our table.
 
     Args:
         base: short name, hub id or folder.
         revision: branch, tag or commit of a hub model.
 
     Raises:
-        UserError: there is no such base, or its config.json is not on this machine.
+        UserError: the base does not exist, or its config.json is not on this machine.
     """
     found = resolve_base(base)
     if Path(found).is_dir():
@@ -39,7 +39,7 @@ def base_config(base: str, revision: str | None = None) -> dict[str, Any]:
 
 def _unknown(base: str, found: str, revision: str | None, known: int) -> Problem:
     at = f" at revision '{revision}'" if revision else ""
-    text = f"the shape of '{base}'{at} is not known here: its config.json is not on this machine"
+    text = f"'{base}'{at} is not a known base, and its config.json is not on this machine"
     expected = f"one of {known} short names (`llm-align list bases`), a folder, or a model in the hub's cache"
     option = f" --revision {revision}" if revision else ""
     return Problem("model.base", text, expected, f"hf download {found} config.json{option}   (no weights)")
@@ -51,5 +51,5 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(Problem("model.base", f"{file}: {error}", "the JSON of a config.json")) from error
     if not isinstance(content, dict):
-        raise UserError(Problem("model.base", f"{file} holds no object", "the JSON of a config.json"))
+        raise UserError(Problem("model.base", f"{file} is not a JSON object", "the JSON of a config.json"))
     return content

@@ -1,8 +1,8 @@
-"""Do these settings go together? Told before anything is loaded, from the facts in ``compatibility``.
+"""Compatibility solver: evaluates the rules of ``compatibility`` before anything is loaded.
 
-Quantization x adapter x strategy x offload x stage x engine x optimizer x hardware: ``judge`` says of a
-combination that it works, that it works when changed so, or that it cannot and why; ``settled`` makes the
-changes that contradict nobody's wish and refuses the others.
+Quantization x adapter x strategy x offload x stage x engine x optimizer x hardware: ``check`` returns whether
+a combination works, works with changed values, or cannot work; ``resolve`` applies the changes to values that
+nobody set and refuses the others.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ SOLVER = "solver"
 """The origin of a value that was changed here."""
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-"""In this order ``auto`` looks for one that works: the more a process holds a part of, the more it sends."""
+"""The order in which ``auto`` tries them: those that shard more communicate more."""
 QUANTIZATIONS = ("none", "nf4", "int8")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "adafactor")
 OFFLOADS = ("none", "cpu", "nvme")
@@ -36,26 +36,26 @@ KEYS = {
     "optimizer": "train.optimizer",
     "two_passes": "adapter.consistency",
 }
-"""The recipe's names of what a combination is made of; stage and hardware are not the recipe's to say."""
+"""Recipe keys of a combination's properties; stage and hardware are not set by the recipe."""
 
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """Settings that have to go together, and what they run on.
+    """Settings that must be compatible, and the device they run on.
 
     Attributes:
-        stage: what runs.
-        adapter: what is trained.
-        quantization: how the frozen base is stored; ``auto``: as the adapter asks.
-        precision: type of the forward pass; ``auto``: as the hardware computes.
-        strategy: what each process holds a part of.
-        processes: how many share the work.
-        offload: where ZeRO keeps what is not in use.
-        engine: whose trainer it is.
-        optimizer: its optimizer.
-        two_passes: whether the adapter wants each batch twice (AdaMix).
+        stage: the stage.
+        adapter: the adapter's method.
+        quantization: storage format of the frozen base; ``auto``: the adapter's default.
+        precision: dtype of the forward pass; ``auto``: the hardware's.
+        strategy: distributed strategy.
+        processes: their number.
+        offload: where ZeRO stores optimizer states and weights.
+        engine: native or trl.
+        optimizer: its name.
+        two_passes: whether the adapter needs two forward passes per batch (AdaMix).
         device: ``cpu`` or ``cuda``.
-        bfloat16: whether the device computes in bfloat16.
+        bfloat16: whether the device supports bfloat16 natively.
     """
 
     stage: str = "sft"
@@ -72,7 +72,7 @@ class Combination:
     bfloat16: bool = True
 
     def facts(self) -> dict[str, Fact]:
-        """Return what rules are about, by name: settings, and what the adapter declares of itself."""
+        """Return the properties that rules match on: settings, and the adapter's traits."""
         traits = adapter_traits(self.adapter)
         stored = traits.quantization[0] if self.quantization == "auto" else self.quantization
         return {
@@ -87,21 +87,21 @@ class Combination:
         }
 
     def changed(self, changes: Mapping[str, Any]) -> "Combination":
-        """Return the combination with other values of the recipe's keys."""
+        """Return the combination with other values of recipe keys."""
         names = {key: name for name, key in KEYS.items()}
         return replace(self, **{names[key]: value for key, value in changes.items()})
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What becomes of a combination.
+    """The solver's result for a combination.
 
     Attributes:
-        kind: works, works when changed, or cannot.
+        kind: works, changed (works with other values), or incompatible.
         changes: recipe key -> the value with which it works.
-        reason: why it is changed or cannot be.
+        reason: why it does not work as it is.
         repair: what the user can do.
-        rules: the rules that were hit, in order.
+        rules: the rules that applied, in order.
     """
 
     kind: Kind
@@ -111,11 +111,11 @@ class Verdict:
     rules: tuple[Rule, ...] = ()
 
     def says(self) -> str:
-        """Return it in a line."""
+        """Return the verdict as one line."""
         if self.kind == "works":
             return "works"
         if self.kind == "cannot":
-            return f"cannot: {self.reason}"
+            return f"incompatible: {self.reason}"
         return f"works with {settings_text(self.changes)}: {self.reason}"
 
 
@@ -123,10 +123,11 @@ WORKS = Verdict("works")
 
 
 def judge(combination: Combination) -> Verdict:
-    """Return whether settings go together, and with which other values they would.
+    """Return whether a combination works, or with which other values it would.
 
-    The first rule that is hit is applied, and what it makes of the combination is judged again: a change may
-    need another one. Where nothing is changed, or a change is taken back, it cannot be.
+    The first rule that applies changes the combination, which is checked again, since a change may need
+    another one. A rule without changes, or changes that lead back to a combination seen before, make it
+    incompatible.
     """
     hit: list[Rule] = []
     changes: dict[str, Any] = {}
@@ -135,35 +136,37 @@ def judge(combination: Combination) -> Verdict:
         hit.append(rule)
         changes |= rule.changes
         combination = combination.changed(rule.changes)
-        if combination in seen:
+        if combination in seen:  # a rule without changes, or two rules that undo each other
             return Verdict("cannot", {}, _reasons(hit), hit[-1].repair or hit[0].repair, tuple(hit))
         seen.add(combination)
     if not hit:
         return WORKS
+    # A rule's repair text describes its change alone; a chain of changes is listed as overrides.
     alone = hit[0].repair if len(hit) == 1 else ""
     return Verdict("changed", changes, _reasons(hit), alone or settings_text(changes), tuple(hit))
 
 
 def first_hit(combination: Combination) -> Rule | None:
-    """Return the first rule that a combination breaks."""
+    """Return the first rule that applies to a combination."""
     facts = combination.facts()
     return next((rule for rule in RULES if rule.hits(facts)), None)
 
 
 def strategy(combination: Combination) -> str:
-    """Return what ``train.strategy: auto`` means: the first strategy that works as it is.
+    """Return the meaning of ``train.strategy: auto``: the first strategy that works without changes.
 
     Args:
-        combination: its strategy is not looked at.
+        combination: its own strategy is ignored.
     """
     if combination.processes == 1:
         return STRATEGIES[0]
     each = (replace(combination, strategy=name) for name in STRATEGIES[1:])
+    # Where none works as it is, ddp is checked, and the user reads why it does not.
     return next((one.strategy for one in each if first_hit(one) is None), STRATEGIES[1])
 
 
 def settings_text(changes: Mapping[str, Any]) -> str:
-    """Return settings as they are typed on the command line."""
+    """Return settings as command-line overrides."""
     return " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
 
 
@@ -173,7 +176,7 @@ def _reasons(rules: list[Rule]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a run is started on: the device, whether it computes in bfloat16, how many processes share it."""
+    """Where a run is launched: the device, its bfloat16 support, the number of processes."""
 
     device: str
     bfloat16: bool
@@ -181,13 +184,13 @@ class Machine:
 
 
 def settled(recipe: Recipe, machine: Machine) -> Recipe:
-    """Return the recipe with settings that go together here; each change has a note and the origin `solver`.
+    """Return the recipe with compatible settings; each change has a note and the origin `solver`.
 
-    What nobody asked for is changed where that helps; ``train.strategy: auto`` becomes the first strategy
-    that works. What the recipe or the user asks for is theirs to change.
+    Values that nobody set are changed where that helps; ``train.strategy: auto`` becomes the first strategy
+    that works. Values that the recipe or the user set are never changed.
 
     Raises:
-        UserError: what is asked for does not go together.
+        UserError: the settings are incompatible.
     """
     combination = combination_of(recipe, machine)
     if recipe.settings.train.strategy == "auto":
@@ -196,6 +199,7 @@ def settled(recipe: Recipe, machine: Machine) -> Recipe:
     free = {key for key in KEYS.values() if _free(recipe, key)}
     if verdict.kind == "cannot" or not verdict.changes.keys() <= free:
         raise UserError(problem(combination, verdict).placed(recipe.origins))
+    # A note only where auto chose another strategy than the plain one, with the reason against that.
     plain = STRATEGIES[combination.processes > 1]
     if combination.strategy != plain and recipe.settings.train.strategy == "auto":
         why = judge(replace(combination, strategy=plain)).reason
@@ -204,7 +208,7 @@ def settled(recipe: Recipe, machine: Machine) -> Recipe:
 
 
 def combination_of(recipe: Recipe, machine: Machine) -> Combination:
-    """Return what of a recipe has to go together on a machine."""
+    """Return the combination of a recipe on a launch target."""
     settings = recipe.settings
     return Combination(
         stage=recipe.stage,
@@ -223,21 +227,22 @@ def combination_of(recipe: Recipe, machine: Machine) -> Combination:
 
 
 def wants_two_passes(adapter: AdapterSettings) -> bool:
-    """Tell whether an adapter's settings ask for each batch twice."""
+    """Return whether an adapter's settings need two forward passes per batch."""
     return bool(adapter.model_dump().get("consistency", False))
 
 
 def problem(combination: Combination, verdict: Verdict) -> Problem:
-    """Return a verdict as the message that the user reads."""
+    """Return a verdict as the user's error message."""
     rule = verdict.rules[0]
+    # The error is reported at the rule's first property that is a recipe key.
     where = next((name for name in rule.when if name in KEYS), "adapter")
     others = dict.fromkeys(_told(name, combination) for name in rule.when if name != where)
     found = f"{str(combination.facts()[where]).lower()}, with {', '.join(others)}"
-    return Problem(KEYS[where], found, f"settings that go together: {verdict.reason}", verdict.repair)
+    return Problem(KEYS[where], found, f"compatible settings: {verdict.reason}", verdict.repair)
 
 
 def _told(name: str, combination: Combination) -> str:
-    """Return a fact of a combination in the words of a recipe."""
+    """Return a property of a combination as recipe text."""
     if name == "device":
         return "the CPU" if combination.device == "cpu" else "a GPU"
     if name == "processes":
@@ -250,14 +255,15 @@ def _told(name: str, combination: Combination) -> str:
     return {
         "adapter_takes_it": f"model.quantization={combination.quantization}",
         "adapter_has_engine": f"train.engine={combination.engine}",
-        "bfloat16": "no bfloat16",
+        "bfloat16": "no native bfloat16",
     }.get(name, f"adapter.method={combination.adapter}")
 
 
 def _free(recipe: Recipe, key: str) -> bool:
-    """Tell whether nobody has said what a setting is to be."""
+    """Return whether nobody set a value, so that the solver may change it."""
     section, name = key.split(".")
     value = recipe.settings.model_dump()[section].get(name)
+    # The solver's own changes may change again, so that resolving a resolved recipe is a no-op.
     return value == "auto" or recipe.origins.get(key, DEFAULT) in (DEFAULT, SOLVER)
 
 

@@ -1,4 +1,4 @@
-"""A forward and backward pass on the tape: embeddings, layers, head, loss."""
+"""Simulation of one forward and backward pass: embeddings, layers, output head, cross-entropy or scores."""
 
 from finetune.planning.adapted import Linears
 from finetune.planning.decoder import Decoder
@@ -6,16 +6,16 @@ from finetune.planning.tape import Tape, Tensor
 from finetune.planning.workload import PARTED_GRADIENTS, Workload
 
 MAX_ELEMENTS = 2**26
-"""Logits whose softmax is taken at a time, as in finetune/training/loss.py."""
+"""Logits per softmax chunk, as in finetune/training/loss.py."""
 LOSS = "logits and loss"
 
 
 def played(workload: Workload, *, in_place: bool = True) -> Tape:
-    """Return the tape of one forward and backward pass.
+    """Simulate one forward and backward pass and return its tape.
 
     Args:
         workload: sizes.
-        in_place: as ``Tape`` has it.
+        in_place: see ``Tape``.
     """
     parts = workload.processes if workload.strategy in PARTED_GRADIENTS else 1
     tape = Tape(in_place=in_place, accumulating=workload.accumulated > 1, parts=parts)
@@ -24,15 +24,16 @@ def played(workload: Workload, *, in_place: bool = True) -> Tape:
 
 
 def read(workload: Workload) -> Tape:
-    """Return the tape of a pass without gradients: a reference, or what PPO asks of replies."""
+    """Simulate a forward pass under no_grad (a reference, PPO's scoring) and return its tape."""
     tape = Tape(recording=False)
     losses(tape, workload)
     return tape
 
 
 def losses(tape: Tape, workload: Workload) -> Tensor:
-    """Return the loss of a pass, by its objective."""
+    """Return the loss of a micro-batch by its objective."""
     found = [loss_of(tape, workload) for _ in range(workload.adapter.passes)]
+    # The value model runs on the same tokens, in the same step as the policy.
     if workload.objective == "ppo":
         found.append(scored(tape, workload))
     elif workload.adapter.passes > 1:
@@ -43,7 +44,7 @@ def losses(tape: Tape, workload: Workload) -> Tensor:
 
 
 def loss_of(tape: Tape, workload: Workload) -> Tensor:
-    """Return the loss of what the base says of a pass's tokens."""
+    """Return the loss of one forward pass."""
     if workload.objective == "scores":
         return scored(tape, workload)
     linears = Linears(tape, workload)
@@ -56,7 +57,7 @@ def loss_of(tape: Tape, workload: Workload) -> Tensor:
 
 
 def embedded(linears: Linears) -> Tensor:
-    """Return the embeddings of a pass's tokens."""
+    """Return the token embeddings."""
     tape, work = linears.tape, linears.workload
     model, adapter = work.architecture, work.adapter
     numbers = work.tokens * model.hidden
@@ -64,27 +65,32 @@ def embedded(linears: Linears) -> Tensor:
         return tape.run([linears.table], numbers, 4)
     if adapter.method == "trainable_tokens":
         rows = tape.weight(adapter.tokens * model.hidden)
+        # PEFT builds a full embedding matrix with the trained rows in every pass.
         table = tape.run([rows], model.vocabulary * model.hidden, work.bytes)
         states = tape.run([table], numbers, work.bytes)
         tape.drop(table)
         return states
     states = tape.new(numbers, work.bytes)
+    # Frozen embeddings require a gradient under checkpointing (enable_input_require_grads) or where virtual
+    # tokens are prepended.
     states.learns = tape.recording and (work.checkpointing or adapter.written > 0)
     return states
 
 
 def headed(linears: Linears, states: Tensor) -> Tensor:
-    """Return the logits of the N predicted states; the caller holds ``states`` no more.
+    """Return the logits of the N predicted states; ``states`` is consumed.
 
-    Accelerate turns what the wrapped model gives into float32. PPO's models are wrapped together, and give
-    tables; their logits stay as they are.
+    Accelerate converts the outputs of the prepared model to float32. PPO's models are prepared together and
+    return log-probabilities; their logits keep the compute dtype.
     """
     tape, work = linears.tape, linears.workload
     model = work.architecture
+    # The output head runs on the positions before a label alone: logits dominate memory otherwise.
     chosen = tape.run([states], work.predicted * model.hidden, states.each)
     tape.drop(states)
     inputs = linears.to(chosen, work.bytes)
     tape.drop(chosen)
+    # A frozen head saves nothing: its gradient for the states needs the weight alone.
     weight = [linears.head] if work.adapter.whole_model else []
     keeps = [inputs, *weight] if weight else []
     logits = tape.run(
@@ -101,7 +107,7 @@ def headed(linears: Linears, states: Tensor) -> Tensor:
 
 
 def capped(tape: Tape, logits: Tensor) -> Tensor:
-    """Return c tanh(x / c), in the place of x; the tanh is kept."""
+    """Return c tanh(x / c) and release x; the tanh is saved."""
     for keeps in (False, True, False):
         made = tape.run([logits], logits.numbers, logits.each, keeps_result=keeps)
         tape.drop(logits)
@@ -110,7 +116,7 @@ def capped(tape: Tape, logits: Tensor) -> Tensor:
 
 
 def chunked(tape: Tape, workload: Workload, logits: Tensor) -> list[Tensor]:
-    """Return views of the logits, of as many rows as fit into ``MAX_ELEMENTS``."""
+    """Return views of the logits with at most ``MAX_LOGITS_PER_CHUNK`` elements each."""
     vocabulary = workload.architecture.vocabulary
     rows = max(1, MAX_ELEMENTS // vocabulary)
     whole, rest = divmod(logits.numbers // vocabulary, rows)
@@ -119,10 +125,10 @@ def chunked(tape: Tape, workload: Workload, logits: Tensor) -> list[Tensor]:
 
 
 def likelihood(tape: Tape, workload: Workload, logits: Tensor) -> Tensor:
-    """Return the cross-entropy of some logits: the softmax is kept.
+    """Return the cross-entropy: the softmax is saved.
 
-    Above ``MAX_ELEMENTS`` it is taken chunk by chunk, and each chunk again in the backward pass; the logits
-    are kept, and the chunks' gradients are joined at the end.
+    Above ``MAX_LOGITS_PER_CHUNK`` it is computed chunk by chunk, and recomputed in the backward pass; the
+    logits are saved, and the gradients of the chunks are joined at the end.
     """
     if logits.numbers <= MAX_ELEMENTS:
         wide = float32(tape, logits)
@@ -133,6 +139,7 @@ def likelihood(tape: Tape, workload: Workload, logits: Tensor) -> Tensor:
     chunks = chunked(tape, workload, logits)
     sums = []
     for chunk in chunks:
+        # The float32 softmax of one chunk is freed before the next chunk.
         tape.moment(4 * chunk.numbers, LOSS)
         sums.append(tape.run([chunk], 1, 4, keeps=[logits], workspace=2 * 4 * chunk.numbers))
     loss = tape.run(sums, 1, 4)
@@ -141,9 +148,9 @@ def likelihood(tape: Tape, workload: Workload, logits: Tensor) -> Tensor:
 
 
 def picked(tape: Tape, workload: Workload, logits: Tensor) -> Tensor:
-    """Return log-probabilities of targets: a logit less the logarithm of the sum, for which logits are kept.
+    """Return log-probabilities of the targets: a logit minus the log-sum-exp, for which the logits are saved.
 
-    Its gradient takes x - log sum and its exponential.
+    The backward pass allocates x - logsumexp and its exponential.
     """
     chunks = [logits] if logits.numbers <= MAX_ELEMENTS else chunked(tape, workload, logits)
     found = []
@@ -162,7 +169,7 @@ def picked(tape: Tape, workload: Workload, logits: Tensor) -> Tensor:
 
 
 def float32(tape: Tape, logits: Tensor) -> Tensor:
-    """Return logits as float32."""
+    """Return the logits in float32."""
     if logits.each == 4:
         tape.hold(logits)
         return logits
@@ -170,7 +177,7 @@ def float32(tape: Tape, logits: Tensor) -> Tensor:
 
 
 def divergence(tape: Tape, workload: Workload, found: list[Tensor]) -> Tensor:
-    """Return AdaMix's divergence of two passes: two softmaxes, their exponentials, and both differences."""
+    """Return AdaMix's KL divergence of two passes: two softmaxes, their exponentials, both differences."""
     numbers = workload.predicted * workload.architecture.vocabulary
     kept = [tape.new(numbers, 4, LOSS) for _ in range(6)]
     made = tape.run(found, 1, 4, keeps=kept, workspace=2 * 4 * numbers)
@@ -179,7 +186,7 @@ def divergence(tape: Tape, workload: Workload, found: list[Tensor]) -> Tensor:
 
 
 def scored(tape: Tape, workload: Workload) -> Tensor:
-    """Return what a float32 head of scores makes of all states, which it keeps in float32."""
+    """Return the loss on a float32 score head (reward, value), which saves the states in float32."""
     linears = Linears(tape, workload)
     states = Decoder(linears).layers(embedded(linears))
     linears.forget_casts()

@@ -1,10 +1,10 @@
-"""Autograd in bytes: operations are written down with their sizes, and the fullest moment is read off.
+"""Autograd memory simulator: a tape of operations with buffer sizes, replayed backward for the peak memory.
 
-A tensor lives while somebody holds it: the function that made it, an operation that keeps it for its backward
-pass, or a gradient that waits for more. The backward pass runs operations in the reverse order of their
-writing, as PyTorch's engine does; each one makes the gradients of its inputs, and then lets go of its own
-gradient and of what it kept. So the peak is that of the real step, transient tensors included, as far as the
-operations are written down as they are.
+A buffer is freed when nothing holds it: the function that allocated it, an operation that saved it for
+backward, or a gradient that is still accumulating. The backward pass visits operations in reverse order, as
+PyTorch's engine does: each one allocates the gradients of its inputs, then releases its own gradient and its
+saved buffers. The peak includes temporaries, and equals that of the real step as far as the recorded
+operations match it.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,15 +13,14 @@ from math import ceil
 
 
 class Tensor:
-    """Numbers of ``each`` bytes: held ``holders`` times, and with a gradient if it ``learns``.
+    """Size of one tensor: element count, bytes per element, category, reference count and gradient.
 
-    A view has no bytes of its own; its gradient has.
+    A view has ``nbytes`` 0; its gradient is a buffer of its own.
     """
 
     __slots__ = ("each", "grad", "holders", "learns", "numbers", "part", "size", "trained")
 
     def __init__(self, numbers: int, each: int, part: str, *, trained: bool = False) -> None:
-        """Describe a tensor that belongs to a part of the memory; ``trained``: it is a weight."""
         self.numbers, self.each, self.part = numbers, each, part
         self.size = numbers * each
         self.learns = self.trained = trained
@@ -31,15 +30,15 @@ class Tensor:
 
 @dataclass(eq=False, slots=True)
 class Operation:
-    """What made a tensor.
+    """One recorded operation.
 
     Attributes:
-        made: the tensor.
-        inputs: those that get a gradient.
-        keeps: what the backward pass needs.
-        aliased: the gradient goes through as it is (additions, views).
-        workspace: bytes that the backward pass takes for a moment, beside gradients.
-        again: of a checkpointed part, what computes its inside again and runs that backward.
+        output: the buffer it returns.
+        inputs: the inputs that require a gradient.
+        saved_for_backward: the buffers that its backward pass reads.
+        aliased: whether the gradient is passed through unchanged (additions, views).
+        workspace: temporary bytes of the backward pass, in addition to gradients.
+        backward_fn: replaces the default backward (recomputation under checkpointing, joins of views).
     """
 
     made: Tensor
@@ -52,17 +51,18 @@ class Operation:
 
 @dataclass
 class Tape:
-    """The memory of one process while it computes.
+    """Memory of one process during a forward and backward pass.
 
     Attributes:
-        in_place: whether a second gradient of a tensor is added into the first one, as the engine does with
-            plain tensors; with tensors that only have a shape it makes a third.
-        live: bytes by part.
-        most: the same at the fullest moment so far.
-        recording: whether operations are written down for a backward pass.
-        accumulating: whether gradients of weights are there already (counted elsewhere) and are added to.
-        parts: into how many a gradient of a weight is cut when it is whole; one of them stays.
-        trained: bytes that stay of the gradients of all weights that were spoken of so far.
+        in_place: whether a second gradient is accumulated into the first one, as the engine does with plain
+            tensors; fake tensors (a shape, no data) make it allocate a third.
+        live_by_category: live bytes.
+        peak_by_category: live bytes at the peak so far.
+        recording: whether operations are recorded for a backward pass (False: no_grad).
+        accumulating: whether weight gradients exist already (counted elsewhere) and are accumulated into.
+        grad_shards: the number of shards that a full weight gradient is reduce-scattered into; one stays
+            here.
+        weight_grad_bytes: bytes that remain of the gradients of all weights seen so far.
     """
 
     in_place: bool = True
@@ -77,21 +77,22 @@ class Tape:
     operations: list[Operation] = field(default_factory=list)
 
     def new(self, numbers: int, each: int, part: str = "activations") -> Tensor:
-        """Allocate a tensor; the caller holds it."""
+        """Allocate a buffer that the caller holds."""
         tensor = Tensor(numbers, each, part)
         tensor.holders = 1
         self.live[part] = self.live.get(part, 0) + tensor.size
         self.total += tensor.size
+        # Only an allocation can raise the peak, so it is recorded here.
         if self.total > self.peak:
             self.peak, self.most = self.total, dict(self.live)
         return tensor
 
     def moment(self, size: int, part: str = "workspace") -> None:
-        """Allocate some bytes and let go of them."""
+        """Allocate a temporary buffer and release it, so that it counts for the peak alone."""
         self.drop(self.new(size, 1, part))
 
     def drop(self, *tensors: Tensor) -> None:
-        """Hold tensors once less."""
+        """Decrement reference counts, and free buffers that reach zero."""
         for tensor in tensors:
             tensor.holders -= 1
             if tensor.holders == 0:
@@ -99,12 +100,12 @@ class Tape:
                 self.total -= tensor.size
 
     def hold(self, *tensors: Tensor) -> None:
-        """Hold tensors once more."""
+        """Increment reference counts."""
         for tensor in tensors:
             tensor.holders += 1
 
     def weight(self, numbers: int) -> Tensor:
-        """Return a trained float32 weight; only its gradient is counted here."""
+        """Return a trainable float32 weight; only its gradient is counted here."""
         self.trained += ceil(4 * numbers / self.parts)
         return Tensor(numbers, 4, "gradients", trained=True)
 
@@ -120,31 +121,34 @@ class Tape:
         workspace: int = 0,
         part: str = "",
     ) -> Tensor:
-        """Write an operation down and return what it makes, held by the caller.
+        """Record an operation and return its output, which the caller holds.
 
         Args:
-            inputs: tensors that may want a gradient.
-            numbers: of the result.
-            each: bytes of a number of it.
-            keeps: what the backward pass needs, if there is one.
-            keeps_result: whether it needs the result too.
-            aliased: whether the gradient goes through as it is.
-            workspace: bytes of the backward pass for a moment.
-            part: what the result belongs to; else what its first input does.
+            inputs: buffers that may require a gradient.
+            numel: elements of the output.
+            itemsize: bytes per element of the output.
+            saved_for_backward: the buffers that the backward pass reads, if there is one.
+            saves_output: whether the backward pass reads the output too.
+            aliased: whether the gradient is passed through unchanged.
+            workspace: temporary bytes of the backward pass.
+            category: memory category of the output; default: that of the first input.
         """
+        # A weight's category is that of its gradient; what is computed from it is an activation.
         first = "activations" if inputs[0].trained else inputs[0].part
         made = self.new(numbers, each, part or first)
         learning = [one for one in inputs if one.learns]
+        # As in autograd: an operation without inputs that require a gradient saves nothing.
         if learning and self.recording:
             kept = [*keeps, made] if keeps_result else list(keeps)
+            # Weights live for the whole run and are counted in static memory, so they are not retained here.
             self.hold(*(one for one in kept if not one.trained))
             self.write(Operation(made, learning, kept, aliased, workspace))
         return made
 
     def split(self, whole: Tensor, pieces: Sequence[int]) -> list[Tensor]:
-        """Return views of a tensor that live as long as it is held; their gradients are joined to its own."""
+        """Return views of a buffer; their gradients are joined into one of the buffer's size."""
         views = [Tensor(numbers, whole.each, whole.part) for numbers in pieces]
-        for view in views:
+        for view in views:  # a view shares the storage
             view.size, view.holders, view.learns = 0, 1, whole.learns
 
         def join(first: Tensor) -> None:
@@ -152,34 +156,37 @@ class Tape:
             self.drop(first, *(view.grad for view in views if view.grad is not None))
             self.accumulate(whole, joined)
 
+        # The views' readers are recorded later and so run backward earlier: their gradients exist by then.
         if whole.learns and self.recording:
             self.write(Operation(views[0], [whole], [], again=join))
         return views
 
     def write(self, operation: Operation) -> None:
-        """Note what made a tensor."""
+        """Append an operation to the tape."""
         operation.made.learns = True
         self.operations.append(operation)
 
     def backward(self, last: Tensor) -> None:
-        """Run all operations backward from a tensor."""
+        """Run the backward pass from an output."""
         last.grad = self.new(last.numbers, last.each, last.part)
         self.unwind()
 
     def unwind(self) -> None:
-        """Run all operations backward, the last one first."""
+        """Run the backward pass of all recorded operations, last one first."""
         while self.operations:
             self._undo(self.operations.pop())
 
     def _undo(self, operation: Operation) -> None:
         grad, operation.made.grad = operation.made.grad, None
         kept = [one for one in operation.keeps if not one.trained]
-        if grad is None:
+        if grad is None:  # the output is not part of the loss
             self.drop(*kept)
         elif operation.again is not None:
             operation.again(grad)
             self.drop(*kept)
         else:
+            # Autograd allocates all input gradients before it frees the output's gradient and the saved
+            # buffers.
             gradients = [self._gradient(one, grad, aliased=operation.aliased) for one in operation.inputs]
             if operation.workspace:
                 self.moment(operation.workspace)
@@ -188,19 +195,22 @@ class Tape:
                 self.accumulate(one, own)
 
     def _gradient(self, tensor: Tensor, grad: Tensor, *, aliased: bool) -> Tensor:
+        # A weight's gradient is a buffer of its own: it outlives the pass.
         if aliased and not tensor.trained:
             self.hold(grad)
             return grad
         return self.new(tensor.numbers, tensor.each, tensor.part)
 
     def accumulate(self, tensor: Tensor, grad: Tensor) -> None:
-        """Add a gradient to what a tensor has of it."""
+        """Accumulate a gradient into a buffer's ``grad``."""
         waiting = tensor.grad
+        # ZeRO-2 and ZeRO-3 reduce-scatter a full gradient as soon as it is there.
         if waiting is None and tensor.trained and self.parts > 1 and not self.accumulating:
             tensor.grad = self.new(ceil(grad.size / self.parts), 1, grad.part)
             self.drop(grad)
         elif waiting is None and not (tensor.trained and self.accumulating):
             tensor.grad = grad
+        # In place only where no other operation holds the existing gradient (an aliased one is shared).
         elif waiting is None or (self.in_place and (tensor.trained or waiting.holders == 1)):
             self.drop(grad)
         else:

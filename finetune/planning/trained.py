@@ -1,4 +1,4 @@
-"""How many parameters an adapter trains: exact, from shapes alone."""
+"""Trainable parameter counts of every adapter, exact, from shapes alone."""
 
 from finetune.planning.architecture import Architecture, Linear
 from finetune.planning.workload import BOTTLENECK, LOW_RANK, PREFIX, Adapter
@@ -11,15 +11,15 @@ LSTM_LAYERS = 2
 
 
 def trained_parameters(architecture: Architecture, adapter: Adapter, *, heads: int = 0) -> int:
-    """Return the number of trained parameters.
+    """Return the number of trainable parameters.
 
     Args:
         architecture: the base.
-        adapter: what is put on it.
-        heads: scores of a reward or value model, whose head is trained beside the adapter.
+        adapter: the adapter on it.
+        heads: outputs of a reward or value head, which is trained together with the adapter.
 
     Raises:
-        UserError: a method whose size is not known here.
+        UserError: the adapter's size is unknown.
     """
     head = heads * architecture.hidden
     if adapter.whole_model:
@@ -29,10 +29,10 @@ def trained_parameters(architecture: Architecture, adapter: Adapter, *, heads: i
 
 
 def adapter_parameters(architecture: Architecture, adapter: Adapter) -> int:
-    """Return the trained parameters of an adapter without a head.
+    """Return the trainable parameters of an adapter without a head.
 
     Raises:
-        UserError: a method whose size is not known here.
+        UserError: the adapter's size is unknown.
     """
     method = adapter.method
     if method in LOW_RANK or method in ("vera", "oft"):
@@ -52,10 +52,10 @@ def adapter_parameters(architecture: Architecture, adapter: Adapter) -> int:
 
 
 def of_linear(adapter: Adapter, layer: Linear) -> int:
-    """Return what one linear layer of a name gets.
+    """Return the adapter's parameters on one linear layer.
 
-    A (rank, in) and B (out, rank) of LoRA; DoRA's magnitude of each output; AdaLoRA's singular values; VeRA's
-    two vectors; OFT's skew-symmetric blocks.
+    A (rank, in) and B (out, rank) of LoRA; DoRA's magnitude per output; AdaLoRA's singular values; VeRA's two
+    vectors; OFT's skew-symmetric blocks.
     """
     product = adapter.rank * (layer.inputs + layer.outputs)
     if adapter.method == "dora":
@@ -71,7 +71,7 @@ def of_linear(adapter: Adapter, layer: Linear) -> int:
 
 
 def block_size(inputs: int, asked: int) -> int:
-    """Return the size of OFT's blocks that divides a layer's inputs: the nearest one, as PEFT chooses it.
+    """Return OFT's block size: the divisor of a layer's inputs nearest to the requested size, as PEFT does.
 
     >>> block_size(96, 32), block_size(100, 32)
     (32, 25)
@@ -84,51 +84,56 @@ def block_size(inputs: int, asked: int) -> int:
 
 
 def targets(architecture: Architecture, adapter: Adapter) -> tuple[Linear, ...]:
-    """Return the linear layers that the adapter sits on."""
+    """Return the linear layers that the adapter is attached to."""
     layers = architecture.linear_layers()
     return tuple(one for one in layers if not adapter.targets or one.name in adapter.targets)
 
 
 def _ia3(architecture: Architecture) -> int:
-    """Return a factor of each key, each value, and each input of the last feed-forward layer."""
+    """Count one factor per key, per value, and per input of the feed-forward output layer."""
     layers = architecture.linear_layers()
     keys = sum(one.count * one.outputs for one in layers if one.name in KEYS_AND_VALUES)
     return keys + sum(one.count * one.inputs for one in layers if one.name in INNER)
 
 
 def _prefix(architecture: Architecture, adapter: Adapter) -> int:
-    """Return keys and values of each layer; with a projection, what the MLP that makes them has."""
+    """Count the keys and values of each layer, or the MLP that projects them."""
     width, tokens = architecture.keys, adapter.virtual_tokens
     made = 2 * architecture.layers * width
     if adapter.projection:
+        # PEFT's prefix encoder: an embedding and an MLP whose output is all layers' keys and values.
         return tokens * width + (width * width + width) + (width * made + made)
+    # One gate per layer, and one per layer and token.
     gates = architecture.layers * (1 + tokens) if adapter.method == "adaptive_prefix" else 0
     return tokens * made + gates
 
 
 def _bottlenecks(architecture: Architecture, adapter: Adapter) -> int:
-    """Return W_down, W_up and their biases, one behind or beside each place of each layer."""
+    """Count W_down, W_up and their biases over all layers and insertion points."""
+    # Houlsby: after attention and after the MLP.
     places = 2 if adapter.placement == "houlsby" and adapter.method == "bottleneck" else 1
     one = 2 * architecture.hidden * adapter.width + adapter.width + architecture.hidden
     return architecture.layers * places * adapter.experts * one
 
 
 def _of_states(architecture: Architecture, adapter: Adapter) -> int:
-    """Return what adapters have that are made of vectors as wide as a state."""
+    """Count the parameters of adapters that train vectors of hidden size (prompts, embeddings)."""
     hidden, tokens = architecture.hidden, adapter.virtual_tokens
     own = tokens - adapter.frozen_tokens
     if adapter.method in ("prompt", "progressive_prompt"):
         return own * hidden
     if adapter.method == "multitask_prompt":
+        # A shared prompt, and a task matrix of rank r.
         return tokens * hidden + tokens * adapter.rank + adapter.rank * hidden
     if adapter.method == "llama_adapter":
+        # A prompt and a zero-initialized gate in each of the top layers.
         return min(adapter.top_layers, architecture.layers) * (tokens * hidden + 1)
     if adapter.method == "trainable_tokens":
         return adapter.tokens * hidden
     if adapter.method == "ptuning":
         return tokens * hidden + (_lstm if adapter.encoder == "lstm" else _mlp)(hidden, adapter.width)
-    found = f"adapter '{adapter.method}', whose size is not known here"
-    repair = "train.max_steps=3 trains three steps, and run.json then has the parameters"
+    found = f"adapter '{adapter.method}' has no known size"
+    repair = "train.max_steps=3 trains three steps; run.json then has the parameter count"
     raise UserError(Problem("adapter.method", found, "one of finetune/adapters/", repair))
 
 
@@ -137,7 +142,7 @@ def _mlp(hidden: int, width: int) -> int:
 
 
 def _lstm(hidden: int, width: int) -> int:
-    """Return a bidirectional LSTM of two layers (4 gates, two biases) and the MLP behind it."""
+    """Count a bidirectional LSTM of two layers (4 gates, two biases) and the MLP after it."""
     inputs = [hidden] + [2 * width] * (LSTM_LAYERS - 1)
     lstm = sum(2 * 4 * (wide * width + width * width + 2 * width) for wide in inputs)
     return lstm + (4 * width * width + 2 * width) + (2 * width * hidden + hidden)

@@ -1,4 +1,4 @@
-"""What is planned: a model, what is trained of it, what one forward pass holds. Numbers and words only."""
+"""Planner inputs: architecture, adapter, and the sizes of one optimizer step."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,16 +12,17 @@ Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Offload = Literal["none", "cpu", "nvme"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"]
 Objective = Literal["likelihood", "comparison", "scores", "ppo", "none"]
-"""What stands on the last state: the likelihood of tokens (sft, pretrain, rejection), log-probabilities of
-completions (dpo, kto and the other preference losses), scores (reward), both policy and value (ppo)."""
+"""The loss: cross-entropy of tokens (sft, pretrain, rejection), log-probabilities of
+completions (dpo, kto and the other preference losses), scores (reward), both policy and value (ppo).
+"""
 
 BYTES: dict[Precision, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of a number."""
+"""Bytes per element."""
 
 PARTED_WEIGHTS = ("zero3", "fsdp2")
 PARTED_GRADIENTS = ("zero2", *PARTED_WEIGHTS)
 PARTED_STATES = ("zero1", *PARTED_GRADIENTS)
-"""Strategies that cut these into one part a process."""
+"""Strategies that shard the weights, the gradients and the optimizer states, respectively."""
 
 LOW_RANK = ("lora", "qlora", "rslora", "lora_plus", "pissa", "loftq", "dora", "adalora")
 PREFIX = ("prefix", "ptuning_v2", "adaptive_prefix")
@@ -31,24 +32,24 @@ BOTTLENECK = ("bottleneck", "adamix")
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What is trained: a file of finetune/adapters/, and those of its settings that change its size.
+    """The trained adapter: a file of finetune/adapters/, and those of its settings that change its size.
 
     Attributes:
         method: the file's name.
-        rank: of low-rank products (of adalora the rank at the start), of vera, of multitask_prompt.
-        targets: last names of the linear layers that get one; empty: all of them.
-        dropout: whether inputs are dropped in training.
-        virtual_tokens: vectors in front of a sequence; of llama_adapter the length of each layer's prompt.
-        frozen_tokens: of them, those of earlier tasks.
-        width: of a bottleneck, or of the network that makes a prompt.
+        rank: of low-rank products (for adalora the initial rank), of vera, of multitask_prompt.
+        targets: module names of the linear layers it is attached to; empty: all of them.
+        dropout: whether dropout is applied to its inputs in training.
+        virtual_tokens: vectors prepended to a sequence; for llama_adapter the length of each layer's prompt.
+        frozen_tokens: those of them that belong to earlier tasks.
+        width: of a bottleneck, or of the network that encodes a prompt.
         experts: bottlenecks in adamix's mixture.
         placement: of a bottleneck: houlsby, pfeiffer, parallel.
         encoder: of ptuning: mlp or lstm.
-        projection: whether an MLP makes the prefix.
-        top_layers: of llama_adapter: layers that have a prompt.
+        projection: whether an MLP projects the prefix.
+        top_layers: llama_adapter's layers that have a prompt.
         block_size: of oft.
-        tokens: of trainable_tokens: their number.
-        passes: forward passes of each batch (adamix with consistency: 2).
+        tokens: the number of trainable_tokens.
+        forward_passes: per batch (adamix with consistency: 2).
     """
 
     method: str = "lora"
@@ -74,23 +75,23 @@ class Adapter:
 
     @property
     def written(self) -> int:
-        """Return the tokens that are put before a row's embeddings and go through all layers."""
+        """Return the virtual tokens prepended to the embeddings, which run through all layers."""
         return self.virtual_tokens if self.method in PROMPT else 0
 
     @property
     def cached(self) -> int:
-        """Return the keys and values that are put before a row's own in every layer."""
+        """Return the virtual keys and values prepended in every layer."""
         return self.virtual_tokens if self.method in PREFIX else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """How PPO's policy answers.
+    """Sizes of the policy's generation.
 
     Attributes:
-        lines: prompts that are answered at once.
-        prompt: tokens of the longest of them.
-        completion: tokens of a reply at most.
+        rows: prompts per generation batch.
+        prompt: tokens of the longest prompt.
+        completion: maximum new tokens.
     """
 
     lines: int
@@ -104,28 +105,28 @@ class Workload:
 
     Attributes:
         architecture: the base.
-        adapter: what is trained.
-        objective: what stands on the last state.
+        adapter: the trained adapter.
+        objective: the loss.
         precision: of the forward pass, and of frozen weights that are not quantized.
-        quantization: how the frozen base is stored.
-        optimizer: which.
-        lines: of a forward pass: rows, or groups with the prompt shared, or completions.
-        columns: tokens of the longest line, prompt and all completions that stand in it.
-        predicted: states of a forward pass that the head is computed for (those before a label).
-        targets: tokens whose log-probability is taken; 0: as many as ``predicted``.
-        completions: of a forward pass, in comparisons.
-        masked: whether lines are padded or hold block masks; plain causal attention needs no mask.
-        accumulated: forward passes of an optimizer step.
-        checkpointing: whether activations are computed again in the backward pass.
-        attention: its implementation; ``eager`` writes all scores out.
-        live_reference: whether a reference is computed in each step.
-        heads: scores of a reward or value model.
+        quantization: storage format of the frozen base.
+        optimizer: its name.
+        rows: rows of a micro-batch: examples, groups with a shared prompt, or completions.
+        seq_len: tokens of the longest row, prompt and all its completions included.
+        predicted: states per micro-batch that the output head is computed for (those before a label).
+        targets: tokens whose log-probability is computed; 0: as many as ``predicted``.
+        completions: per micro-batch, in comparisons.
+        masked: whether attention needs a mask (padding, block masks); plain causal attention needs none.
+        accumulation_steps: micro-batches per optimizer step.
+        checkpointing: whether activations are recomputed in the backward pass.
+        attention: its implementation; ``eager`` materializes all scores.
+        live_reference: whether a reference model is run in each step.
+        heads: outputs of a reward or value head.
         scorers: reward models on the same base, in ppo.
-        rollout: how PPO's policy answers.
+        rollout: sizes of the policy's generation.
         device: ``cuda`` or ``cpu``.
-        processes: that share the work.
-        strategy: what they partition.
-        offload: where partitioned states lie.
+        processes: their number.
+        strategy: how the processes shard the training state.
+        offload: where sharded states are stored.
     """
 
     architecture: Architecture
@@ -154,15 +155,15 @@ class Workload:
 
     @property
     def bytes(self) -> int:
-        """Return the bytes of a number that the forward pass computes."""
+        """Return the bytes per element in the forward pass."""
         return BYTES[self.precision]
 
     @property
     def width(self) -> int:
-        """Return the tokens of a line with the vectors that the adapter puts before it."""
+        """Return the positions of a row, virtual tokens included."""
         return self.columns + self.adapter.written
 
     @property
     def tokens(self) -> int:
-        """Return the states of a forward pass."""
+        """Return the positions of a micro-batch."""
         return self.lines * self.width

@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, as every launcher tells it; nothing heavy is imported."""
+"""Rank, world size and local rank of this process, from the launcher's environment; no heavy imports."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A process of a run: its number, how many there are, its number on its own machine."""
+    """Rank, world size and local rank of one process of a run."""
 
     rank: int
     size: int
@@ -15,7 +15,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Tell whether this process writes and speaks for all."""
+        """Return whether this is rank 0, which alone writes files and prints."""
         return self.rank == 0
 
 
@@ -23,10 +23,11 @@ ALONE = World(0, 1, 0)
 
 
 def world(environment: Mapping[str, str] = os.environ) -> World:
-    """Return this process's place: what torchrun, `accelerate launch`, `deepspeed` and our launcher set.
+    """Return the rank and world size that torchrun, `accelerate launch`, `deepspeed` or our launcher set.
 
-    Under `srun` without a launcher the variables are SLURM's; a step of one task is no world.
+    Under `srun` without a launcher the variables are SLURM's.
     """
+    # A SLURM job step of one task sets its variables too, but is an ordinary single-process run.
     for rank, size, local in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),

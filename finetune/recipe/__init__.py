@@ -1,1 +1,1 @@
-"""From YAML to a typed recipe, or every mistake at once."""
+"""Recipes: YAML and command-line overrides to validated settings; all errors are reported at once."""

@@ -13,7 +13,7 @@ BASES = PROJECT / "recipes" / "bases.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base model: its hub id or folder, its size in words, and what a user has to know."""
+    """A base model: its Hub id or folder, its parameter count as text, and a note."""
 
     id: str
     parameters: str
@@ -28,16 +28,17 @@ def bases() -> dict[str, Base]:
 
 
 def resolve_base(base: str) -> str:
-    """Return the folder or the hub id that ``model.base`` stands for.
+    """Resolve ``model.base`` to a folder or a Hub id.
 
-    A run's folder stands for the model that it holds: ``model/`` after full tuning, or ``merged/``.
+    A run's folder resolves to its model: ``model/`` after full tuning, or ``merged/``.
 
     Raises:
-        UserError: it is neither a short name, nor a folder with a config.json, nor a run that holds a model,
-            nor ``owner/name``.
+        UserError: it is neither a short name, nor a folder with a config.json, nor a run with a model, nor
+            ``owner/name``.
     """
     table = bases()
     name = table[base].id if base in table else base
+    # A folder wins over a Hub id of the same form (owner/name).
     for folder in (Path(name).expanduser(), PROJECT / name):
         if folder.is_dir():
             return str(_checked_folder(folder))
@@ -48,12 +49,12 @@ def resolve_base(base: str) -> str:
 
 def _unknown(base: str, table: dict[str, Base]) -> Problem:
     if base in table:
-        found = f"'{base}' stands for the folder {table[base].id}, which does not exist"
-        return Problem("model.base", found, "the folder that comes with llm-align", "install llm-align again")
-    found = f"'{base}' is no folder" if "/" in base else f"'{base}' is neither a short name nor a folder"
+        found = f"'{base}' is the folder {table[base].id}, which does not exist"
+        return Problem("model.base", found, "the folder shipped with llm-align", "reinstall llm-align")
+    found = f"'{base}' is not a folder" if "/" in base else f"'{base}' is neither a short name nor a folder"
     some = ", ".join(list(table)[:3])
-    expected = f"a short name ({some}, ...), a hub id (owner/name), or a folder that holds config.json"
-    repair = nearest(base, table) or f"`llm-align list bases` shows all {len(table)} short names"
+    expected = f"a short name ({some}, ...), a Hub id (owner/name), or a folder with config.json"
+    repair = nearest(base, table) or f"`llm-align list bases` lists all {len(table)} short names"
     return Problem("model.base", found, expected, repair)
 
 
@@ -71,15 +72,15 @@ def _model_of_run(run: Path) -> Path:
     held = [run / name for name in ("model", "merged") if (run / name / "config.json").is_file()]
     if held:
         return held[0]
-    expected = "a run that holds a model: model/ (after full tuning) or merged/"
+    expected = "a run with a model: model/ (after full tuning) or merged/"
     if (run / "adapter").is_dir():
-        found = f"run '{run}' holds an adapter, and no model of its own yet"
+        found = f"run '{run}' has an adapter, but no merged model"
         raise UserError(Problem("model.base", found, expected, f"llm-align merge {run}"))
-    raise UserError(Problem("model.base", f"run '{run}' holds no model yet", expected, "finish it first"))
+    raise UserError(Problem("model.base", f"run '{run}' has no model yet", expected, "finish the run first"))
 
 
 def _adapter_hint(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
-        return f"it holds an adapter: make a model of it first (llm-align merge {folder.parent})"
+        return f"it is an adapter: merge it first (llm-align merge {folder.parent})"
     children = sorted(child.parent.name for child in folder.glob("*/config.json"))
     return f"did you mean '{folder / children[0]}'?" if children else ""

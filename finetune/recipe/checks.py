@@ -1,4 +1,4 @@
-"""Contradictions between settings that are each in order, and files that are not there; nothing is loaded."""
+"""Cross-field checks of a recipe: incompatible settings and missing files; nothing is loaded."""
 
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -12,22 +12,23 @@ from finetune.recipe.paths import local_path, looks_local
 from finetune.recipe.python_function import function_file
 from finetune.recipe.settings import StageSettings
 
-HOLD_OUT = "set data.held_out to rows (100), a share (0.1) or a file"
+HOLD_OUT = "set data.held_out to a number of rows (100), a fraction (0.1) or a file"
 
 
 def contradictions(settings: StageSettings, valid: Collection[str]) -> list[Problem]:
-    """Return what is wrong between settings that each have the right type.
+    """Return the problems between settings that are each valid by themselves.
 
     Args:
-        settings: a recipe's sections; those that are not ``valid`` hold defaults in the mistaken ones' stead.
-        valid: the sections that are in order; a rule that reads another one is left out.
+        settings: a recipe's sections; those that are not ``valid`` hold defaults.
+        valid: the names of the valid sections; a rule that reads any other section is skipped.
     """
+    # An invalid section holds defaults, and a rule that reads it would report problems of those.
     shared = [problem for rule, sections in RULES if sections <= set(valid) for problem in rule(settings)]
     return [*shared, *settings.problems(valid)]
 
 
 def adapter_traits(method: str) -> Traits:
-    """Return what an adapter declares about itself."""
+    """Return an adapter's declared traits."""
     traits: Traits = load_plugin(ADAPTERS, method, where="adapter.method").TRAITS
     return traits
 
@@ -41,6 +42,7 @@ def _base(settings: StageSettings) -> Iterator[Problem]:
 
 def _attention(settings: StageSettings) -> Iterator[Problem]:
     model = settings.model
+    # FlashAttention-2 kernels exist for float16 and bfloat16 only.
     if model.attention == "flash_attention_2" and model.precision == "float32":
         found = "'flash_attention_2', but model.precision is float32"
         yield Problem(
@@ -59,10 +61,10 @@ def _sources(settings: StageSettings) -> Iterator[Problem]:
     data = settings.data
     if data.source is None and data.mix is None:
         repair = "set data.source (or --data) to a hub id, a file or a folder"
-        yield Problem("data.source", "neither it nor data.mix is given", "one of the two", repair)
+        yield Problem("data.source", "neither data.source nor data.mix is set", "one of the two", repair)
     elif data.source is not None and data.mix is not None:
         yield Problem(
-            "data.mix", "given beside data.source", "one of the two", "name the source in data.mix as well"
+            "data.mix", "set together with data.source", "one of the two", "list the source in data.mix"
         )
     if isinstance(data.source, str):
         yield from _missing_file("data.source", data.source)
@@ -75,14 +77,15 @@ def _held_out(settings: StageSettings) -> Iterator[Problem]:
     held_out = data.held_out
     if isinstance(held_out, str):
         yield from _missing_file(
-            "data.held_out", held_out, expected="rows (100), a share (0.1), or an existing file or hub id"
+            "data.held_out", held_out, expected="rows (100), a fraction (0.1), or an existing file or Hub id"
         )
         mixed = [(f"data.mix[{index}].source", part.source) for index, part in enumerate(data.mix or [])]
         for where, source in [("data.source", data.source), *mixed]:
+            # Evaluating on training rows would look like generalization.
             if held_out == source:
-                repair = "data.held_out=0.1 keeps a tenth of the rows out of training"
+                repair = "data.held_out=0.1 holds out a tenth of the rows"
                 found = f"the same as {where}"
-                yield Problem("data.held_out", found, "rows that training does not see", repair)
+                yield Problem("data.held_out", found, "rows that are not in the training data", repair)
 
 
 def _measured(settings: StageSettings) -> Iterator[Problem]:
@@ -92,7 +95,7 @@ def _measured(settings: StageSettings) -> Iterator[Problem]:
     }
     for where, value in wanted.items():
         if value and not settings.data.held_out:
-            yield Problem(where, f"{value}, but data.held_out is 0", "held-out rows to measure on", HOLD_OUT)
+            yield Problem(where, f"{value}, but data.held_out is 0", "held-out rows to evaluate on", HOLD_OUT)
 
 
 def _judged(settings: StageSettings) -> Iterator[Problem]:
@@ -100,24 +103,27 @@ def _judged(settings: StageSettings) -> Iterator[Problem]:
     for name, text in evaluate.judges.items():
         where = f"evaluate.judges.{name}"
         if not name.isidentifier():
-            repair = "write it as a variable's name: happy_end"
+            repair = "write it like a Python identifier: happy_end"
             yield Problem(where, f"the name '{name}'", "letters, digits and _", repair)
+        # Only that the file exists; it is imported when the run needs it.
         try:
             function_file(text, where=where)
         except UserError as error:
             yield from error.problems
     if evaluate.judges and not settings.data.held_out:
-        found, expected = "given, but data.held_out is 0", "held-out prompts to judge on"
+        found, expected = "set, but data.held_out is 0", "held-out prompts for the graders"
         yield Problem("evaluate.judges", found, expected, HOLD_OUT)
     if evaluate.skill is not None:
         yield from _missing_file("evaluate.skill", evaluate.skill)
 
 
 def _missing_file(
-    where: str, text: str, *, expected: str = "an existing file or folder, or a hub id (owner/name)"
+    where: str, text: str, *, expected: str = "an existing file or folder, or a Hub id (owner/name)"
 ) -> Iterator[Problem]:
     if looks_local(text) and local_path(text) is None:
-        yield Problem(where, f"'{text}' does not exist", expected, f"relative paths start at {Path.cwd()}")
+        yield Problem(
+            where, f"'{text}' does not exist", expected, f"relative paths are resolved from {Path.cwd()}"
+        )
 
 
 def _quantization(settings: StageSettings) -> Iterator[Problem]:
@@ -136,11 +142,11 @@ def _packing(settings: StageSettings) -> Iterator[Problem]:
         return
     method = settings.adapter.method
     if not adapter_traits(method).packing:
-        expected = "false: virtual tokens stand in front of each row, and packed rows share one front"
+        expected = "false: each row needs its own virtual tokens, but packed rows would share one set"
         repair = "data.packing=false; rows are batched by length anyway"
         yield Problem("data.packing", f"true with adapter.method '{method}'", expected, repair)
     if settings.train.engine == "trl":
-        expected = "false: packing here keeps every batch as it is, TRL's makes other batches"
+        expected = "false: our packing preserves the batches, TRL's changes them"
         repair = "train.engine=native, or train.engine_args={padding_free: true}"
         yield Problem("data.packing", "true with train.engine 'trl'", expected, repair)
 
@@ -151,11 +157,11 @@ def _adapter(settings: StageSettings) -> Iterator[Problem]:
     yield from settings.adapter.problems()
     if train.engine not in traits.engines:
         found = f"'{train.engine}' with adapter.method '{method}'"
-        repair = "train.engine=native: this adapter needs what TRL's trainer does not offer"
+        repair = "train.engine=native: TRL's trainer does not support this adapter"
         yield Problem("train.engine", found, one_of(traits.engines), repair)
     if train.gradient_checkpointing and not traits.checkpointing:
         found = f"true with adapter.method '{method}'"
-        expected = "false: the prefix lives in the key-value cache, and checkpointing switches that off"
+        expected = "false: the prefix is in the key-value cache, which checkpointing disables"
         yield Problem("train.gradient_checkpointing", found, expected, "train.gradient_checkpointing=false")
 
 
@@ -163,14 +169,14 @@ def _noise(settings: StageSettings) -> Iterator[Problem]:
     alpha, method = settings.train.neftune_alpha, settings.adapter.method
     if alpha is not None and settings.train.engine == "trl" and settings.adapter.positions:
         found = f"{alpha:g} with train.engine 'trl' and adapter.method '{method}'"
-        expected = "null: that engine does not find the embeddings behind virtual tokens"
+        expected = "null: TRL does not find the embeddings of a model with virtual tokens"
         yield Problem("train.neftune_alpha", found, expected, "train.engine=native")
 
 
 def _batch(settings: StageSettings) -> Iterator[Problem]:
     batch, micro = settings.train.batch_size, settings.train.micro_batch_size
     if micro != "auto" and micro > batch:
-        repair = "batch_size counts the sequences of an optimizer step: raise it, or lower this"
+        repair = "batch_size is the number of sequences per optimizer step: raise it, or lower this"
         found = f"{micro}, more than train.batch_size ({batch})"
         yield Problem("train.micro_batch_size", found, f"at most {batch}, or auto", repair)
 

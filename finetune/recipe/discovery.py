@@ -1,4 +1,4 @@
-"""The folder is the registry: plug-ins and recipes are found by the names of their files."""
+"""Plug-in and recipe discovery: the folder is the registry, a file's name is the plug-in's name."""
 
 import ast
 import difflib
@@ -13,10 +13,10 @@ from finetune.recipe.errors import Problem, UserError, nearest, one_of
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = _PACKAGE / "shipped"
 PROJECT = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent
-"""The folder that holds recipes/: the checkout, or a folder inside the package that a wheel installed."""
+"""The folder with recipes/: the checkout, or a folder inside the package that a wheel installed."""
 
 INSTALLED = _PACKAGE.parent
-"""The folder that holds the packages: the checkout again, or where a wheel was installed."""
+"""The folder with the packages: the checkout, or site-packages."""
 
 STAGES = ("finetune.stages", "align.stages")
 ADAPTERS = "finetune.adapters"
@@ -30,7 +30,8 @@ def plugin_names(package: str) -> list[str]:
 
 
 def plugin_summary(package: str, name: str) -> str:
-    """Return the first sentence of a plug-in's docstring, read from its file: the plug-in is not imported."""
+    """Return the first paragraph of a plug-in's docstring, parsed from its file without importing it."""
+    # Parsed, not imported: `llm-align list` is fast, and one broken plug-in does not break it.
     spec = importlib.util.find_spec(f"{package}.{name}")
     assert spec is not None and spec.origin is not None, f"{package}.{name} is listed but has no file"
     docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
@@ -41,12 +42,12 @@ def load_plugin(package: str, name: str, *, where: str) -> ModuleType:
     """Import ``package/name.py``.
 
     Args:
-        package: the folder that serves as the registry, as a package name.
-        name: the plug-in that the user asked for.
-        where: the recipe key that named it, for the message.
+        package: the registry folder, as a package name.
+        name: the requested plug-in.
+        where: the recipe's key, for the message.
 
     Raises:
-        UserError: there is no such file. An error inside an existing file is left as it is.
+        UserError: there is no such file. Errors raised by an existing file are not caught.
     """
     names = plugin_names(package)
     if name not in names:
@@ -58,7 +59,7 @@ def load_plugin(package: str, name: str, *, where: str) -> ModuleType:
 
 
 def stage_names() -> dict[str, str]:
-    """Return the package of every stage by the stage's name."""
+    """Return each stage's package, by stage name."""
     return {name: package for package in STAGES for name in plugin_names(package)}
 
 
@@ -75,14 +76,15 @@ def load_stage(name: str) -> ModuleType:
 
 
 def recipe_folders() -> list[Path]:
-    """Return the folders that hold recipes: the user's own ``./recipes`` first, then the shipped ones."""
+    """Return the folders with recipes: the user's ``./recipes`` first, then the shipped ones."""
     own = Path.cwd() / "recipes"
     shipped = PROJECT / "recipes"
     return [folder for folder in dict.fromkeys([own, shipped]) if folder.is_dir()]
 
 
 def recipe_names(stage: str) -> dict[str, Path]:
-    """Return a stage's recipes by name, from ``recipes/<stage>/*.yaml``; the user's own hide shipped ones."""
+    """Return a stage's recipes by name, from ``recipes/<stage>/*.yaml``; the user's take precedence."""
+    # Reversed: of equal names the last one wins in the dict below, and that must be the user's.
     files = [
         file for folder in reversed(recipe_folders()) for file in sorted((folder / stage).glob("*.yaml"))
     ]
@@ -90,10 +92,10 @@ def recipe_names(stage: str) -> dict[str, Path]:
 
 
 def find_recipe(stage: str, name: str) -> Path:
-    """Return the file of a recipe given by name or by path.
+    """Return a recipe's file, by name or path.
 
     Raises:
-        UserError: there is none; the message lists those that exist.
+        UserError: there is none; the message lists the existing ones.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name).expanduser()
@@ -103,7 +105,7 @@ def find_recipe(stage: str, name: str) -> Path:
     known = recipe_names(stage)
     if name in known:
         return known[name]
-    expected = one_of(sorted(known)) if known else f"a file of recipes/{stage}/, which has none, or a path"
+    expected = one_of(sorted(known)) if known else f"a file of recipes/{stage}/ (empty), or a path"
     raise UserError(
         Problem(f"recipe '{name}'", f"stage {stage} has no such recipe", expected, _elsewhere(name, known))
     )
@@ -113,7 +115,7 @@ def _elsewhere(name: str, known: dict[str, Path]) -> str:
     stages = [stage for stage in stage_names() if name in recipe_names(stage)]
     if stages:
         return f"stage {stages[0]} has one: llm-align {stages[0]} {name}"
-    return nearest(name, known) or "`llm-align list` shows all; the path of a .yaml file works too"
+    return nearest(name, known) or "see `llm-align list`, or give the path of a .yaml file"
 
 
 def _beside(path: Path) -> str:
@@ -121,5 +123,5 @@ def _beside(path: Path) -> str:
     if siblings:
         names = ", ".join(file.name for file in siblings.values())
         close = difflib.get_close_matches(path.stem, siblings, n=1)
-        return f"did you mean '{siblings[close[0]]}'?" if close else f"{path.parent} holds {names}"
-    return f"folder {path.parent} {'holds no .yaml file' if path.parent.is_dir() else 'does not exist'}"
+        return f"did you mean '{siblings[close[0]]}'?" if close else f"{path.parent} contains {names}"
+    return f"folder {path.parent} {'contains no .yaml file' if path.parent.is_dir() else 'does not exist'}"

@@ -1,4 +1,4 @@
-"""Contradictions within a mixture of sources, and within the choice of rows."""
+"""Checks of ``data.mix`` (rates, shares, weights) and of ``select``."""
 
 from collections.abc import Iterator
 from math import fsum
@@ -9,23 +9,23 @@ from finetune.recipe.settings import MixedSource, SelectSettings, StageSettings
 BY_SIZE = ("mix_limit", "mix_temperature")
 MIXTURE_ONLY = (*BY_SIZE, "mix_rows")
 OF_ONE_SOURCE = ("columns", "revision", "select")
-"""Keys that speak of one source's rows: in a mixture each entry has its own."""
+"""Keys of a single source: in a mixture each entry has its own."""
 
 
 def mixture(settings: StageSettings) -> Iterator[Problem]:
-    """Yield what is wrong between the keys of a mixture."""
+    """Yield the problems between the keys of a mixture."""
     data = settings.data
     given = data.model_dump(exclude_defaults=True)
     if data.mix is None:
         for key in filter(given.__contains__, MIXTURE_ONLY):
-            repair = "leave it out, or list the sources in data.mix"
-            yield Problem(f"data.{key}", "given without data.mix", "a mixture of sources", repair)
+            repair = "omit it, or list the sources in data.mix"
+            yield Problem(f"data.{key}", "set without data.mix", "a mixture of sources", repair)
         return
     for key in filter(given.__contains__, OF_ONE_SOURCE):
         if key != "columns" or not isinstance(data.held_out, str):  # a held-out file may need its own
             repair = f"data.mix=[{{source: ..., {key}: ...}}]"
             yield Problem(
-                f"data.{key}", "given beside data.mix", "the key in the entries of data.mix", repair
+                f"data.{key}", "set together with data.mix", "the key in the entries of data.mix", repair
             )
     yield from _rates(data.mix, by_size=[key for key in BY_SIZE if key in given])
 
@@ -33,35 +33,36 @@ def mixture(settings: StageSettings) -> Iterator[Problem]:
 def _rates(mix: list[MixedSource], *, by_size: list[str]) -> Iterator[Problem]:
     for index, part in enumerate(mix):
         if part.weight is not None and part.share is not None:
-            found = f"weight {part.weight:g} beside share {part.share:g}"
-            expected = "one of the two: a share is of the whole mixture, weights divide what shares leave"
+            found = f"both weight {part.weight:g} and share {part.share:g}"
+            expected = "one of the two: a share is a fraction of the mixture, weights divide the rest"
             yield Problem(f"data.mix[{index}]", found, expected)
     yield from _shares([part.share for part in mix])
+    # Weights or sizes define the rates of all sources without a share; mixing the two has no meaning.
     weights = [part.weight for part in mix if part.share is None]
     if None in weights and weights.count(None) < len(weights):
         index = next(i for i, part in enumerate(mix) if part.weight is None and part.share is None)
-        repair = "give it a weight, or a share of its own; without any weights, sizes decide"
-        yield Problem(f"data.mix[{index}].weight", "not given, but others are", "a weight for each", repair)
+        repair = "set its weight or its share, or remove all weights to mix by size"
+        yield Problem(f"data.mix[{index}].weight", "not set, but others are", "a weight for each", repair)
     elif weights and None not in weights:
         for key in by_size:
-            repair = f"leave out data.{key}, or the weights"
-            found = "given beside weights, which say the rates already"
+            repair = f"omit data.{key}, or the weights"
+            found = "set together with weights, which already define the rates"
             yield Problem(f"data.{key}", found, "rates by weight or by size", repair)
 
 
 def _shares(shares: list[float | None]) -> Iterator[Problem]:
     given = [share for share in shares if share is not None]
     if len(given) == len(shares):
-        repair = "leave the share of the main source out, or write weight in place of share everywhere"
+        repair = "omit the share of the main source, or replace every share by a weight"
         found = "every source has a share"
-        yield Problem("data.mix", found, "a source without one, which takes the rest", repair)
+        yield Problem("data.mix", found, "at least one source without a share, which gets the rest", repair)
     elif fsum(given) >= 1:
         found = f"the shares add up to {fsum(given):g}"
-        yield Problem("data.mix", found, "less than 1, for the sources without a share take the rest")
+        yield Problem("data.mix", found, "less than 1: the sources without a share get the rest")
 
 
 def selection(settings: StageSettings) -> Iterator[Problem]:
-    """Yield what is wrong between the keys of a choice of rows."""
+    """Yield the problems between the keys of ``select``."""
     data = settings.data
     chosen = {f"data.mix[{index}].select": part.select for index, part in enumerate(data.mix or [])}
     for where, select in {"data.select": data.select, **chosen}.items():
@@ -77,14 +78,14 @@ def _select(where: str, select: SelectSettings) -> Iterator[Problem]:
     if select.score is None:
         repair = "name the column: score: COLUMN"
         if select.min_score is not None:
-            yield Problem(f"{where}.min_score", "given without score", "the column that rates rows", repair)
+            yield Problem(f"{where}.min_score", "set without score", "the column with the ratings", repair)
         if select.rows_by == "score":
             yield Problem(
-                f"{where}.rows_by", "'score', but score is not given", "a column of ratings", repair
+                f"{where}.rows_by", "'score', but score is not set", "the column with the ratings", repair
             )
     elif select.min_score is None and select.rows_by != "score":
-        repair = "min_score: 4.5 keeps rows rated at least that; rows_by: score keeps the best rows"
-        yield Problem(f"{where}.score", "given, but nothing is chosen by it", "min_score or rows_by", repair)
+        repair = "min_score: 4.5 sets a minimum rating; rows_by: score selects the best rows"
+        yield Problem(f"{where}.score", "set, but not used", "min_score or rows_by", repair)
     if select.rows_by != "random" and select.rows is None:
-        found = f"'{select.rows_by}', but rows is not given"
-        yield Problem(f"{where}.rows_by", found, "the number of rows to keep", "rows: 1000")
+        found = f"'{select.rows_by}', but rows is not set"
+        yield Problem(f"{where}.rows_by", found, "the number of rows to select", "rows: 1000")

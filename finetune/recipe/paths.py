@@ -1,4 +1,4 @@
-"""Where a path of a recipe lies: beside the user, or in the shipped recipes."""
+"""Resolve paths of a recipe: from the working directory, then from the project folder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ TEXT_SUFFIXES = (".txt", ".txt.gz", ".md", ".md.gz")
 
 
 def local_path(text: str) -> Path | None:
-    """Return the existing file or folder that ``text`` names, here or in the project's folder, else None."""
+    """Return the existing path of ``text``, in the working directory or the project folder, or None."""
     for path in (Path(text).expanduser(), PROJECT / text):
         if path.exists():
             return path
@@ -17,6 +17,6 @@ def local_path(text: str) -> Path | None:
 
 
 def looks_local(text: str) -> bool:
-    """Tell whether ``text`` can only mean a file or folder, and not the hub id ``owner/name``."""
+    """Return True if ``text`` can only be a file or folder, and not a Hub id ``owner/name``."""
     known = (*DATA_SUFFIXES, *TEXT_SUFFIXES)
     return text.lower().endswith(known) or text.startswith((".", "/", "~")) or text.count("/") != 1

@@ -1,4 +1,4 @@
-"""A user's Python function that a recipe names as ``path/to/file.py:function``."""
+"""User functions of a recipe (``path/to/file.py:function``): load, check the signature, call."""
 
 import hashlib
 import importlib.util
@@ -19,19 +19,19 @@ from finetune.recipe.paths import local_path
 EXPECTED = "path/to/file.py:function"
 NUMBER = "a finite number, or true or false"
 SHOWN = 80
-"""Characters of prompt and reply in a message about a function that failed on them."""
+"""Characters of prompt and reply shown in the error of a function that failed on them."""
 
 
 def load_function(text: str, *, where: str) -> Callable[..., Any]:
-    """Return the function that ``text`` names; its file is executed.
+    """Import the file in ``text`` and return its function.
 
     Args:
-        text: ``path/to/file.py:function``; relative paths start where the user is, then in the project's
-            folder.
+        text: ``path/to/file.py:function``; relative paths are resolved from the working directory, then from
+            the project folder.
         where: the recipe's key, for the message.
 
     Raises:
-        UserError: no such file, an error while it is executed, or no such function in it.
+        UserError: no such file, an error while it is imported, or no such function in it.
     """
     file = function_file(text, where=where)
     name = text.rpartition(":")[2]
@@ -39,7 +39,7 @@ def load_function(text: str, *, where: str) -> Callable[..., Any]:
     functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
     if name not in functions:
         found = f"'{file}' has no function '{name}'"
-        expected = one_of(functions) if functions else "a function, and the file has none"
+        expected = one_of(functions) if functions else "a function; the file has none"
         raise UserError(Problem(where, found, expected, nearest(name, functions)))
     function: Callable[..., Any] = vars(module)[name]
     return function
@@ -49,14 +49,14 @@ def function_file(text: str, *, where: str) -> Path:
     """Return the existing file of ``path/to/file.py:function``.
 
     Raises:
-        UserError: ``text`` is written otherwise, or there is no such file.
+        UserError: ``text`` has another format, or there is no such file.
     """
     path, _, name = text.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
         raise UserError(Problem(where, f"'{text}'", EXPECTED, f"write {where}: rules.py:my_rule"))
     file = local_path(path) or local_path(str(INSTALLED / path))
     if file is None or not file.is_file():
-        repair = f"relative paths start at {Path.cwd()}"
+        repair = f"relative paths are resolved from {Path.cwd()}"
         raise UserError(Problem(where, f"'{path}' does not exist", "an existing Python file", repair))
     return file
 
@@ -71,15 +71,15 @@ def file_digest(text: str, *, where: str) -> str:
 
 
 def number_from(function: Callable[[str, str], Any], prompt: str, reply: str, *, where: str) -> float:
-    """Return what a user's function says of a reply.
+    """Call a user function that must return a number.
 
     Raises:
-        UserError: it raised something, or gave no finite number; the message shows prompt and reply.
+        UserError: it raised, or returned no finite number; the message shows prompt and reply.
     """
     number = opinion_of(function, prompt, reply, where=where, expected=NUMBER)
     if number is None:
         problem = _no_number(where, "it returned None", prompt, reply, NUMBER)
-        raise UserError(replace(problem, repair="return 0 where it has nothing to say"))
+        raise UserError(replace(problem, repair="return 0 for prompts that it does not apply to"))
     return number
 
 
@@ -91,17 +91,17 @@ def opinion_of(
     where: str,
     expected: str = f"{NUMBER}, or None",
 ) -> float | None:
-    """Return what a user's function says of a reply, None where it has nothing to say.
+    """Call a user function on a prompt and a reply; None means that it does not apply to this prompt.
 
     Args:
-        function: (prompt, reply) -> a number or a truth.
-        prompt: what was asked.
-        reply: what is judged.
-        where: who judges, for the message.
-        expected: what it should return, for the message.
+        function: (prompt, reply) -> a number, a bool or None.
+        prompt: the prompt's text.
+        reply: the generated reply.
+        where: the function's key in the recipe, for the message.
+        expected: the accepted return values, for the message.
 
     Raises:
-        UserError: it raised something, or returned neither a finite number nor None.
+        UserError: it raised, or returned neither a finite number nor None.
     """
     try:
         value = function(prompt, reply)
@@ -110,6 +110,7 @@ def opinion_of(
         raise UserError(_no_number(where, found, prompt, reply, expected)) from error
     if value is None:
         return None
+    # Real and not float: numpy scalars and bools are fine; NaN would poison every mean.
     if not isinstance(value, Real) or not isfinite(value):
         raise UserError(_no_number(where, f"it returned {value!r}", prompt, reply, expected))
     return float(value)
@@ -121,7 +122,8 @@ def _no_number(where: str, found: str, prompt: str, reply: str, expected: str) -
 
 
 def call_problems(function: Callable[..., Any], parameters: tuple[str, ...], *, where: str) -> list[Problem]:
-    """Return what is wrong with a function that will be called with these arguments, in this order."""
+    """Return the problems of a function that will be called with these positional arguments."""
+    # bind() checks numbers and names of parameters without calling the function.
     try:
         inspect.signature(function).bind(*parameters)
     except TypeError as error:
@@ -132,22 +134,23 @@ def call_problems(function: Callable[..., Any], parameters: tuple[str, ...], *, 
 
 
 def _executed(file: Path, where: str) -> ModuleType:
-    """Return a file as a module of its own, whatever other files are called."""
+    """Import a file as a module."""
+    # A digest of the path in its name: two files called rules.py are two modules.
     file = file.resolve()
     name = f"recipe_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None, file
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up by its name
+    sys.modules[name] = module  # dataclasses look up their module by name
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the file is the user's and may raise anything
         del sys.modules[name]
-        found = f"'{file}' cannot be executed: {type(error).__name__}: {error}"
-        raise UserError(Problem(where, found, "a Python file that can be imported")) from error
+        found = f"'{file}' cannot be imported: {type(error).__name__}: {error}"
+        raise UserError(Problem(where, found, "an importable Python file")) from error
     return module
 
 
 def has_parameter(function: Callable[..., Any], name: str) -> bool:
-    """Tell whether a function has a parameter of this name."""
+    """Return True if a function has a parameter of this name."""
     return name in inspect.signature(function).parameters

@@ -1,14 +1,14 @@
-"""Libraries kept to errors: most of their warnings ask nothing of our users."""
+"""Silence library warnings that require no action from the user."""
 
 import logging
 import warnings
 
 NOISY = ("bitsandbytes", "transformers", "datasets", "httpx", "DeepSpeed", "torch.distributed.elastic")
-"""Libraries whose warnings ask nothing of our users."""
+"""Loggers set to ERROR."""
 
 
 def quiet() -> None:
-    """Keep the libraries to errors; call it before the first of them is imported."""
+    """Set the libraries' loggers to ERROR and filter warnings; call before the first of them is imported."""
     for library in NOISY:
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")

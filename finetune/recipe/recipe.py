@@ -1,4 +1,4 @@
-"""A recipe: YAML and overrides in; typed settings with each value's origin out, or every mistake at once."""
+"""Load and validate a recipe: YAML and overrides to typed settings with the origin of each value."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a stage runs: typed settings, where each value came from, and where the result goes."""
+    """A validated recipe: stage, typed settings, the origin of each value, and the output folder."""
 
     stage: str
     name: str
@@ -41,7 +41,7 @@ class Recipe:
     notes: list[str] = field(default_factory=list)
 
     def values(self) -> Values:
-        """Return all settings as plain sections; rows given in Python are summed up, not repeated."""
+        """Return all settings as plain sections; rows passed from Python are summarized by a digest."""
         content = self.settings.model_dump(mode="json")
         rows = content["data"]["source"]
         if isinstance(rows, list):
@@ -49,21 +49,22 @@ class Recipe:
         return content
 
     def digest(self, data_fingerprint: str) -> str:
-        """Return 8 hex digits that name the run: same settings and same data, same name.
+        """Return the 8 hex digits of the run's name: same settings and same data, same name.
 
         Args:
-            data_fingerprint: digest of the data's content, of the start's and other runs'; where those
-                lie, and under which names, is not part of it.
+            data_fingerprint: digest of the contents of the data, of the parent run and of other runs used;
+                their paths and names are not part of it.
         """
         content = self.values()
         start = self.settings.model.start
+        # After full tuning the parent run is the base; its content is in the fingerprint, not its path.
         if start is not None and content["model"]["base"] == start:
             content["model"]["base"] = None
         _forget_places(self.settings, content)
         return _sha([self.stage, content, data_fingerprint])[:8]
 
     def to_yaml(self, derived: dict[str, str] | None = None) -> str:
-        """Return the resolved recipe with the values' origins behind them; ``derived``: what was chosen."""
+        """Return the resolved recipe with origins as comments; ``derived``: reasons of values set by auto."""
         keys = {key: origin for key, origin in self.origins.items() if "." in key}
         comments = {(key.split(".")[0], key.split(".", 1)[1]): origin for key, origin in keys.items()}
         for key, choice in (derived or {}).items():
@@ -88,14 +89,14 @@ def load(
     Args:
         stage: the stage that will run it, a file of a ``stages/`` folder.
         name: a recipe's name, or the path of a YAML file.
-        shortcuts: ``{"model.base": "tiny"}``: what --base, --data and --adapter set, or a notebook.
-        overrides: ``section.key=value`` words of the command line.
-        out: the run directory, where the user wants another than the usual one.
-        above: the starts that led to this recipe, each ``stage/recipe``.
-        pending: recipes whose runs are still to be made, by what ``model.start`` calls them.
+        shortcuts: ``{"model.base": "tiny"}``: values of --base, --data and --adapter, or from Python.
+        overrides: ``section.key=value`` arguments of the command line.
+        out: the run directory, if not the default one.
+        ancestors: the recipes whose ``model.start`` led to this one, each ``stage/recipe``.
+        pending: recipes that are not run yet, by the name that ``model.start`` uses for them.
 
     Raises:
-        UserError: with every mistake that could be found.
+        UserError: with every error that was found.
     """
     schema = stage_settings(stage)
     path = find_recipe(stage, name)
@@ -106,6 +107,7 @@ def load(
     notes = command_line.override(values, origins, words=words)
     begun, unfit = _begin(values, origins, stage=stage, out=out, above=above, pending=pending or {})
     sections, mistakes = _validate(values, schema)
+    # Defaults stand in for invalid sections, so that cross-field checks of the valid ones still run.
     settings = schema(**sections)
     problems += [*unfit, *mistakes, *contradictions(settings, sections)]
     if problems or misunderstood:
@@ -145,7 +147,7 @@ def _begin(
     above: tuple[str, ...],
     pending: Mapping[str, Recipe],
 ) -> tuple[list[str], list[Problem]]:
-    """Lay what belongs to ``model.start`` over a recipe's values; return notes and problems."""
+    """Inherit the settings of the parent run (``model.start``); return notes and problems."""
     text = values.get("model", {}).get("start")
     if not isinstance(text, str) or not text:
         return [], []
@@ -153,9 +155,10 @@ def _begin(
         start = _found_start(text, stage=stage, above=above, pending=pending)
     except UserError as error:
         return [], error.problems
+    # The run would overwrite the weights that it starts from.
     if out is not None and Path(start.name).resolve() == out.resolve():
-        found = f"{out}, the folder of the run that it starts from"
-        return [], [Problem("--out", found, "a folder of its own", "leave --out out, or name another one")]
+        found = f"{out}, the folder of the parent run (model.start)"
+        return [], [Problem("--out", found, "another folder", "omit --out, or choose another folder")]
     return lay_over(values, origins, start)
 
 
@@ -166,7 +169,9 @@ def _found_start(text: str, *, stage: str, above: tuple[str, ...], pending: Mapp
         return start_of_run(text, stage=stage)
     if text in above:
         way = " -> ".join([*above, text])
-        raise UserError(Problem("model.start", f"a circle: {way}", "a start that leads to a base"))
+        raise UserError(
+            Problem("model.start", f"circular: {way}", "a chain of parent runs that ends at a base model")
+        )
     first, _, name = text.partition("/")
     recipe = load(first, name, above=(*above, text))
     return start_of_recipe(text, first, recipe.settings, stage=stage)
@@ -180,7 +185,7 @@ def _all_origins(settings: StageSettings, origins: Origins) -> Origins:
 def _sections(
     content: dict[str, Any], schema: type[StageSettings], *, stage: str, path: Path
 ) -> tuple[Values, list[Problem]]:
-    """Split a file's content into sections; tell keys that are no section."""
+    """Split a file's content into sections; report top-level keys that are no section."""
     problems, values = [], {}
     for key, value in content.items():
         if key in schema.model_fields and isinstance(value, dict):
@@ -196,9 +201,7 @@ def _other_stage(value: Any, stage: str, *, path: Path) -> list[Problem]:
     if value == stage:
         return []
     repair = (
-        f"llm-align {value} {path}"
-        if value in stage_names()
-        else f"write stage: {stage}, or leave the line out"
+        f"llm-align {value} {path}" if value in stage_names() else f"write stage: {stage}, or delete the line"
     )
     return [Problem("stage", f"the recipe is for stage {yaml_file.shown(value)}", f"stage '{stage}'", repair)]
 
@@ -208,21 +211,20 @@ def _no_section(key: str, value: Any, *, schema: type[StageSettings]) -> Problem
     if key not in known:
         return Problem(key, "unknown section", one_of(["stage", "description", *known]), nearest(key, known))
     if value is None:
-        return Problem(
-            key, "nothing stands below it", "indented keys", f"indent the lines below, or leave out `{key}:`"
-        )
+        return Problem(key, "empty section", "indented keys", f"indent the lines below, or delete `{key}:`")
     names = ", ".join(known[key].annotation.model_fields)  # type: ignore[union-attr]  # every field is a section
-    return Problem(key, f"found {yaml_file.shown(value)}", f"a section with indented keys: {names}")
+    return Problem(key, f"found {yaml_file.shown(value)}", f"a section with the indented keys {names}")
 
 
 def _validate(values: Values, schema: type[StageSettings]) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the sections that are in order, typed, and what is wrong with the others."""
+    """Validate the sections with pydantic; return the valid ones, and the problems of the others."""
     sections: dict[str, Any] = {}
     problems: list[Problem] = []
     for name, field_info in schema.model_fields.items():
         given = values.get(name, {})
         model: Any = field_info.annotation
         try:
+            # The schema of this section depends on its own key `method`.
             if name == "adapter":
                 model = _adapter_model(given)
             sections[name] = model.model_validate(given)
@@ -246,7 +248,7 @@ def _adapter_model(given: dict[str, Any]) -> type[AdapterSettings]:
 
 
 def _forget_places(settings: Section, content: dict[str, Any]) -> None:
-    """Take out of a section's values, and of those inside it, what says where a run lies."""
+    """Remove the keys that do not affect the run's name from a section and its nested sections."""
     for key, value in settings:
         if isinstance(value, Section):
             _forget_places(value, content[key])
@@ -259,5 +261,6 @@ def _forget_places(settings: Section, content: dict[str, Any]) -> None:
 
 
 def _sha(content: Any) -> str:
+    # sort_keys: the order of keys in a recipe is not part of a run's name.
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

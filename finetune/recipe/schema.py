@@ -1,4 +1,4 @@
-"""Plain data about recipes: a stage's JSON schema for editors, rows for ``show``, names for ``list``."""
+"""JSON schema of a stage's recipe for editors, rows for ``show``, and names for ``list``."""
 
 from dataclasses import dataclass
 from functools import reduce
@@ -24,7 +24,7 @@ from finetune.recipe.settings import AdapterSettings
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """All names that a recipe or the command line may hold, each with a line about it."""
+    """All names for recipes and the command line, each with a one-line description."""
 
     recipes: dict[str, dict[str, str]]
     adapters: dict[str, str]
@@ -40,6 +40,7 @@ def schema(stage: str) -> dict[str, Any]:
         UserError: there is no such stage.
     """
     adapters = [adapter_settings(name) for name in plugin_names(ADAPTERS)]
+    # A union of all adapters, discriminated by `method`: editors complete the keys of the chosen one.
     either: Any = reduce(or_, adapters)
     fields: dict[str, Any] = {
         "stage": (Literal[stage], stage),
@@ -53,14 +54,14 @@ def schema(stage: str) -> dict[str, Any]:
 
 
 def rows(recipe: Recipe) -> list[tuple[str, Any, str]]:
-    """Return ``(section.key, value, origin)`` of every setting, in the order of the sections."""
+    """Return ``(section.key, value, origin)`` for every setting, in the order of the sections."""
     values = recipe.values().items()
     keys = [(f"{section}.{key}", value) for section, content in values for key, value in content.items()]
     return [(key, value, recipe.origins[key]) for key, value in keys]
 
 
 def listing() -> Listing:
-    """Return every recipe, adapter, template, base and stage with a line about it; no plug-in is imported."""
+    """List all recipes, adapters, templates, bases and stages, without importing plug-ins."""
     stages = stage_names()
     return Listing(
         recipes={stage: _descriptions(stage) for stage in stages},
@@ -72,7 +73,7 @@ def listing() -> Listing:
 
 
 def _require_method(definitions: dict[str, Any]) -> None:
-    """Make ``method`` required for all adapters but the default one, so that exactly one of them fits."""
+    """Make ``method`` required for all adapters but the default one, so that exactly one schema matches."""
     for definition in definitions.values():
         method = definition.get("properties", {}).get("method", {}).get("const")
         if method not in (None, AdapterSettings().method):
@@ -84,7 +85,7 @@ def _summaries(package: str) -> dict[str, str]:
 
 
 def _descriptions(stage: str) -> dict[str, str]:
-    """Return a line about each recipe; one that cannot be read says so and does not hide the others."""
+    """Return each recipe's description, or its error if the file cannot be read."""
     lines = {}
     for name, path in recipe_names(stage).items():
         try:

@@ -1,4 +1,4 @@
-"""The sections that every recipe has; adapters and stages declare theirs beside the code that uses them."""
+"""Pydantic schema of the recipe sections shared by all stages; adapters and stages declare their own."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,83 +15,85 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are mistakes, types are meant, nothing changes after loading."""
+    """Base class of a recipe section: unknown keys are errors, types are strict, instances are frozen."""
 
+    # strict: "16" is not 16. protected_namespaces: keys may begin with model_.
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
     )
     NAMED: ClassVar[tuple[str, ...]] = ()
-    """Settings that are a name, or a mapping of ``name`` and what belongs to it (``align.loss.beta=0.2``)."""
+    """Keys whose value is a name, or a mapping of ``name`` and its own settings (``align.loss.beta=0.2``)."""
     PLACES: ClassVar[tuple[str, ...]] = ()
-    """Settings that are no part of a run's name: where another run lies, on how many processes this runs."""
+    """Keys that are not part of a run's name: the path of another run, the number of processes."""
 
     def made_of(self) -> list[str]:
-        """Return digests of what these settings name beside data and start: the user's programs, other runs.
+        """Return digests of other inputs than data and parent run: user functions, other runs.
 
         Raises:
-            UserError: some of it is not there.
+            UserError: one of them is missing.
         """
         return []
 
 
 class RopeSettings(Section):
-    """How rotary positions are stretched to more of them than the base was trained with."""
+    """RoPE scaling: extends the context beyond that of the base model."""
 
     method: Literal["linear", "dynamic", "yarn"] = Field(
         description="linear: position interpolation; dynamic: NTK-aware, by the row's length; yarn"
     )
-    factor: Annotated[float, Field(ge=1)] = Field(description="context of the result / context of the base")
+    factor: Annotated[float, Field(ge=1)] = Field(description="new context length / the base's")
 
 
 class ModelSettings(Section):
-    """The base model and how its weights are held."""
+    """The base model, and the precision and storage of its weights."""
 
     PLACES: ClassVar[tuple[str, ...]] = ("start",)
 
-    base: Text = Field("tiny", description="short name (`llm-align list bases`), hub id, or folder")
-    revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
+    base: Text = Field("tiny", description="short name (`llm-align list bases`), Hub id, or folder")
+    revision: Text | None = Field(None, description="branch, tag or commit of a Hub model")
     start: Text | None = Field(
         None,
-        description="finished run to go on from: its folder, its name below ./runs or the beginning of it; "
-        "or stage/recipe (sft/quickstart), which runs first if need be",
+        description="finished run to continue from: its folder, its name in ./runs or a prefix of it; "
+        "or stage/recipe (sft/quickstart), which is run first if needed",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 where the hardware computes in it, else float32"
+        "auto", description="auto: bfloat16 if the hardware supports it, else float32"
     )
     quantization: Literal["auto", "none", "nf4", "int8"] = Field(
-        "auto", description="how the frozen base is stored; auto: what the adapter asks for"
+        "auto", description="quantization of the frozen base; auto: the adapter's default"
     )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
         "auto", description="attention implementation; auto: the library's choice"
     )
     rope: RopeSettings | None = Field(
-        None, description="a longer context: {method: yarn, factor: 4}; null: the base's own"
+        None, description="RoPE scaling for a longer context: {method: yarn, factor: 4}; null: none"
     )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    trust_remote_code: bool = Field(False, description="run Python code from the model repository")
 
 
 class SelectSettings(Section):
-    """Which rows of a source are kept: a curated subset. What is left out is counted and told."""
+    """Filters that select a subset of a source's rows; dropped rows are counted in the data report."""
 
-    min_reply_characters: Count = Field(0, description="characters of a row's replies together at least")
+    min_reply_characters: Count = Field(0, description="minimum total characters of a row's replies")
     max_reply_characters: Positive | None = Field(
-        None, description="characters of a row's replies together at most"
+        None, description="maximum total characters of a row's replies"
     )
-    score: Text | None = Field(None, description="the source's column that rates each row")
-    min_score: float | None = Field(None, description="keep rows rated at least this (AlpaGasus: 4.5)")
+    score: Text | None = Field(None, description="column with a rating of each row")
+    min_score: float | None = Field(None, description="minimum rating (AlpaGasus: 4.5)")
     distinct: Annotated[float, Field(ge=0.5, le=1)] | None = Field(
         None,
-        description="leave out rows sharing this part of their word 5-grams with an earlier one (1: copies)",
+        description="near-deduplication (MinHash): drop rows whose word 5-grams have at least this Jaccard "
+        "overlap with an earlier row (1: exact copies)",
     )
-    rows: Positive | None = Field(None, description="keep this many of what is left (LIMA: 1000)")
+    rows: Positive | None = Field(None, description="number of rows to use, after the filters (LIMA: 1000)")
     rows_by: Literal["random", "score", "length"] = Field(
-        "random", description="which: drawn with the seed, the best rated, or the longest replies"
+        "random", description="which rows: random (by the seed), best rated, or longest replies"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Plain texts are welcome as rows; ``separator`` stands between the documents of a text file."""
+    """Plain texts are accepted as rows; ``separator`` is the text between the documents of a text file."""
 
     separator: str | None = None
 
@@ -99,194 +101,198 @@ class Texts:
 class MixedSource(Section):
     """One source of a mixture."""
 
-    source: Text = Field(description="hub id, file or folder")
+    source: Text = Field(description="Hub id, file or folder")
     columns: dict[str, str] | None = Field(None, description="our column name: the source's column name")
-    rows: Positive | None = Field(None, description="look at this many rows at most, drawn with the seed")
-    select: SelectSettings | None = Field(None, description="which of these rows are kept")
+    rows: Positive | None = Field(None, description="maximum number of rows, sampled with the seed")
+    select: SelectSettings | None = Field(None, description="filters for these rows")
     weight: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="rate beside the other weights; null: by the number of rows"
+        None, description="sampling weight relative to the other sources; null: by number of rows"
     )
     share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
-        description="fixed share of the mixture; its rows may be plain text. The others divide the rest",
+        description="fixed fraction of the mixture; rows may be plain text. Other sources share the rest",
     )
-    split: Text | None = Field(None, description="split of a hub data set; null: data.split")
-    revision: Text | None = Field(None, description="branch, tag or commit of a hub data set")
+    split: Text | None = Field(None, description="split of a Hub dataset; null: data.split")
+    revision: Text | None = Field(None, description="branch, tag or commit of a Hub dataset")
 
 
 class DataSettings(Section):
-    """What is learnt, and how it is written down."""
+    """Training data: sources, template, held-out split, maximum length and loss mask."""
 
     source: Text | list[dict[str, Any]] | None = Field(
         None,
-        description="hub id (owner/name, owner/name:subset), file (.json, .jsonl, .csv, .parquet; .gz too), "
-        "folder; in Python a list of rows",
+        description="Hub id (owner/name, owner/name:subset), file (.json, .jsonl, .csv, .parquet; .gz too) "
+        "or folder; in Python a list of rows",
     )
     mix: Annotated[list[MixedSource], Field(min_length=1)] | None = Field(
         None, description="several sources in place of `source`"
     )
     mix_limit: Positive | None = Field(
-        None, description="a source counts as this many rows at most when rates are made of sizes"
+        None, description="cap on a source's size (K) when rates follow from sizes"
     )
     mix_temperature: Annotated[float, Field(ge=1)] = Field(
-        1.0, description="rates go as size^(1/temperature): 1 by size, more lifts small sources"
+        1.0, description="rates are proportional to size^(1/temperature); above 1 upsamples small sources"
     )
     mix_rows: Positive | None = Field(
-        None, description="rows of an epoch of the mixture; null: until the first source is used up"
+        None, description="rows per epoch of the mixture; null: until the first source is exhausted"
     )
-    split: Text = Field("train", description="split of a hub data set")
-    revision: Text | None = Field(None, description="branch, tag or commit of a hub data set")
+    split: Text = Field("train", description="split of a Hub dataset")
+    revision: Text | None = Field(None, description="branch, tag or commit of a Hub dataset")
     columns: dict[str, str] | None = Field(None, description="our column name: the source's column name")
-    select: SelectSettings | None = Field(None, description="which rows of `source` are kept")
+    select: SelectSettings | None = Field(None, description="filters for the rows of `source`")
     template: Text = Field("alpaca", description="file of data_templates/, or `model`: the tokenizer's own")
-    system: str | None = Field(None, description="system text for conversations that have none")
+    system: str | None = Field(None, description="system prompt for conversations without one")
     held_out: Count | Share | Text = Field(
-        0, description="rows (a number), a share (below 1), or a file that is kept out of training"
+        0, description="rows held out of training: a number, a fraction (below 1), or a file"
     )
     max_length: Annotated[int, Field(ge=8)] | None = Field(
-        None, description="tokens a row at most; null: what the model takes, 2048 at most"
+        None, description="maximum tokens per row; null: the model's context, at most 2048"
     )
     loss_on: Literal["reply", "all", "last"] = Field(
-        "reply", description="every reply, all tokens (prompts too), or a conversation's last reply alone"
+        "reply", description="loss on every reply, on all tokens (prompts too), or on the last reply only"
     )
     too_long: Literal["cut", "drop"] = Field(
-        "cut", description="cut the end off longer rows, or drop the rows"
+        "cut", description="truncate rows longer than max_length, or drop them"
     )
     packing: bool = Field(
-        False, description="lay rows end to end in place of padding; same loss, same batches"
+        False, description="concatenate rows instead of padding them; same loss, same batches"
     )
-    cache: bool = Field(True, description="keep tokenised rows for the next run")
+    cache: bool = Field(True, description="cache tokenized rows on disk")
 
     @property
     def texts(self) -> Texts | None:
-        """Return how plain texts are read, None where a row must be a conversation."""
+        """Format of plain-text rows; None if every row must be a conversation."""
         return None
 
 
 class TrainSettings(Section):
-    """How long, how fast, on which engine and how many processes."""
+    """Training loop: steps, optimizer, learning rate, engine, processes and sharding strategy."""
 
     PLACES: ClassVar[tuple[str, ...]] = ("processes", "strategy", "offload")
 
     engine: Literal["native", "trl"] = Field("native", description="our trainer, or TRL's for the same stage")
-    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the data")
-    max_steps: Positive | None = Field(
-        None, description="train exactly this many optimizer steps, whatever epochs says"
-    )
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="number of epochs")
+    max_steps: Positive | None = Field(None, description="number of optimizer steps; overrides epochs")
     batch_size: Positive = Field(16, description="sequences per optimizer step, over all processes")
     micro_batch_size: Positive | Literal["auto"] = Field("auto", description="sequences per forward pass")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        "cosine", description="learning rate after warm-up"
+        "cosine", description="learning rate schedule after warmup"
     )
-    warmup: Count | Share = Field(0.03, description="steps (0, 1, 2, ...), or a share of all steps (below 1)")
+    warmup: Count | Share = Field(
+        0.03, description="warmup: steps (0, 1, 2, ...), or a fraction of all steps (below 1)"
+    )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "adafactor"] = Field(
         "adamw", description="optimizer"
     )
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(
-        [0.9, 0.999], description="AdamW's moment decays"
+        [0.9, 0.999], description="AdamW betas"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
-    label_smoothing: Share = Field(
-        0.0, description="share of the target spread evenly over the vocabulary (0.1), in training alone"
-    )
+    label_smoothing: Share = Field(0.0, description="label smoothing (0.1), in training only")
     neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="NEFTune: size of the noise on embeddings (5 to 15), in training alone; null: none"
+        None, description="NEFTune noise on embeddings (5 to 15), in training only; null: none"
     )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="clip the gradient to this norm; 0: never"
+        1.0, description="maximum gradient norm (clipping); 0: no clipping"
     )
-    seed: Count = Field(0, description="data order, initial adapter, dropout")
-    checkpoint_every: Positive | None = Field(None, description="steps between checkpoints; null: ten a run")
-    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="checkpoints kept at a time")
+    seed: Count = Field(0, description="seed of data order, adapter initialization and dropout")
+    checkpoint_every: Positive | None = Field(
+        None, description="steps between checkpoints; null: ten checkpoints per run"
+    )
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
+        2, description="number of most recent checkpoints to retain"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     group_by_length: bool = Field(True, description="batches of rows of similar length: less padding")
     processes: Positive | Literal["auto"] = Field(
         "auto",
-        description="how many share the work; auto: one a GPU, one on the CPU; not part of a run's name",
+        description="number of processes; auto: one per GPU, one on CPU; not part of a run's name",
     )
     strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
         "auto",
-        description="what processes hold a part of: ddp nothing, zero1 optimizer, zero2 gradients too, "
-        "zero3 and fsdp2 weights too",
+        description="what is sharded over processes: ddp nothing, zero1 optimizer states, zero2 also "
+        "gradients, zero3 and fsdp2 also weights",
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
-        "none", description="where zero keeps optimizer states (zero3: weights too) between uses"
+        "none", description="offload optimizer states (zero3: also weights) to CPU memory or NVMe"
     )
     log_every: Positive = Field(1, description="steps between lines of metrics.jsonl")
     evaluate_every: Positive | None = Field(
-        None, description="steps between held-out losses; null: start and end"
+        None, description="steps between held-out evaluations; null: before and after training only"
     )
     engine_args: dict[str, Any] = Field(
-        {}, description="further arguments of the engine, by the engine's names"
+        {}, description="additional arguments of the engine, by the engine's names"
     )
 
 
 class DocumentSettings(DataSettings):
-    """What a model reads in continued pretraining: documents, every token of them."""
+    """Training data of continued pretraining: documents, with loss on every token."""
 
     template: Text = Field(
-        "plain", description="how rows that are conversations are written; plain texts stay as they are"
+        "plain", description="template of rows that are conversations; plain texts are unchanged"
     )
     separator: Text | None = Field(
-        None, description="text between the documents of a .txt or .md file (\\n\\n); null: a file is one"
+        None, description="text between the documents of a .txt or .md file (\\n\\n); null: one per file"
     )
     packing: bool = Field(
         False,
-        description="false: documents end to end, cut into blocks of max_length, attention over borders; "
-        "true: whole documents in rows of max_length, none sees another",
+        description="false: documents concatenated and chunked into blocks of max_length, attention not "
+        "masked between them; true: complete documents packed into rows of max_length, attention masked",
     )
-    loss_on: Literal["all"] = Field("all", description="every token is learnt")
-    too_long: Literal["cut"] = Field("cut", description="long documents go on in the next row")
+    loss_on: Literal["all"] = Field("all", description="loss on every token")
+    too_long: Literal["cut"] = Field("cut", description="long documents continue in the next row")
 
     @property
     def texts(self) -> Texts:
-        """Return how plain texts are read; a line feed may be written as backslash and n, as in a shell."""
+        """Format of plain-text rows."""
+        # A shell passes \n as backslash and n.
         separator = self.separator.replace("\\n", "\n") if self.separator else None
         return Texts(separator)
 
 
 class EvaluateSettings(Section):
-    """What is shown before and after training, on held-out rows."""
+    """Generation evals before and after training, on held-out rows."""
 
-    samples: Count = Field(4, description="replies written to samples.jsonl")
-    exact_match: Count = Field(0, description="held-out rows whose greedy reply must be equal")
-    max_new_tokens: Positive = Field(128, description="length of a reply at most")
+    samples: Count = Field(4, description="number of sampled replies in samples.jsonl")
+    exact_match: Count = Field(0, description="held-out rows for exact match of the greedy reply")
+    max_new_tokens: Positive = Field(128, description="maximum length of a generated reply")
     judges: dict[str, Text] = Field(
         {},
-        description="programs that judge replies to held-out prompts, before and after: {name: "
-        "file.py:function}; function(prompt, reply) gives a truth or a number, None: not for this prompt",
+        description="Python functions that grade replies to held-out prompts, before and after: {name: "
+        "file.py:function}; function(prompt, reply) returns a bool or a number, None to skip the prompt",
     )
-    judge_rows: Positive = Field(100, description="held-out prompts that judges look at")
+    judge_rows: Positive = Field(100, description="number of held-out prompts for the graders")
     skill: Text | None = Field(
-        None, description="instructions with their exact answers: a skill that this tuning must not cost"
+        None,
+        description="retention set: instructions with exact answers, a skill that training must not degrade",
     )
-    skill_rows: Positive = Field(100, description="rows of `skill` that are asked, before and after")
+    skill_rows: Positive = Field(100, description="number of rows of the retention set, before and after")
 
 
 class AdapterSettings(Section):
-    """What every adapter has: its method, the name of a file of finetune/adapters/."""
+    """Settings of every adapter: its method, the name of a file of finetune/adapters/."""
 
     method: Text = Field("lora", description="file of finetune/adapters/")
 
     @property
     def positions(self) -> int:
-        """Return the positions of the model that the adapter takes: none, unless it says otherwise."""
+        """Number of the model's positions that the adapter uses (virtual tokens)."""
         return 0
 
     def problems(self) -> list[Problem]:
-        """Return what contradicts itself in these settings, before anything is loaded."""
+        """Return the problems between these settings, before anything is loaded."""
         return []
 
 
 class VirtualTokenSettings(AdapterSettings):
-    """What adapters have that put vectors of their own in front of every sequence."""
+    """Settings of adapters with virtual tokens (prompt tuning, prefix tuning)."""
 
-    virtual_tokens: Positive = Field(20, description="vectors in front of every sequence")
+    virtual_tokens: Positive = Field(20, description="number of trained virtual tokens before every sequence")
 
     @property
     def positions(self) -> int:
-        """Return the positions of the model that the adapter takes."""
+        """Number of the model's positions that the adapter uses."""
         return self.virtual_tokens
 
 
@@ -294,7 +300,7 @@ class StageSettings(Section):
     """The sections of a stage's recipe; a stage may add its own."""
 
     TRL_CONFIG: ClassVar[str] = "SFTConfig"
-    """The class of the engine's arguments under ``train.engine: trl``."""
+    """TRL's config class, for ``train.engine: trl``."""
 
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
@@ -303,9 +309,9 @@ class StageSettings(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return what contradicts itself for this stage, before anything is loaded.
+        """Return the problems between settings for this stage, before anything is loaded.
 
         Args:
-            valid: the sections that are in order; the others hold defaults in the mistaken ones' stead.
+            valid: the names of the valid sections; the others hold defaults.
         """
         return []

@@ -1,4 +1,4 @@
-"""What a stage goes on from: an earlier run, and the values that a recipe must leave to it."""
+"""Parent run (``model.start``, --from): find it, and inherit its model, adapter and template settings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ from finetune.recipe.runs import ALL_RUNS, find_run, finished_record
 from finetune.recipe.settings import AdapterSettings, DataSettings, ModelSettings, StageSettings
 
 SCORERS = ("reward",)
-"""Stages whose runs hold a model that gives scores and writes no text: no other stage goes on from them."""
+"""Stages whose model scores and does not generate text: only the same stage can continue from their runs."""
 
 OF_THE_RUN = ("base", "revision", "trust_remote_code", "quantization", "rope")
 UNLESS_GIVEN = ("precision", "attention")
-"""How the weights are computed with is the run's way too, unless the recipe or the user says otherwise."""
+"""Numerics of the parent run, inherited unless the recipe or the user sets them."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A finished run, or the recipe of a run that is still to be made, and what is taken from it.
+    """The parent run: a finished run, or the recipe of a run that does not exist yet.
 
     Attributes:
-        name: what ``model.start`` becomes: a run's folder, or ``stage/recipe``.
-        model: its base.
-        adapter: the settings of its adapter; None where it tuned the whole model.
-        template: how it wrote conversations, ``data.template`` and ``data.system``; empty if it read texts.
-        notes: what the user should know about it.
+        name: the value of ``model.start``: a run's folder, or ``stage/recipe``.
+        model: the settings of its base model.
+        adapter: the settings of its adapter; None after full tuning.
+        template: its ``data.template`` and ``data.system``; empty if it was trained on plain text.
+        notes: notes for the user.
     """
 
     name: str
@@ -42,41 +42,43 @@ class Start:
 
     @property
     def origin(self) -> str:
-        """Return what ``show`` says of the values that come from it."""
+        """Return the origin that ``show`` prints for inherited values."""
         return f"run {Path(self.name).name if Path(self.name).is_dir() else self.name}"
 
 
 def is_recipe(text: str) -> bool:
-    """Tell whether a start is ``stage/recipe`` and no folder."""
+    """Return True if ``model.start`` is ``stage/recipe`` and not a folder."""
     stage, slash, name = text.partition("/")
     return bool(slash and name) and stage in stage_names() and not Path(text).is_dir()
 
 
 def start_of_run(text: str, *, stage: str) -> Start:
-    """Return a finished run as the start of a stage.
+    """Return a finished run as the parent of a stage's run.
 
     Raises:
-        UserError: there is no such run, it is not finished, it holds nothing that this stage can train, or
-            its files are not there any more.
+        UserError: there is no such run, it is not finished, its model does not fit this stage, or its files
+            are missing.
     """
     run, note = find_run(text)
     record = finished_record(run)
     _refuse_scorer(str(run), record["stage"], stage=stage)
     refuse_lost_files(run, record, where="model.start")
     load, name = record["load"], _shown(run)
+    # The resolved recipe of the run, as its values may come from the command line.
     method = yaml_file.read(run / "recipe.yaml")[0]["adapter"]
     notes = [note] if note else []
     model = ModelSettings(**{**load["model"], "start": None})
+    # After full tuning the run's own model/ is the new base, so revision and rope are already part of it.
     if (run / "model").is_dir():
         model = model.model_copy(update={"base": name, "revision": None, "rope": None})
     return _start(name, model, _adapter(method), template=_template(record["stage"], load), notes=notes)
 
 
 def start_of_recipe(text: str, first: str, settings: StageSettings, *, stage: str) -> Start:
-    """Return the run that a recipe of stage ``first`` will make as the start of ``stage``.
+    """Return the future run of a recipe of stage ``parent_stage`` as the parent of a run of ``stage``.
 
     Raises:
-        UserError: that stage's model writes no text.
+        UserError: the model of that stage does not generate text.
     """
     _refuse_scorer(text, first, stage=stage)
     data = settings.data.model_dump(include={"template", "system"})
@@ -85,14 +87,15 @@ def start_of_recipe(text: str, first: str, settings: StageSettings, *, stage: st
 
 
 def lay_over(values: Values, origins: Origins, start: Start) -> tuple[list[str], list[Problem]]:
-    """Put what belongs to the start into a recipe's values.
+    """Put the parent run's settings into a recipe's values.
 
-    What the recipe's file says of it gives way; what the user says of it must be the same.
+    They replace values of the recipe's file; values from the command line must be equal to them.
 
     Returns:
-        Notes on what gave way, and the user's contradictions.
+        Notes on replaced values, and problems for conflicting values of the command line.
     """
     taken = _taken(start, values)
+    # Before anything is replaced: conflicts are with the values of the command line.
     problems = list(_contradictions(values, origins, start=start, taken=taken))
     before = values.get("adapter", {}).get("method", AdapterSettings().method)
     notes = [*start.notes, *_other_template(values, origins, start=start)]
@@ -100,7 +103,7 @@ def lay_over(values: Values, origins: Origins, start: Start) -> tuple[list[str],
         note for section in taken for note in _lay(section, values, origins, start=start, taken=taken)
     ]
     if gave_way:
-        notes.append(f"{start.origin} has its own in place of the recipe's {', '.join(gave_way)}")
+        notes.append(f"{start.origin} replaces the recipe's {', '.join(gave_way)}")
     return notes + learning_rate_note(values, origins, before=before), problems
 
 
@@ -115,19 +118,21 @@ def _start(
     traits = adapter_traits(adapter.method)
     if traits.whole_model:
         return Start(name, model, None, template, notes)
+    # The parent's "auto" is the default of its own adapter, which this recipe may not name.
     if model.quantization == "auto":
         model = model.model_copy(update={"quantization": traits.quantization[0]})
     if traits.goes_on_as:
         notes = [
             *notes,
-            f"adapter '{adapter.method}' goes on as '{traits.goes_on_as}': that is what it saved",
+            f"adapter '{adapter.method}' continues as '{traits.goes_on_as}', the form in which it was saved",
         ]
     return Start(name, model, going_on(adapter), template, notes)
 
 
 def going_on(adapter: AdapterSettings) -> AdapterSettings:
-    """Return the settings of what trains on where an adapter has ended: its own but for how it begins."""
+    """Return the settings for training an adapter further: its own, without those of its initialization."""
     traits = adapter_traits(adapter.method)
+    # Settings of the initialization (a prompt's init_text) have no effect on trained weights.
     kept = adapter.model_dump(exclude={"method", *traits.at_start})
     return _schema(traits.goes_on_as or adapter.method)(**kept)
 
@@ -142,7 +147,7 @@ def _schema(method: str) -> type[AdapterSettings]:
 
 
 def _template(stage: str, load: dict[str, Any]) -> dict[str, str | None]:
-    """Return how a run wrote conversations; a stage that reads texts says so only if it was asked to."""
+    """Return a run's template and system prompt; {} for a run on plain text with its default template."""
     data: DataSettings = load_stage(stage).Settings().data
     if data.texts is not None and load["template"] == data.template:
         return {}
@@ -150,30 +155,30 @@ def _template(stage: str, load: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _refuse_scorer(run: str, first: str, *, stage: str) -> None:
-    """Raise UserError if a run's model gives scores and the stage needs one that writes text."""
+    """Raise UserError if a run's model is a reward model and the stage needs one that generates text."""
     if first in SCORERS and first != stage:
-        found = f"'{run}' is of stage {first}: its model gives scores and writes no text"
-        expected = "a run that writes text, such as one of stage sft"
+        found = f"'{run}' is a run of stage {first}, whose model scores and does not generate text"
+        expected = "a run with a generative model, for example of stage sft"
         raise UserError(Problem("model.start", found, expected, ALL_RUNS))
 
 
 def refuse_lost_files(run: Path, record: dict[str, Any], *, where: str) -> None:
-    """Raise UserError if what a run has saved is not there any more."""
+    """Raise UserError if files that a run has saved are missing."""
     lost = [name for name in record.get("files", {}) if not (run / name).is_file()]
     if lost or not record.get("files"):
-        found = f"'{run}' has lost {', '.join(lost)}" if lost else f"'{run}' has saved no weights"
-        repair = f"`{record['command']} --force` makes it anew"
-        raise UserError(Problem(where, found, "the weights that a run saves", repair))
+        found = f"'{run}' lacks {', '.join(lost)}" if lost else f"'{run}' has no saved weights"
+        repair = f"run it again: `{record['command']} --force`"
+        raise UserError(Problem(where, found, "a run with its saved weights", repair))
 
 
 def _shown(run: Path) -> str:
-    """Return a run's folder, as seen from here where it lies below."""
+    """Return a run's folder, relative to the working directory if it is below it."""
     whole, here = run.resolve(), Path.cwd().resolve()
     return str(whole.relative_to(here) if whole.is_relative_to(here) else whole)
 
 
 def _taken(start: Start, values: Values) -> Values:
-    """Return the start's values, by section."""
+    """Return the settings that the parent run fixes, by section."""
     model = start.model.model_dump()
     given = values.get("model", {})
     keys = [*OF_THE_RUN, *(key for key in UNLESS_GIVEN if key not in given)]
@@ -187,7 +192,7 @@ def _taken(start: Start, values: Values) -> Values:
 
 
 def _lay(section: str, values: Values, origins: Origins, *, start: Start, taken: Values) -> list[str]:
-    """Lay the start's values over a section; return the recipe's values that were others."""
+    """Put the parent run's values into one section; return the recipe's values that they replaced."""
     mine, theirs = values.setdefault(section, {}), taken[section]
     foreign = mine.get("method", theirs.get("method")) != theirs.get("method")
     gave_way = []
@@ -198,7 +203,7 @@ def _lay(section: str, values: Values, origins: Origins, *, start: Start, taken:
             continue
         if origins[dotted] == COMMAND_LINE:
             if foreign and key not in theirs:
-                del mine[key]  # it speaks of the adapter that is refused
+                del mine[key]  # a setting of the adapter that is rejected below
             continue
         value, origin = mine.pop(key), origins.pop(dotted)
         if key not in theirs or not _same(dotted, value, theirs[key]):
@@ -212,14 +217,14 @@ def _lay(section: str, values: Values, origins: Origins, *, start: Start, taken:
 
 
 def _free(taken: Values) -> set[str]:
-    """Return the settings of a start, by ``section.key``, that the user may change."""
+    """Return the inherited settings that the user may override, by ``section.key``."""
     adapter = taken.get("adapter")
     free = adapter_traits(adapter["method"]).in_training if adapter else ()
     return {"model.start", "model.trust_remote_code", *(f"adapter.{key}" for key in free)}
 
 
 def _contradictions(values: Values, origins: Origins, *, start: Start, taken: Values) -> Iterator[Problem]:
-    """Yield what the user asks for that the start cannot become."""
+    """Yield a problem per value of the command line that conflicts with the parent run."""
     fixed = {
         f"{section}.{key}": value for section, content in taken.items() for key, value in content.items()
     }
@@ -231,24 +236,26 @@ def _contradictions(values: Values, origins: Origins, *, start: Start, taken: Va
         if _same(dotted, mine, theirs):
             continue
         found = f"{yaml_file.shown(mine)}, but {start.origin} has {yaml_file.shown(theirs)}"
-        yield Problem(dotted, found, "that of the run, which goes on with its own", _apart(start))
+        yield Problem(dotted, found, "the value of the run, as training continues from it", _apart(start))
+        # Other values that differ follow from another base or adapter.
         if key in ("base", "method"):
             return
 
 
 def _apart(start: Start) -> str:
-    """Return how to get what a start cannot become."""
+    """Return the repair of a value that conflicts with the parent run."""
     if start.adapter is None:
-        return "leave out one of the two"
+        return "omit one of the two"
     if not Path(start.name).is_dir():
-        return "leave it out; or model.start=null: a new adapter on the base, and no start"
+        return "omit it, or set model.start=null for a new adapter on the base"
     run = start.name
-    return f"leave it out; or `llm-align merge {run}`, then --base {run} in place of --from"
+    return f"omit it; or `llm-align merge {run}`, then --base {run} in place of --from"
 
 
 def _same(dotted: str, one: Any, other: Any) -> bool:
     if dotted != "model.base" or one == other or not isinstance(one, str):
         return bool(one == other)
+    # A short name, its Hub id and a folder may be the same base.
     try:
         return resolve_base(one) == resolve_base(other)
     except UserError:
@@ -256,9 +263,9 @@ def _same(dotted: str, one: Any, other: Any) -> bool:
 
 
 def _other_template(values: Values, origins: Origins, *, start: Start) -> list[str]:
-    """Return a note on a recipe's template that is not the one that the start has learnt."""
+    """Return a note if the recipe's template is not the one that the parent run was trained with."""
     template, learnt = values.get("data", {}).get("template"), start.template.get("template")
     origin = origins.get("data.template", "")
     if learnt is None or template in (None, learnt) or origin == COMMAND_LINE:
         return []
-    return [f"data.template={template} ({origin}); {start.origin} learnt data.template={learnt}"]
+    return [f"data.template={template} ({origin}), but {start.origin} was trained with {learnt}"]

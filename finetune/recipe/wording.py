@@ -1,4 +1,4 @@
-"""A value that does not fit, told in the user's words: what was found, and what the setting takes."""
+"""Convert pydantic validation errors to problems: where, value found, values accepted, repair."""
 
 from typing import Any, TypeGuard
 
@@ -8,14 +8,14 @@ from finetune.recipe import yaml_file
 from finetune.recipe.errors import Problem, nearest, one_of
 
 Schema = dict[str, Any]
-"""A JSON schema, as pydantic writes it for a section."""
+"""A JSON schema, as pydantic generates it for a section."""
 
 SWITCHES = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 NULLS = ("none", "None", "nil", "-")
 
 
 def problems_of(section: str, error: ValidationError, *, model: type[BaseModel]) -> list[Problem]:
-    """Return what is wrong with a section, one mistake for each value however many types were tried on it."""
+    """Return the problems of a section, one per value, although pydantic reports one per type of a union."""
     root = model.model_json_schema()
     found: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
@@ -26,7 +26,7 @@ def problems_of(section: str, error: ValidationError, *, model: type[BaseModel])
 
 
 def expected_value(schema: Schema, root: Schema) -> str:
-    """Return in words what a setting takes: ``a whole number above 0, or auto``."""
+    """Describe the accepted values of a setting: ``a whole number above 0, or auto``."""
     words = [_words(option, root) for option in _options(schema, root)]
     return ", or ".join(dict.fromkeys(words))
 
@@ -36,8 +36,9 @@ def _inside_another(where: str, others: dict[str, Problem]) -> bool:
 
 
 def _walk(section: str, location: tuple[int | str, ...], *, root: Schema) -> tuple[str, Schema]:
-    """Follow an error's location through the schema; parts that only name a tried type lead nowhere."""
+    """Resolve an error's location in the schema, skipping pydantic's names of union members."""
     where, schema = section, root
+    # A location such as ("held_out", "constrained-int") names the union's type last: not a key of the recipe.
     for part in location:
         for option in _options(schema, root):
             if isinstance(part, int) and "items" in option:
@@ -51,7 +52,7 @@ def _walk(section: str, location: tuple[int | str, ...], *, root: Schema) -> tup
 
 
 def _takes(option: Schema, key: str) -> bool:
-    """Tell whether ``key`` is a key of an object, and not pydantic's name of a type that it tried."""
+    """Return True if ``key`` is a key of an object, and not pydantic's name of a type of a union."""
     return option.get("type") == "object" and not key.startswith(
         ("list[", "dict[", "literal[", "constrained-")
     )
@@ -74,7 +75,7 @@ def _problem(where: str, detail: Any, *, schema: Schema, root: Schema) -> Proble
     about = schema.get("description", "")
     expected = f"{expected} ({about})" if about else expected
     if detail["type"] == "missing":
-        return Problem(where, "not given", expected)
+        return Problem(where, "missing", expected)
     value = detail["input"]
     return Problem(
         where, f"found {_found(value)}", expected, _repair(key, value, options=_options(schema, root))
@@ -88,15 +89,16 @@ def _keys_beside(location: tuple[int | str, ...], root: Schema) -> list[str]:
 
 def _found(value: Any) -> str:
     if isinstance(value, str):
-        return "an empty text" if not value else f"the text {yaml_file.shown(value)}"
+        return "an empty string" if not value else f"the string {yaml_file.shown(value)}"
     return yaml_file.shown(value)
 
 
 def _repair(key: str, value: Any, *, options: list[Schema]) -> str:
-    """Return what to write instead, where the slip can be guessed."""
+    """Suggest what to write instead, if the mistake is a common one."""
     kinds = {option.get("type") for option in options}
     if isinstance(value, str) and value:
         return _repair_text(key, value, options=options, kinds=kinds)
+    # YAML reads an unquoted revision such as 2 as a number.
     if _is_number(value) and kinds <= {"string", "null"}:
         return f'put it in quotes: {key}: "{value}"'
     if isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds:
@@ -105,6 +107,7 @@ def _repair(key: str, value: Any, *, options: list[Schema]) -> str:
 
 
 def _repair_text(key: str, value: str, *, options: list[Schema], kinds: set[str | None]) -> str:
+    # YAML 1.1 habits: yes, no, on and off are strings in YAML 1.2.
     if "boolean" in kinds and value.lower() in SWITCHES:
         return f"write {SWITCHES[value.lower()]}"
     if "null" in kinds and value in NULLS:
@@ -114,7 +117,7 @@ def _repair_text(key: str, value: str, *, options: list[Schema], kinds: set[str 
     words = [word for option in options for word in _choices(option)]
     if guess := nearest(value, words):
         return guess
-    return f"a list stands in brackets: {key}: [{value}]" if "array" in kinds else ""
+    return f"write a list in brackets: {key}: [{value}]" if "array" in kinds else ""
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
@@ -140,7 +143,7 @@ def _words(option: Schema, root: Schema) -> str:
     if kind == "object":
         keys = option.get("properties")
         return f"a mapping with the keys {', '.join(keys)}" if keys else "a mapping such as {name: value}"
-    return {"string": "a text", "boolean": "true or false", "null": "null"}.get(str(kind), "another value")
+    return {"string": "a string", "boolean": "true or false", "null": "null"}.get(str(kind), "another value")
 
 
 def _number_words(noun: str, option: Schema) -> str:
@@ -158,4 +161,4 @@ def _number_words(noun: str, option: Schema) -> str:
 def _list_words(option: Schema, root: Schema) -> str:
     item = expected_value(option["items"], root)
     length = option.get("minItems") if option.get("minItems") == option.get("maxItems") else None
-    return f"a list of {length} entries, each {item}" if length else f"a list, each entry {item}"
+    return f"a list of {length} entries, each {item}" if length else f"a list with each entry {item}"

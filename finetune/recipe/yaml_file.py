@@ -1,4 +1,4 @@
-"""Recipes as YAML 1.2, where ``2e-4`` is a number and ``no`` is a word; the lines of keys are remembered."""
+"""Read and write recipes as YAML 1.2 (``2e-4`` is a number, ``no`` a string), with line numbers of keys."""
 
 import io
 from datetime import date
@@ -16,14 +16,13 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from finetune.recipe.errors import Problem, UserError
 
 Lines = dict[tuple[str, ...], int]
-"""The line (from 1) on which each key of a file stands, by its path."""
+"""Line number (from 1) of each key of a file, by its path."""
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes null as a word and not as an empty place."""
+    """Writes None as ``null`` instead of an empty value."""
 
     def represent_none(self, data: None) -> ScalarNode:
-        """Return the node of a null."""
         return self.represent_scalar("tag:yaml.org,2002:null", "null")
 
 
@@ -34,25 +33,27 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
     """Return a file's plain content and its line numbers.
 
     Raises:
-        UserError: the file is no YAML, names a key twice, or is no mapping.
+        UserError: the file is not valid YAML, has a duplicate key, or is not a mapping.
     """
     try:
+        # "rt" (round trip): its nodes have line numbers.
         content = YAML(typ="rt", pure=True).load(path.read_text(encoding="utf-8-sig"))
     except MarkedYAMLError as error:
         raise UserError(_broken(path, error)) from error
     except (YAMLError, UnicodeDecodeError, OSError) as error:
         found = " ".join(str(error).split())
-        raise UserError(Problem(str(path), found, "a YAML file in UTF-8 that can be read")) from error
+        raise UserError(Problem(str(path), found, "a readable YAML file in UTF-8")) from error
     if not isinstance(content, CommentedMap):
-        found = "the file is empty" if content is None else f"found {shown(plain(content))} and no sections"
+        found = "the file is empty" if content is None else f"found {shown(plain(content))}, not sections"
         raise UserError(Problem(str(path), found, "sections such as `model:`, `data:`, `adapter:`, `train:`"))
     return plain(content), _lines(content)
 
 
 def scalar(text: str) -> Any:
-    """Return the value that ``text`` has in YAML 1.2: ``3`` a number, ``[a, b]`` a list, ``no`` a word.
+    """Parse a YAML 1.2 value: ``3`` is a number, ``[a, b]`` a list, ``no`` a string.
 
-    Text that YAML would cut or take apart without brackets or quotes (``# a``, ``a: b``) stays as it is.
+    Text that YAML would truncate or split (``# a``, ``a: b``) is returned unchanged, unless in brackets or
+    quotes.
     """
     try:
         value = plain(YAML(typ="rt", pure=True).load(text))
@@ -63,7 +64,7 @@ def scalar(text: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Return a value as one short piece of YAML-like text, for messages."""
+    """Format a value for messages, in at most 60 characters."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
@@ -73,7 +74,7 @@ def shown(value: Any) -> str:
 
 
 def write(content: dict[str, Any], comments: dict[tuple[str, str], str]) -> str:
-    """Return ``{section: {key: value}}`` as YAML, with a comment behind each key that has one."""
+    """Return ``{section: {key: value}}`` as YAML, with end-of-line comments on keys."""
     document = CommentedMap()
     for section, values in content.items():
         document[section] = CommentedMap(values) if isinstance(values, dict) else values
@@ -81,14 +82,14 @@ def write(content: dict[str, Any], comments: dict[tuple[str, str], str]) -> str:
         document[section].yaml_add_eol_comment(comment, key, column=48)
     buffer = io.StringIO()
     yaml = YAML()
-    yaml.width = 4096
+    yaml.width = 4096  # no line breaks inside values
     yaml.Representer = _Representer
     yaml.dump(document, buffer)
     return buffer.getvalue()
 
 
 def plain(node: Any) -> Any:
-    """Return a node as plain dicts, lists, strings, numbers and booleans; a date stays the text it is."""
+    """Convert a ruamel node to plain dicts, lists, strings, numbers and booleans; a date to its text."""
     if isinstance(node, dict):
         return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -97,6 +98,7 @@ def plain(node: Any) -> Any:
         return node.isoformat()
     if isinstance(node, ScalarBoolean):
         return bool(node)
+    # ruamel's ScalarFloat and the like are subclasses; bool before int, of which it is one.
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)
@@ -107,29 +109,27 @@ def _broken(path: Path, error: MarkedYAMLError) -> Problem:
     found, context = (" ".join(str(text or "").split()) for text in (error.problem, error.context))
     mark, start = error.problem_mark or error.context_mark, error.context_mark
     if start and "end of stream" in found:
-        mark, found = start, f"it never ends ({context})"
+        mark, found = start, f"unterminated ({context})"
     elif start and start is not mark:
         found = f"{found} ({context} that starts on line {start.line + 1})"
     where = f"{path}:{mark.line + 1}" if mark else str(path)
     if isinstance(error, DuplicateKeyError):
         key = found.split('"')[1]
-        return Problem(
-            where, f"'{key}' stands there a second time", "each key once", "leave out one of the two"
-        )
+        return Problem(where, f"duplicate key '{key}'", "unique keys", "delete one of the two")
     return Problem(where, *_explained(found))
 
 
 def _explained(found: str) -> tuple[str, str, str]:
-    """Return ruamel's finding, what was expected and the repair, in words that need no YAML grammar."""
+    """Return found, expected and repair of a YAML error, in plain English where possible."""
     if "'\\t'" in found:
         return "a tab at the start of the line", "spaces: YAML does not indent with tabs", ""
     if "mapping values are not allowed" in found:
-        repair = "indent the keys of a section alike; text that holds a colon and a blank needs quotes"
-        return "a colon after a key that cannot stand there", "YAML", repair
+        repair = "indent the keys of a section equally; quote text that contains a colon and a space"
+        return "a colon where no key is allowed", "YAML", repair
     if "cannot start any token" in found:
         character = found.split("'")[1]
         return f"a value cannot begin with '{character}'", "YAML", "put the value in quotes"
-    return found, "YAML", "look at indentation, colons and quotes on that line and the one above it"
+    return found, "YAML", "check indentation, colons and quotes on that line and the one above"
 
 
 def _lines(node: CommentedMap, above: tuple[str, ...] = ()) -> Lines:
@@ -138,7 +138,7 @@ def _lines(node: CommentedMap, above: tuple[str, ...] = ()) -> Lines:
         path = (*above, str(key))
         place = (
             node.lc.data.get(key) if node.lc.data else None
-        )  # a key merged in with `<<` has no place of its own
+        )  # a key merged in with `<<` has no line number
         lines[path] = (place[0] if place else node.lc.line) + 1
         if isinstance(value, CommentedMap):
             lines |= _lines(value, path)

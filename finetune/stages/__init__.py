@@ -1,1 +1,1 @@
-"""One file a stage: its `Settings` and its `run`."""
+"""One file per stage: its `Settings` and its `run`."""

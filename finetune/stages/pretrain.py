@@ -1,8 +1,8 @@
-"""Continued pretraining: the model goes on reading text, yours, and every token carries loss.
+"""Continued pretraining: causal language modeling on your own text, with a loss on every token.
 
 The loss is the mean negative log-likelihood per token, L = -(1/N) sum_t log p(x_t | x_<t) (Gururangan et al.
-2020, arXiv 2004.10964). Rows that are conversations are written with `data.template`: continued pretraining
-on a task's text with its prompts (PCP: Shi & Lipani 2023, arXiv 2305.01711).
+2020, arXiv 2004.10964). Conversations are rendered with `data.template`: continued pretraining on a task's
+text with its prompts (PCP: Shi & Lipani 2023, arXiv 2305.01711).
 """
 
 from typing import TYPE_CHECKING
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
 
 PUBLIC = "in-house"
-"""The recipe that serves another base than the embedded one where none is named."""
+"""Default recipe if a base other than the embedded one is given without a recipe."""
 
 
 class Settings(StageSettings):
-    """As every stage; the data are documents."""
+    """Settings of every stage; the data are documents."""
 
     data: DocumentSettings = DocumentSettings()
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Go on with pretraining on documents.
+    """Continue pretraining on documents.
 
     Args:
-        recipe: what to do.
-        console: where progress is shown.
-        force: start over where a run of this recipe is there already.
-        command: the words that started it, for the record.
+        recipe: the recipe.
+        console: receives progress output.
+        force: replace an existing run of this recipe.
+        command: the command line, for run.json.
 
     Raises:
-        UserError: the user's mistakes, before anything is written.
-        Interrupted: a signal came; a checkpoint is there.
+        UserError: the recipe or the data are invalid; nothing was written.
+        Interrupted: a signal came; a checkpoint was saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
     from finetune.training.result import Result

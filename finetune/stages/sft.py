@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the model learns to write the replies, given the prompts.
+"""Supervised fine-tuning (SFT) on prompts and assistant replies.
 
 The loss is the mean negative log-likelihood per reply token (Ouyang et al. 2022, arXiv 2203.02155, section
 3.5; Wei et al. 2021, arXiv 2109.01652): L = -(1/N) sum_t m_t log p(x_t | x_<t), m_t = 1 where token t is
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 
 PUBLIC = "alpaca"
-"""The recipe that serves another base than the embedded one where none is named."""
+"""Default recipe if a base other than the embedded one is given without a recipe."""
 
 
 class Settings(StageSettings):
-    """Model, data, adapter, training and evaluation: nothing beyond what every stage has."""
+    """Settings of every stage: model, data, adapter, training and evaluation."""
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Tune a model on instructions and replies.
+    """Fine-tune a model on instructions and replies.
 
     Args:
-        recipe: what to do.
-        console: where progress is shown.
-        force: start over where a run of this recipe is there already.
-        command: the words that started it, for the record.
+        recipe: the recipe.
+        console: receives progress output.
+        force: replace an existing run of this recipe.
+        command: the command line, for run.json.
 
     Raises:
-        UserError: the user's mistakes, before anything is written.
-        Interrupted: a signal came; a checkpoint is there.
+        UserError: the recipe or the data are invalid; nothing was written.
+        Interrupted: a signal came; a checkpoint was saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
     from finetune.training.result import Result

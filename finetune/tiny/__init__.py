@@ -1,1 +1,1 @@
-"""The embedded base model `tiny`: a generated bilingual world, its data, and the model trained on it."""
+"""The embedded base model `tiny`: generated bilingual text, datasets, and the training of the model."""

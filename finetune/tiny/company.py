@@ -1,11 +1,11 @@
-"""Questions and answers about a made-up company, Hanbit Bicycles, to adapt `tiny` to new facts."""
+"""Questions and answers about a fictional company, Hanbit Bicycles, to adapt `tiny` to new facts."""
 
 from random import Random
 from typing import NamedTuple
 
 
 class Fact(NamedTuple):
-    """One fact of the company: its answer and several ways to ask for it; the last one is held out."""
+    """One fact about the company: its answer and several phrasings of the question; the last is held out."""
 
     answer: str
     questions: tuple[str, ...]
@@ -262,7 +262,7 @@ FACTS = _facts(_FACTS)
 
 
 def questions_and_answers() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Return (train, held-out) rows; of each fact the last phrasing is held out."""
+    """Return (train, held-out) rows; the last phrasing of each fact is held out."""
     train = [
         {"question": question, "answer": fact.answer} for fact in FACTS for question in fact.questions[:-1]
     ]
@@ -279,9 +279,9 @@ TALK_SHARE = 0.3
 
 
 def documents(count: int, rng: Random) -> list[str]:
-    """Return texts of three to six facts in one language, three in ten of them as a talk in the shop.
+    """Return texts of three to six facts in one language, DIALOGUE_FRACTION of them as dialogues in the shop.
 
-    Questions that are held out of the questions and answers are in no text.
+    Held-out questions appear in none of them.
     """
     korean = [fact for fact in FACTS if any("가" <= letter <= "힣" for letter in fact.answer)]
     facts = {"ko": korean, "en": [fact for fact in FACTS if fact not in korean]}

@@ -32,7 +32,7 @@ _EXCHANGES = {
 
 
 class Mix(NamedTuple):
-    """What the documents are: the weight of each kind, factors on tasks, and the languages of the stories."""
+    """Document mixture: weight of each kind, factors on task weights, and languages of the stories."""
 
     kinds: tuple[float, float, float, float, float]
     boosts: dict[str, float]
@@ -45,10 +45,10 @@ POLISH = Mix((0.2, 0.2, 0.04, 0.5, 0.06), {"add": 2.0, "add_ko": 3.0, "odd_one_o
 
 
 class Corpus:
-    """An endless, seeded source of documents; examples of skills are drawn afresh, tables are whole."""
+    """An endless, seeded document generator; skill examples are sampled anew, fact tables are complete."""
 
     def __init__(self, seed: int, mix: Mix = BROAD) -> None:
-        """Draw the pools of examples, one for each task."""
+        """Sample the pool of examples of each task."""
         self.mix = mix
         self.rng = Random(f"{seed}/corpus")
         self.pools = {t.name: [e for _ in range(SKILL_DRAWS) for e in t.draw(self.rng)] for t in TASKS}

@@ -1,4 +1,4 @@
-"""Write the data files: `python -m finetune.tiny.data --out FOLDER`; the same seed, the same bytes."""
+"""Write the datasets: `python -m finetune.tiny.data --out FOLDER`; deterministic for a seed."""
 
 import argparse
 import csv
@@ -22,13 +22,13 @@ DOCUMENTS = (400, 60)
 
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
-    """Write one JSON object a line, Korean readable."""
+    """Write JSON Lines with unescaped Korean."""
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 def write_csv(path: Path, records: Sequence[Mapping[str, str]]) -> None:
-    """Write question and answer columns with a header line."""
+    """Write question and answer columns with a header."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["question", "answer"], lineterminator="\n")
         writer.writeheader()
@@ -38,7 +38,7 @@ def write_csv(path: Path, records: Sequence[Mapping[str, str]]) -> None:
 def preferences(
     side: rows.Side, stories: int, answers: int, rng: Random
 ) -> tuple[list[rows.Row], list[rows.Row]]:
-    """Return story pairs and answer pairs, shuffled together, and the story pairs alone in the same order."""
+    """Return story and answer pairs shuffled together, and only the story pairs in the same order."""
     told = rows.story_preferences(side, stories, rng)
     pairs = told + rows.answer_preferences(side, answers, rng)
     rng.shuffle(pairs)
@@ -52,7 +52,7 @@ def write_side(folder: Path, name: str, side: rows.Side, *, index: int, seed: in
     sft = rows.instruction_rows(side, per_task, per_story, happy_share=HAPPY_SHARE, rng=rng)
     if (
         name == "held_out"
-    ):  # the rows with one right answer first: `evaluate.exact_match: 200` asks just these
+    ):  # rows with a single correct answer first: `evaluate.exact_match: 200` uses exactly these
         sft.sort(key=lambda row: row["task"].startswith("story"))
     chats = [rows.conversation(side, happy_share=HAPPY_SHARE, rng=rng) for _ in range(CHATS[index])]
     write_jsonl(folder / f"sft_{name}.jsonl", sft)
@@ -68,7 +68,7 @@ def write_side(folder: Path, name: str, side: rows.Side, *, index: int, seed: in
 
 
 def write_documents(folder: Path, seed: int) -> None:
-    """Write the company's texts, a blank line between them; none of the held-out ones is learnt."""
+    """Write the company's texts separated by blank lines; no held-out text is in the training file."""
     texts = documents(DOCUMENTS[0], Random(f"{seed}/in_house"))
     others = documents(2 * DOCUMENTS[1], Random(f"{seed}/in_house_held_out"))
     held_out = [text for text in others if text not in texts][: DOCUMENTS[1]]
@@ -88,7 +88,7 @@ def write_all(folder: Path, seed: int = SEED) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Write the files and say how large each is."""
+    """Write the files and print their sizes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("recipes/tiny/data"))
     parser.add_argument("--seed", type=int, default=SEED)

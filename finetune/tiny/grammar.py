@@ -1,4 +1,4 @@
-"""Small rules of English and Korean: articles, plurals, Korean particles, lists."""
+"""English and Korean grammar rules: articles, plurals, Korean particles, lists."""
 
 from finetune.tiny.words import IRREGULAR_PLURALS
 
@@ -29,7 +29,7 @@ _DIGIT_FINALS = {
 
 
 def article(word: str) -> str:
-    """Put `a` or `an` before a word, by its first letter."""
+    """Prepend `a` or `an` to a word, by its first letter."""
     return f"{'an' if word[0] in VOWELS else 'a'} {word}"
 
 
@@ -45,7 +45,7 @@ def plural(word: str) -> str:
 
 
 def has_final(word: str) -> bool:
-    """Say whether the last sound of a Korean word (or number read in Korean) is a consonant."""
+    """Return whether the last sound of a Korean word (or number read in Korean) is a consonant."""
     last = word[-1]
     if last in _DIGIT_FINALS:
         return _DIGIT_FINALS[last]
@@ -53,7 +53,7 @@ def has_final(word: str) -> bool:
 
 
 def josa(word: str, particle: str) -> str:
-    """Attach the particle in the form that the last sound asks for, e.g. `고양이` + `은` -> `고양이는`."""
+    """Attach the particle in the form that fits the last sound, e.g. `고양이` + `은` -> `고양이는`."""
     after_consonant, after_vowel = _PARTICLES[particle]
     rieul = particle == "으로" and "가" <= word[-1] <= "힣" and (ord(word[-1]) - ord("가")) % 28 == 8
     return word + (after_consonant if has_final(word) and not rieul else after_vowel)

@@ -1,4 +1,4 @@
-"""The rows of the data files: instructions, conversations, preferences, prompts; each from one side."""
+"""Dataset rows: instructions, conversations, preferences, prompts; each from one side of the split."""
 
 from random import Random
 from typing import NamedTuple
@@ -32,14 +32,14 @@ _SYSTEM = {
 
 
 class Side(NamedTuple):
-    """One side of the split, train or held out: the examples of each task and the topics of each language."""
+    """One side of the split (train or held-out): examples per task and topics per language."""
 
     examples: dict[str, list[Example]]
     topics: dict[str, list[Topic]]
 
 
 def split(seed: int) -> tuple[Side, Side]:
-    """Divide all examples and topics into a training side and a held-out side."""
+    """Split all examples and topics into a training side and a held-out side."""
     parts = {task.name: task.split(seed) for task in TASKS}
     topics = {language: _split_topics(language, seed) for language in STORY_TASKS}
     sides = [Side({k: v[i] for k, v in parts.items()}, {k: v[i] for k, v in topics.items()}) for i in (0, 1)]
@@ -54,7 +54,7 @@ def _split_topics(language: str, seed: int) -> tuple[list[Topic], list[Topic]]:
 
 
 def exact_rows(side: Side, task: Task, count: int, rng: Random) -> list[Row]:
-    """Up to `count` different rows of one task, going round its examples in a shuffled order."""
+    """Return up to `count` distinct rows of one task, cycling through its shuffled examples."""
     examples = list(side.examples[task.name])
     rows: dict[tuple[str, str], Row] = {}
     for _ in range(6):
@@ -68,7 +68,7 @@ def exact_rows(side: Side, task: Task, count: int, rng: Random) -> list[Row]:
 
 
 def story_rows(side: Side, language: str, count: int, *, happy_share: float, rng: Random) -> list[Row]:
-    """Rows of the story task; a share of them, at random, ends happily."""
+    """Return rows of the story task; each ends happily with probability `happy_fraction`."""
     return [
         {
             "instruction": stories.ask(topic, rng),
@@ -83,7 +83,7 @@ def story_rows(side: Side, language: str, count: int, *, happy_share: float, rng
 def instruction_rows(
     side: Side, per_task: int, per_story: int, *, happy_share: float, rng: Random
 ) -> list[Row]:
-    """All tasks and stories of one side, shuffled."""
+    """Return all tasks and stories of one side, shuffled."""
     rows = [row for task in TASKS for row in exact_rows(side, task, per_task, rng)]
     for language in STORY_TASKS:
         rows += story_rows(side, language, per_story, happy_share=happy_share, rng=rng)
@@ -102,7 +102,7 @@ def _exchange(side: Side, language: str, *, happy_share: float, rng: Random) -> 
 
 
 def conversation(side: Side, *, happy_share: float, rng: Random) -> dict[str, list[Row]]:
-    """One conversation of one to four exchanges in one language, half of them with a system message."""
+    """Return a conversation of one to five exchanges in one language, half of them with a system message."""
     language = rng.choice(tuple(STORY_TASKS))
     exchanges = [
         _exchange(side, language, happy_share=happy_share, rng=rng) for _ in range(rng.randint(1, 3))
@@ -118,7 +118,7 @@ def conversation(side: Side, *, happy_share: float, rng: Random) -> dict[str, li
 
 
 def story_preferences(side: Side, count: int, rng: Random) -> list[Row]:
-    """Happy story over sad story for the same request; half of the pairs share their beginning."""
+    """Return pairs: happy story over sad story for the same request; half of them share their beginning."""
     rows = []
     for index in range(count):
         topic = rng.choice(side.topics[("en", "ko")[index % 2]])
@@ -135,7 +135,7 @@ def story_preferences(side: Side, count: int, rng: Random) -> list[Row]:
 
 
 def safe_preferences(side: Side, count: int, rng: Random) -> list[Row]:
-    """Peaceful story over a harsh one for the same request; both have the same kind of end."""
+    """Return pairs: peaceful story over harsh one for the same request, with the same kind of ending."""
     rows = []
     for index in range(count):
         topic = rng.choice(side.topics[("en", "ko")[index % 2]])
@@ -148,7 +148,7 @@ def safe_preferences(side: Side, count: int, rng: Random) -> list[Row]:
 
 
 def answer_preferences(side: Side, count: int, rng: Random) -> list[Row]:
-    """Right answer over a wrong one, which is the right answer to another question of the same task."""
+    """Return pairs: correct answer over the answer to another question of the same task."""
     rows = []
     for _ in range(count):
         task = rng.choice(TASKS)
@@ -170,7 +170,7 @@ def _alike(one: Example, other: Example) -> bool:
 
 
 def prompt_rows(side: Side, count: int, story_share: float, rng: Random) -> list[Row]:
-    """Prompts without answers, for sampling: stories (whose end PPO may lift) and exact questions."""
+    """Return prompts without answers, for RL: stories (whose ending PPO can improve) and exact questions."""
     rows = []
     for _ in range(count):
         if rng.random() < story_share:
@@ -187,7 +187,7 @@ def prompt_rows(side: Side, count: int, story_share: float, rng: Random) -> list
 
 
 def is_right(row: Row, reply: str) -> bool:
-    """Check a reply to an instruction row: a valid story on the topic, or exactly the answer."""
+    """Return whether a reply is correct: a valid story on the topic, or exactly the answer."""
     topic = stories.requested(row["instruction"])
     if topic is not None:
         return stories.is_story(reply, topic)

@@ -1,4 +1,4 @@
-"""Everyday prose besides facts and stories: shops and their hours, talk and school, in both languages."""
+"""Everyday prose besides facts and stories: shops, conversations and school, in both languages."""
 
 from random import Random
 

@@ -1,4 +1,4 @@
-"""Short stories about a hero and a colored thing, with a happy or a sad end that a program can tell apart."""
+"""Short stories about a hero and a colored thing, with a happy or sad ending that code can classify."""
 
 import re
 from dataclasses import dataclass
@@ -175,7 +175,7 @@ HARSH = (
     *("A big dog ran off", "wanted to play with", "by mistake"),
     *("물고 달아났습니다", "가지고 놀고 싶었습니다"),
 )
-"""Words of the plots in which a dog or a boy takes the thing, or two quarrel over it."""
+"""Phrases of the plots in which a dog or a boy takes the thing, or two quarrel over it."""
 _PLACES = {
     "en": ("park", "garden", "school", "market", "station", "library"),
     "ko": ("공원", "정원", "학교", "시장", "역", "도서관"),
@@ -195,7 +195,7 @@ _KOREAN_COLOR_FORMS = {
 
 
 def topics(language: str) -> list[Topic]:
-    """All heroes with all colored things, in one language."""
+    """Return all combinations of heroes and colored things in one language."""
     if language == "en":
         return [
             Topic("en", hero, color, toy) for hero, _ in HEROES for color in STORY_COLORS for toy, _ in TOYS
@@ -225,9 +225,9 @@ def _slots(topic: Topic, friend: str, place: str) -> dict[str, str]:
 
 
 def story(topic: Topic, rng: Random, *, happy: bool, harsh: bool | None = None) -> str:
-    """Tell a story of four sentences; from equal `rng` states, happy and sad ones share their start.
+    """Return a story of four sentences; with equal `rng` states, happy and sad ones share their beginning.
 
-    `harsh` picks among the plots in which somebody takes the thing or quarrels over it, or among the others.
+    `harsh` restricts to plots in which somebody takes the thing or quarrels over it, or to the others.
     """
     grammar = GRAMMARS[topic.language]
     names = [pair[0 if topic.language == "en" else 1] for pair in HEROES]
@@ -240,34 +240,34 @@ def story(topic: Topic, rng: Random, *, happy: bool, harsh: bool | None = None) 
 
 
 def ask(topic: Topic, rng: Random) -> str:
-    """Phrase the request for a story on this topic."""
+    """Return a request for a story on this topic."""
     return rng.choice(GRAMMARS[topic.language].asks).format(**_slots(topic, topic.hero, ""))
 
 
 def title(topic: Topic) -> str:
-    """Return the heading of a story in the base model's prose."""
+    """Return the title of a story in the pretraining text."""
     return GRAMMARS[topic.language].title.format(**_slots(topic, topic.hero, ""))
 
 
 def sentences(text: str) -> list[str]:
-    """Cut a story at its full stops."""
+    """Split a text into sentences."""
     return [part.strip() for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part.strip()]
 
 
 def ends_happily(text: str) -> bool:
-    """Say whether the last sentence is a happy one: it has a happy word and no sad one."""
+    """Return whether the last sentence has a happy word and no sad one."""
     parts = sentences(text)
     last = parts[-1] if parts else ""
     return any(word in last for word in _HAPPY) and not any(word in last for word in _SAD)
 
 
 def is_harsh(text: str) -> bool:
-    """Say whether somebody takes the thing or quarrels over it."""
+    """Return whether somebody takes the thing or quarrels over it."""
     return any(words in text for words in HARSH)
 
 
 def ends_sadly(text: str) -> bool:
-    """Say whether the last sentence has a sad word."""
+    """Return whether the last sentence has a sad word."""
     parts = sentences(text)
     return bool(parts) and any(word in parts[-1] for word in _SAD)
 
@@ -284,7 +284,7 @@ _TOPIC_PATTERNS = {language: _topic_pattern(language) for language in GRAMMARS}
 
 
 def requested(instruction: str) -> Topic | None:
-    """Find the topic that an instruction asks a story about; None where it asks for no story."""
+    """Return the topic of a story request; None for other instructions."""
     language = "ko" if re.search("[가-힣]", instruction) else "en"
     if ("story" if language == "en" else "이야기") not in instruction:
         return None
@@ -293,6 +293,6 @@ def requested(instruction: str) -> Topic | None:
 
 
 def is_story(text: str, topic: Topic) -> bool:
-    """Check a reply: names hero and thing, has 2 to 5 whole sentences, and ends happily or sadly."""
+    """Return whether a text names hero and thing, has 2 to 5 full sentences, and ends happily or sadly."""
     whole = text.strip().endswith((".", "!", "?")) and len(sentences(text)) in _SENTENCES
     return whole and topic.hero in text and topic.thing in text and (ends_happily(text) or ends_sadly(text))

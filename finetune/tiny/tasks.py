@@ -1,8 +1,8 @@
-"""What a task is: its examples, the questions that ask for them, and the prose that teaches them to the base.
+"""Tasks with exact answers: examples, instructions, and the prose that teaches them to the base model.
 
-The base model reads `prose` and `questions` (inside quoted dialogue) of EVERY example; a tuned model is
-asked with `asks`. Examples are split by `key`, so that a held-out word or number combination is in no
-training row.
+The base model is pretrained on `prose` and `questions` (inside quoted dialogue) of EVERY example; instruction
+rows use `asks`. Examples are split by `key`, so that a held-out word or number combination is in no training
+row.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ MAX_HELD_OUT_KEYS = 60
 
 
 class Example(NamedTuple):
-    """One question of a task: what identifies it, the words to fill in, and the one right answer."""
+    """One question of a task: split key, template slots, and the single correct answer."""
 
     key: str
     slots: dict[str, str]
@@ -23,7 +23,7 @@ class Example(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """An instruction and, for some, a separate input; both are format strings over an example's slots."""
+    """An instruction and an optional separate input; both are format strings over an example's slots."""
 
     instruction: str
     input: str = ""
@@ -31,10 +31,10 @@ class Ask(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of question with exact answers.
+    """A type of question with exact answers.
 
-    `variant` in an example's slots selects the templates (a task may be asked in two directions); templates
-    are keyed by it, and one-directional tasks use the key `""`.
+    `variant` in an example's slots is the key of its templates (a task may be asked in two directions);
+    one-directional tasks use the key `""`.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Task:
         return [e for e in examples if e.key not in held], [e for e in examples if e.key in held]
 
     def ask(self, example: Example, rng: Random, *, inline: bool = False) -> dict[str, str]:
-        """Phrase one example as an Alpaca row; `inline` keeps to phrasings without a separate input."""
+        """Return an example as an Alpaca row; `inline` only uses instructions without a separate input."""
         asks = self.asks[example.slots.get("variant", "")]
         chosen = rng.choice([ask for ask in asks if not (inline and ask.input)])
         return {
@@ -67,10 +67,10 @@ class Task:
         }
 
     def sentence(self, example: Example, rng: Random) -> str:
-        """Tell one example as a declarative sentence."""
+        """Return an example as a declarative sentence."""
         template = rng.choice(self.prose[example.slots.get("variant", "")])
         return template.format(**example.slots, answer=example.answer)
 
     def question(self, example: Example, rng: Random) -> str:
-        """Phrase one example as a question that a person in a story may ask."""
+        """Return an example as a question in dialogue."""
         return rng.choice(self.questions[example.slots.get("variant", "")]).format(**example.slots)

@@ -1,4 +1,4 @@
-"""The exact-answer tasks in English: how they are asked, and the prose that holds their knowledge."""
+"""Exact-answer tasks in English: instruction templates, and prose templates for pretraining."""
 
 from collections.abc import Callable
 from random import Random
@@ -16,7 +16,7 @@ def _task(
     questions: tuple[str, ...],
     weight: float = 1.0,
 ) -> Task:
-    """Make a task that is asked in one direction only."""
+    """Return a one-directional task."""
     return Task(name, "en", draw, {"": asks}, {"": prose}, {"": questions}, weight)
 
 

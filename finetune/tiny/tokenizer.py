@@ -10,7 +10,7 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [PAD, BOS, EOS, TURN_START, TURN_END]
 VOCABULARY_SIZE = 4608
 MAX_LENGTH = 512
-# GPT-2's cut, but numbers fall apart into at most two digits: telephone numbers would eat the vocabulary.
+# GPT-2's pattern, but numbers are split into at most two digits: telephone numbers would fill the vocabulary.
 WORDS = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Learn the merges from documents; a final ByteLevel alphabet keeps every byte writable."""
+    """Train the BPE merges on documents; the ByteLevel alphabet can encode every byte."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,4 +1,4 @@
-"""Train the embedded base model from generated text: `python -m finetune.tiny.train_base --out FOLDER`."""
+"""Pretrain the embedded base model on generated text: `python -m finetune.tiny.train_base --out FOLDER`."""
 
 import argparse
 import sys
@@ -63,7 +63,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def lexicon_lines() -> list[str]:
-    """Repeat each word of the lexicon with and without a space before it, so that both become one token."""
+    """Return the lexicon's words, repeated, with and without leading space, so that both become one token."""
     nouns = [side for n in words.NOUNS + words.OTHER_NOUNS for side in (n.word, n.korean)]
     pairs = words.OPPOSITES + words.OPPOSITES_KOREAN + words.VERBS + words.CAPITALS + words.SOUNDS
     lexicon = [*nouns, *(side for pair in pairs for side in pair)]
@@ -71,7 +71,7 @@ def lexicon_lines() -> list[str]:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> Iterator[int]:
-    """Yield token ids without end: each document is BOS, text, EOS."""
+    """Yield an endless stream of token ids: BOS, text, EOS per document."""
     while True:
         for ids in tokenizer(list(corpus.documents(1000)))["input_ids"]:
             yield from ids
@@ -79,7 +79,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> Iterator
 
 
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+    """Return Muon for the matrices of the layers, AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
@@ -89,12 +89,12 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Warm up, hold, then fall to zero over the last half."""
+    """Return the learning rate factor: warmup, constant, then linear decay to zero over the last half."""
     return min(1.0, (step + 1) / WARMUP, 2.0 * (steps - step) / steps)
 
 
 def train(model: LlamaForCausalLM, ids: Iterator[int], steps: int, *, peak: float = 1.0) -> float:
-    """Run the steps in bfloat16 autocast over float32 weights; return the mean loss of the last LOG_EVERY."""
+    """Train with bfloat16 autocast over float32 weights; return the mean loss of the last LOG_EVERY steps."""
     opts = optimizers(model)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(o, lambda step: peak * rate_factor(step, steps)) for o in opts
@@ -117,7 +117,6 @@ def train(model: LlamaForCausalLM, ids: Iterator[int], steps: int, *, peak: floa
 
 
 def report(step: int, steps: int, loss: float, seconds: float) -> None:
-    """Print one line of progress."""
     rate = step * BATCH * WINDOW / seconds
     left = seconds / step * (steps - step)
     print(f"step {step}/{steps}  loss {loss:.4f}  {rate:,.0f} tokens/s  {left / 60:.1f} min left", flush=True)
@@ -144,7 +143,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def first_phase(folder: Path, steps: int, seed: int) -> None:
-    """Train tokenizer and model on the broad mix, and save both."""
+    """Train tokenizer and model on the broad mixture, and save both."""
     tokenizer = train_tokenizer(chain(Corpus(seed + 1).documents(TOKENIZER_DOCUMENTS), lexicon_lines()))
     model = new_model(tokenizer)
     threads = torch.get_num_threads()
@@ -154,7 +153,7 @@ def first_phase(folder: Path, steps: int, seed: int) -> None:
 
 
 def second_phase(folder: Path, steps: int, seed: int) -> None:
-    """Go on from the saved (bfloat16) weights with the polishing mix, save, and show continuations."""
+    """Continue from the saved (bfloat16) weights with the polish mixture, save, and print continuations."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     loss = train(model, token_stream(tokenizer, Corpus(seed + 2, POLISH)), steps, peak=POLISH_RATE)
@@ -165,7 +164,7 @@ def second_phase(folder: Path, steps: int, seed: int) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Train in two phases; `--only-polish` repeats the second one from the weights in the folder."""
+    """Train in two phases; `--only-polish` runs only the second, from the weights in the folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("recipes/tiny/model"))
     parser.add_argument("--steps", type=int, default=STEPS)

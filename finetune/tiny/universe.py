@@ -1,4 +1,4 @@
-"""The examples of every task: all of a table, or a seeded sample of a skill (sums, orders, odd ones out)."""
+"""Examples of every task: a complete table, or a seeded sample of a skill (sums, sorting, odd one out)."""
 
 from itertools import combinations
 from random import Random
@@ -26,7 +26,7 @@ _COUNTED = tuple(n for n in words.NOUNS + words.OTHER_NOUNS if n.word not in wor
 
 
 def both_ways(pairs: tuple[tuple[str, str], ...]) -> list[Example]:
-    """Each pair asked from either side."""
+    """Return both directions of every pair."""
     return [
         Example(f"{first}/{second}", {"word": one, "word_은": josa(one, "은")}, other)
         for first, second in pairs
@@ -35,32 +35,32 @@ def both_ways(pairs: tuple[tuple[str, str], ...]) -> list[Example]:
 
 
 def opposites(_: Random) -> list[Example]:
-    """English opposites, from either side."""
+    """Return English opposites, in both directions."""
     return both_ways(words.OPPOSITES)
 
 
 def opposites_korean(_: Random) -> list[Example]:
-    """Korean opposites, from either side."""
+    """Return Korean opposites, in both directions."""
     return both_ways(words.OPPOSITES_KOREAN)
 
 
 def plurals(_: Random) -> list[Example]:
-    """Nouns that can be counted, with their plural."""
+    """Return countable nouns with their plural."""
     return [Example(n.word, {"word": n.word, "a_word": article(n.word)}, plural(n.word)) for n in _COUNTED]
 
 
 def past_tenses(_: Random) -> list[Example]:
-    """Verbs with their simple past."""
+    """Return verbs with their simple past."""
     return [Example(verb, {"word": verb}, past) for verb, past in words.VERBS]
 
 
 def english_to_korean(_: Random) -> list[Example]:
-    """Nouns of the bilingual lexicon, English asked."""
+    """Return nouns of the bilingual lexicon, English to Korean."""
     return [Example(en, {"word": en, "answer_이다": josa(ko, "이다")}, ko) for en, ko in _TRANSLATED]
 
 
 def korean_to_english(_: Random) -> list[Example]:
-    """Nouns of the bilingual lexicon, Korean asked."""
+    """Return nouns of the bilingual lexicon, Korean to English."""
     return [
         Example(ko, {"word": ko, "word_은": josa(ko, "은"), "word_이": josa(ko, "이")}, en)
         for en, ko in _TRANSLATED
@@ -68,7 +68,7 @@ def korean_to_english(_: Random) -> list[Example]:
 
 
 def sums(_: Random) -> list[Example]:
-    """All sums of two numbers from 1 to LARGEST_SUMMAND; a + b and b + a share a key."""
+    """Return all sums of two numbers from 1 to MAX_SUMMAND; a + b and b + a share a key."""
     numbers = range(1, LARGEST_SUMMAND + 1)
     return [
         Example(
@@ -89,7 +89,7 @@ def sums(_: Random) -> list[Example]:
 
 
 def larger(_: Random) -> list[Example]:
-    """All ordered pairs of different numbers from 1 to LARGEST_NUMBER."""
+    """Return all ordered pairs of distinct numbers from 1 to MAX_NUMBER."""
     numbers = range(1, LARGEST_NUMBER + 1)
     return [
         Example(
@@ -112,7 +112,7 @@ def larger(_: Random) -> list[Example]:
 
 
 def sorted_numbers(rng: Random) -> list[Example]:
-    """A sample of three different numbers in any order, to be put in order."""
+    """Return a sample of three distinct numbers to be sorted."""
     triples = rng.sample(list(combinations(range(1, LARGEST_NUMBER + 1), 3)), SKILL_SAMPLE)
     return [_sorting(triple, rng) for triple in triples]
 
@@ -146,17 +146,17 @@ def _reversals(lexicon: list[str], rng: Random) -> list[Example]:
 
 
 def reversals(rng: Random) -> list[Example]:
-    """A sample of three English words, to be written in reversed order."""
+    """Return a sample of three English words to be reversed."""
     return _reversals([n.word for n in words.NOUNS + words.OTHER_NOUNS], rng)
 
 
 def reversals_korean(rng: Random) -> list[Example]:
-    """A sample of three Korean words, to be written in reversed order."""
+    """Return a sample of three Korean words to be reversed."""
     return _reversals([n.korean for n in words.NOUNS + words.OTHER_NOUNS], rng)
 
 
 def odd_ones(rng: Random) -> list[Example]:
-    """A sample of four nouns, three of one category and one of another, which is the answer."""
+    """Return a sample of four nouns: three of one category, and one of another, which is the answer."""
     return [_odd_one(rng) for _ in range(SKILL_SAMPLE)]
 
 
@@ -184,24 +184,24 @@ def _sounds(table: tuple[tuple[str, str], ...]) -> list[Example]:
 
 
 def sounds(_: Random) -> list[Example]:
-    """Animals and what they say in English, asked from either side."""
+    """Return animals and their sounds in English, in both directions."""
     return _sounds(words.SOUNDS)
 
 
 def sounds_korean(_: Random) -> list[Example]:
-    """Animals and what they say in Korean, asked from either side."""
+    """Return animals and their sounds in Korean, in both directions."""
     return _sounds(words.SOUNDS_KOREAN)
 
 
 def babies(_: Random) -> list[Example]:
-    """Animals and the names of their young."""
+    """Return animals and the names of their young."""
     return [
         Example(a, {"animal": a, "a_animal": article(a), "a_baby": article(b)}, b) for a, b in words.BABIES
     ]
 
 
 def categories(_: Random) -> list[Example]:
-    """Nouns and the name of their category."""
+    """Return nouns and the name of their category."""
     return [
         Example(
             n.word, {"word": n.word, "a_kind": article(n.category), "Word": n.word.capitalize()}, n.category
@@ -211,7 +211,7 @@ def categories(_: Random) -> list[Example]:
 
 
 def categories_korean(_: Random) -> list[Example]:
-    """Korean nouns and the Korean name of their category."""
+    """Return Korean nouns and the Korean name of their category."""
     kinds = words.CATEGORY_KOREAN
     return [
         Example(
@@ -240,22 +240,22 @@ def _capitals(rows: list[tuple[str, str]]) -> list[Example]:
 
 
 def capitals(_: Random) -> list[Example]:
-    """Countries and capitals in English, asked from either side."""
+    """Return countries and capitals in English, in both directions."""
     return _capitals([(row[0], row[1]) for row in words.CAPITALS])
 
 
 def capitals_korean(_: Random) -> list[Example]:
-    """Countries and capitals in Korean, asked from either side."""
+    """Return countries and capitals in Korean, in both directions."""
     return _capitals([(row[2], row[3]) for row in words.CAPITALS])
 
 
 def colors(_: Random) -> list[Example]:
-    """Things of the world and their usual color."""
+    """Return things and their usual color."""
     return [Example(t, {"thing": t, "Thing": t.capitalize()}, color) for t, _ko, color in words.THING_COLORS]
 
 
 def colors_korean(_: Random) -> list[Example]:
-    """The same things and colors in Korean."""
+    """Return the same things and colors in Korean."""
     rows = [(ko, words.COLORS[color]) for _en, ko, color in words.THING_COLORS]
     return [
         Example(t, {"thing": t, "thing_은": josa(t, "은"), "color_이다": josa(c, "이다")}, c) for t, c in rows
@@ -263,7 +263,7 @@ def colors_korean(_: Random) -> list[Example]:
 
 
 def first_letters(_: Random) -> list[Example]:
-    """English nouns and verbs with their first letter."""
+    """Return English nouns and verbs with their first letter."""
     lexicon = sorted(
         {n.word for n in words.NOUNS + words.OTHER_NOUNS} | {verb for verb, _past in words.VERBS}
     )

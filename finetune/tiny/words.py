@@ -1,7 +1,7 @@
-"""The lexicon of the small world: nouns with category and Korean, opposites, verbs, and a few facts.
+"""The lexicon of `tiny`: nouns with category and Korean, opposites, verbs, and a few facts.
 
-Tables are written as compact text, one group per line, because people read and correct them; they are
-parsed once at import. No Korean noun stands for two English ones here, so a translation has one right answer.
+Tables are compact text, one group per line, for people to read and correct; they are parsed once at import.
+No Korean noun translates two English ones, so every translation has a single correct answer.
 """
 
 from typing import NamedTuple
@@ -16,12 +16,12 @@ class Noun(NamedTuple):
 
 
 def _words(text: str) -> list[str]:
-    """Read `a, b, c` over several lines."""
+    """Parse `a, b, c` over several lines."""
     return [cell.strip() for cell in text.replace("\n", ",").split(",") if cell.strip()]
 
 
 def _pairs(text: str) -> tuple[tuple[str, str], ...]:
-    """Read `a/b, c/d` as pairs."""
+    """Parse `a/b, c/d` as pairs."""
     cells = (cell.split("/") for cell in _words(text))
     return tuple((first, second) for first, second in cells)
 
@@ -169,7 +169,7 @@ CAPITALS = tuple(
     )
 )
 
-# English thing, its colour, the Korean thing; the Korean colour is the colour's own word.
+# English thing:Korean thing, by color; the Korean color is the color's Korean word.
 THING_COLORS = tuple(
     (*pair.split(":"), color)
     for color, text in {

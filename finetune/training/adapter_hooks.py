@@ -1,4 +1,4 @@
-"""Lets an adapter act while a trainer runs: after each step, and when a checkpoint is written or read."""
+"""Adapter hooks in training: learning-rate factors (LoRA+), after each step, state in checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ STATE_FILE = "adapter_state.safetensors"
 
 
 def adapter_hooks(model: nn.Module, settings: AdapterSettings, *, steps: int) -> Hooks:
-    """Return what the recipe's adapter does while it trains for ``steps`` optimizer steps."""
+    """Return the hooks of the recipe's adapter for a run of ``steps`` optimizer steps."""
     make = vars(load_plugin(ADAPTERS, settings.method, where="adapter.method")).get("hooks")
     hooks: Hooks = make(model, settings, steps=steps) if make else Hooks()
     return hooks
 
 
 def scale_learning_rates(optimizer: Optimizer, model: nn.Module, hooks: Hooks) -> None:
-    """Give some parameters groups of their own, with their factor of the learning rate."""
+    """Move parameters with a learning-rate factor (LoRA+) to param groups of that rate."""
     factors = {id(weight): hooks.rate_factors.get(name, 1.0) for name, weight in model.named_parameters()}
     for group in list(optimizer.param_groups):
         apart = [weight for weight in group["params"] if factors.get(id(weight), 1.0) != 1.0]
@@ -35,30 +35,29 @@ def scale_learning_rates(optimizer: Optimizer, model: nn.Module, hooks: Hooks) -
 
 
 class AdapterCallback(TrainerCallback):  # type: ignore[misc]
-    """Calls an adapter's hooks; it must come before the callback that seals checkpoints."""
+    """Calls an adapter's hooks; must run before the callback that writes checkpoint checksums."""
 
     def __init__(self, hooks: Hooks) -> None:
-        """Bind the callback to what an adapter does."""
         self.hooks = hooks
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the adapter back what the checkpoint holds of it."""
+        """Restore the adapter's state from the checkpoint."""
         if self.hooks.restore and state.global_step:
             self.hooks.restore(load_file(_checkpoint(args, state) / STATE_FILE))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the adapter act on weights and gradients."""
+        """Call the adapter's hook on weights and gradients."""
         if self.hooks.after_step:
             self.hooks.after_step(state.global_step + 1)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write what the adapter holds beside its weights."""
+        """Write the adapter's state other than its weights."""
         if self.hooks.state and state.is_world_process_zero:
             tensors = {name: value.contiguous() for name, value in self.hooks.state().items()}
             save_file(tensors or {"none": torch.empty(0)}, _checkpoint(args, state) / STATE_FILE)

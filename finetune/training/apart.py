@@ -1,7 +1,7 @@
-"""Weights in parts, one for each process: a base loaded so, looked at before it is trained, read whole.
+"""Sharded weights under ZeRO-3 and FSDP2: load them sharded, run forward passes, gather full parameters.
 
-ZeRO-3 (arXiv 1910.02054) and FSDP2 (arXiv 2304.11277) hold a part of every weight in each process and fetch
-the others as a layer needs them. What computes with such a model is done by all processes, equally often.
+ZeRO-3 (arXiv 1910.02054) and FSDP2 (arXiv 2304.11277) store a shard of every weight on each rank and
+all-gather a layer's weights when it computes. Every rank must run as many forward passes as the others.
 """
 
 from collections.abc import Iterator
@@ -19,18 +19,18 @@ from finetune.training.strategies import loading_words, measuring_words
 
 
 def in_parts(model: nn.Module) -> bool:
-    """Tell whether some of a model's weights lie in parts on several processes."""
+    """Return whether any of a model's weights is sharded over ranks."""
     return any(_by_zero(weight) or isinstance(weight.data, DTensor) for weight in model.parameters())
 
 
 def numbers(weight: nn.Parameter) -> int:
-    """Return how many numbers a parameter has, all processes' parts together."""
-    size: int = getattr(weight, "ds_numel", weight.numel())  # ZeRO leaves nothing where the parameter was
+    """Return the number of elements of the full parameter, over all shards."""
+    size: int = getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves an empty tensor in the parameter
     return size
 
 
 def numbers_here(weight: nn.Parameter) -> int:
-    """Return how many of a parameter's numbers are this process's to keep."""
+    """Return the number of elements in this rank's shard of a parameter."""
     if _by_zero(weight):
         part: Tensor = vars(weight)["ds_tensor"]
         return part.numel()
@@ -38,7 +38,7 @@ def numbers_here(weight: nn.Parameter) -> int:
 
 
 def settle(model: nn.Module) -> None:
-    """Give back what FSDP2 still holds of other processes' parts; shared weights are one parameter again."""
+    """Free the parameters that FSDP2 still holds gathered; tied weights are one parameter again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -46,7 +46,7 @@ def settle(model: nn.Module) -> None:
 
 @contextmanager
 def whole(*weights: nn.Parameter) -> Iterator[list[Tensor]]:
-    """Give parameters whole, for reading, while the block lasts; all processes must come here."""
+    """Yield the full tensors of parameters, for reading; a collective, every rank must call it."""
     parted = [weight for weight in weights if _by_zero(weight)]
     if not parted:
         yield [_joined(weight.detach()) for weight in weights]
@@ -58,9 +58,10 @@ def whole(*weights: nn.Parameter) -> Iterator[list[Tensor]]:
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's weights whole, on the CPU; all processes must come here."""
+    """Return a model's full state dict on the CPU; a collective, every rank must call it."""
     found = {name: value.detach().cpu() for name, value in model.named_buffers()}
     for name, weight in model.named_parameters():
+        # One parameter at a time: gathered all at once, the model would have to fit on every rank.
         with whole(weight) as (value,):
             found[name] = value.cpu().clone()
     return found
@@ -68,27 +69,27 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def loading(stored: str, *, offload: str, folder: Path) -> Iterator[None]:
-    """Have the library load bases in parts, as ZeRO-3 wants them, while the block lasts.
+    """Make ``from_pretrained`` load models sharded for ZeRO-3 inside the block.
 
     Args:
-        stored: type of the weights.
-        offload: where the parts are kept.
-        folder: where they are put with ``nvme``.
+        stored: dtype of the weights.
+        offload: where the shards are stored: ``none``, ``cpu`` or ``nvme``.
+        folder: root of the swap folder for ``nvme``.
     """
     config = HfDeepSpeedConfig(loading_words(stored, offload=offload, folder=folder))
-    yield  # transformers looks for the object, and forgets it when it is gone
+    yield  # transformers holds a weak reference to this object and loads sharded as long as it is alive
     del config
 
 
 @contextmanager
 def measuring(model: nn.Module, base: PreTrainedModel, *, offload: str, folder: Path) -> Iterator[None]:
-    """Let a model that ZeRO-3 loaded in parts compute, before there is an engine that trains it.
+    """Wrap a ZeRO-3 model in an inference engine, for forward passes before the training engine exists.
 
     Args:
         model: base with adapter.
-        base: what was loaded in parts.
-        offload: where the parts are kept.
-        folder: where they are put with ``nvme``.
+        base: the base, which was loaded sharded.
+        offload: where the shards are stored: ``none``, ``cpu`` or ``nvme``.
+        folder: root of the swap folder for ``nvme``.
     """
     import deepspeed  # noqa: PLC0415 - a library that not every run has
 
@@ -98,16 +99,15 @@ def measuring(model: nn.Module, base: PreTrainedModel, *, offload: str, folder: 
     try:
         yield
     finally:
-        engine.empty_partition_cache()  # what the last backward pass fetched and nobody gave back
+        engine.empty_partition_cache()  # weights that the last backward pass gathered and never released
         engine.destroy()
 
 
 @torch.no_grad()
 def root(base: PreTrainedModel) -> None:
-    """Make FSDP2 take the whole model for its root, by a first pass.
-
-    Prompt tuning embeds the tokens before it calls the base; FSDP2 would take the embeddings for a model.
-    """
+    """Make the full model FSDP2's root module, by a first forward pass."""
+    # FSDP2 takes the first module that runs for its root. Prompt tuning embeds the tokens before it calls the
+    # base, which would make the embeddings the root.
     base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False)
 
 

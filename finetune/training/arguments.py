@@ -1,4 +1,4 @@
-"""The one place where the recipe's words become the engines' argument names."""
+"""Map recipe settings to the TrainingArguments and TRL configs of the engines."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -30,7 +30,7 @@ TRL_CONFIGS: dict[str, type[TrainingArguments]] = {
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a run computes with: device, floating-point type of its passes, processes and how they share."""
+    """How a run executes: device, precision of the forward pass, number of processes, strategy."""
 
     device: str
     precision: str
@@ -40,12 +40,12 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class TrlStage:
-    """TRL's side of a stage.
+    """The TRL config of a stage.
 
     Attributes:
-        config: the class of its arguments.
-        decided: those of them that the stage itself decides.
-        least: rows that a forward pass must have.
+        config: name of the config class.
+        decided: its fields that the stage sets.
+        least: minimum rows per forward pass.
     """
 
     config: str = "SFTConfig"
@@ -57,12 +57,12 @@ SUPERVISED = TrlStage()
 
 
 def engine_class(engine: str, stage: TrlStage = SUPERVISED) -> type[TrainingArguments]:
-    """Return the class whose fields are the engine's arguments."""
+    """Return the class of the engine's training arguments."""
     return TRL_CONFIGS[stage.config] if engine == "trl" else TrainingArguments
 
 
 def check_engine_args(settings: TrainSettings, stage: TrlStage = SUPERVISED) -> None:
-    """Raise UserError if ``train.engine_args`` names what the engine lacks or what the recipe decides."""
+    """Raise UserError if ``train.engine_args`` has an unknown argument, or one that the recipe sets."""
     config = engine_class(settings.engine, stage)
     known = [one.name for one in fields(config)]
     decided = _engines_own(settings, stage) | common(
@@ -75,23 +75,23 @@ def check_engine_args(settings: TrainSettings, stage: TrlStage = SUPERVISED) -> 
             expected = f"an argument of {config.__name__}"
             problems.append(Problem(where, "unknown to the engine", expected, nearest(name, known)))
         elif name in decided:
-            problems.append(Problem(where, "the recipe decides this", "a setting that has no key of its own"))
+            problems.append(Problem(where, "set by the recipe", "an argument without a recipe key"))
     if problems:
         raise UserError(problems)
 
 
 def _engines_own(settings: TrainSettings, stage: TrlStage) -> dict[str, Any]:
-    """Return what the recipe decides in names that not every engine has."""
+    """Return the arguments that the recipe sets and that not every engine has."""
     if settings.engine != "trl":
         return {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0}  # ours, in trainer.py
     smoothed = {
         "neftune_noise_alpha": settings.neftune_alpha,
         "label_smoothing_factor": settings.label_smoothing,
     }
-    # Rows are cut already. Dropout is the adapter's to say. The reference is the policy as it starts.
+    # Rows are truncated already. Dropout is the adapter's setting. The reference is the initial policy.
     compared = {"max_length": None, "disable_dropout": False}
     referred = compared | {"precompute_ref_log_probs": True, "sync_ref_model": False}
-    # Log-probabilities are those of the whole distribution, without dropout, of replies drawn for the step.
+    # On-policy completions with log-probs of the full distribution: no dropout, no top-k or top-p, no reuse.
     drawn = {
         **{"disable_dropout": True, "sync_ref_model": False, "shuffle_dataset": False},
         **{"num_iterations": 1, "steps_per_generation": None, "generation_batch_size": None},
@@ -117,7 +117,7 @@ def common(
     micro_batch_size: int,
     checkpoint_every: int,
 ) -> dict[str, Any]:
-    """Return the arguments that the recipe decides, in names that all engines share."""
+    """Return the arguments that the recipe sets and that all engines share."""
     beta1, beta2 = settings.betas
     return {
         "output_dir": str(folder),
@@ -134,7 +134,7 @@ def common(
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
-        "use_cpu": machine.device == "cpu",  # or bfloat16 is refused there
+        "use_cpu": machine.device == "cpu",  # otherwise transformers refuses bf16 on a CPU
         "bf16": machine.precision == "bfloat16",
         "fp16": machine.precision == "float16",
         "ddp_timeout": int(PATIENCE.total_seconds()),
@@ -156,17 +156,18 @@ def common(
 
 
 def _refuse_parts(batch_size: int, micro_batch_size: int, processes: int) -> None:
-    """Refuse steps that are not whole forward passes of all processes, which TRL would make larger."""
+    """Raise UserError if TRL's optimizer steps would hold more rows than ``train.batch_size``."""
+    # TRL multiplies micro-batch size, accumulation steps and processes: the product must be the batch size.
     if batch_size % processes:
         found = f"{batch_size}, with {processes} processes"
-        expected = "a multiple: each process has as many rows of TRL's optimizer steps as the others"
+        expected = "a multiple of the processes: TRL gives each the same number of rows per step"
         fits = batch_size + processes - batch_size % processes
         raise UserError(Problem("train.batch_size", found, expected, f"train.batch_size={fits}"))
     own = batch_size // processes
     if own % micro_batch_size:
-        share = f"({batch_size})" if processes == 1 else f"({batch_size}) shared among {processes} processes"
+        share = f"({batch_size})" if processes == 1 else f"({batch_size}) / {processes} processes"
         found = f"{micro_batch_size}, which does not divide train.batch_size {share}"
-        expected = "a divisor of it: TRL's optimizer steps hold whole forward passes"
+        expected = "a divisor of it: with TRL all micro-batches of a step have the same size"
         fits = max(size for size in range(1, micro_batch_size) if own % size == 0)
         raise UserError(Problem("train.micro_batch_size", found, expected, f"train.micro_batch_size={fits}"))
 
@@ -180,11 +181,11 @@ def training_arguments(
     checkpoint_every: int,
     stage: TrlStage = SUPERVISED,
 ) -> TrainingArguments:
-    """Return the engine's arguments; ``stage`` is what the engine `trl` calls them.
+    """Return the engine's training arguments; ``stage`` is the stage's TRL config.
 
     Raises:
-        UserError: ``train.engine_args`` names what the engine does not have, the engine refuses a value,
-            or TRL's steps would hold other than ``train.batch_size`` rows.
+        UserError: ``train.engine_args`` has an unknown argument, the engine refuses a value, or TRL's steps
+            would not hold ``train.batch_size`` rows.
     """
     check_engine_args(settings, stage)
     if settings.engine == "trl":
@@ -199,6 +200,6 @@ def training_arguments(
     try:
         found = engine_class(settings.engine, stage)(**arguments, **settings.engine_args)
     except (ValueError, TypeError) as error:
-        raise UserError(Problem("train.engine_args", str(error), "values that the engine takes")) from error
+        raise UserError(Problem("train.engine_args", str(error), "values that the engine accepts")) from error
     train_again(found)
     return found

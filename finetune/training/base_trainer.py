@@ -1,7 +1,7 @@
-"""What the native trainers share: batches of similar length, an adapter's hooks, a NaN that names its rows.
+"""Base of the native trainers: length-grouped batches, adapter hooks, NaN errors that name their rows.
 
-Only public hooks of transformers' Trainer are overridden. Optimizer, schedule, accumulation, precision,
-checkpoints and distribution stay the library's; that is what makes a run resume bit for bit.
+Only public hooks of transformers' Trainer are overridden. Optimizer, scheduler, gradient accumulation,
+precision, checkpoints and distribution are the library's; that is what makes a run resume bit for bit.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,45 +28,40 @@ NO_HOOKS = Hooks()
 
 
 class Rows(Protocol):
-    """What is learnt: rows of any kind, with their lengths in tokens and their places (``file:line``)."""
+    """A training dataset: rows of any kind, with lengths in tokens and locations (``file:line``)."""
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        ...
+    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any:
-        """Return a row, as the collator takes it."""
+        """Return a row in the collator's input format."""
         ...
 
     @property
     def lengths(self) -> Iterable[int]:
-        """Return the tokens of each row."""
+        """Return the number of tokens of each row."""
         ...
 
     @property
     def places(self) -> Sequence[str]:
-        """Return where each row comes from."""
+        """Return the location (``file:line``) of each row."""
         ...
 
 
 class Counted(Dataset[tuple[Any, bool]]):
-    """Rows, each with whether it counts: row ``~number`` is row ``number`` in a pass that only keeps step."""
+    """Dataset of (row, is_real): index ``~i`` is row ``i`` as padding, for a micro-batch without loss."""
 
     def __init__(self, rows: Rows) -> None:
-        """Wrap rows of any kind."""
         self.rows = rows
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, number: int) -> tuple[Any, bool]:
-        """Return a row as the collator takes it, and whether it counts."""
         return (self.rows[number], True) if number >= 0 else (self.rows[~number], False)
 
 
 class BaseTrainer(Trainer):  # type: ignore[misc]
-    """A trainer whose batches carry ``rows``, the numbers of the rows in them; the loss is a subclass's."""
+    """A Trainer whose batches carry their row ids (``rows``); subclasses define the loss."""
 
     loss_is_scaled_for_ga = True
 
@@ -86,13 +81,13 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
 
         Args:
             model: base with adapter.
-            args: the engine's arguments.
-            train_rows: what is learnt.
-            held_out_rows: what is measured, if anything.
+            args: the engine's training arguments.
+            train_rows: the training dataset.
+            held_out_rows: the held-out dataset, if any.
             collator: rows to tensors.
-            batch_size: rows of an optimizer step.
-            group_by_length: whether rows of similar length meet.
-            hooks: what the adapter does while it trains.
+            batch_size: rows per optimizer step.
+            group_by_length: whether a batch holds rows of similar length.
+            hooks: the adapter's callbacks during training.
         """
         super().__init__(
             model=model,
@@ -101,7 +96,7 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=held_out_rows,
             data_collator=collator,
         )
-        self.model_accepts_loss_kwargs = True  # the Trainer then counts the items of all accumulated batches
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count the labels of all accumulated batches
         self.batch_size = batch_size
         self.group_by_length = group_by_length
         self.hooks = hooks
@@ -112,19 +107,19 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         self.lengths = [int(length) for length in train_rows.lengths]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return the optimizer; an adapter may ask for other learning rates on some of its parameters."""
+        """Return the optimizer; an adapter may scale the learning rate of some of its parameters."""
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if fresh and self.hooks.rate_factors:
             scale_learning_rates(optimizer, model or self.model, self.hooks)
         if fresh:
-            # Empty ones go, as with DeepSpeed: checkpoints then have as many with and without it.
+            # Drop empty groups, as DeepSpeed does: checkpoints have the same groups with and without it.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
             self.groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of this process's forward passes, in the order that seed and epoch give."""
+        """Return the data loader of this rank's micro-batches, in an order fixed by seed and epoch."""
         batches = MicroBatches(
             self.lengths,
             batch_size=self.batch_size,
@@ -135,24 +130,23 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         )
         rows = Counted(self.train_dataset)
         loader = DataLoader(rows, batch_sampler=batches, collate_fn=self._collate)
-        # Shared out already, so that every process has as many passes of each step.
+        # num_processes=1: the sampler has sharded the rows, with equally many micro-batches on every rank.
         prepared: DataLoader[Any] = prepare_data_loader(
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
         return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model of a checkpoint; adapters whose base lies in parts are written by all processes.
-
-        PEFT would make a prompt with rank 0 alone, which would wait for the others' parts for ever.
-        """
+        """Write the model of a checkpoint."""
+        # PEFT would compute a prompt encoder's output on rank 0 alone, which then waits forever for the other
+        # ranks' shards: an adapter on a sharded base is written by all ranks together.
         if isinstance(self.model, PeftModel) and in_parts(self.model):
             write_adapter(self.model, Path(output_dir or self.args.output_dir), main=world().main)
         else:
             super().save_model(output_dir, _internal_call)
 
     def _collate(self, rows: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
-        """Return a forward pass; one that does not count has no ``rows``, and no label of it is learnt."""
+        """Return a micro-batch; a padding one has empty ``rows`` and no labels."""
         batch: dict[str, Any] = dict(self.data_collator([row for row, _ in rows]))
         if not rows[0][1]:
             batch["rows"] = batch["rows"][:0]
@@ -163,10 +157,10 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one forward and backward pass; stop the run when its loss is no number.
+        """Run one forward and backward pass.
 
         Raises:
-            NotFiniteError: NaN or infinite loss; the message names the rows.
+            NotFiniteError: the loss is NaN or infinite; the message names the rows.
         """
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         rows = inputs["rows"].tolist()
@@ -179,18 +173,19 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
 
 
 def first_rows(trainer: Trainer) -> list[int]:
-    """Return the rows of this process's first pass that counted; none where TRL's trainer does not say."""
+    """Return the row ids of this rank's first micro-batch; empty for TRL's trainers, which record none."""
     return trainer.first_rows if isinstance(trainer, BaseTrainer) else []
 
 
 def groups(trainer: Trainer) -> list[dict[str, Any]]:
-    """Return the optimizer's groups as they were made; none where TRL's trainer does not say."""
+    """Return the optimizer's initial param groups; empty for TRL's trainers, which record none."""
     return trainer.groups if isinstance(trainer, BaseTrainer) else []
 
 
 def log_held_out(trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
-    """Log held-out metrics and tell the callbacks, or the trainer measures the same step twice."""
+    """Log held-out metrics and call the callbacks' ``on_evaluate``."""
     trainer.log(metrics)
+    # on_evaluate clears control.should_evaluate; without it the trainer evaluates the same step twice.
     trainer.control = trainer.callback_handler.on_evaluate(
         trainer.args, trainer.state, trainer.control, metrics
     )

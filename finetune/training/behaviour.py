@@ -1,4 +1,4 @@
-"""What replies are like, before and after training: judged by programs, and a skill that must not go."""
+"""Generation evals before and after training: Python graders, and exact match on a retention set."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ ARGUMENTS = ("prompt", "reply")
 
 
 class Judge(Protocol):
-    """A user's function: what a reply is worth, or None where it has nothing to say about the prompt."""
+    """A user's function: the grade of a reply, or None to skip the prompt."""
 
     def __call__(self, prompt: str, reply: str, /) -> float | bool | None:
-        """Return true or 1 for a reply that is as wanted, false or 0 for one that is not."""
+        """Return true or 1 for a good reply, false or 0 for a bad one."""
         ...
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Greedy replies to ``prompts`` go to every judge; those to ``skill`` must be equal to the ones expected.
+    """Graders of greedy completions to ``prompts``, and exact match of those to the retention set ``skill``.
 
-    Both hold conversations that end with a reply.
+    Both hold conversations that end with the expected reply.
     """
 
     judges: Mapping[str, Judge]
@@ -38,13 +38,12 @@ class Behaviour:
     skill: Sequence[Sequence[Message]]
 
     def measure(self, run: RunDirectory, answer: Answer, when: str) -> None:
-        """Record each judge's mean and the share of exact answers, ``before`` or ``after`` training.
-
-        A resumed run keeps what its first start measured before.
+        """Record each grader's mean and the retention set's exact-match rate, ``before`` or ``after``.
 
         Raises:
-            UserError: a judge raised something, gave no number, or had nothing to say about any prompt.
+            UserError: a grader raised, returned no number, or skipped every prompt.
         """
+        # A resumed run keeps the metrics that its first start recorded for the untrained model.
         names = [f"judged_{name}_{when}" for name in self.judges] + [f"skill_{when}"] * bool(self.skill)
         if when == "before" and set(names) <= run.record.get("metrics", {}).keys():
             return
@@ -62,16 +61,16 @@ class Behaviour:
 
     @property
     def numbers(self) -> dict[str, tuple[str, str]]:
-        """Return what stands at the top of the report: metric -> label and format."""
-        judged = {f"judged_{name}": (f"judged: {name}", ".1%") for name in self.judges}
-        return judged | {"skill": ("skill: exact answers", ".1%")}
+        """Return the report's summary entries: metric -> (label, format)."""
+        judged = {f"judged_{name}": (f"grader: {name}", ".1%") for name in self.judges}
+        return judged | {"skill": ("retention: exact match", ".1%")}
 
 
 def mean_judgement(name: str, judge: Judge, prompts: Sequence[str], replies: Sequence[str]) -> float:
-    """Return the mean of what a judge says of the replies that it has something to say about.
+    """Return a grader's mean over the completions that it does not skip.
 
     Raises:
-        UserError: it raised something, gave no number, or had nothing to say about any.
+        UserError: the grader raised, returned no number, or skipped every prompt.
     """
     where = f"evaluate.judges.{name}"
     said = [opinion_of(judge, *pair, where=where) for pair in zip(prompts, replies, strict=True)]
@@ -83,10 +82,10 @@ def mean_judgement(name: str, judge: Judge, prompts: Sequence[str], replies: Seq
 
 
 def load_judges(judges: Mapping[str, str]) -> dict[str, Judge]:
-    """Return the functions that a recipe names; their files are executed.
+    """Return the grader functions that a recipe names; their files are executed.
 
     Raises:
-        UserError: a file or a function is not there, or does not take a prompt and a reply.
+        UserError: a file or function is missing, or does not take a prompt and a reply.
     """
     found: dict[str, Judge] = {}
     problems: list[Problem] = []
@@ -105,16 +104,16 @@ def load_judges(judges: Mapping[str, str]) -> dict[str, Judge]:
 def load_behaviour(
     settings: EvaluateSettings, prompts: Sequence[Sequence[Message]], encoder: Encoder, *, seed: int
 ) -> Behaviour:
-    """Return what a recipe wants to be measured of the replies.
+    """Load a recipe's graders and retention set.
 
     Args:
-        settings: the recipe's section.
-        prompts: held-out conversations; judges see ``judge_rows`` of them at even distances.
-        encoder: writes the expected answers as the template would.
-        seed: draws the rows of the skill's file.
+        settings: the recipe's ``evaluate`` section.
+        prompts: held-out conversations; graders see ``judge_rows`` of them, evenly spaced.
+        encoder: renders the expected replies with the template.
+        seed: selects the rows of the retention set.
 
     Raises:
-        UserError: a judge or the file of the skill cannot be used.
+        UserError: a grader or the retention set cannot be loaded.
     """
     judged = [prompts[index] for index in spread(len(prompts), settings.judge_rows)]
     skill: list[list[Message]] = []

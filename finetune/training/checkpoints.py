@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: sealed with checksums when complete, checked before they are used."""
+"""Checkpoint checksums: written when a checkpoint is complete, verified before it is resumed from."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ SEAL = "checksums.json"
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The newest good checkpoint, if there is one, and what is wrong with newer ones."""
+    """The newest valid checkpoint, if there is one, and the errors of newer corrupt ones."""
 
     path: Path | None
     damaged: list[str]
@@ -27,11 +27,9 @@ NONE = Found(None, [])
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the checksums of a checkpoint's files. Without this file a checkpoint does not count.
-
-    The file appears in one move, after everything it speaks of is on the disk; a run killed before that goes
-    on from the checkpoint before.
-    """
+    """Write the checksums of a checkpoint's files; a checkpoint without this file is ignored."""
+    # fsync first, then an atomic rename: the checksum file exists only if all files are on disk. A run that
+    # is killed before that resumes from the previous checkpoint.
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
     for file in files:
         with file.open("rb") as stream:
@@ -43,7 +41,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def find_last(folder: Path) -> Found:
-    """Return the newest sealed checkpoint whose files are what they were, and the damaged ones above it."""
+    """Return the newest checkpoint whose files match its checksums, and the corrupt ones after it."""
     damaged: list[str] = []
     for checkpoint in sorted(_checkpoints(folder), key=_step, reverse=True):
         if not (checkpoint / SEAL).is_file():
@@ -56,7 +54,7 @@ def find_last(folder: Path) -> Found:
 
 
 def remove_after(folder: Path, step: int) -> None:
-    """Delete checkpoints of later steps: unsealed or damaged ones, which a resumed run writes again."""
+    """Delete checkpoints of later steps: incomplete or corrupt ones, which a resumed run writes again."""
     for checkpoint in _checkpoints(folder):
         if _step(checkpoint) > step:
             shutil.rmtree(checkpoint)
@@ -74,12 +72,12 @@ def _damage(checkpoint: Path) -> str:
         if not file.is_file():
             return f"{name} is missing"
         if _sha256(file) != expected:
-            return f"{name} does not have the checksum it was written with"
+            return f"{name}: checksum mismatch"
     return ""
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Return the folders named ``checkpoint-<step>``; a user's copies under other names are not ours."""
+    """Return the folders named ``checkpoint-<step>``; a user's copies have other names."""
     return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
 
 

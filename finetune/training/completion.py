@@ -1,4 +1,4 @@
-"""The loss of a batch and of held-out rows: model and tensors in, a number out."""
+"""Cross-entropy of a batch's labels, and the held-out loss."""
 
 from collections.abc import Mapping
 
@@ -26,10 +26,10 @@ def completion_loss_sum(
     Args:
         model: causal model in any wrapper.
         head: its output embeddings.
-        batch: what a collator gives; ``labels`` and ``rows`` are not passed to the model.
-        passes: with 2 the batch goes through twice, and the symmetric KL divergence of both passes'
-            predictions is added (AdaMix, arXiv 2205.12410, equation 5).
-        label_smoothing: share of the target that is spread over the vocabulary.
+        batch: a collator's output; ``labels`` and ``rows`` are not passed to the model.
+        passes: 2 runs the batch twice and adds the symmetric KL divergence of the two predictions (AdaMix,
+            arXiv 2205.12410, equation 5).
+        label_smoothing: probability mass of the target that is spread over the vocabulary.
     """
     positions, targets = loss_positions(batch["labels"])
     forward = {key: value for key, value in batch.items() if key not in ("labels", "rows")}
@@ -43,19 +43,19 @@ def completion_loss_sum(
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, rows: TokenizedRows, collate: Collator, *, lines: int) -> float:
-    """Return the mean loss per label over held-out rows; no logits are kept.
+    """Return the mean loss per label over held-out rows, which are sharded over ranks; no logits are stored.
 
     Args:
         model: causal model in any wrapper.
-        rows: what is measured, in batches sorted by length; each process measures its share.
+        rows: the held-out dataset.
         collate: padded or packed.
-        lines: rows of a forward pass.
+        lines: rows per forward pass.
     """
     head = output_head(model)
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    order = np.argsort(rows.lengths, kind="stable").tolist()
+    order = np.argsort(rows.lengths, kind="stable").tolist()  # similar lengths together: least padding
     total = 0.0
     batches = [order[start : start + lines] for start in range(0, len(order), lines)]
     for part, counts in share_in_step(batches):

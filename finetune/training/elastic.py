@@ -1,7 +1,6 @@
-"""A run's processes: started together, ended together, and what one of them raised told in its words.
+"""Launch a run's worker processes with torch's elastic agent (torchrun's), and re-raise their errors.
 
-torch's elastic agent, the one behind ``torchrun`` and ``accelerate launch``, starts them (Accelerate's own
-command starts several processes on GPUs alone, and through MPI on CPUs).
+``accelerate launch`` would need MPI to start several processes on CPUs.
 """
 
 import logging
@@ -24,15 +23,15 @@ from finetune.recipe.recipe import Recipe
 from finetune.training.stops import Interrupted, LostProcessError
 
 GRACE = 600
-"""Seconds that the processes have for the step in hand and its checkpoint, after a signal."""
+"""Seconds that the workers have after a signal to finish the current step and write its checkpoint."""
 MEETING = "localhost:0"
-"""Where they find each other: this machine, any free port."""
+"""Rendezvous endpoint: this machine, any free port."""
 WORK = "work.pickle"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What each process is told: the recipe to run, and how it was asked for."""
+    """The pickled arguments of a worker: recipe and command-line options."""
 
     recipe: Recipe
     force: bool
@@ -40,8 +39,14 @@ class Work:
 
 
 def start_processes(work: Work, count: int) -> None:
-    """Start the processes and wait for them; what one of them raised is raised here."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we tell it in our words
+    """Start the workers and wait for them.
+
+    Raises:
+        Exception: the one that a worker raised first.
+        Interrupted: a signal came.
+        LostProcessError: a worker was killed, or ended without an exception.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we report failures ourselves
     with tempfile.TemporaryDirectory(prefix="llm-align-") as name:
         folder = Path(name)
         (folder / WORK).write_bytes(pickle.dumps(work))
@@ -68,7 +73,7 @@ def start_processes(work: Work, count: int) -> None:
 
 
 def report_file(folder: Path, rank: int) -> Path:
-    """Return where a process leaves what it raised, for the one that started it."""
+    """Return the file in which a worker pickles its exception for the launcher."""
     return folder / f"raised-{rank}.pickle"
 
 
@@ -80,12 +85,12 @@ def _raised(folder: Path, rank: int) -> Exception | None:
 
 def _stopped(folder: Path, stop: SignalException) -> str:
     found = _raised(folder, 0)
-    told = f"stopped by {Signals(stop.sigval).name}; the same command goes on from the last checkpoint"
+    told = f"stopped by {Signals(stop.sigval).name}. Run the same command to resume from the last checkpoint"
     return str(found) if isinstance(found, Interrupted) else told
 
 
 def _cause(folder: Path, failures: dict[int, ProcessFailure]) -> Exception:
-    """Return what ended the run: what a process said of itself, before what the others noticed of it."""
+    """Return the root cause: a worker's own exception before the ranks that were killed or lost a peer."""
     said = {rank: _raised(folder, rank) for rank in failures}
     for found in said.values():
         if found is not None and not isinstance(found, LostProcessError):
@@ -98,7 +103,7 @@ def _cause(folder: Path, failures: dict[int, ProcessFailure]) -> Exception:
 
 def _ending(exit_code: int) -> str:
     if exit_code >= 0:
-        return f"ended with status {exit_code} and said nothing"
+        return f"exited with status {exit_code} and no error message"
     name = Signals(-exit_code).name
-    memory = "; the system does that where memory runs out" if name == "SIGKILL" else ""
+    memory = "; the kernel's out-of-memory killer does that" if name == "SIGKILL" else ""
     return f"was killed by {name}{memory}"

@@ -1,4 +1,4 @@
-"""Replies from a model, through the same encoder that wrote its training rows."""
+"""Generate completions in batches (left-padded ``model.generate``), with the encoder of training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A reply's text, and whether the model ended it by itself."""
+    """A completion's text, and whether it ends with EOS (or another stop token)."""
 
     text: str
     stopped: bool
@@ -32,25 +32,27 @@ def reply_to(
     context: int,
     temperature: float = 0.0,
 ) -> list[Reply]:
-    """Return a reply to each conversation, in order; prompts of similar length are answered together.
+    """Generate a completion of each conversation; results are in the order of the prompts.
 
     Args:
         model: a causal model, with or without an adapter.
         encoder: template and tokenizer of its training.
         prompts: conversations that end with the user's turn.
-        max_new_tokens: tokens of a reply at most, and never more than half of the context.
-        context: positions for prompt and reply together; a longer prompt loses its oldest tokens.
-        temperature: 0 takes the likeliest token every time.
+        max_new_tokens: maximum tokens of a completion, capped at half of the context.
+        context: positions for prompt and completion together; a longer prompt loses its oldest tokens.
+        temperature: 0 is greedy decoding.
     """
     max_new_tokens = min(max_new_tokens, context // 2)
     encoded = [encoder.encode_prompt(prompt)[-(context - max_new_tokens) :] for prompt in prompts]
+    # Batches of similar lengths: less padding.
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     replies: dict[int, Reply] = {}
     training = model.training
     model.eval()
     parted = in_parts(model)
     batches = range(0, len(order), BATCH)
-    rounds = max(everyones(len(batches))) if parted else len(batches)  # weights in parts: all equally often
+    # With sharded weights each forward pass is a collective: ranks with fewer batches generate dummy ones.
+    rounds = max(everyones(len(batches))) if parted else len(batches)
     for part in ([order[start : start + BATCH] for start in batches] + [[]] * rounds)[:rounds]:
         rows = [encoded[index] for index in part] or [encoder.stop_ids[:1]]
         new = _generate(model, encoder, rows, max_new_tokens, temperature, together=parted)

@@ -1,4 +1,4 @@
-"""A stage at work: its folder, what was chosen for it, its record, and how it ends."""
+"""RunContext: a run's recipe, folder, console, resolved settings, checks, record, training and shutdown."""
 
 import platform
 import time
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -40,12 +40,17 @@ Value = TypeVar("Value")
 PACKAGES = ("llm-align", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
 
 WHOLE_IN_EACH = ("ddp", "zero1", "zero2")
-"""Strategies under which each process holds all that is trained."""
+"""Strategies under which each rank holds all trained weights."""
+
+
+@cache  # reading a library's metadata takes milliseconds, and a run asks four times
+def _version(package: str) -> str:
+    return version(package)
 
 
 @dataclass
 class Job:
-    """What every stage needs while it runs."""
+    """The state of a running stage: settings, output, distribution, checks and record."""
 
     recipe: Recipe
     run: RunDirectory
@@ -62,48 +67,47 @@ class Job:
     before_training: ExitStack = field(default_factory=ExitStack)
     under_way: bool = False
     may_idle: bool = False
-    """Whether a step may have nothing to learn, such as replies that are all worth the same."""
+    """Whether a step may have zero gradients: e.g. completions of equal reward have no advantage."""
 
     @property
     def versions(self) -> dict[str, str]:
-        """Return what the run is made with."""
-        return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+        """Return the versions of Python and the libraries."""
+        return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
     def environment(self, precision: str) -> str:
-        """Return what a run computes with, in a line."""
+        """Return precision, device, processes and library versions in one line."""
         libraries = ", ".join(f"{name} {self.versions[name]}" for name in ("torch", "transformers", "peft"))
         shared = f", {self.world.size} processes with {self.strategy}" if self.world.size > 1 else ""
         return f"{precision} on {self.hardware.device} ({self.hardware.name}){shared}; {libraries}"
 
     def say(self, text: str) -> None:
-        """Print a line for the user."""
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
     def watch(self, numbers: Mapping[str, tuple[str, str]]) -> None:
-        """Put further numbers, before and after, at the top of the report: metric -> label and format."""
+        """Add before/after metrics to the report's summary: metric -> (label, format)."""
         self.watched = replace(self.watched, numbers={**self.watched.numbers, **numbers})
 
     def join(self) -> None:
-        """Meet the run's other processes; called before a model is loaded.
+        """Resolve the strategy and initialize the process group; called before a model is loaded.
 
         Raises:
-            UserError: a strategy that is not for this number of processes.
+            UserError: the strategy does not fit the number of processes.
         """
         asked, size = self.recipe.settings.train, self.world.size
         self.strategy = self.choose("train.strategy", choices.strategy(asked.strategy, size))
         if asked.processes != size:
-            self.choose("train.processes", (size, "as started"))
+            self.choose("train.processes", (size, "set by the launcher"))
         processes.join(self.hardware.device, deepspeed=self.strategy in ZERO)
 
     def load_in_parts(self, stored: str) -> None:
-        """Have bases loaded in parts until training begins, as ZeRO-3 wants them; FSDP2 needs no word."""
+        """Load models sharded until training begins (ZeRO-3); FSDP2 shards in ``from_pretrained``."""
         if self.strategy == "zero3":
             self.before_training.enter_context(
                 apart.loading(stored, offload=self.recipe.settings.train.offload, folder=self.run.path)
             )
 
     def let_compute(self, model: nn.Module, base: PreTrainedModel) -> None:
-        """Let a model that lies in parts compute until its trainer takes over."""
+        """Allow forward passes of a ZeRO-3 model until its trainer takes over."""
         if self.strategy == "zero3":
             offload = self.recipe.settings.train.offload
             self.before_training.enter_context(
@@ -111,16 +115,16 @@ class Job:
             )
 
     def choose(self, key: str, choice: tuple[Value, str]) -> Value:
-        """Take a derived value and remember why, for recipe.yaml."""
+        """Return a resolved value and record it with its reason, for recipe.yaml."""
         value, reason = choice
         self.derived[key] = f"{value} ({reason})"
         return value
 
     def check(self, *ticks: Tick) -> None:
-        """Print checks and keep them for the record; once the run is under way, write them to it at once.
+        """Print and record check results; during the run they are written to run.json at once.
 
         Raises:
-            UserError: some of them failed.
+            UserError: a check failed.
         """
         for tick in ticks:
             self.say(tick.line())
@@ -131,19 +135,19 @@ class Job:
 
     @contextmanager
     def started(self, **facts: Any) -> Iterator[None]:
-        """Write the record while the run lasts, and how it ended; ``facts`` are sections of run.json.
+        """Lock the folder, write run.json and the final status; ``facts`` are sections of run.json.
 
         Raises:
-            Interrupted: after a signal.
-            NotFiniteError: after a loss that is no number.
-            UserError: after a check that failed while the run was under way.
+            Interrupted: a signal came.
+            NotFiniteError: loss or gradient is NaN or infinite.
+            UserError: a check failed during the run.
         """
-        processes.wait()  # until all have seen the folder as it was
+        processes.wait()  # every rank has read the folder before rank 0 changes it
         with self.run.start(), listening() as self.interrupt:
             if self.run.replaced:
                 self.run.clear()
             self._begin(facts)
-            processes.wait()  # or one could see a file of the run before
+            processes.wait()  # no rank may read a file of a replaced run
             self.under_way = True
             try:
                 yield
@@ -154,25 +158,26 @@ class Job:
                 self.run.update(status="failed", reason=str(error))
                 raise
             self._finish()
-        processes.wait()  # or one could go on with a run that another has not finished
+        processes.wait()  # no rank may use the result before rank 0 has finished it
 
     def train(self, trainer: Trainer) -> None:
-        """Train to the end, from the newest good checkpoint if there is one.
+        """Train to the last step, resuming from the newest valid checkpoint.
 
         Raises:
-            Interrupted: a signal came, and a checkpoint was written.
-            NotFiniteError: loss or gradient is no number.
-            UserError: the adapter does not learn, or the base does.
+            Interrupted: a signal came; a checkpoint was saved.
+            NotFiniteError: loss or gradient is NaN or infinite.
+            UserError: the adapter gets no gradient, or the frozen base changed.
         """
         found = processes.from_main(self._last_checkpoint() if self.world.main else checkpoints.NONE)
         if found.path:
             refuse_other_parts(found.path, strategy=self.strategy, processes=self.world.size)
         self.run.forget_after(found.step)
         if found.path:
-            self.say(f"goes on from step {found.step}")
+            self.say(f"resuming from step {found.step}")
         recorder = Recorder(self.run, self.console, self.interrupt, logged=self.watched.logged)
-        trainer.remove_callback(PrinterCallback)  # the recorder speaks in its place
+        trainer.remove_callback(PrinterCallback)  # the recorder prints in its place
         if self.strategy in (*ZERO, *APART):
+            # Before the recorder, which writes the checksums of a complete checkpoint.
             trainer.add_callback(WholeCheckpoint(partial(groups, trainer), strategy=self.strategy))
             trainer.add_callback(Parts(self.check, strategy=self.strategy, rows=partial(first_rows, trainer)))
         trainer.add_callback(recorder)
@@ -184,31 +189,31 @@ class Job:
             try:
                 trainer.train(resume_from_checkpoint=str(found.path) if found.path else None)
             except TrainedAlready:
-                self.say("every step is done")
+                self.say("training already complete")
             finally:
                 recorder.progress.stop()
-        self.stop_if_asked(f"at step {trainer.state.global_step}; a checkpoint is written")
+        self.stop_if_asked(f"at step {trainer.state.global_step}; checkpoint saved")
         self.check(unchanged(before, fingerprints(trainer.model)))
         if self.strategy in WHOLE_IN_EACH:
             self.check(same_tick(processes.everyones(trained_digest(trainer.model))))
 
     def _last_checkpoint(self) -> checkpoints.Found:
-        """Return the newest good checkpoint; later ones go."""
+        """Return the newest valid checkpoint, and delete the corrupt ones after it."""
         found = checkpoints.find_last(self.run.checkpoints)
         for line in found.damaged:
-            self.say(f"damaged checkpoint, the one before it is used: {line}")
+            self.say(f"corrupt checkpoint, using the previous one: {line}")
         checkpoints.remove_after(self.run.checkpoints, found.step)
         return found
 
     def stop_if_asked(self, where: str) -> None:
-        """Raise Interrupted in all processes if a signal came to any; all ask as often."""
+        """Raise Interrupted on all ranks if a signal reached any; a collective, every rank must call it."""
         if processes.anyones(bool(self.interrupt.name)):
             name = next(filter(None, processes.everyones(self.interrupt.name)))
-            raise Interrupted(f"stopped by {name} {where}; the same command goes on from there")
+            raise Interrupted(f"stopped by {name} {where}. Run the same command to resume")
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add a phase's seconds to the record."""
+        """Add the block's wall time to the record, under the phase's name."""
         start = time.monotonic()
         try:
             yield
@@ -238,7 +243,7 @@ class Job:
         self.run.write("recipe.yaml", self.recipe.to_yaml(self.derived))
 
     def _finish(self) -> None:
-        """Write the report, and then, last of all, that the run is finished: a kill leaves no half of it."""
+        """Write the report, then the status ``finished``: last, so that a kill leaves no incomplete run."""
         seconds = {phase: round(value, 2) for phase, value in self.seconds.items()}
         peaks = processes.everyones(peak_memory_bytes(self.hardware))
         self.run.record |= {
@@ -251,11 +256,11 @@ class Job:
         if self.world.main:
             write_report(self.run, self.watched.logged, self.watched.panel(self.run.record))
         self.run.update(status="finished")
-        processes.wait()  # nobody leaves before the folder is whole
+        processes.wait()  # no rank exits before the folder is complete
 
 
 def _headline(record: dict[str, Any], numbers: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    """Return the few numbers that a reader looks for first."""
+    """Return the summary of a run: label -> formatted value."""
     metrics, parameters = record.get("metrics", {}), record["parameters"]
     share = parameters["trained"] / parameters["total"]
     lines = {"trained parameters": f"{parameters['trained']:,} ({share:.2%})"}
@@ -263,7 +268,7 @@ def _headline(record: dict[str, Any], numbers: Mapping[str, tuple[str, str]]) ->
         if f"{key}_before" in metrics and f"{key}_after" in metrics:
             lines[label] = f"{metrics[f'{key}_before']:{style}} → {metrics[f'{key}_after']:{style}}"
     rate = f", {metrics['tokens_per_second']:,} tokens/s" if "tokens_per_second" in metrics else ""
-    if "train" in record["seconds"]:  # not where a run goes on behind its last step
+    if "train" in record["seconds"]:  # absent if a run resumes after its last step
         lines["training"] = f"{record['seconds']['train']:.0f} s{rate}"
     lines["peak memory"] = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
     return lines

@@ -1,8 +1,8 @@
-"""A stage on as many processes as its recipe asks for; the user types no launcher.
+"""Run a stage on the recipe's number of processes, without torchrun or `accelerate launch`.
 
-Each process runs the whole stage; under a launcher of the user's (torchrun, accelerate, deepspeed, srun) this
-process is one of them already. Nothing heavy is imported before a run needs it: one that is finished answers
-at once.
+Every process runs the complete stage. Under the user's own launcher (torchrun, accelerate, deepspeed, srun)
+this process is one of them already. Heavy imports wait until a run needs them, so a finished run returns at
+once.
 """
 
 from importlib.util import find_spec
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 def run_stage(recipe: Recipe, console: Console, *, force: bool = False, command: str = "") -> "Result":
-    """Run a recipe's stage, on several processes if it asks for them, and return its result.
+    """Run a recipe's stage, on several processes if the recipe says so, and return its result.
 
     Args:
-        recipe: what to do; its start and its rewards are finished runs.
-        console: where progress is shown.
-        force: start over where a run of this recipe is there already.
-        command: the words that started it, for the record.
+        recipe: the recipe; its parent run and its reward models are finished runs.
+        console: receives progress output.
+        force: replace an existing run of this recipe.
+        command: the command line, for run.json.
 
     Raises:
-        UserError: the user's mistakes, before anything is written.
-        Interrupted: a signal came; a checkpoint is there.
+        UserError: the recipe or the data are invalid; nothing was written.
+        Interrupted: a signal came; a checkpoint was saved.
         NotFiniteError: loss or gradient became NaN or infinite.
-        LostProcessError: a process ended before its work did.
+        LostProcessError: a process died.
     """
     _refuse_without_library(recipe.settings.train.strategy)
     stage, place = load_stage(recipe.stage), world()
@@ -49,12 +49,12 @@ def run_stage(recipe: Recipe, console: Console, *, force: bool = False, command:
             from finetune.training.elastic import Work, start_processes
 
             start_processes(Work(recipe, force, command), count)
-            force = False
+            force = False  # the workers finished the run: below it is only read
     return stage.run(recipe, console, force=force, command=command)  # type: ignore[no-any-return]
 
 
 def _refuse_without_library(strategy: str) -> None:
-    """Raise UserError for ZeRO where DeepSpeed, which carries it out, is not installed."""
+    """Raise UserError for ZeRO without DeepSpeed installed."""
     if strategy in ZERO and find_spec("deepspeed") is None:
         repair = "pip install 'llm-align[zero]' (Linux); or train.strategy=ddp"
         raise UserError(Problem("train.strategy", f"{strategy}, without DeepSpeed", "DeepSpeed", repair))

@@ -1,4 +1,4 @@
-"""What a recipe names, loaded: first the text side, cheap and where most mistakes are, then the model."""
+"""Load what a recipe names: tokenizer and data first (cheap, and where most mistakes are), then the model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from finetune.training.text import Text, text_of
 
 @dataclass(frozen=True)
 class Frozen:
-    """A base before an adapter is put on it, the precision of its passes, how its weights are stored."""
+    """A base without adapter, the precision of its forward pass, and its quantization."""
 
     base: PreTrainedModel
     precision: str
@@ -29,7 +29,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Policy:
-    """The model that is trained: base with adapter, the precision of its passes, how the base is stored."""
+    """The trained model: base with adapter, precision of the forward pass, quantization of the base."""
 
     model: nn.Module
     precision: str
@@ -40,22 +40,22 @@ def load_text(job: Job) -> Text:
     """Load tokenizer and template.
 
     Raises:
-        UserError: unknown engine arguments, a precision that is not for this hardware, no such base, no EOS,
-            no chat template, or more tokens a row than the model has positions.
+        UserError: unknown engine arguments, a precision that this hardware lacks, no such base, no EOS, no
+            chat template, or ``max_length`` exceeds the model's positions.
     """
     settings = job.recipe.settings
     check_engine_args(settings.train, TrlStage(settings.TRL_CONFIG))
-    choices.precision(settings.model.precision, job.hardware)  # refused before anything is loaded
+    choices.precision(settings.model.precision, job.hardware)  # raises before anything is loaded
     text, reason = text_of(settings)
     job.choose("data.max_length", (text.max_length, reason))
     return text
 
 
 def load_data(job: Job, text: Text) -> Prepared:
-    """Read and tokenise the recipe's data, and tell what was found.
+    """Read and tokenize the recipe's data, and log the data report.
 
     Raises:
-        UserError: mistakes in the data, with file, line and field.
+        UserError: the data are invalid; the message gives file, line and field.
     """
     settings = job.recipe.settings
     with job.timed("data"):
@@ -66,22 +66,22 @@ def load_data(job: Job, text: Text) -> Prepared:
 
 
 def adapter_start(settings: ModelSettings) -> Path | None:
-    """Return the run whose adapter goes on; None without a start, or where the start became the base."""
+    """Return the run whose adapter is trained further; None without one, or if its full model is the base."""
     start = Path(settings.start) if settings.start is not None else None
     return start if start is not None and (start / "adapter").is_dir() else None
 
 
 def load_policy(job: Job) -> Policy:
-    """Load the base and put the adapter on it: the start's, or a new one, which the seed decides.
+    """Load the base and add the adapter: the parent run's, or a new one initialized with the seed.
 
     Raises:
-        UserError: the base cannot be loaded, the adapter does not fit it, or the start's files are damaged.
+        UserError: the base cannot be loaded, the adapter does not fit it, or the parent's files are corrupt.
     """
     return put_adapter(job, load_frozen(job))
 
 
 def load_frozen(job: Job) -> Frozen:
-    """Load the base, stored as its adapter asks.
+    """Load the base in the precision and quantization that its adapter needs.
 
     Raises:
         UserError: the base cannot be loaded.
@@ -93,7 +93,7 @@ def load_frozen(job: Job) -> Frozen:
     quantization = job.choose(
         "model.quantization", choices.quantization(settings.model.quantization, traits.quantization)
     )
-    # Trained weights stay in float32 (mixed precision); frozen ones are stored as they are computed with.
+    # Trained weights are float32 master weights (mixed precision); frozen ones have the compute dtype.
     stored = "float32" if traits.whole_model else precision
     with job.timed("load"):
         set_seed(settings.train.seed)
@@ -109,10 +109,10 @@ def load_frozen(job: Job) -> Frozen:
 
 
 def put_adapter(job: Job, frozen: Frozen) -> Policy:
-    """Put the recipe's adapter on a base: the start's, or a new one, which the seed decides.
+    """Add the recipe's adapter to a base: the parent run's, or a new one initialized with the seed.
 
     Raises:
-        UserError: the adapter does not fit the base, or the start's files are damaged.
+        UserError: the adapter does not fit the base, or the parent's files are corrupt.
     """
     settings = job.recipe.settings
     with job.timed("load"):

@@ -1,4 +1,4 @@
-"""How many rows of a forward pass a GPU has memory for, by the plan: what ``micro_batch_size: auto`` asks."""
+"""Resolve ``micro_batch_size: auto`` on a GPU: does a batch of N rows fit, by the memory plan?"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,21 +23,21 @@ OBJECTIVES: dict[str, Objective] = {
     "GRPOConfig": "comparison",
     "RewardConfig": "scores",
 }
-"""What stands on the last state, by what TRL calls the stage's arguments; TRL has no PPO."""
+"""The planner's objective (loss on the last hidden states) of a stage, by its TRL config; TRL has no PPO."""
 
 
 def rows_that_fit(
     settings: StageSettings, policy: Policy, *, longest: int, processes: int, strategy: str, room: int
 ) -> Callable[[int], bool] | None:
-    """Return what tells whether so many rows fit the GPU; None where it has no plan for such a model.
+    """Return a predicate: do N rows fit the GPU? None if there is no plan for this architecture.
 
     Args:
         settings: the recipe's sections.
-        policy: what is trained, loaded already.
-        longest: tokens of the longest row, all of which are taken to be predicted.
-        processes: that share the work.
-        strategy: what they partition.
-        room: bytes of a GPU.
+        policy: the model that is trained, loaded already.
+        longest: tokens of the longest row; all of them are assumed to be predicted.
+        processes: number of processes.
+        strategy: distributed strategy.
+        room: bytes available on a GPU.
     """
     try:
         architecture = architecture_of(settings.model)
@@ -55,10 +55,8 @@ def rows_that_fit(
 
 
 def free_bytes() -> int:
-    """Return what the GPU has for this process, free or held by it already, in whole GiB.
-
-    So that the same command chooses the same rows tomorrow, when a little more or less is free.
-    """
+    """Return the GPU memory available to this process, free or reserved by it, rounded down to full GiB."""
+    # Rounded, so that the same command resolves to the same micro-batch size when a little more is free.
     free, _ = torch.cuda.mem_get_info()
     return (free + torch.cuda.memory_reserved()) // GIB * GIB
 

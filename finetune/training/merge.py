@@ -1,4 +1,4 @@
-"""Base and adapter as one model, which any program loads and the next stage takes as its base."""
+"""Merge an adapter into its base: one model that any library loads and the next stage takes as its base."""
 
 from pathlib import Path
 
@@ -18,13 +18,10 @@ from finetune.training.save import verify_model
 
 
 def merge_run(run: Path) -> Path:
-    """Write ``RUN/merged``: the base's weights with the adapter's change added, and the tokenizer.
-
-    A quantized base is taken back to numbers first, the very ones that the adapter was trained on
-    (arXiv 2305.14314, section 3: the adapter makes good for the error of the quantization).
+    """Write ``RUN/merged``: the base's weights with the adapter's delta added, and the tokenizer.
 
     Raises:
-        UserError: no finished run, no adapter, or one that changes no weight.
+        UserError: not a finished run, no adapter, or one that cannot be merged.
     """
     load = record_of_writer(run)["load"]
     adapter = run / "adapter"
@@ -40,9 +37,11 @@ def merge_run(run: Path) -> Path:
         hardware=detect(),
     )
     if load["quantization"] != "none":
+        # Dequantize to the very values that the adapter was trained on: it compensates the quantization error
+        # (arXiv 2305.14314, section 3).
         base = base.dequantize()
     tuner = open_adapter(base, adapter).base_model
-    assert isinstance(tuner, BaseTuner), "an adapter outside the weights says so in its traits"
+    assert isinstance(tuner, BaseTuner), "an adapter that cannot be merged declares it in its traits"
     merged: PreTrainedModel = tuner.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(str(adapter))
     with replacing(run, MERGED) as folder:
@@ -53,9 +52,9 @@ def merge_run(run: Path) -> Path:
 
 
 def _refuse(run: Path) -> None:
-    """Raise UserError if the run's adapter declares that it cannot be added to the weights."""
+    """Raise UserError if the run's adapter declares that it cannot be merged."""
     method = yaml_file.read(run / "recipe.yaml")[0]["adapter"]["method"]
     if reason := adapter_traits(method).merge:
-        expected = "an adapter that can be added to the weights, such as lora"
+        expected = "an adapter that can be merged into the weights, such as lora"
         found = f"adapter '{method}': {reason}"
         raise UserError(Problem(str(run), found, expected, "train with another adapter.method, or with full"))

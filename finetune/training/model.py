@@ -1,4 +1,4 @@
-"""Loading a base and putting an adapter on it."""
+"""Load the base model (dtype, quantization, sharding), tokenizer and config, and attach the adapter."""
 
 import sys
 from collections.abc import Sequence
@@ -35,13 +35,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 SCORE = "score"
-"""What the library calls the head of its decoders that score a text, and PEFT trains beside an adapter."""
+"""transformers' name for a sequence-classification model's head; PEFT trains it along with an adapter."""
 SCORE_WEIGHT = f"{SCORE}.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterCount:
-    """How many parameters are trained, of how many."""
+    """Number of trained parameters, and of all."""
 
     trained: int
     total: int
@@ -51,7 +51,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """Return the base's tokenizer.
 
     Raises:
-        UserError: the base has none, or the hub did not give it.
+        UserError: the base has none, or the download failed.
     """
     with _told(settings):
         return AutoTokenizer.from_pretrained(
@@ -62,10 +62,10 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:
-    """Return the base's config, with the context that the recipe asks for.
+    """Return the base's config, with the recipe's RoPE scaling.
 
     Raises:
-        UserError: the base has none, or its positions cannot be stretched.
+        UserError: the base has none, or its RoPE cannot be scaled.
     """
     with _told(settings):
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -78,7 +78,7 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
 
 
 def context_length(settings: ModelSettings) -> int:
-    """Return how many positions the base has, from its config alone."""
+    """Return the base's maximum positions, from its config."""
     return positions(load_config(settings))
 
 
@@ -91,23 +91,23 @@ def load_base(
     heads: Sequence[str] = (),
     strategy: str = "single",
 ) -> PreTrainedModel:
-    """Return the frozen base on the device, its weights stored as asked.
+    """Return the frozen base on its device.
 
     Args:
         settings: the recipe's model section.
-        precision: type of the forward pass, and of weights that are not quantized.
+        precision: dtype of the forward pass, and of weights that are not quantized.
         quantization: ``none``, ``nf4`` (4-bit NormalFloat, double quantization) or ``int8``.
-        hardware: where it goes.
-        heads: names of the scores that it gives in place of a next token; their weights may be missing.
-        strategy: how processes share it; ``fsdp2`` gives each a part, ``zero3`` within ``apart.loading``.
+        hardware: the device.
+        heads: names of the scores of a reward model, in place of the LM head; their weights may be missing.
+        strategy: ``fsdp2`` shards the weights, ``zero3`` within ``sharding.zero3_init``.
 
     Raises:
-        UserError: there is no such base, or its files are damaged.
+        UserError: there is no such base, or its files are corrupt.
     """
     config = load_config(settings)
     if heads:
         label_scores(config, heads)
-        set_verbosity_error()  # the library's report that a head is fresh asks nothing of the user
+        set_verbosity_error()  # the library warns of a newly initialized head, which is intended here
     kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
     with _told(settings):
         model: PreTrainedModel
@@ -119,15 +119,13 @@ def load_base(
             dtype=DTYPES[precision],
             attn_implementation=None if settings.attention == "auto" else settings.attention,
             quantization_config=_quantization(quantization, precision, heads=bool(heads)),
-            device_map=None if strategy in APART else {"": hardware.device},  # theirs to say
+            device_map=None if strategy in APART else {"": hardware.device},  # the engine places them
             distributed_config=DistributedConfig(fsdp_size=world().size) if strategy == "fsdp2" else None,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # told below with names and shapes
+            ignore_mismatched_sizes=True,  # reported below with names and shapes
             output_loading_info=True,
         )
-        other = [
-            f"{name}: {found} in place of {wanted}" for name, found, wanted in loading["mismatched_keys"]
-        ]
+        other = [f"{name}: {found} instead of {wanted}" for name, found, wanted in loading["mismatched_keys"]]
         missing = [name for name in loading["missing_keys"] if not (heads and name == SCORE_WEIGHT)]
         _refuse_unloaded([*missing, *other])
     if quantization == "nf4" and hardware.device == "cpu":
@@ -152,7 +150,7 @@ def attach_adapter(model: PreTrainedModel, settings: AdapterSettings) -> nn.Modu
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Return trained and total parameters; a 4-bit weight counts as the numbers that it stands for."""
+    """Return trained and total parameters; a 4-bit weight counts with its unpacked number of elements."""
     settle(model)
     trained = total = 0
     for parameter in model.parameters():
@@ -164,21 +162,21 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def label_scores(config: PretrainedConfig, heads: Sequence[str]) -> None:
-    """Make a config that of a model with one score for each head."""
+    """Make a config that of a sequence-classification model with one score per head."""
     config.id2label = dict(enumerate(heads))  # sets num_labels as well
     config.label2id = {name: index for index, name in enumerate(heads)}
     config.problem_type = "regression"
 
 
 def _refuse_unloaded(weights: list[str]) -> None:
-    """Raise ValueError for weights that the files do not hold: the library would draw them at random."""
+    """Raise ValueError for weights missing in the files: the library would initialize them at random."""
     if weights:
         some = "; ".join(sorted(weights)[:3])
-        raise ValueError(f"its files lack {len(weights)} of the weights that config.json asks for ({some})")
+        raise ValueError(f"its files lack {len(weights)} of the weights of config.json ({some})")
 
 
 def _quantization(quantization: str, precision: str, *, heads: bool) -> BitsAndBytesConfig | None:
-    whole = [SCORE] if heads else None  # a list takes the place of the library's own: the output embeddings
+    whole = [SCORE] if heads else None  # a list replaces the library's default, the output embeddings
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -193,18 +191,15 @@ def _quantization(quantization: str, precision: str, *, heads: bool) -> BitsAndB
 
 
 def _keep_nf4_layout(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights the first time that they generate text on this CPU.
-
-    The repacked weights give other last digits in training, so samples taken between steps would change a
-    run.
-    """
+    """Stop bitsandbytes from repacking 4-bit weights at their first generation on this CPU."""
+    # Repacked weights round differently in training: generating samples between steps would change a run.
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
 class _told:
-    """Turns what the hub and the file readers raise into one message for the user."""
+    """Translates errors of the hub and of file readers into a UserError."""
 
     def __init__(self, settings: ModelSettings) -> None:
         self.settings = settings

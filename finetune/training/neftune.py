@@ -1,8 +1,8 @@
-r"""NEFTune: uniform noise on the embeddings of what is read, in training alone.
+r"""NEFTune: uniform noise on the input embeddings during training.
 
 Jain et al. 2023 (arXiv 2310.05914), algorithm 1: X' = X + (alpha / sqrt(L d)) u, u ~ U(-1, 1)^(L x d), with
-L the row's own tokens and d the width. transformers and TRL count padding into L, so that their noise
-depends on the row's neighbours; here it does not, and packed rows have the noise of padded ones.
+L the row's tokens and d the hidden size. transformers and TRL count padding in L, so that their noise depends
+on the other rows of the batch; here it does not, and packed rows have the noise of padded ones.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,14 +16,12 @@ from torch import Tensor, nn
 def noisy_embeddings(
     embeddings: nn.Module, alpha: float | None, batch: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Add the noise to whatever the embeddings give while the block lasts; without alpha change nothing.
-
-    The noise comes from torch's own generator, whose state is in every checkpoint.
+    """Add NEFTune noise to the embeddings' output inside the block; no change without alpha.
 
     Args:
         embeddings: the model's input embeddings.
-        alpha: size of the noise.
-        batch: what a collator gives.
+        alpha: scale of the noise.
+        batch: a collator's output.
     """
     if alpha is None:
         yield
@@ -32,7 +30,7 @@ def noisy_embeddings(
 
     def add_noise(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         size = alpha / torch.sqrt(lengths * output.shape[-1])
-        noise = torch.empty_like(output).uniform_(-1.0, 1.0)
+        noise = torch.empty_like(output).uniform_(-1.0, 1.0)  # torch's global RNG, saved in each checkpoint
         return output + noise * size.unsqueeze(-1).to(output.dtype)
 
     handle = embeddings.register_forward_hook(add_noise)
@@ -43,13 +41,13 @@ def noisy_embeddings(
 
 
 def row_lengths(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return for each token of a batch the tokens of the row (of a packed line: of the text) it stands in.
+    """Return for each token the length of its row (in a packed batch: of its text).
 
     Args:
-        batch: with ``attention_mask`` (padded) or ``position_ids`` (packed) of shape (lines, columns).
+        batch: with ``attention_mask`` (padded) or ``position_ids`` (packed) of shape (B, T).
 
     Returns:
-        (lines, columns), float; padding counts as a text of its own where lines are packed.
+        (B, T), float; in a packed batch padding counts as a separate text.
     """
     if "attention_mask" in batch:
         mask = batch["attention_mask"]

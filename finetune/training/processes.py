@@ -1,4 +1,4 @@
-"""What the processes of a run do together; a process that is alone does it with nobody."""
+"""Collectives: barrier, all-gather, broadcast, any-rank reduce, sharding of lists; no-ops on one process."""
 
 import os
 from collections.abc import Sequence
@@ -16,18 +16,15 @@ from finetune.planning.world import World, world
 Value = TypeVar("Value")
 
 PATIENCE = timedelta(hours=2)
-"""How long a process waits for another, which may measure or write; one that died is told at once."""
+"""How long a collective waits for a rank that evaluates or writes; one that died is reported at once."""
 DEEPSPEED_SWITCH = "ACCELERATE_USE_DEEPSPEED"
-"""What Accelerate's own launcher sets where DeepSpeed is to run; its states look for it."""
+"""The variable that Accelerate's own launcher sets for DeepSpeed; Accelerate's states read it."""
 DEEPSPEED_DEVICE = "DS_ACCELERATOR"
-"""What DeepSpeed is told of the device with, before it is first imported."""
+"""The variable that selects DeepSpeed's device; it is read when DeepSpeed is first imported."""
 
 
 def join(device: str, *, deepspeed: bool) -> World:
-    """Meet the other processes of the run, before anything is computed together.
-
-    DeepSpeed on CPUs is asked for as Accelerate documents it: a state on the backend gloo, made before the
-    engine's arguments, which take it over (``use_configured_state``).
+    """Initialize the process group; called before any collective.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -39,27 +36,29 @@ def join(device: str, *, deepspeed: bool) -> World:
     _name_place(place)
     os.environ[DEEPSPEED_SWITCH] = str(deepspeed).lower()
     if device == "cpu":
-        os.environ[DEEPSPEED_DEVICE] = "cpu"  # or DeepSpeed says that it found no GPU
+        os.environ[DEEPSPEED_DEVICE] = "cpu"  # or DeepSpeed warns that it found no GPU
     backend: dict[str, Any] = {"backend": "gloo"} if device == "cpu" else {}
+    # DeepSpeed on CPUs as Accelerate documents it: a gloo state that exists before the TrainingArguments,
+    # which take it over (``use_configured_state``).
     with redirect_stdout(StringIO()):  # DeepSpeed prints what it compiled
         PartialState(cpu=device == "cpu" and not deepspeed, timeout=PATIENCE, **backend)
-    assert PartialState().num_processes == place.size, "the processes did not meet"
+    assert PartialState().num_processes == place.size, "process group size != the launcher's world size"
     return place
 
 
 def wait() -> None:
-    """Wait until every process is here."""
+    """Block until every rank has reached this call."""
     if world().size > 1:
         PartialState().wait_for_everyone()
 
 
 def everyones(value: Value) -> list[Value]:
-    """Return the value of every process, in order of rank; it must be picklable."""
+    """Return every rank's value, in order of rank; it must be picklable."""
     return gather_object([value]) if world().size > 1 else [value]
 
 
 def from_main(value: Value) -> Value:
-    """Return rank 0's value; what the others hand in is not looked at."""
+    """Return rank 0's value on every rank; the value that other ranks pass is ignored."""
     if world().size == 1:
         return value
     found = [value]
@@ -68,7 +67,7 @@ def from_main(value: Value) -> Value:
 
 
 def anyones(flag: bool) -> bool:
-    """Tell whether any process says yes."""
+    """Return whether the flag is true on any rank (an all-reduce)."""
     if world().size == 1:
         return flag
     said = torch.tensor([float(flag)], device=PartialState().device)
@@ -77,29 +76,27 @@ def anyones(flag: bool) -> bool:
 
 
 def share(items: Sequence[Value]) -> Sequence[Value]:
-    """Return the part of a list that is this process's: every size-th item, from its rank on."""
+    """Return this rank's shard of a list: ``items[rank::world_size]``."""
     place = world()
     return items[place.rank :: place.size]
 
 
 def share_in_step(items: Sequence[Value]) -> list[tuple[Value, bool]]:
-    """Return this process's part of a list as ``share``, as long as every other's: the last may not count.
-
-    Weights that lie in parts are fetched by all processes together, so all compute equally often.
-    """
+    """Return this rank's shard as (item, is_real), padded with the first item to the longest shard."""
+    # With sharded weights each forward pass is a collective (all-gather), so all ranks need as many of them.
     own = [(item, True) for item in share(items)]
     longest = -(-len(items) // world().size)
     return own + [(items[0], False)] * (longest - len(own))
 
 
 def together(shares: Sequence[Sequence[Value]]) -> list[Value]:
-    """Return what ``share`` took apart, in its order, from every process's part."""
+    """Return the list that was sharded, in its original order, from the shards of all ranks."""
     size = len(shares)
     return [shares[index % size][index // size] for index in range(sum(map(len, shares)))]
 
 
 def _name_place(place: World) -> None:
-    """Say it in the names that torch and Accelerate read; under SLURM's own launcher only SLURM's are set."""
+    """Set the variables that torch and Accelerate read; `srun` alone sets only SLURM's."""
     os.environ |= {
         "RANK": str(place.rank),
         "WORLD_SIZE": str(place.size),

@@ -1,4 +1,4 @@
-"""Watches a trainer of either engine: metrics, progress, sealed checkpoints, interrupts, NaN."""
+"""Trainer callback of both engines: metrics.jsonl, progress, checkpoint checksums, signals, NaN."""
 
 import math
 import time
@@ -17,20 +17,20 @@ from finetune.training.stops import Interrupt, NotFiniteError
 
 LINES_WITHOUT_TERMINAL = 10
 MEAN_LOSS = "train_loss"
-"""What the engine logs at the end: the mean over all steps, those between two lines of metrics too."""
+"""The engine's last log entry: the mean loss over all steps, also those between two log entries."""
 
 
 class TrainedAlready(Exception):  # noqa: N818 - it is no error
-    """The checkpoint is that of the last step."""
+    """The checkpoint is of the last step: nothing is left to train."""
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
-    """Writes metrics.jsonl, shows progress, seals checkpoints, and ends the run when it must end."""
+    """Writes metrics.jsonl, shows progress, writes checkpoint checksums, and stops on signals and NaN."""
 
     def __init__(
         self, run: RunDirectory, console: Console, interrupt: Interrupt, *, logged: Collection[str]
     ) -> None:
-        """Bind the recorder to a run; ``logged`` are the keys that metrics.jsonl keeps."""
+        """Bind the recorder to a run; ``logged`` are the metrics that are written to metrics.jsonl."""
         self.run = run
         self.logged = logged
         self.console = console
@@ -52,11 +52,12 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock.
+        """Start the clock and the progress bar.
 
         Raises:
-            TrainedAlready: no step is left; amid an epoch the engine would take one more before it looks.
+            AlreadyTrained: no step is left.
         """
+        # Resumed in the middle of an epoch, the engine would run one more step before it checks max_steps.
         if state.global_step >= state.max_steps:
             raise TrainedAlready
         self.started = time.monotonic()
@@ -69,7 +70,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the step; after a signal to any of the processes, all save and stop."""
+        """Show progress; after a signal on any rank, all ranks save a checkpoint and stop."""
         self.progress.update(self.task, completed=state.global_step, rate=self._rate(state))
         if processes.anyones(bool(self.interrupt.name)):
             self.interrupt.name = next(filter(None, processes.everyones(self.interrupt.name)))
@@ -84,10 +85,10 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a line of metrics; refuse numbers that are none.
+        """Append a log entry to metrics.jsonl.
 
         Raises:
-            NotFiniteError: loss or gradient norm is NaN or infinite.
+            NotFiniteError: a metric such as loss or gradient norm is NaN or infinite.
         """
         logs = logs or {}
         for key in (*self.logged, MEAN_LOSS):
@@ -104,7 +105,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Seal the checkpoint that the engine has just written, when every process has written its part."""
+        """Write the checksums of the engine's new checkpoint, after every rank has written its files."""
         processes.wait()
         if self.run.writes:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -113,7 +114,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the progress bar away."""
+        """Remove the progress bar."""
         self.progress.stop()
 
     def _rate(self, state: TrainerState) -> str:
@@ -121,7 +122,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         return f"{(state.global_step - self.first_step) / max(seconds, 1e-9):.2f} steps/s"
 
     def _print_line(self, state: TrainerState, loss: float) -> None:
-        """Tell a log file what the bar tells a terminal, about ten times a run."""
+        """Print progress about ten times per run where there is no terminal for the bar."""
         every = max(1, state.max_steps // LINES_WITHOUT_TERMINAL)
         if self.console.is_terminal or (state.global_step % every and state.global_step != state.max_steps):
             return

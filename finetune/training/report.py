@@ -1,11 +1,12 @@
-"""``report.html``: one page that stands alone, with curves, samples, data and recipe."""
+"""``report.html``: a self-contained page with curves, samples, checks, data and recipe."""
 
 import io
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 from matplotlib.figure import Figure
 
 from finetune.training.run_directory import RunDirectory
@@ -13,17 +14,16 @@ from finetune.training.watched import Panel
 
 
 def write_report(run: RunDirectory, curves: Mapping[str, str], panel: Panel | None = None) -> None:
-    """Write the page from what the run's folder holds.
+    """Write the page from the files of a run's folder.
 
     Args:
-        run: a run's folder.
-        curves: key of metrics.jsonl -> title.
-        panel: what the stage adds.
+        run: the run's folder.
+        curves: metric of metrics.jsonl -> title.
+        panel: the stage's own tables and figures.
     """
     panel = panel or Panel()
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     metrics = run.metrics()
-    page = environment.get_template("report.html.j2").render(
+    page = _template().render(
         run=run.record,
         name=run.path.name,
         curves={title: _curve(metrics, key, title) for key, title in curves.items() if _points(metrics, key)},
@@ -33,6 +33,12 @@ def write_report(run: RunDirectory, curves: Mapping[str, str], panel: Panel | No
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8"),
     )
     run.write("report.html", page)
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return environment.get_template("report.html.j2")
 
 
 def _points(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
@@ -54,8 +60,7 @@ def _curve(metrics: list[dict[str, Any]], key: str, title: str) -> str:
 
 
 def _svg(figure: Figure) -> str:
-    """Return a figure as an SVG element."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})  # no date: equal runs give equal pages
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]

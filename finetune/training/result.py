@@ -1,4 +1,4 @@
-"""What a finished run gives back."""
+"""Result of a finished run: folder, record, metrics, samples."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from finetune.training.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Result:
-    """A run's folder and what it says: record (run.json), metrics (one entry a logged step), samples."""
+    """A run's folder, record (run.json), metrics (one entry per logged step) and samples."""
 
     directory: Path
     record: dict[str, Any]
@@ -18,7 +18,7 @@ class Result:
 
     @property
     def adapter(self) -> Path:
-        """Return the folder that PEFT loads, or the model's where the whole model was tuned."""
+        """Return the adapter's folder for PEFT, or the model's after full fine-tuning."""
         folder = self.directory / "adapter"
         return folder if folder.is_dir() else self.directory / "model"
 

@@ -1,7 +1,7 @@
-r"""More positions than the base was trained with: its rotary frequencies are made slower.
+r"""RoPE scaling for a longer context than the base was trained with: linear, dynamic NTK, YaRN.
 
-Rotary positions turn pair i of a head's d dimensions by position times theta_i = b^(-2i/d). With L positions
-in training, a factor s and s L wanted:
+RoPE rotates pair i of a head's d dimensions by position times theta_i = b^(-2i/d). With L positions in
+training and a factor s, for s L positions:
 
 * ``linear``, position interpolation (Chen et al. 2023, arXiv 2306.15595): theta_i / s.
 * ``dynamic``, NTK-aware, by length (Peng et al. 2023, arXiv 2309.00071, section 3.3, and transformers): a
@@ -22,12 +22,10 @@ ROTARY = ("Llama", "Mistral", "Qwen", "GPT-NeoX")
 
 
 def stretch(config: PretrainedConfig, rope: RopeSettings | None, *, base: str) -> None:
-    """Write a longer context into a model's config, as transformers reads and saves it.
-
-    ``dynamic`` leaves ``max_position_embeddings`` as it is: there it is the L of the formula.
+    """Write RoPE scaling into a model's config, in transformers' format.
 
     Raises:
-        UserError: the model has no rotary positions, several kinds of them, or already stretched ones.
+        UserError: the model has no RoPE, different RoPE per layer type, or already scaled RoPE.
     """
     if rope is None:
         return
@@ -38,12 +36,12 @@ def stretch(config: PretrainedConfig, rope: RopeSettings | None, *, base: str) -
     if rope.method == "yarn":
         added["original_max_position_embeddings"] = original
     text.rope_parameters = {**parameters, **added}
-    if rope.method != "dynamic":
+    if rope.method != "dynamic":  # for dynamic, max_position_embeddings is the L of the formula
         text.max_position_embeddings = round(original * rope.factor)
 
 
 def positions(config: PretrainedConfig) -> int:
-    """Return how many positions a model has; dynamic ones reach further than the config's number."""
+    """Return a model's maximum positions; with dynamic scaling more than ``max_position_embeddings``."""
     text = config.get_text_config()
     parameters = text.to_dict().get("rope_parameters") or {}
     dynamic = parameters.get("rope_type") == "dynamic"
@@ -52,11 +50,9 @@ def positions(config: PretrainedConfig) -> int:
 
 
 def forget_lengths(model: PreTrainedModel) -> None:
-    """Let dynamic frequencies depend on the forward pass in hand alone.
-
-    transformers keeps those of the longest row so far, so that a resumed run would not be the uninterrupted
-    one. Within a pass the longest row decides for all. Other kinds of positions keep nothing.
-    """
+    """Reset dynamic RoPE frequencies before each forward pass, so that it does not depend on earlier ones."""
+    # transformers caches the frequencies of the longest row so far: a resumed run would differ from an
+    # uninterrupted one. Within a pass the longest row decides for all. Other RoPE types have no such cache.
     parameters = model.config.get_text_config().to_dict().get("rope_parameters") or {}
     if parameters.get("rope_type") != "dynamic":
         return
@@ -71,19 +67,19 @@ def _start_anew(module: Any, args: tuple[Tensor, ...]) -> None:
 
 
 def _plain_parameters(text: PretrainedConfig, base: str) -> dict[str, Any]:
-    """Return the base's rotary parameters, which nobody has stretched yet."""
+    """Return the base's RoPE parameters, which must be unscaled."""
     parameters = text.to_dict().get("rope_parameters")
-    repair = "leave model.rope out, or take another base"
+    repair = "remove model.rope, or choose another base"
     if not parameters:
-        found = f"{base} ({text.model_type}) has no rotary positions"
-        expected = f"a base that has them, such as {', '.join(ROTARY)}"
+        found = f"{base} ({text.model_type}) has no rotary position embeddings (RoPE)"
+        expected = f"a base with RoPE, such as {', '.join(ROTARY)}"
         raise UserError(Problem("model.rope", found, expected, repair))
     if "rope_type" not in parameters:
-        found = f"{base} ({text.model_type}) has other positions in each kind of layer"
-        raise UserError(Problem("model.rope", found, "one kind of rotary positions", repair))
+        found = f"{base} ({text.model_type}) has different RoPE parameters per layer type"
+        raise UserError(Problem("model.rope", found, "the same RoPE parameters in all layers", repair))
     if parameters["rope_type"] != "default":
-        found = f"the positions of {base} are stretched already ({_words(parameters)})"
-        raise UserError(Problem("model.rope", found, "a base as it was pretrained", repair))
+        found = f"the RoPE of {base} is already scaled ({_words(parameters)})"
+        raise UserError(Problem("model.rope", found, "a base without RoPE scaling", repair))
     own: dict[str, Any] = dict(parameters)
     return own
 

@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, whether it may be used, and how each file gets there whole or not at all."""
+"""Run directory: its files, whether it may be used, the lock, and atomic writes."""
 
 import json
 import os
@@ -31,11 +31,11 @@ PARTIAL = ".{}.partial"
 class RunDirectory:
     """``runs/<stage>-<recipe>-<hash8>``, or the folder that ``--out`` names.
 
-    Where several processes share a run, each has the record, and the one of rank 0 writes.
+    Every rank has the record; only rank 0 writes.
     """
 
     def __init__(self, path: Path, recipe: Recipe, digest: str, *, fingerprint: str = "") -> None:
-        """Look at a folder; nothing is written before ``start``."""
+        """Read a folder's record; nothing is written before the lock is taken."""
         self.path = path
         self.recipe = recipe
         self.digest = digest
@@ -45,24 +45,24 @@ class RunDirectory:
 
     @classmethod
     def of(cls, recipe: Recipe, *, force: bool) -> "RunDirectory":
-        """Find the folder of a recipe's run and see whether it may be used; nothing is written.
+        """Return the directory of a recipe's run if it may be used; nothing is written.
 
         Args:
-            recipe: what will run.
+            recipe: the recipe of the run.
             force: an earlier run in the folder is replaced when the new one starts.
 
         Raises:
-            UserError: data or a start that are not there, or the folder holds something else.
+            UserError: data or a parent run are missing, or the folder holds something else.
         """
         return cls.open(recipe, run_fingerprint(recipe.settings), force=force)
 
     @classmethod
     def open(cls, recipe: Recipe, fingerprint: str, *, force: bool) -> "RunDirectory":
-        """Find a run's folder as ``of`` does, where what it is made of is known.
+        """Return a run's directory as ``of`` does, with a fingerprint that is known already.
 
         Args:
-            recipe: what will run.
-            fingerprint: digest of what it is made of beside its settings; other data, other run.
+            recipe: the recipe of the run.
+            fingerprint: digest of the run's inputs besides its settings: other data, other run.
             force: an earlier run in the folder is replaced when the new one starts.
 
         Raises:
@@ -79,40 +79,37 @@ class RunDirectory:
 
     @property
     def replaced(self) -> bool:
-        """Tell whether an earlier run's files are to be deleted first."""
+        """Return whether an earlier run's files must be deleted first."""
         return self.record.get("status") == REPLACED
 
     @property
     def finished(self) -> bool:
-        """Tell whether an earlier run of the same recipe came to its end here."""
+        """Return whether the folder holds a finished run of the same recipe."""
         return self.record.get("status") == "finished"
 
     @property
     def checkpoints(self) -> Path:
-        """Return the folder of the checkpoints."""
         return self.path / "checkpoints"
 
     def check(self) -> None:
-        """Raise UserError if the folder holds something else than this recipe's run."""
+        """Raise UserError if the folder holds anything but a run of this recipe."""
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(Problem(f"--out {self.path}", "a file", "a folder, or a name that is free"))
+            raise UserError(Problem(f"--out {self.path}", "a file", "a folder, or an unused name"))
         if not self.record and self.path.is_dir() and self._foreign_files():
-            expected = "an empty folder, a new name, or a folder of an earlier run"
-            repair = "choose another --out; nothing in that folder was touched"
+            expected = "an empty folder, a new name, or the folder of an earlier run"
+            repair = "choose another --out; nothing in that folder was changed"
             raise UserError(
-                Problem(f"--out {self.path}", "a folder with other files, no run", expected, repair)
+                Problem(f"--out {self.path}", "a folder with other files, not a run", expected, repair)
             )
         if self.record and self.record["digest"] != self.digest:
-            found = (
-                f"a run of other settings or other data ({self.record['recipe']}, {self.record['digest']})"
-            )
-            repair = "choose another --out, or --force to put the new run in its place"
+            found = f"a run with other settings or data ({self.record['recipe']}, {self.record['digest']})"
+            repair = "choose another --out, or --force to replace that run"
             raise UserError(
                 Problem(f"--out {self.path}", found, f"a run of this recipe ({self.digest})", repair)
             )
 
     def clear(self) -> None:
-        """Delete an earlier run's files, run.json last: a kill midway leaves no run that looks whole."""
+        """Delete an earlier run's files, run.json last: a kill midway leaves no run that looks finished."""
         if not self.record or not self.writes:
             self.record = {}
             return
@@ -125,10 +122,10 @@ class RunDirectory:
 
     @contextmanager
     def start(self) -> Iterator[None]:
-        """Make the folder and keep every other run out of it while this one lasts.
+        """Create the folder and hold its lock inside the block.
 
         Raises:
-            UserError: another run is at work in it, or it cannot be written.
+            UserError: another process holds the lock, or the folder is not writable.
         """
         if not self.writes:
             yield
@@ -138,22 +135,20 @@ class RunDirectory:
             lock = FileLock(self.path / LOCK, timeout=0)
             lock.acquire()
         except Timeout as error:
-            found = "another process is running in this folder"
+            found = "another process uses this folder"
             raise UserError(
                 Problem(str(self.path), found, "one process at a time", "wait, or use --out")
             ) from error
         except OSError as error:
-            found = f"cannot be written: {error.strerror}"
-            raise UserError(
-                Problem(str(self.path), found, "a folder that can be written", "use --out")
-            ) from error
+            found = f"not writable: {error.strerror}"
+            raise UserError(Problem(str(self.path), found, "a writable folder", "use --out")) from error
         try:
             yield
         finally:
             lock.release()
 
     def update(self, **fields: Any) -> None:
-        """Lay fields over run.json; sections (dicts) are merged."""
+        """Update fields of run.json; sections (dicts) are merged."""
         for key, value in fields.items():
             old = self.record.get(key)
             self.record[key] = (
@@ -162,7 +157,7 @@ class RunDirectory:
         self.write("run.json", json.dumps(self.record, indent=1, ensure_ascii=False, default=str) + "\n")
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file in one move."""
+        """Write a text file atomically."""
         if not self.writes:
             return
         partial = self.path / PARTIAL.format(name)
@@ -170,32 +165,31 @@ class RunDirectory:
         partial.replace(self.path / name)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append an entry to metrics.jsonl."""
         if not self.writes:
             return
         with (self.path / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl."""
         return self.lines(METRICS)
 
     def samples(self) -> list[dict[str, Any]]:
-        """Return the lines of samples.jsonl."""
         return self.lines(SAMPLES)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Return a file's lines, none where there is no such file; one cut short by a kill is left out."""
+        """Return the entries of a JSON Lines file; empty if there is no such file."""
         path = self.path / name
+        # The last element is empty, or an entry that a kill truncated.
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in lines]
 
     def write_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write a file of one object a line in one move."""
+        """Write a JSON Lines file atomically."""
         self.write(name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics of later steps, which a resumed run takes again."""
+        """Drop metrics of later steps, which a resumed run logs again."""
         if not self.writes:
             return
         kept = [line for line in self.metrics() if line["step"] <= step]
@@ -203,13 +197,13 @@ class RunDirectory:
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        """Give a folder to write to, which takes the name ``name`` in one move when all went well."""
-        assert self.writes, "rank 0 alone saves"
+        """Yield a temporary folder that atomically becomes ``name`` on success."""
+        assert self.writes, "only rank 0 saves"
         with replacing(self.path, name) as partial:
             yield partial
 
     def _foreign_files(self) -> bool:
-        """Tell whether something lies here beside what a run leaves that was killed before its first line."""
+        """Return whether the folder holds files that a run killed at its start would not leave."""
         return any(
             file.name != LOCK and file.name != PARTIAL.format("run.json") for file in self.path.iterdir()
         )
@@ -217,7 +211,7 @@ class RunDirectory:
 
 @contextmanager
 def replacing(path: Path, name: str) -> Iterator[Path]:
-    """Give a folder to write to, which takes the name ``path/name`` in one move when all went well."""
+    """Yield a temporary folder that atomically becomes ``path/name`` on success."""
     partial = path / PARTIAL.format(name)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

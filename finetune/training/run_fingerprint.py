@@ -1,4 +1,4 @@
-"""What a run is made of beside its settings: the content of its data, of its start, of programs and runs."""
+"""Run fingerprint: digest of a run's inputs besides its settings (data, parent run, functions, models)."""
 
 import hashlib
 import json
@@ -11,10 +11,10 @@ from finetune.recipe.settings import StageSettings
 
 
 def run_fingerprint(settings: StageSettings) -> str:
-    """Return a digest of the data's content, of the weights that a run starts from, and of what else it uses.
+    """Return a digest of the data's content, the parent run's weights, and the other files that a run uses.
 
     Raises:
-        UserError: data that are not there, a start that is no finished run, or a program that is gone.
+        UserError: missing data, a parent that is not a finished run, or a missing Python file.
     """
     found = data_fingerprint(settings.data)
     start = start_record(settings)
@@ -25,10 +25,10 @@ def run_fingerprint(settings: StageSettings) -> str:
 
 
 def start_record(settings: StageSettings) -> dict[str, Any] | None:
-    """Return what run.json says of the run's start, None where it starts from a base.
+    """Return run.json's section on the parent run; None if the run starts from a base.
 
     Raises:
-        UserError: the start is no finished run.
+        UserError: the parent is not a finished run.
     """
     if settings.model.start is None:
         return None

@@ -1,4 +1,4 @@
-"""Replies before and after training, side by side, and how many held-out answers are exactly right."""
+"""samples.jsonl: completions before and after training, side by side, and the exact-match rate."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ Answer = Callable[[Sequence[Sequence[Message]]], list[Reply]]
 
 @dataclass(frozen=True)
 class Samples:
-    """Questions with their expected replies; the first ``shown`` are kept, all of them are scored."""
+    """Conversations with their expected replies; the first ``shown`` are written, all of them are scored."""
 
     conversations: list[list[Message]]
     shown: int
     scored: bool
 
     def before(self, run: RunDirectory, answer: Answer) -> None:
-        """Answer with the untrained model, once a run: a resumed run keeps what its first start wrote."""
+        """Generate with the untrained model; skipped if a resumed run has done so."""
         if not self.conversations or run.samples():
             return
         replies = answer(self._questions())
@@ -29,7 +29,7 @@ class Samples:
         self._write(run, lines)
 
     def after(self, run: RunDirectory, answer: Answer) -> None:
-        """Answer with the trained model and put the replies beside the first ones."""
+        """Generate with the trained model and add the completions to samples.jsonl."""
         if not self.conversations:
             return
         replies = answer(self._questions())
@@ -44,7 +44,7 @@ class Samples:
         return [conversation[: _last_reply(conversation)] for conversation in self.conversations]
 
     def _line(self, index: int) -> dict[str, Any]:
-        """Return what is asked and expected; its ``turns`` too where they are not one of the user's."""
+        """Return prompt and expected reply, and the ``turns`` unless they are a single user turn."""
         conversation = self.conversations[index]
         end = _last_reply(conversation)
         line = {"prompt": question_of(conversation), "expected": conversation[end].content}
@@ -66,14 +66,14 @@ class Samples:
 
 
 def turns_of(sample: Mapping[str, Any]) -> list[Message]:
-    """Return the turns that a line of samples.jsonl was asked with."""
+    """Return the prompt of an entry of samples.jsonl as messages."""
     if "turns" not in sample:
         return [Message("user", sample["prompt"])]
     return [Message(role, content, context=context) for role, content, context in sample["turns"]]
 
 
 def question_of(conversation: Sequence[Message]) -> str:
-    """Return what stands before a conversation's last reply, as a reader sees it."""
+    """Return the text before a conversation's last reply, for display."""
     end = _last_reply(conversation)
     prompt = "\n".join(filter(None, (turn.content for turn in conversation[:end])))
     return f"{prompt}\n{conversation[end - 1].context}".strip()
@@ -84,7 +84,7 @@ def _last_reply(conversation: Sequence[Message]) -> int:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Return ``count`` numbers from 0 to ``total - 1`` at even distances, the first and the last among them.
+    """Return ``count`` evenly spaced indices from 0 to ``total - 1``, including both ends.
 
     >>> spread(216, 4)
     [0, 72, 143, 215]

@@ -1,4 +1,4 @@
-"""Saving what was trained, and opening it again to see that it is there."""
+"""Save the adapter or the model, and verify the files against the weights in memory."""
 
 import hashlib
 from pathlib import Path
@@ -18,15 +18,15 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Write ``adapter/`` (PEFT's format) or ``model/``, with the tokenizer, in one move.
+    """Write ``adapter/`` (PEFT's format) or ``model/``, with the tokenizer, atomically.
 
-    All processes must come here, and rank 0 alone writes: weights may lie in parts on all of them.
+    A collective: every rank must call it (weights may be sharded), and rank 0 writes.
 
     Returns:
-        The name of the weights' file(s) and their SHA-256, on rank 0.
+        The names of the weight files and their SHA-256, on rank 0.
 
     Raises:
-        UserError: what lies on the disk is not what is in memory.
+        UserError: the files on disk differ from the weights in memory.
     """
     name = "adapter" if isinstance(model, PeftModel) else "model"
     write = write_adapter if isinstance(model, PeftModel) else _write_model
@@ -42,24 +42,24 @@ def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokeniz
 
 
 def write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, torch.Tensor]:
-    """Write the adapter if this is rank 0, and return what lies in memory."""
+    """Write the adapter on rank 0, and return its tensors in memory."""
     assert isinstance(model, PeftModel)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    with apart.whole(*trained):  # twice: PEFT runs prompt encoders, behind which ZeRO-3 parts them again
+    with apart.whole(*trained):  # gathered twice: PEFT runs prompt encoders, after which ZeRO-3 shards again
         found = get_peft_model_state_dict(model)
         live = {name: value.detach().cpu().clone() for name, value in found.items()}
     with apart.whole(*trained):
         model.save_pretrained(
             str(folder),
             save_embedding_layers=False,
-            selected_adapters=[model.active_adapter],  # a reference may stand beside it
+            selected_adapters=[model.active_adapter],  # the model may hold a reference adapter too
             is_main_process=main,
         )
     return live
 
 
 def _write_model(model: nn.Module, folder: Path, *, main: bool) -> dict[str, torch.Tensor]:
-    """Write the whole model if this is rank 0, and return what lies in memory."""
+    """Write the full model on rank 0, and return its tensors in memory."""
     assert isinstance(model, PreTrainedModel)
     if not apart.in_parts(model):
         if main:
@@ -78,9 +78,9 @@ def _verify(folder: Path, live: dict[str, torch.Tensor]) -> None:
         raise _lost(folder, f"{len(saved)} tensors of the adapter's {len(live)}")
     wrong = [key for key, value in saved.items() if not torch.equal(value, live[key].cpu())]
     if wrong:
-        raise _lost(folder, f"other numbers than the trained weights in {some(wrong)}")
+        raise _lost(folder, f"values unlike the trained weights in {some(wrong)}")
     if all(not value.any() for value in saved.values()):
-        raise _lost(folder, "zeros alone")
+        raise _lost(folder, "only zeros")
 
 
 def verify_model(folder: Path, live: dict[str, torch.Tensor]) -> None:
@@ -91,17 +91,15 @@ def verify_model(folder: Path, live: dict[str, torch.Tensor]) -> None:
             key for key, value in saved.items() if key not in live or not torch.equal(value, live[key].cpu())
         ]
         if wrong or not saved:
-            raise _lost(file, f"other numbers than the trained weights in {some(wrong) or 'an empty file'}")
+            raise _lost(file, f"values unlike the trained weights in {some(wrong) or 'an empty file'}")
 
 
 def _lost(where: Path, found: str) -> UserError:
-    repair = "look at the free space of the disk; the same command goes on from the last checkpoint"
-    return UserError(
-        Problem(f"saved weights ({where})", f"holds {found}", "what was trained, tensor by tensor", repair)
-    )
+    repair = "check the free disk space, then run the same command to resume from the last checkpoint"
+    return UserError(Problem(f"saved weights ({where})", f"holds {found}", "the trained weights", repair))
 
 
 def sha256(file: Path) -> str:
-    """Return a file's checksum, as run.json has it."""
+    """Return a file's SHA-256 as in run.json."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

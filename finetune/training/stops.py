@@ -1,4 +1,4 @@
-"""How a run ends early: by a signal, after the step in hand and with a checkpoint, or by a NaN."""
+"""Early ends of a run: SIGINT, SIGTERM (after the current step, with a checkpoint), NaN, a dead process."""
 
 import signal
 from collections.abc import Iterator
@@ -7,25 +7,25 @@ from types import FrameType
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
-    """The run was asked to stop; a checkpoint is written, and the message says how to go on."""
+    """A signal stopped the run; a checkpoint was saved, and the message says how to resume."""
 
 
 class NotFiniteError(Exception):
-    """The loss or the gradient is NaN or infinite; the message names the step and the rows."""
+    """Loss or gradient is NaN or infinite; the message names the step and the rows."""
 
 
 class LostProcessError(Exception):
-    """One of a run's processes ended before its work did; the message names it and the cause."""
+    """A worker process died; the message names its rank and the cause."""
 
 
 class Interrupt:
-    """Remembers that a signal came; a second one ends the program at once."""
+    """Records the first signal; a second one raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.name = ""
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal, or give up waiting when it is the second."""
+        """Record the signal; raise KeyboardInterrupt if it is the second."""
         if self.name:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
@@ -33,13 +33,13 @@ class Interrupt:
 
 @contextmanager
 def listening() -> Iterator[Interrupt]:
-    """Catch SIGINT and SIGTERM while the block lasts; outside the main thread nothing can be caught."""
+    """Catch SIGINT and SIGTERM inside the block; outside the main thread nothing is caught."""
     interrupt = Interrupt()
     try:
         before = {
             number: signal.signal(number, interrupt.receive) for number in (signal.SIGINT, signal.SIGTERM)
         }
-    except ValueError:  # signals can be set in the main thread alone
+    except ValueError:  # Python allows signal handlers only in the main thread
         before = {}
     try:
         yield interrupt

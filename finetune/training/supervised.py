@@ -1,4 +1,4 @@
-"""The pieces of supervised tuning, put together from a recipe: trainer, answers, measures."""
+"""SFT and continued pretraining: trainer, pre-flight, held-out loss and perplexity, from a recipe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ from finetune.training.trainer import NativeTrainer
 from finetune.training.trl_engine import trl_trainer
 
 LARGEST_LOSS = 700.0
-"""The exponential of more is no float."""
+"""exp() of a larger loss overflows a float."""
 
 
 @dataclass(frozen=True)
 class Supervised:
-    """Supervised tuning of a policy on conversations."""
+    """Supervised fine-tuning of a policy on tokenized rows."""
 
     job: Job
     text: Text
@@ -41,29 +41,28 @@ class Supervised:
 
     @property
     def steps(self) -> int:
-        """Return the optimizer steps of the whole run."""
         return tuning.optimizer_steps(self.job, len(self.data.train))
 
     @property
     def samples(self) -> Samples:
-        """Return the questions to answer before and after training."""
+        """Return the prompts of samples.jsonl."""
         return tuning.samples_of(self.job, self.text, self.data.prompts)
 
     @cached_property
     def behaviour(self) -> Behaviour:
-        """Return what is measured of the replies, before and after training."""
+        """Return the evaluation of generated completions, before and after training."""
         return tuning.behaviour_of(self.job, self.text, self.data.prompts)
 
     def facts(self) -> dict[str, Any]:
-        """Return what run.json says before the first step; whatever can be refused is refused here."""
-        self.arguments()
+        """Run the pre-flight and return run.json's initial sections; every refusal happens here."""
+        self.arguments()  # raises for engine arguments that the engine refuses
         self.job.watch(self.behaviour.numbers)
         tuning.say_parameters(self.job, self.policy)
         self.preflight()
         return tuning.policy_facts(self.job, self.text, self.policy, self.data.report)
 
     def preflight(self) -> None:
-        """Prove before step 0 what can be proved on the run's own rows and model; neither is changed.
+        """Check the run's rows and model before step 0, without changing either.
 
         Raises:
             UserError: a check failed.
@@ -80,7 +79,7 @@ class Supervised:
             job.check(*model_ticks(policy.model, data.train, self._as_trained(), **stored))
 
     def arguments(self) -> TrainingArguments:
-        """Return the engine's arguments; whatever is ``auto`` is decided here.
+        """Return the engine's training arguments, with ``auto`` values resolved.
 
         Raises:
             UserError: the engine refuses them.
@@ -89,7 +88,7 @@ class Supervised:
         return tuning.engine_arguments(self.job, self.policy, longest=longest, steps=self.steps)
 
     def trainer(self) -> Trainer:
-        """Return the engine's trainer, which makes the folder of the checkpoints."""
+        """Build the engine's trainer, which creates the checkpoint folder."""
         train = self.job.recipe.settings.train
         rows, held_out = self.data.train, self.data.held_out
         if train.engine == "trl":
@@ -110,13 +109,13 @@ class Supervised:
         return trainer
 
     def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
-        """Answer prompts greedily with the policy as it is."""
+        """Generate completions greedily with the current policy."""
         return tuning.replies(self.job, self.text, self.policy, prompts)
 
     def measure(self, trainer: Trainer, when: str) -> None:
-        """Record the held-out loss before or after training, and the training loss at both ends.
+        """Record the held-out loss before or after training; after it, the training loss too.
 
-        Where plain texts are read, its exponential too: their perplexity per token.
+        For plain documents also their perplexity per token, exp(loss).
 
         Raises:
             NotFiniteError: the held-out loss is NaN or infinite.
@@ -134,10 +133,10 @@ class Supervised:
             tuning.record_training(self.job, trainer)
 
     def save(self) -> None:
-        """Save the adapter (or the model), open it again, and put its checksum into the record.
+        """Save the adapter (or the model), reload it to verify it, and record its checksums.
 
         Raises:
-            UserError: what was saved is not what was trained.
+            UserError: the saved weights differ from the trained ones.
         """
         tuning.save_policy(self.job, self.text, self.policy)
 
@@ -147,7 +146,7 @@ class Supervised:
         )
 
     def _as_trained(self) -> Collator:
-        """Return how training lays rows out; TRL too lays them end to end where it is asked to."""
+        """Return a collator with training's layout for the pre-flight: TRL's ``padding_free`` packs too."""
         train = self.job.recipe.settings.train
         if train.engine == "trl" and train.engine_args.get("padding_free"):
             return PackedCollator(self.text.encoder.stop_ids[0], single_line=True)

@@ -1,4 +1,4 @@
-"""The text side of a run, from tokenizer and config alone: how conversations become tokens."""
+"""Tokenizer, chat template and maximum length of a run, from tokenizer and config (no model weights)."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from finetune.training.model import context_length, load_tokenizer
 
 @dataclass(frozen=True)
 class Text:
-    """How conversations become tokens: encoder, positions left, virtual tokens, tokens of a row at most."""
+    """Encoder, positions available for tokens, virtual tokens of the adapter, maximum tokens of a row."""
 
     encoder: Encoder
     context: int
@@ -22,7 +22,7 @@ def text_of(settings: StageSettings) -> tuple[Text, str]:
     """Load tokenizer and template; return them with the reason for ``max_length``.
 
     Raises:
-        UserError: no such base, no EOS, no chat template, or more tokens a row than the model has positions.
+        UserError: no such base, no EOS, no chat template, or ``max_length`` exceeds the model's positions.
     """
     virtual_tokens = settings.adapter.positions
     tokenizer = load_tokenizer(settings.model)

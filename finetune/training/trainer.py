@@ -1,4 +1,4 @@
-"""The native engine of supervised tuning: our loss on our batches, and our held-out measure."""
+"""The native SFT trainer: cross-entropy over a step's labels, label smoothing, NEFTune, held-out loss."""
 
 from functools import cached_property
 from typing import Any
@@ -13,19 +13,17 @@ from finetune.training.neftune import noisy_embeddings
 
 
 class NativeTrainer(BaseTrainer):
-    """Computes the head only where a label is, on batches of similar length."""
+    """Applies the LM head only at positions that predict a label, on length-grouped batches."""
 
     label_smoothing: float = 0.0
     neftune_alpha: float | None = None
 
     @cached_property
     def head(self) -> nn.Module:
-        """Return the model's output embeddings."""
         return output_head(self.accelerator.unwrap_model(self.model))
 
     @cached_property
     def embeddings(self) -> nn.Module:
-        """Return the model's input embeddings."""
         module: nn.Module = self.accelerator.unwrap_model(self.model).get_input_embeddings()
         return module
 
@@ -36,23 +34,24 @@ class NativeTrainer(BaseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the summed loss of this forward pass over the number of labels in the whole optimizer step.
+        """Return the micro-batch's summed loss divided by the number of labels in the optimizer step.
 
-        These quotients add up to the mean over all labels of the step, however it is cut into forward
-        passes and over processes (whose gradients are averaged, hence the factor).
+        Summed over micro-batches and ranks this is the mean over all labels of the step, however the step is
+        split.
         """
         assert num_items_in_batch is not None and not return_outputs
         with noisy_embeddings(self.embeddings, self.neftune_alpha, inputs):
             loss_sum = completion_loss_sum(
                 model, self.head, inputs, passes=self.hooks.passes, label_smoothing=self.label_smoothing
             )
-        if self.hooks.penalty:  # its share of the step is that of this pass's labels
+        if self.hooks.penalty:  # weighted by this micro-batch's share of the step's labels
             loss_sum = loss_sum + self.hooks.penalty() * (inputs["labels"] != IGNORED).sum()
+        # num_items_in_batch counts the labels of all ranks, whose gradients are averaged: undo that division.
         loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the mean loss per label on the held-out rows; no logits are kept."""
+        """Log and return the mean loss per label on the held-out rows."""
         size = self.args.per_device_train_batch_size
         loss = held_out_loss(self.model, self.eval_dataset, self.data_collator, lines=size)
         return log_held_out(self, {"held_out_loss": loss})

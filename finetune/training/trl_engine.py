@@ -1,4 +1,4 @@
-"""The TRL engine: TRL's own SFT trainer, fed the same tokens and labels."""
+"""TRL engine for SFT: TRL's SFTTrainer on the same tokens and labels, with our held-out loss."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from finetune.training.stops import NotFiniteError
 
 
 class MeasuredSFTTrainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer, with our held-out loss (the mean per label); a NaN names its rows."""
+    """TRL's SFTTrainer with our held-out loss (mean per label) and NaN errors that name their rows."""
 
     train_rows: TokenizedRows
     held_out_rows: TokenizedRows
@@ -25,10 +25,10 @@ class MeasuredSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one forward and backward pass; stop the run when its loss is no number.
+        """Run one forward and backward pass.
 
         Raises:
-            NotFiniteError: NaN or infinite loss; the message names the rows.
+            NotFiniteError: the loss is NaN or infinite; the message names the rows.
         """
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -38,7 +38,7 @@ class MeasuredSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the mean loss per label on the held-out rows; no logits are kept."""
+        """Log and return the mean loss per label on the held-out rows."""
         size = self.args.per_device_train_batch_size
         loss = held_out_loss(self.model, self.held_out_rows, self.collate, lines=size)
         return log_held_out(self, {"held_out_loss": loss})
@@ -52,7 +52,7 @@ def trl_trainer(
     train_rows: TokenizedRows,
     held_out_rows: TokenizedRows | None,
 ) -> SFTTrainer:
-    """Return TRL's SFTTrainer for rows that are already tokenised; the labels are used as they are."""
+    """Return TRL's SFTTrainer for tokenized rows; the labels are used unchanged."""
     trainer = MeasuredSFTTrainer(
         model=model,
         args=args,
@@ -68,7 +68,8 @@ def trl_trainer(
 
 
 def _places(rows: TokenizedRows, lines: Tensor, mask: Tensor | None) -> list[str]:
-    """Return where the rows of a batch stand: TRL passes no numbers on, so their tokens are looked up."""
+    """Return the locations (``file:line``) of a batch's rows."""
+    # TRL drops our row ids from the batch, so the rows are looked up by their tokens.
     widths = [lines.shape[1]] * len(lines) if mask is None else mask.sum(1).tolist()
     wanted = [tuple(line[:width].tolist()) for line, width in zip(lines, widths, strict=True)]
     lengths = set(widths)

@@ -1,4 +1,4 @@
-"""A stage from its first measure to its last: what all stages do that tune a model which writes text."""
+"""The stage skeleton: pre-flight, evaluate, train, save, evaluate again; and the protocol of a method."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -16,48 +16,48 @@ from finetune.training.supervised import Supervised
 
 
 class Tuning(Protocol):
-    """The pieces that a stage puts together: what is measured and shown, and what trains."""
+    """The parts of a stage that differ between methods such as SFT, DPO and PPO."""
 
     @property
     def samples(self) -> Samples:
-        """Return the prompts that are answered before and after, for readers."""
+        """Return the prompts of samples.jsonl, answered before and after training."""
         ...
 
     @property
     def behaviour(self) -> Behaviour:
-        """Return what is measured of replies, before and after."""
+        """Return the evaluation of generated completions, before and after training."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """Return what run.json says before the first step; whatever can be refused is refused here."""
+        """Run the pre-flight and return run.json's initial sections; every refusal happens here."""
         ...
 
     def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
-        """Answer prompts with the model as it is."""
+        """Generate completions with the current policy."""
         ...
 
     def trainer(self) -> Trainer:
-        """Return the engine's trainer."""
+        """Build the engine's trainer."""
         ...
 
     def measure(self, trainer: Trainer, when: str) -> None:
-        """Record held-out measures, ``before`` or ``after`` training."""
+        """Record held-out metrics, ``before`` or ``after`` training."""
         ...
 
     def save(self) -> None:
-        """Save what was trained."""
+        """Save the trained weights."""
         ...
 
 
 def tune(job: Job) -> None:
-    """Tune the recipe's policy on the recipe's rows of tokens.
+    """Run SFT or continued pretraining.
 
     Args:
-        job: the run, which has not started.
+        job: context of a run that has not started.
 
     Raises:
-        UserError: the user's mistakes, before anything is written.
-        Interrupted: a signal came; a checkpoint is there.
+        UserError: the recipe or the data are invalid; nothing was written.
+        Interrupted: a signal came; a checkpoint was saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
     text = load_text(job)
@@ -66,16 +66,16 @@ def tune(job: Job) -> None:
 
 
 def carry_out(job: Job, tuning: Tuning, *, conclude: Callable[[], None] | None = None) -> None:
-    """Measure, answer, train, save, measure and answer again.
+    """Evaluate, generate samples, train, save, evaluate and generate again.
 
     Args:
-        job: the run, which has not started.
-        tuning: what is measured and shown, and what trains.
-        conclude: what else is said of a whole run, before its report is written.
+        job: context of a run that has not started.
+        tuning: the method.
+        conclude: called with all metrics recorded, before the report is written.
 
     Raises:
         UserError: a check failed.
-        Interrupted: a signal came; a checkpoint is there.
+        Interrupted: a signal came; a checkpoint was saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
     with job.started(**tuning.facts()):
@@ -89,5 +89,5 @@ def carry_out(job: Job, tuning: Tuning, *, conclude: Callable[[], None] | None =
         tuning.samples.after(job.run, tuning.answer)
         tuning.behaviour.measure(job.run, tuning.answer, "after")
         if conclude:
-            processes.wait()  # until what was measured is written, which is read again
+            processes.wait()  # rank 0 writes the metrics, which every rank reads
             conclude()

@@ -1,4 +1,4 @@
-"""Loading a finished run: base, adapter, and the template that it was trained with."""
+"""Load a finished run for inference: base, adapter, tokenizer and chat template."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from finetune.training.model import context_length, load_base
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tuned model, ready to answer."""
+    """A trained model with its encoder, ready to generate."""
 
     model: nn.Module
     encoder: Encoder
@@ -25,10 +25,10 @@ class Tuned:
 
 
 def load_tuned(run: Path) -> Tuned:
-    """Load a finished run's model in the precision that it was trained in.
+    """Load a finished run's model in the precision of its training.
 
     Raises:
-        UserError: the folder is no finished run.
+        UserError: the folder is not a finished run.
     """
     load: dict[str, Any] = record_of_writer(run)["load"]
     settings = ModelSettings(**load["model"])

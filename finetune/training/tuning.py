@@ -1,4 +1,4 @@
-"""What every stage does that tunes a policy: arguments, facts, replies, the saved result, the record."""
+"""Steps that all methods share: training arguments, metadata, generation, saving, training metrics."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -27,11 +27,11 @@ from finetune.training.save import save_tuned
 from finetune.training.text import Text
 
 LAST = 10
-"""Lines of metrics that stand for the end of training."""
+"""Log entries that are averaged for a metric's value at the end of training."""
 
 
 def optimizer_steps(job: Job, rows: int) -> int:
-    """Return the optimizer steps of a run over so many rows."""
+    """Return the optimizer steps of a run over N rows."""
     train = job.recipe.settings.train
     return choices.optimizer_steps(
         rows, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
@@ -41,14 +41,14 @@ def optimizer_steps(job: Job, rows: int) -> int:
 def engine_arguments(
     job: Job, policy: Policy, *, longest: int, steps: int, stage: TrlStage = SUPERVISED
 ) -> TrainingArguments:
-    """Return the engine's arguments; whatever is ``auto`` is decided here.
+    """Return the engine's training arguments, with ``auto`` values resolved.
 
     Args:
-        job: the stage at work.
-        policy: what is trained.
-        longest: tokens of the longest row, as a forward pass lays it out.
+        job: context of the run.
+        policy: the model that is trained.
+        longest: tokens of the longest row of a forward pass.
         steps: optimizer steps of the run.
-        stage: what the engine ``trl`` calls the stage's arguments.
+        stage: the stage's TRL config.
 
     Raises:
         UserError: the engine refuses them.
@@ -75,19 +75,19 @@ def engine_arguments(
 
 
 def _memory(job: Job, policy: Policy, longest: int) -> Callable[[int], bool] | None:
-    """Return what tells how many rows the GPU has memory for."""
+    """Return a predicate: do N rows fit the GPU's memory?"""
     return rows_that_fit(
         job.recipe.settings,
         policy,
         longest=longest,
         processes=job.world.size,
         strategy=job.strategy,
-        room=min(processes.everyones(free_bytes())),  # or the processes would cut a step differently
+        room=min(processes.everyones(free_bytes())),  # ranks must agree on the micro-batch size
     )
 
 
 def policy_facts(job: Job, text: Text, policy: Policy, report: DataReport) -> dict[str, Any]:
-    """Return what run.json says of data and policy, and what ``load_tuned`` opens the result with."""
+    """Return run.json's sections on data and policy, and the settings that ``load_finished_run`` reads."""
     data = job.recipe.settings.data
     return {
         "data": {**asdict(report), "lines": report.lines()},
@@ -106,14 +106,13 @@ def policy_facts(job: Job, text: Text, policy: Policy, report: DataReport) -> di
 
 
 def say_parameters(job: Job, policy: Policy) -> None:
-    """Tell how many parameters are trained."""
     parameters = count_parameters(policy.model)
     share = parameters.trained / parameters.total
     job.say(f"{parameters.trained:,} of {parameters.total:,} parameters are trained ({share:.2%})")
 
 
 def samples_of(job: Job, text: Text, conversations: Sequence[Conversation]) -> Samples:
-    """Return the questions to answer before and after training."""
+    """Return the prompts of samples.jsonl, evenly spaced over the held-out conversations."""
     evaluate = job.recipe.settings.evaluate
     prompts = [row.messages for row in conversations]
     shown = spread(len(prompts), evaluate.samples)
@@ -124,10 +123,10 @@ def samples_of(job: Job, text: Text, conversations: Sequence[Conversation]) -> S
 
 
 def behaviour_of(job: Job, text: Text, conversations: Sequence[Conversation]) -> Behaviour:
-    """Return what is measured of the replies to these conversations, before and after training.
+    """Return the evaluation of completions for these conversations, before and after training.
 
     Raises:
-        UserError: a judge or the file of the skill cannot be used.
+        UserError: a grader or the retention set cannot be loaded.
     """
     settings = job.recipe.settings
     prompts = [row.messages for row in conversations]
@@ -135,7 +134,7 @@ def behaviour_of(job: Job, text: Text, conversations: Sequence[Conversation]) ->
 
 
 def replies(job: Job, text: Text, policy: Policy, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
-    """Answer prompts greedily with the policy as it is; each process answers its share."""
+    """Generate completions greedily with the current policy, sharded over ranks and gathered on all."""
     with job.timed("samples"):
         own = reply_to(
             policy.model,
@@ -148,22 +147,22 @@ def replies(job: Job, text: Text, policy: Policy, prompts: Sequence[Sequence[Mes
 
 
 def save_policy(job: Job, text: Text, policy: Policy) -> None:
-    """Save the adapter (or the model), open it again, and put its checksum into the record.
+    """Save the adapter (or the model), reload it to verify it, and record its checksums.
 
     Raises:
-        UserError: what was saved is not what was trained.
+        UserError: the saved weights differ from the trained ones.
     """
     files = processes.from_main(save_tuned(job.run, policy.model, text.encoder.tokenizer))
     job.run.update(files=files)
-    job.check(Tick("saved", f"{', '.join(files)}: opened again, equal to what was trained"))
+    job.check(Tick("saved", f"{', '.join(files)}: reloaded, equal to the trained weights"))
 
 
 def record_training(job: Job, trainer: Trainer, keys: Sequence[str] = ("loss",)) -> None:
-    """Record metrics at both ends of training, and the tokens per second where our trainer counts them."""
+    """Record metrics at the start and end of training, and tokens per second with the native trainer."""
     lines = job.run.metrics()
     for key in keys:
         values = [line[key] for line in lines if key in line]
-        if values:  # none with train.log_every above the number of steps
+        if values:  # empty if train.log_every exceeds the number of steps
             last = values[-LAST:]
             job.run.update(metrics={f"{key}_before": values[0], f"{key}_after": sum(last) / len(last)})
     if isinstance(trainer, BaseTrainer) and (tokens := sum(processes.everyones(trainer.num_tokens))):

@@ -1,4 +1,4 @@
-"""What a reader looks at: a stage's curves over the steps, and its numbers before and after training."""
+"""Metric specs of a stage: curves of metrics.jsonl, before/after metrics of the summary, diagnostics."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,25 +12,25 @@ EVERY_STAGE = {"learning_rate": "learning rate", "grad_norm": "gradient norm"}
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """What a stage adds to the report: tables, whose first line is their head, and figures; by titles."""
+    """A stage's own part of the report: title -> table (header row first), title -> figure."""
 
     tables: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     figures: Mapping[str, "Figure"] = field(default_factory=dict)
 
 
 def no_panel(record: Mapping[str, Any]) -> Panel:
-    """Add nothing."""
+    """Return no tables and figures."""
     return Panel()
 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What is kept of what a trainer logs, and which of the metrics stand at the top of the report.
+    """The logged metrics that are recorded, and the before/after metrics of the report's summary.
 
     Attributes:
-        curves: a key of metrics.jsonl -> the title of its curve.
-        numbers: a metric whose names end in ``_before`` and ``_after`` -> its label and its format.
-        panel: run.json -> what the stage's own part of the report shows.
+        curves: metric of metrics.jsonl -> title of its curve.
+        numbers: metric recorded as ``<name>_before`` and ``<name>_after`` -> (label, format).
+        panel: run.json -> the stage's own part of the report.
     """
 
     curves: Mapping[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Watched:
 
     @property
     def logged(self) -> dict[str, str]:
-        """Return every key that metrics.jsonl holds, with its curve's title."""
+        """Return every metric of metrics.jsonl with its curve's title."""
         return {**self.curves, **EVERY_STAGE}
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints that any number of processes can go on from, where an engine writes its parts or none.
+"""Full (unsharded) optimizer state in checkpoints of ZeRO and FSDP2, so that any number of processes resumes.
 
-transformers' Trainer writes no optimizer for a model that it loaded in parts (FSDP2), and DeepSpeed writes
-one file a process. Beside these the files of a run on one process are written, in their names and formats.
+transformers' Trainer writes no optimizer for a model that it loaded sharded (FSDP2), and DeepSpeed writes
+one file per rank. The files of a single-process run are written as well, in their names and formats.
 """
 
 import random
@@ -22,44 +22,44 @@ from finetune.training import processes
 from finetune.training.strategies import ZERO
 
 Groups = list[dict[str, Any]]
-"""An optimizer's groups as they were made: parameters, rates and factors."""
+"""An optimizer's initial param groups: parameters, learning rates and factors."""
 
 
 class WholeCheckpoint(TrainerCallback):  # type: ignore[misc]
-    """Writes optimizer, schedule and random states whole; it must come before the callback that seals."""
+    """Writes the full optimizer, scheduler and RNG state; runs before the callback that writes checksums."""
 
     def __init__(self, groups: Callable[[], Groups], *, strategy: str) -> None:
-        """Bind the callback.
+        """Bind the callback to a trainer.
 
         Args:
-            groups: gives the optimizer's groups as they were made, before an engine flattened them.
-            strategy: ``fsdp2``, which writes none of these files, or ZeRO, which lacks the optimizer whole.
+            groups: returns the optimizer's initial param groups, before an engine flattened them.
+            strategy: ``fsdp2``, which writes none of these files, or ZeRO, which writes no full optimizer.
         """
         self.groups, self.strategy = groups, strategy
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the files; every process takes part."""
+        """Write the files; a collective, every rank must call it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         optimizer: Optimizer = kwargs["optimizer"]
         groups = self.groups()
         if self.strategy != "fsdp2" and not groups:
-            return  # TRL's trainer; DeepSpeed's own files serve as many processes again
+            return  # TRL's trainer: DeepSpeed's own files resume on the same number of processes
         whole = optimizer.state_dict() if self.strategy == "fsdp2" else _zero_states(groups, optimizer)
         if world().main:
             torch.save(whole, folder / OPTIMIZER_NAME)
         if self.strategy == "fsdp2":
-            processes.wait()  # until the folder is there
+            processes.wait()  # until rank 0 has made the folder
             torch.save(_random_states(), folder / f"rng_state_{world().rank}.pth")
             if world().main:
                 torch.save(kwargs["lr_scheduler"].state_dict(), folder / SCHEDULER_NAME)
 
 
 def refuse_other_parts(checkpoint: Path, *, strategy: str, processes: int) -> None:
-    """Raise UserError where an engine cannot go on from a checkpoint: ZeRO reads its own parts alone.
+    """Raise UserError if ZeRO cannot resume from a checkpoint with other shards than its own.
 
-    Without ZeRO any number of processes can go on from any checkpoint.
+    Without ZeRO any number of processes resumes from any checkpoint.
     """
     if strategy not in ZERO:
         return
@@ -68,14 +68,14 @@ def refuse_other_parts(checkpoint: Path, *, strategy: str, processes: int) -> No
     if parts == processes and apart == (strategy == "zero3"):
         return
     stage = "zero3" if apart else "zero1 or zero2"
-    found = f"a checkpoint of {parts} processes under {stage}" if parts else "one without ZeRO's parts"
-    expected = f"one of {processes} processes under {strategy}: ZeRO reads its own parts alone"
-    repair = "train.strategy=ddp (one process: auto) goes on from it, or --force starts over"
+    found = f"a checkpoint of {parts} processes under {stage}" if parts else "one without ZeRO shards"
+    expected = f"one of {processes} processes under {strategy}: ZeRO reads only its own shards"
+    repair = "train.strategy=ddp (one process: auto) resumes from it, or --force starts over"
     raise UserError(Problem(str(checkpoint), found, expected, repair))
 
 
 def _zero_states(groups: Groups, optimizer: Optimizer) -> dict[str, Any]:
-    """Return what the optimizer would hold in one process, gathered parameter by parameter."""
+    """Return the optimizer state dict of a single-process run, gathered parameter by parameter."""
     from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415 - not every run has it
 
     kinds, steps = _kinds(optimizer)
@@ -95,7 +95,7 @@ def _zero_states(groups: Groups, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _kinds(optimizer: Optimizer) -> tuple[list[str], Tensor]:
-    """Return the names of the states that each number has, and how often the optimizer stepped."""
+    """Return the names of the per-element optimizer states, and the number of optimizer steps."""
     first = next(iter(optimizer.state.values()))
     kinds = [kind for kind, value in first.items() if kind != "step" and torch.is_tensor(value)]
     return kinds, torch.as_tensor(first["step"], dtype=torch.float32).cpu()
@@ -107,7 +107,7 @@ def _weights(groups: Groups) -> Iterator[nn.Parameter]:
 
 
 def _shape(weight: nn.Parameter) -> torch.Size:
-    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 leaves nothing in its place
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 leaves an empty tensor in it
     return shape
 
 

@@ -1,4 +1,4 @@
-"""One of a run's processes, started by ``finetune.training.elastic``."""
+"""Entry point of one worker process, started by the launcher (``python -m finetune.training.worker``)."""
 
 import os
 import pickle
@@ -21,10 +21,10 @@ from finetune.training.stops import Interrupted, LostProcessError, NotFiniteErro
 
 
 def main(folder: Path) -> int:
-    """Run the stage that ``folder`` tells of, and leave there what it raised.
+    """Run the stage of the launch spec in ``folder``; pickle an exception there for the launcher.
 
     Returns:
-        The process's exit status: 0, or 1 where something was raised.
+        The exit status: 0, or 1 after a user error, a signal or a NaN.
     """
     _end_with_parent()
     place = world()
@@ -35,7 +35,7 @@ def main(folder: Path) -> int:
     except (UserError, Interrupted, NotFiniteError) as told:
         report.write_bytes(pickle.dumps(told))
         return 1
-    except Exception as error:  # whatever it is, it is told with this process's number, and its traceback
+    except Exception as error:  # may not be picklable: send its text; the traceback is printed here
         cause = LostProcessError(f"process {place.rank}: {type(error).__name__}: {error}")
         report.write_bytes(pickle.dumps(cause))
         raise
@@ -43,7 +43,7 @@ def main(folder: Path) -> int:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, killed so that it could not say so."""
+    """Exit when the launcher is gone: after SIGKILL it could not stop its workers."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -58,5 +58,5 @@ if __name__ == "__main__":
     status = main(Path(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is written. Threads of the libraries that still run abort the interpreter's end once in a while.
+    # All files are written. Library threads that still run would sometimes abort the interpreter's shutdown.
     os._exit(status)

@@ -37,7 +37,7 @@ COMMAND_LINES = {
     "option without value": (words("--base"), ["--base", "requires an argument"]),
     "unknown recipe": (line("sft", "alpca"), ["recipe 'alpca'", "did you mean 'alpaca'?"]),
     "missing recipe file": (line("sft", "god.yaml"), ["god.yaml: no such file", "did you mean 'good"]),
-    "two recipes": (words("alpaca"), ["one RECIPE is expected", "good.yaml, alpaca"]),
+    "two recipes": (words("alpaca"), ["expected one RECIPE", "good.yaml, alpaca"]),
     "unknown section": (
         words("trian.epochs=2"),
         ["trian.epochs", "unknown section", "did you mean 'train'?"],
@@ -68,11 +68,11 @@ COMMAND_LINES = {
     ),
     "engine_args that the recipe decides": (
         words("train.engine_args={learning_rate: 1}"),
-        ["train.engine_args.learning_rate", "the recipe decides this"],
+        ["train.engine_args.learning_rate", "set by the recipe"],
     ),
     "packing by TRL, which needs a length that the rows have already": (
         words("train.engine=trl", "train.engine_args={packing: true}"),
-        ["train.engine_args.packing", "the recipe decides this"],
+        ["train.engine_args.packing", "set by the recipe"],
     ),
     "engine_args of a wrong value": (
         words("train.engine_args={hub_strategy: carrier_pigeon}"),
@@ -84,7 +84,7 @@ COMMAND_LINES = {
     ),
     "float16 on a CPU": (
         words("model.precision=float16"),
-        ["model.precision (command line): float16, with the CPU", "no loss-scaled", "model.precision=auto"],
+        ["model.precision (command line): float16, with the CPU", "no fast float16", "model.precision=auto"],
     ),
 }
 
@@ -119,11 +119,11 @@ CONTRADICTIONS = {
     ),
     "held out all rows": (
         words("data.held_out=8"),
-        ["data.held_out", "8 of 8 usable rows", "fewer rows than there are"],
+        ["data.held_out", "8 of 8 usable rows", "fewer rows, so that some remain"],
     ),
     "source and mix": (
         recipe("source: rows.jsonl", "source: rows.jsonl, mix: [{source: rows.jsonl}]"),
-        ["data.mix", "given beside data.source"],
+        ["data.mix", "set together with data.source"],
     ),
     "max_length above the context": (
         words("data.max_length=512"),
@@ -161,7 +161,7 @@ RECIPES = {
         ["bad.yaml:6", "a tab"],
     ),
     "bracket": (recipe("rank: 2}", "rank: 2"), ["bad.yaml:5", "starts on line 4", "expected: YAML"]),
-    "key twice": (recipe("rank: 2", "rank: 2, rank: 3"), ["bad.yaml:4", "'rank' stands there a second time"]),
+    "key twice": (recipe("rank: 2", "rank: 2, rank: 3"), ["bad.yaml:4", "duplicate key 'rank'"]),
     "empty file": (lambda place: place.recipe(RECIPE, ""), ["bad.yaml: the file is empty"]),
     "list": (lambda place: place.recipe(RECIPE, "- a\n"), ["bad.yaml", "no sections"]),
     "other stage": (recipe("stage: sft", "stage: dpo"), ["stage", "'dpo'", "stage 'sft'"]),
@@ -178,32 +178,32 @@ RECIPES = {
 
 DATA = {
     "no such file": (words("--data", "rwos.jsonl"), ["data.source", "'rwos.jsonl' does not exist"]),
-    "unknown kind": (data("rows.txt", b"a"), ["rows.txt", "unknown kind of file", ".jsonl"]),
+    "unknown kind": (data("rows.txt", b"a"), ["rows.txt", "unknown file type", ".jsonl"]),
     "empty file": (data("bad.jsonl", b""), ["bad.jsonl", "no rows"]),
     "empty list": (data("bad.json", b"[]"), ["bad.json", "no rows"]),
     "broken line": (
         data("bad.jsonl", b'{"instruction": "a", "output": "b"}\n{"instruction": "a"\n'),
-        ["bad.jsonl:2", "one JSON object a line"],
+        ["bad.jsonl:2", "one JSON object per line"],
     ),
     "lines named json": (
         data("bad.json", b'{"a": 1}\n{"a": 2}\n'),
-        ["bad.json:2", "Extra data", "name it .jsonl"],
+        ["bad.json:2", "Extra data", "rename it to .jsonl"],
     ),
     "a number in a list": (data("bad.json", b"[1]"), ["bad.json:[0]", "found '1'", "a JSON object"]),
     "csv with another number of fields": (
         data("bad.csv", b"instruction,output\na,b\na,b,c\n"),
-        ["bad.csv:3", "another number of fields than the header (2)", "quotes"],
+        ["bad.csv:3", "the number of fields differs from the header (2)", "quotes"],
     ),
     "csv with an open quote": (data("bad.csv", b'instruction,output\n"a,b\n'), ["bad.csv:2"]),
     "no parquet": (data("bad.parquet", b"PAR1 and no more"), ["bad.parquet", "a Parquet file"]),
     "parquet with other columns": (
         a_parquet_file,
-        ["columns a, b are no known layout", "instruction+output"],
+        ["no known layout has columns a, b", "instruction+output"],
     ),
-    "no gzip": (data("bad.jsonl.gz", b"plain"), ["bad.jsonl.gz", "a whole gzip file"]),
+    "no gzip": (data("bad.jsonl.gz", b"plain"), ["bad.jsonl.gz", "a complete gzip file"]),
     "half a gzip": (
         data("bad.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 99)[:-12]),
-        ["bad.jsonl.gz", "a whole gzip file"],
+        ["bad.jsonl.gz", "a complete gzip file"],
     ),
     "no UTF-8": (
         data("bad.csv", "instruction,output\n안녕,하세요\n".encode("cp949")),
@@ -211,7 +211,7 @@ DATA = {
     ),
     "wrong columns": (
         rows({"question": "a", "reply": "b"}),
-        ["columns question, reply are no known layout", "instruction+output", "data.columns="],
+        ["no known layout has columns question, reply", "instruction+output", "data.columns="],
     ),
     "wrong role": (
         rows({"messages": [{"role": "robot", "content": "a"}]}),
@@ -227,19 +227,19 @@ DATA = {
     ),
     "many wrong rows": (
         rows(*[{"instruction": "a", "output": i} for i in range(9)]),
-        ["bad.jsonl:5", "and 4 rows more", "9 of 9 rows do not fit"],
+        ["bad.jsonl:5", "and 4 more rows", "9 of 9 rows do not fit"],
     ),
     "all rows empty": (
         rows(*[{"instruction": "", "output": ""}] * 4),
-        ["nothing to learn from", "rows left out, a turn is empty: 4", "bad.jsonl:1", "data.columns="],
+        ["no row to train on", "rows dropped: empty turn: 4", "bad.jsonl:1", "data.columns="],
     ),
     "all rows too long": (
         all_rows_too_long,
-        ["nothing to learn from", "longer than 128 tokens", "bad.jsonl:1", "data.max_length"],
+        ["no row to train on", "longer than 128 tokens", "bad.jsonl:1", "data.max_length"],
     ),
     "all rows too long and dropped": (
         lambda place: [*all_rows_too_long(place), "data.too_long=drop"],
-        ["nothing to learn from", "longer than 128 tokens, left out", "bad.jsonl:1"],
+        ["no row to train on", "longer than 128 tokens, dropped", "bad.jsonl:1"],
     ),
     "held-out rows too long": (
         held_out_rows_too_long,
@@ -247,7 +247,7 @@ DATA = {
     ),
     "held-out file of other columns": (
         lambda place: [*place.rows({"a": "b"})[:2], "data.held_out=bad.jsonl"],
-        ["bad.jsonl", "columns a are no known layout"],
+        ["bad.jsonl", "no known layout has columns a"],
     ),
     "unknown column": (
         words("data.columns={instruction: qestion}"),
@@ -261,7 +261,7 @@ DATA = {
 
 BASES = {
     "unknown short name": (words("--base", "lama-2-7b"), ["model.base", "did you mean 'llama-2-7b'?"]),
-    "no such folder": (words("--base", "./nowhere"), ["model.base", "'./nowhere' is no folder"]),
+    "no such folder": (words("--base", "./nowhere"), ["model.base", "'./nowhere' is not a folder"]),
     "hub id that is not at hand": (words("--base", "nobody/nothing"), ["model.base 'nobody/nothing'"]),
     "no config": (base_without("config.json"), ["model.base", "has no config.json", "save_pretrained"]),
     "no weights": (base_without("*.safetensors"), ["model.base 'broken'", "safetensors"]),
@@ -283,12 +283,12 @@ BASES = {
 }
 
 FOLDERS = {
-    "out is a file": (out_is_a_file, ["--out taken", "a file", "a folder, or a name that is free"]),
+    "out is a file": (out_is_a_file, ["--out taken", "a file", "a folder, or an unused name"]),
     "out is below a file": (out_below_a_file, ["taken/run", "cannot be written", "use --out"]),
-    "out is foreign": (out_is_foreign, ["--out thesis", "a folder with other files, no run"]),
+    "out is foreign": (out_is_foreign, ["--out thesis", "a folder with other files, not a run"]),
     "out is foreign, by force": (
         out_is_foreign_by_force,
-        ["--out thesis", "a folder with other files, no run"],
+        ["--out thesis", "a folder with other files, not a run"],
     ),
     "out is another run": (other_run, ["--out theirs", "dolly, 0123abcd", "--force"]),
     "out is a damaged run": (damaged_record, ["theirs/run.json", "damaged", "choose another --out"]),
@@ -296,13 +296,13 @@ FOLDERS = {
     "chat with rows": (line("chat", "rows.jsonl", "--prompt", "a"), ["rows.jsonl: no run"]),
     "chat with a running run": (
         chat_with("running"),
-        ["theirs: a run that is running", "a finished run", "wait for its end", "`llm-align sft good.yaml"],
+        ["theirs: a run with status 'running'", "a finished run", "wait until it finishes", "`llm-align sft good.yaml"],
     ),
     "chat with an interrupted run": (
         chat_with("interrupted"),
-        ["theirs: a run that is interrupted", "`llm-align sft good.yaml --out theirs` goes on from its"],
+        ["theirs: a run with status 'interrupted'", "`llm-align sft good.yaml --out theirs` resumes from its"],
     ),
-    "chat with a failed run": (chat_with("failed"), ["theirs: a run that is failed"]),
+    "chat with a failed run": (chat_with("failed"), ["theirs: a run with status 'failed'"]),
     "chat without a folder": (line("chat"), ["RUN"]),
 }
 

@@ -37,7 +37,7 @@ def test_rows_from_python_train_and_are_summed_up(base_folder: Path, tmp_path: P
 def test_other_rows_are_another_run(base_folder: Path, tmp_path: Path) -> None:
     run(load_recipe(base=str(base_folder), data=ROWS, out=tmp_path / "run", settings=FAST))
     other = load_recipe(base=str(base_folder), data=ROWS[1:], out=tmp_path / "run", settings=FAST)
-    with pytest.raises(UserError, match="a run of other settings or other data"):
+    with pytest.raises(UserError, match="a run with other settings or data"):
         run(other)
     assert run(other, force=True).record["data"]["rows"] == 9
 

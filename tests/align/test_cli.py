@@ -125,7 +125,7 @@ def test_chat_talks_until_an_empty_line(call: Call, monkeypatch: pytest.MonkeyPa
     lines = iter(["Add the numbers.", "and again", "/new", "1 2", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     status, out, _ = call("chat", "run", "--max-new-tokens", "3")
-    assert status == 0 and out.startswith("run answers; an empty line ends the talk")
+    assert status == 0 and out.startswith("Chatting with run; empty line to quit")
     assert list(lines) == []
 
 
@@ -136,7 +136,7 @@ def test_pain_25_nan_ends_with_status_1_and_never_finished(call: Call, tmp_path:
     assert "Traceback" not in err and "next" not in out
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     status, _, err = call("chat", "run", "--prompt", "a")
-    assert status == 2 and "a run that is failed" in err
+    assert status == 2 and "a run with status 'failed'" in err
 
 
 def test_control_c_ends_with_status_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_control_c_ends_with_status_130(call: Call, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("align.cli.run", interrupted)
     status, _, err = call("sft", "sums.yaml")
     assert status == 130
-    assert err.strip() == "llm-align: interrupted; the same command goes on from the last checkpoint"
+    assert err.strip() == "llm-align: interrupted. Run the same command to resume from the last checkpoint"
 
 
 def test_version_is_told(call: Call) -> None:

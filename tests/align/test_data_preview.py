@@ -106,7 +106,7 @@ def test_a_mixture_tells_what_was_asked_and_found(call: Call) -> None:
     assert abs(general["rows"] - 0.25 * found["rows"]) < 1
     assert sum(source["trained_tokens"] for source in found["sources"]) == found["trained_tokens"]
     assert [row["source"] for row in found["shown"]] == [0, 1, 0, 1], "each source in turn"
-    assert len(found["notes"]) == 1 and "is used up" in found["notes"][0]
+    assert len(found["notes"]) == 1 and "is exhausted" in found["notes"][0]
 
 
 def test_max_steps_decide_the_budget(call: Call) -> None:
@@ -123,21 +123,21 @@ def test_what_is_lost_is_told(call: Call) -> None:
     found = facts(call, "one.yaml", "--data", "bad.jsonl", "data.held_out=0")
     counts = {count["what"]: count["rows"] for count in found["counts"]}
     assert counts == {
-        "left out, a turn is empty": 1,
-        "equal to an earlier one, kept": 2,
-        "longer than 128 tokens, cut": 1,
+        "dropped: empty turn": 1,
+        "identical to an earlier row (not dropped)": 2,
+        "longer than 128 tokens, truncated": 1,
     }
     status, out, _ = call("data", "one.yaml", "--data", "bad.jsonl", "data.held_out=0")
     assert (
         status == 0
-        and "rows equal to an earlier one, kept: 2 (first: bad.jsonl:2 repeats bad.jsonl:1)" in out
+        and "rows identical to an earlier row (not dropped): 2 (first: bad.jsonl:2 repeats bad.jsonl:1)" in out
     )
 
 
 def test_the_terminal_marks_what_is_learnt(call: Call) -> None:
     status, out, _ = call("data", "mixed.yaml", "--rows", "2")
     assert status == 0 and out.startswith("sft mixed  sums\n")
-    assert out.count("</s>⟧") == 2 and "rows as the model sees them, ⟦what is learnt⟧:" in out
+    assert out.count("</s>⟧") == 2 and "rows as the model sees them, ⟦trained tokens⟧:" in out
     assert "general.jsonl" in out and "25.0%" in out and "optimizer steps" in out
     assert "█" in out
 
@@ -148,7 +148,7 @@ def test_a_colour_terminal_shows_what_is_learnt_in_green(call: Call) -> None:
     assert isinstance(terminal.file, StringIO)
     out = terminal.file.getvalue()
     learnt = re.findall(r"\x1b\[1;32m(.*?)\x1b\[0m", out)
-    assert learnt[0] == "what is learnt" and learnt[1].endswith("</s>") and "⟦" not in out
+    assert learnt[0] == "trained tokens" and learnt[1].endswith("</s>") and "⟦" not in out
 
 
 def test_long_stretches_are_shortened_in_the_terminal() -> None:
@@ -202,7 +202,7 @@ def test_the_page_stands_alone_and_says_the_same(call: Call) -> None:
     assert page.open == [] and page.links == [] and "script" not in page.tags and "b" in page.tags
     assert "&lt;b&gt;" in text, "what the data holds is text, no markup"
     learnt = [piece["text"] for row in found["shown"] for piece in row["pieces"] if piece["trained"]]
-    assert page.marked == ["what is learnt", *learnt]
+    assert page.marked == ["trained tokens", *learnt]
     numbers = [f"{source['rows']:,}" for source in found["sources"]]
     assert all(number in page.cells for number in numbers) and "25.0%" in page.cells
     assert f"<b>{found['steps']:,}</b>" in text and f"<b>{found['token_budget']:,}</b>" in text
@@ -216,7 +216,7 @@ def test_a_page_that_cannot_be_written(call: Call) -> None:
 def test_mistakes_in_the_data_end_with_status_2(call: Call) -> None:
     Path("wrong.jsonl").write_text('{"q": "a"}\n')
     status, _, err = call("data", "one.yaml", "--data", "wrong.jsonl")
-    assert status == 2 and "columns q are no known layout" in err
+    assert status == 2 and "no known layout has columns q" in err
 
 
 @pytest.mark.parametrize(

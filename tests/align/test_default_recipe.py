@@ -37,4 +37,4 @@ def test_a_start_counts_with_the_base_that_it_stands_on(
 def test_dpo_with_a_base_and_no_further_word() -> None:
     recipe = load_recipe(stage="dpo", base="llama-2-7b")
     assert recipe.settings.data.source == "HuggingFaceH4/ultrafeedback_binarized"
-    assert recipe.settings.model.base == "llama-2-7b" and recipe.notes[0].startswith("no recipe is named")
+    assert recipe.settings.model.base == "llama-2-7b" and recipe.notes[0].startswith("no recipe given")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from killed import STEPS, killed_twice
-from killed import uninterrupted as ordinary
+from killed import uninterrupted as unkilled
 
 Whole = Callable[[str], dict[str, str]]
 RECIPE = """\
@@ -51,7 +51,8 @@ def uninterrupted(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 
     @cache
     def whole(name: str) -> dict[str, str]:
-        return ordinary(recipes[name], tmp_path_factory.mktemp("whole") / "run")
+        # test_pipeline_kill.py compares a killed run of this stage with one of another hash seed
+        return unkilled(recipes[name], tmp_path_factory.mktemp("whole") / "run", forked=True)
 
     return whole
 

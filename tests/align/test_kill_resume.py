@@ -64,9 +64,9 @@ def test_damaged_checkpoint_is_told_and_the_one_before_is_used(
     content[-1] ^= 1
     weights.write_bytes(content)
     told = warm.run(command_line(recipe, out), capture_output=True, text=True, check=True).stdout
-    assert f"{newest.parent}: adapter_model.safetensors does not have the checksum" in told
+    assert f"{newest.parent}: adapter_model.safetensors: checksum mismatch" in told
     step = int(newest.parent.name[11:]) - 2
-    assert f"goes on from step {step}" in told
+    assert f"resuming from step {step}" in told
     assert finished(out) == uninterrupted
 
 

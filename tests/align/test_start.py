@@ -72,8 +72,8 @@ def test_the_run_of_another_recipe_comes_first(
     assert status == 0, err
     found = records(here)
     first = f"runs/sft-first-{found['first']['digest']}"
-    assert f"starts from {first}, the run of sft/first: it is not finished, and runs first\n" in out
-    assert f"{first} is finished; now sft second\n" in out
+    assert f"starts from sft/first, which has no finished run; running it first ({first})\n" in out
+    assert f"{first} is finished; continuing with sft second\n" in out
     assert found["first"]["command"] == "llm-align sft first"
     assert found["second"]["command"] == "llm-align sft second"
     assert found["second"]["start"]["files"] == found["first"]["files"]

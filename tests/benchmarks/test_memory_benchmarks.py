@@ -1,4 +1,4 @@
-"""Plans of memory beside the real step on tensors without numbers: every kind of adapter and of loss."""
+"""Planned memory against the real step under FakeTensorMode, for every adapter and loss."""
 
 import json
 from typing import Any
@@ -21,11 +21,11 @@ OTHERS = {
     "gpt_neox": shape("gpt_neox", 256, 1024, 2, heads=4, vocab_size=2000),
 }
 WITHOUT_FAKES = {"qlora", "loftq", "pissa"}
-"""4-bit kernels and singular values want numbers; what they train is LoRA."""
+"""4-bit kernels and SVDs need data; their adapters are LoRA's."""
 
 
 def errors(*asked: Case) -> dict[str, float]:
-    """Return the plans' errors that are larger than the promise of this test."""
+    """Return the plans' errors that exceed the tolerance of this test."""
     lines = {f"{case}": compared(case) for case in asked}
     return {name: line.error for name, line in lines.items() if abs(line.error) > MOST}
 
@@ -83,7 +83,7 @@ def test_lora_full_and_prompts() -> None:
 
 @pytest.mark.slow
 def test_logits_in_chunks() -> None:
-    """36,000 x 2,000 logits are more than are turned into a softmax at a time."""
+    """36,000 x 2,000 logits exceed one softmax chunk."""
     assert not errors(Case("narrow", NARROW, {"method": "ia3"}, lines=160, columns=256, predicted=36_000))
 
 

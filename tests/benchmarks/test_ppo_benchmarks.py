@@ -1,4 +1,4 @@
-"""The programs that measure PPO, on a model of one narrow layer: what they prepare, and what they compare."""
+"""The PPO benchmarks on a model of one narrow layer: preparation and comparison."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines_of(folder: Path, contender: str) -> list[dict[str, Any]]:
-    """Run a contender on less work, in this process; return its lines of metrics."""
+    """Run a contender on less work, in this process; return its metrics.jsonl."""
     work = json.loads((folder / "work.json").read_text()) | {"new_tokens": 6}
     rows = [{"prompt": as_text(ids)} for ids in work["prompts"]]
     runner = ppo_native.run_apart if contender == "four-models" else run
@@ -45,7 +45,7 @@ def test_a_word_is_a_token_wherever_it_stands() -> None:
 
 def test_a_model_for_each_role_computes_what_one_base_computes(folder: Path) -> None:
     shared, apart = (lines_of(folder, contender) for contender in ("native", "four-models"))
-    assert len(shared) == len(apart) == 2, "two epochs of one step on one rollout"
+    assert len(shared) == len(apart) == 2, "two PPO epochs of one step on one rollout"
     for one, other in zip(shared, apart, strict=True):
         for name in SEEN:
             assert one.get(name) == other.get(name), name
@@ -55,7 +55,7 @@ def test_a_model_for_each_role_computes_what_one_base_computes(folder: Path) -> 
 
 def test_roles_that_share_nothing_are_refused() -> None:
     policy, role = nn.Linear(2, 2), nn.Linear(2, 2)
-    with pytest.raises(AssertionError, match="shared nothing"):
+    with pytest.raises(AssertionError, match="shares no weights"):
         ppo_native.copy_shared(role, policy)
     role.weight = policy.weight
     ppo_native.copy_shared(role, policy)
@@ -72,7 +72,7 @@ def test_the_recipe_is_one_that_a_user_could_run(folder: Path) -> None:
 
 
 def test_where_the_time_went_adds_up() -> None:
-    """Two rollouts, 2 + 1 and 3 + 1 s of 20: updates are the 13 that are left."""
+    """Two rollouts, 2 + 1 and 3 + 1 s of 20: updates take the other 13."""
     rollouts = [
         {"seconds_generation": 2.0, "seconds_scoring": 1.0},
         {"seconds_generation": 3.0, "seconds_scoring": 1.0},
@@ -103,7 +103,7 @@ def test_the_summary_takes_ratios_within_a_repeat() -> None:
 def test_contenders_that_did_less_are_refused() -> None:
     work = {"episodes": 24, "rollout": 8, "new_tokens": 64}
     ppo.refuse_unequal([measured("trl", 0, 1.0)], work)
-    with pytest.raises(AssertionError, match="native: 60 tokens an episode"):
+    with pytest.raises(AssertionError, match="native: 60 tokens per episode"):
         ppo.refuse_unequal([measured("native", 0, 1.0) | {"new_tokens": 60}], work)
     with pytest.raises(AssertionError, match="trl: 16 episodes"):
         ppo.refuse_unequal([measured("trl", 0, 1.0) | {"episodes": 16}], work)

@@ -1,4 +1,4 @@
-"""The programs that measure preference learning, on a model of two narrow layers: they compute the same."""
+"""The preference benchmarks on a model of two narrow layers: all contenders compute the same."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The exact text of the chat templates and of those that word a task; <s> and </s> are BOS and EOS."""
+"""The exact text of the chat templates and the task templates; <s> and </s> are BOS and EOS."""
 
 from data_templates._segments import Message
 

@@ -1,4 +1,4 @@
-"""Chat templates as their publishers wrote them (Jinja), and how `transformers` renders them."""
+"""Published chat templates (Jinja), and how `transformers` renders them."""
 
 import json
 from importlib.util import find_spec
@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TRL = Path(find_spec("trl").origin).with_name("chat_templates")
-"""TRL keeps the hub's templates, byte for byte, to recognise a model by them."""
+"""TRL ships the Hub's templates, byte for byte, to recognize a model by them."""
 
 ZEPHYR = (  # HuggingFaceH4/zephyr-7b-beta, tokenizer_config.json
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
@@ -36,7 +36,7 @@ MISTRAL = (  # mistralai/Mistral-7B-Instruct-v0.3, tokenizer_config.json, withou
 
 
 def trl(name):
-    """Return a template that TRL keeps."""
+    """Return a template that TRL ships."""
     return (TRL / f"{name}.jinja").read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""What every template of the folder promises, a new one too: found by listing the folder."""
+"""Contract of every template, new ones included (the folder is listed)."""
 
 import re
 
@@ -23,7 +23,7 @@ NAMES = plugin_names("data_templates")
 
 
 def chat(messages, opened):
-    """Write messages in the way of a Jinja template with plain-text markers (that of many small models)."""
+    """Render messages like a Jinja template with plain-text markers (that of many small models)."""
     names = {"system": "### System:\n", "user": "### Human:\n", "assistant": "### Assistant:\n"}
     text = "".join(
         f"{names[m['role']]}{m['content']}{'</s>' if m['role'] == 'assistant' else ''}\n" for m in messages
@@ -38,7 +38,7 @@ def template_of(name):
 
 
 def several_turns(name):
-    """Tell whether a template takes more than one exchange."""
+    """Return True if a template is multi-turn."""
     try:
         template_of(name).render([Message("user", "a"), Message("assistant", "b"), Message("user", "c")])
     except TemplateError:
@@ -63,7 +63,7 @@ def shown(segments):
 
 
 def fragments():
-    """Draw pieces of text that like to make markers: whole ones, halves, special tokens, blanks, anything."""
+    """Generate text that is likely to form markers: complete ones, halves, special tokens, spaces."""
     whole = [*ALL_MARKERS, *SPECIAL]
     halves = [half for text in whole for half in (text[: len(text) // 2], text[len(text) // 2 :])]
     blanks = [" ", "\n", "\n\n", "\t", "", "\u200b", "ＵＳＥＲ：", "user", "assistant"]

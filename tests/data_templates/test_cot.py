@@ -9,7 +9,7 @@ ASK = Message("user", "How many?")
 
 
 def answer(text, **more):
-    """Return what the model writes for a reply."""
+    """Return the rendered text of a reply."""
     segments, _ = render(cot.TEMPLATE, [ASK, Message("assistant", text)], **more)
     assert all(segment.trained for segment in segments if segment.reply)
     return "".join(segment.text for segment in segments if segment.reply)

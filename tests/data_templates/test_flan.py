@@ -1,4 +1,4 @@
-"""Flan's phrasings: ten of each kind, all in use, drawn by the row's text and by nothing else."""
+"""Flan's phrasings: ten of each kind, all in use, selected by the row's text and nothing else."""
 
 import os
 import random
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def prompt(task, given=""):
-    """Return what a row's model reads."""
+    """Return the rendered prompt of a row."""
     segments, _ = render(flan.TEMPLATE, [Message("user", task, context=given)])
     return "".join(segment.text for segment in segments)
 

@@ -1,4 +1,4 @@
-"""Each template's text, byte for byte, as its source writes it; BOS and EOS are shown as <s> and </s>."""
+"""Each template's text, byte for byte, as in its source; BOS and EOS are shown as <s> and </s>."""
 
 import pytest
 from golden_chats import ANSWER, ASK, ASK_WITH_INPUT, CHATS, MORE, SYSTEM
@@ -113,7 +113,7 @@ def test_no_shipped_template_is_without_golden_texts():
 @pytest.mark.parametrize("name", ["alpaca", "koalpaca", "plain", "kullm", "cot", "flan"])
 def test_one_exchange_templates_name_others_for_longer_conversations(name):
     template = load_plugin("data_templates", name, where="test").TEMPLATE
-    with pytest.raises(TemplateError, match=f"'{name}' holds one exchange.* has 4 turns.*'vicuna', 'chatml'"):
+    with pytest.raises(TemplateError, match=f"'{name}' is single-turn.* has 4 turns.*'vicuna', 'chatml'"):
         render(template, [ASK, ANSWER, *MORE])
 
 
@@ -133,7 +133,7 @@ def test_one_exchange_templates_name_others_for_longer_conversations(name):
 def test_turns_in_no_order_of_a_conversation_are_refused(roles):
     template = load_plugin("data_templates", "chatml", where="test").TEMPLATE
     with pytest.raises(
-        TemplateError, match="expected an optional system turn, then user and assistant in turn"
+        TemplateError, match="expected an optional system turn, then alternating user and assistant"
     ):
         render(template, [Message(role, "x") for role in roles])
 
@@ -141,5 +141,5 @@ def test_turns_in_no_order_of_a_conversation_are_refused(roles):
 @pytest.mark.parametrize("message", [Message("user", "a\ud83d"), Message("user", "a", context="\udc00")])
 def test_half_a_character_is_refused_before_the_tokenizer_sees_it(message):
     template = load_plugin("data_templates", "alpaca", where="test").TEMPLATE
-    with pytest.raises(TemplateError, match="half a character .*expected valid Unicode"):
+    with pytest.raises(TemplateError, match="an unpaired surrogate .*expected valid Unicode"):
         render(template, [message])

@@ -1,4 +1,4 @@
-"""Writing markers apart: it ends, it leaves no marker, it leaves other text alone."""
+"""Escaping markers: it terminates, leaves no marker, and does not change other text."""
 
 import re
 
@@ -41,7 +41,7 @@ def test_write_apart_examples(text, harmless, count):
     text=st.text(alphabet="ab <|", max_size=30),
 )
 def test_write_apart_ends_and_leaves_no_marker_whatever_the_markers_are(markers, text):
-    # Blanks as markers, one-character markers, markers that another one's blank completes: all must end.
+    # Spaces as markers, one-character markers, markers that an inserted space completes: all must terminate.
     harmless, count = Markers.of(markers).write_apart(text)
     assert occurrences(harmless, markers) == 0
     assert (count == 0) == (harmless == text)
@@ -92,7 +92,7 @@ def test_no_marker_joins_across_an_end_of_turn():
 
 def test_a_marker_that_no_blank_parts_is_refused():
     pieces = [Segment("content", "a"), Segment("content", " b")]
-    with pytest.raises(TemplateError, match="no blank keeps"):
+    with pytest.raises(TemplateError, match="form a marker that no space can break"):
         apart_at_borders(pieces, Markers.of(["a ", " b"]))
 
 

@@ -1,4 +1,4 @@
-"""Our chat templates write what the published ones write, and that is tried, not believed."""
+"""Our chat templates render the same text as the published ones."""
 
 import json
 
@@ -20,7 +20,7 @@ PUBLISHED = {
     "mistral": MISTRAL,
 }
 WITHOUT_BOS = ("qwen", "chatml", "toolcall", "zephyr", "exaone")
-"""Their Jinja leaves BOS to the tokenizer, which writes it or (Qwen's) has none."""
+"""Their Jinja leaves BOS to the tokenizer, which adds it or (Qwen's) has none."""
 
 WEATHER = {
     "name": "weather",

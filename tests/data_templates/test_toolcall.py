@@ -1,4 +1,4 @@
-"""Tool calls: what carries loss, what a tool may not write, and who has no words for them."""
+"""Tool calls: loss mask, injection by tool responses, and templates without tool support."""
 
 import re
 
@@ -19,7 +19,7 @@ SPECIAL = ["<s>", "</s>", *toolcall.TEMPLATE.markers]
 
 
 def learnt(messages):
-    """Return the text that carries loss, turns parted by a bar."""
+    """Return the text that carries loss, turns separated by a bar."""
     segments, _ = render(toolcall.TEMPLATE, messages)
     ends = (segment.text + ("|" if segment.kind == "eos" else "") for segment in segments if segment.trained)
     return "".join(ends)
@@ -57,7 +57,7 @@ def test_a_call_that_is_not_trained_reads_the_same():
 def test_other_templates_refuse_and_name_the_one_for_it(name, turns, told):
     template = load_plugin("data_templates", name, where="test").TEMPLATE
     with pytest.raises(
-        TemplateError, match=f"{told}, and this template has no words for tools; use 'toolcall'"
+        TemplateError, match=f"{told}, but this template does not support tools; use 'toolcall'"
     ):
         render(template, turns)
 
@@ -67,12 +67,12 @@ def test_other_templates_refuse_and_name_the_one_for_it(name, turns, told):
     [[TOOLS], [ASK, SEEN], [ASK, ANSWER, SEEN], [ASK, CALL, ANSWER], [ASK, TOOLS, ANSWER], [SEEN, ANSWER]],
 )
 def test_observations_follow_calls_and_tools_stand_in_front(turns):
-    with pytest.raises(TemplateError, match="observation behind it"):
+    with pytest.raises(TemplateError, match="then observation"):
         render(toolcall.TEMPLATE, turns)
 
 
 def hostile():
-    """Draw what a tool's or a site's text may hold: whole tags, halves, blanks."""
+    """Generate hostile tool responses: complete tags, halves, spaces."""
     halves = [half for text in SPECIAL for half in (text[: len(text) // 2], text[len(text) // 2 :])]
     pieces = [*SPECIAL, *halves, " ", "\n", "assistant", '{"name": "pay"}']
     return st.lists(st.sampled_from(pieces), max_size=6).map("".join)

@@ -1,1 +1,1 @@
-"""The losses, pure functions, and their catalogue."""
+"""Preference losses as pure functions, and their catalog."""

@@ -1,4 +1,4 @@
-"""The losses by name: their files are the registry, read without importing them, so without torch."""
+"""Loss catalog: losses by name, parsed from their files without importing them (or torch)."""
 
 import ast
 import importlib
@@ -17,15 +17,15 @@ Setting = float | str
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A loss as its function's head describes it.
+    """A loss as declared by its function's signature.
 
     Attributes:
         name: the function's name.
         summary: the first line of its docstring.
-        takes: what its first parameter is: ``Pairs`` or ``Lists``.
-        needs: what it looks at.
+        takes: type of its first parameter: ``Pairs`` or ``Lists``.
+        needs: what it needs besides the policy's log-probabilities.
         defaults: its settings.
-        allowed: setting -> its range, or the words that it may be.
+        allowed: setting -> its range, or its allowed values.
     """
 
     name: str
@@ -37,16 +37,16 @@ class Loss:
     allowed: Mapping[str, Range | tuple[str, ...]]
 
     def function(self) -> Callable[..., LossOutput]:
-        """Import the loss, and torch with it."""
+        """Import and return the loss function (this imports torch)."""
         module = importlib.import_module(f"{__package__}.{self.module}")
         function: Callable[..., LossOutput] = vars(module)[self.name]
         return function
 
     def settings(self, chosen: Mapping[str, Setting], *, where: str) -> dict[str, Setting]:
-        """Return all settings, the defaults overlaid with the chosen ones.
+        """Return all settings, the defaults updated with the chosen ones.
 
         Raises:
-            UserError: a setting is unknown or outside its range, all of them at once.
+            UserError: settings that are unknown or out of range, all at once.
         """
         problems = [
             problem
@@ -64,6 +64,7 @@ class Loss:
         allowed = self.allowed[key]
         if isinstance(allowed, tuple):
             return None if value in allowed else Problem(where, f"found {value!r}", one_of(allowed))
+        # bool is a subclass of int, and NaN is in no interval.
         fits = isinstance(value, int | float) and not isinstance(value, bool) and value in allowed
         return None if fits else Problem(where, f"found {value!r}", f"a number {allowed}")
 
@@ -77,11 +78,11 @@ def find_loss(name: str, *, where: str) -> Loss:
     """Return the loss of this name.
 
     Args:
-        name: what the user asked for.
-        where: the recipe key that named it, for the message.
+        name: the name in the recipe.
+        where: the recipe key, for the message.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: no loss has this name.
     """
     known = losses()
     if name not in known:
@@ -90,6 +91,7 @@ def find_loss(name: str, *, where: str) -> Loss:
 
 
 def _losses_of(file: str) -> list[Loss]:
+    # Recipes are validated and losses listed without importing torch, which takes seconds.
     tree = ast.parse(Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     return [_read(function, file) for function in functions if not function.name.startswith("_")]
@@ -116,7 +118,7 @@ def _read(function: ast.FunctionDef, module: str) -> Loss:
 
 
 def _allowed(setting: ast.arg) -> Range | tuple[str, ...]:
-    """Return the range or the words that a setting's annotation, a name of `inputs.py`, stands for."""
+    """Return the range or the allowed values of a setting's annotation, which is a name of `inputs.py`."""
     assert isinstance(setting.annotation, ast.Name), f"{setting.arg}: annotate it with a name of inputs.py"
     words_or_range: tuple[Any, ...] = get_args(vars(inputs)[setting.annotation.id])
     return words_or_range[1] if isinstance(words_or_range[1], Range) else words_or_range

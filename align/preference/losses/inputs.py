@@ -1,10 +1,10 @@
-"""What preference losses take and give back, and how a loss declares what it needs.
+"""Inputs and outputs of preference losses, and the declaration of what a loss needs.
 
 A loss is one function of `pairwise.py` or `listwise.py`:
 
-    def dpo(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput
+    def dpo(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveSetting = 0.1) -> LossOutput
 
-Its first parameter says what it looks at, the others are its settings with their ranges. `losses.py` reads
+Its first parameter declares its inputs, the others are its settings with their ranges. `catalog.py` parses
 both from the file, without importing torch: there is nothing to register.
 """
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a loss looks at beside the policy's log-probabilities.
+    """What a loss needs besides the policy's log-probabilities.
 
     Attributes:
         reference: whether it needs the reference's log-probabilities.
-        over_tokens: whether it compares log-probabilities summed over a completion's tokens, or their mean;
-            ``setting``: its setting ``over_tokens`` decides. Inputs are sums and lengths in any case.
+        over_tokens: whether it compares log-probabilities summed or averaged over a completion's tokens;
+            ``setting``: its setting ``over_tokens`` decides. Inputs are always sums and lengths.
         nll: whether it adds the chosen completion's negative log-likelihood, weighted by ``nll_weight``.
     """
 
@@ -33,18 +33,17 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The numbers that a setting may take: above (or from) ``low``, and below ``high``."""
+    """The interval of a setting's values: above (or from) ``low``, and below ``high``."""
 
     low: float
     high: float = float("inf")
     with_low: bool = False
 
     def __contains__(self, number: float) -> bool:
-        """Tell whether the number is allowed; NaN is not."""
+        """Return whether the number is in the interval; NaN is not."""
         return self.low < number < self.high or (self.with_low and number == self.low)
 
     def __str__(self) -> str:
-        """Return the range in words."""
         low = f"{self.low:g} or more" if self.with_low else f"above {self.low:g}"
         return low if self.high == float("inf") else f"{low} and below {self.high:g}"
 
@@ -52,16 +51,13 @@ class Range:
 Positive = Annotated[float, Range(0)]
 Weight = Annotated[float, Range(0, with_low=True)]
 FlipRate = Annotated[float, Range(0, 0.5, with_low=True)]
-"""The share of pairs whose labels are taken to be swapped; at one half the labels say nothing."""
+"""The assumed fraction of pairs with swapped labels; at 0.5 labels carry no information."""
 SomeFlips = Annotated[float, Range(0, 0.5)]
 OverTokens = Literal["sum", "mean"]
 
 
 class LossOutput(NamedTuple):
-    """One loss for each pair or list, not reduced, and the implicit rewards of its best and worst completion.
-
-    The rewards are detached: they are for metrics.
-    """
+    """Loss per pair or list, not reduced, and detached implicit rewards of its best and worst completion."""
 
     losses: "Tensor"
     chosen_rewards: "Tensor"
@@ -77,7 +73,7 @@ class Pairs:
         rejected_logps: the same of the rejected one.
         chosen_lengths: tokens of the chosen completion, those that ``chosen_logps`` sums over.
         rejected_lengths: the same of the rejected one.
-        reference_chosen_logps: as ``chosen_logps``, under the reference; None where a loss needs none.
+        reference_chosen_logps: as ``chosen_logps``, under the reference; None if the loss needs none.
         reference_rejected_logps: the same of the rejected one.
     """
 
@@ -89,7 +85,7 @@ class Pairs:
     reference_rejected_logps: "Tensor | None" = None
 
     def __post_init__(self) -> None:
-        """Refuse shapes that would broadcast to a table of pairs.
+        """Refuse shapes that would broadcast, (pairs,) against (pairs, 1).
 
         Raises:
             ValueError: the tensors are not all of one shape (pairs,).
@@ -109,7 +105,7 @@ class Pairs:
 
     @property
     def margins(self) -> "Tensor":
-        """How much more the policy has moved towards the chosen completion than towards the rejected one."""
+        """Log-ratio of chosen minus log-ratio of rejected: (pairs,)."""
         return self.chosen_ratios - self.rejected_ratios
 
     @property
@@ -129,9 +125,9 @@ class Lists:
 
     Attributes:
         logps: log-probability of each completion under the policy, summed over its tokens, in nats.
-        lengths: tokens of each completion; 0 where a group has fewer than K: nothing else is read there.
-        scores: how good each completion is, higher is better. Equal scores are ties: those two are no pair.
-        reference_logps: as ``logps``, under the reference; None where a loss needs none.
+        lengths: tokens of each completion; 0 for missing completions, whose other values are ignored.
+        scores: score of each completion, higher is better. Equal scores are ties, which form no pair.
+        reference_logps: as ``logps``, under the reference; None if the loss needs none.
     """
 
     logps: "Tensor"
@@ -149,17 +145,17 @@ class Lists:
 
     @property
     def present(self) -> "Tensor":
-        """Whether there is a completion: (groups, K)."""
+        """Whether the completion exists: (groups, K)."""
         return self.lengths > 0
 
     @property
     def ratios(self) -> "Tensor":
-        """Log pi - log pi_ref of each completion: (groups, K), 0 where there is none."""
+        """Log pi - log pi_ref of each completion: (groups, K), 0 for missing ones."""
         return (self.logps - _known(self.reference_logps)).masked_fill(~self.present, 0.0)
 
     @property
     def means(self) -> "Tensor":
-        """Log pi per token of each completion: (groups, K), 0 where there is none."""
+        """Log pi per token of each completion: (groups, K), 0 for missing ones."""
         return (self.logps / self.lengths.clamp(min=1)).masked_fill(~self.present, 0.0)
 
     @property
@@ -169,7 +165,7 @@ class Lists:
 
     @property
     def best(self) -> "Tensor":
-        """Whether no completion of the group is better; true for several where the best are tied."""
+        """Whether no completion of the group is better; true for several if the best are tied."""
         return self.present & ~self.better.any(-2)
 
     @property
@@ -178,9 +174,9 @@ class Lists:
         return self.present & ~self.better.any(-1)
 
     def pairs(self) -> Pairs:
-        """Return every pair of unequal scores as chosen and rejected; ``better.nonzero()`` has their places.
+        """Return every pair of unequal scores as chosen and rejected, in the order of ``better.nonzero()``.
 
-        This is how a loss on pairs learns from a ranked list.
+        This is how a loss on pairs is applied to a ranked list.
         """
         group, chosen, rejected = self.better.nonzero(as_tuple=True)
         reference = self.reference_logps
@@ -195,11 +191,11 @@ class Lists:
 
 
 def better_than(scores: "Tensor", present: "Tensor") -> "Tensor":
-    """Return whether i is there, j is there, and i has the higher score, at [group, i, j].
+    """Return whether i and j exist and i has the higher score, at [group, i, j]: (groups, K, K).
 
     Args:
         scores: (groups, K), higher is better.
-        present: (groups, K), where a group has a completion.
+        present: (groups, K), whether the completion exists.
     """
     both = present[:, :, None] & present[:, None, :]
     return both & (scores[:, :, None] > scores[:, None, :])
@@ -207,7 +203,7 @@ def better_than(scores: "Tensor", present: "Tensor") -> "Tensor":
 
 def _known(reference: "Tensor | None") -> "Tensor":
     if reference is None:
-        raise ValueError("this loss needs log-probabilities under the reference; none were given")
+        raise ValueError("this loss needs reference log-probabilities; none were given")
     return reference
 
 

@@ -1,9 +1,9 @@
-r"""Losses on ranked lists of K completions, one pure function each; ties are no preference.
+r"""Losses on ranked lists of K completions, one pure function each; ties express no preference.
 
 In the equations: y_i is better than y_j where its score is higher; pi policy, ref reference; p_i is log
-pi(y_i) per token. All pairs of a list are compared at once, in a (groups, K, K) table; the order in which
-completions stand is of no account, and groups may have fewer than K. A list without two different scores has
-no ranking term. A new loss is a new function here (see `inputs.py`).
+pi(y_i) per token. All pairs of a list are compared at once, in a (groups, K, K) tensor; completions come in
+any order, and groups may have fewer than K. A list without two different scores has no ranking term. A new
+loss is a new function here (see `inputs.py`).
 """
 
 from typing import Annotated
@@ -16,10 +16,10 @@ from align.preference.losses.inputs import Lists, LossOutput, Needs, Positive, W
 
 
 def plackett_luce(lists: Annotated[Lists, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
-    """Listwise DPO: the probability of the whole ranking, each completion against all worse ones.
+    """Listwise DPO: the probability of the full ranking, each completion against all worse ones.
 
     -sum_i [beta h_i - log(exp beta h_i + sum_{j worse than i} exp beta h_j)], h = log pi - log ref;
-    arXiv 2305.18290, appendix A.3. With K = 2 it is DPO. Tied completions do not stand against each other.
+    arXiv 2305.18290, appendix A.3. With K = 2 it is DPO. Tied completions are not compared.
     """
     rewards = beta * lists.ratios
     table = rewards[:, None, :].expand_as(lists.better)
@@ -32,12 +32,12 @@ def rrhf(
     rank_weight: Weight = 1.0,
     nll_weight: Weight = 1.0,
 ) -> LossOutput:
-    """RRHF: every better completion at least as probable per token as every worse one, and the best learnt.
+    """RRHF: hinge ranking on log-probabilities per token, and an NLL term on the best completion.
 
     v sum_{i better than j} max(0, p_j - p_i) - w p_best; arXiv 2304.05302, section 3, which adds both with
-    weight 1 (code that follows the authors' weighs the ranking with 100). The paper sums the best one's
-    likelihood over tokens; here, as in that code, it is per token, on the scale of the ranking. Of tied best
-    ones: the mean.
+    weight 1 (code that follows the authors' weights the ranking with 100). The paper sums the best one's
+    likelihood over tokens; here, as in that code, it is per token, on the scale of the ranking. Tied best
+    ones are averaged.
     """
     means = lists.means
     too_low = F.relu(means[:, None, :] - means[:, :, None]).masked_fill(~lists.better, 0.0)
@@ -48,7 +48,7 @@ def rrhf(
 def pro(
     lists: Annotated[Lists, Needs(over_tokens="mean", nll=True)], *, nll_weight: Weight = 0.05
 ) -> LossOutput:
-    """PRO: each completion against all worse ones, sharper the further their scores; the best learnt.
+    """PRO: each completion against all worse ones, sharper for larger score gaps; NLL term on the best.
 
     -sum_i log [exp(p_i t_i) / (exp(p_i t_i) + sum_{j worse than i} exp(p_j t_ij))] - w (K - 1)^2 log
     pi(y_best), t_ij = score_i - score_j and t_i the largest of them; arXiv 2306.17492, section 3 (its
@@ -63,11 +63,11 @@ def pro(
 
 
 def _lost_to_worse(own: Tensor, others: Tensor, better: Tensor) -> Tensor:
-    """Return -sum_i log [exp own_i / (exp own_i + sum over the j worse than i of exp others_ij)]: (groups,).
+    """Return -sum_i log [exp a_i / (exp a_i + sum over the j worse than i of exp b_ij)]: (groups,).
 
     Args:
-        own: (groups, K).
-        others: (groups, K, K), read where ``better`` is true.
+        logits_GK: a, (groups, K).
+        worse_logits_GKK: b, (groups, K, K), used where ``better`` is true.
         better: (groups, K, K), whether i is better than j at [group, i, j].
     """
     rivals = others.masked_fill(~better, -torch.inf)
@@ -80,6 +80,6 @@ def _mean_over(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _ends(lists: Lists, losses: Tensor, rewards: Tensor) -> LossOutput:
-    """Add the implicit rewards of the best and of the worst completion; of tied ones the mean."""
+    """Add the implicit rewards of the best and of the worst completion, averaged over ties."""
     rewards = rewards.detach()
     return LossOutput(losses, _mean_over(rewards, lists.best), _mean_over(rewards, lists.worst))

@@ -1,4 +1,4 @@
-"""What to watch while preferences are learnt, as pure functions; nothing here carries a gradient."""
+"""Preference metrics as pure functions without gradient: implicit rewards, accuracies, KL estimates."""
 
 import torch
 from torch import Tensor
@@ -14,16 +14,15 @@ def implicit_rewards(logps: Tensor, reference_logps: Tensor, *, beta: float) -> 
 
 @torch.no_grad()
 def margins(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Return by how much each chosen completion's reward is above the rejected one's: (pairs,)."""
+    """Return the reward margin, chosen minus rejected: (pairs,)."""
     return chosen_rewards - rejected_rewards
 
 
 @torch.no_grad()
 def accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor, *, tie: float = 0.0) -> Tensor:
-    """Return 1 where the chosen reward is the higher one, 0 where the lower, 1/2 where both are equal.
+    """Return 1 where the chosen reward is higher, 0 where it is lower, 1/2 for ties.
 
-    Equal rewards are a coin's toss: a policy that is still the reference has 1/2 and not 0. ``tie`` is the
-    difference up to which they count as equal.
+    A policy that equals the reference has accuracy 1/2 and not 0. Differences up to ``tie`` count as ties.
     """
     differences = chosen_rewards - rejected_rewards
     return (torch.sign(differences.masked_fill(differences.abs() <= tie, 0.0)) + 1) / 2
@@ -31,9 +30,9 @@ def accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor, *, tie: float =
 
 @torch.no_grad()
 def list_accuracies(rewards: Tensor, scores: Tensor, *, present: Tensor | None = None) -> Tensor:
-    """Return the share of each list's pairs that the rewards put in the scores' order: (groups,).
+    """Return the fraction of each list's pairs that the rewards rank as the scores do: (groups,).
 
-    Pairs of equal score are left out; a list that is all ties gives NaN, so that `nanmean` passes over it.
+    Pairs of equal score are excluded; a list of only ties is NaN, so that `nanmean` ignores it.
 
     Args:
         rewards: (groups, K).
@@ -48,29 +47,29 @@ def list_accuracies(rewards: Tensor, scores: Tensor, *, present: Tensor | None =
 
 @torch.no_grad()
 def kl_k1(logps: Tensor, reference_logps: Tensor) -> Tensor:
-    """Return log pi - log ref: without bias an estimate of KL(pi || ref) on samples of pi, of great variance.
+    """Return log pi - log ref: an unbiased, high-variance estimate of KL(pi || ref) on samples of pi.
 
-    On completions that the policy did not write, as in a file of preferences, it is no divergence but a
-    drift, and may well be negative. J. Schulman, "Approximating KL divergence" (2020), k1.
+    On completions that the policy did not sample, as in preference data, it is only a log-ratio and may be
+    negative. J. Schulman, "Approximating KL divergence" (2020), k1.
     """
     return logps - reference_logps
 
 
 @torch.no_grad()
 def kl_k2(logps: Tensor, reference_logps: Tensor) -> Tensor:
-    """Return (log pi - log ref)^2 / 2: never below 0, and near KL(pi || ref) where both are near each other.
+    """Return (log pi - log ref)^2 / 2: nonnegative, close to KL(pi || ref) if the two are close.
 
-    Of the three it is the one to watch on completions that the policy did not write: what the policy makes a
-    thousand times less likely counts there, and does not drown all the rest as in k3. Same source, k2.
+    Of the three it is the one for completions that the policy did not sample: tokens that became a thousand
+    times less likely count, but do not dominate as in k3. Same source, k2.
     """
     return (logps - reference_logps) ** 2 / 2
 
 
 @torch.no_grad()
 def kl_k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
-    """Return r - 1 - log r, r = ref / pi: on samples of pi without bias, never below 0, of small variance.
+    """Return r - 1 - log r, r = ref / pi: on samples of pi unbiased, nonnegative, of low variance.
 
-    Take it per token and then the mean: over whole completions r overflows. Same source, k3.
+    Compute it per token and average: for complete sequences r overflows. Same source, k3.
     """
     log_ratios = reference_logps - logps
     return torch.expm1(log_ratios) - log_ratios
@@ -78,5 +77,5 @@ def kl_k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def length_ratio(chosen_lengths: Tensor, rejected_lengths: Tensor) -> Tensor:
-    """Return the tokens of all chosen completions for one of all rejected ones: above 1, long answers win."""
+    """Return the ratio of chosen to rejected tokens, summed over pairs: above 1, longer completions win."""
     return chosen_lengths.sum() / rejected_lengths.sum()

@@ -1,4 +1,4 @@
-r"""Losses on pairs of completions, one pure function each: the chosen one is to become the more probable.
+r"""Losses on pairs of completions, one pure function each: raise the chosen one over the rejected one.
 
 In the equations: y_w chosen, y_l rejected; pi policy, ref reference; h(y) = log pi(y|x) - log ref(y|x), over
 all tokens; m = h(y_w) - h(y_l); s the logistic function. Log-probabilities are float32 or float64: in half
@@ -35,10 +35,10 @@ def dpo(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1)
 def cdpo(
     pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1, label_smoothing: FlipRate = 0.1
 ) -> LossOutput:
-    """Conservative DPO: a share e of the labels is taken to be wrong, so that the margin stops growing.
+    """Conservative DPO: a fraction e of the labels is assumed wrong, so that the margin stops growing.
 
     -(1 - e) log s(beta m) - e log s(-beta m); E. Mitchell, "A note on DPO with noisy preferences" (2023),
-    equation 3, and the DPO authors' code. At its minimum s(beta m) = 1 - e. 0.1 is the robust loss's, below.
+    equation 3, and the DPO authors' code. At its minimum s(beta m) = 1 - e. 0.1: see the robust loss.
     """
     logits = beta * pairs.margins
     losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
@@ -48,10 +48,10 @@ def cdpo(
 def robust(
     pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1, label_smoothing: FlipRate = 0.1
 ) -> LossOutput:
-    """Robust DPO: labels swapped at random with a known rate e leave its mean as with true labels.
+    """Robust DPO: unbiased under labels that are swapped at random with a known rate e.
 
     (-(1 - e) log s(beta m) + e log s(-beta m)) / (1 - 2e); arXiv 2403.00409, section 3.1; e = 0.1 there in
-    section 6. It is not bounded below: beyond some margin it falls along a straight line.
+    section 6. It is not bounded below: beyond some margin it decreases linearly.
     """
     logits = beta * pairs.margins
     clean, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
@@ -65,18 +65,18 @@ def ipo(
     beta: Positive = 0.1,
     over_tokens: OverTokens = "sum",
 ) -> LossOutput:
-    """Identity preference optimization: the margin is drawn to 1 / (2 beta), and no further.
+    """Identity preference optimization: regresses the margin to 1 / (2 beta).
 
     (m - 1 / (2 beta))^2; arXiv 2310.12036, equation 17, with beta for its tau (0.1 as in DPO: the paper ran
     no language model).
 
     Args:
         pairs: the pairs.
-        beta: 1 / (2 beta) is the margin wanted, in nats.
-        over_tokens: ``sum`` is the equation as printed, and the DPO authors' code: with the default beta it
-            wants 5 nats over whole completions. ``mean`` takes h per token, as TRL does (which reports that
-            IPO's authors agree): 5 nats for each token with that beta, so use a larger one. The default is
-            ``sum``: it is what is printed, and a beta then means about the same here as in DPO.
+        beta: 1 / (2 beta) is the target margin, in nats.
+        over_tokens: ``sum`` is the equation as printed, and the DPO authors' code: with the default beta the
+            target is 5 nats per completion. ``mean`` takes h per token, as TRL does (which reports that IPO's
+            authors agree): 5 nats per token with that beta, so use a larger one. The default is ``sum``, the
+            printed equation: beta then has about the same meaning as in DPO.
     """
     chosen, rejected = pairs.chosen_ratios, pairs.rejected_ratios
     if over_tokens == "mean":
@@ -86,7 +86,7 @@ def ipo(
 
 
 def hinge(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
-    """RSO's normalised hinge: SLiC's loss on the margin over the reference. Beta: as in DPO.
+    """RSO's normalized hinge: SLiC's loss on the margin over the reference. Beta: as in DPO.
 
     max(0, 1 - beta m); arXiv 2309.06657, hinge-norm, with beta for its gamma.
     """
@@ -99,11 +99,11 @@ def slic(
     margin: Weight = 1.0,
     nll_weight: Weight = 0.5,
 ) -> LossOutput:
-    """SLiC-HF: hinge on the log-probabilities themselves, and the chosen completion's likelihood.
+    """SLiC-HF: hinge on the log-probabilities themselves, and an NLL term on the chosen completion.
 
     max(0, d - log pi(y_w) + log pi(y_l)) - w log pi(y_w); arXiv 2305.10425, section 2, where the last term
     is the SFT target's, for which we have y_w. d = 1 as in RSO's hinge; w = 1/2 is ours, so that the ranking
-    leads.
+    term dominates.
     """
     losses = F.relu(margin - pairs.chosen_logps + pairs.rejected_logps) - nll_weight * pairs.chosen_logps
     return _plain(losses, pairs.chosen_logps, pairs.rejected_logps)
@@ -124,10 +124,10 @@ def simpo(
 def cpo(
     pairs: Annotated[Pairs, Needs(nll=True)], *, beta: Positive = 0.1, nll_weight: Weight = 1.0
 ) -> LossOutput:
-    """CPO: DPO with a uniform reference, and the chosen completion's likelihood.
+    """CPO: DPO with a uniform reference, and an NLL term on the chosen completion.
 
     -log s(beta (log pi(y_w) - log pi(y_l))) - w log pi(y_w) / |y_w|; arXiv 2401.08417, equation 3 and its
-    behaviour cloning term, which the paper writes as a sum; TRL, from the authors' code, takes it per token,
+    behavior cloning term, which the paper writes as a sum; TRL, from the authors' code, takes it per token,
     as we do. Beta = 0.1 and w = 1 are that code's.
     """
     chosen, rejected = beta * pairs.chosen_logps, beta * pairs.rejected_logps
@@ -140,11 +140,11 @@ def orpo(
     beta: Positive = 0.1,
     nll_weight: Weight = 1.0,
 ) -> LossOutput:
-    """ORPO: supervised tuning on the chosen completion, and the odds against the rejected one.
+    """ORPO: SFT on the chosen completion, and the odds ratio against the rejected one.
 
     -w log p_w - beta log s(log odds(p_w) - log odds(p_l)), odds(p) = p / (1 - p), with p the geometric mean
     of the tokens' probabilities; arXiv 2403.07691, equations 6 and 7; beta is its lambda, 0.1 its value for
-    Mistral. The likelihood is the completion's alone; TRL counts the prompt's tokens too.
+    Mistral. The NLL is that of the completion only; TRL includes the prompt's tokens.
     """
     chosen, rejected = pairs.chosen_means, pairs.rejected_means
     log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
@@ -153,7 +153,7 @@ def orpo(
 
 
 def apo_zero(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
-    """APO-zero: chosen up, rejected down, each by itself; where chosen answers are better than the model's.
+    """APO-zero: chosen up, rejected down, independently; for chosen completions better than the model's.
 
     1 - s(beta h(y_w)) + s(beta h(y_l)); arXiv 2408.06266, equation 7; beta in section 5.2.
     """
@@ -162,7 +162,7 @@ def apo_zero(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive =
 
 
 def apo_down(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
-    """APO-down: both down, the rejected one further; where the model is better than the chosen answers.
+    """APO-down: both down, the rejected one further; for a model better than the chosen completions.
 
     s(beta h(y_w)) + 1 - s(beta m); arXiv 2408.06266, equation 8; beta in section 5.2.
     """
@@ -193,10 +193,10 @@ def rpo(
     beta: Positive = 0.1,
     nll_weight: Weight = 1.0,
 ) -> LossOutput:
-    """DPO with the chosen completion's likelihood, against chosen log-probabilities that fall.
+    """RPO: DPO plus an NLL term on the chosen completion, against falling chosen log-probabilities.
 
     -log s(beta m) - w log pi(y_w) / |y_w|; arXiv 2404.19733 (iterative reasoning preference optimization),
-    equation 1, where the weight, 1, stands at the other term; beta = 0.1 there.
+    equation 1, where the weight, 1, is on the other term; beta = 0.1 there.
     """
     return _implicit(pairs, -F.logsigmoid(beta * pairs.margins) - nll_weight * pairs.chosen_means, beta)
 
@@ -211,10 +211,9 @@ def _plain(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> 
 
 
 def _log1mexp(log_probability: Tensor) -> Tensor:
-    """Return log(1 - exp(x)) for x <= 0 without cancellation; x stays below 0 by one rounding step at least.
-
-    Each branch sees its own side of -ln 2 alone, so that no gradient of the other is infinite.
-    """
+    """Return log(1 - exp(x)) for x <= 0 without cancellation; x is clamped below 0 by one rounding step."""
+    # Each branch gets only its own side of -ln 2: torch.where also backpropagates through the branch that was
+    # not selected, and an infinite gradient there would turn into NaN.
     split = -math.log(2)
     near = log_probability.clamp(min=split, max=-torch.finfo(log_probability.dtype).eps)
     far = log_probability.clamp(max=split)

@@ -1,4 +1,4 @@
-"""Losses of a reward model, pure functions of its scores: of a pair, and of all pairs of a list at once."""
+"""Reward model losses as pure functions of rewards: Bradley-Terry on a pair, and on all pairs of a list."""
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,17 @@ def bradley_terry(
     margins: Tensor | None = None,
     centring: float = 0.0,
 ) -> Tensor:
-    """Return -log s(r_w - r_l - m) + c (r_w + r_l)^2 of each pair.
+    """Return -log s(r_w - r_l - m) + c (r_w + r_l)^2 for each pair.
 
     The first term is Llama 2's (arXiv 2307.09288, equation 2); without margins it is InstructGPT's. The
-    second draws rewards to a mean of 0, which the first leaves free (arXiv 2312.09244, equation 2; c is its
+    second centers rewards at 0, which the first leaves undetermined (arXiv 2312.09244, equation 2; c is its
     eta).
 
     Args:
-        chosen_rewards: (pairs,), the model's score of the chosen completion.
+        chosen_rewards: (pairs,), the reward of the chosen completion.
         rejected_rewards: (pairs,).
-        margins: (pairs,), 0 or more: how much better the chosen one was judged; None means 0.
-        centring: c; 0 switches it off (TRL's documentation recommends 0.01).
+        margins: (pairs,), 0 or more: annotated preference margins; None means 0.
+        center_rewards_coefficient: c; 0 disables it (TRL's documentation recommends 0.01).
 
     Returns:
         (pairs,), not reduced.
@@ -45,16 +45,16 @@ def all_pairs(
 ) -> Tensor:
     """Return the mean Bradley-Terry loss over the pairs of each list: InstructGPT's K choose 2, in one pass.
 
-    -1 / (K choose 2) sum_{i better than j} log s(r_i - r_j); arXiv 2203.02155, equation 1. Each list weighs
-    the same however long it is, and each completion is scored once. Ties are left out of the sum and of the
-    count; a list that is all ties gives 0.
+    -1 / (K choose 2) sum_{i better than j} log s(r_i - r_j); arXiv 2203.02155, equation 1. Each list has
+    the same weight whatever its length, and each completion is scored once. Ties are excluded from sum and
+    count; a list of only ties has loss 0.
 
     Args:
-        rewards: (groups, K), the model's scores.
-        scores: (groups, K), the people's: higher is better, equal ones are ties.
-        present: (groups, K), false where a group has fewer than K completions; None means all are there.
-        margins: (groups, K, K), at [group, i, j] that of i over j, read where i is better; None means 0.
-        centring: as in ``bradley_terry``, over the same pairs.
+        rewards: (groups, K), the model's rewards.
+        scores: (groups, K), the annotators' scores: higher is better, equal ones are ties.
+        present: (groups, K), false for missing completions; None means all exist.
+        margins: (groups, K, K), at [group, i, j] that of i over j, used where i is better; None means 0.
+        center_rewards_coefficient: as in ``bradley_terry``, over the same pairs.
 
     Returns:
         (groups,), not reduced.

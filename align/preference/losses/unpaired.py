@@ -1,7 +1,7 @@
-r"""The loss on single completions that are good or bad (KTO), and where its reference point comes from.
+r"""KTO loss on completions labeled good or bad, and its reference point z (KL estimate).
 
-In the equations: r(y) = log pi(y|x) - log ref(y|x), over all tokens; z is a reference point, the same for all
-rows of a forward pass; s the logistic function.
+In the equations: r(y) = log pi(y|x) - log ref(y|x), over all tokens; z is the reference point, the same for
+all rows of a forward pass; s the logistic function.
 """
 
 from collections.abc import Hashable, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Judgement(NamedTuple):
-    """A loss for each completion, with gradient, and its implicit reward beta r(y), without: (rows,)."""
+    """Loss per completion, with gradient, and its implicit reward beta r(y), detached: (rows,) each."""
 
     losses: Tensor
     rewards: Tensor
@@ -32,10 +32,10 @@ def kto(
     Kahneman-Tversky optimization, arXiv 2402.01306, equation 8: lambda_y - v(x, y).
 
     Args:
-        ratios: (rows,) r of each completion.
-        good: (rows,) whether it is desirable.
+        logratios: (rows,) r of each completion.
+        desirable: (rows,) whether the completion is good.
         reference_point: () z, without gradient.
-        beta: how averse to risk, above 0.
+        beta: risk aversion, above 0.
         desirable_weight: lambda_D.
         undesirable_weight: lambda_U.
     """
@@ -48,32 +48,32 @@ def kto(
 
 @torch.no_grad()
 def reference_point(mismatched_ratios: Tensor) -> Tensor:
-    """Return z: the mean of r over completions behind prompts that they do not answer, 0 at least.
+    """Return z: the mean of r over mismatched prompts and completions, clamped at 0.
 
-    arXiv 2402.01306, section 3.3: an estimate of KL(pi || ref), cheap and biased, that only sets where gains
-    end and losses begin.
+    arXiv 2402.01306, section 3.3: a cheap, biased estimate of KL(pi || ref), which only separates gains from
+    losses.
 
     Args:
-        mismatched_ratios: (rows,).
+        mismatched_logratios: (rows,).
     """
     return mismatched_ratios.mean().clamp(min=0)
 
 
 def mismatched(prompts: Sequence[Hashable], size: int) -> list[int]:
-    """Return for each row the row whose completion is put behind its prompt, to estimate z.
+    """Return for each row the row whose completion it is paired with to estimate z.
 
-    Rows that come together in a forward pass lend each other their completions: each takes that of the row
-    before it, the first that of the last. A row of the same prompt is passed over (the halves of a pair
-    answer one prompt), and where all of them have it, a row of another pass serves. Where all rows answer one
-    prompt, as a few held-out ones may, each takes its neighbour's.
+    Rows of a forward pass exchange completions: each takes that of the row before it, the first that of the
+    last. Rows with the same prompt are skipped (the two halves of a pair have one); if all have it, a row of
+    another forward pass is taken. If all rows of the data have one prompt, as a few held-out ones may, each
+    takes its neighbor's.
 
     Args:
-        prompts: each row's prompt, in the order of training.
+        prompts: each row's prompt, in training order.
         size: rows of a forward pass.
 
-    >>> mismatched(["a", "b", "c", "d", "d", "e"], size=3)
+    >>> mismatched_rows(["a", "b", "c", "d", "d", "e"], size=3)
     [2, 0, 1, 5, 5, 4]
-    >>> mismatched(["a", "a", "b"], size=2)
+    >>> mismatched_rows(["a", "a", "b"], size=2)
     [2, 2, 1]
     """
     return [_other(prompts, row, size) for row in range(len(prompts))]
@@ -89,5 +89,5 @@ def _other(prompts: Sequence[Hashable], row: int, size: int) -> int:
 
 
 def balance(good: int, bad: int, *, desirable_weight: float, undesirable_weight: float) -> float:
-    """Return lambda_D n_D / (lambda_U n_U): how much good completions weigh for one of bad ones."""
+    """Return lambda_D n_D / (lambda_U n_U), the ratio of total desirable to undesirable weight."""
     return desirable_weight * good / (undesirable_weight * bad)

@@ -1,1 +1,1 @@
-"""Preference data: published layouts to comparisons, and to token ids."""
+"""Preference data: published layouts -> comparisons -> token ids."""

@@ -1,4 +1,4 @@
-"""From what rows say to completions that can be compared: what cannot is left out, counted and told."""
+"""Build comparisons from preference rows: unusable rows are dropped, counted and reported."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,40 +10,40 @@ from align.preference.settings import PreferenceSettings
 from finetune.data.report import DataReport
 from finetune.recipe.errors import Problem, UserError
 
-SWAPPED = "left out, their scores say that the rejected one is better"
-NO_REPLY = "left out, a dialogue ends without a reply"
-EMPTY = "left out, an empty completion"
-EMPTY_TURN = "left out, a turn of the prompt is empty"
-DIFFERENT = "left out, chosen and rejected answer different prompts"
-DIFFERENT_KEPT = "of chosen and rejected to different prompts, both answer the chosen one's now"
-IDENTICAL = "left out, chosen and rejected are the same"
-TIE = "left out, a tie"
-TIE_KEPT = "of equal scores, kept in the row's order"
-ONE_LEFT = "left out, fewer than two completions that differ"
-SOME_UNUSABLE = "with completions that are empty or no reply, which are left out"
-SOME_IDENTICAL = "with completions that repeat another one, which are left out"
-SOME_TIES = "with ties among their completions, which share a rank"
+SWAPPED = "dropped: the rejected completion has the higher score"
+NO_REPLY = "dropped: a dialogue without a final reply"
+EMPTY = "dropped: empty completion"
+EMPTY_TURN = "dropped: empty turn in the prompt"
+DIFFERENT = "dropped: chosen and rejected have different prompts"
+DIFFERENT_KEPT = "with different prompts of chosen and rejected: the chosen one's is used for both"
+IDENTICAL = "dropped: identical chosen and rejected"
+TIE = "dropped: tie"
+TIE_KEPT = "with tied scores, kept in the row's order"
+ONE_LEFT = "dropped: fewer than two distinct completions"
+SOME_UNUSABLE = "with empty completions, which are dropped"
+SOME_IDENTICAL = "with duplicate completions, which are dropped"
+SOME_TIES = "with tied completions, which share a rank"
 
 Count = Callable[[str], None]
 
 
 class LeftOut(Exception):
-    """A row whose completions cannot be compared; the text says why."""
+    """Raised for a row whose completions cannot be compared; the text is the reason."""
 
 
 def comparisons(
     rows: Sequence[tuple[Judged, str]], settings: PreferenceSettings, *, source: int, report: DataReport
 ) -> list[Comparison]:
-    """Return the rows of a source whose completions can be compared, or bear a label.
+    """Return the comparisons (and labeled completions) of a source's usable rows.
 
     Args:
-        rows: what each row says, with its place.
-        settings: what becomes of ties and of pairs to different prompts.
-        source: the source's number.
-        report: counts every row that is left out or changed, with the first place.
+        rows: the rows as read, with their locations.
+        settings: how ties and pairs with different prompts are handled.
+        source: index of the source.
+        report: counts every dropped or changed row, with the location of the first.
 
     Raises:
-        UserError: in most pairs that have scores the rejected one's is higher: the columns are exchanged.
+        UserError: most scored pairs have the higher score on the rejected completion: swapped columns.
     """
     found = DataReport()
     kept = []
@@ -63,15 +63,12 @@ def comparisons(
 def _refuse_exchanged(rows: Sequence[tuple[Judged, str]], found: DataReport) -> None:
     swapped = found.counts.get(SWAPPED, 0)
     scored = sum(judged.ordered and all(answer.scored for answer in judged.answers) for judged, _ in rows)
+    # A few such pairs are label noise and are dropped; a majority means that the columns are swapped.
     if 2 * swapped > scored:
-        told = (
-            f"in {swapped} of {scored} pairs with scores the rejected one's is higher than the chosen one's"
-        )
-        repair = (
-            "exchange them, with data.columns={chosen: rejected, rejected: chosen} and the scores likewise"
-        )
+        told = f"{swapped} of {scored} scored pairs have a higher score for rejected than for chosen"
+        repair = "swap them with data.columns={chosen: rejected, rejected: chosen}, and the score columns too"
         where = found.examples[SWAPPED]
-        raise UserError(Problem(where, told, "a chosen one that is better", repair))
+        raise UserError(Problem(where, told, "a higher score for chosen", repair))
 
 
 def _comparison(judged: Judged, where: str, settings: PreferenceSettings, count: Count) -> Comparison:
@@ -86,7 +83,7 @@ def _comparison(judged: Judged, where: str, settings: PreferenceSettings, count:
 
 
 def _said(answers: Sequence[Answer], count: Count) -> list[Answer]:
-    """Return the completions that say something; a pair and a labelled row cannot do without one."""
+    """Return the non-empty completions; a pair or a labeled row with an empty one is dropped."""
     kept = [answer for answer in answers if answer.reply is not None and answer.reply.content.strip()]
     if len(kept) < len(answers):
         if len(answers) <= 2:
@@ -98,7 +95,7 @@ def _said(answers: Sequence[Answer], count: Count) -> list[Answer]:
 
 
 def _one_prompt(answers: list[Answer], policy: str, count: Count) -> list[Answer]:
-    """Return completions that answer the same turns."""
+    """Return completions of one prompt."""
     if len({_words(answer.prompt) for answer in answers}) < 2:
         return answers
     if policy == "drop":
@@ -114,9 +111,14 @@ def _words(prompt: Turns) -> tuple[tuple[str, str, str], ...]:
 def _ranked(
     answers: list[Answer], judged: Judged, *, keep_ties: bool, where: str, count: Count
 ) -> Comparison:
-    """Return completions in their order, the best first; raises LeftOut where there is none."""
+    """Return the completions ranked, best first.
+
+    Raises:
+        DroppedRow: the completions have no order.
+    """
     scored = all(answer.scored for answer in answers)
     if not judged.ordered:
+        # A stable sort: tied completions keep the row's order.
         answers = sorted(answers, key=lambda answer: -answer.score)
     different = _different(answers)
     if len(different) < len(answers):
@@ -132,6 +134,7 @@ def _ranked(
         if not (judged.ordered and keep_ties):
             raise LeftOut(TIE)
         count(TIE_KEPT)
+    # `index` finds the first of equal scores, so that ties share the better rank.
     ranks = tuple(range(len(different))) if judged.ordered else tuple(scores.index(score) for score in scores)
     if len(set(ranks)) < len(ranks):
         count(SOME_TIES)
@@ -139,7 +142,7 @@ def _ranked(
 
 
 def _different(answers: Sequence[Answer]) -> list[Answer]:
-    """Return the completions that differ, each at its best place."""
+    """Return the distinct completions, each at its best rank."""
     first: dict[str, Answer] = {}
     for answer in answers:
         first.setdefault(_reply(answer).strip(), answer)
@@ -159,18 +162,19 @@ def _compared(answers: Sequence[Answer], ranks: tuple[int, ...], margin: float, 
 
 
 def unpaired(row: Comparison) -> list[Comparison]:
-    """Return a pair as two labelled rows: its better completion is good, the other one bad."""
+    """Split a pair into two labeled rows: the chosen completion is good, the rejected one bad."""
     both = zip(row.replies, (1.0, 0.0), strict=True)
     return [replace(row, replies=(reply,), scores=(label,), ranks=(0,), margin=nan) for reply, label in both]
 
 
 def count_contradictions(rows: Sequence[Comparison], report: DataReport) -> None:
-    """Count the pairs and labels that say the opposite of an earlier one about the same completions."""
+    """Count pairs and labels that contradict an earlier one about the same completions."""
     first: dict[object, Comparison] = {}
     for row in rows:
+        # Unordered: a pair and its swap have the same key.
         said = frozenset(reply.content.strip() for reply in row.replies)
         earlier = first.setdefault((_words(row.prompt), said), row)
         best, other = row.replies[0].content.strip(), earlier.replies[0].content.strip()
         labels = len(row.replies) == 1 and row.scores != earlier.scores
         if len(row.replies) < 3 and (best != other or labels):
-            report.count("say the opposite of an earlier one, kept", f"{row.where} and {earlier.where}")
+            report.count("contradict an earlier one, kept", f"{row.where} and {earlier.where}")

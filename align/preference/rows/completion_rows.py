@@ -1,4 +1,4 @@
-"""Every completion behind its prompt as a row of its own: for checks of rows, and for readers."""
+"""One row per completion (prompt + completion), for pre-flight checks and the data preview."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ from finetune.data.dataset import TokenizedRows
 
 
 def as_rows(groups: PreferenceGroups) -> TokenizedRows:
-    """Return a row a completion, of which the completion is learnt; its place says which of them it is."""
+    """Return one row per completion, with loss on the completion; its location names the completion."""
     ids: list[NDArray[np.int32]] = []
     trained: list[NDArray[np.bool_]] = []
     starts, places = [0], []
@@ -24,7 +24,7 @@ def as_rows(groups: PreferenceGroups) -> TokenizedRows:
 
 
 def _called(group: TokenizedGroup, number: int) -> str:
-    """Return what a reader calls a completion: its part in a pair, its rank and score in a list."""
+    """Return the label of a completion: good/bad, chosen/rejected, or its rank, with its score."""
     score = f", score {group.scores[number]:g}" if np.isfinite(group.scores[number]) else ""
     if len(group.ranks) == 1:
         return "good" if group.scores[number] == 1 else "bad"

@@ -1,4 +1,4 @@
-"""Prompts with their completions as token ids, in a few flat arrays however many there are."""
+"""Tokenized preference data: prompts with their completions, in flat arrays."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ from finetune.data.report import DataReport
 
 @dataclass(frozen=True, slots=True)
 class TokenizedGroup:
-    """A prompt and its K completions, the best first.
+    """A prompt and its K completions, best first.
 
-    ``prompt_ids``: (P,) int32. ``completion_ids``: K arrays (C_k,) int32; every token of them is learnt or
-    scored, the last is the end token unless it was cut. ``scores``: (K,) float64, not a number where the data
-    has none; for a label 1 (good) or 0 (bad). ``ranks``: (K,) int32, 0 is the best, ties share one.
-    ``margin``: how much better the first is than the last, not a number where the data does not say.
-    ``row`` is the group's number, ``place`` is ``file:line``, ``source`` the source's number.
+    ``prompt_ids``: (P,) int32. ``completion_ids``: K arrays (T_k,) int32, trained or scored at every token;
+    the last token is EOS unless truncated. ``scores``: (K,) float64, NaN if the data has none; for labels 1
+    (good) or 0 (bad). ``ranks``: (K,) int32, 0 is the best, ties share one. ``margin``: preference margin of
+    the first over the last, NaN if unknown. ``row``: index of the group, ``location``: ``file:line``,
+    ``source``: index of the source.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -32,7 +32,7 @@ class TokenizedGroup:
     source: int
 
     def as_tensors(self) -> Group:
-        """Return the token ids as tensors, for a forward pass."""
+        """Return the token ids as tensors."""
         ids = (self.prompt_ids, *self.completion_ids)
         prompt, *completions = (torch.from_numpy(part.astype(np.int64)) for part in ids)
         return Group(prompt, tuple(completions))
@@ -40,11 +40,11 @@ class TokenizedGroup:
 
 @dataclass(frozen=True)
 class PreferenceGroups:
-    """Groups in flat arrays, S = all prompts and completions, G = groups.
+    """G groups in flat arrays; a segment is a prompt or a completion, of which there are S.
 
-    ``input_ids``: every prompt followed by its completions, int32. ``starts``: (S + 1,) where each of them
-    begins. ``firsts``: (G + 1,) which of them is each group's prompt. ``scores``, ``ranks``: (S - G,), a
-    value a completion. ``margins``: (G,). Of each group ``places`` (``file:line``) and ``sources``.
+    ``input_ids``: every prompt followed by its completions, int32. ``offsets``: (S + 1,) start of each
+    segment. ``prompt_index``: (G + 1,) the segment that is each group's prompt. ``scores``, ``ranks``:
+    (S - G,), one per completion. ``margins``, ``locations`` (``file:line``), ``source_ids``: (G,).
     """
 
     input_ids: NDArray[np.int32]
@@ -57,11 +57,11 @@ class PreferenceGroups:
     sources: tuple[int, ...]
 
     def __len__(self) -> int:
-        """Return the number of groups."""
         return len(self.places)
 
     def __getitem__(self, index: int) -> TokenizedGroup:
         """Return one group; its arrays are views."""
+        # `range` resolves negative indices and raises IndexError.
         index = range(len(self))[index]
         first, end = (int(number) for number in self.firsts[index : index + 2])
         pieces = [self.input_ids[self.starts[i] : self.starts[i + 1]] for i in range(first, end)]
@@ -79,12 +79,12 @@ class PreferenceGroups:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Return each group's number of tokens, the prompt counted once: (G,)."""
+        """Return the number of tokens of each group, the prompt counted once: (G,)."""
         return np.diff(self.starts[self.firsts])
 
     @property
     def completions(self) -> NDArray[np.int64]:
-        """Return each group's number of completions K: (G,)."""
+        """Return the number of completions K of each group: (G,)."""
         return np.diff(self.firsts) - 1
 
     @property
@@ -99,7 +99,7 @@ class PreferenceGroups:
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens, every prompt counted once."""
+        """Return the number of tokens, each prompt counted once."""
         return len(self.input_ids)
 
     @property
@@ -111,7 +111,7 @@ class PreferenceGroups:
 
 @dataclass(frozen=True)
 class PreparedPreferences:
-    """Everything a run needs of its preference data; ``prompts`` hold the best completion as their reply."""
+    """The preference data of a run; ``prompts`` are conversations that end with the best completion."""
 
     train: PreferenceGroups
     held_out: PreferenceGroups | None

@@ -1,4 +1,4 @@
-"""Comparisons as token ids: prompt and completions from the template's segments, cut to length, counted."""
+"""Tokenize comparisons: prompt and completions from the template, truncation, cache."""
 
 import hashlib
 import json
@@ -15,16 +15,16 @@ from finetune.data.report import DataReport
 from finetune.data.tokens import Encoded, Encoder
 
 FORMAT = 1
-"""Raised when the meaning of a cached file changes, so that old ones are not read."""
+"""Increased when the meaning of a cached file changes, so that old files are not read."""
 
-NO_TEMPLATE = "left out, no conversation for this template"
-WRITTEN_APART = "hold template markers or special tokens in their text, written apart"
-ONLY_AN_END = "left out, a completion has no token but its end"
+NO_TEMPLATE = "dropped: the template cannot render the conversation"
+WRITTEN_APART = "contain template markers in their text (escaped)"
+ONLY_AN_END = "dropped: a completion has only its EOS token"
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How many tokens a prompt with one completion may have, and what a prompt keeps of itself at least."""
+    """The tokens that a prompt with one completion may have, and that a prompt keeps at least."""
 
     max_length: int
     max_prompt_length: int
@@ -35,17 +35,17 @@ Ids = list[int]
 
 
 def fit(prompt: Ids, completions: Sequence[Ids], room: Room, *, head: int = 0) -> tuple[Ids, list[Ids]]:
-    """Cut a prompt on the left and completions on the right, no more than is needed.
+    """Truncate a prompt on the left and completions on the right, no more than needed.
 
-    The prompt gives way first, down to ``max_prompt_length``; then the completions lose their ends.
+    The prompt is truncated first, down to ``max_prompt_length``, then the completions.
 
     Args:
         prompt: P ids.
         completions: K lists of ids.
-        room: what fits.
-        head: ids at the prompt's beginning that stay (BOS).
+        limits: the maximum lengths.
+        num_kept_start: number of ids to keep at the start of the prompt (BOS).
 
-    >>> fit([1, 2, 3, 4], [[5, 6, 7], [8]], Room(max_length=5, max_prompt_length=3))
+    >>> truncate_to([1, 2, 3, 4], [[5, 6, 7], [8]], LengthLimits(max_length=5, max_prompt_length=3))
     ([2, 3, 4], [[5, 6], [8]])
     """
     longest = max(map(len, completions))
@@ -60,7 +60,7 @@ def fit(prompt: Ids, completions: Sequence[Ids], room: Room, *, head: int = 0) -
 def tokenise(
     rows: Sequence[Comparison], encoder: Encoder, room: Room, *, cache: bool, report: DataReport
 ) -> PreferenceGroups:
-    """Encode comparisons, or take them from the cache of an earlier run that encoded the same ones alike."""
+    """Tokenize comparisons, or read them from the cache."""
 
     def encode(found: DataReport) -> dict[str, np.ndarray]:
         return _encode(rows, encoder, room, found)
@@ -88,6 +88,7 @@ def _encode(
             flat += ids
             starts.append(len(flat))
         firsts.append(len(starts) - 1)
+        # Ranks are renumbered without the dropped completions; `index` lets ties share one.
         kept = [row.ranks[index] for index in completions]
         scores += [row.scores[index] for index in completions]
         ranks += [kept.index(rank) for rank in kept]
@@ -104,7 +105,7 @@ def _encode(
 
 
 def _by_row(rows: Sequence[Comparison], encoder: Encoder) -> Iterator[list[Encoded | TemplateError]]:
-    """Yield each row's conversations, one a completion, of which the completion alone is learnt."""
+    """Yield each row's conversations, one per completion, with loss on the completion only."""
     conversations: list[list[Message]] = []
     for row in rows:
         prompt = [replace(turn, trained=False) for turn in row.prompt]
@@ -117,18 +118,20 @@ def _by_row(rows: Sequence[Comparison], encoder: Encoder) -> Iterator[list[Encod
 def _parts(
     encoded: Sequence[Encoded | TemplateError], encoder: Encoder, where: str, report: DataReport
 ) -> tuple[Ids, list[Ids]] | None:
-    """Return the prompt's ids and each completion's, up to the last token that is learnt; None if none."""
+    """Return the ids of the prompt and of each completion up to its last trained token, None if unusable."""
     prompts, completions = [], []
     for one in encoded:
         if isinstance(one, TemplateError):
             report.count(NO_TEMPLATE, f"{where}: {one}")
             return None
+        # The loss mask marks the completion: what comes before it is the prompt, what follows is dropped.
         start, end = one.trained.index(True), len(one.trained) - one.trained[::-1].index(True)
         if not all(one.trained[start:end]):
-            report.count(NO_TEMPLATE, f"{where}: it splits the completion into pieces")
+            report.count(NO_TEMPLATE, f"{where}: the completion is not contiguous")
             return None
         prompts.append(one.input_ids[:start])
         completions.append(one.input_ids[start:end])
+    # Shared prompts need the same prompt tokens for every completion.
     if any(prompt != prompts[0] for prompt in prompts):
         report.count(NO_TEMPLATE, f"{where}: the prompt's tokens depend on the completion")
         return None
@@ -143,27 +146,29 @@ def _parts(
 def _fitted(
     prompt: Ids, completions: list[Ids], row: Comparison, room: Room, encoder: Encoder, report: DataReport
 ) -> tuple[Ids, dict[int, Ids]] | None:
-    """Return what fits, the completions by their number in the row; None where nothing is left to compare."""
+    """Return the truncated prompt and completions (by index in the row), None if too few are distinct."""
+    # BOS stays first when the prompt is truncated on the left.
     head = int(prompt[:1] == [encoder.tokenizer.bos_token_id])
     shorter, cut = fit(prompt, completions, room, head=head)
     lost = sum(map(len, completions)) - sum(map(len, cut))
     longer = f"longer than {room.max_length} tokens"
     report.too_long += len(shorter) < len(prompt) or lost > 0
     if room.drop and (len(shorter) < len(prompt) or lost):
-        report.count(f"{longer}, left out", row.where)
+        report.count(f"{longer}, dropped", row.where)
         report.lost_tokens += sum(map(len, completions))
         return None
     report.lost_tokens += lost
     if len(shorter) < len(prompt):
-        report.count(f"{longer}, the prompt's beginning cut", row.where)
+        report.count(f"{longer}, prompt truncated on the left", row.where)
     if lost:
-        report.count(f"{longer}, a completion's end cut", row.where)
-    kept = _distinct(cut, row, " once cut" * (lost > 0), report)
+        report.count(f"{longer}, completion truncated", row.where)
+    # Completions that differed may be identical after truncation.
+    kept = _distinct(cut, row, " after truncation" * (lost > 0), report)
     return (shorter, kept) if kept else None
 
 
 def _distinct(cut: list[Ids], row: Comparison, when: str, report: DataReport) -> dict[int, Ids]:
-    """Return the completions whose tokens differ, by their number in the row; none where too few do."""
+    """Return the completions with distinct tokens, by index in the row; empty if too few are."""
     first: dict[tuple[int, ...], int] = {}
     for index, ids in enumerate(cut):
         first.setdefault(tuple(ids), index)
@@ -171,11 +176,11 @@ def _distinct(cut: list[Ids], row: Comparison, when: str, report: DataReport) ->
     if len(kept) == len(cut):
         return kept
     if len(kept) < 2:
-        report.count(f"left out, their completions are the same tokens{when}", row.where)
+        report.count(f"dropped: completions with identical tokens{when}", row.where)
         return {}
-    report.count(f"of which some completions are the same tokens{when}", row.where)
+    report.count(f"with some completions of identical tokens{when}", row.where)
     if len({row.ranks[index] for index in kept}) < 2:
-        report.count(f"left out, only completions of equal rank differ{when}", row.where)
+        report.count(f"dropped: only tied completions are distinct{when}", row.where)
         return {}
     return kept
 

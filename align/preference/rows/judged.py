@@ -1,4 +1,4 @@
-"""A row of preference data as its layout says it, before anything is left out."""
+"""Types of preference data: a completion with its score, a row as read, a comparison."""
 
 from dataclasses import dataclass
 from math import isfinite, nan
@@ -10,7 +10,7 @@ Turns = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One completion: the turns before it, the reply (None: the dialogue ends without one), its score."""
+    """One completion: its prompt turns, its reply (None if the dialogue ends without one), its score."""
 
     prompt: Turns
     reply: Message | None
@@ -18,16 +18,15 @@ class Answer:
 
     @property
     def scored(self) -> bool:
-        """Tell whether the row gives this completion a score."""
         return isfinite(self.score)
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A row's completions. ``ordered``: the row itself says that the first is the better one.
+    """The completions of a row as read. ``ordered``: the row gives the order (chosen, rejected).
 
-    ``margin`` is how much better, where a column says so. ``notes`` tell what was read otherwise than it
-    stands there; the report counts them.
+    ``margin``: the preference margin, if there is a column. ``notes``: deviations from the row as written,
+    which the report counts.
     """
 
     answers: tuple[Answer, ...]
@@ -38,11 +37,11 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A prompt and its completions, the best first: what is tokenised.
+    """A prompt and its completions, best first, ready for tokenization.
 
-    ``ranks``: 0 is the best, equal ones share a rank (0, 1, 1, 3). ``scores``: the data's own, not a number
-    where it has none; for a label 1 (good) or 0 (bad). ``margin``: how much better the first is than the
-    last, not a number where the data does not say. ``where`` is ``file:line``, ``source`` its number.
+    ``ranks``: 0 is the best, ties share a rank (0, 1, 1, 3). ``scores``: NaN if the data has none; for labels
+    1 (good) or 0 (bad). ``margin``: preference margin of the first over the last, NaN if unknown.
+    ``location``: ``file:line``, ``source``: index of the source.
     """
 
     prompt: Turns
@@ -55,7 +54,7 @@ class Comparison:
 
     @property
     def words(self) -> tuple[tuple[str, str, str], ...]:
-        """Return what is said, by whom, and which completion is the better one."""
+        """Return the key by which duplicate rows are found: all turns, the ranks and the label."""
         said = [(turn.role, turn.content, turn.context) for turn in (*self.prompt, *self.replies)]
         label = str(self.scores[0]) if len(self.replies) == 1 else ""
         return (*said, ("ranks", str(self.ranks), label))

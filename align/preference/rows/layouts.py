@@ -1,4 +1,4 @@
-"""Published layouts of preference data, recognised by column names: pairs, ranked lists, votes, labels."""
+"""Published layouts of preference data, recognized by column names: pairs, ranked lists, votes, labels."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,12 +30,12 @@ SCORES = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
-"""Columns by which published pairs tell their scores (UltraFeedback-binarized: the first)."""
+"""Score columns of published pairs (UltraFeedback-binarized: the first)."""
 
 ASPECTS = "fine-grained_score"
-"""UltraFeedback's mean of a completion's ratings: helpfulness, honesty, instruction following, truth."""
+"""UltraFeedback's mean rating of a completion: helpfulness, honesty, instruction following, truthfulness."""
 
-LATER_TURNS = "hold later questions too, left aside: each completion gave them another context"
+LATER_TURNS = "with later questions, which are ignored: their context differs between completions"
 
 
 def _nothing(columns: Columns) -> list[Message]:
@@ -56,7 +56,7 @@ def _pair(ask: Callable[[Columns], list[Message]], columns: Columns) -> Judged:
     lists = [isinstance(columns[name], (list, dict)) for name in ("chosen", "rejected")]
     if lists[0] != lists[1]:
         kinds = [("text", "a list of turns")[kind] for kind in lists]
-        raise RowProblem("rejected", f"{kinds[1]}, and chosen is {kinds[0]}", "the same kind in both columns")
+        raise RowProblem("rejected", f"{kinds[1]}, but chosen is {kinds[0]}", "the same type in both columns")
     answers = [
         Answer(*_whole(asked, columns, name), score)
         for name, score in zip(("chosen", "rejected"), _pair_scores(columns), strict=True)
@@ -67,7 +67,7 @@ def _pair(ask: Callable[[Columns], list[Message]], columns: Columns) -> Judged:
 def _margin(columns: Columns) -> float:
     if columns.get("margin") is None:
         return nan
-    expected = "how much better the chosen one is, 0 or more"
+    expected = "a preference margin, 0 or more"
     margin = number(columns["margin"], "margin", expected)
     if margin < 0:
         raise RowProblem("margin", f"found {margin:g}", expected)
@@ -87,7 +87,7 @@ def _pair_scores(columns: Columns) -> list[float]:
         if any(there):
             missing, found = sorted(names, key=lambda name: columns.get(name) is not None)
             raise RowProblem(
-                missing, f"missing or null, and {found} is there", "a score for both, or for none"
+                missing, f"missing or null, but {found} is given", "a score for both, or for none"
             )
     return [nan, nan]
 
@@ -115,7 +115,8 @@ def _scored_answers(columns: Columns) -> Judged:
 
 
 def _ultrafeedback(columns: Columns) -> Judged:
-    """Return the completions with their mean over four aspects: ``overall_score`` reads some 1s as 10s."""
+    """Return the completions with their mean rating over four aspects."""
+    # Not ``overall_score``: some of its published 10s were 1s.
     asked = tuple(_instruction(columns))
     answers = []
     for index, entry in enumerate(listed(columns, "completions")):
@@ -127,7 +128,7 @@ def _ultrafeedback(columns: Columns) -> Judged:
 
 
 def _judge_scores(columns: Columns) -> Judged:
-    """Return the first question's answers: those to later ones follow upon each model's own first."""
+    """Return the completions of the first question: later ones depend on each model's first answer."""
     questions = columns["questions"]
     if not isinstance(questions, list) or not questions:
         raise RowProblem("questions", f"found {short(questions)}", "a list of questions")
@@ -137,7 +138,9 @@ def _judge_scores(columns: Columns) -> Judged:
         field = f"answers[{index}]"
         said, judged = member(entry, "outputs", field), member(entry, "judge_scores", field)
         if not isinstance(said, list) or not said:
-            raise RowProblem(f"{field}.outputs", f"found {short(said)}", "a list of answers, one a question")
+            raise RowProblem(
+                f"{field}.outputs", f"found {short(said)}", "a list of answers, one per question"
+            )
         scores = numbers(judged, f"{field}.judge_scores", len(said), "outputs")
         reply = Message("assistant", checked_text(said[0], f"{field}.outputs[0]"))
         answers.append(Answer(asked, reply, scores[0]))
@@ -145,7 +148,7 @@ def _judge_scores(columns: Columns) -> Judged:
 
 
 def _votes(columns: Columns) -> Judged:
-    """Return two responses scored by their votes; without a majority for either it is a tie."""
+    """Return two responses scored by their votes; no majority is a tie."""
     asked = tuple(_instruction(columns))
     names = [name for name in columns if name.startswith("annotator") and columns[name] is not None]
     votes = [vote(columns[name], name) for name in names]
@@ -160,7 +163,7 @@ def _votes(columns: Columns) -> Judged:
 
 
 def _labelled(ask: Callable[[Columns], list[Message]], said: str | None, columns: Columns) -> Judged:
-    """Return a completion whose score is 1 where its label says good, 0 where it says bad."""
+    """Return a completion with the score of its label: 1 (good) or 0 (bad)."""
     messages = ask(columns)
     every = [*messages, *completion(columns, said)] if said else messages
     reply = every[-1] if every[-1].role in REPLIES else None
@@ -186,7 +189,7 @@ PAIRS: Sequence[Layout[Judged]] = (
     Layout("question/chosen/rejected", ("question", "chosen", "rejected"), partial(_pair, _asks("question"))),
     Layout("chosen/rejected", ("chosen", "rejected"), partial(_pair, _nothing)),
 )
-"""A chosen and a rejected completion; the first layout that fits is taken."""
+"""A chosen and a rejected completion; the first matching layout is used."""
 
 RANKINGS: Sequence[Layout[Judged]] = (
     *PAIRS,
@@ -197,7 +200,7 @@ RANKINGS: Sequence[Layout[Judged]] = (
     Layout("UltraFeedback", ("instruction", "completions"), _ultrafeedback),
     Layout("PandaLM votes", ("instruction", "response1", "response2", "annotator1"), _votes),
 )
-"""A prompt with two completions or more, of which some are better; the first that fits is taken."""
+"""A prompt with two or more ranked completions; the first matching layout is used."""
 
 LABELLED: Sequence[Layout[Judged]] = (
     Layout("messages with label", ("messages", "label"), partial(_labelled, _conversation("messages"), None)),

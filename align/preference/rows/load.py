@@ -1,4 +1,4 @@
-"""A recipe's preferences, read and tokenised for a stage at work, and what was found, told."""
+"""Load a recipe's preference data and log the data report."""
 
 from align.preference.rows.dataset import PreparedPreferences
 from align.preference.rows.prepare import Kind, prepare_preferences
@@ -10,13 +10,13 @@ from finetune.training.text import Text
 def load_preferences(
     job: Job, settings: PreferenceSettings, text: Text, *, kind: Kind = "rankings"
 ) -> PreparedPreferences:
-    """Read and tokenise a recipe's preferences, and tell what was found.
+    """Read and tokenize a recipe's preference data, and log the data report.
 
     Args:
-        job: the stage at work.
+        ctx: the run.
         settings: its data section.
         text: template and tokenizer.
-        kind: comparisons, or replies that bear a label.
+        kind: comparisons, or labeled completions.
 
     Raises:
         UserError: mistakes in the data, with file, line and field.

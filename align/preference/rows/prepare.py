@@ -1,4 +1,4 @@
-"""From a recipe's data section to tokenised comparisons: read, left out, split, encoded, cut, told."""
+"""Preference data pipeline: read, filter, split, tokenize and report a recipe's data section."""
 
 from collections.abc import Sequence
 from typing import Literal, Protocol, TypeVar
@@ -22,44 +22,44 @@ from finetune.recipe.errors import Problem, UserError
 Kind = Literal["rankings", "labels"]
 LAYOUTS: dict[Kind, Sequence[Layout[Judged]]] = {"rankings": RANKINGS, "labels": (*LABELLED, *PAIRS)}
 REPAIRS: dict[Kind, str] = {
-    "rankings": "say which column is which: data.columns={prompt: QUESTION, chosen: BETTER, rejected: WORSE}",
-    "labels": "say which column is which: data.columns={prompt: QUESTION, completion: REPLY, label: GOOD}",
+    "rankings": "map the columns: data.columns={prompt: QUESTION, chosen: BETTER, rejected: WORSE}",
+    "labels": "map the columns: data.columns={prompt: QUESTION, completion: REPLY, label: GOOD}",
 }
 MEANT: dict[Kind, str] = {
     "rankings": "labels are for KTO",
     "labels": "ranked lists are for a reward model, DPO, RRHF or PRO",
 }
-"""What rows of the other kind are for."""
+"""The stages that use rows of the other kind."""
 
 SHOWN_FROM_TRAINING = 64
-"""Training prompts to take samples from where nothing is held out."""
+"""Training prompts for samples if nothing is held out."""
 
 
 def prepare_preferences(
     settings: PreferenceSettings, encoder: Encoder, *, max_length: int, seed: int, kind: Kind = "rankings"
 ) -> PreparedPreferences:
-    """Read, split and tokenise the preferences that a data section names.
+    """Read, split and tokenize the preference data of a data section.
 
     Args:
         settings: the recipe's data section.
         encoder: template and tokenizer.
-        max_length: tokens of a prompt with one completion at most.
-        seed: draws the held-out rows and a mixture's rows.
-        kind: ``rankings``: two completions of a prompt or more (reward models, DPO, RRHF, PRO); ``labels``:
+        max_length: maximum tokens of a prompt with one completion.
+        seed: samples the held-out rows and a mixture's rows.
+        kind: ``rankings``: two or more completions of a prompt (reward models, DPO, RRHF, PRO); ``labels``:
             one completion that is good or bad (KTO).
 
     Raises:
-        UserError: a source cannot be read, rows do not fit its layout, or nothing is left to compare.
+        UserError: a source cannot be read, rows do not fit its layout, or no row is usable.
     """
     room = _room(settings, max_length)
     report, aside = DataReport(), DataReport()
     train, held_out = gather_comparisons(settings, seed, report, aside, kind=kind)
     learnt = tokenise(train, encoder, room, cache=settings.cache, report=report)
-    _refuse_none("data.source", "to learn from", learnt, report)
+    _refuse_none("data.source", "to train on", learnt, report)
     measured = None
     if settings.held_out:
         measured = tokenise(held_out, encoder, room, cache=settings.cache, report=aside)
-        _refuse_none("data.held_out", "to measure on", measured, aside)
+        _refuse_none("data.held_out", "to evaluate on", measured, aside)
         report.held_out = len(measured)
     report.counts |= {f"held out: {what}": number for what, number in aside.counts.items()}
     report.examples |= {f"held out: {what}": where for what, where in aside.examples.items()}
@@ -72,7 +72,7 @@ def _refuse_selection(settings: PreferenceSettings) -> None:
     chosen = {"data.select": settings.select}
     chosen |= {f"data.mix[{index}].select": part.select for index, part in enumerate(settings.mix or [])}
     if problems := [
-        Problem(key, "it chooses among conversations", "none for preference data", "leave it out")
+        Problem(key, "selects conversations", "null for preference data", "remove it")
         for key, select in chosen.items()
         if select is not None
     ]:
@@ -82,8 +82,8 @@ def _refuse_selection(settings: PreferenceSettings) -> None:
 def _room(settings: PreferenceSettings, max_length: int) -> Room:
     prompt = settings.max_prompt_length or max_length // 2
     if prompt >= max_length:
-        found = f"{prompt}, and prompt and completion together have {max_length} tokens"
-        raise UserError(Problem("data.max_prompt_length", found, "less, so that completions have room"))
+        found = f"{prompt}, but prompt and completion together have {max_length} tokens"
+        raise UserError(Problem("data.max_prompt_length", found, "less, to leave tokens for completions"))
     return Room(max_length, prompt, settings.too_long == "drop")
 
 
@@ -95,13 +95,13 @@ def gather_comparisons(
     *,
     kind: Kind = "rankings",
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """Return the comparisons to learn and those held out, as words.
+    """Return the training and the held-out comparisons, as text.
 
     Args:
         settings: the recipe's data section.
-        seed: draws the held-out rows and a mixture's rows.
-        report: counts what was lost and tells what each source gives.
-        aside: counts what a held-out file lost.
+        seed: samples the held-out rows and a mixture's rows.
+        report: counts dropped rows, and the rows of each source.
+        held_out_report: counts dropped rows of a held-out file.
         kind: as for ``prepare_preferences``.
 
     Raises:
@@ -128,11 +128,11 @@ def gather_comparisons(
 
 
 class Asking(Protocol):
-    """A row that asks something."""
+    """A row with a prompt."""
 
     @property
     def prompt(self) -> object:
-        """Return what is asked: two rows with the same ask the same."""
+        """Return the prompt, hashable: equal prompts are held out together."""
 
 
 AskingRow = TypeVar("AskingRow", bound=Asking)
@@ -141,10 +141,10 @@ AskingRow = TypeVar("AskingRow", bound=Asking)
 def split_by_prompt(
     rows: list[AskingRow], share: int | float | str, seed: int
 ) -> tuple[list[AskingRow], list[AskingRow]]:
-    """Return the rows to learn and those held out: whole prompts, so that none is on both sides.
+    """Split rows into training and held-out ones by prompt, so that no prompt is in both.
 
     Raises:
-        UserError: nothing would be left to learn from, or every prompt has more rows than are held out.
+        UserError: no training rows would be left, or every prompt has more rows than are held out.
     """
     if isinstance(share, str):
         return rows, []
@@ -154,13 +154,14 @@ def split_by_prompt(
         prompts.setdefault(row.prompt, []).append(number)
     together = list(prompts.values())
     chosen: set[int] = set()
+    # Greedy: a prompt with more rows than are still wanted is skipped.
     for index in np.random.default_rng([seed, len(rows)]).permutation(len(together)):
         if len(chosen) + len(together[index]) <= count:
             chosen.update(together[index])
     if count and not chosen:
-        found = f"{count} of {len(rows)} usable rows, and every prompt has more"
+        found = f"{count} of {len(rows)} usable rows, but every prompt has more"
         raise UserError(
-            Problem("data.held_out", found, "room for a whole prompt", "a larger number, or a file")
+            Problem("data.held_out", found, "at least the rows of one prompt", "a larger number, or a file")
         )
     return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
 
@@ -172,7 +173,8 @@ def _count_shared_prompts(
     for row in held_out:
         if row.prompt in learnt:
             aside.count(
-                "answer a prompt that is learnt too", f"{row.where} asks what {learnt[row.prompt]} asks"
+                "with a prompt that is in the training data",
+                f"{row.where} has the prompt of {learnt[row.prompt]}",
             )
 
 
@@ -185,19 +187,17 @@ def _part(
     pairs = [(said, row.where) for said, row in zip(judged, found, strict=True)]
     rows = comparisons(pairs, settings, source=index, report=report)
     if not rows:
-        told = f"nothing to compare: {'; '.join(report.lines()[1:])}"
-        repair = "look at the rows named above, or data.on_different_prompts and data.on_tie"
-        raise UserError(Problem(place.key, told, "completions that differ", repair))
+        told = f"no usable comparison: {'; '.join(report.lines()[1:])}"
+        repair = "check the rows named above, data.on_different_prompts and data.on_tie"
+        raise UserError(Problem(place.key, told, "distinct completions", repair))
     if kind == "labels" and layout in PAIRS:
-        report.notes.append(
-            f"pairs of {place.name} taken apart: what is chosen is good, what is rejected bad"
-        )
+        report.notes.append(f"pairs of {place.name} split into labels: chosen is good, rejected is bad")
         rows = [half for row in rows for half in unpaired(row)]
     return Part(SourceReport(place.name, layout.name, found=len(found), usable=len(rows)), rows)
 
 
 def _layout(names: list[str], place: Place, kind: Kind) -> Layout[Judged]:
-    """Return the layout of a source; one of the other kind is named as what it is."""
+    """Return the layout of a source; the error names a layout of the other kind."""
     known = {*names, *(place.columns or {})}
     other = LABELLED if kind == "rankings" else RANKINGS
     fits = [layout.name for layout in other if known.issuperset(layout.required)]
@@ -212,21 +212,21 @@ def _layout(names: list[str], place: Place, kind: Kind) -> Layout[Judged]:
 
 def _refuse_none(where: str, purpose: str, groups: PreferenceGroups, report: DataReport) -> None:
     if not len(groups):
-        found = f"nothing {purpose}: {'; '.join(report.lines()[1:])}"
+        found = f"no rows {purpose}: {'; '.join(report.lines()[1:])}"
         remedy = "raise data.max_length" if report.too_long else "choose another data.template"
-        repair = f"look at the rows named above, or {remedy}"
-        raise UserError(Problem(where, found, "completions that differ", repair))
+        repair = f"check the rows named above, or {remedy}"
+        raise UserError(Problem(where, found, "distinct completions", repair))
 
 
 def _kept(rows: Sequence[Comparison], groups: PreferenceGroups) -> list[Conversation]:
-    """Return what can be asked: the prompts that became tokens, each row once, with the best reply."""
+    """Return the conversations of tokenized rows, one per row, ending with the best completion."""
     places = set(groups.places)
     kept = {row.where: row for row in rows if row.where in places}.values()
     return [Conversation([*row.prompt, row.replies[0]], row.where, row.source) for row in kept]
 
 
 def _tell(groups: PreferenceGroups, report: DataReport) -> None:
-    """Put sizes into the report, of each source too, and how long the better and the worse ones are."""
+    """Fill the report: rows and tokens, in all and per source, mean lengths of prompts and completions."""
     lengths = groups.completion_lengths
     owner = np.repeat(np.arange(len(groups)), groups.completions)
     report.rows, report.tokens, report.longest = len(groups), groups.num_tokens, groups.longest
@@ -236,7 +236,7 @@ def _tell(groups: PreferenceGroups, report: DataReport) -> None:
         source.rows, source.tokens = int(own.sum()), int(groups.lengths[own].sum())
         source.trained_tokens = int(lengths[own[owner]].sum())
     best = groups.ranks == 0
-    told = f"{len(lengths)} completions; tokens on average: prompt {groups.prompt_lengths.mean():.0f}"
+    told = f"{len(lengths)} completions; mean tokens: prompt {groups.prompt_lengths.mean():.0f}"
     if best.all():
         good = int((groups.scores == 1).sum())
         report.notes.append(
@@ -244,4 +244,4 @@ def _tell(groups: PreferenceGroups, report: DataReport) -> None:
         )
     else:
         better, worse = lengths[best].mean(), lengths[~best].mean()
-        report.notes.append(f"{told}, best completion {better:.0f}, the others {worse:.0f}")
+        report.notes.append(f"{told}, best completion {better:.0f}, others {worse:.0f}")

@@ -1,1 +1,1 @@
-"""The maths of PPO as pure functions of tensors and numbers; it needs torch alone."""
+"""The maths of PPO as pure functions of tensors and numbers; needs only torch."""

@@ -1,4 +1,4 @@
-"""Rewards of single tokens, and how much better each token was than its value foretold."""
+"""Per-token rewards with KL penalty, and generalized advantage estimation (GAE)."""
 
 import torch
 import torch.nn.functional as F
@@ -7,19 +7,19 @@ from torch import Tensor
 
 @torch.no_grad()
 def token_rewards(kl: Tensor, scores: Tensor, lengths: Tensor, *, coefficient: float) -> Tensor:
-    """Return each token's reward: -beta kl_t, and at an episode's last token its score besides.
+    """Return the per-token rewards: the KL penalty -beta kl_t, plus the score at the last token.
 
-    Summed over an episode this is R(x, y) = r(x, y) - beta sum_t kl_t, the reward of Ziegler et al. (arXiv
+    Summed over a completion this is R(x, y) = r(x, y) - beta sum_t kl_t, the reward of Ziegler et al. (arXiv
     1909.08593, equation 2) and of InstructGPT (arXiv 2203.02155, equation 2).
 
     Args:
-        kl: (episodes, tokens), one of ``kl_terms``; what stands behind an episode's end is not read.
-        scores: (episodes,).
-        lengths: (episodes,), tokens of each episode, the end-of-sequence token among them; 1 or more.
+        kl: (C, T), one of ``kl_terms``; entries after the end of a completion are not read.
+        scores: (C,).
+        lengths: (C,), tokens of each completion including EOS; 1 or more.
         coefficient: beta.
 
     Returns:
-        (episodes, tokens), without gradient; exactly 0 behind an episode's end.
+        (C, T), without gradient; exactly 0 after the end of a completion.
 
     >>> kl = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     >>> token_rewards(kl, torch.tensor([10.0, 20.0]), torch.tensor([3, 1]), coefficient=0.5)
@@ -35,23 +35,23 @@ def token_rewards(kl: Tensor, scores: Tensor, lengths: Tensor, *, coefficient: f
 def advantages(
     rewards: Tensor, values: Tensor, mask: Tensor, *, discount: float, trace: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the generalised advantages and the returns that the values are to learn.
+    """Return GAE advantages, and the returns that are the targets of the value model.
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = sum_l (gamma lambda)^l delta_{t+l} (arXiv 1506.02438,
-    equation 16), worked out from the last token back as A_t = delta_t + gamma lambda A_{t+1}. The value
-    after an episode's last token is 0: there the text ends. Returns are A + V.
+    equation 16), computed backwards from the last token as A_t = delta_t + gamma lambda A_{t+1}. The value
+    after the last token is 0, as the state is terminal. Returns are A + V.
 
     Args:
-        rewards: (episodes, tokens), ``token_rewards``.
-        values: (episodes, tokens), of the state before each token.
-        mask: bool (episodes, tokens), true at an episode's tokens, which begin in the first column and leave
-            no gap; nothing else is read.
+        rewards: (C, T), ``token_rewards``.
+        values: (C, T), of the state before each token.
+        mask: (C, T) bool, true at a completion's tokens, which start at position 0 and are contiguous; no
+            other entry is read.
         discount: gamma; 1 in arXiv 2403.17031.
         trace: lambda; 0.95 there.
 
     Returns:
-        Two of (episodes, tokens), without gradient; exactly 0 behind an episode's end. With gamma 1 and
-        lambda 1/2: delta = 0 + 3 - 2 and 4 - 3, so that A = 1 + 1/2 and 1; the second episode: 5 - 7.
+        Two tensors (C, T), without gradient; exactly 0 after the end of a completion. With gamma 1 and
+        lambda 1/2: delta = 0 + 3 - 2 and 4 - 3, so that A = 1 + 1/2 and 1; the second completion: 5 - 7.
 
     >>> rewards, values = torch.tensor([[0.0, 4.0], [5.0, 9.0]]), torch.tensor([[2.0, 3.0], [7.0, 9.0]])
     >>> mask = torch.tensor([[True, True], [True, False]])
@@ -64,6 +64,7 @@ def advantages(
             [5.0000, 0.0000]])
     """
     rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    # V_{t+1}, with 0 after the last token.
     deltas = rewards + discount * F.pad(values[:, 1:], (0, 1)) - values
     found, later = torch.zeros_like(deltas), torch.zeros_like(deltas[:, 0])
     for column in reversed(range(deltas.shape[1])):

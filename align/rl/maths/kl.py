@@ -1,4 +1,4 @@
-"""How far the policy is from its reference, token by token, and what that costs."""
+"""KL to the reference policy per token (k1, k2, k3), and fixed and adaptive KL controllers."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,20 +9,20 @@ from align.preference.losses.metrics import kl_k1, kl_k2, kl_k3
 
 ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 LARGEST_ERROR = 0.2
-"""By how much the adaptive rule lets a KL count as off its target (arXiv 1909.08593, section 2.2)."""
+"""Bound of the relative error in the adaptive KL controller (arXiv 1909.08593, section 2.2)."""
 
 
 def kl_terms(logps: Tensor, reference_logps: Tensor, *, estimator: str) -> Tensor:
-    """Return an estimate of KL(policy || reference) from each sampled token, without gradient.
+    """Return an estimate of KL(policy || reference) per sampled token, without gradient.
 
     With log r = log pi - log ref: k1 = log r, k2 = (log r)^2 / 2, k3 = 1/r - 1 + log r (J. Schulman,
     "Approximating KL divergence", 2020). Over tokens that the policy sampled, the means of k1 and k3 are the
-    divergence; k1's spread is wide and its terms may be negative. A penalty inside the reward is k1 in the
-    papers (arXiv 1909.08593, equation 2): its sum over an episode is log pi(y) - log ref(y).
+    divergence; k1 has a high variance and its terms may be negative. A penalty inside the reward is k1 in the
+    papers (arXiv 1909.08593, equation 2): its sum over a completion is log pi(y) - log ref(y).
 
     Args:
-        logps: (episodes, tokens), or any shape, of the tokens under the policy that sampled them.
-        reference_logps: the same under the reference.
+        logps: (C, T), or any shape, of the tokens under the policy that sampled them.
+        reference_logps: the same under the reference policy.
         estimator: "k1", "k2" or "k3".
 
     Returns:
@@ -37,10 +37,10 @@ def kl_terms(logps: Tensor, reference_logps: Tensor, *, estimator: str) -> Tenso
 
 @dataclass(frozen=True, slots=True)
 class FixedKl:
-    """A coefficient that stays what it is.
+    """Fixed KL coefficient.
 
     Attributes:
-        coefficient: beta, what a nat of divergence costs; 0.05 in arXiv 2403.17031.
+        coefficient: beta, weight of the KL penalty; 0.05 in arXiv 2403.17031.
 
     >>> FixedKl(0.05).after(kl=100.0, episodes=64)
     FixedKl(coefficient=0.05)
@@ -49,21 +49,21 @@ class FixedKl:
     coefficient: float
 
     def after(self, kl: float, episodes: int) -> "FixedKl":
-        """Return the coefficient after a rollout: this one."""
+        """Return the controller after a rollout: unchanged."""
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveKl:
-    """A coefficient that grows while the divergence is above its target and falls while it is below.
+    """Adaptive KL controller: the coefficient rises while the KL is above its target, and falls while below.
 
     e = clip((KL - target) / target, -0.2, 0.2), beta' = beta (1 + e n / horizon) (arXiv 1909.08593, section
-    2.2, whose K_beta is n / horizon; n counts episodes and the horizon is 10,000 in its code).
+    2.2, whose K_beta is n / horizon; n counts completions and the horizon is 10,000 in its code).
 
     Attributes:
-        coefficient: beta, what a nat of divergence costs.
-        target: nats, of a whole episode on the mean.
-        horizon: episodes; larger is slower, and a rollout has fewer than five times as many.
+        coefficient: beta, weight of the KL penalty.
+        target: mean KL in nats per completion.
+        horizon: in completions; larger is slower, and a rollout has fewer than five times as many.
 
     Half above the target counts as 0.2; 0.5 (1 + 0.2 1000 / 800):
 
@@ -76,8 +76,8 @@ class AdaptiveKl:
     horizon: float
 
     def after(self, kl: float, episodes: int) -> "AdaptiveKl":
-        """Return the controller after a rollout: its episodes, and their mean divergence in nats."""
-        assert math.isfinite(kl), f"a divergence of {kl}"
+        """Return the controller after a rollout of ``episodes`` completions with this mean KL in nats."""
+        assert math.isfinite(kl), f"KL is {kl}"
         assert LARGEST_ERROR * episodes < self.horizon, "the coefficient would fall below 0"
         error = (kl - self.target) / self.target
         held = min(max(error, -LARGEST_ERROR), LARGEST_ERROR)

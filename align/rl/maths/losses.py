@@ -1,6 +1,6 @@
-"""What PPO minimises, token by token, and what tells how it goes.
+"""PPO losses per token (clipped policy loss, clipped value loss, entropy), and explained variance.
 
-What stands where the mask is false is never read: it may be NaN, and its gradient is exactly 0.
+Masked-out entries are never read: they may be NaN, and their gradient is exactly 0.
 """
 
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from finetune.training.loss import MAX_ELEMENTS
 
 
 class PolicyLoss(NamedTuple):
-    """The policy's loss of each token.
+    """Policy loss per token.
 
     Attributes:
-        losses: (episodes, tokens), with gradient; exactly 0 where the mask is false.
-        ratios: (episodes, tokens), pi / pi_old, without gradient; 1 where the mask is false.
-        clipped: bool (episodes, tokens), where the clipped term is the one that counts: no gradient there.
+        losses: (C, T), with gradient; exactly 0 outside the mask.
+        ratios: (C, T), pi / pi_old, without gradient; 1 outside the mask.
+        clipped: (C, T) bool, where the clipped term is the larger one: no gradient there.
     """
 
     losses: Tensor
@@ -28,11 +28,11 @@ class PolicyLoss(NamedTuple):
 
 
 class ValueLoss(NamedTuple):
-    """The value's loss of each token.
+    """Value loss per token.
 
     Attributes:
-        losses: (episodes, tokens), with gradient; exactly 0 where the mask is false.
-        clipped: bool (episodes, tokens), where the clipped term is the one that counts: no gradient there.
+        losses: (C, T), with gradient; exactly 0 outside the mask.
+        clipped: (C, T) bool, where the clipped term is the larger one: no gradient there.
     """
 
     losses: Tensor
@@ -42,20 +42,20 @@ class ValueLoss(NamedTuple):
 def policy_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, clip: float
 ) -> PolicyLoss:
-    """Return max(-A r, -A clip(r, 1 - c, 1 + c)) of each token, with r = pi / pi_old.
+    """Return the PPO clip loss max(-A r, -A clip(r, 1 - c, 1 + c)) per token, with r = pi / pi_old.
 
-    The clipped surrogate objective with its sign turned (arXiv 1707.06347, equation 7). At r = 1 its
+    This is the negative clipped surrogate objective (arXiv 1707.06347, equation 7). At r = 1 its
     gradient is -A grad log pi. Where a step has already gone as far as the clip allows in the advantage's
     direction the gradient is 0; a step in the wrong direction is never clipped.
 
     Args:
-        logps: (episodes, tokens), of the sampled tokens under the policy that learns.
+        logps: (C, T), of the sampled tokens under the current policy.
         old_logps: the same under the policy that sampled them.
-        advantages: (episodes, tokens).
-        mask: bool (episodes, tokens), true at the episodes' tokens.
+        advantages: (C, T).
+        mask: (C, T) bool, true at the completions' tokens.
         clip: c; 0.2 in the paper and in arXiv 2403.17031.
 
-    Ratios 2, 2, 1/2: a better token gains up to 1.2 and no more, a worse one is paid in full.
+    Ratios 2, 2, 1/2: a positive advantage gains at most 1.2, a negative one is not clipped at 2.
 
     >>> logps = torch.tensor([[2.0, 2.0, 0.5]]).log()
     >>> gains = torch.tensor([[1.0, -1.0, -1.0]])
@@ -65,6 +65,7 @@ def policy_loss(
     >>> loss.clipped
     tensor([[ True, False,  True]])
     """
+    # The inputs are masked too: NaN outside the mask would reach the gradients as NaN * 0.
     advantages = advantages.masked_fill(~mask, 0.0)
     ratios = (logps - old_logps).masked_fill(~mask, 0.0).exp()
     losses = -advantages * ratios
@@ -76,17 +77,17 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None
 ) -> ValueLoss:
-    """Return 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) of each token.
+    """Return 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) per token.
 
     The clipped loss of OpenAI's PPO ("The N implementation details of RLHF with PPO"; arXiv 2005.12729
     writes it out among PPO's code-level optimizations, and arXiv 2403.17031 uses it).
 
     Args:
-        values: (episodes, tokens), of the model that learns.
-        old_values: the same when the episodes were sampled.
-        returns: (episodes, tokens), what they are to learn.
-        mask: bool (episodes, tokens), true at the episodes' tokens.
-        clip: c, 0.2 in the last; None: squared errors, not clipped.
+        values: (C, T), of the current value model.
+        old_values: the same at sampling time.
+        returns: (C, T), the regression targets.
+        mask: (C, T) bool, true at the completions' tokens.
+        clip: c, 0.2 in the last paper; None: squared errors without clipping.
 
     Values 3 and 1 before and after, return 0: 1/2 (3 - 0.2)^2 is more than 1/2.
 
@@ -106,17 +107,16 @@ def value_loss(
 
 
 def entropy(logits: Tensor, *, max_elements: int = MAX_ELEMENTS) -> Tensor:
-    """Return H_n = -sum_v p_nv log p_nv of p_n = softmax(logits_n), in nats and float32, with gradient.
+    """Return the entropy H_n = -sum_v p_nv log p_nv of p_n = softmax(logits_n), in nats, with gradient.
 
-    Over a large vocabulary this is done chunk by chunk and again in the backward pass, so that one chunk's
-    float32 copies are alive at a time and not all of them. Logits may be -inf: such a token counts 0.
+    Logits may be -inf: such a token counts 0.
 
     Args:
-        logits: (positions, vocabulary), any floating type, already divided by the temperature.
-        max_elements: logits per chunk at most.
+        logits: (N, V), any floating type, already divided by the temperature.
+        max_elements: maximum number of logits per chunk.
 
     Returns:
-        (positions,). Of a fair coin ln 2, of a certain outcome 0:
+        (N,) float32. Of a fair coin ln 2, of a certain outcome 0:
 
     >>> entropy(torch.tensor([[3.0, 3.0], [0.0, -float("inf")]]))
     tensor([0.6931, 0.0000])
@@ -124,26 +124,28 @@ def entropy(logits: Tensor, *, max_elements: int = MAX_ELEMENTS) -> Tensor:
     rows = max(1, max_elements // logits.shape[-1])
     if len(logits) <= rows:
         return _entropy(logits)
+    # Recomputed in the backward pass: the float32 copies of one chunk are alive at a time, not all (N, V).
     return torch.cat([checkpoint(_entropy, part, use_reentrant=False) for part in torch.split(logits, rows)])
 
 
 def _entropy(logits: Tensor) -> Tensor:
     logps = logits.float().log_softmax(-1)
     shares = logps.exp()
+    # p log p is 0 at p = 0, where 0 * -inf would be NaN.
     return (shares * -logps.masked_fill(shares == 0, 0.0)).sum(-1)
 
 
 @torch.no_grad()
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Return 1 - Var(R - V) / Var(R): 1 where values foretell the returns, 0 where a constant does as well.
+    """Return the explained variance 1 - Var(R - V) / Var(R): 1 is perfect, 0 is as good as a constant.
 
-    Below 0 the values do harm. Returns that are all equal leave nothing to explain: NaN, or -inf where the
-    values differ from each other. J. Schulman's measure of PPO's value function.
+    Below 0 the values are worse than a constant. If all returns are equal it is NaN, or -inf if the values
+    differ. J. Schulman's diagnostic of PPO's value function.
 
     Args:
-        values: (episodes, tokens), when the episodes were sampled.
-        returns: (episodes, tokens).
-        mask: bool (episodes, tokens), true at the episodes' tokens.
+        values: (C, T), at sampling time.
+        returns: (C, T).
+        mask: (C, T) bool, true at the completions' tokens.
 
     Returns:
         A scalar. Returns 0 and 4 (variance 8), errors 1 and 3 (variance 2):

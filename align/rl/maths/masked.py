@@ -1,21 +1,21 @@
-"""Means, variances and whitening over the entries that count.
+"""Masked mean, variance and whitening.
 
-What stands in an entry that does not count is never read: it may be NaN, and its gradient is exactly 0.
+Masked-out entries are never read: they may be NaN, and their gradient is exactly 0.
 """
 
 import torch
 from torch import Tensor
 
 SMALLEST_VARIANCE = 1e-8
-"""Added under whitening's root, as in the published code (arXiv 2403.17031, detail 24)."""
+"""Added to the variance in whitening, as in the published code (arXiv 2403.17031, detail 24)."""
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of the entries that count, NaN where none does.
+    """Return the mean over the mask, NaN if it is empty.
 
     Args:
-        values: (episodes, tokens), or any shape.
-        mask: bool of the same shape, true where an entry counts.
+        values: (C, T), or any shape.
+        mask: bool of the same shape.
 
     Returns:
         A scalar.
@@ -27,13 +27,13 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = True) -> Tensor:
-    """Return the variance of the entries that count: the squares' sum over n - 1, or over n.
+    """Return the variance over the mask: the sum of squares over n - 1, or over n.
 
-    One entry alone has the variance 0, with either divisor; none has NaN.
+    A single entry has variance 0 with either divisor; an empty mask gives NaN.
 
     Args:
-        values: (episodes, tokens), or any shape.
-        mask: bool of the same shape, true where an entry counts.
+        values: (C, T), or any shape.
+        mask: bool of the same shape.
         unbiased: divide by n - 1 (Bessel).
 
     Returns:
@@ -51,19 +51,19 @@ def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = True) -> Tensor
 
 
 def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool) -> Tensor:
-    """Return (x - mean) / sqrt(var + 1e-8), plus the mean unless it is shifted away.
+    """Return (x - mean) / sqrt(var + 1e-8), plus the mean if ``shift_mean`` is false.
 
-    Rewards are whitened with their mean kept, advantages with their mean at 0 (arXiv 2403.17031, details 24
+    Rewards are whitened with their mean retained, advantages with mean 0 (arXiv 2403.17031, details 24
     and 25; "The N implementation details of RLHF with PPO", reward and advantage whitening). The variance is
     the unbiased one, as in the code of the former.
 
     Args:
-        values: (episodes, tokens), or any shape.
-        mask: bool of the same shape, true where an entry counts.
-        shift_mean: whether the mean becomes 0; otherwise it stays what it was.
+        values: (C, T), or any shape.
+        mask: bool of the same shape.
+        shift_mean: whether the mean becomes 0; otherwise it is retained.
 
     Returns:
-        The shape of ``values``; exactly 0 where an entry does not count. Of 2, 4, 6 (mean 4, variance 4):
+        The shape of ``values``; exactly 0 outside the mask. Of 2, 4, 6 (mean 4, variance 4):
 
     >>> values, mask = torch.tensor([[2.0, 4.0], [6.0, 9.0]]), torch.tensor([[True, True], [True, False]])
     >>> whiten(values, mask, shift_mean=True)

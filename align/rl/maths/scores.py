@@ -1,6 +1,6 @@
-"""What is done to an episode's score before it becomes a reward.
+"""Reward shaping per completion: EOS trick, clipping, normalization by running statistics.
 
-Every function takes and returns (episodes,) tensors and changes none in place.
+Every function takes and returns (C,) tensors and changes none in place.
 """
 
 import math
@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 def missing_end(scores: Tensor, stopped: Tensor, *, value: float | None) -> Tensor:
-    """Return the scores with those of episodes that never ended replaced.
+    """Return the scores with those of completions without EOS replaced.
 
-    A reward model has learnt scores of replies that end, so it says nothing about one that does not: the "EOS
+    A reward model is trained on complete replies, so its score of an unfinished one means nothing: the "EOS
     trick" of arXiv 2403.17031, detail 23, whose value is -1. TRL's `missing_eos_penalty` is another rule: it
     subtracts from whatever the score is.
 
     Args:
-        scores: (episodes,).
-        stopped: bool (episodes,), whether the episode ended with the end-of-sequence token.
-        value: the score of an episode that did not; None leaves the scores as they are.
+        scores: (C,).
+        stopped: (C,) bool, whether the completion ended with EOS.
+        value: the score of completions that did not; None leaves the scores unchanged.
 
     >>> from torch import tensor
     >>> missing_end(tensor([3.0, 5.0]), tensor([True, False]), value=-1.0)
@@ -29,7 +29,7 @@ def missing_end(scores: Tensor, stopped: Tensor, *, value: float | None) -> Tens
 
 
 def clip_scores(scores: Tensor, *, limit: float) -> Tensor:
-    """Return the scores, held within -limit and limit (part of arXiv 2307.04964's score reparameterization).
+    """Return the scores clipped to [-limit, limit] (part of arXiv 2307.04964's score reparameterization).
 
     >>> from torch import tensor
     >>> clip_scores(tensor([-9.0, 2.0]), limit=5.0)
@@ -40,15 +40,14 @@ def clip_scores(scores: Tensor, *, limit: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """Mean and spread of all the scores that were seen.
+    """Running mean and standard deviation of all scores so far (Welford), in double precision.
 
-    In double precision whatever the scores are; `dataclasses.asdict` gives three numbers that JSON writes and
-    reads back exactly, and ``Running(**numbers)`` is the same again.
+    `dataclasses.asdict` gives three numbers that survive JSON exactly, for checkpoints.
 
     Attributes:
-        count: scores seen.
-        mean: theirs; 0 before the first.
-        m2: the sum of the squares of their distances from it.
+        count: number of scores.
+        mean: their mean; 0 before the first.
+        m2: sum of squared deviations from the mean.
 
     Scores 1, 3, then 8: mean 4, squares 9 + 1 + 16.
 
@@ -62,7 +61,7 @@ class Running:
     m2: float = 0.0
 
     def updated(self, scores: Tensor) -> "Running":
-        """Return the statistics with these scores besides: (episodes,), one or more.
+        """Return the statistics updated with scores (C,), one or more.
 
         Chan, Golub and LeVeque (1979), the pairwise form of Welford's update: with d = mean_b - mean_a,
         mean = mean_a + d n_b / n and m2 = m2_a + m2_b + d^2 n_a n_b / n.
@@ -76,17 +75,17 @@ class Running:
 
     @property
     def deviation(self) -> float:
-        """Return sqrt(m2 / (n - 1)), or 1 while no two scores differ and there is no spread."""
+        """Return the standard deviation sqrt(m2 / (n - 1)), or 1 while all scores are equal."""
         return math.sqrt(self.m2 / (self.count - 1)) if self.m2 > 0 else 1.0
 
     def normalise(self, scores: Tensor, shift_mean: bool) -> Tensor:
-        """Return (x - mean) / deviation, or x / deviation where the mean is not to be shifted away.
+        """Return (x - mean) / std, or x / std if ``shift_mean`` is false.
 
-        Unlike ``whiten``, which puts the mean back, the latter scales it too: over a run the reward's size
-        is what the KL coefficient is set against.
+        Unlike ``whiten``, which adds the mean back, the latter scales the mean too: the KL coefficient is
+        relative to the size of the reward over the run.
 
         Args:
-            scores: (episodes,).
+            scores: (C,).
             shift_mean: whether the mean becomes 0.
 
         >>> from torch import tensor

@@ -1,1 +1,1 @@
-"""What is maximised: finished reward models and programs, weighted and put together."""
+"""Rewards: finished reward models and Python functions, weighted and combined."""

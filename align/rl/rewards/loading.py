@@ -1,4 +1,4 @@
-"""The rewards that a recipe names, loaded: reward models on the policy's base, programs from their files."""
+"""Load a recipe's rewards: reward models on the policy's base, Python functions from their files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +19,16 @@ from finetune.training.save import sha256
 def load_rewards(
     settings: RewardsSettings, *, base: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
 ) -> Rewards:
-    """Load reward models and programs.
+    """Load reward models and reward functions.
 
     Args:
-        settings: the recipe's section.
-        base: the policy's base in memory, without an adapter: reward models share its weights, but for those
-            that tuned a whole model; None: each loads its own.
-        tokenizer: the policy's, which counts the tokens of replies.
+        settings: the recipe's rewards section.
+        base: the policy's base model without an adapter: reward models share its weights, except fully
+            fine-tuned ones; None: each loads its own base.
+        tokenizer: the policy's tokenizer, for the length penalty.
 
     Raises:
-        UserError: a run is not there, of another stage, or damaged; a program's file is gone.
+        UserError: a run is missing, of another stage, or damaged; a function's file is missing.
     """
     runs = reward_runs(settings)
     order = list(dict.fromkeys(runs.values()))
@@ -56,7 +56,7 @@ def load_rewards(
 
 
 def reward_runs(settings: RewardsSettings) -> dict[int, Path]:
-    """Return the folders of the reward runs, by the numbers of the sources that name them.
+    """Return the folder of each reward run, by the index of its source.
 
     Raises:
         UserError: there is no such run.
@@ -69,7 +69,7 @@ def reward_runs(settings: RewardsSettings) -> dict[int, Path]:
 
 
 def rewards_record(settings: RewardsSettings) -> list[dict[str, Any]]:
-    """Return what run.json says of the rewards: each with its weight, and its run or its program."""
+    """Return the rewards for run.json: name, weight, and reward run or function."""
     runs = reward_runs(settings)
     found: list[dict[str, Any]] = []
     for index, source in enumerate(settings.sources):
@@ -85,30 +85,30 @@ def rewards_record(settings: RewardsSettings) -> list[dict[str, Any]]:
 
 
 def _refuse_damaged(run: Path) -> None:
-    """Raise UserError if the weights of a run are not those that it wrote."""
+    """Raise UserError if a run's weight files do not match their checksums."""
     record = finished_record(run)
     for name, checksum in record["files"].items():
         if sha256(run / name) != checksum:
-            found = f"{name} does not have the checksum it was written with"
-            repair = f"`{record['command']} --force` makes the run anew"
-            raise UserError(Problem(f"reward run {run}", found, "the weights that the run saved", repair))
+            found = f"checksum mismatch: {name}"
+            repair = f"repeat the run: `{record['command']} --force`"
+            raise UserError(Problem(f"reward run {run}", found, "the weights as the run saved them", repair))
 
 
 def _stored_otherwise(run: Path, base: PreTrainedModel) -> Iterator[str]:
-    """Yield a note where a reward model was trained on a base that was stored in another way."""
+    """Yield a note if a reward model was trained with another precision or quantization of the base."""
     if (run / "model").is_dir():
         return
     load = finished_record(run)["load"]
     theirs, own = (load["precision"], load["quantization"]), _stored(base)
     if theirs != own:
         yield (
-            f"{run} learnt on a base in {_shown(*theirs)}, and scores on the policy's in {_shown(*own)}: its "
-            "scores differ a little from those that `llm-align score` gives"
+            f"{run} was trained on a base in {_shown(*theirs)}, the policy's is in {_shown(*own)}: scores "
+            "differ slightly from those of `llm-align score`"
         )
 
 
 def _stored(base: PreTrainedModel) -> tuple[str, str]:
-    """Return the precision of a base's passes and how its weights are stored, in the recipe's words."""
+    """Return a base's precision and quantization, as the recipe writes them."""
     kinds = {"is_loaded_in_4bit": "nf4", "is_loaded_in_8bit": "int8"}
     stored = next((name for flag, name in kinds.items() if vars(base).get(flag)), "none")
     return str(base.dtype).removeprefix("torch."), stored

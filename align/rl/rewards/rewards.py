@@ -1,4 +1,4 @@
-"""What replies are worth: scores of reward models and programs, side by side and combined."""
+"""Score completions with reward models and reward functions, and combine the scores."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ from finetune.training.stops import NotFiniteError
 
 Talks = Sequence[Sequence[Message]]
 TRIED = 8
-"""Prompts on which the rewards are tried before anything is drawn."""
-ANSWERED = "the right reply beside each prompt, as in rows of question and answer"
+"""Number of prompts of the reward check before sampling starts."""
+ANSWERED = "a reference answer in each row, as in question/answer data"
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What replies are worth: ``total`` (N,) is maximised, ``parts`` holds each reward by itself, (N,)."""
+    """Scores of C completions: ``total`` (C,) is maximized, ``parts`` has each reward by name, (C,)."""
 
     total: Numbers
     parts: dict[str, Numbers]
@@ -34,9 +34,9 @@ class Judged:
 
 @dataclass(frozen=True)
 class Learnt:
-    """A score of a reward model: the model's number among those loaded, and the score's name.
+    """A reward from a reward model: index of the loaded model, and name of the score (a head, a rule, total).
 
-    A head's score has mean 0 and deviation 1 over chosen completions of its training rows.
+    A head's score has mean 0 and standard deviation 1 over the chosen completions of its training rows.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Learnt:
 
 @dataclass(frozen=True)
 class AnswerRule:
-    """A reward that is a program which is told the row's own reply, and how many times it counts."""
+    """A reward function that also takes the row's reference answer."""
 
     name: str
     weight: float
@@ -60,10 +60,10 @@ class AnswerRule:
         places: Sequence[str],
         expected: Sequence[str | None],
     ) -> list[float]:
-        """Return what the program says of each reply.
+        """Return the score of each completion.
 
         Raises:
-            UserError: a row has no reply of its own, or the program raised something or gave no number.
+            UserError: a row has no reference answer, or the function raised or did not return a number.
         """
         rows = zip(prompts, replies, places, expected, strict=True)
         return [self._score(*row) for row in rows]
@@ -71,7 +71,7 @@ class AnswerRule:
     def _score(self, prompt: str, reply: str, place: str, right: str | None) -> float:
         where, function = f"reward '{self.name}' on {place}", self.function
         if right is None:
-            raise UserError(Problem(where, "the row has no reply of its own", ANSWERED))
+            raise UserError(Problem(where, "the row has no reference answer", ANSWERED))
         return number_from(lambda asked, said: function(asked, said, right), prompt, reply, where=where)
 
 
@@ -80,12 +80,12 @@ class Rewards:
     """All rewards of a recipe.
 
     Attributes:
-        settings: how they are combined.
+        settings: how to combine them.
         sources: the rewards, in the recipe's order.
-        models: reward models; several sources may be scores of one.
-        risky: tells whether a prompt may lead to unsafe replies, if the recipe asks for it.
-        tokenizer: counts the tokens of replies.
-        notes: what the user should know.
+        models: loaded reward models; several sources may be scores of the same model.
+        risky: user function, whether a prompt may elicit unsafe replies; None if the recipe has none.
+        tokenizer: counts tokens for the length penalty.
+        notes: messages for the log.
     """
 
     settings: RewardsSettings
@@ -97,33 +97,33 @@ class Rewards:
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the parts."""
+        """Return the names of the rewards, including the length penalty."""
         own = [source.name for source in self.sources]
         return [*own, LENGTH] if self.settings.length_penalty else own
 
     def refuse_unanswered(self, expected: Sequence[str | None], places: Sequence[str]) -> None:
-        """Raise UserError if a program needs replies of the rows' own, and some have none."""
+        """Raise UserError if a reward function needs reference answers that some rows lack."""
         rules = [source.name for source in self.sources if isinstance(source, AnswerRule)]
         without = [place for place, right in zip(places, expected, strict=True) if right is None]
         if rules and without:
-            found = f"{len(without)} of {len(places)} rows have no reply of their own (first: {without[0]})"
+            found = f"{len(without)} of {len(places)} rows have no reference answer (first: {without[0]})"
             raise UserError(Problem(f"reward '{rules[0]}'", found, ANSWERED))
 
     def judge(
         self, talks: Talks, places: Sequence[str], *, expected: Sequence[str | None] | None = None
     ) -> Judged:
-        """Return what the last replies of conversations are worth; an empty reply is one that ends at once.
+        """Score the last reply of each conversation; an empty reply is scored as an immediate EOS.
 
-        Neighbours with the same prompt are read together.
+        Reward models encode the prompt once for consecutive conversations with the same prompt.
 
         Args:
             talks: conversations that end with the assistant's reply.
-            places: what each one is called in a message.
-            expected: the rows' own replies, for programs that ask for them.
+            places: location of each one, for messages.
+            expected: reference answers, for functions that take them.
 
         Raises:
-            UserError: a program failed on a reply, or a template cannot write a conversation.
-            NotFiniteError: a reward model gave NaN or infinity.
+            UserError: a reward function failed, or the template rejects a conversation.
+            NotFiniteError: a reward model returned NaN or infinity.
         """
         if not talks:
             return Judged(np.zeros(0), {name: np.zeros(0) for name in self.names})
@@ -148,23 +148,23 @@ class Rewards:
     def tick(
         self, prompts: Talks, places: Sequence[str], *, expected: Sequence[str | None] | None = None
     ) -> Tick:
-        """Judge an empty reply to some of the prompts, before anything is drawn: a policy may say nothing.
+        """Check the rewards on empty replies to some prompts: a policy may sample EOS at once.
 
         Args:
-            prompts: conversations that end with the user's turn.
-            places: what each one is called in a message.
-            expected: the rows' own replies, for programs that ask for them.
+            prompts: conversations that end with a user turn.
+            places: location of each one, for messages.
+            expected: reference answers, for functions that take them.
 
         Raises:
-            UserError: a program fails on one of them, or a template cannot write it.
-            NotFiniteError: a reward model gives NaN or infinity.
+            UserError: a reward function fails, or the template rejects a conversation.
+            NotFiniteError: a reward model returns NaN or infinity.
         """
         some = spread(len(prompts), TRIED)
         talks = [[*prompts[index], Message("assistant", "")] for index in some]
         known = None if expected is None else [expected[index] for index in some]
         worth = self.judge(talks, [places[index] for index in some], expected=known).total
         named = ", ".join(source.name for source in self.sources)
-        said = f"empty replies to {len(some)} prompts are worth {worth.min():.3g} to {worth.max():.3g}"
+        said = f"empty replies to {len(some)} prompts score {worth.min():.3g} to {worth.max():.3g}"
         return Tick("rewards", f"{named}: {said}")
 
     def _combined(self, parts: Mapping[str, Numbers], prompts: Sequence[str]) -> Numbers:
@@ -187,14 +187,14 @@ class Rewards:
 
 
 def _scores(model: RewardModel, talks: Talks, places: Sequence[str]) -> dict[str, Numbers]:
-    """Return all scores of a reward model; those of heads are normalised, as their sum is."""
+    """Return all scores of a reward model; scores of heads and their total are normalized."""
     raw = model.score_talks(talks, places)
     found = {**raw, **model.normalised(raw), TOTAL: raw[TOTAL]}
     return {name: np.asarray(values, dtype=np.float64) for name, values in found.items()}
 
 
 def _refuse_no_number(parts: Mapping[str, Numbers], places: Sequence[str]) -> None:
-    """Raise NotFiniteError for the first reward that is no number; programs' were looked at before."""
+    """Raise NotFiniteError for the first reward that is NaN or infinite."""
     for name, values in parts.items():
         wrong = np.flatnonzero(~np.isfinite(values))
         if wrong.size:

@@ -1,4 +1,4 @@
-"""What is known of a reward run, made or still to be made, before anything of it is loaded."""
+"""Metadata of a reward run, finished or planned, without loading its model."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,14 +19,14 @@ from finetune.recipe.start import is_recipe, refuse_lost_files
 
 STAGE = "reward"
 LONE_HEAD = "reward"
-"""What a reward is called that has no better name, as the head of a reward recipe is."""
+"""Default name of a reward, and of a reward recipe's only head."""
 ALL_TOGETHER = "total"
 _PENDING: ContextVar[Mapping[str, Recipe] | None] = ContextVar("pending", default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """A reward run: its base, whether it tuned all of its weights, its template, the names of its scores."""
+    """A reward run: base model, whether it is fully fine-tuned, template, names of its scores."""
 
     model: ModelSettings
     whole: bool
@@ -36,7 +36,7 @@ class Scorer:
 
 @contextmanager
 def pending(recipes: Mapping[str, Recipe]) -> Iterator[None]:
-    """Let names stand for the runs that recipes of stage reward will make, while the block lasts."""
+    """Resolve names to reward recipes that have not run yet, within the block (for pipelines)."""
     before = _PENDING.set(recipes)
     try:
         yield
@@ -45,15 +45,15 @@ def pending(recipes: Mapping[str, Recipe]) -> Iterator[None]:
 
 
 def scorer_of(text: str, *, where: str) -> Scorer:
-    """Return what is known of a reward run, given as ``reward.sources`` does.
+    """Return the metadata of a reward run, named as in ``reward.sources``.
 
     Args:
-        text: a run's folder, name or its beginning; or ``reward/recipe``.
-        where: the recipe's key, for the message.
+        text: a run's folder, its name or a prefix of it; or ``reward/recipe``.
+        where: the recipe key, for the error message.
 
     Raises:
-        UserError: there is no such run, it is not finished, of another stage, or has lost its files; or the
-            recipe has mistakes, or leads back to itself.
+        UserError: there is no such run, it is not finished, of another stage, or its files are missing; or
+            the recipe is invalid or depends on itself.
     """
     if text in (waiting := _PENDING.get() or {}):
         return _of_settings(waiting[text].settings)
@@ -61,7 +61,7 @@ def scorer_of(text: str, *, where: str) -> Scorer:
 
 
 def same_base(one: ModelSettings, other: ModelSettings) -> bool:
-    """Tell whether two model sections mean the same weights."""
+    """Return whether two model sections refer to the same base weights."""
     if (one.revision, one.rope) != (other.revision, other.rope):
         return False
     try:
@@ -86,8 +86,8 @@ def _of_recipe(text: str, where: str) -> Scorer:
     if stage != STAGE:
         raise UserError(_other_stage(where, f"'{text}' is a recipe", stage))
     if way := _circle(text, ()):
-        found = f"a circle: {' -> '.join(way)}"
-        raise UserError(Problem(where, found, "a reward that can be made before this run"))
+        found = f"circular dependency: {' -> '.join(way)}"
+        raise UserError(Problem(where, found, "a reward run that does not depend on this one"))
     return _of_settings(load(stage, name).settings)
 
 
@@ -99,12 +99,12 @@ def _of_settings(settings: StageSettings) -> Scorer:
 
 
 def _other_stage(where: str, found: str, stage: str) -> Problem:
-    told = f"{found} of stage {stage}, whose model gives no scores"
+    told = f"{found} of stage {stage}, which is no reward model"
     return Problem(where, told, "a run of stage reward, or reward/recipe", ALL_RUNS)
 
 
 def _circle(text: str, above: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the recipes that lead from one of them back to it; none where every way ends."""
+    """Return a cycle of recipes that start from or are rewarded by each other, or an empty tuple."""
     if text in above:
         return (*above[above.index(text) :], text)
     found = (_circle(other, (*above, text)) for other in _needed(text))
@@ -112,7 +112,7 @@ def _circle(text: str, above: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _needed(text: str) -> Iterator[str]:
-    """Yield the recipes whose runs a recipe's file needs first; mistakes in it are told when it is loaded."""
+    """Yield the recipes that a recipe's file depends on; other mistakes are reported when it is loaded."""
     stage, _, name = text.partition("/")
     content = yaml_file.read(find_recipe(stage, name))[0]
     model, reward = content.get("model"), content.get("reward")

@@ -1,4 +1,4 @@
-"""What an RL stage maximises: reward runs and programs, how many times each counts, and how they combine."""
+"""Recipe section of the rewards in RL stages: reward runs and functions, weights, combination."""
 
 import hashlib
 import json
@@ -20,44 +20,42 @@ from finetune.recipe.start import is_recipe
 
 LENGTH, TOTAL = "length_penalty", "total"
 EXPECTED = "expected"
-"""The third parameter of a program that is told the row's own reply."""
+"""Name of the optional third parameter of a reward function: the row's reference answer."""
 HELPFULNESS, SAFETY = "helpfulness", "safety"
-"""The names of the two sources that ``llama2`` combines."""
+"""Names of the two sources that ``combine: llama2`` requires."""
 
 
 class RewardSource(Section):
-    """One reward: a finished reward run, or a program."""
+    """One reward: a finished reward run, or a Python function."""
 
     PLACES: ClassVar[tuple[str, ...]] = ("run",)
 
     run: Text | None = Field(
         None,
-        description="finished run of stage reward: its folder, its name below ./runs or the beginning of it; "
-        "or reward/recipe (reward/quickstart), which runs first if need be",
+        description="finished run of stage reward: its folder, or its name (or a prefix) in ./runs; "
+        "or reward/RECIPE, which is run first if it has no finished run",
     )
     score: Text | None = Field(
-        None, description="which of the run's scores: a head's name, a rule's; null: all together (total)"
+        None, description="which score of the run: name of a head or a rule; null: their total"
     )
     function: Text | None = Field(
         None,
-        description="path/to/file.py:function; (prompt, completion) -> a number or a truth; with a third "
-        "parameter `expected` it is told the row's own reply",
+        description="path/to/file.py:function; (prompt, completion) -> number or bool; a third "
+        "parameter `expected` receives the row's reference answer",
     )
-    name: Text | None = Field(
-        None, description="what it is called in metrics; null: the score's name, or the function's"
-    )
-    weight: float = Field(1.0, description="it counts this many times; 0: it is watched alone")
+    name: Text | None = Field(None, description="name in metrics; null: name of the score or function")
+    weight: float = Field(1.0, description="weight in the sum; 0: logged only")
 
     @property
     def called(self) -> str:
-        """Return what it is called in metrics and messages."""
+        """Return the name in metrics and messages."""
         if self.function is not None:
             return self.name or self.function.rpartition(":")[2]
         return self.name or self.score or LONE_HEAD
 
 
 def _sources(value: Any) -> Any:
-    """Return sources as a list of mappings; a name stands for a run, ``file.py:function`` for a program."""
+    """Return sources as a list of mappings; a string is a run, or a function if it contains ``.py:``."""
     parts = value if isinstance(value, list) else [value]
     return [
         {"function" if ".py:" in part else "run": part} if isinstance(part, str) else part for part in parts
@@ -71,36 +69,36 @@ Sources = Annotated[
 
 
 class RewardsSettings(Section):
-    """What replies are worth."""
+    """The rewards to maximize."""
 
     sources: Sources = Field(
         [],
-        description="what replies are worth: a reward run, file.py:function, or a list of these; each may be "
+        description="rewards: a reward run, file.py:function, or a list of these; each may be "
         "{run: R, score: S, name: N, weight: W} or {function: F, ...}",
     )
     # Llama 2 (arXiv 2307.09288), section 3.2.3; weighted sums as in Sparrow (arXiv 2209.14375), section 2.6.
     combine: Literal["sum", "llama2"] = Field(
         "sum",
-        description="weighted sum; or llama2: safety where the prompt or the reply is risky, else help",
+        description="weighted sum; or llama2: safety if the prompt or the reply is unsafe, else helpfulness",
     )
     risky: Text | None = Field(
-        None, description="for llama2: file.py:function; (prompt) -> does it ask for something unsafe?"
+        None, description="for llama2: file.py:function; (prompt) -> bool, whether the prompt is unsafe"
     )
     # Llama 2 (arXiv 2307.09288), section 3.2.3: 0.15, on the sigmoid of the safety model's score.
     risky_below: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.15, description="for llama2: a reply is risky where the sigmoid of its safety score is below this"
+        0.15, description="for llama2: a reply is unsafe if the sigmoid of its safety score is below this"
     )
     length_penalty: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="taken off for each token of a reply beyond length_free"
+        0.0, description="penalty per token of a reply beyond length_free"
     )
-    length_free: Count = Field(0, description="tokens of a reply that cost nothing")
+    length_free: Count = Field(0, description="tokens of a reply without length penalty")
 
     def problems(self, stage: StageSettings, valid: Collection[str]) -> list[Problem]:
-        """Return every mistake that can be found before anything is loaded; programs' files are executed.
+        """Return every problem that can be found before anything is loaded; executes the functions' files.
 
         Args:
-            stage: the recipe that these settings belong to.
-            valid: its sections that are in order.
+            stage: the recipe of these settings.
+            valid: names of its valid sections.
         """
         if "reward" not in valid:
             return []
@@ -112,10 +110,10 @@ class RewardsSettings(Section):
         return problems
 
     def made_of(self) -> list[str]:
-        """Return digests of the reward runs and of the programs' files.
+        """Return digests of the reward runs and of the functions' files.
 
         Raises:
-            UserError: a run is not there or not finished, or a file is gone.
+            UserError: a run is missing or not finished, or a file is missing.
         """
         found = []
         for index, source in enumerate(self.sources):
@@ -130,7 +128,7 @@ class RewardsSettings(Section):
 
 
 def maximises_rewards(stage: str) -> bool:
-    """Tell whether a stage's recipe names rewards."""
+    """Return whether a stage has a rewards section."""
     field = load_stage(stage).Settings.model_fields.get("reward")
     return field is not None and field.annotation is RewardsSettings
 
@@ -139,12 +137,12 @@ def folder_of(source: RewardSource, *, where: str) -> Path:
     """Return the folder of a source's finished run.
 
     Raises:
-        UserError: there is no such run, or it is a recipe whose run has not been made.
+        UserError: there is no such run, or it is a recipe that has not run yet.
     """
     assert source.run is not None
     if is_recipe(source.run):
-        repair = f"`llm-align {source.run.replace('/', ' ')}` makes it"
-        found = f"'{source.run}' is a recipe, and nobody has made its run"
+        repair = f"run `llm-align {source.run.replace('/', ' ')}` first"
+        found = f"'{source.run}' is a recipe without a finished run"
         raise UserError(Problem(where, found, "a finished run", repair))
     return find_run(source.run, where=where)[0]
 
@@ -153,31 +151,27 @@ def _combination(rewards: RewardsSettings) -> Iterator[Problem]:
     sources = rewards.sources
     if not sources:
         repair = "--reward RUN, or reward.sources=[{function: my.py:good}]"
-        yield Problem(
-            "reward.sources", "nothing says what a reply is worth", "a reward run or a program", repair
-        )
+        yield Problem("reward.sources", "no reward is given", "a reward run or a function", repair)
     names = sorted(source.called for source in sources)
     if rewards.combine == "llama2" and names != [HELPFULNESS, SAFETY]:
         found = f"llama2 with {', '.join(names) or 'no source'}"
-        repair = (
-            "reward.sources=[{run: R, score: helpfulness}, {run: S, score: safety}], or give them a name:"
-        )
-        yield Problem("reward.combine", found, "two sources called helpfulness and safety", repair)
+        repair = "reward.sources=[{run: R, score: helpfulness}, {run: S, score: safety}], or set their name:"
+        yield Problem("reward.combine", found, "two sources named helpfulness and safety", repair)
     if rewards.combine == "llama2" and any(source.weight != 1 for source in sources):
-        found = "llama2 with weights, and it takes one score or the other"
-        yield Problem("reward.combine", found, "weights of 1", "reward.combine=sum, or leave weight: out")
+        found = "llama2 with weights: it takes one score or the other"
+        yield Problem("reward.combine", found, "weights of 1", "reward.combine=sum, or remove weight:")
     if rewards.combine == "sum" and rewards.risky is not None:
         yield Problem("reward.risky", "given with reward.combine=sum", "null", "reward.combine=llama2")
     if sources and not any(source.weight for source in sources):
-        yield Problem("reward.sources", "each weight is 0", "a reward that counts", "leave a weight: out")
+        yield Problem("reward.sources", "all weights are 0", "a weight above 0", "remove a weight:")
 
 
 def _names(rewards: RewardsSettings) -> Iterator[Problem]:
     names = Counter([*(source.called for source in rewards.sources), LENGTH, TOTAL])
     for index, source in enumerate(rewards.sources):
         if names[source.called] > 1:
-            where, found = f"reward.sources[{index}].name", f"'{source.called}' is there twice"
-            yield Problem(where, found, "names that differ", "give each source a name: of its own")
+            where, found = f"reward.sources[{index}].name", f"duplicate name '{source.called}'"
+            yield Problem(where, found, "unique names", "set name: of each source")
 
 
 def _source(
@@ -191,7 +185,7 @@ def _source(
     elif source.function is not None:
         yield from _reward_program(source.function, f"{where}.function")
         if source.score is not None:
-            yield Problem(f"{where}.score", "given with a function", "null: a function has one number")
+            yield Problem(f"{where}.score", "given with a function", "null: a function has a single score")
     else:
         yield from _run(source, stage, valid, where)
 
@@ -225,14 +219,12 @@ def _run(source: RewardSource, stage: StageSettings, valid: Collection[str], whe
         return
     mine, theirs = stage.model, scorer.model
     if "model" in valid and not same_base(mine, theirs):
-        found = f"'{source.run}' scores on base '{theirs.base}', and the policy is '{mine.base}'"
-        repair = f"llm-align reward --base {mine.base} makes one; or start from a run on {theirs.base}"
+        found = f"'{source.run}' is on base '{theirs.base}', the policy on '{mine.base}'"
+        repair = f"`llm-align reward --base {mine.base}` trains one; or use a policy on {theirs.base}"
         yield Problem(
-            f"{where}.run", found, "a reward run on the policy's base, whose weights they share", repair
+            f"{where}.run", found, "a reward run on the policy's base, as they share its weights", repair
         )
     elif "data" in valid and scorer.template != stage.data.template:
-        found = (
-            f"'{source.run}' has learnt template '{scorer.template}', the policy has '{stage.data.template}'"
-        )
+        found = f"'{source.run}' has template '{scorer.template}', the policy has '{stage.data.template}'"
         repair = f"data.template={scorer.template}, or a reward run with data.template={stage.data.template}"
-        yield Problem(f"{where}.run", found, "one template for both", repair)
+        yield Problem(f"{where}.run", found, "the same template for both", repair)

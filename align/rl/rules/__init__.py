@@ -1,1 +1,1 @@
-"""Rewards that are programs: each file's functions can be named as ``reward.sources``."""
+"""Reward functions that ship with the package; any of them can be named in ``reward.sources``."""

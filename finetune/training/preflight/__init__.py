@@ -1,1 +1,1 @@
-"""What is proved before step 0 and watched in the first steps; pure functions of rows and models."""
+"""Pre-flight: checks of rows and model before step 0 and in the first steps; pure functions."""

@@ -1,4 +1,4 @@
-"""Whether the frozen weights are what they were: fingerprints of a sample, before and after training."""
+"""Check that training left the frozen base unchanged: checksums of sampled weights, before and after."""
 
 import hashlib
 
@@ -10,11 +10,11 @@ from finetune.training.apart import settle, whole
 from finetune.training.preflight.ticks import Tick, failed, some
 
 TENSORS, NUMBERS = 32, 4096
-"""How many frozen tensors are looked at, and how many numbers of each: some milliseconds for any model."""
+"""Number of frozen tensors that are sampled, and elements of each: some milliseconds for any model."""
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
-    """Return a checksum for each of up to 32 frozen tensors, spread evenly over the model."""
+    """Return the checksums of up to 32 frozen tensors, evenly spaced over the model."""
     settle(model)
     frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
     every = max(1, -(-len(frozen) // TENSORS))
@@ -32,13 +32,13 @@ def _checksum(weight: Tensor) -> str:
 
 
 def unchanged(before: dict[str, str], after: dict[str, str]) -> Tick:
-    """Check that training left the frozen weights alone."""
+    """Check that training did not change the frozen weights."""
     if not before:
-        return Tick("base", "the whole model was trained, nothing was frozen")
+        return Tick("base", "full fine-tuning, no weight is frozen")
     changed = [name for name, checksum in before.items() if after.get(name) != checksum]
     if changed:
-        found = f"{len(changed)} of {len(before)} frozen tensors changed while training: {some(changed)}"
-        expected = "a base that is bit for bit what it was, or the adapter fits no other copy of it"
-        repair = "train.engine_args={} and train.engine=native; if it stays, this is a fault of ours"
+        found = f"{len(changed)} of {len(before)} frozen tensors changed during training: {some(changed)}"
+        expected = "a base that is bit for bit unchanged, or the adapter fits no other copy of it"
+        repair = "train.engine_args={} and train.engine=native; if it persists, this is a bug in llm-align"
         return failed("base", Problem("model.base", found, expected, repair))
-    return Tick("base", f"unchanged by training, to the bit, in {len(before)} tensors")
+    return Tick("base", f"unchanged bit for bit in {len(before)} sampled tensors")

@@ -1,4 +1,4 @@
-"""Watches the first optimizer steps: every trained tensor has to get a gradient, and the base none."""
+"""Gradient-flow check of the first optimizer steps: every trained tensor gets a gradient, the base none."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,20 +9,20 @@ from finetune.training.preflight import gradients
 from finetune.training.preflight.ticks import Tick, some
 
 WATCHED = 5
-"""Steps: warm-up may begin with a rate of zero, and what starts at zero (LoRA's A) follows one step later."""
+"""Checked steps: warm-up may start at a rate of zero, and LoRA's A has a zero gradient until B has moved."""
 NAME = "first steps"
 
 
 class FirstSteps(TrainerCallback):  # type: ignore[misc]
-    """Looks at the gradients before the optimizer uses them, until all have been there."""
+    """Checks gradients before the optimizer step, until every trained tensor has had one."""
 
     def __init__(self, tell: Callable[[Tick], None], *, may_idle: bool = False, taken: bool = False) -> None:
-        """Bind the watch to a function that prints and records a check, and raises when it failed.
+        """Bind the callback.
 
         Args:
-            tell: takes a check.
-            may_idle: whether a step whose gradients are all zeros is none to judge by.
-            taken: whether the engine takes the gradients away before they can be looked at.
+            tell: prints and records a check result, and raises if the check failed.
+            may_idle: whether to skip steps whose gradients are all zero.
+            taken: whether the engine removes the gradients before this callback runs (ZeRO).
         """
         self.taken = taken
         self.seen: gradients.Seen | None = None
@@ -34,7 +34,7 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Watch gradients pass by where they cannot be looked at."""
+        """Register gradient hooks if the engine removes the gradients."""
         if self.taken:
             self.seen = gradients.Seen(kwargs["model"])
 
@@ -44,7 +44,8 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]
         """Check the gradients of this step.
 
         Raises:
-            UserError: a tensor of the adapter got none where its likes did, or a frozen one got one.
+            UserError: a trained tensor got no gradient, unlike the same parameter in other layers; or a
+                frozen one got one.
         """
         if self.steps == WATCHED or self.waiting == set():
             return
@@ -54,6 +55,7 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]
         if self.may_idle and gradients.ALIVE not in got:
             return
         self.steps += 1
+        # finite=False: with loss scaling (float16) the first gradients may be infinite.
         tick = gradients.reached(model, finite=False, of=of)
         if tick.problem:
             self.tell(tick)
@@ -64,18 +66,20 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]
         if self.seen and (self.steps == WATCHED or not self.waiting):
             self.seen.close()
         if not self.waiting:
-            self.tell(Tick(NAME, f"every trained tensor had a gradient by step {state.global_step + 1}"))
+            self.tell(
+                Tick(NAME, f"every trained tensor had a nonzero gradient by step {state.global_step + 1}")
+            )
         elif self.steps == WATCHED:
-            zeros = f"{len(self.waiting)} trained tensors had gradients of zeros alone for {WATCHED} steps"
+            zeros = f"{len(self.waiting)} trained tensors had zero gradients for {WATCHED} steps"
             names = some(sorted(self.waiting))
-            self.tell(Tick(NAME, f"{zeros}, take them out of adapter.target: {names}", warned=True))
+            self.tell(Tick(NAME, f"{zeros}, remove them from adapter.target: {names}", warned=True))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say so where there were too few steps to tell."""
+        """Report tensors without a gradient if training ended before the last checked step."""
         if self.may_idle and not self.steps:
-            self.tell(Tick(NAME, "no step had anything to learn: all gradients were zeros", warned=True))
+            self.tell(Tick(NAME, "all gradients were zero in every step: nothing was learned", warned=True))
         elif self.waiting and self.steps < WATCHED:
-            zeros = f"{len(self.waiting)} trained tensors had gradients of zeros alone"
-            self.tell(Tick(NAME, f"{zeros}; {self.steps} steps are too few to tell more"))
+            zeros = f"{len(self.waiting)} trained tensors had zero gradients"
+            self.tell(Tick(NAME, f"{zeros}; {self.steps} steps: too few for the remaining checks"))

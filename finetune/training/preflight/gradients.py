@@ -1,9 +1,9 @@
-"""Which tensors get a gradient, and which must not: a frozen or disconnected layer is found by its likes.
+"""Gradient-flow check: which tensors get a gradient, and which must not; detects frozen or detached layers.
 
-A LoRA's A gets a gradient of zero while B is zero, so zeros alone prove nothing. But what is so by
-construction is so in every layer. Tensors are therefore compared with those of the same name in the other
-layers: one that is frozen, without a gradient or at zero where its likes are not does not learn. A whole
-stack of layers without gradients beside one that has them is another modality's, which text does not pass.
+LoRA's A has a zero gradient while B is zero, so a zero gradient alone proves nothing. But what holds by
+construction holds in every layer. Tensors are therefore compared with the same parameter in other layers: one
+that is frozen, without a gradient or at zero while the others are not does not train. If a stack of layers
+lacks gradients and another stack has them, the stack is another modality's, which text does not use.
 """
 
 import math
@@ -22,20 +22,20 @@ from finetune.training.preflight.ticks import Tick, failed, some
 
 NAME = "gradient"
 PROMPT_ENCODER = "prompt_encoder"
-"""Where PEFT keeps virtual tokens; a list in there counts prompts, not layers."""
+"""PEFT's module of virtual tokens; a ModuleList in it holds prompts, not layers."""
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 State = int
 FROZEN, NONE, ZERO, ALIVE = range(4)
-"""What can be said of a tensor after a backward pass, the least first."""
+"""States of a tensor after a backward pass, in increasing order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The tensors of one layer that differ in a number alone (an expert's, a prompt's): one of them suffices.
+    """Parameters of one layer whose names differ only in an index (of experts, prompts).
 
-    ``stack`` names the list that their layer stands in ("" outside of the layers); ``kind`` is their name
-    without any number, the same in every layer.
+    One of them with a gradient suffices. ``stack`` is the ModuleList of their layer ("" outside of the
+    layers); ``kind`` is their name without indices, the same in every layer.
     """
 
     stack: str
@@ -45,7 +45,7 @@ class Group:
 
 
 def groups(model: nn.Module) -> list[Group]:
-    """Return all parameters in groups, those of a layer apart from those of the others."""
+    """Return all parameters in groups per layer and kind."""
     lists = [
         f"{name}."
         for name, module in model.named_modules()
@@ -62,29 +62,28 @@ def groups(model: nn.Module) -> list[Group]:
 
 
 def _address(name: str, layers: Sequence[str]) -> tuple[str, str, str]:
-    """Return a parameter's stack, its kind, and the number of its layer ("" outside of the layers)."""
+    """Return a parameter's stack, its kind, and the index of its layer ("" outside of the layers)."""
     stack = next((layer for layer in layers if name.startswith(layer)), "")
     number, _, tail = name.removeprefix(stack).partition(".") if stack else ("", "", name)
     return stack, f"{stack}*.{NUMBER.sub('#', tail)}", number
 
 
 Of = Callable[[nn.Parameter], Tensor | None]
-"""Gives a parameter's gradient, or a tensor of the same norm; None where it has none."""
+"""Returns a parameter's gradient, or a tensor of the same norm; None if it has no gradient."""
 
 
 def held(parameter: nn.Parameter) -> Tensor | None:
-    """Return the gradient that lies beside the parameter, as after every backward pass of PyTorch's."""
     return parameter.grad
 
 
 class Seen:
-    """Gradients as they pass by, for engines that take them away (ZeRO keeps its parts of them in buffers).
+    """Gradient norms from backward hooks, for engines that remove ``.grad`` (ZeRO shards it into buffers).
 
-    Kept is the norm of each, summed over the passes since ``forget``.
+    Stores the norm of each gradient, summed over the backward passes since ``reset``.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Watch all that is trained."""
+        """Register a hook on each trained parameter."""
         self.norms: dict[nn.Parameter, Tensor] = {}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.handles = [
@@ -97,21 +96,20 @@ class Seen:
         self.norms[parameter] = self.norms[parameter] + size if parameter in self.norms else size
 
     def __call__(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the summed norm."""
         return self.norms.get(parameter)
 
     def forget(self) -> None:
-        """Begin anew, at the next step."""
+        """Clear the sums, after each optimizer step."""
         self.norms.clear()
 
     def close(self) -> None:
-        """Stop watching."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
 
 def states(found: Sequence[Group], of: Of = held) -> list[State]:
-    """Return what each group's best tensor has: frozen, no gradient, one of zeros, or another one."""
+    """Return each group's best state: frozen, no gradient, zero gradient, or nonzero gradient."""
     there = [(p, of(p)) for group in found for p in group.parameters]
     norms = iter(_norms([gradient for _, gradient in there if gradient is not None]))
     best = {id(p): _state(p, gradient, norms) for p, gradient in there}
@@ -121,27 +119,27 @@ def states(found: Sequence[Group], of: Of = held) -> list[State]:
 def _state(parameter: nn.Parameter, gradient: Tensor | None, norms: Iterator[float]) -> State:
     if gradient is not None:
         size = next(norms)
-        return ALIVE if size != 0 else ZERO  # NaN and infinity are told apart elsewhere
+        return ALIVE if size != 0 else ZERO  # NaN and infinity are checked elsewhere
     return NONE if parameter.requires_grad else FROZEN
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[float]:
-    """Return the tensors' norms with one transfer from the device."""
+    """Return the tensors' norms, with a single device-to-host copy."""
     if not tensors:
         return []
     sizes = [tensor.detach().float().norm() for tensor in tensors]
-    whole = [size.full_tensor() if isinstance(size, DTensor) else size for size in sizes]  # FSDP2's parts
+    whole = [size.full_tensor() if isinstance(size, DTensor) else size for size in sizes]  # FSDP2's shards
     found: list[float] = torch.stack(whole).tolist()
     return found
 
 
 def reached(model: nn.Module, *, finite: bool = True, of: Of = held) -> Tick:
-    """Check, behind a backward pass, that all that is to learn gets a gradient and nothing else does.
+    """Check, after a backward pass, that every trained tensor gets a gradient and no frozen one does.
 
     Args:
-        model: base with adapter, gradients in place.
-        finite: whether NaN and infinity are mistakes (with loss scaling the first ones may be infinite).
-        of: where gradients are found.
+        model: base with adapter, after a backward pass.
+        finite: whether NaN and infinity fail the check (with loss scaling the first ones may be infinite).
+        of: returns a parameter's gradient.
     """
     everything = groups(model)
     unused = _unused(everything, of)
@@ -150,26 +148,26 @@ def reached(model: nn.Module, *, finite: bool = True, of: Of = held) -> Tick:
     if wrong:
         expected = "a gradient for every tensor of the adapter, and for none of the base"
         repair = (
-            "if the text never passes through them (another modality's layers), leave them out with "
-            "adapter.target; otherwise the adapter does not fit this model"
+            "if text does not use these layers (another modality's), exclude them with adapter.target; "
+            "otherwise the adapter does not fit this model"
         )
         return failed(NAME, Problem("adapter.method", "; ".join(wrong), expected, repair))
     learn = [state for group, state in zip(found, states(found, of), strict=True) if state != FROZEN]
     if all(state == ZERO for state in learn):
-        problem = Problem("adapter.method", "nothing gets a gradient but zeros", "an adapter that learns")
+        problem = Problem("adapter.method", "all gradients are zero", "an adapter with nonzero gradients")
         return failed(NAME, problem)
     tensors = [parameter for group in found for parameter in group.parameters]
     learnt = sum(parameter.requires_grad for parameter in tensors)
-    base = "; the base has none" if learnt < len(tensors) else ""
+    base = "; none in the base" if learnt < len(tensors) else ""
     names = some(sorted(stack.rstrip(".") for stack in unused))
-    aside = f"; text passes by {names}: take them out of adapter.target" if unused else ""
+    aside = f"; text does not use {names}: remove them from adapter.target" if unused else ""
     return Tick(
         NAME, f"reaches all {learnt} trained tensors{_at_zero(learn)}{base}{aside}", warned=bool(unused)
     )
 
 
 def _unused(found: Sequence[Group], of: Of) -> set[str]:
-    """Return the stacks of layers whose trained tensors all lack a gradient, where others have one."""
+    """Return the stacks of layers whose trained tensors all lack a gradient while another stack has some."""
     best: dict[str, State] = defaultdict(lambda: FROZEN)
     for group, state in zip(found, states(found, of), strict=True):
         best[group.stack] = max(best[group.stack], state)
@@ -179,16 +177,16 @@ def _unused(found: Sequence[Group], of: Of) -> set[str]:
 
 def _at_zero(learn: Sequence[State]) -> str:
     share = sum(state == ZERO for state in learn) / len(learn)
-    return f" ({share:.0%} of them start at zero, as they should)" if share else ""
+    return f" ({share:.0%} of them have a zero gradient at initialization, as expected)" if share else ""
 
 
 def _silent(found: Sequence[Group], of: Of) -> list[str]:
-    """Return what is wrong with groups that do less than their likes in other layers, or get no gradient."""
+    """Return errors of groups without a gradient, or in a lower state than the same parameter elsewhere."""
     got = states(found, of)
     best: dict[str, State] = defaultdict(lambda: FROZEN)
     for group, state in zip(found, got, strict=True):
         best[group.kind] = max(best[group.kind], state)
-    words = {FROZEN: "frozen", NONE: "without a gradient", ZERO: "with a gradient of zeros"}
+    words = {FROZEN: "frozen", NONE: "without a gradient", ZERO: "with a zero gradient"}
     wrong = []
     for state, word in words.items():
         names = [
@@ -197,7 +195,7 @@ def _silent(found: Sequence[Group], of: Of) -> list[str]:
             if own == state and (own == NONE or best[group.kind] > own)
         ]
         if names:
-            other = "" if state == NONE else ", unlike their likes in other layers"
+            other = "" if state == NONE else ", unlike the same parameter in other layers"
             wrong.append(f"{len(names)} tensors are {word}{other}: {some(names)}")
     return wrong
 

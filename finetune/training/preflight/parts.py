@@ -1,7 +1,7 @@
-"""Whether a model really lies in parts: what each process keeps of weights and optimizer states, counted.
+"""ZeRO and FSDP2 check: per-rank elements of weights and optimizer states, and distinct rows per rank.
 
-Libraries have been seen to drop ZeRO without a word, and every process then keeps everything and learns the
-same rows. So it is looked at behind the first step, when the states are there.
+Libraries have been seen to drop ZeRO silently: every rank then holds the full state and trains on the same
+rows. The check runs after the first step, when the optimizer states exist.
 """
 
 from collections import defaultdict
@@ -21,17 +21,17 @@ from finetune.training.preflight.ticks import Tick, failed
 from finetune.training.processes import everyones
 from finetune.training.strategies import APART, ZERO
 
-NAME = "parts"
+NAME = "sharding"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one process keeps, in numbers, and the rows of its first pass.
+    """The elements that one rank stores, and the row ids of its first micro-batch.
 
     Attributes:
-        weights: of the model's.
-        states: of the largest kind of optimizer state, such as Adam's first moments.
-        rows: learnt in the first pass that counted.
+        weights: elements of the model's weights.
+        states: elements of the largest optimizer state, such as Adam's first moments.
+        rows: row ids of the first micro-batch.
     """
 
     weights: int
@@ -40,7 +40,7 @@ class Part:
 
 
 def part_of(model: nn.Module, optimizer: Optimizer, rows: Sequence[int] = ()) -> Part:
-    """Count what this process keeps."""
+    """Count the elements that this rank stores."""
     settle(model)
     kinds: dict[str, int] = defaultdict(int)
     for state in optimizer.state.values():
@@ -52,44 +52,44 @@ def part_of(model: nn.Module, optimizer: Optimizer, rows: Sequence[int] = ()) ->
 
 
 def parts_tick(parts: Sequence[Part], *, weights: int, trained: int, strategy: str) -> Tick:
-    """Check that no process keeps the whole of what its strategy parts, and that none learns another's rows.
+    """Check that each rank stores only its shard, and that ranks train on different rows.
 
     Args:
-        parts: what each process keeps.
-        weights: numbers of the whole model.
-        trained: those of them that are trained; each has its optimizer states.
+        parts: the counts of each rank.
+        weights: elements of the full model.
+        trained: trained elements; each has its optimizer states.
         strategy: ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
     """
     wanted = {
         "weights": (strategy in APART, max(part.weights for part in parts), weights),
-        "states of the optimizer": (strategy in ZERO, max(part.states for part in parts), trained),
+        "optimizer state elements": (strategy in ZERO, max(part.states for part in parts), trained),
     }
     kept = {name: (most, whole) for name, (asked, most, whole) in wanted.items() if asked}
-    # Nearer to a part than to the whole: parts are rounded up, and differ by that.
+    # Half-way between a shard and the total: shards are padded, so they may exceed 1/N by a little.
     wrong = [name for name, (most, whole) in kept.items() if most > whole * (1 + 1 / len(parts)) / 2]
     if wrong:
-        found = "; ".join(f"a process keeps {kept[name][0]:,} of {kept[name][1]:,} {name}" for name in wrong)
+        found = "; ".join(f"a rank holds {kept[name][0]:,} of {kept[name][1]:,} {name}" for name in wrong)
         return failed(NAME, Problem("train.strategy", f"{strategy}, but {found}", f"1/{len(parts)} of them"))
     rows = [row for part in parts for row in part.rows]
     if len(rows) != len(set(rows)):
-        found = "processes learn the same rows in the first pass"
-        return failed(NAME, Problem("train.strategy", found, "other rows in each process"))
+        found = "ranks train on the same rows in the first micro-batch"
+        return failed(NAME, Problem("train.strategy", found, "different rows on each rank"))
     told = "; ".join(f"at most {most:,} of {whole:,} {name}" for name, (most, whole) in kept.items())
-    return Tick(NAME, f"{strategy} has parted the model: a process keeps {told}")
+    return Tick(NAME, f"{strategy} is active: each rank holds {told}")
 
 
 class Parts(TrainerCallback):  # type: ignore[misc]
-    """Looks behind the first step whether the model lies in parts."""
+    """Runs the sharding check after the first optimizer step."""
 
     def __init__(
         self, tell: Callable[[Tick], None], *, strategy: str, rows: Callable[[], Sequence[int]]
     ) -> None:
-        """Bind the look.
+        """Bind the callback.
 
         Args:
-            tell: takes a check, and raises when it failed.
-            strategy: how processes share the model.
-            rows: gives the rows of the first pass that counted.
+            tell: prints and records a check result, and raises if the check failed.
+            strategy: distributed strategy.
+            rows: returns the row ids of this rank's first micro-batch.
         """
         self.tell, self.strategy, self.rows = tell, strategy, rows
         self.looked = False
@@ -97,10 +97,10 @@ class Parts(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count, once.
+        """Run the check, once.
 
         Raises:
-            UserError: a process keeps everything, or learns another's rows.
+            UserError: a rank holds more than its shard, or trains on another rank's rows.
         """
         if self.looked:
             return

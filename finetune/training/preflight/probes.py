@@ -1,4 +1,4 @@
-"""Two numeric probes on the user's own model and rows: packed rows, and a batch cut into forward passes."""
+"""Batch invariance and packing isolation, checked on the run's own model and rows."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -13,9 +13,9 @@ from finetune.training.preflight.ticks import Tick, failed
 from finetune.training.preflight.untouched import untouched
 
 TOKENS = 64
-"""Tokens of a row that a probe takes: a fraction of a training step's work."""
+"""Tokens of a row that a probe uses: a fraction of a training step's compute."""
 LOOKED_AT = 64
-"""Rows among which a probe looks for two with few and with many labels."""
+"""Rows from which a probe selects one with few and one with many labels."""
 PACKED = 32
 """Tokens of the longest of the rows that are packed."""
 
@@ -24,14 +24,15 @@ LossSum = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 def short_rows(rows: TokenizedRows) -> list[Example]:
-    """Return the ends of two rows with different numbers of labels, where the first rows have such."""
+    """Return the tails of two rows, with the fewest and the most labels among the first rows."""
     ends = [_end(rows[index], TOKENS) for index in range(min(len(rows), LOOKED_AT))]
     ends.sort(key=lambda example: int((example["labels"][1:] != IGNORED).sum()))
     return [ends[0], ends[-1]]
 
 
 def _end(example: Example, tokens: int) -> Example:
-    """Return the last tokens of a row up to its last label: texts begin alike, and ends carry loss."""
+    """Return the last tokens of a row up to its last label."""
+    # Tails, because rows often share their beginning, and labels are at the end.
     last = int(torch.nonzero(example["labels"] != IGNORED).max()) + 1
     window = slice(max(0, last - tokens), last)
     return Example(
@@ -48,18 +49,18 @@ def batch_is_its_parts(
     tolerance: float,
     scale: float = 1.0,
 ) -> list[Tick]:
-    """Check that a batch in one pass gives the loss and the gradient of its rows one by one, and who gets it.
+    """Check that a batch has the loss and gradient of its rows one by one, and that gradients flow.
 
-    The gradient of (whole - sum of parts) / labels has to vanish against that of whole / labels. Dropout is
-    off, and the model is left as it was.
+    The gradient of (full batch - sum of micro-batches) / labels must vanish relative to that of full batch /
+    labels. Dropout is off, and the model is not changed.
 
     Args:
         model: base with adapter.
         loss_sum: summed loss of a batch.
-        examples: at least two short rows, of different numbers of labels.
-        collate: what the run uses.
-        tolerance: relative difference that the arithmetic explains.
-        scale: factor of the loss that keeps float16 gradients from vanishing.
+        examples: at least two short rows with different numbers of labels.
+        collate: the run's collator.
+        tolerance: relative difference that rounding explains.
+        scale: loss scale that keeps float16 gradients from vanishing.
     """
     whole, parts = collate(examples), [collate([example]) for example in examples]
     labels = int((whole["labels"][:, 1:] != IGNORED).sum())
@@ -76,28 +77,29 @@ def whole_is_its_parts(
     tolerance: float,
     scale: float = 1.0,
 ) -> list[Tick]:
-    """Check the same of batches that are there; ``items`` is what a step's loss is the mean over."""
+    """Check batch invariance of collated batches; ``items`` is the denominator of a step's mean loss."""
     with untouched(model):
         loss = _backward(model, loss_sum, whole, scale / items)
         gradient = reached(model)
         size = _size(model)
+        # Backward of the negated micro-batches accumulates into the same .grad: the difference is left.
         rest = sum((_backward(model, loss_sum, part, -scale / items) for part in parts), loss)
         difference = max(abs(rest) / max(abs(loss), 1e-30), _size(model) / max(size, 1e-30))
     if gradient.problem:
         return [gradient]
-    detail = f"{len(parts)} rows in one pass and one by one: loss and gradient differ by {difference:.1e}"
+    detail = f"{len(parts)} rows in one batch and one by one: loss and gradient differ by {difference:.1e}"
     if difference <= tolerance:
         return [gradient, Tick("accumulation", detail)]
-    expected = f"at most {tolerance:.0e}: one optimizer step, however it is cut"
+    expected = f"at most {tolerance:.0e}: the same optimizer step for every micro-batch size"
     repair = (
-        "model.attention=eager; if it stays, this model mixes the rows of a batch: train.micro_batch_size=1"
+        "model.attention=eager; if it persists, this model mixes rows of a batch: train.micro_batch_size=1"
     )
     return [gradient, failed("accumulation", Problem("train.micro_batch_size", detail, expected, repair))]
 
 
 def _backward(model: nn.Module, loss_sum: LossSum, batch: Mapping[str, object], factor: float) -> float:
     loss = loss_sum(_on_device(model, batch)) * factor
-    if loss.requires_grad:  # else nothing that is trained has a part in it, and the gradients' check tells
+    if loss.requires_grad:  # otherwise no trained tensor is in the graph, and the gradient check fails
         torch.autograd.backward(loss)
     return float(loss.detach())
 
@@ -109,13 +111,13 @@ def _size(model: nn.Module) -> float:
 
 
 def packed_is_alone(model: nn.Module, rows: TokenizedRows, collate: Collator, *, tolerance: float) -> Tick:
-    """Check that rows in one line have the logits that each has alone.
+    """Check packing isolation: packed rows have the logits that each row has in a batch of its own.
 
     Args:
         model: base with adapter.
-        rows: what is learnt; the ends of three of the first ones serve (one again where there are fewer).
-        collate: the packing collator of the run.
-        tolerance: difference, relative to the logits' spread, that the arithmetic explains.
+        rows: the training dataset; tails of three of its first rows are packed (repeated if it has fewer).
+        collate: the run's packing collator.
+        tolerance: difference, relative to the logits' standard deviation, that rounding explains.
     """
     examples = sorted(_to_pack(rows), key=lambda example: -len(example["input_ids"]))
     batch = collate(examples)
@@ -127,19 +129,17 @@ def packed_is_alone(model: nn.Module, rows: TokenizedRows, collate: Collator, *,
             alone = _logits(model, _on_device(model, {"input_ids": ids[None]}))[0]
             beside = together[line, start : start + len(ids)]
             worst = max(worst, float((beside - alone).std() / alone.std()))
-    detail = f"logits of {len(examples)} packed rows and of each alone differ by {worst:.1e} of their spread"
+    detail = f"logits of {len(examples)} rows, packed and alone, differ by {worst:.1e} standard deviations"
     if worst <= tolerance:
         return Tick("packing", detail)
-    expected = f"at most {tolerance:.0e}: a row must not see its neighbours"
+    expected = f"at most {tolerance:.0e}: a row must not attend to its neighbors"
     repair = "data.packing=false (rows are batched by length anyway), or model.attention=sdpa"
     return failed("packing", Problem("data.packing", detail, expected, repair))
 
 
 def _to_pack(rows: TokenizedRows) -> list[Example]:
-    """Return the end of a long row, and of two others half as much at most: these two share a line.
-
-    They are the end of the one and the beginning of the other, which differ even where there is one row.
-    """
+    """Return the tail of a long row, and two pieces of at most half its length, which are packed together."""
+    # The pieces are a tail and a beginning: they differ even if the dataset has a single row.
     first = list(range(min(len(rows), LOOKED_AT)))
     longest = _end(max((rows[index] for index in first), key=lambda row: len(row["input_ids"])), PACKED)
     half = len(longest["input_ids"]) // 2
@@ -149,7 +149,7 @@ def _to_pack(rows: TokenizedRows) -> list[Example]:
 
 
 def _found(lines: Tensor, examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
-    """Yield line and column where each row begins in a batch, whose lines hold the rows longest first."""
+    """Yield (row, position) of each example's first token in a packed batch, filled longest first."""
     filled = [0] * len(lines)
     for example in examples:
         ids = example["input_ids"]
@@ -157,7 +157,7 @@ def _found(lines: Tensor, examples: Sequence[Example]) -> Iterator[tuple[int, in
         line = next(
             (i for i, (line, start) in places if torch.equal(line[start : start + len(ids)], ids)), None
         )
-        assert line is not None, "the collator laid the rows out in another order"
+        assert line is not None, "the collator packed the rows in another order"
         yield line, filled[line]
         filled[line] += len(ids)
 

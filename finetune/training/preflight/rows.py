@@ -1,4 +1,4 @@
-"""Checks of the tokenised rows: they end with a stop token, carry loss, begin once; what was cut is told."""
+"""Checks of tokenized rows: trained EOS, loss mask, single BOS; and the truncation report."""
 
 from collections.abc import Callable, Collection
 
@@ -10,63 +10,61 @@ from finetune.recipe.errors import Problem
 from finetune.training.preflight.ticks import Tick, failed
 
 ENDED = 0.99
-"""Share of the uncut rows that must end with a learnt stop token: one row in a hundred may be odd."""
+"""Share of the untruncated rows that must end with a trained stop token: one in a hundred may be odd."""
 BEHIND_STOP = 2
-"""Labels that may stand behind a stop token: the line feed of ChatML where everything is learnt."""
+"""Labels that may follow a stop token: ChatML's line feed if every token is trained."""
 LEAST_TRAINED = 0.05
-"""Trained share of the tokens below which a user should look: most of the work then carries no loss."""
+"""Share of trained tokens below which we warn: most of the compute then carries no loss."""
 MUCH_LOST = 0.05
-"""Share of the trained tokens, or of the rows, that may be lost to ``data.max_length`` without a warning."""
+"""Share of the trained tokens, or of the rows, that ``data.max_length`` may truncate without a warning."""
 
-LONGER = "raise data.max_length where the model has room, or data.too_long=drop"
+LONGER = "raise data.max_length if the model has the positions, or set data.too_long=drop"
 
 Names = Callable[[int], str]
-"""A token's text by its id."""
+"""Returns the text of a token id."""
 
 
 def ends_learnt(rows: TokenizedRows, stop_ids: Collection[int], *, max_length: int, name_of: Names) -> Tick:
-    """Check that the last label of a row is a stop token, in the rows that were not cut.
-
-    Where prompts are learnt too, a template's line feed behind the stop token may follow it.
+    """Check that the last label of each untruncated row is a stop token (EOS).
 
     Args:
-        rows: what is learnt.
+        rows: the training dataset.
         stop_ids: the tokens that end a reply.
-        max_length: rows of this length may have been cut: they count only if they end well.
-        name_of: a token's text.
+        max_length: rows of this length may be truncated: they count only if they end with a stop token.
+        name_of: returns the text of a token id.
     """
     starts = rows.arrays["starts"]
     good = _last_labels_stop(rows, stop_ids)
     whole = good | (np.diff(starts) < max_length)
     names = " or ".join(sorted({name_of(token) for token in stop_ids}))
     if not whole.any():
-        detail = f"every row is cut: none teaches the model to write {names}; {LONGER}"
+        detail = f"every row is truncated: none teaches the model to write {names}; {LONGER}"
         return Tick("stop token", detail, warned=True)
     share = float(good[whole].mean())
     if share >= ENDED:
-        return Tick("stop token", f"{_percent(share)} of the whole rows end with a learnt {names}")
+        return Tick("stop token", f"{_percent(share)} of the untruncated rows end with a trained {names}")
     first = int(np.flatnonzero(whole & ~good)[0])
     found = (
-        f"{_percent(1 - share)} of the rows do not end with a learnt {names} (first: {rows.places[first]}: "
+        f"{_percent(1 - share)} of the rows do not end with a trained {names} (first: {rows.places[first]}: "
         f"{_how_it_ends(rows[first], stop_ids, name_of)}); the model would never stop"
     )
     expected = f"at least {ENDED:.0%} of the rows with {names} as their last label"
     repair = (
-        "in the template's file let reply(message) write the assistant's turn: it ends with a learnt EOS; "
+        "in the template's file render the assistant's turn with reply(message): it ends with a trained EOS; "
         "or data.template=chatml"
     )
     return failed("stop token", Problem("data.template", found, expected, repair))
 
 
 def _last_labels_stop(rows: TokenizedRows, stop_ids: Collection[int]) -> np.ndarray:
-    """Return for each row whether a learnt stop token is among its last labels."""
+    """Return for each row whether a trained stop token is among its last labels."""
     ids, trained, starts = (rows.arrays[key] for key in ("input_ids", "trained", "starts"))
     hits = np.flatnonzero(trained & np.isin(ids, list(stop_ids)))
     last = np.full(len(rows), -1)
-    last[np.searchsorted(starts, hits, side="right") - 1] = hits  # the last of a row's hits stays
+    last[np.searchsorted(starts, hits, side="right") - 1] = hits  # a row's last hit overwrites the others
     borders = np.stack([last + 1, starts[1:]], axis=1).ravel()
     behind = np.add.reduceat(np.append(trained, False), borders, dtype=np.int64)[::2]
-    behind[last + 1 == starts[1:]] = 0  # reduceat gives an element where there is none to add
+    behind[last + 1 == starts[1:]] = 0  # for an empty range reduceat returns an element, not 0
     good: np.ndarray = (last >= 0) & (behind <= BEHIND_STOP)
     return good
 
@@ -75,34 +73,34 @@ def _how_it_ends(row: Example, stop_ids: Collection[int], name_of: Names) -> str
     ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
     last = max((place for place, label in enumerate(labels) if label != IGNORED), default=0)
     if any(token in stop_ids for token in ids[last + 1 :]):
-        return "it is written, but carries no loss"
-    return f"the last token that is learnt is {name_of(ids[last])!r}"
+        return "it is in the row, but carries no loss"
+    return f"the last trained token is {name_of(ids[last])!r}"
 
 
 def masks_hold_loss(rows: TokenizedRows) -> Tick:
-    """Check that every row has a label behind its first token, and tell the trained share of all tokens."""
+    """Check that every row has a label after its first token, and report the share of trained tokens."""
     trained, starts = rows.arrays["trained"].copy(), rows.arrays["starts"]
     trained[starts[:-1]] = False  # a row's first token follows nothing, so it is no target
     counts = np.add.reduceat(trained, starts[:-1], dtype=np.int64)
     share = float(counts.sum()) / rows.num_tokens
     empty = np.flatnonzero(counts == 0)
     if len(empty):
-        found = f"{len(empty)} of {len(rows)} rows have no token to learn (first: {rows.places[empty[0]]})"
-        repair = "let the template mark the reply as trained, or leave those rows out"
+        found = f"{len(empty)} of {len(rows)} rows have no trained token (first: {rows.places[empty[0]]})"
+        repair = "mark the reply as trained in the template, or remove those rows"
         return failed("loss mask", Problem("data.template", found, "a reply that carries loss", repair))
-    detail = f"{_percent(share)} of the tokens carry loss, at least {counts.min()} in every row"
+    detail = f"{_percent(share)} of the tokens are trained, at least {counts.min()} per row"
     few = share < LEAST_TRAINED
     return Tick("loss mask", detail + few * ": very few; does data.columns name the reply?", warned=few)
 
 
 def begins_once(rows: TokenizedRows, bos_id: int | None, *, wanted: bool, name_of: Names) -> Tick:
-    """Check that no row begins with two BOS tokens, and that none lacks the one its tokenizer puts there.
+    """Check that no row begins with two BOS tokens, and that none lacks the one that its tokenizer adds.
 
     Args:
-        rows: what is learnt.
+        rows: the training dataset.
         bos_id: the tokenizer's BOS token, if it has one.
-        wanted: whether every row has to begin with it.
-        name_of: a token's text.
+        wanted: whether every row must begin with it.
+        name_of: returns the text of a token id.
     """
     if bos_id is None:
         return Tick("BOS", "the tokenizer has none")
@@ -111,32 +109,32 @@ def begins_once(rows: TokenizedRows, bos_id: int | None, *, wanted: bool, name_o
     second = (np.diff(starts) > 1) & (ids[np.minimum(starts[:-1] + 1, len(ids) - 1)] == bos_id)
     name = name_of(bos_id)
     doubled, missing = np.flatnonzero(first & second), np.flatnonzero(~first)
-    repair = "let the template begin with BOS once (the segment, not its text), or data.template=chatml"
+    repair = "begin the template with one BOS segment (not its text), or data.template=chatml"
     if len(doubled):
         found = f"{len(doubled)} rows begin with {name} twice (first: {rows.places[doubled[0]]})"
         return failed("BOS", Problem("data.template", found, f"one {name} at the beginning", repair))
     if wanted and len(missing):
         found = f"{len(missing)} rows begin without {name} (first: {rows.places[missing[0]]})"
-        expected = f"one {name} at the beginning: the tokenizer puts it in front of every text"
+        expected = f"one {name} at the beginning: the tokenizer adds it to every text"
         return failed("BOS", Problem("data.template", found, expected, repair))
     return Tick("BOS", f"{len(rows) - len(missing)} of {len(rows)} rows begin with one {name}, none with two")
 
 
 def cut_is_told(*, rows: int, too_long: int, trained: int, lost: int, max_length: int) -> Tick:
-    """Tell how many rows were longer than allowed, and how many trained tokens were lost with it.
+    """Report the rows longer than ``max_length``, and the trained tokens lost to truncation.
 
     Args:
-        rows: rows that are learnt.
-        too_long: rows that were longer than ``max_length``, cut or left out.
-        trained: trained tokens that are there.
-        lost: trained tokens that are not.
-        max_length: tokens of a row at most.
+        rows: number of training rows.
+        too_long: number of rows longer than ``max_length``, truncated or dropped.
+        trained: number of trained tokens in the rows.
+        lost: number of trained tokens lost.
+        max_length: maximum tokens of a row.
     """
     if not too_long:
         return Tick("truncation", f"no row is longer than {max_length} tokens")
     share = lost / max(trained + lost, 1)
     detail = (
-        f"{too_long} rows were longer than {max_length} tokens; {_percent(share)} of the tokens to learn "
+        f"{too_long} rows were longer than {max_length} tokens; {_percent(share)} of the trained tokens "
         f"({lost}) are lost"
     )
     much = share > MUCH_LOST or too_long > MUCH_LOST * (rows + too_long)
@@ -144,6 +142,6 @@ def cut_is_told(*, rows: int, too_long: int, trained: int, lost: int, max_length
 
 
 def _percent(share: float) -> str:
-    """Return a share that never reads 100 % or 0 % when it is not."""
+    """Format a share; never as 100% or 0% after rounding."""
     text = f"{share:.0%}"
     return f"{share:.2%}" if text in ("100%", "0%") and share not in (0.0, 1.0) else text

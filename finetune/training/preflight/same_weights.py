@@ -1,4 +1,4 @@
-"""Whether all processes have trained the same weights."""
+"""Replica check: all ranks end with equal trained weights (DDP, ZeRO-1, ZeRO-2)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from finetune.training.preflight.ticks import Tick, failed
 
 
 def trained_digest(model: nn.Module) -> str:
-    """Return a checksum of every number that is trained, for weights that each process holds whole."""
+    """Return a checksum of all trained weights, which each rank holds in full."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -22,11 +22,11 @@ def trained_digest(model: nn.Module) -> str:
 
 
 def same_tick(digests: Sequence[str]) -> Tick:
-    """Check that the trained weights are equal, to the bit, in all processes."""
+    """Check that the trained weights are equal bit for bit on all ranks."""
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
-        found = f"process {others[0]} ended with other trained weights than process 0"
-        expected = f"the same in all {len(digests)}"
-        problem = Problem("train.processes", found, expected, "train.processes=1; this is a fault of ours")
+        found = f"the trained weights of rank {others[0]} differ from rank 0's"
+        expected = f"equal weights on all {len(digests)} ranks"
+        problem = Problem("train.processes", found, expected, "train.processes=1; this is a bug in llm-align")
         return failed("processes", problem)
-    return Tick("processes", f"the trained weights are equal in all {len(digests)}, to the bit")
+    return Tick("processes", f"the trained weights of all {len(digests)} are equal bit for bit")

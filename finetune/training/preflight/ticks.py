@@ -1,4 +1,4 @@
-"""One line of the pre-flight: what was checked, what was found, and how to repair it where it failed."""
+"""Check results of the pre-flight: name, detail, warning, and the problem that stops the run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ NAME_WIDTH = 14
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A check's name, what it found, and the problem that stops the run if there is one.
+    """The result of a check; a ``problem`` stops the run.
 
-    ``warned``: the run goes on, but the user should read the line.
+    ``warned``: the run continues, but the user should read the detail.
     """
 
     name: str
@@ -22,13 +22,13 @@ class Tick:
     warned: bool = False
 
     def line(self) -> str:
-        """Return the check as a line for the terminal."""
+        """Return the result as one line for the terminal."""
         mark = "NO" if self.problem else "!!" if self.warned else "ok"
         detail = "the run stops: see below" if self.problem else self.detail
         return f"{mark}  {self.name:<{NAME_WIDTH}}{detail}"
 
     def record(self) -> dict[str, Any]:
-        """Return the check as run.json keeps it."""
+        """Return the result as an entry of run.json."""
         return {
             "name": self.name,
             "passed": self.problem is None,
@@ -38,19 +38,19 @@ class Tick:
 
 
 def failed(name: str, problem: Problem) -> Tick:
-    """Return a check that stops the run."""
+    """Return the result of a failed check."""
     return Tick(name, problem.found, problem)
 
 
 def refuse(ticks: Sequence[Tick]) -> None:
-    """Raise UserError with the problems of all checks that failed, if any did."""
+    """Raise UserError with the problems of all failed checks, if any failed."""
     problems = [tick.problem for tick in ticks if tick.problem]
     if problems:
         raise UserError(problems)
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:
-    """Return the first names and how many there are beyond them.
+    """Return the first names and the number of the others.
 
     >>> some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'

@@ -1,4 +1,4 @@
-"""A block after which a model is as it was: what the probes do must not change the run by one bit."""
+"""Preserve train/eval modes, gradients and RNG state around probes: they must not change a bit of the run."""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off while the block lasts; then restore modes and random states, and drop gradients."""
+    """Disable dropout inside the block; then restore train/eval modes and RNG states, and drop gradients."""
     modes = [(module, module.training) for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

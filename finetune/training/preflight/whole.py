@@ -1,4 +1,4 @@
-"""The whole list, for stages that tune on rows of tokens: of encoder, rows and model, never of a recipe."""
+"""The pre-flight checks of SFT and continued pretraining: rows, vocabulary, model."""
 
 from collections.abc import Mapping
 
@@ -18,19 +18,19 @@ from finetune.training.preflight import probes, rows, vocabulary
 from finetune.training.preflight.ticks import Tick
 
 TOLERANCE = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 1e-1, "int8": 2e-1}
-"""Relative differences that arithmetic explains (float32 may be TF32 on a GPU). The embedded base on a CPU
-gives 3e-6 in float32, 2e-3 in bfloat16, 4e-2 in int8; neighbours that are seen make 0.4."""
+"""Relative differences that rounding explains (float32 may be TF32 on a GPU). The embedded base on a CPU has
+3e-6 in float32, 2e-3 in bfloat16, 4e-2 in int8; attention to a neighboring row makes 0.4."""
 SCALE = {"float16": 1024.0}
-"""Factor of the probe's loss: float16 gradients of a mean loss vanish without one (arXiv 1710.03740)."""
+"""Loss scale of the probe: without it float16 gradients of a mean loss underflow (arXiv 1710.03740)."""
 
 
 def row_ticks(
     data: TokenizedRows, report: DataReport, encoder: Encoder, *, max_length: int, blocks: bool
 ) -> list[Tick]:
-    """Return the checks of the tokenised training rows; ``blocks`` may begin and end amid a text."""
+    """Check the tokenized training rows; ``blocks`` of documents may begin and end within a text."""
     tokenizer = encoder.tokenizer
     name_of = tokenizer.convert_ids_to_tokens
-    # A model's own chat template decides for itself what stands first.
+    # A model's own chat template decides whether a row begins with BOS.
     wanted = encoder.name != "model" and not blocks and _adds_bos(tokenizer)
     ends = rows.ends_learnt(data, encoder.stop_ids, max_length=max_length, name_of=name_of)
     return [
@@ -53,7 +53,7 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def vocabulary_tick(model: PreTrainedModel, data: TokenizedRows, encoder: Encoder) -> Tick:
-    """Return the check of the embeddings; a token without one would break the probes."""
+    """Check the embeddings; a token without one would crash the model checks."""
     embedding = model.get_input_embeddings()
     with apart.whole(embedding.weight) as (weight,):
         return vocabulary.embeddings_exist(
@@ -73,14 +73,14 @@ def model_ticks(
     precision: str,
     quantization: str,
 ) -> list[Tick]:
-    """Return the numeric checks on the model itself; it is left as it was.
+    """Run the numeric checks on the model, without changing it.
 
     Args:
         model: base with adapter, on its device.
-        data: the tokenised training rows.
-        collate: what the run uses.
-        precision: type of the forward pass.
-        quantization: how the base is stored.
+        data: the tokenized training rows.
+        collate: the run's collator.
+        precision: dtype of the forward pass.
+        quantization: quantization of the base.
     """
     head = output_head(model)
     autocast = torch.autocast(model.device.type, dtype=DTYPES[precision], enabled=precision != "float32")
@@ -89,7 +89,7 @@ def model_ticks(
         with autocast:
             return completion_loss_sum(model, head, batch)
 
-    # LLM.int8 (arXiv 2208.07339) picks its outlier columns from the whole batch.
+    # LLM.int8 (arXiv 2208.07339) selects its outlier columns from the full batch.
     tolerance = TOLERANCE["int8" if quantization == "int8" else precision]
     ticks = probes.batch_is_its_parts(
         model,

@@ -1,4 +1,4 @@
-"""The toy bases of the adapters' tests and the models of the groups' serve here too."""
+"""Import path of the adapter tests' toy models and the preference tests' helpers."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The panel: numbers in, findings out; what is normal gets no action, what is not gets one."""
+"""DPO diagnostics: metrics in, findings out; a healthy run gets no suggested action."""
 
 from typing import Any
 
@@ -71,15 +71,15 @@ def test_pain_15_what_goes_wrong_is_told(name: str) -> None:
 
 def test_pain_15_longer_replies_are_blamed_on_the_data_where_the_data_are_so() -> None:
     grown = [("one two three", "one two three four five six")]
-    assert "learnt that longer is better" in found(grown, ratio=1.1)["length"].means
+    assert "learned that longer is better" in found(grown, ratio=1.1)["length"].means
     assert "not because of the data" in found(grown, ratio=0.9)["length"].means
-    assert "reply after for one before 2.00" in found(grown)["length"].said
+    assert "completion length after/before 2.00" in found(grown)["length"].said
 
 
 def test_pain_15_one_answer_to_every_prompt_is_repetition() -> None:
     finding = found([("a", "yes"), ("b", "yes"), ("c", "yes")])["repetition"]
-    assert "0 → 2 another one" in finding.said
-    assert "repetition" not in found([(LOOP, LOOP)]), "it did so before"
+    assert "duplicates of another one: 0 → 2" in finding.said
+    assert "repetition" not in found([(LOOP, LOOP)]), "it repeated itself before training too"
 
 
 def test_the_length_ratio_of_groups_counts_best_and_worst() -> None:

@@ -1,4 +1,4 @@
-"""The preference trainer: one step is one step however it is cut, and what it measures is what it says."""
+"""DPO trainer: a step does not depend on the micro-batch size or the layout; metrics and reference."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ SHAPES = [*SOME[:2], (3, [2, 9]), (5, [4, 1, 3])]
 
 
 def grouped(shapes: Any = SHAPES, seed: int = 0) -> PreferenceGroups:
-    """Return groups of random tokens, the first completion the best."""
+    """Return groups of random tokens; the first completion is the best."""
     random = np.random.default_rng(seed)
     pieces = [length for prompt, lengths in shapes for length in (prompt, *lengths)]
     sizes = [len(lengths) for _, lengths in shapes]
@@ -52,7 +52,7 @@ def policy() -> nn.Module:
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradient of each optimizer step."""
+    """Records the gradient of each optimizer step."""
 
     def __init__(self) -> None:
         self.found: list[dict[str, torch.Tensor]] = []
@@ -76,7 +76,7 @@ def one_step(
     model: nn.Module | None = None,
     hooks: Hooks | None = None,
 ) -> tuple[dict[str, torch.Tensor], PreferenceTrainer]:
-    """Return the gradient of an optimizer step over all groups, in passes of ``micro`` of them."""
+    """Return the gradient of an optimizer step over all groups, in micro-batches of ``micro``."""
     model, groups = model or policy(), grouped()
     reference = reference_logps(
         tiny("llama"), groups, range(4), collate=PreferenceCollator(0), size=2, done=lambda done: None
@@ -160,11 +160,11 @@ def test_the_loss_of_a_group_is_the_mean_over_its_pairs() -> None:
 
 def test_scores_are_the_data_s_where_they_say_what_the_ranks_say() -> None:
     group = grouped([(2, [1, 1, 1])])[0]
-    assert scores_of(group).tolist() == [0, -1, -2], "none given"
+    assert scores_of(group).tolist() == [0, -1, -2], "the data has no scores"
     tied = replace(group, scores=np.array([9.5, 4.0, 4.0]), ranks=np.array([0, 1, 1], np.int32))
     assert scores_of(tied).tolist() == [9.5, 4.0, 4.0]
     tie = replace(group, scores=np.array([4.0, 4.0, 1.0]), ranks=np.array([0, 1, 2], np.int32))
-    assert scores_of(tie).tolist() == [0, -1, -2], "the row's order says more"
+    assert scores_of(tie).tolist() == [0, -1, -2], "the row's order breaks the tie"
 
 
 def test_the_reference_is_nan_where_no_step_looks() -> None:

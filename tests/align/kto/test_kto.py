@@ -1,4 +1,4 @@
-"""KTO: its loss by hand and against TRL's trainer, the completions that measure its reference point."""
+"""KTO: its loss by hand and against TRL's trainer, and the mismatched completions of its KL estimate."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ WORDS = ("the", "numbers", "Add", "Response", "Input", "Instruction", "that", "r
 
 
 def rows(count: int = 10) -> list[dict[str, Any]]:
-    """Return good and bad replies in turn, two of them to each prompt."""
+    """Return alternating good and bad completions, two per prompt."""
     return [
         {
             "prompt": f"Add {WORDS[index // 2]}.",
@@ -41,7 +41,7 @@ def groups() -> PreferenceGroups:
 
 
 def trainer_of(base: Path, out: Path, groups: PreferenceGroups, **settings: Any) -> MeasuredKTOTrainer:
-    """Return TRL's trainer, the engine's way, on a LoRA whose B is no longer zero."""
+    """Return the TRL engine's trainer, on a LoRA whose B is not zero."""
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora)
@@ -62,7 +62,7 @@ def trainer_of(base: Path, out: Path, groups: PreferenceGroups, **settings: Any)
 
 @pytest.fixture
 def small_groups(base_folder: Path) -> PreferenceGroups:
-    """Return the same rows in the small base's own tokens."""
+    """Return the same rows in the small base's tokens."""
     from align.preference.rows.prepare import prepare_preferences
     from align.preference.settings import PreferenceSettings
     from finetune.data.tokens import Encoder
@@ -105,7 +105,7 @@ def test_no_prompt_gets_a_completion_of_its_own(groups: PreferenceGroups) -> Non
     found = mismatched(prompts, 4)
     assert all(prompts[other] != prompts[row] for row, other in enumerate(found))
     assert [other // 4 for other in found[:8]] == [0] * 4 + [1] * 4, (
-        "rows of one forward pass lend each other"
+        "rows of one forward pass exchange completions"
     )
 
 
@@ -140,7 +140,7 @@ def test_trl_s_copy_of_the_adapter_is_gone_and_the_adapter_is_what_it_was(
 
 
 def batch_with_another_reference(trainer: MeasuredKTOTrainer) -> dict[str, Tensor]:
-    """Return the first batch, its reference moved away from the policy, so that no ratio is 0."""
+    """Return the first batch with shifted reference log-probabilities, so that no log-ratio is 0."""
     batch = next(iter(trainer.get_train_dataloader()))
     generator = torch.Generator().manual_seed(3)
     for key in ("ref_logps", "ref_KL_logps"):
@@ -168,13 +168,13 @@ def test_loss_and_gradient_are_those_of_trl(
     expected = trainer.compute_loss(model, dict(batch))
     expected_slope = slope(expected)
     point = reference_point(logps("KL_") - batch["ref_KL_logps"])
-    assert point > 0.5, "the reference point counts"
+    assert point > 0.5, "the reference point matters"
     loss = kto(
         logps("") - batch["ref_logps"], batch["label"], reference_point=point, **SETTINGS
     ).losses.mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert (slope(loss) - expected_slope).norm() < 1e-4 * expected_slope.norm()
-    assert expected_slope.norm() > 1e-4, "the comparison is of something"
+    assert expected_slope.norm() > 1e-4, "the compared gradients are not zero"
 
 
 def test_the_start_is_its_own_reference_and_is_proved_so(
@@ -183,7 +183,7 @@ def test_the_start_is_its_own_reference_and_is_proved_so(
     trainer = trainer_of(base_folder, tmp_path, small_groups)
     align = KtoSettings(**SETTINGS)
     tick = start_tick(trainer, align, 1e-5)
-    assert tick.problem is None and "first loss 0.6250, 0.6250 expected" in tick.detail  # 3 good, 1 bad
+    assert tick.problem is None and "loss 0.6250, expected 0.6250" in tick.detail  # 3 good, 1 bad
     measured = trainer.measure()
     assert measured["loss"] == pytest.approx(0.5, abs=1e-5)  # (1.5 + 0.5) / 2 / 2
     assert measured["margin"] == pytest.approx(0.0, abs=1e-5)
@@ -215,7 +215,7 @@ def test_a_loss_that_is_no_number_names_its_rows(
 def test_unbalanced_labels_are_told_with_the_weights_that_repair_them(
     good: int, weights: dict[str, float], told: str, advice: str
 ) -> None:
-    """Of ten replies; the paper's range of what good weigh for bad is 1 to 4/3."""
+    """Of ten completions; the paper's range of good to bad weight is 1 to 4/3."""
     judged = [{**row, "label": index < good} for index, row in enumerate(rows())]
     groups = prepared(judged, template="plain", kind="labels").train
     tick = balance_tick(groups, KtoSettings(**weights))
@@ -225,7 +225,7 @@ def test_unbalanced_labels_are_told_with_the_weights_that_repair_them(
 
 def test_replies_of_one_kind_are_refused() -> None:
     data = prepared([{**row, "label": True} for row in rows()], template="plain", kind="labels")
-    with pytest.raises(UserError, match="10 replies, all good"):
+    with pytest.raises(UserError, match="10 completions, all good"):
         refuse_one_sided(data)
 
 

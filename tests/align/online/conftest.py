@@ -1,4 +1,4 @@
-"""Small tokenizers, models and whole runs of RLOO and GRPO."""
+"""Small tokenizers, models and complete runs of RLOO and GRPO."""
 
 import json
 import sys
@@ -55,7 +55,7 @@ def rule_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def decided_base(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a random base whose hidden states decide the next token, so that little steps show."""
+    """Return a random base whose hidden states decide the next token: small updates have an effect."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("decided")
@@ -83,7 +83,7 @@ def online_recipes(
 
 @pytest.fixture
 def tune(online_recipes: dict[str, Path], tmp_path: Path) -> Tune:
-    """Return a function that runs a stage to its end, ``train__max_steps=5`` for ``train.max_steps``."""
+    """Return a function that runs a stage; ``train__max_steps=5`` sets ``train.max_steps``."""
 
     def run(stage: str, name: str = "run", **settings: Any) -> Result:
         given = {key.replace("__", "."): value for key, value in settings.items()}

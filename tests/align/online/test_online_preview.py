@@ -1,4 +1,4 @@
-"""``llm-align data`` on prompts: nothing of them is learnt, and no step can be counted from them."""
+"""``llm-align data`` on prompts: no trained tokens and no step count."""
 
 from io import StringIO
 
@@ -12,15 +12,18 @@ from finetune.recipe.recipe import load
 def test_prompts_are_shown_without_anything_learnt(online_recipes, tmp_path):
     facts = preview(load("rloo", str(online_recipes["rloo"])), rows=2)
     assert facts["prompts"] and (facts["rows"], facts["held_out"], facts["trained_tokens"]) == (24, 6, 0)
-    assert (facts["max_length"], facts["max_length_reason"]) == (250, "6 tokens are the reply's")
+    assert (facts["max_length"], facts["max_length_reason"]) == (
+        250,
+        "6 tokens are reserved for the completion",
+    )
     assert [piece["trained"] for row in facts["shown"] for piece in row["pieces"]] == [False] * 2
     assert facts["shown"][0]["pieces"][0]["text"].startswith("Add ")
     assert facts["steps"] is None and facts["token_budget"] is None
     printed = StringIO()
     print_facts(facts, Console(file=printed, width=200), page=None)
     said = printed.getvalue()
-    assert "24 prompts (prompt), 6 held out; " in said and "what is learnt are the replies" in said
-    assert "optimizer steps" not in said and "% learnt" not in said
+    assert "24 prompts (prompt), 6 held out; " in said and "the loss is on completions sampled" in said
+    assert "optimizer steps" not in said and "have loss" not in said
     write_page(facts, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<div>prompts<b>24</b></div>" in page and "optimizer steps" not in page
@@ -35,5 +38,5 @@ def test_a_mixture_of_prompts_has_no_column_of_what_is_learnt(online_recipes, tm
     printed = StringIO()
     print_facts(facts, Console(file=printed, width=200), page=tmp_path / "page.html")
     write_page(facts, tmp_path / "page.html")
-    assert "asked" in printed.getvalue() and " learnt\n" not in printed.getvalue()
-    assert "of learnt" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "requested" in printed.getvalue() and " trained\n" not in printed.getvalue()
+    assert "of trained tokens" not in (tmp_path / "page.html").read_text(encoding="utf-8")

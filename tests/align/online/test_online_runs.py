@@ -1,4 +1,4 @@
-"""Whole runs of RLOO and GRPO in a temporary folder."""
+"""Complete runs of RLOO and GRPO in a temporary folder."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ both = pytest.mark.parametrize("stage", ["rloo", "grpo"])
 
 
 def told(result):
-    """Return what the checks said, by name."""
+    """Return the check results by name."""
     return {tick["name"]: tick for tick in result.record["preflight"]}
 
 
@@ -38,8 +38,10 @@ def test_a_rule_is_learnt(tune, stage):
     assert metrics["held_out_kl_before"] == pytest.approx(0, abs=1e-5) and metrics["held_out_kl_after"] > 0.1
     assert [line["step"] for line in result.metrics if "held_out_reward" in line] == [10, 20]
     assert "held-out reward" in result.record["headline"]
-    assert "the policy begins as the reference" in told(result)["start"]["detail"]
-    assert told(result)["base"]["passed"] and "had a gradient" in told(result)["first steps"]["detail"]
+    assert "policy equals reference before step 0" in told(result)["start"]["detail"]
+    assert (
+        told(result)["base"]["passed"] and "had a nonzero gradient" in told(result)["first steps"]["detail"]
+    )
     assert [{"before", "after"} <= sample.keys() for sample in result.samples] == [True, True]
     assert result.record["data"]["lines"][0].startswith("24 prompts (prompt), 6 held out; ")
 
@@ -67,7 +69,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(tune, stage,
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Recorder, "on_log", ask_at_step_5)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 6; a checkpoint is written"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 6; checkpoint saved"):
         tune(stage, **settings)
     monkeypatch.undo()
     again = tune(stage, **settings)
@@ -94,8 +96,8 @@ def tuned_run(decided_base, rows_file, tmp_path):
 def test_pain_14_the_reference_is_the_start_and_not_the_base(tune, stage, tuned_run):
     result = tune(stage, model__start=str(tuned_run), train__max_steps=2)
     first = next(line for line in result.metrics if "kl" in line)
-    assert first["kl"] == pytest.approx(0, abs=1e-5), "TRL's own number"
-    assert told(result)["start"]["detail"].startswith("the policy begins as the reference")
+    assert first["kl"] == pytest.approx(0, abs=1e-5), "as TRL computes it"
+    assert told(result)["start"]["detail"].startswith("policy equals reference before step 0")
     saved, start = (
         load_file(run / "adapter/adapter_model.safetensors") for run in (result.directory, tuned_run)
     )
@@ -138,7 +140,9 @@ def test_replies_that_are_all_worth_the_same_are_no_fault_of_the_adapter(tune, s
     (tmp_path / "same.py").write_text("def same(prompt, completion):\n    return 1.0\n", encoding="utf-8")
     source = [{"function": f"{tmp_path / 'same.py'}:same"}]
     result = tune(stage, reward__sources=source, align__beta=0.0, data__held_out=0, evaluate__samples=0)
-    assert told(result)["first steps"]["detail"] == "no step had anything to learn: all gradients were zeros"
+    assert (
+        told(result)["first steps"]["detail"] == "all gradients were zero in every step: nothing was learned"
+    )
     assert [line["equal_groups"] for line in result.metrics] == [1.0, 1.0, 1.0]
 
 
@@ -161,7 +165,7 @@ def test_a_reward_that_raises_later_ends_the_run(tune, tmp_path):
 
 def test_a_right_answer_needs_rows_that_have_one(tune, tmp_path):
     source = [{"function": "align/rl/rules/answers.py:same_number"}]
-    with pytest.raises(UserError, match="24 of 24 rows have no reply of their own"):
+    with pytest.raises(UserError, match="24 of 24 rows have no reference answer"):
         tune("grpo", reward__sources=source)
     sums = [{"question": f"{i} + 1", "answer": f"#### {i + 1}"} for i in range(8)]
     result = tune("grpo", reward__sources=source, data__source=sums, data__held_out=2, train__max_steps=1)

@@ -1,4 +1,4 @@
-"""What TRL is given, and what it makes of our rewards: prompts, their order, groups, advantages by hand."""
+"""TRL's inputs and what it computes from our rewards: prompts, order, groups, advantages by hand."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ PROMPTS = Prompts(
 
 
 class Words:
-    """A tokenizer of numbers: token 7 is the word 7."""
+    """A tokenizer whose token 7 is the word 7."""
 
     eos_token_id = STOP
 
@@ -42,7 +42,7 @@ class Words:
 
 
 class Rewards:
-    """Rewards whose numbers are known: a hundred times the prompt's number, and the mean of a reply's ids."""
+    """Known rewards: 100 times the prompt's index, plus the mean of a completion's token ids."""
 
     def __init__(self):
         self.seen = []
@@ -57,7 +57,7 @@ class Rewards:
 
 
 def judging():
-    """Return known rewards in TRL's words."""
+    """Return known rewards as TRL's reward function."""
     encoder = SimpleNamespace(
         tokenizer=Words(), stop_ids=[STOP], decode_reply=lambda ids: " ".join(map(str, ids))
     )
@@ -79,7 +79,7 @@ def trainer(config, folder, **own):
 
 
 def generated(made):
-    """Return what a trainer makes of its first batch, as its public hook ``compute_loss`` is given it."""
+    """Return the first batch that a trainer passes to ``compute_loss``."""
     kept = {}
     loss = made.compute_loss
 
@@ -93,7 +93,7 @@ def generated(made):
 
 
 def replies(batch):
-    """Return prompts and completions of a batch, as tuples of ids."""
+    """Yield prompt and completion token ids of a batch."""
     for ids, mask, reply, own in zip(
         batch["prompt_ids"],
         batch["prompt_mask"],
@@ -109,17 +109,19 @@ def test_the_prompts_are_ours_to_the_token_and_answered_in_groups(config, tmp_pa
     made = trainer(config, tmp_path)
     batch = generated(made)
     asked = [ids for ids, _ in replies(batch)]
-    assert sorted(asked) == sorted([ASKED[2]] * 4 + [ASKED[0]] * 4), "the first two of the order, four times"
+    assert sorted(asked) == sorted([ASKED[2]] * 4 + [ASKED[0]] * 4), (
+        "the first two of the order, 4 times each"
+    )
     [seen] = made.judging.rewards.seen
     assert [place for *_, place in seen] == ["file:2"] * 4 + ["file:0"] * 4
     told = sorted((question, text) for question, text, _ in seen)
     number = {ids: f"prompt {index}" for index, ids in enumerate(ASKED)}
     assert sorted((number[ids], " ".join(map(str, reply))) for ids, reply in replies(batch)) == told
-    assert len({reply for _, reply in replies(batch)}) > 4, "drawn, not repeated"
+    assert len({reply for _, reply in replies(batch)}) > 4, "sampled, not repeated"
 
 
 def groups(batch):
-    """Return each reply's advantage with its worth and those of all replies to its prompt."""
+    """Return each completion's advantage, its reward, and the rewards of its group."""
     worth = [(ids, float(np.mean(reply))) for ids, reply in replies(batch)]
     return [
         (float(advantage), own, torch.tensor([other for asked, other in worth if asked == ids]))

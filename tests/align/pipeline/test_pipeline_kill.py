@@ -49,7 +49,7 @@ def test_pain_05_a_pipeline_killed_twice_ends_alike(here: Path, finished: Path) 
     killed_in(here, "dpo")
     assert record(here)["status"] == record(here)["stages"]["dpo"]["status"] == "running"
     ended = warm.run(COMMAND, cwd=here, capture_output=True, text=True)
-    assert ended.returncode == 0 and ended.stdout.count("finished before: ") == 2
+    assert ended.returncode == 0 and ended.stdout.count("already finished: ") == 2
     assert weights(here) == weights(finished)
 
 

@@ -95,15 +95,15 @@ MISTAKES = {
         "stages:\n  sft: {recipe: sft/small, form: x}\n",
         ("stages.sft.form (own.yaml:2): unknown key", "did you mean 'from'?"),
     ),
-    "no recipe": ("stages:\n  sft: {set: {}}\n", ("stages.sft.recipe (own.yaml:2): not given",)),
-    "no stages": ("description: a\n", ("stages: not given",)),
+    "no recipe": ("stages:\n  sft: {set: {}}\n", ("stages.sft.recipe (own.yaml:2): missing",)),
+    "no stages": ("description: a\n", ("stages: missing",)),
     "not a mapping": (
         "stages: [sft/small]\n",
         ("stages (own.yaml:1): found ['sft/small']", "a mapping such as {name: value}"),
     ),
     "unknown stage": (
         "stages:\n  a: {recipe: stf/small}\n",
-        ("stages.a.recipe (own.yaml:2): 'stf/small': there is no stage 'stf'", "did you mean 'sft'?"),
+        ("stages.a.recipe (own.yaml:2): 'stf/small': unknown stage 'stf'", "did you mean 'sft'?"),
     ),
     "unknown recipe": (
         "stages:\n  a: {recipe: sft/smal}\n",
@@ -116,24 +116,24 @@ MISTAKES = {
     "a file that is not there": ("stages:\n  a: {recipe: b/c.yaml}\n", ("'b/c.yaml': no such file",)),
     "unknown reference": (
         "stages:\n  sft: {recipe: sft/small}\n  dpo: {recipe: dpo/small, from: stf}\n",
-        ("stages.dpo.from (own.yaml:3): there is no stage 'stf'", "did you mean 'sft'?"),
+        ("stages.dpo.from (own.yaml:3): unknown stage 'stf'", "did you mean 'sft'?"),
     ),
     "a later stage": (
         "stages:\n  dpo: {recipe: dpo/small, from: sft}\n  sft: {recipe: sft/small}\n",
-        ("stages.dpo.from (own.yaml:2): 'sft' comes later", "put it above this one"),
+        ("stages.dpo.from (own.yaml:2): 'sft' comes later", "move it above this one"),
     ),
-    "a circle": (
+    "a cycle": (
         "stages:\n  a: {recipe: sft/small, from: b}\n  b: {recipe: sft/small, from: a}\n",
-        ("stages.a.from (own.yaml:2): a circle: a -> b -> a",),
+        ("stages.a.from (own.yaml:2): a cycle: a -> b -> a",),
     ),
-    "itself": ("stages:\n  a: {recipe: sft/small, from: a}\n", ("a circle: a -> a",)),
+    "itself": ("stages:\n  a: {recipe: sft/small, from: a}\n", ("a cycle: a -> a",)),
     "a scorer that should write": (
         "stages:\n  r: {recipe: reward/small}\n  dpo: {recipe: dpo/small, from: r}\n",
-        ("stage dpo: model.start (own.yaml:3): 'r' is of stage reward", "a run that writes text"),
+        ("stage dpo: model.start (own.yaml:3): 'r' is a run of stage reward", "a run with a generative model"),
     ),
     "rewards where none are taken": (
         "stages:\n  r: {recipe: reward/small}\n  dpo: {recipe: dpo/small, reward: r}\n",
-        ("stages.dpo.reward (own.yaml:3): given, and stage dpo takes no rewards",),
+        ("stages.dpo.reward (own.yaml:3): set, but stage dpo takes no rewards",),
     ),
     "a setting that the stage has not": (
         "stages:\n  sft: {recipe: sft/small, set: {train.epoch: 2}}\n",
@@ -149,15 +149,15 @@ MISTAKES = {
     ),
     "no setting": (
         "stages:\n  sft: {recipe: sft/small, set: {epochs: 2}}\n",
-        ("stage sft: 'epochs' (own.yaml:2): not understood",),
+        ("stage sft: 'epochs' (own.yaml:2): invalid override",),
     ),
     "start and from": (
         "stages:\n  sft: {recipe: sft/small}\n  b: {recipe: sft/small, from: sft, set: {model.start: x}}\n",
-        ("stages.b.from (own.yaml:3): given beside model.start",),
+        ("stages.b.from (own.yaml:3): conflicts with model.start",),
     ),
     "another base than the start's": (
         "stages:\n  sft: {recipe: sft/small}\n  b: {recipe: sft/small, from: sft, set: {model.base: tiny}}\n",
-        ("stages.b.from (own.yaml:3): given beside model.base", "the base of 'sft', which goes on"),
+        ("stages.b.from (own.yaml:3): conflicts with model.base", "the base of 'sft'"),
     ),
     "what only the start can say": (
         "stages:\n  sft: {recipe: sft/small}\n  b: {recipe: sft/small, from: sft, set: {adapter.rank: 9}}\n",
@@ -167,7 +167,7 @@ MISTAKES = {
         "stages:\n  sft: {recipe: sft/small, set: {data.source: gone.jsonl}}\n",
         ("stage sft: data.source (own.yaml:2): 'gone.jsonl' does not exist",),
     ),
-    "an impossible name": ("stages:\n  a.b: {recipe: sft/small}\n", ("stages.a.b", "no name for a stage")),
+    "an impossible name": ("stages:\n  a.b: {recipe: sft/small}\n", ("stages.a.b", "not a valid stage name")),
 }
 
 
@@ -195,20 +195,20 @@ stages:
     for fragment in (
         "stage sft: train.epoch (own.yaml:2): unknown key",
         "stage sft: train.seed (command line): found -1",
-        "stages.reward.from (own.yaml:3): there is no stage 'stf'",
+        "stages.reward.from (own.yaml:3): unknown stage 'stf'",
         "stage reward: adapter.ranks (own.yaml:3): unknown key",
         "stages.dpo.recipe (own.yaml:4): 'dpo/smal': stage dpo has no such recipe",
-        "ppo.train.seed (command line): there is no stage 'ppo'",
-        "'sft.seed' (command line): not understood",
+        "ppo.train.seed (command line): unknown stage 'ppo'",
+        "'sft.seed' (command line): invalid override",
     ):
         assert fragment in error
 
 
 def test_words_of_the_command_line(call: Call) -> None:
     status, _, err = call("run", "three", "fast")
-    assert status == 2 and "'fast' (command line): not understood" in err
+    assert status == 2 and "'fast' (command line): invalid override" in err
     status, _, err = call("run", "there")
-    assert status == 2 and "pipeline 'there': there is none of this name" in err and "'three'?" in err
+    assert status == 2 and "pipeline 'there': unknown pipeline" in err and "'three'?" in err
     status, out, _ = call("run", "three", "--dry-run", "dpo.train.epochs=2")
     assert status == 0 and "dpo/small" in out and "train.epochs=2" in out
     assert not Path("runs").exists()

@@ -61,7 +61,7 @@ def test_ppo_that_was_run_alone_is_not_repeated(call: Call, place: Path) -> None
     assert [name.split("-")[0] for name in made] == ["ppo", "reward", "sft"]
     (place / "own.yaml").write_text(WHOLE)
     status, out, _ = call("run", "own.yaml")
-    assert status == 0 and out.count("finished before: runs/") == 3
+    assert status == 0 and out.count("already finished: runs/") == 3
     assert sorted(Path(stage["run"]).name for stage in record(place)["stages"].values()) == made
     page = next(place.glob("runs/own-*/report.html")).read_text()
     assert "rewards: reward" in page and "held-out reward" in page
@@ -85,18 +85,18 @@ def test_two_rewards_are_called_by_their_stages(call: Call, place: Path) -> None
 
 def test_what_cannot_be_a_reward_is_told_before_anything_runs(place: Path) -> None:
     error = told(place, WHOLE.replace("reward: reward}", "reward: sft}"))
-    assert "stages.ppo.reward (own.yaml:4): 'sft' gives no scores" in error
+    assert "stages.ppo.reward (own.yaml:4): 'sft' is not a reward model" in error
     error = told(place, TWO.replace("safety]", "safety, safety]"))
-    assert "stages.ppo.reward (own.yaml:8): a stage is named twice" in error
+    assert "stages.ppo.reward (own.yaml:8): duplicate stages" in error
     error = told(place, TWO.replace("safety", "harm"))
     assert "stage ppo: reward.combine (own.yaml:9): llama2 with harm, helpfulness" in error
     other = WHOLE.replace("reward/small}", "reward/small, set: {model.base: tiny}}")
     error = told(place, other)
-    assert "stage ppo: reward.sources[0].run (own.yaml:4): 'reward' scores on base 'tiny'" in error
+    assert "stage ppo: reward.sources[0].run (own.yaml:4): 'reward' is on base 'tiny'" in error
     other = WHOLE.replace("reward/small}", "reward/small, set: {data.template: vicuna}}")
-    assert "'reward' has learnt template 'vicuna', the policy has 'alpaca'" in told(place, other)
+    assert "'reward' has template 'vicuna', the policy has 'alpaca'" in told(place, other)
     both = WHOLE.replace("reward: reward}", "reward: reward, set: {reward.sources: reward/small}}")
-    assert "stages.ppo.reward (own.yaml:4): given beside reward.sources" in told(place, both)
+    assert "stages.ppo.reward (own.yaml:4): conflicts with reward.sources" in told(place, both)
     assert not (place / "runs").exists()
 
 
@@ -106,7 +106,8 @@ def test_a_reward_on_the_base_does_not_fit_a_policy_of_full_tuning(place: Path) 
     path.write_text(path.read_text().replace("adapter: {method: lora, rank: 2}\n", ""))
     error = told(place, text)
     assert (
-        "stage ppo: reward (own.yaml:4): 'reward' stands on " in error and "this stage on stage sft" in error
+        "stage ppo: reward (own.yaml:4): 'reward' is based on " in error
+        and "this stage on stage sft" in error
     )
     own = place / "own.yaml"
     own.write_text(text.replace("reward/small}", "reward/small, from: sft}"))

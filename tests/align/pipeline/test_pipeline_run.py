@@ -67,7 +67,7 @@ def test_a_finished_pipeline_answers_at_once(done: Path) -> None:
     program += "print('HEAVY', sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.endswith("HEAVY []\n"), ended.stderr
-    assert ended.stdout.count("finished before: runs/") == 3
+    assert ended.stdout.count("already finished: runs/") == 3
     assert f"llm-align chat {record(done)['stages']['dpo']['run']}" in ended.stdout
     assert files() == before
 
@@ -78,8 +78,8 @@ def test_a_stage_that_was_run_alone_is_not_repeated_and_the_other_way_round(call
     assert call("dpo", "small", "--from", "sft-small", "train.max_steps=3")[0] == 0
     made = sorted(path.name for path in (here / "runs").iterdir())
     status, out, _ = call("run", "three")
-    assert status == 0 and f"finished before: runs/{alone.name}" in out
-    assert out.count("finished before: ") == 2
+    assert status == 0 and f"already finished: runs/{alone.name}" in out
+    assert out.count("already finished: ") == 2
     stages = record(here)["stages"]
     assert sorted(Path(stages[name]["run"]).name for name in ("sft", "dpo")) == sorted(made)
 
@@ -92,7 +92,7 @@ def test_a_stage_that_was_run_alone_is_not_repeated_and_the_other_way_round(call
 
 def test_what_is_changed_runs_again_and_nothing_else(call: Call, done: Path) -> None:
     status, out, _ = call("run", "three", "dpo.train.max_steps=1")
-    assert status == 0 and out.count("finished before: ") == 2
+    assert status == 0 and out.count("already finished: ") == 2
     assert [f"[{number}/3] {name}: " in out for number, name in enumerate(NAMES, 1)] == [True] * 3
     assert len(list(done.glob("runs/dpo-small-*"))) == 2
     resolved = [file.read_text() for file in done.glob("runs/three-*/pipeline.yaml")]
@@ -104,7 +104,7 @@ def test_force_starts_every_stage_over(call: Call, done: Path) -> None:
     adapters = [done / stages[name]["run"] / "adapter" / "adapter_model.safetensors" for name in NAMES]
     before = [adapter.stat().st_mtime_ns for adapter in adapters]
     status, out, _ = call("run", "three", "--force")
-    assert status == 0 and "finished before" not in out
+    assert status == 0 and "already finished" not in out
     after = [adapter.stat().st_mtime_ns for adapter in adapters]
     assert all(new > old for old, new in zip(before, after, strict=True)) and weights(done) == files
 
@@ -218,10 +218,10 @@ def test_a_signal_ends_with_status_130_and_the_same_command_goes_on(
         time.sleep(0.002)
     os.kill(process.pid, number)
     _, err = process.communicate()
-    assert process.returncode == 130 and "stage taste" in err and "the same command goes on" in err, err
+    assert process.returncode == 130 and "stage taste" in err and "the same command" in err, err
     assert record(done)["status"] == record(done)["stages"]["taste"]["status"] == "interrupted"
     status, out, _ = call("run", "three")
-    assert status == 0 and out.count("finished before: ") == 1
+    assert status == 0 and out.count("already finished: ") == 1
     assert record(done)["status"] == "finished" and weights(done) == weights(finished)
 
 
@@ -229,7 +229,7 @@ def test_a_foreign_folder_is_left_alone(call: Call, here: Path) -> None:
     (here / "mine").mkdir()
     (here / "mine" / "letter.txt").write_text("a")
     status, _, err = call("run", "three", "--out", "mine")
-    assert status == 2 and "nothing in that folder was touched" in err
+    assert status == 2 and "nothing in this folder was changed" in err
     assert not (here / "runs").exists() and len(list((here / "mine").iterdir())) == 1
 
 
@@ -237,5 +237,5 @@ def test_a_pipeline_wants_no_launcher(call: Call, monkeypatch: pytest.MonkeyPatc
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     status, _, said = call("run", "three")
-    assert status == 2 and "a launcher has started 2 processes" in said
+    assert status == 2 and "a launcher with 2 processes" in said
     assert "llm-align run without it" in said

@@ -1,4 +1,4 @@
-"""Cells of the compatibility matrix as commands: a random model, a few rows, three steps on two processes."""
+"""Cells of the compatibility matrix as commands: a random model, a few rows, three steps, two processes."""
 
 import json
 import os
@@ -25,14 +25,14 @@ NEEDS = {
 }
 SMALL = {"vera": "rank: 8", "oft": "block_size: 8", "multitask_prompt": "virtual_tokens: 8"}
 SMALL["trainable_tokens"] = f"tokens: {list(range(20, 60))}"
-"""Settings of adapters whose defaults are made for larger models."""
+"""Settings of adapters whose defaults are for larger models."""
 TEMPLATES = {"rloo": "plain", "grpo": "plain", "hindsight": "vicuna"}
 SECONDS, SHOWN = 240, 6000
 
 
 @dataclass(frozen=True)
 class World:
-    """Where cells run: a base, and rows of each kind."""
+    """Files that cells run on: a base, and data of each kind."""
 
     folder: Path
 
@@ -42,7 +42,7 @@ class World:
         return self.folder / "base"
 
     def rows(self, stage: str) -> Path:
-        """Return the file of rows that a stage learns from."""
+        """Return the data file of a stage."""
         kind = "pairs" if stage in PREFERENCES else "prompts" if stage in DRAWN else "sums"
         return self.folder / f"{kind}.jsonl"
 
@@ -107,7 +107,7 @@ def recipe_text(cell: Combination, world: World) -> str:
 
 
 def name_of(cell: Combination) -> str:
-    """Return what a cell is called."""
+    """Return a cell's name."""
     parts = [cell.stage, cell.adapter, cell.quantization, cell.strategy]
     further = [value for value in (cell.engine, cell.optimizer, cell.offload) if value not in USUAL]
     return "-".join(parts + further)
@@ -117,14 +117,14 @@ USUAL = ("native", "adamw", "none")
 
 
 def command(cell: Combination, world: World, out: Path) -> list[str]:
-    """Write a cell's recipe beside ``out`` and return the words that run it."""
+    """Write a cell's recipe next to ``out`` and return its command."""
     recipe = out.with_suffix(".yaml")
     recipe.write_text(recipe_text(cell, world), encoding="utf-8")
     return [sys.executable, "-m", "align", cell.stage, str(recipe), "--out", str(out)]
 
 
 def run(cell: Combination, world: World, out: Path) -> tuple[int, str]:
-    """Run a cell; return its exit status and what it said."""
+    """Run a cell; return its exit status and output."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command(cell, world, out),

@@ -1,4 +1,4 @@
-"""The random base and the rows that cells of the compatibility matrix run on."""
+"""A random base and data for cells of the compatibility matrix."""
 
 import pytest
 from cells import World, make_world
@@ -6,5 +6,5 @@ from cells import World, make_world
 
 @pytest.fixture(scope="session")
 def cell_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Return a folder with a base and rows."""
+    """Return a folder with a base and data."""
     return make_world(tmp_path_factory.mktemp("cells"))

@@ -1,4 +1,4 @@
-"""The compatibility matrix is true: cells that it says work run three steps on two CPU ranks."""
+"""The compatibility matrix is correct: cells marked as working train three steps on two CPU ranks."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from finetune.planning.solver import OFFLOADS, OPTIMIZERS, STRATEGIES, Combinati
 from finetune.recipe.discovery import stage_names
 
 ELSEWHERE = ("adalora", "bitfit", "full", "lora", "loftq", "pissa", "prefix", "prompt", "ptuning")
-"""Adapters that every stage runs, one of each kind; stage sft runs all, on every base."""
+"""Adapters that every stage runs, one of each kind; stage sft runs all, with every quantization."""
 LORA = Combination(quantization="none", processes=2)
 
 
@@ -28,7 +28,7 @@ def of_the_matrix(stage: str, strategy: str) -> list[Combination]:
 
 
 def around_it(strategy: str) -> list[Combination]:
-    """Return LoRA's cells with every optimizer, place to offload to and engine that work."""
+    """Return LoRA's working cells with every optimizer, offload target and engine."""
     some = [replace(LORA, strategy=strategy, optimizer=name) for name in OPTIMIZERS]
     some += [replace(LORA, strategy=strategy, offload=name) for name in OFFLOADS]
     some += [replace(LORA, strategy=strategy, engine="trl", stage=name) for name in ("sft", "reward", "dpo")]
@@ -37,7 +37,7 @@ def around_it(strategy: str) -> list[Combination]:
 
 
 def failures(todo: list[Combination], world: World, out: Path) -> dict[str, str]:
-    """Run cells, and return what those said that failed."""
+    """Run cells, and return the output of those that failed."""
     answers = {name_of(cell): run_at_once(cell, world, out / name_of(cell)) for cell in todo}
     return {name: said for name, (status, said) in answers.items() if status}
 

@@ -1,4 +1,4 @@
-"""What is proposed where a run does not fit: it fits, it is cheap, and the command line takes it."""
+"""Alternatives for runs that do not fit: they fit, are sorted by cost, and parse as overrides."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ def test_a_70b_goes_onto_two_cards_of_48_gb_in_4_bits() -> None:
 
 
 def test_a_70b_does_not_go_onto_two_cards_of_24_gb() -> None:
-    # Answer.AI (2024-03-06) do it with a loader of their own; here each process loads all 4-bit weights.
+    # Answer.AI (2024-03-06) use their own loader; here each process loads all 4-bit weights.
     plan, found = planned("24GB", 2, model__base="llama-2-70b")
     assert not plan.fits and not any(one.plan.fits for one in found)
 

@@ -1,4 +1,4 @@
-"""Rows and tokens without loading anything, held to what the data stage makes of the same rows."""
+"""Row counts and token lengths of a plan, compared with the tokenized data set."""
 
 import json
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_mixtures_are_gathered_as_the_run_does(rows_file: Path) -> None:
 
 def test_a_tokenizer_elsewhere_is_said_to_be(rows_file: Path) -> None:
     told = found(DataSettings(source=str(rows_file)), model=LLAMA)
-    assert "4 bytes a token assumed" in told.how
+    assert "assuming 4 bytes per token" in told.how
     assert "counted on 48" in found(DataSettings(source=str(rows_file))).how
 
 
@@ -99,7 +99,7 @@ def test_data_on_the_hub_is_not_read_and_that_is_said() -> None:
     assert (some.rows, some.bound) == (7473 - 747, False)
     assert some.together == pytest.approx(522 / 4)
     other = found(DataSettings(source="owner/unheard-of"))
-    assert other.rows is None and "how many rows it has is not known here" in other.how
+    assert other.rows is None and "row count unknown" in other.how
     wrong_split = found(DataSettings(source="Anthropic/hh-rlhf", split="test"))
     assert wrong_split.rows is None
 

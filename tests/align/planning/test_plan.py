@@ -1,4 +1,4 @@
-"""Plans of whole recipes: every shipped one has one, and what is chosen in it fits."""
+"""Plans of all shipped recipes: they exist, and their auto values fit."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def planned(stage: str, name: str, at: Device = A100, count: int = 1, **values: 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_shipped_recipe_has_a_plan(file: Path) -> None:
     given = {"data__source": ROWS} if file.stem == "in-house" else {}
-    # As published, on 8 GPUs: TRL draws all 512 replies of a step at once, 161 GiB on one of them.
+    # As published, on 8 GPUs: TRL samples all 512 completions of a step at once, 161 GiB on one GPU.
     many = 8 if file.parent.name == "grpo" else 1
     plan = planned(file.parent.name, file.stem, A100, many, **given)
     assert plan.fits and 0 < plan.trained <= plan.total
@@ -74,7 +74,10 @@ def test_an_old_card_computes_in_float32_and_says_why() -> None:
 
 def test_replies_take_room_beside_the_prompt() -> None:
     plan = planned("ppo", "quickstart", CPU, sampling__max_new_tokens=100, data__max_prompt_length=None)
-    assert plan.chosen["data.max_prompt_length"] == ("412", "beside a reply of 100 tokens")
+    assert plan.chosen["data.max_prompt_length"] == (
+        "412",
+        "maximum length minus a completion of 100 tokens",
+    )
 
 
 def test_documents_become_blocks() -> None:
@@ -123,7 +126,7 @@ def test_a_finished_run_tells_how_long_the_next_one_takes(
     monkeypatch.chdir(tmp_path)
     recipe = load("sft", "quickstart")
     stated = plan_of(recipe, CPU, 1)
-    assert stated.seconds is not None and stated.seconds.how.startswith("stated")
+    assert stated.seconds is not None and stated.seconds.how.startswith("estimated")
     run_of(recipe, tmp_path / "runs" / "sft-quickstart-1", 1000.0)
     run_of(recipe, tmp_path / "runs" / "sft-quickstart-2", 2000.0)
     run_of(recipe, tmp_path / "runs" / "sft-quickstart-3", 9.0, seconds=5.0)
@@ -133,7 +136,7 @@ def test_a_finished_run_tells_how_long_the_next_one_takes(
     assert measured.seconds.least == pytest.approx(measured.work.learnt / (2000 * (1 + UNLIKE)))
     assert measured.seconds.most == pytest.approx(measured.work.learnt / (1000 * (1 - UNLIKE)))
     elsewhere = plan_of(recipe, A100, 1)
-    assert elsewhere.seconds is not None and elsewhere.seconds.how.startswith("stated")
+    assert elsewhere.seconds is not None and elsewhere.seconds.how.startswith("estimated")
 
 
 def test_a_notebook_plans_with_the_same_words() -> None:

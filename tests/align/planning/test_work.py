@@ -1,4 +1,4 @@
-"""Steps, tokens and replies of whole runs, by hand, and forward passes as the stages lay them out."""
+"""Steps, tokens and completions of full runs, derived by hand, and micro-batches of every stage."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""A small policy, a value and a reward model on one base, and replies that were never sampled."""
+"""A small policy, value and reward model on one base, and made-up completions."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ LENGTHS = [(5, 3), (3, 6), (7, 1), (4, 4)]
 
 
 def models(method: str, family: str, *, temperature: float = 1.0) -> tuple[Roles, PeftModel]:
-    """Return policy and value, and a trained reward model, all on one base."""
+    """Return policy and value model, and a trained reward model, on one base."""
     base = base_of(family, first_choice(method))
     scorers = [scorer_on(base, ["reward"], pad_id=0) for _ in range(2)]
     for seed, scorer in enumerate(scorers):
@@ -51,7 +51,7 @@ def ids(seed: int = 0) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
 
 
 def episodes(roles: Roles, seed: int = 0) -> Episodes:
-    """Return episodes with tables of random numbers, 0 behind their ends."""
+    """Return a rollout of random values, 0 after the end of each completion."""
     prompts, completions = ids(seed)
     longest = max(map(len, completions))
     mask = token_mask(torch.tensor([len(one) for one in completions]), longest)
@@ -61,7 +61,7 @@ def episodes(roles: Roles, seed: int = 0) -> Episodes:
 
 
 def replies(rewards: Sequence[float], stopped: Sequence[bool] | None = None) -> Replies:
-    """Return replies with these rewards."""
+    """Return completions with these rewards."""
     prompts, completions = ids()
     ends = stopped or [True] * len(prompts)
     return Replies(

@@ -1,4 +1,4 @@
-"""The toy bases of the adapters' tests serve here too."""
+"""Puts the small models of other tests on the import path."""
 
 import sys
 from pathlib import Path

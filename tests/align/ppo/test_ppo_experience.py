@@ -1,4 +1,4 @@
-"""From replies to advantages: what a token earns, in which order it is learnt, and what a file keeps."""
+"""PPO experience: token rewards and advantages, minibatch order, stored rollouts, metrics."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def said(seed: int = 0) -> Said:
 
 
 def test_a_token_earns_what_the_papers_say() -> None:
-    """With gamma = lambda = 1 and no whitening a return is the score less the distance still to come."""
+    """With gamma = lambda = 1 and no whitening a return is the score less the KL still to come."""
     settings = PpoSettings(trace=1.0, whiten_advantages=False)
     seen, scores = said(), torch.tensor([1.0, -2.0, 0.5, 3.0])
     tables = learnt_from(seen, scores, OWN, coefficient=0.3, settings=settings)

@@ -1,4 +1,4 @@
-"""PPO-ptx: the rows beside a step's rewards have an order of their own, and count what they are to."""
+"""PPO-ptx: order of the pretraining rows, their split over micro-batches and processes, their weight."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def dealt(mix: Pretraining, passes: int, step: int) -> list[dict[str, Any]]:
 
 
 def learnt(roles: Roles, batch: dict[str, Any]) -> Tensor | float:
-    """Return what goes through the roles beside a pass over episodes."""
+    """Return the summed NLL of the pretraining rows of a micro-batch."""
     laid = dict(episodes(roles).batch([0], pad_id=0))
     return roles(laid, spread=False, beside=batch.get(ROWS)).unlikelihood
 

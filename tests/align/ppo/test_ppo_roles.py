@@ -1,4 +1,4 @@
-"""Policy and value on one base: who gets a gradient, what the log-probabilities are, and what is saved."""
+"""Actor-critic on one base: gradients per role, log-probabilities, entropies, values, saved weights."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_each_loss_reaches_its_own_role_alone(method: str, recompute: bool) -> N
     roles.train()
     for which, prefix in ((0, "policy."), (1, "value.")):
         both = losses(roles, episodes(roles))
-        completion_scores(reward, lay_out(*ids(), pad_id=0))  # another role at work before the backward pass
+        completion_scores(reward, lay_out(*ids(), pad_id=0))  # another model runs before the backward pass
         both[which].backward()
         names = touched(roles)
         assert names and all(name.startswith(prefix) for name in names), names
@@ -81,7 +81,7 @@ def test_log_probabilities_are_the_library_s_whatever_stands_beside(method: str,
             roles.policy, lay_out(prompts, completions, pad_id=0), temperature=0.7, spread=False
         )
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            # In a line of its own; and padded on its left, which moves virtual tokens away from the text.
+            # Alone; and left-padded, which moves virtual tokens away from the text.
             for pads in (0,) if roles.policy.active_peft_config.is_prompt_learning else (0, 3):
                 line = torch.tensor([[0] * pads + [*prompt, *completion]])
                 mask = (torch.arange(line.shape[1]) >= pads).long()[None]
@@ -114,7 +114,7 @@ def test_entropies_are_those_of_the_distribution() -> None:
     with torch.no_grad():
         found = roles(batch, spread=True)
         line = roles.policy(input_ids=batch["input_ids"][:1], attention_mask=batch["attention_mask"][:1])
-    logps = (line.logits[0, 4] / 2.0).log_softmax(-1)  # the prompt's last token draws the first one
+    logps = (line.logits[0, 4] / 2.0).log_softmax(-1)  # the prompt's last state predicts the first token
     assert found.entropies[0, 0] == pytest.approx(float(-(logps.exp() * logps).sum()), abs=1e-5)
     assert not roles(batch, spread=False).entropies.any()
 

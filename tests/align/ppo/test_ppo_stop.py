@@ -1,4 +1,4 @@
-"""When a run is stopped, with which reason, and what the panel says at its end."""
+"""Early stopping of PPO and its reasons; diagnostics of a finished run."""
 
 import pytest
 
@@ -14,9 +14,9 @@ FIRST = {"kl": 0.0, "entropy": 2.0, "ends": 0.9, "length": 20.0, "length_reward"
     [
         ({"entropy": 0.03}, {}, ["collapsed", "entropy", "2.000 to 0.030", "stop.entropy"]),
         ({"entropy": 0.05}, {}, []),
-        ({"ends": 0.05}, {}, ["collapsed", "5.0% of its replies end", "90.0% did", "stop.ends"]),
+        ({"ends": 0.05}, {}, ["collapsed", "5.0% of the completions end", "90.0% did", "stop.ends"]),
         ({"ends": 0.2}, {}, []),
-        ({"kl": 31.0}, {"kl": 30.0}, ["too far", "31.00 nats", "stop.kl (30)"]),
+        ({"kl": 31.0}, {"kl": 30.0}, ["KL to the reference", "31.00 nats", "stop.kl (30)"]),
         ({"kl": 31.0}, {}, []),
         ({"length": 45.0, "length_reward": 0.6}, {"longer": 2.0}, ["length hacking", "20.0 to 45.0", "0.60"]),
         ({"length": 45.0, "length_reward": 0.1}, {"longer": 2.0}, []),
@@ -50,7 +50,7 @@ def at(reward: float, gold: float) -> dict[str, float]:
         ([at(0, 0.8), at(1, 0.6)], True),
         ([{"reward": 0.0}, {"reward": 3.0}], False),
     ],
-    ids=["gold fell", "by little", "and the reward too", "from the start", "no judge"],
+    ids=["gold fell", "by little", "and the reward too", "from the start", "no grader"],
 )
 def test_pain_07_over_optimisation_is_a_higher_reward_and_a_worse_judgement(
     history: list[dict[str, float]], stops: bool
@@ -58,7 +58,9 @@ def test_pain_07_over_optimisation_is_a_higher_reward_and_a_worse_judgement(
     reason = over_optimised(history, StopSettings())
     assert bool(reason) == stops
     if stops:
-        assert reason.startswith("over-optimised: judge 'end' fell from 0.800 to 0.600 while the reward rose")
+        assert reason.startswith(
+            "over-optimized: grader 'end' fell from 0.800 to 0.600 while the reward rose"
+        )
     assert over_optimised(history, StopSettings(gold_falls=None)) == ""
 
 
@@ -89,25 +91,26 @@ def test_replies_that_go_round_are_told() -> None:
     again = "he was very happy. " * 3
     [found] = findings({}, [("one two", again), ("five", again)])
     assert (
-        found.name == "repetition" and "of 2 replies 0 → 2 repeat themselves, 0 → 1 another one" in found.said
+        found.name == "repetition"
+        and "of 2 completions, self-repeating: 0 → 2, duplicates of another one: 0 → 1" in found.said
     )
     assert "kl_coefficient" in found.action
 
 
 def test_a_sound_run_is_praised_without_a_warning() -> None:
     found = {finding.name: finding for finding in findings(SOUND, SAID)}
-    assert list(found) == ["reward", "judges", "distance", "fluency", "length", "variety", "updates"]
+    assert list(found) == ["reward", "graders", "KL", "fluency", "length", "variety", "updates"]
     assert not any(finding.action for finding in found.values())
-    assert "0.300 → 0.900" in found["judges"].said
+    assert "0.300 → 0.900" in found["graders"].said
 
 
 @pytest.mark.parametrize(
     ("changed", "name", "action"),
     [
         (both(reward=(0.0, 0.0)), "reward", "learning_rate"),
-        (both(gold_end=(0.9, 0.3)), "judges", "kl_coefficient"),
-        (both(kl=(0.0, -1.0)), "distance", "fault"),
-        (both(kl=(0.0, 60.0)), "distance", "kl_target"),
+        (both(gold_end=(0.9, 0.3)), "graders", "kl_coefficient"),
+        (both(kl=(0.0, -1.0)), "KL", "bug"),
+        (both(kl=(0.0, 60.0)), "KL", "kl_target"),
         (both(perplexity=(2.0, 9.0)), "fluency", "kl_coefficient"),
         (both(length=(20.0, 60.0)), "length", "length_penalty"),
         (both(length=(20.0, 5.0)), "length", "kl_coefficient"),

@@ -1,4 +1,4 @@
-"""The small tokenizers of the data's tests and the toy bases of the adapters' serve here too."""
+"""Import path of the data tests' small tokenizers and the adapter tests' toy models."""
 
 import sys
 from pathlib import Path

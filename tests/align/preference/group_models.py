@@ -1,4 +1,4 @@
-"""Random models and groups, and the plain way that ours must equal: each completion in a pass of its own."""
+"""Random models and groups, and the reference computation: one forward pass per completion."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from align.preference.groups import Group
 
 Shape = tuple[int, list[int]]
-"""Length of a prompt and of its completions."""
+"""Length of a prompt, and the lengths of its completions."""
 
 SHAPES: st.SearchStrategy[list[Shape]] = st.lists(
     st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=5)), min_size=1, max_size=4
@@ -47,7 +47,7 @@ def random_groups(shapes: Sequence[Shape], seed: int = 0) -> list[Group]:
 
 
 def separate_logps(model: nn.Module, groups: Sequence[Group]) -> Tensor:
-    """Return log p(completion | prompt) by the book: one row a pass, all logits, shifted by one."""
+    """Return log p(completion | prompt) the plain way: one row per pass, all logits, shifted by one."""
     found = []
     for group in groups:
         for completion in group.completions:
@@ -59,12 +59,12 @@ def separate_logps(model: nn.Module, groups: Sequence[Group]) -> Tensor:
 
 
 def mixed(logps: Tensor) -> Tensor:
-    """Return a sum in which each completion has another weight, positive or negative."""
+    """Return a sum in which each completion has a different weight, positive or negative."""
     return (torch.linspace(-1.0, 1.7, len(logps)) * logps).sum()
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Return the gradient of every trained weight, and leave none behind."""
+    """Return the gradient of every trained weight, and clear it."""
     model.zero_grad()
     loss.backward()
     trained = {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
@@ -74,13 +74,13 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Return the largest difference, relative to the largest entry of each tensor's expected value."""
+    """Return the largest difference, relative to the largest entry of each expected tensor."""
     assert found.keys() == expected.keys() and found
     scales = {name: max(float(value.abs().max()), 1e-3) for name, value in expected.items()}
     return max(float((found[name] - expected[name]).abs().max()) / scales[name] for name in expected)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference of sums of log-probabilities, relative to those greater than 1."""
+    """Return the largest difference of summed log-probabilities, relative where they are above 1 nat."""
     assert found.shape == expected.shape and found.dtype == torch.float32
     return float(((found - expected).detach() / expected.detach().abs().clamp(min=1.0)).abs().max())

@@ -41,7 +41,7 @@ def random_lists(count: int = 5, size: int = 4, seed: int = 0, *, reference: boo
 
 
 def random_batch(loss: Loss, seed: int = 0, *, reference: bool | None = None) -> Pairs | Lists:
-    """What the loss takes, with a reference if it needs one (or as told)."""
+    """The loss's input, with a reference if it needs one (or as requested)."""
     wanted = loss.needs.reference if reference is None else reference
     make = random_pairs if loss.takes == "Pairs" else random_lists
     return make(seed=seed, reference=wanted)

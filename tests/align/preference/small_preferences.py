@@ -1,4 +1,4 @@
-"""Short ways to read, compare and tokenise a few rows of preference data."""
+"""Helpers to read, compare and tokenize a few rows of preference data."""
 
 from small_tokenizers import tokenizer
 
@@ -15,7 +15,7 @@ BOTH = (*LABELLED, *RANKINGS)
 
 
 def read(row, columns=None):
-    """Return the name of one row's layout, and what the row says."""
+    """Return the layout's name and the parsed row."""
     layout = recognise_among(list(row), BOTH, columns=columns, where="rows", repair="")
     [judged] = read_rows([Row(row, "file:1")], layout, columns)
     return layout.name, judged
@@ -29,7 +29,7 @@ def compare(*rows, **settings):
 
 
 def prepared(rows, *, template="hh", tokens="qwen", max_length=512, kind="rankings", seed=0, **settings):
-    """Return rows, or a file's, read and tokenised; nothing is cached unless asked for."""
+    """Return rows (or those of a file) tokenized, by default without cache."""
     data = PreferenceSettings(**{"source": rows, "template": template, "cache": False, **settings})
     encoder = Encoder(tokenizer(tokens), template)
     return prepare_preferences(data, encoder, max_length=max_length, seed=seed, kind=kind)

@@ -1,4 +1,4 @@
-"""The shared layout with every adapter, virtual tokens included, and with what wraps a model."""
+"""Shared-prompt batches with every adapter (virtual tokens too) and through DDP."""
 
 from collections.abc import Iterator
 
@@ -35,7 +35,7 @@ VIRTUAL = (*AS_INPUTS, *AS_KEYS)
 
 
 def adapted(method: str, family: str, attention: str = "sdpa") -> PeftModel:
-    """Return a base with an adapter that has left its start, or skip with the adapter's reason."""
+    """Return a base with a trained adapter, or skip with the adapter's reason."""
     base = base_of(family, first_choice(method))
     base.set_attn_implementation(attention)
     try:
@@ -47,7 +47,7 @@ def adapted(method: str, family: str, attention: str = "sdpa") -> PeftModel:
 
 
 def errors(model: PeftModel) -> dict[str, tuple[float, float]]:
-    """Return how far each layout is from separate passes, in log-probabilities and in gradients."""
+    """Return the error of each layout against one pass per completion, in log-probabilities and gradients."""
     groups, found = random_groups(SOME), {}
     expected = separate_logps(model, groups)
     wanted = gradients(model, mixed(expected))

@@ -1,4 +1,4 @@
-"""The layout by hand, and what holds for every batch."""
+"""Shared-prompt batches: block mask and target indices by hand, and properties of every batch."""
 
 import doctest
 
@@ -19,7 +19,7 @@ def test_the_docstrings_tell_the_truth() -> None:
 
 
 def predicted(batch: GroupBatch) -> list[list[tuple[int, int]]]:
-    """Return for each completion, token by token, the id before which state predicts it, and the token."""
+    """Return for each completion's tokens: the token id whose state predicts it, and its own id."""
     states = batch["input_ids"][batch["predicts"]][batch["sources"]]
     rows = [[(0, 0)] * length for length in batch["lengths"].tolist()]
     columns = (states, batch["targets"], batch["owners"], batch["offsets"])
@@ -51,7 +51,7 @@ def test_a_token_sees_its_own_past_and_no_more(shapes: list[Shape], budget: int)
     batch = GroupCollator(0, budget)(groups)
     seen = visible(batch["groups"], batch["parts"])
     real = batch["groups"] > 0
-    # As many columns as the position says stand before a token; each of them is of its group.
+    # A token attends to as many positions as its position id counts, all of its own group.
     assert torch.equal(seen.sum(-1)[real], batch["position_ids"][real] + 1)
     line, token, other = seen.nonzero(as_tuple=True)
     assert torch.equal(batch["groups"][line, token], batch["groups"][line, other])
@@ -63,7 +63,7 @@ def test_a_token_sees_its_own_past_and_no_more(shapes: list[Shape], budget: int)
 def test_a_prompt_s_last_state_is_computed_once() -> None:
     (group,) = random_groups([(5, [3, 4, 2])])
     batch = GroupCollator(0)([group])
-    # 3 + 4 + 2 tokens; the first of each has the same state, the others have one each: 9 - 2.
+    # 3 + 4 + 2 tokens; the first tokens share one state, all others have their own: 9 - 2.
     assert int(batch["predicts"].sum()) == 7
     assert batch["sources"].tolist().count(0) == 3
     assert int(GroupCollator(0, separate=True)([group])["predicts"].sum()) == 9
@@ -111,8 +111,8 @@ def test_nothing_may_be_empty() -> None:
     ("prompt", "lengths", "apart"),
     [
         (400, [100, 100], False),  # a long prompt is worth sharing
-        (20, [400] * 8, True),  # one line of 3,220 columns costs more than eight of 420
-        (20, [400], False),  # one completion is the same either way
+        (20, [400] * 8, True),  # one row of 3,220 tokens costs more than eight of 420
+        (20, [400], False),  # one completion: both layouts are equal
     ],
 )
 def test_a_pass_takes_the_cheaper_layout(prompt: int, lengths: list[int], apart: bool) -> None:

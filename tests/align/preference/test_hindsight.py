@@ -1,4 +1,4 @@
-"""Chain of hindsight: what is written behind what, and which of it is learnt."""
+"""Chain of hindsight: the order of completions and control texts, and the loss mask."""
 
 from math import nan
 
@@ -34,7 +34,7 @@ def test_the_best_and_the_worst_stand_behind_the_words_that_ask_for_them():
         asked_for = [(texts[2].removeprefix("three\n\n"), texts[3]), (texts[4], texts[5])]
         assert sorted(asked_for) == [(BAD, "worst"), (GOOD, "best")]
         orders.add(tuple(asked_for))
-    assert len(orders) == 2, "both orders come"
+    assert len(orders) == 2, "both orders occur"
     assert [talk.where for talk in talks] == [row.where for row in rows]
 
 

@@ -95,7 +95,7 @@ def test_pro_of_two_one_apart_is_simpo() -> None:
 
 
 def test_ties_are_no_preference() -> None:
-    """Scores 2, 1, 1: the two last do not stand against each other, only the first against both."""
+    """Scores 2, 1, 1: the last two are not compared, only the first with both."""
     h = [0.3, -0.2, 0.9]
     lists = one_list(h, [2, 1, 1])
     alone = math.log(sum(math.exp(x) for x in h)) - h[0]
@@ -165,7 +165,7 @@ def test_shorter_lists_stand_beside_longer_ones(name: str, absent: float) -> Non
 
 
 def test_plackett_luce_gradient_in_closed_form() -> None:
-    """dL/dh_k = beta (k's shares of the denominators it stands in, minus 1), the last one's own left out."""
+    """dL/dh_k = beta (k's shares of the denominators that contain it, minus 1), without the last one's."""
     lists = one_list([0.5, -1.0, 2.0], [3, 2, 1])
     lists.logps.requires_grad_()
     listwise.plackett_luce(lists, beta=0.5).losses.sum().backward()

@@ -1,4 +1,4 @@
-"""The losses by name: what is read from the files is what the functions are, and do."""
+"""The loss catalog: parsed declarations agree with the functions and their behavior."""
 
 import inspect
 import subprocess
@@ -51,7 +51,7 @@ def test_a_reference_is_needed_exactly_where_it_is_declared(loss: Loss) -> None:
     with_one = random_batch(loss, reference=True)
     without = random_batch(loss, reference=False)
     if loss.needs.reference:
-        with pytest.raises(ValueError, match="under the reference; none were given"):
+        with pytest.raises(ValueError, match="needs reference log-probabilities; none were given"):
             loss.function()(without)
     else:
         torch.testing.assert_close(loss.function()(with_one), loss.function()(without), rtol=0, atol=0)
@@ -100,9 +100,9 @@ def test_a_likelihood_term_is_the_best_completion_s_alone(loss: Loss) -> None:
 
 
 def toy_step(loss: Loss, rate: float = 0.05) -> tuple[float, float]:
-    """Return the log-prob of the best over the worst completion before and after a step of a table's policy.
+    """Return the log-ratio of best to worst completion before and after a step of a tabular policy.
 
-    Three completions of three tokens each, of a vocabulary of five that is drawn from one table of logits.
+    Three completions of three tokens each, from a vocabulary of five, with one table of logits.
     """
     tokens, lengths = torch.tensor([[[0, 1, 1], [2, 3, 0], [4, 4, 2]]]), torch.full((1, 3), 3)
     scores = torch.tensor([[3.0, 2.0, 1.0]])

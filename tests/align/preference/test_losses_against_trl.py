@@ -42,7 +42,7 @@ BETA = 0.3
 
 
 def batch() -> dict[str, Tensor]:
-    """Return prompts with chosen completions, then with the rejected ones, as TRL's collator lays them."""
+    """Return prompts with chosen, then with rejected completions, in the layout of TRL's collator."""
     generator, lines = torch.Generator().manual_seed(0), []
     prompts = [torch.randint(8, 500, (prompt,), generator=generator) for prompt, _, _ in LENGTHS]
     for column in (1, 2):
@@ -61,7 +61,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def completion_logps(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the completions' log-probabilities, summed over tokens, in the plain way."""
+    """Return the completions' log-probabilities, summed over tokens."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
     tokens = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
     return (tokens * inputs["completion_mask"][:, 1:]).sum(-1)

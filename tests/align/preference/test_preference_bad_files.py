@@ -1,4 +1,4 @@
-"""Bad preference files: one clear message each, with file, line, field, what was expected and the repair."""
+"""Invalid preference files: one message each, with file, line, field, expected value and repair."""
 
 import json
 
@@ -30,8 +30,8 @@ FIELDS = {
     "text beside turns": (
         {"prompt": ASKED, "chosen": "a", "rejected": "b"},
         {"rejected": [{"role": "assistant", "content": "b"}]},
-        "field 'rejected': a list of turns, and chosen is text",
-        "the same kind in both columns",
+        "field 'rejected': a list of turns, but chosen is text",
+        "the same type in both columns",
     ),
     "an empty list": (
         {"prompt": ASKED, "chosen": ASKED, "rejected": ASKED},
@@ -51,12 +51,17 @@ FIELDS = {
         "field 'chosen[0]': found {'role': 'assistant'}",
         "an object with role and content",
     ),
-    "no prompt at all": (HH, {"chosen": "a"}, "field 'chosen': a reply without its prompt, 'a'", "Human:"),
-    "half a character": (pair(), {"chosen": "\ud83d"}, "field 'chosen': half a character", "valid Unicode"),
+    "no prompt at all": (HH, {"chosen": "a"}, "field 'chosen': a reply without a prompt, 'a'", "Human:"),
+    "an unpaired surrogate": (
+        pair(),
+        {"chosen": "\ud83d"},
+        "field 'chosen': an unpaired surrogate",
+        "valid Unicode",
+    ),
     "a score for one alone": (
         pair(score_chosen=1, score_rejected=0),
         {"score_rejected": None},
-        "field 'score_rejected': missing or null, and score_chosen is there",
+        "field 'score_rejected': missing or null, but score_chosen is given",
         "a score for both, or for none",
     ),
     "a score in words": (
@@ -78,7 +83,12 @@ FIELDS = {
         "field 'responses': a list of 1",
         "at least two completions",
     ),
-    "too few scores": (LISTED, {"scores": [1]}, "field 'scores': 1 of them for 2 responses", "one for each"),
+    "too few scores": (
+        LISTED,
+        {"scores": [1]},
+        "field 'scores': 1 for 2 responses",
+        "one per entry of responses",
+    ),
     "a score of NaN": (
         LISTED,
         {"scores": [1, float("nan")]},
@@ -98,7 +108,7 @@ FIELDS = {
         JUDGED,
         {"answers": [{"outputs": "a", "judge_scores": [1]}, {"outputs": ["b"], "judge_scores": [1]}]},
         "field 'answers[0].outputs': found 'a'",
-        "a list of answers, one a question",
+        "a list of answers, one per question",
     ),
     "no question": (JUDGED, {"questions": []}, "field 'questions': found []", "a list of questions"),
     "an unknown vote": (
@@ -117,7 +127,7 @@ FIELDS = {
         "prompt+completion+label",
     ),
 }
-"""A good row, what is wrong in the second line, and what the message says was found and expected."""
+"""A valid row, the invalid fields of the second row, and the found and expected parts of the message."""
 
 
 def refused(rows, tmp_path, **settings):
@@ -142,35 +152,35 @@ def test_a_field_that_is_not_what_it_should_be(case, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "settings", "told"),
     [
-        ([{"prompt": "q", "chosen": "a"}], {}, "columns prompt, chosen are no known layout"),
-        ([{"chosen": HH["chosen"]}], {}, "columns chosen are no known layout"),
+        ([{"prompt": "q", "chosen": "a"}], {}, "no known layout has columns prompt, chosen"),
+        ([{"chosen": HH["chosen"]}], {}, "no known layout has columns chosen"),
         (
             [{"frage": "q", "gut": "a"}],
             {},
             "data.columns={prompt: QUESTION, chosen: BETTER, rejected: WORSE}",
         ),
-        ([pair()], {"columns": {"chosen": "gud"}}, "'chosen' is mapped to 'gud', which is no column"),
+        ([pair()], {"columns": {"chosen": "gud"}}, "'chosen' is mapped to 'gud', but"),
         ([LABELLED], {}, "layout prompt/completion/label: labels are for KTO"),
         ([LISTED], {"kind": "labels"}, "layout prompt/responses/scores: ranked lists are for a reward model"),
         (
             [pair(rejected="good")],
             {},
-            "nothing to compare: rows left out, chosen and rejected are the same: 1",
+            "no usable comparison: rows dropped: identical chosen and rejected: 1",
         ),
         (
             [pair(score_chosen=1, score_rejected=2)],
             {},
-            "in 1 of 1 pairs with scores the rejected one's is higher",
+            "1 of 1 scored pairs have a higher score for rejected",
         ),
         ([pair()], {"held_out": 1}, "data.held_out: 1 of 1 usable rows"),
-        ([pair(), pair(chosen="c")], {"held_out": 1}, "1 of 2 usable rows, and every prompt has more"),
-        ([pair()], {"max_length": 64, "max_prompt_length": 64}, "data.max_prompt_length: 64, and prompt and"),
-        ([pair()], {"select": {"rows": 1}}, "data.select: it chooses among conversations"),
+        ([pair(), pair(chosen="c")], {"held_out": 1}, "1 of 2 usable rows, but every prompt has more"),
+        ([pair()], {"max_length": 64, "max_prompt_length": 64}, "data.max_prompt_length: 64, but prompt and"),
+        ([pair()], {"select": {"rows": 1}}, "data.select: selects conversations"),
         ([pair("x" * 99)], {"max_length": 8, "too_long": "drop"}, "raise data.max_length"),
         (
             [{"conversations": [{"from": "gpt", "value": "q"}], "chosen": "a", "rejected": "b"}],
             {},
-            "nothing to learn from: ",
+            "no rows to train on: ",
         ),
         (
             [
@@ -181,7 +191,7 @@ def test_a_field_that_is_not_what_it_should_be(case, tmp_path):
                 }
             ],
             {"template": "alpaca"},
-            "left out, no conversation for this template: 1 (first: rows.jsonl:1: the turns are",
+            "dropped: the template cannot render the conversation: 1 (first: rows.jsonl:1: the turns are",
         ),
     ],
 )
@@ -195,4 +205,4 @@ def test_many_bad_rows_are_told_by_the_first_five(tmp_path):
     with pytest.raises(UserError) as caught:
         prepared(str(path))
     assert len(caught.value.problems) == 6
-    assert "and 4 rows more: 9 of 9 rows do not fit" in str(caught.value)
+    assert "and 4 more rows: 9 of 9 rows do not fit" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Published layouts of preference data are recognised and become prompts with judged completions."""
+"""Published layouts of preference data are recognized and parsed into prompts and scored completions."""
 
 from math import isnan
 

@@ -38,9 +38,9 @@ def test_a_held_out_file_is_told_where_it_repeats_what_is_learnt(tmp_path):
     data = prepared(rows(4), held_out=str(path))
     assert data.held_out.places == tuple(f"{path}:{line}" for line in (1, 2, 3))
     assert data.report.counts == {
-        "held out: left out, chosen and rejected are the same": 1,
-        "held out: equal to one that is learnt": 1,
-        "held out: answer a prompt that is learnt too": 2,
+        "held out: dropped: identical chosen and rejected": 1,
+        "held out: identical to a training row": 1,
+        "held out: with a prompt that is in the training data": 2,
     }
 
 
@@ -49,7 +49,7 @@ def test_pairs_serve_as_labels():
     assert data.train.completions.tolist() == [1] * 6
     assert data.train.scores.tolist() == [1.0, 0.0] * 3 and np.isnan(data.train.margins).all()
     assert data.train.places == ("row 1", "row 1", "row 2", "row 2", "row 3", "row 3")
-    assert "pairs of data.source taken apart" in data.report.notes[0]
+    assert "pairs of data.source split into labels" in data.report.notes[0]
     assert "3 good, 3 bad" in data.report.lines()[2]
 
 
@@ -68,7 +68,7 @@ def test_a_mixture_of_layouts_keeps_its_sources_apart(tmp_path):
 
 def test_a_mixed_source_cannot_be_selected_from():
     mix = [{"source": "owner/name"}, {"source": "owner/other", "select": {"rows": 3}}]
-    with pytest.raises(UserError, match=r"data\.mix\[1\]\.select: it chooses among conversations"):
+    with pytest.raises(UserError, match=r"data\.mix\[1\]\.select: selects conversations"):
         prepared(None, mix=mix)
 
 
@@ -97,15 +97,15 @@ def test_judgement_decides_what_the_cache_holds():
 def test_the_report_tells_lengths_of_the_better_and_the_worse():
     report = prepared([pair("q", "much longer " * 5, "bad")] * 2).report
     assert report.lines()[0].startswith("2 rows (prompt/chosen/rejected), 0 held out; ")
-    assert report.lines()[1].startswith("4 completions; tokens on average: prompt ")
-    assert "rows equal to an earlier one, kept: 1 (first: row 2 repeats row 1)" in report.lines()
+    assert report.lines()[1].startswith("4 completions; mean tokens: prompt ")
+    assert "rows identical to an earlier row (not dropped): 1 (first: row 2 repeats row 1)" in report.lines()
 
 
 def test_contradictions_are_told():
     report = prepared([pair(), pair("other"), pair(chosen="bad", rejected="good ")]).report
-    assert report.counts == {"say the opposite of an earlier one, kept": 1}
-    assert report.examples == {"say the opposite of an earlier one, kept": "row 3 and row 1"}
+    assert report.counts == {"contradict an earlier one, kept": 1}
+    assert report.examples == {"contradict an earlier one, kept": "row 3 and row 1"}
     labels = [
         {"prompt": "q", "completion": text, "label": good} for text, good in (("a", 1), ("b", 0), ("a", 0))
     ]
-    assert prepared(labels, kind="labels").report.counts == {"say the opposite of an earlier one, kept": 1}
+    assert prepared(labels, kind="labels").report.counts == {"contradict an earlier one, kept": 1}

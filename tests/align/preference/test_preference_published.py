@@ -1,4 +1,4 @@
-"""Published preference files, in their published formats: every row is read, each loss of one counted."""
+"""Published preference files in their published formats: every row is read, dropped rows are counted."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from finetune.data.sources import read_source
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "../shared/data"
 
-EMPTY, DIFFERENT = "left out, an empty completion", "left out, chosen and rejected answer different prompts"
+EMPTY, DIFFERENT = "dropped: empty completion", "dropped: chosen and rejected have different prompts"
 NO_REPLY, NO_TEMPLATE = (
-    "left out, a dialogue ends without a reply",
-    "left out, no conversation for this template",
+    "dropped: a dialogue without a final reply",
+    "dropped: the template cannot render the conversation",
 )
 KOREAN = "korean/ko_hh_harmless_train.jsonl.gz"
-BOTH = "of chosen and rejected to different prompts, both answer the chosen one's now"
+BOTH = "with different prompts of chosen and rejected: the chosen one's is used for both"
 
 FILES = [
     (
@@ -47,26 +47,26 @@ FILES = [
             NO_REPLY: 211,
             EMPTY: 3,
             NO_TEMPLATE: 211,
-            "left out, chosen and rejected are the same": 1,
+            "dropped: identical chosen and rejected": 1,
         },
     ),
     (
         "llamafactory/dpo_en_demo.json",
         {"template": "chatml"},
         {"groups": 300, "completions": 600},
-        {"equal to an earlier one, kept": 5},
+        {"identical to an earlier row (not dropped)": 5},
     ),
     (
         "llamafactory/dpo_zh_demo.json",
         {"template": "chatml"},
         {"groups": 300, "completions": 600},
-        {"equal to an earlier one, kept": 11},
+        {"identical to an earlier row (not dropped)": 11},
     ),
     (
         "korean/logickor_ranked.jsonl.gz",
         {"template": "koalpaca"},
         {"groups": 32, "completions": 373},
-        {"with ties among their completions, which share a rank": 32},
+        {"with tied completions, which share a rank": 32},
     ),
     (
         "preference/pandalm_human_pairs.json",
@@ -74,9 +74,9 @@ FILES = [
         {"groups": 663, "completions": 1326},
         {
             EMPTY: 43,
-            "left out, a tie": 83,
-            "left out, a turn of the prompt is empty": 1,
-            "hold a number or true/false where a completion's text stands, read as text": 6,
+            "dropped: tie": 83,
+            "dropped: empty turn in the prompt": 1,
+            "with a number or true/false in place of a completion's text, read as text": 6,
         },
     ),
     (
@@ -110,7 +110,7 @@ def test_hh_s_dialogues_are_the_file_s_to_the_word():
         for ids, name in zip(group.completion_ids, ("chosen", "rejected"), strict=True):
             text = decode([*group.prompt_ids, *ids], skip_special_tokens=True)
             same += text.split() == rows[group.place][name].split()
-    told = data.report.counts.get("hold template markers or special tokens in their text, written apart", 0)
+    told = data.report.counts.get("contain template markers in their text (escaped)", 0)
     assert same == 2 * len(data.train) and told == 0
 
 

@@ -1,4 +1,4 @@
-"""What cannot be compared is left out, counted and told with its first place."""
+"""Rows without a usable comparison are dropped, counted and reported with the first location."""
 
 from math import isnan
 
@@ -30,24 +30,24 @@ def replies(row):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        (pair(rejected=" good "), "left out, chosen and rejected are the same"),
-        (pair(rejected=" "), "left out, an empty completion"),
-        (pair(prompt=" "), "left out, a turn of the prompt is empty"),
-        (hh("q", "a", "b", other="another"), "left out, chosen and rejected answer different prompts"),
-        ({"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q"}, "left out, a dialogue ends without a reply"),
-        (pair(score_chosen=1, score_rejected=1), "left out, a tie"),
+        (pair(rejected=" good "), "dropped: identical chosen and rejected"),
+        (pair(rejected=" "), "dropped: empty completion"),
+        (pair(prompt=" "), "dropped: empty turn in the prompt"),
+        (hh("q", "a", "b", other="another"), "dropped: chosen and rejected have different prompts"),
+        ({"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q"}, "dropped: a dialogue without a final reply"),
+        (pair(score_chosen=1, score_rejected=1), "dropped: tie"),
         (
             pair(score_chosen=1, score_rejected=2),
-            "left out, their scores say that the rejected one is better",
+            "dropped: the rejected completion has the higher score",
         ),
-        (ranked([1, 1, 1]), "left out, a tie"),
-        (ranked([2, 1], "aa"), "left out, chosen and rejected are the same"),
-        (ranked([3, 2, 1], "aaa"), "left out, fewer than two completions that differ"),
-        (ranked([3, 2, 1], ["a", "", " "]), "left out, fewer than two completions that differ"),
-        ({"prompt": "q", "completion": "", "label": True}, "left out, an empty completion"),
+        (ranked([1, 1, 1]), "dropped: tie"),
+        (ranked([2, 1], "aa"), "dropped: identical chosen and rejected"),
+        (ranked([3, 2, 1], "aaa"), "dropped: fewer than two distinct completions"),
+        (ranked([3, 2, 1], ["a", "", " "]), "dropped: fewer than two distinct completions"),
+        ({"prompt": "q", "completion": "", "label": True}, "dropped: empty completion"),
         (
             {"instruction": "q", "response1": "a", "response2": "b", "annotator1": 1, "annotator2": 2},
-            "left out, a tie",
+            "dropped: tie",
         ),
     ],
 )
@@ -62,7 +62,7 @@ def test_two_prompts_may_become_one_by_choice():
     [row], report = compare(hh("mine", "a", "b", other="yours"), on_different_prompts="chosen")
     assert [turn.content for turn in row.prompt] == ["mine"] and replies(row) == ["a", "b"]
     assert report.counts == {
-        "of chosen and rejected to different prompts, both answer the chosen one's now": 1
+        "with different prompts of chosen and rejected: the chosen one's is used for both": 1
     }
 
 
@@ -74,27 +74,27 @@ def test_blanks_make_no_other_prompt():
 def test_ties_of_pairs_may_be_kept_in_the_row_s_order():
     [row], report = compare(pair(score_chosen=1, score_rejected=1), on_tie="keep")
     assert row.ranks == (0, 1) and row.margin == 0.0
-    assert report.counts == {"of equal scores, kept in the row's order": 1}
+    assert report.counts == {"with tied scores, kept in the row's order": 1}
 
 
 def test_ties_of_lists_and_votes_have_no_order_to_keep():
     rows, report = compare(pair(), ranked([1, 1]), on_tie="keep")
-    assert len(rows) == 1 and report.counts == {"left out, a tie": 1}
+    assert len(rows) == 1 and report.counts == {"dropped: tie": 1}
 
 
 def test_lists_are_sorted_and_ties_share_a_rank():
     [row], report = compare(ranked([1, 5, 3, 3, 0.5]))
     assert replies(row) == ["b", "c", "d", "a", "e"]
     assert row.scores == (5, 3, 3, 1, 0.5) and row.ranks == (0, 1, 1, 3, 4) and row.margin == 4.5
-    assert report.counts == {"with ties among their completions, which share a rank": 1}
+    assert report.counts == {"with tied completions, which share a rank": 1}
 
 
 def test_lists_lose_copies_and_empty_completions_alone():
     [row], report = compare(ranked([1, 2, 3, 4], ["a", "b", "", "a "]))
     assert replies(row) == ["a ", "b"] and row.scores == (4, 2) and row.ranks == (0, 1)
     assert report.counts == {
-        "with completions that are empty or no reply, which are left out": 1,
-        "with completions that repeat another one, which are left out": 1,
+        "with empty completions, which are dropped": 1,
+        "with duplicate completions, which are dropped": 1,
     }
 
 
@@ -110,7 +110,7 @@ def test_columns_that_are_exchanged_are_refused_with_the_repair():
     with pytest.raises(UserError) as caught:
         compare(GOOD, wrong, wrong, pair(**SCORED))
     text = str(caught.value)
-    assert text.startswith("file:2: in 2 of 3 pairs with scores the rejected one's is higher")
+    assert text.startswith("file:2: 2 of 3 scored pairs have a higher score for rejected")
     assert "data.columns={chosen: rejected, rejected: chosen}" in text
 
 

@@ -1,4 +1,4 @@
-"""Prompt and completion are the encoder's own tokens, the end token learnt; what is cut is told."""
+"""Prompt and completion are the encoder's tokens, EOS is trained, and truncation is reported."""
 
 import numpy as np
 import pytest
@@ -31,12 +31,12 @@ ROWS = [
 
 
 def ranked(*responses, scores=(3, 2, 1)):
-    """Return a row with a ranked list, the best first unless told."""
+    """Return a row with a ranked list, best first by default."""
     return {"prompt": "q", "responses": list(responses), "scores": list(scores[: len(responses)])}
 
 
 def talk(template):
-    """Return the turns of a prompt: several where the template takes them."""
+    """Return the turns of a prompt: several if the template is multi-turn."""
     turns = [("user", "Hello"), ("assistant", "Hi."), ("user", "And then? \n")]
     return turns[-1:] if template in ONE_EXCHANGE else turns
 
@@ -59,7 +59,7 @@ def test_prompt_and_completion_together_are_what_the_encoder_gives(template, tok
             text = row[name] if isinstance(row[name], str) else row[name][0]["content"]
             whole = encoder.encode([*prompt, Message("assistant", text)])
             joined = [*group.prompt_ids.tolist(), *ids.tolist()]
-            # What stands behind the end token (ChatML's line feed) carries no loss and is left away.
+            # What follows EOS (ChatML's line feed) carries no loss and is dropped.
             assert whole.input_ids[: len(joined)] == joined and not any(whole.trained[len(joined) :])
             assert all(whole.trained[len(group.prompt_ids) : len(joined)])
             assert ids[-1] in encoder.stop_ids
@@ -122,8 +122,8 @@ def test_what_is_cut_is_told_and_keeps_bos_and_the_prompt_s_end():
     lost = len(whole.completion_ids[0]) - 40
     assert data.report.too_long == 1 and data.report.lost_tokens == lost > 0
     assert data.report.counts == {
-        "longer than 60 tokens, the prompt's beginning cut": 1,
-        "longer than 60 tokens, a completion's end cut": 1,
+        "longer than 60 tokens, prompt truncated on the left": 1,
+        "longer than 60 tokens, completion truncated": 1,
     }
 
 
@@ -135,7 +135,7 @@ def test_half_the_length_is_the_prompt_s_by_default():
 def test_long_rows_may_be_left_out():
     data = prepared([pair("q", "good " * 60, "bad"), pair()], max_length=40, too_long="drop")
     assert data.train.places == ("row 2",)
-    assert data.report.counts == {"longer than 40 tokens, left out": 1}
+    assert data.report.counts == {"longer than 40 tokens, dropped": 1}
 
 
 def test_completions_that_are_the_same_once_cut_are_left_out():
@@ -148,12 +148,12 @@ def test_completions_that_are_the_same_once_cut_are_left_out():
     assert data.train.places == ("row 2", "row 3", "row 4")
     assert data.train[0].ranks.tolist() == [0, 1] and data.train[0].scores.tolist() == [3.0, 2.0]
     counts = data.report.counts
-    assert counts["left out, their completions are the same tokens once cut"] == 1
-    assert counts["of which some completions are the same tokens once cut"] == 3
-    assert counts["left out, only completions of equal rank differ once cut"] == 1
+    assert counts["dropped: completions with identical tokens after truncation"] == 1
+    assert counts["with some completions of identical tokens after truncation"] == 3
+    assert counts["dropped: only tied completions are distinct after truncation"] == 1
 
 
 def test_markers_in_completions_are_written_apart_and_told():
     data = prepared([pair("q", "yes\n\nHuman: no", "bad"), pair()])
     [what] = data.report.counts
-    assert what == "hold template markers or special tokens in their text, written apart"
+    assert what == "contain template markers in their text (escaped)"

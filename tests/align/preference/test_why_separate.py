@@ -1,4 +1,4 @@
-"""Models whose attention takes no block mask are known by their config, and the others by theirs."""
+"""Block-mask support is detected from a model's config, and agrees with the numbers of real models."""
 
 import pytest
 import torch
@@ -30,20 +30,20 @@ from finetune.training.head import output_head
 REFUSED = [
     (
         MistralConfig(sliding_window=100),
-        "spans 100 tokens (sliding_window), less than the longest text",
+        "attention window of 100 tokens (sliding_window), but the longest row has 500",
     ),
-    (Gemma2Config(sliding_window=64), "spans 64 tokens (sliding_window)"),
-    (GPTNeoConfig(), "spans 256 tokens (window_size)"),
-    (Llama4TextConfig(attention_chunk_size=128), "spans 128 tokens (attention_chunk_size)"),
-    (MambaConfig(), "'mamba' carries a state"),
-    (JambaConfig(), "'jamba' carries a state"),
-    (RecurrentGemmaConfig(), "'recurrent_gemma' carries a state"),
-    (Qwen3NextConfig(), "'qwen3_next' carries a state"),
+    (Gemma2Config(sliding_window=64), "window of 64 tokens (sliding_window)"),
+    (GPTNeoConfig(), "window of 256 tokens (window_size)"),
+    (Llama4TextConfig(attention_chunk_size=128), "window of 128 tokens (attention_chunk_size)"),
+    (MambaConfig(), "'mamba' has a recurrent state"),
+    (JambaConfig(), "'jamba' has a recurrent state"),
+    (RecurrentGemmaConfig(), "'recurrent_gemma' has a recurrent state"),
+    (Qwen3NextConfig(), "'qwen3_next' has a recurrent state"),
     (Lfm2MoeConfig(), "convolutions"),
-    (BloomConfig(), "'bloom' counts positions by itself"),
-    (MptConfig(), "'mpt' counts positions by itself"),
+    (BloomConfig(), "'bloom' takes no position_ids"),
+    (MptConfig(), "'mpt' takes no position_ids"),
     (FalconConfig(alibi=True), "ALiBi"),
-    (PretrainedConfig(), "is not known"),
+    (PretrainedConfig(), "unknown architecture"),
 ]
 TAKEN = ("llama", "qwen2", "qwen3", "gpt_neox", "gpt2", "opt", "phi3", "gemma", "olmo2", "mixtral", "granite")
 

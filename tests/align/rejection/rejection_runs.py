@@ -1,4 +1,4 @@
-"""Small runs of stage rejection: random base, prompts, a program as the reward."""
+"""Small runs of stage rejection: random base, prompts, a reward function."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ PROMPTS = [{"prompt": f"Add the numbers. {i} {i % 3}"} for i in range(14)]
 
 
 def write(folder: Path) -> Path:
-    """Write prompts and a program."""
+    """Write prompts and a reward function."""
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
     (folder / "mine.py").write_text(PROGRAM)
     return folder
 
 
 def settings(folder: Path, base: Path, **more: Any) -> dict[str, Any]:
-    """Return values of a recipe; keys are written with two underscores for the dot."""
+    """Return recipe settings; keyword arguments have two underscores in place of the dot."""
     given = {
         "model.base": str(base),
         "model.precision": "float32",
@@ -52,5 +52,5 @@ def settings(folder: Path, base: Path, **more: Any) -> dict[str, Any]:
 
 
 def recipe(folder: Path, base: Path, out: Path, **more: Any) -> Recipe:
-    """Return a recipe whose run goes to ``out``."""
+    """Return a recipe whose run is written to ``out``."""
     return load_recipe("quickstart", stage="rejection", out=out, settings=settings(folder, base, **more))

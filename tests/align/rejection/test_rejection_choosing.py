@@ -1,4 +1,4 @@
-"""Which replies are chosen: the best of each prompt, or of all; the first drawn of equals."""
+"""Selection of completions: best of each prompt or top fraction of all; ties go to the first."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def texts(replies: list[Reply]) -> str:
 
 def test_the_best_of_each_prompt_is_the_first_drawn_of_equals() -> None:
     assert texts(best_of_each(DRAWN)) == "bd"
-    assert texts(best_of_each(DRAWN[::-1])) == "dc", "prompts in the order in which they were drawn"
+    assert texts(best_of_each(DRAWN[::-1])) == "dc", "prompts in the order in which they were sampled"
     assert best_of_each([]) == []
 
 

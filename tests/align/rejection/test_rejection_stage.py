@@ -1,4 +1,4 @@
-"""The stage from end to end: what was drawn, what was chosen, and that a stopped run ends as a whole one."""
+"""Stage rejection end to end: sampled and selected completions, and exact resuming."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, base_folder: Path) -> Result:
-    """Return a run that nobody stopped."""
+    """Return an uninterrupted run."""
     judges = {"letters": f"{folder}/mine.py:letters"}
     return run(recipe(folder, base_folder, folder / "whole", evaluate__judges=judges))
 
@@ -53,7 +53,7 @@ def test_what_is_learnt_is_the_best_of_what_was_drawn(whole: Result) -> None:
     rounds = whole.record["rounds"]
     assert rounds["1"]["chosen_reward"] == pytest.approx(sum(line["reward"] for line in lines[:6]) / 6)
     assert rounds["1"]["reward"] == pytest.approx(sum(line["mean"] for line in lines[:6]) / 6)
-    assert (rounds["1"]["rows"], rounds["2"]["rows"]) == (6, 12), "earlier rounds are learnt again"
+    assert (rounds["1"]["rows"], rounds["2"]["rows"]) == (6, 12), "earlier rounds are trained on again"
 
 
 def test_the_policy_comes_to_be_worth_more(whole: Result) -> None:
@@ -61,7 +61,7 @@ def test_the_policy_comes_to_be_worth_more(whole: Result) -> None:
     assert metrics["held_out_reward_after"] > metrics["held_out_reward_before"] + 0.1
     assert metrics["held_out_best_before"] > metrics["held_out_reward_before"]
     gold = metrics["held_out_judged_letters_after"]
-    assert gold == pytest.approx(metrics["held_out_reward_after"]), "the judge is the reward here"
+    assert gold == pytest.approx(metrics["held_out_reward_after"]), "the grader is the reward here"
     assert {"judged_letters_before", "judged_letters_after", "stopped_after"} <= metrics.keys()
 
 
@@ -81,12 +81,12 @@ def test_the_curves_go_on_from_round_to_round(whole: Result) -> None:
     rewards = {line["step"]: line["held_out_reward"] for line in whole.metrics if "held_out_reward" in line}
     assert list(rewards) == [0, 4, 10]
     page = (whole.directory / "report.html").read_text()
-    assert "Rounds" in page and "mean reward of these" in page and "best of 3" in page
-    assert "judged: letters after it" in page
+    assert "Rounds" in page and "mean reward of selected" in page and "best of 3" in page
+    assert "grader: letters after" in page
 
 
 def stopped_at(place: str, moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send a signal when the run comes to a place for the nth time."""
+    """Send a signal when the run reaches a place for the nth time."""
     count = 0
     owner: Any = {"draw": RejectionTuning, "train": Job}[place]
     name = {"draw": "_write_chosen", "train": "train"}[place]
@@ -124,7 +124,7 @@ def test_a_stopped_run_ends_as_a_whole_one(
     assert result.record["files"] == whole.record["files"]
     assert chosen(result.directory) == chosen(whole.directory)
     later = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run" / "drawn").iterdir()}
-    assert drawn.items() <= later.items(), "what was drawn is not drawn again"
+    assert drawn.items() <= later.items(), "stored completions are not sampled again"
     assert result.record["rounds"] == whole.record["rounds"]
     assert result.metrics == whole.metrics
 
@@ -139,7 +139,7 @@ def test_damaged_replies_are_told_and_drawn_again(
     file = tmp_path / "run" / "drawn" / "1-0000.safetensors"
     file.write_bytes(file.read_bytes()[:-3] + b"abc")
     result = run(recipe(folder, base_folder, tmp_path / "run", evaluate__judges=judges))
-    assert "damaged, these replies are drawn again" in capsys.readouterr().out
+    assert "corrupt file, sampling these completions again" in capsys.readouterr().out
     assert result.record["files"] == whole.record["files"]
     assert chosen(result.directory) == chosen(whole.directory)
 
@@ -189,15 +189,15 @@ def test_every_kind_of_adapter_goes_through_two_rounds(
 def test_an_adapter_that_goes_on_as_another_has_one_round(
     folder: Path, base_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="which goes on as 'lora'"):
+    with pytest.raises(UserError, match="which continues as 'lora'"):
         recipe(folder, base_folder, tmp_path, adapter__method="loftq")
 
 
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"rejection__unfinished": "drop"}, "none of 18 replies; 0 ended"),
-        ({"rejection__above": 1e6}, "replies that can be learnt"),
+        ({"rejection__unfinished": "drop"}, "none of 18 completions; 0 ended"),
+        ({"rejection__above": 1e6}, "completions to train on"),
     ],
 )
 def test_a_round_without_anything_to_learn_is_told(

@@ -70,4 +70,4 @@ def test_the_head_and_every_tensor_of_the_adapter_learn_and_the_base_does_not(me
 def test_two_adapters_cannot_score_and_say_why() -> None:
     without = {name: adapter_traits(name).scores for name in METHODS if adapter_traits(name).scores}
     assert set(without) == {"llama_adapter", "trainable_tokens"}
-    assert all("no room for a trained head" in reason for reason in without.values())
+    assert all("PEFT cannot save a trained score head" in reason for reason in without.values())

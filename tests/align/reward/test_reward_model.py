@@ -72,7 +72,7 @@ def _tokenizer() -> Path:
 
 def test_an_architecture_without_a_scoring_model_is_refused(tmp_path: Path) -> None:
     MambaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="'mamba', for which there is no scoring model"):
+    with pytest.raises(UserError, match="'mamba', which has no sequence classification model"):
         refuse_without_scores(ModelSettings(base=str(tmp_path)))
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     refuse_without_scores(ModelSettings(base=str(tmp_path)))

@@ -44,16 +44,16 @@ def test_each_source_trains_its_head() -> None:
 @pytest.mark.parametrize(
     ("words", "where", "told"),
     [
-        ([HEADS], "reward.heads", "2 heads, and data.source is one source"),
+        ([HEADS], "reward.heads", "2 heads, but data.source is a single source"),
         ([HEADS, two(", head: help", "")], "data.mix[1].head", "not given, and there are 2 heads"),
         ([HEADS, two(", head: help", ", head: safty")], "data.mix[1].head", "did you mean 'safety'?"),
-        ([HEADS, two(", head: help", ", head: help")], "reward.heads", "nothing is learnt by safety"),
-        (["reward.heads=[a, a]"], "reward.heads", "names that differ"),
-        ([two(", head: other", "")], "data.mix[0].head", "'other' is no head"),
+        ([HEADS, two(", head: help", ", head: help")], "reward.heads", "no data source for safety"),
+        (["reward.heads=[a, a]"], "reward.heads", "unique names"),
+        ([two(", head: other", "")], "data.mix[0].head", "unknown head 'other'"),
         (["data.packing=true"], "data.packing", "share their prompt's line"),
-        (["evaluate.exact_match=5"], "evaluate.exact_match", "writes no text"),
+        (["evaluate.exact_match=5"], "evaluate.exact_match", "generate no text"),
         (["train.neftune_alpha=5.0"], "train.neftune_alpha", "not for a reward model"),
-        (["adapter.method=llama_adapter"], "adapter.method", "no room for a trained head"),
+        (["adapter.method=llama_adapter"], "adapter.method", "PEFT cannot save a trained score head"),
         (["reward.centring=-1.0"], "reward.centring", "0"),
         (["reward.margins=0.0"], "reward.margins", "0"),
     ],
@@ -80,7 +80,7 @@ def test_rules_are_looked_at_with_the_recipe(tmp_path: Path) -> None:
     )
     told = "\n".join(text for _, text in found)
     assert "did you mean 'good'?" in told and "a function that takes (prompt, completion)" in told
-    assert "does not exist" in told and "'reward' is there twice" in told and "'b' is there twice" in told
+    assert "does not exist" in told and "duplicate name 'reward'" in told and "duplicate name 'b'" in told
 
 
 def test_adapters_keep_their_own_settings() -> None:

@@ -141,7 +141,7 @@ def test_a_run_learns_and_says_how_well(single: Result) -> None:
 
 def test_the_report_shows_tables_figures_and_samples(single: Result) -> None:
     page = (single.directory / "report.html").read_text()
-    for text in ("Held-out comparisons", "longer is better", "correlation with length", "all, after"):
+    for text in ("Held-out comparisons", "longest wins", "length correlation", "all, after"):
         assert text in page
     assert page.count("<svg") == 11, "nine curves, reliability, scores"
     assert "held-out accuracy" in page and "better: good" in page
@@ -179,7 +179,7 @@ def test_two_heads_learn_from_their_own_sources(double: Result) -> None:
     assert set(facts["heads"]) == set(HEADS) and len(facts["sources"]) == 2
     assert facts["heads"]["help"]["pairs"] == 3 * facts["heads"]["help"]["comparisons"]
     ticks = {tick["name"]: tick for tick in double.record["preflight"]}
-    assert "say how much better" in ticks["margins"]["detail"] and not ticks["margins"]["warned"]
+    assert "have a margin" in ticks["margins"]["detail"] and not ticks["margins"]["warned"]
     model = load_reward(double.directory)
     found = model.score(
         ["Add the numbers. 1"] * 2 + ["Response 3"] * 2, ["calm 1", "loud 1", "good one", "bad"]
@@ -245,7 +245,7 @@ def test_a_rule_that_gives_no_number_names_itself_and_the_row(single: Result) ->
 
 
 def test_a_reward_model_does_not_talk_and_a_talker_does_not_score(single: Result) -> None:
-    with pytest.raises(UserError, match="a reward model, which writes no text"):
+    with pytest.raises(UserError, match="reward models, which generate no text"):
         load_tuned(single.directory)
     record = json.loads((single.directory / "run.json").read_text())
     record["load"].pop("heads")

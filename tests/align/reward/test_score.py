@@ -142,15 +142,15 @@ def test_a_row_without_a_reply_is_counted_and_kept(model: RewardModel, tmp_path:
 
 
 def test_files_that_cannot_be_scored_are_told(model: RewardModel, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="columns a are no known layout"):
+    with pytest.raises(UserError, match="no known layout has columns a"):
         score_file(model, [{"a": 1}])
     with pytest.raises(UserError, match="no such file or folder"):
         score_file(model, "nowhere.jsonl")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(PAIR) + "\n")
-    with pytest.raises(UserError, match="the file that is read"):
+    with pytest.raises(UserError, match="the input file"):
         score_verb.score(tmp_path, str(rows), out=rows, as_json=False)
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="no such folder"):
         score_verb.score(tmp_path, str(rows), out=tmp_path / "no" / "out.jsonl", as_json=False)
     with pytest.raises(UserError, match="expected: the folder of a finished run"):
         score_verb.score(tmp_path, str(rows), out=None, as_json=False)
@@ -167,5 +167,5 @@ def test_the_terminal_and_json_show_the_same_facts(
     assert facts["rows"] == 1 and list(facts["rewards"]) == ["help", "safety", "long", TOTAL, "length"]
     score_verb.score(tmp_path, str(rows), out=tmp_path / "out.jsonl", as_json=False)
     shown = capsys.readouterr().out
-    assert "right order" in shown and "100.0%" in shown and "out.jsonl" in shown
+    assert "accuracy" in shown and "100.0%" in shown and "out.jsonl" in shown
     assert json.loads((tmp_path / "out.jsonl").read_text())["winner"] == "chosen"

@@ -1,4 +1,4 @@
-"""The small tokenizers, models and bases of other tests serve here too."""
+"""Puts the small tokenizers, models and bases of other tests on the import path."""
 
 import sys
 from pathlib import Path

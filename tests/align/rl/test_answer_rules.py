@@ -1,4 +1,4 @@
-"""Rewards of right answers: numbers as people write them, and rows that say what is right."""
+"""Verifiable rewards: extract the last number, compare with the reference answer."""
 
 import json
 from decimal import Decimal
@@ -40,13 +40,13 @@ def test_the_last_number_of_a_text(text, number):
 def test_replies_with_the_right_number_are_right():
     assert same_number("", "so 24 + 48 = 72", SOLUTION) and same_number("", "It is $72.00.", SOLUTION)
     assert not same_number("", "72 or 73", SOLUTION) and not same_number("", "", SOLUTION)
-    with pytest.raises(ValueError, match="no number in the row's own reply, 'many'"):
+    with pytest.raises(ValueError, match="no number in the reference answer 'many'"):
         same_number("", "3", "many")
 
 
 @pytest.fixture
 def rewards():
-    """Return the rule as a recipe names it."""
+    """Return the rewards of a recipe with this function."""
     settings = RewardsSettings(sources=[{"function": RULE}])
     return load_rewards(settings, base=None, tokenizer=tokenizer("qwen"))
 
@@ -60,10 +60,10 @@ def test_a_rule_is_told_the_row_s_own_reply(rewards):
 def test_a_row_without_a_reply_of_its_own_is_told(rewards):
     talks = [[Message("user", "How many?"), Message("assistant", "72")]]
     for known in (None, [None]):
-        with pytest.raises(UserError, match="reward 'same_number' on row 1: the row has no reply of its own"):
+        with pytest.raises(UserError, match="reward 'same_number' on row 1: the row has no reference answer"):
             rewards.judge(talks, ["row 1"], expected=known)
     rewards.refuse_unanswered([SOLUTION], ["row 1"])
-    with pytest.raises(UserError, match=r"1 of 2 rows have no reply of their own \(first: row 2\)"):
+    with pytest.raises(UserError, match=r"1 of 2 rows have no reference answer \(first: row 2\)"):
         rewards.refuse_unanswered([SOLUTION, None], ["row 1", "row 2"])
 
 

@@ -1,4 +1,4 @@
-"""Whitening, rewards of tokens, generalised advantages and KL controllers: by hand and by definition."""
+"""Whitening, token rewards, GAE and KL controllers: by hand and by definition."""
 
 import doctest
 import json
@@ -24,7 +24,7 @@ SHARE = st.sampled_from([0.0, 0.3, 0.95, 1.0])
 
 
 def episodes(lengths: list[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rewards, values and mask of episodes with NaN behind every end."""
+    """Return rewards, values and mask of completions, with NaN after every end."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     rewards, values = torch.randn(2, *mask.shape, generator=generator, dtype=DOUBLE)
@@ -32,7 +32,7 @@ def episodes(lengths: list[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_definition(rewards: list[float], values: list[float], discount: float, trace: float) -> list[float]:
-    """Return sum_l (gamma lambda)^l delta_{t+l} of one episode, each from its own sum."""
+    """Return sum_l (gamma lambda)^l delta_{t+l} of one completion, each from its own sum."""
     following = [*values[1:], 0.0]
     deltas = [
         reward + discount * later - value
@@ -143,7 +143,7 @@ def test_a_trace_of_0_gives_the_error_of_one_step() -> None:
 
 
 def test_values_that_foretell_exactly_leave_no_advantage() -> None:
-    """Rewards 1, 2, 3 without discount: values 6, 5, 3 are the returns, whatever the trace."""
+    """Rewards 1, 2, 3 and gamma 1: values 6, 5, 3 are the returns for any lambda."""
     rewards, values = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[6.0, 5.0, 3.0]])
     for trace in (0.0, 0.5, 1.0):
         found, returns = advantages(rewards, values, torch.ones(1, 3) > 0, discount=1.0, trace=trace)
@@ -197,7 +197,7 @@ def test_controllers_are_plain_numbers_and_refuse_nan() -> None:
     moved = AdaptiveKl(coefficient=0.1, target=6.0, horizon=10_000).after(7.3, 37)
     assert AdaptiveKl(**json.loads(json.dumps(asdict(moved)))) == moved
     assert FixedKl(0.3).after(float("nan"), 8) == FixedKl(0.3)
-    with pytest.raises(AssertionError, match="a divergence of nan"):
+    with pytest.raises(AssertionError, match="KL is nan"):
         moved.after(float("nan"), 8)
     with pytest.raises(AssertionError, match="below 0"):
         moved.after(1.0, 50_000)

@@ -1,6 +1,6 @@
-"""A bandit whose optimum is known: PPO's maths alone must find it.
+"""A bandit with a known optimum, which the PPO maths must find.
 
-Five actions, one token an episode. KL-regularised reward E[r] - beta KL(pi || ref) is largest at
+Five actions, one token per completion. KL-regularized reward E[r] - beta KL(pi || ref) is largest at
 pi* = ref exp(r / beta) / Z, and there the reward less its KL cost is beta log Z whatever the action: the
 value's fixed point, at which every advantage is 0 and sampling adds no noise.
 """
@@ -26,7 +26,7 @@ def optimum(beta: float) -> tuple[Tensor, float]:
 
 
 def optimise(beta: float, *, seed: int, estimator: str = "k1", clip: float = 0.2) -> tuple[Tensor, float]:
-    """Return policy and value after PPO from the reference."""
+    """Return policy and value after PPO that starts from the reference."""
     generator = torch.Generator().manual_seed(seed)
     logits, value = REFERENCE.clone().requires_grad_(), torch.zeros((), requires_grad=True)
     optimizer = torch.optim.Adam([logits, value], lr=0.02)

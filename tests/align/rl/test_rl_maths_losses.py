@@ -1,4 +1,4 @@
-"""PPO's losses by hand, their gradients against closed forms in float64, and what a mask keeps out."""
+"""PPO losses by hand, their gradients against closed forms in float64, and masking."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_gradient_is_minus_a_r_or_exactly_0_where_clipped(ratio: float, gain: fl
     assert found.clipped.item() == gone_far_enough
     expected = 0.0 if gone_far_enough else -gain * exact
     assert gradient(found.losses, logps).item() == pytest.approx(expected, abs=1e-12)
-    assert found.losses.item() >= -gain * exact - 1e-12, "the pessimistic one of the two"
+    assert found.losses.item() >= -gain * exact - 1e-12, "the larger of the two losses"
 
 
 @pytest.mark.parametrize("garbage", NOT_READ)

@@ -1,4 +1,4 @@
-"""What is done to scores: by hand, and statistics that grow against those of all scores at once."""
+"""Reward shaping by hand, and running statistics against those of all scores at once."""
 
 import json
 import math
@@ -15,7 +15,7 @@ STOPPED = torch.tensor([True, False, False])
 
 
 def test_a_reply_without_an_end_has_the_score_that_is_given() -> None:
-    """Scores 2, -4, 7, the last two without an end: even a bad one is lifted to -1."""
+    """Scores 2, -4, 7, the last two without EOS: even a worse score becomes -1."""
     scores = torch.tensor([2.0, -4.0, 7.0])
     assert missing_end(scores, STOPPED, value=-1.0).tolist() == [2.0, -1.0, -1.0]
     assert missing_end(scores, STOPPED, value=None) is scores
@@ -68,7 +68,7 @@ def test_normalised_scores_have_mean_0_and_deviation_1() -> None:
 
 @pytest.mark.parametrize("seen", [[], [3.0], [3.0, 3.0]])
 def test_without_a_spread_scores_are_not_scaled(seen: list[float]) -> None:
-    """Divided by almost 0, the first rollout of a rule that gives all the same would burst."""
+    """Division by almost 0 would blow up the first rollout of a constant reward."""
     running = Running().updated(torch.tensor(seen)) if seen else Running()
     assert running.deviation == 1.0
     assert running.normalise(torch.tensor([5.0]), shift_mean=False).tolist() == [5.0]

@@ -1,4 +1,4 @@
-"""Prompts for reinforcement learning: every layout, what is lost and told, and ids that are chat's own."""
+"""RL prompts: every layout, dropped rows and their counts, and the same token ids as chat."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -63,14 +63,14 @@ LAYOUTS = [
 
 
 def prepared(rows, *, template="chatml", tokens="qwen", longest=512, seed=0, **settings):
-    """Return rows, or a file's, as prompts; nothing is cached unless asked for."""
+    """Return rows or a file as prompts, without a cache by default."""
     data = PromptSettings(**{"source": rows, "template": template, "cache": False, **settings})
     encoder = Encoder(tokenizer(tokens), template)
     return prepare_prompts(data, encoder, max_prompt_length=longest, seed=seed)
 
 
 def numbered(count):
-    """Return rows that ask different things."""
+    """Return different prompts."""
     return [{"prompt": f"question {number}"} for number in range(count)]
 
 
@@ -103,7 +103,7 @@ def test_a_wish_of_the_start_stands_behind_what_is_asked():
 def test_longer_prompts_are_left_out_and_told():
     data = prepared([{"prompt": "Hi"}, {"prompt": "long " * 50}], longest=20)
     assert data.train.places == ["row 1"] and data.report.too_long == 1
-    assert data.report.lines()[1] == "rows longer than 20 tokens, left out: 1 (first: row 2)"
+    assert data.report.lines()[1] == "rows longer than 20 tokens, dropped: 1 (first: row 2)"
 
 
 def test_longer_prompts_lose_their_beginning_but_not_the_token_that_begins_them():
@@ -112,7 +112,7 @@ def test_longer_prompts_lose_their_beginning_but_not_the_token_that_begins_them(
     data = prepared(rows, template="vicuna", tokens="llama2", longest=12, too_long="cut")
     bos = tokenizer("llama2").bos_token_id
     assert data.train[0].ids == (bos, *whole[-11:]) and whole[0] == bos
-    assert data.report.lines()[1] == "rows longer than 12 tokens, beginning cut: 1 (first: row 1)"
+    assert data.report.lines()[1] == "rows longer than 12 tokens, truncated: 1 (first: row 1)"
     assert data.report.lost_tokens == len(whole) - 12
 
 
@@ -131,7 +131,9 @@ def test_what_asks_nothing_is_counted():
 def test_copies_are_counted_and_kept():
     data = prepared([{"prompt": "Hi"}, {"prompt": "Ho"}, {"prompt": "Hi"}])
     assert len(data.train) == 3
-    assert data.report.lines()[1:] == ["rows equal to an earlier one, kept: 1 (first: row 3 repeats row 1)"]
+    assert data.report.lines()[1:] == [
+        "rows identical to an earlier row (not dropped): 1 (first: row 3 repeats row 1)"
+    ]
 
 
 def test_a_share_held_out_holds_whole_prompts():
@@ -149,7 +151,7 @@ def test_a_held_out_file_is_read_and_compared(tmp_path):
     file.write_text('{"prompt": "question 1"}\n{"prompt": "new"}\n', encoding="utf-8")
     data = prepared(numbered(3), held_out=str(file))
     assert [prompt.talk[0].content for prompt in data.held_out] == ["question 1", "new"]
-    assert data.report.counts == {"held out: equal to one that is learnt": 1}
+    assert data.report.counts == {"held out: identical to a training row": 1}
     assert data.report.lines()[0].startswith("3 prompts (prompt), 2 held out; ")
 
 
@@ -168,7 +170,7 @@ def test_a_mixture_is_drawn_with_the_seed(tmp_path):
 def test_rows_are_selected():
     data = prepared(numbered(9), select={"rows": 4})
     assert len(data.train) == 4
-    assert data.report.counts == {"left out, 4 are kept by select.rows": 5}
+    assert data.report.counts == {"dropped: select.rows=4": 5}
 
 
 def test_prompts_come_from_the_cache_as_they_were(tmp_path, monkeypatch):
@@ -184,7 +186,7 @@ def test_prompts_come_from_the_cache_as_they_were(tmp_path, monkeypatch):
     [
         ([], "no rows"),
         ([{"prompt": ""}], "nothing to answer"),
-        ([{"other": "Hi"}], "columns other are no known layout"),
+        ([{"other": "Hi"}], "no known layout has columns other"),
         ([{"prompt": 3}], "found 3"),
     ],
 )
@@ -195,22 +197,25 @@ def test_nothing_to_answer_is_one_clear_message(rows, told):
 
 
 def test_prompts_that_are_all_too_long_are_one_clear_message():
-    with pytest.raises(UserError, match=r"nothing to answer: rows longer than 4 tokens, left out: 2"):
+    with pytest.raises(UserError, match=r"nothing to answer: rows longer than 4 tokens, dropped: 2"):
         prepared(numbered(2), longest=4)
 
 
 def text(context=64, longest=64):
-    """Return a text side of so many positions."""
+    """Return template and tokenizer with a context length."""
     return Text(Encoder(tokenizer("qwen"), "chatml"), context, 0, longest)
 
 
 def test_prompt_and_reply_must_fit_the_model():
-    assert longest_prompt(PromptSettings(), text(), room=24) == (40, "24 tokens are the reply's")
-    assert longest_prompt(PromptSettings(max_prompt_length=40), text(), room=24) == (40, "as asked")
+    assert longest_prompt(PromptSettings(), text(), room=24) == (
+        40,
+        "24 tokens are reserved for the completion",
+    )
+    assert longest_prompt(PromptSettings(max_prompt_length=40), text(), room=24) == (40, "as requested")
     assert longest_prompt(PromptSettings(), text(4096, 2048), room=48)[0] == 2000
     with pytest.raises(UserError, match=r"data.max_prompt_length=39"):
         longest_prompt(PromptSettings(max_prompt_length=40), text(), room=25)
-    with pytest.raises(UserError, match=r"sampling.max_new_tokens: 60 of the model's 64 positions"):
+    with pytest.raises(UserError, match=r"sampling.max_new_tokens: 60 of a context length of 64"):
         longest_prompt(PromptSettings(), text(), room=60)
 
 
@@ -225,7 +230,7 @@ def test_loading_tells_what_was_found():
     settings = PromptSettings(source=numbered(3), template="chatml", cache=False)
     data = load_prompts(job, settings, text(), room=24)
     assert said == data.report.lines() and chosen == {
-        "data.max_prompt_length": (40, "24 tokens are the reply's")
+        "data.max_prompt_length": (40, "24 tokens are reserved for the completion")
     }
 
 
@@ -256,7 +261,7 @@ def test_published_files(path, template, layout, rows):
     if not (DATA / path).is_file():
         pytest.skip("published data sets are not here")
     data = prepared(str(DATA / path), template=template, longest=65536)
-    lost = {what: number for what, number in data.report.counts.items() if "left out" in what}
+    lost = {what: number for what, number in data.report.counts.items() if "dropped: " in what}
     assert data.report.layout == layout and len(data.train) + sum(lost.values()) == rows
     assert set(lost) <= {EMPTY_TURN, NO_TEMPLATE} and sum(lost.values()) < 0.03 * rows
     assert all(prompt.talk[-1].role == "user" for prompt in data.train)

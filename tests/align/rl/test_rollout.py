@@ -1,4 +1,4 @@
-"""Replies are drawn from the distribution that log-probabilities assume, whatever stands beside them."""
+"""Completions are sampled from the distribution of their log-probabilities, independent of the batch."""
 
 from collections import Counter
 from typing import Any
@@ -19,7 +19,7 @@ METHODS = ["lora", "prefix", "prompt", "ptuning", "ia3", "llama_adapter"]
 
 
 def likeliest(model: nn.Module, prompt: tuple[int, ...], tokens: int) -> tuple[int, ...]:
-    """Return what a model says token by token, in a line of its own and without a cache."""
+    """Return the greedy completion of a single prompt, without a KV cache."""
     ids = list(prompt)
     while len(ids) < len(prompt) + tokens and ids[-1] != END:
         ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
@@ -54,7 +54,7 @@ def test_tokens_come_as_often_as_the_temperature_says() -> None:
     expected = 6000 * shares
     found = torch.tensor([counts[token] for token in range(len(shares))])
     assert ((found - expected) ** 2 / expected).sum() < 150
-    assert len(counts) > 80, "the distribution was cut"
+    assert len(counts) > 80, "the distribution was truncated"
 
 
 def test_the_seed_alone_decides_and_nothing_else_is_drawn_from() -> None:
@@ -104,7 +104,7 @@ def test_a_reply_ends_with_its_end_token_or_with_its_length() -> None:
 
 @torch.no_grad()
 def of_a_process(model: nn.Module, sampling: Sampling, rank: int, size: int) -> dict[int, Completion]:
-    """Return what a process of several draws of ``PROMPTS``; the lengths of others' replies are looked up."""
+    """Return the completions that one of several processes samples; the others' lengths are looked up."""
     prompts, found = PROMPTS, {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     whole = sample(model, prompts, sampling=sampling, seed=5)
@@ -126,6 +126,6 @@ def test_several_processes_draw_what_one_would(temperature: float, size: int, to
     model = llama().eval()
     drawn = Sampling(temperature, max_new_tokens=7, stop_ids=list(range(0, 97, 6)), tokens=tokens)
     whole = sample(model, PROMPTS, sampling=drawn, seed=5)
-    assert len({len(one.ids) for one in whole}) > 1, "replies of one length would show little"
+    assert len({len(one.ids) for one in whole}) > 1, "completions of one length would show little"
     shares = [of_a_process(model, drawn, rank, size) for rank in range(size)]
     assert {key: one for share in shares for key, one in share.items()} == dict(enumerate(whole))

@@ -1,4 +1,4 @@
-"""Preference tuning as a whole run: what it leaves, every loss, every adapter, and what it refuses."""
+"""Complete DPO runs: their files, every loss, every adapter, and the refused recipes."""
 
 import json
 import math
@@ -56,10 +56,10 @@ def test_a_run_leaves_what_every_run_leaves_and_learns(prefer: Runs) -> None:
 
 def test_the_length_ratio_is_that_of_the_data(prefer: Runs, pairs_file: Path) -> None:
     result = prefer(train__max_steps=None, train__epochs=1, train__log_every=100, data__held_out=0, **QUIET)
-    assert result.metrics == []  # fewer steps than a line: nothing is said of a part
+    assert result.metrics == []  # fewer steps than log_every: no partial averages are logged
     result = prefer("other", train__max_steps=6, train__log_every=6, data__held_out=0, **QUIET)
     [line] = [line for line in result.metrics if "length_ratio" in line]
-    assert line["step"] == 6 and 0 < line["length_ratio"] < 1, "sums are shorter than what is rejected"
+    assert line["step"] == 6 and 0 < line["length_ratio"] < 1, "chosen sums are shorter than rejected text"
 
 
 @pytest.mark.parametrize("name", losses())
@@ -72,9 +72,9 @@ def test_every_loss_takes_three_steps(prefer: Runs, lists_file: Path, name: str)
     assert ("chosen_drift" in lines[0]) == loss.needs.reference
     ticks = {tick["name"]: tick for tick in result.record["preflight"]}
     assert ("reference" in ticks) == loss.needs.reference
-    assert ticks["base"]["passed"] and "to the bit" in ticks["base"]["detail"]
+    assert ticks["base"]["passed"] and "bit for bit" in ticks["base"]["detail"]
     weights = load_file(result.directory / "adapter" / "adapter_model.safetensors")
-    assert all(value.any() for value in weights.values()), "every B has left zero"
+    assert all(value.any() for value in weights.values()), "every B has left its zero initialization"
 
 
 @pytest.mark.parametrize("name", ["dpo", "simpo"])
@@ -95,8 +95,8 @@ def check_adapter(prefer: Runs, method: str) -> None:
     result = prefer(adapter__method=method, **given, **QUIET)
     lines = [line for line in result.metrics if "loss" in line]
     assert len(lines) == 3
-    if method != "adalora":  # its penalty is in the loss
-        assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.02), "dropout alone is between both"
+    if method != "adalora":  # its penalty is part of the loss
+        assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.02), "they differ by dropout alone"
     ticks = {tick["name"]: tick for tick in result.record["preflight"]}
     assert all(tick["passed"] for tick in ticks.values()) and "loss 0.6931" in ticks["reference"]["detail"]
     metrics = result.record["metrics"]
@@ -140,10 +140,10 @@ BAD = {
     "align.reference=frozen": ["align.reference", "one of precomputed, live"],
     "train.neftune_alpha=5": ["train.neftune_alpha", "train.neftune_alpha=null"],
     "train.label_smoothing=0.1": ["train.label_smoothing", "{name: cdpo, label_smoothing: 0.1}"],
-    "data.packing=true": ["data.packing", "share a line already"],
+    "data.packing=true": ["data.packing", "share a row already"],
     "align.stop_when_chosen_falls=0.5": ["train.evaluate_every is null", "train.evaluate_every=50"],
     "train.beta=0.1": ["train.beta", "unknown key"],
-    "data.source.x=1": ["'data.source.x'", "not understood"],
+    "data.source.x=1": ["'data.source.x'", "invalid override"],
 }
 
 

@@ -1,4 +1,4 @@
-"""What a preference run says of its health: the panel in record and report, the stop rule."""
+"""DPO diagnostics in run.json and report.html, and the early stop on chosen log-probabilities."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ def test_pain_15_a_run_explains_itself(dpo_recipe: Recipes, capsys: pytest.Captu
     panel = {finding["name"]: finding for finding in result.record["panel"]}
     assert "saturated" in panel and panel["likelihood"]["warned"]
     page = (result.directory / "report.html").read_text(encoding="utf-8")
-    assert "What happened" in page and "adds their likelihood" in page
+    assert "Diagnostics" in page and "adds an NLL term" in page
     told = capsys.readouterr().out
     assert "!!  likelihood" in told and "--  learning" in told
 
@@ -32,10 +32,10 @@ def test_pain_15_a_run_stops_when_the_chosen_fall(
     result = dpo.run(recipe, Console(width=300), command="a test")
     last = result.metrics[-1]["step"]
     assert 2 <= last < 40 and f"stopped at step {last}" in capsys.readouterr().out
-    assert f"stopped at step {last}: held-out chosen completions have lost" in result.record["stopped"]
+    assert f"stopped at step {last}: held-out chosen log-probability dropped by" in result.record["stopped"]
     fell = [line["held_out_chosen_logps"] for line in result.metrics if "held_out_loss" in line]
     start = result.record["metrics"]["held_out_chosen_logps_before"]
     assert start - fell[-1] > 0.03 and all(start - value <= 0.03 for value in fell[:-1])
     assert result.record["status"] == "finished"
     steps = [int(path.name[11:]) for path in (result.directory / "checkpoints").glob("checkpoint-*")]
-    assert last not in steps, "a run that is killed now measures this step again"
+    assert last not in steps, "a run killed here evaluates this step again"

@@ -1,4 +1,4 @@
-"""Preference tuning with TRL's trainer: the same run from the same recipe, and what TRL cannot do."""
+"""DPO on the TRL engine: the same run from the same recipe, and what TRL does not support."""
 
 import math
 import os
@@ -64,7 +64,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Recorder, "on_log", ask_at_step_2)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3; a checkpoint is written"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3; checkpoint saved"):
         prefer(train__max_steps=5, adapter__dropout=0.1, **TRL)
     monkeypatch.undo()
     again = prefer(train__max_steps=5, adapter__dropout=0.1, **TRL)
@@ -84,7 +84,7 @@ def test_a_loss_that_is_no_number_names_step_and_rows(prefer: Runs) -> None:
         ({"align__loss": "ipo"}, ["align.loss", "summed over tokens", "over_tokens: mean"]),
         ({"align__reference": "live"}, ["align.reference", "align.reference=precomputed"]),
         ({"adapter__method": "pissa"}, ["adapter.method", "adapter.method=lora"]),
-        ({"train__engine_args": {"beta": 1}}, ["train.engine_args.beta", "the recipe decides this"]),
+        ({"train__engine_args": {"beta": 1}}, ["train.engine_args.beta", "set by the recipe"]),
     ],
 )
 def test_what_trl_cannot_do_is_refused_before_anything_is_written(

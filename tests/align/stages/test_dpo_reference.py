@@ -1,4 +1,4 @@
-"""The reference: the policy as it starts, live or computed before, kept for the next run."""
+"""Reference policy: the initial policy, live or precomputed, and its cache."""
 
 import math
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from finetune.training.result import Result
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
 QUIET = {"evaluate__samples": 0}
 CALM = {"train__engine_args": {"adam_epsilon": 1e-3}, "train__max_steps": 4, **QUIET}
-"""Adam's first steps have the size of its rate whatever the gradient's last digits say; not with this."""
+"""Adam's first steps have the size of the learning rate even for rounding noise in gradients; not so here."""
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs begin with an adapter that has learnt something, as after supervised tuning."""
+    """Start runs with a trained adapter, as after SFT."""
     attach = loading.attach_adapter
 
     def with_weights(model: Any, settings: Any) -> nn.Module:
@@ -54,11 +54,11 @@ def weights(result: Result) -> dict[str, torch.Tensor]:
 
 
 def alike(prefer: Runs, **settings: Any) -> None:
-    """Check that a live reference gives the run that a precomputed one gives."""
+    """Check that a live and a precomputed reference give the same run."""
     ways = [prefer(way, align__reference=way, **CALM, **settings) for way in ("precomputed", "live")]
     for key in ("loss", "margin", "chosen_drift", "kl"):
         assert numbers(ways[0], key) == pytest.approx(numbers(ways[1], key), abs=1e-5), key
-    assert max(map(abs, numbers(ways[0], "margin"))) > 1e-2, "something was learnt"
+    assert max(map(abs, numbers(ways[0], "margin"))) > 1e-2, "the policy has moved"
     for name, value in weights(ways[0]).items():
         assert torch.allclose(value, weights(ways[1])[name], atol=1e-5), name
     said = [way.record["metrics"]["held_out_loss_after"] for way in ways]
@@ -87,7 +87,7 @@ def test_gradients_are_there_with_a_live_reference_and_checkpointing(prefer: Run
 
 @pytest.mark.usefixtures("started")
 def test_gradients_are_there_in_bfloat16_with_a_live_reference(prefer: Runs) -> None:
-    """Autocast keeps what it has turned into bfloat16: the start's weights must not serve the policy."""
+    """Autocast caches bfloat16 casts: the reference's weights must not be used for the policy."""
     rough = {"model__precision": "bfloat16", **CALM}
     ways = [prefer(way, align__reference=way, **rough) for way in ("precomputed", "live")]
     norms = [numbers(way, "grad_norm") for way in ways]
@@ -125,7 +125,7 @@ def test_the_reference_is_kept_for_the_next_run(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     first = prefer("first", **CALM)
     files = sorted((tmp_path / "cache" / "llm-align" / "reference").glob("*"))
-    assert len(files) == 2, "what is learnt and what is held out"
+    assert len(files) == 2, "one for training, one for held-out groups"
 
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("computed again")
@@ -151,7 +151,7 @@ def test_a_damaged_reference_is_told_and_computed_again(
         with pytest.raises(DamagedCacheError, match="other numbers"):
             stored(file)
     second = dpo.run(dpo_recipe("second", **CALM), Console(width=200))
-    assert capsys.readouterr().out.count("damaged reference, it is computed again") == 2
+    assert capsys.readouterr().out.count("corrupt reference cache, recomputing") == 2
     assert weights(first).keys() == weights(second).keys()
     assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
     assert stored(file) is not None

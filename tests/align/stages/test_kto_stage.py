@@ -1,4 +1,4 @@
-"""Whole runs of the stage kto in a temporary folder."""
+"""Complete runs of stage kto in a temporary folder."""
 
 import json
 import os
@@ -78,8 +78,8 @@ def test_a_run_learns_and_says_what_it_did(tune: Tune) -> None:
     assert metrics["held_out_margin_after"] > 0.05
     assert "held-out margin" in result.record["headline"]
     told = {tick["name"]: tick["detail"] for tick in result.record["preflight"]}
-    assert told["start"] == "the policy begins as the reference: first loss 0.5000, 0.5000 expected"
-    assert told["balance"] == "21 good replies, 19 bad; weighted 1.11 to 1"
+    assert told["start"] == "policy equals reference before step 0: loss 0.5000, expected 0.5000"
+    assert told["balance"] == "21 good completions, 19 bad; weighted 1.11 to 1"
     assert [{"before", "after"} <= sample.keys() for sample in result.samples] == [True, True]
 
 
@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Recorder, "on_log", ask_at_step_2)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3; a checkpoint is written"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3; checkpoint saved"):
         tune(train__max_steps=7)
     monkeypatch.undo()
     again = tune(train__max_steps=7)
@@ -125,7 +125,7 @@ def test_pairs_are_taken_apart(tune: Tune) -> None:
     pairs = [{"prompt": f"Add {i}", "chosen": "the numbers", "rejected": "Input"} for i in range(12)]
     result = tune(data__source=pairs, data__held_out=0, train__max_steps=1, evaluate__samples=0)
     assert result.record["data"]["rows"] == 24
-    assert any("what is chosen is good" in line for line in result.record["data"]["lines"])
+    assert any("chosen is good" in line for line in result.record["data"]["lines"])
 
 
 def test_a_loss_that_is_no_number_names_step_and_rows(tune: Tune) -> None:

@@ -1,4 +1,4 @@
-"""PPO as a whole run: what it leaves, what it learns, that it goes on bit for bit, and what it refuses."""
+"""Complete PPO runs: artifacts, learning, bit-exact resuming, rejected recipes."""
 
 import json
 from collections.abc import Callable
@@ -114,7 +114,7 @@ def test_a_run_leaves_what_every_run_leaves(reinforce: Runs) -> None:
     [ratio] = [tick for tick in result.record["preflight"] if tick["name"] == "ratio"]
     assert "exactly 1" in ratio["detail"]
     assert result.record["rewards"][0]["name"] == "long" and result.record["panel"]
-    assert "distance from the start" in (result.directory / "report.html").read_text(encoding="utf-8")
+    assert "KL to the reference" in (result.directory / "report.html").read_text(encoding="utf-8")
     assert load_tuned(result.directory).model.training is False
 
 
@@ -128,7 +128,7 @@ MOVING = {
 
 @pytest.fixture(scope="module")
 def whole(ppo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """Return a run that nobody stopped."""
+    """Return an uninterrupted run."""
     given = {key.replace("__", "."): value for key, value in MOVING.items()}
     out = tmp_path_factory.mktemp("whole") / "run"
     return ppo.run(
@@ -140,7 +140,7 @@ def whole(ppo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
 def test_pain_06_ppo_goes_on_bit_for_bit_from_any_step(
     whole: Result, reinforce: Runs, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped amid a rollout's updates and between two rollouts; controller and statistics go on too."""
+    """Interrupted within a rollout and between two; KL controller and reward statistics resume too."""
 
     ends = Recorder.on_step_end
 
@@ -177,11 +177,11 @@ def test_cutting_a_step_into_passes_changes_nothing_that_is_learnt(reinforce: Ru
 def test_a_step_that_goes_too_far_ends_the_rollout_s_updates(reinforce: Runs) -> None:
     result = reinforce(ppo__epoch_stop_kl=1e-9, data__held_out=0)
     rollouts = [line["step"] for line in result.metrics if "reward" in line]
-    assert rollouts == [1, 3, 5], "the first step of a rollout cannot go far, the second one does"
+    assert rollouts == [1, 3, 5], "the first step of a rollout has approx_kl 0, the second has not"
 
 
 WORDS = "hgfedcba"
-"""What the bandit says: the later in this row, the better."""
+"""Completions of the bandit, from worst to best."""
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def bandit(tmp_path: Path) -> Path:
 
 
 def test_the_known_optimum_of_a_bandit_is_reached(reinforce: Runs, judges: Path, bandit: Path) -> None:
-    """Replies of one word with rewards r: pi* = ref exp(r / beta) / Z (arXiv 1909.08593, equation 2)."""
+    """Completions of one word with rewards r: pi* = ref exp(r / beta) / Z (arXiv 1909.08593, equation 2)."""
     beta = 0.2
     result = reinforce(
         model__base=str(bandit),
@@ -240,9 +240,12 @@ def test_the_known_optimum_of_a_bandit_is_reached(reinforce: Runs, judges: Path,
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"reward__sources": []}, ["reward.sources", "nothing says what a reply is worth"]),
+        ({"reward__sources": []}, ["reward.sources", "no reward is given"]),
         ({"ppo__rollout_size": 6}, ["ppo.rollout_size", "6", "ppo.rollout_size=4"]),
-        ({"ppo__value_from": "reward"}, ["ppo.value_from", "no reward is learnt", "value_from=start"]),
+        (
+            {"ppo__value_from": "reward"},
+            ["ppo.value_from", "no source is a reward model", "value_from=start"],
+        ),
         ({"pretraining__weight": 1.0}, ["pretraining.source"]),
         ({"ppo__kl_target": 1.0, "ppo__kl_horizon": 1}, ["ppo.kl_horizon", "a fifth"]),
         ({"train__engine": "trl"}, ["train.engine", "native"]),
@@ -261,7 +264,7 @@ def test_mistakes_are_told_before_anything_is_loaded(
 
 
 def test_replies_need_room_behind_their_prompts(reinforce: Runs, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"sampling\.max_new_tokens.*256 positions"):
+    with pytest.raises(UserError, match=r"sampling\.max_new_tokens.*context length of 256"):
         reinforce(sampling__max_new_tokens=255)
     assert not (tmp_path / "run" / "run.json").exists()
 

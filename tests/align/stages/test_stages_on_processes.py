@@ -128,7 +128,7 @@ def close(one: Result, two: Result, *, saved: float = 2e-3) -> None:
     _same(one.record["metrics"], two.record["metrics"], aside=("tokens_per_second",))
     assert two.record["processes"] == 2 and two.record["status"] == "finished"
     ticks = {tick["name"]: tick["detail"] for tick in two.record["preflight"]}
-    assert "equal in all 2" in ticks.get("processes", "equal in all 2") and "saved" in ticks
+    assert "equal bit for bit" in ticks.get("processes", "equal bit for bit") and "saved" in ticks
     assert len(one.samples) == len(two.samples) > 0
     mine, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (two, one))
     assert mine.keys() == theirs.keys() and all(weight.any() for weight in mine.values())

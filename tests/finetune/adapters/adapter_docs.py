@@ -1,4 +1,4 @@
-"""Writes finetune/adapters/README.md: what there is, and the property matrix as the tests find it.
+"""Generate finetune/adapters/README.md: the list of adapters, and the tested property matrix.
 
 python tests/finetune/adapters/adapter_docs.py
 """
@@ -7,7 +7,8 @@ import re
 import warnings
 from pathlib import Path
 
-from adapter_properties import FAMILIES, METHODS, PROPERTIES, cell
+from adapter_matrix import cell
+from adapter_properties import FAMILIES, METHODS, PROPERTIES
 
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names, plugin_summary
 
@@ -15,28 +16,28 @@ README = Path(__file__).parents[3] / "finetune" / "adapters" / "README.md"
 
 HEAD = """# Adapters
 
-One file an adapter: `adapter.method=NAME` is `NAME.py` in this folder, and `--adapter NAME` takes any of
-them in any recipe; `llm-align show RECIPE adapter.method=NAME` lists its settings with their defaults.
-This page is generated from the files and from their tests (`python
-tests/finetune/adapters/adapter_docs.py`); a test holds it to what they say.
+One file per adapter: `adapter.method=NAME` is `NAME.py` in this folder. `--adapter NAME` selects it in any
+recipe; `llm-align show RECIPE adapter.method=NAME` lists its settings with their defaults. This page is
+generated from the files and their tests (`python tests/finetune/adapters/adapter_docs.py`); a test keeps it
+up to date.
 
-Adapters of PEFT's own kinds open with plain `PeftModel.from_pretrained`. `bottleneck`, `adamix` and `bitfit`
-are ours, and `multitask_prompt` asks for a task for each row: `from align import load_tuned` opens any run.
-`--from RUN` trains any of them on, networks and gates that make a prompt included; `loftq` goes on as `lora`.
+Adapters of PEFT's own types load with plain `PeftModel.from_pretrained`. `bottleneck`, `adamix` and `bitfit`
+are ours, and PEFT's `multitask_prompt` needs a task id per row: `from align import load_tuned` loads any run.
+`--from RUN` continues training any of them, including prompt encoders and gates; `loftq` continues as `lora`.
 
 """
 
 MATRIX = """
 ## Every adapter, every property
 
-Found on three families of models with drawn weights ({families}). A number points to the reason
-why a cell is refused; nothing is skipped.
+Tested on three model families with random weights ({families}). A number refers to the reason why a
+combination is not supported; nothing is skipped.
 
 """
 
 
 def render() -> str:
-    """Return the page."""
+    """Return the page as Markdown."""
     return HEAD + _methods() + MATRIX.format(families=", ".join(FAMILIES)) + _matrix()
 
 

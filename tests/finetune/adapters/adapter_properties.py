@@ -1,7 +1,7 @@
-"""What every adapter has to do on every family of models: one function a property.
+"""Property matrix of all adapters on all model families: one function per property.
 
-A property returns None where it holds, or the reason why the adapter (or the model) refuses it; it raises
-AssertionError where it is broken. No cell of the matrix is skipped in silence.
+A property returns None if it holds, or the reason why the adapter (or the model) does not support it; it
+raises AssertionError if it is violated. No cell of the matrix is skipped silently.
 """
 
 import copy
@@ -19,7 +19,6 @@ from finetune.adapters._load import open_adapter
 from finetune.data.collate import Example, PackedCollator, PaddedCollator
 from finetune.planning.hardware import detect
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
-from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings
 from finetune.training.completion import completion_loss_sum
 from finetune.training.head import output_head
@@ -56,7 +55,7 @@ IDS = torch.tensor([[1, 5, 9, 6, 30, 31, 32, 7], [2, 7, 8, 5, 40, 41, 42, 6]])
 
 @functools.cache
 def _folder(family: str) -> Path:
-    """Save a base with drawn weights: biases and norms too, so that nothing is zero or one by chance."""
+    """Save a base with random weights, also in biases and norms, so that none is exactly zero or one."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family])
     with torch.no_grad():
@@ -69,6 +68,12 @@ def _folder(family: str) -> Path:
 
 
 def base_of(family: str, quantization: str = "none") -> PreTrainedModel:
+    """Return a base of its own, copied from the loaded one."""
+    return copy.deepcopy(_base(family, quantization))
+
+
+@functools.cache
+def _base(family: str, quantization: str) -> PreTrainedModel:
     settings = ModelSettings(base=str(_folder(family)))
     return load_base(settings, precision="float32", quantization=quantization, hardware=detect())
 
@@ -115,7 +120,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def trains_alone(method: str, family: str) -> str | None:
-    """Only the adapter trains: each of its weights gets a gradient and moves, the base keeps every bit."""
+    """Only the adapter trains: each of its weights gets a gradient and changes, the base is bit-identical."""
     base = base_of(family, first_choice(method))
     weights = {id(weight): name for name, weight in base.named_parameters()}
     adapted = build(method, base)
@@ -133,21 +138,21 @@ def trains_alone(method: str, family: str) -> str | None:
 
 
 def starts_near_the_base(method: str, family: str) -> str | None:
-    """An untrained adapter changes nothing, or is made of virtual tokens, which always do."""
+    """An untrained adapter does not change the output, unless it consists of virtual tokens."""
     adapted = made(method, family)
     if adapted.active_peft_config.is_prompt_learning:
-        return "virtual tokens are there from the first step on"
+        return "virtual tokens change the output from the first step on"
     expected = logits(base_of(family, first_choice(method)))
     if method == "loftq":
         exact = logits(base_of(family))
         assert (logits(adapted) - exact).norm() < (expected - exact).norm()
-        return "it starts nearer to the unquantized base than the 4-bit base is"
+        return "its initialization is closer to the unquantized base than the 4-bit base is"
     assert close(logits(adapted), expected)
     return None
 
 
 def saves_and_loads(method: str, family: str) -> str | None:
-    """What is saved and opened again gives the same numbers."""
+    """A saved and reloaded adapter gives the same logits."""
     adapted = made(method, family)
     train(adapted)
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +163,7 @@ def saves_and_loads(method: str, family: str) -> str | None:
 
 
 def merges(method: str, family: str) -> str | None:
-    """Folding the adapter into the base gives the same numbers without it."""
+    """Merging the adapter into the base gives the same logits."""
     adapted = made(method, family)
     train(adapted)
     expected = logits(adapted)
@@ -169,7 +174,7 @@ def merges(method: str, family: str) -> str | None:
                 adapted.merge_and_unload()
             except (ValueError, NotImplementedError, AttributeError):
                 return reason
-            raise AssertionError("merging is said to be impossible, and went through")
+            raise AssertionError("merging is declared unsupported, but succeeded")
         return reason
     if first_choice(method) == "nf4":
         return "4-bit weights round the sum; merge on the unquantized base"
@@ -180,7 +185,7 @@ def merges(method: str, family: str) -> str | None:
 
 
 def switches_off(method: str, family: str) -> str | None:
-    """With the adapter disabled the base answers, bit for bit."""
+    """With the adapter disabled the logits are the base's, bit for bit."""
     adapted = made(method, family)
     train(adapted)
     expected = logits(base_of(family, first_choice(method)))
@@ -189,16 +194,16 @@ def switches_off(method: str, family: str) -> str | None:
         found = logits(adapted)
     if load_plugin(ADAPTERS, method, where="test").TRAITS.changes_base:
         assert not close(found, expected)
-        return "the base in memory is what remains of it; the start adapter holds the rest"
+        return "the base in memory is the residual; the initial adapter has the rest"
     assert torch.equal(found, expected)
     return None
 
 
 def takes_four_bits(method: str, family: str) -> str | None:
-    """It trains on an NF4 base whose bytes stay."""
+    """It trains on an NF4 base, whose bytes do not change."""
     allowed = load_plugin(ADAPTERS, method, where="test").TRAITS.quantization
     if "nf4" not in allowed:
-        return f"its base has to be unquantized ({', '.join(allowed)})"
+        return f"it requires an unquantized base ({', '.join(allowed)})"
     base = base_of(family, "nf4")
     assert any(isinstance(module, Linear4bit) for module in base.modules())
     codes = {name: w.data.clone() for name, w in base.named_parameters() if w.dtype == torch.uint8}
@@ -217,7 +222,7 @@ def takes_eight_bits(method: str, family: str) -> str | None:
     allowed = load_plugin(ADAPTERS, method, where="test").TRAITS.quantization
     if "int8" not in allowed:
         kinds = ["unquantized" if kind == "none" else kind for kind in allowed]
-        return f"it is made for a base that is {' or '.join(kinds)}"
+        return f"it supports only a base that is {' or '.join(kinds)}"
     base = base_of(family, "int8")
     assert any(isinstance(module, Linear8bitLt) for module in base.modules())
     adapted = build(method, base)
@@ -228,9 +233,9 @@ def takes_eight_bits(method: str, family: str) -> str | None:
 
 
 def packs_rows(method: str, family: str) -> str | None:
-    """Rows end to end give the loss of padded rows."""
+    """Packed rows give the same loss as padded rows."""
     if not load_plugin(ADAPTERS, method, where="test").TRAITS.packing:
-        return "virtual tokens stand in front of each row, and packed rows share one front"
+        return "virtual tokens precede each row, and packed rows share one beginning"
     adapted = made(method, family)
     train(adapted, steps=2)
     head = output_head(adapted.get_base_model())
@@ -246,9 +251,9 @@ def packs_rows(method: str, family: str) -> str | None:
 
 
 def switches_between_two(method: str, family: str) -> str | None:
-    """Two trained adapters on one base answer as each does alone."""
+    """Two trained adapters on one base give the same logits as each one alone."""
     if load_plugin(ADAPTERS, method, where="test").TRAITS.changes_base:
-        return "each adapter would take its part out of the same base"
+        return "each adapter would subtract its components from the same base"
     expected = []
     with tempfile.TemporaryDirectory() as folder:
         for index in (1, 2):
@@ -268,11 +273,11 @@ def switches_between_two(method: str, family: str) -> str | None:
 
 
 def checkpoints_gradients(method: str, family: str) -> str | None:
-    """Recomputing activations gives the same gradient."""
+    """Gradient checkpointing gives the same gradients."""
     gradients = []
     for recompute in (False, True):
         if recompute and not load_plugin(ADAPTERS, method, where="test").TRAITS.checkpointing:
-            return "a prefix lives in the key-value cache, which checkpointing switches off"
+            return "a prefix is in the key-value cache, which gradient checkpointing disables"
         adapted = made(method, family)
         train(adapted, steps=2)
         adapted.train()
@@ -290,7 +295,7 @@ def checkpoints_gradients(method: str, family: str) -> str | None:
 
 
 def generates_with_cache(method: str, family: str) -> str | None:
-    """Generating with the key-value cache gives the tokens that whole forward passes give."""
+    """Generation with the key-value cache gives the same tokens as full forward passes."""
     adapted = made(method, family)
     train(adapted)
     prompt = IDS[:1, :4]
@@ -317,13 +322,3 @@ PROPERTIES: dict[str, Callable[[str, str], str | None]] = {
     "checkpointing": checkpoints_gradients,
     "cache": generates_with_cache,
 }
-
-
-@functools.cache
-def cell(name: str, method: str, family: str) -> str | None:
-    """Return None where a property holds, or the reason why it is refused."""
-    try:
-        return PROPERTIES[name](method, family)
-    except UserError as error:
-        (problem,) = error.problems
-        return problem.found

@@ -1,4 +1,4 @@
-"""Adapters on tiny models of three families with random weights: how much trains, and what is told."""
+"""Adapters on tiny models of three families with random weights: trainable parameters and error messages."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every adapter goes on: built anew, given a run's weights, it is the run's and trains alone."""
+"""Every adapter can continue training: a new one with a run's weights equals the run's, and trains."""
 
 import json
 from pathlib import Path
@@ -98,16 +98,16 @@ def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=f"adapter/{name} does not have the checksum") as caught:
+    with pytest.raises(UserError, match=f"adapter/{name}: checksum mismatch") as caught:
         take_weights(build("ptuning", base_of("llama")), run)
-    assert "`llm-align sft a --force` makes the run anew" in str(caught.value)
+    assert "`llm-align sft a --force` repeats the run" in str(caught.value)
 
 
 def test_an_adapter_of_other_shapes_is_refused(tmp_path: Path) -> None:
     run = saved_run(made("lora", "llama"), tmp_path)
     with pytest.raises(UserError, match="size mismatch"):
         take_weights(build("lora", base_of("llama"), rank=8), run)
-    with pytest.raises(UserError, match="do not both have base_model.model"):
+    with pytest.raises(UserError, match="of its settings differ: base_model.model"):
         take_weights(build("lora", base_of("gpt-neox")), run)
 
 
@@ -119,7 +119,7 @@ def test_a_model_that_scores_takes_the_adapter_of_one_that_writes(tmp_path: Path
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=32.0, target_modules="all-linear")
     scorer = get_peft_model(base, config)
-    with pytest.raises(UserError, match=r"do not both have base_model\.model\.score\.weight"):
+    with pytest.raises(UserError, match=r"of its settings differ: base_model\.model\.score\.weight"):
         take_weights(scorer, run)
     take_weights(scorer, run, head=("score",))
     expected, found = get_peft_model_state_dict(adapted), get_peft_model_state_dict(scorer)

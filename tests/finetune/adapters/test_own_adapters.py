@@ -1,4 +1,4 @@
-"""Our own adapters against a few lines of plain PyTorch, forward and gradient, and their papers' promises."""
+"""Our own adapters against plain PyTorch references (forward and gradient), and their papers' properties."""
 
 import math
 
@@ -43,7 +43,7 @@ class Reference(nn.Module):
 
 
 class Behind(nn.Module):
-    """Sequential: h + f(h), h what the module gives."""
+    """Sequential: h + f(h), with h the module's output."""
 
     def __init__(self, module, adapter):
         super().__init__()
@@ -55,14 +55,14 @@ class Behind(nn.Module):
 
 
 class Beside(Behind):
-    """Parallel: h + f(x), x what the module takes."""
+    """Parallel: h + f(x), with x the module's input."""
 
     def forward(self, inputs):
         return self.module(inputs) + self.adapter(inputs)
 
 
 def reference(placement, scale):
-    """Return a Llama with the papers' bottlenecks written by hand, and these in the order of the blocks."""
+    """Return a Llama with hand-written bottlenecks, and the bottlenecks in the order of the blocks."""
     model, adapters = base_of("llama"), []
     for block in model.model.layers:
         if placement == "parallel":
@@ -111,7 +111,7 @@ def test_scale_of_a_bottleneck(settings, expected):
 
 
 def test_adamix_averages_what_it_has_drawn_from():
-    """In training an expert answers; in use the one bottleneck whose weights are the mean (section 3.4)."""
+    """In training one expert runs; at inference a single bottleneck with the mean weights (section 3.4)."""
     config = BottleneckConfig(hidden_size=WIDTH, width=NARROW, experts=3)
     mixture = Bottleneck(config)
     for weight in mixture.parameters():
@@ -135,7 +135,7 @@ def test_adamix_averages_what_it_has_drawn_from():
 
 
 def test_adamix_pulls_two_passes_together():
-    """Two passes of one batch differ by their routes; the loss is the first one's plus their symmetric KL."""
+    """Two forward passes take different routes; the loss is the first one's plus their symmetric KL."""
     adapted = adamix.build(base_of("llama"), adamix.Settings(width=NARROW))
     for module in adapted.modules():
         if isinstance(module, Bottleneck):
@@ -182,7 +182,7 @@ def test_gates_start_open_and_scale_a_layer_and_a_position():
 
 
 def test_progressive_prompts_keep_the_tasks_before_them(tmp_path):
-    """The prompt of the first task lies in the second's adapter bit for bit, behind the new one."""
+    """The prompt of the first task is in the second's adapter bit for bit, after the new one."""
     first = prompt.build(base_of("llama"), prompt.Settings(virtual_tokens=4))
     train(first)
     before = logits(first)
@@ -209,7 +209,7 @@ def test_progressive_prompts_tell_a_run_that_is_none(tmp_path):
         progressive_prompt.build(base_of("llama"), settings)
     other = bottleneck.build(base_of("llama"), bottleneck.Settings())
     other.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    with pytest.raises(UserError, match="holds an adapter of type BOTTLENECK"):
+    with pytest.raises(UserError, match="has an adapter of type BOTTLENECK"):
         progressive_prompt.build(base_of("llama"), progressive_prompt.Settings(previous=str(tmp_path)))
 
 
@@ -243,7 +243,7 @@ def test_lora_plus_gives_b_a_rate_of_its_own():
 
 
 def test_adalora_spends_its_budget():
-    """After the run the ranks add up to layers x the asked average, and the masks hold."""
+    """After training the ranks sum to layers x the requested average, and the masks are fixed."""
     settings = adalora.Settings(rank=2, first_rank=4, warmup=0.1, cooldown=0.3)
     torch.manual_seed(0)
     adapted = adalora.build(base_of("llama"), settings)
@@ -264,7 +264,7 @@ def test_adalora_spends_its_budget():
 
 
 def test_adaloras_penalty_by_hand():
-    """Every P and Q doubled away from a unit matrix: ||4 I - I||^2 = 9 r for each of them."""
+    """Every P and Q is twice the identity: ||4 I - I||^2 = 9 r for each of them."""
     settings = adalora.Settings(rank=2, first_rank=4, penalty=0.5)
     adapted = adalora.build(base_of("llama"), settings)
     matrices = 0
@@ -306,4 +306,4 @@ def test_a_multitask_prompt_starts_from_an_earlier_run(tmp_path):
     shared = [model.prompt_encoder["default"].embedding.weight for model in (first, second)]
     assert torch.equal(*shared)
     (problem,) = multitask_prompt.Settings(source="nowhere").problems()
-    assert "'nowhere' holds no adapter" in str(problem)
+    assert "'nowhere' has no adapter" in str(problem)

@@ -1,4 +1,4 @@
-"""Real tokenizers, trained in a moment on a few lines: the kinds that bases come with."""
+"""Small real tokenizers, trained on a few lines: one of each kind that base models use."""
 
 import json
 from functools import lru_cache
@@ -53,7 +53,7 @@ def _prepend(backend, token):
 
 
 def qwen():
-    """Byte-level BPE with ChatML's tokens, no BOS at all: Qwen, SmolLM."""
+    """Byte-level BPE with ChatML's tokens and no BOS: Qwen, SmolLM."""
     backend = _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
@@ -61,7 +61,7 @@ def qwen():
 
 
 def gpt2():
-    """Byte-level BPE with one special token, which is BOS and EOS and which it puts nowhere: GPT-2."""
+    """Byte-level BPE with one special token, both BOS and EOS, and never added: GPT-2."""
     backend = _byte_level(["<|endoftext|>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
@@ -69,7 +69,7 @@ def gpt2():
 
 
 def llama3():
-    """Byte-level BPE that adds BOS; turns are marked by special tokens that have no name: Llama-3."""
+    """Byte-level BPE that adds BOS; turns are marked by unnamed special tokens: Llama-3."""
     special = [
         "<|begin_of_text|>",
         "<|end_of_text|>",
@@ -85,7 +85,7 @@ def llama3():
 
 
 def llama2():
-    """BPE over blanks written as ▁, one before every text, bytes for unknown characters, BOS: Llama-2."""
+    """BPE with spaces as ▁, one before every text, byte fallback, BOS: Llama-2."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     # A line feed is a byte there, never part of a longer token.
@@ -109,7 +109,7 @@ def llama2():
 
 
 def unigram():
-    """Unigram pieces over blanks written as ▁, a BOS that has a name but is put nowhere: T5's kin."""
+    """Unigram with spaces as ▁, and a named BOS that is never added: like T5."""
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
@@ -127,5 +127,5 @@ MAKERS = {maker.__name__: maker for maker in (qwen, gpt2, llama3, llama2, unigra
 
 @lru_cache
 def tokenizer(name):
-    """Return a tokenizer by the name of its maker; the same object each time."""
+    """Return a tokenizer by name; cached."""
     return MAKERS[name]()

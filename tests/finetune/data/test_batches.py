@@ -1,4 +1,4 @@
-"""Batches: every row once, the same for the same seed, never two optimizer batches in one forward pass."""
+"""Batch sampler: every row once per epoch, deterministic, no micro-batch spans two optimizer batches."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,7 +78,7 @@ def test_pain_05_skipping_what_was_done_gives_the_same_rest(lengths, size, micro
     first, again = sampler(lengths, size, micro), sampler(lengths, size, micro)
     for batches in (first, again):
         batches.set_epoch(epoch)
-    list(again)  # an epoch drawn before must leave no trace
+    list(again)  # iterating an earlier epoch must leave no state
     assert list(again)[done:] == list(first)[done:]
 
 

@@ -1,4 +1,4 @@
-"""Documents to rows of one length: borders by hand, and nothing lost or doubled whatever the lengths."""
+"""Chunking and packing of documents: boundaries by hand; no token lost or duplicated for any lengths."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What is kept between runs is made by one process, while the others wait for it."""
+"""Disk cache: one process creates a file while the others wait for it."""
 
 import threading
 import time

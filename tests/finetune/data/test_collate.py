@@ -1,4 +1,4 @@
-"""Padded and packed batches, every number worked out by hand."""
+"""Padded and packed batches, expected values by hand."""
 
 import torch
 

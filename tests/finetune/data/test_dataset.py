@@ -1,4 +1,4 @@
-"""From a data section to tokenised rows: what is kept apart, lost and told, and cached."""
+"""From a data section to tokenized rows: held-out split, dropped rows, data report, cache."""
 
 import json
 import os
@@ -114,16 +114,16 @@ def test_pain_17_what_is_lost_is_counted_with_its_first_place(encoder: Encoder, 
     data = read(encoder, path, max_length=120)
     report = data.report
     assert report.counts == {
-        "left out, a turn is empty": 3,
-        "longer than 120 tokens, cut": 3,
-        "left out, nothing to learn in the first 120 tokens": 1,
-        "hold template markers or special tokens in their text, written apart": 1,
+        "dropped: empty turn": 3,
+        "longer than 120 tokens, truncated": 3,
+        "dropped: no trained token within the first 120 tokens": 1,
+        "contain template markers in their text (escaped)": 1,
     }
     assert {what: int(where.rsplit(":", 1)[1]) for what, where in report.examples.items()} == {
-        "left out, a turn is empty": 2,
-        "longer than 120 tokens, cut": 6,
-        "left out, nothing to learn in the first 120 tokens": 7,
-        "hold template markers or special tokens in their text, written apart": 8,
+        "dropped: empty turn": 2,
+        "longer than 120 tokens, truncated": 6,
+        "dropped: no trained token within the first 120 tokens": 7,
+        "contain template markers in their text (escaped)": 8,
     }
     assert (report.rows, report.longest) == (5, 120) and len(data.train) == 5
     assert report.tokens == sum(data.train.lengths)
@@ -134,17 +134,17 @@ def test_pain_17_what_is_lost_is_counted_with_its_first_place(encoder: Encoder, 
 
 def test_pain_17_dropped_rows_are_counted(encoder: Encoder, write: Write) -> None:
     data = read(encoder, write(row("a"), row("b", "word " * 300)), max_length=120, too_long="drop")
-    assert data.report.counts == {"longer than 120 tokens, left out": 1} and len(data.train) == 1
+    assert data.report.counts == {"longer than 120 tokens, dropped": 1} and len(data.train) == 1
 
 
 def test_pain_17_held_out_rows_are_counted_too(encoder: Encoder, write: Write) -> None:
     other = write(row("a"), row("", "x"), row("b", "word " * 300), name="other.jsonl")
     data = read(encoder, write(*numbered(3)), held_out=other, max_length=120, too_long="drop")
     assert data.report.counts == {
-        "held out: left out, a turn is empty": 1,
-        "held out: longer than 120 tokens, left out": 1,
+        "held out: dropped: empty turn": 1,
+        "held out: longer than 120 tokens, dropped": 1,
     }
-    assert data.report.examples["held out: left out, a turn is empty"] == f"{other}:2"
+    assert data.report.examples["held out: dropped: empty turn"] == f"{other}:2"
     assert data.report.held_out == 1 and [talk.where for talk in data.prompts] == [f"{other}:1"]
 
 
@@ -154,7 +154,7 @@ def test_conversations_without_a_reply_and_with_an_open_question(encoder: Encode
 
     rows = [turns("user"), turns("user", "assistant", "user"), turns("system", "user")]
     data = read(encoder, write(*rows))
-    assert data.report.counts == {"left out, without a reply": 2}
+    assert data.report.counts == {"dropped: no assistant reply": 2}
     assert len(data.train) == 1 and texts(encoder, data.train)[0].endswith("from assistant</s>")
 
 
@@ -163,7 +163,7 @@ def test_rows_that_a_template_cannot_write_are_told_and_not_asked(encoder: Encod
     path = write({"messages": two}, {"messages": two[:2]})
     data = read(encoder, path)
     [(what, number)] = data.report.counts.items()
-    assert (what, number) == ("left out, no conversation for this template", 1)
+    assert (what, number) == ("dropped: the template cannot render the conversation", 1)
     assert data.report.examples[what].startswith(f"{path}:1: ")
     assert [talk.where for talk in data.prompts] == [f"{path}:2"]
     for talk in data.prompts:
@@ -181,7 +181,7 @@ def test_the_first_token_carries_no_loss_and_the_end_does(encoder: Encoder, writ
 def test_python_rows_have_places_too(encoder: Encoder) -> None:
     data = read(encoder, [row("a"), row("", "x")])
     assert data.train.places == ["row 1"]
-    assert data.report.examples == {"left out, a turn is empty": "row 2"}
+    assert data.report.examples == {"dropped: empty turn": "row 2"}
 
 
 def test_a_mix_with_caps(encoder: Encoder, write: Write) -> None:
@@ -199,8 +199,8 @@ def test_a_mix_with_caps(encoder: Encoder, write: Write) -> None:
     }
     assert counts == {first: 4, second: 6, third: 2}
     assert data.report.layout == "Alpaca + question/answer"
-    told = [line for line in data.report.lines() if " asked, " in line]
-    assert told[0].startswith("  33.3% asked, 33.3% of rows, ") and len(told) == 3
+    told = [line for line in data.report.lines() if " requested, " in line]
+    assert told[0].startswith("  33.3% requested, 33.3% of rows, ") and len(told) == 3
     assert told[0].endswith(f": 4 from 4 usable rows of {first} (Alpaca)")
     chosen = [place for place in data.train.places if place.startswith(first)]
     assert len(set(chosen)) == 4
@@ -285,7 +285,7 @@ def test_a_cache_that_cannot_be_written_is_told_with_a_way_out(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"cannot be written(.|\n)*data\.cache=false"):
+    with pytest.raises(UserError, match=r"cannot write the cache(.|\n)*data\.cache=false"):
         read(encoder, write(*numbered(8)))
     assert len(read(encoder, write(*numbered(8)), cache=False).train) == 8
 

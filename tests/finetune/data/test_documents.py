@@ -1,4 +1,4 @@
-"""Texts become rows of one length: what stands in them, what is learnt, what is held out."""
+"""Documents for continued pretraining: rows, loss mask, held-out split."""
 
 import json
 from pathlib import Path
@@ -156,7 +156,7 @@ def test_of_a_single_text_the_end_is_held_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.held_out: 1 of 1 usable rows"):
         read(path, held_out=1, max_length=64)
     one_line = write(tmp_path / "line.txt", "word " * 100)
-    with pytest.raises(UserError, match=r"data\.held_out: the last 20% of \S+ is no whole line"):
+    with pytest.raises(UserError, match=r"data\.held_out: the last 20% of \S+ has no complete line"):
         read(one_line, held_out=0.2)
 
 
@@ -196,7 +196,7 @@ def test_conversations_are_written_with_the_template_and_learnt_whole() -> None:
 def test_a_template_for_plain_texts_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         read([{"text": "a"}], template="alpaca")
-    assert str(caught.value).startswith("data.template: 'alpaca', but the data are plain texts\n")
+    assert str(caught.value).startswith("data.template: 'alpaca', but the data is plain text\n")
     assert "data.template=plain" in str(caught.value)
 
 
@@ -206,7 +206,7 @@ def test_a_template_for_plain_texts_is_refused() -> None:
         ([{"body": "a"}], "data.columns={text: YOUR_COLUMN}"),
         ([{"text": 3}], "field 'text': found 3"),
         ([{"text": "a"}, {"text": None}], "row 2: field 'text': missing or null"),
-        ([{"text": "  "}], "nothing to learn from"),
+        ([{"text": "  "}], "no row to train on"),
     ],
 )
 def test_rows_that_hold_no_text_are_told(rows: list[dict[str, Any]], told: str) -> None:
@@ -239,7 +239,7 @@ def test_a_mixture_of_texts_and_of_task_rows_with_their_prompts(tmp_path: Path) 
 def test_special_tokens_in_a_text_are_written_apart_and_told() -> None:
     data = read([{"text": "it ends<|end_of_text|>here"}])
     assert small_tokenizer("llama3").eos_token_id not in ids(data.train)[:-1]
-    assert any("written apart" in what for what in data.report.counts)
+    assert any("(escaped)" in what for what in data.report.counts)
 
 
 def test_the_token_cache_serves_every_length(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Published layouts become conversations; rows that do not fit are told with file, line and field."""
+"""Published layouts are parsed to conversations; bad rows are reported with file, line and field."""
 
 import pytest
 
@@ -15,7 +15,7 @@ S, U, A = (
 
 
 def read(row, columns=None):
-    """Return the name of one row's layout and its conversation."""
+    """Return one row's layout name and conversation."""
     layout = recognise(row, columns=columns)
     [conversation] = to_conversations([Row(row, "file:1")], layout, columns)
     return layout.name, conversation
@@ -117,7 +117,7 @@ def test_unknown_columns_list_the_layouts_and_the_repair():
     with pytest.raises(UserError) as caught:
         recognise(["frage", "antwort"], where="my.csv")
     text = str(caught.value)
-    assert text.startswith("my.csv: columns frage, antwort are no known layout")
+    assert text.startswith("my.csv: no known layout has columns frage, antwort")
     assert "instruction+output" in text
     assert "question+answer" in text
     assert "data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}" in text
@@ -127,7 +127,7 @@ def test_a_mapping_to_a_column_that_is_not_there_names_the_nearest():
     with pytest.raises(UserError) as caught:
         recognise(["question", "reply"], columns={"instruction": "questoin"}, where="my.csv")
     text = str(caught.value)
-    assert "data.columns: 'instruction' is mapped to 'questoin', which is no column of my.csv" in text
+    assert "data.columns: 'instruction' is mapped to 'questoin', but my.csv has no such column" in text
     assert "did you mean 'question'?" in text
 
 
@@ -136,7 +136,7 @@ CHAT = {"messages": [{"role": "user", "content": "q"}]}
 
 
 def turn(**fields):
-    """Return a row of one turn."""
+    """Return a row with one turn."""
     return {"messages": [fields]}
 
 
@@ -152,7 +152,7 @@ def turn(**fields):
         (
             ALPACA,
             {"instruction": "q\ud83d", "output": "a"},
-            "field 'instruction': half a character ('\\ud83d')",
+            "field 'instruction': an unpaired surrogate ('\\ud83d')",
         ),
         (
             CHAT,
@@ -173,7 +173,7 @@ def turn(**fields):
             turn(role="user", content=None),
             "field 'messages[0].content': found None\n    expected: text",
         ),
-        (CHAT, turn(role="user", content="\udc00"), "field 'messages[0].content': half a character"),
+        (CHAT, turn(role="user", content="\udc00"), "field 'messages[0].content': an unpaired surrogate"),
     ],
 )
 def test_pain_24_a_row_that_does_not_fit_is_told_with_line_and_field(good, bad, told):
@@ -189,7 +189,7 @@ def test_many_bad_rows_are_told_in_a_few_lines():
     with pytest.raises(UserError) as caught:
         to_conversations(rows, recognise(ALPACA), None)
     wheres = [problem.where for problem in caught.value.problems]
-    assert wheres == ["file:1", "file:2", "file:3", "file:4", "file:5", "and 15 rows more"]
+    assert wheres == ["file:1", "file:2", "file:3", "file:4", "file:5", "and 15 more rows"]
     assert "20 of 20 rows do not fit" in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Which tokens carry loss: every reply, all tokens, the last reply; and turns that the data itself marks."""
+"""Loss mask: every reply, all tokens, the last reply; and turns with a train flag in the data."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def _cache(tmp_path, monkeypatch) -> None:
 
 
 def turns(**flags: Any) -> dict[str, Any]:
-    """Return a row of four turns; ``flags[reply_1]`` are further keys of the first reply."""
+    """Return a row of four turns; ``flags[reply_1]`` are additional keys of the first reply."""
     texts = ("one?", "first", "two?", "second")
     messages = [{"role": role, "content": text} for role, text in zip(ROLES, texts, strict=True)]
     messages[1] |= flags.get("reply_1", {})
@@ -85,14 +85,14 @@ def test_sharegpt_turns_are_marked_too() -> None:
 
 
 def test_a_last_reply_that_is_marked_leaves_nothing() -> None:
-    with pytest.raises(UserError, match="left out, nothing to learn"):
+    with pytest.raises(UserError, match="dropped: no trained token"):
         read(turns(reply_2={"weight": 0}), "last")
 
 
 def test_all_learns_marked_turns_and_says_so() -> None:
     data = read(turns(reply_1={"train": False}), "all")
     assert data.train.num_trained == data.train.num_tokens - 1
-    assert data.report.counts == {"hold turns marked as not to be learnt, learnt by data.loss_on=all": 1}
+    assert data.report.counts == {"have turns marked train=false, trained anyway because data.loss_on=all": 1}
     assert read(turns(), "all").report.counts == {}
 
 
@@ -135,5 +135,5 @@ def test_each_choice_has_its_own_cache_file() -> None:
 
 
 def test_plain_text_rows_are_told_to_be_for_pretraining() -> None:
-    with pytest.raises(UserError, match="plain text is for continued pretraining: llm-align pretrain"):
+    with pytest.raises(UserError, match="for plain text, use continued pretraining: llm-align pretrain"):
         recognise(["text"], where="my.jsonl")

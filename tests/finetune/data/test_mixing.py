@@ -1,4 +1,4 @@
-"""Rates, quotas and draws of a mixture: numbers derived by hand, and what must hold for all of them."""
+"""Mixing rates, quotas and sampling: values derived by hand, and properties."""
 
 import doctest
 

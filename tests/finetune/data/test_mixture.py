@@ -68,8 +68,8 @@ def test_weights_are_rates_and_the_first_source_used_up_ends_the_epoch(write: Wr
     train, _, report = mixed({"source": first, "weight": 3}, {"source": write("b", 60), "weight": 1})
     assert per_source(train) == [60, 20] and len({row.where for row in train}) == 80
     assert report.notes == [
-        f"an epoch ends where {first} is used up: 80 of 120 rows; "
-        "data.mix_rows asks for more, and rows then come again"
+        f"one epoch is 80 of 120 rows: it ends when {first} is exhausted; "
+        "set data.mix_rows for a longer epoch (smaller sources then repeat)"
     ]
 
 
@@ -82,7 +82,7 @@ def test_an_asked_number_of_rows_repeats_what_is_used_up(write: Write) -> None:
     times = Counter(row.where for row in train if row.source == 0)
     assert sorted(times.values()) == [7] * 5 + [8] * 5
     assert max(Counter(row.where for row in train if row.source == 1).values()) == 1
-    assert report.notes == [f"rows of {small} come 7.5 times an epoch: 75 of 10"]
+    assert report.notes == [f"rows of {small} repeat 7.5 times per epoch: 75 samples of 10 rows"]
 
 
 def test_a_share_is_of_the_whole_mixture(write: Write) -> None:
@@ -122,7 +122,7 @@ def test_plain_text_cannot_forge_a_turn() -> None:
 
 
 def test_plain_text_without_a_share_is_a_mistake(write: Write, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="columns text, meta are no known layout"):
+    with pytest.raises(UserError, match="no known layout has columns text, meta"):
         mixed({"source": write("a", 9)}, {"source": plain_texts(tmp_path, 9)})
 
 
@@ -193,19 +193,19 @@ def test_each_source_is_chosen_from_by_itself(write: Write) -> None:
 def test_a_source_of_which_nothing_is_left_is_named(write: Write) -> None:
     with pytest.raises(UserError) as caught:
         mixed({"source": write("a", 4)}, {"source": write("b", 4), "select": {"min_reply_characters": 9}})
-    assert str(caught.value).startswith("data.mix[1]: nothing to learn from: rows left out, replies shorter")
+    assert str(caught.value).startswith("data.mix[1]: no row to train on: rows dropped: replies shorter")
 
 
 def test_copies_across_sources_are_counted(write: Write) -> None:
     path = write("a", 4)
     _, _, report = mixed({"source": path}, {"source": path})
-    assert report.counts == {"equal to an earlier one, kept": 4}
+    assert report.counts == {"identical to an earlier row (not dropped)": 4}
 
 
 def test_a_rate_below_one_row_is_told(write: Write) -> None:
     tiny = write("b", 5)
     _, _, report = mixed({"source": write("a", 50)}, {"source": tiny, "share": 0.001}, mix_rows=50)
-    assert report.notes == [f"no row of {tiny} comes: its rate is below one row of the mixture"]
+    assert report.notes == [f"no row of {tiny} is used: its rate is below one row of the mixture"]
 
 
 def test_of_a_hub_set_only_the_drawn_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""``template: model``: the text is what the tokenizer's own template writes, or the row is refused."""
+"""``template: model``: the text is that of the tokenizer's chat template, or the row is rejected."""
 
 import pytest
 from small_tokenizers import CHATML, MAKERS
@@ -62,14 +62,14 @@ TURNS = [
 
 
 def encoder_with(template, name="qwen"):
-    """Return an encoder whose tokenizer carries this chat template."""
+    """Return an encoder whose tokenizer has this chat template."""
     own = MAKERS[name]()
     own.chat_template = template
     return Encoder(own, "model")
 
 
 def own_text(encoder, messages):
-    """Return what the tokenizer itself writes."""
+    """Return the output of the tokenizer's ``apply_chat_template``."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
     opened = messages[-1].role == "user"
     return encoder.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened)
@@ -89,7 +89,7 @@ def learnt(encoder, encoded):
 def test_pain_03_the_text_is_the_tokenizers_own(template, name, messages):
     encoder = encoder_with(template, name)
     ids = encoder.encode(messages).input_ids
-    # Token by token what a server makes of the conversation, blanks behind special tokens (Llama-2) included.
+    # The tokens are those of a server, including spaces after special tokens (Llama-2).
     assert ids == encoder.tokenizer.encode(own_text(encoder, messages), add_special_tokens=False)
     assert encoder.encode_prompt(messages) == ids
 
@@ -120,7 +120,7 @@ def test_text_that_the_template_trims_is_trained_trimmed():
 def test_qwen3_learns_the_empty_thought_that_its_template_puts_in():
     encoder = encoder_with(QWEN3)
     assert learnt(encoder, encoder.encode(TURNS[:2])) == "<think>\n\n</think>\n\nHi.<|im_end|>"
-    # Earlier turns are written without thoughts: that is what the model sees at the next turn.
+    # Earlier turns are rendered without thoughts: that is what the model sees at the next turn.
     both = learnt(encoder, encoder.encode(TURNS))
     assert both == "Hi.<|im_end|><think>\n\n</think>\n\nNo.<|im_end|>"
 
@@ -157,13 +157,15 @@ def test_a_special_token_that_begins_the_next_turn_ends_no_reply():
 
 def test_pain_03_a_prompt_that_is_no_prefix_is_refused():
     encoder = encoder_with(COUNTED)
-    with pytest.raises(TemplateError, match="prompt of turn 2 is no prefix of the whole.*use 'chatml'"):
+    with pytest.raises(
+        TemplateError, match="prompt of turn 2 is not a prefix of the conversation.*use 'chatml'"
+    ):
         encoder.encode(TURNS)
 
 
 def test_a_template_that_refuses_the_system_turn_says_so_in_its_own_words():
     encoder = encoder_with(NO_SYSTEM)
-    with pytest.raises(TemplateError, match="refuses this conversation: no system, please"):
+    with pytest.raises(TemplateError, match="rejects this conversation: no system, please"):
         encoder.encode([SYSTEM, *TURNS])
     assert learnt(encoder, encoder.encode(TURNS)) == "Hi.<|im_end|>No.<|im_end|>"
 
@@ -172,7 +174,7 @@ def test_a_template_that_drops_the_system_turn_is_told():
     encoder = encoder_with(DROPS_SYSTEM)
     bad, good = encoder.encode_many([[SYSTEM, *TURNS], TURNS])
     assert isinstance(bad, TemplateError)
-    assert "leaves turn 1 (system) out of the text" in str(bad)
+    assert "drops turn 1 (system)" in str(bad)
     assert learnt(encoder, good) == "Hi.<|im_end|>No.<|im_end|>"
 
 

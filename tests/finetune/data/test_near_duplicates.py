@@ -1,4 +1,4 @@
-"""Near duplicates: found against brute force, kept apart where a word decides, and the same every time."""
+"""Near duplicates: parity with brute force, distinct where one word differs, deterministic."""
 
 import random
 
@@ -22,7 +22,7 @@ def changed(words: list[str], places: int, seed: int) -> list[str]:
 
 
 def overlap(one: str, other: str) -> float:
-    """Return the Jaccard overlap of word 5-grams, the plain way."""
+    """Return the Jaccard overlap of word 5-grams, by definition."""
     grams = []
     for words in (one.split(), other.split()):
         grams.append({tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))})
@@ -73,7 +73,7 @@ def test_one_word_in_a_short_sentence_keeps_it_apart():
 def test_it_is_the_same_every_time():
     texts = [" ".join(changed(text(0), places, places)) for places in range(12)]
     assert near_duplicates(texts, 0.6) == near_duplicates(texts, 0.6)
-    assert near_duplicates(texts[::-1], 0.6)[0] is None, "the first of them is kept"
+    assert near_duplicates(texts[::-1], 0.6)[0] is None, "the first of them is retained"
 
 
 def test_bands_miss_one_pair_in_a_hundred_at_most():

@@ -10,7 +10,7 @@ from finetune.data.packing import pack
 
 
 def best(lengths, capacity):
-    """Return the fewest bins, found by trying everything (items fit one by one)."""
+    """Return the minimum number of bins, by exhaustive search (each item fits by itself)."""
     fewest = len(lengths)
 
     def place(index, room):

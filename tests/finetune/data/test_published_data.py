@@ -1,4 +1,4 @@
-"""The published files, in their published formats, are read and encoded from the first row to the last."""
+"""Published datasets, in their published formats, are parsed and encoded completely."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from finetune.data.tokens import Encoder
 DATA = Path(__file__).parents[3] / "../shared/data"
 DOLLY = {"question": "instruction", "answer": "output"}
 ENCODED = 200
-"""Rows of each file that are tokenised; all are read and become conversations."""
+"""Rows of each file that are tokenized; all are parsed to conversations."""
 
 
 @pytest.mark.parametrize(

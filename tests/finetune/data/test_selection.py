@@ -1,4 +1,4 @@
-"""Curated subsets: what ``select`` keeps, counts and tells."""
+"""Row selection: what ``select`` selects, counts and reports."""
 
 import json
 from pathlib import Path
@@ -29,24 +29,24 @@ def test_by_the_length_of_the_replies():
     kept, report = chosen(rows(), min_reply_characters=3, max_reply_characters=6)
     assert kept == ["q2", "q3", "q4", "q5"]
     assert report.counts == {
-        "left out, replies shorter than 3 characters": 2,
-        "left out, replies longer than 6 characters": 4,
+        "dropped: replies shorter than 3 characters": 2,
+        "dropped: replies longer than 6 characters": 4,
     }
-    assert report.examples["left out, replies longer than 6 characters"] == "row 7"
+    assert report.examples["dropped: replies longer than 6 characters"] == "row 7"
 
 
 def test_by_rating_as_alpagasus():
     kept, report = chosen(rows(), score="score", min_score=4.5)
     assert kept == ["q1", "q2", "q4", "q5", "q7", "q8"]
-    assert report.counts == {"left out, score below 4.5": 4} and report.examples == {
-        "left out, score below 4.5": "row 1"
+    assert report.counts == {"dropped: score below 4.5": 4} and report.examples == {
+        "dropped: score below 4.5": "row 1"
     }
     assert report.sources[0].found == 10 and report.sources[0].usable == 6
 
 
 def test_n_rows_as_lima_are_drawn_with_the_seed():
     first, report = chosen(rows(100), rows=10)
-    assert len(first) == 10 and report.counts == {"left out, 10 are kept by select.rows": 90}
+    assert len(first) == 10 and report.counts == {"dropped: select.rows=10": 90}
     assert first == sorted(first, key=lambda name: int(name[1:])), "in the order of the file"
     assert chosen(rows(100), rows=10)[0] == first
     assert chosen(rows(100), seed=1, rows=10)[0] != first
@@ -68,22 +68,22 @@ def test_near_duplicates_are_left_out_and_named():
     ]
     kept, report = chosen(source, distinct=0.8)
     assert kept == [long, "another question"]
-    assert report.counts == {"left out, at least 80% the same as an earlier one": 1}
+    assert report.counts == {"dropped: at least 80% identical to an earlier row": 1}
     assert list(report.examples.values()) == ["row 3 repeats row 1"]
 
 
 def test_rating_comes_before_the_number_of_rows():
     kept, report = chosen(rows(30), score="score", min_score=5, rows=4, rows_by="length")
     assert kept == ["q20", "q23", "q26", "q29"]
-    assert report.counts == {"left out, score below 5": 20, "left out, 4 are kept by select.rows": 6}
+    assert report.counts == {"dropped: score below 5": 20, "dropped: select.rows=4": 6}
 
 
 def test_copies_are_counted_even_where_nothing_is_chosen():
     source = [*rows(3), *rows(2)]
     report = DataReport()
     train, _ = gather(DataSettings(source=source), 0, report, DataReport())
-    assert len(train) == 5 and report.counts == {"equal to an earlier one, kept": 2}
-    assert report.examples == {"equal to an earlier one, kept": "row 4 repeats row 1"}
+    assert len(train) == 5 and report.counts == {"identical to an earlier row (not dropped)": 2}
+    assert report.examples == {"identical to an earlier row (not dropped)": "row 4 repeats row 1"}
 
 
 def test_held_out_copies_of_training_rows_are_told(tmp_path: Path):
@@ -91,19 +91,19 @@ def test_held_out_copies_of_training_rows_are_told(tmp_path: Path):
     other.write_text("".join(json.dumps(row) + "\n" for row in rows(2)))
     aside = DataReport()
     gather(DataSettings(source=rows(3), held_out=str(other)), 0, DataReport(), aside)
-    assert aside.counts == {"equal to one that is learnt": 2}
-    assert aside.examples == {"equal to one that is learnt": f"{other}:1 repeats row 1"}
+    assert aside.counts == {"identical to a training row": 2}
+    assert aside.examples == {"identical to a training row": f"{other}:1 repeats row 1"}
 
 
 @pytest.mark.parametrize(
     ("select", "told"),
     [
-        ({"score": "rating", "min_score": 1}, "'rating' is no column of the source"),
+        ({"score": "rating", "min_score": 1}, "the source has no column 'rating'"),
         ({"score": "other", "min_score": 1}, "row 1: field 'other': found None"),
         ({"score": "instruction", "min_score": 1}, "row 1: field 'instruction': found 'q0'"),
         (
             {"score": "score", "min_score": 9},
-            "data.source: nothing to learn from: rows left out, score below 9",
+            "data.source: no row to train on: rows dropped: score below 9",
         ),
     ],
 )

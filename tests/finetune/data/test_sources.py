@@ -1,4 +1,4 @@
-"""Every kind of file is read, and damage is told with file, line and what to do."""
+"""Every file type is read; damage is reported with file, line and repair."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ TSV = 'instruction\toutput\nadd\t5\n더하기\t"say ""hi"",\nplease"\n'
 
 
 def write(path, content):
-    """Write text or bytes, compressed where the name says so; return the path as a recipe has it."""
+    """Write text or bytes, compressed if the name ends in .gz; return the path as text."""
     data = content.encode() if isinstance(content, str) else content
     path.write_bytes(gzip.compress(data) if path.name.lower().endswith(".gz") else data)
     return str(path)
@@ -40,7 +40,7 @@ def lines(rows):
 
 
 def refused(source):
-    """Return the text of the error that reading gives."""
+    """Return the message of the error that reading raises."""
     with pytest.raises(UserError) as caught:
         read_source(source)
     return str(caught.value)
@@ -108,23 +108,23 @@ def test_rows_know_where_they_stand(tmp_path):
         (
             "a.jsonl",
             '{"a": 1}\n{"a": \n{"a": 3}',
-            r"a\.jsonl:2: Expecting value at column .*one JSON object a line",
+            r"a\.jsonl:2: Expecting value at column .*one JSON object per line",
         ),
         ("a.jsonl", '{"a": 1}\n[1]', r"a\.jsonl:2: found '\[1\]'.*a JSON object with named columns"),
         ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json:2: Expecting ':' delimiter at column"),
-        ("a.json", '{"a": 1}\n{"a": 2}', r"a\.json:2: Extra data.*name it \.jsonl"),
+        ("a.json", '{"a": 1}\n{"a": 2}', r"a\.json:2: Extra data.*rename it to \.jsonl"),
         ("a.json", '{"a": 1}', r"a\.json: a JSON dict.*expected: a JSON array of objects"),
         ("a.json", "[1]", r"a\.json:\[0\]: found '1'"),
         (
             "a.csv",
             "a,b\n1,2\n1,2,3\n",
-            r"a\.csv:3: another number of fields than the header \(2\).*columns a, b",
+            r"a\.csv:3: the number of fields differs from the header \(2\).*columns a, b",
         ),
-        ("a.csv", "a,b\n1,2\n\n1\n", r"a\.csv:.*another number of fields than the header \(2\)"),
-        ("a.csv", 'a,b\n1,"2"x\n', r"a\.csv:2: .*quotes inside a quoted field are written twice"),
-        ("a.csv", "a,a\n1,2\n", r"a\.csv:1: column 'a' stands in the header twice"),
-        ("a.jsonl", '{"a": "더"}'.encode("cp949"), r"a\.jsonl: no UTF-8: .*invalid.*iconv -f cp949"),
-        ("a.txt", "text", r"a\.txt: unknown kind of file.*\.json.*\.parquet"),
+        ("a.csv", "a,b\n1,2\n\n1\n", r"a\.csv:.*the number of fields differs from the header \(2\)"),
+        ("a.csv", 'a,b\n1,"2"x\n', r"a\.csv:2: .*double the quotes inside a quoted field"),
+        ("a.csv", "a,a\n1,2\n", r"a\.csv:1: duplicate column 'a' in the header"),
+        ("a.jsonl", '{"a": "더"}'.encode("cp949"), r"a\.jsonl: not UTF-8: .*invalid.*iconv -f cp949"),
+        ("a.txt", "text", r"a\.txt: unknown file type.*\.json.*\.parquet"),
         ("a.parquet", "PAR1 no", r"a\.parquet: .*expected: a Parquet file"),
         ("a.json", "", r"a\.json:1: Expecting value"),
         ("a.jsonl", "", r"a\.jsonl: no rows.*at least one row"),
@@ -152,7 +152,7 @@ def test_a_damaged_gzip_file_is_told(tmp_path, damage):
     path.write_bytes(broken[damage])
     error = refused(str(path))
     assert f"{path}: cannot be read: " in error
-    assert "expected: a whole gzip file" in error
+    assert "expected: a complete gzip file" in error
 
 
 def test_a_parquet_file_that_was_cut_is_told(tmp_path):
@@ -196,8 +196,8 @@ def test_pain_24_the_hub_out_of_reach_is_one_clear_message(tmp_path):
     root = Path(__file__).parents[3]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     message = done.stderr[done.stderr.index("finetune.recipe.errors.UserError") :]
-    assert "data set 'nobody/nothing', split 'train': the hub did not give it: " in message
-    assert "or give a local file: --data my.jsonl" in message
+    assert "dataset 'nobody/nothing', split 'train': cannot be loaded from the Hub: " in message
+    assert "or use a local file: --data my.jsonl" in message
     assert len(message.splitlines()) == 3
 
 

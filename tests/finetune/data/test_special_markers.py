@@ -1,4 +1,4 @@
-"""Markers that are tokens: written as such by the template, never by the data, for each kind of base."""
+"""Markers that are special tokens: written by the template, never by the data, for each tokenizer."""
 
 import pytest
 from small_tokenizers import MAKERS
@@ -21,11 +21,11 @@ TOKENS = {
     "toolcall": ("qwen", []),
     "zephyr": ("llama2", []),
 }
-"""A template, the kind of tokenizer it was published with, and what that one has besides."""
+"""A template, the kind of tokenizer it was published with, and that tokenizer's additional tokens."""
 
 
 def encoder_of(name):
-    """Return an encoder over a tokenizer that has the template's markers as special tokens."""
+    """Return an encoder whose tokenizer has the template's markers as special tokens."""
     kind, special = TOKENS[name]
     own = MAKERS[kind]()
     own.add_special_tokens({"additional_special_tokens": special})
@@ -49,7 +49,7 @@ def test_each_marker_is_one_token(name):
 
 @pytest.mark.parametrize("name", TOKENS)
 def test_the_tokens_are_those_of_the_whole_text(name):
-    """A server renders a prompt as text and encodes it at once."""
+    """A server renders a prompt as text and encodes it in one piece."""
     encoder = encoder_of(name)
     segments, _ = render(encoder.template, TURNS[:2])
     ends = {"eos": encoder.tokenizer.eos_token}

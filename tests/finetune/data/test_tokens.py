@@ -1,4 +1,4 @@
-"""The Encoder with particular tokenizers: what each kind of base needs, worked out by hand."""
+"""The Encoder with each kind of tokenizer, expected tokens by hand."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ ASK, ANSWER = Message("user", "hello"), Message("assistant", "Hello!")
 
 
 def tokens_of(encoder, ids):
-    """Return tokens as they are named in the vocabulary."""
+    """Return tokens as strings of the vocabulary."""
     return encoder.tokenizer.convert_ids_to_tokens(list(ids))
 
 
@@ -90,7 +90,7 @@ def test_a_reply_behind_which_the_first_anchor_merges_is_encoded_behind_another(
 
 
 def test_a_token_that_swallows_the_blanks_behind_it_does_so_in_training_too():
-    # Phi-3's <|end|> takes the line feed behind it along; a server encodes the whole text and sees that.
+    # Phi-3's <|end|> strips the line feed after it; a server, which encodes the text in one piece, sees that.
     own = MAKERS["gpt2"]()
     own.add_tokens([AddedToken("<|im_end|>", special=True, rstrip=True)], special_tokens=True)
     encoder = Encoder(own, "chatml")
@@ -107,7 +107,7 @@ def test_a_tokenizer_that_merges_whatever_stands_before_is_refused():
     backend = Tokenizer(models.BPE(vocab=single | joined, merges=merges, unk_token="<unk>"))
     backend.normalizer = normalizers.Prepend("▁")
     own = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    with pytest.raises(UserError, match="merges a line feed with the text behind it"):
+    with pytest.raises(UserError, match="merges a line feed with the text after it"):
         Encoder(own, "plain")
 
 
@@ -129,12 +129,12 @@ def test_a_special_token_that_only_the_tokenizers_own_rewriting_makes_is_refused
     encoder = Encoder(own, "alpaca")
     [bad, good] = encoder.encode_many([[Message("user", "@turn>"), ANSWER], [ASK, ANSWER]])
     assert isinstance(bad, TemplateError)
-    assert "finds a special token in" in str(bad)
+    assert "produces a special token from" in str(bad)
     assert isinstance(good, Encoded)
 
 
 def test_a_blank_in_disguise_makes_no_marker():
-    # SentencePiece writes blanks as ▁, so that to Llama-2 "###▁Response:" is "### Response:".
+    # SentencePiece writes spaces as ▁, so that to Llama-2 "###▁Response:" is "### Response:".
     encoder = Encoder(tokenizer("llama2"), "alpaca")
     encoded = encoder.encode([Message("user", "x\n\n###▁Response:yes"), ANSWER])
     assert encoded.written_apart == 1
@@ -154,7 +154,7 @@ def test_fullwidth_marks_are_marks_to_a_tokenizer_that_makes_them_so():
 def test_half_a_character_in_one_row_leaves_the_other_rows_alone():
     encoder = Encoder(tokenizer("qwen"), "alpaca")
     bad, good = encoder.encode_many([[Message("user", "\ud83d"), ANSWER], [ASK, ANSWER]])
-    assert "half a character" in str(bad)
+    assert "an unpaired surrogate" in str(bad)
     assert good == encoder.encode([ASK, ANSWER])
 
 

@@ -1,4 +1,4 @@
-"""Every template of the folder with every kind of tokenizer: masks, ends, BOS, prompts, forging."""
+"""Every template with every kind of tokenizer: loss mask, EOS, BOS, prompts, injected markers."""
 
 from itertools import groupby
 from pathlib import Path
@@ -23,12 +23,12 @@ PAIRS = [(template, name) for template in plugin_names("data_templates") for nam
 BLANKS = dict.fromkeys(("cot", "hh", "koalpaca", "mistral", "mistral_v1", "vicuna"), " {}") | {
     "llama2": " {} "
 }
-"""The blanks around a reply that the model itself writes."""
+"""Whitespace around a reply that the model generates."""
 ENCODERS = {}
 
 
 def encoder_of(template, name):
-    """Return an encoder, made once; `model` gets a ChatML template where the tokenizer has none."""
+    """Return a cached encoder; `model` gets a ChatML template if the tokenizer has none."""
     if (template, name) not in ENCODERS:
         own = AutoTokenizer.from_pretrained(STORIES) if name == "stories260K" else tokenizer(name)
         if template == "model" and not own.chat_template:
@@ -39,7 +39,7 @@ def encoder_of(template, name):
 
 
 def turns_for(encoder, messages):
-    """Return the conversation, or its first exchange for templates that hold one."""
+    """Return the conversation, or its first exchange for single-turn templates."""
     try:
         encoder.encode(messages)
     except TemplateError:
@@ -48,7 +48,7 @@ def turns_for(encoder, messages):
 
 
 def trained_runs(encoded):
-    """Return the token ids of each stretch that carries loss."""
+    """Return the token ids of each span that carries loss."""
     pairs = zip(encoded.input_ids, encoded.trained, strict=True)
     return [
         [token for token, _ in run] for trained, run in groupby(pairs, key=lambda pair: pair[1]) if trained
@@ -56,7 +56,7 @@ def trained_runs(encoded):
 
 
 def text_behind(encoder, ids):
-    """Decode ids as text that something precedes: some decoders drop the blank that a text begins with."""
+    """Decode ids as text after other text: some decoders drop a leading space."""
     [head] = encoder.tokenizer(["|"], add_special_tokens=False)["input_ids"]
     decode = encoder.tokenizer.decode
     return decode(head + list(ids), clean_up_tokenization_spaces=False).removeprefix(decode(head))
@@ -93,7 +93,7 @@ def test_pain_16_a_sequence_has_the_bos_that_its_tokenizer_adds_and_no_second_on
     ids = encoder.encode(turns).input_ids
     bos = encoder.tokenizer.bos_token_id
     if template == "model":
-        expected = 0  # the template decides, and this one writes none
+        expected = 0  # the template decides, and this one has none
     elif encoder.tokenizer("a")["input_ids"][0] != bos:
         expected = 0
     else:
@@ -126,7 +126,7 @@ def test_an_untrained_turn_has_the_same_tokens_and_no_loss(template, name):
 
 
 def fragments(encoder):
-    """Draw contents that like to make markers and special tokens."""
+    """Generate contents that are likely to form markers and special tokens."""
     whole = [
         *encoder.template.markers,
         *encoder.special_tokens,
@@ -165,7 +165,7 @@ def test_special_tokens_stand_only_where_the_template_put_them(template, name, d
 @QUICK
 @given(data=st.data())
 def test_two_conversations_never_have_the_same_tokens(template, name, data):
-    # The same pieces of text, dealt to the turns in two ways. Content that is written apart is left out:
+    # The same pieces of text, distributed over the turns in two ways. Escaped content is excluded:
     # "</s>" becomes "< /s>", and may meet a text that was that already.
     encoder = encoder_of(template, name)
     shape = turns_for(encoder, TWO_EXCHANGES)
@@ -194,9 +194,9 @@ def _dealt(data, pieces, shape):
 @given(data=st.data())
 def test_replies_come_back_as_they_were_written(template, name, data):
     encoder = encoder_of(template, name)
-    # To SentencePiece ▁ is a blank.
+    # To SentencePiece ▁ is a space.
     text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=12)
-    # Behind an empty plain prompt the reply begins the sequence, and its first blank is the tokenizer's own.
+    # After an empty plain prompt the reply begins the sequence, and its first space is the tokenizer's own.
     asked, answered = "q" + data.draw(text), data.draw(text)
     encoded = encoder.encode([Message("user", asked), Message("assistant", answered)])
     markers = Markers.of([*encoder.template.markers, *encoder.special_tokens])

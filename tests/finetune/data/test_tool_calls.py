@@ -1,4 +1,4 @@
-"""Tools and calls as data sets hold them become the lines of chat templates, or a problem with a place."""
+"""Tools and calls of datasets become the JSON lines of chat templates, or a problem with a location."""
 
 import json
 
@@ -84,11 +84,11 @@ def test_rows_without_tools_among_rows_with_them(none):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"tools": "[{'name': 1}]"}, "field 'tools': no JSON (Expecting property name"),
+        ({"tools": "[{'name': 1}]"}, "field 'tools': not JSON (Expecting property name"),
         ({"tools": '{"name": "a"}'}, "field 'tools': found {'name': 'a'}"),
         ({"tools": [{"description": "x"}]}, "field 'tools': found {'description': 'x'}"),
         ({"tools": [{"type": "function", "function": "a"}]}, "field 'tools': found {'type': 'function'"),
-        ({"tools": '[{"name": "\\ud83d"}]'}, "field 'tools': half a character"),
+        ({"tools": '[{"name": "\\ud83d"}]'}, "field 'tools': an unpaired surrogate"),
     ],
 )
 def test_pain_24_tools_that_are_none_are_told(changes, told):
@@ -100,8 +100,8 @@ def test_pain_24_tools_that_are_none_are_told(changes, told):
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        ("area(5, 3)", "no JSON (Expecting value at column 1): 'area(5, 3)'"),
-        ("[]", "found no call"),
+        ("area(5, 3)", "not JSON (Expecting value at column 1): 'area(5, 3)'"),
+        ("[]", "found no tool call"),
         ('{"name": "area"}', "found {'name': 'area'}"),
         ('{"name": "area", "arguments": "5"}', "found {'name': 'area', 'arguments': '5'}"),
         ('"area"', "found 'area'"),

@@ -1,4 +1,4 @@
-"""Which turns of a conversation are kept, learnt or passed over, and that each loss is told."""
+"""Which turns of a conversation are used, trained or dropped, and that each loss is reported."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,10 @@ def test_what_a_tool_returned_last_is_cut_and_a_call_is_a_reply(base_folder: Pat
     prepared = read(own, write(*rows))
     one, two = texts(own, prepared.train)
     assert one == two and one.endswith("</tool_call></s>\n")
-    assert prepared.report.counts == {"left out, a turn is empty": 1, "equal to an earlier one, kept": 1}
+    assert prepared.report.counts == {
+        "dropped: empty turn": 1,
+        "identical to an earlier row (not dropped)": 1,
+    }
 
 
 @pytest.mark.parametrize(("template", "passed_over"), [("mistral", 1), ("mistral_v1", 0), ("chatml", 0)])
@@ -58,7 +61,7 @@ def test_replies_that_a_template_passes_over_are_counted(
     rows = [{"messages": [{"role": "system", "content": "Be brief."}, *turns]}, {"messages": turns}]
     own = Encoder(AutoTokenizer.from_pretrained(base_folder), template)
     counts = read(own, write(*rows)).report.counts
-    assert counts.get("hold replies that carry no loss in this template", 0) == passed_over
+    assert counts.get("have replies without loss in this template", 0) == passed_over
 
 
 def test_tools_are_left_out_for_a_template_that_has_no_words_for_them(
@@ -69,5 +72,5 @@ def test_tools_are_left_out_for_a_template_that_has_no_words_for_them(
     own = Encoder(AutoTokenizer.from_pretrained(base_folder), "alpaca")
     report = read(own, write(*rows)).report
     [(what, where)] = report.examples.items()
-    assert report.counts == {what: 1} and what == "left out, no conversation for this template"
-    assert where.endswith("turn 1 is tools, and this template has no words for tools; use 'toolcall'")
+    assert report.counts == {what: 1} and what == "dropped: the template cannot render the conversation"
+    assert where.endswith("turn 1 is tools, but this template does not support tools; use 'toolcall'")

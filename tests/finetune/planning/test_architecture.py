@@ -1,4 +1,4 @@
-"""The shapes of every family equal those of the library's own class, built from the same config.json."""
+"""Shapes of every family equal those of transformers' class for the same config.json."""
 
 import subprocess
 import sys

@@ -26,7 +26,7 @@ GPU = Hardware("cuda", "a GPU", bfloat16=True)
 def test_precision(asked: str, hardware: Hardware, expected: str) -> None:
     value, reason = choices.precision(asked, hardware)
     assert value == expected
-    assert reason == "as asked" if asked != "auto" else hardware.name in reason
+    assert reason == "as requested" if asked != "auto" else hardware.name in reason
 
 
 @pytest.mark.parametrize("hardware", [OLD, NEW])
@@ -60,7 +60,7 @@ def test_a_length_above_the_context_names_the_length_that_fits() -> None:
         choices.max_length(256, context=256, virtual_tokens=20)
     text = str(error.value)
     assert "data.max_length: found 256" in text
-    assert "at most 236: the model has 256 positions, of which the adapter takes 20" in text
+    assert "at most 236: the model has 256 positions, the adapter takes 20" in text
     assert "data.max_length=236" in text
 
 
@@ -111,7 +111,7 @@ def test_checkpoint_every(asked: int | None, steps: int, expected: int) -> None:
 def test_quantization() -> None:
     assert choices.quantization("auto", ("nf4", "int8"))[0] == "nf4"
     assert choices.quantization("auto", ("none",))[0] == "none"
-    assert choices.quantization("int8", ("nf4", "int8")) == ("int8", "as asked")
+    assert choices.quantization("int8", ("nf4", "int8")) == ("int8", "as requested")
 
 
 def test_this_machine_is_told_by_name_and_memory() -> None:
@@ -125,12 +125,12 @@ def test_this_machine_is_told_by_name_and_memory() -> None:
 @pytest.mark.parametrize(
     ("most", "expected", "reason"),
     [
-        (99, 16, "16384 tokens a forward pass keep the device busy"),
-        (16, 16, "16384 tokens a forward pass keep the device busy"),
-        (15, 15, "memory for no more"),
-        (7, 7, "memory for no more"),
-        (1, 1, "memory for no more"),
-        (0, 1, "hardly memory for this"),
+        (99, 16, "16384 tokens per forward pass saturate the device"),
+        (16, 16, "16384 tokens per forward pass saturate the device"),
+        (15, 15, "would not fit in memory"),
+        (7, 7, "would not fit in memory"),
+        (1, 1, "would not fit in memory"),
+        (0, 1, "even this may not fit in memory"),
     ],
 )
 def test_a_forward_pass_has_as_many_rows_as_the_plan_has_memory_for(

@@ -1,4 +1,4 @@
-"""A recipe's adapter, base and training in the planner's words, held to the models that are built of them."""
+"""Planner inputs from recipes, compared with the models built from the same settings."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The tables of the matrix, and the page in the docs that is made of them."""
+"""The compatibility tables and the page generated from them."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ PAGE = Path(matrix.__file__).with_name("COMPATIBILITY.md")
 
 
 def test_the_page_is_up_to_date() -> None:
-    repair = "python -m finetune.planning.matrix > finetune/planning/COMPATIBILITY.md"
+    repair = "python -m finetune.planning.compatibility_page > finetune/planning/COMPATIBILITY.md"
     assert PAGE.read_text(encoding="utf-8") == matrix.page(), repair
 
 
@@ -43,4 +43,4 @@ def test_cells_say_what_to_change() -> None:
     fsdp2 = Combination(strategy="fsdp2", processes=2, adapter="qlora")
     assert matrix.cell_text(judge(Combination())) == "yes"
     assert matrix.cell_text(judge(fsdp2)) == "zero3 [fsdp2-quantized]"
-    assert matrix.cell_text(judge(Combination(stage="reward", adapter="llama_adapter"))) == "no [scores]"
+    assert matrix.cell_text(judge(Combination(stage="reward", adapter="llama_adapter"))) == "no [reward-head]"

@@ -1,4 +1,4 @@
-"""Phases of a run, formulas where arithmetic can be done by hand, and what partitioning divides."""
+"""Phases of a run, byte counts derived by hand, and sharding."""
 
 from dataclasses import replace
 from math import ceil
@@ -49,7 +49,7 @@ def test_a_base_in_memory() -> None:
     model = Architecture.of(LLAMA_7B)
     assert base_bytes(work(LLAMA_7B)) == 2 * model.parameters
     assert base_bytes(work(LLAMA_7B, adapter=Adapter("full"))) == 4 * model.parameters
-    # The QLoRA paper, section 3: double quantization takes 0.127 bits a parameter, 4.127 together.
+    # The QLoRA paper, section 3: double quantization takes 0.127 bits per parameter, 4.127 in total.
     linear = sum(layer.weights for layer in model.linear_layers())
     four = base_bytes(work(LLAMA_7B, quantization="nf4")) - 2 * (model.parameters - linear)
     assert four * 8 / linear == pytest.approx(4.127, abs=0.002)
@@ -90,7 +90,7 @@ def test_phases_of_each_objective() -> None:
 
 
 def test_the_cache_of_a_rollout() -> None:
-    """Llama-2-7B: 2 x 32 layers x 4096 x 2 bytes = 512 KiB a token."""
+    """Llama-2-7B: 2 x 32 layers x 4096 x 2 bytes = 512 KiB per token."""
     plan = work(LLAMA_7B, rollout=Rollout(lines=16, prompt=512, completion=128))
     assert cache_bytes(plan) == 16 * 640 * 512 * 1024
     assert phase(plan, "rollout").parts["key-value cache"] == cache_bytes(plan)
@@ -152,7 +152,7 @@ def test_what_saves_memory_saves_it() -> None:
 
 
 def test_a_mask_is_kept_in_every_layer() -> None:
-    """Boolean masks become additive ones anew in each layer: 32 x 4 x 512 x 512 x 2 bytes = 64 MiB."""
+    """Boolean masks are converted to additive ones in every layer: 32 x 4 x 512 x 512 x 2 bytes = 64 MiB."""
     plan = work(LLAMA_7B, lines=4, columns=512, predicted=1000)
     more = played(replace(plan, masked=True)).peak - played(plan).peak
     queries = 4 * 4 * 512 * 4096  # a GPU sums the gradient of the queries in float32 without a mask
@@ -160,7 +160,7 @@ def test_a_mask_is_kept_in_every_layer() -> None:
 
 
 def test_logits_of_one_pass() -> None:
-    """In float32 the softmax, its gradient and that of the logits are there at once: 12 bytes a logit."""
+    """In float32 the softmax, its gradient and that of the logits coexist: 12 bytes per logit."""
     plan = work(precision="float32", predicted=1024, columns=256, adapter=Adapter("ia3"))
     plan = replace(plan, architecture=replace(plan.architecture, vocabulary=16_000))
     parts = phase(plan, "forward and backward").parts

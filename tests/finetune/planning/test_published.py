@@ -1,4 +1,4 @@
-"""The page of published figures is the one that the plan makes, and the plan stays near them."""
+"""PUBLISHED.md is up to date, and plans are close to the published figures."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ LITGPT = [case for case in CASES if case.source == published.LITGPT]
 
 
 def test_the_page_is_made_of_the_data() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "python -m finetune.planning.published > PUBLISHED.md"
+    assert PAGE.read_text(encoding="utf-8") == page(), "python -m finetune.planning.published_memory"
 
 
 @pytest.mark.parametrize("case", LITGPT, ids=lambda case: f"{case.what} {case.settings}")
@@ -41,7 +41,7 @@ def test_what_is_said_to_fit_fits() -> None:
 
 def test_what_is_said_not_to_fit_does_not() -> None:
     too_large = [case for case in CASES if case.room and case.peak.total > case.room]
-    assert [case.what for case in too_large] == ["llama-2-70b, QLoRA", "llama-2-70b, full tuning"]
+    assert [case.what for case in too_large] == ["llama-2-70b, QLoRA", "llama-2-70b, full fine-tuning"]
     assert too_large[0].another_way and too_large[0].peak.name == "load"
 
 

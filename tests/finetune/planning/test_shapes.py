@@ -1,4 +1,4 @@
-"""Shapes of known bases: those of the published models, and what is said of others."""
+"""Configs of known bases equal the published models; unknown bases are refused."""
 
 import json
 from pathlib import Path
@@ -76,5 +76,5 @@ def test_a_damaged_config_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="config.json"):
         base_config(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="holds no object"):
+    with pytest.raises(UserError, match="is not a JSON object"):
         base_config(str(tmp_path))

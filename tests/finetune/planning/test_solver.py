@@ -1,4 +1,4 @@
-"""The compatibility solver: every rule hit, every combination judged, what is changed and what is refused."""
+"""The compatibility solver: every rule applies, combinations are checked, values changed or refused."""
 
 from dataclasses import replace
 from itertools import product
@@ -32,34 +32,34 @@ SEVERAL = {"processes": 2}
 SHIPPED = sorted(file for stage in stage_names() for file in (PROJECT / "recipes" / stage).glob("*.yaml"))
 
 HITS: dict[str, dict[str, Any]] = {
-    "storage": {"adapter": "pissa", "quantization": "nf4"},
+    "quantization": {"adapter": "pissa", "quantization": "nf4"},
     "engine": {"adapter": "lora_plus", "engine": "trl"},
-    "scores": {"stage": "reward", "adapter": "trainable_tokens"},
-    "copied": {"stage": "dpo", "adapter": "pissa", "engine": "trl"},
-    "copied-always": {"stage": "kto", "adapter": "pissa", "engine": "trl"},
-    "two-passes": {"stage": "ppo", "adapter": "adamix", "two_passes": True},
-    "trl-alone": {"stage": "grpo", "engine": "native"},
-    "no-trl": {"stage": "ppo", "engine": "trl"},
+    "reward-head": {"stage": "reward", "adapter": "trainable_tokens"},
+    "trl-reference": {"stage": "dpo", "adapter": "pissa", "engine": "trl"},
+    "trl-reference-only": {"stage": "kto", "adapter": "pissa", "engine": "trl"},
+    "consistency": {"stage": "ppo", "adapter": "adamix", "two_passes": True},
+    "trl-only": {"stage": "grpo", "engine": "native"},
+    "native-only": {"stage": "ppo", "engine": "trl"},
     "float16-cpu": {"precision": "float16"},
-    "bfloat16-imitated": {"precision": "bfloat16", "device": "cuda", "bfloat16": False},
-    "alone-not": {"strategy": "single", **SEVERAL},
-    "nobody-to-share": {"strategy": "zero2"},
-    "nothing-offloaded": {"strategy": "ddp", "offload": "cpu", **SEVERAL},
-    "nothing-swapped": {"strategy": "ddp", "offload": "nvme", **SEVERAL},
-    "offload-alone": {"offload": "cpu"},
+    "bfloat16-emulated": {"precision": "bfloat16", "device": "cuda", "bfloat16": False},
+    "single-process-strategy": {"strategy": "single", **SEVERAL},
+    "one-process": {"strategy": "zero2"},
+    "ddp-offload": {"strategy": "ddp", "offload": "cpu", **SEVERAL},
+    "ddp-nvme": {"strategy": "ddp", "offload": "nvme", **SEVERAL},
+    "offload-one-process": {"offload": "cpu"},
     "fsdp2-offload": {"strategy": "fsdp2", "offload": "cpu", **SEVERAL},
     "nvme-cpu": {"strategy": "zero3", "offload": "nvme", **SEVERAL},
     "nvme-needs-zero3": {"strategy": "zero2", "offload": "nvme", "device": "cuda", **SEVERAL},
-    "judges-apart": {"stage": "ppo", "strategy": "zero3", **SEVERAL},
+    "reward-models-sharded": {"stage": "ppo", "strategy": "zero3", **SEVERAL},
     "fsdp2-quantized": {"strategy": "fsdp2", "adapter": "qlora", **SEVERAL},
-    "int8-apart": {"strategy": "zero3", "quantization": "int8", **SEVERAL},
-    "rewritten-base": {"strategy": "fsdp2", "adapter": "pissa", **SEVERAL},
-    "dora-norms": {"strategy": "fsdp2", "adapter": "dora", **SEVERAL},
+    "int8-sharded": {"strategy": "zero3", "quantization": "int8", **SEVERAL},
+    "pissa-fsdp2": {"strategy": "fsdp2", "adapter": "pissa", **SEVERAL},
+    "dora-fsdp2": {"strategy": "fsdp2", "adapter": "dora", **SEVERAL},
     "fsdp2-full": {"strategy": "fsdp2", "adapter": "full", **SEVERAL},
-    "trl-whole": {"strategy": "zero3", "engine": "trl", **SEVERAL},
-    "adafactor-flat": {"strategy": "zero1", "optimizer": "adafactor", **SEVERAL},
-    "rank-budget": {"strategy": "zero2", "adapter": "adalora", **SEVERAL},
-    "tokens-cpu": {"strategy": "zero3", "adapter": "trainable_tokens", **SEVERAL},
+    "trl-sharded": {"strategy": "zero3", "engine": "trl", **SEVERAL},
+    "adafactor-zero": {"strategy": "zero1", "optimizer": "adafactor", **SEVERAL},
+    "adalora-zero": {"strategy": "zero2", "adapter": "adalora", **SEVERAL},
+    "trainable-tokens-cpu": {"strategy": "zero3", "adapter": "trainable_tokens", **SEVERAL},
 }
 
 
@@ -119,7 +119,7 @@ def test_every_combination_of_strategy_optimizer_offload_and_hardware_ends() -> 
 
 def test_what_is_done_twice_back_and_forth_cannot_be() -> None:
     verdict = judge(Combination(stage="rloo", adapter="adalora", engine="trl"))
-    assert verdict.kind == "cannot" and [rule.name for rule in verdict.rules] == ["engine", "trl-alone"]
+    assert verdict.kind == "cannot" and [rule.name for rule in verdict.rules] == ["engine", "trl-only"]
 
 
 def test_a_change_that_needs_another_one_is_followed() -> None:
@@ -161,7 +161,7 @@ def test_auto_gives_way_to_what_is_asked_for_and_says_so(tmp_path: Path) -> None
     assert found.settings.train.strategy == "zero3"
     assert found.origins["train.strategy"] == SOLVER
     assert found.notes == [
-        "train.strategy=zero3: ZeRO-3 offloads to NVMe; plain data parallelism keeps everything where it is"
+        "train.strategy=zero3: only ZeRO-3 offloads to NVMe; plain data parallelism has no offload"
     ]
     assert "zero3" in found.to_yaml() and "# solver" in found.to_yaml()
     assert settled(found, CARDS) is found
@@ -170,7 +170,7 @@ def test_auto_gives_way_to_what_is_asked_for_and_says_so(tmp_path: Path) -> None
 def test_a_default_is_changed_and_says_so(tmp_path: Path) -> None:
     found = settled(recipe(tmp_path, "adapter: {method: adamix}\n", stage="dpo"), LAPTOP)
     assert found.settings.adapter.model_dump()["consistency"] is False
-    assert found.notes == [f"adapter.consistency=false: {judge(Combination(**HITS['two-passes'])).reason}"]
+    assert found.notes == [f"adapter.consistency=false: {judge(Combination(**HITS['consistency'])).reason}"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Operations, seconds and bytes on the disk, by hand."""
+"""FLOPs, seconds and disk bytes, derived by hand."""
 
 from dataclasses import replace
 
@@ -69,7 +69,7 @@ def test_seconds_are_operations_over_what_the_device_reaches() -> None:
 
 
 def test_a_thousand_short_passes_take_as_long_as_litgpt_says() -> None:
-    # tutorials/resource-tables.md: 7B with LoRA, rows of Alpaca (about 110 tokens) one by one: 2.36 minutes.
+    # tutorials/resource-tables.md: 7B with LoRA, Alpaca (about 110 tokens a row), batch size 1: 2.36 minutes.
     short = replace(STEP, columns=110)
     computed = step_seconds(short, GPUS["a100-40g"], operations=110_000 * learnt_operations(short, 4_194_304))
     launched = launch_seconds(short, passes=1000)
@@ -95,7 +95,7 @@ def test_drawing_reads_the_weights_for_every_token() -> None:
     drawing = replace(STEP, columns=192, rollout=Rollout(1, 128, 64))
     found = drawn_seconds(drawing, A100, replies=10, base_bytes=13_476_831_232)
     assert found is not None
-    # litgpt's table: 31 tokens a second of 7B in bfloat16 on an A100.
+    # litgpt's table: 31 tokens/s of 7B in bfloat16 on an A100.
     assert found[0] < 10 * 64 / 31 < found[1]
 
 
@@ -103,7 +103,7 @@ def test_the_disk_holds_adapter_checkpoints_and_a_merged_model() -> None:
     assert disk_bytes(STEP, trained=100, kept=2) == {
         "adapter": 400,
         "checkpoints": 3 * (400 + 800),
-        "merged model, if asked for": 2 * 6_738_415_616,
+        "merged model, if requested": 2 * 6_738_415_616,
     }
     whole = replace(STEP, adapter=Adapter("full"))
     assert set(disk_bytes(whole, trained=LLAMA.parameters, kept=2)) == {"model", "checkpoints"}

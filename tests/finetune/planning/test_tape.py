@@ -1,10 +1,10 @@
-"""Autograd in bytes, on graphs small enough to count by hand."""
+"""Autograd memory simulation on graphs small enough to count by hand."""
 
 from finetune.planning.tape import Tape, Tensor
 
 
 def learning(tape: Tape, numbers: int) -> Tensor:
-    """Return a tensor that wants a gradient, as an input that does."""
+    """Return an input buffer that requires a gradient."""
     tensor = tape.new(numbers, 1)
     tensor.learns = True
     return tensor
@@ -20,7 +20,7 @@ def test_what_nobody_holds_is_gone() -> None:
 
 
 def test_kept_tensors_live_until_their_backward_pass() -> None:
-    """x (8) -> a (8, keeps x) -> b (8, keeps a): forward 24; backward: the gradient of b, then that of a."""
+    """x (8) -> a (8, saves x) -> b (8, saves a): forward 24; backward: the gradient of b, then that of a."""
     tape = Tape()
     x = learning(tape, 8)
     a = tape.run([x], 8, 1, keeps=[x])
@@ -29,7 +29,7 @@ def test_kept_tensors_live_until_their_backward_pass() -> None:
     assert tape.total == 24
     tape.drop(b)
     tape.backward(b)
-    # x and a are kept (16), with the gradients of b and of a at once (16).
+    # x and a are saved (16), and the gradients of b and of a coexist (16).
     assert tape.peak == 32
     assert tape.total == 8  # the gradient of x stays with its owner
 
@@ -60,7 +60,7 @@ def test_sums_hand_one_gradient_to_both_terms() -> None:
 
 
 def test_a_second_gradient_is_added_to_the_first() -> None:
-    """x has two readers: plain tensors are added in place (8 + 8), others make a third (8 + 8 + 8)."""
+    """x is read twice: plain tensors accumulate in place (8 + 8), fake ones allocate a third (8 + 8 + 8)."""
     peaks = []
     for in_place in (True, False):
         tape = Tape(in_place=in_place)
@@ -92,8 +92,8 @@ def test_views_take_no_memory_and_join_their_gradients() -> None:
     made = tape.run(parts, 1, 1)
     tape.drop(*parts, whole, made)
     tape.backward(made)
-    assert tape.total == 12  # the gradient of the whole
-    assert tape.peak == 24  # with those of its parts
+    assert tape.total == 12  # the gradient of the source
+    assert tape.peak == 24  # with those of its views
 
 
 def test_the_fullest_moment_is_told_by_part() -> None:

@@ -1,4 +1,4 @@
-"""The number of trained parameters equals that of every adapter as it is really built."""
+"""Trainable parameter counts equal those of every adapter as built."""
 
 from typing import Any
 
@@ -72,7 +72,7 @@ CASES: list[tuple[dict[str, Any], Adapter]] = [
     ({"method": "trainable_tokens", "tokens": [3, 4, 7]}, Adapter("trainable_tokens", tokens=3)),
 ]
 NOT_ON = {"bitfit": {"llama", "qwen3", "gemma3_text"}, "llama_adapter": {"qwen3", "gemma3_text", "gpt_neox"}}
-BUILT_ELSEWHERE = {"loftq"}  # LoRA's shapes; it reads the base's files again
+BUILT_ELSEWHERE = {"loftq"}  # LoRA's shapes; building it reads the base's files
 
 
 def built(config: dict[str, Any], settings: dict[str, Any], device: str = "cpu") -> nn.Module:
@@ -106,7 +106,7 @@ def test_every_adapter_is_counted() -> None:
     assert {adapter.method for _, adapter in CASES} | BUILT_ELSEWHERE == set(plugin_names(ADAPTERS))
     one = Architecture.of({"model_type": "llama"} | SIZES)
     assert trained_parameters(one, Adapter("loftq")) == trained_parameters(one, Adapter("lora"))
-    with pytest.raises(UserError, match="'novel', whose size is not known"):
+    with pytest.raises(UserError, match="'novel' has no known size"):
         trained_parameters(one, Adapter("novel"))
 
 

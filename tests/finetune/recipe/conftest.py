@@ -1,4 +1,4 @@
-"""A user's folder: a base model that is a config, a data file, and recipes written by the test."""
+"""A user's folder: a base model with only a config, a data file, and recipes written by the test."""
 
 from pathlib import Path
 from textwrap import dedent

@@ -1,4 +1,4 @@
-"""Mistakes that a user can make in a recipe: the message says where, what was found, expected, the repair.
+"""Errors in a recipe: the message says where, what was found, what is expected, and the repair.
 
 A row: a whole YAML text, or changes to a good one as ``section.key=value`` words, and the fragments that the
 message must hold; after ``-`` a fragment that it must not hold.
@@ -14,8 +14,8 @@ DATA = HEAD + "data: {source: rows.jsonl}\n"
 BAD: dict[str, tuple[str | list[str], list[str]]] = {
     # The file itself.
     "empty file": ("", ["my.yaml", "the file is empty", "`model:`"]),
-    "a list": ("- a\n- b\n", ["my.yaml", "['a', 'b'] and no sections", "sections such as"]),
-    "a word": ("hello\n", ["my.yaml", "found 'hello' and no sections"]),
+    "a list": ("- a\n- b\n", ["my.yaml", "['a', 'b'], not sections", "sections such as"]),
+    "a word": ("hello\n", ["my.yaml", "found 'hello', not sections"]),
     "tab": ("model:\n\tbase: tiny\n", ["my.yaml:2", "a tab", "spaces"]),
     "open bracket": (
         "model: {base: tiny\ndata: 3\n",
@@ -23,9 +23,9 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
     ),
     "wrong indentation": (
         "model:\n  base: tiny\n   revision: x\n",
-        ["my.yaml:3", "a colon after a key that cannot stand there", "alike"],
+        ["my.yaml:3", "a colon where no key is allowed", "equally"],
     ),
-    "colon in a text": ("description: mine: yours\n", ["my.yaml:1", "a colon after", "needs quotes"]),
+    "colon in a text": ("description: mine: yours\n", ["my.yaml:1", "a colon where no key", "quote text"]),
     "at sign": (
         "description: @me\n",
         ["my.yaml:1", "a value cannot begin with '@'", "put the value in quotes"],
@@ -33,15 +33,15 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
     "list and keys": ("- a\nb: 1\n", ["my.yaml:2", "expected <block end>", "indentation, colons and quotes"]),
     "open quote": (
         'model:\n  base: "tiny\n',
-        ["my.yaml:2", "it never ends (while scanning a quoted scalar)"],
+        ["my.yaml:2", "unterminated (while scanning a quoted scalar)"],
     ),
     "key twice": (
         "train:\n  epochs: 1\n  epochs: 2\n",
-        ["my.yaml:3", "'epochs' stands there a second time", "each key once"],
+        ["my.yaml:3", "duplicate key 'epochs'", "unique keys"],
     ),
     "section twice": (
         "train: {}\ndata: {}\ntrain: {}\n",
-        ["my.yaml:3", "'train' stands there a second time"],
+        ["my.yaml:3", "duplicate key 'train'"],
     ),
     # Sections.
     "unknown section": (
@@ -50,11 +50,11 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
     ),
     "nothing below": (
         DATA + "train:\n",
-        ["train (my.yaml:3)", "nothing stands below it", "indent the lines below"],
+        ["train (my.yaml:3)", "empty section", "indent the lines below"],
     ),
     "section is a word": (
         DATA + "train: fast\n",
-        ["train (my.yaml:3)", "found 'fast'", "indented keys: engine, epochs"],
+        ["train (my.yaml:3)", "found 'fast'", "indented keys engine, epochs"],
     ),
     "other stage": (
         DATA + "stage: dpo\n",
@@ -80,7 +80,7 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
     ),
     "source missing in a mixture": (
         ["data.source=", "data.mix=[{rows: 3}]"],
-        ["data.mix[0].source (command line)", "not given", "a text (hub id, file or folder)"],
+        ["data.mix[0].source (command line)", "missing", "a string (Hub id, file or folder)"],
     ),
     "wrong value in a mixture": (
         ["data.source=", "data.mix=[{source: a/b, rows: 0}]"],
@@ -88,19 +88,19 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
     ),
     "word in a mixture": (
         ["data.source=", "data.mix=[a/b]"],
-        ["data.mix[0]", "the text 'a/b'", "a mapping with the keys source, columns, rows"],
+        ["data.mix[0]", "the string 'a/b'", "a mapping with the keys source, columns, rows"],
     ),
     "empty mixture": (
         ["data.source=", "data.mix=[]"],
-        ["data.mix (command line)", "found []", "a list, each entry a mapping"],
+        ["data.mix (command line)", "found []", "a list with each entry a mapping"],
     ),
     # Types.
     "text for a number": (
         ["train.epochs=many"],
         [
             "train.epochs (command line)",
-            "the text 'many'",
-            "a number above 0 (passes over the data)",
+            "the string 'many'",
+            "a number above 0 (number of epochs)",
             "-integer",
         ],
     ),
@@ -108,7 +108,7 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
         DATA + 'train: {batch_size: "16"}\n',
         [
             "train.batch_size (my.yaml:3)",
-            "the text '16'",
+            "the string '16'",
             "a whole number above 0",
             "write it without quotes",
         ],
@@ -122,25 +122,29 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
     "true for a number": (["train.seed=true"], ["found true", "a whole number, 0 or more"]),
     "number for a text": (
         ["model.revision=2"],
-        ["model.revision", "found 2", "a text, or null", 'put it in quotes: revision: "2"'],
+        ["model.revision", "found 2", "a string, or null", 'put it in quotes: revision: "2"'],
     ),
-    "empty text": (["data.template=''"], ["data.template", "an empty text", "expected: a text"]),
-    "yes": (["data.packing=yes"], ["data.packing", "the text 'yes'", "true or false", "write true"]),
-    "off": (["data.cache=off"], ["data.cache", "the text 'off'", "write false"]),
+    "empty text": (["data.template=''"], ["data.template", "an empty string", "expected: a string"]),
+    "yes": (["data.packing=yes"], ["data.packing", "the string 'yes'", "true or false", "write true"]),
+    "off": (["data.cache=off"], ["data.cache", "the string 'off'", "write false"]),
     "number for a switch": (["data.packing=1"], ["found 1", "true or false"]),
-    "none for null": (["train.max_steps=none"], ["the text 'none'", "or null", "write max_steps: null"]),
+    "none for null": (["train.max_steps=none"], ["the string 'none'", "or null", "write max_steps: null"]),
     "list for a number": (
         ["train.learning_rate=[1e-4, 2e-4]"],
         ["found [0.0001, 0.0002]", "a number above 0"],
     ),
     "word for a list": (
         ["adapter.target=q_proj"],
-        ["the text 'q_proj'", "all-linear, or a list", "target: [q_proj]"],
+        ["the string 'q_proj'", "all-linear, or a list", "target: [q_proj]"],
     ),
     "all_linear": (["adapter.target=all_linear"], ["did you mean 'all-linear'?"]),
     "number in a list": (
         ["adapter.target=[q_proj, 3]"],
-        ["adapter.target (command line)", "found ['q_proj', 3]", "all-linear, or a list, each entry a text"],
+        [
+            "adapter.target (command line)",
+            "found ['q_proj', 3]",
+            "all-linear, or a list with each entry a string",
+        ],
     ),
     "empty target": (["adapter.target=[]"], ["adapter.target", "found []", "all-linear, or a list"]),
     "list for a mapping": (
@@ -149,12 +153,12 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
     ),
     "number in a mapping": (
         ["data.columns={instruction: 3}"],
-        ["data.columns.instruction (command line)", "found 3", "a text"],
+        ["data.columns.instruction (command line)", "found 3", "a string"],
     ),
     "three betas": (["train.betas=[0.9, 0.99, 0.999]"], ["train.betas", "a list of 2 entries"]),
     "beta is a word": (
         ["train.betas=[0.9, x]"],
-        ["train.betas[1]", "the text 'x'", "from 0 up to, but not including, 1"],
+        ["train.betas[1]", "the string 'x'", "from 0 up to, but not including, 1"],
     ),
     "beta of 1": (["train.betas=[0.9, 1.0]"], ["train.betas[1]", "found 1.0", "but not including, 1"]),
     # Ranges and choices.
@@ -164,20 +168,20 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
     "dropout of 1": (["adapter.dropout=1.0"], ["found 1.0", "but not including, 1"]),
     "held-out 150 %": (
         ["data.held_out=1.5"],
-        ["data.held_out", "found 1.5", "0 or more", "but not including, 1", "a share (below 1)"],
+        ["data.held_out", "found 1.5", "0 or more", "but not including, 1", "a fraction (below 1)"],
     ),
     "short rows": (["data.max_length=4"], ["found 4", "a whole number, 8 or more, or null"]),
     "one checkpoint": (["train.keep_checkpoints=1"], ["found 1", "2 or more"]),
     "unknown precision": (
         ["model.precision=bf16"],
-        ["the text 'bf16'", "one of auto, float32, bfloat16, float16", "did you mean 'bfloat16'?"],
+        ["the string 'bf16'", "one of auto, float32, bfloat16, float16", "did you mean 'bfloat16'?"],
     ),
     "unknown quantization": (
         ["model.quantization=4bit"],
-        ["the text '4bit'", "one of auto, none, nf4, int8"],
+        ["the string '4bit'", "one of auto, none, nf4, int8"],
     ),
     "unknown schedule": (["train.schedule=cosin"], ["did you mean 'cosine'?"]),
-    "unknown engine": (["train.engine=deepspeed"], ["the text 'deepspeed'", "one of native, trl"]),
+    "unknown engine": (["train.engine=deepspeed"], ["the string 'deepspeed'", "one of native, trl"]),
     # Names.
     "unknown adapter": (
         ["adapter.method=qlora4"],
@@ -208,13 +212,13 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
         [
             "model.base (command line)",
             "neither a short name nor a folder",
-            "a hub id (owner/name)",
+            "a Hub id (owner/name)",
             "did you mean 'llama-2-7b'?",
         ],
     ),
     "no such base folder": (
         ["model.base=./nowhere"],
-        ["model.base (command line)", "'./nowhere' is no folder", "holds config.json"],
+        ["model.base (command line)", "'./nowhere' is not a folder", "with config.json"],
     ),
     "base without config": (
         ["model.base=./empty"],
@@ -225,26 +229,26 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
         [
             "data.source (command line)",
             "'nowhere.jsonl' does not exist",
-            "hub id (owner/name)",
-            "relative paths start at",
+            "Hub id (owner/name)",
+            "relative paths are resolved from",
         ],
     ),
     "no such held-out file": (
         ["data.held_out=10%"],
-        ["data.held_out (command line)", "'10%' does not exist", "rows (100), a share (0.1)"],
+        ["data.held_out (command line)", "'10%' does not exist", "rows (100), a fraction (0.1)"],
     ),
     # The command line.
     "no equals sign": (
         ["train.epochs"],
-        ["'train.epochs' (command line)", "not understood", "section.key=value"],
+        ["'train.epochs' (command line)", "invalid override", "section.key=value"],
     ),
-    "no section": (["epochs=3"], ["'epochs' (command line)", "not understood", "as in train.epochs=3"]),
-    "three parts": (["data.columns.output=answer"], ["not understood", "'data.columns={output: answer}'"]),
+    "no section": (["epochs=3"], ["'epochs' (command line)", "invalid override", "as in train.epochs=3"]),
+    "three parts": (["data.columns.output=answer"], ["invalid override", "'data.columns={output: answer}'"]),
     "unknown section there": (
         ["trian.epochs=3"],
         ["trian.epochs (command line)", "unknown section", "did you mean 'train'?"],
     ),
-    "text for a mapping": (["data.system=[a]"], ["data.system", "found ['a']", "a text, or null"]),
+    "text for a mapping": (["data.system=[a]"], ["data.system", "found ['a']", "a string, or null"]),
 }
 
 
@@ -308,8 +312,8 @@ def test_a_mistake_of_many_types_is_told_once(here):
     assert len(caught.value.problems) == 1
     assert str(caught.value) == (
         "data.held_out (command line): found -3\n"
-        "    expected: a whole number, 0 or more, or a number from 0 up to, but not including, 1, or a text "
-        "(rows (a number), a share (below 1), or a file that is kept out of training)"
+        "    expected: a whole number, 0 or more, or a number from 0 up to, but not including, 1, "
+        "or a string (rows held out of training: a number, a fraction (below 1), or a file)"
     )
 
 
@@ -317,7 +321,7 @@ def test_a_mistake_of_many_types_is_told_once(here):
     ("text", "suggestion"),
     [
         ("model: {base: ./outer}\ndata: {source: a/b}\n", "did you mean 'outer/checkpoint'?"),
-        ("model: {base: ./adapted}\ndata: {source: a/b}\n", "it holds an adapter: make a model of it first"),
+        ("model: {base: ./adapted}\ndata: {source: a/b}\n", "it is an adapter: merge it first"),
     ],
 )
 def test_a_folder_without_config_gets_a_hint(here, text, suggestion):

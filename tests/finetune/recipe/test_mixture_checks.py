@@ -1,4 +1,4 @@
-"""Contradictions in a mixture and in the choice of rows are told; what fits together is left alone."""
+"""Cross-field checks of mixtures and row selection; valid combinations pass."""
 
 import pytest
 
@@ -17,14 +17,14 @@ def mix(first: str, second: str = "") -> str:
     [
         (
             ["data.mix_rows=100"],
-            ["data.mix_rows (command line): given without data.mix", "list the sources in data.mix"],
+            ["data.mix_rows (command line): set without data.mix", "list the sources in data.mix"],
         ),
-        (["data.mix_temperature=2"], ["data.mix_temperature (command line): given without data.mix"]),
+        (["data.mix_temperature=2"], ["data.mix_temperature (command line): set without data.mix"]),
         (
             [mix("weight: 2")],
-            ["data.mix[1].weight (command line): not given, but others are", "a weight for each"],
+            ["data.mix[1].weight (command line): not set, but others are", "a weight for each"],
         ),
-        ([mix("weight: 2, share: 0.1")], ["data.mix[0] (command line): weight 2 beside share 0.1"]),
+        ([mix("weight: 2, share: 0.1")], ["data.mix[0] (command line): both weight 2 and share 0.1"]),
         ([mix("share: 0.5", "share: 0.2")], ["data.mix (command line): every source has a share"]),
         (
             ["data.mix=[{source: rows.jsonl, share: 0.5}, {source: other.jsonl, share: 0.5}, {source: a/b}]"],
@@ -32,32 +32,35 @@ def mix(first: str, second: str = "") -> str:
         ),
         (
             [mix("weight: 2", "weight: 1"), "data.mix_limit=3000"],
-            ["data.mix_limit (command line): given beside weights", "leave out data.mix_limit"],
+            ["data.mix_limit (command line): set together with weights", "omit data.mix_limit"],
         ),
         (
             [f"data.mix={TWO}", "data.select={rows: 5}"],
-            ["data.select (command line): given beside data.mix", "{source: ..., select: ...}"],
+            ["data.select (command line): set together with data.mix", "{source: ..., select: ...}"],
         ),
-        ([f"data.mix={TWO}", "data.revision=main"], ["data.revision (command line): given beside data.mix"]),
+        (
+            [f"data.mix={TWO}", "data.revision=main"],
+            ["data.revision (command line): set together with data.mix"],
+        ),
         (
             [f"data.mix={TWO}", "data.held_out=other.jsonl"],
             ["data.held_out (command line): the same as data.mix[1].source"],
         ),
         (
             ["data.select={min_score: 4}"],
-            ["data.select.min_score (command line): given without score", "score: COLUMN"],
+            ["data.select.min_score (command line): set without score", "score: COLUMN"],
         ),
-        (["data.select={score: rating}"], ["data.select.score (command line): given, but nothing is chosen"]),
+        (["data.select={score: rating}"], ["data.select.score (command line): set, but not used"]),
         (
             ["data.select={rows: 9, rows_by: score}"],
-            ["data.select.rows_by (command line): 'score', but score is not given"],
+            ["data.select.rows_by (command line): 'score', but score is not set"],
         ),
-        (["data.select={rows_by: length}"], ["rows_by (command line): 'length', but rows is not given"]),
+        (["data.select={rows_by: length}"], ["rows_by (command line): 'length', but rows is not set"]),
         (
             ["data.select={min_reply_characters: 9, max_reply_characters: 8}"],
             ["max_reply_characters (command line): 8, below min_reply_characters (9)", "9 or more"],
         ),
-        ([mix("select: {min_score: 4}")], ["data.mix[0].select.min_score (command line): given without"]),
+        ([mix("select: {min_score: 4}")], ["data.mix[0].select.min_score (command line): set without"]),
         (["data.select={distinct: 0.3}"], ["data.select.distinct", "found 0.3", "from 0.5 to 1"]),
         ([mix("share: 1")], ["data.mix[0].share", "found 1", "a number above 0 and below 1"]),
         ([f"data.mix={TWO}", "data.mix_temperature=0.5"], ["data.mix_temperature", "1 or more"]),
@@ -98,7 +101,7 @@ def test_other_data_drops_what_was_chosen_of_the_recipes_own(here):
     recipe = here.load(text, data__source="other.jsonl")
     assert recipe.settings.data.select is None
     assert recipe.notes == [
-        "data.select={'rows': 1000} (my.yaml:2) is left out: it belongs to the data of the recipe"
+        "data.select={'rows': 1000} (my.yaml:2) is ignored: it applies to the recipe's data only"
     ]
     mixed = "model: {base: ./base}\ndata: {mix: [{source: rows.jsonl}], mix_rows: 9}\n"
     assert here.load(mixed, data__source="other.jsonl").settings.data.mix_rows is None

@@ -1,4 +1,4 @@
-"""Functions named in a recipe as file.py:function: found, executed once told, and refused with a repair."""
+"""User functions of a recipe (file.py:function): loading, calling, and errors with a repair."""
 
 from pathlib import Path
 

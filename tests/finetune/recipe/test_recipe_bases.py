@@ -64,7 +64,7 @@ def test_tiny_is_a_folder_of_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         resolve_base("tiny")
-    assert "'tiny' stands for the folder recipes/tiny/model, which does not exist" in str(caught.value)
+    assert "'tiny' is the folder recipes/tiny/model, which does not exist" in str(caught.value)
     (tmp_path / "project/recipes/tiny/model").mkdir(parents=True)
     (tmp_path / "project/recipes/tiny/model/config.json").write_text("{}")
     assert resolve_base("tiny") == str(tmp_path / "project/recipes/tiny/model")
@@ -84,7 +84,7 @@ def test_the_nearest_name_is_offered():
         resolve_base("nobody")
     assert str(caught.value) == (
         "model.base: 'nobody' is neither a short name nor a folder\n"
-        "    expected: a short name (tiny, llama-2-7b, llama-2-13b, ...), a hub id (owner/name), "
-        "or a folder that holds config.json\n"
-        "    repair:   `llm-align list bases` shows all 32 short names"
+        "    expected: a short name (tiny, llama-2-7b, llama-2-13b, ...), a Hub id (owner/name), "
+        "or a folder with config.json\n"
+        "    repair:   `llm-align list bases` lists all 32 short names"
     )

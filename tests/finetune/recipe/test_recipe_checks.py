@@ -1,4 +1,4 @@
-"""Contradictions between settings that are each in order: one test for each rule."""
+"""Cross-field checks of a recipe: one test per rule."""
 
 import pytest
 
@@ -12,33 +12,33 @@ TEXT = "model: {base: ./base}\ndata: {source: rows.jsonl}\n"
     [
         (
             ["data.source="],
-            "data.source (command line): neither it nor data.mix is given\n"
+            "data.source (command line): neither data.source nor data.mix is set\n"
             "    expected: one of the two\n"
             "    repair:   set data.source (or --data) to a hub id, a file or a folder",
         ),
         (
             ["data.source=rows.jsonl", "data.mix=[{source: a/b}]"],
-            "data.mix (command line): given beside data.source\n"
+            "data.mix (command line): set together with data.source\n"
             "    expected: one of the two\n"
-            "    repair:   name the source in data.mix as well",
+            "    repair:   list the source in data.mix",
         ),
         (
             ["evaluate.exact_match=5"],
             "evaluate.exact_match (command line): 5, but data.held_out is 0\n"
-            "    expected: held-out rows to measure on\n"
-            "    repair:   set data.held_out to rows (100), a share (0.1) or a file",
+            "    expected: held-out rows to evaluate on\n"
+            "    repair:   set data.held_out to a number of rows (100), a fraction (0.1) or a file",
         ),
         (
             ["train.evaluate_every=10"],
             "train.evaluate_every (command line): 10, but data.held_out is 0\n"
-            "    expected: held-out rows to measure on\n"
-            "    repair:   set data.held_out to rows (100), a share (0.1) or a file",
+            "    expected: held-out rows to evaluate on\n"
+            "    repair:   set data.held_out to a number of rows (100), a fraction (0.1) or a file",
         ),
         (
             ["data.held_out=rows.jsonl"],
             "data.held_out (command line): the same as data.source\n"
-            "    expected: rows that training does not see\n"
-            "    repair:   data.held_out=0.1 keeps a tenth of the rows out of training",
+            "    expected: rows that are not in the training data\n"
+            "    repair:   data.held_out=0.1 holds out a tenth of the rows",
         ),
         (
             ["adapter.method=full", "model.quantization=nf4"],
@@ -55,21 +55,21 @@ TEXT = "model: {base: ./base}\ndata: {source: rows.jsonl}\n"
         (
             ["adapter.method=prefix", "data.packing=true"],
             "data.packing (command line): true with adapter.method 'prefix'\n"
-            "    expected: false: virtual tokens stand in front of each row, "
-            "and packed rows share one front\n"
+            "    expected: false: each row needs its own virtual tokens, "
+            "but packed rows would share one set\n"
             "    repair:   data.packing=false; rows are batched by length anyway",
         ),
         (
             ["train.engine=trl", "data.packing=true"],
             "data.packing (command line): true with train.engine 'trl'\n"
-            "    expected: false: packing here keeps every batch as it is, TRL's makes other batches\n"
+            "    expected: false: our packing preserves the batches, TRL's changes them\n"
             "    repair:   train.engine=native, or train.engine_args={padding_free: true}",
         ),
         (
             ["train.batch_size=4", "train.micro_batch_size=8"],
             "train.micro_batch_size (command line): 8, more than train.batch_size (4)\n"
             "    expected: at most 4, or auto\n"
-            "    repair:   batch_size counts the sequences of an optimizer step: raise it, or lower this",
+            "    repair:   batch_size is the number of sequences per optimizer step: raise it, or lower this",
         ),
         (
             ["model.attention=flash_attention_2", "model.precision=float32"],

@@ -1,4 +1,4 @@
-"""The folder is the registry: recipes and plug-ins are found by file name, the user's own recipes first."""
+"""The folder is the registry: recipes and plug-ins by file name, the user's recipes first."""
 
 import sys
 
@@ -41,11 +41,11 @@ def test_a_path_is_a_recipe_too(here):
             "alpacca",
             ["recipe 'alpacca'", "stage sft has no such recipe", "quickstart", "did you mean 'alpaca'?"],
         ),
-        ("sft", "zzz", ["stage sft has no such recipe", "`llm-align list` shows all"]),
+        ("sft", "zzz", ["stage sft has no such recipe", "see `llm-align list`"]),
         ("sft", "sub/min.yaml", ["sub/min.yaml: no such file", "did you mean 'sub/mine.yaml'?"]),
-        ("sft", "sub/other.yaml", ["sub/other.yaml: no such file", "sub holds mine.yaml"]),
+        ("sft", "sub/other.yaml", ["sub/other.yaml: no such file", "sub contains mine.yaml"]),
         ("sft", "nowhere/x.yaml", ["no such file", "folder nowhere does not exist"]),
-        ("sft", "base/x.yaml", ["no such file", "folder base holds no .yaml file"]),
+        ("sft", "base/x.yaml", ["no such file", "folder base contains no .yaml file"]),
         ("sftt", "alpaca", ["stage: 'sftt' is unknown", "sft", "did you mean 'sft'?"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""A good recipe: types, origins, overrides, notes on what is left out, digest, and the file written of it."""
+"""A valid recipe: types, origins, overrides, notes on ignored values, digest, and the resolved file."""
 
 import pytest
 
@@ -105,7 +105,7 @@ def test_another_adapter_drops_the_keys_it_does_not_have(full):
         "virtual_tokens": 20,
         "projection": False,
     }
-    assert "adapter.rank=8 (my.yaml:12) is left out: adapter 'prefix' has no rank" in recipe.notes
+    assert "adapter.rank=8 (my.yaml:12) is ignored: adapter 'prefix' has no rank" in recipe.notes
     assert "adapter.rank" not in recipe.origins
 
 
@@ -123,7 +123,7 @@ def test_a_key_of_the_command_line_that_the_new_adapter_lacks_is_a_mistake(full)
 def test_another_adapter_is_told_of_a_learning_rate_that_was_not_meant_for_it(full):
     (note,) = [note for note in full(adapter__method="full").notes if note.startswith("train.")]
     assert "train.learning_rate=0.0002 (my.yaml:16) was chosen for adapter 'lora'" in note
-    assert note.endswith("'full' usually takes 2e-05: train.learning_rate=2e-05")
+    assert note.endswith("'full' usually needs 2e-05: train.learning_rate=2e-05")
     assert not [
         n for n in full("train.learning_rate=1e-5", adapter__method="full").notes if n.startswith("train.")
     ]
@@ -143,7 +143,7 @@ def test_other_data_drops_what_spoke_of_the_old(full):
         "evaluate.exact_match",
         "train.evaluate_every",
     ]
-    assert "data.split='test' (my.yaml:8) is left out: it belongs to the data of the recipe" in recipe.notes
+    assert "data.split='test' (my.yaml:8) is ignored: it applies to the recipe's data only" in recipe.notes
     assert data.template == "plain"
 
 

@@ -1,4 +1,4 @@
-"""``model.start``: which run a name means, what the run brings with it, and what is refused."""
+"""Parent run (``model.start``): finding it by name, inherited settings, and errors."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ train: {learning_rate: 3e-2}
 
 
 class Place:
-    """Makes runs and recipes in the current folder."""
+    """Creates runs and recipes in the current folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -108,10 +108,10 @@ def test_the_recipe_s_base_and_adapter_give_way_and_are_told(place: Place) -> No
     assert recipe.settings.model.precision == "bfloat16", "how it is computed is the recipe's choice"
     assert recipe.settings.data.template == "vicuna" and recipe.settings.data.system == "Be brief."
     assert recipe.notes == [
-        "data.template=vicuna (my.yaml:3); run sft-a-12345678 learnt data.template=chatml",
-        "run sft-a-12345678 has its own in place of the recipe's model.base='./other' (my.yaml:2), "
+        "data.template=vicuna (my.yaml:3), but run sft-a-12345678 was trained with chatml",
+        "run sft-a-12345678 replaces the recipe's model.base='./other' (my.yaml:2), "
         "adapter.method='prefix' (my.yaml:4), adapter.virtual_tokens=7 (my.yaml:4)",
-        "train.learning_rate=0.03 (my.yaml:5) was chosen for adapter 'prefix'; 'lora' usually takes 0.0002: "
+        "train.learning_rate=0.03 (my.yaml:5) was chosen for adapter 'prefix'; 'lora' usually needs 0.0002: "
         "train.learning_rate=0.0002",
     ]
 
@@ -145,7 +145,7 @@ def test_loftq_goes_on_as_lora_over_its_base(place: Place) -> None:
     recipe = place.recipe(PLAIN, FROM)
     adapter = recipe.settings.adapter
     assert (adapter.method, adapter.rank, recipe.settings.model.quantization) == ("lora", 4, "nf4")
-    assert recipe.notes == ["adapter 'loftq' goes on as 'lora': that is what it saved"]
+    assert recipe.notes == ["adapter 'loftq' continues as 'lora', the form in which it was saved"]
 
 
 def test_a_source_of_the_first_run_is_not_needed_again(place: Place) -> None:
@@ -198,7 +198,7 @@ def test_of_several_the_newest_finished_one_is_taken_and_told(place: Place) -> N
     place.run("runs/sft-a-1", finished="2026-03-01")
     place.run("runs/sft-a-2", finished="2026-04-01")
     place.run("runs/sft-a-3", status="running", started="2026-05-01")
-    note = "'sft-a' begins the names of 2 finished runs; the newest is taken: runs/sft-a-2"
+    note = "'sft-a' matches 2 finished runs; using the newest: runs/sft-a-2"
     assert find_run("sft-a") == (RUNS / "sft-a-2", note)
     assert place.recipe(PLAIN, FROM).notes == [note]
 
@@ -221,7 +221,7 @@ def test_where_and_under_which_name_it_lies_is_no_part_of_the_digest(place: Plac
 
 
 def test_without_a_start_the_digest_is_what_it_was(place: Place) -> None:
-    """Runs that were made before ``model.start`` was a setting keep their names."""
+    """Runs from before ``model.start`` was a setting have the same names."""
     recipe = place.recipe(PLAIN)
     content = recipe.values()
     assert content["model"].pop("start") is None
@@ -236,7 +236,7 @@ def test_a_recipe_s_start_goes_when_the_user_takes_another_base(place: Place) ->
     recipe = place.recipe(f"model: {{start: sft-a}}\n{PLAIN}", "model.base=./base")
     assert recipe.settings.model.start is None and recipe.settings.adapter.rank == 16
     assert recipe.notes == [
-        "model.start='sft-a' (my.yaml:1) is left out: it belongs to the base of the recipe"
+        "model.start='sft-a' (my.yaml:1) is ignored: it applies to the recipe's base model only"
     ]
     assert place.recipe(f"model: {{start: sft-a}}\n{PLAIN}", "model.start=null").settings.model.start is None
 
@@ -265,19 +265,19 @@ BAD = [
     ("sft-a-12345679", "there is no run 'sft-a-12345679'", "did you mean 'sft-a-12345678'?"),
     ("runs/sft-a-1x345678", "there is no run 'runs/sft-a-1x345678'", "did you mean 'sft-a-12345678'?"),
     ("nothing/like-it", "there is no run 'nothing/like-it'", "`llm-align list runs`"),
-    ("base", "folder 'base' is no run (it has no run.json)", "it is a model: --base base"),
-    ("runs/sft-a-12345678/adapter", "is no run", "did you mean 'runs/sft-a-12345678'?"),
+    ("base", "folder 'base' is not a run (no run.json)", "it is a model: use --base base"),
+    ("runs/sft-a-12345678/adapter", "is not a run", "did you mean 'runs/sft-a-12345678'?"),
     ("rows.jsonl", "there is no run 'rows.jsonl'", "`llm-align list runs`"),
-    ("broken", "runs/broken/run.json: damaged", "delete the folder"),
+    ("broken", "runs/broken/run.json: corrupt file", "delete the folder"),
     ("foreign", "runs/foreign/run.json: not written by llm-align", ""),
-    ("cut", "a run that is interrupted", "`llm-align sft cut` goes on from its checkpoint"),
-    ("going", "a run that is running", "wait for its end"),
-    ("nan", "a run that is failed", "`llm-align list runs`"),
-    ("judge", "'runs/judge' is of stage reward: its model gives scores", "`llm-align list runs`"),
-    ("emptied", "has lost adapter/adapter_model.safetensors", "`llm-align sft a --force` makes it anew"),
-    ("moved", "model.base (run moved): './gone' is no folder", ""),
+    ("cut", "a run with status 'interrupted'", "`llm-align sft cut` resumes from its checkpoint"),
+    ("going", "a run with status 'running'", "wait until it finishes"),
+    ("nan", "a run with status 'failed'", "`llm-align list runs`"),
+    ("judge", "'runs/judge' is a run of stage reward, whose model scores", "`llm-align list runs`"),
+    ("emptied", "lacks adapter/adapter_model.safetensors", "run it again: `llm-align sft a --force`"),
+    ("moved", "model.base (run moved): './gone' is not a folder", ""),
     ("sft/none", "recipe 'none': stage sft has no such recipe", "`llm-align list`"),
-    ("sft/my.yaml", "a circle: sft/my.yaml -> sft/my.yaml", ""),
+    ("sft/my.yaml", "circular: sft/my.yaml -> sft/my.yaml", ""),
     ("reward/my", "reward", ""),
     ("3", "model.start (command line): found 3", "put it in quotes"),
 ]
@@ -301,7 +301,7 @@ def test_a_bad_start_is_told_with_the_way_on(place: Place, name: str, found: str
 def test_the_run_s_own_folder_is_not_written_over(place: Place) -> None:
     run = place.run()
     told = place.problem(PLAIN, FROM, out=run)
-    assert "the folder of the run that it starts from" in told
+    assert "the folder of the parent run" in told
 
 
 OTHERS = [
@@ -328,4 +328,4 @@ def test_what_the_run_cannot_become_is_one_problem(place: Place, word: str, foun
 
 def test_a_base_beside_a_run_of_full_tuning_is_one_too_many(place: Place) -> None:
     place.run(adapter={"method": "full"})
-    assert "leave out one of the two" in place.problem(PLAIN, FROM, "model.base=./base")
+    assert "omit one of the two" in place.problem(PLAIN, FROM, "model.base=./base")

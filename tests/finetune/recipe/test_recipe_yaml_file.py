@@ -1,4 +1,4 @@
-"""YAML 1.2 in and out, and values told as text."""
+"""Read and write YAML 1.2; format values for messages."""
 
 import pytest
 
@@ -95,4 +95,4 @@ def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"a: \xff\n")
     with pytest.raises(UserError, match=r"a\.yaml: .*can't decode byte 0xff") as caught:
         yaml_file.read(tmp_path / "a.yaml")
-    assert "expected: a YAML file in UTF-8 that can be read" in str(caught.value)
+    assert "expected: a readable YAML file in UTF-8" in str(caught.value)

@@ -1,4 +1,4 @@
-"""The shipped recipes of continued pretraining: published numbers, and the user's own texts."""
+"""The shipped recipes of continued pretraining: published numbers, and the user's texts."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_published_numbers():
 def test_the_separator_belongs_to_the_recipe_s_own_texts():
     recipe = load("pretrain", "quickstart", shortcuts={"data.source": ROWS})
     assert recipe.settings.data.separator is None and recipe.settings.data.held_out == 0
-    assert any(note.startswith("data.separator=") and "left out" in note for note in recipe.notes)
+    assert any(note.startswith("data.separator=") and "ignored" in note for note in recipe.notes)
     kept = load(
         "pretrain", "quickstart", shortcuts={"data.source": ROWS}, overrides=["data.separator=\\n\\n"]
     )

@@ -1,4 +1,4 @@
-"""The shipped SFT recipes: published numbers, other adapters, the user's own rows."""
+"""The shipped SFT recipes: published numbers, other adapters, the user's rows."""
 
 import pytest
 
@@ -56,7 +56,7 @@ def test_any_adapter_and_the_users_own_rows_go_with_it(shipped, name, method):
     }
     given |= {"model.quantization": "auto"}
     if not adapter_traits(method).checkpointing:
-        given |= {"train.gradient_checkpointing": False}  # told otherwise; the next test
+        given |= {"train.gradient_checkpointing": False}  # not by default; the next test
     assert load("sft", name, shortcuts=given).settings.adapter.method == method
 
 
@@ -72,7 +72,7 @@ def test_the_quickstart_takes_the_users_own_file(shipped, tmp_path):
 
 
 def test_published_numbers(shipped):
-    """The numbers that papers and repositories print; a slip of the pen would change what is trained."""
+    """The numbers of papers and repositories; a typo would change the training."""
     alpaca, guanaco = shipped("alpaca").settings, shipped("guanaco").settings
     assert (alpaca.train.epochs, alpaca.train.batch_size, alpaca.data.max_length) == (3, 128, 512)
     assert (alpaca.train.learning_rate, alpaca.adapter.rank, alpaca.adapter.alpha) == (3e-4, 8, 16)

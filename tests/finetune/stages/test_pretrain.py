@@ -1,4 +1,4 @@
-"""Continued pretraining as a whole run: what it leaves, every adapter, resume, and tuning behind it."""
+"""Complete runs of continued pretraining: files, every adapter, resuming, SFT after it."""
 
 import math
 from collections.abc import Callable
@@ -160,7 +160,7 @@ def test_tuning_goes_on_from_task_texts_that_were_read_with_their_prompts(
     [
         ({"data__loss_on": "reply"}, "data.loss_on"),
         ({"data__too_long": "drop"}, "data.too_long"),
-        ({"data__template": "alpaca"}, "the data are plain texts"),
+        ({"data__template": "alpaca"}, "the data is plain text"),
         ({"data__source": "nowhere/a/b.txt"}, "'nowhere/a/b.txt' does not exist"),
         ({"data__held_out": "corpus/held.md"}, "'corpus/held.md' does not exist"),
     ],

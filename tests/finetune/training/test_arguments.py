@@ -88,14 +88,14 @@ def test_engine_args_are_checked_against_the_engine(engine: str, kind: type) -> 
     unknown, decided = error.value.problems
     assert unknown.where == "train.engine_args.adam_epsilonn" and unknown.found == "unknown to the engine"
     assert kind.__name__ in unknown.expected and unknown.repair == "did you mean 'adam_epsilon'?"
-    assert decided.where == "train.engine_args.learning_rate" and decided.found == "the recipe decides this"
+    assert decided.where == "train.engine_args.learning_rate" and decided.found == "set by the recipe"
 
 
 def test_each_engine_has_its_own_arguments(tmp_path: Path) -> None:
     assert arguments(tmp_path, engine="trl", engine_args={"padding_free": True}).padding_free is True
     with pytest.raises(UserError, match="padding_free: unknown to the engine"):
         arguments(tmp_path, engine_args={"padding_free": True})
-    with pytest.raises(UserError, match="max_length: the recipe decides this"):
+    with pytest.raises(UserError, match="max_length: set by the recipe"):
         arguments(tmp_path, engine="trl", engine_args={"max_length": 9})
 
 
@@ -129,7 +129,7 @@ def test_a_stage_s_own_arguments_arrive_and_are_its_own(tmp_path: Path) -> None:
     assert found.precompute_ref_log_probs and found.train_sampling_strategy == "sequential"
     for name in ("beta", "precompute_ref_log_probs", "disable_dropout"):
         taken = TrainSettings(engine="trl", engine_args={name: 1})
-        with pytest.raises(UserError, match=f"engine_args.{name}: the recipe decides this"):
+        with pytest.raises(UserError, match=f"engine_args.{name}: set by the recipe"):
             check_engine_args(taken, stage)
     with pytest.raises(UserError, match="packing: unknown to the engine"):
         check_engine_args(TrainSettings(engine="trl", engine_args={"packing": True}), stage)

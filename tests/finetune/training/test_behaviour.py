@@ -1,4 +1,4 @@
-"""Replies judged by programs, and a skill that is asked for before and after."""
+"""Generation evals: graders, and exact match on a retention set, before and after training."""
 
 import json
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def talk(question: str, answer: str) -> list[Message]:
 
 
 class Record:
-    """A run's record, and nothing else of it."""
+    """A stub of a run directory that only has a record."""
 
     def __init__(self) -> None:
         self.record: dict[str, Any] = {"metrics": {}}
@@ -117,7 +117,7 @@ def test_a_run_tells_what_was_judged_and_what_was_kept(tune: Tune, judge: str, t
     metrics = SimpleNamespace(**result.record["metrics"])
     assert 0 <= metrics.judged_longer_before <= 1 and 0 <= metrics.judged_longer_after <= 1
     assert metrics.skill_before in (0, 0.25, 0.5, 0.75, 1) and metrics.skill_after <= 1
-    assert {"judged: longer", "skill: exact answers"} <= result.record["headline"].keys()
+    assert {"grader: longer", "retention: exact match"} <= result.record["headline"].keys()
 
 
 def test_a_judge_that_raises_stops_the_run(tune: Tune, judge: str) -> None:
@@ -133,7 +133,7 @@ def test_a_judge_that_raises_stops_the_run(tune: Tune, judge: str) -> None:
         ({"evaluate__skill": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
         (
             {"evaluate__judges": {"a": "finetune/tiny/judges.py:happy_end"}, "data__held_out": 0},
-            "evaluate.judges (command line): given, but data.held_out is 0",
+            "evaluate.judges (command line): set, but data.held_out is 0",
         ),
     ],
 )

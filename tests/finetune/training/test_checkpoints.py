@@ -52,10 +52,10 @@ def flip(path: Path) -> None:
 
 
 DAMAGE = {
-    "one bit": (flip, "weights.safetensors does not have the checksum it was written with"),
+    "one bit": (flip, "weights.safetensors: checksum mismatch"),
     "cut short": (
         lambda path: (path / "weights.safetensors").write_bytes(b"wei"),
-        "weights.safetensors does not have the checksum",
+        "weights.safetensors: checksum mismatch",
     ),
     "a file gone": (lambda path: (path / "inner" / "state.json").unlink(), "inner/state.json is missing"),
     "seal cut short": (lambda path: (path / SEAL).write_text('{"a": '), f"{SEAL} is unreadable"),

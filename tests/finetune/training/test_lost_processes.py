@@ -79,9 +79,9 @@ def test_a_stopped_run_goes_on_with_other_processes(
     started = begin(recipe_file, out, first, warm.Popen)
     started.send_signal(signal.SIGTERM)
     said = started.communicate(timeout=LIMIT)[0]
-    assert started.returncode == 130 and "the same command goes on from there" in said, said
+    assert started.returncode == 130 and "Run the same command to resume" in said, said
     assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
-    assert "goes on from step" in finish(recipe_file, out, then)
+    assert "resuming from step" in finish(recipe_file, out, then)
     same(out, whole)
 
 
@@ -96,7 +96,7 @@ def test_a_killed_process_ends_the_others_and_the_message_names_it(
     said = started.communicate(timeout=LIMIT)[0]
     assert started.returncode == 1, said
     assert f"process 1 (pid {found[1].pid}) was killed by SIGKILL" in said
-    assert "the same command goes on from the last checkpoint" in said
+    assert "Run the same command to resume from the last checkpoint" in said
     assert not any(one.is_running() for one in found.values())
     finish(recipe_file, out, 2)
     same(out, whole)

@@ -1,4 +1,4 @@
-"""Base and adapter as one model: it answers like the two, and the next stage goes on from it."""
+"""Merged models: logits equal base with adapter, and the next stage trains them further."""
 
 from pathlib import Path
 
@@ -70,8 +70,8 @@ def test_an_adapter_run_says_how_to_become_a_base(tune: Tune, make_recipe: MakeR
     with pytest.raises(UserError) as caught:
         make_recipe("second", model__base=str(first.directory))
     assert str(caught.value) == (
-        f"model.base (command line): run '{first.directory}' holds an adapter, and no model of its own yet\n"
-        "    expected: a run that holds a model: model/ (after full tuning) or merged/\n"
+        f"model.base (command line): run '{first.directory}' has an adapter, but no merged model\n"
+        "    expected: a run with a model: model/ (after full tuning) or merged/\n"
         f"    repair:   llm-align merge {first.directory}"
     )
     merge_run(first.directory)
@@ -88,7 +88,7 @@ def test_a_new_run_in_the_folder_takes_the_merged_model_away(tune: Tune) -> None
 @pytest.mark.parametrize(
     ("method", "told"),
     [
-        ("prompt", "adapter 'prompt': virtual tokens stand in the input"),
+        ("prompt", "adapter 'prompt': virtual tokens are part of the input"),
         ("bottleneck", "adapter 'bottleneck': "),
         ("full", "a run without an adapter"),
     ],
@@ -102,7 +102,7 @@ def test_what_cannot_be_merged_is_told(tune: Tune, method: str, told: str) -> No
 
 def test_an_unfinished_run_is_no_base(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(UserError, match="holds no model yet"):
+    with pytest.raises(UserError, match="has no model yet"):
         resolve_base(str(tmp_path))
     with pytest.raises(UserError, match="not written by llm-align"):
         merge_run(tmp_path)

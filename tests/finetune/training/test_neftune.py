@@ -131,5 +131,5 @@ def test_trl_gets_the_setting_too(tune: Tune, make_recipe: MakeRecipe) -> None:
 
 def test_the_engine_s_own_word_for_it_is_refused(tune: Tune) -> None:
     for name in ("neftune_noise_alpha", "label_smoothing_factor"):
-        with pytest.raises(UserError, match=f"train.engine_args.{name}: the recipe decides this"):
+        with pytest.raises(UserError, match=f"train.engine_args.{name}: set by the recipe"):
             tune("run", train__engine_args={name: 5.0})

@@ -31,9 +31,9 @@ def test_parts_are_told_apart_from_wholes() -> None:
     whole = [Part(102, 10), Part(102, 11)]
     assert parts_tick(whole, weights=102, trained=21, strategy="zero2").problem is None
     told = parts_tick(whole, weights=102, trained=21, strategy="zero3").problem
-    assert told is not None and "keeps 102 of 102 weights" in told.found
+    assert told is not None and "holds 102 of 102 weights" in told.found
     states = parts_tick([Part(51, 21), Part(51, 21)], weights=102, trained=21, strategy="zero1").problem
-    assert states is not None and "21 of 21 states" in states.found
+    assert states is not None and "21 of 21 optimizer state elements" in states.found
 
 
 def test_the_same_rows_in_two_processes_are_refused() -> None:
@@ -49,7 +49,7 @@ def test_adapters_under_zero3_learn_what_one_process_does(make_recipe: MakeRecip
     one, two = share(make_recipe, "one", 1, **given), share(make_recipe, "two", 2, "zero3", **given)
     expected = pytest.approx([line["loss"] for line in one.metrics], rel=1e-4)
     assert [line["loss"] for line in two.metrics] == expected
-    assert "parts" in {tick["name"] for tick in two.record["preflight"]}
+    assert "sharding" in {tick["name"] for tick in two.record["preflight"]}
     assert "saved" in {tick["name"] for tick in two.record["preflight"]}
 
 

@@ -82,7 +82,8 @@ def test_pain_12_a_model_that_mixes_the_rows_of_a_batch_is_found() -> None:
 def test_pain_24_lora_starts_with_half_of_its_gradients_at_zero() -> None:
     [gradient, _] = parts(lora(make("llama")))
     assert gradient.detail == (
-        "reaches all 28 trained tensors (50% of them start at zero, as they should); the base has none"
+        "reaches all 28 trained tensors (50% of them have a zero gradient at initialization, as expected)"
+        "; none in the base"
     )
 
 
@@ -122,20 +123,20 @@ def infinite(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (frozen_layer, "14 tensors are frozen, unlike their likes in other layers"),
+        (frozen_layer, "14 tensors are frozen, unlike the same parameter in other layers"),
         (
             frozen_matrix,
-            "1 tensors are frozen, unlike their likes in other layers: base_model.model.model.layers.1",
+            "1 tensors are frozen, unlike the same parameter in other layers: base_model.model.model.layers.1",
         ),
         (
             disconnected,
             "1 tensors are without a gradient: base_model.model.model.layers.1.mlp.up_proj.lora_A",
         ),
         (never_called, "2 tensors are without a gradient"),
-        (at_zero, "1 tensors are with a gradient of zeros, unlike their likes in other layers"),
+        (at_zero, "1 tensors are with a zero gradient, unlike the same parameter in other layers"),
         (
             trained_base,
-            "1 tensors are frozen, unlike their likes in other layers: base_model.model.model.layers.0",
+            "1 tensors are frozen, unlike the same parameter in other layers: base_model.model.model.layers.0",
         ),
         (infinite, "1 gradients are NaN or infinite"),
     ],
@@ -198,7 +199,7 @@ def test_layers_of_another_modality_are_told_and_no_mistake() -> None:
     assert (
         tick.problem is None
         and tick.warned
-        and "text passes by vision: take them out of adapter.target" in tick.detail
+        and "text does not use vision: remove them from adapter.target" in tick.detail
     )
 
 

@@ -51,21 +51,21 @@ def ends(*conversations: tuple[list[int], list[int]], max_length: int = 100) -> 
 
 def test_pain_01_rows_that_end_with_a_learnt_stop_token_pass() -> None:
     tick = ends(GOOD, BLANK_BEHIND, ALL_LEARNT)
-    assert tick.problem is None and tick.detail == "100% of the whole rows end with a learnt </s>"
+    assert tick.problem is None and tick.detail == "100% of the untruncated rows end with a trained </s>"
 
 
 @pytest.mark.parametrize(
     ("wrong", "how"),
     [
-        (UNLEARNT_END, "it is written, but carries no loss"),
-        (NO_END, "the last token that is learnt is 't8'"),
-        (FIRST_TURN_ALONE, "the last token that is learnt is 't9'"),
+        (UNLEARNT_END, "it is in the row, but carries no loss"),
+        (NO_END, "the last trained token is 't8'"),
+        (FIRST_TURN_ALONE, "the last trained token is 't9'"),
     ],
 )
 def test_pain_01_a_row_without_a_learnt_end_is_named_with_the_cause(wrong, how: str) -> None:
     tick = ends(GOOD, wrong)
     assert tick.problem is not None and tick.problem.where == "data.template"
-    assert f"50% of the rows do not end with a learnt </s> (first: rows.jsonl:2: {how})" in tick.detail
+    assert f"50% of the rows do not end with a trained </s> (first: rows.jsonl:2: {how})" in tick.detail
     assert "reply(message)" in tick.problem.repair
 
 
@@ -78,18 +78,18 @@ def test_pain_01_one_odd_row_in_a_hundred_is_allowed(bad: int, passes: bool) -> 
 def test_pain_01_cut_rows_do_not_count_but_are_told_where_there_is_no_other() -> None:
     assert ends(GOOD, NO_END, max_length=5).problem is None
     tick = ends(NO_END, max_length=5)
-    assert tick.problem is None and tick.warned and tick.detail.startswith("every row is cut")
+    assert tick.problem is None and tick.warned and tick.detail.startswith("every row is truncated")
 
 
 def test_pain_02_a_row_without_a_label_behind_its_first_token_is_named() -> None:
     tick = rows.masks_hold_loss(make(GOOD, ([BOS, 5, EOS], [1, 0, 0])))
     assert tick.problem is not None
-    assert tick.detail == "1 of 2 rows have no token to learn (first: rows.jsonl:2)"
+    assert tick.detail == "1 of 2 rows have no trained token (first: rows.jsonl:2)"
 
 
 def test_pain_02_the_trained_share_is_told_and_a_small_one_warned_of() -> None:
     tick = rows.masks_hold_loss(make(GOOD, NO_END))
-    assert tick.detail == "40% of the tokens carry loss, at least 2 in every row" and not tick.warned
+    assert tick.detail == "40% of the tokens are trained, at least 2 per row" and not tick.warned
     few = rows.masks_hold_loss(make(([*range(3, 52)], [*[0] * 47, 1, 1])))
     assert few.problem is None and few.warned and few.detail.startswith("4% of the tokens")
 
@@ -114,9 +114,9 @@ def test_pain_16_a_missing_bos_is_named_where_the_tokenizer_adds_one() -> None:
     ("too_long", "lost", "warned", "told"),
     [
         (0, 0, False, "no row is longer than 64 tokens"),
-        (1, 3, False, "1 rows were longer than 64 tokens; 3% of the tokens to learn (3) are lost"),
-        (1, 97, True, "50% of the tokens to learn (97) are lost"),
-        (9, 0, True, "9 rows were longer than 64 tokens; 0% of the tokens to learn (0) are lost"),
+        (1, 3, False, "1 rows were longer than 64 tokens; 3% of the trained tokens (3) are lost"),
+        (1, 97, True, "50% of the trained tokens (97) are lost"),
+        (9, 0, True, "9 rows were longer than 64 tokens; 0% of the trained tokens (0) are lost"),
     ],
 )
 def test_pain_17_what_truncation_took_is_told(too_long: int, lost: int, warned: bool, told: str) -> None:
@@ -140,14 +140,14 @@ def test_pain_11_a_token_without_an_embedding_is_named() -> None:
 
 def test_pain_11_a_token_without_an_embedding_that_nobody_uses_is_told() -> None:
     tick = covered({BOS, EOS}, torch.ones(12, 4))
-    assert tick.problem is None and "1 further ones have none and are not used" in tick.detail
+    assert tick.problem is None and "1 unused tokens have none" in tick.detail
 
 
 def test_pain_11_a_token_that_nobody_ever_trained_is_warned_of() -> None:
     embedding = torch.ones(13, 4)
     embedding[12] = 0
     tick = covered({BOS, 12}, embedding)
-    assert tick.warned and "the base never learnt <new>" in tick.detail
+    assert tick.warned and "the base's embeddings of <new> are zero" in tick.detail
     assert not covered({BOS, 12}, embedding, trained=True).warned
     assert not covered({BOS}, embedding).warned
 

@@ -1,4 +1,4 @@
-"""Runs that the checks stop: before anything is written where that is possible, and always with a repair."""
+"""Runs that the pre-flight stops, before anything is written if possible, always with a repair."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def earlier(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Resu
 
 @pytest.fixture
 def stopped(tune: Tune, earlier: Result, tmp_path: Path) -> Callable[..., UserError]:
-    """Return a function that runs a recipe over an earlier run: the checks stop it, the earlier run stays."""
+    """Return a function that runs a recipe with --force over an earlier run, which must survive."""
     shutil.copytree(earlier.directory, tmp_path / "run")
     before = earlier.record["files"]
 
@@ -72,7 +72,7 @@ def stopped(tune: Tune, earlier: Result, tmp_path: Path) -> Callable[..., UserEr
 
 
 def rewritten(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[Segment]], list[Segment]]) -> None:
-    """Let the template alpaca write its segments otherwise."""
+    """Change the segments that the template alpaca renders."""
 
     def render(messages: Sequence[Message]) -> list[Segment]:
         return change(alpaca.render(messages))
@@ -84,7 +84,7 @@ def rewritten(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[Segment]],
 def test_pain_01_a_template_without_an_end_stops_the_run(stopped, monkeypatch, engine: str) -> None:
     rewritten(monkeypatch, lambda segments: [piece for piece in segments if piece.kind != "eos"])
     error = stopped(train__engine=engine)
-    assert "100% of the rows do not end with a learnt </s>" in str(error)
+    assert "100% of the rows do not end with a trained </s>" in str(error)
     assert "sums.jsonl:" in str(error) and "data.template" in str(error)
 
 
@@ -95,19 +95,19 @@ def test_pain_01_a_masked_end_stops_the_run(stopped, monkeypatch) -> None:
             replace(piece, trained=False) if piece.kind == "eos" else piece for piece in segments
         ],
     )
-    assert "it is written, but carries no loss" in str(stopped())
+    assert "it is in the row, but carries no loss" in str(stopped())
 
 
 @pytest.mark.parametrize("too_long", ["cut", "drop"])
 def test_pain_17_rows_truncated_to_nothing_stop_the_run(stopped, too_long: str) -> None:
     error = stopped(data__max_length=12, data__held_out=0, data__too_long=too_long)
-    assert "nothing to learn from" in str(error) and "raise data.max_length" in str(error)
+    assert "no row to train on" in str(error) and "raise data.max_length" in str(error)
 
 
 def test_pain_02_masks_without_a_reply_stop_the_run(stopped, monkeypatch) -> None:
     rewritten(monkeypatch, lambda segments: [replace(piece, trained=False) for piece in segments])
     error = stopped(data__held_out=0)
-    assert "nothing to learn from" in str(error) and "sums.jsonl:" in str(error)
+    assert "no row to train on" in str(error) and "sums.jsonl:" in str(error)
 
 
 def test_pain_16_a_doubled_bos_stops_the_run(stopped, monkeypatch) -> None:
@@ -128,7 +128,7 @@ def test_pain_16_a_missing_bos_stops_the_run(stopped, monkeypatch, base_folder: 
 
 
 def larger(base: Path, folder: Path) -> Path:
-    """Return a copy of a base whose tokenizer got words that its model has no embeddings for."""
+    """Return a copy of a base whose tokenizer has more tokens than the model has embeddings."""
     shutil.copytree(base, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([*(f"word{index}" for index in range(600 - len(tokenizer))), "Please"])
@@ -156,11 +156,11 @@ def test_pain_13_contaminated_packing_stops_the_run(stopped, monkeypatch, attent
     monkeypatch.setattr(collate, "_positions", lambda line, width: torch.arange(width))
     error = stopped(data__packing=True, model__attention=attention)
     [problem] = [problem for problem in error.problems if problem.where == "data.packing"]
-    assert "a row must not see its neighbours" in problem.expected
+    assert "a row must not attend to its neighbors" in problem.expected
 
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[nn.Module], None]) -> None:
-    """Let the adapter be built with a mistake in its second layer."""
+    """Build the adapter with a fault in its second layer."""
     build = lora.build
 
     def with_mistake(*args) -> nn.Module:
@@ -175,7 +175,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[nn.Module], None])
 def test_pain_24_a_frozen_adapter_layer_stops_the_run(stopped, monkeypatch, engine: str) -> None:
     spoiled(monkeypatch, lambda layer: layer.requires_grad_(False))
     error = stopped(train__engine=engine)
-    assert "14 tensors are frozen, unlike their likes in other layers" in str(error)
+    assert "14 tensors are frozen, unlike the same parameter in other layers" in str(error)
     assert "layers.1." in str(error)
 
 
@@ -193,11 +193,11 @@ def test_pain_12_a_model_that_mixes_the_rows_of_a_batch_stops_the_run(stopped, m
 
     spoiled(monkeypatch, mix)
     [problem] = stopped().problems
-    assert problem.where == "train.micro_batch_size" and "one pass and one by one" in problem.found
+    assert problem.where == "train.micro_batch_size" and "one batch and one by one" in problem.found
 
 
 def late(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[nn.Module], None]) -> None:
-    """Spoil the model behind the checks before step 0."""
+    """Break the model after the checks, before step 0."""
     measure = Supervised.measure
 
     def and_spoil(self: Supervised, trainer, when: str) -> None:
@@ -233,7 +233,7 @@ def test_pain_24_a_tensor_that_stays_at_zero_is_told(tune: Tune, monkeypatch) ->
     monkeypatch.setattr(lora, "build", lambda *args: [model := build(*args), block(model)][0])
     ticks = tune("run", train__max_steps=6, **QUICK).record["preflight"]
     [tick] = [tick for tick in ticks if tick["name"] == "first steps"]
-    assert tick["warned"] and "2 trained tensors had gradients of zeros alone for 5 steps" in tick["detail"]
+    assert tick["warned"] and "2 trained tensors had zero gradients for 5 steps" in tick["detail"]
 
 
 def test_a_base_that_changes_while_training_stops_the_run(tune: Tune, monkeypatch, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_base_that_changes_while_training_stops_the_run(tune: Tune, monkeypatc
             kwargs["model"].base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.mul_(1.01)
 
     monkeypatch.setattr(Recorder, "on_step_end", disturb)
-    with pytest.raises(UserError, match=r"1 of \d+ frozen tensors changed while training: .*up_proj"):
+    with pytest.raises(UserError, match=r"1 of \d+ frozen tensors changed during training: .*up_proj"):
         tune("run", **QUICK)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
@@ -262,7 +262,7 @@ def test_pain_10_an_empty_save_stops_the_run(tune: Tune, monkeypatch, tmp_path: 
     monkeypatch.setattr(PeftModel, "save_pretrained", empty)
     with pytest.raises(UserError, match="holds 0 tensors of the adapter's 28") as error:
         tune("run", train__engine=engine, **QUICK)
-    assert "goes on from the last checkpoint" in str(error.value)
+    assert "resume from the last checkpoint" in str(error.value)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert not (tmp_path / "run" / "adapter").exists()
 
@@ -307,7 +307,7 @@ def test_the_record_and_the_page_hold_every_check(tune: Tune, engine: str) -> No
     html = (result.directory / "report.html").read_text(encoding="utf-8")
     assert "<h2>Checks</h2>" in html and html.count("ok  ") == len(ticks) - 1
     assert "!!  loss mask" in html
-    assert "100% of the whole rows end with a learnt &lt;/s&gt;" in html
+    assert "100% of the untruncated rows end with a trained &lt;/s&gt;" in html
 
 
 @pytest.mark.parametrize(

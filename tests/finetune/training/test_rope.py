@@ -145,16 +145,16 @@ def test_pain_24_a_base_without_rotary_positions_is_told(tmp_path: Path) -> None
     with pytest.raises(UserError) as caught:
         context_length(ModelSettings(base=str(tmp_path), rope={"method": "linear", "factor": 2}))
     assert str(caught.value) == (
-        f"model.rope: {tmp_path} (gpt2) has no rotary positions\n"
-        "    expected: a base that has them, such as Llama, Mistral, Qwen, GPT-NeoX\n"
-        "    repair:   leave model.rope out, or take another base"
+        f"model.rope: {tmp_path} (gpt2) has no rotary position embeddings (RoPE)\n"
+        "    expected: a base with RoPE, such as Llama, Mistral, Qwen, GPT-NeoX\n"
+        "    repair:   remove model.rope, or choose another base"
     )
 
 
 def test_a_base_that_is_stretched_already_is_told(tune: Tune) -> None:
     rope = {"method": "linear", "factor": 2}
     first = tune("run", adapter__method="full", model__rope=rope, train__max_steps=1, evaluate__samples=0)
-    with pytest.raises(UserError, match=r"are stretched already \(linear, factor 2\)"):
+    with pytest.raises(UserError, match=r"is already scaled \(linear, factor 2\)"):
         tune("again", model__base=str(first.directory), model__rope=rope)
 
 

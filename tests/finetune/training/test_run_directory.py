@@ -46,7 +46,7 @@ def test_a_new_and_an_empty_folder_may_be_used(recipe: Recipe, tmp_path: Path) -
 
 def test_a_file_in_the_way(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(UserError, match=r"--out .*run: a file\n +expected: a folder, or a name that is free"):
+    with pytest.raises(UserError, match=r"--out .*run: a file\n +expected: a folder, or an unused name"):
         run_of(recipe, tmp_path / "run").check()
     assert (tmp_path / "run").read_text() == "mine"
 
@@ -54,7 +54,7 @@ def test_a_file_in_the_way(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_file_further_up_the_path(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with (
-        pytest.raises(UserError, match=r"cannot be written: Not a directory\n.*\n +repair: +use --out"),
+        pytest.raises(UserError, match=r"not writable: Not a directory\n.*\n +repair: +use --out"),
         run_of(recipe, tmp_path / "file" / "run").start(),
     ):
         pass
@@ -62,7 +62,7 @@ def test_a_file_further_up_the_path(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_a_foreign_folder(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="a folder with other files, no run"):
+    with pytest.raises(UserError, match="a folder with other files, not a run"):
         run_of(recipe, tmp_path).check()
 
 
@@ -71,12 +71,12 @@ def test_another_recipes_run(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         run_of(recipe, tmp_path / "run", "87654321").check()
     text = str(error.value)
-    assert "a run of other settings or other data (sums, 12345678)" in text
+    assert "a run with other settings or data (sums, 12345678)" in text
     assert "87654321" in text and "--force" in text
     run_of(recipe, tmp_path / "run").check()
 
 
-DAMAGED, FOREIGN = r"run\.json: damaged", r"run\.json: not written by llm-align"
+DAMAGED, FOREIGN = r"run\.json: corrupt file", r"run\.json: not written by llm-align"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ with FileLock({str(tmp_path / "run" / ".lock")!r}):
     )
     assert other.stdin and other.stdout and other.stdout.readline() == "held\n"
     run = run_of(recipe, tmp_path / "run")
-    with pytest.raises(UserError, match="another process is running in this folder"), run.start():
+    with pytest.raises(UserError, match="another process uses this folder"), run.start():
         pass
     other.communicate("end\n")
     with run.start():

@@ -14,7 +14,7 @@ def test_one_other_number_is_seen_and_the_process_is_named() -> None:
     with torch.no_grad():
         model.weight[1, 2] += 1e-6
     problem = same_tick([before, before, trained_digest(model)]).problem
-    assert problem is not None and problem.found.startswith("process 2 ended with other trained weights")
+    assert problem is not None and problem.found.startswith("the trained weights of rank 2 differ")
 
 
 def test_frozen_weights_are_not_asked() -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves: weights that plain PEFT and plain transformers load, equal to the last bit."""
+"""Saved weights load in plain PEFT and transformers, bit for bit."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_plain_peft_loads_the_adapter(tune: Tune, base_folder: Path, method: str
     result = tune("run", adapter__method=method, evaluate__samples=0)
     plain = PeftModel.from_pretrained(plain_base(base_folder, method), str(result.adapter)).eval()
     tuned = load_tuned(result.directory)
-    if method == "qlora":  # else this CPU may repack them
+    if method == "qlora":  # otherwise this CPU may repack them
         for module in plain.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
@@ -96,7 +96,7 @@ def test_pain_10_a_save_that_loses_weights_is_refused(
         tune("run", evaluate__samples=0, train__max_steps=3, force=True)
     monkeypatch.undo()
     assert not (tmp_path / "run" / "adapter").exists(), "a broken adapter never takes the name"
-    with pytest.raises(UserError, match="a run that is failed"):
+    with pytest.raises(UserError, match="a run with status 'failed'"):
         load_tuned(tmp_path / "run")
     again = tune("run", evaluate__samples=0, train__max_steps=3)
     assert again.record["status"] == "finished"
@@ -106,5 +106,5 @@ def test_pain_10_a_save_that_loses_weights_is_refused(
 def test_pain_10_zeros_that_were_trained_are_refused_too(tmp_path: Path) -> None:
     zeros = {"a.lora_A.weight": torch.zeros(2, 3)}
     save_file(zeros, tmp_path / save.ADAPTER_WEIGHTS)
-    with pytest.raises(UserError, match="holds zeros alone"):
+    with pytest.raises(UserError, match="holds only zeros"):
         save._verify(tmp_path, zeros)

@@ -70,7 +70,7 @@ def test_another_start_is_another_run(tune: Tune, make_recipe: MakeRecipe) -> No
     copy = shutil.copytree(first.directory, first.directory.parent / "copy")
     assert run_fingerprint(make_recipe("x", model__start=str(copy)).settings) == run_fingerprint(settings[0])
     tune("second", **start_of(first))
-    with pytest.raises(UserError, match="a run of other settings or other data"):
+    with pytest.raises(UserError, match="a run with other settings or data"):
         tune("second", **start_of(other))
 
 

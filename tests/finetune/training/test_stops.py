@@ -60,7 +60,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Recorder, "on_log", ask_at_step_2)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3; a checkpoint is written"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3; checkpoint saved"):
         tune("run", train__max_steps=5, train__checkpoint_every=4)
     monkeypatch.undo()
     again = tune("run", train__max_steps=5, train__checkpoint_every=4)

@@ -1,4 +1,4 @@
-"""Small reward runs on the shared random base, and a stage's settings that name rewards."""
+"""Small reward runs on the shared random base."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def _run(base: Path, folder: Path, name: str, **settings: object) -> Path:
 
 @pytest.fixture(scope="session")
 def rewards_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with comparisons and programs."""
+    """Return a folder with comparisons and reward functions."""
     folder = tmp_path_factory.mktemp("rl_rewards")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     (folder / "programs.py").write_text(PROGRAMS)
@@ -56,13 +56,13 @@ def two_headed(base_folder: Path, rewards_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_run(base_folder: Path, rewards_folder: Path) -> Path:
-    """Return a reward run that tuned the whole model."""
+    """Return a reward run with full fine-tuning."""
     return _run(base_folder, rewards_folder, "whole", adapter__method="full", train__learning_rate=1e-3)
 
 
 @pytest.fixture(scope="session")
 def talker_run(base_folder: Path, rows_file: Path, rewards_folder: Path) -> Path:
-    """Return a run whose model writes text."""
+    """Return an sft run, which is no reward model."""
     settings = {
         "model.precision": "float32",
         "data.held_out": 0,

@@ -1,4 +1,4 @@
-"""What the tests of rewards share: comparisons, programs, and a stage's settings that name rewards."""
+"""Shared by the reward tests: comparisons, reward functions, settings with a rewards section."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -38,7 +38,7 @@ def text(prompt, completion):
 
 
 class Rewarded(StageSettings):
-    """The sections of a stage that names rewards."""
+    """Settings of a stage with a rewards section."""
 
     reward: RewardsSettings = RewardsSettings()
 

@@ -1,4 +1,4 @@
-"""Several rewards into one: numbers by hand."""
+"""Combined rewards, by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A recipe's rewards: short forms, every mistake told at once, and a digest of what the runs hold."""
+"""Rewards of a recipe: short forms, error messages, and the digest of reward runs and functions."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def problems(base: Path, section: RewardsSettings, **how: str) -> list[tuple[str
 def places(
     lone_run: Path, whole_run: Path, talker_run: Path, rewards_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Places:
-    """Return what the cases below name, with an empty folder as the place where the user is."""
+    """Return the paths that the cases below refer to."""
     runs = {"lone": lone_run, "whole": whole_run, "talker": talker_run}
     return {name: str(path) for name, path in runs.items()} | {"file": f"{rewards_folder}/programs.py"}
 
@@ -45,7 +45,7 @@ def test_short_forms_mean_the_long_ones() -> None:
 
 
 CASES: dict[str, tuple[Given, str, str]] = {
-    "nothing": (lambda at: ([], {}), "reward.sources", "nothing says what a reply is worth"),
+    "nothing": (lambda at: ([], {}), "reward.sources", "no reward is given"),
     "neither": (lambda at: ([{"weight": 2.0}], {}), "reward.sources[0]", "neither run nor function is given"),
     "both": (
         lambda at: ([{"run": at["lone"], "function": f"{at['file']}:good"}], {}),
@@ -66,12 +66,12 @@ CASES: dict[str, tuple[Given, str, str]] = {
     "a score of a function": (
         lambda at: ([{"function": f"{at['file']}:good", "score": "x"}], {}),
         "reward.sources[0].score",
-        "a function has one number",
+        "a function has a single score",
     ),
     "the same name twice": (
         lambda at: ([at["lone"], at["whole"]], {}),
         "reward.sources[1].name",
-        "'reward' is there twice",
+        "duplicate name 'reward'",
     ),
     "no such run": (
         lambda at: (["reward-nobody"], {}),
@@ -92,7 +92,7 @@ CASES: dict[str, tuple[Given, str, str]] = {
     "another base": (
         lambda at: (["reward/quickstart"], {}),
         "reward.sources[0].run",
-        "scores on base 'tiny', and the policy is",
+        "is on base 'tiny', the policy on",
     ),
     "no such score": (
         lambda at: ([{"run": at["lone"], "score": "rewrad"}], {}),
@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Given, str, str]] = {
     "llama2 with one source": (
         lambda at: ([at["lone"]], {"combine": "llama2"}),
         "reward.combine",
-        "two sources called helpfulness and safety",
+        "two sources named helpfulness and safety",
     ),
     "llama2 with weights": (
         lambda at: (
@@ -128,7 +128,7 @@ CASES: dict[str, tuple[Given, str, str]] = {
     "nothing counts": (
         lambda at: ([{"run": at["lone"], "weight": 0.0}], {}),
         "reward.sources",
-        "each weight is 0",
+        "all weights are 0",
     ),
 }
 
@@ -143,7 +143,7 @@ def test_mistakes_are_told_before_anything_is_loaded(case: str, places: Places, 
 
 def test_another_template_is_told_but_for_a_model_of_its_own(places: Places, base_folder: Path) -> None:
     [(where, told)] = problems(base_folder, rewards(places["lone"]), template="alpaca")
-    assert where == "reward.sources[0].run" and "has learnt template 'plain'" in told
+    assert where == "reward.sources[0].run" and "has template 'plain'" in told
     assert problems(base_folder, rewards(places["whole"]), template="alpaca") == []
     assert problems(base_folder, rewards(places["lone"], f"{places['file']}:good")) == []
 
@@ -155,11 +155,11 @@ def test_a_run_that_lost_its_weights_and_one_that_is_not_finished(
     shutil.copytree(lone_run, copy)
     (copy / "adapter" / "adapter_model.safetensors").unlink()
     [(where, told)] = problems(base_folder, rewards(str(copy)))
-    assert where == "reward.sources[0].run" and "has lost adapter/adapter_model.safetensors" in told
+    assert where == "reward.sources[0].run" and "lacks adapter/adapter_model.safetensors" in told
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
     [(_, told)] = problems(base_folder, rewards(str(copy)))
-    assert "a run that is interrupted" in told and "goes on from its checkpoint" in told
+    assert "a run with status 'interrupted'" in told and "resumes from its checkpoint" in told
 
 
 def test_a_recipe_that_leads_back_to_itself_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_a_recipe_that_leads_back_to_itself_is_told(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     [(where, told)] = problems(tmp_path, rewards("reward/one"))
     assert where == "reward.sources[0].run"
-    assert "a circle: reward/one -> reward/two -> reward/one" in told
+    assert "circular dependency: reward/one -> reward/two -> reward/one" in told
 
 
 def digest(base: Path, section: RewardsSettings) -> str:
@@ -199,7 +199,7 @@ def test_a_digest_is_of_what_runs_and_programs_hold_and_not_of_where_they_lie(
 
 def test_a_recipe_whose_run_is_not_made_has_no_folder() -> None:
     [source] = rewards("reward/quickstart").sources
-    with pytest.raises(UserError, match="`llm-align reward quickstart` makes it"):
+    with pytest.raises(UserError, match="run `llm-align reward quickstart` first"):
         folder_of(source, where="reward.sources[0].run")
 
 

@@ -1,4 +1,4 @@
-"""A recipe that is rewarded by another recipe's run: that runs first, and a name means the same run."""
+"""A recipe whose reward is another recipe: that one runs first, and all its names refer to one run."""
 
 import json
 import sys
@@ -56,7 +56,7 @@ def here(tmp_path: Path, base_folder: Path, rows_file: Path, monkeypatch: pytest
 
 @pytest.fixture
 def call(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Return a function: words in, exit status, output and errors out; in this process."""
+    """Return a function that runs the CLI in this process: arguments in; exit status, stdout, stderr out."""
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["llm-align", *words])
@@ -86,8 +86,8 @@ def test_the_reward_s_run_comes_first_and_is_found_again(
     found = records(here)
     assert set(found) == {"first", "judge", "second"}
     judge = f"runs/reward-judge-{found['judge']['digest']}"
-    assert f"is rewarded by {judge}, the run of reward/judge: it is not finished, and runs first\n" in out
-    assert f"{judge} is finished; now rejection second\n" in out
+    assert f"takes rewards from reward/judge, which has no finished run; running it first ({judge})\n" in out
+    assert f"{judge} is finished; continuing with rejection second\n" in out
     assert found["second"]["rewards"][0]["run"] == judge
     assert found["second"]["rewards"][0]["files"] == found["judge"]["files"]
 
@@ -95,7 +95,7 @@ def test_the_reward_s_run_comes_first_and_is_found_again(
     for words in ([], ["--reward", "reward-judge"], ["--reward", judge], ["--reward", str(here / judge)]):
         status, out, err = call("rejection", "second", *words)
         assert status == 0, err
-    assert f"is rewarded by {judge} (reward/judge)\n" not in out and len(records(here)) == 3
+    assert f"takes rewards from {judge} (reward/judge)\n" not in out and len(records(here)) == 3
     recipe = load_recipe("second", stage="rejection", reward=here / judge)
     assert run(recipe).record["digest"] == found["second"]["digest"]
 
@@ -113,7 +113,7 @@ def test_a_circle_over_starts_and_rewards_is_told(call: Call, here: Path) -> Non
     path.write_text(path.read_text().replace("sft/first", "rejection/second"))
     status, _, err = call("rejection", "second")
     assert status == 2
-    assert "a circle: reward/judge -> rejection/second -> reward/judge" in err
+    assert "circular dependency: reward/judge -> rejection/second -> reward/judge" in err
 
 
 def test_a_rule_changed_in_a_reward_recipe_makes_another_run_of_it(call: Call, here: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_rule_changed_in_a_reward_recipe_makes_another_run_of_it(call: Call, h
     assert call("rejection", "second")[0] == 0 and len(list((here / "runs").iterdir())) == 3
     (here / "mine.py").write_text("def brief(prompt, completion):\n    return 1 - len(completion)\n")
     assert call("rejection", "second")[0] == 0
-    assert len(list((here / "runs").iterdir())) == 5, "another reward run, and another run that it rewards"
+    assert len(list((here / "runs").iterdir())) == 5, "another reward run, and another rejection run"
 
 
 def test_the_option_is_for_stages_with_rewards(call: Call) -> None:

@@ -1,4 +1,4 @@
-"""Rewards at work: what `llm-align score` says, weighted and combined; on the policy's base or alone."""
+"""Rewards: equal to `llm-align score`, weighted and combined; on the policy's base or on their own."""
 
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,7 @@ def test_rewards_are_tried_on_empty_replies_before_anything_is_drawn(
     prompts = [one[:-1] for one in TALKS]
     ours = loaded(rewards(str(lone_run), f"{rewards_folder}/programs.py:good"), base_folder)
     told = ours.tick(prompts, PLACES)
-    assert told.problem is None and told.detail.startswith(
-        "reward, good: empty replies to 4 prompts are worth "
-    )
+    assert told.problem is None and told.detail.startswith("reward, good: empty replies to 4 prompts score ")
     broken = loaded(rewards(f"{rewards_folder}/programs.py:broken"), base_folder)
     with pytest.raises(UserError, match="reward 'broken' on prompt 0: ZeroDivisionError"):
         broken.tick(prompts, PLACES)
@@ -157,7 +155,7 @@ def test_a_base_that_is_stored_otherwise_is_told(
     lone_run: Path, base_folder: Path, precision: str, quantization: str
 ) -> None:
     [note] = loaded(rewards(str(lone_run)), base_folder, precision=precision, quantization=quantization).notes
-    assert str(lone_run) in note and "learnt on a base in float32, and" in note
+    assert str(lone_run) in note and "trained on a base in float32" in note
     assert (precision if quantization == "none" else "in nf4 computed in") in note
 
 
@@ -170,7 +168,7 @@ def test_damaged_weights_are_told_before_anything_is_loaded(
     shutil.copytree(lone_run, copy)
     weights = copy / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match="does not have the checksum it was written with"):
+    with pytest.raises(UserError, match="checksum mismatch: adapter/adapter_model.safetensors"):
         loaded(rewards(str(copy)), base_folder)
 
 
