@@ -65,16 +65,16 @@ merge: $(READY)  ## a run's base and adapter as one model: make merge RUN=runs/.
 	$(BIN)/llm-align merge $(RUN) $(ARGS)
 
 test: $(READY)  ## the tests, about 17 minutes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-all: $(READY)  ## the slow tests too
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(ARGS)
 
 check: $(READY)  ## style, types and tests, as in CI
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 tiny-base: $(READY)  ## train the embedded base model anew (about 40 minutes on two cores)
 	$(BIN)/python -m finetune.tiny.train_base --out recipes/tiny/model

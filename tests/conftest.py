@@ -1,7 +1,10 @@
 """What all tests share: a tiny base written to a folder, a few rows, and a cache that is thrown away."""
 
+import gc
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,41 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: one core each, or 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 """Published data beside a developer's checkout; tests that want it skip where it is absent."""
+
+frozen = 0
+"""How many modules were imported at the last freeze."""
+DRAWN: dict[str, Callable[..., str]] = {}
+"""What draws a report's figures."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest: a worker that comes to it last works alone for two minutes."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported to no search for garbage: every training asks for one, 0.3 s each."""
+    freeze()
+
+
+def freeze() -> None:
+    global frozen
+    frozen = len(sys.modules)
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let reports be drawn for tests marked ``plots``; for others the figures are made, but no SVG."""
+    if "finetune.training.report" not in sys.modules:  # nothing that is collected writes one
+        return
+    from finetune.training import report
+
+    if len(sys.modules) > frozen + 50:  # libraries that the first training has imported
+        freeze()
+    DRAWN.setdefault("svg", report._svg)
+    report._svg = DRAWN["svg"] if item.get_closest_marker("plots") else lambda figure: "<svg></svg>"
 
 
 @pytest.fixture(scope="session", autouse=True)

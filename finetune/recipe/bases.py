@@ -1,6 +1,7 @@
 """Short names of base models, from ``recipes/bases.yaml``."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from finetune.recipe import yaml_file
@@ -19,6 +20,7 @@ class Base:
     note: str = ""
 
 
+@cache  # a run asks five times, and the file comes with the package
 def bases() -> dict[str, Base]:
     """Return the table of short names."""
     content, _ = yaml_file.read(BASES)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -43,6 +43,11 @@ WHOLE_IN_EACH = ("ddp", "zero1", "zero2")
 """Strategies under which each rank holds all trained weights."""
 
 
+@cache  # reading a library's metadata takes milliseconds, and a run asks four times
+def _version(package: str) -> str:
+    return version(package)
+
+
 @dataclass
 class Job:
     """The state of a running stage: settings, output, distribution, checks and record."""
@@ -67,7 +72,7 @@ class Job:
     @property
     def versions(self) -> dict[str, str]:
         """Return the versions of Python and the libraries."""
-        return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+        return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
     def environment(self, precision: str) -> str:
         """Return precision, device, processes and library versions in one line."""

@@ -2,10 +2,11 @@
 
 import io
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 from matplotlib.figure import Figure
 
 from finetune.training.run_directory import RunDirectory
@@ -21,9 +22,8 @@ def write_report(run: RunDirectory, curves: Mapping[str, str], panel: Panel | No
         diagnostics: the stage's own tables and figures.
     """
     panel = panel or Panel()
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     metrics = run.metrics()
-    page = environment.get_template("report.html.j2").render(
+    page = _template().render(
         run=run.record,
         name=run.path.name,
         curves={title: _curve(metrics, key, title) for key, title in curves.items() if _points(metrics, key)},
@@ -33,6 +33,12 @@ def write_report(run: RunDirectory, curves: Mapping[str, str], panel: Panel | No
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8"),
     )
     run.write("report.html", page)
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return environment.get_template("report.html.j2")
 
 
 def _points(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:

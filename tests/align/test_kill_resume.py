@@ -1,12 +1,13 @@
 """kill -9 at any moment: the same command resumes, and the adapter is bit-identical."""
 
 import json
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import warm
 from killed import STEPS, command_line, count, finished, kill_at, killed_twice, start
+from killed import uninterrupted as whole
 
 RECIPE = """\
 stage: sft
@@ -32,9 +33,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_fil
 
 @pytest.fixture(scope="module")
 def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    out = tmp_path_factory.mktemp("whole") / "run"
-    assert start(recipe, out).wait() == 0
-    return finished(out)
+    return whole(recipe, tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -64,7 +63,7 @@ def test_damaged_checkpoint_is_told_and_the_one_before_is_used(
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    told = subprocess.run(command_line(recipe, out), capture_output=True, text=True, check=True).stdout
+    told = warm.run(command_line(recipe, out), capture_output=True, text=True, check=True).stdout
     assert f"{newest.parent}: adapter_model.safetensors: checksum mismatch" in told
     step = int(newest.parent.name[11:]) - 2
     assert f"resuming from step {step}" in told

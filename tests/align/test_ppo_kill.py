@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from killed import STEPS, finished, killed_twice, start
+from killed import STEPS, killed_twice, uninterrupted
 
 RECIPE = """\
 stage: ppo
@@ -41,15 +41,13 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> dict
 
 
 def test_pain_06_ppo_resumes_after_kill_bit_for_bit(recipes: dict[str, Path], tmp_path: Path) -> None:
-    assert start(recipes["lora"], tmp_path / "whole").wait() == 0
-    whole = finished(tmp_path / "whole")
+    whole = uninterrupted(recipes["lora"], tmp_path / "whole")
     assert killed_twice(recipes["lora"], tmp_path / "run", seed=0) == whole
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "adalora"])
 def test_ppo_resumes_at_more_moments(recipes: dict[str, Path], tmp_path: Path, method: str) -> None:
-    assert start(recipes[method], tmp_path / "whole").wait() == 0
-    whole = finished(tmp_path / "whole")
+    whole = uninterrupted(recipes[method], tmp_path / "whole")
     for seed in range(1, 6):
         assert killed_twice(recipes[method], tmp_path / f"run-{seed}", seed=seed) == whole

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from killed import STEPS, finished, start
+from killed import STEPS, finished, start, uninterrupted
 
 ROUNDS = 2
 RECIPE = """\
@@ -66,7 +66,7 @@ def kill_at(recipe: Path, out: Path, moment: int, delay: float) -> None:
 def check(recipe: Path, out: Path, seed: int) -> None:
     whole = recipe.with_suffix(".whole")
     if not whole.is_dir():
-        assert start(recipe, whole).wait() == 0
+        uninterrupted(recipe, whole)
     moment = random.Random(seed)
     for _ in range(2):
         kill_at(recipe, out, moment.randint(0, MOMENTS), moment.uniform(0, 0.15))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm
 
 from align import cli, load_recipe, load_tuned, run
 from finetune.training.job import Job
@@ -120,11 +121,11 @@ def test_killed_while_the_first_runs_and_later_the_same_command_goes_on(call: Ca
     (here / "runs").rename(here / "whole")
     command = [sys.executable, "-m", "align", "sft", "second"]
     for prefix in ("sft-first", "sft-second"):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = warm.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not list((here / "runs").glob(f"{prefix}-*/metrics.jsonl")):
             assert process.poll() is None
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert warm.run(command, capture_output=True).returncode == 0
     assert {name: record["files"] for name, record in records(here).items()} == expected

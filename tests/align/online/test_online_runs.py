@@ -25,6 +25,7 @@ def told(result):
     return {tick["name"]: tick for tick in result.record["preflight"]}
 
 
+@pytest.mark.plots
 @both
 def test_a_rule_is_learnt(tune, stage):
     result = tune(stage, train__max_steps=20, train__batch_size=16, train__evaluate_every=10)

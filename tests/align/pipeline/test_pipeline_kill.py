@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from small_pipelines import COMMAND, record, weights, write_recipes, write_rlhf
 
 LEARNT = [*COMMAND[:-1], "rlhf"]
@@ -13,7 +14,7 @@ LEARNT = [*COMMAND[:-1], "rlhf"]
 
 def killed(folder: Path, seconds: float, command: list[str]) -> None:
     """Kill a run of a pipeline after some seconds, if it takes so long."""
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -28,14 +29,14 @@ def after_kills(
     moment = random.Random(seed)
     for _ in range(2):
         killed(folder, moment.uniform(0.2 * longest, longest), command)
-    assert subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+    assert warm.run(command, cwd=folder, capture_output=True).returncode == 0
     assert record(folder)["status"] == "finished"
     return weights(folder)
 
 
 def killed_in(folder: Path, stage: str) -> None:
     """Kill a run of the pipeline after a stage's first training step."""
-    process = subprocess.Popen(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.Popen(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(folder.glob(f"runs/{stage}-small-*/metrics.jsonl")):
         assert process.poll() is None
         time.sleep(0.002)
@@ -47,7 +48,7 @@ def test_pain_05_a_pipeline_killed_twice_ends_alike(here: Path, finished: Path) 
     killed_in(here, "sft")
     killed_in(here, "dpo")
     assert record(here)["status"] == record(here)["stages"]["dpo"]["status"] == "running"
-    ended = subprocess.run(COMMAND, cwd=here, capture_output=True, text=True)
+    ended = warm.run(COMMAND, cwd=here, capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.count("already finished: ") == 2
     assert weights(here) == weights(finished)
 
@@ -58,7 +59,7 @@ def seconds(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_fi
     folder = tmp_path_factory.mktemp("measured")
     write_recipes(folder, base_folder, rows_file)
     began = time.monotonic()
-    subprocess.run(COMMAND, cwd=folder, capture_output=True, check=True)
+    warm.run(COMMAND, cwd=folder, capture_output=True, check=True)
     return time.monotonic() - began
 
 
@@ -79,7 +80,7 @@ def learnt(
     write_recipes(folder, base_folder, rows_file)
     write_rlhf(folder, base_folder)
     began = time.monotonic()
-    subprocess.run(LEARNT, cwd=folder, capture_output=True, check=True)
+    warm.run(LEARNT, cwd=folder, capture_output=True, check=True)
     return weights(folder), time.monotonic() - began
 
 

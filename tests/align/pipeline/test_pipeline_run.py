@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import warm
 from small_pipelines import COMMAND, Call, record, weights
 
 from align import load_pipeline, load_reward, run_pipeline
@@ -211,7 +212,7 @@ def test_a_signal_ends_with_status_130_and_the_same_command_goes_on(
 ) -> None:
     for made in ("three", "reward", "dpo"):
         shutil.rmtree(next(done.glob(f"runs/{made}-*")))
-    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = warm.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(done.glob("runs/reward-small-*/metrics.jsonl")):
         assert process.poll() is None
         time.sleep(0.002)

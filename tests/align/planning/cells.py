@@ -2,10 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import warm
 
 from finetune.planning.solver import Combination
 
@@ -23,7 +27,7 @@ SMALL = {"vera": "rank: 8", "oft": "block_size: 8", "multitask_prompt": "virtual
 SMALL["trainable_tokens"] = f"tokens: {list(range(20, 60))}"
 """Settings of adapters whose defaults are for larger models."""
 TEMPLATES = {"rloo": "plain", "grpo": "plain", "hindsight": "vicuna"}
-SECONDS = 240
+SECONDS, SHOWN = 240, 6000
 
 
 @dataclass(frozen=True)
@@ -131,3 +135,40 @@ def run(cell: Combination, world: World, out: Path) -> tuple[int, str]:
         env=environment,
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def run_at_once(cell: Combination, world: World, out: Path) -> tuple[int, str]:
+    """Run a cell as a launcher of the user's would, on processes that begin at once."""
+    log, words = out.with_suffix(".log"), command(cell, world, out)
+    launcher = {"WORLD_SIZE": cell.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with log.open("wb") as file:
+        processes = []
+        for rank in range(cell.processes):
+            places = launcher | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
+            environment = os.environ | {name: str(value) for name, value in places.items()}
+            processes.append(warm.Popen(words, env=environment, stdout=file, stderr=file))
+    found = ended(processes)
+    return next(
+        (status for status in found if status > 0), next((s for s in found if s), 0)
+    ), log.read_text()[-SHOWN:]
+
+
+def ended(processes: list[warm.Popen]) -> list[int]:
+    """Return exit statuses; where one process failed or time is up, the others are killed."""
+    end = time.monotonic() + SECONDS
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode for process in processes):
+            end = min(end, time.monotonic() + 3)
+        if time.monotonic() > end:
+            for process in processes:
+                process.kill()
+        time.sleep(0.02)
+    return [process.wait() for process in processes]
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+    return port

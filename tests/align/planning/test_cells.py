@@ -1,21 +1,18 @@
 """The compatibility matrix is correct: cells marked as working train three steps on two CPU ranks."""
 
 import json
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
-from cells import World, name_of, run
+from cells import World, name_of, run, run_at_once
 
 from finetune.planning.compatibility import WEIGHTS_APART
 from finetune.planning.matrix import across, cells
 from finetune.planning.solver import OFFLOADS, OPTIMIZERS, STRATEGIES, Combination, judge
 from finetune.recipe.discovery import stage_names
 
-HERE = Path(__file__).parent
 ELSEWHERE = ("adalora", "bitfit", "full", "lora", "loftq", "pissa", "prefix", "prompt", "ptuning")
 """Adapters that every stage runs, one of each kind; stage sft runs all, with every quantization."""
 LORA = Combination(quantization="none", processes=2)
@@ -41,12 +38,8 @@ def around_it(strategy: str) -> list[Combination]:
 
 def failures(todo: list[Combination], world: World, out: Path) -> dict[str, str]:
     """Run cells, and return the output of those that failed."""
-    asked = "".join(json.dumps(asdict(cell)) + "\n" for cell in todo)
-    words = [sys.executable, str(HERE / "warm_cells.py"), str(world.folder), str(out)]
-    done = subprocess.run(words, input=asked, capture_output=True, text=True, check=False)
-    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(answers) == len(todo), done.stderr[-3000:]
-    return {name_of(Combination(**one["cell"])): one["said"] for one in answers if one["status"]}
+    answers = {name_of(cell): run_at_once(cell, world, out / name_of(cell)) for cell in todo}
+    return {name: said for name, (status, said) in answers.items() if status}
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from data_templates._segments import Message
 from finetune.recipe.errors import UserError
 from finetune.training.result import Result
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.plots]
 RULES = "def brief(prompt, completion):\n    return -len(completion) / 10\n"
 HEADS = ["help", "safety"]
 

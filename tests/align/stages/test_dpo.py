@@ -31,6 +31,7 @@ BY_STEP = {
 }
 
 
+@pytest.mark.plots
 def test_a_run_leaves_what_every_run_leaves_and_learns(prefer: Runs) -> None:
     result = prefer(train__max_steps=12, train__evaluate_every=6)
     names = {path.name for path in result.directory.iterdir()}

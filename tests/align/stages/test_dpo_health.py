@@ -12,6 +12,7 @@ from finetune.training.result import Result
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
 
 
+@pytest.mark.plots
 def test_pain_15_a_run_explains_itself(dpo_recipe: Recipes, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = dpo_recipe(train__max_steps=16, train__learning_rate=0.03)
     result = dpo.run(recipe, Console(width=300), command="a test")

@@ -64,6 +64,7 @@ def tune(recipe_file: Path, tmp_path: Path) -> Tune:
     return run
 
 
+@pytest.mark.plots
 def test_a_run_learns_and_says_what_it_did(tune: Tune) -> None:
     result = tune(train__max_steps=8, train__evaluate_every=4)
     steps = [line for line in result.metrics if "loss" in line]

@@ -93,6 +93,7 @@ def reinforce(recipe: Recipes) -> Runs:
     return run
 
 
+@pytest.mark.plots
 def test_a_run_leaves_what_every_run_leaves(reinforce: Runs) -> None:
     result = reinforce(train__evaluate_every=4)
     names = {path.name for path in result.directory.iterdir()}

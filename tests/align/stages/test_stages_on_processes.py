@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from finetune.recipe.recipe import load
 from finetune.training.launch import run_stage
@@ -72,6 +74,11 @@ STAGES["kto"] = (
     + "evaluate: {{samples: 2, max_new_tokens: 4}}\n"
 )
 Share = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def _warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess_handler, "Popen", warm.Popen)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import re
 import warnings
 from pathlib import Path
 
-from adapter_properties import FAMILIES, METHODS, PROPERTIES, cell
+from adapter_matrix import cell
+from adapter_properties import FAMILIES, METHODS, PROPERTIES
 
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names, plugin_summary
 

@@ -19,7 +19,6 @@ from finetune.adapters._load import open_adapter
 from finetune.data.collate import Example, PackedCollator, PaddedCollator
 from finetune.planning.hardware import detect
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
-from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings
 from finetune.training.completion import completion_loss_sum
 from finetune.training.head import output_head
@@ -69,6 +68,12 @@ def _folder(family: str) -> Path:
 
 
 def base_of(family: str, quantization: str = "none") -> PreTrainedModel:
+    """Return a base of its own, copied from the loaded one."""
+    return copy.deepcopy(_base(family, quantization))
+
+
+@functools.cache
+def _base(family: str, quantization: str) -> PreTrainedModel:
     settings = ModelSettings(base=str(_folder(family)))
     return load_base(settings, precision="float32", quantization=quantization, hardware=detect())
 
@@ -317,13 +322,3 @@ PROPERTIES: dict[str, Callable[[str, str], str | None]] = {
     "checkpointing": checkpoints_gradients,
     "cache": generates_with_cache,
 }
-
-
-@functools.cache
-def cell(name: str, method: str, family: str) -> str | None:
-    """Return None if a property holds, or the reason why it is not supported."""
-    try:
-        return PROPERTIES[name](method, family)
-    except UserError as error:
-        (problem,) = error.problems
-        return problem.found

@@ -2,7 +2,8 @@
 
 import adapter_docs
 import pytest
-from adapter_properties import FAMILIES, METHODS, PROPERTIES, cell
+from adapter_matrix import cell
+from adapter_properties import FAMILIES, METHODS, PROPERTIES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -47,6 +47,7 @@ def read(tmp_path: Path, base_folder: Path) -> Read:
     return run
 
 
+@pytest.mark.plots
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_run_leaves_what_every_run_leaves(read: Read, packing: bool) -> None:
     result = read(data__packing=packing, train__max_steps=12)

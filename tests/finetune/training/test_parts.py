@@ -5,16 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from fixture_types import MakeRecipe
 from rich.console import Console
 from safetensors.torch import load_file
 from test_processes import close, share
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from finetune.recipe.errors import UserError
 from finetune.training.launch import run_stage
 from finetune.training.preflight.parts import Part, parts_tick
 
 QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess_handler, "Popen", warm.Popen)
 
 
 def test_parts_are_told_apart_from_wholes() -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from fixture_types import MakeRecipe
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from finetune.recipe.errors import UserError
 from finetune.training.launch import run_stage
@@ -17,6 +19,11 @@ from finetune.training.result import Result
 QUIET = Console(quiet=True)
 UNEVEN: dict[str, Any] = {"train__batch_size": 5, "train__micro_batch_size": 2, "train__max_steps": 10}
 """42 rows: an odd batch, and a last one of two rows, so that ranks have shards of unequal size."""
+
+
+@pytest.fixture(autouse=True)
+def _warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess_handler, "Popen", warm.Popen)
 
 
 def share(make_recipe: MakeRecipe, name: str, count: int, strategy: str = "auto", **settings: Any) -> Result:

@@ -11,6 +11,8 @@ from finetune.training.result import Result
 from finetune.training.run_directory import RunDirectory
 from finetune.training.watched import SUPERVISED
 
+pytestmark = pytest.mark.plots
+
 
 @pytest.fixture
 def result(tune: Tune) -> Result:
