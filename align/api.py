@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.default_recipe import default_recipe
-from finetune.recipe.quiet import quiet
-from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.quiet import silence_libraries
+from finetune.recipe.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from align.pipeline.plan import Pipeline
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from align.planning.plan import Plan
     from align.reward.scorer import RewardModel
     from finetune.training.result import Result
-    from finetune.training.tuned import Tuned
+    from finetune.training.tuned import LoadedModel
 
 
 def load_recipe(
@@ -25,7 +25,7 @@ def load_recipe(
     base: str | None = None,
     data: str | list[dict[str, Any]] | None = None,
     adapter: str | None = None,
-    start: str | Path | None = None,
+    init_from: str | Path | None = None,
     reward: str | Path | None = None,
     out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -52,16 +52,16 @@ def load_recipe(
         "model.base": base,
         "data.source": data,
         "adapter.method": adapter,
-        "model.start": str(start) if start is not None else None,
+        "model.start": str(init_from) if init_from is not None else None,
         "reward.sources": str(reward) if reward is not None else None,
     }
-    given = {key: value for key, value in shortcuts.items() if value is not None} | dict(settings or {})
-    known, notes = (name, []) if name else default_recipe(stage, given)
-    recipe = load(stage, known, shortcuts=given, out=Path(out) if out is not None else None)
+    overrides = {key: value for key, value in shortcuts.items() if value is not None} | dict(settings or {})
+    recipe_name, notes = (name, []) if name else default_recipe(stage, overrides)
+    recipe = read_recipe(stage, recipe_name, shortcuts=overrides, out=Path(out) if out is not None else None)
     return replace(recipe, notes=[*notes, *recipe.notes])
 
 
-def load_tuned(directory: str | Path) -> "Tuned":
+def load_tuned(directory: str | Path) -> "LoadedModel":
     """Load a finished run: its model with the adapter, of any kind, and the encoder of its conversations.
 
     Args:
@@ -70,10 +70,10 @@ def load_tuned(directory: str | Path) -> "Tuned":
     Raises:
         UserError: not the folder of a finished run.
     """
-    quiet()
+    silence_libraries()
     from finetune.training import tuned
 
-    return tuned.load_tuned(Path(directory))
+    return tuned.load_finished_run(Path(directory))
 
 
 def load_reward(directory: str | Path) -> "RewardModel":
@@ -85,10 +85,10 @@ def load_reward(directory: str | Path) -> "RewardModel":
     Raises:
         UserError: not the folder of a finished reward model run.
     """
-    quiet()
+    silence_libraries()
     from align.reward import scorer
 
-    return scorer.load_reward(Path(directory))
+    return scorer.load_reward_model(Path(directory))
 
 
 def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") -> "Result":
@@ -110,12 +110,12 @@ def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") ->
     """
     from rich.console import Console
 
-    quiet()
-    from align.start import ready
-    from finetune.training.launch import run_stage
+    silence_libraries()
+    from align.start import resolve_required_runs
+    from finetune.training.launch import launch_stage
 
     console = Console()
-    return run_stage(ready(recipe, console), console, force=force, command=command)
+    return launch_stage(resolve_required_runs(recipe, console), console, force=force, command=command)
 
 
 def plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> "Plan":
@@ -129,11 +129,11 @@ def plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> 
     Raises:
         UserError: unknown GPU, unknown base architecture, incompatible settings, or invalid data.
     """
-    from align.planning.machine import machine, together
-    from align.planning.plan import plan_of
+    from align.planning.machine import resolve_for_device, target_device
+    from align.planning.plan import make_plan
 
-    device, count = machine(recipe.settings.train, gpu, gpus)
-    return plan_of(together(recipe, device, count), device, count)
+    device, count = target_device(recipe.settings.train, gpu, gpus)
+    return make_plan(resolve_for_device(recipe, device, count), device, count)
 
 
 def load_pipeline(
@@ -158,7 +158,7 @@ def load_pipeline(
     from align.pipeline import plan
 
     folder = Path(out) if out is not None else None
-    return plan.load_pipeline(name, base=base, out=folder, changes=settings)
+    return plan.resolve_pipeline(name, base=base, out=folder, overrides=settings)
 
 
 def run_pipeline(
@@ -167,7 +167,7 @@ def run_pipeline(
     """Run a pipeline's stages, each on the runs of earlier ones; finished stages are skipped.
 
     Args:
-        pipeline: from ``load_pipeline``.
+        pipeline: from ``resolve_pipeline``.
         force: start every stage over.
         command: command for pipeline.json.
 
@@ -178,7 +178,7 @@ def run_pipeline(
     """
     from rich.console import Console
 
-    quiet()
+    silence_libraries()
     from align.pipeline import running
 
-    return running.run_pipeline(pipeline, Console(), force=force, command=command)
+    return running.run_all_stages(pipeline, Console(), force=force, command=command)

@@ -6,44 +6,44 @@ from pathlib import Path
 import click
 
 from data_templates._segments import Message, TemplateError
-from finetune.training.generate import reply_to
-from finetune.training.tuned import Tuned, load_tuned
+from finetune.training.generate import generate_completions
+from finetune.training.tuned import LoadedModel, load_finished_run
 
 
-def answer_once(run: Path, prompt: str, *, max_new_tokens: int, temperature: float) -> str:
+def generate_once(run: Path, prompt: str, *, max_new_tokens: int, temperature: float) -> str:
     """Generate a run's reply to one prompt.
 
     Raises:
         UserError: not the folder of a finished run.
     """
-    return _reply(load_tuned(run), [Message("user", prompt)], max_new_tokens, temperature)
+    return _generate_reply(load_finished_run(run), [Message("user", prompt)], max_new_tokens, temperature)
 
 
-def converse(run: Path, *, max_new_tokens: int, temperature: float) -> None:
+def chat_loop(run: Path, *, max_new_tokens: int, temperature: float) -> None:
     """Chat in the terminal until an empty line or the end of input.
 
     Raises:
         UserError: not the folder of a finished run.
     """
-    tuned = load_tuned(run)
+    loaded = load_finished_run(run)
     click.echo(f"Chatting with {run}; empty line to quit, /new to start a new conversation.")
     history: list[Message] = []
-    for question in _questions():
+    for question in _read_questions():
         if question == "/new":
             history = []
             continue
         turns = [*history, Message("user", question)]
         try:
-            reply = _reply(tuned, turns, max_new_tokens, temperature)
+            reply = _generate_reply(loaded, turns, max_new_tokens, temperature)
         # Single-turn templates cannot render a history: each question starts a new conversation.
         except TemplateError:
             turns = turns[-1:]
-            reply = _reply(tuned, turns, max_new_tokens, temperature)
+            reply = _generate_reply(loaded, turns, max_new_tokens, temperature)
         click.echo(reply)
         history = [*turns, Message("assistant", reply)]
 
 
-def _questions() -> Iterator[str]:
+def _read_questions() -> Iterator[str]:
     while True:
         try:
             question = input("> ").strip()
@@ -54,13 +54,15 @@ def _questions() -> Iterator[str]:
         yield question
 
 
-def _reply(tuned: Tuned, turns: list[Message], max_new_tokens: int, temperature: float) -> str:
-    replies = reply_to(
-        tuned.model,
-        tuned.encoder,
+def _generate_reply(
+    loaded: LoadedModel, turns: list[Message], max_new_tokens: int, temperature: float
+) -> str:
+    completions = generate_completions(
+        loaded.model,
+        loaded.encoder,
         [turns],
-        max_new_tokens=min(max_new_tokens, tuned.context // 2),
-        context=tuned.context,
+        max_new_tokens=min(max_new_tokens, loaded.context // 2),
+        context=loaded.context,
         temperature=temperature,
     )
-    return replies[0].text
+    return completions[0].text

@@ -11,19 +11,19 @@ import click
 from align.api import run, run_pipeline
 from align.default_recipe import QUICKSTART
 from align.planning.command import plan
-from align.recipe_words import recipe_of_words
-from align.rl.rewards.settings import maximises_rewards
-from finetune.planning.world import world
+from align.recipe_words import recipe_from_arguments
+from align.rl.rewards.settings import has_rewards_section
+from finetune.planning.world import dist_info
 from finetune.recipe.discovery import plugin_summary, recipe_names, stage_names
 from finetune.recipe.errors import UserError
-from finetune.recipe.quiet import quiet
+from finetune.recipe.quiet import silence_libraries
 from finetune.recipe.recipe import Recipe
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
-FROM = "Finished run to start from: folder, name or prefix; or STAGE/RECIPE, which runs first if needed."
-REWARD = "Reward: a finished reward run, reward/RECIPE, or file.py:function."
+FROM_HELP = "Finished run to start from: folder, name or prefix; or STAGE/RECIPE, which runs first if needed."
+REWARD_HELP = "Reward: a finished reward run, reward/RECIPE, or file.py:function."
 
-EPILOG = """\b
+STAGE_EPILOG = """\b
 Examples:
   llm-align {stage}                                    the embedded quickstart, offline, on the CPU
   llm-align {stage} {recipe} --base llama-2-7b
@@ -62,31 +62,31 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    place = world()
-    if not place.main:
-        message = f"rank {place.rank}: {message}"
+    dist = dist_info()
+    if not dist.is_main:
+        message = f"rank {dist.rank}: {message}"
     click.echo(f"llm-align: {message}", err=True)
     sys.exit(status)
 
 
 def _stage_command(stage: str, package: str) -> click.Command:
     example = next((name for name in recipe_names(stage) if name != QUICKSTART), QUICKSTART)
-    epilog = EPILOG.format(stage=stage, recipe=example)
+    epilog = STAGE_EPILOG.format(stage=stage, recipe=example)
 
     @click.command(stage, help=plugin_summary(package, stage), epilog=epilog)
-    @click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
+    @click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
     @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
     @click.option("--data", metavar="D", help="Data: hub id, file or folder.")
     @click.option("--adapter", metavar="A", help="Adapter (see `llm-align list adapters`).")
-    @click.option("--from", "start", metavar="RUN", help=FROM)
+    @click.option("--from", "init_from", metavar="RUN", help=FROM_HELP)
     @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory.")
     @click.option("--force", is_flag=True, help="Start over even if the run exists.")
     def command(
-        words: tuple[str, ...],
+        arguments: tuple[str, ...],
         base: str | None,
         data: str | None,
         adapter: str | None,
-        start: str | None,
+        init_from: str | None,
         out: Path | None,
         force: bool,
         reward: str | None = None,
@@ -95,31 +95,31 @@ def _stage_command(stage: str, package: str) -> click.Command:
             "model.base": base,
             "data.source": data,
             "adapter.method": adapter,
-            "model.start": start,
+            "model.start": init_from,
             "reward.sources": reward,
         }
-        given = {key: value for key, value in shortcuts.items() if value is not None}
-        recipe = recipe_of_words(stage, words, given, out)
+        overrides = {key: value for key, value in shortcuts.items() if value is not None}
+        recipe = recipe_from_arguments(stage, arguments, overrides, out)
         _run_stage(recipe, force=force)
 
-    if maximises_rewards(stage):
-        command.params.insert(-2, click.Option(["--reward"], metavar="RUN", help=REWARD))
+    if has_rewards_section(stage):
+        command.params.insert(-2, click.Option(["--reward"], metavar="RUN", help=REWARD_HELP))
     return command
 
 
 def _run_stage(recipe: Recipe, *, force: bool) -> None:
-    with _stops_told():
+    with _exit_on_stop():
         result = run(recipe, force=force, command="llm-align " + " ".join(sys.argv[1:]))
     from align.summary import print_summary
 
-    if world().main:
+    if dist_info().is_main:
         print_summary(result)
 
 
 @contextmanager
-def _stops_told() -> Iterator[None]:
+def _exit_on_stop() -> Iterator[None]:
     """Turn an interrupted or failed run into a message and an exit code."""
-    quiet()
+    silence_libraries()
     from finetune.training.stops import Interrupted, LostProcessError, NotFiniteError
 
     try:
@@ -135,7 +135,7 @@ def _stops_told() -> Iterator[None]:
 
 @cli.command("run", epilog=RUN_EPILOG)
 @click.argument("name", metavar="PIPELINE")
-@click.argument("words", nargs=-1, metavar="[STAGE.SECTION.KEY=VALUE]...")
+@click.argument("arguments", nargs=-1, metavar="[STAGE.SECTION.KEY=VALUE]...")
 @click.option("--base", metavar="B", help="Base model of the stages that start from one.")
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the pipeline's report."
@@ -143,22 +143,22 @@ def _stops_told() -> Iterator[None]:
 @click.option("--force", is_flag=True, help="Start every stage over.")
 @click.option("--dry-run", is_flag=True, help="Validate every stage and print the plan; run nothing.")
 def run_(
-    name: str, words: tuple[str, ...], base: str | None, out: Path | None, force: bool, dry_run: bool
+    name: str, arguments: tuple[str, ...], base: str | None, out: Path | None, force: bool, dry_run: bool
 ) -> None:
     """Run a pipeline: several stages in one file, each on the runs of earlier ones.
 
     Finished stages are identified by content and skipped; the same command resumes after an interruption.
     """
-    from align.pipeline.plan import load_pipeline
-    from align.pipeline.summary import print_plan, print_result
+    from align.pipeline.plan import resolve_pipeline
+    from align.pipeline.summary import print_pipeline, print_pipeline_result
 
-    pipeline = load_pipeline(name, base=base, out=out, words=words)
-    print_plan(pipeline, notes=dry_run)
+    pipeline = resolve_pipeline(name, base=base, out=out, arguments=arguments)
+    print_pipeline(pipeline, notes=dry_run)
     if dry_run:
         return
-    with _stops_told():
+    with _exit_on_stop():
         result = run_pipeline(pipeline, force=force, command="llm-align " + " ".join(sys.argv[1:]))
-    print_result(result)
+    print_pipeline_result(result)
 
 
 @cli.command("list")
@@ -166,12 +166,12 @@ def run_(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(kind: str | None, as_json: bool) -> None:
     """List recipes, pipelines, adapters, templates, losses, bases, stages and runs, or one KIND of them."""
-    from align.listing import everything, print_listing
+    from align.listing import names_by_kind, print_listing
 
-    found = everything()
-    if kind is not None and kind not in found:
-        raise click.UsageError(f"unknown kind '{kind}'; expected one of {', '.join(found)}")
-    chosen = found if kind is None else {kind: found[kind]}
+    listing = names_by_kind()
+    if kind is not None and kind not in listing:
+        raise click.UsageError(f"unknown kind '{kind}'; expected one of {', '.join(listing)}")
+    chosen = listing if kind is None else {kind: listing[kind]}
     if as_json:
         click.echo(json.dumps(chosen, indent=1, ensure_ascii=False))
     else:
@@ -179,43 +179,47 @@ def list_(kind: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
+@click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
 @click.option("--stage", default="sft", show_default=True, help="Stage of the recipe.")
-@click.option("--from", "start", metavar="RUN", help=FROM)
+@click.option("--from", "init_from", metavar="RUN", help=FROM_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--schema", is_flag=True, help="Print the stage's JSON Schema, for editors.")
-def show(words: tuple[str, ...], stage: str, start: str | None, as_json: bool, schema: bool) -> None:
+def show(arguments: tuple[str, ...], stage: str, init_from: str | None, as_json: bool, schema: bool) -> None:
     """Show a recipe with the origin of every value."""
     from align.listing import print_recipe
-    from finetune.recipe.schema import rows
-    from finetune.recipe.schema import schema as json_schema
+    from finetune.recipe.schema import recipe_schema as json_schema
+    from finetune.recipe.schema import setting_rows
 
     if schema:
         click.echo(json.dumps(json_schema(stage), indent=1, ensure_ascii=False))
         return
-    recipe = recipe_of_words(stage, words, {"model.start": start} if start is not None else {})
+    recipe = recipe_from_arguments(
+        stage, arguments, {"model.start": init_from} if init_from is not None else {}
+    )
     if as_json:
-        values = [{"key": key, "value": value, "origin": origin} for key, value, origin in rows(recipe)]
+        values = [
+            {"key": key, "value": value, "origin": origin} for key, value, origin in setting_rows(recipe)
+        ]
         click.echo(json.dumps({"stage": stage, "recipe": recipe.name, "settings": values}, indent=1))
     else:
         print_recipe(recipe)
 
 
 @cli.command()
-@click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
+@click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
 @click.option("--stage", default="sft", show_default=True, help="Stage of the recipe.")
 @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
 @click.option("--data", "source", metavar="D", help="Data: hub id, file or folder.")
-@click.option("--from", "start", metavar="RUN", help=FROM)
+@click.option("--from", "init_from", metavar="RUN", help=FROM_HELP)
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write an HTML page.")
 def data(
-    words: tuple[str, ...],
+    arguments: tuple[str, ...],
     stage: str,
     base: str | None,
     source: str | None,
-    start: str | None,
+    init_from: str | None,
     rows: int,
     as_json: bool,
     html: Path | None,
@@ -223,24 +227,24 @@ def data(
     """Preview the tokenized data: rows with their loss mask, lengths, truncation, mixture, step count."""
     from rich.console import Console
 
-    from align.data_terminal import print_facts, print_head
+    from align.data_terminal import print_header, print_preview
 
-    shortcuts = {"model.base": base, "data.source": source, "model.start": start}
-    given = {key: value for key, value in shortcuts.items() if value is not None}
-    recipe = recipe_of_words(stage, words, given)
+    shortcuts = {"model.base": base, "data.source": source, "model.start": init_from}
+    overrides = {key: value for key, value in shortcuts.items() if value is not None}
+    recipe = recipe_from_arguments(stage, arguments, overrides)
     console = Console()
     if not as_json:
-        print_head(recipe, console)
-    quiet()
+        print_header(recipe, console)
+    silence_libraries()
     from align.data_preview import preview, write_page
 
-    facts = preview(recipe, rows=rows)
+    preview_data = preview(recipe, rows=rows)
     if html is not None:
-        write_page(facts, html)
+        write_page(preview_data, html)
     if as_json:
-        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        click.echo(json.dumps(preview_data, indent=1, ensure_ascii=False))
     else:
-        print_facts(facts, console, page=html)
+        print_preview(preview_data, console, page=html)
 
 
 @cli.command()
@@ -252,13 +256,13 @@ def data(
 )
 def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: float) -> None:
     """Chat with a finished run, using the template it was trained with."""
-    quiet()
-    from align.chat import answer_once, converse
+    silence_libraries()
+    from align.chat import chat_loop, generate_once
 
     if prompt is None:
-        converse(directory, max_new_tokens=max_new_tokens, temperature=temperature)
+        chat_loop(directory, max_new_tokens=max_new_tokens, temperature=temperature)
     else:
-        click.echo(answer_once(directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature))
+        click.echo(generate_once(directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature))
 
 
 @cli.command()
@@ -273,8 +277,8 @@ def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: 
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None:
     """Score the completions of a file with a reward model: per head, per rule, and in total."""
-    quiet()
-    from align.score import score as score_source
+    silence_libraries()
+    from align.score import score_and_print as score_source
 
     score_source(directory, source, out=out, as_json=as_json)
 
@@ -283,7 +287,7 @@ def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None
 @click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
 def merge(directory: Path) -> None:
     """Merge a run's adapter into its base and save RUN/merged; `--base RUN` trains on from it."""
-    quiet()
+    silence_libraries()
     from finetune.training.merge import merge_run
 
     click.echo(f"merged   {merge_run(directory)}")

@@ -10,131 +10,137 @@ from rich.text import Text
 
 from finetune.recipe.recipe import Recipe
 
-LEARNT, GIVEN = "bold green", "dim"
-MARKS = "⟦{}⟧"
+TRAINED_STYLE, UNTRAINED_STYLE = "bold green", "dim"
+TRAINED_MARKS = "⟦{}⟧"
 """Marks trained tokens if the terminal has no colors."""
 
-HEAD, TAIL = 900, 300
+HEAD_CHARACTERS, TAIL_CHARACTERS = 900, 300
 """Characters shown of a long span; the HTML page shows all."""
 
-BAR = 40
-NAME = 32
+BAR_WIDTH = 40
+SOURCE_NAME_WIDTH = 32
 
 
-def print_head(recipe: Recipe, console: Console) -> None:
+def print_header(recipe: Recipe, console: Console) -> None:
     """Print recipe, data and base, before the tokenizer is loaded."""
     data = recipe.settings.data
-    mixed = [part.source for part in data.mix or []]
+    mixture_sources = [part.source for part in data.mix or []]
     rows = [f"{len(data.source)} rows"] if isinstance(data.source, list) else [data.source or ""]
-    sources = " + ".join(mixed or rows)
-    head = f"[bold]{recipe.stage} {recipe.name}[/]  {escape(recipe.description)}"
-    console.print(head, highlight=False, soft_wrap=True)
+    sources = " + ".join(mixture_sources or rows)
+    title = f"[bold]{recipe.stage} {recipe.name}[/]  {escape(recipe.description)}"
+    console.print(title, highlight=False, soft_wrap=True)
     line = f"data {sources}, template {data.template}, base {recipe.settings.model.base}"
     console.print(escape(line), highlight=False, soft_wrap=True)
     for note in recipe.notes:
         console.print(escape(note), highlight=False, soft_wrap=True)
 
 
-def print_facts(facts: dict[str, Any], console: Console, *, page: Path | None) -> None:
+def print_preview(preview_data: dict[str, Any], console: Console, *, page: Path | None) -> None:
     """Print rows and statistics; ``page`` is the path of the HTML page, if written."""
-    _print_rows(facts, console)
-    _print_numbers(facts, console)
+    _print_rows(preview_data, console)
+    _print_statistics(preview_data, console)
     if page is not None:
         console.print(f"page     {escape(str(page))}", highlight=False, soft_wrap=True)
 
 
-def _print_rows(facts: dict[str, Any], console: Console) -> None:
+def _print_rows(preview_data: dict[str, Any], console: Console) -> None:
     """Print the selected rows with their loss mask."""
-    if not facts["shown"]:
+    if not preview_data["shown"]:
         return
-    colours = console.color_system is not None
-    learnt = Text("trained tokens", LEARNT) if colours else Text(MARKS.format("trained tokens"))
-    legend = () if facts["prompts"] else (", ", learnt)
+    has_colors = console.color_system is not None
+    trained_label = (
+        Text("trained tokens", TRAINED_STYLE) if has_colors else Text(TRAINED_MARKS.format("trained tokens"))
+    )
+    legend = () if preview_data["prompts"] else (", ", trained_label)
     console.print(Text.assemble("rows as the model sees them", *legend, ":"))
-    for row in facts["shown"]:
-        share = f", {row['trained_tokens'] / row['tokens']:.0%} trained" * (not facts["prompts"])
+    for row in preview_data["shown"]:
+        share = f", {row['trained_tokens'] / row['tokens']:.0%} trained" * (not preview_data["prompts"])
         line = f"── {row['where']}  {row['tokens']} tokens{share}"
         console.print(Text(line, "cyan"), soft_wrap=True)
         text = Text()
         for piece in row["pieces"]:
-            shown = _shortened(piece["text"])
-            marked = MARKS.format(shown) if piece["trained"] and not colours else shown
-            text.append(marked, LEARNT if piece["trained"] else GIVEN)
+            shown_text = _elided(piece["text"])
+            marked = TRAINED_MARKS.format(shown_text) if piece["trained"] and not has_colors else shown_text
+            text.append(marked, TRAINED_STYLE if piece["trained"] else UNTRAINED_STYLE)
         console.print(text, soft_wrap=True)
     console.print("──", style="cyan")
 
 
-def _print_numbers(facts: dict[str, Any], console: Console) -> None:
+def _print_statistics(preview_data: dict[str, Any], console: Console) -> None:
     """Print lengths, mixture, dropped and truncated rows, and the training budget."""
-    _print_lengths(facts, console)
-    if len(facts["sources"]) > 1:
-        console.print(_sources(facts))
-    for note in facts["notes"]:
+    _print_lengths(preview_data, console)
+    if len(preview_data["sources"]) > 1:
+        console.print(_sources_table(preview_data))
+    for note in preview_data["notes"]:
         console.print(escape(note), highlight=False, soft_wrap=True)
-    for count in facts["counts"]:
+    for count in preview_data["counts"]:
         line = f"rows {count['what']}: [bold]{count['rows']}[/] (first: {escape(count['first'])})"
         console.print(line, highlight=False, soft_wrap=True)
-    what, loss = "rows", f", [bold]{facts['trained_share']:.0%}[/] have loss"
-    if facts["prompts"]:
+    what, loss = "rows", f", [bold]{preview_data['trained_share']:.0%}[/] have loss"
+    if preview_data["prompts"]:
         what, loss = "prompts", "; the loss is on completions sampled during training"
     console.print(
-        f"[bold]{facts['rows']:,}[/] {what} ({escape(facts['layout'])}), {facts['held_out']:,} held out; "
-        f"{facts['tokens']:,} tokens{loss}",
+        f"[bold]{preview_data['rows']:,}[/] {what} ({escape(preview_data['layout'])}), {preview_data['held_out']:,} held out; "
+        f"{preview_data['tokens']:,} tokens{loss}",
         highlight=False,
         soft_wrap=True,
     )
-    if facts["prompts"]:
+    if preview_data["prompts"]:
         return
     console.print(
-        f"{facts['epochs']:.3g} epochs in batches of {facts['batch_size']}: [bold]{facts['steps']:,}[/] "
-        f"optimizer steps, [bold]{facts['token_budget']:,}[/] tokens, "
-        f"{facts['trained_token_budget']:,} of them trained",
+        f"{preview_data['epochs']:.3g} epochs in batches of {preview_data['batch_size']}: [bold]{preview_data['steps']:,}[/] "
+        f"optimizer steps, [bold]{preview_data['token_budget']:,}[/] tokens, "
+        f"{preview_data['trained_token_budget']:,} of them trained",
         highlight=False,
         soft_wrap=True,
     )
 
 
-def _print_lengths(facts: dict[str, Any], console: Console) -> None:
-    lengths = facts["lengths"]
+def _print_lengths(preview_data: dict[str, Any], console: Console) -> None:
+    lengths = preview_data["lengths"]
     console.print(
         f"length in tokens: median {lengths['median']:g}, mean {lengths['mean']:.0f}, 95 % up to "
-        f"{lengths['percentile_95']:.0f}, longest {facts['longest']}; "
-        f"at most {facts['max_length']} ({facts['max_length_reason']})",
+        f"{lengths['percentile_95']:.0f}, longest {preview_data['longest']}; "
+        f"at most {preview_data['max_length']} ({preview_data['max_length_reason']})",
         highlight=False,
         soft_wrap=True,
     )
-    most = max(bar["rows"] for bar in lengths["histogram"])
+    max_rows = max(bar["rows"] for bar in lengths["histogram"])
     for bar in lengths["histogram"]:
-        border = f"{bar['from']:>6}-{bar['to']:<6}"
-        blocks = "█" * round(BAR * bar["rows"] / most)
-        console.print(f"{border} {blocks:<{BAR}} {bar['rows']:,}", highlight=False)
+        bar_label = f"{bar['from']:>6}-{bar['to']:<6}"
+        blocks = "█" * round(BAR_WIDTH * bar["rows"] / max_rows)
+        console.print(f"{bar_label} {blocks:<{BAR_WIDTH}} {bar['rows']:,}", highlight=False)
 
 
-def _sources(facts: dict[str, Any]) -> Table:
+def _sources_table(preview_data: dict[str, Any]) -> Table:
     title = "mixture: requested and actual share of the rows; share of tokens; share of trained tokens"
     table = Table(title=title, title_justify="left", title_style="bold", box=None)
     table.add_column("source", no_wrap=True)
-    learnt = () if facts["prompts"] else ("trained",)
-    for column in ("usable", "rows", "requested", "actual", "tokens", *learnt):
+    trained_column = () if preview_data["prompts"] else ("trained",)
+    for column in ("usable", "rows", "requested", "actual", "tokens", *trained_column):
         table.add_column(column, justify="right")
-    for source in facts["sources"]:
+    for source in preview_data["sources"]:
         table.add_row(
-            escape(_end_of(source["source"])),
+            escape(_name_tail(source["source"])),
             f"{source['usable']:,}",
             f"{source['rows']:,}",
             f"{source['asked']:.1%}",
-            f"{source['rows'] / facts['rows']:.1%}",
-            f"{source['tokens'] / facts['tokens']:.1%}",
-            *(f"{source['trained_tokens'] / facts['trained_tokens']:.1%}" for _ in learnt),
+            f"{source['rows'] / preview_data['rows']:.1%}",
+            f"{source['tokens'] / preview_data['tokens']:.1%}",
+            *(f"{source['trained_tokens'] / preview_data['trained_tokens']:.1%}" for _ in trained_column),
         )
     return table
 
 
-def _end_of(name: str) -> str:
+def _name_tail(name: str) -> str:
     """Return the end of a long path: the part that distinguishes files."""
-    return name if len(name) <= NAME else f"…{name[1 - NAME :]}"
+    return name if len(name) <= SOURCE_NAME_WIDTH else f"…{name[1 - SOURCE_NAME_WIDTH :]}"
 
 
-def _shortened(text: str) -> str:
-    left = len(text) - HEAD - TAIL
-    return text if left <= 0 else f"{text[:HEAD]} [… {left:,} characters …] {text[-TAIL:]}"
+def _elided(text: str) -> str:
+    num_elided = len(text) - HEAD_CHARACTERS - TAIL_CHARACTERS
+    return (
+        text
+        if num_elided <= 0
+        else f"{text[:HEAD_CHARACTERS]} [… {num_elided:,} characters …] {text[-TAIL_CHARACTERS:]}"
+    )

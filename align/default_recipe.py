@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.recipe.discovery import load_stage
-from finetune.recipe.runs import find_run, finished_record
-from finetune.recipe.start import is_recipe
+from finetune.recipe.runs import find_run, read_finished_record
+from finetune.recipe.start import is_recipe_name
 
-QUICKSTART, EMBEDDED = "quickstart", "tiny"
+QUICKSTART, EMBEDDED_BASE = "quickstart", "tiny"
 
 
-def default_recipe(stage: str, given: Mapping[str, Any]) -> tuple[str, list[str]]:
+def default_recipe(stage: str, overrides: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Return the name of a stage's default recipe, and notes for the user.
 
     Args:
@@ -21,15 +21,15 @@ def default_recipe(stage: str, given: Mapping[str, Any]) -> tuple[str, list[str]
         UserError: --from is not a finished run.
     """
     # The quickstart's data and learning rates are chosen for the embedded base.
-    base = given.get("model.base") or _base_of_start(given.get("model.start"))
-    if base in (None, EMBEDDED):
+    base = overrides.get("model.base") or _base_of_parent(overrides.get("model.start"))
+    if base in (None, EMBEDDED_BASE):
         return QUICKSTART, []
     public: str = load_stage(stage).PUBLIC
-    return public, [f"no recipe given: using '{public}' ({QUICKSTART} is for base '{EMBEDDED}')"]
+    return public, [f"no recipe given: using '{public}' ({QUICKSTART} is for base '{EMBEDDED_BASE}')"]
 
 
-def _base_of_start(start: str | None) -> str | None:
-    if start is None or is_recipe(start):
+def _base_of_parent(parent: str | None) -> str | None:
+    if parent is None or is_recipe_name(parent):
         return None
-    base: str = finished_record(find_run(start)[0])["load"]["model"]["base"]
+    base: str = read_finished_record(find_run(parent)[0])["load"]["model"]["base"]
     return base

@@ -8,33 +8,35 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from align.pipeline.file import pipeline_lines
-from align.preference.losses.catalogue import losses
+from align.pipeline.file import pipeline_descriptions
+from align.preference.losses.catalogue import all_losses
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.runs import RUNS
-from finetune.recipe.schema import listing, rows
+from finetune.recipe.runs import RUNS_FOLDER
+from finetune.recipe.schema import list_names, setting_rows
 
 
-def everything() -> dict[str, dict[str, str]]:
+def names_by_kind() -> dict[str, dict[str, str]]:
     """Return all names by kind, each with a one-line description."""
-    found = listing()
+    listed = list_names()
     recipes = {
-        f"{stage} {name}": line for stage, names in found.recipes.items() for name, line in names.items()
+        f"{stage} {name}": line for stage, names in listed.recipes.items() for name, line in names.items()
     }
     bases = {
         name: "  ".join(filter(None, (base.id, base.parameters, base.note)))
-        for name, base in found.bases.items()
+        for name, base in listed.bases.items()
     }
     return {
-        "stages": found.stages,
+        "stages": listed.stages,
         "recipes": recipes,
-        "pipelines": pipeline_lines(),
-        "adapters": found.adapters,
-        "templates": found.templates,
-        "losses": {loss.name: loss.summary for loss in losses().values()},
+        "pipelines": pipeline_descriptions(),
+        "adapters": listed.adapters,
+        "templates": listed.templates,
+        "losses": {loss.name: loss.summary for loss in all_losses().values()},
         "bases": bases,
         "runs": {
-            str(path): _run_line(path) for path in sorted(RUNS.glob("*/")) if (path / "run.json").is_file()
+            str(path): _run_status(path)
+            for path in sorted(RUNS_FOLDER.glob("*/"))
+            if (path / "run.json").is_file()
         },
     }
 
@@ -60,7 +62,7 @@ def print_recipe(recipe: Recipe) -> None:
     table = Table(box=None)
     for column in ("setting", "value", "origin"):
         table.add_column(column, overflow="fold")
-    for key, value, origin in rows(recipe):
+    for key, value, origin in setting_rows(recipe):
         style = "dim" if origin == "default" else ""
         table.add_row(key, escape(json.dumps(value, ensure_ascii=False)), escape(origin), style=style)
     console.print(table)
@@ -68,6 +70,6 @@ def print_recipe(recipe: Recipe) -> None:
         console.print(escape(note), highlight=False)
 
 
-def _run_line(path: Path) -> str:
+def _run_status(path: Path) -> str:
     record = json.loads((path / "run.json").read_text(encoding="utf-8"))
     return f"{record['status']}, {record['started']}"

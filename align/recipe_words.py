@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from align.default_recipe import default_recipe
-from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.recipe import Recipe, read_recipe
 
 
-def recipe_of_words(
-    stage: str, words: tuple[str, ...], shortcuts: dict[str, Any], out: Path | None = None
+def recipe_from_arguments(
+    stage: str, arguments: tuple[str, ...], shortcuts: dict[str, Any], out: Path | None = None
 ) -> Recipe:
     """Load the recipe of command-line arguments: the one without ``=`` is its name, the others are overrides.
 
@@ -25,12 +25,12 @@ def recipe_of_words(
         UsageError: more than one name.
         UserError: invalid recipe.
     """
-    names = [word for word in words if "=" not in word]
+    names = [argument for argument in arguments if "=" not in argument]
     if len(names) > 1:
         raise click.UsageError(
             f"expected one RECIPE, found {', '.join(names)}; overrides are SECTION.KEY=VALUE"
         )
-    overrides = [word for word in words if "=" in word]
+    overrides = [argument for argument in arguments if "=" in argument]
     name, notes = (names[0], []) if names else default_recipe(stage, shortcuts)
-    recipe = load(stage, name, shortcuts=shortcuts, overrides=overrides, out=out)
+    recipe = read_recipe(stage, name, shortcuts=shortcuts, overrides=overrides, out=out)
     return replace(recipe, notes=[*notes, *recipe.notes])

@@ -7,24 +7,24 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from align.planning.machine import started_on
+from align.planning.machine import launch_target
 from align.rl.rewards.settings import RewardSource, RewardsSettings
-from finetune.planning.devices import this_machine
-from finetune.planning.solver import Machine, settled
-from finetune.planning.world import world
+from finetune.planning.devices import detect_devices
+from finetune.planning.solver import LaunchTarget, resolve
+from finetune.planning.world import dist_info
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.runs import find_run
-from finetune.recipe.start import is_recipe
-from finetune.training.launch import run_stage
+from finetune.recipe.start import is_recipe_name
+from finetune.training.launch import launch_stage
 from finetune.training.run_directory import RunDirectory
 
 
-def ready(recipe: Recipe, console: Console) -> Recipe:
+def resolve_required_runs(recipe: Recipe, console: Console) -> Recipe:
     """Return the recipe with resolved settings, and finished runs as its parent run and rewards.
 
     Args:
-        recipe: ``model.start`` and ``reward.sources`` may be ``stage/recipe``; the run of such a recipe is
+        recipe: ``model.parent`` and ``reward.sources`` may be ``stage/recipe``; the run of such a recipe is
             found by its digest, or runs now.
         console: console for the progress of runs that come first.
 
@@ -33,23 +33,25 @@ def ready(recipe: Recipe, console: Console) -> Recipe:
         Interrupted: stopped by a signal during such a run.
         NotFiniteError: its loss or gradient became NaN or infinite.
     """
-    recipe = settled(recipe, _machine(recipe))
-    start = recipe.settings.model.start
-    if start is not None and is_recipe(start):
-        recipe = _starting_from(_made(start, recipe, console, "starts from"), recipe)
+    recipe = resolve(recipe, _target_machine(recipe))
+    parent = recipe.settings.model.start
+    if parent is not None and is_recipe_name(parent):
+        recipe = _with_parent_run(_finished_run_of(parent, recipe, console, "starts from"), recipe)
     reward = dict(recipe.settings).get("reward")
-    return _rewarded(recipe, reward, console) if isinstance(reward, RewardsSettings) else recipe
+    return _with_reward_runs(recipe, reward, console) if isinstance(reward, RewardsSettings) else recipe
 
 
-def _machine(recipe: Recipe) -> Machine:
+def _target_machine(recipe: Recipe) -> LaunchTarget:
     """Return the machine to solve for: a launcher's processes, or those that the recipe requests."""
-    found, number = this_machine()
-    if (size := world().size) > 1:  # possibly on several machines, so this one's GPU count is no limit
-        return Machine(found.kind, found.bfloat16, size)
-    return started_on(recipe, found, number)
+    device, num_devices = detect_devices()
+    if (
+        world_size := dist_info().world_size
+    ) > 1:  # possibly on several machines, so this one's GPU count is no limit
+        return LaunchTarget(device.kind, device.bfloat16, world_size)
+    return launch_target(recipe, device, num_devices)
 
 
-def _rewarded(recipe: Recipe, reward: RewardsSettings, console: Console) -> Recipe:
+def _with_reward_runs(recipe: Recipe, reward: RewardsSettings, console: Console) -> Recipe:
     """Return the recipe with its reward runs replaced by folders of finished runs."""
     sources: list[RewardSource] = []
     notes: list[str] = []
@@ -57,8 +59,8 @@ def _rewarded(recipe: Recipe, reward: RewardsSettings, console: Console) -> Reci
         if source.run is None:
             sources.append(source)
             continue
-        if is_recipe(source.run):
-            run = _made(source.run, recipe, console, "takes rewards from")
+        if is_recipe_name(source.run):
+            run = _finished_run_of(source.run, recipe, console, "takes rewards from")
         else:
             run, note = find_run(source.run, where=f"reward.sources[{index}].run")
             notes += [note] if note else []
@@ -68,32 +70,30 @@ def _rewarded(recipe: Recipe, reward: RewardsSettings, console: Console) -> Reci
     return replace(recipe, settings=settings, notes=recipe.notes + notes)
 
 
-def _made(text: str, recipe: Recipe, console: Console, verb: str) -> Path:
+def _finished_run_of(reference: str, recipe: Recipe, console: Console, verb: str) -> Path:
     """Return the folder of a recipe's finished run, running it now if needed."""
-    stage, _, name = text.partition("/")
-    first = ready(load(stage, name), console)
-    run = RunDirectory.of(first, force=False)
+    stage, _, name = reference.partition("/")
+    required = resolve_required_runs(read_recipe(stage, name), console)
+    run = RunDirectory.of(required, force=False)
     if run.finished:
-        _say(console, f"{verb} {run.path} ({text})")
+        _print_plain(console, f"{verb} {run.path} ({reference})")
     else:
-        _say(console, f"{verb} {text}, which has no finished run; running it first ({run.path})")
-        _refuse_world(text, recipe)
-        run_stage(first, console, command=f"llm-align {stage} {name}")
-        _say(console, f"{run.path} is finished; continuing with {recipe.stage} {recipe.name}")
+        _print_plain(console, f"{verb} {reference}, which has no finished run; running it first ({run.path})")
+        _check_launcher(reference, recipe)
+        launch_stage(required, console, command=f"llm-align {stage} {name}")
+        _print_plain(console, f"{run.path} is finished; continuing with {recipe.stage} {recipe.name}")
     return run.path
 
 
-def _refuse_world(text: str, recipe: Recipe) -> None:
+def _check_launcher(reference: str, recipe: Recipe) -> None:
     """Raise UserError under torchrun or another launcher, whose processes are for the second recipe."""
-    if world().size > 1:
-        found = (
-            f"{text} has no finished run, and a launcher started {world().size} processes for {recipe.stage}"
-        )
-        repair = f"run {text} first, or run without a launcher: llm-align launches its processes itself"
-        raise UserError(Problem(f"{recipe.stage} {recipe.name}", found, "a finished run of it", repair))
+    if dist_info().world_size > 1:
+        actual = f"{reference} has no finished run, and a launcher started {dist_info().world_size} processes for {recipe.stage}"
+        repair = f"run {reference} first, or run without a launcher: llm-align launches its processes itself"
+        raise UserError(Problem(f"{recipe.stage} {recipe.name}", actual, "a finished run of it", repair))
 
 
-def _starting_from(run: Path, recipe: Recipe) -> Recipe:
+def _with_parent_run(run: Path, recipe: Recipe) -> Recipe:
     """Return the recipe initialized from a run; a fully fine-tuned run also becomes its base."""
     update: dict[str, Any] = {"start": str(run)}
     if (run / "model").is_dir():
@@ -102,5 +102,5 @@ def _starting_from(run: Path, recipe: Recipe) -> Recipe:
     return replace(recipe, settings=recipe.settings.model_copy(update={"model": model}))
 
 
-def _say(console: Console, text: str) -> None:
+def _print_plain(console: Console, text: str) -> None:
     console.print(escape(text), highlight=False, soft_wrap=True)

@@ -17,18 +17,18 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from finetune.planning.hardware import detect, peak_memory_bytes
+from finetune.planning.hardware import detect_hardware, peak_memory_bytes
 
-RESULTS = Path(__file__).parent / "results"
-VOCABULARY = 32_000
+RESULTS_DIR = Path(__file__).parent / "results"
+BENCHMARK_VOCAB_SIZE = 32_000
 LEARNING_RATE = 1e-3
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def train_bpe_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer of at most 32k entries, trained on the data."""
     bpe = ByteLevelBPETokenizer()
     # Three special tokens are added below.
-    bpe.train_from_iterator(texts, vocab_size=VOCABULARY - 3, show_progress=False)
+    bpe.train_from_iterator(texts, vocab_size=BENCHMARK_VOCAB_SIZE - 3, show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
     return tokenizer
@@ -41,7 +41,7 @@ def adapted_llama(
     # All contenders start from the same weights.
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=BENCHMARK_VOCAB_SIZE,
         hidden_size=hidden_size,
         intermediate_size=1376 * hidden_size // 512,
         num_hidden_layers=layers,
@@ -56,7 +56,9 @@ def adapted_llama(
     return adapted
 
 
-def engine_arguments(folder: str, *, batch_size: int, max_steps: int, bfloat16: bool) -> dict[str, Any]:
+def shared_engine_arguments(
+    folder: str, *, batch_size: int, max_steps: int, bfloat16: bool
+) -> dict[str, Any]:
     """Return the TrainingArguments that all contenders share."""
     return {
         "output_dir": folder,
@@ -74,13 +76,13 @@ def engine_arguments(folder: str, *, batch_size: int, max_steps: int, bfloat16: 
     }
 
 
-def losses_logged(history: Iterable[dict[str, float]]) -> dict[str, Any]:
+def summarize_losses(history: Iterable[dict[str, float]]) -> dict[str, Any]:
     """Return the first two losses that a trainer logged, and the mean of all."""
-    losses = [line["loss"] for line in history if "loss" in line]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
     return {"first_losses": losses[:2], "mean_loss": statistics.fmean(losses)}
 
 
-def forget_peak() -> None:
+def reset_peak_memory() -> None:
     """Reset the peak memory of the process (Linux), and of the GPU."""
     # Writing 5 resets VmHWM, the peak resident size (proc(5)).
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -88,22 +90,22 @@ def forget_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak() -> float:
+def peak_memory_gib() -> float:
     """Return the peak memory in GiB since the reset: allocated on the GPU, or resident (Linux)."""
     if torch.cuda.is_available():
-        return peak_memory_bytes(detect()) / 2**30
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
+        return peak_memory_bytes(detect_hardware()) / 2**30
+    status_text = Path("/proc/self/status").read_text(encoding="ascii")
+    peak_line = next(peak_line for peak_line in status_text.splitlines() if peak_line.startswith("VmHWM"))
+    return int(peak_line.split()[1]) / 2**20
 
 
-def peak_apart(module: str, arguments: Sequence[str], contender: str) -> float:
+def peak_memory_in_subprocess(module: str, arguments: Sequence[str], contender: str) -> float:
     """Return the peak memory in GiB of a fresh process that trains a few steps of one contender."""
     # A fresh process, since a peak includes whatever ran before it.
     command = [sys.executable, "-m", module, *arguments, "--only", contender]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: float = json.loads(printed.splitlines()[-1])["peak_memory_gib"]
-    return found
+    peak_gib: float = json.loads(printed.splitlines()[-1])["peak_memory_gib"]
+    return peak_gib
 
 
 def times_slower(runs: Sequence[dict[str, Any]], contenders: Sequence[str]) -> dict[str, float]:
@@ -119,11 +121,11 @@ def times_slower(runs: Sequence[dict[str, Any]], contenders: Sequence[str]) -> d
     }
 
 
-def facts(*, bfloat16: bool) -> dict[str, Any]:
+def environment_metadata(*, bfloat16: bool) -> dict[str, Any]:
     """Return date, device and versions of a measurement."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": detect().name,
+        "device": detect_hardware().name,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "precision": "bfloat16" if bfloat16 else "float32",
@@ -132,7 +134,7 @@ def facts(*, bfloat16: bool) -> dict[str, Any]:
 
 def save_result(name: str, result: dict[str, Any]) -> Path:
     """Write a result to ``results/NAME-PRECISION-DATE.json`` and print the path."""
-    path = RESULTS / f"{name}-{result['precision']}-{result['date'][:10]}.json"
+    path = RESULTS_DIR / f"{name}-{result['precision']}-{result['date'][:10]}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     click.echo(f"written to {path}")
     return path

@@ -20,14 +20,14 @@ import click
 from matplotlib.figure import Figure
 
 from align import load_recipe, run
-from finetune.planning.hardware import detect
+from finetune.planning.hardware import detect_hardware
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 
-RESULTS = Path(__file__).parent / "results"
-NO_BIASES = "bitfit"
+RESULTS_DIR = Path(__file__).parent / "results"
+NEEDS_BIASES = "bitfit"
 """Left out: the embedded base has no bias terms."""
 
-COLUMNS = {
+COLUMN_TITLES = {
     "adapter": "adapter",
     "trained": "trained parameters",
     "exact": "exact match",
@@ -48,19 +48,24 @@ def main(steps: int, rows: int, factors: str, only: str | None, methods: str | N
     """Measure, and write table and plot."""
     if only:
         method, rate = only.split(":")
-        click.echo(json.dumps(_measure(method, float(rate), steps=steps, rows=rows)))
+        click.echo(json.dumps(_measure_adapter(method, float(rate), steps=steps, rows=rows)))
         return
-    chosen = methods.split(",") if methods else [m for m in plugin_names(ADAPTERS) if m != NO_BIASES]
+    selected = (
+        methods.split(",") if methods else [name for name in plugin_names(ADAPTERS) if name != NEEDS_BIASES]
+    )
     results = []
-    for method in chosen:
-        usual = load_plugin(ADAPTERS, method, where="compare").TRAITS.learning_rate
-        runs = [_apart(method, usual * float(f), steps=steps, rows=rows) for f in factors.split(",")]
+    for method in selected:
+        default_rate = load_plugin(ADAPTERS, method, where="compare").TRAITS.learning_rate
+        runs = [
+            _measure_in_subprocess(method, default_rate * float(factor), steps=steps, rows=rows)
+            for factor in factors.split(",")
+        ]
         results.append(min(runs, key=lambda entry: entry["held_out_loss"]) | {"tried": runs})
-        click.echo(json.dumps({key: results[-1][key] for key in COLUMNS}))
+        click.echo(json.dumps({key: results[-1][key] for key in COLUMN_TITLES}))
     _write(results, {"steps": steps, "rows": rows, "factors": factors})
 
 
-def _apart(method: str, rate: float, *, steps: int, rows: int) -> dict[str, Any]:
+def _measure_in_subprocess(method: str, rate: float, *, steps: int, rows: int) -> dict[str, Any]:
     """Measure in a process of its own."""
     arguments = ["--steps", str(steps), "--rows", str(rows), "--only", f"{method}:{rate:g}"]
     command = [sys.executable, "-m", "benchmarks.compare", *arguments]
@@ -69,9 +74,11 @@ def _apart(method: str, rate: float, *, steps: int, rows: int) -> dict[str, Any]
     return result
 
 
-def _measure(method: str, rate: float, *, steps: int, rows: int) -> dict[str, Any]:
-    own = load_plugin(ADAPTERS, method, where="compare").Settings().model_dump()
-    settings = {f"adapter.{key}": own[key] for key in ("rank", "alpha", "dropout") if key in own}
+def _measure_adapter(method: str, rate: float, *, steps: int, rows: int) -> dict[str, Any]:
+    adapter_values = load_plugin(ADAPTERS, method, where="compare").Settings().model_dump()
+    settings = {
+        f"adapter.{key}": adapter_values[key] for key in ("rank", "alpha", "dropout") if key in adapter_values
+    }
     settings |= {
         "train.max_steps": steps,
         "train.learning_rate": rate,
@@ -92,19 +99,21 @@ def _measure(method: str, rate: float, *, steps: int, rows: int) -> dict[str, An
     }
 
 
-def _write(results: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+def _write(results: list[dict[str, Any]], budget: dict[str, Any]) -> None:
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    name = RESULTS / f"compare-{date[:10]}"
-    unit = next((entry["seconds"] for entry in results if entry["adapter"] == "lora"), results[0]["seconds"])
-    content = {"date": date, "device": detect().name, **facts, "results": results}
+    name = RESULTS_DIR / f"compare-{date[:10]}"
+    lora_seconds = next(
+        (entry["seconds"] for entry in results if entry["adapter"] == "lora"), results[0]["seconds"]
+    )
+    content = {"date": date, "device": detect_hardware().name, **budget, "results": results}
     name.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    table = _head(content) + _table(results, unit)
+    table = _header(content) + _table(results, lora_seconds)
     name.with_suffix(".md").write_text(table, encoding="utf-8")
     _plot(results).savefig(name.with_suffix(".png"), dpi=120)
     click.echo(table + f"\nwritten to {name}.json, .md and .png")
 
 
-def _head(content: dict[str, Any]) -> str:
+def _header(content: dict[str, Any]) -> str:
     return (
         f"All adapters on the quickstart's rows: {content['steps']} optimizer steps of 16 rows, the best of "
         f"{content['factors']} times its default learning rate, {content['rows']} rows of exact match, "
@@ -112,15 +121,15 @@ def _head(content: dict[str, Any]) -> str:
     )
 
 
-def _table(results: list[dict[str, Any]], unit: float) -> str:
+def _table(results: list[dict[str, Any]], lora_seconds: float) -> str:
     rows = [
         f"| `{entry['adapter']}` | {entry['trained']:,} | {entry['exact']:.0%} "
-        f"| {entry['held_out_loss']:.3f} | {entry['seconds'] / unit:.2f} | {entry['peak_gib']:.2f} "
+        f"| {entry['held_out_loss']:.3f} | {entry['seconds'] / lora_seconds:.2f} | {entry['peak_gib']:.2f} "
         f"| {entry['learning_rate']:g} |"
         for entry in sorted(results, key=lambda entry: entry["held_out_loss"])
     ]
-    titles = f"| {' | '.join(COLUMNS.values())} |"
-    return "\n".join([titles, f"|{' --- |' * len(COLUMNS)}", *rows]) + "\n"
+    titles = f"| {' | '.join(COLUMN_TITLES.values())} |"
+    return "\n".join([titles, f"|{' --- |' * len(COLUMN_TITLES)}", *rows]) + "\n"
 
 
 def _plot(results: list[dict[str, Any]]) -> Figure:
@@ -128,8 +137,8 @@ def _plot(results: list[dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     for entry in results:
         axes.scatter(entry["trained"], entry["held_out_loss"], color="#3b5bdb", s=18)
-        place = (entry["trained"], entry["held_out_loss"])
-        axes.annotate(entry["adapter"], place, xytext=(4, 3), textcoords="offset points", fontsize=8)
+        point = (entry["trained"], entry["held_out_loss"])
+        axes.annotate(entry["adapter"], point, xytext=(4, 3), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -36,34 +36,34 @@ from align.preference.losses.pairwise import dpo
 from align.preference.rows.dataset import PreferenceGroups
 from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
-from align.preference.trl_engine import pair_columns
+from align.preference.trl_engine import to_pair_dataset
 from benchmarks.common import (
     LEARNING_RATE,
-    RESULTS,
+    RESULTS_DIR,
     adapted_llama,
-    engine_arguments,
-    facts,
-    forget_peak,
-    losses_logged,
-    peak,
-    peak_apart,
+    environment_metadata,
+    peak_memory_gib,
+    peak_memory_in_subprocess,
+    reset_peak_memory,
     save_result,
+    shared_engine_arguments,
+    summarize_losses,
     times_slower,
-    train_tokenizer,
+    train_bpe_tokenizer,
 )
-from finetune.data.batches import MicroBatches
+from finetune.data.batches import MicroBatchSampler
 from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
 from finetune.training.head import output_head
 
-EMBEDDED = "recipes/tiny/data/preferences_train.jsonl"
+EMBEDDED_PREFERENCES = "recipes/tiny/data/preferences_train.jsonl"
 CONTENDERS = ("native", "native-separate", "trl", "trl-best")
-TOLERANCE = {False: 1e-5, True: 2e-2}
+COMPLETION_TOLERANCE = {False: 1e-5, True: 2e-2}
 """Relative, of a completion's log-probability: in float32, in bfloat16 (which has three digits)."""
 
 
 @dataclass(frozen=True)
-class Work:
+class DpoWork:
     """Data and model that all contenders share."""
 
     groups: PreferenceGroups
@@ -74,48 +74,50 @@ class Work:
     device: torch.device
 
     @property
-    def pad(self) -> int:
+    def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
     def group(self, index: int) -> Group:
         """Return a pair as the collator's input."""
         row = self.groups[index]
-        pieces = (row.prompt_ids, *row.completion_ids)
-        prompt, *completions = (torch.tensor(ids, dtype=torch.long) for ids in pieces)
+        sequences = (row.prompt_ids, *row.completion_ids)
+        prompt, *completions = (torch.tensor(ids, dtype=torch.long) for ids in sequences)
         return Group(prompt, tuple(completions))
 
     def batches(self) -> Iterator[list[int]]:
         """Yield the pairs of each step, grouped by length as in the native trainers."""
         lengths = self.groups.lengths.tolist()
         size = self.batch_size
-        yield from MicroBatches(lengths, batch_size=size, micro_batch_size=size, seed=0, group_by_length=True)
+        yield from MicroBatchSampler(
+            lengths, batch_size=size, micro_batch_size=size, seed=0, group_by_length=True
+        )
 
 
-def build(path: str, rows: int, batch_size: int, *, bfloat16: bool, small: bool = False) -> Work:
+def build_work(path: str, rows: int, batch_size: int, *, bfloat16: bool, small: bool = False) -> DpoWork:
     """Return the first pairs of a file, the adapted model, and a tokenizer trained on the file."""
-    found = [row.columns for row in read_source(path)]
-    tokenizer = train_tokenizer(str(text) for row in found for text in row.values())
-    settings = PreferenceSettings(source=found[: 2 * rows], cache=False, template="hh")
+    rows_of_file = [row.columns for row in read_source(path)]
+    tokenizer = train_bpe_tokenizer(str(text) for row in rows_of_file for text in row.values())
+    settings = PreferenceSettings(source=rows_of_file[: 2 * rows], cache=False, template="hh")
     prepared = prepare_preferences(settings, Encoder(tokenizer, "hh"), max_length=512, seed=0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = {"hidden_size": 64, "layers": 2} if small else {}
     model = adapted_llama(bfloat16=bfloat16, **shape)
     assert isinstance(model, PeftModel)
-    groups = _first(prepared.train, rows)
-    return Work(groups, tokenizer, model.to(device), batch_size, bfloat16, device)
+    groups = _first_groups(prepared.train, rows)
+    return DpoWork(groups, tokenizer, model.to(device), batch_size, bfloat16, device)
 
 
-def run(work: Work, contender: str, *, max_steps: int = -1) -> dict[str, Any]:
+def run_contender(work: DpoWork, contender: str, *, max_steps: int = -1) -> dict[str, Any]:
     """Train one epoch with one contender from the initial weights; return seconds and losses."""
     model = deepcopy(work.model)
     if contender.startswith("native"):
-        measured = _native(work, model, separate=contender.endswith("separate"), max_steps=max_steps)
+        measured = _run_native(work, model, separate=contender.endswith("separate"), max_steps=max_steps)
     else:
-        measured = _trl(work, model, best=contender.endswith("best"), max_steps=max_steps)
+        measured = _run_trl(work, model, best=contender.endswith("best"), max_steps=max_steps)
     return {"contender": contender, **measured}
 
 
-def differences(work: Work) -> dict[str, float]:
+def logp_differences(work: DpoWork) -> dict[str, float]:
     """Return the largest relative differences of log-probabilities between our implementation and TRL's.
 
     LoRA's B is randomized first, since policy and reference agree as long as it is zero.
@@ -127,55 +129,58 @@ def differences(work: Work) -> dict[str, float]:
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trl_trainer(work, model, folder, best=True, max_steps=-1)
-        columns = pair_columns(work.groups)
-        lines = trainer.data_collator([columns[index] for index in range(len(columns))])
-        batch = {key: value.to(work.device) for key, value in lines.items()}
+        trainer = _make_trl_trainer(work, model, folder, best=True, max_steps=-1)
+        columns = to_pair_dataset(work.groups)
+        collated = trainer.data_collator([columns[index] for index in range(len(columns))])
+        batch = {key: value.to(work.device) for key, value in collated.items()}
         theirs = {"policy": trainer.compute_ref_log_probs(model, batch)}  # by "ref", its copy of the adapter
         model.delete_adapter("ref")
         theirs["reference"] = trainer.compute_ref_log_probs(model, batch)
     with torch.no_grad():
-        pairs = _pairs(work, model, range(len(work.groups)), GroupCollator(work.pad, budget=2048))
+        pairs = _pair_logps(work, model, range(len(work.groups)), GroupCollator(work.pad_id, budget=2048))
     assert pairs.reference_chosen_logps is not None and pairs.reference_rejected_logps is not None
     ours = {
         "policy": (pairs.chosen_logps, pairs.rejected_logps),
         "reference": (pairs.reference_chosen_logps, pairs.reference_rejected_logps),
     }
-    apart = (torch.cat(ours["policy"]) - torch.cat(ours["reference"])).abs().mean()
-    assert apart > 0.01, "policy and reference agree"
-    return {who: _difference(torch.cat(ours[who]), torch.cat(theirs[who])) for who in ours}
+    mean_difference = (torch.cat(ours["policy"]) - torch.cat(ours["reference"])).abs().mean()
+    assert mean_difference > 0.01, "policy and reference agree"
+    return {
+        policy_name: _max_relative_difference(torch.cat(ours[policy_name]), torch.cat(theirs[policy_name]))
+        for policy_name in ours
+    }
 
 
-def _first(groups: PreferenceGroups, count: int) -> PreferenceGroups:
+def _first_groups(groups: PreferenceGroups, count: int) -> PreferenceGroups:
     """Return the first groups."""
     assert len(groups) >= count, f"{len(groups)} pairs of {count}"
-    first = int(groups.firsts[count])
+    first = int(groups.prompt_index[count])
     completions = first - count
     return PreferenceGroups(
-        input_ids=groups.input_ids[: groups.starts[first]],
-        starts=groups.starts[: first + 1],
-        firsts=groups.firsts[: count + 1],
+        input_ids=groups.input_ids[: groups.offsets[first]],
+        offsets=groups.offsets[: first + 1],
+        prompt_index=groups.prompt_index[: count + 1],
         scores=groups.scores[:completions],
         ranks=groups.ranks[:completions],
         margins=groups.margins[:count],
-        places=groups.places[:count],
-        sources=groups.sources[:count],
+        locations=groups.locations[:count],
+        source_ids=groups.source_ids[:count],
     )
 
 
-def _native(work: Work, model: PeftModel, *, separate: bool, max_steps: int) -> dict[str, Any]:
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+def _run_native(work: DpoWork, model: PeftModel, *, separate: bool, max_steps: int) -> dict[str, Any]:
+    trained_weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained_weights, lr=LEARNING_RATE, weight_decay=0.0)
     batches = list(work.batches())[: max_steps if max_steps > 0 else None]
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
-    collate = GroupCollator(work.pad, separate=separate)
+    collate = GroupCollator(work.pad_id, one_per_row=separate)
     model.train()
     start, losses = time.perf_counter(), []
     for rows in batches:
         with torch.autocast(work.device.type, torch.bfloat16, enabled=work.bfloat16):
-            loss = dpo(_pairs(work, model, rows, collate)).losses.mean()
+            loss = dpo(_pair_logps(work, model, rows, collate)).losses.mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
+        nn.utils.clip_grad_norm_(trained_weights, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -184,10 +189,10 @@ def _native(work: Work, model: PeftModel, *, separate: bool, max_steps: int) -> 
     return {"seconds": seconds, "first_losses": losses[:2], "mean_loss": statistics.fmean(losses)}
 
 
-def _pairs(work: Work, model: PeftModel, rows: Sequence[int], collate: GroupCollator) -> Pairs:
+def _pair_logps(work: DpoWork, model: PeftModel, rows: Sequence[int], collate: GroupCollator) -> Pairs:
     """Return log-probabilities under the policy and, with the adapter disabled, under the reference."""
-    laid = collate([work.group(row) for row in rows])
-    batch = {key: value.to(work.device) for key, value in laid.items() if isinstance(value, Tensor)}
+    collated = collate([work.group(row) for row in rows])
+    batch = {key: value.to(work.device) for key, value in collated.items() if isinstance(value, Tensor)}
     head = output_head(model)
     with torch.no_grad(), model.disable_adapter():
         reference = completion_logps(model, head, batch)
@@ -202,20 +207,24 @@ def _pairs(work: Work, model: PeftModel, rows: Sequence[int], collate: GroupColl
     )
 
 
-def _trl(work: Work, model: PeftModel, *, best: bool, max_steps: int) -> dict[str, Any]:
+def _run_trl(work: DpoWork, model: PeftModel, *, best: bool, max_steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trl_trainer(work, model, folder, best=best, max_steps=max_steps)
+        trainer = _make_trl_trainer(work, model, folder, best=best, max_steps=max_steps)
         model.delete_adapter("ref")  # TRL then takes the base as reference: cheaper, and equal
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, **losses_logged(trainer.state.log_history)}
+    return {"seconds": seconds, **summarize_losses(trainer.state.log_history)}
 
 
-def _trl_trainer(work: Work, model: PeftModel, folder: str, *, best: bool, max_steps: int) -> DPOTrainer:
-    common = engine_arguments(folder, batch_size=work.batch_size, max_steps=max_steps, bfloat16=work.bfloat16)
-    faster: dict[str, Any] = {
+def _make_trl_trainer(
+    work: DpoWork, model: PeftModel, folder: str, *, best: bool, max_steps: int
+) -> DPOTrainer:
+    common = shared_engine_arguments(
+        folder, batch_size=work.batch_size, max_steps=max_steps, bfloat16=work.bfloat16
+    )
+    fast_options: dict[str, Any] = {
         "activation_checkpointing": False,
         "train_sampling_strategy": "group_by_length",
         "length_column_name": "length",
@@ -223,23 +232,26 @@ def _trl_trainer(work: Work, model: PeftModel, folder: str, *, best: bool, max_s
     }
     trainer = DPOTrainer(
         model=model,
-        args=DPOConfig(**common, max_length=None, **(faster if best else {})),
+        args=DPOConfig(**common, max_length=None, **(fast_options if best else {})),
         # TRL would tokenize text itself: a dummy row passes its checks, and our token ids replace it below.
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=work.tokenizer,
     )
-    columns = pair_columns(work.groups)
+    columns = to_pair_dataset(work.groups)
     trainer.train_dataset = columns.add_column("length", work.groups.lengths.tolist()) if best else columns
     return trainer
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
+def _max_relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return float(((ours.float() - theirs.float()).abs() / theirs.float().abs()).max())
 
 
 @click.command()
 @click.option(
-    "--data", default=EMBEDDED, show_default=True, help="A file of pairs in a layout that recipes support."
+    "--data",
+    default=EMBEDDED_PREFERENCES,
+    show_default=True,
+    help="A file of pairs in a layout that recipes support.",
 )
 @click.option("--rows", default=24, show_default=True, help="Pairs.")
 @click.option("--batch-size", default=4, show_default=True)
@@ -249,7 +261,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 @click.option(
     "--only", type=click.Choice(CONTENDERS), help="Four steps of one contender, for its peak memory."
 )
-@click.option("--save", is_flag=True, help=f"Write the result to {RESULTS.name}/.")
+@click.option("--save", is_flag=True, help=f"Write the result to {RESULTS_DIR.name}/.")
 def main(
     data: str,
     rows: int,
@@ -261,26 +273,31 @@ def main(
     save: bool,
 ) -> None:
     """Measure, and print the ratios on the last line."""
-    work = build(data, rows, batch_size, bfloat16=bfloat16, small=small)
+    work = build_work(data, rows, batch_size, bfloat16=bfloat16, small=small)
     if only:
-        forget_peak()
-        run(work, only, max_steps=4)
-        click.echo(json.dumps({"peak_memory_gib": round(peak(), 3)}))
+        reset_peak_memory()
+        run_contender(work, only, max_steps=4)
+        click.echo(json.dumps({"peak_memory_gib": round(peak_memory_gib(), 3)}))
         return
-    apart = differences(work)
-    click.echo(f"largest relative difference of log-probabilities: {apart}")
-    assert max(apart.values()) < TOLERANCE[bfloat16], "log-probabilities differ between contenders"
+    differences = logp_differences(work)
+    click.echo(f"largest relative difference of log-probabilities: {differences}")
+    assert max(differences.values()) < COMPLETION_TOLERANCE[bfloat16], (
+        "log-probabilities differ between contenders"
+    )
     runs = []
     for repeat in range(repeats):
         # Alternating order, so that a drift of the machine hits all contenders alike.
         for contender in CONTENDERS if repeat % 2 == 0 else reversed(CONTENDERS):
-            runs.append({"repeat": repeat, **run(work, contender)})
+            runs.append({"repeat": repeat, **run_contender(work, contender)})
             click.echo(json.dumps(runs[-1]))
     arguments = ["--data", data, "--rows", str(rows), "--batch-size", str(batch_size)]
     arguments += ["--bfloat16"] * bfloat16 + ["--small"] * small
-    peaks = {contender: peak_apart("benchmarks.dpo", arguments, contender) for contender in CONTENDERS}
+    peaks = {
+        contender: peak_memory_in_subprocess("benchmarks.dpo", arguments, contender)
+        for contender in CONTENDERS
+    }
     settings = {"data": Path(data).name, "rows": rows, "batch_size": batch_size}
-    result = _result(work, runs, peaks, {**settings, "logps_differ_by": apart})
+    result = _result(work, runs, peaks, {**settings, "logps_differ_by": differences})
     if save:
         save_result("dpo", result)
     ratios = ", ".join(f"{name} {value:.2f}x" for name, value in result["times_slower_than_native"].items())
@@ -288,14 +305,14 @@ def main(
 
 
 def _result(
-    work: Work, runs: list[dict[str, Any]], peaks: dict[str, float], settings: dict[str, Any]
+    work: DpoWork, runs: list[dict[str, Any]], peaks: dict[str, float], settings: dict[str, Any]
 ) -> dict[str, Any]:
     groups = work.groups
-    separate = int((groups.completions * groups.prompt_lengths).sum() + groups.completion_lengths.sum())
+    separate = int((groups.num_completions * groups.prompt_lengths).sum() + groups.completion_lengths.sum())
     return {
-        **facts(bfloat16=work.bfloat16),
+        **environment_metadata(bfloat16=work.bfloat16),
         **settings,
-        "parameters": sum(weight.numel() for weight in work.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in work.model.parameters()),
         "tokens_shared": groups.num_tokens,
         "tokens_separate": separate,
         "tokens_with_loss": int(groups.completion_lengths.sum()),

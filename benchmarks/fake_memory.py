@@ -1,7 +1,7 @@
 """Memory of the real training step under FakeTensorMode, as the planner's reference.
 
 Models are built from a config by transformers' classes, adapters by finetune/adapters, losses by our own
-functions; ``FakeTensorMode`` runs them without data, and ``Ledger`` counts the storage of every tensor that
+functions; ``FakeTensorMode`` runs them without data, and ``StorageLedger`` counts the storage of every tensor that
 an operation returns, gradients and optimizer states included, until it is freed. Temporaries inside a kernel
 are not counted.
 """
@@ -26,57 +26,57 @@ from transformers import (
     PreTrainedModel,
 )
 
-from align.ppo.roles import Roles
+from align.ppo.roles import ActorCritic
 from align.preference.logps import token_logps
-from align.preference.starting_policy import StartingPolicy
-from align.reward.model import all_scores, put_head
-from align.reward.shared_base import scorer_on
+from align.preference.starting_policy import ReferencePolicy
+from align.reward.model import replace_score_head, token_scores
+from align.reward.shared_base import scorer_sharing_base
 from finetune.planning.architecture import Architecture
-from finetune.planning.from_recipe import adapter_of
-from finetune.planning.workload import Objective, Precision, Workload
+from finetune.planning.from_recipe import planned_adapter
+from finetune.planning.workload import ObjectiveKind, Precision, Workload
 from finetune.recipe.discovery import ADAPTERS, load_plugin
 from finetune.recipe.settings import AdapterSettings
 from finetune.training.completion import completion_loss_sum
 from finetune.training.head import output_head
-from finetune.training.model import DTYPES, label_scores
+from finetune.training.model import DTYPES, configure_score_heads
 
 aten = torch.ops.aten
-Values = Mapping[str, Any]
+BaseConfig = Mapping[str, Any]
 
 
-class Ledger(TorchDispatchMode):
+class StorageLedger(TorchDispatchMode):
     """Counts the bytes of all live storages.
 
-    Data-dependent numbers (how many elements of a mask are true) are answered with ``count``.
+    Data-dependent numbers (how many elements of a mask are true) are answered with ``num_true``.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, num_true: int) -> None:
         super().__init__()
-        self.count = count
+        self.num_true = num_true
         self.live = self.peak = 0
-        self.alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self.drawn: set[int] = set()
+        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.random_keys: set[int] = set()
 
-    def begin(self) -> None:
+    def reset_peak(self) -> None:
         """Reset the peak."""
         self.peak = self.live
 
     def add(self, tensor: Tensor) -> None:
         """Count a tensor's storage until it is freed."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, nbytes = storage._cdata, storage.nbytes()
         # Views share a storage; meta tensors have none.
-        if key in self.alive or tensor.device.type == "meta":
+        if key in self.storages or tensor.device.type == "meta":
             return
 
-        def gone(_: object) -> None:
-            if self.alive.pop(key, None) is not None:
-                self.live -= size
-                self.drawn.discard(key)
+        def on_free(_: object) -> None:
+            if self.storages.pop(key, None) is not None:
+                self.live -= nbytes
+                self.random_keys.discard(key)
 
         # A weak reference does not prolong the storage's life and reports its end.
-        self.alive[key] = weakref.ref(storage, gone)
-        self.live += size
+        self.storages[key] = weakref.ref(storage, on_free)
+        self.live += nbytes
         self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(
@@ -85,27 +85,29 @@ class Ledger(TorchDispatchMode):
         """Run an operation and count its outputs."""
         # Tensor.item(): a random index (AdaMix's expert) must be valid, other numbers count mask elements.
         if func is aten._local_scalar_dense.default:
-            return 0 if args[0].untyped_storage()._cdata in self.drawn else self.count
-        made = self._masked(func, args) if func in MASKED and _by_mask(args[1]) else None
-        if made is None:
-            made = func(*args, **(kwargs or {}))
-        for one in tree_leaves(made):
-            if isinstance(one, Tensor):
-                self.add(one)
+            return 0 if args[0].untyped_storage()._cdata in self.random_keys else self.num_true
+        outputs = (
+            self._masked(func, args) if func in MASKED_OPERATIONS and _has_boolean_index(args[1]) else None
+        )
+        if outputs is None:
+            outputs = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
                 if func is aten.randint.default:
-                    self.drawn.add(one.untyped_storage()._cdata)
-        return made
+                    self.random_keys.add(leaf.untyped_storage()._cdata)
+        return outputs
 
     def _masked(self, func: Any, args: tuple[Any, ...]) -> Tensor:
         """Return the output of an operation with a boolean mask: its size is data-dependent."""
         states, (mask,) = args[0], args[1]
         if func is aten.index.Tensor:
-            made: Tensor = states.new_empty((self.count, *states.shape[mask.dim() :]))
-            return made
+            output: Tensor = states.new_empty((self.num_true, *states.shape[mask.dim() :]))
+            return output
         return torch.empty_like(states) if func is aten.index_put.default else states
 
 
-MASKED = (
+MASKED_OPERATIONS = (
     aten.index.Tensor,
     aten.index_put.default,
     aten.index_put_.default,
@@ -113,12 +115,12 @@ MASKED = (
 )
 
 
-def _by_mask(indices: Sequence[Tensor | None]) -> bool:
-    return any(one is not None and one.dtype == torch.bool for one in indices)
+def _has_boolean_index(indices: Sequence[Tensor | None]) -> bool:
+    return any(index is not None and index.dtype == torch.bool for index in indices)
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """A step to measure and to plan.
 
     Attributes:
@@ -137,17 +139,17 @@ class Case:
     """
 
     name: str
-    config: Values
-    adapter: Values = field(default_factory=lambda: {"method": "lora"})
-    objective: Objective = "likelihood"
+    config: BaseConfig
+    adapter: BaseConfig = field(default_factory=lambda: {"method": "lora"})
+    objective: ObjectiveKind = "likelihood"
     precision: Precision = "bfloat16"
-    lines: int = 4
-    columns: int = 256
+    rows: int = 4
+    seq_len: int = 256
     predicted: int = 500
     masked: bool = False
     checkpointing: bool = False
     attention: str = "sdpa"
-    accumulated: int = 1
+    accumulation_steps: int = 1
 
     @property
     def settings(self) -> AdapterSettings:
@@ -160,24 +162,24 @@ class Case:
     def workload(self) -> Workload:
         """Return the planner's input; for a CPU, as fake tensors are."""
         return Workload(
-            architecture=Architecture.of(self.config),
-            adapter=adapter_of(self.settings),
+            architecture=Architecture.from_config(self.config),
+            adapter=planned_adapter(self.settings),
             objective=self.objective,
             precision=self.precision,
-            lines=self.lines,
-            columns=self.columns,
+            rows=self.rows,
+            seq_len=self.seq_len,
             predicted=self.predicted,
             masked=self.masked,
             checkpointing=self.checkpointing,
             attention=self.attention,  # type: ignore[arg-type]
-            accumulated=self.accumulated,
+            accumulation_steps=self.accumulation_steps,
             heads=1 if self.objective in ("scores", "ppo") else 0,
             device="cpu",
         )
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredMemory:
     """Bytes of an optimizer step.
 
     Attributes:
@@ -188,114 +190,118 @@ class Measured:
 
     loaded: int
     states: int
-    taken: int
+    pass_peak: int
 
 
-def measure(case: Case) -> Measured:
+def measure_step(case: MemoryCase) -> MeasuredMemory:
     """Run an optimizer step of a case on fake tensors; return its memory."""
-    model = _built(case)
-    ledger = Ledger(case.predicted)
+    model = _build_model(case)
+    ledger = StorageLedger(case.predicted)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-        _materialise(model)
-        start = StartingPolicy(model.policy) if isinstance(model, Roles) else None
+        _materialize(model)
+        reference = ReferencePolicy(model.policy) if isinstance(model, ActorCritic) else None
         # Garbage in reference cycles would count as live.
         gc.collect()
         loaded = ledger.live
-        _prepare(model, case)
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        _prepare_training(model, case)
+        trained_weights = [weight for weight in model.parameters() if weight.requires_grad]
         # Without foreach: the planner counts its temporaries on CUDA alone.
-        optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=False)
-        ledger.begin()
-        for _ in range(case.accumulated):
-            _loss(model, case).backward()
-        taken = ledger.peak - loaded
+        optimizer = torch.optim.AdamW(trained_weights, lr=1e-3, foreach=False)
+        ledger.reset_peak()
+        for _ in range(case.accumulation_steps):
+            _compute_loss(model, case).backward()
+        pass_peak = ledger.peak - loaded
         optimizer.step()
         optimizer.zero_grad()
         states = ledger.live - loaded
-        del start
-    return Measured(loaded, states, taken)
+        del reference
+    return MeasuredMemory(loaded, states, pass_peak)
 
 
-def _built(case: Case) -> nn.Module:
+def _build_model(case: MemoryCase) -> nn.Module:
     """Return base and adapter on the meta device."""
     config = AutoConfig.for_model(**case.config)
     plugin = load_plugin(ADAPTERS, case.adapter["method"], where="adapter.method")
-    stored = DTYPES["float32" if case.adapter["method"] == "full" else case.precision]
-    kind = AutoModelForSequenceClassification if case.objective == "scores" else AutoModelForCausalLM
+    dtype = DTYPES["float32" if case.adapter["method"] == "full" else case.precision]
+    model_class = AutoModelForSequenceClassification if case.objective == "scores" else AutoModelForCausalLM
     if case.objective == "scores":
-        label_scores(config, ["score"])
-    with torch.device("meta"), _zeros():
-        attention = "eager" if Architecture.of(case.config).eager else case.attention
-        base: PreTrainedModel = kind.from_config(config, dtype=stored, attn_implementation=attention)
+        configure_score_heads(config, ["score"])
+    with torch.device("meta"), _answer_zero_for_meta():
+        attention = "eager" if Architecture.from_config(case.config).eager else case.attention
+        base: PreTrainedModel = model_class.from_config(config, dtype=dtype, attn_implementation=attention)
         if case.objective == "scores":
-            put_head(base, 1, pad_id=0)
+            replace_score_head(base, 1, pad_id=0)
         # Adapters expect a frozen base, as finetune/training loads it.
         base.requires_grad_(False)
         if case.objective != "ppo":
             model: nn.Module = plugin.build(base, case.settings)
             return model
-        value = plugin.build(scorer_on(base, ["value"], pad_id=0), case.settings)
-        return Roles(plugin.build(base, case.settings), value, column=0, temperature=1.0)
+        value = plugin.build(scorer_sharing_base(base, ["value"], pad_id=0), case.settings)
+        return ActorCritic(plugin.build(base, case.settings), value, head_index=0, temperature=1.0)
 
 
 @contextmanager
-def _zeros() -> Iterator[None]:
+def _answer_zero_for_meta() -> Iterator[None]:
     """Answer 0 where library code reads a number from a meta tensor."""
 
     class Answers(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
-            asked = func is aten._local_scalar_dense.default and args[0].device.type == "meta"
-            return 0 if asked else func(*args, **(kwargs or {}))
+            reads_number = func is aten._local_scalar_dense.default and args[0].device.type == "meta"
+            return 0 if reads_number else func(*args, **(kwargs or {}))
 
     with Answers():
         yield
 
 
-def _materialise(model: nn.Module) -> None:
+def _materialize(model: nn.Module) -> None:
     """Allocate parameters and buffers on the CPU; shared ones stay shared."""
     weights: dict[int, nn.Parameter] = {}
     for name, weight in list(model.named_parameters(remove_duplicate=False)):
         if id(weight) not in weights:
             empty = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
             weights[id(weight)] = nn.Parameter(empty, requires_grad=weight.requires_grad)
-        _put(model, name, weights[id(weight)])
+        _set_tensor(model, name, weights[id(weight)])
     buffers: dict[int, Tensor] = {}
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         if id(buffer) not in buffers:
             buffers[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-        _put(model, name, buffers[id(buffer)])
+        _set_tensor(model, name, buffers[id(buffer)])
 
 
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    place, _, own = name.rpartition(".")
-    module = model.get_submodule(place)
+def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    module_path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_path)
     if isinstance(module, (nn.ParameterDict,)) or type(module).__name__ == "BufferDict":
-        module[own] = value  # type: ignore[operator]
+        module[attribute] = value  # type: ignore[operator]
     elif isinstance(value, nn.Parameter):
-        module.register_parameter(own, value)
+        module.register_parameter(attribute, value)
     else:
-        module.register_buffer(own, value, persistent=own not in module._non_persistent_buffers_set)
+        module.register_buffer(
+            attribute, value, persistent=attribute not in module._non_persistent_buffers_set
+        )
 
 
-def _bases(model: nn.Module) -> list[PreTrainedModel]:
-    return [one for one in model.modules() if isinstance(one, PreTrainedModel) and _has_layers(one)]
+def _decoders(model: nn.Module) -> list[PreTrainedModel]:
+    return [
+        module for module in model.modules() if isinstance(module, PreTrainedModel) and _has_layers(module)
+    ]
 
 
 def _has_layers(model: PreTrainedModel) -> bool:
     return any(name == "layers" for name, _ in model.named_children())
 
 
-def _prepare(model: nn.Module, case: Case) -> None:
+def _prepare_training(model: nn.Module, case: MemoryCase) -> None:
     """Prepare the model as the Trainer does: checkpointing, autocast, float32 outputs."""
     model.train()
     if case.checkpointing:
-        for one in model.modules():
-            if isinstance(one, PreTrainedModel) and not _has_layers(one):
-                one.enable_input_require_grads()
-                one.activation_checkpointing_enable()
-    for decoder in _bases(model):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and not _has_layers(module):
+                module.enable_input_require_grads()
+                module.activation_checkpointing_enable()
+    for decoder in _decoders(model):
         if not case.masked and case.objective != "comparison":
             for layer in decoder.get_submodule(
                 "layers"
@@ -310,34 +316,39 @@ def _without_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return args, {**kwargs, "attention_mask": None}
 
 
-def _loss(model: nn.Module, case: Case) -> Tensor:
-    ids = torch.zeros(case.lines, case.columns, dtype=torch.long)
+def _compute_loss(model: nn.Module, case: MemoryCase) -> Tensor:
+    ids = torch.zeros(case.rows, case.seq_len, dtype=torch.long)
     if case.objective == "likelihood":
-        batch = {"input_ids": ids, "labels": ids.clone(), "rows": torch.zeros(case.lines)}
+        batch = {"input_ids": ids, "labels": ids.clone(), "rows": torch.zeros(case.rows)}
         if case.masked:
             batch["attention_mask"] = torch.ones_like(ids)
-        passes = adapter_of(case.settings).passes
-        return completion_loss_sum(model, output_head(_causal(model)), batch, passes=passes)
-    batch = _groups(case, ids)
+        passes = planned_adapter(case.settings).forward_passes
+        return completion_loss_sum(model, output_head(_causal_model(model)), batch, num_passes=passes)
+    batch = _group_batch(case, ids)
     if case.objective == "comparison":
-        return token_logps(model, output_head(_causal(model)), batch).sum()
+        return token_logps(model, output_head(_causal_model(model)), batch).sum()
     if case.objective == "scores":
-        return all_scores(model, batch).sum()
-    found = model(batch, spread=False)
-    return (found.logps + found.values).sum()
+        return token_scores(model, batch).sum()
+    output = model(batch, with_entropy=False)
+    return (output.logps + output.values).sum()
 
 
-def _causal(model: nn.Module) -> PreTrainedModel:
-    return next(one for one in model.modules() if isinstance(one, PreTrainedModel))
+def _causal_model(model: nn.Module) -> PreTrainedModel:
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-def _groups(case: Case, ids: Tensor) -> dict[str, Tensor]:
+def _group_batch(case: MemoryCase, ids: Tensor) -> dict[str, Tensor]:
     """Return a batch of groups: prompt and completions in one row, or in PPO one row per completion."""
-    numbers = torch.zeros(case.predicted, dtype=torch.long)
-    batch = {"input_ids": ids, "position_ids": ids.clone(), "groups": ids.clone(), "parts": ids.clone()}
-    batch |= {"sources": numbers, "targets": numbers.clone(), "owners": numbers.clone()}
-    batch |= {"offsets": numbers.clone(), "lengths": torch.zeros(case.lines, dtype=torch.long)}
-    batch["predicts"] = torch.zeros(case.lines, case.columns, dtype=torch.bool)
+    indices = torch.zeros(case.predicted, dtype=torch.long)
+    batch = {
+        "input_ids": ids,
+        "position_ids": ids.clone(),
+        "group_ids": ids.clone(),
+        "completion_ids": ids.clone(),
+    }
+    batch |= {"state_index": indices, "targets": indices.clone(), "completion_index": indices.clone()}
+    batch |= {"token_offset": indices.clone(), "lengths": torch.zeros(case.rows, dtype=torch.long)}
+    batch["predict_mask"] = torch.zeros(case.rows, case.seq_len, dtype=torch.bool)
     if case.objective == "ppo":
         batch["attention_mask"] = torch.ones_like(ids)
     return batch

@@ -13,40 +13,44 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.common import RESULTS
-from benchmarks.fake_memory import Case, measure
-from finetune.planning.resident import resident
-from finetune.planning.step import played
+from benchmarks.common import RESULTS_DIR
+from benchmarks.fake_memory import MemoryCase, measure_step
+from finetune.planning.resident import static_memory
+from finetune.planning.step import simulate_train_step
 
 GIB = 2**30
 
 
-def shape(model_type: str, hidden: int, wide: int, layers: int, *, heads: int, **more: Any) -> dict[str, Any]:
+def config_shape(
+    model_type: str, hidden: int, intermediate: int, layers: int, *, heads: int, **options: Any
+) -> dict[str, Any]:
     """Return a config.json."""
-    found = {"model_type": model_type, "hidden_size": hidden, "intermediate_size": wide}
-    return found | {"num_hidden_layers": layers, "num_attention_heads": heads} | more
+    config = {"model_type": model_type, "hidden_size": hidden, "intermediate_size": intermediate}
+    return config | {"num_hidden_layers": layers, "num_attention_heads": heads} | options
 
 
-TINY = shape("llama", 256, 704, 4, heads=4, vocab_size=4608, tie_word_embeddings=True)
-SMALL = shape("llama", 512, 1408, 4, heads=8, vocab_size=32000)
-SMOL = shape("llama", 576, 1536, 30, heads=9, num_key_value_heads=3, vocab_size=49152) | {
+TINY_SHAPE = config_shape("llama", 256, 704, 4, heads=4, vocab_size=4608, tie_word_embeddings=True)
+SMALL_SHAPE = config_shape("llama", 512, 1408, 4, heads=8, vocab_size=32000)
+SMOLLM_135M = config_shape("llama", 576, 1536, 30, heads=9, num_key_value_heads=3, vocab_size=49152) | {
     "tie_word_embeddings": True
 }
-LLAMA_7B = shape("llama", 4096, 11008, 32, heads=32, vocab_size=32000)
-LLAMA_8B = shape("llama", 4096, 14336, 32, heads=32, num_key_value_heads=8, vocab_size=128256)
-LLAMA_70B = shape("llama", 8192, 28672, 80, heads=64, num_key_value_heads=8, vocab_size=32000)
-FAMILIES = {
-    "mistral-7b": shape("mistral", 4096, 14336, 32, heads=32, vocab_size=32768, sliding_window=None),
-    "qwen3-0.6b": shape("qwen3", 1024, 3072, 28, heads=16, num_key_value_heads=8, head_dim=128)
+LLAMA_7B = config_shape("llama", 4096, 11008, 32, heads=32, vocab_size=32000)
+LLAMA_8B = config_shape("llama", 4096, 14336, 32, heads=32, num_key_value_heads=8, vocab_size=128256)
+LLAMA_70B = config_shape("llama", 8192, 28672, 80, heads=64, num_key_value_heads=8, vocab_size=32000)
+FAMILY_SHAPES = {
+    "mistral-7b": config_shape("mistral", 4096, 14336, 32, heads=32, vocab_size=32768, sliding_window=None),
+    "qwen3-0.6b": config_shape("qwen3", 1024, 3072, 28, heads=16, num_key_value_heads=8, head_dim=128)
     | {"vocab_size": 151936, "tie_word_embeddings": True},
-    "qwen2-0.5b": shape("qwen2", 896, 4864, 24, heads=14, num_key_value_heads=2, vocab_size=151936)
+    "qwen2-0.5b": config_shape("qwen2", 896, 4864, 24, heads=14, num_key_value_heads=2, vocab_size=151936)
     | {"tie_word_embeddings": True},
     "gemma-2-2b": {"model_type": "gemma2"},
-    "gemma-3-1b": shape("gemma3_text", 1152, 6912, 26, heads=4, num_key_value_heads=1, vocab_size=262144),
-    "pythia-1.4b": shape("gpt_neox", 2048, 8192, 24, heads=16, vocab_size=50304),
-    "polyglot-ko-5.8b": shape("gpt_neox", 4096, 16384, 28, heads=16, vocab_size=30080),
+    "gemma-3-1b": config_shape(
+        "gemma3_text", 1152, 6912, 26, heads=4, num_key_value_heads=1, vocab_size=262144
+    ),
+    "pythia-1.4b": config_shape("gpt_neox", 2048, 8192, 24, heads=16, vocab_size=50304),
+    "polyglot-ko-5.8b": config_shape("gpt_neox", 4096, 16384, 28, heads=16, vocab_size=30080),
 }
-ADAPTERS: tuple[dict[str, Any], ...] = (
+ADAPTER_SETTINGS: tuple[dict[str, Any], ...] = (
     {"method": "full"},
     {"method": "lora", "rank": 8},
     {"method": "lora", "rank": 64},
@@ -77,7 +81,7 @@ ADAPTERS: tuple[dict[str, Any], ...] = (
 
 
 @dataclass(frozen=True)
-class Line:
+class MemoryComparison:
     """A case, measured and planned: bytes of one process, and the plan's error in percent."""
 
     case: dict[str, Any]
@@ -89,93 +93,104 @@ class Line:
     error_of_pass: float
 
 
-def compared(case: Case) -> Line:
+def compare_case(case: MemoryCase) -> MemoryComparison:
     """Measure and plan a case."""
-    found, work = measure(case), case.workload
+    measured, workload = measure_step(case), case.workload
     # Fake tensors do not accumulate in place, and are planned so.
-    held, tape = resident(work), played(work, in_place=False)
+    static, tape = static_memory(workload), simulate_train_step(workload, in_place=False)
     # With accumulation the gradients of the first micro-batch exist throughout the second.
-    own = tape.peak + (held.gradients if case.accumulated > 1 else 0)
-    total = held.base + held.adapter + held.optimizer + own
-    peak = found.loaded + found.states + found.taken
-    errors = (round(100 * (plan / true - 1), 2) for plan, true in ((total, peak), (own, found.taken)))
-    return Line(asdict(case), peak, total, found.taken, own, *errors)
+    pass_peak = tape.peak + (static.gradients if case.accumulation_steps > 1 else 0)
+    total = static.base + static.adapter + static.optimizer + pass_peak
+    measured_total = measured.loaded + measured.states + measured.pass_peak
+    errors = (
+        round(100 * (plan / actual - 1), 2)
+        for plan, actual in ((total, measured_total), (pass_peak, measured.pass_peak))
+    )
+    return MemoryComparison(asdict(case), measured_total, total, measured.pass_peak, pass_peak, *errors)
 
 
-def cases(*, quick: bool = False) -> Iterator[Case]:
+def cases(*, quick: bool = False) -> Iterator[MemoryCase]:
     """Yield all cases."""
     for precision in ("bfloat16", "float32"):
         for checkpointing in (False, True):
-            how: dict[str, Any] = {"precision": precision, "checkpointing": checkpointing}
-            yield Case("small", SMALL, **how)
-            yield Case("small", SMALL, lines=8, masked=True, **how)
-            yield Case("small", SMALL, attention="eager", masked=True, **how)
-            yield Case("small", SMALL, {"method": "full"}, accumulated=2, **how)
+            options: dict[str, Any] = {"precision": precision, "checkpointing": checkpointing}
+            yield MemoryCase("small", SMALL_SHAPE, **options)
+            yield MemoryCase("small", SMALL_SHAPE, rows=8, masked=True, **options)
+            yield MemoryCase("small", SMALL_SHAPE, attention="eager", masked=True, **options)
+            yield MemoryCase("small", SMALL_SHAPE, {"method": "full"}, accumulation_steps=2, **options)
             for objective in ("comparison", "scores", "ppo"):
-                yield Case("small", SMALL, objective=objective, masked=True, **how)
-        for adapter in ADAPTERS:
+                yield MemoryCase("small", SMALL_SHAPE, objective=objective, masked=True, **options)
+        for adapter in ADAPTER_SETTINGS:
             masked = "prefix" in adapter["method"] or "prompt" in adapter["method"]
-            yield Case("small", SMALL, adapter, masked=masked, precision=precision)
-    yield Case(*cut("pythia-1.4b", FAMILIES["pythia-1.4b"], 2), {"method": "bitfit"})
+            yield MemoryCase("small", SMALL_SHAPE, adapter, masked=masked, precision=precision)
+    yield MemoryCase(*with_layers("pythia-1.4b", FAMILY_SHAPES["pythia-1.4b"], 2), {"method": "bitfit"})
     if not quick:
-        yield from _large()
+        yield from _large_cases()
 
 
-def cut(name: str, config: dict[str, Any], layers: int) -> tuple[str, dict[str, Any]]:
+def with_layers(name: str, config: dict[str, Any], layers: int) -> tuple[str, dict[str, Any]]:
     """Return a shape with fewer layers, which are all alike, with their number in its name."""
     return f"{name}, {layers} layers", config | {"num_hidden_layers": layers}
 
 
-def _large() -> Iterator[Case]:
-    for name, config in FAMILIES.items():
-        own = cut(name, config, 3)
-        yield Case(*own, masked=True)
-        yield Case(*own, {"method": "full"}, checkpointing=True)
-        yield Case(*own, precision="float32")
-    seven = cut("llama-2-7b", LLAMA_7B, 6)
-    for lines, columns in ((1, 128), (4, 512), (32, 128), (2, 2048)):
-        share = lines * columns // 2
-        yield Case("tiny", TINY, lines=lines, columns=columns, predicted=share)
-        for again in (False, True):
-            yield Case(*seven, lines=lines, columns=columns, predicted=share, checkpointing=again)
-    eight = cut("llama-3.1-8b", LLAMA_8B, 4)
-    yield Case(*eight, lines=2, columns=512, predicted=1024)
-    yield Case(*eight, lines=8, columns=1024, predicted=8000, checkpointing=True)
-    yield Case(*seven, {"method": "full"}, lines=4, columns=512, checkpointing=True)
-    yield Case(*seven, objective="comparison", lines=2, columns=1024, masked=True)
-    yield Case(*seven, objective="ppo", lines=4, columns=512, masked=True)
-    seventy = cut("llama-2-70b", LLAMA_70B, 3)
-    yield Case(*seventy, {"method": "lora", "rank": 64}, lines=1, columns=512)
-    yield Case(*seventy, lines=16, columns=512, checkpointing=True)
-    yield Case("smollm2-135m", SMOL, lines=4, columns=512, predicted=1024)
-    yield Case("llama-2-7b", LLAMA_7B, lines=4, columns=512, predicted=1024)
-    yield Case("llama-2-7b", LLAMA_7B, lines=4, columns=512, predicted=1024, checkpointing=True)
+def _large_cases() -> Iterator[MemoryCase]:
+    for name, config in FAMILY_SHAPES.items():
+        shape_of_family = with_layers(name, config, 3)
+        yield MemoryCase(*shape_of_family, masked=True)
+        yield MemoryCase(*shape_of_family, {"method": "full"}, checkpointing=True)
+        yield MemoryCase(*shape_of_family, precision="float32")
+    llama_7b = with_layers("llama-2-7b", LLAMA_7B, 6)
+    for rows, seq_len in ((1, 128), (4, 512), (32, 128), (2, 2048)):
+        predicted = rows * seq_len // 2
+        yield MemoryCase("tiny", TINY_SHAPE, rows=rows, seq_len=seq_len, predicted=predicted)
+        for checkpointing in (False, True):
+            yield MemoryCase(
+                *llama_7b, rows=rows, seq_len=seq_len, predicted=predicted, checkpointing=checkpointing
+            )
+    llama_8b = with_layers("llama-3.1-8b", LLAMA_8B, 4)
+    yield MemoryCase(*llama_8b, rows=2, seq_len=512, predicted=1024)
+    yield MemoryCase(*llama_8b, rows=8, seq_len=1024, predicted=8000, checkpointing=True)
+    yield MemoryCase(*llama_7b, {"method": "full"}, rows=4, seq_len=512, checkpointing=True)
+    yield MemoryCase(*llama_7b, objective="comparison", rows=2, seq_len=1024, masked=True)
+    yield MemoryCase(*llama_7b, objective="ppo", rows=4, seq_len=512, masked=True)
+    llama_70b = with_layers("llama-2-70b", LLAMA_70B, 3)
+    yield MemoryCase(*llama_70b, {"method": "lora", "rank": 64}, rows=1, seq_len=512)
+    yield MemoryCase(*llama_70b, rows=16, seq_len=512, checkpointing=True)
+    yield MemoryCase("smollm2-135m", SMOLLM_135M, rows=4, seq_len=512, predicted=1024)
+    yield MemoryCase("llama-2-7b", LLAMA_7B, rows=4, seq_len=512, predicted=1024)
+    yield MemoryCase("llama-2-7b", LLAMA_7B, rows=4, seq_len=512, predicted=1024, checkpointing=True)
 
 
-def text_of(line: Line) -> str:
+def format_comparison(comparison: MemoryComparison) -> str:
     """Return a result as one line."""
-    case = line.case
-    own = {key: value for key, value in case["adapter"].items() if key != "method"}
-    words = [case["name"], case["adapter"]["method"], *(f"{key}={value}" for key, value in own.items())]
-    words += [case["objective"], case["precision"], f"{case['lines']}x{case['columns']}"]
-    words += ["recomputed"] * case["checkpointing"] + ["masked"] * case["masked"]
-    sizes = f"{line.measured / GIB:8.3f} {line.planned / GIB:8.3f} GiB"
-    return f"{sizes} {line.error:6.2f} % (the pass {line.error_of_pass:6.2f} %)  {', '.join(words)}"
+    case = comparison.case
+    adapter_options = {key: value for key, value in case["adapter"].items() if key != "method"}
+    labels = [
+        case["name"],
+        case["adapter"]["method"],
+        *(f"{key}={value}" for key, value in adapter_options.items()),
+    ]
+    labels += [case["objective"], case["precision"], f"{case['rows']}x{case['seq_len']}"]
+    labels += ["recomputed"] * case["checkpointing"] + ["masked"] * case["masked"]
+    sizes = f"{comparison.measured / GIB:8.3f} {comparison.planned / GIB:8.3f} GiB"
+    return (
+        f"{sizes} {comparison.error:6.2f} % (the pass {comparison.error_of_pass:6.2f} %)  {', '.join(labels)}"
+    )
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="One of each kind.")
 def main(quick: bool) -> None:
     """Compare plans with steps on fake tensors, and write the errors."""
-    lines = []
+    comparisons = []
     for case in cases(quick=quick):
-        lines.append(compared(case))
-        print(text_of(lines[-1]), flush=True)
-    worst = max(lines, key=lambda line: abs(line.error))
-    print(f"{len(lines)} cases; the largest error: {text_of(worst)}")
+        comparisons.append(compare_case(case))
+        print(format_comparison(comparisons[-1]), flush=True)
+    worst = max(comparisons, key=lambda comparison: abs(comparison.error))
+    print(f"{len(comparisons)} cases; the largest error: {format_comparison(worst)}")
     if not quick:
-        content = {"torch": torch.__version__, "cases": [asdict(line) for line in lines]}
-        file = RESULTS / f"memory-fake-{datetime.now(UTC):%Y-%m-%d}.json"
+        content = {"torch": torch.__version__, "cases": [asdict(comparison) for comparison in comparisons]}
+        file = RESULTS_DIR / f"memory-fake-{datetime.now(UTC):%Y-%m-%d}.json"
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

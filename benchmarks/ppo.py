@@ -35,24 +35,24 @@ import click
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import RESULTS, facts, save_result, times_slower
-from benchmarks.ppo_work import WORK, Shape, prepare
+from benchmarks.common import RESULTS_DIR, environment_metadata, save_result, times_slower
+from benchmarks.ppo_work import WORK_SIZES, BaseShape, prepare_work
 
 NATIVE = "native"
-TRL = ("trl", "trl-policy-lora", "trl-best")
-SHAPES = {False: Shape(512, 8, 1376), True: Shape(64, 2, 172)}
+TRL_CONTENDERS = ("trl", "trl-policy-lora", "trl-best")
+SHAPES = {False: BaseShape(512, 8, 1376), True: BaseShape(64, 2, 172)}
 """Of the base; a small one as a smoke test."""
-TOLERANCE = {False: 1e-5, True: 2e-2}
+LOGP_TOLERANCE = {False: 1e-5, True: 2e-2}
 """Relative, of a prompt's log-probability: in float32, in bfloat16 (which has three digits)."""
 
 
-def measure(
+def run_contender(
     folder: Path, contender: str, *, trl_python: str, environment: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any]:
     """Run a contender in a process of its own, and return its measurements.
 
     Args:
-        folder: written by ``prepare``.
+        folder: written by ``prepare_work``.
         contender: of this benchmark or of `benchmarks.ppo_memory`.
         trl_python: the interpreter of TRL's environment.
         environment: further variables of the process.
@@ -60,52 +60,58 @@ def measure(
     Raises:
         CalledProcessError: it failed; its stderr was printed.
     """
-    ours = contender not in TRL
-    module = "benchmarks.ppo_native" if ours else "benchmarks.ppo_trl"
-    python = sys.executable if ours else trl_python
+    is_native = contender not in TRL_CONTENDERS
+    module = "benchmarks.ppo_native" if is_native else "benchmarks.ppo_trl"
+    python = sys.executable if is_native else trl_python
     command = [python, "-m", module, str(folder), "--contender", contender]
     root = Path(__file__).parents[1]
     variables = {**os.environ, **environment}
-    printed = subprocess.run(
+    output = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, cwd=root, env=variables
     ).stdout
-    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
-    return {"contender": contender, **found}
+    measured: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return {"contender": contender, **measured}
 
 
-def difference(folder: Path, work: dict[str, Any], theirs: list[float]) -> float:
+def logp_difference(folder: Path, work: dict[str, Any], trl_logps: list[float]) -> float:
     """Return the largest relative difference between our prompt log-probabilities and TRL's."""
     dtype = torch.bfloat16 if work["bfloat16"] else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
     ids = torch.tensor(work["prompts"])
     with torch.no_grad():
         logps = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
-    ours = logps.gather(-1, ids[:, 1:, None]).sum((1, 2))
-    other = torch.tensor(theirs)
-    return float(((ours - other).abs() / other.abs()).max())
+    our_logps = logps.gather(-1, ids[:, 1:, None]).sum((1, 2))
+    other_logps = torch.tensor(trl_logps)
+    return float(((our_logps - other_logps).abs() / other_logps.abs()).max())
 
 
-def refuse_unequal(runs: list[dict[str, Any]], work: dict[str, Any]) -> None:
+def check_equal_work(runs: list[dict[str, Any]], work: dict[str, Any]) -> None:
     """Raise AssertionError if contenders did different amounts of work."""
-    for one in runs:
-        assert one["episodes"] == work["episodes"], f"{one['contender']}: {one['episodes']} episodes"
-        assert one["rollouts"] == work["episodes"] // work["rollout"], one["contender"]
-        tokens = one.get("new_tokens", work["new_tokens"])
-        assert tokens > 0.98 * work["new_tokens"], f"{one['contender']}: {tokens} tokens per episode"
+    for run in runs:
+        assert run["episodes"] == work["episodes"], f"{run['contender']}: {run['episodes']} episodes"
+        assert run["rollouts"] == work["episodes"] // work["rollout"], run["contender"]
+        tokens = run.get("new_tokens", work["new_tokens"])
+        assert tokens > 0.98 * work["new_tokens"], f"{run['contender']}: {tokens} tokens per episode"
 
 
-def summary(runs: list[dict[str, Any]], contenders: tuple[str, ...]) -> dict[str, Any]:
+def summarize(runs: list[dict[str, Any]], contenders: tuple[str, ...]) -> dict[str, Any]:
     """Return medians over the repeats: episodes/s, peak memory, ratios, and our time by part."""
-    by = {name: [one for one in runs if one["contender"] == name] for name in contenders}
-    middle = statistics.median
-    native = by[NATIVE]
+    runs_by_contender = {name: [run for run in runs if run["contender"] == name] for name in contenders}
+    median = statistics.median
+    native = runs_by_contender[NATIVE]
     return {
         "episodes_per_second": {
-            name: middle(one["episodes"] / one["seconds"] for one in own) for name, own in by.items()
+            name: median(run["episodes"] / run["seconds"] for run in own_runs)
+            for name, own_runs in runs_by_contender.items()
         },
-        "peak_memory_gib": {name: middle(one["peak_memory_gib"] for one in own) for name, own in by.items()},
+        "peak_memory_gib": {
+            name: median(run["peak_memory_gib"] for run in own_runs)
+            for name, own_runs in runs_by_contender.items()
+        },
         "times_slower_than_native": times_slower(runs, contenders),
-        "native_seconds": {part: middle(one["split"][part] for one in native) for part in native[0]["split"]},
+        "native_seconds": {
+            phase: median(run["split"][phase] for run in native) for phase in native[0]["split"]
+        },
     }
 
 
@@ -114,44 +120,46 @@ def summary(runs: list[dict[str, Any]], contenders: tuple[str, ...]) -> dict[str
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--bfloat16", is_flag=True, help="bfloat16 in place of float32, for all contenders.")
 @click.option("--small", is_flag=True, help="A model of two narrow layers, as a smoke test.")
-@click.option("--save", is_flag=True, help=f"Write the result to {RESULTS.name}/.")
+@click.option("--save", is_flag=True, help=f"Write the result to {RESULTS_DIR.name}/.")
 def main(trl_python: str, repeats: int, bfloat16: bool, small: bool, save: bool) -> None:
     """Measure, and print the ratios on the last line."""
-    contenders = (NATIVE, *TRL) if trl_python else (NATIVE,)
+    contenders = (NATIVE, *TRL_CONTENDERS) if trl_python else (NATIVE,)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        work = prepare(folder, SHAPES[small], bfloat16=bfloat16)
+        work = prepare_work(folder, SHAPES[small], bfloat16=bfloat16)
         for repeat in range(repeats):
             # Alternating order, so that a drift of the machine hits all contenders alike.
             for contender in contenders if repeat % 2 == 0 else reversed(contenders):
-                runs.append({"repeat": repeat, **measure(folder, contender, trl_python=trl_python)})
+                runs.append({"repeat": repeat, **run_contender(folder, contender, trl_python=trl_python)})
                 logps = runs[-1].pop("prompt_logps", None)
                 if logps is not None:
-                    apart = difference(folder, work, logps)
-                    assert apart < TOLERANCE[bfloat16], f"{contender}: log-probabilities differ by {apart}"
-                    runs[-1]["logps_differ_by"] = apart
+                    logp_difference_value = logp_difference(folder, work, logps)
+                    assert logp_difference_value < LOGP_TOLERANCE[bfloat16], (
+                        f"{contender}: log-probabilities differ by {logp_difference_value}"
+                    )
+                    runs[-1]["logps_differ_by"] = logp_difference_value
                 click.echo(json.dumps(runs[-1]))
-    refuse_unequal(runs, work)
+    check_equal_work(runs, work)
     result = {
-        **facts(bfloat16=bfloat16),
-        **{name: work[name] for name in (*WORK, "episodes", "epochs")},
+        **environment_metadata(bfloat16=bfloat16),
+        **{name: work[name] for name in (*WORK_SIZES, "episodes", "epochs")},
         **asdict(SHAPES[small]),
-        **summary(runs, contenders),
+        **summarize(runs, contenders),
         "runs": runs,
     }
     if save:
         save_result("ppo", result)
-    tell(result)
+    print_results(result)
 
 
-def tell(result: dict[str, Any]) -> None:
+def print_results(result: dict[str, Any]) -> None:
     """Print the results, the ratios last."""
-    seconds = ", ".join(f"{part} {value:.1f} s" for part, value in result["native_seconds"].items())
+    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result["native_seconds"].items())
     click.echo(f"native, per run: {seconds}")
     for name in ("episodes_per_second", "peak_memory_gib"):
-        numbers = ", ".join(f"{contender} {value:.2f}" for contender, value in result[name].items())
-        click.echo(f"{name.replace('_', ' ')}: {numbers}")
+        values = ", ".join(f"{contender} {value:.2f}" for contender, value in result[name].items())
+        click.echo(f"{name.replace('_', ' ')}: {values}")
     ratios = ", ".join(f"{name} {value:.2f}x" for name, value in result["times_slower_than_native"].items())
     click.echo(f"time of others / native: {ratios or 'not measured (no --trl-python)'}")
 

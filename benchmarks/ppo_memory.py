@@ -18,12 +18,12 @@ from typing import Any
 
 import click
 
-from benchmarks.common import RESULTS, facts, save_result
-from benchmarks.ppo import TRL, measure
+from benchmarks.common import RESULTS_DIR, environment_metadata, save_result
+from benchmarks.ppo import TRL_CONTENDERS, run_contender
 from benchmarks.ppo_native import CONTENDERS
-from benchmarks.ppo_work import WORK, Shape, prepare
+from benchmarks.ppo_work import WORK_SIZES, BaseShape, prepare_work
 
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
 @click.command()
@@ -31,21 +31,21 @@ RETURNED = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 @click.option("--layers", default=8, show_default=True)
 @click.option("--trl-python", default="", help="As for `benchmarks.ppo`: measure TRL too.")
 @click.option("--bfloat16", is_flag=True, help="bfloat16 in place of float32.")
-@click.option("--save", is_flag=True, help=f"Write the result to {RESULTS.name}/.")
+@click.option("--save", is_flag=True, help=f"Write the result to {RESULTS_DIR.name}/.")
 def main(hidden_size: int, layers: int, trl_python: str, bfloat16: bool, save: bool) -> None:
     """Measure, and print the peaks on the last line."""
-    shape = Shape(hidden_size, layers, 11 * hidden_size // 4)
+    shape = BaseShape(hidden_size, layers, 11 * hidden_size // 4)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        prepare(folder, shape, bfloat16=bfloat16, rollouts=1, epochs=1)
+        prepare_work(folder, shape, bfloat16=bfloat16, rollouts=1, epochs=1)
         weights = (folder / "model" / "model.safetensors").stat().st_size / 2**30
-        contenders = (*CONTENDERS, *TRL) if trl_python else CONTENDERS
+        contenders = (*CONTENDERS, *TRL_CONTENDERS) if trl_python else CONTENDERS
         runs = [
-            measure(folder, contender, trl_python=trl_python, environment=RETURNED)
+            run_contender(folder, contender, trl_python=trl_python, environment=MALLOC_ENVIRONMENT)
             for contender in contenders
         ]
-    for one in runs:
-        click.echo(json.dumps({key: value for key, value in one.items() if key != "prompt_logps"}))
+    for run in runs:
+        click.echo(json.dumps({key: value for key, value in run.items() if key != "prompt_logps"}))
     result = _result(shape, weights, runs, bfloat16=bfloat16)
     if save:
         save_result(f"ppo_memory-{hidden_size}x{layers}", result)
@@ -53,15 +53,17 @@ def main(hidden_size: int, layers: int, trl_python: str, bfloat16: bool, save: b
     click.echo(f"base {weights:.2f} GiB, libraries {runs[0]['libraries_gib']:.2f} GiB; peak memory: {peaks}")
 
 
-def _result(shape: Shape, weights: float, runs: list[dict[str, Any]], *, bfloat16: bool) -> dict[str, Any]:
+def _result(
+    shape: BaseShape, weights: float, runs: list[dict[str, Any]], *, bfloat16: bool
+) -> dict[str, Any]:
     return {
-        **facts(bfloat16=bfloat16),
-        **WORK,
+        **environment_metadata(bfloat16=bfloat16),
+        **WORK_SIZES,
         "hidden_size": shape.hidden_size,
         "layers": shape.layers,
-        "middle": shape.middle,
+        "intermediate_size": shape.intermediate_size,
         "base_gib": weights,
-        "peak_memory_gib": {one["contender"]: one["peak_memory_gib"] for one in runs},
+        "peak_memory_gib": {run["contender"]: run["peak_memory_gib"] for run in runs},
         "libraries_gib": runs[0]["libraries_gib"],
     }
 

@@ -10,24 +10,24 @@ from rich.console import Console
 from torch import nn
 
 from align import run
-from align.ppo.loading import load_cast
+from align.ppo.loading import load_ppo_models
 from align.ppo.stage_settings import Settings
-from align.ppo.tuning import PpoTuning
-from align.ppo.watched import watched
+from align.ppo.tuning import PPO
+from align.ppo.watched import ppo_metric_spec
 from align.rl.prompts import load_prompts
-from benchmarks.common import forget_peak, peak
+from benchmarks.common import peak_memory_gib, reset_peak_memory
 from benchmarks.ppo_work import as_text, run_recipe
 from finetune.recipe.recipe import Recipe
-from finetune.training.job import Job
-from finetune.training.loading import load_text
+from finetune.training.job import RunContext
+from finetune.training.loading import load_text_encoding
 from finetune.training.run_directory import RunDirectory
-from finetune.training.tune import carry_out
+from finetune.training.tune import run_stage
 
 CONTENDERS = ("native", "native-nf4", "four-models")
 """All roles on one base; the same, with a 4-bit base; one full model per role."""
 
 
-def sections(folder: Path, work: dict[str, Any], contender: str) -> dict[str, dict[str, Any]]:
+def recipe_sections(folder: Path, work: dict[str, Any], contender: str) -> dict[str, dict[str, Any]]:
     """Return the recipe's sections; everything else is our default, which is arXiv 2403.17031's.
 
     A completion without EOS keeps its score, as with TRL's defaults.
@@ -50,39 +50,43 @@ def sections(folder: Path, work: dict[str, Any], contender: str) -> dict[str, di
     }
 
 
-def split(rollouts: list[dict[str, float]], seconds: float) -> dict[str, float]:
+def split_seconds(rollouts: list[dict[str, float]], seconds: float) -> dict[str, float]:
     """Return the training time by part; updates are the remainder, the engine's overhead included."""
-    found = {part: sum(line[f"seconds_{part}"] for line in rollouts) for part in ("generation", "scoring")}
-    return {**found, "updates": seconds - sum(found.values())}
+    seconds_by_part = {
+        phase: sum(metrics[f"seconds_{phase}"] for metrics in rollouts) for phase in ("generation", "scoring")
+    }
+    return {**seconds_by_part, "updates": seconds - sum(seconds_by_part.values())}
 
 
-def run_apart(recipe: Recipe) -> None:
+def run_four_models(recipe: Recipe) -> None:
     """Run stage ppo with one full model for each of its four roles; they compute the same."""
-    settings, quietly = recipe.settings, Console(quiet=True)
+    settings, console = recipe.settings, Console(quiet=True)
     assert isinstance(settings, Settings)
     directory = RunDirectory.of(recipe, force=False)
-    job = Job(recipe, directory, quietly, "four models", watched=watched(settings))
-    text = load_text(job)
-    prompts = load_prompts(job, settings.data, text, room=settings.sampling.max_new_tokens)
-    cast = load_cast(job, text)
-    policy = cast.policy.model
-    for role in (cast.roles.value, *(reward.model for reward in cast.rewards.models)):
-        copy_shared(role, policy)
+    job = RunContext(recipe, directory, console, "four models", metric_spec=ppo_metric_spec(settings))
+    text = load_text_encoding(job)
+    prompts = load_prompts(job, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
+    models = load_ppo_models(job, text)
+    policy = models.policy.model
+    for role in (models.actor_critic.value, *(reward.model for reward in models.rewards.models)):
+        copy_shared_weights(role, policy)
     # For its memory alone: the stage computes reference log-probabilities with the policy's weights.
     reference = copy.deepcopy(policy)
-    carry_out(job, PpoTuning(job, text, prompts, cast), conclude=lambda: None)
+    run_stage(job, PPO(job, text, prompts, models), finalize=lambda: None)
     assert reference is not policy, "keeps the reference's weights alive"
 
 
-def copy_shared(role: nn.Module, policy: nn.Module) -> None:
+def copy_shared_weights(role: nn.Module, policy: nn.Module) -> None:
     """Replace the weights that a role shares with the policy by copies."""
-    shared = {id(weight) for weight in policy.parameters()}
+    shared_ids = {id(parameter) for parameter in policy.parameters()}
     copies: dict[int, nn.Parameter] = {}
-    for name, weight in list(role.named_parameters(remove_duplicate=False)):
-        if id(weight) in shared:
-            copied = copies.setdefault(id(weight), nn.Parameter(weight.detach().clone(), requires_grad=False))
-            place, _, own = name.rpartition(".")
-            role.get_submodule(place).register_parameter(own, copied)
+    for name, parameter in list(role.named_parameters(remove_duplicate=False)):
+        if id(parameter) in shared_ids:
+            copied = copies.setdefault(
+                id(parameter), nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            )
+            module_path, _, attribute = name.rpartition(".")
+            role.get_submodule(module_path).register_parameter(attribute, copied)
     assert copies, "a role shares no weights with the policy"
 
 
@@ -92,33 +96,35 @@ def copy_shared(role: nn.Module, policy: nn.Module) -> None:
 def main(folder: Path, contender: str) -> None:
     """Train as FOLDER/work.json says, and print the measurements on the last line."""
     work = json.loads((folder / "work.json").read_text(encoding="utf-8"))
-    number = len(list((folder / "runs").glob(f"{contender}-*")))
+    run_number = len(list((folder / "runs").glob(f"{contender}-*")))
     rows = [{"prompt": as_text(ids)} for ids in work["prompts"]]
-    forget_peak()
-    before = peak()
-    done = run_recipe(
+    reset_peak_memory()
+    libraries_gib = peak_memory_gib()
+    run_dir = run_recipe(
         folder,
         "ppo",
         rows,
-        sections(folder, work, contender),
+        recipe_sections(folder, work, contender),
         bfloat16=work["bfloat16"],
-        name=f"{contender}-{number}",
-        runner=run_apart if contender == "four-models" else run,
+        name=f"{contender}-{run_number}",
+        runner=run_four_models if contender == "four-models" else run,
     )
-    highest = peak()
-    record = json.loads((done / "run.json").read_text(encoding="utf-8"))
-    lines = [json.loads(line) for line in (done / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rollouts = [line for line in lines if "seconds_generation" in line]
+    peak_gib = peak_memory_gib()
+    record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    metrics = [
+        json.loads(entry) for entry in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    rollouts = [entry for entry in metrics if "seconds_generation" in entry]
     assert record["data"]["longest"] == len(work["prompts"][0]), "prompts have the length of TRL's"
     measured = {
         "seconds": record["seconds"]["train"],
-        "peak_memory_gib": round(highest, 3),
-        "libraries_gib": round(before, 3),
+        "peak_memory_gib": round(peak_gib, 3),
+        "libraries_gib": round(libraries_gib, 3),
         "episodes": len(rollouts) * work["rollout"],
         "rollouts": len(rollouts),
         "trainable": record["parameters"]["trained"],
-        "new_tokens": sum(line["length"] for line in rollouts) / len(rollouts),
-        "split": split(rollouts, record["seconds"]["train"]),
+        "new_tokens": sum(entry["length"] for entry in rollouts) / len(rollouts),
+        "split": split_seconds(rollouts, record["seconds"]["train"]),
     }
     click.echo(json.dumps(measured))
 

@@ -26,32 +26,32 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL's switch for its notice that
 
 from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
 
-from benchmarks.common import forget_peak, peak  # noqa: E402
+from benchmarks.common import peak_memory_gib, reset_peak_memory  # noqa: E402
 
 CONTENDERS = ("trl", "trl-policy-lora", "trl-best")
 """Full models; a `peft_config` for the policy, whose base then is the reference; LoRA on the value too."""
 
 
-def lora(task: str | None) -> LoraConfig:
+def lora_config(task: str | None) -> LoraConfig:
     """Return the LoRA config of all contenders that have one."""
     return LoraConfig(task_type=task, r=16, lora_alpha=32, target_modules="all-linear")
 
 
-def scorer(folder: Path, dtype: torch.dtype) -> LlamaForSequenceClassification:
+def load_scalar_model(folder: Path, dtype: torch.dtype) -> LlamaForSequenceClassification:
     """Return a separate model with a scalar head on the same base."""
     return LlamaForSequenceClassification.from_pretrained(folder / "model", num_labels=1, dtype=dtype)
 
 
-def value_model(folder: Path, dtype: torch.dtype, *, adapted: bool) -> LlamaForSequenceClassification:
+def load_value_model(folder: Path, dtype: torch.dtype, *, adapted: bool) -> LlamaForSequenceClassification:
     """Return the value model: fully trained, or an adapter and the head."""
-    model = scorer(folder, dtype)
+    model = load_scalar_model(folder, dtype)
     if adapted:
-        model.model = inject_adapter_in_model(lora(None), model.model)
+        model.model = inject_adapter_in_model(lora_config(None), model.model)
         assert model.score.weight.requires_grad
     return model
 
 
-def trainer(folder: Path, work: dict[str, Any], contender: str, output: str) -> PPOTrainer:
+def build_trainer(folder: Path, work: dict[str, Any], contender: str, output: str) -> PPOTrainer:
     """Return TRL's trainer for the folder's work.json."""
     dtype = torch.bfloat16 if work["bfloat16"] else torch.float32
     policy = LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype)
@@ -59,19 +59,19 @@ def trainer(folder: Path, work: dict[str, Any], contender: str, output: str) -> 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, padding_side="left", **work["special_tokens"])
     prompts = Dataset.from_dict({"input_ids": work["prompts"]})
     return PPOTrainer(
-        args=configuration(work, output),
+        args=ppo_config(work, output),
         processing_class=tokenizer,
         model=policy,
         ref_model=None,
-        reward_model=scorer(folder, dtype),
-        value_model=value_model(folder, dtype, adapted=contender == "trl-best"),
+        reward_model=load_scalar_model(folder, dtype),
+        value_model=load_value_model(folder, dtype, adapted=contender == "trl-best"),
         train_dataset=prompts,
         eval_dataset=prompts,
-        peft_config=None if contender == "trl" else lora("CAUSAL_LM"),
+        peft_config=None if contender == "trl" else lora_config("CAUSAL_LM"),
     )
 
 
-def configuration(work: dict[str, Any], output: str) -> PPOConfig:
+def ppo_config(work: dict[str, Any], output: str) -> PPOConfig:
     """Return TRL's config; everything else is its default, which is arXiv 2403.17031's.
 
     Without a stop token every episode has full length, and the rollout is one batch.
@@ -98,13 +98,13 @@ def configuration(work: dict[str, Any], output: str) -> PPOConfig:
     )
 
 
-def prompt_logps(trained: PPOTrainer, prompts: list[list[int]]) -> list[float]:
+def prompt_logps(trainer: PPOTrainer, prompts: list[list[int]]) -> list[float]:
     """Return log p(prompt) under the policy, for comparison with ours."""
-    ids = torch.tensor(prompts, device=trained.accelerator.device)
+    ids = torch.tensor(prompts, device=trainer.accelerator.device)
     with torch.no_grad():
-        logps = trained.policy_model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
-    found: list[float] = logps.gather(-1, ids[:, 1:, None]).sum((1, 2)).tolist()
-    return found
+        logps = trainer.policy_model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+    prompt_sums: list[float] = logps.gather(-1, ids[:, 1:, None]).sum((1, 2)).tolist()
+    return prompt_sums
 
 
 @click.command()
@@ -114,19 +114,19 @@ def main(folder: Path, contender: str) -> None:
     """Train as FOLDER/work.json says, and print the measurements as one line of JSON."""
     work = json.loads((folder / "work.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as output:
-        ready = trainer(folder, work, contender, output)
-        ready.remove_callback(PrinterCallback)
-        logps = prompt_logps(ready, work["prompts"])
-        forget_peak()
+        trainer = build_trainer(folder, work, contender, output)
+        trainer.remove_callback(PrinterCallback)
+        logps = prompt_logps(trainer, work["prompts"])
+        reset_peak_memory()
         start = time.perf_counter()
-        ready.train()
+        trainer.train()
         seconds = time.perf_counter() - start
     measured = {
         "seconds": seconds,
-        "peak_memory_gib": round(peak(), 3),
-        "episodes": ready.state.episode,
-        "rollouts": ready.state.global_step,
-        "trainable": sum(weight.numel() for weight in ready.model.parameters() if weight.requires_grad),
+        "peak_memory_gib": round(peak_memory_gib(), 3),
+        "episodes": trainer.state.episode,
+        "rollouts": trainer.state.global_step,
+        "trainable": sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
         "prompt_logps": logps,
     }
     click.echo(json.dumps(measured))

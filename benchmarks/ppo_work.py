@@ -15,28 +15,28 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align import load_recipe, run
-from benchmarks.common import VOCABULARY
+from benchmarks.common import BENCHMARK_VOCAB_SIZE
 from finetune.recipe.recipe import Recipe
 
-SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-WORDS = VOCABULARY - len(SPECIAL) - 1
-PAIRS = 8
+SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+NUM_WORDS = BENCHMARK_VOCAB_SIZE - len(SPECIAL_TOKENS) - 1
+NUM_PAIRS = 8
 """For the one training step of the reward model."""
-WORK = {"rollout": 8, "prompt": 96, "new_tokens": 64, "learning_rate": 3e-6}
+WORK_SIZES = {"rollout": 8, "prompt": 96, "new_tokens": 64, "learning_rate": 3e-6}
 """The learning rate is arXiv 2403.17031's, as most of TRL's defaults are."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class BaseShape:
     """A Llama shape with eight heads; ``intermediate_size`` is the width of its MLPs."""
 
     hidden_size: int
     layers: int
-    middle: int
+    intermediate_size: int
 
 
-def prepare(
-    folder: Path, shape: Shape, *, bfloat16: bool, rollouts: int = 3, epochs: int = 4
+def prepare_work(
+    folder: Path, shape: BaseShape, *, bfloat16: bool, rollouts: int = 3, epochs: int = 4
 ) -> dict[str, Any]:
     """Write base, prompts, a reward run and ``work.json`` into a folder, and return the latter's content.
 
@@ -50,9 +50,9 @@ def prepare(
     base = folder / "model"
     tokenizer = word_tokenizer()
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=BENCHMARK_VOCAB_SIZE,
         hidden_size=shape.hidden_size,
-        intermediate_size=shape.middle,
+        intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.layers,
         num_attention_heads=8,
         num_key_value_heads=8,
@@ -65,14 +65,14 @@ def prepare(
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    episodes = rollouts * WORK["rollout"]
-    prompts = torch.randint(WORDS, (episodes, WORK["prompt"]))
+    episodes = rollouts * WORK_SIZES["rollout"]
+    prompts = torch.randint(NUM_WORDS, (episodes, WORK_SIZES["prompt"]))
     work = {
-        **WORK,
+        **WORK_SIZES,
         "episodes": episodes,
         "epochs": epochs,
         "bfloat16": bfloat16,
-        "special_tokens": SPECIAL,
+        "special_tokens": SPECIAL_TOKENS,
         "prompts": prompts.tolist(),
     }
     (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
@@ -82,12 +82,12 @@ def prepare(
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer of w0, w1, ..., independent of context."""
-    vocabulary = {f"w{number}": number for number in range(WORDS)}
-    for token in ("\n", *SPECIAL.values()):
+    vocabulary = {f"w{number}": number for number in range(NUM_WORDS)}
+    for token in ("\n", *SPECIAL_TOKENS.values()):
         vocabulary[token] = len(vocabulary)
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\S+"), behavior="removed", invert=True)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
 
 
 def as_text(ids: list[int]) -> str:
@@ -96,9 +96,9 @@ def as_text(ids: list[int]) -> str:
 
 def make_reward_run(folder: Path, *, bfloat16: bool) -> None:
     """Train a reward model for one step, into ``runs/reward``."""
-    words = torch.randint(WORDS, (PAIRS, 3, 16)).tolist()
+    words = torch.randint(NUM_WORDS, (NUM_PAIRS, 3, 16)).tolist()
     rows = [dict(zip(("prompt", "chosen", "rejected"), map(as_text, row), strict=True)) for row in words]
-    sections = {"train": {"max_steps": 1, "batch_size": PAIRS}, "evaluate": {"samples": 0}}
+    sections = {"train": {"max_steps": 1, "batch_size": NUM_PAIRS}, "evaluate": {"samples": 0}}
     run_recipe(folder, "reward", rows, sections, bfloat16=bfloat16)
 
 
@@ -115,7 +115,7 @@ def run_recipe(
     """Write a recipe for the folder's base and run it as a user would.
 
     Args:
-        folder: written by ``prepare``.
+        folder: written by ``prepare_work``.
         stage: of llm-align.
         rows: its data.
         sections: the recipe's sections besides base, data and LoRA on all linear layers.

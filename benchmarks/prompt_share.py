@@ -20,36 +20,46 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from align.preference.attention import cost_of
+from align.preference.attention import forward_cost
 from align.preference.groups import Group, GroupBatch, GroupCollator
 from align.preference.logps import completion_logps
-from benchmarks.common import RESULTS, VOCABULARY, adapted_llama, facts, save_result
+from benchmarks.common import (
+    BENCHMARK_VOCAB_SIZE,
+    RESULTS_DIR,
+    adapted_llama,
+    environment_metadata,
+    save_result,
+)
 from finetune.training.head import output_head
 
-TOTAL = 512
-PROMPTS = (64, 128, 256, 384, 448)
-COMPLETIONS = (2, 4, 8)
+TOTAL_TOKENS = 512
+PROMPT_LENGTHS = (64, 128, 256, 384, 448)
+COMPLETION_COUNTS = (2, 4, 8)
 
 
-def group(prompt: int, completions: int, *, total: int = TOTAL) -> Group:
+def random_group(prompt: int, completions: int, *, total: int = TOTAL_TOKENS) -> Group:
     """Return a random prompt with K completions, each of which extends it to ``total`` tokens."""
     random = torch.Generator().manual_seed(prompt * 100 + completions)
     lengths = [prompt, *[total - prompt] * completions]
-    first, *others = (torch.randint(5, VOCABULARY, (length,), generator=random) for length in lengths)
-    return Group(first, tuple(others))
+    prompt_ids, *completion_ids = (
+        torch.randint(5, BENCHMARK_VOCAB_SIZE, (length,), generator=random) for length in lengths
+    )
+    return Group(prompt_ids, tuple(completion_ids))
 
 
-def measure(model: nn.Module, prompt: int, completions: int, *, total: int, repeats: int) -> dict[str, Any]:
+def measure_layouts(
+    model: nn.Module, prompt: int, completions: int, *, total: int, repeats: int
+) -> dict[str, Any]:
     """Return both layouts' seconds and tokens, and the median ratio of the seconds."""
-    one = group(prompt, completions, total=total)
-    layouts = {"shared": GroupCollator(0), "separate": GroupCollator(0, separate=True)}
-    batches = {name: collate([one]) for name, collate in layouts.items()}
-    apart = _difference(model, batches["shared"], batches["separate"])
+    random_prompt_group = random_group(prompt, completions, total=total)
+    layouts = {"shared": GroupCollator(0), "separate": GroupCollator(0, one_per_row=True)}
+    batches = {name: collate([random_prompt_group]) for name, collate in layouts.items()}
+    logp_difference = _logp_difference(model, batches["shared"], batches["separate"])
     seconds: dict[str, list[float]] = {name: [] for name in layouts}
     for repeat in range(repeats):
         # Alternating order, so that a drift of the machine hits both layouts alike.
         for name in layouts if repeat % 2 == 0 else reversed(layouts):
-            seconds[name].append(_seconds(model, batches[name]))
+            seconds[name].append(_timed_pass(model, batches[name]))
     tokens = {name: batch["input_ids"].numel() for name, batch in batches.items()}
     pairs = zip(seconds["separate"], seconds["shared"], strict=True)
     return {
@@ -59,8 +69,10 @@ def measure(model: nn.Module, prompt: int, completions: int, *, total: int, repe
         "token_ratio": tokens["separate"] / tokens["shared"],
         "time_ratio": statistics.median(separate / shared for separate, shared in pairs),
         "seconds": seconds,
-        "logps_differ_by": apart,
-        "taken": "separate" if "attention_mask" in GroupCollator(0, cost=cost_of(model))([one]) else "shared",
+        "logps_differ_by": logp_difference,
+        "taken": "separate"
+        if "attention_mask" in GroupCollator(0, cost=forward_cost(model))([random_prompt_group])
+        else "shared",
     }
 
 
@@ -70,14 +82,14 @@ def _on_device(model: nn.Module, batch: GroupBatch) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, shared: GroupBatch, separate: GroupBatch) -> float:
+def _logp_difference(model: nn.Module, shared: GroupBatch, separate: GroupBatch) -> float:
     """Return the largest relative difference of the completions' log-probabilities."""
     head = output_head(model)
     first, second = (completion_logps(model, head, _on_device(model, batch)) for batch in (shared, separate))
     return float(((first - second) / second).abs().max())
 
 
-def _seconds(model: nn.Module, batch: GroupBatch) -> float:
+def _timed_pass(model: nn.Module, batch: GroupBatch) -> float:
     inputs = _on_device(model, batch)
     bfloat16 = next(model.parameters()).dtype == torch.bfloat16
     start = time.perf_counter()
@@ -94,37 +106,44 @@ def _seconds(model: nn.Module, batch: GroupBatch) -> float:
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--bfloat16", is_flag=True, help="bfloat16 in place of float32.")
 @click.option("--small", is_flag=True, help="A model of two narrow layers and 64 tokens, as a smoke test.")
-@click.option("--save", is_flag=True, help=f"Write results and plot to {RESULTS.name}/.")
+@click.option("--save", is_flag=True, help=f"Write results and plot to {RESULTS_DIR.name}/.")
 def main(repeats: int, bfloat16: bool, small: bool, save: bool) -> None:
     """Measure, and print one line per prompt length and number of completions."""
-    total = TOTAL // 8 if small else TOTAL
+    total = TOTAL_TOKENS // 8 if small else TOTAL_TOKENS
     shape = {"hidden_size": 64, "layers": 2} if small else {}
-    model = adapted_llama(bfloat16=bfloat16, positions=TOTAL, **shape)
+    model = adapted_llama(bfloat16=bfloat16, positions=TOTAL_TOKENS, **shape)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    _seconds(model, GroupCollator(0)([group(total // 2, 2, total=total)]))  # the first pass warms up
+    _timed_pass(
+        model, GroupCollator(0)([random_group(total // 2, 2, total=total)])
+    )  # the first pass warms up
     points = []
-    for completions, prompt in product(COMPLETIONS, PROMPTS):
-        prompt = prompt * total // TOTAL
-        point = measure(model, prompt, completions, total=total, repeats=repeats)
+    for completions, prompt in product(COMPLETION_COUNTS, PROMPT_LENGTHS):
+        prompt = prompt * total // TOTAL_TOKENS
+        point = measure_layouts(model, prompt, completions, total=total, repeats=repeats)
         points.append(point)
         ratios = f"tokens {point['token_ratio']:.2f}x, time {point['time_ratio']:.2f}x"
         click.echo(
             f"K = {completions}, prompt {prompt} of {total}: {ratios}; training takes {point['taken']}"
         )
     if save:
-        result = {**facts(bfloat16=bfloat16), "total": total, "repeats": repeats, "points": points}
+        result = {
+            **environment_metadata(bfloat16=bfloat16),
+            "total": total,
+            "repeats": repeats,
+            "points": points,
+        }
         _write_plot(result, save_result("prompt_share", result).with_suffix(".png"))
 
 
 def _write_plot(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for completions, colour in zip(COMPLETIONS, ("#3b5bdb", "#e8590c", "#2b8a3e"), strict=True):
-        own = [point for point in result["points"] if point["completions"] == completions]
-        share = [point["prompt"] / result["total"] for point in own]
-        times, tokens = ([point[key] for point in own] for key in ("time_ratio", "token_ratio"))
-        axes.plot(share, times, color=colour, marker="o", label=f"time, K = {completions}")
-        axes.plot(share, tokens, color=colour, linestyle=":", label=f"tokens, K = {completions}")
+    for completions, color in zip(COMPLETION_COUNTS, ("#3b5bdb", "#e8590c", "#2b8a3e"), strict=True):
+        points_of_count = [point for point in result["points"] if point["completions"] == completions]
+        prompt_fractions = [point["prompt"] / result["total"] for point in points_of_count]
+        times, tokens = ([point[key] for point in points_of_count] for key in ("time_ratio", "token_ratio"))
+        axes.plot(prompt_fractions, times, color=color, marker="o", label=f"time, K = {completions}")
+        axes.plot(prompt_fractions, tokens, color=color, linestyle=":", label=f"tokens, K = {completions}")
     axes.axhline(1.0, color="#868e96", linewidth=0.8)
     axes.set(
         xlabel=f"prompt length / {result['total']} tokens",

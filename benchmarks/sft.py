@@ -23,64 +23,68 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from trl import SFTConfig
 
 from benchmarks.common import (
-    RESULTS,
+    RESULTS_DIR,
     adapted_llama,
-    engine_arguments,
-    facts,
-    forget_peak,
-    losses_logged,
-    peak,
-    peak_apart,
+    environment_metadata,
+    peak_memory_gib,
+    peak_memory_in_subprocess,
+    reset_peak_memory,
     save_result,
+    shared_engine_arguments,
+    summarize_losses,
     times_slower,
-    train_tokenizer,
+    train_bpe_tokenizer,
 )
 from finetune.data.collate import PaddedCollator
-from finetune.data.dataset import Prepared, TokenizedRows, prepare
+from finetune.data.dataset import PreparedData, TokenizedRows, prepare_conversations
 from finetune.data.tokens import Encoder
 from finetune.recipe.settings import DataSettings
 from finetune.training.trainer import NativeTrainer
-from finetune.training.trl_engine import trl_trainer
+from finetune.training.trl_engine import build_trl_trainer
 
-EMBEDDED = "recipes/tiny/data/sft_train.jsonl"
+EMBEDDED_ROWS = "recipes/tiny/data/sft_train.jsonl"
 CONTENDERS = ("native", "trl", "trl-best")
 
 
 @dataclass(frozen=True)
-class Work:
+class SftWork:
     """Data and model that all contenders share."""
 
-    data: Prepared
+    data: PreparedData
     encoder: Encoder
     model: nn.Module
     batch_size: int
     bfloat16: bool
 
 
-def build(path: str, rows: int, batch_size: int, *, bfloat16: bool) -> Work:
+def build_work(path: str, rows: int, batch_size: int, *, bfloat16: bool) -> SftWork:
     """Return rows, adapted model, and a tokenizer trained on the data."""
     text = Path(path).read_text(encoding="utf-8")
-    tokenizer = train_tokenizer(text.splitlines())
+    tokenizer = train_bpe_tokenizer(text.splitlines())
     encoder = Encoder(tokenizer, "plain")
-    settings = DataSettings(source=[json.loads(line) for line in text.splitlines()[:rows]], cache=False)
-    data = prepare(settings, encoder, max_length=512, seed=0)
-    return Work(data, encoder, adapted_llama(bfloat16=bfloat16), batch_size, bfloat16)
+    settings = DataSettings(
+        source=[json.loads(text_line) for text_line in text.splitlines()[:rows]], cache=False
+    )
+    data = prepare_conversations(settings, encoder, max_length=512, seed=0)
+    return SftWork(data, encoder, adapted_llama(bfloat16=bfloat16), batch_size, bfloat16)
 
 
-def run(work: Work, contender: str, *, max_steps: int = -1) -> dict[str, Any]:
+def run_contender(work: SftWork, contender: str, *, max_steps: int = -1) -> dict[str, Any]:
     """Train one epoch with one contender from the initial weights; return seconds and losses."""
     model = deepcopy(work.model)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(work, contender, model, folder, max_steps)
+        trainer = _build_trainer(work, contender, model, folder, max_steps)
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    return {"contender": contender, "seconds": seconds, **losses_logged(trainer.state.log_history)}
+    return {"contender": contender, "seconds": seconds, **summarize_losses(trainer.state.log_history)}
 
 
-def _trainer(work: Work, contender: str, model: nn.Module, folder: str, max_steps: int) -> Trainer:
-    common = engine_arguments(folder, batch_size=work.batch_size, max_steps=max_steps, bfloat16=work.bfloat16)
+def _build_trainer(work: SftWork, contender: str, model: nn.Module, folder: str, max_steps: int) -> Trainer:
+    common = shared_engine_arguments(
+        folder, batch_size=work.batch_size, max_steps=max_steps, bfloat16=work.bfloat16
+    )
     rows: TokenizedRows = work.data.train
     if contender == "native":
         return NativeTrainer(
@@ -95,12 +99,12 @@ def _trainer(work: Work, contender: str, model: nn.Module, folder: str, max_step
     # The fastest settings of TRL here; defaults are measured as "trl".
     best = {"train_sampling_strategy": "group_by_length", "activation_checkpointing": False}
     config = SFTConfig(**common, max_length=None, **(best if contender == "trl-best" else {}))
-    return trl_trainer(model, config, work.encoder.tokenizer, train_rows=rows, held_out_rows=None)
+    return build_trl_trainer(model, config, work.encoder.tokenizer, train_rows=rows, held_out_rows=None)
 
 
 @click.command()
 @click.option(
-    "--data", default=EMBEDDED, show_default=True, help="A .jsonl file in a layout that recipes support."
+    "--data", default=EMBEDDED_ROWS, show_default=True, help="A .jsonl file in a layout that recipes support."
 )
 @click.option("--rows", default=128, show_default=True)
 @click.option("--batch-size", default=8, show_default=True)
@@ -109,26 +113,29 @@ def _trainer(work: Work, contender: str, model: nn.Module, folder: str, max_step
 @click.option(
     "--only", type=click.Choice(CONTENDERS), help="Four steps of one contender, for its peak memory."
 )
-@click.option("--save", is_flag=True, help=f"Write the result to {RESULTS.name}/.")
+@click.option("--save", is_flag=True, help=f"Write the result to {RESULTS_DIR.name}/.")
 def main(
     data: str, rows: int, batch_size: int, repeats: int, bfloat16: bool, only: str | None, save: bool
 ) -> None:
     """Measure, and print the ratios on the last line."""
-    work = build(data, rows, batch_size, bfloat16=bfloat16)
+    work = build_work(data, rows, batch_size, bfloat16=bfloat16)
     if only:
-        forget_peak()
-        run(work, only, max_steps=4)
-        click.echo(json.dumps({"peak_memory_gib": round(peak(), 3)}))
+        reset_peak_memory()
+        run_contender(work, only, max_steps=4)
+        click.echo(json.dumps({"peak_memory_gib": round(peak_memory_gib(), 3)}))
         return
     runs = []
     for repeat in range(repeats):
         # Alternating order, so that a drift of the machine hits all contenders alike.
         for contender in CONTENDERS if repeat % 2 == 0 else reversed(CONTENDERS):
-            runs.append({"repeat": repeat, **run(work, contender)})
+            runs.append({"repeat": repeat, **run_contender(work, contender)})
             click.echo(json.dumps(runs[-1]))
     arguments = ["--data", data, "--rows", str(rows), "--batch-size", str(batch_size)]
     arguments += ["--bfloat16"] if bfloat16 else []
-    peaks = {contender: peak_apart("benchmarks.sft", arguments, contender) for contender in CONTENDERS}
+    peaks = {
+        contender: peak_memory_in_subprocess("benchmarks.sft", arguments, contender)
+        for contender in CONTENDERS
+    }
     result = _result(work, runs, peaks, {"data": Path(data).name, "rows": rows, "batch_size": batch_size})
     if save:
         save_result("sft", result)
@@ -137,11 +144,11 @@ def main(
 
 
 def _result(
-    work: Work, runs: list[dict[str, Any]], peaks: dict[str, float], settings: dict[str, Any]
+    work: SftWork, runs: list[dict[str, Any]], peaks: dict[str, float], settings: dict[str, Any]
 ) -> dict[str, Any]:
     tokens, trained = work.data.train.num_tokens, work.data.train.num_trained
     return {
-        **facts(bfloat16=work.bfloat16),
+        **environment_metadata(bfloat16=work.bfloat16),
         **settings,
         "tokens": tokens,
         "share_with_loss": trained / tokens,

@@ -2,36 +2,36 @@
 
 from collections.abc import Sequence
 
-from data_templates._segments import Message, Segment, asked, markup, reply
+from data_templates._segments import Message, Segment, markup, reply_segments, user_segments
 
-START, END = "<|im_start|>", "<|im_end|>"
-MARKERS = (START, END)
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+CHATML_MARKERS = (IM_START, IM_END)
 
 
-def dialogue(messages: Sequence[Message]) -> list[Segment]:
+def render_dialogue(messages: Sequence[Message]) -> list[Segment]:
     """Render system, user and assistant turns; a user turn is followed by the assistant header."""
     segments: list[Segment] = []
     for message in messages:
         if message.role == "assistant":
-            segments += answered(message)
+            segments += assistant_reply(message)
             continue
-        segments += turn(message.role, asked(message))
+        segments += turn_segments(message.role, user_segments(message))
         if message.role == "user":
-            segments.append(opened())
+            segments.append(assistant_header())
     return segments
 
 
-def turn(role: str, said: Sequence[Segment]) -> list[Segment]:
+def turn_segments(role: str, content: Sequence[Segment]) -> list[Segment]:
     """Return a turn without loss."""
-    return [markup(f"{START}{role}\n"), *said, markup(f"{END}\n")]
+    return [markup(f"{IM_START}{role}\n"), *content, markup(f"{IM_END}\n")]
 
 
-def opened() -> Segment:
+def assistant_header() -> Segment:
     """Return the assistant header, the end of a generation prompt."""
-    return markup(f"{START}assistant\n")
+    return markup(f"{IM_START}assistant\n")
 
 
-def answered(message: Message) -> list[Segment]:
+def assistant_reply(message: Message) -> list[Segment]:
     """Return the rest of the assistant's turn: its text and the end-of-turn token."""
     # The line feed after the end token is not generated, so it carries no loss.
-    return [*reply(message, end=END), markup("\n")]
+    return [*reply_segments(message, end=IM_END), markup("\n")]

@@ -7,17 +7,17 @@ from data_templates._segments import (
     Message,
     Segment,
     Template,
+    check_single_turn,
     markup,
-    only_one_exchange,
-    reply,
+    reply_segments,
     split_system,
 )
 
-PREAMBLE = (
+ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request."
 )
-PREAMBLE_WITH_INPUT = (
+ALPACA_PREAMBLE_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
@@ -26,15 +26,15 @@ PREAMBLE_WITH_INPUT = (
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Render one instruction and its answer; a system turn replaces the preamble."""
     system, turns = split_system(messages)
-    only_one_exchange("alpaca", turns)
+    check_single_turn("alpaca", turns)
     request = turns[0]
-    preamble = PREAMBLE_WITH_INPUT if request.context else PREAMBLE
+    preamble = ALPACA_PREAMBLE_WITH_INPUT if request.context else ALPACA_PREAMBLE
     head = Segment("content", system) if system else markup(preamble)
     segments = [BOS, head, markup("\n\n### Instruction:\n"), Segment("content", request.content)]
     if request.context:
         segments += [markup("\n\n### Input:\n"), Segment("content", request.context)]
     segments.append(markup("\n\n### Response:"))
-    return segments + [piece for message in turns[1:] for piece in reply(message)]
+    return segments + [piece for message in turns[1:] for piece in reply_segments(message)]
 
 
 TEMPLATE = Template(render, markers=("### Instruction:", "### Input:", "### Response:"))

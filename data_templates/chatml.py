@@ -6,13 +6,13 @@ A reply ends with ``<|im_end|>`` if the tokenizer has it, with EOS otherwise. Th
 
 from collections.abc import Sequence
 
-from data_templates._chatml import END, MARKERS, dialogue
+from data_templates._chatml import CHATML_MARKERS, IM_END, render_dialogue
 from data_templates._segments import BOS, Message, Segment, Template
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Render the turns; a user turn is followed by the assistant header."""
-    return [BOS, *dialogue(messages)]
+    return [BOS, *render_dialogue(messages)]
 
 
-TEMPLATE = Template(render, markers=MARKERS, stop=(END,))
+TEMPLATE = Template(render, markers=CHATML_MARKERS, stop=(IM_END,))

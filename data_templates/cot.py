@@ -15,36 +15,36 @@ from data_templates._segments import (
     Message,
     Segment,
     Template,
-    asked,
+    check_single_turn,
     markup,
-    only_one_exchange,
-    reply,
+    reply_segments,
     split_system,
+    user_segments,
 )
 
-MARK = "\n#### "
-CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+ANSWER_MARK = "\n#### "
+CALCULATOR_NOTE = re.compile(r"<<[^<>\n]*>>")
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Render one question, its reasoning and answer; a system turn goes first."""
     system, turns = split_system(messages)
-    only_one_exchange("cot", turns)
+    check_single_turn("cot", turns)
     head = [BOS, Segment("content", system), markup("\n\n")] if system else [BOS]
-    segments = [*head, markup("Q: "), *asked(turns[0]), markup("\nA:")]
-    return segments + [piece for message in turns[1:] for piece in _reasoned(message)]
+    segments = [*head, markup("Q: "), *user_segments(turns[0]), markup("\nA:")]
+    return segments + [piece for message in turns[1:] for piece in _reasoning_segments(message)]
 
 
-def _reasoned(message: Message) -> list[Segment]:
+def _reasoning_segments(message: Message) -> list[Segment]:
     # The last mark, should the reasoning contain another one.
-    reasoning, mark, answer = message.content.rpartition(MARK)
+    reasoning, mark, answer = message.content.rpartition(ANSWER_MARK)
     if not mark or not answer.strip():
-        return reply(message, before=" ")
+        return reply_segments(message, before=" ")
     # One segment each, so that text around a removed annotation cannot form a marker unnoticed.
-    steps = [Segment("content", piece) for piece in CALCULATOR.split(reasoning)]
-    said = [Segment("markup", " "), *steps, Segment("markup", "\nThe answer is ")]
-    said += [Segment("content", answer), Segment("markup", "."), Segment("eos")]
-    return [Segment(piece.kind, piece.text, message.trained, reply=True) for piece in said]
+    reasoning_pieces = [Segment("content", piece) for piece in CALCULATOR_NOTE.split(reasoning)]
+    segments = [Segment("markup", " "), *reasoning_pieces, Segment("markup", "\nThe answer is ")]
+    segments += [Segment("content", answer), Segment("markup", "."), Segment("eos")]
+    return [Segment(piece.kind, piece.text, message.trained, reply=True) for piece in segments]
 
 
 TEMPLATE = Template(render, markers=("\nQ:", "\nA:"))

@@ -6,21 +6,30 @@ LGAI-EXAONE/EXAONE-3.5-7.8B-Instruct.
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply, split_system
+from data_templates._segments import (
+    BOS,
+    Message,
+    Segment,
+    Template,
+    markup,
+    reply_segments,
+    split_system,
+    user_segments,
+)
 
-END = "[|endofturn|]"
+ENDOFTURN = "[|endofturn|]"
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Render the turns; a line feed ends the user's, the end token the others."""
     system, turns = split_system(messages)
-    segments = [BOS, markup("[|system|]"), Segment("content", system), markup(f"{END}\n")]
+    segments = [BOS, markup("[|system|]"), Segment("content", system), markup(f"{ENDOFTURN}\n")]
     for message in turns:
         if message.role == "assistant":
-            segments += [*reply(message, end=END), markup("\n")]
+            segments += [*reply_segments(message, end=ENDOFTURN), markup("\n")]
         else:
-            segments += [markup("[|user|]"), *asked(message), markup("\n[|assistant|]")]
+            segments += [markup("[|user|]"), *user_segments(message), markup("\n[|assistant|]")]
     return segments
 
 
-TEMPLATE = Template(render, markers=("[|system|]", "[|user|]", "[|assistant|]", END), stop=(END,))
+TEMPLATE = Template(render, markers=("[|system|]", "[|user|]", "[|assistant|]", ENDOFTURN), stop=(ENDOFTURN,))

@@ -16,9 +16,9 @@ from data_templates._segments import (
     Message,
     Segment,
     Template,
+    check_single_turn,
     markup,
-    only_one_exchange,
-    reply,
+    reply_segments,
     split_system,
 )
 
@@ -58,35 +58,35 @@ WITHOUT_INPUT = (
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Render one task and its answer, in the phrasing selected by its text; a system turn goes first."""
     system, turns = split_system(messages)
-    only_one_exchange("flan", turns)
+    check_single_turn("flan", turns)
     head = [BOS, Segment("content", system), markup("\n\n")] if system else [BOS]
-    segments = [*head, *_phrased(turns[0])]
-    return segments + [piece for message in turns[1:] for piece in reply(message)]
+    segments = [*head, *_prompt_segments(turns[0])]
+    return segments + [piece for message in turns[1:] for piece in reply_segments(message)]
 
 
-def _phrased(request: Message) -> list[Segment]:
+def _prompt_segments(request: Message) -> list[Segment]:
     task = Segment("content", request.content)
     if not request.context:
-        before, behind = WITHOUT_INPUT[drawn(request.content, len(WITHOUT_INPUT))]
-        return [markup(before), task, markup(_end(behind, request.content))]
-    before, between, behind = WITH_INPUT[drawn(f"{request.content}\0{request.context}", len(WITH_INPUT))]
-    given = Segment("content", request.context)
-    return [markup(before), task, markup(between), given, markup(_end(behind, request.context))]
+        prefix, suffix = WITHOUT_INPUT[hash_index(request.content, len(WITHOUT_INPUT))]
+        return [markup(prefix), task, markup(_answer_prefix(suffix, request.content))]
+    prefix, between, suffix = WITH_INPUT[hash_index(f"{request.content}\0{request.context}", len(WITH_INPUT))]
+    context = Segment("content", request.context)
+    return [markup(prefix), task, markup(between), context, markup(_answer_prefix(suffix, request.context))]
 
 
-def drawn(text: str, count: int) -> int:
+def hash_index(text: str, count: int) -> int:
     """Return an index below ``count``, a hash of the text.
 
-    >>> [drawn(text, 10) for text in ("Add 2 and 3.", "Add 2 and 4.")]
+    >>> [hash_index(text, 10) for text in ("Add 2 and 3.", "Add 2 and 4.")]
     [4, 6]
     """
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % count
 
 
-def _end(behind: str, text: str) -> str:
+def _answer_prefix(suffix: str, text: str) -> str:
     """Return the end of a phrasing, with a line feed before the answer; T0's prompts already have one."""
-    end = behind if behind.endswith("\n") else f"{behind}\n"
-    return end.removeprefix("\n") if text.endswith("\n") else end
+    prefix = suffix if suffix.endswith("\n") else f"{suffix}\n"
+    return prefix.removeprefix("\n") if text.endswith("\n") else prefix
 
 
 TEMPLATE = Template(render)

@@ -7,9 +7,18 @@ data's whitespace is preserved).
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply, split_system
+from data_templates._segments import (
+    BOS,
+    Message,
+    Segment,
+    Template,
+    markup,
+    reply_segments,
+    split_system,
+    user_segments,
+)
 
-START, END = "<start_of_turn>", "<end_of_turn>"
+START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
@@ -18,13 +27,13 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     segments = [BOS]
     for index, message in enumerate(turns):
         if message.role == "assistant":
-            segments += [*reply(message, end=END), markup("\n")]
+            segments += [*reply_segments(message, end=END_OF_TURN), markup("\n")]
             continue
         # Gemma has no system role: its template puts the system text into the first user turn.
         first = [Segment("content", system), markup("\n\n")] if system and index == 0 else []
-        segments += [markup(f"{START}user\n"), *first, *asked(message)]
-        segments.append(markup(f"{END}\n{START}model\n"))
+        segments += [markup(f"{START_OF_TURN}user\n"), *first, *user_segments(message)]
+        segments.append(markup(f"{END_OF_TURN}\n{START_OF_TURN}model\n"))
     return segments
 
 
-TEMPLATE = Template(render, markers=(START, END), stop=(END,))
+TEMPLATE = Template(render, markers=(START_OF_TURN, END_OF_TURN), stop=(END_OF_TURN,))

@@ -6,7 +6,16 @@ with two line feeds.
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply, split_system
+from data_templates._segments import (
+    BOS,
+    Message,
+    Segment,
+    Template,
+    markup,
+    reply_segments,
+    split_system,
+    user_segments,
+)
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -17,9 +26,9 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     segments = [BOS, Segment("content", system)] if system else [BOS]
     for message in turns:
         if message.role == "assistant":
-            segments += reply(message, before=" ")
+            segments += reply_segments(message, before=" ")
         else:
-            segments += [markup(f"{HUMAN} "), *asked(message), markup(ASSISTANT)]
+            segments += [markup(f"{HUMAN} "), *user_segments(message), markup(ASSISTANT)]
     return segments
 
 

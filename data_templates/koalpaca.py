@@ -7,9 +7,9 @@ from data_templates._segments import (
     Message,
     Segment,
     Template,
+    check_single_turn,
     markup,
-    only_one_exchange,
-    reply,
+    reply_segments,
     split_system,
 )
 
@@ -17,7 +17,7 @@ from data_templates._segments import (
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Render one question and its answer; a system turn goes before the question."""
     system, turns = split_system(messages)
-    only_one_exchange("koalpaca", turns)
+    check_single_turn("koalpaca", turns)
     request = turns[0]
     segments = [BOS]
     if system:
@@ -26,7 +26,7 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     if request.context:
         segments += [markup("\n\n### 맥락: "), Segment("content", request.context)]
     segments.append(markup("\n\n### 답변:"))
-    return segments + [piece for message in turns[1:] for piece in reply(message, before=" ")]
+    return segments + [piece for message in turns[1:] for piece in reply_segments(message, before=" ")]
 
 
 TEMPLATE = Template(render, markers=("### 질문:", "### 맥락:", "### 답변:"))

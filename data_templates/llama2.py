@@ -11,7 +11,7 @@ from data_templates._segments import (
     Segment,
     Template,
     markup,
-    reply,
+    reply_segments,
     split_system,
     with_context,
 )
@@ -23,7 +23,7 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     segments: list[Segment] = []
     for index, message in enumerate(turns):
         if message.role == "assistant":
-            segments += reply(message, before=" ", after=" ")
+            segments += reply_segments(message, before=" ", after=" ")
             continue
         # generation.py encodes each exchange with its own BOS and EOS.
         segments += [BOS, markup("[INST] ")]

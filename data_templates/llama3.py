@@ -7,9 +7,9 @@ model`` with the tokenizer of an Instruct model for it.
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply
+from data_templates._segments import BOS, Message, Segment, Template, markup, reply_segments, user_segments
 
-END = "<|eot_id|>"
+EOT = "<|eot_id|>"
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
@@ -17,16 +17,16 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     segments = [BOS]
     for message in messages:
         if message.role == "assistant":
-            segments += reply(message, end=END)
+            segments += reply_segments(message, end=EOT)
             continue
-        segments += [_header(message.role), *asked(message), markup(END)]
+        segments += [_role_header(message.role), *user_segments(message), markup(EOT)]
         if message.role == "user":
-            segments.append(_header("assistant"))
+            segments.append(_role_header("assistant"))
     return segments
 
 
-def _header(role: str) -> Segment:
+def _role_header(role: str) -> Segment:
     return markup(f"<|start_header_id|>{role}<|end_header_id|>\n\n")
 
 
-TEMPLATE = Template(render, markers=("<|start_header_id|>", "<|end_header_id|>", END), stop=(END,))
+TEMPLATE = Template(render, markers=("<|start_header_id|>", "<|end_header_id|>", EOT), stop=(EOT,))

@@ -9,7 +9,16 @@ system text was before their own questions. ``mistral_v1`` is the older format, 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply, split_system
+from data_templates._segments import (
+    BOS,
+    Message,
+    Segment,
+    Template,
+    markup,
+    reply_segments,
+    split_system,
+    user_segments,
+)
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
@@ -20,11 +29,13 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     for index, message in enumerate(turns):
         if message.role == "assistant":
             # Earlier replies are conditioned on a prompt that never occurs at generation.
-            answered_so = not system or index > last
-            segments += reply(message if answered_so else replace(message, trained=False), before=" ")
+            same_prompt_at_generation = not system or index > last
+            segments += reply_segments(
+                message if same_prompt_at_generation else replace(message, trained=False), before=" "
+            )
             continue
         head = [Segment("content", system), markup("\n\n")] if system and index == last else []
-        segments += [markup("[INST]"), markup(" "), *head, *asked(message), markup("[/INST]")]
+        segments += [markup("[INST]"), markup(" "), *head, *user_segments(message), markup("[/INST]")]
     return segments
 
 

@@ -6,7 +6,16 @@ mistralai/mistral-common; ``mistral`` is the format of later models.
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply, split_system
+from data_templates._segments import (
+    BOS,
+    Message,
+    Segment,
+    Template,
+    markup,
+    reply_segments,
+    split_system,
+    user_segments,
+)
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
@@ -15,10 +24,10 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     segments = [BOS]
     for index, message in enumerate(turns):
         if message.role == "assistant":
-            segments += reply(message, before=" ")
+            segments += reply_segments(message, before=" ")
             continue
         head = [Segment("content", system), markup("\n\n")] if system and index == 0 else []
-        segments += [markup("[INST] "), *head, *asked(message), markup(" [/INST]")]
+        segments += [markup("[INST] "), *head, *user_segments(message), markup(" [/INST]")]
     return segments
 
 

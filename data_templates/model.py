@@ -11,15 +11,17 @@ from collections.abc import Callable, Sequence
 from data_templates._markers import Markers
 from data_templates._segments import Message, Segment, Template, TemplateError, markup, with_context
 
-ChatRenderer = Callable[[list[dict[str, str]], bool], str]
+ChatTemplate = Callable[[list[dict[str, str]], bool], str]
 """Renders ``[{role, content}]`` as text; the flag is ``add_generation_prompt``."""
 
 PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
-SHORTEST_MARKER = 3
+MIN_MARKER_LENGTH = 3
 """Minimum number of characters of a marker: a lone colon or bracket begins no turn."""
 
 
-def bind(chat: ChatRenderer, *, special_tokens: Sequence[str], added_tokens: Sequence[str] = ()) -> Template:
+def bind_chat_template(
+    chat: ChatTemplate, *, special_tokens: Sequence[str], added_tokens: Sequence[str] = ()
+) -> Template:
     """Return the template of a tokenizer.
 
     Args:
@@ -27,77 +29,81 @@ def bind(chat: ChatRenderer, *, special_tokens: Sequence[str], added_tokens: Seq
         special_tokens: the first of them after a reply ends the turn, and carries loss.
         added_tokens: the tokenizer's other added tokens (``<think>``), which may occur in the data.
     """
-    stop = _stop(chat, Markers.of(special_tokens).pattern)
+    stop = _stop_tokens(chat, Markers.of(special_tokens).pattern)
     # A template without an end token may begin the next turn with a special token; that one ends no reply.
-    ends = Markers.of(special_tokens if stop else ()).pattern
-    complete: set[tuple[str, ...]] = set()
+    end_pattern = Markers.of(special_tokens if stop else ()).pattern
+    checked_roles: set[tuple[str, ...]] = set()
 
     def render(messages: Sequence[Message]) -> list[Segment]:
         # Whether a template drops a turn depends on the roles only, so each sequence of roles is tried once.
         roles = tuple(message.role for message in messages)
-        if roles not in complete:
-            _check_complete(messages, chat)
-            complete.add(roles)
-        return _render(messages, chat, ends)
+        if roles not in checked_roles:
+            _check_no_dropped_turn(messages, chat)
+            checked_roles.add(roles)
+        return _render_segments(messages, chat, end_pattern)
 
-    whole = Markers.of([*special_tokens, *added_tokens]).pattern
-    return Template(render, markers=_markers(chat, whole), stop=stop)
+    special_pattern = Markers.of([*special_tokens, *added_tokens]).pattern
+    return Template(render, markers=_turn_markers(chat, special_pattern), stop=stop)
 
 
-def _render(messages: Sequence[Message], chat: ChatRenderer, ends: re.Pattern[str]) -> list[Segment]:
+def _render_segments(
+    messages: Sequence[Message], chat: ChatTemplate, end_pattern: re.Pattern[str]
+) -> list[Segment]:
     turns = [{"role": message.role, "content": with_context(message)} for message in messages]
     text = chat(turns, messages[-1].role == "user")
     replies = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    opened = [_opened(text, turns[:index], chat) for index in replies]
+    reply_starts = [_reply_start(text, turns[:index], chat) for index in replies]
     segments: list[Segment] = []
     start = 0
-    limits = [*opened, len(text)][1:]
-    for index, begin, limit in zip(replies, opened, limits, strict=True):
+    limits = [*reply_starts, len(text)][1:]
+    for index, reply_start, limit in zip(replies, reply_starts, limits, strict=True):
         trained = messages[index].trained
         # Searched up to the next reply only: a later turn's end token is not this one's.
-        end = ends.search(text, begin, limit)
-        stop = end.start() if end else _closed(text, turns[: index + 1], chat)
-        last = (
-            Segment("markup", end[0], trained, reply=True) if end else Segment("eos", "", trained, reply=True)
+        end_match = end_pattern.search(text, reply_start, limit)
+        reply_end = end_match.start() if end_match else _reply_end(text, turns[: index + 1], chat)
+        end_segment = (
+            Segment("markup", end_match[0], trained, reply=True)
+            if end_match
+            else Segment("eos", "", trained, reply=True)
         )
         segments += [
-            markup(text[start:begin]),
-            Segment("content", text[begin:stop], trained, reply=True),
-            last,
+            markup(text[start:reply_start]),
+            Segment("content", text[reply_start:reply_end], trained, reply=True),
+            end_segment,
         ]
-        start = end.end() if end else stop
+        start = end_match.end() if end_match else reply_end
     return [*segments, markup(text[start:])] if text[start:] else segments
 
 
-def _opened(text: str, before: list[dict[str, str]], chat: ChatRenderer) -> int:
+def _reply_start(text: str, turns: list[dict[str, str]], chat: ChatTemplate) -> int:
     """Return the start of the assistant's turn: the end of its generation prompt."""
     # A template may render a turn differently once others follow it; then the prompt is not a prefix.
-    prompt = chat(before, True)
+    prompt = chat(turns, True)
     if not text.startswith(prompt):
         raise TemplateError(
             "the tokenizer's chat template changes earlier turns (the generation prompt of turn "
-            f"{len(before) + 1} is not a prefix of the conversation), so training and generation would "
+            f"{len(turns) + 1} is not a prefix of the conversation), so training and generation would "
             "differ; use 'chatml' or another listed template"
         )
     return len(prompt)
 
 
-def _closed(text: str, turns: list[dict[str, str]], chat: ChatRenderer) -> int:
+def _reply_end(text: str, turns: list[dict[str, str]], chat: ChatTemplate) -> int:
     """Return the end of a turn without an end token: the end of the conversation up to it."""
-    beginning = chat(turns, False)
-    if not text.startswith(beginning):
+    rendered = chat(turns, False)
+    if not text.startswith(rendered):
         raise TemplateError(
             f"the tokenizer's chat template ends turn {len(turns)} without a special token and not as it "
             "ends a last turn, so the end of the reply is unknown; use 'chatml' or another listed template"
         )
-    return len(beginning)
+    return len(rendered)
 
 
-def _check_complete(messages: Sequence[Message], chat: ChatRenderer) -> None:
+def _check_no_dropped_turn(messages: Sequence[Message], chat: ChatTemplate) -> None:
     """Raise TemplateError if the template drops a turn (often the system turn), tested with placeholders."""
     text = _with_placeholders(messages, chat)
-    there = [int(match[1]) for match in PLACEHOLDER.finditer(text)]
-    missing = [index for index in range(len(messages)) if index not in there]
+    present = [int(match[1]) for match in PLACEHOLDER.finditer(text)]
+    missing = [index for index in range(len(messages)) if index not in present]
     if missing:
         role = messages[missing[0]].role
         raise TemplateError(
@@ -106,45 +112,45 @@ def _check_complete(messages: Sequence[Message], chat: ChatRenderer) -> None:
         )
 
 
-def _with_placeholders(messages: Sequence[Message], chat: ChatRenderer) -> str:
+def _with_placeholders(messages: Sequence[Message], chat: ChatTemplate) -> str:
     # Private use characters: no template contains, changes or strips them.
-    blanks = [
+    placeholders = [
         {"role": message.role, "content": f"\ue000{index}\ue001"} for index, message in enumerate(messages)
     ]
-    return chat(blanks, messages[-1].role == "user")
+    return chat(placeholders, messages[-1].role == "user")
 
 
-def _stop(chat: ChatRenderer, special: re.Pattern[str]) -> tuple[str, ...]:
+def _stop_tokens(chat: ChatTemplate, special_pattern: re.Pattern[str]) -> tuple[str, ...]:
     """Return the special token with which this template ends a reply, if any."""
     exchange = [Message("user", "a"), Message("assistant", "b")]
     # With a system turn too, for templates that reject a conversation without one.
     for messages in (exchange, [Message("system", "c"), *exchange]):
         try:
-            segments = _render(messages, chat, special)
+            segments = _render_segments(messages, chat, special_pattern)
         except TemplateError:
             continue  # reported for each row when it is rendered
         return tuple(segment.text for segment in segments if segment.trained and segment.kind == "markup")
     return ()
 
 
-def _markers(chat: ChatRenderer, whole: re.Pattern[str]) -> tuple[str, ...]:
+def _turn_markers(chat: ChatTemplate, special_pattern: re.Pattern[str]) -> tuple[str, ...]:
     """Return the plain text around contents that begins or ends turns: ``### Human:``, ``[/INST]``."""
     # Special tokens are escaped anyway, and a word such as ChatML's ``user`` has no meaning without them.
     turns = [Message("user", ""), Message("assistant", ""), Message("user", "")]
-    found: list[str] = []
+    lines: list[str] = []
     for messages in (turns, [Message("system", ""), *turns]):
         try:
             text = _with_placeholders(messages, chat)
         except TemplateError:
             continue
         pieces = PLACEHOLDER.split(text)[::2]
-        found += [_line(whole.split(piece)[-1], -1) for piece in pieces[:-1]]
-        found += [_line(whole.split(piece)[0], 0) for piece in pieces[1:]]
-    marked = [line for line in found if len(line) >= SHORTEST_MARKER and not line.isalnum()]
-    return tuple(dict.fromkeys(marked))
+        lines += [_edge_line(special_pattern.split(piece)[-1], -1) for piece in pieces[:-1]]
+        lines += [_edge_line(special_pattern.split(piece)[0], 0) for piece in pieces[1:]]
+    markers = [line for line in lines if len(line) >= MIN_MARKER_LENGTH and not line.isalnum()]
+    return tuple(dict.fromkeys(markers))
 
 
-def _line(text: str, place: int) -> str:
+def _edge_line(text: str, edge: int) -> str:
     """Return the first (0) or last (-1) line of a text."""
     lines = text.strip().splitlines()
-    return lines[place].strip() if lines else ""
+    return lines[edge].strip() if lines else ""

@@ -7,9 +7,9 @@ from data_templates._segments import (
     Message,
     Segment,
     Template,
+    check_single_turn,
     markup,
-    only_one_exchange,
-    reply,
+    reply_segments,
     split_system,
     with_context,
 )
@@ -18,10 +18,10 @@ from data_templates._segments import (
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Render prompt and completion without a separator; a system turn goes first."""
     system, turns = split_system(messages)
-    only_one_exchange("plain", turns)
+    check_single_turn("plain", turns)
     head = [BOS, Segment("content", system), markup("\n\n")] if system else [BOS]
     segments = [*head, Segment("content", with_context(turns[0]))]
-    return segments + [piece for message in turns[1:] for piece in reply(message)]
+    return segments + [piece for message in turns[1:] for piece in reply_segments(message)]
 
 
 TEMPLATE = Template(render)

@@ -7,16 +7,16 @@ tokenizers have no BOS, and ``<|im_end|>`` ends a turn.
 
 from collections.abc import Sequence
 
-from data_templates._chatml import END, MARKERS, dialogue
+from data_templates._chatml import CHATML_MARKERS, IM_END, render_dialogue
 from data_templates._segments import BOS, Message, Segment, Template
 
-SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Render the turns; a system turn of the data, even an empty one, replaces Qwen's default."""
-    own = [] if messages[0].role == "system" else [Message("system", SYSTEM)]
-    return [BOS, *dialogue([*own, *messages])]
+    default = [] if messages[0].role == "system" else [Message("system", QWEN_SYSTEM)]
+    return [BOS, *render_dialogue([*default, *messages])]
 
 
-TEMPLATE = Template(render, markers=MARKERS, stop=(END,))
+TEMPLATE = Template(render, markers=CHATML_MARKERS, stop=(IM_END,))

@@ -7,14 +7,14 @@ Qwen/Qwen3-4B-Instruct-2507 (Qwen2.5's is the same after its system text); the d
 
 from collections.abc import Sequence
 
-from data_templates._chatml import END, MARKERS, answered, opened, turn
-from data_templates._segments import BOS, Message, Segment, Template, asked, markup, split_system
+from data_templates._chatml import CHATML_MARKERS, IM_END, assistant_header, assistant_reply, turn_segments
+from data_templates._segments import BOS, Message, Segment, Template, markup, split_system, user_segments
 
 SIGNATURES = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
 )
-HOW_TO_CALL = (
+CALL_INSTRUCTIONS = (
     "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
     '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
     "<args-json-object>}\n</tool_call>"
@@ -30,39 +30,39 @@ def render(messages: Sequence[Message]) -> list[Segment]:
         # Qwen puts the signatures into the system turn, after its text.
         between = [markup("\n\n")] if system else []
         signatures = Segment("content", turns.pop(0).content)
-        head += [*between, markup(SIGNATURES), signatures, markup(HOW_TO_CALL)]
-    segments = [BOS, *(turn("system", head) if head else [])]
+        head += [*between, markup(SIGNATURES), signatures, markup(CALL_INSTRUCTIONS)]
+    segments = [BOS, *(turn_segments("system", head) if head else [])]
     for message in turns:
-        segments += _turn(message)
+        segments += _render_turn(message)
     return segments
 
 
-def _turn(message: Message) -> list[Segment]:
+def _render_turn(message: Message) -> list[Segment]:
     if message.role == "function_call":
-        return _called(message)
+        return _call_turn(message)
     if message.role == "assistant":
-        return answered(message)
-    said = asked(message)
+        return assistant_reply(message)
+    content = user_segments(message)
     if message.role == "observation":
-        said = [markup("<tool_response>\n"), *said, markup("\n</tool_response>")]
-    return [*turn("user", said), opened()]
+        content = [markup("<tool_response>\n"), *content, markup("\n</tool_response>")]
+    return [*turn_segments("user", content), assistant_header()]
 
 
-def _called(message: Message) -> list[Segment]:
+def _call_turn(message: Message) -> list[Segment]:
     """Return an assistant turn with one call per line."""
-    said: list[Segment] = []
+    segments: list[Segment] = []
     for call in message.content.split("\n"):
-        said += [
-            _own("\n<tool_call>\n" if said else "<tool_call>\n", message),
+        segments += [
+            _generated_markup("\n<tool_call>\n" if segments else "<tool_call>\n", message),
             Segment("content", call, message.trained, reply=True),
-            _own("\n</tool_call>", message),
+            _generated_markup("\n</tool_call>", message),
         ]
-    return [*said, Segment("eos", END, message.trained, reply=True), markup("\n")]
+    return [*segments, Segment("eos", IM_END, message.trained, reply=True), markup("\n")]
 
 
-def _own(text: str, message: Message) -> Segment:
+def _generated_markup(text: str, message: Message) -> Segment:
     """Return template text that the model has to generate."""
     return Segment("markup", text, message.trained, reply=True)
 
 
-TEMPLATE = Template(render, markers=(*MARKERS, *TAGS), stop=(END,), tools=True)
+TEMPLATE = Template(render, markers=(*CHATML_MARKERS, *TAGS), stop=(IM_END,), tools=True)

@@ -11,12 +11,12 @@ from data_templates._segments import (
     Segment,
     Template,
     markup,
-    reply,
+    reply_segments,
     split_system,
     with_context,
 )
 
-SYSTEM = (
+VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
@@ -24,14 +24,18 @@ SYSTEM = (
 
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Render ``system USER: ... ASSISTANT: ...</s>USER: ... ASSISTANT:``."""
-    system, turns = split_system(messages, SYSTEM)
+    system, turns = split_system(messages, VICUNA_SYSTEM)
     # A system text of the data is content, so that markers in it are escaped.
-    segments = [BOS, markup(SYSTEM) if system is SYSTEM else Segment("content", system), markup(" ")]
+    segments = [
+        BOS,
+        markup(VICUNA_SYSTEM) if system is VICUNA_SYSTEM else Segment("content", system),
+        markup(" "),
+    ]
     for message in turns:
         if message.role == "user":
             segments += [markup("USER: "), Segment("content", with_context(message)), markup(" ASSISTANT:")]
         else:
-            segments += reply(message, before=" ")
+            segments += reply_segments(message, before=" ")
     return segments
 
 

@@ -5,9 +5,9 @@ The reference is the chat template of HuggingFaceH4/zephyr-7b-beta.
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, asked, markup, reply
+from data_templates._segments import BOS, Message, Segment, Template, markup, reply_segments, user_segments
 
-READ = Segment("eos")
+UNTRAINED_EOS = Segment("eos")
 """The EOS after a system or user turn, which carries no loss."""
 
 
@@ -16,9 +16,9 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     segments = [BOS]
     for message in messages:
         if message.role == "assistant":
-            segments += [*reply(message), markup("\n")]
+            segments += [*reply_segments(message), markup("\n")]
             continue
-        segments += [markup(f"<|{message.role}|>\n"), *asked(message), READ, markup("\n")]
+        segments += [markup(f"<|{message.role}|>\n"), *user_segments(message), UNTRAINED_EOS, markup("\n")]
         if message.role == "user":
             segments.append(markup("<|assistant|>\n"))
     return segments

@@ -83,13 +83,11 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from data_templates.alpaca import PREAMBLE, PREAMBLE_WITH_INPUT
+    from data_templates.alpaca import ALPACA_PREAMBLE, ALPACA_PREAMBLE_WITH_INPUT
 
     folder = tmp_path_factory.mktemp("base")
     bpe = ByteLevelBPETokenizer()
-    text = (
-        f"{PREAMBLE}\n\n{PREAMBLE_WITH_INPUT}\n\n### Instruction:\n### Input:\n### Response: Add the numbers."
-    )
+    text = f"{ALPACA_PREAMBLE}\n\n{ALPACA_PREAMBLE_WITH_INPUT}\n\n### Instruction:\n### Input:\n### Response: Add the numbers."
     bpe.train_from_iterator([text] * 4, vocab_size=500)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})

@@ -31,9 +31,9 @@ Request = dict[str, Any]
 def import_everything() -> None:
     """Import the project, and the libraries that it imports late."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed says that it found no GPU
-    from finetune.recipe.quiet import quiet
+    from finetune.recipe.quiet import silence_libraries
 
-    quiet()
+    silence_libraries()
     for name in ("data_templates", "finetune", "align"):
         for module in pkgutil.walk_packages(import_module(name).__path__, f"{name}."):
             if module.name not in MAINS:

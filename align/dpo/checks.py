@@ -2,16 +2,16 @@
 
 from collections.abc import Collection, Iterator
 
-from align.dpo.settings import AlignSettings
-from align.dpo.trl_losses import NATIVE, trl_loss
+from align.dpo.settings import DPOSettings
+from align.dpo.trl_losses import NATIVE_ENGINE_REPAIR, trl_loss_arguments
 from align.preference.losses.catalogue import find_loss
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import StageSettings
 
 
-def contradictions(
-    settings: StageSettings, align: AlignSettings, valid: Collection[str]
+def preference_problems(
+    settings: StageSettings, dpo: DPOSettings, valid: Collection[str]
 ) -> Iterator[Problem]:
     """Yield the problems of a preference recipe; checks that read an invalid section are skipped.
 
@@ -21,22 +21,22 @@ def contradictions(
         valid: names of the sections that passed validation.
     """
     if "align" in valid:
-        yield from align.problems()
+        yield from dpo.problems()
     if "train" in valid:
-        yield from _of_supervised_tuning(settings)
+        yield from _sft_only_problems(settings)
     if "data" in valid:
-        yield from _packing(settings)
+        yield from _packing_problems(settings)
     if {"align", "adapter"} <= set(valid):
-        yield from _live_reference(settings, align)
+        yield from _live_reference_problems(settings, dpo)
     if {"align", "train"} <= set(valid):
-        yield from _stop_rule(settings, align)
+        yield from _stop_rule_problems(settings, dpo)
         if settings.train.engine == "trl":
-            yield from _of_trl(align)
+            yield from _trl_problems(dpo)
     if {"adapter", "train"} <= set(valid) and settings.train.engine == "trl":
-        yield from copied_by_trl(settings)
+        yield from trl_copy_problems(settings)
 
 
-def _of_supervised_tuning(settings: StageSettings) -> Iterator[Problem]:
+def _sft_only_problems(settings: StageSettings) -> Iterator[Problem]:
     train = settings.train
     if train.neftune_alpha is not None:
         expected = "null: NEFTune noise would change the policy's log-probabilities but not the reference's"
@@ -48,40 +48,42 @@ def _of_supervised_tuning(settings: StageSettings) -> Iterator[Problem]:
         yield Problem("train.label_smoothing", f"{train.label_smoothing:g}", expected, repair)
 
 
-def _packing(settings: StageSettings) -> Iterator[Problem]:
+def _packing_problems(settings: StageSettings) -> Iterator[Problem]:
     if settings.data.packing:
         expected = "false: a prompt and its completions share a row already, and groups fill up the rows"
         yield Problem("data.packing", "true", expected, "data.packing=false")
 
 
-def _live_reference(settings: StageSettings, align: AlignSettings) -> Iterator[Problem]:
+def _live_reference_problems(settings: StageSettings, dpo: DPOSettings) -> Iterator[Problem]:
     method = settings.adapter.method
-    if align.reference == "live" and adapter_traits(method).whole_model:
+    if dpo.reference == "live" and adapter_traits(method).full_finetuning:
         expected = "precomputed: a live reference would keep a second copy of the model in memory"
         found = f"'live' with adapter.method '{method}'"
         yield Problem("align.reference", found, expected, "align.reference=precomputed")
 
 
-def _stop_rule(settings: StageSettings, align: AlignSettings) -> Iterator[Problem]:
-    if align.stop_when_chosen_falls is not None and not settings.train.evaluate_every:
-        found = f"{align.stop_when_chosen_falls:g}, but train.evaluate_every is null"
+def _stop_rule_problems(settings: StageSettings, dpo: DPOSettings) -> Iterator[Problem]:
+    if dpo.stop_when_chosen_falls is not None and not settings.train.evaluate_every:
+        found = f"{dpo.stop_when_chosen_falls:g}, but train.evaluate_every is null"
         expected = "held-out evaluations during training"
         yield Problem("align.stop_when_chosen_falls", found, expected, "train.evaluate_every=50")
 
 
-def _of_trl(align: AlignSettings) -> Iterator[Problem]:
-    if align.reference == "live":
+def _trl_problems(dpo: DPOSettings) -> Iterator[Problem]:
+    if dpo.reference == "live":
         expected = "with train.engine 'trl': precomputed"
-        yield Problem("align.reference", "'live'", expected, f"align.reference=precomputed, or {NATIVE}")
-    if not align.problems():
-        loss = find_loss(align.loss_name, where="align.loss")
+        yield Problem(
+            "align.reference", "'live'", expected, f"align.reference=precomputed, or {NATIVE_ENGINE_REPAIR}"
+        )
+    if not dpo.problems():
+        loss = find_loss(dpo.loss_name, where="align.loss")
         try:
-            trl_loss(loss.name, loss.settings(align.loss_settings, where="align.loss"))
+            trl_loss_arguments(loss.name, loss.settings(dpo.loss_settings, where="align.loss"))
         except UserError as error:
             yield from error.problems
 
 
-def copied_by_trl(settings: StageSettings) -> Iterator[Problem]:
+def trl_copy_problems(settings: StageSettings) -> Iterator[Problem]:
     """Yield a problem if the adapter changes the base weights: TRL copies the adapter for its reference."""
     method = settings.adapter.method
     if adapter_traits(method).changes_base:

@@ -13,9 +13,9 @@ from align.preference.losses import metrics
 from align.preference.losses.catalogue import Loss, Setting
 from align.preference.losses.inputs import Lists, LossOutput
 
-Totals = tuple[int, dict[str, float]]
+MetricSums = tuple[int, dict[str, float]]
 """The number of groups, and the sum of each metric over them."""
-TIE = 1e-5
+TIE_TOLERANCE = 1e-5
 """Implicit rewards closer than this are tied: a float32 sum over a completion is not exact."""
 
 
@@ -28,7 +28,7 @@ class GroupLosses(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class PreferenceObjective:
     """A preference loss with its settings, on pairs or ranked lists, with or without a reference."""
 
     name: str
@@ -37,7 +37,7 @@ class Objective:
     needs_reference: bool
 
     @classmethod
-    def of(cls, loss: Loss, settings: dict[str, Setting]) -> "Objective":
+    def from_loss(cls, loss: Loss, settings: dict[str, Setting]) -> "PreferenceObjective":
         function = partial(loss.function(), **settings)
         return cls(loss.name, function, loss.takes == "Pairs", loss.needs.reference)
 
@@ -56,13 +56,15 @@ class Objective:
         # All comparisons of one prompt are one batch element (InstructGPT, arXiv 2203.02155, section 3.5), so
         # that a long list weighs as much as a pair.
         output, better = self.loss(lists.pairs()), lists.better
-        owners, counts = better.nonzero()[:, 0], better.sum((-1, -2))
+        group_index, counts = better.nonzero()[:, 0], better.sum((-1, -2))
 
         # Groups have different numbers of pairs, so pairs are summed by their group's index.
-        def mean(values: Tensor) -> Tensor:
-            return values.new_zeros(len(counts)).index_add(0, owners, values) / counts
+        def group_mean(values: Tensor) -> Tensor:
+            return values.new_zeros(len(counts)).index_add(0, group_index, values) / counts
 
-        return GroupLosses(mean(output.losses), mean(_margins(output)), mean(_accuracies(output)))
+        return GroupLosses(
+            group_mean(output.losses), group_mean(_margins(output)), group_mean(_accuracies(output))
+        )
 
 
 def _margins(output: LossOutput) -> Tensor:
@@ -70,22 +72,22 @@ def _margins(output: LossOutput) -> Tensor:
 
 
 def _accuracies(output: LossOutput) -> Tensor:
-    return metrics.accuracies(output.chosen_rewards, output.rejected_rewards, tie=TIE)
+    return metrics.accuracies(output.chosen_rewards, output.rejected_rewards, tie=TIE_TOLERANCE)
 
 
-def by_group(values: Tensor, sizes: Tensor) -> Tensor:
+def pad_by_group(values_C: Tensor, sizes_G: Tensor) -> Tensor:
     """Pad values per completion (C,) to one row per group (G, K), with 0 for missing completions.
 
     >>> pad_by_group(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([2, 3]))
     tensor([[1, 2, 0],
             [3, 4, 5]])
     """
-    return pad_sequence(list(torch.split(values, sizes.tolist())), batch_first=True)
+    return pad_sequence(list(torch.split(values_C, sizes_G.tolist())), batch_first=True)
 
 
 @torch.no_grad()
-def measures(
-    lists: Lists, found: GroupLosses, logps: Tensor, reference: Tensor | None, sizes: Tensor
+def preference_metrics(
+    lists: Lists, group_losses: GroupLosses, logps_CT: Tensor, reference_CT: Tensor | None, sizes: Tensor
 ) -> dict[str, Tensor]:
     """Return the logged metrics, (G,) each; chosen is the best completion of a group, rejected the worst.
 
@@ -97,66 +99,66 @@ def measures(
         group_losses: their losses.
         logps_CT: (C, T) token log-probabilities under the policy, 0 after a completion's end.
         reference_CT: the same under the reference, None without one.
-        sizes: (G,) completions of each group.
+        sizes_G: (G,) completions of each group.
     """
     best, worst = lists.best, lists.worst
     lengths = lists.lengths.to(lists.logps)
-    watched = {
-        "loss": found.losses,
-        "margin": found.margins,
-        "accuracy": found.accuracies,
-        "chosen_logps": _mean(lists.means, best),
-        "rejected_logps": _mean(lists.means, worst),
-        "chosen_tokens": _mean(lengths, best),
-        "rejected_tokens": _mean(lengths, worst),
+    group_metrics = {
+        "loss": group_losses.losses,
+        "margin": group_losses.margins,
+        "accuracy": group_losses.accuracies,
+        "chosen_logps": _mean_where(lists.mean_logps, best),
+        "rejected_logps": _mean_where(lists.mean_logps, worst),
+        "chosen_tokens": _mean_where(lengths, best),
+        "rejected_tokens": _mean_where(lengths, worst),
     }
-    if reference is not None and lists.reference_logps is not None:
-        drifts = (lists.logps - lists.reference_logps) / lengths.clamp(min=1)
-        distances = by_group(metrics.kl_k2(logps, reference).sum(1), sizes)
-        watched |= {
-            "chosen_drift": _mean(drifts, best),
-            "rejected_drift": _mean(drifts, worst),
-            "kl": distances.sum(1) / lengths.sum(1),
+    if reference_CT is not None and lists.reference_logps is not None:
+        logratios = (lists.logps - lists.reference_logps) / lengths.clamp(min=1)
+        kl_GK = pad_by_group(metrics.kl_k2(logps_CT, reference_CT).sum(1), sizes)
+        group_metrics |= {
+            "chosen_drift": _mean_where(logratios, best),
+            "rejected_drift": _mean_where(logratios, worst),
+            "kl": kl_GK.sum(1) / lengths.sum(1),
         }
-    return {name: values.detach() for name, values in watched.items()}
+    return {name: values.detach() for name, values in group_metrics.items()}
 
 
-def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    return values.masked_fill(~chosen, 0.0).sum(-1) / chosen.sum(-1)
+def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
+    return values.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1)
 
 
-class Means:
+class MetricAverager:
     """Averages metrics over all groups since the last ``pop_sums``."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.groups = 0
+        self.num_groups = 0
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add the metrics of some groups, each of shape (G,)."""
-        for name, own in values.items():
+        for name, metric in values.items():
             # Kept on the device and summed in float64: a copy to the host per micro-batch would synchronize.
-            total = own.double().sum()
+            total = metric.double().sum()
             self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.groups += len(values["loss"])
+        self.num_groups += len(values["loss"])
 
-    def take(self) -> Totals:
+    def pop_sums(self) -> MetricSums:
         """Return the number of groups and the sums, and reset them."""
-        found = self.groups, {name: float(value) for name, value in self.sums.items()}
-        self.sums, self.groups = {}, 0
-        return found
+        totals = self.num_groups, {name: float(value) for name, value in self.sums.items()}
+        self.sums, self.num_groups = {}, 0
+        return totals
 
 
-def means_of(parts: Sequence[Totals]) -> dict[str, float]:
+def mean_preference_metrics(totals: Sequence[MetricSums]) -> dict[str, float]:
     """Return the means over the groups of all processes; token counts become ``length_ratio``.
 
     >>> mean_preference_metrics([(1, {"loss": 2.0, "chosen_tokens": 4.0, "rejected_tokens": 2.0}), (0, {})])
     {'loss': 2.0, 'length_ratio': 2.0}
     """
-    groups = sum(count for count, _ in parts)
+    num_groups = sum(count for count, _ in totals)
     # A rank without batches since the last log has no sums.
-    names = next(sums for _, sums in parts if sums)
-    means = {name: sum(sums.get(name, 0.0) for _, sums in parts) / groups for name in names}
+    names = next(sums for _, sums in totals if sums)
+    means = {name: sum(sums.get(name, 0.0) for _, sums in totals) / num_groups for name in names}
     # The ratio of means and not the mean of ratios, which short rejected completions would dominate.
     means["length_ratio"] = means.pop("chosen_tokens") / means.pop("rejected_tokens")
     return means

@@ -8,31 +8,31 @@ functions of metrics and texts.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from align.preference.finding import Finding, repetition
+from align.preference.finding import Finding, repetition_finding
 
-CHOSEN_FELL = 0.05
+MAX_CHOSEN_DROP = 0.05
 """Nats per token: a completion of 50 tokens is then 12 times less likely than before training."""
-FAR = 2.0
+LARGE_KL = 2.0
 """KL (k2) per token: tokens are e^2 = 7 times more or less likely than under the reference. Rejected ones
 should become so, short ones fast: healthy runs reach half of this."""
-LONGER_CHOSEN = 1.2
+LARGE_DATA_LENGTH_RATIO = 1.2
 """Chosen to rejected tokens: above this ratio length alone separates most pairs."""
-LONGER_REPLIES = 1.3
+LARGE_COMPLETION_LENGTH_RATIO = 1.3
 """Ratio of completion lengths in words, after to before training."""
-LEARNT_BY_HEART = 0.995
+SATURATED_ACCURACY = 0.995
 """Training accuracy in the last steps above which no pair is left to learn from."""
-KNOWN, OVERFIT = 0.9, 0.1
+HIGH_ACCURACY, MAX_ACCURACY_GAP = 0.9, 0.1
 """From this training accuracy on, held-out accuracy should not be lower by more than this gap."""
-NO_MARGIN, NO_ACCURACY = 0.02, 0.05
+MIN_MARGIN_GAIN, MIN_ACCURACY_GAIN = 0.02, 0.05
 """Increases of implicit reward margin and accuracy below which nothing was learned."""
-WORSE = 0.005
+MIN_LOSS_INCREASE = 0.005
 """Relative increase of held-out loss that is reported; less is noise with a few dozen pairs."""
 
-Numbers = Mapping[str, float]
+DPOMetricValues = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class DiagnosticInputs:
     """Inputs of the diagnostics.
 
     Attributes:
@@ -42,130 +42,150 @@ class Seen:
         has_nll_term: whether the loss has an NLL term on the chosen completions.
     """
 
-    metrics: Numbers
+    metrics: DPOMetricValues
     length_ratio: float
-    replies: Sequence[tuple[str, str]]
-    likelihood: bool
+    completions: Sequence[tuple[str, str]]
+    has_nll_term: bool
 
-    def both_ends(self, what: str) -> tuple[float, float] | None:
+    def before_and_after(self, metric: str) -> tuple[float, float] | None:
         """Return a metric before and after training: held-out, else that of the first and the last steps."""
-        for start in ("held_out_", ""):
-            names = [f"{start}{what}_{when}" for when in ("before", "after")]
+        for prefix in ("held_out_", ""):
+            names = [f"{prefix}{metric}_{when}" for when in ("before", "after")]
             if all(name in self.metrics for name in names):
                 return self.metrics[names[0]], self.metrics[names[1]]
         return None
 
 
-def findings(seen: Seen) -> list[Finding]:
+def diagnose_dpo(inputs: DiagnosticInputs) -> list[Finding]:
     """Return the findings of a run, in the order of the report."""
-    return [found for look in LOOKS if (found := look(seen)) is not None]
+    return [finding for diagnostic in DPO_DIAGNOSTICS if (finding := diagnostic(inputs)) is not None]
 
 
-def _drift(metrics: Numbers, which: str) -> float | None:
+def _logp_change(metrics: DPOMetricValues, side: str) -> float | None:
     """Return the change of log-probability per token: on held-out completions if there are any."""
-    before, after = (metrics.get(f"held_out_{which}_logps_{when}") for when in ("before", "after"))
+    before, after = (metrics.get(f"held_out_{side}_logps_{when}") for when in ("before", "after"))
     if before is not None and after is not None:
         return after - before
     # Without held-out pairs: the log-ratio to the reference, which is the policy before training.
-    return metrics.get(f"{which}_drift_after")
+    return metrics.get(f"{side}_drift_after")
 
 
-def _learning(seen: Seen) -> Finding | None:
-    margins = seen.both_ends("margin")
-    accuracies = seen.both_ends("accuracy")
+def _learning(inputs: DiagnosticInputs) -> Finding | None:
+    margins = inputs.before_and_after("margin")
+    accuracies = inputs.before_and_after("accuracy")
     if margins is None or accuracies is None:
         return None
     (first, last), (before, after) = margins, accuracies
-    said = f"margin {first:.3f} → {last:.3f}, accuracy {before:.0%} → {after:.0%}"
-    if last - first < NO_MARGIN and after - before < NO_ACCURACY:
+    evidence = f"margin {first:.3f} → {last:.3f}, accuracy {before:.0%} → {after:.0%}"
+    if last - first < MIN_MARGIN_GAIN and after - before < MIN_ACCURACY_GAIN:
         action = "raise train.learning_rate, or train longer"
-        return Finding("learning", said, "almost nothing was learned", action)
-    return Finding("learning", said, "the policy prefers chosen over rejected completions more than before")
-
-
-def _unseen(seen: Seen) -> Finding | None:
-    losses = [seen.metrics.get(f"held_out_loss_{when}") for when in ("before", "after")]
-    if losses[0] is None or losses[1] is None or losses[1] - losses[0] <= WORSE * abs(losses[0]):
-        return None
-    said = f"held-out loss {losses[0]:.4f} → {losses[1]:.4f}"
-    means = "held-out loss increased: the policy is more confident where it is wrong (overfitting)"
+        return Finding("learning", evidence, "almost nothing was learned", action)
     return Finding(
-        "unseen pairs", said, means, "lower train.learning_rate, fewer train.epochs, or more pairs"
+        "learning", evidence, "the policy prefers chosen over rejected completions more than before"
     )
 
 
-def _chosen(seen: Seen) -> Finding | None:
-    chosen, rejected = (_drift(seen.metrics, which) for which in ("chosen", "rejected"))
+def _generalization(inputs: DiagnosticInputs) -> Finding | None:
+    losses = [inputs.metrics.get(f"held_out_loss_{when}") for when in ("before", "after")]
+    if losses[0] is None or losses[1] is None or losses[1] - losses[0] <= MIN_LOSS_INCREASE * abs(losses[0]):
+        return None
+    evidence = f"held-out loss {losses[0]:.4f} → {losses[1]:.4f}"
+    meaning = "held-out loss increased: the policy is more confident where it is wrong (overfitting)"
+    return Finding(
+        "unseen pairs", evidence, meaning, "lower train.learning_rate, fewer train.epochs, or more pairs"
+    )
+
+
+def _chosen_logp_drop(inputs: DiagnosticInputs) -> Finding | None:
+    chosen, rejected = (_logp_change(inputs.metrics, side) for side in ("chosen", "rejected"))
     if chosen is None or rejected is None:
         return None
-    said = f"log-probability per token: chosen {chosen:+.3f}, rejected {rejected:+.3f} nats"
-    if chosen >= -CHOSEN_FELL:
-        return Finding("likelihood", said, "chosen completions are as likely as before, or more")
-    means = "chosen completions became less likely, by more per token than rejected ones"
+    evidence = f"log-probability per token: chosen {chosen:+.3f}, rejected {rejected:+.3f} nats"
+    if chosen >= -MAX_CHOSEN_DROP:
+        return Finding("likelihood", evidence, "chosen completions are as likely as before, or more")
+    meaning = "chosen completions became less likely, by more per token than rejected ones"
     if rejected < chosen:
-        means = "both became less likely, rejected ones more: probability mass moved to text outside the data"
-    more = "raise align.loss.nll_weight" if seen.likelihood else "align.loss={name: rpo} adds an NLL term"
+        meaning = (
+            "both became less likely, rejected ones more: probability mass moved to text outside the data"
+        )
+    nll_action = (
+        "raise align.loss.nll_weight" if inputs.has_nll_term else "align.loss={name: rpo} adds an NLL term"
+    )
     return Finding(
-        "likelihood", said, means, f"{more}; or raise align.loss.beta, or lower train.learning_rate"
+        "likelihood",
+        evidence,
+        meaning,
+        f"{nll_action}; or raise align.loss.beta, or lower train.learning_rate",
     )
 
 
-def _distance(seen: Seen) -> Finding | None:
-    held_out = seen.metrics.get("held_out_kl_after")
-    found = held_out if held_out is not None else seen.metrics.get("kl_after")
-    if found is None or found < FAR:
+def _large_kl(inputs: DiagnosticInputs) -> Finding | None:
+    held_out = inputs.metrics.get("held_out_kl_after")
+    kl = held_out if held_out is not None else inputs.metrics.get("kl_after")
+    if kl is None or kl < LARGE_KL:
         return None
-    said, means = (
-        f"KL to the reference {found:.2f} per token (k2)",
+    evidence, meaning = (
+        f"KL to the reference {kl:.2f} per token (k2)",
         "far from the reference: other abilities may be lost",
     )
     return Finding(
-        "distance", said, means, "raise align.loss.beta, lower train.learning_rate, or train.epochs=1"
+        "distance", evidence, meaning, "raise align.loss.beta, lower train.learning_rate, or train.epochs=1"
     )
 
 
-def _by_heart(seen: Seen) -> Finding | None:
-    learnt, unseen = seen.metrics.get("accuracy_after"), seen.metrics.get("held_out_accuracy_after")
-    if learnt is None:
+def _overfitting(inputs: DiagnosticInputs) -> Finding | None:
+    train_accuracy, held_out_accuracy = (
+        inputs.metrics.get("accuracy_after"),
+        inputs.metrics.get("held_out_accuracy_after"),
+    )
+    if train_accuracy is None:
         return None
-    apart = 0.0 if unseen is None else learnt - unseen
-    said = f"accuracy {learnt:.1%} in training" + ("" if unseen is None else f", {unseen:.1%} held out")
+    gap = 0.0 if held_out_accuracy is None else train_accuracy - held_out_accuracy
+    evidence = f"accuracy {train_accuracy:.1%} in training" + (
+        "" if held_out_accuracy is None else f", {held_out_accuracy:.1%} held out"
+    )
     action = "fewer train.epochs or more pairs; align.loss=ipo or cdpo lets margins stop growing"
-    if apart > OVERFIT and learnt >= KNOWN:
-        return Finding("overfit", said, "training pairs are memorized and do not generalize", action)
-    if learnt >= LEARNT_BY_HEART:
-        means = "every training pair is ranked correctly: further steps only widen the margins"
-        return Finding("saturated", said, means, action)
+    if gap > MAX_ACCURACY_GAP and train_accuracy >= HIGH_ACCURACY:
+        return Finding("overfit", evidence, "training pairs are memorized and do not generalize", action)
+    if train_accuracy >= SATURATED_ACCURACY:
+        meaning = "every training pair is ranked correctly: further steps only widen the margins"
+        return Finding("saturated", evidence, meaning, action)
     return None
 
 
-def _length(seen: Seen) -> Finding | None:
-    before, after = (sum(len(pair[when].split()) for pair in seen.replies) for when in (0, 1))
+def _length_growth(inputs: DiagnosticInputs) -> Finding | None:
+    before, after = (sum(len(pair[when].split()) for pair in inputs.completions) for when in (0, 1))
     growth = after / before if before else 1.0
-    told = f"chosen/rejected length ratio in the data {seen.length_ratio:.2f}"
-    said = f"{told}, completion length after/before {growth:.2f}" if seen.replies else told
-    if growth > LONGER_REPLIES and seen.length_ratio > 1:
+    data_evidence = f"chosen/rejected length ratio in the data {inputs.length_ratio:.2f}"
+    evidence = (
+        f"{data_evidence}, completion length after/before {growth:.2f}"
+        if inputs.completions
+        else data_evidence
+    )
+    if growth > LARGE_COMPLETION_LENGTH_RATIO and inputs.length_ratio > 1:
         action = "align.loss=simpo is length-normalized; or balance the lengths in the data"
-        return Finding("length", said, "the policy learned that longer is better", action)
-    if growth > LONGER_REPLIES:
+        return Finding("length", evidence, "the policy learned that longer is better", action)
+    if growth > LARGE_COMPLETION_LENGTH_RATIO:
         action = "look at samples.jsonl: do completions still end with EOS? raise align.loss.beta"
-        return Finding("length", said, "completions grew longer, but not because of the data", action)
-    if seen.length_ratio > LONGER_CHOSEN:
+        return Finding("length", evidence, "completions grew longer, but not because of the data", action)
+    if inputs.length_ratio > LARGE_DATA_LENGTH_RATIO:
         action = "watch completion length; align.loss=simpo is length-normalized"
-        return Finding("length", said, "length alone separates most pairs", action)
+        return Finding("length", evidence, "length alone separates most pairs", action)
     return None
 
 
-def _repetition(seen: Seen) -> Finding | None:
-    return repetition(seen.replies, "lower train.learning_rate, raise align.loss.beta, or align.loss=rpo")
+def _repetition(inputs: DiagnosticInputs) -> Finding | None:
+    return repetition_finding(
+        inputs.completions, "lower train.learning_rate, raise align.loss.beta, or align.loss=rpo"
+    )
 
 
-LOOKS: tuple[Callable[[Seen], Finding | None], ...] = (
+DPO_DIAGNOSTICS: tuple[Callable[[DiagnosticInputs], Finding | None], ...] = (
     _learning,
-    _unseen,
-    _chosen,
-    _distance,
-    _by_heart,
-    _length,
+    _generalization,
+    _chosen_logp_drop,
+    _large_kl,
+    _overfitting,
+    _length_growth,
     _repetition,
 )

@@ -13,24 +13,24 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 
-from align.dpo.collate import PreferenceCollator, PreferenceRows, borders
-from align.preference.attention import unwrapped
+from align.dpo.collate import PreferenceCollator, PreferenceDataset, completion_offsets
+from align.preference.attention import unwrap_model
 from align.preference.logps import token_logps
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.data.batches import optimizer_batches
-from finetune.data.cache import cache_file, store, stored
-from finetune.planning.world import world
+from finetune.data.cache import cache_path, read_cached, write_cached
+from finetune.planning.world import dist_info
 from finetune.training.head import output_head
-from finetune.training.preflight.untouched import untouched
-from finetune.training.processes import everyones, share_in_step
+from finetune.training.preflight.untouched import preserve_state
+from finetune.training.processes import all_gather_object, shard_padded
 
-FORMAT = 1
+REFERENCE_CACHE_FORMAT = 1
 """Increased when the meaning of a cached file changes, so that old files are not read."""
 
-Logps = NDArray[np.float32]
+TokenLogps = NDArray[np.float32]
 
 
-def rows_of_steps(
+def rows_seen_by_run(
     lengths: Sequence[int], *, steps: int, batch_size: int, seed: int, group_by_length: bool
 ) -> list[int]:
     """Return the rows that the first optimizer steps of a run use, in ascending order.
@@ -43,24 +43,24 @@ def rows_of_steps(
         for epoch in count()
     )
     batches = (batch for epoch in epochs for batch in epoch)
-    seen: set[int] = set()
+    used_rows: set[int] = set()
     for batch in islice(batches, steps):
-        seen.update(batch)
-        if len(seen) == len(lengths):
+        used_rows.update(batch)
+        if len(used_rows) == len(lengths):
             break
-    return sorted(seen)
+    return sorted(used_rows)
 
 
 @torch.no_grad()
-def reference_logps(
+def compute_reference_logps(
     model: nn.Module,
     groups: PreferenceGroups,
     rows: Collection[int],
     *,
     collate: PreferenceCollator,
-    size: int,
-    done: Callable[[int], None],
-) -> Logps:
+    batch_size: int,
+    on_progress: Callable[[int], None],
+) -> TokenLogps:
     """Return the log-probabilities of all completion tokens under the current model, without dropout.
 
     The forward passes are sharded over processes; every process returns the values of all.
@@ -77,33 +77,37 @@ def reference_logps(
     Returns:
         (N,) float32, tokens of all completions concatenated.
     """
-    ends = borders(groups)
-    found = np.full(ends[-1], np.nan, dtype=np.float32)
+    offsets = completion_offsets(groups)
+    logps_N = np.full(offsets[-1], np.nan, dtype=np.float32)
     head, device = output_head(model), next(model.parameters()).device
-    data, lengths = PreferenceRows(groups), groups.lengths
+    data, group_lengths = PreferenceDataset(groups), groups.lengths
     # Longest first: similar lengths share a pass (little padding), and running out of memory shows at once.
-    order = sorted(rows, key=lambda row: -lengths[row])
-    passes = [order[start : start + size] for start in range(0, len(order), size)]
-    with untouched(model):
-        for first in range(0, len(passes), world().size):
-            now = passes[first : first + world().size]
+    order = sorted(rows, key=lambda row: -group_lengths[row])
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    with preserve_state(model):
+        for first in range(0, len(batches), dist_info().world_size):
+            concurrent_batches = batches[first : first + dist_info().world_size]
             # One part per process. In the last round it may repeat another rank's: with sharded weights every
             # rank must run every forward pass.
-            for part, _ in share_in_step(now):
-                laid = collate([data[row] for row in part])
-                batch = {name: value.to(device) for name, value in laid.items()}
-                table, counts = token_logps(model, head, batch).cpu(), batch["lengths"].tolist()
-                flat = torch.cat([own[:number] for own, number in zip(table, counts, strict=True)]).numpy()
-                sizes = [int(ends[row + 1] - ends[row]) for row in part]
-                for row, own in zip(part, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
-                    found[ends[row] : ends[row + 1]] = own
-            done(sum(map(len, now)))
+            for batch_rows, _ in shard_padded(concurrent_batches):
+                cpu_batch = collate([data[row] for row in batch_rows])
+                batch = {name: value.to(device) for name, value in cpu_batch.items()}
+                logps_CT, lengths_C = token_logps(model, head, batch).cpu(), batch["lengths"].tolist()
+                batch_logps = torch.cat(
+                    [values[:length] for values, length in zip(logps_CT, lengths_C, strict=True)]
+                ).numpy()
+                tokens_per_group = [int(offsets[row + 1] - offsets[row]) for row in batch_rows]
+                for row, values in zip(
+                    batch_rows, np.split(batch_logps, np.cumsum(tokens_per_group)[:-1]), strict=True
+                ):
+                    logps_N[offsets[row] : offsets[row + 1]] = values
+            on_progress(sum(map(len, concurrent_batches)))
     # Each rank has NaN where it computed nothing; fmax takes the number of the two.
-    merged: Logps = np.fmax.reduce(everyones(found))
+    merged: TokenLogps = np.fmax.reduce(all_gather_object(logps_N))
     return merged
 
 
-def reference_file(model: nn.Module, key: Mapping[str, Any], groups: PreferenceGroups) -> Path:
+def reference_cache_file(model: nn.Module, key: Mapping[str, Any], groups: PreferenceGroups) -> Path:
     """Return the cache file of reference log-probabilities, named by a digest of everything they depend on.
 
     Args:
@@ -111,20 +115,20 @@ def reference_file(model: nn.Module, key: Mapping[str, Any], groups: PreferenceG
         key: rows, precision, layout and versions, JSON-serializable.
         groups: the data: every token.
     """
-    digest = hashlib.sha256(json.dumps([FORMAT, key], sort_keys=True).encode())
-    for array in (groups.input_ids, groups.starts, groups.firsts):
+    digest = hashlib.sha256(json.dumps([REFERENCE_CACHE_FORMAT, key], sort_keys=True).encode())
+    for array in (groups.input_ids, groups.offsets, groups.prompt_index):
         digest.update(np.ascontiguousarray(array).tobytes())
     digest.update(model_digest(model).encode())
-    return cache_file("reference", digest.hexdigest())
+    return cache_path("reference", digest.hexdigest())
 
 
 def model_digest(model: nn.Module) -> str:
     """Return a digest of a model: weights, buffers, model config and adapter configs."""
     digest = hashlib.sha256()
-    configs = [unwrapped(model).config.to_dict()]
+    configs = [unwrap_model(model).config.to_dict()]
     if isinstance(model, PeftModel):
         configs += [config.to_dict() for config in model.peft_config.values()]
-    digest.update(json.dumps(configs, sort_keys=True, default=_plain).encode())
+    digest.update(json.dumps(configs, sort_keys=True, default=_json_default).encode())
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -132,26 +136,26 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _plain(value: object) -> object:
+def _json_default(value: object) -> object:
     """Return a value that JSON lacks as text."""
     # Sets are sorted: their order follows Python's string hashes, which differ in every process.
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
-def kept_reference(path: Path) -> Logps | None:
+def load_cached_reference(path: Path) -> TokenLogps | None:
     """Return the cached log-probabilities of an earlier run, None if there are none.
 
     Raises:
         DamagedCacheError: the file is not what was written.
     """
-    found = stored(path)
-    return None if found is None else found[0]["logps"]
+    cached = read_cached(path)
+    return None if cached is None else cached[0]["logps"]
 
 
-def keep_reference(path: Path, logps: Logps) -> None:
+def cache_reference(path: Path, logps: TokenLogps) -> None:
     """Write reference log-probabilities to the cache.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    store(path, {"logps": logps}, {})
+    write_cached(path, {"logps": logps}, {})

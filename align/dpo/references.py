@@ -13,66 +13,73 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from align.dpo.collate import PreferenceCollator
 from align.dpo.reference import (
-    Logps,
-    keep_reference,
-    kept_reference,
-    reference_file,
-    reference_logps,
+    TokenLogps,
+    cache_reference,
+    compute_reference_logps,
+    load_cached_reference,
+    reference_cache_file,
 )
-from align.preference.attention import unwrapped
+from align.preference.attention import unwrap_model
 from align.preference.rows.dataset import PreferenceGroups
-from align.preference.starting_policy import arithmetic
+from align.preference.starting_policy import autocast_for
 from finetune.data.cache import DamagedCacheError
 from finetune.training import processes
-from finetune.training.job import Job
+from finetune.training.job import RunContext
 from finetune.training.loading import Policy
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceLogps:
     """Reference log-probabilities from the initial policy; ``batch_size``: groups per forward pass."""
 
-    job: Job
+    ctx: RunContext
     policy: Policy
     collator: PreferenceCollator
-    size: int
+    batch_size: int
 
-    def of(self, groups: PreferenceGroups, rows: Sequence[int]) -> Logps:
+    def compute(self, groups: PreferenceGroups, rows: Sequence[int]) -> TokenLogps:
         """Return the token log-probabilities of some groups' completions."""
-        with self.job.timed("reference"):
-            if not self.job.recipe.settings.data.cache:
-                return self._computed(groups, rows)
-            file = reference_file(self.policy.model, self._key(rows), groups)
+        with self.ctx.timed("reference"):
+            if not self.ctx.recipe.settings.data.cache:
+                return self._forward(groups, rows)
+            path = reference_cache_file(self.policy.model, self._cache_key(rows), groups)
             # Rank 0 reads for all, so that all ranks agree on whether the cache has them.
-            found = processes.from_main(self._kept(file) if self.job.world.main else None)
-            if found is not None:
-                self.job.say(f"reference log-probabilities of {len(rows)} groups: cached")
-                return found
-            found = self._computed(groups, rows)
-            if self.job.world.main:
-                keep_reference(file, found)
-            return found
+            logps = processes.broadcast_object(self._load_cached(path) if self.ctx.dist.is_main else None)
+            if logps is not None:
+                self.ctx.log(f"reference log-probabilities of {len(rows)} groups: cached")
+                return logps
+            logps = self._forward(groups, rows)
+            if self.ctx.dist.is_main:
+                cache_reference(path, logps)
+            return logps
 
-    def _kept(self, file: Path) -> Logps | None:
+    def _load_cached(self, path: Path) -> TokenLogps | None:
         """Return the cached log-probabilities; a corrupt file is logged and recomputed."""
         try:
-            return kept_reference(file)
+            return load_cached_reference(path)
         except DamagedCacheError as damage:
-            self.job.say(f"corrupt reference cache, recomputing: {damage}")
+            self.ctx.log(f"corrupt reference cache, recomputing: {damage}")
             return None
 
-    def _computed(self, groups: PreferenceGroups, rows: Sequence[int]) -> Logps:
+    def _forward(self, groups: PreferenceGroups, rows: Sequence[int]) -> TokenLogps:
         model, started = self.policy.model, time.monotonic()
-        with self._progress(len(rows)) as done, arithmetic(model, self.policy.precision):
-            found = reference_logps(model, groups, rows, collate=self.collator, size=self.size, done=done)
+        with self._progress(len(rows)) as on_progress, autocast_for(model, self.policy.precision):
+            logps = compute_reference_logps(
+                model,
+                groups,
+                rows,
+                collate=self.collator,
+                batch_size=self.batch_size,
+                on_progress=on_progress,
+            )
         seconds = time.monotonic() - started
-        self.job.say(
+        self.ctx.log(
             f"reference log-probabilities of {len(rows)} groups: {seconds:.1f} s "
             f"({len(rows) / seconds:.1f} groups/s)"
         )
-        return found
+        return logps
 
-    def _key(self, rows: Sequence[int]) -> dict[str, Any]:
+    def _cache_key(self, rows: Sequence[int]) -> dict[str, Any]:
         """Return what the log-probabilities depend on besides weights and tokens."""
         # Kernels round differently by device, attention implementation, batch layout and version.
         return {
@@ -80,8 +87,8 @@ class Reference:
             "precision": self.policy.precision,
             "quantization": self.policy.quantization,
             "layout": asdict(self.collator),
-            "attention": unwrapped(self.policy.model).config._attn_implementation,
-            "device": self.job.hardware.device,
+            "attention": unwrap_model(self.policy.model).config._attn_implementation,
+            "device": self.ctx.hardware.device,
             "versions": [torch.__version__, transformers.__version__],
         }
 
@@ -89,12 +96,12 @@ class Reference:
     def _progress(self, total: int) -> Iterator[Callable[[int], None]]:
         """Show a progress bar; a signal interrupts between two forward passes."""
         columns = (TextColumn("  reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = self.job.console
+        console = self.ctx.console
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=total)
 
-            def done(groups: int) -> None:
+            def on_progress(groups: int) -> None:
                 bar.advance(task, groups)
-                self.job.stop_if_asked("while computing reference log-probabilities")
+                self.ctx.raise_if_interrupted("while computing reference log-probabilities")
 
-            yield done
+            yield on_progress

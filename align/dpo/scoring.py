@@ -5,27 +5,27 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from align.dpo.objective import GroupLosses, Objective, by_group, measures
+from align.dpo.objective import GroupLosses, PreferenceObjective, pad_by_group, preference_metrics
 from align.preference.logps import token_logps
 from align.preference.losses.inputs import Lists
-from align.preference.starting_policy import StartingPolicy
+from align.preference.starting_policy import ReferencePolicy
 
 
-class Scored(NamedTuple):
+class ForwardLosses(NamedTuple):
     """Losses per group with gradient, and metrics per group without, (G,) each."""
 
     losses: Tensor
-    measures: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
 
-def score(
+def forward_losses(
     model: nn.Module,
     head: nn.Module,
     batch: Mapping[str, Tensor],
     *,
-    objective: Objective,
-    start: StartingPolicy | None = None,
-) -> Scored:
+    objective: PreferenceObjective,
+    reference_policy: ReferencePolicy | None = None,
+) -> ForwardLosses:
     """Return the losses and metrics of a batch.
 
     Args:
@@ -35,20 +35,26 @@ def score(
         objective: the loss.
         reference_policy: the live reference; None if its log-probabilities are in the batch or not needed.
     """
-    reference = batch.get("reference") if start is None else start.logps(model, head, batch)
+    reference_CT = (
+        batch.get("reference_logps")
+        if reference_policy is None
+        else reference_policy.logps(model, head, batch)
+    )
     # After the reference: its weight swap needs that no autograd graph of the policy is alive.
-    logps = token_logps(model, head, batch)
-    lists = lists_of(logps, reference, batch)
-    found: GroupLosses = objective(lists)
-    return Scored(found.losses, measures(lists, found, logps, reference, batch["sizes"]))
+    logps_CT = token_logps(model, head, batch)
+    lists = to_lists(logps_CT, reference_CT, batch)
+    group_losses: GroupLosses = objective(lists)
+    return ForwardLosses(
+        group_losses.losses, preference_metrics(lists, group_losses, logps_CT, reference_CT, batch["sizes"])
+    )
 
 
-def lists_of(logps: Tensor, reference: Tensor | None, batch: Mapping[str, Tensor]) -> Lists:
+def to_lists(logps_CT: Tensor, reference_CT: Tensor | None, batch: Mapping[str, Tensor]) -> Lists:
     """Return the loss inputs (G, K), from token log-probabilities (C, T)."""
     sizes = batch["sizes"]
     return Lists(
-        logps=by_group(logps.sum(1), sizes),
-        lengths=by_group(batch["lengths"], sizes),
+        logps=pad_by_group(logps_CT.sum(1), sizes),
+        lengths=pad_by_group(batch["lengths"], sizes),
         scores=batch["scores"],
-        reference_logps=None if reference is None else by_group(reference.sum(1), sizes),
+        reference_logps=None if reference_CT is None else pad_by_group(reference_CT.sum(1), sizes),
     )

@@ -7,17 +7,17 @@ from pydantic import Field
 
 from align.preference.losses.catalogue import Setting, find_loss
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import Section, Text
+from finetune.recipe.settings import NonEmptyStr, Section
 
 DEFAULT_LOSS = "dpo"
 
 
-class AlignSettings(Section):
+class DPOSettings(Section):
     """The preference loss, its reference model, and early stopping."""
 
-    NAMED: ClassVar[tuple[str, ...]] = ("loss",)
+    NAMED_CHOICES: ClassVar[tuple[str, ...]] = ("loss",)
 
-    loss: Text | dict[str, float | str] = Field(
+    loss: NonEmptyStr | dict[str, float | str] = Field(
         DEFAULT_LOSS,
         description="loss name (`llm-align list losses`), or {name: ipo, beta: 0.2, ...}",
     )

@@ -5,27 +5,27 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-MEASURED = "held_out_chosen_logps"
+HELD_OUT_CHOSEN_LOGPS = "held_out_chosen_logps"
 
 
-class StopWhenChosenFalls(TrainerCallback):  # type: ignore[misc]
+class ChosenLogpStop(TrainerCallback):  # type: ignore[misc]
     """Stops training once the held-out chosen log-probability dropped by more than ``max_drop`` per token."""
 
-    def __init__(self, most: float, *, start: Callable[[], float], tell: Callable[[str], None]) -> None:
+    def __init__(self, max_drop: float, *, initial: Callable[[], float], log: Callable[[str], None]) -> None:
         """Bind the largest allowed drop, the value before training, and the logger of the reason."""
-        self.most = most
-        self.start = start
-        self.tell = tell
+        self.max_drop = max_drop
+        self.initial = initial
+        self.log = log
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        fallen = self.start() - kwargs["metrics"][MEASURED]
-        if fallen > self.most and not control.should_training_stop:
+        drop = self.initial() - kwargs["metrics"][HELD_OUT_CHOSEN_LOGPS]
+        if drop > self.max_drop and not control.should_training_stop:
             # No checkpoint at this step: a run killed before its end resumes from an earlier one, evaluates
             # the same policy and stops here again.
             control.should_training_stop, control.should_save = True, False
-            self.tell(
+            self.log(
                 f"stopped at step {state.global_step}: held-out chosen log-probability dropped by "
-                f"{fallen:.3f} nats per token, more than align.stop_when_chosen_falls ({self.most:g})"
+                f"{drop:.3f} nats per token, more than align.stop_when_chosen_falls ({self.max_drop:g})"
             )

@@ -7,23 +7,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from align.dpo.collate import PreferenceCollator, PreferenceRows
-from align.dpo.objective import Means, Objective, means_of
-from align.dpo.scoring import Scored, score
+from align.dpo.collate import PreferenceCollator, PreferenceDataset
+from align.dpo.objective import MetricAverager, PreferenceObjective, mean_preference_metrics
+from align.dpo.scoring import ForwardLosses, forward_losses
 from align.preference.group_trainer import GroupTrainer
-from align.preference.starting_policy import StartingPolicy, arithmetic
+from align.preference.starting_policy import ReferencePolicy, autocast_for
 from finetune.training.base_trainer import log_held_out
 from finetune.training.head import output_head
-from finetune.training.processes import everyones, share_in_step
+from finetune.training.processes import all_gather_object, shard_padded
 
-HELD_OUT = "held_out_"
+HELD_OUT_PREFIX = "held_out_"
 
 
 class PreferenceTrainer(GroupTrainer):
     """Trainer of preference losses; a row is a group, and batch sizes count groups."""
 
-    objective: Objective
-    start: StartingPolicy | None = None
+    objective: PreferenceObjective
+    reference_policy: ReferencePolicy | None = None
     precision: str = "float32"
 
     @cached_property
@@ -31,9 +31,9 @@ class PreferenceTrainer(GroupTrainer):
         return output_head(self.accelerator.unwrap_model(self.model))
 
     @cached_property
-    def means(self) -> Means:
+    def averager(self) -> MetricAverager:
         """Return the averager of the metrics since the last log."""
-        return Means()
+        return MetricAverager()
 
     def compute_loss(
         self,
@@ -44,48 +44,56 @@ class PreferenceTrainer(GroupTrainer):
     ) -> Tensor:
         """Return this micro-batch's contribution to the mean loss over the groups of the optimizer step."""
         assert num_items_in_batch is not None and not return_outputs
-        known = "reference" not in inputs or not inputs["reference"].isnan().any()
-        assert known, "a step uses groups without precomputed reference log-probabilities"
-        found = score(model, self.head, inputs, objective=self.objective, start=self.start)
+        has_reference = "reference_logps" not in inputs or not inputs["reference_logps"].isnan().any()
+        assert has_reference, "a step uses groups without precomputed reference log-probabilities"
+        outputs = forward_losses(
+            model, self.head, inputs, objective=self.objective, reference_policy=self.reference_policy
+        )
         # A padding micro-batch has no row ids: it only keeps the ranks in step and counts for nothing.
-        counted = len(inputs["rows"])
-        self.means.add({name: values[:counted] for name, values in found.measures.items()})
-        return self.step_loss(found.losses[:counted], num_items_in_batch)
+        num_real = len(inputs["rows"])
+        self.averager.add({name: values[:num_real] for name, values in outputs.metrics.items()})
+        return self.step_loss(outputs.losses[:num_real], num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's values and the metric means since the last logged loss."""
-        if "loss" in logs and self.means.sums:
-            means = means_of(everyones(self.means.take()))
+        if "loss" in logs and self.averager.sums:
+            means = mean_preference_metrics(all_gather_object(self.averager.pop_sums()))
             # The Trainer's own loss stays: it includes the adapter's penalty.
             logs |= {name: value for name, value in means.items() if name != "loss"}
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the metrics on the held-out groups; no logits are gathered."""
-        found = self.measure(self.eval_dataset)
-        return log_held_out(self, {f"{HELD_OUT}{name}": value for name, value in found.items()})
+        metrics = self.held_out_metrics(self.eval_dataset)
+        return log_held_out(self, {f"{HELD_OUT_PREFIX}{name}": value for name, value in metrics.items()})
 
     @torch.no_grad()
-    def measure(self, rows: PreferenceRows) -> dict[str, float]:
+    def held_out_metrics(self, rows: PreferenceDataset) -> dict[str, float]:
         """Return the metric means over all groups of ``rows``, without dropout, sharded over processes."""
-        means, size = Means(), self.args.per_device_train_batch_size
+        averager, batch_size = MetricAverager(), self.args.per_device_train_batch_size
         training = self.model.training
         self.model.eval()
         # By length, so that a batch has little padding.
         order = np.argsort(rows.lengths, kind="stable").tolist()
-        passes = [order[start : start + size] for start in range(0, len(order), size)]
-        for part, counts in share_in_step(passes):
-            found = self.scored(rows, part).measures
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for row_ids, is_real in shard_padded(batches):
+            metrics = self.forward_rows(rows, row_ids).metrics
             # A padding batch only keeps the ranks in step: it is computed and not counted.
-            means.add(found if counts else {name: values[:0] for name, values in found.items()})
+            averager.add(metrics if is_real else {name: values[:0] for name, values in metrics.items()})
         self.model.train(training)
-        return means_of(everyones(means.take()))
+        return mean_preference_metrics(all_gather_object(averager.pop_sums()))
 
-    def scored(self, rows: PreferenceRows, numbers: list[int]) -> Scored:
+    def forward_rows(self, rows: PreferenceDataset, row_ids: list[int]) -> ForwardLosses:
         """Return losses and metrics of some groups, with the collator and the loss of training."""
         assert isinstance(self.data_collator, PreferenceCollator)
-        batch = self.data_collator([rows[number] for number in numbers])
+        batch = self.data_collator([rows[row_id] for row_id in row_ids])
         device = next(self.model.parameters()).device
         on_device = {name: value.to(device) for name, value in batch.items()}
-        with arithmetic(self.model, self.precision):
-            return score(self.model, self.head, on_device, objective=self.objective, start=self.start)
+        with autocast_for(self.model, self.precision):
+            return forward_losses(
+                self.model,
+                self.head,
+                on_device,
+                objective=self.objective,
+                reference_policy=self.reference_policy,
+            )

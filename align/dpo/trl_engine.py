@@ -9,38 +9,38 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from align.dpo.trl_losses import NATIVE
+from align.dpo.trl_losses import NATIVE_ENGINE_REPAIR
 from align.preference.losses import metrics
 from align.preference.losses.inputs import LossOutput, Pairs
 from align.preference.rows.dataset import PreferenceGroups
 from align.preference.trl_engine import (
-    InOurWords,
-    logps_of,
-    made_quietly,
-    own_replies,
-    pair_columns,
-    places_by_tokens,
-    places_of,
-    refuse_not_finite,
-    seen_by_all,
-    without_copy,
+    RenamePreferenceMetrics,
+    batch_locations,
+    completion_logps_by_batch,
+    delete_reference_adapter,
+    locations_by_tokens,
+    placeholder_rows,
+    progress_bars_disabled,
+    raise_if_not_finite,
+    shared_dataset,
+    to_pair_dataset,
 )
 from finetune.recipe.errors import Problem
 from finetune.training.base_trainer import log_held_out
-from finetune.training.preflight.ticks import Tick, failed
-from finetune.training.preflight.untouched import untouched
+from finetune.training.preflight.ticks import CheckResult, failed
+from finetune.training.preflight.untouched import preserve_state
 
-SIDES = ("chosen_ids", "rejected_ids")
-REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
+COMPLETION_COLUMNS = ("chosen_ids", "rejected_ids")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """TRL's columns of a pair's token ids and of its reference log-probabilities."""
-START = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
+TRL_DPO_LOSS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
 """Relative rounding tolerance for the initial loss."""
 
 
-class MeasuredDPOTrainer(DPOTrainer, InOurWords):  # type: ignore[misc]
+class DPOTrainerWithEval(DPOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
     """TRL's DPOTrainer with held-out metrics from our loss; a non-finite loss names its rows."""
 
-    places: Mapping[tuple[int, ...], str]
+    locations: Mapping[tuple[int, ...], str]
     loss: Callable[[Pairs], LossOutput]
 
     def training_step(
@@ -51,37 +51,41 @@ class MeasuredDPOTrainer(DPOTrainer, InOurWords):  # type: ignore[misc]
         Raises:
             NotFiniteError: NaN or infinite loss; the message names the rows.
         """
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        refuse_not_finite(self, loss, places_by_tokens(self.places, ids, mask))
+        raise_if_not_finite(self, loss, batch_locations(self.locations, ids_BT, mask_BT))
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
-        found = self.measure(self.eval_dataset)
-        return log_held_out(self, {f"held_out_{key}": value for key, value in found.items()})
+        held_out_values = self.held_out_metrics(self.eval_dataset)
+        return log_held_out(self, {f"held_out_{key}": value for key, value in held_out_values.items()})
 
-    def measure(self, columns: Dataset) -> dict[str, float]:
+    def held_out_metrics(self, dataset: Dataset) -> dict[str, float]:
         """Return the metric means over all pairs of ``dataset``, with the native engine's names."""
-        chosen, rejected = _by_side(logps_of(self, columns))
-        lengths = [torch.tensor([len(ids) for ids in columns[side]]) for side in SIDES]
-        pairs = Pairs(chosen, rejected, *lengths, *(torch.tensor(columns[name]) for name in REFERENCES))
-        found = self.loss(pairs)
-        sides = (found.chosen_rewards, found.rejected_rewards)
-        means = {
-            "loss": found.losses,
-            "margin": metrics.margins(*sides),
-            "accuracy": metrics.accuracies(*sides),
-            "chosen_logps": pairs.chosen_means,
-            "rejected_logps": pairs.rejected_means,
-            "chosen_drift": pairs.chosen_ratios / lengths[0],
-            "rejected_drift": pairs.rejected_ratios / lengths[1],
+        chosen, rejected = _split_chosen_rejected(completion_logps_by_batch(self, dataset))
+        lengths = [torch.tensor([len(ids) for ids in dataset[side]]) for side in COMPLETION_COLUMNS]
+        pairs = Pairs(
+            chosen, rejected, *lengths, *(torch.tensor(dataset[name]) for name in REFERENCE_COLUMNS)
+        )
+        output = self.loss(pairs)
+        rewards = (output.chosen_rewards, output.rejected_rewards)
+        pair_metrics = {
+            "loss": output.losses,
+            "margin": metrics.margins(*rewards),
+            "accuracy": metrics.accuracies(*rewards),
+            "chosen_logps": pairs.chosen_mean_logps,
+            "rejected_logps": pairs.rejected_mean_logps,
+            "chosen_drift": pairs.chosen_logratios / lengths[0],
+            "rejected_drift": pairs.rejected_logratios / lengths[1],
         }
         ratio = metrics.length_ratio(lengths[0], lengths[1])
-        return {name: float(value.mean()) for name, value in means.items()} | {"length_ratio": float(ratio)}
+        return {name: float(value.mean()) for name, value in pair_metrics.items()} | {
+            "length_ratio": float(ratio)
+        }
 
 
-def trl_dpo_trainer(
+def build_trl_dpo_trainer(
     model: nn.Module,
     args: DPOConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -89,7 +93,7 @@ def trl_dpo_trainer(
     train: PreferenceGroups,
     held_out: PreferenceGroups | None,
     loss: Callable[[Pairs], LossOutput],
-) -> MeasuredDPOTrainer:
+) -> DPOTrainerWithEval:
     """Return TRL's DPOTrainer on tokenized pairs; the reference is the current model.
 
     Args:
@@ -101,27 +105,33 @@ def trl_dpo_trainer(
         loss: our loss, for the held-out metrics.
     """
     assert args.precompute_ref_log_probs, "TRL would load a second reference model"
-    replies = own_replies(tokenizer)
-    [chosen, rejected] = replies["completion"]
+    placeholder = placeholder_rows(tokenizer)
+    [chosen, rejected] = placeholder["completion"]
     # TRL tokenizes its dataset in the constructor: it gets a placeholder, ours replaces it below.
-    own = Dataset.from_dict({"prompt": replies["prompt"][:1], "chosen": [chosen], "rejected": [rejected]})
-    with made_quietly(), seen_by_all(own, args) as rows:
-        trainer = MeasuredDPOTrainer(
+    placeholder_dataset = Dataset.from_dict(
+        {"prompt": placeholder["prompt"][:1], "chosen": [chosen], "rejected": [rejected]}
+    )
+    with progress_bars_disabled(), shared_dataset(placeholder_dataset, args) as rows:
+        trainer = DPOTrainerWithEval(
             model=model,
             args=args,
             train_dataset=rows,
             eval_dataset=None if held_out is None else rows,
             processing_class=tokenizer,
         )
-    without_copy(model)
-    trainer.train_dataset, trainer.places, trainer.loss = _referred(trainer, train), places_of(train), loss
+    delete_reference_adapter(model)
+    trainer.train_dataset, trainer.locations, trainer.loss = (
+        _with_reference_logps(trainer, train),
+        locations_by_tokens(train),
+        loss,
+    )
     if held_out is not None:
-        trainer.eval_dataset = _referred(trainer, held_out)
+        trainer.eval_dataset = _with_reference_logps(trainer, held_out)
     return trainer
 
 
 @torch.no_grad()
-def start_tick(trainer: MeasuredDPOTrainer, precision: str) -> Tick:
+def check_trl_dpo_initial_loss(trainer: DPOTrainerWithEval, precision: str) -> CheckResult:
     """Check that policy equals reference: TRL's initial loss is ours at log-ratios of 0."""
     count = min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
     rows = [trainer.train_dataset[index] for index in range(count)]
@@ -129,24 +139,28 @@ def start_tick(trainer: MeasuredDPOTrainer, precision: str) -> Tick:
     # Log-ratios of 0: what our loss is if policy equals reference.
     zeros, ones = torch.zeros(count), torch.ones(count)
     expected = float(trainer.loss(Pairs(zeros, zeros, ones, ones, zeros, zeros)).losses.mean())
-    with untouched(trainer.model), trainer.accelerator.autocast():
-        found = float(trainer.compute_loss(trainer.model, batch))
-    if abs(found - expected) <= START[precision] * max(1.0, expected):
-        detail = f"policy equals reference before step 0: loss {found:.4f}, expected {expected:.4f}"
-        return Tick("start", detail)
-    told = f"{expected:.4f}: policy equals reference before step 0"
-    return failed("start", Problem("train.engine", f"initial loss {found:.4f}", told, NATIVE))
+    with preserve_state(trainer.model), trainer.accelerator.autocast():
+        loss = float(trainer.compute_loss(trainer.model, batch))
+    if abs(loss - expected) <= TRL_DPO_LOSS_TOLERANCE[precision] * max(1.0, expected):
+        detail = f"policy equals reference before step 0: loss {loss:.4f}, expected {expected:.4f}"
+        return CheckResult("start", detail)
+    expectation = f"{expected:.4f}: policy equals reference before step 0"
+    return failed(
+        "start", Problem("train.engine", f"initial loss {loss:.4f}", expectation, NATIVE_ENGINE_REPAIR)
+    )
 
 
-def _referred(trainer: MeasuredDPOTrainer, groups: PreferenceGroups) -> Dataset:
+def _with_reference_logps(trainer: DPOTrainerWithEval, groups: PreferenceGroups) -> Dataset:
     """Return pairs with their log-probabilities under the current policy as the reference."""
-    columns = pair_columns(groups)
-    for name, values in zip(REFERENCES, _by_side(logps_of(trainer, columns)), strict=True):
-        columns = columns.add_column(name, values.tolist())
-    return columns
+    dataset = to_pair_dataset(groups)
+    for name, values in zip(
+        REFERENCE_COLUMNS, _split_chosen_rejected(completion_logps_by_batch(trainer, dataset)), strict=True
+    ):
+        dataset = dataset.add_column(name, values.tolist())
+    return dataset
 
 
-def _by_side(passes: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _split_chosen_rejected(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return chosen and rejected values, (pairs,) each, of batches that hold the chosen completions first."""
-    sides = [values.chunk(2) for values in passes]
+    sides = [values.chunk(2) for values in batches]
     return torch.cat([side[0] for side in sides]), torch.cat([side[1] for side in sides])

@@ -6,7 +6,7 @@ from typing import Any
 from align.preference.losses.catalogue import Setting
 from finetune.recipe.errors import Problem, UserError, one_of
 
-SAME = {
+TRL_LOSS_TYPES = {
     "dpo": "sigmoid",
     "robust": "robust",
     "ipo": "ipo",
@@ -17,10 +17,10 @@ SAME = {
 }
 """Our loss -> TRL's. No cDPO, because TRL's `sigmoid` has no label smoothing; no RPO, because TRL averages
 the NLL over all tokens of a batch and not over pairs."""
-NATIVE = "train.engine=native"
+NATIVE_ENGINE_REPAIR = "train.engine=native"
 
 
-def trl_loss(loss: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
+def trl_loss_arguments(loss: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
     """Return the DPOConfig arguments for a loss of the catalog.
 
     Args:
@@ -30,15 +30,13 @@ def trl_loss(loss: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
     Raises:
         UserError: TRL does not implement the loss.
     """
-    if loss not in SAME:
-        expected = f"with train.engine 'trl': {one_of(SAME)}"
-        raise UserError(Problem("align.loss", f"'{loss}'", expected, NATIVE))
+    if loss not in TRL_LOSS_TYPES:
+        expected = f"with train.engine 'trl': {one_of(TRL_LOSS_TYPES)}"
+        raise UserError(Problem("align.loss", f"'{loss}'", expected, NATIVE_ENGINE_REPAIR))
     if settings.get("over_tokens") == "sum":
         found = f"'{loss}' with log-probabilities summed over tokens, as in the paper"
         expected = "with train.engine 'trl': averaged over tokens"
-        repair = (
-            f"align.loss={{name: {loss}, over_tokens: mean, beta: ...}}, with beta per token; or {NATIVE}"
-        )
+        repair = f"align.loss={{name: {loss}, over_tokens: mean, beta: ...}}, with beta per token; or {NATIVE_ENGINE_REPAIR}"
         raise UserError(Problem("align.loss", found, expected, repair))
-    own = {key: settings[key] for key in ("beta", "label_smoothing") if key in settings}
-    return {"loss_type": [SAME[loss]], "loss_weights": None, **own}
+    shared_settings = {key: settings[key] for key in ("beta", "label_smoothing") if key in settings}
+    return {"loss_type": [TRL_LOSS_TYPES[loss]], "loss_weights": None, **shared_settings}

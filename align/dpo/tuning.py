@@ -9,107 +9,109 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from align.dpo import panel, preflight
-from align.dpo.collate import PreferenceCollator, PreferenceRows, length_ratio
-from align.dpo.objective import Objective
-from align.dpo.reference import rows_of_steps
-from align.dpo.references import Reference
-from align.dpo.settings import AlignSettings
-from align.dpo.stop_rule import MEASURED, StopWhenChosenFalls
-from align.dpo.trainer import HELD_OUT, PreferenceTrainer
-from align.dpo.trl_engine import start_tick, trl_dpo_trainer
-from align.dpo.trl_losses import trl_loss
-from align.preference.attention import cost_of, unwrapped, why_separate
+from align.dpo.collate import PreferenceCollator, PreferenceDataset, data_length_ratio
+from align.dpo.objective import PreferenceObjective
+from align.dpo.reference import rows_seen_by_run
+from align.dpo.references import ReferenceLogps
+from align.dpo.settings import DPOSettings
+from align.dpo.stop_rule import HELD_OUT_CHOSEN_LOGPS, ChosenLogpStop
+from align.dpo.trainer import HELD_OUT_PREFIX, PreferenceTrainer
+from align.dpo.trl_engine import build_trl_dpo_trainer, check_trl_dpo_initial_loss
+from align.dpo.trl_losses import trl_loss_arguments
+from align.preference.attention import block_mask_unsupported, forward_cost, unwrap_model
 from align.preference.losses.catalogue import Loss, find_loss
-from align.preference.rows.completion_rows import as_rows
+from align.preference.rows.completion_rows import to_completion_rows
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
-from align.preference.starting_policy import StartingPolicy
-from align.preference.trl_engine import refuse_lists
+from align.preference.starting_policy import ReferencePolicy
+from align.preference.trl_engine import require_pairs
 from data_templates._segments import Message
 from finetune.adapters._traits import Hooks
 from finetune.recipe.errors import Problem, UserError
 from finetune.training import tuning
 from finetune.training.adapter_hooks import adapter_hooks
-from finetune.training.arguments import SUPERVISED, TrlStage
-from finetune.training.behaviour import Behaviour
-from finetune.training.generate import Reply
-from finetune.training.job import Job
+from finetune.training.arguments import SFT_CONFIG, TrlConfigSpec
+from finetune.training.behaviour import GenerationEval
+from finetune.training.generate import Completion
+from finetune.training.job import RunContext
 from finetune.training.loading import Policy
-from finetune.training.preflight.ticks import Tick
-from finetune.training.preflight.whole import row_ticks, vocabulary_tick
+from finetune.training.preflight.ticks import CheckResult
+from finetune.training.preflight.whole import check_rows, check_vocabulary
 from finetune.training.samples import Samples
 from finetune.training.stops import NotFiniteError
-from finetune.training.text import Text
+from finetune.training.text import TextEncoding
 
-AT_BOTH_ENDS = ("loss", "accuracy", "margin", "chosen_drift", "rejected_drift", "kl")
+DPO_FIRST_LAST_METRICS = ("loss", "accuracy", "margin", "chosen_drift", "rejected_drift", "kl")
 """Metrics recorded from the first training step and the last ones."""
 
 
 @dataclass(frozen=True)
-class PreferenceTuning:
+class DPO:
     """DPO and its variants: trains a policy on preference pairs and ranked lists."""
 
-    job: Job
-    text: Text
+    ctx: RunContext
+    text: TextEncoding
     data: PreparedPreferences
     policy: Policy
-    align: AlignSettings
+    dpo: DPOSettings
 
     @property
-    def steps(self) -> int:
-        return tuning.optimizer_steps(self.job, len(self.data.train))
+    def num_steps(self) -> int:
+        return tuning.num_optimizer_steps(self.ctx, len(self.data.train))
 
     @property
     def samples(self) -> Samples:
         """Return the sample prompts; the expected reply is the best completion."""
-        return tuning.samples_of(self.job, self.text, self.data.prompts)
+        return tuning.build_samples(self.ctx, self.text, self.data.prompts)
 
     @cached_property
-    def behaviour(self) -> Behaviour:
-        return tuning.behaviour_of(self.job, self.text, self.data.prompts)
+    def generation_eval(self) -> GenerationEval:
+        return tuning.build_generation_eval(self.ctx, self.text, self.data.prompts)
 
     @property
     def loss(self) -> Loss:
-        return find_loss(self.align.loss_name, where="align.loss")
+        return find_loss(self.dpo.loss_name, where="align.loss")
 
     @cached_property
     def hooks(self) -> Hooks:
-        return adapter_hooks(self.policy.model, self.job.recipe.settings.adapter, steps=self.steps)
+        return adapter_hooks(self.policy.model, self.ctx.recipe.settings.adapter, steps=self.num_steps)
 
     @cached_property
-    def objective(self) -> Objective:
-        return Objective.of(self.loss, self.loss.settings(self.align.loss_settings, where="align.loss"))
+    def objective(self) -> PreferenceObjective:
+        return PreferenceObjective.from_loss(
+            self.loss, self.loss.settings(self.dpo.loss_settings, where="align.loss")
+        )
 
     @cached_property
     def collator(self) -> PreferenceCollator:
         """Return the collator: shared prompts if this model can take a block mask; logs the decision."""
-        pad, groups = self.text.encoder.stop_ids[0], self.data.train
+        pad_id, groups = self.text.encoder.stop_ids[0], self.data.train
         # TRL's own collator has one completion per row.
-        if self.by_trl:
-            return PreferenceCollator(pad, separate=True)
-        stored = {"precision": self.policy.precision, "stored": self.policy.quantization}
+        if self.uses_trl:
+            return PreferenceCollator(pad_id, one_per_row=True)
+        storage = {"precision": self.policy.precision, "quantization": self.policy.quantization}
         # Virtual tokens take positions too, which count against an attention window.
-        why = why_separate(
-            unwrapped(self.policy.model).config, reach=groups.longest + self.text.virtual_tokens
+        reason = block_mask_unsupported(
+            unwrap_model(self.policy.model).config, max_positions=groups.longest + self.text.virtual_tokens
         )
-        if why:
-            self.job.check(Tick("layout", f"prompt sharing off: {why}"))
-            return PreferenceCollator(pad, separate=True)
-        tick = preflight.layout_tick(self.policy.model, groups, pad_id=pad, **stored)
-        self.job.check(tick)
-        return PreferenceCollator(pad, separate=tick.warned, cost=cost_of(self.policy.model))
+        if reason:
+            self.ctx.check(CheckResult("layout", f"prompt sharing off: {reason}"))
+            return PreferenceCollator(pad_id, one_per_row=True)
+        result = preflight.check_prompt_sharing(self.policy.model, groups, pad_id=pad_id, **storage)
+        self.ctx.check(result)
+        return PreferenceCollator(pad_id, one_per_row=result.warned, cost=forward_cost(self.policy.model))
 
     @property
-    def by_trl(self) -> bool:
-        return self.job.recipe.settings.train.engine == "trl"
+    def uses_trl(self) -> bool:
+        return self.ctx.recipe.settings.train.engine == "trl"
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Run the pre-flight checks and return the metadata of run.json; raises whatever can be refused."""
-        self.job.watch(self.behaviour.numbers)
-        tuning.say_parameters(self.job, self.policy)
+        self.ctx.add_summary_metrics(self.generation_eval.summary)
+        tuning.log_parameter_counts(self.ctx, self.policy)
         self.preflight()
         # Built here too, so that invalid arguments are refused before step 0.
         self.arguments()
-        return tuning.policy_facts(self.job, self.text, self.policy, self.data.report)
+        return tuning.policy_metadata(self.ctx, self.text, self.policy, self.data.report)
 
     def preflight(self) -> None:
         """Check rows, model, layout and gradients before step 0; neither data nor model is changed.
@@ -117,23 +119,23 @@ class PreferenceTuning:
         Raises:
             UserError: a check failed.
         """
-        job, text, data, policy = self.job, self.text, self.data, self.policy
-        self._refuse_passes()
-        if self.by_trl:
-            refuse_lists(data.train, where="data.source")
+        ctx, text, data, policy = self.ctx, self.text, self.data, self.policy
+        self._check_single_forward()
+        if self.uses_trl:
+            require_pairs(data.train, where="data.source")
             if data.held_out is not None:
-                refuse_lists(data.held_out, where="data.held_out")
-        with job.timed("preflight"):
-            job.check(Tick("environment", job.environment(policy.precision)))
-            rows = as_rows(data.train)
-            job.check(
-                *row_ticks(rows, data.report, text.encoder, max_length=text.max_length, blocks=False),
-                vocabulary_tick(policy.model, rows, text.encoder),
+                require_pairs(data.held_out, where="data.held_out")
+        with ctx.timed("preflight"):
+            ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
+            rows = to_completion_rows(data.train)
+            ctx.check(
+                *check_rows(rows, data.report, text.encoder, max_length=text.max_length, blocks=False),
+                check_vocabulary(policy.model, rows, text.encoder),
             )
-            stored = {"precision": policy.precision, "stored": policy.quantization}
-            job.check(
-                *preflight.gradient_ticks(
-                    policy.model, data.train, self.collator, objective=self.objective, **stored
+            storage = {"precision": policy.precision, "quantization": policy.quantization}
+            ctx.check(
+                *preflight.check_preference_gradients(
+                    policy.model, data.train, self.collator, objective=self.objective, **storage
                 )
             )
 
@@ -145,52 +147,58 @@ class PreferenceTuning:
         """
         # The micro-batch size is resolved for the longest row of the layout: a group, or one per completion.
         longest = int(self.data.train.lengths.max())
-        if self.collator.separate:
-            longest = self.data.train.longest * int(self.data.train.completions.max())
-        stage = SUPERVISED
-        if self.by_trl:
-            settings = self.loss.settings(self.align.loss_settings, where="align.loss")
-            stage = TrlStage(self.job.recipe.settings.TRL_CONFIG, trl_loss(self.loss.name, settings))
-        return tuning.engine_arguments(self.job, self.policy, longest=longest, steps=self.steps, stage=stage)
+        if self.collator.one_per_row:
+            longest = self.data.train.longest * int(self.data.train.num_completions.max())
+        stage = SFT_CONFIG
+        if self.uses_trl:
+            settings = self.loss.settings(self.dpo.loss_settings, where="align.loss")
+            stage = TrlConfigSpec(
+                self.ctx.recipe.settings.TRL_CONFIG, trl_loss_arguments(self.loss.name, settings)
+            )
+        return tuning.engine_arguments(
+            self.ctx, self.policy, longest=longest, steps=self.num_steps, stage=stage
+        )
 
-    def trainer(self) -> Trainer:
+    def build_trainer(self) -> Trainer:
         """Return the engine's trainer, with the reference computed and checked against the initial policy.
 
         Raises:
             UserError: policy and reference differ before step 0.
         """
-        trainer = self._trl_trainer() if self.by_trl else self._native_trainer()
-        if self.align.stop_when_chosen_falls is not None:
+        trainer = self._trl_trainer() if self.uses_trl else self._native_trainer()
+        if self.dpo.stop_when_chosen_falls is not None:
             # The value before training is recorded after the trainer is built, hence a callable.
-            most, run = self.align.stop_when_chosen_falls, self.job.run
+            max_drop, run = self.dpo.stop_when_chosen_falls, self.ctx.run
             trainer.add_callback(
-                StopWhenChosenFalls(
-                    most, start=lambda: run.record["metrics"][f"{MEASURED}_before"], tell=self._tell_stop
+                ChosenLogpStop(
+                    max_drop,
+                    initial=lambda: run.record["metrics"][f"{HELD_OUT_CHOSEN_LOGPS}_before"],
+                    log=self._log_stop,
                 )
             )
         return trainer
 
-    def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
+    def generate(self, prompts: Sequence[Sequence[Message]]) -> list[Completion]:
         """Generate greedy completions with the current policy."""
-        return tuning.replies(self.job, self.text, self.policy, prompts)
+        return tuning.generate_sharded(self.ctx, self.text, self.policy, prompts)
 
-    def measure(self, trainer: Trainer, when: str) -> None:
+    def evaluate(self, trainer: Trainer, when: str) -> None:
         """Record the held-out metrics before or after training, and training's first and last metrics.
 
         Raises:
             NotFiniteError: the held-out loss is NaN or infinite.
         """
-        run = self.job.run
+        run = self.ctx.run
         # A resumed run has its `before` metrics already.
-        known = run.record.get("metrics", {})
-        if self.data.held_out is not None and f"{HELD_OUT}loss_{when}" not in known:
-            with self.job.timed("held_out"):
-                found = trainer.measure(trainer.eval_dataset)
-            if not isfinite(found["loss"]):
-                raise NotFiniteError(f"held-out loss is {found['loss']} {when} training")
-            run.update(metrics={f"{HELD_OUT}{name}_{when}": value for name, value in found.items()})
+        recorded = run.record.get("metrics", {})
+        if self.data.held_out is not None and f"{HELD_OUT_PREFIX}loss_{when}" not in recorded:
+            with self.ctx.timed("held_out"):
+                metrics = trainer.held_out_metrics(trainer.eval_dataset)
+            if not isfinite(metrics["loss"]):
+                raise NotFiniteError(f"held-out loss is {metrics['loss']} {when} training")
+            run.update(metrics={f"{HELD_OUT_PREFIX}{name}_{when}": value for name, value in metrics.items()})
         if when == "after":
-            tuning.record_training(self.job, trainer, AT_BOTH_ENDS)
+            tuning.record_training_metrics(self.ctx, trainer, DPO_FIRST_LAST_METRICS)
 
     def save(self) -> None:
         """Save the adapter (or the model), reload it, and record its checksum.
@@ -198,57 +206,67 @@ class PreferenceTuning:
         Raises:
             UserError: the reloaded weights differ from the trained ones.
         """
-        tuning.save_policy(self.job, self.text, self.policy)
+        tuning.save_policy(self.ctx, self.text, self.policy)
 
-    def explain(self) -> None:
+    def diagnose(self) -> None:
         """Log and record the diagnostics of the run."""
-        run = self.job.run
-        pairs = [(line["before"], line["after"]) for line in run.samples()]
-        seen = panel.Seen(
+        run = self.ctx.run
+        completions = [(entry["before"], entry["after"]) for entry in run.samples()]
+        inputs = panel.DiagnosticInputs(
             metrics=run.record["metrics"],
-            length_ratio=length_ratio(self.data.train),
-            replies=pairs,
-            likelihood=self.loss.needs.nll,
+            length_ratio=data_length_ratio(self.data.train),
+            completions=completions,
+            has_nll_term=self.loss.needs.nll,
         )
-        found = panel.findings(seen)
-        for finding in found:
-            self.job.say(finding.line())
-        run.update(panel=[finding.record() for finding in found])
+        findings = panel.diagnose_dpo(inputs)
+        for finding in findings:
+            self.ctx.log(finding.format_line())
+        run.update(panel=[finding.record() for finding in findings])
 
-    def _refuse_passes(self) -> None:
+    def _check_single_forward(self) -> None:
         """Raise if the adapter needs two forward passes per batch (AdaMix consistency)."""
-        if self.hooks.passes != 1:
+        if self.hooks.forward_passes != 1:
             found = "true: the consistency loss over two forward passes is a loss on labels"
             expected = "false with preference losses"
             raise UserError(Problem("adapter.consistency", found, expected, "adapter.consistency=false"))
 
     def _native_trainer(self) -> PreferenceTrainer:
-        train, args = self.job.recipe.settings.train, self.arguments()
-        live = self.objective.needs_reference and self.align.reference == "live"
+        train, args = self.ctx.recipe.settings.train, self.arguments()
+        is_live = self.objective.needs_reference and self.dpo.reference == "live"
         # Copied before a checkpoint is loaded: in a resumed run too, the reference is the initial policy.
-        start = StartingPolicy(self.policy.model) if live else None
-        used, held_out = self._used(), self.data.held_out
-        size = args.per_device_train_batch_size
+        reference_policy = ReferencePolicy(self.policy.model) if is_live else None
+        used_rows, held_out = self._rows_seen_by_run(), self.data.held_out
+        batch_size = args.per_device_train_batch_size
         trainer = PreferenceTrainer(
             self.policy.model,
             args,
-            train_rows=self._rows(self.data.train, used, size),
-            held_out_rows=None if held_out is None else self._rows(held_out, range(len(held_out)), size),
+            train_rows=self._dataset(self.data.train, used_rows, batch_size),
+            held_out_rows=None
+            if held_out is None
+            else self._dataset(held_out, range(len(held_out)), batch_size),
             collator=self.collator,
             batch_size=train.batch_size,
             group_by_length=train.group_by_length,
             hooks=self.hooks,
         )
         # Set before the check below, which runs the forward pass of training.
-        trainer.objective, trainer.start, trainer.precision = self.objective, start, self.policy.precision
+        trainer.objective, trainer.reference_policy, trainer.precision = (
+            self.objective,
+            reference_policy,
+            self.policy.precision,
+        )
         if self.objective.needs_reference:
-            proved = preflight.some_rows(used)
-            self.job.check(preflight.start_tick(trainer, proved, stored=self.policy.quantization))
+            checked_rows = preflight.evenly_spaced_rows(used_rows)
+            self.ctx.check(
+                preflight.check_policy_equals_reference(
+                    trainer, checked_rows, quantization=self.policy.quantization
+                )
+            )
         return trainer
 
     def _trl_trainer(self) -> Trainer:
-        with self.job.timed("reference"):
-            trainer = trl_dpo_trainer(
+        with self.ctx.timed("reference"):
+            trainer = build_trl_dpo_trainer(
                 self.policy.model,
                 self.arguments(),
                 self.text.encoder.tokenizer,
@@ -256,30 +274,32 @@ class PreferenceTuning:
                 held_out=self.data.held_out,
                 loss=self.objective.loss,
             )
-        self.job.say(
+        self.ctx.log(
             f"reference log-probabilities of {len(self.data.train)} pairs: "
-            f"{self.job.seconds['reference']:.1f} s"
+            f"{self.ctx.seconds['reference']:.1f} s"
         )
-        self.job.check(start_tick(trainer, self.policy.precision))
+        self.ctx.check(check_trl_dpo_initial_loss(trainer, self.policy.precision))
         return trainer
 
-    def _used(self) -> list[int]:
+    def _rows_seen_by_run(self) -> list[int]:
         """Return the groups that the run's steps use."""
-        train = self.job.recipe.settings.train
-        return rows_of_steps(
+        train = self.ctx.recipe.settings.train
+        return rows_seen_by_run(
             self.data.train.lengths.tolist(),
-            steps=self.steps,
+            steps=self.num_steps,
             batch_size=train.batch_size,
             seed=train.seed,
             group_by_length=train.group_by_length,
         )
 
-    def _rows(self, groups: PreferenceGroups, rows: Sequence[int], size: int) -> PreferenceRows:
+    def _dataset(self, groups: PreferenceGroups, rows: Sequence[int], batch_size: int) -> PreferenceDataset:
         """Return groups with precomputed reference log-probabilities, if the loss needs them."""
-        if not self.objective.needs_reference or self.align.reference == "live":
-            return PreferenceRows(groups)
-        return PreferenceRows(groups, Reference(self.job, self.policy, self.collator, size).of(groups, rows))
+        if not self.objective.needs_reference or self.dpo.reference == "live":
+            return PreferenceDataset(groups)
+        return PreferenceDataset(
+            groups, ReferenceLogps(self.ctx, self.policy, self.collator, batch_size).compute(groups, rows)
+        )
 
-    def _tell_stop(self, why: str) -> None:
-        self.job.say(why)
-        self.job.run.update(stopped=why)
+    def _log_stop(self, reason: str) -> None:
+        self.ctx.log(reason)
+        self.ctx.run.update(stopped=reason)

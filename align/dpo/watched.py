@@ -1,8 +1,8 @@
 """Metrics of a DPO run: labels of the curves, and of the summary before and after training."""
 
-from finetune.training.watched import Watched
+from finetune.training.watched import MetricSpec
 
-CURVES = {
+DPO_CURVES = {
     "loss": "training loss (mean per group)",
     "margin": "implicit reward margin",
     "accuracy": "reward accuracy (tie: 1/2)",
@@ -13,11 +13,11 @@ CURVES = {
     "kl": "KL to the reference (k2 on the data, nats per token)",
     "length_ratio": "chosen/rejected length ratio",
 }
-HELD_OUT = {f"held_out_{name}": f"held-out {title}" for name, title in CURVES.items()}
+HELD_OUT_CURVES = {f"held_out_{name}": f"held-out {title}" for name, title in DPO_CURVES.items()}
 
-WATCHED = Watched(
-    curves={**CURVES, **HELD_OUT},
-    numbers={
+DPO_METRIC_SPEC = MetricSpec(
+    curves={**DPO_CURVES, **HELD_OUT_CURVES},
+    summary={
         "loss": ("training loss", ".4f"),
         "held_out_loss": ("held-out loss", ".4f"),
         "held_out_accuracy": ("held-out accuracy", ".1%"),

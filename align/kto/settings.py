@@ -9,26 +9,26 @@ from align.preference.settings import PreferenceSettings
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import Section, TrainSettings
 
-Weight = Annotated[float, Field(gt=0)]
+PositiveWeight = Annotated[float, Field(gt=0)]
 
 
-class KtoDataSettings(PreferenceSettings):
+class KTODataSettings(PreferenceSettings):
     """Labeled completions, one per row."""
 
     packing: Literal[False] = Field(False, description="off: one completion per row")
 
 
-class KtoSettings(Section):
+class KTOSettings(Section):
     """KTO's loss (arXiv 2402.01306, equation 8)."""
 
-    beta: Weight = Field(
+    beta: PositiveWeight = Field(
         0.1, description="risk aversion: a smaller beta lets the policy move further from the reference"
     )
-    desirable_weight: Weight = Field(1.0, description="weight of desirable (good) completions")
-    undesirable_weight: Weight = Field(1.0, description="weight of undesirable (bad) completions")
+    desirable_weight: PositiveWeight = Field(1.0, description="weight of desirable (good) completions")
+    undesirable_weight: PositiveWeight = Field(1.0, description="weight of undesirable (bad) completions")
 
 
-class KtoTrainSettings(TrainSettings):
+class KTOTrainSettings(TrainSettings):
     """Training settings; TRL's trainer runs the stage."""
 
     engine: Literal["trl"] = Field("trl", description="TRL's trainer")
@@ -36,7 +36,7 @@ class KtoTrainSettings(TrainSettings):
     batch_size: Annotated[int, Field(ge=2)] = Field(32, description="completions per optimizer step")
 
 
-def of_training(train: TrainSettings) -> Iterator[Problem]:
+def train_problems(train: TrainSettings) -> Iterator[Problem]:
     """Yield the SFT settings that KTO does not support, and micro-batches of one row."""
     if train.neftune_alpha is not None:
         expected = "null: NEFTune noise would change the policy's log-probabilities but not the reference's"

@@ -11,41 +11,41 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import KTOConfig, KTOTrainer
 
-from align.preference.losses.unpaired import kto, mismatched, reference_point
+from align.preference.losses.unpaired import kto, mismatched_rows, reference_point
 from align.preference.rows.dataset import PreferenceGroups
 from align.preference.trl_engine import (
-    InOurWords,
-    logps_of,
-    made_quietly,
-    own_replies,
-    places_by_tokens,
-    places_of,
-    refuse_not_finite,
-    seen_by_all,
-    without_copy,
+    RenamePreferenceMetrics,
+    batch_locations,
+    completion_logps_by_batch,
+    delete_reference_adapter,
+    locations_by_tokens,
+    placeholder_rows,
+    progress_bars_disabled,
+    raise_if_not_finite,
+    shared_dataset,
 )
 from finetune.data.batches import optimizer_batches
-from finetune.planning.world import world
+from finetune.planning.world import dist_info
 from finetune.training.base_trainer import log_held_out
 
-KINDS = ("", "KL_")
+TENSOR_PREFIXES = ("", "KL_")
 """TRL's tensor prefixes: each row's own completion, and the mismatched one of the KL estimate."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class HeldOutLabels:
     """Held-out rows with reference log-probabilities of own and mismatched completions, (rows,) each."""
 
-    columns: Dataset
-    good: Tensor
-    reference: dict[str, Tensor]
+    dataset: Dataset
+    desirable: Tensor
+    reference_logps: dict[str, Tensor]
 
 
-class MeasuredKTOTrainer(KTOTrainer, InOurWords):  # type: ignore[misc]
+class KTOTrainerWithEval(KTOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
     """TRL's KTOTrainer with held-out metrics from our loss; a non-finite loss names its rows."""
 
-    places: Mapping[tuple[int, ...], str]
-    held_out: Judged | None = None
+    locations: Mapping[tuple[int, ...], str]
+    held_out: HeldOutLabels | None = None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -55,43 +55,50 @@ class MeasuredKTOTrainer(KTOTrainer, InOurWords):  # type: ignore[misc]
         Raises:
             NotFiniteError: NaN or infinite loss; the message names the rows.
         """
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        refuse_not_finite(self, loss, places_by_tokens(self.places, ids, mask))
+        raise_if_not_finite(self, loss, batch_locations(self.locations, ids_BT, mask_BT))
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
         assert self.held_out is not None
-        return log_held_out(self, {f"held_out_{key}": value for key, value in self.measure().items()})
+        return log_held_out(
+            self, {f"held_out_{key}": value for key, value in self.held_out_metrics().items()}
+        )
 
-    def measure(self) -> dict[str, float]:
+    def held_out_metrics(self) -> dict[str, float]:
         """Return loss, implicit rewards, their margin and the reference point z over all held-out rows.
 
         z is estimated from all held-out rows, but in training from each micro-batch.
         """
-        rows = self.held_out
-        assert rows is not None
-        found = _both(self, rows.columns)
-        ratios, others = (found[kind] - rows.reference[kind] for kind in KINDS)
-        point = reference_point(others)
-        judged = kto(
-            ratios,
-            rows.good,
+        held_out = self.held_out
+        assert held_out is not None
+        logps = _own_and_mismatched_logps(self, held_out.dataset)
+        logratios, mismatched_logratios = (
+            logps[prefix] - held_out.reference_logps[prefix] for prefix in TENSOR_PREFIXES
+        )
+        point = reference_point(mismatched_logratios)
+        output = kto(
+            logratios,
+            held_out.desirable,
             reference_point=point,
             beta=self.beta,
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
         )
-        chosen, rejected = judged.rewards[rows.good].mean(), judged.rewards[~rows.good].mean()
-        found_all = {"loss": judged.losses.mean(), "chosen_reward": chosen, "rejected_reward": rejected}
-        return {name: float(value) for name, value in found_all.items()} | {
+        chosen, rejected = (
+            output.rewards[held_out.desirable].mean(),
+            output.rewards[~held_out.desirable].mean(),
+        )
+        means = {"loss": output.losses.mean(), "chosen_reward": chosen, "rejected_reward": rejected}
+        return {name: float(value) for name, value in means.items()} | {
             "margin": float(chosen - rejected),
             "kl": float(point),
         }
 
 
-def label_columns(groups: PreferenceGroups, *, order: list[int], size: int) -> Dataset:
+def to_label_dataset(groups: PreferenceGroups, *, order: list[int], batch_size: int) -> Dataset:
     """Return rows in the columns of TRL's ``DataCollatorForUnpairedPreference``, in training order.
 
     Args:
@@ -107,7 +114,9 @@ def label_columns(groups: PreferenceGroups, *, order: list[int], size: int) -> D
         {
             "prompt_ids": prompts,
             "completion_ids": completions,
-            "KL_completion_ids": [completions[other] for other in mismatched(prompts, size)],
+            "KL_completion_ids": [
+                completions[mismatched_row] for mismatched_row in mismatched_rows(prompts, batch_size)
+            ],
             "label": [bool(row.scores[0]) for row in rows],
         }
     )
@@ -123,7 +132,7 @@ def training_order(
     return [row for batch in batches for row in batch]
 
 
-def trl_kto_trainer(
+def build_trl_kto_trainer(
     model: nn.Module,
     args: KTOConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,7 +140,7 @@ def trl_kto_trainer(
     train: PreferenceGroups,
     held_out: PreferenceGroups | None,
     order: list[int],
-) -> MeasuredKTOTrainer:
+) -> KTOTrainerWithEval:
     """Return TRL's KTOTrainer on tokenized rows; the reference is the current model.
 
     Args:
@@ -143,39 +152,44 @@ def trl_kto_trainer(
         order: of the training rows.
     """
     assert args.precompute_ref_log_probs, "TRL would load a second reference model"
-    replies = own_replies(tokenizer)
-    own = Dataset.from_dict({**replies, "label": [True, False]})
-    with made_quietly(), seen_by_all(own, args) as rows:
-        trainer = MeasuredKTOTrainer(
+    placeholder = placeholder_rows(tokenizer)
+    placeholder_dataset = Dataset.from_dict({**placeholder, "label": [True, False]})
+    with progress_bars_disabled(), shared_dataset(placeholder_dataset, args) as rows:
+        trainer = KTOTrainerWithEval(
             model=model,
             args=args,
             train_dataset=rows,
             eval_dataset=None if held_out is None else rows,
             processing_class=tokenizer,
         )
-    without_copy(model)
+    delete_reference_adapter(model)
     # TRL's batches of all ranks together: only rows of one forward pass are paired.
-    size = args.per_device_train_batch_size * world().size
-    columns = label_columns(train, order=order, size=size)
-    reference = _both(trainer, columns)
+    global_batch_size = args.per_device_train_batch_size * dist_info().world_size
+    train_dataset = to_label_dataset(train, order=order, batch_size=global_batch_size)
+    reference = _own_and_mismatched_logps(trainer, train_dataset)
     # The columns that TRL reads with `precompute_ref_log_probs`.
-    trainer.train_dataset = columns.add_column("ref_logps", reference[""].tolist()).add_column(
+    trainer.train_dataset = train_dataset.add_column("ref_logps", reference[""].tolist()).add_column(
         "ref_KL_logps", reference["KL_"].tolist()
     )
-    trainer.places = places_of(train)
+    trainer.locations = locations_by_tokens(train)
     if held_out is not None:
-        measured = label_columns(
+        held_out_dataset = to_label_dataset(
             # Sorted by length, so that a forward pass has little padding.
             held_out,
             order=np.argsort(held_out.lengths, kind="stable").tolist(),
-            size=size,
+            batch_size=global_batch_size,
         )
-        good = torch.tensor(measured["label"])
-        trainer.held_out = Judged(measured, good, _both(trainer, measured))
-        trainer.eval_dataset = measured
+        desirable = torch.tensor(held_out_dataset["label"])
+        trainer.held_out = HeldOutLabels(
+            held_out_dataset, desirable, _own_and_mismatched_logps(trainer, held_out_dataset)
+        )
+        trainer.eval_dataset = held_out_dataset
     return trainer
 
 
-def _both(trainer: MeasuredKTOTrainer, columns: Dataset) -> dict[str, Tensor]:
+def _own_and_mismatched_logps(trainer: KTOTrainerWithEval, dataset: Dataset) -> dict[str, Tensor]:
     """Return log-probabilities of each row's own and mismatched completion: (rows,) each."""
-    return {kind: torch.cat(logps_of(trainer, columns, kind=kind)) for kind in KINDS}
+    return {
+        prefix: torch.cat(completion_logps_by_batch(trainer, dataset, prefix=prefix))
+        for prefix in TENSOR_PREFIXES
+    }

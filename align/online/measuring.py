@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.preference.starting_policy import StartingPolicy, arithmetic
-from align.rl.measures import of_distance, of_replies
+from align.preference.starting_policy import ReferencePolicy, autocast_for
+from align.rl.measures import completion_metrics, kl_metrics
 from align.rl.prompts import Prompt
-from align.rl.reading import Said, lay_out, policy_tables
-from align.rl.replies import Replies, judged_replies
+from align.rl.reading import TokenStats, collate_completions, token_logps_and_entropy
+from align.rl.replies import ScoredCompletions, score_completions
 from align.rl.rewards.rewards import Rewards
-from align.rl.rollout import Completion, Sampling, sample
+from align.rl.rollout import SampledCompletion, Sampling, sample_completions
 from finetune.data.tokens import Encoder
 from finetune.training.loading import Policy
-from finetune.training.preflight.untouched import untouched
+from finetune.training.preflight.untouched import preserve_state
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutEvaluation:
     """Evaluates the policy on held-out prompts.
 
     Attributes:
@@ -37,73 +37,79 @@ class HeldOut:
 
     prompts: Sequence[Prompt]
     policy: Policy
-    start: StartingPolicy
+    reference_policy: ReferencePolicy
     rewards: Rewards
     encoder: Encoder
     sampling: Sampling
     seed: int
-    size: int
+    micro_batch_size: int
 
-    def measure(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Return the metrics of one completion per prompt, always sampled with the same seed.
 
         Raises:
             UserError: a reward function raised or did not return a number.
         """
-        replies = self.answer()
-        said = read(
+        completions = self.generate_and_score()
+        stats = score_tokens(
             self.policy,
-            replies.prompts,
-            replies.completions,
+            completions.prompts,
+            completions.samples,
             sampling=self.sampling,
-            size=self.size,
-            reference=self.start.in_place,
+            micro_batch_size=self.micro_batch_size,
+            as_reference=self.reference_policy.as_active,
         )
-        return of_replies(replies) | of_distance(replies, said)
+        return completion_metrics(completions) | kl_metrics(completions, stats)
 
-    def answer(self) -> Replies:
+    def generate_and_score(self) -> ScoredCompletions:
         """Sample one completion per prompt and score it."""
-        ids = [prompt.ids for prompt in self.prompts]
-        completions = sample(self.policy.model, ids, sampling=self.sampling, seed=self.seed)
-        return judged_replies(self.prompts, completions, self.rewards, self.encoder)
+        prompt_ids = [prompt.ids for prompt in self.prompts]
+        completions = sample_completions(
+            self.policy.model, prompt_ids, sampling=self.sampling, seed=self.seed
+        )
+        return score_completions(self.prompts, completions, self.rewards, self.encoder)
 
 
 @torch.no_grad()
-def read(
+def score_tokens(
     policy: Policy,
     prompts: Sequence[Prompt],
-    completions: Sequence[Completion],
+    completions: Sequence[SampledCompletion],
     *,
     sampling: Sampling,
-    size: int,
-    reference: Callable[[], AbstractContextManager[None]],
-) -> Said:
+    micro_batch_size: int,
+    as_reference: Callable[[], AbstractContextManager[None]],
+) -> TokenStats:
     """Return policy and reference log-probabilities and entropies of the completions' tokens; values are 0.
 
     Args:
         policy: the policy that sampled.
         prompts: prompt of each completion.
-        completions: the sampled completions.
+        samples: the sampled completions.
         sampling: sampling parameters.
         micro_batch_size: completions per forward pass.
         as_reference: context manager that turns the policy into the reference.
     """
-    model, pad, temperature = policy.model, sampling.stop_ids[0], sampling.temperature
+    model, pad_id, temperature = policy.model, sampling.stop_ids[0], sampling.temperature
     device = next(model.parameters()).device
-    widths = np.array([len(one.ids) for one in completions])
-    tables = [torch.zeros(len(widths), int(widths.max())) for _ in range(3)]
-    order = np.argsort(-widths, kind="stable").tolist()
+    lengths = np.array([len(completion.ids) for completion in completions])
+    tensors = [torch.zeros(len(lengths), int(lengths.max())) for _ in range(3)]
+    order = np.argsort(-lengths, kind="stable").tolist()
     # Evaluation happens between training steps: dropout mode and random state must survive it.
-    with untouched(model), arithmetic(model, policy.precision):
-        for first in range(0, len(order), size):
-            part = order[first : first + size]
-            ids = [prompts[i].ids for i in part], [completions[i].ids for i in part]
-            laid: Mapping[str, Any] = lay_out(*ids, pad_id=pad)
-            batch = {name: value.to(device) for name, value in laid.items()}
-            logps, entropies = policy_tables(model, batch, temperature=temperature, spread=True)
-            with reference():
-                theirs, _ = policy_tables(model, batch, temperature=temperature, spread=False)
-            for table, found in zip(tables, (logps, theirs, entropies), strict=True):
-                table[part, : found.shape[1]] = found.float().cpu()
-    logps, theirs, entropies = tables
-    return Said(logps, theirs, torch.zeros_like(logps), entropies)
+    with preserve_state(model), autocast_for(model, policy.precision):
+        for offset in range(0, len(order), micro_batch_size):
+            indices = order[offset : offset + micro_batch_size]
+            token_ids = [prompts[i].ids for i in indices], [completions[i].ids for i in indices]
+            collated: Mapping[str, Any] = collate_completions(*token_ids, pad_id=pad_id)
+            batch = {name: tensor.to(device) for name, tensor in collated.items()}
+            logps_CT, entropies_CT = token_logps_and_entropy(
+                model, batch, temperature=temperature, with_entropy=True
+            )
+            with as_reference():
+                reference_logps_CT, _ = token_logps_and_entropy(
+                    model, batch, temperature=temperature, with_entropy=False
+                )
+            for tensor_CT, stat_CT in zip(tensors, (logps_CT, reference_logps_CT, entropies_CT), strict=True):
+                tensor_CT[indices, : stat_CT.shape[1]] = stat_CT.float().cpu()
+    logps_CT, reference_logps_CT, entropies_CT = tensors
+    return TokenStats(logps_CT, reference_logps_CT, torch.zeros_like(logps_CT), entropies_CT)

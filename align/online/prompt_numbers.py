@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 
-class PromptNumbers(PreTrainedTokenizerBase):  # type: ignore[misc]
+class PromptIdTokenizer(PreTrainedTokenizerBase):  # type: ignore[misc]
     """A fake tokenizer for TRL: the text of a prompt is its index, which maps to our encoder's token ids.
 
     TRL's online trainers tokenize strings themselves, and not every token sequence can be written as a string
@@ -15,7 +15,7 @@ class PromptNumbers(PreTrainedTokenizerBase):  # type: ignore[misc]
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], *, end: int
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], *, eos_token_id: int
     ) -> None:
         """Map prompt indices to token ids.
 
@@ -24,14 +24,14 @@ class PromptNumbers(PreTrainedTokenizerBase):  # type: ignore[misc]
             prompts: token ids; the text of prompt i is ``str(i)``.
             eos_token_id: EOS token id, which is also the pad token: no mask depends on it.
         """
-        token = str(tokenizer.convert_ids_to_tokens(end))
+        token = str(tokenizer.convert_ids_to_tokens(eos_token_id))
         super().__init__(eos_token=token, pad_token=token, padding_side="left")
         self.tokenizer = tokenizer
         self.prompts = prompts
 
     def __call__(self, text: Sequence[str], **kwargs: Any) -> dict[str, list[list[int]]]:
         """Return the token ids of prompts, given by index."""
-        return {"input_ids": [list(self.prompts[int(number)]) for number in text]}
+        return {"input_ids": [list(self.prompts[int(index)]) for index in text]}
 
     def __len__(self) -> int:
         return len(self.tokenizer)

@@ -2,21 +2,26 @@
 
 from rich.console import Console
 
-from align.online.loading import load_judged
-from align.online.settings import GrpoSettings, OnlineSettings, RlooSettings
-from align.online.tuning import OnlineTuning
-from align.online.watched import watched
+from align.online.loading import load_online_models
+from align.online.settings import GRPOSettings, OnlineSettings, RLOOSettings
+from align.online.tuning import OnlineRL
+from align.online.watched import online_metric_spec
 from align.rl.prompts import load_prompts
-from align.rl.rewards.settings import LENGTH
+from align.rl.rewards.settings import LENGTH_PENALTY
 from finetune.recipe.recipe import Recipe
-from finetune.training.job import Job
-from finetune.training.loading import load_text
+from finetune.training.job import RunContext
+from finetune.training.loading import load_text_encoding
 from finetune.training.run_directory import RunDirectory
-from finetune.training.tune import carry_out
+from finetune.training.tune import run_stage
 
 
-def learn_online(
-    recipe: Recipe, run: RunDirectory, align: RlooSettings | GrpoSettings, *, console: Console, command: str
+def run_online_stage(
+    recipe: Recipe,
+    run: RunDirectory,
+    loss_settings: RLOOSettings | GRPOSettings,
+    *,
+    console: Console,
+    command: str,
 ) -> None:
     """Train a policy with RLOO or GRPO on TRL's trainer.
 
@@ -29,9 +34,18 @@ def learn_online(
     """
     settings = recipe.settings
     assert isinstance(settings, OnlineSettings)
-    names = [source.called for source in settings.reward.sources]
-    names += [LENGTH] if settings.reward.length_penalty else []
-    job = Job(recipe, run, console, command, watched=watched(names), may_idle=True)
-    text = load_text(job)
-    prompts = load_prompts(job, settings.data, text, room=settings.sampling.max_new_tokens)
-    carry_out(job, OnlineTuning(job, text, prompts, load_judged(job, text, settings.reward), align))
+    reward_names = [source.metric_name for source in settings.reward.sources]
+    reward_names += [LENGTH_PENALTY] if settings.reward.length_penalty else []
+    ctx = RunContext(
+        recipe,
+        run,
+        console,
+        command,
+        metric_spec=online_metric_spec(reward_names),
+        allows_zero_gradients=True,
+    )
+    text = load_text_encoding(ctx)
+    prompts = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
+    run_stage(
+        ctx, OnlineRL(ctx, text, prompts, load_online_models(ctx, text, settings.reward), loss_settings)
+    )

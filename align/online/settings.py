@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from align.dpo.checks import copied_by_trl
+from align.dpo.checks import trl_copy_problems
 from align.rl.rewards.settings import RewardsSettings
 from align.rl.settings import PromptSettings, SamplingSettings
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import Section, StageSettings, TrainSettings
 
-Weight = Annotated[float, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class GroupSamplingSettings(SamplingSettings):
@@ -35,24 +35,24 @@ class OnlineTrainSettings(TrainSettings):
     group_by_length: bool = Field(False, description="batch prompts of similar length: less padding")
 
 
-class RlooSettings(Section):
+class RLOOSettings(Section):
     """RLOO's loss (arXiv 2402.14740)."""
 
-    beta: Weight = Field(0.05, description="coefficient of the KL penalty in the reward; 0: none")
+    beta: NonNegativeFloat = Field(0.05, description="coefficient of the KL penalty in the reward; 0: none")
     normalise: bool = Field(
         False, description="normalize the advantages of a step to mean 0, standard deviation 1"
     )
 
     @property
-    def arguments(self) -> dict[str, object]:
+    def trl_arguments(self) -> dict[str, object]:
         """Return these settings as arguments of RLOOConfig."""
         return {"beta": self.beta, "normalize_advantages": self.normalise, "reward_clip_range": None}
 
 
-class GrpoSettings(Section):
+class GRPOSettings(Section):
     """GRPO's loss (arXiv 2402.03300, equation 3)."""
 
-    beta: Weight = Field(0.04, description="weight of the KL to the reference in the loss; 0: none")
+    beta: NonNegativeFloat = Field(0.04, description="weight of the KL to the reference in the loss; 0: none")
     loss: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = Field(
         "grpo",
         description="grpo: mean over each completion's tokens, then over completions; dapo: mean over all "
@@ -64,7 +64,7 @@ class GrpoSettings(Section):
     )
 
     @property
-    def arguments(self) -> dict[str, object]:
+    def trl_arguments(self) -> dict[str, object]:
         """Return these settings as arguments of GRPOConfig."""
         return {
             "beta": self.beta,
@@ -85,40 +85,40 @@ class OnlineSettings(StageSettings):
     sampling: GroupSamplingSettings = GroupSamplingSettings()
 
 
-def contradictions(
-    settings: OnlineSettings, align: RlooSettings | GrpoSettings, valid: Collection[str]
+def online_problems(
+    settings: OnlineSettings, loss_settings: RLOOSettings | GRPOSettings, valid: Collection[str]
 ) -> Iterator[Problem]:
     """Yield every problem that can be found before anything is loaded; invalid sections are skipped."""
     yield from settings.reward.problems(settings, valid)
     if "train" in valid:
-        yield from _of_supervised_tuning(settings.train)
+        yield from _supervised_only_problems(settings.train)
     if {"train", "sampling"} <= set(valid):
-        yield from _groups(settings)
+        yield from _group_size_problems(settings)
     if "evaluate" in valid and settings.evaluate.exact_match:
         expected = "0: prompts need no reference answer; use a grader or a reward"
         yield Problem("evaluate.exact_match", f"{settings.evaluate.exact_match}", expected)
     if "adapter" in valid:
-        yield from copied_by_trl(settings)
+        yield from trl_copy_problems(settings)
         method = settings.adapter.method
-        if "align" in valid and align.beta and adapter_traits(method).whole_model:
-            found = f"{align.beta:g} with adapter.method '{method}'"
+        if "align" in valid and loss_settings.beta and adapter_traits(method).full_finetuning:
+            actual = f"{loss_settings.beta:g} with adapter.method '{method}'"
             expected = "0: TRL's reference would be a second full model, the base as published"
-            yield Problem("align.beta", found, expected, "align.beta=0, or adapter.method=lora")
+            yield Problem("align.beta", actual, expected, "align.beta=0, or adapter.method=lora")
 
 
-def _of_supervised_tuning(train: TrainSettings) -> Iterator[Problem]:
+def _supervised_only_problems(train: TrainSettings) -> Iterator[Problem]:
     if train.neftune_alpha is not None:
         expected = "null: completions were sampled without noise, which would bias their log-probabilities"
         yield Problem("train.neftune_alpha", f"{train.neftune_alpha:g}", expected, "train.neftune_alpha=null")
     if train.label_smoothing:
-        expected, found = "0: RL has no labels to smooth", f"{train.label_smoothing:g}"
-        yield Problem("train.label_smoothing", found, expected, "train.label_smoothing=0")
+        expected, actual = "0: RL has no labels to smooth", f"{train.label_smoothing:g}"
+        yield Problem("train.label_smoothing", actual, expected, "train.label_smoothing=0")
 
 
-def _groups(settings: OnlineSettings) -> Iterator[Problem]:
-    batch, samples = settings.train.batch_size, settings.sampling.samples
-    if batch % samples:
-        whole = max(1, batch // samples) * samples
-        found = f"{batch}, not a multiple of sampling.samples ({samples})"
+def _group_size_problems(settings: OnlineSettings) -> Iterator[Problem]:
+    batch_size, num_generations = settings.train.batch_size, settings.sampling.samples
+    if batch_size % num_generations:
+        rounded = max(1, batch_size // num_generations) * num_generations
+        actual = f"{batch_size}, not a multiple of sampling.samples ({num_generations})"
         expected = "complete groups of completions"
-        yield Problem("train.batch_size", found, expected, f"train.batch_size={whole}")
+        yield Problem("train.batch_size", actual, expected, f"train.batch_size={rounded}")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
-from align.online.prompt_numbers import PromptNumbers
-from align.preference.trl_engine import COPY, made_quietly, refuse_not_finite
+from align.online.prompt_numbers import PromptIdTokenizer
+from align.preference.trl_engine import REFERENCE_ADAPTER, progress_bars_disabled, raise_if_not_finite
 from align.rl.prompts import Prompts
 from align.rl.rewards.rewards import Rewards
 from data_templates._segments import Message
@@ -25,7 +25,7 @@ from finetune.data.batches import optimizer_batches
 from finetune.data.tokens import Encoder
 from finetune.training.base_trainer import log_held_out
 
-NAMES = {
+ONLINE_METRIC_NAMES = {
     "reward": "reward",
     "reward_std": "reward_deviation",
     "entropy": "entropy",
@@ -33,34 +33,36 @@ NAMES = {
     "frac_reward_zero_std": "equal_groups",
 }
 """TRL's metric names -> ours."""
-CUT, TOKEN_KL = "completions/clipped_ratio", "kl"
+TRUNCATED_FRACTION, KL_PER_TOKEN = "completions/clipped_ratio", "kl"
 """TRL's metric names: fraction of completions without EOS, and KL in nats per token."""
 
-Measure = Callable[[], dict[str, float]]
+EvaluateFn = Callable[[], dict[str, float]]
 
 
-class InOurWords(Trainer):  # type: ignore[misc]
+class RenameOnlineMetrics(Trainer):  # type: ignore[misc]
     """Renames TRL's metrics to ours; sits between TRL's trainer and Trainer in the MRO."""
 
     def log(self, logs: dict[str, float | None], start_time: float | None = None) -> None:
         """Log with our metric names; KL in nats per completion; metrics without a value are dropped."""
-        known = {NAMES.get(name, name): value for name, value in logs.items() if value is not None}
-        if CUT in known:
-            known["ends"] = 1 - known[CUT]
-        if TOKEN_KL in known:
+        renamed = {
+            ONLINE_METRIC_NAMES.get(name, name): value for name, value in logs.items() if value is not None
+        }
+        if TRUNCATED_FRACTION in renamed:
+            renamed["ends"] = 1 - renamed[TRUNCATED_FRACTION]
+        if KL_PER_TOKEN in renamed:
             # TRL logs it per token; ours is per completion, as in PPO.
-            known["kl"] = known[TOKEN_KL] * known["length"]
-        super().log(known, start_time)
+            renamed["kl"] = renamed[KL_PER_TOKEN] * renamed["length"]
+        super().log(renamed, start_time)
 
 
-class Judging:
+class TRLRewardFunction:
     """Adapts our rewards to TRL's reward function; remembers the locations of the last batch's prompts."""
 
     def __init__(self, rewards: Rewards, prompts: Prompts, encoder: Encoder) -> None:
         self.rewards = rewards
         self.prompts = prompts
         self.encoder = encoder
-        self.places: list[str] = []
+        self.locations: list[str] = []
 
     def reward(
         self,
@@ -75,73 +77,74 @@ class Judging:
             UserError: a reward function failed on a completion.
             NotFiniteError: a reward is NaN or infinite.
         """
-        asked = [self.prompts[int(number)] for number in prompts]
-        self.places = [prompt.place for prompt in asked]
-        replies = [self.encoder.decode_reply(ids) for ids in completion_ids]
-        talks = [
-            (*prompt.talk, Message("assistant", reply)) for prompt, reply in zip(asked, replies, strict=True)
+        rows = [self.prompts[int(index)] for index in prompts]
+        self.locations = [prompt.location for prompt in rows]
+        completions = [self.encoder.decode_reply(ids) for ids in completion_ids]
+        conversations = [
+            (*prompt.messages, Message("assistant", completion))
+            for prompt, completion in zip(rows, completions, strict=True)
         ]
-        known = [prompt.expected for prompt in asked]
-        judged = self.rewards.judge(talks, self.places, expected=known)
-        for name, values in judged.parts.items():
-            log_metric(part(name), float(values.mean()))
-        total: list[float] = judged.total.tolist()
+        answers = [prompt.expected for prompt in rows]
+        scores = self.rewards.score(conversations, self.locations, expected=answers)
+        for name, values in scores.by_source.items():
+            log_metric(reward_metric_name(name), float(values.mean()))
+        total: list[float] = scores.total.tolist()
         return total
 
 
-def part(name: str) -> str:
+def reward_metric_name(name: str) -> str:
     """Return the metric name of a single reward in metrics.jsonl."""
     return f"reward_{name}"
 
 
-class MeasuredRLOOTrainer(RLOOTrainer, InOurWords):  # type: ignore[misc]
+class OnlineRLOOTrainer(RLOOTrainer, RenameOnlineMetrics):  # type: ignore[misc]
     """TRL's trainer with our held-out evaluation; a NaN loss names its rows."""
 
-    judging: Judging
-    held_out: Measure
+    reward_function: TRLRewardFunction
+    evaluate_held_out: EvaluateFn
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run one forward and backward pass; raise NotFiniteError if the loss is NaN or infinite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        refuse_not_finite(self, loss, self.judging.places)
+        raise_if_not_finite(self, loss, self.reward_function.locations)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
-        return log_held_out(self, self.held_out())
+        return log_held_out(self, self.evaluate_held_out())
 
 
-class MeasuredGRPOTrainer(GRPOTrainer, InOurWords):  # type: ignore[misc]
+class OnlineGRPOTrainer(GRPOTrainer, RenameOnlineMetrics):  # type: ignore[misc]
     """TRL's trainer with our held-out evaluation; a NaN loss names its rows."""
 
-    judging: Judging
-    held_out: Measure
+    reward_function: TRLRewardFunction
+    evaluate_held_out: EvaluateFn
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run one forward and backward pass; raise NotFiniteError if the loss is NaN or infinite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        refuse_not_finite(self, loss, self.judging.places)
+        raise_if_not_finite(self, loss, self.reward_function.locations)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
-        return log_held_out(self, self.held_out())
+        return log_held_out(self, self.evaluate_held_out())
 
 
-OnlineTrainer = MeasuredRLOOTrainer | MeasuredGRPOTrainer
+OnlineTrainer = OnlineRLOOTrainer | OnlineGRPOTrainer
 TRAINERS: Mapping[str, type[OnlineTrainer]] = {
-    "RLOOConfig": MeasuredRLOOTrainer,
-    "GRPOConfig": MeasuredGRPOTrainer,
+    "RLOOConfig": OnlineRLOOTrainer,
+    "GRPOConfig": OnlineGRPOTrainer,
 }
 """Class name of the arguments -> trainer."""
 
 
 def prompt_order(
-    lengths: Sequence[int], *, count: int, seed: int, group_by_length: bool, together: int
+    lengths: Sequence[int], *, count: int, seed: int, group_by_length: bool, prompts_per_step: int
 ) -> list[int]:
     """Return the prompt order of the run: reshuffled per epoch, ``prompts_per_step`` at a time."""
     # TRL's own shuffle depends on a random state that is in no checkpoint; a fixed order resumes exactly.
@@ -149,20 +152,20 @@ def prompt_order(
     epoch = 0
     while len(order) < count:
         batches = optimizer_batches(
-            lengths, together, seed=seed, epoch=epoch, group_by_length=group_by_length
+            lengths, prompts_per_step, seed=seed, epoch=epoch, group_by_length=group_by_length
         )
         order += [row for batch in batches for row in batch]
         epoch += 1
     return order[:count]
 
 
-def online_trainer(
+def build_online_trainer(
     model: PreTrainedModel,
     args: TrainingArguments,
-    judging: Judging,
+    reward_function: TRLRewardFunction,
     *,
     order: Sequence[int],
-    held_out: Measure | None,
+    evaluate_held_out: EvaluateFn | None,
 ) -> OnlineTrainer:
     """Return TRL's trainer; its reference is the model as it is now.
 
@@ -173,57 +176,59 @@ def online_trainer(
         order: prompt indices of the complete run.
         evaluate_held_out: evaluation between steps, or None.
     """
-    encoder = judging.encoder
-    end = int(encoder.tokenizer.eos_token_id)
-    numbers = PromptNumbers(encoder.tokenizer, [prompt.ids for prompt in judging.prompts], end=end)
-    asked = Dataset.from_dict({"prompt": [str(number) for number in order]})
-    with made_quietly(), _ends(model, encoder.stop_ids), _as_stored(model):
+    encoder = reward_function.encoder
+    eos_token_id = int(encoder.tokenizer.eos_token_id)
+    tokenizer = PromptIdTokenizer(
+        encoder.tokenizer, [prompt.ids for prompt in reward_function.prompts], eos_token_id=eos_token_id
+    )
+    dataset = Dataset.from_dict({"prompt": [str(index) for index in order]})
+    with progress_bars_disabled(), _with_eos_ids(model, encoder.stop_ids), _restore_weights(model):
         trainer = TRAINERS[type(args).__name__](
             model=model,
-            reward_funcs=judging.reward,
+            reward_funcs=reward_function.reward,
             args=args,
-            train_dataset=asked,
+            train_dataset=dataset,
             # A placeholder: TRL needs a dataset to evaluate on, and our evaluate() has its own prompts.
-            eval_dataset=None if held_out is None else asked.select([0]),
-            processing_class=numbers,
+            eval_dataset=None if evaluate_held_out is None else dataset.select([0]),
+            processing_class=tokenizer,
         )
     for name, weight in model.named_parameters():
-        if f".{COPY}." in name:
+        if f".{REFERENCE_ADAPTER}." in name:
             weight.requires_grad_(False)  # for virtual tokens PEFT leaves the copy trainable
-    trainer.judging = judging
-    if held_out is not None:
-        trainer.held_out = held_out
+    trainer.reward_function = reward_function
+    if evaluate_held_out is not None:
+        trainer.evaluate_held_out = evaluate_held_out
     return trainer
 
 
 @contextmanager
-def _ends(model: PreTrainedModel, stop_ids: Sequence[int]) -> Iterator[None]:
+def _with_eos_ids(model: PreTrainedModel, stop_ids: Sequence[int]) -> Iterator[None]:
     """Set the model's EOS ids to our stop tokens while TRL's trainer reads them."""
     config = model.generation_config
-    before = config.eos_token_id
+    original = config.eos_token_id
     config.eos_token_id = list(stop_ids)
     try:
         yield
     finally:
-        config.eos_token_id = before
+        config.eos_token_id = original
 
 
 @contextmanager
-def _as_stored(model: nn.Module) -> Iterator[None]:
+def _restore_weights(model: nn.Module) -> Iterator[None]:
     """Restore the trained weights afterwards: on a 4-bit base TRL casts them to bfloat16."""
-    before = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+    stored = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     yield
     for name, weight in model.named_parameters():
-        if name in before:
-            weight.data = before[name]
+        if name in stored:
+            weight.data = stored[name]
 
 
 @contextmanager
-def as_reference(model: nn.Module) -> Iterator[None]:
+def as_trl_reference(model: nn.Module) -> Iterator[None]:
     """Turn the policy into TRL's reference, as TRL does: by activating its copy of the adapter."""
-    assert isinstance(model, PeftModel) and COPY in model.peft_config
+    assert isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config
     active = model.active_adapter
-    model.set_adapter(COPY)
+    model.set_adapter(REFERENCE_ADAPTER)
     try:
         yield
     finally:

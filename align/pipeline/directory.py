@@ -11,9 +11,9 @@ from filelock import FileLock, Timeout
 from align.pipeline.plan import Pipeline
 from finetune.recipe.errors import Problem, UserError
 
-RECORD, RESOLVED, LOCK = "pipeline.json", "pipeline.yaml", ".lock"
-REPORT, SAMPLES = "report.html", "samples.jsonl"
-PARTIAL = ".{}.partial"
+RECORD_FILE, RESOLVED_FILE, LOCK_NAME = "pipeline.json", "pipeline.yaml", ".lock"
+REPORT_FILE, SAMPLES_FILE = "report.html", "samples.jsonl"
+PARTIAL_PATTERN = ".{}.partial"
 
 
 class PipelineDirectory:
@@ -26,12 +26,12 @@ class PipelineDirectory:
             UserError: the folder belongs to something else.
         """
         self.path = pipeline.path
-        self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.record = self._read()
+        self.new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.record = self._read_record()
         if self.record and self.record.get("digest") != pipeline.digest:
-            found = f"pipeline {self.record.get('pipeline')} with different settings or data"
+            actual = f"pipeline {self.record.get('pipeline')} with different settings or data"
             expected = f"a folder of this pipeline ({pipeline.digest})"
-            raise UserError(Problem(f"--out {self.path}", found, expected, "choose another --out"))
+            raise UserError(Problem(f"--out {self.path}", actual, expected, "choose another --out"))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -42,26 +42,26 @@ class PipelineDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / LOCK, timeout=0)
+            lock = FileLock(self.path / LOCK_NAME, timeout=0)
             lock.acquire()
         except Timeout as error:
-            found = "another process is running this pipeline"
+            actual = "another process is running this pipeline"
             raise UserError(
-                Problem(str(self.path), found, "one process at a time", "wait for it to finish")
+                Problem(str(self.path), actual, "one process at a time", "wait for it to finish")
             ) from error
         except OSError as error:
-            found = f"cannot be written: {error.strerror}"
+            actual = f"cannot be written: {error.strerror}"
             raise UserError(
-                Problem(str(self.path), found, "a writable folder", "choose another one with --out")
+                Problem(str(self.path), actual, "a writable folder", "choose another one with --out")
             ) from error
         try:
             yield
         finally:
             lock.release()
 
-    def begin(self, pipeline: Pipeline, command: str) -> None:
+    def write_initial_record(self, pipeline: Pipeline, command: str) -> None:
         """Write the initial record; stages recorded by an earlier start are preserved."""
-        started = self.record.get("started") or now()
+        started = self.record.get("started") or utc_now()
         stages = self.record.get("stages", {})
         self.record |= {
             "status": "running",
@@ -73,7 +73,7 @@ class PipelineDirectory:
                 entry.name: stages.get(entry.name, {"status": "waiting"}) for entry in pipeline.entries
             },
         }
-        self.write(RESOLVED, pipeline.to_yaml())
+        self.write(RESOLVED_FILE, pipeline.to_yaml())
         self._save()
 
     def update(self, **fields: Any) -> None:
@@ -81,7 +81,7 @@ class PipelineDirectory:
         self.record |= fields
         self._save()
 
-    def stage(self, name: str, **fields: Any) -> None:
+    def record_stage(self, name: str, **fields: Any) -> None:
         """Replace the record of a stage."""
         self.record["stages"][name] = fields
         self._save()
@@ -89,33 +89,33 @@ class PipelineDirectory:
     def write(self, name: str, text: str) -> None:
         """Write a text file atomically."""
         # A rename is atomic: a killed process leaves the old file, never half of the new one.
-        partial = self.path / PARTIAL.format(name)
+        partial = self.path / PARTIAL_PATTERN.format(name)
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path / name)
 
     def samples(self) -> list[dict[str, Any]]:
         """Return the entries of samples.jsonl; empty if the file does not exist."""
-        path = self.path / SAMPLES
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        path = self.path / SAMPLES_FILE
+        json_lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        return [json.loads(line) for line in json_lines]
 
-    def withdraw(self) -> None:
+    def remove_if_new(self) -> None:
         """Remove the folder if this process created it."""
-        if self.path not in self.made:
+        if self.path not in self.new_folders:
             return
-        for name in (RECORD, RESOLVED, LOCK):
+        for name in (RECORD_FILE, RESOLVED_FILE, LOCK_NAME):
             (self.path / name).unlink(missing_ok=True)
-        for folder in self.made:
+        for folder in self.new_folders:
             if not any(folder.iterdir()):
                 folder.rmdir()
 
     def _save(self) -> None:
-        self.write(RECORD, json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
+        self.write(RECORD_FILE, json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
 
-    def _read(self) -> dict[str, Any]:
-        file = self.path / RECORD
+    def _read_record(self) -> dict[str, Any]:
+        file = self.path / RECORD_FILE
         if not file.is_file():
-            self._refuse_foreign()
+            self._check_no_foreign_files()
             return {}
         try:
             record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -126,19 +126,24 @@ class PipelineDirectory:
             ) from error
         return record
 
-    def _refuse_foreign(self) -> None:
+    def _check_no_foreign_files(self) -> None:
         """Raise UserError if the path holds anything but a pipeline's folder."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(
                 Problem(f"--out {self.path}", "a file", "a folder, or a path that does not exist")
             )
-        own = {LOCK, RESOLVED, PARTIAL.format(RECORD), PARTIAL.format(RESOLVED)}
-        if self.path.is_dir() and any(file.name not in own for file in self.path.iterdir()):
-            found = "a folder with files that are not a pipeline's"
+        known_files = {
+            LOCK_NAME,
+            RESOLVED_FILE,
+            PARTIAL_PATTERN.format(RECORD_FILE),
+            PARTIAL_PATTERN.format(RESOLVED_FILE),
+        }
+        if self.path.is_dir() and any(file.name not in known_files for file in self.path.iterdir()):
+            actual = "a folder with files that are not a pipeline's"
             repair = "choose another --out; nothing in this folder was changed"
-            raise UserError(Problem(f"--out {self.path}", found, "an empty or new folder", repair))
+            raise UserError(Problem(f"--out {self.path}", actual, "an empty or new folder", repair))
 
 
-def now() -> str:
+def utc_now() -> str:
     """Return the current UTC time in ISO format, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -5,21 +5,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.pipeline.entry import BASE, START, Entry
-from align.pipeline.settings import REWARDS, EntrySettings
+from align.pipeline.entry import BASE_KEY, INIT_FROM_KEY, StageEntry
+from align.pipeline.settings import REWARDS_KEY, StageEntrySettings
 from finetune.recipe import yaml_file
 from finetune.recipe.command_line import COMMAND_LINE
 from finetune.recipe.discovery import find_recipe, stage_names
-from finetune.recipe.errors import Problem, UserError, nearest, one_of
-from finetune.recipe.yaml_file import Lines
+from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
+from finetune.recipe.yaml_file import LineNumbers
 
-NAME = re.compile(r"[A-Za-z][\w-]*")
-LATER = "stages run in file order: move it above this one"
+STAGE_NAME = re.compile(r"[A-Za-z][\w-]*")
+ORDER_REPAIR = "stages run in file order: move it above this one"
 
 
-def entries_of(
-    section: str, found: Mapping[str, EntrySettings], *, file: str, lines: Lines, changes: Mapping[str, Any]
-) -> tuple[list[Entry], list[Problem]]:
+def parse_entries(
+    section: str,
+    stages: Mapping[str, StageEntrySettings],
+    *,
+    file: str,
+    line_numbers: LineNumbers,
+    overrides: Mapping[str, Any],
+) -> tuple[list[StageEntry], list[Problem]]:
     """Return the stages in order, and the problems that can be found without loading their recipes.
 
     Args:
@@ -29,83 +34,95 @@ def entries_of(
         line_numbers: line numbers of its keys.
         overrides: ``stage.section.key`` -> value, from the command line or from Python.
     """
-    places = {".".join(key): f"{file}:{line}" for key, line in lines.items()}
-    problems = [*_names(section, found), *_references(section, found), *_changes(found, changes)]
+    locations = {".".join(key): f"{file}:{line_number}" for key, line_number in line_numbers.items()}
+    problems = [
+        *_name_problems(section, stages),
+        *_reference_problems(section, stages),
+        *_override_problems(stages, overrides),
+    ]
     entries = []
-    for name, settings in found.items():
+    for name, settings in stages.items():
         try:
-            stage, recipe = _split(f"{section}.{name}.recipe", settings.recipe)
+            stage, recipe = _parse_recipe_reference(f"{section}.{name}.recipe", settings.recipe)
         except UserError as error:
             problems += error.problems
             continue
-        given, origins = _given(settings, f"{section}.{name}", places)
-        mine = {key.partition(".")[2]: value for key, value in changes.items() if key.startswith(f"{name}.")}
-        problems += _taken(f"{section}.{name}", settings, [*given, *mine])
-        origins |= dict.fromkeys(mine, COMMAND_LINE)
+        file_overrides, origins = _entry_overrides(settings, f"{section}.{name}", locations)
+        cli_overrides = {
+            key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")
+        }
+        problems += _conflicting_overrides(f"{section}.{name}", settings, [*file_overrides, *cli_overrides])
+        origins |= dict.fromkeys(cli_overrides, COMMAND_LINE)
         rewards = tuple(settings.rewards)
-        entries.append(Entry(name, stage, recipe, settings.start, rewards, {**given, **mine}, origins))
-    problems += _kinds(section, entries)
-    return entries, [problem.placed(places) for problem in problems]
+        entries.append(
+            StageEntry(
+                name, stage, recipe, settings.init_from, rewards, {**file_overrides, **cli_overrides}, origins
+            )
+        )
+    problems += _reward_problems(section, entries)
+    return entries, [problem.with_origin(locations) for problem in problems]
 
 
-def _names(section: str, found: Mapping[str, EntrySettings]) -> Iterator[Problem]:
-    for name in found:
-        if not NAME.fullmatch(name):
+def _name_problems(section: str, stages: Mapping[str, StageEntrySettings]) -> Iterator[Problem]:
+    for name in stages:
+        if not STAGE_NAME.fullmatch(name):
             expected = "letters, digits, - and _, starting with a letter (used in STAGE.section.key=value)"
             yield Problem(f"{section}.{name}", "not a valid stage name", expected)
 
 
-def _references(section: str, found: Mapping[str, EntrySettings]) -> Iterator[Problem]:
+def _reference_problems(section: str, stages: Mapping[str, StageEntrySettings]) -> Iterator[Problem]:
     """Yield references to unknown or later stages."""
-    names = list(found)
-    for number, (name, settings) in enumerate(found.items()):
-        named = [("from", settings.start), *(("reward", reward) for reward in settings.rewards)]
-        for key, other in named:
+    names = list(stages)
+    for index, (name, settings) in enumerate(stages.items()):
+        references = [("from", settings.init_from), *(("reward", reward) for reward in settings.rewards)]
+        for key, target in references:
             where = f"{section}.{name}.{key}"
-            if other is None or other in names[:number]:
+            if target is None or target in names[:index]:
                 continue
             expected = (
-                f"{one_of(names[:number])}, above it" if number else "no reference: it is the first stage"
+                f"{one_of(names[:index])}, above it" if index else "no reference: it is the first stage"
             )
-            if other not in names:
-                yield Problem(where, f"unknown stage '{other}'", expected, nearest(other, names))
-            elif circle := _circle(name, found):
-                way = " -> ".join(circle)
-                yield Problem(where, f"a cycle: {way}", expected, "remove one of these references")
+            if target not in names:
+                yield Problem(where, f"unknown stage '{target}'", expected, did_you_mean(target, names))
+            elif cycle := _reference_cycle(name, stages):
+                path = " -> ".join(cycle)
+                yield Problem(where, f"a cycle: {path}", expected, "remove one of these references")
             else:
-                yield Problem(where, f"'{other}' comes later", expected, LATER)
+                yield Problem(where, f"'{target}' comes later", expected, ORDER_REPAIR)
         if len(set(settings.rewards)) < len(settings.rewards):
             yield Problem(f"{section}.{name}.reward", "duplicate stages", "each stage once")
 
 
-def _circle(name: str, found: Mapping[str, EntrySettings]) -> list[str]:
+def _reference_cycle(name: str, stages: Mapping[str, StageEntrySettings]) -> list[str]:
     """Return a cycle of references through a stage; empty if there is none."""
-    ways = [[name]]
+    paths = [[name]]
     seen = {name}
-    while ways:
-        way = ways.pop()
-        settings = found.get(way[-1])
-        for other in [settings.start, *settings.rewards] if settings else []:
-            if other == name:
-                return [*way, name]
-            if other is not None and other not in seen:
-                seen.add(other)
-                ways.append([*way, other])
+    while paths:
+        path = paths.pop()
+        settings = stages.get(path[-1])
+        for target in [settings.init_from, *settings.rewards] if settings else []:
+            if target == name:
+                return [*path, name]
+            if target is not None and target not in seen:
+                seen.add(target)
+                paths.append([*path, target])
     return []
 
 
-def _changes(found: Mapping[str, EntrySettings], changes: Mapping[str, Any]) -> Iterator[Problem]:
-    for key in changes:
+def _override_problems(
+    stages: Mapping[str, StageEntrySettings], overrides: Mapping[str, Any]
+) -> Iterator[Problem]:
+    for key in overrides:
         name = key.split(".")[0]
         if key.count(".") < 2:
-            expected = f"STAGE.section.key=value, as in {next(iter(found))}.train.epochs=3"
+            expected = f"STAGE.section.key=value, as in {next(iter(stages))}.train.epochs=3"
             yield Problem(f"'{key}' ({COMMAND_LINE})", "invalid override", expected)
-        elif name not in found:
+        elif name not in stages:
             where = f"{key} ({COMMAND_LINE})"
-            yield Problem(where, f"unknown stage '{name}'", one_of(found), nearest(name, found))
+            yield Problem(where, f"unknown stage '{name}'", one_of(stages), did_you_mean(name, stages))
 
 
-def _split(where: str, text: str) -> tuple[str, str]:
+def _parse_recipe_reference(where: str, text: str) -> tuple[str, str]:
     """Return stage and recipe of ``stage/recipe``, or of a recipe file with a ``stage`` key.
 
     Raises:
@@ -117,16 +134,18 @@ def _split(where: str, text: str) -> tuple[str, str]:
     stage, slash, name = text.partition("/")
     if not slash or not name:
         expected = "stage/recipe, as in sft/quickstart, or the path of a .yaml file"
-        repair = f"{text}/quickstart" if text in stages else nearest(text, stages)
+        repair = f"{text}/quickstart" if text in stages else did_you_mean(text, stages)
         raise UserError(Problem(where, f"'{text}'", expected, repair))
     if stage not in stages:
-        found = f"'{text}': unknown stage '{stage}'"
-        raise UserError(Problem(where, found, one_of(stages), nearest(stage, stages)))
+        actual = f"'{text}': unknown stage '{stage}'"
+        raise UserError(Problem(where, actual, one_of(stages), did_you_mean(stage, stages)))
     try:
         find_recipe(stage, name)
     except UserError as error:
-        (told,) = error.problems
-        raise UserError(Problem(where, f"'{text}': {told.found}", told.expected, told.repair)) from error
+        (problem,) = error.problems
+        raise UserError(
+            Problem(where, f"'{text}': {problem.actual}", problem.expected, problem.repair)
+        ) from error
     return stage, name
 
 
@@ -134,53 +153,62 @@ def _stage_of(where: str, path: Path) -> str:
     """Return the `stage` of a recipe file."""
     if not path.is_file():
         raise UserError(Problem(where, f"'{path}': no such file", "a recipe's YAML file, or stage/recipe"))
-    stage = yaml_file.read(path)[0].get("stage")
+    stage = yaml_file.read_yaml(path)[0].get("stage")
     if not isinstance(stage, str) or stage not in stage_names():
-        found = f"'{path}' has no `stage`" if stage is None else f"'{path}' has stage '{stage}'"
+        actual = f"'{path}' has no `stage`" if stage is None else f"'{path}' has stage '{stage}'"
         expected = f"stage: {one_of(stage_names())}"
-        raise UserError(Problem(where, found, expected, f"add e.g. `stage: sft` to {path}"))
+        raise UserError(Problem(where, actual, expected, f"add e.g. `stage: sft` to {path}"))
     return stage
 
 
-def _given(
-    settings: EntrySettings, where: str, places: Mapping[str, str]
+def _entry_overrides(
+    settings: StageEntrySettings, where: str, locations: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the values of ``set`` and their origins by ``section.key``; a section may be a mapping."""
-    given: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for key, value in settings.given.items():
-        inner = {f"{key}.{name}": part for name, part in value.items()} if _section(key, value) else {}
-        given |= inner or {key: value}
-        origins |= dict.fromkeys(inner or [key], places[f"{where}.set.{key}"])
-    if settings.start is not None:
-        origins[START] = places[f"{where}.from"]
+    for key, value in settings.overrides.items():
+        section_overrides = (
+            {f"{key}.{name}": item for name, item in value.items()} if _is_section(key, value) else {}
+        )
+        overrides |= section_overrides or {key: value}
+        origins |= dict.fromkeys(section_overrides or [key], locations[f"{where}.set.{key}"])
+    if settings.init_from is not None:
+        origins[INIT_FROM_KEY] = locations[f"{where}.from"]
     if settings.reward is not None:
-        origins[REWARDS] = places[f"{where}.reward"]
-    return given, origins
+        origins[REWARDS_KEY] = locations[f"{where}.reward"]
+    return overrides, origins
 
 
-def _section(key: str, value: Any) -> bool:
+def _is_section(key: str, value: Any) -> bool:
     return "." not in key and isinstance(value, dict) and bool(value)
 
 
-def _taken(where: str, settings: EntrySettings, given: list[str]) -> Iterator[Problem]:
+def _conflicting_overrides(
+    where: str, settings: StageEntrySettings, overrides: list[str]
+) -> Iterator[Problem]:
     """Yield overrides that conflict with the pipeline's own keys `from` and `reward`."""
-    for key, named, word in [(START, settings.start, "from"), (REWARDS, settings.reward, "reward")]:
-        if key in given and named is not None:
-            yield Problem(f"{where}.{word}", f"conflicts with {key}", "one of the two", f"remove {key}")
-    if BASE in given and settings.start is not None:
-        expected = f"the base of '{settings.start}'"
-        yield Problem(f"{where}.from", f"conflicts with {BASE}", expected, f"remove {BASE}")
+    for key, pipeline_value, pipeline_key in [
+        (INIT_FROM_KEY, settings.init_from, "from"),
+        (REWARDS_KEY, settings.reward, "reward"),
+    ]:
+        if key in overrides and pipeline_value is not None:
+            yield Problem(
+                f"{where}.{pipeline_key}", f"conflicts with {key}", "one of the two", f"remove {key}"
+            )
+    if BASE_KEY in overrides and settings.init_from is not None:
+        expected = f"the base of '{settings.init_from}'"
+        yield Problem(f"{where}.from", f"conflicts with {BASE_KEY}", expected, f"remove {BASE_KEY}")
 
 
-def _kinds(section: str, entries: list[Entry]) -> Iterator[Problem]:
+def _reward_problems(section: str, entries: list[StageEntry]) -> Iterator[Problem]:
     """Yield rewards of stages that take none, and rewards from stages that are no reward models."""
-    scores = {entry.name: entry.scores for entry in entries}
+    scores = {entry.name: entry.is_reward_model for entry in entries}
     for entry in entries:
         where = f"{section}.{entry.name}.reward"
         if entry.rewards and not entry.takes_rewards:
-            found = f"set, but stage {entry.stage} takes no rewards"
-            yield Problem(where, found, "no reward", "remove it")
+            actual = f"set, but stage {entry.stage} takes no rewards"
+            yield Problem(where, actual, "no reward", "remove it")
         for name in entry.rewards:
             if not scores.get(name, True):
                 yield Problem(where, f"'{name}' is not a reward model", "a stage that trains a reward model")

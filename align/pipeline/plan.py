@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.default_recipe import EMBEDDED
-from align.pipeline.entries import entries_of
-from align.pipeline.entry import BASE, Entry
+from align.default_recipe import EMBEDDED_BASE
+from align.pipeline.entries import parse_entries
+from align.pipeline.entry import BASE_KEY, StageEntry
 from align.pipeline.file import find_pipeline, read_pipeline
 from finetune.data.files import data_fingerprint
 from finetune.recipe import yaml_file
@@ -18,8 +18,8 @@ from finetune.recipe.checks import adapter_traits
 from finetune.recipe.command_line import COMMAND_LINE
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.runs import RUNS
-from finetune.recipe.start import SCORERS
+from finetune.recipe.runs import RUNS_FOLDER
+from finetune.recipe.start import SCORING_STAGES
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Pipeline:
 
     name: str
     description: str
-    entries: Sequence[Entry]
+    entries: Sequence[StageEntry]
     recipes: Mapping[str, Recipe]
     digest: str
     notes: Sequence[str] = ()
@@ -47,21 +47,21 @@ class Pipeline:
     @property
     def path(self) -> Path:
         """Return the pipeline's folder, which is separate from the stages' run folders."""
-        return self.out or RUNS / f"{self.name}-{self.digest}"
+        return self.out or RUNS_FOLDER / f"{self.name}-{self.digest}"
 
     def to_yaml(self) -> str:
         """Return the pipeline with its overrides as YAML for `llm-align run`."""
-        stages = {entry.name: _plain(entry) for entry in self.entries}
-        return yaml_file.write({"description": self.description, "stages": stages}, {})
+        stages = {entry.name: _as_mapping(entry) for entry in self.entries}
+        return yaml_file.dump_yaml({"description": self.description, "stages": stages}, {})
 
 
-def load_pipeline(
+def resolve_pipeline(
     name: str,
     *,
     base: str | None = None,
     out: Path | None = None,
-    changes: Mapping[str, Any] | None = None,
-    words: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    arguments: Sequence[str] = (),
 ) -> Pipeline:
     """Load a pipeline and all of its recipes; nothing runs and nothing is written.
 
@@ -76,88 +76,103 @@ def load_pipeline(
         UserError: all problems found.
     """
     path = find_pipeline(name)
-    found, lines = read_pipeline(path)
-    given, problems = _given(changes or {}, words)
-    chosen, notes = found.stages, []
+    file_settings, line_numbers = read_pipeline(path)
+    all_overrides, problems = _parse_overrides(overrides or {}, arguments)
+    stages, notes = file_settings.stages, []
     section = "stages"
-    if base not in (None, EMBEDDED) and found.public is not None:
-        chosen, section = found.public, "public"
-        notes = [f"base {base}: using the stages of `public`; those of `stages` are for '{EMBEDDED}'"]
-    entries, mistakes = entries_of(section, chosen, file=path.name, lines=lines, changes=given)
-    entries = [_on_base(entry, base) for entry in entries]
-    recipes, unfit = _recipes(entries)
-    problems += [*mistakes, *unfit]
+    if base not in (None, EMBEDDED_BASE) and file_settings.public is not None:
+        stages, section = file_settings.public, "public"
+        notes = [f"base {base}: using the stages of `public`; those of `stages` are for '{EMBEDDED_BASE}'"]
+    entries, entry_problems = parse_entries(
+        section, stages, file=path.name, line_numbers=line_numbers, overrides=all_overrides
+    )
+    entries = [_with_base(entry, base) for entry in entries]
+    recipes, recipe_problems = _load_recipes(entries)
+    problems += [*entry_problems, *recipe_problems]
     if not problems:
-        problems += _foundations(entries, recipes)
-    digest, lost = _digest(entries, recipes)
-    if problems or lost:
-        raise UserError([*problems, *lost])
-    description = " ".join(found.description.split())
+        problems += _base_mismatches(entries, recipes)
+    digest, data_problems = _pipeline_digest(entries, recipes)
+    if problems or data_problems:
+        raise UserError([*problems, *data_problems])
+    description = " ".join(file_settings.description.split())
     return Pipeline(path.stem, description, entries, recipes, digest, notes, out)
 
 
-def _given(changes: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
-    pairs = [word.partition("=") for word in words]
+def _parse_overrides(
+    overrides: Mapping[str, Any], arguments: Sequence[str]
+) -> tuple[dict[str, Any], list[Problem]]:
+    pairs = [argument.partition("=") for argument in arguments]
     expected = "STAGE.section.key=value, as in sft.train.epochs=3"
     problems = [
         Problem(f"'{key}' ({COMMAND_LINE})", "invalid override", expected)
         for key, equals, _ in pairs
         if not equals
     ]
-    return {**changes, **{key: yaml_file.scalar(text) for key, equals, text in pairs if equals}}, problems
+    return {
+        **overrides,
+        **{key: yaml_file.parse_scalar(text) for key, equals, text in pairs if equals},
+    }, problems
 
 
-def _on_base(entry: Entry, base: str | None) -> Entry:
+def _with_base(entry: StageEntry, base: str | None) -> StageEntry:
     """Return a stage with the user's base model, if it starts from a base."""
-    if base is None or entry.start is not None or entry.origins.get(BASE) == COMMAND_LINE:
+    if base is None or entry.init_from is not None or entry.origins.get(BASE_KEY) == COMMAND_LINE:
         return entry
-    given, origins = {**entry.given, BASE: base}, {**entry.origins, BASE: COMMAND_LINE}
-    return Entry(entry.name, entry.stage, entry.recipe, None, entry.rewards, given, origins)
+    overrides, origins = {**entry.overrides, BASE_KEY: base}, {**entry.origins, BASE_KEY: COMMAND_LINE}
+    return StageEntry(entry.name, entry.stage, entry.recipe, None, entry.rewards, overrides, origins)
 
 
-def _recipes(entries: Sequence[Entry]) -> tuple[dict[str, Recipe], list[Problem]]:
+def _load_recipes(entries: Sequence[StageEntry]) -> tuple[dict[str, Recipe], list[Problem]]:
     """Load each stage's recipe on top of the earlier ones, and collect the problems."""
     recipes: dict[str, Recipe] = {}
     problems: list[Problem] = []
     for entry in entries:
         # A stage whose reference is invalid is loaded without it, so that its own problems are found too.
-        start = entry.start if entry.start in recipes else None
-        rewards = {name: name for name in entry.rewards if name in recipes and recipes[name].stage in SCORERS}
+        init_from = entry.init_from if entry.init_from in recipes else None
+        rewards = {
+            name: name for name in entry.rewards if name in recipes and recipes[name].stage in SCORING_STAGES
+        }
         try:
-            recipes[entry.name] = entry.load(start=start, rewards=rewards, pending=recipes)
+            recipes[entry.name] = entry.load(init_from=init_from, rewards=rewards, pending=recipes)
         except UserError as error:
             problems += error.problems
     return recipes, problems
 
 
-def _foundations(entries: Sequence[Entry], recipes: Mapping[str, Recipe]) -> list[Problem]:
+def _base_mismatches(entries: Sequence[StageEntry], recipes: Mapping[str, Recipe]) -> list[Problem]:
     """Return a problem for each reward model on another base than the policy it scores."""
     problems: list[Problem] = []
-    ground: dict[str, str] = {}
+    bases: dict[str, str] = {}
     for entry in entries:
-        ground[entry.name] = _ground(entry, recipes, ground)
+        bases[entry.name] = _base_under_adapter(entry, recipes, bases)
         for name in entry.rewards:
-            if ground[name] != ground[entry.name] and not _whole(recipes[name]):
-                found = f"'{name}' is based on {ground[name]}, this stage on {ground[entry.name]}"
-                place = entry.origins["reward.sources"]
-                where = f"stage {entry.name}: reward ({place})"
+            if bases[name] != bases[entry.name] and not _is_full_finetuning(recipes[name]):
+                actual = f"'{name}' is based on {bases[name]}, this stage on {bases[entry.name]}"
+                origin = entry.origins["reward.sources"]
+                where = f"stage {entry.name}: reward ({origin})"
                 repair = "use the same base, or the same stage in `from`, for both"
-                problems.append(Problem(where, found, "the same base for policy and reward model", repair))
+                problems.append(Problem(where, actual, "the same base for policy and reward model", repair))
     return problems
 
 
-def _ground(entry: Entry, recipes: Mapping[str, Recipe], ground: Mapping[str, str]) -> str:
+def _base_under_adapter(entry: StageEntry, recipes: Mapping[str, Recipe], bases: Mapping[str, str]) -> str:
     """Return the base under a stage's adapter: a base model, or an earlier fully fine-tuned stage."""
-    if entry.start is None:
+    if entry.init_from is None:
         return resolve_base(recipes[entry.name].settings.model.base)
-    return f"stage {entry.start}" if _whole(recipes[entry.start]) else ground[entry.start]
+    return (
+        f"stage {entry.init_from}"
+        if _is_full_finetuning(recipes[entry.init_from])
+        else bases[entry.init_from]
+    )
 
 
-def _whole(recipe: Recipe) -> bool:
-    return adapter_traits(recipe.settings.adapter.method).whole_model
+def _is_full_finetuning(recipe: Recipe) -> bool:
+    return adapter_traits(recipe.settings.adapter.method).full_finetuning
 
 
-def _digest(entries: Sequence[Entry], recipes: Mapping[str, Recipe]) -> tuple[str, list[Problem]]:
+def _pipeline_digest(
+    entries: Sequence[StageEntry], recipes: Mapping[str, Recipe]
+) -> tuple[str, list[Problem]]:
     """Return 8 hex digits over the settings and data of all stages, and problems with unreadable data."""
     content: list[Any] = []
     problems: list[Problem] = []
@@ -168,19 +183,19 @@ def _digest(entries: Sequence[Entry], recipes: Mapping[str, Recipe]) -> tuple[st
         try:
             data = data_fingerprint(recipe.settings.data)
         except UserError as error:
-            problems += [entry.placed(problem) for problem in error.problems]
+            problems += [entry.with_stage_name(problem) for problem in error.problems]
             continue
         content.append([entry.name, entry.stage, entry.rewards, recipe.values(), data])
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8], problems
 
 
-def _plain(entry: Entry) -> dict[str, Any]:
+def _as_mapping(entry: StageEntry) -> dict[str, Any]:
     """Return a stage as the mapping in a pipeline file."""
-    path = "/" in entry.recipe or entry.recipe.endswith((".yaml", ".yml"))
-    said: dict[str, Any] = {"recipe": entry.recipe if path else f"{entry.stage}/{entry.recipe}"}
-    if entry.start is not None:
-        said["from"] = entry.start
+    is_path = "/" in entry.recipe or entry.recipe.endswith((".yaml", ".yml"))
+    mapping: dict[str, Any] = {"recipe": entry.recipe if is_path else f"{entry.stage}/{entry.recipe}"}
+    if entry.init_from is not None:
+        mapping["from"] = entry.init_from
     if entry.rewards:
-        said["reward"] = list(entry.rewards)
-    return said | ({"set": dict(entry.given)} if entry.given else {})
+        mapping["reward"] = list(entry.rewards)
+    return mapping | ({"set": dict(entry.overrides)} if entry.overrides else {})

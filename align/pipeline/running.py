@@ -15,14 +15,14 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from align.pipeline.directory import REPORT, PipelineDirectory, now
-from align.pipeline.entry import Entry
+from align.pipeline.directory import REPORT_FILE, PipelineDirectory, utc_now
+from align.pipeline.entry import StageEntry
 from align.pipeline.plan import Pipeline
-from align.start import ready
-from finetune.planning.world import world
+from align.start import resolve_required_runs
+from finetune.planning.world import dist_info
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.training.launch import run_stage
+from finetune.training.launch import launch_stage
 from finetune.training.result import Result
 from finetune.training.stops import Interrupted, NotFiniteError
 
@@ -50,7 +50,7 @@ class PipelineResult:
         return list(self.stages.values())[-1]
 
 
-def run_pipeline(
+def run_all_stages(
     pipeline: Pipeline, console: Console, *, force: bool = False, command: str = ""
 ) -> PipelineResult:
     """Run the stages that are not finished, then write the report.
@@ -68,32 +68,34 @@ def run_pipeline(
         Interrupted: stopped by a signal; the same call resumes.
         NotFiniteError: a stage's loss or gradient became NaN or infinite.
     """
-    _refuse_world(pipeline)
+    _check_no_launcher(pipeline)
     folder = PipelineDirectory(pipeline)
-    with folder.locked(), _signals():
-        before = dict(folder.record.get("stages", {})) if _whole(folder) else {}
-        folder.begin(pipeline, command)
+    with folder.locked(), _sigterm_as_interrupt():
+        recorded_stages = dict(folder.record.get("stages", {})) if _is_complete(folder) else {}
+        folder.write_initial_record(pipeline, command)
         results: dict[str, Result] = {}
-        for number, entry in enumerate(pipeline.entries, start=1):
-            _say(console, f"\n[{number}/{len(pipeline.entries)}] {entry.name}: {entry.title}")
-            results[entry.name] = _run(pipeline, entry, results, folder=folder, console=console, force=force)
-        if folder.record["stages"] != before:
-            _conclude(pipeline, folder, results, console)
-        folder.update(status="finished", finished=folder.record.get("finished") or now())
+        for position, entry in enumerate(pipeline.entries, start=1):
+            _print_status(console, f"\n[{position}/{len(pipeline.entries)}] {entry.name}: {entry.title}")
+            results[entry.name] = _run_entry(
+                pipeline, entry, results, folder=folder, console=console, force=force
+            )
+        if folder.record["stages"] != recorded_stages:
+            _write_comparison(pipeline, folder, results, console)
+        folder.update(status="finished", finished=folder.record.get("finished") or utc_now())
     return PipelineResult(folder.path, folder.record, results, folder.samples())
 
 
-def _refuse_world(pipeline: Pipeline) -> None:
+def _check_no_launcher(pipeline: Pipeline) -> None:
     """Raise UserError under torchrun or another launcher: each stage launches its own processes."""
-    if (size := world().size) > 1:
-        found = f"started by a launcher with {size} processes"
+    if (world_size := dist_info().world_size) > 1:
+        actual = f"started by a launcher with {world_size} processes"
         repair = "run `llm-align run` without a launcher: every stage launches its train.processes processes"
-        raise UserError(Problem(f"pipeline {pipeline.name}", found, "one process", repair))
+        raise UserError(Problem(f"pipeline {pipeline.name}", actual, "one process", repair))
 
 
-def _run(
+def _run_entry(
     pipeline: Pipeline,
-    entry: Entry,
+    entry: StageEntry,
     results: dict[str, Result],
     *,
     folder: PipelineDirectory,
@@ -101,54 +103,56 @@ def _run(
     force: bool,
 ) -> Result:
     """Run one stage, or reuse its finished run, and record the result."""
-    began = time.time()
-    with _recorded(pipeline, entry, folder, first=not results):
-        recipe, command = _at_its_turn(entry, results)
-        result = run_stage(ready(recipe, console), console, force=force, command=command)
-    folder.stage(entry.name, **_facts(result))
-    if (result.directory / "run.json").stat().st_mtime < began:
-        _say(console, f"already finished: {result.directory}")
+    started_at = time.time()
+    with _record_status(pipeline, entry, folder, first=not results):
+        recipe, command = _resolve_entry(entry, results)
+        result = launch_stage(resolve_required_runs(recipe, console), console, force=force, command=command)
+    folder.record_stage(entry.name, **_stage_record(result))
+    if (result.directory / "run.json").stat().st_mtime < started_at:
+        _print_status(console, f"already finished: {result.directory}")
     return result
 
 
 @contextmanager
-def _recorded(pipeline: Pipeline, entry: Entry, folder: PipelineDirectory, *, first: bool) -> Iterator[None]:
+def _record_status(
+    pipeline: Pipeline, entry: StageEntry, folder: PipelineDirectory, *, first: bool
+) -> Iterator[None]:
     """Record a stage's status, and prefix its errors with the stage's name."""
 
-    def ended(status: str, **why: str) -> None:
-        folder.stage(entry.name, status=status, stage=entry.stage, recipe=entry.recipe, **why)
+    def set_status(status: str, **fields: str) -> None:
+        folder.record_stage(entry.name, status=status, stage=entry.stage, recipe=entry.recipe, **fields)
         folder.update(status=status)
 
-    ended("running")
+    set_status("running")
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
-        ended("interrupted")
+        set_status("interrupted")
         text = str(stop) or "stopped; run the same command to resume"
-        raise Interrupted(_stopped(pipeline, entry, text)) from stop
+        raise Interrupted(_stop_message(pipeline, entry, text)) from stop
     except NotFiniteError as error:
-        ended("failed", reason=str(error))
-        raise NotFiniteError(_stopped(pipeline, entry, str(error))) from error
+        set_status("failed", reason=str(error))
+        raise NotFiniteError(_stop_message(pipeline, entry, str(error))) from error
     except UserError as error:
-        ended("failed", reason=str(error))
+        set_status("failed", reason=str(error))
         if first:
-            folder.withdraw()
-        raise UserError([entry.placed(problem) for problem in error.problems]) from error
+            folder.remove_if_new()
+        raise UserError([entry.with_stage_name(problem) for problem in error.problems]) from error
 
 
-def _at_its_turn(entry: Entry, results: dict[str, Result]) -> tuple[Recipe, str]:
+def _resolve_entry(entry: StageEntry, results: dict[str, Result]) -> tuple[Recipe, str]:
     """Return a stage's recipe with the run folders it needs, and its standalone command line.
 
     Raises:
         UserError: files of a required run are missing.
     """
-    start = str(results[entry.start].directory) if entry.start else None
+    init_from = str(results[entry.init_from].directory) if entry.init_from else None
     rewards = {name: str(results[name].directory) for name in entry.rewards}
-    recipe = entry.load(start=start, rewards=rewards)
-    return recipe, entry.command(start=start, rewards=rewards)
+    recipe = entry.load(init_from=init_from, rewards=rewards)
+    return recipe, entry.command(init_from=init_from, rewards=rewards)
 
 
-def _facts(result: Result) -> dict[str, Any]:
+def _stage_record(result: Result) -> dict[str, Any]:
     record = result.record
     return {
         "status": "finished",
@@ -162,45 +166,45 @@ def _facts(result: Result) -> dict[str, Any]:
     }
 
 
-def _conclude(
+def _write_comparison(
     pipeline: Pipeline, folder: PipelineDirectory, results: dict[str, Result], console: Console
 ) -> None:
     """Generate every model's completions of the same prompts, and write the report."""
-    from align.pipeline.compare import compare
-    from align.pipeline.report import write_report
+    from align.pipeline.compare import compare_stages
+    from align.pipeline.report import write_pipeline_report
 
-    _say(console, "\nreport: generating every stage's completions of the same prompts")
-    compare(pipeline, folder, results)
-    folder.update(finished=now())
-    write_report(pipeline, folder, results)
+    _print_status(console, "\nreport: generating every stage's completions of the same prompts")
+    compare_stages(pipeline, folder, results)
+    folder.update(finished=utc_now())
+    write_pipeline_report(pipeline, folder, results)
 
 
-def _whole(folder: PipelineDirectory) -> bool:
+def _is_complete(folder: PipelineDirectory) -> bool:
     """Return whether an earlier run of the pipeline finished and wrote its report."""
-    return folder.record.get("status") == "finished" and (folder.path / REPORT).is_file()
+    return folder.record.get("status") == "finished" and (folder.path / REPORT_FILE).is_file()
 
 
-def _stopped(pipeline: Pipeline, entry: Entry, text: str) -> str:
+def _stop_message(pipeline: Pipeline, entry: StageEntry, text: str) -> str:
     return f"{pipeline.name}, stage {entry.name} ({entry.title}): {text}"
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
+def _sigterm_as_interrupt() -> Iterator[None]:
     """Raise KeyboardInterrupt on SIGTERM, also between stages, where there is no checkpoint to save."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        previous_handler = signal.signal(signal.SIGTERM, stop)
     except ValueError:  # signal handlers can only be set in the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
-def _say(console: Console, text: str) -> None:
+def _print_status(console: Console, text: str) -> None:
     console.print(escape(text), highlight=False, soft_wrap=True)

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from align.recipe_words import recipe_of_words
+from align.recipe_words import recipe_from_arguments
 from finetune.recipe.recipe import Recipe
 
-DOES_NOT_FIT = 3
+EXIT_DOES_NOT_FIT = 3
 """Exit status of a plan that does not fit: no mistake (2), no failure (1), yet `plan && sft` must stop."""
 
-EPILOG = """\b
+PLAN_EPILOG = """\b
 Examples:
   llm-align plan                                       the embedded quickstart, on this machine
   llm-align plan alpaca --gpu rtx4090
@@ -25,7 +25,7 @@ Exit status: 0 fits, 3 does not fit, 2 a mistake in the recipe or the command.
 """
 
 
-@click.command("plan", epilog=EPILOG)
+@click.command("plan", epilog=PLAN_EPILOG)
 @click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
 @click.option("--stage", default="sft", show_default=True, help="Stage of the recipe.")
 @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
@@ -54,44 +54,44 @@ def plan(
 ) -> None:
     """Print memory, steps, tokens, time and disk of a recipe before anything is loaded; no GPU is needed."""
     if compatibility:
-        from align.planning.matrix import show_matrix
+        from align.planning.matrix import show_compatibility
 
-        return show_matrix(stage, gpu, as_json=as_json)
+        return show_compatibility(stage, gpu, as_json=as_json)
     options = {"--base": base, "--data": data, "--adapter": adapter, "--from": start}
     keys = {"--base": "model.base", "--data": "data.source", "--adapter": "adapter.method"}
     keys |= {"--from": "model.start"}
-    given: dict[str, Any] = {keys[name]: value for name, value in options.items() if value is not None}
-    given |= {"train.strategy": strategy} if strategy is not None else {}
-    recipe = recipe_of_words(stage, words, given)
-    typed = [f"{name} {shlex.quote(value)}" for name, value in options.items() if value is not None]
-    typed += [f"train.strategy={strategy}"] if strategy is not None else []
-    command = " ".join(["llm-align", stage, *map(shlex.quote, words), *typed])
-    if not _show(recipe, gpu, gpus, fit=fit, as_json=as_json, command=command):
-        sys.exit(DOES_NOT_FIT)
+    settings: dict[str, Any] = {keys[name]: value for name, value in options.items() if value is not None}
+    settings |= {"train.strategy": strategy} if strategy is not None else {}
+    recipe = recipe_from_arguments(stage, words, settings)
+    arguments = [f"{name} {shlex.quote(value)}" for name, value in options.items() if value is not None]
+    arguments += [f"train.strategy={strategy}"] if strategy is not None else []
+    command = " ".join(["llm-align", stage, *map(shlex.quote, words), *arguments])
+    if not _print_plan(recipe, gpu, gpus, fit=fit, as_json=as_json, command=command):
+        sys.exit(EXIT_DOES_NOT_FIT)
 
 
-def _show(
+def _print_plan(
     recipe: Recipe, gpu: str | None, gpus: int | None, *, fit: bool, as_json: bool, command: str
 ) -> bool:
     """Print the plan and return whether it fits."""
     from rich.console import Console
 
-    from align.planning.fit import alternatives
-    from align.planning.machine import machine, together
-    from align.planning.plan import plan_of
-    from align.planning.record import record
+    from align.planning.fit import find_alternatives
+    from align.planning.machine import resolve_for_device, target_device
+    from align.planning.plan import make_plan
+    from align.planning.record import plan_record
     from align.planning.terminal import print_alternatives, print_plan
 
-    device, count = machine(recipe.settings.train, gpu, gpus)
-    found = plan_of(together(recipe, device, count), device, count)
-    changes = alternatives(found, count) if fit else None
+    device, count = target_device(recipe.settings.train, gpu, gpus)
+    recipe_plan = make_plan(resolve_for_device(recipe, device, count), device, count)
+    found_alternatives = find_alternatives(recipe_plan, count) if fit else None
     if as_json:
-        click.echo(json.dumps(record(found, changes), indent=1, ensure_ascii=False))
-        return found.fits
+        click.echo(json.dumps(plan_record(recipe_plan, found_alternatives), indent=1, ensure_ascii=False))
+        return recipe_plan.fits
     console = Console()
-    print_plan(found, console, command=command)
-    if changes is not None:
-        print_alternatives(changes, found, console, command=command)
-    elif not found.fits:
+    print_plan(recipe_plan, console, command=command)
+    if found_alternatives is not None:
+        print_alternatives(found_alternatives, recipe_plan, console, command=command)
+    elif not recipe_plan.fits:
         console.print("[bold]next[/]     add --fit to list settings that would fit", highlight=False)
-    return found.fits
+    return recipe_plan.fits

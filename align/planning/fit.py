@@ -23,25 +23,25 @@ from statistics import fmean
 from typing import Any
 
 from align.online.settings import OnlineSettings
-from align.planning.plan import Plan, least_rows, plan_of
+from align.planning.plan import Plan, make_plan, min_rows
 from align.rl.settings import PromptSettings
-from finetune.planning.caches import cache_bytes
-from finetune.planning.solver import Machine, combination_of, judge
-from finetune.planning.speed import DEQUANTIZED, drawn_seconds, learnt_operations
+from finetune.planning.caches import kv_cache_bytes
+from finetune.planning.solver import LaunchTarget, check, recipe_combination
+from finetune.planning.speed import DEQUANTIZATION_SLOWDOWN, generation_seconds, training_flops
 from finetune.planning.workload import Workload
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
 
-SENT = {"zero3": 1.25, "fsdp2": 1.25}
+SHARDED_COMMUNICATION_SLOWDOWN = {"zero3": 1.25, "fsdp2": 1.25}
 """Slow-down: half of the extra communication of ZeRO-3 is assumed to overlap with computation."""
-BUS = 12e9
+BUS_BYTES_PER_SECOND = 12e9
 """Bytes/s between GPU and host memory: PCIe 4.0 x16 as reached in practice."""
-USUAL = 100e12
+DEFAULT_FLOPS = 100e12
 """FLOP/s assumed for an unknown GPU, to weigh communication against computation."""
-SHORTEST = 128
+MIN_PROPOSED_LENGTH = 128
 """Row lengths in tokens below which nothing is proposed."""
-LEARNS_OTHER = ("data.max_length", "data.max_prompt_length", "sampling.max_new_tokens", "train.batch_size")
+TRAINING_KEYS = ("data.max_length", "data.max_prompt_length", "sampling.max_new_tokens", "train.batch_size")
 Change = tuple[str, Any]
 
 
@@ -57,20 +57,20 @@ class Alternative:
 
     changes: tuple[Change, ...]
     plan: Plan
-    time: float
+    relative_time: float
 
     @property
-    def words(self) -> str:
+    def overrides(self) -> str:
         """Return the overrides to append to the command."""
-        return " ".join(f"{key}={_written(value)}" for key, value in self.changes)
+        return " ".join(f"{key}={_format_value(value)}" for key, value in self.changes)
 
     @property
-    def learns_other(self) -> bool:
+    def changes_training(self) -> bool:
         """Return whether training changes: rows are truncated further, or a step has fewer of them."""
-        return any(key in LEARNS_OTHER for key, _ in self.changes)
+        return any(key in TRAINING_KEYS for key, _ in self.changes)
 
 
-def alternatives(plan: Plan, count: int) -> list[Alternative]:
+def find_alternatives(plan: Plan, count: int) -> list[Alternative]:
     """Return alternative settings, those that fit first, the cheapest of them first.
 
     Args:
@@ -80,169 +80,211 @@ def alternatives(plan: Plan, count: int) -> list[Alternative]:
     Raises:
         UserError: a changed recipe that cannot be planned.
     """
-    works = (changes for changes in _combinations(plan) if _go_together(plan, changes))
-    found = [_alternative(plan, changes, count) for changes in works]
+    compatible = (changes for changes in _change_combinations(plan) if _are_compatible(plan, changes))
+    alternatives = [_plan_alternative(plan, changes, count) for changes in compatible]
     return sorted(
-        found,
-        key=lambda one: (
+        alternatives,
+        key=lambda alternative: (
             # Those that fit, those that train the same, then by time, or by peak memory where nothing fits.
-            not one.plan.fits,
-            one.learns_other,
-            round(one.time, 2) if one.plan.fits else one.plan.peak.total,
-            len(one.changes),
-            one.plan.peak.total,
+            not alternative.plan.fits,
+            alternative.changes_training,
+            round(alternative.relative_time, 2) if alternative.plan.fits else alternative.plan.peak.total,
+            len(alternative.changes),
+            alternative.plan.peak.total,
         ),
     )
 
 
-def _go_together(plan: Plan, changes: tuple[Change, ...]) -> bool:
+def _are_compatible(plan: Plan, changes: tuple[Change, ...]) -> bool:
     """Return whether the changed settings are compatible as they are."""
-    device, processes = plan.device, plan.step.processes
+    device, processes = plan.device, plan.workload.processes
     # The resolved strategy, since auto would hide an incompatibility.
-    recipe = changed(plan.recipe, [("train.strategy", plan.step.strategy), *changes])
-    machine = Machine(device.kind, device.bfloat16, processes)
-    return judge(combination_of(recipe, machine)).kind == "works"
+    recipe = apply_changes(plan.recipe, [("train.strategy", plan.workload.strategy), *changes])
+    target = LaunchTarget(device.kind, device.bfloat16, processes)
+    return check(recipe_combination(recipe, target)).kind == "works"
 
 
-def _alternative(plan: Plan, changes: tuple[Change, ...], count: int) -> Alternative:
-    recipe = changed(plan.recipe, changes)
-    other = plan_of(recipe, plan.device, count, known=plan)
-    return Alternative(changes, other, _price(other) / _price(plan))
+def _plan_alternative(plan: Plan, changes: tuple[Change, ...], count: int) -> Alternative:
+    recipe = apply_changes(plan.recipe, changes)
+    alternative_plan = make_plan(recipe, plan.device, count, reuse=plan)
+    return Alternative(
+        changes, alternative_plan, _seconds_per_token(alternative_plan) / _seconds_per_token(plan)
+    )
 
 
-def changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
+def apply_changes(recipe: Recipe, changes: Sequence[Change]) -> Recipe:
     """Return a recipe with other values."""
     settings = recipe.settings
     for key, value in changes:
         section, name = key.split(".")
-        part = dict(settings)[section].model_copy(update={name: value})
-        settings = settings.model_copy(update={section: part})
+        section_settings = dict(settings)[section].model_copy(update={name: value})
+        settings = settings.model_copy(update={section: section_settings})
     return replace(recipe, settings=settings)
 
 
-def _combinations(plan: Plan) -> Iterator[tuple[Change, ...]]:
+def _change_combinations(plan: Plan) -> Iterator[tuple[Change, ...]]:
     """Yield every combination of one change per kind, except the unchanged recipe."""
     settings = plan.recipe.settings
-    kinds = [_rows(plan), _halved(plan), _recomputed(settings), _stored(settings, plan)]
-    kinds += [_shared(plan), _drawn(plan), _cut(plan)]
-    for choice in product(*kinds):
-        changes = tuple(change for part in choice for change in part)
+    changes_by_kind = [
+        _micro_batch_changes(plan),
+        _precision_changes(plan),
+        _checkpointing_changes(settings),
+        _storage_changes(settings, plan),
+    ]
+    changes_by_kind += [_strategy_changes(plan), _fewer_parallel_samples(plan), _shorter_rows(plan)]
+    for choice in product(*changes_by_kind):
+        changes = tuple(change for kind_changes in choice for change in kind_changes)
         if changes:
             yield changes
 
 
-def _rows(plan: Plan) -> list[list[Change]]:
+def _micro_batch_changes(plan: Plan) -> list[list[Change]]:
     """Return micro-batch sizes: on a GPU auto, which is the largest that fits; on a CPU smaller ones."""
     if plan.device.kind == "cpu":
-        least = least_rows(plan.recipe.settings)
-        fewer = sorted({max(least, plan.rows // 4), least} - {plan.rows}, reverse=True)
+        minimum = min_rows(plan.recipe.settings)
+        fewer = sorted(
+            {max(minimum, plan.micro_batch_size // 4), minimum} - {plan.micro_batch_size}, reverse=True
+        )
         return [[], *([("train.micro_batch_size", rows)] for rows in fewer)]
-    asked = plan.recipe.settings.train.micro_batch_size
-    return [[]] if asked == "auto" else [[("train.micro_batch_size", "auto")]]
+    requested = plan.recipe.settings.train.micro_batch_size
+    return [[]] if requested == "auto" else [[("train.micro_batch_size", "auto")]]
 
 
-def _halved(plan: Plan) -> list[list[Change]]:
+def _precision_changes(plan: Plan) -> list[list[Change]]:
     """Return 16-bit precision in place of float32: bfloat16 where the GPU supports it, else float16."""
-    if plan.device.kind == "cpu" or plan.step.precision != "float32":
+    if plan.device.kind == "cpu" or plan.workload.precision != "float32":
         return [[]]
     return [[], [("model.precision", "bfloat16" if plan.device.bfloat16 else "float16")]]
 
 
-def _recomputed(settings: StageSettings) -> list[list[Change]]:
-    possible = adapter_traits(settings.adapter.method).checkpointing
-    if settings.train.gradient_checkpointing or not possible:
+def _checkpointing_changes(settings: StageSettings) -> list[list[Change]]:
+    supported = adapter_traits(settings.adapter.method).gradient_checkpointing
+    if settings.train.gradient_checkpointing or not supported:
         return [[]]
     return [[], [("train.gradient_checkpointing", True)]]
 
 
-def _stored(settings: StageSettings, plan: Plan) -> list[list[Change]]:
+def _storage_changes(settings: StageSettings, plan: Plan) -> list[list[Change]]:
     traits = adapter_traits(settings.adapter.method)
-    if traits.whole_model and settings.train.optimizer == "adamw":
+    if traits.full_finetuning and settings.train.optimizer == "adamw":
         return [[], [("train.optimizer", "adamw_8bit")]]
-    if "nf4" in traits.quantization and plan.step.quantization != "nf4":
+    if "nf4" in traits.quantization and plan.workload.quantization != "nf4":
         return [[], [("model.quantization", "nf4")]]
     return [[]]
 
 
-def _shared(plan: Plan) -> list[list[Change]]:
+def _strategy_changes(plan: Plan) -> list[list[Change]]:
     """Return the strategies that shard more than the recipe's, with several processes."""
-    if plan.step.processes == 1:
+    if plan.workload.processes == 1:
         return [[]]
     order = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
-    here = order.index(plan.step.strategy) if plan.step.strategy in order else len(order)
-    more: list[list[Change]] = [[("train.strategy", name)] for name in order[here + 1 :]]
+    position = order.index(plan.workload.strategy) if plan.workload.strategy in order else len(order)
+    stronger: list[list[Change]] = [[("train.strategy", name)] for name in order[position + 1 :]]
     # Offloading alone is ZeRO's, and saves most with sharded weights.
     offloaded: list[list[Change]] = [[("train.strategy", "zero3"), ("train.offload", "cpu")]]
-    return [[], *more, *(offloaded if plan.step.offload == "none" else [])]
+    return [[], *stronger, *(offloaded if plan.workload.offload == "none" else [])]
 
 
-def _drawn(plan: Plan) -> list[list[Change]]:
+def _fewer_parallel_samples(plan: Plan) -> list[list[Change]]:
     """Return smaller generation batches: their KV cache takes half of the memory left by the weights."""
-    asked, settings = plan.step.rollout, plan.recipe.settings
-    if asked is None or isinstance(settings, OnlineSettings):
+    generation, settings = plan.workload.rollout, plan.recipe.settings
+    if generation is None or isinstance(settings, OnlineSettings):
         return [[]]
-    each = cache_bytes(plan.step) // asked.lines
+    row_bytes = kv_cache_bytes(plan.workload) // generation.rows
     # The first phase is loading: what it leaves is free for caches.
-    left = plan.room - plan.phases[0].total
-    lines = max(1, left // 2 // each)
-    here = asked.lines * plan.step.processes
+    free_bytes = plan.available_bytes - plan.phases[0].total
+    rows = max(1, free_bytes // 2 // row_bytes)
+    current_rows = generation.rows * plan.workload.processes
     # If not even the weights fit, other changes have to free the memory first.
-    found = [lines, lines // 4] if left > 0 else [8]
-    return [[], *([("sampling.at_once", some * plan.step.processes)] for some in found if 0 < some < here)]
+    candidates = [rows, rows // 4] if free_bytes > 0 else [8]
+    return [
+        [],
+        *(
+            [("sampling.at_once", candidate * plan.workload.processes)]
+            for candidate in candidates
+            if 0 < candidate < current_rows
+        ),
+    ]
 
 
-def _cut(plan: Plan) -> list[list[Change]]:
+def _shorter_rows(plan: Plan) -> list[list[Change]]:
     """Return rows of a half or a quarter of the length (prompts and completions too), or smaller batches."""
     settings = plan.recipe.settings
-    found: list[list[Change]] = [[]]
+    changes: list[list[Change]] = [[]]
     if isinstance(settings, OnlineSettings):
         # TRL samples the full batch at once, and a batch cannot be smaller than one group.
-        sizes = (settings.train.batch_size // part for part in (2, 4, 8, 16))
-        return [[], *([("train.batch_size", size)] for size in sizes if size >= settings.sampling.samples)]
-    for part in (2, 4):
-        most = plan.step.columns // part
+        batch_sizes = (settings.train.batch_size // divisor for divisor in (2, 4, 8, 16))
+        return [
+            [],
+            *([("train.batch_size", size)] for size in batch_sizes if size >= settings.sampling.samples),
+        ]
+    for divisor in (2, 4):
+        seq_len = plan.workload.seq_len // divisor
         if isinstance(settings.data, PromptSettings):
-            reply = int(dict(settings)["sampling"].max_new_tokens) // part
-            if reply >= SHORTEST // part:
-                prompt = max(2, plan.lengths.longest_prompt // part)
-                found.append([("data.max_prompt_length", prompt), ("sampling.max_new_tokens", reply)])
-        elif plan.lengths.longest // part >= SHORTEST and most:
-            found.append([("data.max_length", plan.lengths.longest // part)])
-    return found
+            completion_tokens = int(dict(settings)["sampling"].max_new_tokens) // divisor
+            if completion_tokens >= MIN_PROPOSED_LENGTH // divisor:
+                prompt_tokens = max(2, plan.lengths.longest_prompt // divisor)
+                changes.append(
+                    [
+                        ("data.max_prompt_length", prompt_tokens),
+                        ("sampling.max_new_tokens", completion_tokens),
+                    ]
+                )
+        elif plan.lengths.longest // divisor >= MIN_PROPOSED_LENGTH and seq_len:
+            changes.append([("data.max_length", plan.lengths.longest // divisor)])
+    return changes
 
 
-def _price(plan: Plan) -> float:
+def _seconds_per_token(plan: Plan) -> float:
     """Return the seconds per trained token, up to a factor that all alternatives of a plan share."""
-    step, peak = plan.step, plan.device.peak(plan.step.precision) or USUAL
-    stored = fmean(DEQUANTIZED) if step.quantization != "none" else 1.0
-    arithmetic = learnt_operations(step, plan.trained) / (fmean(plan.device.used) * peak) * stored
-    return arithmetic * SENT.get(step.strategy, 1.0) + _bus_seconds(step, plan.trained) + _drawing(plan)
+    workload, peak = plan.workload, plan.device.peak_flops(plan.workload.precision) or DEFAULT_FLOPS
+    dequantization = fmean(DEQUANTIZATION_SLOWDOWN) if workload.quantization != "none" else 1.0
+    compute = (
+        training_flops(workload, plan.trainable) / (fmean(plan.device.utilization) * peak) * dequantization
+    )
+    return (
+        compute * SHARDED_COMMUNICATION_SLOWDOWN.get(workload.strategy, 1.0)
+        + _offload_seconds_per_token(workload, plan.trainable)
+        + _generation_seconds_per_token(plan)
+    )
 
 
-def _drawing(plan: Plan) -> float:
+def _generation_seconds_per_token(plan: Plan) -> float:
     """Return the generation seconds per trained token."""
-    done, base = plan.work, plan.phases[0].parts["base"]
-    if done is None or not done.replies:
+    work, base_bytes = plan.work, plan.phases[0].categories["base"]
+    if work is None or not work.completions:
         return 0.0
-    spent = drawn_seconds(plan.step, plan.device, replies=done.replies, base_bytes=base)
-    return 0.0 if spent is None else fmean(spent) / done.learnt
+    generation = generation_seconds(
+        plan.workload, plan.device, completions=work.completions, base_bytes=base_bytes
+    )
+    return 0.0 if generation is None else fmean(generation) / work.trained_tokens
 
 
-def _bus_seconds(step: Workload, trained: int) -> float:
+def _offload_seconds_per_token(workload: Workload, trainable: int) -> float:
     """Return the seconds per token to transfer offloaded state over the bus.
 
     Gradients go to the host and weights come back once per step; with ZeRO-3 each process also fetches its
     shard of the weights for the forward pass, and for the backward pass.
     """
-    if step.offload == "none":
+    if workload.offload == "none":
         return 0.0
-    tokens = step.tokens * step.accumulated
+    tokens = workload.tokens * workload.accumulation_steps
     # float32 gradients out and float32 weights back.
-    own = 8 * trained / step.processes
+    gradient_bytes = 8 * trainable / workload.processes
     # The weights, for the forward and the backward pass of every micro-batch.
-    passes = 2 * step.accumulated * step.architecture.parameters * step.bytes / step.processes
-    return (own + (passes if step.strategy == "zero3" else 0.0)) / BUS / tokens
+    weight_bytes = (
+        2
+        * workload.accumulation_steps
+        * workload.architecture.parameters
+        * workload.itemsize
+        / workload.processes
+    )
+    return (
+        (gradient_bytes + (weight_bytes if workload.strategy == "zero3" else 0.0))
+        / BUS_BYTES_PER_SECOND
+        / tokens
+    )
 
 
-def _written(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -7,27 +7,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from finetune.planning.compatibility import Rule
-from finetune.planning.devices import device as device_named
-from finetune.planning.devices import this_machine
+from finetune.planning.compatibility import CompatibilityRule
+from finetune.planning.devices import detect_devices
+from finetune.planning.devices import device_by_name as device_named
 from finetune.planning.matrix import (
-    Row,
+    VerdictRow,
     adapter_rows,
-    cell_text,
-    cells,
+    applied_rules,
     engine_rows,
+    format_cell,
+    format_rule,
+    matrix_cells,
     offload_rows,
     optimizer_rows,
-    row_name,
-    rule_line,
-    rules_in,
+    row_label,
 )
-from finetune.planning.solver import STRATEGIES, judge
+from finetune.planning.solver import STRATEGIES, check
 
-COLOURS = {"works": "green", "changed": "yellow", "cannot": "red"}
+VERDICT_COLORS = {"works": "green", "changed": "yellow", "incompatible": "red"}
 
 
-def show_matrix(stage: str, gpu: str | None, *, as_json: bool) -> None:
+def show_compatibility(stage: str, gpu: str | None, *, as_json: bool) -> None:
     """Print a stage's compatibility, as tables or as JSON.
 
     Args:
@@ -38,14 +38,14 @@ def show_matrix(stage: str, gpu: str | None, *, as_json: bool) -> None:
     Raises:
         UserError: unknown stage or GPU.
     """
-    device = (device_named(gpu) if gpu is not None else this_machine()[0]).kind
+    device = (device_named(gpu) if gpu is not None else detect_devices()[0]).kind
     if as_json:
-        click.echo(matrix_json(stage, device))
+        click.echo(compatibility_json(stage, device))
         return
-    print_matrix(stage, device, Console())
+    print_compatibility(stage, device, Console())
 
 
-def print_matrix(stage: str, device: str, console: Console) -> None:
+def print_compatibility(stage: str, device: str, console: Console) -> None:
     """Print a stage's compatibility tables for a device, and the rules that their cells name.
 
     Raises:
@@ -57,17 +57,17 @@ def print_matrix(stage: str, device: str, console: Console) -> None:
         "train.offload": offload_rows(device),
         "train.engine=trl": engine_rows(device),
     }
-    rules: dict[str, Rule] = {}
+    rules: dict[str, CompatibilityRule] = {}
     for title, rows in tables.items():
         console.print(_table(title, rows))
-        rules |= {rule.name: rule for rule in rules_in(rows)}
+        rules |= {rule.name: rule for rule in applied_rules(rows)}
     for rule in rules.values():
-        console.print(escape(rule_line(rule)), highlight=False)
+        console.print(escape(format_rule(rule)), highlight=False)
 
 
-def matrix_json(stage: str, device: str) -> str:
+def compatibility_json(stage: str, device: str) -> str:
     """Return a stage's compatibility as JSON: one object per cell."""
-    found = [
+    cells = [
         {
             "stage": stage,
             "device": device,
@@ -81,18 +81,20 @@ def matrix_json(stage: str, device: str) -> str:
             "repair": verdict.repair,
             "rules": [rule.name for rule in verdict.rules],
         }
-        for cell in cells(stage, device)
-        for verdict in [judge(cell)]
+        for cell in matrix_cells(stage, device)
+        for verdict in [check(cell)]
     ]
-    return json.dumps(found, indent=1)
+    return json.dumps(cells, indent=1)
 
 
-def _table(title: str, rows: list[Row]) -> Table:
+def _table(title: str, rows: list[VerdictRow]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", show_lines=True)
     table.add_column("", overflow="fold", ratio=2)
     for strategy in STRATEGIES:
         table.add_column(strategy, overflow="fold", ratio=1)
     for row in rows:
-        texts = (f"[{COLOURS[verdict.kind]}]{escape(cell_text(verdict))}[/]" for verdict in row.verdicts)
-        table.add_row(escape(row_name(row.names)), *texts)
+        texts = (
+            f"[{VERDICT_COLORS[verdict.kind]}]{escape(format_cell(verdict))}[/]" for verdict in row.verdicts
+        )
+        table.add_row(escape(row_label(row.labels)), *texts)
     return table

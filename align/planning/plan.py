@@ -3,30 +3,30 @@
 from dataclasses import dataclass, field, replace
 from math import ceil
 
-from align.planning.forward import At, forward_pass
-from align.planning.lengths import Lengths, lengths
-from align.planning.timing import seconds
-from align.planning.work import Work, work
+from align.planning.forward import WorkloadOfRows, micro_batch_workload
+from align.planning.lengths import RowLengths, measure_lengths
+from align.planning.timing import estimate_time
+from align.planning.work import TotalWork, total_work
 from align.rl.settings import PromptSettings
 from align.stages.kto import Settings as KtoSettings
 from finetune.adapters import llama_adapter
 from finetune.planning import choices
-from finetune.planning.devices import SURE, Device
+from finetune.planning.devices import SAFE_FRACTION, Device
 from finetune.planning.disk import disk_bytes
-from finetune.planning.from_recipe import architecture_of, model_choices, step_of
+from finetune.planning.from_recipe import base_workload, choose_model_settings, load_architecture
 from finetune.planning.hardware import Hardware
-from finetune.planning.memory import Phase, peak, plan_memory
-from finetune.planning.speed import Seconds
-from finetune.planning.trained import trained_parameters
+from finetune.planning.memory import Phase, peak_phase, plan_memory
+from finetune.planning.speed import TimeEstimate
+from finetune.planning.trained import count_trainable_parameters
 from finetune.planning.workload import Workload
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
 
-MERGE = "merge"
-WITHOUT_ROWS = (MERGE, "rollout")
+MERGE_PHASE = "merge"
+ROW_INDEPENDENT_PHASES = (MERGE_PHASE, "rollout")
 """Phases whose memory does not depend on the micro-batch size."""
-BLOCKS = "pretrain"
+BLOCK_STAGE = "pretrain"
 """The stage whose documents are concatenated and split into blocks of data.max_length."""
 
 
@@ -40,8 +40,8 @@ class Plan:
         workload: one optimizer step of one process.
         phases: the memory of a process, phase by phase.
         trainable: number of trainable parameters.
-        lengths: of the rows.
-        work: of the full run; None where the number of rows is unknown.
+        measure_lengths: of the rows.
+        total_work: of the full run; None where the number of rows is unknown.
         time: of the full run; None where speed or rows are unknown.
         disk: bytes written, by kind.
         auto: values of settings that were ``auto``, with the reason for each.
@@ -51,44 +51,44 @@ class Plan:
 
     recipe: Recipe
     device: Device
-    step: Workload
+    workload: Workload
     phases: tuple[Phase, ...]
-    trained: int
-    lengths: Lengths
-    work: Work | None
-    seconds: Seconds | None
+    trainable: int
+    lengths: RowLengths
+    work: TotalWork | None
+    time: TimeEstimate | None
     disk: dict[str, int]
-    chosen: dict[str, tuple[str, str]]
-    rows: int
-    at: At = field(repr=False)
+    auto: dict[str, tuple[str, str]]
+    micro_batch_size: int
+    workload_of_rows: WorkloadOfRows = field(repr=False)
 
     @property
     def peak(self) -> Phase:
         """Return the run's phase with the highest peak; a merge is a separate command."""
-        return peak(self.running)
+        return peak_phase(self.run_phases)
 
     @property
-    def running(self) -> list[Phase]:
+    def run_phases(self) -> list[Phase]:
         """Return the phases of the run itself, without the merge."""
-        return [phase for phase in self.phases if phase.name != MERGE]
+        return [phase for phase in self.phases if phase.name != MERGE_PHASE]
 
     @property
     def fits(self) -> bool:
-        return self.peak.total <= self.room
+        return self.peak.total <= self.available_bytes
 
     @property
-    def room(self) -> int:
+    def available_bytes(self) -> int:
         """Return the device bytes available to a process."""
-        return self.device.share(self.step.processes)
+        return self.device.available_bytes_per_process(self.workload.processes)
 
     @property
     def total(self) -> int:
         """Return the number of parameters of base and adapter."""
-        own = self.step.architecture.parameters
-        return own if self.step.adapter.whole_model else own + self.trained
+        base_parameters = self.workload.architecture.parameters
+        return base_parameters if self.workload.adapter.full_finetuning else base_parameters + self.trainable
 
 
-def plan_of(recipe: Recipe, device: Device, count: int, *, known: Plan | None = None) -> Plan:
+def make_plan(recipe: Recipe, device: Device, count: int, *, reuse: Plan | None = None) -> Plan:
     """Return the plan of a recipe.
 
     Args:
@@ -102,189 +102,213 @@ def plan_of(recipe: Recipe, device: Device, count: int, *, known: Plan | None = 
     """
     settings = recipe.settings
     hardware = Hardware(device.kind, device.name, device.bfloat16, count)
-    architecture = architecture_of(settings.model) if known is None else known.step.architecture
-    made = model_choices(settings, hardware)
-    processes = choices.processes(settings.train.processes, hardware)
+    architecture = load_architecture(settings.model) if reuse is None else reuse.workload.architecture
+    model_choices = choose_model_settings(settings, hardware)
+    processes = choices.num_processes(settings.train.processes, hardware)
     strategy = choices.strategy(settings.train.strategy, processes[0])
-    context = architecture.context
-    length = _longest(settings, context)
-    found = _lengths(recipe, length[0]) if known is None else cut(known.lengths, length[0])
-    step = replace(
-        step_of(
+    max_positions = architecture.max_positions
+    max_length = _max_length(settings, max_positions)
+    lengths = (
+        _recipe_lengths(recipe, max_length[0])
+        if reuse is None
+        else truncated_lengths(reuse.lengths, max_length[0])
+    )
+    workload = replace(
+        base_workload(
             settings,
             architecture,
-            precision=made["model.precision"][0],
-            quantization=made["model.quantization"][0],
+            precision=model_choices["model.precision"][0],
+            quantization=model_choices["model.quantization"][0],
             device=device.kind,
         ),
         processes=processes[0],
         strategy=strategy[0],  # type: ignore[arg-type]  # the settings have the same Literal values
         offload=settings.train.offload,
     )
-    at = _accumulating(settings, forward_pass(settings, step, found), processes[0])
-    rows = _rows(settings, at, device, processes[0])
-    chosen = {
-        **made,
+    workload_of_rows = _with_accumulation(
+        settings, micro_batch_workload(settings, workload, lengths), processes[0]
+    )
+    micro_batch_size = _micro_batch_size(settings, workload_of_rows, device, processes[0])
+    auto = {
+        **model_choices,
         "train.processes": (str(processes[0]), processes[1]),
         "train.strategy": strategy,
-        _length_key(settings): (str(length[0]), length[1]),
-        "train.micro_batch_size": (str(rows[0]), rows[1]),
-        **_side_by_side(settings, at(1)),
+        _length_key(settings): (str(max_length[0]), max_length[1]),
+        "train.micro_batch_size": (str(micro_batch_size[0]), micro_batch_size[1]),
+        **_generation_batch_size(settings, workload_of_rows(1)),
     }
-    return finished(recipe, device, at, rows[0], found, chosen)
+    return plan_for_rows(recipe, device, workload_of_rows, micro_batch_size[0], lengths, auto)
 
 
-def _side_by_side(settings: StageSettings, step: Workload) -> dict[str, tuple[str, str]]:
+def _generation_batch_size(settings: StageSettings, workload: Workload) -> dict[str, tuple[str, str]]:
     """Return the generation batch size over all processes, for stages that generate."""
-    if step.rollout is None:
+    if workload.rollout is None:
         return {}
-    asked, drawn = dict(settings)["sampling"].at_once, step.rollout
-    width = drawn.prompt + drawn.completion
-    why = "as requested" if asked != "auto" else f"prompt and completion have up to {width} tokens"
-    return {"sampling.at_once": (str(drawn.lines * step.processes), why)}
+    requested, generation = dict(settings)["sampling"].at_once, workload.rollout
+    positions = generation.prompt + generation.completion
+    reason = "as requested" if requested != "auto" else f"prompt and completion have up to {positions} tokens"
+    return {"sampling.at_once": (str(generation.rows * workload.processes), reason)}
 
 
-def finished(
+def plan_for_rows(
     recipe: Recipe,
     device: Device,
-    at: At,
-    rows: int,
-    found: Lengths,
-    chosen: dict[str, tuple[str, str]],
+    workload_of_rows: WorkloadOfRows,
+    micro_batch_size: int,
+    lengths: RowLengths,
+    auto: dict[str, tuple[str, str]],
 ) -> Plan:
     """Return the plan for a micro-batch size."""
-    settings, step = recipe.settings, at(rows)
-    phases = plan_memory(step)
-    trained = _trained(recipe, step)
+    settings, workload = recipe.settings, workload_of_rows(micro_batch_size)
+    phases = plan_memory(workload)
+    trainable = _count_trainable(recipe, workload)
     # PPO trains an adapter for the policy and one for the value model.
-    trained *= 2 if step.objective == "ppo" else 1
-    done = work(settings, found)
+    trainable *= 2 if workload.objective == "ppo" else 1
+    work = total_work(settings, lengths)
     return Plan(
         recipe=recipe,
         device=device,
-        step=step,
+        workload=workload,
         phases=phases,
-        trained=trained,
-        lengths=found,
-        work=done,
-        seconds=seconds(recipe, step, device, done=done, trained=trained, base=phases[0].parts["base"]),
-        disk=disk_bytes(step, trained=trained, kept=settings.train.keep_checkpoints),
-        chosen=chosen,
-        rows=rows,
-        at=at,
+        trainable=trainable,
+        lengths=lengths,
+        work=work,
+        time=estimate_time(
+            recipe, workload, device, work=work, trainable=trainable, base_bytes=phases[0].categories["base"]
+        ),
+        disk=disk_bytes(workload, trained_params=trainable, num_checkpoints=settings.train.keep_checkpoints),
+        auto=auto,
+        micro_batch_size=micro_batch_size,
+        workload_of_rows=workload_of_rows,
     )
 
 
-def _trained(recipe: Recipe, step: Workload) -> int:
+def _count_trainable(recipe: Recipe, workload: Workload) -> int:
     """Return the number of trainable parameters of one role.
 
     Raises:
         UserError: the adapter does not support this base, with the message of a run.
     """
-    method, family = step.adapter.method, step.architecture.family
-    trained = trained_parameters(step.architecture, step.adapter, heads=step.heads)
+    method, family = workload.adapter.method, workload.architecture.family
+    trainable = count_trainable_parameters(workload.architecture, workload.adapter, heads=workload.heads)
     found = f"'{method}' on '{recipe.settings.model.base}', a model of type '{family}'"
-    if method == "llama_adapter" and family not in llama_adapter.FAMILIES:
-        expected = f"a model of type {', '.join(llama_adapter.FAMILIES)}"
+    if method == "llama_adapter" and family not in llama_adapter.SUPPORTED_MODEL_TYPES:
+        expected = f"a model of type {', '.join(llama_adapter.SUPPORTED_MODEL_TYPES)}"
         raise UserError(
             Problem("adapter.method", found, expected, "adapter.method=prefix works on any of them")
         )
-    if not trained:
+    if not trainable:
         repair = "adapter.method=ia3 or layernorm trains as few parameters and works on it"
         raise UserError(
             Problem("adapter.method", f"{found}: nothing to train", "a base with bias terms", repair)
         )
-    return trained
+    return trainable
 
 
-def _accumulating(settings: StageSettings, at: At, processes: int) -> At:
+def _with_accumulation(
+    settings: StageSettings, workload_of_rows: WorkloadOfRows, processes: int
+) -> WorkloadOfRows:
     """Return workloads with the number of micro-batches per optimizer step."""
 
-    def with_number(rows: int) -> Workload:
-        return replace(at(rows), accumulated=ceil(settings.train.batch_size / (rows * processes)))
+    def with_accumulation_steps(rows: int) -> Workload:
+        return replace(
+            workload_of_rows(rows), accumulation_steps=ceil(settings.train.batch_size / (rows * processes))
+        )
 
-    return with_number
+    return with_accumulation_steps
 
 
-def _longest(settings: StageSettings, context: int) -> tuple[int, str]:
+def _max_length(settings: StageSettings, max_positions: int) -> tuple[int, str]:
     """Return the maximum tokens of a row (of a prompt, in stages that generate), and the reason."""
-    data, taken = settings.data, settings.adapter.positions
+    data, virtual_positions = settings.data, settings.adapter.positions
     if not isinstance(data, PromptSettings):
-        return choices.max_length(data.max_length, context=context, virtual_tokens=taken)
-    reply = int(settings.model_dump()["sampling"]["max_new_tokens"])
+        return choices.max_length(data.max_length, context=max_positions, virtual_tokens=virtual_positions)
+    completion_tokens = int(settings.model_dump()["sampling"]["max_new_tokens"])
     if data.max_prompt_length is not None:
         return data.max_prompt_length, "as requested"
-    room = min(context - taken, choices.DEFAULT_MAX_LENGTH) - reply
-    return max(1, room), f"maximum length minus a completion of {reply} tokens"
+    available = min(max_positions - virtual_positions, choices.DEFAULT_MAX_LENGTH) - completion_tokens
+    return max(1, available), f"maximum length minus a completion of {completion_tokens} tokens"
 
 
 def _length_key(settings: StageSettings) -> str:
     return "data.max_prompt_length" if isinstance(settings.data, PromptSettings) else "data.max_length"
 
 
-def _lengths(recipe: Recipe, most: int) -> Lengths:
+def _recipe_lengths(recipe: Recipe, max_length: int) -> RowLengths:
     settings = recipe.settings
-    drawn, labels = isinstance(settings.data, PromptSettings), isinstance(settings, KtoSettings)
+    is_generated, is_labelled = isinstance(settings.data, PromptSettings), isinstance(settings, KtoSettings)
     # Without reading the data: pairs have two completions per row, other rows have one.
-    pairs = settings.TRL_CONFIG in ("DPOConfig", "RewardConfig")
-    found = lengths(
+    is_paired = settings.TRL_CONFIG in ("DPOConfig", "RewardConfig")
+    lengths = measure_lengths(
         settings.data,
         settings.model,
         seed=settings.train.seed,
-        most=most,
-        replies=0 if drawn else 2 if pairs else 1,
-        labels=labels,
+        max_length=max_length,
+        completions=0 if is_generated else 2 if is_paired else 1,
+        labels=is_labelled,
     )
-    return _in_blocks(found, most) if recipe.stage == BLOCKS else found
+    return _block_lengths(lengths, max_length) if recipe.stage == BLOCK_STAGE else lengths
 
 
-def cut(known: Lengths, most: int) -> Lengths:
+def truncated_lengths(lengths: RowLengths, max_length: int) -> RowLengths:
     """Return the lengths of rows truncated to a maximum length."""
-    kept = min(1.0, most / max(1.0, known.prompt + known.reply))
+    retained_fraction = min(1.0, max_length / max(1.0, lengths.prompt + lengths.completion))
     return replace(
-        known,
-        prompt=known.prompt * kept,
-        reply=known.reply * kept,
-        longest=min(most, known.longest),
-        longest_prompt=min(most, known.longest_prompt),
-        longest_reply=min(most, known.longest_reply),
+        lengths,
+        prompt=lengths.prompt * retained_fraction,
+        completion=lengths.completion * retained_fraction,
+        longest=min(max_length, lengths.longest),
+        longest_prompt=min(max_length, lengths.longest_prompt),
+        longest_completion=min(max_length, lengths.longest_completion),
     )
 
 
-def _in_blocks(found: Lengths, most: int) -> Lengths:
+def _block_lengths(lengths: RowLengths, max_length: int) -> RowLengths:
     """Return documents as the blocks they are split into."""
     # All tokens, concatenated and split: blocks are full rows without a prompt.
-    rows = None if found.rows is None else max(1, ceil(found.rows * found.together / most))
-    full = float(most)
+    rows = None if lengths.rows is None else max(1, ceil(lengths.rows * lengths.row_tokens / max_length))
+    full = float(max_length)
     return replace(
-        found, rows=rows, prompt=0.0, reply=full, replies=1.0, longest=most, longest_reply=most, bound=False
+        lengths,
+        rows=rows,
+        prompt=0.0,
+        completion=full,
+        completions=1.0,
+        longest=max_length,
+        longest_completion=max_length,
+        is_upper_bound=False,
     )
 
 
-def least_rows(settings: StageSettings) -> int:
+def min_rows(settings: StageSettings) -> int:
     """Return the minimum micro-batch size: KTO compares a completion with the others of its micro-batch."""
     return 2 if isinstance(settings, KtoSettings) else 1
 
 
-def phases_of_rows(step: Workload) -> list[Phase]:
+def row_dependent_phases(workload: Workload) -> list[Phase]:
     """Return the phases whose memory depends on the micro-batch size."""
-    return [phase for phase in plan_memory(step) if phase.name not in WITHOUT_ROWS]
+    return [phase for phase in plan_memory(workload) if phase.name not in ROW_INDEPENDENT_PHASES]
 
 
-def _rows(settings: StageSettings, at: At, device: Device, processes: int) -> tuple[int, str]:
+def _micro_batch_size(
+    settings: StageSettings, workload_of_rows: WorkloadOfRows, device: Device, processes: int
+) -> tuple[int, str]:
     """Return the micro-batch size and its reason."""
     train = settings.train
 
     def fits(rows: int) -> bool:
         # auto leaves a margin for the plan's error; a requested size is compared with the full memory.
-        return peak(phases_of_rows(at(rows))).total <= SURE * device.room
+        return (
+            peak_phase(row_dependent_phases(workload_of_rows(rows))).total
+            <= SAFE_FRACTION * device.available_bytes
+        )
 
     return choices.micro_batch_size(
         train.micro_batch_size,
         batch_size=ceil(train.batch_size / processes),
-        longest=at(1).columns,
+        longest=workload_of_rows(1).seq_len,
         hardware=Hardware(device.kind, device.name, device.bfloat16),
-        whole=train.engine == "trl",
-        least=least_rows(settings),
+        must_divide=train.engine == "trl",
+        min_rows=min_rows(settings),
         fits=fits if device.kind == "cuda" else None,
     )

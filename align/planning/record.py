@@ -8,9 +8,9 @@ from align.planning.fit import Alternative
 from align.planning.plan import Plan
 
 
-def record(plan: Plan, found: Sequence[Alternative] | None = None) -> dict[str, Any]:
+def plan_record(plan: Plan, alternatives: Sequence[Alternative] | None = None) -> dict[str, Any]:
     """Return a plan, and its alternatives if given, in bytes, tokens and seconds."""
-    step = plan.step
+    workload = plan.workload
     content: dict[str, Any] = {
         "stage": plan.recipe.stage,
         "recipe": plan.recipe.name,
@@ -19,36 +19,41 @@ def record(plan: Plan, found: Sequence[Alternative] | None = None) -> dict[str, 
             "name": plan.device.name,
             "kind": plan.device.kind,
             "memory": plan.device.memory,
-            "room": plan.room,
+            "available": plan.available_bytes,
         },
-        "processes": step.processes,
-        "strategy": step.strategy,
-        "offload": step.offload,
+        "processes": workload.processes,
+        "strategy": workload.strategy,
+        "offload": workload.offload,
         "fits": plan.fits,
         "peak": {"phase": plan.peak.name, "bytes": plan.peak.total},
         "phases": [
-            {"name": phase.name, "total": phase.total, "host": phase.host, "parts": dict(phase.parts)}
+            {
+                "name": phase.name,
+                "total": phase.total,
+                "host": phase.host,
+                "categories": dict(phase.categories),
+            }
             for phase in plan.phases
         ],
-        "parameters": {"trained": plan.trained, "total": plan.total},
+        "parameters": {"trained": plan.trainable, "total": plan.total},
         "rows": asdict(plan.lengths),
         "work": None if plan.work is None else asdict(plan.work),
-        "seconds": None if plan.seconds is None else asdict(plan.seconds),
+        "seconds": None if plan.time is None else asdict(plan.time),
         "disk": plan.disk,
-        "micro_batch_size": plan.rows,
-        "chosen": {key: {"value": value, "why": why} for key, (value, why) in plan.chosen.items()},
+        "micro_batch_size": plan.micro_batch_size,
+        "auto": {key: {"value": value, "reason": reason} for key, (value, reason) in plan.auto.items()},
         "notes": plan.recipe.notes,
     }
-    if found is not None:
-        content["alternatives"] = [_alternative(one) for one in found]
+    if alternatives is not None:
+        content["alternatives"] = [_alternative_record(alternative) for alternative in alternatives]
     return content
 
 
-def _alternative(one: Alternative) -> dict[str, Any]:
+def _alternative_record(alternative: Alternative) -> dict[str, Any]:
     return {
-        "append": one.words,
-        "fits": one.plan.fits,
-        "peak": one.plan.peak.total,
-        "micro_batch_size": one.plan.rows,
-        "time": round(one.time, 3),
+        "append": alternative.overrides,
+        "fits": alternative.plan.fits,
+        "peak": alternative.plan.peak.total,
+        "micro_batch_size": alternative.plan.micro_batch_size,
+        "time": round(alternative.relative_time, 3),
     }

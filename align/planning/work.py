@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from align.online.settings import OnlineSettings
-from align.planning.forward import reference_needed
-from align.planning.lengths import Lengths
+from align.planning.forward import needs_reference
+from align.planning.lengths import RowLengths
 from align.ppo.stage_settings import Settings as PpoSettings
 from align.rejection.settings import Settings as RejectionSettings
 from align.stages.dpo import Settings as DpoSettings
@@ -15,7 +15,7 @@ from finetune.recipe.settings import StageSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TotalWork:
     """Work of a full run, without the evaluations before and after it.
 
     Attributes:
@@ -27,13 +27,13 @@ class Work:
     """
 
     steps: int
-    learnt: float
-    read: float = 0.0
-    replies: int = 0
-    reply: int = 0
+    trained_tokens: float
+    forward_tokens: float = 0.0
+    completions: int = 0
+    completion_tokens: int = 0
 
 
-def work(settings: StageSettings, lengths: Lengths) -> Work | None:
+def total_work(settings: StageSettings, lengths: RowLengths) -> TotalWork | None:
     """Return the work of a full run; None where neither the number of rows nor of steps is known.
 
     Args:
@@ -43,70 +43,80 @@ def work(settings: StageSettings, lengths: Lengths) -> Work | None:
     if lengths.rows is None and settings.train.max_steps is None:
         return None
     if isinstance(settings, PpoSettings):
-        return _ppo(settings, lengths)
+        return _ppo_work(settings, lengths)
     if isinstance(settings, RejectionSettings):
-        return _rejection(settings, lengths)
+        return _rejection_work(settings, lengths)
     if isinstance(settings, OnlineSettings):
-        return _online(settings, lengths)
-    steps = _steps(settings, lengths.rows)
-    learnt = steps * settings.train.batch_size * lengths.together
-    return Work(steps, learnt, _reference(settings, lengths, learnt))
+        return _online_work(settings, lengths)
+    steps = _num_steps(settings, lengths.rows)
+    trained_tokens = steps * settings.train.batch_size * lengths.row_tokens
+    return TotalWork(steps, trained_tokens, _reference_tokens(settings, lengths, trained_tokens))
 
 
-def _steps(settings: StageSettings, rows: int | None) -> int:
+def _num_steps(settings: StageSettings, rows: int | None) -> int:
     train = settings.train
     return optimizer_steps(
         rows or 0, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
     )
 
 
-def _reference(settings: StageSettings, lengths: Lengths, learnt: float) -> float:
+def _reference_tokens(settings: StageSettings, lengths: RowLengths, trained_tokens: float) -> float:
     """Return the tokens that a reference scores: each row once, or in every step."""
     if isinstance(settings, KtoSettings):
-        return _once(lengths, learnt)
-    if isinstance(settings, DpoSettings) and reference_needed(settings):
-        return learnt if settings.align.reference == "live" else _once(lengths, learnt)
+        return _tokens_once(lengths, trained_tokens)
+    if isinstance(settings, DpoSettings) and needs_reference(settings):
+        return trained_tokens if settings.align.reference == "live" else _tokens_once(lengths, trained_tokens)
     return 0.0
 
 
-def _once(lengths: Lengths, learnt: float) -> float:
-    return learnt if lengths.rows is None else min(learnt, lengths.rows * lengths.together)
+def _tokens_once(lengths: RowLengths, trained_tokens: float) -> float:
+    return trained_tokens if lengths.rows is None else min(trained_tokens, lengths.rows * lengths.row_tokens)
 
 
-def _ppo(settings: PpoSettings, lengths: Lengths) -> Work:
+def _ppo_work(settings: PpoSettings, lengths: RowLengths) -> TotalWork:
     """Return rollouts: scored by policy, reference, value and rewards; trained on by policy and value."""
-    train, ppo, reply = settings.train, settings.ppo, settings.sampling.max_new_tokens
+    train, ppo, completion_tokens = settings.train, settings.ppo, settings.sampling.max_new_tokens
     # Optimizer steps per rollout.
     updates = ppo.epochs * (ppo.rollout_size // train.batch_size)
     rollouts = max(1, ceil(train.epochs * (lengths.rows or 0) / ppo.rollout_size))
     if train.max_steps is not None:
         rollouts = ceil(train.max_steps / updates)
     episodes = rollouts * ppo.rollout_size
-    tokens = episodes * (lengths.prompt + reply)
-    scorers = sum(source.run is not None for source in settings.reward.sources)
+    tokens = episodes * (lengths.prompt + completion_tokens)
+    reward_models = sum(source.run is not None for source in settings.reward.sources)
     steps = train.max_steps or rollouts * updates
     # Trained: policy and value. Forward only: old policy, reference and value, and each reward model.
-    return Work(steps, 2 * ppo.epochs * tokens, (3 + scorers) * tokens, episodes, reply)
+    return TotalWork(
+        steps, 2 * ppo.epochs * tokens, (3 + reward_models) * tokens, episodes, completion_tokens
+    )
 
 
-def _rejection(settings: RejectionSettings, lengths: Lengths) -> Work:
+def _rejection_work(settings: RejectionSettings, lengths: RowLengths) -> TotalWork:
     """Return rounds of completions, and training on the best (of earlier rounds too if accumulated)."""
-    own, reply = settings.rejection, settings.sampling.max_new_tokens
-    prompts = own.prompts or lengths.rows or 0
+    rejection, completion_tokens = settings.rejection, settings.sampling.max_new_tokens
+    prompts = rejection.prompts or lengths.rows or 0
     # With accumulation each round trains on the selections of all rounds so far.
-    kept = [prompts * (number if own.memory else 1) for number in range(1, own.rounds + 1)]
-    steps = sum(_steps(settings, rows) for rows in kept)
-    drawn = own.rounds * prompts * own.samples
-    tokens = lengths.prompt + reply
-    scorers = sum(source.run is not None for source in settings.reward.sources)
-    return Work(steps, steps * settings.train.batch_size * tokens, scorers * drawn * tokens, drawn, reply)
+    rows_per_round = [
+        prompts * (round_number if rejection.memory else 1) for round_number in range(1, rejection.rounds + 1)
+    ]
+    steps = sum(_num_steps(settings, rows) for rows in rows_per_round)
+    completions = rejection.rounds * prompts * rejection.samples
+    tokens = lengths.prompt + completion_tokens
+    reward_models = sum(source.run is not None for source in settings.reward.sources)
+    return TotalWork(
+        steps,
+        steps * settings.train.batch_size * tokens,
+        reward_models * completions * tokens,
+        completions,
+        completion_tokens,
+    )
 
 
-def _online(settings: OnlineSettings, lengths: Lengths) -> Work:
+def _online_work(settings: OnlineSettings, lengths: RowLengths) -> TotalWork:
     """Return the completions of every step, scored by reference and rewards, and trained on once."""
-    reply = settings.sampling.max_new_tokens
-    steps = _steps(settings, (lengths.rows or 0) * settings.sampling.samples)
-    drawn = steps * settings.train.batch_size
-    tokens = drawn * (lengths.prompt + reply)
-    scorers = sum(source.run is not None for source in settings.reward.sources)
-    return Work(steps, tokens, (1 + scorers) * tokens, drawn, reply)
+    completion_tokens = settings.sampling.max_new_tokens
+    steps = _num_steps(settings, (lengths.rows or 0) * settings.sampling.samples)
+    completions = steps * settings.train.batch_size
+    tokens = completions * (lengths.prompt + completion_tokens)
+    reward_models = sum(source.run is not None for source in settings.reward.sources)
+    return TotalWork(steps, tokens, (1 + reward_models) * tokens, completions, completion_tokens)

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.preference.groups import GroupBatch
-from align.rl.reading import lay_out, token_mask
+from align.rl.reading import collate_completions, token_mask
 
-Ids = tuple[int, ...]
+TokenIdTuple = tuple[int, ...]
 
 
-class EpisodeBatch(GroupBatch):
+class RolloutBatch(GroupBatch):
     """One micro-batch of a rollout: one row per completion. C completions, T tokens of the longest one.
 
     Attributes:
@@ -33,7 +33,7 @@ class EpisodeBatch(GroupBatch):
 
 
 @dataclass(frozen=True)
-class Tables:
+class RolloutTensors:
     """Per-token tensors of a rollout: (C, T) = completions x longest completion, 0 after the end of each.
 
     Attributes:
@@ -52,7 +52,7 @@ class Tables:
 
 
 @dataclass(frozen=True)
-class Episodes:
+class Rollout:
     """The completions of a rollout, in the order in which they were sampled.
 
     Attributes:
@@ -62,57 +62,62 @@ class Episodes:
         tensors: per-token tensors.
     """
 
-    rows: tuple[int, ...]
-    prompts: tuple[Ids, ...]
-    completions: tuple[Ids, ...]
-    tables: Tables
+    prompt_indices: tuple[int, ...]
+    prompts: tuple[TokenIdTuple, ...]
+    completions: tuple[TokenIdTuple, ...]
+    tensors: RolloutTensors
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.prompt_indices)
 
     @property
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.completions]
 
-    def batch(self, chosen: Sequence[int], *, pad_id: int) -> EpisodeBatch:
+    def batch(self, indices: Sequence[int], *, pad_id: int) -> RolloutBatch:
         """Collate the completions at ``indices`` into one micro-batch."""
-        layout = lay_out(
-            [self.prompts[i] for i in chosen], [self.completions[i] for i in chosen], pad_id=pad_id
+        group_batch = collate_completions(
+            [self.prompts[i] for i in indices], [self.completions[i] for i in indices], pad_id=pad_id
         )
-        longest, index = int(layout["lengths"].max()), torch.tensor(chosen)
-        own = self.tables
+        max_length, indices_C = int(group_batch["lengths"].max()), torch.tensor(indices)
+        tensors = self.tensors
         # Cut to this micro-batch's longest completion: the stored tensors have the width of the rollout.
         return {
-            **layout,
-            "rows": torch.tensor([self.rows[i] for i in chosen]),
-            "mask": token_mask(layout["lengths"], longest),
-            "old_logps": own.logps[index, :longest],
-            "old_values": own.values[index, :longest],
-            "advantages": own.advantages[index, :longest],
-            "returns": own.returns[index, :longest],
+            **group_batch,
+            "rows": torch.tensor([self.prompt_indices[i] for i in indices]),
+            "mask": token_mask(group_batch["lengths"], max_length),
+            "old_logps": tensors.logps[indices_C, :max_length],
+            "old_values": tensors.values[indices_C, :max_length],
+            "advantages": tensors.advantages[indices_C, :max_length],
+            "returns": tensors.returns[indices_C, :max_length],
         }
 
     def save(self, file: Path) -> None:
         """Write the rollout to a safetensors file, so that PPO resumes within a rollout."""
-        tables = {name: table.contiguous() for name, table in vars(self.tables).items()}
+        tensors = {name: tensor.contiguous() for name, tensor in vars(self.tensors).items()}
         # safetensors holds no ragged arrays: token ids are stored flat, with their lengths.
         ids = {"prompts": self.prompts, "completions": self.completions}
-        flat = {name: torch.tensor([token for row in rows for token in row]) for name, rows in ids.items()}
-        lengths = {f"{name}_lengths": torch.tensor(list(map(len, rows))) for name, rows in ids.items()}
-        save_file({**tables, **flat, **lengths, "rows": torch.tensor(self.rows)}, file)
+        flat_ids = {
+            name: torch.tensor([token for sequence in sequences for token in sequence])
+            for name, sequences in ids.items()
+        }
+        lengths = {
+            f"{name}_lengths": torch.tensor(list(map(len, sequences))) for name, sequences in ids.items()
+        }
+        save_file({**tensors, **flat_ids, **lengths, "rows": torch.tensor(self.prompt_indices)}, file)
 
     @classmethod
-    def load(cls, file: Path) -> "Episodes":
+    def load(cls, file: Path) -> "Rollout":
         """Read a rollout written by ``save``."""
-        found = load_file(file)
-        tables = Tables(**{field.name: found[field.name] for field in fields(Tables)})
+        stored = load_file(file)
+        tensors = RolloutTensors(**{field.name: stored[field.name] for field in fields(RolloutTensors)})
         prompts, completions = (
-            _rows(found[name].tolist(), found[f"{name}_lengths"].tolist())
+            _split_by_length(stored[name].tolist(), stored[f"{name}_lengths"].tolist())
             for name in ("prompts", "completions")
         )
-        return cls(tuple(found["rows"].tolist()), prompts, completions, tables)
+        return cls(tuple(stored["rows"].tolist()), prompts, completions, tensors)
 
 
-def _rows(flat: list[int], lengths: list[int]) -> tuple[Ids, ...]:
-    ends = accumulate(lengths)
-    return tuple(tuple(flat[end - length : end]) for end, length in zip(ends, lengths, strict=True))
+def _split_by_length(flat_ids: list[int], lengths: list[int]) -> tuple[TokenIdTuple, ...]:
+    stops = accumulate(lengths)
+    return tuple(tuple(flat_ids[stop - length : stop]) for stop, length in zip(stops, lengths, strict=True))

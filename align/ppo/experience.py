@@ -9,32 +9,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.ppo.episodes import Episodes, Tables
-from align.ppo.roles import Roles
-from align.ppo.settings import PpoSettings
-from align.preference.starting_policy import StartingPolicy, arithmetic
+from align.ppo.episodes import Rollout, RolloutTensors
+from align.ppo.roles import ActorCritic
+from align.ppo.settings import PPOSettings
+from align.preference.starting_policy import ReferencePolicy, autocast_for
 from align.rl.maths import advantages, kl, masked, scores
 from align.rl.prompts import Prompt, Prompts
-from align.rl.reading import Said, lay_out, policy_tables, token_mask
-from align.rl.replies import Replies, judged_replies
+from align.rl.reading import TokenStats, collate_completions, token_logps_and_entropy, token_mask
+from align.rl.replies import ScoredCompletions, score_completions
 from align.rl.rewards.rewards import Rewards
-from align.rl.rollout import Sampling, sample
+from align.rl.rollout import Sampling, sample_completions
 from finetune.data.tokens import Encoder
-from finetune.training.processes import everyones, share, share_in_step
+from finetune.training.processes import all_gather_object, shard, shard_padded
 
-Controller = kl.FixedKl | kl.AdaptiveKl
-PROMPTS, CUT = 0, 1
+KLController = kl.FixedKLController | kl.AdaptiveKLController
+PROMPT_ORDER_STREAM, MINIBATCH_STREAM = 0, 1
 """Random streams of prompt order and minibatch order: separate, so that one never shifts the other."""
 
 
 @dataclass
-class Collector:
+class Rollouts:
     """Generates and scores completions with policy, reference, value and reward models.
 
     Attributes:
         actor_critic: policy and value model.
         reference_policy: the initial policy.
-        rewards: the rewards to maximize.
+        token_rewards_CT: the rewards to maximize.
         encoder: decodes completions to text.
         sampling: sampling parameters.
         precision: of forward passes.
@@ -42,140 +42,178 @@ class Collector:
         seconds: time spent per kind of work since the last rollout.
     """
 
-    roles: Roles
-    start: StartingPolicy
+    actor_critic: ActorCritic
+    reference_policy: ReferencePolicy
     rewards: Rewards
     encoder: Encoder
     sampling: Sampling
     precision: str
-    size: int
+    micro_batch_size: int
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def answer(self, prompts: Sequence[Prompt], *, seed: int) -> Replies:
+    def generate_and_score(self, prompts: Sequence[Prompt], *, seed: int) -> ScoredCompletions:
         """Sample one completion per prompt and score it.
 
         Raises:
             UserError: a reward function raised or did not return a number.
         """
         with self.timed("generation"):
-            ids = [prompt.ids for prompt in prompts]
-            completions = sample(self.roles.policy, ids, sampling=self.sampling, seed=seed)
+            prompt_ids = [prompt.ids for prompt in prompts]
+            completions = sample_completions(
+                self.actor_critic.policy, prompt_ids, sampling=self.sampling, seed=seed
+            )
         with self.timed("scoring"):
-            return judged_replies(prompts, completions, self.rewards, self.encoder)
+            return score_completions(prompts, completions, self.rewards, self.encoder)
 
     @torch.no_grad()
-    def read(self, replies: Replies, passes: Sequence[Sequence[int]]) -> Said:
+    def score_tokens(
+        self, completions: ScoredCompletions, micro_batches: Sequence[Sequence[int]]
+    ) -> TokenStats:
         """Return policy and reference log-probabilities, values and entropies of the completions' tokens.
 
         Each process scores its shard of the micro-batches.
 
         Args:
-            completions: the sampled completions.
+            samples: the sampled completions.
             micro_batches: completion indices of each micro-batch; they cover every completion once.
         """
-        longest, count = int(replies.lengths.max()), len(replies.completions)
-        device, pad = next(self.roles.parameters()).device, self.sampling.stop_ids[0]
-        names = ("logps", "reference_logps", "values", "entropies")
-        tables = {name: torch.zeros(count, longest) for name in names}
-        with self.timed("scoring"), arithmetic(self.roles.policy, self.precision):
+        max_length, num_completions = int(completions.lengths.max()), len(completions.samples)
+        device, pad_id = next(self.actor_critic.parameters()).device, self.sampling.stop_ids[0]
+        fields = ("logps", "reference_logps", "values", "entropies")
+        tensors = {name: torch.zeros(num_completions, max_length) for name in fields}
+        with self.timed("scoring"), autocast_for(self.actor_critic.policy, self.precision):
             # The same number on every rank: a sharded model all-gathers in each forward pass.
-            for part, _ in share_in_step(passes):
-                ids = [replies.prompts[i].ids for i in part], [replies.completions[i].ids for i in part]
-                laid = lay_out(*ids, pad_id=pad)
-                batch = {name: value.to(device) for name, value in laid.items() if isinstance(value, Tensor)}
-                logps, entropies, values, _ = self.roles(batch, spread=True)
+            for indices, _ in shard_padded(micro_batches):
+                token_ids = (
+                    [completions.prompts[i].ids for i in indices],
+                    [completions.samples[i].ids for i in indices],
+                )
+                collated = collate_completions(*token_ids, pad_id=pad_id)
+                batch = {
+                    name: tensor.to(device) for name, tensor in collated.items() if isinstance(tensor, Tensor)
+                }
+                logps_CT, entropies_CT, values_CT, _ = self.actor_critic(batch, with_entropy=True)
                 # Reference and policy share the base: the initial adapter weights are swapped in.
-                with self.start.in_place():
-                    reference, _ = policy_tables(
-                        self.roles.policy, batch, temperature=self.roles.temperature, spread=False
+                with self.reference_policy.as_active():
+                    reference_logps_CT, _ = token_logps_and_entropy(
+                        self.actor_critic.policy,
+                        batch,
+                        temperature=self.actor_critic.temperature,
+                        with_entropy=False,
                     )
-                for name, found in zip(names, (logps, reference, values, entropies), strict=True):
-                    tables[name][list(part), : found.shape[1]] = found.float().cpu()
-            return Said(**_of_all(tables, [index for part in share(passes) for index in part]))
+                for name, stat_CT in zip(
+                    fields, (logps_CT, reference_logps_CT, values_CT, entropies_CT), strict=True
+                ):
+                    tensors[name][list(indices), : stat_CT.shape[1]] = stat_CT.float().cpu()
+            return TokenStats(
+                **_all_gather_rows(tensors, [index for indices in shard(micro_batches) for index in indices])
+            )
 
-    def passes(self, replies: Replies) -> list[list[int]]:
+    def micro_batches(self, completions: ScoredCompletions) -> list[list[int]]:
         """Return micro-batches that cover all completions, sorted by length to reduce padding."""
-        order = np.argsort(-_lengths(replies), kind="stable").tolist()
-        return [order[start : start + self.size] for start in range(0, len(order), self.size)]
+        order = np.argsort(-_completion_lengths(completions), kind="stable").tolist()
+        return [
+            order[offset : offset + self.micro_batch_size]
+            for offset in range(0, len(order), self.micro_batch_size)
+        ]
 
     @contextmanager
     def timed(self, work: str) -> Iterator[None]:
         """Add the duration of the block to ``seconds[work]``."""
-        start = time.monotonic()
+        started_at = time.monotonic()
         yield
-        self.seconds[work] = self.seconds.get(work, 0.0) + time.monotonic() - start
+        self.seconds[work] = self.seconds.get(work, 0.0) + time.monotonic() - started_at
 
 
-def _of_all(tables: dict[str, Tensor], own: Sequence[int]) -> dict[str, Tensor]:
+def _all_gather_rows(tensors: dict[str, Tensor], local_rows: Sequence[int]) -> dict[str, Tensor]:
     """All-gather tensors: each process contributes its ``local_rows``."""
-    for lines, part in everyones((list(own), {name: table[own] for name, table in tables.items()})):
-        for name, table in part.items():
-            tables[name][lines] = table
-    return tables
+    for rows, rank_tensors in all_gather_object(
+        (list(local_rows), {name: tensor[local_rows] for name, tensor in tensors.items()})
+    ):
+        for name, tensor in rank_tensors.items():
+            tensors[name][rows] = tensor
+    return tensors
 
 
-def rows_of_rollout(prompts: int, size: int, rollout: int, *, seed: int) -> list[int]:
+def rollout_prompt_indices(
+    num_prompts: int, rollout_size: int, rollout_index: int, *, seed: int
+) -> list[int]:
     """Return the prompt indices of a rollout: the prompts are reshuffled for every pass over them.
 
-    >>> one, two = rows_of_rollout(4, 2, 0, seed=0), rows_of_rollout(4, 2, 1, seed=0)
-    >>> sorted(one + two)
+    >>> sample, two = rollout_prompt_indices(4, 2, 0, seed=0), rollout_prompt_indices(4, 2, 1, seed=0)
+    >>> sorted(sample + two)
     [0, 1, 2, 3]
     """
-    places = range(rollout * size, (rollout + 1) * size)
+    positions = range(rollout_index * rollout_size, (rollout_index + 1) * rollout_size)
     # A rollout may span two epochs, which have different permutations.
-    orders = {
-        epoch: np.random.default_rng([seed, PROMPTS, epoch]).permutation(prompts).tolist()
-        for epoch in {place // prompts for place in places}
+    permutations = {
+        epoch: np.random.default_rng([seed, PROMPT_ORDER_STREAM, epoch]).permutation(num_prompts).tolist()
+        for epoch in {position // num_prompts for position in positions}
     }
-    return [orders[place // prompts][place % prompts] for place in places]
+    return [permutations[position // num_prompts][position % num_prompts] for position in positions]
 
 
-def cut_updates(
-    lengths: Sequence[int], *, batch_size: int, size: int, draw: Sequence[int]
+def make_minibatches(
+    lengths: Sequence[int], *, batch_size: int, micro_batch_size: int, seeds: Sequence[int]
 ) -> list[list[list[int]]]:
     """Split a rollout into the minibatches of one PPO epoch, and each minibatch into micro-batches.
 
     Args:
-        lengths: (C,) tokens of prompt plus completion.
+        lengths_C: (C,) tokens of prompt plus completion.
         batch_size: completions per optimizer step; it divides C.
         micro_batch_size: completions per forward pass.
         seeds: determine the shuffle.
 
-    >>> cut_updates([3, 9, 4, 8], batch_size=4, size=2, draw=[0])
+    >>> make_minibatches([3, 9, 4, 8], batch_size=4, micro_batch_size=2, seeds=[0])
     [[[1, 3], [2, 0]]]
     """
-    order = np.random.default_rng([CUT, *draw]).permutation(len(lengths))
-    steps = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    order = np.random.default_rng([MINIBATCH_STREAM, *seeds]).permutation(len(lengths))
+    minibatches = [order[offset : offset + batch_size] for offset in range(0, len(order), batch_size)]
     # Sorted within the minibatch: completions of similar length share a micro-batch, which saves padding.
-    longest_first = -np.asarray(lengths)
-    by_length = [step[np.argsort(longest_first[step], kind="stable")].tolist() for step in steps]
-    return [[step[start : start + size] for start in range(0, len(step), size)] for step in by_length]
+    negative_lengths = -np.asarray(lengths)
+    sorted_minibatches = [
+        minibatch[np.argsort(negative_lengths[minibatch], kind="stable")].tolist()
+        for minibatch in minibatches
+    ]
+    return [
+        [
+            minibatch[offset : offset + micro_batch_size]
+            for offset in range(0, len(minibatch), micro_batch_size)
+        ]
+        for minibatch in sorted_minibatches
+    ]
 
 
-def whole_lengths(replies: Replies) -> np.ndarray:
+def total_lengths(completions: ScoredCompletions) -> np.ndarray:
     """Return the tokens of prompt plus completion: (C,)."""
-    own: np.ndarray = np.array([len(prompt.ids) for prompt in replies.prompts]) + _lengths(replies)
-    return own
+    lengths: np.ndarray = np.array([len(prompt.ids) for prompt in completions.prompts]) + _completion_lengths(
+        completions
+    )
+    return lengths
 
 
-def _lengths(replies: Replies) -> np.ndarray:
-    return np.array([len(one.ids) for one in replies.completions])
+def _completion_lengths(completions: ScoredCompletions) -> np.ndarray:
+    return np.array([len(sample.ids) for sample in completions.samples])
 
 
-def shaped_scores(replies: Replies, settings: PpoSettings, running: scores.Running) -> Tensor:
+def shape_rewards(
+    completions: ScoredCompletions, settings: PPOSettings, reward_stats: scores.RunningMeanStd
+) -> Tensor:
     """Return the shaped rewards that PPO maximizes: (C,); normalized, then clipped, then the EOS penalty."""
-    found = replies.rewards
+    rewards = completions.rewards
     if settings.normalise == "running":
-        found = running.normalise(found, shift_mean=True)
+        rewards = reward_stats.normalize(rewards, shift_mean=True)
     if settings.clip_scores is not None:
-        found = scores.clip_scores(found, limit=settings.clip_scores)
+        rewards = scores.clip_rewards(rewards, limit=settings.clip_scores)
     # Last, so that neither normalization nor clipping changes the penalty.
-    return scores.missing_end(found, replies.stopped, value=settings.missing_end)
+    return scores.apply_missing_eos_reward(
+        rewards, completions.ended_with_eos, missing_eos_reward=settings.missing_end
+    )
 
 
-def learnt_from(
-    said: Said, found: Tensor, lengths: Tensor, *, coefficient: float, settings: PpoSettings
-) -> Tables:
+def advantages_and_returns(
+    stats: TokenStats, rewards_C: Tensor, lengths_C: Tensor, *, kl_coef: float, settings: PPOSettings
+) -> RolloutTensors:
     """Return the rollout's tensors with GAE advantages and returns per token.
 
     Args:
@@ -185,27 +223,31 @@ def learnt_from(
         kl_coef: KL coefficient (beta) of the per-token penalty.
         settings: gamma, lambda, KL estimator, whitening.
     """
-    mask = token_mask(lengths, said.logps.shape[1])
+    mask_CT = token_mask(lengths_C, stats.logps.shape[1])
     # The KL penalty is part of the reward of every token; the score is paid at the last one.
-    distance = kl.kl_terms(said.logps, said.reference_logps, estimator=settings.kl_estimator)
-    rewards = advantages.token_rewards(distance, found, lengths, coefficient=coefficient)
+    kl_CT = kl.kl_terms(stats.logps, stats.reference_logps, estimator=settings.kl_estimator)
+    token_rewards_CT = advantages.token_rewards(kl_CT, rewards_C, lengths_C, kl_coef=kl_coef)
     # The mean is retained: a constant added to every token would reward or punish length.
     if settings.whiten_rewards:
-        rewards = masked.whiten(rewards, mask, shift_mean=False)
-    gained, returns = advantages.advantages(
-        rewards, said.values, mask, discount=settings.discount, trace=settings.trace
+        token_rewards_CT = masked.whiten(token_rewards_CT, mask_CT, shift_mean=False)
+    advantages_CT, returns_CT = advantages.gae(
+        token_rewards_CT, stats.values, mask_CT, gamma=settings.discount, gae_lambda=settings.trace
     )
     if settings.whiten_advantages:
-        gained = masked.whiten(gained, mask, shift_mean=True)
-    return Tables(said.logps, said.reference_logps, said.values, gained, returns)
+        advantages_CT = masked.whiten(advantages_CT, mask_CT, shift_mean=True)
+    return RolloutTensors(stats.logps, stats.reference_logps, stats.values, advantages_CT, returns_CT)
 
 
-def episodes_of(rows: Sequence[int], replies: Replies, tables: Tables) -> Episodes:
+def build_rollout(
+    prompt_indices: Sequence[int], completions: ScoredCompletions, tensors: RolloutTensors
+) -> Rollout:
     """Return the rollout that the PPO epochs train on."""
-    prompts = tuple(prompt.ids for prompt in replies.prompts)
-    return Episodes(tuple(rows), prompts, tuple(one.ids for one in replies.completions), tables)
+    prompt_ids = tuple(prompt.ids for prompt in completions.prompts)
+    return Rollout(
+        tuple(prompt_indices), prompt_ids, tuple(sample.ids for sample in completions.samples), tensors
+    )
 
 
-def select(prompts: Prompts, rows: Sequence[int]) -> list[Prompt]:
+def select_prompts(prompts: Prompts, indices: Sequence[int]) -> list[Prompt]:
     """Return the prompts at ``indices``."""
-    return [prompts[row] for row in rows]
+    return [prompts[index] for index in indices]

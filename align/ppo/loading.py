@@ -7,70 +7,74 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from align.ppo.roles import Roles
+from align.ppo.roles import ActorCritic
 from align.ppo.stage_settings import Settings
-from align.reward.loading import pad_id
-from align.reward.model import refuse_without_scores
-from align.reward.shared_base import base_for_scorers, own_weights, scorer_on
+from align.reward.loading import non_stop_pad_id
+from align.reward.model import check_scoring_architecture
+from align.reward.shared_base import base_for_scorers, scorer_sharing_base, untie_trained_weights
 from align.rl.rewards.loading import load_rewards, reward_runs
 from align.rl.rewards.rewards import Rewards
 from finetune.recipe import yaml_file
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.recipe import adapter_settings
-from finetune.recipe.runs import finished_record
+from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import AdapterSettings
-from finetune.recipe.start import going_on
-from finetune.training.go_on import take_weights
-from finetune.training.job import Job
-from finetune.training.loading import Policy, adapter_start, load_frozen, put_adapter
-from finetune.training.model import SCORE, attach_adapter
-from finetune.training.text import Text
+from finetune.recipe.start import continued_settings
+from finetune.training.go_on import load_adapter_weights
+from finetune.training.job import RunContext
+from finetune.training.loading import Policy, add_adapter, load_frozen_base, parent_adapter_run
+from finetune.training.model import SCORE_HEAD, attach_adapter
+from finetune.training.text import TextEncoding
 
-FRESH = "lora"
+DEFAULT_VALUE_ADAPTER = "lora"
 """Adapter of the value model where the policy's adapter does not support a scoring head."""
 
 
 @dataclass(frozen=True)
-class Cast:
+class PPOModels:
     """The models of PPO: the policy as stages save it, policy and value as one module, and the rewards."""
 
     policy: Policy
-    roles: Roles
+    actor_critic: ActorCritic
     rewards: Rewards
 
 
-def load_cast(job: Job, text: Text) -> Cast:
+def load_ppo_models(ctx: RunContext, text: TextEncoding) -> PPOModels:
     """Load the base once and attach policy, value and reward models to it.
 
     Raises:
         UserError: the base cannot be loaded or has no sequence-classification class, an adapter does not fit
             it, or a reward run is missing or damaged.
     """
-    settings = job.recipe.settings
+    settings = ctx.recipe.settings
     assert isinstance(settings, Settings)
-    refuse_without_scores(settings.model)
-    frozen = load_frozen(job)
+    check_scoring_architecture(settings.model)
+    frozen = load_frozen_base(ctx)
     traits = adapter_traits(settings.adapter.method)
     # An adapter that rewrites base weights (PiSSA) must not change the base of value and reward models.
-    base = base_for_scorers(frozen.base, rewritten=traits.changes_base)
+    base = base_for_scorers(frozen.base, changes_base=traits.changes_base)
     rewards = load_rewards(settings.reward, base=base, tokenizer=text.encoder.tokenizer)
     for note in rewards.notes:
-        job.say(note)
-    value, column = _value(settings, base, pad_id(text.encoder.tokenizer, text.encoder.stop_ids))
+        ctx.log(note)
+    value_model, head_index = _build_value_model(
+        settings, base, non_stop_pad_id(text.encoder.tokenizer, text.encoder.stop_ids)
+    )
     # The policy's adapter comes last: value and reward models copy the modules of a base without an adapter.
-    policy = put_adapter(job, frozen)
-    others = [value, *(model.model for model in rewards.models)]
+    policy = add_adapter(ctx, frozen)
+    frozen_models = [value_model, *(model.model for model in rewards.models)]
     # Nor may base weights that the policy trains (full fine-tuning, norms): the others get copies.
-    for other in others:
-        own_weights(other, [policy.model])
+    for other in frozen_models:
+        untie_trained_weights(other, [policy.model])
     # The base is frozen: a checkpointed block backpropagates only if its inputs require a gradient.
     if settings.train.gradient_checkpointing:
-        value.get_base_model().enable_input_require_grads()  # type: ignore[operator]
-    roles = Roles(policy.model, value, column=column, temperature=settings.sampling.temperature)
-    return Cast(policy, roles, rewards)
+        value_model.get_base_model().enable_input_require_grads()  # type: ignore[operator]
+    actor_critic = ActorCritic(
+        policy.model, value_model, head_index=head_index, temperature=settings.sampling.temperature
+    )
+    return PPOModels(policy, actor_critic, rewards)
 
 
-def value_run(settings: Settings) -> tuple[Path, str] | None:
+def value_init_run(settings: Settings) -> tuple[Path, str] | None:
     """Return the reward run and score that initialize the value model; None: the initial policy.
 
     It is the first reward model with its own adapter (InstructGPT, arXiv 2203.02155, section 3.5).
@@ -83,31 +87,36 @@ def value_run(settings: Settings) -> tuple[Path, str] | None:
     return None
 
 
-def _value(settings: Settings, base: PreTrainedModel, pad: int) -> tuple[nn.Module, int]:
+def _build_value_model(settings: Settings, base: PreTrainedModel, pad_token_id: int) -> tuple[nn.Module, int]:
     """Return the value model with its trainable adapter, and the index of its head."""
-    found = value_run(settings)
+    init_run = value_init_run(settings)
     # New adapter weights depend on the seed alone, not on what was loaded before.
     torch.manual_seed(settings.train.seed)
-    if found is None:
-        scorer = scorer_on(base, ["value"], pad_id=pad)
-        own, start = _fresh(settings.adapter), adapter_start(settings.model)
-        value = attach_adapter(scorer, own)
+    if init_run is None:
+        scorer = scorer_sharing_base(base, ["value"], pad_id=pad_token_id)
+        value_adapter, parent_adapter = (
+            _value_adapter_settings(settings.adapter),
+            parent_adapter_run(settings.model),
+        )
+        value_model = attach_adapter(scorer, value_adapter)
         # Like the policy, the value starts from the parent run's adapter; its head is zeros.
-        if start is not None and own == settings.adapter:
-            take_weights(value, start, head=(SCORE,))
-        return value, 0
-    run, score = found
-    heads = finished_record(run)["load"]["heads"]
-    content = yaml_file.read(run / "recipe.yaml")[0]["adapter"]
-    own = going_on(adapter_settings(content["method"]).model_validate(content))
-    value = attach_adapter(scorer_on(base, heads, pad_id=pad), own)
-    take_weights(value, run, head=(SCORE,))
+        if parent_adapter is not None and value_adapter == settings.adapter:
+            load_adapter_weights(value_model, parent_adapter, new_modules=(SCORE_HEAD,))
+        return value_model, 0
+    run, score = init_run
+    heads = read_finished_record(run)["load"]["heads"]
+    adapter_content = yaml_file.read_yaml(run / "recipe.yaml")[0]["adapter"]
+    value_adapter = continued_settings(
+        adapter_settings(adapter_content["method"]).model_validate(adapter_content)
+    )
+    value_model = attach_adapter(scorer_sharing_base(base, heads, pad_id=pad_token_id), value_adapter)
+    load_adapter_weights(value_model, run, new_modules=(SCORE_HEAD,))
     # A rule's score or the total is no head of the model: take the first one.
-    return value, heads.index(score) if score in heads else 0
+    return value_model, heads.index(score) if score in heads else 0
 
 
-def _fresh(adapter: AdapterSettings) -> AdapterSettings:
+def _value_adapter_settings(adapter: AdapterSettings) -> AdapterSettings:
     """Return the policy's adapter settings, or plain LoRA if that adapter cannot score or share the base."""
     traits = adapter_traits(adapter.method)
-    unfit = traits.scores or traits.whole_model or traits.changes_base
-    return adapter_settings(FRESH)() if unfit else adapter
+    unsupported = traits.scoring_unsupported or traits.full_finetuning or traits.changes_base
+    return adapter_settings(DEFAULT_VALUE_ADAPTER)() if unsupported else adapter

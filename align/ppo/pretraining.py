@@ -5,21 +5,21 @@ from typing import Any
 
 from torch import Tensor
 
-from align.ppo.experience import rows_of_rollout
+from align.ppo.experience import rollout_prompt_indices
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
-from finetune.planning.world import ALONE, World
+from finetune.planning.world import SINGLE_PROCESS, DistInfo
 from finetune.training.loss import loss_positions
 
-ROWS, LABELS = "pretraining", "pretraining_labels"
+PRETRAINING_BATCH, NUM_PRETRAINING_LABELS = "pretraining", "pretraining_labels"
 
 
 @dataclass(frozen=True)
-class Pretraining:
+class PretrainingMix:
     """The rows of the PPO-ptx loss and its weight.
 
     Attributes:
-        rows: conversations with the labels of stage sft.
+        pretraining_batch: conversations with the labels of stage sft.
         collate: collates rows to tensors.
         batch_size: rows per optimizer step.
         weight: gamma, weight of the mean loss over their labels.
@@ -32,23 +32,34 @@ class Pretraining:
     weight: float
     seed: int
 
-    def add_to(self, batches: list[dict[str, Any]], *, step: int, world: World = ALONE) -> None:
+    def add_to_batches(
+        self, batches: list[dict[str, Any]], *, step: int, dist: DistInfo = SINGLE_PROCESS
+    ) -> None:
         """Distribute the rows of an optimizer step over the micro-batches; ``batches`` are this process's."""
-        numbers = rows_of_rollout(len(self.rows), self.batch_size, step, seed=self.seed)
+        row_ids = rollout_prompt_indices(len(self.rows), self.batch_size, step, seed=self.seed)
         # Round robin: every micro-batch of every process gets a nearly equal number of rows.
-        hands = [numbers[start :: len(batches) * world.size] for start in range(len(batches) * world.size)]
-        dealt = [self.collate([self.rows[number] for number in hand]) if hand else None for hand in hands]
+        shards = [
+            row_ids[offset :: len(batches) * dist.world_size]
+            for offset in range(len(batches) * dist.world_size)
+        ]
+        collated = [
+            self.collate([self.rows[row_id] for row_id in shard]) if shard else None for shard in shards
+        ]
         # Labels of the whole step, over all processes: the loss is a mean over them, however they are split.
-        labels = sum(len(loss_positions(rows["labels"])[1]) for rows in dealt if rows is not None)
-        for batch, rows in zip(batches, dealt[world.rank :: world.size], strict=True):
-            if rows is not None:
-                batch[ROWS], batch[LABELS] = dict(rows), labels
+        num_labels = sum(
+            len(loss_positions(pretraining_batch["labels"])[1])
+            for pretraining_batch in collated
+            if pretraining_batch is not None
+        )
+        for batch, pretraining_batch in zip(batches, collated[dist.rank :: dist.world_size], strict=True):
+            if pretraining_batch is not None:
+                batch[PRETRAINING_BATCH], batch[NUM_PRETRAINING_LABELS] = dict(pretraining_batch), num_labels
 
-    def loss(self, unlikelihood: Tensor | float, inputs: dict[str, Any]) -> Tensor | float:
+    def loss(self, nll: Tensor | float, inputs: dict[str, Any]) -> Tensor | float:
         """Return this micro-batch's part of gamma times the mean loss over the step's labels.
 
         Args:
             nll: summed NLL of the micro-batch's pretraining rows, ``ActorCriticOutputs.pretraining_nll``.
             inputs: the micro-batch.
         """
-        return self.weight * unlikelihood / inputs[LABELS] if ROWS in inputs else 0.0
+        return self.weight * nll / inputs[NUM_PRETRAINING_LABELS] if PRETRAINING_BATCH in inputs else 0.0

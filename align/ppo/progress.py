@@ -7,15 +7,15 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.ppo.episodes import Episodes
-from align.rl.maths.kl import AdaptiveKl, FixedKl
-from align.rl.maths.scores import Running
+from align.ppo.episodes import Rollout
+from align.rl.maths.kl import AdaptiveKLController, FixedKLController
+from align.rl.maths.scores import RunningMeanStd
 
-PROGRESS, EPISODES = "ppo.json", "episodes.safetensors"
+STATE_FILE, ROLLOUT_FILE = "ppo_state.json", "rollout.safetensors"
 
 
 @dataclass
-class Progress:
+class PPOState:
     """The state of PPO beyond weights and optimizer.
 
     Attributes:
@@ -29,52 +29,55 @@ class Progress:
         rollout: the current rollout.
     """
 
-    controller: FixedKl | AdaptiveKl
-    running: Running = field(default_factory=Running)
-    rollouts: int = 0
-    done: int = 0
-    step_kl: float = 0.0
-    pending: dict[str, float] = field(default_factory=dict)
-    first: dict[str, float] = field(default_factory=dict)
-    episodes: Episodes | None = None
+    kl_controller: FixedKLController | AdaptiveKLController
+    reward_stats: RunningMeanStd = field(default_factory=RunningMeanStd)
+    num_rollouts: int = 0
+    minibatches_done: int = 0
+    approx_kl: float = 0.0
+    pending_metrics: dict[str, float] = field(default_factory=dict)
+    first_metrics: dict[str, float] = field(default_factory=dict)
+    rollout: Rollout | None = None
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint folder."""
-        assert self.episodes is not None, "no step comes before the first rollout"
-        kept = {name: value for name, value in vars(self).items() if name != "episodes"}
-        kept |= {"controller": asdict(self.controller), "running": asdict(self.running)}
-        (folder / PROGRESS).write_text(json.dumps(kept, indent=1), encoding="utf-8")
-        self.episodes.save(folder / EPISODES)
+        assert self.rollout is not None, "no step comes before the first rollout"
+        stored = {name: value for name, value in vars(self).items() if name != "rollout"}
+        stored |= {"kl_controller": asdict(self.kl_controller), "reward_stats": asdict(self.reward_stats)}
+        (folder / STATE_FILE).write_text(json.dumps(stored, indent=1), encoding="utf-8")
+        self.rollout.save(folder / ROLLOUT_FILE)
 
     def restore(self, folder: Path) -> None:
         """Load the state that ``save`` wrote."""
-        saved = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         # The recipe decides between fixed and adaptive; the checkpoint has its numbers.
-        controller = replace(self.controller, **saved.pop("controller"))
-        running, episodes = Running(**saved.pop("running")), Episodes.load(folder / EPISODES)
-        vars(self).update(saved, controller=controller, running=running, episodes=episodes)
+        kl_controller = replace(self.kl_controller, **saved.pop("kl_controller"))
+        reward_stats, rollout = (
+            RunningMeanStd(**saved.pop("reward_stats")),
+            Rollout.load(folder / ROLLOUT_FILE),
+        )
+        vars(self).update(saved, kl_controller=kl_controller, reward_stats=reward_stats, rollout=rollout)
 
 
-class KeepProgress(TrainerCallback):  # type: ignore[misc]
+class PPOStateCallback(TrainerCallback):  # type: ignore[misc]
     """Saves the PPO state in checkpoints and restores it; must run before the checksum callback."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, ppo_state: PPOState) -> None:
+        self.ppo_state = ppo_state
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Restore the state of the checkpoint that training resumes from."""
         if state.global_step:
-            self.progress.restore(_checkpoint(args, state))
+            self.ppo_state.restore(_checkpoint_folder(args, state))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save the state into the new checkpoint."""
         if state.is_world_process_zero:
-            self.progress.save(_checkpoint(args, state))
+            self.ppo_state.save(_checkpoint_folder(args, state))
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -6,32 +6,34 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import Positive, Section, Share, Text
+from finetune.recipe.settings import Fraction, NonEmptyStr, PositiveInt, Section
 
-Rate = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
-class PpoSettings(Section):
+class PPOSettings(Section):
     """PPO hyperparameters. Defaults are those of Huang et al. 2024 (arXiv 2403.17031) unless noted."""
 
-    rollout_size: Positive = Field(
+    rollout_size: PositiveInt = Field(
         512, description="completions sampled per rollout, before the policy is updated on them"
     )
-    epochs: Positive = Field(4, description="PPO epochs over a rollout, in minibatches of train.batch_size")
+    epochs: PositiveInt = Field(
+        4, description="PPO epochs over a rollout, in minibatches of train.batch_size"
+    )
     clip: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="clip range of the policy ratio, to 1 +- this (arXiv 1707.06347, equation 7)"
     )
-    value_clip: Rate | None = Field(
+    value_clip: PositiveFloat | None = Field(
         0.2, description="clip range of the value around its estimate at the rollout; null: no clipping"
     )
-    value_coefficient: Weight = Field(0.1, description="weight of the value loss (vf_coef)")
+    value_coefficient: NonNegativeFloat = Field(0.1, description="weight of the value loss (vf_coef)")
     value_from: Literal["auto", "reward", "start"] = Field(
         "auto",
         description="initialization of the value model: the reward model (InstructGPT), or the initial "
         "policy with a zero head; auto: reward if there is a reward model",
     )
-    value_learning_rate: Rate | None = Field(
+    value_learning_rate: PositiveFloat | None = Field(
         None, description="peak learning rate of the value model; null: train.learning_rate"
     )
     discount: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="gamma: discount per token")
@@ -41,18 +43,20 @@ class PpoSettings(Section):
     )
     whiten_advantages: bool = Field(True, description="normalize advantages to mean 0, standard deviation 1")
     # Not in the paper above, where it is 0.
-    entropy_coefficient: Weight = Field(0.0, description="weight of the entropy bonus")
-    kl_coefficient: Weight = Field(
+    entropy_coefficient: NonNegativeFloat = Field(0.0, description="weight of the entropy bonus")
+    kl_coefficient: NonNegativeFloat = Field(
         0.05, description="coefficient (beta) of the per-token KL penalty to the reference"
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         "k1", description="estimator of that KL from one sample; the paper uses k1"
     )
     # Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
-    kl_target: Rate | None = Field(
+    kl_target: PositiveFloat | None = Field(
         None, description="target of the adaptive KL controller, nats per completion (6); null: fixed"
     )
-    kl_horizon: Positive = Field(10_000, description="horizon of the adaptive KL controller, in completions")
+    kl_horizon: PositiveInt = Field(
+        10_000, description="horizon of the adaptive KL controller, in completions"
+    )
     # Detail 23, the EOS trick: it replaces the reward of a completion without EOS, whatever that is.
     missing_end: float | None = Field(
         -1.0, description="reward of a completion without EOS; null: what the reward says"
@@ -60,9 +64,9 @@ class PpoSettings(Section):
     normalise: Literal["none", "running"] = Field(
         "none", description="running: normalize by running mean and standard deviation of all rewards"
     )
-    clip_scores: Rate | None = Field(None, description="clip rewards to +- this; null: no clipping")
+    clip_scores: PositiveFloat | None = Field(None, description="clip rewards to +- this; null: no clipping")
     # Not in the paper; TRL's and other implementations offer it as target_kl.
-    epoch_stop_kl: Rate | None = Field(
+    epoch_stop_kl: PositiveFloat | None = Field(
         None,
         description="skip the remaining updates of a rollout once approx_kl to the sampling policy is "
         "above this, nats per token (0.1); null: never",
@@ -72,11 +76,13 @@ class PpoSettings(Section):
 class PretrainingSettings(Section):
     """PPO-ptx: pretraining loss added to the PPO loss (InstructGPT, arXiv 2203.02155, equation 2)."""
 
-    weight: Weight = Field(
+    weight: NonNegativeFloat = Field(
         0.0, description="gamma: weight of the loss, a mean over labels; InstructGPT: 27.8; 0: off"
     )
-    source: Text | None = Field(None, description="rows in any layout of stage sft: pretraining or sft data")
-    batch_size: Positive = Field(8, description="pretraining rows per optimizer step")
+    source: NonEmptyStr | None = Field(
+        None, description="rows in any layout of stage sft: pretraining or sft data"
+    )
+    batch_size: PositiveInt = Field(8, description="pretraining rows per optimizer step")
 
     def problems(self) -> Iterator[Problem]:
         """Yield a problem for each contradiction between the fields."""
@@ -92,20 +98,22 @@ class StopSettings(Section):
     """Conditions that stop a run early; the reason is logged."""
 
     # Gao et al. 2022 (arXiv 2210.10760): the proxy reward keeps rising while the gold reward falls.
-    gold_falls: Share | None = Field(
+    gold_falls: Fraction | None = Field(
         0.1,
         description="reward over-optimization: a grader's held-out mean has fallen this far below its best "
         "while the reward has risen; null: never. Measured every train.evaluate_every steps",
     )
-    kl: Rate | None = Field(None, description="maximum KL to the reference, nats per completion; null: never")
+    kl: PositiveFloat | None = Field(
+        None, description="maximum KL to the reference, nats per completion; null: never"
+    )
     longer: Annotated[float, Field(gt=1)] | None = Field(
         None,
         description="length hacking: completions are this many times as long as in the first rollout, and "
         "length correlates with reward; null: never",
     )
-    entropy: Share | None = Field(
+    entropy: Fraction | None = Field(
         0.02, description="collapse: entropy is below this fraction of the first rollout's; null: never"
     )
-    ends: Share | None = Field(
+    ends: Fraction | None = Field(
         0.1, description="collapse: the EOS rate fell below this, from above; null: never"
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 
-from align.ppo.settings import PpoSettings, PretrainingSettings, StopSettings
+from align.ppo.settings import PPOSettings, PretrainingSettings, StopSettings
 from align.rl.rewards.settings import RewardsSettings
 from align.rl.settings import PromptSettings, SamplingSettings
 from finetune.recipe.errors import Problem
@@ -15,26 +15,26 @@ class Settings(StageSettings):
     data: PromptSettings = PromptSettings()
     reward: RewardsSettings = RewardsSettings()
     sampling: SamplingSettings = SamplingSettings()
-    ppo: PpoSettings = PpoSettings()
+    ppo: PPOSettings = PPOSettings()
     pretraining: PretrainingSettings = PretrainingSettings()
     stop: StopSettings = StopSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return every problem that can be found before anything is loaded."""
-        sound = set(valid)
-        found = list(self.reward.problems(self, valid))
-        if "train" in sound:
-            found += _train(self)
-        if {"ppo", "train"} <= sound:
-            found += _sizes(self)
-        if {"ppo", "reward"} <= sound:
-            found += _value(self)
-        if "pretraining" in sound:
-            found += self.pretraining.problems()
-        return found
+        valid_sections = set(valid)
+        problems = list(self.reward.problems(self, valid))
+        if "train" in valid_sections:
+            problems += _train_problems(self)
+        if {"ppo", "train"} <= valid_sections:
+            problems += _size_problems(self)
+        if {"ppo", "reward"} <= valid_sections:
+            problems += _value_init_problems(self)
+        if "pretraining" in valid_sections:
+            problems += self.pretraining.problems()
+        return problems
 
 
-def _train(settings: Settings) -> Iterator[Problem]:
+def _train_problems(settings: Settings) -> Iterator[Problem]:
     train = settings.train
     if train.engine == "trl":
         expected = "native: TRL 1.16, which is pinned, has no PPO trainer"
@@ -49,21 +49,21 @@ def _train(settings: Settings) -> Iterator[Problem]:
         yield Problem("train.label_smoothing", f"{train.label_smoothing:g}", expected, repair)
 
 
-def _sizes(settings: Settings) -> Iterator[Problem]:
-    size, batch, ppo = settings.ppo.rollout_size, settings.train.batch_size, settings.ppo
-    if size % batch:
-        fits = max(1, size // batch) * batch
-        found = f"{size}, not a multiple of train.batch_size ({batch})"
+def _size_problems(settings: Settings) -> Iterator[Problem]:
+    rollout_size, batch_size, ppo = settings.ppo.rollout_size, settings.train.batch_size, settings.ppo
+    if rollout_size % batch_size:
+        rounded = max(1, rollout_size // batch_size) * batch_size
+        actual = f"{rollout_size}, not a multiple of train.batch_size ({batch_size})"
         expected = "a multiple of train.batch_size"
-        yield Problem("ppo.rollout_size", found, expected, f"ppo.rollout_size={fits}")
-    if ppo.kl_target is not None and ppo.kl_horizon <= size / 5:
-        found = f"{ppo.kl_horizon} with rollouts of {size} completions"
+        yield Problem("ppo.rollout_size", actual, expected, f"ppo.rollout_size={rounded}")
+    if ppo.kl_target is not None and ppo.kl_horizon <= rollout_size / 5:
+        actual = f"{ppo.kl_horizon} with rollouts of {rollout_size} completions"
         expected = "more than a fifth of ppo.rollout_size, or the KL coefficient could become negative"
-        yield Problem("ppo.kl_horizon", found, expected, f"ppo.kl_horizon={20 * size}")
+        yield Problem("ppo.kl_horizon", actual, expected, f"ppo.kl_horizon={20 * rollout_size}")
 
 
-def _value(settings: Settings) -> Iterator[Problem]:
-    learnt = any(source.run is not None for source in settings.reward.sources)
-    if settings.ppo.value_from == "reward" and not learnt and settings.reward.sources:
-        found = "'reward', but no source is a reward model"
-        yield Problem("ppo.value_from", found, "a reward run among reward.sources", "ppo.value_from=start")
+def _value_init_problems(settings: Settings) -> Iterator[Problem]:
+    has_reward_model = any(source.run is not None for source in settings.reward.sources)
+    if settings.ppo.value_from == "reward" and not has_reward_model and settings.reward.sources:
+        actual = "'reward', but no source is a reward model"
+        yield Problem("ppo.value_from", actual, "a reward run among reward.sources", "ppo.value_from=start")

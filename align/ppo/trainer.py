@@ -9,39 +9,39 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from align.ppo import experience, measures
-from align.ppo.episodes import Episodes
-from align.ppo.experience import Collector
-from align.ppo.pretraining import ROWS, Pretraining
-from align.ppo.progress import Progress
-from align.ppo.settings import PpoSettings
+from align.ppo.episodes import Rollout
+from align.ppo.experience import Rollouts
+from align.ppo.pretraining import PRETRAINING_BATCH, PretrainingMix
+from align.ppo.progress import PPOState
+from align.ppo.settings import PPOSettings
 from align.rl.maths.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
-from align.rl.measures import of_distance, of_replies
+from align.rl.measures import completion_metrics, kl_metrics
 from align.rl.prompts import Prompt, Prompts
-from align.rl.replies import Replies
-from finetune.planning.world import world
+from align.rl.replies import ScoredCompletions
+from finetune.planning.world import dist_info
 from finetune.training.base_trainer import BaseTrainer, log_held_out
-from finetune.training.processes import everyones, share
+from finetune.training.processes import all_gather_object, shard
 
-HELD_OUT = "held_out_"
-AT_HELD_OUT = -1
+HELD_OUT_PREFIX = "held_out_"
+EVAL_ROLLOUT_INDEX = -1
 """Rollout index of the held-out completions: always the same seed, and no rollout's."""
 
 
-class PpoTrainer(BaseTrainer):
+class PPOTrainer(BaseTrainer):
     """Trains on its own completions. A row is a prompt; batch sizes count completions."""
 
-    ppo: PpoSettings
-    collector: Collector
-    progress: Progress
-    held_out: Sequence[Prompt] = ()
-    gold: Callable[[Replies], dict[str, float]] | None = None
-    pretraining: Pretraining | None = None
-    begins_at_one: Callable[[float], None] | None = None
+    ppo: PPOSettings
+    rollouts: Rollouts
+    ppo_state: PPOState
+    held_out_prompts: Sequence[Prompt] = ()
+    grader_metrics: Callable[[ScoredCompletions], dict[str, float]] | None = None
+    pretraining: PretrainingMix | None = None
+    check_initial_ratio: Callable[[float], None] | None = None
 
     @cached_property
-    def means(self) -> measures.TokenMeans:
+    def token_metrics(self) -> measures.TokenMetricAverager:
         """Return the per-token metrics since they were last logged."""
-        return measures.TokenMeans()
+        return measures.TokenMetricAverager()
 
     @property
     def prompts(self) -> Prompts:
@@ -50,28 +50,30 @@ class PpoTrainer(BaseTrainer):
         return self.train_dataset
 
     @property
-    def episodes(self) -> Episodes:
+    def rollout(self) -> Rollout:
         """Return the current rollout."""
-        assert self.progress.episodes is not None, "no rollout was sampled"
-        return self.progress.episodes
+        assert self.ppo_state.rollout is not None, "no rollout was sampled"
+        return self.ppo_state.rollout
 
     @property
-    def updates(self) -> list[list[list[int]]]:
+    def minibatches(self) -> list[list[list[int]]]:
         """Return the minibatches of all PPO epochs on the current rollout, as micro-batches of indices."""
         # Derived from lengths and seed each time, so that a checkpoint need not store it.
-        lengths = [len(prompt) for prompt in self.episodes.prompts]
-        return self._cut([p + c for p, c in zip(lengths, self.episodes.lengths, strict=True)], self.rollout)
+        prompt_lengths = [len(prompt) for prompt in self.rollout.prompts]
+        return self._make_minibatches(
+            [p + c for p, c in zip(prompt_lengths, self.rollout.lengths, strict=True)], self.rollout_index
+        )
 
     @property
-    def rollout(self) -> int:
+    def rollout_index(self) -> int:
         """Return the index of the current rollout, from 0."""
-        return self.progress.rollouts - 1
+        return self.ppo_state.num_rollouts - 1
 
     def get_train_dataloader(self) -> DataLoader[int]:
         """Return a loader of micro-batch indices; ``get_batch_samples`` builds the batches."""
         # The Trainer asks for a loader up front, and a rollout exists only once the policy has sampled it.
-        passes = self.args.max_steps * self.args.gradient_accumulation_steps
-        return DataLoader(list(range(passes)), batch_size=1, collate_fn=_only)  # type: ignore[arg-type]
+        num_micro_batches = self.args.max_steps * self.args.gradient_accumulation_steps
+        return DataLoader(list(range(num_micro_batches)), batch_size=1, collate_fn=_first_item)  # type: ignore[arg-type]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -80,16 +82,16 @@ class PpoTrainer(BaseTrainer):
         # The loader only counts: transformers ends the epoch when its iterator does.
         for _ in range(num_batches):
             next(epoch_iterator)
-        if self._learnt_out():
-            self.collect()
-        step = self.updates[self.progress.done]
-        self.progress.done, self.progress.step_kl = self.progress.done + 1, 0.0
-        batches = self._passes(step, num_batches)
+        if self._rollout_consumed():
+            self.collect_rollout()
+        minibatch = self.minibatches[self.ppo_state.minibatches_done]
+        self.ppo_state.minibatches_done, self.ppo_state.approx_kl = self.ppo_state.minibatches_done + 1, 0.0
+        batches = self._micro_batches(minibatch, num_batches)
         if self.pretraining:
-            self.pretraining.add_to(batches, step=self.state.global_step, world=world())
-        tokens = torch.tensor(sum(int(batch["mask"].sum()) for batch in batches), device=device)
-        self.num_tokens += int(tokens)
-        return batches, self.accelerator.reduce(tokens, "sum")
+            self.pretraining.add_to_batches(batches, step=self.state.global_step, dist=dist_info())
+        num_tokens = torch.tensor(sum(int(batch["mask"].sum()) for batch in batches), device=device)
+        self.num_tokens += int(num_tokens)
+        return batches, self.accelerator.reduce(num_tokens, "sum")
 
     def compute_loss(
         self,
@@ -100,22 +102,28 @@ class PpoTrainer(BaseTrainer):
     ) -> Tensor:
         """Return this micro-batch's part of the mean loss over all tokens of the optimizer step."""
         assert num_items_in_batch is not None and not return_outputs
-        ppo, mask = self.ppo, inputs["mask"]
-        found = model(inputs, spread=ppo.entropy_coefficient > 0, beside=inputs.get(ROWS))
-        policy = policy_loss(found.logps, inputs["old_logps"], inputs["advantages"], mask, clip=ppo.clip)
-        value = value_loss(found.values, inputs["old_values"], inputs["returns"], mask, clip=ppo.value_clip)
+        ppo, mask_CT = self.ppo, inputs["mask"]
+        outputs = model(
+            inputs, with_entropy=ppo.entropy_coefficient > 0, pretraining_batch=inputs.get(PRETRAINING_BATCH)
+        )
+        policy = policy_loss(
+            outputs.logps, inputs["old_logps"], inputs["advantages"], mask_CT, clip_range=ppo.clip
+        )
+        value = value_loss(
+            outputs.values, inputs["old_values"], inputs["returns"], mask_CT, clip_range=ppo.value_clip
+        )
         # One sum, so that policy and value model share a backward pass and an optimizer step.
-        losses = policy.losses + ppo.value_coefficient * value.losses
-        losses = losses - ppo.entropy_coefficient * found.entropies.masked_fill(~mask, 0.0)
-        self._watch(inputs, found.logps, policy, value, tokens=num_items_in_batch)
+        losses_CT = policy.losses + ppo.value_coefficient * value.losses
+        losses_CT = losses_CT - ppo.entropy_coefficient * outputs.entropies.masked_fill(~mask_CT, 0.0)
+        self._record_metrics(inputs, outputs.logps, policy, value, num_tokens=num_items_in_batch)
         # Divided by the tokens of the whole step below: the loss does not depend on how a step is split into
         # micro-batches and ranks.
-        loss_sum = losses.sum()
+        loss_sum = losses_CT.sum()
         if self.hooks.penalty:  # weighted by this micro-batch's part of the step's tokens
-            loss_sum = loss_sum + self.hooks.penalty() * mask.sum()
+            loss_sum = loss_sum + self.hooks.penalty() * mask_CT.sum()
         loss: Tensor = loss_sum / num_items_in_batch
         if self.pretraining:
-            loss = loss + self.pretraining.loss(found.unlikelihood, inputs)
+            loss = loss + self.pretraining.loss(outputs.pretraining_nll, inputs)
         # DDP averages gradients over ranks, and the mean above is global already.
         loss = loss * self.accelerator.num_processes
         return loss
@@ -123,127 +131,151 @@ class PpoTrainer(BaseTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one forward and backward pass, and add its duration to ``updates``."""
-        with self.collector.timed("updates"):
+        """Run one forward and backward pass, and add its duration to ``minibatches``."""
+        with self.rollouts.timed("updates"):
             return super().training_step(model, inputs, num_items_in_batch)
 
-    def collect(self) -> None:
+    def collect_rollout(self) -> None:
         """Sample and score a rollout, and compute its advantages and returns.
 
         Raises:
             UserError: a reward function raised or did not return a number.
         """
-        progress, collector, ppo, seed = self.progress, self.collector, self.ppo, self.args.seed
-        number = progress.rollouts
-        rows = experience.rows_of_rollout(len(self.prompts), ppo.rollout_size, number, seed=seed)
-        replies = collector.answer(experience.select(self.prompts, rows), seed=_seed(seed, number))
+        ppo_state, rollouts, ppo, seed = self.ppo_state, self.rollouts, self.ppo, self.args.seed
+        rollout_index = ppo_state.num_rollouts
+        prompt_indices = experience.rollout_prompt_indices(
+            len(self.prompts), ppo.rollout_size, rollout_index, seed=seed
+        )
+        completions = rollouts.generate_and_score(
+            experience.select_prompts(self.prompts, prompt_indices), seed=_sampling_seed(seed, rollout_index)
+        )
         # Updated before this rollout is normalized: the first one would not be scaled otherwise.
-        progress.running = progress.running.updated(replies.rewards)
-        first_epoch = self._cut(experience.whole_lengths(replies).tolist(), number)
-        per_epoch = ppo.rollout_size // self.batch_size
+        ppo_state.reward_stats = ppo_state.reward_stats.updated(completions.rewards)
+        minibatches = self._make_minibatches(experience.total_lengths(completions).tolist(), rollout_index)
+        minibatches_per_epoch = ppo.rollout_size // self.batch_size
         # In the layout of the first epoch: same shapes, same rounding, so its first ratios are exactly 1.
-        said = collector.read(replies, [part for step in first_epoch[:per_epoch] for part in step])
-        scores = experience.shaped_scores(replies, ppo, progress.running)
-        coefficient = progress.controller.coefficient
-        tables = experience.learnt_from(said, scores, replies.lengths, coefficient=coefficient, settings=ppo)
-        progress.episodes = experience.episodes_of(rows, replies, tables)
-        found = of_replies(replies) | of_distance(replies, said)
-        found |= measures.of_values(said.values, tables.returns, replies.lengths)
-        found |= {"score": float(scores.mean()), "kl_coefficient": coefficient}
-        found |= {f"seconds_{work}": value for work, value in collector.seconds.items()}
-        collector.seconds.clear()
+        stats = rollouts.score_tokens(
+            completions,
+            [indices for minibatch in minibatches[:minibatches_per_epoch] for indices in minibatch],
+        )
+        rewards = experience.shape_rewards(completions, ppo, ppo_state.reward_stats)
+        kl_coef = ppo_state.kl_controller.kl_coef
+        tensors = experience.advantages_and_returns(
+            stats, rewards, completions.lengths, kl_coef=kl_coef, settings=ppo
+        )
+        ppo_state.rollout = experience.build_rollout(prompt_indices, completions, tensors)
+        rollout_metrics = completion_metrics(completions) | kl_metrics(completions, stats)
+        rollout_metrics |= measures.value_metrics(stats.values, tensors.returns, completions.lengths)
+        rollout_metrics |= {"score": float(rewards.mean()), "kl_coefficient": kl_coef}
+        rollout_metrics |= {f"seconds_{work}": value for work, value in rollouts.seconds.items()}
+        rollouts.seconds.clear()
         # After the advantages: this rollout was penalized with the coefficient before.
-        progress.controller = progress.controller.after(found["kl"], len(rows))
+        ppo_state.kl_controller = ppo_state.kl_controller.updated(rollout_metrics["kl"], len(prompt_indices))
         # The first rollout stays the baseline of the stop rules.
-        progress.pending, progress.first = found, progress.first or found
-        progress.rollouts, progress.done, progress.step_kl = number + 1, 0, 0.0
+        ppo_state.pending_metrics, ppo_state.first_metrics = (
+            rollout_metrics,
+            ppo_state.first_metrics or rollout_metrics,
+        )
+        ppo_state.num_rollouts, ppo_state.minibatches_done, ppo_state.approx_kl = rollout_index + 1, 0, 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's metrics, the means of the per-token metrics, and those of a new rollout."""
         # The Trainer also logs evaluation and the summary of the run, which have no per-token metrics.
         if "loss" in logs:
-            logs |= measures.means_of(everyones(self.means.take())) | self.progress.pending
-            self.progress.pending = {}
+            logs |= (
+                measures.mean_over_tokens(all_gather_object(self.token_metrics.take()))
+                | self.ppo_state.pending_metrics
+            )
+            self.ppo_state.pending_metrics = {}
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the metrics of completions to held-out prompts."""
-        return log_held_out(self, {f"{HELD_OUT}{name}": value for name, value in self.measure().items()})
+        return log_held_out(
+            self, {f"{HELD_OUT_PREFIX}{name}": value for name, value in self.held_out_metrics().items()}
+        )
 
-    def measure(self) -> dict[str, float]:
+    def held_out_metrics(self) -> dict[str, float]:
         """Return the metrics of completions to held-out prompts, always sampled with the same seed.
 
         Raises:
             UserError: a reward function or a grader raised or did not return a number.
         """
-        before = dict(self.collector.seconds)
-        replies = self.collector.answer(self.held_out, seed=_seed(self.args.seed, AT_HELD_OUT))
-        said = self.collector.read(replies, self.collector.passes(replies))
-        self.collector.seconds = before  # evaluation is not part of a rollout's time
-        gold = self.gold(replies) if self.gold else {}
-        return of_replies(replies) | of_distance(replies, said) | gold
+        rollout_seconds = dict(self.rollouts.seconds)
+        completions = self.rollouts.generate_and_score(
+            self.held_out_prompts, seed=_sampling_seed(self.args.seed, EVAL_ROLLOUT_INDEX)
+        )
+        stats = self.rollouts.score_tokens(completions, self.rollouts.micro_batches(completions))
+        self.rollouts.seconds = rollout_seconds  # evaluation is not part of a rollout's time
+        grader_metrics = self.grader_metrics(completions) if self.grader_metrics else {}
+        return completion_metrics(completions) | kl_metrics(completions, stats) | grader_metrics
 
-    def _passes(self, step: list[list[int]], count: int) -> list[dict[str, Any]]:
+    def _micro_batches(self, minibatch: list[list[int]], count: int) -> list[dict[str, Any]]:
         """Return this process's micro-batches of an optimizer step, padded to ``count`` with empty ones."""
-        pad = self.collector.sampling.stop_ids[0]
-        passes: list[dict[str, Any]] = [dict(self.episodes.batch(part, pad_id=pad)) for part in share(step)]
-        for _ in range(count - len(passes)):
+        pad_id = self.rollouts.sampling.stop_ids[0]
+        micro_batches: list[dict[str, Any]] = [
+            dict(self.rollout.batch(indices, pad_id=pad_id)) for indices in shard(minibatch)
+        ]
+        for _ in range(count - len(micro_batches)):
             # Every rank must run the same number of forward passes, or collectives hang: mask one out.
-            batch = self.episodes.batch(step[-1][-1:], pad_id=pad)
-            nothing = {"rows": batch["rows"][:0], "mask": torch.zeros_like(batch["mask"])}
-            passes.append({**batch, **nothing})
-        return passes
+            batch = self.rollout.batch(minibatch[-1][-1:], pad_id=pad_id)
+            empty = {"rows": batch["rows"][:0], "mask": torch.zeros_like(batch["mask"])}
+            micro_batches.append({**batch, **empty})
+        return micro_batches
 
-    def _cut(self, lengths: Sequence[int], rollout: int) -> list[list[list[int]]]:
+    def _make_minibatches(self, total_lengths: Sequence[int], rollout_index: int) -> list[list[list[int]]]:
         """Return the minibatches of all PPO epochs on a rollout, each as micro-batches of indices."""
-        size = self.args.per_device_train_batch_size
+        micro_batch_size = self.args.per_device_train_batch_size
         return [
-            step
+            minibatch
             for epoch in range(self.ppo.epochs)
-            for step in experience.cut_updates(
-                lengths, batch_size=self.batch_size, size=size, draw=[self.args.seed, rollout, epoch]
+            for minibatch in experience.make_minibatches(
+                total_lengths,
+                batch_size=self.batch_size,
+                micro_batch_size=micro_batch_size,
+                seeds=[self.args.seed, rollout_index, epoch],
             )
         ]
 
-    def _learnt_out(self) -> bool:
+    def _rollout_consumed(self) -> bool:
         """Return whether a new rollout is due: all minibatches are done, or approx_kl exceeds its target."""
-        if self.progress.episodes is None or self.progress.done == len(self.updates):
+        if self.ppo_state.rollout is None or self.ppo_state.minibatches_done == len(self.minibatches):
             return True
-        most = self.ppo.epoch_stop_kl
-        return most is not None and self.progress.step_kl > most
+        target_kl = self.ppo.epoch_stop_kl
+        return target_kl is not None and self.ppo_state.approx_kl > target_kl
 
-    def _watch(
+    def _record_metrics(
         self,
         inputs: dict[str, Any],
-        logps: Tensor,
+        logps_CT: Tensor,
         policy: PolicyLoss,
         value: ValueLoss,
         *,
-        tokens: Tensor | int,
+        num_tokens: Tensor | int,
     ) -> None:
         """Record the metrics of a micro-batch, and check that a rollout's first ratios are 1."""
-        mask = inputs["mask"]
-        step_kl = measures.from_sampler(inputs["old_logps"], logps, mask)
+        mask_CT = inputs["mask"]
+        approx_kl_CT = measures.approx_kl(inputs["old_logps"], logps_CT, mask_CT)
         # Adds up over micro-batches and ranks to the mean over the tokens of the step.
-        self.progress.step_kl += float(self.accelerator.reduce(step_kl.sum() / tokens, "sum"))
-        tables = {
+        self.ppo_state.approx_kl += float(self.accelerator.reduce(approx_kl_CT.sum() / num_tokens, "sum"))
+        metrics = {
             "policy_loss": policy.losses,
             "value_loss": value.losses,
             "ratio": policy.ratios,
             "clipped": policy.clipped.float(),
-            "step_kl": step_kl,
+            "step_kl": approx_kl_CT,
         }
-        self.means.add(tables, mask)
+        self.token_metrics.add(metrics, mask_CT)
         # Only in the first minibatch of a rollout: after its update the ratios are no longer 1.
-        if self.progress.done == 1 and self.begins_at_one:
-            self.begins_at_one(max(everyones(float((policy.ratios - 1).abs().max()))))
+        if self.ppo_state.minibatches_done == 1 and self.check_initial_ratio:
+            self.check_initial_ratio(max(all_gather_object(float((policy.ratios - 1).abs().max()))))
 
 
-def _only(items: list[int]) -> int:
+def _first_item(items: list[int]) -> int:
     return items[0]
 
 
-def _seed(seed: int, rollout: int) -> int:
+def _sampling_seed(seed: int, rollout_index: int) -> int:
     """Return the sampling seed of a rollout; index -1 is evaluation."""
     # A large prime: runs with neighboring seeds share no rollout seed.
-    return seed * 1_000_003 + rollout + 1
+    return seed * 1_000_003 + rollout_index + 1

@@ -1,11 +1,11 @@
 """Metrics of PPO: titles of the curves, and the summary before and after training."""
 
 from align.ppo.stage_settings import Settings
-from align.ppo.stop_rule import GOLD
+from align.ppo.stop_rule import GOLD_PREFIX
 from finetune.recipe.settings import StageSettings
-from finetune.training.watched import Watched
+from finetune.training.watched import MetricSpec
 
-REPLIES = {
+PPO_COMPLETION_CURVES = {
     "reward": "reward (mean over completions)",
     "kl": "KL to the reference (k1, nats per completion)",
     "length": "completion length (tokens)",
@@ -15,7 +15,7 @@ REPLIES = {
     "entropy": "policy entropy (nats per token)",
     "perplexity": "perplexity of the completions under the reference",
 }
-STEPS = {
+PPO_STEP_CURVES = {
     "loss": "training loss",
     "policy_loss": "policy loss (per token)",
     "value_loss": "value loss (per token)",
@@ -29,7 +29,7 @@ STEPS = {
     "seconds_scoring": "scoring time per rollout (s)",
     "seconds_updates": "update time since the last rollout (s)",
 }
-NUMBERS = {
+PPO_SUMMARY_METRICS = {
     "held_out_reward": ("held-out reward", ".3f"),
     "held_out_kl": ("held-out KL, nats per completion", ".2f"),
     "held_out_length": ("held-out completion length", ".1f"),
@@ -38,12 +38,22 @@ NUMBERS = {
 }
 
 
-def watched(settings: StageSettings) -> Watched:
+def ppo_metric_spec(settings: StageSettings) -> MetricSpec:
     """Return the curves and summary metrics for the recipe's rewards and graders."""
     assert isinstance(settings, Settings)
-    names = [source.called for source in settings.reward.sources]
-    parts = {f"reward_{name}": f"reward: {name}" for name in names} if len(names) > 1 else {}
-    gold = {f"{GOLD}{name}": f"grader: {name} (sampled completions)" for name in settings.evaluate.judges}
-    held_out = {f"held_out_{name}": f"held-out {title}" for name, title in (REPLIES | parts | gold).items()}
-    numbers = {f"held_out_{name}": (title, ".3f") for name, title in gold.items()}
-    return Watched(curves=REPLIES | parts | STEPS | held_out, numbers=NUMBERS | numbers)
+    reward_names = [source.metric_name for source in settings.reward.sources]
+    source_curves = (
+        {f"reward_{name}": f"reward: {name}" for name in reward_names} if len(reward_names) > 1 else {}
+    )
+    grader_curves = {
+        f"{GOLD_PREFIX}{name}": f"grader: {name} (sampled completions)" for name in settings.evaluate.judges
+    }
+    held_out_curves = {
+        f"held_out_{name}": f"held-out {title}"
+        for name, title in (PPO_COMPLETION_CURVES | source_curves | grader_curves).items()
+    }
+    grader_summary = {f"held_out_{name}": (title, ".3f") for name, title in grader_curves.items()}
+    return MetricSpec(
+        curves=PPO_COMPLETION_CURVES | source_curves | PPO_STEP_CURVES | held_out_curves,
+        summary=PPO_SUMMARY_METRICS | grader_summary,
+    )

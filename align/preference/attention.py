@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel
 
-from align.preference.groups import Cost, visible
+from align.preference.groups import ForwardCost, block_mask
 
-IMPLEMENTATIONS = ("eager", "sdpa")
-WHOLE = {"full_attention", "sliding_attention", "chunked_attention"}
+MASKABLE_IMPLEMENTATIONS = ("eager", "sdpa")
+MASKABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layer types that only read the mask; the last two within their window."""
-SPANS = (
+WINDOW_FIELDS = (
     "sliding_window",
     "sliding_window_size",
     "window_size",
@@ -38,97 +38,114 @@ def block_attention(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[N
     """
     # A hook on the decoder runs inside all wrappers: PEFT has added its virtual tokens by then (it can widen
     # only a 2-D mask), and a disabled adapter has added none.
-    decoder = _decoder(model)
-    calls = 0
+    decoder = _get_decoder(model)
+    num_calls = 0
 
-    def lay(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        nonlocal calls
-        calls += 1
+    def add_block_mask(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        nonlocal num_calls
+        num_calls += 1
         embeddings, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         # Prompt tuning has prepended its embeddings, prefix tuning passes its keys and values as a cache.
-        written = 0 if embeddings is None else embeddings.shape[1] - batch["input_ids"].shape[1]
-        cached = 0 if cache is None else int(cache.get_seq_length())
-        seen = _behind(visible(batch["groups"], batch["parts"]), written=written, cached=cached)
-        changed = {
-            "attention_mask": _as_read(seen.unsqueeze(1), decoder),
-            "position_ids": _shifted(batch["position_ids"], written=written, cached=cached),
+        num_input_virtual = 0 if embeddings is None else embeddings.shape[1] - batch["input_ids"].shape[1]
+        num_cached_virtual = 0 if cache is None else int(cache.get_seq_length())
+        mask = _prepend_virtual_tokens(
+            block_mask(batch["group_ids"], batch["completion_ids"]),
+            num_input_virtual=num_input_virtual,
+            num_cached_virtual=num_cached_virtual,
+        )
+        mask_and_positions = {
+            "attention_mask": _to_attention_mask(mask.unsqueeze(1), decoder),
+            "position_ids": _shift_position_ids(
+                batch["position_ids"],
+                num_input_virtual=num_input_virtual,
+                num_cached_virtual=num_cached_virtual,
+            ),
         }
-        return args, kwargs | changed
+        return args, kwargs | mask_and_positions
 
-    handle = decoder.register_forward_pre_hook(lay, with_kwargs=True)
+    handle = decoder.register_forward_pre_hook(add_block_mask, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
     # Without the mask completions would attend to each other, and no error would show it.
-    assert calls, f"{type(decoder).__name__} was not called: the block mask was not used"
+    assert num_calls, f"{type(decoder).__name__} was not called: the block mask was not used"
 
 
-def why_separate(config: PretrainedConfig, *, reach: int) -> str:
+def block_mask_unsupported(config: PretrainedConfig, *, max_positions: int) -> str:
     """Return the reason why a model cannot take a block mask, in one line; empty if it can.
 
     Args:
         config: the model's config; its attention implementation is set once the model is loaded.
         max_positions: of the longest prompt with a completion (``Group.max_positions``) and virtual tokens.
     """
-    text = config.get_text_config()
-    fields = text.to_dict()
+    text_config = config.get_text_config()
+    fields = text_config.to_dict()
     return (
-        _implementation(text._attn_implementation)
-        or _architecture(config)
-        or _layers(fields)
-        or _span(fields, reach)
+        _implementation_reason(text_config._attn_implementation)
+        or _architecture_reason(config)
+        or _layer_reason(fields)
+        or _window_reason(fields, max_positions)
     )
 
 
-def cost_of(model: nn.Module) -> Cost:
+def forward_cost(model: nn.Module) -> ForwardCost:
     """Return a model's forward cost per token and token pair: with adapters, without embeddings and head."""
-    decoder = _decoder(model)
-    linear = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
+    decoder = _get_decoder(model)
+    linear_layers = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
     config = decoder.config.get_text_config()
     # Queries times keys, and weights times values: one multiply-add for each hidden dimension of a layer.
-    pair = 2.0 * config.num_hidden_layers * config.hidden_size
-    return Cost(token=float(sum(one.in_features * one.out_features for one in linear)), pair=pair)
+    per_pair = 2.0 * config.num_hidden_layers * config.hidden_size
+    return ForwardCost(
+        per_token=float(sum(layer.in_features * layer.out_features for layer in linear_layers)),
+        per_pair=per_pair,
+    )
 
 
-def unwrapped(model: nn.Module) -> PreTrainedModel:
+def unwrap_model(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside all wrappers (PEFT, DDP, FSDP)."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-def _decoder(model: nn.Module) -> PreTrainedModel:
-    decoder: PreTrainedModel = unwrapped(model).get_decoder()
+def _get_decoder(model: nn.Module) -> PreTrainedModel:
+    decoder: PreTrainedModel = unwrap_model(model).get_decoder()
     return decoder
 
 
-def _behind(seen: Tensor, *, written: int, cached: int) -> Tensor:
+def _prepend_virtual_tokens(mask: Tensor, *, num_input_virtual: int, num_cached_virtual: int) -> Tensor:
     """Prepend virtual tokens that all tokens attend to: as inputs (query and key) or as cached keys only."""
-    seen = F.pad(seen, (written + cached, 0), value=True)
-    seen = F.pad(seen, (0, 0, written, 0), value=False)
-    seen[:, :written, :written] = torch.ones(written, written, dtype=torch.bool, device=seen.device).tril()
-    return seen
+    mask = F.pad(mask, (num_input_virtual + num_cached_virtual, 0), value=True)
+    mask = F.pad(mask, (0, 0, num_input_virtual, 0), value=False)
+    mask[:, :num_input_virtual, :num_input_virtual] = torch.ones(
+        num_input_virtual, num_input_virtual, dtype=torch.bool, device=mask.device
+    ).tril()
+    return mask
 
 
-def _shifted(positions: Tensor, *, written: int, cached: int) -> Tensor:
-    virtual = torch.arange(written, device=positions.device).expand(len(positions), -1)
-    return torch.cat([virtual, positions + written + cached], dim=1)
+def _shift_position_ids(
+    position_ids_BT: Tensor, *, num_input_virtual: int, num_cached_virtual: int
+) -> Tensor:
+    virtual = torch.arange(num_input_virtual, device=position_ids_BT.device).expand(len(position_ids_BT), -1)
+    return torch.cat([virtual, position_ids_BT + num_input_virtual + num_cached_virtual], dim=1)
 
 
-def _as_read(seen: Tensor, decoder: PreTrainedModel) -> Tensor:
+def _to_attention_mask(mask: Tensor, decoder: PreTrainedModel) -> Tensor:
     """Convert a bool mask to what the attention implementation takes: bool for SDPA, additive for eager."""
     if decoder.config._attn_implementation == "sdpa":
-        return seen
+        return mask
     lowest = torch.finfo(decoder.dtype).min
-    return torch.zeros(seen.shape, dtype=decoder.dtype, device=seen.device).masked_fill(~seen, lowest)
+    return torch.zeros(mask.shape, dtype=decoder.dtype, device=mask.device).masked_fill(~mask, lowest)
 
 
-def _implementation(name: str | None) -> str:
-    if name is None or name in IMPLEMENTATIONS:
+def _implementation_reason(name: str | None) -> str:
+    if name is None or name in MASKABLE_IMPLEMENTATIONS:
         return ""
     return f"attention '{name}' takes no block mask (model.attention=sdpa does)"
 
 
-def _architecture(config: PretrainedConfig) -> str:
+def _architecture_reason(config: PretrainedConfig) -> str:
     if type(config) not in MODEL_MAPPING:
         return f"unknown architecture '{config.model_type}': it may not take a block mask"
     architecture = MODEL_MAPPING[type(config)]
@@ -141,10 +158,10 @@ def _architecture(config: PretrainedConfig) -> str:
     return ""
 
 
-def _layers(fields: Mapping[str, Any]) -> str:
-    others = sorted({*(fields.get("layer_types") or [])} - WHOLE)
-    if others:
-        return f"layers of type {', '.join(others)} take no block mask"
+def _layer_reason(fields: Mapping[str, Any]) -> str:
+    unsupported = sorted({*(fields.get("layer_types") or [])} - MASKABLE_LAYER_TYPES)
+    if unsupported:
+        return f"layers of type {', '.join(unsupported)} take no block mask"
     if fields.get("alibi"):
         return "ALiBi biases by distance in the row, across completions"
     if any("conv" in name for name in fields):
@@ -152,13 +169,13 @@ def _layers(fields: Mapping[str, Any]) -> str:
     return ""
 
 
-def _span(fields: Mapping[str, Any], reach: int) -> str:
-    kinds = set(fields.get("layer_types") or WHOLE)
-    if kinds == {"full_attention"}:
+def _window_reason(fields: Mapping[str, Any], max_positions: int) -> str:
+    layer_types = set(fields.get("layer_types") or MASKABLE_LAYER_TYPES)
+    if layer_types == {"full_attention"}:
         return ""
     # A window longer than every row hides nothing.
-    spans = {name: fields[name] for name in SPANS if fields.get(name)}
-    name = min(spans, key=lambda name: spans[name], default=None)
-    if name is None or reach <= spans[name]:
+    windows = {name: fields[name] for name in WINDOW_FIELDS if fields.get(name)}
+    name = min(windows, key=lambda name: windows[name], default=None)
+    if name is None or max_positions <= windows[name]:
         return ""
-    return f"attention window of {spans[name]} tokens ({name}), but the longest row has {reach}"
+    return f"attention window of {windows[name]} tokens ({name}), but the longest row has {max_positions}"

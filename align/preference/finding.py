@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-PHRASE, SAID_AGAIN = 4, 3
+PHRASE_WORDS, MIN_REPEATS = 4, 3
 """A completion repeats itself if a phrase of 4 words occurs 3 times."""
 
 
@@ -15,47 +15,45 @@ class Finding:
     """One diagnosis: the numbers, their meaning, and an action if one is needed."""
 
     name: str
-    said: str
-    means: str
+    evidence: str
+    meaning: str
     action: str = ""
 
-    def line(self) -> str:
+    def format_line(self) -> str:
         """Return the finding as one line for the terminal; ``!!`` marks one that needs action."""
         mark = "!!" if self.action else "--"
-        return (
-            f"{mark}  {self.name:<14}{self.said}: {self.means}{f' -> {self.action}' if self.action else ''}"
-        )
+        return f"{mark}  {self.name:<14}{self.evidence}: {self.meaning}{f' -> {self.action}' if self.action else ''}"
 
     def record(self) -> dict[str, Any]:
         return {**asdict(self), "warned": bool(self.action)}
 
 
-def repetition(replies: Sequence[tuple[str, str]], action: str) -> Finding | None:
+def repetition_finding(completions: Sequence[tuple[str, str]], action: str) -> Finding | None:
     """Return a finding if more completions repeat themselves or each other after training than before.
 
     Args:
         completions: completions of some prompts, before and after training.
         action: the suggested action.
     """
-    shares = [[_repeats(pair[when]) for pair in replies] for when in (0, 1)]
-    again = [sum(share) for share in shares]
-    same = [_copies([pair[when] for pair in replies]) for when in (0, 1)]
-    if again[1] <= again[0] and same[1] <= same[0]:
+    self_repeating = [[_repeats_itself(pair[when]) for pair in completions] for when in (0, 1)]
+    num_repeating = [sum(flags) for flags in self_repeating]
+    num_duplicates = [_count_duplicates([pair[when] for pair in completions]) for when in (0, 1)]
+    if num_repeating[1] <= num_repeating[0] and num_duplicates[1] <= num_duplicates[0]:
         return None
-    said = (
-        f"of {len(replies)} completions, self-repeating: {again[0]} → {again[1]}, "
-        f"duplicates of another one: {same[0]} → {same[1]}"
+    evidence = (
+        f"of {len(completions)} completions, self-repeating: {num_repeating[0]} → {num_repeating[1]}, "
+        f"duplicates of another one: {num_duplicates[0]} → {num_duplicates[1]}"
     )
-    means = "repetition loops, typical of a policy that drifted too far from its reference"
-    return Finding("repetition", said, means, action)
+    meaning = "repetition loops, typical of a policy that drifted too far from its reference"
+    return Finding("repetition", evidence, meaning, action)
 
 
-def _repeats(reply: str) -> bool:
-    words = reply.split()
-    phrases = Counter(zip(*(islice(words, start, None) for start in range(PHRASE)), strict=False))
-    return max(phrases.values(), default=0) >= SAID_AGAIN
+def _repeats_itself(completion: str) -> bool:
+    words = completion.split()
+    phrases = Counter(zip(*(islice(words, start, None) for start in range(PHRASE_WORDS)), strict=False))
+    return max(phrases.values(), default=0) >= MIN_REPEATS
 
 
-def _copies(replies: Sequence[str]) -> int:
+def _count_duplicates(completions: Sequence[str]) -> int:
     """Return how many completions are exact duplicates of an earlier one."""
-    return len(replies) - len(set(replies))
+    return len(completions) - len(set(completions))

@@ -18,8 +18,8 @@ class GroupTrainer(BaseTrainer):
         """Return an optimizer step's micro-batches and their number of groups, summed over all processes."""
         # Trainer counts trained tokens, but preference losses are averaged over groups.
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        groups = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
-        return batches, self.accelerator.reduce(groups, "sum")
+        num_groups = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
+        return batches, self.accelerator.reduce(num_groups, "sum")
 
     def step_loss(self, losses: Tensor, num_groups: Tensor | int) -> Tensor:
         """Return this micro-batch's contribution to the optimizer step's loss.

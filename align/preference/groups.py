@@ -35,7 +35,7 @@ class Group:
         return len(self.prompt) + sum(map(len, self.completions))
 
     @property
-    def reach(self) -> int:
+    def max_positions(self) -> int:
         """Return the number of positions: the tokens of the prompt plus those of its longest completion."""
         return len(self.prompt) + max(map(len, self.completions))
 
@@ -50,24 +50,24 @@ class Predictions(TypedDict):
         targets: (N,) token ids: all tokens of all completions.
         completion_index: (N,) the completion of each target.
         token_offset: (N,) the position of each target in its completion.
-        lengths: (C,) number of tokens of each completion.
+        lengths_C: (C,) number of tokens of each completion.
         last_token_index: (C, 2), row and position of each completion's last token.
     """
 
-    predicts: Tensor
-    sources: Tensor
+    predict_mask: Tensor
+    state_index: Tensor
     targets: Tensor
-    owners: Tensor
-    offsets: Tensor
+    completion_index: Tensor
+    token_offset: Tensor
     lengths: Tensor
-    ends: Tensor
+    last_token_index: Tensor
 
 
 class GroupBatch(Predictions):
     """One forward pass over complete groups; completions are numbered across groups, in the order given.
 
     Attributes:
-        input_ids: (B, T).
+        input_ids_BT: (B, T).
         position_ids: (B, T); those of a completion continue from its prompt, padding is 0.
         group_ids: (B, T), 1-based index of a position's group within its row; 0 is padding.
         completion_ids: (B, T), 0 for the prompt, k for the k-th completion of the group.
@@ -77,31 +77,31 @@ class GroupBatch(Predictions):
 
     input_ids: Tensor
     position_ids: Tensor
-    groups: Tensor
-    parts: Tensor
+    group_ids: Tensor
+    completion_ids: Tensor
     sizes: Tensor
     attention_mask: NotRequired[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class ForwardCost:
     """The cost of a forward pass in multiply-adds.
 
     ``per_token``: of each token in linear layers. ``per_pair``: of each pair of tokens of a row in attention,
     masked or not.
     """
 
-    token: float
-    pair: float
+    per_token: float
+    per_pair: float
 
-    def __call__(self, lines: int, columns: int) -> float:
+    def __call__(self, num_rows: int, num_positions: int) -> float:
         """Return the cost of a padded batch of shape (rows, positions).
 
         >>> ForwardCost(per_token=10.0, per_pair=1.0)(2, 5)
         150.0
         """
         # A dense mask is added to the scores, so attention computes the masked pairs too.
-        return lines * columns * (self.token + self.pair * columns)
+        return num_rows * num_positions * (self.per_token + self.per_pair * num_positions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +114,8 @@ class GroupCollator:
     order are the same in both layouts. With a ``cost`` (``attention.forward_cost``) each batch takes the
     cheaper layout: many long completions of a short prompt cost more attention in one row than they save.
 
-    >>> pair = Group(torch.tensor([5, 6, 7]), (torch.tensor([1, 2]), torch.tensor([3])))
-    >>> batch = GroupCollator(pad_id=0)([pair])
+    >>> per_pair = Group(torch.tensor([5, 6, 7]), (torch.tensor([1, 2]), torch.tensor([3])))
+    >>> batch = GroupCollator(pad_id=0)([per_pair])
     >>> batch["input_ids"].tolist(), batch["position_ids"].tolist()
     ([[5, 6, 7, 1, 2, 3]], [[0, 1, 2, 3, 4, 3]])
 
@@ -126,7 +126,7 @@ class GroupCollator:
     >>> batch["completion_index"].tolist(), batch["token_offset"].tolist(), batch["lengths"].tolist()
     ([0, 1, 0], [0, 0, 1], [2, 1])
 
-    >>> batch = GroupCollator(pad_id=0, one_per_row=True)([pair])
+    >>> batch = GroupCollator(pad_id=0, one_per_row=True)([per_pair])
     >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
     ([[5, 6, 7, 1, 2], [5, 6, 7, 3, 0]], [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     >>> batch["state_index"].tolist(), batch["targets"].tolist(), batch["completion_index"].tolist()
@@ -135,33 +135,33 @@ class GroupCollator:
 
     pad_id: int
     budget: int = 0
-    separate: bool = False
-    cost: Cost | None = None
+    one_per_row: bool = False
+    cost: ForwardCost | None = None
 
     def __call__(self, groups: Sequence[Group]) -> GroupBatch:
-        lines = even_lines([len(group) for group in groups], self.budget)
-        if not self.separate and not self._cheaper_apart(groups, lines):
-            return _fill(groups, lines, self.pad_id)
+        rows = pack_evenly([len(group) for group in groups], self.budget)
+        if not self.one_per_row and not self._one_per_row_is_cheaper(groups, rows):
+            return _to_batch(groups, rows, self.pad_id)
         # Each completion gets its own copy of the prompt, so that plain causal attention is enough.
-        singles = [Group(group.prompt, (one,)) for group in groups for one in group.completions]
-        batch = _fill(singles, [[index] for index in range(len(singles))], self.pad_id)
+        singles = [Group(group.prompt, (completion,)) for group in groups for completion in group.completions]
+        batch = _to_batch(singles, [[index] for index in range(len(singles))], self.pad_id)
         # `singles` are groups of one completion; losses need the K of the groups they come from.
         batch["sizes"] = torch.tensor([len(group.completions) for group in groups])
         # One group per row: its index is 1, and padding is 0.
-        batch["attention_mask"] = batch["groups"].clamp(max=1)
+        batch["attention_mask"] = batch["group_ids"].clamp(max=1)
         return batch
 
-    def _cheaper_apart(self, groups: Sequence[Group], lines: Sequence[Sequence[int]]) -> bool:
+    def _one_per_row_is_cheaper(self, groups: Sequence[Group], rows: Sequence[Sequence[int]]) -> bool:
         """Return whether one completion per row costs less than these rows of complete groups."""
         if self.cost is None:
             return False
-        longest = max(sum(len(groups[index]) for index in line) for line in lines)
-        completions = sum(len(group.completions) for group in groups)
-        reach = max(group.reach for group in groups)
-        return self.cost(completions, reach) < self.cost(len(lines), longest)
+        longest_row = max(sum(len(groups[index]) for index in row) for row in rows)
+        num_completions = sum(len(group.completions) for group in groups)
+        max_positions = max(group.max_positions for group in groups)
+        return self.cost(num_completions, max_positions) < self.cost(len(rows), longest_row)
 
 
-def even_lines(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def pack_evenly(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Pack items into as few rows of ``budget`` tokens as ``pack`` needs, with the shortest longest row.
 
     Returns:
@@ -171,22 +171,22 @@ def even_lines(lengths: Sequence[int], budget: int) -> list[list[int]]:
     ([[0, 1], [2, 3, 4]], [[0, 2], [1, 3, 4]])
     """
     budget = max(budget, *lengths)
-    lines = pack(lengths, budget)
+    rows = pack(lengths, budget)
     # Binary search for the smallest budget with as many rows: masked attention costs the square of a row's
     # length, so that of equally many rows the shortest are the cheapest.
     # No row can be shorter than the longest item, nor all of them than the mean.
-    low = max(*lengths, -(-sum(lengths) // len(lines)))
+    low = max(*lengths, -(-sum(lengths) // len(rows)))
     while low < budget:
         middle = (low + budget) // 2
-        shorter = pack(lengths, middle)
-        if len(shorter) <= len(lines):
-            lines, budget = shorter, middle
+        candidate = pack(lengths, middle)
+        if len(candidate) <= len(rows):
+            rows, budget = candidate, middle
         else:
             low = middle + 1
-    return lines
+    return rows
 
 
-def visible(groups: Tensor, parts: Tensor) -> Tensor:
+def block_mask(group_ids_BT: Tensor, completion_ids_BT: Tensor) -> Tensor:
     """Return the block mask (B, T, T), bool: [b, i, j] is true where query i attends to key j.
 
     A token attends to the earlier tokens of its prompt and of its own completion, and to itself.
@@ -203,97 +203,117 @@ def visible(groups: Tensor, parts: Tensor) -> Tensor:
              [0, 0, 0, 0, 1, 0],
              [0, 0, 0, 0, 0, 1]]], dtype=torch.int32)
     """
-    columns = torch.arange(groups.shape[1], device=groups.device)
-    together = groups[:, :, None] == groups[:, None, :]
-    inside = (parts[:, None, :] == 0) | (parts[:, :, None] == parts[:, None, :])
+    positions_T = torch.arange(group_ids_BT.shape[1], device=group_ids_BT.device)
+    same_group = group_ids_BT[:, :, None] == group_ids_BT[:, None, :]
+    same_completion = (completion_ids_BT[:, None, :] == 0) | (
+        completion_ids_BT[:, :, None] == completion_ids_BT[:, None, :]
+    )
     # By order in the row and not by position ids, which all completions of a prompt share.
-    before = columns[:, None] >= columns[None, :]
-    real = groups[:, None, :] > 0
+    causal = positions_T[:, None] >= positions_T[None, :]
+    not_padding = group_ids_BT[:, None, :] > 0
     # Padding attends to itself: a softmax over no key at all is NaN.
-    return (together & inside & before & real) | (columns[:, None] == columns[None, :])
+    return (same_group & same_completion & causal & not_padding) | (
+        positions_T[:, None] == positions_T[None, :]
+    )
 
 
-def _fill(groups: Sequence[Group], lines: Sequence[Sequence[int]], pad_id: int) -> GroupBatch:
-    in_lines = [[groups[index] for index in line] for line in lines]
-    input_ids = _rectangle(in_lines, _ids, padding=pad_id)
+def _to_batch(groups: Sequence[Group], rows: Sequence[Sequence[int]], pad_id: int) -> GroupBatch:
+    groups_by_row = [[groups[index] for index in row] for row in rows]
+    input_ids_BT = _pad_rows(groups_by_row, _group_token_ids, padding=pad_id)
     # From 1, since 0 is padding.
-    numbers = [torch.arange(1, len(line) + 1) for line in lines]
-    lengths = [torch.tensor([len(group) for group in line]) for line in in_lines]
-    columns = [torch.repeat_interleave(*pair) for pair in zip(numbers, lengths, strict=True)]
+    group_numbers = [torch.arange(1, len(row) + 1) for row in rows]
+    lengths = [torch.tensor([len(group) for group in row]) for row in groups_by_row]
+    group_ids = [torch.repeat_interleave(*pair) for pair in zip(group_numbers, lengths, strict=True)]
     return {
-        "input_ids": input_ids,
-        "position_ids": _rectangle(in_lines, _positions),
-        "groups": pad_sequence(columns, batch_first=True),
-        "parts": _rectangle(in_lines, _parts),
+        "input_ids": input_ids_BT,
+        "position_ids": _pad_rows(groups_by_row, _position_ids),
+        "group_ids": pad_sequence(group_ids, batch_first=True),
+        "completion_ids": _pad_rows(groups_by_row, _completion_ids),
         "sizes": torch.tensor([len(group.completions) for group in groups]),
         # mypy looks for the optional key in what is unpacked
-        **_predictions(groups, _starts(groups, lines, input_ids.shape[1]), input_ids.shape),  # type: ignore[typeddict-item]
+        **_predictions(groups, _group_offsets(groups, rows, input_ids_BT.shape[1]), input_ids_BT.shape),  # type: ignore[typeddict-item]
     }
 
 
-def _rectangle(
-    lines: Sequence[Sequence[Group]], values: Callable[[Group], Tensor], padding: int = 0
+def _pad_rows(
+    groups_by_row: Sequence[Sequence[Group]], values: Callable[[Group], Tensor], padding: int = 0
 ) -> Tensor:
-    rows = [torch.cat([values(group) for group in line]) for line in lines]
+    rows = [torch.cat([values(group) for group in row_groups]) for row_groups in groups_by_row]
     return pad_sequence(rows, batch_first=True, padding_value=padding)
 
 
-def _starts(groups: Sequence[Group], lines: Sequence[Sequence[int]], columns: int) -> dict[int, int]:
+def _group_offsets(
+    groups: Sequence[Group], rows: Sequence[Sequence[int]], num_positions: int
+) -> dict[int, int]:
     """Return the flat position (row * T + position) at which each group starts."""
     starts: dict[int, int] = {}
-    for number, line in enumerate(lines):
+    for row_index, row in enumerate(rows):
         # One value more than groups: the last one is the end of the row.
-        places = accumulate((len(groups[index]) for index in line), initial=number * columns)
-        starts |= dict(zip(line, places, strict=False))
+        offsets = accumulate((len(groups[index]) for index in row), initial=row_index * num_positions)
+        starts |= dict(zip(row, offsets, strict=False))
     return starts
 
 
-def _ids(group: Group) -> Tensor:
+def _group_token_ids(group: Group) -> Tensor:
     return torch.cat([group.prompt, *group.completions])
 
 
-def _positions(group: Group) -> Tensor:
-    end = len(group.prompt)
+def _position_ids(group: Group) -> Tensor:
+    prompt_length = len(group.prompt)
     # Each completion restarts after the prompt, at the positions that it would have in a row of its own.
-    completions = [torch.arange(end, end + len(completion)) for completion in group.completions]
-    return torch.cat([torch.arange(end), *completions])
+    completions = [
+        torch.arange(prompt_length, prompt_length + len(completion)) for completion in group.completions
+    ]
+    return torch.cat([torch.arange(prompt_length), *completions])
 
 
-def _parts(group: Group) -> Tensor:
+def _completion_ids(group: Group) -> Tensor:
     lengths = torch.tensor([len(group.prompt), *map(len, group.completions)])
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
 
-def _predictions(groups: Sequence[Group], starts: dict[int, int], shape: torch.Size) -> Predictions:
+def _predictions(groups: Sequence[Group], group_offsets: dict[int, int], shape: torch.Size) -> Predictions:
     completions = list(chain.from_iterable(group.completions for group in groups))
-    lengths = torch.tensor([len(completion) for completion in completions])
-    states = torch.cat([place for i, group in enumerate(groups) for place in _predictors(group, starts[i])])
-    predicts = torch.zeros(shape.numel(), dtype=torch.bool)
-    predicts[states] = True
+    lengths_C = torch.tensor([len(completion) for completion in completions])
+    predicting_positions_N = torch.cat(
+        [
+            positions
+            for i, group in enumerate(groups)
+            for positions in _predicting_positions(group, group_offsets[i])
+        ]
+    )
+    predict_mask = torch.zeros(shape.numel(), dtype=torch.bool)
+    predict_mask[predicting_positions_N] = True
     # Ascending state indices let `gather_logps` split logits and targets into chunks; a stable sort keeps the
     # targets of one state in the order of their completions.
-    sources, order = torch.sort((predicts.cumsum(0) - 1)[states], stable=True)
-    ends = torch.tensor([end for i, group in enumerate(groups) for end in _last_tokens(group, starts[i])])
+    state_index_N, order = torch.sort((predict_mask.cumsum(0) - 1)[predicting_positions_N], stable=True)
+    last_positions_C = torch.tensor(
+        [
+            last_position
+            for i, group in enumerate(groups)
+            for last_position in _last_token_positions(group, group_offsets[i])
+        ]
+    )
     return {
-        "predicts": predicts.view(shape),
-        "sources": sources,
+        "predict_mask": predict_mask.view(shape),
+        "state_index": state_index_N,
         "targets": torch.cat(completions)[order],
-        "owners": torch.repeat_interleave(torch.arange(len(lengths)), lengths)[order],
-        "offsets": torch.cat([torch.arange(length) for length in lengths.tolist()])[order],
-        "lengths": lengths,
-        "ends": torch.stack([ends // shape[1], ends % shape[1]], dim=1),
+        "completion_index": torch.repeat_interleave(torch.arange(len(lengths_C)), lengths_C)[order],
+        "token_offset": torch.cat([torch.arange(length) for length in lengths_C.tolist()])[order],
+        "lengths": lengths_C,
+        "last_token_index": torch.stack([last_positions_C // shape[1], last_positions_C % shape[1]], dim=1),
     }
 
 
-def _last_tokens(group: Group, start: int) -> list[int]:
+def _last_token_positions(group: Group, start: int) -> list[int]:
     ends = accumulate(map(len, group.completions), initial=start + len(group.prompt) - 1)
     # The first value is the last token of the prompt.
     return list(ends)[1:]
 
 
-def _predictors(group: Group, start: int) -> list[Tensor]:
+def _predicting_positions(group: Group, start: int) -> list[Tensor]:
     """Return the flat positions that predict each completion: the prompt's last token, then its own ones."""
     prompt_end = torch.tensor([start + len(group.prompt) - 1])
-    ends = _last_tokens(group, start)
-    own = zip(ends, map(len, group.completions), strict=True)
-    return [torch.cat([prompt_end, torch.arange(end - length + 1, end)]) for end, length in own]
+    ends = _last_token_positions(group, start)
+    spans = zip(ends, map(len, group.completions), strict=True)
+    return [torch.cat([prompt_end, torch.arange(end - length + 1, end)]) for end, length in spans]

@@ -10,21 +10,21 @@ from dataclasses import replace
 import numpy as np
 
 from align.preference.rows.judged import Comparison
-from align.preference.rows.prepare import gather_comparisons
-from align.preference.settings import HindsightSettings, PreferenceSettings
+from align.preference.rows.prepare import load_comparisons
+from align.preference.settings import ChainOfHindsightSettings, PreferenceSettings
 from data_templates._segments import Message
-from finetune.data.conversation import Conversation, wishing
-from finetune.data.dataset import Prepared, prepare_gathered
+from finetune.data.conversation import Conversation, with_control_suffix
+from finetune.data.dataset import PreparedData, tokenize_conversations
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
-from finetune.training.job import Job
-from finetune.training.text import Text
+from finetune.training.job import RunContext
+from finetune.training.text import TextEncoding
 
-ORDER = 5
+ORDER_STREAM = 5
 """Seed key of this random stream: independent of those that read and mix the data."""
 
 
-def chains(rows: Iterable[Comparison], *, good: str, bad: str, seed: int) -> list[Conversation]:
+def build_chains(rows: Iterable[Comparison], *, good: str, bad: str, seed: int) -> list[Conversation]:
     """Return each prompt with its best and its worst completion, in random order, as one conversation.
 
     Args:
@@ -33,52 +33,56 @@ def chains(rows: Iterable[Comparison], *, good: str, bad: str, seed: int) -> lis
         bad: control text of the worst completion.
         seed: of the random order.
     """
-    random = np.random.default_rng([seed, ORDER])
-    return [_chain(row, good=good, bad=bad, good_first=bool(random.integers(2))) for row in rows]
+    random = np.random.default_rng([seed, ORDER_STREAM])
+    return [_build_chain(row, good=good, bad=bad, good_first=bool(random.integers(2))) for row in rows]
 
 
-def _chain(row: Comparison, *, good: str, bad: str, good_first: bool) -> Conversation:
-    answers = [(good, row.replies[0]), (bad, row.replies[-1])]
-    (first_wish, first), (second_wish, second) = answers if good_first else answers[::-1]
+def _build_chain(row: Comparison, *, good: str, bad: str, good_first: bool) -> Conversation:
+    controlled = [(good, row.replies[0]), (bad, row.replies[-1])]
+    (first_control, first), (second_control, second) = controlled if good_first else controlled[::-1]
     # Liu et al. mask the loss on everything but the completions: history and feedback are context.
-    asked = [replace(turn, trained=False) for turn in wishing(row.prompt, first_wish)]
-    turns = [*asked, first, Message("user", second_wish), second]
-    return Conversation(turns, row.where, row.source)
+    prompt = [replace(turn, trained=False) for turn in with_control_suffix(row.prompt, first_control)]
+    turns = [*prompt, first, Message("user", second_control), second]
+    return Conversation(turns, row.location, row.source)
 
 
-def questions(rows: Iterable[Comparison]) -> list[Conversation]:
+def best_completion_prompts(rows: Iterable[Comparison]) -> list[Conversation]:
     """Return each distinct prompt with its best completion, for samples and generation metrics."""
     # Reversed, so that the first row of a prompt is the one that stays.
     first = {row.prompt: row for row in reversed(list(rows))}
-    return [Conversation([*row.prompt, row.replies[0]], row.where, row.source) for row in first.values()]
+    return [Conversation([*row.prompt, row.replies[0]], row.location, row.source) for row in first.values()]
 
 
-def wishing_text(text: Text, wish: str) -> Text:
+def with_control_suffix_encoder(text: TextEncoding, control_suffix: str) -> TextEncoding:
     """Return the text settings with a control suffix on every prompt of the tuned model."""
     encoder = text.encoder
-    asking = Encoder(encoder.tokenizer, encoder.name, system=encoder.system, wish=wish)
-    return replace(text, encoder=asking)
+    controlled = Encoder(
+        encoder.tokenizer, encoder.name, system=encoder.system, control_suffix=control_suffix
+    )
+    return replace(text, encoder=controlled)
 
 
-def load_chains(job: Job, settings: PreferenceSettings, words: HindsightSettings, text: Text) -> Prepared:
+def load_chains(
+    ctx: RunContext, settings: PreferenceSettings, hindsight: ChainOfHindsightSettings, text: TextEncoding
+) -> PreparedData:
     """Read a recipe's preferences, tokenize them as chains of hindsight, and log the data report.
 
     Raises:
         UserError: mistakes in the data, with file, line and field.
     """
-    seed = job.recipe.settings.train.seed
-    report, aside = DataReport(), DataReport()
-    with job.timed("data"):
-        train, held_out = gather_comparisons(settings, seed, report, aside)
+    seed = ctx.recipe.settings.train.seed
+    report, held_out_report = DataReport(), DataReport()
+    with ctx.timed("data"):
+        train, held_out = load_comparisons(settings, seed, report, held_out_report)
         # The SFT pipeline from here on: a chain is a conversation with some untrained turns.
-        data = prepare_gathered(
-            chains(train, good=words.good, bad=words.bad, seed=seed),
-            chains(held_out, good=words.good, bad=words.bad, seed=seed),
+        data = tokenize_conversations(
+            build_chains(train, good=hindsight.good, bad=hindsight.bad, seed=seed),
+            build_chains(held_out, good=hindsight.good, bad=hindsight.bad, seed=seed),
             settings,
             text.encoder,
             max_length=text.max_length,
-            told=(report, aside),
+            reports=(report, held_out_report),
         )
     for line in data.report.lines():
-        job.say(line)
-    return replace(data, prompts=questions(held_out or train))
+        ctx.log(line)
+    return replace(data, prompts=best_completion_prompts(held_out or train))

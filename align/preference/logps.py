@@ -10,11 +10,15 @@ from torch.utils.checkpoint import checkpoint
 from align.preference.attention import block_attention
 from align.preference.groups import Group, GroupCollator
 from finetune.training.head import logits_at
-from finetune.training.loss import MAX_ELEMENTS
+from finetune.training.loss import MAX_LOGITS_PER_CHUNK
 
 
 def completion_logps(
-    model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor], *, max_elements: int = MAX_ELEMENTS
+    model: nn.Module,
+    head: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    max_elements: int = MAX_LOGITS_PER_CHUNK,
 ) -> Tensor:
     """Return log p(completion | prompt) = sum_t log p(y_t | x, y_<t) of each completion, in float32.
 
@@ -32,31 +36,35 @@ def completion_logps(
 
 
 def token_logps(
-    model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor], *, max_elements: int = MAX_ELEMENTS
+    model: nn.Module,
+    head: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    max_elements: int = MAX_LOGITS_PER_CHUNK,
 ) -> Tensor:
     """Return log p(y_t | x, y_<t) of each token of each completion, in float32.
 
     Returns:
         (C, T) with T the longest completion, with gradients; 0 after a completion's end.
     """
-    logits = completion_logits(model, head, batch)
-    picked = picked_logps(logits, batch["sources"], batch["targets"], max_elements=max_elements)
+    logits_SV = completion_logits(model, head, batch)
+    logps_N = gather_logps(logits_SV, batch["state_index"], batch["targets"], max_elements=max_elements)
     # Padding is 0, so that sums over tokens are log-probabilities of completions.
-    table = picked.new_zeros(len(batch["lengths"]), int(batch["lengths"].max()))
-    return table.index_put((batch["owners"], batch["offsets"]), picked)
+    logps_CT = logps_N.new_zeros(len(batch["lengths"]), int(batch["lengths"].max()))
+    return logps_CT.index_put((batch["completion_index"], batch["token_offset"]), logps_N)
 
 
 def completion_logits(model: nn.Module, head: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the logits (S, V) of the states that predict tokens of completions, each state once."""
-    separate = "attention_mask" in batch
+    one_per_row = "attention_mask" in batch
     # With a block mask the hook sets mask and position ids, so only the ids are passed.
-    names = ("input_ids", "attention_mask") if separate else ("input_ids",)
+    names = ("input_ids", "attention_mask") if one_per_row else ("input_ids",)
     # One completion per row is ordinary causal attention, which the model's own 2-D mask describes.
-    with nullcontext() if separate else block_attention(model, batch):
-        return logits_at(model, head, {name: batch[name] for name in names}, batch["predicts"])
+    with nullcontext() if one_per_row else block_attention(model, batch):
+        return logits_at(model, head, {name: batch[name] for name in names}, batch["predict_mask"])
 
 
-def picked_logps(logits: Tensor, sources: Tensor, targets: Tensor, *, max_elements: int) -> Tensor:
+def gather_logps(logits_SV: Tensor, state_index_N: Tensor, targets_N: Tensor, *, max_elements: int) -> Tensor:
     r"""Return each target token's log-probability, log softmax(logits[state_index_n])[targets_n], in float32.
 
     Args:
@@ -68,30 +76,34 @@ def picked_logps(logits: Tensor, sources: Tensor, targets: Tensor, *, max_elemen
     Returns:
         (N,).
 
-    >>> logits = torch.tensor([[0.0, 0.0], [1.0986123, 0.0]])
-    >>> logps = gather_logps(logits, torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1]), max_elements=2)
+    >>> logits_SV = torch.tensor([[0.0, 0.0], [1.0986123, 0.0]])
+    >>> logps = gather_logps(logits_SV, torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1]), max_elements=2)
     >>> logps.exp()
     tensor([0.5000, 0.7500, 0.2500])
     """
-    rows = max(1, max_elements // logits.shape[-1])
-    if len(logits) <= rows:
-        return _picked(logits, sources, targets)
+    rows = max(1, max_elements // logits_SV.shape[-1])
+    if len(logits_SV) <= rows:
+        return _gather_logps(logits_SV, state_index_N, targets_N)
     # Chunks are recomputed in the backward pass, so that one chunk's float32 copy is alive at a time: with a
     # large vocabulary the float32 logits of all states would dominate memory.
-    chunks = torch.split(logits, rows)
-    counts = torch.bincount(sources // rows, minlength=len(chunks)).tolist()
-    parts = zip(chunks, torch.split(sources % rows, counts), torch.split(targets, counts), strict=True)
-    return torch.cat([checkpoint(_picked, *part, use_reentrant=False) for part in parts])
+    chunks = torch.split(logits_SV, rows)
+    counts = torch.bincount(state_index_N // rows, minlength=len(chunks)).tolist()
+    chunked_inputs = zip(
+        chunks, torch.split(state_index_N % rows, counts), torch.split(targets_N, counts), strict=True
+    )
+    return torch.cat(
+        [checkpoint(_gather_logps, *chunk_inputs, use_reentrant=False) for chunk_inputs in chunked_inputs]
+    )
 
 
-def _picked(logits: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+def _gather_logps(logits_SV: Tensor, state_index_N: Tensor, targets_N: Tensor) -> Tensor:
     # In bfloat16 the differences of log-probabilities would be rounding noise.
-    scores = logits.float()
-    return scores[sources, targets] - scores.logsumexp(-1)[sources]
+    logits_float32 = logits_SV.float()
+    return logits_float32[state_index_N, targets_N] - logits_float32.logsumexp(-1)[state_index_N]
 
 
 @torch.no_grad()
-def layout_error(model: nn.Module, head: nn.Module, groups: Sequence[Group], *, pad_id: int) -> float:
+def shared_layout_error(model: nn.Module, head: nn.Module, groups: Sequence[Group], *, pad_id: int) -> float:
     """Return the largest difference between shared and one-per-row layout in a token's log-probability.
 
     It measures on the loaded model what ``attention.block_mask_unsupported`` infers from its config: rounding
@@ -107,12 +119,12 @@ def layout_error(model: nn.Module, head: nn.Module, groups: Sequence[Group], *, 
     model.eval()
     device = next(model.parameters()).device
     # All groups in one row: masks between groups are measured too.
-    collators = (GroupCollator(pad_id, sum(map(len, groups))), GroupCollator(pad_id, separate=True))
-    shared, separate = (
+    collators = (GroupCollator(pad_id, sum(map(len, groups))), GroupCollator(pad_id, one_per_row=True))
+    shared, one_per_row = (
         token_logps(
             model, head, {k: v.to(device) for k, v in collate(groups).items() if isinstance(v, Tensor)}
         )
         for collate in collators
     )
     model.train(training)
-    return float((shared - separate).abs().max())
+    return float((shared - one_per_row).abs().max())

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import DataSettings, Section, Text
+from finetune.recipe.settings import DataSettings, NonEmptyStr, Section
 
 
 class PreferenceSettings(DataSettings):
@@ -31,13 +31,15 @@ class PreferenceSettings(DataSettings):
     loss_on: Literal["reply"] = Field("reply", description="the completions, each with its EOS token")
 
 
-class HindsightSettings(Section):
+class ChainOfHindsightSettings(Section):
     """Chain-of-hindsight feedback, in the language of the data."""
 
-    good: Text = Field(
+    good: NonEmptyStr = Field(
         "Give a good answer.", description="control text of the best completion, for training and generation"
     )
-    bad: Text = Field("Give a bad answer.", description="control text of the worst completion, for training")
+    bad: NonEmptyStr = Field(
+        "Give a bad answer.", description="control text of the worst completion, for training"
+    )
 
     def problems(self) -> list[Problem]:
         if self.good.strip() != self.bad.strip():

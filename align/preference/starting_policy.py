@@ -10,7 +10,7 @@ from align.preference.logps import token_logps
 from finetune.training.model import DTYPES
 
 
-class StartingPolicy:
+class ReferencePolicy:
     """The reference model of DPO, PPO and GRPO: the initial policy, sharing the frozen base with the policy.
 
     A copy of the initial trained weights is swapped in while reference log-probabilities are computed. That
@@ -21,19 +21,19 @@ class StartingPolicy:
         """Copy the trainable weights; call it before a checkpoint is loaded, which would overwrite them."""
         # The frozen base is shared: only trained weights are copied, a few MB for LoRA.
         trained = [weight for weight in model.parameters() if weight.requires_grad]
-        self.copies = [(weight, weight.detach().clone()) for weight in trained]
+        self.initial_weights = [(weight, weight.detach().clone()) for weight in trained]
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def as_active(self) -> Iterator[None]:
         """Make the model the reference policy inside the block; no autograd graph of it may be alive."""
-        now = [weight.data for weight, _ in self.copies]
+        current = [weight.data for weight, _ in self.initial_weights]
         try:
             # `.data` is swapped and not the Parameter, which optimizer and adapter refer to.
-            for weight, start in self.copies:
-                weight.data = start
+            for weight, initial in self.initial_weights:
+                weight.data = initial
             yield
         finally:
-            for (weight, _), data in zip(self.copies, now, strict=True):
+            for (weight, _), data in zip(self.initial_weights, current, strict=True):
                 weight.data = data
             # Autocast caches casts by weight: the policy's forward pass would reuse the reference's.
             torch.clear_autocast_cache()
@@ -43,13 +43,13 @@ class StartingPolicy:
         """Return the completions' token log-probabilities (C, T) under the reference, without dropout."""
         training = model.training
         model.eval()
-        with self.in_place():
-            found = token_logps(model, head, batch)
+        with self.as_active():
+            logps_CT = token_logps(model, head, batch)
         model.train(training)
-        return found
+        return logps_CT
 
 
-def arithmetic(model: nn.Module, precision: str) -> torch.autocast:
+def autocast_for(model: nn.Module, precision: str) -> torch.autocast:
     """Return the autocast context that Accelerate runs the forward pass in during training."""
     device = next(model.parameters()).device.type
     return torch.autocast(device, dtype=DTYPES[precision], enabled=precision != "float32")

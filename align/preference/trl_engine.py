@@ -27,29 +27,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from align.preference.rows.dataset import PreferenceGroups
-from finetune.planning.world import world
+from finetune.planning.world import dist_info
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.preflight.untouched import untouched
-from finetune.training.processes import everyones, share, together, wait
+from finetune.training.preflight.untouched import preserve_state
+from finetune.training.processes import all_gather_object, barrier, shard, unshard
 from finetune.training.stops import NotFiniteError
 
-NATIVE = "train.engine=native"
-COPY = "ref"
+USE_NATIVE_ENGINE = "train.engine=native"
+REFERENCE_ADAPTER = "ref"
 """The name of TRL's reference copy of the adapter, which precomputed log-probabilities make unnecessary."""
-NAMES = {
+PREFERENCE_METRIC_NAMES = {
     "rewards/chosen": "chosen_reward",
     "rewards/rejected": "rejected_reward",
     "rewards/margins": "margin",
     "rewards/accuracies": "accuracy",
 }
 """TRL's metric names -> ours. A tie counts as 0 in TRL's accuracy."""
-ROWS = "first-rows"
+PLACEHOLDER_FOLDER = "first-rows"
 """Temporary folder of the placeholder rows while a trainer is built."""
-BARS = "TQDM_DISABLE"
+DISABLE_TQDM_ENV = "TQDM_DISABLE"
 """The environment variable that disables TRL's progress bars."""
 
 
-def pair_columns(groups: PreferenceGroups) -> Dataset:
+def to_pair_dataset(groups: PreferenceGroups) -> Dataset:
     """Return pairs in the columns of TRL's ``DataCollatorForPreference``: ids of prompt and completions."""
     # Lists were refused before (`require_pairs`), with their location.
     rows = [groups[index] for index in range(len(groups))]
@@ -63,78 +63,80 @@ def pair_columns(groups: PreferenceGroups) -> Dataset:
     )
 
 
-def refuse_lists(groups: PreferenceGroups, *, where: str) -> None:
+def require_pairs(groups: PreferenceGroups, *, where: str) -> None:
     """Raise if a group is not a pair.
 
     Raises:
         UserError: a group has more than two completions; the first one is named.
     """
-    longer = [index for index, count in enumerate(groups.completions) if count != 2]
-    if longer:
-        first = groups[longer[0]]
+    not_pairs = [index for index, count in enumerate(groups.num_completions) if count != 2]
+    if not_pairs:
+        first = groups[not_pairs[0]]
         found = (
-            f"{len(longer)} prompts with more than two completions (first: {first.place}, "
+            f"{len(not_pairs)} prompts with more than two completions (first: {first.location}, "
             f"{len(first.completion_ids)} completions)"
         )
-        raise UserError(Problem(where, found, "pairs, with train.engine 'trl'", NATIVE))
+        raise UserError(Problem(where, found, "pairs, with train.engine 'trl'", USE_NATIVE_ENGINE))
 
 
-def own_replies(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
+def placeholder_rows(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
     """Return the placeholder rows that a TRL trainer is built on: two completions of one prompt."""
     # A special token as the prompt: no tokenizer merges it with the text after it.
     return {"prompt": [str(tokenizer.eos_token)] * 2, "completion": ["a", "b"]}
 
 
 @contextmanager
-def made_quietly() -> Iterator[None]:
+def progress_bars_disabled() -> Iterator[None]:
     """Disable progress bars over the placeholder rows."""
-    shown, before = not are_progress_bars_disabled(), os.environ.get(BARS)
+    were_enabled, previous = not are_progress_bars_disabled(), os.environ.get(DISABLE_TQDM_ENV)
     disable_progress_bars()
-    os.environ[BARS] = "1"
+    os.environ[DISABLE_TQDM_ENV] = "1"
     try:
         yield
     finally:
-        if shown:
+        if were_enabled:
             enable_progress_bars()
-        if before is None:
-            del os.environ[BARS]
+        if previous is None:
+            del os.environ[DISABLE_TQDM_ENV]
         else:
-            os.environ[BARS] = before
+            os.environ[DISABLE_TQDM_ENV] = previous
 
 
 @contextmanager
-def seen_by_all(rows: Dataset, args: TrainingArguments) -> Iterator[Dataset]:
+def shared_dataset(rows: Dataset, args: TrainingArguments) -> Iterator[Dataset]:
     """Yield rows that all processes read from one file."""
-    if world().size == 1:
+    if dist_info().world_size == 1:
         yield rows
         return
     # TRL stores reference log-probabilities in the dataset's cache folder, where the other ranks read them.
     # For rows in memory that is a temporary folder of each process, which the others do not see.
-    folder = Path(args.output_dir) / ROWS
-    if world().main:
+    folder = Path(args.output_dir) / PLACEHOLDER_FOLDER
+    if dist_info().is_main:
         rows.save_to_disk(str(folder))
-    wait()
+    barrier()
     yield load_from_disk(str(folder))
-    wait()
-    if world().main:
+    barrier()
+    if dist_info().is_main:
         rmtree(folder)
 
 
-def without_copy(model: nn.Module) -> None:
+def delete_reference_adapter(model: nn.Module) -> None:
     """Delete TRL's reference copy of the adapter: it would stay in memory and be saved with the adapter."""
-    if isinstance(model, PeftModel) and COPY in model.peft_config:
-        model.delete_adapter(COPY)
+    if isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config:
+        model.delete_adapter(REFERENCE_ADAPTER)
 
 
-class InOurWords(Trainer):  # type: ignore[misc]
+class RenamePreferenceMetrics(Trainer):  # type: ignore[misc]
     """Mixin that renames the metrics a TRL trainer logs to ours; comes after TRL's class in the MRO."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log({NAMES.get(name, name): value for name, value in logs.items()}, start_time)
+        super().log(
+            {PREFERENCE_METRIC_NAMES.get(name, name): value for name, value in logs.items()}, start_time
+        )
 
 
 @torch.no_grad()
-def logps_of(trainer: Trainer, columns: Dataset, *, kind: str = "") -> list[Tensor]:
+def completion_logps_by_batch(trainer: Trainer, dataset: Dataset, *, prefix: str = "") -> list[Tensor]:
     """Return completion log-probabilities under the current policy, from the engine's own forward pass.
 
     The batches are sharded over processes; every process returns the values of all.
@@ -147,27 +149,27 @@ def logps_of(trainer: Trainer, columns: Dataset, *, kind: str = "") -> list[Tens
     Returns:
         (B,) float32 for each batch, in the collator's order.
     """
-    found, size = [], trainer.args.per_device_train_batch_size
+    logps_by_batch, batch_size = [], trainer.args.per_device_train_batch_size
     # In the trainer's own autocast: the reference must round as the policy does in training.
-    with untouched(trainer.model), trainer.accelerator.autocast():
-        for start in share(range(0, len(columns), size)):
-            rows = [columns[index] for index in range(start, min(start + size, len(columns)))]
-            found.append(_logps(trainer.model, trainer.data_collator(rows), kind))
-    return together(everyones(found))
+    with preserve_state(trainer.model), trainer.accelerator.autocast():
+        for start in shard(range(0, len(dataset), batch_size)):
+            rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+            logps_by_batch.append(_batch_logps(trainer.model, trainer.data_collator(rows), prefix))
+    return unshard(all_gather_object(logps_by_batch))
 
 
-def _logps(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> Tensor:
+def _batch_logps(model: nn.Module, batch: Mapping[str, Tensor], prefix: str) -> Tensor:
     device = next(model.parameters()).device
     names = ("input_ids", "attention_mask", "completion_mask")
-    ids, mask, completion = (batch[f"{kind}{name}"].to(device) for name in names)
-    labels = ids.masked_fill(completion == 0, -100)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    tokens: Tensor = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
+    ids_BT, mask_BT, completion_mask_BT = (batch[f"{prefix}{name}"].to(device) for name in names)
+    labels = ids_BT.masked_fill(completion_mask_BT == 0, -100)
+    inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels}
+    logps_BT: Tensor = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
     # Virtual tokens come first: the last T - 1 positions are those of the input.
-    return tokens[:, 1 - ids.shape[1] :].sum(1).float().cpu()
+    return logps_BT[:, 1 - ids_BT.shape[1] :].sum(1).float().cpu()
 
 
-def refuse_not_finite(trainer: Trainer, loss: Tensor, places: Sequence[str]) -> None:
+def raise_if_not_finite(trainer: Trainer, loss: Tensor, locations: Sequence[str]) -> None:
     """Raise if the loss is not finite.
 
     Args:
@@ -179,20 +181,22 @@ def refuse_not_finite(trainer: Trainer, loss: Tensor, places: Sequence[str]) -> 
         NotFiniteError: NaN or infinite loss; the message names the rows.
     """
     if not torch.isfinite(loss):
-        step, named = trainer.state.global_step + 1, ", ".join(dict.fromkeys(places))
-        raise NotFiniteError(f"loss is {loss.item()} at step {step}, on {named}")
+        step, row_locations = trainer.state.global_step + 1, ", ".join(dict.fromkeys(locations))
+        raise NotFiniteError(f"loss is {loss.item()} at step {step}, on {row_locations}")
 
 
-def places_by_tokens(rows: Mapping[tuple[int, ...], str], lines: Tensor, mask: Tensor) -> list[str]:
+def batch_locations(locations: Mapping[tuple[int, ...], str], ids_BT: Tensor, mask_BT: Tensor) -> list[str]:
     """Return the locations of a batch's rows, looked up by their tokens: TRL's collators drop row ids."""
-    wanted = [tuple(line[: int(width)].tolist()) for line, width in zip(lines, mask.sum(1), strict=True)]
-    return [rows[ids] for ids in wanted if ids in rows]
+    token_keys = [
+        tuple(row_ids[: int(length)].tolist()) for row_ids, length in zip(ids_BT, mask_BT.sum(1), strict=True)
+    ]
+    return [locations[ids] for ids in token_keys if ids in locations]
 
 
-def places_of(groups: PreferenceGroups) -> dict[tuple[int, ...], str]:
+def locations_by_tokens(groups: PreferenceGroups) -> dict[tuple[int, ...], str]:
     """Return the location of each completion by the token ids of prompt and completion."""
-    found: dict[tuple[int, ...], str] = {}
+    locations: dict[tuple[int, ...], str] = {}
     for group in (groups[index] for index in range(len(groups))):
         prompt = group.prompt_ids.tolist()
-        found |= {(*prompt, *completion.tolist()): group.place for completion in group.completion_ids}
-    return found
+        locations |= {(*prompt, *completion.tolist()): group.location for completion in group.completion_ids}
+    return locations

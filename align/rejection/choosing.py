@@ -7,17 +7,19 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class Candidate:
     """A sampled completion: prompt index, text, whether it ended with EOS, reward, rewards by source."""
 
-    prompt: int
+    prompt_index: int
     text: str
-    ended: bool
+    ended_with_eos: bool
     reward: float
-    parts: Mapping[str, float] = field(default_factory=dict)
+    by_source: Mapping[str, float] = field(default_factory=dict)
 
 
-def eligible(replies: Sequence[Reply], *, above: float | None, unfinished: bool) -> list[Reply]:
+def eligible(
+    candidates: Sequence[Candidate], *, min_reward: float | None, keep_truncated: bool
+) -> list[Candidate]:
     """Return the completions that may be selected.
 
     Args:
@@ -26,35 +28,38 @@ def eligible(replies: Sequence[Reply], *, above: float | None, unfinished: bool)
         keep_truncated: whether completions without EOS may be selected.
     """
     return [
-        reply for reply in replies if (reply.ended or unfinished) and (above is None or reply.reward > above)
+        candidate
+        for candidate in candidates
+        if (candidate.ended_with_eos or keep_truncated)
+        and (min_reward is None or candidate.reward > min_reward)
     ]
 
 
-def best_of_each(replies: Sequence[Reply]) -> list[Reply]:
+def best_per_prompt(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the best completion of each prompt, in prompt order; ties go to the one sampled first.
 
     y* = argmax_k r(x, y_k): Touvron et al. 2023 (arXiv 2307.09288), section 3.2.3.
     """
-    best: dict[int, Reply] = {}
-    for reply in replies:
-        if reply.prompt not in best or reply.reward > best[reply.prompt].reward:
-            best[reply.prompt] = reply
+    best: dict[int, Candidate] = {}
+    for candidate in candidates:
+        if candidate.prompt_index not in best or candidate.reward > best[candidate.prompt_index].reward:
+            best[candidate.prompt_index] = candidate
     return list(best.values())
 
 
-def top_share(replies: Sequence[Reply], count: int) -> list[Reply]:
+def top_candidates(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     """Return the ``count`` best completions of all prompts, without duplicates; ties go to the first.
 
     Dong et al. 2023 (arXiv 2304.06767), in its first version: the top 1/k of a batch.
     """
-    first: dict[tuple[int, str], Reply] = {}
-    for reply in replies:
-        first.setdefault((reply.prompt, reply.text), reply)
-    once = list(first.values())
-    order = sorted(range(len(once)), key=lambda index: -once[index].reward)
-    return [once[index] for index in sorted(order[:count])]
+    first_seen: dict[tuple[int, str], Candidate] = {}
+    for candidate in candidates:
+        first_seen.setdefault((candidate.prompt_index, candidate.text), candidate)
+    unique = list(first_seen.values())
+    order = sorted(range(len(unique)), key=lambda index: -unique[index].reward)
+    return [unique[index] for index in sorted(order[:count])]
 
 
-def best_of_n(rewards: np.ndarray) -> float:
+def mean_best_of_n(rewards: np.ndarray) -> float:
     """Return the mean over prompts of the best of n rewards, given as (prompts, n)."""
     return float(rewards.max(axis=1).mean())

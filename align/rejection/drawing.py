@@ -8,25 +8,25 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from align.rejection.choosing import Reply
+from align.rejection.choosing import Candidate
 from align.rl.prompts import Prompts
-from align.rl.replies import judged_replies
+from align.rl.replies import score_completions
 from align.rl.rewards.rewards import Rewards
-from align.rl.rollout import Sampling, sample
-from finetune.data.cache import DamagedCacheError, store, stored
+from align.rl.rollout import Sampling, sample_completions
+from finetune.data.cache import DamagedCacheError, read_cached, write_cached
 from finetune.data.tokens import Encoder
-from finetune.planning.world import world
-from finetune.training.processes import from_main
+from finetune.planning.world import dist_info
+from finetune.training.processes import broadcast_object
 
-AT_ONCE = 512
+CANDIDATES_PER_CHUNK = 512
 """Approximate number of completions per chunk, which is sampled, scored and stored at once."""
-LINES = 10
+NUM_PROGRESS_MESSAGES = 10
 """Approximate number of progress messages per round."""
-Arrays = dict[str, np.ndarray]
+StoredArrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Drawing:
+class CandidateSampler:
     """Samples and scores ``num_generations`` completions per prompt.
 
     Attributes:
@@ -43,19 +43,19 @@ class Drawing:
     rewards: Rewards
     encoder: Encoder
     sampling: Sampling
-    samples: int
-    say: Callable[[str], None]
-    check: Callable[[str], None]
+    num_generations: int
+    log: Callable[[str], None]
+    raise_if_interrupted: Callable[[str], None]
 
-    def draw(
+    def sample(
         self,
-        numbers: Sequence[int],
-        policy: Callable[[], nn.Module],
+        prompt_indices: Sequence[int],
+        load_policy: Callable[[], nn.Module],
         *,
         seeds: Sequence[int],
-        keep: Path | None,
-    ) -> list[Reply]:
-        """Return scored completions, the ``samples`` of a prompt consecutively.
+        store_prefix: Path | None,
+    ) -> list[Candidate]:
+        """Return scored completions, the ``num_generations`` of a prompt consecutively.
 
         Args:
             prompt_indices: the prompts to sample for.
@@ -68,69 +68,84 @@ class Drawing:
             Interrupted: a signal arrived; sampled completions are stored.
         """
         # A chunk has all candidates of its prompts.
-        each = max(1, AT_ONCE // self.samples)
-        parts = [numbers[start : start + each] for start in range(0, len(numbers), each)]
-        replies: list[Reply] = []
-        begun, fresh = time.monotonic(), 0
-        for index, part in enumerate(parts):
-            file = None if keep is None else keep.with_name(f"{keep.name}-{index:04}.safetensors")
+        prompts_per_chunk = max(1, CANDIDATES_PER_CHUNK // self.num_generations)
+        chunks = [
+            prompt_indices[offset : offset + prompts_per_chunk]
+            for offset in range(0, len(prompt_indices), prompts_per_chunk)
+        ]
+        candidates: list[Candidate] = []
+        started_at, num_new = time.monotonic(), 0
+        for index, chunk in enumerate(chunks):
+            file = (
+                None
+                if store_prefix is None
+                else store_prefix.with_name(f"{store_prefix.name}-{index:04}.safetensors")
+            )
             # Only rank 0 reads: all ranks must agree on whether to sample.
-            arrays = from_main(self._kept(file) if world().main else None)
+            arrays = broadcast_object(self._load_stored(file) if dist_info().is_main else None)
             if arrays is None:
                 # A seed per chunk: a resumed round samples the missing chunks as it would have.
-                arrays = self._drawn(part, policy(), seed=_seed([*seeds, index]))
-                fresh += len(part) * self.samples
-                if file is not None and world().main:
-                    store(file, arrays, {})
-            replies += self._replies(part, arrays)
-            if fresh and (index + 1) % max(1, len(parts) // LINES) == 0 and len(parts) > 1:
+                arrays = self._sample_chunk(chunk, load_policy(), seed=_combine_seeds([*seeds, index]))
+                num_new += len(chunk) * self.num_generations
+                if file is not None and dist_info().is_main:
+                    write_cached(file, arrays, {})
+            candidates += self._to_candidates(chunk, arrays)
+            if (
+                num_new
+                and (index + 1) % max(1, len(chunks) // NUM_PROGRESS_MESSAGES) == 0
+                and len(chunks) > 1
+            ):
                 # Chunks that were stored already took no time.
-                rate = fresh / (time.monotonic() - begun)
-                self.say(
-                    f"  {len(replies)} of {len(numbers) * self.samples} completions, {rate:.1f} per second"
+                rate = num_new / (time.monotonic() - started_at)
+                self.log(
+                    f"  {len(candidates)} of {len(prompt_indices) * self.num_generations} completions, {rate:.1f} per second"
                 )
-            if keep is not None:
-                self.check(f"after {len(replies)} completions, which are stored")
-        return replies
+            if store_prefix is not None:
+                self.raise_if_interrupted(f"after {len(candidates)} completions, which are stored")
+        return candidates
 
-    def _kept(self, file: Path | None) -> Arrays | None:
+    def _load_stored(self, file: Path | None) -> StoredArrays | None:
         """Return a stored chunk, or None; a corrupt file is reported and sampled again."""
         if file is None:
             return None
         try:
-            found = stored(file)
+            loaded = read_cached(file)
         except DamagedCacheError as error:
-            self.say(f"corrupt file, sampling these completions again: {error}")
+            self.log(f"corrupt file, sampling these completions again: {error}")
             return None
-        return None if found is None else found[0]
+        return None if loaded is None else loaded[0]
 
-    def _drawn(self, part: Sequence[int], model: nn.Module, *, seed: int) -> Arrays:
-        rows = [self.prompts[number] for number in part for _ in range(self.samples)]
-        completions = sample(model, [row.ids for row in rows], sampling=self.sampling, seed=seed)
-        judged = judged_replies(rows, completions, self.rewards, self.encoder).judged
+    def _sample_chunk(self, chunk: Sequence[int], model: nn.Module, *, seed: int) -> StoredArrays:
+        prompts = [self.prompts[index] for index in chunk for _ in range(self.num_generations)]
+        completions = sample_completions(
+            model, [prompt.ids for prompt in prompts], sampling=self.sampling, seed=seed
+        )
+        scores = score_completions(prompts, completions, self.rewards, self.encoder).scores
         return {
-            "ids": np.concatenate([np.asarray(one.ids, dtype=np.int32) for one in completions]),
-            "lengths": np.asarray([len(one.ids) for one in completions]),
-            "ended": np.asarray([one.stopped for one in completions]),
-            "rewards": judged.total,
-            "parts": np.stack([judged.parts[name] for name in self.rewards.names]),
+            "ids": np.concatenate([np.asarray(completion.ids, dtype=np.int32) for completion in completions]),
+            "lengths": np.asarray([len(completion.ids) for completion in completions]),
+            "ended": np.asarray([completion.ended_with_eos for completion in completions]),
+            "rewards": scores.total,
+            "parts": np.stack([scores.by_source[name] for name in self.rewards.names]),
         }
 
-    def _replies(self, part: Sequence[int], arrays: Arrays) -> list[Reply]:
-        pieces = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
+    def _to_candidates(self, chunk: Sequence[int], arrays: StoredArrays) -> list[Candidate]:
+        token_ids = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
         return [
-            Reply(
-                part[row // self.samples],
+            Candidate(
+                chunk[row // self.num_generations],
                 self.encoder.decode_reply(ids.tolist()),
                 bool(arrays["ended"][row]),
                 float(arrays["rewards"][row]),
                 dict(zip(self.rewards.names, arrays["parts"][:, row].tolist(), strict=True)),
             )
-            for row, ids in enumerate(pieces)
+            for row, ids in enumerate(token_ids)
         ]
 
 
-def prompts_of_round(total: int, count: int | None, number: int, *, seed: int) -> list[int]:
+def round_prompt_indices(
+    num_prompts: int, prompts_per_round: int | None, round_index: int, *, seed: int
+) -> list[int]:
     """Return the prompt indices of a round: consecutive slices of one shuffle, cyclically.
 
     Args:
@@ -139,11 +154,14 @@ def prompts_of_round(total: int, count: int | None, number: int, *, seed: int) -
         round_index: index of the round, from 1.
         seed: of the shuffle.
     """
-    each = min(count or total, total)
-    order = np.random.default_rng([seed, total]).permutation(total)
-    return [int(order[place % total]) for place in range((number - 1) * each, number * each)]
+    size = min(prompts_per_round or num_prompts, num_prompts)
+    permutation = np.random.default_rng([seed, num_prompts]).permutation(num_prompts)
+    return [
+        int(permutation[position % num_prompts])
+        for position in range((round_index - 1) * size, round_index * size)
+    ]
 
 
-def _seed(parts: Sequence[int]) -> int:
+def _combine_seeds(seeds: Sequence[int]) -> int:
     """Combine several seeds into one."""
-    return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
+    return int(np.random.SeedSequence(list(seeds)).generate_state(1)[0])

@@ -9,17 +9,17 @@ from align.rl.rewards.settings import RewardsSettings
 from align.rl.settings import PromptSettings, SamplingSettings
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import Positive, Section, StageSettings
+from finetune.recipe.settings import PositiveInt, Section, StageSettings
 
 
 class RejectionSettings(Section):
     """Rejection sampling: rounds, completions per prompt, selection."""
 
-    rounds: Positive = Field(
+    rounds: PositiveInt = Field(
         1,
         description="rounds of sampling from the current policy and fine-tuning on the best completions",
     )
-    prompts: Positive | None = Field(
+    prompts: PositiveInt | None = Field(
         None, description="prompts per round, consecutive slices of one shuffle; null: all"
     )
     # RAFT (arXiv 2304.06767) samples 8 to 32; Llama 2 (arXiv 2307.09288), figure 7, 10 to 100.
@@ -54,37 +54,39 @@ class Settings(StageSettings):
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return every problem that can be found before anything is loaded."""
-        found = self.reward.problems(self, valid)
+        problems = self.reward.problems(self, valid)
         if "train" in valid and self.train.evaluate_every is not None:
-            given, expected = (
+            actual, expected = (
                 f"{self.train.evaluate_every}",
                 "null: evaluation runs after each round",
             )
-            found.append(Problem("train.evaluate_every", given, expected, "train.evaluate_every=null"))
+            problems.append(Problem("train.evaluate_every", actual, expected, "train.evaluate_every=null"))
         if "data" in valid and self.data.too_long == "cut":
             expected = "drop: training rows hold the complete prompt with its completion"
-            found.append(Problem("data.too_long", "'cut'", expected, "data.too_long=drop"))
+            problems.append(Problem("data.too_long", "'cut'", expected, "data.too_long=drop"))
         if "evaluate" in valid and self.evaluate.exact_match:
-            given = f"{self.evaluate.exact_match}"
+            actual = f"{self.evaluate.exact_match}"
             expected = "0: prompts have no reference reply (use evaluate.skill for rows that have)"
-            found.append(Problem("evaluate.exact_match", given, expected, "evaluate.exact_match=0"))
+            problems.append(Problem("evaluate.exact_match", actual, expected, "evaluate.exact_match=0"))
         if "rejection" in valid:
-            found += _choice(self.rejection)
+            problems += _selection_problems(self.rejection)
         if {"rejection", "adapter"} <= set(valid):
-            found += _rounds(self)
-        return found
+            problems += _round_problems(self)
+        return problems
 
 
-def _choice(rejection: RejectionSettings) -> Iterator[Problem]:
+def _selection_problems(rejection: RejectionSettings) -> Iterator[Problem]:
     if rejection.share is not None and rejection.keep == "best":
-        found = f"{rejection.share:g} with rejection.keep=best"
-        yield Problem("rejection.share", found, "null: best selects one per prompt", "rejection.keep=share")
+        actual = f"{rejection.share:g} with rejection.keep=best"
+        yield Problem("rejection.share", actual, "null: best selects one per prompt", "rejection.keep=share")
 
 
-def _rounds(settings: Settings) -> Iterator[Problem]:
+def _round_problems(settings: Settings) -> Iterator[Problem]:
     method = settings.adapter.method
-    other = adapter_traits(method).goes_on_as
-    if settings.rejection.rounds > 1 and other:
-        found = f"{settings.rejection.rounds} with adapter.method '{method}', which continues as '{other}'"
-        repair = f"adapter.method={other}, or one round, then another run --from this one"
-        yield Problem("rejection.rounds", found, "1 for this adapter", repair)
+    continues_as = adapter_traits(method).continues_as
+    if settings.rejection.rounds > 1 and continues_as:
+        actual = (
+            f"{settings.rejection.rounds} with adapter.method '{method}', which continues as '{continues_as}'"
+        )
+        repair = f"adapter.method={continues_as}, or one round, then another run --from this one"
+        yield Problem("rejection.rounds", actual, "1 for this adapter", repair)

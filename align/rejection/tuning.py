@@ -10,39 +10,39 @@ from typing import Any
 
 import numpy as np
 
-from align.rejection.choosing import Reply, best_of_each, best_of_n, eligible, top_share
-from align.rejection.drawing import Drawing, prompts_of_round
-from align.rejection.policies import Policies, round_folder, round_recipe
+from align.rejection.choosing import Candidate, best_per_prompt, eligible, mean_best_of_n, top_candidates
+from align.rejection.drawing import CandidateSampler, round_prompt_indices
+from align.rejection.policies import RoundPolicies, round_folder, round_recipe
 from align.rejection.settings import Settings
-from align.rejection.watched import GOLD, HELD_OUT
+from align.rejection.watched import GOLD_PREFIX, HELD_OUT_PREFIX
 from align.rl.prompts import PreparedPrompts, Prompts
-from align.rl.replies import try_rewards
+from align.rl.replies import check_rewards
 from align.rl.rewards.loading import rewards_record
 from align.rl.rollout import Sampling
 from data_templates._segments import Message
 from finetune.data.conversation import Conversation
-from finetune.data.dataset import Prepared, prepare_gathered
+from finetune.data.dataset import PreparedData, tokenize_conversations
 from finetune.data.report import DataReport
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
 from finetune.training import processes, tuning
-from finetune.training.behaviour import Behaviour, mean_judgement
-from finetune.training.generate import Reply as Answered
-from finetune.training.job import Job
-from finetune.training.preflight.ticks import Tick
-from finetune.training.run_directory import CHOSEN, DRAWN, RunDirectory
-from finetune.training.samples import Samples, question_of, spread
-from finetune.training.save import sha256
-from finetune.training.supervised import Supervised
-from finetune.training.text import Text
-from finetune.training.tune import carry_out
+from finetune.training.behaviour import GenerationEval, mean_grade
+from finetune.training.generate import Completion as Answered
+from finetune.training.job import RunContext
+from finetune.training.preflight.ticks import CheckResult
+from finetune.training.run_directory import CANDIDATES, SELECTED, RunDirectory
+from finetune.training.samples import Samples, evenly_spaced, prompt_text
+from finetune.training.save import file_sha256
+from finetune.training.supervised import SFT
+from finetune.training.text import TextEncoding
+from finetune.training.tune import run_stage
 
-TRAINING, MEASURING = 0, 1
+TRAIN_STREAM, EVAL_STREAM = 0, 1
 """Random streams of training and evaluation completions."""
 
 
 @dataclass
-class RejectionTuning:
+class RejectionSampling:
     """Rounds of sampling, scoring, selecting and fine-tuning.
 
     Attributes:
@@ -53,58 +53,60 @@ class RejectionTuning:
         selected: selected completions by round.
     """
 
-    job: Job
-    text: Text
+    ctx: RunContext
+    text: TextEncoding
     data: PreparedPrompts
-    policies: Policies
-    chosen: dict[int, list[Reply]] = field(default_factory=dict)
+    policies: RoundPolicies
+    selected: dict[int, list[Candidate]] = field(default_factory=dict)
 
     @property
     def settings(self) -> Settings:
         """Return the recipe's settings."""
-        settings = self.job.recipe.settings
+        settings = self.ctx.recipe.settings
         assert isinstance(settings, Settings)
         return settings
 
     @property
     def samples(self) -> Samples:
         """Return the sample prompts, answered before and after training."""
-        return tuning.samples_of(self.job, self.text, self.data.conversations)
+        return tuning.build_samples(self.ctx, self.text, self.data.conversations)
 
     @cached_property
-    def behaviour(self) -> Behaviour:
+    def generation_eval(self) -> GenerationEval:
         """Return the evaluation of greedy generations, before and after training."""
-        return tuning.behaviour_of(self.job, self.text, self.data.conversations)
+        return tuning.build_generation_eval(self.ctx, self.text, self.data.conversations)
 
     @property
     def rounds(self) -> range:
         """Return the round indices, from 1."""
         return range(1, self.settings.rejection.rounds + 1)
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return the metadata that run.json records before the first round, after all checks."""
-        settings, policy = self.settings, self.policies.before(1)
-        count = len(self._numbers(1))
-        longest = max(self.data.train.lengths) + settings.sampling.max_new_tokens
-        steps = tuning.optimizer_steps(self.job, count)
+        settings, policy = self.settings, self.policies.policy_for_round(1)
+        num_prompts = len(self._round_prompts(1))
+        max_length = max(self.data.train.lengths) + settings.sampling.max_new_tokens
+        num_steps = tuning.num_optimizer_steps(self.ctx, num_prompts)
         # For its checks: invalid arguments of the rounds are reported before anything is sampled.
-        tuning.engine_arguments(self.job, policy, longest=longest, steps=steps)
-        self.job.watch(self.behaviour.numbers)
-        tuning.say_parameters(self.job, policy)
-        tried = try_rewards(self.policies.rewards, self.data)
-        self.job.check(Tick("environment", self.job.environment(policy.precision)), tried)
-        drawn = f"{count * settings.rejection.samples} completions of {count} prompts"
-        self.job.say(f"{settings.rejection.rounds} round(s): sample {drawn}, fine-tune on the best")
-        facts = tuning.policy_facts(self.job, self.text, policy, self.data.report)
-        return {**facts, "rewards": rewards_record(settings.reward)}
+        tuning.engine_arguments(self.ctx, policy, longest=max_length, steps=num_steps)
+        self.ctx.add_summary_metrics(self.generation_eval.summary)
+        tuning.log_parameter_counts(self.ctx, policy)
+        reward_check = check_rewards(self.policies.rewards, self.data)
+        self.ctx.check(
+            CheckResult("environment", self.ctx.describe_environment(policy.precision)), reward_check
+        )
+        amount = f"{num_prompts * settings.rejection.samples} completions of {num_prompts} prompts"
+        self.ctx.log(f"{settings.rejection.rounds} round(s): sample {amount}, fine-tune on the best")
+        metadata = tuning.policy_metadata(self.ctx, self.text, policy, self.data.report)
+        return {**metadata, "rewards": rewards_record(settings.reward)}
 
-    def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Answered]:
+    def generate(self, prompts: Sequence[Sequence[Message]]) -> list[Answered]:
         """Generate greedily with the policy of the last finished round."""
-        finished = (number for number in self.rounds if number not in self.chosen)
-        policy = self.policies.before(next(finished, len(self.rounds) + 1))
-        return tuning.replies(self.job, self.text, policy, prompts)
+        finished = (round_index for round_index in self.rounds if round_index not in self.selected)
+        policy = self.policies.policy_for_round(next(finished, len(self.rounds) + 1))
+        return tuning.generate_sharded(self.ctx, self.text, policy, prompts)
 
-    def round(self, number: int) -> None:
+    def run_round(self, round_index: int) -> None:
         """Run a round: sample completions, select, fine-tune on the selected ones.
 
         Raises:
@@ -112,35 +114,35 @@ class RejectionTuning:
             Interrupted: a signal arrived; the same command resumes from there.
             NotFiniteError: loss, gradient or a reward is NaN or infinite.
         """
-        drawing = self._drawing(self.data.train)
-        with self.job.timed("drawing"):
-            replies = drawing.draw(
-                self._numbers(number),
-                lambda: self.policies.before(number).model,
-                seeds=[self.settings.train.seed, TRAINING, number],
-                keep=self.job.run.path / DRAWN / str(number),
+        sampler = self._build_sampler(self.data.train)
+        with self.ctx.timed("drawing"):
+            candidates = sampler.sample(
+                self._round_prompts(round_index),
+                lambda: self.policies.policy_for_round(round_index).model,
+                seeds=[self.settings.train.seed, TRAIN_STREAM, round_index],
+                store_prefix=self.ctx.run.path / CANDIDATES / str(round_index),
             )
-        self.chosen[number] = self._choose(number, replies)
-        self._write_chosen(number, replies)
-        rows = self._rows(number)
-        entry = self._told(number, replies) | {"rows": len(rows)}
-        before = self.job.run.record.get("rounds", {}).get(str(number), {})
-        self.job.run.update(rounds={str(number): {**before, **entry}})
-        self.job.stop_if_asked(f"before training of round {number}")
-        self._learn(number, rows)
+        self.selected[round_index] = self._select(round_index, candidates)
+        self._write_selected(round_index, candidates)
+        rows = self._training_rows(round_index)
+        entry = self._log_round(round_index, candidates) | {"rows": len(rows)}
+        recorded = self.ctx.run.record.get("rounds", {}).get(str(round_index), {})
+        self.ctx.run.update(rounds={str(round_index): {**recorded, **entry}})
+        self.ctx.raise_if_interrupted(f"before training of round {round_index}")
+        self._train_round(round_index, rows)
 
-    def measure(self, number: int) -> None:
+    def evaluate(self, round_index: int) -> None:
         """Evaluate on held-out prompts after a round (0: before training), unless recorded already."""
-        held_out, run = self.data.held_out, self.job.run
-        entry = run.record.get("rounds", {}).get(str(number), {})
+        held_out, run = self.data.held_out, self.ctx.run
+        entry = run.record.get("rounds", {}).get(str(round_index), {})
         if held_out is not None and "held_out_reward" not in entry:
-            entry = {**entry, **self._measured(held_out, number)}
-            run.update(rounds={str(number): entry})
-        when = {0: "before", len(self.rounds): "after"}.get(number)
+            entry = {**entry, **self._held_out_metrics(held_out, round_index)}
+            run.update(rounds={str(round_index): entry})
+        when = {0: "before", len(self.rounds): "after"}.get(round_index)
         if when is not None:
-            found = {key: value for key, value in entry.items() if key.startswith(HELD_OUT)}
-            run.update(metrics={f"{key}_{when}": value for key, value in found.items()})
-        self._write_metrics(number)
+            metrics = {key: value for key, value in entry.items() if key.startswith(HELD_OUT_PREFIX)}
+            run.update(metrics={f"{key}_{when}": value for key, value in metrics.items()})
+        self._write_metrics(round_index)
 
     def save(self) -> None:
         """Copy the weights of the last round into the run, and record their checksums.
@@ -148,175 +150,200 @@ class RejectionTuning:
         Raises:
             UserError: the files do not match the round's checksums.
         """
-        files = processes.from_main(self._taken_over() if self.job.world.main else {})
-        self.job.run.update(files=files)
-        self.job.check(Tick("saved", f"{', '.join(files)} from round {len(self.rounds)}"))
+        files = processes.broadcast_object(self._copy_last_round() if self.ctx.dist.is_main else {})
+        self.ctx.run.update(files=files)
+        self.ctx.check(CheckResult("saved", f"{', '.join(files)} from round {len(self.rounds)}"))
 
-    def _taken_over(self) -> dict[str, str]:
-        last = round_folder(self.job.run.path, len(self.rounds))
+    def _copy_last_round(self) -> dict[str, str]:
+        last = round_folder(self.ctx.run.path, len(self.rounds))
         name = "adapter" if (last / "adapter").is_dir() else "model"
-        with self.job.run.replacing(name) as folder:
+        with self.ctx.run.atomic_folder(name) as folder:
             shutil.copytree(last / name, folder, dirs_exist_ok=True)
-        files: dict[str, str] = RunDirectory(last, self.job.recipe, "").record["files"]
-        wrong = [file for file, checksum in files.items() if sha256(self.job.run.path / file) != checksum]
-        if wrong:
-            found = f"checksum mismatch: {', '.join(wrong)}"
+        files: dict[str, str] = RunDirectory(last, self.ctx.recipe, "").record["files"]
+        mismatched = [
+            file for file, checksum in files.items() if file_sha256(self.ctx.run.path / file) != checksum
+        ]
+        if mismatched:
+            actual = f"checksum mismatch: {', '.join(mismatched)}"
             raise UserError(
-                Problem(str(last), found, "files as the round saved them", "start over with --force")
+                Problem(str(last), actual, "files as the round saved them", "start over with --force")
             )
         return files
 
-    def _numbers(self, number: int) -> list[int]:
+    def _round_prompts(self, round_index: int) -> list[int]:
         settings = self.settings
-        return prompts_of_round(
-            len(self.data.train), settings.rejection.prompts, number, seed=settings.train.seed
+        return round_prompt_indices(
+            len(self.data.train), settings.rejection.prompts, round_index, seed=settings.train.seed
         )
 
-    def _drawing(self, prompts: Prompts) -> Drawing:
-        sampling, job = self.settings.sampling, self.job
-        how = Sampling.on(job.hardware.device, sampling, stop_ids=self.text.encoder.stop_ids)
-        return Drawing(
+    def _build_sampler(self, prompts: Prompts) -> CandidateSampler:
+        sampling, ctx = self.settings.sampling, self.ctx
+        parameters = Sampling.from_settings(
+            ctx.hardware.device, sampling, stop_ids=self.text.encoder.stop_ids
+        )
+        return CandidateSampler(
             prompts,
             self.policies.rewards,
             self.text.encoder,
-            how,
+            parameters,
             self.settings.rejection.samples,
-            job.say,
-            job.stop_if_asked,
+            ctx.log,
+            ctx.raise_if_interrupted,
         )
 
-    def _choose(self, number: int, replies: Sequence[Reply]) -> list[Reply]:
+    def _select(self, round_index: int, candidates: Sequence[Candidate]) -> list[Candidate]:
         rejection = self.settings.rejection
-        learn = rejection.unfinished == "learn"
-        fit = eligible(replies, above=rejection.above, unfinished=learn)
-        if not fit:
-            ended = sum(reply.ended for reply in replies)
-            best = max(reply.reward for reply in replies)
-            found = (
-                f"round {number}: none of {len(replies)} completions; {ended} ended, best reward {best:.3g}"
-            )
+        keep_truncated = rejection.unfinished == "learn"
+        eligible_candidates = eligible(candidates, min_reward=rejection.above, keep_truncated=keep_truncated)
+        if not eligible_candidates:
+            num_ended = sum(candidate.ended_with_eos for candidate in candidates)
+            best = max(candidate.reward for candidate in candidates)
+            actual = f"round {round_index}: none of {len(candidates)} completions; {num_ended} ended, best reward {best:.3g}"
             repair = "raise sampling.max_new_tokens, or lower rejection.above"
-            raise UserError(Problem("rejection", found, "completions to train on", repair))
+            raise UserError(Problem("rejection", actual, "completions to train on", repair))
         if rejection.keep == "best":
-            return best_of_each(fit)
+            return best_per_prompt(eligible_candidates)
         # A fraction of all completions of the round, not of the eligible ones.
-        share = rejection.share or 1 / rejection.samples
-        return top_share(fit, max(1, round(share * len(replies))))
+        fraction = rejection.share or 1 / rejection.samples
+        return top_candidates(eligible_candidates, max(1, round(fraction * len(candidates))))
 
-    def _told(self, number: int, replies: Sequence[Reply]) -> dict[str, Any]:
+    def _log_round(self, round_index: int, candidates: Sequence[Candidate]) -> dict[str, Any]:
         """Log what a round sampled and selected; return it for run.json."""
-        chosen = self.chosen[number]
+        selected = self.selected[round_index]
         entry = {
-            "prompts": len(self._numbers(number)),
-            "replies": len(replies),
-            "ends": float(np.mean([reply.ended for reply in replies])),
-            "reward": float(np.mean([reply.reward for reply in replies])),
-            "chosen": len(chosen),
-            "chosen_reward": float(np.mean([reply.reward for reply in chosen])),
+            "prompts": len(self._round_prompts(round_index)),
+            "replies": len(candidates),
+            "ends": float(np.mean([candidate.ended_with_eos for candidate in candidates])),
+            "reward": float(np.mean([candidate.reward for candidate in candidates])),
+            "chosen": len(selected),
+            "chosen_reward": float(np.mean([candidate.reward for candidate in selected])),
         }
-        self.job.say(
-            f"round {number}: mean reward {entry['reward']:.3f} over {entry['replies']} completions, "
+        self.ctx.log(
+            f"round {round_index}: mean reward {entry['reward']:.3f} over {entry['replies']} completions, "
             f"{entry['chosen_reward']:.3f} over the {entry['chosen']} selected; EOS rate {entry['ends']:.1%}"
         )
         return entry
 
-    def _write_chosen(self, number: int, replies: Sequence[Reply]) -> None:
-        """Write ``chosen.jsonl``: the entries of earlier rounds and of this one."""
-        run = self.job.run
+    def _write_selected(self, round_index: int, candidates: Sequence[Candidate]) -> None:
+        """Write ``selected.jsonl``: the entries of earlier rounds and of this one."""
+        run = self.ctx.run
         # A round that runs again replaces its own entries.
-        kept = [line for line in run.lines(CHOSEN) if line["round"] < number]
+        entries = [entry for entry in run.read_jsonl(SELECTED) if entry["round"] < round_index]
         rewards: dict[int, list[float]] = {}
-        for reply in replies:
-            rewards.setdefault(reply.prompt, []).append(reply.reward)
-        for reply in self.chosen[number]:
-            prompt, own = self.data.train[reply.prompt], rewards[reply.prompt]
-            line = {
-                "prompt": question_of([*prompt.talk, Message("assistant", "")]),
-                "reply": reply.text,
-                "reward": reply.reward,
-                "n": len(own),
-                "mean": float(np.mean(own)),
-                "round": number,
-                "place": prompt.place,
+        for candidate in candidates:
+            rewards.setdefault(candidate.prompt_index, []).append(candidate.reward)
+        for candidate in self.selected[round_index]:
+            prompt, prompt_rewards = self.data.train[candidate.prompt_index], rewards[candidate.prompt_index]
+            entry = {
+                "prompt": prompt_text([*prompt.messages, Message("assistant", "")]),
+                "reply": candidate.text,
+                "reward": candidate.reward,
+                "n": len(prompt_rewards),
+                "mean": float(np.mean(prompt_rewards)),
+                "round": round_index,
+                "place": prompt.location,
             }
-            several = len(reply.parts) > 1
-            kept.append({**line, "rewards": dict(reply.parts)} if several else line)
-        run.write_lines(CHOSEN, kept)
+            has_several = len(candidate.by_source) > 1
+            entries.append({**entry, "rewards": dict(candidate.by_source)} if has_several else entry)
+        run.write_jsonl(SELECTED, entries)
 
-    def _rows(self, number: int) -> list[Conversation]:
+    def _training_rows(self, round_index: int) -> list[Conversation]:
         """Return the training rows of a round, without duplicates across rounds."""
-        first = 1 if self.settings.rejection.memory else number
-        found: dict[tuple[int, str], Conversation] = {}
-        for earlier in range(first, number + 1):
-            for reply in self.chosen[earlier]:
-                prompt = self.data.train[reply.prompt]
-                talk = [*prompt.talk, Message("assistant", reply.text)]
-                place = f"{prompt.place}, sampled in round {earlier}"
-                found.setdefault((reply.prompt, reply.text), Conversation(talk, place))
-        return list(found.values())
+        first_round = 1 if self.settings.rejection.memory else round_index
+        rows: dict[tuple[int, str], Conversation] = {}
+        for past_round in range(first_round, round_index + 1):
+            for candidate in self.selected[past_round]:
+                prompt = self.data.train[candidate.prompt_index]
+                messages = [*prompt.messages, Message("assistant", candidate.text)]
+                location = f"{prompt.location}, sampled in round {past_round}"
+                rows.setdefault((candidate.prompt_index, candidate.text), Conversation(messages, location))
+        return list(rows.values())
 
-    def _learn(self, number: int, rows: list[Conversation]) -> None:
+    def _train_round(self, round_index: int, rows: list[Conversation]) -> None:
         """Fine-tune on the rows of a round, or resume it."""
-        job = self.job
-        recipe = round_recipe(job.recipe, job.run.path, number)
-        words = [[list(map(str, row.words)), row.where] for row in rows]
+        ctx = self.ctx
+        recipe = round_recipe(ctx.recipe, ctx.run.path, round_index)
+        row_keys = [[list(map(str, row.text_key)), row.location] for row in rows]
         # The fingerprint includes the rows, so a round with other completions is another run.
-        content = json.dumps([self.job.run.fingerprint, number, words])
+        content = json.dumps([self.ctx.run.fingerprint, round_index, row_keys])
         fingerprint = hashlib.sha256(content.encode()).hexdigest()
         run = RunDirectory.open(recipe, fingerprint, force=False)
         if run.finished:
             return
-        own = Job(recipe, run, job.console, job.command)
-        own.join()
-        with job.timed("train"):
-            learnt = Supervised(own, self.text, self._prepared(rows), policy=self.policies.before(number))
-            carry_out(own, learnt)
-        own.stop_if_asked(f"after training of round {number}")
-
-    def _prepared(self, rows: list[Conversation]) -> Prepared:
-        # Earlier replies of a dialogue belong to the prompt: loss on the sampled one alone.
-        how = DataSettings(loss_on="last", too_long="drop", cache=False)
-        report, aside = DataReport(), DataReport()
-        length = self.text.max_length
-        return prepare_gathered(rows, [], how, self.text.encoder, max_length=length, told=(report, aside))
-
-    def _measured(self, prompts: Prompts, number: int) -> dict[str, float]:
-        count = self.settings.rejection.samples
-        with self.job.timed("held_out"):
-            # The same seeds in every round: metrics differ because of the policy alone.
-            replies = self._drawing(prompts).draw(
-                spread(len(prompts), self.settings.evaluate.judge_rows),
-                lambda: self.policies.before(number + 1).model,
-                seeds=[self.settings.train.seed, MEASURING],
-                keep=None,
+        round_ctx = RunContext(recipe, run, ctx.console, ctx.command)
+        round_ctx.init_distributed()
+        with ctx.timed("train"):
+            method = SFT(
+                round_ctx,
+                self.text,
+                self._tokenize_rows(rows),
+                policy=self.policies.policy_for_round(round_index),
             )
-        rewards = np.array([reply.reward for reply in replies])
-        found = {
+            run_stage(round_ctx, method)
+        round_ctx.raise_if_interrupted(f"after training of round {round_index}")
+
+    def _tokenize_rows(self, rows: list[Conversation]) -> PreparedData:
+        # Earlier replies of a dialogue belong to the prompt: loss on the sampled one alone.
+        data_settings = DataSettings(loss_on="last", too_long="drop", cache=False)
+        report, held_out_report = DataReport(), DataReport()
+        max_length = self.text.max_length
+        return tokenize_conversations(
+            rows,
+            [],
+            data_settings,
+            self.text.encoder,
+            max_length=max_length,
+            reports=(report, held_out_report),
+        )
+
+    def _held_out_metrics(self, prompts: Prompts, round_index: int) -> dict[str, float]:
+        num_generations = self.settings.rejection.samples
+        with self.ctx.timed("held_out"):
+            # The same seeds in every round: metrics differ because of the policy alone.
+            candidates = self._build_sampler(prompts).sample(
+                evenly_spaced(len(prompts), self.settings.evaluate.judge_rows),
+                lambda: self.policies.policy_for_round(round_index + 1).model,
+                seeds=[self.settings.train.seed, EVAL_STREAM],
+                store_prefix=None,
+            )
+        rewards = np.array([candidate.reward for candidate in candidates])
+        metrics = {
             "reward": float(rewards.mean()),
-            "best": best_of_n(rewards.reshape(-1, count)),
-            "ends": float(np.mean([reply.ended for reply in replies])),
+            "best": mean_best_of_n(rewards.reshape(-1, num_generations)),
+            "ends": float(np.mean([candidate.ended_with_eos for candidate in candidates])),
         }
         if len(self.settings.reward.sources) > 1:
             for name in self.policies.rewards.names:
-                found[f"reward_{name}"] = float(np.mean([reply.parts[name] for reply in replies]))
-        asked = [[*prompts[reply.prompt].talk, Message("assistant", reply.text)] for reply in replies]
-        questions, texts = [question_of(talk) for talk in asked], [reply.text for reply in replies]
-        for name, judge in self.behaviour.judges.items():
-            found[f"{GOLD}{name}"] = mean_judgement(name, judge, questions, texts)
-        return {f"{HELD_OUT}{name}": value for name, value in found.items()}
+                metrics[f"reward_{name}"] = float(
+                    np.mean([candidate.by_source[name] for candidate in candidates])
+                )
+        conversations = [
+            [*prompts[candidate.prompt_index].messages, Message("assistant", candidate.text)]
+            for candidate in candidates
+        ]
+        prompt_texts, texts = (
+            [prompt_text(conversation) for conversation in conversations],
+            [candidate.text for candidate in candidates],
+        )
+        for name, grader in self.generation_eval.graders.items():
+            metrics[f"{GOLD_PREFIX}{name}"] = mean_grade(name, grader, prompt_texts, texts)
+        return {f"{HELD_OUT_PREFIX}{name}": value for name, value in metrics.items()}
 
-    def _write_metrics(self, number: int) -> None:
+    def _write_metrics(self, round_index: int) -> None:
         """Write ``metrics.jsonl`` up to a round: the steps of all rounds, concatenated."""
-        run, rounds = self.job.run, self.job.run.record.get("rounds", {})
-        kinds = self.job.watched.logged
-        lines = [{"step": 0, "epoch": 0.0, **_numbers_of(rounds.get("0", {}), kinds)}]
-        for earlier in range(1, number + 1):
-            own, step = RunDirectory(round_folder(run.path, earlier), self.job.recipe, ""), lines[-1]["step"]
-            lines += [{**line, "step": step + line["step"]} for line in own.metrics()]
-            lines[-1] |= _numbers_of(rounds[str(earlier)], kinds)
-        run.write_lines("metrics.jsonl", lines if len(lines[0]) > 2 else lines[1:])
+        run, rounds = self.ctx.run, self.ctx.run.record.get("rounds", {})
+        curves = self.ctx.metric_spec.logged_keys
+        entries = [{"step": 0, "epoch": 0.0, **_curve_values(rounds.get("0", {}), curves)}]
+        for past_round in range(1, round_index + 1):
+            round_run, step = (
+                RunDirectory(round_folder(run.path, past_round), self.ctx.recipe, ""),
+                entries[-1]["step"],
+            )
+            entries += [{**entry, "step": step + entry["step"]} for entry in round_run.metrics()]
+            entries[-1] |= _curve_values(rounds[str(past_round)], curves)
+        run.write_jsonl("metrics.jsonl", entries if len(entries[0]) > 2 else entries[1:])
 
 
-def _numbers_of(entry: dict[str, Any], kinds: dict[str, str]) -> dict[str, Any]:
+def _curve_values(entry: dict[str, Any], curves: dict[str, str]) -> dict[str, Any]:
     """Return the values of a round's entry that are plotted as curves."""
-    return {key: value for key, value in entry.items() if key in kinds}
+    return {key: value for key, value in entry.items() if key in curves}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align.preference.groups import Cost, GroupBatch, GroupCollator
+from align.preference.groups import ForwardCost, GroupBatch, GroupCollator
 from align.preference.rows.dataset import TokenizedGroup
 
 ABSENT = -1
@@ -37,15 +37,15 @@ class RewardCollator:
     """Collate tokenized groups, with a shared prompt or with one row per completion."""
 
     pad_id: int
-    separate: bool = False
-    cost: Cost | None = None
+    one_per_row: bool = False
+    cost: ForwardCost | None = None
 
     def __call__(self, groups: Sequence[TokenizedGroup]) -> RewardBatch:
-        collate = GroupCollator(self.pad_id, separate=self.separate, cost=self.cost)
+        collate = GroupCollator(self.pad_id, one_per_row=self.one_per_row, cost=self.cost)
         ranks = [torch.from_numpy(group.ranks).long() for group in groups]
         scores = [torch.from_numpy(group.scores).float() for group in groups]
         return {
-            **collate([group.as_tensors() for group in groups]),
+            **collate([group.to_group() for group in groups]),
             "rows": torch.tensor([group.row for group in groups]),
             "ranks": pad_sequence(ranks, batch_first=True, padding_value=ABSENT),
             # NaN, not 0: a score of 0 is a valid score.

@@ -8,145 +8,156 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Numbers = NDArray[np.float64]
-BINS = 10
+FloatArray = NDArray[np.float64]
+NUM_BINS = 10
 """Bins of the reliability curve; the score histogram has three times as many."""
-Z95 = 1.959964
+Z_95 = 1.959964
 """Two-sided 95 % quantile of the standard normal distribution."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ScoredComparisons:
     """Scored comparisons: C completions in the order of their G groups.
 
     ``rewards``, ``ranks`` (0 is the best) and ``lengths`` (tokens): (C,); ``group_sizes``: (G,).
     """
 
-    rewards: Numbers
+    rewards: FloatArray
     ranks: NDArray[np.int32]
     lengths: NDArray[np.int64]
-    sizes: NDArray[np.int64]
+    group_sizes: NDArray[np.int64]
 
-    def only(self, groups: NDArray[np.bool_]) -> "Scored":
+    def select(self, group_mask: NDArray[np.bool_]) -> "ScoredComparisons":
         """Return the subset of groups selected by a boolean mask (G,)."""
-        own = np.repeat(groups, self.sizes)
-        return Scored(self.rewards[own], self.ranks[own], self.lengths[own], self.sizes[groups])
+        completion_mask = np.repeat(group_mask, self.group_sizes)
+        return ScoredComparisons(
+            self.rewards[completion_mask],
+            self.ranks[completion_mask],
+            self.lengths[completion_mask],
+            self.group_sizes[group_mask],
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Contests:
+class PairComparisons:
     """P pairs of completions of unequal rank.
 
     ``margins``: reward margin of the better completion; ``length_differences``: difference in tokens;
     ``weights``: sum to 1 over the pairs of a group. All have shape (P,).
     """
 
-    leads: Numbers
-    longer: NDArray[np.int64]
-    weights: Numbers
+    margins: FloatArray
+    length_differences: NDArray[np.int64]
+    weights: FloatArray
 
-    def share(self, values: Numbers | NDArray[np.int64]) -> float:
+    def positive_fraction(self, values: FloatArray | NDArray[np.int64]) -> float:
         """Return the weighted fraction of pairs with a positive value; a 0 counts half."""
         return float(np.average((np.sign(values) + 1) / 2, weights=self.weights))
 
 
-def contests(scored: Scored) -> Contests:
+def pair_comparisons(comparisons: ScoredComparisons) -> PairComparisons:
     """Return all pairs of unequal rank within their groups."""
-    found = list(_contests(scored))
-    leads, longer, weights = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return Contests(leads, longer, weights)
+    pair_arrays = list(_iter_pairs(comparisons))
+    margins, length_differences, weights = (
+        np.concatenate(arrays) for arrays in zip(*pair_arrays, strict=True)
+    )
+    return PairComparisons(margins, length_differences, weights)
 
 
-def _contests(scored: Scored) -> Iterator[tuple[Numbers, NDArray[np.int64], Numbers]]:
-    ends = np.cumsum(scored.sizes)
-    for start, end in zip(ends - scored.sizes, ends, strict=True):
-        ranks, rewards = scored.ranks[start:end], scored.rewards[start:end]
-        lengths = scored.lengths[start:end]
+def _iter_pairs(comparisons: ScoredComparisons) -> Iterator[tuple[FloatArray, NDArray[np.int64], FloatArray]]:
+    group_ends = np.cumsum(comparisons.group_sizes)
+    for start, end in zip(group_ends - comparisons.group_sizes, group_ends, strict=True):
+        ranks, rewards = comparisons.ranks[start:end], comparisons.rewards[start:end]
+        lengths = comparisons.lengths[start:end]
         better, other = np.nonzero(ranks[:, None] < ranks[None, :])
         if len(better):
             weights = np.full(len(better), 1 / len(better))
             yield rewards[better] - rewards[other], lengths[better] - lengths[other], weights
 
 
-def measured(scored: Scored) -> dict[str, Any]:
+def comparison_metrics(comparisons: ScoredComparisons) -> dict[str, Any]:
     """Return the metrics of scored comparisons; each has weight 1, whatever its number of pairs."""
-    pairs = contests(scored)
-    accuracy = pairs.share(pairs.leads)
+    pairs = pair_comparisons(comparisons)
+    accuracy = pairs.positive_fraction(pairs.margins)
     count = round(pairs.weights.sum())
-    error, curve = calibration(pairs.leads, pairs.weights)
-    best = scored.ranks == 0
+    calibration_error, curve = calibration(pairs.margins, pairs.weights)
+    is_best = comparisons.ranks == 0
     return {
         "comparisons": count,
-        "pairs": len(pairs.leads),
+        "pairs": len(pairs.margins),
         "accuracy": accuracy,
-        "interval": list(wilson(accuracy, count)),
-        "loss": float(np.average(np.logaddexp(0, -pairs.leads), weights=pairs.weights)),
-        "margin": float(np.average(pairs.leads, weights=pairs.weights)),
-        "calibration_error": error,
+        "interval": list(wilson_interval(accuracy, count)),
+        "loss": float(np.average(np.logaddexp(0, -pairs.margins), weights=pairs.weights)),
+        "margin": float(np.average(pairs.margins, weights=pairs.weights)),
+        "calibration_error": calibration_error,
         "reliability": curve,
-        "longer_is_better": pairs.share(pairs.longer),
-        "correlation_with_length": spearman(scored.rewards, scored.lengths),
-        "chosen": _spread(scored.rewards[best]),
-        "rejected": _spread(scored.rewards[~best]),
-        "histogram": histogram(scored.rewards[best], scored.rewards[~best]),
+        "longer_is_better": pairs.positive_fraction(pairs.length_differences),
+        "correlation_with_length": spearman(comparisons.rewards, comparisons.lengths),
+        "chosen": _mean_and_std(comparisons.rewards[is_best]),
+        "rejected": _mean_and_std(comparisons.rewards[~is_best]),
+        "histogram": histogram(comparisons.rewards[is_best], comparisons.rewards[~is_best]),
     }
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
+def wilson_interval(proportion: float, count: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion over ``count`` independent cases.
 
     Wilson 1927, "Probable inference, the law of succession, and statistical inference". Unlike the normal
     approximation it stays within [0, 1] and has a nonzero width at proportions of 0 and 1.
 
-    >>> [round(end, 3) for end in wilson(0.9, 100)]
+    >>> [round(end, 3) for end in wilson_interval(0.9, 100)]
     [0.826, 0.945]
     """
-    middle = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
-    half = Z95 / (1 + Z95**2 / count) * sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    center = (proportion + Z_95**2 / (2 * count)) / (1 + Z_95**2 / count)
+    half_width = (
+        Z_95 / (1 + Z_95**2 / count) * sqrt(proportion * (1 - proportion) / count + Z_95**2 / (4 * count**2))
+    )
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
-def calibration(leads: Numbers, weights: Numbers) -> tuple[float, list[dict[str, float]]]:
+def calibration(margins: FloatArray, weights: FloatArray) -> tuple[float, list[dict[str, float]]]:
     """Return the expected calibration error (ECE) of s(r_w - r_l) and its reliability curve.
 
     ECE = sum_b (n_b / n) |accuracy_b - confidence_b| over bins of the confidence, which is from 1/2 to 1
     for pairs (Guo et al. 2017, arXiv 1706.04599, equation 3).
     """
     # The model's confidence in the order that it predicts, which is not always the labeled one.
-    said = 1 / (1 + np.exp(-np.abs(leads)))
-    right = (np.sign(leads) + 1) / 2
-    bins = np.minimum(((said - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    correct = (np.sign(margins) + 1) / 2
+    bin_indices = np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
     curve, error = [], 0.0
-    for number in np.unique(bins):
-        own = bins == number
-        part = float(weights[own].sum() / weights.sum())
-        mean, hits = (float(np.average(values[own], weights=weights[own])) for values in (said, right))
-        curve.append({"said": mean, "right": hits, "share": part})
-        error += part * abs(hits - mean)
+    for bin_index in np.unique(bin_indices):
+        in_bin = bin_indices == bin_index
+        bin_weight = float(weights[in_bin].sum() / weights.sum())
+        bin_confidence, bin_accuracy = (
+            float(np.average(values[in_bin], weights=weights[in_bin])) for values in (confidence, correct)
+        )
+        curve.append({"said": bin_confidence, "right": bin_accuracy, "share": bin_weight})
+        error += bin_weight * abs(bin_accuracy - bin_confidence)
     return error, curve
 
 
-def spearman(one: NDArray[Any], other: NDArray[Any]) -> float | None:
+def spearman(x: NDArray[Any], y: NDArray[Any]) -> float | None:
     """Return Spearman's rank correlation; None if either input is constant."""
-    ranks = [_mean_ranks(values) for values in (one, other)]
+    ranks = [_mean_ranks(values) for values in (x, y)]
     if any(values.std() == 0 for values in ranks):
         return None
-    one, other = (values - values.mean() for values in ranks)
-    return float((one * other).mean() / (one.std() * other.std()))
+    x, y = (values - values.mean() for values in ranks)
+    return float((x * y).mean() / (x.std() * y.std()))
 
 
-def _mean_ranks(values: NDArray[Any]) -> Numbers:
+def _mean_ranks(values: NDArray[Any]) -> FloatArray:
     """Return ranks, with ties at their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def histogram(chosen: Numbers, rejected: Numbers) -> dict[str, list[float]]:
+def histogram(chosen: FloatArray, rejected: FloatArray) -> dict[str, list[float]]:
     """Return histogram counts of both kinds of scores over common bin edges."""
-    borders = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=3 * BINS)
-    counts = [np.histogram(values, borders)[0].tolist() for values in (chosen, rejected)]
-    return {"borders": borders.tolist(), "chosen": counts[0], "rejected": counts[1]}
+    bin_edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=3 * NUM_BINS)
+    counts = [np.histogram(values, bin_edges)[0].tolist() for values in (chosen, rejected)]
+    return {"borders": bin_edges.tolist(), "chosen": counts[0], "rejected": counts[1]}
 
 
-def _spread(values: Numbers) -> dict[str, float]:
+def _mean_and_std(values: FloatArray) -> dict[str, float]:
     return {"mean": float(values.mean()), "deviation": float(values.std())}

@@ -10,22 +10,22 @@ from torch import nn
 
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences, TokenizedGroup
 from align.reward.collate import RewardCollator
-from align.reward.measures import Numbers, measured
-from align.reward.scoring import of_own_heads, score_groups
+from align.reward.measures import FloatArray, comparison_metrics
+from align.reward.scoring import score_groups, select_head_scores
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.processes import everyones, share_in_step, together
+from finetune.training.processes import all_gather_object, shard_padded, unshard
 from finetune.training.run_directory import SAMPLES, RunDirectory
-from finetune.training.samples import spread
+from finetune.training.samples import evenly_spaced
 from finetune.training.stops import NotFiniteError
 
-CENTRE_ROWS = 1000
+NORMALIZATION_ROWS = 1000
 """Training comparisons for reward normalization: the standard error of the mean is then 3 % of the std."""
-NUMBERS = ("loss", "accuracy", "margin")
+HELD_OUT_METRICS = ("loss", "accuracy", "margin")
 
 
 @dataclass(frozen=True)
-class Measuring:
+class RewardEvaluator:
     """Evaluate a reward model on training and held-out comparisons.
 
     Attributes:
@@ -39,17 +39,17 @@ class Measuring:
 
     model: nn.Module
     data: PreparedPreferences
-    names: list[str]
-    heads: tuple[int, ...]
-    collate: RewardCollator
-    size: int
+    head_names: list[str]
+    head_of_source: tuple[int, ...]
+    collator: RewardCollator
+    batch_size: int
 
     def metrics(self) -> dict[str, float]:
         """Return held-out loss, accuracy and margin, for metrics.jsonl."""
         assert self.data.held_out is not None
-        scores = self._scores(self._groups(self.data.held_out))
-        facts = measured(of_own_heads(scores, self.data.held_out, self.heads))
-        return {f"held_out_{name}": facts[name] for name in NUMBERS}
+        scores = self._scores(self._all_groups(self.data.held_out))
+        metrics = comparison_metrics(select_head_scores(scores, self.data.held_out, self.head_of_source))
+        return {f"held_out_{name}": metrics[name] for name in HELD_OUT_METRICS}
 
     def record(self, run: RunDirectory, encoder: Encoder, when: str, *, samples: int) -> None:
         """Record held-out metrics and samples ``before`` or ``after`` training.
@@ -63,25 +63,31 @@ class Measuring:
         if when == "before" and (when in run.record.get("comparisons", {}) or run.samples()):
             return
         held_out = self.data.held_out
-        groups = self._groups(self.data.train if held_out is None else held_out)
-        shown = spread(len(groups), samples)
+        groups = self._all_groups(self.data.train if held_out is None else held_out)
+        sample_indices = evenly_spaced(len(groups), samples)
         if held_out is None:
-            groups, shown = [groups[index] for index in shown], list(range(len(shown)))
+            groups, sample_indices = (
+                [groups[index] for index in sample_indices],
+                list(range(len(sample_indices))),
+            )
         if not groups:
             return
         scores = self._scores(groups)
         if not np.isfinite(scores).all():
             raise NotFiniteError(f"a score of the held-out comparisons is NaN or infinite {when} training")
         if held_out is not None:
-            facts = self._facts(scores, held_out)
-            metrics = {f"held_out_{name}_{when}": facts["all"][name] for name in NUMBERS}
-            metrics |= {
-                f"held_out_accuracy_{name}_{when}": part["accuracy"] for name, part in facts["heads"].items()
+            comparison_metrics = self._comparison_metrics(scores, held_out)
+            metrics = {
+                f"held_out_{name}_{when}": comparison_metrics["all"][name] for name in HELD_OUT_METRICS
             }
-            run.update(comparisons={when: facts}, metrics=metrics)
-        self._sample(run, encoder, when, groups=groups, scores=scores, shown=shown)
+            metrics |= {
+                f"held_out_accuracy_{name}_{when}": head_metrics["accuracy"]
+                for name, head_metrics in comparison_metrics["heads"].items()
+            }
+            run.update(comparisons={when: comparison_metrics}, metrics=metrics)
+        self._write_samples(run, encoder, when, groups=groups, scores=scores, sample_indices=sample_indices)
 
-    def zero(self, run: RunDirectory) -> None:
+    def record_normalization(self, run: RunDirectory) -> None:
         """Record each head's mean and standard deviation over chosen completions of its training rows.
 
         The Bradley-Terry loss is invariant to a constant offset. Ziegler et al. (arXiv 1909.08593, section
@@ -91,86 +97,101 @@ class Measuring:
         Raises:
             UserError: a head gives every completion the same score.
         """
-        rows, found = self.data.train, {}
-        owners = np.asarray(self.heads)[list(rows.sources)]
-        for number, name in enumerate(self.names):
-            own = np.flatnonzero(owners == number)
-            groups = [rows[int(own[index])] for index in spread(len(own), CENTRE_ROWS)]
-            scores = self._scores(groups)[:, number]
-            best = np.concatenate([group.ranks for group in groups]) == 0
-            mean, deviation = float(scores[best].mean()), float(scores[best].std())
-            if not deviation > 0 or not isfinite(mean):
-                told = f"head '{name}' scores all {int(best.sum())} chosen completions {mean}"
+        train, normalization = self.data.train, {}
+        head_ids = np.asarray(self.head_of_source)[list(train.source_ids)]
+        for head, name in enumerate(self.head_names):
+            row_ids = np.flatnonzero(head_ids == head)
+            groups = [train[int(row_ids[index])] for index in evenly_spaced(len(row_ids), NORMALIZATION_ROWS)]
+            scores = self._scores(groups)[:, head]
+            is_best = np.concatenate([group.ranks for group in groups]) == 0
+            mean, std = float(scores[is_best].mean()), float(scores[is_best].std())
+            if not std > 0 or not isfinite(mean):
+                detail = f"head '{name}' scores all {int(is_best.sum())} chosen completions {mean}"
                 raise UserError(
                     Problem(
                         "reward.heads",
-                        told,
+                        detail,
                         "different scores for different completions",
                         "train for more steps",
                     )
                 )
-            found[name] = {"mean": mean, "deviation": deviation, "completions": int(best.sum())}
-        run.update(normalisation=found)
+            normalization[name] = {"mean": mean, "deviation": std, "completions": int(is_best.sum())}
+        run.update(normalisation=normalization)
 
-    def _scores(self, groups: list[TokenizedGroup]) -> Numbers:
+    def _scores(self, groups: list[TokenizedGroup]) -> FloatArray:
         """Return the scores of all completions, (C, heads); each rank scores its shard of the groups."""
-        own = share_in_step(groups)
-        scores = score_groups(self.model, [group for group, _ in own], self.collate, size=self.size)
-        ends = np.cumsum([len(group.completion_ids) for group, _ in own])
-        parts = zip(np.split(scores, ends[:-1]), own, strict=True)
+        shard = shard_padded(groups)
+        scores = score_groups(
+            self.model, [group for group, _ in shard], self.collator, batch_size=self.batch_size
+        )
+        group_ends = np.cumsum([len(group.completion_ids) for group, _ in shard])
+        chunks = zip(np.split(scores, group_ends[:-1]), shard, strict=True)
         # Padding groups, which keep the ranks' collectives in step, are dropped before the gather.
-        return np.concatenate(together(everyones([part for part, (_, counts) in parts if counts])))
+        return np.concatenate(
+            unshard(all_gather_object([chunk for chunk, (_, is_real) in chunks if is_real]))
+        )
 
-    def _groups(self, rows: PreferenceGroups) -> list[TokenizedGroup]:
+    def _all_groups(self, rows: PreferenceGroups) -> list[TokenizedGroup]:
         return [rows[index] for index in range(len(rows))]
 
-    def _facts(self, scores: Numbers, rows: PreferenceGroups) -> dict[str, Any]:
+    def _comparison_metrics(self, scores: FloatArray, rows: PreferenceGroups) -> dict[str, Any]:
         """Return held-out metrics over all comparisons, per head and per data source."""
-        scored = of_own_heads(scores, rows, self.heads)
-        sources = np.asarray(rows.sources)
-        owners = np.asarray(self.heads)[sources]
-        names = [source.source for source in self.data.report.sources]
-        several = sorted(set(sources.tolist())) if len(names) > 1 else []
+        comparisons = select_head_scores(scores, rows, self.head_of_source)
+        source_ids = np.asarray(rows.source_ids)
+        head_ids = np.asarray(self.head_of_source)[source_ids]
+        source_names = [source.source for source in self.data.report.sources]
+        mixed_sources = sorted(set(source_ids.tolist())) if len(source_names) > 1 else []
         return {
-            "all": measured(scored),
+            "all": comparison_metrics(comparisons),
             "heads": {
-                name: measured(scored.only(owners == number))
-                for number, name in enumerate(self.names)
-                if len(self.names) > 1 and (owners == number).any()
+                name: comparison_metrics(comparisons.select(head_ids == index))
+                for index, name in enumerate(self.head_names)
+                if len(self.head_names) > 1 and (head_ids == index).any()
             },
-            "sources": {names[number]: measured(scored.only(sources == number)) for number in several},
+            "sources": {
+                source_names[index]: comparison_metrics(comparisons.select(source_ids == index))
+                for index in mixed_sources
+            },
         }
 
-    def _sample(
+    def _write_samples(
         self,
         run: RunDirectory,
         encoder: Encoder,
         when: str,
         *,
         groups: list[TokenizedGroup],
-        scores: Numbers,
-        shown: list[int],
+        scores: FloatArray,
+        sample_indices: list[int],
     ) -> None:
         """Write the scores of a few comparisons with their texts to the samples file."""
-        ends = np.cumsum([len(group.completion_ids) for group in groups])
-        lines = []
-        for index, earlier in zip(shown, run.samples() or [{} for _ in shown], strict=True):
+        group_ends = np.cumsum([len(group.completion_ids) for group in groups])
+        samples = []
+        for index, previous in zip(
+            sample_indices, run.samples() or [{} for _ in sample_indices], strict=True
+        ):
             group = groups[index]
-            own = scores[ends[index] - len(group.completion_ids) : ends[index], self.heads[group.source]]
-            said = [f"{place}: {score:.2f}" for place, score in zip(_places(group), own, strict=True)]
-            lines.append(_words(group, encoder) | earlier | {when: "\n".join(said)})
-        run.write(SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            group_scores = scores[
+                group_ends[index] - len(group.completion_ids) : group_ends[index],
+                self.head_of_source[group.source],
+            ]
+            labeled_scores = [
+                f"{label}: {score:.2f}"
+                for label, score in zip(_rank_labels(group), group_scores, strict=True)
+            ]
+            samples.append(_sample_texts(group, encoder) | previous | {when: "\n".join(labeled_scores)})
+        run.write(SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
 
 
-def _places(group: TokenizedGroup) -> list[str]:
+def _rank_labels(group: TokenizedGroup) -> list[str]:
     """Return a label for each completion's rank."""
     if len(group.ranks) == 2:
         return ["better", "worse"]
     return [f"place {rank + 1}" for rank in group.ranks.tolist()]
 
 
-def _words(group: TokenizedGroup, encoder: Encoder) -> dict[str, str]:
+def _sample_texts(group: TokenizedGroup, encoder: Encoder) -> dict[str, str]:
     prompt = encoder.tokenizer.decode(group.prompt_ids.tolist(), skip_special_tokens=True)
     texts = [encoder.decode_reply(ids.tolist()) for ids in group.completion_ids]
-    said = [f"{place}: {text}" for place, text in zip(_places(group), texts, strict=True)]
-    return {"prompt": str(prompt).strip(), "expected": "\n".join(said)}
+    labeled_texts = [f"{label}: {text}" for label, text in zip(_rank_labels(group), texts, strict=True)]
+    return {"prompt": str(prompt).strip(), "expected": "\n".join(labeled_texts)}

@@ -14,8 +14,8 @@ from align.preference.attention import block_attention
 from finetune.planning.hardware import Hardware
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import ModelSettings
-from finetune.training.apart import in_parts, whole
-from finetune.training.model import SCORE, load_base, load_config
+from finetune.training.apart import gathered_params, is_sharded
+from finetune.training.model import SCORE_HEAD, load_base, load_config
 
 
 class ScoreHead(nn.Linear):
@@ -51,7 +51,7 @@ def load_scorer(
     Raises:
         UserError: unknown base, or transformers has no sequence classification model of its architecture.
     """
-    refuse_without_scores(settings)
+    check_scoring_architecture(settings)
     base = load_base(
         settings,
         precision=precision,
@@ -60,57 +60,57 @@ def load_scorer(
         heads=heads,
         strategy=strategy,
     )
-    put_head(base, len(heads), pad_id=pad_id)
+    replace_score_head(base, len(heads), pad_id=pad_id)
     return base
 
 
-def put_head(base: PreTrainedModel, heads: int, *, pad_id: int) -> None:
+def replace_score_head(base: PreTrainedModel, heads: int, *, pad_id: int) -> None:
     """Replace the model's score head with a frozen ``ScoreHead`` of the same weights."""
     base.config.get_text_config().pad_token_id = base.config.pad_token_id = pad_id
-    old: nn.Linear = base.get_submodule(SCORE)
-    head = ScoreHead(old.in_features, heads, bias=False, device=old.weight.device)
-    with torch.no_grad(), whole(old.get_parameter("weight")) as (weight,):
+    original: nn.Linear = base.get_submodule(SCORE_HEAD)
+    head = ScoreHead(original.in_features, heads, bias=False, device=original.weight.device)
+    with torch.no_grad(), gathered_params(original.get_parameter("weight")) as (weight,):
         head.weight.copy_(weight)
     head.requires_grad_(False)
-    base.set_submodule(SCORE, head)
+    base.set_submodule(SCORE_HEAD, head)
 
 
-def refuse_without_scores(settings: ModelSettings) -> None:
+def check_scoring_architecture(settings: ModelSettings) -> None:
     """Raise UserError if transformers has no sequence classification model for the base's config."""
     config = load_config(settings)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        found = (
+        actual = (
             f"'{settings.base}' is of type '{config.model_type}', which has no sequence classification model"
         )
         expected = "a type that AutoModelForSequenceClassification supports (Llama, Qwen, GPT-NeoX, ...)"
-        raise UserError(Problem("model.base", found, expected))
+        raise UserError(Problem("model.base", actual, expected))
 
 
-def draw_head(model: PreTrainedModel, *, seed: int) -> None:
+def init_score_head(model: PreTrainedModel, *, seed: int) -> None:
     """Initialize the head from N(0, 1 / (D + 1)), reproducibly on every device.
 
     Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1; Huang et al. 2024 (arXiv 2403.17031), detail 11.
     """
-    head = model.get_submodule(SCORE)
+    head = model.get_submodule(SCORE_HEAD)
     assert isinstance(head, ScoreHead)
     # A CPU generator: CUDA's would give other weights for the same seed.
-    draw = torch.Generator().manual_seed(seed)
-    weight = torch.randn(head.weight.shape, generator=draw) / sqrt(head.in_features + 1)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(head.weight.shape, generator=generator) / sqrt(head.in_features + 1)
     with torch.no_grad():
         head.weight.copy_(weight)
 
 
-def score_head(model: nn.Module) -> ScoreHead:
+def find_score_head(model: nn.Module) -> ScoreHead:
     """Return the active score head, through any wrapper."""
-    found = [module for module in model.modules() if isinstance(module, ScoreHead)]
-    return found[-1]  # PEFT's trainable copy comes after the original, which it keeps
+    score_heads = [module for module in model.modules() if isinstance(module, ScoreHead)]
+    return score_heads[-1]  # PEFT's trainable copy comes after the original, which it keeps
 
 
-def input_embeddings(model: nn.Module) -> nn.Module:
+def find_input_embeddings(model: nn.Module) -> nn.Module:
     """Return the input embedding layer, through any wrapper."""
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    found: nn.Module = base.get_input_embeddings()
-    return found
+    embeddings: nn.Module = base.get_input_embeddings()
+    return embeddings
 
 
 def completion_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -120,29 +120,29 @@ def completion_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         model: a reward model in any wrapper, also with virtual tokens before the input.
         batch: a ``GroupBatch`` on the model's device.
     """
-    lines, columns = batch["ends"].T
-    return all_scores(model, batch)[lines, columns]
+    row_ids, positions = batch["last_token_index"].T
+    return token_scores(model, batch)[row_ids, positions]
 
 
-def all_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def token_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the scores at every position: (B, T, heads), float32, differentiable."""
-    separate = "attention_mask" in batch
-    names = ("input_ids", "attention_mask") if separate else ("input_ids",)
-    found: list[Tensor] = []
+    one_per_row = "attention_mask" in batch
+    input_names = ("input_ids", "attention_mask") if one_per_row else ("input_ids",)
+    head_outputs: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], scores: Tensor) -> None:
-        found.append(scores)
+    def save_output(module: nn.Module, args: tuple[Any, ...], scores: Tensor) -> None:
+        head_outputs.append(scores)
 
     # transformers pools one position per row; a hook on the head gives the scores at all of them.
-    handle = score_head(model).register_forward_hook(keep)
+    handle = find_score_head(model).register_forward_hook(save_output)
     try:
-        with nullcontext() if separate else block_attention(model, batch):
-            output = model(**{name: batch[name] for name in names}, use_cache=False)
+        with nullcontext() if one_per_row else block_attention(model, batch):
+            output = model(**{name: batch[name] for name in input_names}, use_cache=False)
     finally:
         handle.remove()
-    assert len(found) == 1, f"the score head ran {len(found)} times"
-    scores = found[0][:, -batch["input_ids"].shape[1] :]  # virtual tokens come first
+    assert len(head_outputs) == 1, f"the score head ran {len(head_outputs)} times"
+    scores = head_outputs[0][:, -batch["input_ids"].shape[1] :]  # virtual tokens come first
     # ZeRO-3 gathers weights when backward reaches a module's output, so the output must be in the graph.
-    if in_parts(model):
+    if is_sharded(model):
         scores = scores + 0.0 * output.logits.sum()
     return scores

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from align.reward.loss import comparison_losses, disagreements, margin_table, reward_table
+from align.reward.loss import bradley_terry_losses, consistency_losses, padded_rewards, pairwise_margins
 from align.reward.model import completion_scores
 
 
 @dataclass(frozen=True)
-class Objective:
+class RewardObjective:
     """The loss of a reward model, shared by the trainer and the pre-flight checks.
 
     Attributes:
@@ -21,10 +21,10 @@ class Objective:
         forward_passes: forward passes per batch; 2 adds the AdaMix consistency loss.
     """
 
-    heads: tuple[int, ...]
-    centring: float = 0.0
-    margins: float | None = None
-    passes: int = 1
+    head_of_source: tuple[int, ...]
+    center_rewards_coefficient: float = 0.0
+    margin_scale: float | None = None
+    forward_passes: int = 1
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return each group's loss (G,) and its zero-padded rewards (G, K).
@@ -34,15 +34,22 @@ class Objective:
             batch: a ``RewardBatch`` on the model's device.
         """
         rewards = self.rewards(model, batch)
-        margins = None
-        if self.margins is not None:
-            margins = margin_table(batch["margins"], batch["scores"], batch["sizes"], scale=self.margins)
-        losses = comparison_losses(rewards, batch["ranks"], margins=margins, centring=self.centring)
-        if self.passes == 2:
-            losses = losses + disagreements(rewards, self.rewards(model, batch), batch["ranks"])
+        target_margins = None
+        if self.margin_scale is not None:
+            target_margins = pairwise_margins(
+                batch["margins"], batch["scores"], batch["sizes"], scale=self.margin_scale
+            )
+        losses = bradley_terry_losses(
+            rewards,
+            batch["ranks"],
+            margins=target_margins,
+            center_rewards_coefficient=self.center_rewards_coefficient,
+        )
+        if self.forward_passes == 2:
+            losses = losses + consistency_losses(rewards, self.rewards(model, batch), batch["ranks"])
         return losses, rewards
 
     def rewards(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the rewards of each group under its head, zero-padded: (G, K)."""
-        heads = torch.tensor(self.heads, device=batch["sources"].device)[batch["sources"]]
-        return reward_table(completion_scores(model, batch), batch["sizes"], heads)
+        heads = torch.tensor(self.head_of_source, device=batch["sources"].device)[batch["sources"]]
+        return padded_rewards(completion_scores(model, batch), batch["sizes"], heads)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from align.reward.settings import RuleSettings, Settings
-from finetune.recipe.python_function import function_file, load_function, number_from
+from finetune.recipe.python_function import call_for_number, function_file, load_user_function
 from finetune.recipe.settings import StageSettings
 from finetune.training.run_directory import RULES, RunDirectory
 
 
 @dataclass(frozen=True)
-class Rule:
+class FunctionReward:
     """A Python reward function with its name, its weight and its kind (for error messages)."""
 
     name: str
@@ -24,7 +24,7 @@ class Rule:
     kind: str = "rule"
 
     def scores(
-        self, prompts: Sequence[str], completions: Sequence[str], places: Sequence[str]
+        self, prompts: Sequence[str], completions: Sequence[str], locations: Sequence[str]
     ) -> list[float]:
         """Return the rule's score of each completion.
 
@@ -37,35 +37,37 @@ class Rule:
             UserError: the function raised, or returned no number.
         """
         return [
-            number_from(self.function, prompt, completion, where=f"{self.kind} '{self.name}' on {place}")
-            for prompt, completion, place in zip(prompts, completions, places, strict=True)
+            call_for_number(
+                self.function, prompt, completion, where=f"{self.kind} '{self.name}' on {location}"
+            )
+            for prompt, completion, location in zip(prompts, completions, locations, strict=True)
         ]
 
 
-def copy_rules(settings: StageSettings, run: RunDirectory) -> None:
+def save_rules(settings: StageSettings, run: RunDirectory) -> None:
     """Copy each rule's file to ``RUN/rules/NUMBER.py``."""
     assert isinstance(settings, Settings)
     # A copy, so that the finished run scores the same after the user's file has changed.
-    if settings.reward.rules and run.writes:
-        with run.replacing(RULES) as folder:
-            for number, rule in enumerate(settings.reward.rules):
-                (folder / f"{number}.py").write_bytes(_file(rule).read_bytes())
+    if settings.reward.rules and run.is_writer:
+        with run.atomic_folder(RULES) as folder:
+            for index, rule in enumerate(settings.reward.rules):
+                (folder / f"{index}.py").write_bytes(_rule_file(rule).read_bytes())
 
 
-def saved_rules(run: Path, rules: Sequence[RuleSettings]) -> list[Rule]:
+def load_rules(run: Path, rules: Sequence[RuleSettings]) -> list[FunctionReward]:
     """Load the rules of a finished run from its copies of their files.
 
     Raises:
         UserError: a copy is missing, or it cannot be executed.
     """
-    found = []
-    for number, rule in enumerate(rules):
+    loaded = []
+    for index, rule in enumerate(rules):
         name = rule.function.rpartition(":")[2]
         where = f"rule '{rule.name}' of {run}"
-        function = load_function(f"{run.resolve() / RULES / f'{number}.py'}:{name}", where=where)
-        found.append(Rule(rule.name, rule.weight, function))
-    return found
+        function = load_user_function(f"{run.resolve() / RULES / f'{index}.py'}:{name}", where=where)
+        loaded.append(FunctionReward(rule.name, rule.weight, function))
+    return loaded
 
 
-def _file(rule: RuleSettings) -> Path:
+def _rule_file(rule: RuleSettings) -> Path:
     return function_file(rule.function, where=f"rule '{rule.name}'")

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from align.preference.rows.fields import completion, question, whole
-from align.preference.rows.judged import Answer, Judged
+from align.preference.rows.fields import completion_turns, prompt_turns, split_completion
+from align.preference.rows.judged import PreferenceRow, ScoredCompletion
 from align.preference.rows.layouts import RANKINGS
-from align.reward.measures import Scored, contests, wilson
+from align.reward.measures import ScoredComparisons, pair_comparisons, wilson_interval
 from align.reward.scorer import TOTAL, RewardModel
-from data_templates._segments import REPLIES, Message
-from finetune.data.layouts import LAYOUTS, Layout, RowProblem, read_rows, recognise_among
-from finetune.data.sources import Row, read_source
+from data_templates._segments import REPLY_ROLES, Message
+from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, RowError, match_layout, parse_rows
+from finetune.data.sources import SourceRow, read_source
 from finetune.recipe.errors import Problem, UserError
 
-REPAIR = "rename the columns: prompt and completion, or prompt, chosen and rejected"
-LENGTH = "length"
+COLUMNS_REPAIR = "rename the columns: prompt and completion, or prompt, chosen and rejected"
+LENGTH_BASELINE = "length"
 """Longest-wins baseline: the longer completion (in characters) is predicted to be better."""
 
 
@@ -31,28 +31,30 @@ class ScoredRow:
     ``scores`` is empty if the row has no reply to score.
     """
 
-    row: Row
-    judged: Judged
+    row: SourceRow
+    preference: PreferenceRow
     scores: Mapping[str, list[float]]
-    normalised: Mapping[str, list[float]]
+    normalized: Mapping[str, list[float]]
 
     @property
     def ranks(self) -> list[int] | None:
         """Return the completions' ranks, 0 for the best; None if the row is unranked."""
-        answers = self.judged.answers
-        if self.judged.ordered:
+        answers = self.preference.completions
+        if self.preference.ordered:
             return list(range(len(answers)))
         scores = [answer.score for answer in answers]
-        told = len(answers) > 1 and all(answer.scored for answer in answers)
-        return [sum(other > score for other in scores) for score in scores] if told else None
+        is_ranked = len(answers) > 1 and all(answer.scored for answer in answers)
+        return [sum(other > score for other in scores) for score in scores] if is_ranked else None
 
-    def line(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the row with its rewards: a number for a single completion, a list for several."""
-        single = len(self.judged.answers) == 1
-        shown = {name: values[0] if single else values for name, values in self.scores.items()}
-        shown_normalised = {name: values[0] if single else values for name, values in self.normalised.items()}
-        rewards = {**shown, "normalised": shown_normalised} if self.scores else None
-        winner = {"winner": self.winner} if self.judged.ordered and self.scores else {}
+        single = len(self.preference.completions) == 1
+        rewards_by_name = {name: values[0] if single else values for name, values in self.scores.items()}
+        normalized_by_name = {
+            name: values[0] if single else values for name, values in self.normalized.items()
+        }
+        rewards = {**rewards_by_name, "normalised": normalized_by_name} if self.scores else None
+        winner = {"winner": self.winner} if self.preference.ordered and self.scores else {}
         return {**self.row.columns, "rewards": rewards, **winner}
 
     @property
@@ -74,102 +76,140 @@ def score_file(model: RewardModel, source: str | list[dict[str, Any]]) -> list[S
     """
     rows = read_source(source)
     where = source if isinstance(source, str) else "rows"
-    layout = recognise_among(list(rows[0].columns), READ, columns=None, where=where, repair=REPAIR)
-    judged = read_rows(rows, layout, None)
-    talks = [list(_talks(one)) for one in judged]
-    if not any(talks):
+    layout = match_layout(
+        list(rows[0].columns), SCORABLE_LAYOUTS, columns=None, where=where, repair=COLUMNS_REPAIR
+    )
+    preferences = parse_rows(rows, layout, None)
+    conversations = [list(_conversations(preference)) for preference in preferences]
+    if not any(conversations):
         raise UserError(Problem(where, "no row ends with a reply", "completions to score"))
-    places = [row.where for row, own in zip(rows, talks, strict=True) for _ in own]
-    scores = model.score_talks([talk for own in talks for talk in own], places)
-    normalised = model.normalised(scores)
-    ends = np.cumsum([len(own) for own in talks]).tolist()
+    locations = [
+        row.location
+        for row, row_conversations in zip(rows, conversations, strict=True)
+        for _ in row_conversations
+    ]
+    scores = model.score_conversations(
+        [conversation for row_conversations in conversations for conversation in row_conversations], locations
+    )
+    normalized = model.normalized(scores)
+    ends = np.cumsum([len(row_conversations) for row_conversations in conversations]).tolist()
     return [
         ScoredRow(
             row,
-            one,
-            {name: values[end - len(own) : end] for name, values in scores.items() if own},
-            {name: values[end - len(own) : end] for name, values in normalised.items() if own},
+            preference,
+            {
+                name: values[end - len(row_conversations) : end]
+                for name, values in scores.items()
+                if row_conversations
+            },
+            {
+                name: values[end - len(row_conversations) : end]
+                for name, values in normalized.items()
+                if row_conversations
+            },
         )
-        for row, one, own, end in zip(rows, judged, talks, ends, strict=True)
+        for row, preference, row_conversations, end in zip(
+            rows, preferences, conversations, ends, strict=True
+        )
     ]
 
 
-def write_rows(rows: Sequence[ScoredRow], path: Path) -> None:
+def write_scored_rows(rows: Sequence[ScoredRow], path: Path) -> None:
     """Write the rows with their rewards as JSON Lines."""
-    lines = [json.dumps(row.line(), ensure_ascii=False, default=str) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    json_lines = [json.dumps(row.to_dict(), ensure_ascii=False, default=str) for row in rows]
+    path.write_text("\n".join(json_lines) + "\n", encoding="utf-8")
 
 
-def summary(rows: Sequence[ScoredRow]) -> dict[str, Any]:
+def score_statistics(rows: Sequence[ScoredRow]) -> dict[str, Any]:
     """Return statistics per reward: mean, std, min, max, and accuracy against the file's ranking.
 
     Each comparison has weight 1, whatever its number of completions. The longest-wins baseline is included.
     """
-    usable = [row for row in rows if row.scores]
-    compared = [row for row in usable if row.ranks is not None and len(set(row.ranks)) > 1]
-    found: dict[str, Any] = {"rows": len(rows), "without_reply": len(rows) - len(usable), "rewards": {}}
-    for name in usable[0].scores:
-        values = np.asarray([value for row in usable for value in row.scores[name]])
-        spread = {"mean": values.mean(), "deviation": values.std(), "min": values.min(), "max": values.max()}
-        own = {key: float(value) for key, value in spread.items()} | {"completions": len(values)}
-        agreement = _agreement(compared, [row.scores[name] for row in compared]) if compared else {}
-        found["rewards"][name] = own | agreement
-    if compared:
-        longer = [[float(len(_said(a))) for a in row.judged.answers] for row in compared]
-        found["rewards"][LENGTH] = _agreement(compared, longer)
-    return found
+    scored_rows = [row for row in rows if row.scores]
+    ranked_rows = [row for row in scored_rows if row.ranks is not None and len(set(row.ranks)) > 1]
+    statistics: dict[str, Any] = {
+        "rows": len(rows),
+        "without_reply": len(rows) - len(scored_rows),
+        "rewards": {},
+    }
+    for name in scored_rows[0].scores:
+        values = np.asarray([value for row in scored_rows for value in row.scores[name]])
+        moments = {"mean": values.mean(), "deviation": values.std(), "min": values.min(), "max": values.max()}
+        reward_statistics = {key: float(value) for key, value in moments.items()} | {
+            "completions": len(values)
+        }
+        agreement = _agreement(ranked_rows, [row.scores[name] for row in ranked_rows]) if ranked_rows else {}
+        statistics["rewards"][name] = reward_statistics | agreement
+    if ranked_rows:
+        lengths = [
+            [float(len(_reply_content(answer))) for answer in row.preference.completions]
+            for row in ranked_rows
+        ]
+        statistics["rewards"][LENGTH_BASELINE] = _agreement(ranked_rows, lengths)
+    return statistics
 
 
 def _agreement(rows: Sequence[ScoredRow], values: Sequence[Sequence[float]]) -> dict[str, Any]:
-    sizes = np.asarray([len(own) for own in values])
+    sizes = np.asarray([len(row_values) for row_values in values])
     ranks = np.asarray([rank for row in rows for rank in row.ranks or []], dtype=np.int32)
-    flat = np.asarray([value for own in values for value in own])
-    pairs = contests(Scored(flat, ranks, np.zeros(len(flat), dtype=np.int64), sizes))
-    share = pairs.share(pairs.leads)
-    return {"comparisons": len(rows), "accuracy": share, "interval": list(wilson(share, len(rows)))}
+    flat_values = np.asarray([value for row_values in values for value in row_values])
+    pairs = pair_comparisons(
+        ScoredComparisons(flat_values, ranks, np.zeros(len(flat_values), dtype=np.int64), sizes)
+    )
+    accuracy = pairs.positive_fraction(pairs.margins)
+    return {
+        "comparisons": len(rows),
+        "accuracy": accuracy,
+        "interval": list(wilson_interval(accuracy, len(rows))),
+    }
 
 
-def _talks(judged: Judged) -> Iterator[list[Message]]:
+def _conversations(preference: PreferenceRow) -> Iterator[list[Message]]:
     """Yield a row's conversations, one per completion; none if any of them ends without a reply."""
-    if all(answer.reply is not None and _said(answer).strip() for answer in judged.answers):
-        for answer in judged.answers:
+    if all(answer.reply is not None and _reply_content(answer).strip() for answer in preference.completions):
+        for answer in preference.completions:
             assert answer.reply is not None
             yield [*answer.prompt, answer.reply]
 
 
-def _said(answer: Answer) -> str:
+def _reply_content(answer: ScoredCompletion) -> str:
     return answer.reply.content if answer.reply is not None else ""
 
 
-def _responses(columns: Mapping[str, Any]) -> Judged:
+def _read_unranked_responses(columns: Mapping[str, Any]) -> PreferenceRow:
     """Read the unranked completions of a prompt."""
     if not isinstance(columns["responses"], list) or not columns["responses"]:
-        raise RowProblem("responses", "not a list, or empty", "a list of completions")
-    asked, answers = question(columns, "prompt"), []
+        raise RowError("responses", "not a list, or empty", "a list of completions")
+    prompt, answers = prompt_turns(columns, "prompt"), []
     for index, entry in enumerate(columns["responses"]):
         field = f"responses[{index}]"
-        turns, reply = whole(asked, completion({field: entry}, field), field)
-        answers.append(Answer(tuple(turns), reply))
-    return Judged(tuple(answers))
+        turns, reply = split_completion(prompt, completion_turns({field: entry}, field), field)
+        answers.append(ScoredCompletion(tuple(turns), reply))
+    return PreferenceRow(tuple(answers))
 
 
-def _asked(columns: Mapping[str, Any]) -> Judged:
+def _read_completion(columns: Mapping[str, Any]) -> PreferenceRow:
     """Read a prompt, which may be a dialogue, with one completion."""
-    turns, reply = whole(question(columns, "prompt"), completion(columns, "completion"), "completion")
-    return Judged((Answer(tuple(turns), reply),))
+    turns, reply = split_completion(
+        prompt_turns(columns, "prompt"), completion_turns(columns, "completion"), "completion"
+    )
+    return PreferenceRow((ScoredCompletion(tuple(turns), reply),))
 
 
-def _last(layout: Layout[list[Message]], columns: Mapping[str, Any]) -> Judged:
+def _read_last_turn(layout: Layout[list[Message]], columns: Mapping[str, Any]) -> PreferenceRow:
     """Read a conversation with its last turn as the completion."""
-    turns = layout.read(columns)
-    reply = turns[-1] if turns[-1].role in REPLIES else None
-    return Judged((Answer(tuple(turns[:-1] if reply else turns), reply),))
+    turns = layout.parse(columns)
+    reply = turns[-1] if turns[-1].role in REPLY_ROLES else None
+    return PreferenceRow((ScoredCompletion(tuple(turns[:-1] if reply else turns), reply),))
 
 
-READ: Sequence[Layout[Judged]] = (
+SCORABLE_LAYOUTS: Sequence[Layout[PreferenceRow]] = (
     *RANKINGS,
-    Layout("prompt/responses", ("prompt", "responses"), _responses),
-    Layout("prompt/completion", ("prompt", "completion"), _asked),
-    *(Layout(one.name, one.required, partial(_last, one), one.nullable) for one in LAYOUTS),
+    Layout("prompt/responses", ("prompt", "responses"), _read_unranked_responses),
+    Layout("prompt/completion", ("prompt", "completion"), _read_completion),
+    *(
+        Layout(one.name, one.required, partial(_read_last_turn, one), one.nullable)
+        for one in CONVERSATION_LAYOUTS
+    ),
 )
 """Comparisons first, then single completions in every instruction layout."""

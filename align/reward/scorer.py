@@ -11,29 +11,29 @@ import numpy as np
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from align.preference.attention import cost_of, why_separate
+from align.preference.attention import block_mask_unsupported, forward_cost
 from align.preference.rows.dataset import TokenizedGroup
-from align.preference.rows.encode import Room, fit
-from align.preference.rows.fields import question
+from align.preference.rows.encode import LengthLimits, truncate_to
+from align.preference.rows.fields import prompt_turns
 from align.reward.collate import RewardCollator
 from align.reward.model import load_scorer
-from align.reward.rules import Rule, saved_rules
+from align.reward.rules import FunctionReward, load_rules
 from align.reward.scoring import score_groups
 from align.reward.settings import RuleSettings
-from align.reward.shared_base import scorer_on
+from align.reward.shared_base import scorer_sharing_base
 from data_templates._segments import Message, TemplateError
-from finetune.adapters._load import open_adapter
+from finetune.adapters._load import load_saved_adapter
 from finetune.data.tokens import Encoder
 from finetune.planning.choices import TOKENS_PER_FORWARD
-from finetune.planning.hardware import detect
+from finetune.planning.hardware import detect_hardware
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.runs import finished_record
+from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import ModelSettings
-from finetune.training.samples import question_of
+from finetune.training.samples import prompt_text
 
-Prompt = str | Sequence[Message]
-Ids = list[int]
-TOGETHER = 16
+PromptInput = str | Sequence[Message]
+TokenIdList = list[int]
+MAX_SHARED_COMPLETIONS = 16
 """Maximum completions that share one prompt: attention costs the square of the row's length."""
 TOTAL = "total"
 """Name of the total reward: sum of all heads, normalized to mean 0 and std 1, and of the weighted rules."""
@@ -55,18 +55,18 @@ class RewardModel:
 
     model: nn.Module
     encoder: Encoder
-    zeros: Mapping[str, tuple[float, float]]
-    rules: Sequence[Rule]
-    room: Room
-    collate: RewardCollator
-    tokens: int
+    normalization: Mapping[str, tuple[float, float]]
+    rules: Sequence[FunctionReward]
+    length_limits: LengthLimits
+    collator: RewardCollator
+    tokens_per_forward: int
 
     @property
     def names(self) -> list[str]:
         """Return the names of all rewards: heads, rules and the total."""
-        return [*self.zeros, *(rule.name for rule in self.rules), TOTAL]
+        return [*self.normalization, *(rule.name for rule in self.rules), TOTAL]
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> dict[str, list[float]]:
+    def score(self, prompts: Sequence[PromptInput], completions: Sequence[str]) -> dict[str, list[float]]:
         """Score completions of prompts; consecutive completions of one prompt share its forward pass.
 
         Args:
@@ -79,15 +79,15 @@ class RewardModel:
         Raises:
             UserError: the template cannot render a conversation, or a rule fails.
         """
-        talks = [
-            [*_turns(prompt), Message("assistant", text)]
+        conversations = [
+            [*_as_messages(prompt), Message("assistant", text)]
             for prompt, text in zip(prompts, completions, strict=True)
         ]
-        places = [f"completion {number}" for number in range(1, len(talks) + 1)]
-        return self.score_talks(talks, places)
+        locations = [f"completion {number}" for number in range(1, len(conversations) + 1)]
+        return self.score_conversations(conversations, locations)
 
-    def score_talks(
-        self, talks: Sequence[Sequence[Message]], places: Sequence[str]
+    def score_conversations(
+        self, conversations: Sequence[Sequence[Message]], locations: Sequence[str]
     ) -> dict[str, list[float]]:
         """Score the last reply of each conversation, as ``score`` does.
 
@@ -95,52 +95,67 @@ class RewardModel:
             conversations: conversations that end with a reply.
             locations: location of each conversation, for error messages.
         """
-        if not talks:
+        if not conversations:
             return {name: [] for name in self.names}
-        raw = self._heads(talks, places)
-        found = {name: raw[:, number].tolist() for number, name in enumerate(self.zeros)}
-        total = sum(np.asarray(values) for values in self.normalised(found).values())
-        prompts, completions = [question_of(talk) for talk in talks], [talk[-1].content for talk in talks]
+        head_scores = self._head_scores(conversations, locations)
+        scores = {name: head_scores[:, index].tolist() for index, name in enumerate(self.normalization)}
+        total = sum(np.asarray(values) for values in self.normalized(scores).values())
+        prompts, completions = (
+            [prompt_text(conversation) for conversation in conversations],
+            [conversation[-1].content for conversation in conversations],
+        )
         for rule in self.rules:
-            found[rule.name] = rule.scores(prompts, completions, places)
-            total = total + rule.weight * np.asarray(found[rule.name])
-        return {**found, TOTAL: np.asarray(total).tolist()}
+            scores[rule.name] = rule.scores(prompts, completions, locations)
+            total = total + rule.weight * np.asarray(scores[rule.name])
+        return {**scores, TOTAL: np.asarray(total).tolist()}
 
-    def normalised(self, scores: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    def normalized(self, scores: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
         """Normalize the heads' scores to mean 0 and std 1 over chosen training completions."""
         return {
-            name: ((np.asarray(scores[name]) - mean) / deviation).tolist()
-            for name, (mean, deviation) in self.zeros.items()
+            name: ((np.asarray(scores[name]) - mean) / std).tolist()
+            for name, (mean, std) in self.normalization.items()
         }
 
-    def _heads(self, talks: Sequence[Sequence[Message]], places: Sequence[str]) -> np.ndarray:
+    def _head_scores(
+        self, conversations: Sequence[Sequence[Message]], locations: Sequence[str]
+    ) -> np.ndarray:
         """Return raw scores (C, heads); consecutive conversations with one prompt are scored as a group."""
-        pairs = [self._encoded(talk, place) for talk, place in zip(talks, places, strict=True)]
+        pairs = [
+            self._encode(conversation, location)
+            for conversation, location in zip(conversations, locations, strict=True)
+        ]
         groups = [
-            _group(prompt, part)
-            for prompt, own in groupby(pairs, key=lambda pair: pair[0])
-            for part in _few([ids for _, ids in own])
+            _to_group(prompt, chunk)
+            for prompt, same_prompt in groupby(pairs, key=lambda pair: pair[0])
+            for chunk in _chunks([ids for _, ids in same_prompt])
         ]
         longest = max(len(group.prompt_ids) + sum(map(len, group.completion_ids)) for group in groups)
-        return score_groups(self.model, groups, self.collate, size=max(1, self.tokens // longest))
+        return score_groups(
+            self.model, groups, self.collator, batch_size=max(1, self.tokens_per_forward // longest)
+        )
 
-    def _encoded(self, talk: Sequence[Message], place: str) -> tuple[Ids, Ids]:
+    def _encode(self, conversation: Sequence[Message], location: str) -> tuple[TokenIdList, TokenIdList]:
         """Return the token ids of prompt and reply, truncated as in training."""
         try:
-            encoded = self.encoder.encode(talk)
+            encoded = self.encoder.encode(conversation)
         except TemplateError as error:
-            found = f"template '{self.encoder.name}' cannot render it: {error}"
-            raise UserError(Problem(place, found, "turns that the template supports")) from error
-        if True not in encoded.trained:
-            raise UserError(Problem(place, "the reply has no tokens", "a non-empty reply"))
-        start = encoded.trained.index(True)
-        end = len(encoded.trained) - encoded.trained[::-1].index(True)
-        head = int(encoded.input_ids[:1] == [self.encoder.tokenizer.bos_token_id])
-        prompt, [reply] = fit(encoded.input_ids[:start], [encoded.input_ids[start:end]], self.room, head=head)
+            actual = f"template '{self.encoder.name}' cannot render it: {error}"
+            raise UserError(Problem(location, actual, "turns that the template supports")) from error
+        if True not in encoded.loss_mask:
+            raise UserError(Problem(location, "the reply has no tokens", "a non-empty reply"))
+        start = encoded.loss_mask.index(True)
+        end = len(encoded.loss_mask) - encoded.loss_mask[::-1].index(True)
+        num_bos = int(encoded.input_ids[:1] == [self.encoder.tokenizer.bos_token_id])
+        prompt, [reply] = truncate_to(
+            encoded.input_ids[:start],
+            [encoded.input_ids[start:end]],
+            self.length_limits,
+            num_kept_start=num_bos,
+        )
         return prompt, reply
 
 
-def load_reward(run: Path, *, base: PreTrainedModel | None = None) -> RewardModel:
+def load_reward_model(run: Path, *, base: PreTrainedModel | None = None) -> RewardModel:
     """Load the reward model of a finished run of stage ``reward``.
 
     Args:
@@ -151,64 +166,68 @@ def load_reward(run: Path, *, base: PreTrainedModel | None = None) -> RewardMode
     Raises:
         UserError: not the folder of a finished reward model run.
     """
-    record = finished_record(run)
-    load: dict[str, Any] = record["load"]
-    if "heads" not in load:
-        found, expected = f"a run of stage {record['stage']}", "a run of stage reward"
+    record = read_finished_record(run)
+    saved: dict[str, Any] = record["load"]
+    if "heads" not in saved:
+        actual, expected = f"a run of stage {record['stage']}", "a run of stage reward"
         raise UserError(
-            Problem(str(run), found, expected, f"`llm-align chat {run}` for a model that generates text")
+            Problem(str(run), actual, expected, f"`llm-align chat {run}` for a model that generates text")
         )
-    rules = saved_rules(run, [RuleSettings(**rule) for rule in load["rules"]])
-    model = _model(run, load, base)
+    rules = load_rules(run, [RuleSettings(**rule) for rule in saved["rules"]])
+    model = _load_model(run, saved, base)
     folder = run / "adapter" if (run / "adapter").is_dir() else run / "model"
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    reach = load["max_length"] + load["virtual_tokens"]
-    separate = bool(why_separate(model.config, reach=reach))
-    zeros = record["normalisation"]
+    max_positions = saved["max_length"] + saved["virtual_tokens"]
+    one_per_row = bool(block_mask_unsupported(model.config, max_positions=max_positions))
+    normalization = record["normalisation"]
     return RewardModel(
         model,
-        Encoder(tokenizer, load["template"], system=load["system"], wish=load.get("wish", "")),
-        zeros={name: (zeros[name]["mean"], zeros[name]["deviation"]) for name in load["heads"]},
+        Encoder(tokenizer, saved["template"], system=saved["system"], control_suffix=saved.get("wish", "")),
+        normalization={
+            name: (normalization[name]["mean"], normalization[name]["deviation"]) for name in saved["heads"]
+        },
         rules=rules,
-        room=Room(load["max_length"], load["max_prompt_length"]),
-        collate=RewardCollator(load["pad_id"], separate=separate, cost=cost_of(model)),
-        tokens=TOKENS_PER_FORWARD[detect().device],
+        length_limits=LengthLimits(saved["max_length"], saved["max_prompt_length"]),
+        collator=RewardCollator(saved["pad_id"], one_per_row=one_per_row, cost=forward_cost(model)),
+        tokens_per_forward=TOKENS_PER_FORWARD[detect_hardware().device],
     )
 
 
-def _model(run: Path, load: Mapping[str, Any], shared: PreTrainedModel | None) -> nn.Module:
+def _load_model(run: Path, saved: Mapping[str, Any], shared_base: PreTrainedModel | None) -> nn.Module:
     """Load base, adapter and heads, or the fully fine-tuned model."""
-    settings, whole = ModelSettings(**load["model"]), run / "model"
-    heads, pad, precision = load["heads"], load["pad_id"], load["precision"]
-    if shared is not None and not whole.is_dir():
-        scorer: nn.Module = open_adapter(scorer_on(shared, heads, pad_id=pad), run / "adapter")
+    settings, full_model = ModelSettings(**saved["model"]), run / "model"
+    heads, pad_id, precision = saved["heads"], saved["pad_id"], saved["precision"]
+    if shared_base is not None and not full_model.is_dir():
+        scorer: nn.Module = load_saved_adapter(
+            scorer_sharing_base(shared_base, heads, pad_id=pad_id), run / "adapter"
+        )
         return scorer.eval()
-    if whole.is_dir():  # its weights were trained in float32
-        settings = settings.model_copy(update={"base": str(whole), "revision": None, "rope": None})
+    if full_model.is_dir():  # its weights were trained in float32
+        settings = settings.model_copy(update={"base": str(full_model), "revision": None, "rope": None})
         precision = "float32"
     base = load_scorer(
         settings,
         heads,
         precision=precision,
-        quantization=load["quantization"],
-        hardware=detect(),
-        pad_id=pad,
+        quantization=saved["quantization"],
+        hardware=detect_hardware(),
+        pad_id=pad_id,
     )
-    model: nn.Module = base if whole.is_dir() else open_adapter(base, run / "adapter")
+    model: nn.Module = base if full_model.is_dir() else load_saved_adapter(base, run / "adapter")
     return model.eval()
 
 
-def _turns(prompt: Prompt) -> list[Message]:
-    return question({"prompt": prompt}, "prompt") if isinstance(prompt, str) else list(prompt)
+def _as_messages(prompt: PromptInput) -> list[Message]:
+    return prompt_turns({"prompt": prompt}, "prompt") if isinstance(prompt, str) else list(prompt)
 
 
-def _few(completions: list[Ids]) -> Iterator[list[Ids]]:
+def _chunks(completions: list[TokenIdList]) -> Iterator[list[TokenIdList]]:
     """Yield chunks of at most MAX_SHARED_COMPLETIONS completions."""
-    for start in range(0, len(completions), TOGETHER):
-        yield completions[start : start + TOGETHER]
+    for start in range(0, len(completions), MAX_SHARED_COMPLETIONS):
+        yield completions[start : start + MAX_SHARED_COMPLETIONS]
 
 
-def _group(prompt: Ids, completions: Sequence[Ids]) -> TokenizedGroup:
+def _to_group(prompt: TokenIdList, completions: Sequence[TokenIdList]) -> TokenizedGroup:
     count = len(completions)
     return TokenizedGroup(
         prompt_ids=np.asarray(prompt, dtype=np.int32),
@@ -217,6 +236,6 @@ def _group(prompt: Ids, completions: Sequence[Ids]) -> TokenizedGroup:
         ranks=np.zeros(count, dtype=np.int32),
         margin=nan,
         row=0,
-        place="",
+        location="",
         source=0,
     )

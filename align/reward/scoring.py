@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from align.preference.rows.dataset import PreferenceGroups, TokenizedGroup
 from align.reward.collate import RewardCollator
-from align.reward.measures import Numbers, Scored
+from align.reward.measures import FloatArray, ScoredComparisons
 from align.reward.model import completion_scores
 
 
 @torch.no_grad()
 def score_groups(
-    model: nn.Module, groups: Sequence[TokenizedGroup], collate: RewardCollator, *, size: int
-) -> Numbers:
+    model: nn.Module, groups: Sequence[TokenizedGroup], collator: RewardCollator, *, batch_size: int
+) -> FloatArray:
     """Return the scores of all completions in group order: (C, heads).
 
     Args:
@@ -24,24 +24,26 @@ def score_groups(
         collator: the collator.
         batch_size: groups per forward pass.
     """
-    training, device = model.training, next(model.parameters()).device
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     lengths = [len(group.prompt_ids) + sum(map(len, group.completion_ids)) for group in groups]
     # Groups of similar length share a batch, so that little of it is padding.
     order = np.argsort(lengths, kind="stable").tolist()
-    found: dict[int, Numbers] = {}
-    for start in range(0, len(order), size):
-        numbers = order[start : start + size]
-        batch = collate([groups[number] for number in numbers])
+    scores_by_group: dict[int, FloatArray] = {}
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = collator([groups[index] for index in indices])
         on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
         scores = completion_scores(model, on_device).double().cpu()
-        parts = torch.split(scores, batch["sizes"].tolist())
-        found |= {number: part.numpy() for number, part in zip(numbers, parts, strict=True)}
-    model.train(training)
-    return np.concatenate([found[number] for number in range(len(groups))])
+        chunks = torch.split(scores, batch["sizes"].tolist())
+        scores_by_group |= {index: chunk.numpy() for index, chunk in zip(indices, chunks, strict=True)}
+    model.train(was_training)
+    return np.concatenate([scores_by_group[index] for index in range(len(groups))])
 
 
-def of_own_heads(scores: Numbers, groups: PreferenceGroups, heads: Sequence[int]) -> Scored:
+def select_head_scores(
+    scores: FloatArray, groups: PreferenceGroups, head_of_source: Sequence[int]
+) -> ScoredComparisons:
     """Select each comparison's scores under the head of its data source.
 
     Args:
@@ -49,6 +51,6 @@ def of_own_heads(scores: Numbers, groups: PreferenceGroups, heads: Sequence[int]
         groups: the scored comparisons.
         head_of_source: index of the head of each data source.
     """
-    owners = np.repeat(np.asarray(heads)[list(groups.sources)], groups.completions)
-    rewards = scores[np.arange(len(scores)), owners]
-    return Scored(rewards, groups.ranks, groups.completion_lengths, groups.completions)
+    head_ids = np.repeat(np.asarray(head_of_source)[list(groups.source_ids)], groups.num_completions)
+    rewards = scores[np.arange(len(scores)), head_ids]
+    return ScoredComparisons(rewards, groups.ranks, groups.completion_lengths, groups.num_completions)

@@ -7,24 +7,24 @@ from pydantic import Field
 
 from align.preference.settings import PreferenceSettings
 from finetune.recipe.checks import adapter_traits
-from finetune.recipe.errors import Problem, UserError, nearest, one_of
-from finetune.recipe.python_function import call_problems, file_digest, load_function
-from finetune.recipe.settings import MixedSource, Section, StageSettings, Text
+from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
+from finetune.recipe.python_function import file_digest, load_user_function, signature_problems
+from finetune.recipe.settings import MixedSource, NonEmptyStr, Section, StageSettings
 
-ARGUMENTS = ("prompt", "completion")
+RULE_ARGUMENTS = ("prompt", "completion")
 """Arguments of a rule function."""
 
 
-class RewardSource(MixedSource):
+class HeadDataSource(MixedSource):
     """One source of a data mixture, and the head trained on it."""
 
-    head: Text | None = Field(None, description="head trained on this source; null: the only head")
+    head: NonEmptyStr | None = Field(None, description="head trained on this source; null: the only head")
 
 
 class RewardData(PreferenceSettings):
     """Preference data, and the head trained on each source."""
 
-    mix: Annotated[list[RewardSource], Field(min_length=1)] | None = Field(  # type: ignore[assignment]
+    mix: Annotated[list[HeadDataSource], Field(min_length=1)] | None = Field(  # type: ignore[assignment]
         None, description="several sources instead of `source`; each may name the head trained on it"
     )
 
@@ -32,15 +32,17 @@ class RewardData(PreferenceSettings):
 class RuleSettings(Section):
     """A Python reward function."""
 
-    name: Text = Field(description="name of its score")
-    function: Text = Field(description="path/to/file.py:function; (prompt, completion) -> number or bool")
+    name: NonEmptyStr = Field(description="name of its score")
+    function: NonEmptyStr = Field(
+        description="path/to/file.py:function; (prompt, completion) -> number or bool"
+    )
     weight: float = Field(1.0, description="weight in the total reward")
 
 
 class RewardSettings(Section):
     """Heads, terms added to the Bradley-Terry loss, and rules."""
 
-    heads: Annotated[list[Text], Field(min_length=1)] = Field(
+    heads: Annotated[list[NonEmptyStr], Field(min_length=1)] = Field(
         ["reward"], description="names of the score heads on one base, each trained on its own sources"
     )
     # arXiv 2312.09244, equation 2; TRL recommends 0.01. Off: rewards are normalized after training anyway.
@@ -55,7 +57,7 @@ class RewardSettings(Section):
         [], description="Python reward functions: [{name: N, function: file.py:function, weight: 1.0}]"
     )
 
-    def made_of(self) -> list[str]:
+    def input_digests(self) -> list[str]:
         """Return the digests of the rules' files, part of the run's fingerprint."""
         return [file_digest(rule.function, where=f"rule '{rule.name}'") for rule in self.rules]
 
@@ -70,27 +72,27 @@ class Settings(StageSettings):
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return contradictory settings; executes the rules' files to check their functions."""
-        found = [*_unused(self), *(_adapter(self) if "adapter" in valid else [])]
-        found += _heads(self) if {"data", "reward"} <= set(valid) else []
-        return found + (list(_rules(self.reward)) if "reward" in valid else [])
+        problems = [*_unsupported_settings(self), *(_adapter_problems(self) if "adapter" in valid else [])]
+        problems += _head_problems(self) if {"data", "reward"} <= set(valid) else []
+        return problems + (list(_rule_problems(self.reward)) if "reward" in valid else [])
 
 
-def heads_of(settings: Settings) -> list[int]:
+def head_indices(settings: Settings) -> list[int]:
     """Return the index of the head trained on each data source."""
     names = settings.reward.heads
-    parts = settings.data.mix
-    return [0] if parts is None else [names.index(part.head or names[0]) for part in parts]
+    sources = settings.data.mix
+    return [0] if sources is None else [names.index(source.head or names[0]) for source in sources]
 
 
-def _unused(settings: Settings) -> Iterator[Problem]:
+def _unsupported_settings(settings: Settings) -> Iterator[Problem]:
     """Yield settings that have no effect in this stage."""
     train, evaluate = settings.train, settings.evaluate
     if train.engine == "trl" and len(settings.reward.heads) > 1:
-        found = f"'trl' with {len(settings.reward.heads)} heads"
+        actual = f"'trl' with {len(settings.reward.heads)} heads"
         yield Problem(
-            "train.engine", found, "native: TRL's RewardTrainer has a single score", "train.engine=native"
+            "train.engine", actual, "native: TRL's RewardTrainer has a single score", "train.engine=native"
         )
-    given = {
+    is_set = {
         "train.label_smoothing": train.label_smoothing != 0,
         "train.neftune_alpha": train.neftune_alpha is not None,
         "data.packing": settings.data.packing,
@@ -98,61 +100,61 @@ def _unused(settings: Settings) -> Iterator[Problem]:
         "evaluate.judges": bool(evaluate.judges),
         "evaluate.skill": evaluate.skill is not None,
     }
-    for where in (name for name, wanted in given.items() if wanted):
+    for where in (name for name, is_given in is_set.items() if is_given):
         reason = "not supported for reward models: completions already share their prompt's row"
         if where != "data.packing":
             reason = "not supported for reward models, which generate no text"
         yield Problem(where, "set", reason, "remove it")
 
 
-def _adapter(settings: Settings) -> Iterator[Problem]:
+def _adapter_problems(settings: Settings) -> Iterator[Problem]:
     method = settings.adapter.method
-    if reason := adapter_traits(method).scores:
+    if reason := adapter_traits(method).scoring_unsupported:
         repair = "adapter.method=lora, or another one of `llm-align list adapters`"
         yield Problem(
             "adapter.method", f"'{method}': {reason}", "an adapter that supports reward models", repair
         )
 
 
-def _heads(settings: Settings) -> Iterator[Problem]:
-    names, parts = settings.reward.heads, settings.data.mix
+def _head_problems(settings: Settings) -> Iterator[Problem]:
+    names, sources = settings.reward.heads, settings.data.mix
     if len(set(names)) < len(names):
         yield Problem("reward.heads", f"duplicate names: {', '.join(names)}", "unique names")
-    if len(names) == 1 and not any(part.head for part in parts or []):
+    if len(names) == 1 and not any(source.head for source in sources or []):
         return
-    if parts is None:
+    if sources is None:
         repair = "data.mix=[{source: ..., head: NAME}, ...]"
-        found = f"{len(names)} heads, but data.source is a single source"
-        yield Problem("reward.heads", found, "sources in data.mix, each with a head", repair)
+        actual = f"{len(names)} heads, but data.source is a single source"
+        yield Problem("reward.heads", actual, "sources in data.mix, each with a head", repair)
         return
-    for index, part in enumerate(parts):
+    for index, source in enumerate(sources):
         where = f"data.mix[{index}].head"
-        if part.head is None:
-            found = f"missing, and there are {len(names)} heads"
-            yield Problem(where, found, one_of(names), "set the head to train on this source")
-        elif part.head not in names:
-            found = f"unknown head '{part.head}'"
-            repair = nearest(part.head, names) or "add it to reward.heads"
-            yield Problem(where, found, f"{one_of(names)} (reward.heads)", repair)
-    if idle := [name for name in names if name not in {part.head for part in parts}]:
-        found = f"no data source for {', '.join(idle)}"
-        yield Problem("reward.heads", found, "a source in data.mix for every head", "set `head` on a source")
+        if source.head is None:
+            actual = f"missing, and there are {len(names)} heads"
+            yield Problem(where, actual, one_of(names), "set the head to train on this source")
+        elif source.head not in names:
+            actual = f"unknown head '{source.head}'"
+            repair = did_you_mean(source.head, names) or "add it to reward.heads"
+            yield Problem(where, actual, f"{one_of(names)} (reward.heads)", repair)
+    if idle := [name for name in names if name not in {source.head for source in sources}]:
+        actual = f"no data source for {', '.join(idle)}"
+        yield Problem("reward.heads", actual, "a source in data.mix for every head", "set `head` on a source")
     if isinstance(settings.data.held_out, str):
-        found = "a file, whose rows have no head"
+        actual = "a file, whose rows have no head"
         yield Problem(
-            "data.held_out", found, "a number of rows (100) or a fraction (0.1), taken from every source"
+            "data.held_out", actual, "a number of rows (100) or a fraction (0.1), taken from every source"
         )
 
 
-def _rules(reward: RewardSettings) -> Iterator[Problem]:
+def _rule_problems(reward: RewardSettings) -> Iterator[Problem]:
     names = [*reward.heads, *(rule.name for rule in reward.rules), "total"]
     for index, rule in enumerate(reward.rules):
         where = f"reward.rules[{index}]"
         if names.count(rule.name) > 1:
             yield Problem(f"{where}.name", f"duplicate name '{rule.name}'", "unique names")
         try:
-            function = load_function(rule.function, where=f"{where}.function")
+            function = load_user_function(rule.function, where=f"{where}.function")
         except UserError as error:
             yield from error.problems
         else:
-            yield from call_problems(function, ARGUMENTS, where=f"{where}.function")
+            yield from signature_problems(function, RULE_ARGUMENTS, where=f"{where}.function")

@@ -14,24 +14,30 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from align.reward.model import ScoreHead
-from finetune.training.model import SCORE, label_scores
+from finetune.training.model import SCORE_HEAD, configure_score_heads
 
-STORED = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
+QUANTIZATION_ATTRIBUTES = (
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "is_quantized",
+    "quantization_method",
+    "hf_quantizer",
+)
 """Quantization attributes of a model, which PEFT reads to choose the adapter layers."""
 
 
-def same_weights(module: nn.Module) -> nn.Module:
+def copy_sharing_weights(module: nn.Module) -> nn.Module:
     """Copy a module without its parameters and buffers, which both share.
 
     Hooks and wrappers added to one of the two later do not affect the other.
     """
     tensors: list[Any] = [*module.parameters(), *module.buffers()]
-    states = [tensor.quant_state for tensor in tensors if "quant_state" in vars(tensor)]
-    memo = {id(one): one for one in [*tensors, *states]}
+    quant_states = [tensor.quant_state for tensor in tensors if "quant_state" in vars(tensor)]
+    memo = {id(shared): shared for shared in [*tensors, *quant_states]}
     return copy.deepcopy(module, memo)
 
 
-def scorer_on(base: PreTrainedModel, heads: Sequence[str], *, pad_id: int) -> PreTrainedModel:
+def scorer_sharing_base(base: PreTrainedModel, heads: Sequence[str], *, pad_id: int) -> PreTrainedModel:
     """Return a sequence classification model that shares a causal model's backbone; its head is zero.
 
     Args:
@@ -40,37 +46,39 @@ def scorer_on(base: PreTrainedModel, heads: Sequence[str], *, pad_id: int) -> Pr
         pad_id: a token that never ends a text.
     """
     config = copy.deepcopy(base.config)
-    label_scores(config, heads)
+    configure_score_heads(config, heads)
     config.get_text_config().pad_token_id = config.pad_token_id = pad_id
     # On the meta device: the backbone is replaced at once, so its weights need no memory.
     with torch.device("meta"):
         scorer: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     prefix = base.base_model_prefix
-    backbone = same_weights(base.get_submodule(prefix))
+    backbone = copy_sharing_weights(base.get_submodule(prefix))
     assert type(backbone) is type(scorer.get_submodule(prefix)), (
         "the sequence classification model has another backbone class"
     )
     scorer.set_submodule(prefix, backbone)
-    vars(scorer).update({name: value for name, value in vars(base).items() if name in STORED})
-    old: nn.Linear = scorer.get_submodule(SCORE)
-    head = ScoreHead(old.in_features, len(heads), bias=False, device=base.device)
+    vars(scorer).update(
+        {name: value for name, value in vars(base).items() if name in QUANTIZATION_ATTRIBUTES}
+    )
+    original: nn.Linear = scorer.get_submodule(SCORE_HEAD)
+    head = ScoreHead(original.in_features, len(heads), bias=False, device=base.device)
     nn.init.zeros_(head.weight)
-    scorer.set_submodule(SCORE, head)
+    scorer.set_submodule(SCORE_HEAD, head)
     scorer.requires_grad_(False)
     return scorer
 
 
-def base_for_scorers(base: PreTrainedModel, *, rewritten: bool) -> PreTrainedModel:
+def base_for_scorers(base: PreTrainedModel, *, changes_base: bool) -> PreTrainedModel:
     """Return the base that reward models share with a policy; a copy if the policy's adapter changes it.
 
     Args:
         base: a causal model without an adapter.
         changes_base: whether building the adapter changes the frozen weights (``Traits.changes_base``).
     """
-    return copy.deepcopy(base) if rewritten else base
+    return copy.deepcopy(base) if changes_base else base
 
 
-def own_weights(module: nn.Module, others: Sequence[nn.Module]) -> None:
+def untie_trained_weights(module: nn.Module, others: Sequence[nn.Module]) -> None:
     """Untie a module from shared weights that other models train, by giving it frozen copies.
 
     Otherwise an adapter that trains weights of the base (full fine-tuning, norms) would change every model
@@ -80,10 +88,12 @@ def own_weights(module: nn.Module, others: Sequence[nn.Module]) -> None:
         module: the module to keep frozen.
         others: models on the same base, with their adapters.
     """
-    trained = {id(weight) for other in others for weight in other.parameters() if weight.requires_grad}
+    trained_ids = {id(param) for other in others for param in other.parameters() if param.requires_grad}
     copies: dict[int, nn.Parameter] = {}
-    for name, weight in list(module.named_parameters(remove_duplicate=False)):
-        if id(weight) in trained:
-            copied = copies.setdefault(id(weight), nn.Parameter(weight.detach().clone(), requires_grad=False))
-            place, _, own = name.rpartition(".")
-            module.get_submodule(place).register_parameter(own, copied)
+    for name, param in list(module.named_parameters(remove_duplicate=False)):
+        if id(param) in trained_ids:
+            copied_param = copies.setdefault(
+                id(param), nn.Parameter(param.detach().clone(), requires_grad=False)
+            )
+            parent, _, leaf = name.rpartition(".")
+            module.get_submodule(parent).register_parameter(leaf, copied_param)

@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from align.preference.group_trainer import GroupTrainer
 from align.preference.losses.metrics import list_accuracies
 from align.reward.loss import mean_margins
-from align.reward.objective import Objective
+from align.reward.objective import RewardObjective
 from finetune.training.base_trainer import log_held_out
-from finetune.training.processes import everyones
+from finetune.training.processes import all_gather_object
 
 
 class RewardTrainer(GroupTrainer):
     """Trainer that scores each completion once and compares all completions of a group."""
 
-    objective: Objective
-    measure: Callable[[], dict[str, float]]
+    objective: RewardObjective
+    held_out_metrics: Callable[[], dict[str, float]]
     """Returns the held-out metrics."""
-    seen: list[Tensor]
+    group_metrics: list[Tensor]
 
     def compute_loss(
         self,
@@ -33,27 +33,27 @@ class RewardTrainer(GroupTrainer):
         assert num_items_in_batch is not None and not return_outputs
         losses, rewards = self.objective.losses(model, inputs)
         # Padding groups, without an entry in `rows`, only keep the ranks in step: no loss, no metrics.
-        counted = len(inputs["rows"])
-        self._see(rewards.detach()[:counted], inputs["ranks"][:counted])
-        return self.step_loss(losses[:counted], num_items_in_batch)
+        num_real = len(inputs["rows"])
+        self._add_group_metrics(rewards.detach()[:num_real], inputs["ranks"][:num_real])
+        return self.step_loss(losses[:num_real], num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the reward metrics averaged since the last log, together with the loss."""
-        if "loss" in logs and self.seen:
+        if "loss" in logs and self.group_metrics:
             names = ("accuracy", "margin", "mean_reward")
-            all_seen = everyones(torch.cat(self.seen, dim=1).cpu())
-            means = torch.cat(all_seen, dim=1).nanmean(1).tolist()
+            gathered = all_gather_object(torch.cat(self.group_metrics, dim=1).cpu())
+            means = torch.cat(gathered, dim=1).nanmean(1).tolist()
             logs |= dict(zip(names, means, strict=True))
-            self.seen = []
+            self.group_metrics = []
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
-        return log_held_out(self, self.measure())
+        return log_held_out(self, self.held_out_metrics())
 
-    def _see(self, rewards: Tensor, ranks: Tensor) -> None:
+    def _add_group_metrics(self, rewards: Tensor, ranks: Tensor) -> None:
         """Store accuracy, margin and mean reward of each group: (3, G)."""
-        there = ranks >= 0
-        accuracies = list_accuracies(rewards, -ranks, present=there)
-        means = rewards.sum(1) / there.sum(1)
-        self.seen.append(torch.stack([accuracies, mean_margins(rewards, ranks), means]))
+        present = ranks >= 0
+        accuracies = list_accuracies(rewards, -ranks, present=present)
+        means = rewards.sum(1) / present.sum(1)
+        self.group_metrics.append(torch.stack([accuracies, mean_margins(rewards, ranks), means]))

@@ -13,21 +13,21 @@ from trl import RewardConfig, RewardTrainer
 from align.preference.losses import metrics
 from align.preference.losses.reward import bradley_terry
 from align.preference.rows.dataset import PreferenceGroups
-from align.preference.trl_engine import places_by_tokens, places_of, refuse_not_finite
-from finetune.training.arguments import TrlStage
+from align.preference.trl_engine import batch_locations, locations_by_tokens, raise_if_not_finite
+from finetune.training.arguments import TrlConfigSpec
 from finetune.training.base_trainer import log_held_out
-from finetune.training.preflight.untouched import untouched
+from finetune.training.preflight.untouched import preserve_state
 
 
-def reward_stage(*, centring: float) -> TrlStage:
+def reward_config_spec(*, center_rewards_coefficient: float) -> TrlConfigSpec:
     """Return the arguments of RewardConfig; the coefficient is that of ``bradley_terry``, 0 for off."""
-    return TrlStage("RewardConfig", {"center_rewards_coefficient": centring or None})
+    return TrlConfigSpec("RewardConfig", {"center_rewards_coefficient": center_rewards_coefficient or None})
 
 
-class MeasuredRewardTrainer(RewardTrainer):  # type: ignore[misc]
+class RewardTrainerWithEval(RewardTrainer):  # type: ignore[misc]
     """TRL's RewardTrainer with our held-out metrics; a NaN loss reports its rows."""
 
-    places: Mapping[tuple[int, ...], str]
+    locations: Mapping[tuple[int, ...], str]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -39,26 +39,28 @@ class MeasuredRewardTrainer(RewardTrainer):  # type: ignore[misc]
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        refuse_not_finite(self, loss, places_by_tokens(self.places, ids, mask))
+        raise_if_not_finite(self, loss, batch_locations(self.locations, ids, mask))
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
-        return log_held_out(self, {f"held_out_{key}": value for key, value in self.measure().items()})
+        return log_held_out(
+            self, {f"held_out_{key}": value for key, value in self.held_out_metrics().items()}
+        )
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
+    def held_out_metrics(self) -> dict[str, float]:
         """Return loss, margin and accuracy over all held-out pairs; the loss has no data margins."""
-        columns, size = self.eval_dataset, self.args.per_device_train_batch_size
-        passes = []
-        with untouched(self.model), self.accelerator.autocast():
-            for start in range(0, len(columns), size):
-                rows = [columns[index] for index in range(start, min(start + size, len(columns)))]
+        pairs, batch_size = self.eval_dataset, self.args.per_device_train_batch_size
+        score_chunks = []
+        with preserve_state(self.model), self.accelerator.autocast():
+            for start in range(0, len(pairs), batch_size):
+                rows = [pairs[index] for index in range(start, min(start + batch_size, len(pairs)))]
                 batch = {key: value.to(self.args.device) for key, value in self.data_collator(rows).items()}
-                names = ("input_ids", "attention_mask")
-                scores = self.model(**{name: batch[name] for name in names}, use_cache=False).logits
-                passes.append(scores.squeeze(-1).float().cpu().chunk(2))
-        chosen, rejected = (torch.cat([sides[side] for sides in passes]) for side in (0, 1))
+                input_names = ("input_ids", "attention_mask")
+                scores = self.model(**{name: batch[name] for name in input_names}, use_cache=False).logits
+                score_chunks.append(scores.squeeze(-1).float().cpu().chunk(2))
+        chosen, rejected = (torch.cat([chunk[side] for chunk in score_chunks]) for side in (0, 1))
         return {
             "loss": float(bradley_terry(chosen, rejected).mean()),
             "margin": float(metrics.margins(chosen, rejected).mean()),
@@ -66,7 +68,7 @@ class MeasuredRewardTrainer(RewardTrainer):  # type: ignore[misc]
         }
 
 
-def score_columns(groups: PreferenceGroups, *, margins: list[float] | None = None) -> Dataset:
+def to_reward_dataset(groups: PreferenceGroups, *, margins: list[float] | None = None) -> Dataset:
     """Convert pairs to TRL's RewardTrainer dataset: prompt plus completion, chosen and rejected.
 
     Args:
@@ -75,14 +77,14 @@ def score_columns(groups: PreferenceGroups, *, margins: list[float] | None = Non
     """
     rows = [groups[index] for index in range(len(groups))]
     assert all(len(row.completion_ids) == 2 for row in rows), "pairs"
-    whole = [
+    sequences = [
         [[*row.prompt_ids.tolist(), *row.completion_ids[side].tolist()] for row in rows] for side in (0, 1)
     ]
-    columns: dict[str, list[Any]] = {"chosen_ids": whole[0], "rejected_ids": whole[1]}
+    columns: dict[str, list[Any]] = {"chosen_ids": sequences[0], "rejected_ids": sequences[1]}
     return Dataset.from_dict(columns | ({} if margins is None else {"margin": margins}))
 
 
-def trl_reward_trainer(
+def build_trl_reward_trainer(
     model: nn.Module,
     args: RewardConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -91,7 +93,7 @@ def trl_reward_trainer(
     held_out: PreferenceGroups | None,
     pad_id: int,
     margins: list[float] | None = None,
-) -> MeasuredRewardTrainer:
+) -> RewardTrainerWithEval:
     """Return TRL's RewardTrainer on tokenized pairs.
 
     Args:
@@ -105,14 +107,14 @@ def trl_reward_trainer(
     """
     # TRL pads with the tokenizer's pad token, and transformers reads the score at the last other token. If
     # the pad token is EOS, as in many chat models, that is one token too early.
-    padding = deepcopy(tokenizer)
-    padding.pad_token = padding.convert_ids_to_tokens(pad_id)
-    trainer = MeasuredRewardTrainer(
+    pad_tokenizer = deepcopy(tokenizer)
+    pad_tokenizer.pad_token = pad_tokenizer.convert_ids_to_tokens(pad_id)
+    trainer = RewardTrainerWithEval(
         model=model,
         args=args,
-        train_dataset=score_columns(train, margins=margins),
-        eval_dataset=None if held_out is None else score_columns(held_out),
-        processing_class=padding,
+        train_dataset=to_reward_dataset(train, margins=margins),
+        eval_dataset=None if held_out is None else to_reward_dataset(held_out),
+        processing_class=pad_tokenizer,
     )
-    trainer.places = places_of(train)
+    trainer.locations = locations_by_tokens(train)
     return trainer

@@ -7,89 +7,92 @@ from typing import Any
 import numpy as np
 from transformers import Trainer, TrainingArguments
 
-from align.preference.attention import cost_of, why_separate
+from align.preference.attention import block_mask_unsupported, forward_cost
 from align.preference.rows.dataset import PreparedPreferences
-from align.preference.trl_engine import refuse_lists
-from align.reward.checks import data_ticks, margins_tick, model_ticks
+from align.preference.trl_engine import require_pairs
+from align.reward.checks import check_data, check_margins, check_reward_model
 from align.reward.collate import RewardCollator
-from align.reward.loading import pad_id
-from align.reward.measuring import Measuring
-from align.reward.model import input_embeddings
-from align.reward.objective import Objective
-from align.reward.settings import Settings, heads_of
+from align.reward.loading import non_stop_pad_id
+from align.reward.measuring import RewardEvaluator
+from align.reward.model import find_input_embeddings
+from align.reward.objective import RewardObjective
+from align.reward.settings import Settings, head_indices
 from align.reward.trainer import RewardTrainer
-from align.reward.trl_engine import reward_stage, trl_reward_trainer
+from align.reward.trl_engine import build_trl_reward_trainer, reward_config_spec
 from finetune.planning import choices
 from finetune.training.adapter_hooks import adapter_hooks
-from finetune.training.job import Job
+from finetune.training.job import RunContext
 from finetune.training.loading import Policy
-from finetune.training.preflight.ticks import Tick
-from finetune.training.text import Text
+from finetune.training.preflight.ticks import CheckResult
+from finetune.training.text import TextEncoding
 from finetune.training.tuning import (
     engine_arguments,
-    optimizer_steps,
-    policy_facts,
-    record_training,
+    log_parameter_counts,
+    num_optimizer_steps,
+    policy_metadata,
+    record_training_metrics,
     save_policy,
-    say_parameters,
 )
 
 
 @dataclass(frozen=True)
-class RewardTuning:
+class RewardModeling:
     """Train a reward model on preference comparisons."""
 
-    job: Job
-    text: Text
+    ctx: RunContext
+    text: TextEncoding
     data: PreparedPreferences
     policy: Policy
 
     @property
     def settings(self) -> Settings:
-        settings = self.job.recipe.settings
+        settings = self.ctx.recipe.settings
         assert isinstance(settings, Settings)
         return settings
 
     @property
-    def steps(self) -> int:
+    def num_steps(self) -> int:
         """Return the total number of optimizer steps."""
-        return optimizer_steps(self.job, len(self.data.train))
+        return num_optimizer_steps(self.ctx, len(self.data.train))
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> RewardObjective:
         """Return the training objective."""
         reward = self.settings.reward
-        return Objective(tuple(heads_of(self.settings)), reward.centring, reward.margins)
+        return RewardObjective(tuple(head_indices(self.settings)), reward.centring, reward.margins)
 
     @cached_property
-    def separate(self) -> str:
+    def block_mask_unsupported(self) -> str:
         """Return why the model cannot take a block mask; empty if completions can share their prompt."""
-        groups = [rows for rows in (self.data.train, self.data.held_out) if rows is not None]
-        reach = max(rows.longest for rows in groups) + self.text.virtual_tokens
-        return why_separate(self.policy.model.config, reach=reach)
+        datasets = [rows for rows in (self.data.train, self.data.held_out) if rows is not None]
+        max_positions = max(rows.longest for rows in datasets) + self.text.virtual_tokens
+        return block_mask_unsupported(self.policy.model.config, max_positions=max_positions)
 
     @property
     def collator(self) -> RewardCollator:
         """Return the collator of the recipe's layout."""
         encoder = self.text.encoder
-        pad, cost = pad_id(encoder.tokenizer, encoder.stop_ids), cost_of(self.policy.model)
-        return RewardCollator(pad, separate=bool(self.separate), cost=cost)
+        pad_token_id, cost = (
+            non_stop_pad_id(encoder.tokenizer, encoder.stop_ids),
+            forward_cost(self.policy.model),
+        )
+        return RewardCollator(pad_token_id, one_per_row=bool(self.block_mask_unsupported), cost=cost)
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Validate the run, and return the run.json fields known before step 0."""
         self.arguments()
-        say_parameters(self.job, self.policy)
+        log_parameter_counts(self.ctx, self.policy)
         self.preflight()
-        facts = policy_facts(self.job, self.text, self.policy, self.data.report)
-        settings, room = self.settings, self.text.max_length
-        facts["load"] |= {
+        metadata = policy_metadata(self.ctx, self.text, self.policy, self.data.report)
+        settings, max_length = self.settings, self.text.max_length
+        metadata["load"] |= {
             "heads": settings.reward.heads,
             "pad_id": self.collator.pad_id,
-            "max_length": room,
-            "max_prompt_length": settings.data.max_prompt_length or room // 2,
+            "max_length": max_length,
+            "max_prompt_length": settings.data.max_prompt_length or max_length // 2,
             "rules": [rule.model_dump() for rule in settings.reward.rules],
         }
-        return facts
+        return metadata
 
     def preflight(self) -> None:
         """Run the pre-flight checks on the run's rows and model; neither is changed.
@@ -97,22 +100,24 @@ class RewardTuning:
         Raises:
             UserError: a check failed.
         """
-        job, policy = self.job, self.policy
-        if self.by_trl:
-            refuse_lists(self.data.train, where="data.source")
+        ctx, policy = self.ctx, self.policy
+        if self.uses_trl:
+            require_pairs(self.data.train, where="data.source")
             if self.data.held_out is not None:
-                refuse_lists(self.data.held_out, where="data.held_out")
-        with job.timed("preflight"):
-            job.check(Tick("environment", job.environment(policy.precision)))
-            if self.separate:
-                job.check(Tick("layout", f"prompt sharing off: {self.separate}"))
+                require_pairs(self.data.held_out, where="data.held_out")
+        with ctx.timed("preflight"):
+            ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
+            if self.block_mask_unsupported:
+                ctx.check(CheckResult("layout", f"prompt sharing off: {self.block_mask_unsupported}"))
             train, model = self.data.train, policy.model
-            room = self.text.max_length
-            job.check(*data_ticks(self.data, self.text.encoder, input_embeddings(model), max_length=room))
+            max_length = self.text.max_length
+            ctx.check(
+                *check_data(self.data, self.text.encoder, find_input_embeddings(model), max_length=max_length)
+            )
             if self.settings.reward.margins is not None:
-                job.check(margins_tick(train, scale=self.settings.reward.margins))
-            stored = {"precision": policy.precision, "quantization": policy.quantization}
-            job.check(*model_ticks(model, train, self.objective, self.collator, **stored))
+                ctx.check(check_margins(train, scale=self.settings.reward.margins))
+            weight_format = {"precision": policy.precision, "quantization": policy.quantization}
+            ctx.check(*check_reward_model(model, train, self.objective, self.collator, **weight_format))
 
     def arguments(self) -> TrainingArguments:
         """Return the engine's arguments, with ``auto`` values resolved.
@@ -121,21 +126,23 @@ class RewardTuning:
             UserError: the engine rejects them.
         """
         longest = int(self.data.train.lengths.max())
-        stage = reward_stage(centring=self.settings.reward.centring)
-        return engine_arguments(self.job, self.policy, longest=longest, steps=self.steps, stage=stage)
+        config_spec = reward_config_spec(center_rewards_coefficient=self.settings.reward.centring)
+        return engine_arguments(
+            self.ctx, self.policy, longest=longest, steps=self.num_steps, stage=config_spec
+        )
 
     @property
-    def by_trl(self) -> bool:
+    def uses_trl(self) -> bool:
         return self.settings.train.engine == "trl"
 
-    def trainer(self) -> Trainer:
+    def build_trainer(self) -> Trainer:
         """Return the engine's trainer; it creates the checkpoint folder."""
-        return self._trl_trainer() if self.by_trl else self._native_trainer()
+        return self._trl_trainer() if self.uses_trl else self._native_trainer()
 
     def _trl_trainer(self) -> Trainer:
         scale, train = self.settings.reward.margins, self.data.train
         margins = None if scale is None else (scale * np.nan_to_num(train.margins)).clip(min=0).tolist()
-        return trl_reward_trainer(
+        return build_trl_reward_trainer(
             self.policy.model,
             self.arguments(),
             self.text.encoder.tokenizer,
@@ -147,7 +154,7 @@ class RewardTuning:
 
     def _native_trainer(self) -> RewardTrainer:
         train = self.settings.train
-        hooks = adapter_hooks(self.policy.model, self.settings.adapter, steps=self.steps)
+        hooks = adapter_hooks(self.policy.model, self.settings.adapter, steps=self.num_steps)
         trainer = RewardTrainer(
             self.policy.model,
             self.arguments(),
@@ -158,37 +165,37 @@ class RewardTuning:
             group_by_length=train.group_by_length,
             hooks=hooks,
         )
-        trainer.objective = replace(self.objective, passes=hooks.passes)
-        trainer.measure, trainer.seen = self.measuring.metrics, []
+        trainer.objective = replace(self.objective, forward_passes=hooks.forward_passes)
+        trainer.held_out_metrics, trainer.group_metrics = self.evaluator.metrics, []
         return trainer
 
     @property
-    def measuring(self) -> Measuring:
+    def evaluator(self) -> RewardEvaluator:
         """Return the evaluation of this model and data."""
-        size, _ = choices.micro_batch_size(
+        batch_size, _ = choices.micro_batch_size(
             self.settings.train.micro_batch_size,
             batch_size=self.settings.train.batch_size,
             longest=int(self.data.train.lengths.max()),
-            hardware=self.job.hardware,
+            hardware=self.ctx.hardware,
         )
-        return Measuring(
+        return RewardEvaluator(
             self.policy.model,
             self.data,
-            names=self.settings.reward.heads,
-            heads=tuple(heads_of(self.settings)),
-            collate=self.collator,
-            size=size,
+            head_names=self.settings.reward.heads,
+            head_of_source=tuple(head_indices(self.settings)),
+            collator=self.collator,
+            batch_size=batch_size,
         )
 
-    def measure(self, when: str) -> None:
+    def evaluate(self, when: str) -> None:
         """Evaluate the held-out comparisons ``before`` or ``after`` training and record the metrics.
 
         Raises:
             NotFiniteError: a score is NaN or infinite.
         """
         samples = self.settings.evaluate.samples
-        with self.job.timed("held_out"):
-            self.measuring.record(self.job.run, self.text.encoder, when, samples=samples)
+        with self.ctx.timed("held_out"):
+            self.evaluator.record(self.ctx.run, self.text.encoder, when, samples=samples)
 
     def save(self, trainer: Trainer) -> None:
         """Save adapter and head (or the full model), reload and verify them, and record the normalization.
@@ -196,7 +203,7 @@ class RewardTuning:
         Raises:
             UserError: the saved weights differ from the trained ones, or a head's scores are constant.
         """
-        save_policy(self.job, self.text, self.policy)
-        record_training(self.job, trainer)
-        with self.job.timed("held_out"):
-            self.measuring.zero(self.job.run)
+        save_policy(self.ctx, self.text, self.policy)
+        record_training_metrics(self.ctx, trainer)
+        with self.ctx.timed("held_out"):
+            self.evaluator.record_normalization(self.ctx.run)

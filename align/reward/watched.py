@@ -1,11 +1,11 @@
 """Reward model metrics of the report: curves and before/after values."""
 
-from align.reward.panel import reward_panel
+from align.reward.panel import reward_diagnostics
 from align.reward.settings import Settings
 from finetune.recipe.settings import StageSettings
-from finetune.training.watched import Watched
+from finetune.training.watched import MetricSpec
 
-CURVES = {
+REWARD_CURVES = {
     "loss": "training loss (nats per comparison)",
     "accuracy": "accuracy (fraction of comparisons ranked correctly)",
     "margin": "reward margin (better minus worse)",
@@ -16,14 +16,14 @@ CURVES = {
 }
 
 
-def watched(settings: StageSettings) -> Watched:
+def reward_metric_spec(settings: StageSettings) -> MetricSpec:
     """Return the curves and values to show for these heads."""
     assert isinstance(settings, Settings)
-    numbers = {
+    summary = {
         "held_out_accuracy": ("held-out accuracy", ".1%"),
         "held_out_loss": ("held-out loss", ".3f"),
         "held_out_margin": ("held-out margin", ".2f"),
     }
     heads = settings.reward.heads if len(settings.reward.heads) > 1 else []
-    numbers |= {f"held_out_accuracy_{name}": (f"held-out accuracy, {name}", ".1%") for name in heads}
-    return Watched(curves=CURVES, numbers=numbers, panel=reward_panel)
+    summary |= {f"held_out_accuracy_{name}": (f"held-out accuracy, {name}", ".1%") for name in heads}
+    return MetricSpec(curves=REWARD_CURVES, summary=summary, diagnostics=reward_diagnostics)

@@ -3,38 +3,41 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from align.preference.rows.fields import question, with_system
-from align.preference.rows.judged import Judged
-from align.preference.rows.layouts import LABELLED, RANKINGS
+from align.preference.rows.fields import prepend_system, prompt_turns
+from align.preference.rows.judged import PreferenceRow
+from align.preference.rows.layouts import LABELED, RANKINGS
 from data_templates._segments import Message
-from finetune.data.layouts import LAYOUTS, Layout, text_field
+from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, text_field
 
-Columns = Mapping[str, Any]
-Read = Callable[[Columns], list[Message]]
+PromptColumns = Mapping[str, Any]
+PromptReader = Callable[[PromptColumns], list[Message]]
 
 
-def _best(read: Callable[[Columns], Judged]) -> Read:
+def _best_reply_reader(read_row: Callable[[PromptColumns], PreferenceRow]) -> PromptReader:
     """Return a reader of the prompt with its best reply, or without a reply if none is known to be good."""
 
-    def messages(columns: Columns) -> list[Message]:
-        judged = read(columns)
-        best = judged.answers[0] if judged.ordered else max(judged.answers, key=lambda answer: answer.score)
-        bad = len(judged.answers) == 1 and best.score == 0
-        return [*best.prompt, *([best.reply] if best.reply is not None and not bad else [])]
+    def read_messages(columns: PromptColumns) -> list[Message]:
+        row = read_row(columns)
+        best = row.completions[0] if row.ordered else max(row.completions, key=lambda answer: answer.score)
+        is_bad = len(row.completions) == 1 and best.score == 0
+        return [*best.prompt, *([best.reply] if best.reply is not None and not is_bad else [])]
 
-    return messages
+    return read_messages
 
 
-def _instruction(columns: Columns) -> list[Message]:
+def _instruction_messages(columns: PromptColumns) -> list[Message]:
     context = text_field(columns, "input", optional=True)
-    return with_system(columns, [Message("user", text_field(columns, "instruction"), context=context)])
+    return prepend_system(columns, [Message("user", text_field(columns, "instruction"), context=context)])
 
 
-PROMPTS: Sequence[Layout[list[Message]]] = (
-    *(Layout(known.name, known.required, _best(known.read)) for known in (*RANKINGS, *LABELLED)),
-    *LAYOUTS,
-    Layout("prompt", ("prompt",), lambda columns: question(columns, "prompt")),
-    Layout("instruction", ("instruction",), _instruction),
-    Layout("question", ("question",), lambda columns: question(columns, "question")),
+PROMPT_LAYOUTS: Sequence[Layout[list[Message]]] = (
+    *(
+        Layout(layout.name, layout.required, _best_reply_reader(layout.parse))
+        for layout in (*RANKINGS, *LABELED)
+    ),
+    *CONVERSATION_LAYOUTS,
+    Layout("prompt", ("prompt",), lambda columns: prompt_turns(columns, "prompt")),
+    Layout("instruction", ("instruction",), _instruction_messages),
+    Layout("question", ("question",), lambda columns: prompt_turns(columns, "question")),
 )
 """The first layout that matches is used: preference data, conversations, plain prompts."""

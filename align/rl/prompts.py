@@ -8,33 +8,41 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.preference.rows.prepare import split_by_prompt
-from align.rl.prompt_layouts import PROMPTS
+from align.rl.prompt_layouts import PROMPT_LAYOUTS
 from align.rl.settings import PromptSettings
-from data_templates._segments import REPLIES, Message, TemplateError
-from finetune.data.conversation import Conversation, wishing
-from finetune.data.dataset import SHOWN_FROM_TRAINING, cached
-from finetune.data.gather import SELECTED, Place, count_copies, count_seen, places_of, ratings, read_place
-from finetune.data.layouts import read_rows, recognise_among
-from finetune.data.mixture import Part, mix
+from data_templates._segments import REPLY_ROLES, Message, TemplateError
+from finetune.data.conversation import Conversation, with_control_suffix
+from finetune.data.dataset import MAX_TRAIN_PROMPTS, load_or_encode
+from finetune.data.gather import (
+    SELECT_STREAM,
+    SourceSpec,
+    count_duplicates,
+    count_leaked,
+    read_ratings,
+    read_rows_of,
+    source_specs,
+)
+from finetune.data.layouts import match_layout, parse_rows
+from finetune.data.mixture import MixtureComponent, mix_components
 from finetune.data.report import DataReport, SourceReport
-from finetune.data.selection import select
+from finetune.data.selection import select_rows
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.job import Job
-from finetune.training.text import Text
+from finetune.training.job import RunContext
+from finetune.training.text import TextEncoding
 
-FORMAT = 1
+PROMPT_CACHE_FORMAT = 1
 """Cache format version. Increment it when the content of a cached file changes, so old files are ignored."""
-SHORTEST = 8
+MIN_PROMPT_TOKENS = 8
 """Minimum number of positions for a prompt."""
 
-REPAIR = "name the column of the prompt: data.columns={prompt: QUESTION_COLUMN}"
-NO_QUESTION = "dropped: the prompt does not end with a user turn"
-EMPTY_TURN = "dropped: empty turn in the prompt"
-NO_TEMPLATE = "dropped: not valid for this template"
-WRITTEN_APART = "contain template markers in their text (escaped)"
+NAME_PROMPT_COLUMN = "name the column of the prompt: data.columns={prompt: QUESTION_COLUMN}"
+NO_USER_TURN = "dropped: the prompt does not end with a user turn"
+EMPTY_PROMPT_TURN = "dropped: empty turn in the prompt"
+TEMPLATE_MISMATCH = "dropped: not valid for this template"
+ESCAPED_IN_PROMPTS = "contain template markers in their text (escaped)"
 
-Turns = tuple[Message, ...]
+PromptTurns = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +50,18 @@ class Prompt:
     """A tokenized prompt.
 
     Attributes:
-        messages: the turns up to and including the last user turn, complete even if ``ids`` are truncated.
-        ids: token ids up to the position where the completion starts.
+        messages: the turns up to and including the last user turn, complete even if ``prompt_ids`` are truncated.
+        prompt_ids: token ids up to the position where the completion starts.
         location: location of the row, ``file:line``.
         expected: the row's own reply (reference answer), if it has one.
         source_index: index of the source.
     """
 
-    talk: Turns
+    messages: PromptTurns
     ids: tuple[int, ...]
-    place: str
+    location: str
     expected: str | None
-    source: int = 0
+    source_index: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,9 @@ class Prompts:
         return [len(row.ids) for row in self.rows]
 
     @property
-    def places(self) -> list[str]:
+    def locations(self) -> list[str]:
         """Return the location of each prompt, ``file:line``."""
-        return [row.place for row in self.rows]
+        return [row.location for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -96,30 +104,34 @@ class PreparedPrompts:
 
         Each row appears once, and ends with its own reply (empty if it has none).
         """
-        rows = self.train.rows[:SHOWN_FROM_TRAINING] if self.held_out is None else self.held_out.rows
-        once = {row.place: row for row in rows}.values()
+        rows = self.train.rows[:MAX_TRAIN_PROMPTS] if self.held_out is None else self.held_out.rows
+        unique = {row.location: row for row in rows}.values()
         return [
-            Conversation([*row.talk, Message("assistant", row.expected or "")], row.place, row.source)
-            for row in once
+            Conversation(
+                [*row.messages, Message("assistant", row.expected or "")], row.location, row.source_index
+            )
+            for row in unique
         ]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RawPrompt:
     """A row before tokenization: the turns up to the completion, and the row's own reply if it has one."""
 
-    prompt: Turns
+    prompt: PromptTurns
     expected: str | None
-    where: str
-    source: int
+    location: str
+    source_index: int
 
     @property
-    def words(self) -> object:
+    def text_key(self) -> object:
         """Return the key by which duplicate prompts are found: role, content and context of each turn."""
         return tuple((turn.role, turn.content, turn.context) for turn in self.prompt)
 
 
-def load_prompts(job: Job, settings: PromptSettings, text: Text, *, room: int) -> PreparedPrompts:
+def load_prompts(
+    ctx: RunContext, settings: PromptSettings, text: TextEncoding, *, max_new_tokens: int
+) -> PreparedPrompts:
     """Read and tokenize a recipe's prompts, and log the data report.
 
     Args:
@@ -131,33 +143,41 @@ def load_prompts(job: Job, settings: PromptSettings, text: Text, *, room: int) -
     Raises:
         UserError: prompt and completion exceed the context length, or the data are invalid.
     """
-    length = job.choose("data.max_prompt_length", longest_prompt(settings, text, room=room))
-    with job.timed("data"):
-        seed = job.recipe.settings.train.seed
-        data = prepare_prompts(settings, text.encoder, max_prompt_length=length, seed=seed)
+    max_prompt_length = ctx.resolve_auto(
+        "data.max_prompt_length", resolve_max_prompt_length(settings, text, max_new_tokens=max_new_tokens)
+    )
+    with ctx.timed("data"):
+        seed = ctx.recipe.settings.train.seed
+        data = prepare_prompts(settings, text.encoder, max_prompt_length=max_prompt_length, seed=seed)
     for line in data.report.lines():
-        job.say(line)
+        ctx.log(line)
     return data
 
 
-def longest_prompt(settings: PromptSettings, text: Text, *, room: int) -> tuple[int, str]:
+def resolve_max_prompt_length(
+    settings: PromptSettings, text: TextEncoding, *, max_new_tokens: int
+) -> tuple[int, str]:
     """Return the maximum number of prompt tokens, and the reason for it.
 
     Raises:
         UserError: a prompt plus ``max_new_tokens`` completion tokens exceeds the model's context length.
     """
-    asked, free = settings.max_prompt_length, text.context - room
-    if free < SHORTEST:
-        found = f"{room} of a context length of {text.context}"
-        expected = f"at most {text.context - SHORTEST}, to leave room for a prompt"
-        raise UserError(Problem("sampling.max_new_tokens", found, expected))
-    if asked is None:
-        return max(SHORTEST, text.max_length - room), f"{room} tokens are reserved for the completion"
-    if asked > free:
-        found = f"{asked}, plus up to {room} completion tokens"
-        expected = f"at most {free}: the context length is {text.context}"
-        raise UserError(Problem("data.max_prompt_length", found, expected, f"data.max_prompt_length={free}"))
-    return asked, "as requested"
+    requested, available = settings.max_prompt_length, text.context - max_new_tokens
+    if available < MIN_PROMPT_TOKENS:
+        actual = f"{max_new_tokens} of a context length of {text.context}"
+        expected = f"at most {text.context - MIN_PROMPT_TOKENS}, to leave room for a prompt"
+        raise UserError(Problem("sampling.max_new_tokens", actual, expected))
+    if requested is None:
+        return max(
+            MIN_PROMPT_TOKENS, text.max_length - max_new_tokens
+        ), f"{max_new_tokens} tokens are reserved for the completion"
+    if requested > available:
+        actual = f"{requested}, plus up to {max_new_tokens} completion tokens"
+        expected = f"at most {available}: the context length is {text.context}"
+        raise UserError(
+            Problem("data.max_prompt_length", actual, expected, f"data.max_prompt_length={available}")
+        )
+    return requested, "as requested"
 
 
 def prepare_prompts(
@@ -174,162 +194,187 @@ def prepare_prompts(
     Raises:
         UserError: a source cannot be read, rows do not fit its layout, or no prompt is left.
     """
-    report, aside = DataReport(prompts=True), DataReport(prompts=True)
-    rows, apart = _gather(settings, seed, report, aside)
-    train = _tokenise(rows, encoder, settings, max_prompt_length, report)
-    _refuse_none("data.source", "to answer", train, report)
+    report, held_out_report = DataReport(prompts=True), DataReport(prompts=True)
+    rows, held_out_rows = _load_prompts(settings, seed, report, held_out_report)
+    train = _tokenize(rows, encoder, settings, max_prompt_length, report)
+    _raise_if_empty("data.source", "to answer", train, report)
     held_out = None
     if settings.held_out:
-        held_out = _tokenise(apart, encoder, settings, max_prompt_length, aside)
-        _refuse_none("data.held_out", "to measure on", held_out, aside)
+        held_out = _tokenize(held_out_rows, encoder, settings, max_prompt_length, held_out_report)
+        _raise_if_empty("data.held_out", "to measure on", held_out, held_out_report)
         report.held_out = len(held_out)
-    report.counts |= {f"held out: {what}": number for what, number in aside.counts.items()}
-    report.examples |= {f"held out: {what}": where for what, where in aside.examples.items()}
-    _tell(train, report)
+    report.counts |= {f"held out: {message}": count for message, count in held_out_report.counts.items()}
+    report.examples |= {
+        f"held out: {message}": location for message, location in held_out_report.examples.items()
+    }
+    _fill_report(train, report)
     return PreparedPrompts(train, held_out, report)
 
 
-def _gather(
-    settings: PromptSettings, seed: int, report: DataReport, aside: DataReport
-) -> tuple[list[Asked], list[Asked]]:
+def _load_prompts(
+    settings: PromptSettings, seed: int, report: DataReport, held_out_report: DataReport
+) -> tuple[list[RawPrompt], list[RawPrompt]]:
     """Return training and held-out prompts; the reports count dropped rows."""
-    places = enumerate(places_of(settings))
-    parts = [_part(place, index, seed, report) for index, place in places]
-    report.sources = [part.report for part in parts]
+    specs = enumerate(source_specs(settings))
+    components = [_load_source(spec, index, seed, report) for index, spec in specs]
+    report.sources = [component.report for component in components]
     report.layout = " + ".join(dict.fromkeys(source.layout for source in report.sources))
     # By prompt, not by row: copies of a prompt would leak into the held-out split.
     if settings.mix is None:
-        train, held_out = split_by_prompt(parts[0].rows, settings.held_out, seed)
+        train, held_out = split_by_prompt(components[0].rows, settings.held_out, seed)
     else:
-        train, held_out = mix(parts, settings, seed=seed, report=report)
+        train, held_out = mix_components(components, settings, seed=seed, report=report)
     if isinstance(settings.held_out, str):
-        place = Place("data.held_out", settings.held_out, settings.split, None, settings.columns)
-        held_out = _part(place, 0, seed, aside).rows
-    count_copies([row for part in parts for row in part.rows], report)
-    count_seen(held_out, train, aside)
+        spec = SourceSpec("data.held_out", settings.held_out, settings.split, None, settings.columns)
+        held_out = _load_source(spec, 0, seed, held_out_report).rows
+    count_duplicates([row for component in components for row in component.rows], report)
+    count_leaked(held_out, train, held_out_report)
     return train, held_out
 
 
-def _part(place: Place, index: int, seed: int, report: DataReport) -> Part[Asked]:
+def _load_source(spec: SourceSpec, index: int, seed: int, report: DataReport) -> MixtureComponent[RawPrompt]:
     """Return the prompts of a source.
 
     Raises:
         UserError: the source cannot be read, its rows match no layout, or no row has a prompt.
     """
-    found = read_place(place, index, seed)
-    layout = recognise_among(
-        list(found[0].columns), PROMPTS, columns=place.columns, where=place.name, repair=REPAIR
+    source_rows = read_rows_of(spec, index, seed)
+    layout = match_layout(
+        list(source_rows[0].columns),
+        PROMPT_LAYOUTS,
+        columns=spec.columns,
+        where=spec.name,
+        repair=NAME_PROMPT_COLUMN,
     )
-    talks = read_rows(found, layout, place.columns)
-    column = place.select.score if place.select else None
+    conversations = parse_rows(source_rows, layout, spec.columns)
+    score_column = spec.select.score if spec.select else None
     scores = (
-        [0.0] * len(found) if column is None else ratings(found, column, where=f"{place.key}.select.score")
+        [0.0] * len(source_rows)
+        if score_column is None
+        else read_ratings(source_rows, score_column, where=f"{spec.key}.select.score")
     )
     rows = [
-        Conversation(talk, row.where, index, score)
-        for talk, row, score in zip(talks, found, scores, strict=True)
+        Conversation(messages, row.location, index, score)
+        for messages, row, score in zip(conversations, source_rows, scores, strict=True)
     ]
-    if place.select is not None:
-        random = np.random.default_rng([seed, index, SELECTED])
-        rows = select(rows, place.select, random=random, report=report)
-    asked = _asked(rows, report)
-    if not asked:
-        told = f"nothing to answer: {'; '.join(report.lines()[1:])}"
-        repair = f"check the rows above, or {'select more rows' if place.select else REPAIR}"
-        raise UserError(Problem(place.key, told, "rows with a user turn", repair))
-    return Part(SourceReport(place.name, layout.name, found=len(found), usable=len(asked)), asked)
+    if spec.select is not None:
+        rng = np.random.default_rng([seed, index, SELECT_STREAM])
+        rows = select_rows(rows, spec.select, rng=rng, report=report)
+    prompts = _split_prompts(rows, report)
+    if not prompts:
+        actual = f"nothing to answer: {'; '.join(report.lines()[1:])}"
+        repair = f"check the rows above, or {'select more rows' if spec.select else NAME_PROMPT_COLUMN}"
+        raise UserError(Problem(spec.key, actual, "rows with a user turn", repair))
+    return MixtureComponent(
+        SourceReport(spec.name, layout.name, found=len(source_rows), usable=len(prompts)), prompts
+    )
 
 
-def _asked(rows: Sequence[Conversation], report: DataReport) -> list[Asked]:
+def _split_prompts(rows: Sequence[Conversation], report: DataReport) -> list[RawPrompt]:
     """Split rows into prompt and final reply; rows without a prompt are dropped and counted."""
-    kept = []
+    prompts = []
     for row in rows:
-        prompt, expected = list(row.messages), None
-        while prompt and prompt[-1].role in REPLIES:
-            expected = prompt.pop().content
-        if not prompt or prompt[-1].role not in ("user", "observation"):
-            report.count(NO_QUESTION, row.where)
-        elif any(not turn.content.strip() for turn in prompt):
-            report.count(EMPTY_TURN, row.where)
+        messages, expected = list(row.messages), None
+        while messages and messages[-1].role in REPLY_ROLES:
+            expected = messages.pop().content
+        if not messages or messages[-1].role not in ("user", "observation"):
+            report.count(NO_USER_TURN, row.location)
+        elif any(not turn.content.strip() for turn in messages):
+            report.count(EMPTY_PROMPT_TURN, row.location)
         else:
-            kept.append(Asked(tuple(prompt), expected or None, row.where, row.source))
-    return kept
+            prompts.append(RawPrompt(tuple(messages), expected or None, row.location, row.source_index))
+    return prompts
 
 
-def _tokenise(
-    rows: Sequence[Asked], encoder: Encoder, settings: PromptSettings, longest: int, report: DataReport
+def _tokenize(
+    rows: Sequence[RawPrompt],
+    encoder: Encoder,
+    settings: PromptSettings,
+    max_prompt_length: int,
+    report: DataReport,
 ) -> Prompts:
     """Tokenize prompts as ``chat`` does, or load them from the cache."""
     drop = settings.too_long == "drop"
 
-    def encode(found: DataReport) -> dict[str, np.ndarray]:
-        return _encode(rows, encoder, longest, drop, found)
+    def encode(encode_report: DataReport) -> dict[str, np.ndarray]:
+        return _encode_prompts(rows, encoder, max_prompt_length, drop, encode_report)
 
-    key = _cache_key(rows, encoder, longest, drop)
-    arrays = cached(key, encode, cache=settings.cache, report=report)
-    ids = np.split(arrays["input_ids"], arrays["starts"][1:-1])
-    kept = [rows[number] for number in arrays["numbers"]]
+    cache_key = _prompt_cache_key(rows, encoder, max_prompt_length, drop)
+    arrays = load_or_encode(cache_key, encode, cache=settings.cache, report=report)
+    prompt_ids = np.split(arrays["input_ids"], arrays["offsets"][1:-1])
+    kept_rows = [rows[row_id] for row_id in arrays["row_ids"]]
     return Prompts(
         tuple(
-            Prompt(row.prompt, tuple(own.tolist()), row.where, row.expected, row.source)
-            for row, own in zip(kept, ids, strict=False)  # np.split of nothing returns one piece
+            Prompt(row.prompt, tuple(token_ids.tolist()), row.where, row.expected, row.source)
+            for row, token_ids in zip(
+                kept_rows, prompt_ids, strict=False
+            )  # np.split of nothing returns one piece
         )
     )
 
 
-def _encode(
-    rows: Sequence[Asked], encoder: Encoder, longest: int, drop: bool, report: DataReport
+def _encode_prompts(
+    rows: Sequence[RawPrompt], encoder: Encoder, max_prompt_length: int, drop: bool, report: DataReport
 ) -> dict[str, np.ndarray]:
-    flat: list[int] = []
-    starts, numbers = [0], []
+    flat_ids: list[int] = []
+    offsets, row_ids = [0], []
     # A policy trained with control tokens (chain of hindsight) expects its suffix in every prompt.
-    asked = [wishing(row.prompt, encoder.wish) for row in rows]
-    for number, encoded in enumerate(encoder.encode_many(asked)):
-        where = rows[number].where
+    conversations = [with_control_suffix(row.prompt, encoder.control_suffix) for row in rows]
+    for row_id, encoded in enumerate(encoder.encode_many(conversations)):
+        location = rows[row_id].location
         if isinstance(encoded, TemplateError):
-            report.count(NO_TEMPLATE, f"{where}: {encoded}")
+            report.count(TEMPLATE_MISMATCH, f"{location}: {encoded}")
             continue
         ids = encoded.input_ids
-        if len(ids) > longest:
-            report.count(f"longer than {longest} tokens, {'dropped' if drop else 'truncated'}", where)
+        if len(ids) > max_prompt_length:
+            report.count(
+                f"longer than {max_prompt_length} tokens, {'dropped' if drop else 'truncated'}", location
+            )
             report.too_long += 1
-            report.lost_tokens += len(ids) - (0 if drop else longest)
+            report.lost_tokens += len(ids) - (0 if drop else max_prompt_length)
             if drop:
                 continue
             # Truncate from the left, so that the user's last turn survives, and keep BOS.
-            head = int(ids[:1] == [encoder.tokenizer.bos_token_id])
-            ids = ids[:head] + ids[len(ids) - longest + head :]
-        if encoded.written_apart:
-            report.count(WRITTEN_APART, where)
-        flat += ids
-        starts.append(len(flat))
-        numbers.append(number)
+            num_bos = int(ids[:1] == [encoder.tokenizer.bos_token_id])
+            ids = ids[:num_bos] + ids[len(ids) - max_prompt_length + num_bos :]
+        if encoded.num_escaped:
+            report.count(ESCAPED_IN_PROMPTS, location)
+        flat_ids += ids
+        offsets.append(len(flat_ids))
+        row_ids.append(row_id)
     return {
-        "input_ids": np.asarray(flat, dtype=np.int32),
-        "starts": np.asarray(starts, dtype=np.int64),
-        "numbers": np.asarray(numbers, dtype=np.int64),
+        "input_ids": np.asarray(flat_ids, dtype=np.int32),
+        "offsets": np.asarray(offsets, dtype=np.int64),
+        "row_ids": np.asarray(row_ids, dtype=np.int64),
     }
 
 
-def _cache_key(rows: Sequence[Asked], encoder: Encoder, longest: int, drop: bool) -> str:
-    head = ["prompts", FORMAT, encoder.fingerprint(), encoder.wish, longest, drop]
+def _prompt_cache_key(rows: Sequence[RawPrompt], encoder: Encoder, max_prompt_length: int, drop: bool) -> str:
+    head = [
+        "prompts",
+        PROMPT_CACHE_FORMAT,
+        encoder.fingerprint(),
+        encoder.control_suffix,
+        max_prompt_length,
+        drop,
+    ]
     # Everything that determines the token ids, so that a change of it gives another file.
     digest = hashlib.sha256(json.dumps(head).encode())
     for row in rows:
-        digest.update(json.dumps([row.where, row.words], ensure_ascii=False).encode())
+        digest.update(json.dumps([row.location, row.text_key], ensure_ascii=False).encode())
     return digest.hexdigest()
 
 
-def _refuse_none(where: str, purpose: str, prompts: Prompts, report: DataReport) -> None:
+def _raise_if_empty(key: str, purpose: str, prompts: Prompts, report: DataReport) -> None:
     if not len(prompts):
-        found = f"nothing {purpose}: {'; '.join(report.lines()[1:])}"
+        actual = f"nothing {purpose}: {'; '.join(report.lines()[1:])}"
         remedy = "data.too_long=cut" if report.too_long else "choose another data.template"
-        raise UserError(Problem(where, found, "prompts", f"check the rows above, or {remedy}"))
+        raise UserError(Problem(key, actual, "prompts", f"check the rows above, or {remedy}"))
 
 
-def _tell(prompts: Prompts, report: DataReport) -> None:
+def _fill_report(prompts: Prompts, report: DataReport) -> None:
     """Add row and token counts to the report, in total and per source."""
-    lengths, sources = np.asarray(prompts.lengths), np.asarray([row.source for row in prompts])
+    lengths, sources = np.asarray(prompts.lengths), np.asarray([row.source_index for row in prompts])
     report.rows, report.tokens, report.longest = len(prompts), int(lengths.sum()), int(lengths.max())
-    for number, source in enumerate(report.sources):
-        source.rows, source.tokens = int((sources == number).sum()), int(lengths[sources == number].sum())
+    for index, source in enumerate(report.sources):
+        source.rows, source.tokens = int((sources == index).sum()), int(lengths[sources == index].sum())

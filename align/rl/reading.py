@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from align.preference.attention import unwrapped
+from align.preference.attention import unwrap_model
 from align.preference.groups import Group, GroupBatch, GroupCollator
-from align.preference.logps import completion_logits, picked_logps
+from align.preference.logps import completion_logits, gather_logps
 from align.rl.maths.losses import entropy
 from finetune.training.head import output_head
-from finetune.training.loss import MAX_ELEMENTS
+from finetune.training.loss import MAX_LOGITS_PER_CHUNK
 
-Ids = Sequence[int]
+TokenIds = Sequence[int]
 
 
 @dataclass(frozen=True)
-class Said:
+class TokenStats:
     """Per-token statistics: (C, T) = completions x longest completion, 0 after the end of each."""
 
     logps: Tensor
@@ -26,40 +26,46 @@ class Said:
     entropies: Tensor
 
 
-def lay_out(prompts: Sequence[Ids], completions: Sequence[Ids], *, pad_id: int) -> GroupBatch:
+def collate_completions(
+    prompts: Sequence[TokenIds], completions: Sequence[TokenIds], *, pad_id: int
+) -> GroupBatch:
     """Collate prompts and completions into a right-padded batch with one row per completion."""
     groups = [
         Group(torch.tensor(prompt), (torch.tensor(completion),))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    return GroupCollator(pad_id, separate=True)(groups)
+    return GroupCollator(pad_id, one_per_row=True)(groups)
 
 
-def token_mask(lengths: Tensor, longest: int) -> Tensor:
+def token_mask(lengths_C: Tensor, max_length: int) -> Tensor:
     """Return the mask of completion tokens: (C, T) bool.
 
     >>> token_mask(torch.tensor([1, 3]), 3).int().tolist()
     [[1, 0, 0], [1, 1, 1]]
     """
-    return torch.arange(longest) < lengths[:, None]
+    return torch.arange(max_length) < lengths_C[:, None]
 
 
-def policy_tables(
-    policy: nn.Module, batch: Mapping[str, Tensor], *, temperature: float, spread: bool
+def token_logps_and_entropy(
+    policy: nn.Module, batch: Mapping[str, Tensor], *, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """Return (C, T) log-probabilities of the completions, and entropies if ``with_entropy``, else 0."""
-    logits = completion_logits(policy, output_head(unwrapped(policy)), batch)
+    logits = completion_logits(policy, output_head(unwrap_model(policy)), batch)
     # The policy gradient needs the distribution that was sampled from.
     if temperature != 1.0:
         logits = logits / temperature
-    sources, targets = batch["sources"], batch["targets"]
-    logps = as_table(picked_logps(logits, sources, targets, max_elements=MAX_ELEMENTS), batch)
+    state_index_N, targets_N = batch["state_index"], batch["targets"]
+    logps_CT = to_padded(
+        gather_logps(logits, state_index_N, targets_N, max_elements=MAX_LOGITS_PER_CHUNK), batch
+    )
     # Once per predicting state, then gathered per token; skipped where no entropy is needed, as it is costly.
-    entropies = as_table(entropy(logits)[sources], batch) if spread else torch.zeros_like(logps)
-    return logps, entropies
+    entropies_CT = (
+        to_padded(entropy(logits)[state_index_N], batch) if with_entropy else torch.zeros_like(logps_CT)
+    )
+    return logps_CT, entropies_CT
 
 
-def as_table(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+def to_padded(values_N: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Scatter per-token values (N,) to a padded (C, T) tensor, 0 after the end of each completion."""
-    table = values.new_zeros(len(batch["lengths"]), int(batch["lengths"].max()))
-    return table.index_put((batch["owners"], batch["offsets"]), values)
+    padded_CT = values_N.new_zeros(len(batch["lengths"]), int(batch["lengths"].max()))
+    return padded_CT.index_put((batch["completion_index"], batch["token_offset"]), values_N)

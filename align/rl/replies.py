@@ -9,71 +9,75 @@ import torch
 from torch import Tensor
 
 from align.rl.prompts import PreparedPrompts, Prompt
-from align.rl.rewards.rewards import Judged, Rewards
-from align.rl.rollout import Completion
+from align.rl.rewards.rewards import Rewards, RewardScores
+from align.rl.rollout import SampledCompletion
 from data_templates._segments import Message
 from finetune.data.tokens import Encoder
-from finetune.training.preflight.ticks import Tick
-from finetune.training.processes import everyones, share, together
+from finetune.training.preflight.ticks import CheckResult
+from finetune.training.processes import all_gather_object, shard, unshard
 
 
 @dataclass(frozen=True)
-class Replies:
+class ScoredCompletions:
     """C sampled completions with prompts, texts and reward scores."""
 
     prompts: Sequence[Prompt]
-    completions: Sequence[Completion]
+    samples: Sequence[SampledCompletion]
     texts: Sequence[str]
-    judged: Judged
+    scores: RewardScores
 
     @property
     def lengths(self) -> Tensor:
         """Return the number of tokens of each completion: (C,)."""
-        return torch.tensor([len(one.ids) for one in self.completions])
+        return torch.tensor([len(sample.ids) for sample in self.samples])
 
     @property
-    def stopped(self) -> Tensor:
+    def ended_with_eos(self) -> Tensor:
         """Return which completions ended with EOS: (C,) bool."""
-        return torch.tensor([one.stopped for one in self.completions])
+        return torch.tensor([sample.ended_with_eos for sample in self.samples])
 
     @property
     def rewards(self) -> Tensor:
         """Return the total rewards, which are maximized: (C,) float32."""
-        return torch.from_numpy(np.asarray(self.judged.total)).float()
+        return torch.from_numpy(np.asarray(self.scores.total)).float()
 
 
-def judged_replies(
-    prompts: Sequence[Prompt], completions: Sequence[Completion], rewards: Rewards, encoder: Encoder
-) -> Replies:
+def score_completions(
+    prompts: Sequence[Prompt], completions: Sequence[SampledCompletion], rewards: Rewards, encoder: Encoder
+) -> ScoredCompletions:
     """Decode completions and score them; each process scores a shard, and all get all scores.
 
     Raises:
         UserError: a reward function raised or did not return a number.
     """
-    texts = [encoder.decode_reply(list(one.ids)) for one in completions]
-    talks = [[*row.talk, Message("assistant", text)] for row, text in zip(prompts, texts, strict=True)]
+    texts = [encoder.decode_reply(list(completion.ids)) for completion in completions]
+    conversations = [
+        [*prompt.messages, Message("assistant", text)] for prompt, text in zip(prompts, texts, strict=True)
+    ]
     # Shard by runs of equal prompts: a reward model encodes a prompt once for its consecutive completions.
-    runs = [list(run) for _, run in groupby(range(len(prompts)), key=lambda index: prompts[index].ids)]
+    groups = [list(group) for _, group in groupby(range(len(prompts)), key=lambda index: prompts[index].ids)]
     # Each process scores a shard, and the order is restored afterwards.
-    own = [index for run in share(runs) for index in run]
-    judged = rewards.judge(
-        [talks[index] for index in own],
-        [prompts[index].place for index in own],
-        expected=[prompts[index].expected for index in own],
+    local_indices = [index for group in shard(groups) for index in group]
+    local_scores = rewards.score(
+        [conversations[index] for index in local_indices],
+        [prompts[index].location for index in local_indices],
+        expected=[prompts[index].expected for index in local_indices],
     )
-    return Replies(prompts, completions, texts, _of_all(judged, [len(run) for run in share(runs)]))
+    return ScoredCompletions(
+        prompts, completions, texts, _all_gather_scores(local_scores, [len(group) for group in shard(groups)])
+    )
 
 
-def _of_all(judged: Judged, sizes: Sequence[int]) -> Judged:
+def _all_gather_scores(local_scores: RewardScores, group_sizes: Sequence[int]) -> RewardScores:
     """All-gather reward scores; ``group_sizes`` are the numbers of completions in this process's runs."""
-    names = list(judged.parts)
-    table = np.stack([judged.total, *judged.parts.values()])
-    runs = np.split(table, np.cumsum(sizes, dtype=int), axis=1)[:-1]
-    total, *parts = np.concatenate(together(everyones(runs)), axis=1)
-    return Judged(total, dict(zip(names, parts, strict=True)))
+    names = list(local_scores.by_source)
+    stacked = np.stack([local_scores.total, *local_scores.by_source.values()])
+    chunks = np.split(stacked, np.cumsum(group_sizes, dtype=int), axis=1)[:-1]
+    total, *by_source = np.concatenate(unshard(all_gather_object(chunks)), axis=1)
+    return RewardScores(total, dict(zip(names, by_source, strict=True)))
 
 
-def try_rewards(rewards: Rewards, data: PreparedPrompts) -> Tick:
+def check_rewards(rewards: Rewards, data: PreparedPrompts) -> CheckResult:
     """Check the rewards on the recipe's prompts before anything is sampled or written.
 
     Raises:
@@ -81,6 +85,6 @@ def try_rewards(rewards: Rewards, data: PreparedPrompts) -> Tick:
         NotFiniteError: a reward model returns NaN or infinity.
     """
     for prompts in filter(None, (data.train, data.held_out)):
-        rewards.refuse_unanswered([prompt.expected for prompt in prompts], prompts.places)
-    known = [row.expected for row in data.train]
-    return rewards.tick([row.talk for row in data.train], data.train.places, expected=known)
+        rewards.check_reference_answers([prompt.expected for prompt in prompts], prompts.locations)
+    expected = [row.expected for row in data.train]
+    return rewards.check([row.messages for row in data.train], data.train.locations, expected=expected)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.recipe.settings import DataSettings, Positive, Section
+from finetune.recipe.settings import DataSettings, PositiveInt, Section
 
 
 class PromptSettings(DataSettings):
@@ -28,8 +28,8 @@ class SamplingSettings(Section):
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="divides the logits, in sampling and in the loss"
     )
-    max_new_tokens: Positive = Field(64, description="maximum completion tokens")
-    at_once: Positive | Literal["auto"] = Field(
+    max_new_tokens: PositiveInt = Field(64, description="maximum completion tokens")
+    at_once: PositiveInt | Literal["auto"] = Field(
         "auto",
         description="generation batch size over all processes: smaller needs less memory and more time, and "
         "gives other samples; auto: as many as keep the device busy",

@@ -1,15 +1,15 @@
 r"""Direct preference optimization (DPO): raise the chosen completion over the rejected one, no reward model.
 
 Rafailov et al. 2023 (arXiv 2305.18290), equation 7: L = -E log s(beta [log pi(y_w|x) / ref(y_w|x) - log
-pi(y_l|x) / ref(y_l|x)]), y_w preferred to y_l; the reference model is the initial policy. ``align.loss``
+pi(y_l|x) / ref(y_l|x)]), y_w preferred to y_l; the reference model is the initial policy. ``dpo.loss``
 selects the variants on pairs and ranked lists, with and without a reference.
 """
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
-from align.dpo.checks import contradictions
-from align.dpo.settings import AlignSettings
+from align.dpo.checks import preference_problems
+from align.dpo.settings import DPOSettings
 from align.preference.settings import PreferenceSettings
 from finetune.recipe.errors import Problem
 from finetune.recipe.recipe import Recipe
@@ -31,11 +31,11 @@ class Settings(StageSettings):
     TRL_CONFIG: ClassVar[str] = "DPOConfig"
 
     data: PreferenceSettings = PreferenceSettings()
-    align: AlignSettings = AlignSettings()
+    align: DPOSettings = DPOSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return the cross-field problems, before anything is loaded."""
-        return list(contradictions(self, self.align, valid))
+        return list(preference_problems(self, self.align, valid))
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
@@ -61,16 +61,16 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
-    from align.dpo.tuning import PreferenceTuning
-    from align.dpo.watched import WATCHED
+    from align.dpo.tuning import DPO
+    from align.dpo.watched import DPO_METRIC_SPEC
     from align.preference.rows.load import load_preferences
-    from finetune.training.job import Job
-    from finetune.training.loading import load_policy, load_text
-    from finetune.training.tune import carry_out
+    from finetune.training.job import RunContext
+    from finetune.training.loading import load_policy, load_text_encoding
+    from finetune.training.tune import run_stage
 
-    job = Job(recipe, run, console, command, watched=WATCHED)
-    text = load_text(job)
-    data = load_preferences(job, settings.data, text)
-    tuning = PreferenceTuning(job, text, data, policy=load_policy(job), align=settings.align)
-    carry_out(job, tuning, conclude=tuning.explain)
+    ctx = RunContext(recipe, run, console, command, metric_spec=DPO_METRIC_SPEC)
+    text = load_text_encoding(ctx)
+    data = load_preferences(ctx, settings.data, text)
+    method = DPO(ctx, text, data, policy=load_policy(ctx), dpo=settings.align)
+    run_stage(ctx, method, finalize=method.diagnose)
     return Result.of(run)

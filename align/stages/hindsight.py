@@ -7,7 +7,7 @@ control text of either; at inference the prompt carries that of good ones.
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from align.preference.settings import HindsightSettings, PreferenceSettings
+from align.preference.settings import ChainOfHindsightSettings, PreferenceSettings
 from finetune.recipe.errors import Problem
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
@@ -25,7 +25,7 @@ class Settings(StageSettings):
     """Recipe of chain of hindsight: preference data and control texts."""
 
     data: PreferenceSettings = PreferenceSettings()
-    hindsight: HindsightSettings = HindsightSettings()
+    hindsight: ChainOfHindsightSettings = ChainOfHindsightSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return the cross-field problems, before anything is loaded."""
@@ -55,14 +55,14 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
-    from align.preference.hindsight import load_chains, wishing_text
-    from finetune.training.job import Job
-    from finetune.training.loading import load_policy, load_text
-    from finetune.training.supervised import Supervised
-    from finetune.training.tune import carry_out
+    from align.preference.hindsight import load_chains, with_control_suffix_encoder
+    from finetune.training.job import RunContext
+    from finetune.training.loading import load_policy, load_text_encoding
+    from finetune.training.supervised import SFT
+    from finetune.training.tune import run_stage
 
-    job = Job(recipe, run, console, command)
-    text = wishing_text(load_text(job), settings.hindsight.good)
-    data = load_chains(job, settings.data, settings.hindsight, text)
-    carry_out(job, Supervised(job, text, data, policy=load_policy(job)))
+    ctx = RunContext(recipe, run, console, command)
+    text = with_control_suffix_encoder(load_text_encoding(ctx), settings.hindsight.good)
+    data = load_chains(ctx, settings.data, settings.hindsight, text)
+    run_stage(ctx, SFT(ctx, text, data, policy=load_policy(ctx)))
     return Result.of(run)

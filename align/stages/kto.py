@@ -8,9 +8,9 @@ prompts and completions. The reference model is the initial policy. TRL's KTOTra
 from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
-from align.dpo.checks import copied_by_trl
+from align.dpo.checks import trl_copy_problems
 from align.kto import settings as kto_settings
-from align.kto.settings import KtoDataSettings, KtoSettings, KtoTrainSettings
+from align.kto.settings import KTODataSettings, KTOSettings, KTOTrainSettings
 from finetune.recipe.errors import Problem
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
@@ -30,18 +30,18 @@ class Settings(StageSettings):
 
     TRL_CONFIG: ClassVar[str] = "KTOConfig"
 
-    data: KtoDataSettings = KtoDataSettings()
-    train: KtoTrainSettings = KtoTrainSettings()
-    align: KtoSettings = KtoSettings()
+    data: KTODataSettings = KTODataSettings()
+    train: KTOTrainSettings = KTOTrainSettings()
+    align: KTOSettings = KTOSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return the cross-field problems, before anything is loaded."""
-        found: list[Problem] = []
+        problems: list[Problem] = []
         if "train" in valid:
-            found += kto_settings.of_training(self.train)
+            problems += kto_settings.train_problems(self.train)
         if "adapter" in valid:
-            found += copied_by_trl(self)
-        return found
+            problems += trl_copy_problems(self)
+        return problems
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
@@ -67,14 +67,14 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
-    from align.kto.tuning import WATCHED, KtoTuning, load_labels
-    from finetune.training.job import Job
-    from finetune.training.loading import load_policy, load_text
-    from finetune.training.tune import carry_out
+    from align.kto.tuning import KTO, KTO_METRIC_SPEC, load_labeled_completions
+    from finetune.training.job import RunContext
+    from finetune.training.loading import load_policy, load_text_encoding
+    from finetune.training.tune import run_stage
 
-    job = Job(recipe, run, console, command, watched=WATCHED)
-    text = load_text(job)
-    data = load_labels(job, settings.data, text)
-    tuning = KtoTuning(job, text, data, policy=load_policy(job), align=settings.align)
-    carry_out(job, tuning)
+    ctx = RunContext(recipe, run, console, command, metric_spec=KTO_METRIC_SPEC)
+    text = load_text_encoding(ctx)
+    data = load_labeled_completions(ctx, settings.data, text)
+    method = KTO(ctx, text, data, policy=load_policy(ctx), kto=settings.align)
+    run_stage(ctx, method)
     return Result.of(run)

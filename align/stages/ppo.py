@@ -44,17 +44,17 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
-    from align.ppo.loading import load_cast
-    from align.ppo.tuning import PpoTuning
-    from align.ppo.watched import watched
+    from align.ppo.loading import load_ppo_models
+    from align.ppo.tuning import PPO
+    from align.ppo.watched import ppo_metric_spec
     from align.rl.prompts import load_prompts
-    from finetune.training.job import Job
-    from finetune.training.loading import load_text
-    from finetune.training.tune import carry_out
+    from finetune.training.job import RunContext
+    from finetune.training.loading import load_text_encoding
+    from finetune.training.tune import run_stage
 
-    job = Job(recipe, run, console, command, watched=watched(settings))
-    text = load_text(job)
-    prompts = load_prompts(job, settings.data, text, room=settings.sampling.max_new_tokens)
-    tuning = PpoTuning(job, text, prompts, load_cast(job, text))
-    carry_out(job, tuning, conclude=tuning.explain)
+    ctx = RunContext(recipe, run, console, command, metric_spec=ppo_metric_spec(settings))
+    text = load_text_encoding(ctx)
+    prompts = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
+    method = PPO(ctx, text, prompts, load_ppo_models(ctx, text))
+    run_stage(ctx, method, finalize=method.diagnose)
     return Result.of(run)

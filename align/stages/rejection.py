@@ -38,31 +38,33 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory
 
-    own = recipe.settings
-    assert isinstance(own, Settings)
+    stage_settings = recipe.settings
+    assert isinstance(stage_settings, Settings)
     run = RunDirectory.of(recipe, force=force)
     if run.finished:
         return Result.of(run)
 
-    from align.rejection.policies import load_policies
-    from align.rejection.tuning import RejectionTuning
-    from align.rejection.watched import watched
+    from align.rejection.policies import load_round_policies
+    from align.rejection.tuning import RejectionSampling
+    from align.rejection.watched import rejection_metric_spec
     from align.rl.prompts import load_prompts
-    from finetune.training.job import Job
-    from finetune.training.loading import load_text
+    from finetune.training.job import RunContext
+    from finetune.training.loading import load_text_encoding
 
-    job = Job(recipe, run, console, command, watched=watched(own))
-    text = load_text(job)
-    prompts = load_prompts(job, own.data, text, room=own.sampling.max_new_tokens)
-    tuning = RejectionTuning(job, text, prompts, load_policies(job, text))
-    with job.started(**tuning.facts()):
-        tuning.samples.before(run, tuning.answer)
-        tuning.behaviour.measure(run, tuning.answer, "before")
-        tuning.measure(0)
-        for number in tuning.rounds:
-            tuning.round(number)
-            tuning.measure(number)
-        tuning.save()
-        tuning.samples.after(run, tuning.answer)
-        tuning.behaviour.measure(run, tuning.answer, "after")
+    ctx = RunContext(recipe, run, console, command, metric_spec=rejection_metric_spec(stage_settings))
+    text = load_text_encoding(ctx)
+    prompts = load_prompts(
+        ctx, stage_settings.data, text, max_new_tokens=stage_settings.sampling.max_new_tokens
+    )
+    method = RejectionSampling(ctx, text, prompts, load_round_policies(ctx, text))
+    with ctx.recorded(**method.metadata()):
+        method.samples.record_before(run, method.generate)
+        method.generation_eval.evaluate(run, method.generate, "before")
+        method.evaluate(0)
+        for round_index in method.rounds:
+            method.run_round(round_index)
+            method.evaluate(round_index)
+        method.save()
+        method.samples.record_after(run, method.generate)
+        method.generation_eval.evaluate(run, method.generate, "after")
     return Result.of(run)

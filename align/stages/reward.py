@@ -35,32 +35,32 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
         Interrupted: stopped by a signal; a checkpoint is saved.
         NotFiniteError: loss, gradient or a score became NaN or infinite.
     """
-    from align.reward.rules import copy_rules
+    from align.reward.rules import save_rules
     from finetune.training.result import Result
     from finetune.training.run_directory import RunDirectory
 
-    own = recipe.settings
-    assert isinstance(own, Settings)
+    stage_settings = recipe.settings
+    assert isinstance(stage_settings, Settings)
     run = RunDirectory.of(recipe, force=force)
     if run.finished:
         return Result.of(run)
 
     from align.preference.rows.load import load_preferences
-    from align.reward.loading import load_reward_policy
-    from align.reward.tuning import RewardTuning
-    from align.reward.watched import watched
-    from finetune.training.job import Job
-    from finetune.training.loading import load_text
+    from align.reward.loading import load_reward_model_for_training
+    from align.reward.tuning import RewardModeling
+    from align.reward.watched import reward_metric_spec
+    from finetune.training.job import RunContext
+    from finetune.training.loading import load_text_encoding
 
-    job = Job(recipe, run, console, command, watched(own))
-    text = load_text(job)
-    data = load_preferences(job, own.data, text)
-    tuning = RewardTuning(job, text, data, policy=load_reward_policy(job, text.encoder))
-    with job.started(**tuning.facts()):
-        copy_rules(own, run)
-        tuning.measure("before")
-        trainer = tuning.trainer()
-        job.train(trainer)
-        tuning.save(trainer)
-        tuning.measure("after")
+    ctx = RunContext(recipe, run, console, command, reward_metric_spec(stage_settings))
+    text = load_text_encoding(ctx)
+    data = load_preferences(ctx, stage_settings.data, text)
+    method = RewardModeling(ctx, text, data, policy=load_reward_model_for_training(ctx, text.encoder))
+    with ctx.recorded(**method.metadata()):
+        save_rules(stage_settings, run)
+        method.evaluate("before")
+        trainer = method.build_trainer()
+        ctx.fit(trainer)
+        method.save(trainer)
+        method.evaluate("after")
     return Result.of(run)

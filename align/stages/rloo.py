@@ -9,7 +9,7 @@ own completions, and an interrupted run resumes bit for bit.
 from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
-from align.online.settings import OnlineSettings, RlooSettings, contradictions
+from align.online.settings import OnlineSettings, RLOOSettings, online_problems
 from finetune.recipe.errors import Problem
 from finetune.recipe.recipe import Recipe
 
@@ -28,11 +28,11 @@ class Settings(OnlineSettings):
 
     TRL_CONFIG: ClassVar[str] = "RLOOConfig"
 
-    align: RlooSettings = RlooSettings()
+    align: RLOOSettings = RLOOSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return every problem that can be found before anything is loaded."""
-        return list(contradictions(self, self.align, valid))
+        return list(online_problems(self, self.align, valid))
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
@@ -56,7 +56,7 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     assert isinstance(settings, Settings)
     run = RunDirectory.of(recipe, force=force)
     if not run.finished:
-        from align.online.running import learn_online
+        from align.online.running import run_online_stage
 
-        learn_online(recipe, run, settings.align, console=console, command=command)
+        run_online_stage(recipe, run, settings.align, console=console, command=command)
     return Result.of(run)

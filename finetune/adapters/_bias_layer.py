@@ -8,8 +8,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from finetune.adapters._in_parts import whole
-from finetune.adapters._wrapping import WrappingLayer, WrappingTuner, register
+from finetune.adapters._in_parts import gathered_weight
+from finetune.adapters._wrapping import WrappingLayer, WrappingTuner, register_tuner
 
 
 @dataclass
@@ -37,15 +37,15 @@ class BiasLayer(WrappingLayer):
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
         """Add a bias offset, initialized to zero."""
         # Under ZeRO-3 the bias has its shape only while it is gathered.
-        with whole(self.bias):
+        with gathered_weight(self.bias):
             zeros = torch.zeros(self.bias.shape, dtype=torch.float32, device=self.bias.device)
         self.bitfit_bias[adapter_name] = nn.Parameter(zeros)
-        self._place(adapter_name, config)
+        self._activate_parameters(adapter_name, config)
 
-    def changed(self, adapter_name: str, inputs: Tensor, output: Tensor) -> Tensor:
+    def apply_adapter(self, adapter_name: str, inputs: Tensor, output: Tensor) -> Tensor:
         """Return W x + b + delta."""
-        change: Tensor = self.bitfit_bias[adapter_name]
-        return output + change
+        offset: Tensor = self.bitfit_bias[adapter_name]
+        return output + offset
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' offsets to the base's bias.
@@ -55,17 +55,17 @@ class BiasLayer(WrappingLayer):
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.bitfit_bias:
-                change = self.bitfit_bias[name].data
-                if safe_merge and not torch.isfinite(change).all():
+                offset = self.bitfit_bias[name].data
+                if safe_merge and not torch.isfinite(offset).all():
                     raise ValueError(f"adapter {name} has NaN or infinite weights")
-                self.bias.data += change.to(self.bias.dtype)
+                self.bias.data += offset.to(self.bias.dtype)
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Subtract the merged offsets."""
         while self.merged_adapters:
-            change = self.bitfit_bias[self.merged_adapters.pop()].data
-            self.bias.data -= change.to(self.bias.dtype)
+            offset = self.bitfit_bias[self.merged_adapters.pop()].data
+            self.bias.data -= offset.to(self.bias.dtype)
 
 
 class BitFitTuner(WrappingTuner):
@@ -75,4 +75,4 @@ class BitFitTuner(WrappingTuner):
     tuner_layer_cls = BiasLayer
 
 
-register("BITFIT", BitFitConfig, BitFitTuner)
+register_tuner("BITFIT", BitFitConfig, BitFitTuner)

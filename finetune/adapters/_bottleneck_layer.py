@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from finetune.adapters._wrapping import WrappingLayer, WrappingTuner, register
+from finetune.adapters._wrapping import WrappingLayer, WrappingTuner, register_tuner
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -51,11 +51,11 @@ class Bottleneck(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Return the bottleneck's output, of the shape of ``states`` (..., hidden_size)."""
         states = states.to(self.down.dtype)
-        down, down_bias = self._choose(self.down, self.down_bias)
-        up, up_bias = self._choose(self.up, self.up_bias)
+        down, down_bias = self._select_expert(self.down, self.down_bias)
+        up, up_bias = self._select_expert(self.up, self.up_bias)
         return self.scale * F.linear(self.activation(F.linear(states, down, down_bias)), up, up_bias)
 
-    def _choose(self, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
+    def _select_expert(self, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
         if len(weights) == 1:
             return weights[0], biases[0]
         if not self.training:
@@ -81,13 +81,13 @@ class BottleneckLayer(WrappingLayer):
         assert isinstance(config, BottleneckConfig)
         self.bottleneck_layers[adapter_name] = Bottleneck(config)
         self.parallel[adapter_name] = config.parallel
-        self._place(adapter_name, config)
+        self._activate_parameters(adapter_name, config)
 
-    def changed(self, adapter_name: str, inputs: Tensor, output: Tensor) -> Tensor:
+    def apply_adapter(self, adapter_name: str, inputs: Tensor, output: Tensor) -> Tensor:
         """Return h + f(h), or h + f(x) if parallel."""
         states = inputs if self.parallel[adapter_name] else output
-        added: Tensor = self.bottleneck_layers[adapter_name](states)
-        return output + added
+        bottleneck_output: Tensor = self.bottleneck_layers[adapter_name](states)
+        return output + bottleneck_output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise: a nonlinear function cannot be merged into a weight.
@@ -105,4 +105,4 @@ class BottleneckTuner(WrappingTuner):
     tuner_layer_cls = BottleneckLayer
 
 
-register("BOTTLENECK", BottleneckConfig, BottleneckTuner)
+register_tuner("BOTTLENECK", BottleneckConfig, BottleneckTuner)

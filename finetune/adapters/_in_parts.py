@@ -7,32 +7,32 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 
-def whole(weight: Tensor) -> AbstractContextManager[None]:
+def gathered_weight(weight: Tensor) -> AbstractContextManager[None]:
     """Gather a parameter for reading inside the context; a collective, every rank must enter it."""
     context: AbstractContextManager[None] = gather_params_ctx(weight, modifier_rank=None)
     return context
 
 
 @contextmanager
-def fetched(model: nn.Module) -> Iterator[None]:
+def gather_on_forward(model: nn.Module) -> Iterator[None]:
     """Gather each module's weights during its forward pass, so that a model runs without a DeepSpeed engine.
 
     A collective: every rank must call it and run the same forward passes.
     """
     # Only the module's own weights (recurse=False): no rank ever holds the full base.
-    opened: dict[nn.Module, list[AbstractContextManager[None]]] = {}
+    open_contexts: dict[nn.Module, list[AbstractContextManager[None]]] = {}
 
-    def fetch(module: nn.Module, inputs: object) -> None:
-        opened[module] = [whole(weight) for weight in module.parameters(recurse=False)]
-        for context in opened[module]:
+    def gather(module: nn.Module, inputs: object) -> None:
+        open_contexts[module] = [gathered_weight(weight) for weight in module.parameters(recurse=False)]
+        for context in open_contexts[module]:
             context.__enter__()
 
     def release(module: nn.Module, inputs: object, output: object) -> None:
-        for context in reversed(opened.pop(module)):
+        for context in reversed(open_contexts.pop(module)):
             context.__exit__(None, None, None)
 
     modules = [module for module in model.modules() if list(module.parameters(recurse=False))]
-    handles = [module.register_forward_pre_hook(fetch) for module in modules]
+    handles = [module.register_forward_pre_hook(gather) for module in modules]
     handles += [module.register_forward_hook(release) for module in modules]
     try:
         yield

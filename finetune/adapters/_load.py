@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 from finetune.adapters import _bias_layer, _bottleneck_layer
 from finetune.adapters._prompt_model import single_task_model
 
-OURS = (_bias_layer, _bottleneck_layer)
+CUSTOM_TUNERS = (_bias_layer, _bottleneck_layer)
 """Importing these registers our adapter types with PEFT."""
 
 
-def open_adapter(base: PreTrainedModel, path: Path) -> PeftModel:
+def load_saved_adapter(base: PreTrainedModel, path: Path) -> PeftModel:
     """Load a saved adapter onto a base, for inference.
 
     Adapters of PEFT's own types also load with plain ``PeftModel.from_pretrained``.

@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.adapters._task import SCORES
+from finetune.adapters._task import SEQ_CLS
 
-ENCODER_WEIGHTS = "prompt_encoder.safetensors"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MADE = "prompt_embeddings"
+ENCODER_WEIGHTS_FILE = "prompt_encoder.safetensors"
+PROMPT_WEIGHTS_FILE = "adapter_model.safetensors"
+PROMPT_KEY = "prompt_embeddings"
 """Key of the computed prompt in PEFT's file."""
 
 
-class _KeepsEncoder(PeftModel):  # type: ignore[misc]
+class _SavesPromptEncoder(PeftModel):  # type: ignore[misc]
     """A base with a prompt encoder whose training can be resumed from its files."""
 
     def save_pretrained(
@@ -38,25 +38,25 @@ class _KeepsEncoder(PeftModel):  # type: ignore[misc]
         weights = {name: weight.clone().contiguous() for name, weight in self._encoder.state_dict().items()}
         super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            save_file(weights, Path(save_directory) / ENCODER_WEIGHTS)
+            save_file(weights, Path(save_directory) / ENCODER_WEIGHTS_FILE)
 
     def load_adapter(
         self, model_id: str, adapter_name: str, is_trainable: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """Load a checkpoint of this adapter; other adapters are loaded by PEFT."""
-        file = Path(model_id) / ENCODER_WEIGHTS
+        file = Path(model_id) / ENCODER_WEIGHTS_FILE
         if is_trainable and adapter_name in self.peft_config and file.is_file():
-            self._take_head(load_file(Path(model_id) / ADAPTER_WEIGHTS))
+            self._load_head(load_file(Path(model_id) / PROMPT_WEIGHTS_FILE))
             return self._encoder.load_state_dict(load_file(file))
         return super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
 
     @torch.no_grad()
-    def _take_head(self, saved: dict[str, Tensor]) -> None:
+    def _load_head(self, saved: dict[str, Tensor]) -> None:
         """Load what is saved besides the prompt: the score head of a reward model."""
-        live = get_peft_model_state_dict(self)
+        current = get_peft_model_state_dict(self)
         for name, value in saved.items():
-            if name != MADE:
-                live[name].copy_(value)
+            if name != PROMPT_KEY:
+                current[name].copy_(value)
 
     @property
     def _encoder(self) -> nn.Module:
@@ -64,7 +64,7 @@ class _KeepsEncoder(PeftModel):  # type: ignore[misc]
         return encoder
 
 
-class _SingleTask(_KeepsEncoder):
+class _SingleTask(_SavesPromptEncoder):
     """A base with a multi-task prompt, fixed to a single task."""
 
     def get_prompt(
@@ -77,11 +77,11 @@ class _SingleTask(_KeepsEncoder):
         return prompts
 
 
-class PromptModel(_KeepsEncoder, PeftModelForCausalLM):  # type: ignore[misc]
+class PromptModel(_SavesPromptEncoder, PeftModelForCausalLM):  # type: ignore[misc]
     """A causal LM with a prompt encoder."""
 
 
-class PromptScorer(_KeepsEncoder, PeftModelForSequenceClassification):  # type: ignore[misc]
+class PromptScorer(_SavesPromptEncoder, PeftModelForSequenceClassification):  # type: ignore[misc]
     """A sequence classification model with a prompt encoder."""
 
 
@@ -95,9 +95,9 @@ class SingleTaskScorer(_SingleTask, PeftModelForSequenceClassification):  # type
 
 def prompt_model(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """Return a base with a prompt encoder, of class according to ``config.task_type``."""
-    return PromptScorer(model, config) if config.task_type == SCORES else PromptModel(model, config)
+    return PromptScorer(model, config) if config.task_type == SEQ_CLS else PromptModel(model, config)
 
 
 def single_task_model(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """Return a base with a single task's prompt, of class according to ``config.task_type``."""
-    return SingleTaskScorer(model, config) if config.task_type == SCORES else SingleTaskModel(model, config)
+    return SingleTaskScorer(model, config) if config.task_type == SEQ_CLS else SingleTaskModel(model, config)

@@ -5,7 +5,7 @@ from peft import PeftModel
 from peft.tuners.adalora import RankAllocator
 from torch import Tensor
 
-MASK = "mask."
+MASK_PREFIX = "mask."
 AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
@@ -22,59 +22,67 @@ class RankBudget:
             steps: optimizer steps of the run.
             penalty: weight of the orthogonality penalty.
         """
-        self.core = model.base_model.model
-        self.weight = penalty
-        self.last = max(1, steps - cooldown)
+        self.model = model.base_model.model
+        self.penalty_weight = penalty
+        self.last_allocation_step = max(1, steps - cooldown)
         config = model.peft_config["default"]
-        config.total_step, config.tinit, config.tfinal = steps, min(warmup, self.last - 1), steps - self.last
+        config.total_step, config.tinit, config.tfinal = (
+            steps,
+            min(warmup, self.last_allocation_step - 1),
+            steps - self.last_allocation_step,
+        )
         self.allocator: RankAllocator = model.base_model.rankallocator
-        self.kept: dict[str, list[bool]] = {}
+        self.rank_pattern: dict[str, list[bool]] = {}
 
     def after_step(self, step: int) -> None:
         """Update importance and masks; after the last allocation the masks are fixed."""
-        if step < self.last:
-            self.allocator.update_and_allocate(self.core, step)
-        elif step == self.last or not self.kept:
-            self.allocator.update_ipt(self.core)
-            self.kept = self.allocator.update_and_allocate(self.core, step, force_mask=True)[1]
+        if step < self.last_allocation_step:
+            self.allocator.update_and_allocate(self.model, step)
+        elif step == self.last_allocation_step or not self.rank_pattern:
+            self.allocator.update_ipt(self.model)
+            self.rank_pattern = self.allocator.update_and_allocate(self.model, step, force_mask=True)[1]
         else:
-            self.allocator.mask_using_rank_pattern(self.core, self.kept)
+            self.allocator.mask_using_rank_pattern(self.model, self.rank_pattern)
 
     def penalty(self) -> Tensor:
         """Return gamma times the sum over layers of ||P^T P - I||^2 + ||Q Q^T - I||^2 (equation 4)."""
         total = torch.zeros(())
-        for name, weight in self.core.named_parameters():
+        for name, weight in self.model.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:
                 gram = weight @ weight.T if ".lora_A." in name else weight.T @ weight
                 total = (
                     total.to(gram.device) + (gram - torch.eye(len(gram), device=gram.device)).square().sum()
                 )
-        return self.weight * total
+        return self.penalty_weight * total
 
     def state(self) -> dict[str, Tensor]:
         """Return the smoothed importance and the final masks, for a checkpoint."""
         averages = {
-            f"{kind}.{name}": value for kind in AVERAGES for name, value in self._average(kind).items()
+            f"{kind}.{name}": value for kind in AVERAGES for name, value in self._averages(kind).items()
         }
-        return averages | {f"{MASK}{name}": torch.tensor(kept) for name, kept in self.kept.items()}
+        return averages | {
+            f"{MASK_PREFIX}{name}": torch.tensor(mask) for name, mask in self.rank_pattern.items()
+        }
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Restore what ``state`` returned."""
-        self.kept = {
-            name.removeprefix(MASK): value.tolist() for name, value in state.items() if name.startswith(MASK)
+        self.rank_pattern = {
+            name.removeprefix(MASK_PREFIX): value.tolist()
+            for name, value in state.items()
+            if name.startswith(MASK_PREFIX)
         }
         for kind in AVERAGES:
-            found = {
+            restored = {
                 name.removeprefix(f"{kind}."): value
                 for name, value in state.items()
                 if name.startswith(f"{kind}.")
             }
-            self._average(kind).update(found)
+            self._averages(kind).update(restored)
         self.allocator.ipt.update(
-            {name: torch.zeros_like(value) for name, value in self._average(AVERAGES[0]).items()}
+            {name: torch.zeros_like(value) for name, value in self._averages(AVERAGES[0]).items()}
         )
 
-    def _average(self, kind: str) -> dict[str, Tensor]:
+    def _averages(self, kind: str) -> dict[str, Tensor]:
         averages: dict[str, dict[str, Tensor]] = {
             "exp_avg_ipt": self.allocator.exp_avg_ipt,
             "exp_avg_unc": self.allocator.exp_avg_unc,

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Field
 
-from finetune.recipe.errors import Problem, UserError, nearest
-from finetune.recipe.settings import Text
+from finetune.recipe.errors import Problem, UserError, did_you_mean
+from finetune.recipe.settings import NonEmptyStr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -14,10 +14,10 @@ ALL_LINEAR: Final = "all-linear"
 FEED_FORWARD_OUTPUT: Final = ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
 """Common names of the output layer of the feed-forward block."""
 
-Target = Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)]
+Target = Literal["all-linear"] | Annotated[list[NonEmptyStr], Field(min_length=1)]
 
 
-def linear_names(model: "PreTrainedModel") -> list[str]:
+def linear_module_names(model: "PreTrainedModel") -> list[str]:
     """Return the module names of the model's linear layers (also quantized ones), without the output head."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -48,17 +48,19 @@ def check_targets(model: "PreTrainedModel", target: str | list[str]) -> None:
     kinds = (nn.Linear, Conv1D, nn.Embedding)
     layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     missing = [
-        word for word in target if not any(name == word or name.endswith(f".{word}") for name in layers)
+        name_suffix
+        for name_suffix in target
+        if not any(name == name_suffix or name.endswith(f".{name_suffix}") for name in layers)
     ]
     if missing:
-        names = linear_names(model)
-        found = f"no linear layer of {type(model).__name__} is named {' or '.join(map(repr, missing))}"
+        names = linear_module_names(model)
+        actual = f"no linear layer of {type(model).__name__} is named {' or '.join(map(repr, missing))}"
         expected = f"all-linear, or a list of some of: {', '.join(names)}"
-        raise UserError(Problem("adapter.target", found, expected, nearest(missing[0], names)))
+        raise UserError(Problem("adapter.target", actual, expected, did_you_mean(missing[0], names)))
 
 
-def module_names(
-    model: "PreTrainedModel", usual: tuple[str, ...], *, what: str, linear: bool = True
+def find_module_names(
+    model: "PreTrainedModel", candidates: tuple[str, ...], *, part: str, linear: bool = True
 ) -> list[str]:
     """Return the names among ``candidates`` that the model's linear layers (or any of its modules) have.
 
@@ -66,16 +68,16 @@ def module_names(
         UserError: none of them exists; ``part`` names the searched part in the message.
     """
     modules = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    present = set(linear_names(model)) if linear else modules
-    found = [name for name in usual if name in present]
-    if not found:
-        text = f"found no layer of {type(model).__name__} with a known name of {what}"
+    existing = set(linear_module_names(model)) if linear else modules
+    matches = [name for name in candidates if name in existing]
+    if not matches:
+        text = f"found no layer of {type(model).__name__} with a known name of {part}"
         repair = "adapter.method=lora works on any model: set adapter.target to its layers"
-        raise UserError(Problem("adapter.method", text, f"one of {', '.join(usual)}", repair))
-    return found
+        raise UserError(Problem("adapter.method", text, f"one of {', '.join(candidates)}", repair))
+    return matches
 
 
-def norm_names(model: "PreTrainedModel") -> list[str]:
+def norm_module_names(model: "PreTrainedModel") -> list[str]:
     """Return the module names of the model's norm layers with weights.
 
     Raises:

@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WRITES, SCORES = "CAUSAL_LM", "SEQ_CLS"
+CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
 
 
-def task_of(model: "PreTrainedModel") -> str:
+def peft_task_type(model: "PreTrainedModel") -> str:
     """Return PEFT's ``task_type``; with SEQ_CLS PEFT trains and saves the head with the adapter."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     config = type(model.config)
-    known = config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    scores = known and isinstance(model, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[config])
-    return SCORES if scores else WRITES
+    has_scoring_model = config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    is_scoring_model = has_scoring_model and isinstance(
+        model, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[config]
+    )
+    return SEQ_CLS if is_scoring_model else CAUSAL_LM

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-IN_THE_INPUT = "virtual tokens are part of the input and cannot be merged into base weights"
+VIRTUAL_TOKENS_NOT_MERGEABLE = "virtual tokens are part of the input and cannot be merged into base weights"
 
 
-NO_HEAD = "PEFT cannot save a trained score head with it"
+SCORE_HEAD_NOT_SAVED = "PEFT cannot save a trained score head with it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,16 @@ class Traits:
 
     quantization: tuple[str, ...] = ("none", "nf4", "int8")
     packing: bool = True
-    whole_model: bool = False
+    full_finetuning: bool = False
     changes_base: bool = False
-    checkpointing: bool = True
-    merge: str = ""
-    scores: str = ""
+    gradient_checkpointing: bool = True
+    merge_unsupported: str = ""
+    scoring_unsupported: str = ""
     engines: tuple[str, ...] = ("native", "trl")
     learning_rate: float = 2e-4  # QLoRA (arXiv 2305.14314), table 9
-    in_training: tuple[str, ...] = ()
-    at_start: tuple[str, ...] = ()
-    goes_on_as: str = ""
+    training_only: tuple[str, ...] = ()
+    init_only: tuple[str, ...] = ()
+    continues_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +60,9 @@ class Hooks:
         restore: restores what ``state`` returned.
     """
 
-    rate_factors: Mapping[str, float] = field(default_factory=dict)
+    lr_factors: Mapping[str, float] = field(default_factory=dict)
     penalty: "Callable[[], Tensor] | None" = None
-    passes: int = 1
+    forward_passes: int = 1
     after_step: Callable[[int], None] | None = None
     state: "Callable[[], dict[str, Tensor]] | None" = None
     restore: "Callable[[dict[str, Tensor]], None] | None" = None

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 
-def register(name: str, config: type[PeftConfig], tuner: type["WrappingTuner"]) -> None:
+def register_tuner(name: str, config: type[PeftConfig], tuner: type["WrappingTuner"]) -> None:
     """Register an adapter type with PEFT as ``peft_type`` NAME."""
     PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
     PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner
@@ -49,7 +49,7 @@ class WrappingLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Add an adapter's parameters."""
 
     @abstractmethod
-    def changed(self, adapter_name: str, inputs: Tensor, output: Tensor) -> Tensor:
+    def apply_adapter(self, adapter_name: str, inputs: Tensor, output: Tensor) -> Tensor:
         """Return the layer's output with one adapter applied."""
 
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -59,10 +59,10 @@ class WrappingLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return output
         for name in self.active_adapters:
             if name in self._get_available_adapters():
-                output = self.changed(name, inputs, output).to(output.dtype)
+                output = self.apply_adapter(name, inputs, output).to(output.dtype)
         return output
 
-    def _place(self, adapter_name: str, config: PeftConfig) -> None:
+    def _activate_parameters(self, adapter_name: str, config: PeftConfig) -> None:
         """Move new parameters to the layer's device, and make them trainable unless in inference mode."""
         device = next(self.base_layer.parameters()).device
         self._move_adapter_to_device_of_base_layer(adapter_name, device)

@@ -12,17 +12,17 @@ from pydantic import Field
 
 from finetune.adapters import lora
 from finetune.adapters._targets import check_targets
-from finetune.adapters._task import task_of
+from finetune.adapters._task import peft_task_type
 from finetune.adapters._traits import Hooks, Traits
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import Positive, Share
+from finetune.recipe.settings import Fraction, PositiveInt
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    engines=("native",), learning_rate=1e-3, in_training=("dropout", "warmup", "cooldown", "penalty")
+    engines=("native",), learning_rate=1e-3, training_only=("dropout", "warmup", "cooldown", "penalty")
 )  # the paper, table 8: 5e-4 to 2e-3
 
 
@@ -30,15 +30,15 @@ class Settings(lora.Settings):
     """LoRA's settings; ``rank`` is the final average rank."""
 
     method: Literal["adalora"] = Field("adalora", description="LoRA with an adaptive rank per layer")  # type: ignore[assignment]
-    rank: Positive = Field(8, description="average rank per layer at the end")  # the paper, section 4.1
+    rank: PositiveInt = Field(8, description="average rank per layer at the end")  # the paper, section 4.1
     # 1.5 times the rank: the paper, section 4.1, an initial budget of 1.5 times the final one.
-    first_rank: Positive | None = Field(None, description="initial rank; null: 1.5 times `rank`")
+    first_rank: PositiveInt | None = Field(None, description="initial rank; null: 1.5 times `rank`")
     alpha: lora.Alpha = Field(32.0, description="scale of the low-rank product")  # the authors' scripts
-    dropout: Share = Field(0.0, description="dropout probability of the input of Q")
-    warmup: Share = Field(
+    dropout: Fraction = Field(0.0, description="dropout probability of the input of Q")
+    warmup: Fraction = Field(
         0.1, description="fraction of steps before the budget decreases"
     )  # table 8: 5 to 20 %
-    cooldown: Share = Field(
+    cooldown: Fraction = Field(
         0.3, description="fraction of steps after the last allocation"
     )  # table 8: 20 to 60 %
     penalty: Annotated[float, Field(ge=0)] = Field(
@@ -46,21 +46,21 @@ class Settings(lora.Settings):
     )  # the paper: 0.1
 
     @property
-    def started(self) -> int:
+    def resolved_init_rank(self) -> int:
         """Return the initial rank of every layer."""
         return ceil(1.5 * self.rank) if self.first_rank is None else self.first_rank
 
     def problems(self) -> list[Problem]:
         """Return problems with a budget that cannot decrease."""
-        found = []
-        if self.started <= self.rank:
-            text = f"{self.started}, with adapter.rank {self.rank}"
-            found.append(Problem("adapter.first_rank", text, "more than adapter.rank: ranks are pruned"))
+        problems = []
+        if self.resolved_init_rank <= self.rank:
+            text = f"{self.resolved_init_rank}, with adapter.rank {self.rank}"
+            problems.append(Problem("adapter.first_rank", text, "more than adapter.rank: ranks are pruned"))
         if self.warmup + self.cooldown >= 1:
             text = f"{self.warmup} and {self.cooldown}"
             expected = "a sum below 1: the budget decreases between them"
-            found.append(Problem("adapter.warmup, adapter.cooldown", text, expected))
-        return found
+            problems.append(Problem("adapter.warmup, adapter.cooldown", text, expected))
+        return problems
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
@@ -73,8 +73,8 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
     check_targets(model, settings.target)
     config = AdaLoraConfig(
-        task_type=task_of(model),
-        init_r=settings.started,
+        task_type=peft_task_type(model),
+        init_r=settings.resolved_init_rank,
         target_r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,

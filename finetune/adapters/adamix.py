@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from finetune.adapters._task import task_of
+from finetune.adapters._task import peft_task_type
 from finetune.adapters._traits import Hooks, Traits
-from finetune.adapters.bottleneck import NONLINEAR, places
-from finetune.recipe.settings import AdapterSettings, Positive
+from finetune.adapters.bottleneck import NONLINEAR_NOT_MERGEABLE, target_module_names
+from finetune.recipe.settings import AdapterSettings, PositiveInt
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    merge=NONLINEAR, engines=("native",), learning_rate=1e-3, in_training=("consistency",)
+    merge_unsupported=NONLINEAR_NOT_MERGEABLE,
+    engines=("native",),
+    learning_rate=1e-3,
+    training_only=("consistency",),
 )  # as for `bottleneck`
 
 
@@ -29,7 +32,7 @@ class Settings(AdapterSettings):
     method: Literal["adamix"] = Field(
         "adamix", description="a mixture of bottlenecks, averaged after training"
     )
-    width: Positive = Field(16, description="width of each bottleneck")  # the paper, section 4.1: 16 or 48
+    width: PositiveInt = Field(16, description="width of each bottleneck")  # the paper, section 4.1: 16 or 48
     experts: Annotated[int, Field(ge=2)] = Field(4, description="bottlenecks in the mixture")  # section 4.1
     consistency: bool = Field(
         True, description="two forward passes per batch with a consistency loss (equation 5)"
@@ -47,8 +50,8 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     from finetune.adapters._bottleneck_layer import BottleneckConfig
 
     config = BottleneckConfig(
-        task_type=task_of(model),
-        target_modules=places(model, "pfeiffer"),
+        task_type=peft_task_type(model),
+        target_modules=target_module_names(model, "pfeiffer"),
         hidden_size=model.config.hidden_size,
         width=settings.width,
         experts=settings.experts,
@@ -59,4 +62,4 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
 def hooks(model: "PeftModel", settings: Settings, *, steps: int) -> Hooks:
     """Return the hooks: two forward passes per batch if ``consistency`` is set."""
-    return Hooks(passes=2 if settings.consistency else 1)
+    return Hooks(forward_passes=2 if settings.consistency else 1)

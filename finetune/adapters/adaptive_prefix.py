@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters import prefix
-from finetune.adapters._traits import IN_THE_INPUT, Traits
-from finetune.recipe.settings import Positive, VirtualTokenSettings
+from finetune.adapters._traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
+from finetune.recipe.settings import PositiveInt, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    packing=False, checkpointing=False, merge=IN_THE_INPUT, learning_rate=5e-3
+    packing=False,
+    gradient_checkpointing=False,
+    merge_unsupported=VIRTUAL_TOKENS_NOT_MERGEABLE,
+    learning_rate=5e-3,
 )  # 5e-3: the paper's appendix, 5e-3 to 7e-3
 
 
@@ -28,7 +31,7 @@ class Settings(VirtualTokenSettings):
     """Length of the prefix."""
 
     method: Literal["adaptive_prefix"] = Field("adaptive_prefix", description="a prefix with trained gates")
-    virtual_tokens: Positive = Field(20, description="length of the prefix")  # as for `prefix`
+    virtual_tokens: PositiveInt = Field(20, description="length of the prefix")  # as for `prefix`
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
@@ -36,9 +39,11 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     from finetune.adapters._prefix_encoders import GatedPrefix
     from finetune.adapters._prompt_model import prompt_model
 
-    words = prefix.build(model, prefix.Settings(virtual_tokens=settings.virtual_tokens))
-    start = words.prompt_encoder["default"].embedding.weight.detach()
-    config = words.peft_config["default"]
+    prefix_model = prefix.build(model, prefix.Settings(virtual_tokens=settings.virtual_tokens))
+    initial_prefix = prefix_model.prompt_encoder["default"].embedding.weight.detach()
+    config = prefix_model.peft_config["default"]
     adapted = prompt_model(model, config)
-    adapted.prompt_encoder["default"] = GatedPrefix(start, layers=config.num_layers).to(start.device)
+    adapted.prompt_encoder["default"] = GatedPrefix(initial_prefix, layers=config.num_layers).to(
+        initial_prefix.device
+    )
     return adapted

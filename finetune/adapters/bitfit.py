@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._task import task_of
+from finetune.adapters._task import peft_task_type
 from finetune.adapters._traits import Traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import AdapterSettings
@@ -43,9 +43,13 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         and module is not model.get_output_embeddings()
     ]
     if not names:
-        found = f"'bitfit', but {type(model).__name__} has no bias terms (Llama, Mistral and Qwen3 have none)"
+        actual = (
+            f"'bitfit', but {type(model).__name__} has no bias terms (Llama, Mistral and Qwen3 have none)"
+        )
         repair = "use adapter.method=ia3 or layernorm, which train as few parameters"
-        raise UserError(Problem("adapter.method", found, "a base with biases (GPT-NeoX, Qwen2, ...)", repair))
-    config = BitFitConfig(task_type=task_of(model), target_modules=names)
+        raise UserError(
+            Problem("adapter.method", actual, "a base with biases (GPT-NeoX, Qwen2, ...)", repair)
+        )
+    config = BitFitConfig(task_type=peft_task_type(model), target_modules=names)
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from finetune.adapters._targets import FEED_FORWARD_OUTPUT, module_names
-from finetune.adapters._task import task_of
+from finetune.adapters._targets import FEED_FORWARD_OUTPUT, find_module_names
+from finetune.adapters._task import peft_task_type
 from finetune.adapters._traits import Traits
-from finetune.recipe.settings import AdapterSettings, Positive
+from finetune.recipe.settings import AdapterSettings, PositiveInt
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-NONLINEAR = "a bottleneck is nonlinear and cannot be merged into base weights"
-TRAITS = Traits(merge=NONLINEAR, learning_rate=1e-3)  # Houlsby et al., section 3.1: 3e-5 to 3e-3
+NONLINEAR_NOT_MERGEABLE = "a bottleneck is nonlinear and cannot be merged into base weights"
+TRAITS = Traits(
+    merge_unsupported=NONLINEAR_NOT_MERGEABLE, learning_rate=1e-3
+)  # Houlsby et al., section 3.1: 3e-5 to 3e-3
 
 ATTENTION_OUTPUT = ("o_proj", "out_proj", "dense", "wo", "c_proj")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn")
@@ -37,7 +39,7 @@ class Settings(AdapterSettings):
     placement: Placement = Field(
         "parallel", description="after attention and FFN, after FFN, or parallel to FFN"
     )
-    width: Positive = Field(64, description="width of the bottleneck")  # Houlsby et al.: 8, 64 or 256
+    width: PositiveInt = Field(64, description="width of the bottleneck")  # Houlsby et al.: 8, 64 or 256
     scale: Annotated[float, Field(gt=0)] | None = Field(
         None, description="scale of its output; null: 4 for parallel (He et al.), else 1"
     )
@@ -58,8 +60,8 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
     parallel = settings.placement == "parallel"
     config = BottleneckConfig(
-        task_type=task_of(model),
-        target_modules=places(model, settings.placement),
+        task_type=peft_task_type(model),
+        target_modules=target_module_names(model, settings.placement),
         hidden_size=model.config.hidden_size,
         width=settings.width,
         scale=settings.scale or (4.0 if parallel else 1.0),
@@ -70,15 +72,17 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     return peft_model
 
 
-def places(model: "PreTrainedModel", placement: Placement) -> list[str]:
+def target_module_names(model: "PreTrainedModel", placement: Placement) -> list[str]:
     """Return the names of the target modules of a placement.
 
     Raises:
         UserError: the model has none of the known names.
     """
     if placement == "parallel":
-        return module_names(model, FEED_FORWARD, what="the feed-forward block", linear=False)
-    after_ffn = module_names(model, FEED_FORWARD_OUTPUT, what="the output layer of the feed-forward block")
+        return find_module_names(model, FEED_FORWARD, part="the feed-forward block", linear=False)
+    after_ffn = find_module_names(
+        model, FEED_FORWARD_OUTPUT, part="the output layer of the feed-forward block"
+    )
     if placement == "pfeiffer":
         return after_ffn
-    return [*module_names(model, ATTENTION_OUTPUT, what="the output layer of attention"), *after_ffn]
+    return [*find_module_names(model, ATTENTION_OUTPUT, part="the output layer of attention"), *after_ffn]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # No int8: on an 8-bit base the norm in PEFT's DoRA raised an AttributeError (tested on a CPU).
-TRAITS = Traits(quantization=("none", "nf4"), in_training=("dropout",))
+TRAITS = Traits(quantization=("none", "nf4"), training_only=("dropout",))
 
 
 class Settings(lora.Settings):

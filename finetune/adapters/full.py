@@ -10,7 +10,9 @@ from finetune.recipe.settings import AdapterSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRAITS = Traits(quantization=("none",), whole_model=True, learning_rate=2e-5)  # Stanford Alpaca, README: 7B
+TRAITS = Traits(
+    quantization=("none",), full_finetuning=True, learning_rate=2e-5
+)  # Stanford Alpaca, README: 7B
 
 
 class Settings(AdapterSettings):

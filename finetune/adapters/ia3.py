@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._targets import FEED_FORWARD_OUTPUT, module_names
-from finetune.adapters._task import task_of
+from finetune.adapters._targets import FEED_FORWARD_OUTPUT, find_module_names
+from finetune.adapters._task import peft_task_type
 from finetune.adapters._traits import Traits
 from finetune.recipe.settings import AdapterSettings
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TRAITS = Traits(learning_rate=3e-3)  # the paper, section 3.5
 
-KEYS_AND_VALUES = ("k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "Wqkv")
+KEY_VALUE_MODULES = ("k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "Wqkv")
 
 
 class Settings(AdapterSettings):
@@ -36,10 +36,14 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """
     from peft import IA3Config, get_peft_model
 
-    attention = module_names(model, KEYS_AND_VALUES, what="the key and value projections")
-    inner = module_names(model, FEED_FORWARD_OUTPUT, what="the output layer of the feed-forward block")
+    key_value_names = find_module_names(model, KEY_VALUE_MODULES, part="the key and value projections")
+    feedforward_names = find_module_names(
+        model, FEED_FORWARD_OUTPUT, part="the output layer of the feed-forward block"
+    )
     config = IA3Config(
-        task_type=task_of(model), target_modules=[*attention, *inner], feedforward_modules=inner
+        task_type=peft_task_type(model),
+        target_modules=[*key_value_names, *feedforward_names],
+        feedforward_modules=feedforward_names,
     )
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._targets import norm_names
-from finetune.adapters._task import task_of
+from finetune.adapters._targets import norm_module_names
+from finetune.adapters._task import peft_task_type
 from finetune.adapters._traits import Traits
 from finetune.recipe.settings import AdapterSettings
 
@@ -34,6 +34,6 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """
     from peft import LNTuningConfig, get_peft_model
 
-    config = LNTuningConfig(task_type=task_of(model), target_modules=norm_names(model))
+    config = LNTuningConfig(task_type=peft_task_type(model), target_modules=norm_module_names(model))
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model

@@ -8,31 +8,31 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._task import task_of
-from finetune.adapters._traits import NO_HEAD, Traits
+from finetune.adapters._task import peft_task_type
+from finetune.adapters._traits import SCORE_HEAD_NOT_SAVED, Traits
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import AdapterSettings, Positive
+from finetune.recipe.settings import AdapterSettings, PositiveInt
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    merge="its attention to the prompt cannot be merged into base weights",
-    scores=NO_HEAD,
+    merge_unsupported="its attention to the prompt cannot be merged into base weights",
+    scoring_unsupported=SCORE_HEAD_NOT_SAVED,
     engines=("native",),  # TRL replaces the head of the base, and does not find it inside PEFT's wrapper
     learning_rate=9e-3,
 )  # the authors' script: 9e-3 at a batch of 256
 
-FAMILIES = ("llama", "mistral", "gpt2")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "gpt2")
 
 
 class Settings(AdapterSettings):
     """Prompt length, and number of upper layers with a prompt."""
 
     method: Literal["llama_adapter"] = Field("llama_adapter", description="gated prompts in the upper layers")
-    virtual_tokens: Positive = Field(10, description="prompt length per layer")  # the paper, section 4.1
-    layers: Positive = Field(
+    virtual_tokens: PositiveInt = Field(10, description="prompt length per layer")  # the paper, section 4.1
+    layers: PositiveInt = Field(
         30, description="number of upper layers with a prompt; capped at all layers"
     )  # 30 of 32
 
@@ -45,14 +45,14 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """
     from peft import AdaptionPromptConfig, get_peft_model
 
-    if model.config.model_type not in FAMILIES:
-        found = f"'llama_adapter' on a model of type '{model.config.model_type}'"
-        expected = f"a model of type {', '.join(FAMILIES)}"
+    if model.config.model_type not in SUPPORTED_MODEL_TYPES:
+        actual = f"'llama_adapter' on a model of type '{model.config.model_type}'"
+        expected = f"a model of type {', '.join(SUPPORTED_MODEL_TYPES)}"
         raise UserError(
-            Problem("adapter.method", found, expected, "use adapter.method=prefix, which supports any model")
+            Problem("adapter.method", actual, expected, "use adapter.method=prefix, which supports any model")
         )
     config = AdaptionPromptConfig(
-        task_type=task_of(model),
+        task_type=peft_task_type(model),
         adapter_len=settings.virtual_tokens,
         adapter_layers=min(settings.layers, model.config.num_hidden_layers),
     )

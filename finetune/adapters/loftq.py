@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Saved as a LoRA adapter for the 4-bit base. Learning rate: the paper's appendix, LLaMA-2: 1e-4 to 7e-4.
-TRAITS = Traits(quantization=("nf4",), learning_rate=1e-4, in_training=("dropout",), goes_on_as="lora")
+TRAITS = Traits(quantization=("nf4",), learning_rate=1e-4, training_only=("dropout",), continues_as="lora")
 
 
 class Settings(lora.Settings):
@@ -43,20 +43,20 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     from peft.tuners.lora.bnb import Linear4bit
 
     adapted = lora.with_lora(model, settings)
-    exact = _weights(model.config.name_or_path)
+    read_weight = _weight_reader(model.config.name_or_path)
     names = {id(module): name for name, module in model.named_modules()}
     for module in adapted.modules():
         if isinstance(module, Linear4bit):
-            codes = module.base_layer.weight
-            kept = dequantize_4bit(codes.data, codes.quant_state).float()
-            lost = exact(f"{names[id(module)]}.weight").to(kept) - kept
-            up, down = factors(lost / module.scaling["default"], settings.rank)
+            quantized = module.base_layer.weight
+            dequantized = dequantize_4bit(quantized.data, quantized.quant_state).float()
+            residual = read_weight(f"{names[id(module)]}.weight").to(dequantized) - dequantized
+            up, down = low_rank_factors(residual / module.scaling["default"], settings.rank)
             module.lora_A["default"].weight.data.copy_(down)
             module.lora_B["default"].weight.data.copy_(up)
     return adapted
 
 
-def factors(matrix: "Tensor", rank: int) -> tuple["Tensor", "Tensor"]:
+def low_rank_factors(matrix: "Tensor", rank: int) -> tuple["Tensor", "Tensor"]:
     """Return B (out, rank) and A (rank, in): the best rank-r approximation of a matrix (out, in), by SVD."""
     import torch
 
@@ -65,7 +65,7 @@ def factors(matrix: "Tensor", rank: int) -> tuple["Tensor", "Tensor"]:
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
-def _weights(base: str) -> "Callable[[str], Tensor]":
+def _weight_reader(base: str) -> "Callable[[str], Tensor]":
     """Return a function that reads a base's full-precision weights by name."""
     from huggingface_hub import snapshot_download
     from safetensors import safe_open
@@ -78,9 +78,9 @@ def _weights(base: str) -> "Callable[[str], Tensor]":
 
     def read(name: str) -> "Tensor":
         if name not in files:
-            found = f"the files of '{base}' have no tensor '{name}'"
+            actual = f"the files of '{base}' have no tensor '{name}'"
             raise UserError(
-                Problem("adapter.method", found, "its full-precision weights", "use adapter.method=qlora")
+                Problem("adapter.method", actual, "its full-precision weights", "use adapter.method=qlora")
             )
         with safe_open(files[name], framework="pt") as opened:
             weight: Tensor = opened.get_tensor(name)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from finetune.adapters._targets import ALL_LINEAR, Target, check_targets
-from finetune.adapters._task import task_of
+from finetune.adapters._task import peft_task_type
 from finetune.adapters._traits import Traits
-from finetune.recipe.settings import AdapterSettings, Positive, Share
+from finetune.recipe.settings import AdapterSettings, Fraction, PositiveInt
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(in_training=("dropout",))
+TRAITS = Traits(training_only=("dropout",))
 
 Alpha = Annotated[float, Field(gt=0)]
 
@@ -27,10 +27,10 @@ class Settings(AdapterSettings):
 
     method: Literal["lora"] = Field("lora", description="low-rank product added to frozen weights")
     # Rank 16, alpha = 2 r: Biderman et al. 2024, "LoRA Learns Less and Forgets Less" (arXiv 2405.09673).
-    rank: Positive = Field(16, description="r: rank of the low-rank product")
+    rank: PositiveInt = Field(16, description="r: rank of the low-rank product")
     alpha: Alpha = Field(32.0, description="scale: the product is multiplied by alpha / rank")
     # Dropout 0.05: tloen/alpaca-lora, finetune.py; QLoRA (arXiv 2305.14314, appendix B.2) above 13B.
-    dropout: Share = Field(0.05, description="dropout probability of the input of A")
+    dropout: Fraction = Field(0.05, description="dropout probability of the input of A")
     # Every linear layer: QLoRA, figure 2: with fewer of them LoRA does not match full fine-tuning.
     target: Target = Field(
         ALL_LINEAR,
@@ -53,7 +53,7 @@ def with_lora(model: "PreTrainedModel", settings: Settings, **variant: bool | st
 
     check_targets(model, settings.target)
     config = LoraConfig(
-        task_type=task_of(model),
+        task_type=peft_task_type(model),
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    engines=("native",), learning_rate=2e-5, in_training=("dropout", "ratio")
+    engines=("native",), learning_rate=2e-5, training_only=("dropout", "ratio")
 )  # the paper, table of LLaMA-7B: A at 2e-5
 
 
@@ -40,4 +40,4 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 def hooks(model: "PeftModel", settings: Settings, *, steps: int) -> Hooks:
     """Return the hooks: the LoRA+ learning rate factor of each B."""
     names = [name for name, weight in model.named_parameters() if weight.requires_grad and ".lora_B." in name]
-    return Hooks(rate_factors=dict.fromkeys(names, settings.ratio))
+    return Hooks(lr_factors=dict.fromkeys(names, settings.ratio))

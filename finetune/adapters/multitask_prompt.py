@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._task import task_of
-from finetune.adapters._traits import IN_THE_INPUT, Traits
+from finetune.adapters._task import peft_task_type
+from finetune.adapters._traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import Positive, Text, VirtualTokenSettings
+from finetune.recipe.settings import NonEmptyStr, PositiveInt, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    packing=False, merge=IN_THE_INPUT, learning_rate=1e-1, at_start=("source",)
+    packing=False, merge_unsupported=VIRTUAL_TOKENS_NOT_MERGEABLE, learning_rate=1e-1, init_only=("source",)
 )  # 1e-1: the product and its gradient are near zero initially; the paper uses 0.3 (section 4.1)
 
 
@@ -30,16 +30,18 @@ class Settings(VirtualTokenSettings):
     method: Literal["multitask_prompt"] = Field(
         "multitask_prompt", description="a shared prompt times a rank-one matrix"
     )
-    virtual_tokens: Positive = Field(100, description="length of the prompt")  # the paper, section 4.1
-    rank: Positive = Field(1, description="rank of the task matrix")  # equation 1
-    source: Text | None = Field(None, description="run directory with the shared prompt; null: random tokens")
+    virtual_tokens: PositiveInt = Field(100, description="length of the prompt")  # the paper, section 4.1
+    rank: PositiveInt = Field(1, description="rank of the task matrix")  # equation 1
+    source: NonEmptyStr | None = Field(
+        None, description="run directory with the shared prompt; null: random tokens"
+    )
 
     def problems(self) -> list[Problem]:
         """Return a problem if ``source`` has no adapter."""
-        if self.source is None or _shared(self.source).is_file():
+        if self.source is None or _shared_prompt_file(self.source).is_file():
             return []
-        found = f"'{self.source}' has no adapter"
-        return [Problem("adapter.source", found, "the run directory of a multitask_prompt run")]
+        actual = f"'{self.source}' has no adapter"
+        return [Problem("adapter.source", actual, "the run directory of a multitask_prompt run")]
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
@@ -48,19 +50,21 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
     from finetune.adapters._prompt_model import single_task_model
 
-    start = (
+    init = (
         MultitaskPromptTuningInit.ONLY_SOURCE_SHARED if settings.source else MultitaskPromptTuningInit.RANDOM
     )
     config = MultitaskPromptTuningConfig(
-        task_type=task_of(model),
+        task_type=peft_task_type(model),
         num_virtual_tokens=settings.virtual_tokens,
         num_ranks=settings.rank,
         num_tasks=1,
-        prompt_tuning_init=start,
-        prompt_tuning_init_state_dict_path=str(_shared(settings.source)) if settings.source else None,
+        prompt_tuning_init=init,
+        prompt_tuning_init_state_dict_path=str(_shared_prompt_file(settings.source))
+        if settings.source
+        else None,
     )
     return single_task_model(model, config)
 
 
-def _shared(source: str) -> Path:
+def _shared_prompt_file(source: str) -> Path:
     return Path(source) / "adapter" / "adapter_model.safetensors"

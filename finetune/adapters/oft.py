@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters._targets import ALL_LINEAR, Target, check_targets
-from finetune.adapters._task import task_of
+from finetune.adapters._task import peft_task_type
 from finetune.adapters._traits import Traits
-from finetune.recipe.settings import AdapterSettings, Positive, Share
+from finetune.recipe.settings import AdapterSettings, Fraction, PositiveInt
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(learning_rate=4e-4, in_training=("dropout",))  # arXiv 2506.19847, table of hyper-parameters
+TRAITS = Traits(learning_rate=4e-4, training_only=("dropout",))  # arXiv 2506.19847, table of hyper-parameters
 
 
 class Settings(AdapterSettings):
     """Block size, dropout and target modules."""
 
     method: Literal["oft"] = Field("oft", description="trained rotations of frozen weights")
-    block_size: Positive = Field(
+    block_size: PositiveInt = Field(
         32, description="block size; adjusted to divide each layer's input size"
     )  # PEFT
-    dropout: Share = Field(
+    dropout: Fraction = Field(
         0.0, description="probability that a block is not rotated, in training"
     )  # PEFT's default
     target: Target = Field(ALL_LINEAR, description="names of the target layers")
@@ -44,7 +44,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
     check_targets(model, settings.target)
     config = OFTConfig(
-        task_type=task_of(model),
+        task_type=peft_task_type(model),
         oft_block_size=settings.block_size,
         module_dropout=settings.dropout,
         target_modules=settings.target,

@@ -12,14 +12,14 @@ from pydantic import Field
 
 from finetune.adapters import lora
 from finetune.adapters._traits import Traits
-from finetune.recipe.settings import Share
+from finetune.recipe.settings import Fraction
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    quantization=("none",), changes_base=True, learning_rate=2e-5, in_training=("dropout",)
+    quantization=("none",), changes_base=True, learning_rate=2e-5, training_only=("dropout",)
 )  # the paper's appendix: 2e-5
 
 
@@ -28,7 +28,7 @@ class Settings(lora.Settings):
 
     method: Literal["pissa"] = Field("pissa", description="LoRA initialized to the largest singular values")  # type: ignore[assignment]
     alpha: lora.Alpha = Field(16.0, description="scale: the product is multiplied by alpha / rank")
-    dropout: Share = Field(0.0, description="dropout probability of the input of A")  # the paper: 0
+    dropout: Fraction = Field(0.0, description="dropout probability of the input of A")  # the paper: 0
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":

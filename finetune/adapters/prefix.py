@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._task import task_of
-from finetune.adapters._traits import IN_THE_INPUT, Traits
-from finetune.recipe.settings import Positive, VirtualTokenSettings
+from finetune.adapters._task import peft_task_type
+from finetune.adapters._traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
+from finetune.recipe.settings import PositiveInt, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    packing=False, checkpointing=False, merge=IN_THE_INPUT, learning_rate=1e-3
+    packing=False,
+    gradient_checkpointing=False,
+    merge_unsupported=VIRTUAL_TOKENS_NOT_MERGEABLE,
+    learning_rate=1e-3,
 )  # huggingface/peft, method_comparison
 
 
@@ -28,7 +31,7 @@ class Settings(VirtualTokenSettings):
 
     method: Literal["prefix"] = Field("prefix", description="trained keys and values before every sequence")
     # 20: between the lengths that the paper found best, 10 (table to text) and 200 (summaries); section 7.2.
-    virtual_tokens: Positive = Field(20, description="length of the prefix")
+    virtual_tokens: PositiveInt = Field(20, description="length of the prefix")
     projection: bool = Field(
         False, description="produce the prefix with an MLP (the paper's reparameterization)"
     )
@@ -39,21 +42,21 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     import torch
     from peft import PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
 
-    from finetune.adapters._in_parts import fetched
+    from finetune.adapters._in_parts import gather_on_forward
     from finetune.adapters._prompt_model import prompt_model
 
     config = PrefixTuningConfig(
-        task_type=task_of(model),
+        task_type=peft_task_type(model),
         num_virtual_tokens=settings.virtual_tokens,
         prefix_projection=settings.projection,
     )
     if settings.projection:
         return prompt_model(model, config)
-    words = torch.randint(model.config.vocab_size, (1, settings.virtual_tokens))
+    token_ids = torch.randint(model.config.vocab_size, (1, settings.virtual_tokens))
     if model.config.bos_token_id is not None:
-        words[0, 0] = model.config.bos_token_id  # models attend strongly to the first token
-    with torch.no_grad(), fetched(model):
-        cache = model(input_ids=words.to(model.device), use_cache=True).past_key_values
+        token_ids[0, 0] = model.config.bos_token_id  # models attend strongly to the first token
+    with torch.no_grad(), gather_on_forward(model):
+        kv_cache = model(input_ids=token_ids.to(model.device), use_cache=True).past_key_values
     peft_model: PeftModel = get_peft_model(model, config)
-    initialize_kv_prefix_from_past_key_values(peft_model, past_key_values=cache)
+    initialize_kv_prefix_from_past_key_values(peft_model, past_key_values=kv_cache)
     return peft_model

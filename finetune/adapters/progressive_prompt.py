@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters import prompt
-from finetune.adapters._task import task_of
-from finetune.adapters._traits import IN_THE_INPUT, Traits
+from finetune.adapters._task import peft_task_type
+from finetune.adapters._traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import Positive, Text, VirtualTokenSettings
+from finetune.recipe.settings import NonEmptyStr, PositiveInt, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
 
-TRAITS = Traits(packing=False, merge=IN_THE_INPUT, learning_rate=1e-3)  # as for `prompt`
+TRAITS = Traits(
+    packing=False, merge_unsupported=VIRTUAL_TOKENS_NOT_MERGEABLE, learning_rate=1e-3
+)  # as for `prompt`
 
 
 class Settings(VirtualTokenSettings):
@@ -32,13 +34,17 @@ class Settings(VirtualTokenSettings):
     method: Literal["progressive_prompt"] = Field(
         "progressive_prompt", description="a new prompt before those of earlier tasks"
     )
-    virtual_tokens: Positive = Field(10, description="length of the new prompt")  # the paper, section 4: 10
-    previous: Text | None = Field(None, description="run directory of the previous task; null: first task")
+    virtual_tokens: PositiveInt = Field(
+        10, description="length of the new prompt"
+    )  # the paper, section 4: 10
+    previous: NonEmptyStr | None = Field(
+        None, description="run directory of the previous task; null: first task"
+    )
 
     @property
     def positions(self) -> int:
         """Return the total number of virtual tokens of all prompts."""
-        return self.virtual_tokens + (_earlier_tokens(self.previous) if self.previous else 0)
+        return self.virtual_tokens + (_num_earlier_tokens(self.previous) if self.previous else 0)
 
     def problems(self) -> list[Problem]:
         """Return problems with the previous run."""
@@ -61,35 +67,45 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     from finetune.adapters._prefix_encoders import ProgressivePrompt
     from finetune.adapters._prompt_model import prompt_model
 
-    first = prompt.build(model, prompt.Settings(virtual_tokens=settings.virtual_tokens))
-    new = first.prompt_encoder["default"].embedding.weight.detach()
-    earlier = _earlier_prompts(settings.previous) if settings.previous else torch.empty(0, new.shape[1])
-    if earlier.shape[1] != new.shape[1]:
-        found = f"'{settings.previous}' has prompts of width {earlier.shape[1]}"
-        raise UserError(Problem("adapter.previous", found, f"a run on this base (width {new.shape[1]})"))
-    config = PromptTuningConfig(task_type=task_of(model), num_virtual_tokens=len(new) + len(earlier))
+    new_model = prompt.build(model, prompt.Settings(virtual_tokens=settings.virtual_tokens))
+    new_prompt = new_model.prompt_encoder["default"].embedding.weight.detach()
+    earlier_prompts = (
+        _load_earlier_prompts(settings.previous) if settings.previous else torch.empty(0, new_prompt.shape[1])
+    )
+    if earlier_prompts.shape[1] != new_prompt.shape[1]:
+        actual = f"'{settings.previous}' has prompts of width {earlier_prompts.shape[1]}"
+        raise UserError(
+            Problem("adapter.previous", actual, f"a run on this base (width {new_prompt.shape[1]})")
+        )
+    config = PromptTuningConfig(
+        task_type=peft_task_type(model), num_virtual_tokens=len(new_prompt) + len(earlier_prompts)
+    )
     adapted = prompt_model(model, config)
-    adapted.prompt_encoder["default"] = ProgressivePrompt(new, earlier.to(new)).to(new.device)
+    adapted.prompt_encoder["default"] = ProgressivePrompt(new_prompt, earlier_prompts.to(new_prompt)).to(
+        new_prompt.device
+    )
     return adapted
 
 
-def _earlier_tokens(previous: str) -> int:
+def _num_earlier_tokens(previous: str) -> int:
     file = Path(previous) / "adapter" / "adapter_config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        found = f"'{previous}' is not the folder of a finished run ({file.name} cannot be read)"
+        actual = f"'{previous}' is not the folder of a finished run ({file.name} cannot be read)"
         expected = "the run directory of the previous task"
-        raise UserError(Problem("adapter.previous", found, expected, "`llm-align list runs`")) from error
+        raise UserError(Problem("adapter.previous", actual, expected, "`llm-align list runs`")) from error
     if config.get("peft_type") != "PROMPT_TUNING":
-        found = f"'{previous}' has an adapter of type {config.get('peft_type')}"
-        raise UserError(Problem("adapter.previous", found, "a run with adapter prompt or progressive_prompt"))
+        actual = f"'{previous}' has an adapter of type {config.get('peft_type')}"
+        raise UserError(
+            Problem("adapter.previous", actual, "a run with adapter prompt or progressive_prompt")
+        )
     return int(config["num_virtual_tokens"])
 
 
-def _earlier_prompts(previous: str) -> "Tensor":
+def _load_earlier_prompts(previous: str) -> "Tensor":
     from safetensors.torch import load_file
 
-    _earlier_tokens(previous)
+    _num_earlier_tokens(previous)
     prompts: Tensor = load_file(Path(previous) / "adapter" / "adapter_model.safetensors")["prompt_embeddings"]
     return prompts

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._task import task_of
-from finetune.adapters._traits import IN_THE_INPUT, Traits
-from finetune.recipe.settings import Positive, Text, VirtualTokenSettings
+from finetune.adapters._task import peft_task_type
+from finetune.adapters._traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
+from finetune.recipe.settings import NonEmptyStr, PositiveInt, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    packing=False, merge=IN_THE_INPUT, learning_rate=1e-3, at_start=("init_text",)
+    packing=False,
+    merge_unsupported=VIRTUAL_TOKENS_NOT_MERGEABLE,
+    learning_rate=1e-3,
+    init_only=("init_text",),
 )  # huggingface/peft, method_comparison
 
 
@@ -26,8 +29,8 @@ class Settings(VirtualTokenSettings):
 
     method: Literal["prompt"] = Field("prompt", description="trained embeddings before every sequence")
     # 20: longer prompts gain little (the paper's section 3.2, "Prompt Length").
-    virtual_tokens: Positive = Field(20, description="length of the soft prompt")
-    init_text: Text | None = Field(
+    virtual_tokens: PositiveInt = Field(20, description="length of the soft prompt")
+    init_text: NonEmptyStr | None = Field(
         None, description="initialize from the embeddings of this text; null: of random tokens"
     )
 
@@ -36,11 +39,11 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base with a trainable soft prompt."""
     from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
 
-    start = PromptTuningInit.TEXT if settings.init_text else PromptTuningInit.SAMPLE_VOCAB
+    init = PromptTuningInit.TEXT if settings.init_text else PromptTuningInit.SAMPLE_VOCAB
     config = PromptTuningConfig(
-        task_type=task_of(model),
+        task_type=peft_task_type(model),
         num_virtual_tokens=settings.virtual_tokens,
-        prompt_tuning_init=start,
+        prompt_tuning_init=init,
         prompt_tuning_init_text=settings.init_text,
         tokenizer_name_or_path=model.config.name_or_path if settings.init_text else None,
     )

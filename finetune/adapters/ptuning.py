@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._task import task_of
-from finetune.adapters._traits import IN_THE_INPUT, Traits
-from finetune.recipe.settings import Positive, VirtualTokenSettings
+from finetune.adapters._task import peft_task_type
+from finetune.adapters._traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
+from finetune.recipe.settings import PositiveInt, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(packing=False, merge=IN_THE_INPUT, learning_rate=1e-3)  # huggingface/peft, method_comparison
+TRAITS = Traits(
+    packing=False, merge_unsupported=VIRTUAL_TOKENS_NOT_MERGEABLE, learning_rate=1e-3
+)  # huggingface/peft, method_comparison
 
 
 class Settings(VirtualTokenSettings):
@@ -25,11 +27,11 @@ class Settings(VirtualTokenSettings):
     method: Literal["ptuning"] = Field(
         "ptuning", description="embeddings before every sequence, produced by a network"
     )
-    virtual_tokens: Positive = Field(20, description="length of the prompt")  # as for `prompt`
+    virtual_tokens: PositiveInt = Field(20, description="length of the prompt")  # as for `prompt`
     encoder: Literal["mlp", "lstm"] = Field(
         "mlp", description="network: MLP, or LSTM with an MLP (the paper)"
     )
-    encoder_width: Positive = Field(128, description="width of the network")  # PEFT's guide to P-tuning
+    encoder_width: PositiveInt = Field(128, description="width of the network")  # PEFT's guide to P-tuning
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
@@ -39,7 +41,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     from finetune.adapters._prompt_model import prompt_model
 
     config = PromptEncoderConfig(
-        task_type=task_of(model),
+        task_type=peft_task_type(model),
         num_virtual_tokens=settings.virtual_tokens,
         encoder_reparameterization_type=settings.encoder.upper(),
         encoder_hidden_size=settings.encoder_width,

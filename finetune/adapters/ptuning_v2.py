@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.adapters._task import task_of
-from finetune.adapters._traits import IN_THE_INPUT, Traits
-from finetune.recipe.settings import Positive, VirtualTokenSettings
+from finetune.adapters._task import peft_task_type
+from finetune.adapters._traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
+from finetune.recipe.settings import PositiveInt, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    packing=False, checkpointing=False, merge=IN_THE_INPUT, learning_rate=5e-3
+    packing=False,
+    gradient_checkpointing=False,
+    merge_unsupported=VIRTUAL_TOKENS_NOT_MERGEABLE,
+    learning_rate=5e-3,
 )  # the authors' scripts
 
 
@@ -31,13 +34,13 @@ class Settings(VirtualTokenSettings):
         "ptuning_v2", description="deep prompts: a randomly initialized prefix"
     )
     # 20: the paper, figure 3: simple tasks need less than 20, hard ones about 100.
-    virtual_tokens: Positive = Field(20, description="length of the deep prompt")
+    virtual_tokens: PositiveInt = Field(20, description="length of the deep prompt")
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """Return the base with trainable keys and values per layer before every sequence."""
     from peft import PrefixTuningConfig, get_peft_model
 
-    config = PrefixTuningConfig(task_type=task_of(model), num_virtual_tokens=settings.virtual_tokens)
+    config = PrefixTuningConfig(task_type=peft_task_type(model), num_virtual_tokens=settings.virtual_tokens)
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model

@@ -9,13 +9,13 @@ from pydantic import Field
 
 from finetune.adapters import lora
 from finetune.adapters._traits import Traits
-from finetune.recipe.settings import Positive
+from finetune.recipe.settings import PositiveInt
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(in_training=("dropout",))
+TRAITS = Traits(training_only=("dropout",))
 
 
 class Settings(lora.Settings):
@@ -23,7 +23,7 @@ class Settings(lora.Settings):
 
     method: Literal["rslora"] = Field("rslora", description="LoRA scaled by alpha / sqrt(rank)")  # type: ignore[assignment]
     # 64: a rank where the scale matters; the paper tries 4 to 2048.
-    rank: Positive = Field(64, description="r: rank of the low-rank product")
+    rank: PositiveInt = Field(64, description="r: rank of the low-rank product")
     # 16: the paper's section 4.
     alpha: lora.Alpha = Field(16.0, description="scale: the product is multiplied by alpha / sqrt(rank)")
 

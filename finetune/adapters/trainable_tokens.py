@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from finetune.adapters._task import task_of
-from finetune.adapters._traits import NO_HEAD, Traits
+from finetune.adapters._task import peft_task_type
+from finetune.adapters._traits import SCORE_HEAD_NOT_SAVED, Traits
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import AdapterSettings, Count, Text
+from finetune.recipe.settings import AdapterSettings, NonEmptyStr, NonNegativeInt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(scores=NO_HEAD, learning_rate=1e-3)  # as for `prompt`
+TRAITS = Traits(scoring_unsupported=SCORE_HEAD_NOT_SAVED, learning_rate=1e-3)  # as for `prompt`
 
 
 class Settings(AdapterSettings):
     """Which tokens."""
 
     method: Literal["trainable_tokens"] = Field("trainable_tokens", description="embeddings of a few tokens")
-    tokens: Annotated[list[Text | Count], Field(min_length=1)] | None = Field(
+    tokens: Annotated[list[NonEmptyStr | NonNegativeInt], Field(min_length=1)] | None = Field(
         None, description="tokens (texts or ids); null: the tokenizer's special tokens"
     )
 
@@ -40,33 +40,36 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     """
     from peft import TrainableTokensConfig, get_peft_model
 
-    ids = _ids(model, settings.tokens)
+    ids = _trainable_token_ids(model, settings.tokens)
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
-    config = TrainableTokensConfig(task_type=task_of(model), token_indices=ids, target_modules=[name])
+    config = TrainableTokensConfig(task_type=peft_task_type(model), token_indices=ids, target_modules=[name])
     peft_model: PeftModel = get_peft_model(model, config)
     return peft_model
 
 
-def _ids(model: "PreTrainedModel", tokens: list[str | int] | None) -> list[int]:
+def _trainable_token_ids(model: "PreTrainedModel", tokens: list[str | int] | None) -> list[int]:
     if tokens is not None and all(isinstance(token, int) for token in tokens):
         ids = [int(token) for token in tokens]
     else:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
-        words = tokenizer.all_special_tokens if tokens is None else tokens
-        ids = [word if isinstance(word, int) else _single(tokenizer.encode, word) for word in words]
-    size = model.get_input_embeddings().num_embeddings
-    if any(number >= size for number in ids):
-        found = f"token id {max(ids)}, but the base has {size} embeddings"
-        raise UserError(Problem("adapter.tokens", found, "tokens of the base's vocabulary"))
+        requested = tokenizer.all_special_tokens if tokens is None else tokens
+        ids = [
+            token_or_id if isinstance(token_or_id, int) else _single_token_id(tokenizer.encode, token_or_id)
+            for token_or_id in requested
+        ]
+    vocab_size = model.get_input_embeddings().num_embeddings
+    if any(token_id >= vocab_size for token_id in ids):
+        actual = f"token id {max(ids)}, but the base has {vocab_size} embeddings"
+        raise UserError(Problem("adapter.tokens", actual, "tokens of the base's vocabulary"))
     return sorted(set(ids))
 
 
-def _single(encode: "Callable[..., list[int]]", word: str) -> int:
-    ids = encode(word, add_special_tokens=False)
+def _single_token_id(encode: "Callable[..., list[int]]", text: str) -> int:
+    ids = encode(text, add_special_tokens=False)
     if len(ids) != 1:
-        found = f"'{word}' is {len(ids)} tokens in this base's tokenizer"
-        raise UserError(Problem("adapter.tokens", found, "texts that are one token each, or ids"))
+        actual = f"'{text}' is {len(ids)} tokens in this base's tokenizer"
+        raise UserError(Problem("adapter.tokens", actual, "texts that are one token each, or ids"))
     return ids[0]

@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from finetune.adapters._targets import ALL_LINEAR, Target, check_targets
-from finetune.adapters._task import task_of
+from finetune.adapters._task import peft_task_type
 from finetune.adapters._traits import Traits
-from finetune.recipe.settings import AdapterSettings, Positive, Share
+from finetune.recipe.settings import AdapterSettings, Fraction, PositiveInt
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TRAITS = Traits(learning_rate=4e-3, in_training=("dropout",))  # the paper, table 9: LLaMA on instructions
+TRAITS = Traits(learning_rate=4e-3, training_only=("dropout",))  # the paper, table 9: LLaMA on instructions
 
 
 class Settings(AdapterSettings):
     """Rank of the shared matrices, initial value of d, dropout and target modules."""
 
     method: Literal["vera"] = Field("vera", description="vectors that scale shared random matrices")
-    rank: Positive = Field(256, description="r: rank of the shared random matrices")  # the paper, table 9
+    rank: PositiveInt = Field(256, description="r: rank of the shared random matrices")  # the paper, table 9
     start: Annotated[float, Field(gt=0)] = Field(0.1, description="initial value of d")  # the paper, table 6
-    dropout: Share = Field(0.0, description="dropout probability of the inputs")  # the paper, table 9
+    dropout: Fraction = Field(0.0, description="dropout probability of the inputs")  # the paper, table 9
     target: Target = Field(ALL_LINEAR, description="names of the target layers")  # the paper: all linear
 
 
@@ -40,7 +40,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
     check_targets(model, settings.target)
     config = VeraConfig(
-        task_type=task_of(model),
+        task_type=peft_task_type(model),
         r=settings.rank,
         d_initial=settings.start,
         vera_dropout=settings.dropout,

@@ -6,9 +6,9 @@ from math import ceil
 import numpy as np
 from torch.utils.data import Sampler
 
-from finetune.planning.world import ALONE, World
+from finetune.planning.world import SINGLE_PROCESS, DistInfo
 
-POOL = 16
+POOL_BATCHES = 16
 """Batches per pool: rows are sorted by length within a pool."""
 
 
@@ -21,27 +21,33 @@ def optimizer_batches(
     split, and the batches are shuffled again. Every row is used exactly once; the last batch may be smaller.
     """
     # Seeded by epoch and not by a running generator: any epoch's order is known without the earlier ones.
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths))
+    rng = np.random.default_rng([seed, epoch])
+    row_ids = rng.permutation(len(lengths))
     sizes = np.asarray(lengths)
     # Sorted within a batch, so that its micro-batches have rows of similar length.
     if not group_by_length:
-        return [_longest_first(order[i : i + batch_size], sizes) for i in range(0, len(order), batch_size)]
-    pool = POOL * batch_size
-    pools = [np.asarray(_longest_first(order[i : i + pool], sizes)) for i in range(0, len(order), pool)]
-    batches = [part[i : i + batch_size].tolist() for part in pools for i in range(0, len(part), batch_size)]
+        return [
+            _longest_first(row_ids[i : i + batch_size], sizes) for i in range(0, len(row_ids), batch_size)
+        ]
+    pool = POOL_BATCHES * batch_size
+    pools = [np.asarray(_longest_first(row_ids[i : i + pool], sizes)) for i in range(0, len(row_ids), pool)]
+    batches = [
+        pool_rows[i : i + batch_size].tolist()
+        for pool_rows in pools
+        for i in range(0, len(pool_rows), batch_size)
+    ]
     full = [batch for batch in batches if len(batch) == batch_size]
     # The smaller batch stays last: only the last step of an epoch may have fewer micro-batches.
     rest = [batch for batch in batches if len(batch) < batch_size]
-    return [full[i] for i in random.permutation(len(full))] + rest
+    return [full[i] for i in rng.permutation(len(full))] + rest
 
 
-def _longest_first(rows: np.ndarray, sizes: np.ndarray) -> list[int]:
-    order: list[int] = rows[np.argsort(-sizes[rows], kind="stable")].tolist()
-    return order
+def _longest_first(row_ids: np.ndarray, sizes: np.ndarray) -> list[int]:
+    ordered: list[int] = row_ids[np.argsort(-sizes[row_ids], kind="stable")].tolist()
+    return ordered
 
 
-class MicroBatches(Sampler[list[int]]):
+class MicroBatchSampler(Sampler[list[int]]):
     """Splits each optimizer batch into micro-batches of at most ``micro_batch_size`` rows of similar length.
 
     Each rank gets every world_size-th row of an optimizer batch, and as many micro-batches as the other ranks
@@ -58,10 +64,10 @@ class MicroBatches(Sampler[list[int]]):
         micro_batch_size: int,
         seed: int,
         group_by_length: bool,
-        world: World = ALONE,
+        dist: DistInfo = SINGLE_PROCESS,
     ) -> None:
         """Store lengths and sizes; ``dist`` has this process's rank and the number of processes."""
-        self.world = world
+        self.dist = dist
         self.lengths = list(lengths)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
@@ -76,7 +82,7 @@ class MicroBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         """Return the number of micro-batches of an epoch, equal on all ranks."""
         full, rest = divmod(len(self.lengths), self.batch_size)
-        return full * self._passes(self.batch_size) + self._passes(rest)
+        return full * self._num_micro_batches(self.batch_size) + self._num_micro_batches(rest)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the row indices of each micro-batch."""
@@ -89,20 +95,20 @@ class MicroBatches(Sampler[list[int]]):
         )
         for batch in batches:
             # Every world_size-th row of a batch sorted by length: the ranks' rows have similar lengths.
-            own, size = batch[self.world.rank :: self.world.size], self.micro_batch_size
-            cut = [own[start : start + size] for start in range(0, len(own), size)]
-            yield from cut
+            local_rows, size = batch[self.dist.rank :: self.dist.world_size], self.micro_batch_size
+            micro_batches = [local_rows[start : start + size] for start in range(0, len(local_rows), size)]
+            yield from micro_batches
             # Every rank must run the same number of forward passes, or collectives would deadlock.
-            yield from [[~batch[-1]]] * (self._passes(len(batch)) - len(cut))
+            yield from [[~batch[-1]]] * (self._num_micro_batches(len(batch)) - len(micro_batches))
 
-    def _passes(self, rows: int) -> int:
-        return passes(rows, self.micro_batch_size, self.world.size)
+    def _num_micro_batches(self, num_rows: int) -> int:
+        return num_micro_batches(num_rows, self.micro_batch_size, self.dist.world_size)
 
 
-def passes(rows: int, micro_batch_size: int, processes: int) -> int:
+def num_micro_batches(num_rows: int, micro_batch_size: int, world_size: int) -> int:
     """Return the number of micro-batches per rank of an optimizer batch of ``num_rows`` rows.
 
-    >>> passes(16, 4, 2)
+    >>> num_micro_batches(16, 4, 2)
     2
     """
-    return ceil(ceil(rows / processes) / micro_batch_size)
+    return ceil(ceil(num_rows / world_size) / micro_batch_size)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from finetune.recipe.errors import Problem, UserError
 
-NOTES = "report"
+NOTES_KEY = "report"
 """Key of the JSON notes in the safetensors metadata."""
 
 
@@ -24,33 +24,33 @@ class DamagedCacheError(Exception):
     """A cached file is unreadable or fails its checksum; the message names it."""
 
 
-def cache_file(kind: str, key: str) -> Path:
+def cache_path(kind: str, key: str) -> Path:
     """Return the path of a cached file, by kind (``tokens``) and key."""
     return user_cache_path("llm-align") / kind / f"{key}.safetensors"
 
 
 @contextmanager
-def made_once(path: Path) -> Iterator[None]:
+def cache_lock(path: Path) -> Iterator[None]:
     """Lock a cached file, so that one process creates it while the others wait and then read it.
 
     Raises:
         UserError: the folder is not writable.
     """
     # Lock files are in a folder of their own: the cache folder has only arrays.
-    locks = path.parents[1] / "locks"
+    lock_folder = path.parents[1] / "locks"
     try:
-        locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(locks / f"{path.stem}.lock")
+        lock_folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(lock_folder / f"{path.stem}.lock")
         lock.acquire()
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable_error(path, error) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def stored(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def read_cached(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """Read a cached file's arrays and notes; None if there is no such file.
 
     Raises:
@@ -60,16 +60,16 @@ def stored(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         return None
     try:
         with safe_open(path, framework="numpy") as file:
-            notes: dict[str, Any] = json.loads((file.metadata() or {})[NOTES])
+            notes: dict[str, Any] = json.loads((file.metadata() or {})[NOTES_KEY])
         arrays: dict[str, np.ndarray] = load_file(path)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise DamagedCacheError(f"{path}: unreadable") from error
-    if notes.get("sha256") != _checksum(arrays):
+    if notes.get("sha256") != _arrays_checksum(arrays):
         raise DamagedCacheError(f"{path}: checksum mismatch")
     return arrays, notes
 
 
-def store(path: Path, arrays: dict[str, np.ndarray], notes: Mapping[str, Any]) -> None:
+def write_cached(path: Path, arrays: dict[str, np.ndarray], notes: Mapping[str, Any]) -> None:
     """Write arrays and notes atomically: to a partial file that is then renamed.
 
     Raises:
@@ -77,22 +77,22 @@ def store(path: Path, arrays: dict[str, np.ndarray], notes: Mapping[str, Any]) -
     """
     # One partial file per process: jobs on other nodes may write the same key to a shared folder.
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    written = json.dumps({**notes, "sha256": _checksum(arrays)})
+    metadata = json.dumps({**notes, "sha256": _arrays_checksum(arrays)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, partial, metadata={NOTES: written})
+        save_file(arrays, partial, metadata={NOTES_KEY: metadata})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable_error(path, error) from error
 
 
-def _unwritable(path: Path, error: Exception) -> UserError:
+def _unwritable_error(path: Path, error: Exception) -> UserError:
     repair = "set data.cache=false, or point XDG_CACHE_HOME to another folder"
-    found = f"cannot write the cache: {error}"
-    return UserError(Problem(str(path.parent), found, "a writable folder", repair))
+    actual = f"cannot write the cache: {error}"
+    return UserError(Problem(str(path.parent), actual, "a writable folder", repair))
 
 
-def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+def _arrays_checksum(arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     # Sorted, as safetensors returns arrays in its own order.
     for name in sorted(arrays):

@@ -8,11 +8,11 @@ import torch
 
 from finetune.data.packing import pack
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a token without loss (PyTorch's ``ignore_index``)."""
 
 
-class Example(TypedDict):
+class LMExample(TypedDict):
     """One tokenized row: its index, ids and labels of length T (a label is the id itself, or -100).
 
     ``document_lengths`` (of a row with several documents): attention is masked between them.
@@ -21,10 +21,10 @@ class Example(TypedDict):
     input_ids: torch.Tensor
     labels: torch.Tensor
     row: int
-    parts: NotRequired[list[int]]
+    document_lengths: NotRequired[list[int]]
 
 
-class Batch(TypedDict, total=False):
+class LMBatch(TypedDict, total=False):
     """One micro-batch: tensors of shape (B, T), except ``rows``, the indices of the rows in it."""
 
     input_ids: torch.Tensor
@@ -40,13 +40,13 @@ class PaddedCollator:
 
     pad_id: int
 
-    def __call__(self, examples: Sequence[Example]) -> Batch:
+    def __call__(self, examples: Sequence[LMExample]) -> LMBatch:
         """Return input_ids, labels and attention_mask of shape (B, longest row)."""
-        lines = [[example] for example in examples]
-        batch = _fill(lines, self.pad_id)
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        columns = torch.arange(batch["input_ids"].shape[1])
-        batch["attention_mask"] = (columns[None, :] < lengths[:, None]).long()
+        rows = [[example] for example in examples]
+        batch = _collate_rows(rows, self.pad_id)
+        lengths_B = torch.tensor([len(example["input_ids"]) for example in examples])
+        positions_T = torch.arange(batch["input_ids"].shape[1])
+        batch["attention_mask"] = (positions_T[None, :] < lengths_B[:, None]).long()
         return batch
 
 
@@ -61,46 +61,48 @@ class PackedCollator:
     """
 
     pad_id: int
-    single_line: bool = False
+    single_row: bool = False
 
-    def __call__(self, examples: Sequence[Example]) -> Batch:
+    def __call__(self, examples: Sequence[LMExample]) -> LMBatch:
         """Return input_ids, labels and position_ids of shape (B, longest batch row)."""
         lengths = [len(example["input_ids"]) for example in examples]
         # Packed per micro-batch, never across: the optimizer step has the same rows as without packing.
-        bins = pack(lengths, sum(lengths) if self.single_line else max(lengths))
-        lines = [[examples[index] for index in items] for items in bins]
-        batch = _fill(lines, self.pad_id)
-        batch["position_ids"] = torch.stack([_positions(line, batch["input_ids"].shape[1]) for line in lines])
+        bins = pack(lengths, sum(lengths) if self.single_row else max(lengths))
+        rows = [[examples[index] for index in items] for items in bins]
+        batch = _collate_rows(rows, self.pad_id)
+        batch["position_ids"] = torch.stack(
+            [_restarting_positions(row, batch["input_ids"].shape[1]) for row in rows]
+        )
         return batch
 
 
 Collator = PaddedCollator | PackedCollator
 
 
-def _fill(lines: Sequence[Sequence[Example]], pad_id: int) -> Batch:
-    width = max(sum(len(example["input_ids"]) for example in line) for line in lines)
-    input_ids = torch.full((len(lines), width), pad_id, dtype=torch.long)
-    labels = torch.full((len(lines), width), IGNORED, dtype=torch.long)
-    for index, line in enumerate(lines):
-        ids = torch.cat([example["input_ids"] for example in line])
-        input_ids[index, : len(ids)] = ids
-        labels[index, : len(ids)] = torch.cat([_targets(example) for example in line])
-    rows = torch.tensor([example["row"] for line in lines for example in line])
-    return Batch(input_ids=input_ids, labels=labels, rows=rows)
+def _collate_rows(rows: Sequence[Sequence[LMExample]], pad_id: int) -> LMBatch:
+    max_length = max(sum(len(example["input_ids"]) for example in row) for row in rows)
+    input_ids_BT = torch.full((len(rows), max_length), pad_id, dtype=torch.long)
+    labels_BT = torch.full((len(rows), max_length), IGNORE_INDEX, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids = torch.cat([example["input_ids"] for example in row])
+        input_ids_BT[index, : len(ids)] = ids
+        labels_BT[index, : len(ids)] = torch.cat([_shiftable_labels(example) for example in row])
+    row_ids = torch.tensor([example["row"] for row in rows for example in row])
+    return LMBatch(input_ids=input_ids_BT, labels=labels_BT, rows=row_ids)
 
 
-def _targets(example: Example) -> torch.Tensor:
+def _shiftable_labels(example: LMExample) -> torch.Tensor:
     """Return the labels, the first one ignored: a row's first token has no prefix to be predicted from."""
     labels = example["labels"].clone()
     # In a packed row the model would predict it from the end of the row before.
-    labels[0] = IGNORED
+    labels[0] = IGNORE_INDEX
     return labels
 
 
-def _positions(line: Sequence[Example], width: int) -> torch.Tensor:
+def _restarting_positions(row: Sequence[LMExample], max_length: int) -> torch.Tensor:
     """Return position ids: 0.. for each document of a batch row, and 0.. for the padding, as for one more."""
-    rows = [example.get("parts", [len(example["input_ids"])]) for example in line]
-    lengths = [length for row in rows for length in row]
+    example_lengths = [example.get("document_lengths", [len(example["input_ids"])]) for example in row]
+    lengths = [length for document_lengths in example_lengths for length in document_lengths]
     # The padding restarts at 0 like a row, so that it is separated from the last one.
-    parts = [*lengths, width - sum(lengths)]
-    return torch.cat([torch.arange(length) for length in parts])
+    segment_lengths = [*lengths, max_length - sum(lengths)]
+    return torch.cat([torch.arange(length) for length in segment_lengths])

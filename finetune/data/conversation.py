@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from data_templates._segments import DOCUMENT_START, REPLIES, Message
+from data_templates._segments import DOCUMENT_START, REPLY_ROLES, Message
 from finetune.data.report import DataReport
 
-Words = tuple[tuple[str, str, str], ...]
+TextKey = tuple[tuple[str, str, str], ...]
 """Roles, texts and contexts of a conversation: equal keys mean duplicates."""
 
 
@@ -15,41 +15,41 @@ class Conversation:
     """A row's messages, its location (``file:line``), the index of its source, and its rating."""
 
     messages: list[Message]
-    where: str
-    source: int = 0
+    location: str
+    source_index: int = 0
     score: float = 0.0
 
     @property
-    def document(self) -> bool:
+    def is_document(self) -> bool:
         """True if this is a plain text and not a conversation."""
         return self.messages[0] == DOCUMENT_START
 
     @property
-    def words(self) -> Words:
+    def text_key(self) -> TextKey:
         """Return the key by which duplicates are found: roles, texts and contexts."""
         return tuple((turn.role, turn.content, turn.context) for turn in self.messages)
 
 
-def usable(rows: Iterable[Conversation], report: DataReport) -> list[Conversation]:
+def filter_usable(rows: Iterable[Conversation], report: DataReport) -> list[Conversation]:
     """Drop conversations with an empty turn or no reply, and strip a final question that has no reply."""
-    kept = []
+    usable_rows = []
     for row in rows:
         # An unanswered last question has nothing to train on; the turns before it may have.
-        asks = row.messages[-1].role in ("user", "observation")
-        turns = row.messages[:-1] if asks else row.messages
+        ends_with_prompt = row.messages[-1].role in ("user", "observation")
+        turns = row.messages[:-1] if ends_with_prompt else row.messages
         # DOCUMENT_START is empty on purpose: it is the prompt of a plain text.
         if any(not turn.content.strip() and turn != DOCUMENT_START for turn in turns):
-            report.count("dropped: empty turn", row.where)
-        elif not any(turn.role in REPLIES for turn in turns):
-            report.count("dropped: no assistant reply", row.where)
+            report.count("dropped: empty turn", row.location)
+        elif not any(turn.role in REPLY_ROLES for turn in turns):
+            report.count("dropped: no assistant reply", row.location)
         else:
-            kept.append(replace(row, messages=turns))
-    return kept
+            usable_rows.append(replace(row, messages=turns))
+    return usable_rows
 
 
-def wishing(messages: Sequence[Message], wish: str) -> Sequence[Message]:
+def with_control_suffix(messages: Sequence[Message], control_suffix: str) -> Sequence[Message]:
     """Return a conversation with a control suffix (Chain of Hindsight) appended to its last user turn."""
-    if not wish or messages[-1].role != "user":
+    if not control_suffix or messages[-1].role != "user":
         return messages
     last = messages[-1]
-    return [*messages[:-1], replace(last, content=f"{last.content}\n\n{wish}")]
+    return [*messages[:-1], replace(last, content=f"{last.content}\n\n{control_suffix}")]

@@ -9,33 +9,40 @@ import numpy as np
 
 from data_templates._segments import Message
 from finetune.data import mixing
-from finetune.data.conversation import Conversation, usable
-from finetune.data.layouts import DOCUMENT, LAYOUTS, Layout, first_of, recognise, to_conversations
-from finetune.data.mixture import Part, mix
+from finetune.data.conversation import Conversation, filter_usable
+from finetune.data.layouts import (
+    CONVERSATION_LAYOUTS,
+    DOCUMENT,
+    Layout,
+    detect_layout,
+    first_problems,
+    parse_conversations,
+)
+from finetune.data.mixture import MixtureComponent, mix_components
 from finetune.data.report import DataReport, SourceReport
-from finetune.data.selection import select
-from finetune.data.sources import Row, read_source
+from finetune.data.selection import select_rows
+from finetune.data.sources import SourceRow, read_source
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import DataSettings, MixedSource, SelectSettings, Texts
+from finetune.recipe.settings import DataSettings, MixedSource, SelectSettings, TextFormat
 
-CAPPED, SELECTED = 0, 1
+CAP_STREAM, SELECT_STREAM = 0, 1
 """Seed suffixes: one random stream per use, so that changing one leaves the others as they are."""
 
 
-class Said(Protocol):
+class LocatedText(Protocol):
     """A row with a text key (equal keys mean duplicates) and a location (``file:line``)."""
 
     @property
-    def words(self) -> object:
+    def text_key(self) -> object:
         """Return roles and texts: two rows with equal ones are duplicates."""
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """Return the row's location (``file:line``)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SourceSpec:
     """Specification of one source: where its rows are and which are used; ``key`` is the recipe key."""
 
     key: str
@@ -43,10 +50,10 @@ class Place:
     split: str
     revision: str | None
     columns: dict[str, str] | None
-    rows: int | None = None
+    max_rows: int | None = None
     select: SelectSettings | None = None
-    layouts: tuple[Layout[list[Message]], ...] = LAYOUTS
-    texts: Texts | None = None
+    layouts: tuple[Layout[list[Message]], ...] = CONVERSATION_LAYOUTS
+    text_format: TextFormat | None = None
 
     @property
     def name(self) -> str:
@@ -54,8 +61,8 @@ class Place:
         return self.source if isinstance(self.source, str) else self.key
 
 
-def gather(
-    settings: DataSettings, seed: int, report: DataReport, aside: DataReport
+def load_conversations(
+    settings: DataSettings, seed: int, report: DataReport, held_out_report: DataReport
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Return the training rows and the held-out rows.
 
@@ -68,99 +75,117 @@ def gather(
     Raises:
         UserError: a source cannot be read, rows do not fit its layout, or no trainable row remains.
     """
-    parts = [_part(place, index, seed, report) for index, place in enumerate(places_of(settings))]
-    report.sources = [part.report for part in parts]
+    components = [
+        _load_component(spec, index, seed, report) for index, spec in enumerate(source_specs(settings))
+    ]
+    report.sources = [component.report for component in components]
     report.layout = " + ".join(dict.fromkeys(source.layout for source in report.sources))
     if settings.mix is None:
-        train, held_out = _split(parts[0].rows, settings.held_out, seed)
+        train, held_out = _split_held_out(components[0].rows, settings.held_out, seed)
     else:
-        train, held_out = mix(parts, settings, seed=seed, report=report)
+        train, held_out = mix_components(components, settings, seed=seed, report=report)
     if isinstance(settings.held_out, str):
-        place = Place("data.held_out", settings.held_out, settings.split, None, settings.columns)
-        place = _as_texts(place, settings.texts)
-        held_out = read_conversations(place, aside, seed=seed)
-    count_copies([row for part in parts for row in part.rows], report)
-    count_seen(held_out, train, aside)
+        spec = SourceSpec("data.held_out", settings.held_out, settings.split, None, settings.columns)
+        spec = _with_text_format(spec, settings.text_format)
+        held_out = load_source(spec, held_out_report, seed=seed)
+    count_duplicates([row for component in components for row in component.rows], report)
+    count_leaked(held_out, train, held_out_report)
     return train, held_out
 
 
-def read_conversations(place: Place, report: DataReport, *, seed: int) -> list[Conversation]:
+def load_source(spec: SourceSpec, report: DataReport, *, seed: int) -> list[Conversation]:
     """Return the usable conversations of one source outside the training data, such as a held-out file.
 
     Raises:
         UserError: it cannot be read, or its rows fit no layout.
     """
-    return usable(_conversations(place, 0, seed)[0], report)
+    return filter_usable(_parse_source(spec, 0, seed)[0], report)
 
 
-def places_of(settings: DataSettings) -> list[Place]:
+def source_specs(settings: DataSettings) -> list[SourceSpec]:
     """Return the specs of a data section's source, or of each source of its mixture."""
     if settings.mix is None:
         assert settings.source is not None
-        where = settings.split, settings.revision, settings.columns
-        places = [Place("data.source", settings.source, *where, select=settings.select)]
+        shared = settings.split, settings.revision, settings.columns
+        specs = [SourceSpec("data.source", settings.source, *shared, select=settings.select)]
     else:
-        places = [_place(index, part, settings.split) for index, part in enumerate(settings.mix)]
-    return [_as_texts(place, settings.texts) for place in places]
+        specs = [_mixture_spec(index, entry, settings.split) for index, entry in enumerate(settings.mix)]
+    return [_with_text_format(spec, settings.text_format) for spec in specs]
 
 
-def _as_texts(place: Place, texts: Texts | None) -> Place:
+def _with_text_format(spec: SourceSpec, text_format: TextFormat | None) -> SourceSpec:
     """Return the spec with the plain-text layout tried first; unchanged if ``text_format`` is None."""
-    return place if texts is None else replace(place, layouts=(DOCUMENT, *LAYOUTS), texts=texts)
+    return (
+        spec
+        if text_format is None
+        else replace(spec, layouts=(DOCUMENT, *CONVERSATION_LAYOUTS), text_format=text_format)
+    )
 
 
-def _place(index: int, part: MixedSource, split: str) -> Place:
-    where = part.split or split, part.revision, part.columns
+def _mixture_spec(index: int, entry: MixedSource, split: str) -> SourceSpec:
+    shared = entry.split or split, entry.revision, entry.columns
     # Plain text among conversations is intended where it has a fixed share; elsewhere it is a mistake.
-    layouts = LAYOUTS if part.share is None else (*LAYOUTS, DOCUMENT)
-    return Place(f"data.mix[{index}]", part.source, *where, part.rows, part.select, layouts)
+    layouts = CONVERSATION_LAYOUTS if entry.share is None else (*CONVERSATION_LAYOUTS, DOCUMENT)
+    return SourceSpec(f"data.mix[{index}]", entry.source, *shared, entry.rows, entry.select, layouts)
 
 
-def _part(place: Place, index: int, seed: int, report: DataReport) -> Part[Conversation]:
-    found, layout = _conversations(place, index, seed)
-    rows = usable(found, report)
+def _load_component(
+    spec: SourceSpec, index: int, seed: int, report: DataReport
+) -> MixtureComponent[Conversation]:
+    conversations, layout = _parse_source(spec, index, seed)
+    rows = filter_usable(conversations, report)
     # Per source, before mixing: rates by size refer to the selected rows.
-    if place.select is not None:
-        random = np.random.default_rng([seed, index, SELECTED])
-        rows = select(rows, place.select, random=random, report=report)
+    if spec.select is not None:
+        rng = np.random.default_rng([seed, index, SELECT_STREAM])
+        rows = select_rows(rows, spec.select, rng=rng, report=report)
     if not rows:
-        told = f"no row to train on: {'; '.join(report.lines()[1:])}"
-        other = "map other columns: data.columns={instruction: Q, output: A}"
-        repair = f"check the rows named above, or {'loosen the select filters' if place.select else other}"
-        raise UserError(Problem(place.key, told, "rows with an assistant reply", repair))
-    return Part(SourceReport(place.name, layout, found=len(found), usable=len(rows)), rows)
+        actual = f"no row to train on: {'; '.join(report.lines()[1:])}"
+        mapping_repair = "map other columns: data.columns={instruction: Q, output: A}"
+        repair = (
+            f"check the rows named above, or {'loosen the select filters' if spec.select else mapping_repair}"
+        )
+        raise UserError(Problem(spec.key, actual, "rows with an assistant reply", repair))
+    return MixtureComponent(SourceReport(spec.name, layout, found=len(conversations), usable=len(rows)), rows)
 
 
-def _conversations(place: Place, index: int, seed: int) -> tuple[list[Conversation], str]:
+def _parse_source(spec: SourceSpec, index: int, seed: int) -> tuple[list[Conversation], str]:
     """Return a source's rows as conversations, and the name of the detected layout."""
-    rows = read_place(place, index, seed)
-    layout = recognise(rows[0].columns, columns=place.columns, where=place.name, layouts=place.layouts)
-    talks = to_conversations(rows, layout, place.columns)
-    column = place.select.score if place.select else None
-    scores = [0.0] * len(rows) if column is None else ratings(rows, column, where=f"{place.key}.select.score")
-    found = zip(talks, rows, scores, strict=True)
-    return [Conversation(talk, row.where, index, score) for talk, row, score in found], layout.name
+    rows = read_rows_of(spec, index, seed)
+    layout = detect_layout(rows[0].columns, columns=spec.columns, where=spec.name, layouts=spec.layouts)
+    conversations = parse_conversations(rows, layout, spec.columns)
+    column = spec.select.score if spec.select else None
+    scores = (
+        [0.0] * len(rows) if column is None else read_ratings(rows, column, where=f"{spec.key}.select.score")
+    )
+    rated_rows = zip(conversations, rows, scores, strict=True)
+    return [
+        Conversation(messages, row.location, index, score) for messages, row, score in rated_rows
+    ], layout.name
 
 
-def read_place(place: Place, index: int, seed: int) -> list[Row]:
+def read_rows_of(spec: SourceSpec, index: int, seed: int) -> list[SourceRow]:
     """Return the rows of source number ``index``, at most ``spec.max_rows`` of them, sampled with the seed.
 
     Raises:
         UserError: the source cannot be read, or has no rows.
     """
-    random = np.random.default_rng([seed, index, CAPPED])
-    cap = place.rows
+    rng = np.random.default_rng([seed, index, CAP_STREAM])
+    max_rows = spec.max_rows
 
     # A callback, because the number of rows is known only once the source is open.
-    def some(count: int) -> Sequence[int]:
-        return range(count) if cap is None else mixing.draw(count, min(cap, count), random)
+    def sample_rows(count: int) -> Sequence[int]:
+        return range(count) if max_rows is None else mixing.sample_row_ids(count, min(max_rows, count), rng)
 
     return read_source(
-        place.source, split=place.split, revision=place.revision, wanted=some, texts=place.texts
+        spec.source,
+        split=spec.split,
+        revision=spec.revision,
+        row_selector=sample_rows,
+        text_format=spec.text_format,
     )
 
 
-def ratings(rows: list[Row], column: str, *, where: str) -> list[float]:
+def read_ratings(rows: list[SourceRow], column: str, *, where: str) -> list[float]:
     """Return each row's rating; numbers written as text are parsed.
 
     Raises:
@@ -178,56 +203,61 @@ def ratings(rows: list[Row], column: str, *, where: str) -> list[float]:
             score = float("nan")
         # bool is an int in Python; true/false is a label, not a rating.
         if isinstance(value, bool) or not isfinite(score):
-            problems.append(Problem(row.where, f"field '{column}': found {value!r}", "a number"))
+            problems.append(Problem(row.location, f"field '{column}': found {value!r}", "a number"))
         scores.append(score)
     if problems:
-        raise UserError(first_of(problems, len(rows)))
+        raise UserError(first_problems(problems, len(rows)))
     return scores
 
 
-def _split(
-    rows: list[Conversation], share: int | float | str, seed: int
+def _split_held_out(
+    rows: list[Conversation], held_out: int | float | str, seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Return the training rows and the held-out rows of a single source."""
-    if isinstance(share, str):
+    if isinstance(held_out, str):
         return rows, []
-    count = held_out_count(len(rows), share)
+    count = num_held_out(len(rows), held_out)
     # The number of rows is part of the seed: another data set gets another split.
-    chosen = set(np.random.default_rng([seed, len(rows)]).permutation(len(rows))[:count].tolist())
-    train = [row for index, row in enumerate(rows) if index not in chosen]
-    return train, [row for index, row in enumerate(rows) if index in chosen]
+    held_out_ids = set(np.random.default_rng([seed, len(rows)]).permutation(len(rows))[:count].tolist())
+    train = [row for index, row in enumerate(rows) if index not in held_out_ids]
+    return train, [row for index, row in enumerate(rows) if index in held_out_ids]
 
 
-def held_out_count(rows: int, share: int | float) -> int:
+def num_held_out(num_rows: int, held_out: int | float) -> int:
     """Return the number of held-out rows of a source: a count, or a fraction of its usable rows.
 
     Raises:
         UserError: no training row would remain.
     """
     # A fraction holds out at least one row.
-    count = share if isinstance(share, int) else max(1, round(share * rows)) if share else 0
-    if count and count >= rows:
-        found = f"{count} of {rows} usable rows"
-        raise UserError(Problem("data.held_out", found, "fewer rows, so that some remain for training"))
+    count = held_out if isinstance(held_out, int) else max(1, round(held_out * num_rows)) if held_out else 0
+    if count and count >= num_rows:
+        actual = f"{count} of {num_rows} usable rows"
+        raise UserError(Problem("data.held_out", actual, "fewer rows, so that some remain for training"))
     return count
 
 
-def count_copies(rows: Sequence[Said], report: DataReport) -> None:
+def count_duplicates(rows: Sequence[LocatedText], report: DataReport) -> None:
     """Count exact duplicates of an earlier row; they are reported, not dropped."""
-    first: dict[object, str] = {}
+    first_location: dict[object, str] = {}
     for row in rows:
-        if row.words in first:
+        if row.text_key in first_location:
             report.count(
-                "identical to an earlier row (not dropped)", f"{row.where} repeats {first[row.words]}"
+                "identical to an earlier row (not dropped)",
+                f"{row.location} repeats {first_location[row.text_key]}",
             )
         else:
-            first[row.words] = row.where
+            first_location[row.text_key] = row.location
 
 
-def count_seen(held_out: Sequence[Said], train: Sequence[Said], aside: DataReport) -> None:
+def count_leaked(
+    held_out: Sequence[LocatedText], train: Sequence[LocatedText], held_out_report: DataReport
+) -> None:
     """Count held-out rows that are also training rows (leakage)."""
     if held_out:
-        learnt = {row.words: row.where for row in train}
+        train_location = {row.text_key: row.location for row in train}
         for row in held_out:
-            if row.words in learnt:
-                aside.count("identical to a training row", f"{row.where} repeats {learnt[row.words]}")
+            if row.text_key in train_location:
+                held_out_report.count(
+                    "identical to a training row", f"{row.location} repeats {train_location[row.text_key]}"
+                )

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from data_templates._segments import DOCUMENT_START, Message, Role
-from finetune.data.sources import Row
-from finetune.data.tool_calls import CALL, TOOLS, call_lines, tool_lines
-from finetune.recipe.errors import Problem, UserError, nearest
+from finetune.data.sources import SourceRow
+from finetune.data.tool_calls import CALL_FORMAT, TOOLS_FORMAT, calls_to_json_lines, tools_to_json_lines
+from finetune.recipe.errors import Problem, UserError, did_you_mean
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -21,44 +21,44 @@ ROLES: dict[str, Role] = {
     "function_call": "function_call",
     "observation": "observation",
 }
-FLAGS = ("trained", "train", "weight")
+TRAIN_FLAGS = ("trained", "train", "weight")
 """Keys by which published layouts mark a turn as trained or not (axolotl: train; OpenAI: weight, 0 or 1)."""
 
-Read = TypeVar("Read")
+Parsed = TypeVar("Parsed")
 """What a layout parses a row into: messages here, completions of a prompt in preference data."""
 
-MAX_TOLD = 5
-END_MARK = "<|endoftext|>"
+MAX_REPORTED = 5
+END_OF_TEXT = "<|endoftext|>"
 """End mark of completions written for OpenAI's fine-tuning, such as T0's tasks."""
 
 
-class RowProblem(ValueError):
+class RowError(ValueError):
     """A field of a row that does not fit the layout."""
 
-    def __init__(self, field: str, found: str, expected: str) -> None:
-        super().__init__(f"{field}: {found}, expected {expected}")
-        self.field, self.found, self.expected = field, found, expected
+    def __init__(self, field: str, actual: str, expected: str) -> None:
+        super().__init__(f"{field}: {actual}, expected {expected}")
+        self.field, self.actual, self.expected = field, actual, expected
 
 
 @dataclass(frozen=True, slots=True)
-class Layout(Generic[Read]):
+class Layout(Generic[Parsed]):
     """A published layout: name, required columns (those that identify it), and the parser of a row."""
 
     name: str
     required: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], Read]
+    parse: Callable[[Mapping[str, Any]], Parsed]
     nullable: tuple[str, ...] = ()
 
 
-def _alpaca(columns: Mapping[str, Any]) -> list[Message]:
+def _parse_alpaca(columns: Mapping[str, Any]) -> list[Message]:
     user = Message(
         "user", text_field(columns, "instruction"), context=text_field(columns, "input", optional=True)
     )
     return [*system_turn(columns), user, Message("assistant", text_field(columns, "output"))]
 
 
-def _pair(prompt: str, completion: str) -> Callable[[Mapping[str, Any]], list[Message]]:
-    def read(columns: Mapping[str, Any]) -> list[Message]:
+def _prompt_reply_parser(prompt: str, completion: str) -> Callable[[Mapping[str, Any]], list[Message]]:
+    def parse(columns: Mapping[str, Any]) -> list[Message]:
         if isinstance(columns[prompt], list):
             return turns_field(columns, prompt, "role", "content") + turns_field(
                 columns, completion, "role", "content"
@@ -66,92 +66,92 @@ def _pair(prompt: str, completion: str) -> Callable[[Mapping[str, Any]], list[Me
         user = Message("user", text_field(columns, prompt))
         return [*system_turn(columns), user, Message("assistant", text_field(columns, completion))]
 
-    return read
+    return parse
 
 
-def _tasks(columns: Mapping[str, Any]) -> list[Message]:
-    completion = text_field(columns, "completion").removesuffix(END_MARK)
+def _parse_t0_tasks(columns: Mapping[str, Any]) -> list[Message]:
+    completion = text_field(columns, "completion").removesuffix(END_OF_TEXT)
     return [Message("user", text_field(columns, "prompt")), Message("assistant", completion)]
 
 
-def _natural_instructions(columns: Mapping[str, Any]) -> list[Message]:
+def _parse_natural_instructions(columns: Mapping[str, Any]) -> list[Message]:
     user = Message("user", text_field(columns, "definition"), context=text_field(columns, "inputs"))
     return [user, Message("assistant", text_field(columns, "targets"))]
 
 
-def _rationale(columns: Mapping[str, Any]) -> list[Message]:
+def _parse_rationale(columns: Mapping[str, Any]) -> list[Message]:
     """Return question, and reasoning with answer in GSM8K's notation, which template `cot` renders."""
-    reasoned = f"{text_field(columns, 'rationale')}\n#### {text_field(columns, 'answer')}"
+    reply = f"{text_field(columns, 'rationale')}\n#### {text_field(columns, 'answer')}"
     return [
         *system_turn(columns),
         Message("user", text_field(columns, "question")),
-        Message("assistant", reasoned),
+        Message("assistant", reply),
     ]
 
 
-def _messages(columns: Mapping[str, Any]) -> list[Message]:
+def _parse_messages(columns: Mapping[str, Any]) -> list[Message]:
     return _with_tools(columns, turns_field(columns, "messages", "role", "content"))
 
 
-def _conversations(columns: Mapping[str, Any]) -> list[Message]:
+def _parse_sharegpt(columns: Mapping[str, Any]) -> list[Message]:
     turns = columns["conversations"]
     openai = isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]
     names = ("role", "content") if openai else ("from", "value")
     messages = turns_field(columns, "conversations", *names)
     # ShareGPT may have the system prompt as a first turn or as a column of its own; the turn wins.
-    own = messages[:1] and messages[0].role == "system"
-    return _with_tools(columns, messages if own else [*system_turn(columns), *messages])
+    has_system = messages[:1] and messages[0].role == "system"
+    return _with_tools(columns, messages if has_system else [*system_turn(columns), *messages])
 
 
 def _with_tools(columns: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     """Insert the row's tools after its system turn."""
     try:
-        lines = tool_lines(columns.get("tools"))
+        lines = tools_to_json_lines(columns.get("tools"))
     except ValueError as error:
-        raise RowProblem("tools", str(error), TOOLS) from error
+        raise RowError("tools", str(error), TOOLS_FORMAT) from error
     head = 1 if messages[0].role == "system" else 0
     tools = [Message("tools", checked_text(lines, "tools"))] if lines else []
     return [*messages[:head], *tools, *messages[head:]]
 
 
-LAYOUTS: tuple[Layout[list[Message]], ...] = (
-    Layout("messages with tools", ("messages", "tools"), _messages, nullable=("tools",)),
-    Layout("messages", ("messages",), _messages),
-    Layout("ShareGPT with tools", ("conversations", "tools"), _conversations, nullable=("tools",)),
-    Layout("ShareGPT", ("conversations",), _conversations),
-    Layout("Alpaca", ("instruction", "output"), _alpaca),
-    Layout("Natural Instructions", ("definition", "inputs", "targets"), _natural_instructions),
-    Layout("T0 tasks", ("task", "prompt", "completion"), _tasks),
-    Layout("prompt/completion", ("prompt", "completion"), _pair("prompt", "completion")),
-    Layout("prompt/response", ("prompt", "response"), _pair("prompt", "response")),
-    Layout("question/rationale/answer", ("question", "rationale", "answer"), _rationale),
-    Layout("question/answer", ("question", "answer"), _pair("question", "answer")),
-    Layout("inputs/targets", ("inputs", "targets"), _pair("inputs", "targets")),
+CONVERSATION_LAYOUTS: tuple[Layout[list[Message]], ...] = (
+    Layout("messages with tools", ("messages", "tools"), _parse_messages, nullable=("tools",)),
+    Layout("messages", ("messages",), _parse_messages),
+    Layout("ShareGPT with tools", ("conversations", "tools"), _parse_sharegpt, nullable=("tools",)),
+    Layout("ShareGPT", ("conversations",), _parse_sharegpt),
+    Layout("Alpaca", ("instruction", "output"), _parse_alpaca),
+    Layout("Natural Instructions", ("definition", "inputs", "targets"), _parse_natural_instructions),
+    Layout("T0 tasks", ("task", "prompt", "completion"), _parse_t0_tasks),
+    Layout("prompt/completion", ("prompt", "completion"), _prompt_reply_parser("prompt", "completion")),
+    Layout("prompt/response", ("prompt", "response"), _prompt_reply_parser("prompt", "response")),
+    Layout("question/rationale/answer", ("question", "rationale", "answer"), _parse_rationale),
+    Layout("question/answer", ("question", "answer"), _prompt_reply_parser("question", "answer")),
+    Layout("inputs/targets", ("inputs", "targets"), _prompt_reply_parser("inputs", "targets")),
 )
 """In order of detection: the first layout whose required columns are all present."""
 
 
-def _document(columns: Mapping[str, Any]) -> list[Message]:
+def _parse_document(columns: Mapping[str, Any]) -> list[Message]:
     return [DOCUMENT_START, Message("assistant", text_field(columns, "text"))]
 
 
-DOCUMENT = Layout("text", ("text",), _document)
+DOCUMENT = Layout("text", ("text",), _parse_document)
 """Plain text, where the stage accepts it."""
 
 
-def recognise(
+def detect_layout(
     names: Iterable[str],
     *,
     columns: Mapping[str, str] | None = None,
     where: str = "data.source",
-    layouts: Sequence[Layout[list[Message]]] = LAYOUTS,
+    layouts: Sequence[Layout[list[Message]]] = CONVERSATION_LAYOUTS,
 ) -> Layout[list[Message]]:
     """Return the layout of a source with these column names.
 
     Args:
         names: the source's column names.
         columns: ``{our name: the source's name}``, the recipe's ``data.columns``.
-        where: the source, for the message.
+        location: the source, for the message.
         layouts: the accepted layouts; the first that fits is returned.
 
     Raises:
@@ -163,17 +163,17 @@ def recognise(
         repair = "map the text column: data.columns={text: YOUR_COLUMN}"
     elif "text" in names:
         repair += "; for plain text, use continued pretraining: llm-align pretrain --data ..."
-    return recognise_among(names, layouts, columns=columns, where=where, repair=repair)
+    return match_layout(names, layouts, columns=columns, where=where, repair=repair)
 
 
-def recognise_among(
+def match_layout(
     names: Sequence[str],
-    layouts: Sequence[Layout[Read]],
+    layouts: Sequence[Layout[Parsed]],
     *,
     columns: Mapping[str, str] | None,
     where: str,
     repair: str,
-) -> Layout[Read]:
+) -> Layout[Parsed]:
     """Return the first of these layouts that fits; ``repair`` goes into the error if none does.
 
     Raises:
@@ -181,9 +181,9 @@ def recognise_among(
     """
     for ours, theirs in (columns or {}).items():
         if theirs not in names:
-            found = f"'{ours}' is mapped to '{theirs}', but {where} has no such column"
+            actual = f"'{ours}' is mapped to '{theirs}', but {where} has no such column"
             raise UserError(
-                Problem("data.columns", found, f"one of {', '.join(names)}", nearest(theirs, names))
+                Problem("data.columns", actual, f"one of {', '.join(names)}", did_you_mean(theirs, names))
             )
     # A mapped column counts under its new name only.
     known = {*(name for name in names if name not in (columns or {}).values()), *(columns or {})}
@@ -194,49 +194,53 @@ def recognise_among(
     raise UserError(Problem(where, f"no known layout has columns {', '.join(names)}", expected, repair))
 
 
-def to_conversations(
-    rows: list[Row], layout: Layout[list[Message]], columns: Mapping[str, str] | None
+def parse_conversations(
+    rows: list[SourceRow], layout: Layout[list[Message]], columns: Mapping[str, str] | None
 ) -> list[list[Message]]:
     """Return each row's messages; raises as ``parse_rows`` does."""
-    return read_rows(rows, layout, columns)
+    return parse_rows(rows, layout, columns)
 
 
-def read_rows(rows: list[Row], layout: Layout[Read], columns: Mapping[str, str] | None) -> list[Read]:
+def parse_rows(
+    rows: list[SourceRow], layout: Layout[Parsed], columns: Mapping[str, str] | None
+) -> list[Parsed]:
     """Parse each row by a layout.
 
     Raises:
         UserError: some rows do not fit the layout; the first few are listed with file, line and field.
     """
-    read, problems = [], []
+    parsed, problems = [], []
     for row in rows:
         values = {
             **row.columns,
             **{ours: row.columns.get(theirs) for ours, theirs in (columns or {}).items()},
         }
         try:
-            needed = [name for name in layout.required if name not in layout.nullable]
-            missing = [name for name in needed if values.get(name) is None]
+            required = [name for name in layout.required if name not in layout.nullable]
+            missing = [name for name in required if values.get(name) is None]
             if missing:
-                raise RowProblem(
+                raise RowError(
                     missing[0], "missing or null", f"layout {layout.name}: {'+'.join(layout.required)}"
                 )
-            read.append(layout.read(values))
-        except RowProblem as error:
-            problems.append(Problem(row.where, f"field '{error.field}': {error.found}", error.expected))
+            parsed.append(layout.parse(values))
+        except RowError as error:
+            problems.append(Problem(row.location, f"field '{error.field}': {error.actual}", error.expected))
     if problems:
-        raise UserError(first_of(problems, len(rows)))
-    return read
+        raise UserError(first_problems(problems, len(rows)))
+    return parsed
 
 
-def first_of(problems: list[Problem], rows: int) -> list[Problem]:
+def first_problems(problems: list[Problem], num_rows: int) -> list[Problem]:
     """Return the first few of many rows' problems, and one that counts the rest."""
-    more = len(problems) - MAX_TOLD
-    if more <= 0:
+    num_more = len(problems) - MAX_REPORTED
+    if num_more <= 0:
         return problems
     rest = Problem(
-        f"and {more} more rows", f"{len(problems)} of {rows} rows do not fit", "one layout for all rows"
+        f"and {num_more} more rows",
+        f"{len(problems)} of {num_rows} rows do not fit",
+        "one layout for all rows",
     )
-    return [*problems[:MAX_TOLD], rest]
+    return [*problems[:MAX_REPORTED], rest]
 
 
 def text_field(columns: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
@@ -250,13 +254,13 @@ def text_field(columns: Mapping[str, Any], name: str, *, optional: bool = False)
 def checked_text(value: Any, field: str) -> str:
     """Return the value if it is valid text; raises RowProblem otherwise."""
     if not isinstance(value, str):
-        raise RowProblem(field, f"found {short(value)}", "text")
+        raise RowError(field, f"found {short_repr(value)}", "text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         # A lone surrogate: JSON can write one (\ud83d), UTF-8 and tokenizers cannot.
-        found = f"an unpaired surrogate ({value[error.start]!r}) at position {error.start + 1}"
-        raise RowProblem(field, found, "valid Unicode") from error
+        actual = f"an unpaired surrogate ({value[error.start]!r}) at position {error.start + 1}"
+        raise RowError(field, actual, "valid Unicode") from error
     return value
 
 
@@ -270,45 +274,45 @@ def turns_field(columns: Mapping[str, Any], name: str, role_key: str, text_key: 
     """Parse a column that holds a list of turns; raises RowProblem."""
     turns = columns[name]
     if not isinstance(turns, list) or not turns:
-        raise RowProblem(name, f"found {short(turns)}", f"a list of turns with {role_key} and {text_key}")
-    return [_turn(turn, f"{name}[{index}]", role_key, text_key) for index, turn in enumerate(turns)]
+        raise RowError(name, f"found {short_repr(turns)}", f"a list of turns with {role_key} and {text_key}")
+    return [_parse_turn(turn, f"{name}[{index}]", role_key, text_key) for index, turn in enumerate(turns)]
 
 
-def _turn(turn: Any, field: str, role_key: str, text_key: str) -> Message:
+def _parse_turn(turn: Any, field: str, role_key: str, text_key: str) -> Message:
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-        raise RowProblem(field, f"found {short(turn)}", f"an object with {role_key} and {text_key}")
+        raise RowError(field, f"found {short_repr(turn)}", f"an object with {role_key} and {text_key}")
     role = turn[role_key]
     if not isinstance(role, str) or role not in ROLES:
-        raise RowProblem(f"{field}.{role_key}", f"found {short(role)}", f"one of {', '.join(ROLES)}")
+        raise RowError(f"{field}.{role_key}", f"found {short_repr(role)}", f"one of {', '.join(ROLES)}")
     text = turn[text_key]
     if role == "function_call":
         try:
-            text = call_lines(text)
+            text = calls_to_json_lines(text)
         except ValueError as error:
-            raise RowProblem(f"{field}.{text_key}", str(error), CALL) from error
+            raise RowError(f"{field}.{text_key}", str(error), CALL_FORMAT) from error
     text = checked_text(text, f"{field}.{text_key}")
-    return Message(ROLES[role], text, trained=_trained(turn, field))
+    return Message(ROLES[role], text, trained=_parse_train_flag(turn, field))
 
 
-def _trained(turn: Mapping[str, Any], field: str) -> bool:
+def _parse_train_flag(turn: Mapping[str, Any], field: str) -> bool:
     """Return a turn's train flag: ``trained`` or axolotl's ``train`` (true, false), or OpenAI's ``weight``.
 
     Only replies use the flag.
     """
-    for name in FLAGS:
+    for name in TRAIN_FLAGS:
         value = turn.get(name)
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise RowProblem(
-                f"{field}.{name}", f"found {short(value)}", "true or 1 (train on it), false or 0"
+            raise RowError(
+                f"{field}.{name}", f"found {short_repr(value)}", "true or 1 (train on it), false or 0"
             )
         if not value:
             return False
     return True
 
 
-def short(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return a value's repr for messages, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -11,24 +11,24 @@ from finetune.data.report import DataReport, SourceReport
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
 
-HELD_OUT, DRAWN, SHUFFLED = 2, 3, 4
+HELD_OUT_STREAM, SAMPLE_STREAM, SHUFFLE_STREAM = 2, 3, 4
 """Seed suffixes of a source's random streams, next to those of reading (0 and 1)."""
 
-Row = TypeVar("Row")
+RowT = TypeVar("RowT")
 """A conversation, or a prompt with its completions."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part(Generic[Row]):
+class MixtureComponent(Generic[RowT]):
     """One source of a mixture: its usable rows and its report."""
 
     report: SourceReport
-    rows: list[Row]
+    rows: list[RowT]
 
 
-def mix(
-    parts: Sequence[Part[Row]], settings: DataSettings, *, seed: int, report: DataReport
-) -> tuple[list[Row], list[Row]]:
+def mix_components(
+    components: Sequence[MixtureComponent[RowT]], settings: DataSettings, *, seed: int, report: DataReport
+) -> tuple[list[RowT], list[RowT]]:
     """Return the shuffled rows of one epoch of the mixture and its held-out rows, in the same proportions.
 
     A source's rows are sampled without replacement; an exhausted source is reshuffled. Every epoch has the
@@ -38,56 +38,60 @@ def mix(
     Raises:
         UserError: more rows of a source are held out than it has.
     """
-    sizes = [len(part.rows) for part in parts]
+    sizes = [len(component.rows) for component in components]
     # Held-out rows are taken first, at the rates of the full sources; the epoch's rates use what remains.
-    apart = _held_out(parts, settings, _rates(sizes, settings))
-    learnt: list[list[Row]] = []
-    held_out: list[Row] = []
-    for index, (part, count) in enumerate(zip(parts, apart, strict=True)):
-        order = np.random.default_rng([seed, index, HELD_OUT]).permutation(len(part.rows))
-        chosen = set(order[:count].tolist())
-        learnt.append([row for number, row in enumerate(part.rows) if number not in chosen])
-        held_out += [row for number, row in enumerate(part.rows) if number in chosen]
-    rates = _rates([len(rows) for rows in learnt], settings)
-    counts = _counts(parts, learnt, rates, settings, report)
-    drawn: list[Row] = []
-    for index, (rows, count) in enumerate(zip(learnt, counts, strict=True)):
-        random = np.random.default_rng([seed, index, DRAWN])
-        drawn += [rows[number] for number in mixing.draw(len(rows), count, random)]
+    held_out_counts = _held_out_counts(components, settings, _mixing_rates(sizes, settings))
+    train_rows: list[list[RowT]] = []
+    held_out: list[RowT] = []
+    for index, (component, count) in enumerate(zip(components, held_out_counts, strict=True)):
+        order = np.random.default_rng([seed, index, HELD_OUT_STREAM]).permutation(len(component.rows))
+        held_out_ids = set(order[:count].tolist())
+        train_rows.append([row for row_id, row in enumerate(component.rows) if row_id not in held_out_ids])
+        held_out += [row for row_id, row in enumerate(component.rows) if row_id in held_out_ids]
+    rates = _mixing_rates([len(rows) for rows in train_rows], settings)
+    counts = _epoch_counts(components, train_rows, rates, settings, report)
+    epoch_rows: list[RowT] = []
+    for index, (rows, count) in enumerate(zip(train_rows, counts, strict=True)):
+        rng = np.random.default_rng([seed, index, SAMPLE_STREAM])
+        epoch_rows += [rows[row_id] for row_id in mixing.sample_row_ids(len(rows), count, rng)]
     # Until here the rows are grouped by source.
-    order = np.random.default_rng([seed, len(parts), SHUFFLED]).permutation(len(drawn))
-    return [drawn[number] for number in order], held_out
+    order = np.random.default_rng([seed, len(components), SHUFFLE_STREAM]).permutation(len(epoch_rows))
+    return [epoch_rows[row_id] for row_id in order], held_out
 
 
-def _rates(sizes: Sequence[int], settings: DataSettings) -> list[float]:
+def _mixing_rates(sizes: Sequence[int], settings: DataSettings) -> list[float]:
     """Return each source's fraction of the mixture: fixed shares, the rest divided by weight or by size."""
     assert settings.mix is not None
-    shares = [part.share for part in settings.mix]
+    shares = [entry.share for entry in settings.mix]
     free = [size for size, share in zip(sizes, shares, strict=True) if share is None]
-    by_size = iter(mixing.rates_by_size(free, limit=settings.mix_limit, temperature=settings.mix_temperature))
+    by_size = iter(
+        mixing.size_proportional_rates(free, limit=settings.mix_limit, temperature=settings.mix_temperature)
+    )
     weights = [
-        0.0 if part.share is not None else next(by_size) if part.weight is None else part.weight
-        for part in settings.mix
+        0.0 if entry.share is not None else next(by_size) if entry.weight is None else entry.weight
+        for entry in settings.mix
     ]
-    return mixing.with_shares(weights, shares)
+    return mixing.apply_fixed_shares(weights, shares)
 
 
-def _held_out(parts: Sequence[Part[Any]], settings: DataSettings, rates: Sequence[float]) -> list[int]:
+def _held_out_counts(
+    components: Sequence[MixtureComponent[Any]], settings: DataSettings, rates: Sequence[float]
+) -> list[int]:
     """Return the number of held-out rows per source; a fraction is of the longest mixture without repeats."""
-    wanted = settings.held_out
-    if isinstance(wanted, str) or not wanted:
-        return [0] * len(parts)
-    sizes = [len(part.rows) for part in parts]
-    if isinstance(wanted, float):
-        wanted = max(1, round(wanted * mixing.rows_until_used_up(sizes, rates)))
-    counts = mixing.quotas(wanted, rates)
+    num_held_out = settings.held_out
+    if isinstance(num_held_out, str) or not num_held_out:
+        return [0] * len(components)
+    sizes = [len(component.rows) for component in components]
+    if isinstance(num_held_out, float):
+        num_held_out = max(1, round(num_held_out * mixing.max_rows_without_repeats(sizes, rates)))
+    counts = mixing.allocate_rows(num_held_out, rates)
     problems = [
         Problem(
             "data.held_out",
-            f"{count} of {size} rows of {part.report.source}",
+            f"{count} of {size} rows of {component.report.source}",
             "fewer rows than the source has",
         )
-        for part, count, size in zip(parts, counts, sizes, strict=True)
+        for component, count, size in zip(components, counts, sizes, strict=True)
         if count >= size
     ]
     if problems:
@@ -95,24 +99,24 @@ def _held_out(parts: Sequence[Part[Any]], settings: DataSettings, rates: Sequenc
     return counts
 
 
-def _counts(
-    parts: Sequence[Part[Any]],
-    learnt: Sequence[Sequence[Any]],
+def _epoch_counts(
+    components: Sequence[MixtureComponent[Any]],
+    train_rows: Sequence[Sequence[Any]],
     rates: Sequence[float],
     settings: DataSettings,
     report: DataReport,
 ) -> list[int]:
     """Return the number of rows per source and epoch; repeats and unused rows are noted in the report."""
-    sizes = [len(rows) for rows in learnt]
-    most = mixing.rows_until_used_up(sizes, rates)
-    counts = mixing.quotas(settings.mix_rows or most, rates)
-    for part, rate in zip(parts, rates, strict=True):
-        part.report.asked = rate
-    names = [part.report.source for part in parts]
-    if settings.mix_rows is None and most < sum(sizes):
+    sizes = [len(rows) for rows in train_rows]
+    max_rows = mixing.max_rows_without_repeats(sizes, rates)
+    counts = mixing.allocate_rows(settings.mix_rows or max_rows, rates)
+    for component, rate in zip(components, rates, strict=True):
+        component.report.asked = rate
+    names = [component.report.source for component in components]
+    if settings.mix_rows is None and max_rows < sum(sizes):
         first = names[int(np.argmin(np.divide(sizes, rates)))]
         report.notes.append(
-            f"one epoch is {most} of {sum(sizes)} rows: it ends when {first} is exhausted; "
+            f"one epoch is {max_rows} of {sum(sizes)} rows: it ends when {first} is exhausted; "
             "set data.mix_rows for a longer epoch (smaller sources then repeat)"
         )
     for name, size, count in zip(names, sizes, counts, strict=True):

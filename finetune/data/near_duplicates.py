@@ -12,11 +12,11 @@ from zlib import crc32
 
 import numpy as np
 
-WORDS_OF_A_GRAM = 5
+NGRAM_SIZE = 5
 """Lee et al. 2021, section 4.2."""
 
 NUM_HASHES = 128
-MOST_MISSED = 0.01
+MAX_MISS_RATE = 0.01
 """Maximum miss rate of hashing for pairs exactly at the threshold; above it fewer are missed."""
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")
@@ -34,59 +34,59 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> list[int | None]:
         threshold: minimum Jaccard overlap of word 5-grams of a duplicate, above 0; a text of fewer than 5
             words is one n-gram, and 1 means equal n-grams (ignoring case and punctuation).
     """
-    rows = _rows_of_a_band(threshold)
+    rows_per_band = _rows_per_band(threshold)
     buckets: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
-    kept: dict[int, set[int]] = {}
-    found: list[int | None] = []
+    retained: dict[int, set[int]] = {}
+    duplicate_of: list[int | None] = []
     multipliers, offsets = _hash_family()
     for index, text in enumerate(texts):
-        grams = _grams(text)
-        least = ((grams[:, None] % PRIME * multipliers + offsets) % PRIME).min(axis=0)
-        starts = range(0, NUM_HASHES - rows + 1, rows)
+        ngram_hashes = _ngram_hashes(text)
+        signature = ((ngram_hashes[:, None] % PRIME * multipliers + offsets) % PRIME).min(axis=0)
+        starts = range(0, NUM_HASHES - rows_per_band + 1, rows_per_band)
         # LSH: two texts are candidates if all hashes of at least one band are equal.
-        bands = [(start, least[start : start + rows].tobytes()) for start in starts]
+        bands = [(start, signature[start : start + rows_per_band].tobytes()) for start in starts]
         candidates = sorted({other for band in bands if band in buckets for other in buckets[band]})
-        own = set(grams.tolist())
+        ngrams = set(ngram_hashes.tolist())
         # Verified exactly, so that hashing can miss a duplicate but never drop a distinct text.
-        twin = next((other for other in candidates if _overlap(own, kept[other]) >= threshold), None)
-        found.append(twin)
+        match = next((other for other in candidates if _jaccard(ngrams, retained[other]) >= threshold), None)
+        duplicate_of.append(match)
         # Dropped texts are not compared with, so a chain of near duplicates (a~b~c) loses b only.
-        if twin is None:
-            kept[index] = own
+        if match is None:
+            retained[index] = ngrams
             for band in bands:
                 buckets[band].append(index)
-    return found
+    return duplicate_of
 
 
-def _rows_of_a_band(threshold: float) -> int:
+def _rows_per_band(threshold: float) -> int:
     """Return the largest band with a small miss rate (1 - s^rows)^bands at the threshold s."""
     rows = 1
-    while rows < 16 and (1 - threshold ** (rows + 1)) ** (NUM_HASHES // (rows + 1)) <= MOST_MISSED:
+    while rows < 16 and (1 - threshold ** (rows + 1)) ** (NUM_HASHES // (rows + 1)) <= MAX_MISS_RATE:
         rows += 1
     return rows
 
 
-def _grams(text: str) -> np.ndarray:
+def _ngram_hashes(text: str) -> np.ndarray:
     """Return the hashes of a text's word 5-grams (uint64); a shorter text is one n-gram of all its words."""
-    words = np.fromiter((crc32(word.encode()) for word in WORD.findall(text.lower())), dtype=np.uint64)
-    size = max(1, min(WORDS_OF_A_GRAM, len(words)))
+    word_hashes = np.fromiter((crc32(word.encode()) for word in WORD.findall(text.lower())), dtype=np.uint64)
+    size = max(1, min(NGRAM_SIZE, len(word_hashes)))
     # A polynomial hash of `size` words, vectorized over all positions; uint64 wraps around on purpose.
-    total = np.zeros(max(1, len(words) - size + 1), dtype=np.uint64)
-    for place in range(min(size, len(words))):
-        total = (total + words[place : place + len(total)]) * BASE
-        total ^= total >> np.uint64(29)
-    return np.unique(total)
+    hashes = np.zeros(max(1, len(word_hashes) - size + 1), dtype=np.uint64)
+    for offset in range(min(size, len(word_hashes))):
+        hashes = (hashes + word_hashes[offset : offset + len(hashes)]) * BASE
+        hashes ^= hashes >> np.uint64(29)
+    return np.unique(hashes)
 
 
 def _hash_family() -> tuple[np.ndarray, np.ndarray]:
     """Return a and b of the hash functions (a x + b) mod p."""
     # A fixed seed, not the recipe's: the same texts are retained in every run.
-    random = np.random.default_rng(0)
-    multipliers = random.integers(1, int(PRIME), NUM_HASHES, dtype=np.uint64)
-    return multipliers, random.integers(0, int(PRIME), NUM_HASHES, dtype=np.uint64)
+    rng = np.random.default_rng(0)
+    multipliers = rng.integers(1, int(PRIME), NUM_HASHES, dtype=np.uint64)
+    return multipliers, rng.integers(0, int(PRIME), NUM_HASHES, dtype=np.uint64)
 
 
-def _overlap(one: set[int], other: set[int]) -> float:
+def _jaccard(first: set[int], second: set[int]) -> float:
     """Return the Jaccard overlap |A and B| / |A or B|."""
-    shared = len(one & other)
-    return shared / (len(one) + len(other) - shared)
+    intersection = len(first & second)
+    return intersection / (len(first) + len(second) - intersection)

@@ -16,13 +16,13 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     bins: list[list[int]] = []
-    room: list[int] = []
+    free_space: list[int] = []
     for index in order:
-        place = next((b for b, free in enumerate(room) if free >= lengths[index]), None)
-        if place is None:
+        bin_id = next((i for i, free in enumerate(free_space) if free >= lengths[index]), None)
+        if bin_id is None:
             bins.append([index])
-            room.append(capacity - lengths[index])
+            free_space.append(capacity - lengths[index])
         else:
-            bins[place].append(index)
-            room[place] -= lengths[index]
+            bins[bin_id].append(index)
+            free_space[bin_id] -= lengths[index]
     return bins

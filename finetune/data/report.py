@@ -40,29 +40,29 @@ class DataReport:
     notes: list[str] = field(default_factory=list)
     prompts: bool = False
 
-    def count(self, what: str, example: str) -> None:
+    def count(self, label: str, example: str) -> None:
         """Count a row under a label, and store the first one as its example."""
-        self.counts[what] = self.counts.get(what, 0) + 1
-        self.examples.setdefault(what, example)
+        self.counts[label] = self.counts.get(label, 0) + 1
+        self.examples.setdefault(label, example)
 
     def lines(self) -> list[str]:
         """Return the report as lines for the terminal."""
         share = self.trained_tokens / max(self.tokens, 1)
-        what, loss = ("prompts", "") if self.prompts else ("rows", f"{share:.0%} carry loss, ")
+        unit, loss = ("prompts", "") if self.prompts else ("rows", f"{share:.0%} carry loss, ")
         lines = [
-            f"{self.rows} {what} ({self.layout}), {self.held_out} held out; {self.tokens} tokens, "
-            f"{loss}longest {what[:-1]} {self.longest}{self.from_cache * ', from the cache'}"
+            f"{self.rows} {unit} ({self.layout}), {self.held_out} held out; {self.tokens} tokens, "
+            f"{loss}longest {unit[:-1]} {self.longest}{self.from_cache * ', from the cache'}"
         ]
         if len(self.sources) > 1:
             lines += [self._source_line(source) for source in self.sources]
         lines += self.notes
-        return lines + [f"rows {what}: {n} (first: {self.examples[what]})" for what, n in self.counts.items()]
+        return lines + [f"rows {unit}: {n} (first: {self.examples[unit]})" for unit, n in self.counts.items()]
 
     def _source_line(self, source: SourceReport) -> str:
-        rows = source.rows / max(self.rows, 1)
-        trained = source.trained_tokens / max(self.trained_tokens, 1)
-        loss = "" if self.prompts else f", {trained:.1%} of trained tokens"
+        row_share = source.rows / max(self.rows, 1)
+        token_share = source.trained_tokens / max(self.trained_tokens, 1)
+        loss = "" if self.prompts else f", {token_share:.1%} of trained tokens"
         return (
-            f"  {source.asked:.1%} requested, {rows:.1%} of rows{loss}: "
+            f"  {source.asked:.1%} requested, {row_share:.1%} of rows{loss}: "
             f"{source.rows} from {source.usable} usable rows of {source.source} ({source.layout})"
         )

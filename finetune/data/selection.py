@@ -9,76 +9,84 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_templates._segments import REPLIES
+from data_templates._segments import REPLY_ROLES
 from finetune.data.conversation import Conversation
 from finetune.data.near_duplicates import near_duplicates
 from finetune.data.report import DataReport
 from finetune.recipe.settings import SelectSettings
 
 
-def select(
-    rows: Sequence[Conversation], chosen: SelectSettings, *, random: np.random.Generator, report: DataReport
+def select_rows(
+    rows: Sequence[Conversation], settings: SelectSettings, *, rng: np.random.Generator, report: DataReport
 ) -> list[Conversation]:
-    """Return the rows selected by a recipe's ``select``, in source order; ``report`` counts the others.
+    """Return the rows selected by a recipe's ``select_rows``, in source order; ``report`` counts the others.
 
     Order of the filters: length and rating, near duplicates, number of rows.
     """
     # Cheap filters first; near-duplicate detection is the expensive one.
-    kept = _within(rows, chosen, report)
-    if chosen.distinct is not None:
-        kept = _distinct(kept, chosen.distinct, report)
-    if chosen.rows is not None and chosen.rows < len(kept):
-        order = _order(kept, chosen.rows_by, random)
-        numbers = set(order[: chosen.rows])
-        for index, row in enumerate(kept):
-            if index not in numbers:
-                report.count(f"dropped: select.rows={chosen.rows}", row.where)
-        kept = [row for index, row in enumerate(kept) if index in numbers]
-    return kept
+    selected = _filter_length_and_rating(rows, settings, report)
+    if settings.distinct is not None:
+        selected = _drop_near_duplicates(selected, settings.distinct, report)
+    if settings.rows is not None and settings.rows < len(selected):
+        order = _ranked_ids(selected, settings.rows_by, rng)
+        selected_ids = set(order[: settings.rows])
+        for index, row in enumerate(selected):
+            if index not in selected_ids:
+                report.count(f"dropped: select.rows={settings.rows}", row.location)
+        selected = [row for index, row in enumerate(selected) if index in selected_ids]
+    return selected
 
 
-def reply_characters(row: Conversation) -> int:
+def num_reply_characters(row: Conversation) -> int:
     """Return the total number of characters of a row's replies."""
-    return sum(len(turn.content) for turn in row.messages if turn.role in REPLIES)
+    return sum(len(turn.content) for turn in row.messages if turn.role in REPLY_ROLES)
 
 
-def _within(rows: Sequence[Conversation], chosen: SelectSettings, report: DataReport) -> list[Conversation]:
-    least, most, score = chosen.min_reply_characters, chosen.max_reply_characters, chosen.min_score
-    kept = []
+def _filter_length_and_rating(
+    rows: Sequence[Conversation], settings: SelectSettings, report: DataReport
+) -> list[Conversation]:
+    min_characters, max_characters, min_score = (
+        settings.min_reply_characters,
+        settings.max_reply_characters,
+        settings.min_score,
+    )
+    selected = []
     for row in rows:
-        length = reply_characters(row)
-        if length < least:
-            report.count(f"dropped: replies shorter than {least} characters", row.where)
-        elif most is not None and length > most:
-            report.count(f"dropped: replies longer than {most} characters", row.where)
-        elif score is not None and row.score < score:
-            report.count(f"dropped: {chosen.score} below {score:g}", row.where)
+        length = num_reply_characters(row)
+        if length < min_characters:
+            report.count(f"dropped: replies shorter than {min_characters} characters", row.location)
+        elif max_characters is not None and length > max_characters:
+            report.count(f"dropped: replies longer than {max_characters} characters", row.location)
+        elif min_score is not None and row.score < min_score:
+            report.count(f"dropped: {settings.score} below {min_score:g}", row.location)
         else:
-            kept.append(row)
-    return kept
+            selected.append(row)
+    return selected
 
 
-def _distinct(rows: Sequence[Conversation], threshold: float, report: DataReport) -> list[Conversation]:
-    texts = ["\n".join(part for _, *parts in row.words for part in parts) for row in rows]
-    kept = []
-    for row, twin in zip(rows, near_duplicates(texts, threshold), strict=True):
-        if twin is None:
-            kept.append(row)
+def _drop_near_duplicates(
+    rows: Sequence[Conversation], threshold: float, report: DataReport
+) -> list[Conversation]:
+    texts = ["\n".join(part for _, *parts in row.text_key for part in parts) for row in rows]
+    selected = []
+    for row, duplicate_of in zip(rows, near_duplicates(texts, threshold), strict=True):
+        if duplicate_of is None:
+            selected.append(row)
         else:
-            what = f"dropped: at least {threshold:.0%} identical to an earlier row"
-            report.count(what, f"{row.where} repeats {rows[twin].where}")
-    return kept
+            label = f"dropped: at least {threshold:.0%} identical to an earlier row"
+            report.count(label, f"{row.location} repeats {rows[duplicate_of].location}")
+    return selected
 
 
-def _order(rows: Sequence[Conversation], rows_by: str, random: np.random.Generator) -> list[int]:
+def _ranked_ids(rows: Sequence[Conversation], rows_by: str, rng: np.random.Generator) -> list[int]:
     """Return the rows' indices, best first; ties go to the earlier row."""
     if rows_by == "random":
-        order: list[int] = random.permutation(len(rows)).tolist()
+        order: list[int] = rng.permutation(len(rows)).tolist()
         return order
-    value: Callable[[Conversation], float] = reply_characters if rows_by == "length" else _score
+    value: Callable[[Conversation], float] = num_reply_characters if rows_by == "length" else _rating
     # sorted() is stable: ties stay in source order.
     return sorted(range(len(rows)), key=lambda index: -value(rows[index]))
 
 
-def _score(row: Conversation) -> float:
+def _rating(row: Conversation) -> float:
     return row.score

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from finetune.data.files import data_files, is_text
+from finetune.data.files import data_files, is_text_file
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.paths import local_path, looks_local
-from finetune.recipe.settings import Texts
+from finetune.recipe.settings import TextFormat
 
 if TYPE_CHECKING:
     import datasets
@@ -23,14 +23,14 @@ csv.field_size_limit(2**31 - 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """One row of a source: its columns and its location (``file:line``)."""
 
     columns: dict[str, Any]
-    where: str
+    location: str
 
 
-Wanted = Callable[[int], Sequence[int]]
+RowSelector = Callable[[int], Sequence[int]]
 """Returns the indices of the rows to use, given the number of rows."""
 
 
@@ -39,9 +39,9 @@ def read_source(
     *,
     split: str = "train",
     revision: str | None = None,
-    wanted: Wanted = range,
-    texts: Texts | None = None,
-) -> list[Row]:
+    row_selector: RowSelector = range,
+    text_format: TextFormat | None = None,
+) -> list[SourceRow]:
     """Read the rows of a source.
 
     Args:
@@ -56,37 +56,42 @@ def read_source(
         UserError: the source cannot be read, or has no rows; the message names the file and line.
     """
     if isinstance(source, list):
-        rows = [Row(_object(entry, f"row {i + 1}"), f"row {i + 1}") for i, entry in enumerate(source)]
+        rows = [
+            SourceRow(_check_object(entry, f"row {i + 1}"), f"row {i + 1}") for i, entry in enumerate(source)
+        ]
     elif path := local_path(source):
-        rows = [row for file in data_files(path, texts) for row in _read_file(file, texts)]
+        rows = [row for file in data_files(path, text_format) for row in _read_file(file, text_format)]
     elif looks_local(source):
         repair = "check the path; a Hub dataset is named owner/name"
         raise UserError(Problem(source, "no such file or folder", "an existing path", repair))
     else:
-        table = _hub_table(source, split, revision)
-        numbers = wanted(len(table))
-        found = zip(numbers, table.select(numbers), strict=True)
-        return _some([Row(dict(columns), f"{source}[{split}] row {i + 1}") for i, columns in found], source)
-    numbers = wanted(len(rows))
-    return _some(rows if len(numbers) == len(rows) else [rows[i] for i in numbers], source)
+        table = _load_hub_dataset(source, split, revision)
+        row_ids = row_selector(len(table))
+        indexed_columns = zip(row_ids, table.select(row_ids), strict=True)
+        return _require_rows(
+            [SourceRow(dict(columns), f"{source}[{split}] row {i + 1}") for i, columns in indexed_columns],
+            source,
+        )
+    row_ids = row_selector(len(rows))
+    return _require_rows(rows if len(row_ids) == len(rows) else [rows[i] for i in row_ids], source)
 
 
-def _some(rows: list[Row], source: str | list[dict[str, Any]]) -> list[Row]:
+def _require_rows(rows: list[SourceRow], source: str | list[dict[str, Any]]) -> list[SourceRow]:
     if not rows:
         where = source if isinstance(source, str) else "data.source"
         raise UserError(Problem(where, "no rows", "at least one row"))
     return rows
 
 
-def _read_file(path: Path, texts: Texts | None) -> list[Row]:
+def _read_file(path: Path, text_format: TextFormat | None) -> list[SourceRow]:
     name = path.name.lower()
     if name.endswith(".parquet"):
         return _read_parquet(path)
     try:
-        with _open(path) as stream:
-            if texts is not None and is_text(path):
-                return list(_documents(path, stream.read(), texts.separator))
-            return _read_text(path, stream, name.removesuffix(".gz"))
+        with _open_text(path) as stream:
+            if text_format is not None and is_text_file(path):
+                return list(_split_documents(path, stream.read(), text_format.separator))
+            return _read_text_file(path, stream, name.removesuffix(".gz"))
     except UnicodeDecodeError as error:
         repair = f"if it is Korean Windows text: iconv -f cp949 -t utf-8 {path.name}"
         raise UserError(Problem(str(path), f"not UTF-8: {error}", "UTF-8 text", repair)) from error
@@ -95,7 +100,7 @@ def _read_file(path: Path, texts: Texts | None) -> list[Row]:
         raise UserError(Problem(str(path), f"cannot be read: {error}", expected)) from error
 
 
-def _open(path: Path) -> IO[str]:
+def _open_text(path: Path) -> IO[str]:
     if path.name.lower().endswith(".gz"):
         # Decompress everything first: gzip's checksum is at the end, and damage must not be read as text.
         content = io.BytesIO(gzip.decompress(path.read_bytes()))
@@ -104,99 +109,101 @@ def _open(path: Path) -> IO[str]:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _documents(path: Path, text: str, separator: str | None) -> Iterator[Row]:
+def _split_documents(path: Path, text: str, separator: str | None) -> Iterator[SourceRow]:
     """Yield a text file's documents with the line number of their start; blank ones are skipped."""
     text = text.replace("\r\n", "\n")
     line = 1
-    for part in text.split(separator) if separator else [text]:
-        if part.strip():
-            begins = line + part[: len(part) - len(part.lstrip())].count("\n")
-            yield Row({"text": part.strip("\n")}, f"{path}:{begins}")
-        line += part.count("\n") + (separator or "").count("\n")
+    for document in text.split(separator) if separator else [text]:
+        if document.strip():
+            first_line = line + document[: len(document) - len(document.lstrip())].count("\n")
+            yield SourceRow({"text": document.strip("\n")}, f"{path}:{first_line}")
+        line += document.count("\n") + (separator or "").count("\n")
 
 
-def _read_text(path: Path, stream: IO[str], name: str) -> list[Row]:
+def _read_text_file(path: Path, stream: IO[str], name: str) -> list[SourceRow]:
     if name.endswith((".csv", ".tsv")):
         return list(_read_csv(path, stream, "\t" if name.endswith(".tsv") else ","))
     if name.endswith(".jsonl"):
-        return list(_read_lines(path, stream))
+        return list(_read_jsonl(path, stream))
     return _read_json(path, stream)
 
 
-def _read_lines(path: Path, stream: IO[str]) -> Iterator[Row]:
+def _read_jsonl(path: Path, stream: IO[str]) -> Iterator[SourceRow]:
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
+        location = f"{path}:{number}"
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            found = f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}"
-            raise UserError(Problem(where, found, "one JSON object per line")) from error
-        yield Row(_object(value, where), where)
+            actual = f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}"
+            raise UserError(Problem(location, actual, "one JSON object per line")) from error
+        yield SourceRow(_check_object(value, location), location)
 
 
-def _read_json(path: Path, stream: IO[str]) -> list[Row]:
+def _read_json(path: Path, stream: IO[str]) -> list[SourceRow]:
     text = stream.read()
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         repair = "rename it to .jsonl if it has one object per line" if error.msg == "Extra data" else ""
-        found = f"{error.msg} at column {error.colno}"
+        actual = f"{error.msg} at column {error.colno}"
         raise UserError(
-            Problem(f"{path}:{error.lineno}", found, "a JSON array of objects", repair)
+            Problem(f"{path}:{error.lineno}", actual, "a JSON array of objects", repair)
         ) from error
     if not isinstance(value, list):
         raise UserError(Problem(str(path), f"a JSON {type(value).__name__}", "a JSON array of objects"))
-    return [Row(_object(entry, f"{path}:[{i}]"), f"{path}:[{i}]") for i, entry in enumerate(value)]
+    return [
+        SourceRow(_check_object(entry, f"{path}:[{i}]"), f"{path}:[{i}]") for i, entry in enumerate(value)
+    ]
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _check_object(value: Any, location: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(Problem(where, f"found {str(value)[:60]!r}", "a JSON object with named columns"))
+        raise UserError(Problem(location, f"found {str(value)[:60]!r}", "a JSON object with named columns"))
     return value
 
 
-def _read_csv(path: Path, stream: IO[str], delimiter: str) -> Iterator[Row]:
+def _read_csv(path: Path, stream: IO[str], delimiter: str) -> Iterator[SourceRow]:
     reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
     line = 0
     # The line of a record's start: quoted fields may contain line feeds, so line_num is that of its end.
     try:
-        names = _header(path, reader.fieldnames or [])
+        names = _check_header(path, reader.fieldnames or [])
         line = reader.line_num + 1
         for columns in reader:
             if None in columns or None in columns.values():
                 # DictReader collects extra fields under None and fills missing ones with None.
-                found = f"the number of fields differs from the header ({len(names)})"
+                actual = f"the number of fields differs from the header ({len(names)})"
                 repair = "put quotes around text that contains the separator"
-                raise UserError(Problem(f"{path}:{line}", found, f"columns {', '.join(names)}", repair))
-            yield Row(dict(columns), f"{path}:{line}")
+                raise UserError(Problem(f"{path}:{line}", actual, f"columns {', '.join(names)}", repair))
+            yield SourceRow(dict(columns), f"{path}:{line}")
             line = reader.line_num + 1
     except csv.Error as error:
         repair = "double the quotes inside a quoted field"
         raise UserError(Problem(f"{path}:{line}", str(error), "a row of quoted fields", repair)) from error
 
 
-def _header(path: Path, fields: Sequence[str]) -> list[str]:
+def _check_header(path: Path, fields: Sequence[str]) -> list[str]:
     names = list(fields)
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        found = f"duplicate column '{twice[0]}' in the header"
-        raise UserError(Problem(f"{path}:1", found, "unique column names"))
+    duplicates = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if duplicates:
+        actual = f"duplicate column '{duplicates[0]}' in the header"
+        raise UserError(Problem(f"{path}:1", actual, "unique column names"))
     return names
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> list[SourceRow]:
     from pyarrow import ArrowException, parquet
 
     try:
         table = parquet.read_table(path)
     except (OSError, ValueError, ArrowException) as error:
         raise UserError(Problem(str(path), _first_line(error), "a Parquet file")) from error
-    return [Row(columns, f"{path}:row {i + 1}") for i, columns in enumerate(table.to_pylist())]
+    return [SourceRow(columns, f"{path}:row {i + 1}") for i, columns in enumerate(table.to_pylist())]
 
 
-def _hub_table(name: str, split: str, revision: str | None) -> "datasets.Dataset":
+def _load_hub_dataset(name: str, split: str, revision: str | None) -> "datasets.Dataset":
     import datasets
 
     repository, _, subset = name.partition(":")
@@ -204,9 +211,9 @@ def _hub_table(name: str, split: str, revision: str | None) -> "datasets.Dataset
         return datasets.load_dataset(repository, subset or None, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         where = f"dataset '{name}', split '{split}'"
-        found = f"cannot be loaded from the Hub: {_first_line(error)}"
+        actual = f"cannot be loaded from the Hub: {_first_line(error)}"
         repair = "check name, split and network; or use a local file: --data my.jsonl"
-        raise UserError(Problem(where, found, "a dataset on the Hub", repair)) from error
+        raise UserError(Problem(where, actual, "a dataset on the Hub", repair)) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -23,16 +23,16 @@ from data_templates._segments import (
     render,
     render_document,
 )
-from finetune.data.conversation import wishing
+from finetune.data.conversation import with_control_suffix
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
 
-CHUNK = 2048
+CHUNK_SIZE = 2048
 """Conversations per tokenizer call: enough to use every core, few enough to need little memory."""
 ANCHORS = ("\n", "\t", "。", "|")
 """Prefixes for encoding a span with tokenizers that add a space to every text, in order of preference."""
 
-SAME: tuple[tuple[Callable[[str], str], str], ...] = (
+NORMALIZATIONS: tuple[tuple[Callable[[str], str], str], ...] = (
     (lambda text: unicodedata.normalize("NFKC", text), "ＵＳＥＲ："),
     (lambda text: text.replace("▁", " "), "a▁b"),
 )
@@ -44,12 +44,12 @@ class Encoded:
     """Token ids and loss mask of a conversation, both of length T, and the number of escaped markers."""
 
     input_ids: list[int]
-    trained: list[bool]
-    written_apart: int = 0
+    loss_mask: list[bool]
+    num_escaped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Stretch:
+class _TokenSpan:
     """A span of adjacent segments that is tokenized in one piece: given ``ids`` (BOS, EOS), or ``text``.
 
     ``preceding`` is the special token that precedes the text, "" at the start of a sequence, None after text.
@@ -58,7 +58,7 @@ class _Stretch:
     trained: bool
     ids: list[int]
     text: str = ""
-    behind: str | None = None
+    preceding: str | None = None
 
 
 class Encoder:
@@ -70,31 +70,38 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, *, system: str | None = None, wish: str = ""
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        *,
+        system: str | None = None,
+        control_suffix: str = "",
     ) -> None:
         """Raise UserError if the tokenizer has no EOS, or no chat template and ``template`` is `model`."""
         self.tokenizer = tokenizer
         self.name = template
         self.system = system
-        self.wish = wish
+        self.control_suffix = control_suffix
         if tokenizer.eos_token_id is None:
-            found = "the tokenizer has no EOS token"
-            raise UserError(Problem("model.base", found, "a tokenizer with an EOS token, to end replies"))
+            actual = "the tokenizer has no EOS token"
+            raise UserError(Problem("model.base", actual, "a tokenizer with an EOS token, to end replies"))
         self.special_tokens = _special_tokens(tokenizer)
         # Tokens that the tokenizer matches as a unit, before it splits a text.
-        self._whole_tokens = {**tokenizer.get_added_vocab(), **_ids(tokenizer, self.special_tokens)}
-        self.template = self._template(template)
-        known = [self._whole_tokens[token] for token in self.template.stop if token in self._whole_tokens]
-        self.stop_ids = sorted({int(tokenizer.eos_token_id), *known})
+        self._token_ids = {**tokenizer.get_added_vocab(), **_convert_to_ids(tokenizer, self.special_tokens)}
+        self.template = self._load_template(template)
+        stop_ids = [self._token_ids[token] for token in self.template.stop if token in self._token_ids]
+        self.stop_ids = sorted({int(tokenizer.eos_token_id), *stop_ids})
         self._bos = _bos_id(tokenizer)
-        self._anchors = _anchors(tokenizer)
-        self._same_to_tokenizer = [
-            same for same, sample in SAME if _reads_alike(tokenizer, sample, same(sample))
+        self._anchors = _find_anchors(tokenizer)
+        self._normalizers = [
+            normalize
+            for normalize, probe in NORMALIZATIONS
+            if _tokenizes_equally(tokenizer, probe, normalize(probe))
         ]
         # Unknown characters become <unk> anywhere in a text, so <unk> is no sign of an injected token.
-        forgeable = [token for token in self.special_tokens if token != tokenizer.unk_token]
-        self._forgeable = Markers.of(forgeable)
-        self._forgeable_ids = frozenset(_ids(tokenizer, forgeable).values())
+        injectable = [token for token in self.special_tokens if token != tokenizer.unk_token]
+        self._injectable = Markers.of(injectable)
+        self._injectable_ids = frozenset(_convert_to_ids(tokenizer, injectable).values())
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Encode one conversation.
@@ -113,13 +120,13 @@ class Encoder:
         Fast tokenizers parallelize one call over the cores; even on a single core it saves a sixth or more.
         """
         encoded: list[Encoded | TemplateError] = []
-        for start in range(0, len(conversations), CHUNK):
-            encoded += self._encode_chunk(conversations[start : start + CHUNK])
+        for start in range(0, len(conversations), CHUNK_SIZE):
+            encoded += self._encode_chunk(conversations[start : start + CHUNK_SIZE])
         return encoded
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a generation prompt, up to the start of the reply."""
-        return self.encode(wishing(messages, self.wish)).input_ids
+        return self.encode(with_control_suffix(messages, self.control_suffix)).input_ids
 
     def decode_reply(self, ids: Sequence[int]) -> str:
         """Decode a reply up to its first stop token and strip it."""
@@ -138,23 +145,25 @@ class Encoder:
         parts += [self._bos, self.stop_ids, self.special_tokens]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _template(self, name: str) -> Template:
+    def _load_template(self, name: str) -> Template:
         if name != "model":
             template: Template = load_plugin("data_templates", name, where="data.template").TEMPLATE
             return template
         if not self.tokenizer.chat_template:
-            found = "the tokenizer of this base has no chat template"
+            actual = "the tokenizer of this base has no chat template"
             repair = "use data.template=chatml (or alpaca, vicuna, llama2)"
             raise UserError(
-                Problem("data.template", f"'model', but {found}", "a template of data_templates/", repair)
+                Problem("data.template", f"'model', but {actual}", "a template of data_templates/", repair)
             )
-        return model_template.bind(
-            self._chat, special_tokens=self.special_tokens, added_tokens=list(self._whole_tokens)
+        return model_template.bind_chat_template(
+            self._apply_chat_template, special_tokens=self.special_tokens, added_tokens=list(self._token_ids)
         )
 
-    def _chat(self, messages: list[dict[str, str]], opened: bool) -> str:
+    def _apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except Exception as error:  # a Jinja template may raise anything; its text is what the user needs
             raise TemplateError(
                 f"the tokenizer's chat template rejects this conversation: {error}"
@@ -164,21 +173,23 @@ class Encoder:
     def _encode_chunk(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded | TemplateError]:
         # The spans of all conversations go through the tokenizer in one batch.
         rendered = [self._render(messages) for messages in conversations]
-        plans = [[] if isinstance(row, TemplateError) else row[0] for row in rendered]
-        stretches = [stretch for plan in plans for stretch in plan if not stretch.ids]
-        encoded = iter(self._encode_texts(stretches))
+        span_lists = [[] if isinstance(row, TemplateError) else row[0] for row in rendered]
+        texts = [span for spans in span_lists for span in spans if not span.ids]
+        encoded = iter(self._encode_texts(texts))
         chunk: list[Encoded | TemplateError] = []
-        for row, plan in zip(rendered, plans, strict=True):
-            parts = [stretch.ids or next(encoded) for stretch in plan]
-            chunk.append(row if isinstance(row, TemplateError) else self._joined(plan, parts, row[1]))
+        for row, spans in zip(rendered, span_lists, strict=True):
+            span_ids = [span.ids or next(encoded) for span in spans]
+            chunk.append(
+                row if isinstance(row, TemplateError) else self._concat_spans(spans, span_ids, row[1])
+            )
         return chunk
 
-    def _render(self, messages: Sequence[Message]) -> tuple[list[_Stretch], int] | TemplateError:
+    def _render(self, messages: Sequence[Message]) -> tuple[list[_TokenSpan], int] | TemplateError:
         try:
-            segments, written_apart = self.segments(messages)
+            segments, num_escaped = self.segments(messages)
         except TemplateError as error:
             return error
-        return self._stretches(segments), written_apart
+        return self._merge_segments(segments), num_escaped
 
     def segments(self, messages: Sequence[Message]) -> tuple[list[Segment], int]:
         """Return a conversation's segments and the number of escaped markers in its text.
@@ -192,93 +203,93 @@ class Encoder:
         # A system turn of the data wins over the recipe's.
         elif self.system and messages and messages[0].role != "system":
             messages = [Message("system", self.system), *messages]
-        read = [self._as_read(message) for message in messages]
-        return render(template, read, special_tokens=self.special_tokens)
+        normalized = [self._normalize(message) for message in messages]
+        return render(template, normalized, special_tokens=self.special_tokens)
 
-    def _as_read(self, message: Message) -> Message:
+    def _normalize(self, message: Message) -> Message:
         """Apply the tokenizer's own normalizations, so that markers it would see are found in the text."""
-        for same in self._same_to_tokenizer:
-            message = replace(message, content=same(message.content), context=same(message.context))
+        for normalize in self._normalizers:
+            message = replace(message, content=normalize(message.content), context=normalize(message.context))
         return message
 
-    def _stretches(self, segments: Sequence[Segment]) -> list[_Stretch]:
+    def _merge_segments(self, segments: Sequence[Segment]) -> list[_TokenSpan]:
         """Merge adjacent segments of equal kind, reply and trained flags into spans."""
-        stretches: list[_Stretch] = []
+        spans: list[_TokenSpan] = []
         # All segments of one reply have the same trained flag, so the flag never splits a reply's tokens.
-        behind: str | None = ""
-        for (kind, _, trained), group in groupby(segments, key=lambda s: (_kind(s), s.reply, s.trained)):
+        preceding: str | None = ""
+        for (kind, _, trained), group in groupby(segments, key=lambda s: (_span_kind(s), s.reply, s.trained)):
             pieces = [piece.text for piece in group]
             if kind == "text":
                 text = "".join(pieces)
-                stretches += [_Stretch(trained, [], text, behind)] if text else []
-                behind = pieces[-1] if pieces[-1] in self._whole_tokens else None if text else behind
+                spans += [_TokenSpan(trained, [], text, preceding)] if text else []
+                preceding = pieces[-1] if pieces[-1] in self._token_ids else None if text else preceding
             elif kind == "eos":
-                ends = [
-                    text if text in self._whole_tokens else str(self.tokenizer.eos_token) for text in pieces
+                end_tokens = [
+                    text if text in self._token_ids else str(self.tokenizer.eos_token) for text in pieces
                 ]
-                stretches.append(_Stretch(trained, [self._whole_tokens[end] for end in ends]))
-                behind = ends[-1]
+                spans.append(_TokenSpan(trained, [self._token_ids[end] for end in end_tokens]))
+                preceding = end_tokens[-1]
             elif self._bos is not None:
-                stretches.append(_Stretch(trained, [self._bos] * len(pieces)))
-                behind = ""
-        return stretches
+                spans.append(_TokenSpan(trained, [self._bos] * len(pieces)))
+                preceding = ""
+        return spans
 
-    def _encode_texts(self, stretches: Sequence[_Stretch]) -> list[list[int] | TemplateError]:
+    def _encode_texts(self, spans: Sequence[_TokenSpan]) -> list[list[int] | TemplateError]:
         """Tokenize each span after a prefix with a known tokenization, and return the span's own tokens."""
         encoded: list[list[int] | TemplateError] = [
-            TemplateError(f"the tokenizer merges {stretch.text[:20]!r} with any text before it")
-            for stretch in stretches
+            TemplateError(f"the tokenizer merges {span.text[:20]!r} with any text before it")
+            for span in spans
         ]
-        tries = {index: self._before(stretch) for index, stretch in enumerate(stretches)}
-        while tries:
-            texts = [anchors[0][0] + stretches[index].text for index, anchors in tries.items()]
-            for (index, anchors), ids in zip(
-                list(tries.items()), _encode(self.tokenizer, texts), strict=True
+        prefixes_left = {index: self._prefixes(span) for index, span in enumerate(spans)}
+        while prefixes_left:
+            texts = [prefixes[0][0] + spans[index].text for index, prefixes in prefixes_left.items()]
+            for (index, prefixes), ids in zip(
+                list(prefixes_left.items()), _tokenize_batch(self.tokenizer, texts), strict=True
             ):
-                head = anchors[0][1]
+                prefix_ids = prefixes[0][1]
                 # The prefix has its own tokens again, so the rest are exactly the span's.
-                if ids[: len(head)] == head:
-                    encoded[index] = ids[len(head) :]
-                    tries.pop(index)
+                if ids[: len(prefix_ids)] == prefix_ids:
+                    encoded[index] = ids[len(prefix_ids) :]
+                    prefixes_left.pop(index)
                 else:
-                    tries[index] = anchors[1:]
-            tries = {index: anchors for index, anchors in tries.items() if anchors}
+                    prefixes_left[index] = prefixes[1:]
+            prefixes_left = {index: prefixes for index, prefixes in prefixes_left.items() if prefixes}
         return encoded
 
-    def _before(self, stretch: _Stretch) -> list[tuple[str, list[int]]]:
+    def _prefixes(self, span: _TokenSpan) -> list[tuple[str, list[int]]]:
         """Return the prefixes to try in front of a span, with their ids; the first that stays intact is used.
 
         After a special token that token comes first: some add a space after themselves or strip one.
         """
-        if stretch.behind is None:
+        if span.preceding is None:
             return self._anchors
-        if stretch.behind == "":
+        if span.preceding == "":
             return [("", [])]
-        return [(stretch.behind, [self._whole_tokens[stretch.behind]]), *self._anchors]
+        return [(span.preceding, [self._token_ids[span.preceding]]), *self._anchors]
 
-    def _joined(
-        self, plan: Sequence[_Stretch], parts: Sequence[list[int] | TemplateError], written_apart: int
+    def _concat_spans(
+        self, spans: Sequence[_TokenSpan], span_ids: Sequence[list[int] | TemplateError], num_escaped: int
     ) -> Encoded | TemplateError:
         ids: list[int] = []
-        trained: list[bool] = []
-        for stretch, part in zip(plan, parts, strict=True):
-            if isinstance(part, TemplateError):
-                return part
-            if not stretch.ids and self._forged(stretch.text, part):
-                found = f"the tokenizer produces a special token from {stretch.text[:40]!r}"
-                return TemplateError(f"{found} (it normalizes the text first); remove those characters")
-            ids += part
-            trained += [stretch.trained] * len(part)
-        return Encoded(ids, trained, written_apart)
+        loss_mask: list[bool] = []
+        for span, piece in zip(spans, span_ids, strict=True):
+            if isinstance(piece, TemplateError):
+                return piece
+            if not span.ids and self._has_injected_token(span.text, piece):
+                actual = f"the tokenizer produces a special token from {span.text[:40]!r}"
+                return TemplateError(f"{actual} (it normalizes the text first); remove those characters")
+            ids += piece
+            loss_mask += [span.trained] * len(piece)
+        return Encoded(ids, loss_mask, num_escaped)
 
-    def _forged(self, text: str, ids: Sequence[int]) -> bool:
+    def _has_injected_token(self, text: str, ids: Sequence[int]) -> bool:
         """Return True if there are more special ids than special tokens in the (escaped) text."""
-        special = sum(map(self._forgeable_ids.__contains__, ids))
-        return special > 0 and special > len(self._forgeable.pattern.findall(text))
+        num_special = sum(map(self._injectable_ids.__contains__, ids))
+        return num_special > 0 and num_special > len(self._injectable.pattern.findall(text))
 
 
-def _kind(piece: Segment) -> str:
-    return piece.kind if piece.kind in ("bos", "eos") else "text"
+def _span_kind(segment: Segment) -> str:
+    return segment.kind if segment.kind in ("bos", "eos") else "text"
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -287,19 +298,19 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted({*tokenizer.all_special_tokens, *marked})
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> dict[str, int]:
+def _convert_to_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> dict[str, int]:
     return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _tokenize_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _reads_alike(tokenizer: PreTrainedTokenizerBase, one: str, other: str) -> bool:
-    first, second = _encode(tokenizer, [one, other])
+def _tokenizes_equally(tokenizer: PreTrainedTokenizerBase, text: str, other: str) -> bool:
+    first, second = _tokenize_batch(tokenizer, [text, other])
     return first == second and tokenizer.unk_token_id not in first
 
 
@@ -309,7 +320,7 @@ def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return int(bos) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
-def _anchors(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
+def _find_anchors(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
     """Return the prefixes for spans inside a sequence, each with its token ids.
 
     SentencePiece-style tokenizers add a space in front of every text they encode, but not after other text.
@@ -318,23 +329,23 @@ def _anchors(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
         UserError: the tokenizer merges every prefix with what follows, so that no span can be tokenized by
             itself.
     """
-    [plain] = _encode(tokenizer, ["a"])
+    [plain] = _tokenize_batch(tokenizer, ["a"])
     if not tokenizer.convert_ids_to_tokens(plain)[0].startswith("▁"):
         return [("", [])]
-    alone = _encode(tokenizer, list(ANCHORS))
-    together = _encode(tokenizer, [f"{anchor}a" for anchor in ANCHORS])
-    found = [
+    anchor_ids = _tokenize_batch(tokenizer, list(ANCHORS))
+    joined_ids = _tokenize_batch(tokenizer, [f"{anchor}a" for anchor in ANCHORS])
+    usable = [
         (anchor, head)
-        for anchor, head, whole in zip(ANCHORS, alone, together, strict=True)
-        if whole[: len(head)] == head
-        and not tokenizer.convert_ids_to_tokens(whole)[len(head)].startswith("▁")
+        for anchor, head, joined in zip(ANCHORS, anchor_ids, joined_ids, strict=True)
+        if joined[: len(head)] == head
+        and not tokenizer.convert_ids_to_tokens(joined)[len(head)].startswith("▁")
     ]
-    if not found:
-        problem = "the tokenizer merges a line feed with the text after it"
+    if not usable:
+        actual = "the tokenizer merges a line feed with the text after it"
         raise UserError(
-            Problem("model.base", problem, "a tokenizer that can encode a piece of text independently")
+            Problem("model.base", actual, "a tokenizer that can encode a piece of text independently")
         )
-    return found
+    return usable
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -4,67 +4,77 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.recipe.errors import Problem, UserError, nearest
+from finetune.recipe.errors import Problem, UserError, did_you_mean
 
-Values = Mapping[str, Any]
+ConfigValues = Mapping[str, Any]
 
-OFTEN = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {**OFTEN, "vocab_size": 32000, "max_position_embeddings": 2048},
-    "mistral": {**OFTEN, "vocab_size": 32000, "max_position_embeddings": 131072, "num_key_value_heads": 8},
-    "qwen2": {**OFTEN, "vocab_size": 151936, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+COMMON_DEFAULTS = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {**COMMON_DEFAULTS, "vocab_size": 32000, "max_position_embeddings": 2048},
+    "mistral": {
+        **COMMON_DEFAULTS,
+        "vocab_size": 32000,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+    },
+    "qwen2": {
+        **COMMON_DEFAULTS,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+    },
     "qwen3": {
-        **OFTEN,
+        **COMMON_DEFAULTS,
         **{"vocab_size": 151936, "max_position_embeddings": 32768, "num_key_value_heads": 32},
         "head_dim": 128,
     },
     "gemma2": {
-        **OFTEN,
+        **COMMON_DEFAULTS,
         **{"vocab_size": 256000, "max_position_embeddings": 8192, "num_attention_heads": 8},
         **{"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "hidden_size": 2304},
         **{"num_hidden_layers": 26, "intermediate_size": 9216, "final_logit_softcapping": 30.0},
     },
     "gemma3_text": {
-        **OFTEN,
+        **COMMON_DEFAULTS,
         **{"vocab_size": 262208, "max_position_embeddings": 131072, "num_attention_heads": 8},
         **{"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "hidden_size": 2304},
         **{"num_hidden_layers": 26, "intermediate_size": 9216, "final_logit_softcapping": None},
     },
     "gpt_neox": {
-        **OFTEN,
+        **COMMON_DEFAULTS,
         **{"attention_bias": True, "mlp_bias": True, "vocab_size": 50432, "max_position_embeddings": 2048},
         "use_parallel_residual": True,
     },
 }
 """Defaults of transformers' configuration classes for keys that a config.json may omit."""
-VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_channels": 3}
-VISION |= {"image_size": 224, "patch_size": 16}
+VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_channels": 3}
+VISION_DEFAULTS |= {"image_size": 224, "patch_size": 16}
 """Defaults of the vision tower (SigLIP)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class LinearShape:
     """A linear layer: its module name, its sizes, whether it has a bias, and how many the model has."""
 
     name: str
-    inputs: int
-    outputs: int
+    in_features: int
+    out_features: int
     bias: bool
     count: int
 
     @property
     def weights(self) -> int:
         """Return the weights of all layers of this name."""
-        return self.count * self.inputs * self.outputs
+        return self.count * self.in_features * self.out_features
 
     @property
     def parameters(self) -> int:
         """Return the weights and biases of all layers of this name."""
-        return self.weights + (self.count * self.outputs if self.bias else 0)
+        return self.weights + (self.count * self.out_features if self.bias else 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Norm:
+class NormShape:
     """A norm: its module name, its width, whether it has a bias, and how many the model has."""
 
     name: str
@@ -79,7 +89,7 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
-class Vision:
+class VisionTower:
     """The vision tower; text-only inputs do not run through it.
 
     Attributes:
@@ -90,11 +100,11 @@ class Vision:
         num_patches: per image.
     """
 
-    hidden: int
-    intermediate: int
-    layers: int
-    patch: int
-    patches: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    patch_size: int
+    num_patches: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,32 +139,32 @@ class Architecture:
     """
 
     family: str
-    hidden: int
-    layers: int
-    heads: int
-    key_value_heads: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
-    intermediate: int
-    vocabulary: int
-    context: int
-    tied: bool
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+    tied_embeddings: bool
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     gated: bool = True
-    fused: bool = False
+    fused_qkv: bool = False
     layer_norm: bool = False
-    sandwich: bool = False
+    post_norms: bool = False
     query_key_norm: bool = False
-    parallel: bool = False
+    parallel_residual: bool = False
     softcap: bool = False
     eager: bool = False
     sliding_window: int = 0
     sliding_layers: int = 0
-    vision: Vision | None = None
+    vision: VisionTower | None = None
 
     @classmethod
-    def of(cls, config: Values) -> "Architecture":
+    def from_config(cls, config: ConfigValues) -> "Architecture":
         """Return the architecture that a config.json describes.
 
         Raises:
@@ -163,95 +173,101 @@ class Architecture:
         family = config.get("model_type")
         # A multimodal config nests the decoder's under text_config.
         if family == "gemma3":
-            return _with_vision(config)
-        if family not in DEFAULTS:
-            raise UserError(_unknown(str(family)))
+            return _multimodal_architecture(config)
+        if family not in FAMILY_DEFAULTS:
+            raise UserError(_unknown_family(str(family)))
         try:
-            return _decoder(str(family), {**DEFAULTS[str(family)], **config})
+            return _decoder_architecture(str(family), {**FAMILY_DEFAULTS[str(family)], **config})
         except KeyError as error:
             found = f"a config.json of type '{family}' without {error}"
             raise UserError(Problem("model.base", found, "a complete config.json")) from error
 
     @property
-    def queries(self) -> int:
+    def query_width(self) -> int:
         """Return the width of all query heads."""
-        return self.heads * self.head_dim
+        return self.num_heads * self.head_dim
 
     @property
-    def keys(self) -> int:
+    def kv_width(self) -> int:
         """Return the width of all key heads, which is that of the value heads."""
-        return self.key_value_heads * self.head_dim
+        return self.num_kv_heads * self.head_dim
 
     @property
     def parameters(self) -> int:
         """Return the number of parameters; tied embeddings count once."""
         # Input embeddings, and the output head where it is a matrix of its own.
-        tables = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         linear = sum(layer.parameters for layer in self.linear_layers())
         norms = sum(norm.parameters for norm in self.norms())
-        return tables + linear + norms + _loose(self.vision, self.hidden)
+        return embeddings + linear + norms + _other_vision_parameters(self.vision, self.hidden_size)
 
-    def linear_layers(self) -> tuple[Linear, ...]:
+    def linear_layers(self) -> tuple[LinearShape, ...]:
         """Return the decoder's linear layers except the head, in order, then the vision tower's."""
-        attention, mlp, n = self.attention_bias, self.mlp_bias, self.layers
-        if self.fused:
-            found = [
-                Linear("query_key_value", self.hidden, self.queries + 2 * self.keys, attention, n),
-                Linear("dense", self.queries, self.hidden, self.output_bias, n),
-                Linear("dense_h_to_4h", self.hidden, self.intermediate, mlp, n),
-                Linear("dense_4h_to_h", self.intermediate, self.hidden, mlp, n),
+        attention, mlp, num_layers = self.attention_bias, self.mlp_bias, self.num_layers
+        if self.fused_qkv:
+            layers = [
+                LinearShape(
+                    "query_key_value",
+                    self.hidden_size,
+                    self.query_width + 2 * self.kv_width,
+                    attention,
+                    num_layers,
+                ),
+                LinearShape("dense", self.query_width, self.hidden_size, self.output_bias, num_layers),
+                LinearShape("dense_h_to_4h", self.hidden_size, self.intermediate_size, mlp, num_layers),
+                LinearShape("dense_4h_to_h", self.intermediate_size, self.hidden_size, mlp, num_layers),
             ]
         else:
-            found = [
-                Linear("q_proj", self.hidden, self.queries, attention, n),
-                Linear("k_proj", self.hidden, self.keys, attention, n),
-                Linear("v_proj", self.hidden, self.keys, attention, n),
-                Linear("o_proj", self.queries, self.hidden, self.output_bias, n),
-                Linear("gate_proj", self.hidden, self.intermediate, mlp, n),
-                Linear("up_proj", self.hidden, self.intermediate, mlp, n),
-                Linear("down_proj", self.intermediate, self.hidden, mlp, n),
+            layers = [
+                LinearShape("q_proj", self.hidden_size, self.query_width, attention, num_layers),
+                LinearShape("k_proj", self.hidden_size, self.kv_width, attention, num_layers),
+                LinearShape("v_proj", self.hidden_size, self.kv_width, attention, num_layers),
+                LinearShape("o_proj", self.query_width, self.hidden_size, self.output_bias, num_layers),
+                LinearShape("gate_proj", self.hidden_size, self.intermediate_size, mlp, num_layers),
+                LinearShape("up_proj", self.hidden_size, self.intermediate_size, mlp, num_layers),
+                LinearShape("down_proj", self.intermediate_size, self.hidden_size, mlp, num_layers),
             ]
-        return (*found, *(_vision_layers(self.vision) if self.vision else ()))
+        return (*layers, *(_vision_linears(self.vision) if self.vision else ()))
 
-    def norms(self) -> tuple[Norm, ...]:
+    def norms(self) -> tuple[NormShape, ...]:
         """Return the norms of the decoder, then those of the vision tower."""
-        n, bias = self.layers, self.layer_norm
+        num_layers, bias = self.num_layers, self.layer_norm
         names = ["input_layernorm", "post_attention_layernorm"]
-        if self.sandwich:
+        if self.post_norms:
             names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-        found = [Norm(name, self.hidden, bias, n) for name in names]
+        norms = [NormShape(name, self.hidden_size, bias, num_layers) for name in names]
         if self.query_key_norm:
-            found += [Norm(name, self.head_dim, bias, n) for name in ("q_norm", "k_norm")]
-        found.append(Norm("final_layer_norm" if self.fused else "norm", self.hidden, bias, 1))
-        return (*found, *(_vision_norms(self.vision) if self.vision else ()))
+            norms += [NormShape(name, self.head_dim, bias, num_layers) for name in ("q_norm", "k_norm")]
+        norms.append(NormShape("final_layer_norm" if self.fused_qkv else "norm", self.hidden_size, bias, 1))
+        return (*norms, *(_vision_norms(self.vision) if self.vision else ()))
 
 
-def _decoder(family: str, config: Values) -> Architecture:
+def _decoder_architecture(family: str, config: ConfigValues) -> Architecture:
     heads = int(config["num_attention_heads"])
     gemma, neox = family.startswith("gemma"), family == "gpt_neox"
     bias = bool(config["attention_bias"])
-    window, sliding = _sliding(family, config)
+    window, sliding = _sliding_window(family, config)
     return Architecture(
         family=family,
-        hidden=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        key_value_heads=heads if neox else config.get("num_key_value_heads") or heads,
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=heads if neox else config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        intermediate=config["intermediate_size"],
-        vocabulary=config["vocab_size"],
-        context=config["max_position_embeddings"],
-        tied=bool(config["tie_word_embeddings"]),
+        intermediate_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        max_positions=config["max_position_embeddings"],
+        tied_embeddings=bool(config["tie_word_embeddings"]),
         # Qwen2 has biases on queries, keys and values, without a config key for it.
         attention_bias=family == "qwen2" or bias,
         output_bias=family != "qwen2" and bias,
         mlp_bias=bool(config["mlp_bias"]),
         gated=not neox,
-        fused=neox,
+        fused_qkv=neox,
         layer_norm=neox,
-        sandwich=gemma,
+        post_norms=gemma,
         query_key_norm=family in ("qwen3", "gemma3_text"),
-        parallel=neox and bool(config["use_parallel_residual"]),
+        parallel_residual=neox and bool(config["use_parallel_residual"]),
         softcap=gemma and config["final_logit_softcapping"] is not None,
         # Gemma 2 caps the attention scores, which fused kernels do not support.
         eager=family == "gemma2",
@@ -260,7 +276,7 @@ def _decoder(family: str, config: Values) -> Architecture:
     )
 
 
-def _sliding(family: str, config: Values) -> tuple[int, int]:
+def _sliding_window(family: str, config: ConfigValues) -> tuple[int, int]:
     """Return the window of the sliding layers, and their number."""
     layers = int(config["num_hidden_layers"])
     if family == "mistral":
@@ -269,56 +285,66 @@ def _sliding(family: str, config: Values) -> tuple[int, int]:
         return (window, layers) if window else (0, 0)
     if family in ("qwen2", "qwen3"):
         # The first max_window_layers attend to everything.
-        used = config.get("use_sliding_window", False) and config.get("sliding_window")
-        return (config["sliding_window"], layers - config.get("max_window_layers", 28)) if used else (0, 0)
+        enabled_window = config.get("use_sliding_window", False) and config.get("sliding_window")
+        return (
+            (config["sliding_window"], layers - config.get("max_window_layers", 28))
+            if enabled_window
+            else (0, 0)
+        )
     if family.startswith("gemma"):
         # Gemma 2 alternates; in Gemma 3 one layer of six attends to everything.
-        every = 2 if family == "gemma2" else int(config.get("sliding_window_pattern") or 6)
-        return config.get("sliding_window") or 4096, layers - layers // every
+        period = 2 if family == "gemma2" else int(config.get("sliding_window_pattern") or 6)
+        return config.get("sliding_window") or 4096, layers - layers // period
     return 0, 0
 
 
-def _with_vision(config: Values) -> Architecture:
-    text = {**DEFAULTS["gemma3_text"], **config.get("text_config", {})}
-    tower = {**VISION, **config.get("vision_config", {})}
-    vision = Vision(
-        hidden=tower["hidden_size"],
-        intermediate=tower["intermediate_size"],
-        layers=tower["num_hidden_layers"],
-        patch=tower["num_channels"] * tower["patch_size"] ** 2,
-        patches=(tower["image_size"] // tower["patch_size"]) ** 2,
+def _multimodal_architecture(config: ConfigValues) -> Architecture:
+    text = {**FAMILY_DEFAULTS["gemma3_text"], **config.get("text_config", {})}
+    tower = {**VISION_DEFAULTS, **config.get("vision_config", {})}
+    vision = VisionTower(
+        hidden_size=tower["hidden_size"],
+        intermediate_size=tower["intermediate_size"],
+        num_layers=tower["num_hidden_layers"],
+        patch_size=tower["num_channels"] * tower["patch_size"] ** 2,
+        num_patches=(tower["image_size"] // tower["patch_size"]) ** 2,
     )
-    return replace(_decoder("gemma3_text", text), vision=vision)
+    return replace(_decoder_architecture("gemma3_text", text), vision=vision)
 
 
-def _vision_layers(vision: Vision) -> tuple[Linear, ...]:
-    wide, n = vision.intermediate, vision.layers
-    attention = (Linear(f"{part}_proj", vision.hidden, vision.hidden, True, n) for part in "kvq")
+def _vision_linears(vision: VisionTower) -> tuple[LinearShape, ...]:
+    mlp_width, num_layers = vision.intermediate_size, vision.num_layers
+    attention = (
+        LinearShape(f"{projection}_proj", vision.hidden_size, vision.hidden_size, True, num_layers)
+        for projection in "kvq"
+    )
     return (
         *attention,
-        Linear("out_proj", vision.hidden, vision.hidden, True, n),
-        Linear("fc1", vision.hidden, wide, True, n),
-        Linear("fc2", wide, vision.hidden, True, n),
+        LinearShape("out_proj", vision.hidden_size, vision.hidden_size, True, num_layers),
+        LinearShape("fc1", vision.hidden_size, mlp_width, True, num_layers),
+        LinearShape("fc2", mlp_width, vision.hidden_size, True, num_layers),
     )
 
 
-def _vision_norms(vision: Vision) -> tuple[Norm, ...]:
-    layers = (Norm(name, vision.hidden, True, vision.layers) for name in ("layer_norm1", "layer_norm2"))
-    last = Norm("post_layernorm", vision.hidden, True, 1)
-    return (*layers, last, Norm("mm_soft_emb_norm", vision.hidden, False, 1))
+def _vision_norms(vision: VisionTower) -> tuple[NormShape, ...]:
+    layers = (
+        NormShape(name, vision.hidden_size, True, vision.num_layers)
+        for name in ("layer_norm1", "layer_norm2")
+    )
+    last = NormShape("post_layernorm", vision.hidden_size, True, 1)
+    return (*layers, last, NormShape("mm_soft_emb_norm", vision.hidden_size, False, 1))
 
 
-def _loose(vision: Vision | None, hidden: int) -> int:
+def _other_vision_parameters(vision: VisionTower | None, hidden_size: int) -> int:
     """Return the vision tower's other parameters: patch embedding, positions, projection."""
     if vision is None:
         return 0
-    patches = vision.patch * vision.hidden + vision.hidden
-    return patches + vision.patches * vision.hidden + vision.hidden * hidden
+    patches = vision.patch_size * vision.hidden_size + vision.hidden_size
+    return patches + vision.num_patches * vision.hidden_size + vision.hidden_size * hidden_size
 
 
-def _unknown(family: str) -> Problem:
-    known = ", ".join([*DEFAULTS, "gemma3"])
-    repair = nearest(family, DEFAULTS) or (
+def _unknown_family(family: str) -> Problem:
+    known = ", ".join([*FAMILY_DEFAULTS, "gemma3"])
+    repair = did_you_mean(family, FAMILY_DEFAULTS) or (
         "training may work anyway: train.max_steps=3 trains three steps; run.json then has the peak memory"
     )
     return Problem(

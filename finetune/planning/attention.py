@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from finetune.planning.adapted import Linears
+from finetune.planning.adapted import AdaptedLinears
 from finetune.planning.architecture import Architecture
-from finetune.planning.tape import Tape, Tensor
+from finetune.planning.tape import Buffer, Tape
 from finetune.planning.workload import Adapter, Workload
 
-FLASH_ALIGNED = 16
+MASK_ALIGNMENT = 16
 """On a GPU the additive attention mask is padded to rows of a multiple of this."""
 
 
@@ -15,7 +15,7 @@ FLASH_ALIGNED = 16
 class Attention:
     """The attention of one model on a tape."""
 
-    linears: Linears
+    linears: AdaptedLinears
 
     @property
     def tape(self) -> Tape:
@@ -33,7 +33,7 @@ class Attention:
     def adapter(self) -> Adapter:
         return self.workload.adapter
 
-    def mixed(self, query: Tensor, key: Tensor, value: Tensor, *, whole: Tensor) -> Tensor:
+    def forward(self, query: Buffer, key: Buffer, value: Buffer, *, value_base: Buffer) -> Buffer:
         """Return softmax(Q K^T) V.
 
         Args:
@@ -43,19 +43,22 @@ class Attention:
             value_base: the buffer that ``value`` is a view of, or ``value`` itself.
         """
         tape = self.tape
-        query, key = self.linears.to(query, self.linears.each), self.linears.to(key, self.linears.each)
-        tape.hold(value)
+        query, key = (
+            self.linears.to(query, self.linears.itemsize),
+            self.linears.to(key, self.linears.itemsize),
+        )
+        tape.retain(value)
         # The concatenation is a new buffer, so attention saves that and not the projection's output.
-        if self.adapter.cached:
-            key, value = self.behind_prefix(key), self.behind_prefix(value)
-            whole = value
+        if self.adapter.prefix_tokens:
+            key, value = self.prepend_prefix(key), self.prepend_prefix(value)
+            value_base = value
         # Without a mask the fused kernel reads grouped keys and values as they are (enable_gqa).
-        if self.model.heads != self.model.key_value_heads and (self.masked or self.eager):
-            key, value = self.repeated(key), self.repeated(value)
-            whole = value
-        made = (self.written_out if self.eager else self.fused)(query, key, value, whole)
-        tape.drop(query, key, value)
-        return made
+        if self.model.num_heads != self.model.num_kv_heads and (self.masked or self.eager):
+            key, value = self.repeat_kv(key), self.repeat_kv(value)
+            value_base = value
+        output = (self.eager_attention if self.eager else self.fused_attention)(query, key, value, value_base)
+        tape.release(query, key, value)
+        return output
 
     @property
     def eager(self) -> bool:
@@ -65,95 +68,114 @@ class Attention:
     @property
     def masked(self) -> bool:
         """Return whether attention takes a mask: for padding, block masks, or keys before the first query."""
-        return self.workload.masked or self.adapter.cached > 0
+        return self.workload.masked or self.adapter.prefix_tokens > 0
 
     @property
-    def seen(self) -> int:
+    def num_keys(self) -> int:
         """Return the number of keys per row, the prefix included."""
-        return self.workload.width + self.adapter.cached
+        return self.workload.positions + self.adapter.prefix_tokens
 
-    def behind_prefix(self, states: Tensor) -> Tensor:
+    def prepend_prefix(self, states: Buffer) -> Buffer:
         """Return keys or values with the prefix prepended, and release the ones without."""
-        numbers, prefix = self.workload.lines * self.seen * self.model.keys, self.prefix
-        made = self.tape.run([states, prefix], numbers, self.linears.each)
-        self.tape.drop(states)
-        return made
+        numel, prefix = self.workload.rows * self.num_keys * self.model.kv_width, self.prefix_weight
+        prefixed = self.tape.apply([states, prefix], numel, self.linears.itemsize)
+        self.tape.release(states)
+        return prefixed
 
     @property
-    def prefix(self) -> Tensor:
+    def prefix_weight(self) -> Buffer:
         """Return the trained prefix of one layer's keys or values."""
-        return self.tape.weight(self.adapter.cached * self.model.keys)
+        return self.tape.weight(self.adapter.prefix_tokens * self.model.kv_width)
 
-    def repeated(self, states: Tensor) -> Tensor:
+    def repeat_kv(self, states: Buffer) -> Buffer:
         """Return keys or values copied to every query head (GQA), and release the originals."""
-        made = self.tape.run(
-            [states], self.workload.lines * self.seen * self.model.queries, self.linears.each
+        repeated = self.tape.apply(
+            [states], self.workload.rows * self.num_keys * self.model.query_width, self.linears.itemsize
         )
-        self.tape.drop(states)
-        return made
+        self.tape.release(states)
+        return repeated
 
-    def fused(self, query: Tensor, key: Tensor, value: Tensor, held: Tensor) -> Tensor:
+    def fused_attention(self, query: Buffer, key: Buffer, value: Buffer, value_base: Buffer) -> Buffer:
         """Return softmax(Q K^T) V by a fused kernel, which saves its inputs, its output and the log-sum-exp.
 
         FlashAttention (Dao et al. 2022, arXiv 2205.14135, section 3.1). A boolean mask is converted to an
         additive one in every layer, and saved. On a GPU the gradient of the queries is accumulated in
         float32.
         """
-        tape, work = self.tape, self.workload
+        tape, workload = self.tape, self.workload
         # One float32 log-sum-exp per query and head.
-        sums = tape.new(work.lines * self.model.heads * work.width, 4)
-        kept = [query, key, held, sums]
+        logsumexp = tape.allocate(workload.rows * self.model.num_heads * workload.positions, 4)
+        saved = [query, key, value_base, logsumexp]
         if self.masked:
-            line = -(-self.seen // FLASH_ALIGNED) * FLASH_ALIGNED if work.device == "cuda" else self.seen
-            kept.append(tape.new(work.lines * work.width * line, self.linears.each))
+            mask_width = (
+                -(-self.num_keys // MASK_ALIGNMENT) * MASK_ALIGNMENT
+                if workload.device == "cuda"
+                else self.num_keys
+            )
+            saved.append(
+                tape.allocate(workload.rows * workload.positions * mask_width, self.linears.itemsize)
+            )
         # FlashAttention's backward accumulates dQ in float32; the kernel for masks does not.
-        own = 4 * query.numbers if work.device == "cuda" and not self.masked else 0
-        made = tape.run(
+        query_grad_bytes = 4 * query.numel if workload.device == "cuda" and not self.masked else 0
+        output = tape.apply(
             [query, key, value],
-            query.numbers,
-            self.linears.each,
-            keeps=kept,
-            keeps_result=True,
-            workspace=own,
+            query.numel,
+            self.linears.itemsize,
+            saved_for_backward=saved,
+            saves_output=True,
+            workspace=query_grad_bytes,
         )
-        tape.drop(sums, *kept[4:])
-        return made
+        tape.release(logsumexp, *saved[4:])
+        return output
 
-    def written_out(self, query: Tensor, key: Tensor, value: Tensor, held: Tensor) -> Tensor:
+    def eager_attention(self, query: Buffer, key: Buffer, value: Buffer, value_base: Buffer) -> Buffer:
         """Return eager attention: the score matrix is materialized, and the softmax is float32."""
-        tape, work = self.tape, self.workload
+        tape, workload = self.tape, self.workload
         # The score matrix is quadratic in the row length, and every step below is out of place.
-        scores = work.lines * self.model.heads * work.width * self.seen
-        found = tape.run([query, key], scores, self.linears.each, keeps=[query, key])
-        for keeps in [False, *([False, True, False] if self.model.eager else []), False]:
-            made = tape.run(
-                [found], scores, self.linears.each, keeps_result=keeps
+        scores_numel = workload.rows * self.model.num_heads * workload.positions * self.num_keys
+        scores = tape.apply(
+            [query, key], scores_numel, self.linears.itemsize, saved_for_backward=[query, key]
+        )
+        for saves_output in [False, *([False, True, False] if self.model.eager else []), False]:
+            output = tape.apply(
+                [scores], scores_numel, self.linears.itemsize, saves_output=saves_output
             )  # scale, cap by a tanh, mask
-            tape.drop(found)
-            found = made
-        wide = self.linears.to(found, 4)
-        shares = tape.run([wide], scores, 4, keeps_result=True)
-        tape.drop(found, wide)
-        narrow = self.linears.to(shares, self.linears.each)
-        tape.drop(shares)
-        mixed = tape.run([narrow, value], query.numbers, self.linears.each, keeps=[narrow, held])
-        tape.drop(narrow)
-        made = tape.run([mixed], query.numbers, self.linears.each)
-        tape.drop(mixed)
-        return made
+            tape.release(scores)
+            scores = output
+        scores_fp32 = self.linears.to(scores, 4)
+        probs = tape.apply([scores_fp32], scores_numel, 4, saves_output=True)
+        tape.release(scores, scores_fp32)
+        cast_probs = self.linears.to(probs, self.linears.itemsize)
+        tape.release(probs)
+        interleaved = tape.apply(
+            [cast_probs, value],
+            query.numel,
+            self.linears.itemsize,
+            saved_for_backward=[cast_probs, value_base],
+        )
+        tape.release(cast_probs)
+        output = tape.apply([interleaved], query.numel, self.linears.itemsize)
+        tape.release(interleaved)
+        return output
 
-    def to_prompt(self, query: Tensor, tokens: int) -> Tensor:
+    def prompt_attention(self, query: Buffer, tokens: int) -> Buffer:
         """Return gate * softmax(Q K^T) V for keys and values computed from a trained prompt."""
-        tape, each, numbers = self.tape, self.linears.each, query.numbers // self.model.head_dim * tokens
-        prompt = tape.weight(tokens * self.model.hidden)
-        found = tape.run([query, prompt], numbers, each, keeps=[query])
-        scaled = tape.run([found], numbers, each)
-        wide = self.linears.to(scaled, 4)
-        shares = tape.run([wide], numbers, 4, keeps_result=True)
-        tape.drop(found, scaled, wide)
-        narrow = self.linears.to(shares, each)
-        gated = tape.run([narrow, tape.weight(1)], numbers, each, keeps=[narrow])
-        mixed = tape.run([gated, prompt], query.numbers, each, keeps=[gated])
-        made = tape.run([mixed], query.numbers, each)
-        tape.drop(shares, narrow, gated, mixed)
-        return made
+        tape, itemsize, scores_numel = (
+            self.tape,
+            self.linears.itemsize,
+            query.numel // self.model.head_dim * tokens,
+        )
+        prompt = tape.weight(tokens * self.model.hidden_size)
+        scores = tape.apply([query, prompt], scores_numel, itemsize, saved_for_backward=[query])
+        scaled = tape.apply([scores], scores_numel, itemsize)
+        scores_fp32 = self.linears.to(scaled, 4)
+        probs = tape.apply([scores_fp32], scores_numel, 4, saves_output=True)
+        tape.release(scores, scaled, scores_fp32)
+        cast_probs = self.linears.to(probs, itemsize)
+        gated = tape.apply(
+            [cast_probs, tape.weight(1)], scores_numel, itemsize, saved_for_backward=[cast_probs]
+        )
+        weighted = tape.apply([gated, prompt], query.numel, itemsize, saved_for_backward=[gated])
+        output = tape.apply([weighted], query.numel, itemsize)
+        tape.release(probs, cast_probs, gated, weighted)
+        return output

@@ -2,39 +2,39 @@
 
 from finetune.planning.workload import Workload
 
-SCORES = 3
+LOGITS_COPIES = 3
 """Float32 copies of one token's logits: raw, divided by the temperature, as probabilities."""
 
 
-def decoding(workload: Workload) -> dict[str, int]:
+def decoding_memory(workload: Workload) -> dict[str, int]:
     """Return the memory in use when the last token of a completion is sampled.
 
     The key-value cache of all layers; appending copies one layer's cache at a time.
     """
-    model, asked = workload.architecture, workload.rollout
-    assert asked is not None
-    layer = asked.lines * _columns(workload) * model.keys * workload.bytes
+    model, generation = workload.architecture, workload.rollout
+    assert generation is not None
+    layer_bytes = generation.rows * _num_positions(workload) * model.kv_width * workload.itemsize
     # Eager attention copies keys and values to every query head.
-    repeated = model.heads // model.key_value_heads if workload.attention == "eager" or model.eager else 0
+    repeated = model.num_heads // model.num_kv_heads if workload.attention == "eager" or model.eager else 0
     return {
-        "key-value cache": cache_bytes(workload),
-        "logits and loss": asked.lines * model.vocabulary * (workload.bytes + 4 * SCORES),
+        "key-value cache": kv_cache_bytes(workload),
+        "logits and loss": generation.rows * model.vocab_size * (workload.itemsize + 4 * LOGITS_COPIES),
         # Appending concatenates: the layer's new cache exists next to the old one.
-        "workspace": layer * (1 + 2 * repeated),
+        "workspace": layer_bytes * (1 + 2 * repeated),
     }
 
 
-def cache_bytes(workload: Workload) -> int:
+def kv_cache_bytes(workload: Workload) -> int:
     """Return the bytes of the KV cache; sliding-window layers cache their window alone."""
-    model, asked = workload.architecture, workload.rollout
-    assert asked is not None
-    width = _columns(workload)
-    sliding = model.sliding_layers * min(width, model.sliding_window)
-    columns = (model.layers - model.sliding_layers) * width + sliding
-    return 2 * columns * asked.lines * model.keys * workload.bytes
+    model, generation = workload.architecture, workload.rollout
+    assert generation is not None
+    positions = _num_positions(workload)
+    sliding = model.sliding_layers * min(positions, model.sliding_window)
+    cached_positions = (model.num_layers - model.sliding_layers) * positions + sliding
+    return 2 * cached_positions * generation.rows * model.kv_width * workload.itemsize
 
 
-def _columns(workload: Workload) -> int:
-    asked = workload.rollout
-    assert asked is not None
-    return asked.prompt + asked.completion + workload.adapter.virtual_tokens
+def _num_positions(workload: Workload) -> int:
+    generation = workload.rollout
+    assert generation is not None
+    return generation.prompt + generation.completion + workload.adapter.virtual_tokens

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Fact = str | bool
+PropertyValue = str | bool
 
 
 @dataclass(frozen=True)
-class Rule:
+class CompatibilityRule:
     """A combination of settings that does not work.
 
     Attributes:
@@ -28,49 +28,49 @@ class Rule:
     """
 
     name: str
-    when: Mapping[str, tuple[Fact, ...]]
+    when: Mapping[str, tuple[PropertyValue, ...]]
     reason: str
     source: str
     evidence: Literal["run", "source", "thread", "ours"]
     changes: Mapping[str, Any] = field(default_factory=dict)
     repair: str = ""
 
-    def hits(self, facts: Mapping[str, Fact]) -> bool:
+    def applies(self, properties: Mapping[str, PropertyValue]) -> bool:
         """Return whether the rule applies to a combination with these properties."""
-        return all(facts[name] in values for name, values in self.when.items())
+        return all(properties[name] in values for name, values in self.when.items())
 
 
-ZERO = ("zero1", "zero2", "zero3")
-SHARED = ("ddp", *ZERO, "fsdp2")
-WEIGHTS_APART = ("zero3", "fsdp2")
+ZERO_STRATEGIES = ("zero1", "zero2", "zero3")
+MULTI_PROCESS_STRATEGIES = ("ddp", *ZERO_STRATEGIES, "fsdp2")
+SHARDED_WEIGHTS = ("zero3", "fsdp2")
 """Strategies that shard the weights over the processes."""
 
-OF_THE_ADAPTER = (
-    Rule(
+ADAPTER_RULES = (
+    CompatibilityRule(
         "quantization",
-        {"adapter_takes_it": (False,)},
+        {"quantization_supported": (False,)},
         "the adapter does not support this quantization of the base",
         "finetune/adapters/*.py, TRAITS.quantization",
         "ours",
         {"model.quantization": "auto"},
     ),
-    Rule(
+    CompatibilityRule(
         "engine",
-        {"adapter_has_engine": (False,)},
+        {"engine_supported": (False,)},
         "the adapter needs hooks between steps or access to the output head, which TRL's trainers lack",
         "finetune/adapters/*.py, TRAITS.engines; llama_adapter tested here: TRL finds no log_probs",
         "ours",
         {"train.engine": "native"},
     ),
-    Rule(
+    CompatibilityRule(
         "reward-head",
-        {"stage": ("reward",), "adapter_scores": (False,)},
+        {"stage": ("reward",), "reward_head_supported": (False,)},
         "PEFT cannot save a reward head with this adapter",
         "finetune/adapters/*.py, TRAITS.scores",
         "ours",
         repair="another adapter of `llm-align list adapters`, such as lora",
     ),
-    Rule(
+    CompatibilityRule(
         "trl-reference",
         {"stage": ("dpo",), "engine": ("trl",), "changes_base": (True,)},
         "TRL copies the adapter for its reference, and the copy would change the base again",
@@ -78,7 +78,7 @@ OF_THE_ADAPTER = (
         "ours",
         {"train.engine": "native"},
     ),
-    Rule(
+    CompatibilityRule(
         "trl-reference-only",
         {"stage": ("kto", "rloo", "grpo"), "engine": ("trl",), "changes_base": (True,)},
         "TRL copies the adapter for its reference, and the copy would change the base again",
@@ -86,7 +86,7 @@ OF_THE_ADAPTER = (
         "ours",
         repair="adapter.method=lora, or another one that does not change the base",
     ),
-    Rule(
+    CompatibilityRule(
         "consistency",
         {"stage": ("dpo", "ppo"), "two_passes": (True,)},
         "the consistency loss of two forward passes needs labels, and this stage has none",
@@ -96,8 +96,8 @@ OF_THE_ADAPTER = (
     ),
 )
 
-OF_THE_STAGE = (
-    Rule(
+STAGE_RULES = (
+    CompatibilityRule(
         "trl-only",
         {"stage": ("kto", "rloo", "grpo"), "engine": ("native",)},
         "this stage runs on TRL's trainer alone",
@@ -105,7 +105,7 @@ OF_THE_STAGE = (
         "ours",
         {"train.engine": "trl"},
     ),
-    Rule(
+    CompatibilityRule(
         "native-only",
         {"stage": ("ppo",), "engine": ("trl",)},
         "TRL 1.16 has no PPO trainer",
@@ -115,8 +115,8 @@ OF_THE_STAGE = (
     ),
 )
 
-OF_THE_HARDWARE = (
-    Rule(
+HARDWARE_RULES = (
+    CompatibilityRule(
         "float16-cpu",
         {"precision": ("float16",), "device": ("cpu",)},
         "CPUs have no fast float16 kernels with loss scaling",
@@ -124,7 +124,7 @@ OF_THE_HARDWARE = (
         "ours",
         {"model.precision": "auto"},
     ),
-    Rule(
+    CompatibilityRule(
         "bfloat16-emulated",
         {"precision": ("bfloat16",), "device": ("cuda",), "bfloat16": (False,)},
         "this GPU only emulates bfloat16, which is slower than float32",
@@ -134,8 +134,8 @@ OF_THE_HARDWARE = (
     ),
 )
 
-OF_THE_PROCESSES = (
-    Rule(
+PROCESS_RULES = (
+    CompatibilityRule(
         "single-process-strategy",
         {"strategy": ("single",), "processes": ("several",)},
         "each process would train an independent model",
@@ -144,16 +144,16 @@ OF_THE_PROCESSES = (
         {"train.strategy": "ddp"},
         "train.strategy=auto, or train.processes=1",
     ),
-    Rule(
+    CompatibilityRule(
         "one-process",
-        {"strategy": SHARED, "processes": ("one",)},
+        {"strategy": MULTI_PROCESS_STRATEGIES, "processes": ("one",)},
         "the strategy needs several processes, and there is one",
         "finetune/training/launch.py",
         "ours",
         {"train.strategy": "single"},
         "train.processes=2 or more, or train.strategy=auto",
     ),
-    Rule(
+    CompatibilityRule(
         "ddp-offload",
         {"strategy": ("ddp",), "offload": ("cpu",)},
         "offloading is a ZeRO feature; plain data parallelism has no offload",
@@ -161,7 +161,7 @@ OF_THE_PROCESSES = (
         "source",
         {"train.strategy": "zero2"},
     ),
-    Rule(
+    CompatibilityRule(
         "ddp-nvme",
         {"strategy": ("ddp",), "offload": ("nvme",)},
         "only ZeRO-3 offloads to NVMe; plain data parallelism has no offload",
@@ -169,7 +169,7 @@ OF_THE_PROCESSES = (
         "source",
         {"train.strategy": "zero3"},
     ),
-    Rule(
+    CompatibilityRule(
         "offload-one-process",
         {"offload": ("cpu", "nvme"), "processes": ("one",)},
         "offloading is a ZeRO feature, and ZeRO needs several processes here",
@@ -180,8 +180,8 @@ OF_THE_PROCESSES = (
     ),
 )
 
-OF_THE_OFFLOAD = (
-    Rule(
+OFFLOAD_RULES = (
+    CompatibilityRule(
         "fsdp2-offload",
         {"strategy": ("fsdp2",), "offload": ("cpu", "nvme")},
         "offloading is a ZeRO feature here: FSDP2 keeps its shards on the device",
@@ -189,7 +189,7 @@ OF_THE_OFFLOAD = (
         "ours",
         {"train.strategy": "zero3"},
     ),
-    Rule(
+    CompatibilityRule(
         "nvme-cpu",
         {"offload": ("nvme",), "device": ("cpu",)},
         "DeepSpeed swaps GPU memory to NVMe, and on a CPU there is none",
@@ -197,7 +197,7 @@ OF_THE_OFFLOAD = (
         "source",
         {"train.offload": "none"},
     ),
-    Rule(
+    CompatibilityRule(
         "nvme-needs-zero3",
         {"strategy": ("zero1", "zero2"), "offload": ("nvme",)},
         "DeepSpeed swaps to NVMe in stage 3 alone; stages 1 and 2 silently offload to the CPU",
@@ -207,10 +207,10 @@ OF_THE_OFFLOAD = (
     ),
 )
 
-OF_THE_WEIGHTS = (
-    Rule(
+SHARDING_RULES = (
+    CompatibilityRule(
         "reward-models-sharded",
-        {"stage": ("ppo", "rejection", "rloo", "grpo"), "strategy": WEIGHTS_APART},
+        {"stage": ("ppo", "rejection", "rloo", "grpo"), "strategy": SHARDED_WEIGHTS},
         "reward and value models share the policy's base in memory, which would be sharded; ZeRO-2 "
         "replicates the weights",
         "ppo on two CPU ranks with ZeRO-3: Cannot copy out of meta tensor "
@@ -218,7 +218,7 @@ OF_THE_WEIGHTS = (
         "run",
         {"train.strategy": "zero2"},
     ),
-    Rule(
+    CompatibilityRule(
         "fsdp2-quantized",
         {"strategy": ("fsdp2",), "quantization": ("nf4", "int8")},
         "FSDP2's weights become DTensors while they are loaded, which bitsandbytes cannot quantize; ZeRO-3 "
@@ -227,7 +227,7 @@ OF_THE_WEIGHTS = (
         "run",
         {"train.strategy": "zero3"},
     ),
-    Rule(
+    CompatibilityRule(
         "int8-sharded",
         {"strategy": ("zero3",), "quantization": ("int8",)},
         "bitsandbytes' 8-bit layers keep the full weight in addition to the sharded parameter: no memory is "
@@ -237,7 +237,7 @@ OF_THE_WEIGHTS = (
         "run",
         {"train.strategy": "zero2"},
     ),
-    Rule(
+    CompatibilityRule(
         "pissa-fsdp2",
         {"strategy": ("fsdp2",), "adapter": ("pissa",)},
         "PiSSA initializes from the SVD of the full weights and overwrites them; PEFT gathers them for that "
@@ -246,7 +246,7 @@ OF_THE_WEIGHTS = (
         "source",
         {"train.strategy": "zero3"},
     ),
-    Rule(
+    CompatibilityRule(
         "dora-fsdp2",
         {"strategy": ("fsdp2",), "adapter": ("dora",)},
         "DoRA takes column norms of the full weights, and PEFT does not support DTensors",
@@ -254,26 +254,26 @@ OF_THE_WEIGHTS = (
         "run",
         {"train.strategy": "zero3"},
     ),
-    Rule(
+    CompatibilityRule(
         "fsdp2-full",
-        {"strategy": ("fsdp2",), "whole_model": (True,)},
+        {"strategy": ("fsdp2",), "full_finetuning": (True,)},
         "in checkpoints each process would overwrite the others' optimizer shards, and the run could not "
         "resume; ZeRO-3 writes all shards",
         "two CPU ranks: it trains, and optimizer.pt holds one process's shard",
         "run",
         {"train.strategy": "zero3"},
     ),
-    Rule(
+    CompatibilityRule(
         "trl-sharded",
-        {"strategy": WEIGHTS_APART, "engine": ("trl",)},
+        {"strategy": SHARDED_WEIGHTS, "engine": ("trl",)},
         "sharded weights are not tested with TRL's trainers",
         "finetune/training/trl_engine.py",
         "ours",
         {"train.strategy": "zero2"},
     ),
-    Rule(
+    CompatibilityRule(
         "adafactor-zero",
-        {"strategy": ZERO, "optimizer": ("adafactor",)},
+        {"strategy": ZERO_STRATEGIES, "optimizer": ("adafactor",)},
         "ZeRO flattens the parameters, and Adafactor has no rows and columns to factor: it would need as "
         "much memory as Adam's second moment and compute something else",
         "deepspeed 0.19.8, stage_1_and_2.py: flatten; transformers 5.23, optimization.py: "
@@ -281,16 +281,16 @@ OF_THE_WEIGHTS = (
         "source",
         {"train.optimizer": "adamw"},
     ),
-    Rule(
+    CompatibilityRule(
         "adalora-zero",
-        {"strategy": ZERO, "adapter": ("adalora",)},
+        {"strategy": ZERO_STRATEGIES, "adapter": ("adalora",)},
         "AdaLoRA scores its ranks by the gradients after each step, which DeepSpeed has cleared by then",
         "Gradients are only available immediately after backward and before engine step; accelerate "
         "1.15, utils/deepspeed.py: backward() steps and clears; peft#1721",
         "run",
         {"train.strategy": "ddp"},
     ),
-    Rule(
+    CompatibilityRule(
         "trainable-tokens-cpu",
         {"strategy": ("zero3",), "adapter": ("trainable_tokens",), "device": ("cpu",)},
         "PEFT gathers the rows of a sharded embedding on a CUDA device, whatever the device is",
@@ -300,11 +300,11 @@ OF_THE_WEIGHTS = (
     ),
 )
 
-RULES: tuple[Rule, ...] = (
-    *OF_THE_ADAPTER,
-    *OF_THE_STAGE,
-    *OF_THE_HARDWARE,
-    *OF_THE_PROCESSES,
-    *OF_THE_OFFLOAD,
-    *OF_THE_WEIGHTS,
+COMPATIBILITY_RULES: tuple[CompatibilityRule, ...] = (
+    *ADAPTER_RULES,
+    *STAGE_RULES,
+    *HARDWARE_RULES,
+    *PROCESS_RULES,
+    *OFFLOAD_RULES,
+    *SHARDING_RULES,
 )

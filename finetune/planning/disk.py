@@ -1,12 +1,12 @@
 """Disk space of a run: adapter or model, checkpoints, merged model."""
 
 from finetune.planning.resident import optimizer_bytes
-from finetune.planning.workload import BYTES, Workload
+from finetune.planning.workload import ITEMSIZES, Workload
 
-FLOAT32 = 4
+FLOAT32_BYTES = 4
 
 
-def disk_bytes(workload: Workload, *, trained: int, kept: int) -> dict[str, int]:
+def disk_bytes(workload: Workload, *, trained_params: int, num_checkpoints: int) -> dict[str, int]:
     """Return the bytes that a run writes, by kind of file.
 
     A checkpoint holds the trained weights in float32 and the optimizer states; `llm-align merge` writes the
@@ -18,9 +18,15 @@ def disk_bytes(workload: Workload, *, trained: int, kept: int) -> dict[str, int]
         num_checkpoints: checkpoints that are retained.
     """
     architecture = workload.architecture
-    states = optimizer_bytes(workload, trained)
-    checkpoints = (kept + 1) * (FLOAT32 * trained + states)  # the oldest is deleted after the next is written
-    whole = architecture.parameters * BYTES[workload.precision]
-    if workload.adapter.whole_model:
-        return {"model": FLOAT32 * architecture.parameters, "checkpoints": checkpoints}
-    return {"adapter": FLOAT32 * trained, "checkpoints": checkpoints, "merged model, if requested": whole}
+    optimizer_state = optimizer_bytes(workload, trained_params)
+    checkpoints = (num_checkpoints + 1) * (
+        FLOAT32_BYTES * trained_params + optimizer_state
+    )  # the oldest is deleted after the next is written
+    merged_model = architecture.parameters * ITEMSIZES[workload.precision]
+    if workload.adapter.full_finetuning:
+        return {"model": FLOAT32_BYTES * architecture.parameters, "checkpoints": checkpoints}
+    return {
+        "adapter": FLOAT32_BYTES * trained_params,
+        "checkpoints": checkpoints,
+        "merged model, if requested": merged_model,
+    }

@@ -5,49 +5,49 @@ from typing import Any
 from finetune.planning import choices
 from finetune.planning.architecture import Architecture
 from finetune.planning.hardware import Hardware
-from finetune.planning.shapes import base_config
+from finetune.planning.shapes import load_base_config
 from finetune.planning.workload import Adapter, Workload
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettings
 
 ADAMIX_PASSES = 2
-SPECIAL_TOKENS = 3
+DEFAULT_TRAINED_TOKENS = 3
 """BOS, EOS and padding: the tokens that trainable_tokens trains by default."""
 
 
-def architecture_of(model: ModelSettings) -> Architecture:
+def load_architecture(model: ModelSettings) -> Architecture:
     """Return the base's architecture, with the context length of the recipe's RoPE scaling.
 
     Raises:
         UserError: an unknown base.
     """
-    config = base_config(model.base, model.revision)
+    config = load_base_config(model.base, model.revision)
     if model.rope is not None:
         # Multimodal configs nest the decoder's.
         text = config.get("text_config", config)
-        longer = {**text, "max_position_embeddings": round(_context(text) * model.rope.factor)}
-        config = {**config, "text_config": longer} if "text_config" in config else longer
-    return Architecture.of(config)
+        extended = {**text, "max_position_embeddings": round(_max_positions(text) * model.rope.factor)}
+        config = {**config, "text_config": extended} if "text_config" in config else extended
+    return Architecture.from_config(config)
 
 
-def _context(text: dict[str, Any]) -> int:
+def _max_positions(text: dict[str, Any]) -> int:
     return int(text["max_position_embeddings"])
 
 
-def adapter_of(settings: AdapterSettings) -> Adapter:
+def planned_adapter(settings: AdapterSettings) -> Adapter:
     """Return the adapter settings that memory depends on."""
     values = settings.model_dump()
     target = values.get("target", "all-linear")
     tokens = values.get("tokens")
-    own = int(values.get("virtual_tokens", 0))
+    own_tokens = int(values.get("virtual_tokens", 0))
     return Adapter(
         method=settings.method,
-        rank=_rank(values),
+        rank=_planned_rank(values),
         targets=() if isinstance(target, str) else tuple(target),
         dropout=values.get("dropout", 0.0) > 0,
         # Positions include the frozen prompts of earlier tasks (progressive_prompt).
-        virtual_tokens=max(own, settings.positions),
-        frozen_tokens=max(0, settings.positions - own),
+        virtual_tokens=max(own_tokens, settings.positions),
+        frozen_tokens=max(0, settings.positions - own_tokens),
         width=values.get("width", values.get("encoder_width", 0)),
         experts=values.get("experts", 1),
         placement=values.get("placement", "parallel"),
@@ -55,12 +55,12 @@ def adapter_of(settings: AdapterSettings) -> Adapter:
         projection=bool(values.get("projection", False)),
         top_layers=values.get("layers", 0),
         block_size=values.get("block_size", 32),
-        tokens=len(tokens) if tokens is not None else SPECIAL_TOKENS,
-        passes=ADAMIX_PASSES if values.get("consistency") else 1,
+        tokens=len(tokens) if tokens is not None else DEFAULT_TRAINED_TOKENS,
+        forward_passes=ADAMIX_PASSES if values.get("consistency") else 1,
     )
 
 
-def _rank(values: dict[str, Any]) -> int:
+def _planned_rank(values: dict[str, Any]) -> int:
     """Return the rank that memory is needed for: AdaLoRA starts at 1.5 times the final rank."""
     rank = int(values.get("rank", 0))
     if values["method"] == "adalora":
@@ -69,20 +69,20 @@ def _rank(values: dict[str, Any]) -> int:
     return rank
 
 
-def model_choices(settings: StageSettings, hardware: Hardware) -> dict[str, choices.Choice]:
+def choose_model_settings(settings: StageSettings, hardware: Hardware) -> dict[str, choices.Choice]:
     """Return a recipe's precision and quantization on some hardware, each with its reason.
 
     Raises:
         UserError: the hardware does not support the precision.
     """
-    model, possible = settings.model, adapter_traits(settings.adapter.method).quantization
+    model, supported = settings.model, adapter_traits(settings.adapter.method).quantization
     return {
         "model.precision": choices.precision(model.precision, hardware),
-        "model.quantization": choices.quantization(model.quantization, possible),
+        "model.quantization": choices.quantization(model.quantization, supported),
     }
 
 
-def step_of(
+def base_workload(
     settings: StageSettings,
     architecture: Architecture,
     *,
@@ -102,7 +102,7 @@ def step_of(
     attention = settings.model.attention
     return Workload(
         architecture=architecture,
-        adapter=adapter_of(settings.adapter),
+        adapter=planned_adapter(settings.adapter),
         precision=precision,  # type: ignore[arg-type]  # the settings have the same Literal values
         quantization=quantization,  # type: ignore[arg-type]
         optimizer=settings.train.optimizer,

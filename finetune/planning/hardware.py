@@ -19,10 +19,10 @@ class Hardware:
     device: str
     name: str
     bfloat16: bool
-    count: int = 1
+    device_count: int = 1
 
 
-def detect() -> Hardware:
+def detect_hardware() -> Hardware:
     """Return the first GPU, or the CPU if there is none."""
     import torch
 
@@ -33,9 +33,11 @@ def detect() -> Hardware:
             torch.cuda.is_bf16_supported(including_emulation=False),
             torch.cuda.device_count(),
         )
-    flags = torch.cpu.get_capabilities()
-    bfloat16 = any(flags.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-    name = str(flags.get("cpu_name") or platform.processor() or platform.machine())
+    capabilities = torch.cpu.get_capabilities()
+    bfloat16 = any(
+        capabilities.get(name_of_flag, False) for name_of_flag in ("avx512_bf16", "amx_bf16", "bf16")
+    )
+    name = str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
     return Hardware("cpu", f"{name}, {torch.get_num_threads()} threads", bfloat16)
 
 

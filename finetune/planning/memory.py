@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from finetune.planning.caches import decoding
-from finetune.planning.resident import Resident, gathered, resident
-from finetune.planning.step import played, read
-from finetune.planning.workload import PARTED_GRADIENTS, PARTED_WEIGHTS, Workload
+from finetune.planning.caches import decoding_memory
+from finetune.planning.resident import StaticMemory, gathered_weight_bytes, static_memory
+from finetune.planning.step import simulate_forward, simulate_train_step
+from finetune.planning.workload import SHARDED_GRADIENTS, SHARDED_WEIGHTS, Workload
 
-PARTS = (
+CATEGORIES = (
     "base",
     "adapter",
     "gradients",
@@ -19,9 +19,9 @@ PARTS = (
     "key-value cache",
     "workspace",
 )
-SHARD = 5 * 10**9
+MAX_SHARD_BYTES = 5 * 10**9
 """Maximum bytes of one safetensors file, as transformers writes them; loading reads one at a time."""
-CONTEXT = 512
+SIMULATION_CACHE_SIZE = 512
 """Size of the LRU cache of simulated passes: a search repeats the same pass many times."""
 
 
@@ -36,12 +36,12 @@ class Phase:
     """
 
     name: str
-    parts: Mapping[str, int]
+    categories: Mapping[str, int]
     host: int = 0
 
     @property
     def total(self) -> int:
-        return sum(self.parts.values())
+        return sum(self.categories.values())
 
 
 def plan_memory(workload: Workload) -> tuple[Phase, ...]:
@@ -52,105 +52,148 @@ def plan_memory(workload: Workload) -> tuple[Phase, ...]:
     Raises:
         UserError: the adapter's size is unknown.
     """
-    held = resident(workload)
+    static = static_memory(workload)
     # There is no optimizer state before the first step.
-    phases = [Phase("load", _parts(replace(held, optimizer=0, base=_loaded(workload, held))), held.host)]
-    own = {"base": held.base, "adapter": held.adapter, "optimizer": held.optimizer}
-    shared = gathered(workload)
+    phases = [
+        Phase(
+            "load",
+            _static_categories(replace(static, optimizer=0, base=_loading_base_bytes(workload, static))),
+            static.host,
+        )
+    ]
+    resident_bytes = {"base": static.base, "adapter": static.adapter, "optimizer": static.optimizer}
+    gathered_bytes = gathered_weight_bytes(workload)
     if workload.rollout is not None:
-        phases.append(_with("rollout", own, _rollout(workload), workspace=shared, host=held.host))
+        phases.append(
+            _phase(
+                "rollout",
+                resident_bytes,
+                _generation_peak(workload),
+                workspace=gathered_bytes,
+                host=static.host,
+            )
+        )
     if workload.objective == "ppo" or workload.live_reference:
-        phases.append(_with("score", own, _read(_plain(workload)), workspace=shared, host=held.host))
-    step = dict(_played(_plain(workload)))
+        phases.append(
+            _phase(
+                "score",
+                resident_bytes,
+                _forward_peak(_pass_workload(workload)),
+                workspace=gathered_bytes,
+                host=static.host,
+            )
+        )
+    train_step = dict(_train_step_peak(_pass_workload(workload)))
     # The first micro-batch has no gradient to accumulate into, the later ones do.
-    if workload.accumulated > 1:
+    if workload.accumulation_steps > 1:
         # The accumulated and the new gradient exist at once.
-        step["gradients"] = held.gradients + step.get("gradients", 0)
+        train_step["gradients"] = static.gradients + train_step.get("gradients", 0)
     # DDP's reducer copies gradients into buckets, which stay allocated.
-    buckets = held.gradients if workload.strategy == "ddp" else 0
-    phases.append(_with("forward and backward", own, step, workspace=shared + buckets, host=held.host))
-    taken = {"gradients": held.gradients, "workspace": held.step_workspace}
-    phases.append(_with("optimizer step", own, taken, workspace=buckets, host=held.host))
-    if not workload.adapter.whole_model:
-        phases.append(Phase("merge", _merge(workload, held), held.host))
+    buckets = static.gradients if workload.strategy == "ddp" else 0
+    phases.append(
+        _phase(
+            "forward and backward",
+            resident_bytes,
+            train_step,
+            workspace=gathered_bytes + buckets,
+            host=static.host,
+        )
+    )
+    optimizer_step = {"gradients": static.gradients, "workspace": static.step_workspace}
+    phases.append(
+        _phase("optimizer step", resident_bytes, optimizer_step, workspace=buckets, host=static.host)
+    )
+    if not workload.adapter.full_finetuning:
+        phases.append(Phase("merge", _merge_categories(workload, static), static.host))
     # Weights are copied to host memory to be written: one shard of a model, or the full adapter.
-    written = min(SHARD, held.base) if workload.adapter.whole_model else held.adapter
-    return (*phases, Phase("save", _parts(held), held.host + written))
+    saved_bytes = min(MAX_SHARD_BYTES, static.base) if workload.adapter.full_finetuning else static.adapter
+    return (*phases, Phase("save", _static_categories(static), static.host + saved_bytes))
 
 
-def peak(phases: Iterable[Phase]) -> Phase:
+def peak_phase(phases: Iterable[Phase]) -> Phase:
     """Return the phase with the highest peak."""
     return max(phases, key=lambda phase: phase.total)
 
 
-def _loaded(workload: Workload, held: Resident) -> int:
+def _loading_base_bytes(workload: Workload, static: StaticMemory) -> int:
     """Return the bytes of base weights during loading, before quantized ones are sharded.
 
     transformers 5.23 shards unquantized weights while it loads them; 4-bit weights are first loaded by every
     process in full.
     """
-    if workload.quantization == "none" or workload.strategy not in PARTED_WEIGHTS:
-        return held.base
-    return resident(replace(workload, processes=1, strategy="single", offload="none")).base
+    if workload.quantization == "none" or workload.strategy not in SHARDED_WEIGHTS:
+        return static.base
+    return static_memory(replace(workload, processes=1, strategy="single", offload="none")).base
 
 
-def _parts(held: Resident) -> dict[str, int]:
-    own = {"base": held.base, "adapter": held.adapter, "optimizer": held.optimizer}
-    return dict.fromkeys(PARTS, 0) | own
+def _static_categories(static: StaticMemory) -> dict[str, int]:
+    resident_bytes = {"base": static.base, "adapter": static.adapter, "optimizer": static.optimizer}
+    return dict.fromkeys(CATEGORIES, 0) | resident_bytes
 
 
-def _with(name: str, own: Mapping[str, int], added: Mapping[str, int], *, workspace: int, host: int) -> Phase:
-    parts = dict.fromkeys(PARTS, 0) | dict(own) | dict(added)
-    return Phase(name, parts | {"workspace": parts["workspace"] + workspace}, host)
+def _phase(
+    name: str,
+    resident_bytes: Mapping[str, int],
+    transient_bytes: Mapping[str, int],
+    *,
+    workspace: int,
+    host: int,
+) -> Phase:
+    categories = dict.fromkeys(CATEGORIES, 0) | dict(resident_bytes) | dict(transient_bytes)
+    return Phase(name, categories | {"workspace": categories["workspace"] + workspace}, host)
 
 
-def _plain(workload: Workload) -> Workload:
+def _pass_workload(workload: Workload) -> Workload:
     """Return the workload reduced to what one forward and backward pass depends on, as a cache key."""
     return replace(
         workload,
         optimizer="adamw",
-        accumulated=min(workload.accumulated, 2),
+        accumulation_steps=min(workload.accumulation_steps, 2),
         live_reference=False,
         scorers=0,
         rollout=None,
-        processes=workload.processes if workload.strategy in PARTED_GRADIENTS else 1,
+        processes=workload.processes if workload.strategy in SHARDED_GRADIENTS else 1,
         # A pass depends on the strategy only by the sharding of its gradients, so equal passes share a cache
         # entry.
-        strategy="zero2" if workload.strategy in PARTED_GRADIENTS else "single",
+        strategy="zero2" if workload.strategy in SHARDED_GRADIENTS else "single",
         offload="none",
     )
 
 
-@lru_cache(CONTEXT)
-def _played(workload: Workload) -> Mapping[str, int]:
-    return played(workload).most
+@lru_cache(SIMULATION_CACHE_SIZE)
+def _train_step_peak(workload: Workload) -> Mapping[str, int]:
+    return simulate_train_step(workload).peak_by_category
 
 
-@lru_cache(CONTEXT)
-def _read(workload: Workload) -> Mapping[str, int]:
-    return read(workload).most
+@lru_cache(SIMULATION_CACHE_SIZE)
+def _forward_peak(workload: Workload) -> Mapping[str, int]:
+    return simulate_forward(workload).peak_by_category
 
 
-def _rollout(workload: Workload) -> Mapping[str, int]:
+def _generation_peak(workload: Workload) -> Mapping[str, int]:
     """Return the larger of the prompts' prefill and the decoding of the last token."""
-    asked = workload.rollout
-    assert asked is not None
-    prompts = replace(
-        _plain(workload),
+    generation = workload.rollout
+    assert generation is not None
+    prefill_workload = replace(
+        _pass_workload(workload),
         objective="likelihood",
-        lines=asked.lines,
-        columns=asked.prompt,
-        predicted=asked.lines,
+        rows=generation.rows,
+        seq_len=generation.prompt,
+        predicted=generation.rows,
         masked=True,
     )
-    reading = _read(prompts)
-    writing = decoding(workload)
-    return writing if sum(writing.values()) > sum(reading.values()) else reading
+    prefill = _forward_peak(prefill_workload)
+    decode = decoding_memory(workload)
+    return decode if sum(decode.values()) > sum(prefill.values()) else prefill
 
 
-def _merge(workload: Workload, held: Resident) -> dict[str, int]:
+def _merge_categories(workload: Workload, static: StaticMemory) -> dict[str, int]:
     """Return the memory of a merge: base, adapter, and the largest adapter product in float32."""
-    largest = max(layer.inputs * layer.outputs for layer in workload.architecture.linear_layers())
+    largest = max(layer.in_features * layer.out_features for layer in workload.architecture.linear_layers())
     # A merge loads the base unquantized, in the compute dtype.
-    base = workload.architecture.parameters * workload.bytes
-    return dict.fromkeys(PARTS, 0) | {"base": base, "adapter": held.adapter, "workspace": 2 * 4 * largest}
+    base = workload.architecture.parameters * workload.itemsize
+    return dict.fromkeys(CATEGORIES, 0) | {
+        "base": base,
+        "adapter": static.adapter,
+        "workspace": 2 * 4 * largest,
+    }

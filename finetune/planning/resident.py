@@ -3,29 +3,29 @@
 from dataclasses import dataclass
 from math import ceil
 
-from finetune.planning.architecture import Architecture, Linear
-from finetune.planning.trained import targets, trained_parameters
+from finetune.planning.architecture import Architecture, LinearShape
+from finetune.planning.trained import count_trainable_parameters, target_layers
 from finetune.planning.workload import (
-    BYTES,
-    LOW_RANK,
-    PARTED_GRADIENTS,
-    PARTED_STATES,
-    PARTED_WEIGHTS,
+    ITEMSIZES,
+    LORA_METHODS,
+    SHARDED_GRADIENTS,
+    SHARDED_OPTIMIZER,
+    SHARDED_WEIGHTS,
     Adapter,
     Quantization,
     Workload,
 )
 
-NF4_BLOCK, NF4_SCALES = 64, 256
+NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 """Weights per scale, and scales per second-level scale (arXiv 2305.14314, section 3)."""
-NF4_TABLES = 4 * (16 + 256) + 4
+NF4_TABLE_BYTES = 4 * (16 + 256) + 4
 """The 16 values of the code, the 256 of the scales' code, and the scales' mean: float32."""
-ADAM_8BIT_BLOCK, ADAM_8BIT_LEAST = 256, 4096
+ADAM_8BIT_BLOCK, ADAM_8BIT_MIN_NUMEL = 256, 4096
 """bitsandbytes: elements per scale; smaller tensors have float32 states."""
 
 
 @dataclass(frozen=True, slots=True)
-class Resident:
+class StaticMemory:
     """Bytes that a process holds throughout a run.
 
     Attributes:
@@ -34,7 +34,7 @@ class Resident:
         gradients: of all trained weights.
         optimizer: states.
         step_workspace: temporaries of an optimizer step.
-        host: in host memory.
+        host_bytes: in host memory.
     """
 
     base: int
@@ -45,7 +45,7 @@ class Resident:
     host: int
 
 
-def resident(workload: Workload) -> Resident:
+def static_memory(workload: Workload) -> StaticMemory:
     """Return the static memory of a process, with what the strategy shards divided by the process count.
 
     The reference policy and PPO hold a copy of the trained weights' initial values (StartingPolicy).
@@ -54,61 +54,68 @@ def resident(workload: Workload) -> Resident:
     (Rajbhandari et al. 2019, arXiv 1910.02054, section 5).
     """
     model, adapter = workload.architecture, workload.adapter
-    trained = trained_parameters(model, adapter, heads=0 if workload.objective == "ppo" else workload.heads)
-    value = _value(workload)
+    trainable = count_trainable_parameters(
+        model, adapter, heads=0 if workload.objective == "ppo" else workload.heads
+    )
+    value_parameters = _value_parameters(workload)
     # The reference log-probabilities are computed with the initial values of the trained weights.
-    kept = trained if workload.objective == "ppo" or workload.live_reference else 0
-    beside = 0 if adapter.whole_model else 4 * trained
-    own = beside + 4 * (value + kept) + _frozen_beside(workload) + workload.scorers * beside
+    reference_copy = trainable if workload.objective == "ppo" or workload.live_reference else 0
+    adapter_bytes = 0 if adapter.full_finetuning else 4 * trainable
+    extra_bytes = (
+        adapter_bytes
+        + 4 * (value_parameters + reference_copy)
+        + _frozen_adapter_bytes(workload)
+        + workload.scorers * adapter_bytes
+    )
     # Under full tuning the value model cannot share the policy's base.
-    whole = adapter.whole_model and workload.objective == "ppo"
-    states = optimizer_bytes(workload, trained + value)
-    shared = _shares(workload)
+    has_value_base = adapter.full_finetuning and workload.objective == "ppo"
+    state_bytes = optimizer_bytes(workload, trainable + value_parameters)
+    shards = _shard_counts(workload)
     # Paged and offloaded optimizer states are in host memory.
-    host = states if workload.optimizer == "paged_adamw" or workload.offload != "none" else 0
+    host_bytes = state_bytes if workload.optimizer == "paged_adamw" or workload.offload != "none" else 0
     # The foreach implementation, the default on CUDA, allocates one temporary of all parameters' size.
-    foreach = 4 * (trained + value) if workload.device == "cuda" and not host else 0
-    return Resident(
-        base=ceil((2 if whole else 1) * base_bytes(workload) / shared["weights"]),
-        adapter=ceil(own / shared["weights"]),
-        gradients=ceil(4 * (trained + value) / shared["gradients"]),
-        optimizer=0 if host else ceil(states / shared["states"]),
-        step_workspace=ceil(foreach / shared["states"]),
-        host=ceil(host / shared["states"]),
+    foreach_bytes = 4 * (trainable + value_parameters) if workload.device == "cuda" and not host_bytes else 0
+    return StaticMemory(
+        base=ceil((2 if has_value_base else 1) * base_bytes(workload) / shards["weights"]),
+        adapter=ceil(extra_bytes / shards["weights"]),
+        gradients=ceil(4 * (trainable + value_parameters) / shards["gradients"]),
+        optimizer=0 if host_bytes else ceil(state_bytes / shards["states"]),
+        step_workspace=ceil(foreach_bytes / shards["states"]),
+        host=ceil(host_bytes / shards["states"]),
     )
 
 
-def gathered(workload: Workload) -> int:
+def gathered_weight_bytes(workload: Workload) -> int:
     """Return the bytes of all-gathered weights (ZeRO-3, FSDP2): the current layer and the prefetched one.
 
     They are gathered in their stored format: quantized weights quantized, trained ones in float32.
     """
-    if workload.strategy not in PARTED_WEIGHTS or workload.processes == 1:
+    if workload.strategy not in SHARDED_WEIGHTS or workload.processes == 1:
         return 0
-    model, stored = workload.architecture, workload.quantization
+    model, quantization = workload.architecture, workload.quantization
     # Decoder layers alone: the vision tower does not run on text.
-    inside = [one for one in model.linear_layers() if one.count == model.layers]
-    layer = sum(quantized_bytes(one, stored, workload) for one in inside)
-    wider = 4 // workload.bytes if workload.adapter.whole_model else 1
-    return 2 * wider * max(layer, model.vocabulary * model.hidden * workload.bytes)
+    layer_linears = [linear for linear in model.linear_layers() if linear.count == model.num_layers]
+    layer_bytes = sum(quantized_bytes(linear, quantization, workload) for linear in layer_linears)
+    upcast = 4 // workload.itemsize if workload.adapter.full_finetuning else 1
+    return 2 * upcast * max(layer_bytes, model.vocab_size * model.hidden_size * workload.itemsize)
 
 
-def _value(workload: Workload) -> int:
+def _value_parameters(workload: Workload) -> int:
     """Return PPO's trained value parameters: an adapter like the policy's, or LoRA, and a score head."""
     if workload.objective != "ppo":
         return 0
-    fresh = Adapter() if workload.adapter.whole_model else workload.adapter
-    return trained_parameters(workload.architecture, fresh, heads=1)
+    value_adapter = Adapter() if workload.adapter.full_finetuning else workload.adapter
+    return count_trainable_parameters(workload.architecture, value_adapter, heads=1)
 
 
-def _frozen_beside(workload: Workload) -> int:
+def _frozen_adapter_bytes(workload: Workload) -> int:
     """Return the bytes of frozen adapter weights: VeRA's two matrices, prompts of earlier tasks."""
     adapter = workload.adapter
     if adapter.method == "vera":
-        sizes = targets(workload.architecture, adapter)
-        widest = max(one.inputs for one in sizes) + max(one.outputs for one in sizes)
+        layers = target_layers(workload.architecture, adapter)
+        widest = max(layer.in_features for layer in layers) + max(layer.out_features for layer in layers)
         return 4 * adapter.rank * widest
-    return 4 * adapter.frozen_tokens * workload.architecture.hidden
+    return 4 * adapter.frozen_tokens * workload.architecture.hidden_size
 
 
 def base_bytes(workload: Workload) -> int:
@@ -118,34 +125,36 @@ def base_bytes(workload: Workload) -> int:
     """
     architecture = workload.architecture
     # AutoModelForSequenceClassification drops an untied output head.
-    headless = workload.objective == "scores" and not architecture.tied
-    parameters = architecture.parameters - (architecture.vocabulary * architecture.hidden if headless else 0)
-    if workload.adapter.whole_model:
+    headless = workload.objective == "scores" and not architecture.tied_embeddings
+    parameters = architecture.parameters - (
+        architecture.vocab_size * architecture.hidden_size if headless else 0
+    )
+    if workload.adapter.full_finetuning:
         return 4 * parameters
     linear = architecture.linear_layers()
     weights = sum(layer.weights for layer in linear)
-    rest = (parameters - weights) * workload.bytes
-    return rest + sum(
+    unquantized_bytes = (parameters - weights) * workload.itemsize
+    return unquantized_bytes + sum(
         layer.count * quantized_bytes(layer, workload.quantization, workload) for layer in linear
     )
 
 
-def quantized_bytes(layer: Linear, quantization: Quantization, workload: Workload) -> int:
+def quantized_bytes(layer: LinearShape, quantization: Quantization, workload: Workload) -> int:
     """Return the bytes of one weight (out, in).
 
     NF4: two weights per byte, an 8-bit scale per 64 of them, a float32 scale per 256 scales, and the tables.
     int8: one byte per weight, one float32 scale per output.
     """
-    numbers = layer.inputs * layer.outputs
+    numel = layer.in_features * layer.out_features
     if quantization == "nf4":
-        scales = ceil(numbers / NF4_BLOCK)
-        return ceil(numbers / 2) + scales + 4 * ceil(scales / NF4_SCALES) + NF4_TABLES
+        scales = ceil(numel / NF4_BLOCK)
+        return ceil(numel / 2) + scales + 4 * ceil(scales / NF4_SCALE_BLOCK) + NF4_TABLE_BYTES
     if quantization == "int8":
-        return numbers + 4 * layer.outputs
-    return numbers * BYTES[workload.precision]
+        return numel + 4 * layer.out_features
+    return numel * ITEMSIZES[workload.precision]
 
 
-def optimizer_bytes(workload: Workload, trained: int) -> int:
+def optimizer_bytes(workload: Workload, trainable: int) -> int:
     """Return the bytes of an optimizer's states.
 
     AdamW: two float32 moments per element. 8-bit: two bytes per element and two float32 scales per block of
@@ -153,28 +162,33 @@ def optimizer_bytes(workload: Workload, trained: int) -> int:
     (Shazeer and Stern 2018, arXiv 1804.04235).
     """
     if workload.optimizer == "adamw_8bit":
-        return 2 * trained + 2 * 4 * ceil(trained / ADAM_8BIT_BLOCK)
+        return 2 * trainable + 2 * 4 * ceil(trainable / ADAM_8BIT_BLOCK)
     if workload.optimizer == "adafactor":
-        return 4 * _factored(workload.architecture, workload, trained)
-    return 8 * trained
+        return 4 * _adafactor_numel(workload.architecture, workload, trainable)
+    return 8 * trainable
 
 
-def _factored(architecture: Architecture, workload: Workload, trained: int) -> int:
+def _adafactor_numel(architecture: Architecture, workload: Workload, trainable: int) -> int:
     adapter = workload.adapter
-    if adapter.whole_model:
-        rows = sum(layer.count * (layer.inputs + layer.outputs) for layer in architecture.linear_layers())
-        return rows + 2 * (architecture.vocabulary + architecture.hidden)
-    if adapter.method in LOW_RANK:
-        chosen = targets(architecture, adapter)
-        return sum(one.count * (one.inputs + one.outputs + 2 * adapter.rank) for one in chosen)
-    return trained
+    if adapter.full_finetuning:
+        rows = sum(
+            layer.count * (layer.in_features + layer.out_features) for layer in architecture.linear_layers()
+        )
+        return rows + 2 * (architecture.vocab_size + architecture.hidden_size)
+    if adapter.method in LORA_METHODS:
+        adapted_layers = target_layers(architecture, adapter)
+        return sum(
+            adapted_layer.count * (adapted_layer.in_features + adapted_layer.out_features + 2 * adapter.rank)
+            for adapted_layer in adapted_layers
+        )
+    return trainable
 
 
-def _shares(workload: Workload) -> dict[str, int]:
+def _shard_counts(workload: Workload) -> dict[str, int]:
     """Return the number of shards of weights, gradients and optimizer states."""
-    n, strategy = workload.processes, workload.strategy
+    processes, strategy = workload.processes, workload.strategy
     return {
-        "weights": n if strategy in PARTED_WEIGHTS else 1,
-        "gradients": n if strategy in PARTED_GRADIENTS else 1,
-        "states": n if strategy in PARTED_STATES else 1,
+        "weights": processes if strategy in SHARDED_WEIGHTS else 1,
+        "gradients": processes if strategy in SHARDED_GRADIENTS else 1,
+        "states": processes if strategy in SHARDED_OPTIMIZER else 1,
     }

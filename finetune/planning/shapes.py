@@ -7,14 +7,14 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from finetune.recipe import yaml_file
-from finetune.recipe.bases import bases, resolve_base
+from finetune.recipe.bases import load_bases, resolve_base
 from finetune.recipe.discovery import PROJECT
 from finetune.recipe.errors import Problem, UserError
 
 ARCHITECTURES = PROJECT / "recipes" / "architectures.yaml"
 
 
-def base_config(base: str, revision: str | None = None) -> dict[str, Any]:
+def load_base_config(base: str, revision: str | None = None) -> dict[str, Any]:
     """Return a base model's config.json; known bases are in our table.
 
     Args:
@@ -24,28 +24,28 @@ def base_config(base: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: the base does not exist, or its config.json is not on this machine.
     """
-    found = resolve_base(base)
-    if Path(found).is_dir():
-        return _read(Path(found) / "config.json")
-    known = {entry.id: name for name, entry in bases().items()}
-    if found in known and revision is None:
-        config: dict[str, Any] = yaml_file.read(ARCHITECTURES)[0][known[found]]["config"]
+    base_id = resolve_base(base)
+    if Path(base_id).is_dir():
+        return _read_config(Path(base_id) / "config.json")
+    known = {entry.id: name for name, entry in load_bases().items()}
+    if base_id in known and revision is None:
+        config: dict[str, Any] = yaml_file.read_yaml(ARCHITECTURES)[0][known[base_id]]["config"]
         return config
-    cached = try_to_load_from_cache(found, "config.json", revision=revision)
+    cached = try_to_load_from_cache(base_id, "config.json", revision=revision)
     if isinstance(cached, str):
-        return _read(Path(cached))
-    raise UserError(_unknown(base, found, revision, len(known)))
+        return _read_config(Path(cached))
+    raise UserError(_unknown_base(base, base_id, revision, len(known)))
 
 
-def _unknown(base: str, found: str, revision: str | None, known: int) -> Problem:
+def _unknown_base(base: str, base_id: str, revision: str | None, known: int) -> Problem:
     at = f" at revision '{revision}'" if revision else ""
     text = f"'{base}'{at} is not a known base, and its config.json is not on this machine"
     expected = f"one of {known} short names (`llm-align list bases`), a folder, or a model in the hub's cache"
     option = f" --revision {revision}" if revision else ""
-    return Problem("model.base", text, expected, f"hf download {found} config.json{option}   (no weights)")
+    return Problem("model.base", text, expected, f"hf download {base_id} config.json{option}   (no weights)")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_config(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -9,23 +9,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from finetune.planning.compatibility import RULES, Fact, Rule
+from finetune.planning.compatibility import COMPATIBILITY_RULES, CompatibilityRule, PropertyValue
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.recipe import DEFAULT, Recipe
+from finetune.recipe.recipe import DEFAULT_ORIGIN, Recipe
 from finetune.recipe.settings import AdapterSettings
 
-Kind = Literal["works", "changed", "cannot"]
-SOLVER = "solver"
+VerdictKind = Literal["works", "changed", "incompatible"]
+SOLVER_ORIGIN = "solver"
 """The origin of a value that was changed here."""
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 """The order in which ``auto`` tries them: those that shard more communicate more."""
 QUANTIZATIONS = ("none", "nf4", "int8")
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "adafactor")
+OPTIMIZER_NAMES = ("adamw", "adamw_8bit", "paged_adamw", "adafactor")
 OFFLOADS = ("none", "cpu", "nvme")
 
-KEYS = {
+RECIPE_KEYS = {
     "adapter": "adapter.method",
     "quantization": "model.quantization",
     "precision": "model.precision",
@@ -48,7 +48,7 @@ class Combination:
         adapter: the adapter's method.
         quantization: storage format of the frozen base; ``auto``: the adapter's default.
         precision: dtype of the forward pass; ``auto``: the hardware's.
-        strategy: distributed strategy.
+        resolve_auto_strategy: distributed strategy.
         processes: their number.
         offload: where ZeRO stores optimizer states and weights.
         engine: native or trl.
@@ -71,24 +71,24 @@ class Combination:
     device: str = "cpu"
     bfloat16: bool = True
 
-    def facts(self) -> dict[str, Fact]:
+    def properties(self) -> dict[str, PropertyValue]:
         """Return the properties that rules match on: settings, and the adapter's traits."""
         traits = adapter_traits(self.adapter)
-        stored = traits.quantization[0] if self.quantization == "auto" else self.quantization
+        quantization = traits.quantization[0] if self.quantization == "auto" else self.quantization
         return {
             **{name: getattr(self, name) for name in self.__slots__},
-            "quantization": stored,
+            "quantization": quantization,
             "processes": "one" if self.processes == 1 else "several",
-            "adapter_takes_it": stored in traits.quantization,
-            "adapter_has_engine": self.engine in traits.engines,
-            "adapter_scores": not traits.scores,
+            "quantization_supported": quantization in traits.quantization,
+            "engine_supported": self.engine in traits.engines,
+            "reward_head_supported": not traits.scoring_unsupported,
             "changes_base": traits.changes_base,
-            "whole_model": traits.whole_model,
+            "full_finetuning": traits.full_finetuning,
         }
 
-    def changed(self, changes: Mapping[str, Any]) -> "Combination":
+    def with_changes(self, changes: Mapping[str, Any]) -> "Combination":
         """Return the combination with other values of recipe keys."""
-        names = {key: name for name, key in KEYS.items()}
+        names = {key: name for name, key in RECIPE_KEYS.items()}
         return replace(self, **{names[key]: value for key, value in changes.items()})
 
 
@@ -104,55 +104,63 @@ class Verdict:
         rules: the rules that applied, in order.
     """
 
-    kind: Kind
+    kind: VerdictKind
     changes: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     repair: str = ""
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[CompatibilityRule, ...] = ()
 
-    def says(self) -> str:
+    def describe(self) -> str:
         """Return the verdict as one line."""
         if self.kind == "works":
             return "works"
-        if self.kind == "cannot":
+        if self.kind == "incompatible":
             return f"incompatible: {self.reason}"
-        return f"works with {settings_text(self.changes)}: {self.reason}"
+        return f"works with {format_overrides(self.changes)}: {self.reason}"
 
 
-WORKS = Verdict("works")
+COMPATIBLE = Verdict("works")
 
 
-def judge(combination: Combination) -> Verdict:
+def check(combination: Combination) -> Verdict:
     """Return whether a combination works, or with which other values it would.
 
     The first rule that applies changes the combination, which is checked again, since a change may need
     another one. A rule without changes, or changes that lead back to a combination seen before, make it
     incompatible.
     """
-    hit: list[Rule] = []
+    applied: list[CompatibilityRule] = []
     changes: dict[str, Any] = {}
     seen = {combination}
-    while (rule := first_hit(combination)) is not None:
-        hit.append(rule)
+    while (rule := first_applicable_rule(combination)) is not None:
+        applied.append(rule)
         changes |= rule.changes
-        combination = combination.changed(rule.changes)
+        combination = combination.with_changes(rule.changes)
         if combination in seen:  # a rule without changes, or two rules that undo each other
-            return Verdict("cannot", {}, _reasons(hit), hit[-1].repair or hit[0].repair, tuple(hit))
+            return Verdict(
+                "incompatible",
+                {},
+                _join_reasons(applied),
+                applied[-1].repair or applied[0].repair,
+                tuple(applied),
+            )
         seen.add(combination)
-    if not hit:
-        return WORKS
+    if not applied:
+        return COMPATIBLE
     # A rule's repair text describes its change alone; a chain of changes is listed as overrides.
-    alone = hit[0].repair if len(hit) == 1 else ""
-    return Verdict("changed", changes, _reasons(hit), alone or settings_text(changes), tuple(hit))
+    only_repair = applied[0].repair if len(applied) == 1 else ""
+    return Verdict(
+        "changed", changes, _join_reasons(applied), only_repair or format_overrides(changes), tuple(applied)
+    )
 
 
-def first_hit(combination: Combination) -> Rule | None:
+def first_applicable_rule(combination: Combination) -> CompatibilityRule | None:
     """Return the first rule that applies to a combination."""
-    facts = combination.facts()
-    return next((rule for rule in RULES if rule.hits(facts)), None)
+    properties = combination.properties()
+    return next((rule for rule in COMPATIBILITY_RULES if rule.applies(properties)), None)
 
 
-def strategy(combination: Combination) -> str:
+def resolve_auto_strategy(combination: Combination) -> str:
     """Return the meaning of ``train.strategy: auto``: the first strategy that works without changes.
 
     Args:
@@ -160,22 +168,25 @@ def strategy(combination: Combination) -> str:
     """
     if combination.processes == 1:
         return STRATEGIES[0]
-    each = (replace(combination, strategy=name) for name in STRATEGIES[1:])
+    candidates = (replace(combination, strategy=name) for name in STRATEGIES[1:])
     # Where none works as it is, ddp is checked, and the user reads why it does not.
-    return next((one.strategy for one in each if first_hit(one) is None), STRATEGIES[1])
+    return next(
+        (candidate.strategy for candidate in candidates if first_applicable_rule(candidate) is None),
+        STRATEGIES[1],
+    )
 
 
-def settings_text(changes: Mapping[str, Any]) -> str:
+def format_overrides(changes: Mapping[str, Any]) -> str:
     """Return settings as command-line overrides."""
     return " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
 
 
-def _reasons(rules: list[Rule]) -> str:
+def _join_reasons(rules: list[CompatibilityRule]) -> str:
     return "; then ".join(dict.fromkeys(rule.reason for rule in rules))
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class LaunchTarget:
     """Where a run is launched: the device, its bfloat16 support, the number of processes."""
 
     device: str
@@ -183,7 +194,7 @@ class Machine:
     processes: int
 
 
-def settled(recipe: Recipe, machine: Machine) -> Recipe:
+def resolve(recipe: Recipe, target: LaunchTarget) -> Recipe:
     """Return the recipe with compatible settings; each change has a note and the origin `solver`.
 
     Values that nobody set are changed where that helps; ``train.strategy: auto`` becomes the first strategy
@@ -192,22 +203,22 @@ def settled(recipe: Recipe, machine: Machine) -> Recipe:
     Raises:
         UserError: the settings are incompatible.
     """
-    combination = combination_of(recipe, machine)
+    combination = recipe_combination(recipe, target)
     if recipe.settings.train.strategy == "auto":
-        combination = replace(combination, strategy=strategy(combination))
-    verdict = judge(combination)
-    free = {key for key in KEYS.values() if _free(recipe, key)}
-    if verdict.kind == "cannot" or not verdict.changes.keys() <= free:
-        raise UserError(problem(combination, verdict).placed(recipe.origins))
+        combination = replace(combination, strategy=resolve_auto_strategy(combination))
+    verdict = check(combination)
+    unset_keys = {key for key in RECIPE_KEYS.values() if _is_unset(recipe, key)}
+    if verdict.kind == "incompatible" or not verdict.changes.keys() <= unset_keys:
+        raise UserError(incompatibility_problem(combination, verdict).with_origin(recipe.origins))
     # A note only where auto chose another strategy than the plain one, with the reason against that.
-    plain = STRATEGIES[combination.processes > 1]
-    if combination.strategy != plain and recipe.settings.train.strategy == "auto":
-        why = judge(replace(combination, strategy=plain)).reason
-        recipe = _with(recipe, {"train.strategy": combination.strategy}, why)
-    return _with(recipe, verdict.changes, verdict.reason) if verdict.changes else recipe
+    plain_strategy = STRATEGIES[combination.processes > 1]
+    if combination.strategy != plain_strategy and recipe.settings.train.strategy == "auto":
+        reason = check(replace(combination, strategy=plain_strategy)).reason
+        recipe = _apply_changes(recipe, {"train.strategy": combination.strategy}, reason)
+    return _apply_changes(recipe, verdict.changes, verdict.reason) if verdict.changes else recipe
 
 
-def combination_of(recipe: Recipe, machine: Machine) -> Combination:
+def recipe_combination(recipe: Recipe, target: LaunchTarget) -> Combination:
     """Return the combination of a recipe on a launch target."""
     settings = recipe.settings
     return Combination(
@@ -216,32 +227,36 @@ def combination_of(recipe: Recipe, machine: Machine) -> Combination:
         quantization=settings.model.quantization,
         precision=settings.model.precision,
         strategy=settings.train.strategy,
-        processes=machine.processes,
+        processes=target.processes,
         offload=settings.train.offload,
         engine=settings.train.engine,
         optimizer=settings.train.optimizer,
-        two_passes=wants_two_passes(settings.adapter),
-        device=machine.device,
-        bfloat16=machine.bfloat16,
+        two_passes=needs_two_passes(settings.adapter),
+        device=target.device,
+        bfloat16=target.bfloat16,
     )
 
 
-def wants_two_passes(adapter: AdapterSettings) -> bool:
+def needs_two_passes(adapter: AdapterSettings) -> bool:
     """Return whether an adapter's settings need two forward passes per batch."""
     return bool(adapter.model_dump().get("consistency", False))
 
 
-def problem(combination: Combination, verdict: Verdict) -> Problem:
+def incompatibility_problem(combination: Combination, verdict: Verdict) -> Problem:
     """Return a verdict as the user's error message."""
     rule = verdict.rules[0]
     # The error is reported at the rule's first property that is a recipe key.
-    where = next((name for name in rule.when if name in KEYS), "adapter")
-    others = dict.fromkeys(_told(name, combination) for name in rule.when if name != where)
-    found = f"{str(combination.facts()[where]).lower()}, with {', '.join(others)}"
-    return Problem(KEYS[where], found, f"compatible settings: {verdict.reason}", verdict.repair)
+    property_name = next((name for name in rule.when if name in RECIPE_KEYS), "adapter")
+    other_properties = dict.fromkeys(
+        _format_property(name, combination) for name in rule.when if name != property_name
+    )
+    found = f"{str(combination.properties()[property_name]).lower()}, with {', '.join(other_properties)}"
+    return Problem(
+        RECIPE_KEYS[property_name], found, f"compatible settings: {verdict.reason}", verdict.repair
+    )
 
 
-def _told(name: str, combination: Combination) -> str:
+def _format_property(name: str, combination: Combination) -> str:
     """Return a property of a combination as recipe text."""
     if name == "device":
         return "the CPU" if combination.device == "cpu" else "a GPU"
@@ -250,29 +265,29 @@ def _told(name: str, combination: Combination) -> str:
         return f"{count} process{'es' if count > 1 else ''}"
     if name == "stage":
         return f"stage {combination.stage}"
-    if name in KEYS:
-        return f"{KEYS[name]}={str(combination.facts()[name]).lower()}"
+    if name in RECIPE_KEYS:
+        return f"{RECIPE_KEYS[name]}={str(combination.properties()[name]).lower()}"
     return {
-        "adapter_takes_it": f"model.quantization={combination.quantization}",
-        "adapter_has_engine": f"train.engine={combination.engine}",
+        "quantization_supported": f"model.quantization={combination.quantization}",
+        "engine_supported": f"train.engine={combination.engine}",
         "bfloat16": "no native bfloat16",
     }.get(name, f"adapter.method={combination.adapter}")
 
 
-def _free(recipe: Recipe, key: str) -> bool:
+def _is_unset(recipe: Recipe, key: str) -> bool:
     """Return whether nobody set a value, so that the solver may change it."""
     section, name = key.split(".")
     value = recipe.settings.model_dump()[section].get(name)
     # The solver's own changes may change again, so that resolving a resolved recipe is a no-op.
-    return value == "auto" or recipe.origins.get(key, DEFAULT) in (DEFAULT, SOLVER)
+    return value == "auto" or recipe.origins.get(key, DEFAULT_ORIGIN) in (DEFAULT_ORIGIN, SOLVER_ORIGIN)
 
 
-def _with(recipe: Recipe, changes: Mapping[str, Any], reason: str) -> Recipe:
+def _apply_changes(recipe: Recipe, changes: Mapping[str, Any], reason: str) -> Recipe:
     settings = recipe.settings
     for key, value in changes.items():
         section, name = key.split(".")
-        changed = dict(settings)[section].model_copy(update={name: value})
-        settings = settings.model_copy(update={section: changed})
-    origins = recipe.origins | dict.fromkeys(changes, SOLVER)
-    note = f"{settings_text(changes)}: {reason}"
+        section_settings = dict(settings)[section].model_copy(update={name: value})
+        settings = settings.model_copy(update={section: section_settings})
+    origins = recipe.origins | dict.fromkeys(changes, SOLVER_ORIGIN)
+    note = f"{format_overrides(changes)}: {reason}"
     return replace(recipe, settings=settings, origins=origins, notes=[*recipe.notes, note])

@@ -16,52 +16,52 @@ from finetune.planning.architecture import Architecture
 from finetune.planning.devices import Device
 from finetune.planning.workload import Workload
 
-DEQUANTIZED = (1.2, 1.6)
+DEQUANTIZATION_SLOWDOWN = (1.2, 1.6)
 """Slow-down of a pass over quantized weights: litgpt, tutorials/resource-tables.md and
 finetune_lora.md: 3.68 / 2.36 minutes (short rows), 1,090 / 876 seconds; torchtune's README: 3,083 / 2,413.
 """
-DRAWN = (1.2, 5.0)
+DECODING_SLOWDOWN = (1.2, 5.0)
 """Slow-down of decoding relative to reading all weights once per token from memory: kernels are launched one
 by one (litgpt's table: 7B in bfloat16 on an A100, 31 tokens/s where the bandwidth allows 115).
 """
-LAUNCHED = (0.001, 0.0045)
+LAUNCH_SECONDS_PER_LAYER = (0.001, 0.0045)
 """Seconds to launch a GPU's kernels of one layer, forward and backward, independent of the token count:
 litgpt's table has 0.142 s for a pass of about 110 tokens through 32 layers with LoRA.
 """
-EXCHANGED = (1.0, 1.5)
+COMMUNICATION_SLOWDOWN = (1.0, 1.5)
 """Slow-down by communication between processes: not measured here, a conservative guess."""
 
-Range = tuple[float, float]
+SecondsRange = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Seconds:
+class TimeEstimate:
     """A time estimate: lower and upper bound in seconds, and how it was derived."""
 
-    least: float
-    most: float
-    how: str
+    lower: float
+    upper: float
+    basis: str
 
 
-def matrix_weights(architecture: Architecture) -> int:
+def matmul_weights(architecture: Architecture) -> int:
     """Return the weights in a token's matmuls: all linear layers of the decoder, and the head."""
     layers = sum(
-        layer.weights for layer in architecture.linear_layers() if layer.count == architecture.layers
+        layer.weights for layer in architecture.linear_layers() if layer.count == architecture.num_layers
     )
-    return layers + architecture.vocabulary * architecture.hidden
+    return layers + architecture.vocab_size * architecture.hidden_size
 
 
-def read_operations(workload: Workload) -> float:
+def forward_flops(workload: Workload) -> float:
     """Return the FLOPs of a token's forward pass, at the middle of the longest row."""
     architecture = workload.architecture
     # With causal attention a token sees half of its row on average; completions that share a prompt do not
     # see each other.
-    seen = workload.columns / max(1, workload.completions / max(1, workload.lines))
-    attention = 2 * architecture.layers * architecture.queries * seen
-    return 2 * matrix_weights(architecture) + attention
+    attended = workload.seq_len / max(1, workload.completions / max(1, workload.rows))
+    attention = 2 * architecture.num_layers * architecture.query_width * attended
+    return 2 * matmul_weights(architecture) + attention
 
 
-def learnt_operations(workload: Workload, trained: int) -> float:
+def training_flops(workload: Workload, trainable: int) -> float:
     """Return the FLOPs of a token's forward and backward pass.
 
     Args:
@@ -69,33 +69,37 @@ def learnt_operations(workload: Workload, trained: int) -> float:
         trainable: parameters with a gradient.
     """
     # Forward, the gradient of activations, and the recomputed forward under checkpointing.
-    passes = 2 + workload.checkpointing
-    return passes * read_operations(workload) + 2 * min(trained, matrix_weights(workload.architecture))
+    forward_units = 2 + workload.checkpointing
+    return forward_units * forward_flops(workload) + 2 * min(trainable, matmul_weights(workload.architecture))
 
 
-def step_seconds(workload: Workload, device: Device, *, operations: float) -> Range | None:
+def compute_seconds(workload: Workload, device: Device, *, flops: float) -> SecondsRange | None:
     """Return lower and upper bound of the seconds for some FLOPs on all devices; None: unknown device."""
-    peak = device.peak(workload.precision)
+    peak = device.peak_flops(workload.precision)
     if not peak:
         return None
-    slowest, fastest = device.used
-    stored = DEQUANTIZED if workload.quantization != "none" else (1.0, 1.0)
-    waits = EXCHANGED if workload.processes > 1 else (1.0, 1.0)
+    slowest, fastest = device.utilization
+    dequantization = DEQUANTIZATION_SLOWDOWN if workload.quantization != "none" else (1.0, 1.0)
+    communication = COMMUNICATION_SLOWDOWN if workload.processes > 1 else (1.0, 1.0)
     # Lower bound first: the highest utilization and the smallest overheads.
-    ideal = operations / peak / workload.processes
-    return ideal / fastest * stored[0] * waits[0], ideal / slowest * stored[1] * waits[1]
+    ideal = flops / peak / workload.processes
+    return ideal / fastest * dequantization[0] * communication[0], ideal / slowest * dequantization[
+        1
+    ] * communication[1]
 
 
-def launch_seconds(workload: Workload, *, passes: int) -> Range:
+def launch_seconds(workload: Workload, *, micro_batches: int) -> SecondsRange:
     """Return lower and upper bound of the seconds to launch the kernels of some micro-batches on a GPU."""
     if workload.device == "cpu":
         return 0.0, 0.0
-    quick, slow = LAUNCHED
-    layers = passes * workload.architecture.layers
+    quick, slow = LAUNCH_SECONDS_PER_LAYER
+    layers = micro_batches * workload.architecture.num_layers
     return layers * quick, layers * slow
 
 
-def drawn_seconds(workload: Workload, device: Device, *, replies: int, base_bytes: int) -> Range | None:
+def generation_seconds(
+    workload: Workload, device: Device, *, completions: int, base_bytes: int
+) -> SecondsRange | None:
     """Return lower and upper bound of the seconds of generation: batched decoding, token by token.
 
     Args:
@@ -104,12 +108,14 @@ def drawn_seconds(workload: Workload, device: Device, *, replies: int, base_byte
         completions: in all.
         base_bytes: bytes of the weights, which every decoding step reads.
     """
-    asked = workload.rollout
-    if asked is None or not device.bandwidth or not device.peak(workload.precision):
+    generation = workload.rollout
+    if generation is None or not device.bandwidth or not device.peak_flops(workload.precision):
         return None
-    turns = replies / workload.processes / asked.lines * asked.completion
-    reading = base_bytes / device.bandwidth
-    computing = asked.lines * read_operations(workload) / device.peak(workload.precision)
-    quick, slow = DRAWN
+    decoding_steps = completions / workload.processes / generation.rows * generation.completion
+    read_seconds = base_bytes / device.bandwidth
+    matmul_seconds = generation.rows * forward_flops(workload) / device.peak_flops(workload.precision)
+    quick, slow = DECODING_SLOWDOWN
     # At best reading and computing overlap, at worst they add up.
-    return turns * max(reading, computing) * quick, turns * (reading + computing / device.used[0]) * slow
+    return decoding_steps * max(read_seconds, matmul_seconds) * quick, decoding_steps * (
+        read_seconds + matmul_seconds / device.utilization[0]
+    ) * slow

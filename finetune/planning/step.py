@@ -1,200 +1,210 @@
 """Simulation of one forward and backward pass: embeddings, layers, output head, cross-entropy or scores."""
 
-from finetune.planning.adapted import Linears
+from finetune.planning.adapted import AdaptedLinears
 from finetune.planning.decoder import Decoder
-from finetune.planning.tape import Tape, Tensor
-from finetune.planning.workload import PARTED_GRADIENTS, Workload
+from finetune.planning.tape import Buffer, Tape
+from finetune.planning.workload import SHARDED_GRADIENTS, Workload
 
-MAX_ELEMENTS = 2**26
+MAX_LOGITS_PER_CHUNK = 2**26
 """Logits per softmax chunk, as in finetune/training/loss.py."""
-LOSS = "logits and loss"
+LOGITS_CATEGORY = "logits and loss"
 
 
-def played(workload: Workload, *, in_place: bool = True) -> Tape:
+def simulate_train_step(workload: Workload, *, in_place: bool = True) -> Tape:
     """Simulate one forward and backward pass and return its tape.
 
     Args:
         workload: sizes.
         in_place: see ``Tape``.
     """
-    parts = workload.processes if workload.strategy in PARTED_GRADIENTS else 1
-    tape = Tape(in_place=in_place, accumulating=workload.accumulated > 1, parts=parts)
-    tape.backward(losses(tape, workload))
+    grad_shards = workload.processes if workload.strategy in SHARDED_GRADIENTS else 1
+    tape = Tape(in_place=in_place, accumulating=workload.accumulation_steps > 1, grad_shards=grad_shards)
+    tape.backward(total_loss(tape, workload))
     return tape
 
 
-def read(workload: Workload) -> Tape:
+def simulate_forward(workload: Workload) -> Tape:
     """Simulate a forward pass under no_grad (a reference, PPO's scoring) and return its tape."""
     tape = Tape(recording=False)
-    losses(tape, workload)
+    total_loss(tape, workload)
     return tape
 
 
-def losses(tape: Tape, workload: Workload) -> Tensor:
+def total_loss(tape: Tape, workload: Workload) -> Buffer:
     """Return the loss of a micro-batch by its objective."""
-    found = [loss_of(tape, workload) for _ in range(workload.adapter.passes)]
+    losses = [forward_loss(tape, workload) for _ in range(workload.adapter.forward_passes)]
     # The value model runs on the same tokens, in the same step as the policy.
     if workload.objective == "ppo":
-        found.append(scored(tape, workload))
-    elif workload.adapter.passes > 1:
-        found.append(divergence(tape, workload, found))
-    loss = tape.run(found, 1, 4)
-    tape.drop(*found)
+        losses.append(score_loss(tape, workload))
+    elif workload.adapter.forward_passes > 1:
+        losses.append(consistency_loss(tape, workload, losses))
+    loss = tape.apply(losses, 1, 4)
+    tape.release(*losses)
     return loss
 
 
-def loss_of(tape: Tape, workload: Workload) -> Tensor:
+def forward_loss(tape: Tape, workload: Workload) -> Buffer:
     """Return the loss of one forward pass."""
     if workload.objective == "scores":
-        return scored(tape, workload)
-    linears = Linears(tape, workload)
-    states = Decoder(linears).layers(embedded(linears))
-    logits = headed(linears, states)
-    linears.forget_casts()
-    found = (likelihood if workload.objective == "likelihood" else picked)(tape, workload, logits)
-    tape.drop(logits)
-    return found
+        return score_loss(tape, workload)
+    linears = AdaptedLinears(tape, workload)
+    states = Decoder(linears).forward(embed_tokens(linears))
+    logits = compute_logits(linears, states)
+    linears.clear_autocast_cache()
+    loss = (cross_entropy if workload.objective == "likelihood" else target_logps)(tape, workload, logits)
+    tape.release(logits)
+    return loss
 
 
-def embedded(linears: Linears) -> Tensor:
+def embed_tokens(linears: AdaptedLinears) -> Buffer:
     """Return the token embeddings."""
-    tape, work = linears.tape, linears.workload
-    model, adapter = work.architecture, work.adapter
-    numbers = work.tokens * model.hidden
-    if adapter.whole_model:
-        return tape.run([linears.table], numbers, 4)
+    tape, workload = linears.tape, linears.workload
+    model, adapter = workload.architecture, workload.adapter
+    numel = workload.tokens * model.hidden_size
+    if adapter.full_finetuning:
+        return tape.apply([linears.embeddings], numel, 4)
     if adapter.method == "trainable_tokens":
-        rows = tape.weight(adapter.tokens * model.hidden)
+        rows = tape.weight(adapter.tokens * model.hidden_size)
         # PEFT builds a full embedding matrix with the trained rows in every pass.
-        table = tape.run([rows], model.vocabulary * model.hidden, work.bytes)
-        states = tape.run([table], numbers, work.bytes)
-        tape.drop(table)
+        table = tape.apply([rows], model.vocab_size * model.hidden_size, workload.itemsize)
+        states = tape.apply([table], numel, workload.itemsize)
+        tape.release(table)
         return states
-    states = tape.new(numbers, work.bytes)
+    states = tape.allocate(numel, workload.itemsize)
     # Frozen embeddings require a gradient under checkpointing (enable_input_require_grads) or where virtual
     # tokens are prepended.
-    states.learns = tape.recording and (work.checkpointing or adapter.written > 0)
+    states.requires_grad = tape.recording and (workload.checkpointing or adapter.prepended_tokens > 0)
     return states
 
 
-def headed(linears: Linears, states: Tensor) -> Tensor:
+def compute_logits(linears: AdaptedLinears, states: Buffer) -> Buffer:
     """Return the logits of the N predicted states; ``states`` is consumed.
 
     Accelerate converts the outputs of the prepared model to float32. PPO's models are prepared together and
     return log-probabilities; their logits keep the compute dtype.
     """
-    tape, work = linears.tape, linears.workload
-    model = work.architecture
+    tape, workload = linears.tape, linears.workload
+    model = workload.architecture
     # The output head runs on the positions before a label alone: logits dominate memory otherwise.
-    chosen = tape.run([states], work.predicted * model.hidden, states.each)
-    tape.drop(states)
-    inputs = linears.to(chosen, work.bytes)
-    tape.drop(chosen)
+    predicted_states = tape.apply([states], workload.predicted * model.hidden_size, states.itemsize)
+    tape.release(states)
+    inputs = linears.to(predicted_states, workload.itemsize)
+    tape.release(predicted_states)
     # A frozen head saves nothing: its gradient for the states needs the weight alone.
-    weight = [linears.head] if work.adapter.whole_model else []
-    keeps = [inputs, *weight] if weight else []
-    logits = tape.run(
-        [inputs, *weight], work.predicted * model.vocabulary, work.bytes, keeps=keeps, part=LOSS
+    weight = [linears.output_head] if workload.adapter.full_finetuning else []
+    saved = [inputs, *weight] if weight else []
+    logits = tape.apply(
+        [inputs, *weight],
+        workload.predicted * model.vocab_size,
+        workload.itemsize,
+        saved_for_backward=saved,
+        category=LOGITS_CATEGORY,
     )
-    tape.drop(inputs)
+    tape.release(inputs)
     if model.softcap:
-        logits = capped(tape, logits)
-    if work.objective == "ppo" or not tape.recording:
+        logits = softcap_logits(tape, logits)
+    if workload.objective == "ppo" or not tape.recording:
         return logits
-    wide = linears.to(logits, 4)
-    tape.drop(logits)
-    return wide
+    logits_fp32 = linears.to(logits, 4)
+    tape.release(logits)
+    return logits_fp32
 
 
-def capped(tape: Tape, logits: Tensor) -> Tensor:
+def softcap_logits(tape: Tape, logits: Buffer) -> Buffer:
     """Return c tanh(x / c) and release x; the tanh is saved."""
-    for keeps in (False, True, False):
-        made = tape.run([logits], logits.numbers, logits.each, keeps_result=keeps)
-        tape.drop(logits)
-        logits = made
+    for saves_output in (False, True, False):
+        output = tape.apply([logits], logits.numel, logits.itemsize, saves_output=saves_output)
+        tape.release(logits)
+        logits = output
     return logits
 
 
-def chunked(tape: Tape, workload: Workload, logits: Tensor) -> list[Tensor]:
+def split_logits(tape: Tape, workload: Workload, logits: Buffer) -> list[Buffer]:
     """Return views of the logits with at most ``MAX_LOGITS_PER_CHUNK`` elements each."""
-    vocabulary = workload.architecture.vocabulary
-    rows = max(1, MAX_ELEMENTS // vocabulary)
-    whole, rest = divmod(logits.numbers // vocabulary, rows)
-    sizes = [rows * vocabulary] * whole + [rest * vocabulary] * (rest > 0)
+    vocab_size = workload.architecture.vocab_size
+    rows = max(1, MAX_LOGITS_PER_CHUNK // vocab_size)
+    num_full, remainder = divmod(logits.numel // vocab_size, rows)
+    sizes = [rows * vocab_size] * num_full + [remainder * vocab_size] * (remainder > 0)
     return tape.split(logits, sizes)
 
 
-def likelihood(tape: Tape, workload: Workload, logits: Tensor) -> Tensor:
+def cross_entropy(tape: Tape, workload: Workload, logits: Buffer) -> Buffer:
     """Return the cross-entropy: the softmax is saved.
 
     Above ``MAX_LOGITS_PER_CHUNK`` it is computed chunk by chunk, and recomputed in the backward pass; the
     logits are saved, and the gradients of the chunks are joined at the end.
     """
-    if logits.numbers <= MAX_ELEMENTS:
-        wide = float32(tape, logits)
-        found = tape.run([wide], wide.numbers, 4, keeps_result=True)
-        loss = tape.run([found], 1, 4)
-        tape.drop(wide, found)
+    if logits.numel <= MAX_LOGITS_PER_CHUNK:
+        logits_fp32 = to_float32(tape, logits)
+        log_probs = tape.apply([logits_fp32], logits_fp32.numel, 4, saves_output=True)
+        loss = tape.apply([log_probs], 1, 4)
+        tape.release(logits_fp32, log_probs)
         return loss
-    chunks = chunked(tape, workload, logits)
+    chunks = split_logits(tape, workload, logits)
     sums = []
     for chunk in chunks:
         # The float32 softmax of one chunk is freed before the next chunk.
-        tape.moment(4 * chunk.numbers, LOSS)
-        sums.append(tape.run([chunk], 1, 4, keeps=[logits], workspace=2 * 4 * chunk.numbers))
-    loss = tape.run(sums, 1, 4)
-    tape.drop(*chunks, *sums)
+        tape.allocate_temporary(4 * chunk.numel, LOGITS_CATEGORY)
+        sums.append(tape.apply([chunk], 1, 4, saved_for_backward=[logits], workspace=2 * 4 * chunk.numel))
+    loss = tape.apply(sums, 1, 4)
+    tape.release(*chunks, *sums)
     return loss
 
 
-def picked(tape: Tape, workload: Workload, logits: Tensor) -> Tensor:
+def target_logps(tape: Tape, workload: Workload, logits: Buffer) -> Buffer:
     """Return log-probabilities of the targets: a logit minus the log-sum-exp, for which the logits are saved.
 
     The backward pass allocates x - logsumexp and its exponential.
     """
-    chunks = [logits] if logits.numbers <= MAX_ELEMENTS else chunked(tape, workload, logits)
-    found = []
+    chunks = [logits] if logits.numel <= MAX_LOGITS_PER_CHUNK else split_logits(tape, workload, logits)
+    results = []
     for chunk in chunks:
-        wide = float32(tape, chunk)
-        own = tape.run([wide], 1, 4)
-        sums = tape.run(
-            [wide], 1, 4, keeps=[wide if wide is not chunk else logits], workspace=2 * 4 * wide.numbers
+        logits_fp32 = to_float32(tape, chunk)
+        target_logits = tape.apply([logits_fp32], 1, 4)
+        logsumexp = tape.apply(
+            [logits_fp32],
+            1,
+            4,
+            saved_for_backward=[logits_fp32 if logits_fp32 is not chunk else logits],
+            workspace=2 * 4 * logits_fp32.numel,
         )
-        tape.moment(4 * wide.numbers, LOSS)
-        found += [own, sums]
-        tape.drop(wide)
-    loss = tape.run(found, 1, 4)
-    tape.drop(*found, *(chunks if chunks[0] is not logits else []))
+        tape.allocate_temporary(4 * logits_fp32.numel, LOGITS_CATEGORY)
+        results += [target_logits, logsumexp]
+        tape.release(logits_fp32)
+    loss = tape.apply(results, 1, 4)
+    tape.release(*results, *(chunks if chunks[0] is not logits else []))
     return loss
 
 
-def float32(tape: Tape, logits: Tensor) -> Tensor:
+def to_float32(tape: Tape, logits: Buffer) -> Buffer:
     """Return the logits in float32."""
-    if logits.each == 4:
-        tape.hold(logits)
+    if logits.itemsize == 4:
+        tape.retain(logits)
         return logits
-    return tape.run([logits], logits.numbers, 4)
+    return tape.apply([logits], logits.numel, 4)
 
 
-def divergence(tape: Tape, workload: Workload, found: list[Tensor]) -> Tensor:
+def consistency_loss(tape: Tape, workload: Workload, pass_losses: list[Buffer]) -> Buffer:
     """Return AdaMix's KL divergence of two passes: two softmaxes, their exponentials, both differences."""
-    numbers = workload.predicted * workload.architecture.vocabulary
-    kept = [tape.new(numbers, 4, LOSS) for _ in range(6)]
-    made = tape.run(found, 1, 4, keeps=kept, workspace=2 * 4 * numbers)
-    tape.drop(*kept)
-    return made
+    numel = workload.predicted * workload.architecture.vocab_size
+    saved = [tape.allocate(numel, 4, LOGITS_CATEGORY) for _ in range(6)]
+    loss = tape.apply(pass_losses, 1, 4, saved_for_backward=saved, workspace=2 * 4 * numel)
+    tape.release(*saved)
+    return loss
 
 
-def scored(tape: Tape, workload: Workload) -> Tensor:
+def score_loss(tape: Tape, workload: Workload) -> Buffer:
     """Return the loss on a float32 score head (reward, value), which saves the states in float32."""
-    linears = Linears(tape, workload)
-    states = Decoder(linears).layers(embedded(linears))
-    linears.forget_casts()
-    wide = linears.to(states, 4)
-    tape.drop(states)
-    head = tape.weight(max(1, workload.heads) * workload.architecture.hidden)
-    made = tape.run([wide, head], workload.tokens * max(1, workload.heads), 4, keeps=[wide])
-    tape.drop(wide)
-    loss = tape.run([made], 1, 4)
-    tape.drop(made)
+    linears = AdaptedLinears(tape, workload)
+    states = Decoder(linears).forward(embed_tokens(linears))
+    linears.clear_autocast_cache()
+    states_fp32 = linears.to(states, 4)
+    tape.release(states)
+    head = tape.weight(max(1, workload.heads) * workload.architecture.hidden_size)
+    scores = tape.apply(
+        [states_fp32, head], workload.tokens * max(1, workload.heads), 4, saved_for_backward=[states_fp32]
+    )
+    tape.release(states_fp32)
+    loss = tape.apply([scores], 1, 4)
+    tape.release(scores)
     return loss

@@ -12,20 +12,29 @@ from dataclasses import dataclass, field
 from math import ceil
 
 
-class Tensor:
+class Buffer:
     """Size of one tensor: element count, bytes per element, category, reference count and gradient.
 
     A view has ``nbytes`` 0; its gradient is a buffer of its own.
     """
 
-    __slots__ = ("each", "grad", "holders", "learns", "numbers", "part", "size", "trained")
+    __slots__ = (
+        "itemsize",
+        "grad",
+        "refcount",
+        "requires_grad",
+        "numel",
+        "category",
+        "nbytes",
+        "is_parameter",
+    )
 
-    def __init__(self, numbers: int, each: int, part: str, *, trained: bool = False) -> None:
-        self.numbers, self.each, self.part = numbers, each, part
-        self.size = numbers * each
-        self.learns = self.trained = trained
-        self.holders = 0
-        self.grad: Tensor | None = None
+    def __init__(self, numel: int, itemsize: int, category: str, *, is_parameter: bool = False) -> None:
+        self.numel, self.itemsize, self.category = numel, itemsize, category
+        self.nbytes = numel * itemsize
+        self.requires_grad = self.is_parameter = is_parameter
+        self.refcount = 0
+        self.grad: Buffer | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -41,12 +50,12 @@ class Operation:
         backward_fn: replaces the default backward (recomputation under checkpointing, joins of views).
     """
 
-    made: Tensor
-    inputs: Sequence[Tensor]
-    keeps: Sequence[Tensor]
+    output: Buffer
+    inputs: Sequence[Buffer]
+    saved_for_backward: Sequence[Buffer]
     aliased: bool = False
     workspace: int = 0
-    again: "Callable[[Tensor], None] | None" = None
+    backward_fn: "Callable[[Buffer], None] | None" = None
 
 
 @dataclass
@@ -66,61 +75,61 @@ class Tape:
     """
 
     in_place: bool = True
-    live: dict[str, int] = field(default_factory=dict)
-    most: dict[str, int] = field(default_factory=dict)
+    live_by_category: dict[str, int] = field(default_factory=dict)
+    peak_by_category: dict[str, int] = field(default_factory=dict)
     total: int = 0
     peak: int = 0
     recording: bool = True
     accumulating: bool = False
-    parts: int = 1
-    trained: int = 0
+    grad_shards: int = 1
+    weight_grad_bytes: int = 0
     operations: list[Operation] = field(default_factory=list)
 
-    def new(self, numbers: int, each: int, part: str = "activations") -> Tensor:
+    def allocate(self, numel: int, itemsize: int, category: str = "activations") -> Buffer:
         """Allocate a buffer that the caller holds."""
-        tensor = Tensor(numbers, each, part)
-        tensor.holders = 1
-        self.live[part] = self.live.get(part, 0) + tensor.size
-        self.total += tensor.size
+        buffer = Buffer(numel, itemsize, category)
+        buffer.refcount = 1
+        self.live_by_category[category] = self.live_by_category.get(category, 0) + buffer.nbytes
+        self.total += buffer.nbytes
         # Only an allocation can raise the peak, so it is recorded here.
         if self.total > self.peak:
-            self.peak, self.most = self.total, dict(self.live)
-        return tensor
+            self.peak, self.peak_by_category = self.total, dict(self.live_by_category)
+        return buffer
 
-    def moment(self, size: int, part: str = "workspace") -> None:
+    def allocate_temporary(self, nbytes: int, category: str = "workspace") -> None:
         """Allocate a temporary buffer and release it, so that it counts for the peak alone."""
-        self.drop(self.new(size, 1, part))
+        self.release(self.allocate(nbytes, 1, category))
 
-    def drop(self, *tensors: Tensor) -> None:
+    def release(self, *buffers: Buffer) -> None:
         """Decrement reference counts, and free buffers that reach zero."""
-        for tensor in tensors:
-            tensor.holders -= 1
-            if tensor.holders == 0:
-                self.live[tensor.part] -= tensor.size
-                self.total -= tensor.size
+        for buffer in buffers:
+            buffer.refcount -= 1
+            if buffer.refcount == 0:
+                self.live_by_category[buffer.category] -= buffer.nbytes
+                self.total -= buffer.nbytes
 
-    def hold(self, *tensors: Tensor) -> None:
+    def retain(self, *buffers: Buffer) -> None:
         """Increment reference counts."""
-        for tensor in tensors:
-            tensor.holders += 1
+        for buffer in buffers:
+            buffer.refcount += 1
 
-    def weight(self, numbers: int) -> Tensor:
+    def weight(self, numel: int) -> Buffer:
         """Return a trainable float32 weight; only its gradient is counted here."""
-        self.trained += ceil(4 * numbers / self.parts)
-        return Tensor(numbers, 4, "gradients", trained=True)
+        self.weight_grad_bytes += ceil(4 * numel / self.grad_shards)
+        return Buffer(numel, 4, "gradients", is_parameter=True)
 
-    def run(
+    def apply(
         self,
-        inputs: Sequence[Tensor],
-        numbers: int,
-        each: int,
+        inputs: Sequence[Buffer],
+        numel: int,
+        itemsize: int,
         *,
-        keeps: Sequence[Tensor] = (),
-        keeps_result: bool = False,
+        saved_for_backward: Sequence[Buffer] = (),
+        saves_output: bool = False,
         aliased: bool = False,
         workspace: int = 0,
-        part: str = "",
-    ) -> Tensor:
+        category: str = "",
+    ) -> Buffer:
         """Record an operation and return its output, which the caller holds.
 
         Args:
@@ -134,85 +143,89 @@ class Tape:
             category: memory category of the output; default: that of the first input.
         """
         # A weight's category is that of its gradient; what is computed from it is an activation.
-        first = "activations" if inputs[0].trained else inputs[0].part
-        made = self.new(numbers, each, part or first)
-        learning = [one for one in inputs if one.learns]
+        input_category = "activations" if inputs[0].is_parameter else inputs[0].category
+        output = self.allocate(numel, itemsize, category or input_category)
+        needing_grad = [buffer for buffer in inputs if buffer.requires_grad]
         # As in autograd: an operation without inputs that require a gradient saves nothing.
-        if learning and self.recording:
-            kept = [*keeps, made] if keeps_result else list(keeps)
+        if needing_grad and self.recording:
+            saved = [*saved_for_backward, output] if saves_output else list(saved_for_backward)
             # Weights live for the whole run and are counted in static memory, so they are not retained here.
-            self.hold(*(one for one in kept if not one.trained))
-            self.write(Operation(made, learning, kept, aliased, workspace))
-        return made
+            self.retain(*(buffer for buffer in saved if not buffer.is_parameter))
+            self.record(Operation(output, needing_grad, saved, aliased, workspace))
+        return output
 
-    def split(self, whole: Tensor, pieces: Sequence[int]) -> list[Tensor]:
+    def split(self, source: Buffer, numels: Sequence[int]) -> list[Buffer]:
         """Return views of a buffer; their gradients are joined into one of the buffer's size."""
-        views = [Tensor(numbers, whole.each, whole.part) for numbers in pieces]
+        views = [Buffer(numel, source.itemsize, source.category) for numel in numels]
         for view in views:  # a view shares the storage
-            view.size, view.holders, view.learns = 0, 1, whole.learns
+            view.nbytes, view.refcount, view.requires_grad = 0, 1, source.requires_grad
 
-        def join(first: Tensor) -> None:
-            joined = self.new(whole.numbers, whole.each, whole.part)
-            self.drop(first, *(view.grad for view in views if view.grad is not None))
-            self.accumulate(whole, joined)
+        def join(first_grad: Buffer) -> None:
+            source_grad = self.allocate(source.numel, source.itemsize, source.category)
+            self.release(first_grad, *(view.grad for view in views if view.grad is not None))
+            self.accumulate_grad(source, source_grad)
 
         # The views' readers are recorded later and so run backward earlier: their gradients exist by then.
-        if whole.learns and self.recording:
-            self.write(Operation(views[0], [whole], [], again=join))
+        if source.requires_grad and self.recording:
+            self.record(Operation(views[0], [source], [], backward_fn=join))
         return views
 
-    def write(self, operation: Operation) -> None:
+    def record(self, operation: Operation) -> None:
         """Append an operation to the tape."""
-        operation.made.learns = True
+        operation.output.requires_grad = True
         self.operations.append(operation)
 
-    def backward(self, last: Tensor) -> None:
+    def backward(self, output: Buffer) -> None:
         """Run the backward pass from an output."""
-        last.grad = self.new(last.numbers, last.each, last.part)
-        self.unwind()
+        output.grad = self.allocate(output.numel, output.itemsize, output.category)
+        self.run_backward()
 
-    def unwind(self) -> None:
+    def run_backward(self) -> None:
         """Run the backward pass of all recorded operations, last one first."""
         while self.operations:
-            self._undo(self.operations.pop())
+            self._backward_operation(self.operations.pop())
 
-    def _undo(self, operation: Operation) -> None:
-        grad, operation.made.grad = operation.made.grad, None
-        kept = [one for one in operation.keeps if not one.trained]
+    def _backward_operation(self, operation: Operation) -> None:
+        grad, operation.output.grad = operation.output.grad, None
+        saved = [buffer for buffer in operation.saved_for_backward if not buffer.is_parameter]
         if grad is None:  # the output is not part of the loss
-            self.drop(*kept)
-        elif operation.again is not None:
-            operation.again(grad)
-            self.drop(*kept)
+            self.release(*saved)
+        elif operation.backward_fn is not None:
+            operation.backward_fn(grad)
+            self.release(*saved)
         else:
             # Autograd allocates all input gradients before it frees the output's gradient and the saved
             # buffers.
-            gradients = [self._gradient(one, grad, aliased=operation.aliased) for one in operation.inputs]
+            input_grads = [
+                self._input_grad(buffer, grad, aliased=operation.aliased) for buffer in operation.inputs
+            ]
             if operation.workspace:
-                self.moment(operation.workspace)
-            self.drop(*kept, grad)
-            for one, own in zip(operation.inputs, gradients, strict=True):
-                self.accumulate(one, own)
+                self.allocate_temporary(operation.workspace)
+            self.release(*saved, grad)
+            for buffer, input_grad in zip(operation.inputs, input_grads, strict=True):
+                self.accumulate_grad(buffer, input_grad)
 
-    def _gradient(self, tensor: Tensor, grad: Tensor, *, aliased: bool) -> Tensor:
+    def _input_grad(self, buffer: Buffer, grad: Buffer, *, aliased: bool) -> Buffer:
         # A weight's gradient is a buffer of its own: it outlives the pass.
-        if aliased and not tensor.trained:
-            self.hold(grad)
+        if aliased and not buffer.is_parameter:
+            self.retain(grad)
             return grad
-        return self.new(tensor.numbers, tensor.each, tensor.part)
+        return self.allocate(buffer.numel, buffer.itemsize, buffer.category)
 
-    def accumulate(self, tensor: Tensor, grad: Tensor) -> None:
+    def accumulate_grad(self, buffer: Buffer, grad: Buffer) -> None:
         """Accumulate a gradient into a buffer's ``grad``."""
-        waiting = tensor.grad
+        existing_grad = buffer.grad
         # ZeRO-2 and ZeRO-3 reduce-scatter a full gradient as soon as it is there.
-        if waiting is None and tensor.trained and self.parts > 1 and not self.accumulating:
-            tensor.grad = self.new(ceil(grad.size / self.parts), 1, grad.part)
-            self.drop(grad)
-        elif waiting is None and not (tensor.trained and self.accumulating):
-            tensor.grad = grad
+        if existing_grad is None and buffer.is_parameter and self.grad_shards > 1 and not self.accumulating:
+            buffer.grad = self.allocate(ceil(grad.nbytes / self.grad_shards), 1, grad.category)
+            self.release(grad)
+        elif existing_grad is None and not (buffer.is_parameter and self.accumulating):
+            buffer.grad = grad
         # In place only where no other operation holds the existing gradient (an aliased one is shared).
-        elif waiting is None or (self.in_place and (tensor.trained or waiting.holders == 1)):
-            self.drop(grad)
+        elif existing_grad is None or (
+            self.in_place and (buffer.is_parameter or existing_grad.refcount == 1)
+        ):
+            self.release(grad)
         else:
-            tensor.grad = self.new(waiting.numbers, waiting.each, waiting.part)
-            self.drop(waiting, grad)
+            buffer.grad = self.allocate(existing_grad.numel, existing_grad.itemsize, existing_grad.category)
+            self.release(existing_grad, grad)

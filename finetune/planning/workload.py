@@ -10,24 +10,24 @@ Quantization = Literal["none", "nf4", "int8"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "adafactor"]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Offload = Literal["none", "cpu", "nvme"]
-Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"]
-Objective = Literal["likelihood", "comparison", "scores", "ppo", "none"]
+AttentionImplementation = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"]
+ObjectiveKind = Literal["likelihood", "comparison", "scores", "ppo", "none"]
 """The loss: cross-entropy of tokens (sft, pretrain, rejection), log-probabilities of
 completions (dpo, kto and the other preference losses), scores (reward), both policy and value (ppo).
 """
 
-BYTES: dict[Precision, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEMSIZES: dict[Precision, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes per element."""
 
-PARTED_WEIGHTS = ("zero3", "fsdp2")
-PARTED_GRADIENTS = ("zero2", *PARTED_WEIGHTS)
-PARTED_STATES = ("zero1", *PARTED_GRADIENTS)
+SHARDED_WEIGHTS = ("zero3", "fsdp2")
+SHARDED_GRADIENTS = ("zero2", *SHARDED_WEIGHTS)
+SHARDED_OPTIMIZER = ("zero1", *SHARDED_GRADIENTS)
 """Strategies that shard the weights, the gradients and the optimizer states, respectively."""
 
-LOW_RANK = ("lora", "qlora", "rslora", "lora_plus", "pissa", "loftq", "dora", "adalora")
-PREFIX = ("prefix", "ptuning_v2", "adaptive_prefix")
-PROMPT = ("prompt", "ptuning", "progressive_prompt", "multitask_prompt")
-BOTTLENECK = ("bottleneck", "adamix")
+LORA_METHODS = ("lora", "qlora", "rslora", "lora_plus", "pissa", "loftq", "dora", "adalora")
+PREFIX_METHODS = ("prefix", "ptuning_v2", "adaptive_prefix")
+PROMPT_METHODS = ("prompt", "ptuning", "progressive_prompt", "multitask_prompt")
+BOTTLENECK_METHODS = ("bottleneck", "adamix")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Adapter:
         dropout: whether dropout is applied to its inputs in training.
         virtual_tokens: vectors prepended to a sequence; for llama_adapter the length of each layer's prompt.
         frozen_tokens: those of them that belong to earlier tasks.
-        width: of a bottleneck, or of the network that encodes a prompt.
+        positions: of a bottleneck, or of the network that encodes a prompt.
         experts: bottlenecks in adamix's mixture.
         placement: of a bottleneck: houlsby, pfeiffer, parallel.
         encoder: of ptuning: mlp or lstm.
@@ -66,26 +66,26 @@ class Adapter:
     top_layers: int = 0
     block_size: int = 32
     tokens: int = 0
-    passes: int = 1
+    forward_passes: int = 1
 
     @property
-    def whole_model(self) -> bool:
+    def full_finetuning(self) -> bool:
         """Return whether the base's own weights are trained."""
         return self.method == "full"
 
     @property
-    def written(self) -> int:
+    def prepended_tokens(self) -> int:
         """Return the virtual tokens prepended to the embeddings, which run through all layers."""
-        return self.virtual_tokens if self.method in PROMPT else 0
+        return self.virtual_tokens if self.method in PROMPT_METHODS else 0
 
     @property
-    def cached(self) -> int:
+    def prefix_tokens(self) -> int:
         """Return the virtual keys and values prepended in every layer."""
-        return self.virtual_tokens if self.method in PREFIX else 0
+        return self.virtual_tokens if self.method in PREFIX_METHODS else 0
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
+class GenerationBatch:
     """Sizes of the policy's generation.
 
     Attributes:
@@ -94,7 +94,7 @@ class Rollout:
         completion: maximum new tokens.
     """
 
-    lines: int
+    rows: int
     prompt: int
     completion: int
 
@@ -131,39 +131,39 @@ class Workload:
 
     architecture: Architecture
     adapter: Adapter = Adapter()
-    objective: Objective = "likelihood"
+    objective: ObjectiveKind = "likelihood"
     precision: Precision = "bfloat16"
     quantization: Quantization = "none"
     optimizer: Optimizer = "adamw"
-    lines: int = 1
-    columns: int = 512
+    rows: int = 1
+    seq_len: int = 512
     predicted: int = 512
     targets: int = 0
     completions: int = 0
     masked: bool = False
-    accumulated: int = 1
+    accumulation_steps: int = 1
     checkpointing: bool = False
-    attention: Attention = "sdpa"
+    attention: AttentionImplementation = "sdpa"
     live_reference: bool = False
     heads: int = 0
     scorers: int = 0
-    rollout: Rollout | None = None
+    rollout: GenerationBatch | None = None
     device: Literal["cuda", "cpu"] = "cuda"
     processes: int = 1
     strategy: Strategy = "single"
     offload: Offload = "none"
 
     @property
-    def bytes(self) -> int:
+    def itemsize(self) -> int:
         """Return the bytes per element in the forward pass."""
-        return BYTES[self.precision]
+        return ITEMSIZES[self.precision]
 
     @property
-    def width(self) -> int:
+    def positions(self) -> int:
         """Return the positions of a row, virtual tokens included."""
-        return self.columns + self.adapter.written
+        return self.seq_len + self.adapter.prepended_tokens
 
     @property
     def tokens(self) -> int:
         """Return the positions of a micro-batch."""
-        return self.lines * self.width
+        return self.rows * self.positions

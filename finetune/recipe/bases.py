@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.recipe import yaml_file
 from finetune.recipe.discovery import PROJECT
-from finetune.recipe.errors import Problem, UserError, nearest
+from finetune.recipe.errors import Problem, UserError, did_you_mean
 
 BASES = PROJECT / "recipes" / "bases.yaml"
 
@@ -21,9 +21,9 @@ class Base:
 
 
 @cache  # a run asks five times, and the file comes with the package
-def bases() -> dict[str, Base]:
+def load_bases() -> dict[str, Base]:
     """Return the table of short names."""
-    content, _ = yaml_file.read(BASES)
+    content, _ = yaml_file.read_yaml(BASES)
     return {name: Base(**entry) for name, entry in content.items()}
 
 
@@ -36,46 +36,46 @@ def resolve_base(base: str) -> str:
         UserError: it is neither a short name, nor a folder with a config.json, nor a run with a model, nor
             ``owner/name``.
     """
-    table = bases()
+    table = load_bases()
     name = table[base].id if base in table else base
     # A folder wins over a Hub id of the same form (owner/name).
     for folder in (Path(name).expanduser(), PROJECT / name):
         if folder.is_dir():
-            return str(_checked_folder(folder))
+            return str(_check_model_folder(folder))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(_unknown(base, table))
+        raise UserError(_unknown_base_problem(base, table))
     return name
 
 
-def _unknown(base: str, table: dict[str, Base]) -> Problem:
+def _unknown_base_problem(base: str, table: dict[str, Base]) -> Problem:
     if base in table:
-        found = f"'{base}' is the folder {table[base].id}, which does not exist"
-        return Problem("model.base", found, "the folder shipped with llm-align", "reinstall llm-align")
-    found = f"'{base}' is not a folder" if "/" in base else f"'{base}' is neither a short name nor a folder"
-    some = ", ".join(list(table)[:3])
-    expected = f"a short name ({some}, ...), a Hub id (owner/name), or a folder with config.json"
-    repair = nearest(base, table) or f"`llm-align list bases` lists all {len(table)} short names"
-    return Problem("model.base", found, expected, repair)
+        actual = f"'{base}' is the folder {table[base].id}, which does not exist"
+        return Problem("model.base", actual, "the folder shipped with llm-align", "reinstall llm-align")
+    actual = f"'{base}' is not a folder" if "/" in base else f"'{base}' is neither a short name nor a folder"
+    examples = ", ".join(list(table)[:3])
+    expected = f"a short name ({examples}, ...), a Hub id (owner/name), or a folder with config.json"
+    repair = did_you_mean(base, table) or f"`llm-align list bases` lists all {len(table)} short names"
+    return Problem("model.base", actual, expected, repair)
 
 
-def _checked_folder(folder: Path) -> Path:
+def _check_model_folder(folder: Path) -> Path:
     if (folder / "run.json").is_file():
         return _model_of_run(folder)
     if not (folder / "config.json").is_file():
-        found = f"folder '{folder}' has no config.json"
+        actual = f"folder '{folder}' has no config.json"
         expected = "a folder written by save_pretrained (config.json, weights, tokenizer)"
-        raise UserError(Problem("model.base", found, expected, _adapter_hint(folder)))
+        raise UserError(Problem("model.base", actual, expected, _adapter_hint(folder)))
     return folder
 
 
 def _model_of_run(run: Path) -> Path:
-    held = [run / name for name in ("model", "merged") if (run / name / "config.json").is_file()]
-    if held:
-        return held[0]
+    models = [run / name for name in ("model", "merged") if (run / name / "config.json").is_file()]
+    if models:
+        return models[0]
     expected = "a run with a model: model/ (after full tuning) or merged/"
     if (run / "adapter").is_dir():
-        found = f"run '{run}' has an adapter, but no merged model"
-        raise UserError(Problem("model.base", found, expected, f"llm-align merge {run}"))
+        actual = f"run '{run}' has an adapter, but no merged model"
+        raise UserError(Problem("model.base", actual, expected, f"llm-align merge {run}"))
     raise UserError(Problem("model.base", f"run '{run}' has no model yet", expected, "finish the run first"))
 
 

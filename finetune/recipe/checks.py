@@ -6,16 +6,16 @@ from pathlib import Path
 from finetune.adapters._traits import Traits
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import ADAPTERS, TEMPLATES, load_plugin, plugin_names
-from finetune.recipe.errors import Problem, UserError, nearest, one_of
-from finetune.recipe.mixture_checks import mixture, selection
+from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
+from finetune.recipe.mixture_checks import check_mixture, check_selection
 from finetune.recipe.paths import local_path, looks_local
 from finetune.recipe.python_function import function_file
 from finetune.recipe.settings import StageSettings
 
-HOLD_OUT = "set data.held_out to a number of rows (100), a fraction (0.1) or a file"
+HOLD_OUT_REPAIR = "set data.held_out to a number of rows (100), a fraction (0.1) or a file"
 
 
-def contradictions(settings: StageSettings, valid: Collection[str]) -> list[Problem]:
+def cross_field_problems(settings: StageSettings, valid: Collection[str]) -> list[Problem]:
     """Return the problems between settings that are each valid by themselves.
 
     Args:
@@ -33,31 +33,31 @@ def adapter_traits(method: str) -> Traits:
     return traits
 
 
-def _base(settings: StageSettings) -> Iterator[Problem]:
+def _check_base(settings: StageSettings) -> Iterator[Problem]:
     try:
         resolve_base(settings.model.base)
     except UserError as error:
         yield from error.problems
 
 
-def _attention(settings: StageSettings) -> Iterator[Problem]:
+def _check_attention(settings: StageSettings) -> Iterator[Problem]:
     model = settings.model
     # FlashAttention-2 kernels exist for float16 and bfloat16 only.
     if model.attention == "flash_attention_2" and model.precision == "float32":
-        found = "'flash_attention_2', but model.precision is float32"
+        actual = "'flash_attention_2', but model.precision is float32"
         yield Problem(
-            "model.attention", found, "sdpa for float32", "model.attention=sdpa, or model.precision=bfloat16"
+            "model.attention", actual, "sdpa for float32", "model.attention=sdpa, or model.precision=bfloat16"
         )
 
 
-def _template(settings: StageSettings) -> Iterator[Problem]:
+def _check_template(settings: StageSettings) -> Iterator[Problem]:
     template, names = settings.data.template, plugin_names(TEMPLATES)
     if template not in names:
         expected = f"{one_of(names)} ({TEMPLATES}/)"
-        yield Problem("data.template", f"'{template}' is unknown", expected, nearest(template, names))
+        yield Problem("data.template", f"'{template}' is unknown", expected, did_you_mean(template, names))
 
 
-def _sources(settings: StageSettings) -> Iterator[Problem]:
+def _check_sources(settings: StageSettings) -> Iterator[Problem]:
     data = settings.data
     if data.source is None and data.mix is None:
         repair = "set data.source (or --data) to a hub id, a file or a folder"
@@ -67,38 +67,42 @@ def _sources(settings: StageSettings) -> Iterator[Problem]:
             "data.mix", "set together with data.source", "one of the two", "list the source in data.mix"
         )
     if isinstance(data.source, str):
-        yield from _missing_file("data.source", data.source)
+        yield from _check_file_exists("data.source", data.source)
     for index, source in enumerate(data.mix or []):
-        yield from _missing_file(f"data.mix[{index}].source", source.source)
+        yield from _check_file_exists(f"data.mix[{index}].source", source.source)
 
 
-def _held_out(settings: StageSettings) -> Iterator[Problem]:
+def _check_held_out(settings: StageSettings) -> Iterator[Problem]:
     data = settings.data
     held_out = data.held_out
     if isinstance(held_out, str):
-        yield from _missing_file(
+        yield from _check_file_exists(
             "data.held_out", held_out, expected="rows (100), a fraction (0.1), or an existing file or Hub id"
         )
-        mixed = [(f"data.mix[{index}].source", part.source) for index, part in enumerate(data.mix or [])]
-        for where, source in [("data.source", data.source), *mixed]:
+        mixture_sources = [
+            (f"data.mix[{index}].source", entry.source) for index, entry in enumerate(data.mix or [])
+        ]
+        for where, source in [("data.source", data.source), *mixture_sources]:
             # Evaluating on training rows would look like generalization.
             if held_out == source:
                 repair = "data.held_out=0.1 holds out a tenth of the rows"
-                found = f"the same as {where}"
-                yield Problem("data.held_out", found, "rows that are not in the training data", repair)
+                actual = f"the same as {where}"
+                yield Problem("data.held_out", actual, "rows that are not in the training data", repair)
 
 
-def _measured(settings: StageSettings) -> Iterator[Problem]:
-    wanted = {
+def _check_evals(settings: StageSettings) -> Iterator[Problem]:
+    evals = {
         "evaluate.exact_match": settings.evaluate.exact_match,
         "train.evaluate_every": settings.train.evaluate_every,
     }
-    for where, value in wanted.items():
+    for where, value in evals.items():
         if value and not settings.data.held_out:
-            yield Problem(where, f"{value}, but data.held_out is 0", "held-out rows to evaluate on", HOLD_OUT)
+            yield Problem(
+                where, f"{value}, but data.held_out is 0", "held-out rows to evaluate on", HOLD_OUT_REPAIR
+            )
 
 
-def _judged(settings: StageSettings) -> Iterator[Problem]:
+def _check_graders(settings: StageSettings) -> Iterator[Problem]:
     evaluate = settings.evaluate
     for name, text in evaluate.judges.items():
         where = f"evaluate.judges.{name}"
@@ -111,13 +115,13 @@ def _judged(settings: StageSettings) -> Iterator[Problem]:
         except UserError as error:
             yield from error.problems
     if evaluate.judges and not settings.data.held_out:
-        found, expected = "set, but data.held_out is 0", "held-out prompts for the graders"
-        yield Problem("evaluate.judges", found, expected, HOLD_OUT)
+        actual, expected = "set, but data.held_out is 0", "held-out prompts for the graders"
+        yield Problem("evaluate.judges", actual, expected, HOLD_OUT_REPAIR)
     if evaluate.skill is not None:
-        yield from _missing_file("evaluate.skill", evaluate.skill)
+        yield from _check_file_exists("evaluate.skill", evaluate.skill)
 
 
-def _missing_file(
+def _check_file_exists(
     where: str, text: str, *, expected: str = "an existing file or folder, or a Hub id (owner/name)"
 ) -> Iterator[Problem]:
     if looks_local(text) and local_path(text) is None:
@@ -126,18 +130,18 @@ def _missing_file(
         )
 
 
-def _quantization(settings: StageSettings) -> Iterator[Problem]:
-    method, wanted = settings.adapter.method, settings.model.quantization
+def _check_quantization(settings: StageSettings) -> Iterator[Problem]:
+    method, quantization = settings.adapter.method, settings.model.quantization
     allowed = adapter_traits(method).quantization
-    if wanted not in ("auto", *allowed):
+    if quantization not in ("auto", *allowed):
         repair = "model.quantization=auto, or another adapter (qlora for a 4-bit base)"
         if method == "qlora":
             repair = "model.quantization=auto, or adapter.method=lora for an unquantized base"
-        found = f"'{wanted}' with adapter.method '{method}'"
-        yield Problem("model.quantization", found, f"auto, or {one_of(allowed)}", repair)
+        actual = f"'{quantization}' with adapter.method '{method}'"
+        yield Problem("model.quantization", actual, f"auto, or {one_of(allowed)}", repair)
 
 
-def _packing(settings: StageSettings) -> Iterator[Problem]:
+def _check_packing(settings: StageSettings) -> Iterator[Problem]:
     if not settings.data.packing:
         return
     method = settings.adapter.method
@@ -151,49 +155,49 @@ def _packing(settings: StageSettings) -> Iterator[Problem]:
         yield Problem("data.packing", "true with train.engine 'trl'", expected, repair)
 
 
-def _adapter(settings: StageSettings) -> Iterator[Problem]:
+def _check_adapter(settings: StageSettings) -> Iterator[Problem]:
     method, train = settings.adapter.method, settings.train
     traits = adapter_traits(method)
     yield from settings.adapter.problems()
     if train.engine not in traits.engines:
-        found = f"'{train.engine}' with adapter.method '{method}'"
+        actual = f"'{train.engine}' with adapter.method '{method}'"
         repair = "train.engine=native: TRL's trainer does not support this adapter"
-        yield Problem("train.engine", found, one_of(traits.engines), repair)
-    if train.gradient_checkpointing and not traits.checkpointing:
-        found = f"true with adapter.method '{method}'"
+        yield Problem("train.engine", actual, one_of(traits.engines), repair)
+    if train.gradient_checkpointing and not traits.gradient_checkpointing:
+        actual = f"true with adapter.method '{method}'"
         expected = "false: the prefix is in the key-value cache, which checkpointing disables"
-        yield Problem("train.gradient_checkpointing", found, expected, "train.gradient_checkpointing=false")
+        yield Problem("train.gradient_checkpointing", actual, expected, "train.gradient_checkpointing=false")
 
 
-def _noise(settings: StageSettings) -> Iterator[Problem]:
+def _check_neftune(settings: StageSettings) -> Iterator[Problem]:
     alpha, method = settings.train.neftune_alpha, settings.adapter.method
     if alpha is not None and settings.train.engine == "trl" and settings.adapter.positions:
-        found = f"{alpha:g} with train.engine 'trl' and adapter.method '{method}'"
+        actual = f"{alpha:g} with train.engine 'trl' and adapter.method '{method}'"
         expected = "null: TRL does not find the embeddings of a model with virtual tokens"
-        yield Problem("train.neftune_alpha", found, expected, "train.engine=native")
+        yield Problem("train.neftune_alpha", actual, expected, "train.engine=native")
 
 
-def _batch(settings: StageSettings) -> Iterator[Problem]:
+def _check_batch_sizes(settings: StageSettings) -> Iterator[Problem]:
     batch, micro = settings.train.batch_size, settings.train.micro_batch_size
     if micro != "auto" and micro > batch:
         repair = "batch_size is the number of sequences per optimizer step: raise it, or lower this"
-        found = f"{micro}, more than train.batch_size ({batch})"
-        yield Problem("train.micro_batch_size", found, f"at most {batch}, or auto", repair)
+        actual = f"{micro}, more than train.batch_size ({batch})"
+        yield Problem("train.micro_batch_size", actual, f"at most {batch}, or auto", repair)
 
 
 RULES: tuple[tuple[Callable[[StageSettings], Iterator[Problem]], set[str]], ...] = (
-    (_base, {"model"}),
-    (_attention, {"model"}),
-    (_template, {"data"}),
-    (_sources, {"data"}),
-    (mixture, {"data"}),
-    (selection, {"data"}),
-    (_held_out, {"data"}),
-    (_measured, {"data", "evaluate", "train"}),
-    (_judged, {"data", "evaluate"}),
-    (_quantization, {"adapter", "model"}),
-    (_packing, {"adapter", "data", "train"}),
-    (_adapter, {"adapter", "train"}),
-    (_noise, {"adapter", "train"}),
-    (_batch, {"train"}),
+    (_check_base, {"model"}),
+    (_check_attention, {"model"}),
+    (_check_template, {"data"}),
+    (_check_sources, {"data"}),
+    (check_mixture, {"data"}),
+    (check_selection, {"data"}),
+    (_check_held_out, {"data"}),
+    (_check_evals, {"data", "evaluate", "train"}),
+    (_check_graders, {"data", "evaluate"}),
+    (_check_quantization, {"adapter", "model"}),
+    (_check_packing, {"adapter", "data", "train"}),
+    (_check_adapter, {"adapter", "train"}),
+    (_check_neftune, {"adapter", "train"}),
+    (_check_batch_sizes, {"train"}),
 )

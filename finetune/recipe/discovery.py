@@ -8,7 +8,7 @@ import pkgutil
 from pathlib import Path
 from types import ModuleType
 
-from finetune.recipe.errors import Problem, UserError, nearest, one_of
+from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = _PACKAGE / "shipped"
@@ -53,7 +53,7 @@ def load_plugin(package: str, name: str, *, where: str) -> ModuleType:
     if name not in names:
         folder = package.replace(".", "/")
         raise UserError(
-            Problem(where, f"'{name}' is unknown", f"{one_of(names)} ({folder}/)", nearest(name, names))
+            Problem(where, f"'{name}' is unknown", f"{one_of(names)} ({folder}/)", did_you_mean(name, names))
         )
     return importlib.import_module(f"{package}.{name}")
 
@@ -71,15 +71,15 @@ def load_stage(name: str) -> ModuleType:
     """
     known = stage_names()
     if name not in known:
-        raise UserError(Problem("stage", f"'{name}' is unknown", one_of(known), nearest(name, known)))
+        raise UserError(Problem("stage", f"'{name}' is unknown", one_of(known), did_you_mean(name, known)))
     return load_plugin(known[name], name, where="stage")
 
 
 def recipe_folders() -> list[Path]:
     """Return the folders with recipes: the user's ``./recipes`` first, then the shipped ones."""
-    own = Path.cwd() / "recipes"
+    user_folder = Path.cwd() / "recipes"
     shipped = PROJECT / "recipes"
-    return [folder for folder in dict.fromkeys([own, shipped]) if folder.is_dir()]
+    return [folder for folder in dict.fromkeys([user_folder, shipped]) if folder.is_dir()]
 
 
 def recipe_names(stage: str) -> dict[str, Path]:
@@ -101,24 +101,26 @@ def find_recipe(stage: str, name: str) -> Path:
         path = Path(name).expanduser()
         if path.is_file():
             return path
-        raise UserError(Problem(name, "no such file", "a recipe's YAML file", _beside(path)))
+        raise UserError(Problem(name, "no such file", "a recipe's YAML file", _suggest_sibling(path)))
     known = recipe_names(stage)
     if name in known:
         return known[name]
     expected = one_of(sorted(known)) if known else f"a file of recipes/{stage}/ (empty), or a path"
     raise UserError(
-        Problem(f"recipe '{name}'", f"stage {stage} has no such recipe", expected, _elsewhere(name, known))
+        Problem(
+            f"recipe '{name}'", f"stage {stage} has no such recipe", expected, _suggest_recipe(name, known)
+        )
     )
 
 
-def _elsewhere(name: str, known: dict[str, Path]) -> str:
+def _suggest_recipe(name: str, known: dict[str, Path]) -> str:
     stages = [stage for stage in stage_names() if name in recipe_names(stage)]
     if stages:
         return f"stage {stages[0]} has one: llm-align {stages[0]} {name}"
-    return nearest(name, known) or "see `llm-align list`, or give the path of a .yaml file"
+    return did_you_mean(name, known) or "see `llm-align list`, or give the path of a .yaml file"
 
 
-def _beside(path: Path) -> str:
+def _suggest_sibling(path: Path) -> str:
     siblings = {file.stem: file for file in sorted(path.parent.glob("*.y*ml"))}
     if siblings:
         names = ", ".join(file.name for file in siblings.values())

@@ -10,18 +10,18 @@ class Problem:
     """One error of the user: location, value found, value expected, repair."""
 
     where: str
-    found: str
+    actual: str
     expected: str
     repair: str = ""
 
     def __str__(self) -> str:
         """Return the problem in at most three lines."""
-        lines = [f"{self.where}: {self.found}", f"    expected: {self.expected}"]
+        lines = [f"{self.where}: {self.actual}", f"    expected: {self.expected}"]
         if self.repair:
             lines.append(f"    repair:   {self.repair}")
         return "\n".join(lines)
 
-    def placed(self, origins: Mapping[str, str]) -> "Problem":
+    def with_origin(self, origins: Mapping[str, str]) -> "Problem":
         """Append the origin (``file:line``) of the problem's key, or else of its section, to ``where``."""
         key = self.where
         # A problem of the parent run's recipe has its origin already.
@@ -46,7 +46,7 @@ class UserError(Exception):
         return UserError, (self.problems,)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``did you mean 'x'?`` for the known name closest to ``name``, "" if none is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean '{match[0]}'?" if match else ""

@@ -6,75 +6,75 @@ from math import fsum
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import MixedSource, SelectSettings, StageSettings
 
-BY_SIZE = ("mix_limit", "mix_temperature")
-MIXTURE_ONLY = (*BY_SIZE, "mix_rows")
-OF_ONE_SOURCE = ("columns", "revision", "select")
+SIZE_RATE_KEYS = ("mix_limit", "mix_temperature")
+MIXTURE_KEYS = (*SIZE_RATE_KEYS, "mix_rows")
+PER_SOURCE_KEYS = ("columns", "revision", "select")
 """Keys of a single source: in a mixture each entry has its own."""
 
 
-def mixture(settings: StageSettings) -> Iterator[Problem]:
+def check_mixture(settings: StageSettings) -> Iterator[Problem]:
     """Yield the problems between the keys of a mixture."""
     data = settings.data
     given = data.model_dump(exclude_defaults=True)
     if data.mix is None:
-        for key in filter(given.__contains__, MIXTURE_ONLY):
+        for key in filter(given.__contains__, MIXTURE_KEYS):
             repair = "omit it, or list the sources in data.mix"
             yield Problem(f"data.{key}", "set without data.mix", "a mixture of sources", repair)
         return
-    for key in filter(given.__contains__, OF_ONE_SOURCE):
+    for key in filter(given.__contains__, PER_SOURCE_KEYS):
         if key != "columns" or not isinstance(data.held_out, str):  # a held-out file may need its own
             repair = f"data.mix=[{{source: ..., {key}: ...}}]"
             yield Problem(
                 f"data.{key}", "set together with data.mix", "the key in the entries of data.mix", repair
             )
-    yield from _rates(data.mix, by_size=[key for key in BY_SIZE if key in given])
+    yield from _check_rates(data.mix, by_size=[key for key in SIZE_RATE_KEYS if key in given])
 
 
-def _rates(mix: list[MixedSource], *, by_size: list[str]) -> Iterator[Problem]:
-    for index, part in enumerate(mix):
-        if part.weight is not None and part.share is not None:
-            found = f"both weight {part.weight:g} and share {part.share:g}"
+def _check_rates(mix: list[MixedSource], *, by_size: list[str]) -> Iterator[Problem]:
+    for index, entry in enumerate(mix):
+        if entry.weight is not None and entry.share is not None:
+            actual = f"both weight {entry.weight:g} and share {entry.share:g}"
             expected = "one of the two: a share is a fraction of the mixture, weights divide the rest"
-            yield Problem(f"data.mix[{index}]", found, expected)
-    yield from _shares([part.share for part in mix])
+            yield Problem(f"data.mix[{index}]", actual, expected)
+    yield from _check_shares([entry.share for entry in mix])
     # Weights or sizes define the rates of all sources without a share; mixing the two has no meaning.
-    weights = [part.weight for part in mix if part.share is None]
+    weights = [entry.weight for entry in mix if entry.share is None]
     if None in weights and weights.count(None) < len(weights):
-        index = next(i for i, part in enumerate(mix) if part.weight is None and part.share is None)
+        index = next(i for i, entry in enumerate(mix) if entry.weight is None and entry.share is None)
         repair = "set its weight or its share, or remove all weights to mix by size"
         yield Problem(f"data.mix[{index}].weight", "not set, but others are", "a weight for each", repair)
     elif weights and None not in weights:
         for key in by_size:
             repair = f"omit data.{key}, or the weights"
-            found = "set together with weights, which already define the rates"
-            yield Problem(f"data.{key}", found, "rates by weight or by size", repair)
+            actual = "set together with weights, which already define the rates"
+            yield Problem(f"data.{key}", actual, "rates by weight or by size", repair)
 
 
-def _shares(shares: list[float | None]) -> Iterator[Problem]:
+def _check_shares(shares: list[float | None]) -> Iterator[Problem]:
     given = [share for share in shares if share is not None]
     if len(given) == len(shares):
         repair = "omit the share of the main source, or replace every share by a weight"
-        found = "every source has a share"
-        yield Problem("data.mix", found, "at least one source without a share, which gets the rest", repair)
+        actual = "every source has a share"
+        yield Problem("data.mix", actual, "at least one source without a share, which gets the rest", repair)
     elif fsum(given) >= 1:
-        found = f"the shares add up to {fsum(given):g}"
-        yield Problem("data.mix", found, "less than 1: the sources without a share get the rest")
+        actual = f"the shares add up to {fsum(given):g}"
+        yield Problem("data.mix", actual, "less than 1: the sources without a share get the rest")
 
 
-def selection(settings: StageSettings) -> Iterator[Problem]:
+def check_selection(settings: StageSettings) -> Iterator[Problem]:
     """Yield the problems between the keys of ``select``."""
     data = settings.data
-    chosen = {f"data.mix[{index}].select": part.select for index, part in enumerate(data.mix or [])}
-    for where, select in {"data.select": data.select, **chosen}.items():
+    entry_selects = {f"data.mix[{index}].select": entry.select for index, entry in enumerate(data.mix or [])}
+    for where, select in {"data.select": data.select, **entry_selects}.items():
         if select is not None:
-            yield from _select(where, select)
+            yield from _check_select(where, select)
 
 
-def _select(where: str, select: SelectSettings) -> Iterator[Problem]:
-    least, most = select.min_reply_characters, select.max_reply_characters
-    if most is not None and most < least:
-        found = f"{most}, below min_reply_characters ({least})"
-        yield Problem(f"{where}.max_reply_characters", found, f"{least} or more")
+def _check_select(where: str, select: SelectSettings) -> Iterator[Problem]:
+    min_characters, max_characters = select.min_reply_characters, select.max_reply_characters
+    if max_characters is not None and max_characters < min_characters:
+        actual = f"{max_characters}, below min_reply_characters ({min_characters})"
+        yield Problem(f"{where}.max_reply_characters", actual, f"{min_characters} or more")
     if select.score is None:
         repair = "name the column: score: COLUMN"
         if select.min_score is not None:
@@ -87,5 +87,5 @@ def _select(where: str, select: SelectSettings) -> Iterator[Problem]:
         repair = "min_score: 4.5 sets a minimum rating; rows_by: score selects the best rows"
         yield Problem(f"{where}.score", "set, but not used", "min_score or rows_by", repair)
     if select.rows_by != "random" and select.rows is None:
-        found = f"'{select.rows_by}', but rows is not set"
-        yield Problem(f"{where}.rows_by", found, "the number of rows to select", "rows: 1000")
+        actual = f"'{select.rows_by}', but rows is not set"
+        yield Problem(f"{where}.rows_by", actual, "the number of rows to select", "rows: 1000")

@@ -13,16 +13,16 @@ from types import ModuleType
 from typing import Any
 
 from finetune.recipe.discovery import INSTALLED
-from finetune.recipe.errors import Problem, UserError, nearest, one_of
+from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.paths import local_path
 
-EXPECTED = "path/to/file.py:function"
-NUMBER = "a finite number, or true or false"
-SHOWN = 80
+FUNCTION_FORMAT = "path/to/file.py:function"
+NUMBER_FORMAT = "a finite number, or true or false"
+MAX_SHOWN_CHARACTERS = 80
 """Characters of prompt and reply shown in the error of a function that failed on them."""
 
 
-def load_function(text: str, *, where: str) -> Callable[..., Any]:
+def load_user_function(text: str, *, where: str) -> Callable[..., Any]:
     """Import the file in ``text`` and return its function.
 
     Args:
@@ -35,12 +35,12 @@ def load_function(text: str, *, where: str) -> Callable[..., Any]:
     """
     file = function_file(text, where=where)
     name = text.rpartition(":")[2]
-    module = _executed(file, where)
+    module = _import_file(file, where)
     functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
     if name not in functions:
-        found = f"'{file}' has no function '{name}'"
+        actual = f"'{file}' has no function '{name}'"
         expected = one_of(functions) if functions else "a function; the file has none"
-        raise UserError(Problem(where, found, expected, nearest(name, functions)))
+        raise UserError(Problem(where, actual, expected, did_you_mean(name, functions)))
     function: Callable[..., Any] = vars(module)[name]
     return function
 
@@ -53,7 +53,7 @@ def function_file(text: str, *, where: str) -> Path:
     """
     path, _, name = text.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
-        raise UserError(Problem(where, f"'{text}'", EXPECTED, f"write {where}: rules.py:my_rule"))
+        raise UserError(Problem(where, f"'{text}'", FUNCTION_FORMAT, f"write {where}: rules.py:my_rule"))
     file = local_path(path) or local_path(str(INSTALLED / path))
     if file is None or not file.is_file():
         repair = f"relative paths are resolved from {Path.cwd()}"
@@ -70,26 +70,26 @@ def file_digest(text: str, *, where: str) -> str:
     return hashlib.sha256(function_file(text, where=where).read_bytes()).hexdigest()
 
 
-def number_from(function: Callable[[str, str], Any], prompt: str, reply: str, *, where: str) -> float:
+def call_for_number(function: Callable[[str, str], Any], prompt: str, reply: str, *, where: str) -> float:
     """Call a user function that must return a number.
 
     Raises:
         UserError: it raised, or returned no finite number; the message shows prompt and reply.
     """
-    number = opinion_of(function, prompt, reply, where=where, expected=NUMBER)
+    number = call_user_function(function, prompt, reply, where=where, expected=NUMBER_FORMAT)
     if number is None:
-        problem = _no_number(where, "it returned None", prompt, reply, NUMBER)
+        problem = _return_problem(where, "it returned None", prompt, reply, NUMBER_FORMAT)
         raise UserError(replace(problem, repair="return 0 for prompts that it does not apply to"))
     return number
 
 
-def opinion_of(
+def call_user_function(
     function: Callable[[str, str], Any],
     prompt: str,
     reply: str,
     *,
     where: str,
-    expected: str = f"{NUMBER}, or None",
+    expected: str = f"{NUMBER_FORMAT}, or None",
 ) -> float | None:
     """Call a user function on a prompt and a reply; None means that it does not apply to this prompt.
 
@@ -106,34 +106,36 @@ def opinion_of(
     try:
         value = function(prompt, reply)
     except Exception as error:  # the function is the user's and may raise anything
-        found = f"{type(error).__name__}: {error}"
-        raise UserError(_no_number(where, found, prompt, reply, expected)) from error
+        actual = f"{type(error).__name__}: {error}"
+        raise UserError(_return_problem(where, actual, prompt, reply, expected)) from error
     if value is None:
         return None
     # Real and not float: numpy scalars and bools are fine; NaN would poison every mean.
     if not isinstance(value, Real) or not isfinite(value):
-        raise UserError(_no_number(where, f"it returned {value!r}", prompt, reply, expected))
+        raise UserError(_return_problem(where, f"it returned {value!r}", prompt, reply, expected))
     return float(value)
 
 
-def _no_number(where: str, found: str, prompt: str, reply: str, expected: str) -> Problem:
-    at = f"{found}; prompt {prompt[:SHOWN]!r}, reply {reply[:SHOWN]!r}"
-    return Problem(where, at, expected)
+def _return_problem(where: str, actual: str, prompt: str, reply: str, expected: str) -> Problem:
+    details = f"{actual}; prompt {prompt[:MAX_SHOWN_CHARACTERS]!r}, reply {reply[:MAX_SHOWN_CHARACTERS]!r}"
+    return Problem(where, details, expected)
 
 
-def call_problems(function: Callable[..., Any], parameters: tuple[str, ...], *, where: str) -> list[Problem]:
+def signature_problems(
+    function: Callable[..., Any], parameters: tuple[str, ...], *, where: str
+) -> list[Problem]:
     """Return the problems of a function that will be called with these positional arguments."""
     # bind() checks numbers and names of parameters without calling the function.
     try:
         inspect.signature(function).bind(*parameters)
     except TypeError as error:
-        own = f"{function.__name__}{inspect.signature(function)}"
+        signature = f"{function.__name__}{inspect.signature(function)}"
         expected = f"a function that takes ({', '.join(parameters)})"
-        return [Problem(where, f"{own}: {error}", expected)]
+        return [Problem(where, f"{signature}: {error}", expected)]
     return []
 
 
-def _executed(file: Path, where: str) -> ModuleType:
+def _import_file(file: Path, where: str) -> ModuleType:
     """Import a file as a module."""
     # A digest of the path in its name: two files called rules.py are two modules.
     file = file.resolve()
@@ -146,8 +148,8 @@ def _executed(file: Path, where: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # the file is the user's and may raise anything
         del sys.modules[name]
-        found = f"'{file}' cannot be imported: {type(error).__name__}: {error}"
-        raise UserError(Problem(where, found, "an importable Python file")) from error
+        actual = f"'{file}' cannot be imported: {type(error).__name__}: {error}"
+        raise UserError(Problem(where, actual, "an importable Python file")) from error
     return module
 
 

@@ -3,13 +3,20 @@
 import logging
 import warnings
 
-NOISY = ("bitsandbytes", "transformers", "datasets", "httpx", "DeepSpeed", "torch.distributed.elastic")
+NOISY_LIBRARIES = (
+    "bitsandbytes",
+    "transformers",
+    "datasets",
+    "httpx",
+    "DeepSpeed",
+    "torch.distributed.elastic",
+)
 """Loggers set to ERROR."""
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Set the libraries' loggers to ERROR and filter warnings; call before the first of them is imported."""
-    for library in NOISY:
+    for library in NOISY_LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient")

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune.recipe import command_line, yaml_file
-from finetune.recipe.checks import contradictions
-from finetune.recipe.command_line import Origins, Values
+from finetune.recipe.checks import cross_field_problems
+from finetune.recipe.command_line import Origins, SectionValues
 from finetune.recipe.discovery import (
     ADAPTERS,
     find_recipe,
@@ -20,12 +20,18 @@ from finetune.recipe.discovery import (
     plugin_names,
     stage_names,
 )
-from finetune.recipe.errors import Problem, UserError, nearest, one_of
+from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.settings import AdapterSettings, Section, StageSettings
-from finetune.recipe.start import Start, is_recipe, lay_over, start_of_recipe, start_of_run
-from finetune.recipe.wording import problems_of
+from finetune.recipe.start import (
+    ParentRun,
+    inherit_settings,
+    is_recipe_name,
+    parent_from_recipe,
+    parent_from_run,
+)
+from finetune.recipe.wording import validation_problems
 
-DEFAULT = "default"
+DEFAULT_ORIGIN = "default"
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,12 @@ class Recipe:
     out: Path | None = None
     notes: list[str] = field(default_factory=list)
 
-    def values(self) -> Values:
+    def values(self) -> SectionValues:
         """Return all settings as plain sections; rows passed from Python are summarized by a digest."""
         content = self.settings.model_dump(mode="json")
         rows = content["data"]["source"]
         if isinstance(rows, list):
-            content["data"]["source"] = f"<{len(rows)} rows given in Python, {_sha(rows)[:16]}>"
+            content["data"]["source"] = f"<{len(rows)} rows given in Python, {_values_digest(rows)[:16]}>"
         return content
 
     def digest(self, data_fingerprint: str) -> str:
@@ -60,8 +66,8 @@ class Recipe:
         # After full tuning the parent run is the base; its content is in the fingerprint, not its path.
         if start is not None and content["model"]["base"] == start:
             content["model"]["base"] = None
-        _forget_places(self.settings, content)
-        return _sha([self.stage, content, data_fingerprint])[:8]
+        _drop_undigested(self.settings, content)
+        return _values_digest([self.stage, content, data_fingerprint])[:8]
 
     def to_yaml(self, derived: dict[str, str] | None = None) -> str:
         """Return the resolved recipe with origins as comments; ``derived``: reasons of values set by auto."""
@@ -71,17 +77,17 @@ class Recipe:
             section, name = key.split(".", 1)
             comments[section, name] += f"; planner: {choice}"
         head = {"stage": self.stage, "description": self.description}
-        return yaml_file.write({**head, **self.values()}, comments)
+        return yaml_file.dump_yaml({**head, **self.values()}, comments)
 
 
-def load(
+def read_recipe(
     stage: str,
     name: str,
     *,
     shortcuts: dict[str, Any] | None = None,
     overrides: Sequence[str] = (),
     out: Path | None = None,
-    above: tuple[str, ...] = (),
+    ancestors: tuple[str, ...] = (),
     pending: Mapping[str, Recipe] | None = None,
 ) -> Recipe:
     """Load a recipe.
@@ -92,29 +98,31 @@ def load(
         shortcuts: ``{"model.base": "tiny"}``: values of --base, --data and --adapter, or from Python.
         overrides: ``section.key=value`` arguments of the command line.
         out: the run directory, if not the default one.
-        ancestors: the recipes whose ``model.start`` led to this one, each ``stage/recipe``.
-        pending: recipes that are not run yet, by the name that ``model.start`` uses for them.
+        ancestors: the recipes whose ``model.parent`` led to this one, each ``stage/recipe``.
+        pending: recipes that are not run yet, by the name that ``model.parent`` uses for them.
 
     Raises:
         UserError: with every error that was found.
     """
     schema = stage_settings(stage)
     path = find_recipe(stage, name)
-    content, lines = yaml_file.read(path)
+    content, lines = yaml_file.read_yaml(path)
     origins = {".".join(key): f"{path.name}:{line}" for key, line in lines.items()}
-    values, problems = _sections(content, schema, stage=stage, path=path)
-    words, misunderstood = command_line.parse(shortcuts or {}, overrides, schema=schema)
-    notes = command_line.override(values, origins, words=words)
-    begun, unfit = _begin(values, origins, stage=stage, out=out, above=above, pending=pending or {})
-    sections, mistakes = _validate(values, schema)
+    values, problems = _split_sections(content, schema, stage=stage, path=path)
+    overridden, override_problems = command_line.parse_overrides(shortcuts or {}, overrides, schema=schema)
+    notes = command_line.apply_overrides(values, origins, overrides=overridden)
+    parent_notes, parent_problems = _inherit_from_parent(
+        values, origins, stage=stage, out=out, ancestors=ancestors, pending=pending or {}
+    )
+    sections, section_problems = _validate_sections(values, schema)
     # Defaults stand in for invalid sections, so that cross-field checks of the valid ones still run.
     settings = schema(**sections)
-    problems += [*unfit, *mistakes, *contradictions(settings, sections)]
-    if problems or misunderstood:
-        raise UserError([*(problem.placed(origins) for problem in problems), *misunderstood])
+    problems += [*parent_problems, *section_problems, *cross_field_problems(settings, sections)]
+    if problems or override_problems:
+        raise UserError([*(problem.with_origin(origins) for problem in problems), *override_problems])
     description = " ".join(str(content.get("description") or "").split())
     return Recipe(
-        stage, path.stem, description, settings, _all_origins(settings, origins), out, notes + begun
+        stage, path.stem, description, settings, _all_origins(settings, origins), out, notes + parent_notes
     )
 
 
@@ -138,129 +146,139 @@ def adapter_settings(method: str) -> type[AdapterSettings]:
     return schema
 
 
-def _begin(
-    values: Values,
+def _inherit_from_parent(
+    values: SectionValues,
     origins: Origins,
     *,
     stage: str,
     out: Path | None,
-    above: tuple[str, ...],
+    ancestors: tuple[str, ...],
     pending: Mapping[str, Recipe],
 ) -> tuple[list[str], list[Problem]]:
-    """Inherit the settings of the parent run (``model.start``); return notes and problems."""
+    """Inherit the settings of the parent run (``model.parent``); return notes and problems."""
     text = values.get("model", {}).get("start")
     if not isinstance(text, str) or not text:
         return [], []
     try:
-        start = _found_start(text, stage=stage, above=above, pending=pending)
+        parent = _resolve_parent(text, stage=stage, ancestors=ancestors, pending=pending)
     except UserError as error:
         return [], error.problems
     # The run would overwrite the weights that it starts from.
-    if out is not None and Path(start.name).resolve() == out.resolve():
-        found = f"{out}, the folder of the parent run (model.start)"
-        return [], [Problem("--out", found, "another folder", "omit --out, or choose another folder")]
-    return lay_over(values, origins, start)
+    if out is not None and Path(parent.name).resolve() == out.resolve():
+        actual = f"{out}, the folder of the parent run (model.start)"
+        return [], [Problem("--out", actual, "another folder", "omit --out, or choose another folder")]
+    return inherit_settings(values, origins, parent)
 
 
-def _found_start(text: str, *, stage: str, above: tuple[str, ...], pending: Mapping[str, Recipe]) -> Start:
+def _resolve_parent(
+    text: str, *, stage: str, ancestors: tuple[str, ...], pending: Mapping[str, Recipe]
+) -> ParentRun:
     if text in pending:
-        return start_of_recipe(text, pending[text].stage, pending[text].settings, stage=stage)
-    if not is_recipe(text):
-        return start_of_run(text, stage=stage)
-    if text in above:
-        way = " -> ".join([*above, text])
+        return parent_from_recipe(text, pending[text].stage, pending[text].settings, stage=stage)
+    if not is_recipe_name(text):
+        return parent_from_run(text, stage=stage)
+    if text in ancestors:
+        chain = " -> ".join([*ancestors, text])
         raise UserError(
-            Problem("model.start", f"circular: {way}", "a chain of parent runs that ends at a base model")
+            Problem("model.start", f"circular: {chain}", "a chain of parent runs that ends at a base model")
         )
-    first, _, name = text.partition("/")
-    recipe = load(first, name, above=(*above, text))
-    return start_of_recipe(text, first, recipe.settings, stage=stage)
+    parent_stage, _, name = text.partition("/")
+    recipe = read_recipe(parent_stage, name, ancestors=(*ancestors, text))
+    return parent_from_recipe(text, parent_stage, recipe.settings, stage=stage)
 
 
 def _all_origins(settings: StageSettings, origins: Origins) -> Origins:
     keys = [f"{section}.{key}" for section, values in settings.model_dump().items() for key in values]
-    return {key: origins.get(key, DEFAULT) for key in keys}
+    return {key: origins.get(key, DEFAULT_ORIGIN) for key in keys}
 
 
-def _sections(
+def _split_sections(
     content: dict[str, Any], schema: type[StageSettings], *, stage: str, path: Path
-) -> tuple[Values, list[Problem]]:
+) -> tuple[SectionValues, list[Problem]]:
     """Split a file's content into sections; report top-level keys that are no section."""
     problems, values = [], {}
     for key, value in content.items():
         if key in schema.model_fields and isinstance(value, dict):
             values[key] = dict(value)
         elif key == "stage":
-            problems += _other_stage(value, stage, path=path)
+            problems += _check_stage(value, stage, path=path)
         elif key != "description":
-            problems.append(_no_section(key, value, schema=schema))
+            problems.append(_unknown_section(key, value, schema=schema))
     return values, problems
 
 
-def _other_stage(value: Any, stage: str, *, path: Path) -> list[Problem]:
+def _check_stage(value: Any, stage: str, *, path: Path) -> list[Problem]:
     if value == stage:
         return []
     repair = (
         f"llm-align {value} {path}" if value in stage_names() else f"write stage: {stage}, or delete the line"
     )
-    return [Problem("stage", f"the recipe is for stage {yaml_file.shown(value)}", f"stage '{stage}'", repair)]
+    return [
+        Problem(
+            "stage", f"the recipe is for stage {yaml_file.format_value(value)}", f"stage '{stage}'", repair
+        )
+    ]
 
 
-def _no_section(key: str, value: Any, *, schema: type[StageSettings]) -> Problem:
+def _unknown_section(key: str, value: Any, *, schema: type[StageSettings]) -> Problem:
     known = schema.model_fields
     if key not in known:
-        return Problem(key, "unknown section", one_of(["stage", "description", *known]), nearest(key, known))
+        return Problem(
+            key, "unknown section", one_of(["stage", "description", *known]), did_you_mean(key, known)
+        )
     if value is None:
         return Problem(key, "empty section", "indented keys", f"indent the lines below, or delete `{key}:`")
     names = ", ".join(known[key].annotation.model_fields)  # type: ignore[union-attr]  # every field is a section
-    return Problem(key, f"found {yaml_file.shown(value)}", f"a section with the indented keys {names}")
+    return Problem(key, f"found {yaml_file.format_value(value)}", f"a section with the indented keys {names}")
 
 
-def _validate(values: Values, schema: type[StageSettings]) -> tuple[dict[str, Any], list[Problem]]:
+def _validate_sections(
+    values: SectionValues, schema: type[StageSettings]
+) -> tuple[dict[str, Any], list[Problem]]:
     """Validate the sections with pydantic; return the valid ones, and the problems of the others."""
     sections: dict[str, Any] = {}
     problems: list[Problem] = []
     for name, field_info in schema.model_fields.items():
-        given = values.get(name, {})
+        section = values.get(name, {})
         model: Any = field_info.annotation
         try:
             # The schema of this section depends on its own key `method`.
             if name == "adapter":
-                model = _adapter_model(given)
-            sections[name] = model.model_validate(given)
+                model = _adapter_schema(section)
+            sections[name] = model.model_validate(section)
         except UserError as error:
             problems += error.problems
         except ValidationError as error:
-            problems += problems_of(name, error, model=model)
+            problems += validation_problems(name, error, model=model)
     return sections, problems
 
 
-def _adapter_model(given: dict[str, Any]) -> type[AdapterSettings]:
-    method = given.get("method", AdapterSettings().method)
+def _adapter_schema(section: dict[str, Any]) -> type[AdapterSettings]:
+    method = section.get("method", AdapterSettings().method)
     if not isinstance(method, str):
-        found = f"found {yaml_file.shown(method)}"
+        actual = f"found {yaml_file.format_value(method)}"
         raise UserError(
             Problem(
-                "adapter.method", found, f"{one_of(plugin_names(ADAPTERS))} ({ADAPTERS.replace('.', '/')}/)"
+                "adapter.method", actual, f"{one_of(plugin_names(ADAPTERS))} ({ADAPTERS.replace('.', '/')}/)"
             )
         )
     return adapter_settings(method)
 
 
-def _forget_places(settings: Section, content: dict[str, Any]) -> None:
+def _drop_undigested(settings: Section, content: dict[str, Any]) -> None:
     """Remove the keys that do not affect the run's name from a section and its nested sections."""
     for key, value in settings:
         if isinstance(value, Section):
-            _forget_places(value, content[key])
+            _drop_undigested(value, content[key])
         elif isinstance(value, list):
-            for number, part in enumerate(value):
-                if isinstance(part, Section):
-                    _forget_places(part, content[key][number])
-    for key in settings.PLACES:
+            for index, item in enumerate(value):
+                if isinstance(item, Section):
+                    _drop_undigested(item, content[key][index])
+    for key in settings.NOT_IN_DIGEST:
         content.pop(key)
 
 
-def _sha(content: Any) -> str:
+def _values_digest(content: Any) -> str:
     # sort_keys: the order of keys in a recipe is not part of a run's name.
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

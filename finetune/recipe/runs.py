@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe.errors import Problem, UserError, nearest
+from finetune.recipe.errors import Problem, UserError, did_you_mean
 
-RUNS = Path("runs")
+RUNS_FOLDER = Path("runs")
 FINISHED = "finished"
-ALL_RUNS = "see `llm-align list runs`"
+LIST_RUNS_HINT = "see `llm-align list runs`"
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_run_record(path: Path) -> dict[str, Any]:
     """Return a folder's run.json, {} if there is none.
 
     Raises:
@@ -27,36 +27,36 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(Problem(str(file), "corrupt file", "the JSON record of a run", repair)) from error
     # Some other tool's run.json: nothing in this folder may be overwritten.
     if not isinstance(record, dict) or not {"status", "recipe", "digest"} <= record.keys():
-        found = "not written by llm-align"
-        raise UserError(Problem(str(file), found, "the JSON record of a run", "choose another --out"))
+        actual = "not written by llm-align"
+        raise UserError(Problem(str(file), actual, "the JSON record of a run", "choose another --out"))
     return record
 
 
-def finished_record(run: Path) -> dict[str, Any]:
+def read_finished_record(run: Path) -> dict[str, Any]:
     """Return a finished run's run.json.
 
     Raises:
         UserError: the folder is not a finished run.
     """
-    record = read_record(run)
+    record = read_run_record(run)
     if record.get("status") != FINISHED:
-        found = f"a run with status '{record['status']}'" if record else "not a run"
-        raise UserError(Problem(str(run), found, "the folder of a finished run", _way_on(record)))
+        actual = f"a run with status '{record['status']}'" if record else "not a run"
+        raise UserError(Problem(str(run), actual, "the folder of a finished run", _next_action(record)))
     return record
 
 
-def record_of_writer(run: Path) -> dict[str, Any]:
+def read_generative_record(run: Path) -> dict[str, Any]:
     """Return the run.json of a finished run with a generative model.
 
     Raises:
         UserError: the folder is not a finished run, or its model is a reward model.
     """
-    record = finished_record(run)
+    record = read_finished_record(run)
     # Only reward models have heads.
     if "heads" in record["load"]:
-        found = "a reward model, which cannot generate text"
+        actual = "a reward model, which cannot generate text"
         repair = f"`llm-align score {run} FILE` scores the completions of a file"
-        raise UserError(Problem(str(run), found, "a run with a generative model", repair))
+        raise UserError(Problem(str(run), actual, "a run with a generative model", repair))
     return record
 
 
@@ -74,50 +74,52 @@ def find_run(name: str, *, where: str = "model.start") -> tuple[Path, str]:
         UserError: no run matches, or none of them is finished.
     """
     folder = Path(name).expanduser()
-    for path in (folder, RUNS / name):
+    for path in (folder, RUNS_FOLDER / name):
         if (path / "run.json").is_file():
-            finished_record(path)
+            read_finished_record(path)
             return path, ""
     # A run's name is stage, recipe and digest; users type it without the digest.
-    called = [path for path in _runs() if path.name.startswith(name.removeprefix(f"{RUNS}/"))]
-    if not called:
-        raise UserError(_no_run(name, folder, where))
-    records = {path: read_record(path) for path in called}
-    done = [path for path in called if records[path]["status"] == FINISHED]
+    matches = [path for path in _run_folders() if path.name.startswith(name.removeprefix(f"{RUNS_FOLDER}/"))]
+    if not matches:
+        raise UserError(_missing_run_problem(name, folder, where))
+    records = {path: read_run_record(path) for path in matches}
+    finished = [path for path in matches if records[path]["status"] == FINISHED]
     # Raises with the repair for the most recent unfinished run.
-    if not done:
-        finished_record(max(called, key=lambda path: records[path].get("started", "")))
-    names = {path.name for path in done}
-    first = [path for path in done if records[path].get("start", {}).get("name") not in names] or done
-    newest = max(first, key=lambda path: records[path].get("finished", ""))
-    note = f"'{name}' matches {len(done)} finished runs; using the newest: {newest}"
-    return newest, note if len(done) > 1 else ""
+    if not finished:
+        read_finished_record(max(matches, key=lambda path: records[path].get("started", "")))
+    names = {path.name for path in finished}
+    roots = [path for path in finished if records[path].get("start", {}).get("name") not in names] or finished
+    newest = max(roots, key=lambda path: records[path].get("finished", ""))
+    note = f"'{name}' matches {len(finished)} finished runs; using the newest: {newest}"
+    return newest, note if len(finished) > 1 else ""
 
 
-def _runs() -> list[Path]:
-    return [path for path in sorted(RUNS.glob("*/")) if (path / "run.json").is_file()]
+def _run_folders() -> list[Path]:
+    return [path for path in sorted(RUNS_FOLDER.glob("*/")) if (path / "run.json").is_file()]
 
 
-def _no_run(name: str, folder: Path, where: str) -> Problem:
+def _missing_run_problem(name: str, folder: Path, where: str) -> Problem:
     expected = "a finished run: its folder, its name in ./runs or a prefix of it, or stage/recipe"
     if not folder.is_dir():
-        found = f"there is no run '{name}'"
-        close = nearest(name.removeprefix(f"{RUNS}/"), [path.name for path in _runs()])
-        return Problem(where, found, expected, close or ALL_RUNS)
-    found = f"folder '{name}' is not a run (no run.json)"
+        actual = f"there is no run '{name}'"
+        suggestion = did_you_mean(
+            name.removeprefix(f"{RUNS_FOLDER}/"), [path.name for path in _run_folders()]
+        )
+        return Problem(where, actual, expected, suggestion or LIST_RUNS_HINT)
+    actual = f"folder '{name}' is not a run (no run.json)"
     if (folder.parent / "run.json").is_file():
-        return Problem(where, found, expected, f"did you mean '{folder.parent}'?")
+        return Problem(where, actual, expected, f"did you mean '{folder.parent}'?")
     if (folder / "config.json").is_file():
-        return Problem(where, found, expected, f"it is a model: use --base {name}")
-    return Problem(where, found, expected, ALL_RUNS)
+        return Problem(where, actual, expected, f"it is a model: use --base {name}")
+    return Problem(where, actual, expected, LIST_RUNS_HINT)
 
 
-def _way_on(record: dict[str, Any]) -> str:
+def _next_action(record: dict[str, Any]) -> str:
     """Return the repair for a run that is not finished."""
-    ways = {
+    actions = {
         "interrupted": "`{}` resumes from its checkpoint",
         "running": "wait until it finishes; if it was killed, `{}` resumes from its last checkpoint",
     }
-    if record.get("status") in ways and "command" in record:
-        return ways[record["status"]].format(record["command"])
-    return ALL_RUNS
+    if record.get("status") in actions and "command" in record:
+        return actions[record["status"]].format(record["command"])
+    return LIST_RUNS_HINT

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, create_model
 
 from finetune.recipe import yaml_file
-from finetune.recipe.bases import Base, bases
+from finetune.recipe.bases import Base, load_bases
 from finetune.recipe.discovery import (
     ADAPTERS,
     TEMPLATES,
@@ -33,7 +33,7 @@ class Listing:
     stages: dict[str, str]
 
 
-def schema(stage: str) -> dict[str, Any]:
+def recipe_schema(stage: str) -> dict[str, Any]:
     """Return the JSON schema of a stage's recipe; the adapter's keys depend on ``method``.
 
     Raises:
@@ -41,11 +41,11 @@ def schema(stage: str) -> dict[str, Any]:
     """
     adapters = [adapter_settings(name) for name in plugin_names(ADAPTERS)]
     # A union of all adapters, discriminated by `method`: editors complete the keys of the chosen one.
-    either: Any = reduce(or_, adapters)
+    any_adapter: Any = reduce(or_, adapters)
     fields: dict[str, Any] = {
         "stage": (Literal[stage], stage),
         "description": (str, Field("", description="one line for `llm-align list`")),
-        "adapter": (either, Field(AdapterSettings(), discriminator="method")),
+        "adapter": (any_adapter, Field(AdapterSettings(), discriminator="method")),
     }
     model = create_model(f"{stage}-recipe", __base__=stage_settings(stage), **fields)
     content = model.model_json_schema()
@@ -53,21 +53,21 @@ def schema(stage: str) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **content}
 
 
-def rows(recipe: Recipe) -> list[tuple[str, Any, str]]:
+def setting_rows(recipe: Recipe) -> list[tuple[str, Any, str]]:
     """Return ``(section.key, value, origin)`` for every setting, in the order of the sections."""
     values = recipe.values().items()
     keys = [(f"{section}.{key}", value) for section, content in values for key, value in content.items()]
     return [(key, value, recipe.origins[key]) for key, value in keys]
 
 
-def listing() -> Listing:
+def list_names() -> Listing:
     """List all recipes, adapters, templates, bases and stages, without importing plug-ins."""
     stages = stage_names()
     return Listing(
-        recipes={stage: _descriptions(stage) for stage in stages},
+        recipes={stage: _recipe_descriptions(stage) for stage in stages},
         adapters=_summaries(ADAPTERS),
         templates=_summaries(TEMPLATES),
-        bases=bases(),
+        bases=load_bases(),
         stages={name: plugin_summary(package, name) for name, package in stages.items()},
     )
 
@@ -84,12 +84,12 @@ def _summaries(package: str) -> dict[str, str]:
     return {name: plugin_summary(package, name) for name in plugin_names(package)}
 
 
-def _descriptions(stage: str) -> dict[str, str]:
+def _recipe_descriptions(stage: str) -> dict[str, str]:
     """Return each recipe's description, or its error if the file cannot be read."""
-    lines = {}
+    descriptions = {}
     for name, path in recipe_names(stage).items():
         try:
-            lines[name] = str(yaml_file.read(path)[0].get("description") or "")
+            descriptions[name] = str(yaml_file.read_yaml(path)[0].get("description") or "")
         except UserError as error:
-            lines[name] = f"cannot be read: {error.problems[0].found}"
-    return lines
+            descriptions[name] = f"cannot be read: {error.problems[0].actual}"
+    return descriptions

@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from finetune.recipe.errors import Problem
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Text = Annotated[str, Field(min_length=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonEmptyStr = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -21,12 +21,12 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
     )
-    NAMED: ClassVar[tuple[str, ...]] = ()
+    NAMED_CHOICES: ClassVar[tuple[str, ...]] = ()
     """Keys whose value is a name, or a mapping of ``name`` and its own settings (``align.loss.beta=0.2``)."""
-    PLACES: ClassVar[tuple[str, ...]] = ()
+    NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ()
     """Keys that are not part of a run's name: the path of another run, the number of processes."""
 
-    def made_of(self) -> list[str]:
+    def input_digests(self) -> list[str]:
         """Return digests of other inputs than data and parent run: user functions, other runs.
 
         Raises:
@@ -47,11 +47,11 @@ class RopeSettings(Section):
 class ModelSettings(Section):
     """The base model, and the precision and storage of its weights."""
 
-    PLACES: ClassVar[tuple[str, ...]] = ("start",)
+    NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ("start",)
 
-    base: Text = Field("tiny", description="short name (`llm-align list bases`), Hub id, or folder")
-    revision: Text | None = Field(None, description="branch, tag or commit of a Hub model")
-    start: Text | None = Field(
+    base: NonEmptyStr = Field("tiny", description="short name (`llm-align list bases`), Hub id, or folder")
+    revision: NonEmptyStr | None = Field(None, description="branch, tag or commit of a Hub model")
+    start: NonEmptyStr | None = Field(
         None,
         description="finished run to continue from: its folder, its name in ./runs or a prefix of it; "
         "or stage/recipe (sft/quickstart), which is run first if needed",
@@ -74,25 +74,27 @@ class ModelSettings(Section):
 class SelectSettings(Section):
     """Filters that select a subset of a source's rows; dropped rows are counted in the data report."""
 
-    min_reply_characters: Count = Field(0, description="minimum total characters of a row's replies")
-    max_reply_characters: Positive | None = Field(
+    min_reply_characters: NonNegativeInt = Field(0, description="minimum total characters of a row's replies")
+    max_reply_characters: PositiveInt | None = Field(
         None, description="maximum total characters of a row's replies"
     )
-    score: Text | None = Field(None, description="column with a rating of each row")
+    score: NonEmptyStr | None = Field(None, description="column with a rating of each row")
     min_score: float | None = Field(None, description="minimum rating (AlpaGasus: 4.5)")
     distinct: Annotated[float, Field(ge=0.5, le=1)] | None = Field(
         None,
         description="near-deduplication (MinHash): drop rows whose word 5-grams have at least this Jaccard "
         "overlap with an earlier row (1: exact copies)",
     )
-    rows: Positive | None = Field(None, description="number of rows to use, after the filters (LIMA: 1000)")
+    rows: PositiveInt | None = Field(
+        None, description="number of rows to use, after the filters (LIMA: 1000)"
+    )
     rows_by: Literal["random", "score", "length"] = Field(
         "random", description="which rows: random (by the seed), best rated, or longest replies"
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
+class TextFormat:
     """Plain texts are accepted as rows; ``separator`` is the text between the documents of a text file."""
 
     separator: str | None = None
@@ -101,9 +103,9 @@ class Texts:
 class MixedSource(Section):
     """One source of a mixture."""
 
-    source: Text = Field(description="Hub id, file or folder")
+    source: NonEmptyStr = Field(description="Hub id, file or folder")
     columns: dict[str, str] | None = Field(None, description="our column name: the source's column name")
-    rows: Positive | None = Field(None, description="maximum number of rows, sampled with the seed")
+    rows: PositiveInt | None = Field(None, description="maximum number of rows, sampled with the seed")
     select: SelectSettings | None = Field(None, description="filters for these rows")
     weight: Annotated[float, Field(gt=0)] | None = Field(
         None, description="sampling weight relative to the other sources; null: by number of rows"
@@ -112,14 +114,14 @@ class MixedSource(Section):
         None,
         description="fixed fraction of the mixture; rows may be plain text. Other sources share the rest",
     )
-    split: Text | None = Field(None, description="split of a Hub dataset; null: data.split")
-    revision: Text | None = Field(None, description="branch, tag or commit of a Hub dataset")
+    split: NonEmptyStr | None = Field(None, description="split of a Hub dataset; null: data.split")
+    revision: NonEmptyStr | None = Field(None, description="branch, tag or commit of a Hub dataset")
 
 
 class DataSettings(Section):
     """Training data: sources, template, held-out split, maximum length and loss mask."""
 
-    source: Text | list[dict[str, Any]] | None = Field(
+    source: NonEmptyStr | list[dict[str, Any]] | None = Field(
         None,
         description="Hub id (owner/name, owner/name:subset), file (.json, .jsonl, .csv, .parquet; .gz too) "
         "or folder; in Python a list of rows",
@@ -127,22 +129,24 @@ class DataSettings(Section):
     mix: Annotated[list[MixedSource], Field(min_length=1)] | None = Field(
         None, description="several sources in place of `source`"
     )
-    mix_limit: Positive | None = Field(
+    mix_limit: PositiveInt | None = Field(
         None, description="cap on a source's size (K) when rates follow from sizes"
     )
     mix_temperature: Annotated[float, Field(ge=1)] = Field(
         1.0, description="rates are proportional to size^(1/temperature); above 1 upsamples small sources"
     )
-    mix_rows: Positive | None = Field(
+    mix_rows: PositiveInt | None = Field(
         None, description="rows per epoch of the mixture; null: until the first source is exhausted"
     )
-    split: Text = Field("train", description="split of a Hub dataset")
-    revision: Text | None = Field(None, description="branch, tag or commit of a Hub dataset")
+    split: NonEmptyStr = Field("train", description="split of a Hub dataset")
+    revision: NonEmptyStr | None = Field(None, description="branch, tag or commit of a Hub dataset")
     columns: dict[str, str] | None = Field(None, description="our column name: the source's column name")
     select: SelectSettings | None = Field(None, description="filters for the rows of `source`")
-    template: Text = Field("alpaca", description="file of data_templates/, or `model`: the tokenizer's own")
+    template: NonEmptyStr = Field(
+        "alpaca", description="file of data_templates/, or `model`: the tokenizer's own"
+    )
     system: str | None = Field(None, description="system prompt for conversations without one")
-    held_out: Count | Share | Text = Field(
+    held_out: NonNegativeInt | Fraction | NonEmptyStr = Field(
         0, description="rows held out of training: a number, a fraction (below 1), or a file"
     )
     max_length: Annotated[int, Field(ge=8)] | None = Field(
@@ -160,7 +164,7 @@ class DataSettings(Section):
     cache: bool = Field(True, description="cache tokenized rows on disk")
 
     @property
-    def texts(self) -> Texts | None:
+    def text_format(self) -> TextFormat | None:
         """Format of plain-text rows; None if every row must be a conversation."""
         return None
 
@@ -168,36 +172,36 @@ class DataSettings(Section):
 class TrainSettings(Section):
     """Training loop: steps, optimizer, learning rate, engine, processes and sharding strategy."""
 
-    PLACES: ClassVar[tuple[str, ...]] = ("processes", "strategy", "offload")
+    NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ("processes", "strategy", "offload")
 
     engine: Literal["native", "trl"] = Field("native", description="our trainer, or TRL's for the same stage")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="number of epochs")
-    max_steps: Positive | None = Field(None, description="number of optimizer steps; overrides epochs")
-    batch_size: Positive = Field(16, description="sequences per optimizer step, over all processes")
-    micro_batch_size: Positive | Literal["auto"] = Field("auto", description="sequences per forward pass")
+    max_steps: PositiveInt | None = Field(None, description="number of optimizer steps; overrides epochs")
+    batch_size: PositiveInt = Field(16, description="sequences per optimizer step, over all processes")
+    micro_batch_size: PositiveInt | Literal["auto"] = Field("auto", description="sequences per forward pass")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "cosine", description="learning rate schedule after warmup"
     )
-    warmup: Count | Share = Field(
+    warmup: NonNegativeInt | Fraction = Field(
         0.03, description="warmup: steps (0, 1, 2, ...), or a fraction of all steps (below 1)"
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "adafactor"] = Field(
         "adamw", description="optimizer"
     )
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = Field(
         [0.9, 0.999], description="AdamW betas"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
-    label_smoothing: Share = Field(0.0, description="label smoothing (0.1), in training only")
+    label_smoothing: Fraction = Field(0.0, description="label smoothing (0.1), in training only")
     neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="NEFTune noise on embeddings (5 to 15), in training only; null: none"
     )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(
         1.0, description="maximum gradient norm (clipping); 0: no clipping"
     )
-    seed: Count = Field(0, description="seed of data order, adapter initialization and dropout")
-    checkpoint_every: Positive | None = Field(
+    seed: NonNegativeInt = Field(0, description="seed of data order, adapter initialization and dropout")
+    checkpoint_every: PositiveInt | None = Field(
         None, description="steps between checkpoints; null: ten checkpoints per run"
     )
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
@@ -205,7 +209,7 @@ class TrainSettings(Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     group_by_length: bool = Field(True, description="batches of rows of similar length: less padding")
-    processes: Positive | Literal["auto"] = Field(
+    processes: PositiveInt | Literal["auto"] = Field(
         "auto",
         description="number of processes; auto: one per GPU, one on CPU; not part of a run's name",
     )
@@ -217,8 +221,8 @@ class TrainSettings(Section):
     offload: Literal["none", "cpu", "nvme"] = Field(
         "none", description="offload optimizer states (zero3: also weights) to CPU memory or NVMe"
     )
-    log_every: Positive = Field(1, description="steps between lines of metrics.jsonl")
-    evaluate_every: Positive | None = Field(
+    log_every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
+    evaluate_every: PositiveInt | None = Field(
         None, description="steps between held-out evaluations; null: before and after training only"
     )
     engine_args: dict[str, Any] = Field(
@@ -229,10 +233,10 @@ class TrainSettings(Section):
 class DocumentSettings(DataSettings):
     """Training data of continued pretraining: documents, with loss on every token."""
 
-    template: Text = Field(
+    template: NonEmptyStr = Field(
         "plain", description="template of rows that are conversations; plain texts are unchanged"
     )
-    separator: Text | None = Field(
+    separator: NonEmptyStr | None = Field(
         None, description="text between the documents of a .txt or .md file (\\n\\n); null: one per file"
     )
     packing: bool = Field(
@@ -244,36 +248,36 @@ class DocumentSettings(DataSettings):
     too_long: Literal["cut"] = Field("cut", description="long documents continue in the next row")
 
     @property
-    def texts(self) -> Texts:
+    def text_format(self) -> TextFormat:
         """Format of plain-text rows."""
         # A shell passes \n as backslash and n.
         separator = self.separator.replace("\\n", "\n") if self.separator else None
-        return Texts(separator)
+        return TextFormat(separator)
 
 
 class EvaluateSettings(Section):
     """Generation evals before and after training, on held-out rows."""
 
-    samples: Count = Field(4, description="number of sampled replies in samples.jsonl")
-    exact_match: Count = Field(0, description="held-out rows for exact match of the greedy reply")
-    max_new_tokens: Positive = Field(128, description="maximum length of a generated reply")
-    judges: dict[str, Text] = Field(
+    samples: NonNegativeInt = Field(4, description="number of sampled replies in samples.jsonl")
+    exact_match: NonNegativeInt = Field(0, description="held-out rows for exact match of the greedy reply")
+    max_new_tokens: PositiveInt = Field(128, description="maximum length of a generated reply")
+    judges: dict[str, NonEmptyStr] = Field(
         {},
         description="Python functions that grade replies to held-out prompts, before and after: {name: "
         "file.py:function}; function(prompt, reply) returns a bool or a number, None to skip the prompt",
     )
-    judge_rows: Positive = Field(100, description="number of held-out prompts for the graders")
-    skill: Text | None = Field(
+    judge_rows: PositiveInt = Field(100, description="number of held-out prompts for the graders")
+    skill: NonEmptyStr | None = Field(
         None,
         description="retention set: instructions with exact answers, a skill that training must not degrade",
     )
-    skill_rows: Positive = Field(100, description="number of rows of the retention set, before and after")
+    skill_rows: PositiveInt = Field(100, description="number of rows of the retention set, before and after")
 
 
 class AdapterSettings(Section):
     """Settings of every adapter: its method, the name of a file of finetune/adapters/."""
 
-    method: Text = Field("lora", description="file of finetune/adapters/")
+    method: NonEmptyStr = Field("lora", description="file of finetune/adapters/")
 
     @property
     def positions(self) -> int:
@@ -288,7 +292,9 @@ class AdapterSettings(Section):
 class VirtualTokenSettings(AdapterSettings):
     """Settings of adapters with virtual tokens (prompt tuning, prefix tuning)."""
 
-    virtual_tokens: Positive = Field(20, description="number of trained virtual tokens before every sequence")
+    virtual_tokens: PositiveInt = Field(
+        20, description="number of trained virtual tokens before every sequence"
+    )
 
     @property
     def positions(self) -> int:

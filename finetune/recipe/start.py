@@ -1,4 +1,4 @@
-"""Parent run (``model.start``, --from): find it, and inherit its model, adapter and template settings."""
+"""Parent run (``model.parent``, --from): find it, and inherit its model, adapter and template settings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,26 +8,26 @@ from typing import Any
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.checks import adapter_traits
-from finetune.recipe.command_line import COMMAND_LINE, Origins, Values, learning_rate_note
+from finetune.recipe.command_line import COMMAND_LINE, Origins, SectionValues, learning_rate_note
 from finetune.recipe.discovery import ADAPTERS, load_plugin, load_stage, stage_names
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.runs import ALL_RUNS, find_run, finished_record
+from finetune.recipe.runs import LIST_RUNS_HINT, find_run, read_finished_record
 from finetune.recipe.settings import AdapterSettings, DataSettings, ModelSettings, StageSettings
 
-SCORERS = ("reward",)
+SCORING_STAGES = ("reward",)
 """Stages whose model scores and does not generate text: only the same stage can continue from their runs."""
 
-OF_THE_RUN = ("base", "revision", "trust_remote_code", "quantization", "rope")
-UNLESS_GIVEN = ("precision", "attention")
+INHERITED_KEYS = ("base", "revision", "trust_remote_code", "quantization", "rope")
+INHERITED_UNLESS_SET = ("precision", "attention")
 """Numerics of the parent run, inherited unless the recipe or the user sets them."""
 
 
 @dataclass(frozen=True)
-class Start:
+class ParentRun:
     """The parent run: a finished run, or the recipe of a run that does not exist yet.
 
     Attributes:
-        name: the value of ``model.start``: a run's folder, or ``stage/recipe``.
+        name: the value of ``model.parent``: a run's folder, or ``stage/recipe``.
         model: the settings of its base model.
         adapter: the settings of its adapter; None after full tuning.
         template: its ``data.template`` and ``data.system``; empty if it was trained on plain text.
@@ -46,13 +46,13 @@ class Start:
         return f"run {Path(self.name).name if Path(self.name).is_dir() else self.name}"
 
 
-def is_recipe(text: str) -> bool:
-    """Return True if ``model.start`` is ``stage/recipe`` and not a folder."""
+def is_recipe_name(text: str) -> bool:
+    """Return True if ``model.parent`` is ``stage/recipe`` and not a folder."""
     stage, slash, name = text.partition("/")
     return bool(slash and name) and stage in stage_names() and not Path(text).is_dir()
 
 
-def start_of_run(text: str, *, stage: str) -> Start:
+def parent_from_run(text: str, *, stage: str) -> ParentRun:
     """Return a finished run as the parent of a stage's run.
 
     Raises:
@@ -60,33 +60,43 @@ def start_of_run(text: str, *, stage: str) -> Start:
             are missing.
     """
     run, note = find_run(text)
-    record = finished_record(run)
-    _refuse_scorer(str(run), record["stage"], stage=stage)
-    refuse_lost_files(run, record, where="model.start")
-    load, name = record["load"], _shown(run)
+    record = read_finished_record(run)
+    _check_generative(str(run), record["stage"], stage=stage)
+    check_saved_files(run, record, where="model.start")
+    model_record, name = record["load"], _relative_folder(run)
     # The resolved recipe of the run, as its values may come from the command line.
-    method = yaml_file.read(run / "recipe.yaml")[0]["adapter"]
+    method = yaml_file.read_yaml(run / "recipe.yaml")[0]["adapter"]
     notes = [note] if note else []
-    model = ModelSettings(**{**load["model"], "start": None})
+    model = ModelSettings(**{**model_record["model"], "start": None})
     # After full tuning the run's own model/ is the new base, so revision and rope are already part of it.
     if (run / "model").is_dir():
         model = model.model_copy(update={"base": name, "revision": None, "rope": None})
-    return _start(name, model, _adapter(method), template=_template(record["stage"], load), notes=notes)
+    return _build_parent(
+        name,
+        model,
+        _parse_adapter(method),
+        template=_template_settings(record["stage"], model_record),
+        notes=notes,
+    )
 
 
-def start_of_recipe(text: str, first: str, settings: StageSettings, *, stage: str) -> Start:
+def parent_from_recipe(text: str, parent_stage: str, settings: StageSettings, *, stage: str) -> ParentRun:
     """Return the future run of a recipe of stage ``parent_stage`` as the parent of a run of ``stage``.
 
     Raises:
         UserError: the model of that stage does not generate text.
     """
-    _refuse_scorer(text, first, stage=stage)
+    _check_generative(text, parent_stage, stage=stage)
     data = settings.data.model_dump(include={"template", "system"})
     model = settings.model.model_copy(update={"start": None})
-    return _start(text, model, settings.adapter, template=_template(first, data), notes=[])
+    return _build_parent(
+        text, model, settings.adapter, template=_template_settings(parent_stage, data), notes=[]
+    )
 
 
-def lay_over(values: Values, origins: Origins, start: Start) -> tuple[list[str], list[Problem]]:
+def inherit_settings(
+    values: SectionValues, origins: Origins, parent: ParentRun
+) -> tuple[list[str], list[Problem]]:
     """Put the parent run's settings into a recipe's values.
 
     They replace values of the recipe's file; values from the command line must be equal to them.
@@ -94,178 +104,192 @@ def lay_over(values: Values, origins: Origins, start: Start) -> tuple[list[str],
     Returns:
         Notes on replaced values, and problems for conflicting values of the command line.
     """
-    taken = _taken(start, values)
+    inherited = _inherited_values(parent, values)
     # Before anything is replaced: conflicts are with the values of the command line.
-    problems = list(_contradictions(values, origins, start=start, taken=taken))
-    before = values.get("adapter", {}).get("method", AdapterSettings().method)
-    notes = [*start.notes, *_other_template(values, origins, start=start)]
-    gave_way = [
-        note for section in taken for note in _lay(section, values, origins, start=start, taken=taken)
+    problems = list(_conflicts(values, origins, parent=parent, inherited=inherited))
+    previous_method = values.get("adapter", {}).get("method", AdapterSettings().method)
+    notes = [*parent.notes, *_template_note(values, origins, parent=parent)]
+    replaced = [
+        note
+        for section in inherited
+        for note in _inherit_section(section, values, origins, parent=parent, inherited=inherited)
     ]
-    if gave_way:
-        notes.append(f"{start.origin} replaces the recipe's {', '.join(gave_way)}")
-    return notes + learning_rate_note(values, origins, before=before), problems
+    if replaced:
+        notes.append(f"{parent.origin} replaces the recipe's {', '.join(replaced)}")
+    return notes + learning_rate_note(values, origins, previous_method=previous_method), problems
 
 
-def _start(
+def _build_parent(
     name: str,
     model: ModelSettings,
     adapter: AdapterSettings,
     *,
     template: dict[str, str | None],
     notes: list[str],
-) -> Start:
+) -> ParentRun:
     traits = adapter_traits(adapter.method)
-    if traits.whole_model:
-        return Start(name, model, None, template, notes)
+    if traits.full_finetuning:
+        return ParentRun(name, model, None, template, notes)
     # The parent's "auto" is the default of its own adapter, which this recipe may not name.
     if model.quantization == "auto":
         model = model.model_copy(update={"quantization": traits.quantization[0]})
-    if traits.goes_on_as:
+    if traits.continues_as:
         notes = [
             *notes,
-            f"adapter '{adapter.method}' continues as '{traits.goes_on_as}', the form in which it was saved",
+            f"adapter '{adapter.method}' continues as '{traits.continues_as}', the form in which it was saved",
         ]
-    return Start(name, model, going_on(adapter), template, notes)
+    return ParentRun(name, model, continued_settings(adapter), template, notes)
 
 
-def going_on(adapter: AdapterSettings) -> AdapterSettings:
+def continued_settings(adapter: AdapterSettings) -> AdapterSettings:
     """Return the settings for training an adapter further: its own, without those of its initialization."""
     traits = adapter_traits(adapter.method)
     # Settings of the initialization (a prompt's init_text) have no effect on trained weights.
-    kept = adapter.model_dump(exclude={"method", *traits.at_start})
-    return _schema(traits.goes_on_as or adapter.method)(**kept)
+    values = adapter.model_dump(exclude={"method", *traits.init_only})
+    return _settings_class(traits.continues_as or adapter.method)(**values)
 
 
-def _adapter(content: dict[str, Any]) -> AdapterSettings:
-    return _schema(content["method"]).model_validate(content)
+def _parse_adapter(content: dict[str, Any]) -> AdapterSettings:
+    return _settings_class(content["method"]).model_validate(content)
 
 
-def _schema(method: str) -> type[AdapterSettings]:
+def _settings_class(method: str) -> type[AdapterSettings]:
     schema: type[AdapterSettings] = load_plugin(ADAPTERS, method, where="adapter.method").Settings
     return schema
 
 
-def _template(stage: str, load: dict[str, Any]) -> dict[str, str | None]:
+def _template_settings(stage: str, load: dict[str, Any]) -> dict[str, str | None]:
     """Return a run's template and system prompt; {} for a run on plain text with its default template."""
     data: DataSettings = load_stage(stage).Settings().data
-    if data.texts is not None and load["template"] == data.template:
+    if data.text_format is not None and load["template"] == data.template:
         return {}
     return {"template": load["template"], "system": load["system"]}
 
 
-def _refuse_scorer(run: str, first: str, *, stage: str) -> None:
+def _check_generative(run: str, parent_stage: str, *, stage: str) -> None:
     """Raise UserError if a run's model is a reward model and the stage needs one that generates text."""
-    if first in SCORERS and first != stage:
-        found = f"'{run}' is a run of stage {first}, whose model scores and does not generate text"
+    if parent_stage in SCORING_STAGES and parent_stage != stage:
+        actual = f"'{run}' is a run of stage {parent_stage}, whose model scores and does not generate text"
         expected = "a run with a generative model, for example of stage sft"
-        raise UserError(Problem("model.start", found, expected, ALL_RUNS))
+        raise UserError(Problem("model.start", actual, expected, LIST_RUNS_HINT))
 
 
-def refuse_lost_files(run: Path, record: dict[str, Any], *, where: str) -> None:
+def check_saved_files(run: Path, record: dict[str, Any], *, where: str) -> None:
     """Raise UserError if files that a run has saved are missing."""
-    lost = [name for name in record.get("files", {}) if not (run / name).is_file()]
-    if lost or not record.get("files"):
-        found = f"'{run}' lacks {', '.join(lost)}" if lost else f"'{run}' has no saved weights"
+    missing = [name for name in record.get("files", {}) if not (run / name).is_file()]
+    if missing or not record.get("files"):
+        actual = f"'{run}' lacks {', '.join(missing)}" if missing else f"'{run}' has no saved weights"
         repair = f"run it again: `{record['command']} --force`"
-        raise UserError(Problem(where, found, "a run with its saved weights", repair))
+        raise UserError(Problem(where, actual, "a run with its saved weights", repair))
 
 
-def _shown(run: Path) -> str:
+def _relative_folder(run: Path) -> str:
     """Return a run's folder, relative to the working directory if it is below it."""
-    whole, here = run.resolve(), Path.cwd().resolve()
-    return str(whole.relative_to(here) if whole.is_relative_to(here) else whole)
+    folder, here = run.resolve(), Path.cwd().resolve()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
-def _taken(start: Start, values: Values) -> Values:
+def _inherited_values(parent: ParentRun, values: SectionValues) -> SectionValues:
     """Return the settings that the parent run fixes, by section."""
-    model = start.model.model_dump()
-    given = values.get("model", {})
-    keys = [*OF_THE_RUN, *(key for key in UNLESS_GIVEN if key not in given)]
-    if start.adapter is None:
+    model = parent.model.model_dump()
+    section = values.get("model", {})
+    keys = [*INHERITED_KEYS, *(key for key in INHERITED_UNLESS_SET if key not in section)]
+    if parent.adapter is None:
         keys.remove("quantization")  # a new adapter on what is now a base
-    data = {key: value for key, value in start.template.items() if key not in values.get("data", {})}
-    taken = {"model": {"start": start.name, **{key: model[key] for key in keys}}, "data": data}
-    if start.adapter is not None:
-        taken["adapter"] = start.adapter.model_dump()
-    return taken
+    data = {key: value for key, value in parent.template.items() if key not in values.get("data", {})}
+    inherited = {"model": {"start": parent.name, **{key: model[key] for key in keys}}, "data": data}
+    if parent.adapter is not None:
+        inherited["adapter"] = parent.adapter.model_dump()
+    return inherited
 
 
-def _lay(section: str, values: Values, origins: Origins, *, start: Start, taken: Values) -> list[str]:
+def _inherit_section(
+    section: str, values: SectionValues, origins: Origins, *, parent: ParentRun, inherited: SectionValues
+) -> list[str]:
     """Put the parent run's values into one section; return the recipe's values that they replaced."""
-    mine, theirs = values.setdefault(section, {}), taken[section]
-    foreign = mine.get("method", theirs.get("method")) != theirs.get("method")
-    gave_way = []
-    for key in list(mine):
+    section_values, inherited_values = values.setdefault(section, {}), inherited[section]
+    other_adapter = section_values.get("method", inherited_values.get("method")) != inherited_values.get(
+        "method"
+    )
+    replaced = []
+    for key in list(section_values):
         dotted = f"{section}.{key}"
-        belongs = section == "adapter" or key in theirs
-        if dotted == "model.start" or not belongs:
+        is_inherited = section == "adapter" or key in inherited_values
+        if dotted == "model.start" or not is_inherited:
             continue
         if origins[dotted] == COMMAND_LINE:
-            if foreign and key not in theirs:
-                del mine[key]  # a setting of the adapter that is rejected below
+            if other_adapter and key not in inherited_values:
+                del section_values[key]  # a setting of the adapter that is rejected below
             continue
-        value, origin = mine.pop(key), origins.pop(dotted)
-        if key not in theirs or not _same(dotted, value, theirs[key]):
-            gave_way.append(f"{dotted}={yaml_file.shown(value)} ({origin})")
-    for key, value in theirs.items():
+        value, origin = section_values.pop(key), origins.pop(dotted)
+        if key not in inherited_values or not _same_value(dotted, value, inherited_values[key]):
+            replaced.append(f"{dotted}={yaml_file.format_value(value)} ({origin})")
+    for key, value in inherited_values.items():
         dotted = f"{section}.{key}"
-        if origins.get(dotted) != COMMAND_LINE or dotted == "model.start" or dotted not in _free(taken):
-            mine[key] = value
-            origins.setdefault(dotted, start.origin)
-    return gave_way
+        if (
+            origins.get(dotted) != COMMAND_LINE
+            or dotted == "model.start"
+            or dotted not in _overridable_keys(inherited)
+        ):
+            section_values[key] = value
+            origins.setdefault(dotted, parent.origin)
+    return replaced
 
 
-def _free(taken: Values) -> set[str]:
+def _overridable_keys(inherited: SectionValues) -> set[str]:
     """Return the inherited settings that the user may override, by ``section.key``."""
-    adapter = taken.get("adapter")
-    free = adapter_traits(adapter["method"]).in_training if adapter else ()
-    return {"model.start", "model.trust_remote_code", *(f"adapter.{key}" for key in free)}
+    adapter = inherited.get("adapter")
+    overridable = adapter_traits(adapter["method"]).training_only if adapter else ()
+    return {"model.start", "model.trust_remote_code", *(f"adapter.{key}" for key in overridable)}
 
 
-def _contradictions(values: Values, origins: Origins, *, start: Start, taken: Values) -> Iterator[Problem]:
+def _conflicts(
+    values: SectionValues, origins: Origins, *, parent: ParentRun, inherited: SectionValues
+) -> Iterator[Problem]:
     """Yield a problem per value of the command line that conflicts with the parent run."""
     fixed = {
-        f"{section}.{key}": value for section, content in taken.items() for key, value in content.items()
+        f"{section}.{key}": value for section, content in inherited.items() for key, value in content.items()
     }
-    for dotted, theirs in fixed.items():
+    for dotted, inherited_value in fixed.items():
         section, key = dotted.split(".")
-        if origins.get(dotted) != COMMAND_LINE or dotted in _free(taken):
+        if origins.get(dotted) != COMMAND_LINE or dotted in _overridable_keys(inherited):
             continue
-        mine = values[section][key]
-        if _same(dotted, mine, theirs):
+        given_value = values[section][key]
+        if _same_value(dotted, given_value, inherited_value):
             continue
-        found = f"{yaml_file.shown(mine)}, but {start.origin} has {yaml_file.shown(theirs)}"
-        yield Problem(dotted, found, "the value of the run, as training continues from it", _apart(start))
+        actual = f"{yaml_file.format_value(given_value)}, but {parent.origin} has {yaml_file.format_value(inherited_value)}"
+        yield Problem(
+            dotted, actual, "the value of the run, as training continues from it", _conflict_repair(parent)
+        )
         # Other values that differ follow from another base or adapter.
         if key in ("base", "method"):
             return
 
 
-def _apart(start: Start) -> str:
+def _conflict_repair(parent: ParentRun) -> str:
     """Return the repair of a value that conflicts with the parent run."""
-    if start.adapter is None:
+    if parent.adapter is None:
         return "omit one of the two"
-    if not Path(start.name).is_dir():
+    if not Path(parent.name).is_dir():
         return "omit it, or set model.start=null for a new adapter on the base"
-    run = start.name
+    run = parent.name
     return f"omit it; or `llm-align merge {run}`, then --base {run} in place of --from"
 
 
-def _same(dotted: str, one: Any, other: Any) -> bool:
-    if dotted != "model.base" or one == other or not isinstance(one, str):
-        return bool(one == other)
+def _same_value(dotted: str, first: Any, second: Any) -> bool:
+    if dotted != "model.base" or first == second or not isinstance(first, str):
+        return bool(first == second)
     # A short name, its Hub id and a folder may be the same base.
     try:
-        return resolve_base(one) == resolve_base(other)
+        return resolve_base(first) == resolve_base(second)
     except UserError:
         return False
 
 
-def _other_template(values: Values, origins: Origins, *, start: Start) -> list[str]:
+def _template_note(values: SectionValues, origins: Origins, *, parent: ParentRun) -> list[str]:
     """Return a note if the recipe's template is not the one that the parent run was trained with."""
-    template, learnt = values.get("data", {}).get("template"), start.template.get("template")
+    template, trained_template = values.get("data", {}).get("template"), parent.template.get("template")
     origin = origins.get("data.template", "")
-    if learnt is None or template in (None, learnt) or origin == COMMAND_LINE:
+    if trained_template is None or template in (None, trained_template) or origin == COMMAND_LINE:
         return []
-    return [f"data.template={template} ({origin}), but {start.origin} was trained with {learnt}"]
+    return [f"data.template={template} ({origin}), but {parent.origin} was trained with {trained_template}"]

@@ -5,99 +5,102 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel, ValidationError
 
 from finetune.recipe import yaml_file
-from finetune.recipe.errors import Problem, nearest, one_of
+from finetune.recipe.errors import Problem, did_you_mean, one_of
 
 Schema = dict[str, Any]
 """A JSON schema, as pydantic generates it for a section."""
 
-SWITCHES = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
-NULLS = ("none", "None", "nil", "-")
+BOOLEAN_WORDS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+NULL_WORDS = ("none", "None", "nil", "-")
 
 
-def problems_of(section: str, error: ValidationError, *, model: type[BaseModel]) -> list[Problem]:
+def validation_problems(section: str, error: ValidationError, *, model: type[BaseModel]) -> list[Problem]:
     """Return the problems of a section, one per value, although pydantic reports one per type of a union."""
     root = model.model_json_schema()
-    found: dict[str, Problem] = {}
+    problems: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
-        where, schema = _walk(section, detail["loc"], root=root)
-        if where not in found:
-            found[where] = _problem(where, detail, schema=schema, root=root)
-    return [problem for where, problem in found.items() if not _inside_another(where, found)]
+        where, schema = _resolve_location(section, detail["loc"], root=root)
+        if where not in problems:
+            problems[where] = _to_problem(where, detail, schema=schema, root=root)
+    return [problem for where, problem in problems.items() if not _inside_another(where, problems)]
 
 
-def expected_value(schema: Schema, root: Schema) -> str:
+def describe_expected(schema: Schema, root: Schema) -> str:
     """Describe the accepted values of a setting: ``a whole number above 0, or auto``."""
-    words = [_words(option, root) for option in _options(schema, root)]
-    return ", or ".join(dict.fromkeys(words))
+    descriptions = [_describe_option(option, root) for option in _schema_options(schema, root)]
+    return ", or ".join(dict.fromkeys(descriptions))
 
 
 def _inside_another(where: str, others: dict[str, Problem]) -> bool:
     return any(where.startswith((f"{other}[", f"{other}.")) for other in others)
 
 
-def _walk(section: str, location: tuple[int | str, ...], *, root: Schema) -> tuple[str, Schema]:
+def _resolve_location(section: str, location: tuple[int | str, ...], *, root: Schema) -> tuple[str, Schema]:
     """Resolve an error's location in the schema, skipping pydantic's names of union members."""
     where, schema = section, root
     # A location such as ("held_out", "constrained-int") names the union's type last: not a key of the recipe.
     for part in location:
-        for option in _options(schema, root):
+        for option in _schema_options(schema, root):
             if isinstance(part, int) and "items" in option:
                 where, schema = f"{where}[{part}]", option["items"]
                 break
-            if isinstance(part, str) and _takes(option, part):
+            if isinstance(part, str) and _is_object_key(option, part):
                 where = f"{where}.{part}"
                 schema = option.get("properties", {}).get(part) or option.get("additionalProperties") or {}
                 break
     return where, schema if isinstance(schema, dict) else {}
 
 
-def _takes(option: Schema, key: str) -> bool:
+def _is_object_key(option: Schema, key: str) -> bool:
     """Return True if ``key`` is a key of an object, and not pydantic's name of a type of a union."""
     return option.get("type") == "object" and not key.startswith(
         ("list[", "dict[", "literal[", "constrained-")
     )
 
 
-def _options(schema: Schema, root: Schema) -> list[Schema]:
+def _schema_options(schema: Schema, root: Schema) -> list[Schema]:
     if "$ref" in schema:
-        return _options(root["$defs"][schema["$ref"].rsplit("/", 1)[-1]], root)
+        return _schema_options(root["$defs"][schema["$ref"].rsplit("/", 1)[-1]], root)
     if "anyOf" in schema:
-        return [resolved for option in schema["anyOf"] for resolved in _options(option, root)]
+        return [resolved for option in schema["anyOf"] for resolved in _schema_options(option, root)]
     return [schema]
 
 
-def _problem(where: str, detail: Any, *, schema: Schema, root: Schema) -> Problem:
+def _to_problem(where: str, detail: Any, *, schema: Schema, root: Schema) -> Problem:
     key = where.rsplit(".", 1)[-1]
     if detail["type"] == "extra_forbidden":
-        keys = _keys_beside(detail["loc"], root)
-        return Problem(where, "unknown key", one_of(keys), nearest(key, keys))
-    expected = expected_value(schema, root)
+        keys = _sibling_keys(detail["loc"], root)
+        return Problem(where, "unknown key", one_of(keys), did_you_mean(key, keys))
+    expected = describe_expected(schema, root)
     about = schema.get("description", "")
     expected = f"{expected} ({about})" if about else expected
     if detail["type"] == "missing":
         return Problem(where, "missing", expected)
     value = detail["input"]
     return Problem(
-        where, f"found {_found(value)}", expected, _repair(key, value, options=_options(schema, root))
+        where,
+        f"found {_describe_value(value)}",
+        expected,
+        _suggest_repair(key, value, options=_schema_options(schema, root)),
     )
 
 
-def _keys_beside(location: tuple[int | str, ...], root: Schema) -> list[str]:
-    _, schema = _walk("", location[:-1], root=root)
-    return [name for option in _options(schema, root) for name in option.get("properties", {})]
+def _sibling_keys(location: tuple[int | str, ...], root: Schema) -> list[str]:
+    _, schema = _resolve_location("", location[:-1], root=root)
+    return [name for option in _schema_options(schema, root) for name in option.get("properties", {})]
 
 
-def _found(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     if isinstance(value, str):
-        return "an empty string" if not value else f"the string {yaml_file.shown(value)}"
-    return yaml_file.shown(value)
+        return "an empty string" if not value else f"the string {yaml_file.format_value(value)}"
+    return yaml_file.format_value(value)
 
 
-def _repair(key: str, value: Any, *, options: list[Schema]) -> str:
+def _suggest_repair(key: str, value: Any, *, options: list[Schema]) -> str:
     """Suggest what to write instead, if the mistake is a common one."""
     kinds = {option.get("type") for option in options}
     if isinstance(value, str) and value:
-        return _repair_text(key, value, options=options, kinds=kinds)
+        return _suggest_text_repair(key, value, options=options, kinds=kinds)
     # YAML reads an unquoted revision such as 2 as a number.
     if _is_number(value) and kinds <= {"string", "null"}:
         return f'put it in quotes: {key}: "{value}"'
@@ -106,17 +109,17 @@ def _repair(key: str, value: Any, *, options: list[Schema]) -> str:
     return ""
 
 
-def _repair_text(key: str, value: str, *, options: list[Schema], kinds: set[str | None]) -> str:
+def _suggest_text_repair(key: str, value: str, *, options: list[Schema], kinds: set[str | None]) -> str:
     # YAML 1.1 habits: yes, no, on and off are strings in YAML 1.2.
-    if "boolean" in kinds and value.lower() in SWITCHES:
-        return f"write {SWITCHES[value.lower()]}"
-    if "null" in kinds and value in NULLS:
+    if "boolean" in kinds and value.lower() in BOOLEAN_WORDS:
+        return f"write {BOOLEAN_WORDS[value.lower()]}"
+    if "null" in kinds and value in NULL_WORDS:
         return f"write {key}: null"
-    if kinds & {"integer", "number"} and _is_number(yaml_file.scalar(value)):
+    if kinds & {"integer", "number"} and _is_number(yaml_file.parse_scalar(value)):
         return "write it without quotes"
-    words = [word for option in options for word in _choices(option)]
-    if guess := nearest(value, words):
-        return guess
+    choices = [choice for option in options for choice in _option_choices(option)]
+    if suggestion := did_you_mean(value, choices):
+        return suggestion
     return f"write a list in brackets: {key}: [{value}]" if "array" in kinds else ""
 
 
@@ -124,29 +127,29 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _choices(option: Schema) -> list[str]:
+def _option_choices(option: Schema) -> list[str]:
     if "const" in option:
         const = option["const"]
-        return [const if isinstance(const, str) else yaml_file.shown(const)]
-    words: list[str] = option.get("enum", [])
-    return words
+        return [const if isinstance(const, str) else yaml_file.format_value(const)]
+    choices: list[str] = option.get("enum", [])
+    return choices
 
 
-def _words(option: Schema, root: Schema) -> str:
-    if choices := _choices(option):
+def _describe_option(option: Schema, root: Schema) -> str:
+    if choices := _option_choices(option):
         return one_of(choices)
     kind = option.get("type")
     if kind in ("integer", "number"):
-        return _number_words("a whole number" if kind == "integer" else "a number", option)
+        return _describe_number("a whole number" if kind == "integer" else "a number", option)
     if kind == "array":
-        return _list_words(option, root)
+        return _describe_list(option, root)
     if kind == "object":
         keys = option.get("properties")
         return f"a mapping with the keys {', '.join(keys)}" if keys else "a mapping such as {name: value}"
     return {"string": "a string", "boolean": "true or false", "null": "null"}.get(str(kind), "another value")
 
 
-def _number_words(noun: str, option: Schema) -> str:
+def _describe_number(noun: str, option: Schema) -> str:
     if {"exclusiveMinimum", "exclusiveMaximum"} <= option.keys():
         return f"{noun} above {option['exclusiveMinimum']:g} and below {option['exclusiveMaximum']:g}"
     if {"minimum", "maximum"} <= option.keys():
@@ -158,7 +161,7 @@ def _number_words(noun: str, option: Schema) -> str:
     return f"{noun}, {option['minimum']:g} or more" if "minimum" in option else noun
 
 
-def _list_words(option: Schema, root: Schema) -> str:
-    item = expected_value(option["items"], root)
+def _describe_list(option: Schema, root: Schema) -> str:
+    item = describe_expected(option["items"], root)
     length = option.get("minItems") if option.get("minItems") == option.get("maxItems") else None
     return f"a list of {length} entries, each {item}" if length else f"a list with each entry {item}"

@@ -15,7 +15,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 
 from finetune.recipe.errors import Problem, UserError
 
-Lines = dict[tuple[str, ...], int]
+LineNumbers = dict[tuple[str, ...], int]
 """Line number (from 1) of each key of a file, by its path."""
 
 
@@ -29,7 +29,7 @@ class _Representer(RoundTripRepresenter):
 _Representer.add_representer(type(None), _Representer.represent_none)
 
 
-def read(path: Path) -> tuple[dict[str, Any], Lines]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], LineNumbers]:
     """Return a file's plain content and its line numbers.
 
     Raises:
@@ -39,31 +39,37 @@ def read(path: Path) -> tuple[dict[str, Any], Lines]:
         # "rt" (round trip): its nodes have line numbers.
         content = YAML(typ="rt", pure=True).load(path.read_text(encoding="utf-8-sig"))
     except MarkedYAMLError as error:
-        raise UserError(_broken(path, error)) from error
+        raise UserError(_syntax_problem(path, error)) from error
     except (YAMLError, UnicodeDecodeError, OSError) as error:
-        found = " ".join(str(error).split())
-        raise UserError(Problem(str(path), found, "a readable YAML file in UTF-8")) from error
+        actual = " ".join(str(error).split())
+        raise UserError(Problem(str(path), actual, "a readable YAML file in UTF-8")) from error
     if not isinstance(content, CommentedMap):
-        found = "the file is empty" if content is None else f"found {shown(plain(content))}, not sections"
-        raise UserError(Problem(str(path), found, "sections such as `model:`, `data:`, `adapter:`, `train:`"))
-    return plain(content), _lines(content)
+        actual = (
+            "the file is empty"
+            if content is None
+            else f"found {format_value(to_plain(content))}, not sections"
+        )
+        raise UserError(
+            Problem(str(path), actual, "sections such as `model:`, `data:`, `adapter:`, `train:`")
+        )
+    return to_plain(content), _line_numbers(content)
 
 
-def scalar(text: str) -> Any:
+def parse_scalar(text: str) -> Any:
     """Parse a YAML 1.2 value: ``3`` is a number, ``[a, b]`` a list, ``no`` a string.
 
     Text that YAML would truncate or split (``# a``, ``a: b``) is returned unchanged, unless in brackets or
     quotes.
     """
     try:
-        value = plain(YAML(typ="rt", pure=True).load(text))
+        value = to_plain(YAML(typ="rt", pure=True).load(text))
     except YAMLError:
         return text
-    marked = text.lstrip().startswith(("{", "[", "'", '"'))
-    return text if isinstance(value, (str, dict, list)) and not marked else value
+    is_delimited = text.lstrip().startswith(("{", "[", "'", '"'))
+    return text if isinstance(value, (str, dict, list)) and not is_delimited else value
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Format a value for messages, in at most 60 characters."""
     if value is None:
         return "nothing (null)"
@@ -73,7 +79,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def write(content: dict[str, Any], comments: dict[tuple[str, str], str]) -> str:
+def dump_yaml(content: dict[str, Any], comments: dict[tuple[str, str], str]) -> str:
     """Return ``{section: {key: value}}`` as YAML, with end-of-line comments on keys."""
     document = CommentedMap()
     for section, values in content.items():
@@ -88,12 +94,12 @@ def write(content: dict[str, Any], comments: dict[tuple[str, str], str]) -> str:
     return buffer.getvalue()
 
 
-def plain(node: Any) -> Any:
+def to_plain(node: Any) -> Any:
     """Convert a ruamel node to plain dicts, lists, strings, numbers and booleans; a date to its text."""
     if isinstance(node, dict):
-        return {str(key): plain(value) for key, value in node.items()}
+        return {str(key): to_plain(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [plain(value) for value in node]
+        return [to_plain(value) for value in node]
     if isinstance(node, date):
         return node.isoformat()
     if isinstance(node, ScalarBoolean):
@@ -105,41 +111,41 @@ def plain(node: Any) -> Any:
     return node
 
 
-def _broken(path: Path, error: MarkedYAMLError) -> Problem:
-    found, context = (" ".join(str(text or "").split()) for text in (error.problem, error.context))
+def _syntax_problem(path: Path, error: MarkedYAMLError) -> Problem:
+    actual, context = (" ".join(str(text or "").split()) for text in (error.problem, error.context))
     mark, start = error.problem_mark or error.context_mark, error.context_mark
-    if start and "end of stream" in found:
-        mark, found = start, f"unterminated ({context})"
+    if start and "end of stream" in actual:
+        mark, actual = start, f"unterminated ({context})"
     elif start and start is not mark:
-        found = f"{found} ({context} that starts on line {start.line + 1})"
+        actual = f"{actual} ({context} that starts on line {start.line + 1})"
     where = f"{path}:{mark.line + 1}" if mark else str(path)
     if isinstance(error, DuplicateKeyError):
-        key = found.split('"')[1]
+        key = actual.split('"')[1]
         return Problem(where, f"duplicate key '{key}'", "unique keys", "delete one of the two")
-    return Problem(where, *_explained(found))
+    return Problem(where, *_explain_syntax_error(actual))
 
 
-def _explained(found: str) -> tuple[str, str, str]:
+def _explain_syntax_error(actual: str) -> tuple[str, str, str]:
     """Return found, expected and repair of a YAML error, in plain English where possible."""
-    if "'\\t'" in found:
+    if "'\\t'" in actual:
         return "a tab at the start of the line", "spaces: YAML does not indent with tabs", ""
-    if "mapping values are not allowed" in found:
+    if "mapping values are not allowed" in actual:
         repair = "indent the keys of a section equally; quote text that contains a colon and a space"
         return "a colon where no key is allowed", "YAML", repair
-    if "cannot start any token" in found:
-        character = found.split("'")[1]
+    if "cannot start any token" in actual:
+        character = actual.split("'")[1]
         return f"a value cannot begin with '{character}'", "YAML", "put the value in quotes"
-    return found, "YAML", "check indentation, colons and quotes on that line and the one above"
+    return actual, "YAML", "check indentation, colons and quotes on that line and the one above"
 
 
-def _lines(node: CommentedMap, above: tuple[str, ...] = ()) -> Lines:
-    lines: Lines = {}
+def _line_numbers(node: CommentedMap, prefix: tuple[str, ...] = ()) -> LineNumbers:
+    lines: LineNumbers = {}
     for key, value in node.items():
-        path = (*above, str(key))
-        place = (
+        path = (*prefix, str(key))
+        position = (
             node.lc.data.get(key) if node.lc.data else None
         )  # a key merged in with `<<` has no line number
-        lines[path] = (place[0] if place else node.lc.line) + 1
+        lines[path] = (position[0] if position else node.lc.line) + 1
         if isinstance(value, CommentedMap):
-            lines |= _lines(value, path)
+            lines |= _line_numbers(value, path)
     return lines

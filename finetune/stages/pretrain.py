@@ -45,8 +45,8 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
 
     run = RunDirectory.of(recipe, force=force)
     if not run.finished:
-        from finetune.training.job import Job
-        from finetune.training.tune import tune
+        from finetune.training.job import RunContext
+        from finetune.training.tune import run_supervised
 
-        tune(Job(recipe, run, console, command))
+        run_supervised(RunContext(recipe, run, console, command))
     return Result.of(run)

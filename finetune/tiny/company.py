@@ -4,7 +4,7 @@ from random import Random
 from typing import NamedTuple
 
 
-class Fact(NamedTuple):
+class CompanyFact(NamedTuple):
     """One fact about the company: its answer and several phrasings of the question; the last is held out."""
 
     answer: str
@@ -12,7 +12,7 @@ class Fact(NamedTuple):
 
 
 # A block is one fact: the answer first, then the questions.
-_FACTS = """
+_FACTS_TEXT = """
 Hanbit Bicycles opens at 9 in the morning.
 When does Hanbit Bicycles open?
 At what time does the shop open?
@@ -253,12 +253,12 @@ How many people work in the shop?
 """
 
 
-def _facts(text: str) -> tuple[Fact, ...]:
+def _parse_facts(text: str) -> tuple[CompanyFact, ...]:
     blocks = (block.splitlines() for block in text.strip().split("\n\n"))
-    return tuple(Fact(answer, tuple(questions)) for answer, *questions in blocks)
+    return tuple(CompanyFact(answer, tuple(questions)) for answer, *questions in blocks)
 
 
-FACTS = _facts(_FACTS)
+FACTS = _parse_facts(_FACTS_TEXT)
 
 
 def questions_and_answers() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -274,8 +274,8 @@ OPENINGS = {
     "en": ("About Hanbit Bicycles.", "From the handbook.", "Notes of the shop.", "Good to know."),
     "ko": ("한빛자전거 이야기입니다.", "안내 책에서 읽었습니다.", "가게 소식입니다.", "알아 두세요."),
 }
-TALKERS = {"en": ("Customer", "Shop"), "ko": ("손님", "가게")}
-TALK_SHARE = 0.3
+DIALOGUE_SPEAKERS = {"en": ("Customer", "Shop"), "ko": ("손님", "가게")}
+DIALOGUE_FRACTION = 0.3
 
 
 def documents(count: int, rng: Random) -> list[str]:
@@ -288,11 +288,11 @@ def documents(count: int, rng: Random) -> list[str]:
     return [_document(facts[language], language, rng) for language in rng.choices(("en", "ko"), k=count)]
 
 
-def _document(facts: list[Fact], language: str, rng: Random) -> str:
+def _document(facts: list[CompanyFact], language: str, rng: Random) -> str:
     chosen = rng.sample(facts, rng.randint(3, 6))
-    if rng.random() >= TALK_SHARE:
+    if rng.random() >= DIALOGUE_FRACTION:
         return " ".join([rng.choice(OPENINGS[language]), *(fact.answer for fact in chosen)])
-    customer, shop = TALKERS[language]
+    customer, shop = DIALOGUE_SPEAKERS[language]
     return "\n".join(
         f"{customer}: {rng.choice(fact.questions[:-1])}\n{shop}: {fact.answer}" for fact in chosen
     )

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 from finetune.tiny import scenes, stories
 from finetune.tiny.grammar import josa
-from finetune.tiny.tasks import Example, Task
-from finetune.tiny.tasks_english import TASKS as ENGLISH_TASKS
-from finetune.tiny.tasks_korean import TASKS as KOREAN_TASKS
+from finetune.tiny.tasks import Task, TaskExample
+from finetune.tiny.tasks_english import ENGLISH_TASKS as ENGLISH_TASKS
+from finetune.tiny.tasks_korean import KOREAN_TASKS as KOREAN_TASKS
 from finetune.tiny.words import HEROES
 
-TASKS = ENGLISH_TASKS + KOREAN_TASKS
-SKILL_DRAWS = 12
-HAPPY_SHARE = 0.5
+ALL_TASKS = ENGLISH_TASKS + KOREAN_TASKS
+SKILL_SAMPLES = 12
+HAPPY_STORY_FRACTION = 0.5
 _KINDS = ("facts", "quiz", "cards", "story", "scene")
 _EXCHANGES = {
     "en": (
@@ -31,34 +31,36 @@ _EXCHANGES = {
 }
 
 
-class Mix(NamedTuple):
+class CorpusMixture(NamedTuple):
     """Document mixture: weight of each kind, factors on task weights, and languages of the stories."""
 
-    kinds: tuple[float, float, float, float, float]
-    boosts: dict[str, float]
+    kind_weights: tuple[float, float, float, float, float]
+    task_factors: dict[str, float]
     story_languages: tuple[str, ...]
 
 
-BROAD = Mix((0.3, 0.33, 0.12, 0.15, 0.10), {}, ("en", "ko"))
+BROAD = CorpusMixture((0.3, 0.33, 0.12, 0.15, 0.10), {}, ("en", "ko"))
 # After the broad mix the base still lost the hero of English stories (1 of 8 valid after SFT) and some sums.
-POLISH = Mix((0.2, 0.2, 0.04, 0.5, 0.06), {"add": 2.0, "add_ko": 3.0, "odd_one_out": 1.5}, ("en", "en", "ko"))
+POLISH = CorpusMixture(
+    (0.2, 0.2, 0.04, 0.5, 0.06), {"add": 2.0, "add_ko": 3.0, "odd_one_out": 1.5}, ("en", "en", "ko")
+)
 
 
 class Corpus:
     """An endless, seeded document generator; skill examples are sampled anew, fact tables are complete."""
 
-    def __init__(self, seed: int, mix: Mix = BROAD) -> None:
+    def __init__(self, seed: int, mixture: CorpusMixture = BROAD) -> None:
         """Sample the pool of examples of each task."""
-        self.mix = mix
+        self.mixture = mixture
         self.rng = Random(f"{seed}/corpus")
-        self.pools = {t.name: [e for _ in range(SKILL_DRAWS) for e in t.draw(self.rng)] for t in TASKS}
+        self.pools = {t.name: [e for _ in range(SKILL_SAMPLES) for e in t.draw(self.rng)] for t in ALL_TASKS}
         self.topics = {language: stories.topics(language) for language in ("en", "ko")}
-        self.weights = [task.weight * mix.boosts.get(task.name, 1.0) for task in TASKS]
+        self.weights = [task.weight * mixture.task_factors.get(task.name, 1.0) for task in ALL_TASKS]
 
     def documents(self, count: int) -> Iterator[str]:
         """Yield `count` documents of about 20 to 120 tokens."""
         for _ in range(count):
-            kind = self.rng.choices(_KINDS, self.mix.kinds)[0]
+            kind = self.rng.choices(_KINDS, self.mixture.kind_weights)[0]
             yield {
                 "facts": self._facts,
                 "quiz": self._quiz,
@@ -67,19 +69,19 @@ class Corpus:
                 "scene": self._scene,
             }[kind]()
 
-    def _pick(self) -> tuple[Task, Example]:
-        task = self.rng.choices(TASKS, self.weights)[0]
+    def _sample_example(self) -> tuple[Task, TaskExample]:
+        task = self.rng.choices(ALL_TASKS, self.weights)[0]
         return task, self.rng.choice(self.pools[task.name])
 
     def _facts(self) -> str:
-        picks = [self._pick() for _ in range(self.rng.randint(2, 6))]
+        picks = [self._sample_example() for _ in range(self.rng.randint(2, 6))]
         return " ".join(task.sentence(example, self.rng) for task, example in picks)
 
     def _quiz(self) -> str:
         return self.rng.choice(("\n", " ")).join(self._exchange() for _ in range(self.rng.randint(2, 5)))
 
     def _exchange(self) -> str:
-        task, example = self._pick()
+        task, example = self._sample_example()
         names = [pair[0 if task.language == "en" else 1] for pair in HEROES]
         a, b = self.rng.sample(names, 2)
         exchange = self.rng.choice(_EXCHANGES[task.language])
@@ -88,16 +90,16 @@ class Corpus:
         )
 
     def _cards(self) -> str:
-        lines = []
+        cards = []
         for _ in range(self.rng.randint(2, 5)):
-            task, example = self._pick()
-            lines.append(f"{task.question(example, self.rng)}\n{example.answer}")
+            task, example = self._sample_example()
+            cards.append(f"{task.question(example, self.rng)}\n{example.answer}")
         heading = self.rng.choice(("", "### Cards\n\n", "### 낱말 카드\n\n"))
-        return heading + "\n\n".join(lines)
+        return heading + "\n\n".join(cards)
 
     def _story(self) -> str:
-        topic = self.rng.choice(self.topics[self.rng.choice(self.mix.story_languages)])
-        text = stories.story(topic, self.rng, happy=self.rng.random() < HAPPY_SHARE)
+        topic = self.rng.choice(self.topics[self.rng.choice(self.mixture.story_languages)])
+        text = stories.story(topic, self.rng, happy=self.rng.random() < HAPPY_STORY_FRACTION)
         return f"{stories.title(topic)}\n\n{text}" if self.rng.random() < 0.8 else text
 
     def _scene(self) -> str:

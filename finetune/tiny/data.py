@@ -11,20 +11,20 @@ from random import Random
 from finetune.tiny import rows
 from finetune.tiny.company import documents, questions_and_answers
 
-SEED = 7
-HAPPY_SHARE = 0.3
+DATA_SEED = 7
+SFT_HAPPY_FRACTION = 0.3
 TRAIN_PER_TASK, TRAIN_PER_STORY = 240, 360
 HELD_OUT_PER_TASK, HELD_OUT_PER_STORY = 8, 8
-CHATS = (500, 60)
-STORY_PAIRS, ANSWER_PAIRS, SAFE_PAIRS = (1000, 100), (500, 50), (600, 60)
-PROMPTS, STORY_PROMPT_SHARE = (800, 120), 0.6
-DOCUMENTS = (400, 60)
+CHATS_PER_SIDE = (500, 60)
+STORY_PAIRS_PER_SIDE, ANSWER_PAIRS_PER_SIDE, SAFE_PAIRS_PER_SIDE = (1000, 100), (500, 50), (600, 60)
+PROMPTS_PER_SIDE, STORY_PROMPT_FRACTION = (800, 120), 0.6
+DOCUMENTS_PER_SIDE = (400, 60)
 
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, object]]) -> None:
     """Write JSON Lines with unescaped Korean."""
-    lines = [json.dumps(record, ensure_ascii=False) for record in records]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    json_lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("\n".join(json_lines) + "\n", encoding="utf-8", newline="\n")
 
 
 def write_csv(path: Path, records: Sequence[Mapping[str, str]]) -> None:
@@ -37,46 +37,50 @@ def write_csv(path: Path, records: Sequence[Mapping[str, str]]) -> None:
 
 def preferences(
     side: rows.Side, stories: int, answers: int, rng: Random
-) -> tuple[list[rows.Row], list[rows.Row]]:
+) -> tuple[list[rows.TinyRow], list[rows.TinyRow]]:
     """Return story and answer pairs shuffled together, and only the story pairs in the same order."""
-    told = rows.story_preferences(side, stories, rng)
-    pairs = told + rows.answer_preferences(side, answers, rng)
+    story_pairs = rows.story_preferences(side, stories, rng)
+    pairs = story_pairs + rows.answer_preferences(side, answers, rng)
     rng.shuffle(pairs)
-    return pairs, [pair for pair in pairs if pair in told]
+    return pairs, [pair for pair in pairs if pair in story_pairs]
 
 
 def write_side(folder: Path, name: str, side: rows.Side, *, index: int, seed: int) -> None:
     """Write the files of one side of the split; `index` picks the train (0) or held-out (1) sizes."""
     rng = Random(f"{seed}/{name}")
     per_task, per_story = ((TRAIN_PER_TASK, TRAIN_PER_STORY), (HELD_OUT_PER_TASK, HELD_OUT_PER_STORY))[index]
-    sft = rows.instruction_rows(side, per_task, per_story, happy_share=HAPPY_SHARE, rng=rng)
+    sft = rows.instruction_rows(side, per_task, per_story, happy_fraction=SFT_HAPPY_FRACTION, rng=rng)
     if (
         name == "held_out"
     ):  # rows with a single correct answer first: `evaluate.exact_match: 200` uses exactly these
         sft.sort(key=lambda row: row["task"].startswith("story"))
-    chats = [rows.conversation(side, happy_share=HAPPY_SHARE, rng=rng) for _ in range(CHATS[index])]
+    chats = [
+        rows.conversation(side, happy_fraction=SFT_HAPPY_FRACTION, rng=rng)
+        for _ in range(CHATS_PER_SIDE[index])
+    ]
     write_jsonl(folder / f"sft_{name}.jsonl", sft)
     write_jsonl(folder / f"chat_{name}.jsonl", chats)
-    pairs, story_pairs = preferences(side, STORY_PAIRS[index], ANSWER_PAIRS[index], rng)
+    pairs, story_pairs = preferences(side, STORY_PAIRS_PER_SIDE[index], ANSWER_PAIRS_PER_SIDE[index], rng)
     write_jsonl(folder / f"preferences_{name}.jsonl", pairs)
     write_jsonl(folder / f"story_preferences_{name}.jsonl", story_pairs)
-    safe = rows.safe_preferences(side, SAFE_PAIRS[index], Random(f"{seed}/{name}/safe"))
+    safe = rows.safe_preferences(side, SAFE_PAIRS_PER_SIDE[index], Random(f"{seed}/{name}/safe"))
     write_jsonl(folder / f"safe_preferences_{name}.jsonl", safe)
     write_jsonl(
-        folder / f"prompts_{name}.jsonl", rows.prompt_rows(side, PROMPTS[index], STORY_PROMPT_SHARE, rng)
+        folder / f"prompts_{name}.jsonl",
+        rows.prompt_rows(side, PROMPTS_PER_SIDE[index], STORY_PROMPT_FRACTION, rng),
     )
 
 
 def write_documents(folder: Path, seed: int) -> None:
     """Write the company's texts separated by blank lines; no held-out text is in the training file."""
-    texts = documents(DOCUMENTS[0], Random(f"{seed}/in_house"))
-    others = documents(2 * DOCUMENTS[1], Random(f"{seed}/in_house_held_out"))
-    held_out = [text for text in others if text not in texts][: DOCUMENTS[1]]
-    for name, kept in (("in_house.txt", texts), ("in_house_held_out.txt", held_out)):
-        (folder / name).write_text("\n\n".join(kept) + "\n", encoding="utf-8", newline="\n")
+    texts = documents(DOCUMENTS_PER_SIDE[0], Random(f"{seed}/in_house"))
+    candidates = documents(2 * DOCUMENTS_PER_SIDE[1], Random(f"{seed}/in_house_held_out"))
+    held_out = [text for text in candidates if text not in texts][: DOCUMENTS_PER_SIDE[1]]
+    for name, documents_of_side in (("in_house.txt", texts), ("in_house_held_out.txt", held_out)):
+        (folder / name).write_text("\n\n".join(documents_of_side) + "\n", encoding="utf-8", newline="\n")
 
 
-def write_all(folder: Path, seed: int = SEED) -> None:
+def write_all(folder: Path, seed: int = DATA_SEED) -> None:
     """Write every data file into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, (name, side) in enumerate(zip(("train", "held_out"), rows.split(seed), strict=True)):
@@ -87,16 +91,16 @@ def write_all(folder: Path, seed: int = SEED) -> None:
     write_documents(folder, seed)
 
 
-def main(arguments: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Write the files and print their sizes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("recipes/tiny/data"))
-    parser.add_argument("--seed", type=int, default=SEED)
-    options = parser.parse_args(arguments)
+    parser.add_argument("--seed", type=int, default=DATA_SEED)
+    options = parser.parse_args(argv)
     write_all(options.out, options.seed)
     for path in sorted(options.out.iterdir()):
-        lines = path.read_text(encoding="utf-8").count("\n")
-        print(f"{path}  {lines:,} lines  {path.stat().st_size:,} bytes")
+        num_lines = path.read_text(encoding="utf-8").count("\n")
+        print(f"{path}  {num_lines:,} lines  {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from random import Random
 from typing import NamedTuple
 
 from finetune.tiny import stories
-from finetune.tiny.corpus import TASKS
+from finetune.tiny.corpus import ALL_TASKS
 from finetune.tiny.stories import Topic
-from finetune.tiny.tasks import Example, Task
+from finetune.tiny.tasks import Task, TaskExample
 
-Row = dict[str, str]
+TinyRow = dict[str, str]
 STORY_TASKS = {"en": "story", "ko": "story_ko"}
-HELD_OUT_TOPICS = 0.2
+HELD_OUT_TOPIC_FRACTION = 0.2
 _GREETINGS = {
     "en": (
         ("Hello!", "Hello! How can I help you?"),
@@ -34,46 +34,48 @@ _SYSTEM = {
 class Side(NamedTuple):
     """One side of the split (train or held-out): examples per task and topics per language."""
 
-    examples: dict[str, list[Example]]
+    examples: dict[str, list[TaskExample]]
     topics: dict[str, list[Topic]]
 
 
 def split(seed: int) -> tuple[Side, Side]:
     """Split all examples and topics into a training side and a held-out side."""
-    parts = {task.name: task.split(seed) for task in TASKS}
+    examples = {task.name: task.split(seed) for task in ALL_TASKS}
     topics = {language: _split_topics(language, seed) for language in STORY_TASKS}
-    sides = [Side({k: v[i] for k, v in parts.items()}, {k: v[i] for k, v in topics.items()}) for i in (0, 1)]
+    sides = [
+        Side({k: v[i] for k, v in examples.items()}, {k: v[i] for k, v in topics.items()}) for i in (0, 1)
+    ]
     return sides[0], sides[1]
 
 
 def _split_topics(language: str, seed: int) -> tuple[list[Topic], list[Topic]]:
-    every = stories.topics(language)
-    Random(f"{seed}/{language}/topics").shuffle(every)
-    cut = round(len(every) * HELD_OUT_TOPICS)
-    return every[cut:], every[:cut]
+    all_topics = stories.topics(language)
+    Random(f"{seed}/{language}/topics").shuffle(all_topics)
+    num_held_out = round(len(all_topics) * HELD_OUT_TOPIC_FRACTION)
+    return all_topics[num_held_out:], all_topics[:num_held_out]
 
 
-def exact_rows(side: Side, task: Task, count: int, rng: Random) -> list[Row]:
+def exact_rows(side: Side, task: Task, count: int, rng: Random) -> list[TinyRow]:
     """Return up to `count` distinct rows of one task, cycling through its shuffled examples."""
     examples = list(side.examples[task.name])
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str], TinyRow] = {}
     for _ in range(6):
         rng.shuffle(examples)
         for example in examples:
-            row = task.ask(example, rng)
+            row = task.as_row(example, rng)
             rows.setdefault((row["instruction"], row["input"]), row)
             if len(rows) == count:
                 return list(rows.values())
     return list(rows.values())
 
 
-def story_rows(side: Side, language: str, count: int, *, happy_share: float, rng: Random) -> list[Row]:
+def story_rows(side: Side, language: str, count: int, *, happy_fraction: float, rng: Random) -> list[TinyRow]:
     """Return rows of the story task; each ends happily with probability `happy_fraction`."""
     return [
         {
-            "instruction": stories.ask(topic, rng),
+            "instruction": stories.story_request(topic, rng),
             "input": "",
-            "output": stories.story(topic, rng, happy=rng.random() < happy_share),
+            "output": stories.story(topic, rng, happy=rng.random() < happy_fraction),
             "task": STORY_TASKS[language],
         }
         for topic in rng.sample(side.topics[language], count)
@@ -81,31 +83,31 @@ def story_rows(side: Side, language: str, count: int, *, happy_share: float, rng
 
 
 def instruction_rows(
-    side: Side, per_task: int, per_story: int, *, happy_share: float, rng: Random
-) -> list[Row]:
+    side: Side, per_task: int, per_story: int, *, happy_fraction: float, rng: Random
+) -> list[TinyRow]:
     """Return all tasks and stories of one side, shuffled."""
-    rows = [row for task in TASKS for row in exact_rows(side, task, per_task, rng)]
+    rows = [row for task in ALL_TASKS for row in exact_rows(side, task, per_task, rng)]
     for language in STORY_TASKS:
-        rows += story_rows(side, language, per_story, happy_share=happy_share, rng=rng)
+        rows += story_rows(side, language, per_story, happy_fraction=happy_fraction, rng=rng)
     rng.shuffle(rows)
     return rows
 
 
-def _exchange(side: Side, language: str, *, happy_share: float, rng: Random) -> tuple[str, str]:
+def _exchange(side: Side, language: str, *, happy_fraction: float, rng: Random) -> tuple[str, str]:
     if rng.random() < 0.15:
-        row = story_rows(side, language, 1, happy_share=happy_share, rng=rng)[0]
+        row = story_rows(side, language, 1, happy_fraction=happy_fraction, rng=rng)[0]
     else:
-        task = rng.choice([task for task in TASKS if task.language == language])
-        row = task.ask(rng.choice(side.examples[task.name]), rng)
+        task = rng.choice([task for task in ALL_TASKS if task.language == language])
+        row = task.as_row(rng.choice(side.examples[task.name]), rng)
     question = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
     return question, row["output"]
 
 
-def conversation(side: Side, *, happy_share: float, rng: Random) -> dict[str, list[Row]]:
+def conversation(side: Side, *, happy_fraction: float, rng: Random) -> dict[str, list[TinyRow]]:
     """Return a conversation of one to five exchanges in one language, half of them with a system message."""
     language = rng.choice(tuple(STORY_TASKS))
     exchanges = [
-        _exchange(side, language, happy_share=happy_share, rng=rng) for _ in range(rng.randint(1, 3))
+        _exchange(side, language, happy_fraction=happy_fraction, rng=rng) for _ in range(rng.randint(1, 3))
     ]
     if rng.random() < 0.4:
         exchanges.insert(0, rng.choice(_GREETINGS[language]))
@@ -117,47 +119,49 @@ def conversation(side: Side, *, happy_share: float, rng: Random) -> dict[str, li
     return {"messages": messages}
 
 
-def story_preferences(side: Side, count: int, rng: Random) -> list[Row]:
+def story_preferences(side: Side, count: int, rng: Random) -> list[TinyRow]:
     """Return pairs: happy story over sad story for the same request; half of them share their beginning."""
     rows = []
     for index in range(count):
         topic = rng.choice(side.topics[("en", "ko")[index % 2]])
-        prompt, start = stories.ask(topic, rng), rng.getrandbits(32)
-        other = start if rng.random() < 0.5 else rng.getrandbits(32)
+        prompt, story_seed = stories.story_request(topic, rng), rng.getrandbits(32)
+        rejected_seed = story_seed if rng.random() < 0.5 else rng.getrandbits(32)
         rows.append(
             {
                 "prompt": prompt,
-                "chosen": stories.story(topic, Random(start), happy=True),
-                "rejected": stories.story(topic, Random(other), happy=False),
+                "chosen": stories.story(topic, Random(story_seed), happy=True),
+                "rejected": stories.story(topic, Random(rejected_seed), happy=False),
             }
         )
     return rows
 
 
-def safe_preferences(side: Side, count: int, rng: Random) -> list[Row]:
+def safe_preferences(side: Side, count: int, rng: Random) -> list[TinyRow]:
     """Return pairs: peaceful story over harsh one for the same request, with the same kind of ending."""
     rows = []
     for index in range(count):
         topic = rng.choice(side.topics[("en", "ko")[index % 2]])
-        prompt, start, happy = stories.ask(topic, rng), rng.getrandbits(32), rng.random() < 0.5
+        prompt, story_seed, happy = stories.story_request(topic, rng), rng.getrandbits(32), rng.random() < 0.5
         peaceful, harsh = (
-            stories.story(topic, Random(start), happy=happy, harsh=kind) for kind in (False, True)
+            stories.story(topic, Random(story_seed), happy=happy, harsh=kind) for kind in (False, True)
         )
         rows.append({"prompt": prompt, "chosen": peaceful, "rejected": harsh})
     return rows
 
 
-def answer_preferences(side: Side, count: int, rng: Random) -> list[Row]:
+def answer_preferences(side: Side, count: int, rng: Random) -> list[TinyRow]:
     """Return pairs: correct answer over the answer to another question of the same task."""
     rows = []
     for _ in range(count):
-        task = rng.choice(TASKS)
+        task = rng.choice(ALL_TASKS)
         examples = side.examples[task.name]
         example = rng.choice(examples)
-        wrong = rng.choice([e.answer for e in examples if e.answer != example.answer and _alike(e, example)])
+        wrong = rng.choice(
+            [e.answer for e in examples if e.answer != example.answer and _same_variant(e, example)]
+        )
         rows.append(
             {
-                "prompt": task.ask(example, rng, inline=True)["instruction"],
+                "prompt": task.as_row(example, rng, inline=True)["instruction"],
                 "chosen": example.answer,
                 "rejected": wrong,
             }
@@ -165,28 +169,31 @@ def answer_preferences(side: Side, count: int, rng: Random) -> list[Row]:
     return rows
 
 
-def _alike(one: Example, other: Example) -> bool:
-    return one.slots.get("variant") == other.slots.get("variant")
+def _same_variant(example: TaskExample, other: TaskExample) -> bool:
+    return example.slots.get("variant") == other.slots.get("variant")
 
 
-def prompt_rows(side: Side, count: int, story_share: float, rng: Random) -> list[Row]:
+def prompt_rows(side: Side, count: int, story_fraction: float, rng: Random) -> list[TinyRow]:
     """Return prompts without answers, for RL: stories (whose ending PPO can improve) and exact questions."""
     rows = []
     for _ in range(count):
-        if rng.random() < story_share:
+        if rng.random() < story_fraction:
             language = rng.choice(tuple(STORY_TASKS))
             rows.append(
-                {"prompt": stories.ask(rng.choice(side.topics[language]), rng), "task": STORY_TASKS[language]}
+                {
+                    "prompt": stories.story_request(rng.choice(side.topics[language]), rng),
+                    "task": STORY_TASKS[language],
+                }
             )
         else:
-            task = rng.choice(TASKS)
-            prompt = task.ask(rng.choice(side.examples[task.name]), rng, inline=True)["instruction"]
+            task = rng.choice(ALL_TASKS)
+            prompt = task.as_row(rng.choice(side.examples[task.name]), rng, inline=True)["instruction"]
             rows.append({"prompt": prompt, "task": task.name})
     unique = {row["prompt"]: row for row in rows}
     return list(unique.values())
 
 
-def is_right(row: Row, reply: str) -> bool:
+def is_correct(row: TinyRow, reply: str) -> bool:
     """Return whether a reply is correct: a valid story on the topic, or exactly the answer."""
     topic = stories.requested(row["instruction"])
     if topic is not None:

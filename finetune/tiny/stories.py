@@ -24,18 +24,18 @@ class Topic(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Grammar:
+class StoryGrammar:
     """The sentences of one language: openings, plots (problem, happy turn, sad turn), and last sentences."""
 
     openings: tuple[str, ...]
     plots: tuple[tuple[str, str, str], ...]
     happy: tuple[str, ...]
     sad: tuple[str, ...]
-    asks: tuple[str, ...]
+    requests: tuple[str, ...]
     title: str
 
 
-ENGLISH = Grammar(
+ENGLISH = StoryGrammar(
     openings=(
         "{hero} had {a_thing}.",
         "{hero} took {a_thing} to the {place}.",
@@ -97,7 +97,7 @@ ENGLISH = Grammar(
         "{hero} went home and cried.",
         "In the end {hero} was sad.",
     ),
-    asks=(
+    requests=(
         "Write a short story about {hero} and {a_thing}.",
         "Tell me a short story about {hero} and {a_thing}.",
         "Please write a story with {hero} and {a_thing}.",
@@ -105,7 +105,7 @@ ENGLISH = Grammar(
     title="A story about {hero} and {a_thing}",
 )
 
-KOREAN = Grammar(
+KOREAN = StoryGrammar(
     openings=(
         "{hero_은} {thing_을} 가지고 있었습니다.",
         "어느 날 {hero_은} {place}에서 {thing_을} 찾았습니다.",
@@ -162,7 +162,7 @@ KOREAN = Grammar(
         "{hero_은} 울면서 집에 갔습니다.",
         "{hero_은} 정말 슬펐습니다.",
     ),
-    asks=(
+    requests=(
         "{hero_과} {thing}에 대한 짧은 이야기를 쓰세요.",
         "{hero_과} {thing} 이야기를 짧게 들려주세요.",
         "{hero_과} {thing_이} 나오는 이야기를 써 주세요.",
@@ -239,9 +239,9 @@ def story(topic: Topic, rng: Random, *, happy: bool, harsh: bool | None = None) 
     return " ".join((opening, plot[0], plot[1 if happy else 2], last)).format(**slots)
 
 
-def ask(topic: Topic, rng: Random) -> str:
+def story_request(topic: Topic, rng: Random) -> str:
     """Return a request for a story on this topic."""
-    return rng.choice(GRAMMARS[topic.language].asks).format(**_slots(topic, topic.hero, ""))
+    return rng.choice(GRAMMARS[topic.language].requests).format(**_slots(topic, topic.hero, ""))
 
 
 def title(topic: Topic) -> str:
@@ -273,9 +273,9 @@ def ends_sadly(text: str) -> bool:
 
 
 def _topic_pattern(language: str) -> re.Pattern[str]:
-    every = topics(language)
+    all_topics = topics(language)
     hero, color, thing = (
-        "|".join(sorted(set(names))) for names in zip(*(topic[1:] for topic in every), strict=True)
+        "|".join(sorted(set(names))) for names in zip(*(topic[1:] for topic in all_topics), strict=True)
     )
     return re.compile(rf"(?<!\w)({hero}).*?(?<!\w)({color}) ({thing})")
 
@@ -288,11 +288,16 @@ def requested(instruction: str) -> Topic | None:
     language = "ko" if re.search("[가-힣]", instruction) else "en"
     if ("story" if language == "en" else "이야기") not in instruction:
         return None
-    found = _TOPIC_PATTERNS[language].search(instruction)
-    return Topic(language, *found.groups()) if found else None
+    match = _TOPIC_PATTERNS[language].search(instruction)
+    return Topic(language, *match.groups()) if match else None
 
 
 def is_story(text: str, topic: Topic) -> bool:
     """Return whether a text names hero and thing, has 2 to 5 full sentences, and ends happily or sadly."""
-    whole = text.strip().endswith((".", "!", "?")) and len(sentences(text)) in _SENTENCES
-    return whole and topic.hero in text and topic.thing in text and (ends_happily(text) or ends_sadly(text))
+    is_complete = text.strip().endswith((".", "!", "?")) and len(sentences(text)) in _SENTENCES
+    return (
+        is_complete
+        and topic.hero in text
+        and topic.thing in text
+        and (ends_happily(text) or ends_sadly(text))
+    )

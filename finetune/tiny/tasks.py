@@ -14,7 +14,7 @@ HELD_OUT_SHARE = 0.2
 MAX_HELD_OUT_KEYS = 60
 
 
-class Example(NamedTuple):
+class TaskExample(NamedTuple):
     """One question of a task: split key, template slots, and the single correct answer."""
 
     key: str
@@ -22,7 +22,7 @@ class Example(NamedTuple):
     answer: str
 
 
-class Ask(NamedTuple):
+class InstructionTemplate(NamedTuple):
     """An instruction and an optional separate input; both are format strings over an example's slots."""
 
     instruction: str
@@ -39,26 +39,28 @@ class Task:
 
     name: str
     language: str
-    draw: Callable[[Random], list[Example]]
-    asks: dict[str, tuple[Ask, ...]]
+    draw: Callable[[Random], list[TaskExample]]
+    instructions: dict[str, tuple[InstructionTemplate, ...]]
     prose: dict[str, tuple[str, ...]]
     questions: dict[str, tuple[str, ...]]
     weight: float = 1.0
     rows: dict[str, str] = field(default_factory=dict)
 
-    def split(self, seed: int) -> tuple[list[Example], list[Example]]:
+    def split(self, seed: int) -> tuple[list[TaskExample], list[TaskExample]]:
         """Return (train, held-out) examples with disjoint keys; the same seed gives the same split."""
         rng = Random(f"{seed}/{self.name}/split")
         examples = self.draw(rng)
         keys = sorted({example.key for example in examples})
         rng.shuffle(keys)
-        held = set(keys[: min(MAX_HELD_OUT_KEYS, max(4, round(len(keys) * HELD_OUT_SHARE)))])
-        return [e for e in examples if e.key not in held], [e for e in examples if e.key in held]
+        held_out_keys = set(keys[: min(MAX_HELD_OUT_KEYS, max(4, round(len(keys) * HELD_OUT_SHARE)))])
+        return [e for e in examples if e.key not in held_out_keys], [
+            e for e in examples if e.key in held_out_keys
+        ]
 
-    def ask(self, example: Example, rng: Random, *, inline: bool = False) -> dict[str, str]:
+    def as_row(self, example: TaskExample, rng: Random, *, inline: bool = False) -> dict[str, str]:
         """Return an example as an Alpaca row; `inline` only uses instructions without a separate input."""
-        asks = self.asks[example.slots.get("variant", "")]
-        chosen = rng.choice([ask for ask in asks if not (inline and ask.input)])
+        templates = self.instructions[example.slots.get("variant", "")]
+        chosen = rng.choice([template for template in templates if not (inline and template.input)])
         return {
             "instruction": chosen.instruction.format(**example.slots),
             "input": chosen.input.format(**example.slots),
@@ -66,11 +68,11 @@ class Task:
             "task": self.name,
         }
 
-    def sentence(self, example: Example, rng: Random) -> str:
+    def sentence(self, example: TaskExample, rng: Random) -> str:
         """Return an example as a declarative sentence."""
         template = rng.choice(self.prose[example.slots.get("variant", "")])
         return template.format(**example.slots, answer=example.answer)
 
-    def question(self, example: Example, rng: Random) -> str:
+    def question(self, example: TaskExample, rng: Random) -> str:
         """Return an example as a question in dialogue."""
         return rng.choice(self.questions[example.slots.get("variant", "")]).format(**example.slots)

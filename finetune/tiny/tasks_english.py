@@ -4,32 +4,32 @@ from collections.abc import Callable
 from random import Random
 
 from finetune.tiny import universe
-from finetune.tiny.tasks import Ask, Example, Task
+from finetune.tiny.tasks import InstructionTemplate, Task, TaskExample
 
 
-def _task(
+def _english_task(
     name: str,
-    draw: Callable[[Random], list[Example]],
+    draw: Callable[[Random], list[TaskExample]],
     *,
-    asks: tuple[Ask, ...],
+    instructions: tuple[InstructionTemplate, ...],
     prose: tuple[str, ...],
     questions: tuple[str, ...],
     weight: float = 1.0,
 ) -> Task:
     """Return a one-directional task."""
-    return Task(name, "en", draw, {"": asks}, {"": prose}, {"": questions}, weight)
+    return Task(name, "en", draw, {"": instructions}, {"": prose}, {"": questions}, weight)
 
 
-TASKS = (
-    _task(
+ENGLISH_TASKS = (
+    _english_task(
         "opposite",
         universe.opposites,
         weight=1.6,
-        asks=(
-            Ask("What is the opposite of {word}?"),
-            Ask("Give the opposite of the word {word}."),
-            Ask("Write the opposite of this word.", "{word}"),
-            Ask("Which word means the opposite of {word}?"),
+        instructions=(
+            InstructionTemplate("What is the opposite of {word}?"),
+            InstructionTemplate("Give the opposite of the word {word}."),
+            InstructionTemplate("Write the opposite of this word.", "{word}"),
+            InstructionTemplate("Which word means the opposite of {word}?"),
         ),
         prose=(
             "The opposite of {word} is {answer}.",
@@ -40,14 +40,14 @@ TASKS = (
         ),
         questions=("What is the opposite of {word}?", 'Which word is the opposite of "{word}"?'),
     ),
-    _task(
+    _english_task(
         "plural",
         universe.plurals,
         weight=1.6,
-        asks=(
-            Ask("What is the plural of {word}?"),
-            Ask("Give the plural form of the word {word}."),
-            Ask("Write the plural of this noun.", "{word}"),
+        instructions=(
+            InstructionTemplate("What is the plural of {word}?"),
+            InstructionTemplate("Give the plural form of the word {word}."),
+            InstructionTemplate("Write the plural of this noun.", "{word}"),
         ),
         prose=(
             "One {word}, two {answer}.",
@@ -58,14 +58,14 @@ TASKS = (
         ),
         questions=("What is the plural of {word}?", "What do we say for more than one {word}?"),
     ),
-    _task(
+    _english_task(
         "past_tense",
         universe.past_tenses,
         weight=1.4,
-        asks=(
-            Ask("What is the past tense of {word}?"),
-            Ask("Give the past form of the verb {word}."),
-            Ask("Put this verb into the past tense.", "{word}"),
+        instructions=(
+            InstructionTemplate("What is the past tense of {word}?"),
+            InstructionTemplate("Give the past form of the verb {word}."),
+            InstructionTemplate("Put this verb into the past tense.", "{word}"),
         ),
         prose=(
             "Today they {word}; yesterday they {answer}.",
@@ -75,14 +75,14 @@ TASKS = (
         ),
         questions=("What is the past tense of {word}?", "Today we {word}. What did we do yesterday?"),
     ),
-    _task(
+    _english_task(
         "en_to_ko",
         universe.english_to_korean,
         weight=2.6,
-        asks=(
-            Ask("Translate {word} into Korean."),
-            Ask("What is the Korean word for {word}?"),
-            Ask("Translate this English word into Korean.", "{word}"),
+        instructions=(
+            InstructionTemplate("Translate {word} into Korean."),
+            InstructionTemplate("What is the Korean word for {word}?"),
+            InstructionTemplate("Translate this English word into Korean.", "{word}"),
         ),
         prose=(
             "The Korean word for {word} is {answer}.",
@@ -97,14 +97,14 @@ TASKS = (
             "영어 {word}의 뜻은 무엇인가요?",
         ),
     ),
-    _task(
+    _english_task(
         "ko_to_en",
         universe.korean_to_english,
         weight=2.6,
-        asks=(
-            Ask("Translate {word} into English."),
-            Ask("What does the Korean word {word} mean?"),
-            Ask("Translate this Korean word into English.", "{word}"),
+        instructions=(
+            InstructionTemplate("Translate {word} into English."),
+            InstructionTemplate("What does the Korean word {word} mean?"),
+            InstructionTemplate("Translate this Korean word into English.", "{word}"),
         ),
         prose=(
             "The Korean word {word} means {answer}.",
@@ -115,15 +115,15 @@ TASKS = (
         ),
         questions=("What is {word} in English?", "What does {word} mean?", "{word_은} 영어로 무엇인가요?"),
     ),
-    _task(
+    _english_task(
         "add",
         universe.sums,
         weight=1.8,
-        asks=(
-            Ask("What is {a} plus {b}?"),
-            Ask("Add {a} and {b}."),
-            Ask("Add the two numbers.", "{a} and {b}"),
-            Ask("Calculate {a} + {b}."),
+        instructions=(
+            InstructionTemplate("What is {a} plus {b}?"),
+            InstructionTemplate("Add {a} and {b}."),
+            InstructionTemplate("Add the two numbers.", "{a} and {b}"),
+            InstructionTemplate("Calculate {a} + {b}."),
         ),
         prose=(
             "{a} plus {b} is {answer}.",
@@ -134,14 +134,14 @@ TASKS = (
         ),
         questions=("What is {a} plus {b}?", "How much is {a} and {b}?", "What is the sum of {a} and {b}?"),
     ),
-    _task(
+    _english_task(
         "larger",
         universe.larger,
         weight=1.0,
-        asks=(
-            Ask("Which number is larger, {a} or {b}?"),
-            Ask("Which is greater: {a} or {b}?"),
-            Ask("Write the larger of the two numbers.", "{a} and {b}"),
+        instructions=(
+            InstructionTemplate("Which number is larger, {a} or {b}?"),
+            InstructionTemplate("Which is greater: {a} or {b}?"),
+            InstructionTemplate("Write the larger of the two numbers.", "{a} and {b}"),
         ),
         prose=(
             "{high} is greater than {low}.",
@@ -151,14 +151,14 @@ TASKS = (
         ),
         questions=("Which number is larger, {a} or {b}?", "Which is more, {a} or {b}?"),
     ),
-    _task(
+    _english_task(
         "sort",
         universe.sorted_numbers,
         weight=1.8,
-        asks=(
-            Ask("Sort these numbers from small to large.", "{numbers}"),
-            Ask("Sort {numbers} from small to large."),
-            Ask("Put the numbers {numbers} in order, smallest first."),
+        instructions=(
+            InstructionTemplate("Sort these numbers from small to large.", "{numbers}"),
+            InstructionTemplate("Sort {numbers} from small to large."),
+            InstructionTemplate("Put the numbers {numbers} in order, smallest first."),
         ),
         prose=(
             "Sorted from small to large, {numbers} becomes {answer}.",
@@ -168,14 +168,14 @@ TASKS = (
         ),
         questions=("What is {numbers} from small to large?", "Can you put {numbers} in order?"),
     ),
-    _task(
+    _english_task(
         "reverse",
         universe.reversals,
         weight=2.2,
-        asks=(
-            Ask("Reverse the order of these words.", "{words}"),
-            Ask("Write the words {words} in reverse order."),
-            Ask("Say these three words backwards: {words}"),
+        instructions=(
+            InstructionTemplate("Reverse the order of these words.", "{words}"),
+            InstructionTemplate("Write the words {words} in reverse order."),
+            InstructionTemplate("Say these three words backwards: {words}"),
         ),
         prose=(
             'In reverse order, "{words}" is "{answer}".',
@@ -185,16 +185,16 @@ TASKS = (
         ),
         questions=("What is {words} in reverse order?", "Can you say {words} backwards?"),
     ),
-    _task(
+    _english_task(
         "baby",
         universe.babies,
         weight=0.5,
-        asks=(
-            Ask("What is a baby {animal} called?"),
-            Ask("What do we call the young of {a_animal}?"),
-            Ask("Name the young of this animal.", "{animal}"),
-            Ask("Write the name of a baby {animal}."),
-            Ask("Which word names a young {animal}?"),
+        instructions=(
+            InstructionTemplate("What is a baby {animal} called?"),
+            InstructionTemplate("What do we call the young of {a_animal}?"),
+            InstructionTemplate("Name the young of this animal.", "{animal}"),
+            InstructionTemplate("Write the name of a baby {animal}."),
+            InstructionTemplate("Which word names a young {animal}?"),
         ),
         prose=(
             "A baby {animal} is called {a_baby}.",
@@ -204,14 +204,14 @@ TASKS = (
         ),
         questions=("What is a baby {animal} called?", "What is the name of a young {animal}?"),
     ),
-    _task(
+    _english_task(
         "category",
         universe.categories,
         weight=1.6,
-        asks=(
-            Ask("What kind of thing is the word {word}?"),
-            Ask("Name the category of {word}."),
-            Ask("To which category does this word belong?", "{word}"),
+        instructions=(
+            InstructionTemplate("What kind of thing is the word {word}?"),
+            InstructionTemplate("Name the category of {word}."),
+            InstructionTemplate("To which category does this word belong?", "{word}"),
         ),
         prose=(
             "{word} is the name of {a_kind}.",
@@ -222,15 +222,15 @@ TASKS = (
         ),
         questions=("What kind of thing is {word}?", "What is the category of {word}?"),
     ),
-    _task(
+    _english_task(
         "color",
         universe.colors,
         weight=0.7,
-        asks=(
-            Ask("What is the usual color of {thing}?"),
-            Ask("Which color does {thing} have?"),
-            Ask("Name the usual color of this thing.", "{thing}"),
-            Ask("Write the color of {thing}."),
+        instructions=(
+            InstructionTemplate("What is the usual color of {thing}?"),
+            InstructionTemplate("Which color does {thing} have?"),
+            InstructionTemplate("Name the usual color of this thing.", "{thing}"),
+            InstructionTemplate("Write the color of {thing}."),
         ),
         prose=(
             "The usual color of {thing} is {answer}.",
@@ -240,14 +240,14 @@ TASKS = (
         ),
         questions=("What color is {thing}?", "What is the color of {thing}?"),
     ),
-    _task(
+    _english_task(
         "odd_one_out",
         universe.odd_ones,
         weight=2.4,
-        asks=(
-            Ask("Which word does not belong with the others?", "{words}"),
-            Ask("Pick the odd one out: {words}"),
-            Ask("Find the word that does not fit: {words}"),
+        instructions=(
+            InstructionTemplate("Which word does not belong with the others?", "{words}"),
+            InstructionTemplate("Pick the odd one out: {words}"),
+            InstructionTemplate("Find the word that does not fit: {words}"),
         ),
         prose=(
             'Of the words {words}, "{answer}" does not belong, because the others are {kinds}.',
@@ -257,14 +257,14 @@ TASKS = (
         ),
         questions=("Which of {words} does not belong?", "What is the odd one out in {words}?"),
     ),
-    _task(
+    _english_task(
         "first_letter",
         universe.first_letters,
         weight=1.4,
-        asks=(
-            Ask("What is the first letter of {word}?"),
-            Ask("With which letter does the word {word} begin?"),
-            Ask("Write the first letter of this word.", "{word}"),
+        instructions=(
+            InstructionTemplate("What is the first letter of {word}?"),
+            InstructionTemplate("With which letter does the word {word} begin?"),
+            InstructionTemplate("Write the first letter of this word.", "{word}"),
         ),
         prose=(
             "The word {word} begins with {answer}.",
@@ -279,19 +279,19 @@ TASKS = (
         "en",
         universe.sounds,
         weight=0.6,
-        asks={
+        instructions={
             "sound": (
-                Ask("What sound does {a_animal} make?"),
-                Ask("What does {a_animal} say?"),
-                Ask("Write the sound of this animal.", "{animal}"),
-                Ask("Write the sound that {a_animal} makes."),
-                Ask("How does {a_animal} sound?"),
+                InstructionTemplate("What sound does {a_animal} make?"),
+                InstructionTemplate("What does {a_animal} say?"),
+                InstructionTemplate("Write the sound of this animal.", "{animal}"),
+                InstructionTemplate("Write the sound that {a_animal} makes."),
+                InstructionTemplate("How does {a_animal} sound?"),
             ),
             "animal": (
-                Ask("Which animal says {sound}?"),
-                Ask("Name the animal that says {sound}."),
-                Ask("Which animal makes this sound?", "{sound}"),
-                Ask("{sound} is the sound of which animal?"),
+                InstructionTemplate("Which animal says {sound}?"),
+                InstructionTemplate("Name the animal that says {sound}."),
+                InstructionTemplate("Which animal makes this sound?", "{sound}"),
+                InstructionTemplate("{sound} is the sound of which animal?"),
             ),
         },
         prose={
@@ -316,15 +316,15 @@ TASKS = (
         "en",
         universe.capitals,
         weight=0.9,
-        asks={
+        instructions={
             "capital": (
-                Ask("What is the capital of {country}?"),
-                Ask("Name the capital city of {country}."),
-                Ask("Name the capital of this country.", "{country}"),
+                InstructionTemplate("What is the capital of {country}?"),
+                InstructionTemplate("Name the capital city of {country}."),
+                InstructionTemplate("Name the capital of this country.", "{country}"),
             ),
             "country": (
-                Ask("{capital} is the capital of which country?"),
-                Ask("Name the country whose capital is {capital}."),
+                InstructionTemplate("{capital} is the capital of which country?"),
+                InstructionTemplate("Name the country whose capital is {capital}."),
             ),
         },
         prose={

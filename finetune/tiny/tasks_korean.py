@@ -4,31 +4,31 @@ from collections.abc import Callable
 from random import Random
 
 from finetune.tiny import universe
-from finetune.tiny.tasks import Ask, Example, Task
+from finetune.tiny.tasks import InstructionTemplate, Task, TaskExample
 
 
-def _task(
+def _korean_task(
     name: str,
-    draw: Callable[[Random], list[Example]],
+    draw: Callable[[Random], list[TaskExample]],
     *,
-    asks: tuple[Ask, ...],
+    instructions: tuple[InstructionTemplate, ...],
     prose: tuple[str, ...],
     questions: tuple[str, ...],
     weight: float = 1.0,
 ) -> Task:
     """Return a one-directional task."""
-    return Task(name, "ko", draw, {"": asks}, {"": prose}, {"": questions}, weight)
+    return Task(name, "ko", draw, {"": instructions}, {"": prose}, {"": questions}, weight)
 
 
-TASKS = (
-    _task(
+KOREAN_TASKS = (
+    _korean_task(
         "opposite_ko",
         universe.opposites_korean,
         weight=1.4,
-        asks=(
-            Ask("'{word}'의 반대말은 무엇인가요?"),
-            Ask("'{word}'의 반대말을 쓰세요."),
-            Ask("다음 낱말의 반대말을 쓰세요.", "{word}"),
+        instructions=(
+            InstructionTemplate("'{word}'의 반대말은 무엇인가요?"),
+            InstructionTemplate("'{word}'의 반대말을 쓰세요."),
+            InstructionTemplate("다음 낱말의 반대말을 쓰세요.", "{word}"),
         ),
         prose=(
             "{word}의 반대말은 {answer}입니다.",
@@ -38,14 +38,14 @@ TASKS = (
         ),
         questions=("'{word}'의 반대말은 무엇인가요?", "{word}의 반대말이 뭐야?"),
     ),
-    _task(
+    _korean_task(
         "add_ko",
         universe.sums,
         weight=1.2,
-        asks=(
-            Ask("{a} 더하기 {b_은} 얼마인가요?"),
-            Ask("{a_과} {b_을} 더하세요."),
-            Ask("두 수를 더하세요.", "{a}, {b}"),
+        instructions=(
+            InstructionTemplate("{a} 더하기 {b_은} 얼마인가요?"),
+            InstructionTemplate("{a_과} {b_을} 더하세요."),
+            InstructionTemplate("두 수를 더하세요.", "{a}, {b}"),
         ),
         prose=(
             "{a} 더하기 {b_은} {answer}입니다.",
@@ -55,14 +55,14 @@ TASKS = (
         ),
         questions=("{a} 더하기 {b_은} 얼마인가요?", "{a_과} {b_을} 더하면 얼마야?"),
     ),
-    _task(
+    _korean_task(
         "larger_ko",
         universe.larger,
         weight=0.8,
-        asks=(
-            Ask("{a_과} {b} 중에서 더 큰 수는 무엇인가요?"),
-            Ask("{a_과} {b} 가운데 큰 수를 쓰세요."),
-            Ask("두 수 중에서 더 큰 수를 쓰세요.", "{a}, {b}"),
+        instructions=(
+            InstructionTemplate("{a_과} {b} 중에서 더 큰 수는 무엇인가요?"),
+            InstructionTemplate("{a_과} {b} 가운데 큰 수를 쓰세요."),
+            InstructionTemplate("두 수 중에서 더 큰 수를 쓰세요.", "{a}, {b}"),
         ),
         prose=(
             "{high_은} {low}보다 큽니다.",
@@ -71,13 +71,13 @@ TASKS = (
         ),
         questions=("{a_과} {b} 중에서 더 큰 수는 무엇인가요?", "{a_과} {b} 중에 뭐가 더 커?"),
     ),
-    _task(
+    _korean_task(
         "sort_ko",
         universe.sorted_numbers,
         weight=1.2,
-        asks=(
-            Ask("다음 수를 작은 것부터 차례로 쓰세요.", "{numbers}"),
-            Ask("{numbers}, 이 세 수를 작은 것부터 차례로 쓰세요."),
+        instructions=(
+            InstructionTemplate("다음 수를 작은 것부터 차례로 쓰세요.", "{numbers}"),
+            InstructionTemplate("{numbers}, 이 세 수를 작은 것부터 차례로 쓰세요."),
         ),
         prose=(
             "{a}, {b_과} {c_을} 작은 것부터 쓰면 {answer}입니다.",
@@ -86,13 +86,13 @@ TASKS = (
         ),
         questions=("{numbers}, 이 수를 작은 것부터 쓰면?", "{numbers}의 차례는 무엇인가요?"),
     ),
-    _task(
+    _korean_task(
         "reverse_ko",
         universe.reversals_korean,
         weight=1.6,
-        asks=(
-            Ask("다음 세 낱말을 거꾸로 된 순서로 쓰세요.", "{words}"),
-            Ask("{words}, 이 낱말들을 끝에서부터 차례로 쓰세요."),
+        instructions=(
+            InstructionTemplate("다음 세 낱말을 거꾸로 된 순서로 쓰세요.", "{words}"),
+            InstructionTemplate("{words}, 이 낱말들을 끝에서부터 차례로 쓰세요."),
         ),
         prose=(
             '"{words}"의 순서를 거꾸로 하면 "{answer}"입니다.',
@@ -101,14 +101,14 @@ TASKS = (
         ),
         questions=("{words}, 이 낱말을 거꾸로 하면?", "{words}의 거꾸로 된 순서는 무엇인가요?"),
     ),
-    _task(
+    _korean_task(
         "category_ko",
         universe.categories_korean,
         weight=1.4,
-        asks=(
-            Ask("{word_은} 어떤 종류인가요?"),
-            Ask("'{word}'의 종류를 쓰세요."),
-            Ask("다음 낱말의 종류를 쓰세요.", "{word}"),
+        instructions=(
+            InstructionTemplate("{word_은} 어떤 종류인가요?"),
+            InstructionTemplate("'{word}'의 종류를 쓰세요."),
+            InstructionTemplate("다음 낱말의 종류를 쓰세요.", "{word}"),
         ),
         prose=(
             "{word_은} {kind_이다}.",
@@ -117,15 +117,15 @@ TASKS = (
         ),
         questions=("{word_은} 어떤 종류인가요?", "{word_은} 뭐야?"),
     ),
-    _task(
+    _korean_task(
         "color_ko",
         universe.colors_korean,
         weight=0.6,
-        asks=(
-            Ask("{thing_은} 무슨 색인가요?"),
-            Ask("'{thing}'의 색을 쓰세요."),
-            Ask("다음 물건의 색을 쓰세요.", "{thing}"),
-            Ask("{thing}의 색은 무엇인가요?"),
+        instructions=(
+            InstructionTemplate("{thing_은} 무슨 색인가요?"),
+            InstructionTemplate("'{thing}'의 색을 쓰세요."),
+            InstructionTemplate("다음 물건의 색을 쓰세요.", "{thing}"),
+            InstructionTemplate("{thing}의 색은 무엇인가요?"),
         ),
         prose=(
             "{thing_은} {color_이다}.",
@@ -139,19 +139,19 @@ TASKS = (
         "ko",
         universe.sounds_korean,
         weight=0.6,
-        asks={
+        instructions={
             "sound": (
-                Ask("{animal_은} 어떻게 우나요?"),
-                Ask("'{animal}'의 울음소리를 쓰세요."),
-                Ask("다음 동물의 울음소리를 쓰세요.", "{animal}"),
-                Ask("{animal_은} 어떤 소리를 내나요?"),
-                Ask("{animal}의 소리를 흉내 내 보세요."),
+                InstructionTemplate("{animal_은} 어떻게 우나요?"),
+                InstructionTemplate("'{animal}'의 울음소리를 쓰세요."),
+                InstructionTemplate("다음 동물의 울음소리를 쓰세요.", "{animal}"),
+                InstructionTemplate("{animal_은} 어떤 소리를 내나요?"),
+                InstructionTemplate("{animal}의 소리를 흉내 내 보세요."),
             ),
             "animal": (
-                Ask("'{sound}' 하고 우는 동물은 무엇인가요?"),
-                Ask("'{sound}' 하고 우는 동물의 이름을 쓰세요."),
-                Ask("다음 소리로 우는 동물을 쓰세요.", "{sound}"),
-                Ask("누가 '{sound}' 하고 우나요?"),
+                InstructionTemplate("'{sound}' 하고 우는 동물은 무엇인가요?"),
+                InstructionTemplate("'{sound}' 하고 우는 동물의 이름을 쓰세요."),
+                InstructionTemplate("다음 소리로 우는 동물을 쓰세요.", "{sound}"),
+                InstructionTemplate("누가 '{sound}' 하고 우나요?"),
             ),
         },
         prose={
@@ -175,15 +175,15 @@ TASKS = (
         "ko",
         universe.capitals_korean,
         weight=0.9,
-        asks={
+        instructions={
             "capital": (
-                Ask("{country}의 수도는 어디인가요?"),
-                Ask("{country}의 수도를 쓰세요."),
-                Ask("다음 나라의 수도를 쓰세요.", "{country}"),
+                InstructionTemplate("{country}의 수도는 어디인가요?"),
+                InstructionTemplate("{country}의 수도를 쓰세요."),
+                InstructionTemplate("다음 나라의 수도를 쓰세요.", "{country}"),
             ),
             "country": (
-                Ask("{capital_은} 어느 나라의 수도인가요?"),
-                Ask("{capital_이} 수도인 나라를 쓰세요."),
+                InstructionTemplate("{capital_은} 어느 나라의 수도인가요?"),
+                InstructionTemplate("{capital_이} 수도인 나라를 쓰세요."),
             ),
         },
         prose={

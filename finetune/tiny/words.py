@@ -15,14 +15,14 @@ class Noun(NamedTuple):
     category: str
 
 
-def _words(text: str) -> list[str]:
+def _parse_words(text: str) -> list[str]:
     """Parse `a, b, c` over several lines."""
     return [cell.strip() for cell in text.replace("\n", ",").split(",") if cell.strip()]
 
 
-def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+def _parse_pairs(text: str) -> tuple[tuple[str, str], ...]:
     """Parse `a/b, c/d` as pairs."""
-    cells = (cell.split("/") for cell in _words(text))
+    cells = (cell.split("/") for cell in _parse_words(text))
     return tuple((first, second) for first, second in cells)
 
 
@@ -101,11 +101,11 @@ _THINGS = """
     night/밤, morning/아침, winter/겨울, summer/여름, spring/봄, autumn/가을, name/이름, dream/꿈,
     money/돈, paper/종이, war/전쟁, peace/평화, love/사랑"""
 
-NOUNS = tuple(Noun(en, ko, kind) for kind, text in _NOUNS.items() for en, ko in _pairs(text))
-OTHER_NOUNS = tuple(Noun(en, ko, "thing") for en, ko in _pairs(_THINGS))
+NOUNS = tuple(Noun(en, ko, kind) for kind, text in _NOUNS.items() for en, ko in _parse_pairs(text))
+OTHER_NOUNS = tuple(Noun(en, ko, "thing") for en, ko in _parse_pairs(_THINGS))
 COLORS = {noun.word: noun.korean for noun in NOUNS if noun.category == "color"}
 
-OPPOSITES = _pairs("""
+OPPOSITES = _parse_pairs("""
     big/small, hot/cold, fast/slow, old/young, tall/short, happy/sad, full/empty, heavy/light,
     hard/soft, wet/dry, clean/dirty, rich/poor, strong/weak, thick/thin, wide/narrow, deep/shallow,
     early/late, good/bad, near/far, new/ancient, loud/quiet, open/closed, right/wrong, true/false,
@@ -114,7 +114,7 @@ OPPOSITES = _pairs("""
     always/never, many/few, rough/smooth, brave/cowardly, safe/dangerous, kind/cruel, lazy/diligent,
     awake/asleep, alive/dead, sharp/blunt, arrive/leave, remember/forget, question/answer, friend/enemy""")
 
-OPPOSITES_KOREAN = _pairs("""
+OPPOSITES_KOREAN = _parse_pairs("""
     크다/작다, 뜨겁다/차갑다, 빠르다/느리다, 높다/낮다, 길다/짧다, 무겁다/가볍다, 넓다/좁다, 많다/적다,
     밝다/어둡다, 강하다/약하다, 두껍다/얇다, 깊다/얕다, 가깝다/멀다, 깨끗하다/더럽다, 좋다/나쁘다,
     쉽다/어렵다, 비싸다/싸다, 기쁘다/슬프다, 열다/닫다, 사다/팔다, 이기다/지다, 웃다/울다, 앉다/서다,
@@ -123,7 +123,7 @@ OPPOSITES_KOREAN = _pairs("""
     같다/다르다, 있다/없다, 딱딱하다/부드럽다, 달다/쓰다, 올라가다/내려가다, 늘다/줄다, 살다/죽다,
     기억하다/잊다""")
 
-VERBS = _pairs("""
+VERBS = _parse_pairs("""
     go/went, eat/ate, see/saw, run/ran, sing/sang, swim/swam, write/wrote, drink/drank, give/gave,
     take/took, come/came, find/found, make/made, buy/bought, think/thought, bring/brought, catch/caught,
     teach/taught, sleep/slept, keep/kept, feel/felt, leave/left, lose/lost, build/built, send/sent,
@@ -135,15 +135,15 @@ VERBS = _pairs("""
     listen/listened, paint/painted, carry/carried, cry/cried, study/studied, try/tried, stop/stopped,
     plan/planned, hug/hugged""")
 
-SOUNDS = _pairs("""
+SOUNDS = _parse_pairs("""
     dog/woof, cat/meow, cow/moo, sheep/baa, duck/quack, pig/oink, frog/ribbit, lion/roar, bee/buzz,
     snake/hiss, mouse/squeak, owl/hoot, horse/neigh, crow/caw, chick/peep, donkey/hee-haw, goose/honk,
     wolf/howl, rooster/cock-a-doodle-doo""")
-SOUNDS_KOREAN = _pairs("""
+SOUNDS_KOREAN = _parse_pairs("""
     개/멍멍, 고양이/야옹, 소/음매, 양/매애, 오리/꽥꽥, 돼지/꿀꿀, 개구리/개굴개굴, 사자/어흥, 벌/윙윙,
     쥐/찍찍, 부엉이/부엉부엉, 까마귀/까악까악, 병아리/삐약삐약, 수탉/꼬끼오, 말/히힝, 뱀/쉭쉭,
     매미/맴맴, 귀뚜라미/귀뚤귀뚤, 늑대/아우우, 참새/짹짹""")
-BABIES = _pairs("""
+BABIES = _parse_pairs("""
     dog/puppy, cat/kitten, cow/calf, sheep/lamb, duck/duckling, pig/piglet, horse/foal, lion/cub,
     hen/chick, goat/kid, deer/fawn, goose/gosling, frog/tadpole, kangaroo/joey, swan/cygnet, owl/owlet,
     eagle/eaglet, butterfly/caterpillar""")
@@ -151,14 +151,14 @@ BABIES = _pairs("""
 CAPITALS = tuple(
     (country, capital, country_ko, capital_ko)
     for (country, capital), (country_ko, capital_ko) in zip(
-        _pairs("""
+        _parse_pairs("""
             France/Paris, Korea/Seoul, Japan/Tokyo, China/Beijing, Italy/Rome, Spain/Madrid,
             Germany/Berlin, England/London, Russia/Moscow, Egypt/Cairo, Greece/Athens, Norway/Oslo,
             Sweden/Stockholm, Finland/Helsinki, Denmark/Copenhagen, Poland/Warsaw, Portugal/Lisbon,
             Austria/Vienna, Hungary/Budapest, Ireland/Dublin, Canada/Ottawa, Cuba/Havana, Peru/Lima,
             Chile/Santiago, Kenya/Nairobi, Thailand/Bangkok, Vietnam/Hanoi, Iran/Tehran, Iraq/Baghdad,
             Belgium/Brussels, Turkey/Ankara, Australia/Canberra, Nepal/Kathmandu, Indonesia/Jakarta"""),
-        _pairs("""
+        _parse_pairs("""
             프랑스/파리, 한국/서울, 일본/도쿄, 중국/베이징, 이탈리아/로마, 스페인/마드리드, 독일/베를린,
             영국/런던, 러시아/모스크바, 이집트/카이로, 그리스/아테네, 노르웨이/오슬로, 스웨덴/스톡홀름,
             핀란드/헬싱키, 덴마크/코펜하겐, 폴란드/바르샤바, 포르투갈/리스본, 오스트리아/빈,
@@ -189,21 +189,21 @@ THING_COLORS = tuple(
 )
 
 IRREGULAR_PLURALS = dict(
-    _pairs("""
+    _parse_pairs("""
         mouse/mice, goose/geese, foot/feet, tooth/teeth, child/children, man/men, woman/women,
         sheep/sheep, deer/deer, knife/knives, wolf/wolves, leaf/leaves, shelf/shelves, scarf/scarves,
         potato/potatoes, tomato/tomatoes, mango/mangoes, radish/radishes""")
 )
-UNCOUNTED = frozenset(
-    _words("""
+UNCOUNTABLE = frozenset(
+    _parse_words("""
         bread, rice, soup, cheese, meat, honey, salt, sugar, water, milk, juice, tea, coffee, lemonade,
         cocoa, cola, garlic, spinach, scissors, rain, wind, money, paper, war, peace, love, furniture,
         sky, sea, sun, moon, winter, summer, spring, autumn""")
 )
 
-HEROES = _pairs("""
+HEROES = _parse_pairs("""
     Mina/미나, Tom/톰, Sora/소라, Jun/준, Anna/안나, Leo/레오, Ben/벤, Yuna/유나, Max/맥스, Lily/릴리,
     Minho/민호, Emma/엠마, Sam/샘, Jisu/지수, Nora/노라, Bora/보라""")
-TOYS = _pairs("""
+TOYS = _parse_pairs("""
     ball/공, kite/연, hat/모자, book/책, boat/보트, doll/인형, box/상자, cup/컵, umbrella/우산,
     bag/가방, scarf/목도리, drum/북, flute/피리, basket/바구니""")

@@ -13,25 +13,25 @@ from finetune.adapters._traits import Hooks
 from finetune.recipe.discovery import ADAPTERS, load_plugin
 from finetune.recipe.settings import AdapterSettings
 
-STATE_FILE = "adapter_state.safetensors"
+ADAPTER_STATE_FILE = "adapter_state.safetensors"
 
 
 def adapter_hooks(model: nn.Module, settings: AdapterSettings, *, steps: int) -> Hooks:
     """Return the hooks of the recipe's adapter for a run of ``steps`` optimizer steps."""
-    make = vars(load_plugin(ADAPTERS, settings.method, where="adapter.method")).get("hooks")
-    hooks: Hooks = make(model, settings, steps=steps) if make else Hooks()
+    build_hooks = vars(load_plugin(ADAPTERS, settings.method, where="adapter.method")).get("hooks")
+    hooks: Hooks = build_hooks(model, settings, steps=steps) if build_hooks else Hooks()
     return hooks
 
 
 def scale_learning_rates(optimizer: Optimizer, model: nn.Module, hooks: Hooks) -> None:
     """Move parameters with a learning-rate factor (LoRA+) to param groups of that rate."""
-    factors = {id(weight): hooks.rate_factors.get(name, 1.0) for name, weight in model.named_parameters()}
+    factors = {id(weight): hooks.lr_factors.get(name, 1.0) for name, weight in model.named_parameters()}
     for group in list(optimizer.param_groups):
         # A param group has one learning rate, so scaled parameters leave their group.
-        apart = [weight for weight in group["params"] if factors.get(id(weight), 1.0) != 1.0]
+        scaled = [weight for weight in group["params"] if factors.get(id(weight), 1.0) != 1.0]
         group["params"] = [weight for weight in group["params"] if factors.get(id(weight), 1.0) == 1.0]
-        for factor in sorted({factors[id(weight)] for weight in apart}):
-            weights = [weight for weight in apart if factors[id(weight)] == factor]
+        for factor in sorted({factors[id(weight)] for weight in scaled}):
+            weights = [weight for weight in scaled if factors[id(weight)] == factor]
             optimizer.add_param_group({**group, "params": weights, "lr": group["lr"] * factor})
 
 
@@ -46,7 +46,7 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Restore the adapter's state from the checkpoint."""
         if self.hooks.restore and state.global_step:  # only a resumed run starts at a later step
-            self.hooks.restore(load_file(_checkpoint(args, state) / STATE_FILE))
+            self.hooks.restore(load_file(_saved_step_folder(args, state) / ADAPTER_STATE_FILE))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -61,8 +61,10 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         """Write the adapter's state other than its weights."""
         if self.hooks.state and state.is_world_process_zero:
             tensors = {name: value.contiguous() for name, value in self.hooks.state().items()}
-            save_file(tensors or {"none": torch.empty(0)}, _checkpoint(args, state) / STATE_FILE)
+            save_file(
+                tensors or {"none": torch.empty(0)}, _saved_step_folder(args, state) / ADAPTER_STATE_FILE
+            )
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+def _saved_step_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -15,29 +15,29 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from finetune.training.strategies import loading_words, measuring_words
+from finetune.training.strategies import zero3_inference_config, zero3_init_config
 
 
-def in_parts(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Return whether any of a model's weights is sharded over ranks."""
-    return any(_by_zero(weight) or isinstance(weight.data, DTensor) for weight in model.parameters())
+    return any(_is_zero3_param(param) or isinstance(param.data, DTensor) for param in model.parameters())
 
 
-def numbers(weight: nn.Parameter) -> int:
+def full_numel(param: nn.Parameter) -> int:
     """Return the number of elements of the full parameter, over all shards."""
-    size: int = getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 leaves an empty tensor in the parameter
-    return size
+    numel: int = getattr(param, "ds_numel", param.numel())  # ZeRO-3 leaves an empty tensor in the parameter
+    return numel
 
 
-def numbers_here(weight: nn.Parameter) -> int:
+def local_numel(param: nn.Parameter) -> int:
     """Return the number of elements in this rank's shard of a parameter."""
-    if _by_zero(weight):
-        part: Tensor = vars(weight)["ds_tensor"]
-        return part.numel()
-    return weight.data.to_local().numel() if isinstance(weight.data, DTensor) else weight.numel()
+    if _is_zero3_param(param):
+        shard: Tensor = vars(param)["ds_tensor"]
+        return shard.numel()
+    return param.data.to_local().numel() if isinstance(param.data, DTensor) else param.numel()
 
 
-def settle(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Free the parameters that FSDP2 still holds gathered; tied weights are one parameter again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -45,30 +45,30 @@ def settle(model: nn.Module) -> None:
 
 
 @contextmanager
-def whole(*weights: nn.Parameter) -> Iterator[list[Tensor]]:
+def gathered_params(*params: nn.Parameter) -> Iterator[list[Tensor]]:
     """Yield the full tensors of parameters, for reading; a collective, every rank must call it."""
-    parted = [weight for weight in weights if _by_zero(weight)]
-    if not parted:
-        yield [_joined(weight.detach()) for weight in weights]
+    zero3_params = [param for param in params if _is_zero3_param(param)]
+    if not zero3_params:
+        yield [_full_tensor(param.detach()) for param in params]
         return
     import deepspeed  # noqa: PLC0415 - a library that not every run has
 
-    with deepspeed.zero.GatheredParameters(parted):
-        yield [_joined(weight.detach()) for weight in weights]
+    with deepspeed.zero.GatheredParameters(zero3_params):
+        yield [_full_tensor(param.detach()) for param in params]
 
 
-def state_dict(model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's full state dict on the CPU; a collective, every rank must call it."""
-    found = {name: value.detach().cpu() for name, value in model.named_buffers()}
-    for name, weight in model.named_parameters():
+    state = {name: full.detach().cpu() for name, full in model.named_buffers()}
+    for name, param in model.named_parameters():
         # One parameter at a time: gathered all at once, the model would have to fit on every rank.
-        with whole(weight) as (value,):
-            found[name] = value.cpu().clone()
-    return found
+        with gathered_params(param) as (full,):
+            state[name] = full.cpu().clone()
+    return state
 
 
 @contextmanager
-def loading(stored: str, *, offload: str, folder: Path) -> Iterator[None]:
+def zero3_init(dtype: str, *, offload: str, folder: Path) -> Iterator[None]:
     """Make ``from_pretrained`` load models sharded for ZeRO-3 inside the block.
 
     Args:
@@ -76,13 +76,15 @@ def loading(stored: str, *, offload: str, folder: Path) -> Iterator[None]:
         offload: where the shards are stored: ``none``, ``cpu`` or ``nvme``.
         folder: root of the swap folder for ``nvme``.
     """
-    config = HfDeepSpeedConfig(loading_words(stored, offload=offload, folder=folder))
+    config = HfDeepSpeedConfig(zero3_init_config(dtype, offload=offload, folder=folder))
     yield  # transformers holds a weak reference to this object and loads sharded as long as it is alive
     del config
 
 
 @contextmanager
-def measuring(model: nn.Module, base: PreTrainedModel, *, offload: str, folder: Path) -> Iterator[None]:
+def zero3_inference_engine(
+    model: nn.Module, base: PreTrainedModel, *, offload: str, folder: Path
+) -> Iterator[None]:
     """Wrap a ZeRO-3 model in an inference engine, for forward passes before the training engine exists.
 
     Args:
@@ -93,9 +95,9 @@ def measuring(model: nn.Module, base: PreTrainedModel, *, offload: str, folder: 
     """
     import deepspeed  # noqa: PLC0415 - a library that not every run has
 
-    hidden = base.config.get_text_config().hidden_size
-    words = measuring_words(hidden, offload=offload, folder=folder)
-    engine, *_ = deepspeed.initialize(model=model, config=words)
+    hidden_size = base.config.get_text_config().hidden_size
+    config = zero3_inference_config(hidden_size, offload=offload, folder=folder)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
     try:
         yield
     finally:
@@ -104,16 +106,16 @@ def measuring(model: nn.Module, base: PreTrainedModel, *, offload: str, folder: 
 
 
 @torch.no_grad()
-def root(base: PreTrainedModel) -> None:
+def set_fsdp_root(base: PreTrainedModel) -> None:
     """Make the full model FSDP2's root module, by a first forward pass."""
     # FSDP2 takes the first module that runs for its root. Prompt tuning embeds the tokens before it calls the
     # base, which would make the embeddings the root.
     base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False)
 
 
-def _by_zero(weight: nn.Parameter) -> bool:
-    return getattr(weight, "ds_id", None) is not None
+def _is_zero3_param(param: nn.Parameter) -> bool:
+    return getattr(param, "ds_id", None) is not None
 
 
-def _joined(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+def _full_tensor(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -8,13 +8,13 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
 
-from finetune.data.batches import passes
-from finetune.recipe.errors import Problem, UserError, nearest
+from finetune.data.batches import num_micro_batches
+from finetune.recipe.errors import Problem, UserError, did_you_mean
 from finetune.recipe.settings import TrainSettings
-from finetune.training.processes import PATIENCE
-from finetune.training.strategies import engine_words, train_again
+from finetune.training.processes import TIMEOUT
+from finetune.training.strategies import reset_deepspeed_state, strategy_arguments
 
-OPTIMIZERS = {
+TRAINER_OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw": "paged_adamw_32bit",
@@ -29,17 +29,17 @@ TRL_CONFIGS: dict[str, type[TrainingArguments]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class ExecutionConfig:
     """How a run executes: device, precision of the forward pass, number of processes, strategy."""
 
     device: str
     precision: str
-    processes: int = 1
+    num_processes: int = 1
     strategy: str = "single"
 
 
 @dataclass(frozen=True, slots=True)
-class TrlStage:
+class TrlConfigSpec:
     """The TRL config of a stage.
 
     Attributes:
@@ -49,71 +49,75 @@ class TrlStage:
     """
 
     config: str = "SFTConfig"
-    decided: Mapping[str, Any] = field(default_factory=dict)
-    least: int = 1
+    fixed_arguments: Mapping[str, Any] = field(default_factory=dict)
+    min_rows: int = 1
 
 
-SUPERVISED = TrlStage()
+SFT_CONFIG = TrlConfigSpec()
 
 
-def engine_class(engine: str, stage: TrlStage = SUPERVISED) -> type[TrainingArguments]:
+def engine_class(engine: str, stage: TrlConfigSpec = SFT_CONFIG) -> type[TrainingArguments]:
     """Return the class of the engine's training arguments."""
     return TRL_CONFIGS[stage.config] if engine == "trl" else TrainingArguments
 
 
-def check_engine_args(settings: TrainSettings, stage: TrlStage = SUPERVISED) -> None:
+def check_engine_args(settings: TrainSettings, stage: TrlConfigSpec = SFT_CONFIG) -> None:
     """Raise UserError if ``train.engine_args`` has an unknown argument, or one that the recipe sets."""
     config = engine_class(settings.engine, stage)
-    known = [one.name for one in fields(config)]
-    decided = _engines_own(settings, stage) | common(
-        settings, folder=Path(), machine=Machine("cpu", "float32"), micro_batch_size=1, checkpoint_every=1
+    known = [config_field.name for config_field in fields(config)]
+    reserved = _engine_specific_arguments(settings, stage) | common_arguments(
+        settings,
+        folder=Path(),
+        execution=ExecutionConfig("cpu", "float32"),
+        micro_batch_size=1,
+        checkpoint_every=1,
     )
     problems = []
     for name in settings.engine_args:
         where = f"train.engine_args.{name}"
         if name not in known:
             expected = f"an argument of {config.__name__}"
-            problems.append(Problem(where, "unknown to the engine", expected, nearest(name, known)))
-        elif name in decided:
+            problems.append(Problem(where, "unknown to the engine", expected, did_you_mean(name, known)))
+        elif name in reserved:
             problems.append(Problem(where, "set by the recipe", "an argument without a recipe key"))
     if problems:
         raise UserError(problems)
 
 
-def _engines_own(settings: TrainSettings, stage: TrlStage) -> dict[str, Any]:
+def _engine_specific_arguments(settings: TrainSettings, stage: TrlConfigSpec) -> dict[str, Any]:
     """Return the arguments that the recipe sets and that not every engine has."""
     if settings.engine != "trl":
         return {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0}  # ours, in trainer.py
-    smoothed = {
+    regularization = {
         "neftune_noise_alpha": settings.neftune_alpha,
         "label_smoothing_factor": settings.label_smoothing,
     }
     # Rows are truncated already. Dropout is the adapter's setting. The reference is the initial policy.
-    compared = {"max_length": None, "disable_dropout": False}
-    referred = compared | {"precompute_ref_log_probs": True, "sync_ref_model": False}
+    pairwise = {"max_length": None, "disable_dropout": False}
+    with_reference = pairwise | {"precompute_ref_log_probs": True, "sync_ref_model": False}
     # On-policy completions with log-probs of the full distribution: no dropout, no top-k or top-p, no reuse.
-    drawn = {
+    online = {
         **{"disable_dropout": True, "sync_ref_model": False, "shuffle_dataset": False},
         **{"num_iterations": 1, "steps_per_generation": None, "generation_batch_size": None},
         **{"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None},
         "num_generations_eval": 1,
     }
-    own: dict[str, dict[str, Any]] = {
-        "RLOOConfig": drawn,
-        "GRPOConfig": drawn,
+    by_config: dict[str, dict[str, Any]] = {
+        "RLOOConfig": online,
+        "GRPOConfig": online,
         "SFTConfig": {"max_length": None, "packing": False},
-        "RewardConfig": compared,
-        "DPOConfig": referred | {"truncation_mode": "keep_start"},
-        "KTOConfig": referred | {"train_sampling_strategy": "sequential"},
+        "RewardConfig": pairwise,
+        "DPOConfig": with_reference | {"truncation_mode": "keep_start"},
+        "KTOConfig": with_reference | {"train_sampling_strategy": "sequential"},
     }
-    return smoothed | own[stage.config] | dict(stage.decided)
+    return regularization | by_config[stage.config] | dict(stage.fixed_arguments)
 
 
-def common(
+def common_arguments(
     settings: TrainSettings,
     *,
     folder: Path,
-    machine: Machine,
+    execution: ExecutionConfig,
     micro_batch_size: int,
     checkpoint_every: int,
 ) -> dict[str, Any]:
@@ -124,20 +128,22 @@ def common(
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
         "per_device_train_batch_size": micro_batch_size,
-        "gradient_accumulation_steps": passes(settings.batch_size, micro_batch_size, machine.processes),
+        "gradient_accumulation_steps": num_micro_batches(
+            settings.batch_size, micro_batch_size, execution.num_processes
+        ),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": settings.warmup,
-        "optim": OPTIMIZERS[settings.optimizer],
+        "optim": TRAINER_OPTIMIZERS[settings.optimizer],
         "adam_beta1": beta1,
         "adam_beta2": beta2,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
-        "use_cpu": machine.device == "cpu",  # otherwise transformers refuses bf16 on a CPU
-        "bf16": machine.precision == "bfloat16",
-        "fp16": machine.precision == "float16",
-        "ddp_timeout": int(PATIENCE.total_seconds()),
+        "use_cpu": execution.device == "cpu",  # otherwise transformers refuses bf16 on a CPU
+        "bf16": execution.precision == "bfloat16",
+        "fp16": execution.precision == "float16",
+        "ddp_timeout": int(TIMEOUT.total_seconds()),
         "activation_checkpointing": settings.gradient_checkpointing,
         "save_strategy": "steps",
         "save_steps": checkpoint_every,
@@ -149,37 +155,39 @@ def common(
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": settings.engine == "trl",  # our batches carry row ids, no model argument
-        **engine_words(
-            machine.strategy, precision=machine.precision, offload=settings.offload, folder=folder.parent
+        **strategy_arguments(
+            execution.strategy, precision=execution.precision, offload=settings.offload, folder=folder.parent
         ),
     }
 
 
-def _refuse_parts(batch_size: int, micro_batch_size: int, processes: int) -> None:
+def _check_batch_divides(batch_size: int, micro_batch_size: int, num_processes: int) -> None:
     """Raise UserError if TRL's optimizer steps would hold more rows than ``train.batch_size``."""
     # TRL multiplies micro-batch size, accumulation steps and processes: the product must be the batch size.
-    if batch_size % processes:
-        found = f"{batch_size}, with {processes} processes"
+    if batch_size % num_processes:
+        actual = f"{batch_size}, with {num_processes} processes"
         expected = "a multiple of the processes: TRL gives each the same number of rows per step"
-        fits = batch_size + processes - batch_size % processes
-        raise UserError(Problem("train.batch_size", found, expected, f"train.batch_size={fits}"))
-    own = batch_size // processes
-    if own % micro_batch_size:
-        share = f"({batch_size})" if processes == 1 else f"({batch_size}) / {processes} processes"
-        found = f"{micro_batch_size}, which does not divide train.batch_size {share}"
+        fits = batch_size + num_processes - batch_size % num_processes
+        raise UserError(Problem("train.batch_size", actual, expected, f"train.batch_size={fits}"))
+    local_batch_size = batch_size // num_processes
+    if local_batch_size % micro_batch_size:
+        description = (
+            f"({batch_size})" if num_processes == 1 else f"({batch_size}) / {num_processes} processes"
+        )
+        actual = f"{micro_batch_size}, which does not divide train.batch_size {description}"
         expected = "a divisor of it: with TRL all micro-batches of a step have the same size"
-        fits = max(size for size in range(1, micro_batch_size) if own % size == 0)
-        raise UserError(Problem("train.micro_batch_size", found, expected, f"train.micro_batch_size={fits}"))
+        fits = max(size for size in range(1, micro_batch_size) if local_batch_size % size == 0)
+        raise UserError(Problem("train.micro_batch_size", actual, expected, f"train.micro_batch_size={fits}"))
 
 
 def training_arguments(
     settings: TrainSettings,
     *,
     folder: Path,
-    machine: Machine,
+    execution: ExecutionConfig,
     micro_batch_size: int,
     checkpoint_every: int,
-    stage: TrlStage = SUPERVISED,
+    stage: TrlConfigSpec = SFT_CONFIG,
 ) -> TrainingArguments:
     """Return the engine's training arguments; ``stage`` is the stage's TRL config.
 
@@ -189,17 +197,17 @@ def training_arguments(
     """
     check_engine_args(settings, stage)
     if settings.engine == "trl":
-        _refuse_parts(settings.batch_size, micro_batch_size, machine.processes)
-    arguments = _engines_own(settings, stage) | common(
+        _check_batch_divides(settings.batch_size, micro_batch_size, execution.num_processes)
+    arguments = _engine_specific_arguments(settings, stage) | common_arguments(
         settings,
         folder=folder,
-        machine=machine,
+        execution=execution,
         micro_batch_size=micro_batch_size,
         checkpoint_every=checkpoint_every,
     )
     try:
-        found = engine_class(settings.engine, stage)(**arguments, **settings.engine_args)
+        engine_arguments = engine_class(settings.engine, stage)(**arguments, **settings.engine_args)
     except (ValueError, TypeError) as error:
         raise UserError(Problem("train.engine_args", str(error), "values that the engine accepts")) from error
-    train_again(found)
-    return found
+    reset_deepspeed_state(engine_arguments)
+    return engine_arguments

@@ -16,18 +16,18 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
 from finetune.adapters._traits import Hooks
-from finetune.data.batches import MicroBatches
-from finetune.data.collate import IGNORED
-from finetune.planning.world import world
+from finetune.data.batches import MicroBatchSampler
+from finetune.data.collate import IGNORE_INDEX
+from finetune.planning.world import dist_info
 from finetune.training.adapter_hooks import AdapterCallback, scale_learning_rates
-from finetune.training.apart import in_parts
+from finetune.training.apart import is_sharded
 from finetune.training.save import write_adapter
 from finetune.training.stops import NotFiniteError
 
 NO_HOOKS = Hooks()
 
 
-class Rows(Protocol):
+class TrainingRows(Protocol):
     """A training dataset: rows of any kind, with lengths in tokens and locations (``file:line``)."""
 
     def __len__(self) -> int: ...
@@ -42,26 +42,26 @@ class Rows(Protocol):
         ...
 
     @property
-    def places(self) -> Sequence[str]:
+    def locations(self) -> Sequence[str]:
         """Return the location (``file:line``) of each row."""
         ...
 
 
-class Counted(Dataset[tuple[Any, bool]]):
+class PaddedRows(Dataset[tuple[Any, bool]]):
     """Dataset of (row, is_real): index ``~i`` is row ``i`` as padding, for a micro-batch without loss."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: TrainingRows) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> tuple[Any, bool]:
-        return (self.rows[number], True) if number >= 0 else (self.rows[~number], False)
+    def __getitem__(self, index: int) -> tuple[Any, bool]:
+        return (self.rows[index], True) if index >= 0 else (self.rows[~index], False)
 
 
 class BaseTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer whose batches carry their row ids (``rows``); subclasses define the loss."""
+    """A Trainer whose batches carry their row ids (``row_ids``); subclasses define the loss."""
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the step, not by accumulation steps
 
@@ -70,8 +70,8 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         model: nn.Module,
         args: TrainingArguments,
         *,
-        train_rows: Rows,
-        held_out_rows: Rows | None,
+        train_rows: TrainingRows,
+        held_out_rows: TrainingRows | None,
         collator: Callable[[Sequence[Any]], Any],
         batch_size: int,
         group_by_length: bool,
@@ -102,56 +102,58 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         self.hooks = hooks
         self.add_callback(AdapterCallback(hooks))
         self.num_tokens = 0
-        self.first_rows: list[int] = []
-        self.groups: list[dict[str, Any]] = []
+        self.first_row_ids: list[int] = []
+        self.initial_param_groups: list[dict[str, Any]] = []
         self.lengths = [int(length) for length in train_rows.lengths]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer; an adapter may scale the learning rate of some of its parameters."""
-        fresh = self.optimizer is None
+        is_new = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if fresh and self.hooks.rate_factors:
+        if is_new and self.hooks.lr_factors:
             scale_learning_rates(optimizer, model or self.model, self.hooks)
-        if fresh:
+        if is_new:
             # Drop empty groups, as DeepSpeed does: checkpoints have the same groups with and without it.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-            self.groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+            self.initial_param_groups = [
+                {**group, "params": list(group["params"])} for group in optimizer.param_groups
+            ]
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the data loader of this rank's micro-batches, in an order fixed by seed and epoch."""
-        batches = MicroBatches(
+        batch_sampler = MicroBatchSampler(
             self.lengths,
             batch_size=self.batch_size,
             micro_batch_size=self.args.per_device_train_batch_size,
             seed=self.args.seed,
             group_by_length=self.group_by_length,
-            world=world(),
+            dist=dist_info(),
         )
-        rows = Counted(self.train_dataset)
-        loader = DataLoader(rows, batch_sampler=batches, collate_fn=self._collate)
+        rows = PaddedRows(self.train_dataset)
+        loader = DataLoader(rows, batch_sampler=batch_sampler, collate_fn=self._collate)
         # num_processes=1: the sampler has sharded the rows, with equally many micro-batches on every rank.
-        prepared: DataLoader[Any] = prepare_data_loader(
+        on_device: DataLoader[Any] = prepare_data_loader(
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
-        return prepared
+        return on_device
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model of a checkpoint."""
         # PEFT would compute a prompt encoder's output on rank 0 only, which then waits forever for the other
         # ranks' shards: an adapter on a sharded base is written by all ranks together.
-        if isinstance(self.model, PeftModel) and in_parts(self.model):
-            write_adapter(self.model, Path(output_dir or self.args.output_dir), main=world().main)
+        if isinstance(self.model, PeftModel) and is_sharded(self.model):
+            write_adapter(self.model, Path(output_dir or self.args.output_dir), main=dist_info().is_main)
         else:
             super().save_model(output_dir, _internal_call)
 
     def _collate(self, rows: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
-        """Return a micro-batch; a padding one has empty ``rows`` and no labels."""
+        """Return a micro-batch; a padding one has empty ``row_ids`` and no labels."""
         batch: dict[str, Any] = dict(self.data_collator([row for row, _ in rows]))
         if not rows[0][1]:
             batch["rows"] = batch["rows"][:0]
             if "labels" in batch:
-                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+                batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
         return batch
 
     def training_step(
@@ -163,23 +165,25 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
             NotFiniteError: the loss is NaN or infinite; the message names the rows.
         """
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        rows = inputs["rows"].tolist()
-        self.first_rows = self.first_rows or rows
+        row_ids = inputs["rows"].tolist()
+        self.first_row_ids = self.first_row_ids or row_ids
         if not torch.isfinite(loss):
-            places = ", ".join(self.train_dataset.places[row] for row in rows)
-            raise NotFiniteError(f"loss is {loss.item()} at step {self.state.global_step + 1}, on {places}")
-        self.num_tokens += sum(self.lengths[row] for row in rows)
+            locations = ", ".join(self.train_dataset.locations[row_id] for row_id in row_ids)
+            raise NotFiniteError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1}, on {locations}"
+            )
+        self.num_tokens += sum(self.lengths[row_id] for row_id in row_ids)
         return loss
 
 
-def first_rows(trainer: Trainer) -> list[int]:
+def first_row_ids(trainer: Trainer) -> list[int]:
     """Return the row ids of this rank's first micro-batch; empty for TRL's trainers, which record none."""
-    return trainer.first_rows if isinstance(trainer, BaseTrainer) else []
+    return trainer.first_row_ids if isinstance(trainer, BaseTrainer) else []
 
 
-def groups(trainer: Trainer) -> list[dict[str, Any]]:
+def initial_param_groups(trainer: Trainer) -> list[dict[str, Any]]:
     """Return the optimizer's initial param groups; empty for TRL's trainers, which record none."""
-    return trainer.groups if isinstance(trainer, BaseTrainer) else []
+    return trainer.initial_param_groups if isinstance(trainer, BaseTrainer) else []
 
 
 def log_held_out(trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:

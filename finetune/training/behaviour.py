@@ -5,20 +5,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from data_templates._segments import Message
-from finetune.data.gather import Place, read_conversations
-from finetune.data.replies import worded
+from finetune.data.gather import SourceSpec, load_source
+from finetune.data.replies import render_reply
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.python_function import call_problems, load_function, opinion_of
+from finetune.recipe.python_function import call_user_function, load_user_function, signature_problems
 from finetune.recipe.settings import EvaluateSettings
 from finetune.training.run_directory import RunDirectory
-from finetune.training.samples import Answer, question_of, spread
+from finetune.training.samples import GenerateFn, evenly_spaced, prompt_text
 
-ARGUMENTS = ("prompt", "reply")
+GRADER_PARAMETERS = ("prompt", "reply")
 
 
-class Judge(Protocol):
+class Grader(Protocol):
     """A user's function: the grade of a reply, or None to skip the prompt."""
 
     def __call__(self, prompt: str, reply: str, /) -> float | bool | None:
@@ -27,83 +27,96 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class GenerationEval:
     """Graders of greedy completions to ``prompts``, and exact match of those to the ``retention`` set.
 
     Both hold conversations that end with the expected reply.
     """
 
-    judges: Mapping[str, Judge]
+    graders: Mapping[str, Grader]
     prompts: Sequence[Sequence[Message]]
-    skill: Sequence[Sequence[Message]]
+    retention: Sequence[Sequence[Message]]
 
-    def measure(self, run: RunDirectory, answer: Answer, when: str) -> None:
+    def evaluate(self, run: RunDirectory, generate: GenerateFn, when: str) -> None:
         """Record each grader's mean and the retention set's exact-match rate, ``before`` or ``after``.
 
         Raises:
             UserError: a grader raised, returned no number, or skipped every prompt.
         """
         # A resumed run keeps the metrics that its first start recorded for the untrained model.
-        names = [f"judged_{name}_{when}" for name in self.judges] + [f"skill_{when}"] * bool(self.skill)
-        if when == "before" and set(names) <= run.record.get("metrics", {}).keys():
+        metric_names = [f"judged_{name}_{when}" for name in self.graders] + [f"skill_{when}"] * bool(
+            self.retention
+        )
+        if when == "before" and set(metric_names) <= run.record.get("metrics", {}).keys():
             return
         metrics = {}
-        if self.judges:
-            questions = [question_of(talk) for talk in self.prompts]
-            replies = [reply.text for reply in answer([talk[:-1] for talk in self.prompts])]
-            for name, judge in self.judges.items():
-                metrics[f"judged_{name}_{when}"] = mean_judgement(name, judge, questions, replies)
-        if self.skill:
-            replies = [reply.text for reply in answer([talk[:-1] for talk in self.skill])]
-            right = [reply == talk[-1].content for reply, talk in zip(replies, self.skill, strict=True)]
-            metrics[f"skill_{when}"] = sum(right) / len(right)
+        if self.graders:
+            prompts = [prompt_text(conversation) for conversation in self.prompts]
+            completions = [
+                completion.text
+                for completion in generate([conversation[:-1] for conversation in self.prompts])
+            ]
+            for name, grader in self.graders.items():
+                metrics[f"judged_{name}_{when}"] = mean_grade(name, grader, prompts, completions)
+        if self.retention:
+            completions = [
+                completion.text
+                for completion in generate([conversation[:-1] for conversation in self.retention])
+            ]
+            correct = [
+                completion == conversation[-1].content
+                for completion, conversation in zip(completions, self.retention, strict=True)
+            ]
+            metrics[f"skill_{when}"] = sum(correct) / len(correct)
         run.update(metrics=metrics)
 
     @property
-    def numbers(self) -> dict[str, tuple[str, str]]:
+    def summary(self) -> dict[str, tuple[str, str]]:
         """Return the report's summary entries: metric -> (label, format)."""
-        judged = {f"judged_{name}": (f"grader: {name}", ".1%") for name in self.judges}
-        return judged | {"skill": ("retention: exact match", ".1%")}
+        grades = {f"judged_{name}": (f"grader: {name}", ".1%") for name in self.graders}
+        return grades | {"skill": ("retention: exact match", ".1%")}
 
 
-def mean_judgement(name: str, judge: Judge, prompts: Sequence[str], replies: Sequence[str]) -> float:
+def mean_grade(name: str, grader: Grader, prompts: Sequence[str], completions: Sequence[str]) -> float:
     """Return a grader's mean over the completions that it does not skip.
 
     Raises:
         UserError: the grader raised, returned no number, or skipped every prompt.
     """
     where = f"evaluate.judges.{name}"
-    said = [opinion_of(judge, *pair, where=where) for pair in zip(prompts, replies, strict=True)]
-    numbers = [value for value in said if value is not None]
-    if not numbers:
-        found = f"None for each of {len(said)} prompts"
-        raise UserError(Problem(where, found, "a number for some of the held-out prompts"))
-    return sum(numbers) / len(numbers)
+    grades = [
+        call_user_function(grader, *pair, where=where) for pair in zip(prompts, completions, strict=True)
+    ]
+    scored = [value for value in grades if value is not None]
+    if not scored:
+        actual = f"None for each of {len(grades)} prompts"
+        raise UserError(Problem(where, actual, "a number for some of the held-out prompts"))
+    return sum(scored) / len(scored)
 
 
-def load_judges(judges: Mapping[str, str]) -> dict[str, Judge]:
+def load_graders(graders: Mapping[str, str]) -> dict[str, Grader]:
     """Return the grader functions that a recipe names; their files are executed.
 
     Raises:
         UserError: a file or function is missing, or does not take a prompt and a reply.
     """
-    found: dict[str, Judge] = {}
+    functions: dict[str, Grader] = {}
     problems: list[Problem] = []
-    for name, text in judges.items():
+    for name, text in graders.items():
         where = f"evaluate.judges.{name}"
         try:
-            found[name] = load_function(text, where=where)
-            problems += call_problems(found[name], ARGUMENTS, where=where)
+            functions[name] = load_user_function(text, where=where)
+            problems += signature_problems(functions[name], GRADER_PARAMETERS, where=where)
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(problems)
-    return found
+    return functions
 
 
-def load_behaviour(
+def load_generation_eval(
     settings: EvaluateSettings, prompts: Sequence[Sequence[Message]], encoder: Encoder, *, seed: int
-) -> Behaviour:
+) -> GenerationEval:
     """Load a recipe's graders and retention set.
 
     Args:
@@ -115,10 +128,14 @@ def load_behaviour(
     Raises:
         UserError: a grader or the retention set cannot be loaded.
     """
-    judged = [prompts[index] for index in spread(len(prompts), settings.judge_rows)]
-    skill: list[list[Message]] = []
+    graded = [prompts[index] for index in evenly_spaced(len(prompts), settings.judge_rows)]
+    retention: list[list[Message]] = []
     if settings.skill is not None:
-        place = Place("evaluate.skill", settings.skill, "train", None, None, settings.skill_rows)
-        rows = read_conversations(place, DataReport(), seed=seed)
-        skill = [worded(row.messages, encoder) for row in rows]
-    return Behaviour(load_judges(settings.judges), [worded(talk, encoder) for talk in judged], skill)
+        source = SourceSpec("evaluate.skill", settings.skill, "train", None, None, settings.skill_rows)
+        rows = load_source(source, DataReport(), seed=seed)
+        retention = [render_reply(row.messages, encoder) for row in rows]
+    return GenerationEval(
+        load_graders(settings.judges),
+        [render_reply(conversation, encoder) for conversation in graded],
+        retention,
+    )

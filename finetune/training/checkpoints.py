@@ -7,15 +7,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-SEAL = "checksums.json"
+CHECKSUM_FILE = "checksums.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LastCheckpoint:
     """The newest valid checkpoint, if there is one, and the errors of newer corrupt ones."""
 
     path: Path | None
-    damaged: list[str]
+    corrupt: list[str]
 
     @property
     def step(self) -> int:
@@ -23,10 +23,10 @@ class Found:
         return _step(self.path) if self.path else 0
 
 
-NONE = Found(None, [])
+NO_CHECKPOINT = LastCheckpoint(None, [])
 
 
-def seal(checkpoint: Path) -> None:
+def write_checksums(checkpoint: Path) -> None:
     """Write the checksums of a checkpoint's files; a checkpoint without this file is ignored."""
     # fsync first, then an atomic rename: the checksum file exists only if all files are on disk. A run that
     # is killed before that resumes from the previous checkpoint.
@@ -34,40 +34,40 @@ def seal(checkpoint: Path) -> None:
     for file in files:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-    sums = {str(file.relative_to(checkpoint)): _sha256(file) for file in files}
-    partial = checkpoint / f"{SEAL}.partial"
-    partial.write_text(json.dumps(sums, indent=1), encoding="utf-8")
-    partial.replace(checkpoint / SEAL)
+    checksums = {str(file.relative_to(checkpoint)): _sha256(file) for file in files}
+    partial = checkpoint / f"{CHECKSUM_FILE}.partial"
+    partial.write_text(json.dumps(checksums, indent=1), encoding="utf-8")
+    partial.replace(checkpoint / CHECKSUM_FILE)
 
 
-def find_last(folder: Path) -> Found:
+def find_last_valid(folder: Path) -> LastCheckpoint:
     """Return the newest checkpoint whose files match its checksums, and the corrupt ones after it."""
-    damaged: list[str] = []
-    for checkpoint in sorted(_checkpoints(folder), key=_step, reverse=True):
-        if not (checkpoint / SEAL).is_file():
+    corrupt: list[str] = []
+    for checkpoint in sorted(_checkpoint_folders(folder), key=_step, reverse=True):
+        if not (checkpoint / CHECKSUM_FILE).is_file():
             continue
-        wrong = _damage(checkpoint)
-        if not wrong:
-            return Found(checkpoint, damaged)
-        damaged.append(f"{checkpoint}: {wrong}")
-    return Found(None, damaged)
+        problem = _corruption(checkpoint)
+        if not problem:
+            return LastCheckpoint(checkpoint, corrupt)
+        corrupt.append(f"{checkpoint}: {problem}")
+    return LastCheckpoint(None, corrupt)
 
 
-def remove_after(folder: Path, step: int) -> None:
+def remove_newer_than(folder: Path, step: int) -> None:
     """Delete checkpoints of later steps: incomplete or corrupt ones, which a resumed run writes again."""
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in _checkpoint_folders(folder):
         if _step(checkpoint) > step:
             shutil.rmtree(checkpoint)
 
 
-def _damage(checkpoint: Path) -> str:
+def _corruption(checkpoint: Path) -> str:
     try:
-        sums = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        checksums = json.loads((checkpoint / CHECKSUM_FILE).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        return f"{SEAL} is unreadable"
-    if not isinstance(sums, dict):
-        return f"{SEAL} is unreadable"
-    for name, expected in sums.items():
+        return f"{CHECKSUM_FILE} is unreadable"
+    if not isinstance(checksums, dict):
+        return f"{CHECKSUM_FILE} is unreadable"
+    for name, expected in checksums.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
@@ -76,7 +76,7 @@ def _damage(checkpoint: Path) -> str:
     return ""
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _checkpoint_folders(folder: Path) -> list[Path]:
     """Return the folders named ``checkpoint-<step>``; a user's copies have other names."""
     return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
 

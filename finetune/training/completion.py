@@ -10,7 +10,7 @@ from finetune.data.collate import Collator
 from finetune.data.dataset import TokenizedRows
 from finetune.training.head import logits_at, output_head
 from finetune.training.loss import cross_entropy_sum, loss_positions, symmetric_kl_sum
-from finetune.training.processes import everyones, share_in_step
+from finetune.training.processes import all_gather_object, shard_padded
 
 
 def completion_loss_sum(
@@ -18,7 +18,7 @@ def completion_loss_sum(
     head: nn.Module,
     batch: Mapping[str, Tensor],
     *,
-    passes: int = 1,
+    num_passes: int = 1,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return the summed negative log-likelihood of a batch's labels.
@@ -31,18 +31,18 @@ def completion_loss_sum(
             (AdaMix, arXiv 2205.12410, equation 5).
         label_smoothing: probability mass of the target that is spread over the vocabulary.
     """
-    positions, targets = loss_positions(batch["labels"])
+    predict_mask_BT, targets_N = loss_positions(batch["labels"])
     forward = {key: value for key, value in batch.items() if key not in ("labels", "rows")}
-    logits = logits_at(model, head, forward, positions)
-    loss = cross_entropy_sum(logits, targets, label_smoothing=label_smoothing)
-    if passes == 1:
+    logits_NV = logits_at(model, head, forward, predict_mask_BT)
+    loss = cross_entropy_sum(logits_NV, targets_N, label_smoothing=label_smoothing)
+    if num_passes == 1:
         return loss
-    assert passes == 2
-    return loss + symmetric_kl_sum(logits, logits_at(model, head, forward, positions))
+    assert num_passes == 2
+    return loss + symmetric_kl_sum(logits_NV, logits_at(model, head, forward, predict_mask_BT))
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, rows: TokenizedRows, collate: Collator, *, lines: int) -> float:
+def held_out_loss(model: nn.Module, rows: TokenizedRows, collate: Collator, *, batch_size: int) -> float:
     """Return the mean loss per label over held-out rows, which are sharded over ranks; no logits are stored.
 
     Args:
@@ -57,10 +57,10 @@ def held_out_loss(model: nn.Module, rows: TokenizedRows, collate: Collator, *, l
     model.eval()
     order = np.argsort(rows.lengths, kind="stable").tolist()  # similar lengths together: least padding
     total = 0.0
-    batches = [order[start : start + lines] for start in range(0, len(order), lines)]
-    for part, counts in share_in_step(batches):
-        batch = collate([rows[index] for index in part])
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for row_ids, is_real in shard_padded(batches):
+        batch = collate([rows[index] for index in row_ids])
         on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-        total += float(completion_loss_sum(model, head, on_device)) * counts
+        total += float(completion_loss_sum(model, head, on_device)) * is_real
     model.train(training)
-    return sum(everyones(total)) / rows.num_trained
+    return sum(all_gather_object(total)) / rows.num_trained

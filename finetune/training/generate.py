@@ -8,22 +8,22 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from data_templates._segments import Message
 from finetune.data.tokens import Encoder
-from finetune.training.apart import in_parts
-from finetune.training.processes import everyones
+from finetune.training.apart import is_sharded
+from finetune.training.processes import all_gather_object
 
-BATCH = 32
+PROMPTS_PER_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class Completion:
     """A completion's text, and whether it ends with EOS (or another stop token)."""
 
     text: str
-    stopped: bool
+    ended_with_eos: bool
 
 
 @torch.no_grad()
-def reply_to(
+def generate_completions(
     model: PreTrainedModel,
     encoder: Encoder,
     prompts: Sequence[Sequence[Message]],
@@ -31,7 +31,7 @@ def reply_to(
     max_new_tokens: int,
     context: int,
     temperature: float = 0.0,
-) -> list[Reply]:
+) -> list[Completion]:
     """Generate a completion of each conversation; results are in the order of the prompts.
 
     Args:
@@ -46,19 +46,24 @@ def reply_to(
     encoded = [encoder.encode_prompt(prompt)[-(context - max_new_tokens) :] for prompt in prompts]
     # Batches of similar lengths: less padding.
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    replies: dict[int, Reply] = {}
+    completions: dict[int, Completion] = {}
     training = model.training
     model.eval()
-    parted = in_parts(model)
-    batches = range(0, len(order), BATCH)
+    sharded = is_sharded(model)
+    batches = range(0, len(order), PROMPTS_PER_BATCH)
     # With sharded weights each forward pass is a collective: ranks with fewer batches generate dummy ones.
-    rounds = max(everyones(len(batches))) if parted else len(batches)
-    for part in ([order[start : start + BATCH] for start in batches] + [[]] * rounds)[:rounds]:
-        rows = [encoded[index] for index in part] or [encoder.stop_ids[:1]]
-        new = _generate(model, encoder, rows, max_new_tokens, temperature, together=parted)
-        replies |= {index: _reply(encoder, ids) for index, ids in zip(part, new[: len(part)], strict=True)}
+    num_batches = max(all_gather_object(len(batches))) if sharded else len(batches)
+    for indices in ([order[start : start + PROMPTS_PER_BATCH] for start in batches] + [[]] * num_batches)[
+        :num_batches
+    ]:
+        rows = [encoded[index] for index in indices] or [encoder.stop_ids[:1]]
+        new_ids = _generate(model, encoder, rows, max_new_tokens, temperature, synced=sharded)
+        completions |= {
+            index: _to_completion(encoder, ids)
+            for index, ids in zip(indices, new_ids[: len(indices)], strict=True)
+        }
     model.train(training)
-    return [replies[index] for index in range(len(prompts))]
+    return [completions[index] for index in range(len(prompts))]
 
 
 def _generate(
@@ -68,29 +73,31 @@ def _generate(
     max_new_tokens: int,
     temperature: float,
     *,
-    together: bool,
+    synced: bool,
 ) -> list[list[int]]:
-    width = max(len(prompt) for prompt in prompts)
-    pad = encoder.stop_ids[0]
+    prompt_length = max(len(prompt) for prompt in prompts)
+    pad_id = encoder.stop_ids[0]
     device = next(model.parameters()).device
     # Left padding: all prompts end at the same position, where generation starts.
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor(
-        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+    ids_BT = torch.tensor(
+        [[pad_id] * (prompt_length - len(prompt)) + prompt for prompt in prompts], device=device
+    )
+    mask_BT = torch.tensor(
+        [[0] * (prompt_length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
     )
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature or None,
         eos_token_id=encoder.stop_ids,
-        pad_token_id=pad,
+        pad_token_id=pad_id,
     )
     output = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=together
+        input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, synced_gpus=synced
     )
-    new: list[list[int]] = output[:, width:].tolist()
-    return new
+    new_ids: list[list[int]] = output[:, prompt_length:].tolist()
+    return new_ids
 
 
-def _reply(encoder: Encoder, ids: list[int]) -> Reply:
-    return Reply(encoder.decode_reply(ids), any(token in encoder.stop_ids for token in ids))
+def _to_completion(encoder: Encoder, ids: list[int]) -> Completion:
+    return Completion(encoder.decode_reply(ids), any(token in encoder.stop_ids for token in ids))

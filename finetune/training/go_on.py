@@ -9,14 +9,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from finetune.adapters._prompt_model import ENCODER_WEIGHTS
+from finetune.adapters._prompt_model import ENCODER_WEIGHTS_FILE
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.runs import finished_record
-from finetune.training.preflight.ticks import some
-from finetune.training.save import ADAPTER_WEIGHTS, sha256
+from finetune.recipe.runs import read_finished_record
+from finetune.training.preflight.ticks import first_few
+from finetune.training.save import ADAPTER_WEIGHTS, file_sha256
 
 
-def take_weights(model: nn.Module, run: Path, *, head: Collection[str] = ()) -> None:
+def load_adapter_weights(model: nn.Module, run: Path, *, new_modules: Collection[str] = ()) -> None:
     """Load a finished run's adapter weights into a new adapter.
 
     Parameters that only training uses (an MLP that computes a prefix, gates) are loaded too, so that training
@@ -31,34 +31,38 @@ def take_weights(model: nn.Module, run: Path, *, head: Collection[str] = ()) -> 
         UserError: the run's files are corrupt or do not fit the adapter.
     """
     assert isinstance(model, PeftModel), "a fully fine-tuned run is a base and has no adapter"
-    for name, checksum in finished_record(run)["files"].items():
-        if sha256(run / name) != checksum:
-            raise _damaged(run, f"{name}: checksum mismatch")
+    for name, checksum in read_finished_record(run)["files"].items():
+        if file_sha256(run / name) != checksum:
+            raise _corrupt_run(run, f"{name}: checksum mismatch")
     folder = run / "adapter"
-    saved, live = load_file(folder / ADAPTER_WEIGHTS), get_peft_model_state_dict(model)
-    new = {name for name in live.keys() - saved.keys() if set(head) & set(name.split("."))}
-    if other := sorted(saved.keys() ^ live.keys() - new):
-        raise _damaged(run, f"its tensors and those of an adapter of its settings differ: {some(other)}")
+    saved, current = load_file(folder / ADAPTER_WEIGHTS), get_peft_model_state_dict(model)
+    new = {name for name in current.keys() - saved.keys() if set(new_modules) & set(name.split("."))}
+    if mismatched := sorted(saved.keys() ^ current.keys() - new):
+        raise _corrupt_run(
+            run, f"its tensors and those of an adapter of its settings differ: {first_few(mismatched)}"
+        )
     try:
-        if new and not (folder / ENCODER_WEIGHTS).is_file():  # load_adapter would expect the head in the file
-            whole = saved | {name: live[name] for name in new}
-            set_peft_model_state_dict(model, whole, adapter_name=model.active_adapter)
+        if (
+            new and not (folder / ENCODER_WEIGHTS_FILE).is_file()
+        ):  # load_adapter would expect the head in the file
+            complete = saved | {name: current[name] for name in new}
+            set_peft_model_state_dict(model, complete, adapter_name=model.active_adapter)
         else:
             model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
     except (RuntimeError, OSError, SafetensorError) as error:
-        raise _damaged(run, " ".join(str(error).split())[:300]) from error
-    live = get_peft_model_state_dict(model)
-    if wrong := sorted(name for name, value in saved.items() if not _equal(live[name], value)):
-        raise _damaged(run, f"loaded weights differ from the saved ones: {some(wrong)}")
+        raise _corrupt_run(run, " ".join(str(error).split())[:300]) from error
+    current = get_peft_model_state_dict(model)
+    if differing := sorted(name for name, value in saved.items() if not _is_close(current[name], value)):
+        raise _corrupt_run(run, f"loaded weights differ from the saved ones: {first_few(differing)}")
 
 
-def _equal(live: torch.Tensor, saved: torch.Tensor) -> bool:
+def _is_close(current: torch.Tensor, saved: torch.Tensor) -> bool:
     # Close, not equal: a prompt that an encoder network recomputes differs in its last digits.
-    return live.shape == saved.shape and torch.allclose(
-        live.detach().float().cpu(), saved.float(), rtol=1e-4, atol=1e-5
+    return current.shape == saved.shape and torch.allclose(
+        current.detach().float().cpu(), saved.float(), rtol=1e-4, atol=1e-5
     )
 
 
-def _damaged(run: Path, found: str) -> UserError:
-    repair = f"`{finished_record(run)['command']} --force` repeats the run"
-    return UserError(Problem(f"model.start {run}", found, "the adapter that the run saved", repair))
+def _corrupt_run(run: Path, actual: str) -> UserError:
+    repair = f"`{read_finished_record(run)['command']} --force` repeats the run"
+    return UserError(Problem(f"model.start {run}", actual, "the adapter that the run saved", repair))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-def logits_at(model: nn.Module, head: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+def logits_at(model: nn.Module, head: nn.Module, inputs: dict[str, Any], mask_BT: Tensor) -> Tensor:
     """Run a causal model and return its logits at selected positions.
 
     Args:
@@ -24,19 +24,19 @@ def logits_at(model: nn.Module, head: nn.Module, inputs: dict[str, Any], positio
         (N, V): the logits at the N true positions, in row-major order.
     """
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        states = args[0][:, -positions.shape[1] :]  # without the virtual tokens of a prompt adapter
-        return (states[positions].unsqueeze(0), *args[1:])
+    def select_positions(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states_BTD = args[0][:, -mask_BT.shape[1] :]  # without the virtual tokens of a prompt adapter
+        return (states_BTD[mask_BT].unsqueeze(0), *args[1:])
 
-    handle = head.register_forward_pre_hook(keep)
+    handle = head.register_forward_pre_hook(select_positions)
     try:
-        logits: Tensor = model(**inputs, use_cache=False).logits
+        logits_NV: Tensor = model(**inputs, use_cache=False).logits
     finally:
         handle.remove()
-    assert logits.shape[:2] == (1, int(positions.sum())), (
-        f"the model bypasses its head: {tuple(logits.shape)}"
+    assert logits_NV.shape[:2] == (1, int(mask_BT.sum())), (
+        f"the model bypasses its head: {tuple(logits_NV.shape)}"
     )
-    return logits.squeeze(0)  # a view; indexing with [0] would allocate a second gradient of this size
+    return logits_NV.squeeze(0)  # a view; indexing with [0] would allocate a second gradient of this size
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:

@@ -16,30 +16,39 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from finetune.planning import choices
-from finetune.planning.hardware import Hardware, detect, peak_memory_bytes
-from finetune.planning.world import World, world
+from finetune.planning.hardware import Hardware, detect_hardware, peak_memory_bytes
+from finetune.planning.world import DistInfo, dist_info
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training import apart, checkpoints, processes
-from finetune.training.base_trainer import first_rows, groups
-from finetune.training.preflight.base import fingerprints, unchanged
-from finetune.training.preflight.first_steps import FirstSteps
-from finetune.training.preflight.parts import Parts
-from finetune.training.preflight.same_weights import same_tick, trained_digest
-from finetune.training.preflight.ticks import Tick, refuse
-from finetune.training.recorder import Recorder, TrainedAlready
+from finetune.training.base_trainer import first_row_ids, initial_param_groups
+from finetune.training.preflight.base import check_base_unchanged, frozen_checksums
+from finetune.training.preflight.first_steps import FirstStepsCheck
+from finetune.training.preflight.parts import ShardingCheck
+from finetune.training.preflight.same_weights import check_replicas_equal, trained_digest
+from finetune.training.preflight.ticks import CheckResult, raise_if_failed
+from finetune.training.recorder import AlreadyTrained, Recorder
 from finetune.training.report import write_report
 from finetune.training.run_directory import RunDirectory
-from finetune.training.run_fingerprint import start_record
-from finetune.training.stops import Interrupt, Interrupted, NotFiniteError, listening
-from finetune.training.strategies import APART, ZERO
-from finetune.training.watched import SUPERVISED, Watched
-from finetune.training.whole_checkpoint import WholeCheckpoint, refuse_other_parts
+from finetune.training.run_fingerprint import parent_run_record
+from finetune.training.stops import Interrupted, NotFiniteError, SignalFlag, catch_signals
+from finetune.training.strategies import SHARDED_WEIGHTS, ZERO_STAGES
+from finetune.training.watched import SUPERVISED_METRICS, MetricSpec
+from finetune.training.whole_checkpoint import FullStateCheckpoint, check_resharding
 
 Value = TypeVar("Value")
-PACKAGES = ("llm-align", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+RECORDED_PACKAGES = (
+    "llm-align",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+)
 
-WHOLE_IN_EACH = ("ddp", "zero1", "zero2")
+REPLICATED = ("ddp", "zero1", "zero2")
 """Strategies under which each rank holds all trained weights."""
 
 
@@ -49,92 +58,94 @@ def _version(package: str) -> str:
 
 
 @dataclass
-class Job:
+class RunContext:
     """The state of a running stage: settings, output, distribution, checks and record."""
 
     recipe: Recipe
     run: RunDirectory
     console: Console
     command: str
-    watched: Watched = SUPERVISED
-    hardware: Hardware = field(default_factory=detect)
-    world: World = field(default_factory=world)
-    interrupt: Interrupt = field(default_factory=Interrupt)
-    derived: dict[str, str] = field(default_factory=dict)
+    metric_spec: MetricSpec = SUPERVISED_METRICS
+    hardware: Hardware = field(default_factory=detect_hardware)
+    dist: DistInfo = field(default_factory=dist_info)
+    signal_flag: SignalFlag = field(default_factory=SignalFlag)
+    resolved: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    preflight: list[dict[str, Any]] = field(default_factory=list)
+    check_results: list[dict[str, Any]] = field(default_factory=list)
     strategy: str = "single"
-    before_training: ExitStack = field(default_factory=ExitStack)
-    under_way: bool = False
-    may_idle: bool = False
+    pre_training_contexts: ExitStack = field(default_factory=ExitStack)
+    recording: bool = False
+    allows_zero_gradients: bool = False
     """Whether a step may have zero gradients: e.g. completions of equal reward have no advantage."""
 
     @property
     def versions(self) -> dict[str, str]:
         """Return the versions of Python and the libraries."""
-        return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+        return {"python": platform.python_version(), **{name: _version(name) for name in RECORDED_PACKAGES}}
 
-    def environment(self, precision: str) -> str:
+    def describe_environment(self, precision: str) -> str:
         """Return precision, device, processes and library versions in one line."""
         libraries = ", ".join(f"{name} {self.versions[name]}" for name in ("torch", "transformers", "peft"))
-        shared = f", {self.world.size} processes with {self.strategy}" if self.world.size > 1 else ""
-        return f"{precision} on {self.hardware.device} ({self.hardware.name}){shared}; {libraries}"
+        parallelism = (
+            f", {self.dist.world_size} processes with {self.strategy}" if self.dist.world_size > 1 else ""
+        )
+        return f"{precision} on {self.hardware.device} ({self.hardware.name}){parallelism}; {libraries}"
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
-    def watch(self, numbers: Mapping[str, tuple[str, str]]) -> None:
+    def add_summary_metrics(self, summary: Mapping[str, tuple[str, str]]) -> None:
         """Add before/after metrics to the report's summary: metric -> (label, format)."""
-        self.watched = replace(self.watched, numbers={**self.watched.numbers, **numbers})
+        self.metric_spec = replace(self.metric_spec, summary={**self.metric_spec.summary, **summary})
 
-    def join(self) -> None:
+    def init_distributed(self) -> None:
         """Resolve the strategy and initialize the process group; called before a model is loaded.
 
         Raises:
             UserError: the strategy does not fit the number of processes.
         """
-        asked, size = self.recipe.settings.train, self.world.size
-        self.strategy = self.choose("train.strategy", choices.strategy(asked.strategy, size))
-        if asked.processes != size:
-            self.choose("train.processes", (size, "set by the launcher"))
-        processes.join(self.hardware.device, deepspeed=self.strategy in ZERO)
+        train, world_size = self.recipe.settings.train, self.dist.world_size
+        self.strategy = self.resolve_auto("train.strategy", choices.strategy(train.strategy, world_size))
+        if train.processes != world_size:
+            self.resolve_auto("train.processes", (world_size, "set by the launcher"))
+        processes.init_distributed(self.hardware.device, deepspeed=self.strategy in ZERO_STAGES)
 
-    def load_in_parts(self, stored: str) -> None:
+    def shard_on_load(self, dtype: str) -> None:
         """Load models sharded until training begins (ZeRO-3); FSDP2 shards in ``from_pretrained``."""
         if self.strategy == "zero3":
-            self.before_training.enter_context(
-                apart.loading(stored, offload=self.recipe.settings.train.offload, folder=self.run.path)
+            self.pre_training_contexts.enter_context(
+                apart.zero3_init(dtype, offload=self.recipe.settings.train.offload, folder=self.run.path)
             )
 
-    def let_compute(self, model: nn.Module, base: PreTrainedModel) -> None:
+    def enable_sharded_inference(self, model: nn.Module, base: PreTrainedModel) -> None:
         """Allow forward passes of a ZeRO-3 model until its trainer takes over."""
         if self.strategy == "zero3":
             offload = self.recipe.settings.train.offload
-            self.before_training.enter_context(
-                apart.measuring(model, base, offload=offload, folder=self.run.path)
+            self.pre_training_contexts.enter_context(
+                apart.zero3_inference_engine(model, base, offload=offload, folder=self.run.path)
             )
 
-    def choose(self, key: str, choice: tuple[Value, str]) -> Value:
+    def resolve_auto(self, key: str, choice: tuple[Value, str]) -> Value:
         """Return a resolved value and record it with its reason, for recipe.yaml."""
         value, reason = choice
-        self.derived[key] = f"{value} ({reason})"
+        self.resolved[key] = f"{value} ({reason})"
         return value
 
-    def check(self, *ticks: Tick) -> None:
+    def check(self, *results: CheckResult) -> None:
         """Print and record check results; during the run they are written to run.json at once.
 
         Raises:
             UserError: a check failed.
         """
-        for tick in ticks:
-            self.say(tick.line())
-        self.preflight += [tick.record() for tick in ticks]
-        if self.under_way:
-            self.run.update(preflight=self.preflight)
-        refuse(ticks)
+        for result in results:
+            self.log(result.line())
+        self.check_results += [result.record() for result in results]
+        if self.recording:
+            self.run.update(preflight=self.check_results)
+        raise_if_failed(results)
 
     @contextmanager
-    def started(self, **facts: Any) -> Iterator[None]:
+    def recorded(self, **metadata: Any) -> Iterator[None]:
         """Lock the folder, write run.json and the final status; ``metadata`` are sections of run.json.
 
         Raises:
@@ -142,13 +153,13 @@ class Job:
             NotFiniteError: loss or gradient is NaN or infinite.
             UserError: a check failed during the run.
         """
-        processes.wait()  # every rank has read the folder before rank 0 changes it
-        with self.run.start(), listening() as self.interrupt:
+        processes.barrier()  # every rank has read the folder before rank 0 changes it
+        with self.run.locked(), catch_signals() as self.signal_flag:
             if self.run.replaced:
                 self.run.clear()
-            self._begin(facts)
-            processes.wait()  # no rank may read a file of a replaced run
-            self.under_way = True
+            self._write_initial_record(metadata)
+            processes.barrier()  # no rank may read a file of a replaced run
+            self.recording = True
             try:
                 yield
             except Interrupted:
@@ -157,10 +168,10 @@ class Job:
             except (NotFiniteError, UserError) as error:
                 self.run.update(status="failed", reason=str(error))
                 raise
-            self._finish()
-        processes.wait()  # no rank may use the result before rank 0 has finished it
+            self._write_final_record()
+        processes.barrier()  # no rank may use the result before rank 0 has finished it
 
-    def train(self, trainer: Trainer) -> None:
+    def fit(self, trainer: Trainer) -> None:
         """Train to the last step, resuming from the newest valid checkpoint.
 
         Raises:
@@ -168,47 +179,59 @@ class Job:
             NotFiniteError: loss or gradient is NaN or infinite.
             UserError: the adapter gets no gradient, or the frozen base changed.
         """
-        found = processes.from_main(self._last_checkpoint() if self.world.main else checkpoints.NONE)
-        if found.path:
-            refuse_other_parts(found.path, strategy=self.strategy, processes=self.world.size)
-        self.run.forget_after(found.step)
-        if found.path:
-            self.say(f"resuming from step {found.step}")
-        recorder = Recorder(self.run, self.console, self.interrupt, logged=self.watched.logged)
+        last = processes.broadcast_object(
+            self._last_checkpoint() if self.dist.is_main else checkpoints.NO_CHECKPOINT
+        )
+        if last.path:
+            check_resharding(last.path, strategy=self.strategy, num_processes=self.dist.world_size)
+        self.run.truncate_after(last.step)
+        if last.path:
+            self.log(f"resuming from step {last.step}")
+        recorder = Recorder(
+            self.run, self.console, self.signal_flag, logged_keys=self.metric_spec.logged_keys
+        )
         trainer.remove_callback(PrinterCallback)  # the recorder prints in its place
-        if self.strategy in (*ZERO, *APART):
+        if self.strategy in (*ZERO_STAGES, *SHARDED_WEIGHTS):
             # Before the recorder, which writes the checksums of a complete checkpoint.
-            trainer.add_callback(WholeCheckpoint(partial(groups, trainer), strategy=self.strategy))
-            trainer.add_callback(Parts(self.check, strategy=self.strategy, rows=partial(first_rows, trainer)))
+            trainer.add_callback(
+                FullStateCheckpoint(partial(initial_param_groups, trainer), strategy=self.strategy)
+            )
+            trainer.add_callback(
+                ShardingCheck(self.check, strategy=self.strategy, rows=partial(first_row_ids, trainer))
+            )
         trainer.add_callback(recorder)
-        zero = self.strategy in ZERO
-        trainer.add_callback(FirstSteps(self.check, may_idle=self.may_idle, taken=zero))
-        before = fingerprints(trainer.model)
-        self.before_training.close()
+        uses_zero = self.strategy in ZERO_STAGES
+        trainer.add_callback(
+            FirstStepsCheck(
+                self.check, allows_zero_gradients=self.allows_zero_gradients, engine_takes_gradients=uses_zero
+            )
+        )
+        before = frozen_checksums(trainer.model)
+        self.pre_training_contexts.close()
         with self.timed("train"):
             try:
-                trainer.train(resume_from_checkpoint=str(found.path) if found.path else None)
-            except TrainedAlready:
-                self.say("training already complete")
+                trainer.train(resume_from_checkpoint=str(last.path) if last.path else None)
+            except AlreadyTrained:
+                self.log("training already complete")
             finally:
                 recorder.progress.stop()
-        self.stop_if_asked(f"at step {trainer.state.global_step}; checkpoint saved")
-        self.check(unchanged(before, fingerprints(trainer.model)))
-        if self.strategy in WHOLE_IN_EACH:
-            self.check(same_tick(processes.everyones(trained_digest(trainer.model))))
+        self.raise_if_interrupted(f"at step {trainer.state.global_step}; checkpoint saved")
+        self.check(check_base_unchanged(before, frozen_checksums(trainer.model)))
+        if self.strategy in REPLICATED:
+            self.check(check_replicas_equal(processes.all_gather_object(trained_digest(trainer.model))))
 
-    def _last_checkpoint(self) -> checkpoints.Found:
+    def _last_checkpoint(self) -> checkpoints.LastCheckpoint:
         """Return the newest valid checkpoint, and delete the corrupt ones after it."""
-        found = checkpoints.find_last(self.run.checkpoints)
-        for line in found.damaged:
-            self.say(f"corrupt checkpoint, using the previous one: {line}")
-        checkpoints.remove_after(self.run.checkpoints, found.step)
-        return found
+        last = checkpoints.find_last_valid(self.run.checkpoints)
+        for problem in last.corrupt:
+            self.log(f"corrupt checkpoint, using the previous one: {problem}")
+        checkpoints.remove_newer_than(self.run.checkpoints, last.step)
+        return last
 
-    def stop_if_asked(self, where: str) -> None:
+    def raise_if_interrupted(self, where: str) -> None:
         """Raise Interrupted on all ranks if a signal reached any; a collective, every rank must call it."""
-        if processes.anyones(bool(self.interrupt.name)):
-            name = next(filter(None, processes.everyones(self.interrupt.name)))
+        if processes.any_rank(bool(self.signal_flag.signal_name)):
+            name = next(filter(None, processes.all_gather_object(self.signal_flag.signal_name)))
             raise Interrupted(f"stopped by {name} {where}. Run the same command to resume")
 
     @contextmanager
@@ -220,10 +243,10 @@ class Job:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
 
-    def _begin(self, facts: dict[str, Any]) -> None:
+    def _write_initial_record(self, metadata: dict[str, Any]) -> None:
         for note in self.recipe.notes:
-            self.say(note)
-        start = start_record(self.recipe.settings)
+            self.log(note)
+        parent = parent_run_record(self.recipe.settings)
         self.run.update(
             status="running",
             stage=self.recipe.stage,
@@ -235,40 +258,42 @@ class Job:
             started=self.run.record.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
             versions=self.versions,
             hardware={"device": self.hardware.device, "name": self.hardware.name},
-            processes=self.world.size,
-            preflight=self.preflight,
-            **({"start": start} if start is not None else {}),
-            **facts,
+            processes=self.dist.world_size,
+            preflight=self.check_results,
+            **({"start": parent} if parent is not None else {}),
+            **metadata,
         )
-        self.run.write("recipe.yaml", self.recipe.to_yaml(self.derived))
+        self.run.write("recipe.yaml", self.recipe.to_yaml(self.resolved))
 
-    def _finish(self) -> None:
+    def _write_final_record(self) -> None:
         """Write the report, then the status ``finished``: last, so that a kill leaves no incomplete run."""
         seconds = {phase: round(value, 2) for phase, value in self.seconds.items()}
-        peaks = processes.everyones(peak_memory_bytes(self.hardware))
+        peaks = processes.all_gather_object(peak_memory_bytes(self.hardware))
         self.run.record |= {
             "status": "finished",
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": seconds,
             "peak_memory_bytes": max(peaks),
         }
-        self.run.record["headline"] = _headline(self.run.record, self.watched.numbers)
-        if self.world.main:
-            write_report(self.run, self.watched.logged, self.watched.panel(self.run.record))
+        self.run.record["headline"] = _summary(self.run.record, self.metric_spec.summary)
+        if self.dist.is_main:
+            write_report(
+                self.run, self.metric_spec.logged_keys, self.metric_spec.diagnostics(self.run.record)
+            )
         self.run.update(status="finished")
-        processes.wait()  # no rank exits before the folder is complete
+        processes.barrier()  # no rank exits before the folder is complete
 
 
-def _headline(record: dict[str, Any], numbers: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+def _summary(record: dict[str, Any], summary_metrics: Mapping[str, tuple[str, str]]) -> dict[str, str]:
     """Return the summary of a run: label -> formatted value."""
     metrics, parameters = record.get("metrics", {}), record["parameters"]
     share = parameters["trained"] / parameters["total"]
-    lines = {"trained parameters": f"{parameters['trained']:,} ({share:.2%})"}
-    for key, (label, style) in numbers.items():
+    summary = {"trained parameters": f"{parameters['trained']:,} ({share:.2%})"}
+    for key, (label, style) in summary_metrics.items():
         if f"{key}_before" in metrics and f"{key}_after" in metrics:
-            lines[label] = f"{metrics[f'{key}_before']:{style}} → {metrics[f'{key}_after']:{style}}"
+            summary[label] = f"{metrics[f'{key}_before']:{style}} → {metrics[f'{key}_after']:{style}}"
     rate = f", {metrics['tokens_per_second']:,} tokens/s" if "tokens_per_second" in metrics else ""
     if "train" in record["seconds"]:  # absent if a run resumes after its last step
-        lines["training"] = f"{record['seconds']['train']:.0f} s{rate}"
-    lines["peak memory"] = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
-    return lines
+        summary["training"] = f"{record['seconds']['train']:.0f} s{rate}"
+    summary["peak memory"] = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
+    return summary

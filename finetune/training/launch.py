@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from finetune.planning import choices
-from finetune.planning.compatibility import ZERO
-from finetune.planning.hardware import detect
-from finetune.planning.world import world
+from finetune.planning.compatibility import ZERO_STRATEGIES
+from finetune.planning.hardware import detect_hardware
+from finetune.planning.world import dist_info
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from finetune.training.result import Result
 
 
-def run_stage(recipe: Recipe, console: Console, *, force: bool = False, command: str = "") -> "Result":
+def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, command: str = "") -> "Result":
     """Run a recipe's stage, on several processes if the recipe says so, and return its result.
 
     Args:
@@ -38,23 +38,23 @@ def run_stage(recipe: Recipe, console: Console, *, force: bool = False, command:
         NotFiniteError: loss or gradient became NaN or infinite.
         LostProcessError: a process died.
     """
-    _refuse_without_library(recipe.settings.train.strategy)
-    stage, place = load_stage(recipe.stage), world()
-    if place.size > 1:
-        shown = console if place.main else Console(quiet=True)
-        return stage.run(recipe, shown, force=force, command=command)  # type: ignore[no-any-return]
+    _check_deepspeed_installed(recipe.settings.train.strategy)
+    stage, dist = load_stage(recipe.stage), dist_info()
+    if dist.world_size > 1:
+        rank_console = console if dist.is_main else Console(quiet=True)
+        return stage.run(recipe, rank_console, force=force, command=command)  # type: ignore[no-any-return]
     if not RunDirectory.of(recipe, force=force).finished:
-        count, _ = choices.processes(recipe.settings.train.processes, detect())
-        if count > 1:
-            from finetune.training.elastic import Work, start_processes
+        num_processes, _ = choices.num_processes(recipe.settings.train.processes, detect_hardware())
+        if num_processes > 1:
+            from finetune.training.elastic import LaunchSpec, launch_processes
 
-            start_processes(Work(recipe, force, command), count)
+            launch_processes(LaunchSpec(recipe, force, command), num_processes)
             force = False  # the workers finished the run: below it is only read
     return stage.run(recipe, console, force=force, command=command)  # type: ignore[no-any-return]
 
 
-def _refuse_without_library(strategy: str) -> None:
+def _check_deepspeed_installed(strategy: str) -> None:
     """Raise UserError for ZeRO without DeepSpeed installed."""
-    if strategy in ZERO and find_spec("deepspeed") is None:
+    if strategy in ZERO_STRATEGIES and find_spec("deepspeed") is None:
         repair = "pip install 'llm-align[zero]' (Linux); or train.strategy=ddp"
         raise UserError(Problem("train.strategy", f"{strategy}, without DeepSpeed", "DeepSpeed", repair))

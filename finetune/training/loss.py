@@ -5,12 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
-MAX_ELEMENTS = 2**26
+IGNORE_INDEX = -100
+MAX_LOGITS_PER_CHUNK = 2**26
 """Logits that are upcast to float32 at a time: 256 MiB."""
 
 
-def loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+def loss_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Return the positions that predict a label, and the labels.
 
     Args:
@@ -20,14 +20,18 @@ def loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
         A (B, T) mask, true at t if the token at t + 1 is trained, and the N targets in the order of
         ``hidden[mask]``.
     """
-    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
     # The state at t predicts the token at t + 1: the mask is shifted left by one, the labels are not.
-    mask[:, :-1] = labels[:, 1:] != IGNORED
-    return mask, labels[:, 1:][mask[:, :-1]]
+    mask_BT[:, :-1] = labels_BT[:, 1:] != IGNORE_INDEX
+    return mask_BT, labels_BT[:, 1:][mask_BT[:, :-1]]
 
 
 def cross_entropy_sum(
-    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, max_elements: int = MAX_ELEMENTS
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    max_logits: int = MAX_LOGITS_PER_CHUNK,
 ) -> Tensor:
     r"""Return the summed negative log-likelihood, -sum_n log softmax(logits_n)[target_n], in float32.
 
@@ -40,20 +44,20 @@ def cross_entropy_sum(
         label_smoothing: e, from 0 up to 1.
         max_logits: maximum logits per chunk.
     """
-    rows = max(1, max_elements // logits.shape[-1])
-    if len(targets) <= rows:
-        return _sum(logits, targets, label_smoothing)
+    chunk_size = max(1, max_logits // logits_NV.shape[-1])
+    if len(targets_N) <= chunk_size:
+        return _chunk_sum(logits_NV, targets_N, label_smoothing)
     # Chunks are recomputed in the backward pass: only one chunk's float32 copy is alive at a time.
-    chunks = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
-    sums = [checkpoint(_sum, *chunk, label_smoothing, use_reentrant=False) for chunk in chunks]
+    chunks = zip(torch.split(logits_NV, chunk_size), torch.split(targets_N, chunk_size), strict=True)
+    sums = [checkpoint(_chunk_sum, *chunk, label_smoothing, use_reentrant=False) for chunk in chunks]
     return torch.stack(sums).sum()
 
 
-def _sum(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+def _chunk_sum(logits_NV: Tensor, targets_N: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum", label_smoothing=label_smoothing)
 
 
-def symmetric_kl_sum(first: Tensor, second: Tensor) -> Tensor:
+def symmetric_kl_sum(logits_NV: Tensor, other_logits_NV: Tensor) -> Tensor:
     r"""Return sum_n 1/2 (KL(p_n || q_n) + KL(q_n || p_n)) of two forward passes' distributions.
 
     Equal to 1/2 sum (p - q)(log p - log q); AdaMix (arXiv 2205.12410, equation 5).
@@ -62,5 +66,5 @@ def symmetric_kl_sum(first: Tensor, second: Tensor) -> Tensor:
         logits_NV: (N, V) logits, any floating dtype.
         other_logits_NV: logits of the same shape.
     """
-    p, q = first.float().log_softmax(-1), second.float().log_softmax(-1)
-    return ((p.exp() - q.exp()) * (p - q)).sum() / 2
+    logp_NV, logq_NV = logits_NV.float().log_softmax(-1), other_logits_NV.float().log_softmax(-1)
+    return ((logp_NV.exp() - logq_NV.exp()) * (logp_NV - logq_NV)).sum() / 2

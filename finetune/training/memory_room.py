@@ -6,16 +6,16 @@ from math import ceil
 
 import torch
 
-from finetune.planning.devices import GIB, SURE
-from finetune.planning.from_recipe import architecture_of, step_of
-from finetune.planning.memory import peak, plan_memory
-from finetune.planning.workload import Objective, Workload
+from finetune.planning.devices import GIB, SAFE_FRACTION
+from finetune.planning.from_recipe import base_workload, load_architecture
+from finetune.planning.memory import peak_phase, plan_memory
+from finetune.planning.workload import ObjectiveKind, Workload
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import StageSettings
 from finetune.training.loading import Policy
 
-WITHOUT_ROWS = ("merge", "rollout")
-OBJECTIVES: dict[str, Objective] = {
+PHASES_WITHOUT_BATCH = ("merge", "rollout")
+OBJECTIVE_OF_CONFIG: dict[str, ObjectiveKind] = {
     "SFTConfig": "likelihood",
     "DPOConfig": "comparison",
     "KTOConfig": "comparison",
@@ -26,8 +26,14 @@ OBJECTIVES: dict[str, Objective] = {
 """The planner's objective (loss on the last hidden states) of a stage, by its TRL config; TRL has no PPO."""
 
 
-def rows_that_fit(
-    settings: StageSettings, policy: Policy, *, longest: int, processes: int, strategy: str, room: int
+def batch_fits(
+    settings: StageSettings,
+    policy: Policy,
+    *,
+    longest: int,
+    num_processes: int,
+    strategy: str,
+    gpu_bytes: int,
 ) -> Callable[[int], bool] | None:
     """Return a predicate: do N rows fit the GPU? None if there is no plan for this architecture.
 
@@ -40,38 +46,40 @@ def rows_that_fit(
         gpu_bytes: bytes available on a GPU.
     """
     try:
-        architecture = architecture_of(settings.model)
+        architecture = load_architecture(settings.model)
     except UserError:
         return None
-    step = step_of(
+    workload = base_workload(
         settings,
         architecture,
         precision=policy.precision,
         quantization=policy.quantization,
         device="cuda",
     )
-    step = replace(step, processes=processes, strategy=strategy, offload=settings.train.offload)  # type: ignore[arg-type]
-    return lambda rows: _needed(settings, step, rows, longest) <= SURE * room
+    workload = replace(workload, processes=num_processes, strategy=strategy, offload=settings.train.offload)  # type: ignore[arg-type]
+    return lambda rows: _peak_bytes(settings, workload, rows, longest) <= SAFE_FRACTION * gpu_bytes
 
 
-def free_bytes() -> int:
+def free_gpu_bytes() -> int:
     """Return the GPU memory available to this process, free or reserved by it, rounded down to full GiB."""
     # Rounded, so that the same command resolves to the same micro-batch size when a little more is free.
     free, _ = torch.cuda.mem_get_info()
     return (free + torch.cuda.memory_reserved()) // GIB * GIB
 
 
-def _needed(settings: StageSettings, step: Workload, rows: int, longest: int) -> int:
-    objective: Objective = "ppo" if "ppo" in dict(settings) else OBJECTIVES[settings.TRL_CONFIG]
-    own = replace(
-        step,
+def _peak_bytes(settings: StageSettings, workload: Workload, rows: int, longest: int) -> int:
+    objective: ObjectiveKind = "ppo" if "ppo" in dict(settings) else OBJECTIVE_OF_CONFIG[settings.TRL_CONFIG]
+    batch_workload = replace(
+        workload,
         objective=objective,
-        lines=rows,
-        columns=longest,
+        rows=rows,
+        seq_len=longest,
         predicted=rows * longest,
         completions=2 * rows if objective != "likelihood" else 0,
         heads=1 if objective in ("scores", "ppo") else 0,
         masked=rows > 1,
-        accumulated=ceil(settings.train.batch_size / (rows * step.processes)),
+        accumulation_steps=ceil(settings.train.batch_size / (rows * workload.processes)),
     )
-    return peak(phase for phase in plan_memory(own) if phase.name not in WITHOUT_ROWS).total
+    return peak_phase(
+        phase for phase in plan_memory(batch_workload) if phase.name not in PHASES_WITHOUT_BATCH
+    ).total

@@ -5,15 +5,15 @@ from pathlib import Path
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import AutoTokenizer, PreTrainedModel
 
-from finetune.adapters._load import open_adapter
-from finetune.planning.hardware import detect
+from finetune.adapters._load import load_saved_adapter
+from finetune.planning.hardware import detect_hardware
 from finetune.recipe import yaml_file
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.runs import record_of_writer
+from finetune.recipe.runs import read_generative_record
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import load_base
-from finetune.training.run_directory import MERGED, replacing
+from finetune.training.run_directory import MERGED, atomic_folder
 from finetune.training.save import verify_model
 
 
@@ -23,38 +23,40 @@ def merge_run(run: Path) -> Path:
     Raises:
         UserError: not a finished run, no adapter, or one that cannot be merged.
     """
-    load = record_of_writer(run)["load"]
+    saved = read_generative_record(run)["load"]
     adapter = run / "adapter"
     if not adapter.is_dir():
         raise UserError(
             Problem(str(run), "a run without an adapter", "a run with one", f"use it as it is: --base {run}")
         )
-    _refuse(run)
+    _check_mergeable(run)
     base = load_base(
-        ModelSettings(**load["model"]),
-        precision=load["precision"],
-        quantization=load["quantization"],
-        hardware=detect(),
+        ModelSettings(**saved["model"]),
+        precision=saved["precision"],
+        quantization=saved["quantization"],
+        hardware=detect_hardware(),
     )
-    if load["quantization"] != "none":
+    if saved["quantization"] != "none":
         # Dequantize to the very values that the adapter was trained on: it compensates the quantization error
         # (arXiv 2305.14314, section 3).
         base = base.dequantize()
-    tuner = open_adapter(base, adapter).base_model
+    tuner = load_saved_adapter(base, adapter).base_model
     assert isinstance(tuner, BaseTuner), "an adapter that cannot be merged declares it in its traits"
     merged: PreTrainedModel = tuner.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(str(adapter))
-    with replacing(run, MERGED) as folder:
+    with atomic_folder(run, MERGED) as folder:
         merged.save_pretrained(str(folder))
         verify_model(folder, merged.state_dict())
         tokenizer.save_pretrained(str(folder))
     return run / MERGED
 
 
-def _refuse(run: Path) -> None:
+def _check_mergeable(run: Path) -> None:
     """Raise UserError if the run's adapter declares that it cannot be merged."""
-    method = yaml_file.read(run / "recipe.yaml")[0]["adapter"]["method"]
-    if reason := adapter_traits(method).merge:
+    method = yaml_file.read_yaml(run / "recipe.yaml")[0]["adapter"]["method"]
+    if reason := adapter_traits(method).merge_unsupported:
         expected = "an adapter that can be merged into the weights, such as lora"
-        found = f"adapter '{method}': {reason}"
-        raise UserError(Problem(str(run), found, expected, "train with another adapter.method, or with full"))
+        actual = f"adapter '{method}': {reason}"
+        raise UserError(
+            Problem(str(run), actual, expected, "train with another adapter.method, or with full")
+        )

@@ -22,21 +22,21 @@ from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from finetune.planning.hardware import Hardware
-from finetune.planning.world import world
+from finetune.planning.world import dist_info
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import AdapterSettings, ModelSettings
-from finetune.training.apart import numbers, root, settle
-from finetune.training.rope import forget_lengths, positions, stretch
-from finetune.training.strategies import APART
+from finetune.training.apart import full_numel, reshard, set_fsdp_root
+from finetune.training.rope import extend_context, max_positions, reset_dynamic_rope
+from finetune.training.strategies import SHARDED_WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-SCORE = "score"
+SCORE_HEAD = "score"
 """transformers' name for a sequence-classification model's head; PEFT trains it along with an adapter."""
-SCORE_WEIGHT = f"{SCORE}.weight"
+SCORE_WEIGHT = f"{SCORE_HEAD}.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     Raises:
         UserError: the base has none, or the download failed.
     """
-    with _told(settings):
+    with _LoadErrors(settings):
         return AutoTokenizer.from_pretrained(
             resolve_base(settings.base),
             revision=settings.revision or "main",
@@ -67,19 +67,19 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
     Raises:
         UserError: the base has none, or its RoPE cannot be scaled.
     """
-    with _told(settings):
+    with _LoadErrors(settings):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             resolve_base(settings.base),
             revision=settings.revision or "main",
             trust_remote_code=settings.trust_remote_code,
         )
-        stretch(config, settings.rope, base=settings.base)
+        extend_context(config, settings.rope, base=settings.base)
     return config
 
 
 def context_length(settings: ModelSettings) -> int:
     """Return the base's maximum positions, from its config."""
-    return positions(load_config(settings))
+    return max_positions(load_config(settings))
 
 
 def load_base(
@@ -106,34 +106,41 @@ def load_base(
     """
     config = load_config(settings)
     if heads:
-        label_scores(config, heads)
+        configure_score_heads(config, heads)
         set_verbosity_error()  # the library warns of a newly initialized head, which is intended here
-    kind = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
-    with _told(settings):
+    auto_class = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
+    with _LoadErrors(settings):
         model: PreTrainedModel
-        model, loading = kind.from_pretrained(
+        model, loading_info = auto_class.from_pretrained(
             resolve_base(settings.base),
             config=config,
             revision=settings.revision or "main",
             trust_remote_code=settings.trust_remote_code,
             dtype=DTYPES[precision],
             attn_implementation=None if settings.attention == "auto" else settings.attention,
-            quantization_config=_quantization(quantization, precision, heads=bool(heads)),
-            device_map=None if strategy in APART else {"": hardware.device},  # the engine places them
-            distributed_config=DistributedConfig(fsdp_size=world().size) if strategy == "fsdp2" else None,
+            quantization_config=_quantization_config(quantization, precision, heads=bool(heads)),
+            device_map=None
+            if strategy in SHARDED_WEIGHTS
+            else {"": hardware.device},  # the engine places them
+            distributed_config=DistributedConfig(fsdp_size=dist_info().world_size)
+            if strategy == "fsdp2"
+            else None,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below with names and shapes
             output_loading_info=True,
         )
-        other = [f"{name}: {found} instead of {wanted}" for name, found, wanted in loading["mismatched_keys"]]
-        missing = [name for name in loading["missing_keys"] if not (heads and name == SCORE_WEIGHT)]
-        _refuse_unloaded([*missing, *other])
+        mismatched = [
+            f"{name}: {saved_shape} instead of {expected_shape}"
+            for name, saved_shape, expected_shape in loading_info["mismatched_keys"]
+        ]
+        missing = [name for name in loading_info["missing_keys"] if not (heads and name == SCORE_WEIGHT)]
+        _check_all_loaded([*missing, *mismatched])
     if quantization == "nf4" and hardware.device == "cpu":
-        _keep_nf4_layout(model)
-    forget_lengths(model)
+        _disable_nf4_repacking(model)
+    reset_dynamic_rope(model)
     model.requires_grad_(False)
     if strategy == "fsdp2":
-        root(model)
+        set_fsdp_root(model)
     return model
 
 
@@ -151,46 +158,50 @@ def attach_adapter(model: PreTrainedModel, settings: AdapterSettings) -> nn.Modu
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Return trained and total parameters; a 4-bit weight counts with its unpacked number of elements."""
-    settle(model)
+    reshard(model)
     trained = total = 0
     for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        size = state.shape.numel() if state is not None else numbers(parameter)
-        total += size
-        trained += size if parameter.requires_grad else 0
+        quant_state = getattr(parameter, "quant_state", None)
+        numel = quant_state.shape.numel() if quant_state is not None else full_numel(parameter)
+        total += numel
+        trained += numel if parameter.requires_grad else 0
     return ParameterCount(trained, total)
 
 
-def label_scores(config: PretrainedConfig, heads: Sequence[str]) -> None:
+def configure_score_heads(config: PretrainedConfig, heads: Sequence[str]) -> None:
     """Make a config that of a sequence-classification model with one score per head."""
     config.id2label = dict(enumerate(heads))  # sets num_labels as well
     config.label2id = {name: index for index, name in enumerate(heads)}
     config.problem_type = "regression"
 
 
-def _refuse_unloaded(weights: list[str]) -> None:
+def _check_all_loaded(weights: list[str]) -> None:
     """Raise ValueError for weights missing in the files: the library would initialize them at random."""
     if weights:
-        some = "; ".join(sorted(weights)[:3])
-        raise ValueError(f"its files lack {len(weights)} of the weights of config.json ({some})")
+        names = "; ".join(sorted(weights)[:3])
+        raise ValueError(f"its files lack {len(weights)} of the weights of config.json ({names})")
 
 
-def _quantization(quantization: str, precision: str, *, heads: bool) -> BitsAndBytesConfig | None:
-    whole = [SCORE] if heads else None  # a list replaces the library's default, the output embeddings
+def _quantization_config(quantization: str, precision: str, *, heads: bool) -> BitsAndBytesConfig | None:
+    skip_modules = (
+        [SCORE_HEAD] if heads else None
+    )  # a list replaces the library's default, the output embeddings
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[precision],
-            llm_int8_skip_modules=whole,
+            llm_int8_skip_modules=skip_modules,
         )
     return (
-        BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole) if quantization == "int8" else None
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip_modules)
+        if quantization == "int8"
+        else None
     )
 
 
-def _keep_nf4_layout(model: nn.Module) -> None:
+def _disable_nf4_repacking(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at their first generation on this CPU."""
     # Repacked weights round differently in training: generating samples between steps would change a run.
     for module in model.modules():
@@ -198,7 +209,7 @@ def _keep_nf4_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-class _told:
+class _LoadErrors:
     """Translates errors of the hub and of file readers into a UserError."""
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -213,7 +224,7 @@ class _told:
             error, UserError
         ):
             where = f"model.base '{self.settings.base}'"
-            found = " ".join(str(error).split())[:300]
+            actual = " ".join(str(error).split())[:300]
             raise UserError(
-                Problem(where, found, "a causal language model in safetensors, with its tokenizer")
+                Problem(where, actual, "a causal language model in safetensors, with its tokenizer")
             ) from error

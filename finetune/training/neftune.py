@@ -29,9 +29,9 @@ def noisy_embeddings(
     lengths = row_lengths(batch)
 
     def add_noise(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        size = alpha / torch.sqrt(lengths * output.shape[-1])
+        scale = alpha / torch.sqrt(lengths * output.shape[-1])
         noise = torch.empty_like(output).uniform_(-1.0, 1.0)  # torch's global RNG, saved in each checkpoint
-        return output + noise * size.unsqueeze(-1).to(output.dtype)
+        return output + noise * scale.unsqueeze(-1).to(output.dtype)
 
     handle = embeddings.register_forward_hook(add_noise)
     try:
@@ -50,10 +50,12 @@ def row_lengths(batch: Mapping[str, Tensor]) -> Tensor:
         (B, T), float; in a packed batch padding counts as a separate text.
     """
     if "attention_mask" in batch:
-        mask = batch["attention_mask"]
-        return mask.sum(dim=1, keepdim=True).expand_as(mask).float()
-    positions = batch["position_ids"]
+        mask_BT = batch["attention_mask"]
+        return mask_BT.sum(dim=1, keepdim=True).expand_as(mask_BT).float()
+    position_ids_BT = batch["position_ids"]
     # A position id of 0 begins a text of a packed row.
-    number = (positions == 0).cumsum(dim=1) - 1
-    counts = torch.zeros_like(number).scatter_add_(1, number, torch.ones_like(number))
-    return counts.gather(1, number).float()
+    text_index_BT = (position_ids_BT == 0).cumsum(dim=1) - 1
+    lengths_BT = torch.zeros_like(text_index_BT).scatter_add_(
+        1, text_index_BT, torch.ones_like(text_index_BT)
+    )
+    return lengths_BT.gather(1, text_index_BT).float()

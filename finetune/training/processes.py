@@ -11,94 +11,94 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from finetune.planning.world import World, world
+from finetune.planning.world import DistInfo, dist_info
 
-Value = TypeVar("Value")
+T = TypeVar("T")
 
-PATIENCE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 """How long a collective waits for a rank that evaluates or writes; one that died is reported at once."""
-DEEPSPEED_SWITCH = "ACCELERATE_USE_DEEPSPEED"
+USE_DEEPSPEED_ENV = "ACCELERATE_USE_DEEPSPEED"
 """The variable that Accelerate's own launcher sets for DeepSpeed; Accelerate's states read it."""
-DEEPSPEED_DEVICE = "DS_ACCELERATOR"
+DEEPSPEED_DEVICE_ENV = "DS_ACCELERATOR"
 """The variable that selects DeepSpeed's device; it is read when DeepSpeed is first imported."""
 
 
-def join(device: str, *, deepspeed: bool) -> World:
+def init_distributed(device: str, *, deepspeed: bool) -> DistInfo:
     """Initialize the process group; called before any collective.
 
     Args:
         device: ``cpu`` or ``cuda``.
         deepspeed: whether ZeRO is the strategy.
     """
-    place = world()
-    if place.size == 1:
-        return place
-    _name_place(place)
-    os.environ[DEEPSPEED_SWITCH] = str(deepspeed).lower()
+    dist = dist_info()
+    if dist.world_size == 1:
+        return dist
+    _export_rank_variables(dist)
+    os.environ[USE_DEEPSPEED_ENV] = str(deepspeed).lower()
     if device == "cpu":
-        os.environ[DEEPSPEED_DEVICE] = "cpu"  # or DeepSpeed warns that it found no GPU
+        os.environ[DEEPSPEED_DEVICE_ENV] = "cpu"  # or DeepSpeed warns that it found no GPU
     backend: dict[str, Any] = {"backend": "gloo"} if device == "cpu" else {}
     # DeepSpeed on CPUs as Accelerate documents it: a gloo state that exists before the TrainingArguments,
     # which take it over (``use_configured_state``).
     with redirect_stdout(StringIO()):  # DeepSpeed prints what it compiled
-        PartialState(cpu=device == "cpu" and not deepspeed, timeout=PATIENCE, **backend)
-    assert PartialState().num_processes == place.size, "process group size != the launcher's world size"
-    return place
+        PartialState(cpu=device == "cpu" and not deepspeed, timeout=TIMEOUT, **backend)
+    assert PartialState().num_processes == dist.world_size, "process group size != the launcher's world size"
+    return dist
 
 
-def wait() -> None:
+def barrier() -> None:
     """Block until every rank has reached this call."""
-    if world().size > 1:
+    if dist_info().world_size > 1:
         PartialState().wait_for_everyone()
 
 
-def everyones(value: Value) -> list[Value]:
+def all_gather_object(value: T) -> list[T]:
     """Return every rank's value, in order of rank; it must be picklable."""
-    return gather_object([value]) if world().size > 1 else [value]
+    return gather_object([value]) if dist_info().world_size > 1 else [value]
 
 
-def from_main(value: Value) -> Value:
+def broadcast_object(value: T) -> T:
     """Return rank 0's value on every rank; the value that other ranks pass is ignored."""
-    if world().size == 1:
+    if dist_info().world_size == 1:
         return value
-    found = [value]
-    broadcast_object_list(found, from_process=0)
-    return found[0]
+    objects = [value]
+    broadcast_object_list(objects, from_process=0)
+    return objects[0]
 
 
-def anyones(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Return whether the flag is true on any rank (an all-reduce)."""
-    if world().size == 1:
+    if dist_info().world_size == 1:
         return flag
-    said = torch.tensor([float(flag)], device=PartialState().device)
-    torch.distributed.all_reduce(said)
-    return bool(said.item())
+    count = torch.tensor([float(flag)], device=PartialState().device)
+    torch.distributed.all_reduce(count)
+    return bool(count.item())
 
 
-def share(items: Sequence[Value]) -> Sequence[Value]:
+def shard(items: Sequence[T]) -> Sequence[T]:
     """Return this rank's shard of a list: ``items[rank::world_size]``."""
-    place = world()
-    return items[place.rank :: place.size]
+    dist = dist_info()
+    return items[dist.rank :: dist.world_size]
 
 
-def share_in_step(items: Sequence[Value]) -> list[tuple[Value, bool]]:
+def shard_padded(items: Sequence[T]) -> list[tuple[T, bool]]:
     """Return this rank's shard as (item, is_real), padded with the first item to the longest shard."""
     # With sharded weights each forward pass is a collective (all-gather), so all ranks need as many of them.
-    own = [(item, True) for item in share(items)]
-    longest = -(-len(items) // world().size)
-    return own + [(items[0], False)] * (longest - len(own))
+    shard_items = [(item, True) for item in shard(items)]
+    shard_size = -(-len(items) // dist_info().world_size)
+    return shard_items + [(items[0], False)] * (shard_size - len(shard_items))
 
 
-def together(shares: Sequence[Sequence[Value]]) -> list[Value]:
+def unshard(shards: Sequence[Sequence[T]]) -> list[T]:
     """Return the list that was sharded, in its original order, from the shards of all ranks."""
-    size = len(shares)
-    return [shares[index % size][index // size] for index in range(sum(map(len, shares)))]
+    world_size = len(shards)
+    return [shards[index % world_size][index // world_size] for index in range(sum(map(len, shards)))]
 
 
-def _name_place(place: World) -> None:
+def _export_rank_variables(dist: DistInfo) -> None:
     """Set the variables that torch and Accelerate read; `srun` alone sets only SLURM's."""
     os.environ |= {
-        "RANK": str(place.rank),
-        "WORLD_SIZE": str(place.size),
-        "LOCAL_RANK": str(place.local_rank),
+        "RANK": str(dist.rank),
+        "WORLD_SIZE": str(dist.world_size),
+        "LOCAL_RANK": str(dist.local_rank),
     }

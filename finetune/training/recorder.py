@@ -11,16 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.training import processes
-from finetune.training.checkpoints import seal
+from finetune.training.checkpoints import write_checksums
 from finetune.training.run_directory import RunDirectory
-from finetune.training.stops import Interrupt, NotFiniteError
+from finetune.training.stops import NotFiniteError, SignalFlag
 
-LINES_WITHOUT_TERMINAL = 10
-MEAN_LOSS = "train_loss"
+PROGRESS_LINES = 10
+MEAN_LOSS_KEY = "train_loss"
 """The engine's last log entry: the mean loss over all steps, also those between two log entries."""
 
 
-class TrainedAlready(Exception):  # noqa: N818 - it is no error
+class AlreadyTrained(Exception):  # noqa: N818 - it is no error
     """The checkpoint is of the last step: nothing is left to train."""
 
 
@@ -28,13 +28,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, writes checkpoint checksums, and stops on signals and NaN."""
 
     def __init__(
-        self, run: RunDirectory, console: Console, interrupt: Interrupt, *, logged: Collection[str]
+        self, run: RunDirectory, console: Console, signal_flag: SignalFlag, *, logged_keys: Collection[str]
     ) -> None:
         """Bind the recorder to a run; ``logged_keys`` are the metrics that are written to metrics.jsonl."""
         self.run = run
-        self.logged = logged
+        self.logged_keys = logged_keys
         self.console = console
-        self.interrupt = interrupt
+        self.signal_flag = signal_flag
         self.progress = Progress(
             TextColumn("  "),
             BarColumn(),
@@ -59,7 +59,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         """
         # Resumed in the middle of an epoch, the engine would run one more step before it checks max_steps.
         if state.global_step >= state.max_steps:
-            raise TrainedAlready
+            raise AlreadyTrained
         self.started = time.monotonic()
         self.first_step = state.global_step
         self.task = self.progress.add_task(
@@ -72,8 +72,10 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Show progress; after a signal on any rank, all ranks save a checkpoint and stop."""
         self.progress.update(self.task, completed=state.global_step, rate=self._rate(state))
-        if processes.anyones(bool(self.interrupt.name)):
-            self.interrupt.name = next(filter(None, processes.everyones(self.interrupt.name)))
+        if processes.any_rank(bool(self.signal_flag.signal_name)):
+            self.signal_flag.signal_name = next(
+                filter(None, processes.all_gather_object(self.signal_flag.signal_name))
+            )
             control.should_save = True
             control.should_training_stop = True
 
@@ -91,25 +93,25 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             NotFiniteError: a metric such as loss or gradient norm is NaN or infinite.
         """
         logs = logs or {}
-        for key in (*self.logged, MEAN_LOSS):
+        for key in (*self.logged_keys, MEAN_LOSS_KEY):
             if not math.isfinite(logs.get(key, 0.0)):
                 raise NotFiniteError(f"{key} is {logs[key]} at step {state.global_step}")
-        line = {key: value for key, value in logs.items() if key in self.logged}
-        if not line:
+        entry = {key: value for key, value in logs.items() if key in self.logged_keys}
+        if not entry:
             return
-        self.run.log({"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **line})
-        if "loss" in line:
-            self.progress.update(self.task, loss=f"{line['loss']:.4f}")
-            self._print_line(state, line["loss"])
+        self.run.append_metrics({"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **entry})
+        if "loss" in entry:
+            self.progress.update(self.task, loss=f"{entry['loss']:.4f}")
+            self._print_progress(state, entry["loss"])
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the checksums of the engine's new checkpoint, after every rank has written its files."""
-        processes.wait()
-        if self.run.writes:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        processes.wait()
+        processes.barrier()
+        if self.run.is_writer:
+            write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        processes.barrier()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -121,13 +123,15 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         seconds = time.monotonic() - self.started
         return f"{(state.global_step - self.first_step) / max(seconds, 1e-9):.2f} steps/s"
 
-    def _print_line(self, state: TrainerState, loss: float) -> None:
+    def _print_progress(self, state: TrainerState, loss: float) -> None:
         """Print progress about ten times per run where there is no terminal for the bar."""
-        every = max(1, state.max_steps // LINES_WITHOUT_TERMINAL)
+        every = max(1, state.max_steps // PROGRESS_LINES)
         if self.console.is_terminal or (state.global_step % every and state.global_step != state.max_steps):
             return
         done = state.global_step - self.first_step
-        left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
-        at = f"  step {state.global_step}/{state.max_steps}  loss {loss:.4f}"
-        text = f"{at}  {self._rate(state)}  {left:.0f} s left"
+        seconds_left = (
+            (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
+        )
+        position = f"  step {state.global_step}/{state.max_steps}  loss {loss:.4f}"
+        text = f"{position}  {self._rate(state)}  {seconds_left:.0f} s left"
         self.console.print(text, highlight=False)

@@ -10,10 +10,12 @@ from jinja2 import Environment, FileSystemLoader, Template
 from matplotlib.figure import Figure
 
 from finetune.training.run_directory import RunDirectory
-from finetune.training.watched import Panel
+from finetune.training.watched import Diagnostics
 
 
-def write_report(run: RunDirectory, curves: Mapping[str, str], panel: Panel | None = None) -> None:
+def write_report(
+    run: RunDirectory, curves: Mapping[str, str], diagnostics: Diagnostics | None = None
+) -> None:
     """Write the page from the files of a run's folder.
 
     Args:
@@ -21,14 +23,16 @@ def write_report(run: RunDirectory, curves: Mapping[str, str], panel: Panel | No
         curves: metric of metrics.jsonl -> title.
         diagnostics: the stage's own tables and figures.
     """
-    panel = panel or Panel()
+    diagnostics = diagnostics or Diagnostics()
     metrics = run.metrics()
     page = _template().render(
         run=run.record,
         name=run.path.name,
-        curves={title: _curve(metrics, key, title) for key, title in curves.items() if _points(metrics, key)},
-        figures=[_svg(figure) for figure in panel.figures.values()],
-        tables=panel.tables,
+        curves={
+            title: _curve_svg(metrics, key, title) for key, title in curves.items() if _points(metrics, key)
+        },
+        figures=[_svg(figure) for figure in diagnostics.figures.values()],
+        tables=diagnostics.tables,
         samples=run.samples(),
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8"),
     )
@@ -42,10 +46,10 @@ def _template() -> Template:
 
 
 def _points(metrics: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(line["step"], line[key]) for line in metrics if key in line]
+    return [(entry["step"], entry[key]) for entry in metrics if key in entry]
 
 
-def _curve(metrics: list[dict[str, Any]], key: str, title: str) -> str:
+def _curve_svg(metrics: list[dict[str, Any]], key: str, title: str) -> str:
     """Return a curve over optimizer steps as an SVG element."""
     steps, values = zip(*_points(metrics, key), strict=True)
     figure = Figure(figsize=(5.2, 2.6), layout="constrained")

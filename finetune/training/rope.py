@@ -18,10 +18,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import RopeSettings
 
-ROTARY = ("Llama", "Mistral", "Qwen", "GPT-NeoX")
+ROTARY_MODELS = ("Llama", "Mistral", "Qwen", "GPT-NeoX")
 
 
-def stretch(config: PretrainedConfig, rope: RopeSettings | None, *, base: str) -> None:
+def extend_context(config: PretrainedConfig, rope: RopeSettings | None, *, base: str) -> None:
     """Write RoPE scaling into a model's config, in transformers' format.
 
     Raises:
@@ -29,27 +29,27 @@ def stretch(config: PretrainedConfig, rope: RopeSettings | None, *, base: str) -
     """
     if rope is None:
         return
-    text = config.get_text_config()
-    parameters = _plain_parameters(text, base)
-    original = int(text.max_position_embeddings)
-    added: dict[str, Any] = {"rope_type": rope.method, "factor": rope.factor}
+    text_config = config.get_text_config()
+    parameters = _unscaled_parameters(text_config, base)
+    original = int(text_config.max_position_embeddings)
+    rope_parameters: dict[str, Any] = {"rope_type": rope.method, "factor": rope.factor}
     if rope.method == "yarn":
-        added["original_max_position_embeddings"] = original
-    text.rope_parameters = {**parameters, **added}
+        rope_parameters["original_max_position_embeddings"] = original
+    text_config.rope_parameters = {**parameters, **rope_parameters}
     if rope.method != "dynamic":  # for dynamic, max_position_embeddings is the L of the formula
-        text.max_position_embeddings = round(original * rope.factor)
+        text_config.max_position_embeddings = round(original * rope.factor)
 
 
-def positions(config: PretrainedConfig) -> int:
+def max_positions(config: PretrainedConfig) -> int:
     """Return a model's maximum positions; with dynamic scaling more than ``max_position_embeddings``."""
-    text = config.get_text_config()
-    parameters = text.to_dict().get("rope_parameters") or {}
+    text_config = config.get_text_config()
+    parameters = text_config.to_dict().get("rope_parameters") or {}
     dynamic = parameters.get("rope_type") == "dynamic"
-    reach: int = round(text.max_position_embeddings * (parameters["factor"] if dynamic else 1.0))
-    return reach
+    extended: int = round(text_config.max_position_embeddings * (parameters["factor"] if dynamic else 1.0))
+    return extended
 
 
-def forget_lengths(model: PreTrainedModel) -> None:
+def reset_dynamic_rope(model: PreTrainedModel) -> None:
     """Reset dynamic RoPE frequencies before each forward pass, so that it does not depend on earlier ones."""
     # transformers caches the frequencies of the longest row so far: a resumed run would differ from an
     # uninterrupted one. Within a pass the longest row decides for all. Other RoPE types have no such cache.
@@ -58,32 +58,32 @@ def forget_lengths(model: PreTrainedModel) -> None:
         return
     for module in model.modules():
         if "original_inv_freq" in dict(module.named_buffers(recurse=False)):
-            module.register_forward_pre_hook(_start_anew)
+            module.register_forward_pre_hook(_restore_frequencies)
 
 
-def _start_anew(module: Any, args: tuple[Tensor, ...]) -> None:
+def _restore_frequencies(module: Any, args: tuple[Tensor, ...]) -> None:
     module.inv_freq = module.original_inv_freq.clone()
     module.max_seq_len_cached = module.original_max_seq_len
 
 
-def _plain_parameters(text: PretrainedConfig, base: str) -> dict[str, Any]:
+def _unscaled_parameters(text_config: PretrainedConfig, base: str) -> dict[str, Any]:
     """Return the base's RoPE parameters, which must be unscaled."""
-    parameters = text.to_dict().get("rope_parameters")
+    parameters = text_config.to_dict().get("rope_parameters")
     repair = "remove model.rope, or choose another base"
     if not parameters:
-        found = f"{base} ({text.model_type}) has no rotary position embeddings (RoPE)"
-        expected = f"a base with RoPE, such as {', '.join(ROTARY)}"
-        raise UserError(Problem("model.rope", found, expected, repair))
+        actual = f"{base} ({text_config.model_type}) has no rotary position embeddings (RoPE)"
+        expected = f"a base with RoPE, such as {', '.join(ROTARY_MODELS)}"
+        raise UserError(Problem("model.rope", actual, expected, repair))
     if "rope_type" not in parameters:
-        found = f"{base} ({text.model_type}) has different RoPE parameters per layer type"
-        raise UserError(Problem("model.rope", found, "the same RoPE parameters in all layers", repair))
+        actual = f"{base} ({text_config.model_type}) has different RoPE parameters per layer type"
+        raise UserError(Problem("model.rope", actual, "the same RoPE parameters in all layers", repair))
     if parameters["rope_type"] != "default":
-        found = f"the RoPE of {base} is already scaled ({_words(parameters)})"
-        raise UserError(Problem("model.rope", found, "a base without RoPE scaling", repair))
-    own: dict[str, Any] = dict(parameters)
-    return own
+        actual = f"the RoPE of {base} is already scaled ({_describe_scaling(parameters)})"
+        raise UserError(Problem("model.rope", actual, "a base without RoPE scaling", repair))
+    copy: dict[str, Any] = dict(parameters)
+    return copy
 
 
-def _words(parameters: dict[str, Any]) -> str:
+def _describe_scaling(parameters: dict[str, Any]) -> str:
     factor = parameters.get("factor")
     return f"{parameters['rope_type']}, factor {factor:g}" if factor else str(parameters["rope_type"])

@@ -10,22 +10,22 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from finetune.planning.world import world
+from finetune.planning.world import dist_info
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.runs import RUNS, read_record
+from finetune.recipe.runs import RUNS_FOLDER, read_run_record
 from finetune.training.run_fingerprint import run_fingerprint
 
 REPLACED = "replaced"
 SAMPLES = "samples.jsonl"
-CHOSEN = "chosen.jsonl"
+SELECTED = "chosen.jsonl"
 METRICS = "metrics.jsonl"
-OWN_FILES = ("recipe.yaml", METRICS, SAMPLES, CHOSEN, "report.html", "run.json")
+RUN_FILES = ("recipe.yaml", METRICS, SAMPLES, SELECTED, "report.html", "run.json")
 MERGED, RULES = "merged", "rules"
-DRAWN, ROUNDS = "drawn", "rounds"
-OWN_FOLDERS = ("adapter", "model", MERGED, RULES, DRAWN, ROUNDS, "checkpoints")
-LOCK = ".lock"
-PARTIAL = ".{}.partial"
+CANDIDATES, ROUNDS = "drawn", "rounds"
+RUN_FOLDERS = ("adapter", "model", MERGED, RULES, CANDIDATES, ROUNDS, "checkpoints")
+LOCK_FILE = ".lock"
+PARTIAL_NAME = ".{}.partial"
 
 
 class RunDirectory:
@@ -40,8 +40,8 @@ class RunDirectory:
         self.recipe = recipe
         self.digest = digest
         self.fingerprint = fingerprint
-        self.record = read_record(path)
-        self.writes = world().main
+        self.record = read_run_record(path)
+        self.is_writer = dist_info().is_main
 
     @classmethod
     def of(cls, recipe: Recipe, *, force: bool) -> "RunDirectory":
@@ -69,12 +69,12 @@ class RunDirectory:
             UserError: the folder holds something else.
         """
         digest = recipe.digest(fingerprint)
-        path = recipe.out or RUNS / f"{recipe.stage}-{recipe.name}-{digest}"
+        path = recipe.out or RUNS_FOLDER / f"{recipe.stage}-{recipe.name}-{digest}"
         run = cls(path, recipe, digest, fingerprint=fingerprint)
         if force and run.record:
             run.record["status"] = REPLACED
         else:
-            run.check()
+            run.check_usable()
         return run
 
     @property
@@ -91,58 +91,58 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def check(self) -> None:
+    def check_usable(self) -> None:
         """Raise UserError if the folder holds anything but a run of this recipe."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(Problem(f"--out {self.path}", "a file", "a folder, or an unused name"))
-        if not self.record and self.path.is_dir() and self._foreign_files():
+        if not self.record and self.path.is_dir() and self._has_foreign_files():
             expected = "an empty folder, a new name, or the folder of an earlier run"
             repair = "choose another --out; nothing in that folder was changed"
             raise UserError(
                 Problem(f"--out {self.path}", "a folder with other files, not a run", expected, repair)
             )
         if self.record and self.record["digest"] != self.digest:
-            found = f"a run with other settings or data ({self.record['recipe']}, {self.record['digest']})"
+            actual = f"a run with other settings or data ({self.record['recipe']}, {self.record['digest']})"
             repair = "choose another --out, or --force to replace that run"
             raise UserError(
-                Problem(f"--out {self.path}", found, f"a run of this recipe ({self.digest})", repair)
+                Problem(f"--out {self.path}", actual, f"a run of this recipe ({self.digest})", repair)
             )
 
     def clear(self) -> None:
         """Delete an earlier run's files, run.json last: a kill midway leaves no run that looks finished."""
-        if not self.record or not self.writes:
+        if not self.record or not self.is_writer:
             self.record = {}
             return
         # Marked on disk first: after a kill during the deletion the next run clears the rest.
         self.update(status=REPLACED)
-        for name in OWN_FOLDERS:
+        for name in RUN_FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in OWN_FILES:
+        for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
         self.record = {}
 
     @contextmanager
-    def start(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Create the folder and hold its lock inside the block.
 
         Raises:
             UserError: another process holds the lock, or the folder is not writable.
         """
-        if not self.writes:
+        if not self.is_writer:
             yield
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / LOCK, timeout=0)
+            lock = FileLock(self.path / LOCK_FILE, timeout=0)
             lock.acquire()
         except Timeout as error:
-            found = "another process uses this folder"
+            actual = "another process uses this folder"
             raise UserError(
-                Problem(str(self.path), found, "one process at a time", "wait, or use --out")
+                Problem(str(self.path), actual, "one process at a time", "wait, or use --out")
             ) from error
         except OSError as error:
-            found = f"not writable: {error.strerror}"
-            raise UserError(Problem(str(self.path), found, "a writable folder", "use --out")) from error
+            actual = f"not writable: {error.strerror}"
+            raise UserError(Problem(str(self.path), actual, "a writable folder", "use --out")) from error
         try:
             yield
         finally:
@@ -151,71 +151,72 @@ class RunDirectory:
     def update(self, **fields: Any) -> None:
         """Update fields of run.json; sections (dicts) are merged."""
         for key, value in fields.items():
-            old = self.record.get(key)
+            previous = self.record.get(key)
             self.record[key] = (
-                {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+                {**previous, **value} if isinstance(previous, dict) and isinstance(value, dict) else value
             )
         self.write("run.json", json.dumps(self.record, indent=1, ensure_ascii=False, default=str) + "\n")
 
     def write(self, name: str, text: str) -> None:
         """Write a text file atomically."""
-        if not self.writes:
+        if not self.is_writer:
             return
         # A rename is atomic: neither a kill nor a concurrent reader sees an incomplete file.
-        partial = self.path / PARTIAL.format(name)
+        partial = self.path / PARTIAL_NAME.format(name)
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path / name)
 
-    def log(self, metrics: dict[str, Any]) -> None:
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Append an entry to metrics.jsonl."""
-        if not self.writes:
+        if not self.is_writer:
             return
         with (self.path / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        return self.lines(METRICS)
+        return self.read_jsonl(METRICS)
 
     def samples(self) -> list[dict[str, Any]]:
-        return self.lines(SAMPLES)
+        return self.read_jsonl(SAMPLES)
 
-    def lines(self, name: str) -> list[dict[str, Any]]:
+    def read_jsonl(self, name: str) -> list[dict[str, Any]]:
         """Return the entries of a JSON Lines file; empty if there is no such file."""
         path = self.path / name
         # The last element is empty, or an entry that a kill truncated.
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in lines]
 
-    def write_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+    def write_jsonl(self, name: str, entries: Iterable[Mapping[str, Any]]) -> None:
         """Write a JSON Lines file atomically."""
-        self.write(name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self.write(name, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
-    def forget_after(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Drop metrics of later steps, which a resumed run logs again."""
-        if not self.writes:
+        if not self.is_writer:
             return
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        self.write_lines(METRICS, kept)
+        entries = [entry for entry in self.metrics() if entry["step"] <= step]
+        self.write_jsonl(METRICS, entries)
 
     @contextmanager
-    def replacing(self, name: str) -> Iterator[Path]:
+    def atomic_folder(self, name: str) -> Iterator[Path]:
         """Yield a temporary folder that atomically becomes ``name`` on success."""
-        assert self.writes, "only rank 0 saves"
-        with replacing(self.path, name) as partial:
+        assert self.is_writer, "only rank 0 saves"
+        with atomic_folder(self.path, name) as partial:
             yield partial
 
-    def _foreign_files(self) -> bool:
+    def _has_foreign_files(self) -> bool:
         """Return whether the folder holds files that a run killed at its start would not leave."""
         # A run killed at its start leaves the lock and a partial run.json.
         return any(
-            file.name != LOCK and file.name != PARTIAL.format("run.json") for file in self.path.iterdir()
+            file.name != LOCK_FILE and file.name != PARTIAL_NAME.format("run.json")
+            for file in self.path.iterdir()
         )
 
 
 @contextmanager
-def replacing(path: Path, name: str) -> Iterator[Path]:
+def atomic_folder(path: Path, name: str) -> Iterator[Path]:
     """Yield a temporary folder that atomically becomes ``path/name`` on success."""
-    partial = path / PARTIAL.format(name)
+    partial = path / PARTIAL_NAME.format(name)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     yield partial

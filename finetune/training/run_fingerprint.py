@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.files import data_fingerprint
-from finetune.recipe.runs import finished_record
+from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import StageSettings
 
 
@@ -16,16 +16,16 @@ def run_fingerprint(settings: StageSettings) -> str:
     Raises:
         UserError: missing data, a parent that is not a finished run, or a missing Python file.
     """
-    found = data_fingerprint(settings.data)
-    start = start_record(settings)
-    if start is not None:
+    fingerprint = data_fingerprint(settings.data)
+    parent = parent_run_record(settings)
+    if parent is not None:
         # The parent's weights, not its name or path: a run from a copy of the parent is the same run.
-        found = _sha256([found, start["files"]])
-    used = [digest for _, section in settings for digest in section.made_of()]
-    return _sha256([found, *used]) if used else found
+        fingerprint = _json_sha256([fingerprint, parent["files"]])
+    extra_digests = [digest for _, section in settings for digest in section.input_digests()]
+    return _json_sha256([fingerprint, *extra_digests]) if extra_digests else fingerprint
 
 
-def start_record(settings: StageSettings) -> dict[str, Any] | None:
+def parent_run_record(settings: StageSettings) -> dict[str, Any] | None:
     """Return run.json's section on the parent run; None if the run starts from a base.
 
     Raises:
@@ -34,10 +34,15 @@ def start_record(settings: StageSettings) -> dict[str, Any] | None:
     if settings.model.start is None:
         return None
     path = Path(settings.model.start)
-    record = finished_record(path)
-    names = {"name": path.name, "folder": str(path), "stage": record["stage"], "recipe": record["recipe"]}
-    return {**names, "digest": record["digest"], "files": record["files"]}
+    record = read_finished_record(path)
+    description = {
+        "name": path.name,
+        "folder": str(path),
+        "stage": record["stage"],
+        "recipe": record["recipe"],
+    }
+    return {**description, "digest": record["digest"], "files": record["files"]}
 
 
-def _sha256(content: Any) -> str:
+def _json_sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

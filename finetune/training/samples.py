@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_templates._segments import REPLIES, Message
-from finetune.training.generate import Reply
+from data_templates._segments import REPLY_ROLES, Message
+from finetune.training.generate import Completion
 from finetune.training.run_directory import SAMPLES, RunDirectory
 
-Answer = Callable[[Sequence[Sequence[Message]]], list[Reply]]
+GenerateFn = Callable[[Sequence[Sequence[Message]]], list[Completion]]
 
 
 @dataclass(frozen=True)
@@ -16,77 +16,87 @@ class Samples:
     """Conversations with their expected replies; the first ``num_shown`` are written, all are scored."""
 
     conversations: list[list[Message]]
-    shown: int
+    num_shown: int
     scored: bool
 
-    def before(self, run: RunDirectory, answer: Answer) -> None:
+    def record_before(self, run: RunDirectory, generate: GenerateFn) -> None:
         """Generate with the untrained model; skipped if a resumed run has done so."""
         if not self.conversations or run.samples():
             return
-        replies = answer(self._questions())
-        self._score(run, "before", replies)
-        lines = [self._line(i) | {"before": reply.text} for i, reply in enumerate(replies[: self.shown])]
-        self._write(run, lines)
+        completions = generate(self._prompts())
+        self._record_scores(run, "before", completions)
+        entries = [
+            self._entry(i) | {"before": completion.text}
+            for i, completion in enumerate(completions[: self.num_shown])
+        ]
+        self._write(run, entries)
 
-    def after(self, run: RunDirectory, answer: Answer) -> None:
+    def record_after(self, run: RunDirectory, generate: GenerateFn) -> None:
         """Generate with the trained model and add the completions to samples.jsonl."""
         if not self.conversations:
             return
-        replies = answer(self._questions())
-        self._score(run, "after", replies)
-        lines = [
-            line | {"after": reply.text, "stopped": reply.stopped}
-            for line, reply in zip(run.samples(), replies, strict=False)  # more are scored than written
+        completions = generate(self._prompts())
+        self._record_scores(run, "after", completions)
+        entries = [
+            entry | {"after": completion.text, "stopped": completion.ended_with_eos}
+            for entry, completion in zip(
+                run.samples(), completions, strict=False
+            )  # more are scored than written
         ]
-        self._write(run, lines)
+        self._write(run, entries)
 
-    def _questions(self) -> list[list[Message]]:
-        return [conversation[: _last_reply(conversation)] for conversation in self.conversations]
+    def _prompts(self) -> list[list[Message]]:
+        return [conversation[: _last_reply_index(conversation)] for conversation in self.conversations]
 
-    def _line(self, index: int) -> dict[str, Any]:
+    def _entry(self, index: int) -> dict[str, Any]:
         """Return prompt and expected reply, and the ``turns`` unless they are a single user turn."""
         conversation = self.conversations[index]
-        end = _last_reply(conversation)
-        line = {"prompt": question_of(conversation), "expected": conversation[end].content}
+        end = _last_reply_index(conversation)
+        entry = {"prompt": prompt_text(conversation), "expected": conversation[end].content}
         turns = [[turn.role, turn.content, turn.context] for turn in conversation[:end]]
-        return line if turns == [["user", line["prompt"], ""]] else line | {"turns": turns}
+        return entry if turns == [["user", entry["prompt"], ""]] else entry | {"turns": turns}
 
-    def _score(self, run: RunDirectory, when: str, replies: list[Reply]) -> None:
-        scores = {f"stopped_{when}": sum(reply.stopped for reply in replies) / len(replies)}
+    def _record_scores(self, run: RunDirectory, when: str, completions: list[Completion]) -> None:
+        scores = {
+            f"stopped_{when}": sum(completion.ended_with_eos for completion in completions) / len(completions)
+        }
         if self.scored:
             expected = [
-                conversation[_last_reply(conversation)].content for conversation in self.conversations
+                conversation[_last_reply_index(conversation)].content for conversation in self.conversations
             ]
-            right = [reply.text == text.strip() for reply, text in zip(replies, expected, strict=True)]
-            scores[f"exact_match_{when}"] = sum(right) / len(right)
+            correct = [
+                completion.text == text.strip()
+                for completion, text in zip(completions, expected, strict=True)
+            ]
+            scores[f"exact_match_{when}"] = sum(correct) / len(correct)
         run.update(metrics=scores)
 
-    def _write(self, run: RunDirectory, lines: list[dict[str, Any]]) -> None:
-        run.write_lines(SAMPLES, lines)
+    def _write(self, run: RunDirectory, entries: list[dict[str, Any]]) -> None:
+        run.write_jsonl(SAMPLES, entries)
 
 
-def turns_of(sample: Mapping[str, Any]) -> list[Message]:
+def sample_turns(sample: Mapping[str, Any]) -> list[Message]:
     """Return the prompt of an entry of samples.jsonl as messages."""
     if "turns" not in sample:
         return [Message("user", sample["prompt"])]
     return [Message(role, content, context=context) for role, content, context in sample["turns"]]
 
 
-def question_of(conversation: Sequence[Message]) -> str:
+def prompt_text(conversation: Sequence[Message]) -> str:
     """Return the text before a conversation's last reply, for display."""
-    end = _last_reply(conversation)
+    end = _last_reply_index(conversation)
     prompt = "\n".join(filter(None, (turn.content for turn in conversation[:end])))
     return f"{prompt}\n{conversation[end - 1].context}".strip()
 
 
-def _last_reply(conversation: Sequence[Message]) -> int:
-    return max(index for index, turn in enumerate(conversation) if turn.role in REPLIES)
+def _last_reply_index(conversation: Sequence[Message]) -> int:
+    return max(index for index, turn in enumerate(conversation) if turn.role in REPLY_ROLES)
 
 
-def spread(total: int, count: int) -> list[int]:
+def evenly_spaced(total: int, count: int) -> list[int]:
     """Return ``count`` evenly spaced indices from 0 to ``total - 1``, including both ends.
 
-    >>> spread(216, 4)
+    >>> evenly_spaced(216, 4)
     [0, 72, 143, 215]
     """
     if count >= total or count < 2:

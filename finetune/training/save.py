@@ -11,13 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.recipe.errors import Problem, UserError
 from finetune.training import apart
-from finetune.training.preflight.ticks import some
+from finetune.training.preflight.ticks import first_few
 from finetune.training.run_directory import RunDirectory
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def save_trained(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Write ``adapter/`` (PEFT's format) or ``model/``, with the tokenizer, atomically.
 
     A collective: every rank must call it (weights may be sharded), and rank 0 writes.
@@ -30,25 +30,27 @@ def save_tuned(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokeniz
     """
     name = "adapter" if isinstance(model, PeftModel) else "model"
     write = write_adapter if isinstance(model, PeftModel) else _write_model
-    if not run.writes:
+    if not run.is_writer:
         write(model, Path(name), main=False)
         return {}
-    with run.replacing(name) as folder:
+    with run.atomic_folder(name) as folder:
         live = write(model, folder, main=True)
-        (_verify if isinstance(model, PeftModel) else verify_model)(folder, live)
+        (_verify_adapter if isinstance(model, PeftModel) else verify_model)(folder, live)
         tokenizer.save_pretrained(str(folder))
         files = sorted(folder.glob("*.safetensors"))
-        return {f"{name}/{file.name}": sha256(file) for file in files}
+        return {f"{name}/{file.name}": file_sha256(file) for file in files}
 
 
 def write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, torch.Tensor]:
     """Write the adapter on rank 0, and return its tensors in memory."""
     assert isinstance(model, PeftModel)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    with apart.whole(*trained):  # gathered twice: PEFT runs prompt encoders, after which ZeRO-3 shards again
-        found = get_peft_model_state_dict(model)
-        live = {name: value.detach().cpu().clone() for name, value in found.items()}
-    with apart.whole(*trained):
+    with apart.gathered_params(
+        *trained
+    ):  # gathered twice: PEFT runs prompt encoders, after which ZeRO-3 shards again
+        adapter_state = get_peft_model_state_dict(model)
+        live = {name: value.detach().cpu().clone() for name, value in adapter_state.items()}
+    with apart.gathered_params(*trained):
         model.save_pretrained(
             str(folder),
             save_embedding_layers=False,
@@ -61,45 +63,47 @@ def write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, to
 def _write_model(model: nn.Module, folder: Path, *, main: bool) -> dict[str, torch.Tensor]:
     """Write the full model on rank 0, and return its tensors in memory."""
     assert isinstance(model, PreTrainedModel)
-    if not apart.in_parts(model):
+    if not apart.is_sharded(model):
         if main:
             model.save_pretrained(str(folder))
-        found: dict[str, torch.Tensor] = model.state_dict()
-        return found
-    live = apart.state_dict(model)
+        model_state: dict[str, torch.Tensor] = model.state_dict()
+        return model_state
+    live = apart.full_state_dict(model)
     model.save_pretrained(str(folder), state_dict=live, is_main_process=main)
     return live
 
 
-def _verify(folder: Path, live: dict[str, torch.Tensor]) -> None:
+def _verify_adapter(folder: Path, live: dict[str, torch.Tensor]) -> None:
     """Compare a saved adapter with the one in memory, tensor by tensor."""
     saved = load_file(folder / ADAPTER_WEIGHTS)
     if not saved or saved.keys() != live.keys():
-        raise _lost(folder, f"{len(saved)} tensors of the adapter's {len(live)}")
-    wrong = [key for key, value in saved.items() if not torch.equal(value, live[key].cpu())]
-    if wrong:
-        raise _lost(folder, f"values unlike the trained weights in {some(wrong)}")
+        raise _save_error(folder, f"{len(saved)} tensors of the adapter's {len(live)}")
+    differing = [key for key, value in saved.items() if not torch.equal(value, live[key].cpu())]
+    if differing:
+        raise _save_error(folder, f"values unlike the trained weights in {first_few(differing)}")
     if all(not value.any() for value in saved.values()):
-        raise _lost(folder, "only zeros")
+        raise _save_error(folder, "only zeros")
 
 
 def verify_model(folder: Path, live: dict[str, torch.Tensor]) -> None:
     """Compare the files of a saved model with the one in memory; tied weights are saved once."""
     for file in sorted(folder.glob("*.safetensors")):
         saved = load_file(file)
-        wrong = [
+        differing = [
             key for key, value in saved.items() if key not in live or not torch.equal(value, live[key].cpu())
         ]
-        if wrong or not saved:
-            raise _lost(file, f"values unlike the trained weights in {some(wrong) or 'an empty file'}")
+        if differing or not saved:
+            raise _save_error(
+                file, f"values unlike the trained weights in {first_few(differing) or 'an empty file'}"
+            )
 
 
-def _lost(where: Path, found: str) -> UserError:
+def _save_error(where: Path, actual: str) -> UserError:
     repair = "check the free disk space, then run the same command to resume from the last checkpoint"
-    return UserError(Problem(f"saved weights ({where})", f"holds {found}", "the trained weights", repair))
+    return UserError(Problem(f"saved weights ({where})", f"holds {actual}", "the trained weights", repair))
 
 
-def sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     """Return a file's SHA-256 as in run.json."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

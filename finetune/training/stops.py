@@ -18,31 +18,31 @@ class LostProcessError(Exception):
     """A worker process died; the message names its rank and the cause."""
 
 
-class Interrupt:
+class SignalFlag:
     """Records the first signal; a second one raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
-        self.name = ""
+        self.signal_name = ""
 
-    def receive(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, signum: int, frame: FrameType | None) -> None:
         """Record the signal; raise KeyboardInterrupt if it is the second."""
-        if self.name:
+        if self.signal_name:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self.signal_name = signal.Signals(signum).name
 
 
 @contextmanager
-def listening() -> Iterator[Interrupt]:
+def catch_signals() -> Iterator[SignalFlag]:
     """Catch SIGINT and SIGTERM inside the block; outside the main thread nothing is caught."""
-    interrupt = Interrupt()
+    flag = SignalFlag()
     try:
-        before = {
-            number: signal.signal(number, interrupt.receive) for number in (signal.SIGINT, signal.SIGTERM)
+        previous_handlers = {
+            signum: signal.signal(signum, flag.handle) for signum in (signal.SIGINT, signal.SIGTERM)
         }
     except ValueError:  # Python allows signal handlers only in the main thread
-        before = {}
+        previous_handlers = {}
     try:
-        yield interrupt
+        yield flag
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in previous_handlers.items():
+            signal.signal(signum, handler)

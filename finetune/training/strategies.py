@@ -10,18 +10,18 @@ from typing import Any
 from accelerate.state import AcceleratorState, is_initialized
 from transformers import TrainingArguments
 
-ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
+ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 """DeepSpeed's strategies and their ZeRO stages."""
-APART = ("zero3", "fsdp2")
+SHARDED_WEIGHTS = ("zero3", "fsdp2")
 """Strategies that shard the weights: each rank stores a shard and all-gathers the others as it computes."""
-SWAP = ".swap"
+SWAP_FOLDER = ".swap"
 """Folder for tensors offloaded to NVMe, inside the run's folder."""
 
-CURRENT = "current"
+CURRENT_PLUGIN = "current"
 """Accelerate's name for the DeepSpeed plugin of a second training in one process."""
 
 
-def engine_words(
+def strategy_arguments(
     strategy: str, *, precision: str = "float32", offload: str = "none", folder: Path = Path()
 ) -> dict[str, Any]:
     """Return a strategy's arguments of transformers' Trainer; empty for ``single`` and ``ddp``.
@@ -34,16 +34,16 @@ def engine_words(
     """
     if strategy == "fsdp2":
         return {"save_only_model": True}  # the Trainer refuses to write more; full_checkpoint does
-    if strategy not in ZERO:
+    if strategy not in ZERO_STAGES:
         return {}
-    filled_in = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    auto_keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
     config: dict[str, Any] = {
-        "zero_optimization": _zero(strategy, offload, folder) | {"reduce_bucket_size": "auto"},
+        "zero_optimization": _zero_config(strategy, offload, folder) | {"reduce_bucket_size": "auto"},
         "zero_allow_untested_optimizer": True,  # PyTorch's AdamW, so that losses equal those of one process
         "zero_force_ds_cpu_optimizer": False,  # or Accelerate replaces it when offloading
         "gradient_clipping": "auto",
-        **dict.fromkeys(filled_in, "auto"),
-        **_passes(precision),
+        **dict.fromkeys(auto_keys, "auto"),
+        **_autocast_config(precision),
     }
     return {
         "use_cpu": False,  # with use_cpu, Accelerate silently drops DeepSpeed
@@ -54,7 +54,7 @@ def engine_words(
     }
 
 
-def loading_words(stored: str, *, offload: str = "none", folder: Path = Path()) -> dict[str, Any]:
+def zero3_init_config(dtype: str, *, offload: str = "none", folder: Path = Path()) -> dict[str, Any]:
     """Return DeepSpeed's configuration for loading a base sharded (``zero.Init``).
 
     Args:
@@ -63,14 +63,16 @@ def loading_words(stored: str, *, offload: str = "none", folder: Path = Path()) 
         folder: root of the swap folder for ``nvme``.
     """
     return {
-        "zero_optimization": _zero("zero3", offload, folder),
+        "zero_optimization": _zero_config("zero3", offload, folder),
         "train_micro_batch_size_per_gpu": 1,  # unused: DeepSpeed requires a batch size even without training
-        "bf16": {"enabled": stored == "bfloat16"},
-        "fp16": {"enabled": stored == "float16"},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
     }
 
 
-def measuring_words(hidden: int, *, offload: str = "none", folder: Path = Path()) -> dict[str, Any]:
+def zero3_inference_config(
+    hidden_size: int, *, offload: str = "none", folder: Path = Path()
+) -> dict[str, Any]:
     """Return DeepSpeed's ZeRO-3 configuration for an engine without optimizer.
 
     Args:
@@ -78,26 +80,35 @@ def measuring_words(hidden: int, *, offload: str = "none", folder: Path = Path()
         offload: where weights are stored.
         folder: root of the swap folder for ``nvme``.
     """
-    sizes = {"stage3_param_persistence_threshold": 10 * hidden, "reduce_bucket_size": hidden * hidden}
-    zero = _zero("zero3", offload, folder) | {"stage3_prefetch_bucket_size": hidden * hidden} | sizes
+    bucket_sizes = {
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+        "reduce_bucket_size": hidden_size * hidden_size,
+    }
+    zero = (
+        _zero_config("zero3", offload, folder)
+        | {"stage3_prefetch_bucket_size": hidden_size * hidden_size}
+        | bucket_sizes
+    )
     zero.pop("offload_optimizer", None)  # this engine has no optimizer
     return {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
 
 
-def _zero(strategy: str, offload: str, folder: Path) -> dict[str, Any]:
-    words: dict[str, Any] = {"stage": ZERO[strategy]}
+def _zero_config(strategy: str, offload: str, folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = {"stage": ZERO_STAGES[strategy]}
     if strategy == "zero3":  # prefetch buffer and replicated small parameters, from the hidden size
-        words |= dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto")
-        words["stage3_gather_16bit_weights_on_model_save"] = True  # of any type, for checkpoints
+        config |= dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto")
+        config["stage3_gather_16bit_weights_on_model_save"] = True  # of any type, for checkpoints
     if offload != "none":
-        place = {"device": offload} | ({"nvme_path": str(folder / SWAP)} if offload == "nvme" else {})
-        words["offload_optimizer"] = place
+        offload_target = {"device": offload} | (
+            {"nvme_path": str(folder / SWAP_FOLDER)} if offload == "nvme" else {}
+        )
+        config["offload_optimizer"] = offload_target
         if strategy == "zero3":
-            words["offload_param"] = place
-    return words
+            config["offload_param"] = offload_target
+    return config
 
 
-def _passes(precision: str) -> dict[str, Any]:
+def _autocast_config(precision: str) -> dict[str, Any]:
     """Return the autocast settings: base in ``precision``, trained weights in float32, as in one process."""
     if precision == "float32":
         return {}
@@ -106,7 +117,7 @@ def _passes(precision: str) -> dict[str, Any]:
     return {"torch_autocast": {"enabled": True, "dtype": precision, "lower_precision_safe_modules": []}}
 
 
-def train_again(arguments: TrainingArguments) -> None:
+def reset_deepspeed_state(arguments: TrainingArguments) -> None:
     """Let one process train a second time with ZeRO, as rejection sampling's rounds do."""
     # Accelerate keeps the first training's DeepSpeed plugin: select the new one, as for several models.
     plugin = arguments.deepspeed_plugin
@@ -114,6 +125,6 @@ def train_again(arguments: TrainingArguments) -> None:
         return
     state = AcceleratorState()
     plugin.set_mixed_precision(state.mixed_precision)
-    state.deepspeed_plugins = {CURRENT: plugin}
-    state.select_deepspeed_plugin(CURRENT)
+    state.deepspeed_plugins = {CURRENT_PLUGIN: plugin}
+    state.select_deepspeed_plugin(CURRENT_PLUGIN)
     arguments.deepspeed_plugin = None

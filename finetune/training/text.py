@@ -9,7 +9,7 @@ from finetune.training.model import context_length, load_tokenizer
 
 
 @dataclass(frozen=True)
-class Text:
+class TextEncoding:
     """Encoder, positions available for tokens, virtual tokens of the adapter, maximum tokens of a row."""
 
     encoder: Encoder
@@ -18,7 +18,7 @@ class Text:
     max_length: int
 
 
-def text_of(settings: StageSettings) -> tuple[Text, str]:
+def build_text_encoding(settings: StageSettings) -> tuple[TextEncoding, str]:
     """Load tokenizer and template; return them with the reason for ``max_length``.
 
     Raises:
@@ -31,4 +31,4 @@ def text_of(settings: StageSettings) -> tuple[Text, str]:
     max_length, reason = choices.max_length(
         settings.data.max_length, context=context, virtual_tokens=virtual_tokens
     )
-    return Text(encoder, context - virtual_tokens, virtual_tokens, max_length), reason
+    return TextEncoding(encoder, context - virtual_tokens, virtual_tokens, max_length), reason

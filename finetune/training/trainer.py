@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from finetune.data.collate import IGNORED
+from finetune.data.collate import IGNORE_INDEX
 from finetune.training.base_trainer import BaseTrainer, log_held_out
 from finetune.training.completion import completion_loss_sum, held_out_loss
 from finetune.training.head import output_head
@@ -42,10 +42,14 @@ class NativeTrainer(BaseTrainer):
         assert num_items_in_batch is not None and not return_outputs
         with noisy_embeddings(self.embeddings, self.neftune_alpha, inputs):
             loss_sum = completion_loss_sum(
-                model, self.head, inputs, passes=self.hooks.passes, label_smoothing=self.label_smoothing
+                model,
+                self.head,
+                inputs,
+                num_passes=self.hooks.forward_passes,
+                label_smoothing=self.label_smoothing,
             )
         if self.hooks.penalty:  # weighted by this micro-batch's share of the step's labels
-            loss_sum = loss_sum + self.hooks.penalty() * (inputs["labels"] != IGNORED).sum()
+            loss_sum = loss_sum + self.hooks.penalty() * (inputs["labels"] != IGNORE_INDEX).sum()
         # num_items_in_batch counts the labels of all ranks, whose gradients are averaged: undo that division.
         loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
         return loss
@@ -53,5 +57,5 @@ class NativeTrainer(BaseTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the mean loss per label on the held-out rows."""
         size = self.args.per_device_train_batch_size
-        loss = held_out_loss(self.model, self.eval_dataset, self.data_collator, lines=size)
+        loss = held_out_loss(self.model, self.eval_dataset, self.data_collator, batch_size=size)
         return log_held_out(self, {"held_out_loss": loss})

@@ -15,7 +15,7 @@ from finetune.training.completion import held_out_loss
 from finetune.training.stops import NotFiniteError
 
 
-class MeasuredSFTTrainer(SFTTrainer):  # type: ignore[misc]
+class TrlSFTTrainer(SFTTrainer):  # type: ignore[misc]
     """TRL's SFTTrainer with our held-out loss (mean per label) and NaN errors that name their rows."""
 
     train_rows: TokenizedRows
@@ -33,18 +33,20 @@ class MeasuredSFTTrainer(SFTTrainer):  # type: ignore[misc]
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            places = ", ".join(_places(self.train_rows, ids, mask)) or "rows that TRL packed"
-            raise NotFiniteError(f"loss is {loss.item()} at step {self.state.global_step + 1}, on {places}")
+            locations = ", ".join(_row_locations(self.train_rows, ids, mask)) or "rows that TRL packed"
+            raise NotFiniteError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1}, on {locations}"
+            )
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the mean loss per label on the held-out rows."""
         size = self.args.per_device_train_batch_size
-        loss = held_out_loss(self.model, self.held_out_rows, self.collate, lines=size)
+        loss = held_out_loss(self.model, self.held_out_rows, self.collate, batch_size=size)
         return log_held_out(self, {"held_out_loss": loss})
 
 
-def trl_trainer(
+def build_trl_trainer(
     model: nn.Module,
     args: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -53,7 +55,7 @@ def trl_trainer(
     held_out_rows: TokenizedRows | None,
 ) -> SFTTrainer:
     """Return TRL's SFTTrainer for tokenized rows; the labels are used unchanged."""
-    trainer = MeasuredSFTTrainer(
+    trainer = TrlSFTTrainer(
         model=model,
         args=args,
         train_dataset=_dataset(train_rows),
@@ -67,15 +69,19 @@ def trl_trainer(
     return trainer
 
 
-def _places(rows: TokenizedRows, lines: Tensor, mask: Tensor | None) -> list[str]:
+def _row_locations(rows: TokenizedRows, ids_BT: Tensor, mask: Tensor | None) -> list[str]:
     """Return the locations (``file:line``) of a batch's rows."""
     # TRL drops our row ids from the batch, so the rows are looked up by their tokens.
-    widths = [lines.shape[1]] * len(lines) if mask is None else mask.sum(1).tolist()
-    wanted = [tuple(line[:width].tolist()) for line, width in zip(lines, widths, strict=True)]
-    lengths = set(widths)
+    row_lengths = [ids_BT.shape[1]] * len(ids_BT) if mask is None else mask.sum(1).tolist()
+    row_ids = [
+        tuple(ids_T[:row_length].tolist()) for ids_T, row_length in zip(ids_BT, row_lengths, strict=True)
+    ]
+    lengths = set(row_lengths)
     candidates = [index for index, length in enumerate(rows.lengths) if length in lengths]
-    found = {tuple(rows[index]["input_ids"].tolist()): rows.places[index] for index in candidates}
-    return [found[ids] for ids in wanted if ids in found]
+    location_of_ids = {
+        tuple(rows[index]["input_ids"].tolist()): rows.locations[index] for index in candidates
+    }
+    return [location_of_ids[ids] for ids in row_ids if ids in location_of_ids]
 
 
 def _dataset(rows: TokenizedRows) -> Dataset:

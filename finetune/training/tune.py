@@ -7,15 +7,15 @@ from transformers import Trainer
 
 from data_templates._segments import Message
 from finetune.training import processes
-from finetune.training.behaviour import Behaviour
-from finetune.training.generate import Reply
-from finetune.training.job import Job
-from finetune.training.loading import load_data, load_policy, load_text
+from finetune.training.behaviour import GenerationEval
+from finetune.training.generate import Completion
+from finetune.training.job import RunContext
+from finetune.training.loading import load_data, load_policy, load_text_encoding
 from finetune.training.samples import Samples
-from finetune.training.supervised import Supervised
+from finetune.training.supervised import SFT
 
 
-class Tuning(Protocol):
+class Method(Protocol):
     """The parts of a stage that differ between methods such as SFT, DPO and PPO."""
 
     @property
@@ -24,24 +24,24 @@ class Tuning(Protocol):
         ...
 
     @property
-    def behaviour(self) -> Behaviour:
+    def generation_eval(self) -> GenerationEval:
         """Return the evaluation of generated completions, before and after training."""
         ...
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Run the pre-flight and return run.json's initial sections; every refusal happens here."""
         ...
 
-    def answer(self, prompts: Sequence[Sequence[Message]]) -> list[Reply]:
+    def generate(self, prompts: Sequence[Sequence[Message]]) -> list[Completion]:
         """Generate completions with the current policy."""
         ...
 
-    def trainer(self) -> Trainer:
+    def build_trainer(self) -> Trainer:
         """Build the engine's trainer."""
         ...
 
-    def measure(self, trainer: Trainer, when: str) -> None:
-        """Record held-out metrics, ``before`` or ``after`` training."""
+    def evaluate(self, trainer: Trainer, when: str) -> None:
+        """Record held-out metrics, ``record_before`` or ``record_after`` training."""
         ...
 
     def save(self) -> None:
@@ -49,7 +49,7 @@ class Tuning(Protocol):
         ...
 
 
-def tune(job: Job) -> None:
+def run_supervised(ctx: RunContext) -> None:
     """Run SFT or continued pretraining.
 
     Args:
@@ -60,12 +60,12 @@ def tune(job: Job) -> None:
         Interrupted: a signal came; a checkpoint was saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
-    text = load_text(job)
-    data = load_data(job, text)
-    carry_out(job, Supervised(job, text, data, policy=load_policy(job)))
+    text = load_text_encoding(ctx)
+    data = load_data(ctx, text)
+    run_stage(ctx, SFT(ctx, text, data, policy=load_policy(ctx)))
 
 
-def carry_out(job: Job, tuning: Tuning, *, conclude: Callable[[], None] | None = None) -> None:
+def run_stage(ctx: RunContext, method: Method, *, finalize: Callable[[], None] | None = None) -> None:
     """Evaluate, generate samples, train, save, evaluate and generate again.
 
     Args:
@@ -78,16 +78,16 @@ def carry_out(job: Job, tuning: Tuning, *, conclude: Callable[[], None] | None =
         Interrupted: a signal came; a checkpoint was saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
-    with job.started(**tuning.facts()):
-        tuning.samples.before(job.run, tuning.answer)
-        tuning.behaviour.measure(job.run, tuning.answer, "before")
-        trainer = tuning.trainer()
-        tuning.measure(trainer, "before")
-        job.train(trainer)
-        tuning.save()
-        tuning.measure(trainer, "after")
-        tuning.samples.after(job.run, tuning.answer)
-        tuning.behaviour.measure(job.run, tuning.answer, "after")
-        if conclude:
-            processes.wait()  # rank 0 writes the metrics, which every rank reads
-            conclude()
+    with ctx.recorded(**method.metadata()):
+        method.samples.record_before(ctx.run, method.generate)
+        method.generation_eval.evaluate(ctx.run, method.generate, "before")
+        trainer = method.build_trainer()
+        method.evaluate(trainer, "before")
+        ctx.fit(trainer)
+        method.save()
+        method.evaluate(trainer, "after")
+        method.samples.record_after(ctx.run, method.generate)
+        method.generation_eval.evaluate(ctx.run, method.generate, "after")
+        if finalize:
+            processes.barrier()  # rank 0 writes the metrics, which every rank reads
+            finalize()

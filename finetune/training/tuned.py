@@ -7,16 +7,16 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer
 
-from finetune.adapters._load import open_adapter
+from finetune.adapters._load import load_saved_adapter
 from finetune.data.tokens import Encoder
-from finetune.planning.hardware import detect
-from finetune.recipe.runs import record_of_writer
+from finetune.planning.hardware import detect_hardware
+from finetune.recipe.runs import read_generative_record
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import context_length, load_base
 
 
 @dataclass(frozen=True)
-class Tuned:
+class LoadedModel:
     """A trained model with its encoder, ready to generate."""
 
     model: nn.Module
@@ -24,27 +24,29 @@ class Tuned:
     context: int
 
 
-def load_tuned(run: Path) -> Tuned:
+def load_finished_run(run: Path) -> LoadedModel:
     """Load a finished run's model in the precision of its training.
 
     Raises:
         UserError: the folder is not a finished run.
     """
-    load: dict[str, Any] = record_of_writer(run)["load"]
-    settings = ModelSettings(**load["model"])
-    whole = run / "model"
-    if whole.is_dir():
+    saved: dict[str, Any] = read_generative_record(run)["load"]
+    settings = ModelSettings(**saved["model"])
+    full_model = run / "model"
+    if full_model.is_dir():
         # The saved config holds the RoPE scaling already; scaling it a second time would be refused.
-        settings = settings.model_copy(update={"base": str(whole), "revision": None, "rope": None})
-    hardware = detect()
+        settings = settings.model_copy(update={"base": str(full_model), "revision": None, "rope": None})
+    hardware = detect_hardware()
     base = load_base(
-        settings, precision=load["precision"], quantization=load["quantization"], hardware=hardware
+        settings, precision=saved["precision"], quantization=saved["quantization"], hardware=hardware
     )
     adapter = run / "adapter"
     model: nn.Module = base
-    if not whole.is_dir():
-        model = open_adapter(base, adapter)
+    if not full_model.is_dir():
+        model = load_saved_adapter(base, adapter)
     model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(str(whole if whole.is_dir() else adapter))
-    encoder = Encoder(tokenizer, load["template"], system=load["system"], wish=load.get("wish", ""))
-    return Tuned(model, encoder, context_length(settings) - load["virtual_tokens"])
+    tokenizer = AutoTokenizer.from_pretrained(str(full_model if full_model.is_dir() else adapter))
+    encoder = Encoder(
+        tokenizer, saved["template"], system=saved["system"], control_suffix=saved.get("wish", "")
+    )
+    return LoadedModel(model, encoder, context_length(settings) - saved["virtual_tokens"])

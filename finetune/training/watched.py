@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-EVERY_STAGE = {"learning_rate": "learning rate", "grad_norm": "gradient norm"}
+COMMON_CURVES = {"learning_rate": "learning rate", "grad_norm": "gradient norm"}
 
 
 @dataclass(frozen=True, slots=True)
-class Panel:
+class Diagnostics:
     """A stage's own part of the report: title -> table (header row first), title -> figure."""
 
     tables: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     figures: Mapping[str, "Figure"] = field(default_factory=dict)
 
 
-def no_panel(record: Mapping[str, Any]) -> Panel:
+def no_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
     """Return no tables and figures."""
-    return Panel()
+    return Diagnostics()
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
+class MetricSpec:
     """The logged metrics that are recorded, and the before/after metrics of the report's summary.
 
     Attributes:
@@ -34,18 +34,18 @@ class Watched:
     """
 
     curves: Mapping[str, str] = field(default_factory=dict)
-    numbers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    panel: Callable[[Mapping[str, Any]], Panel] = no_panel
+    summary: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    diagnostics: Callable[[Mapping[str, Any]], Diagnostics] = no_diagnostics
 
     @property
-    def logged(self) -> dict[str, str]:
+    def logged_keys(self) -> dict[str, str]:
         """Return every metric of metrics.jsonl with its curve's title."""
-        return {**self.curves, **EVERY_STAGE}
+        return {**self.curves, **COMMON_CURVES}
 
 
-SUPERVISED = Watched(
+SUPERVISED_METRICS = MetricSpec(
     curves={"loss": "training loss (nats per trained token)", "held_out_loss": "held-out loss"},
-    numbers={
+    summary={
         "loss": ("training loss", ".3f"),
         "held_out_loss": ("held-out loss", ".3f"),
         "held_out_perplexity": ("held-out perplexity", ".1f"),

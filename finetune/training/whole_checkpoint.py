@@ -16,26 +16,26 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from finetune.planning.world import world
+from finetune.planning.world import dist_info
 from finetune.recipe.errors import Problem, UserError
 from finetune.training import processes
-from finetune.training.strategies import ZERO
+from finetune.training.strategies import ZERO_STAGES
 
-Groups = list[dict[str, Any]]
+ParamGroups = list[dict[str, Any]]
 """An optimizer's initial param groups: parameters, learning rates and factors."""
 
 
-class WholeCheckpoint(TrainerCallback):  # type: ignore[misc]
+class FullStateCheckpoint(TrainerCallback):  # type: ignore[misc]
     """Writes the full optimizer, scheduler and RNG state; runs before the callback that writes checksums."""
 
-    def __init__(self, groups: Callable[[], Groups], *, strategy: str) -> None:
+    def __init__(self, param_groups: Callable[[], ParamGroups], *, strategy: str) -> None:
         """Bind the callback to a trainer.
 
         Args:
             param_groups: returns the optimizer's initial param groups, before an engine flattened them.
             strategy: ``fsdp2``, which writes none of these files, or ZeRO, which writes no full optimizer.
         """
-        self.groups, self.strategy = groups, strategy
+        self.param_groups, self.strategy = param_groups, strategy
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -43,75 +43,85 @@ class WholeCheckpoint(TrainerCallback):  # type: ignore[misc]
         """Write the files; a collective, every rank must call it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         optimizer: Optimizer = kwargs["optimizer"]
-        groups = self.groups()
-        if self.strategy != "fsdp2" and not groups:
+        param_groups = self.param_groups()
+        if self.strategy != "fsdp2" and not param_groups:
             return  # TRL's trainer: DeepSpeed's own files resume on the same number of processes
-        whole = optimizer.state_dict() if self.strategy == "fsdp2" else _zero_states(groups, optimizer)
-        if world().main:
-            torch.save(whole, folder / OPTIMIZER_NAME)
+        full_state = (
+            optimizer.state_dict()
+            if self.strategy == "fsdp2"
+            else _gather_optimizer_state(param_groups, optimizer)
+        )
+        if dist_info().is_main:
+            torch.save(full_state, folder / OPTIMIZER_NAME)
         if self.strategy == "fsdp2":
-            processes.wait()  # until rank 0 has made the folder
-            torch.save(_random_states(), folder / f"rng_state_{world().rank}.pth")
-            if world().main:
+            processes.barrier()  # until rank 0 has made the folder
+            torch.save(_rng_state(), folder / f"rng_state_{dist_info().rank}.pth")
+            if dist_info().is_main:
                 torch.save(kwargs["lr_scheduler"].state_dict(), folder / SCHEDULER_NAME)
 
 
-def refuse_other_parts(checkpoint: Path, *, strategy: str, processes: int) -> None:
+def check_resharding(checkpoint: Path, *, strategy: str, num_processes: int) -> None:
     """Raise UserError if ZeRO cannot resume from a checkpoint with other shards than its own.
 
     Without ZeRO any number of processes resumes from any checkpoint.
     """
-    if strategy not in ZERO:
+    if strategy not in ZERO_STAGES:
         return
-    parts = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
-    apart = any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))
-    if parts == processes and apart == (strategy == "zero3"):
+    num_shards = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    weights_sharded = any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))
+    if num_shards == num_processes and weights_sharded == (strategy == "zero3"):
         return
-    stage = "zero3" if apart else "zero1 or zero2"
-    found = f"a checkpoint of {parts} processes under {stage}" if parts else "one without ZeRO shards"
-    expected = f"one of {processes} processes under {strategy}: ZeRO reads only its own shards"
+    saved_strategy = "zero3" if weights_sharded else "zero1 or zero2"
+    actual = (
+        f"a checkpoint of {num_shards} processes under {saved_strategy}"
+        if num_shards
+        else "one without ZeRO shards"
+    )
+    expected = f"one of {num_processes} processes under {strategy}: ZeRO reads only its own shards"
     repair = "train.strategy=ddp (one process: auto) resumes from it, or --force starts over"
-    raise UserError(Problem(str(checkpoint), found, expected, repair))
+    raise UserError(Problem(str(checkpoint), actual, expected, repair))
 
 
-def _zero_states(groups: Groups, optimizer: Optimizer) -> dict[str, Any]:
+def _gather_optimizer_state(param_groups: ParamGroups, optimizer: Optimizer) -> dict[str, Any]:
     """Return the optimizer state dict of a single-process run, gathered parameter by parameter."""
     from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415 - not every run has it
 
-    kinds, steps = _kinds(optimizer)
+    state_names, step = _optimizer_state_names(optimizer)
     states: dict[int, dict[str, Tensor]] = {}
-    for index, weight in enumerate(_weights(groups)):
-        found = {kind: safe_get_full_optimizer_state(weight, kind) for kind in kinds}
-        shaped = {kind: value.detach().cpu().view(_shape(weight)).clone() for kind, value in found.items()}
-        states[index] = shaped | {"step": steps}
-    counted = iter(range(len(states)))
+    for index, param in enumerate(_params(param_groups)):
+        full = {name: safe_get_full_optimizer_state(param, name) for name in state_names}
+        reshaped = {
+            name: value.detach().cpu().view(_full_shape(param)).clone() for name, value in full.items()
+        }
+        states[index] = reshaped | {"step": step}
+    next_index = iter(range(len(states)))
     return {
         "state": states,
         "param_groups": [
-            {**live, "params": [next(counted) for _ in made["params"]]}
-            for made, live in zip(groups, optimizer.param_groups, strict=True)
+            {**current, "params": [next(next_index) for _ in initial["params"]]}
+            for initial, current in zip(param_groups, optimizer.param_groups, strict=True)
         ],
     }
 
 
-def _kinds(optimizer: Optimizer) -> tuple[list[str], Tensor]:
+def _optimizer_state_names(optimizer: Optimizer) -> tuple[list[str], Tensor]:
     """Return the names of the per-element optimizer states, and the number of optimizer steps."""
-    first = next(iter(optimizer.state.values()))
-    kinds = [kind for kind, value in first.items() if kind != "step" and torch.is_tensor(value)]
-    return kinds, torch.as_tensor(first["step"], dtype=torch.float32).cpu()
+    first_state = next(iter(optimizer.state.values()))
+    names = [name for name, value in first_state.items() if name != "step" and torch.is_tensor(value)]
+    return names, torch.as_tensor(first_state["step"], dtype=torch.float32).cpu()
 
 
-def _weights(groups: Groups) -> Iterator[nn.Parameter]:
-    for group in groups:
+def _params(param_groups: ParamGroups) -> Iterator[nn.Parameter]:
+    for group in param_groups:
         yield from group["params"]
 
 
-def _shape(weight: nn.Parameter) -> torch.Size:
-    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 leaves an empty tensor in it
+def _full_shape(param: nn.Parameter) -> torch.Size:
+    shape: torch.Size = getattr(param, "ds_shape", param.shape)  # ZeRO-3 leaves an empty tensor in it
     return shape
 
 
-def _random_states() -> dict[str, Any]:
+def _rng_state() -> dict[str, Any]:
     cuda = {"cuda": torch.cuda.random.get_rng_state_all()} if torch.cuda.is_available() else {}
     return {
         "python": random.getstate(),

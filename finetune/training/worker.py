@@ -7,16 +7,16 @@ import threading
 import time
 from pathlib import Path
 
-from finetune.recipe.quiet import quiet
+from finetune.recipe.quiet import silence_libraries
 
-quiet()
+silence_libraries()
 
 from rich.console import Console  # noqa: E402
 
-from finetune.planning.world import world  # noqa: E402
+from finetune.planning.world import dist_info  # noqa: E402
 from finetune.recipe.errors import UserError  # noqa: E402
-from finetune.training.elastic import WORK, report_file  # noqa: E402
-from finetune.training.launch import run_stage  # noqa: E402
+from finetune.training.elastic import SPEC_FILE, error_file  # noqa: E402
+from finetune.training.launch import launch_stage  # noqa: E402
 from finetune.training.stops import Interrupted, LostProcessError, NotFiniteError  # noqa: E402
 
 
@@ -26,23 +26,23 @@ def main(folder: Path) -> int:
     Returns:
         The exit status: 0, or 1 after a user error, a signal or a NaN.
     """
-    _end_with_parent()
-    place = world()
-    work = pickle.loads((folder / WORK).read_bytes())
-    report = report_file(folder, place.rank)
+    _exit_with_parent()
+    dist = dist_info()
+    spec = pickle.loads((folder / SPEC_FILE).read_bytes())
+    error_path = error_file(folder, dist.rank)
     try:
-        run_stage(work.recipe, Console(), force=work.force, command=work.command)
-    except (UserError, Interrupted, NotFiniteError) as told:
-        report.write_bytes(pickle.dumps(told))
+        launch_stage(spec.recipe, Console(), force=spec.force, command=spec.command)
+    except (UserError, Interrupted, NotFiniteError) as user_error:
+        error_path.write_bytes(pickle.dumps(user_error))
         return 1
     except Exception as error:  # may not be picklable: send its text; the traceback is printed here
-        cause = LostProcessError(f"process {place.rank}: {type(error).__name__}: {error}")
-        report.write_bytes(pickle.dumps(cause))
+        lost_process = LostProcessError(f"process {dist.rank}: {type(error).__name__}: {error}")
+        error_path.write_bytes(pickle.dumps(lost_process))
         raise
     return 0
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     """Exit when the launcher is gone: after SIGKILL it could not stop its workers."""
     parent = os.getppid()
 

@@ -292,7 +292,10 @@ FOLDERS = {
     ),
     "out is another run": (other_run, ["--out theirs", "dolly, 0123abcd", "--force"]),
     "out is a damaged run": (damaged_record, ["theirs/run.json", "corrupt", "choose another --out"]),
-    "chat without a run": (line("chat", "nowhere", "--prompt", "a"), ["nowhere: not a run", "a finished run"]),
+    "chat without a run": (
+        line("chat", "nowhere", "--prompt", "a"),
+        ["nowhere: not a run", "a finished run"],
+    ),
     "chat with rows": (line("chat", "rows.jsonl", "--prompt", "a"), ["rows.jsonl: not a run"]),
     "chat with a running run": (
         chat_with("running"),

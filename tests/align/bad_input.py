@@ -116,8 +116,8 @@ def other_sizes(place: Place) -> list[str]:
 
 def weights_lack(place: Place) -> list[str]:
     path = place.copy_of_base() / "model.safetensors"
-    kept = {key: value for key, value in load_file(path).items() if ".layers.1." not in key}
-    save_file(kept, path, metadata={"format": "pt"})
+    remaining = {key: value for key, value in load_file(path).items() if ".layers.1." not in key}
+    save_file(remaining, path, metadata={"format": "pt"})
     return ["sft", "good.yaml", "--base", "broken"]
 
 

@@ -22,13 +22,13 @@ FAST = {
 }
 
 
-def test_rows_from_python_train_and_are_summed_up(base_folder: Path, tmp_path: Path) -> None:
+def test_rows_from_python_are_trained_and_summarized(base_folder: Path, tmp_path: Path) -> None:
     recipe = load_recipe(base=str(base_folder), data=ROWS, out=tmp_path / "run", settings=FAST)
     assert recipe.origins["train.max_steps"] == "command line"
     result = run(recipe)
     assert result.directory == tmp_path / "run" and result.adapter.name == "adapter"
     assert result.record["status"] == "finished" and result.record["data"]["rows"] == 10
-    assert [line["step"] for line in result.metrics if "loss" in line] == [1, 2]
+    assert [entry["step"] for entry in result.metrics if "loss" in entry] == [1, 2]
     assert result.samples[0]["expected"] in {row["output"] for row in ROWS}
     written = (tmp_path / "run" / "recipe.yaml").read_text()
     assert "<12 rows given in Python" in written and "Add 3 and 3." not in written
@@ -50,7 +50,7 @@ def test_a_bad_row_is_named_by_its_number(base_folder: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_every_mistake_at_once() -> None:
+def test_all_problems_at_once() -> None:
     with pytest.raises(UserError) as error:
         load_recipe(adapter="loras", data=ROWS, settings={"train.epoch": 1, "data.template": "none"})
     assert len(error.value.problems) == 3

@@ -40,23 +40,23 @@ def run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_pain_24_a_mistake_is_told(
+def test_pain_24_user_errors_are_reported(
     place: Place, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arrange, fragments = CASES[name]
     command = arrange(place)
     before = contents(place.root)
     status = run(command, monkeypatch)
-    told = capsys.readouterr()
-    assert status == 2, told.err
+    captured = capsys.readouterr()
+    assert status == 2, captured.err
     for fragment in fragments:
-        assert fragment in told.err
-    assert "Traceback" not in told.err + told.out
-    assert told.err.startswith("llm-align: ")
+        assert fragment in captured.err
+    assert "Traceback" not in captured.err + captured.out
+    assert captured.err.startswith("llm-align: ")
     assert contents(place.root) == before
 
 
-def test_the_recipe_that_the_cases_spoil_is_good(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unmodified_recipe_is_valid(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(["sft", "good.yaml", "--out", "run"], monkeypatch) == 0
     assert (place.root / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -69,12 +69,12 @@ def test_the_recipe_that_the_cases_spoil_is_good(place: Place, monkeypatch: pyte
         pytest.param("base: damaged weights", marks=pytest.mark.slow),
     ],
 )
-def test_a_process_of_its_own_ends_with_status_2(place: Place, name: str) -> None:
+def test_a_separate_process_exits_with_2(place: Place, name: str) -> None:
     arrange, fragments = CASES[name]
     command = [sys.executable, "-m", "align", *arrange(place)]
     before = contents(place.root)
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert all(fragment in ended.stderr for fragment in fragments)
-    assert "Traceback" not in ended.stderr + ended.stdout
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert all(fragment in result.stderr for fragment in fragments)
+    assert "Traceback" not in result.stderr + result.stdout
     assert contents(place.root) == before

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from align import cli
-from finetune.training.job import Job
+from finetune.training.job import RunContext
 
 RECIPE = """\
 stage: sft
@@ -38,22 +38,22 @@ def call(
     """Return a function: words in, exit status, output and errors out; in this process."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llm-align", *words])
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llm-align", *arguments])
         status = 0
         try:
             cli.main()
         except SystemExit as end:
             status = int(end.code or 0)
-        told = capsys.readouterr()
-        return status, told.out, told.err
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
 
     return run
 
 
 def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
-    found = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
-    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in found}
+    present = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
+    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in present}
 
 
 VERBS = [[], *([name] for name in sorted(cli.cli.commands))]
@@ -71,11 +71,11 @@ except SystemExit as end:
     assert not end.code
 print("HEAVY", sorted(set({HEAVY!r}) & set(sys.modules)))
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "Usage:" in ended.stdout and ended.stdout.endswith("HEAVY []\n")
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Usage:" in result.stdout and result.stdout.endswith("HEAVY []\n")
 
 
-def test_a_run_writes_its_folder_and_says_what_is_next(call: Call, tmp_path: Path) -> None:
+def test_a_run_writes_its_folder_and_prints_the_next_command(call: Call, tmp_path: Path) -> None:
     status, out, _ = call("sft", "sums.yaml", "--out", "run")
     assert status == 0
     present = {path.name for path in (tmp_path / "run").iterdir()}
@@ -93,16 +93,16 @@ def test_the_usual_folder_is_named_after_stage_recipe_and_content(call: Call, tm
     assert len(names) == 2 and all(len(name.removeprefix("sft-sums-")) == 8 for name in names)
 
 
-def test_the_second_time_answers_at_once(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_returns_at_once(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("sft", "sums.yaml", "--out", "run")[0] == 0
     before = files(tmp_path)
-    monkeypatch.setattr(Job, "train", lambda *_: pytest.fail("it trains again"))
+    monkeypatch.setattr(RunContext, "fit", lambda *_: pytest.fail("it trains again"))
     status, out, _ = call("sft", "sums.yaml", "--out", "run")
     assert status == 0 and "llm-align chat run" in out
     assert files(tmp_path) == before
 
 
-def test_force_starts_over_and_ends_alike(call: Call, tmp_path: Path) -> None:
+def test_force_retrains_bit_for_bit(call: Call, tmp_path: Path) -> None:
     assert call("sft", "sums.yaml", "--out", "run")[0] == 0
     first = files(tmp_path / "run")
     assert call("sft", "sums.yaml", "--out", "run", "--force")[0] == 0
@@ -120,7 +120,7 @@ def test_chat_answers_once(call: Call) -> None:
     assert call(*ask) == (0, out, "")
 
 
-def test_chat_talks_until_an_empty_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_runs_until_an_empty_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("sft", "sums.yaml", "--out", "run")[0] == 0
     lines = iter(["Add the numbers.", "and again", "/new", "1 2", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
@@ -129,7 +129,7 @@ def test_chat_talks_until_an_empty_line(call: Call, monkeypatch: pytest.MonkeyPa
     assert list(lines) == []
 
 
-def test_pain_25_nan_ends_with_status_1_and_never_finished(call: Call, tmp_path: Path) -> None:
+def test_pain_25_nan_exits_with_1_and_is_never_finished(call: Call, tmp_path: Path) -> None:
     status, out, err = call("sft", "sums.yaml", "--out", "run", "train.learning_rate=1e30", "train.warmup=0")
     assert status == 1
     assert "at step 2, on " in err and "sums.jsonl:" in err and "train.learning_rate" in err
@@ -139,7 +139,7 @@ def test_pain_25_nan_ends_with_status_1_and_never_finished(call: Call, tmp_path:
     assert status == 2 and "a run with status 'failed'" in err
 
 
-def test_control_c_ends_with_status_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_exits_with_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
@@ -149,6 +149,6 @@ def test_control_c_ends_with_status_130(call: Call, monkeypatch: pytest.MonkeyPa
     assert err.strip() == "llm-align: interrupted. Run the same command to resume from the last checkpoint"
 
 
-def test_version_is_told(call: Call) -> None:
+def test_version_is_printed(call: Call) -> None:
     status, out, _ = call("--version")
     assert status == 0 and "0.1.0" in out

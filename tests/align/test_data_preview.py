@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from align import cli, data_preview, data_terminal
-from align.data_terminal import print_facts
+from align.data_terminal import print_preview
 
 Call = Callable[..., tuple[int, str, str]]
 RECIPE = """\
@@ -50,78 +50,81 @@ def call(
     for name, data in (("one", source), ("mixed", mix)):
         Path(f"{name}.yaml").write_text(RECIPE.format(base=base_without_weights, data=data))
 
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llm-align", *words])
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llm-align", *arguments])
         status = 0
         try:
             cli.main()
         except SystemExit as end:
             status = int(end.code or 0)
-        told = capsys.readouterr()
-        return status, told.out, told.err
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
 
     return run
 
 
-def facts(call: Call, *words: str) -> dict[str, Any]:
-    status, out, err = call("data", *words, "--json")
+def preview_data(call: Call, *arguments: str) -> dict[str, Any]:
+    status, out, err = call("data", *arguments, "--json")
     assert (status, err) == (0, "")
-    found: dict[str, Any] = json.loads(out)
-    return found
+    preview: dict[str, Any] = json.loads(out)
+    return preview
 
 
-def test_the_numbers_are_those_of_the_rows(call: Call) -> None:
-    found = facts(call, "one.yaml", "--rows", "42")
-    rows = found["shown"]
-    assert (found["rows"], found["held_out"], len(rows)) == (42, 6, 42)
-    assert found["tokens"] == sum(row["tokens"] for row in rows)
-    assert found["trained_tokens"] == sum(row["trained_tokens"] for row in rows)
-    assert found["trained_share"] == pytest.approx(found["trained_tokens"] / found["tokens"])
-    assert found["steps"] == 2 * 6  # 42 rows in batches of 8, twice
-    assert found["token_budget"] == 2 * found["tokens"]
+def test_the_statistics_match_the_rows(call: Call) -> None:
+    preview = preview_data(call, "one.yaml", "--rows", "42")
+    rows = preview["shown"]
+    assert (preview["rows"], preview["held_out"], len(rows)) == (42, 6, 42)
+    assert preview["tokens"] == sum(row["tokens"] for row in rows)
+    assert preview["trained_tokens"] == sum(row["trained_tokens"] for row in rows)
+    assert preview["trained_share"] == pytest.approx(preview["trained_tokens"] / preview["tokens"])
+    assert preview["steps"] == 2 * 6  # 42 rows in batches of 8, twice
+    assert preview["token_budget"] == 2 * preview["tokens"]
     lengths = sorted(row["tokens"] for row in rows)
-    assert found["longest"] == lengths[-1]
-    assert found["lengths"]["median"] == pytest.approx((lengths[20] + lengths[21]) / 2)
-    for bar in found["lengths"]["histogram"]:
+    assert preview["longest"] == lengths[-1]
+    assert preview["lengths"]["median"] == pytest.approx((lengths[20] + lengths[21]) / 2)
+    for bar in preview["lengths"]["histogram"]:
         assert bar["rows"] == sum(bar["from"] <= length <= bar["to"] for length in lengths)
-    assert sum(bar["rows"] for bar in found["lengths"]["histogram"]) == 42
+    assert sum(bar["rows"] for bar in preview["lengths"]["histogram"]) == 42
     assert len({row["where"] for row in rows}) == 42
 
 
 def test_rows_are_shown_as_the_model_sees_them(call: Call) -> None:
-    for row in facts(call, "one.yaml")["shown"]:
-        given, learnt = row["pieces"]
-        assert (given["trained"], learnt["trained"]) == (False, True)
-        assert given["text"].startswith("Below is an instruction") and "### Response:" in given["text"]
-        number, end = learnt["text"].split("</s>")
+    for row in preview_data(call, "one.yaml")["shown"]:
+        prompt_span, trained_span = row["pieces"]
+        assert (prompt_span["trained"], trained_span["trained"]) == (False, True)
+        assert (
+            prompt_span["text"].startswith("Below is an instruction")
+            and "### Response:" in prompt_span["text"]
+        )
+        number, end = trained_span["text"].split("</s>")
         assert number.strip().isdigit() and end == "", "the end of the reply is learnt"
 
 
-def test_a_mixture_tells_what_was_asked_and_found(call: Call) -> None:
-    found = facts(call, "mixed.yaml", "--rows", "4")
+def test_a_mixture_reports_requested_and_actual_shares(call: Call) -> None:
+    preview = preview_data(call, "mixed.yaml", "--rows", "4")
     # A quarter of the rows held out is general too; the sums that are left are then three quarters.
-    sums, general = found["sources"]
+    sums, general = preview["sources"]
     assert (sums["asked"], general["asked"]) == pytest.approx((0.75, 0.25))
-    assert sums["rows"] + general["rows"] == found["rows"]
-    assert abs(general["rows"] - 0.25 * found["rows"]) < 1
-    assert sum(source["trained_tokens"] for source in found["sources"]) == found["trained_tokens"]
-    assert [row["source"] for row in found["shown"]] == [0, 1, 0, 1], "each source in turn"
-    assert len(found["notes"]) == 1 and "is exhausted" in found["notes"][0]
+    assert sums["rows"] + general["rows"] == preview["rows"]
+    assert abs(general["rows"] - 0.25 * preview["rows"]) < 1
+    assert sum(source["trained_tokens"] for source in preview["sources"]) == preview["trained_tokens"]
+    assert [row["source"] for row in preview["shown"]] == [0, 1, 0, 1], "each source in turn"
+    assert len(preview["notes"]) == 1 and "is exhausted" in preview["notes"][0]
 
 
 def test_max_steps_decide_the_budget(call: Call) -> None:
-    found = facts(call, "one.yaml", "train.max_steps=3")
-    assert found["steps"] == 3 and found["token_budget"] == round(found["tokens"] / 42 * 24)
+    preview = preview_data(call, "one.yaml", "train.max_steps=3")
+    assert preview["steps"] == 3 and preview["token_budget"] == round(preview["tokens"] / 42 * 24)
 
 
-def test_what_is_lost_is_told(call: Call) -> None:
+def test_truncation_is_reported(call: Call) -> None:
     rows = [{"instruction": "a", "output": "b"}] * 3 + [
         {"instruction": "", "output": "x"},
         {"instruction": "long", "output": "word " * 300},
     ]
     Path("bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = facts(call, "one.yaml", "--data", "bad.jsonl", "data.held_out=0")
-    counts = {count["what"]: count["rows"] for count in found["counts"]}
+    preview = preview_data(call, "one.yaml", "--data", "bad.jsonl", "data.held_out=0")
+    counts = {count["what"]: count["rows"] for count in preview["counts"]}
     assert counts == {
         "dropped: empty turn": 1,
         "identical to an earlier row (not dropped)": 2,
@@ -135,7 +138,7 @@ def test_what_is_lost_is_told(call: Call) -> None:
     )
 
 
-def test_the_terminal_marks_what_is_learnt(call: Call) -> None:
+def test_the_terminal_marks_trained_tokens(call: Call) -> None:
     status, out, _ = call("data", "mixed.yaml", "--rows", "2")
     assert status == 0 and out.startswith("sft mixed  sums\n")
     assert out.count("</s>⟧") == 2 and "rows as the model sees them, ⟦trained tokens⟧:" in out
@@ -143,21 +146,21 @@ def test_the_terminal_marks_what_is_learnt(call: Call) -> None:
     assert "█" in out
 
 
-def test_a_colour_terminal_shows_what_is_learnt_in_green(call: Call) -> None:
+def test_a_color_terminal_shows_trained_tokens_in_green(call: Call) -> None:
     terminal = Console(file=StringIO(), force_terminal=True, color_system="standard", width=200)
-    print_facts(facts(call, "one.yaml", "--rows", "1"), terminal, page=None)
+    print_preview(preview_data(call, "one.yaml", "--rows", "1"), terminal, page=None)
     assert isinstance(terminal.file, StringIO)
     out = terminal.file.getvalue()
-    learnt = re.findall(r"\x1b\[1;32m(.*?)\x1b\[0m", out)
-    assert learnt[0] == "trained tokens" and learnt[1].endswith("</s>") and "⟦" not in out
+    green = re.findall(r"\x1b\[1;32m(.*?)\x1b\[0m", out)
+    assert green[0] == "trained tokens" and green[1].endswith("</s>") and "⟦" not in out
 
 
-def test_long_stretches_are_shortened_in_the_terminal() -> None:
-    assert data_terminal._shortened("a" * 1200) == "a" * 1200
-    assert data_terminal._shortened("a" * 2000) == "a" * 900 + " [… 800 characters …] " + "a" * 300
+def test_long_spans_are_shortened_in_the_terminal() -> None:
+    assert data_terminal._elided("a" * 1200) == "a" * 1200
+    assert data_terminal._elided("a" * 2000) == "a" * 900 + " [… 800 characters …] " + "a" * 300
 
 
-def test_no_rows_are_shown_when_none_are_wanted(call: Call) -> None:
+def test_no_rows_are_shown_if_none_are_requested(call: Call) -> None:
     status, out, _ = call("data", "one.yaml", "--rows", "0")
     assert status == 0 and "⟦" not in out and "12 optimizer steps" in out
 
@@ -193,20 +196,20 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_the_page_stands_alone_and_says_the_same(call: Call) -> None:
+def test_the_page_is_self_contained_and_equal(call: Call) -> None:
     status, out, _ = call("data", "mixed.yaml", "--rows", "4", "--html", "page.html")
     assert status == 0 and out.rstrip().endswith("page     page.html")
-    found = facts(call, "mixed.yaml", "--rows", "4")
+    preview = preview_data(call, "mixed.yaml", "--rows", "4")
     text = Path("page.html").read_text(encoding="utf-8")
     page = Page()
     page.feed(text)
     assert page.open == [] and page.links == [] and "script" not in page.tags and "b" in page.tags
     assert "&lt;b&gt;" in text, "what the data holds is text, no markup"
-    learnt = [piece["text"] for row in found["shown"] for piece in row["pieces"] if piece["trained"]]
-    assert page.marked == ["trained tokens", *learnt]
-    numbers = [f"{source['rows']:,}" for source in found["sources"]]
+    trained_texts = [piece["text"] for row in preview["shown"] for piece in row["pieces"] if piece["trained"]]
+    assert page.marked == ["trained tokens", *trained_texts]
+    numbers = [f"{source['rows']:,}" for source in preview["sources"]]
     assert all(number in page.cells for number in numbers) and "25.0%" in page.cells
-    assert f"<b>{found['steps']:,}</b>" in text and f"<b>{found['token_budget']:,}</b>" in text
+    assert f"<b>{preview['steps']:,}</b>" in text and f"<b>{preview['token_budget']:,}</b>" in text
 
 
 def test_a_page_that_cannot_be_written(call: Call) -> None:
@@ -214,7 +217,7 @@ def test_a_page_that_cannot_be_written(call: Call) -> None:
     assert status == 2 and "--html nowhere/page.html: cannot be written" in err
 
 
-def test_mistakes_in_the_data_end_with_status_2(call: Call) -> None:
+def test_data_errors_exit_with_2(call: Call) -> None:
     Path("wrong.jsonl").write_text('{"q": "a"}\n')
     status, _, err = call("data", "one.yaml", "--data", "wrong.jsonl")
     assert status == 2 and "no known layout has columns q" in err
@@ -223,11 +226,11 @@ def test_mistakes_in_the_data_end_with_status_2(call: Call) -> None:
 @pytest.mark.parametrize(
     ("longest", "width"), [(1, 1), (12, 1), (13, 2), (60, 5), (61, 8), (512, 50), (2048, 200)]
 )
-def test_bars_have_round_borders(longest: int, width: int) -> None:
+def test_bars_have_round_edges(longest: int, width: int) -> None:
     assert data_preview._bar_width(longest) == width
 
 
-def test_the_head_comes_before_anything_heavy(
+def test_the_header_is_printed_before_heavy_imports(
     tmp_path: Path, rows_file: Path, base_without_weights: Path
 ) -> None:
     recipe = tmp_path / "one.yaml"
@@ -240,5 +243,5 @@ from rich.console import Console
 data_terminal.print_head(load("sft", {str(recipe)!r}), Console())
 print(sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert ended.stdout.startswith("sft one  sums\n") and ended.stdout.endswith("[]\n")
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("sft one  sums\n") and result.stdout.endswith("[]\n")

@@ -22,9 +22,7 @@ def test_another_base_gets_the_stage_s_public_data(stage: str) -> None:
     assert name in note
 
 
-def test_a_start_counts_with_the_base_that_it_stands_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_base_of_a_parent_run_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for base in ("tiny", "llama-2-7b"):
         record = {"status": "finished", "recipe": "r", "digest": "d", "load": {"model": {"base": base}}}
@@ -34,7 +32,7 @@ def test_a_start_counts_with_the_base_that_it_stands_on(
     assert default_recipe("dpo", {"model.start": "llama-2-7b"})[0] == "ultrafeedback"
 
 
-def test_dpo_with_a_base_and_no_further_word() -> None:
+def test_dpo_with_only_a_base() -> None:
     recipe = load_recipe(stage="dpo", base="llama-2-7b")
     assert recipe.settings.data.source == "HuggingFaceH4/ultrafeedback_binarized"
     assert recipe.settings.model.base == "llama-2-7b" and recipe.notes[0].startswith("no recipe given")

@@ -36,13 +36,13 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, pairs: Path) -> dict[str, Path]:
-    folder, found = tmp_path_factory.mktemp("recipes"), {}
+    folder, paths = tmp_path_factory.mktemp("recipes"), {}
     for name, (reference, kept) in WAYS.items():
-        found[name] = folder / f"{name.replace(' ', '-')}.yaml"
-        found[name].write_text(
+        paths[name] = folder / f"{name.replace(' ', '-')}.yaml"
+        paths[name].write_text(
             RECIPE.format(base=base_folder, rows=pairs, cache=kept, reference=reference, steps=STEPS)
         )
-    return found
+    return paths
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_pain_05_preferences_resume_after_kill_bit_for_bit(
     assert found == uninterrupted("computed again")
 
 
-def test_the_reference_s_way_does_not_change_what_is_learnt(uninterrupted: Whole) -> None:
+def test_the_reference_mode_does_not_change_the_result(uninterrupted: Whole) -> None:
     assert uninterrupted("kept") == uninterrupted("computed again")
 
 

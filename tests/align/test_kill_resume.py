@@ -51,7 +51,7 @@ def test_resume_at_eighteen_more_moments(
     assert killed_twice(recipe, tmp_path / "run", seed) == uninterrupted
 
 
-def test_damaged_checkpoint_is_told_and_the_one_before_is_used(
+def test_a_corrupt_checkpoint_is_reported_and_the_previous_one_used(
     recipe: Path, uninterrupted: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -63,10 +63,10 @@ def test_damaged_checkpoint_is_told_and_the_one_before_is_used(
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    told = warm.run(command_line(recipe, out), capture_output=True, text=True, check=True).stdout
-    assert f"{newest.parent}: adapter_model.safetensors: checksum mismatch" in told
+    output = warm.run(command_line(recipe, out), capture_output=True, text=True, check=True).stdout
+    assert f"{newest.parent}: adapter_model.safetensors: checksum mismatch" in output
     step = int(newest.parent.name[11:]) - 2
-    assert f"resuming from step {step}" in told
+    assert f"resuming from step {step}" in output
     assert finished(out) == uninterrupted
 
 

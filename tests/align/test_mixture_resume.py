@@ -36,24 +36,24 @@ def test_pain_05_a_resumed_mixture_is_the_uninterrupted_one(
     other.write_text("".join(json.dumps({"question": f"{i}?", "answer": str(i)}) + "\n" for i in range(60)))
     recipe = tmp_path / "mixed.yaml"
     recipe.write_text(RECIPE.format(base=base_folder, rows=rows_file, other=other))
-    whole = run(load_recipe(str(recipe), out=tmp_path / "whole"))
+    uninterrupted = run(load_recipe(str(recipe), out=tmp_path / "whole"))
 
     stopped = tmp_path / "stopped"
-    shutil.copytree(whole.directory, stopped)
+    shutil.copytree(uninterrupted.directory, stopped)
     shutil.rmtree(stopped / "adapter")
-    checkpoints.remove_after(stopped / "checkpoints", 4)
+    checkpoints.remove_newer_than(stopped / "checkpoints", 4)
     record = json.loads((stopped / "run.json").read_text())
     (stopped / "run.json").write_text(json.dumps(record | {"status": "running", "files": {}}))
     resumed = run(load_recipe(str(recipe), out=stopped))
 
-    assert resumed.record["files"] == whole.record["files"] != {}
-    assert [line["loss"] for line in resumed_metrics(stopped)] == [
-        line["loss"] for line in resumed_metrics(tmp_path / "whole")
+    assert resumed.record["files"] == uninterrupted.record["files"] != {}
+    assert [entry["loss"] for entry in resumed_metrics(stopped)] == [
+        entry["loss"] for entry in resumed_metrics(tmp_path / "whole")
     ]
     rows = [source["rows"] for source in resumed.record["data"]["sources"]]
-    assert rows == [75, 25] == [source["rows"] for source in whole.record["data"]["sources"]]
+    assert rows == [75, 25] == [source["rows"] for source in uninterrupted.record["data"]["sources"]]
 
 
 def resumed_metrics(folder: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
+    entries = [json.loads(entry) for entry in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if "loss" in entry]

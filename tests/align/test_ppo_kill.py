@@ -33,21 +33,21 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> dict
     answers = [{"instruction": f"Add {i} 1.", "input": "", "output": str(i + 1)} for i in range(12)]
     given = {"base": base_folder, "rows": rows, "judges": folder / "judges.py", "steps": STEPS}
     given |= {"answers": written(folder, "answers.jsonl", answers)}
-    found = {}
+    paths = {}
     for method in ("lora", "adalora"):
-        found[method] = folder / f"{method}.yaml"
-        found[method].write_text(RECIPE.format(**given, method=method))
-    return found
+        paths[method] = folder / f"{method}.yaml"
+        paths[method].write_text(RECIPE.format(**given, method=method))
+    return paths
 
 
 def test_pain_06_ppo_resumes_after_kill_bit_for_bit(recipes: dict[str, Path], tmp_path: Path) -> None:
-    whole = uninterrupted(recipes["lora"], tmp_path / "whole")
-    assert killed_twice(recipes["lora"], tmp_path / "run", seed=0) == whole
+    expected = uninterrupted(recipes["lora"], tmp_path / "whole")
+    assert killed_twice(recipes["lora"], tmp_path / "run", seed=0) == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "adalora"])
 def test_ppo_resumes_at_more_moments(recipes: dict[str, Path], tmp_path: Path, method: str) -> None:
-    whole = uninterrupted(recipes[method], tmp_path / "whole")
+    expected = uninterrupted(recipes[method], tmp_path / "whole")
     for seed in range(1, 6):
-        assert killed_twice(recipes[method], tmp_path / f"run-{seed}", seed=seed) == whole
+        assert killed_twice(recipes[method], tmp_path / f"run-{seed}", seed=seed) == expected

@@ -48,8 +48,10 @@ def recipe_of(method: str, more: str, base: Path, folder: Path) -> Path:
 
 def done(out: Path) -> int:
     """Return how far a run is."""
-    lines = sum(file.read_bytes().count(b"\n") for file in out.glob("rounds/*/metrics.jsonl"))
-    return lines + len(list(out.glob("drawn/*.safetensors"))) + len(list(out.glob("rounds/*/report.html")))
+    num_entries = sum(file.read_bytes().count(b"\n") for file in out.glob("rounds/*/metrics.jsonl"))
+    return (
+        num_entries + len(list(out.glob("drawn/*.safetensors"))) + len(list(out.glob("rounds/*/report.html")))
+    )
 
 
 def kill_at(recipe: Path, out: Path, moment: int, delay: float) -> None:
@@ -64,22 +66,22 @@ def kill_at(recipe: Path, out: Path, moment: int, delay: float) -> None:
 
 
 def check(recipe: Path, out: Path, seed: int) -> None:
-    whole = recipe.with_suffix(".whole")
-    if not whole.is_dir():
-        uninterrupted(recipe, whole)
+    reference_run = recipe.with_suffix(".whole")
+    if not reference_run.is_dir():
+        uninterrupted(recipe, reference_run)
     moment = random.Random(seed)
     for _ in range(2):
         kill_at(recipe, out, moment.randint(0, MOMENTS), moment.uniform(0, 0.15))
     assert start(recipe, out).wait() == 0
-    assert finished(out) == finished(whole)
+    assert finished(out) == finished(reference_run)
     for name in ("chosen.jsonl", "metrics.jsonl", "samples.jsonl"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-    records = [json.loads((path / "run.json").read_text()) for path in (out, whole)]
+        assert (out / name).read_bytes() == (reference_run / name).read_bytes(), name
+    records = [json.loads((path / "run.json").read_text()) for path in (out, reference_run)]
     assert records[0]["rounds"] == records[1]["rounds"]
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_killed_rejection_run_goes_on_bit_for_bit(
+def test_a_killed_rejection_run_resumes_bit_for_bit(
     folder: Path, base_folder: Path, tmp_path: Path, seed: int
 ) -> None:
     check(recipe_of("lora", "rank: 4, dropout: 0.1", base_folder, folder), tmp_path / "run", seed)
@@ -91,7 +93,7 @@ def test_a_killed_rejection_run_goes_on_bit_for_bit(
     ("method", "more"),
     [("lora", "rank: 4, dropout: 0.1"), ("prefix", "virtual_tokens: 4"), ("pissa", "rank: 4")],
 )
-def test_rejection_runs_go_on_at_more_moments(
+def test_rejection_runs_resume_at_more_moments(
     method: str, more: str, seed: int, folder: Path, base_folder: Path, tmp_path: Path
 ) -> None:
     check(recipe_of(method, more, base_folder, folder), tmp_path / "run", seed)

@@ -21,11 +21,11 @@ evaluate: {{samples: 2}}
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
-    found = [
+    comparisons = [
         {"prompt": f"Add the numbers. {i}", "chosen": f"good {'!' * (i % 9)}", "rejected": f"bad {i % 7}"}
         for i in range(40)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    path.write_text("".join(json.dumps(row) + "\n" for row in comparisons))
     return path
 
 
@@ -42,15 +42,15 @@ def measured(out: Path) -> dict[str, Any]:
 
 
 def check(recipe: Path, out: Path, seed: int) -> None:
-    whole = recipe.with_suffix(".whole")
-    if not whole.is_dir():
-        uninterrupted(recipe, whole, forked=True)  # test_pipeline_kill.py compares across hash seeds
-    assert killed_twice(recipe, out, seed) == finished(whole)
-    assert measured(out) == measured(whole)
+    reference_run = recipe.with_suffix(".whole")
+    if not reference_run.is_dir():
+        uninterrupted(recipe, reference_run, forked=True)  # test_pipeline_kill.py compares across hash seeds
+    assert killed_twice(recipe, out, seed) == finished(reference_run)
+    assert measured(out) == measured(reference_run)
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_a_killed_reward_run_goes_on_bit_for_bit(
+def test_a_killed_reward_run_resumes_bit_for_bit(
     rows: Path, base_folder: Path, tmp_path: Path, seed: int
 ) -> None:
     check(recipe_of("lora", ", rank: 4, dropout: 0.1", base_folder, rows), tmp_path / "run", seed)
@@ -59,7 +59,7 @@ def test_a_killed_reward_run_goes_on_bit_for_bit(
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "ptuning", "adalora", "adamix"])
 @pytest.mark.parametrize("seed", range(2, 7))
-def test_killed_reward_runs_of_more_adapters(
+def test_killed_reward_runs_with_other_adapters(
     rows: Path, base_folder: Path, tmp_path: Path, seed: int, method: str
 ) -> None:
     check(recipe_of(method, "", base_folder, rows), tmp_path / "run", seed)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from finetune.recipe.bases import bases
+from finetune.recipe.bases import load_bases
 from finetune.recipe.discovery import PROJECT, load_stage, stage_names
-from finetune.recipe.recipe import Recipe, adapter_settings, load, stage_settings
+from finetune.recipe.recipe import Recipe, adapter_settings, read_recipe, stage_settings
 
 FILES = sorted(file for stage in stage_names() for file in (PROJECT / "recipes" / stage).glob("*.yaml"))
 VALUE = re.compile(r"^  (\w+):( \S.*?)?(\s+# (.+))?$")
@@ -60,18 +60,18 @@ def shipped(file: Path, **further: Any) -> Recipe:
     """Return a recipe with the rows that its user must provide."""
     needs_rows = file.stem == "in-house"
     given = {"data.source": TEXTS} if needs_rows else {}
-    return load(file.parent.name, file.stem, shortcuts=given | further or None)
+    return read_recipe(file.parent.name, file.stem, shortcuts=given | further or None)
 
 
 @every_recipe
 def test_it_loads(file: Path) -> None:
     recipe = shipped(file)
     assert recipe.stage == file.parent.name and 20 < len(recipe.description) <= 110
-    assert recipe.notes == [] and recipe.settings.model.base in bases()
+    assert recipe.notes == [] and recipe.settings.model.base in load_bases()
 
 
 @every_recipe
-def test_every_value_carries_its_source(file: Path) -> None:
+def test_every_value_has_its_source(file: Path) -> None:
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith(" ")]
     assert len(lines) >= 10
     for line in lines:
@@ -81,15 +81,15 @@ def test_every_value_carries_its_source(file: Path) -> None:
 
 
 @every_recipe
-def test_sections_and_keys_stand_in_one_order(file: Path) -> None:
+def test_sections_and_keys_are_in_one_order(file: Path) -> None:
     text, schema = file.read_text(encoding="utf-8"), stage_settings(file.parent.name).model_fields
     order = ["stage", "description", *schema]
     sections = re.findall(r"^(\w+):", text, re.MULTILINE)
     assert sections == sorted(sections, key=order.index)
     method = re.search(r"^  method: (\w+)", text, re.MULTILINE)
     for section in sections[2:]:
-        own = section == "adapter" and method is not None
-        model: Any = adapter_settings(method[1]) if own and method else schema[section].annotation
+        is_adapter = section == "adapter" and method is not None
+        model: Any = adapter_settings(method[1]) if is_adapter and method else schema[section].annotation
         known = list(model.model_fields)
         written = re.findall(r"^  (\w+):", text.split(f"\n{section}:\n")[1].split("\n\n")[0], re.MULTILINE)
         assert written == sorted(written, key=known.index), section

@@ -13,7 +13,7 @@ import pytest
 import warm
 
 from align import cli, load_recipe, load_tuned, run
-from finetune.training.job import Job
+from finetune.training.job import RunContext
 
 RECIPE = """\
 stage: sft
@@ -46,22 +46,22 @@ def here(tmp_path: Path, base_folder: Path, rows_file: Path, monkeypatch: pytest
 def call(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Return a function: words in, exit status, output and errors out; in this process."""
 
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llm-align", *words])
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llm-align", *arguments])
         status = 0
         try:
             cli.main()
         except SystemExit as end:
             status = int(end.code or 0)
-        told = capsys.readouterr()
-        return status, told.out, told.err
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
 
     return run
 
 
 def records(here: Path) -> dict[str, dict]:
-    found = [json.loads(file.read_text()) for file in (here / "runs").glob("*/run.json")]
-    return {record["recipe"]: record for record in found}
+    run_records = [json.loads(file.read_text()) for file in (here / "runs").glob("*/run.json")]
+    return {record["recipe"]: record for record in run_records}
 
 
 def test_the_run_of_another_recipe_comes_first(
@@ -70,17 +70,17 @@ def test_the_run_of_another_recipe_comes_first(
     assert call("show", "second")[0] == 0 and not (here / "runs").exists(), "showing runs nothing"
     status, out, err = call("sft", "second")
     assert status == 0, err
-    found = records(here)
-    first = f"runs/sft-first-{found['first']['digest']}"
+    run_records = records(here)
+    first = f"runs/sft-first-{run_records['first']['digest']}"
     assert f"starts from sft/first, which has no finished run; running it first ({first})\n" in out
     assert f"{first} is finished; continuing with sft second\n" in out
-    assert found["first"]["command"] == "llm-align sft first"
-    assert found["second"]["command"] == "llm-align sft second"
-    assert found["second"]["start"]["files"] == found["first"]["files"]
-    metrics = [found[name]["metrics"] for name in ("first", "second")]
+    assert run_records["first"]["command"] == "llm-align sft first"
+    assert run_records["second"]["command"] == "llm-align sft second"
+    assert run_records["second"]["start"]["files"] == run_records["first"]["files"]
+    metrics = [run_records[name]["metrics"] for name in ("first", "second")]
     assert metrics[1]["held_out_loss_before"] == metrics[0]["held_out_loss_after"]
 
-    monkeypatch.setattr(Job, "train", lambda *_: pytest.fail("it trains again"))
+    monkeypatch.setattr(RunContext, "fit", lambda *_: pytest.fail("it trains again"))
     status, out, _ = call("sft", "second")
     assert status == 0 and f"starts from {first} (sft/first)\n" in out and len(records(here)) == 2
 
@@ -88,15 +88,15 @@ def test_the_run_of_another_recipe_comes_first(
 def test_a_name_and_a_recipe_lead_to_the_same_run(call: Call, here: Path) -> None:
     assert call("sft", "second")[0] == 0
     (first,) = (here / "runs").glob("sft-first-*")
-    for start in ("sft-first", first.name, f"runs/{first.name}/", str(first), "sft/first"):
-        assert call("sft", "second", "--from", start)[0] == 0
+    for parent in ("sft-first", first.name, f"runs/{first.name}/", str(first), "sft/first"):
+        assert call("sft", "second", "--from", parent)[0] == 0
     assert len(records(here)) == len(list((here / "runs").iterdir())) == 2
-    result = run(load_recipe("second", start=first))
+    result = run(load_recipe("second", init_from=first))
     assert result.record["digest"] == records(here)["second"]["digest"]
     assert load_tuned(result.directory).model.training is False
 
 
-def test_show_and_data_take_a_start(call: Call, here: Path) -> None:
+def test_show_and_data_take_a_parent_run(call: Call, here: Path) -> None:
     assert call("sft", "first")[0] == 0
     (name,) = (path.name for path in (here / "runs").iterdir())
     status, out, _ = call("show", "second", "--from", "sft-first", "--json")
@@ -107,7 +107,7 @@ def test_show_and_data_take_a_start(call: Call, here: Path) -> None:
     assert call("data", "second", "--from", "sft-first", "--rows", "0")[0] == 0
 
 
-def test_a_mistake_in_the_first_recipe_is_told_before_anything_runs(call: Call, here: Path) -> None:
+def test_a_problem_in_the_required_recipe_is_reported_before_anything_runs(call: Call, here: Path) -> None:
     path = here / "recipes" / "sft" / "first.yaml"
     path.write_text(path.read_text().replace("rank: 2", "ranks: 2"))
     status, _, err = call("sft", "second")
@@ -115,7 +115,7 @@ def test_a_mistake_in_the_first_recipe_is_told_before_anything_runs(call: Call, 
     assert not (here / "runs").exists()
 
 
-def test_killed_while_the_first_runs_and_later_the_same_command_goes_on(call: Call, here: Path) -> None:
+def test_a_killed_required_run_resumes(call: Call, here: Path) -> None:
     assert call("sft", "second")[0] == 0
     expected = {name: record["files"] for name, record in records(here).items()}
     (here / "runs").rename(here / "whole")

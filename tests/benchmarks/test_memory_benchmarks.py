@@ -5,44 +5,62 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fake_memory import Case
-from benchmarks.memory import ADAPTERS, LLAMA_7B, RESULTS, cases, compared, cut, shape
+from benchmarks.fake_memory import MemoryCase
+from benchmarks.memory import (
+    ADAPTER_SETTINGS,
+    LLAMA_7B,
+    RESULTS_DIR,
+    cases,
+    compare_case,
+    config_shape,
+    with_layers,
+)
 from finetune.recipe.discovery import ADAPTERS as FOLDER
 from finetune.recipe.discovery import plugin_names
 
-MOST = 3.0
+MAX_ERROR = 3.0
 """Percent; the promise is 10."""
-NARROW = shape("llama", 256, 704, 2, heads=4, num_key_value_heads=2, vocab_size=2000)
+NARROW = config_shape("llama", 256, 704, 2, heads=4, num_key_value_heads=2, vocab_size=2000)
 OTHERS = {
-    "qwen3": shape("qwen3", 256, 768, 2, heads=4, num_key_value_heads=2, head_dim=128, vocab_size=2000),
-    "gemma2": shape("gemma2", 256, 768, 2, heads=2, num_key_value_heads=1, head_dim=128, vocab_size=2000),
-    "gemma3": shape("gemma3_text", 256, 768, 2, heads=2, num_key_value_heads=1, head_dim=128)
+    "qwen3": config_shape(
+        "qwen3", 256, 768, 2, heads=4, num_key_value_heads=2, head_dim=128, vocab_size=2000
+    ),
+    "gemma2": config_shape(
+        "gemma2", 256, 768, 2, heads=2, num_key_value_heads=1, head_dim=128, vocab_size=2000
+    ),
+    "gemma3": config_shape("gemma3_text", 256, 768, 2, heads=2, num_key_value_heads=1, head_dim=128)
     | {"vocab_size": 2000},
-    "gpt_neox": shape("gpt_neox", 256, 1024, 2, heads=4, vocab_size=2000),
+    "gpt_neox": config_shape("gpt_neox", 256, 1024, 2, heads=4, vocab_size=2000),
 }
 WITHOUT_FAKES = {"qlora", "loftq", "pissa"}
 """4-bit kernels and SVDs need data; their adapters are LoRA's."""
 
 
-def errors(*asked: Case) -> dict[str, float]:
+def large_errors(*cases_to_compare: MemoryCase) -> dict[str, float]:
     """Return the plans' errors that exceed the tolerance of this test."""
-    lines = {f"{case}": compared(case) for case in asked}
-    return {name: line.error for name, line in lines.items() if abs(line.error) > MOST}
+    comparisons = {f"{case}": compare_case(case) for case in cases_to_compare}
+    return {
+        name: comparison.error
+        for name, comparison in comparisons.items()
+        if abs(comparison.error) > MAX_ERROR
+    }
 
 
 @pytest.mark.parametrize("objective", ["likelihood", "comparison", "scores", "ppo"])
 def test_each_loss(objective: Any) -> None:
-    assert not errors(Case("narrow", NARROW, objective=objective, masked=True))
+    assert not large_errors(MemoryCase("narrow", NARROW, objective=objective, masked=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["likelihood", "comparison", "scores", "ppo"])
-def test_each_loss_computed_again(objective: Any) -> None:
-    ways: tuple[Any, ...] = ("bfloat16", "float32")
-    assert not errors(
+def test_each_loss_with_checkpointing(objective: Any) -> None:
+    precisions: tuple[Any, ...] = ("bfloat16", "float32")
+    assert not large_errors(
         *(
-            Case("narrow", NARROW, objective=objective, precision=way, masked=True, checkpointing=True)
-            for way in ways
+            MemoryCase(
+                "narrow", NARROW, objective=objective, precision=precision, masked=True, checkpointing=True
+            )
+            for precision in precisions
         )
     )
 
@@ -51,45 +69,51 @@ def test_each_loss_computed_again(objective: Any) -> None:
 @pytest.mark.parametrize("family", OTHERS)
 def test_each_family(family: str) -> None:
     config = OTHERS[family]
-    assert not errors(Case(family, config, masked=True), Case(family, config, {"method": "full"}))
+    assert not large_errors(
+        MemoryCase(family, config, masked=True), MemoryCase(family, config, {"method": "full"})
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_each_adapter(precision: Any) -> None:
     virtual = ("prefix", "prompt")
-    assert not errors(
+    assert not large_errors(
         *(
-            Case(
+            MemoryCase(
                 "narrow",
                 NARROW,
                 adapter,
                 precision=precision,
                 masked=any(word in adapter["method"] for word in virtual),
             )
-            for adapter in ADAPTERS
+            for adapter in ADAPTER_SETTINGS
         )
     )
 
 
 def test_lora_full_and_prompts() -> None:
-    assert not errors(
-        Case("narrow", NARROW, checkpointing=True),
-        Case("narrow", NARROW, {"method": "full"}, accumulated=2),
-        Case("narrow", NARROW, {"method": "prefix"}, masked=True),
-        Case("narrow", NARROW, {"method": "dora"}, precision="float32"),
+    assert not large_errors(
+        MemoryCase("narrow", NARROW, checkpointing=True),
+        MemoryCase("narrow", NARROW, {"method": "full"}, accumulation_steps=2),
+        MemoryCase("narrow", NARROW, {"method": "prefix"}, masked=True),
+        MemoryCase("narrow", NARROW, {"method": "dora"}, precision="float32"),
     )
 
 
 @pytest.mark.slow
 def test_logits_in_chunks() -> None:
     """36,000 x 2,000 logits exceed one softmax chunk."""
-    assert not errors(Case("narrow", NARROW, {"method": "ia3"}, lines=160, columns=256, predicted=36_000))
+    assert not large_errors(
+        MemoryCase("narrow", NARROW, {"method": "ia3"}, rows=160, seq_len=256, predicted=36_000)
+    )
 
 
 @pytest.mark.slow
-def test_the_width_of_seven_billion_parameters() -> None:
-    assert not errors(Case(*cut("llama-2-7b", LLAMA_7B, 4), lines=2, columns=512, checkpointing=True))
+def test_width_of_llama_7b() -> None:
+    assert not large_errors(
+        MemoryCase(*with_layers("llama-2-7b", LLAMA_7B, 4), rows=2, seq_len=512, checkpointing=True)
+    )
 
 
 def test_every_adapter_is_compared() -> None:
@@ -97,8 +121,8 @@ def test_every_adapter_is_compared() -> None:
     assert compared_with | WITHOUT_FAKES == set(plugin_names(FOLDER))
 
 
-def test_written_errors_are_as_promised() -> None:
-    newest = sorted(RESULTS.glob("memory-fake-*.json"))[-1]
-    lines = json.loads(newest.read_text(encoding="utf-8"))["cases"]
-    assert len(lines) > 100
-    assert max(abs(line["error"]) for line in lines) < 5.0
+def test_recorded_errors() -> None:
+    newest = sorted(RESULTS_DIR.glob("memory-fake-*.json"))[-1]
+    comparisons = json.loads(newest.read_text(encoding="utf-8"))["cases"]
+    assert len(comparisons) > 100
+    assert max(abs(comparison["error"]) for comparison in comparisons) < 5.0

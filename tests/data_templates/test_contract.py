@@ -56,7 +56,7 @@ def conversation(texts, trained=()):
     return [Message(roles[i % 2], text, trained=i not in trained) for i, text in enumerate(texts)]
 
 
-def shown(segments):
+def to_text(segments):
     """Return a rendering as text."""
     tokens = {"bos": "<s>", "eos": "</s>"}
     return "".join(segment.text or tokens.get(segment.kind, "") for segment in segments)
@@ -64,35 +64,35 @@ def shown(segments):
 
 def fragments():
     """Generate text that is likely to form markers: complete ones, halves, special tokens, spaces."""
-    whole = [*ALL_MARKERS, *SPECIAL]
-    halves = [half for text in whole for half in (text[: len(text) // 2], text[len(text) // 2 :])]
+    full = [*ALL_MARKERS, *SPECIAL]
+    halves = [half for text in full for half in (text[: len(text) // 2], text[len(text) // 2 :])]
     blanks = [" ", "\n", "\n\n", "\t", "", "\u200b", "ＵＳＥＲ：", "user", "assistant"]
     anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
-    return st.lists(st.sampled_from([*whole, *halves, *blanks]) | anything, max_size=6).map("".join)
+    return st.lists(st.sampled_from([*full, *halves, *blanks]) | anything, max_size=6).map("".join)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_is_on_replies_alone_and_every_reply_ends(name):
+def test_loss_is_on_replies_only_and_every_reply_ends(name):
     turns = ["q1", "a1", "q2", "a2"] if name in MULTI else ["q1", "a1"]
     segments, _ = render(template_of(name), conversation(turns), special_tokens=SPECIAL)
     assert all(segment.reply for segment in segments if segment.trained)
-    learnt = shown([segment for segment in segments if segment.trained])
+    trained = to_text([segment for segment in segments if segment.trained])
     end = next(segment for segment in reversed(segments) if segment.trained)
-    ending = shown([end])
+    ending = to_text([end])
     assert ending in SPECIAL
-    assert [part.strip() for part in learnt.split(ending)] == [*turns[1::2], ""]
+    assert [part.strip() for part in trained.split(ending)] == [*turns[1::2], ""]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reply_that_is_not_trained_carries_no_loss_and_reads_the_same(name):
     turns = ["q1", "a1", "q2", "a2"] if name in MULTI else ["q1", "a1"]
     template = template_of(name)
-    learnt, _ = render(template, conversation(turns), special_tokens=SPECIAL)
+    trained, _ = render(template, conversation(turns), special_tokens=SPECIAL)
     skipped, _ = render(template, conversation(turns, trained={1}), special_tokens=SPECIAL)
-    assert shown(skipped) == shown(learnt)
-    assert [s.reply for s in skipped] == [s.reply for s in learnt]
-    assert "a1" not in shown([segment for segment in skipped if segment.trained])
-    assert ("a2" in shown([segment for segment in skipped if segment.trained])) == (name in MULTI)
+    assert to_text(skipped) == to_text(trained)
+    assert [s.reply for s in skipped] == [s.reply for s in trained]
+    assert "a1" not in to_text([segment for segment in skipped if segment.trained])
+    assert ("a2" in to_text([segment for segment in skipped if segment.trained])) == (name in MULTI)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,16 +101,16 @@ def test_a_prompt_is_the_beginning_of_what_is_trained(name):
     turns = conversation(["q1", "a1", "q2", "a2"] if name in MULTI else ["q1", "a1"])
     for messages in (turns, [Message("system", "s"), *turns]):
         prompt, _ = render(template, messages[:-1], special_tokens=SPECIAL)
-        whole, _ = render(template, messages, special_tokens=SPECIAL)
-        assert whole[: len(prompt)] == prompt
-        assert whole[len(prompt)].reply
+        full, _ = render(template, messages, special_tokens=SPECIAL)
+        assert full[: len(prompt)] == prompt
+        assert full[len(prompt)].reply
         assert not prompt[-1].reply
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_system_and_context_are_in_the_text(name):
     messages = [Message("system", "SYSTEMTEXT"), Message("user", "QUESTION", context="CONTEXT")]
-    text = shown(render(template_of(name), messages, special_tokens=SPECIAL)[0])
+    text = to_text(render(template_of(name), messages, special_tokens=SPECIAL)[0])
     assert text.index("SYSTEMTEXT") < text.index("QUESTION") < text.index("CONTEXT")
 
 
@@ -124,24 +124,24 @@ def test_every_sequence_begins_with_one_bos(name):
 @pytest.mark.parametrize("name", NAMES)
 @settings(deadline=None)  # other work on the machine is no failure of a template
 @given(data=st.data())
-def test_content_cannot_forge_a_turn(name, data):
+def test_content_cannot_inject_a_turn(name, data):
     template = template_of(name)
     count = data.draw(st.integers(1, 4 if name in MULTI else 2))
     texts = [data.draw(fragments()) for _ in range(count)]
     system, context = data.draw(st.none() | fragments()), data.draw(fragments())
     hostile = _messages(texts, system, context)
     markers = Markers.of([*template.markers, *SPECIAL])
-    harmless_context = markers.write_apart(context)[0]
+    harmless_context = markers.escape_markers(context)[0]
     neutral = _messages(
         ["x"] * count,
         None if system is None else "x" if system.strip() else "",
         "x" if harmless_context.strip() else "",
     )
-    emitted = shown(render(template, neutral, special_tokens=SPECIAL)[0])
-    text = shown(render(template, hostile, special_tokens=SPECIAL)[0])
+    emitted = to_text(render(template, neutral, special_tokens=SPECIAL)[0])
+    text = to_text(render(template, hostile, special_tokens=SPECIAL)[0])
     for marker in [*template.markers, *SPECIAL]:
-        found = len(re.findall(f"(?={re.escape(marker)})", text))
-        assert found == len(re.findall(f"(?={re.escape(marker)})", emitted)), (marker, text)
+        actual = len(re.findall(f"(?={re.escape(marker)})", text))
+        assert actual == len(re.findall(f"(?={re.escape(marker)})", emitted)), (marker, text)
 
 
 def _messages(texts, system, context):
@@ -152,16 +152,16 @@ def _messages(texts, system, context):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("cut", range(1, 4))
-def test_a_special_token_in_two_halves_stays_in_two_halves(name, cut):
+def test_a_special_token_in_two_halves_is_not_joined(name, cut):
     # `plain` puts question and answer side by side.
     halves = ["a" + "</s>"[:cut], "</s>"[cut:] + "b"]
-    text = shown(render(template_of(name), conversation(halves), special_tokens=SPECIAL)[0])
-    neutral = shown(render(template_of(name), conversation(["a", "b"]), special_tokens=SPECIAL)[0])
+    text = to_text(render(template_of(name), conversation(halves), special_tokens=SPECIAL)[0])
+    neutral = to_text(render(template_of(name), conversation(["a", "b"]), special_tokens=SPECIAL)[0])
     assert text.count("</s>") == neutral.count("</s>")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_was_written_apart_is_counted(name):
+def test_escaped_markers_are_counted(name):
     template = template_of(name)
     forged = "".join(template.markers) + "</s>"
     _, count = render(template, conversation([forged]), special_tokens=SPECIAL)

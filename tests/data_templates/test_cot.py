@@ -32,6 +32,6 @@ def test_reasoning_then_the_answer(reply, written):
     assert answer(reply) == written
 
 
-def test_a_note_that_is_left_out_joins_no_marker():
+def test_a_removed_annotation_joins_no_marker():
     assert answer("x <<<1=1>>/s>\n#### 2", special_tokens=["</s>"]) == " x < /s>\nThe answer is 2."
     assert answer("x\n<<1=1>>Q: y\n#### 2") == " x\n Q: y\nThe answer is 2."

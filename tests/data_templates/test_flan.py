@@ -20,16 +20,16 @@ def prompt(task, given=""):
     return "".join(segment.text for segment in segments)
 
 
-def test_each_phrasing_is_drawn_about_as_often():
+def test_each_phrasing_is_used_about_equally_often():
     counts = [0] * 10
     for number in range(2000):
-        counts[flan.drawn(f"Task {number}", 10)] += 1
+        counts[flan.hash_index(f"Task {number}", 10)] += 1
     # 200 each; the standard deviation is 13.4, and the draw is the same every time.
     assert min(counts) > 200 - 4 * 13.4 and max(counts) < 200 + 4 * 13.4
 
 
 @pytest.mark.parametrize("given", ["", "5 apples"])
-def test_all_ten_are_in_use_and_hold_the_rows_text(given):
+def test_all_ten_are_used_and_contain_the_rows_text(given):
     texts = {prompt(f"Task {number}?", given).replace(f"Task {number}?", "{task}") for number in range(200)}
     assert len(texts) == 10
     assert all(text.count("{task}") == 1 and given in text and text.endswith("\n") for text in texts)
@@ -54,7 +54,7 @@ def test_the_line_feed_that_ends_t0s_prompts_is_not_doubled():
     assert {"D\n\nI|", "Definition: D\nInput: I|Output:\n"} <= given
 
 
-def test_neither_the_seed_nor_the_process_changes_the_draw():
+def test_the_phrasing_depends_on_neither_seed_nor_process():
     texts = [prompt(f"Task {number}") for number in range(50)]
     random.seed(7)
     assert [prompt(f"Task {number}") for number in range(50)] == texts
@@ -72,9 +72,11 @@ def test_neither_the_seed_nor_the_process_changes_the_draw():
 
 
 def test_the_reply_does_not_change_the_question():
-    asked = Message("user", "Name a fish.")
+    requested = Message("user", "Name a fish.")
     texts = {
-        "".join(segment.text for segment in render(flan.TEMPLATE, [asked, Message("assistant", reply)])[0])
+        "".join(
+            segment.text for segment in render(flan.TEMPLATE, [requested, Message("assistant", reply)])[0]
+        )
         for reply in ("Eel", "Carp", "Pike")
     }
     assert {text.rpartition("\n")[0] for text in texts} == {prompt("Name a fish.").rpartition("\n")[0]}

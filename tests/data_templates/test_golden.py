@@ -89,7 +89,7 @@ GOLDEN = CHATS | {
 }
 
 
-def shown(segments):
+def to_text(segments):
     """Return a rendering as text."""
     tokens = {"bos": "<s>", "eos": "</s>"}
     return "".join(segment.text or tokens.get(segment.kind, "") for segment in segments)
@@ -101,7 +101,7 @@ def shown(segments):
 def test_text_is_exact(name, messages, expected):
     template = load_plugin("data_templates", name, where="test").TEMPLATE
     segments, written_apart = render(template, messages)
-    assert shown(segments) == expected
+    assert to_text(segments) == expected
     assert written_apart == 0
 
 
@@ -111,7 +111,7 @@ def test_no_shipped_template_is_without_golden_texts():
 
 
 @pytest.mark.parametrize("name", ["alpaca", "koalpaca", "plain", "kullm", "cot", "flan"])
-def test_one_exchange_templates_name_others_for_longer_conversations(name):
+def test_single_turn_templates_suggest_others_for_longer_conversations(name):
     template = load_plugin("data_templates", name, where="test").TEMPLATE
     with pytest.raises(TemplateError, match=f"'{name}' is single-turn.* has 4 turns.*'vicuna', 'chatml'"):
         render(template, [ASK, ANSWER, *MORE])
@@ -130,7 +130,7 @@ def test_one_exchange_templates_name_others_for_longer_conversations(name):
         ["system", "assistant"],
     ],
 )
-def test_turns_in_no_order_of_a_conversation_are_refused(roles):
+def test_an_invalid_order_of_roles_is_rejected(roles):
     template = load_plugin("data_templates", "chatml", where="test").TEMPLATE
     with pytest.raises(
         TemplateError, match="expected an optional system turn, then alternating user and assistant"
@@ -139,7 +139,7 @@ def test_turns_in_no_order_of_a_conversation_are_refused(roles):
 
 
 @pytest.mark.parametrize("message", [Message("user", "a\ud83d"), Message("user", "a", context="\udc00")])
-def test_half_a_character_is_refused_before_the_tokenizer_sees_it(message):
+def test_an_unpaired_surrogate_is_rejected_before_tokenization(message):
     template = load_plugin("data_templates", "alpaca", where="test").TEMPLATE
     with pytest.raises(TemplateError, match="an unpaired surrogate .*expected valid Unicode"):
         render(template, [message])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_templates._markers import Markers
-from data_templates._segments import BOS, Segment, TemplateError, apart_at_borders, markup
+from data_templates._segments import BOS, Segment, TemplateError, escape_at_boundaries, markup
 
 COMMON = ["</s>", "<|im_start|>", "<|im_end|>", "### Response:", "USER:", "[INST]", "<<SYS>>", "<</SYS>>"]
 
@@ -31,8 +31,8 @@ def occurrences(text, markers):
         ("SUPERUSER: yes", "SUPERU SER: yes", 1),
     ],
 )
-def test_write_apart_examples(text, harmless, count):
-    assert Markers.of(COMMON).write_apart(text) == (harmless, count)
+def test_escape_examples(text, harmless, count):
+    assert Markers.of(COMMON).escape_markers(text) == (harmless, count)
 
 
 @settings(deadline=None)
@@ -40,60 +40,60 @@ def test_write_apart_examples(text, harmless, count):
     markers=st.lists(st.text(alphabet="ab <", min_size=1, max_size=4), max_size=5),
     text=st.text(alphabet="ab <|", max_size=30),
 )
-def test_write_apart_ends_and_leaves_no_marker_whatever_the_markers_are(markers, text):
+def test_escape_terminates_and_leaves_no_marker(markers, text):
     # Spaces as markers, one-character markers, markers that an inserted space completes: all must terminate.
-    harmless, count = Markers.of(markers).write_apart(text)
+    harmless, count = Markers.of(markers).escape_markers(text)
     assert occurrences(harmless, markers) == 0
     assert (count == 0) == (harmless == text)
-    assert Markers.of(markers).write_apart(harmless) == (harmless, 0)
+    assert Markers.of(markers).escape_markers(harmless) == (harmless, 0)
 
 
 @settings(deadline=None)
 @given(parts=st.lists(st.sampled_from([*COMMON, "<", "s>", "|", " ", "USE", "R:", "한", "\n"]), max_size=12))
-def test_practical_markers_only_gain_blanks(parts):
+def test_practical_markers_only_gain_spaces(parts):
     text = "".join(parts)
-    harmless, _ = Markers.of(COMMON).write_apart(text)
+    harmless, _ = Markers.of(COMMON).escape_markers(text)
     assert re.sub(r"\s", "", harmless) == re.sub(r"\s", "", text)
 
 
 def test_empty_markers_count_as_none():
-    assert Markers.of(["", ""]).write_apart("text") == ("text", 0)
+    assert Markers.of(["", ""]).escape_markers("text") == ("text", 0)
 
 
-def test_two_contents_cannot_make_a_marker_together():
+def test_two_contents_cannot_form_a_marker():
     pieces = [BOS, Segment("content", "a</"), Segment("content", "s>b", True, reply=True)]
-    result, count = apart_at_borders(pieces, Markers.of(COMMON))
+    result, count = escape_at_boundaries(pieces, Markers.of(COMMON))
     # The later one moves: the earlier is a prompt, and must not depend on what follows.
     assert [piece.text for piece in result] == ["", "a</", " s>b"]
     assert count == 1
 
 
-def test_content_and_markup_cannot_make_a_marker_together():
+def test_content_and_markup_cannot_form_a_marker():
     pieces = [Segment("content", "SUPERUS"), markup("ER: x")]
-    result, count = apart_at_borders(pieces, Markers.of(COMMON))
+    result, count = escape_at_boundaries(pieces, Markers.of(COMMON))
     assert ([piece.text for piece in result], count) == (["SUPERUS ", "ER: x"], 1)
 
 
 def test_a_marker_over_three_pieces_is_found():
     pieces = [Segment("content", "<"), Segment("content", "/"), Segment("content", "s>")]
-    result, count = apart_at_borders(pieces, Markers.of(COMMON))
+    result, count = escape_at_boundaries(pieces, Markers.of(COMMON))
     assert ("".join(piece.text for piece in result), count) == ("</ s>", 1)
 
 
 def test_the_templates_own_marker_in_two_pieces_stays():
     pieces = [markup("US"), markup("ER: "), Segment("content", "hi")]
-    assert apart_at_borders(pieces, Markers.of(COMMON)) == (pieces, 0)
+    assert escape_at_boundaries(pieces, Markers.of(COMMON)) == (pieces, 0)
 
 
 def test_no_marker_joins_across_an_end_of_turn():
     pieces = [Segment("content", "</", reply=True), Segment("eos", reply=True), markup("s>")]
-    assert apart_at_borders(pieces, Markers.of(COMMON)) == (pieces, 0)
+    assert escape_at_boundaries(pieces, Markers.of(COMMON)) == (pieces, 0)
 
 
-def test_a_marker_that_no_blank_parts_is_refused():
+def test_a_marker_that_no_space_can_break_is_rejected():
     pieces = [Segment("content", "a"), Segment("content", " b")]
     with pytest.raises(TemplateError, match="form a marker that no space can break"):
-        apart_at_borders(pieces, Markers.of(["a ", " b"]))
+        escape_at_boundaries(pieces, Markers.of(["a ", " b"]))
 
 
 @settings(deadline=None)
@@ -101,13 +101,13 @@ def test_a_marker_that_no_blank_parts_is_refused():
     texts=st.lists(st.text(alphabet="<|ab/s>", max_size=5), max_size=6),
     kinds=st.lists(st.sampled_from(["content", "markup"]), min_size=6, max_size=6),
 )
-def test_markers_over_borders_are_the_templates_own(texts, kinds):
+def test_markers_across_boundaries_are_the_templates_own(texts, kinds):
     markers = Markers.of(["</s>", "<|a", "ab/", "ss"])
     pieces = [
-        Segment(kind, markers.write_apart(text)[0] if kind == "content" else text)
+        Segment(kind, markers.escape_markers(text)[0] if kind == "content" else text)
         for text, kind in zip(texts, kinds, strict=False)
     ]
-    result, _ = apart_at_borders(pieces, markers)
+    result, _ = escape_at_boundaries(pieces, markers)
     text = "".join(piece.text for piece in result)
     theirs = "".join(("1" if piece.kind == "content" else "0") * len(piece.text) for piece in result)
     for start in range(len(text)):

@@ -52,7 +52,7 @@ def plain(messages):
     "messages",
     [[ASK], [ASK, ANSWER], [SYSTEM, ASK], [SYSTEM, ASK, ANSWER], LONG[1:4], LONG[1:], LONG[:4], LONG],
 )
-def test_the_text_is_that_of_the_published_template(name, messages):
+def test_parity_with_the_published_template(name, messages):
     expected = rendered(PUBLISHED[name], plain(messages), opened=messages[-1].role == "user")
     assert text_of(name, messages) == expected
 
@@ -60,7 +60,7 @@ def test_the_text_is_that_of_the_published_template(name, messages):
 @pytest.mark.parametrize("system", [[], [SYSTEM]])
 @pytest.mark.parametrize("calls", [CALLS[:1], CALLS])
 @pytest.mark.parametrize("end", [3, 4, 5, 6])
-def test_tools_calls_and_observations_are_written_as_published(system, calls, end):
+def test_tools_calls_and_observations_have_the_published_form(system, calls, end):
     tools = Message("tools", "\n".join(json.dumps(tool, ensure_ascii=False) for tool in TOOLS))
     called = Message("function_call", "\n".join(json.dumps(call, ensure_ascii=False) for call in calls))
     seen = Message("observation", '{"sky": "맑음"}')

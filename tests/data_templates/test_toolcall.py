@@ -13,12 +13,12 @@ from finetune.recipe.discovery import load_plugin, plugin_names
 TOOLS = Message("tools", '{"type": "function", "function": {"name": "area"}}')
 ASK = Message("user", "How large?")
 CALL = Message("function_call", '{"name": "area", "arguments": {"sides": [5, 3]}}')
-SEEN = Message("observation", '{"area": 15}')
+OBSERVATION = Message("observation", '{"area": 15}')
 ANSWER = Message("assistant", "It is 15.")
 SPECIAL = ["<s>", "</s>", *toolcall.TEMPLATE.markers]
 
 
-def learnt(messages):
+def trained_text(messages):
     """Return the text that carries loss, turns separated by a bar."""
     segments, _ = render(toolcall.TEMPLATE, messages)
     ends = (segment.text + ("|" if segment.kind == "eos" else "") for segment in segments if segment.trained)
@@ -27,46 +27,53 @@ def learnt(messages):
 
 def test_calls_and_replies_carry_loss_and_nothing_else():
     text = '<tool_call>\n{"name": "area", "arguments": {"sides": [5, 3]}}\n</tool_call><|im_end|>|'
-    assert learnt([TOOLS, ASK, CALL, SEEN, ANSWER]) == f"{text}It is 15.<|im_end|>|"
+    assert trained_text([TOOLS, ASK, CALL, OBSERVATION, ANSWER]) == f"{text}It is 15.<|im_end|>|"
 
 
 def test_several_calls_in_one_turn():
     one, two = '{"name": "a", "arguments": {}}', '{"name": "b", "arguments": {}}'
     text = f"<tool_call>\n{one}\n</tool_call>\n<tool_call>\n{two}\n</tool_call><|im_end|>|"
-    assert learnt([TOOLS, ASK, Message("function_call", f"{one}\n{two}")]) == text
+    assert trained_text([TOOLS, ASK, Message("function_call", f"{one}\n{two}")]) == text
 
 
 def test_a_call_that_is_not_trained_reads_the_same():
     silent = Message("function_call", CALL.content, trained=False)
-    learnt_text = render(toolcall.TEMPLATE, [TOOLS, ASK, CALL, SEEN, ANSWER])[0]
-    silent_text = render(toolcall.TEMPLATE, [TOOLS, ASK, silent, SEEN, ANSWER])[0]
+    learnt_text = render(toolcall.TEMPLATE, [TOOLS, ASK, CALL, OBSERVATION, ANSWER])[0]
+    silent_text = render(toolcall.TEMPLATE, [TOOLS, ASK, silent, OBSERVATION, ANSWER])[0]
     assert [s.text for s in silent_text] == [s.text for s in learnt_text]
-    assert learnt([TOOLS, ASK, silent, SEEN, ANSWER]) == "It is 15.<|im_end|>|"
+    assert trained_text([TOOLS, ASK, silent, OBSERVATION, ANSWER]) == "It is 15.<|im_end|>|"
 
 
 @pytest.mark.parametrize(
     "name", [name for name in plugin_names("data_templates") if name not in ("model", "toolcall")]
 )
 @pytest.mark.parametrize(
-    ("turns", "told"),
+    ("turns", "message"),
     [
         ([TOOLS, ASK, ANSWER], "turn 1 is tools"),
-        ([ASK, CALL, SEEN, ANSWER], "turn 2 is function_call"),
+        ([ASK, CALL, OBSERVATION, ANSWER], "turn 2 is function_call"),
     ],
 )
-def test_other_templates_refuse_and_name_the_one_for_it(name, turns, told):
+def test_other_templates_reject_tools_and_suggest_toolcall(name, turns, message):
     template = load_plugin("data_templates", name, where="test").TEMPLATE
     with pytest.raises(
-        TemplateError, match=f"{told}, but this template does not support tools; use 'toolcall'"
+        TemplateError, match=f"{message}, but this template does not support tools; use 'toolcall'"
     ):
         render(template, turns)
 
 
 @pytest.mark.parametrize(
     "turns",
-    [[TOOLS], [ASK, SEEN], [ASK, ANSWER, SEEN], [ASK, CALL, ANSWER], [ASK, TOOLS, ANSWER], [SEEN, ANSWER]],
+    [
+        [TOOLS],
+        [ASK, OBSERVATION],
+        [ASK, ANSWER, OBSERVATION],
+        [ASK, CALL, ANSWER],
+        [ASK, TOOLS, ANSWER],
+        [OBSERVATION, ANSWER],
+    ],
 )
-def test_observations_follow_calls_and_tools_stand_in_front(turns):
+def test_observations_follow_calls_and_tools_come_first(turns):
     with pytest.raises(TemplateError, match="then observation"):
         render(toolcall.TEMPLATE, turns)
 
@@ -80,18 +87,18 @@ def hostile():
 
 @settings(deadline=None)
 @given(texts=st.lists(hostile(), min_size=6, max_size=6))
-def test_nothing_that_was_read_can_forge_a_call_or_a_turn(texts):
+def test_observations_cannot_inject_a_call_or_a_turn(texts):
     roles = ("system", "tools", "user", "function_call", "observation", "assistant")
-    one_line = [text.replace("\n", " ") for text in texts]
-    forged = [Message(role, text) for role, text in zip(roles, one_line, strict=True)]
+    single_line = [text.replace("\n", " ") for text in texts]
+    forged = [Message(role, text) for role, text in zip(roles, single_line, strict=True)]
     neutral = [
-        Message(role, "x" if text.strip() else text) for role, text in zip(roles, one_line, strict=True)
+        Message(role, "x" if text.strip() else text) for role, text in zip(roles, single_line, strict=True)
     ]
-    found, emitted = (
+    actual, emitted = (
         "".join(segment.text for segment in render(toolcall.TEMPLATE, turns, special_tokens=SPECIAL)[0])
         for turns in (forged, neutral)
     )
     for marker in SPECIAL:
-        assert len(re.findall(f"(?={re.escape(marker)})", found)) == len(
+        assert len(re.findall(f"(?={re.escape(marker)})", actual)) == len(
             re.findall(f"(?={re.escape(marker)})", emitted)
-        ), (marker, found)
+        ), (marker, actual)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from align.preference.losses import inputs
-from align.preference.losses.inputs import LossOutput, Needs, Range
-from finetune.recipe.errors import Problem, UserError, nearest, one_of
+from align.preference.losses.inputs import Interval, LossOutput, Needs
+from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 
-FILES = ("pairwise", "listwise")
+LOSS_FILES = ("pairwise", "listwise")
 Setting = float | str
 
 
@@ -34,7 +34,7 @@ class Loss:
     takes: Literal["Pairs", "Lists"]
     needs: Needs
     defaults: Mapping[str, Setting]
-    allowed: Mapping[str, Range | tuple[str, ...]]
+    allowed: Mapping[str, Interval | tuple[str, ...]]
 
     def function(self) -> Callable[..., LossOutput]:
         """Import and return the loss function (this imports torch)."""
@@ -60,7 +60,7 @@ class Loss:
     def _problem(self, key: str, value: Setting, where: str) -> Problem | None:
         if key not in self.defaults:
             expected = f"for the loss '{self.name}': {one_of(self.defaults)}"
-            return Problem(where, "unknown setting", expected, nearest(key, self.defaults))
+            return Problem(where, "unknown setting", expected, did_you_mean(key, self.defaults))
         allowed = self.allowed[key]
         if isinstance(allowed, tuple):
             return None if value in allowed else Problem(where, f"found {value!r}", one_of(allowed))
@@ -69,9 +69,9 @@ class Loss:
         return None if fits else Problem(where, f"found {value!r}", f"a number {allowed}")
 
 
-def losses() -> dict[str, Loss]:
+def all_losses() -> dict[str, Loss]:
     """Return all losses by name, in the order of their files."""
-    return {loss.name: loss for file in FILES for loss in _losses_of(file)}
+    return {loss.name: loss for file in LOSS_FILES for loss in _losses_in_file(file)}
 
 
 def find_loss(name: str, *, where: str) -> Loss:
@@ -84,20 +84,22 @@ def find_loss(name: str, *, where: str) -> Loss:
     Raises:
         UserError: no loss has this name.
     """
-    known = losses()
+    known = all_losses()
     if name not in known:
-        raise UserError(Problem(where, f"the loss '{name}' is unknown", one_of(known), nearest(name, known)))
+        raise UserError(
+            Problem(where, f"the loss '{name}' is unknown", one_of(known), did_you_mean(name, known))
+        )
     return known[name]
 
 
-def _losses_of(file: str) -> list[Loss]:
+def _losses_in_file(file: str) -> list[Loss]:
     # Recipes are validated and losses listed without importing torch, which takes seconds.
     tree = ast.parse(Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return [_read(function, file) for function in functions if not function.name.startswith("_")]
+    return [_parse_loss(function, file) for function in functions if not function.name.startswith("_")]
 
 
-def _read(function: ast.FunctionDef, module: str) -> Loss:
+def _parse_loss(function: ast.FunctionDef, module: str) -> Loss:
     """Read ``def NAME(x: Annotated[TAKES, Needs(...)], *, SETTING: RANGE = DEFAULT, ...)``."""
     parameter = function.args.args[0].annotation
     assert isinstance(parameter, ast.Subscript) and isinstance(parameter.slice, ast.Tuple), function.name
@@ -113,12 +115,12 @@ def _read(function: ast.FunctionDef, module: str) -> Loss:
             **{keyword.arg: ast.literal_eval(keyword.value) for keyword in needs.keywords if keyword.arg}
         ),
         defaults={key.arg: ast.literal_eval(value) for key, value in settings.items() if value is not None},
-        allowed={key.arg: _allowed(key) for key in settings},
+        allowed={key.arg: _allowed_values(key) for key in settings},
     )
 
 
-def _allowed(setting: ast.arg) -> Range | tuple[str, ...]:
+def _allowed_values(setting: ast.arg) -> Interval | tuple[str, ...]:
     """Return the range or the allowed values of a setting's annotation, which is a name of `inputs.py`."""
     assert isinstance(setting.annotation, ast.Name), f"{setting.arg}: annotate it with a name of inputs.py"
-    words_or_range: tuple[Any, ...] = get_args(vars(inputs)[setting.annotation.id])
-    return words_or_range[1] if isinstance(words_or_range[1], Range) else words_or_range
+    annotation_args: tuple[Any, ...] = get_args(vars(inputs)[setting.annotation.id])
+    return annotation_args[1] if isinstance(annotation_args[1], Interval) else annotation_args

@@ -32,7 +32,7 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
+class Interval:
     """The interval of a setting's values: above (or from) ``low``, and below ``high``."""
 
     low: float
@@ -48,11 +48,11 @@ class Range:
         return low if self.high == float("inf") else f"{low} and below {self.high:g}"
 
 
-Positive = Annotated[float, Range(0)]
-Weight = Annotated[float, Range(0, with_low=True)]
-FlipRate = Annotated[float, Range(0, 0.5, with_low=True)]
+PositiveSetting = Annotated[float, Interval(0)]
+NonNegativeSetting = Annotated[float, Interval(0, with_low=True)]
+FlipRate = Annotated[float, Interval(0, 0.5, with_low=True)]
 """The assumed fraction of pairs with swapped labels; at 0.5 labels carry no information."""
-SomeFlips = Annotated[float, Range(0, 0.5)]
+PositiveFlipRate = Annotated[float, Interval(0, 0.5)]
 OverTokens = Literal["sum", "mean"]
 
 
@@ -90,31 +90,33 @@ class Pairs:
         Raises:
             ValueError: the tensors are not all of one shape (pairs,).
         """
-        _same_shape(1, self.chosen_logps, self.rejected_logps, self.chosen_lengths, self.rejected_lengths)
-        _same_shape(1, self.chosen_logps, self.reference_chosen_logps, self.reference_rejected_logps)
+        _check_same_shape(
+            1, self.chosen_logps, self.rejected_logps, self.chosen_lengths, self.rejected_lengths
+        )
+        _check_same_shape(1, self.chosen_logps, self.reference_chosen_logps, self.reference_rejected_logps)
 
     @property
-    def chosen_ratios(self) -> "Tensor":
+    def chosen_logratios(self) -> "Tensor":
         """Log pi(chosen) - log pi_ref(chosen)."""
-        return self.chosen_logps - _known(self.reference_chosen_logps)
+        return self.chosen_logps - _require_reference(self.reference_chosen_logps)
 
     @property
-    def rejected_ratios(self) -> "Tensor":
+    def rejected_logratios(self) -> "Tensor":
         """Log pi(rejected) - log pi_ref(rejected)."""
-        return self.rejected_logps - _known(self.reference_rejected_logps)
+        return self.rejected_logps - _require_reference(self.reference_rejected_logps)
 
     @property
     def margins(self) -> "Tensor":
         """Log-ratio of chosen minus log-ratio of rejected: (pairs,)."""
-        return self.chosen_ratios - self.rejected_ratios
+        return self.chosen_logratios - self.rejected_logratios
 
     @property
-    def chosen_means(self) -> "Tensor":
+    def chosen_mean_logps(self) -> "Tensor":
         """Log pi(chosen) per token."""
         return self.chosen_logps / self.chosen_lengths.clamp(min=1)
 
     @property
-    def rejected_means(self) -> "Tensor":
+    def rejected_mean_logps(self) -> "Tensor":
         """Log pi(rejected) per token."""
         return self.rejected_logps / self.rejected_lengths.clamp(min=1)
 
@@ -141,7 +143,7 @@ class Lists:
         Raises:
             ValueError: the tensors are not all of one shape (groups, K).
         """
-        _same_shape(2, self.logps, self.lengths, self.scores, self.reference_logps)
+        _check_same_shape(2, self.logps, self.lengths, self.scores, self.reference_logps)
 
     @property
     def present(self) -> "Tensor":
@@ -149,12 +151,12 @@ class Lists:
         return self.lengths > 0
 
     @property
-    def ratios(self) -> "Tensor":
+    def logratios(self) -> "Tensor":
         """Log pi - log pi_ref of each completion: (groups, K), 0 for missing ones."""
-        return (self.logps - _known(self.reference_logps)).masked_fill(~self.present, 0.0)
+        return (self.logps - _require_reference(self.reference_logps)).masked_fill(~self.present, 0.0)
 
     @property
-    def means(self) -> "Tensor":
+    def mean_logps(self) -> "Tensor":
         """Log pi per token of each completion: (groups, K), 0 for missing ones."""
         return (self.logps / self.lengths.clamp(min=1)).masked_fill(~self.present, 0.0)
 
@@ -201,13 +203,13 @@ def better_than(scores: "Tensor", present: "Tensor") -> "Tensor":
     return both & (scores[:, :, None] > scores[:, None, :])
 
 
-def _known(reference: "Tensor | None") -> "Tensor":
+def _require_reference(reference: "Tensor | None") -> "Tensor":
     if reference is None:
         raise ValueError("this loss needs reference log-probabilities; none were given")
     return reference
 
 
-def _same_shape(dimensions: int, *tensors: "Tensor | None") -> None:
+def _check_same_shape(dimensions: int, *tensors: "Tensor | None") -> None:
     shapes = [tuple(tensor.shape) for tensor in tensors if tensor is not None]
     if len(set(shapes)) != 1 or len(shapes[0]) != dimensions:
         raise ValueError(f"expected tensors of one shape with {dimensions} dimensions, found {shapes}")

@@ -12,25 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.preference.losses.inputs import Lists, LossOutput, Needs, Positive, Weight
+from align.preference.losses.inputs import Lists, LossOutput, Needs, NonNegativeSetting, PositiveSetting
 
 
-def plackett_luce(lists: Annotated[Lists, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
+def plackett_luce(
+    lists: Annotated[Lists, Needs(reference=True)], *, beta: PositiveSetting = 0.1
+) -> LossOutput:
     """Listwise DPO: the probability of the full ranking, each completion against all worse ones.
 
     -sum_i [beta h_i - log(exp beta h_i + sum_{j worse than i} exp beta h_j)], h = log pi - log ref;
     arXiv 2305.18290, appendix A.3. With K = 2 it is DPO. Tied completions are not compared.
     """
-    rewards = beta * lists.ratios
-    table = rewards[:, None, :].expand_as(lists.better)
-    return _ends(lists, _lost_to_worse(rewards, table, lists.better), rewards)
+    rewards = beta * lists.logratios
+    rewards_GKK = rewards[:, None, :].expand_as(lists.better)
+    return _with_best_worst_rewards(lists, _ranking_loss(rewards, rewards_GKK, lists.better), rewards)
 
 
 def rrhf(
     lists: Annotated[Lists, Needs(over_tokens="mean", nll=True)],
     *,
-    rank_weight: Weight = 1.0,
-    nll_weight: Weight = 1.0,
+    rank_weight: NonNegativeSetting = 1.0,
+    nll_weight: NonNegativeSetting = 1.0,
 ) -> LossOutput:
     """RRHF: hinge ranking on log-probabilities per token, and an NLL term on the best completion.
 
@@ -39,14 +41,14 @@ def rrhf(
     likelihood over tokens; here, as in that code, it is per token, on the scale of the ranking. Tied best
     ones are averaged.
     """
-    means = lists.means
+    means = lists.mean_logps
     too_low = F.relu(means[:, None, :] - means[:, :, None]).masked_fill(~lists.better, 0.0)
-    losses = rank_weight * too_low.sum((-1, -2)) - nll_weight * _mean_over(means, lists.best)
-    return _ends(lists, losses, means)
+    losses = rank_weight * too_low.sum((-1, -2)) - nll_weight * _masked_mean(means, lists.best)
+    return _with_best_worst_rewards(lists, losses, means)
 
 
 def pro(
-    lists: Annotated[Lists, Needs(over_tokens="mean", nll=True)], *, nll_weight: Weight = 0.05
+    lists: Annotated[Lists, Needs(over_tokens="mean", nll=True)], *, nll_weight: NonNegativeSetting = 0.05
 ) -> LossOutput:
     """PRO: each completion against all worse ones, sharper for larger score gaps; NLL term on the best.
 
@@ -55,14 +57,16 @@ def pro(
     temperatures are 1 / t). The weight 0.05 (K - 1)^2 is the authors', on the best one's likelihood summed
     over tokens.
     """
-    means, better = lists.means, lists.better
+    means, better = lists.mean_logps, lists.better
     gaps = (lists.scores[:, :, None] - lists.scores[:, None, :]).masked_fill(~better, 0.0)
-    ranking = _lost_to_worse(means * gaps.amax(-1), means[:, None, :] * gaps, better)
-    pressure = nll_weight * (lists.present.sum(-1) - 1) ** 2
-    return _ends(lists, ranking - pressure * _mean_over(lists.logps, lists.best), means)
+    ranking = _ranking_loss(means * gaps.amax(-1), means[:, None, :] * gaps, better)
+    nll_coefficient = nll_weight * (lists.present.sum(-1) - 1) ** 2
+    return _with_best_worst_rewards(
+        lists, ranking - nll_coefficient * _masked_mean(lists.logps, lists.best), means
+    )
 
 
-def _lost_to_worse(own: Tensor, others: Tensor, better: Tensor) -> Tensor:
+def _ranking_loss(logits_GK: Tensor, worse_logits_GKK: Tensor, better: Tensor) -> Tensor:
     """Return -sum_i log [exp a_i / (exp a_i + sum over the j worse than i of exp b_ij)]: (groups,).
 
     Args:
@@ -70,16 +74,16 @@ def _lost_to_worse(own: Tensor, others: Tensor, better: Tensor) -> Tensor:
         worse_logits_GKK: b, (groups, K, K), used where ``better`` is true.
         better: (groups, K, K), whether i is better than j at [group, i, j].
     """
-    rivals = others.masked_fill(~better, -torch.inf)
-    return (torch.cat([own[..., None], rivals], -1).logsumexp(-1) - own).sum(-1)
+    rivals = worse_logits_GKK.masked_fill(~better, -torch.inf)
+    return (torch.cat([logits_GK[..., None], rivals], -1).logsumexp(-1) - logits_GK).sum(-1)
 
 
-def _mean_over(values: Tensor, chosen: Tensor) -> Tensor:
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Return the mean of the chosen entries of each group: (groups,)."""
-    return values.masked_fill(~chosen, 0.0).sum(-1) / chosen.sum(-1).clamp(min=1)
+    return values.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
-def _ends(lists: Lists, losses: Tensor, rewards: Tensor) -> LossOutput:
+def _with_best_worst_rewards(lists: Lists, losses: Tensor, rewards: Tensor) -> LossOutput:
     """Add the implicit rewards of the best and of the worst completion, averaged over ties."""
     rewards = rewards.detach()
-    return LossOutput(losses, _mean_over(rewards, lists.best), _mean_over(rewards, lists.worst))
+    return LossOutput(losses, _masked_mean(rewards, lists.best), _masked_mean(rewards, lists.worst))

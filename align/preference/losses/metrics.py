@@ -41,8 +41,8 @@ def list_accuracies(rewards: Tensor, scores: Tensor, *, present: Tensor | None =
     """
     present = torch.ones_like(rewards, dtype=torch.bool) if present is None else present
     better = better_than(scores, present)
-    right = accuracies(rewards[:, :, None], rewards[:, None, :]).masked_fill(~better, 0.0)
-    return right.sum((-1, -2)) / better.sum((-1, -2))
+    correct = accuracies(rewards[:, :, None], rewards[:, None, :]).masked_fill(~better, 0.0)
+    return correct.sum((-1, -2)) / better.sum((-1, -2))
 
 
 @torch.no_grad()

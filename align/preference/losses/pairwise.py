@@ -16,24 +16,27 @@ from align.preference.losses.inputs import (
     FlipRate,
     LossOutput,
     Needs,
+    NonNegativeSetting,
     OverTokens,
     Pairs,
-    Positive,
-    SomeFlips,
-    Weight,
+    PositiveFlipRate,
+    PositiveSetting,
 )
 
 
-def dpo(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
+def dpo(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveSetting = 0.1) -> LossOutput:
     """Direct preference optimization: logistic loss on the margin. Beta: the paper's, appendix B.
 
     -log s(beta m); arXiv 2305.18290, equation 7.
     """
-    return _implicit(pairs, -F.logsigmoid(beta * pairs.margins), beta)
+    return _with_implicit_rewards(pairs, -F.logsigmoid(beta * pairs.margins), beta)
 
 
 def cdpo(
-    pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1, label_smoothing: FlipRate = 0.1
+    pairs: Annotated[Pairs, Needs(reference=True)],
+    *,
+    beta: PositiveSetting = 0.1,
+    label_smoothing: FlipRate = 0.1,
 ) -> LossOutput:
     """Conservative DPO: a fraction e of the labels is assumed wrong, so that the margin stops growing.
 
@@ -42,11 +45,14 @@ def cdpo(
     """
     logits = beta * pairs.margins
     losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
-    return _implicit(pairs, losses, beta)
+    return _with_implicit_rewards(pairs, losses, beta)
 
 
 def robust(
-    pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1, label_smoothing: FlipRate = 0.1
+    pairs: Annotated[Pairs, Needs(reference=True)],
+    *,
+    beta: PositiveSetting = 0.1,
+    label_smoothing: FlipRate = 0.1,
 ) -> LossOutput:
     """Robust DPO: unbiased under labels that are swapped at random with a known rate e.
 
@@ -56,13 +62,13 @@ def robust(
     logits = beta * pairs.margins
     clean, swapped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
     losses = ((1 - label_smoothing) * clean - label_smoothing * swapped) / (1 - 2 * label_smoothing)
-    return _implicit(pairs, losses, beta)
+    return _with_implicit_rewards(pairs, losses, beta)
 
 
 def ipo(
     pairs: Annotated[Pairs, Needs(reference=True, over_tokens="setting")],
     *,
-    beta: Positive = 0.1,
+    beta: PositiveSetting = 0.1,
     over_tokens: OverTokens = "sum",
 ) -> LossOutput:
     """Identity preference optimization: regresses the margin to 1 / (2 beta).
@@ -78,26 +84,26 @@ def ipo(
             authors agree): 5 nats per token with that beta, so use a larger one. The default is ``sum``, the
             printed equation: beta then has about the same meaning as in DPO.
     """
-    chosen, rejected = pairs.chosen_ratios, pairs.rejected_ratios
+    chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
     if over_tokens == "mean":
         chosen = chosen / pairs.chosen_lengths.clamp(min=1)
         rejected = rejected / pairs.rejected_lengths.clamp(min=1)
-    return _implicit(pairs, (chosen - rejected - 1 / (2 * beta)) ** 2, beta)
+    return _with_implicit_rewards(pairs, (chosen - rejected - 1 / (2 * beta)) ** 2, beta)
 
 
-def hinge(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
+def hinge(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveSetting = 0.1) -> LossOutput:
     """RSO's normalized hinge: SLiC's loss on the margin over the reference. Beta: as in DPO.
 
     max(0, 1 - beta m); arXiv 2309.06657, hinge-norm, with beta for its gamma.
     """
-    return _implicit(pairs, F.relu(1 - beta * pairs.margins), beta)
+    return _with_implicit_rewards(pairs, F.relu(1 - beta * pairs.margins), beta)
 
 
 def slic(
     pairs: Annotated[Pairs, Needs(nll=True)],
     *,
-    margin: Weight = 1.0,
-    nll_weight: Weight = 0.5,
+    margin: NonNegativeSetting = 1.0,
+    nll_weight: NonNegativeSetting = 0.5,
 ) -> LossOutput:
     """SLiC-HF: hinge on the log-probabilities themselves, and an NLL term on the chosen completion.
 
@@ -106,23 +112,29 @@ def slic(
     term dominates.
     """
     losses = F.relu(margin - pairs.chosen_logps + pairs.rejected_logps) - nll_weight * pairs.chosen_logps
-    return _plain(losses, pairs.chosen_logps, pairs.rejected_logps)
+    return _loss_output(losses, pairs.chosen_logps, pairs.rejected_logps)
 
 
 def simpo(
-    pairs: Annotated[Pairs, Needs(over_tokens="mean")], *, beta: Positive = 2.0, margin: Weight = 1.0
+    pairs: Annotated[Pairs, Needs(over_tokens="mean")],
+    *,
+    beta: PositiveSetting = 2.0,
+    margin: NonNegativeSetting = 1.0,
 ) -> LossOutput:
     """SimPO: logistic loss on log-probabilities per token, with a margin; no reference.
 
     -log s(beta log pi(y_w) / |y_w| - beta log pi(y_l) / |y_l| - g); arXiv 2405.14734, equation 6. The paper's
     beta is 2.0 to 2.5, its g 0.3 to 1.6; ``margin`` is g itself, by default g / beta = 0.5.
     """
-    chosen, rejected = beta * pairs.chosen_means, beta * pairs.rejected_means
-    return _plain(-F.logsigmoid(chosen - rejected - margin), chosen, rejected)
+    chosen, rejected = beta * pairs.chosen_mean_logps, beta * pairs.rejected_mean_logps
+    return _loss_output(-F.logsigmoid(chosen - rejected - margin), chosen, rejected)
 
 
 def cpo(
-    pairs: Annotated[Pairs, Needs(nll=True)], *, beta: Positive = 0.1, nll_weight: Weight = 1.0
+    pairs: Annotated[Pairs, Needs(nll=True)],
+    *,
+    beta: PositiveSetting = 0.1,
+    nll_weight: NonNegativeSetting = 1.0,
 ) -> LossOutput:
     """CPO: DPO with a uniform reference, and an NLL term on the chosen completion.
 
@@ -131,14 +143,16 @@ def cpo(
     as we do. Beta = 0.1 and w = 1 are that code's.
     """
     chosen, rejected = beta * pairs.chosen_logps, beta * pairs.rejected_logps
-    return _plain(-F.logsigmoid(chosen - rejected) - nll_weight * pairs.chosen_means, chosen, rejected)
+    return _loss_output(
+        -F.logsigmoid(chosen - rejected) - nll_weight * pairs.chosen_mean_logps, chosen, rejected
+    )
 
 
 def orpo(
     pairs: Annotated[Pairs, Needs(over_tokens="mean", nll=True)],
     *,
-    beta: Positive = 0.1,
-    nll_weight: Weight = 1.0,
+    beta: PositiveSetting = 0.1,
+    nll_weight: NonNegativeSetting = 1.0,
 ) -> LossOutput:
     """ORPO: SFT on the chosen completion, and the odds ratio against the rejected one.
 
@@ -146,35 +160,35 @@ def orpo(
     of the tokens' probabilities; arXiv 2403.07691, equations 6 and 7; beta is its lambda, 0.1 its value for
     Mistral. The NLL is that of the completion only; TRL includes the prompt's tokens.
     """
-    chosen, rejected = pairs.chosen_means, pairs.rejected_means
+    chosen, rejected = pairs.chosen_mean_logps, pairs.rejected_mean_logps
     log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
     losses = -nll_weight * chosen - beta * F.logsigmoid(log_odds)
-    return _plain(losses, beta * chosen, beta * rejected)
+    return _loss_output(losses, beta * chosen, beta * rejected)
 
 
-def apo_zero(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
+def apo_zero(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveSetting = 0.1) -> LossOutput:
     """APO-zero: chosen up, rejected down, independently; for chosen completions better than the model's.
 
     1 - s(beta h(y_w)) + s(beta h(y_l)); arXiv 2408.06266, equation 7; beta in section 5.2.
     """
-    losses = torch.sigmoid(-beta * pairs.chosen_ratios) + torch.sigmoid(beta * pairs.rejected_ratios)
-    return _implicit(pairs, losses, beta)
+    losses = torch.sigmoid(-beta * pairs.chosen_logratios) + torch.sigmoid(beta * pairs.rejected_logratios)
+    return _with_implicit_rewards(pairs, losses, beta)
 
 
-def apo_down(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: Positive = 0.1) -> LossOutput:
+def apo_down(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveSetting = 0.1) -> LossOutput:
     """APO-down: both down, the rejected one further; for a model better than the chosen completions.
 
     s(beta h(y_w)) + 1 - s(beta m); arXiv 2408.06266, equation 8; beta in section 5.2.
     """
-    losses = torch.sigmoid(beta * pairs.chosen_ratios) + torch.sigmoid(-beta * pairs.margins)
-    return _implicit(pairs, losses, beta)
+    losses = torch.sigmoid(beta * pairs.chosen_logratios) + torch.sigmoid(-beta * pairs.margins)
+    return _with_implicit_rewards(pairs, losses, beta)
 
 
 def exo(
     pairs: Annotated[Pairs, Needs(reference=True)],
     *,
-    beta: Positive = 0.1,
-    label_smoothing: SomeFlips = 1e-3,
+    beta: PositiveSetting = 0.1,
+    label_smoothing: PositiveFlipRate = 1e-3,
 ) -> LossOutput:
     """EXO on pairs: the reverse Kullback-Leibler divergence where conservative DPO has the forward one.
 
@@ -184,29 +198,31 @@ def exo(
     logits = beta * pairs.margins
     chosen = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-label_smoothing))
     rejected = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(label_smoothing))
-    return _implicit(pairs, chosen + rejected, beta)
+    return _with_implicit_rewards(pairs, chosen + rejected, beta)
 
 
 def rpo(
     pairs: Annotated[Pairs, Needs(reference=True, nll=True)],
     *,
-    beta: Positive = 0.1,
-    nll_weight: Weight = 1.0,
+    beta: PositiveSetting = 0.1,
+    nll_weight: NonNegativeSetting = 1.0,
 ) -> LossOutput:
     """RPO: DPO plus an NLL term on the chosen completion, against falling chosen log-probabilities.
 
     -log s(beta m) - w log pi(y_w) / |y_w|; arXiv 2404.19733 (iterative reasoning preference optimization),
     equation 1, where the weight, 1, is on the other term; beta = 0.1 there.
     """
-    return _implicit(pairs, -F.logsigmoid(beta * pairs.margins) - nll_weight * pairs.chosen_means, beta)
+    return _with_implicit_rewards(
+        pairs, -F.logsigmoid(beta * pairs.margins) - nll_weight * pairs.chosen_mean_logps, beta
+    )
 
 
-def _implicit(pairs: Pairs, losses: Tensor, beta: float) -> LossOutput:
+def _with_implicit_rewards(pairs: Pairs, losses: Tensor, beta: float) -> LossOutput:
     """Add DPO's implicit rewards, beta h(y) (arXiv 2305.18290, equation 5 without the prompt's term)."""
-    return _plain(losses, beta * pairs.chosen_ratios, beta * pairs.rejected_ratios)
+    return _loss_output(losses, beta * pairs.chosen_logratios, beta * pairs.rejected_logratios)
 
 
-def _plain(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> LossOutput:
+def _loss_output(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> LossOutput:
     return LossOutput(losses, chosen_rewards.detach(), rejected_rewards.detach())
 
 

@@ -12,7 +12,7 @@ def bradley_terry(
     rejected_rewards: Tensor,
     *,
     margins: Tensor | None = None,
-    centring: float = 0.0,
+    center_rewards_coefficient: float = 0.0,
 ) -> Tensor:
     """Return -log s(r_w - r_l - m) + c (r_w + r_l)^2 for each pair.
 
@@ -32,7 +32,7 @@ def bradley_terry(
     differences = chosen_rewards - rejected_rewards
     if margins is not None:
         differences = differences - margins
-    return -F.logsigmoid(differences) + centring * (chosen_rewards + rejected_rewards) ** 2
+    return -F.logsigmoid(differences) + center_rewards_coefficient * (chosen_rewards + rejected_rewards) ** 2
 
 
 def all_pairs(
@@ -41,7 +41,7 @@ def all_pairs(
     *,
     present: Tensor | None = None,
     margins: Tensor | None = None,
-    centring: float = 0.0,
+    center_rewards_coefficient: float = 0.0,
 ) -> Tensor:
     """Return the mean Bradley-Terry loss over the pairs of each list: InstructGPT's K choose 2, in one pass.
 
@@ -61,5 +61,10 @@ def all_pairs(
     """
     present = torch.ones_like(rewards, dtype=torch.bool) if present is None else present
     better = better_than(scores, present)
-    losses = bradley_terry(rewards[:, :, None], rewards[:, None, :], margins=margins, centring=centring)
+    losses = bradley_terry(
+        rewards[:, :, None],
+        rewards[:, None, :],
+        margins=margins,
+        center_rewards_coefficient=center_rewards_coefficient,
+    )
     return losses.masked_fill(~better, 0.0).sum((-1, -2)) / better.sum((-1, -2)).clamp(min=1)

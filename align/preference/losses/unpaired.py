@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Judgement(NamedTuple):
+class KTOOutput(NamedTuple):
     """Loss per completion, with gradient, and its implicit reward beta r(y), detached: (rows,) each."""
 
     losses: Tensor
@@ -19,14 +19,14 @@ class Judgement(NamedTuple):
 
 
 def kto(
-    ratios: Tensor,
-    good: Tensor,
+    logratios: Tensor,
+    desirable: Tensor,
     *,
     reference_point: Tensor,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-) -> Judgement:
+) -> KTOOutput:
     """Return w_D (1 - s(beta (r - z))) of good completions and w_U (1 - s(beta (z - r))) of bad ones.
 
     Kahneman-Tversky optimization, arXiv 2402.01306, equation 8: lambda_y - v(x, y).
@@ -39,15 +39,15 @@ def kto(
         desirable_weight: lambda_D.
         undesirable_weight: lambda_U.
     """
-    gains = beta * (ratios - reference_point)
+    gains = beta * (logratios - reference_point)
     losses = torch.where(
-        good, desirable_weight * torch.sigmoid(-gains), undesirable_weight * torch.sigmoid(gains)
+        desirable, desirable_weight * torch.sigmoid(-gains), undesirable_weight * torch.sigmoid(gains)
     )
-    return Judgement(losses, (beta * ratios).detach())
+    return KTOOutput(losses, (beta * logratios).detach())
 
 
 @torch.no_grad()
-def reference_point(mismatched_ratios: Tensor) -> Tensor:
+def reference_point(mismatched_logratios: Tensor) -> Tensor:
     """Return z: the mean of r over mismatched prompts and completions, clamped at 0.
 
     arXiv 2402.01306, section 3.3: a cheap, biased estimate of KL(pi || ref), which only separates gains from
@@ -56,10 +56,10 @@ def reference_point(mismatched_ratios: Tensor) -> Tensor:
     Args:
         mismatched_logratios: (rows,).
     """
-    return mismatched_ratios.mean().clamp(min=0)
+    return mismatched_logratios.mean().clamp(min=0)
 
 
-def mismatched(prompts: Sequence[Hashable], size: int) -> list[int]:
+def mismatched_rows(prompts: Sequence[Hashable], size: int) -> list[int]:
     """Return for each row the row whose completion it is paired with to estimate z.
 
     Rows of a forward pass exchange completions: each takes that of the row before it, the first that of the
@@ -76,18 +76,23 @@ def mismatched(prompts: Sequence[Hashable], size: int) -> list[int]:
     >>> mismatched_rows(["a", "a", "b"], size=2)
     [2, 2, 1]
     """
-    return [_other(prompts, row, size) for row in range(len(prompts))]
+    return [_mismatched_row(prompts, row, size) for row in range(len(prompts))]
 
 
-def _other(prompts: Sequence[Hashable], row: int, size: int) -> int:
+def _mismatched_row(prompts: Sequence[Hashable], row: int, size: int) -> int:
     start = row // size * size
-    together = range(start, min(start + size, len(prompts)))
-    beside = [start + (row - start - step) % len(together) for step in range(1, len(together))]
-    before = [(row - step) % len(prompts) for step in range(1, len(prompts))]
-    every = [*beside, *before]
-    return next((other for other in every if prompts[other] != prompts[row]), every[0] if every else row)
+    batch_rows = range(start, min(start + size, len(prompts)))
+    batch_candidates = [start + (row - start - step) % len(batch_rows) for step in range(1, len(batch_rows))]
+    other_candidates = [(row - step) % len(prompts) for step in range(1, len(prompts))]
+    candidates = [*batch_candidates, *other_candidates]
+    return next(
+        (candidate for candidate in candidates if prompts[candidate] != prompts[row]),
+        candidates[0] if candidates else row,
+    )
 
 
-def balance(good: int, bad: int, *, desirable_weight: float, undesirable_weight: float) -> float:
+def weight_ratio(
+    num_desirable: int, num_undesirable: int, *, desirable_weight: float, undesirable_weight: float
+) -> float:
     """Return lambda_D n_D / (lambda_U n_U), the ratio of total desirable to undesirable weight."""
-    return desirable_weight * good / (undesirable_weight * bad)
+    return desirable_weight * num_desirable / (undesirable_weight * num_undesirable)

@@ -7,27 +7,27 @@ from align.preference.rows.dataset import PreferenceGroups, TokenizedGroup
 from finetune.data.dataset import TokenizedRows
 
 
-def as_rows(groups: PreferenceGroups) -> TokenizedRows:
+def to_completion_rows(groups: PreferenceGroups) -> TokenizedRows:
     """Return one row per completion, with loss on the completion; its location names the completion."""
     ids: list[NDArray[np.int32]] = []
-    trained: list[NDArray[np.bool_]] = []
-    starts, places = [0], []
+    loss_masks: list[NDArray[np.bool_]] = []
+    offsets, locations = [0], []
     for group in (groups[index] for index in range(len(groups))):
         for number, completion in enumerate(group.completion_ids):
             ids += [group.prompt_ids, completion]
-            trained += [np.zeros(len(group.prompt_ids), bool), np.ones(len(completion), bool)]
-            starts.append(starts[-1] + len(group.prompt_ids) + len(completion))
-            places.append(f"{group.place}, {_called(group, number)}")
-    arrays = {"input_ids": np.concatenate(ids), "trained": np.concatenate(trained)}
-    arrays["starts"] = np.asarray(starts, dtype=np.int64)
-    return TokenizedRows(arrays, places, np.repeat(groups.sources, groups.completions).tolist())
+            loss_masks += [np.zeros(len(group.prompt_ids), bool), np.ones(len(completion), bool)]
+            offsets.append(offsets[-1] + len(group.prompt_ids) + len(completion))
+            locations.append(f"{group.location}, {_completion_label(group, number)}")
+    arrays = {"input_ids": np.concatenate(ids), "loss_mask": np.concatenate(loss_masks)}
+    arrays["offsets"] = np.asarray(offsets, dtype=np.int64)
+    return TokenizedRows(arrays, locations, np.repeat(groups.source_ids, groups.num_completions).tolist())
 
 
-def _called(group: TokenizedGroup, number: int) -> str:
+def _completion_label(group: TokenizedGroup, index: int) -> str:
     """Return the label of a completion: good/bad, chosen/rejected, or its rank, with its score."""
-    score = f", score {group.scores[number]:g}" if np.isfinite(group.scores[number]) else ""
+    score = f", score {group.scores[index]:g}" if np.isfinite(group.scores[index]) else ""
     if len(group.ranks) == 1:
-        return "good" if group.scores[number] == 1 else "bad"
+        return "good" if group.scores[index] == 1 else "bad"
     if len(group.ranks) == 2:
-        return ("chosen", "rejected")[number] + score
-    return f"rank {group.ranks[number] + 1} of {len(group.ranks)}{score}"
+        return ("chosen", "rejected")[index] + score
+    return f"rank {group.ranks[index] + 1} of {len(group.ranks)}{score}"

@@ -28,13 +28,13 @@ class TokenizedGroup:
     ranks: NDArray[np.int32]
     margin: float
     row: int
-    place: str
+    location: str
     source: int
 
-    def as_tensors(self) -> Group:
+    def to_group(self) -> Group:
         """Return the token ids as tensors."""
         ids = (self.prompt_ids, *self.completion_ids)
-        prompt, *completions = (torch.from_numpy(part.astype(np.int64)) for part in ids)
+        prompt, *completions = (torch.from_numpy(segment_ids.astype(np.int64)) for segment_ids in ids)
         return Group(prompt, tuple(completions))
 
 
@@ -48,54 +48,54 @@ class PreferenceGroups:
     """
 
     input_ids: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    firsts: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    prompt_index: NDArray[np.int64]
     scores: NDArray[np.float64]
     ranks: NDArray[np.int32]
     margins: NDArray[np.float64]
-    places: tuple[str, ...]
-    sources: tuple[int, ...]
+    locations: tuple[str, ...]
+    source_ids: tuple[int, ...]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
     def __getitem__(self, index: int) -> TokenizedGroup:
         """Return one group; its arrays are views."""
         # `range` resolves negative indices and raises IndexError.
         index = range(len(self))[index]
-        first, end = (int(number) for number in self.firsts[index : index + 2])
-        pieces = [self.input_ids[self.starts[i] : self.starts[i + 1]] for i in range(first, end)]
-        own = slice(first - index, end - index - 1)
+        first, end = (int(segment) for segment in self.prompt_index[index : index + 2])
+        segments = [self.input_ids[self.offsets[i] : self.offsets[i + 1]] for i in range(first, end)]
+        completion_slice = slice(first - index, end - index - 1)
         return TokenizedGroup(
-            prompt_ids=pieces[0],
-            completion_ids=tuple(pieces[1:]),
-            scores=self.scores[own],
-            ranks=self.ranks[own],
+            prompt_ids=segments[0],
+            completion_ids=tuple(segments[1:]),
+            scores=self.scores[completion_slice],
+            ranks=self.ranks[completion_slice],
             margin=float(self.margins[index]),
             row=index,
-            place=self.places[index],
-            source=self.sources[index],
+            location=self.locations[index],
+            source=self.source_ids[index],
         )
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Return the number of tokens of each group, the prompt counted once: (G,)."""
-        return np.diff(self.starts[self.firsts])
+        return np.diff(self.offsets[self.prompt_index])
 
     @property
-    def completions(self) -> NDArray[np.int64]:
+    def num_completions(self) -> NDArray[np.int64]:
         """Return the number of completions K of each group: (G,)."""
-        return np.diff(self.firsts) - 1
+        return np.diff(self.prompt_index) - 1
 
     @property
     def prompt_lengths(self) -> NDArray[np.int64]:
         """Return the length of each group's prompt: (G,)."""
-        return np.diff(self.starts)[self.firsts[:-1]]
+        return np.diff(self.offsets)[self.prompt_index[:-1]]
 
     @property
     def completion_lengths(self) -> NDArray[np.int64]:
         """Return the length of each completion: (S - G,)."""
-        return np.delete(np.diff(self.starts), self.firsts[:-1])
+        return np.delete(np.diff(self.offsets), self.prompt_index[:-1])
 
     @property
     def num_tokens(self) -> int:
@@ -105,7 +105,7 @@ class PreferenceGroups:
     @property
     def longest(self) -> int:
         """Return the length of the longest prompt with one completion."""
-        prompts = np.repeat(self.prompt_lengths, self.completions)
+        prompts = np.repeat(self.prompt_lengths, self.num_completions)
         return int((prompts + self.completion_lengths).max())
 
 

@@ -10,20 +10,20 @@ import numpy as np
 from align.preference.rows.dataset import PreferenceGroups
 from align.preference.rows.judged import Comparison
 from data_templates._segments import Message, TemplateError
-from finetune.data.dataset import cached
+from finetune.data.dataset import load_or_encode
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoded, Encoder
 
-FORMAT = 1
+PREFERENCE_CACHE_FORMAT = 1
 """Increased when the meaning of a cached file changes, so that old files are not read."""
 
-NO_TEMPLATE = "dropped: the template cannot render the conversation"
-WRITTEN_APART = "contain template markers in their text (escaped)"
-ONLY_AN_END = "dropped: a completion has only its EOS token"
+DROPPED_UNRENDERABLE = "dropped: the template cannot render the conversation"
+ESCAPED_MARKERS = "contain template markers in their text (escaped)"
+DROPPED_ONLY_EOS = "dropped: a completion has only its EOS token"
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class LengthLimits:
     """The tokens that a prompt with one completion may have, and that a prompt keeps at least."""
 
     max_length: int
@@ -31,10 +31,12 @@ class Room:
     drop: bool = False
 
 
-Ids = list[int]
+TokenIds = list[int]
 
 
-def fit(prompt: Ids, completions: Sequence[Ids], room: Room, *, head: int = 0) -> tuple[Ids, list[Ids]]:
+def truncate_to(
+    prompt: TokenIds, completions: Sequence[TokenIds], limits: LengthLimits, *, num_kept_start: int = 0
+) -> tuple[TokenIds, list[TokenIds]]:
     """Truncate a prompt on the left and completions on the right, no more than needed.
 
     The prompt is truncated first, down to ``max_prompt_length``, then the completions.
@@ -49,62 +51,64 @@ def fit(prompt: Ids, completions: Sequence[Ids], room: Room, *, head: int = 0) -
     ([2, 3, 4], [[5, 6], [8]])
     """
     longest = max(map(len, completions))
-    if len(prompt) + longest <= room.max_length:
+    if len(prompt) + longest <= limits.max_length:
         return prompt, list(completions)
-    keeps = max(room.max_prompt_length, room.max_length - longest)
-    if len(prompt) > keeps:
-        prompt = prompt[:head] + prompt[len(prompt) - keeps + head :]
-    return prompt, [ids[: room.max_length - len(prompt)] for ids in completions]
+    prompt_length = max(limits.max_prompt_length, limits.max_length - longest)
+    if len(prompt) > prompt_length:
+        prompt = prompt[:num_kept_start] + prompt[len(prompt) - prompt_length + num_kept_start :]
+    return prompt, [ids[: limits.max_length - len(prompt)] for ids in completions]
 
 
-def tokenise(
-    rows: Sequence[Comparison], encoder: Encoder, room: Room, *, cache: bool, report: DataReport
+def tokenize_comparisons(
+    rows: Sequence[Comparison], encoder: Encoder, limits: LengthLimits, *, cache: bool, report: DataReport
 ) -> PreferenceGroups:
     """Tokenize comparisons, or read them from the cache."""
 
-    def encode(found: DataReport) -> dict[str, np.ndarray]:
-        return _encode(rows, encoder, room, found)
+    def encode(encode_report: DataReport) -> dict[str, np.ndarray]:
+        return _encode_comparisons(rows, encoder, limits, encode_report)
 
-    arrays = cached(_cache_key(rows, encoder, room), encode, cache=cache, report=report)
-    kept = [rows[number] for number in arrays.pop("numbers")]
-    places, sources = tuple(row.where for row in kept), tuple(row.source for row in kept)
-    return PreferenceGroups(**arrays, places=places, sources=sources)
+    arrays = load_or_encode(_preference_cache_key(rows, encoder, limits), encode, cache=cache, report=report)
+    tokenized = [rows[row_id] for row_id in arrays.pop("row_ids")]
+    locations, source_ids = tuple(row.where for row in tokenized), tuple(row.source for row in tokenized)
+    return PreferenceGroups(**arrays, locations=locations, source_ids=source_ids)
 
 
-def _encode(
-    rows: Sequence[Comparison], encoder: Encoder, room: Room, report: DataReport
+def _encode_comparisons(
+    rows: Sequence[Comparison], encoder: Encoder, limits: LengthLimits, report: DataReport
 ) -> dict[str, np.ndarray]:
     flat: list[int] = []
-    starts, firsts, numbers = [0], [0], []
+    offsets, prompt_index, row_ids = [0], [0], []
     scores: list[float] = []
     ranks: list[int] = []
-    for number, (row, encoded) in enumerate(zip(rows, _by_row(rows, encoder), strict=True)):
-        parts = _parts(encoded, encoder, row.where, report)
-        fitted = parts and _fitted(*parts, row, room, encoder, report)
-        if not fitted:
+    for row_id, (row, encoded) in enumerate(zip(rows, _encode_rows(rows, encoder), strict=True)):
+        prompt_and_completions = _split_prompt_completions(encoded, encoder, row.location, report)
+        truncated = prompt_and_completions and _truncate_row(
+            *prompt_and_completions, row, limits, encoder, report
+        )
+        if not truncated:
             continue
-        prompt, completions = fitted
+        prompt, completions = truncated
         for ids in (prompt, *completions.values()):
             flat += ids
-            starts.append(len(flat))
-        firsts.append(len(starts) - 1)
+            offsets.append(len(flat))
+        prompt_index.append(len(offsets) - 1)
         # Ranks are renumbered without the dropped completions; `index` lets ties share one.
-        kept = [row.ranks[index] for index in completions]
+        kept_ranks = [row.ranks[index] for index in completions]
         scores += [row.scores[index] for index in completions]
-        ranks += [kept.index(rank) for rank in kept]
-        numbers.append(number)
+        ranks += [kept_ranks.index(rank) for rank in kept_ranks]
+        row_ids.append(row_id)
     return {
         "input_ids": np.asarray(flat, dtype=np.int32),
-        "starts": np.asarray(starts, dtype=np.int64),
-        "firsts": np.asarray(firsts, dtype=np.int64),
+        "offsets": np.asarray(offsets, dtype=np.int64),
+        "prompt_index": np.asarray(prompt_index, dtype=np.int64),
         "scores": np.asarray(scores, dtype=np.float64),
         "ranks": np.asarray(ranks, dtype=np.int32),
-        "margins": np.asarray([rows[number].margin for number in numbers], dtype=np.float64),
-        "numbers": np.asarray(numbers, dtype=np.int64),
+        "margins": np.asarray([rows[row_id].margin for row_id in row_ids], dtype=np.float64),
+        "row_ids": np.asarray(row_ids, dtype=np.int64),
     }
 
 
-def _by_row(rows: Sequence[Comparison], encoder: Encoder) -> Iterator[list[Encoded | TemplateError]]:
+def _encode_rows(rows: Sequence[Comparison], encoder: Encoder) -> Iterator[list[Encoded | TemplateError]]:
     """Yield each row's conversations, one per completion, with loss on the completion only."""
     conversations: list[list[Message]] = []
     for row in rows:
@@ -115,81 +119,100 @@ def _by_row(rows: Sequence[Comparison], encoder: Encoder) -> Iterator[list[Encod
         yield [next(encoded) for _ in row.replies]
 
 
-def _parts(
-    encoded: Sequence[Encoded | TemplateError], encoder: Encoder, where: str, report: DataReport
-) -> tuple[Ids, list[Ids]] | None:
+def _split_prompt_completions(
+    encoded: Sequence[Encoded | TemplateError], encoder: Encoder, location: str, report: DataReport
+) -> tuple[TokenIds, list[TokenIds]] | None:
     """Return the ids of the prompt and of each completion up to its last trained token, None if unusable."""
     prompts, completions = [], []
-    for one in encoded:
-        if isinstance(one, TemplateError):
-            report.count(NO_TEMPLATE, f"{where}: {one}")
+    for conversation in encoded:
+        if isinstance(conversation, TemplateError):
+            report.count(DROPPED_UNRENDERABLE, f"{location}: {conversation}")
             return None
         # The loss mask marks the completion: what comes before it is the prompt, what follows is dropped.
-        start, end = one.trained.index(True), len(one.trained) - one.trained[::-1].index(True)
-        if not all(one.trained[start:end]):
-            report.count(NO_TEMPLATE, f"{where}: the completion is not contiguous")
+        start, end = (
+            conversation.loss_mask.index(True),
+            len(conversation.loss_mask) - conversation.loss_mask[::-1].index(True),
+        )
+        if not all(conversation.loss_mask[start:end]):
+            report.count(DROPPED_UNRENDERABLE, f"{location}: the completion is not contiguous")
             return None
-        prompts.append(one.input_ids[:start])
-        completions.append(one.input_ids[start:end])
+        prompts.append(conversation.input_ids[:start])
+        completions.append(conversation.input_ids[start:end])
     # Shared prompts need the same prompt tokens for every completion.
     if any(prompt != prompts[0] for prompt in prompts):
-        report.count(NO_TEMPLATE, f"{where}: the prompt's tokens depend on the completion")
+        report.count(DROPPED_UNRENDERABLE, f"{location}: the prompt's tokens depend on the completion")
         return None
     if any(set(ids) <= set(encoder.stop_ids) for ids in completions):
-        report.count(ONLY_AN_END, where)
+        report.count(DROPPED_ONLY_EOS, location)
         return None
-    if any(one.written_apart for one in encoded if isinstance(one, Encoded)):
-        report.count(WRITTEN_APART, where)
+    if any(conversation.num_escaped for conversation in encoded if isinstance(conversation, Encoded)):
+        report.count(ESCAPED_MARKERS, location)
     return prompts[0], completions
 
 
-def _fitted(
-    prompt: Ids, completions: list[Ids], row: Comparison, room: Room, encoder: Encoder, report: DataReport
-) -> tuple[Ids, dict[int, Ids]] | None:
+def _truncate_row(
+    prompt: TokenIds,
+    completions: list[TokenIds],
+    row: Comparison,
+    limits: LengthLimits,
+    encoder: Encoder,
+    report: DataReport,
+) -> tuple[TokenIds, dict[int, TokenIds]] | None:
     """Return the truncated prompt and completions (by index in the row), None if too few are distinct."""
     # BOS stays first when the prompt is truncated on the left.
-    head = int(prompt[:1] == [encoder.tokenizer.bos_token_id])
-    shorter, cut = fit(prompt, completions, room, head=head)
-    lost = sum(map(len, completions)) - sum(map(len, cut))
-    longer = f"longer than {room.max_length} tokens"
-    report.too_long += len(shorter) < len(prompt) or lost > 0
-    if room.drop and (len(shorter) < len(prompt) or lost):
-        report.count(f"{longer}, dropped", row.where)
+    num_kept_start = int(prompt[:1] == [encoder.tokenizer.bos_token_id])
+    truncated_prompt, truncated = truncate_to(prompt, completions, limits, num_kept_start=num_kept_start)
+    num_lost = sum(map(len, completions)) - sum(map(len, truncated))
+    too_long = f"longer than {limits.max_length} tokens"
+    report.too_long += len(truncated_prompt) < len(prompt) or num_lost > 0
+    if limits.drop and (len(truncated_prompt) < len(prompt) or num_lost):
+        report.count(f"{too_long}, dropped", row.location)
         report.lost_tokens += sum(map(len, completions))
         return None
-    report.lost_tokens += lost
-    if len(shorter) < len(prompt):
-        report.count(f"{longer}, prompt truncated on the left", row.where)
-    if lost:
-        report.count(f"{longer}, completion truncated", row.where)
+    report.lost_tokens += num_lost
+    if len(truncated_prompt) < len(prompt):
+        report.count(f"{too_long}, prompt truncated on the left", row.location)
+    if num_lost:
+        report.count(f"{too_long}, completion truncated", row.location)
     # Completions that differed may be identical after truncation.
-    kept = _distinct(cut, row, " after truncation" * (lost > 0), report)
-    return (shorter, kept) if kept else None
+    distinct = _distinct_token_sequences(truncated, row, " after truncation" * (num_lost > 0), report)
+    return (truncated_prompt, distinct) if distinct else None
 
 
-def _distinct(cut: list[Ids], row: Comparison, when: str, report: DataReport) -> dict[int, Ids]:
+def _distinct_token_sequences(
+    completions: list[TokenIds], row: Comparison, suffix: str, report: DataReport
+) -> dict[int, TokenIds]:
     """Return the completions with distinct tokens, by index in the row; empty if too few are."""
     first: dict[tuple[int, ...], int] = {}
-    for index, ids in enumerate(cut):
+    for index, ids in enumerate(completions):
         first.setdefault(tuple(ids), index)
-    kept = {index: cut[index] for index in first.values()}
-    if len(kept) == len(cut):
-        return kept
-    if len(kept) < 2:
-        report.count(f"dropped: completions with identical tokens{when}", row.where)
+    distinct = {index: completions[index] for index in first.values()}
+    if len(distinct) == len(completions):
+        return distinct
+    if len(distinct) < 2:
+        report.count(f"dropped: completions with identical tokens{suffix}", row.location)
         return {}
-    report.count(f"with some completions of identical tokens{when}", row.where)
-    if len({row.ranks[index] for index in kept}) < 2:
-        report.count(f"dropped: only tied completions are distinct{when}", row.where)
+    report.count(f"with some completions of identical tokens{suffix}", row.location)
+    if len({row.ranks[index] for index in distinct}) < 2:
+        report.count(f"dropped: only tied completions are distinct{suffix}", row.location)
         return {}
-    return kept
+    return distinct
 
 
-def _cache_key(rows: Sequence[Comparison], encoder: Encoder, room: Room) -> str:
-    head = ["preferences", FORMAT, encoder.fingerprint(), room.max_length, room.max_prompt_length, room.drop]
+def _preference_cache_key(rows: Sequence[Comparison], encoder: Encoder, limits: LengthLimits) -> str:
+    head = [
+        "preferences",
+        PREFERENCE_CACHE_FORMAT,
+        encoder.fingerprint(),
+        limits.max_length,
+        limits.max_prompt_length,
+        limits.drop,
+    ]
     digest = hashlib.sha256(json.dumps(head).encode())
     for row in rows:
         turns = [[turn.role, turn.content, turn.context] for turn in (*row.prompt, *row.replies)]
-        judged = [row.scores, row.ranks, row.margin]
-        digest.update(json.dumps([row.where, len(row.replies), turns, judged], ensure_ascii=False).encode())
+        annotation = [row.scores, row.ranks, row.margin]
+        digest.update(
+            json.dumps([row.location, len(row.replies), turns, annotation], ensure_ascii=False).encode()
+        )
     return digest.hexdigest()

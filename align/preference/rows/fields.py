@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from math import isfinite, nan
 from typing import Any
 
-from data_templates._segments import REPLIES, Message, Role
+from data_templates._segments import REPLY_ROLES, Message, Role
 from data_templates.hh import ASSISTANT, HUMAN
-from finetune.data.layouts import RowProblem, checked_text, short, system_turn, text_field, turns_field
+from finetune.data.layouts import RowError, checked_text, short_repr, system_turn, text_field, turns_field
 
-Columns = Mapping[str, Any]
+RowFields = Mapping[str, Any]
 SPEAKERS: dict[str, Role] = {HUMAN: "user", ASSISTANT: "assistant"}
 SPEAKER = re.compile(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})")
-A_DIALOGUE = r"a dialogue that begins with '\n\nHuman:', a list of turns, or a column with the prompt"
-WRITTEN = "with a number or true/false in place of a completion's text, read as text"
+DIALOGUE_EXPECTED = r"a dialogue that begins with '\n\nHuman:', a list of turns, or a column with the prompt"
+READ_AS_TEXT = "with a number or true/false in place of a completion's text, read as text"
 
 LABELS = {"true": True, "1": True, "false": False, "0": False}
 """Label values in lower case: JSON booleans and their CSV forms."""
@@ -24,7 +24,7 @@ def is_dialogue(text: str) -> bool:
     return text.startswith(HUMAN)
 
 
-def dialogue(text: str) -> list[Message]:
+def parse_dialogue(text: str) -> list[Message]:
     r"""Return the turns of an HH dialogue, stripped of whitespace.
 
     >>> [turn.content for turn in parse_dialogue("\n\nHuman: Hi\n\nAssistant: Hello.")]
@@ -32,119 +32,124 @@ def dialogue(text: str) -> list[Message]:
     """
     pieces = SPEAKER.split(text)
     return [
-        Message(SPEAKERS[who], said.strip()) for who, said in zip(pieces[1::2], pieces[2::2], strict=True)
+        Message(SPEAKERS[speaker], content.strip())
+        for speaker, content in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
 
 
-def question(columns: Columns, name: str) -> list[Message]:
+def prompt_turns(columns: RowFields, name: str) -> list[Message]:
     """Return the turns of a prompt that is a text, an HH dialogue or a list of turns."""
     if not isinstance(columns[name], str):
-        return with_system(columns, turns(columns, name))
+        return prepend_system(columns, parse_turns(columns, name))
     text = text_field(columns, name)
     if not is_dialogue(text):
-        return with_system(columns, [Message("user", text)])
-    said = dialogue(text)
+        return prepend_system(columns, [Message("user", text)])
+    dialogue_turns = parse_dialogue(text)
     # HH prompts end in ``Assistant:``, an empty turn where the completion starts.
-    opened = said[-1].role == "assistant" and not said[-1].content
-    return with_system(columns, said[:-1] if opened else said)
+    ends_open = dialogue_turns[-1].role == "assistant" and not dialogue_turns[-1].content
+    return prepend_system(columns, dialogue_turns[:-1] if ends_open else dialogue_turns)
 
 
-def turns(columns: Columns, name: str) -> list[Message]:
+def parse_turns(columns: RowFields, name: str) -> list[Message]:
     """Return a column's turns (role/content or from/value); a single turn is read as a list of one."""
     value = columns[name]
-    several = [value] if isinstance(value, dict) else value
-    first = several[0] if isinstance(several, list) and several else None
-    names = ("from", "value") if isinstance(first, dict) and "from" in first else ("role", "content")
-    return turns_field({name: several}, name, *names)
+    entries = [value] if isinstance(value, dict) else value
+    first = entries[0] if isinstance(entries, list) and entries else None
+    keys = ("from", "value") if isinstance(first, dict) and "from" in first else ("role", "content")
+    return turns_field({name: entries}, name, *keys)
 
 
-def with_system(columns: Columns, messages: list[Message]) -> list[Message]:
+def prepend_system(columns: RowFields, messages: list[Message]) -> list[Message]:
     """Prepend the row's system prompt unless the turns have one."""
     return messages if messages[0].role == "system" else [*system_turn(columns), *messages]
 
 
-def completion(columns: Columns, name: str) -> list[Message]:
+def completion_turns(columns: RowFields, name: str) -> list[Message]:
     """Return the turns of a completion column: the reply, or a dialogue that ends with it."""
     value = columns[name]
     if isinstance(value, (list, dict)):
-        return turns(columns, name)
+        return parse_turns(columns, name)
     if not isinstance(value, str):
-        raise RowProblem(name, f"found {short(value)}", "text, or a list of turns")
+        raise RowError(name, f"found {short_repr(value)}", "text, or a list of turns")
     text = checked_text(value, name)
-    return dialogue(text) if is_dialogue(text) else [Message("assistant", text)]
+    return parse_dialogue(text) if is_dialogue(text) else [Message("assistant", text)]
 
 
-def whole(
-    asked: Sequence[Message], said: Sequence[Message], name: str
+def split_completion(
+    prompt: Sequence[Message], completion: Sequence[Message], name: str
 ) -> tuple[list[Message], Message | None]:
     """Split turns into prompt and completion; the completion is None if a dialogue ends with a user turn.
 
     Args:
         prompt: the prompt, if it has its own column.
-        completion: the turns of the completion column, with or without the prompt.
+        completion_turns: the turns of the completion column, with or without the prompt.
         name: the completion column.
     """
-    first = next((turn for turn in said if turn.role != "system"), said[0])
-    if first.role in REPLIES and not asked:
-        raise RowProblem(name, f"a reply without a prompt, {short(first.content)}", A_DIALOGUE)
-    every = [*asked, *said] if first.role in REPLIES else list(said)
-    return (every[:-1], every[-1]) if every[-1].role in REPLIES else (every, None)
+    first = next((turn for turn in completion if turn.role != "system"), completion[0])
+    if first.role in REPLY_ROLES and not prompt:
+        raise RowError(name, f"a reply without a prompt, {short_repr(first.content)}", DIALOGUE_EXPECTED)
+    conversation = [*prompt, *completion] if first.role in REPLY_ROLES else list(completion)
+    return (
+        (conversation[:-1], conversation[-1])
+        if conversation[-1].role in REPLY_ROLES
+        else (conversation, None)
+    )
 
 
-def number(value: Any, field: str, expected: str = "a finite number") -> float:
+def parse_number(value: Any, field: str, expected: str = "a finite number") -> float:
     """Return a finite number; numbers in text are accepted, for CSV files."""
     try:
         # bool is a subclass of int, but a score of true is a mistake in the data.
-        found = nan if isinstance(value, bool) else float(value)
+        parsed = nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        found = nan
-    if not isfinite(found):
-        raise RowProblem(field, f"found {short(value)}", expected)
-    return found
+        parsed = nan
+    if not isfinite(parsed):
+        raise RowError(field, f"found {short_repr(value)}", expected)
+    return parsed
 
 
-def numbers(value: Any, field: str, count: int, of: str) -> list[float]:
+def parse_numbers(value: Any, field: str, count: int, of: str) -> list[float]:
     """Return a list of finite numbers, one for each of the ``count`` entries of column ``of``."""
     if not isinstance(value, list):
-        raise RowProblem(field, f"found {short(value)}", "a list of numbers")
+        raise RowError(field, f"found {short_repr(value)}", "a list of numbers")
     if len(value) != count:
-        raise RowProblem(field, f"{len(value)} for {count} {of}", f"one per entry of {of}")
-    return [number(entry, f"{field}[{index}]") for index, entry in enumerate(value)]
+        raise RowError(field, f"{len(value)} for {count} {of}", f"one per entry of {of}")
+    return [parse_number(entry, f"{field}[{index}]") for index, entry in enumerate(value)]
 
 
-def listed(columns: Columns, name: str, of: str = "completions") -> list[Any]:
+def parse_list(columns: RowFields, name: str, of: str = "completions") -> list[Any]:
     """Return a column's list, of at least two entries."""
     value = columns[name]
     if not isinstance(value, list):
-        raise RowProblem(name, f"found {short(value)}", f"a list of {of}")
+        raise RowError(name, f"found {short_repr(value)}", f"a list of {of}")
     if len(value) < 2:
-        raise RowProblem(name, f"a list of {len(value)}", f"at least two {of} to compare")
+        raise RowError(name, f"a list of {len(value)}", f"at least two {of} to compare")
     return value
 
 
-def member(entry: Any, name: str, field: str) -> Any:
+def get_member(entry: Any, name: str, field: str) -> Any:
     """Return a key of a list entry."""
     if not isinstance(entry, dict) or entry.get(name) is None:
-        raise RowProblem(field, f"found {short(entry)}", f"an object with '{name}'")
+        raise RowError(field, f"found {short_repr(entry)}", f"an object with '{name}'")
     return entry[name]
 
 
-def label(value: Any) -> bool:
+def parse_label(value: Any) -> bool:
     """Return whether a completion is labeled good."""
-    found = LABELS.get(str(value).lower()) if isinstance(value, (bool, int, str)) else None
-    if found is None:
-        raise RowProblem("label", f"found {short(value)}", "true or 1 (good), false or 0 (bad)")
-    return found
+    parsed = LABELS.get(str(value).lower()) if isinstance(value, (bool, int, str)) else None
+    if parsed is None:
+        raise RowError("label", f"found {short_repr(value)}", "true or 1 (good), false or 0 (bad)")
+    return parsed
 
 
-def vote(value: Any, field: str) -> int:
+def parse_vote(value: Any, field: str) -> int:
     """Return a vote: 1 or 2 for the better response, 0 for a tie."""
-    found = number(value, field, "1 or 2 (the better response), or 0 (a tie)")
-    if found not in (0, 1, 2):
-        raise RowProblem(field, f"found {short(value)}", "1 or 2 (the better response), or 0 (a tie)")
-    return int(found)
+    parsed = parse_number(value, field, "1 or 2 (the better response), or 0 (a tie)")
+    if parsed not in (0, 1, 2):
+        raise RowError(field, f"found {short_repr(value)}", "1 or 2 (the better response), or 0 (a tie)")
+    return int(parsed)
 
 
-def written(value: Any, field: str) -> str:
+def response_text(value: Any, field: str) -> str:
     """Return a response's text; numbers and bools (as CSV readers parse them) become text again."""
     return str(value) if isinstance(value, (bool, int, float)) else checked_text(value, field)

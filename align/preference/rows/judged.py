@@ -9,7 +9,7 @@ Turns = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ScoredCompletion:
     """One completion: its prompt turns, its reply (None if the dialogue ends without one), its score."""
 
     prompt: Turns
@@ -22,14 +22,14 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class PreferenceRow:
     """The completions of a row as read. ``ordered``: the row gives the order (chosen, rejected).
 
     ``margin``: the preference margin, if there is a column. ``notes``: deviations from the row as written,
     which the report counts.
     """
 
-    answers: tuple[Answer, ...]
+    completions: tuple[ScoredCompletion, ...]
     ordered: bool = False
     margin: float = nan
     notes: tuple[str, ...] = ()
@@ -49,12 +49,12 @@ class Comparison:
     scores: tuple[float, ...]
     ranks: tuple[int, ...]
     margin: float
-    where: str
+    location: str
     source: int = 0
 
     @property
-    def words(self) -> tuple[tuple[str, str, str], ...]:
+    def text_key(self) -> tuple[tuple[str, str, str], ...]:
         """Return the key by which duplicate rows are found: all turns, the ranks and the label."""
-        said = [(turn.role, turn.content, turn.context) for turn in (*self.prompt, *self.replies)]
+        turns = [(turn.role, turn.content, turn.context) for turn in (*self.prompt, *self.replies)]
         label = str(self.scores[0]) if len(self.replies) == 1 else ""
-        return (*said, ("ranks", str(self.ranks), label))
+        return (*turns, ("ranks", str(self.ranks), label))

@@ -5,26 +5,26 @@ from functools import partial
 from math import nan
 
 from align.preference.rows.fields import (
-    WRITTEN,
-    Columns,
-    completion,
-    label,
-    listed,
-    member,
-    number,
-    numbers,
-    question,
-    turns,
-    vote,
-    whole,
-    with_system,
-    written,
+    READ_AS_TEXT,
+    RowFields,
+    completion_turns,
+    get_member,
+    parse_label,
+    parse_list,
+    parse_number,
+    parse_numbers,
+    parse_turns,
+    parse_vote,
+    prepend_system,
+    prompt_turns,
+    response_text,
+    split_completion,
 )
-from align.preference.rows.judged import Answer, Judged
-from data_templates._segments import REPLIES, Message
-from finetune.data.layouts import Layout, RowProblem, checked_text, short, system_turn, text_field
+from align.preference.rows.judged import PreferenceRow, ScoredCompletion
+from data_templates._segments import REPLY_ROLES, Message
+from finetune.data.layouts import Layout, RowError, checked_text, short_repr, system_turn, text_field
 
-SCORES = (
+SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"),
@@ -32,187 +32,217 @@ SCORES = (
 )
 """Score columns of published pairs (UltraFeedback-binarized: the first)."""
 
-ASPECTS = "fine-grained_score"
+ASPECT_MEAN_COLUMN = "fine-grained_score"
 """UltraFeedback's mean rating of a completion: helpfulness, honesty, instruction following, truthfulness."""
 
-LATER_TURNS = "with later questions, which are ignored: their context differs between completions"
+LATER_TURNS_IGNORED = "with later questions, which are ignored: their context differs between completions"
 
 
-def _nothing(columns: Columns) -> list[Message]:
+def _empty_prompt(columns: RowFields) -> list[Message]:
     return []
 
 
-def _instruction(columns: Columns) -> list[Message]:
+def _instruction_prompt(columns: RowFields) -> list[Message]:
     context = text_field(columns, "input", optional=True)
     return [*system_turn(columns), Message("user", text_field(columns, "instruction"), context=context)]
 
 
-def _conversation(name: str) -> Callable[[Columns], list[Message]]:
-    return lambda columns: with_system(columns, turns(columns, name))
+def _conversation_prompt(name: str) -> Callable[[RowFields], list[Message]]:
+    return lambda columns: prepend_system(columns, parse_turns(columns, name))
 
 
-def _pair(ask: Callable[[Columns], list[Message]], columns: Columns) -> Judged:
-    asked = ask(columns)
-    lists = [isinstance(columns[name], (list, dict)) for name in ("chosen", "rejected")]
-    if lists[0] != lists[1]:
-        kinds = [("text", "a list of turns")[kind] for kind in lists]
-        raise RowProblem("rejected", f"{kinds[1]}, but chosen is {kinds[0]}", "the same type in both columns")
-    answers = [
-        Answer(*_whole(asked, columns, name), score)
-        for name, score in zip(("chosen", "rejected"), _pair_scores(columns), strict=True)
+def _read_pair(read_prompt: Callable[[RowFields], list[Message]], columns: RowFields) -> PreferenceRow:
+    prompt = read_prompt(columns)
+    are_lists = [isinstance(columns[name], (list, dict)) for name in ("chosen", "rejected")]
+    if are_lists[0] != are_lists[1]:
+        types = [("text", "a list of turns")[is_list] for is_list in are_lists]
+        raise RowError("rejected", f"{types[1]}, but chosen is {types[0]}", "the same type in both columns")
+    completions = [
+        ScoredCompletion(*_split_completion_column(prompt, columns, name), score)
+        for name, score in zip(("chosen", "rejected"), _read_pair_scores(columns), strict=True)
     ]
-    return Judged(tuple(answers), True, _margin(columns))
+    return PreferenceRow(tuple(completions), True, _read_margin(columns))
 
 
-def _margin(columns: Columns) -> float:
+def _read_margin(columns: RowFields) -> float:
     if columns.get("margin") is None:
         return nan
     expected = "a preference margin, 0 or more"
-    margin = number(columns["margin"], "margin", expected)
+    margin = parse_number(columns["margin"], "margin", expected)
     if margin < 0:
-        raise RowProblem("margin", f"found {margin:g}", expected)
+        raise RowError("margin", f"found {margin:g}", expected)
     return margin
 
 
-def _whole(asked: list[Message], columns: Columns, name: str) -> tuple[tuple[Message, ...], Message | None]:
-    turns, reply = whole(asked, completion(columns, name), name)
-    return tuple(with_system(columns, turns)), reply
+def _split_completion_column(
+    prompt: list[Message], columns: RowFields, name: str
+) -> tuple[tuple[Message, ...], Message | None]:
+    turns, reply = split_completion(prompt, completion_turns(columns, name), name)
+    return tuple(prepend_system(columns, turns)), reply
 
 
-def _pair_scores(columns: Columns) -> list[float]:
-    for names in SCORES:
-        there = [columns.get(name) is not None for name in names]
-        if all(there):
-            return [number(columns[name], name) for name in names]
-        if any(there):
-            missing, found = sorted(names, key=lambda name: columns.get(name) is not None)
-            raise RowProblem(
-                missing, f"missing or null, but {found} is given", "a score for both, or for none"
+def _read_pair_scores(columns: RowFields) -> list[float]:
+    for names in SCORE_COLUMNS:
+        given = [columns.get(name) is not None for name in names]
+        if all(given):
+            return [parse_number(columns[name], name) for name in names]
+        if any(given):
+            missing, present = sorted(names, key=lambda name: columns.get(name) is not None)
+            raise RowError(
+                missing, f"missing or null, but {present} is given", "a score for both, or for none"
             )
     return [nan, nan]
 
 
-def _responses(better: str, sign: float, columns: Columns) -> Judged:
-    asked, found = question(columns, "prompt"), listed(columns, "responses")
-    scores = numbers(columns[better], better, len(found), "responses")
-    answers = []
-    for index, (entry, score) in enumerate(zip(found, scores, strict=True)):
+def _read_ranked_responses(column: str, sign: float, columns: RowFields) -> PreferenceRow:
+    prompt_turns_given, responses = prompt_turns(columns, "prompt"), parse_list(columns, "responses")
+    scores = parse_numbers(columns[column], column, len(responses), "responses")
+    completions = []
+    for index, (entry, score) in enumerate(zip(responses, scores, strict=True)):
         field = f"responses[{index}]"
-        prompt, reply = whole(asked, completion({field: entry}, field), field)
-        answers.append(Answer(tuple(prompt), reply, sign * score))
-    return Judged(tuple(answers))
+        prompt, reply = split_completion(prompt_turns_given, completion_turns({field: entry}, field), field)
+        completions.append(ScoredCompletion(tuple(prompt), reply, sign * score))
+    return PreferenceRow(tuple(completions))
 
 
-def _scored_answers(columns: Columns) -> Judged:
-    asked = tuple(_instruction(columns))
-    answers = []
-    for index, entry in enumerate(listed(columns, "answers")):
+def _read_scored_answers(columns: RowFields) -> PreferenceRow:
+    prompt = tuple(_instruction_prompt(columns))
+    completions = []
+    for index, entry in enumerate(parse_list(columns, "answers")):
         field = f"answers[{index}]"
-        text = checked_text(member(entry, "text", field), f"{field}.text")
-        score = number(member(entry, "score", field), f"{field}.score")
-        answers.append(Answer(asked, Message("assistant", text), score))
-    return Judged(tuple(answers))
+        text = checked_text(get_member(entry, "text", field), f"{field}.text")
+        score = parse_number(get_member(entry, "score", field), f"{field}.score")
+        completions.append(ScoredCompletion(prompt, Message("assistant", text), score))
+    return PreferenceRow(tuple(completions))
 
 
-def _ultrafeedback(columns: Columns) -> Judged:
+def _read_ultrafeedback(columns: RowFields) -> PreferenceRow:
     """Return the completions with their mean rating over four aspects."""
     # Not ``overall_score``: some of its published 10s were 1s.
-    asked = tuple(_instruction(columns))
-    answers = []
-    for index, entry in enumerate(listed(columns, "completions")):
+    prompt = tuple(_instruction_prompt(columns))
+    completions = []
+    for index, entry in enumerate(parse_list(columns, "completions")):
         field = f"completions[{index}]"
-        text = checked_text(member(entry, "response", field), f"{field}.response")
-        score = number(member(entry, ASPECTS, field), f"{field}.{ASPECTS}")
-        answers.append(Answer(asked, Message("assistant", text), score))
-    return Judged(tuple(answers))
+        text = checked_text(get_member(entry, "response", field), f"{field}.response")
+        score = parse_number(get_member(entry, ASPECT_MEAN_COLUMN, field), f"{field}.{ASPECT_MEAN_COLUMN}")
+        completions.append(ScoredCompletion(prompt, Message("assistant", text), score))
+    return PreferenceRow(tuple(completions))
 
 
-def _judge_scores(columns: Columns) -> Judged:
+def _read_judge_scores(columns: RowFields) -> PreferenceRow:
     """Return the completions of the first question: later ones depend on each model's first answer."""
     questions = columns["questions"]
     if not isinstance(questions, list) or not questions:
-        raise RowProblem("questions", f"found {short(questions)}", "a list of questions")
-    asked = (Message("user", checked_text(questions[0], "questions[0]")),)
-    answers = []
-    for index, entry in enumerate(listed(columns, "answers")):
+        raise RowError("questions", f"found {short_repr(questions)}", "a list of questions")
+    prompt = (Message("user", checked_text(questions[0], "questions[0]")),)
+    completions = []
+    for index, entry in enumerate(parse_list(columns, "answers")):
         field = f"answers[{index}]"
-        said, judged = member(entry, "outputs", field), member(entry, "judge_scores", field)
-        if not isinstance(said, list) or not said:
-            raise RowProblem(
-                f"{field}.outputs", f"found {short(said)}", "a list of answers, one per question"
+        outputs, judge_scores = get_member(entry, "outputs", field), get_member(entry, "judge_scores", field)
+        if not isinstance(outputs, list) or not outputs:
+            raise RowError(
+                f"{field}.outputs", f"found {short_repr(outputs)}", "a list of answers, one per question"
             )
-        scores = numbers(judged, f"{field}.judge_scores", len(said), "outputs")
-        reply = Message("assistant", checked_text(said[0], f"{field}.outputs[0]"))
-        answers.append(Answer(asked, reply, scores[0]))
-    return Judged(tuple(answers), notes=(LATER_TURNS,) if len(questions) > 1 else ())
+        scores = parse_numbers(judge_scores, f"{field}.judge_scores", len(outputs), "outputs")
+        reply = Message("assistant", checked_text(outputs[0], f"{field}.outputs[0]"))
+        completions.append(ScoredCompletion(prompt, reply, scores[0]))
+    return PreferenceRow(tuple(completions), notes=(LATER_TURNS_IGNORED,) if len(questions) > 1 else ())
 
 
-def _votes(columns: Columns) -> Judged:
+def _read_votes(columns: RowFields) -> PreferenceRow:
     """Return two responses scored by their votes; no majority is a tie."""
-    asked = tuple(_instruction(columns))
+    prompt = tuple(_instruction_prompt(columns))
     names = [name for name in columns if name.startswith("annotator") and columns[name] is not None]
-    votes = [vote(columns[name], name) for name in names]
-    counts = [float(votes.count(number)) for number in (1, 2)]
+    votes = [parse_vote(columns[name], name) for name in names]
+    counts = [float(votes.count(choice)) for choice in (1, 2)]
     tie = votes.count(0) >= max(counts) or counts[0] == counts[1]
-    answers = []
+    completions = []
     for name, score in zip(("response1", "response2"), counts, strict=True):
-        reply = Message("assistant", written(columns[name], name))
-        answers.append(Answer(asked, reply, 0.0 if tie else score))
-    texts = all(isinstance(columns[name], str) for name in ("response1", "response2"))
-    return Judged(tuple(answers), notes=() if texts else (WRITTEN,))
+        reply = Message("assistant", response_text(columns[name], name))
+        completions.append(ScoredCompletion(prompt, reply, 0.0 if tie else score))
+    are_texts = all(isinstance(columns[name], str) for name in ("response1", "response2"))
+    return PreferenceRow(tuple(completions), notes=() if are_texts else (READ_AS_TEXT,))
 
 
-def _labelled(ask: Callable[[Columns], list[Message]], said: str | None, columns: Columns) -> Judged:
+def _read_labeled(
+    read_prompt: Callable[[RowFields], list[Message]], completion_column: str | None, columns: RowFields
+) -> PreferenceRow:
     """Return a completion with the score of its label: 1 (good) or 0 (bad)."""
-    messages = ask(columns)
-    every = [*messages, *completion(columns, said)] if said else messages
-    reply = every[-1] if every[-1].role in REPLIES else None
-    prompt = tuple(every[:-1] if reply else every)
-    return Judged((Answer(prompt, reply, float(label(columns["label"]))),))
+    messages = read_prompt(columns)
+    conversation = (
+        [*messages, *completion_turns(columns, completion_column)] if completion_column else messages
+    )
+    reply = conversation[-1] if conversation[-1].role in REPLY_ROLES else None
+    prompt = tuple(conversation[:-1] if reply else conversation)
+    return PreferenceRow((ScoredCompletion(prompt, reply, float(parse_label(columns["label"]))),))
 
 
-def _asks(name: str) -> Callable[[Columns], list[Message]]:
-    return lambda columns: question(columns, name)
+def _prompt_column(name: str) -> Callable[[RowFields], list[Message]]:
+    return lambda columns: prompt_turns(columns, name)
 
 
-PAIRS: Sequence[Layout[Judged]] = (
-    Layout("prompt/chosen/rejected", ("prompt", "chosen", "rejected"), partial(_pair, _asks("prompt"))),
+PAIRS: Sequence[Layout[PreferenceRow]] = (
+    Layout(
+        "prompt/chosen/rejected",
+        ("prompt", "chosen", "rejected"),
+        partial(_read_pair, _prompt_column("prompt")),
+    ),
     Layout(
         "ShareGPT with ranking",
         ("conversations", "chosen", "rejected"),
-        partial(_pair, _conversation("conversations")),
+        partial(_read_pair, _conversation_prompt("conversations")),
     ),
     Layout(
-        "messages with ranking", ("messages", "chosen", "rejected"), partial(_pair, _conversation("messages"))
+        "messages with ranking",
+        ("messages", "chosen", "rejected"),
+        partial(_read_pair, _conversation_prompt("messages")),
     ),
-    Layout("Alpaca with ranking", ("instruction", "chosen", "rejected"), partial(_pair, _instruction)),
-    Layout("question/chosen/rejected", ("question", "chosen", "rejected"), partial(_pair, _asks("question"))),
-    Layout("chosen/rejected", ("chosen", "rejected"), partial(_pair, _nothing)),
+    Layout(
+        "Alpaca with ranking", ("instruction", "chosen", "rejected"), partial(_read_pair, _instruction_prompt)
+    ),
+    Layout(
+        "question/chosen/rejected",
+        ("question", "chosen", "rejected"),
+        partial(_read_pair, _prompt_column("question")),
+    ),
+    Layout("chosen/rejected", ("chosen", "rejected"), partial(_read_pair, _empty_prompt)),
 )
 """A chosen and a rejected completion; the first matching layout is used."""
 
-RANKINGS: Sequence[Layout[Judged]] = (
+RANKINGS: Sequence[Layout[PreferenceRow]] = (
     *PAIRS,
-    Layout("prompt/responses/scores", ("prompt", "responses", "scores"), partial(_responses, "scores", 1.0)),
-    Layout("prompt/responses/ranks", ("prompt", "responses", "ranks"), partial(_responses, "ranks", -1.0)),
-    Layout("questions with judged answers", ("questions", "answers"), _judge_scores),
-    Layout("instruction with scored answers", ("instruction", "answers"), _scored_answers),
-    Layout("UltraFeedback", ("instruction", "completions"), _ultrafeedback),
-    Layout("PandaLM votes", ("instruction", "response1", "response2", "annotator1"), _votes),
+    Layout(
+        "prompt/responses/scores",
+        ("prompt", "responses", "scores"),
+        partial(_read_ranked_responses, "scores", 1.0),
+    ),
+    Layout(
+        "prompt/responses/ranks",
+        ("prompt", "responses", "ranks"),
+        partial(_read_ranked_responses, "ranks", -1.0),
+    ),
+    Layout("questions with judged answers", ("questions", "answers"), _read_judge_scores),
+    Layout("instruction with scored answers", ("instruction", "answers"), _read_scored_answers),
+    Layout("UltraFeedback", ("instruction", "completions"), _read_ultrafeedback),
+    Layout("PandaLM votes", ("instruction", "response1", "response2", "annotator1"), _read_votes),
 )
 """A prompt with two or more ranked completions; the first matching layout is used."""
 
-LABELLED: Sequence[Layout[Judged]] = (
-    Layout("messages with label", ("messages", "label"), partial(_labelled, _conversation("messages"), None)),
+LABELED: Sequence[Layout[PreferenceRow]] = (
+    Layout(
+        "messages with label",
+        ("messages", "label"),
+        partial(_read_labeled, _conversation_prompt("messages"), None),
+    ),
     Layout(
         "ShareGPT with label",
         ("conversations", "label"),
-        partial(_labelled, _conversation("conversations"), None),
+        partial(_read_labeled, _conversation_prompt("conversations"), None),
     ),
     Layout(
         "prompt/completion/label",
         ("prompt", "completion", "label"),
-        partial(_labelled, _asks("prompt"), "completion"),
+        partial(_read_labeled, _prompt_column("prompt"), "completion"),
     ),
 )
 """A prompt with one completion that is good or bad (KTO)."""

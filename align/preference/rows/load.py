@@ -1,14 +1,14 @@
 """Load a recipe's preference data and log the data report."""
 
 from align.preference.rows.dataset import PreparedPreferences
-from align.preference.rows.prepare import Kind, prepare_preferences
+from align.preference.rows.prepare import PreferenceKind, prepare_preferences
 from align.preference.settings import PreferenceSettings
-from finetune.training.job import Job
-from finetune.training.text import Text
+from finetune.training.job import RunContext
+from finetune.training.text import TextEncoding
 
 
 def load_preferences(
-    job: Job, settings: PreferenceSettings, text: Text, *, kind: Kind = "rankings"
+    ctx: RunContext, settings: PreferenceSettings, text: TextEncoding, *, kind: PreferenceKind = "rankings"
 ) -> PreparedPreferences:
     """Read and tokenize a recipe's preference data, and log the data report.
 
@@ -21,9 +21,9 @@ def load_preferences(
     Raises:
         UserError: mistakes in the data, with file, line and field.
     """
-    seed = job.recipe.settings.train.seed
-    with job.timed("data"):
+    seed = ctx.recipe.settings.train.seed
+    with ctx.timed("data"):
         data = prepare_preferences(settings, text.encoder, max_length=text.max_length, seed=seed, kind=kind)
     for line in data.report.lines():
-        job.say(line)
+        ctx.log(line)
     return data

@@ -5,38 +5,53 @@ from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
-from align.preference.rows.comparisons import comparisons, count_contradictions, unpaired
+from align.preference.rows.comparisons import build_comparisons, count_contradictions, split_pair
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
-from align.preference.rows.encode import Room, tokenise
-from align.preference.rows.judged import Comparison, Judged
-from align.preference.rows.layouts import LABELLED, PAIRS, RANKINGS
+from align.preference.rows.encode import LengthLimits, tokenize_comparisons
+from align.preference.rows.judged import Comparison, PreferenceRow
+from align.preference.rows.layouts import LABELED, PAIRS, RANKINGS
 from align.preference.settings import PreferenceSettings
 from finetune.data.conversation import Conversation
-from finetune.data.gather import Place, count_copies, count_seen, held_out_count, places_of, read_place
-from finetune.data.layouts import Layout, read_rows, recognise_among
-from finetune.data.mixture import Part, mix
+from finetune.data.gather import (
+    SourceSpec,
+    count_duplicates,
+    count_leaked,
+    num_held_out,
+    read_rows_of,
+    source_specs,
+)
+from finetune.data.layouts import Layout, match_layout, parse_rows
+from finetune.data.mixture import MixtureComponent, mix_components
 from finetune.data.report import DataReport, SourceReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
 
-Kind = Literal["rankings", "labels"]
-LAYOUTS: dict[Kind, Sequence[Layout[Judged]]] = {"rankings": RANKINGS, "labels": (*LABELLED, *PAIRS)}
-REPAIRS: dict[Kind, str] = {
+PreferenceKind = Literal["rankings", "labels"]
+PREFERENCE_LAYOUTS: dict[PreferenceKind, Sequence[Layout[PreferenceRow]]] = {
+    "rankings": RANKINGS,
+    "labels": (*LABELED, *PAIRS),
+}
+COLUMN_REPAIRS: dict[PreferenceKind, str] = {
     "rankings": "map the columns: data.columns={prompt: QUESTION, chosen: BETTER, rejected: WORSE}",
     "labels": "map the columns: data.columns={prompt: QUESTION, completion: REPLY, label: GOOD}",
 }
-MEANT: dict[Kind, str] = {
+INTENDED_FOR: dict[PreferenceKind, str] = {
     "rankings": "labels are for KTO",
     "labels": "ranked lists are for a reward model, DPO, RRHF or PRO",
 }
 """The stages that use rows of the other kind."""
 
-SHOWN_FROM_TRAINING = 64
+NUM_TRAINING_PROMPTS = 64
 """Training prompts for samples if nothing is held out."""
 
 
 def prepare_preferences(
-    settings: PreferenceSettings, encoder: Encoder, *, max_length: int, seed: int, kind: Kind = "rankings"
+    settings: PreferenceSettings,
+    encoder: Encoder,
+    *,
+    max_length: int,
+    seed: int,
+    kind: PreferenceKind = "rankings",
 ) -> PreparedPreferences:
     """Read, split and tokenize the preference data of a data section.
 
@@ -51,49 +66,57 @@ def prepare_preferences(
     Raises:
         UserError: a source cannot be read, rows do not fit its layout, or no row is usable.
     """
-    room = _room(settings, max_length)
-    report, aside = DataReport(), DataReport()
-    train, held_out = gather_comparisons(settings, seed, report, aside, kind=kind)
-    learnt = tokenise(train, encoder, room, cache=settings.cache, report=report)
-    _refuse_none("data.source", "to train on", learnt, report)
-    measured = None
+    limits = _length_limits(settings, max_length)
+    report, held_out_report = DataReport(), DataReport()
+    train, held_out = load_comparisons(settings, seed, report, held_out_report, kind=kind)
+    train_groups = tokenize_comparisons(train, encoder, limits, cache=settings.cache, report=report)
+    _raise_if_no_groups("data.source", "to train on", train_groups, report)
+    held_out_groups = None
     if settings.held_out:
-        measured = tokenise(held_out, encoder, room, cache=settings.cache, report=aside)
-        _refuse_none("data.held_out", "to evaluate on", measured, aside)
-        report.held_out = len(measured)
-    report.counts |= {f"held out: {what}": number for what, number in aside.counts.items()}
-    report.examples |= {f"held out: {what}": where for what, where in aside.examples.items()}
-    _tell(learnt, report)
-    shown = _kept(train, learnt)[:SHOWN_FROM_TRAINING] if measured is None else _kept(held_out, measured)
-    return PreparedPreferences(learnt, measured, shown, report)
+        held_out_groups = tokenize_comparisons(
+            held_out, encoder, limits, cache=settings.cache, report=held_out_report
+        )
+        _raise_if_no_groups("data.held_out", "to evaluate on", held_out_groups, held_out_report)
+        report.held_out = len(held_out_groups)
+    report.counts |= {f"held out: {what}": count for what, count in held_out_report.counts.items()}
+    report.examples |= {f"held out: {what}": location for what, location in held_out_report.examples.items()}
+    _fill_preference_report(train_groups, report)
+    prompts = (
+        _tokenized_conversations(train, train_groups)[:NUM_TRAINING_PROMPTS]
+        if held_out_groups is None
+        else _tokenized_conversations(held_out, held_out_groups)
+    )
+    return PreparedPreferences(train_groups, held_out_groups, prompts, report)
 
 
-def _refuse_selection(settings: PreferenceSettings) -> None:
-    chosen = {"data.select": settings.select}
-    chosen |= {f"data.mix[{index}].select": part.select for index, part in enumerate(settings.mix or [])}
+def _check_no_selection(settings: PreferenceSettings) -> None:
+    selections = {"data.select": settings.select}
+    selections |= {
+        f"data.mix[{index}].select": component.select for index, component in enumerate(settings.mix or [])
+    }
     if problems := [
         Problem(key, "selects conversations", "null for preference data", "remove it")
-        for key, select in chosen.items()
+        for key, select in selections.items()
         if select is not None
     ]:
         raise UserError(problems)
 
 
-def _room(settings: PreferenceSettings, max_length: int) -> Room:
-    prompt = settings.max_prompt_length or max_length // 2
-    if prompt >= max_length:
-        found = f"{prompt}, but prompt and completion together have {max_length} tokens"
+def _length_limits(settings: PreferenceSettings, max_length: int) -> LengthLimits:
+    max_prompt_length = settings.max_prompt_length or max_length // 2
+    if max_prompt_length >= max_length:
+        found = f"{max_prompt_length}, but prompt and completion together have {max_length} tokens"
         raise UserError(Problem("data.max_prompt_length", found, "less, to leave tokens for completions"))
-    return Room(max_length, prompt, settings.too_long == "drop")
+    return LengthLimits(max_length, max_prompt_length, settings.too_long == "drop")
 
 
-def gather_comparisons(
+def load_comparisons(
     settings: PreferenceSettings,
     seed: int,
     report: DataReport,
-    aside: DataReport,
+    held_out_report: DataReport,
     *,
-    kind: Kind = "rankings",
+    kind: PreferenceKind = "rankings",
 ) -> tuple[list[Comparison], list[Comparison]]:
     """Return the training and the held-out comparisons, as text.
 
@@ -107,27 +130,29 @@ def gather_comparisons(
     Raises:
         UserError: a source cannot be read, or rows do not fit its layout.
     """
-    _refuse_selection(settings)
-    places = enumerate(places_of(settings))
-    parts = [_part(place, index, seed, settings, kind, report) for index, place in places]
-    report.sources = [part.report for part in parts]
-    report.layout = " + ".join(dict.fromkeys(source.layout for source in report.sources))
+    _check_no_selection(settings)
+    sources = enumerate(source_specs(settings))
+    components = [
+        _load_comparison_source(spec, index, seed, settings, kind, report) for index, spec in sources
+    ]
+    report.sources = [component.report for component in components]
+    report.layout = " + ".join(dict.fromkeys(source_report.layout for source_report in report.sources))
     if settings.mix is None:
-        train, held_out = split_by_prompt(parts[0].rows, settings.held_out, seed)
+        train, held_out = split_by_prompt(components[0].rows, settings.held_out, seed)
     else:
-        train, held_out = mix(parts, settings, seed=seed, report=report)
+        train, held_out = mix_components(components, settings, seed=seed, report=report)
     if isinstance(settings.held_out, str):
-        place = Place("data.held_out", settings.held_out, settings.split, None, settings.columns)
-        held_out = _part(place, 0, seed, settings, kind, aside).rows
-    every = [row for part in parts for row in part.rows]
-    count_copies(every, report)
-    count_contradictions(every, report)
-    count_seen(held_out, train, aside)
-    _count_shared_prompts(held_out, train, aside)
+        spec = SourceSpec("data.held_out", settings.held_out, settings.split, None, settings.columns)
+        held_out = _load_comparison_source(spec, 0, seed, settings, kind, held_out_report).rows
+    all_rows = [row for component in components for row in component.rows]
+    count_duplicates(all_rows, report)
+    count_contradictions(all_rows, report)
+    count_leaked(held_out, train, held_out_report)
+    _count_shared_prompts(held_out, train, held_out_report)
     return train, held_out
 
 
-class Asking(Protocol):
+class HasPrompt(Protocol):
     """A row with a prompt."""
 
     @property
@@ -135,113 +160,123 @@ class Asking(Protocol):
         """Return the prompt, hashable: equal prompts are held out together."""
 
 
-AskingRow = TypeVar("AskingRow", bound=Asking)
+PromptRow = TypeVar("PromptRow", bound=HasPrompt)
 
 
 def split_by_prompt(
-    rows: list[AskingRow], share: int | float | str, seed: int
-) -> tuple[list[AskingRow], list[AskingRow]]:
+    rows: list[PromptRow], held_out: int | float | str, seed: int
+) -> tuple[list[PromptRow], list[PromptRow]]:
     """Split rows into training and held-out ones by prompt, so that no prompt is in both.
 
     Raises:
         UserError: no training rows would be left, or every prompt has more rows than are held out.
     """
-    if isinstance(share, str):
+    if isinstance(held_out, str):
         return rows, []
-    count = held_out_count(len(rows), share)
-    prompts: dict[object, list[int]] = {}
-    for number, row in enumerate(rows):
-        prompts.setdefault(row.prompt, []).append(number)
-    together = list(prompts.values())
-    chosen: set[int] = set()
+    count = num_held_out(len(rows), held_out)
+    rows_by_prompt: dict[object, list[int]] = {}
+    for index_in_rows, row in enumerate(rows):
+        rows_by_prompt.setdefault(row.prompt, []).append(index_in_rows)
+    prompt_rows = list(rows_by_prompt.values())
+    held_out_rows: set[int] = set()
     # Greedy: a prompt with more rows than are still wanted is skipped.
-    for index in np.random.default_rng([seed, len(rows)]).permutation(len(together)):
-        if len(chosen) + len(together[index]) <= count:
-            chosen.update(together[index])
-    if count and not chosen:
+    for index in np.random.default_rng([seed, len(rows)]).permutation(len(prompt_rows)):
+        if len(held_out_rows) + len(prompt_rows[index]) <= count:
+            held_out_rows.update(prompt_rows[index])
+    if count and not held_out_rows:
         found = f"{count} of {len(rows)} usable rows, but every prompt has more"
         raise UserError(
             Problem("data.held_out", found, "at least the rows of one prompt", "a larger number, or a file")
         )
-    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+    return [row for i, row in enumerate(rows) if i not in held_out_rows], [
+        rows[i] for i in sorted(held_out_rows)
+    ]
 
 
 def _count_shared_prompts(
-    held_out: Sequence[Comparison], train: Sequence[Comparison], aside: DataReport
+    held_out: Sequence[Comparison], train: Sequence[Comparison], held_out_report: DataReport
 ) -> None:
-    learnt = {row.prompt: row.where for row in train}
+    train_prompts = {row.prompt: row.location for row in train}
     for row in held_out:
-        if row.prompt in learnt:
-            aside.count(
+        if row.prompt in train_prompts:
+            held_out_report.count(
                 "with a prompt that is in the training data",
-                f"{row.where} has the prompt of {learnt[row.prompt]}",
+                f"{row.location} has the prompt of {train_prompts[row.prompt]}",
             )
 
 
-def _part(
-    place: Place, index: int, seed: int, settings: PreferenceSettings, kind: Kind, report: DataReport
-) -> Part[Comparison]:
-    found = read_place(place, index, seed)
-    layout = _layout(list(found[0].columns), place, kind)
-    judged = read_rows(found, layout, place.columns)
-    pairs = [(said, row.where) for said, row in zip(judged, found, strict=True)]
-    rows = comparisons(pairs, settings, source=index, report=report)
-    if not rows:
-        told = f"no usable comparison: {'; '.join(report.lines()[1:])}"
+def _load_comparison_source(
+    spec: SourceSpec,
+    index: int,
+    seed: int,
+    settings: PreferenceSettings,
+    kind: PreferenceKind,
+    report: DataReport,
+) -> MixtureComponent[Comparison]:
+    rows = read_rows_of(spec, index, seed)
+    layout = _recognize_layout(list(rows[0].columns), spec, kind)
+    preference_rows = parse_rows(rows, layout, spec.columns)
+    located_rows = [
+        (preference_row, source_row.location)
+        for preference_row, source_row in zip(preference_rows, rows, strict=True)
+    ]
+    usable = build_comparisons(located_rows, settings, source=index, report=report)
+    if not usable:
+        found = f"no usable comparison: {'; '.join(report.lines()[1:])}"
         repair = "check the rows named above, data.on_different_prompts and data.on_tie"
-        raise UserError(Problem(place.key, told, "distinct completions", repair))
+        raise UserError(Problem(spec.key, found, "distinct completions", repair))
     if kind == "labels" and layout in PAIRS:
-        report.notes.append(f"pairs of {place.name} split into labels: chosen is good, rejected is bad")
-        rows = [half for row in rows for half in unpaired(row)]
-    return Part(SourceReport(place.name, layout.name, found=len(found), usable=len(rows)), rows)
+        report.notes.append(f"pairs of {spec.name} split into labels: chosen is good, rejected is bad")
+        usable = [labeled for source_row in usable for labeled in split_pair(source_row)]
+    return MixtureComponent(SourceReport(spec.name, layout.name, found=len(rows), usable=len(usable)), usable)
 
 
-def _layout(names: list[str], place: Place, kind: Kind) -> Layout[Judged]:
+def _recognize_layout(names: list[str], spec: SourceSpec, kind: PreferenceKind) -> Layout[PreferenceRow]:
     """Return the layout of a source; the error names a layout of the other kind."""
-    known = {*names, *(place.columns or {})}
-    other = LABELLED if kind == "rankings" else RANKINGS
+    known = {*names, *(spec.columns or {})}
+    other = LABELED if kind == "rankings" else RANKINGS
     fits = [layout.name for layout in other if known.issuperset(layout.required)]
-    if fits and not any(known.issuperset(layout.required) for layout in LAYOUTS[kind]):
-        found = f"layout {fits[0]}: {MEANT[kind]}"
-        expected = "; ".join("+".join(layout.required) for layout in LAYOUTS[kind])
-        raise UserError(Problem(place.name, found, expected, REPAIRS[kind]))
-    return recognise_among(
-        names, LAYOUTS[kind], columns=place.columns, where=place.name, repair=REPAIRS[kind]
+    if fits and not any(known.issuperset(layout.required) for layout in PREFERENCE_LAYOUTS[kind]):
+        found = f"layout {fits[0]}: {INTENDED_FOR[kind]}"
+        expected = "; ".join("+".join(layout.required) for layout in PREFERENCE_LAYOUTS[kind])
+        raise UserError(Problem(spec.name, found, expected, COLUMN_REPAIRS[kind]))
+    return match_layout(
+        names, PREFERENCE_LAYOUTS[kind], columns=spec.columns, where=spec.name, repair=COLUMN_REPAIRS[kind]
     )
 
 
-def _refuse_none(where: str, purpose: str, groups: PreferenceGroups, report: DataReport) -> None:
+def _raise_if_no_groups(key: str, purpose: str, groups: PreferenceGroups, report: DataReport) -> None:
     if not len(groups):
         found = f"no rows {purpose}: {'; '.join(report.lines()[1:])}"
         remedy = "raise data.max_length" if report.too_long else "choose another data.template"
         repair = f"check the rows named above, or {remedy}"
-        raise UserError(Problem(where, found, "distinct completions", repair))
+        raise UserError(Problem(key, found, "distinct completions", repair))
 
 
-def _kept(rows: Sequence[Comparison], groups: PreferenceGroups) -> list[Conversation]:
+def _tokenized_conversations(rows: Sequence[Comparison], groups: PreferenceGroups) -> list[Conversation]:
     """Return the conversations of tokenized rows, one per row, ending with the best completion."""
-    places = set(groups.places)
-    kept = {row.where: row for row in rows if row.where in places}.values()
-    return [Conversation([*row.prompt, row.replies[0]], row.where, row.source) for row in kept]
+    locations = set(groups.locations)
+    tokenized = {row.location: row for row in rows if row.location in locations}.values()
+    return [Conversation([*row.prompt, row.replies[0]], row.location, row.source) for row in tokenized]
 
 
-def _tell(groups: PreferenceGroups, report: DataReport) -> None:
+def _fill_preference_report(groups: PreferenceGroups, report: DataReport) -> None:
     """Fill the report: rows and tokens, in all and per source, mean lengths of prompts and completions."""
     lengths = groups.completion_lengths
-    owner = np.repeat(np.arange(len(groups)), groups.completions)
+    group_of_completion = np.repeat(np.arange(len(groups)), groups.num_completions)
     report.rows, report.tokens, report.longest = len(groups), groups.num_tokens, groups.longest
     report.trained_tokens = int(lengths.sum())
-    for number, source in enumerate(report.sources):
-        own = np.asarray(groups.sources) == number
-        source.rows, source.tokens = int(own.sum()), int(groups.lengths[own].sum())
-        source.trained_tokens = int(lengths[own[owner]].sum())
+    for source_index, source in enumerate(report.sources):
+        in_source = np.asarray(groups.source_ids) == source_index
+        source.rows, source.tokens = int(in_source.sum()), int(groups.lengths[in_source].sum())
+        source.trained_tokens = int(lengths[in_source[group_of_completion]].sum())
     best = groups.ranks == 0
-    told = f"{len(lengths)} completions; mean tokens: prompt {groups.prompt_lengths.mean():.0f}"
+    summary = f"{len(lengths)} completions; mean tokens: prompt {groups.prompt_lengths.mean():.0f}"
     if best.all():
-        good = int((groups.scores == 1).sum())
+        num_good = int((groups.scores == 1).sum())
         report.notes.append(
-            f"{told}, completion {lengths.mean():.0f}; {good} good, {len(lengths) - good} bad"
+            f"{summary}, completion {lengths.mean():.0f}; {num_good} good, {len(lengths) - num_good} bad"
         )
     else:
         better, worse = lengths[best].mean(), lengths[~best].mean()
-        report.notes.append(f"{told}, best completion {better:.0f}, others {worse:.0f}")
+        report.notes.append(f"{summary}, best completion {better:.0f}, others {worse:.0f}")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def token_rewards(kl: Tensor, scores: Tensor, lengths: Tensor, *, coefficient: float) -> Tensor:
+def token_rewards(kl_CT: Tensor, scores_C: Tensor, lengths_C: Tensor, *, kl_coef: float) -> Tensor:
     """Return the per-token rewards: the KL penalty -beta kl_t, plus the score at the last token.
 
     Summed over a completion this is R(x, y) = r(x, y) - beta sum_t kl_t, the reward of Ziegler et al. (arXiv
@@ -21,20 +21,20 @@ def token_rewards(kl: Tensor, scores: Tensor, lengths: Tensor, *, coefficient: f
     Returns:
         (C, T), without gradient; exactly 0 after the end of a completion.
 
-    >>> kl = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    >>> token_rewards(kl, torch.tensor([10.0, 20.0]), torch.tensor([3, 1]), coefficient=0.5)
+    >>> kl_CT = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    >>> token_rewards(kl_CT, torch.tensor([10.0, 20.0]), torch.tensor([3, 1]), kl_coef=0.5)
     tensor([[-0.5000, -1.0000,  8.5000],
             [18.0000,  0.0000,  0.0000]])
     """
-    columns = torch.arange(kl.shape[1], device=kl.device)
+    positions_T = torch.arange(kl_CT.shape[1], device=kl_CT.device)
     # where and not a product with the mask: the entries after the end may be NaN.
-    rewards = torch.where(columns < lengths[:, None], -coefficient * kl, 0.0)
-    return rewards + torch.where(columns == lengths[:, None] - 1, scores[:, None], 0.0)
+    rewards_CT = torch.where(positions_T < lengths_C[:, None], -kl_coef * kl_CT, 0.0)
+    return rewards_CT + torch.where(positions_T == lengths_C[:, None] - 1, scores_C[:, None], 0.0)
 
 
 @torch.no_grad()
-def advantages(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, discount: float, trace: float
+def gae(
+    rewards_CT: Tensor, values_CT: Tensor, mask_CT: Tensor, *, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
     """Return GAE advantages, and the returns that are the targets of the value model.
 
@@ -54,22 +54,22 @@ def advantages(
         Two tensors (C, T), without gradient; exactly 0 after the end of a completion. With gamma 1 and
         lambda 1/2: delta = 0 + 3 - 2 and 4 - 3, so that A = 1 + 1/2 and 1; the second completion: 5 - 7.
 
-    >>> rewards, values = torch.tensor([[0.0, 4.0], [5.0, 9.0]]), torch.tensor([[2.0, 3.0], [7.0, 9.0]])
-    >>> mask = torch.tensor([[True, True], [True, False]])
-    >>> found, returns = advantages(rewards, values, mask, discount=1.0, trace=0.5)
-    >>> found
+    >>> rewards_CT, values_CT = torch.tensor([[0.0, 4.0], [5.0, 9.0]]), torch.tensor([[2.0, 3.0], [7.0, 9.0]])
+    >>> mask_CT = torch.tensor([[True, True], [True, False]])
+    >>> advantages_CT, returns = gae(rewards_CT, values_CT, mask_CT, gamma=1.0, gae_lambda=0.5)
+    >>> advantages_CT
     tensor([[ 1.5000,  1.0000],
             [-2.0000,  0.0000]])
     >>> returns
     tensor([[3.5000, 4.0000],
             [5.0000, 0.0000]])
     """
-    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    rewards_CT, values_CT = rewards_CT.masked_fill(~mask_CT, 0.0), values_CT.masked_fill(~mask_CT, 0.0)
     # V_{t+1}, with 0 after the last token.
-    deltas = rewards + discount * F.pad(values[:, 1:], (0, 1)) - values
-    found, later = torch.zeros_like(deltas), torch.zeros_like(deltas[:, 0])
+    deltas_CT = rewards_CT + gamma * F.pad(values_CT[:, 1:], (0, 1)) - values_CT
+    advantages_CT, next_advantage_C = torch.zeros_like(deltas_CT), torch.zeros_like(deltas_CT[:, 0])
     # A_t depends on A_{t+1}: from the last position back, for all completions at once.
-    for column in reversed(range(deltas.shape[1])):
-        later = deltas[:, column] + discount * trace * later
-        found[:, column] = later
-    return found, found + values
+    for t in reversed(range(deltas_CT.shape[1])):
+        next_advantage_C = deltas_CT[:, t] + gamma * gae_lambda * next_advantage_C
+        advantages_CT[:, t] = next_advantage_C
+    return advantages_CT, advantages_CT + values_CT

@@ -8,7 +8,7 @@ from torch import Tensor
 from align.preference.losses.metrics import kl_k1, kl_k2, kl_k3
 
 ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
-LARGEST_ERROR = 0.2
+MAX_KL_ERROR = 0.2
 """Bound of the relative error in the adaptive KL controller (arXiv 1909.08593, section 2.2)."""
 
 
@@ -36,25 +36,25 @@ def kl_terms(logps: Tensor, reference_logps: Tensor, *, estimator: str) -> Tenso
 
 
 @dataclass(frozen=True, slots=True)
-class FixedKl:
+class FixedKLController:
     """Fixed KL coefficient.
 
     Attributes:
         kl_coef: beta, weight of the KL penalty; 0.05 in arXiv 2403.17031.
 
-    >>> FixedKl(0.05).after(kl=100.0, episodes=64)
+    >>> FixedKLController(0.05).updated(kl=100.0, num_completions=64)
     FixedKl(coefficient=0.05)
     """
 
-    coefficient: float
+    kl_coef: float
 
-    def after(self, kl: float, episodes: int) -> "FixedKl":
+    def updated(self, kl: float, num_completions: int) -> "FixedKLController":
         """Return the controller after a rollout: unchanged."""
         return self
 
 
 @dataclass(frozen=True, slots=True)
-class AdaptiveKl:
+class AdaptiveKLController:
     """Adaptive KL controller: the coefficient rises while the KL is above its target, and falls while below.
 
     e = clip((KL - target) / target, -0.2, 0.2), beta' = beta (1 + e n / horizon) (arXiv 1909.08593, section
@@ -67,19 +67,19 @@ class AdaptiveKl:
 
     Half above the target counts as 0.2; 0.5 (1 + 0.2 1000 / 800):
 
-    >>> AdaptiveKl(coefficient=0.5, target=6.0, horizon=800).after(kl=9.0, episodes=1000)
+    >>> AdaptiveKLController(kl_coef=0.5, target=6.0, horizon=800).updated(kl=9.0, num_completions=1000)
     AdaptiveKl(coefficient=0.625, target=6.0, horizon=800)
     """
 
-    coefficient: float
+    kl_coef: float
     target: float
     horizon: float
 
-    def after(self, kl: float, episodes: int) -> "AdaptiveKl":
+    def updated(self, kl: float, num_completions: int) -> "AdaptiveKLController":
         """Return the controller after a rollout, given its mean KL in nats per completion."""
         assert math.isfinite(kl), f"KL is {kl}"
-        assert LARGEST_ERROR * episodes < self.horizon, "the coefficient would fall below 0"
+        assert MAX_KL_ERROR * num_completions < self.horizon, "the coefficient would fall below 0"
         # Proportional control with a bounded error, so that one bad rollout changes the coefficient little.
         error = (kl - self.target) / self.target
-        held = min(max(error, -LARGEST_ERROR), LARGEST_ERROR)
-        return replace(self, coefficient=self.coefficient * (1 + held * episodes / self.horizon))
+        clipped_error = min(max(error, -MAX_KL_ERROR), MAX_KL_ERROR)
+        return replace(self, kl_coef=self.kl_coef * (1 + clipped_error * num_completions / self.horizon))

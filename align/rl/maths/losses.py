@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from align.rl.maths.masked import masked_var
-from finetune.training.loss import MAX_ELEMENTS
+from finetune.training.loss import MAX_LOGITS_PER_CHUNK
 
 
 class PolicyLoss(NamedTuple):
     """Policy loss per token.
 
     Attributes:
-        losses: (C, T), with gradient; exactly 0 outside the mask.
-        ratios: (C, T), pi / pi_old, without gradient; 1 outside the mask.
-        clipped: (C, T) bool, where the clipped term is the larger one: no gradient there.
+        losses_CT: (C, T), with gradient; exactly 0 outside the mask.
+        ratios_CT: (C, T), pi / pi_old, without gradient; 1 outside the mask.
+        is_clipped_CT: (C, T) bool, where the clipped term is the larger one: no gradient there.
     """
 
     losses: Tensor
@@ -31,8 +31,8 @@ class ValueLoss(NamedTuple):
     """Value loss per token.
 
     Attributes:
-        losses: (C, T), with gradient; exactly 0 outside the mask.
-        clipped: (C, T) bool, where the clipped term is the larger one: no gradient there.
+        losses_CT: (C, T), with gradient; exactly 0 outside the mask.
+        is_clipped_CT: (C, T) bool, where the clipped term is the larger one: no gradient there.
     """
 
     losses: Tensor
@@ -40,7 +40,7 @@ class ValueLoss(NamedTuple):
 
 
 def policy_loss(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, clip: float
+    logps_CT: Tensor, old_logps_CT: Tensor, advantages_CT: Tensor, mask_CT: Tensor, *, clip_range: float
 ) -> PolicyLoss:
     """Return the PPO clip loss max(-A r, -A clip(r, 1 - c, 1 + c)) per token, with r = pi / pi_old.
 
@@ -57,26 +57,30 @@ def policy_loss(
 
     Ratios 2, 2, 1/2: a positive advantage gains at most 1.2, a negative one is not clipped at 2.
 
-    >>> logps = torch.tensor([[2.0, 2.0, 0.5]]).log()
+    >>> logps_CT = torch.tensor([[2.0, 2.0, 0.5]]).log()
     >>> gains = torch.tensor([[1.0, -1.0, -1.0]])
-    >>> loss = policy_loss(logps, torch.zeros(1, 3), gains, torch.ones(1, 3, dtype=torch.bool), clip=0.2)
-    >>> loss.losses
+    >>> loss = policy_loss(logps_CT, torch.zeros(1, 3), gains, torch.ones(1, 3, dtype=torch.bool), clip_range=0.2)
+    >>> loss.losses_CT
     tensor([[-1.2000,  2.0000,  0.8000]])
-    >>> loss.clipped
+    >>> loss.is_clipped_CT
     tensor([[ True, False,  True]])
     """
     # The inputs are masked too: NaN outside the mask would reach the gradients as NaN * 0.
-    advantages = advantages.masked_fill(~mask, 0.0)
-    ratios = (logps - old_logps).masked_fill(~mask, 0.0).exp()
-    losses = -advantages * ratios
-    held = -advantages * ratios.clamp(1 - clip, 1 + clip)
+    advantages_CT = advantages_CT.masked_fill(~mask_CT, 0.0)
+    ratios_CT = (logps_CT - old_logps_CT).masked_fill(~mask_CT, 0.0).exp()
+    losses_CT = -advantages_CT * ratios_CT
+    clipped_losses_CT = -advantages_CT * ratios_CT.clamp(1 - clip_range, 1 + clip_range)
     # The larger loss is the pessimistic one: clipping never hides that a step went the wrong way.
-    clipped = held > losses
-    return PolicyLoss(torch.where(clipped, held, losses).masked_fill(~mask, 0.0), ratios.detach(), clipped)
+    is_clipped_CT = clipped_losses_CT > losses_CT
+    return PolicyLoss(
+        torch.where(is_clipped_CT, clipped_losses_CT, losses_CT).masked_fill(~mask_CT, 0.0),
+        ratios_CT.detach(),
+        is_clipped_CT,
+    )
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None
+    values_CT: Tensor, old_values_CT: Tensor, returns_CT: Tensor, mask_CT: Tensor, *, clip_range: float | None
 ) -> ValueLoss:
     """Return 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) per token.
 
@@ -92,23 +96,27 @@ def value_loss(
 
     Values 3 and 1 before and after, return 0: 1/2 (3 - 0.2)^2 is more than 1/2.
 
-    >>> values, old, mask = torch.tensor([[1.0]]), torch.tensor([[3.0]]), torch.tensor([[True]])
-    >>> value_loss(values, old, torch.zeros(1, 1), mask, clip=0.2)
+    >>> values_CT, old, mask_CT = torch.tensor([[1.0]]), torch.tensor([[3.0]]), torch.tensor([[True]])
+    >>> value_loss(values_CT, old, torch.zeros(1, 1), mask_CT, clip_range=0.2)
     ValueLoss(losses=tensor([[3.9200]]), clipped=tensor([[True]]))
-    >>> value_loss(values, old, torch.zeros(1, 1), mask, clip=None).losses
+    >>> value_loss(values_CT, old, torch.zeros(1, 1), mask_CT, clip_range=None).losses_CT
     tensor([[0.5000]])
     """
     # As in the policy loss: NaN outside the mask must not reach the gradients.
-    values, old_values, returns = (part.masked_fill(~mask, 0.0) for part in (values, old_values, returns))
-    losses = (values - returns) ** 2
-    if clip is None:
-        return ValueLoss(0.5 * losses, torch.zeros_like(mask))
-    held = (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
-    clipped = held > losses
-    return ValueLoss(0.5 * torch.where(clipped, held, losses), clipped)
+    values_CT, old_values_CT, returns_CT = (
+        tensor_CT.masked_fill(~mask_CT, 0.0) for tensor_CT in (values_CT, old_values_CT, returns_CT)
+    )
+    losses_CT = (values_CT - returns_CT) ** 2
+    if clip_range is None:
+        return ValueLoss(0.5 * losses_CT, torch.zeros_like(mask_CT))
+    clipped_losses_CT = (
+        values_CT.clamp(old_values_CT - clip_range, old_values_CT + clip_range) - returns_CT
+    ) ** 2
+    is_clipped_CT = clipped_losses_CT > losses_CT
+    return ValueLoss(0.5 * torch.where(is_clipped_CT, clipped_losses_CT, losses_CT), is_clipped_CT)
 
 
-def entropy(logits: Tensor, *, max_elements: int = MAX_ELEMENTS) -> Tensor:
+def entropy(logits_NV: Tensor, *, max_elements: int = MAX_LOGITS_PER_CHUNK) -> Tensor:
     """Return the entropy H_n = -sum_v p_nv log p_nv of p_n = softmax(logits_n), in nats, with gradient.
 
     Logits may be -inf: such a token counts 0.
@@ -123,22 +131,24 @@ def entropy(logits: Tensor, *, max_elements: int = MAX_ELEMENTS) -> Tensor:
     >>> entropy(torch.tensor([[3.0, 3.0], [0.0, -float("inf")]]))
     tensor([0.6931, 0.0000])
     """
-    rows = max(1, max_elements // logits.shape[-1])
-    if len(logits) <= rows:
-        return _entropy(logits)
+    rows_per_chunk = max(1, max_elements // logits_NV.shape[-1])
+    if len(logits_NV) <= rows_per_chunk:
+        return _entropy(logits_NV)
     # Recomputed in the backward pass: the float32 copies of one chunk are alive at a time, not all (N, V).
-    return torch.cat([checkpoint(_entropy, part, use_reentrant=False) for part in torch.split(logits, rows)])
+    return torch.cat(
+        [checkpoint(_entropy, chunk, use_reentrant=False) for chunk in torch.split(logits_NV, rows_per_chunk)]
+    )
 
 
-def _entropy(logits: Tensor) -> Tensor:
-    logps = logits.float().log_softmax(-1)
-    shares = logps.exp()
+def _entropy(logits_NV: Tensor) -> Tensor:
+    logps_NV = logits_NV.float().log_softmax(-1)
+    probs_NV = logps_NV.exp()
     # p log p is 0 at p = 0, where 0 * -inf would be NaN.
-    return (shares * -logps.masked_fill(shares == 0, 0.0)).sum(-1)
+    return (probs_NV * -logps_NV.masked_fill(probs_NV == 0, 0.0)).sum(-1)
 
 
 @torch.no_grad()
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+def explained_variance(values_CT: Tensor, returns_CT: Tensor, mask_CT: Tensor) -> Tensor:
     """Return the explained variance 1 - Var(R - V) / Var(R): 1 is perfect, 0 is as good as a constant.
 
     Below 0 the values are worse than a constant. If all returns are equal it is NaN, or -inf if the values
@@ -152,8 +162,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     Returns:
         A scalar. Returns 0 and 4 (variance 8), errors 1 and 3 (variance 2):
 
-    >>> returns, mask = torch.tensor([[0.0, 4.0]]), torch.tensor([[True, True]])
-    >>> explained_variance(torch.tensor([[-1.0, 1.0]]), returns, mask)
+    >>> returns_CT, mask_CT = torch.tensor([[0.0, 4.0]]), torch.tensor([[True, True]])
+    >>> explained_variance(torch.tensor([[-1.0, 1.0]]), returns_CT, mask_CT)
     tensor(0.7500)
     """
-    return 1 - masked_var(returns - values, mask) / masked_var(returns, mask)
+    return 1 - masked_var(returns_CT - values_CT, mask_CT) / masked_var(returns_CT, mask_CT)

@@ -6,7 +6,7 @@ Masked-out entries are never read: they may be NaN, and their gradient is exactl
 import torch
 from torch import Tensor
 
-SMALLEST_VARIANCE = 1e-8
+VARIANCE_EPSILON = 1e-8
 """Added to the variance in whitening, as in the published code (arXiv 2403.17031, detail 24)."""
 
 
@@ -46,8 +46,8 @@ def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = True) -> Tensor
     tensor(8.6667)
     """
     count = mask.sum()
-    squares = (values - masked_mean(values, mask)).masked_fill(~mask, 0.0) ** 2
-    return squares.sum() / (torch.where(count > 1, count - 1, count) if unbiased else count)
+    squared_errors = (values - masked_mean(values, mask)).masked_fill(~mask, 0.0) ** 2
+    return squared_errors.sum() / (torch.where(count > 1, count - 1, count) if unbiased else count)
 
 
 def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool) -> Tensor:
@@ -74,5 +74,5 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool) -> Tensor:
             [5., 0.]])
     """
     mean = masked_mean(values, mask)
-    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + SMALLEST_VARIANCE)
+    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + VARIANCE_EPSILON)
     return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)

@@ -6,14 +6,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align.reward.rules import Rule
-from align.reward.scorer import TOTAL, load_reward
-from align.rl.rewards.rewards import AnswerRule, Learnt, Rewards
-from align.rl.rewards.settings import EXPECTED, RewardsSettings, folder_of
+from align.reward.rules import FunctionReward
+from align.reward.scorer import TOTAL, load_reward_model
+from align.rl.rewards.rewards import ModelReward, ReferenceAnswerReward, Rewards
+from align.rl.rewards.settings import EXPECTED_PARAMETER, RewardsSettings, reward_run_folder
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.python_function import has_parameter, load_function
-from finetune.recipe.runs import finished_record
-from finetune.training.save import sha256
+from finetune.recipe.python_function import has_parameter, load_user_function
+from finetune.recipe.runs import read_finished_record
+from finetune.training.save import file_sha256
 
 
 def load_rewards(
@@ -32,27 +32,29 @@ def load_rewards(
     """
     runs = reward_runs(settings)
     # A run that gives several scores is loaded once.
-    order = list(dict.fromkeys(runs.values()))
-    for run in order:
-        _refuse_damaged(run)
-    sources: list[Learnt | Rule | AnswerRule] = []
+    unique_runs = list(dict.fromkeys(runs.values()))
+    for run in unique_runs:
+        _check_checksums(run)
+    sources: list[ModelReward | FunctionReward | ReferenceAnswerReward] = []
     for index, source in enumerate(settings.sources):
         if source.function is not None:
-            function = load_function(source.function, where=f"reward.sources[{index}].function")
-            if has_parameter(function, EXPECTED):
-                sources.append(AnswerRule(source.called, source.weight, function))
+            function = load_user_function(source.function, where=f"reward.sources[{index}].function")
+            if has_parameter(function, EXPECTED_PARAMETER):
+                sources.append(ReferenceAnswerReward(source.metric_name, source.weight, function))
             else:
-                sources.append(Rule(source.called, source.weight, function, kind="reward"))
+                sources.append(FunctionReward(source.metric_name, source.weight, function, kind="reward"))
         else:
-            number = order.index(runs[index])
-            sources.append(Learnt(source.called, source.weight, number, source.score or TOTAL))
+            model_index = unique_runs.index(runs[index])
+            sources.append(ModelReward(source.metric_name, source.weight, model_index, source.score or TOTAL))
     return Rewards(
         settings,
         sources,
-        models=[load_reward(run, base=base) for run in order],
-        risky=load_function(settings.risky, where="reward.risky") if settings.risky is not None else None,
+        models=[load_reward_model(run, base=base) for run in unique_runs],
+        unsafe_prompt_fn=load_user_function(settings.risky, where="reward.risky")
+        if settings.risky is not None
+        else None,
         tokenizer=tokenizer,
-        notes=[note for run in order if base is not None for note in _stored_otherwise(run, base)],
+        notes=[note for run in unique_runs if base is not None for note in _storage_notes(run, base)],
     )
 
 
@@ -63,7 +65,7 @@ def reward_runs(settings: RewardsSettings) -> dict[int, Path]:
         UserError: there is no such run.
     """
     return {
-        index: folder_of(source, where=f"reward.sources[{index}].run")
+        index: reward_run_folder(source, where=f"reward.sources[{index}].run")
         for index, source in enumerate(settings.sources)
         if source.function is None
     }
@@ -72,49 +74,49 @@ def reward_runs(settings: RewardsSettings) -> dict[int, Path]:
 def rewards_record(settings: RewardsSettings) -> list[dict[str, Any]]:
     """Return the rewards for run.json: name, weight, and reward run or function."""
     runs = reward_runs(settings)
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for index, source in enumerate(settings.sources):
-        facts: dict[str, Any] = {"name": source.called, "weight": source.weight}
+        entry: dict[str, Any] = {"name": source.metric_name, "weight": source.weight}
         if index in runs:
-            record = finished_record(runs[index])
-            facts |= {"run": str(runs[index]), "score": source.score or TOTAL}
-            facts |= {key: record[key] for key in ("digest", "files")}
+            record = read_finished_record(runs[index])
+            entry |= {"run": str(runs[index]), "score": source.score or TOTAL}
+            entry |= {key: record[key] for key in ("digest", "files")}
         else:
-            facts |= {"function": source.function}
-        found.append(facts)
-    return found
+            entry |= {"function": source.function}
+        entries.append(entry)
+    return entries
 
 
-def _refuse_damaged(run: Path) -> None:
+def _check_checksums(run: Path) -> None:
     """Raise UserError if a run's weight files do not match their checksums."""
-    record = finished_record(run)
+    record = read_finished_record(run)
     for name, checksum in record["files"].items():
-        if sha256(run / name) != checksum:
-            found = f"checksum mismatch: {name}"
+        if file_sha256(run / name) != checksum:
+            actual = f"checksum mismatch: {name}"
             repair = f"repeat the run: `{record['command']} --force`"
-            raise UserError(Problem(f"reward run {run}", found, "the weights as the run saved them", repair))
+            raise UserError(Problem(f"reward run {run}", actual, "the weights as the run saved them", repair))
 
 
-def _stored_otherwise(run: Path, base: PreTrainedModel) -> Iterator[str]:
+def _storage_notes(run: Path, base: PreTrainedModel) -> Iterator[str]:
     """Yield a note if a reward model was trained with another precision or quantization of the base."""
     if (run / "model").is_dir():
         return
-    load = finished_record(run)["load"]
-    theirs, own = (load["precision"], load["quantization"]), _stored(base)
-    if theirs != own:
+    saved = read_finished_record(run)["load"]
+    run_storage, base_storage = (saved["precision"], saved["quantization"]), _base_storage(base)
+    if run_storage != base_storage:
         yield (
-            f"{run} was trained on a base in {_shown(*theirs)}, the policy's is in {_shown(*own)}: scores "
+            f"{run} was trained on a base in {_describe_storage(*run_storage)}, the policy's is in {_describe_storage(*base_storage)}: scores "
             "differ slightly from those of `llm-align score`"
         )
 
 
-def _stored(base: PreTrainedModel) -> tuple[str, str]:
+def _base_storage(base: PreTrainedModel) -> tuple[str, str]:
     """Return a base's precision and quantization, as the recipe writes them."""
-    kinds = {"is_loaded_in_4bit": "nf4", "is_loaded_in_8bit": "int8"}
+    names_by_flag = {"is_loaded_in_4bit": "nf4", "is_loaded_in_8bit": "int8"}
     # transformers sets these attributes on quantized models only.
-    stored = next((name for flag, name in kinds.items() if vars(base).get(flag)), "none")
-    return str(base.dtype).removeprefix("torch."), stored
+    quantization = next((name for flag, name in names_by_flag.items() if vars(base).get(flag)), "none")
+    return str(base.dtype).removeprefix("torch."), quantization
 
 
-def _shown(precision: str, quantization: str) -> str:
+def _describe_storage(precision: str, quantization: str) -> str:
     return precision if quantization == "none" else f"{quantization} computed in {precision}"

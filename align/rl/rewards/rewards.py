@@ -7,33 +7,33 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from align.reward.rules import Rule
+from align.reward.rules import FunctionReward
 from align.reward.scorer import TOTAL, RewardModel
-from align.rl.rewards.combining import Numbers, length_cost, piecewise, weighted_sum
-from align.rl.rewards.settings import HELPFULNESS, LENGTH, SAFETY, RewardsSettings
+from align.rl.rewards.combining import Scores, length_penalty, piecewise, weighted_sum
+from align.rl.rewards.settings import HELPFULNESS, LENGTH_PENALTY, SAFETY, RewardsSettings
 from data_templates._segments import Message
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.python_function import number_from
-from finetune.training.preflight.ticks import Tick
-from finetune.training.samples import question_of, spread
+from finetune.recipe.python_function import call_for_number
+from finetune.training.preflight.ticks import CheckResult
+from finetune.training.samples import evenly_spaced, prompt_text
 from finetune.training.stops import NotFiniteError
 
-Talks = Sequence[Sequence[Message]]
-TRIED = 8
+Conversations = Sequence[Sequence[Message]]
+NUM_CHECKED_PROMPTS = 8
 """Number of prompts of the reward check before sampling starts."""
-ANSWERED = "a reference answer in each row, as in question/answer data"
+NEEDS_REFERENCE_ANSWER = "a reference answer in each row, as in question/answer data"
 
 
 @dataclass(frozen=True)
-class Judged:
+class RewardScores:
     """Scores of C completions: ``total`` (C,) is maximized, ``by_source`` has each reward by name, (C,)."""
 
-    total: Numbers
-    parts: dict[str, Numbers]
+    total: Scores
+    by_source: dict[str, Scores]
 
 
 @dataclass(frozen=True)
-class Learnt:
+class ModelReward:
     """A reward from a reward model: index of the loaded model, and name of the score (a head, a rule, total).
 
     A head's score has mean 0 and standard deviation 1 over the chosen completions of its training rows.
@@ -41,12 +41,12 @@ class Learnt:
 
     name: str
     weight: float
-    model: int
-    score: str
+    model_index: int
+    score_name: str
 
 
 @dataclass(frozen=True)
-class AnswerRule:
+class ReferenceAnswerReward:
     """A reward function that also takes the row's reference answer."""
 
     name: str
@@ -56,8 +56,8 @@ class AnswerRule:
     def scores(
         self,
         prompts: Sequence[str],
-        replies: Sequence[str],
-        places: Sequence[str],
+        completions: Sequence[str],
+        locations: Sequence[str],
         expected: Sequence[str | None],
     ) -> list[float]:
         """Return the score of each completion.
@@ -65,14 +65,16 @@ class AnswerRule:
         Raises:
             UserError: a row has no reference answer, or the function raised or did not return a number.
         """
-        rows = zip(prompts, replies, places, expected, strict=True)
-        return [self._score(*row) for row in rows]
+        rows = zip(prompts, completions, locations, expected, strict=True)
+        return [self._score_row(*row) for row in rows]
 
-    def _score(self, prompt: str, reply: str, place: str, right: str | None) -> float:
-        where, function = f"reward '{self.name}' on {place}", self.function
-        if right is None:
-            raise UserError(Problem(where, "the row has no reference answer", ANSWERED))
-        return number_from(lambda asked, said: function(asked, said, right), prompt, reply, where=where)
+    def _score_row(self, prompt: str, completion: str, location: str, reference_answer: str | None) -> float:
+        where, function = f"reward '{self.name}' on {location}", self.function
+        if reference_answer is None:
+            raise UserError(Problem(where, "the row has no reference answer", NEEDS_REFERENCE_ANSWER))
+        return call_for_number(
+            lambda asked, said: function(asked, said, reference_answer), prompt, completion, where=where
+        )
 
 
 @dataclass(frozen=True)
@@ -89,29 +91,33 @@ class Rewards:
     """
 
     settings: RewardsSettings
-    sources: Sequence[Learnt | Rule | AnswerRule]
+    sources: Sequence[ModelReward | FunctionReward | ReferenceAnswerReward]
     models: Sequence[RewardModel]
-    risky: Callable[[str], Any] | None
+    unsafe_prompt_fn: Callable[[str], Any] | None
     tokenizer: PreTrainedTokenizerBase
     notes: list[str]
 
     @property
     def names(self) -> list[str]:
         """Return the names of the rewards, including the length penalty."""
-        own = [source.name for source in self.sources]
-        return [*own, LENGTH] if self.settings.length_penalty else own
+        names = [source.name for source in self.sources]
+        return [*names, LENGTH_PENALTY] if self.settings.length_penalty else names
 
-    def refuse_unanswered(self, expected: Sequence[str | None], places: Sequence[str]) -> None:
+    def check_reference_answers(self, expected: Sequence[str | None], locations: Sequence[str]) -> None:
         """Raise UserError if a reward function needs reference answers that some rows lack."""
-        rules = [source.name for source in self.sources if isinstance(source, AnswerRule)]
-        without = [place for place, right in zip(places, expected, strict=True) if right is None]
-        if rules and without:
-            found = f"{len(without)} of {len(places)} rows have no reference answer (first: {without[0]})"
-            raise UserError(Problem(f"reward '{rules[0]}'", found, ANSWERED))
+        functions = [source.name for source in self.sources if isinstance(source, ReferenceAnswerReward)]
+        missing = [location for location, answer in zip(locations, expected, strict=True) if answer is None]
+        if functions and missing:
+            actual = f"{len(missing)} of {len(locations)} rows have no reference answer (first: {missing[0]})"
+            raise UserError(Problem(f"reward '{functions[0]}'", actual, NEEDS_REFERENCE_ANSWER))
 
-    def judge(
-        self, talks: Talks, places: Sequence[str], *, expected: Sequence[str | None] | None = None
-    ) -> Judged:
+    def score(
+        self,
+        conversations: Conversations,
+        locations: Sequence[str],
+        *,
+        expected: Sequence[str | None] | None = None,
+    ) -> RewardScores:
         """Score the last reply of each conversation; an empty reply is scored as an immediate EOS.
 
         Reward models encode the prompt once for consecutive conversations with the same prompt.
@@ -126,31 +132,38 @@ class Rewards:
             NotFiniteError: a reward model returned NaN or infinity.
         """
         # A process may have no completion in its shard.
-        if not talks:
-            return Judged(np.zeros(0), {name: np.zeros(0) for name in self.names})
-        prompts, replies = [question_of(talk) for talk in talks], [talk[-1].content for talk in talks]
+        if not conversations:
+            return RewardScores(np.zeros(0), {name: np.zeros(0) for name in self.names})
+        prompts, completions = (
+            [prompt_text(conversation) for conversation in conversations],
+            [conversation[-1].content for conversation in conversations],
+        )
         # Each model runs once, however many of its scores are rewards.
-        scores = [_scores(model, talks, places) for model in self.models]
-        parts: dict[str, Numbers] = {}
+        model_scores = [_model_scores(model, conversations, locations) for model in self.models]
+        by_source: dict[str, Scores] = {}
         for source in self.sources:
-            if isinstance(source, Learnt):
-                parts[source.name] = scores[source.model][source.score]
-            elif isinstance(source, AnswerRule):
-                known = [None] * len(talks) if expected is None else expected
-                parts[source.name] = np.asarray(source.scores(prompts, replies, places, known))
+            if isinstance(source, ModelReward):
+                by_source[source.name] = model_scores[source.model_index][source.score_name]
+            elif isinstance(source, ReferenceAnswerReward):
+                answers = [None] * len(conversations) if expected is None else expected
+                by_source[source.name] = np.asarray(source.scores(prompts, completions, locations, answers))
             else:
-                parts[source.name] = np.asarray(source.scores(prompts, replies, places))
-        total = self._combined(parts, prompts)
+                by_source[source.name] = np.asarray(source.scores(prompts, completions, locations))
+        total = self._combine(by_source, prompts)
         # After the combination, so that it applies to both kinds.
         if self.settings.length_penalty:
-            parts[LENGTH] = self._length_cost(replies)
-            total = total + parts[LENGTH]
-        _refuse_no_number(parts, places)
-        return Judged(total, parts)
+            by_source[LENGTH_PENALTY] = self._length_penalty(completions)
+            total = total + by_source[LENGTH_PENALTY]
+        _raise_if_not_finite(by_source, locations)
+        return RewardScores(total, by_source)
 
-    def tick(
-        self, prompts: Talks, places: Sequence[str], *, expected: Sequence[str | None] | None = None
-    ) -> Tick:
+    def check(
+        self,
+        prompts: Conversations,
+        locations: Sequence[str],
+        *,
+        expected: Sequence[str | None] | None = None,
+    ) -> CheckResult:
         """Check the rewards on empty replies to some prompts: a policy may sample EOS at once.
 
         Args:
@@ -162,44 +175,50 @@ class Rewards:
             UserError: a reward function fails, or the template rejects a conversation.
             NotFiniteError: a reward model returns NaN or infinity.
         """
-        some = spread(len(prompts), TRIED)
-        talks = [[*prompts[index], Message("assistant", "")] for index in some]
-        known = None if expected is None else [expected[index] for index in some]
-        worth = self.judge(talks, [places[index] for index in some], expected=known).total
-        named = ", ".join(source.name for source in self.sources)
-        said = f"empty replies to {len(some)} prompts score {worth.min():.3g} to {worth.max():.3g}"
-        return Tick("rewards", f"{named}: {said}")
+        indices = evenly_spaced(len(prompts), NUM_CHECKED_PROMPTS)
+        conversations = [[*prompts[index], Message("assistant", "")] for index in indices]
+        answers = None if expected is None else [expected[index] for index in indices]
+        totals = self.score(conversations, [locations[index] for index in indices], expected=answers).total
+        names = ", ".join(source.name for source in self.sources)
+        summary = f"empty replies to {len(indices)} prompts score {totals.min():.3g} to {totals.max():.3g}"
+        return CheckResult("rewards", f"{names}: {summary}")
 
-    def _combined(self, parts: Mapping[str, Numbers], prompts: Sequence[str]) -> Numbers:
+    def _combine(self, by_source: Mapping[str, Scores], prompts: Sequence[str]) -> Scores:
         if self.settings.combine == "sum":
-            return weighted_sum(parts, {source.name: source.weight for source in self.sources})
+            return weighted_sum(by_source, {source.name: source.weight for source in self.sources})
         # Once per distinct prompt: a user function may be slow, and a prompt has several completions.
-        asked = {prompt: self._is_risky(prompt) for prompt in dict.fromkeys(prompts)}
-        risky = [asked[prompt] for prompt in prompts]
-        return piecewise(parts[HELPFULNESS], parts[SAFETY], risky, below=self.settings.risky_below)
+        is_unsafe = {prompt: self._is_unsafe_prompt(prompt) for prompt in dict.fromkeys(prompts)}
+        unsafe = [is_unsafe[prompt] for prompt in prompts]
+        return piecewise(
+            by_source[HELPFULNESS], by_source[SAFETY], unsafe, safety_threshold=self.settings.risky_below
+        )
 
-    def _is_risky(self, prompt: str) -> bool:
-        risky = self.risky
-        if risky is None:
+    def _is_unsafe_prompt(self, prompt: str) -> bool:
+        unsafe_prompt_fn = self.unsafe_prompt_fn
+        if unsafe_prompt_fn is None:
             return False
-        return bool(number_from(lambda text, _: risky(text), prompt, "", where="reward.risky"))
+        return bool(call_for_number(lambda text, _: unsafe_prompt_fn(text), prompt, "", where="reward.risky"))
 
-    def _length_cost(self, replies: Sequence[str]) -> Numbers:
-        ids: list[list[int]] = self.tokenizer(list(replies), add_special_tokens=False)["input_ids"]
-        per_token, free = self.settings.length_penalty, self.settings.length_free
-        return length_cost([len(one) for one in ids], per_token=per_token, free=free)
+    def _length_penalty(self, completions: Sequence[str]) -> Scores:
+        ids: list[list[int]] = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+        per_token, free_tokens = self.settings.length_penalty, self.settings.length_free
+        return length_penalty(
+            [len(token_ids) for token_ids in ids], per_token=per_token, free_tokens=free_tokens
+        )
 
 
-def _scores(model: RewardModel, talks: Talks, places: Sequence[str]) -> dict[str, Numbers]:
+def _model_scores(
+    model: RewardModel, conversations: Conversations, locations: Sequence[str]
+) -> dict[str, Scores]:
     """Return all scores of a reward model; scores of heads and their total are normalized."""
-    raw = model.score_talks(talks, places)
-    found = {**raw, **model.normalised(raw), TOTAL: raw[TOTAL]}
-    return {name: np.asarray(values, dtype=np.float64) for name, values in found.items()}
+    raw = model.score_conversations(conversations, locations)
+    scores = {**raw, **model.normalized(raw), TOTAL: raw[TOTAL]}
+    return {name: np.asarray(values, dtype=np.float64) for name, values in scores.items()}
 
 
-def _refuse_no_number(parts: Mapping[str, Numbers], places: Sequence[str]) -> None:
+def _raise_if_not_finite(by_source: Mapping[str, Scores], locations: Sequence[str]) -> None:
     """Raise NotFiniteError for the first reward that is NaN or infinite."""
-    for name, values in parts.items():
-        wrong = np.flatnonzero(~np.isfinite(values))
-        if wrong.size:
-            raise NotFiniteError(f"reward '{name}' is {values[wrong[0]]} on {places[wrong[0]]}")
+    for name, values in by_source.items():
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            raise NotFiniteError(f"reward '{name}' is {values[bad[0]]} on {locations[bad[0]]}")

@@ -12,39 +12,39 @@ from finetune.recipe.bases import resolve_base
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.discovery import find_recipe
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.recipe import Recipe, load
-from finetune.recipe.runs import ALL_RUNS, find_run, finished_record
+from finetune.recipe.recipe import Recipe, read_recipe
+from finetune.recipe.runs import LIST_RUNS_HINT, find_run, read_finished_record
 from finetune.recipe.settings import ModelSettings, StageSettings
-from finetune.recipe.start import is_recipe, refuse_lost_files
+from finetune.recipe.start import check_saved_files, is_recipe_name
 
-STAGE = "reward"
-LONE_HEAD = "reward"
+REWARD_STAGE = "reward"
+DEFAULT_REWARD_NAME = "reward"
 """Default name of a reward, and of a reward recipe's only head."""
-ALL_TOGETHER = "total"
-_PENDING: ContextVar[Mapping[str, Recipe] | None] = ContextVar("pending", default=None)
+TOTAL_SCORE = "total"
+_PENDING_RECIPES: ContextVar[Mapping[str, Recipe] | None] = ContextVar("pending", default=None)
 
 
 @dataclass(frozen=True, slots=True)
-class Scorer:
+class RewardRunInfo:
     """A reward run: base model, whether it is fully fine-tuned, template, names of its scores."""
 
     model: ModelSettings
-    whole: bool
+    full_model: bool
     template: str
-    scores: list[str]
+    score_names: list[str]
 
 
 @contextmanager
-def pending(recipes: Mapping[str, Recipe]) -> Iterator[None]:
+def pending_reward_recipes(recipes: Mapping[str, Recipe]) -> Iterator[None]:
     """Resolve names to reward recipes that have not run yet, within the block (for pipelines)."""
-    before = _PENDING.set(recipes)
+    token = _PENDING_RECIPES.set(recipes)
     try:
         yield
     finally:
-        _PENDING.reset(before)
+        _PENDING_RECIPES.reset(token)
 
 
-def scorer_of(text: str, *, where: str) -> Scorer:
+def reward_run_info(text: str, *, where: str) -> RewardRunInfo:
     """Return the metadata of a reward run, named as in ``reward.sources``.
 
     Args:
@@ -55,69 +55,71 @@ def scorer_of(text: str, *, where: str) -> Scorer:
         UserError: there is no such run, it is not finished, of another stage, or its files are missing; or
             the recipe is invalid or depends on itself.
     """
-    if text in (waiting := _PENDING.get() or {}):
-        return _of_settings(waiting[text].settings)
-    return _of_recipe(text, where) if is_recipe(text) else _of_run(text, where)
+    if text in (pending := _PENDING_RECIPES.get() or {}):
+        return _info_from_settings(pending[text].settings)
+    return _info_from_recipe(text, where) if is_recipe_name(text) else _info_from_run(text, where)
 
 
-def same_base(one: ModelSettings, other: ModelSettings) -> bool:
+def same_base(first: ModelSettings, second: ModelSettings) -> bool:
     """Return whether two model sections refer to the same base weights."""
-    if (one.revision, one.rope) != (other.revision, other.rope):
+    if (first.revision, first.rope) != (second.revision, second.rope):
         return False
     try:
-        return one.base == other.base or resolve_base(one.base) == resolve_base(other.base)
+        return first.base == second.base or resolve_base(first.base) == resolve_base(second.base)
     except UserError:
         return False
 
 
-def _of_run(text: str, where: str) -> Scorer:
+def _info_from_run(text: str, where: str) -> RewardRunInfo:
     run, _ = find_run(text, where=where)
-    record = finished_record(run)
-    load: dict[str, Any] = record["load"]
-    if "heads" not in load:
-        raise UserError(_other_stage(where, f"'{run}' is a run", record["stage"]))
-    refuse_lost_files(run, record, where=where)
-    names = [*load["heads"], *(rule["name"] for rule in load["rules"]), ALL_TOGETHER]
-    return Scorer(ModelSettings(**load["model"]), (run / "model").is_dir(), load["template"], names)
+    record = read_finished_record(run)
+    saved: dict[str, Any] = record["load"]
+    if "heads" not in saved:
+        raise UserError(_wrong_stage(where, f"'{run}' is a run", record["stage"]))
+    check_saved_files(run, record, where=where)
+    names = [*saved["heads"], *(rule["name"] for rule in saved["rules"]), TOTAL_SCORE]
+    return RewardRunInfo(ModelSettings(**saved["model"]), (run / "model").is_dir(), saved["template"], names)
 
 
-def _of_recipe(text: str, where: str) -> Scorer:
+def _info_from_recipe(text: str, where: str) -> RewardRunInfo:
     stage, _, name = text.partition("/")
-    if stage != STAGE:
-        raise UserError(_other_stage(where, f"'{text}' is a recipe", stage))
-    if way := _circle(text, ()):
-        found = f"circular dependency: {' -> '.join(way)}"
-        raise UserError(Problem(where, found, "a reward run that does not depend on this one"))
-    return _of_settings(load(stage, name).settings)
+    if stage != REWARD_STAGE:
+        raise UserError(_wrong_stage(where, f"'{text}' is a recipe", stage))
+    if cycle := _find_cycle(text, ()):
+        actual = f"circular dependency: {' -> '.join(cycle)}"
+        raise UserError(Problem(where, actual, "a reward run that does not depend on this one"))
+    return _info_from_settings(read_recipe(stage, name).settings)
 
 
-def _of_settings(settings: StageSettings) -> Scorer:
+def _info_from_settings(settings: StageSettings) -> RewardRunInfo:
     assert isinstance(settings, Settings)
-    reward, whole = settings.reward, adapter_traits(settings.adapter.method).whole_model
-    names = [*reward.heads, *(rule.name for rule in reward.rules), ALL_TOGETHER]
-    return Scorer(settings.model, whole, settings.data.template, names)
+    reward, full_model = settings.reward, adapter_traits(settings.adapter.method).full_finetuning
+    names = [*reward.heads, *(rule.name for rule in reward.rules), TOTAL_SCORE]
+    return RewardRunInfo(settings.model, full_model, settings.data.template, names)
 
 
-def _other_stage(where: str, found: str, stage: str) -> Problem:
-    told = f"{found} of stage {stage}, which is no reward model"
-    return Problem(where, told, "a run of stage reward, or reward/recipe", ALL_RUNS)
+def _wrong_stage(where: str, subject: str, stage: str) -> Problem:
+    actual = f"{subject} of stage {stage}, which is no reward model"
+    return Problem(where, actual, "a run of stage reward, or reward/recipe", LIST_RUNS_HINT)
 
 
-def _circle(text: str, above: tuple[str, ...]) -> tuple[str, ...]:
+def _find_cycle(text: str, ancestors: tuple[str, ...]) -> tuple[str, ...]:
     """Return a cycle of recipes that start from or are rewarded by each other, or an empty tuple."""
-    if text in above:
-        return (*above[above.index(text) :], text)
-    found = (_circle(other, (*above, text)) for other in _needed(text))
-    return next((way for way in found if way), ())
+    if text in ancestors:
+        return (*ancestors[ancestors.index(text) :], text)
+    cycles = (_find_cycle(dependency, (*ancestors, text)) for dependency in _dependencies(text))
+    return next((cycle for cycle in cycles if cycle), ())
 
 
-def _needed(text: str) -> Iterator[str]:
+def _dependencies(text: str) -> Iterator[str]:
     """Yield the recipes that a recipe's file depends on; other mistakes are reported when it is loaded."""
     stage, _, name = text.partition("/")
-    content = yaml_file.read(find_recipe(stage, name))[0]
+    content = yaml_file.read_yaml(find_recipe(stage, name))[0]
     model, reward = content.get("model"), content.get("reward")
-    named = [model.get("start")] if isinstance(model, dict) else []
+    references = [model.get("start")] if isinstance(model, dict) else []
     sources = reward.get("sources") if isinstance(reward, dict) else []
     for source in sources if isinstance(sources, list) else [sources]:
-        named.append(source.get("run") if isinstance(source, dict) else source)
-    yield from (one for one in named if isinstance(one, str) and is_recipe(one))
+        references.append(source.get("run") if isinstance(source, dict) else source)
+    yield from (
+        reference for reference in references if isinstance(reference, str) and is_recipe_name(reference)
+    )

@@ -9,17 +9,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from align.reward.settings import ARGUMENTS
-from align.rl.rewards.scorers import LONE_HEAD, same_base, scorer_of
+from align.reward.settings import RULE_ARGUMENTS
+from align.rl.rewards.scorers import DEFAULT_REWARD_NAME, reward_run_info, same_base
 from finetune.recipe.discovery import load_stage
-from finetune.recipe.errors import Problem, UserError, nearest, one_of
-from finetune.recipe.python_function import call_problems, file_digest, has_parameter, load_function
-from finetune.recipe.runs import find_run, finished_record
-from finetune.recipe.settings import Count, Section, StageSettings, Text
-from finetune.recipe.start import is_recipe
+from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
+from finetune.recipe.python_function import file_digest, has_parameter, load_user_function, signature_problems
+from finetune.recipe.runs import find_run, read_finished_record
+from finetune.recipe.settings import NonEmptyStr, NonNegativeInt, Section, StageSettings
+from finetune.recipe.start import is_recipe_name
 
-LENGTH, TOTAL = "length_penalty", "total"
-EXPECTED = "expected"
+LENGTH_PENALTY, RESERVED_TOTAL = "length_penalty", "total"
+EXPECTED_PARAMETER = "expected"
 """Name of the optional third parameter of a reward function: the row's reference answer."""
 HELPFULNESS, SAFETY = "helpfulness", "safety"
 """Names of the two sources that ``combine: llama2`` requires."""
@@ -28,50 +28,53 @@ HELPFULNESS, SAFETY = "helpfulness", "safety"
 class RewardSource(Section):
     """One reward: a finished reward run, or a Python function."""
 
-    PLACES: ClassVar[tuple[str, ...]] = ("run",)
+    NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ("run",)
 
-    run: Text | None = Field(
+    run: NonEmptyStr | None = Field(
         None,
         description="finished run of stage reward: its folder, or its name (or a prefix) in ./runs; "
         "or reward/RECIPE, which is run first if it has no finished run",
     )
-    score: Text | None = Field(
+    score: NonEmptyStr | None = Field(
         None, description="which score of the run: name of a head or a rule; null: their total"
     )
-    function: Text | None = Field(
+    function: NonEmptyStr | None = Field(
         None,
         description="path/to/file.py:function; (prompt, completion) -> number or bool; a third "
         "parameter `expected` receives the row's reference answer",
     )
-    name: Text | None = Field(None, description="name in metrics; null: name of the score or function")
+    name: NonEmptyStr | None = Field(None, description="name in metrics; null: name of the score or function")
     weight: float = Field(1.0, description="weight in the sum; 0: logged only")
 
     @property
-    def called(self) -> str:
+    def metric_name(self) -> str:
         """Return the name in metrics and messages."""
         if self.function is not None:
             return self.name or self.function.rpartition(":")[2]
-        return self.name or self.score or LONE_HEAD
+        return self.name or self.score or DEFAULT_REWARD_NAME
 
 
-def _sources(value: Any) -> Any:
+def _parse_sources(value: Any) -> Any:
     """Return sources as a list of mappings; a string is a run, or a function if it contains ``.py:``."""
-    parts = value if isinstance(value, list) else [value]
+    entries = value if isinstance(value, list) else [value]
     return [
-        {"function" if ".py:" in part else "run": part} if isinstance(part, str) else part for part in parts
+        {"function" if ".py:" in entry else "run": entry} if isinstance(entry, str) else entry
+        for entry in entries
     ]
 
 
-Sources = Annotated[
+RewardSources = Annotated[
     list[RewardSource],
-    BeforeValidator(_sources, json_schema_input_type=list[RewardSource | Text] | RewardSource | Text),
+    BeforeValidator(
+        _parse_sources, json_schema_input_type=list[RewardSource | NonEmptyStr] | RewardSource | NonEmptyStr
+    ),
 ]
 
 
 class RewardsSettings(Section):
     """The rewards to maximize."""
 
-    sources: Sources = Field(
+    sources: RewardSources = Field(
         [],
         description="rewards: a reward run, file.py:function, or a list of these; each may be "
         "{run: R, score: S, name: N, weight: W} or {function: F, ...}",
@@ -81,7 +84,7 @@ class RewardsSettings(Section):
         "sum",
         description="weighted sum; or llama2: safety if the prompt or the reply is unsafe, else helpfulness",
     )
-    risky: Text | None = Field(
+    risky: NonEmptyStr | None = Field(
         None, description="for llama2: file.py:function; (prompt) -> bool, whether the prompt is unsafe"
     )
     # Llama 2 (arXiv 2307.09288), section 3.2.3: 0.15, on the sigmoid of the safety model's score.
@@ -91,7 +94,7 @@ class RewardsSettings(Section):
     length_penalty: Annotated[float, Field(ge=0)] = Field(
         0.0, description="penalty per token of a reply beyond length_free"
     )
-    length_free: Count = Field(0, description="tokens of a reply without length penalty")
+    length_free: NonNegativeInt = Field(0, description="tokens of a reply without length penalty")
 
     def problems(self, stage: StageSettings, valid: Collection[str]) -> list[Problem]:
         """Return every problem that can be found before anything is loaded; executes the functions' files.
@@ -102,132 +105,139 @@ class RewardsSettings(Section):
         """
         if "reward" not in valid:
             return []
-        problems = [*_combination(self), *_names(self)]
+        problems = [*_combination_problems(self), *_duplicate_name_problems(self)]
         if self.risky is not None:
-            problems += _program(self.risky, ("prompt",), "reward.risky")
+            problems += _function_problems(self.risky, ("prompt",), "reward.risky")
         for index, source in enumerate(self.sources):
-            problems += _source(source, stage, valid, where=f"reward.sources[{index}]")
+            problems += _source_problems(source, stage, valid, where=f"reward.sources[{index}]")
         return problems
 
-    def made_of(self) -> list[str]:
+    def input_digests(self) -> list[str]:
         """Return digests of the reward runs and of the functions' files.
 
         Raises:
             UserError: a run is missing or not finished, or a file is missing.
         """
-        found = []
+        digests = []
         for index, source in enumerate(self.sources):
             where = f"reward.sources[{index}]"
             if source.function is not None:
-                found.append(file_digest(source.function, where=f"{where}.function"))
+                digests.append(file_digest(source.function, where=f"{where}.function"))
             else:
-                record = finished_record(folder_of(source, where=f"{where}.run"))
+                record = read_finished_record(reward_run_folder(source, where=f"{where}.run"))
                 # Normalization is part of it: it changes the scores.
-                kept = [record["digest"], record["files"], record["normalisation"]]
-                found.append(hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest())
-        return found + ([file_digest(self.risky, where="reward.risky")] if self.risky is not None else [])
+                contents = [record["digest"], record["files"], record["normalisation"]]
+                digests.append(hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest())
+        return digests + ([file_digest(self.risky, where="reward.risky")] if self.risky is not None else [])
 
 
-def maximises_rewards(stage: str) -> bool:
+def has_rewards_section(stage: str) -> bool:
     """Return whether a stage has a rewards section."""
     field = load_stage(stage).Settings.model_fields.get("reward")
     return field is not None and field.annotation is RewardsSettings
 
 
-def folder_of(source: RewardSource, *, where: str) -> Path:
+def reward_run_folder(source: RewardSource, *, where: str) -> Path:
     """Return the folder of a source's finished run.
 
     Raises:
         UserError: there is no such run, or it is a recipe that has not run yet.
     """
     assert source.run is not None
-    if is_recipe(source.run):
+    if is_recipe_name(source.run):
         repair = f"run `llm-align {source.run.replace('/', ' ')}` first"
-        found = f"'{source.run}' is a recipe without a finished run"
-        raise UserError(Problem(where, found, "a finished run", repair))
+        actual = f"'{source.run}' is a recipe without a finished run"
+        raise UserError(Problem(where, actual, "a finished run", repair))
     return find_run(source.run, where=where)[0]
 
 
-def _combination(rewards: RewardsSettings) -> Iterator[Problem]:
+def _combination_problems(rewards: RewardsSettings) -> Iterator[Problem]:
     sources = rewards.sources
     if not sources:
         repair = "--reward RUN, or reward.sources=[{function: my.py:good}]"
         yield Problem("reward.sources", "no reward is given", "a reward run or a function", repair)
-    names = sorted(source.called for source in sources)
+    names = sorted(source.metric_name for source in sources)
     if rewards.combine == "llama2" and names != [HELPFULNESS, SAFETY]:
-        found = f"llama2 with {', '.join(names) or 'no source'}"
+        actual = f"llama2 with {', '.join(names) or 'no source'}"
         repair = "reward.sources=[{run: R, score: helpfulness}, {run: S, score: safety}], or set their name:"
-        yield Problem("reward.combine", found, "two sources named helpfulness and safety", repair)
+        yield Problem("reward.combine", actual, "two sources named helpfulness and safety", repair)
     if rewards.combine == "llama2" and any(source.weight != 1 for source in sources):
-        found = "llama2 with weights: it takes one score or the other"
-        yield Problem("reward.combine", found, "weights of 1", "reward.combine=sum, or remove weight:")
+        actual = "llama2 with weights: it takes one score or the other"
+        yield Problem("reward.combine", actual, "weights of 1", "reward.combine=sum, or remove weight:")
     if rewards.combine == "sum" and rewards.risky is not None:
         yield Problem("reward.risky", "given with reward.combine=sum", "null", "reward.combine=llama2")
     if sources and not any(source.weight for source in sources):
         yield Problem("reward.sources", "all weights are 0", "a weight above 0", "remove a weight:")
 
 
-def _names(rewards: RewardsSettings) -> Iterator[Problem]:
+def _duplicate_name_problems(rewards: RewardsSettings) -> Iterator[Problem]:
     # The metrics of the length penalty and of the total have these names.
-    names = Counter([*(source.called for source in rewards.sources), LENGTH, TOTAL])
+    names = Counter([*(source.metric_name for source in rewards.sources), LENGTH_PENALTY, RESERVED_TOTAL])
     for index, source in enumerate(rewards.sources):
-        if names[source.called] > 1:
-            where, found = f"reward.sources[{index}].name", f"duplicate name '{source.called}'"
-            yield Problem(where, found, "unique names", "set name: of each source")
+        if names[source.metric_name] > 1:
+            where, actual = f"reward.sources[{index}].name", f"duplicate name '{source.metric_name}'"
+            yield Problem(where, actual, "unique names", "set name: of each source")
 
 
-def _source(
+def _source_problems(
     source: RewardSource, stage: StageSettings, valid: Collection[str], *, where: str
 ) -> Iterator[Problem]:
     if (source.run is None) == (source.function is None):
-        found = (
+        actual = (
             "neither run nor function is given" if source.run is None else "both run and function are given"
         )
-        yield Problem(where, found, "exactly one of run and function")
+        yield Problem(where, actual, "exactly one of run and function")
     elif source.function is not None:
-        yield from _reward_program(source.function, f"{where}.function")
+        yield from _reward_function_problems(source.function, f"{where}.function")
         if source.score is not None:
             yield Problem(f"{where}.score", "given with a function", "null: a function has a single score")
     else:
-        yield from _run(source, stage, valid, where)
+        yield from _reward_run_problems(source, stage, valid, where)
 
 
-def _reward_program(text: str, where: str) -> list[Problem]:
+def _reward_function_problems(text: str, where: str) -> list[Problem]:
     try:
-        answered = has_parameter(load_function(text, where=where), EXPECTED)
+        takes_expected = has_parameter(load_user_function(text, where=where), EXPECTED_PARAMETER)
     except UserError as error:
         return error.problems
-    return _program(text, (*ARGUMENTS, EXPECTED) if answered else ARGUMENTS, where)
+    return _function_problems(
+        text, (*RULE_ARGUMENTS, EXPECTED_PARAMETER) if takes_expected else RULE_ARGUMENTS, where
+    )
 
 
-def _program(text: str, arguments: tuple[str, ...], where: str) -> list[Problem]:
+def _function_problems(text: str, arguments: tuple[str, ...], where: str) -> list[Problem]:
     try:
-        return call_problems(load_function(text, where=where), arguments, where=where)
+        return signature_problems(load_user_function(text, where=where), arguments, where=where)
     except UserError as error:
         return error.problems
 
 
-def _run(source: RewardSource, stage: StageSettings, valid: Collection[str], where: str) -> Iterator[Problem]:
+def _reward_run_problems(
+    source: RewardSource, stage: StageSettings, valid: Collection[str], where: str
+) -> Iterator[Problem]:
     assert source.run is not None
     try:
-        scorer = scorer_of(source.run, where=f"{where}.run")
+        info = reward_run_info(source.run, where=f"{where}.run")
     except UserError as error:
         yield from error.problems
         return
-    if source.score is not None and source.score not in scorer.scores:
-        found, close = f"'{source.run}' has no score '{source.score}'", nearest(source.score, scorer.scores)
-        yield Problem(f"{where}.score", found, one_of(scorer.scores), close)
-    # A fully fine-tuned reward model brings its own base and template.
-    if scorer.whole:
-        return
-    mine, theirs = stage.model, scorer.model
-    if "model" in valid and not same_base(mine, theirs):
-        found = f"'{source.run}' is on base '{theirs.base}', the policy on '{mine.base}'"
-        repair = f"`llm-align reward --base {mine.base}` trains one; or use a policy on {theirs.base}"
-        yield Problem(
-            f"{where}.run", found, "a reward run on the policy's base, as they share its weights", repair
+    if source.score is not None and source.score not in info.score_names:
+        actual, suggestion = (
+            f"'{source.run}' has no score '{source.score}'",
+            did_you_mean(source.score, info.score_names),
         )
-    elif "data" in valid and scorer.template != stage.data.template:
-        found = f"'{source.run}' has template '{scorer.template}', the policy has '{stage.data.template}'"
-        repair = f"data.template={scorer.template}, or a reward run with data.template={stage.data.template}"
-        yield Problem(f"{where}.run", found, "the same template for both", repair)
+        yield Problem(f"{where}.score", actual, one_of(info.score_names), suggestion)
+    # A fully fine-tuned reward model brings its own base and template.
+    if info.full_model:
+        return
+    policy_model, reward_model = stage.model, info.model
+    if "model" in valid and not same_base(policy_model, reward_model):
+        actual = f"'{source.run}' is on base '{reward_model.base}', the policy on '{policy_model.base}'"
+        repair = f"`llm-align reward --base {policy_model.base}` trains one; or use a policy on {reward_model.base}"
+        yield Problem(
+            f"{where}.run", actual, "a reward run on the policy's base, as they share its weights", repair
+        )
+    elif "data" in valid and info.template != stage.data.template:
+        actual = f"'{source.run}' has template '{info.template}', the policy has '{stage.data.template}'"
+        repair = f"data.template={info.template}, or a reward run with data.template={stage.data.template}"
+        yield Problem(f"{where}.run", actual, "the same template for both", repair)

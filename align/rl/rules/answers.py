@@ -3,7 +3,7 @@
 import re
 from decimal import Decimal
 
-NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:\d[\d,]*)?\.?\d+")
+NUMBER_PATTERN = re.compile(r"(?:(?<![\d)])-)?(?:\d[\d,]*)?\.?\d+")
 """A minus after a digit or a closing bracket is subtraction, not a sign."""
 
 
@@ -19,10 +19,10 @@ def same_number(prompt: str, completion: str, expected: str) -> bool:
     Raises:
         ValueError: the reference answer has no number.
     """
-    wanted = last_number(expected)
-    if wanted is None:
+    reference = last_number(expected)
+    if reference is None:
         raise ValueError(f"no number in the reference answer {expected[:80]!r}")
-    return last_number(completion) == wanted
+    return last_number(completion) == reference
 
 
 def last_number(text: str) -> Decimal | None:
@@ -31,5 +31,5 @@ def last_number(text: str) -> Decimal | None:
     >>> last_number("It costs $1,000.50."), last_number("none")
     (Decimal('1000.50'), None)
     """
-    found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    numbers = NUMBER_PATTERN.findall(text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None

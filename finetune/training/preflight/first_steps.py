@@ -6,17 +6,23 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.training.preflight import gradients
-from finetune.training.preflight.ticks import Tick, some
+from finetune.training.preflight.ticks import CheckResult, first_few
 
-WATCHED = 5
+CHECKED_STEPS = 5
 """Checked steps: warm-up may start at a rate of zero, and LoRA's A has a zero gradient until B has moved."""
-NAME = "first steps"
+FIRST_STEPS = "first steps"
 
 
-class FirstSteps(TrainerCallback):  # type: ignore[misc]
+class FirstStepsCheck(TrainerCallback):  # type: ignore[misc]
     """Checks gradients before the optimizer step, until every trained tensor has had one."""
 
-    def __init__(self, tell: Callable[[Tick], None], *, may_idle: bool = False, taken: bool = False) -> None:
+    def __init__(
+        self,
+        report: Callable[[CheckResult], None],
+        *,
+        allows_zero_gradients: bool = False,
+        engine_takes_gradients: bool = False,
+    ) -> None:
         """Bind the callback.
 
         Args:
@@ -24,19 +30,19 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]
             allows_zero_gradients: whether to skip steps whose gradients are all zero.
             engine_takes_gradients: whether the engine removes the gradients before this callback runs (ZeRO).
         """
-        self.taken = taken
-        self.seen: gradients.Seen | None = None
-        self.tell = tell
-        self.may_idle = may_idle
-        self.steps = 0
-        self.waiting: set[str] | None = None
+        self.engine_takes_gradients = engine_takes_gradients
+        self.gradient_norms: gradients.GradientNorms | None = None
+        self.report = report
+        self.allows_zero_gradients = allows_zero_gradients
+        self.num_checked = 0
+        self.at_zero: set[str] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Register gradient hooks if the engine removes the gradients."""
-        if self.taken:
-            self.seen = gradients.Seen(kwargs["model"])
+        if self.engine_takes_gradients:
+            self.gradient_norms = gradients.GradientNorms(kwargs["model"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,39 +53,56 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]
             UserError: a trained tensor got no gradient, unlike the same parameter in other layers; or a
                 frozen one got one.
         """
-        if self.steps == WATCHED or self.waiting == set():
+        if self.num_checked == CHECKED_STEPS or self.at_zero == set():
             return
-        model, of = kwargs["model"], self.seen or gradients.held
-        found = gradients.groups(model)
-        got = gradients.states(found, of)
-        if self.may_idle and gradients.ALIVE not in got:
+        model, gradient_of = kwargs["model"], self.gradient_norms or gradients.stored_gradient
+        parameter_groups = gradients.group_parameters(model)
+        states = gradients.gradient_states(parameter_groups, gradient_of)
+        if self.allows_zero_gradients and gradients.NONZERO_GRADIENT not in states:
             return
-        self.steps += 1
+        self.num_checked += 1
         # finite=False: with loss scaling (float16) the first gradients may be infinite.
-        tick = gradients.reached(model, finite=False, of=of)
-        if tick.problem:
-            self.tell(tick)
-        if self.seen:
-            self.seen.forget()
-        still = {group.name for group, state in zip(found, got, strict=True) if state == gradients.ZERO}
-        self.waiting = still if self.waiting is None else self.waiting & still
-        if self.seen and (self.steps == WATCHED or not self.waiting):
-            self.seen.close()
-        if not self.waiting:
-            self.tell(
-                Tick(NAME, f"every trained tensor had a nonzero gradient by step {state.global_step + 1}")
+        result = gradients.check_gradient_flow(model, finite=False, gradient_of=gradient_of)
+        if result.problem:
+            self.report(result)
+        if self.gradient_norms:
+            self.gradient_norms.reset()
+        at_zero_now = {
+            group.name
+            for group, state in zip(parameter_groups, states, strict=True)
+            if state == gradients.ZERO_GRADIENT
+        }
+        self.at_zero = at_zero_now if self.at_zero is None else self.at_zero & at_zero_now
+        if self.gradient_norms and (self.num_checked == CHECKED_STEPS or not self.at_zero):
+            self.gradient_norms.close()
+        if not self.at_zero:
+            self.report(
+                CheckResult(
+                    FIRST_STEPS,
+                    f"every trained tensor had a nonzero gradient by step {state.global_step + 1}",
+                )
             )
-        elif self.steps == WATCHED:
-            zeros = f"{len(self.waiting)} trained tensors had zero gradients for {WATCHED} steps"
-            names = some(sorted(self.waiting))
-            self.tell(Tick(NAME, f"{zeros}, remove them from adapter.target: {names}", warned=True))
+        elif self.num_checked == CHECKED_STEPS:
+            zeros = f"{len(self.at_zero)} trained tensors had zero gradients for {CHECKED_STEPS} steps"
+            names = first_few(sorted(self.at_zero))
+            self.report(
+                CheckResult(FIRST_STEPS, f"{zeros}, remove them from adapter.target: {names}", warned=True)
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Report tensors without a gradient if training ended before the last checked step."""
-        if self.may_idle and not self.steps:
-            self.tell(Tick(NAME, "all gradients were zero in every step: nothing was learned", warned=True))
-        elif self.waiting and self.steps < WATCHED:
-            zeros = f"{len(self.waiting)} trained tensors had zero gradients"
-            self.tell(Tick(NAME, f"{zeros}; {self.steps} steps: too few for the remaining checks"))
+        if self.allows_zero_gradients and not self.num_checked:
+            self.report(
+                CheckResult(
+                    FIRST_STEPS, "all gradients were zero in every step: nothing was learned", warned=True
+                )
+            )
+        elif self.at_zero and self.num_checked < CHECKED_STEPS:
+            zeros = f"{len(self.at_zero)} trained tensors had zero gradients"
+            self.report(
+                CheckResult(
+                    FIRST_STEPS, f"{zeros}; {self.num_checked} steps: too few for the remaining checks"
+                )
+            )

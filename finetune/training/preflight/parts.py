@@ -16,22 +16,22 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.recipe.errors import Problem
-from finetune.training.apart import numbers, numbers_here, settle
-from finetune.training.preflight.ticks import Tick, failed
-from finetune.training.processes import everyones
-from finetune.training.strategies import APART, ZERO
+from finetune.training.apart import full_numel, local_numel, reshard
+from finetune.training.preflight.ticks import CheckResult, failed
+from finetune.training.processes import all_gather_object
+from finetune.training.strategies import SHARDED_WEIGHTS, ZERO_STAGES
 
-NAME = "sharding"
+SHARDING = "sharding"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RankShare:
     """The elements that one rank stores, and the row ids of its first micro-batch.
 
     Attributes:
-        weights: elements of the model's weights.
+        params: elements of the model's weights.
         states: elements of the largest optimizer state, such as Adam's first moments.
-        rows: row ids of the first micro-batch.
+        row_ids: row ids of the first micro-batch.
     """
 
     weights: int
@@ -39,60 +39,66 @@ class Part:
     rows: tuple[int, ...] = ()
 
 
-def part_of(model: nn.Module, optimizer: Optimizer, rows: Sequence[int] = ()) -> Part:
+def count_rank_share(model: nn.Module, optimizer: Optimizer, rows: Sequence[int] = ()) -> RankShare:
     """Count the elements that this rank stores."""
-    settle(model)
-    kinds: dict[str, int] = defaultdict(int)
+    reshard(model)
+    elements_by_state: dict[str, int] = defaultdict(int)
     for state in optimizer.state.values():
-        for kind, value in state.items():
+        for name, value in state.items():
             if torch.is_tensor(value):
-                kinds[kind] += _here(value)
-    weights = sum(map(numbers_here, model.parameters()))
-    return Part(weights, max(kinds.values(), default=0), tuple(rows))
+                elements_by_state[name] += _local_tensor_numel(value)
+    weights = sum(map(local_numel, model.parameters()))
+    return RankShare(weights, max(elements_by_state.values(), default=0), tuple(rows))
 
 
-def parts_tick(parts: Sequence[Part], *, weights: int, trained: int, strategy: str) -> Tick:
+def check_sharding(shares: Sequence[RankShare], *, weights: int, trained: int, strategy: str) -> CheckResult:
     """Check that each rank stores only its shard, and that ranks train on different rows.
 
     Args:
         shares: the counts of each rank.
-        weights: elements of the full model.
+        params: elements of the full model.
         trained: trained elements; each has its optimizer states.
         strategy: ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
     """
-    wanted = {
-        "weights": (strategy in APART, max(part.weights for part in parts), weights),
-        "optimizer state elements": (strategy in ZERO, max(part.states for part in parts), trained),
+    expectations = {
+        "weights": (strategy in SHARDED_WEIGHTS, max(share.weights for share in shares), weights),
+        "optimizer state elements": (strategy in ZERO_STAGES, max(share.states for share in shares), trained),
     }
-    kept = {name: (most, whole) for name, (asked, most, whole) in wanted.items() if asked}
+    held = {name: (largest, total) for name, (sharded, largest, total) in expectations.items() if sharded}
     # Half-way between a shard and the total: shards are padded, so they may exceed 1/N by a little.
-    wrong = [name for name, (most, whole) in kept.items() if most > whole * (1 + 1 / len(parts)) / 2]
-    if wrong:
-        found = "; ".join(f"a rank holds {kept[name][0]:,} of {kept[name][1]:,} {name}" for name in wrong)
-        return failed(NAME, Problem("train.strategy", f"{strategy}, but {found}", f"1/{len(parts)} of them"))
-    rows = [row for part in parts for row in part.rows]
-    if len(rows) != len(set(rows)):
-        found = "ranks train on the same rows in the first micro-batch"
-        return failed(NAME, Problem("train.strategy", found, "different rows on each rank"))
-    told = "; ".join(f"at most {most:,} of {whole:,} {name}" for name, (most, whole) in kept.items())
-    return Tick(NAME, f"{strategy} is active: each rank holds {told}")
+    violations = [
+        name for name, (largest, total) in held.items() if largest > total * (1 + 1 / len(shares)) / 2
+    ]
+    if violations:
+        actual = "; ".join(
+            f"a rank holds {held[name][0]:,} of {held[name][1]:,} {name}" for name in violations
+        )
+        return failed(
+            SHARDING, Problem("train.strategy", f"{strategy}, but {actual}", f"1/{len(shares)} of them")
+        )
+    row_ids = [row_id for share in shares for row_id in share.rows]
+    if len(row_ids) != len(set(row_ids)):
+        actual = "ranks train on the same rows in the first micro-batch"
+        return failed(SHARDING, Problem("train.strategy", actual, "different rows on each rank"))
+    summary = "; ".join(f"at most {largest:,} of {total:,} {name}" for name, (largest, total) in held.items())
+    return CheckResult(SHARDING, f"{strategy} is active: each rank holds {summary}")
 
 
-class Parts(TrainerCallback):  # type: ignore[misc]
+class ShardingCheck(TrainerCallback):  # type: ignore[misc]
     """Runs the sharding check after the first optimizer step."""
 
     def __init__(
-        self, tell: Callable[[Tick], None], *, strategy: str, rows: Callable[[], Sequence[int]]
+        self, report: Callable[[CheckResult], None], *, strategy: str, rows: Callable[[], Sequence[int]]
     ) -> None:
         """Bind the callback.
 
         Args:
             report: prints and records a check result, and raises if the check failed.
             strategy: distributed strategy.
-            rows: returns the row ids of this rank's first micro-batch.
+            row_ids: returns the row ids of this rank's first micro-batch.
         """
-        self.tell, self.strategy, self.rows = tell, strategy, rows
-        self.looked = False
+        self.report, self.strategy, self.rows = report, strategy, rows
+        self.done = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -102,21 +108,21 @@ class Parts(TrainerCallback):  # type: ignore[misc]
         Raises:
             UserError: a rank holds more than its shard, or trains on another rank's rows.
         """
-        if self.looked:
+        if self.done:
             return
-        self.looked = True
+        self.done = True
         model: nn.Module = kwargs["model"]
-        found = everyones(part_of(model, kwargs["optimizer"], self.rows()))
-        weights = list(model.parameters())
-        self.tell(
-            parts_tick(
-                found,
-                weights=sum(map(numbers, weights)),
-                trained=sum(numbers(weight) for weight in weights if weight.requires_grad),
+        shares = all_gather_object(count_rank_share(model, kwargs["optimizer"], self.rows()))
+        params = list(model.parameters())
+        self.report(
+            check_sharding(
+                shares,
+                weights=sum(map(full_numel, params)),
+                trained=sum(full_numel(param) for param in params if param.requires_grad),
                 strategy=self.strategy,
             )
         )
 
 
-def _here(value: Tensor) -> int:
+def _local_tensor_numel(value: Tensor) -> int:
     return value.to_local().numel() if isinstance(value, DTensor) else value.numel()

@@ -4,123 +4,137 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from finetune.data.collate import IGNORED, Example
+from finetune.data.collate import IGNORE_INDEX, LMExample
 from finetune.data.dataset import TokenizedRows
 from finetune.recipe.errors import Problem
-from finetune.training.preflight.ticks import Tick, failed
+from finetune.training.preflight.ticks import CheckResult, failed
 
-ENDED = 0.99
+MIN_EOS_SHARE = 0.99
 """Share of the untruncated rows that must end with a trained stop token: one in a hundred may be odd."""
-BEHIND_STOP = 2
+MAX_LABELS_AFTER_EOS = 2
 """Labels that may follow a stop token: ChatML's line feed if every token is trained."""
-LEAST_TRAINED = 0.05
+MIN_TRAINED_SHARE = 0.05
 """Share of trained tokens below which we warn: most of the compute then carries no loss."""
-MUCH_LOST = 0.05
+MAX_LOST_SHARE = 0.05
 """Share of the trained tokens, or of the rows, that ``data.max_length`` may truncate without a warning."""
 
-LONGER = "raise data.max_length if the model has the positions, or set data.too_long=drop"
+LENGTH_REPAIR = "raise data.max_length if the model has the positions, or set data.too_long=drop"
 
-Names = Callable[[int], str]
+TokenName = Callable[[int], str]
 """Returns the text of a token id."""
 
 
-def ends_learnt(rows: TokenizedRows, stop_ids: Collection[int], *, max_length: int, name_of: Names) -> Tick:
+def check_eos_trained(
+    rows: TokenizedRows, stop_ids: Collection[int], *, max_length: int, name_of: TokenName
+) -> CheckResult:
     """Check that the last label of each untruncated row is a stop token (EOS).
 
     Args:
-        rows: the training dataset.
+        num_rows: the training dataset.
         stop_ids: the tokens that end a reply.
         max_length: rows of this length may be truncated: they count only if they end with a stop token.
         name_of: returns the text of a token id.
     """
-    starts = rows.arrays["starts"]
-    good = _last_labels_stop(rows, stop_ids)
-    whole = good | (np.diff(starts) < max_length)
+    offsets = rows.arrays["offsets"]
+    ends_with_eos = _ends_with_eos(rows, stop_ids)
+    untruncated = ends_with_eos | (np.diff(offsets) < max_length)
     names = " or ".join(sorted({name_of(token) for token in stop_ids}))
-    if not whole.any():
-        detail = f"every row is truncated: none teaches the model to write {names}; {LONGER}"
-        return Tick("stop token", detail, warned=True)
-    share = float(good[whole].mean())
-    if share >= ENDED:
-        return Tick("stop token", f"{_percent(share)} of the untruncated rows end with a trained {names}")
-    first = int(np.flatnonzero(whole & ~good)[0])
-    found = (
-        f"{_percent(1 - share)} of the rows do not end with a trained {names} (first: {rows.places[first]}: "
-        f"{_how_it_ends(rows[first], stop_ids, name_of)}); the model would never stop"
+    if not untruncated.any():
+        detail = f"every row is truncated: none teaches the model to write {names}; {LENGTH_REPAIR}"
+        return CheckResult("stop token", detail, warned=True)
+    share = float(ends_with_eos[untruncated].mean())
+    if share >= MIN_EOS_SHARE:
+        return CheckResult(
+            "stop token", f"{_percent(share)} of the untruncated rows end with a trained {names}"
+        )
+    first = int(np.flatnonzero(untruncated & ~ends_with_eos)[0])
+    actual = (
+        f"{_percent(1 - share)} of the rows do not end with a trained {names} (first: {rows.locations[first]}: "
+        f"{_describe_end(rows[first], stop_ids, name_of)}); the model would never stop"
     )
-    expected = f"at least {ENDED:.0%} of the rows with {names} as their last label"
+    expected = f"at least {MIN_EOS_SHARE:.0%} of the rows with {names} as their last label"
     repair = (
         "in the template's file render the assistant's turn with reply(message): it ends with a trained EOS; "
         "or data.template=chatml"
     )
-    return failed("stop token", Problem("data.template", found, expected, repair))
+    return failed("stop token", Problem("data.template", actual, expected, repair))
 
 
-def _last_labels_stop(rows: TokenizedRows, stop_ids: Collection[int]) -> np.ndarray:
+def _ends_with_eos(rows: TokenizedRows, stop_ids: Collection[int]) -> np.ndarray:
     """Return for each row whether a trained stop token is among its last labels."""
-    ids, trained, starts = (rows.arrays[key] for key in ("input_ids", "trained", "starts"))
-    hits = np.flatnonzero(trained & np.isin(ids, list(stop_ids)))
-    last = np.full(len(rows), -1)
-    last[np.searchsorted(starts, hits, side="right") - 1] = hits  # a row's last hit overwrites the others
-    borders = np.stack([last + 1, starts[1:]], axis=1).ravel()
-    behind = np.add.reduceat(np.append(trained, False), borders, dtype=np.int64)[::2]
-    behind[last + 1 == starts[1:]] = 0  # for an empty range reduceat returns an element, not 0
-    good: np.ndarray = (last >= 0) & (behind <= BEHIND_STOP)
-    return good
+    ids, loss_mask, offsets = (rows.arrays[key] for key in ("input_ids", "loss_mask", "offsets"))
+    eos_positions = np.flatnonzero(loss_mask & np.isin(ids, list(stop_ids)))
+    last_eos = np.full(len(rows), -1)
+    last_eos[np.searchsorted(offsets, eos_positions, side="right") - 1] = (
+        eos_positions  # a row's last hit overwrites the others
+    )
+    segments = np.stack([last_eos + 1, offsets[1:]], axis=1).ravel()
+    labels_after_eos = np.add.reduceat(np.append(loss_mask, False), segments, dtype=np.int64)[::2]
+    labels_after_eos[last_eos + 1 == offsets[1:]] = 0  # for an empty range reduceat returns an element, not 0
+    ends_with_eos: np.ndarray = (last_eos >= 0) & (labels_after_eos <= MAX_LABELS_AFTER_EOS)
+    return ends_with_eos
 
 
-def _how_it_ends(row: Example, stop_ids: Collection[int], name_of: Names) -> str:
+def _describe_end(row: LMExample, stop_ids: Collection[int], name_of: TokenName) -> str:
     ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
-    last = max((place for place, label in enumerate(labels) if label != IGNORED), default=0)
+    last = max((position for position, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
     if any(token in stop_ids for token in ids[last + 1 :]):
         return "it is in the row, but carries no loss"
     return f"the last trained token is {name_of(ids[last])!r}"
 
 
-def masks_hold_loss(rows: TokenizedRows) -> Tick:
+def check_loss_mask(rows: TokenizedRows) -> CheckResult:
     """Check that every row has a label after its first token, and report the share of trained tokens."""
-    trained, starts = rows.arrays["trained"].copy(), rows.arrays["starts"]
-    trained[starts[:-1]] = False  # a row's first token follows nothing, so it is no target
-    counts = np.add.reduceat(trained, starts[:-1], dtype=np.int64)
+    loss_mask, offsets = rows.arrays["loss_mask"].copy(), rows.arrays["offsets"]
+    loss_mask[offsets[:-1]] = False  # a row's first token follows nothing, so it is no target
+    counts = np.add.reduceat(loss_mask, offsets[:-1], dtype=np.int64)
     share = float(counts.sum()) / rows.num_tokens
     empty = np.flatnonzero(counts == 0)
     if len(empty):
-        found = f"{len(empty)} of {len(rows)} rows have no trained token (first: {rows.places[empty[0]]})"
+        actual = f"{len(empty)} of {len(rows)} rows have no trained token (first: {rows.locations[empty[0]]})"
         repair = "mark the reply as trained in the template, or remove those rows"
-        return failed("loss mask", Problem("data.template", found, "a reply that carries loss", repair))
+        return failed("loss mask", Problem("data.template", actual, "a reply that carries loss", repair))
     detail = f"{_percent(share)} of the tokens are trained, at least {counts.min()} per row"
-    few = share < LEAST_TRAINED
-    return Tick("loss mask", detail + few * ": very few; does data.columns name the reply?", warned=few)
+    few = share < MIN_TRAINED_SHARE
+    return CheckResult(
+        "loss mask", detail + few * ": very few; does data.columns name the reply?", warned=few
+    )
 
 
-def begins_once(rows: TokenizedRows, bos_id: int | None, *, wanted: bool, name_of: Names) -> Tick:
+def check_single_bos(
+    rows: TokenizedRows, bos_id: int | None, *, required: bool, name_of: TokenName
+) -> CheckResult:
     """Check that no row begins with two BOS tokens, and that none lacks the one that its tokenizer adds.
 
     Args:
-        rows: the training dataset.
+        num_rows: the training dataset.
         bos_id: the tokenizer's BOS token, if it has one.
         required: whether every row must begin with it.
         name_of: returns the text of a token id.
     """
     if bos_id is None:
-        return Tick("BOS", "the tokenizer has none")
-    ids, starts = rows.arrays["input_ids"], rows.arrays["starts"]
-    first = ids[starts[:-1]] == bos_id
-    second = (np.diff(starts) > 1) & (ids[np.minimum(starts[:-1] + 1, len(ids) - 1)] == bos_id)
+        return CheckResult("BOS", "the tokenizer has none")
+    ids, offsets = rows.arrays["input_ids"], rows.arrays["offsets"]
+    first = ids[offsets[:-1]] == bos_id
+    second = (np.diff(offsets) > 1) & (ids[np.minimum(offsets[:-1] + 1, len(ids) - 1)] == bos_id)
     name = name_of(bos_id)
     doubled, missing = np.flatnonzero(first & second), np.flatnonzero(~first)
     repair = "begin the template with one BOS segment (not its text), or data.template=chatml"
     if len(doubled):
-        found = f"{len(doubled)} rows begin with {name} twice (first: {rows.places[doubled[0]]})"
-        return failed("BOS", Problem("data.template", found, f"one {name} at the beginning", repair))
-    if wanted and len(missing):
-        found = f"{len(missing)} rows begin without {name} (first: {rows.places[missing[0]]})"
+        actual = f"{len(doubled)} rows begin with {name} twice (first: {rows.locations[doubled[0]]})"
+        return failed("BOS", Problem("data.template", actual, f"one {name} at the beginning", repair))
+    if required and len(missing):
+        actual = f"{len(missing)} rows begin without {name} (first: {rows.locations[missing[0]]})"
         expected = f"one {name} at the beginning: the tokenizer adds it to every text"
-        return failed("BOS", Problem("data.template", found, expected, repair))
-    return Tick("BOS", f"{len(rows) - len(missing)} of {len(rows)} rows begin with one {name}, none with two")
+        return failed("BOS", Problem("data.template", actual, expected, repair))
+    return CheckResult(
+        "BOS", f"{len(rows) - len(missing)} of {len(rows)} rows begin with one {name}, none with two"
+    )
 
 
-def cut_is_told(*, rows: int, too_long: int, trained: int, lost: int, max_length: int) -> Tick:
+def report_truncation(
+    *, num_rows: int, num_too_long: int, trained_tokens: int, lost_tokens: int, max_length: int
+) -> CheckResult:
     """Report the rows longer than ``max_length``, and the trained tokens lost to truncation.
 
     Args:
@@ -130,15 +144,17 @@ def cut_is_told(*, rows: int, too_long: int, trained: int, lost: int, max_length
         lost_tokens: number of trained tokens lost.
         max_length: maximum tokens of a row.
     """
-    if not too_long:
-        return Tick("truncation", f"no row is longer than {max_length} tokens")
-    share = lost / max(trained + lost, 1)
+    if not num_too_long:
+        return CheckResult("truncation", f"no row is longer than {max_length} tokens")
+    share = lost_tokens / max(trained_tokens + lost_tokens, 1)
     detail = (
-        f"{too_long} rows were longer than {max_length} tokens; {_percent(share)} of the trained tokens "
-        f"({lost}) are lost"
+        f"{num_too_long} rows were longer than {max_length} tokens; {_percent(share)} of the trained tokens "
+        f"({lost_tokens}) are lost"
     )
-    much = share > MUCH_LOST or too_long > MUCH_LOST * (rows + too_long)
-    return Tick("truncation", f"{detail}; {LONGER}" if much else detail, warned=much)
+    needs_attention = share > MAX_LOST_SHARE or num_too_long > MAX_LOST_SHARE * (num_rows + num_too_long)
+    return CheckResult(
+        "truncation", f"{detail}; {LENGTH_REPAIR}" if needs_attention else detail, warned=needs_attention
+    )
 
 
 def _percent(share: float) -> str:

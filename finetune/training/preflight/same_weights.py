@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from finetune.recipe.errors import Problem
-from finetune.training.preflight.ticks import Tick, failed
+from finetune.training.preflight.ticks import CheckResult, failed
 
 
 def trained_digest(model: nn.Module) -> str:
@@ -15,18 +15,20 @@ def trained_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            numbers = weight.detach().contiguous().cpu().reshape(-1)
+            values = weight.detach().contiguous().cpu().reshape(-1)
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(numbers.view(torch.uint8).numpy().data)
+            digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def same_tick(digests: Sequence[str]) -> Tick:
+def check_replicas_equal(digests: Sequence[str]) -> CheckResult:
     """Check that the trained weights are equal bit for bit on all ranks."""
-    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if others:
-        found = f"the trained weights of rank {others[0]} differ from rank 0's"
+    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if differing:
+        actual = f"the trained weights of rank {differing[0]} differ from rank 0's"
         expected = f"equal weights on all {len(digests)} ranks"
-        problem = Problem("train.processes", found, expected, "train.processes=1; this is a bug in llm-align")
+        problem = Problem(
+            "train.processes", actual, expected, "train.processes=1; this is a bug in llm-align"
+        )
         return failed("processes", problem)
-    return Tick("processes", f"the trained weights of all {len(digests)} are equal bit for bit")
+    return CheckResult("processes", f"the trained weights of all {len(digests)} are equal bit for bit")

@@ -10,7 +10,7 @@ NAME_WIDTH = 14
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
+class CheckResult:
     """The result of a check; a ``problem`` stops the run.
 
     ``warned``: the run continues, but the user should read the detail.
@@ -37,22 +37,22 @@ class Tick:
         }
 
 
-def failed(name: str, problem: Problem) -> Tick:
+def failed(name: str, problem: Problem) -> CheckResult:
     """Return the result of a failed check."""
-    return Tick(name, problem.found, problem)
+    return CheckResult(name, problem.actual, problem)
 
 
-def refuse(ticks: Sequence[Tick]) -> None:
+def raise_if_failed(results: Sequence[CheckResult]) -> None:
     """Raise UserError with the problems of all failed checks, if any failed."""
-    problems = [tick.problem for tick in ticks if tick.problem]
+    problems = [result.problem for result in results if result.problem]
     if problems:
         raise UserError(problems)
 
 
-def some(names: Sequence[str], shown: int = 3) -> str:
+def first_few(names: Sequence[str], shown: int = 3) -> str:
     """Return the first names and the number of the others.
 
-    >>> some(["a", "b", "c", "d", "e"])
+    >>> first_few(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
     more = len(names) - shown

@@ -15,7 +15,7 @@ from finetune.training.completion import completion_loss_sum
 from finetune.training.head import output_head
 from finetune.training.model import DTYPES
 from finetune.training.preflight import probes, rows, vocabulary
-from finetune.training.preflight.ticks import Tick
+from finetune.training.preflight.ticks import CheckResult
 
 TOLERANCE = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 1e-1, "int8": 2e-1}
 """Relative differences that rounding explains (float32 may be TF32 on a GPU). The embedded base on a CPU has
@@ -24,24 +24,24 @@ SCALE = {"float16": 1024.0}
 """Loss scale of the probe: without it float16 gradients of a mean loss underflow (arXiv 1710.03740)."""
 
 
-def row_ticks(
+def check_rows(
     data: TokenizedRows, report: DataReport, encoder: Encoder, *, max_length: int, blocks: bool
-) -> list[Tick]:
+) -> list[CheckResult]:
     """Check the tokenized training rows; ``blocks`` of documents may begin and end within a text."""
     tokenizer = encoder.tokenizer
     name_of = tokenizer.convert_ids_to_tokens
     # A model's own chat template decides whether a row begins with BOS.
-    wanted = encoder.name != "model" and not blocks and _adds_bos(tokenizer)
-    ends = rows.ends_learnt(data, encoder.stop_ids, max_length=max_length, name_of=name_of)
+    bos_required = encoder.name != "model" and not blocks and _adds_bos(tokenizer)
+    eos_check = rows.check_eos_trained(data, encoder.stop_ids, max_length=max_length, name_of=name_of)
     return [
-        *([] if blocks else [ends]),
-        rows.masks_hold_loss(data),
-        rows.begins_once(data, tokenizer.bos_token_id, wanted=wanted, name_of=name_of),
-        rows.cut_is_told(
-            rows=report.rows,
-            too_long=report.too_long,
-            trained=report.trained_tokens,
-            lost=report.lost_tokens,
+        *([] if blocks else [eos_check]),
+        rows.check_loss_mask(data),
+        rows.check_single_bos(data, tokenizer.bos_token_id, required=bos_required, name_of=name_of),
+        rows.report_truncation(
+            num_rows=report.rows,
+            num_too_long=report.too_long,
+            trained_tokens=report.trained_tokens,
+            lost_tokens=report.lost_tokens,
             max_length=max_length,
         ),
     ]
@@ -52,27 +52,27 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
-def vocabulary_tick(model: PreTrainedModel, data: TokenizedRows, encoder: Encoder) -> Tick:
+def check_vocabulary(model: PreTrainedModel, data: TokenizedRows, encoder: Encoder) -> CheckResult:
     """Check the embeddings; a token without one would crash the model checks."""
     embedding = model.get_input_embeddings()
-    with apart.whole(embedding.weight) as (weight,):
-        return vocabulary.embeddings_exist(
+    with apart.gathered_params(embedding.weight) as (weight,):
+        return vocabulary.check_vocab_size(
             vocabulary.used_tokens(data.arrays["input_ids"], encoder.stop_ids),
             weight,
-            trained=any(one.requires_grad for one in embedding.parameters()),
+            trained=any(param.requires_grad for param in embedding.parameters()),
             added=encoder.tokenizer.get_added_vocab(),
             num_tokens=len(encoder.tokenizer),
         )
 
 
-def model_ticks(
+def check_model(
     model: PreTrainedModel,
     data: TokenizedRows,
     collate: Collator,
     *,
     precision: str,
     quantization: str,
-) -> list[Tick]:
+) -> list[CheckResult]:
     """Run the numeric checks on the model, without changing it.
 
     Args:
@@ -91,15 +91,15 @@ def model_ticks(
 
     # LLM.int8 (arXiv 2208.07339) selects its outlier columns from the full batch.
     tolerance = TOLERANCE["int8" if quantization == "int8" else precision]
-    ticks = probes.batch_is_its_parts(
+    results = probes.check_batch_invariance(
         model,
         loss_sum,
-        probes.short_rows(data),
+        probes.select_probe_rows(data),
         collate,
         tolerance=tolerance,
         scale=SCALE.get(precision, 1.0),
     )
     if isinstance(collate, PackedCollator):
         with autocast:
-            ticks.append(probes.packed_is_alone(model, data, collate, tolerance=tolerance))
-    return ticks
+            results.append(probes.check_packing_isolation(model, data, collate, tolerance=tolerance))
+    return results

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import KTOConfig
 
-from align.kto.settings import KtoSettings
-from align.kto.trl_engine import MeasuredKTOTrainer, label_columns, training_order, trl_kto_trainer
-from align.kto.tuning import balance_tick, refuse_one_sided, start_tick
-from align.preference.losses.unpaired import kto, mismatched, reference_point
+from align.kto.settings import KTOSettings
+from align.kto.trl_engine import KTOTrainerWithEval, build_trl_kto_trainer, to_label_dataset, training_order
+from align.kto.tuning import check_kto_initial_loss, check_label_balance, require_both_labels
+from align.preference.losses.unpaired import kto, mismatched_rows, reference_point
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.recipe.errors import UserError
 from finetune.training.stops import NotFiniteError
@@ -40,7 +40,7 @@ def groups() -> PreferenceGroups:
     return prepared(rows(), tokens="qwen", template="plain", kind="labels").train
 
 
-def trainer_of(base: Path, out: Path, groups: PreferenceGroups, **settings: Any) -> MeasuredKTOTrainer:
+def build_trainer(base: Path, out: Path, groups: PreferenceGroups, **settings: Any) -> KTOTrainerWithEval:
     """Return the TRL engine's trainer, on a LoRA whose B is not zero."""
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
@@ -57,7 +57,7 @@ def trainer_of(base: Path, out: Path, groups: PreferenceGroups, **settings: Any)
     )
     order = training_order(groups, batch_size=4, seed=0, group_by_length=False)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return trl_kto_trainer(model, args, tokenizer, train=groups, held_out=groups, order=order)
+    return build_trl_kto_trainer(model, args, tokenizer, train=groups, held_out=groups, order=order)
 
 
 @pytest.fixture
@@ -72,25 +72,25 @@ def small_groups(base_folder: Path) -> PreferenceGroups:
     return prepare_preferences(data, encoder, max_length=64, seed=0, kind="labels").train
 
 
-def test_at_the_reference_a_reply_costs_half_its_weight() -> None:
+def test_loss_at_the_reference_is_half_the_weight() -> None:
     """With r = z = 0 both branches are w (1 - s(0)) = w / 2."""
-    good = torch.tensor([True, False])
-    found = kto(torch.zeros(2), good, reference_point=torch.tensor(0.0), **SETTINGS)
-    assert found.losses.tolist() == [0.75, 0.25] and found.rewards.tolist() == [0.0, 0.0]
+    desirable = torch.tensor([True, False])
+    output = kto(torch.zeros(2), desirable, reference_point=torch.tensor(0.0), **SETTINGS)
+    assert output.losses.tolist() == [0.75, 0.25] and output.rewards.tolist() == [0.0, 0.0]
 
 
 def test_the_loss_by_hand() -> None:
     """beta = 1, z = ln 3, r = ln 9 for both: s(ln 3) = 3/4, so good costs 1/4 and bad 3/4."""
     ratios = torch.full((2,), 9.0).log()
-    found = kto(ratios, torch.tensor([True, False]), reference_point=torch.tensor(3.0).log(), beta=1.0)
-    assert found.losses.tolist() == pytest.approx([0.25, 0.75])
+    output = kto(ratios, torch.tensor([True, False]), reference_point=torch.tensor(3.0).log(), beta=1.0)
+    assert output.losses.tolist() == pytest.approx([0.25, 0.75])
 
 
-def test_the_gradient_is_the_paper_s() -> None:
+def test_gradient_matches_the_paper() -> None:
     """Slope in r: -w_D beta s(1 - s) where good, +w_U beta s(1 - s) where bad; s = 3/4."""
     ratios = torch.full((2,), 3.0, dtype=torch.float64).log().requires_grad_()
-    good = torch.tensor([True, False])
-    losses = kto(ratios, good, reference_point=torch.tensor(0.0), beta=1.0, desirable_weight=2.0).losses
+    desirable = torch.tensor([True, False])
+    losses = kto(ratios, desirable, reference_point=torch.tensor(0.0), beta=1.0, desirable_weight=2.0).losses
     [slope] = torch.autograd.grad(losses.sum(), ratios)
     assert slope.tolist() == pytest.approx([-2 * 3 / 16, 3 / 16])
 
@@ -100,46 +100,48 @@ def test_the_reference_point_is_never_negative() -> None:
     assert reference_point(torch.tensor([1.0, -2.0])) == 0.0
 
 
-def test_no_prompt_gets_a_completion_of_its_own(groups: PreferenceGroups) -> None:
+def test_no_prompt_is_paired_with_its_own_completion(groups: PreferenceGroups) -> None:
     prompts = [tuple(groups[index].prompt_ids.tolist()) for index in range(len(groups))]
-    found = mismatched(prompts, 4)
-    assert all(prompts[other] != prompts[row] for row, other in enumerate(found))
-    assert [other // 4 for other in found[:8]] == [0] * 4 + [1] * 4, (
+    mismatched_of = mismatched_rows(prompts, 4)
+    assert all(prompts[other] != prompts[row] for row, other in enumerate(mismatched_of))
+    assert [other // 4 for other in mismatched_of[:8]] == [0] * 4 + [1] * 4, (
         "rows of one forward pass exchange completions"
     )
 
 
-def test_rows_of_one_prompt_take_their_neighbour_s() -> None:
-    assert mismatched(["a", "a", "a"], 4) == [2, 0, 1] and mismatched(["a"], 4) == [0]
+def test_rows_of_one_prompt_take_the_neighbor() -> None:
+    assert mismatched_rows(["a", "a", "a"], 4) == [2, 0, 1] and mismatched_rows(["a"], 4) == [0]
 
 
 def test_every_row_reaches_trl_with_our_tokens(
     base_folder: Path, tmp_path: Path, small_groups: PreferenceGroups
 ) -> None:
-    trainer = trainer_of(base_folder, tmp_path, small_groups)
+    trainer = build_trainer(base_folder, tmp_path, small_groups)
     order = training_order(small_groups, batch_size=4, seed=0, group_by_length=False)
     assert sorted(order) == list(range(len(small_groups)))
-    lines: list[list[int]] = []
+    token_rows: list[list[int]] = []
     labels: list[bool] = []
     for batch in trainer.get_train_dataloader():
         widths = batch["attention_mask"].sum(1).tolist()
-        lines += [line[:width].tolist() for line, width in zip(batch["input_ids"], widths, strict=True)]
+        token_rows += [
+            row_ids[:width].tolist() for row_ids, width in zip(batch["input_ids"], widths, strict=True)
+        ]
         labels += batch["label"].tolist()
     expected = [small_groups[row] for row in order]
-    assert lines == [[*row.prompt_ids.tolist(), *row.completion_ids[0].tolist()] for row in expected]
+    assert token_rows == [[*row.prompt_ids.tolist(), *row.completion_ids[0].tolist()] for row in expected]
     assert labels == [bool(row.scores[0]) for row in expected]
 
 
-def test_trl_s_copy_of_the_adapter_is_gone_and_the_adapter_is_what_it_was(
+def test_reference_adapter_is_deleted(
     base_folder: Path, tmp_path: Path, small_groups: PreferenceGroups
 ) -> None:
-    model = trainer_of(base_folder, tmp_path, small_groups).model
+    model = build_trainer(base_folder, tmp_path, small_groups).model
     assert list(model.peft_config) == ["default"] and model.active_adapter == "default"
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained and all("lora_" in name and ".default." in name for name in trained)
 
 
-def batch_with_another_reference(trainer: MeasuredKTOTrainer) -> dict[str, Tensor]:
+def batch_with_another_reference(trainer: KTOTrainerWithEval) -> dict[str, Tensor]:
     """Return the first batch with shifted reference log-probabilities, so that no log-ratio is 0."""
     batch = next(iter(trainer.get_train_dataloader()))
     generator = torch.Generator().manual_seed(3)
@@ -148,10 +150,10 @@ def batch_with_another_reference(trainer: MeasuredKTOTrainer) -> dict[str, Tenso
     return batch
 
 
-def test_loss_and_gradient_are_those_of_trl(
+def test_loss_and_gradient_match_trl(
     base_folder: Path, tmp_path: Path, small_groups: PreferenceGroups
 ) -> None:
-    trainer = trainer_of(base_folder, tmp_path, small_groups)
+    trainer = build_trainer(base_folder, tmp_path, small_groups)
     model = trainer.model.eval()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     batch = batch_with_another_reference(trainer)
@@ -177,25 +179,25 @@ def test_loss_and_gradient_are_those_of_trl(
     assert expected_slope.norm() > 1e-4, "the compared gradients are not zero"
 
 
-def test_the_start_is_its_own_reference_and_is_proved_so(
+def test_initial_policy_equals_reference(
     base_folder: Path, tmp_path: Path, small_groups: PreferenceGroups
 ) -> None:
-    trainer = trainer_of(base_folder, tmp_path, small_groups)
-    align = KtoSettings(**SETTINGS)
-    tick = start_tick(trainer, align, 1e-5)
-    assert tick.problem is None and "loss 0.6250, expected 0.6250" in tick.detail  # 3 good, 1 bad
-    measured = trainer.measure()
-    assert measured["loss"] == pytest.approx(0.5, abs=1e-5)  # (1.5 + 0.5) / 2 / 2
-    assert measured["margin"] == pytest.approx(0.0, abs=1e-5)
+    trainer = build_trainer(base_folder, tmp_path, small_groups)
+    kto_settings = KTOSettings(**SETTINGS)
+    result = check_kto_initial_loss(trainer, kto_settings, 1e-5)
+    assert result.problem is None and "loss 0.6250, expected 0.6250" in result.detail  # 3 good, 1 bad
+    metrics = trainer.held_out_metrics()
+    assert metrics["loss"] == pytest.approx(0.5, abs=1e-5)  # (1.5 + 0.5) / 2 / 2
+    assert metrics["margin"] == pytest.approx(0.0, abs=1e-5)
     moved = [value - 5.0 for value in trainer.train_dataset["ref_logps"]]
     trainer.train_dataset = trainer.train_dataset.remove_columns("ref_logps").add_column("ref_logps", moved)
-    assert start_tick(trainer, align, 1e-5).problem is not None
+    assert check_kto_initial_loss(trainer, kto_settings, 1e-5).problem is not None
 
 
-def test_a_loss_that_is_no_number_names_its_rows(
+def test_non_finite_loss_names_its_rows(
     base_folder: Path, tmp_path: Path, small_groups: PreferenceGroups
 ) -> None:
-    trainer = trainer_of(base_folder, tmp_path, small_groups)
+    trainer = build_trainer(base_folder, tmp_path, small_groups)
     weight = next(weight for weight in trainer.model.parameters() if weight.requires_grad)
     weight.data.fill_(float("nan"))
     with pytest.raises(NotFiniteError, match=r"^loss is nan at step 1, on row \d+(, row \d+){3}$"):
@@ -203,7 +205,7 @@ def test_a_loss_that_is_no_number_names_its_rows(
 
 
 @pytest.mark.parametrize(
-    ("good", "weights", "told", "advice"),
+    ("num_good", "weights", "detail", "advice"),
     [
         (5, {}, "1.00 to 1", ""),
         (2, {}, "0.25 to 1", "align.desirable_weight=4"),
@@ -212,24 +214,24 @@ def test_a_loss_that_is_no_number_names_its_rows(
         (2, {"desirable_weight": 4.0}, "1.00 to 1", ""),
     ],
 )
-def test_unbalanced_labels_are_told_with_the_weights_that_repair_them(
-    good: int, weights: dict[str, float], told: str, advice: str
+def test_unbalanced_labels_suggest_weights(
+    num_good: int, weights: dict[str, float], detail: str, advice: str
 ) -> None:
     """Of ten completions; the paper's range of good to bad weight is 1 to 4/3."""
-    judged = [{**row, "label": index < good} for index, row in enumerate(rows())]
-    groups = prepared(judged, template="plain", kind="labels").train
-    tick = balance_tick(groups, KtoSettings(**weights))
-    assert told in tick.detail and tick.warned == bool(advice)
-    assert tick.detail.endswith(advice)
+    labeled = [{**row, "label": index < num_good} for index, row in enumerate(rows())]
+    groups = prepared(labeled, template="plain", kind="labels").train
+    result = check_label_balance(groups, KTOSettings(**weights))
+    assert detail in result.detail and result.warned == bool(advice)
+    assert result.detail.endswith(advice)
 
 
-def test_replies_of_one_kind_are_refused() -> None:
+def test_completions_of_one_label_are_refused() -> None:
     data = prepared([{**row, "label": True} for row in rows()], template="plain", kind="labels")
     with pytest.raises(UserError, match="10 completions, all good"):
-        refuse_one_sided(data)
+        require_both_labels(data)
 
 
 def test_columns_hold_mismatched_completions(groups: PreferenceGroups) -> None:
-    columns = label_columns(groups, order=list(range(len(groups))), size=4)
+    columns = to_label_dataset(groups, order=list(range(len(groups))), batch_size=4)
     assert columns["KL_completion_ids"][2] != columns["completion_ids"][2]
     assert columns["KL_completion_ids"][2] in columns["completion_ids"][:4]

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from finetune.recipe.discovery import load_stage
-from finetune.recipe.recipe import load
+from finetune.recipe.recipe import read_recipe
 from finetune.training.result import Result
 
 FINETUNE = Path(__file__).parents[2] / "finetune"
@@ -73,8 +73,8 @@ def online_recipes(
     """Return a recipe of each stage."""
     folder = tmp_path_factory.mktemp("online")
     rows = folder / "prompts.jsonl"
-    asked = [{"prompt": f"Add {index} and {index % 7}" + " please" * (index % 3)} for index in range(30)]
-    rows.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    prompts = [{"prompt": f"Add {index} and {index % 7}" + " please" * (index % 3)} for index in range(30)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
     for stage in ("rloo", "grpo"):
         text = RECIPE.format(stage=stage, base=decided_base, rows=rows, rule=rule_file)
         (folder / f"{stage}.yaml").write_text(text, encoding="utf-8")
@@ -87,7 +87,7 @@ def tune(online_recipes: dict[str, Path], tmp_path: Path) -> Tune:
 
     def run(stage: str, name: str = "run", **settings: Any) -> Result:
         given = {key.replace("__", "."): value for key, value in settings.items()}
-        recipe = load(stage, str(online_recipes[stage]), shortcuts=given, out=tmp_path / name)
+        recipe = read_recipe(stage, str(online_recipes[stage]), shortcuts=given, out=tmp_path / name)
         result: Result = load_stage(stage).run(recipe, Console(quiet=True), command="a test")
         return result
 

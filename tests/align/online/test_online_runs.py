@@ -11,23 +11,23 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import load
+from finetune.recipe.recipe import read_recipe
 from finetune.stages import sft
 from finetune.training.recorder import Recorder
 from finetune.training.stops import Interrupted, NotFiniteError
-from finetune.training.tuned import load_tuned
+from finetune.training.tuned import load_finished_run
 
 both = pytest.mark.parametrize("stage", ["rloo", "grpo"])
 
 
-def told(result):
+def checks_by_name(result):
     """Return the check results by name."""
-    return {tick["name"]: tick for tick in result.record["preflight"]}
+    return {result_entry["name"]: result_entry for result_entry in result.record["preflight"]}
 
 
 @pytest.mark.plots
 @both
-def test_a_rule_is_learnt(tune, stage):
+def test_reward_function_is_learned(tune, stage):
     result = tune(stage, train__max_steps=20, train__batch_size=16, train__evaluate_every=10)
     steps = [line for line in result.metrics if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 21))
@@ -38,44 +38,48 @@ def test_a_rule_is_learnt(tune, stage):
     assert metrics["held_out_kl_before"] == pytest.approx(0, abs=1e-5) and metrics["held_out_kl_after"] > 0.1
     assert [line["step"] for line in result.metrics if "held_out_reward" in line] == [10, 20]
     assert "held-out reward" in result.record["headline"]
-    assert "policy equals reference before step 0" in told(result)["start"]["detail"]
+    assert "policy equals reference before step 0" in checks_by_name(result)["start"]["detail"]
     assert (
-        told(result)["base"]["passed"] and "had a nonzero gradient" in told(result)["first steps"]["detail"]
+        checks_by_name(result)["base"]["passed"]
+        and "had a nonzero gradient" in checks_by_name(result)["first steps"]["detail"]
     )
     assert [{"before", "after"} <= sample.keys() for sample in result.samples] == [True, True]
     assert result.record["data"]["lines"][0].startswith("24 prompts (prompt), 6 held out; ")
 
 
 @both
-def test_what_is_saved_opens_as_any_adapter_and_as_a_run(tune, stage, decided_base):
+def test_saved_adapter_loads_with_peft_and_as_a_run(tune, stage, decided_base):
     result = tune(stage)
     assert not (result.adapter / "ref").exists()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decided_base), result.adapter)
     saved = load_file(result.adapter / "adapter_model.safetensors")
     assert any(value.any() for name, value in saved.items() if "lora_B" in name)
     assert list(model.peft_config) == ["default"]
-    assert load_tuned(result.directory).encoder.name == "plain"
+    assert load_finished_run(result.directory).encoder.name == "plain"
 
 
 @both
-def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(tune, stage, monkeypatch):
+def test_resumed_run_equals_uninterrupted_run(tune, stage, monkeypatch):
     settings = {"train__max_steps": 9, "train__checkpoint_every": 4, "train__evaluate_every": 3}
-    whole = tune(stage, "whole", **settings)
+    uninterrupted = tune(stage, "whole", **settings)
     log = Recorder.on_log
 
     def ask_at_step_5(self, args, state, control, logs=None, **kwargs):
         log(self, args, state, control, logs=logs, **kwargs)
-        if state.global_step == 5 and not self.interrupt.name:
+        if state.global_step == 5 and not self.signal_flag.name:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Recorder, "on_log", ask_at_step_5)
     with pytest.raises(Interrupted, match="stopped by SIGTERM at step 6; checkpoint saved"):
         tune(stage, **settings)
     monkeypatch.undo()
-    again = tune(stage, **settings)
-    assert again.record["files"] == whole.record["files"]
-    assert again.metrics == whole.metrics
-    assert again.samples == whole.samples and again.record["metrics"] == whole.record["metrics"]
+    resumed = tune(stage, **settings)
+    assert resumed.record["files"] == uninterrupted.record["files"]
+    assert resumed.metrics == uninterrupted.metrics
+    assert (
+        resumed.samples == uninterrupted.samples
+        and resumed.record["metrics"] == uninterrupted.record["metrics"]
+    )
 
 
 @pytest.fixture
@@ -88,16 +92,16 @@ def tuned_run(decided_base, rows_file, tmp_path):
         "train: {max_steps: 4, batch_size: 8, learning_rate: 5e-2}\nevaluate: {samples: 0}\n"
     )
     (tmp_path / "sft.yaml").write_text(text, encoding="utf-8")
-    recipe = load("sft", str(tmp_path / "sft.yaml"), out=tmp_path / "tuned")
+    recipe = read_recipe("sft", str(tmp_path / "sft.yaml"), out=tmp_path / "tuned")
     return sft.run(recipe, Console(quiet=True), command="a test").directory
 
 
 @both
-def test_pain_14_the_reference_is_the_start_and_not_the_base(tune, stage, tuned_run):
+def test_pain_14_reference_is_the_initial_policy_not_the_base(tune, stage, tuned_run):
     result = tune(stage, model__start=str(tuned_run), train__max_steps=2)
     first = next(line for line in result.metrics if "kl" in line)
     assert first["kl"] == pytest.approx(0, abs=1e-5), "as TRL computes it"
-    assert told(result)["start"]["detail"].startswith("policy equals reference before step 0")
+    assert checks_by_name(result)["start"]["detail"].startswith("policy equals reference before step 0")
     saved, start = (
         load_file(run / "adapter/adapter_model.safetensors") for run in (result.directory, tuned_run)
     )
@@ -106,26 +110,26 @@ def test_pain_14_the_reference_is_the_start_and_not_the_base(tune, stage, tuned_
 
 
 @pytest.mark.parametrize("method", ["dora", "prefix", "prompt", "ia3", "vera", "oft", "layernorm"])
-def test_kinds_of_adapters_begin_as_their_own_reference(tune, method):
+def test_policy_equals_reference_before_step_0_for_every_adapter(tune, method):
     result = tune("grpo", adapter__method=method, train__max_steps=2, evaluate__samples=0, data__held_out=0)
-    assert told(result)["start"]["passed"] and told(result)["base"]["passed"]
+    assert checks_by_name(result)["start"]["passed"] and checks_by_name(result)["base"]["passed"]
 
 
-def test_the_whole_model_is_tuned_without_a_reference(tune):
+def test_full_fine_tuning_without_reference(tune):
     result = tune("rloo", adapter__method="full", align__beta=0.0, train__learning_rate=1e-4)
-    assert (result.directory / "model").is_dir() and "start" not in told(result)
+    assert (result.directory / "model").is_dir() and "start" not in checks_by_name(result)
 
 
 @both
-def test_a_four_bit_base_keeps_the_adapter_in_full_precision(tune, stage):
+def test_adapter_on_4bit_base_stays_float32(tune, stage):
     result = tune(stage, adapter__method="qlora", train__max_steps=2, data__held_out=0)
     saved = load_file(result.adapter / "adapter_model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float32}
     rounded = [torch.equal(value, value.bfloat16().float()) for value in saved.values()]
-    assert not all(rounded) and told(result)["start"]["passed"]
+    assert not all(rounded) and checks_by_name(result)["start"]["passed"]
 
 
-def test_several_rewards_are_logged_one_by_one(tune, rule_file):
+def test_several_rewards_are_logged_separately(tune, rule_file):
     sources = [{"function": f"{rule_file}:the"}, {"function": f"{rule_file}:short", "weight": 2.0}]
     result = tune("rloo", reward__sources=sources, reward__length_penalty=0.1, train__max_steps=1)
     [line] = [line for line in result.metrics if "loss" in line]
@@ -136,18 +140,19 @@ def test_several_rewards_are_logged_one_by_one(tune, rule_file):
 
 
 @both
-def test_replies_that_are_all_worth_the_same_are_no_fault_of_the_adapter(tune, stage, tmp_path):
+def test_equal_rewards_do_not_fail_the_gradient_check(tune, stage, tmp_path):
     (tmp_path / "same.py").write_text("def same(prompt, completion):\n    return 1.0\n", encoding="utf-8")
     source = [{"function": f"{tmp_path / 'same.py'}:same"}]
     result = tune(stage, reward__sources=source, align__beta=0.0, data__held_out=0, evaluate__samples=0)
     assert (
-        told(result)["first steps"]["detail"] == "all gradients were zero in every step: nothing was learned"
+        checks_by_name(result)["first steps"]["detail"]
+        == "all gradients were zero in every step: nothing was learned"
     )
     assert [line["equal_groups"] for line in result.metrics] == [1.0, 1.0, 1.0]
 
 
 @both
-def test_a_reward_that_raises_names_the_prompt_before_anything_is_written(tune, stage, rule_file, tmp_path):
+def test_failing_reward_function_names_the_prompt(tune, stage, rule_file, tmp_path):
     with pytest.raises(
         UserError, match=r"reward 'raises' on \S+prompts.jsonl:\d+: RuntimeError: out of order"
     ):
@@ -155,7 +160,7 @@ def test_a_reward_that_raises_names_the_prompt_before_anything_is_written(tune, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reward_that_raises_later_ends_the_run(tune, tmp_path):
+def test_reward_function_failing_later_ends_the_run(tune, tmp_path):
     rule = "def words(prompt, completion):\n    return 1 / (not completion)\n"
     (tmp_path / "late.py").write_text(rule, encoding="utf-8")
     with pytest.raises(UserError, match=r"reward 'words' on \S+prompts.jsonl:\d+: ZeroDivisionError"):
@@ -163,7 +168,7 @@ def test_a_reward_that_raises_later_ends_the_run(tune, tmp_path):
     assert '"status": "failed"' in (tmp_path / "run/run.json").read_text(encoding="utf-8")
 
 
-def test_a_right_answer_needs_rows_that_have_one(tune, tmp_path):
+def test_reference_answer_reward_requires_reference_answers(tune, tmp_path):
     source = [{"function": "align/rl/rules/answers.py:same_number"}]
     with pytest.raises(UserError, match="24 of 24 rows have no reference answer"):
         tune("grpo", reward__sources=source)
@@ -172,12 +177,12 @@ def test_a_right_answer_needs_rows_that_have_one(tune, tmp_path):
     assert result.record["metrics"]["held_out_reward_before"] == 0.0
 
 
-def test_a_reward_that_is_no_number_is_told(tune, rule_file):
+def test_nan_reward_is_reported(tune, rule_file):
     with pytest.raises(UserError, match="it returned nan"):
         tune("grpo", reward__sources=[{"function": f"{rule_file}:no_number"}])
 
 
-def test_a_loss_that_is_no_number_names_step_and_rows(tune):
+def test_nan_loss_names_step_and_rows(tune):
     with pytest.raises((NotFiniteError, RuntimeError), match=r"at step \d|nan|inf"):
         tune("rloo", train__learning_rate=1e30, evaluate__samples=0, data__held_out=0)
 
@@ -208,15 +213,15 @@ def test_a_loss_that_is_no_number_names_step_and_rows(tune):
         ({"train__engine_args": {"beta": 1.0}}, "train.engine_args.beta", ""),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(tune, tmp_path, stage, settings, where, repair):
+def test_invalid_settings_are_rejected_before_writing(tune, tmp_path, stage, settings, where, repair):
     with pytest.raises(UserError) as error:
         tune(stage, **settings)
-    [problem] = [found for found in error.value.problems if found.where.split(" ")[0] == where]
+    [problem] = [candidate for candidate in error.value.problems if candidate.where.split(" ")[0] == where]
     assert repair in problem.repair
     assert not (tmp_path / "run").exists()
 
 
-def test_an_empty_set_of_prompts_is_one_clear_message(tune, tmp_path):
+def test_empty_prompt_file_is_reported(tune, tmp_path):
     (tmp_path / "none.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="no rows"):
         tune("rloo", data__source=str(tmp_path / "none.jsonl"))

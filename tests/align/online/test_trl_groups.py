@@ -9,24 +9,24 @@ from small_models import VOCABULARY, make
 from transformers import set_seed
 from trl import GRPOConfig, RLOOConfig
 
-from align.online.prompt_numbers import PromptNumbers
-from align.online.trl_engine import Judging, online_trainer, prompt_order
+from align.online.prompt_numbers import PromptIdTokenizer
+from align.online.trl_engine import TRLRewardFunction, build_online_trainer, prompt_order
 from align.rl.prompts import Prompt, Prompts
-from align.rl.rewards.rewards import Judged
+from align.rl.rewards.rewards import RewardScores
 from data_templates._segments import Message
 from finetune.adapters.lora import Settings, build
 
 STOP = 5
-ASKED = [(7, 8, 9), (10, 11), (12, 13, 14, 15), (16,)]
+PROMPT_IDS = [(7, 8, 9), (10, 11), (12, 13, 14, 15), (16,)]
 PROMPTS = Prompts(
     tuple(
         Prompt((Message("user", f"prompt {number}"),), ids, f"file:{number}", None)
-        for number, ids in enumerate(ASKED)
+        for number, ids in enumerate(PROMPT_IDS)
     )
 )
 
 
-class Words:
+class NumberTokenizer:
     """A tokenizer whose token 7 is the word 7."""
 
     eos_token_id = STOP
@@ -41,30 +41,40 @@ class Words:
         return VOCABULARY
 
 
-class Rewards:
+class KnownRewards:
     """Known rewards: 100 times the prompt's index, plus the mean of a completion's token ids."""
 
     def __init__(self):
         self.seen = []
 
-    def judge(self, talks, places, *, expected):
+    def score(self, conversations, locations, *, expected):
         self.seen.append(
-            [(talk[0].content, talk[-1].content, place) for talk, place in zip(talks, places, strict=True)]
+            [
+                (conversation[0].content, conversation[-1].content, location)
+                for conversation, location in zip(conversations, locations, strict=True)
+            ]
         )
-        prompts = np.array([100.0 * int(talk[0].content.split()[1]) for talk in talks])
-        means = np.array([np.mean([int(word) for word in talk[-1].content.split()]) for talk in talks])
-        return Judged(prompts + means, {"prompt": prompts, "mean": means})
+        prompts = np.array(
+            [100.0 * int(conversation[0].content.split()[1]) for conversation in conversations]
+        )
+        means = np.array(
+            [
+                np.mean([int(word) for word in conversation[-1].content.split()])
+                for conversation in conversations
+            ]
+        )
+        return RewardScores(prompts + means, {"prompt": prompts, "mean": means})
 
 
-def judging():
+def known_reward_function():
     """Return known rewards as TRL's reward function."""
     encoder = SimpleNamespace(
-        tokenizer=Words(), stop_ids=[STOP], decode_reply=lambda ids: " ".join(map(str, ids))
+        tokenizer=NumberTokenizer(), stop_ids=[STOP], decode_reply=lambda ids: " ".join(map(str, ids))
     )
-    return Judging(Rewards(), PROMPTS, encoder)
+    return TRLRewardFunction(KnownRewards(), PROMPTS, encoder)
 
 
-def trainer(config, folder, **own):
+def make_trainer(config, folder, **overrides):
     """Return TRL's trainer on a small random model with LoRA."""
     set_seed(0)
     model = build(make("llama"), Settings(rank=4, dropout=0.5))
@@ -73,104 +83,116 @@ def trainer(config, folder, **own):
         **{"max_completion_length": 6, "use_cpu": True, "report_to": "none", "max_steps": 1},
         **{"shuffle_dataset": False, "disable_dropout": True, "disable_tqdm": True, "beta": 0.3},
         **{"save_strategy": "no"},
-        **own,
+        **overrides,
     )
-    return online_trainer(model, arguments, judging(), order=[2, 0, 3, 1], held_out=None)
+    return build_online_trainer(
+        model, arguments, known_reward_function(), order=[2, 0, 3, 1], evaluate_held_out=None
+    )
 
 
-def generated(made):
+def first_batch(trainer):
     """Return the first batch that a trainer passes to ``compute_loss``."""
-    kept = {}
-    loss = made.compute_loss
+    batch = {}
+    compute_loss = trainer.compute_loss
 
     def keep(model, inputs, **more):
-        kept.update(inputs)
-        return loss(model, inputs, **more)
+        batch.update(inputs)
+        return compute_loss(model, inputs, **more)
 
-    made.compute_loss = keep
-    made.train()
-    return kept
+    trainer.compute_loss = keep
+    trainer.train()
+    return batch
 
 
-def replies(batch):
+def prompts_and_completions(batch):
     """Yield prompt and completion token ids of a batch."""
-    for ids, mask, reply, own in zip(
+    for ids, mask, completion, completion_mask in zip(
         batch["prompt_ids"],
         batch["prompt_mask"],
         batch["completion_ids"],
         batch["completion_mask"],
         strict=True,
     ):
-        yield tuple(ids[mask.bool()].tolist()), tuple(reply[own.bool()].tolist())
+        yield tuple(ids[mask.bool()].tolist()), tuple(completion[completion_mask.bool()].tolist())
 
 
 @pytest.mark.parametrize("config", [RLOOConfig, GRPOConfig])
-def test_the_prompts_are_ours_to_the_token_and_answered_in_groups(config, tmp_path):
-    made = trainer(config, tmp_path)
-    batch = generated(made)
-    asked = [ids for ids, _ in replies(batch)]
-    assert sorted(asked) == sorted([ASKED[2]] * 4 + [ASKED[0]] * 4), (
+def test_prompts_have_our_token_ids_and_are_sampled_in_groups(config, tmp_path):
+    trainer = make_trainer(config, tmp_path)
+    batch = first_batch(trainer)
+    prompts = [ids for ids, _ in prompts_and_completions(batch)]
+    assert sorted(prompts) == sorted([PROMPT_IDS[2]] * 4 + [PROMPT_IDS[0]] * 4), (
         "the first two of the order, 4 times each"
     )
-    [seen] = made.judging.rewards.seen
-    assert [place for *_, place in seen] == ["file:2"] * 4 + ["file:0"] * 4
-    told = sorted((question, text) for question, text, _ in seen)
-    number = {ids: f"prompt {index}" for index, ids in enumerate(ASKED)}
-    assert sorted((number[ids], " ".join(map(str, reply))) for ids, reply in replies(batch)) == told
-    assert len({reply for _, reply in replies(batch)}) > 4, "sampled, not repeated"
+    [seen] = trainer.reward_function.rewards.seen
+    assert [location for *_, location in seen] == ["file:2"] * 4 + ["file:0"] * 4
+    expected = sorted((question, text) for question, text, _ in seen)
+    number = {ids: f"prompt {index}" for index, ids in enumerate(PROMPT_IDS)}
+    assert (
+        sorted(
+            (number[ids], " ".join(map(str, completion)))
+            for ids, completion in prompts_and_completions(batch)
+        )
+        == expected
+    )
+    assert len({completion for _, completion in prompts_and_completions(batch)}) > 4, "sampled, not repeated"
 
 
-def groups(batch):
+def advantages_with_rewards(batch):
     """Return each completion's advantage, its reward, and the rewards of its group."""
-    worth = [(ids, float(np.mean(reply))) for ids, reply in replies(batch)]
+    rewards = [(ids, float(np.mean(completion))) for ids, completion in prompts_and_completions(batch)]
     return [
-        (float(advantage), own, torch.tensor([other for asked, other in worth if asked == ids]))
-        for advantage, (ids, own) in zip(batch["advantages"], worth, strict=True)
+        (float(advantage), reward, torch.tensor([other for prompt, other in rewards if prompt == ids]))
+        for advantage, (ids, reward) in zip(batch["advantages"], rewards, strict=True)
     ]
 
 
-def test_rloo_compares_each_reply_with_the_mean_of_the_others(tmp_path):
-    found = groups(generated(trainer(RLOOConfig, tmp_path)))
-    for advantage, own, group in found:
-        assert advantage == pytest.approx(own - (float(group.sum()) - own) / 3, abs=1e-3)
-    assert len({round(advantage, 3) for advantage, *_ in found}) > 4
+def test_rloo_baseline_is_the_mean_of_the_other_completions(tmp_path):
+    results = advantages_with_rewards(first_batch(make_trainer(RLOOConfig, tmp_path)))
+    for advantage, reward, group in results:
+        assert advantage == pytest.approx(reward - (float(group.sum()) - reward) / 3, abs=1e-3)
+    assert len({round(advantage, 3) for advantage, *_ in results}) > 4
 
 
-def test_grpo_divides_by_the_deviation_of_the_group(tmp_path):
-    found = groups(generated(trainer(GRPOConfig, tmp_path, loss_type="grpo", scale_rewards="group")))
-    for advantage, own, group in found:
-        assert advantage == pytest.approx(float((own - group.mean()) / (group.std() + 1e-4)), abs=1e-3)
-    assert len({round(advantage, 3) for advantage, *_ in found}) > 4
+def test_grpo_normalizes_by_group_std(tmp_path):
+    results = advantages_with_rewards(
+        first_batch(make_trainer(GRPOConfig, tmp_path, loss_type="grpo", scale_rewards="group"))
+    )
+    for advantage, reward, group in results:
+        assert advantage == pytest.approx(float((reward - group.mean()) / (group.std() + 1e-4)), abs=1e-3)
+    assert len({round(advantage, 3) for advantage, *_ in results}) > 4
 
 
-def test_a_reply_ends_at_any_of_the_encoder_s_stop_tokens(tmp_path):
-    made = trainer(RLOOConfig, tmp_path)
-    assert made.eos_token_ids == [STOP] and made.generation_config.pad_token_id == STOP
-    for _, reply in replies(generated(made)):
-        assert STOP not in reply[:-1] and len(reply) <= 6
+def test_completions_stop_at_any_stop_token(tmp_path):
+    trainer = make_trainer(RLOOConfig, tmp_path)
+    assert trainer.eos_token_ids == [STOP] and trainer.generation_config.pad_token_id == STOP
+    for _, completion in prompts_and_completions(first_batch(trainer)):
+        assert STOP not in completion[:-1] and len(completion) <= 6
 
 
-def test_the_copy_is_the_reference_and_dropout_is_off(tmp_path):
-    made = trainer(GRPOConfig, tmp_path)
-    assert sorted(made.model.peft_config) == ["default", "ref"] and made.model.active_adapter == "default"
-    drops = [module.p for module in made.model.modules() if isinstance(module, torch.nn.Dropout)]
+def test_adapter_copy_is_the_reference_and_dropout_is_off(tmp_path):
+    trainer = make_trainer(GRPOConfig, tmp_path)
+    assert (
+        sorted(trainer.model.peft_config) == ["default", "ref"] and trainer.model.active_adapter == "default"
+    )
+    drops = [module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)]
     assert drops and set(drops) == {0.0}
-    trained = {name for name, weight in made.model.named_parameters() if weight.requires_grad}
+    trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     assert trained and all(".default." in name for name in trained)
 
 
-def test_numbers_stand_for_prompts(tmp_path):
-    numbers = PromptNumbers(Words(), ASKED, end=STOP)
-    assert numbers(text=["2", "0"])["input_ids"] == [[12, 13, 14, 15], [7, 8, 9]]
-    assert (numbers.eos_token_id, numbers.pad_token_id, numbers.bos_token_id) == (STOP, STOP, None)
-    assert numbers.batch_decode([[1], [2]]) == ["", ""] and len(numbers) == VOCABULARY
+def test_prompt_id_tokenizer_maps_indices_to_ids(tmp_path):
+    tokenizer = PromptIdTokenizer(NumberTokenizer(), PROMPT_IDS, eos_token_id=STOP)
+    assert tokenizer(text=["2", "0"])["input_ids"] == [[12, 13, 14, 15], [7, 8, 9]]
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (STOP, STOP, None)
+    assert tokenizer.batch_decode([[1], [2]]) == ["", ""] and len(tokenizer) == VOCABULARY
 
 
-def test_the_order_is_a_new_shuffle_of_all_prompts_for_each_pass():
+def test_prompt_order_is_reshuffled_per_epoch():
     lengths = [3, 1, 2, 5, 4, 6]
-    order = prompt_order(lengths, count=15, seed=0, group_by_length=False, together=2)
+    order = prompt_order(lengths, count=15, seed=0, group_by_length=False, prompts_per_step=2)
     assert sorted(order[:6]) == sorted(order[6:12]) == list(range(6)) and order[:6] != order[6:12]
     assert len(order) == 15 and order[:12] == prompt_order(
-        lengths, count=12, seed=0, group_by_length=False, together=2
+        lengths, count=12, seed=0, group_by_length=False, prompts_per_step=2
     )
-    assert order != prompt_order(lengths, count=15, seed=1, group_by_length=False, together=2)
+    assert order != prompt_order(lengths, count=15, seed=1, group_by_length=False, prompts_per_step=2)

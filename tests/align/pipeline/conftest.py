@@ -24,8 +24,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_f
     """Return a folder in which ``three`` has run to its end, for tests to copy."""
     folder = tmp_path_factory.mktemp("finished")
     write_recipes(folder, base_folder, rows_file)
-    ended = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    result = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     return folder
 
 
@@ -40,15 +40,15 @@ def done(here: Path, finished: Path) -> Path:
 def call(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Return a function: words in, exit status, output and errors out; in this process."""
 
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llm-align", *words])
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llm-align", *arguments])
         monkeypatch.setenv("COLUMNS", "200")
         status = 0
         try:
             cli.main()
         except SystemExit as end:
             status = int(end.code or 0)
-        told = capsys.readouterr()
-        return status, told.out, told.err
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
 
     return run

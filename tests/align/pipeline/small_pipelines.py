@@ -57,8 +57,8 @@ def write_recipes(folder: Path, base: Path, sums: Path) -> None:
 
 def write_rlhf(folder: Path, base: Path) -> None:
     """Add a pipeline that ends with PPO to the recipes of ``write_recipes``."""
-    asked = [json.dumps({"prompt": f"Add the numbers. {i} {i % 7}"}) for i in range(20)]
-    (folder / "asked.jsonl").write_text("\n".join(asked))
+    prompts = [json.dumps({"prompt": f"Add the numbers. {i} {i % 7}"}) for i in range(20)]
+    (folder / "asked.jsonl").write_text("\n".join(prompts))
     (folder / "recipes" / "ppo").mkdir()
     (folder / "recipes" / "ppo" / "small.yaml").write_text((COMMON + PPO).format(base=base))
     (folder / "recipes" / "pipelines" / "rlhf.yaml").write_text(RLHF)

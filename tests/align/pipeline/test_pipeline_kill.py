@@ -44,12 +44,12 @@ def killed_in(folder: Path, stage: str) -> None:
     process.wait()
 
 
-def test_pain_05_a_pipeline_killed_twice_ends_alike(here: Path, finished: Path) -> None:
+def test_pain_05_a_pipeline_killed_twice_resumes_bit_for_bit(here: Path, finished: Path) -> None:
     killed_in(here, "sft")
     killed_in(here, "dpo")
     assert record(here)["status"] == record(here)["stages"]["dpo"]["status"] == "running"
-    ended = warm.run(COMMAND, cwd=here, capture_output=True, text=True)
-    assert ended.returncode == 0 and ended.stdout.count("already finished: ") == 2
+    result = warm.run(COMMAND, cwd=here, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count("already finished: ") == 2
     assert weights(here) == weights(finished)
 
 
@@ -65,9 +65,7 @@ def seconds(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_fi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-def test_a_pipeline_killed_at_any_moment_ends_alike(
-    here: Path, finished: Path, seconds: float, seed: int
-) -> None:
+def test_a_killed_pipeline_resumes_bit_for_bit(here: Path, finished: Path, seconds: float, seed: int) -> None:
     assert after_kills(here, seed, seconds) == weights(finished)
 
 
@@ -86,7 +84,7 @@ def learnt(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-def test_pain_06_rlhf_killed_at_any_moment_ends_alike(
+def test_pain_06_killed_rlhf_resumes_bit_for_bit(
     here: Path, base_folder: Path, learnt: tuple[dict[str, dict[str, str]], float], seed: int
 ) -> None:
     expected, seconds = learnt

@@ -24,20 +24,20 @@ def told(here: Path, text: str, **changes: object) -> str:
     return str(refused.value)
 
 
-def test_a_stage_takes_adapter_template_and_base_of_the_one_before(here: Path) -> None:
-    own = given(here, PIPELINE, **{"sft.adapter.rank": 3, "sft.data.system": "Be short."})
-    assert list(own.recipes) == ["sft", "taste", "dpo"]
+def test_a_stage_inherits_adapter_template_and_base(here: Path) -> None:
+    pipeline = given(here, PIPELINE, **{"sft.adapter.rank": 3, "sft.data.system": "Be short."})
+    assert list(pipeline.recipes) == ["sft", "taste", "dpo"]
     for name in ("taste", "dpo"):
-        settings = own.recipes[name].settings
+        settings = pipeline.recipes[name].settings
         assert settings.model.start == "sft" and settings.adapter.rank == 3
         assert settings.data.system == "Be short."
 
 
-def test_what_is_set_wins_over_the_recipe_and_the_command_line_over_both(here: Path) -> None:
-    own = given(here, PIPELINE, **{"dpo.train.batch_size": 4})
-    train = own.recipes["dpo"].settings.train
+def test_override_precedence(here: Path) -> None:
+    pipeline = given(here, PIPELINE, **{"dpo.train.batch_size": 4})
+    train = pipeline.recipes["dpo"].settings.train
     assert (train.max_steps, train.batch_size, train.learning_rate) == (3, 4, 1e-2)
-    origins = own.recipes["dpo"].origins
+    origins = pipeline.recipes["dpo"].origins
     assert origins["train.max_steps"] == "own.yaml:5" and origins["train.batch_size"] == "command line"
     assert origins["model.start"] == "own.yaml:5" and origins["train.learning_rate"] == "small.yaml:4"
     assert given(here, PIPELINE, **{"dpo.train.max_steps": 7}).recipes["dpo"].settings.train.max_steps == 7
@@ -50,7 +50,7 @@ def test_a_section_may_be_set_as_a_mapping(here: Path) -> None:
     assert own.origins["train.epochs"] == own.origins["align.loss"] == "own.yaml:5"
 
 
-def test_the_digest_is_of_settings_and_data_of_all_stages(here: Path) -> None:
+def test_the_digest_covers_settings_and_data_of_all_stages(here: Path) -> None:
     first = given(here, PIPELINE)
     assert given(here, PIPELINE).digest == first.digest
     assert given(here, f"# a comment\n{PIPELINE}").digest == first.digest
@@ -61,13 +61,13 @@ def test_the_digest_is_of_settings_and_data_of_all_stages(here: Path) -> None:
 
 
 def test_the_resolved_file_is_the_same_pipeline(here: Path) -> None:
-    own = given(here, PIPELINE, **{"sft.train.epochs": 2.5, "taste.reward.centring": 0.1})
-    (here / "again.yaml").write_text(own.to_yaml())
+    pipeline = given(here, PIPELINE, **{"sft.train.epochs": 2.5, "taste.reward.centring": 0.1})
+    (here / "again.yaml").write_text(pipeline.to_yaml())
     again = load_pipeline("again.yaml")
-    assert again.digest == own.digest and again.name == "again"
+    assert again.digest == pipeline.digest and again.name == "again"
 
 
-def test_another_base_takes_the_public_stages(here: Path, base_folder: Path) -> None:
+def test_another_base_selects_the_public_stages(here: Path, base_folder: Path) -> None:
     text = PIPELINE + "public:\n  only: {recipe: sft/small}\n  then: {recipe: dpo/small, from: only}\n"
     (here / "own.yaml").write_text(text)
     assert list(load_pipeline("own.yaml").recipes) == ["sft", "taste", "dpo"]
@@ -83,11 +83,11 @@ def test_another_base_takes_the_public_stages(here: Path, base_folder: Path) -> 
 
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("base", [None, "llama-2-7b", "mistral-7b"])
-def test_shipped_pipelines_are_in_order(name: str, base: str | None) -> None:
-    own = load_pipeline(name, base=base)
-    assert 20 < len(own.description) <= 110
-    assert all(recipe.settings.model.base == (base or "tiny") for recipe in own.recipes.values())
-    assert len(own.entries) >= 2 and own.entries[-1].start is not None
+def test_shipped_pipelines_are_valid(name: str, base: str | None) -> None:
+    pipeline = load_pipeline(name, base=base)
+    assert 20 < len(pipeline.description) <= 110
+    assert all(recipe.settings.model.base == (base or "tiny") for recipe in pipeline.recipes.values())
+    assert len(pipeline.entries) >= 2 and pipeline.entries[-1].init_from is not None
 
 
 MISTAKES = {
@@ -175,7 +175,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told_before_anything_runs(here: Path, call: Call, name: str) -> None:
+def test_a_problem_is_reported_before_anything_runs(here: Path, call: Call, name: str) -> None:
     text, fragments = MISTAKES[name]
     (here / "own.yaml").write_text(text)
     before = sorted(here.rglob("*"))
@@ -187,7 +187,7 @@ def test_a_mistake_is_told_before_anything_runs(here: Path, call: Call, name: st
     assert sorted(here.rglob("*")) == before
 
 
-def test_every_mistake_is_told_at_once(here: Path) -> None:
+def test_all_problems_are_reported_at_once(here: Path) -> None:
     text = """\
 stages:
   sft: {recipe: sft/small, set: {train.epoch: 2}}
@@ -207,7 +207,7 @@ stages:
         assert fragment in error
 
 
-def test_words_of_the_command_line(call: Call) -> None:
+def test_command_line_overrides(call: Call) -> None:
     status, _, err = call("run", "three", "fast")
     assert status == 2 and "'fast' (command line): invalid override" in err
     status, _, err = call("run", "there")

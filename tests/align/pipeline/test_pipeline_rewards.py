@@ -54,20 +54,20 @@ def told(place: Path, text: str) -> str:
     return str(refused.value)
 
 
-def test_ppo_that_was_run_alone_is_not_repeated(call: Call, place: Path) -> None:
+def test_a_standalone_ppo_run_is_reused(call: Call, place: Path) -> None:
     status, _, err = call("ppo", "small")
     assert status == 0, err
-    made = sorted(path.name for path in (place / "runs").iterdir())
-    assert [name.split("-")[0] for name in made] == ["ppo", "reward", "sft"]
+    run_names = sorted(path.name for path in (place / "runs").iterdir())
+    assert [name.split("-")[0] for name in run_names] == ["ppo", "reward", "sft"]
     (place / "own.yaml").write_text(WHOLE)
     status, out, _ = call("run", "own.yaml")
     assert status == 0 and out.count("already finished: runs/") == 3
-    assert sorted(Path(stage["run"]).name for stage in record(place)["stages"].values()) == made
+    assert sorted(Path(stage["run"]).name for stage in record(place)["stages"].values()) == run_names
     page = next(place.glob("runs/own-*/report.html")).read_text()
     assert "rewards: reward" in page and "held-out reward" in page
 
 
-def test_two_rewards_are_called_by_their_stages(call: Call, place: Path) -> None:
+def test_two_rewards_are_named_by_their_stages(call: Call, place: Path) -> None:
     (place / "own.yaml").write_text(TWO)
     status, out, err = call("run", "own.yaml")
     assert status == 0, err
@@ -76,14 +76,14 @@ def test_two_rewards_are_called_by_their_stages(call: Call, place: Path) -> None
     text = (place / stages["ppo"]["run"] / "recipe.yaml").read_text()
     for name in ("helpfulness", "safety"):
         assert f"run: {stages[name]['run']}" in text and f"name: {name}" in text
-    samples = [json.loads(line) for line in next(place.glob("runs/own-*/samples.jsonl")).open()]
-    assert [list(line["rewards"]) for line in samples] == [["helpfulness", "safety"]] * 2
-    assert [list(line["replies"]) for line in samples] == [["sft", "ppo"]] * 2
+    samples = [json.loads(sample) for sample in next(place.glob("runs/own-*/samples.jsonl")).open()]
+    assert [list(sample["rewards"]) for sample in samples] == [["helpfulness", "safety"]] * 2
+    assert [list(sample["replies"]) for sample in samples] == [["sft", "ppo"]] * 2
     command = json.loads((place / stages["ppo"]["run"] / "run.json").read_text())["command"]
     assert command.startswith(f"llm-align ppo small --from {stages['sft']['run']} 'reward.sources=[")
 
 
-def test_what_cannot_be_a_reward_is_told_before_anything_runs(place: Path) -> None:
+def test_invalid_rewards_are_reported_before_anything_runs(place: Path) -> None:
     error = told(place, WHOLE.replace("reward: reward}", "reward: sft}"))
     assert "stages.ppo.reward (own.yaml:4): 'sft' is not a reward model" in error
     error = told(place, TWO.replace("safety]", "safety, safety]"))
@@ -100,7 +100,7 @@ def test_what_cannot_be_a_reward_is_told_before_anything_runs(place: Path) -> No
     assert not (place / "runs").exists()
 
 
-def test_a_reward_on_the_base_does_not_fit_a_policy_of_full_tuning(place: Path) -> None:
+def test_a_reward_on_the_base_does_not_fit_a_fully_finetuned_policy(place: Path) -> None:
     text = WHOLE.replace("sft/small}", "sft/small, set: {adapter: {method: full}}}")
     path = place / "recipes" / "sft" / "small.yaml"
     path.write_text(path.read_text().replace("adapter: {method: lora, rank: 2}\n", ""))
@@ -109,6 +109,6 @@ def test_a_reward_on_the_base_does_not_fit_a_policy_of_full_tuning(place: Path) 
         "stage ppo: reward (own.yaml:4): 'reward' is based on " in error
         and "this stage on stage sft" in error
     )
-    own = place / "own.yaml"
-    own.write_text(text.replace("reward/small}", "reward/small, from: sft}"))
+    pipeline_file = place / "own.yaml"
+    pipeline_file.write_text(text.replace("reward/small}", "reward/small, from: sft}"))
     assert list(load_pipeline("own.yaml").recipes) == ["sft", "reward", "ppo"]

@@ -16,7 +16,7 @@ import warm
 from small_pipelines import COMMAND, Call, record, weights
 
 from align import load_pipeline, load_reward, run_pipeline
-from align.pipeline.compare import compare
+from align.pipeline.compare import compare_stages
 from align.pipeline.directory import PipelineDirectory
 
 NAMES = ("sft", "taste", "dpo")
@@ -44,10 +44,10 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_every_stage_goes_on_from_the_one_that_it_names(done: Path) -> None:
-    whole = record(done)
-    stages = whole["stages"]
-    assert whole["status"] == "finished" and list(stages) == list(NAMES)
+def test_every_stage_is_initialized_from_its_parent(done: Path) -> None:
+    pipeline_record = record(done)
+    stages = pipeline_record["stages"]
+    assert pipeline_record["status"] == "finished" and list(stages) == list(NAMES)
     runs = {name: json.loads((done / stages[name]["run"] / "run.json").read_text()) for name in NAMES}
     assert [runs[name]["recipe"] for name in NAMES] == ["small"] * 3
     assert runs["taste"]["start"]["files"] == runs["dpo"]["start"]["files"] == runs["sft"]["files"]
@@ -56,7 +56,7 @@ def test_every_stage_goes_on_from_the_one_that_it_names(done: Path) -> None:
     assert began == sorted(began)
 
 
-def test_a_finished_pipeline_answers_at_once(done: Path) -> None:
+def test_a_finished_pipeline_returns_at_once(done: Path) -> None:
     def files() -> dict[Path, int]:
         return {
             file: file.stat().st_mtime_ns for file in done.glob("runs/*/*") if "pipeline" not in file.name
@@ -65,32 +65,32 @@ def test_a_finished_pipeline_answers_at_once(done: Path) -> None:
     before = files()
     program = "import sys; from align import cli; sys.argv[1:] = ['run', 'three']; cli.main(); "
     program += "print('HEAVY', sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.returncode == 0 and ended.stdout.endswith("HEAVY []\n"), ended.stderr
-    assert ended.stdout.count("already finished: runs/") == 3
-    assert f"llm-align chat {record(done)['stages']['dpo']['run']}" in ended.stdout
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.endswith("HEAVY []\n"), result.stderr
+    assert result.stdout.count("already finished: runs/") == 3
+    assert f"llm-align chat {record(done)['stages']['dpo']['run']}" in result.stdout
     assert files() == before
 
 
-def test_a_stage_that_was_run_alone_is_not_repeated_and_the_other_way_round(call: Call, here: Path) -> None:
+def test_standalone_runs_and_pipeline_runs_are_shared(call: Call, here: Path) -> None:
     assert call("sft", "small")[0] == 0
-    (alone,) = (here / "runs").iterdir()
+    (standalone_run,) = (here / "runs").iterdir()
     assert call("dpo", "small", "--from", "sft-small", "train.max_steps=3")[0] == 0
-    made = sorted(path.name for path in (here / "runs").iterdir())
+    run_names = sorted(path.name for path in (here / "runs").iterdir())
     status, out, _ = call("run", "three")
-    assert status == 0 and f"already finished: runs/{alone.name}" in out
+    assert status == 0 and f"already finished: runs/{standalone_run.name}" in out
     assert out.count("already finished: ") == 2
     stages = record(here)["stages"]
-    assert sorted(Path(stages[name]["run"]).name for name in ("sft", "dpo")) == sorted(made)
+    assert sorted(Path(stages[name]["run"]).name for name in ("sft", "dpo")) == sorted(run_names)
 
     command = json.loads((here / stages["taste"]["run"] / "run.json").read_text())["command"].split()
-    assert command == ["llm-align", "reward", "small", "--from", f"runs/{alone.name}"]
+    assert command == ["llm-align", "reward", "small", "--from", f"runs/{standalone_run.name}"]
     before = len(list((here / "runs").iterdir()))
     assert call(*command[1:])[0] == 0
     assert len(list((here / "runs").iterdir())) == before, "the recorded command means the same run"
 
 
-def test_what_is_changed_runs_again_and_nothing_else(call: Call, done: Path) -> None:
+def test_only_changed_stages_run_again(call: Call, done: Path) -> None:
     status, out, _ = call("run", "three", "dpo.train.max_steps=1")
     assert status == 0 and out.count("already finished: ") == 2
     assert [f"[{number}/3] {name}: " in out for number, name in enumerate(NAMES, 1)] == [True] * 3
@@ -109,32 +109,32 @@ def test_force_starts_every_stage_over(call: Call, done: Path) -> None:
     assert all(new > old for old, new in zip(before, after, strict=True)) and weights(done) == files
 
 
-def test_python_gives_results_by_name(done: Path) -> None:
+def test_python_returns_results_by_name(done: Path) -> None:
     result = run_pipeline(load_pipeline("three", out="whole"))
     assert result.directory == Path("whole") and result.record["status"] == "finished"
     assert list(result.stages) == list(NAMES) and result.last is result.stages["dpo"]
     assert [line["step"] for line in result.last.metrics] == [1, 2, 3]
     assert [list(line["replies"]) for line in result.samples] == [["sft", "dpo"]] * 2
-    said = {sample["prompt"]: sample for sample in result.last.samples}
+    samples_by_prompt = {sample["prompt"]: sample for sample in result.last.samples}
     judge = load_reward(result.stages["taste"].directory)
     for line in result.samples:
-        own = said[line["prompt"]]
-        assert line["replies"] == {"sft": own["before"], "dpo": own["after"]}
+        stage_sample = samples_by_prompt[line["prompt"]]
+        assert line["replies"] == {"sft": stage_sample["before"], "dpo": stage_sample["after"]}
         assert list(line["rewards"]) == ["taste"] and list(line["rewards"]["taste"]) == ["sft", "dpo"]
         for name, reply in line["replies"].items():
             [score] = judge.score([line["prompt"]], [reply])["total"]
             assert line["rewards"]["taste"][name] == pytest.approx(score, abs=1e-4)
 
 
-def test_replies_that_no_run_has_written_are_generated(done: Path) -> None:
+def test_missing_completions_are_generated(done: Path) -> None:
     result = run_pipeline(load_pipeline("three"))
-    own = load_pipeline("three")
-    apart = replace(own, entries=[replace(entry, start=None) for entry in own.entries])
-    lines = compare(apart, PipelineDirectory(own), result.stages)
-    assert lines == result.samples, "the start's own greedy replies are what dpo has found before training"
+    pipeline = load_pipeline("three")
+    detached = replace(pipeline, entries=[replace(entry, init_from=None) for entry in pipeline.entries])
+    entries = compare_stages(detached, PipelineDirectory(pipeline), result.stages)
+    assert entries == result.samples, "the start's own greedy replies are what dpo has found before training"
 
 
-def test_the_report_holds_every_stage(done: Path) -> None:
+def test_the_report_contains_every_stage(done: Path) -> None:
     (file,) = done.glob("runs/three-*/report.html")
     text = file.read_text()
     page = Page(text)
@@ -144,13 +144,21 @@ def test_the_report_holds_every_stage(done: Path) -> None:
         assert link[1:] in page.ids if link.startswith("#") else (file.parent / link).is_file()
     for sample in [json.loads(line) for line in (file.parent / "samples.jsonl").read_text().splitlines()]:
         assert f"{sample['rewards']['taste']['dpo']:+.2f}" in text
-    for part in ("held-out accuracy", "Held-out comparisons", "training loss (nats", "three small stages"):
-        assert part in text
-    own = [page.read_text() for page in done.glob("runs/*-small-*/report.html")]
-    assert len(own) == 3 and text.count("<svg") == sum(page.count("<svg") for page in own) > 5
+    for fragment in (
+        "held-out accuracy",
+        "Held-out comparisons",
+        "training loss (nats",
+        "three small stages",
+    ):
+        assert fragment in text
+    stage_reports = [page.read_text() for page in done.glob("runs/*-small-*/report.html")]
+    assert (
+        len(stage_reports) == 3
+        and text.count("<svg") == sum(page.count("<svg") for page in stage_reports) > 5
+    )
 
 
-def test_a_stage_that_is_refused_tells_which_one(call: Call, here: Path) -> None:
+def test_a_rejected_stage_is_named(call: Call, here: Path) -> None:
     rows = (here / "pairs.jsonl").read_text()
     (here / "pairs.jsonl").write_text(rows.replace('"chosen"', '"liked"'))
     status, _, err = call("run", "three")
@@ -160,7 +168,7 @@ def test_a_stage_that_is_refused_tells_which_one(call: Call, here: Path) -> None
     assert record(here)["stages"]["dpo"]["status"] == "waiting"
 
 
-def test_a_run_that_has_lost_its_weights_is_told_once(call: Call, done: Path) -> None:
+def test_a_run_without_weights_is_reported_once(call: Call, done: Path) -> None:
     adapter = done / record(done)["stages"]["sft"]["run"] / "adapter" / "adapter_model.safetensors"
     adapter.unlink()
     status, _, err = call("run", "three", "dpo.train.max_steps=1")
@@ -174,8 +182,10 @@ def test_a_stage_killed_while_its_report_is_written_is_not_finished(
     for made in ("three", "dpo"):
         shutil.rmtree(next(done.glob(f"runs/{made}-*")))
     with monkeypatch.context() as patch:
-        patch.setattr("finetune.training.job.write_report", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        patch.setattr("finetune.training.stops.Interrupt.receive", _killed)
+        patch.setattr(
+            "finetune.training.context.write_report", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+        )
+        patch.setattr("finetune.distributed.interrupts.SignalFlag.handle", _killed)
         with pytest.raises(Killed):
             call("run", "three")
     (run,) = done.glob("runs/dpo-small-*/run.json")
@@ -192,7 +202,7 @@ def _killed(*_: object) -> None:
     raise Killed
 
 
-def test_the_first_stage_refused_leaves_nothing(call: Call, here: Path) -> None:
+def test_a_rejected_first_stage_leaves_no_files(call: Call, here: Path) -> None:
     (here / "bad.jsonl").write_text('{"instruct": "a"}\n' * 20)
     before = sorted(here.rglob("*"))
     status, _, err = call("run", "three", f"sft.data.source={here / 'bad.jsonl'}")
@@ -207,7 +217,7 @@ def test_nan_names_the_stage_and_ends_with_status_1(call: Call, here: Path) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_with_status_130_and_the_same_command_goes_on(
+def test_a_signal_exits_with_130_and_the_same_command_resumes(
     call: Call, done: Path, finished: Path, number: int
 ) -> None:
     for made in ("three", "reward", "dpo"):
@@ -225,7 +235,7 @@ def test_a_signal_ends_with_status_130_and_the_same_command_goes_on(
     assert record(done)["status"] == "finished" and weights(done) == weights(finished)
 
 
-def test_a_foreign_folder_is_left_alone(call: Call, here: Path) -> None:
+def test_a_foreign_folder_is_not_changed(call: Call, here: Path) -> None:
     (here / "mine").mkdir()
     (here / "mine" / "letter.txt").write_text("a")
     status, _, err = call("run", "three", "--out", "mine")
@@ -233,9 +243,9 @@ def test_a_foreign_folder_is_left_alone(call: Call, here: Path) -> None:
     assert not (here / "runs").exists() and len(list((here / "mine").iterdir())) == 1
 
 
-def test_a_pipeline_wants_no_launcher(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_rejects_a_launcher(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    status, _, said = call("run", "three")
-    assert status == 2 and "a launcher with 2 processes" in said
-    assert "run `llm-align run` without a launcher" in said
+    status, _, err = call("run", "three")
+    assert status == 2 and "a launcher with 2 processes" in err
+    assert "run `llm-align run` without a launcher" in err

@@ -13,25 +13,25 @@ import warm
 
 from finetune.planning.solver import Combination
 
-PREFERENCES = ("reward", "dpo", "kto", "hindsight")
-DRAWN = ("ppo", "rejection", "rloo", "grpo")
+PREFERENCE_STAGES = ("reward", "dpo", "kto", "hindsight")
+GENERATING_STAGES = ("ppo", "rejection", "rloo", "grpo")
 REWARD = "def short(prompt, completion):\n    return -0.1 * len(completion)\n"
-NEEDS = {
+STAGE_SECTIONS = {
     "ppo": "sampling: {max_new_tokens: 4}\nppo: {rollout_size: 8, epochs: 1, missing_end: null}\n",
     "rloo": "sampling: {samples: 4, max_new_tokens: 4}\n",
     "grpo": "sampling: {samples: 4, max_new_tokens: 4}\n",
     "rejection": "sampling: {max_new_tokens: 4}\n"
     "rejection: {rounds: 1, prompts: 8, samples: 2, keep: best, unfinished: learn}\n",
 }
-SMALL = {"vera": "rank: 8", "oft": "block_size: 8", "multitask_prompt": "virtual_tokens: 8"}
-SMALL["trainable_tokens"] = f"tokens: {list(range(20, 60))}"
+SMALL_ADAPTER_SETTINGS = {"vera": "rank: 8", "oft": "block_size: 8", "multitask_prompt": "virtual_tokens: 8"}
+SMALL_ADAPTER_SETTINGS["trainable_tokens"] = f"tokens: {list(range(20, 60))}"
 """Settings of adapters whose defaults are for larger models."""
 TEMPLATES = {"rloo": "plain", "grpo": "plain", "hindsight": "vicuna"}
-SECONDS, SHOWN = 240, 6000
+TIMEOUT_SECONDS, SHOWN = 240, 6000
 
 
 @dataclass(frozen=True)
-class World:
+class CellFiles:
     """Files that cells run on: a base, and data of each kind."""
 
     folder: Path
@@ -43,36 +43,36 @@ class World:
 
     def rows(self, stage: str) -> Path:
         """Return the data file of a stage."""
-        kind = "pairs" if stage in PREFERENCES else "prompts" if stage in DRAWN else "sums"
+        kind = "pairs" if stage in PREFERENCE_STAGES else "prompts" if stage in GENERATING_STAGES else "sums"
         return self.folder / f"{kind}.jsonl"
 
 
-def make_world(folder: Path) -> World:
+def make_cell_files(folder: Path) -> CellFiles:
     """Write a random Llama of two layers, biases in its attention, and 24 rows of each kind."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    world = World(folder)
+    files = CellFiles(folder)
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
         ["### Instruction: ### Input: ### Response: Add the numbers."] * 4, vocab_size=400
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
-    tokenizer.save_pretrained(world.base)
+    tokenizer.save_pretrained(files.base)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    special_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(
         vocab_size=512,
         attention_bias=True,
         num_key_value_heads=4,
         max_position_embeddings=512,
         **sizes,
-        **ends,
+        **special_ids,
     )
-    LlamaForCausalLM(config).save_pretrained(world.base)
+    LlamaForCausalLM(config).save_pretrained(files.base)
     sums = [
         {"instruction": "Add the numbers.", "input": f"{i} {i % 7}", "output": f"{i + i % 7}"}
         for i in range(24)
@@ -81,65 +81,67 @@ def make_world(folder: Path) -> World:
         {"prompt": f"Add {i} {i % 7}", "chosen": f"{i + i % 7}", "rejected": f"no {i}"} for i in range(24)
     ]
     for name, rows in {"sums": sums, "pairs": pairs, "prompts": pairs}.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        jsonl = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(jsonl, encoding="utf-8")
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
-    return world
+    return files
 
 
-def recipe_text(cell: Combination, world: World) -> str:
+def recipe_text(cell: Combination, files: CellFiles) -> str:
     """Return the recipe of a cell."""
-    adapter = ", ".join(filter(None, [f"method: {cell.adapter}", SMALL.get(cell.adapter, "")]))
+    adapter = ", ".join(
+        filter(None, [f"method: {cell.adapter}", SMALL_ADAPTER_SETTINGS.get(cell.adapter, "")])
+    )
     template = TEMPLATES.get(cell.stage, "alpaca")
     lines = [
         f"stage: {cell.stage}",
-        f"model: {{base: {world.base}, precision: float32, quantization: {cell.quantization}}}",
-        f"data: {{source: {world.rows(cell.stage)}, template: {template}, cache: false, held_out: 4}}",
+        f"model: {{base: {files.base}, precision: float32, quantization: {cell.quantization}}}",
+        f"data: {{source: {files.rows(cell.stage)}, template: {template}, cache: false, held_out: 4}}",
         f"adapter: {{{adapter}}}",
         "train: {max_steps: 3, batch_size: 8, micro_batch_size: 2, warmup: 0,"
         f" engine: {cell.engine}, optimizer: {cell.optimizer},"
         f" strategy: {cell.strategy}, processes: {cell.processes}, offload: {cell.offload}}}",
         "evaluate: {samples: 1, max_new_tokens: 3}" if cell.stage != "reward" else "",
-        f'reward: {{sources: "{world.folder}/reward.py:short"}}' if cell.stage in DRAWN else "",
-        NEEDS.get(cell.stage, ""),
+        f'reward: {{sources: "{files.folder}/reward.py:short"}}' if cell.stage in GENERATING_STAGES else "",
+        STAGE_SECTIONS.get(cell.stage, ""),
     ]
     return "\n".join(line for line in lines if line)
 
 
-def name_of(cell: Combination) -> str:
+def cell_name(cell: Combination) -> str:
     """Return a cell's name."""
     parts = [cell.stage, cell.adapter, cell.quantization, cell.strategy]
-    further = [value for value in (cell.engine, cell.optimizer, cell.offload) if value not in USUAL]
-    return "-".join(parts + further)
+    options = [value for value in (cell.engine, cell.optimizer, cell.offload) if value not in DEFAULT_VALUES]
+    return "-".join(parts + options)
 
 
-USUAL = ("native", "adamw", "none")
+DEFAULT_VALUES = ("native", "adamw", "none")
 
 
-def command(cell: Combination, world: World, out: Path) -> list[str]:
+def cell_command(cell: Combination, files: CellFiles, out: Path) -> list[str]:
     """Write a cell's recipe next to ``out`` and return its command."""
     recipe = out.with_suffix(".yaml")
-    recipe.write_text(recipe_text(cell, world), encoding="utf-8")
+    recipe.write_text(recipe_text(cell, files), encoding="utf-8")
     return [sys.executable, "-m", "align", cell.stage, str(recipe), "--out", str(out)]
 
 
-def run(cell: Combination, world: World, out: Path) -> tuple[int, str]:
+def run_cell(cell: Combination, files: CellFiles, out: Path) -> tuple[int, str]:
     """Run a cell; return its exit status and output."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(cell, world, out),
+    completed = subprocess.run(
+        cell_command(cell, files, out),
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=TIMEOUT_SECONDS,
         check=False,
         env=environment,
     )
-    return done.returncode, done.stdout + done.stderr
+    return completed.returncode, completed.stdout + completed.stderr
 
 
-def run_at_once(cell: Combination, world: World, out: Path) -> tuple[int, str]:
+def run_at_once(cell: Combination, world: CellFiles, out: Path) -> tuple[int, str]:
     """Run a cell as a launcher of the user's would, on processes that begin at once."""
-    log, words = out.with_suffix(".log"), command(cell, world, out)
+    log, words = out.with_suffix(".log"), cell_command(cell, world, out)
     launcher = {"WORLD_SIZE": cell.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with log.open("wb") as file:
         processes = []
@@ -155,7 +157,7 @@ def run_at_once(cell: Combination, world: World, out: Path) -> tuple[int, str]:
 
 def ended(processes: list[warm.Popen]) -> list[int]:
     """Return exit statuses; where one process failed or time is up, the others are killed."""
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + TIMEOUT_SECONDS
     while any(process.poll() is None for process in processes):
         if any(process.returncode for process in processes):
             end = min(end, time.monotonic() + 3)

@@ -1,10 +1,10 @@
 """A random base and data for cells of the compatibility matrix."""
 
 import pytest
-from cells import World, make_world
+from cells import CellFiles, make_cell_files
 
 
 @pytest.fixture(scope="session")
-def cell_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def cell_files(tmp_path_factory: pytest.TempPathFactory) -> CellFiles:
     """Return a folder with a base and data."""
-    return make_world(tmp_path_factory.mktemp("cells"))
+    return make_cell_files(tmp_path_factory.mktemp("cells"))

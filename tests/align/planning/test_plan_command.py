@@ -21,15 +21,15 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
 
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llm-align", "plan", *words])
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["llm-align", "plan", *arguments])
         status = 0
         try:
             cli.main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        told = capsys.readouterr()
-        return status, told.out, told.err
+        except SystemExit as exit_error:
+            status = int(exit_error.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
 
     return run
 
@@ -60,16 +60,16 @@ except SystemExit as end:
     ],
     ids=" ".join,
 )
-def test_pain_20_it_answers_without_torch(words: list[str]) -> None:
-    program = PROGRAM.format(heavy=HEAVY, words=words)
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "STATUS" not in ended.stdout.replace("STATUS 3", ""), ended.stdout + ended.stderr
+def test_pain_20_plan_runs_without_torch(arguments: list[str]) -> None:
+    program = PROGRAM.format(heavy=HEAVY, words=arguments)
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "STATUS" not in completed.stdout.replace("STATUS 3", ""), completed.stdout + completed.stderr
 
 
-def test_it_says_where_the_memory_goes_how_long_and_why(call: Call) -> None:
+def test_plan_output(call: Call) -> None:
     status, out, _ = call("alpaca", "--gpu", "rtx4090")
     assert status == 0
-    for words in (
+    for fragment in (
         "Fits: peak",
         "activations",
         "logits and loss",
@@ -82,50 +82,50 @@ def test_it_says_where_the_memory_goes_how_long_and_why(call: Call) -> None:
         "model.precision=bfloat16",
         "llm-align sft alpaca",
     ):
-        assert words in out, words
+        assert fragment in out, fragment
 
 
-def test_what_does_not_fit_stands_first_and_ends_with_status_3(call: Call) -> None:
+def test_misfit_exits_with_status_3(call: Call) -> None:
     status, out, _ = call("alpaca", "--base", "llama-2-70b", "--gpu", "rtx4090")
     assert status == 3 and out.splitlines()[1].startswith("Does not fit")
     assert "too little" in out and "--fit" in out
 
 
-def test_fit_prints_what_to_type(call: Call) -> None:
+def test_fit_prints_the_command(call: Call) -> None:
     status, out, _ = call("alpaca", "--gpu", "t4", "--fit")
     last = [line for line in out.splitlines() if line.strip()][-1]
     assert status == 3 and last.startswith("next") and "llm-align sft alpaca model.precision=float16" in last
     assert "append to the command" in out and "(unchanged)" in out
 
 
-def test_fit_says_so_where_nothing_has_to_change_and_where_nothing_helps(call: Call) -> None:
+def test_fit_without_needed_or_possible_changes(call: Call) -> None:
     assert "no change needed: llm-align sft alpaca" in call("alpaca", "--gpu", "h100", "--fit")[1]
     hopeless = call("alpaca", "--base", "llama-2-70b", "--gpu", "8GB", "--fit")[1]
     assert "no alternative fits" in hopeless
 
 
-def test_json_holds_the_same(call: Call) -> None:
+def test_json_output(call: Call) -> None:
     status, out, _ = call("alpaca", "--gpu", "rtx4090", "--json", "--fit")
-    told: dict[str, Any] = json.loads(out)
-    assert status == 0 and told["fits"] is True
-    assert told["parameters"] == {"trained": 19_988_480, "total": 6_758_404_096}
-    assert told["peak"]["bytes"] == max(
-        phase["total"] for phase in told["phases"] if phase["name"] != "merge"
+    content: dict[str, Any] = json.loads(out)
+    assert status == 0 and content["fits"] is True
+    assert content["parameters"] == {"trained": 19_988_480, "total": 6_758_404_096}
+    assert content["peak"]["bytes"] == max(
+        phase["total"] for phase in content["phases"] if phase["name"] != "merge"
     )
-    for phase in told["phases"]:
-        assert phase["total"] == sum(phase["parts"].values())
-    assert told["work"]["steps"] == 1209 and told["alternatives"][0]["append"]
+    for phase in content["phases"]:
+        assert phase["total"] == sum(phase["categories"].values())
+    assert content["work"]["steps"] == 1209 and content["alternatives"][0]["append"]
     assert call("alpaca", "--gpu", "t4", "--json")[0] == 3
 
 
-def test_rows_that_are_not_known_are_said_not_to_be(call: Call) -> None:
+def test_unknown_row_counts_are_reported(call: Call) -> None:
     _, out, _ = call("vicuna", "--gpu", "h100")
     assert "unknown: epochs=3 over an unknown number of rows" in out and "--data FILE" in out
     fixed = call("vicuna", "--gpu", "h100", "train.max_steps=10")[1]
     assert "steps    10 of 128 rows: " in fixed and "unknown number" not in fixed
 
 
-def test_a_card_known_by_its_size_has_no_time(call: Call) -> None:
+def test_a_gpu_given_by_size_has_no_time(call: Call) -> None:
     status, out, _ = call("alpaca", "--gpu", "24GB")
     assert status == 0 and "time     unknown" in out
 
@@ -141,25 +141,27 @@ def test_a_card_known_by_its_size_has_no_time(call: Call) -> None:
         (("nothing",), "stage sft has no such recipe"),
     ],
 )
-def test_mistakes_end_with_status_2_and_a_repair(call: Call, words: tuple[str, ...], expected: str) -> None:
-    status, out, err = call(*words)
+def test_mistakes_end_with_status_2_and_a_repair(
+    call: Call, arguments: tuple[str, ...], expected: str
+) -> None:
+    status, out, err = call(*arguments)
     assert (status, out) == (2, "") and expected in err
 
 
-def test_several_gpus_are_said(call: Call) -> None:
-    words = ("alpaca", "--adapter", "full", "--gpu", "a100-80g", "--gpus", "8", "--strategy", "zero3")
-    status, out, _ = call(*words)
+def test_several_gpus_are_shown(call: Call) -> None:
+    arguments = ("alpaca", "--adapter", "full", "--gpu", "a100-80g", "--gpus", "8", "--strategy", "zero3")
+    status, out, _ = call(*arguments)
     assert status == 0 and "on 8 x a100-80g, zero3" in out and "memory per process" in out
     assert "llm-align sft alpaca --adapter full train.strategy=zero3" in out
 
 
-def test_processes_on_one_cpu_share_its_memory(call: Call) -> None:
-    alone, shared = call("--json")[1], call("train.processes=2", "train.strategy=zero2", "--json")[1]
-    room = [json.loads(told)["device"]["room"] for told in (alone, shared)]
-    assert room[1] < room[0] / 2
+def test_processes_on_one_cpu_divide_its_memory(call: Call) -> None:
+    single, sharded = call("--json")[1], call("train.processes=2", "train.strategy=zero2", "--json")[1]
+    available = [json.loads(output)["device"]["available"] for output in (single, sharded)]
+    assert available[1] < available[0] / 2
     assert "free per process" in call("train.processes=2")[1]
 
 
-def test_the_small_things_are_told_in_mib(call: Call) -> None:
+def test_small_plans_are_in_mib(call: Call) -> None:
     status, out, _ = call()
     assert status == 0 and "memory of the run, MiB" in out and "llm-align sft" in out

@@ -46,19 +46,19 @@ def random_groups(shapes: Sequence[Shape], seed: int = 0) -> list[Group]:
     return [Group(ids(prompt), tuple(ids(length) for length in lengths)) for prompt, lengths in shapes]
 
 
-def separate_logps(model: nn.Module, groups: Sequence[Group]) -> Tensor:
+def plain_logps(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     """Return log p(completion | prompt) the plain way: one row per pass, all logits, shifted by one."""
-    found = []
+    logps_by_completion = []
     for group in groups:
         for completion in group.completions:
             row = torch.cat([group.prompt, completion])
             logps = model(input_ids=row[None]).logits[0, -len(row) :].float().log_softmax(-1)
-            before = logps[len(group.prompt) - 1 : -1]
-            found.append(before.gather(1, completion[:, None]).sum())
-    return torch.stack(found)
+            completion_logps = logps[len(group.prompt) - 1 : -1]
+            logps_by_completion.append(completion_logps.gather(1, completion[:, None]).sum())
+    return torch.stack(logps_by_completion)
 
 
-def mixed(logps: Tensor) -> Tensor:
+def weighted_sum(logps: Tensor) -> Tensor:
     """Return a sum in which each completion has a different weight, positive or negative."""
     return (torch.linspace(-1.0, 1.7, len(logps)) * logps).sum()
 
@@ -68,19 +68,19 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
     trained = {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
-    found = {name: gradient.clone() for name, gradient in trained.items()}
+    grads = {name: gradient.clone() for name, gradient in trained.items()}
     model.zero_grad()
-    return found
+    return grads
 
 
-def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def gradient_error(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Return the largest difference, relative to the largest entry of each expected tensor."""
-    assert found.keys() == expected.keys() and found
+    assert grads.keys() == expected.keys() and grads
     scales = {name: max(float(value.abs().max()), 1e-3) for name, value in expected.items()}
-    return max(float((found[name] - expected[name]).abs().max()) / scales[name] for name in expected)
+    return max(float((grads[name] - expected[name]).abs().max()) / scales[name] for name in expected)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
+def logp_error(logps: Tensor, expected: Tensor) -> float:
     """Return the largest difference of summed log-probabilities, relative where they are above 1 nat."""
-    assert found.shape == expected.shape and found.dtype == torch.float32
-    return float(((found - expected).detach() / expected.detach().abs().clamp(min=1.0)).abs().max())
+    assert logps.shape == expected.shape and logps.dtype == torch.float32
+    return float(((logps - expected).detach() / expected.detach().abs().clamp(min=1.0)).abs().max())

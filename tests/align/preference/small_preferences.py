@@ -2,22 +2,22 @@
 
 from small_tokenizers import tokenizer
 
-from align.preference.rows.comparisons import comparisons
-from align.preference.rows.layouts import LABELLED, RANKINGS
+from align.preference.rows.comparisons import build_comparisons
+from align.preference.rows.layouts import LABELED, RANKINGS
 from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
-from finetune.data.layouts import read_rows, recognise_among
+from finetune.data.layouts import match_layout, parse_rows
 from finetune.data.report import DataReport
-from finetune.data.sources import Row
+from finetune.data.sources import SourceRow
 from finetune.data.tokens import Encoder
 
-BOTH = (*LABELLED, *RANKINGS)
+BOTH = (*LABELED, *RANKINGS)
 
 
 def read(row, columns=None):
     """Return the layout's name and the parsed row."""
-    layout = recognise_among(list(row), BOTH, columns=columns, where="rows", repair="")
-    [judged] = read_rows([Row(row, "file:1")], layout, columns)
+    layout = match_layout(list(row), BOTH, columns=columns, where="rows", repair="")
+    [judged] = parse_rows([SourceRow(row, "file:1")], layout, columns)
     return layout.name, judged
 
 
@@ -25,7 +25,7 @@ def compare(*rows, **settings):
     """Return the comparisons of some rows, and the report."""
     report = DataReport()
     judged = [(read(row)[1], f"file:{number}") for number, row in enumerate(rows, 1)]
-    return comparisons(judged, PreferenceSettings(**settings), source=0, report=report), report
+    return build_comparisons(judged, PreferenceSettings(**settings), source=0, report=report), report
 
 
 def prepared(rows, *, template="hh", tokens="qwen", max_length=512, kind="rankings", seed=0, **settings):

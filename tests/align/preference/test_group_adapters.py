@@ -7,12 +7,12 @@ import torch
 from adapter_properties import FAMILIES, METHODS, base_of, build, first_choice, train
 from group_models import (
     SOME,
-    error,
     gradient_error,
     gradients,
-    mixed,
+    logp_error,
+    plain_logps,
     random_groups,
-    separate_logps,
+    weighted_sum,
 )
 from peft import PeftModel
 from torch import distributed
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 LAYOUTS = {
     "padded": GroupCollator(0),
     "one line": GroupCollator(0, budget=99),
-    "separate": GroupCollator(0, separate=True),
+    "separate": GroupCollator(0, one_per_row=True),
 }
 AS_INPUTS = ("prompt", "ptuning", "multitask_prompt", "progressive_prompt")
 AS_KEYS = ("prefix", "ptuning_v2", "adaptive_prefix")
@@ -41,45 +41,48 @@ def adapted(method: str, family: str, attention: str = "sdpa") -> PeftModel:
     try:
         model = build(method, base)
     except UserError as error:
-        pytest.skip(error.problems[0].found)
+        pytest.skip(error.problems[0].actual)
     train(model, steps=3)
     return model
 
 
-def errors(model: PeftModel) -> dict[str, tuple[float, float]]:
+def layout_errors(model: PeftModel) -> dict[str, tuple[float, float]]:
     """Return the error of each layout against one pass per completion, in log-probabilities and gradients."""
-    groups, found = random_groups(SOME), {}
-    expected = separate_logps(model, groups)
-    wanted = gradients(model, mixed(expected))
+    groups, error_by_layout = random_groups(SOME), {}
+    expected = plain_logps(model, groups)
+    expected_grads = gradients(model, weighted_sum(expected))
     for name, collate in LAYOUTS.items():
         logps = completion_logps(model, output_head(model), collate(groups))
-        found[name] = error(logps, expected), gradient_error(gradients(model, mixed(logps)), wanted)
-    return found
+        error_by_layout[name] = (
+            logp_error(logps, expected),
+            gradient_error(gradients(model, weighted_sum(logps)), expected_grads),
+        )
+    return error_by_layout
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_shared_is_separate_with_every_adapter(method: str, family: str) -> None:
-    for layout, (value, gradient) in errors(adapted(method, family)).items():
+def test_shared_prompts_match_with_every_adapter(method: str, family: str) -> None:
+    for layout, (value, gradient) in layout_errors(adapted(method, family)).items():
         assert value < 1e-5 and gradient < 1e-4, layout
 
 
 @pytest.mark.parametrize("method", [*VIRTUAL, "lora", "llama_adapter"])
-def test_shared_is_separate_in_eager_attention(method: str) -> None:
-    for layout, (value, gradient) in errors(adapted(method, "llama", "eager")).items():
+def test_shared_prompts_match_in_eager_attention(method: str) -> None:
+    for layout, (value, gradient) in layout_errors(adapted(method, "llama", "eager")).items():
         assert value < 1e-5 and gradient < 1e-4, layout
 
 
 @pytest.mark.parametrize("method", [*VIRTUAL, "lora"])
-def test_an_adapter_switched_off_leaves_the_base(method: str) -> None:
+def test_disabled_adapter_gives_the_base(method: str) -> None:
     model, groups = adapted(method, "llama"), random_groups(SOME)
     batch = GroupCollator(0)(groups)
     with torch.no_grad():
-        expected = separate_logps(base_of("llama"), groups)
+        expected = plain_logps(base_of("llama"), groups)
         assert not torch.allclose(completion_logps(model, output_head(model), batch), expected, atol=1e-3)
         with model.disable_adapter():
-            found = completion_logps(model, output_head(model), batch)
-    assert error(found, expected) < 1e-5
+            logps = completion_logps(model, output_head(model), batch)
+    assert logp_error(logps, expected) < 1e-5
 
 
 @pytest.fixture
@@ -91,11 +94,11 @@ def _one_process() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_one_process")
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
-def test_the_mask_goes_through_ddp(method: str) -> None:
+def test_block_mask_works_through_ddp(method: str) -> None:
     model, groups = adapted(method, "llama"), random_groups(SOME)
-    expected = separate_logps(model, groups)
-    wanted = gradients(model, mixed(expected))
+    expected = plain_logps(model, groups)
+    expected_grads = gradients(model, weighted_sum(expected))
     wrapped = DistributedDataParallel(model)
-    found = completion_logps(wrapped, output_head(model), GroupCollator(0)(groups))
-    assert error(found, expected) < 1e-5
-    assert gradient_error(gradients(model, mixed(found)), wanted) < 1e-4
+    logps = completion_logps(wrapped, output_head(model), GroupCollator(0)(groups))
+    assert logp_error(logps, expected) < 1e-5
+    assert gradient_error(gradients(model, weighted_sum(logps)), expected_grads) < 1e-4

@@ -5,70 +5,72 @@ from math import nan
 import pytest
 from small_tokenizers import tokenizer
 
-from align.preference.hindsight import chains, questions
+from align.preference.hindsight import best_completion_prompts, build_chains
 from align.preference.rows.judged import Comparison
 from data_templates._segments import Message
-from finetune.data.conversation import wishing
+from finetune.data.conversation import with_control_suffix
 from finetune.data.tokens import Encoder
 
 GOOD, BAD = "Answer well.", "Answer badly."
 
 
-def said(role: str, text: str) -> Message:
+def message(role: str, text: str) -> Message:
     return Message(role, text)  # type: ignore[arg-type]
 
 
 def ranked(*replies: str, where: str = "f:1") -> Comparison:
-    prompt = (said("user", "one"), said("assistant", "two"), said("user", "three"))
-    answers = tuple(said("assistant", reply) for reply in replies)
-    return Comparison(prompt, answers, (nan,) * len(replies), tuple(range(len(replies))), nan, where)
+    prompt = (message("user", "one"), message("assistant", "two"), message("user", "three"))
+    completions = tuple(message("assistant", reply) for reply in replies)
+    return Comparison(prompt, completions, (nan,) * len(replies), tuple(range(len(replies))), nan, where)
 
 
-def test_the_best_and_the_worst_stand_behind_the_words_that_ask_for_them():
+def test_best_and_worst_follow_their_control_texts():
     rows = [ranked("best", "middle", "worst", where=f"f:{line}") for line in range(40)]
-    talks = chains(rows, good=GOOD, bad=BAD, seed=0)
+    conversations = build_chains(rows, good=GOOD, bad=BAD, seed=0)
     orders = set()
-    for talk in talks:
-        texts = [turn.content for turn in talk.messages]
+    for conversation in conversations:
+        texts = [turn.content for turn in conversation.messages]
         assert texts[:2] == ["one", "two"] and len(texts) == 6
-        asked_for = [(texts[2].removeprefix("three\n\n"), texts[3]), (texts[4], texts[5])]
-        assert sorted(asked_for) == [(BAD, "worst"), (GOOD, "best")]
-        orders.add(tuple(asked_for))
+        controlled = [(texts[2].removeprefix("three\n\n"), texts[3]), (texts[4], texts[5])]
+        assert sorted(controlled) == [(BAD, "worst"), (GOOD, "best")]
+        orders.add(tuple(controlled))
     assert len(orders) == 2, "both orders occur"
-    assert [talk.where for talk in talks] == [row.where for row in rows]
+    assert [conversation.location for conversation in conversations] == [row.location for row in rows]
 
 
-def test_the_order_is_drawn_with_the_seed():
+def test_order_depends_on_the_seed():
     rows = [ranked("a", "b", where=f"f:{line}") for line in range(20)]
-    first, again, other = (chains(rows, good=GOOD, bad=BAD, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (build_chains(rows, good=GOOD, bad=BAD, seed=seed) for seed in (0, 0, 1))
     assert first == again and first != other
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama2", "vicuna"])
-def test_completions_are_learnt_and_feedback_and_history_are_not(template):
+def test_loss_is_on_completions_only(template):
     encoder = Encoder(tokenizer("qwen"), template)
-    [talk] = chains([ranked("good reply", "bad reply")], good=GOOD, bad=BAD, seed=0)
-    encoded = encoder.encode(talk.messages)
-    pairs = zip(encoded.input_ids, encoded.trained, strict=True)
-    learnt = encoder.tokenizer.decode([token for token, trained in pairs if trained])
-    assert "good reply" in learnt and "bad reply" in learnt
-    assert not any(words in learnt for words in ("two", "three", GOOD, BAD))
+    [conversation] = build_chains([ranked("good reply", "bad reply")], good=GOOD, bad=BAD, seed=0)
+    encoded = encoder.encode(conversation.messages)
+    pairs = zip(encoded.input_ids, encoded.loss_mask, strict=True)
+    trained_text = encoder.tokenizer.decode([token for token, trained in pairs if trained])
+    assert "good reply" in trained_text and "bad reply" in trained_text
+    assert not any(words in trained_text for words in ("two", "three", GOOD, BAD))
 
 
-def test_a_tuned_model_is_asked_for_a_good_answer_in_the_words_that_it_learnt():
-    encoder = Encoder(tokenizer("qwen"), "chatml", wish=GOOD)
+def test_generation_prompt_has_the_trained_control_text():
+    encoder = Encoder(tokenizer("qwen"), "chatml", control_suffix=GOOD)
     row = ranked("good reply", "bad reply")
-    [talk] = [
-        talk
+    [conversation] = [
+        conversation
         for seed in range(9)
-        for talk in chains([row], good=GOOD, bad=BAD, seed=seed)
-        if talk.messages[3].content == "good reply"
+        for conversation in build_chains([row], good=GOOD, bad=BAD, seed=seed)
+        if conversation.messages[3].content == "good reply"
     ][:1]
-    asked = encoder.encode_prompt(row.prompt)
-    assert encoder.encode(talk.messages).input_ids[: len(asked)] == asked
-    assert wishing(row.prompt, "") is row.prompt
+    prompt_ids = encoder.encode_prompt(row.prompt)
+    assert encoder.encode(conversation.messages).input_ids[: len(prompt_ids)] == prompt_ids
+    assert with_control_suffix(row.prompt, "") is row.prompt
 
 
-def test_a_question_is_asked_once_with_its_best_completion():
-    found = questions([ranked("a", "b"), ranked("c", "d", where="f:2")])
-    assert [(talk.messages[-1].content, talk.where) for talk in found] == [("a", "f:1")]
+def test_each_prompt_appears_once_with_its_best_completion():
+    prompts = best_completion_prompts([ranked("a", "b"), ranked("c", "d", where="f:2")])
+    assert [(conversation.messages[-1].content, conversation.location) for conversation in prompts] == [
+        ("a", "f:1")
+    ]

@@ -10,14 +10,14 @@ from preference_batches import random_lists
 from torch import Tensor
 
 from align.preference.losses import listwise, pairwise
-from align.preference.losses.catalogue import losses
+from align.preference.losses.catalogue import all_losses
 from align.preference.losses.inputs import Lists, LossOutput
 
-LISTWISE = [name for name, loss in losses().items() if loss.takes == "Lists"]
+LISTWISE = [name for name, loss in all_losses().items() if loss.takes == "Lists"]
 
 
 def call(name: str, lists: Lists, **settings: float) -> LossOutput:
-    return losses()[name].function()(lists, **settings)
+    return all_losses()[name].function()(lists, **settings)
 
 
 def one_list(logps: list[float], scores: list[float], lengths: list[int] | None = None) -> Lists:
@@ -27,7 +27,7 @@ def one_list(logps: list[float], scores: list[float], lengths: list[int] | None 
     return Lists(values, sizes, torch.tensor([scores], dtype=torch.float64), torch.zeros_like(values))
 
 
-def moved(lists: Lists, order: list[int]) -> Lists:
+def reordered(lists: Lists, order: list[int]) -> Lists:
     fields = (lists.logps, lists.lengths, lists.scores, lists.reference_logps)
     return Lists(*[None if field is None else field[:, order] for field in fields])
 
@@ -108,10 +108,10 @@ def test_ties_are_no_preference() -> None:
 
 
 @pytest.mark.parametrize("name", LISTWISE)
-def test_a_list_of_ties_alone_ranks_nothing(name: str) -> None:
+def test_list_of_ties_has_no_ranking_term(name: str) -> None:
     lists = one_list([-1.0, -2.0, -3.0], [5, 5, 5])
     lists.logps.requires_grad_()
-    weights = {key: 0.0 for key in losses()[name].defaults if key == "nll_weight"}
+    weights = {key: 0.0 for key in all_losses()[name].defaults if key == "nll_weight"}
     output = call(name, lists, **weights)
     output.losses.sum().backward()
     assert output.losses.tolist() == [0.0]
@@ -128,19 +128,19 @@ def test_tied_best_completions_share_the_likelihood() -> None:
 
 
 @pytest.mark.parametrize("name", LISTWISE)
-def test_the_order_of_completions_is_of_no_account(name: str) -> None:
+def test_order_of_completions_does_not_matter(name: str) -> None:
     lists = random_lists(6, 4, seed=4)
     ties = replace(lists, scores=lists.scores.clamp(max=2.0))
     for case in (lists, ties):
         expected = call(name, case)
         for order in ([3, 2, 1, 0], [1, 3, 0, 2]):
-            for first, second in zip(call(name, moved(case, order)), expected, strict=True):
+            for first, second in zip(call(name, reordered(case, order)), expected, strict=True):
                 assert torch.allclose(first, second, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", LISTWISE)
 @pytest.mark.parametrize("absent", [0.0, 1e30, float("nan")])
-def test_shorter_lists_stand_beside_longer_ones(name: str, absent: float) -> None:
+def test_padded_lists_match_unpadded_ones(name: str, absent: float) -> None:
     """A list of 3 padded to 5: its loss, rewards and gradient are those of the 3, whatever fills the rest."""
     lists = random_lists(4, 3, seed=5)
     lists.logps.requires_grad_()
@@ -203,7 +203,7 @@ def test_extreme_log_probabilities_stay_finite(name: str) -> None:
     assert logps.grad is not None and logps.grad.isfinite().all()
 
 
-def test_pairs_of_a_list_name_their_places() -> None:
+def test_pairs_of_a_list_follow_better() -> None:
     """Scores 1, 3, 2 of one group, 5, 5, 0 of another: three pairs and two, as `better` has them."""
     lists = Lists(
         torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]]),

@@ -12,11 +12,11 @@ import torch
 from preference_batches import random_batch, random_lists
 
 from align.preference.losses import inputs
-from align.preference.losses.catalogue import Loss, find_loss, losses
-from align.preference.losses.inputs import Lists, Pairs, Range
+from align.preference.losses.catalogue import Loss, all_losses, find_loss
+from align.preference.losses.inputs import Interval, Lists, Pairs
 from finetune.recipe.errors import UserError
 
-LOSSES = losses()
+LOSSES = all_losses()
 FOLDER = Path(inputs.__file__).parent
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
@@ -25,11 +25,11 @@ def test_what_there_is() -> None:
     names = "dpo cdpo robust ipo hinge slic simpo cpo orpo apo_zero apo_down exo rpo plackett_luce rrhf pro"
     assert " ".join(LOSSES) == names
     assert LOSSES["ipo"].defaults == {"beta": 0.1, "over_tokens": "sum"}
-    assert LOSSES["ipo"].allowed == {"beta": Range(0), "over_tokens": ("sum", "mean")}
+    assert LOSSES["ipo"].allowed == {"beta": Interval(0), "over_tokens": ("sum", "mean")}
 
 
 @each_loss
-def test_the_head_that_is_read_is_the_function_s(loss: Loss) -> None:
+def test_parsed_declaration_matches_the_function(loss: Loss) -> None:
     """Python's own view of the function: its settings, their annotations, what it takes, its needs."""
     function = loss.function()
     parameters = list(inspect.signature(function).parameters.values())
@@ -57,7 +57,7 @@ def test_a_reference_is_needed_exactly_where_it_is_declared(loss: Loss) -> None:
         torch.testing.assert_close(loss.function()(with_one), loss.function()(without), rtol=0, atol=0)
 
 
-def stretched(batch: Pairs | Lists, factor: int, *, lengths_only: bool) -> Pairs | Lists:
+def scaled_lengths(batch: Pairs | Lists, factor: int, *, lengths_only: bool) -> Pairs | Lists:
     """Return the batch with all lengths times a factor, and its log-probabilities too unless told not to."""
     fields = {name: getattr(batch, name) for name in type(batch).__slots__ if name != "scores"}
     return replace(
@@ -79,8 +79,8 @@ def test_sums_and_means_are_as_declared(loss: Loss, over_tokens: str) -> None:
         settings["over_tokens"] = over_tokens
     declared = over_tokens if loss.needs.over_tokens == "setting" else loss.needs.over_tokens
     value = loss.function()(batch, **settings).losses
-    longer = loss.function()(stretched(batch, 2, lengths_only=True), **settings).losses
-    doubled = loss.function()(stretched(batch, 2, lengths_only=False), **settings).losses
+    longer = loss.function()(scaled_lengths(batch, 2, lengths_only=True), **settings).losses
+    doubled = loss.function()(scaled_lengths(batch, 2, lengths_only=False), **settings).losses
     assert torch.equal(longer, value) == (declared == "sum")
     assert torch.allclose(doubled, value, atol=1e-12) == (declared == "mean")
 
@@ -114,16 +114,16 @@ def toy_step(loss: Loss, rate: float = 0.05) -> tuple[float, float]:
     def logps() -> torch.Tensor:
         return table.log_softmax(-1)[torch.arange(3), tokens].sum(-1)
 
-    def lead() -> float:
+    def log_ratio() -> float:
         return (logps()[0, 0] - logps()[0, 2]).item()
 
-    before = lead()
+    before = log_ratio()
     lists = Lists(logps(), lengths, scores, reference)
     loss.function()(lists if loss.takes == "Lists" else lists.pairs()).losses.mean().backward()
     assert table.grad is not None
     with torch.no_grad():
         table -= rate * table.grad
-    return before, lead()
+    return before, log_ratio()
 
 
 @each_loss
@@ -133,20 +133,20 @@ def test_a_step_down_raises_the_best_over_the_worst(loss: Loss) -> None:
 
 
 def test_an_unknown_loss_names_the_nearest() -> None:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         find_loss("sinpo", where="align.loss.name")
-    assert str(told.value).startswith(
+    assert str(caught.value).startswith(
         "align.loss.name: the loss 'sinpo' is unknown\n    expected: one of dpo, "
     )
-    assert "did you mean 'simpo'?" in str(told.value)
+    assert "did you mean 'simpo'?" in str(caught.value)
 
 
 def test_settings_are_checked_all_at_once() -> None:
     loss = find_loss("cdpo", where="align.loss.name")
     assert loss.settings({"beta": 1}, where="align.loss") == {"beta": 1, "label_smoothing": 0.1}
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         loss.settings({"beta": 0, "label_smoothing": 0.5, "betta": 1.0}, where="align.loss")
-    assert str(told.value).splitlines() == [
+    assert str(caught.value).splitlines() == [
         "align.loss.beta: found 0",
         "    expected: a number above 0",
         "align.loss.label_smoothing: found 0.5",
@@ -198,14 +198,14 @@ def run_alone(refused: set[str], code: str) -> str:
     return answer.stdout.strip()
 
 
-def test_losses_need_torch_alone() -> None:
+def test_losses_import_only_torch() -> None:
     others = {"transformers", "peft", "trl", "accelerate", "datasets", "pydantic", "ruamel", "finetune"}
     names = "listwise, metrics, pairwise, reward, unpaired"
     code = f"from align.preference.losses import {names}\nprint(pairwise.dpo.__name__)"
     assert run_alone(others, code) == "dpo"
 
 
-def test_the_catalogue_needs_no_torch() -> None:
+def test_catalog_needs_no_torch() -> None:
     load = "from align.preference.losses.catalogue import find_loss"
     code = f"{load}\nprint(find_loss('ipo', where='').needs.reference)"
     assert run_alone({"torch", "transformers", "pydantic"}, code) == "True"

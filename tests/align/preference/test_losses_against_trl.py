@@ -23,13 +23,13 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from align.preference.losses import pairwise
-from align.preference.losses.catalogue import losses
+from align.preference.losses.catalogue import all_losses
 from align.preference.losses.inputs import Pairs
 from align.preference.losses.reward import bradley_terry
 
 LENGTHS = ((4, 6, 3), (5, 2, 7), (3, 4, 4))
 """Tokens of prompt, chosen and rejected completion."""
-SAME = [
+TRL_LOSSES = [
     ("dpo", "sigmoid", {}),
     ("robust", "robust", {"label_smoothing": 0.2}),
     ("ipo", "ipo", {"over_tokens": "mean"}),
@@ -43,20 +43,20 @@ BETA = 0.3
 
 def batch() -> dict[str, Tensor]:
     """Return prompts with chosen, then with rejected completions, in the layout of TRL's collator."""
-    generator, lines = torch.Generator().manual_seed(0), []
+    generator, rows = torch.Generator().manual_seed(0), []
     prompts = [torch.randint(8, 500, (prompt,), generator=generator) for prompt, _, _ in LENGTHS]
-    for column in (1, 2):
+    for side in (1, 2):
         for prompt, lengths in zip(prompts, LENGTHS, strict=True):
-            completion = torch.randint(8, 500, (lengths[column],), generator=generator)
-            lines.append((torch.cat([prompt, completion]), len(prompt)))
-    width = max(len(ids) for ids, _ in lines)
-    columns = torch.arange(width)
-    inside = torch.stack([columns < len(ids) for ids, _ in lines])
-    behind = torch.stack([columns >= prompt for _, prompt in lines])
+            completion = torch.randint(8, 500, (lengths[side],), generator=generator)
+            rows.append((torch.cat([prompt, completion]), len(prompt)))
+    width = max(len(ids) for ids, _ in rows)
+    positions = torch.arange(width)
+    in_row = torch.stack([positions < len(ids) for ids, _ in rows])
+    in_completion = torch.stack([positions >= prompt for _, prompt in rows])
     return {
-        "input_ids": torch.stack([F.pad(ids, (0, width - len(ids))) for ids, _ in lines]),
-        "attention_mask": inside.long(),
-        "completion_mask": (inside & behind).long(),
+        "input_ids": torch.stack([F.pad(ids, (0, width - len(ids))) for ids, _ in rows]),
+        "attention_mask": in_row.long(),
+        "completion_mask": (in_row & in_completion).long(),
     }
 
 
@@ -101,8 +101,8 @@ def dpo_trainer(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     )
 
 
-@pytest.mark.parametrize(("ours", "theirs", "settings"), SAME, ids=[ours for ours, _, _ in SAME])
-def test_losses_and_gradients_are_those_of_trl_s_dpo_trainer(
+@pytest.mark.parametrize(("ours", "theirs", "settings"), TRL_LOSSES, ids=[ours for ours, _, _ in TRL_LOSSES])
+def test_losses_and_gradients_match_trl_dpo_trainer(
     dpo_trainer: Any, ours: str, theirs: str, settings: dict[str, Any]
 ) -> None:
     dpo_trainer.loss_types = [theirs]
@@ -110,7 +110,9 @@ def test_losses_and_gradients_are_those_of_trl_s_dpo_trainer(
     inputs, model = batch(), dpo_trainer.model.eval()
     expected = dpo_trainer.compute_loss(model, inputs)
     expected_slope = gradient(expected, model)
-    output = losses()[ours].function()(our_pairs(model, dpo_trainer.ref_model, inputs), beta=BETA, **settings)
+    output = all_losses()[ours].function()(
+        our_pairs(model, dpo_trainer.ref_model, inputs), beta=BETA, **settings
+    )
     loss = output.losses.mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     slope = gradient(loss, model)
@@ -118,7 +120,7 @@ def test_losses_and_gradients_are_those_of_trl_s_dpo_trainer(
     assert expected_slope.norm() > 1e-4, "the comparison is of something"
 
 
-def test_two_of_trl_s_losses_together_are_rpo(dpo_trainer: Any) -> None:
+def test_rpo_matches_two_trl_losses(dpo_trainer: Any) -> None:
     """DPO and `sft`, weights 1 and 1: TRL's likelihood is the mean over all tokens, so one pair at a time."""
     dpo_trainer.loss_types, dpo_trainer.loss_weights = ["sigmoid", "sft"], [1.0, 1.0]
     inputs = {key: value[[0, len(LENGTHS)]] for key, value in batch().items()}
@@ -129,17 +131,17 @@ def test_two_of_trl_s_losses_together_are_rpo(dpo_trainer: Any) -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("centring", [None, 0.01])
+@pytest.mark.parametrize("center_coefficient", [None, 0.01])
 @pytest.mark.parametrize("with_margins", [False, True])
-def test_bradley_terry_is_trl_s_reward_loss(
-    base_folder: Path, tmp_path: Path, centring: float | None, with_margins: bool
+def test_bradley_terry_matches_trl_reward_trainer(
+    base_folder: Path, tmp_path: Path, center_coefficient: float | None, with_margins: bool
 ) -> None:
     torch.manual_seed(0)
     trainer = RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(base_folder, num_labels=1),
         args=RewardConfig(
             output_dir=str(tmp_path),
-            center_rewards_coefficient=centring,
+            center_rewards_coefficient=center_coefficient,
             use_cpu=True,
             bf16=False,
             report_to="none",
@@ -150,14 +152,16 @@ def test_bradley_terry_is_trl_s_reward_loss(
     inputs = {key: value for key, value in batch().items() if key != "completion_mask"}
     chosen, rejected = trainer.model.eval()(**inputs).logits.squeeze(-1).chunk(2)
     margins = torch.tensor([0.5, 0.0, 2.0]) if with_margins else None
-    ours = bradley_terry(chosen, rejected, margins=margins, centring=centring or 0.0).mean()
+    ours = bradley_terry(
+        chosen, rejected, margins=margins, center_rewards_coefficient=center_coefficient or 0.0
+    ).mean()
     extra = {} if margins is None else {"margin": margins}
     expected = trainer.compute_loss(trainer.model, {**inputs, **extra})
     assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_cpo_simpo_and_cdpo_are_trl_s_cpo_loss(label_smoothing: float) -> None:
+def test_cpo_simpo_and_cdpo_match_trl_cpo_loss(label_smoothing: float) -> None:
     """`cpo_loss` is a public method of four numbers of its trainer; smoothed and unreferenced it is cDPO."""
     from trl.experimental.cpo import CPOTrainer
 
@@ -181,18 +185,18 @@ def test_cpo_simpo_and_cdpo_are_trl_s_cpo_loss(label_smoothing: float) -> None:
     assert torch.allclose(smoothed, sums, atol=1e-12)
     if not label_smoothing:
         assert torch.allclose(pairwise.cpo(pairs, beta=BETA, nll_weight=0.0).losses, sums, atol=1e-12)
-        means = theirs("simpo", pairs.chosen_means, pairs.rejected_means)
+        means = theirs("simpo", pairs.chosen_mean_logps, pairs.rejected_mean_logps)
         assert torch.allclose(pairwise.simpo(pairs, beta=BETA, margin=0.9).losses, means, atol=1e-12)
         printed = theirs("ipo", pairs.chosen_logps, pairs.rejected_logps)
         assert torch.allclose(pairwise.ipo(unreferenced, beta=BETA).losses, printed, atol=1e-12)
 
 
-def test_orpo_is_trl_s_odds_ratio_and_the_likelihood() -> None:
+def test_orpo_matches_trl_odds_ratio_loss() -> None:
     """TRL returns beta log s(log odds ratio), in float32, to be taken from the likelihood."""
     from trl.experimental.orpo import ORPOTrainer
 
     trainer = SimpleNamespace(beta=BETA, accelerator=SimpleNamespace(device="cpu"))
     pairs = random_pairs()
-    theirs = ORPOTrainer.odds_ratio_loss(trainer, pairs.chosen_means, pairs.rejected_means)[0]
-    expected = -pairs.chosen_means - theirs
+    theirs = ORPOTrainer.odds_ratio_loss(trainer, pairs.chosen_mean_logps, pairs.rejected_mean_logps)[0]
+    expected = -pairs.chosen_mean_logps - theirs
     assert torch.allclose(pairwise.orpo(pairs, beta=BETA).losses, expected.double(), atol=1e-6)

@@ -9,10 +9,10 @@ import torch
 from preference_batches import at_margins, by_hand, random_pairs
 
 from align.preference.losses import pairwise
-from align.preference.losses.catalogue import losses
+from align.preference.losses.catalogue import all_losses
 from align.preference.losses.inputs import LossOutput, Pairs
 
-PAIRWISE = [name for name, loss in losses().items() if loss.takes == "Pairs"]
+PAIRWISE = [name for name, loss in all_losses().items() if loss.takes == "Pairs"]
 BETA, FLIPS = 0.5, 0.1
 
 
@@ -21,7 +21,7 @@ def sigmoid(x: float) -> float:
 
 
 def call(name: str, pairs: Pairs, **settings: float | str) -> LossOutput:
-    return losses()[name].function()(pairs, **settings)
+    return all_losses()[name].function()(pairs, **settings)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_orpo_by_hand() -> None:
     assert loss == pytest.approx(2 - 0.25 * math.log(share), abs=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRWISE if losses()[name].needs.reference])
+@pytest.mark.parametrize("name", [name for name in PAIRWISE if all_losses()[name].needs.reference])
 def test_implicit_rewards_are_beta_times_the_ratios(name: str) -> None:
     """Beta 0.5, h_w = 2 and h_l = -1: rewards 1 and -0.5, whatever the loss, and no gradient."""
     pairs = by_hand()
@@ -115,7 +115,7 @@ def test_settings_at_zero_give_the_plain_loss() -> None:
         assert torch.equal(other.losses, dpo)
     without = replace(pairs, reference_chosen_logps=0 * pairs.chosen_logps, reference_rejected_logps=0 * dpo)
     assert torch.allclose(pairwise.cpo(pairs, nll_weight=0.0).losses, pairwise.dpo(without).losses)
-    tokens = replace(without, chosen_logps=pairs.chosen_means, rejected_logps=pairs.rejected_means)
+    tokens = replace(without, chosen_logps=pairs.chosen_mean_logps, rejected_logps=pairs.rejected_mean_logps)
     assert torch.allclose(pairwise.simpo(pairs, margin=0.0).losses, pairwise.dpo(tokens, beta=2.0).losses)
     assert torch.allclose(
         pairwise.slic(pairs, margin=1.0, nll_weight=0.0).losses, pairwise.hinge(without, beta=1.0).losses
@@ -167,14 +167,14 @@ def test_gradient_in_closed_form(name: str) -> None:
     """Each derivative was taken by hand; the others' terms: slic w = 1/2, cpo and rpo w = 1, simpo g = 1."""
     margins = [-30.0, -3.0, -0.5, 0.0, 0.25, 1.5, 7.0, 40.0]
     settings = {"beta": BETA, "label_smoothing": FLIPS}
-    known = {key: value for key, value in settings.items() if key in losses()[name].defaults}
+    known = {key: value for key, value in settings.items() if key in all_losses()[name].defaults}
     pairs = at_margins(margins)
     call(name, pairs, **known).losses.sum().backward()
     assert pairs.chosen_logps.grad is not None
     assert pairs.chosen_logps.grad.tolist() == pytest.approx([CLOSED[name](m) for m in margins], abs=1e-12)
 
 
-def test_apo_pulls_the_rejected_completion_down() -> None:
+def test_apo_lowers_the_rejected_completion() -> None:
     """dL/dh_l = beta s(h) s(-h), h = beta h_l for APO-zero and beta m for APO-down; h_w = 0.5 here."""
     rejected = torch.tensor([-4.0, 0.0, 3.0], dtype=torch.float64, requires_grad=True)
     zeros, ones = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.long)
@@ -273,8 +273,8 @@ def test_each_pair_has_its_own_loss(name: str) -> None:
 
 
 def test_shapes_that_would_broadcast_are_refused() -> None:
-    column, row = torch.zeros(3, 1), torch.zeros(3)
+    column_vector, row = torch.zeros(3, 1), torch.zeros(3)
     with pytest.raises(ValueError, match=r"one shape with 1 dimensions, found \[\(3,\), \(3, 1\)"):
-        Pairs(row, column, row, row)
+        Pairs(row, column_vector, row, row)
     with pytest.raises(ValueError, match="one shape with 1 dimensions"):
         Pairs(row, row, row, row, torch.zeros(2), torch.zeros(2))

@@ -130,7 +130,7 @@ FIELDS = {
 """A valid row, the invalid fields of the second row, and the found and expected parts of the message."""
 
 
-def refused(rows, tmp_path, **settings):
+def error_message(rows, tmp_path, **settings):
     """Return the message for a file of these rows."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -141,16 +141,16 @@ def refused(rows, tmp_path, **settings):
 
 
 @pytest.mark.parametrize("case", FIELDS)
-def test_a_field_that_is_not_what_it_should_be(case, tmp_path):
+def test_invalid_field(case, tmp_path):
     good, wrong, found, expected = FIELDS[case]
     kind = "labels" if "label" in good else "rankings"
-    text = refused([good, {**good, **wrong}, good], tmp_path, kind=kind)
+    text = error_message([good, {**good, **wrong}, good], tmp_path, kind=kind)
     assert text.startswith(f"rows.jsonl:2: {found}"), text
     assert expected in text.split("expected: ")[1]
 
 
 @pytest.mark.parametrize(
-    ("rows", "settings", "told"),
+    ("rows", "settings", "message"),
     [
         ([{"prompt": "q", "chosen": "a"}], {}, "no known layout has columns prompt, chosen"),
         ([{"chosen": HH["chosen"]}], {}, "no known layout has columns chosen"),
@@ -195,11 +195,11 @@ def test_a_field_that_is_not_what_it_should_be(case, tmp_path):
         ),
     ],
 )
-def test_a_file_that_is_not_what_it_should_be(rows, settings, told, tmp_path):
-    assert told in refused(rows, tmp_path, **settings)
+def test_invalid_file(rows, settings, message, tmp_path):
+    assert message in error_message(rows, tmp_path, **settings)
 
 
-def test_many_bad_rows_are_told_by_the_first_five(tmp_path):
+def test_many_bad_rows_report_the_first_five(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text((json.dumps(pair(chosen=3)) + "\n") * 9)
     with pytest.raises(UserError) as caught:

@@ -94,24 +94,24 @@ def test_published_files(path, settings, sizes, counts):
         pytest.skip("published data sets are not here")
     data = prepared(str(DATA / path), max_length=65536, **settings)
     groups = data.train
-    assert {"groups": len(groups), "completions": int(groups.completions.sum())} == sizes
+    assert {"groups": len(groups), "completions": int(groups.num_completions.sum())} == sizes
     assert {what: data.report.counts.get(what) for what in counts} == counts
-    assert data.report.too_long == 0 and len(data.prompts) == min(64, len({*groups.places}))
+    assert data.report.too_long == 0 and len(data.prompts) == min(64, len({*groups.locations}))
 
 
-def test_hh_s_dialogues_are_the_file_s_to_the_word():
+def test_hh_dialogues_match_the_file_word_by_word():
     path = DATA / "hh_rlhf/harmless-base/test.jsonl.gz"
     if not path.is_file():
         pytest.skip("published data sets are not here")
-    rows = {row.where: row.columns for row in read_source(str(path))}
+    rows = {row.location: row.columns for row in read_source(str(path))}
     data = prepared(str(path), max_length=65536)
     decode, same = tokenizer("qwen").decode, 0
     for group in (data.train[index] for index in range(len(data.train))):
         for ids, name in zip(group.completion_ids, ("chosen", "rejected"), strict=True):
             text = decode([*group.prompt_ids, *ids], skip_special_tokens=True)
-            same += text.split() == rows[group.place][name].split()
-    told = data.report.counts.get("contain template markers in their text (escaped)", 0)
-    assert same == 2 * len(data.train) and told == 0
+            same += text.split() == rows[group.location][name].split()
+    escaped = data.report.counts.get("contain template markers in their text (escaped)", 0)
+    assert same == 2 * len(data.train) and escaped == 0
 
 
 def test_alpaca_eval_s_ranked_lists():
@@ -119,7 +119,7 @@ def test_alpaca_eval_s_ranked_lists():
     if not path.is_file():
         pytest.skip("published data sets are not here")
     data = prepared(str(path), template="alpaca", max_length=256)
-    assert max(data.train.completions) == 10 and len(data.train) == 563
+    assert max(data.train.num_completions) == 10 and len(data.train) == 563
     for index in range(20):
         group = data.train[index]
         assert (group.scores[:-1] >= group.scores[1:]).all() and group.ranks[0] == 0
@@ -130,4 +130,4 @@ def test_alpaca_eval_s_ranked_lists():
 def test_the_embedded_pairs_are_all_usable(part, rows):
     data = prepared(str(ROOT / f"recipes/tiny/data/preferences_{part}.jsonl"), template="alpaca")
     assert len(data.train) == rows and data.report.layout == "prompt/chosen/rejected"
-    assert data.report.counts == {} and (data.train.completions == 2).all()
+    assert data.report.counts == {} and (data.train.num_completions == 2).all()

@@ -28,7 +28,7 @@ def replies(row):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         (pair(rejected=" good "), "dropped: identical chosen and rejected"),
         (pair(rejected=" "), "dropped: empty completion"),
@@ -51,14 +51,14 @@ def replies(row):
         ),
     ],
 )
-def test_a_row_that_cannot_be_compared_is_left_out_and_told(row, told):
+def test_unusable_rows_are_dropped_and_counted(row, message):
     rows, report = compare(pair(**SCORED), pair(**SCORED), pair(**SCORED), row)
     assert len(rows) == 3
-    assert report.counts[told] == 1
-    assert f"rows {told}: 1 (first: file:4)" in report.lines()
+    assert report.counts[message] == 1
+    assert f"rows {message}: 1 (first: file:4)" in report.lines()
 
 
-def test_two_prompts_may_become_one_by_choice():
+def test_different_prompts_can_be_unified():
     [row], report = compare(hh("mine", "a", "b", other="yours"), on_different_prompts="chosen")
     assert [turn.content for turn in row.prompt] == ["mine"] and replies(row) == ["a", "b"]
     assert report.counts == {
@@ -66,18 +66,18 @@ def test_two_prompts_may_become_one_by_choice():
     }
 
 
-def test_blanks_make_no_other_prompt():
+def test_whitespace_does_not_make_prompts_different():
     [row], report = compare(hh("q", "a", "b", other="q  "))
     assert replies(row) == ["a", "b"] and report.counts == {}
 
 
-def test_ties_of_pairs_may_be_kept_in_the_row_s_order():
+def test_tied_pairs_can_keep_the_row_s_order():
     [row], report = compare(pair(score_chosen=1, score_rejected=1), on_tie="keep")
     assert row.ranks == (0, 1) and row.margin == 0.0
     assert report.counts == {"with tied scores, kept in the row's order": 1}
 
 
-def test_ties_of_lists_and_votes_have_no_order_to_keep():
+def test_tied_lists_and_votes_are_dropped():
     rows, report = compare(pair(), ranked([1, 1]), on_tie="keep")
     assert len(rows) == 1 and report.counts == {"dropped: tie": 1}
 
@@ -89,7 +89,7 @@ def test_lists_are_sorted_and_ties_share_a_rank():
     assert report.counts == {"with tied completions, which share a rank": 1}
 
 
-def test_lists_lose_copies_and_empty_completions_alone():
+def test_lists_lose_duplicates_and_empty_completions():
     [row], report = compare(ranked([1, 2, 3, 4], ["a", "b", "", "a "]))
     assert replies(row) == ["a ", "b"] and row.scores == (4, 2) and row.ranks == (0, 1)
     assert report.counts == {
@@ -105,7 +105,7 @@ def test_margins():
     assert rows[1].scores == (2.0, 1.0)
 
 
-def test_columns_that_are_exchanged_are_refused_with_the_repair():
+def test_swapped_columns_are_refused():
     wrong = pair(score_chosen=1, score_rejected=2)
     with pytest.raises(UserError) as caught:
         compare(GOOD, wrong, wrong, pair(**SCORED))
@@ -119,4 +119,4 @@ def test_labels_have_one_completion():
         {"prompt": "q", "completion": "a", "label": 1}, {"prompt": "q", "completion": "b", "label": 0}
     )
     assert (replies(good), good.scores, good.ranks) == (["a"], (1.0,), (0,))
-    assert bad.scores == (0.0,) and good.words != bad.words
+    assert bad.scores == (0.0,) and good.text_key != bad.text_key

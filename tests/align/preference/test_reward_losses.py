@@ -20,7 +20,9 @@ def test_bradley_terry_by_hand() -> None:
     assert bradley_terry(chosen, rejected).item() == pytest.approx(0.2014133)
     with_margin = bradley_terry(chosen, rejected, margins=torch.tensor([1.0]))
     assert with_margin.item() == pytest.approx(0.4740770)
-    assert bradley_terry(chosen, rejected, centring=0.01).item() == pytest.approx(0.2014133 + 0.0625)
+    assert bradley_terry(chosen, rejected, center_rewards_coefficient=0.01).item() == pytest.approx(
+        0.2014133 + 0.0625
+    )
 
 
 def test_equal_rewards_cost_ln_2_and_no_margin_is_a_margin_of_0() -> None:
@@ -30,13 +32,13 @@ def test_equal_rewards_cost_ln_2_and_no_margin_is_a_margin_of_0() -> None:
     assert torch.equal(bradley_terry(rewards, other, margins=zeros), bradley_terry(rewards, other))
 
 
-def test_only_centring_sees_a_constant() -> None:
+def test_only_the_centering_term_sees_a_constant() -> None:
     """The first term is blind to r + 100; the second one falls to nothing where r_w = -r_l."""
     chosen, rejected = torch.tensor([1.25, -0.5]), torch.tensor([-1.25, 0.5])
     plain = bradley_terry(chosen, rejected)
     assert torch.allclose(bradley_terry(chosen + 100, rejected + 100), plain)
-    assert torch.equal(bradley_terry(chosen, rejected, centring=7.0), plain)
-    assert bradley_terry(chosen + 1, rejected + 1, centring=1.0).tolist() == pytest.approx(
+    assert torch.equal(bradley_terry(chosen, rejected, center_rewards_coefficient=7.0), plain)
+    assert bradley_terry(chosen + 1, rejected + 1, center_rewards_coefficient=1.0).tolist() == pytest.approx(
         (plain + 4).tolist()
     )
 
@@ -45,7 +47,7 @@ def test_gradient_in_closed_form() -> None:
     """dL/dr_w = -s(-(r_w - r_l - m)) + 2 c (r_w + r_l)."""
     chosen = torch.tensor([-3.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
     rejected, margins = torch.tensor([1.0, 0.0, -1.0]).double(), torch.tensor([0.0, 1.0, 3.0]).double()
-    bradley_terry(chosen, rejected, margins=margins, centring=0.1).sum().backward()
+    bradley_terry(chosen, rejected, margins=margins, center_rewards_coefficient=0.1).sum().backward()
     expected = -torch.sigmoid(-(chosen - rejected - margins)) + 0.2 * (chosen + rejected)
     assert chosen.grad is not None and torch.allclose(chosen.grad, expected, atol=1e-12)
 
@@ -59,9 +61,11 @@ def test_all_pairs_by_hand() -> None:
 def test_all_pairs_of_two_are_bradley_terry() -> None:
     rewards = torch.randn(6, 2, dtype=torch.float64)
     scores = torch.tensor([[1, 0]] * 6)
-    for centring in (0.0, 0.01):
-        one = bradley_terry(rewards[:, 0], rewards[:, 1], centring=centring)
-        assert torch.equal(all_pairs(rewards, scores, centring=centring), one)
+    for center_coefficient in (0.0, 0.01):
+        pair_loss = bradley_terry(rewards[:, 0], rewards[:, 1], center_rewards_coefficient=center_coefficient)
+        assert torch.equal(
+            all_pairs(rewards, scores, center_rewards_coefficient=center_coefficient), pair_loss
+        )
 
 
 def test_all_pairs_at_once_are_the_mean_of_the_pairs_one_by_one() -> None:
@@ -69,10 +73,15 @@ def test_all_pairs_at_once_are_the_mean_of_the_pairs_one_by_one() -> None:
     rewards, scores = random_lists()
     rewards.requires_grad_()
     margins = torch.rand(4, 5, 5, dtype=torch.float64)
-    at_once = all_pairs(rewards, scores, margins=margins, centring=0.02)
+    at_once = all_pairs(rewards, scores, margins=margins, center_rewards_coefficient=0.02)
     for group in range(4):
         one_by_one = [
-            bradley_terry(rewards[group, i], rewards[group, j], margins=margins[group, i, j], centring=0.02)
+            bradley_terry(
+                rewards[group, i],
+                rewards[group, j],
+                margins=margins[group, i, j],
+                center_rewards_coefficient=0.02,
+            )
             for i in range(5)
             for j in range(5)
             if scores[group, i] > scores[group, j]
@@ -85,10 +94,10 @@ def test_all_pairs_at_once_are_the_mean_of_the_pairs_one_by_one() -> None:
         assert torch.allclose(ours, theirs, atol=1e-12)
 
 
-def test_ties_alone_cost_nothing_and_order_is_of_no_account() -> None:
+def test_ties_have_no_loss_and_order_does_not_matter() -> None:
     rewards, scores = random_lists()
     rewards.requires_grad_()
-    nothing = all_pairs(rewards, torch.ones_like(scores), centring=1.0)
+    nothing = all_pairs(rewards, torch.ones_like(scores), center_rewards_coefficient=1.0)
     assert nothing.tolist() == [0.0] * 4
     assert not torch.autograd.grad(nothing.sum(), rewards)[0].any()
     order = [3, 0, 4, 1, 2]
@@ -97,7 +106,7 @@ def test_ties_alone_cost_nothing_and_order_is_of_no_account() -> None:
     )
 
 
-def test_absent_completions_are_not_read() -> None:
+def test_missing_completions_are_ignored() -> None:
     rewards, scores = random_lists()
     present = torch.tensor([[True, True, True, False, False]] * 4)
     filled = rewards.masked_fill(~present, float("nan"))
@@ -108,7 +117,7 @@ def test_absent_completions_are_not_read() -> None:
 def test_gradcheck() -> None:
     rewards, scores = random_lists(2, 4)
     assert torch.autograd.gradcheck(
-        lambda values: all_pairs(values, scores, centring=0.1), (rewards.requires_grad_(),)
+        lambda values: all_pairs(values, scores, center_rewards_coefficient=0.1), (rewards.requires_grad_(),)
     )
 
 

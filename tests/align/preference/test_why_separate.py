@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapter_properties import CONFIGS, FAMILIES, SIZES
-from group_models import error, random_groups, random_model, separate_logps
+from group_models import logp_error, plain_logps, random_groups, random_model
 from transformers import (
     AutoConfig,
     BloomConfig,
@@ -22,12 +22,12 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from align.preference.attention import why_separate
+from align.preference.attention import block_mask_unsupported
 from align.preference.groups import GroupCollator
 from align.preference.logps import completion_logps
 from finetune.training.head import output_head
 
-REFUSED = [
+UNSUPPORTED = [
     (
         MistralConfig(sliding_window=100),
         "attention window of 100 tokens (sliding_window), but the longest row has 500",
@@ -45,39 +45,55 @@ REFUSED = [
     (FalconConfig(alibi=True), "ALiBi"),
     (PretrainedConfig(), "unknown architecture"),
 ]
-TAKEN = ("llama", "qwen2", "qwen3", "gpt_neox", "gpt2", "opt", "phi3", "gemma", "olmo2", "mixtral", "granite")
+SUPPORTED = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gpt_neox",
+    "gpt2",
+    "opt",
+    "phi3",
+    "gemma",
+    "olmo2",
+    "mixtral",
+    "granite",
+)
 
 
-@pytest.mark.parametrize(("config", "words"), REFUSED, ids=lambda value: type(value).__name__)
-def test_refused_with_one_line(config: PretrainedConfig, words: str) -> None:
-    reason = why_separate(config, reach=500)
+@pytest.mark.parametrize(("config", "words"), UNSUPPORTED, ids=lambda value: type(value).__name__)
+def test_unsupported_models_have_a_one_line_reason(config: PretrainedConfig, words: str) -> None:
+    reason = block_mask_unsupported(config, max_positions=500)
     assert words in reason and "\n" not in reason
 
 
-@pytest.mark.parametrize("kind", TAKEN)
-def test_ordinary_attention_is_taken(kind: str) -> None:
-    assert why_separate(AutoConfig.for_model(kind), reach=500) == ""
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_ordinary_attention_is_supported(kind: str) -> None:
+    assert block_mask_unsupported(AutoConfig.for_model(kind), max_positions=500) == ""
 
 
-def test_a_window_counts_from_its_own_length_on() -> None:
+def test_window_matters_beyond_its_length() -> None:
     for config in (MistralConfig(sliding_window=100), Gemma2Config(sliding_window=100)):
-        assert why_separate(config, reach=100) == "" and why_separate(config, reach=101) != ""
+        assert (
+            block_mask_unsupported(config, max_positions=100) == ""
+            and block_mask_unsupported(config, max_positions=101) != ""
+        )
     unused = Qwen2Config(sliding_window=100, use_sliding_window=False)
-    assert why_separate(unused, reach=500) == ""
+    assert block_mask_unsupported(unused, max_positions=500) == ""
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
-def test_implementations_without_a_mask_are_told(name: str) -> None:
+def test_implementations_without_a_mask_are_unsupported(name: str) -> None:
     config = AutoConfig.for_model("llama", attn_implementation=name)
     assert (
-        why_separate(config, reach=9) == f"attention '{name}' takes no block mask (model.attention=sdpa does)"
+        block_mask_unsupported(config, max_positions=9)
+        == f"attention '{name}' takes no block mask (model.attention=sdpa does)"
     )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loaded_models_are_taken(family: str) -> None:
+def test_loaded_models_are_supported(family: str) -> None:
     for attention in ("sdpa", "eager"):
-        assert why_separate(random_model(CONFIGS[family], attention).config, reach=60) == ""
+        assert block_mask_unsupported(random_model(CONFIGS[family], attention).config, max_positions=60) == ""
 
 
 @pytest.mark.parametrize(
@@ -91,14 +107,14 @@ def test_loaded_models_are_taken(family: str) -> None:
     ids=lambda config: config.model_type,
 )
 @torch.no_grad()
-def test_a_model_that_is_taken_gives_the_numbers_of_separate_passes(config: PretrainedConfig) -> None:
+def test_supported_models_match_one_pass_per_completion(config: PretrainedConfig) -> None:
     groups = random_groups([(8, [6, 2, 5]), (3, [4, 1])])
-    reach = max(group.reach for group in groups)
+    max_positions = max(group.max_positions for group in groups)
     attention = "eager" if config.model_type == "gemma2" else "sdpa"  # soft-capped scores: eager alone
     model = random_model(config, attention)
-    assert why_separate(model.config, reach=reach) == "" and reach == 14
-    found = completion_logps(model, output_head(model), GroupCollator(0, budget=30)(groups))
-    assert error(found, separate_logps(model, groups)) < 1e-5
+    assert block_mask_unsupported(model.config, max_positions=max_positions) == "" and max_positions == 14
+    logps = completion_logps(model, output_head(model), GroupCollator(0, budget=30)(groups))
+    assert logp_error(logps, plain_logps(model, groups)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -111,10 +127,10 @@ def test_a_model_that_is_taken_gives_the_numbers_of_separate_passes(config: Pret
     ids=lambda config: config.model_type,
 )
 @torch.no_grad()
-def test_a_model_that_is_refused_gives_them_in_the_separate_layout(config: PretrainedConfig) -> None:
+def test_unsupported_models_match_with_one_completion_per_row(config: PretrainedConfig) -> None:
     groups = random_groups([(8, [6, 2, 5]), (3, [4, 1])])
     model = random_model(config, "eager")
-    reason = why_separate(model.config, reach=14)
+    reason = block_mask_unsupported(model.config, max_positions=14)
     assert reason
-    found = completion_logps(model, output_head(model), GroupCollator(0, separate=bool(reason))(groups))
-    assert error(found, separate_logps(model, groups)) < 1e-5
+    logps = completion_logps(model, output_head(model), GroupCollator(0, one_per_row=bool(reason))(groups))
+    assert logp_error(logps, plain_logps(model, groups)) < 1e-5

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from align.preference.groups import Group
 from align.preference.rows.dataset import TokenizedGroup
-from align.reward.model import completion_scores, draw_head, load_scorer
-from finetune.planning.hardware import detect
+from align.reward.model import completion_scores, init_score_head, load_scorer
+from finetune.planning.hardware import detect_hardware
 from finetune.recipe.settings import ModelSettings
 
 HEADS = ["help", "safety"]
@@ -26,9 +26,9 @@ def folder_of(family: str) -> Path:
 def scorer(family: str, quantization: str = "none", heads: Sequence[str] = HEADS) -> PreTrainedModel:
     settings = ModelSettings(base=str(folder_of(family)))
     base = load_scorer(
-        settings, heads, precision="float32", quantization=quantization, hardware=detect(), pad_id=0
+        settings, heads, precision="float32", quantization=quantization, hardware=detect_hardware(), pad_id=0
     )
-    draw_head(base, seed=1)
+    init_score_head(base, seed=1)
     return base
 
 
@@ -51,7 +51,7 @@ def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -> None:
 
 
 @torch.no_grad()
-def plain_scores(model: nn.Module, groups: Sequence[Group]) -> Tensor:
+def transformers_scores(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     """Return the scores of transformers' own forward pass, one row per completion: (C, heads)."""
     rows = [torch.cat([group.prompt, ids]) for group in groups for ids in group.completions]
     return torch.cat([model(input_ids=row[None]).logits[:1] for row in rows])
@@ -67,13 +67,15 @@ def tokenized(ranks: Sequence[Sequence[int]], *, seed: int = 0, heads: int = 1) 
     return [
         TokenizedGroup(
             prompt_ids=ids(3 + number),
-            completion_ids=tuple(ids(2 + (3 * place + number) % 5) for place in range(len(own))),
-            scores=-np.asarray(own, dtype=np.float64),
-            ranks=np.asarray(own, dtype=np.int32),
-            margin=float(max(own) - min(own)),
+            completion_ids=tuple(
+                ids(2 + (3 * position + number) % 5) for position in range(len(group_ranks))
+            ),
+            scores=-np.asarray(group_ranks, dtype=np.float64),
+            ranks=np.asarray(group_ranks, dtype=np.int32),
+            margin=float(max(group_ranks) - min(group_ranks)),
             row=number,
-            place=f"rows:{number + 1}",
+            location=f"rows:{number + 1}",
             source=number % heads,
         )
-        for number, own in enumerate(ranks)
+        for number, group_ranks in enumerate(ranks)
     ]

@@ -7,13 +7,13 @@ import torch
 from adapter_properties import FAMILIES, METHODS
 from group_models import SOME, random_groups
 from peft import PeftModel
-from reward_models import HEADS, adapted, folder_of, plain_scores, scorer, train
+from reward_models import HEADS, adapted, folder_of, scorer, train, transformers_scores
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from align.preference.groups import GroupCollator
 from align.reward.model import completion_scores
-from finetune.adapters._load import open_adapter
+from finetune.adapters._load import load_saved_adapter
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import UserError
 
@@ -23,26 +23,26 @@ OURS = ("multitask_prompt",)
 
 
 def trained(method: str, family: str) -> PeftModel:
-    if reason := adapter_traits(method).scores:
+    if reason := adapter_traits(method).scoring_unsupported:
         pytest.skip(reason)
     try:
         model = adapted(method, family)
     except UserError as error:
-        pytest.skip(error.problems[0].found)
+        pytest.skip(error.problems[0].actual)
     train(model, GroupCollator(0)(random_groups(SOME)))
     return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_an_adapter_scores_alike_in_every_layout_and_once_saved(
+def test_an_adapter_scores_equally_in_every_layout_and_after_saving(
     method: str, family: str, tmp_path: Path
 ) -> None:
     model, groups = trained(method, family), random_groups(SOME)
-    expected = plain_scores(model, groups)
+    expected = transformers_scores(model, groups)
     assert expected.shape == (7, 2) and expected.std() > 0.3
     with torch.no_grad():
-        for collate in (GroupCollator(0), GroupCollator(0, budget=99), GroupCollator(0, separate=True)):
+        for collate in (GroupCollator(0), GroupCollator(0, budget=99), GroupCollator(0, one_per_row=True)):
             assert (completion_scores(model, collate(groups)) - expected).abs().max() < 2e-5
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     assert [name for name in load_file(tmp_path / "adapter_model.safetensors") if "score" in name]
@@ -50,14 +50,16 @@ def test_an_adapter_scores_alike_in_every_layout_and_once_saved(
         base = scorer(family, "nf4")
     else:
         base = AutoModelForSequenceClassification.from_pretrained(folder_of(family), num_labels=len(HEADS))
-    opened = open_adapter(base, tmp_path) if method in OURS else PeftModel.from_pretrained(base, tmp_path)
+    opened = (
+        load_saved_adapter(base, tmp_path) if method in OURS else PeftModel.from_pretrained(base, tmp_path)
+    )
     opened.eval()
-    assert torch.allclose(plain_scores(opened, groups), expected, atol=1e-5)
+    assert torch.allclose(transformers_scores(opened, groups), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_head_and_every_tensor_of_the_adapter_learn_and_the_base_does_not(method: str) -> None:
-    if adapter_traits(method).scores or method == "bitfit":
+def test_only_the_head_and_the_adapter_are_trained(method: str) -> None:
+    if adapter_traits(method).scoring_unsupported or method == "bitfit":
         pytest.skip("it trains no head, or this base has no biases")
     model = adapted(method, "llama")
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
@@ -67,7 +69,11 @@ def test_the_head_and_every_tensor_of_the_adapter_learn_and_the_base_does_not(me
     assert any("score.modules_to_save" in name for name in moved)
 
 
-def test_two_adapters_cannot_score_and_say_why() -> None:
-    without = {name: adapter_traits(name).scores for name in METHODS if adapter_traits(name).scores}
+def test_adapters_without_scoring_support_give_a_reason() -> None:
+    without = {
+        name: adapter_traits(name).scoring_unsupported
+        for name in METHODS
+        if adapter_traits(name).scoring_unsupported
+    }
     assert set(without) == {"llama_adapter", "trainable_tokens"}
     assert all("PEFT cannot save a trained score head" in reason for reason in without.values())

@@ -13,7 +13,7 @@ from align.preference.losses.reward import bradley_terry
 from align.preference.rows.dataset import PreferenceGroups
 from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
-from align.reward.trl_engine import MeasuredRewardTrainer, reward_stage, trl_reward_trainer
+from align.reward.trl_engine import RewardTrainerWithEval, build_trl_reward_trainer, reward_config_spec
 from finetune.data.tokens import Encoder
 from finetune.training.stops import NotFiniteError
 
@@ -43,7 +43,7 @@ def trainer_of(
     *,
     centring: float = 0.0,
     margins: list[float] | None = None,
-) -> MeasuredRewardTrainer:
+) -> RewardTrainerWithEval:
     """Return TRL's trainer, the engine's way; the base's padding token is its end token."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -58,30 +58,30 @@ def trainer_of(
         use_cpu=True,
         bf16=False,
         report_to="none",
-        **reward_stage(centring=centring).decided,
+        **reward_config_spec(center_rewards_coefficient=centring).fixed_arguments,
     )
-    return trl_reward_trainer(
+    return build_trl_reward_trainer(
         model, args, tokenizer, train=groups, held_out=groups, pad_id=tokenizer.bos_token_id, margins=margins
     )
 
 
-def scores_alone(
-    trainer: MeasuredRewardTrainer, groups: PreferenceGroups, count: int
+def separate_scores(
+    trainer: RewardTrainerWithEval, groups: PreferenceGroups, count: int
 ) -> tuple[Tensor, Tensor]:
     """Return the scores at each completion's last token, one line at a time, nothing padded."""
-    found: list[list[Tensor]] = [[], []]
+    scores_by_side: list[list[Tensor]] = [[], []]
     for group in (groups[index] for index in range(count)):
         for side, completion in enumerate(group.completion_ids):
             ids = torch.tensor([[*group.prompt_ids.tolist(), *completion.tolist()]])
             base = trainer.model.base_model.model
             states = base.model(input_ids=ids).last_hidden_state
-            found[side].append(trainer.model.base_model.model.score(states[:, -1])[0, 0])
-    return torch.stack(found[0]), torch.stack(found[1])
+            scores_by_side[side].append(trainer.model.base_model.model.score(states[:, -1])[0, 0])
+    return torch.stack(scores_by_side[0]), torch.stack(scores_by_side[1])
 
 
 @pytest.mark.parametrize("centring", [0.0, 0.01])
 @pytest.mark.parametrize("margins", [None, MARGINS])
-def test_loss_and_gradient_are_bradley_terry_s(
+def test_loss_and_gradient_match_bradley_terry(
     base_folder: Path,
     tmp_path: Path,
     groups: PreferenceGroups,
@@ -93,30 +93,30 @@ def test_loss_and_gradient_are_bradley_terry_s(
     weights = [weight for weight in model.parameters() if weight.requires_grad]
 
     def slope(loss: Tensor) -> Tensor:
-        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])
+        return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, weights)])
 
     rows = [trainer.train_dataset[index] for index in range(4)]
     expected = trainer.compute_loss(model, trainer.data_collator(rows))
     expected_slope = slope(expected)
-    scores = scores_alone(trainer, groups, 4)
-    wanted = None if margins is None else torch.tensor(margins[:4])
-    loss = bradley_terry(*scores, margins=wanted, centring=centring).mean()
+    scores = separate_scores(trainer, groups, 4)
+    expected_gradient = None if margins is None else torch.tensor(margins[:4])
+    loss = bradley_terry(*scores, margins=expected_gradient, center_rewards_coefficient=centring).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert (slope(loss) - expected_slope).norm() < 1e-4 * expected_slope.norm()
     assert expected_slope.norm() > 1e-4, "the comparison is of something"
 
 
-def test_held_out_measures_are_those_of_single_completions(
+def test_held_out_metrics_match_single_completions(
     base_folder: Path, tmp_path: Path, groups: PreferenceGroups
 ) -> None:
     trainer = trainer_of(base_folder, tmp_path, groups)
     trainer.model.eval()
     with torch.no_grad():
-        chosen, rejected = scores_alone(trainer, groups, 7)
-    found = trainer.measure()
-    assert found["loss"] == pytest.approx(float(bradley_terry(chosen, rejected).mean()), rel=1e-5)
-    assert found["margin"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-4)
-    assert found["accuracy"] == pytest.approx(float((chosen > rejected).float().mean()))
+        chosen, rejected = separate_scores(trainer, groups, 7)
+    metrics = trainer.held_out_metrics()
+    assert metrics["loss"] == pytest.approx(float(bradley_terry(chosen, rejected).mean()), rel=1e-5)
+    assert metrics["margin"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-4)
+    assert metrics["accuracy"] == pytest.approx(float((chosen > rejected).float().mean()))
 
 
 def test_the_user_s_tokenizer_keeps_its_padding_token(
@@ -127,7 +127,7 @@ def test_the_user_s_tokenizer_keeps_its_padding_token(
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     tokenizer.pad_token = tokenizer.eos_token
     args = trainer.args
-    trl_reward_trainer(
+    build_trl_reward_trainer(
         trainer.model, args, tokenizer, train=groups, held_out=None, pad_id=tokenizer.bos_token_id
     )
     assert tokenizer.pad_token == tokenizer.eos_token
@@ -137,7 +137,7 @@ def test_two_steps_and_a_nan(base_folder: Path, tmp_path: Path, groups: Preferen
     trainer = trainer_of(base_folder, tmp_path, groups)
     trainer.args.logging_steps, trainer.args.max_steps = 1, 2
     trainer.train()
-    assert len([line for line in trainer.state.log_history if "loss" in line]) == 2
+    assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 2
     next(weight for weight in trainer.model.parameters() if weight.requires_grad).data.fill_(float("nan"))
     with pytest.raises(NotFiniteError, match=r"^loss is nan at step \d, on row \d(, row \d){3}$"):
         trainer.train()

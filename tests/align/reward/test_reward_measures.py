@@ -5,11 +5,19 @@ from math import exp, log
 import numpy as np
 import pytest
 
-from align.reward.measures import Scored, calibration, contests, histogram, measured, spearman, wilson
+from align.reward.measures import (
+    ScoredComparisons,
+    calibration,
+    comparison_metrics,
+    histogram,
+    pair_comparisons,
+    spearman,
+    wilson_interval,
+)
 
 
-def scored(rewards: list[float], ranks: list[int], lengths: list[int], sizes: list[int]) -> Scored:
-    return Scored(
+def scored(rewards: list[float], ranks: list[int], lengths: list[int], sizes: list[int]) -> ScoredComparisons:
+    return ScoredComparisons(
         np.asarray(rewards, dtype=np.float64),
         np.asarray(ranks, dtype=np.int32),
         np.asarray(lengths),
@@ -17,35 +25,35 @@ def scored(rewards: list[float], ranks: list[int], lengths: list[int], sizes: li
     )
 
 
-def test_a_comparison_counts_once_however_many_pairs_it_has() -> None:
+def test_each_comparison_has_weight_one() -> None:
     some = scored([1, 0, 2, 1, 0, 0, 1], [0, 1, 0, 1, 2, 0, 1], [1, 2, 3, 4, 5, 6, 6], [2, 3, 2])
-    facts = measured(some)
-    assert facts["comparisons"] == 3 and facts["pairs"] == 5
-    assert facts["accuracy"] == pytest.approx(2 / 3), "two lists are right, one is wrong"
-    assert facts["margin"] == pytest.approx((1 + (1 + 2 + 1) / 3 - 1) / 3)
-    assert facts["longer_is_better"] == pytest.approx((0 + 0 + 0.5) / 3)
-    only = measured(some.only(np.asarray([False, True, False])))
+    metrics = comparison_metrics(some)
+    assert metrics["comparisons"] == 3 and metrics["pairs"] == 5
+    assert metrics["accuracy"] == pytest.approx(2 / 3), "two lists are right, one is wrong"
+    assert metrics["margin"] == pytest.approx((1 + (1 + 2 + 1) / 3 - 1) / 3)
+    assert metrics["longer_is_better"] == pytest.approx((0 + 0 + 0.5) / 3)
+    only = comparison_metrics(some.select(np.asarray([False, True, False])))
     assert only["comparisons"] == 1 and only["accuracy"] == 1.0
 
 
-def test_ties_are_no_pair_and_equal_rewards_are_half_right() -> None:
-    pairs = contests(scored([5, 5, 5], [0, 0, 2], [1, 1, 1], [3]))
-    assert len(pairs.leads) == 2 and pairs.weights.tolist() == [0.5, 0.5]
-    assert pairs.share(pairs.leads) == 0.5
-    facts = measured(scored([0, 0], [0, 1], [3, 3], [2]))
-    assert facts["loss"] == pytest.approx(log(2)) and facts["correlation_with_length"] is None
+def test_ties_are_ignored_and_equal_rewards_count_half() -> None:
+    pairs = pair_comparisons(scored([5, 5, 5], [0, 0, 2], [1, 1, 1], [3]))
+    assert len(pairs.margins) == 2 and pairs.weights.tolist() == [0.5, 0.5]
+    assert pairs.positive_fraction(pairs.margins) == 0.5
+    metrics = comparison_metrics(scored([0, 0], [0, 1], [3, 3], [2]))
+    assert metrics["loss"] == pytest.approx(log(2)) and metrics["correlation_with_length"] is None
 
 
-def test_wilson_s_interval_is_the_published_one_and_never_leaves_0_and_1() -> None:
-    low, high = wilson(0.5, 10)  # Agresti and Coull 1998: (0.237, 0.763)
+def test_wilson_interval_matches_published_values_and_stays_within_0_and_1() -> None:
+    low, high = wilson_interval(0.5, 10)  # Agresti and Coull 1998: (0.237, 0.763)
     assert (round(low, 3), round(high, 3)) == (0.237, 0.763)
-    assert wilson(1.0, 10)[1] == pytest.approx(1.0) and wilson(1.0, 10)[0] == pytest.approx(
+    assert wilson_interval(1.0, 10)[1] == pytest.approx(1.0) and wilson_interval(1.0, 10)[0] == pytest.approx(
         10 / (10 + 1.959964**2)
     )
-    assert wilson(0.0, 10)[0] == pytest.approx(0.0, abs=1e-12)
+    assert wilson_interval(0.0, 10)[0] == pytest.approx(0.0, abs=1e-12)
 
 
-def test_a_model_that_is_right_as_often_as_it_says_has_no_calibration_error() -> None:
+def test_a_calibrated_model_has_no_calibration_error() -> None:
     lead = log(3)  # it says 3/4
     error, curve = calibration(np.asarray([lead] * 3 + [-lead]), np.ones(4))
     assert error == pytest.approx(0.0, abs=1e-12)
@@ -54,13 +62,13 @@ def test_a_model_that_is_right_as_often_as_it_says_has_no_calibration_error() ->
     assert sure == pytest.approx(1 / (1 + exp(-10)) - 0.5)
 
 
-def test_calibration_weighs_what_it_is_told_to_weigh() -> None:
+def test_calibration_uses_the_weights() -> None:
     error, curve = calibration(np.asarray([0.0, 5.0]), np.asarray([3.0, 1.0]))
     assert [point["share"] for point in curve] == [0.75, 0.25]
     assert error == pytest.approx(0.25 * (1 - 1 / (1 + exp(-5))))
 
 
-def test_spearman_s_correlation_looks_at_ranks_alone() -> None:
+def test_spearman_uses_ranks_only() -> None:
     assert spearman(np.asarray([1.0, 2.0, 3.0]), np.asarray([1, 10, 1000])) == pytest.approx(1.0)
     assert spearman(np.asarray([1.0, 2.0, 3.0]), np.asarray([9, 8, -7])) == pytest.approx(-1.0)
     # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
@@ -68,8 +76,8 @@ def test_spearman_s_correlation_looks_at_ranks_alone() -> None:
     assert spearman(np.zeros(3), np.arange(3)) is None
 
 
-def test_the_histogram_counts_every_score_between_common_borders() -> None:
-    found = histogram(np.asarray([0.0, 1.0, 1.0]), np.asarray([-1.0, 0.5]))
-    assert sum(found["chosen"]) == 3 and sum(found["rejected"]) == 2
-    assert found["borders"][0] == -1.0 and found["borders"][-1] == 1.0
-    assert len(found["borders"]) == len(found["chosen"]) + 1
+def test_the_histogram_has_common_bin_edges() -> None:
+    counts = histogram(np.asarray([0.0, 1.0, 1.0]), np.asarray([-1.0, 0.5]))
+    assert sum(counts["chosen"]) == 3 and sum(counts["rejected"]) == 2
+    assert counts["borders"][0] == -1.0 and counts["borders"][-1] == 1.0
+    assert len(counts["borders"]) == len(counts["chosen"]) + 1

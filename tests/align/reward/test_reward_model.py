@@ -8,35 +8,35 @@ import torch
 from adapter_properties import made
 from adapter_properties import train as train_writer
 from group_models import SOME, random_groups
-from reward_models import HEADS, adapted, plain_scores, scorer
+from reward_models import HEADS, adapted, scorer, transformers_scores
 from test_goes_on import saved_run
 from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 
 from align.preference.groups import GroupCollator
-from align.reward.loading import pad_id
+from align.reward.loading import non_stop_pad_id
 from align.reward.model import (
     ScoreHead,
+    check_scoring_architecture,
     completion_scores,
-    draw_head,
-    refuse_without_scores,
-    score_head,
+    find_score_head,
+    init_score_head,
 )
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings
-from finetune.training.go_on import take_weights
+from finetune.training.go_on import load_adapter_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_the_head_is_drawn_by_the_seed() -> None:
+def test_head_initialization_depends_on_the_seed() -> None:
     base, other = scorer("llama"), scorer("llama")
     assert torch.equal(base.score.weight, other.score.weight)
-    draw_head(other, seed=2)
+    init_score_head(other, seed=2)
     assert not torch.equal(base.score.weight, other.score.weight)
     wide = ScoreHead(4095, 8, bias=False)
     model = torch.nn.Module()
     model.add_module("score", wide)
-    draw_head(model, seed=0)
+    init_score_head(model, seed=0)
     assert float(wide.weight.detach().std()) == pytest.approx(1 / sqrt(4096), rel=0.02)
 
 
@@ -52,41 +52,41 @@ def test_the_head_names_its_scores_and_stays_in_float32() -> None:
     assert torch.equal(exact, states @ base.score.weight.T)
 
 
-def test_the_head_in_use_is_the_one_that_learns() -> None:
+def test_the_active_head_is_the_trained_one() -> None:
     model = adapted("lora", "llama")
-    assert score_head(model).weight.requires_grad
+    assert find_score_head(model).weight.requires_grad
     assert not model.base_model.model.score.original_module.weight.requires_grad
 
 
-def test_an_end_token_that_pads_is_not_taken_for_padding() -> None:
+def test_eos_as_pad_token_does_not_shift_the_score_position() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(_tokenizer()))
     tokenizer.add_special_tokens({"eos_token": "</s>", "pad_token": "</s>", "bos_token": "<s>"})
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    assert tokenizer.pad_token_id == eos and pad_id(tokenizer, [eos]) == bos
-    assert pad_id(tokenizer, [eos, bos]) not in (eos, bos)
+    assert tokenizer.pad_token_id == eos and non_stop_pad_id(tokenizer, [eos]) == bos
+    assert non_stop_pad_id(tokenizer, [eos, bos]) not in (eos, bos)
 
 
 def _tokenizer() -> Path:
     return Path(__file__).parents[3] / "recipes" / "tiny" / "model" / "tokenizer.json"
 
 
-def test_an_architecture_without_a_scoring_model_is_refused(tmp_path: Path) -> None:
+def test_an_architecture_without_sequence_classification_is_rejected(tmp_path: Path) -> None:
     MambaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'mamba', which has no sequence classification model"):
-        refuse_without_scores(ModelSettings(base=str(tmp_path)))
+        check_scoring_architecture(ModelSettings(base=str(tmp_path)))
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    refuse_without_scores(ModelSettings(base=str(tmp_path)))
+    check_scoring_architecture(ModelSettings(base=str(tmp_path)))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt", "prefix", "ptuning", "adaptive_prefix"])
-def test_a_reward_model_starts_from_the_adapter_of_a_model_that_writes(method: str, tmp_path: Path) -> None:
+def test_a_reward_model_is_initialized_from_an_sft_adapter(method: str, tmp_path: Path) -> None:
     writer = made(method, "llama")
     train_writer(writer)
     run = saved_run(writer, tmp_path)
     model, groups = adapted(method, "llama"), random_groups(SOME)
-    head = score_head(model).weight.detach().clone()
-    take_weights(model, run, head=("score",))
-    assert torch.equal(score_head(model).weight, head), "the head is this model's own"
+    head = find_score_head(model).weight.detach().clone()
+    load_adapter_weights(model, run, new_modules=("score",))
+    assert torch.equal(find_score_head(model).weight, head), "the head is this model's own"
     assert _states(model, groups) == pytest.approx(_states(writer, groups), abs=2e-5)
     assert [weight for weight in model.parameters() if weight.requires_grad]
 
@@ -105,9 +105,9 @@ def test_full_tuning_scores_as_its_saved_model(tmp_path: Path) -> None:
     base, groups = scorer("llama"), random_groups(SOME)
     base.requires_grad_(True)
     base.eval()
-    expected = plain_scores(base, groups)
+    expected = transformers_scores(base, groups)
     assert torch.allclose(completion_scores(base, GroupCollator(0)(groups)), expected, atol=1e-5)
     base.save_pretrained(tmp_path)
     opened = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert opened.config.id2label == dict(enumerate(HEADS))
-    assert torch.allclose(plain_scores(opened, groups), expected, atol=1e-6)
+    assert torch.allclose(transformers_scores(opened, groups), expected, atol=1e-6)

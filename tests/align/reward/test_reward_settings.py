@@ -4,23 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from align.reward.settings import Settings, heads_of
+from align.reward.settings import Settings, head_indices
 from finetune.adapters import lora
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.recipe import Recipe, read_recipe
 
 ROWS = "recipes/tiny/data/preferences_train.jsonl"
 OTHERS = "recipes/tiny/data/preferences_held_out.jsonl"
 
 
 def recipe(*words: str) -> Recipe:
-    return load("reward", "quickstart", overrides=["data.held_out=0.1", *words])
+    return read_recipe("reward", "quickstart", overrides=["data.held_out=0.1", *words])
 
 
 def problems(*words: str) -> list[tuple[str, str]]:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         recipe(*words)
-    return [(problem.where.split(" ")[0], str(problem)) for problem in told.value.problems]
+    return [(problem.where.split(" ")[0], str(problem)) for problem in caught.value.problems]
 
 
 def mix(*parts: str) -> str:
@@ -35,10 +35,10 @@ HEADS = "reward.heads=[help, safety]"
 
 
 def test_each_source_trains_its_head() -> None:
-    found = recipe(HEADS, two(", head: safety", ", head: help"), "data.source=null").settings
-    assert isinstance(found, Settings) and heads_of(found) == [1, 0]
+    settings = recipe(HEADS, two(", head: safety", ", head: help"), "data.source=null").settings
+    assert isinstance(settings, Settings) and head_indices(settings) == [1, 0]
     single = recipe().settings
-    assert isinstance(single, Settings) and heads_of(single) == [0]
+    assert isinstance(single, Settings) and head_indices(single) == [0]
 
 
 @pytest.mark.parametrize(
@@ -58,29 +58,33 @@ def test_each_source_trains_its_head() -> None:
         (["reward.margins=0.0"], "reward.margins", "0"),
     ],
 )
-def test_contradictions_are_told(words: list[str], where: str, told: str) -> None:
+def test_contradictions_are_reported(words: list[str], where: str, told: str) -> None:
     more = ["data.source=null"] if any(word.startswith("data.mix") for word in words) else []
-    found = problems(*words, *more)
-    assert any(place == where and told in text for place, text in found), found
+    reported = problems(*words, *more)
+    assert any(place == where and told in text for place, text in reported), reported
 
 
-def test_a_held_out_file_names_no_head() -> None:
+def test_a_held_out_file_has_no_heads() -> None:
     words = [HEADS, two(", head: help", ", head: safety"), "data.source=null", f"data.held_out={ROWS}.x"]
     assert "data.held_out" in {place for place, _ in problems(*words)}
 
 
-def test_rules_are_looked_at_with_the_recipe(tmp_path: Path) -> None:
+def test_rules_are_checked_with_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "rules.py"
     file.write_text("def good(prompt, completion):\n    return 1.0\n\ndef few(prompt):\n    return 1.0\n")
     fine = recipe(f"reward.rules=[{{name: good, function: '{file}:good'}}]").settings
     assert isinstance(fine, Settings) and fine.reward.rules[0].weight == 1.0
-    found = problems(
+    reported = problems(
         f"reward.rules=[{{name: a, function: '{file}:god'}}, {{name: b, function: '{file}:few'}}, "
         f"{{name: b, function: '{file}.py:good'}}, {{name: reward, function: '{file}:good'}}]"
     )
-    told = "\n".join(text for _, text in found)
-    assert "did you mean 'good'?" in told and "a function that takes (prompt, completion)" in told
-    assert "does not exist" in told and "duplicate name 'reward'" in told and "duplicate name 'b'" in told
+    message = "\n".join(text for _, text in reported)
+    assert "did you mean 'good'?" in message and "a function that takes (prompt, completion)" in message
+    assert (
+        "does not exist" in message
+        and "duplicate name 'reward'" in message
+        and "duplicate name 'b'" in message
+    )
 
 
 def test_adapters_keep_their_own_settings() -> None:

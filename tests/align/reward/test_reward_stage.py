@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tuned(folder: Path, base: Path, name: str, **settings: object) -> Result:
+def train_reward_model(folder: Path, base: Path, name: str, **settings: object) -> Result:
     given = {
         "model.precision": "float32",
         "data.held_out": 6,
@@ -68,13 +68,13 @@ def tuned(folder: Path, base: Path, name: str, **settings: object) -> Result:
         "evaluate.samples": 2,
         "reward.rules": [],
     }
-    more = {key.replace("__", "."): value for key, value in settings.items()}
+    overrides = {key.replace("__", "."): value for key, value in settings.items()}
     recipe = load_recipe(
         "quickstart",
         stage="reward",
         base=str(base),
         out=folder / name,
-        settings=given | {"data.source": str(folder / "first.jsonl")} | more,
+        settings=given | {"data.source": str(folder / "first.jsonl")} | overrides,
     )
     return run(recipe)
 
@@ -82,7 +82,7 @@ def tuned(folder: Path, base: Path, name: str, **settings: object) -> Result:
 @pytest.fixture(scope="module")
 def single(folder: Path, base_folder: Path) -> Result:
     rules = [{"name": "brief", "function": f"{folder}/rules.py:brief", "weight": 0.5}]
-    return tuned(folder, base_folder, "single", reward__rules=rules, train__evaluate_every=6)
+    return train_reward_model(folder, base_folder, "single", reward__rules=rules, train__evaluate_every=6)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def double(folder: Path, base_folder: Path) -> Result:
         {"source": str(folder / "second.jsonl"), "head": "safety"},
         {"source": str(folder / "lists.jsonl"), "head": "help"},
     ]
-    return tuned(
+    return train_reward_model(
         folder,
         base_folder,
         "double",
@@ -103,7 +103,7 @@ def double(folder: Path, base_folder: Path) -> Result:
     )
 
 
-def library_scores(
+def transformers_scores(
     result: Result, base: Path, model: RewardModel, rows: list[tuple[str, str]]
 ) -> list[float]:
     """Return what a user of plain transformers and PEFT gets."""
@@ -111,32 +111,37 @@ def library_scores(
     opened = PeftModel.from_pretrained(plain, result.adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(result.adapter)
     assert len(tokenizer) == len(model.encoder.tokenizer)
-    found = []
+    scores = []
     for prompt, completion in rows:
         ids = model.encoder.encode([Message("user", prompt), Message("assistant", completion)]).input_ids
         with torch.no_grad():
-            found.append(float(opened(input_ids=torch.tensor([ids])).logits))
-    return found
+            scores.append(float(opened(input_ids=torch.tensor([ids])).logits))
+    return scores
 
 
-def test_a_run_learns_and_says_how_well(single: Result) -> None:
+def test_a_run_trains_and_records_metrics(single: Result) -> None:
     record = single.record
     metrics = record["metrics"]
     assert metrics["held_out_loss_after"] < 0.5 < metrics["held_out_loss_before"]
     assert metrics["held_out_accuracy_after"] == 1.0 and metrics["held_out_margin_after"] > 1.0
-    facts = record["comparisons"]["after"]["all"]
-    assert facts["comparisons"] == 6 and facts["interval"][0] == pytest.approx(6 / (6 + 1.959964**2))
-    assert {"calibration_error", "reliability", "longer_is_better", "correlation_with_length"} <= facts.keys()
+    held_out = record["comparisons"]["after"]["all"]
+    assert held_out["comparisons"] == 6 and held_out["interval"][0] == pytest.approx(6 / (6 + 1.959964**2))
+    assert {
+        "calibration_error",
+        "reliability",
+        "longer_is_better",
+        "correlation_with_length",
+    } <= held_out.keys()
     assert record["normalisation"]["reward"]["completions"] == 18
     assert [tick["name"] for tick in record["preflight"]][:8] == [
         *("environment", "score", "truncation", "vocabulary"),
         *("gradient", "accumulation", "layout", "library"),
     ]
     assert all(tick["passed"] for tick in record["preflight"])
-    lines = [line for line in single.metrics if "loss" in line]
-    assert len(lines) == 12 and {"accuracy", "margin", "mean_reward"} <= lines[0].keys()
-    assert [line["step"] for line in single.metrics if "held_out_accuracy" in line] == [6, 12]
-    assert 0.0 <= lines[0]["accuracy"] <= 1.0 and lines[-1]["accuracy"] == 1.0
+    entries = [entry for entry in single.metrics if "loss" in entry]
+    assert len(entries) == 12 and {"accuracy", "margin", "mean_reward"} <= entries[0].keys()
+    assert [entry["step"] for entry in single.metrics if "held_out_accuracy" in entry] == [6, 12]
+    assert 0.0 <= entries[0]["accuracy"] <= 1.0 and entries[-1]["accuracy"] == 1.0
 
 
 def test_the_report_shows_tables_figures_and_samples(single: Result) -> None:
@@ -149,50 +154,52 @@ def test_the_report_shows_tables_figures_and_samples(single: Result) -> None:
     assert first["before"].startswith("better: ") and first["after"] != first["before"]
 
 
-def test_the_library_gives_the_same_scores(single: Result, base_folder: Path) -> None:
+def test_transformers_and_peft_give_the_same_scores(single: Result, base_folder: Path) -> None:
     rows = [("Add the numbers. 3", "good 3"), ("Add the numbers. 3", "evil 3 and more"), ("Please.", "x")]
     model = load_reward(single.directory)
-    found = model.score([prompt for prompt, _ in rows], [text for _, text in rows])
-    assert list(found) == ["reward", "brief", TOTAL]
-    expected = library_scores(single, base_folder, model, rows)
-    assert found["reward"] == pytest.approx(expected, abs=1e-5)
-    assert found["reward"][0] > found["reward"][1]
-    normalised = model.normalised(found)["reward"]
-    assert found[TOTAL] == pytest.approx(
-        [a + 0.5 * b for a, b in zip(normalised, found["brief"], strict=True)]
+    scores = model.score([prompt for prompt, _ in rows], [text for _, text in rows])
+    assert list(scores) == ["reward", "brief", TOTAL]
+    expected = transformers_scores(single, base_folder, model, rows)
+    assert scores["reward"] == pytest.approx(expected, abs=1e-5)
+    assert scores["reward"][0] > scores["reward"][1]
+    normalized = model.normalized(scores)["reward"]
+    assert scores[TOTAL] == pytest.approx(
+        [a + 0.5 * b for a, b in zip(normalized, scores["brief"], strict=True)]
     )
-    assert found["brief"] == [-0.6, -1.5, -0.1]
+    assert scores["brief"] == [-0.6, -1.5, -0.1]
 
 
-def test_chosen_completions_have_mean_0_and_deviation_1_once_normalised(single: Result, folder: Path) -> None:
+def test_normalized_chosen_rewards_have_mean_0_and_std_1(single: Result, folder: Path) -> None:
     model = load_reward(single.directory)
     rows = [json.loads(line) for line in (folder / "first.jsonl").read_text().splitlines()]
     scores = model.score([row["prompt"] for row in rows], [row["chosen"] for row in rows])
-    normalised = torch.tensor(model.normalised(scores)["reward"])
-    assert abs(float(normalised.mean())) < 0.5 and 0.5 < float(normalised.std()) < 1.5
+    normalized = torch.tensor(model.normalized(scores)["reward"])
+    assert abs(float(normalized.mean())) < 0.5 and 0.5 < float(normalized.std()) < 1.5
 
 
-def test_two_heads_learn_from_their_own_sources(double: Result) -> None:
+def test_two_heads_train_on_their_sources(double: Result) -> None:
     metrics = double.record["metrics"]
     assert metrics["held_out_accuracy_help_after"] > 0.8 and metrics["held_out_accuracy_safety_after"] > 0.8
-    facts = double.record["comparisons"]["after"]
-    assert set(facts["heads"]) == set(HEADS) and len(facts["sources"]) == 2
-    assert facts["heads"]["help"]["pairs"] == 3 * facts["heads"]["help"]["comparisons"]
+    comparisons = double.record["comparisons"]["after"]
+    assert set(comparisons["heads"]) == set(HEADS) and len(comparisons["sources"]) == 2
+    assert comparisons["heads"]["help"]["pairs"] == 3 * comparisons["heads"]["help"]["comparisons"]
     ticks = {tick["name"]: tick for tick in double.record["preflight"]}
     assert "have a margin" in ticks["margins"]["detail"] and not ticks["margins"]["warned"]
     model = load_reward(double.directory)
-    found = model.score(
+    scores = model.score(
         ["Add the numbers. 1"] * 2 + ["Response 3"] * 2, ["calm 1", "loud 1", "good one", "bad"]
     )
-    assert found["safety"][0] > found["safety"][1] and found["help"][2] > found["help"][3]
-    normalised = model.normalised(found)
-    assert found[TOTAL][0] == pytest.approx(normalised["help"][0] + normalised["safety"][0])
+    assert scores["safety"][0] > scores["safety"][1] and scores["help"][2] > scores["help"][3]
+    normalized = model.normalized(scores)
+    assert scores[TOTAL][0] == pytest.approx(normalized["help"][0] + normalized["safety"][0])
     page = (double.directory / "report.html").read_text()
     assert "head safety, after" in page and "Scores of held-out completions help" in page
 
 
-def test_a_whole_model_scores_with_the_library_alone(folder: Path, base_folder: Path) -> None:
-    result = tuned(folder, base_folder, "whole", adapter__method="full", train__learning_rate=1e-3)
+def test_a_full_model_scores_with_plain_transformers(folder: Path, base_folder: Path) -> None:
+    result = train_reward_model(
+        folder, base_folder, "whole", adapter__method="full", train__learning_rate=1e-3
+    )
     model = load_reward(result.directory)
     [ours] = model.score(["Please."], ["good 3"])["reward"]
     plain = AutoModelForSequenceClassification.from_pretrained(result.directory / "model").eval()
@@ -201,8 +208,8 @@ def test_a_whole_model_scores_with_the_library_alone(folder: Path, base_folder: 
     assert float(plain(input_ids=torch.tensor([ids])).logits) == pytest.approx(ours, abs=1e-5)
 
 
-def test_a_four_bit_base_learns_and_is_opened_again(folder: Path, base_folder: Path) -> None:
-    result = tuned(folder, base_folder, "four", adapter__method="qlora", train__max_steps=3)
+def test_a_four_bit_base_trains_and_reloads(folder: Path, base_folder: Path) -> None:
+    result = train_reward_model(folder, base_folder, "four", adapter__method="qlora", train__max_steps=3)
     assert result.record["load"]["quantization"] == "nf4"
     scores = load_reward(result.directory).score(["Please."], ["good 3"])
     assert abs(scores["reward"][0]) < 100
@@ -228,23 +235,23 @@ def test_a_changed_rule_is_another_run(folder: Path, base_folder: Path) -> None:
     assert run_fingerprint(settings) == before
 
 
-def test_a_rule_that_gives_no_number_names_itself_and_the_row(single: Result) -> None:
+def test_an_invalid_rule_result_reports_rule_and_row(single: Result) -> None:
     from dataclasses import replace
 
-    from align.reward.rules import Rule
+    from align.reward.rules import FunctionReward
 
     model = load_reward(single.directory)
-    for function, told in (
+    for function, message in (
         (lambda p, c: float("nan"), "nan"),
         (lambda p, c: "x", "'x'"),
         (lambda p, c: 1 / 0, "Zero"),
     ):
-        broken = replace(model, rules=[Rule("odd", 1.0, function)])
-        with pytest.raises(UserError, match=f"rule 'odd' on completion 1(.|\n)*{told}"):
+        broken = replace(model, rules=[FunctionReward("odd", 1.0, function)])
+        with pytest.raises(UserError, match=f"rule 'odd' on completion 1(.|\n)*{message}"):
             broken.score(["p"], ["c"])
 
 
-def test_a_reward_model_does_not_talk_and_a_talker_does_not_score(single: Result) -> None:
+def test_a_reward_model_cannot_generate_and_a_language_model_cannot_score(single: Result) -> None:
     with pytest.raises(UserError, match="a reward model, which cannot generate text"):
         load_tuned(single.directory)
     record = json.loads((single.directory / "run.json").read_text())
@@ -256,15 +263,15 @@ def test_a_reward_model_does_not_talk_and_a_talker_does_not_score(single: Result
         load_reward(other)
 
 
-def test_a_reward_model_starts_from_a_tuned_one_and_goes_on_with_its_head(
+def test_a_reward_model_is_initialized_from_sft_and_continues_with_its_head(
     single: Result, folder: Path, base_folder: Path
 ) -> None:
-    talk = {"prompt": "Add the numbers.", "completion": "good 1"}
+    row = {"prompt": "Add the numbers.", "completion": "good 1"}
     more = {"model.precision": "float32", "data.held_out": 0, "train.max_steps": 2, "evaluate.samples": 0}
     sft = load_recipe(
         "quickstart",
         base=str(base_folder),
-        data=[talk] * 8,
+        data=[row] * 8,
         out=folder / "sft",
         settings=more | {"data.template": "plain", "evaluate.exact_match": 0},
     )
@@ -276,11 +283,11 @@ def test_a_reward_model_starts_from_a_tuned_one_and_goes_on_with_its_head(
     assert before == single.record["metrics"]["held_out_accuracy_after"] == 1.0, "it begins with its head"
 
 
-def from_run(folder: Path, start: Path, name: str) -> Result:
+def from_run(folder: Path, parent: Path, name: str) -> Result:
     recipe = load_recipe(
         "quickstart",
         stage="reward",
-        start=str(start),
+        init_from=str(parent),
         out=folder / name,
         settings={
             "data.source": str(folder / "first.jsonl"),
@@ -293,7 +300,7 @@ def from_run(folder: Path, start: Path, name: str) -> Result:
 
 
 def test_trl_s_trainer_runs_the_same_recipe(single: Result, folder: Path, base_folder: Path) -> None:
-    result = tuned(folder, base_folder, "trl", train__engine="trl", train__evaluate_every=6)
+    result = train_reward_model(folder, base_folder, "trl", train__engine="trl", train__evaluate_every=6)
     ours, theirs = single.record["metrics"], result.record["metrics"]
     assert theirs["held_out_loss_before"] == pytest.approx(ours["held_out_loss_before"], rel=1e-5)
     assert theirs["held_out_accuracy_after"] == 1.0 and theirs["held_out_margin_after"] > 1.0
@@ -308,11 +315,11 @@ def test_trl_s_trainer_runs_the_same_recipe(single: Result, folder: Path, base_f
         ({"reward__heads": HEADS}, "train.engine (command line): 'trl' with 2 heads"),
     ],
 )
-def test_what_trl_s_trainer_cannot_learn_is_told(
+def test_unsupported_trl_settings_are_reported(
     folder: Path, base_folder: Path, settings: dict[str, object], message: str
 ) -> None:
     if "data__source" in settings:
         settings = {"data__source": str(folder / str(settings["data__source"])), "data__held_out": 0}
     with pytest.raises(UserError) as caught:
-        tuned(folder, base_folder, "refused", train__engine="trl", **settings)
+        train_reward_model(folder, base_folder, "refused", train__engine="trl", **settings)
     assert message in str(caught.value) and not (folder / "refused").exists()

@@ -10,9 +10,9 @@ from reward_models import train as train_scores
 from torch import Tensor, nn
 
 from align.reward.collate import RewardCollator
-from align.reward.model import completion_scores, score_head
-from align.reward.shared_base import own_weights, scorer_on
-from finetune.adapters._load import open_adapter
+from align.reward.model import completion_scores, find_score_head
+from align.reward.shared_base import scorer_sharing_base, untie_trained_weights
+from finetune.adapters._load import load_saved_adapter
 from finetune.recipe.discovery import ADAPTERS, load_plugin
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -32,30 +32,32 @@ def test_pain_08_a_reward_model_scores_the_same_on_a_shared_base(
     method: str, family: str, tmp_path: Path
 ) -> None:
     stored = "nf4" if method == "qlora" else "none"
-    alone = adapted(method, family)
-    train_scores(alone, BATCH)
-    alone.save_pretrained(str(tmp_path))
+    separate = adapted(method, family)
+    train_scores(separate, BATCH)
+    separate.save_pretrained(str(tmp_path))
     causal = base_of(family, stored)
-    known = {weight.data_ptr() for weight in causal.parameters()}
-    shared = open_adapter(scorer_on(causal, ["help", "safety"], pad_id=0), tmp_path)
-    assert torch.equal(scores(shared), scores(alone))
-    own = [name for name, weight in shared.named_parameters() if weight.data_ptr() not in known]
-    assert all(any(part in name for part in OWN) for name in own), own
+    shared_pointers = {weight.data_ptr() for weight in causal.parameters()}
+    shared = load_saved_adapter(scorer_sharing_base(causal, ["help", "safety"], pad_id=0), tmp_path)
+    assert torch.equal(scores(shared), scores(separate))
+    unshared_names = [
+        name for name, weight in shared.named_parameters() if weight.data_ptr() not in shared_pointers
+    ]
+    assert all(any(fragment in name for fragment in OWN) for name in unshared_names), unshared_names
     policy = build(method, causal)
     train(policy)
-    assert torch.equal(scores(shared), scores(alone)), "the policy's adapter is felt by the reward model"
+    assert torch.equal(scores(shared), scores(separate)), "the policy's adapter is felt by the reward model"
 
 
 @pytest.mark.parametrize("method", ["full", "layernorm", "bitfit"])
-def test_a_policy_that_trains_the_bases_weights_leaves_the_others_alone(method: str) -> None:
+def test_training_base_weights_does_not_change_other_models(method: str) -> None:
     causal = base_of("gpt-neox")
-    scorer = scorer_on(causal, ["reward"], pad_id=0)
+    scorer = scorer_sharing_base(causal, ["reward"], pad_id=0)
     torch.manual_seed(5)
-    nn.init.normal_(score_head(scorer).weight)
+    nn.init.normal_(find_score_head(scorer).weight)
     before = scores(scorer)
     plugin = load_plugin(ADAPTERS, method, where="test")
     policy = plugin.build(causal, plugin.Settings())
-    own_weights(scorer, [policy])
+    untie_trained_weights(scorer, [policy])
     start = logits(policy).clone()
     train(policy)
     assert not torch.equal(logits(policy), start)

@@ -33,11 +33,11 @@ SOLUTION = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72"
         ("", None),
     ],
 )
-def test_the_last_number_of_a_text(text, number):
+def test_last_number(text, number):
     assert last_number(text) == (None if number is None else Decimal(number))
 
 
-def test_replies_with_the_right_number_are_right():
+def test_same_number_is_rewarded():
     assert same_number("", "so 24 + 48 = 72", SOLUTION) and same_number("", "It is $72.00.", SOLUTION)
     assert not same_number("", "72 or 73", SOLUTION) and not same_number("", "", SOLUTION)
     with pytest.raises(ValueError, match="no number in the reference answer 'many'"):
@@ -51,24 +51,24 @@ def rewards():
     return load_rewards(settings, base=None, tokenizer=tokenizer("qwen"))
 
 
-def test_a_rule_is_told_the_row_s_own_reply(rewards):
-    talks = [[Message("user", "How many?"), Message("assistant", text)] for text in ("72", "24")]
-    judged = rewards.judge(talks, ["row 1", "row 2"], expected=[SOLUTION, SOLUTION])
-    assert judged.total.tolist() == [1.0, 0.0] and list(judged.parts) == ["same_number"]
+def test_function_receives_the_reference_answer(rewards):
+    conversations = [[Message("user", "How many?"), Message("assistant", text)] for text in ("72", "24")]
+    scores = rewards.score(conversations, ["row 1", "row 2"], expected=[SOLUTION, SOLUTION])
+    assert scores.total.tolist() == [1.0, 0.0] and list(scores.parts) == ["same_number"]
 
 
-def test_a_row_without_a_reply_of_its_own_is_told(rewards):
-    talks = [[Message("user", "How many?"), Message("assistant", "72")]]
-    for known in (None, [None]):
+def test_missing_reference_answer_is_reported(rewards):
+    conversations = [[Message("user", "How many?"), Message("assistant", "72")]]
+    for answers in (None, [None]):
         with pytest.raises(UserError, match="reward 'same_number' on row 1: the row has no reference answer"):
-            rewards.judge(talks, ["row 1"], expected=known)
-    rewards.refuse_unanswered([SOLUTION], ["row 1"])
+            rewards.score(conversations, ["row 1"], expected=answers)
+    rewards.check_reference_answers([SOLUTION], ["row 1"])
     with pytest.raises(UserError, match=r"1 of 2 rows have no reference answer \(first: row 2\)"):
-        rewards.refuse_unanswered([SOLUTION, None], ["row 1", "row 2"])
+        rewards.check_reference_answers([SOLUTION, None], ["row 1", "row 2"])
 
 
 @pytest.mark.skipif(not (DATA / "gsm8k/test.jsonl").is_file(), reason="published data is not here")
-def test_gsm8k_s_solutions_agree_with_themselves_and_not_with_the_next_one():
+def test_gsm8k_solutions_match_only_themselves():
     lines = (DATA / "gsm8k/test.jsonl").read_text(encoding="utf-8").splitlines()
     answers = [json.loads(line)["answer"] for line in lines]
     assert all(same_number("", answer, answer) for answer in answers)

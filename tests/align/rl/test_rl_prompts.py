@@ -8,181 +8,191 @@ import pytest
 from small_tokenizers import tokenizer
 
 from align.rl.prompts import (
-    EMPTY_TURN,
-    NO_QUESTION,
-    NO_TEMPLATE,
+    EMPTY_PROMPT_TURN,
+    NO_USER_TURN,
+    TEMPLATE_MISMATCH,
     load_prompts,
-    longest_prompt,
     prepare_prompts,
+    resolve_max_prompt_length,
 )
 from align.rl.settings import PromptSettings
 from data_templates._segments import Message
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import TrainSettings
-from finetune.training.text import Text
+from finetune.training.text import TextEncoding
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "../shared/data"
 
-HI, ASKED = Message("user", "Hi"), (Message("user", "Hi"),)
+HI, MESSAGES = Message("user", "Hi"), (Message("user", "Hi"),)
 DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
 SHARE_GPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
 
 LAYOUTS = [
-    ("prompt", {"prompt": "Hi"}, ASKED, None),
-    ("prompt", {"prompt": TURNS[:1]}, ASKED, None),
+    ("prompt", {"prompt": "Hi"}, MESSAGES, None),
+    ("prompt", {"prompt": TURNS[:1]}, MESSAGES, None),
     ("prompt", {"prompt": DIALOGUE}, (HI, Message("assistant", "Hello."), Message("user", "Why?")), None),
     ("prompt", {"prompt": "Hi", "system": "S"}, (Message("system", "S"), HI), None),
     ("instruction", {"instruction": "Hi", "input": "there"}, (Message("user", "Hi", "there"),), None),
-    ("question", {"question": "Hi"}, ASKED, None),
-    ("Alpaca", {"instruction": "Hi", "input": "", "output": "Yes"}, ASKED, "Yes"),
-    ("Alpaca", {"instruction": "Hi", "input": "", "output": ""}, ASKED, None),
-    ("messages", {"messages": TURNS}, ASKED, "Yes"),
-    ("messages", {"messages": TURNS[:1]}, ASKED, None),
+    ("question", {"question": "Hi"}, MESSAGES, None),
+    ("Alpaca", {"instruction": "Hi", "input": "", "output": "Yes"}, MESSAGES, "Yes"),
+    ("Alpaca", {"instruction": "Hi", "input": "", "output": ""}, MESSAGES, None),
+    ("messages", {"messages": TURNS}, MESSAGES, "Yes"),
+    ("messages", {"messages": TURNS[:1]}, MESSAGES, None),
     ("messages", {"messages": [*TURNS, *TURNS[:1]]}, (HI, Message("assistant", "Yes"), HI), None),
-    ("ShareGPT", {"conversations": SHARE_GPT}, ASKED, "Yes"),
-    ("prompt/completion", {"prompt": "Hi", "completion": "Yes"}, ASKED, "Yes"),
-    ("prompt/response", {"prompt": "Hi", "response": "Yes"}, ASKED, "Yes"),
-    ("question/answer", {"question": "Hi", "answer": "Yes"}, ASKED, "Yes"),
-    ("inputs/targets", {"inputs": "Hi", "targets": "Yes"}, ASKED, "Yes"),
-    ("question/rationale/answer", {"question": "Hi", "rationale": "so", "answer": "1"}, ASKED, "so\n#### 1"),
-    ("T0 tasks", {"task": "t", "prompt": "Hi", "completion": "Yes<|endoftext|>"}, ASKED, "Yes"),
-    ("prompt/chosen/rejected", {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, ASKED, "Yes"),
+    ("ShareGPT", {"conversations": SHARE_GPT}, MESSAGES, "Yes"),
+    ("prompt/completion", {"prompt": "Hi", "completion": "Yes"}, MESSAGES, "Yes"),
+    ("prompt/response", {"prompt": "Hi", "response": "Yes"}, MESSAGES, "Yes"),
+    ("question/answer", {"question": "Hi", "answer": "Yes"}, MESSAGES, "Yes"),
+    ("inputs/targets", {"inputs": "Hi", "targets": "Yes"}, MESSAGES, "Yes"),
+    (
+        "question/rationale/answer",
+        {"question": "Hi", "rationale": "so", "answer": "1"},
+        MESSAGES,
+        "so\n#### 1",
+    ),
+    ("T0 tasks", {"task": "t", "prompt": "Hi", "completion": "Yes<|endoftext|>"}, MESSAGES, "Yes"),
+    ("prompt/chosen/rejected", {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, MESSAGES, "Yes"),
     (
         "chosen/rejected",
         {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
-        ASKED,
+        MESSAGES,
         "Yes",
     ),
-    ("prompt/responses/scores", {"prompt": "Hi", "responses": ["No", "Yes"], "scores": [1, 2]}, ASKED, "Yes"),
-    ("prompt/completion/label", {"prompt": "Hi", "completion": "Yes", "label": True}, ASKED, "Yes"),
-    ("prompt/completion/label", {"prompt": "Hi", "completion": "No", "label": False}, ASKED, None),
+    (
+        "prompt/responses/scores",
+        {"prompt": "Hi", "responses": ["No", "Yes"], "scores": [1, 2]},
+        MESSAGES,
+        "Yes",
+    ),
+    ("prompt/completion/label", {"prompt": "Hi", "completion": "Yes", "label": True}, MESSAGES, "Yes"),
+    ("prompt/completion/label", {"prompt": "Hi", "completion": "No", "label": False}, MESSAGES, None),
 ]
 
 
-def prepared(rows, *, template="chatml", tokens="qwen", longest=512, seed=0, **settings):
+def prepare(rows, *, template="chatml", tokens="qwen", max_prompt_length=512, seed=0, **settings):
     """Return rows or a file as prompts, without a cache by default."""
     data = PromptSettings(**{"source": rows, "template": template, "cache": False, **settings})
     encoder = Encoder(tokenizer(tokens), template)
-    return prepare_prompts(data, encoder, max_prompt_length=longest, seed=seed)
+    return prepare_prompts(data, encoder, max_prompt_length=max_prompt_length, seed=seed)
 
 
-def numbered(count):
+def numbered_prompts(count):
     """Return different prompts."""
     return [{"prompt": f"question {number}"} for number in range(count)]
 
 
 @pytest.mark.parametrize(("name", "row", "talk", "expected"), LAYOUTS)
-def test_every_layout_asks_and_keeps_its_reply_for_readers(name, row, talk, expected):
-    data = prepared([row])
+def test_every_layout_gives_prompt_and_reference_answer(name, row, talk, expected):
+    data = prepare([row])
     [prompt] = data.train
     assert data.report.layout == name
-    assert (prompt.talk, prompt.expected, prompt.place) == (talk, expected, "row 1")
+    assert (prompt.messages, prompt.expected, prompt.location) == (talk, expected, "row 1")
 
 
 @pytest.mark.parametrize(("template", "tokens"), [("chatml", "qwen"), ("llama2", "llama2"), ("hh", "llama2")])
-def test_the_ids_are_those_that_chat_writes(template, tokens):
-    data = prepared([{"prompt": DIALOGUE}, {"prompt": "Hi"}], template=template, tokens=tokens)
+def test_prompt_ids_equal_those_of_chat(template, tokens):
+    data = prepare([{"prompt": DIALOGUE}, {"prompt": "Hi"}], template=template, tokens=tokens)
     encoder = Encoder(tokenizer(tokens), template)
     for prompt in data.train:
-        assert list(prompt.ids) == encoder.encode_prompt(prompt.talk)
+        assert list(prompt.ids) == encoder.encode_prompt(prompt.messages)
         assert len(prompt.ids) > 3 and prompt.ids[0] != prompt.ids[1], "no BOS twice"
     assert data.train.lengths == [len(prompt.ids) for prompt in data.train]
 
 
-def test_a_wish_of_the_start_stands_behind_what_is_asked():
-    encoder = Encoder(tokenizer("qwen"), "chatml", wish="Be good.")
+def test_control_suffix_is_appended_to_the_prompt():
+    encoder = Encoder(tokenizer("qwen"), "chatml", control_suffix="Be good.")
     data = PromptSettings(source=[{"prompt": "Hi"}], template="chatml", cache=False)
     [prompt] = prepare_prompts(data, encoder, max_prompt_length=512, seed=0).train
-    assert list(prompt.ids) == encoder.encode_prompt(ASKED)
-    assert "Be good." in encoder.tokenizer.decode(prompt.ids) and prompt.talk == ASKED
+    assert list(prompt.ids) == encoder.encode_prompt(MESSAGES)
+    assert "Be good." in encoder.tokenizer.decode(prompt.ids) and prompt.messages == MESSAGES
 
 
-def test_longer_prompts_are_left_out_and_told():
-    data = prepared([{"prompt": "Hi"}, {"prompt": "long " * 50}], longest=20)
-    assert data.train.places == ["row 1"] and data.report.too_long == 1
+def test_long_prompts_are_dropped_and_counted():
+    data = prepare([{"prompt": "Hi"}, {"prompt": "long " * 50}], max_prompt_length=20)
+    assert data.train.locations == ["row 1"] and data.report.too_long == 1
     assert data.report.lines()[1] == "rows longer than 20 tokens, dropped: 1 (first: row 2)"
 
 
-def test_longer_prompts_lose_their_beginning_but_not_the_token_that_begins_them():
+def test_long_prompts_are_truncated_from_the_left_but_retain_bos():
     rows = [{"prompt": "a b c d e f g h i j k l m n o p"}]
-    whole = prepared(rows, template="vicuna", tokens="llama2").train[0].ids
-    data = prepared(rows, template="vicuna", tokens="llama2", longest=12, too_long="cut")
+    full_ids = prepare(rows, template="vicuna", tokens="llama2").train[0].ids
+    data = prepare(rows, template="vicuna", tokens="llama2", max_prompt_length=12, too_long="cut")
     bos = tokenizer("llama2").bos_token_id
-    assert data.train[0].ids == (bos, *whole[-11:]) and whole[0] == bos
+    assert data.train[0].ids == (bos, *full_ids[-11:]) and full_ids[0] == bos
     assert data.report.lines()[1] == "rows longer than 12 tokens, truncated: 1 (first: row 1)"
-    assert data.report.lost_tokens == len(whole) - 12
+    assert data.report.lost_tokens == len(full_ids) - 12
 
 
-def test_what_asks_nothing_is_counted():
+def test_rows_without_prompt_are_counted():
     rows = [
         {"messages": [{"role": "user", "content": "Hi"}]},
         {"messages": [{"role": "assistant", "content": "Hello"}]},
         {"messages": [{"role": "user", "content": "  "}]},
     ]
-    data = prepared(rows)
-    assert data.train.places == ["row 1"]
-    assert data.report.counts == {NO_QUESTION: 1, EMPTY_TURN: 1}
-    assert data.report.examples == {NO_QUESTION: "row 2", EMPTY_TURN: "row 3"}
+    data = prepare(rows)
+    assert data.train.locations == ["row 1"]
+    assert data.report.counts == {NO_USER_TURN: 1, EMPTY_PROMPT_TURN: 1}
+    assert data.report.examples == {NO_USER_TURN: "row 2", EMPTY_PROMPT_TURN: "row 3"}
 
 
-def test_copies_are_counted_and_kept():
-    data = prepared([{"prompt": "Hi"}, {"prompt": "Ho"}, {"prompt": "Hi"}])
+def test_duplicates_are_counted_and_retained():
+    data = prepare([{"prompt": "Hi"}, {"prompt": "Ho"}, {"prompt": "Hi"}])
     assert len(data.train) == 3
     assert data.report.lines()[1:] == [
         "rows identical to an earlier row (not dropped): 1 (first: row 3 repeats row 1)"
     ]
 
 
-def test_a_share_held_out_holds_whole_prompts():
-    rows = numbered(20) + numbered(20)
-    data = prepared(rows, held_out=0.2)
-    learnt, measured = ({prompt.talk for prompt in part} for part in (data.train, data.held_out))
-    assert len(data.held_out) == 8 and len(measured) == 4 and not learnt & measured
-    assert data.held_out.places == prepared(rows, held_out=0.2).held_out.places
-    assert data.held_out.places != prepared(rows, held_out=0.2, seed=1).held_out.places
+def test_held_out_fraction_splits_by_prompt():
+    rows = numbered_prompts(20) + numbered_prompts(20)
+    data = prepare(rows, held_out=0.2)
+    train, held_out = ({prompt.messages for prompt in split} for split in (data.train, data.held_out))
+    assert len(data.held_out) == 8 and len(held_out) == 4 and not train & held_out
+    assert data.held_out.locations == prepare(rows, held_out=0.2).held_out.locations
+    assert data.held_out.locations != prepare(rows, held_out=0.2, seed=1).held_out.locations
     assert [row.messages[-1] for row in data.conversations] == [Message("assistant", "")] * 8
 
 
 def test_a_held_out_file_is_read_and_compared(tmp_path):
     file = tmp_path / "apart.jsonl"
     file.write_text('{"prompt": "question 1"}\n{"prompt": "new"}\n', encoding="utf-8")
-    data = prepared(numbered(3), held_out=str(file))
-    assert [prompt.talk[0].content for prompt in data.held_out] == ["question 1", "new"]
+    data = prepare(numbered_prompts(3), held_out=str(file))
+    assert [prompt.messages[0].content for prompt in data.held_out] == ["question 1", "new"]
     assert data.report.counts == {"held out: identical to a training row": 1}
     assert data.report.lines()[0].startswith("3 prompts (prompt), 2 held out; ")
 
 
-def test_a_mixture_is_drawn_with_the_seed(tmp_path):
+def test_mixture_sampling_depends_on_the_seed(tmp_path):
     for name, count in (("a", 6), ("b", 30)):
         rows = "".join(f'{{"prompt": "{name} {number}"}}\n' for number in range(count))
         (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
     sources = [{"source": str(tmp_path / f"{name}.jsonl"), "weight": 1.0} for name in "ab"]
     mixed = {"source": None, "mix": sources}
-    data = prepared(None, **mixed)
-    assert [row.source for row in data.train].count(1) == 6 and len(data.train) == 12
+    data = prepare(None, **mixed)
+    assert [row.source_index for row in data.train].count(1) == 6 and len(data.train) == 12
     assert [source.rows for source in data.report.sources] == [6, 6]
-    assert data.train == prepared(None, **mixed).train != prepared(None, seed=1, **mixed).train
+    assert data.train == prepare(None, **mixed).train != prepare(None, seed=1, **mixed).train
 
 
 def test_rows_are_selected():
-    data = prepared(numbered(9), select={"rows": 4})
+    data = prepare(numbered_prompts(9), select={"rows": 4})
     assert len(data.train) == 4
     assert data.report.counts == {"dropped: select.rows=4": 5}
 
 
-def test_prompts_come_from_the_cache_as_they_were(tmp_path, monkeypatch):
+def test_cached_prompts_are_identical(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    rows = [*numbered(3), {"prompt": "long " * 50}]
-    first, again = (prepared(rows, longest=30, cache=True) for _ in range(2))
-    assert (first.report.from_cache, again.report.from_cache) == (False, True)
-    assert again.train == first.train and again.report.counts == first.report.counts
+    rows = [*numbered_prompts(3), {"prompt": "long " * 50}]
+    first, cached = (prepare(rows, max_prompt_length=30, cache=True) for _ in range(2))
+    assert (first.report.from_cache, cached.report.from_cache) == (False, True)
+    assert cached.train == first.train and cached.report.counts == first.report.counts
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         ([], "no rows"),
         ([{"prompt": ""}], "nothing to answer"),
@@ -190,53 +200,56 @@ def test_prompts_come_from_the_cache_as_they_were(tmp_path, monkeypatch):
         ([{"prompt": 3}], "found 3"),
     ],
 )
-def test_nothing_to_answer_is_one_clear_message(rows, told):
-    with pytest.raises(UserError) as caught:
-        prepared(rows)
-    assert told in str(caught.value)
+def test_no_prompts_is_reported(rows, message):
+    with pytest.raises(UserError) as error:
+        prepare(rows)
+    assert message in str(error.value)
 
 
-def test_prompts_that_are_all_too_long_are_one_clear_message():
+def test_only_long_prompts_is_reported():
     with pytest.raises(UserError, match=r"nothing to answer: rows longer than 4 tokens, dropped: 2"):
-        prepared(numbered(2), longest=4)
+        prepare(numbered_prompts(2), max_prompt_length=4)
 
 
-def text(context=64, longest=64):
+def text(context=64, max_length=64):
     """Return template and tokenizer with a context length."""
-    return Text(Encoder(tokenizer("qwen"), "chatml"), context, 0, longest)
+    return TextEncoding(Encoder(tokenizer("qwen"), "chatml"), context, 0, max_length)
 
 
-def test_prompt_and_reply_must_fit_the_model():
-    assert longest_prompt(PromptSettings(), text(), room=24) == (
+def test_prompt_and_completion_must_fit_the_context():
+    assert resolve_max_prompt_length(PromptSettings(), text(), max_new_tokens=24) == (
         40,
         "24 tokens are reserved for the completion",
     )
-    assert longest_prompt(PromptSettings(max_prompt_length=40), text(), room=24) == (40, "as requested")
-    assert longest_prompt(PromptSettings(), text(4096, 2048), room=48)[0] == 2000
+    assert resolve_max_prompt_length(PromptSettings(max_prompt_length=40), text(), max_new_tokens=24) == (
+        40,
+        "as requested",
+    )
+    assert resolve_max_prompt_length(PromptSettings(), text(4096, 2048), max_new_tokens=48)[0] == 2000
     with pytest.raises(UserError, match=r"data.max_prompt_length=39"):
-        longest_prompt(PromptSettings(max_prompt_length=40), text(), room=25)
+        resolve_max_prompt_length(PromptSettings(max_prompt_length=40), text(), max_new_tokens=25)
     with pytest.raises(UserError, match=r"sampling.max_new_tokens: 60 of a context length of 64"):
-        longest_prompt(PromptSettings(), text(), room=60)
+        resolve_max_prompt_length(PromptSettings(), text(), max_new_tokens=60)
 
 
-def test_loading_tells_what_was_found():
-    said, chosen = [], {}
-    job = SimpleNamespace(
+def test_loading_logs_the_data_report():
+    logged, resolved = [], {}
+    ctx = SimpleNamespace(
         recipe=SimpleNamespace(settings=SimpleNamespace(train=TrainSettings())),
-        say=said.append,
-        choose=lambda key, choice: chosen.setdefault(key, choice)[0],
+        say=logged.append,
+        choose=lambda key, choice: resolved.setdefault(key, choice)[0],
         timed=lambda phase: nullcontext(),
     )
-    settings = PromptSettings(source=numbered(3), template="chatml", cache=False)
-    data = load_prompts(job, settings, text(), room=24)
-    assert said == data.report.lines() and chosen == {
+    settings = PromptSettings(source=numbered_prompts(3), template="chatml", cache=False)
+    data = load_prompts(ctx, settings, text(), max_new_tokens=24)
+    assert logged == data.report.lines() and resolved == {
         "data.max_prompt_length": (40, "24 tokens are reserved for the completion")
     }
 
 
 @pytest.mark.parametrize(("part", "rows"), [("train", 781), ("held_out", 120)])
 def test_the_embedded_prompts_are_all_usable(part, rows):
-    data = prepared(str(ROOT / f"recipes/tiny/data/prompts_{part}.jsonl"), template="alpaca")
+    data = prepare(str(ROOT / f"recipes/tiny/data/prompts_{part}.jsonl"), template="alpaca")
     assert len(data.train) == rows and data.report.layout == "prompt" and data.report.counts == {}
 
 
@@ -260,8 +273,8 @@ PUBLISHED = [
 def test_published_files(path, template, layout, rows):
     if not (DATA / path).is_file():
         pytest.skip("published data sets are not here")
-    data = prepared(str(DATA / path), template=template, longest=65536)
-    lost = {what: number for what, number in data.report.counts.items() if "dropped: " in what}
-    assert data.report.layout == layout and len(data.train) + sum(lost.values()) == rows
-    assert set(lost) <= {EMPTY_TURN, NO_TEMPLATE} and sum(lost.values()) < 0.03 * rows
-    assert all(prompt.talk[-1].role == "user" for prompt in data.train)
+    data = prepare(str(DATA / path), template=template, max_prompt_length=65536)
+    dropped = {reason: count for reason, count in data.report.counts.items() if "dropped: " in reason}
+    assert data.report.layout == layout and len(data.train) + sum(dropped.values()) == rows
+    assert set(dropped) <= {EMPTY_PROMPT_TURN, TEMPLATE_MISMATCH} and sum(dropped.values()) < 0.03 * rows
+    assert all(prompt.messages[-1].role == "user" for prompt in data.train)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from align.stages import dpo
-from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.training.result import Result
 
 sys.path += [str(Path(__file__).parents[2] / "finetune" / "training")]
@@ -73,7 +73,9 @@ def dpo_recipe(preference_recipe: Path, tmp_path: Path) -> Recipes:
 
     def make(name: str = "run", *, words: tuple[str, ...] = (), **settings: Any) -> Recipe:
         given = {key.replace("__", "."): value for key, value in settings.items()}
-        return load("dpo", str(preference_recipe), shortcuts=given, overrides=words, out=tmp_path / name)
+        return read_recipe(
+            "dpo", str(preference_recipe), shortcuts=given, overrides=words, out=tmp_path / name
+        )
 
     return make
 

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from align import cli
-from align.dpo.reference import rows_of_steps
-from align.preference.losses.catalogue import losses
+from align.dpo.reference import rows_seen_by_run
+from align.preference.losses.catalogue import all_losses
 from finetune.data.batches import optimizer_batches
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training.result import Result
-from finetune.training.tuned import load_tuned
+from finetune.training.tuned import load_finished_run
 
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
 QUIET = {"evaluate__samples": 0}
@@ -32,7 +32,7 @@ BY_STEP = {
 
 
 @pytest.mark.plots
-def test_a_run_leaves_what_every_run_leaves_and_learns(prefer: Runs) -> None:
+def test_run_writes_its_files_and_learns(prefer: Runs) -> None:
     result = prefer(train__max_steps=12, train__evaluate_every=6)
     names = {path.name for path in result.directory.iterdir()}
     assert {"recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "report.html", "adapter"} <= names
@@ -51,7 +51,7 @@ def test_a_run_leaves_what_every_run_leaves_and_learns(prefer: Runs) -> None:
     assert metrics["tokens_per_second"] > 0
     assert [line.keys() >= {"prompt", "expected", "before", "after"} for line in result.samples] == [True] * 2
     assert "held-out accuracy" in (result.directory / "report.html").read_text(encoding="utf-8")
-    assert load_tuned(result.directory).model.training is False
+    assert load_finished_run(result.directory).model.training is False
 
 
 def test_the_length_ratio_is_that_of_the_data(prefer: Runs, pairs_file: Path) -> None:
@@ -62,17 +62,17 @@ def test_the_length_ratio_is_that_of_the_data(prefer: Runs, pairs_file: Path) ->
     assert line["step"] == 6 and 0 < line["length_ratio"] < 1, "chosen sums are shorter than rejected text"
 
 
-@pytest.mark.parametrize("name", losses())
+@pytest.mark.parametrize("name", all_losses())
 def test_every_loss_takes_three_steps(prefer: Runs, lists_file: Path, name: str) -> None:
-    loss = losses()[name]
+    loss = all_losses()[name]
     settings = {"data__source": str(lists_file)} if loss.takes == "Lists" else {}
     result = prefer(align__loss=name, data__held_out=0, **settings, **QUIET)
-    lines = [line for line in result.metrics if "loss" in line]
-    assert len(lines) == 3 and all(math.isfinite(value) for line in lines for value in line.values())
-    assert ("chosen_drift" in lines[0]) == loss.needs.reference
-    ticks = {tick["name"]: tick for tick in result.record["preflight"]}
-    assert ("reference" in ticks) == loss.needs.reference
-    assert ticks["base"]["passed"] and "bit for bit" in ticks["base"]["detail"]
+    entries = [entry for entry in result.metrics if "loss" in entry]
+    assert len(entries) == 3 and all(math.isfinite(value) for entry in entries for value in entry.values())
+    assert ("chosen_drift" in entries[0]) == loss.needs.reference
+    results = {result_entry["name"]: result_entry for result_entry in result.record["preflight"]}
+    assert ("reference" in results) == loss.needs.reference
+    assert results["base"]["passed"] and "bit for bit" in results["base"]["detail"]
     weights = load_file(result.directory / "adapter" / "adapter_model.safetensors")
     assert all(value.any() for value in weights.values()), "every B has left its zero initialization"
 
@@ -93,12 +93,14 @@ def check_adapter(prefer: Runs, method: str) -> None:
     if method == "adamix":
         given["adapter__consistency"] = False
     result = prefer(adapter__method=method, **given, **QUIET)
-    lines = [line for line in result.metrics if "loss" in line]
-    assert len(lines) == 3
+    entries = [entry for entry in result.metrics if "loss" in entry]
+    assert len(entries) == 3
     if method != "adalora":  # its penalty is part of the loss
-        assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.02), "they differ by dropout alone"
-    ticks = {tick["name"]: tick for tick in result.record["preflight"]}
-    assert all(tick["passed"] for tick in ticks.values()) and "loss 0.6931" in ticks["reference"]["detail"]
+        assert entries[0]["loss"] == pytest.approx(math.log(2), abs=0.02), "they differ by dropout alone"
+    checks = {check["name"]: check for check in result.record["preflight"]}
+    assert (
+        all(check["passed"] for check in checks.values()) and "loss 0.6931" in checks["reference"]["detail"]
+    )
     metrics = result.record["metrics"]
     assert metrics["held_out_loss_before"] == pytest.approx(math.log(2), abs=1e-4)
     assert metrics["held_out_chosen_logps_after"] != metrics["held_out_chosen_logps_before"]
@@ -115,12 +117,12 @@ def test_every_adapter_learns_from_pairs(prefer: Runs, method: str) -> None:
     check_adapter(prefer, method)
 
 
-def test_adamix_is_told_that_its_second_pass_has_no_place_here(prefer: Runs) -> None:
+def test_adamix_consistency_is_refused(prefer: Runs) -> None:
     with pytest.raises(UserError, match="adapter.consistency=false"):
         prefer(adapter__method="adamix", adapter__width=8)
 
 
-def test_a_loss_is_a_name_or_a_mapping_or_words_of_the_command_line(dpo_recipe: Recipes) -> None:
+def test_loss_is_a_name_a_mapping_or_command_line_overrides(dpo_recipe: Recipes) -> None:
     assert dpo_recipe().settings.align.loss == "dpo"
     assert dpo_recipe(words=("align.loss=ipo",)).settings.align.loss == "ipo"
     given = dpo_recipe(words=("align.loss.beta=0.2", "align.loss=ipo"))
@@ -148,7 +150,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("word", BAD)
-def test_a_mistake_is_told_before_anything_is_loaded(dpo_recipe: Recipes, word: str) -> None:
+def test_mistakes_are_reported_before_loading(dpo_recipe: Recipes, word: str) -> None:
     with pytest.raises(UserError) as caught:
         dpo_recipe(words=(word,))
     assert len(caught.value.problems) == 1
@@ -182,8 +184,8 @@ def test_the_command_line_prints_a_summary(
     words = [str(preference_recipe), "--out", str(tmp_path / "run"), "align.loss=ipo", "align.loss.beta=0.2"]
     monkeypatch.setattr("sys.argv", ["llm-align", "dpo", *words])
     cli.main()
-    told = capsys.readouterr().out
-    assert "ok  reference" in told and "ok  stop token" in told and "held-out accuracy" in told
+    output = capsys.readouterr().out
+    assert "ok  reference" in output and "ok  stop token" in output and "held-out accuracy" in output
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["metrics"]["held_out_loss_before"] == pytest.approx((1 / (2 * 0.2)) ** 2, rel=1e-4)
     monkeypatch.setattr("sys.argv", ["llm-align", "chat", str(tmp_path / "run"), "--prompt", "Add. 1 2"])
@@ -192,10 +194,10 @@ def test_the_command_line_prints_a_summary(
 
 
 @pytest.mark.parametrize(("steps", "group_by_length"), [(1, True), (3, False), (5, True), (40, True)])
-def test_the_rows_of_a_run_are_those_of_its_steps(steps: int, group_by_length: bool) -> None:
+def test_rows_seen_by_run_are_those_of_its_steps(steps: int, group_by_length: bool) -> None:
     lengths, batch = [3 + 5 * i % 11 for i in range(29)], 4
     options = {"seed": 7, "group_by_length": group_by_length}
     order = [row for epoch in range(6) for row in optimizer_batches(lengths, batch, epoch=epoch, **options)]
     expected = sorted({row for rows in order[:steps] for row in rows})
-    assert rows_of_steps(lengths, steps=steps, batch_size=batch, **options) == expected
+    assert rows_seen_by_run(lengths, steps=steps, batch_size=batch, **options) == expected
     assert torch.tensor(expected).max() < 29

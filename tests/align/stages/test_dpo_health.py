@@ -16,15 +16,15 @@ Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
 def test_pain_15_a_run_explains_itself(dpo_recipe: Recipes, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = dpo_recipe(train__max_steps=16, train__learning_rate=0.03)
     result = dpo.run(recipe, Console(width=300), command="a test")
-    panel = {finding["name"]: finding for finding in result.record["panel"]}
-    assert "saturated" in panel and panel["likelihood"]["warned"]
+    findings = {finding["name"]: finding for finding in result.record["panel"]}
+    assert "saturated" in findings and findings["likelihood"]["warned"]
     page = (result.directory / "report.html").read_text(encoding="utf-8")
     assert "Diagnostics" in page and "adds an NLL term" in page
-    told = capsys.readouterr().out
-    assert "!!  likelihood" in told and "--  learning" in told
+    output = capsys.readouterr().out
+    assert "!!  likelihood" in output and "--  learning" in output
 
 
-def test_pain_15_a_run_stops_when_the_chosen_fall(
+def test_pain_15_run_stops_on_chosen_logp_drop(
     dpo_recipe: Recipes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"train__max_steps": 40, "train__learning_rate": 0.03, "train__evaluate_every": 2}
@@ -33,9 +33,9 @@ def test_pain_15_a_run_stops_when_the_chosen_fall(
     last = result.metrics[-1]["step"]
     assert 2 <= last < 40 and f"stopped at step {last}" in capsys.readouterr().out
     assert f"stopped at step {last}: held-out chosen log-probability dropped by" in result.record["stopped"]
-    fell = [line["held_out_chosen_logps"] for line in result.metrics if "held_out_loss" in line]
-    start = result.record["metrics"]["held_out_chosen_logps_before"]
-    assert start - fell[-1] > 0.03 and all(start - value <= 0.03 for value in fell[:-1])
+    chosen_logps = [line["held_out_chosen_logps"] for line in result.metrics if "held_out_loss" in line]
+    initial = result.record["metrics"]["held_out_chosen_logps_before"]
+    assert initial - chosen_logps[-1] > 0.03 and all(initial - value <= 0.03 for value in chosen_logps[:-1])
     assert result.record["status"] == "finished"
     steps = [int(path.name[11:]) for path in (result.directory / "checkpoints").glob("checkpoint-*")]
     assert last not in steps, "a run killed here evaluates this step again"

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from align.dpo.trl_losses import SAME
+from align.dpo.trl_losses import TRL_LOSS_TYPES
 from finetune.recipe.errors import UserError
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
 from finetune.training.stops import Interrupted, NotFiniteError
-from finetune.training.tuned import load_tuned
+from finetune.training.tuned import load_finished_run
 
 Runs = Callable[..., Result]
 TRL: dict[str, Any] = {"train__engine": "trl"}
 QUIET = {"evaluate__samples": 0}
 
 
-def test_both_engines_measure_the_same_and_learn(prefer: Runs) -> None:
+def test_both_engines_have_equal_metrics_and_learn(prefer: Runs) -> None:
     ours, theirs = prefer("ours"), prefer("theirs", train__max_steps=12, train__evaluate_every=6, **TRL)
     before, after = ours.record["metrics"], theirs.record["metrics"]
     for name in ("loss", "margin", "accuracy", "chosen_logps", "rejected_logps", "chosen_drift"):
@@ -34,51 +34,49 @@ def test_both_engines_measure_the_same_and_learn(prefer: Runs) -> None:
     assert [line["step"] for line in theirs.metrics if "held_out_loss" in line] == [6, 12]
     assert theirs.record["panel"], "the run explains itself"
     assert not (theirs.adapter / "ref").exists()
-    assert load_tuned(theirs.directory).model.training is False
+    assert load_finished_run(theirs.directory).model.training is False
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_every_loss_that_trl_has_begins_as_its_own_reference(prefer: Runs, name: str) -> None:
+@pytest.mark.parametrize("name", TRL_LOSS_TYPES)
+def test_policy_equals_reference_for_every_trl_loss(prefer: Runs, name: str) -> None:
     loss = {"name": name, "over_tokens": "mean"} if name == "ipo" else {"name": name}
     result = prefer(align__loss=loss, data__held_out=0, **TRL, **QUIET)
-    told = {tick["name"]: tick for tick in result.record["preflight"]}
-    assert told["start"]["passed"] and len(result.metrics) == 3
+    checks = {check["name"]: check for check in result.record["preflight"]}
+    assert checks["start"]["passed"] and len(result.metrics) == 3
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt", "ia3", "full", "vera", "oft", "dora", "qlora"])
-def test_every_kind_of_adapter_begins_as_its_own_reference(prefer: Runs, method: str) -> None:
+def test_policy_equals_reference_for_adapters(prefer: Runs, method: str) -> None:
     result = prefer(adapter__method=method, data__held_out=0, train__max_steps=2, **TRL, **QUIET)
-    told = {tick["name"]: tick for tick in result.record["preflight"]}
-    assert told["start"]["passed"] and told["base"]["passed"]
+    checks = {check["name"]: check for check in result.record["preflight"]}
+    assert checks["start"]["passed"] and checks["base"]["passed"]
 
 
-def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(
-    prefer: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = prefer("whole", train__max_steps=5, adapter__dropout=0.1, **TRL)
+def test_interrupted_run_resumes_bit_for_bit(prefer: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    uninterrupted = prefer("whole", train__max_steps=5, adapter__dropout=0.1, **TRL)
     log = Recorder.on_log
 
-    def ask_at_step_2(self: Recorder, args, state, control, logs=None, **kwargs) -> None:
+    def interrupt_at_step_2(self: Recorder, args, state, control, logs=None, **kwargs) -> None:
         log(self, args, state, control, logs=logs, **kwargs)
-        if state.global_step == 2 and not self.interrupt.name:
+        if state.global_step == 2 and not self.signal_flag.signal_name:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Recorder, "on_log", ask_at_step_2)
+    monkeypatch.setattr(Recorder, "on_log", interrupt_at_step_2)
     with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3; checkpoint saved"):
         prefer(train__max_steps=5, adapter__dropout=0.1, **TRL)
     monkeypatch.undo()
-    again = prefer(train__max_steps=5, adapter__dropout=0.1, **TRL)
-    assert [line["step"] for line in again.metrics] == [1, 2, 3, 4, 5]
-    assert again.record["files"] == whole.record["files"]
+    resumed = prefer(train__max_steps=5, adapter__dropout=0.1, **TRL)
+    assert [line["step"] for line in resumed.metrics] == [1, 2, 3, 4, 5]
+    assert resumed.record["files"] == uninterrupted.record["files"]
 
 
-def test_a_loss_that_is_no_number_names_step_and_rows(prefer: Runs) -> None:
+def test_non_finite_loss_names_step_and_rows(prefer: Runs) -> None:
     with pytest.raises(NotFiniteError, match=r"^loss is (nan|inf) at step \d, on \S*pairs\.jsonl:\d+(, |$)"):
         prefer(train__learning_rate=1e30, train__warmup=0, data__held_out=0, **TRL, **QUIET)
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "fragments"),
     [
         ({"align__loss": "cdpo"}, ["align.loss", "'cdpo'", "train.engine=native"]),
         ({"align__loss": "ipo"}, ["align.loss", "summed over tokens", "over_tokens: mean"]),
@@ -87,12 +85,12 @@ def test_a_loss_that_is_no_number_names_step_and_rows(prefer: Runs) -> None:
         ({"train__engine_args": {"beta": 1}}, ["train.engine_args.beta", "set by the recipe"]),
     ],
 )
-def test_what_trl_cannot_do_is_refused_before_anything_is_written(
-    prefer: Runs, tmp_path: Path, settings: dict[str, Any], told: list[str]
+def test_unsupported_recipes_are_refused_before_writing(
+    prefer: Runs, tmp_path: Path, settings: dict[str, Any], fragments: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
         prefer(**settings, **TRL)
-    for fragment in told:
+    for fragment in fragments:
         assert fragment in str(caught.value)
     assert not (tmp_path / "run").exists()
 

@@ -15,7 +15,7 @@ from torch import nn
 from align.dpo import references
 from align.dpo.reference import model_digest
 from align.stages import dpo
-from finetune.data.cache import DamagedCacheError, stored
+from finetune.data.cache import DamagedCacheError, read_cached
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training import loading
@@ -23,12 +23,12 @@ from finetune.training.result import Result
 
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
 QUIET = {"evaluate__samples": 0}
-CALM = {"train__engine_args": {"adam_epsilon": 1e-3}, "train__max_steps": 4, **QUIET}
+STABLE = {"train__engine_args": {"adam_epsilon": 1e-3}, "train__max_steps": 4, **QUIET}
 """Adam's first steps have the size of the learning rate even for rounding noise in gradients; not so here."""
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> None:
+def trained_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start runs with a trained adapter, as after SFT."""
     attach = loading.attach_adapter
 
@@ -44,86 +44,84 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "attach_adapter", with_weights)
 
 
-def numbers(result: Result, key: str) -> list[float]:
+def logged_values(result: Result, key: str) -> list[float]:
     return [line[key] for line in result.metrics if key in line]
 
 
 def weights(result: Result) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = load_file(result.directory / "adapter" / "adapter_model.safetensors")
-    return found
+    tensors: dict[str, torch.Tensor] = load_file(result.directory / "adapter" / "adapter_model.safetensors")
+    return tensors
 
 
-def alike(prefer: Runs, **settings: Any) -> None:
+def check_live_equals_precomputed(prefer: Runs, **settings: Any) -> None:
     """Check that a live and a precomputed reference give the same run."""
-    ways = [prefer(way, align__reference=way, **CALM, **settings) for way in ("precomputed", "live")]
+    runs = [prefer(mode, align__reference=mode, **STABLE, **settings) for mode in ("precomputed", "live")]
     for key in ("loss", "margin", "chosen_drift", "kl"):
-        assert numbers(ways[0], key) == pytest.approx(numbers(ways[1], key), abs=1e-5), key
-    assert max(map(abs, numbers(ways[0], "margin"))) > 1e-2, "the policy has moved"
-    for name, value in weights(ways[0]).items():
-        assert torch.allclose(value, weights(ways[1])[name], atol=1e-5), name
-    said = [way.record["metrics"]["held_out_loss_after"] for way in ways]
-    assert said[0] == pytest.approx(said[1], abs=1e-5)
+        assert logged_values(runs[0], key) == pytest.approx(logged_values(runs[1], key), abs=1e-5), key
+    assert max(map(abs, logged_values(runs[0], "margin"))) > 1e-2, "the policy has moved"
+    for name, value in weights(runs[0]).items():
+        assert torch.allclose(value, weights(runs[1])[name], atol=1e-5), name
+    held_out_losses = [mode.record["metrics"]["held_out_loss_after"] for mode in runs]
+    assert held_out_losses[0] == pytest.approx(held_out_losses[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix", "pissa"])
-def test_a_live_reference_is_the_precomputed_one(prefer: Runs, method: str) -> None:
+def test_live_reference_equals_precomputed(prefer: Runs, method: str) -> None:
     virtual = {"adapter__virtual_tokens": 5} if method in ("prompt", "prefix") else {}
     rate = {"train__learning_rate": 0.1} if virtual else {}
-    alike(prefer, adapter__method=method, **virtual, **rate)
+    check_live_equals_precomputed(prefer, adapter__method=method, **virtual, **rate)
 
 
-@pytest.mark.usefixtures("started")
-def test_a_live_reference_is_the_adapter_that_a_run_began_with(prefer: Runs) -> None:
-    alike(prefer, adapter__dropout=0.0)
+@pytest.mark.usefixtures("trained_adapter")
+def test_live_reference_is_the_initial_adapter(prefer: Runs) -> None:
+    check_live_equals_precomputed(prefer, adapter__dropout=0.0)
 
 
-def test_gradients_are_there_with_a_live_reference_and_checkpointing(prefer: Runs) -> None:
-    plain = prefer("plain", align__reference="live", **CALM)
-    checked = prefer("checked", align__reference="live", train__gradient_checkpointing=True, **CALM)
-    assert min(numbers(checked, "grad_norm")) > 0
+def test_live_reference_with_gradient_checkpointing(prefer: Runs) -> None:
+    plain = prefer("plain", align__reference="live", **STABLE)
+    checked = prefer("checked", align__reference="live", train__gradient_checkpointing=True, **STABLE)
+    assert min(logged_values(checked, "grad_norm")) > 0
     for name, value in weights(plain).items():
         assert torch.allclose(value, weights(checked)[name], atol=1e-5), name
 
 
-@pytest.mark.usefixtures("started")
-def test_gradients_are_there_in_bfloat16_with_a_live_reference(prefer: Runs) -> None:
+@pytest.mark.usefixtures("trained_adapter")
+def test_live_reference_in_bfloat16(prefer: Runs) -> None:
     """Autocast caches bfloat16 casts: the reference's weights must not be used for the policy."""
-    rough = {"model__precision": "bfloat16", **CALM}
-    ways = [prefer(way, align__reference=way, **rough) for way in ("precomputed", "live")]
-    norms = [numbers(way, "grad_norm") for way in ways]
+    rough = {"model__precision": "bfloat16", **STABLE}
+    runs = [prefer(way, align__reference=way, **rough) for way in ("precomputed", "live")]
+    norms = [logged_values(way, "grad_norm") for way in runs]
     assert min(norms[1]) > 0 and norms[0] == pytest.approx(norms[1], rel=0.1)
-    margins = [numbers(way, "margin")[-1] for way in ways]
+    margins = [logged_values(way, "margin")[-1] for way in runs]
     assert margins[0] > 0.05 and margins[0] == pytest.approx(margins[1], abs=0.02)
 
 
-@pytest.mark.usefixtures("started")
-def test_pain_14_the_reference_is_the_tuned_start_and_not_the_base(prefer: Runs) -> None:
-    result = prefer(**CALM)
-    assert numbers(result, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+@pytest.mark.usefixtures("trained_adapter")
+def test_pain_14_reference_is_the_initial_policy_not_the_base(prefer: Runs) -> None:
+    result = prefer(**STABLE)
+    assert logged_values(result, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
     [tick] = [tick for tick in result.record["preflight"] if tick["name"] == "reference"]
     assert "margin 0.0000, loss 0.6931 (ln 2 = 0.6931)" in tick["detail"]
 
 
-@pytest.mark.usefixtures("started")
+@pytest.mark.usefixtures("trained_adapter")
 def test_pain_14_the_base_in_the_reference_s_place_stops_the_run(
     prefer: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = references.reference_logps
+    original = references.compute_reference_logps
 
     def of_the_base(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
         with model.disable_adapter():
-            return honest(model, *args, **kwargs)
+            return original(model, *args, **kwargs)
 
-    monkeypatch.setattr(references, "reference_logps", of_the_base)
+    monkeypatch.setattr(references, "compute_reference_logps", of_the_base)
     with pytest.raises(UserError, match=r"align.reference: policy and reference differ by .* on 8 groups"):
-        prefer(data__cache=False, **CALM)
+        prefer(data__cache=False, **STABLE)
 
 
-def test_the_reference_is_kept_for_the_next_run(
-    prefer: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_reference_is_cached(prefer: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first = prefer("first", **CALM)
+    first = prefer("first", **STABLE)
     files = sorted((tmp_path / "cache" / "llm-align" / "reference").glob("*"))
     assert len(files) == 2, "one for training, one for held-out groups"
 
@@ -131,33 +129,33 @@ def test_the_reference_is_kept_for_the_next_run(
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(references, "reference_logps", never)
-        again = prefer("again", align__loss={"name": "dpo", "beta": 0.5}, **CALM)  # a sweep over beta
+        patch.setattr(references, "compute_reference_logps", never)
+        again = prefer("again", align__loss={"name": "dpo", "beta": 0.5}, **STABLE)  # a sweep over beta
         with pytest.raises(AssertionError, match="computed again"):
-            prefer("other start", train__seed=1, **CALM)
-    assert numbers(again, "chosen_logps")[0] == numbers(first, "chosen_logps")[0]
-    assert numbers(again, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+            prefer("other start", train__seed=1, **STABLE)
+    assert logged_values(again, "chosen_logps")[0] == logged_values(first, "chosen_logps")[0]
+    assert logged_values(again, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_a_damaged_reference_is_told_and_computed_again(
+def test_corrupt_reference_cache_is_recomputed(
     dpo_recipe: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first = dpo.run(dpo_recipe("first", **CALM), Console(quiet=True))
+    first = dpo.run(dpo_recipe("first", **STABLE), Console(quiet=True))
     for file in (tmp_path / "cache" / "llm-align" / "reference").glob("*"):
         content = bytearray(file.read_bytes())
         content[-3] ^= 1
         file.write_bytes(content)
         with pytest.raises(DamagedCacheError, match="other numbers"):
-            stored(file)
-    second = dpo.run(dpo_recipe("second", **CALM), Console(width=200))
+            read_cached(file)
+    second = dpo.run(dpo_recipe("second", **STABLE), Console(width=200))
     assert capsys.readouterr().out.count("corrupt reference cache, recomputing") == 2
     assert weights(first).keys() == weights(second).keys()
     assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
-    assert stored(file) is not None
+    assert read_cached(file) is not None
 
 
-def test_the_digest_of_a_model_sees_every_number(base_folder: Path) -> None:
+def test_model_digest_depends_on_every_weight(base_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base_folder)

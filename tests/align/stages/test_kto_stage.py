@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from align.stages import kto
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import load
+from finetune.recipe.recipe import read_recipe
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
 from finetune.training.stops import Interrupted, NotFiniteError
-from finetune.training.tuned import load_tuned
+from finetune.training.tuned import load_finished_run
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "../shared/data/llamafactory/kto_en_demo.json"
@@ -58,14 +58,14 @@ def tune(recipe_file: Path, tmp_path: Path) -> Tune:
 
     def run(name: str = "run", **settings: Any) -> Result:
         given = {key.replace("__", "."): value for key, value in settings.items()}
-        recipe = load("kto", str(recipe_file), shortcuts=given, out=tmp_path / name)
+        recipe = read_recipe("kto", str(recipe_file), shortcuts=given, out=tmp_path / name)
         return kto.run(recipe, Console(quiet=True), command="a test")
 
     return run
 
 
 @pytest.mark.plots
-def test_a_run_learns_and_says_what_it_did(tune: Tune) -> None:
+def test_run_learns_and_records_metrics(tune: Tune) -> None:
     result = tune(train__max_steps=8, train__evaluate_every=4)
     steps = [line for line in result.metrics if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
@@ -77,58 +77,58 @@ def test_a_run_learns_and_says_what_it_did(tune: Tune) -> None:
     assert metrics["held_out_margin_before"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["held_out_margin_after"] > 0.05
     assert "held-out margin" in result.record["headline"]
-    told = {tick["name"]: tick["detail"] for tick in result.record["preflight"]}
-    assert told["start"] == "policy equals reference before step 0: loss 0.5000, expected 0.5000"
-    assert told["balance"] == "21 good completions, 19 bad; weighted 1.11 to 1"
+    checks = {check["name"]: check["detail"] for check in result.record["preflight"]}
+    assert checks["start"] == "policy equals reference before step 0: loss 0.5000, expected 0.5000"
+    assert checks["balance"] == "21 good completions, 19 bad; weighted 1.11 to 1"
     assert [{"before", "after"} <= sample.keys() for sample in result.samples] == [True, True]
 
 
-def test_what_is_saved_opens_as_any_adapter_and_as_a_run(tune: Tune, base_folder: Path) -> None:
+def test_saved_adapter_loads_with_peft_and_as_a_run(tune: Tune, base_folder: Path) -> None:
     result = tune()
     assert not (result.adapter / "ref").exists()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), result.adapter)
     saved = load_file(result.adapter / "adapter_model.safetensors")
     assert any(value.any() for name, value in saved.items() if "lora_B" in name)
     assert list(model.peft_config) == ["default"]
-    assert load_tuned(result.directory).encoder.name == "plain"
+    assert load_finished_run(result.directory).encoder.name == "plain"
 
 
-def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_been(
-    tune: Tune, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = tune("whole", train__max_steps=7)
+def test_interrupted_run_resumes_bit_for_bit(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    uninterrupted = tune("whole", train__max_steps=7)
     log = Recorder.on_log
 
-    def ask_at_step_2(self: Recorder, args, state, control, logs=None, **kwargs) -> None:
+    def interrupt_at_step_2(self: Recorder, args, state, control, logs=None, **kwargs) -> None:
         log(self, args, state, control, logs=logs, **kwargs)
-        if state.global_step == 2 and not self.interrupt.name:
+        if state.global_step == 2 and not self.signal_flag.signal_name:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Recorder, "on_log", ask_at_step_2)
+    monkeypatch.setattr(Recorder, "on_log", interrupt_at_step_2)
     with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3; checkpoint saved"):
         tune(train__max_steps=7)
     monkeypatch.undo()
-    again = tune(train__max_steps=7)
-    assert [line["step"] for line in again.metrics] == list(range(1, 8)), "the second epoch begins at step 6"
-    assert again.record["files"] == whole.record["files"]
-    assert again.samples == whole.samples
+    resumed = tune(train__max_steps=7)
+    assert [line["step"] for line in resumed.metrics] == list(range(1, 8)), (
+        "the second epoch begins at step 6"
+    )
+    assert resumed.record["files"] == uninterrupted.record["files"]
+    assert resumed.samples == uninterrupted.samples
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt", "ia3", "full", "vera", "oft", "dora"])
-def test_every_kind_of_adapter_begins_as_its_own_reference(tune: Tune, method: str) -> None:
+def test_policy_equals_reference_for_adapters(tune: Tune, method: str) -> None:
     result = tune(adapter__method=method, train__max_steps=2, evaluate__samples=0, data__held_out=0)
-    told = {tick["name"]: tick for tick in result.record["preflight"]}
-    assert told["start"]["passed"] and told["base"]["passed"]
+    checks = {check["name"]: check for check in result.record["preflight"]}
+    assert checks["start"]["passed"] and checks["base"]["passed"]
 
 
-def test_pairs_are_taken_apart(tune: Tune) -> None:
+def test_pairs_become_labels(tune: Tune) -> None:
     pairs = [{"prompt": f"Add {i}", "chosen": "the numbers", "rejected": "Input"} for i in range(12)]
     result = tune(data__source=pairs, data__held_out=0, train__max_steps=1, evaluate__samples=0)
     assert result.record["data"]["rows"] == 24
     assert any("chosen is good" in line for line in result.record["data"]["lines"])
 
 
-def test_a_loss_that_is_no_number_names_step_and_rows(tune: Tune) -> None:
+def test_non_finite_loss_names_step_and_rows(tune: Tune) -> None:
     with pytest.raises(NotFiniteError, match=r"^loss is (nan|inf) at step \d, on \S*judged\.jsonl:\d+(, |$)"):
         tune(train__learning_rate=1e30, train__warmup=0, evaluate__samples=0)
 
@@ -147,23 +147,23 @@ def test_a_loss_that_is_no_number_names_step_and_rows(tune: Tune) -> None:
         ({"train__engine_args": {"max_length": 9}}, "train.engine_args.max_length", ""),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(
+def test_unsupported_recipes_are_refused_before_writing(
     tune: Tune, tmp_path: Path, settings: dict[str, Any], where: str, repair: str
 ) -> None:
     with pytest.raises(UserError) as error:
         tune(**settings)
-    [problem] = [found for found in error.value.problems if found.where.split(" ")[0] == where]
+    [problem] = [candidate for candidate in error.value.problems if candidate.where.split(" ")[0] == where]
     assert repair in problem.repair
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(not DEMO.is_file(), reason="published data is not here")
-def test_llama_factory_s_judged_conversations_are_learnt(tune: Tune) -> None:
+def test_llama_factory_labeled_conversations(tune: Tune) -> None:
     result = tune(data__source=str(DEMO), data__template="chatml", train__max_steps=1, evaluate__samples=0)
     assert result.record["data"]["layout"] == "messages with label"
     assert result.record["data"]["rows"] > 200
 
 
 def test_published_numbers() -> None:
-    train = load("kto", "kto-mix").settings.train
+    train = read_recipe("kto", "kto-mix").settings.train
     assert (train.epochs, train.batch_size, train.schedule, train.warmup) == (1, 16, "cosine", 0.1)

@@ -15,23 +15,23 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align import cli
-from align.ppo.loading import load_cast
-from align.ppo.progress import EPISODES, PROGRESS
+from align.ppo.loading import load_ppo_models
+from align.ppo.progress import ROLLOUT_FILE, STATE_FILE
 from align.stages import ppo
 from data_templates._segments import Message
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import Recipe, load
-from finetune.training.job import Job
-from finetune.training.loading import load_text
+from finetune.recipe.recipe import Recipe, read_recipe
+from finetune.training.job import RunContext
+from finetune.training.loading import load_text_encoding
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
 from finetune.training.run_directory import RunDirectory
 from finetune.training.stops import Interrupted
-from finetune.training.tuned import load_tuned
+from finetune.training.tuned import load_finished_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
-JUDGES = """
+REWARD_FUNCTIONS = """
 def long(prompt, completion):
     return float(len(completion))
 
@@ -62,7 +62,7 @@ BY_ROLLOUT = {"reward", "kl", "entropy", "length", "ends", "score", "kl_coeffici
 @pytest.fixture(scope="session")
 def judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("judges") / "judges.py"
-    path.write_text(JUDGES)
+    path.write_text(REWARD_FUNCTIONS)
     return path
 
 
@@ -80,7 +80,7 @@ def ppo_file(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, judges
 def recipe(ppo_file: Path, tmp_path: Path) -> Recipes:
     def make(name: str = "run", **settings: Any) -> Recipe:
         given = {key.replace("__", "."): value for key, value in settings.items()}
-        return load("ppo", str(ppo_file), shortcuts=given, out=tmp_path / name)
+        return read_recipe("ppo", str(ppo_file), shortcuts=given, out=tmp_path / name)
 
     return make
 
@@ -94,7 +94,7 @@ def reinforce(recipe: Recipes) -> Runs:
 
 
 @pytest.mark.plots
-def test_a_run_leaves_what_every_run_leaves(reinforce: Runs) -> None:
+def test_ppo_run_writes_all_artifacts(reinforce: Runs) -> None:
     result = reinforce(train__evaluate_every=4)
     names = {path.name for path in result.directory.iterdir()}
     assert {"recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "report.html", "adapter"} <= names
@@ -111,14 +111,14 @@ def test_a_run_leaves_what_every_run_leaves(reinforce: Runs) -> None:
     metrics = result.record["metrics"]
     assert metrics["held_out_kl_before"] == 0.0 and metrics["held_out_reward_before"] > 0
     assert {"held_out_reward_after", "reward_after", "clipped_after"} <= metrics.keys()
-    [ratio] = [tick for tick in result.record["preflight"] if tick["name"] == "ratio"]
+    [ratio] = [result_entry for result_entry in result.record["preflight"] if result_entry["name"] == "ratio"]
     assert "exactly 1" in ratio["detail"]
     assert result.record["rewards"][0]["name"] == "long" and result.record["panel"]
     assert "KL to the reference" in (result.directory / "report.html").read_text(encoding="utf-8")
-    assert load_tuned(result.directory).model.training is False
+    assert load_finished_run(result.directory).model.training is False
 
 
-MOVING = {
+STATEFUL_SETTINGS = {
     "ppo__kl_target": 0.5,
     "ppo__kl_horizon": 64,
     "ppo__normalise": "running",
@@ -127,42 +127,44 @@ MOVING = {
 
 
 @pytest.fixture(scope="module")
-def whole(ppo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+def uninterrupted(ppo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """Return an uninterrupted run."""
-    given = {key.replace("__", "."): value for key, value in MOVING.items()}
+    given = {key.replace("__", "."): value for key, value in STATEFUL_SETTINGS.items()}
     out = tmp_path_factory.mktemp("whole") / "run"
     return ppo.run(
-        load("ppo", str(ppo_file), shortcuts=given, out=out), Console(quiet=True), command="a test"
+        read_recipe("ppo", str(ppo_file), shortcuts=given, out=out), Console(quiet=True), command="a test"
     )
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])
-def test_pain_06_ppo_goes_on_bit_for_bit_from_any_step(
-    whole: Result, reinforce: Runs, stop: int, monkeypatch: pytest.MonkeyPatch
+def test_pain_06_ppo_resumes_bit_for_bit_from_any_step(
+    uninterrupted: Result, reinforce: Runs, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted within a rollout and between two; KL controller and reward statistics resume too."""
 
-    ends = Recorder.on_step_end
+    original = Recorder.on_step_end
 
     def signalled(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == stop:
-            self.interrupt.name = "SIGTERM"
-        ends(self, args, state, control, **kwargs)
+            self.signal_flag.signal_name = "SIGTERM"
+        original(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "on_step_end", signalled)
         with pytest.raises(Interrupted):
-            reinforce("cut", **MOVING)
-    cut = reinforce("cut", **MOVING)
-    assert cut.record["files"] == whole.record["files"]
-    watched = {"step", *BY_STEP, *BY_ROLLOUT} - {"seconds_generation"}
-    for mine, theirs in zip(whole.metrics, cut.metrics, strict=True):
-        assert {k: mine[k] for k in watched & mine.keys()} == {k: theirs[k] for k in watched & mine.keys()}
-    last = cut.directory / "checkpoints" / "checkpoint-6"
-    assert (last / PROGRESS).is_file() and (last / EPISODES).is_file()
+            reinforce("cut", **STATEFUL_SETTINGS)
+    resumed = reinforce("cut", **STATEFUL_SETTINGS)
+    assert resumed.record["files"] == uninterrupted.record["files"]
+    compared = {"step", *BY_STEP, *BY_ROLLOUT} - {"seconds_generation"}
+    for expected, actual in zip(uninterrupted.metrics, resumed.metrics, strict=True):
+        assert {k: expected[k] for k in compared & expected.keys()} == {
+            k: actual[k] for k in compared & expected.keys()
+        }
+    last = resumed.directory / "checkpoints" / "checkpoint-6"
+    assert (last / STATE_FILE).is_file() and (last / ROLLOUT_FILE).is_file()
 
 
-def test_cutting_a_step_into_passes_changes_nothing_that_is_learnt(reinforce: Runs) -> None:
+def test_micro_batch_size_does_not_change_the_loss(reinforce: Runs) -> None:
     one, four = (
         [
             line["loss"]
@@ -174,7 +176,7 @@ def test_cutting_a_step_into_passes_changes_nothing_that_is_learnt(reinforce: Ru
     assert one == pytest.approx(four, rel=1e-3, abs=1e-5)
 
 
-def test_a_step_that_goes_too_far_ends_the_rollout_s_updates(reinforce: Runs) -> None:
+def test_target_kl_ends_the_updates_of_a_rollout(reinforce: Runs) -> None:
     result = reinforce(ppo__epoch_stop_kl=1e-9, data__held_out=0)
     rollouts = [line["step"] for line in result.metrics if "reward" in line]
     assert rollouts == [1, 3, 5], "the first step of a rollout has approx_kl 0, the second has not"
@@ -201,7 +203,7 @@ def bandit(tmp_path: Path) -> Path:
     return tmp_path / "bandit"
 
 
-def test_the_known_optimum_of_a_bandit_is_reached(reinforce: Runs, judges: Path, bandit: Path) -> None:
+def test_known_optimum_of_a_bandit_is_reached(reinforce: Runs, judges: Path, bandit: Path) -> None:
     """Completions of one word with rewards r: pi* = ref exp(r / beta) / Z (arXiv 1909.08593, equation 2)."""
     beta = 0.2
     result = reinforce(
@@ -223,18 +225,18 @@ def test_the_known_optimum_of_a_bandit_is_reached(reinforce: Runs, judges: Path,
         evaluate__samples=0,
         adapter__dropout=0.0,
     )
-    tuned = load_tuned(result.directory)
+    tuned = load_finished_run(result.directory)
     ids = torch.tensor([tuned.encoder.encode_prompt([Message("user", "a b c")])])
-    said = [tuned.encoder.decode_reply([token]) for token in range(tuned.model.config.vocab_size)]
-    rewards = torch.tensor([WORDS.index(word) / 7 if word in set(WORDS) else 0.0 for word in said])
+    completions = [tuned.encoder.decode_reply([token]) for token in range(tuned.model.config.vocab_size)]
+    rewards = torch.tensor([WORDS.index(word) / 7 if word in set(WORDS) else 0.0 for word in completions])
     with torch.no_grad():
-        found = tuned.model(input_ids=ids).logits[0, -1].softmax(-1)
+        policy = tuned.model(input_ids=ids).logits[0, -1].softmax(-1)
         with tuned.model.disable_adapter():
-            start = tuned.model(input_ids=ids).logits[0, -1].softmax(-1)
-    optimum = (start * (rewards / beta).exp()) / (start * (rewards / beta).exp()).sum()
-    variation = [0.5 * float((one - optimum).abs().sum()) for one in (start, found)]
+            reference = tuned.model(input_ids=ids).logits[0, -1].softmax(-1)
+    optimum = (reference * (rewards / beta).exp()) / (reference * (rewards / beta).exp()).sum()
+    variation = [0.5 * float((one - optimum).abs().sum()) for one in (reference, policy)]
     assert variation[0] > 0.3 and variation[1] < 0.08  # measured: 0.457 and 0.029
-    assert float(found @ rewards) == pytest.approx(float(optimum @ rewards), abs=0.05)
+    assert float(policy @ rewards) == pytest.approx(float(optimum @ rewards), abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_the_known_optimum_of_a_bandit_is_reached(reinforce: Runs, judges: Path,
         ({"train__neftune_alpha": 5.0}, ["train.neftune_alpha"]),
     ],
 )
-def test_mistakes_are_told_before_anything_is_loaded(
+def test_invalid_settings_are_reported_before_loading(
     recipe: Recipes, settings: dict[str, Any], words: list[str], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -263,46 +265,46 @@ def test_mistakes_are_told_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_replies_need_room_behind_their_prompts(reinforce: Runs, tmp_path: Path) -> None:
+def test_prompt_and_completion_must_fit_the_context(reinforce: Runs, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sampling\.max_new_tokens.*context length of 256"):
         reinforce(sampling__max_new_tokens=255)
     assert not (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.mark.parametrize(("name", "words"), [("broken", "ZeroDivisionError"), ("nothing", "nan")])
-def test_a_reward_that_fails_is_named_with_its_reply(
-    reinforce: Runs, judges: Path, name: str, words: str
-) -> None:
+def test_failing_reward_function_is_named(reinforce: Runs, judges: Path, name: str, words: str) -> None:
     with pytest.raises(UserError) as error:
         reinforce(reward__sources=f"{judges}:{name}")
     assert name in str(error.value) and words in str(error.value)
 
 
 @pytest.mark.parametrize("method", ["pissa", "layernorm", "full"])
-def test_the_value_has_the_base_s_weights_whatever_the_policy_s_adapter_does(
+def test_value_model_has_the_base_weights_for_every_policy_adapter(
     recipe: Recipes, base_folder: Path, method: str
 ) -> None:
-    own = (
+    method_recipe = (
         recipe(adapter__method=method, adapter__rank=4)
         if method == "pissa"
         else recipe(adapter__method=method)
     )
-    job = Job(own, RunDirectory.of(own, force=False), Console(quiet=True), "a test")
-    cast = load_cast(job, load_text(job))
+    ctx = RunContext(
+        method_recipe, RunDirectory.of(method_recipe, force=False), Console(quiet=True), "a test"
+    )
+    models = load_ppo_models(ctx, load_text_encoding(ctx))
     with torch.no_grad():
-        for weight in cast.policy.model.parameters():
+        for weight in models.policy.model.parameters():
             if weight.requires_grad:
                 weight.add_(1.0)
     saved = load_file(base_folder / "model.safetensors")
-    held = dict(cast.roles.value.named_parameters())
-    names = [name for name in held if "q_proj" in name and "lora" not in name]
+    value_params = dict(models.actor_critic.value.named_parameters())
+    names = [name for name in value_params if "q_proj" in name and "lora" not in name]
     assert len(names) == 2
     for name in names:
         source = name.rpartition("model.")[2].replace("base_layer.", "")
-        assert torch.equal(held[name], saved[f"model.{source}"]), name
+        assert torch.equal(value_params[name], saved[f"model.{source}"]), name
 
 
-def test_the_command_line_says_what_is_wrong(
+def test_cli_reports_unknown_key(
     ppo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["llm-align", "ppo", str(ppo_file), "ppo.clipp=0.1"])

@@ -7,7 +7,7 @@ import pytest
 
 from align.data_preview import preview
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.recipe import Recipe, read_recipe
 
 Recipes = Callable[..., Recipe]
 
@@ -34,7 +34,9 @@ def test_a_ranked_list_is_shown_by_rank(dpo_recipe: Recipes, lists_file: Path) -
 
 def test_labels_are_shown_for_kto(pairs_file: Path, base_folder: Path) -> None:
     given = {"model.base": str(base_folder), "data.source": str(pairs_file), "data.held_out": 0}
-    recipe = load("kto", "kto-mix", shortcuts={**given, "data.max_length": 128, "data.template": "alpaca"})
+    recipe = read_recipe(
+        "kto", "kto-mix", shortcuts={**given, "data.max_length": 128, "data.template": "alpaca"}
+    )
     facts = preview(recipe, rows=4)
     assert {row["where"].split(", ")[1] for row in facts["shown"]} <= {"good", "bad"}
     assert facts["rows"] == 96 and len(facts["shown"]) == 4
@@ -42,6 +44,6 @@ def test_labels_are_shown_for_kto(pairs_file: Path, base_folder: Path) -> None:
 
 def test_a_stage_that_writes_conversations_itself_says_so(pairs_file: Path, base_folder: Path) -> None:
     given = {"model.base": str(base_folder), "data.source": str(pairs_file), "data.held_out": 4}
-    recipe = load("hindsight", "quickstart", shortcuts=given)
+    recipe = read_recipe("hindsight", "quickstart", shortcuts=given)
     with pytest.raises(UserError, match="llm-align data --stage dpo"):
         preview(recipe, rows=1)

@@ -12,8 +12,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-from finetune.recipe.recipe import load
-from finetune.training.launch import run_stage
+from finetune.recipe.recipe import read_recipe
+from finetune.training.launch import launch_stage
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
 from finetune.training.stops import Interrupted
@@ -105,8 +105,8 @@ def share(files: dict[str, Path], base_folder: Path) -> Share:
         path.write_text((COMMON + STAGES[stage]).format(stage=stage, base=base_folder, size=size, **files))
         given = {key.replace("__", "."): value for key, value in settings.items()}
         given |= {"train.processes": count}
-        recipe = load(stage, str(path), shortcuts=given, out=files["folder"] / name)
-        return run_stage(recipe, QUIET, command="a test")
+        recipe = read_recipe(stage, str(path), shortcuts=given, out=files["folder"] / name)
+        return launch_stage(recipe, QUIET, command="a test")
 
     return run
 
@@ -233,7 +233,7 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
     def on_step_end(self: Recorder, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step == step:
-            self.interrupt.name = "SIGTERM"
+            self.signal_flag.signal_name = "SIGTERM"
         before(self, args, state, control, **more)
 
     monkeypatch.setattr(Recorder, "on_step_end", on_step_end)

@@ -79,15 +79,19 @@ def _matrix() -> str:
 
 
 def _cell(name: str, method: str, reasons: list[str]) -> str:
-    found = {family: cell(name, method, family) for family in FAMILIES}
-    refused = {reason: [f for f in FAMILIES if found[f] == reason] for reason in found.values() if reason}
-    parts = []
+    reasons_by_family = {family: cell(name, method, family) for family in FAMILIES}
+    refused = {
+        reason: [f for f in FAMILIES if reasons_by_family[f] == reason]
+        for reason in reasons_by_family.values()
+        if reason
+    }
+    entries = []
     for reason, families in refused.items():
         if reason not in reasons:
             reasons.append(reason)
         where = "" if len(families) == len(FAMILIES) else f"{', '.join(families)}: "
-        parts.append(f"{where}({reasons.index(reason) + 1})")
-    return "; ".join(parts) if all(found.values()) else "; ".join(["yes", *parts])
+        entries.append(f"{where}({reasons.index(reason) + 1})")
+    return "; ".join(entries) if all(reasons_by_family.values()) else "; ".join(["yes", *entries])
 
 
 def _table(titles: tuple[str, ...], rows: list[str]) -> str:

@@ -28,7 +28,7 @@ def _cell(name: str, method: str, family: str) -> str | None:
         return PROPERTIES[name](method, family)
     except UserError as error:
         (problem,) = error.problems
-        return problem.found
+        return problem.actual
 
 
 @functools.cache

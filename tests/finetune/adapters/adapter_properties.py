@@ -15,9 +15,9 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, Qwen2Config
 
-from finetune.adapters._load import open_adapter
-from finetune.data.collate import Example, PackedCollator, PaddedCollator
-from finetune.planning.hardware import detect
+from finetune.adapters._load import load_saved_adapter
+from finetune.data.collate import LMExample, PackedCollator, PaddedCollator
+from finetune.planning.hardware import detect_hardware
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.settings import ModelSettings
 from finetune.training.completion import completion_loss_sum
@@ -42,7 +42,7 @@ FAMILIES = list(CONFIGS)
 METHODS = [
     name
     for name in plugin_names(ADAPTERS)
-    if not load_plugin(ADAPTERS, name, where="test").TRAITS.whole_model
+    if not load_plugin(ADAPTERS, name, where="test").TRAITS.full_finetuning
 ]
 SETTINGS = {
     "trainable_tokens": {"tokens": [5, 6, 7]},
@@ -75,7 +75,7 @@ def base_of(family: str, quantization: str = "none") -> PreTrainedModel:
 @functools.cache
 def _base(family: str, quantization: str) -> PreTrainedModel:
     settings = ModelSettings(base=str(_folder(family)))
-    return load_base(settings, precision="float32", quantization=quantization, hardware=detect())
+    return load_base(settings, precision="float32", quantization=quantization, hardware=detect_hardware())
 
 
 def build(method: str, base: PreTrainedModel, **changed: object) -> PeftModel:
@@ -88,13 +88,13 @@ def build(method: str, base: PreTrainedModel, **changed: object) -> PeftModel:
     return adapted
 
 
-def first_choice(method: str) -> str:
+def default_quantization(method: str) -> str:
     quantization: str = load_plugin(ADAPTERS, method, where="test").TRAITS.quantization[0]
     return quantization if quantization != "int8" else "none"
 
 
-def made(method: str, family: str) -> PeftModel:
-    return build(method, base_of(family, first_choice(method)))
+def build_adapter(method: str, family: str) -> PeftModel:
+    return build(method, base_of(family, default_quantization(method)))
 
 
 def train(model: PeftModel, steps: int = 5, seed: int = 3) -> None:
@@ -115,22 +115,22 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=IDS).logits[:, -IDS.shape[1] :]
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
+def is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(actual, expected, atol=1e-5, rtol=1e-4)
 
 
 def trains_alone(method: str, family: str) -> str | None:
     """Only the adapter trains: each of its weights gets a gradient and changes, the base is bit-identical."""
-    base = base_of(family, first_choice(method))
+    base = base_of(family, default_quantization(method))
     weights = {id(weight): name for name, weight in base.named_parameters()}
     adapted = build(method, base)
     frozen = {name: copy.deepcopy(w.data) for name, w in adapted.named_parameters() if id(w) in weights}
-    own = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
-    assert own and not [name for name, weight in own.items() if id(weight) in weights]
-    before = {name: weight.detach().clone() for name, weight in own.items()}
+    trainable = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert trainable and not [name for name, weight in trainable.items() if id(weight) in weights]
+    before = {name: weight.detach().clone() for name, weight in trainable.items()}
     train(adapted)
-    assert not [name for name, weight in own.items() if weight.grad is None]
-    assert not [name for name, weight in own.items() if torch.equal(weight, before[name])]
+    assert not [name for name, weight in trainable.items() if weight.grad is None]
+    assert not [name for name, weight in trainable.items() if torch.equal(weight, before[name])]
     after = dict(adapted.named_parameters())
     assert not [name for name, value in frozen.items() if not torch.equal(after[name].data, value)]
     assert not [name for name in frozen if after[name].grad is not None]
@@ -139,35 +139,35 @@ def trains_alone(method: str, family: str) -> str | None:
 
 def starts_near_the_base(method: str, family: str) -> str | None:
     """An untrained adapter does not change the output, unless it consists of virtual tokens."""
-    adapted = made(method, family)
+    adapted = build_adapter(method, family)
     if adapted.active_peft_config.is_prompt_learning:
         return "virtual tokens change the output from the first step on"
-    expected = logits(base_of(family, first_choice(method)))
+    expected = logits(base_of(family, default_quantization(method)))
     if method == "loftq":
         exact = logits(base_of(family))
         assert (logits(adapted) - exact).norm() < (expected - exact).norm()
         return "its initialization is closer to the unquantized base than the 4-bit base is"
-    assert close(logits(adapted), expected)
+    assert is_close(logits(adapted), expected)
     return None
 
 
 def saves_and_loads(method: str, family: str) -> str | None:
     """A saved and reloaded adapter gives the same logits."""
-    adapted = made(method, family)
+    adapted = build_adapter(method, family)
     train(adapted)
     with tempfile.TemporaryDirectory() as folder:
         adapted.save_pretrained(folder, save_embedding_layers=False)
-        opened = open_adapter(base_of(family, first_choice(method)), Path(folder))
+        opened = load_saved_adapter(base_of(family, default_quantization(method)), Path(folder))
     assert (logits(opened) - logits(adapted)).abs().max() < 2e-5
     return None
 
 
 def merges(method: str, family: str) -> str | None:
     """Merging the adapter into the base gives the same logits."""
-    adapted = made(method, family)
+    adapted = build_adapter(method, family)
     train(adapted)
     expected = logits(adapted)
-    reason: str = load_plugin(ADAPTERS, method, where="test").TRAITS.merge
+    reason: str = load_plugin(ADAPTERS, method, where="test").TRAITS.merge_unsupported
     if reason:
         if not adapted.active_peft_config.is_prompt_learning:
             try:
@@ -176,7 +176,7 @@ def merges(method: str, family: str) -> str | None:
                 return reason
             raise AssertionError("merging is declared unsupported, but succeeded")
         return reason
-    if first_choice(method) == "nf4":
+    if default_quantization(method) == "nf4":
         return "4-bit weights round the sum; merge on the unquantized base"
     merged = adapted.merge_and_unload()
     assert not [name for name, _ in merged.named_parameters() if "lora" in name or "bottleneck" in name]
@@ -186,16 +186,16 @@ def merges(method: str, family: str) -> str | None:
 
 def switches_off(method: str, family: str) -> str | None:
     """With the adapter disabled the logits are the base's, bit for bit."""
-    adapted = made(method, family)
+    adapted = build_adapter(method, family)
     train(adapted)
-    expected = logits(base_of(family, first_choice(method)))
-    assert not close(logits(adapted), expected)
+    expected = logits(base_of(family, default_quantization(method)))
+    assert not is_close(logits(adapted), expected)
     with adapted.disable_adapter():
-        found = logits(adapted)
+        base_logits = logits(adapted)
     if load_plugin(ADAPTERS, method, where="test").TRAITS.changes_base:
-        assert not close(found, expected)
+        assert not is_close(base_logits, expected)
         return "the base in memory is the residual; the initial adapter has the rest"
-    assert torch.equal(found, expected)
+    assert torch.equal(base_logits, expected)
     return None
 
 
@@ -236,14 +236,14 @@ def packs_rows(method: str, family: str) -> str | None:
     """Packed rows give the same loss as padded rows."""
     if not load_plugin(ADAPTERS, method, where="test").TRAITS.packing:
         return "virtual tokens precede each row, and packed rows share one beginning"
-    adapted = made(method, family)
+    adapted = build_adapter(method, family)
     train(adapted, steps=2)
     head = output_head(adapted.get_base_model())
     rows = [
-        Example(input_ids=torch.arange(3, 3 + size), labels=torch.arange(3, 3 + size), row=size)
+        LMExample(input_ids=torch.arange(3, 3 + size), labels=torch.arange(3, 3 + size), row=size)
         for size in (9, 3, 14, 6)
     ]
-    collators = (PaddedCollator(0), PackedCollator(0), PackedCollator(0, single_line=True))
+    collators = (PaddedCollator(0), PackedCollator(0), PackedCollator(0, single_row=True))
     with torch.no_grad():
         padded, *packed = (float(completion_loss_sum(adapted, head, one(rows))) for one in collators)
     assert all(abs(loss / padded - 1) < 1e-5 for loss in packed)
@@ -257,13 +257,13 @@ def switches_between_two(method: str, family: str) -> str | None:
     expected = []
     with tempfile.TemporaryDirectory() as folder:
         for index in (1, 2):
-            adapted = made(method, family)
+            adapted = build_adapter(method, family)
             train(adapted, steps=2 + index, seed=index)
             adapted.save_pretrained(f"{folder}/{index}", save_embedding_layers=False)
             expected.append(logits(adapted))
-        both = open_adapter(base_of(family, first_choice(method)), Path(folder) / "1")
+        both = load_saved_adapter(base_of(family, default_quantization(method)), Path(folder) / "1")
         both.load_adapter(f"{folder}/2", "second")
-    assert not close(*expected)
+    assert not is_close(*expected)
     assert (logits(both) - expected[0]).abs().max() < 2e-5
     both.set_adapter("second")
     assert (logits(both) - expected[1]).abs().max() < 2e-5
@@ -276,9 +276,9 @@ def checkpoints_gradients(method: str, family: str) -> str | None:
     """Gradient checkpointing gives the same gradients."""
     gradients = []
     for recompute in (False, True):
-        if recompute and not load_plugin(ADAPTERS, method, where="test").TRAITS.checkpointing:
+        if recompute and not load_plugin(ADAPTERS, method, where="test").TRAITS.gradient_checkpointing:
             return "a prefix is in the key-value cache, which gradient checkpointing disables"
-        adapted = made(method, family)
+        adapted = build_adapter(method, family)
         train(adapted, steps=2)
         adapted.train()
         if recompute:
@@ -289,14 +289,14 @@ def checkpoints_gradients(method: str, family: str) -> str | None:
         torch.manual_seed(5)
         adapted(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append([w.grad.clone() for w in adapted.parameters() if w.requires_grad])
-    assert all(close(one, other) for one, other in zip(*gradients, strict=True))
+    assert all(is_close(one, other) for one, other in zip(*gradients, strict=True))
     assert any(gradient.abs().sum() > 0 for gradient in gradients[0])
     return None
 
 
 def generates_with_cache(method: str, family: str) -> str | None:
     """Generation with the key-value cache gives the same tokens as full forward passes."""
-    adapted = made(method, family)
+    adapted = build_adapter(method, family)
     train(adapted)
     prompt = IDS[:1, :4]
     greedy = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}

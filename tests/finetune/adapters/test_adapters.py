@@ -113,9 +113,9 @@ def test_a_soft_prompt_has_one_embedding_a_token(family):
 
 def test_a_soft_prompt_starts_from_real_words():
     adapted = build("llama", "prompt", virtual_tokens=7)
-    words = adapted.get_input_embeddings().weight
+    embeddings = adapted.get_input_embeddings().weight
     (prompt,) = [weight for weight in adapted.parameters() if weight.requires_grad]
-    assert all(any(torch.equal(row, word) for word in words) for row in prompt)
+    assert all(any(torch.equal(row, embedding) for embedding in embeddings) for row in prompt)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,7 +137,7 @@ def test_full_tuning_trains_all_and_adds_nothing(family):
     ],
 )
 def test_the_names_of_linear_layers(family, names):
-    assert _targets.linear_names(model_of(family)) == names
+    assert _targets.linear_module_names(model_of(family)) == names
 
 
 @pytest.mark.parametrize(

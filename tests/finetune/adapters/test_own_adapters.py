@@ -20,7 +20,7 @@ from finetune.adapters import (
 )
 from finetune.adapters._bottleneck_layer import Bottleneck, BottleneckConfig
 from finetune.adapters._prefix_encoders import GatedPrefix
-from finetune.adapters.loftq import factors
+from finetune.adapters.loftq import low_rank_factors
 from finetune.recipe.errors import UserError
 from finetune.training.adapter_hooks import scale_learning_rates
 from finetune.training.completion import completion_loss_sum
@@ -42,7 +42,7 @@ class Reference(nn.Module):
         return self.scale * self.up(torch.relu(self.down(states)))
 
 
-class Behind(nn.Module):
+class Sequential(nn.Module):
     """Sequential: h + f(h), with h the module's output."""
 
     def __init__(self, module, adapter):
@@ -54,7 +54,7 @@ class Behind(nn.Module):
         return states + self.adapter(states)
 
 
-class Beside(Behind):
+class Parallel(Sequential):
     """Parallel: h + f(x), with x the module's input."""
 
     def forward(self, inputs):
@@ -66,13 +66,13 @@ def reference(placement, scale):
     model, adapters = base_of("llama"), []
     for block in model.model.layers:
         if placement == "parallel":
-            block.mlp = Beside(block.mlp, Reference(scale))
+            block.mlp = Parallel(block.mlp, Reference(scale))
             adapters.append(block.mlp.adapter)
             continue
         if placement == "houlsby":
-            block.self_attn.o_proj = Behind(block.self_attn.o_proj, Reference(scale))
+            block.self_attn.o_proj = Sequential(block.self_attn.o_proj, Reference(scale))
             adapters.append(block.self_attn.o_proj.adapter)
-        block.mlp = Behind(block.mlp, Reference(scale))
+        block.mlp = Sequential(block.mlp, Reference(scale))
         adapters.append(block.mlp.adapter)
     return model, adapters
 
@@ -84,10 +84,10 @@ def test_a_bottleneck_is_the_papers(placement):
     adapted = bottleneck.build(
         base_of("llama"), bottleneck.Settings(placement=placement, width=NARROW, scale=4.0)
     )
-    found = [module for module in adapted.modules() if isinstance(module, Bottleneck)]
-    assert len(found) == len(expected)
+    bottlenecks = [module for module in adapted.modules() if isinstance(module, Bottleneck)]
+    assert len(bottlenecks) == len(expected)
     with torch.no_grad():
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip(bottlenecks, expected, strict=True):
             ours.down.copy_(theirs.down.weight[None])
             ours.down_bias.copy_(theirs.down.bias[None])
             ours.up.copy_(theirs.up.weight[None])
@@ -96,7 +96,7 @@ def test_a_bottleneck_is_the_papers(placement):
     assert torch.allclose(*losses, atol=1e-6)
     for loss in losses:
         loss.backward()
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(bottlenecks, expected, strict=True):
         assert torch.allclose(ours.down.grad[0], theirs.down.weight.grad, atol=1e-6)
         assert torch.allclose(ours.up_bias.grad[0], theirs.up.bias.grad, atol=1e-6)
 
@@ -110,18 +110,18 @@ def test_scale_of_a_bottleneck(settings, expected):
     assert {module.scale for module in adapted.modules() if isinstance(module, Bottleneck)} == {expected}
 
 
-def test_adamix_averages_what_it_has_drawn_from():
+def test_adamix_averages_its_experts():
     """In training one expert runs; at inference a single bottleneck with the mean weights (section 3.4)."""
     config = BottleneckConfig(hidden_size=WIDTH, width=NARROW, experts=3)
     mixture = Bottleneck(config)
     for weight in mixture.parameters():
         nn.init.normal_(weight)
     states = torch.randn(2, 4, WIDTH)
-    one = Bottleneck(BottleneckConfig(hidden_size=WIDTH, width=NARROW))
+    average = Bottleneck(BottleneckConfig(hidden_size=WIDTH, width=NARROW))
     with torch.no_grad():
-        for mean, weight in zip(one.parameters(), mixture.parameters(), strict=True):
+        for mean, weight in zip(average.parameters(), mixture.parameters(), strict=True):
             mean.copy_(weight.mean(0, keepdim=True))
-    assert torch.equal(mixture.eval()(states), one(states))
+    assert torch.equal(mixture.eval()(states), average(states))
     possible = []
     with torch.no_grad():
         for down in range(3):
@@ -129,12 +129,15 @@ def test_adamix_averages_what_it_has_drawn_from():
                 inner = torch.relu(states @ mixture.down[down].T + mixture.down_bias[down])
                 possible.append(inner @ mixture.up[up].T + mixture.up_bias[up])
     mixture.train()
-    drawn = [mixture(states) for _ in range(60)]
-    matches = [[torch.allclose(found, other, atol=1e-5) for other in possible].index(True) for found in drawn]
+    samples = [mixture(states) for _ in range(60)]
+    matches = [
+        [torch.allclose(sample, candidate, atol=1e-5) for candidate in possible].index(True)
+        for sample in samples
+    ]
     assert len(set(matches)) >= 7  # nine pairs; fewer than seven of them in 60 draws: p < 1e-4
 
 
-def test_adamix_pulls_two_passes_together():
+def test_adamix_consistency_loss():
     """Two forward passes take different routes; the loss is the first one's plus their symmetric KL."""
     adapted = adamix.build(base_of("llama"), adamix.Settings(width=NARROW))
     for module in adapted.modules():
@@ -150,11 +153,11 @@ def test_adamix_pulls_two_passes_together():
     forward = nn.functional.kl_div(second, first, reduction="sum", log_target=True)
     backward = nn.functional.kl_div(first, second, reduction="sum", log_target=True)
     torch.manual_seed(4)
-    found = completion_loss_sum(adapted, head, batch, passes=2)
+    loss_sum = completion_loss_sum(adapted, head, batch, num_passes=2)
     assert forward > 1e-3
-    assert torch.allclose(found, likelihood + (forward + backward) / 2, rtol=1e-5)
-    assert adamix.hooks(adapted, adamix.Settings(), steps=1).passes == 2
-    assert adamix.hooks(adapted, adamix.Settings(consistency=False), steps=1).passes == 1
+    assert torch.allclose(loss_sum, likelihood + (forward + backward) / 2, rtol=1e-5)
+    assert adamix.hooks(adapted, adamix.Settings(), steps=1).forward_passes == 2
+    assert adamix.hooks(adapted, adamix.Settings(consistency=False), steps=1).forward_passes == 1
 
 
 def test_symmetric_kl_by_hand():
@@ -181,7 +184,7 @@ def test_gates_start_open_and_scale_a_layer_and_a_position():
     assert torch.allclose(changed[:2, :8], prefix[:2, :8], atol=1e-6)
 
 
-def test_progressive_prompts_keep_the_tasks_before_them(tmp_path):
+def test_progressive_prompts_keep_earlier_tasks(tmp_path):
     """The prompt of the first task is in the second's adapter bit for bit, after the new one."""
     first = prompt.build(base_of("llama"), prompt.Settings(virtual_tokens=4))
     train(first)
@@ -203,7 +206,7 @@ def test_progressive_prompts_keep_the_tasks_before_them(tmp_path):
     assert third.positions == 9
 
 
-def test_progressive_prompts_tell_a_run_that_is_none(tmp_path):
+def test_progressive_prompts_report_an_invalid_run(tmp_path):
     settings = progressive_prompt.Settings(previous=str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="adapter.previous: '.*nothing' is not the folder of a finished run"):
         progressive_prompt.build(base_of("llama"), settings)
@@ -228,7 +231,7 @@ def test_bitfit_is_the_base_with_other_biases():
     assert torch.allclose(logits(base), logits(adapted), atol=1e-6)
 
 
-def test_lora_plus_gives_b_a_rate_of_its_own():
+def test_lora_plus_scales_the_learning_rate_of_b():
     adapted = build("lora_plus", base_of("llama"))
     hooks = lora_plus.hooks(adapted, lora_plus.Settings(ratio=8.0), steps=1)
     weights = [weight for weight in adapted.parameters() if weight.requires_grad]
@@ -279,7 +282,7 @@ def test_adaloras_penalty_by_hand():
 
 def test_loftq_keeps_the_largest_singular_values():
     matrix = torch.diag(torch.tensor([5.0, 4.0, 3.0, 2.0]))
-    up, down = factors(matrix, 2)
+    up, down = low_rank_factors(matrix, 2)
     assert torch.allclose(up @ down, torch.diag(torch.tensor([5.0, 4.0, 0.0, 0.0])), atol=1e-5)
 
 
@@ -290,7 +293,7 @@ def test_loftq_keeps_the_largest_singular_values():
         ({"warmup": 0.5, "cooldown": 0.5}, "adapter.warmup, adapter.cooldown: 0.5 and 0.5"),
     ],
 )
-def test_adalora_tells_a_budget_that_cannot_fall(settings, message):
+def test_adalora_reports_a_budget_that_cannot_decrease(settings, message):
     (problem,) = adalora.Settings(**settings).problems()
     assert str(problem).startswith(message)
     assert not adalora.Settings().problems()

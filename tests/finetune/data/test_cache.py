@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from finetune.data import cache
-from finetune.data.dataset import cached
+from finetune.data.dataset import load_or_encode
 from finetune.data.report import DataReport
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
+def _isolated_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def test_pain_22_rows_are_tokenised_once_however_many_processes_want_them():
+def test_pain_22_concurrent_processes_tokenize_rows_once():
     made = []
 
     def encode(report):
@@ -27,7 +27,9 @@ def test_pain_22_rows_are_tokenised_once_however_many_processes_want_them():
 
     reports = [DataReport() for _ in range(4)]
     threads = [
-        threading.Thread(target=cached, args=("key", encode), kwargs={"cache": True, "report": report})
+        threading.Thread(
+            target=load_or_encode, args=("key", encode), kwargs={"cache": True, "report": report}
+        )
         for report in reports
     ]
     for thread in threads:
@@ -39,9 +41,9 @@ def test_pain_22_rows_are_tokenised_once_however_many_processes_want_them():
     assert [report.too_long for report in reports] == [7] * 4
 
 
-def test_the_lock_lies_beside_what_is_kept_and_is_free_again():
-    path = cache.cache_file("tokens", "other")
-    with cache.made_once(path):
+def test_the_lock_file_is_outside_the_cache_folder_and_released():
+    path = cache.cache_path("tokens", "other")
+    with cache.cache_lock(path):
         assert not path.exists()
-    with cache.made_once(path):
+    with cache.cache_lock(path):
         assert [file.name for file in path.parents[1].iterdir()] == ["locks"]

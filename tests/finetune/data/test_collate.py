@@ -2,14 +2,14 @@
 
 import torch
 
-from finetune.data.collate import IGNORED, Example, PackedCollator, PaddedCollator
+from finetune.data.collate import IGNORE_INDEX, LMExample, PackedCollator, PaddedCollator
 
-X = IGNORED
+X = IGNORE_INDEX
 
 
 def example(row, ids, labels):
     """Return a row."""
-    return Example(input_ids=torch.tensor(ids), labels=torch.tensor(labels), row=row)
+    return LMExample(input_ids=torch.tensor(ids), labels=torch.tensor(labels), row=row)
 
 
 ROWS = [
@@ -34,7 +34,7 @@ def test_padded():
     }
 
 
-def test_packed_lines_are_as_long_as_the_longest_row():
+def test_packed_batch_rows_are_as_long_as_the_longest_row():
     # 5 alone, 3 + 2 together: two full lines, nothing padded.
     assert as_lists(PackedCollator(pad_id=0)(ROWS)) == {
         "input_ids": [[21, 22, 23, 24, 25], [11, 12, 13, 31, 32]],
@@ -44,8 +44,8 @@ def test_packed_lines_are_as_long_as_the_longest_row():
     }
 
 
-def test_packed_into_a_single_line():
-    assert as_lists(PackedCollator(pad_id=0, single_line=True)(ROWS)) == {
+def test_packed_into_a_single_batch_row():
+    assert as_lists(PackedCollator(pad_id=0, single_row=True)(ROWS)) == {
         "input_ids": [[21, 22, 23, 24, 25, 11, 12, 13, 31, 32]],
         "labels": [[X, X, 23, 24, 25, X, X, 13, X, 32]],
         "position_ids": [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]],
@@ -53,7 +53,7 @@ def test_packed_into_a_single_line():
     }
 
 
-def test_pain_13_padding_of_a_packed_line_is_a_row_of_its_own():
+def test_pain_13_padding_of_a_packed_row_has_its_own_positions():
     # Its positions begin at 0, so no row sees it and it sees no row.
     batch = PackedCollator(pad_id=9)([ROWS[1], ROWS[0]])
     assert batch["input_ids"].tolist() == [[21, 22, 23, 24, 25], [11, 12, 13, 9, 9]]
@@ -66,7 +66,7 @@ def test_the_same_targets_whether_padded_or_packed():
         return sorted(label for label in batch["labels"].flatten().tolist() if label != X)
 
     expected = [13, 23, 24, 25, 32]
-    collators = [PaddedCollator(0), PackedCollator(0), PackedCollator(0, single_line=True)]
+    collators = [PaddedCollator(0), PackedCollator(0), PackedCollator(0, single_row=True)]
     assert [targets(collator(ROWS)) for collator in collators] == [expected] * 3
 
 
@@ -78,7 +78,7 @@ def test_a_pad_that_is_also_a_token_of_a_row_keeps_its_label_there():
     assert batch["attention_mask"].tolist()[0] == [1, 1, 0]
 
 
-def test_collating_leaves_the_rows_as_they_were():
+def test_collating_does_not_modify_the_rows():
     before = [row["labels"].tolist() for row in ROWS]
     PaddedCollator(0)(ROWS)
     PackedCollator(0)(ROWS)

@@ -11,7 +11,7 @@ from platformdirs import user_cache_path
 from transformers import AutoTokenizer
 
 from data_templates._segments import Message
-from finetune.data.dataset import Prepared, prepare
+from finetune.data.dataset import PreparedData, prepare_conversations
 from finetune.data.files import data_fingerprint
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
@@ -49,9 +49,11 @@ def numbered(count: int) -> list[dict[str, str]]:
     return [row(f"Question {i}", f"{i}") for i in range(count)]
 
 
-def read(encoder: Encoder, source: Any, *, max_length: int = 200, seed: int = 0, **settings: Any) -> Prepared:
+def read(
+    encoder: Encoder, source: Any, *, max_length: int = 200, seed: int = 0, **settings: Any
+) -> PreparedData:
     data = DataSettings(**{"source": source, **settings})
-    return prepare(data, encoder, max_length=max_length, seed=seed)
+    return prepare_conversations(data, encoder, max_length=max_length, seed=seed)
 
 
 def texts(encoder: Encoder, rows: Any) -> list[str]:
@@ -59,46 +61,50 @@ def texts(encoder: Encoder, rows: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(("held_out", "count"), [(5, 5), (0.25, 5), (0.01, 1), (19, 19)])
-def test_held_out_rows_are_none_of_the_training_rows(
+def test_held_out_rows_are_disjoint_from_training_rows(
     encoder: Encoder, write: Write, held_out: float, count: int
 ) -> None:
     path = write(*numbered(20))
     data = read(encoder, path, held_out=held_out)
     assert data.held_out is not None
     assert (len(data.train), len(data.held_out), data.report.held_out) == (20 - count, count, count)
-    assert set(data.train.places).isdisjoint(data.held_out.places)
-    assert set(data.train.places) | set(data.held_out.places) == {f"{path}:{i}" for i in range(1, 21)}
-    assert [talk.where for talk in data.prompts] == data.held_out.places
+    assert set(data.train.locations).isdisjoint(data.held_out.locations)
+    assert set(data.train.locations) | set(data.held_out.locations) == {f"{path}:{i}" for i in range(1, 21)}
+    assert [conversation.location for conversation in data.prompts] == data.held_out.locations
 
 
 def test_nothing_held_out(encoder: Encoder, write: Write) -> None:
     data = read(encoder, write(*numbered(100)))
     assert data.held_out is None and data.report.held_out == 0 and len(data.train) == 100
-    assert [talk.where for talk in data.prompts] == data.train.places[:64]
+    assert [conversation.location for conversation in data.prompts] == data.train.locations[:64]
 
 
-def test_the_seed_alone_draws_the_held_out_rows(encoder: Encoder, write: Write) -> None:
+def test_the_held_out_split_depends_on_the_seed_only(encoder: Encoder, write: Write) -> None:
     path = write(*numbered(30))
-    drawn = {seed: tuple(read(encoder, path, held_out=6, seed=seed).held_out.places) for seed in (0, 1, 2)}
-    assert len(set(drawn.values())) == 3
-    assert drawn[0] == tuple(read(encoder, path, held_out=6, max_length=60, cache=False).held_out.places)
+    sampled = {
+        seed: tuple(read(encoder, path, held_out=6, seed=seed).held_out.locations) for seed in (0, 1, 2)
+    }
+    assert len(set(sampled.values())) == 3
+    assert sampled[0] == tuple(read(encoder, path, held_out=6, max_length=60, cache=False).held_out.locations)
 
 
 def test_a_held_out_file(encoder: Encoder, write: Write) -> None:
     other = write(row("Held", "out"), name="other.jsonl")
     data = read(encoder, write(*numbered(3)), held_out=other)
-    assert len(data.train) == 3 and data.held_out.places == [f"{other}:1"]
+    assert len(data.train) == 3 and data.held_out.locations == [f"{other}:1"]
     assert "Held" in texts(encoder, data.held_out)[0]
     assert data.prompts[0].messages == [Message("user", "Held"), Message("assistant", "out")]
 
 
-def test_more_held_out_than_there_is(encoder: Encoder, write: Write) -> None:
+def test_holding_out_all_rows_is_an_error(encoder: Encoder, write: Write) -> None:
     rows = [*numbered(4), row("", "")]
     with pytest.raises(UserError, match=r"data\.held_out: 4 of 4 usable rows\n +expected: fewer rows"):
         read(encoder, write(*rows), held_out=4)
 
 
-def test_pain_17_what_is_lost_is_counted_with_its_first_place(encoder: Encoder, write: Write) -> None:
+def test_pain_17_truncated_and_dropped_rows_are_counted_with_first_location(
+    encoder: Encoder, write: Write
+) -> None:
     rows = [
         row("fine"),
         row("", "no question"),
@@ -145,10 +151,12 @@ def test_pain_17_held_out_rows_are_counted_too(encoder: Encoder, write: Write) -
         "held out: longer than 120 tokens, dropped": 1,
     }
     assert data.report.examples["held out: dropped: empty turn"] == f"{other}:2"
-    assert data.report.held_out == 1 and [talk.where for talk in data.prompts] == [f"{other}:1"]
+    assert data.report.held_out == 1 and [conversation.location for conversation in data.prompts] == [
+        f"{other}:1"
+    ]
 
 
-def test_conversations_without_a_reply_and_with_an_open_question(encoder: Encoder, write: Write) -> None:
+def test_conversations_without_a_reply_or_with_an_unanswered_question(encoder: Encoder, write: Write) -> None:
     def turns(*roles: str) -> dict[str, Any]:
         return {"messages": [{"role": role, "content": f"from {role}"} for role in roles]}
 
@@ -158,16 +166,18 @@ def test_conversations_without_a_reply_and_with_an_open_question(encoder: Encode
     assert len(data.train) == 1 and texts(encoder, data.train)[0].endswith("from assistant</s>")
 
 
-def test_rows_that_a_template_cannot_write_are_told_and_not_asked(encoder: Encoder, write: Write) -> None:
+def test_rows_that_a_template_cannot_render_are_reported_and_not_sampled(
+    encoder: Encoder, write: Write
+) -> None:
     two = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     path = write({"messages": two}, {"messages": two[:2]})
     data = read(encoder, path)
     [(what, number)] = data.report.counts.items()
     assert (what, number) == ("dropped: the template cannot render the conversation", 1)
     assert data.report.examples[what].startswith(f"{path}:1: ")
-    assert [talk.where for talk in data.prompts] == [f"{path}:2"]
-    for talk in data.prompts:
-        encoder.encode_prompt(talk.messages[:-1])
+    assert [conversation.location for conversation in data.prompts] == [f"{path}:2"]
+    for conversation in data.prompts:
+        encoder.encode_prompt(conversation.messages[:-1])
 
 
 def test_the_first_token_carries_no_loss_and_the_end_does(encoder: Encoder, write: Write) -> None:
@@ -178,9 +188,9 @@ def test_the_first_token_carries_no_loss_and_the_end_does(encoder: Encoder, writ
         assert example["labels"][-1] == example["input_ids"][-1] == encoder.tokenizer.eos_token_id
 
 
-def test_python_rows_have_places_too(encoder: Encoder) -> None:
+def test_python_rows_have_locations(encoder: Encoder) -> None:
     data = read(encoder, [row("a"), row("", "x")])
-    assert data.train.places == ["row 1"]
+    assert data.train.locations == ["row 1"]
     assert data.report.examples == {"dropped: empty turn": "row 2"}
 
 
@@ -195,19 +205,19 @@ def test_a_mix_with_caps(encoder: Encoder, write: Write) -> None:
     ]
     data = read(encoder, None, mix=mix)
     counts = {
-        name: sum(place.startswith(name) for place in data.train.places) for name in (first, second, third)
+        name: sum(place.startswith(name) for place in data.train.locations) for name in (first, second, third)
     }
     assert counts == {first: 4, second: 6, third: 2}
     assert data.report.layout == "Alpaca + question/answer"
-    told = [line for line in data.report.lines() if " requested, " in line]
-    assert told[0].startswith("  33.3% requested, 33.3% of rows, ") and len(told) == 3
-    assert told[0].endswith(f": 4 from 4 usable rows of {first} (Alpaca)")
-    chosen = [place for place in data.train.places if place.startswith(first)]
+    message = [line for line in data.report.lines() if " requested, " in line]
+    assert message[0].startswith("  33.3% requested, 33.3% of rows, ") and len(message) == 3
+    assert message[0].endswith(f": 4 from 4 usable rows of {first} (Alpaca)")
+    chosen = [place for place in data.train.locations if place.startswith(first)]
     assert len(set(chosen)) == 4
     again = read(encoder, None, mix=mix)
-    assert again.train.places == data.train.places
+    assert again.train.locations == data.train.locations
     other = read(encoder, None, mix=mix, seed=1)
-    assert other.train.places != data.train.places
+    assert other.train.locations != data.train.locations
 
 
 def test_pain_22_the_second_run_reads_the_cache(encoder: Encoder, write: Write, cache: Path) -> None:
@@ -218,14 +228,14 @@ def test_pain_22_the_second_run_reads_the_cache(encoder: Encoder, write: Write, 
     second = read(encoder, path, held_out=2)
     assert second.report.from_cache and ", from the cache" in second.report.lines()[0]
     assert (second.report.counts, second.report.examples) == (first.report.counts, first.report.examples)
-    assert second.train.places == first.train.places
+    assert second.train.locations == first.train.locations
     for one, other in ((first.train, second.train), (first.held_out, second.held_out)):
         assert texts(encoder, one) == texts(encoder, other)
         assert one.num_trained == other.num_trained
     assert sorted(cache.iterdir()) == files
 
 
-def test_pain_22_no_cache_when_none_is_wanted(encoder: Encoder, write: Write, cache: Path) -> None:
+def test_pain_22_cache_false_writes_no_cache(encoder: Encoder, write: Write, cache: Path) -> None:
     path = write(*numbered(8))
     assert not read(encoder, path, cache=False).report.from_cache
     assert not cache.exists()
@@ -244,27 +254,27 @@ def one_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_short, one_bit, lambda path: path.write_bytes(b"")])
-def test_pain_22_a_damaged_cache_file_is_made_anew(
+def test_pain_22_a_corrupt_cache_file_is_rewritten(
     encoder: Encoder, write: Write, cache: Path, damage: Callable[[Path], None]
 ) -> None:
     path = write(*numbered(8))
     expected = texts(encoder, read(encoder, path).train)
     [file] = cache.iterdir()
-    whole = file.read_bytes()
+    full = file.read_bytes()
     damage(file)
     again = read(encoder, path)
     assert not again.report.from_cache and texts(encoder, again.train) == expected
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == full
     assert read(encoder, path).report.from_cache
 
 
-def test_pain_22_whatever_changes_the_tokens_makes_another_file(
+def test_pain_22_the_cache_key_depends_on_everything_that_changes_tokens(
     encoder: Encoder, base_folder: Path, write: Write, cache: Path
 ) -> None:
     path = write(*numbered(8))
     read(encoder, path)
 
-    def fresh(change: Callable[[], Prepared]) -> bool:
+    def fresh(change: Callable[[], PreparedData]) -> bool:
         before = len(list(cache.iterdir()))
         data = change()
         return not data.report.from_cache and len(list(cache.iterdir())) == before + 1
@@ -280,7 +290,7 @@ def test_pain_22_whatever_changes_the_tokens_makes_another_file(
     assert read(encoder, path).report.from_cache
 
 
-def test_a_cache_that_cannot_be_written_is_told_with_a_way_out(
+def test_an_unwritable_cache_is_an_error_with_a_repair(
     encoder: Encoder, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -290,7 +300,7 @@ def test_a_cache_that_cannot_be_written_is_told_with_a_way_out(
     assert len(read(encoder, write(*numbered(8)), cache=False).train) == 8
 
 
-def test_no_partial_files_stay(encoder: Encoder, write: Write, cache: Path) -> None:
+def test_no_partial_files_remain(encoder: Encoder, write: Write, cache: Path) -> None:
     read(encoder, write(*numbered(8)))
     assert [file.suffix for file in cache.iterdir()] == [".safetensors"]
 

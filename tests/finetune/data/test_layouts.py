@@ -3,8 +3,8 @@
 import pytest
 
 from data_templates._segments import Message
-from finetune.data.layouts import recognise, to_conversations
-from finetune.data.sources import Row
+from finetune.data.layouts import detect_layout, parse_conversations
+from finetune.data.sources import SourceRow
 from finetune.recipe.errors import UserError
 
 S, U, A = (
@@ -16,8 +16,8 @@ S, U, A = (
 
 def read(row, columns=None):
     """Return one row's layout name and conversation."""
-    layout = recognise(row, columns=columns)
-    [conversation] = to_conversations([Row(row, "file:1")], layout, columns)
+    layout = detect_layout(row, columns=columns)
+    [conversation] = parse_conversations([SourceRow(row, "file:1")], layout, columns)
     return layout.name, conversation
 
 
@@ -102,7 +102,7 @@ def test_columns_of_other_names_are_mapped():
     assert read(row, columns) == ("Alpaca", [U("q", context="c"), A("a")])
 
 
-def test_a_mapped_column_is_no_longer_known_by_its_own_name():
+def test_a_mapped_column_loses_its_own_name():
     # `output` holds the question here; it must not make the row an Alpaca one with a missing instruction.
     row = {"output": "q", "answer": "a"}
     assert read(row, {"question": "output"}) == ("question/answer", [U("q"), A("a")])
@@ -115,7 +115,7 @@ def test_columns_can_be_exchanged():
 
 def test_unknown_columns_list_the_layouts_and_the_repair():
     with pytest.raises(UserError) as caught:
-        recognise(["frage", "antwort"], where="my.csv")
+        detect_layout(["frage", "antwort"], where="my.csv")
     text = str(caught.value)
     assert text.startswith("my.csv: no known layout has columns frage, antwort")
     assert "instruction+output" in text
@@ -123,9 +123,9 @@ def test_unknown_columns_list_the_layouts_and_the_repair():
     assert "data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}" in text
 
 
-def test_a_mapping_to_a_column_that_is_not_there_names_the_nearest():
+def test_mapping_to_a_missing_column_suggests_the_closest_name():
     with pytest.raises(UserError) as caught:
-        recognise(["question", "reply"], columns={"instruction": "questoin"}, where="my.csv")
+        detect_layout(["question", "reply"], columns={"instruction": "questoin"}, where="my.csv")
     text = str(caught.value)
     assert "data.columns: 'instruction' is mapped to 'questoin', but my.csv has no such column" in text
     assert "did you mean 'question'?" in text
@@ -141,7 +141,7 @@ def turn(**fields):
 
 
 @pytest.mark.parametrize(
-    ("good", "bad", "told"),
+    ("good", "bad", "message"),
     [
         (ALPACA, {"instruction": "q"}, "field 'output': missing or null"),
         (ALPACA, {"instruction": "q", "output": None}, "field 'output': missing or null"),
@@ -176,18 +176,18 @@ def turn(**fields):
         (CHAT, turn(role="user", content="\udc00"), "field 'messages[0].content': an unpaired surrogate"),
     ],
 )
-def test_pain_24_a_row_that_does_not_fit_is_told_with_line_and_field(good, bad, told):
-    layout = recognise(good)
+def test_pain_24_a_bad_row_is_reported_with_line_and_field(good, bad, message):
+    layout = detect_layout(good)
     with pytest.raises(UserError) as caught:
-        to_conversations([Row(good, "file:1"), Row(bad, "file:2")], layout, None)
-    assert str(caught.value).startswith(f"file:2: {told}")
+        parse_conversations([SourceRow(good, "file:1"), SourceRow(bad, "file:2")], layout, None)
+    assert str(caught.value).startswith(f"file:2: {message}")
     assert len(caught.value.problems) == 1
 
 
-def test_many_bad_rows_are_told_in_a_few_lines():
-    rows = [Row({"instruction": "q", "output": number}, f"file:{number}") for number in range(1, 21)]
+def test_many_bad_rows_are_summarized():
+    rows = [SourceRow({"instruction": "q", "output": number}, f"file:{number}") for number in range(1, 21)]
     with pytest.raises(UserError) as caught:
-        to_conversations(rows, recognise(ALPACA), None)
+        parse_conversations(rows, detect_layout(ALPACA), None)
     wheres = [problem.where for problem in caught.value.problems]
     assert wheres == ["file:1", "file:2", "file:3", "file:4", "file:5", "and 15 more rows"]
     assert "20 of 20 rows do not fit" in str(caught.value)
@@ -195,7 +195,7 @@ def test_many_bad_rows_are_told_in_a_few_lines():
 
 def test_long_values_are_shortened():
     with pytest.raises(UserError) as caught:
-        to_conversations(
-            [Row({"instruction": ["x" * 500], "output": "a"}, "file:1")], recognise(ALPACA), None
+        parse_conversations(
+            [SourceRow({"instruction": ["x" * 500], "output": "a"}, "file:1")], detect_layout(ALPACA), None
         )
-    assert len(caught.value.problems[0].found) < 100
+    assert len(caught.value.problems[0].actual) < 100

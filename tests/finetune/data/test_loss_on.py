@@ -6,10 +6,10 @@ import pytest
 from small_tokenizers import tokenizer as small_tokenizer
 
 from data_templates._segments import Message
-from finetune.data.dataset import Prepared, prepare
-from finetune.data.layouts import recognise, to_conversations
-from finetune.data.loss_on import asked, learnt
-from finetune.data.sources import Row
+from finetune.data.dataset import PreparedData, prepare_conversations
+from finetune.data.layouts import detect_layout, parse_conversations
+from finetune.data.loss_on import apply_loss_scope, build_loss_mask
+from finetune.data.sources import SourceRow
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import DataSettings
@@ -31,13 +31,13 @@ def turns(**flags: Any) -> dict[str, Any]:
     return {"messages": messages}
 
 
-def read(row: dict[str, Any], loss_on: str = "reply") -> Prepared:
+def read(row: dict[str, Any], loss_on: str = "reply") -> PreparedData:
     encoder = Encoder(small_tokenizer("qwen"), "chatml")
     settings = DataSettings(source=[row], template="chatml", loss_on=loss_on)
-    return prepare(settings, encoder, max_length=500, seed=0)
+    return prepare_conversations(settings, encoder, max_length=500, seed=0)
 
 
-def learnt_text(data: Prepared) -> str:
+def trained_text(data: PreparedData) -> str:
     row = data.train[0]
     return small_tokenizer("qwen").decode(row["input_ids"][row["labels"] != -100])
 
@@ -57,31 +57,31 @@ END = "<|im_end|>"
         ),
     ],
 )
-def test_what_is_learnt(loss_on: str, expected: str) -> None:
+def test_loss_mask_of_each_scope(loss_on: str, expected: str) -> None:
     data = read(turns(), loss_on)
-    assert learnt_text(data).replace(f"{END}\n", END).rstrip() == expected.replace(f"{END}\n", END)
+    assert trained_text(data).replace(f"{END}\n", END).rstrip() == expected.replace(f"{END}\n", END)
     assert data.train[0]["labels"][0] == -100
 
 
 @pytest.mark.parametrize("flag", [{"train": False}, {"weight": 0}, {"trained": False}, {"weight": 0.0}])
 def test_turns_that_the_data_marks_carry_no_loss(flag: dict[str, Any]) -> None:
-    assert learnt_text(read(turns(reply_1=flag))) == f"second{END}"
-    assert learnt_text(read(turns(reply_2=flag))) == f"first{END}"
+    assert trained_text(read(turns(reply_1=flag))) == f"second{END}"
+    assert trained_text(read(turns(reply_2=flag))) == f"first{END}"
 
 
 @pytest.mark.parametrize("flag", [{"train": True}, {"weight": 1}, {"train": None}, {"weight": 1.0}])
-def test_turns_that_are_marked_to_be_learnt(flag: dict[str, Any]) -> None:
-    assert learnt_text(read(turns(reply_1=flag))) == f"first{END}second{END}"
+def test_turns_that_are_marked_as_trained(flag: dict[str, Any]) -> None:
+    assert trained_text(read(turns(reply_1=flag))) == f"first{END}second{END}"
 
 
 def test_sharegpt_turns_are_marked_too() -> None:
-    talk = [
+    conversation = [
         {"from": "human", "value": "one?", "train": False},
         {"from": "gpt", "value": "first", "train": False},
         {"from": "human", "value": "two?"},
         {"from": "gpt", "value": "second", "train": True},
     ]
-    assert learnt_text(read({"conversations": talk})) == f"second{END}"
+    assert trained_text(read({"conversations": conversation})) == f"second{END}"
 
 
 def test_a_last_reply_that_is_marked_leaves_nothing() -> None:
@@ -89,7 +89,7 @@ def test_a_last_reply_that_is_marked_leaves_nothing() -> None:
         read(turns(reply_2={"weight": 0}), "last")
 
 
-def test_all_learns_marked_turns_and_says_so() -> None:
+def test_scope_all_trains_marked_turns_and_reports_it() -> None:
     data = read(turns(reply_1={"train": False}), "all")
     assert data.train.num_trained == data.train.num_tokens - 1
     assert data.report.counts == {"have turns marked train=false, trained anyway because data.loss_on=all": 1}
@@ -97,7 +97,7 @@ def test_all_learns_marked_turns_and_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "told"),
+    ("flag", "message"),
     [
         ({"train": "no"}, "field 'messages[1].train': found 'no'\n    expected: true or 1"),
         ({"weight": 0.5}, "field 'messages[1].weight': found 0.5"),
@@ -105,25 +105,27 @@ def test_all_learns_marked_turns_and_says_so() -> None:
         ({"trained": "false"}, "field 'messages[1].trained': found 'false'"),
     ],
 )
-def test_pain_24_other_marks_are_told(flag: dict[str, Any], told: str) -> None:
+def test_pain_24_invalid_train_flags_are_reported(flag: dict[str, Any], message: str) -> None:
     row = turns(reply_1=flag)
     with pytest.raises(UserError) as caught:
-        to_conversations([Row(row, "file:1")], recognise(row), None)
-    assert str(caught.value).startswith(f"file:1: {told}")
+        parse_conversations([SourceRow(row, "file:1")], detect_layout(row), None)
+    assert str(caught.value).startswith(f"file:1: {message}")
 
 
-def test_last_leaves_the_conversation_as_it_was_but_for_the_marks() -> None:
-    talk = [Message(role, role) for role in ROLES]
-    marked = asked(talk, "last")
+def test_scope_last_changes_only_the_train_flags() -> None:
+    conversation = [Message(role, role) for role in ROLES]
+    marked = apply_loss_scope(conversation, "last")
     assert [turn.trained for turn in marked] == [False, False, False, True]
-    assert [turn.content for turn in marked] == [turn.content for turn in talk]
-    assert asked(talk, "reply") == asked(talk, "all") == talk
+    assert [turn.content for turn in marked] == [turn.content for turn in conversation]
+    assert apply_loss_scope(conversation, "reply") == apply_loss_scope(conversation, "all") == conversation
 
 
-def test_learnt_by_hand() -> None:
-    assert learnt([False, True, False], "all") == [True, True, True]
+def test_loss_mask_by_hand() -> None:
+    assert build_loss_mask([False, True, False], "all") == [True, True, True]
     assert (
-        learnt([False, True, False], "reply") == learnt([False, True, False], "last") == [False, True, False]
+        build_loss_mask([False, True, False], "reply")
+        == build_loss_mask([False, True, False], "last")
+        == [False, True, False]
     )
 
 
@@ -134,6 +136,6 @@ def test_each_choice_has_its_own_cache_file() -> None:
     assert read(turns(), "all").report.from_cache
 
 
-def test_plain_text_rows_are_told_to_be_for_pretraining() -> None:
+def test_plain_text_rows_point_to_pretraining() -> None:
     with pytest.raises(UserError, match="for plain text, use continued pretraining: llm-align pretrain"):
-        recognise(["text"], where="my.jsonl")
+        detect_layout(["text"], where="my.jsonl")

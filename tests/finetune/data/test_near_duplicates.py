@@ -30,25 +30,25 @@ def overlap(one: str, other: str) -> float:
 
 
 def brute_force(texts: list[str], threshold: float) -> list[int | None]:
-    kept: list[int] = []
-    found: list[int | None] = []
+    selected: list[int] = []
+    actual: list[int | None] = []
     for index, one in enumerate(texts):
-        twin = next((other for other in kept if overlap(one, texts[other]) >= threshold), None)
-        found.append(twin)
+        twin = next((other for other in selected if overlap(one, texts[other]) >= threshold), None)
+        actual.append(twin)
         if twin is None:
-            kept.append(index)
-    return found
+            selected.append(index)
+    return actual
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 1.0])
-def test_it_finds_what_brute_force_finds(threshold):
+def test_parity_with_brute_force(threshold):
     texts = []
     for seed in range(40):
         words = text(seed)
         texts += [" ".join(changed(words, places, seed)) for places in (0, 0, 1, 2, 4)]
-    expected, found = brute_force(texts, threshold), near_duplicates(texts, threshold)
-    missed = sum(one is not None and other is None for one, other in zip(expected, found, strict=True))
-    invented = sum(one is None and other is not None for one, other in zip(expected, found, strict=True))
+    expected, actual = brute_force(texts, threshold), near_duplicates(texts, threshold)
+    missed = sum(one is not None and other is None for one, other in zip(expected, actual, strict=True))
+    invented = sum(one is None and other is not None for one, other in zip(expected, actual, strict=True))
     assert sum(twin is not None for twin in expected) >= 40
     # A pair exactly at the threshold is missed once in a hundred; then its own twins may differ too.
     assert missed <= 2 and invented <= 2
@@ -64,7 +64,7 @@ def test_chinese_counts_by_the_character():
     assert near_duplicates([sentence, sentence[:-1], "今天天气很好"], 0.8) == [None, 0, None]
 
 
-def test_one_word_in_a_short_sentence_keeps_it_apart():
+def test_one_word_makes_short_sentences_distinct():
     first = "Name the capital of France and say how many people live in it today"
     assert near_duplicates([first, first.replace("France", "Spain")], 0.8) == [None, None]
     assert near_duplicates([first, first.upper() + "?"], 0.8) == [None, 0]
@@ -78,5 +78,5 @@ def test_it_is_the_same_every_time():
 
 def test_bands_miss_one_pair_in_a_hundred_at_most():
     for threshold in (0.5, 0.6, 0.7, 0.8, 0.9):
-        rows = module._rows_of_a_band(threshold)
+        rows = module._rows_per_band(threshold)
         assert (1 - threshold**rows) ** (module.NUM_HASHES // rows) <= 0.01

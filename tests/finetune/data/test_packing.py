@@ -46,7 +46,7 @@ def test_examples(lengths, capacity, bins):
 
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 60), max_size=40), capacity=st.integers(1, 50))
-def test_every_item_is_in_one_bin_and_bins_hold_what_fits(lengths, capacity):
+def test_every_item_is_in_one_bin_within_capacity(lengths, capacity):
     bins = pack(lengths, capacity)
     assert sorted(index for items in bins for index in items) == list(range(len(lengths)))
     for items in bins:
@@ -67,5 +67,5 @@ def test_never_worse_than_eleven_ninths_and_one(lengths):
 
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), max_size=30))
-def test_the_same_lengths_always_lie_the_same(lengths):
+def test_packing_is_deterministic(lengths):
     assert pack(lengths, 30) == pack(tuple(lengths), 30)

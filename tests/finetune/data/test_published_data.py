@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from small_tokenizers import tokenizer
 
-from data_templates._segments import REPLIES, TemplateError
-from finetune.data.layouts import recognise, to_conversations
-from finetune.data.replies import worded
+from data_templates._segments import REPLY_ROLES, TemplateError
+from finetune.data.layouts import detect_layout, parse_conversations
+from finetune.data.replies import render_reply
 from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
 
@@ -45,19 +45,21 @@ def test_published_files_are_read_and_encoded(path, rows, layout, columns, templ
         pytest.skip("published data sets are not here")
     source = read_source(str(DATA / path))
     assert rows is None or len(source) == rows
-    found = recognise(source[0].columns, columns=columns)
-    assert found.name == layout
-    conversations = to_conversations(source, found, columns)
+    actual = detect_layout(source[0].columns, columns=columns)
+    assert actual.name == layout
+    conversations = parse_conversations(source, actual, columns)
     assert len(conversations) == len(source)
     encoder = Encoder(tokenizer("qwen"), template)
     some = conversations[:ENCODED]
     for conversation, encoded in zip(some, encoder.encode_many(some), strict=True):
         assert not isinstance(encoded, TemplateError)
         # The first trained run is the first reply and its end, to the character.
-        start = encoded.trained.index(True)
-        stop = next(i for i in range(start, len(encoded.trained)) if encoded.input_ids[i] in encoder.stop_ids)
-        first = next(number for number, turn in enumerate(conversation) if turn.role in REPLIES)
-        reply = worded(conversation[: first + 1], encoder)[-1].content
+        start = encoded.loss_mask.index(True)
+        stop = next(
+            i for i in range(start, len(encoded.loss_mask)) if encoded.input_ids[i] in encoder.stop_ids
+        )
+        first = next(number for number, turn in enumerate(conversation) if turn.role in REPLY_ROLES)
+        reply = render_reply(conversation[: first + 1], encoder)[-1].content
         assert encoder.decode_reply(encoded.input_ids[start : stop + 1]) == reply
-        if template not in ("cot", "toolcall") and not encoded.written_apart:
+        if template not in ("cot", "toolcall") and not encoded.num_escaped:
             assert reply == conversation[first].content.strip()

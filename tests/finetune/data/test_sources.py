@@ -39,7 +39,7 @@ def lines(rows):
     return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
 
 
-def refused(source):
+def error_message(source):
     """Return the message of the error that reading raises."""
     with pytest.raises(UserError) as caught:
         read_source(source)
@@ -71,7 +71,7 @@ def test_every_suffix_gives_the_same_rows(tmp_path, name, content):
 
 def test_parquet_is_read(tmp_path):
     source = read_source(write_parquet(tmp_path / "a.parquet", ROWS))
-    assert [(row.columns, row.where) for row in source] == [
+    assert [(row.columns, row.location) for row in source] == [
         (ROWS[0], f"{tmp_path}/a.parquet:row 1"),
         (ROWS[1], f"{tmp_path}/a.parquet:row 2"),
     ]
@@ -80,8 +80,8 @@ def test_parquet_is_read(tmp_path):
 def test_a_python_list_is_a_source():
     source = read_source(ROWS)
     assert [row.columns for row in source] == ROWS
-    assert [row.where for row in source] == ["row 1", "row 2"]
-    assert "row 2: found '7'" in refused([{"a": 1}, 7])
+    assert [row.location for row in source] == ["row 1", "row 2"]
+    assert "row 2: found '7'" in error_message([{"a": 1}, 7])
 
 
 def test_a_folder_is_read_in_order_of_names_and_other_files_are_left_alone(tmp_path):
@@ -92,18 +92,18 @@ def test_a_folder_is_read_in_order_of_names_and_other_files_are_left_alone(tmp_p
     assert [row.columns for row in read_source(str(tmp_path))] == ROWS
 
 
-def test_rows_know_where_they_stand(tmp_path):
+def test_rows_have_locations(tmp_path):
     path = write(tmp_path / "a.jsonl", "\n" + lines(ROWS))
-    assert [row.where for row in read_source(path)] == [f"{path}:2", f"{path}:3"]
+    assert [row.location for row in read_source(path)] == [f"{path}:2", f"{path}:3"]
     path = write(tmp_path / "a.json", json.dumps(ROWS))
-    assert [row.where for row in read_source(path)] == [f"{path}:[0]", f"{path}:[1]"]
+    assert [row.location for row in read_source(path)] == [f"{path}:[0]", f"{path}:[1]"]
     # The second row's text holds a line feed; the third begins a line further down.
     path = write(tmp_path / "a.csv", CSV + "sub,1\n")
-    assert [row.where for row in read_source(path)] == [f"{path}:2", f"{path}:3", f"{path}:5"]
+    assert [row.location for row in read_source(path)] == [f"{path}:2", f"{path}:3", f"{path}:5"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         (
             "a.jsonl",
@@ -133,50 +133,50 @@ def test_rows_know_where_they_stand(tmp_path):
         ("a.json", "[]", r"a\.json: no rows"),
     ],
 )
-def test_pain_24_damage_is_told_with_its_place(tmp_path, name, content, told):
-    error = refused(write(tmp_path / name, content))
-    assert re.search(told, error, re.DOTALL), error
+def test_pain_24_damage_is_reported_with_its_location(tmp_path, name, content, message):
+    error = error_message(write(tmp_path / name, content))
+    assert re.search(message, error, re.DOTALL), error
     assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("damage", ["cut", "bits", "plain"])
-def test_a_damaged_gzip_file_is_told(tmp_path, damage):
-    whole = gzip.compress(lines(ROWS * 200).encode())
-    middle = len(whole) // 2
+def test_a_corrupt_gzip_file_is_an_error(tmp_path, damage):
+    full = gzip.compress(lines(ROWS * 200).encode())
+    middle = len(full) // 2
     broken = {
-        "cut": whole[:middle],
-        "bits": whole[:middle] + bytes(byte ^ 255 for byte in whole[middle:-8]) + whole[-8:],
+        "cut": full[:middle],
+        "bits": full[:middle] + bytes(byte ^ 255 for byte in full[middle:-8]) + full[-8:],
         "plain": lines(ROWS).encode(),
     }
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(broken[damage])
-    error = refused(str(path))
+    error = error_message(str(path))
     assert f"{path}: cannot be read: " in error
     assert "expected: a complete gzip file" in error
 
 
-def test_a_parquet_file_that_was_cut_is_told(tmp_path):
+def test_a_truncated_parquet_file_is_an_error(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, ROWS)
     path.write_bytes(path.read_bytes()[:-20])
-    assert f"{path}: " in refused(str(path))
+    assert f"{path}: " in error_message(str(path))
 
 
-def test_a_folder_without_data_is_told(tmp_path):
+def test_a_folder_without_data_is_an_error(tmp_path):
     (tmp_path / "inner").mkdir()
-    assert "a folder without data files" in refused(str(tmp_path))
+    assert "a folder without data files" in error_message(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "~/no/such/folder"])
 def test_a_missing_file_is_never_looked_for_on_the_hub(name):
-    assert refused(name).startswith(f"{name}: no such file or folder")
+    assert error_message(name).startswith(f"{name}: no such file or folder")
 
 
 @pytest.mark.parametrize(
-    ("name", "asked"),
+    ("name", "requested"),
     [("owner/name", ("owner/name", None)), ("openai/gsm8k:main", ("openai/gsm8k", "main"))],
 )
-def test_a_subset_of_a_hub_set_stands_behind_a_colon(monkeypatch, name, asked):
+def test_a_subset_of_a_hub_dataset_follows_a_colon(monkeypatch, name, requested):
     calls = []
 
     def load_dataset(repository, subset, **options):
@@ -184,11 +184,11 @@ def test_a_subset_of_a_hub_set_stands_behind_a_colon(monkeypatch, name, asked):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert read_source(name)[0].where == f"{name}[train] row 1"
-    assert calls == [asked]
+    assert read_source(name)[0].location == f"{name}[train] row 1"
+    assert calls == [requested]
 
 
-def test_pain_24_the_hub_out_of_reach_is_one_clear_message(tmp_path):
+def test_pain_24_an_unreachable_hub_is_one_clear_message(tmp_path):
     # The library reads the switch when it is imported, hence a process of its own.
     code = "from finetune.data.sources import read_source; read_source('nobody/nothing', split='train')"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}

@@ -55,7 +55,7 @@ def trained_runs(encoded):
     ]
 
 
-def text_behind(encoder, ids):
+def decode_after_text(encoder, ids):
     """Decode ids as text after other text: some decoders drop a leading space."""
     [head] = encoder.tokenizer(["|"], add_special_tokens=False)["input_ids"]
     decode = encoder.tokenizer.decode
@@ -73,11 +73,11 @@ def test_pain_02_loss_is_on_reply_and_end_token_of_each_turn_and_nothing_else(te
     assert len(runs) == len(replies)
     blanks = BLANKS.get(template, "{}")
     for run, reply in zip(runs, replies, strict=True):
-        assert text_behind(encoder, run[:-1]) == blanks.format(reply)
+        assert decode_after_text(encoder, run[:-1]) == blanks.format(reply)
 
 
 @pytest.mark.parametrize(("template", "name"), PAIRS)
-def test_pain_01_every_reply_ends_with_a_stop_token_that_is_learnt(template, name):
+def test_pain_01_every_reply_ends_with_a_trained_stop_token(template, name):
     encoder = encoder_of(template, name)
     turns = turns_for(encoder, TWO_EXCHANGES)
     runs = trained_runs(encoder.encode(turns))
@@ -106,8 +106,8 @@ def test_pain_16_a_sequence_has_the_bos_that_its_tokenizer_adds_and_no_second_on
 @pytest.mark.parametrize(("template", "name"), PAIRS)
 def test_pain_03_the_prompt_is_the_beginning_of_the_training_row(template, name):
     encoder = encoder_of(template, name)
-    whole = turns_for(encoder, [*TWO_EXCHANGES])
-    for messages in (whole, [Message("system", "Be brief."), *whole], whole[:2]):
+    full = turns_for(encoder, [*TWO_EXCHANGES])
+    for messages in (full, [Message("system", "Be brief."), *full], full[:2]):
         prompt = encoder.encode_prompt(messages[:-1])
         encoded = encoder.encode(messages)
         assert encoded.input_ids[: len(prompt)] == prompt
@@ -120,24 +120,24 @@ def test_an_untrained_turn_has_the_same_tokens_and_no_loss(template, name):
     encoder = encoder_of(template, name)
     turns = turns_for(encoder, [Message("user", "q"), Message("assistant", ":) a"), *TWO_EXCHANGES[:2]])
     silent = [turns[0], Message("assistant", turns[1].content, trained=False), *turns[2:]]
-    learnt, skipped = encoder.encode(turns), encoder.encode(silent)
-    assert skipped.input_ids == learnt.input_ids
-    assert trained_runs(skipped) == trained_runs(learnt)[1:]
+    trained, skipped = encoder.encode(turns), encoder.encode(silent)
+    assert skipped.input_ids == trained.input_ids
+    assert trained_runs(skipped) == trained_runs(trained)[1:]
 
 
 def fragments(encoder):
     """Generate contents that are likely to form markers and special tokens."""
-    whole = [
+    full = [
         *encoder.template.markers,
         *encoder.special_tokens,
         "<|im_start|>",
         "<|im_end|>",
         "### Response:",
     ]
-    halves = [half for text in whole for half in (text[: len(text) // 2], text[len(text) // 2 :])]
+    halves = [half for text in full for half in (text[: len(text) // 2], text[len(text) // 2 :])]
     blanks = [" ", "\n", "\n\n", "", "▁", "assistant", "＜／s＞", "한글"]
     anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
-    return st.lists(st.sampled_from([*whole, *halves, *blanks]) | anything, max_size=5).map("".join)
+    return st.lists(st.sampled_from([*full, *halves, *blanks]) | anything, max_size=5).map("".join)
 
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -146,7 +146,7 @@ QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCh
 @pytest.mark.parametrize(("template", "name"), PAIRS)
 @QUICK
 @given(data=st.data())
-def test_special_tokens_stand_only_where_the_template_put_them(template, name, data):
+def test_special_tokens_come_from_the_template_only(template, name, data):
     encoder = encoder_of(template, name)
     shape = turns_for(encoder, TWO_EXCHANGES)
     hostile = [Message(turn.role, data.draw(fragments(encoder))) for turn in shape]
@@ -170,16 +170,16 @@ def test_two_conversations_never_have_the_same_tokens(template, name, data):
     encoder = encoder_of(template, name)
     shape = turns_for(encoder, TWO_EXCHANGES)
     pieces = data.draw(st.lists(fragments(encoder), min_size=2, max_size=6))
-    one, other = (_dealt(data, pieces, shape) for _ in range(2))
-    one, other = ([encoder._as_read(turn) for turn in turns] for turns in (one, other))
+    one, other = (_distribute(data, pieces, shape) for _ in range(2))
+    one, other = ([encoder._normalize(turn) for turn in turns] for turns in (one, other))
     first, second = encoder.encode(one), encoder.encode(other)
-    if first.written_apart or second.written_apart:
+    if first.num_escaped or second.num_escaped:
         return
     same = [with_context(turn) for turn in one] == [with_context(turn) for turn in other]
     assert ((first.input_ids, first.trained) == (second.input_ids, second.trained)) == same
 
 
-def _dealt(data, pieces, shape):
+def _distribute(data, pieces, shape):
     between = len(shape) - 1
     cuts = data.draw(st.lists(st.integers(0, len(pieces)), min_size=between, max_size=between))
     bounds = [0, *sorted(cuts), len(pieces)]
@@ -192,20 +192,20 @@ def _dealt(data, pieces, shape):
 @pytest.mark.parametrize(("template", "name"), [pair for pair in PAIRS if pair[1] in LOSSLESS])
 @QUICK
 @given(data=st.data())
-def test_replies_come_back_as_they_were_written(template, name, data):
+def test_replies_round_trip(template, name, data):
     encoder = encoder_of(template, name)
     # To SentencePiece ▁ is a space.
     text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=12)
     # After an empty plain prompt the reply begins the sequence, and its first space is the tokenizer's own.
-    asked, answered = "q" + data.draw(text), data.draw(text)
-    encoded = encoder.encode([Message("user", asked), Message("assistant", answered)])
+    requested, answered = "q" + data.draw(text), data.draw(text)
+    encoded = encoder.encode([Message("user", requested), Message("assistant", answered)])
     markers = Markers.of([*encoder.template.markers, *encoder.special_tokens])
     [run] = trained_runs(encoded)
-    expected = markers.write_apart(answered)[0]
+    expected = markers.escape_markers(answered)[0]
     assert encoder.decode_reply(run) == expected.strip()
-    if not encoded.written_apart:
+    if not encoded.num_escaped:
         blanks = BLANKS.get(template, "{}")
-        assert text_behind(encoder, run[:-1]) == blanks.format(answered)
+        assert decode_after_text(encoder, run[:-1]) == blanks.format(answered)
 
 
 @pytest.mark.parametrize(("template", "name"), PAIRS)

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from data_templates._segments import Message
-from finetune.data.layouts import recognise, to_conversations
-from finetune.data.sources import Row
-from finetune.data.tool_calls import call_lines, tool_lines
+from finetune.data.layouts import detect_layout, parse_conversations
+from finetune.data.sources import SourceRow
+from finetune.data.tool_calls import calls_to_json_lines, tools_to_json_lines
 from finetune.recipe.errors import UserError
 
 AREA = {"name": "area", "description": "넓이", "parameters": {"type": "object", "properties": {}}}
@@ -23,37 +23,37 @@ TURNS = [
 
 @pytest.mark.parametrize("none", [None, "", "[]", []])
 def test_no_tools(none):
-    assert tool_lines(none) == ""
+    assert tools_to_json_lines(none) == ""
 
 
 @pytest.mark.parametrize(
     "tools", [[AREA], json.dumps([AREA]), [{"type": "function", "function": AREA}], f"[{WRAPPED}]"]
 )
-def test_tools_are_wrapped_once_and_keep_their_letters(tools):
-    assert tool_lines(tools) == WRAPPED
+def test_tools_are_wrapped_once_and_unicode_is_unchanged(tools):
+    assert tools_to_json_lines(tools) == WRAPPED
 
 
-def test_a_tool_a_line():
-    assert tool_lines([AREA, {"name": "b"}]).split("\n") == [
+def test_one_tool_per_line():
+    assert tools_to_json_lines([AREA, {"name": "b"}]).split("\n") == [
         WRAPPED,
         '{"type": "function", "function": {"name": "b"}}',
     ]
 
 
 @pytest.mark.parametrize("call", [CALL, [CALL], json.dumps(CALL), json.dumps([{**CALL, "id": "x"}])])
-def test_calls_have_one_writing(call):
-    assert call_lines(call) == '{"name": "area", "arguments": {"sides": [5, 3], "unit": "제곱미터"}}'
+def test_calls_have_one_canonical_form(call):
+    assert calls_to_json_lines(call) == '{"name": "area", "arguments": {"sides": [5, 3], "unit": "제곱미터"}}'
 
 
 def test_line_feeds_inside_arguments_stay_inside():
-    assert call_lines([{"name": "a", "arguments": {"text": "one\ntwo"}}] * 2).count("\n") == 1
+    assert calls_to_json_lines([{"name": "a", "arguments": {"text": "one\ntwo"}}] * 2).count("\n") == 1
 
 
 def read(**changes):
     """Return a row's conversation."""
     row = {"conversations": TURNS, "tools": [AREA], **changes}
-    layout = recognise(row)
-    [conversation] = to_conversations([Row(row, "file:1")], layout, None)
+    layout = detect_layout(row)
+    [conversation] = parse_conversations([SourceRow(row, "file:1")], layout, None)
     return layout.name, conversation
 
 
@@ -63,13 +63,13 @@ def test_llama_factorys_layout():
     assert conversation == [
         Message("tools", WRAPPED),
         Message("user", "How large?"),
-        Message("function_call", call_lines(CALL)),
+        Message("function_call", calls_to_json_lines(CALL)),
         Message("observation", '{"area": 15}'),
         Message("assistant", "15."),
     ]
 
 
-def test_tools_stand_behind_the_system_text():
+def test_tools_follow_the_system_text():
     _, conversation = read(system="Be brief.")
     assert [turn.role for turn in conversation[:3]] == ["system", "tools", "user"]
     _, conversation = read(conversations=[{"from": "system", "value": "own"}, *TURNS], system="s")
@@ -82,7 +82,7 @@ def test_rows_without_tools_among_rows_with_them(none):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"tools": "[{'name': 1}]"}, "field 'tools': not JSON (Expecting property name"),
         ({"tools": '{"name": "a"}'}, "field 'tools': found {'name': 'a'}"),
@@ -91,14 +91,14 @@ def test_rows_without_tools_among_rows_with_them(none):
         ({"tools": '[{"name": "\\ud83d"}]'}, "field 'tools': an unpaired surrogate"),
     ],
 )
-def test_pain_24_tools_that_are_none_are_told(changes, told):
+def test_pain_24_invalid_tools_are_reported(changes, message):
     with pytest.raises(UserError) as caught:
         read(**changes)
-    assert str(caught.value).startswith(f"file:1: {told}")
+    assert str(caught.value).startswith(f"file:1: {message}")
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         ("area(5, 3)", "not JSON (Expecting value at column 1): 'area(5, 3)'"),
         ("[]", "found no tool call"),
@@ -107,8 +107,8 @@ def test_pain_24_tools_that_are_none_are_told(changes, told):
         ('"area"', "found 'area'"),
     ],
 )
-def test_pain_24_a_call_that_is_none_is_told_with_its_turn(value, told):
+def test_pain_24_an_invalid_call_is_reported_with_its_turn(value, message):
     with pytest.raises(UserError) as caught:
         read(conversations=[TURNS[0], {"from": "function_call", "value": value}])
-    assert str(caught.value).startswith(f"file:1: field 'conversations[1].value': {told}\n")
+    assert str(caught.value).startswith(f"file:1: field 'conversations[1].value': {message}\n")
     assert '{"name": ..., "arguments": {...}} as JSON' in str(caught.value)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from finetune.data.dataset import Prepared, prepare
+from finetune.data.dataset import PreparedData, prepare_conversations
 from finetune.data.tokens import Encoder
 from finetune.recipe.settings import DataSettings
 
@@ -25,15 +25,15 @@ def write(tmp_path: Path) -> Write:
     return lines
 
 
-def read(encoder: Encoder, source: str) -> Prepared:
-    return prepare(DataSettings(source=source, cache=False), encoder, max_length=200, seed=0)
+def read(encoder: Encoder, source: str) -> PreparedData:
+    return prepare_conversations(DataSettings(source=source, cache=False), encoder, max_length=200, seed=0)
 
 
 def texts(encoder: Encoder, rows: Any) -> list[str]:
     return [encoder.tokenizer.decode(rows[index]["input_ids"]) for index in range(len(rows))]
 
 
-def test_what_a_tool_returned_last_is_cut_and_a_call_is_a_reply(base_folder: Path, write: Write) -> None:
+def test_a_final_observation_is_dropped_and_a_call_is_a_reply(base_folder: Path, write: Write) -> None:
     def talk(*turns: tuple[str, str]) -> dict[str, Any]:
         return {"conversations": [{"from": role, "value": text} for role, text in turns], "tools": "[]"}
 
@@ -54,7 +54,7 @@ def test_what_a_tool_returned_last_is_cut_and_a_call_is_a_reply(base_folder: Pat
 
 
 @pytest.mark.parametrize(("template", "passed_over"), [("mistral", 1), ("mistral_v1", 0), ("chatml", 0)])
-def test_replies_that_a_template_passes_over_are_counted(
+def test_replies_without_loss_in_a_template_are_counted(
     base_folder: Path, write: Write, template: str, passed_over: int
 ) -> None:
     turns = [{"role": role, "content": "text"} for role in ("user", "assistant", "user", "assistant")]
@@ -64,9 +64,7 @@ def test_replies_that_a_template_passes_over_are_counted(
     assert counts.get("have replies without loss in this template", 0) == passed_over
 
 
-def test_tools_are_left_out_for_a_template_that_has_no_words_for_them(
-    base_folder: Path, write: Write
-) -> None:
+def test_rows_with_tools_are_dropped_for_a_template_without_tools(base_folder: Path, write: Write) -> None:
     turns = [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "5"}]
     rows = [{"conversations": turns, "tools": tools} for tools in ("", '[{"name": "add"}]')]
     own = Encoder(AutoTokenizer.from_pretrained(base_folder), "alpaca")

@@ -3,7 +3,7 @@
 import pytest
 
 from finetune.planning import choices
-from finetune.planning.hardware import Hardware, detect, peak_memory_bytes
+from finetune.planning.hardware import Hardware, detect_hardware, peak_memory_bytes
 from finetune.recipe.errors import UserError
 
 OLD = Hardware("cpu", "an old CPU", bfloat16=False)
@@ -13,7 +13,7 @@ GPU = Hardware("cuda", "a GPU", bfloat16=True)
 
 
 @pytest.mark.parametrize(
-    ("asked", "hardware", "expected"),
+    ("requested", "hardware", "expected"),
     [
         ("auto", OLD, "float32"),
         ("auto", NEW, "bfloat16"),
@@ -23,10 +23,10 @@ GPU = Hardware("cuda", "a GPU", bfloat16=True)
         ("float16", GPU, "float16"),
     ],
 )
-def test_precision(asked: str, hardware: Hardware, expected: str) -> None:
-    value, reason = choices.precision(asked, hardware)
+def test_precision(requested: str, hardware: Hardware, expected: str) -> None:
+    value, reason = choices.precision(requested, hardware)
     assert value == expected
-    assert reason == "as requested" if asked != "auto" else hardware.name in reason
+    assert reason == "as requested" if requested != "auto" else hardware.name in reason
 
 
 @pytest.mark.parametrize("hardware", [OLD, NEW])
@@ -34,12 +34,12 @@ def test_float16_on_a_cpu_is_refused(hardware: Hardware) -> None:
     with pytest.raises(UserError) as error:
         choices.precision("float16", hardware)
     [problem] = error.value.problems
-    assert (problem.where, problem.found) == ("model.precision", "float16 on a CPU")
+    assert (problem.where, problem.actual) == ("model.precision", "float16 on a CPU")
     assert problem.expected == "float32 or bfloat16" and problem.repair
 
 
 @pytest.mark.parametrize(
-    ("asked", "context", "virtual_tokens", "expected"),
+    ("requested", "context", "virtual_tokens", "expected"),
     [
         (None, 256, 0, 256),
         (None, 256, 20, 236),
@@ -51,8 +51,8 @@ def test_float16_on_a_cpu_is_refused(hardware: Hardware) -> None:
         (None, 28, 20, 8),
     ],
 )
-def test_max_length(asked: int | None, context: int, virtual_tokens: int, expected: int) -> None:
-    assert choices.max_length(asked, context=context, virtual_tokens=virtual_tokens)[0] == expected
+def test_max_length(requested: int | None, context: int, virtual_tokens: int, expected: int) -> None:
+    assert choices.max_length(requested, context=context, virtual_tokens=virtual_tokens)[0] == expected
 
 
 def test_a_length_above_the_context_names_the_length_that_fits() -> None:
@@ -64,14 +64,14 @@ def test_a_length_above_the_context_names_the_length_that_fits() -> None:
     assert "data.max_length=236" in text
 
 
-@pytest.mark.parametrize("asked", [None, 8, 100])
-def test_virtual_tokens_leave_room_for_a_row(asked: int | None) -> None:
+@pytest.mark.parametrize("requested", [None, 8, 100])
+def test_virtual_tokens_leave_room_for_a_row(requested: int | None) -> None:
     with pytest.raises(UserError, match=r"virtual_tokens: 250 of .* 256 positions\n +expected: at most 248"):
-        choices.max_length(asked, context=256, virtual_tokens=250)
+        choices.max_length(requested, context=256, virtual_tokens=250)
 
 
 @pytest.mark.parametrize(
-    ("asked", "longest", "hardware", "expected"),
+    ("requested", "longest", "hardware", "expected"),
     [
         (3, 5000, NEW, 3),
         ("auto", 4096, NEW, 1),
@@ -82,8 +82,8 @@ def test_virtual_tokens_leave_room_for_a_row(asked: int | None) -> None:
         ("auto", 2000, GPU, 8),
     ],
 )
-def test_micro_batch_size(asked: int | str, longest: int, hardware: Hardware, expected: int) -> None:
-    value, _ = choices.micro_batch_size(asked, batch_size=32, longest=longest, hardware=hardware)
+def test_micro_batch_size(requested: int | str, longest: int, hardware: Hardware, expected: int) -> None:
+    value, _ = choices.micro_batch_size(requested, batch_size=32, longest=longest, hardware=hardware)
     assert value == expected
 
 
@@ -94,18 +94,18 @@ def test_micro_batch_size(asked: int | str, longest: int, hardware: Hardware, ex
 def test_steps_of_whole_forward_passes(batch: int, longest: int, least: int, expected: int) -> None:
     """4096 tokens per forward pass on a CPU: 8 rows of 500, reduced to 6, which divides 12; 1 row of 5000."""
     value, why = choices.micro_batch_size(
-        "auto", batch_size=batch, longest=longest, hardware=CPU, whole=True, least=least
+        "auto", batch_size=batch, longest=longest, hardware=CPU, must_divide=True, min_rows=least
     )
     assert value == expected and batch % value == 0
     assert ("a divisor of" in why) == (batch % max(least, min(batch, 4096 // longest)) > 0)
 
 
 @pytest.mark.parametrize(
-    ("asked", "steps", "expected"),
+    ("requested", "steps", "expected"),
     [(7, 100, 7), (None, 100, 10), (None, 109, 10), (None, 5, 1)],
 )
-def test_checkpoint_every(asked: int | None, steps: int, expected: int) -> None:
-    assert choices.checkpoint_every(asked, steps=steps)[0] == expected
+def test_checkpoint_every(requested: int | None, steps: int, expected: int) -> None:
+    assert choices.checkpoint_every(requested, steps=steps)[0] == expected
 
 
 def test_quantization() -> None:
@@ -115,7 +115,7 @@ def test_quantization() -> None:
 
 
 def test_this_machine_is_told_by_name_and_memory() -> None:
-    hardware = detect()
+    hardware = detect_hardware()
     assert hardware.device in ("cpu", "cuda") and hardware.name
     if hardware.device == "cpu":
         assert hardware.name.endswith("threads")
@@ -144,6 +144,6 @@ def test_a_forward_pass_has_as_many_rows_as_the_plan_has_memory_for(
 
 def test_memory_and_whole_steps_go_together() -> None:
     size, why = choices.micro_batch_size(
-        "auto", batch_size=64, longest=1024, hardware=GPU, whole=True, fits=lambda rows: rows <= 7
+        "auto", batch_size=64, longest=1024, hardware=GPU, must_divide=True, fits=lambda rows: rows <= 7
     )
     assert size == 4 and "a divisor of 64" in why

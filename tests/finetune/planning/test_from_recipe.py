@@ -6,15 +6,20 @@ from typing import Any
 
 import pytest
 
-from finetune.planning.from_recipe import adapter_of, architecture_of, model_choices, step_of
+from finetune.planning.from_recipe import (
+    base_workload,
+    choose_model_settings,
+    load_architecture,
+    planned_adapter,
+)
 from finetune.planning.hardware import Hardware
-from finetune.planning.trained import trained_parameters
+from finetune.planning.trained import count_trainable_parameters
 from finetune.recipe.discovery import ADAPTERS, plugin_names
 from finetune.recipe.recipe import adapter_settings
 from finetune.recipe.settings import ModelSettings, RopeSettings, StageSettings, TrainSettings
 
 GPU, OLD = Hardware("cuda", "a GPU", bfloat16=True), Hardware("cuda", "an old GPU", bfloat16=False)
-FOR_OTHERS = {"bitfit": "polyglot-ko-1.3b"}
+BASES_WITH_BIASES = {"bitfit": "polyglot-ko-1.3b"}
 """A base with biases for what trains them."""
 
 
@@ -23,11 +28,11 @@ def settings_of(method: str, **values: Any) -> Any:
 
 
 @pytest.mark.parametrize("method", plugin_names(ADAPTERS))
-def test_every_adapter_has_a_size(method: str) -> None:
-    base = FOR_OTHERS.get(method, "llama-2-7b")
-    adapter = adapter_of(settings_of(method))
+def test_every_adapter_has_a_parameter_count(method: str) -> None:
+    base = BASES_WITH_BIASES.get(method, "llama-2-7b")
+    adapter = planned_adapter(settings_of(method))
     assert adapter.method == method
-    assert trained_parameters(architecture_of(ModelSettings(base=base)), adapter) > 0
+    assert count_trainable_parameters(load_architecture(ModelSettings(base=base)), adapter) > 0
 
 
 @pytest.mark.parametrize(
@@ -50,50 +55,46 @@ def test_every_adapter_has_a_size(method: str) -> None:
         ("full", {}),
     ],
 )
-def test_the_count_is_that_of_the_model_that_is_built(
-    method: str, values: dict[str, Any], base_folder: Path
-) -> None:
+def test_counts_equal_the_built_model(method: str, values: dict[str, Any], base_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from finetune.training.model import attach_adapter, count_parameters
 
     settings = settings_of(method, **values)
     model = AutoModelForCausalLM.from_pretrained(str(base_folder)).requires_grad_(False)
-    built = count_parameters(attach_adapter(model, settings))
-    architecture = architecture_of(ModelSettings(base=str(base_folder)))
-    assert trained_parameters(architecture, adapter_of(settings)) == built.trained
+    counts = count_parameters(attach_adapter(model, settings))
+    architecture = load_architecture(ModelSettings(base=str(base_folder)))
+    assert count_trainable_parameters(architecture, planned_adapter(settings)) == counts.trained
 
 
-def test_a_stretched_base_has_more_positions(tmp_path: Path, base_folder: Path) -> None:
+def test_rope_scaling_extends_max_positions(tmp_path: Path, base_folder: Path) -> None:
     rope = RopeSettings(method="yarn", factor=4.0)
-    assert architecture_of(ModelSettings(base=str(base_folder))).context == 256
-    assert architecture_of(ModelSettings(base=str(base_folder), rope=rope)).context == 1024
+    assert load_architecture(ModelSettings(base=str(base_folder))).max_positions == 256
+    assert load_architecture(ModelSettings(base=str(base_folder), rope=rope)).max_positions == 1024
     text = json.loads((base_folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "gemma3", "text_config": {**text, "head_dim": 16}, "vision_config": {}})
     )
-    assert architecture_of(ModelSettings(base=str(tmp_path), rope=rope)).context == 1024
+    assert load_architecture(ModelSettings(base=str(tmp_path), rope=rope)).max_positions == 1024
 
 
 @pytest.mark.parametrize(
     ("hardware", "method", "expected"),
     [(GPU, "lora", ("bfloat16", "none")), (OLD, "qlora", ("float32", "nf4"))],
 )
-def test_precision_and_storage_are_chosen_for_hardware_and_adapter(
-    hardware: Hardware, method: str, expected: tuple[str, str]
-) -> None:
-    made = model_choices(StageSettings(adapter=settings_of(method)), hardware)
-    assert tuple(value for value, _ in made.values()) == expected
+def test_auto_precision_and_quantization(hardware: Hardware, method: str, expected: tuple[str, str]) -> None:
+    resolved = choose_model_settings(StageSettings(adapter=settings_of(method)), hardware)
+    assert tuple(value for value, _ in resolved.values()) == expected
 
 
-def test_what_a_step_takes_of_the_recipe() -> None:
+def test_base_workload_of_a_recipe() -> None:
     train = TrainSettings(optimizer="paged_adamw", gradient_checkpointing=True)
     settings = StageSettings(
         adapter=settings_of("lora", dropout=0.0),
         train=train,
         model=ModelSettings(base="llama-2-7b", attention="flash_attention_2"),
     )
-    architecture = architecture_of(settings.model)
-    step = step_of(settings, architecture, precision="bfloat16", quantization="nf4", device="cuda")
+    architecture = load_architecture(settings.model)
+    step = base_workload(settings, architecture, precision="bfloat16", quantization="nf4", device="cuda")
     assert (step.optimizer, step.checkpointing, step.attention) == ("paged_adamw", True, "flash_attention_2")
     assert (step.quantization, step.adapter.dropout, step.adapter.targets) == ("nf4", False, ())

@@ -6,50 +6,56 @@ import pytest
 
 from finetune.planning import published
 from finetune.planning.memory import plan_memory
-from finetune.planning.published import CASES, Case, page
-from finetune.planning.trained import trained_parameters
+from finetune.planning.published import PUBLISHED_CASES, PublishedCase, published_page
+from finetune.planning.trained import count_trainable_parameters
 
 PAGE = Path(published.__file__).with_name("PUBLISHED.md")
-LITGPT = [case for case in CASES if case.source == published.LITGPT]
+LITGPT = [case for case in PUBLISHED_CASES if case.source == published.LITGPT]
 
 
-def test_the_page_is_made_of_the_data() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "python -m finetune.planning.published_memory"
+def test_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == published_page(), (
+        "python -m finetune.planning.published_memory"
+    )
 
 
-@pytest.mark.parametrize("case", LITGPT, ids=lambda case: f"{case.what} {case.settings}")
-def test_settings_are_those_that_were_published(case: Case) -> None:
-    trained = trained_parameters(case.step.architecture, case.step.adapter)
-    assert trained == {32: 4_194_304, 40: 6_553_600}[case.step.architecture.layers]
+@pytest.mark.parametrize("case", LITGPT, ids=lambda case: f"{case.title} {case.settings}")
+def test_settings_match_the_publication(case: PublishedCase) -> None:
+    trainable = count_trainable_parameters(case.workload.architecture, case.workload.adapter)
+    assert trainable == {32: 4_194_304, 40: 6_553_600}[case.workload.architecture.num_layers]
 
 
-@pytest.mark.parametrize("case", LITGPT, ids=lambda case: f"{case.what} {case.settings}")
-def test_unquantized_peaks_are_within_a_tenth_and_4_bit_ones_within_a_quarter(case: Case) -> None:
-    assert case.figure is not None
-    near = 0.10 if case.step.quantization == "none" else 0.25
-    assert case.peak.total == pytest.approx(case.figure, rel=near)
+@pytest.mark.parametrize("case", LITGPT, ids=lambda case: f"{case.title} {case.settings}")
+def test_peaks_are_close_to_published_figures(case: PublishedCase) -> None:
+    assert case.published_bytes is not None
+    tolerance = 0.10 if case.workload.quantization == "none" else 0.25
+    assert case.peak.total == pytest.approx(case.published_bytes, rel=tolerance)
 
 
-def test_what_is_said_to_fit_fits() -> None:
+def test_published_fits_fit() -> None:
     fits = {
-        (case.what, case.source): case.peak.total <= case.room
-        for case in CASES
-        if case.room and "does not fit" not in case.told and not case.another_way
+        (case.title, case.source): case.peak.total <= case.available_bytes
+        for case in PUBLISHED_CASES
+        if case.available_bytes and "does not fit" not in case.published_text and not case.different_loader
     }
     assert all(fits.values()) and len(fits) >= 5
 
 
-def test_what_is_said_not_to_fit_does_not() -> None:
-    too_large = [case for case in CASES if case.room and case.peak.total > case.room]
-    assert [case.what for case in too_large] == ["llama-2-70b, QLoRA", "llama-2-70b, full fine-tuning"]
-    assert too_large[0].another_way and too_large[0].peak.name == "load"
+def test_published_misfits_do_not_fit() -> None:
+    too_large = [
+        case for case in PUBLISHED_CASES if case.available_bytes and case.peak.total > case.available_bytes
+    ]
+    assert [case.title for case in too_large] == ["llama-2-70b, QLoRA", "llama-2-70b, full fine-tuning"]
+    assert too_large[0].different_loader and too_large[0].peak.name == "load"
 
 
-def test_zero_3_holds_what_the_paper_s_formula_says_and_more() -> None:
-    for case in CASES:
-        if case.source == published.ZERO:
-            held = ("base", "adapter", "gradients", "optimizer")
-            step = next(phase for phase in plan_memory(case.step) if phase.name == "optimizer step")
-            assert case.figure is not None
-            assert sum(step.parts[part] for part in held) == pytest.approx(case.figure, rel=0.02)
-            assert case.peak.total > case.figure
+def test_zero3_static_memory_matches_the_paper() -> None:
+    for case in PUBLISHED_CASES:
+        if case.source == published.ZERO_PAPER:
+            static_categories = ("base", "adapter", "gradients", "optimizer")
+            step = next(phase for phase in plan_memory(case.workload) if phase.name == "optimizer step")
+            assert case.published_bytes is not None
+            assert sum(step.categories[category] for category in static_categories) == pytest.approx(
+                case.published_bytes, rel=0.02
+            )
+            assert case.peak.total > case.published_bytes

@@ -7,31 +7,31 @@ from typing import Any
 
 import pytest
 
-from finetune.planning.compatibility import RULES
-from finetune.planning.matrix import cells
+from finetune.planning.compatibility import COMPATIBILITY_RULES
+from finetune.planning.matrix import matrix_cells
 from finetune.planning.solver import (
-    KEYS,
     OFFLOADS,
-    OPTIMIZERS,
-    SOLVER,
+    OPTIMIZER_NAMES,
+    RECIPE_KEYS,
+    SOLVER_ORIGIN,
     STRATEGIES,
     Combination,
-    Machine,
-    judge,
-    settled,
-    strategy,
+    LaunchTarget,
+    check,
+    resolve,
+    resolve_auto_strategy,
 )
 from finetune.recipe.discovery import PROJECT, stage_names
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.recipe import Recipe, read_recipe
 
-LAPTOP = Machine("cpu", bfloat16=False, processes=1)
-TWO = Machine("cpu", bfloat16=False, processes=2)
-CARDS = Machine("cuda", bfloat16=True, processes=8)
+LAPTOP = LaunchTarget("cpu", bfloat16=False, processes=1)
+TWO_PROCESSES = LaunchTarget("cpu", bfloat16=False, processes=2)
+GPUS_8 = LaunchTarget("cuda", bfloat16=True, processes=8)
 SEVERAL = {"processes": 2}
 SHIPPED = sorted(file for stage in stage_names() for file in (PROJECT / "recipes" / stage).glob("*.yaml"))
 
-HITS: dict[str, dict[str, Any]] = {
+RULE_CASES: dict[str, dict[str, Any]] = {
     "quantization": {"adapter": "pissa", "quantization": "nf4"},
     "engine": {"adapter": "lora_plus", "engine": "trl"},
     "reward-head": {"stage": "reward", "adapter": "trainable_tokens"},
@@ -66,46 +66,52 @@ HITS: dict[str, dict[str, Any]] = {
 def recipe(tmp_path: Path, text: str = "", stage: str = "sft", **settings: Any) -> Recipe:
     file = tmp_path / "mine.yaml"
     file.write_text(f"stage: {stage}\ndata: {{source: [{{text: a}}]}}\n{text}", encoding="utf-8")
-    return load(
+    return read_recipe(
         stage, str(file), shortcuts={key.replace("__", "."): value for key, value in settings.items()}
     )
 
 
 def test_every_rule_has_a_case() -> None:
-    assert list(HITS) == [rule.name for rule in RULES]
+    assert list(RULE_CASES) == [rule.name for rule in COMPATIBILITY_RULES]
 
 
-@pytest.mark.parametrize("name", HITS)
-def test_a_rule_is_hit_and_its_change_helps(name: str) -> None:
-    combination = Combination(**HITS[name])
-    verdict = judge(combination)
+@pytest.mark.parametrize("name", RULE_CASES)
+def test_each_rule_applies_and_its_change_works(name: str) -> None:
+    combination = Combination(**RULE_CASES[name])
+    verdict = check(combination)
     assert verdict.rules[0].name == name
-    assert verdict.kind == ("changed" if verdict.rules[0].changes else "cannot")
+    assert verdict.kind == ("changed" if verdict.rules[0].changes else "incompatible")
     if verdict.kind == "changed":
-        assert judge(combination.changed(verdict.changes)).kind == "works"
+        assert check(combination.with_changes(verdict.changes)).kind == "works"
     assert verdict.repair and verdict.reason and verdict.rules[0].source
 
 
 @pytest.mark.parametrize("stage", stage_names())
-def test_every_cell_of_the_matrix_has_a_verdict(stage: str) -> None:
+def test_every_matrix_cell_has_a_verdict(stage: str) -> None:
     for device in ("cpu", "cuda"):
-        found = [(cell, judge(cell)) for cell in cells(stage, device)]
-        assert len(found) == len(STRATEGIES) * 67
-        for cell, verdict in found:
+        verdicts = [(cell, check(cell)) for cell in matrix_cells(stage, device)]
+        assert len(verdicts) == len(STRATEGIES) * 67
+        for cell, verdict in verdicts:
             assert verdict.kind == "works" or (verdict.reason and verdict.rules)
             if verdict.kind == "changed":
-                assert judge(cell.changed(verdict.changes)).kind == "works"
+                assert check(cell.with_changes(verdict.changes)).kind == "works"
 
 
-def test_every_combination_of_strategy_optimizer_offload_and_hardware_ends() -> None:
-    kinds = {"works": 0, "changed": 0, "cannot": 0}
-    for how, optimizer, offload, device, count, engine, stored in product(
-        STRATEGIES, OPTIMIZERS, OFFLOADS, ("cpu", "cuda"), (1, 2), ("native", "trl"), ("none", "nf4", "int8")
+def test_check_terminates_for_every_combination() -> None:
+    kinds = {"works": 0, "changed": 0, "incompatible": 0}
+    for strategy_name, optimizer, offload, device, count, engine, quantization in product(
+        STRATEGIES,
+        OPTIMIZER_NAMES,
+        OFFLOADS,
+        ("cpu", "cuda"),
+        (1, 2),
+        ("native", "trl"),
+        ("none", "nf4", "int8"),
     ):
-        verdict = judge(
+        verdict = check(
             Combination(
-                quantization=stored,
-                strategy=how,
+                quantization=quantization,
+                strategy=strategy_name,
                 processes=count,
                 offload=offload,
                 engine=engine,
@@ -117,13 +123,13 @@ def test_every_combination_of_strategy_optimizer_offload_and_hardware_ends() -> 
     assert kinds["works"] > 100 and kinds["changed"] > 100
 
 
-def test_what_is_done_twice_back_and_forth_cannot_be() -> None:
-    verdict = judge(Combination(stage="rloo", adapter="adalora", engine="trl"))
-    assert verdict.kind == "cannot" and [rule.name for rule in verdict.rules] == ["engine", "trl-only"]
+def test_rules_that_undo_each_other_are_incompatible() -> None:
+    verdict = check(Combination(stage="rloo", adapter="adalora", engine="trl"))
+    assert verdict.kind == "incompatible" and [rule.name for rule in verdict.rules] == ["engine", "trl-only"]
 
 
-def test_a_change_that_needs_another_one_is_followed() -> None:
-    verdict = judge(Combination(strategy="fsdp2", quantization="int8", processes=2))
+def test_changes_are_chained() -> None:
+    verdict = check(Combination(strategy="fsdp2", quantization="int8", processes=2))
     assert verdict.changes == {"train.strategy": "zero2"}
     assert "DTensors" in verdict.reason and "8-bit layers" in verdict.reason
 
@@ -138,83 +144,85 @@ def test_a_change_that_needs_another_one_is_followed() -> None:
         ({"processes": 8, "device": "cuda", "offload": "nvme"}, "zero3"),
     ],
 )
-def test_auto_is_the_first_strategy_that_works(given: dict[str, Any], expected: str) -> None:
-    assert strategy(Combination(**given)) == expected
+def test_auto_strategy_is_the_first_that_works(properties: dict[str, Any], expected: str) -> None:
+    assert resolve_auto_strategy(Combination(**properties)) == expected
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}-{file.stem}")
-def test_shipped_recipes_go_together_everywhere(file: Path) -> None:
-    own = {"data.source": [{"text": "a"}]} if file.stem == "in-house" else {}
-    shipped = load(file.parent.name, file.stem, shortcuts=own or None)
-    for machine in (LAPTOP, TWO, CARDS):
-        assert settled(shipped, machine) is shipped
+def test_shipped_recipes_are_compatible_everywhere(file: Path) -> None:
+    shortcuts = {"data.source": [{"text": "a"}]} if file.stem == "in-house" else {}
+    shipped = read_recipe(file.parent.name, file.stem, shortcuts=shortcuts or None)
+    for target in (LAPTOP, TWO_PROCESSES, GPUS_8):
+        assert resolve(shipped, target) is shipped
 
 
-def test_what_goes_together_is_left_as_it_is(tmp_path: Path) -> None:
-    for machine in (LAPTOP, TWO, CARDS):
-        one = recipe(tmp_path)
-        assert settled(one, machine) is one
+def test_compatible_recipes_are_unchanged(tmp_path: Path) -> None:
+    for target in (LAPTOP, TWO_PROCESSES, GPUS_8):
+        unchanged = recipe(tmp_path)
+        assert resolve(unchanged, target) is unchanged
 
 
-def test_auto_gives_way_to_what_is_asked_for_and_says_so(tmp_path: Path) -> None:
-    found = settled(recipe(tmp_path, train__offload="nvme"), CARDS)
-    assert found.settings.train.strategy == "zero3"
-    assert found.origins["train.strategy"] == SOLVER
-    assert found.notes == [
+def test_auto_strategy_is_resolved_with_a_note(tmp_path: Path) -> None:
+    resolved = resolve(recipe(tmp_path, train__offload="nvme"), GPUS_8)
+    assert resolved.settings.train.strategy == "zero3"
+    assert resolved.origins["train.strategy"] == SOLVER_ORIGIN
+    assert resolved.notes == [
         "train.strategy=zero3: only ZeRO-3 offloads to NVMe; plain data parallelism has no offload"
     ]
-    assert "zero3" in found.to_yaml() and "# solver" in found.to_yaml()
-    assert settled(found, CARDS) is found
+    assert "zero3" in resolved.to_yaml() and "# solver" in resolved.to_yaml()
+    assert resolve(resolved, GPUS_8) is resolved
 
 
-def test_a_default_is_changed_and_says_so(tmp_path: Path) -> None:
-    found = settled(recipe(tmp_path, "adapter: {method: adamix}\n", stage="dpo"), LAPTOP)
-    assert found.settings.adapter.model_dump()["consistency"] is False
-    assert found.notes == [f"adapter.consistency=false: {judge(Combination(**HITS['consistency'])).reason}"]
+def test_defaults_are_changed_with_a_note(tmp_path: Path) -> None:
+    resolved = resolve(recipe(tmp_path, "adapter: {method: adamix}\n", stage="dpo"), LAPTOP)
+    assert resolved.settings.adapter.model_dump()["consistency"] is False
+    assert resolved.notes == [
+        f"adapter.consistency=false: {check(Combination(**RULE_CASES['consistency'])).reason}"
+    ]
 
 
 @pytest.mark.parametrize(
     ("machine", "settings", "words"),
     [
         (
-            TWO,
+            TWO_PROCESSES,
             {"train__strategy": "fsdp2", "train__offload": "cpu"},
             ["train.strategy", "train.offload=cpu", "train.strategy=zero3"],
         ),
         (LAPTOP, {"train__strategy": "zero3"}, ["train.strategy", "1 process", "train.processes=2 or more"]),
-        (TWO, {"train__strategy": "single"}, ["2 processes", "train.processes=1"]),
+        (TWO_PROCESSES, {"train__strategy": "single"}, ["2 processes", "train.processes=1"]),
         (
-            TWO,
+            TWO_PROCESSES,
             {"train__strategy": "zero3", "model__quantization": "int8"},
             ["int8", "order of magnitude", "train.strategy=zero2"],
         ),
         (
-            TWO,
+            TWO_PROCESSES,
             {"train__strategy": "zero2", "train__optimizer": "adafactor"},
             ["adafactor", "rows and columns", "train.optimizer=adamw"],
         ),
         (LAPTOP, {"train__offload": "cpu"}, ["train.offload", "train.processes=2 or more"]),
     ],
 )
-def test_pain_09_what_is_asked_for_and_does_not_go_together_is_refused(
-    machine: Machine, settings: dict[str, Any], words: list[str], tmp_path: Path
+def test_pain_09_incompatible_requested_settings_are_refused(
+    target: LaunchTarget, settings: dict[str, Any], fragments: list[str], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
-        settled(recipe(tmp_path, **settings), machine)
+        resolve(recipe(tmp_path, **settings), target)
     [problem] = caught.value.problems
-    assert all(word in str(problem) for word in words), str(problem)
+    assert all(fragment in str(problem) for fragment in fragments), str(problem)
 
 
-def test_what_the_recipe_file_says_is_asked_for_too(tmp_path: Path) -> None:
+def test_settings_in_the_recipe_file_are_never_changed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train.strategy=zero3"):
-        settled(recipe(tmp_path, "train: {strategy: fsdp2}\nadapter: {method: pissa}\n"), TWO)
+        resolve(recipe(tmp_path, "train: {strategy: fsdp2}\nadapter: {method: pissa}\n"), TWO_PROCESSES)
 
 
-def test_keys_are_those_of_recipes(tmp_path: Path) -> None:
+def test_keys_exist_in_recipes(tmp_path: Path) -> None:
     values = recipe(tmp_path, "adapter: {method: adamix}\n").values()
-    for key in KEYS.values():
+    for key in RECIPE_KEYS.values():
         section, name = key.split(".")
         assert name in values[section], key
-    assert {key for rule in RULES for key in rule.changes} <= set(KEYS.values())
-    facts = replace(Combination(), strategy="ddp").facts()
-    assert all(name in facts for rule in RULES for name in rule.when)
+    assert {key for rule in COMPATIBILITY_RULES for key in rule.changes} <= set(RECIPE_KEYS.values())
+    properties = replace(Combination(), strategy="ddp").properties()
+    assert all(name in properties for rule in COMPATIBILITY_RULES for name in rule.when)

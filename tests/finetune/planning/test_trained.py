@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.planning.architecture import Architecture
-from finetune.planning.trained import block_size, trained_parameters
+from finetune.planning.trained import count_trainable_parameters, oft_block_size
 from finetune.planning.workload import Adapter
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.errors import UserError
@@ -75,7 +75,7 @@ NOT_ON = {"bitfit": {"llama", "qwen3", "gemma3_text"}, "llama_adapter": {"qwen3"
 BUILT_ELSEWHERE = {"loftq"}  # LoRA's shapes; building it reads the base's files
 
 
-def built(config: dict[str, Any], settings: dict[str, Any], device: str = "cpu") -> nn.Module:
+def build_adapter(config: dict[str, Any], settings: dict[str, Any], device: str = "cpu") -> nn.Module:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     model.requires_grad_(False)
@@ -84,47 +84,51 @@ def built(config: dict[str, Any], settings: dict[str, Any], device: str = "cpu")
     return adapted
 
 
-def trained(model: nn.Module) -> int:
+def count_trained(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_count_is_that_of_the_built_adapter(family: str) -> None:
+def test_counts_equal_built_adapters(family: str) -> None:
     config = {"model_type": family} | SIZES | FAMILIES[family]
-    architecture = Architecture.of(config)
+    architecture = Architecture.from_config(config)
     wrong = []
     for settings, adapter in CASES:
         if family in NOT_ON.get(adapter.method, set()):
             with pytest.raises(UserError):
-                built(config, settings)
-        elif trained(built(config, settings)) != trained_parameters(architecture, adapter):
+                build_adapter(config, settings)
+        elif count_trained(build_adapter(config, settings)) != count_trainable_parameters(
+            architecture, adapter
+        ):
             wrong.append(settings)
     assert not wrong
 
 
 def test_every_adapter_is_counted() -> None:
     assert {adapter.method for _, adapter in CASES} | BUILT_ELSEWHERE == set(plugin_names(ADAPTERS))
-    one = Architecture.of({"model_type": "llama"} | SIZES)
-    assert trained_parameters(one, Adapter("loftq")) == trained_parameters(one, Adapter("lora"))
+    architecture = Architecture.from_config({"model_type": "llama"} | SIZES)
+    assert count_trainable_parameters(architecture, Adapter("loftq")) == count_trainable_parameters(
+        architecture, Adapter("lora")
+    )
     with pytest.raises(UserError, match="'novel' has no known size"):
-        trained_parameters(one, Adapter("novel"))
+        count_trainable_parameters(architecture, Adapter("novel"))
 
 
-def test_seven_billion_parameters_with_the_alpaca_lora_setting() -> None:
+def test_alpaca_lora_on_7b() -> None:
     """Rank 8 on q and v of Llama-2-7B: 32 layers x 2 x 8 x (4096 + 4096) = 4,194,304."""
     config = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008}
     config |= {"num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
     adapter = Adapter("lora", rank=8, targets=("q_proj", "v_proj"))
     settings = {"method": "lora", "rank": 8, "target": ["q_proj", "v_proj"]}
-    count = trained_parameters(Architecture.of(config), adapter)
-    assert count == trained(built(config, settings, device="meta")) == 4_194_304
+    count = count_trainable_parameters(Architecture.from_config(config), adapter)
+    assert count == count_trained(build_adapter(config, settings, device="meta")) == 4_194_304
 
 
-def test_a_head_of_scores_is_trained_beside_the_adapter() -> None:
-    architecture = Architecture.of({"model_type": "llama"} | SIZES)
-    plain = trained_parameters(architecture, Adapter("lora", rank=8))
-    assert trained_parameters(architecture, Adapter("lora", rank=8), heads=2) == plain + 2 * 64
+def test_a_score_head_is_trained_with_the_adapter() -> None:
+    architecture = Architecture.from_config({"model_type": "llama"} | SIZES)
+    plain = count_trainable_parameters(architecture, Adapter("lora", rank=8))
+    assert count_trainable_parameters(architecture, Adapter("lora", rank=8), heads=2) == plain + 2 * 64
 
 
-def test_blocks_of_rotations_divide_the_inputs() -> None:
-    assert [block_size(inputs, 32) for inputs in (96, 100, 16, 31)] == [32, 25, 16, 31]
+def test_oft_blocks_divide_the_inputs() -> None:
+    assert [oft_block_size(inputs, 32) for inputs in (96, 100, 16, 31)] == [32, 25, 16, 31]

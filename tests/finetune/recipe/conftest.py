@@ -5,7 +5,7 @@ from textwrap import dedent
 
 import pytest
 
-from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.recipe import Recipe, read_recipe
 
 GOOD = """
 stage: sft
@@ -25,7 +25,7 @@ train:
 """
 
 
-class Workplace:
+class RecipeWorkspace:
     """Writes recipes into the current folder and loads them."""
 
     def __init__(self, folder: Path) -> None:
@@ -39,15 +39,15 @@ class Workplace:
 
     def load(self, text: str = GOOD, *overrides: str, **shortcuts: object) -> Recipe:
         given = {key.replace("__", "."): value for key, value in shortcuts.items()}
-        return load("sft", self.write(text), overrides=overrides, shortcuts=given)
+        return read_recipe("sft", self.write(text), overrides=overrides, shortcuts=given)
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecipeWorkspace:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     for name in ("rows.jsonl", "other.jsonl"):
         (tmp_path / name).write_text('{"instruction": "a", "output": "b"}\n')
-    return Workplace(tmp_path)
+    return RecipeWorkspace(tmp_path)

@@ -253,13 +253,13 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_says_where_what_and_how(here, case):
+def test_an_error_has_where_found_expected_and_repair(workspace, case):
     change, fragments = BAD[case]
     with pytest.raises(UserError) as caught:
         if isinstance(change, str):
-            here.load(change)
+            workspace.load(change)
         else:
-            here.load(DATA, *change)
+            workspace.load(DATA, *change)
     message = str(caught.value)
     for fragment in fragments:
         if fragment.startswith("-"):
@@ -275,7 +275,7 @@ def test_there_are_enough_cases():
     assert len(BAD) >= 45
 
 
-def test_every_mistake_is_told_at_once(here):
+def test_all_errors_are_reported_at_once(workspace):
     text = """
     model: {base: nobody, precision: half}
     data: {templat: alpaca, packing: maybe}
@@ -284,7 +284,7 @@ def test_every_mistake_is_told_at_once(here):
     trian: {}
     """
     with pytest.raises(UserError) as caught:
-        here.load(text, "evaluate.samples=-1", "nonsense")
+        workspace.load(text, "evaluate.samples=-1", "nonsense")
     places = [problem.where for problem in caught.value.problems]
     assert places == [
         "trian (my.yaml:5)",
@@ -300,15 +300,15 @@ def test_every_mistake_is_told_at_once(here):
     ]
 
 
-def test_a_mistake_in_one_section_does_not_hide_contradictions_in_others(here):
+def test_an_error_in_one_section_does_not_hide_cross_field_problems_of_others(workspace):
     with pytest.raises(UserError) as caught:
-        here.load(DATA, "train.epochs=x", "model.base=nobody", "evaluate.exact_match=5")
+        workspace.load(DATA, "train.epochs=x", "model.base=nobody", "evaluate.exact_match=5")
     assert [problem.where.split()[0] for problem in caught.value.problems] == ["train.epochs", "model.base"]
 
 
-def test_a_mistake_of_many_types_is_told_once(here):
+def test_an_error_in_a_union_is_reported_once(workspace):
     with pytest.raises(UserError) as caught:
-        here.load(DATA, "data.held_out=-3")
+        workspace.load(DATA, "data.held_out=-3")
     assert len(caught.value.problems) == 1
     assert str(caught.value) == (
         "data.held_out (command line): found -3\n"
@@ -324,11 +324,11 @@ def test_a_mistake_of_many_types_is_told_once(here):
         ("model: {base: ./adapted}\ndata: {source: a/b}\n", "it is an adapter: merge it first"),
     ],
 )
-def test_a_folder_without_config_gets_a_hint(here, text, suggestion):
-    (here.folder / "outer" / "checkpoint").mkdir(parents=True)
-    (here.folder / "outer" / "checkpoint" / "config.json").write_text("{}")
-    (here.folder / "adapted").mkdir()
-    (here.folder / "adapted" / "adapter_config.json").write_text("{}")
+def test_a_folder_without_config_gets_a_hint(workspace, text, suggestion):
+    (workspace.folder / "outer" / "checkpoint").mkdir(parents=True)
+    (workspace.folder / "outer" / "checkpoint" / "config.json").write_text("{}")
+    (workspace.folder / "adapted").mkdir()
+    (workspace.folder / "adapted" / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="has no config.json") as caught:
-        here.load(text)
+        workspace.load(text)
     assert suggestion in str(caught.value)

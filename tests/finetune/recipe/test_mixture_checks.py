@@ -13,7 +13,7 @@ def mix(first: str, second: str = "") -> str:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (
             ["data.mix_rows=100"],
@@ -66,13 +66,13 @@ def mix(first: str, second: str = "") -> str:
         ([f"data.mix={TWO}", "data.mix_temperature=0.5"], ["data.mix_temperature", "1 or more"]),
     ],
 )
-def test_a_contradiction_is_told(here, overrides, told):
+def test_incompatible_settings_are_reported(workspace, overrides, message):
     source = [] if any("data.select={" in word for word in overrides[:1]) else ["data.source="]
     source = [] if "mix_" in overrides[0] else source
     with pytest.raises(UserError) as caught:
-        here.load(TEXT, *source, *overrides)
+        workspace.load(TEXT, *source, *overrides)
     assert len(caught.value.problems) == 1, str(caught.value)
-    for part in told:
+    for part in message:
         assert part in str(caught.value)
 
 
@@ -92,16 +92,16 @@ def test_a_contradiction_is_told(here, overrides, told):
         ["data.select={score: rating, rows: 9, rows_by: score}"],
     ],
 )
-def test_what_fits_together_is_left_alone(here, overrides):
-    assert here.load(TEXT, *overrides).notes == []
+def test_compatible_settings_pass(workspace, overrides):
+    assert workspace.load(TEXT, *overrides).notes == []
 
 
-def test_other_data_drops_what_was_chosen_of_the_recipes_own(here):
+def test_other_data_drops_the_recipes_select(workspace):
     text = "model: {base: ./base}\ndata: {source: rows.jsonl, select: {rows: 1000}}\n"
-    recipe = here.load(text, data__source="other.jsonl")
+    recipe = workspace.load(text, data__source="other.jsonl")
     assert recipe.settings.data.select is None
     assert recipe.notes == [
         "data.select={'rows': 1000} (my.yaml:2) is ignored: it applies to the recipe's data only"
     ]
     mixed = "model: {base: ./base}\ndata: {mix: [{source: rows.jsonl}], mix_rows: 9}\n"
-    assert here.load(mixed, data__source="other.jsonl").settings.data.mix_rows is None
+    assert workspace.load(mixed, data__source="other.jsonl").settings.data.mix_rows is None

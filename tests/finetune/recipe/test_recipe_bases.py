@@ -5,10 +5,10 @@ import re
 import pytest
 
 from finetune.recipe import bases as table
-from finetune.recipe.bases import bases, resolve_base
+from finetune.recipe.bases import load_bases, resolve_base
 from finetune.recipe.errors import UserError
 
-WANTED = [
+EXPECTED_BASES = [
     "tiny",
     "llama-2-7b",
     "llama-2-13b",
@@ -44,18 +44,18 @@ WANTED = [
 ]
 
 
-def test_the_table_is_whole():
-    assert list(bases()) == WANTED
-    for name, base in bases().items():
+def test_the_table_is_complete():
+    assert list(load_bases()) == EXPECTED_BASES
+    for name, base in load_bases().items():
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", base.id) or name == "tiny"
         assert re.fullmatch(r"\d+(\.\d)?[MB]", base.parameters), name
         assert base.note, name
 
 
-@pytest.mark.parametrize("name", [name for name in WANTED if name != "tiny"])
-def test_a_short_name_stands_for_a_hub_id_of_its_size(name):
+@pytest.mark.parametrize("name", [name for name in EXPECTED_BASES if name != "tiny"])
+def test_a_short_name_resolves_to_a_hub_id_of_its_size(name):
     identifier = resolve_base(name)
-    assert identifier == bases()[name].id
+    assert identifier == load_bases()[name].id
     assert name.rsplit("-", 1)[-1] in identifier.lower()
 
 
@@ -70,14 +70,14 @@ def test_tiny_is_a_folder_of_the_project(tmp_path, monkeypatch):
     assert resolve_base("tiny") == str(tmp_path / "project/recipes/tiny/model")
 
 
-def test_a_folder_and_a_hub_id_stand_for_themselves(here, monkeypatch):
+def test_a_folder_and_a_hub_id_resolve_to_themselves(workspace, monkeypatch):
     assert resolve_base("base") == "base"
     assert resolve_base("owner/name") == "owner/name"
-    monkeypatch.setenv("HOME", str(here.folder))
-    assert resolve_base("~/base") == str(here.folder / "base")
+    monkeypatch.setenv("HOME", str(workspace.folder))
+    assert resolve_base("~/base") == str(workspace.folder / "base")
 
 
-def test_the_nearest_name_is_offered():
+def test_the_closest_name_is_suggested():
     with pytest.raises(UserError, match="did you mean 'qwen3-0.6b'"):
         resolve_base("qwen-0.6b")
     with pytest.raises(UserError) as caught:

@@ -79,9 +79,9 @@ TEXT = "model: {base: ./base}\ndata: {source: rows.jsonl}\n"
         ),
     ],
 )
-def test_a_contradiction_is_told(here, overrides, message):
+def test_incompatible_settings_are_reported(workspace, overrides, message):
     with pytest.raises(UserError) as caught:
-        here.load(TEXT, *overrides)
+        workspace.load(TEXT, *overrides)
     assert str(caught.value) == message
 
 
@@ -100,13 +100,13 @@ def test_a_contradiction_is_told(here, overrides, message):
         ["model.base=owner/name"],
     ],
 )
-def test_what_fits_together_is_left_alone(here, overrides):
-    assert here.load(TEXT, *overrides).notes == []
+def test_compatible_settings_pass(workspace, overrides):
+    assert workspace.load(TEXT, *overrides).notes == []
 
 
-def test_several_contradictions_are_told_at_once(here):
+def test_several_problems_are_reported_at_once(workspace):
     with pytest.raises(UserError) as caught:
-        here.load(
+        workspace.load(
             TEXT,
             "adapter.method=prefix",
             "data.packing=true",

@@ -14,23 +14,23 @@ from finetune.recipe.discovery import (
     recipe_names,
 )
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import load
+from finetune.recipe.recipe import read_recipe
 
 MINE = "description: mine\nmodel: {base: ./base}\ndata: {source: rows.jsonl}\n"
 
 
-def test_a_recipe_of_the_user_is_found_and_hides_the_shipped_one(here):
+def test_a_users_recipe_takes_precedence_over_the_shipped_one(workspace):
     assert find_recipe("sft", "alpaca") == PROJECT / "recipes" / "sft" / "alpaca.yaml"
-    here.write(MINE, "recipes/sft/alpaca.yaml")
-    here.write(MINE, "recipes/sft/own.yaml")
-    assert load("sft", "alpaca").description == "mine"
-    assert load("sft", "own").origins["model.base"] == "own.yaml:2"
+    workspace.write(MINE, "recipes/sft/alpaca.yaml")
+    workspace.write(MINE, "recipes/sft/own.yaml")
+    assert read_recipe("sft", "alpaca").description == "mine"
+    assert read_recipe("sft", "own").origins["model.base"] == "own.yaml:2"
     assert "vicuna" in recipe_names("sft")
 
 
-def test_a_path_is_a_recipe_too(here):
-    here.write(MINE, "sub/x.yml")
-    assert load("sft", "sub/x.yml").name == "x"
+def test_a_path_is_a_recipe_too(workspace):
+    workspace.write(MINE, "sub/x.yml")
+    assert read_recipe("sft", "sub/x.yml").name == "x"
 
 
 @pytest.mark.parametrize(
@@ -49,15 +49,15 @@ def test_a_path_is_a_recipe_too(here):
         ("sftt", "alpaca", ["stage: 'sftt' is unknown", "sft", "did you mean 'sft'?"]),
     ],
 )
-def test_an_unknown_recipe_lists_what_exists(here, stage, name, fragments):
-    here.write(MINE, "sub/mine.yaml")
+def test_an_unknown_recipe_lists_what_exists(workspace, stage, name, fragments):
+    workspace.write(MINE, "sub/mine.yaml")
     with pytest.raises(UserError) as caught:
-        load(stage, name)
+        read_recipe(stage, name)
     for fragment in fragments:
         assert fragment in str(caught.value)
 
 
-def test_a_recipe_of_another_stage_is_pointed_to(here, monkeypatch):
+def test_a_recipe_of_another_stage_is_suggested(workspace, monkeypatch):
     monkeypatch.setattr(
         "finetune.recipe.discovery.stage_names", lambda: {"sft": "finetune.stages", "dpo": "x"}
     )

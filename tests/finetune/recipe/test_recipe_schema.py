@@ -8,16 +8,18 @@ import pytest
 from ruamel.yaml import YAML
 
 from finetune.recipe.discovery import PROJECT, plugin_names
-from finetune.recipe.schema import listing, rows, schema
+from finetune.recipe.schema import list_names, recipe_schema, setting_rows
 
 
 def test_the_schema_is_one():
-    jsonschema.Draft202012Validator.check_schema(schema("sft"))
+    jsonschema.Draft202012Validator.check_schema(recipe_schema("sft"))
 
 
 @pytest.mark.parametrize("file", sorted((PROJECT / "recipes/sft").glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_recipes_fit_it(file):
-    jsonschema.validate(YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8")), schema("sft"))
+    jsonschema.validate(
+        YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8")), recipe_schema("sft")
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,12 +39,13 @@ def test_shipped_recipes_fit_it(file):
 )
 def test_the_adapters_keys_depend_on_its_method(adapter, fits):
     assert (
-        jsonschema.Draft202012Validator(schema("sft")).is_valid({"stage": "sft", "adapter": adapter}) is fits
+        jsonschema.Draft202012Validator(recipe_schema("sft")).is_valid({"stage": "sft", "adapter": adapter})
+        is fits
     )
 
 
 def test_every_setting_has_a_description_and_a_default():
-    content = schema("sft")
+    content = recipe_schema("sft")
     sections = {
         name: part for name, part in content["$defs"].items() if name not in ("MixedSource", "RopeSettings")
     }
@@ -53,31 +56,33 @@ def test_every_setting_has_a_description_and_a_default():
             assert "default" in value, f"{name}.{key}"
 
 
-def test_rows_tell_every_value_and_its_origin(here):
-    recipe = here.load("model: {base: ./base}\ndata: {source: rows.jsonl}\n", "train.epochs=2")
-    table = rows(recipe)
+def test_rows_have_every_value_and_its_origin(workspace):
+    recipe = workspace.load("model: {base: ./base}\ndata: {source: rows.jsonl}\n", "train.epochs=2")
+    table = setting_rows(recipe)
     assert table[0] == ("model.base", "./base", "my.yaml:1")
     assert ("train.epochs", 2.0, "command line") in table
     assert ("adapter.rank", 16, "default") in table
     assert len(table) == len(recipe.origins)
 
 
-def test_the_listing_names_everything(here):
-    here.write("description: mine\n", "recipes/sft/own.yaml")
-    here.write("a: [\n", "recipes/sft/wrong.yaml")
-    found = listing()
-    assert found.recipes["sft"]["own"] == "mine"
-    assert found.recipes["sft"]["wrong"].startswith("cannot be read: ")
-    assert found.recipes["sft"]["vicuna"] == "Vicuna: ShareGPT conversations of many turns, LoRA"
-    assert found.adapters["lora"].startswith("LoRA: ")
-    assert found.templates["alpaca"].startswith("Stanford Alpaca's prompt")
-    assert found.bases["llama-2-7b"].id == "meta-llama/Llama-2-7b-hf"
-    assert found.stages["sft"].startswith("Supervised fine-tuning")
-    assert all(text for group in (found.adapters, found.templates, found.stages) for text in group.values())
+def test_the_listing_names_everything(workspace):
+    workspace.write("description: mine\n", "recipes/sft/own.yaml")
+    workspace.write("a: [\n", "recipes/sft/wrong.yaml")
+    actual = list_names()
+    assert actual.recipes["sft"]["own"] == "mine"
+    assert actual.recipes["sft"]["wrong"].startswith("cannot be read: ")
+    assert actual.recipes["sft"]["vicuna"] == "Vicuna: ShareGPT conversations of many turns, LoRA"
+    assert actual.adapters["lora"].startswith("LoRA: ")
+    assert actual.templates["alpaca"].startswith("Stanford Alpaca's prompt")
+    assert actual.bases["llama-2-7b"].id == "meta-llama/Llama-2-7b-hf"
+    assert actual.stages["sft"].startswith("Supervised fine-tuning")
+    assert all(
+        text for group in (actual.adapters, actual.templates, actual.stages) for text in group.values()
+    )
 
 
-def test_nothing_heavy_is_imported(here):
-    here.write("model: {base: ./base}\ndata: {source: rows.jsonl}\nadapter: {method: qlora}\n")
+def test_nothing_heavy_is_imported(workspace):
+    workspace.write("model: {base: ./base}\ndata: {source: rows.jsonl}\nadapter: {method: qlora}\n")
     code = """
 import sys, time
 start = time.perf_counter()

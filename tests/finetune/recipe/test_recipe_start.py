@@ -9,9 +9,9 @@ import pytest
 
 from finetune.recipe import yaml_file
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import Recipe, load
-from finetune.recipe.runs import RUNS, find_run
-from finetune.recipe.schema import rows
+from finetune.recipe.recipe import Recipe, read_recipe
+from finetune.recipe.runs import RUNS_FOLDER, find_run
+from finetune.recipe.schema import setting_rows
 from finetune.recipe.settings import TrainSettings
 
 MODEL = {
@@ -33,7 +33,7 @@ train: {learning_rate: 3e-2}
 """
 
 
-class Place:
+class RunWorkspace:
     """Creates runs and recipes in the current folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -56,12 +56,12 @@ class Place:
         record |= {"command": "llm-align sft a", "started": "2026-01-01", "finished": "2026-01-02"}
         record |= {"files": {weights: "0" * 64}, **changed}
         (path / "run.json").write_text(json.dumps(record))
-        (path / "recipe.yaml").write_text(yaml_file.write({"stage": "sft", "adapter": adapter}, {}))
+        (path / "recipe.yaml").write_text(yaml_file.dump_yaml({"stage": "sft", "adapter": adapter}, {}))
         return path
 
     def recipe(self, text: str = PLAIN, *words: str, stage: str = "sft", out: Path | None = None) -> Recipe:
         (self.folder / "my.yaml").write_text(text)
-        return load(stage, "my.yaml", overrides=words, out=out)
+        return read_recipe(stage, "my.yaml", overrides=words, out=out)
 
     def problem(self, text: str, *words: str, **more: Any) -> str:
         with pytest.raises(UserError) as caught:
@@ -70,27 +70,27 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunWorkspace:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
-    return Place(tmp_path)
+    return RunWorkspace(tmp_path)
 
 
 FROM = "model.start=sft-a"
 
 
-def test_base_adapter_and_template_come_from_the_run_and_say_so(place: Place) -> None:
-    place.run()
-    recipe = place.recipe(PLAIN, FROM)
+def test_base_adapter_and_template_are_inherited_with_their_origin(workspace: RunWorkspace) -> None:
+    workspace.run()
+    recipe = workspace.recipe(PLAIN, FROM)
     model, data = recipe.settings.model, recipe.settings.data
     assert model.start == "runs/sft-a-12345678" and model.base == "./base"
     assert (model.precision, model.attention, model.quantization) == ("float32", "eager", "none")
     assert model.rope is not None and model.rope.factor == 2.0
     assert (data.template, data.system) == ("chatml", "Be brief.")
     assert recipe.settings.adapter.model_dump() == LORA
-    shown = {key: origin for key, _, origin in rows(recipe)}
+    shown = {key: origin for key, _, origin in setting_rows(recipe)}
     run = "run sft-a-12345678"
     assert shown["model.start"] == "command line"
     keys = ["model.base", "model.rope", "model.quantization", "adapter.rank", "data.template", "data.system"]
@@ -100,10 +100,10 @@ def test_base_adapter_and_template_come_from_the_run_and_say_so(place: Place) ->
     assert recipe.notes == []
 
 
-def test_the_recipe_s_base_and_adapter_give_way_and_are_told(place: Place) -> None:
-    place.run()
-    (place.folder / "other").mkdir()
-    recipe = place.recipe(OTHER.replace("./base", "./other"), FROM)
+def test_inherited_values_replace_the_recipes_with_a_note(workspace: RunWorkspace) -> None:
+    workspace.run()
+    (workspace.folder / "other").mkdir()
+    recipe = workspace.recipe(OTHER.replace("./base", "./other"), FROM)
     assert recipe.settings.adapter.model_dump() == LORA and recipe.settings.model.base == "./base"
     assert recipe.settings.model.precision == "bfloat16", "how it is computed is the recipe's choice"
     assert recipe.settings.data.template == "vicuna" and recipe.settings.data.system == "Be brief."
@@ -116,8 +116,8 @@ def test_the_recipe_s_base_and_adapter_give_way_and_are_told(place: Place) -> No
     ]
 
 
-def test_the_user_may_say_what_the_run_has_and_what_acts_in_training(place: Place) -> None:
-    place.run()
+def test_the_user_may_repeat_inherited_values_and_set_training_settings(workspace: RunWorkspace) -> None:
+    workspace.run()
     words = (
         "model.base=base",
         "adapter.rank=4",
@@ -125,7 +125,7 @@ def test_the_user_may_say_what_the_run_has_and_what_acts_in_training(place: Plac
         "data.template=alpaca",
         "data.system=null",
     )
-    settings = place.recipe(PLAIN, FROM, "model.precision=bfloat16", *words).settings
+    settings = workspace.recipe(PLAIN, FROM, "model.precision=bfloat16", *words).settings
     assert settings.adapter.model_dump() == LORA | {"dropout": 0.3}
     assert (settings.model.precision, settings.data.template, settings.data.system) == (
         "bfloat16",
@@ -134,42 +134,42 @@ def test_the_user_may_say_what_the_run_has_and_what_acts_in_training(place: Plac
     )
 
 
-def test_what_is_auto_for_one_adapter_is_what_it_asked_for(place: Place) -> None:
-    place.run(adapter={"method": "qlora"})
-    settings = place.recipe(PLAIN, FROM).settings
+def test_auto_quantization_is_the_adapters_default(workspace: RunWorkspace) -> None:
+    workspace.run(adapter={"method": "qlora"})
+    settings = workspace.recipe(PLAIN, FROM).settings
     assert (settings.adapter.method, settings.model.quantization) == ("qlora", "nf4")
 
 
-def test_loftq_goes_on_as_lora_over_its_base(place: Place) -> None:
-    place.run(adapter={"method": "loftq", "rank": 4})
-    recipe = place.recipe(PLAIN, FROM)
+def test_loftq_continues_as_lora_on_its_base(workspace: RunWorkspace) -> None:
+    workspace.run(adapter={"method": "loftq", "rank": 4})
+    recipe = workspace.recipe(PLAIN, FROM)
     adapter = recipe.settings.adapter
     assert (adapter.method, adapter.rank, recipe.settings.model.quantization) == ("lora", 4, "nf4")
     assert recipe.notes == ["adapter 'loftq' continues as 'lora', the form in which it was saved"]
 
 
-def test_a_source_of_the_first_run_is_not_needed_again(place: Place) -> None:
-    place.run(adapter={"method": "multitask_prompt", "virtual_tokens": 5, "source": "runs/long-gone"})
-    adapter = place.recipe(PLAIN, FROM).settings.adapter
+def test_a_source_of_the_first_run_is_not_needed_again(workspace: RunWorkspace) -> None:
+    workspace.run(adapter={"method": "multitask_prompt", "virtual_tokens": 5, "source": "runs/long-gone"})
+    adapter = workspace.recipe(PLAIN, FROM).settings.adapter
     assert (adapter.virtual_tokens, adapter.source) == (5, None)
 
 
-def test_a_run_of_full_tuning_is_a_base_for_a_new_adapter(place: Place) -> None:
-    place.run(adapter={"method": "full"})
-    recipe = place.recipe(OTHER, FROM)
+def test_a_run_of_full_tuning_is_a_base_for_a_new_adapter(workspace: RunWorkspace) -> None:
+    workspace.run(adapter={"method": "full"})
+    recipe = workspace.recipe(OTHER, FROM)
     model = recipe.settings.model
     assert (model.base, model.start, model.rope) == ("runs/sft-a-12345678", "runs/sft-a-12345678", None)
     assert recipe.settings.adapter.virtual_tokens == 7
-    assert place.recipe(PLAIN, FROM, "adapter.method=qlora").settings.model.quantization == "auto"
-    assert place.recipe(PLAIN, FROM).settings.data.template == "chatml"
+    assert workspace.recipe(PLAIN, FROM, "adapter.method=qlora").settings.model.quantization == "auto"
+    assert workspace.recipe(PLAIN, FROM).settings.data.template == "chatml"
 
 
 @pytest.mark.parametrize(("template", "expected"), [("plain", "alpaca"), ("vicuna", "vicuna")])
-def test_a_stage_that_read_texts_has_a_template_only_if_it_was_given_one(
-    place: Place, template: str, expected: str
+def test_a_stage_on_plain_text_has_a_template_only_if_set(
+    workspace: RunWorkspace, template: str, expected: str
 ) -> None:
-    place.run(stage="pretrain", load={"template": template, "system": None})
-    assert place.recipe(PLAIN, FROM).settings.data.template == expected
+    workspace.run(stage="pretrain", load={"template": template, "system": None})
+    assert workspace.recipe(PLAIN, FROM).settings.data.template == expected
 
 
 NAMES = [
@@ -183,62 +183,66 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_all_names_of_a_run_make_one_recipe(place: Place, name: str) -> None:
-    place.run()
-    recipe = place.recipe(PLAIN, f"model.start={name.format(here=place.folder)}")
+def test_all_names_of_a_run_give_the_same_recipe(workspace: RunWorkspace, name: str) -> None:
+    workspace.run()
+    recipe = workspace.recipe(PLAIN, f"model.start={name.format(here=workspace.folder)}")
     assert recipe.settings.model.start == "runs/sft-a-12345678"
 
 
-def test_a_run_elsewhere_keeps_its_whole_path(place: Place, tmp_path_factory: pytest.TempPathFactory) -> None:
-    run = place.run(str(tmp_path_factory.mktemp("elsewhere") / "mine"))
-    assert place.recipe(PLAIN, f"model.start={run}").settings.model.start == str(run)
+def test_a_run_elsewhere_has_its_full_path(
+    workspace: RunWorkspace, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = workspace.run(str(tmp_path_factory.mktemp("elsewhere") / "mine"))
+    assert workspace.recipe(PLAIN, f"model.start={run}").settings.model.start == str(run)
 
 
-def test_of_several_the_newest_finished_one_is_taken_and_told(place: Place) -> None:
-    place.run("runs/sft-a-1", finished="2026-03-01")
-    place.run("runs/sft-a-2", finished="2026-04-01")
-    place.run("runs/sft-a-3", status="running", started="2026-05-01")
+def test_the_newest_finished_match_is_used_with_a_note(workspace: RunWorkspace) -> None:
+    workspace.run("runs/sft-a-1", finished="2026-03-01")
+    workspace.run("runs/sft-a-2", finished="2026-04-01")
+    workspace.run("runs/sft-a-3", status="running", started="2026-05-01")
     note = "'sft-a' matches 2 finished runs; using the newest: runs/sft-a-2"
-    assert find_run("sft-a") == (RUNS / "sft-a-2", note)
-    assert place.recipe(PLAIN, FROM).notes == [note]
+    assert find_run("sft-a") == (RUNS_FOLDER / "sft-a-2", note)
+    assert workspace.recipe(PLAIN, FROM).notes == [note]
 
 
-def test_what_went_on_from_a_run_does_not_take_its_name(place: Place) -> None:
-    place.run("runs/sft-a-1", finished="2026-03-01")
-    place.run("runs/sft-a-2", finished="2026-04-01", start={"name": "sft-a-1"})
-    assert find_run("sft-a")[0] == RUNS / "sft-a-1"
-    assert find_run("sft-a-2") == (RUNS / "sft-a-2", "")
+def test_a_continued_run_does_not_match_its_parents_prefix(workspace: RunWorkspace) -> None:
+    workspace.run("runs/sft-a-1", finished="2026-03-01")
+    workspace.run("runs/sft-a-2", finished="2026-04-01", start={"name": "sft-a-1"})
+    assert find_run("sft-a")[0] == RUNS_FOLDER / "sft-a-1"
+    assert find_run("sft-a-2") == (RUNS_FOLDER / "sft-a-2", "")
 
 
-def test_where_and_under_which_name_it_lies_is_no_part_of_the_digest(place: Place) -> None:
-    place.run()
-    place.run("runs/copy")
-    place.run("runs/full-1", adapter={"method": "full"})
-    place.run("runs/full-2", adapter={"method": "full"})
+def test_the_digest_does_not_depend_on_the_parents_path(workspace: RunWorkspace) -> None:
+    workspace.run()
+    workspace.run("runs/copy")
+    workspace.run("runs/full-1", adapter={"method": "full"})
+    workspace.run("runs/full-2", adapter={"method": "full"})
     names = ("sft-a", "runs/copy", "full-1", "full-2")
-    one, copy, full, same = (place.recipe(PLAIN, f"model.start={name}").digest("x") for name in names)
+    one, copy, full, same = (workspace.recipe(PLAIN, f"model.start={name}").digest("x") for name in names)
     assert one == copy and full == same and one != full
 
 
-def test_without_a_start_the_digest_is_what_it_was(place: Place) -> None:
+def test_without_a_parent_the_digest_is_unchanged(workspace: RunWorkspace) -> None:
     """Runs from before ``model.start`` was a setting have the same names."""
-    recipe = place.recipe(PLAIN)
+    recipe = workspace.recipe(PLAIN)
     content = recipe.values()
     assert content["model"].pop("start") is None
-    for name in TrainSettings.PLACES:
+    for name in TrainSettings.NOT_IN_DIGEST:
         del content["train"][name]
     text = json.dumps(["sft", content, "x"], sort_keys=True, ensure_ascii=False)
     assert recipe.digest("x") == hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def test_a_recipe_s_start_goes_when_the_user_takes_another_base(place: Place) -> None:
-    place.run()
-    recipe = place.recipe(f"model: {{start: sft-a}}\n{PLAIN}", "model.base=./base")
+def test_a_recipes_parent_is_ignored_with_another_base(workspace: RunWorkspace) -> None:
+    workspace.run()
+    recipe = workspace.recipe(f"model: {{start: sft-a}}\n{PLAIN}", "model.base=./base")
     assert recipe.settings.model.start is None and recipe.settings.adapter.rank == 16
     assert recipe.notes == [
         "model.start='sft-a' (my.yaml:1) is ignored: it applies to the recipe's base model only"
     ]
-    assert place.recipe(f"model: {{start: sft-a}}\n{PLAIN}", "model.start=null").settings.model.start is None
+    assert (
+        workspace.recipe(f"model: {{start: sft-a}}\n{PLAIN}", "model.start=null").settings.model.start is None
+    )
 
 
 FIRST = (
@@ -246,10 +250,10 @@ FIRST = (
 )
 
 
-def test_a_recipe_that_has_not_run_says_what_its_run_will_have(place: Place) -> None:
-    (place.folder / "recipes" / "sft").mkdir(parents=True)
-    (place.folder / "recipes" / "sft" / "first.yaml").write_text(FIRST)
-    recipe = place.recipe(f"model: {{start: sft/first}}\n{PLAIN}")
+def test_a_recipe_without_a_run_as_parent(workspace: RunWorkspace) -> None:
+    (workspace.folder / "recipes" / "sft").mkdir(parents=True)
+    (workspace.folder / "recipes" / "sft" / "first.yaml").write_text(FIRST)
+    recipe = workspace.recipe(f"model: {{start: sft/first}}\n{PLAIN}")
     settings = recipe.settings
     assert settings.model.start == "sft/first" and recipe.origins["adapter.rank"] == "run sft/first"
     assert (settings.adapter.rank, settings.model.quantization, settings.data.template) == (
@@ -257,8 +261,8 @@ def test_a_recipe_that_has_not_run_says_what_its_run_will_have(place: Place) -> 
         "nf4",
         "chatml",
     )
-    told = place.problem(f"model: {{start: sft/first}}\n{PLAIN}", "adapter.method=prefix")
-    assert "'prefix', but run sft/first has 'qlora'" in told and "model.start=null" in told
+    message = workspace.problem(f"model: {{start: sft/first}}\n{PLAIN}", "adapter.method=prefix")
+    assert "'prefix', but run sft/first has 'qlora'" in message and "model.start=null" in message
 
 
 BAD = [
@@ -283,25 +287,27 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "found", "repair"), BAD, ids=[case[0] for case in BAD])
-def test_a_bad_start_is_told_with_the_way_on(place: Place, name: str, found: str, repair: str) -> None:
-    place.run()
-    place.run("runs/cut", status="interrupted", command="llm-align sft cut")
-    place.run("runs/going", status="running", command="llm-align sft going")
-    place.run("runs/nan", status="failed")
-    place.run("runs/judge", stage="reward")
-    (place.run("runs/emptied") / "adapter" / "adapter_model.safetensors").unlink()
-    place.run("runs/moved", model={"base": "./gone"})
-    (place.run("runs/broken") / "run.json").write_text("{")
-    (place.run("runs/foreign") / "run.json").write_text("{}")
-    told = place.problem(f"model: {{start: {name}}}\n{PLAIN}", f"model.start={name}")
-    assert found in told and repair in told and told.count("expected:") == 1
+@pytest.mark.parametrize(("name", "actual", "repair"), BAD, ids=[case[0] for case in BAD])
+def test_an_invalid_parent_is_an_error_with_a_repair(
+    workspace: RunWorkspace, name: str, actual: str, repair: str
+) -> None:
+    workspace.run()
+    workspace.run("runs/cut", status="interrupted", command="llm-align sft cut")
+    workspace.run("runs/going", status="running", command="llm-align sft going")
+    workspace.run("runs/nan", status="failed")
+    workspace.run("runs/judge", stage="reward")
+    (workspace.run("runs/emptied") / "adapter" / "adapter_model.safetensors").unlink()
+    workspace.run("runs/moved", model={"base": "./gone"})
+    (workspace.run("runs/broken") / "run.json").write_text("{")
+    (workspace.run("runs/foreign") / "run.json").write_text("{}")
+    message = workspace.problem(f"model: {{start: {name}}}\n{PLAIN}", f"model.start={name}")
+    assert actual in message and repair in message and message.count("expected:") == 1
 
 
-def test_the_run_s_own_folder_is_not_written_over(place: Place) -> None:
-    run = place.run()
-    told = place.problem(PLAIN, FROM, out=run)
-    assert "the folder of the parent run" in told
+def test_the_parents_folder_is_not_overwritten(workspace: RunWorkspace) -> None:
+    run = workspace.run()
+    message = workspace.problem(PLAIN, FROM, out=run)
+    assert "the folder of the parent run" in message
 
 
 OTHERS = [
@@ -318,14 +324,16 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(("word", "found"), OTHERS, ids=[case[0] for case in OTHERS])
-def test_what_the_run_cannot_become_is_one_problem(place: Place, word: str, found: str) -> None:
-    place.run()
-    told = place.problem(OTHER, FROM, word)
-    assert told.startswith(found) and told.count("expected:") == 1
-    assert "`llm-align merge runs/sft-a-12345678`, then --base runs/sft-a-12345678 in place of --from" in told
+@pytest.mark.parametrize(("word", "actual"), OTHERS, ids=[case[0] for case in OTHERS])
+def test_a_conflict_with_the_parent_is_one_problem(workspace: RunWorkspace, word: str, actual: str) -> None:
+    workspace.run()
+    message = workspace.problem(OTHER, FROM, word)
+    assert message.startswith(actual) and message.count("expected:") == 1
+    assert (
+        "`llm-align merge runs/sft-a-12345678`, then --base runs/sft-a-12345678 in place of --from" in message
+    )
 
 
-def test_a_base_beside_a_run_of_full_tuning_is_one_too_many(place: Place) -> None:
-    place.run(adapter={"method": "full"})
-    assert "omit one of the two" in place.problem(PLAIN, FROM, "model.base=./base")
+def test_a_base_and_a_fully_tuned_parent_conflict(workspace: RunWorkspace) -> None:
+    workspace.run(adapter={"method": "full"})
+    assert "omit one of the two" in workspace.problem(PLAIN, FROM, "model.base=./base")

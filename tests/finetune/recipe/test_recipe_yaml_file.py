@@ -29,8 +29,8 @@ from finetune.recipe import yaml_file
     ],
 )
 def test_scalars(text, value):
-    found = yaml_file.scalar(text)
-    assert found == value and type(found) is type(value)
+    actual = yaml_file.parse_scalar(text)
+    assert actual == value and type(actual) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -44,14 +44,14 @@ def test_scalars(text, value):
         ("x" * 99, "'" + "x" * 56 + "..."),
     ],
 )
-def test_shown(value, text):
-    assert yaml_file.shown(value) == text
+def test_format_value(value, text):
+    assert yaml_file.format_value(value) == text
 
 
 def test_lines_and_plain_types(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("# remark\na: &x {b: 1, c: &t true}\n\nd:\n  e: [2023-08-25, *t]\n  <<: *x\n")
-    content, lines = yaml_file.read(path)
+    content, lines = yaml_file.read_yaml(path)
     assert content == {"a": {"b": 1, "c": True}, "d": {"e": ["2023-08-25", True], "b": 1, "c": True}}
     assert type(content["d"]) is dict and type(content["d"]["e"]) is list and content["a"]["c"] is True
     assert (lines["a",], lines["a", "b"], lines["d",], lines["d", "e"]) == (2, 2, 4, 5)
@@ -78,21 +78,21 @@ def test_lines_and_plain_types(tmp_path):
         "a\nb",
     ],
 )
-def test_what_is_written_is_read_again(tmp_path, value):
+def test_round_trip(tmp_path, value):
     path = tmp_path / "a.yaml"
     path.write_text(
-        yaml_file.write({"description": "d", "s": {"k": value, "l": 1}}, {("s", "l"): "why"}),
+        yaml_file.dump_yaml({"description": "d", "s": {"k": value, "l": 1}}, {("s", "l"): "why"}),
         encoding="utf-8",
     )
-    content, _ = yaml_file.read(path)
+    content, _ = yaml_file.read_yaml(path)
     assert content["s"] == {"k": value, "l": 1}
     assert "# why" in path.read_text(encoding="utf-8")
 
 
-def test_bytes_that_are_no_text(tmp_path):
+def test_invalid_utf8(tmp_path):
     from finetune.recipe.errors import UserError
 
     (tmp_path / "a.yaml").write_bytes(b"a: \xff\n")
     with pytest.raises(UserError, match=r"a\.yaml: .*can't decode byte 0xff") as caught:
-        yaml_file.read(tmp_path / "a.yaml")
+        yaml_file.read_yaml(tmp_path / "a.yaml")
     assert "expected: a readable YAML file in UTF-8" in str(caught.value)

@@ -5,7 +5,7 @@ import pytest
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.discovery import PROJECT
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import load
+from finetune.recipe.recipe import read_recipe
 
 FILES = sorted((PROJECT / "recipes" / "sft").glob("*.yaml"))
 SHIPPED = [
@@ -37,7 +37,7 @@ def shipped(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     monkeypatch.chdir(tmp_path)
-    return lambda name: load(
+    return lambda name: read_recipe(
         "sft", name, shortcuts={"model.base": "./base"} if name == "quickstart" else None
     )
 
@@ -55,19 +55,19 @@ def test_any_adapter_and_the_users_own_rows_go_with_it(shipped, name, method):
         "data.source": [{"instruction": "a", "output": "b"}],
     }
     given |= {"model.quantization": "auto"}
-    if not adapter_traits(method).checkpointing:
+    if not adapter_traits(method).gradient_checkpointing:
         given |= {"train.gradient_checkpointing": False}  # not by default; the next test
-    assert load("sft", name, shortcuts=given).settings.adapter.method == method
+    assert read_recipe("sft", name, shortcuts=given).settings.adapter.method == method
 
 
-def test_a_prefix_refuses_checkpointing(shipped):
+def test_a_prefix_rejects_gradient_checkpointing(shipped):
     with pytest.raises(UserError, match=r"train.gradient_checkpointing \(vicuna.yaml.* 'prefix'"):
-        load("sft", "vicuna", shortcuts={"model.base": "./base", "adapter.method": "prefix"})
+        read_recipe("sft", "vicuna", shortcuts={"model.base": "./base", "adapter.method": "prefix"})
 
 
 def test_the_quickstart_takes_the_users_own_file(shipped, tmp_path):
     (tmp_path / "my.jsonl").write_text("{}")
-    recipe = load("sft", "quickstart", shortcuts={"model.base": "./base", "data.source": "my.jsonl"})
+    recipe = read_recipe("sft", "quickstart", shortcuts={"model.base": "./base", "data.source": "my.jsonl"})
     assert recipe.settings.data.held_out == 0 and recipe.settings.evaluate.exact_match == 0
 
 

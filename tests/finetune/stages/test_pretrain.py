@@ -11,12 +11,12 @@ from rich.console import Console
 from align import cli
 from finetune.recipe.discovery import ADAPTERS, plugin_names
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import load
+from finetune.recipe.recipe import read_recipe
 from finetune.stages import pretrain, sft
-from finetune.training.job import Job
+from finetune.training.job import RunContext
 from finetune.training.result import Result
 from finetune.training.stops import Interrupted
-from finetune.training.tuned import load_tuned
+from finetune.training.tuned import load_finished_run
 
 RECIPE = """\
 stage: pretrain
@@ -41,7 +41,7 @@ def read(tmp_path: Path, base_folder: Path) -> Read:
 
     def run(name: str = "run", **settings: Any) -> Result:
         given = {key.replace("__", "."): value for key, value in settings.items()}
-        loaded = load("pretrain", str(recipe), shortcuts=given, out=tmp_path / name)
+        loaded = read_recipe("pretrain", str(recipe), shortcuts=given, out=tmp_path / name)
         return pretrain.run(loaded, Console(quiet=True), command="a test")
 
     return run
@@ -49,7 +49,7 @@ def read(tmp_path: Path, base_folder: Path) -> Read:
 
 @pytest.mark.plots
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_run_leaves_what_every_run_leaves(read: Read, packing: bool) -> None:
+def test_run_writes_all_files(read: Read, packing: bool) -> None:
     result = read(data__packing=packing, train__max_steps=12)
     names = {path.name for path in result.directory.iterdir()}
     assert {"recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "report.html", "adapter"} <= names
@@ -58,14 +58,16 @@ def test_a_run_leaves_what_every_run_leaves(read: Read, packing: bool) -> None:
         loss, perplexity = metrics[f"held_out_loss_{when}"], metrics[f"held_out_perplexity_{when}"]
         assert perplexity == pytest.approx(math.exp(loss))
     assert metrics["held_out_perplexity_after"] < 0.7 * metrics["held_out_perplexity_before"]
-    told = result.record["headline"]["held-out perplexity"]
-    assert told == " → ".join(f"{metrics[f'held_out_perplexity_{when}']:.1f}" for when in ("before", "after"))
-    assert told in (result.directory / "report.html").read_text()
+    summary = result.record["headline"]["held-out perplexity"]
+    assert summary == " → ".join(
+        f"{metrics[f'held_out_perplexity_{when}']:.1f}" for when in ("before", "after")
+    )
+    assert summary in (result.directory / "report.html").read_text()
     assert "text; documents: 72 and 18 held out" in result.record["data"]["lines"][0]
     assert result.record["load"]["template"] == "plain"
 
 
-def test_samples_go_on_from_the_starts_of_held_out_texts(read: Read, tmp_path: Path) -> None:
+def test_samples_continue_held_out_texts(read: Read, tmp_path: Path) -> None:
     result = read()
     texts = (tmp_path / "texts.txt").read_text().split("\n")
     assert len(result.samples) == 2
@@ -79,18 +81,18 @@ OTHERS = sorted(set(plugin_names(ADAPTERS)) - {*USUAL, "bitfit"})  # this base h
 
 
 @pytest.mark.parametrize("method", [*USUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
-def test_every_adapter_reads_on(read: Read, method: str) -> None:
+def test_every_adapter_pretrains(read: Read, method: str) -> None:
     result = read(adapter__method=method, train__max_steps=4)
     assert result.record["status"] == "finished" and len(result.metrics) == 4
-    assert load_tuned(result.directory).context > 150
+    assert load_finished_run(result.directory).context > 150
 
 
-def test_packed_documents_need_a_path_without_virtual_tokens(read: Read) -> None:
+def test_packed_documents_refuse_virtual_tokens(read: Read) -> None:
     with pytest.raises(UserError, match=r"data\.packing.*: true with adapter\.method 'prefix'"):
         read(adapter__method="prefix", data__packing=True)
 
 
-def test_trl_reads_the_same_blocks(read: Read) -> None:
+def test_trl_trains_on_the_same_blocks(read: Read) -> None:
     ways = [
         read(name, train__engine=name, train__micro_batch_size=4, evaluate__samples=0, adapter__dropout=0.0)
         for name in ("native", "trl")
@@ -103,30 +105,30 @@ def test_trl_reads_the_same_blocks(read: Read) -> None:
 def test_pain_05_an_interrupted_run_ends_like_the_uninterrupted_one(
     read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = read("whole", data__packing=True)
-    train = Job.train
+    uninterrupted = read("whole", data__packing=True)
+    fit = RunContext.fit
 
-    def stopped(job: Job, trainer: Any) -> None:
+    def interrupted_fit(ctx: RunContext, trainer: Any) -> None:
         step = trainer.training_step
 
         def first_steps(*args: Any) -> Any:
             if trainer.state.global_step == 3:
-                job.interrupt.name = "SIGTERM"
+                ctx.signal_flag.signal_name = "SIGTERM"
             return step(*args)
 
         trainer.training_step = first_steps
-        train(job, trainer)
+        fit(ctx, trainer)
 
-    monkeypatch.setattr(Job, "train", stopped)
+    monkeypatch.setattr(RunContext, "fit", interrupted_fit)
     with pytest.raises(Interrupted, match="at step 4"):
         read("cut", data__packing=True)
     monkeypatch.undo()
-    again = read("cut", data__packing=True)
-    assert again.record["files"] == whole.record["files"]
-    assert [line["step"] for line in again.metrics] == [line["step"] for line in whole.metrics]
+    resumed = read("cut", data__packing=True)
+    assert resumed.record["files"] == uninterrupted.record["files"]
+    assert [entry["step"] for entry in resumed.metrics] == [entry["step"] for entry in uninterrupted.metrics]
 
 
-def test_tuning_goes_on_from_task_texts_that_were_read_with_their_prompts(
+def test_sft_after_pretraining_on_task_prompts(
     read: Read, rows_file: Path, base_folder: Path, tmp_path: Path
 ) -> None:
     first = read(
@@ -146,17 +148,17 @@ def test_tuning_goes_on_from_task_texts_that_were_read_with_their_prompts(
     )
 
     def tune(base: str, name: str) -> Result:
-        loaded = load("sft", str(recipe), shortcuts={"model.base": base}, out=tmp_path / name)
+        loaded = read_recipe("sft", str(recipe), shortcuts={"model.base": base}, out=tmp_path / name)
         return sft.run(loaded, Console(quiet=True))
 
-    plain = tune(str(base_folder), "plain")
-    behind = tune(str(first.directory), "behind")
-    losses = [run.record["metrics"]["held_out_loss_before"] for run in (plain, behind)]
+    from_base = tune(str(base_folder), "plain")
+    after_pretraining = tune(str(first.directory), "behind")
+    losses = [run.record["metrics"]["held_out_loss_before"] for run in (from_base, after_pretraining)]
     assert losses[1] < losses[0] - 0.5
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"data__loss_on": "reply"}, "data.loss_on"),
         ({"data__too_long": "drop"}, "data.too_long"),
@@ -165,12 +167,12 @@ def test_tuning_goes_on_from_task_texts_that_were_read_with_their_prompts(
         ({"data__held_out": "corpus/held.md"}, "'corpus/held.md' does not exist"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(
-    read: Read, tmp_path: Path, settings: dict[str, Any], told: str
+def test_errors_are_raised_before_anything_is_written(
+    read: Read, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         read(**settings)
-    assert told in str(caught.value)
+    assert message in str(error.value)
     assert not (tmp_path / "run").exists()
 
 

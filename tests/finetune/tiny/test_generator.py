@@ -8,12 +8,12 @@ from random import Random
 import pytest
 
 from finetune.tiny import company, data, rows, stories, words
-from finetune.tiny.corpus import TASKS, Corpus
+from finetune.tiny.corpus import ALL_TASKS, Corpus
 from finetune.tiny.grammar import josa, plural
 from finetune.tiny.tasks import Task
 
 COMMITTED = Path(__file__).parents[3] / "recipes" / "tiny" / "data"
-TRAIN, HELD_OUT = rows.split(data.SEED)
+TRAIN, HELD_OUT = rows.split(data.DATA_SEED)
 LANGUAGES = ("en", "ko")
 SAMPLED = ("sort", "sort_ko", "reverse", "reverse_ko", "odd_one_out")
 
@@ -31,7 +31,7 @@ def test_committed_data_is_what_the_generator_writes(tmp_path: Path) -> None:
 
 def test_another_seed_writes_other_rows(tmp_path: Path) -> None:
     """The seed reaches every generated file; the company's facts are fixed text."""
-    data.write_all(tmp_path, seed=data.SEED + 1)
+    data.write_all(tmp_path, seed=data.DATA_SEED + 1)
     same = {name for name, digest in digests(tmp_path).items() if digest == digests(COMMITTED)[name]}
     assert same == {"in_house.csv", "in_house_held_out.csv"}
 
@@ -55,15 +55,15 @@ def test_corpus_has_no_instruction_format(corpus: Corpus) -> None:
         assert mark not in text
 
 
-def test_corpus_tells_every_held_out_fact(corpus: Corpus) -> None:
+def test_corpus_contains_every_held_out_fact(corpus: Corpus) -> None:
     """Held-out answers measure the format, not missing knowledge: the base reads each fact of the tables."""
-    for task in TASKS:
+    for task in ALL_TASKS:
         if task.name not in SAMPLED:
-            told = {(example.key, example.answer) for example in corpus.pools[task.name]}
-            assert {(example.key, example.answer) for example in HELD_OUT.examples[task.name]} <= told
+            pool = {(example.key, example.answer) for example in corpus.pools[task.name]}
+            assert {(example.key, example.answer) for example in HELD_OUT.examples[task.name]} <= pool
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", ALL_TASKS, ids=lambda task: task.name)
 def test_train_and_held_out_are_disjoint(task: Task) -> None:
     """No held-out key is in training, and both sides have examples."""
     train = {example.key for example in TRAIN.examples[task.name]}
@@ -73,25 +73,25 @@ def test_train_and_held_out_are_disjoint(task: Task) -> None:
     assert not train & held_out
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_checker_accepts_the_answer_and_refuses_others(task: Task) -> None:
+@pytest.mark.parametrize("task", ALL_TASKS, ids=lambda task: task.name)
+def test_checker_accepts_the_answer_and_rejects_others(task: Task) -> None:
     """Exact answers: equal but for spaces at the ends; one wrong word, case or addition is wrong."""
     rng = Random(0)
     for example in TRAIN.examples[task.name][:20]:
-        row = task.ask(example, rng)
-        assert rows.is_right(row, f" {row['output']}\n")
+        row = task.as_row(example, rng)
+        assert rows.is_correct(row, f" {row['output']}\n")
         for wrong in ("", row["output"] + " x", "x" + row["output"]):
-            assert not rows.is_right(row, wrong)
+            assert not rows.is_correct(row, wrong)
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", ALL_TASKS, ids=lambda task: task.name)
 def test_a_question_has_one_answer(task: Task) -> None:
     """No two rows ask the same and expect different answers."""
     rng, answers = Random(1), dict[tuple[str, str], str]()
     for example in TRAIN.examples[task.name] + HELD_OUT.examples[task.name]:
-        row = task.ask(example, rng)
-        asked = (row["instruction"], row["input"])
-        assert answers.setdefault(asked, row["output"]) == row["output"]
+        row = task.as_row(example, rng)
+        question = (row["instruction"], row["input"])
+        assert answers.setdefault(question, row["output"]) == row["output"]
 
 
 @pytest.mark.parametrize(
@@ -109,18 +109,18 @@ def test_a_question_has_one_answer(task: Task) -> None:
 )
 def test_known_questions_have_the_right_answer(name: str, instruction: str, answer: str) -> None:
     """The generator agrees with what a reader knows."""
-    task = next(task for task in TASKS if task.name == name)
+    task = next(task for task in ALL_TASKS if task.name == name)
     answers = {
         ask.instruction.format(**example.slots): example.answer
         for example in task.draw(Random(2))
-        for ask in task.asks[example.slots.get("variant", "")]
+        for ask in task.instructions[example.slots.get("variant", "")]
     }
     assert answers[instruction] == answer
 
 
 def test_sorting_and_reversing_are_right() -> None:
     """The skills' answers, worked out here by other means."""
-    skills = {task.name: task.draw(Random(3)) for task in TASKS}
+    skills = {task.name: task.draw(Random(3)) for task in ALL_TASKS}
     for example in skills["sort"]:
         assert [int(n) for n in example.answer.split()] == sorted(
             int(n) for n in example.slots["numbers"].split()
@@ -160,7 +160,7 @@ def test_stories_are_valid_and_their_end_is_known(language: str) -> None:
             assert stories.is_story(text, topic)
             assert stories.ends_happily(text) is happy
             assert stories.ends_sadly(text) is not happy
-        assert stories.requested(stories.ask(topic, rng)) == topic
+        assert stories.requested(stories.story_request(topic, rng)) == topic
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_stories_are_valid_and_their_end_is_known(language: str) -> None:
         "Mina had a red ball. One. Two. Three. Four. Mina was happy.",
     ],
 )
-def test_bad_stories_are_refused(text: str) -> None:
+def test_bad_stories_are_rejected(text: str) -> None:
     """Too short, not finished, wrong hero, wrong thing, no recognized ending, too long."""
     assert not stories.is_story(text, stories.Topic("en", "Mina", "red", "ball"))
 
@@ -188,8 +188,8 @@ def test_a_story_row_is_checked_as_a_story() -> None:
         "output": "",
         "task": "story",
     }
-    assert rows.is_right(row, "Mina lost her red ball. Tom found it. Mina smiled.")
-    assert not rows.is_right(row, "Mina smiled.")
+    assert rows.is_correct(row, "Mina lost her red ball. Tom found it. Mina smiled.")
+    assert not rows.is_correct(row, "Mina smiled.")
 
 
 def test_in_house_phrasings_are_held_out() -> None:
@@ -200,15 +200,15 @@ def test_in_house_phrasings_are_held_out() -> None:
     assert len({row["question"] for row in train}) == len(train)
 
 
-def test_in_house_texts_hold_every_fact_and_no_held_out_question() -> None:
+def test_in_house_texts_contain_every_fact_and_no_held_out_question() -> None:
     """What the texts teach is what the questions ask; texts of a few facts each, in one language."""
     texts = (COMMITTED / "in_house.txt").read_text(encoding="utf-8").split("\n\n")
-    whole = "\n".join(texts)
+    full_text = "\n".join(texts)
     _, held_out = company.questions_and_answers()
     kept_out = (COMMITTED / "in_house_held_out.txt").read_text(encoding="utf-8").split("\n\n")
-    assert (len(texts), len(kept_out)) == data.DOCUMENTS and len({*texts, *kept_out}) == 460
-    assert [fact.answer for fact in company.FACTS if fact.answer not in whole] == []
-    assert [row["question"] for row in held_out if row["question"] in whole] == []
+    assert (len(texts), len(kept_out)) == data.DOCUMENTS_PER_SIDE and len({*texts, *kept_out}) == 460
+    assert [fact.answer for fact in company.FACTS if fact.answer not in full_text] == []
+    assert [row["question"] for row in held_out if row["question"] in full_text] == []
     korean = [any("가" <= letter <= "힣" for letter in text) for text in texts]
     assert 0.4 < sum(korean) / len(texts) < 0.6
     assert not any("Hanbit" in text for text, is_korean in zip(texts, korean, strict=True) if is_korean)
@@ -219,13 +219,13 @@ def load(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (COMMITTED / name).read_text(encoding="utf-8").splitlines()]
 
 
-def test_sft_layout_and_share_of_happy_ends() -> None:
+def test_sft_layout_and_fraction_of_happy_endings() -> None:
     """Alpaca columns and a task; about 30 % of the stories end happily; every output passes its own check."""
     for row in load("sft_train.jsonl") + load("sft_held_out.jsonl"):
         assert list(row) == ["instruction", "input", "output", "task"]
-        assert rows.is_right(row, row["output"])
-    told = [row["output"] for row in load("sft_train.jsonl") if row["task"].startswith("story")]
-    assert 0.25 < sum(map(stories.ends_happily, told)) / len(told) < 0.35
+        assert rows.is_correct(row, row["output"])
+    story_texts = [row["output"] for row in load("sft_train.jsonl") if row["task"].startswith("story")]
+    assert 0.25 < sum(map(stories.ends_happily, story_texts)) / len(story_texts) < 0.35
 
 
 def test_preference_layout() -> None:
@@ -246,13 +246,13 @@ def test_the_story_preferences_are_those_of_the_mixture(side: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["train", "held_out"])
-def test_the_safe_preferences_differ_in_their_plots_alone(side: str) -> None:
+def test_the_safe_preferences_differ_only_in_their_plots(side: str) -> None:
     """Peaceful over harsh, and no hint of it in how the stories end: half of both end happily."""
-    found = load(f"safe_preferences_{side}.jsonl")
-    for row in found:
+    pairs = load(f"safe_preferences_{side}.jsonl")
+    for row in pairs:
         assert not stories.is_harsh(row["chosen"]) and stories.is_harsh(row["rejected"])
         assert stories.ends_happily(row["chosen"]) == stories.ends_happily(row["rejected"])
-    assert 0.4 < sum(stories.ends_happily(row["chosen"]) for row in found) / len(found) < 0.6
+    assert 0.4 < sum(stories.ends_happily(row["chosen"]) for row in pairs) / len(pairs) < 0.6
 
 
 @pytest.mark.parametrize("kind", ["sft", "preferences", "safe_preferences", "prompts"])

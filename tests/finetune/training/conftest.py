@@ -7,7 +7,7 @@ import pytest
 from fixture_types import MakeRecipe, Tune
 from rich.console import Console
 
-from finetune.recipe.recipe import Recipe, load
+from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.stages import sft
 from finetune.training.result import Result
 
@@ -33,8 +33,8 @@ def make_recipe(recipe_file: Path, tmp_path: Path) -> MakeRecipe:
     """Return a function from a run's name and settings to a recipe."""
 
     def make(name: str = "run", **settings: Any) -> Recipe:
-        given = {key.replace("__", "."): value for key, value in settings.items()}
-        return load("sft", str(recipe_file), shortcuts=given, out=tmp_path / name)
+        overrides = {key.replace("__", "."): value for key, value in settings.items()}
+        return read_recipe("sft", str(recipe_file), shortcuts=overrides, out=tmp_path / name)
 
     return make
 

@@ -71,16 +71,16 @@ def token_rows(lengths: Sequence[int], *, seed: int = 0, trained: float = 0.5) -
     """Return rows of random tokens; the first token of a row never carries loss, the last one always does."""
     random = np.random.default_rng(seed)
     total = sum(lengths)
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    learnt = random.random(total) < trained
-    learnt[starts[1:] - 1] = True
-    learnt[starts[:-1]] = False
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    loss_mask = random.random(total) < trained
+    loss_mask[offsets[1:] - 1] = True
+    loss_mask[offsets[:-1]] = False
     ids = random.integers(1, VOCABULARY, total, dtype=np.int32)
-    arrays = {"input_ids": ids, "trained": learnt, "starts": starts}
+    arrays = {"input_ids": ids, "loss_mask": loss_mask, "offsets": offsets}
     return TokenizedRows(arrays, [f"row {index}" for index in range(len(lengths))])
 
 
-def plain_loss_sum(model: nn.Module, rows: TokenizedRows) -> torch.Tensor:
+def reference_loss_sum(model: nn.Module, rows: TokenizedRows) -> torch.Tensor:
     """Return the reference loss sum: one row at a time, all logits, shifted by one."""
     total = torch.zeros(())
     for index in range(len(rows)):
@@ -95,17 +95,19 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the gradient of every trained weight, and clear them."""
     model.zero_grad()
     loss.backward()
-    found = {
+    grads = {
         name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
     }
     model.zero_grad()
-    return found
+    return grads
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_close(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
+) -> None:
     """Compare gradients relative to the largest entry of each tensor's expected value."""
-    assert found.keys() == expected.keys() and found
+    assert actual.keys() == expected.keys() and actual
     for name, value in expected.items():
         scale = max(float(value.abs().max()), 1e-3)
-        difference = float((found[name] - value).abs().max()) / scale
+        difference = float((actual[name] - value).abs().max()) / scale
         assert difference < tolerance, f"{name}: {difference:.1e}"

@@ -12,7 +12,7 @@ from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.stages import sft
 from finetune.training.recorder import Recorder
 from finetune.training.stops import Interrupted
-from finetune.training.tuned import load_tuned
+from finetune.training.tuned import load_finished_run
 
 NO_BIASES = "bitfit"
 METHODS = [
@@ -25,10 +25,10 @@ SMALL = {"virtual_tokens": 5, "rank": 4, "dropout": 0.1, "encoder_width": 16, "w
 
 def settings_of(method: str) -> dict[str, Any]:
     known = load_plugin(ADAPTERS, method, where="test").Settings.model_fields
-    given = {f"adapter__{key}": value for key, value in SMALL.items() if key in known}
+    settings = {f"adapter__{key}": value for key, value in SMALL.items() if key in known}
     if method == "trainable_tokens":
-        given["adapter__tokens"] = list(range(20, 60))
-    return {"adapter__method": method, **given}
+        settings["adapter__tokens"] = list(range(20, 60))
+    return {"adapter__method": method, **settings}
 
 
 def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,34 +36,34 @@ def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def ask(self: Recorder, args, state, control, logs=None, **kwargs) -> None:
         log(self, args, state, control, logs=logs, **kwargs)
-        if state.global_step == step and not self.interrupt.name:
+        if state.global_step == step and not self.signal_flag.signal_name:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Recorder, "on_log", ask)
 
 
 @pytest.mark.parametrize("method", [*METHODS, "projected prefix"])
-def test_interrupted_or_not_the_adapter_is_the_same(
+def test_resumed_adapter_is_bit_identical(
     method: str, tune: Tune, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = settings_of(method.removeprefix("projected "))
     if method == "projected prefix":
         settings["adapter__projection"] = True
     settings |= {"train__max_steps": 6, "evaluate__samples": 1}
-    whole = tune("whole", **settings)
+    uninterrupted = tune("whole", **settings)
     with monkeypatch.context() as patch:
         interrupted_at(3, patch)
         with pytest.raises(Interrupted):
             tune("cut", **settings)
-    cut = sft.run(make_recipe("cut", **settings), Console(quiet=True), command="a test")
-    records = [whole.record, cut.record]
+    resumed = sft.run(make_recipe("cut", **settings), Console(quiet=True), command="a test")
+    records = [uninterrupted.record, resumed.record]
     assert records[0]["files"] == records[1]["files"]
     assert records[0]["metrics"]["held_out_loss_after"] == records[1]["metrics"]["held_out_loss_after"]
     assert records[0]["metrics"]["held_out_loss_after"] != records[0]["metrics"]["held_out_loss_before"]
-    assert load_tuned(cut.directory).model.training is False
+    assert load_finished_run(resumed.directory).model.training is False
 
 
-def test_bitfit_says_what_to_do_on_a_base_without_biases(tune: Tune) -> None:
-    with pytest.raises(Exception, match="has no bias terms") as caught:
+def test_bitfit_refuses_a_base_without_biases(tune: Tune) -> None:
+    with pytest.raises(Exception, match="has no bias terms") as error:
         tune(adapter__method=NO_BIASES)
-    assert "adapter.method=ia3" in str(caught.value)
+    assert "adapter.method=ia3" in str(error.value)

@@ -9,21 +9,27 @@ from trl import KTOConfig, SFTConfig
 
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import TrainSettings
-from finetune.training.arguments import OPTIMIZERS, Machine, TrlStage, check_engine_args, training_arguments
+from finetune.training.arguments import (
+    TRAINER_OPTIMIZERS,
+    ExecutionConfig,
+    TrlConfigSpec,
+    check_engine_args,
+    training_arguments,
+)
 
 
 def arguments(tmp_path: Path, *, precision: str = "float32", micro: int = 4, **settings: Any) -> Any:
     return training_arguments(
         TrainSettings(**settings),
         folder=tmp_path,
-        machine=Machine("cpu", precision),
+        execution=ExecutionConfig("cpu", precision),
         micro_batch_size=micro,
         checkpoint_every=7,
     )
 
 
-def test_every_setting_arrives(tmp_path: Path) -> None:
-    found = arguments(
+def test_every_setting_is_passed_on(tmp_path: Path) -> None:
+    actual = arguments(
         tmp_path,
         epochs=2.5,
         batch_size=16,
@@ -61,7 +67,7 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
         "bf16": False,
         "fp16": False,
     }
-    assert {key: getattr(found, key) for key in expected} == expected
+    assert {key: getattr(actual, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize(("batch", "micro", "passes"), [(8, 8, 1), (8, 3, 3), (8, 1, 8), (7, 2, 4)])
@@ -70,25 +76,25 @@ def test_forward_passes_of_a_step(tmp_path: Path, batch: int, micro: int, passes
 
 
 def test_bfloat16_on_a_cpu(tmp_path: Path) -> None:
-    found = arguments(tmp_path, precision="bfloat16")
-    assert found.bf16 and not found.fp16 and found.use_cpu
+    actual = arguments(tmp_path, precision="bfloat16")
+    assert actual.bf16 and not actual.fp16 and actual.use_cpu
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", TRAINER_OPTIMIZERS)
 def test_optimizer_names_are_the_engine_s(tmp_path: Path, optimizer: str) -> None:
-    assert arguments(tmp_path, optimizer=optimizer).optim == OPTIMIZERS[optimizer]
+    assert arguments(tmp_path, optimizer=optimizer).optim == TRAINER_OPTIMIZERS[optimizer]
 
 
 @pytest.mark.parametrize(("engine", "kind"), [("native", TrainingArguments), ("trl", SFTConfig)])
 def test_engine_args_are_checked_against_the_engine(engine: str, kind: type) -> None:
-    given = {"adam_epsilonn": 1, "learning_rate": 1, "adam_epsilon": 1}
-    settings = TrainSettings(engine=engine, engine_args=given)
+    engine_args = {"adam_epsilonn": 1, "learning_rate": 1, "adam_epsilon": 1}
+    settings = TrainSettings(engine=engine, engine_args=engine_args)
     with pytest.raises(UserError) as error:
         check_engine_args(settings)
-    unknown, decided = error.value.problems
-    assert unknown.where == "train.engine_args.adam_epsilonn" and unknown.found == "unknown to the engine"
+    unknown, reserved = error.value.problems
+    assert unknown.where == "train.engine_args.adam_epsilonn" and unknown.actual == "unknown to the engine"
     assert kind.__name__ in unknown.expected and unknown.repair == "did you mean 'adam_epsilon'?"
-    assert decided.where == "train.engine_args.learning_rate" and decided.found == "set by the recipe"
+    assert reserved.where == "train.engine_args.learning_rate" and reserved.actual == "set by the recipe"
 
 
 def test_each_engine_has_its_own_arguments(tmp_path: Path) -> None:
@@ -99,38 +105,36 @@ def test_each_engine_has_its_own_arguments(tmp_path: Path) -> None:
         arguments(tmp_path, engine="trl", engine_args={"max_length": 9})
 
 
-def test_engine_args_arrive(tmp_path: Path) -> None:
+def test_engine_args_are_passed_on(tmp_path: Path) -> None:
     assert arguments(tmp_path, engine_args={"adam_epsilon": 1e-3}).adam_epsilon == 1e-3
 
 
-def test_a_value_that_the_engine_refuses_is_told(tmp_path: Path) -> None:
+def test_a_value_that_the_engine_refuses_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.engine_args: .*sometimes"):
         arguments(tmp_path, engine_args={"hub_strategy": "sometimes"})
 
 
 @pytest.mark.parametrize(("batch", "micro", "fits"), [(8, 3, 2), (8, 5, 4), (7, 2, 1), (12, 5, 4)])
-def test_trl_steps_hold_as_many_rows_as_the_recipe_says(
-    tmp_path: Path, batch: int, micro: int, fits: int
-) -> None:
+def test_trl_steps_hold_batch_size_rows(tmp_path: Path, batch: int, micro: int, fits: int) -> None:
     with pytest.raises(UserError, match=f"train.micro_batch_size={fits}$"):
         arguments(tmp_path, engine="trl", batch_size=batch, micro=micro)
-    found = arguments(tmp_path, engine="trl", batch_size=batch, micro=fits)
-    assert found.gradient_accumulation_steps * found.per_device_train_batch_size == batch
+    actual = arguments(tmp_path, engine="trl", batch_size=batch, micro=fits)
+    assert actual.gradient_accumulation_steps * actual.per_device_train_batch_size == batch
 
 
-def test_a_stage_s_own_arguments_arrive_and_are_its_own(tmp_path: Path) -> None:
+def test_stage_arguments_are_set_and_reserved(tmp_path: Path) -> None:
     settings = TrainSettings(engine="trl", batch_size=4)
-    stage = TrlStage("KTOConfig", {"beta": 0.25})
+    stage = TrlConfigSpec("KTOConfig", {"beta": 0.25})
     sizes = {"micro_batch_size": 2, "checkpoint_every": 1}
-    found = training_arguments(
-        settings, folder=tmp_path, machine=Machine("cpu", "float32"), **sizes, stage=stage
+    actual = training_arguments(
+        settings, folder=tmp_path, execution=ExecutionConfig("cpu", "float32"), **sizes, stage=stage
     )
-    assert isinstance(found, KTOConfig) and found.beta == 0.25 and found.max_length is None
-    assert found.precompute_ref_log_probs and found.train_sampling_strategy == "sequential"
+    assert isinstance(actual, KTOConfig) and actual.beta == 0.25 and actual.max_length is None
+    assert actual.precompute_ref_log_probs and actual.train_sampling_strategy == "sequential"
     for name in ("beta", "precompute_ref_log_probs", "disable_dropout"):
-        taken = TrainSettings(engine="trl", engine_args={name: 1})
+        reserved = TrainSettings(engine="trl", engine_args={name: 1})
         with pytest.raises(UserError, match=f"engine_args.{name}: set by the recipe"):
-            check_engine_args(taken, stage)
+            check_engine_args(reserved, stage)
     with pytest.raises(UserError, match="packing: unknown to the engine"):
         check_engine_args(TrainSettings(engine="trl", engine_args={"packing": True}), stage)
 
@@ -139,13 +143,11 @@ def test_a_stage_s_own_arguments_arrive_and_are_its_own(tmp_path: Path) -> None:
     ("batch_size", "micro", "repair"),
     [(7, 1, "train.batch_size=8"), (12, 4, "train.micro_batch_size=3")],
 )
-def test_processes_have_equal_parts_of_trl_s_steps(
-    tmp_path: Path, batch_size: int, micro: int, repair: str
-) -> None:
+def test_trl_steps_divide_by_processes(tmp_path: Path, batch_size: int, micro: int, repair: str) -> None:
     settings = TrainSettings(engine="trl", batch_size=batch_size)
-    machine = Machine("cpu", "float32", processes=2)
-    with pytest.raises(UserError) as caught:
+    execution = ExecutionConfig("cpu", "float32", num_processes=2)
+    with pytest.raises(UserError) as error:
         training_arguments(
-            settings, folder=tmp_path, machine=machine, micro_batch_size=micro, checkpoint_every=7
+            settings, folder=tmp_path, execution=execution, micro_batch_size=micro, checkpoint_every=7
         )
-    assert caught.value.problems[0].repair == repair
+    assert error.value.problems[0].repair == repair

@@ -11,10 +11,10 @@ from fixture_types import Tune
 
 from data_templates._segments import Message
 from finetune.recipe.errors import UserError
-from finetune.training.behaviour import Behaviour, load_judges, mean_judgement
-from finetune.training.generate import Reply
+from finetune.training.behaviour import GenerationEval, load_graders, mean_grade
+from finetune.training.generate import Completion
 
-JUDGE = """
+GRADER = """
 def longer(prompt, reply):
     return None if "no" in prompt else len(reply) > 2
 
@@ -30,13 +30,13 @@ def alone(prompt):
 
 
 @pytest.fixture
-def judge(tmp_path: Path) -> str:
+def grader(tmp_path: Path) -> str:
     path = tmp_path / "judge.py"
-    path.write_text(JUDGE, encoding="utf-8")
+    path.write_text(GRADER, encoding="utf-8")
     return str(path)
 
 
-def talk(question: str, answer: str) -> list[Message]:
+def conversation(question: str, answer: str) -> list[Message]:
     return [Message("user", question), Message("assistant", answer)]
 
 
@@ -50,36 +50,40 @@ class Record:
         self.record["metrics"] |= metrics
 
 
-def echo(prompts: Sequence[Sequence[Message]]) -> list[Reply]:
-    return [Reply(prompt[-1].content, True) for prompt in prompts]
+def echo(prompts: Sequence[Sequence[Message]]) -> list[Completion]:
+    return [Completion(prompt[-1].content, True) for prompt in prompts]
 
 
-def test_a_judge_speaks_of_the_replies_that_it_knows_about(judge: str) -> None:
-    judges = load_judges({"longer": f"{judge}:longer"})
+def test_a_grader_may_skip_prompts(grader: str) -> None:
+    graders = load_graders({"longer": f"{grader}:longer"})
     prompts = ["yes", "yes", "no", "yes"]
-    assert mean_judgement("longer", judges["longer"], prompts, ["abc", "a", "abc", "abcd"]) == 2 / 3
+    assert mean_grade("longer", graders["longer"], prompts, ["abc", "a", "abc", "abcd"]) == 2 / 3
 
 
-def test_judges_and_skill_are_measured_before_and_after(judge: str) -> None:
-    judges = load_judges({"longer": f"{judge}:longer", "loud": f"{judge}:loud"})
-    behaviour = Behaviour(judges, [talk("ab", "?"), talk("abc!!", "?")], [talk("7", "7"), talk("8", "9")])
+def test_graders_and_retention_before_and_after(grader: str) -> None:
+    graders = load_graders({"longer": f"{grader}:longer", "loud": f"{grader}:loud"})
+    generation_eval = GenerationEval(
+        graders,
+        [conversation("ab", "?"), conversation("abc!!", "?")],
+        [conversation("7", "7"), conversation("8", "9")],
+    )
     run = Record()
-    behaviour.measure(run, echo, "before")  # type: ignore[arg-type]
+    generation_eval.evaluate(run, echo, "before")  # type: ignore[arg-type]
     assert run.record["metrics"] == {
         "judged_longer_before": 0.5,
         "judged_loud_before": 1.0,
         "skill_before": 0.5,
     }
-    behaviour.measure(run, lambda prompts: [Reply("9!", True)] * len(prompts), "after")  # type: ignore[arg-type]
+    generation_eval.evaluate(run, lambda prompts: [Completion("9!", True)] * len(prompts), "after")  # type: ignore[arg-type]
     assert run.record["metrics"]["judged_loud_after"] == 1.0
     assert run.record["metrics"]["skill_after"] == 0.0
 
 
-def test_a_resumed_run_keeps_what_was_measured_before(judge: str) -> None:
+def test_a_resumed_run_keeps_its_before_metrics(grader: str) -> None:
     run = Record()
     run.record["metrics"] = {"judged_loud_before": 0.25}
-    behaviour = Behaviour(load_judges({"loud": f"{judge}:loud"}), [talk("a", "b")], [])
-    behaviour.measure(run, echo, "before")  # type: ignore[arg-type]
+    generation_eval = GenerationEval(load_graders({"loud": f"{grader}:loud"}), [conversation("a", "b")], [])
+    generation_eval.evaluate(run, echo, "before")  # type: ignore[arg-type]
     assert run.record["metrics"] == {"judged_loud_before": 0.25}
 
 
@@ -91,28 +95,30 @@ def test_a_resumed_run_keeps_what_was_measured_before(judge: str) -> None:
         (None, "None for each of 1 prompts"),
     ],
 )
-def test_what_is_no_judgement_names_the_judge(value: object, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        mean_judgement("tone", lambda prompt, reply: value, ["q"], ["r"])  # type: ignore[arg-type,return-value]
-    assert "evaluate.judges.tone" in str(caught.value) and message in str(caught.value)
+def test_a_grader_without_a_number_is_named(value: object, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        mean_grade("tone", lambda prompt, reply: value, ["q"], ["r"])  # type: ignore[arg-type,return-value]
+    assert "evaluate.judges.tone" in str(error.value) and message in str(error.value)
 
 
-def test_every_judge_that_cannot_serve_is_told(judge: str) -> None:
-    with pytest.raises(UserError) as caught:
-        load_judges({"one": f"{judge}:nobody", "two": f"{judge}:alone"})
-    assert [problem.where for problem in caught.value.problems] == [
+def test_all_invalid_graders_are_reported(grader: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_graders({"one": f"{grader}:nobody", "two": f"{grader}:alone"})
+    assert [problem.where for problem in error.value.problems] == [
         "evaluate.judges.one",
         "evaluate.judges.two",
     ]
-    assert "takes (prompt, reply)" in str(caught.value)
+    assert "takes (prompt, reply)" in str(error.value)
 
 
-def test_a_run_tells_what_was_judged_and_what_was_kept(tune: Tune, judge: str, tmp_path: Path) -> None:
-    skill = tmp_path / "skill.jsonl"
+def test_a_run_records_grades_and_retention(tune: Tune, grader: str, tmp_path: Path) -> None:
+    retention = tmp_path / "skill.jsonl"
     rows = [{"instruction": f"{i} + 1", "output": str(i + 1)} for i in range(9)]
-    skill.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    retention.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     result = tune(
-        evaluate__judges={"longer": f"{judge}:longer"}, evaluate__skill=str(skill), evaluate__skill_rows=4
+        evaluate__judges={"longer": f"{grader}:longer"},
+        evaluate__skill=str(retention),
+        evaluate__skill_rows=4,
     )
     metrics = SimpleNamespace(**result.record["metrics"])
     assert 0 <= metrics.judged_longer_before <= 1 and 0 <= metrics.judged_longer_after <= 1
@@ -120,26 +126,26 @@ def test_a_run_tells_what_was_judged_and_what_was_kept(tune: Tune, judge: str, t
     assert {"grader: longer", "retention: exact match"} <= result.record["headline"].keys()
 
 
-def test_a_judge_that_raises_stops_the_run(tune: Tune, judge: str) -> None:
+def test_a_grader_that_raises_stops_the_run(tune: Tune, grader: str) -> None:
     with pytest.raises(UserError, match=r"evaluate.judges.tone: KeyError: 'score'; prompt"):
-        tune(evaluate__judges={"tone": f"{judge}:broken"})
+        tune(evaluate__judges={"tone": f"{grader}:broken"})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"evaluate__judges": {"a": "nowhere.py:f"}}, "evaluate.judges.a"),
-        ({"evaluate__judges": {"a b": "finetune/tiny/judges.py:happy_end"}}, "letters, digits and _"),
+        ({"evaluate__judges": {"a b": "finetune/tiny/graders.py:happy_end"}}, "letters, digits and _"),
         ({"evaluate__skill": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
         (
-            {"evaluate__judges": {"a": "finetune/tiny/judges.py:happy_end"}, "data__held_out": 0},
+            {"evaluate__judges": {"a": "finetune/tiny/graders.py:happy_end"}, "data__held_out": 0},
             "evaluate.judges (command line): set, but data.held_out is 0",
         ),
     ],
 )
-def test_what_cannot_be_measured_is_told_before_anything_is_loaded(
+def test_eval_errors_are_raised_before_loading(
     tune: Tune, settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         tune("run", **settings)
-    assert message in str(caught.value) and not (tmp_path / "run").exists()
+    assert message in str(error.value) and not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_templates._segments import Message
 from finetune.data.tokens import Encoder
 from finetune.training import generate
-from finetune.training.generate import reply_to
+from finetune.training.generate import generate_completions
 
 QUESTIONS = ["Add.", "Add the numbers. Please. Please.", "a", "Say Response twice, and then stop.", "1 2 3"]
 
@@ -32,25 +32,27 @@ def prompts(texts: list[str]) -> list[list[Message]]:
     return [[Message("user", text)] for text in texts]
 
 
-def ask(model: nn.Module, encoder: Encoder, texts: list[str], **options: float) -> list[generate.Reply]:
-    given = {"max_new_tokens": 12, "context": 256, **options}
-    return reply_to(model, encoder, prompts(texts), **given)
+def complete(
+    model: nn.Module, encoder: Encoder, texts: list[str], **options: float
+) -> list[generate.Completion]:
+    settings = {"max_new_tokens": 12, "context": 256, **options}
+    return generate_completions(model, encoder, prompts(texts), **settings)
 
 
-def test_batched_replies_are_those_asked_for_one_by_one(model: nn.Module, encoder: Encoder) -> None:
-    together = ask(model, encoder, QUESTIONS)
-    alone = [ask(model, encoder, [text])[0] for text in QUESTIONS]
-    assert together == alone
-    assert len({reply.text for reply in together}) > 1, "the questions do not all get one answer"
-    assert ask(model, encoder, QUESTIONS[::-1]) == alone[::-1]
+def test_batched_generation_equals_one_by_one(model: nn.Module, encoder: Encoder) -> None:
+    batched = complete(model, encoder, QUESTIONS)
+    single = [complete(model, encoder, [text])[0] for text in QUESTIONS]
+    assert batched == single
+    assert len({completion.text for completion in batched}) > 1, "the questions do not all get one answer"
+    assert complete(model, encoder, QUESTIONS[::-1]) == single[::-1]
 
 
-def test_many_prompts_come_back_in_order(
+def test_completions_are_in_prompt_order(
     model: nn.Module, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = ask(model, encoder, QUESTIONS * 2)
-    monkeypatch.setattr(generate, "BATCH", 3)
-    assert ask(model, encoder, QUESTIONS * 2) == expected
+    expected = complete(model, encoder, QUESTIONS * 2)
+    monkeypatch.setattr(generate, "PROMPTS_PER_BATCH", 3)
+    assert complete(model, encoder, QUESTIONS * 2) == expected
 
 
 def test_left_padding_is_not_seen(model: nn.Module, encoder: Encoder) -> None:
@@ -60,7 +62,7 @@ def test_left_padding_is_not_seen(model: nn.Module, encoder: Encoder) -> None:
             input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=encoder.stop_ids
         )
     expected = encoder.decode_reply(output[0, len(ids) :].tolist())
-    assert ask(model, encoder, QUESTIONS)[2].text == expected
+    assert complete(model, encoder, QUESTIONS)[2].text == expected
 
 
 class Fixed(nn.Module):
@@ -77,28 +79,28 @@ class Fixed(nn.Module):
         return torch.cat([input_ids, torch.tensor([self.ids] * len(input_ids))], dim=1)
 
 
-def test_a_reply_ends_at_the_first_stop_token(encoder: Encoder) -> None:
+def test_generation_stops_at_eos(encoder: Encoder) -> None:
     word = encoder.tokenizer("Add", add_special_tokens=False)["input_ids"]
     [stop] = encoder.stop_ids
-    [ended] = ask(Fixed([*word, stop, *word]), encoder, ["a"])
-    assert (ended.text, ended.stopped) == ("Add", True)
-    [endless] = ask(Fixed([*word, *word]), encoder, ["a"])
-    assert (endless.text, endless.stopped) == ("AddAdd", False)
+    [ended] = complete(Fixed([*word, stop, *word]), encoder, ["a"])
+    assert (ended.text, ended.ended_with_eos) == ("Add", True)
+    [endless] = complete(Fixed([*word, *word]), encoder, ["a"])
+    assert (endless.text, endless.ended_with_eos) == ("AddAdd", False)
 
 
-def test_too_long_prompts_lose_their_oldest_tokens(encoder: Encoder) -> None:
+def test_long_prompts_are_truncated_on_the_left(encoder: Encoder) -> None:
     model = Fixed([3])
     ids = encoder.encode_prompt(prompts(["word " * 100])[0])
-    ask(model, encoder, ["word " * 100], context=40, max_new_tokens=10)
+    complete(model, encoder, ["word " * 100], context=40, max_new_tokens=10)
     [seen] = model.seen
     assert len(ids) > 30 and seen.tolist() == [ids[-30:]]
 
 
 @pytest.mark.parametrize("context", [8, 12, 20])
-def test_a_reply_as_long_as_the_context_leaves_room_for_a_prompt(encoder: Encoder, context: int) -> None:
+def test_max_new_tokens_is_capped_at_half_the_context(encoder: Encoder, context: int) -> None:
     model = Fixed([3])
     ids = encoder.encode_prompt(prompts(["a"])[0])
-    ask(model, encoder, ["a"], context=context, max_new_tokens=12)
+    complete(model, encoder, ["a"], context=context, max_new_tokens=12)
     [seen] = model.seen
     assert 0 < seen.shape[1] < context and seen[0].tolist() == ids[-seen.shape[1] :]
 
@@ -106,17 +108,17 @@ def test_a_reply_as_long_as_the_context_leaves_room_for_a_prompt(encoder: Encode
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_keeps_its_mode(model: nn.Module, encoder: Encoder, training: bool) -> None:
     model.train(training)
-    ask(model, encoder, ["a"])
+    complete(model, encoder, ["a"])
     assert model.training is training
     model.eval()
 
 
-def test_temperature_draws_and_zero_does_not(model: nn.Module, encoder: Encoder) -> None:
-    assert ask(model, encoder, QUESTIONS) == ask(model, encoder, QUESTIONS)
+def test_temperature_samples_and_zero_is_greedy(model: nn.Module, encoder: Encoder) -> None:
+    assert complete(model, encoder, QUESTIONS) == complete(model, encoder, QUESTIONS)
     torch.manual_seed(0)
-    drawn = {ask(model, encoder, ["a"], temperature=20.0)[0].text for _ in range(4)}
-    assert len(drawn) > 1
+    sampled = {complete(model, encoder, ["a"], temperature=20.0)[0].text for _ in range(4)}
+    assert len(sampled) > 1
 
 
-def test_no_prompts_no_replies(encoder: Encoder) -> None:
-    assert ask(Fixed([3]), encoder, []) == []
+def test_no_prompts_no_completions(encoder: Encoder) -> None:
+    assert complete(Fixed([3]), encoder, []) == []

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 from finetune.data.collate import PackedCollator, PaddedCollator
 from finetune.recipe.settings import TrainSettings
-from finetune.training.arguments import Machine, training_arguments
+from finetune.training.arguments import ExecutionConfig, training_arguments
 from finetune.training.loss import cross_entropy_sum
 from finetune.training.trainer import NativeTrainer
-from finetune.training.trl_engine import trl_trainer
+from finetune.training.trl_engine import build_trl_trainer
 
 LENGTHS = [9, 3, 14, 2, 6, 20, 5, 11]
 
@@ -24,8 +24,8 @@ def test_by_hand() -> None:
     # Probabilities 3/4, 1/4; target 0 with e = 0.2 over V = 2: 0.9 of entry 0 and 0.1 of entry 1.
     logits = torch.tensor([[math.log(3.0), 0.0]])
     expected = -(0.9 * math.log(3 / 4) + 0.1 * math.log(1 / 4))
-    found = cross_entropy_sum(logits, torch.tensor([0]), label_smoothing=0.2)
-    assert float(found) == pytest.approx(expected)
+    actual = cross_entropy_sum(logits, torch.tensor([0]), label_smoothing=0.2)
+    assert float(actual) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("max_elements", [VOCABULARY, 2**26])
@@ -33,11 +33,11 @@ def test_torch_gives_the_same_in_chunks_and_at_once(max_elements: int) -> None:
     torch.manual_seed(1)
     values, targets = torch.randn(11, VOCABULARY), torch.randint(VOCABULARY, (11,))
     ours, theirs = (values.clone().requires_grad_() for _ in range(2))
-    found = cross_entropy_sum(ours, targets, label_smoothing=0.1, max_elements=max_elements)
+    actual = cross_entropy_sum(ours, targets, label_smoothing=0.1, max_logits=max_elements)
     expected = F.cross_entropy(theirs, targets, reduction="sum", label_smoothing=0.1)
-    found.backward()
+    actual.backward()
     expected.backward()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-7)
 
 
@@ -46,7 +46,7 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         weights = kwargs["model"].named_parameters()
-        self.found = {name: weight.grad.clone() for name, weight in weights if weight.grad is not None}
+        self.grads = {name: weight.grad.clone() for name, weight in weights if weight.grad is not None}
 
 
 def one_step(engine) -> dict[str, torch.Tensor]:
@@ -54,7 +54,7 @@ def one_step(engine) -> dict[str, torch.Tensor]:
     engine.remove_callback(PrinterCallback)
     engine.add_callback(seen)
     engine.train()
-    return seen.found
+    return seen.grads
 
 
 def arguments(folder: Path, micro: int, engine: str = "native"):
@@ -62,7 +62,11 @@ def arguments(folder: Path, micro: int, engine: str = "native"):
         engine=engine, batch_size=8, max_steps=1, max_grad_norm=0.0, warmup=0, label_smoothing=0.1
     )
     return training_arguments(
-        settings, folder=folder, machine=Machine("cpu", "float32"), micro_batch_size=micro, checkpoint_every=9
+        settings,
+        folder=folder,
+        execution=ExecutionConfig("cpu", "float32"),
+        micro_batch_size=micro,
+        checkpoint_every=9,
     )
 
 
@@ -100,15 +104,15 @@ def test_pain_12_accumulation_gives_the_gradient_of_the_whole_batch(
 def test_native_and_trl_take_the_same_step(tmp_path: Path, base_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     ours, theirs = (AutoModelForCausalLM.from_pretrained(base_folder) for _ in range(2))
-    found = one_step(native(ours, tmp_path / "native", 4, PaddedCollator(0)))
-    engine = trl_trainer(
+    grads = one_step(native(ours, tmp_path / "native", 4, PaddedCollator(0)))
+    engine = build_trl_trainer(
         theirs,
         arguments(tmp_path / "trl", 4, "trl"),
         tokenizer,
         train_rows=token_rows(LENGTHS),
         held_out_rows=None,
     )
-    assert_close(found, one_step(engine), 1e-5)
+    assert_close(grads, one_step(engine), 1e-5)
 
 
 def test_a_run_smooths_in_training_and_not_when_measuring(tune: Tune) -> None:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from small_models import MODELS, make
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune.planning.hardware import detect
+from finetune.planning.hardware import detect_hardware
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import context_length, load_base
@@ -16,7 +16,7 @@ from finetune.training.model import context_length, load_base
 
 def load(folder: Path, *, precision: str = "float32", quantization: str = "none", **settings: str):
     model = ModelSettings(base=str(folder), **settings)
-    return load_base(model, precision=precision, quantization=quantization, hardware=detect())
+    return load_base(model, precision=precision, quantization=quantization, hardware=detect_hardware())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -41,9 +41,7 @@ def test_tied_embeddings_are_not_missing(tmp_path: Path, quantization: str) -> N
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
-def test_a_weight_that_is_not_in_the_file_is_not_drawn_at_random(
-    base_folder: Path, tmp_path: Path, quantization: str
-) -> None:
+def test_a_missing_weight_is_refused(base_folder: Path, tmp_path: Path, quantization: str) -> None:
     for file in base_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
@@ -53,7 +51,7 @@ def test_a_weight_that_is_not_in_the_file_is_not_drawn_at_random(
         load(tmp_path, quantization=quantization)
 
 
-def test_precision_and_attention_are_what_was_asked(base_folder: Path) -> None:
+def test_precision_and_attention_are_applied(base_folder: Path) -> None:
     model = load(base_folder, precision="bfloat16", attention="eager")
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"

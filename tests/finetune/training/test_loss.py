@@ -12,7 +12,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from small_models import MODELS, VOCABULARY, assert_close, gradients, make, plain_loss_sum, token_rows
+from small_models import MODELS, VOCABULARY, assert_close, gradients, make, reference_loss_sum, token_rows
 from torch import nn
 
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
@@ -23,7 +23,7 @@ from finetune.training.loss import cross_entropy_sum, loss_positions
 COLLATORS: dict[str, Collator] = {
     "padded": PaddedCollator(0),
     "packed": PackedCollator(0),
-    "one packed line": PackedCollator(0, single_line=True),
+    "one packed line": PackedCollator(0, single_row=True),
 }
 PREFIXED = ("prefix", "prompt")
 WITH_SDPA = [name for name in MODELS if name != "gemma2"]  # soft-capped attention: only eager supports it
@@ -47,9 +47,11 @@ def ours(model: nn.Module, collator: Collator, lengths: list[int]) -> torch.Tens
     return completion_loss_sum(model, output_head(model), batch)
 
 
-def check(model: nn.Module, collator: Collator, lengths: list[int], tolerance: float = 1e-5) -> None:
+def check_against_reference(
+    model: nn.Module, collator: Collator, lengths: list[int], tolerance: float = 1e-5
+) -> None:
     loss = ours(model, collator, lengths)
-    expected = plain_loss_sum(model, token_rows(lengths))
+    expected = reference_loss_sum(model, token_rows(lengths))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert_close(gradients(model, loss), gradients(model, expected), tolerance)
 
@@ -62,7 +64,7 @@ def test_loss_positions_by_hand() -> None:
     assert targets.tolist() == [7, 8, 5]
 
 
-def test_the_first_token_of_a_line_is_no_target() -> None:
+def test_the_first_token_of_a_row_is_no_target() -> None:
     mask, targets = loss_positions(torch.tensor([[3, -100, -100]]))
     assert not mask.any() and targets.tolist() == []
 
@@ -81,15 +83,17 @@ def test_chunked_loss_is_the_unchunked_one(max_elements: int, dtype: torch.dtype
     torch.manual_seed(1)
     values = torch.randn(11, VOCABULARY).to(dtype)
     targets = torch.randint(VOCABULARY, (11,))
-    whole, parts = (values.clone().requires_grad_() for _ in range(2))
-    expected = cross_entropy_sum(whole, targets)
-    found = cross_entropy_sum(parts, targets, max_elements=max_elements)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    full_logits, chunked_logits = (values.clone().requires_grad_() for _ in range(2))
+    expected = cross_entropy_sum(full_logits, targets)
+    actual = cross_entropy_sum(chunked_logits, targets, max_logits=max_elements)
+    assert actual.dtype == torch.float32
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
     expected.backward()
-    found.backward()
-    assert whole.grad is not None and parts.grad is not None and whole.grad.abs().max() > 0
-    assert torch.equal(parts.grad, whole.grad)
+    actual.backward()
+    assert (
+        full_logits.grad is not None and chunked_logits.grad is not None and full_logits.grad.abs().max() > 0
+    )
+    assert torch.equal(chunked_logits.grad, full_logits.grad)
 
 
 @pytest.mark.parametrize("collation", COLLATORS)
@@ -97,19 +101,19 @@ def test_chunked_loss_is_the_unchunked_one(max_elements: int, dtype: torch.dtype
     ("name", "attention"), [*((name, "eager") for name in MODELS), *((name, "sdpa") for name in WITH_SDPA)]
 )
 def test_pain_13_packed_equals_unpacked(name: str, attention: str, collation: str) -> None:
-    check(adapted(name, "full", attention), COLLATORS[collation], [9, 3, 14, 2, 6])
+    check_against_reference(adapted(name, "full", attention), COLLATORS[collation], [9, 3, 14, 2, 6])
 
 
 @pytest.mark.parametrize("method", ["lora", *PREFIXED])
 @pytest.mark.parametrize("name", MODELS)
-def test_adapters_give_the_plain_loss(name: str, method: str) -> None:
-    check(adapted(name, method), COLLATORS["padded"], [9, 3, 14, 2, 6])
+def test_adapters_give_the_reference_loss(name: str, method: str) -> None:
+    check_against_reference(adapted(name, method), COLLATORS["padded"], [9, 3, 14, 2, 6])
 
 
 @pytest.mark.parametrize("collation", ["packed", "one packed line"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_rows_under_lora(attention: str, collation: str) -> None:
-    check(adapted("qwen3", "lora", attention), COLLATORS[collation], [9, 3, 14, 2, 6])
+    check_against_reference(adapted("qwen3", "lora", attention), COLLATORS[collation], [9, 3, 14, 2, 6])
 
 
 LLAMA = make("llama")
@@ -119,30 +123,32 @@ LLAMA = make("llama")
 @given(
     lengths=st.lists(st.integers(2, 20), min_size=1, max_size=8), collation=st.sampled_from(sorted(COLLATORS))
 )
-def test_any_lengths_give_the_plain_loss(lengths: list[int], collation: str) -> None:
+def test_any_lengths_give_the_reference_loss(lengths: list[int], collation: str) -> None:
     with torch.no_grad():
-        found = ours(LLAMA, COLLATORS[collation], lengths)
-        expected = plain_loss_sum(LLAMA, token_rows(lengths))
-    assert float(found) == pytest.approx(float(expected), rel=2e-6)
+        actual = ours(LLAMA, COLLATORS[collation], lengths)
+        expected = reference_loss_sum(LLAMA, token_rows(lengths))
+    assert float(actual) == pytest.approx(float(expected), rel=2e-6)
 
 
 @settings(deadline=None, max_examples=25)
 @given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=9), lines=st.integers(1, 5))
-def test_held_out_loss_does_not_depend_on_the_batches(lengths: list[int], lines: int) -> None:
+def test_held_out_loss_does_not_depend_on_the_batches(lengths: list[int], batch_size: int) -> None:
     rows = token_rows(lengths, seed=3)
-    expected = float(plain_loss_sum(LLAMA, rows).detach()) / rows.num_trained
+    expected = float(reference_loss_sum(LLAMA, rows).detach()) / rows.num_trained
     for collator in COLLATORS.values():
-        assert held_out_loss(LLAMA, rows, collator, lines=lines) == pytest.approx(expected, rel=2e-6)
+        assert held_out_loss(LLAMA, rows, collator, batch_size=batch_size) == pytest.approx(
+            expected, rel=2e-6
+        )
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_held_out_loss_leaves_the_mode_as_it_was(training: bool) -> None:
     model = adapted("llama", "lora").train(training)
-    held_out_loss(model, token_rows([5, 6]), PaddedCollator(0), lines=2)
+    held_out_loss(model, token_rows([5, 6]), PaddedCollator(0), batch_size=2)
     assert model.training is training
 
 
-def test_the_head_sees_the_asked_positions_alone() -> None:
+def test_the_head_gets_only_the_selected_positions() -> None:
     model = make("llama")
     head, seen = output_head(model), []
     head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))

@@ -26,7 +26,7 @@ def command(recipe_file: Path, out: Path, processes: int) -> list[str]:
     return [sys.executable, *words, f"train.max_steps={STEPS}", *SIZES]
 
 
-def begin(recipe_file: Path, out: Path, processes: int, popen: Any) -> Popen:
+def start_run(recipe_file: Path, out: Path, processes: int, popen: Any) -> Popen:
     """Start a run and return it when its fifth step is logged."""
     started = popen(
         command(recipe_file, out, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -38,7 +38,7 @@ def begin(recipe_file: Path, out: Path, processes: int, popen: Any) -> Popen:
     return started
 
 
-def finish(recipe_file: Path, out: Path, processes: int) -> str:
+def run_to_end(recipe_file: Path, out: Path, processes: int) -> str:
     done = warm.run(
         command(recipe_file, out, processes), capture_output=True, text=True, timeout=LIMIT, check=False
     )
@@ -47,64 +47,69 @@ def finish(recipe_file: Path, out: Path, processes: int) -> str:
 
 
 def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    return [line["loss"] for line in lines]
+    entries = [json.loads(entry) for entry in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
+    return [entry["loss"] for entry in entries]
 
 
 @pytest.fixture(scope="module")
-def whole(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
-    finish(recipe_file, out, 1)
+    run_to_end(recipe_file, out, 1)
     return out
 
 
-def same(out: Path, whole: Path) -> None:
-    assert losses(out) == pytest.approx(losses(whole), rel=1e-3)
-    mine, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (out, whole))
-    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-2
+def assert_equal_runs(out: Path, uninterrupted: Path) -> None:
+    assert losses(out) == pytest.approx(losses(uninterrupted), rel=1e-3)
+    resumed_weights, expected_weights = (
+        load_file(run / "adapter" / "adapter_model.safetensors") for run in (out, uninterrupted)
+    )
+    assert (
+        max(float((resumed_weights[name] - expected_weights[name]).abs().max()) for name in resumed_weights)
+        < 1e-2
+    )
 
 
 def workers(started: Popen) -> dict[int, psutil.Process]:
     """Return a run's worker processes by rank."""
     children = psutil.Process(started.pid).children(recursive=True)
-    return {int(one.environ()["RANK"]): one for one in children if "RANK" in one.environ()}
+    return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_a_stopped_run_goes_on_with_other_processes(
-    recipe_file: Path, tmp_path: Path, whole: Path, first: int, then: int
+def test_a_stopped_run_resumes_with_another_number_of_processes(
+    recipe_file: Path, tmp_path: Path, uninterrupted: Path, first: int, then: int
 ) -> None:
     out = tmp_path / "run"
-    started = begin(recipe_file, out, first, warm.Popen)
+    started = start_run(recipe_file, out, first, warm.Popen)
     started.send_signal(signal.SIGTERM)
-    said = started.communicate(timeout=LIMIT)[0]
-    assert started.returncode == 130 and "Run the same command to resume" in said, said
+    output = started.communicate(timeout=LIMIT)[0]
+    assert started.returncode == 130 and "Run the same command to resume" in output, output
     assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
-    assert "resuming from step" in finish(recipe_file, out, then)
-    same(out, whole)
+    assert "resuming from step" in run_to_end(recipe_file, out, then)
+    assert_equal_runs(out, uninterrupted)
 
 
-def test_a_killed_process_ends_the_others_and_the_message_names_it(
-    recipe_file: Path, tmp_path: Path, whole: Path
+def test_a_killed_worker_stops_the_others_and_is_named(
+    recipe_file: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     out = tmp_path / "run"
-    started = begin(recipe_file, out, 2, subprocess.Popen)
-    found = workers(started)
-    assert sorted(found) == [0, 1]
-    found[1].kill()
-    said = started.communicate(timeout=LIMIT)[0]
-    assert started.returncode == 1, said
-    assert f"process 1 (pid {found[1].pid}) was killed by SIGKILL" in said
-    assert "run the same command to resume from the last checkpoint" in said
-    assert not any(one.is_running() for one in found.values())
-    finish(recipe_file, out, 2)
-    same(out, whole)
+    started = start_run(recipe_file, out, 2, subprocess.Popen)
+    by_rank = workers(started)
+    assert sorted(by_rank) == [0, 1]
+    by_rank[1].kill()
+    output = started.communicate(timeout=LIMIT)[0]
+    assert started.returncode == 1, output
+    assert f"process 1 (pid {by_rank[1].pid}) was killed by SIGKILL" in output
+    assert "run the same command to resume from the last checkpoint" in output
+    assert not any(process.is_running() for process in by_rank.values())
+    run_to_end(recipe_file, out, 2)
+    assert_equal_runs(out, uninterrupted)
 
 
-def test_processes_end_with_the_one_that_started_them(recipe_file: Path, tmp_path: Path) -> None:
-    started = begin(recipe_file, tmp_path / "run", 2, subprocess.Popen)
-    found = list(workers(started).values())
+def test_workers_exit_with_the_launcher(recipe_file: Path, tmp_path: Path) -> None:
+    started = start_run(recipe_file, tmp_path / "run", 2, subprocess.Popen)
+    running = list(workers(started).values())
     os.kill(started.pid, signal.SIGKILL)
-    gone, alive = psutil.wait_procs(found, timeout=LIMIT)
+    gone, alive = psutil.wait_procs(running, timeout=LIMIT)
     assert len(gone) == 2 and not alive

@@ -6,44 +6,46 @@ import pytest
 from torch import nn
 
 from finetune.planning.devices import GIB
-from finetune.recipe.recipe import load
+from finetune.recipe.recipe import read_recipe
 from finetune.training.loading import Policy
-from finetune.training.memory_room import rows_that_fit
+from finetune.training.memory_room import batch_fits
 
 
-def most(stage: str, room: int, *, base: str = "llama-2-7b", processes: int = 1) -> int:
+def largest_batch(stage: str, gpu_bytes: int, *, base: str = "llama-2-7b", processes: int = 1) -> int:
     """Return the largest number of rows of 512 tokens that fit."""
-    settings = load(stage, "quickstart").settings
+    settings = read_recipe(stage, "quickstart").settings
     model = settings.model.model_copy(update={"base": base, "start": None})
     settings = settings.model_copy(update={"model": model})
     policy = Policy(nn.Identity(), "bfloat16", "none")
     strategy = "ddp" if processes > 1 else "single"
-    fits = rows_that_fit(settings, policy, longest=512, processes=processes, strategy=strategy, room=room)
+    fits = batch_fits(
+        settings, policy, longest=512, num_processes=processes, strategy=strategy, gpu_bytes=gpu_bytes
+    )
     assert fits is not None
-    found = [rows for rows in range(1, 200) if fits(rows)]
-    assert found == list(range(1, len(found) + 1)), "more rows never need less"
-    return len(found)
+    predicate = [rows for rows in range(1, 200) if fits(rows)]
+    assert predicate == list(range(1, len(predicate) + 1)), "more rows never need less"
+    return len(predicate)
 
 
-def test_more_room_has_more_rows() -> None:
-    few, more = most("sft", 24 * GIB), most("sft", 40 * GIB)
+def test_more_memory_allows_larger_batches() -> None:
+    few, more = largest_batch("sft", 24 * GIB), largest_batch("sft", 40 * GIB)
     assert 0 < few < more < 199
-    assert most("sft", 12 * GIB) == 0, "the weights alone have 12.6 GiB"
+    assert largest_batch("sft", 12 * GIB) == 0, "the weights alone have 12.6 GiB"
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "kto", "grpo", "rloo", "ppo", "rejection"])
-def test_every_stage_has_an_answer(stage: str) -> None:
-    assert 0 < most(stage, 40 * GIB) < 199
+def test_every_stage_has_a_predicate(stage: str) -> None:
+    assert 0 < largest_batch(stage, 40 * GIB) < 199
 
 
-def test_ppo_trains_two_roles_on_one_base() -> None:
-    assert most("ppo", 40 * GIB) < 0.7 * most("sft", 40 * GIB)
+def test_ppo_counts_actor_and_critic() -> None:
+    assert largest_batch("ppo", 40 * GIB) < 0.7 * largest_batch("sft", 40 * GIB)
 
 
-def test_a_model_that_is_not_planned_here_has_no_answer(tmp_path: Path) -> None:
+def test_an_unknown_architecture_has_no_predicate(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    settings = load("sft", "quickstart").settings
+    settings = read_recipe("sft", "quickstart").settings
     model = settings.model.model_copy(update={"base": str(tmp_path)})
     policy = Policy(nn.Identity(), "bfloat16", "none")
-    room = {"longest": 512, "processes": 1, "strategy": "single", "room": 40 * GIB}
-    assert rows_that_fit(settings.model_copy(update={"model": model}), policy, **room) is None
+    gpu_bytes = {"longest": 512, "processes": 1, "strategy": "single", "room": 40 * GIB}
+    assert batch_fits(settings.model_copy(update={"model": model}), policy, **gpu_bytes) is None

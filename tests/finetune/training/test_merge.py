@@ -13,7 +13,7 @@ from finetune.recipe.errors import UserError
 from finetune.training.merge import merge_run
 from finetune.training.result import Result
 from finetune.training.run_directory import MERGED
-from finetune.training.tuned import load_tuned
+from finetune.training.tuned import load_finished_run
 
 INPUTS = torch.tensor([[5, 17, 300, 42, 7, 9], [8, 1, 2, 300, 17, 99]])
 
@@ -28,20 +28,20 @@ def trained(tune: Tune, name: str = "run", **settings: object) -> Result:
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora", "pissa", "ia3", "oft"])
-def test_the_merged_model_answers_like_base_and_adapter(tune: Tune, base_folder: Path, method: str) -> None:
+def test_merged_logits_equal_base_with_adapter(tune: Tune, base_folder: Path, method: str) -> None:
     result = trained(tune, adapter__method=method)
     folder = merge_run(result.directory)
     merged = AutoModelForCausalLM.from_pretrained(folder).eval()
-    found, expected = logits(merged), logits(load_tuned(result.directory).model)
+    actual, expected = logits(merged), logits(load_finished_run(result.directory).model)
     tolerance = 1e-3 if method == "qlora" else 1e-5  # 4-bit kernels differ in the last digits
-    assert torch.allclose(found, expected, atol=tolerance)
+    assert torch.allclose(actual, expected, atol=tolerance)
     plain = AutoModelForCausalLM.from_pretrained(base_folder).eval()
-    assert not torch.allclose(found, logits(plain), atol=10 * tolerance)
+    assert not torch.allclose(actual, logits(plain), atol=10 * tolerance)
     assert AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
     assert [path.name for path in result.directory.iterdir() if path.name.endswith(".partial")] == []
 
 
-def test_a_run_goes_on_from_a_merged_run(tune: Tune) -> None:
+def test_a_merged_run_is_a_base(tune: Tune) -> None:
     first = trained(tune, "first")
     merge_run(first.directory)
     second = trained(tune, "second", model__base=str(first.directory), train__max_steps=2)
@@ -52,10 +52,10 @@ def test_a_run_goes_on_from_a_merged_run(tune: Tune) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     by_hand = AutoModelForCausalLM.from_pretrained(first.directory / MERGED)
     by_hand = PeftModel.from_pretrained(by_hand, str(second.adapter)).eval()
-    assert torch.allclose(logits(load_tuned(second.directory).model), logits(by_hand), atol=1e-6)
+    assert torch.allclose(logits(load_finished_run(second.directory).model), logits(by_hand), atol=1e-6)
 
 
-def test_a_run_goes_on_from_a_whole_model(tune: Tune) -> None:
+def test_a_fully_tuned_run_is_a_base(tune: Tune) -> None:
     first = trained(tune, "first", adapter__method="full", train__learning_rate=1e-3)
     second = trained(tune, "second", model__base=str(first.directory), train__max_steps=2)
     losses = [
@@ -65,11 +65,11 @@ def test_a_run_goes_on_from_a_whole_model(tune: Tune) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_an_adapter_run_says_how_to_become_a_base(tune: Tune, make_recipe: MakeRecipe) -> None:
+def test_an_unmerged_run_is_refused_as_a_base(tune: Tune, make_recipe: MakeRecipe) -> None:
     first = trained(tune, "first")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         make_recipe("second", model__base=str(first.directory))
-    assert str(caught.value) == (
+    assert str(error.value) == (
         f"model.base (command line): run '{first.directory}' has an adapter, but no merged model\n"
         "    expected: a run with a model: model/ (after full tuning) or merged/\n"
         f"    repair:   llm-align merge {first.directory}"
@@ -78,7 +78,7 @@ def test_an_adapter_run_says_how_to_become_a_base(tune: Tune, make_recipe: MakeR
     assert resolve_base(str(first.directory)) == str(first.directory / MERGED)
 
 
-def test_a_new_run_in_the_folder_takes_the_merged_model_away(tune: Tune) -> None:
+def test_a_new_run_deletes_the_merged_model(tune: Tune) -> None:
     first = trained(tune, "first")
     merge_run(first.directory)
     trained(tune, "first", train__seed=1, force=True)
@@ -86,16 +86,16 @@ def test_a_new_run_in_the_folder_takes_the_merged_model_away(tune: Tune) -> None
 
 
 @pytest.mark.parametrize(
-    ("method", "told"),
+    ("method", "message"),
     [
         ("prompt", "adapter 'prompt': virtual tokens are part of the input"),
         ("bottleneck", "adapter 'bottleneck': "),
         ("full", "a run without an adapter"),
     ],
 )
-def test_what_cannot_be_merged_is_told(tune: Tune, method: str, told: str) -> None:
+def test_unmergeable_adapters_are_refused(tune: Tune, method: str, message: str) -> None:
     result = trained(tune, adapter__method=method, train__max_steps=1)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         merge_run(result.directory)
     assert not (result.directory / MERGED).exists()
 

@@ -12,7 +12,7 @@ from small_models import make, token_rows
 from finetune.data.collate import PackedCollator, PaddedCollator
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import TrainSettings
-from finetune.training.arguments import Machine, training_arguments
+from finetune.training.arguments import ExecutionConfig, training_arguments
 from finetune.training.completion import held_out_loss
 from finetune.training.neftune import noisy_embeddings, row_lengths
 from finetune.training.trainer import NativeTrainer
@@ -55,7 +55,7 @@ def test_the_noise_is_uniform_in_alpha_over_root_of_length_times_width(name: str
     assert float(bounds[0, 0]) == pytest.approx(5 / math.sqrt(longest * 32))
 
 
-def test_without_alpha_nothing_changes_and_nothing_stays() -> None:
+def test_without_alpha_nothing_changes() -> None:
     embeddings = make("llama").get_input_embeddings()
     ids = torch.tensor([[1, 2, 3]])
     batch = {"attention_mask": torch.ones(1, 3, dtype=torch.long)}
@@ -72,9 +72,9 @@ NOISY = {"train__neftune_alpha": 5.0, "evaluate__samples": 0, "train__max_steps"
 
 
 def test_training_is_noisy_and_repeats_with_the_seed(tune: Tune) -> None:
-    noisy, again = tune("noisy", **NOISY), tune("again", **NOISY)
+    noisy, repeated = tune("noisy", **NOISY), tune("again", **NOISY)
     clean = tune("clean", evaluate__samples=0, train__max_steps=4)
-    assert noisy.record["files"] == again.record["files"]
+    assert noisy.record["files"] == repeated.record["files"]
     assert noisy.record["files"] != clean.record["files"]
     assert noisy.record["metrics"]["held_out_loss_before"] == clean.record["metrics"]["held_out_loss_before"]
     assert noisy.metrics[0]["loss"] != clean.metrics[0]["loss"]
@@ -87,7 +87,7 @@ def test_held_out_rows_are_measured_without_noise(tmp_path: Path) -> None:
         training_arguments(
             TrainSettings(batch_size=2, max_steps=1),
             folder=tmp_path,
-            machine=Machine("cpu", "float32"),
+            execution=ExecutionConfig("cpu", "float32"),
             micro_batch_size=2,
             checkpoint_every=9,
         ),
@@ -98,7 +98,7 @@ def test_held_out_rows_are_measured_without_noise(tmp_path: Path) -> None:
         group_by_length=True,
     )
     trainer.neftune_alpha = 50.0
-    clean = held_out_loss(model, rows, PaddedCollator(0), lines=2)
+    clean = held_out_loss(model, rows, PaddedCollator(0), batch_size=2)
     assert trainer.evaluate()["held_out_loss"] == pytest.approx(clean, rel=1e-6)
 
 
@@ -121,7 +121,7 @@ def test_every_kind_of_adapter_trains_with_noise(tune: Tune, method: str) -> Non
     assert result.record["status"] == "finished" and len(result.metrics) == 2
 
 
-def test_trl_gets_the_setting_too(tune: Tune, make_recipe: MakeRecipe) -> None:
+def test_trl_gets_neftune_alpha(tune: Tune, make_recipe: MakeRecipe) -> None:
     noisy = tune("noisy", train__engine="trl", **NOISY)
     clean = tune("clean", train__engine="trl", evaluate__samples=0, train__max_steps=4)
     assert noisy.metrics[0]["loss"] != clean.metrics[0]["loss"]
@@ -129,7 +129,7 @@ def test_trl_gets_the_setting_too(tune: Tune, make_recipe: MakeRecipe) -> None:
         make_recipe(train__engine="trl", train__neftune_alpha=5.0, adapter__method="prompt")
 
 
-def test_the_engine_s_own_word_for_it_is_refused(tune: Tune) -> None:
+def test_neftune_noise_alpha_is_refused(tune: Tune) -> None:
     for name in ("neftune_noise_alpha", "label_smoothing_factor"):
         with pytest.raises(UserError, match=f"train.engine_args.{name}: set by the recipe"):
             tune("run", train__engine_args={name: 5.0})

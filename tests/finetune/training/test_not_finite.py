@@ -14,11 +14,11 @@ def record(folder: Path) -> dict:
 
 
 def test_pain_25_a_loss_that_is_no_number_names_step_and_rows(tune: Tune, tmp_path: Path) -> None:
-    told = r"^loss is (nan|inf) at step 2, on \S*sums\.jsonl:\d+(, \S*sums\.jsonl:\d+){3}$"
-    with pytest.raises(NotFiniteError, match=told):
+    error = r"^loss is (nan|inf) at step 2, on \S*sums\.jsonl:\d+(, \S*sums\.jsonl:\d+){3}$"
+    with pytest.raises(NotFiniteError, match=error):
         tune("run", train__learning_rate=1e30, train__warmup=0, evaluate__samples=0)
-    found = record(tmp_path / "run")
-    assert found["status"] == "failed" and "at step 2" in found["reason"]
+    run_json = record(tmp_path / "run")
+    assert run_json["status"] == "failed" and "at step 2" in run_json["reason"]
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -44,14 +44,14 @@ def test_pain_25_the_last_step_may_not_spoil_the_run_unseen(tune: Tune, tmp_path
     assert record(tmp_path / "run")["status"] == "failed"
 
 
-def test_a_failed_run_can_be_started_anew_with_force(tune: Tune) -> None:
+def test_a_failed_run_restarts_with_force(tune: Tune) -> None:
     with pytest.raises(NotFiniteError):
         tune("run", train__learning_rate=1e30, evaluate__samples=0)
-    again = tune("run", evaluate__samples=0, force=True)
-    assert again.record["status"] == "finished" and "reason" not in again.record
-    assert [line["step"] for line in again.metrics] == [1, 2, 3]
+    restarted = tune("run", evaluate__samples=0, force=True)
+    assert restarted.record["status"] == "finished" and "reason" not in restarted.record
+    assert [entry["step"] for entry in restarted.metrics] == [1, 2, 3]
 
 
-def test_a_run_that_measures_nothing_still_ends(tune: Tune) -> None:
+def test_a_run_without_evaluation_finishes(tune: Tune) -> None:
     result = tune("run", train__log_every=10, evaluate__samples=0, data__held_out=0)
     assert result.record["status"] == "finished" and result.metrics == []

@@ -9,12 +9,12 @@ import warm
 from fixture_types import MakeRecipe
 from rich.console import Console
 from safetensors.torch import load_file
-from test_processes import close, share
+from test_processes import assert_close_runs, run_on_processes
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from finetune.recipe.errors import UserError
-from finetune.training.launch import run_stage
-from finetune.training.preflight.parts import Part, parts_tick
+from finetune.training.launch import launch_stage
+from finetune.training.preflight.parts import RankShare, check_sharding
 
 QUIET = Console(quiet=True)
 
@@ -24,62 +24,76 @@ def _warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess_handler, "Popen", warm.Popen)
 
 
-def test_parts_are_told_apart_from_wholes() -> None:
-    parted = [Part(50, 10, (0, 1)), Part(52, 11, (2, 3))]
-    tick = parts_tick(parted, weights=102, trained=21, strategy="zero3")
-    assert tick.problem is None and "at most 52 of 102 weights" in tick.detail
-    whole = [Part(102, 10), Part(102, 11)]
-    assert parts_tick(whole, weights=102, trained=21, strategy="zero2").problem is None
-    told = parts_tick(whole, weights=102, trained=21, strategy="zero3").problem
-    assert told is not None and "holds 102 of 102 weights" in told.found
-    states = parts_tick([Part(51, 21), Part(51, 21)], weights=102, trained=21, strategy="zero1").problem
-    assert states is not None and "21 of 21 optimizer state elements" in states.found
+def test_sharding_check_detects_replicated_weights() -> None:
+    sharded = [RankShare(50, 10, (0, 1)), RankShare(52, 11, (2, 3))]
+    result = check_sharding(sharded, weights=102, trained=21, strategy="zero3")
+    assert result.problem is None and "at most 52 of 102 weights" in result.detail
+    replicated = [RankShare(102, 10), RankShare(102, 11)]
+    assert check_sharding(replicated, weights=102, trained=21, strategy="zero2").problem is None
+    problem = check_sharding(replicated, weights=102, trained=21, strategy="zero3").problem
+    assert problem is not None and "holds 102 of 102 weights" in problem.actual
+    states = check_sharding(
+        [RankShare(51, 21), RankShare(51, 21)], weights=102, trained=21, strategy="zero1"
+    ).problem
+    assert states is not None and "21 of 21 optimizer state elements" in states.actual
 
 
-def test_the_same_rows_in_two_processes_are_refused() -> None:
-    same = [Part(50, 10, (0, 1)), Part(50, 10, (1, 2))]
-    told = parts_tick(same, weights=100, trained=20, strategy="zero2").problem
-    assert told is not None and "same rows" in told.found
+def test_sharding_check_detects_repeated_rows() -> None:
+    shares = [RankShare(50, 10, (0, 1)), RankShare(50, 10, (1, 2))]
+    problem = check_sharding(shares, weights=100, trained=20, strategy="zero2").problem
+    assert problem is not None and "same rows" in problem.actual
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["prefix", "prompt", "ptuning_v2", "full"])
-def test_adapters_under_zero3_learn_what_one_process_does(make_recipe: MakeRecipe, method: str) -> None:
-    given: dict[str, Any] = {"adapter__method": method}
-    one, two = share(make_recipe, "one", 1, **given), share(make_recipe, "two", 2, "zero3", **given)
-    expected = pytest.approx([line["loss"] for line in one.metrics], rel=1e-4)
-    assert [line["loss"] for line in two.metrics] == expected
-    assert "sharding" in {tick["name"] for tick in two.record["preflight"]}
-    assert "saved" in {tick["name"] for tick in two.record["preflight"]}
+def test_adapters_under_zero3_match_one_process(make_recipe: MakeRecipe, method: str) -> None:
+    settings: dict[str, Any] = {"adapter__method": method}
+    one, two = (
+        run_on_processes(make_recipe, "one", 1, **settings),
+        run_on_processes(make_recipe, "two", 2, "zero3", **settings),
+    )
+    expected = pytest.approx([entry["loss"] for entry in one.metrics], rel=1e-4)
+    assert [entry["loss"] for entry in two.metrics] == expected
+    assert "sharding" in {check["name"] for check in two.record["preflight"]}
+    assert "saved" in {check["name"] for check in two.record["preflight"]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
-def test_one_process_goes_on_from_parts(make_recipe: MakeRecipe, strategy: str, tmp_path: Path) -> None:
-    whole = share(make_recipe, "whole", 1)
-    share(make_recipe, "run", 2, strategy)
-    _cut(tmp_path / "run", 2)
-    again = run_stage(make_recipe("run", train__processes=1, train__strategy="auto"), QUIET, command="a test")
-    assert [line["loss"] for line in again.metrics] == pytest.approx(
-        [line["loss"] for line in whole.metrics], rel=1e-4
+def test_one_process_resumes_a_sharded_checkpoint(
+    make_recipe: MakeRecipe, strategy: str, tmp_path: Path
+) -> None:
+    uninterrupted = run_on_processes(make_recipe, "whole", 1)
+    run_on_processes(make_recipe, "run", 2, strategy)
+    _interrupt_after(tmp_path / "run", 2)
+    resumed = launch_stage(
+        make_recipe("run", train__processes=1, train__strategy="auto"), QUIET, command="a test"
     )
-    mine, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (again, whole))
-    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 2e-3
+    assert [entry["loss"] for entry in resumed.metrics] == pytest.approx(
+        [entry["loss"] for entry in uninterrupted.metrics], rel=1e-4
+    )
+    resumed_weights, expected_weights = (
+        load_file(run.adapter / "adapter_model.safetensors") for run in (resumed, uninterrupted)
+    )
+    assert (
+        max(float((resumed_weights[name] - expected_weights[name]).abs().max()) for name in resumed_weights)
+        < 2e-3
+    )
 
 
 @pytest.mark.slow
-def test_zero_goes_on_from_its_own_parts_alone(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    whole = share(make_recipe, "whole", 1)
-    share(make_recipe, "run", 2, "zero3")
-    _cut(tmp_path / "run", 2)
-    again = share(make_recipe, "run", 2, "zero3")
-    close(whole, again)
-    _cut(tmp_path / "run", 2)
+def test_zero_resumes_only_its_own_shards(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    uninterrupted = run_on_processes(make_recipe, "whole", 1)
+    run_on_processes(make_recipe, "run", 2, "zero3")
+    _interrupt_after(tmp_path / "run", 2)
+    resumed = run_on_processes(make_recipe, "run", 2, "zero3")
+    assert_close_runs(uninterrupted, resumed)
+    _interrupt_after(tmp_path / "run", 2)
     with pytest.raises(UserError, match="2 processes under zero3"):
-        share(make_recipe, "run", 2, "zero2")
+        run_on_processes(make_recipe, "run", 2, "zero2")
 
 
-def _cut(run: Path, step: int) -> None:
+def _interrupt_after(run: Path, step: int) -> None:
     """Turn a finished run into one that was interrupted after a step."""
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     (run / "run.json").write_text(json.dumps(record | {"status": "interrupted"}), encoding="utf-8")

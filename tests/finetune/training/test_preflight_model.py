@@ -10,15 +10,15 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from small_models import MODELS, make, token_rows
 from torch import nn
 
-from finetune.data.collate import IGNORED, PackedCollator, PaddedCollator
+from finetune.data.collate import IGNORE_INDEX, PackedCollator, PaddedCollator
 from finetune.training.completion import completion_loss_sum
 from finetune.training.head import output_head
 from finetune.training.preflight import base, gradients, probes
-from finetune.training.preflight.ticks import Tick
-from finetune.training.preflight.untouched import untouched
+from finetune.training.preflight.ticks import CheckResult
+from finetune.training.preflight.untouched import preserve_state
 
 ROWS = token_rows([9, 3, 14, 2, 6, 40])
-PACKED = {"lines": PackedCollator(0), "one line": PackedCollator(0, single_line=True)}
+PACKED = {"lines": PackedCollator(0), "one line": PackedCollator(0, single_row=True)}
 PADDED = PaddedCollator(0)
 EXACT = 1e-3
 
@@ -40,22 +40,29 @@ def adapted(name: str, method: str) -> nn.Module:
     return lora(model) if method == "lora" else get_peft_model(model, configs[method])
 
 
-def parts(model: nn.Module, collate=PADDED, loss_sum: Callable | None = None) -> list[Tick]:
+def run_batch_invariance(
+    model: nn.Module, collate=PADDED, loss_sum: Callable | None = None
+) -> list[CheckResult]:
     head = output_head(model)
-    own = loss_sum or (lambda batch: completion_loss_sum(model, head, batch))
-    return probes.batch_is_its_parts(model, own, probes.short_rows(ROWS), collate, tolerance=EXACT)
+    summed_loss = loss_sum or (lambda batch: completion_loss_sum(model, head, batch))
+    return probes.check_batch_invariance(
+        model, summed_loss, probes.select_probe_rows(ROWS), collate, tolerance=EXACT
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix", "prompt", "full"])
 @pytest.mark.parametrize("name", MODELS)
 def test_pain_12_a_batch_is_the_sum_of_its_rows(name: str, method: str) -> None:
-    gradient, accumulation = parts(adapted(name, method))
+    gradient, accumulation = run_batch_invariance(adapted(name, method))
     assert gradient.problem is None and accumulation.problem is None, (gradient, accumulation)
     assert not gradient.warned
 
 
 def test_pain_12_packed_rows_add_up_too() -> None:
-    assert [tick.problem for tick in parts(lora(make("llama")), PackedCollator(0))] == [None, None]
+    assert [result.problem for result in run_batch_invariance(lora(make("llama")), PackedCollator(0))] == [
+        None,
+        None,
+    ]
 
 
 def test_pain_12_a_mean_of_means_is_found() -> None:
@@ -63,10 +70,10 @@ def test_pain_12_a_mean_of_means_is_found() -> None:
     head = output_head(model)
 
     def mean(batch):
-        labels = (batch["labels"][:, 1:] != IGNORED).sum()
+        labels = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         return completion_loss_sum(model, head, batch) / labels * 4
 
-    _, accumulation = parts(model, loss_sum=mean)
+    _, accumulation = run_batch_invariance(model, loss_sum=mean)
     assert accumulation.problem is not None and accumulation.problem.where == "train.micro_batch_size"
 
 
@@ -75,12 +82,12 @@ def test_pain_12_a_model_that_mixes_the_rows_of_a_batch_is_found() -> None:
     model.base_model.model.model.layers[0].mlp.register_forward_hook(
         lambda module, args, output: output - output.mean(0, keepdim=True)
     )
-    _, accumulation = parts(model)
+    _, accumulation = run_batch_invariance(model)
     assert accumulation.problem is not None
 
 
 def test_pain_24_lora_starts_with_half_of_its_gradients_at_zero() -> None:
-    [gradient, _] = parts(lora(make("llama")))
+    [gradient, _] = run_batch_invariance(lora(make("llama")))
     assert gradient.detail == (
         "reaches all 28 trained tensors (50% of them have a zero gradient at initialization, as expected)"
         "; none in the base"
@@ -121,7 +128,7 @@ def infinite(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (frozen_layer, "14 tensors are frozen, unlike the same parameter in other layers"),
         (
@@ -143,17 +150,17 @@ def infinite(model: nn.Module) -> None:
         (infinite, "1 gradients are NaN or infinite"),
     ],
 )
-def test_pain_24_an_adapter_that_does_not_learn_everywhere_is_found(spoil: Callable, told: str) -> None:
+def test_pain_24_an_adapter_that_does_not_learn_everywhere_is_found(spoil: Callable, message: str) -> None:
     model = lora(make("llama"))
     spoil(model)
-    [gradient] = parts(model)
-    assert gradient.problem is not None and told in gradient.detail
+    [gradient] = run_batch_invariance(model)
+    assert gradient.problem is not None and message in gradient.detail
 
 
 def test_pain_24_a_frozen_weight_that_gets_a_gradient_is_found() -> None:
     model = lora(make("llama"))
     layer(model).input_layernorm.weight.grad = torch.ones(32)
-    assert "1 frozen tensors got a gradient" in gradients.reached(model).detail
+    assert "1 frozen tensors got a gradient" in gradients.check_gradient_flow(model).detail
 
 
 @pytest.mark.parametrize("name", ["frozen", "unused"])
@@ -166,11 +173,11 @@ def test_pain_24_an_adapter_that_learns_nothing_at_all_is_found(name: str) -> No
         model.requires_grad_(False)
         layer(model).mlp.up_proj.lora_A.requires_grad_(True)
         layer(model, 0).mlp.up_proj.lora_A.requires_grad_(True)
-    [gradient] = parts(model)
+    [gradient] = run_batch_invariance(model)
     assert gradient.problem is not None
 
 
-def test_experts_that_a_batch_does_not_visit_are_no_mistake() -> None:
+def test_unused_experts_pass() -> None:
     """Of the tensors that differ only in an index one must get a gradient; in other layers the others may."""
 
     class Layer(nn.Module):
@@ -186,30 +193,32 @@ def test_experts_that_a_batch_does_not_visit_are_no_mistake() -> None:
     model.layers = nn.ModuleList([Layer(0), Layer(2)])
     model.layers[1](model.layers[0](torch.ones(1, 2))).sum().backward()
     model[0].requires_grad_(False)
-    assert gradients.reached(model).problem is None
+    assert gradients.check_gradient_flow(model).problem is None
     model.zero_grad()
     model.layers[1](torch.ones(1, 2)).sum().backward()
-    assert "2 tensors are without a gradient: layers.0.experts.0" in gradients.reached(model).detail
+    assert (
+        "2 tensors are without a gradient: layers.0.experts.0" in gradients.check_gradient_flow(model).detail
+    )
 
 
-def test_layers_of_another_modality_are_told_and_no_mistake() -> None:
+def test_unused_modality_layers_are_reported() -> None:
     model = nn.Module()
     model.vision = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     model.text = nn.ModuleList([nn.Linear(2, 2)])
     model.text[0](torch.ones(1, 2)).sum().backward()
-    tick = gradients.reached(model)
+    result = gradients.check_gradient_flow(model)
     assert (
-        tick.problem is None
-        and tick.warned
-        and "text does not use vision: remove them from adapter.target" in tick.detail
+        result.problem is None
+        and result.warned
+        and "text does not use vision: remove them from adapter.target" in result.detail
     )
 
 
 @pytest.mark.parametrize("layout", PACKED)
 @pytest.mark.parametrize("name", MODELS)
 def test_pain_13_packed_rows_are_as_if_alone(name: str, layout: str) -> None:
-    tick = probes.packed_is_alone(lora(make(name)), ROWS, PACKED[layout], tolerance=EXACT)
-    assert tick.problem is None, tick
+    result = probes.check_packing_isolation(lora(make(name)), ROWS, PACKED[layout], tolerance=EXACT)
+    assert result.problem is None, result
 
 
 class Forgetful(nn.Module):
@@ -229,17 +238,19 @@ class Forgetful(nn.Module):
 def test_pain_13_a_model_that_ignores_the_borders_is_found(layout: str, lengths: list[int], dtype) -> None:
     model = Forgetful(make("llama").to(dtype))
     tolerance = {torch.float32: EXACT, torch.bfloat16: 5e-2}[dtype]
-    tick = probes.packed_is_alone(model, token_rows(lengths), PACKED[layout], tolerance=tolerance)
-    assert tick.problem is not None and tick.problem.where == "data.packing"
-    good = probes.packed_is_alone(model.model, token_rows(lengths), PACKED[layout], tolerance=tolerance)
-    assert good.problem is None, good
+    result = probes.check_packing_isolation(model, token_rows(lengths), PACKED[layout], tolerance=tolerance)
+    assert result.problem is not None and result.problem.where == "data.packing"
+    correct = probes.check_packing_isolation(
+        model.model, token_rows(lengths), PACKED[layout], tolerance=tolerance
+    )
+    assert correct.problem is None, correct
 
 
 def randomness() -> list:
     return [random.random(), np.random.rand(), torch.rand(1).item()]
 
 
-def test_a_probe_leaves_no_trace() -> None:
+def test_probes_preserve_state() -> None:
     model = lora(make("llama"), dropout=0.5)
     model.train()
     layer(model).mlp.eval()
@@ -250,41 +261,41 @@ def test_a_probe_leaves_no_trace() -> None:
     expected = randomness()
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(3)
-    with untouched(model):
+    with preserve_state(model):
         assert not any(module.training for module in model.modules())
         randomness()
-    parts(model)
-    probes.packed_is_alone(model, ROWS, PACKED["lines"], tolerance=EXACT)
+    run_batch_invariance(model)
+    probes.check_packing_isolation(model, ROWS, PACKED["lines"], tolerance=EXACT)
     assert randomness() == expected
     assert [module.training for module in model.modules()] == modes
     assert all(weight.grad is None for weight in model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_a_probe_that_fails_leaves_no_trace_either() -> None:
+def test_failing_probes_preserve_state() -> None:
     model = lora(make("llama")).train()
-    with pytest.raises(IndexError), untouched(model):
+    with pytest.raises(IndexError), preserve_state(model):
         raise IndexError
     assert model.training
 
 
-def test_the_rows_of_the_probe_are_short_and_differ_in_labels() -> None:
+def test_probe_rows_are_short_and_differ_in_labels() -> None:
     rows = token_rows([100, 5, 200])
-    first, last = probes.short_rows(rows)
+    first, last = probes.select_probe_rows(rows)
     assert len(first["input_ids"]) == 5 and len(last["input_ids"]) == 64
-    assert last["labels"][-1] != IGNORED and torch.equal(
+    assert last["labels"][-1] != IGNORE_INDEX and torch.equal(
         last["input_ids"], rows[last["row"]]["input_ids"][-64:]
     )
 
 
-def test_the_base_is_compared_bit_by_bit() -> None:
+def test_base_check_is_bitwise() -> None:
     model = lora(make("llama"))
-    before = base.fingerprints(model)
+    before = base.frozen_checksums(model)
     assert len(before) > 10 and not any("lora" in name for name in before)
-    assert "unchanged" in base.unchanged(before, base.fingerprints(model)).detail
+    assert "unchanged" in base.check_base_unchanged(before, base.frozen_checksums(model)).detail
     weight = layer(model).input_layernorm.weight
     with torch.no_grad():
         weight[0] = torch.nextafter(weight[0], torch.tensor(2.0))
-    tick = base.unchanged(before, base.fingerprints(model))
-    assert tick.problem is not None and "layers.1.input_layernorm.weight" in tick.detail
-    assert base.unchanged({}, {}).problem is None
+    result = base.check_base_unchanged(before, base.frozen_checksums(model))
+    assert result.problem is not None and "layers.1.input_layernorm.weight" in result.detail
+    assert base.check_base_unchanged({}, {}).problem is None

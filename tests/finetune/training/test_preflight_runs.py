@@ -21,13 +21,13 @@ from data_templates._segments import BOS, Message, Segment, Template, markup
 from finetune.adapters import lora
 from finetune.data import collate
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import load
+from finetune.recipe.recipe import read_recipe
 from finetune.stages import sft
 from finetune.training import job, save
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
-from finetune.training.supervised import Supervised
-from finetune.training.tuned import load_tuned
+from finetune.training.supervised import SFT
+from finetune.training.tuned import load_finished_run
 
 ENGINES = ("native", "trl")
 BEFORE = [
@@ -49,7 +49,7 @@ def earlier(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Resu
     """Return a short finished run."""
     shortcuts = {"train.max_steps": 1, "evaluate.samples": 0}
     out = tmp_path_factory.mktemp("earlier") / "run"
-    recipe = load("sft", str(recipe_file), shortcuts=shortcuts, out=out)
+    recipe = read_recipe("sft", str(recipe_file), shortcuts=shortcuts, out=out)
     return sft.run(recipe, Console(quiet=True))
 
 
@@ -64,14 +64,16 @@ def stopped(tune: Tune, earlier: Result, tmp_path: Path) -> Callable[..., UserEr
             tune("run", force=True, **QUICK, **settings)
         record = json.loads((tmp_path / "run" / "run.json").read_text())
         assert record["status"] == "finished" and record["files"] == before
-        assert save.sha256(tmp_path / "run" / "adapter" / save.ADAPTER_WEIGHTS) in before.values()
+        assert save.file_sha256(tmp_path / "run" / "adapter" / save.ADAPTER_WEIGHTS) in before.values()
         assert all(problem.repair for problem in error.value.problems)
         return error.value
 
     return run
 
 
-def rewritten(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[Segment]], list[Segment]]) -> None:
+def change_template(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[list[Segment]], list[Segment]]
+) -> None:
     """Change the segments that the template alpaca renders."""
 
     def render(messages: Sequence[Message]) -> list[Segment]:
@@ -82,14 +84,14 @@ def rewritten(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[Segment]],
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_pain_01_a_template_without_an_end_stops_the_run(stopped, monkeypatch, engine: str) -> None:
-    rewritten(monkeypatch, lambda segments: [piece for piece in segments if piece.kind != "eos"])
+    change_template(monkeypatch, lambda segments: [piece for piece in segments if piece.kind != "eos"])
     error = stopped(train__engine=engine)
     assert "100% of the rows do not end with a trained </s>" in str(error)
     assert "sums.jsonl:" in str(error) and "data.template" in str(error)
 
 
 def test_pain_01_a_masked_end_stops_the_run(stopped, monkeypatch) -> None:
-    rewritten(
+    change_template(
         monkeypatch,
         lambda segments: [
             replace(piece, trained=False) if piece.kind == "eos" else piece for piece in segments
@@ -105,13 +107,13 @@ def test_pain_17_rows_truncated_to_nothing_stop_the_run(stopped, too_long: str) 
 
 
 def test_pain_02_masks_without_a_reply_stop_the_run(stopped, monkeypatch) -> None:
-    rewritten(monkeypatch, lambda segments: [replace(piece, trained=False) for piece in segments])
+    change_template(monkeypatch, lambda segments: [replace(piece, trained=False) for piece in segments])
     error = stopped(data__held_out=0)
     assert "no row to train on" in str(error) and "sums.jsonl:" in str(error)
 
 
 def test_pain_16_a_doubled_bos_stops_the_run(stopped, monkeypatch) -> None:
-    rewritten(monkeypatch, lambda segments: [markup("<s>"), markup("<s>"), *segments])
+    change_template(monkeypatch, lambda segments: [markup("<s>"), markup("<s>"), *segments])
     assert "42 rows begin with <s> twice" in str(stopped())
 
 
@@ -123,7 +125,7 @@ def test_pain_16_a_missing_bos_stops_the_run(stopped, monkeypatch, base_folder: 
         single="<s> $A", special_tokens=[bos]
     )
     tokenizer.save_pretrained(folder)
-    rewritten(monkeypatch, lambda segments: [piece for piece in segments if piece is not BOS])
+    change_template(monkeypatch, lambda segments: [piece for piece in segments if piece is not BOS])
     assert "42 rows begin without <s>" in str(stopped(model__base=str(folder)))
 
 
@@ -148,12 +150,12 @@ def test_pain_11_the_tokenizer_is_saved_with_the_adapter(tune: Tune, base_folder
     result = tune("run", evaluate__samples=0, train__max_steps=1, data__template="chatml")
     saved, base = (AutoTokenizer.from_pretrained(folder) for folder in (result.adapter, base_folder))
     assert saved.get_vocab() == base.get_vocab(), "no marker was added to the vocabulary"
-    assert load_tuned(result.directory).encoder.stop_ids == [base.eos_token_id]
+    assert load_finished_run(result.directory).encoder.stop_ids == [base.eos_token_id]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_pain_13_contaminated_packing_stops_the_run(stopped, monkeypatch, attention: str) -> None:
-    monkeypatch.setattr(collate, "_positions", lambda line, width: torch.arange(width))
+    monkeypatch.setattr(collate, "_positions", lambda row, width: torch.arange(width))
     error = stopped(data__packing=True, model__attention=attention)
     [problem] = [problem for problem in error.problems if problem.where == "data.packing"]
     assert "a row must not attend to its neighbors" in problem.expected
@@ -193,19 +195,19 @@ def test_pain_12_a_model_that_mixes_the_rows_of_a_batch_stops_the_run(stopped, m
 
     spoiled(monkeypatch, mix)
     [problem] = stopped().problems
-    assert problem.where == "train.micro_batch_size" and "one batch and one by one" in problem.found
+    assert problem.where == "train.micro_batch_size" and "one batch and one by one" in problem.actual
 
 
-def late(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[nn.Module], None]) -> None:
+def break_before_training(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[nn.Module], None]) -> None:
     """Break the model after the checks, before step 0."""
-    measure = Supervised.measure
+    evaluate = SFT.evaluate
 
-    def and_spoil(self: Supervised, trainer, when: str) -> None:
-        measure(self, trainer, when)
+    def evaluate_and_break(self: SFT, trainer, when: str) -> None:
+        evaluate(self, trainer, when)
         if when == "before":
             spoil(self.policy.model.base_model.model.model.layers[1])
 
-    monkeypatch.setattr(Supervised, "measure", and_spoil)
+    monkeypatch.setattr(SFT, "evaluate", evaluate_and_break)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -215,7 +217,7 @@ def test_pain_24_a_layer_that_is_lost_later_is_found_at_step_1(
     def lose(layer: nn.Module) -> None:
         layer.self_attn.q_proj.forward = layer.self_attn.q_proj.base_layer.forward
 
-    late(monkeypatch, lose)
+    break_before_training(monkeypatch, lose)
     with pytest.raises(UserError, match="2 tensors are without a gradient"):
         tune("run", train__engine=engine, **QUICK)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -231,12 +233,12 @@ def test_pain_24_a_tensor_that_stays_at_zero_is_told(tune: Tune, monkeypatch) ->
 
     build = lora.build
     monkeypatch.setattr(lora, "build", lambda *args: [model := build(*args), block(model)][0])
-    ticks = tune("run", train__max_steps=6, **QUICK).record["preflight"]
-    [tick] = [tick for tick in ticks if tick["name"] == "first steps"]
-    assert tick["warned"] and "2 trained tensors had zero gradients for 5 steps" in tick["detail"]
+    results = tune("run", train__max_steps=6, **QUICK).record["preflight"]
+    [result] = [result for result in results if result["name"] == "first steps"]
+    assert result["warned"] and "2 trained tensors had zero gradients for 5 steps" in result["detail"]
 
 
-def test_a_base_that_changes_while_training_stops_the_run(tune: Tune, monkeypatch, tmp_path: Path) -> None:
+def test_a_base_changed_by_training_stops_the_run(tune: Tune, monkeypatch, tmp_path: Path) -> None:
     step = Recorder.on_step_end
 
     def disturb(self, args, state, control, **kwargs) -> None:
@@ -252,14 +254,14 @@ def test_a_base_that_changes_while_training_stops_the_run(tune: Tune, monkeypatc
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_pain_10_an_empty_save_stops_the_run(tune: Tune, monkeypatch, tmp_path: Path, engine: str) -> None:
-    whole = PeftModel.save_pretrained
+    save_pretrained = PeftModel.save_pretrained
 
-    def empty(model: PeftModel, folder: str, **arguments: object) -> None:
-        whole(model, folder, **arguments)
+    def save_zeros(model: PeftModel, folder: str, **arguments: object) -> None:
+        save_pretrained(model, folder, **arguments)
         if "checkpoint" not in folder:
             save_file({}, Path(folder) / save.ADAPTER_WEIGHTS)
 
-    monkeypatch.setattr(PeftModel, "save_pretrained", empty)
+    monkeypatch.setattr(PeftModel, "save_pretrained", save_zeros)
     with pytest.raises(UserError, match="holds 0 tensors of the adapter's 28") as error:
         tune("run", train__engine=engine, **QUICK)
     assert "resume from the last checkpoint" in str(error.value)
@@ -281,13 +283,17 @@ def test_pain_10_an_empty_save_stops_the_run(tune: Tune, monkeypatch, tmp_path: 
         pytest.param("trl", "full", marks=pytest.mark.slow),
     ],
 )
-def test_the_checks_change_no_bit(tune: Tune, monkeypatch, engine: str, method: str) -> None:
+def test_preflight_does_not_change_the_run(tune: Tune, monkeypatch, engine: str, method: str) -> None:
     settings = {"train__engine": engine, "adapter__method": method, "evaluate__samples": 0}
     if method == "lora":
         settings["adapter__dropout"] = 0.3
     checked = tune("checked", **settings)
-    monkeypatch.setattr(Supervised, "preflight", lambda self: None)
-    monkeypatch.setattr(job, "FirstSteps", lambda tell, may_idle, taken: TrainerCallback())
+    monkeypatch.setattr(SFT, "preflight", lambda self: None)
+    monkeypatch.setattr(
+        job,
+        "FirstStepsCheck",
+        lambda report, allows_zero_gradients, engine_takes_gradients: TrainerCallback(),
+    )
     unchecked = tune("unchecked", **settings)
     assert checked.record["files"].values() and checked.record["files"] == unchecked.record["files"]
     assert checked.metrics == unchecked.metrics
@@ -295,29 +301,29 @@ def test_the_checks_change_no_bit(tune: Tune, monkeypatch, engine: str, method: 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_record_and_the_page_hold_every_check(tune: Tune, engine: str) -> None:
+def test_run_json_and_report_hold_every_check(tune: Tune, engine: str) -> None:
     result = tune("run", train__engine=engine, evaluate__samples=0)
-    ticks = result.record["preflight"]
-    assert [tick["name"] for tick in ticks] == BEFORE + AFTER
-    assert all(tick["passed"] and tick["detail"] for tick in ticks)
-    assert [tick["name"] for tick in ticks if tick["warned"]] == ["loss mask"], (
+    checks = result.record["preflight"]
+    assert [check["name"] for check in checks] == BEFORE + AFTER
+    assert all(check["passed"] and check["detail"] for check in checks)
+    assert [check["name"] for check in checks if check["warned"]] == ["loss mask"], (
         "few tokens of a sum are learnt"
     )
     assert result.record["seconds"]["preflight"] < 10
     html = (result.directory / "report.html").read_text(encoding="utf-8")
-    assert "<h2>Checks</h2>" in html and html.count("ok  ") == len(ticks) - 1
+    assert "<h2>Checks</h2>" in html and html.count("ok  ") == len(checks) - 1
     assert "!!  loss mask" in html
     assert "100% of the untruncated rows end with a trained &lt;/s&gt;" in html
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "settings",
     [{"data__packing": True}, {"train__engine": "trl", "train__engine_args": {"padding_free": True}}],
     ids=["ours", "TRL's"],
 )
-def test_pain_13_packing_is_checked_where_it_is_asked_for(tune: Tune, asked: dict) -> None:
-    ticks = tune("run", evaluate__samples=0, **asked).record["preflight"]
-    assert [tick["name"] for tick in ticks] == [*BEFORE, "packing", *AFTER]
+def test_pain_13_packing_is_checked_where_it_is_asked_for(tune: Tune, settings: dict) -> None:
+    checks = tune("run", evaluate__samples=0, **settings).record["preflight"]
+    assert [check["name"] for check in checks] == [*BEFORE, "packing", *AFTER]
 
 
 @pytest.mark.parametrize(
@@ -326,12 +332,12 @@ def test_pain_13_packing_is_checked_where_it_is_asked_for(tune: Tune, asked: dic
 )
 def test_every_adapter_passes(tune: Tune, method: str, precision: str) -> None:
     result = tune("run", adapter__method=method, model__precision=precision, evaluate__samples=0)
-    ticks = result.record["preflight"]
-    assert len(ticks) == len(BEFORE + AFTER) and all(tick["passed"] for tick in ticks)
+    checks = result.record["preflight"]
+    assert len(checks) == len(BEFORE + AFTER) and all(check["passed"] for check in checks)
 
 
 def test_pain_05_a_resumed_run_is_checked_again_and_ends_alike(tune: Tune, monkeypatch) -> None:
-    whole = tune("whole", evaluate__samples=0)
+    uninterrupted = tune("whole", evaluate__samples=0)
     log = Recorder.on_log
 
     def kill(self: Recorder, args, state, control, logs=None, **kwargs) -> None:
@@ -343,7 +349,7 @@ def test_pain_05_a_resumed_run_is_checked_again_and_ends_alike(tune: Tune, monke
     with pytest.raises(MemoryError):
         tune("run", evaluate__samples=0)
     monkeypatch.undo()
-    again = tune("run", evaluate__samples=0)
-    assert [tick["name"] for tick in again.record["preflight"]] == BEFORE + AFTER
-    assert again.record["files"] == whole.record["files"]
-    assert len(load_file(again.adapter / save.ADAPTER_WEIGHTS)) == 28
+    resumed = tune("run", evaluate__samples=0)
+    assert [check["name"] for check in resumed.record["preflight"]] == BEFORE + AFTER
+    assert resumed.record["files"] == uninterrupted.record["files"]
+    assert len(load_file(resumed.adapter / save.ADAPTER_WEIGHTS)) == 28

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from finetune.recipe.errors import UserError
-from finetune.training.launch import run_stage
+from finetune.training.launch import launch_stage
 from finetune.training.result import Result
 
 QUIET = Console(quiet=True)
@@ -26,20 +26,26 @@ def _warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess_handler, "Popen", warm.Popen)
 
 
-def share(make_recipe: MakeRecipe, name: str, count: int, strategy: str = "auto", **settings: Any) -> Result:
-    recipe = make_recipe(name, train__processes=count, train__strategy=strategy, **settings)
-    return run_stage(recipe, QUIET, command="a test")
+def run_on_processes(
+    make_recipe: MakeRecipe, name: str, num_processes: int, strategy: str = "auto", **settings: Any
+) -> Result:
+    recipe = make_recipe(name, train__processes=num_processes, train__strategy=strategy, **settings)
+    return launch_stage(recipe, QUIET, command="a test")
 
 
-def close(one: Result, two: Result, *, error: float = 1e-4) -> None:
+def assert_close_runs(expected_run: Result, other_run: Result, *, error: float = 1e-4) -> None:
     """Compare losses and gradients step by step, held-out losses, and the saved adapters."""
-    assert len(one.metrics) == len(two.metrics)
-    for first, second in zip(one.metrics, two.metrics, strict=True):
+    assert len(expected_run.metrics) == len(other_run.metrics)
+    for first, second in zip(expected_run.metrics, other_run.metrics, strict=True):
         for key in ("loss", "grad_norm", "held_out_loss"):
             assert math.isclose(first.get(key, 0), second.get(key, 0), rel_tol=error), (first, second)
     for key in ("held_out_loss_before", "held_out_loss_after"):
-        assert math.isclose(one.record["metrics"][key], two.record["metrics"][key], rel_tol=error)
-    saved, expected = (load_file(run.adapter / "adapter_model.safetensors") for run in (two, one))
+        assert math.isclose(
+            expected_run.record["metrics"][key], other_run.record["metrics"][key], rel_tol=error
+        )
+    saved, expected = (
+        load_file(run.adapter / "adapter_model.safetensors") for run in (other_run, expected_run)
+    )
     assert saved.keys() == expected.keys()
     assert all(saved[name].any() for name in saved)
     # Adam normalizes gradients: nearly zero ones may step in either direction.
@@ -47,37 +53,37 @@ def close(one: Result, two: Result, *, error: float = 1e-4) -> None:
 
 
 @pytest.fixture
-def alone(make_recipe: MakeRecipe) -> Result:
-    return share(make_recipe, "one", 1, **UNEVEN)
+def single_process_run(make_recipe: MakeRecipe) -> Result:
+    return run_on_processes(make_recipe, "one", 1, **UNEVEN)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
-def test_two_processes_learn_what_one_does(make_recipe: MakeRecipe, alone: Result, strategy: str) -> None:
-    two = share(make_recipe, "two", 2, strategy, **UNEVEN)
-    close(alone, two)
+def test_two_processes_match_one(make_recipe: MakeRecipe, single_process_run: Result, strategy: str) -> None:
+    two = run_on_processes(make_recipe, "two", 2, strategy, **UNEVEN)
+    assert_close_runs(single_process_run, two)
     assert two.record["processes"] == 2 and two.record["status"] == "finished"
-    assert two.samples == alone.samples
-    ticks = {tick["name"] for tick in two.record["preflight"]}
-    assert {"first steps", "base", "saved"} <= ticks
+    assert two.samples == single_process_run.samples
+    checks = {check["name"] for check in two.record["preflight"]}
+    assert {"first steps", "base", "saved"} <= checks
 
 
-def test_a_mistake_in_the_data_comes_back_whole(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_data_error_of_a_worker_is_raised(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "a", "output": 3}\n', encoding="utf-8")
-    with pytest.raises(UserError) as caught:
-        share(make_recipe, "bad", 2, data__source=str(rows))
-    assert "rows.jsonl:1" in str(caught.value) and caught.value.problems[0].expected
+    with pytest.raises(UserError) as error:
+        run_on_processes(make_recipe, "bad", 2, data__source=str(rows))
+    assert "rows.jsonl:1" in str(error.value) and error.value.problems[0].expected
     assert not (tmp_path / "bad" / "run.json").exists()
 
 
-def test_strategies_that_nobody_shares_are_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_sharding_with_one_process_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.strategy: zero2, with one process"):
-        share(make_recipe, "single", 1, "zero2")
+        run_on_processes(make_recipe, "single", 1, "zero2")
     assert not (tmp_path / "single" / "run.json").exists()
 
 
-def test_a_finished_run_answers_without_processes(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    first = share(make_recipe, "run", 1)
+def test_a_finished_run_starts_no_workers(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    first = run_on_processes(make_recipe, "run", 1)
     (tmp_path / "run" / "run.json").write_text(json.dumps(first.record | {"mark": 1}), encoding="utf-8")
-    again = share(make_recipe, "run", 2)
-    assert again.record["mark"] == 1
+    repeated = run_on_processes(make_recipe, "run", 2)
+    assert repeated.record["mark"] == 1

@@ -9,18 +9,18 @@ from fixture_types import Tune
 from peft.tuners.lora import LoraLayer
 
 from finetune.adapters import qlora
-from finetune.planning.hardware import detect
+from finetune.planning.hardware import detect_hardware
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import attach_adapter, count_parameters, load_base
 
 
 def quantized(base_folder: Path, kind: str) -> torch.nn.Module:
     settings = ModelSettings(base=str(base_folder))
-    base = load_base(settings, precision="float32", quantization=kind, hardware=detect())
+    base = load_base(settings, precision="float32", quantization=kind, hardware=detect_hardware())
     return attach_adapter(base, qlora.Settings(rank=4))
 
 
-def test_every_targeted_layer_is_held_in_nf4(base_folder: Path) -> None:
+def test_every_targeted_layer_is_stored_in_nf4(base_folder: Path) -> None:
     model = quantized(base_folder, "nf4")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     assert len(layers) == 2 * 7, "seven linear layers in each of two blocks"
@@ -38,34 +38,34 @@ def test_every_targeted_layer_is_held_in_nf4(base_folder: Path) -> None:
         assert not base.weight.requires_grad
 
 
-def test_a_4_bit_weight_counts_as_the_numbers_it_stands_for(base_folder: Path) -> None:
+def test_4_bit_weights_count_unpacked_elements(base_folder: Path) -> None:
     packed = count_parameters(quantized(base_folder, "nf4"))
     plain = count_parameters(quantized(base_folder, "none"))
     assert packed == plain and 0 < packed.trained < packed.total
 
 
-def test_the_head_and_the_embeddings_stay_whole(base_folder: Path) -> None:
+def test_head_and_embeddings_are_not_quantized(base_folder: Path) -> None:
     model = quantized(base_folder, "nf4")
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     assert model.get_input_embeddings().weight.dtype == torch.float32
 
 
-def test_looking_between_steps_changes_no_bit_of_a_qlora_run(
+def test_evaluating_between_steps_does_not_change_a_qlora_run(
     tune: Tune, rows_file: Path, tmp_path: Path
 ) -> None:
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:5]))
-    blind = tune("blind", adapter__method="qlora", evaluate__samples=0, data__held_out=0)
-    seeing = tune(
+    plain = tune("blind", adapter__method="qlora", evaluate__samples=0, data__held_out=0)
+    evaluating = tune(
         "seeing",
         adapter__method="qlora",
         evaluate__samples=4,
         data__held_out=str(held_out),
         train__evaluate_every=1,
     )
-    assert blind.record["load"]["quantization"] == "nf4"
-    assert blind.record["files"] == seeing.record["files"]
-    assert len(seeing.samples) == 4 and blind.samples == []
+    assert plain.record["load"]["quantization"] == "nf4"
+    assert plain.record["files"] == evaluating.record["files"]
+    assert len(evaluating.samples) == 4 and plain.samples == []
 
 
 def test_int8_is_an_option(tune: Tune, base_folder: Path) -> None:
@@ -80,7 +80,7 @@ def test_int8_is_an_option(tune: Tune, base_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_a_4_bit_run_learns_as_a_whole_one_does(tune: Tune, method: str) -> None:
+def test_a_4_bit_run_trains_like_full_precision(tune: Tune, method: str) -> None:
     result = tune("run", adapter__method=method, evaluate__samples=0, train__max_steps=6)
     metrics = result.record["metrics"]
     assert metrics["held_out_loss_after"] < metrics["held_out_loss_before"] - 0.05

@@ -9,7 +9,7 @@ from fixture_types import Tune
 from finetune.training.report import write_report
 from finetune.training.result import Result
 from finetune.training.run_directory import RunDirectory
-from finetune.training.watched import SUPERVISED
+from finetune.training.watched import SUPERVISED_METRICS
 
 pytestmark = pytest.mark.plots
 
@@ -31,19 +31,19 @@ def test_curves_samples_and_recipe_are_there(result: Result) -> None:
     assert "transformers" in html and "a test" in html
 
 
-def test_nothing_is_fetched(result: Result) -> None:
+def test_report_is_self_contained(result: Result) -> None:
     html = page(result)
     assert re.findall(r"<(?:script|link|img|iframe|object)\b|@import|url\((?!#)", html) == []
     assert [url for url in re.findall(r'(?:src|href)="([^"]*)"', html) if not url.startswith("#")] == []
 
 
-def test_what_a_model_or_a_row_wrote_is_text(result: Result, make_recipe) -> None:
+def test_model_and_data_text_is_escaped(result: Result, make_recipe) -> None:
     evil = "<script>alert(1)</script><img src=x onerror=y>"
-    line = {"prompt": evil, "expected": evil, "before": evil, "after": evil, "stopped": True}
-    (result.directory / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    entry = {"prompt": evil, "expected": evil, "before": evil, "after": evil, "stopped": True}
+    (result.directory / "samples.jsonl").write_text(json.dumps(entry) + "\n")
     run = RunDirectory(result.directory, make_recipe(), result.record["digest"])
     run.record["command"] = evil
-    write_report(run, SUPERVISED.logged)
+    write_report(run, SUPERVISED_METRICS.logged_keys)
     html = page(result)
     assert "<script>" not in html and "<img" not in html
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 5

@@ -10,11 +10,11 @@ from fixture_types import MakeRecipe, Tune
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from finetune.planning.hardware import detect
+from finetune.planning.hardware import detect_hardware
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings, RopeSettings
 from finetune.training.model import context_length, load_base
-from finetune.training.tuned import load_tuned
+from finetune.training.tuned import load_finished_run
 
 CONTEXT, WIDTH, BASE = 256, 16, 10000.0  # of conftest's base: 4 heads over 64
 METHODS = ("linear", "dynamic", "yarn")
@@ -23,7 +23,7 @@ METHODS = ("linear", "dynamic", "yarn")
 def load(folder: Path, method: str | None, factor: float = 4.0) -> PreTrainedModel:
     rope = RopeSettings(method=method, factor=factor) if method else None
     settings = ModelSettings(base=str(folder), rope=rope, attention="eager")
-    return load_base(settings, precision="float32", quantization="none", hardware=detect()).eval()
+    return load_base(settings, precision="float32", quantization="none", hardware=detect_hardware()).eval()
 
 
 @torch.no_grad()
@@ -39,10 +39,10 @@ def plain(base: float = BASE) -> list[float]:
 def yarn(factor: float) -> list[float]:
     """From the paper: r(i) = L theta_i / 2 pi turns; the ramp is over pair indices as in transformers."""
 
-    def pair_that_turns(turns: float) -> float:
+    def pair_with_rotations(turns: float) -> float:
         return WIDTH * math.log(CONTEXT / (turns * 2 * math.pi)) / (2 * math.log(BASE))
 
-    low, high = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), WIDTH - 1)
+    low, high = max(math.floor(pair_with_rotations(32)), 0), min(math.ceil(pair_with_rotations(1)), WIDTH - 1)
     slow = [min(max((pair - low) / (high - low), 0.0), 1.0) for pair in range(WIDTH // 2)]
     return [theta * (1 - share) + theta / factor * share for theta, share in zip(plain(), slow, strict=True)]
 
@@ -56,18 +56,18 @@ def test_linear_frequencies_are_divided(base_folder: Path) -> None:
 
 
 def test_linear_is_interpolation_of_positions(base_folder: Path) -> None:
-    ids, spread = torch.arange(9)[None] + 5, torch.arange(0, 36, 4)[None]
+    ids, fractional_positions = torch.arange(9)[None] + 5, torch.arange(0, 36, 4)[None]
     with torch.no_grad():
         expected = load(base_folder, None)(input_ids=ids).logits
-        found = load(base_folder, "linear")(input_ids=ids, position_ids=spread).logits
-    assert torch.allclose(found, expected, atol=1e-6)
+        actual = load(base_folder, "linear")(input_ids=ids, position_ids=fractional_positions).logits
+    assert torch.allclose(actual, expected, atol=1e-6)
 
 
 def test_yarn_frequencies_and_attention(base_folder: Path) -> None:
     rotary = load(base_folder, "yarn").model.rotary_emb
-    found = rotary.inv_freq.tolist()
-    assert found == pytest.approx(yarn(4.0), rel=1e-6)
-    assert found[0] == pytest.approx(1.0) and found[-1] == pytest.approx(plain()[-1] / 4, rel=1e-6)
+    actual = rotary.inv_freq.tolist()
+    assert actual == pytest.approx(yarn(4.0), rel=1e-6)
+    assert actual[0] == pytest.approx(1.0) and actual[-1] == pytest.approx(plain()[-1] / 4, rel=1e-6)
     assert rotary.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
 
 
@@ -76,12 +76,12 @@ def test_dynamic_frequencies_follow_the_length(base_folder: Path, length: int) -
     model = load(base_folder, "dynamic")
     logits(model, 900)  # has no effect on later passes
     logits(model, length)
-    stretched = max(1.0, 4 * length / CONTEXT - 3) ** (WIDTH / (WIDTH - 2))
-    found = model.model.rotary_emb.inv_freq.tolist()
-    assert found == pytest.approx(plain(BASE * stretched), rel=1e-5)
+    scaled_base = max(1.0, 4 * length / CONTEXT - 3) ** (WIDTH / (WIDTH - 2))
+    actual = model.model.rotary_emb.inv_freq.tolist()
+    assert actual == pytest.approx(plain(BASE * scaled_base), rel=1e-5)
 
 
-def test_dynamic_passes_do_not_depend_on_those_before(base_folder: Path) -> None:
+def test_dynamic_rope_does_not_depend_on_earlier_passes(base_folder: Path) -> None:
     model = load(base_folder, "dynamic")
     first = logits(model, 300)
     logits(model, 800)
@@ -89,11 +89,11 @@ def test_dynamic_passes_do_not_depend_on_those_before(base_folder: Path) -> None
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_logits_differ_beyond_what_the_base_knows(base_folder: Path, method: str) -> None:
-    base, stretched = load(base_folder, None), load(base_folder, method)
+def test_logits_differ_beyond_the_original_context(base_folder: Path, method: str) -> None:
+    base, scaled = load(base_folder, None), load(base_folder, method)
     same = method == "dynamic"  # up to the original context dynamic scaling changes nothing
-    assert torch.allclose(logits(stretched, 200), logits(base, 200), atol=1e-6) is same
-    assert not torch.allclose(logits(stretched, 600), logits(base, 600), atol=1e-4)
+    assert torch.allclose(logits(scaled, 200), logits(base, 200), atol=1e-6) is same
+    assert not torch.allclose(logits(scaled, 600), logits(base, 600), atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,30 +106,31 @@ def test_factor_one_is_the_base(base_folder: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_adapter_run_answers_with_the_same_positions(tune: Tune, base_folder: Path, method: str) -> None:
+def test_a_loaded_adapter_run_keeps_rope_scaling(tune: Tune, base_folder: Path, method: str) -> None:
     rope = {"method": method, "factor": 2}
     result = tune("run", model__rope=rope, data__max_length=512, train__max_steps=2)
     assert result.record["load"]["model"]["rope"] == rope
-    tuned = load_tuned(result.directory)
-    assert tuned.context == 2 * CONTEXT
+    loaded_model = load_finished_run(result.directory)
+    assert loaded_model.context == 2 * CONTEXT
     by_hand = PeftModel.from_pretrained(load(base_folder, method, 2.0), str(result.adapter)).eval()
-    assert torch.allclose(logits(tuned.model, 400), logits(by_hand, 400), atol=1e-5)
+    assert torch.allclose(logits(loaded_model.model, 400), logits(by_hand, 400), atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_whole_model_carries_its_positions(tune: Tune, base_folder: Path, method: str) -> None:
+def test_a_full_model_saves_rope_scaling(tune: Tune, base_folder: Path, method: str) -> None:
     rope = {"method": method, "factor": 2}
     result = tune("run", adapter__method="full", model__rope=rope, train__max_steps=2, evaluate__samples=0)
     config = json.loads((result.adapter / "config.json").read_text())
     assert config["rope_parameters"]["rope_type"] == method and config["rope_parameters"]["factor"] == 2
-    tuned = load_tuned(result.directory)
-    assert tuned.context == 2 * CONTEXT
+    loaded_model = load_finished_run(result.directory)
+    assert loaded_model.context == 2 * CONTEXT
     assert torch.equal(
-        logits(tuned.model, 400), logits(AutoModelForCausalLM.from_pretrained(result.adapter).eval(), 400)
+        logits(loaded_model.model, 400),
+        logits(AutoModelForCausalLM.from_pretrained(result.adapter).eval(), 400),
     )
 
 
-def test_rows_may_be_longer_then_and_no_longer(tune: Tune, make_recipe: MakeRecipe) -> None:
+def test_max_length_follows_rope_scaling(tune: Tune, make_recipe: MakeRecipe) -> None:
     rope = {"method": "yarn", "factor": 4}
     long = {"instruction": "a " * 700, "output": "b"}
     result = tune(
@@ -142,16 +143,16 @@ def test_rows_may_be_longer_then_and_no_longer(tune: Tune, make_recipe: MakeReci
 
 def test_pain_24_a_base_without_rotary_positions_is_told(tmp_path: Path) -> None:
     GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(tmp_path)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         context_length(ModelSettings(base=str(tmp_path), rope={"method": "linear", "factor": 2}))
-    assert str(caught.value) == (
+    assert str(error.value) == (
         f"model.rope: {tmp_path} (gpt2) has no rotary position embeddings (RoPE)\n"
         "    expected: a base with RoPE, such as Llama, Mistral, Qwen, GPT-NeoX\n"
         "    repair:   remove model.rope, or choose another base"
     )
 
 
-def test_a_base_that_is_stretched_already_is_told(tune: Tune) -> None:
+def test_an_already_scaled_base_is_refused(tune: Tune) -> None:
     rope = {"method": "linear", "factor": 2}
     first = tune("run", adapter__method="full", model__rope=rope, train__max_steps=1, evaluate__samples=0)
     with pytest.raises(UserError, match=r"is already scaled \(linear, factor 2\)"):
@@ -159,7 +160,7 @@ def test_a_base_that_is_stretched_already_is_told(tune: Tune) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rope", "told"),
+    ("rope", "message"),
     [
         ({"method": "ntk", "factor": 2}, "model.rope.method"),
         ({"method": "yarn"}, "model.rope.factor"),
@@ -168,7 +169,7 @@ def test_a_base_that_is_stretched_already_is_told(tune: Tune) -> None:
         ("yarn", "model.rope"),
     ],
 )
-def test_mistakes_in_the_recipe_are_told(make_recipe: MakeRecipe, rope: object, told: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_invalid_rope_settings_are_reported(make_recipe: MakeRecipe, rope: object, message: str) -> None:
+    with pytest.raises(UserError) as error:
         make_recipe(model__rope=rope)
-    assert told in str(caught.value)
+    assert message in str(error.value)

@@ -8,23 +8,23 @@ import torch
 from fixture_types import Tune
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from small_models import assert_close, gradients, make, plain_loss_sum, token_rows
+from small_models import assert_close, gradients, make, reference_loss_sum, token_rows
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
 
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
 from finetune.data.dataset import TokenizedRows
 from finetune.recipe.settings import TrainSettings
-from finetune.training.arguments import Machine, training_arguments
+from finetune.training.arguments import ExecutionConfig, training_arguments
 from finetune.training.result import Result
 from finetune.training.trainer import NativeTrainer
-from finetune.training.trl_engine import trl_trainer
+from finetune.training.trl_engine import build_trl_trainer
 
 LENGTHS = [9, 3, 14, 2, 6, 20, 5, 11]
 COLLATORS: dict[str, Collator] = {
     "padded": PaddedCollator(0),
     "packed": PackedCollator(0),
-    "one line": PackedCollator(0, single_line=True),
+    "one line": PackedCollator(0, single_row=True),
 }
 
 
@@ -46,8 +46,8 @@ def lora(model: nn.Module) -> nn.Module:
 
 
 def settings(**changes: Any) -> TrainSettings:
-    whole = {"batch_size": 8, "max_steps": 1, "learning_rate": 1e-3, "max_grad_norm": 0.0, "warmup": 0}
-    return TrainSettings(**{**whole, **changes})
+    defaults = {"batch_size": 8, "max_steps": 1, "learning_rate": 1e-3, "max_grad_norm": 0.0, "warmup": 0}
+    return TrainSettings(**{**defaults, **changes})
 
 
 def trainer(
@@ -55,7 +55,11 @@ def trainer(
 ) -> NativeTrainer:
     train = settings(**changes)
     args = training_arguments(
-        train, folder=folder, machine=Machine("cpu", "float32"), micro_batch_size=micro, checkpoint_every=100
+        train,
+        folder=folder,
+        execution=ExecutionConfig("cpu", "float32"),
+        micro_batch_size=micro,
+        checkpoint_every=100,
     )
     return NativeTrainer(
         model,
@@ -83,23 +87,23 @@ def test_pain_12_accumulation_gives_the_gradient_of_the_whole_batch(
 ) -> None:
     rows = token_rows(LENGTHS)  # 3 rows per micro-batch: 3 + 3 + 2; they hold different numbers of labels
     model = lora(make("llama"))
-    expected = gradients(model, plain_loss_sum(model, rows) / rows.num_trained)
+    expected = gradients(model, reference_loss_sum(model, rows) / rows.num_trained)
     engine = trainer(model, rows, COLLATORS[collation], tmp_path, micro)
-    [found] = steps_of(engine)
-    assert_close(found, expected, 1e-5)
-    loss = plain_loss_sum(lora(make("llama")), rows).item() / rows.num_trained
+    [grads] = steps_of(engine)
+    assert_close(grads, expected, 1e-5)
+    loss = reference_loss_sum(lora(make("llama")), rows).item() / rows.num_trained
     assert engine.state.log_history[0]["loss"] == pytest.approx(loss, abs=1e-4)
 
 
 @pytest.mark.parametrize("micro", [1, 3, 4, 5])
 def test_pain_12_a_smaller_last_batch_is_a_step_of_its_own(tmp_path: Path, micro: int) -> None:
     rows = token_rows([*LENGTHS, 7, 8, 4])  # 11 rows: batches of 5, 5 and 1
-    whole = steps_of(trainer(lora(make("llama")), rows, COLLATORS["padded"], tmp_path, 5, **FIVE))
-    parts = steps_of(trainer(lora(make("llama")), rows, COLLATORS["padded"], tmp_path, micro, **FIVE))
-    assert len(whole) == len(parts) == 6  # two epochs
-    for found, expected in zip(parts, whole, strict=True):
-        assert_close(found, expected, 2e-3)  # rounding differences in the weights grow step by step
-    assert_close(parts[0], whole[0], 1e-5)
+    full_batch = steps_of(trainer(lora(make("llama")), rows, COLLATORS["padded"], tmp_path, 5, **FIVE))
+    micro_batches = steps_of(trainer(lora(make("llama")), rows, COLLATORS["padded"], tmp_path, micro, **FIVE))
+    assert len(full_batch) == len(micro_batches) == 6  # two epochs
+    for grads, expected in zip(micro_batches, full_batch, strict=True):
+        assert_close(grads, expected, 2e-3)  # rounding differences in the weights grow step by step
+    assert_close(micro_batches[0], full_batch[0], 1e-5)
 
 
 FIVE = {"batch_size": 5, "max_steps": None, "epochs": 2}
@@ -111,9 +115,9 @@ def test_gradient_checkpointing_gives_the_same_gradient(tmp_path: Path) -> None:
     again = lora(make("llama"))
     again.enable_input_require_grads()
     engine = trainer(again, rows, COLLATORS["padded"], tmp_path, 4, gradient_checkpointing=True)
-    [found] = steps_of(engine)
+    [grads] = steps_of(engine)
     assert again.get_base_model().is_activation_checkpointing
-    assert_close(found, expected, 1e-6)
+    assert_close(grads, expected, 1e-6)
 
 
 @pytest.mark.parametrize("micro", [8, 4])
@@ -133,14 +137,14 @@ def test_native_and_trl_take_the_same_step(
             args = training_arguments(
                 settings(engine="trl"),
                 folder=tmp_path / name,
-                machine=Machine("cpu", "float32"),
+                execution=ExecutionConfig("cpu", "float32"),
                 micro_batch_size=micro,
                 checkpoint_every=100,
             )
-            engines.append(trl_trainer(model, args, tokenizer, train_rows=rows, held_out_rows=None))
+            engines.append(build_trl_trainer(model, args, tokenizer, train_rows=rows, held_out_rows=None))
     native, trl = engines
-    [found], [expected] = steps_of(native), steps_of(trl)
-    assert_close(found, expected, 1e-5)
+    [grads], [expected] = steps_of(native), steps_of(trl)
+    assert_close(grads, expected, 1e-5)
     losses = [engine.state.log_history[0]["loss"] for engine in engines]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     after = [dict(engine.model.named_parameters()) for engine in engines]
@@ -153,7 +157,7 @@ def adapter(result: Result) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_runs_cut_or_packed_otherwise_end_alike(tune: Tune) -> None:
+def test_micro_batches_and_packing_do_not_change_the_result(tune: Tune) -> None:
     calm = {"train__engine_args": {"adam_epsilon": 1e-3}, "evaluate__samples": 0, "train__max_steps": 6}
     expected = adapter(tune("whole", train__micro_batch_size=8, **calm))
     changed = {
@@ -164,9 +168,9 @@ def test_runs_cut_or_packed_otherwise_end_alike(tune: Tune) -> None:
     }
     assert max(float(value.abs().max()) for key, value in expected.items() if "lora_B" in key) > 1e-3
     for name, change in changed.items():
-        found = adapter(tune(name, **calm, **change))
+        actual = adapter(tune(name, **calm, **change))
         for key, value in expected.items():
-            assert torch.allclose(found[key], value, atol=1e-5), f"{name}: {key}"
+            assert torch.allclose(actual[key], value, atol=1e-5), f"{name}: {key}"
 
 
 def test_bfloat16_runs_on_the_cpu_and_stays_near_float32(tune: Tune) -> None:
@@ -174,24 +178,26 @@ def test_bfloat16_runs_on_the_cpu_and_stays_near_float32(tune: Tune) -> None:
     rough = tune("bfloat16", evaluate__samples=0, train__max_steps=6, model__precision="bfloat16")
     assert rough.record["load"]["precision"] == "bfloat16"
     assert all(value.dtype == torch.float32 for value in adapter(rough).values())
-    for one, other in zip(exact.metrics, rough.metrics, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], abs=0.03)
-    assert [line["loss"] for line in exact.metrics] != [line["loss"] for line in rough.metrics]
+    for exact_entry, rough_entry in zip(exact.metrics, rough.metrics, strict=True):
+        assert rough_entry["loss"] == pytest.approx(exact_entry["loss"], abs=0.03)
+    assert [entry["loss"] for entry in exact.metrics] != [entry["loss"] for entry in rough.metrics]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor"])
 def test_every_optimizer_steps(tune: Tune, optimizer: str) -> None:
     result = tune("run", train__optimizer=optimizer, evaluate__samples=0, train__max_steps=4)
-    losses = [line["loss"] for line in result.metrics]
+    losses = [entry["loss"] for entry in result.metrics]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 
 def test_evaluate_every_writes_the_held_out_loss(tune: Tune) -> None:
     result = tune("run", train__evaluate_every=2, train__max_steps=4, evaluate__samples=0)
-    lines = [(line["step"], line["held_out_loss"]) for line in result.metrics if "held_out_loss" in line]
-    assert [step for step, _ in lines] == [2, 4], "each step is measured once"
-    assert lines[1][1] == pytest.approx(result.record["metrics"]["held_out_loss_after"], rel=1e-6)
-    assert lines[1][1] < result.record["metrics"]["held_out_loss_before"]
+    entries = [
+        (entry["step"], entry["held_out_loss"]) for entry in result.metrics if "held_out_loss" in entry
+    ]
+    assert [step for step, _ in entries] == [2, 4], "each step is measured once"
+    assert entries[1][1] == pytest.approx(result.record["metrics"]["held_out_loss_after"], rel=1e-6)
+    assert entries[1][1] < result.record["metrics"]["held_out_loss_before"]
 
 
 def test_trl_writes_the_held_out_loss_too(tune: Tune) -> None:
@@ -199,7 +205,9 @@ def test_trl_writes_the_held_out_loss_too(tune: Tune) -> None:
         tune(name, train__engine=name, train__evaluate_every=2, train__max_steps=2, evaluate__samples=0)
         for name in ("native", "trl")
     ]
-    native, trl = ([line["held_out_loss"] for line in way.metrics if "held_out_loss" in line] for way in ways)
+    native, trl = (
+        [entry["held_out_loss"] for entry in way.metrics if "held_out_loss" in entry] for way in ways
+    )
     assert len(native) == len(trl) == 1
     before = [way.record["metrics"]["held_out_loss_before"] for way in ways]
     assert before[0] == pytest.approx(before[1], rel=1e-6)

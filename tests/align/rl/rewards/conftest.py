@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from reward_sections import PAIRS, PROGRAMS
+from reward_sections import PAIRS, REWARD_FUNCTIONS
 
 from align import load_recipe, run
 
@@ -33,7 +33,7 @@ def rewards_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with comparisons and reward functions."""
     folder = tmp_path_factory.mktemp("rl_rewards")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    (folder / "programs.py").write_text(PROGRAMS)
+    (folder / "programs.py").write_text(REWARD_FUNCTIONS)
     return folder
 
 

@@ -13,7 +13,7 @@ PAIRS = [
     {"prompt": f"Add the numbers. {i}", "chosen": f"good {i % 7}", "rejected": f"evil {i % 5}"}
     for i in range(20)
 ]
-PROGRAMS = """\
+REWARD_FUNCTIONS = """\
 def brief(prompt, completion):
     return -len(completion) / 10
 
@@ -37,7 +37,7 @@ def text(prompt, completion):
 """
 
 
-class Rewarded(StageSettings):
+class RewardedSettings(StageSettings):
     """Settings of a stage with a rewards section."""
 
     reward: RewardsSettings = RewardsSettings()
@@ -50,10 +50,10 @@ def rewards(*sources: Any, **settings: Any) -> RewardsSettings:
     return RewardsSettings.model_validate({"sources": list(sources), **settings})
 
 
-def stage(base: Path, section: RewardsSettings, *, template: str = "plain") -> Rewarded:
+def stage(base: Path, section: RewardsSettings, *, template: str = "plain") -> RewardedSettings:
     model, data = ModelSettings(base=str(base)), DataSettings(template=template, source="rows.jsonl")
-    return Rewarded(model=model, data=data, reward=section)
+    return RewardedSettings(model=model, data=data, reward=section)
 
 
-def talk(prompt: str, reply: str) -> list[Message]:
+def conversation(prompt: str, reply: str) -> list[Message]:
     return [Message("user", prompt), Message("assistant", reply)]

@@ -7,38 +7,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reward_sections import Rewarded, rewards, stage
+from reward_sections import RewardedSettings, rewards, stage
 
-from align.rl.rewards.settings import RewardsSettings, folder_of, maximises_rewards
+from align.rl.rewards.settings import RewardsSettings, has_rewards_section, reward_run_folder
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training.run_fingerprint import run_fingerprint
 
-Places = dict[str, str]
-Given = Callable[[Places], tuple[list[Any], dict[str, Any]]]
+Paths = dict[str, str]
+Given = Callable[[Paths], tuple[list[Any], dict[str, Any]]]
 
 
 def problems(base: Path, section: RewardsSettings, **how: str) -> list[tuple[str, str]]:
-    found = stage(base, section, **how).problems(("model", "data", "reward"))
-    return [(problem.where, str(problem)) for problem in found]
+    reported = stage(base, section, **how).problems(("model", "data", "reward"))
+    return [(problem.where, str(problem)) for problem in reported]
 
 
 @pytest.fixture
-def places(
+def paths(
     lone_run: Path, whole_run: Path, talker_run: Path, rewards_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Places:
+) -> Paths:
     """Return the paths that the cases below refer to."""
     runs = {"lone": lone_run, "whole": whole_run, "talker": talker_run}
     return {name: str(path) for name, path in runs.items()} | {"file": f"{rewards_folder}/programs.py"}
 
 
-def test_short_forms_mean_the_long_ones() -> None:
+def test_short_forms_equal_long_forms() -> None:
     run, program = {"run": "reward/quickstart"}, {"function": "my.py:good"}
     assert RewardsSettings.model_validate({"sources": "reward/quickstart"}) == rewards(run)
     assert RewardsSettings.model_validate({"sources": run}) == rewards(run)
     assert rewards("reward/quickstart", "my.py:good") == rewards(run, program)
     names = [
-        source.called
+        source.metric_name
         for source in rewards(run, program, {**run, "score": "help"}, {**run, "name": "n"}).sources
     ]
     assert names == ["reward", "good", "help", "n"]
@@ -134,54 +134,54 @@ CASES: dict[str, tuple[Given, str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mistakes_are_told_before_anything_is_loaded(case: str, places: Places, base_folder: Path) -> None:
-    given, where, told = CASES[case]
-    sources, settings = given(places)
-    found = problems(base_folder, rewards(*sources, **settings))
-    assert any(place == where and told in text for place, text in found), found
+def test_invalid_rewards_are_reported_before_loading(case: str, paths: Paths, base_folder: Path) -> None:
+    given, where, message = CASES[case]
+    sources, settings = given(paths)
+    reported = problems(base_folder, rewards(*sources, **settings))
+    assert any(key == where and message in text for key, text in reported), reported
 
 
-def test_another_template_is_told_but_for_a_model_of_its_own(places: Places, base_folder: Path) -> None:
-    [(where, told)] = problems(base_folder, rewards(places["lone"]), template="alpaca")
-    assert where == "reward.sources[0].run" and "has template 'plain'" in told
-    assert problems(base_folder, rewards(places["whole"]), template="alpaca") == []
-    assert problems(base_folder, rewards(places["lone"], f"{places['file']}:good")) == []
+def test_other_template_is_rejected_on_a_shared_base_only(paths: Paths, base_folder: Path) -> None:
+    [(where, message)] = problems(base_folder, rewards(paths["lone"]), template="alpaca")
+    assert where == "reward.sources[0].run" and "has template 'plain'" in message
+    assert problems(base_folder, rewards(paths["whole"]), template="alpaca") == []
+    assert problems(base_folder, rewards(paths["lone"], f"{paths['file']}:good")) == []
 
 
-def test_a_run_that_lost_its_weights_and_one_that_is_not_finished(
+def test_missing_weights_and_unfinished_run_are_reported(
     lone_run: Path, base_folder: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(lone_run, copy)
     (copy / "adapter" / "adapter_model.safetensors").unlink()
-    [(where, told)] = problems(base_folder, rewards(str(copy)))
-    assert where == "reward.sources[0].run" and "lacks adapter/adapter_model.safetensors" in told
+    [(where, message)] = problems(base_folder, rewards(str(copy)))
+    assert where == "reward.sources[0].run" and "lacks adapter/adapter_model.safetensors" in message
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
-    [(_, told)] = problems(base_folder, rewards(str(copy)))
-    assert "a run with status 'interrupted'" in told and "resumes from its checkpoint" in told
+    [(_, message)] = problems(base_folder, rewards(str(copy)))
+    assert "a run with status 'interrupted'" in message and "resumes from its checkpoint" in message
 
 
-def test_a_recipe_that_leads_back_to_itself_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_circular_recipe_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "recipes" / "reward"
     folder.mkdir(parents=True)
     for name, start in (("one", "reward/two"), ("two", "reward/one")):
         (folder / f"{name}.yaml").write_text(f"model: {{start: {start}}}\n")
     monkeypatch.chdir(tmp_path)
-    [(where, told)] = problems(tmp_path, rewards("reward/one"))
+    [(where, message)] = problems(tmp_path, rewards("reward/one"))
     assert where == "reward.sources[0].run"
-    assert "circular dependency: reward/one -> reward/two -> reward/one" in told
+    assert "circular dependency: reward/one -> reward/two -> reward/one" in message
 
 
 def digest(base: Path, section: RewardsSettings) -> str:
     settings = stage(base, section)
     data = settings.data.model_copy(update={"source": [{"prompt": "p"}]})
     settings = settings.model_copy(update={"data": data})
-    assert isinstance(settings, Rewarded)
+    assert isinstance(settings, RewardedSettings)
     return Recipe("rejection", "x", "", settings, {}).digest(run_fingerprint(settings))
 
 
-def test_a_digest_is_of_what_runs_and_programs_hold_and_not_of_where_they_lie(
+def test_digest_depends_on_contents_not_on_paths(
     lone_run: Path, whole_run: Path, base_folder: Path, tmp_path: Path
 ) -> None:
     copy, program = tmp_path / "copy", tmp_path / "my.py"
@@ -190,18 +190,18 @@ def test_a_digest_is_of_what_runs_and_programs_hold_and_not_of_where_they_lie(
     first = digest(base_folder, rewards(str(lone_run)))
     assert digest(base_folder, rewards(str(copy))) == first
     other = rewards({"run": str(lone_run), "weight": 2.0})
-    learnt = [first, digest(base_folder, rewards(str(whole_run))), digest(base_folder, other)]
-    programs = [digest(base_folder, rewards(f"{program}:good"))]
+    model_digests = [first, digest(base_folder, rewards(str(whole_run))), digest(base_folder, other)]
+    function_digests = [digest(base_folder, rewards(f"{program}:good"))]
     program.write_text("def good(prompt, completion):\n    return 2.0\n")
-    programs.append(digest(base_folder, rewards(f"{program}:good")))
-    assert len({*learnt, *programs}) == 5
+    function_digests.append(digest(base_folder, rewards(f"{program}:good")))
+    assert len({*model_digests, *function_digests}) == 5
 
 
-def test_a_recipe_whose_run_is_not_made_has_no_folder() -> None:
+def test_recipe_without_a_run_has_no_folder() -> None:
     [source] = rewards("reward/quickstart").sources
     with pytest.raises(UserError, match="run `llm-align reward quickstart` first"):
-        folder_of(source, where="reward.sources[0].run")
+        reward_run_folder(source, where="reward.sources[0].run")
 
 
-def test_the_option_is_for_stages_that_maximise_rewards() -> None:
-    assert not maximises_rewards("sft") and not maximises_rewards("reward")
+def test_reward_option_is_for_stages_with_rewards() -> None:
+    assert not has_rewards_section("sft") and not has_rewards_section("reward")

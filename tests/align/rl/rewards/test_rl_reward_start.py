@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from align import cli, load_recipe, run
-from finetune.training.job import Job
+from finetune.training.job import RunContext
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAIRS = [
@@ -65,42 +65,50 @@ def call(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
             cli.main()
         except SystemExit as end:
             status = int(end.code or 0)
-        told = capsys.readouterr()
-        return status, told.out, told.err
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
 
     return run
 
 
 def records(here: Path) -> dict[str, dict]:
-    found = [json.loads(file.read_text()) for file in (here / "runs").glob("*/run.json")]
-    return {record["recipe"]: record for record in found}
+    all_records = [json.loads(file.read_text()) for file in (here / "runs").glob("*/run.json")]
+    return {record["recipe"]: record for record in all_records}
 
 
-def test_the_reward_s_run_comes_first_and_is_found_again(
+def test_reward_recipe_runs_first_and_is_reused(
     call: Call, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call("show", "second", "--stage", "rejection")[0] == 0
     assert not (here / "runs").exists(), "showing runs nothing"
     status, out, err = call("rejection", "second")
     assert status == 0, err
-    found = records(here)
-    assert set(found) == {"first", "judge", "second"}
-    judge = f"runs/reward-judge-{found['judge']['digest']}"
-    assert f"takes rewards from reward/judge, which has no finished run; running it first ({judge})\n" in out
-    assert f"{judge} is finished; continuing with rejection second\n" in out
-    assert found["second"]["rewards"][0]["run"] == judge
-    assert found["second"]["rewards"][0]["files"] == found["judge"]["files"]
+    by_recipe = records(here)
+    assert set(by_recipe) == {"first", "judge", "second"}
+    reward_run = f"runs/reward-judge-{by_recipe['judge']['digest']}"
+    assert (
+        f"takes rewards from reward/judge, which has no finished run; running it first ({reward_run})\n"
+        in out
+    )
+    assert f"{reward_run} is finished; continuing with rejection second\n" in out
+    assert by_recipe["second"]["rewards"][0]["run"] == reward_run
+    assert by_recipe["second"]["rewards"][0]["files"] == by_recipe["judge"]["files"]
 
-    monkeypatch.setattr(Job, "train", lambda *_: pytest.fail("it trains again"))
-    for words in ([], ["--reward", "reward-judge"], ["--reward", judge], ["--reward", str(here / judge)]):
-        status, out, err = call("rejection", "second", *words)
+    monkeypatch.setattr(RunContext, "fit", lambda *_: pytest.fail("it trains again"))
+    for arguments in (
+        [],
+        ["--reward", "reward-judge"],
+        ["--reward", reward_run],
+        ["--reward", str(here / reward_run)],
+    ):
+        status, out, err = call("rejection", "second", *arguments)
         assert status == 0, err
-    assert f"takes rewards from {judge} (reward/judge)\n" not in out and len(records(here)) == 3
-    recipe = load_recipe("second", stage="rejection", reward=here / judge)
-    assert run(recipe).record["digest"] == found["second"]["digest"]
+    assert f"takes rewards from {reward_run} (reward/judge)\n" not in out and len(records(here)) == 3
+    recipe = load_recipe("second", stage="rejection", reward=here / reward_run)
+    assert run(recipe).record["digest"] == by_recipe["second"]["digest"]
 
 
-def test_a_mistake_in_the_reward_s_recipe_is_told_before_anything_runs(call: Call, here: Path) -> None:
+def test_invalid_reward_recipe_is_reported_before_running(call: Call, here: Path) -> None:
     path = here / "recipes" / "reward" / "judge.yaml"
     path.write_text(path.read_text().replace("max_steps", "max_stepz"))
     status, _, err = call("rejection", "second")
@@ -108,7 +116,7 @@ def test_a_mistake_in_the_reward_s_recipe_is_told_before_anything_runs(call: Cal
     assert not (here / "runs").exists()
 
 
-def test_a_circle_over_starts_and_rewards_is_told(call: Call, here: Path) -> None:
+def test_circular_dependency_over_init_and_rewards_is_reported(call: Call, here: Path) -> None:
     path = here / "recipes" / "reward" / "judge.yaml"
     path.write_text(path.read_text().replace("sft/first", "rejection/second"))
     status, _, err = call("rejection", "second")
@@ -116,7 +124,7 @@ def test_a_circle_over_starts_and_rewards_is_told(call: Call, here: Path) -> Non
     assert "circular dependency: reward/judge -> rejection/second -> reward/judge" in err
 
 
-def test_a_rule_changed_in_a_reward_recipe_makes_another_run_of_it(call: Call, here: Path) -> None:
+def test_changed_rule_in_a_reward_recipe_makes_a_new_run(call: Call, here: Path) -> None:
     (here / "mine.py").write_text("def brief(prompt, completion):\n    return -len(completion)\n")
     path = here / "recipes" / "reward" / "judge.yaml"
     path.write_text(path.read_text() + "reward: {rules: [{name: brief, function: 'mine.py:brief'}]}\n")
@@ -127,7 +135,7 @@ def test_a_rule_changed_in_a_reward_recipe_makes_another_run_of_it(call: Call, h
     assert len(list((here / "runs").iterdir())) == 5, "another reward run, and another rejection run"
 
 
-def test_the_option_is_for_stages_with_rewards(call: Call) -> None:
+def test_reward_option_is_for_stages_with_rewards(call: Call) -> None:
     assert "--reward RUN" in call("rejection", "--help")[1]
     assert "--reward" not in call("sft", "--help")[1]
     status, _, err = call("sft", "first", "--reward", "x")
