@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.default_recipe import default_recipe
-from finetune.recipe.quiet import silence_libraries
 from finetune.recipe.recipe import Recipe, read_recipe
+from finetune.recipe.silence import silence_libraries
 
 if TYPE_CHECKING:
     from align.pipeline.plan import Pipeline
-    from align.pipeline.running import PipelineResult
+    from align.pipeline.runner import PipelineResult
     from align.planning.plan import Plan
     from align.reward.scorer import RewardModel
+    from finetune.training.loaded_model import LoadedModel
     from finetune.training.result import Result
-    from finetune.training.tuned import LoadedModel
 
 
 def load_recipe(
@@ -71,9 +71,9 @@ def load_tuned(directory: str | Path) -> "LoadedModel":
         UserError: not the folder of a finished run.
     """
     silence_libraries()
-    from finetune.training import tuned
+    from finetune.training import loaded_model
 
-    return tuned.load_finished_run(Path(directory))
+    return loaded_model.load_finished_run(Path(directory))
 
 
 def load_reward(directory: str | Path) -> "RewardModel":
@@ -129,8 +129,8 @@ def plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> 
     Raises:
         UserError: unknown GPU, unknown base architecture, incompatible settings, or invalid data.
     """
-    from align.planning.machine import resolve_for_device, target_device
     from align.planning.plan import make_plan
+    from align.planning.target_device import resolve_for_device, target_device
 
     device, count = target_device(recipe.settings.train, gpu, gpus)
     return make_plan(resolve_for_device(recipe, device, count), device, count)
@@ -179,6 +179,6 @@ def run_pipeline(
     from rich.console import Console
 
     silence_libraries()
-    from align.pipeline import running
+    from align.pipeline import runner
 
-    return running.run_all_stages(pipeline, Console(), force=force, command=command)
+    return runner.run_all_stages(pipeline, Console(), force=force, command=command)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from data_templates._segments import Message, TemplateError
-from finetune.training.generate import generate_completions
-from finetune.training.tuned import LoadedModel, load_finished_run
+from data_templates.segments import Message, TemplateError
+from finetune.training.generation import generate_completions
+from finetune.training.loaded_model import LoadedModel, load_finished_run
 
 
 def generate_once(run: Path, prompt: str, *, max_new_tokens: int, temperature: float) -> str:

@@ -13,11 +13,11 @@ from align.default_recipe import QUICKSTART
 from align.planning.command import plan
 from align.recipe_words import recipe_from_arguments
 from align.rl.rewards.settings import has_rewards_section
-from finetune.planning.world import dist_info
+from finetune.distributed.rank import dist_info
 from finetune.recipe.discovery import plugin_summary, recipe_names, stage_names
 from finetune.recipe.errors import UserError
-from finetune.recipe.quiet import silence_libraries
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.silence import silence_libraries
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
 FROM_HELP = "Finished run to start from: folder, name or prefix; or STAGE/RECIPE, which runs first if needed."
@@ -120,7 +120,7 @@ def _run_stage(recipe: Recipe, *, force: bool) -> None:
 def _exit_on_stop() -> Iterator[None]:
     """Turn an interrupted or failed run into a message and an exit code."""
     silence_libraries()
-    from finetune.training.stops import Interrupted, LostProcessError, NotFiniteError
+    from finetune.distributed.interrupts import Interrupted, LostProcessError, NotFiniteError
 
     try:
         yield

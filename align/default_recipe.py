@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.recipe.discovery import load_stage
+from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.runs import find_run, read_finished_record
-from finetune.recipe.start import is_recipe_name
 
 QUICKSTART, EMBEDDED_BASE = "quickstart", "tiny"
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from align.pipeline.file import pipeline_descriptions
-from align.preference.losses.catalogue import all_losses
+from align.preference.losses.catalog import all_losses
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS_FOLDER
 from finetune.recipe.schema import list_names, setting_rows

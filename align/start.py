@@ -7,15 +7,15 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from align.planning.machine import launch_target
+from align.planning.target_device import launch_target
 from align.rl.rewards.settings import RewardSource, RewardsSettings
+from finetune.distributed.rank import dist_info
 from finetune.planning.devices import detect_devices
 from finetune.planning.solver import LaunchTarget, resolve
-from finetune.planning.world import dist_info
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.runs import find_run
-from finetune.recipe.start import is_recipe_name
 from finetune.training.launch import launch_stage
 from finetune.training.run_directory import RunDirectory
 

@@ -17,7 +17,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from finetune.planning.hardware import detect_hardware, peak_memory_bytes
+from finetune.distributed.hardware import detect_hardware, peak_memory_bytes
 
 RESULTS_DIR = Path(__file__).parent / "results"
 BENCHMARK_VOCAB_SIZE = 32_000

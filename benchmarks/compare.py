@@ -20,7 +20,7 @@ import click
 from matplotlib.figure import Figure
 
 from align import load_recipe, run
-from finetune.planning.hardware import detect_hardware
+from finetune.distributed.hardware import detect_hardware
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 
 RESULTS_DIR = Path(__file__).parent / "results"

@@ -26,9 +26,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from align.ppo.roles import ActorCritic
+from align.ppo.actor_critic import ActorCritic
 from align.preference.logps import token_logps
-from align.preference.starting_policy import ReferencePolicy
+from align.preference.reference_policy import ReferencePolicy
 from align.reward.model import replace_score_head, token_scores
 from align.reward.shared_base import scorer_sharing_base
 from finetune.planning.architecture import Architecture
@@ -36,7 +36,7 @@ from finetune.planning.from_recipe import planned_adapter
 from finetune.planning.workload import ObjectiveKind, Precision, Workload
 from finetune.recipe.discovery import ADAPTERS, load_plugin
 from finetune.recipe.settings import AdapterSettings
-from finetune.training.completion import completion_loss_sum
+from finetune.training.batch_loss import completion_loss_sum
 from finetune.training.head import output_head
 from finetune.training.model import DTYPES, configure_score_heads
 

@@ -11,17 +11,17 @@ from torch import nn
 
 from align import run
 from align.ppo.loading import load_ppo_models
+from align.ppo.method import PPO
+from align.ppo.metric_spec import ppo_metric_spec
 from align.ppo.stage_settings import Settings
-from align.ppo.tuning import PPO
-from align.ppo.watched import ppo_metric_spec
 from align.rl.prompts import load_prompts
 from benchmarks.common import peak_memory_gib, reset_peak_memory
 from benchmarks.ppo_work import as_text, run_recipe
 from finetune.recipe.recipe import Recipe
-from finetune.training.job import RunContext
+from finetune.training.context import RunContext
 from finetune.training.loading import load_text_encoding
 from finetune.training.run_directory import RunDirectory
-from finetune.training.tune import run_stage
+from finetune.training.stage import run_stage
 
 CONTENDERS = ("native", "native-nf4", "four-models")
 """All roles on one base; the same, with a 4-bit base; one full model per role."""

@@ -2,3 +2,6 @@
 
 Standard library only. ``data: {template: alpaca}`` means ``data_templates/alpaca.py``.
 """
+
+SHARED = ("markers", "segments")
+"""Modules of this folder that are no templates."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from data_templates._segments import Message, Segment, markup, reply_segments, user_segments
+from data_templates.segments import Message, Segment, markup, reply_segments, user_segments
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 CHATML_MARKERS = (IM_START, IM_END)

@@ -7,7 +7,7 @@ A reply ends with ``<|im_end|>`` if the tokenizer has it, with EOS otherwise. Th
 from collections.abc import Sequence
 
 from data_templates._chatml import CHATML_MARKERS, IM_END, render_dialogue
-from data_templates._segments import BOS, Message, Segment, Template
+from data_templates.segments import BOS, Message, Segment, Template
 
 
 def render(messages: Sequence[Message]) -> list[Segment]:

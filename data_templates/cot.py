@@ -10,7 +10,7 @@ annotations (``<<48/2=24>>``) are removed. Any other reply is unchanged.
 import re
 from collections.abc import Sequence
 
-from data_templates._segments import (
+from data_templates.segments import (
     BOS,
     Message,
     Segment,

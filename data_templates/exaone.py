@@ -6,7 +6,7 @@ LGAI-EXAONE/EXAONE-3.5-7.8B-Instruct.
 
 from collections.abc import Sequence
 
-from data_templates._segments import (
+from data_templates.segments import (
     BOS,
     Message,
     Segment,

@@ -11,7 +11,7 @@ as separate inputs and targets; here a line feed separates them. Single-turn.
 import hashlib
 from collections.abc import Sequence
 
-from data_templates._segments import (
+from data_templates.segments import (
     BOS,
     Message,
     Segment,

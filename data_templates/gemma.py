@@ -7,7 +7,7 @@ data's whitespace is preserved).
 
 from collections.abc import Sequence
 
-from data_templates._segments import (
+from data_templates.segments import (
     BOS,
     Message,
     Segment,

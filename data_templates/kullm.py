@@ -5,7 +5,7 @@ The reference is ``templates/kullm.json`` of nlpai-lab/KULLM (Korea University; 
 
 from collections.abc import Sequence
 
-from data_templates._segments import (
+from data_templates.segments import (
     BOS,
     Message,
     Segment,

@@ -5,7 +5,7 @@ The reference is ``generation.py`` of facebookresearch/llama.
 
 from collections.abc import Sequence
 
-from data_templates._segments import (
+from data_templates.segments import (
     BOS,
     Message,
     Segment,

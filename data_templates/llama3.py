@@ -7,7 +7,7 @@ model`` with the tokenizer of an Instruct model for it.
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, markup, reply_segments, user_segments
+from data_templates.segments import BOS, Message, Segment, Template, markup, reply_segments, user_segments
 
 EOT = "<|eot_id|>"
 

@@ -9,7 +9,7 @@ system text was before their own questions. ``mistral_v1`` is the older format, 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from data_templates._segments import (
+from data_templates.segments import (
     BOS,
     Message,
     Segment,

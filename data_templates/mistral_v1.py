@@ -6,7 +6,7 @@ mistralai/mistral-common; ``mistral`` is the format of later models.
 
 from collections.abc import Sequence
 
-from data_templates._segments import (
+from data_templates.segments import (
     BOS,
     Message,
     Segment,

@@ -8,8 +8,8 @@ special token that the template writes after it.
 import re
 from collections.abc import Callable, Sequence
 
-from data_templates._markers import Markers
-from data_templates._segments import Message, Segment, Template, TemplateError, markup, with_context
+from data_templates.markers import Markers
+from data_templates.segments import Message, Segment, Template, TemplateError, markup, with_context
 
 ChatTemplate = Callable[[list[dict[str, str]], bool], str]
 """Renders ``[{role, content}]`` as text; the flag is ``add_generation_prompt``."""

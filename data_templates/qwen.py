@@ -8,7 +8,7 @@ tokenizers have no BOS, and ``<|im_end|>`` ends a turn.
 from collections.abc import Sequence
 
 from data_templates._chatml import CHATML_MARKERS, IM_END, render_dialogue
-from data_templates._segments import BOS, Message, Segment, Template
+from data_templates.segments import BOS, Message, Segment, Template
 
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 

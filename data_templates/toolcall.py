@@ -8,7 +8,7 @@ Qwen/Qwen3-4B-Instruct-2507 (Qwen2.5's is the same after its system text); the d
 from collections.abc import Sequence
 
 from data_templates._chatml import CHATML_MARKERS, IM_END, assistant_header, assistant_reply, turn_segments
-from data_templates._segments import BOS, Message, Segment, Template, markup, split_system, user_segments
+from data_templates.segments import BOS, Message, Segment, Template, markup, split_system, user_segments
 
 SIGNATURES = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"

@@ -5,7 +5,7 @@ The reference is ``vicuna_v1.1`` in ``conversation.py`` of lm-sys/FastChat.
 
 from collections.abc import Sequence
 
-from data_templates._segments import (
+from data_templates.segments import (
     BOS,
     Message,
     Segment,

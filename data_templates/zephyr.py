@@ -5,7 +5,7 @@ The reference is the chat template of HuggingFaceH4/zephyr-7b-beta.
 
 from collections.abc import Sequence
 
-from data_templates._segments import BOS, Message, Segment, Template, markup, reply_segments, user_segments
+from data_templates.segments import BOS, Message, Segment, Template, markup, reply_segments, user_segments
 
 UNTRAINED_EOS = Segment("eos")
 """The EOS after a system or user turn, which carries no loss."""

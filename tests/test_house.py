@@ -13,13 +13,13 @@ PACKAGES = ("data_templates", "finetune", "align")
 SOURCES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 SMALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 FORBIDDEN = {"data_templates": {"finetune", "align"}, "finetune": {"align"}, "align": set()}
-WINGS = ("recipe", "adapters", "planning", "data", "training", "stages")
+WINGS = ("recipe", "distributed", "adapters", "planning", "data", "training", "stages")
 """finetune's wings, the lowest first. One import goes upwards: recipe.checks reads what adapters declare of
-themselves (adapters._traits); they declare their settings with recipe.settings and recipe.errors."""
+themselves (adapters.traits); they declare their settings with recipe.settings and recipe.errors."""
 CHECKS = ("assert_close", "assert_allclose", "check_schema", "validate")
 """Functions of libraries that raise where an assertion would."""
 
-LONGEST_FILE, LONGEST_FUNCTION = 350, 60
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 
 
 def module_name(file: Path) -> str:
@@ -102,7 +102,7 @@ def test_the_search_for_cycles_finds_one() -> None:
 
 def test_the_graph_is_the_project_s() -> None:
     assert len(GRAPH) > 50 and sum(map(len, GRAPH.values())) > 100
-    assert "finetune.adapters._traits" in GRAPH["finetune.recipe.checks"]
+    assert "finetune.adapters.traits" in GRAPH["finetune.recipe.checks"]
     assert "finetune.training.context" in GRAPH["finetune.stages.sft"], "imports inside functions count"
 
 
@@ -156,7 +156,7 @@ def test_wings_of_finetune_import_downwards_alone(upper: str, lower: str) -> Non
 
 def test_the_recipe_knows_no_adapter_by_name() -> None:
     reached = {other for name in GRAPH if wing(name) == "recipe" for other in GRAPH[name]}
-    assert {other for other in reached if wing(other) == "adapters"} == {"finetune.adapters._traits"}
+    assert {other for other in reached if wing(other) == "adapters"} == {"finetune.adapters.traits"}
 
 
 def test_what_adapters_need_of_the_recipe_needs_no_adapter() -> None:

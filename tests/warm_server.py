@@ -31,7 +31,7 @@ Request = dict[str, Any]
 def import_everything() -> None:
     """Import the project, and the libraries that it imports late."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed says that it found no GPU
-    from finetune.recipe.quiet import silence_libraries
+    from finetune.recipe.silence import silence_libraries
 
     silence_libraries()
     for name in ("data_templates", "finetune", "align"):

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 
 from align.dpo.settings import DPOSettings
 from align.dpo.trl_losses import NATIVE_ENGINE_REPAIR, trl_loss_arguments
-from align.preference.losses.catalogue import find_loss
+from align.preference.losses.catalog import find_loss
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import StageSettings

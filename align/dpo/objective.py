@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from align.preference.losses import metrics
-from align.preference.losses.catalogue import Loss, Setting
+from align.preference.losses.catalog import Loss, Setting
 from align.preference.losses.inputs import Lists, LossOutput
 
 MetricSums = tuple[int, dict[str, float]]

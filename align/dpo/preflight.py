@@ -8,18 +8,18 @@ import numpy as np
 from torch import Tensor, nn
 
 from align.dpo.collate import PreferenceCollator, PreferenceExample
+from align.dpo.forward import to_lists
 from align.dpo.objective import PreferenceObjective
-from align.dpo.scoring import to_lists
 from align.dpo.trainer import PreferenceTrainer
 from align.preference.logps import shared_layout_error, token_logps
+from align.preference.reference_policy import autocast_for
 from align.preference.rows.dataset import PreferenceGroups
-from align.preference.starting_policy import autocast_for
 from finetune.recipe.errors import Problem
 from finetune.training.head import output_head
-from finetune.training.preflight.probes import check_micro_batch_invariance
-from finetune.training.preflight.ticks import CheckResult, failed
-from finetune.training.preflight.untouched import preserve_state
-from finetune.training.preflight.whole import SCALE, TOLERANCE
+from finetune.training.preflight.checklist import SCALE, TOLERANCE
+from finetune.training.preflight.checks import CheckResult, failed
+from finetune.training.preflight.invariance_checks import check_micro_batch_invariance
+from finetune.training.preflight.preserve_state import preserve_state
 
 PROBE_POOL = 64
 """Groups among which a probe selects a short and a long one."""

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from align.preference.losses.catalogue import Setting, find_loss
+from align.preference.losses.catalog import Setting, find_loss
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import NonEmptyStr, Section
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from align.dpo.collate import PreferenceCollator, PreferenceDataset
+from align.dpo.forward import ForwardLosses, forward_losses
 from align.dpo.objective import MetricAverager, PreferenceObjective, mean_preference_metrics
-from align.dpo.scoring import ForwardLosses, forward_losses
 from align.preference.group_trainer import GroupTrainer
-from align.preference.starting_policy import ReferencePolicy, autocast_for
+from align.preference.reference_policy import ReferencePolicy, autocast_for
+from finetune.distributed.collectives import all_gather_object, shard_padded
 from finetune.training.base_trainer import log_held_out
 from finetune.training.head import output_head
-from finetune.training.processes import all_gather_object, shard_padded
 
 HELD_OUT_PREFIX = "held_out_"
 

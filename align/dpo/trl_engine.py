@@ -27,8 +27,8 @@ from align.preference.trl_engine import (
 )
 from finetune.recipe.errors import Problem
 from finetune.training.base_trainer import log_held_out
-from finetune.training.preflight.ticks import CheckResult, failed
-from finetune.training.preflight.untouched import preserve_state
+from finetune.training.preflight.checks import CheckResult, failed
+from finetune.training.preflight.preserve_state import preserve_state
 
 COMPLETION_COLUMNS = ("chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")

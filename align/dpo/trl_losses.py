@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from align.preference.losses.catalogue import Setting
+from align.preference.losses.catalog import Setting
 from finetune.recipe.errors import Problem, UserError, one_of
 
 TRL_LOSS_TYPES = {

@@ -25,7 +25,7 @@ from align.preference.trl_engine import (
     shared_dataset,
 )
 from finetune.data.batches import optimizer_batches
-from finetune.planning.world import dist_info
+from finetune.distributed.rank import dist_info
 from finetune.training.base_trainer import log_held_out
 
 TENSOR_PREFIXES = ("", "KL_")

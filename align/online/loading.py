@@ -7,9 +7,9 @@ from align.rl.rewards.loading import load_rewards
 from align.rl.rewards.rewards import Rewards
 from align.rl.rewards.settings import RewardsSettings
 from finetune.recipe.checks import adapter_traits
-from finetune.training.job import RunContext
+from finetune.training.context import RunContext
 from finetune.training.loading import Policy, add_adapter, load_frozen_base
-from finetune.training.text import TextEncoding
+from finetune.training.text_encoding import TextEncoding
 
 
 @dataclass(frozen=True)

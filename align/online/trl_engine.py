@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
-from align.online.prompt_numbers import PromptIdTokenizer
+from align.online.prompt_id_tokenizer import PromptIdTokenizer
 from align.preference.trl_engine import REFERENCE_ADAPTER, progress_bars_disabled, raise_if_not_finite
 from align.rl.prompts import Prompts
 from align.rl.rewards.rewards import Rewards
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.data.batches import optimizer_batches
 from finetune.data.tokens import Encoder
 from finetune.training.base_trainer import log_held_out

@@ -8,10 +8,10 @@ from align.pipeline.directory import SAMPLES_FILE, PipelineDirectory
 from align.pipeline.entry import StageEntry
 from align.pipeline.plan import Pipeline
 from align.reward.scorer import TOTAL, load_reward_model
-from finetune.training.generate import generate_completions
+from finetune.training.generation import generate_completions
+from finetune.training.loaded_model import load_finished_run
 from finetune.training.result import Result
 from finetune.training.samples import sample_turns
-from finetune.training.tuned import load_finished_run
 
 SampleEntries = list[dict[str, Any]]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.pipeline.settings import REWARDS_KEY
-from align.rl.rewards.scorers import pending_reward_recipes as pending_scorers
+from align.rl.rewards.run_info import pending_reward_recipes as pending_scorers
 from finetune.recipe import yaml_file
 from finetune.recipe.command_line import COMMAND_LINE
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import Recipe, read_recipe, stage_settings
-from finetune.recipe.start import SCORING_STAGES
 
 INIT_FROM_KEY, BASE_KEY = "model.start", "model.base"
 

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 from align.pipeline.settings import PipelineSettings
 from finetune.recipe import yaml_file
 from finetune.recipe.discovery import recipe_folders
+from finetune.recipe.error_messages import validation_problems
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
-from finetune.recipe.wording import validation_problems
 from finetune.recipe.yaml_file import LineNumbers
 
 PIPELINES_FOLDER = "pipelines"

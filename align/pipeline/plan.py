@@ -17,9 +17,9 @@ from finetune.recipe.bases import resolve_base
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.command_line import COMMAND_LINE
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS_FOLDER
-from finetune.recipe.start import SCORING_STAGES
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from rich.table import Table
 from align.pipeline.directory import REPORT_FILE
 from align.pipeline.plan import Pipeline
 from align.pipeline.report import HIDDEN_SUMMARY_ENTRIES, format_duration
-from align.pipeline.running import PipelineResult
+from align.pipeline.runner import PipelineResult
 from finetune.recipe import yaml_file
 
 COMPLETION_WIDTH = 160

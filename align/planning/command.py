@@ -54,7 +54,7 @@ def plan(
 ) -> None:
     """Print memory, steps, tokens, time and disk of a recipe before anything is loaded; no GPU is needed."""
     if compatibility:
-        from align.planning.matrix import show_compatibility
+        from align.planning.compatibility_tables import show_compatibility
 
         return show_compatibility(stage, gpu, as_json=as_json)
     options = {"--base": base, "--data": data, "--adapter": adapter, "--from": start}
@@ -76,10 +76,10 @@ def _print_plan(
     """Print the plan and return whether it fits."""
     from rich.console import Console
 
-    from align.planning.fit import find_alternatives
-    from align.planning.machine import resolve_for_device, target_device
+    from align.planning.alternatives import find_alternatives
     from align.planning.plan import make_plan
     from align.planning.record import plan_record
+    from align.planning.target_device import resolve_for_device, target_device
     from align.planning.terminal import print_alternatives, print_plan
 
     device, count = target_device(recipe.settings.train, gpu, gpus)

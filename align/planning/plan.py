@@ -3,21 +3,21 @@
 from dataclasses import dataclass, field, replace
 from math import ceil
 
-from align.planning.forward import WorkloadOfRows, micro_batch_workload
-from align.planning.lengths import RowLengths, measure_lengths
+from align.planning.micro_batch import WorkloadOfRows, micro_batch_workload
+from align.planning.row_lengths import RowLengths, measure_lengths
 from align.planning.timing import estimate_time
 from align.planning.work import TotalWork, total_work
 from align.rl.settings import PromptSettings
 from align.stages.kto import Settings as KtoSettings
 from finetune.adapters import llama_adapter
+from finetune.distributed.hardware import Hardware
 from finetune.planning import choices
 from finetune.planning.devices import SAFE_FRACTION, Device
 from finetune.planning.disk import disk_bytes
 from finetune.planning.from_recipe import base_workload, choose_model_settings, load_architecture
-from finetune.planning.hardware import Hardware
 from finetune.planning.memory import Phase, peak_phase, plan_memory
+from finetune.planning.parameter_count import count_trainable_parameters
 from finetune.planning.speed import TimeEstimate
-from finetune.planning.trained import count_trainable_parameters
 from finetune.planning.workload import Workload
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe

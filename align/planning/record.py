@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from align.planning.fit import Alternative
+from align.planning.alternatives import Alternative
 from align.planning.plan import Plan
 
 

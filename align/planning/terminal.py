@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from align.planning.fit import Alternative
+from align.planning.alternatives import Alternative
 from align.planning.plan import MERGE_PHASE, Plan
 from finetune.planning.devices import GIB, RESERVED_BYTES
 from finetune.planning.memory import CATEGORIES, Phase

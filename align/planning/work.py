@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from align.online.settings import OnlineSettings
-from align.planning.forward import needs_reference
-from align.planning.lengths import RowLengths
+from align.planning.micro_batch import needs_reference
+from align.planning.row_lengths import RowLengths
 from align.ppo.stage_settings import Settings as PpoSettings
 from align.rejection.settings import Settings as RejectionSettings
 from align.stages.dpo import Settings as DpoSettings

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.ppo.episodes import Rollout, RolloutTensors
-from align.ppo.roles import ActorCritic
+from align.ppo.actor_critic import ActorCritic
+from align.ppo.rollout import Rollout, RolloutTensors
 from align.ppo.settings import PPOSettings
-from align.preference.starting_policy import ReferencePolicy, autocast_for
-from align.rl.maths import advantages, kl, masked, scores
+from align.preference.reference_policy import ReferencePolicy, autocast_for
+from align.rl.completions import ScoredCompletions, score_completions
+from align.rl.maths import advantages, kl, masked, reward_shaping
 from align.rl.prompts import Prompt, Prompts
-from align.rl.reading import TokenStats, collate_completions, token_logps_and_entropy, token_mask
-from align.rl.replies import ScoredCompletions, score_completions
 from align.rl.rewards.rewards import Rewards
-from align.rl.rollout import Sampling, sample_completions
+from align.rl.sampling import Sampling, sample_completions
+from align.rl.token_stats import TokenStats, collate_completions, token_logps_and_entropy, token_mask
 from finetune.data.tokens import Encoder
-from finetune.training.processes import all_gather_object, shard, shard_padded
+from finetune.distributed.collectives import all_gather_object, shard, shard_padded
 
 KLController = kl.FixedKLController | kl.AdaptiveKLController
 PROMPT_ORDER_STREAM, MINIBATCH_STREAM = 0, 1
@@ -197,16 +197,16 @@ def _completion_lengths(completions: ScoredCompletions) -> np.ndarray:
 
 
 def shape_rewards(
-    completions: ScoredCompletions, settings: PPOSettings, reward_stats: scores.RunningMeanStd
+    completions: ScoredCompletions, settings: PPOSettings, reward_stats: reward_shaping.RunningMeanStd
 ) -> Tensor:
     """Return the shaped rewards that PPO maximizes: (C,); normalized, then clipped, then the EOS penalty."""
     rewards = completions.rewards
     if settings.normalise == "running":
         rewards = reward_stats.normalize(rewards, shift_mean=True)
     if settings.clip_scores is not None:
-        rewards = scores.clip_rewards(rewards, limit=settings.clip_scores)
+        rewards = reward_shaping.clip_rewards(rewards, limit=settings.clip_scores)
     # Last, so that neither normalization nor clipping changes the penalty.
-    return scores.apply_missing_eos_reward(
+    return reward_shaping.apply_missing_eos_reward(
         rewards, completions.ended_with_eos, missing_eos_reward=settings.missing_end
     )
 

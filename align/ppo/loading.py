@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from align.ppo.roles import ActorCritic
+from align.ppo.actor_critic import ActorCritic
 from align.ppo.stage_settings import Settings
 from align.reward.loading import non_stop_pad_id
 from align.reward.model import check_scoring_architecture
@@ -16,15 +16,15 @@ from align.rl.rewards.loading import load_rewards, reward_runs
 from align.rl.rewards.rewards import Rewards
 from finetune.recipe import yaml_file
 from finetune.recipe.checks import adapter_traits
+from finetune.recipe.parent_run import continued_settings
 from finetune.recipe.recipe import adapter_settings
 from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import AdapterSettings
-from finetune.recipe.start import continued_settings
-from finetune.training.go_on import load_adapter_weights
-from finetune.training.job import RunContext
+from finetune.training.context import RunContext
 from finetune.training.loading import Policy, add_adapter, load_frozen_base, parent_adapter_run
 from finetune.training.model import SCORE_HEAD, attach_adapter
-from finetune.training.text import TextEncoding
+from finetune.training.resume_adapter import load_adapter_weights
+from finetune.training.text_encoding import TextEncoding
 
 DEFAULT_VALUE_ADAPTER = "lora"
 """Adapter of the value model where the policy's adapter does not support a scoring head."""

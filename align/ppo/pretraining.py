@@ -8,7 +8,7 @@ from torch import Tensor
 from align.ppo.experience import rollout_prompt_indices
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
-from finetune.planning.world import SINGLE_PROCESS, DistInfo
+from finetune.distributed.rank import SINGLE_PROCESS, DistInfo
 from finetune.training.loss import loss_positions
 
 PRETRAINING_BATCH, NUM_PRETRAINING_LABELS = "pretraining", "pretraining_labels"

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from align.ppo import experience, measures
-from align.ppo.episodes import Rollout
+from align.ppo import experience, metrics
 from align.ppo.experience import Rollouts
 from align.ppo.pretraining import PRETRAINING_BATCH, PretrainingMix
-from align.ppo.progress import PPOState
+from align.ppo.rollout import Rollout
 from align.ppo.settings import PPOSettings
+from align.ppo.state import PPOState
+from align.rl.completions import ScoredCompletions
 from align.rl.maths.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
-from align.rl.measures import completion_metrics, kl_metrics
+from align.rl.metrics import completion_metrics, kl_metrics
 from align.rl.prompts import Prompt, Prompts
-from align.rl.replies import ScoredCompletions
-from finetune.planning.world import dist_info
+from finetune.distributed.collectives import all_gather_object, shard
+from finetune.distributed.rank import dist_info
 from finetune.training.base_trainer import BaseTrainer, log_held_out
-from finetune.training.processes import all_gather_object, shard
 
 HELD_OUT_PREFIX = "held_out_"
 EVAL_ROLLOUT_INDEX = -1
@@ -39,9 +39,9 @@ class PPOTrainer(BaseTrainer):
     check_initial_ratio: Callable[[float], None] | None = None
 
     @cached_property
-    def token_metrics(self) -> measures.TokenMetricAverager:
+    def token_metrics(self) -> metrics.TokenMetricAverager:
         """Return the per-token metrics since they were last logged."""
-        return measures.TokenMetricAverager()
+        return metrics.TokenMetricAverager()
 
     @property
     def prompts(self) -> Prompts:
@@ -165,7 +165,7 @@ class PPOTrainer(BaseTrainer):
         )
         ppo_state.rollout = experience.build_rollout(prompt_indices, completions, tensors)
         rollout_metrics = completion_metrics(completions) | kl_metrics(completions, stats)
-        rollout_metrics |= measures.value_metrics(stats.values, tensors.returns, completions.lengths)
+        rollout_metrics |= metrics.value_metrics(stats.values, tensors.returns, completions.lengths)
         rollout_metrics |= {"score": float(rewards.mean()), "kl_coefficient": kl_coef}
         rollout_metrics |= {f"seconds_{work}": value for work, value in rollouts.seconds.items()}
         rollouts.seconds.clear()
@@ -183,7 +183,7 @@ class PPOTrainer(BaseTrainer):
         # The Trainer also logs evaluation and the summary of the run, which have no per-token metrics.
         if "loss" in logs:
             logs |= (
-                measures.mean_over_tokens(all_gather_object(self.token_metrics.take()))
+                metrics.mean_over_tokens(all_gather_object(self.token_metrics.take()))
                 | self.ppo_state.pending_metrics
             )
             self.ppo_state.pending_metrics = {}
@@ -255,17 +255,17 @@ class PPOTrainer(BaseTrainer):
     ) -> None:
         """Record the metrics of a micro-batch, and check that a rollout's first ratios are 1."""
         mask_CT = inputs["mask"]
-        approx_kl_CT = measures.approx_kl(inputs["old_logps"], logps_CT, mask_CT)
+        approx_kl_CT = metrics.approx_kl(inputs["old_logps"], logps_CT, mask_CT)
         # Adds up over micro-batches and ranks to the mean over the tokens of the step.
         self.ppo_state.approx_kl += float(self.accelerator.reduce(approx_kl_CT.sum() / num_tokens, "sum"))
-        metrics = {
+        per_token = {
             "policy_loss": policy.losses,
             "value_loss": value.losses,
             "ratio": policy.ratios,
             "clipped": policy.clipped.float(),
             "step_kl": approx_kl_CT,
         }
-        self.token_metrics.add(metrics, mask_CT)
+        self.token_metrics.add(per_token, mask_CT)
         # Only in the first minibatch of a rollout: after its update the ratios are no longer 1.
         if self.ppo_state.minibatches_done == 1 and self.check_initial_ratio:
             self.check_initial_ratio(max(all_gather_object(float((policy.ratios - 1).abs().max()))))

@@ -9,16 +9,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from align.preference.rows.judged import Comparison
 from align.preference.rows.prepare import load_comparisons
+from align.preference.rows.records import Comparison
 from align.preference.settings import ChainOfHindsightSettings, PreferenceSettings
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.data.conversation import Conversation, with_control_suffix
 from finetune.data.dataset import PreparedData, tokenize_conversations
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
-from finetune.training.job import RunContext
-from finetune.training.text import TextEncoding
+from finetune.training.context import RunContext
+from finetune.training.text_encoding import TextEncoding
 
 ORDER_STREAM = 5
 """Seed key of this random stream: independent of those that read and mix the data."""

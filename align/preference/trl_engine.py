@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from align.preference.rows.dataset import PreferenceGroups
-from finetune.planning.world import dist_info
+from finetune.distributed.collectives import all_gather_object, barrier, shard, unshard
+from finetune.distributed.interrupts import NotFiniteError
+from finetune.distributed.rank import dist_info
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.preflight.untouched import preserve_state
-from finetune.training.processes import all_gather_object, barrier, shard, unshard
-from finetune.training.stops import NotFiniteError
+from finetune.training.preflight.preserve_state import preserve_state
 
 USE_NATIVE_ENGINE = "train.engine=native"
 REFERENCE_ADAPTER = "ref"

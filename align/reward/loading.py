@@ -7,10 +7,10 @@ from align.reward.settings import Settings
 from finetune.data.tokens import Encoder
 from finetune.planning import choices
 from finetune.recipe.checks import adapter_traits
-from finetune.training.go_on import load_adapter_weights
-from finetune.training.job import RunContext
+from finetune.training.context import RunContext
 from finetune.training.loading import Policy, parent_adapter_run
 from finetune.training.model import SCORE_HEAD, attach_adapter
+from finetune.training.resume_adapter import load_adapter_weights
 
 
 def load_reward_model_for_training(ctx: RunContext, encoder: Encoder) -> Policy:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel
 
 from align.preference.attention import block_attention
-from finetune.planning.hardware import Hardware
+from finetune.distributed.hardware import Hardware
+from finetune.distributed.sharding import gathered_params, is_sharded
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import ModelSettings
-from finetune.training.apart import gathered_params, is_sharded
 from finetune.training.model import SCORE_HEAD, load_base, load_config
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from align.reward.settings import RuleSettings, Settings
-from finetune.recipe.python_function import call_for_number, function_file, load_user_function
 from finetune.recipe.settings import StageSettings
+from finetune.recipe.user_function import call_for_number, function_file, load_user_function
 from finetune.training.run_directory import RULES, RunDirectory
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from align.preference.rows.fields import completion_turns, prompt_turns, split_completion
-from align.preference.rows.judged import PreferenceRow, ScoredCompletion
 from align.preference.rows.layouts import RANKINGS
-from align.reward.measures import ScoredComparisons, pair_comparisons, wilson_interval
+from align.preference.rows.records import PreferenceRow, ScoredCompletion
+from align.reward.metrics import ScoredComparisons, pair_comparisons, wilson_interval
 from align.reward.scorer import TOTAL, RewardModel
-from data_templates._segments import REPLY_ROLES, Message
+from data_templates.segments import REPLY_ROLES, Message
 from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, RowError, match_layout, parse_rows
 from finetune.data.sources import SourceRow, read_source
 from finetune.recipe.errors import Problem, UserError

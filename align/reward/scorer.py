@@ -21,11 +21,11 @@ from align.reward.rules import FunctionReward, load_rules
 from align.reward.scoring import score_groups
 from align.reward.settings import RuleSettings
 from align.reward.shared_base import scorer_sharing_base
-from data_templates._segments import Message, TemplateError
+from data_templates.segments import Message, TemplateError
 from finetune.adapters._load import load_saved_adapter
 from finetune.data.tokens import Encoder
+from finetune.distributed.hardware import detect_hardware
 from finetune.planning.choices import TOKENS_PER_FORWARD
-from finetune.planning.hardware import detect_hardware
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import ModelSettings

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from align.preference.rows.dataset import PreferenceGroups, TokenizedGroup
 from align.reward.collate import RewardCollator
-from align.reward.measures import FloatArray, ScoredComparisons
+from align.reward.metrics import FloatArray, ScoredComparisons
 from align.reward.model import completion_scores
 
 

@@ -8,8 +8,8 @@ from pydantic import Field
 from align.preference.settings import PreferenceSettings
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
-from finetune.recipe.python_function import file_digest, load_user_function, signature_problems
 from finetune.recipe.settings import MixedSource, NonEmptyStr, Section, StageSettings
+from finetune.recipe.user_function import file_digest, load_user_function, signature_problems
 
 RULE_ARGUMENTS = ("prompt", "completion")
 """Arguments of a rule function."""

@@ -16,7 +16,7 @@ from align.preference.rows.dataset import PreferenceGroups
 from align.preference.trl_engine import batch_locations, locations_by_tokens, raise_if_not_finite
 from finetune.training.arguments import TrlConfigSpec
 from finetune.training.base_trainer import log_held_out
-from finetune.training.preflight.untouched import preserve_state
+from finetune.training.preflight.preserve_state import preserve_state
 
 
 def reward_config_spec(*, center_rewards_coefficient: float) -> TrlConfigSpec:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from align.preference.rows.fields import prepend_system, prompt_turns
-from align.preference.rows.judged import PreferenceRow
 from align.preference.rows.layouts import LABELED, RANKINGS
-from data_templates._segments import Message
+from align.preference.rows.records import PreferenceRow
+from data_templates.segments import Message
 from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, text_field
 
 PromptColumns = Mapping[str, Any]

@@ -10,10 +10,11 @@ import numpy as np
 from align.preference.rows.prepare import split_by_prompt
 from align.rl.prompt_layouts import PROMPT_LAYOUTS
 from align.rl.settings import PromptSettings
-from data_templates._segments import REPLY_ROLES, Message, TemplateError
+from data_templates.segments import REPLY_ROLES, Message, TemplateError
 from finetune.data.conversation import Conversation, with_control_suffix
 from finetune.data.dataset import MAX_TRAIN_PROMPTS, load_or_encode
-from finetune.data.gather import (
+from finetune.data.layouts import match_layout, parse_rows
+from finetune.data.load import (
     SELECT_STREAM,
     SourceSpec,
     count_duplicates,
@@ -22,16 +23,15 @@ from finetune.data.gather import (
     read_rows_of,
     source_specs,
 )
-from finetune.data.layouts import match_layout, parse_rows
 from finetune.data.mixture import MixtureComponent, mix_components
 from finetune.data.report import DataReport, SourceReport
 from finetune.data.selection import select_rows
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.job import RunContext
-from finetune.training.text import TextEncoding
+from finetune.training.context import RunContext
+from finetune.training.text_encoding import TextEncoding
 
-PROMPT_CACHE_FORMAT = 1
+PROMPT_CACHE_FORMAT = 2
 """Cache format version. Increment it when the content of a cached file changes, so old files are ignored."""
 MIN_PROMPT_TOKENS = 8
 """Minimum number of positions for a prompt."""

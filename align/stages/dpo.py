@@ -61,12 +61,12 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
-    from align.dpo.tuning import DPO
-    from align.dpo.watched import DPO_METRIC_SPEC
+    from align.dpo.method import DPO
+    from align.dpo.metric_spec import DPO_METRIC_SPEC
     from align.preference.rows.load import load_preferences
-    from finetune.training.job import RunContext
+    from finetune.training.context import RunContext
     from finetune.training.loading import load_policy, load_text_encoding
-    from finetune.training.tune import run_stage
+    from finetune.training.stage import run_stage
 
     ctx = RunContext(recipe, run, console, command, metric_spec=DPO_METRIC_SPEC)
     text = load_text_encoding(ctx)

@@ -56,10 +56,10 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
         return Result.of(run)
 
     from align.preference.hindsight import load_chains, with_control_suffix_encoder
-    from finetune.training.job import RunContext
+    from finetune.training.context import RunContext
     from finetune.training.loading import load_policy, load_text_encoding
+    from finetune.training.stage import run_stage
     from finetune.training.supervised import SFT
-    from finetune.training.tune import run_stage
 
     ctx = RunContext(recipe, run, console, command)
     text = with_control_suffix_encoder(load_text_encoding(ctx), settings.hindsight.good)

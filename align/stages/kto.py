@@ -67,10 +67,10 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
-    from align.kto.tuning import KTO, KTO_METRIC_SPEC, load_labeled_completions
-    from finetune.training.job import RunContext
+    from align.kto.method import KTO, KTO_METRIC_SPEC, load_labeled_completions
+    from finetune.training.context import RunContext
     from finetune.training.loading import load_policy, load_text_encoding
-    from finetune.training.tune import run_stage
+    from finetune.training.stage import run_stage
 
     ctx = RunContext(recipe, run, console, command, metric_spec=KTO_METRIC_SPEC)
     text = load_text_encoding(ctx)

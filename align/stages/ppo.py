@@ -45,12 +45,12 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
         return Result.of(run)
 
     from align.ppo.loading import load_ppo_models
-    from align.ppo.tuning import PPO
-    from align.ppo.watched import ppo_metric_spec
+    from align.ppo.method import PPO
+    from align.ppo.metric_spec import ppo_metric_spec
     from align.rl.prompts import load_prompts
-    from finetune.training.job import RunContext
+    from finetune.training.context import RunContext
     from finetune.training.loading import load_text_encoding
-    from finetune.training.tune import run_stage
+    from finetune.training.stage import run_stage
 
     ctx = RunContext(recipe, run, console, command, metric_spec=ppo_metric_spec(settings))
     text = load_text_encoding(ctx)

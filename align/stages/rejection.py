@@ -44,11 +44,11 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
+    from align.rejection.method import RejectionSampling
+    from align.rejection.metric_spec import rejection_metric_spec
     from align.rejection.policies import load_round_policies
-    from align.rejection.tuning import RejectionSampling
-    from align.rejection.watched import rejection_metric_spec
     from align.rl.prompts import load_prompts
-    from finetune.training.job import RunContext
+    from finetune.training.context import RunContext
     from finetune.training.loading import load_text_encoding
 
     ctx = RunContext(recipe, run, console, command, metric_spec=rejection_metric_spec(stage_settings))

@@ -47,9 +47,9 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
 
     from align.preference.rows.load import load_preferences
     from align.reward.loading import load_reward_model_for_training
-    from align.reward.tuning import RewardModeling
-    from align.reward.watched import reward_metric_spec
-    from finetune.training.job import RunContext
+    from align.reward.method import RewardModeling
+    from align.reward.metric_spec import reward_metric_spec
+    from finetune.training.context import RunContext
     from finetune.training.loading import load_text_encoding
 
     ctx = RunContext(recipe, run, console, command, reward_metric_spec(stage_settings))

@@ -56,7 +56,7 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     assert isinstance(settings, Settings)
     run = RunDirectory.of(recipe, force=force)
     if not run.finished:
-        from align.online.running import run_online_stage
+        from align.online.stage import run_online_stage
 
         run_online_stage(recipe, run, settings.align, console=console, command=command)
     return Result.of(run)

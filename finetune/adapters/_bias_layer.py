@@ -8,8 +8,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from finetune.adapters._in_parts import gathered_weight
 from finetune.adapters._wrapping import WrappingLayer, WrappingTuner, register_tuner
+from finetune.distributed.gather_on_forward import gathered_weight
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pydantic import Field
 from finetune.adapters import lora
 from finetune.adapters._targets import check_targets
 from finetune.adapters._task import peft_task_type
-from finetune.adapters._traits import Hooks, Traits
+from finetune.adapters.traits import Hooks, Traits
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import Fraction, PositiveInt
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from finetune.adapters._task import peft_task_type
-from finetune.adapters._traits import Hooks, Traits
 from finetune.adapters.bottleneck import NONLINEAR_NOT_MERGEABLE, target_module_names
+from finetune.adapters.traits import Hooks, Traits
 from finetune.recipe.settings import AdapterSettings, PositiveInt
 
 if TYPE_CHECKING:

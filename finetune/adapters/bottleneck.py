@@ -13,7 +13,7 @@ from pydantic import Field
 
 from finetune.adapters._targets import FEED_FORWARD_OUTPUT, find_module_names
 from finetune.adapters._task import peft_task_type
-from finetune.adapters._traits import Traits
+from finetune.adapters.traits import Traits
 from finetune.recipe.settings import AdapterSettings, PositiveInt
 
 if TYPE_CHECKING:

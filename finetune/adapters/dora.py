@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters import lora
-from finetune.adapters._traits import Traits
+from finetune.adapters.traits import Traits
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from finetune.adapters._targets import norm_module_names
 from finetune.adapters._task import peft_task_type
-from finetune.adapters._traits import Traits
+from finetune.adapters.traits import Traits
 from finetune.recipe.settings import AdapterSettings
 
 if TYPE_CHECKING:

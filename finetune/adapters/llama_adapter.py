@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters._task import peft_task_type
-from finetune.adapters._traits import SCORE_HEAD_NOT_SAVED, Traits
+from finetune.adapters.traits import SCORE_HEAD_NOT_SAVED, Traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import AdapterSettings, PositiveInt
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters import lora
-from finetune.adapters._traits import Traits
+from finetune.adapters.traits import Traits
 from finetune.recipe.errors import Problem, UserError
 
 if TYPE_CHECKING:

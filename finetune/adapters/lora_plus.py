@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from finetune.adapters import lora
-from finetune.adapters._traits import Hooks, Traits
+from finetune.adapters.traits import Hooks, Traits
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters._task import peft_task_type
-from finetune.adapters._traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
+from finetune.adapters.traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
 from finetune.recipe.settings import PositiveInt, VirtualTokenSettings
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     import torch
     from peft import PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
 
-    from finetune.adapters._in_parts import gather_on_forward
     from finetune.adapters._prompt_model import prompt_model
+    from finetune.distributed.gather_on_forward import gather_on_forward
 
     config = PrefixTuningConfig(
         task_type=peft_task_type(model),

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from finetune.adapters import prompt
 from finetune.adapters._task import peft_task_type
-from finetune.adapters._traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
+from finetune.adapters.traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import NonEmptyStr, PositiveInt, VirtualTokenSettings
 

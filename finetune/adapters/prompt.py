@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters._task import peft_task_type
-from finetune.adapters._traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
+from finetune.adapters.traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
 from finetune.recipe.settings import NonEmptyStr, PositiveInt, VirtualTokenSettings
 
 if TYPE_CHECKING:

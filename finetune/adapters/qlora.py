@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.adapters import lora
-from finetune.adapters._traits import Traits
+from finetune.adapters.traits import Traits
 from finetune.recipe.settings import Fraction, PositiveInt
 
 if TYPE_CHECKING:

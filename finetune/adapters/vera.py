@@ -10,7 +10,7 @@ from pydantic import Field
 
 from finetune.adapters._targets import ALL_LINEAR, Target, check_targets
 from finetune.adapters._task import peft_task_type
-from finetune.adapters._traits import Traits
+from finetune.adapters.traits import Traits
 from finetune.recipe.settings import AdapterSettings, Fraction, PositiveInt
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from math import ceil
 import numpy as np
 from torch.utils.data import Sampler
 
-from finetune.planning.world import SINGLE_PROCESS, DistInfo
+from finetune.distributed.rank import SINGLE_PROCESS, DistInfo
 
 POOL_BATCHES = 16
 """Batches per pool: rows are sorted by length within a pool."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from data_templates._segments import DOCUMENT_START, REPLY_ROLES, Message
+from data_templates.segments import DOCUMENT_START, REPLY_ROLES, Message
 from finetune.data.report import DataReport
 
 TextKey = tuple[tuple[str, str, str], ...]

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data_templates._segments import TemplateError
+from data_templates.segments import TemplateError
 from finetune.data.cache import DamagedCacheError, cache_lock, cache_path, read_cached, write_cached
 from finetune.data.collate import IGNORE_INDEX, LMExample
 from finetune.data.conversation import Conversation
-from finetune.data.gather import load_conversations
-from finetune.data.loss_on import apply_loss_scope, build_loss_mask, has_untrained_replies
+from finetune.data.load import load_conversations
+from finetune.data.loss_scope import apply_loss_scope, build_loss_mask, has_untrained_replies
 from finetune.data.replies import has_replies_without_loss
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
@@ -26,7 +26,7 @@ OVERFLOW_VERBS = {"cut": "truncated", "drop": "dropped"}
 MAX_TRAIN_PROMPTS = 64
 """Number of training rows used as sample prompts where nothing is held out."""
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Version of the token cache: incremented when the meaning of a cached file changes."""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.data.blocks import block_offsets, pack_documents
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import PreparedData, TokenizedRows, prepare_conversations, record_source_shares

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from data_templates._segments import DOCUMENT_START, Message, Role
+from data_templates.segments import DOCUMENT_START, Message, Role
 from finetune.data.sources import SourceRow
 from finetune.data.tool_calls import CALL_FORMAT, TOOLS_FORMAT, calls_to_json_lines, tools_to_json_lines
 from finetune.recipe.errors import Problem, UserError, did_you_mean

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 
-from data_templates._segments import REPLY_ROLES, Message
+from data_templates.segments import REPLY_ROLES, Message
 from finetune.data.tokens import Encoder
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_templates._segments import REPLY_ROLES
+from data_templates.segments import REPLY_ROLES
 from finetune.data.conversation import Conversation
 from finetune.data.near_duplicates import near_duplicates
 from finetune.data.report import DataReport

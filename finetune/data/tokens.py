@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import data_templates
 from data_templates import model as model_template
-from data_templates._markers import Markers
-from data_templates._segments import (
+from data_templates.markers import Markers
+from data_templates.segments import (
     DOCUMENT_START,
     Message,
     Segment,
@@ -139,7 +139,8 @@ class Encoder:
     def fingerprint(self) -> str:
         """Return a digest of everything that determines the token ids: tokenizer, template, system text."""
         folder = Path(data_templates.__path__[0])
-        files = [*sorted(folder.glob("_*.py")), folder / f"{self.name}.py"]
+        names = (*data_templates.SHARED, self.name)
+        files = [*sorted(folder.glob("_*.py")), *(folder / f"{name}.py" for name in names)]
         parts = [_tokenizer_state(self.tokenizer), self.tokenizer.chat_template, self.system]
         parts += [file.read_text(encoding="utf-8") for file in files]
         parts += [self._bos, self.stop_ids, self.special_tokens]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from finetune.planning.adapted import AdaptedLinears
+from finetune.planning.adapted_linears import AdaptedLinears
 from finetune.planning.architecture import Architecture
 from finetune.planning.tape import Buffer, Tape
 from finetune.planning.workload import Adapter, Workload

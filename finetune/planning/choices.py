@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from math import ceil
 
-from finetune.planning.hardware import Hardware
+from finetune.distributed.hardware import Hardware
 from finetune.recipe.errors import Problem, UserError
 
 TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}

@@ -6,7 +6,7 @@ Calling convention: a method borrows its input buffers, and the caller owns the 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from finetune.planning.adapted import AdaptedLinears
+from finetune.planning.adapted_linears import AdaptedLinears
 from finetune.planning.architecture import Architecture
 from finetune.planning.attention import Attention
 from finetune.planning.tape import Buffer, Operation, Tape

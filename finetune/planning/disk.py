@@ -1,6 +1,6 @@
 """Disk space of a run: adapter or model, checkpoints, merged model."""
 
-from finetune.planning.resident import optimizer_bytes
+from finetune.planning.static_memory import optimizer_bytes
 from finetune.planning.workload import ITEMSIZES, Workload
 
 FLOAT32_BYTES = 4

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from finetune.distributed.hardware import Hardware
 from finetune.planning import choices
 from finetune.planning.architecture import Architecture
-from finetune.planning.hardware import Hardware
-from finetune.planning.shapes import load_base_config
+from finetune.planning.base_config import load_base_config
 from finetune.planning.workload import Adapter, Workload
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettings

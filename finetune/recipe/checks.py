@@ -3,14 +3,14 @@
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from finetune.adapters._traits import Traits
+from finetune.adapters.traits import Traits
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import ADAPTERS, TEMPLATES, load_plugin, plugin_names
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.mixture_checks import check_mixture, check_selection
 from finetune.recipe.paths import local_path, looks_local
-from finetune.recipe.python_function import function_file
 from finetune.recipe.settings import StageSettings
+from finetune.recipe.user_function import function_file
 
 HOLD_OUT_REPAIR = "set data.held_out to a number of rows (100), a fraction (0.1) or a file"
 

@@ -24,9 +24,14 @@ TEMPLATES = "data_templates"
 
 
 def plugin_names(package: str) -> list[str]:
-    """Return the public modules of a package's folder in alphabetical order, without importing them."""
-    folder = importlib.import_module(package).__path__
-    return sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
+    """Return the plug-ins of a package's folder in alphabetical order, without importing them.
+
+    All modules are plug-ins but private ones and those that the package lists in ``SHARED``.
+    """
+    registry = importlib.import_module(package)
+    shared = vars(registry).get("SHARED", ())
+    names = (module.name for module in pkgutil.iter_modules(registry.__path__))
+    return sorted(name for name in names if not name.startswith("_") and name not in shared)
 
 
 def plugin_summary(package: str, name: str) -> str:

@@ -20,16 +20,16 @@ from finetune.recipe.discovery import (
     plugin_names,
     stage_names,
 )
+from finetune.recipe.error_messages import validation_problems
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
-from finetune.recipe.settings import AdapterSettings, Section, StageSettings
-from finetune.recipe.start import (
+from finetune.recipe.parent_run import (
     ParentRun,
     inherit_settings,
     is_recipe_name,
     parent_from_recipe,
     parent_from_run,
 )
-from finetune.recipe.wording import validation_problems
+from finetune.recipe.settings import AdapterSettings, Section, StageSettings
 
 DEFAULT_ORIGIN = "default"
 

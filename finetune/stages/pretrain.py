@@ -45,8 +45,8 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
 
     run = RunDirectory.of(recipe, force=force)
     if not run.finished:
-        from finetune.training.job import RunContext
-        from finetune.training.tune import run_supervised
+        from finetune.training.context import RunContext
+        from finetune.training.stage import run_supervised
 
         run_supervised(RunContext(recipe, run, console, command))
     return Result.of(run)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.adapters._traits import Hooks
+from finetune.adapters.traits import Hooks
 from finetune.recipe.discovery import ADAPTERS, load_plugin
 from finetune.recipe.settings import AdapterSettings
 

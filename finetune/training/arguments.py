@@ -9,10 +9,10 @@ from transformers import TrainingArguments
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from finetune.data.batches import num_micro_batches
+from finetune.distributed.collectives import TIMEOUT
+from finetune.distributed.strategies import reset_deepspeed_state, strategy_arguments
 from finetune.recipe.errors import Problem, UserError, did_you_mean
 from finetune.recipe.settings import TrainSettings
-from finetune.training.processes import TIMEOUT
-from finetune.training.strategies import reset_deepspeed_state, strategy_arguments
 
 TRAINER_OPTIMIZERS = {
     "adamw": "adamw_torch",

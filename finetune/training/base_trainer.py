@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
-from finetune.adapters._traits import Hooks
+from finetune.adapters.traits import Hooks
 from finetune.data.batches import MicroBatchSampler
 from finetune.data.collate import IGNORE_INDEX
-from finetune.planning.world import dist_info
+from finetune.distributed.interrupts import NotFiniteError
+from finetune.distributed.rank import dist_info
+from finetune.distributed.sharding import is_sharded
 from finetune.training.adapter_hooks import AdapterCallback, scale_learning_rates
-from finetune.training.apart import is_sharded
 from finetune.training.save import write_adapter
-from finetune.training.stops import NotFiniteError
 
 NO_HOOKS = Hooks()
 

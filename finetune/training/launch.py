@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from finetune.distributed.hardware import detect_hardware
+from finetune.distributed.rank import dist_info
 from finetune.planning import choices
 from finetune.planning.compatibility import ZERO_STRATEGIES
-from finetune.planning.hardware import detect_hardware
-from finetune.planning.world import dist_info
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
@@ -46,7 +46,7 @@ def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, comma
     if not RunDirectory.of(recipe, force=force).finished:
         num_processes, _ = choices.num_processes(recipe.settings.train.processes, detect_hardware())
         if num_processes > 1:
-            from finetune.training.elastic import LaunchSpec, launch_processes
+            from finetune.distributed.launcher import LaunchSpec, launch_processes
 
             launch_processes(LaunchSpec(recipe, force, command), num_processes)
             force = False  # the workers finished the run: below it is only read

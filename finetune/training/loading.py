@@ -12,10 +12,10 @@ from finetune.planning import choices
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.settings import ModelSettings
 from finetune.training.arguments import TrlConfigSpec, check_engine_args
-from finetune.training.go_on import load_adapter_weights
-from finetune.training.job import RunContext
+from finetune.training.context import RunContext
 from finetune.training.model import attach_adapter, load_base
-from finetune.training.text import TextEncoding, build_text_encoding
+from finetune.training.resume_adapter import load_adapter_weights
+from finetune.training.text_encoding import TextEncoding, build_text_encoding
 
 
 @dataclass(frozen=True)

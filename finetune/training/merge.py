@@ -6,7 +6,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from transformers import AutoTokenizer, PreTrainedModel
 
 from finetune.adapters._load import load_saved_adapter
-from finetune.planning.hardware import detect_hardware
+from finetune.distributed.hardware import detect_hardware
 from finetune.recipe import yaml_file
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError

@@ -21,15 +21,15 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from finetune.planning.hardware import Hardware
-from finetune.planning.world import dist_info
+from finetune.distributed.hardware import Hardware
+from finetune.distributed.rank import dist_info
+from finetune.distributed.sharding import full_numel, reshard, set_fsdp_root
+from finetune.distributed.strategies import SHARDED_WEIGHTS
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import AdapterSettings, ModelSettings
-from finetune.training.apart import full_numel, reshard, set_fsdp_root
 from finetune.training.rope import extend_context, max_positions, reset_dynamic_rope
-from finetune.training.strategies import SHARDED_WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

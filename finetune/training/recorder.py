@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.training import processes
+from finetune.distributed import collectives
+from finetune.distributed.interrupts import NotFiniteError, SignalFlag
 from finetune.training.checkpoints import write_checksums
 from finetune.training.run_directory import RunDirectory
-from finetune.training.stops import NotFiniteError, SignalFlag
 
 PROGRESS_LINES = 10
 MEAN_LOSS_KEY = "train_loss"
@@ -72,9 +72,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Show progress; after a signal on any rank, all ranks save a checkpoint and stop."""
         self.progress.update(self.task, completed=state.global_step, rate=self._rate(state))
-        if processes.any_rank(bool(self.signal_flag.signal_name)):
+        if collectives.any_rank(bool(self.signal_flag.signal_name)):
             self.signal_flag.signal_name = next(
-                filter(None, processes.all_gather_object(self.signal_flag.signal_name))
+                filter(None, collectives.all_gather_object(self.signal_flag.signal_name))
             )
             control.should_save = True
             control.should_training_stop = True
@@ -108,10 +108,10 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the checksums of the engine's new checkpoint, after every rank has written its files."""
-        processes.barrier()
+        collectives.barrier()
         if self.run.is_writer:
             write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        processes.barrier()
+        collectives.barrier()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

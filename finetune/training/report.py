@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, Template
 from matplotlib.figure import Figure
 
+from finetune.training.metric_specs import Diagnostics
 from finetune.training.run_directory import RunDirectory
-from finetune.training.watched import Diagnostics
 
 
 def write_report(

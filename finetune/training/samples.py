@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_templates._segments import REPLY_ROLES, Message
-from finetune.training.generate import Completion
+from data_templates.segments import REPLY_ROLES, Message
+from finetune.training.generation import Completion
 from finetune.training.run_directory import SAMPLES, RunDirectory
 
 GenerateFn = Callable[[Sequence[Sequence[Message]]], list[Completion]]

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune.distributed import sharding
 from finetune.recipe.errors import Problem, UserError
-from finetune.training import apart
-from finetune.training.preflight.ticks import first_few
+from finetune.training.preflight.checks import first_few
 from finetune.training.run_directory import RunDirectory
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -45,12 +45,12 @@ def write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, to
     """Write the adapter on rank 0, and return its tensors in memory."""
     assert isinstance(model, PeftModel)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    with apart.gathered_params(
+    with sharding.gathered_params(
         *trained
     ):  # gathered twice: PEFT runs prompt encoders, after which ZeRO-3 shards again
         adapter_state = get_peft_model_state_dict(model)
         live = {name: value.detach().cpu().clone() for name, value in adapter_state.items()}
-    with apart.gathered_params(*trained):
+    with sharding.gathered_params(*trained):
         model.save_pretrained(
             str(folder),
             save_embedding_layers=False,
@@ -63,12 +63,12 @@ def write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, to
 def _write_model(model: nn.Module, folder: Path, *, main: bool) -> dict[str, torch.Tensor]:
     """Write the full model on rank 0, and return its tensors in memory."""
     assert isinstance(model, PreTrainedModel)
-    if not apart.is_sharded(model):
+    if not sharding.is_sharded(model):
         if main:
             model.save_pretrained(str(folder))
         model_state: dict[str, torch.Tensor] = model.state_dict()
         return model_state
-    live = apart.full_state_dict(model)
+    live = sharding.full_state_dict(model)
     model.save_pretrained(str(folder), state_dict=live, is_main_process=main)
     return live
 

@@ -8,21 +8,21 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
 from finetune.data.dataset import PreparedData, TokenizedRows
-from finetune.training import tuning
+from finetune.distributed.interrupts import NotFiniteError
+from finetune.training import shared_steps
 from finetune.training.adapter_hooks import adapter_hooks
-from finetune.training.behaviour import GenerationEval
-from finetune.training.completion import held_out_loss
-from finetune.training.generate import Completion
-from finetune.training.job import RunContext
+from finetune.training.batch_loss import held_out_loss
+from finetune.training.context import RunContext
+from finetune.training.generation import Completion
+from finetune.training.generation_eval import GenerationEval
 from finetune.training.loading import Policy
-from finetune.training.preflight.ticks import CheckResult
-from finetune.training.preflight.whole import check_model, check_rows, check_vocabulary
+from finetune.training.preflight.checklist import check_model, check_rows, check_vocabulary
+from finetune.training.preflight.checks import CheckResult
 from finetune.training.samples import Samples
-from finetune.training.stops import NotFiniteError
-from finetune.training.text import TextEncoding
+from finetune.training.text_encoding import TextEncoding
 from finetune.training.trainer import NativeTrainer
 from finetune.training.trl_engine import build_trl_trainer
 
@@ -41,25 +41,25 @@ class SFT:
 
     @property
     def num_steps(self) -> int:
-        return tuning.num_optimizer_steps(self.ctx, len(self.data.train))
+        return shared_steps.num_optimizer_steps(self.ctx, len(self.data.train))
 
     @property
     def samples(self) -> Samples:
         """Return the prompts of samples.jsonl."""
-        return tuning.build_samples(self.ctx, self.text, self.data.prompts)
+        return shared_steps.build_samples(self.ctx, self.text, self.data.prompts)
 
     @cached_property
     def generation_eval(self) -> GenerationEval:
         """Return the evaluation of generated completions, before and after training."""
-        return tuning.build_generation_eval(self.ctx, self.text, self.data.prompts)
+        return shared_steps.build_generation_eval(self.ctx, self.text, self.data.prompts)
 
     def metadata(self) -> dict[str, Any]:
         """Run the pre-flight and return run.json's initial sections; every refusal happens here."""
         self.arguments()  # raises for engine arguments that the engine refuses
         self.ctx.add_summary_metrics(self.generation_eval.summary)
-        tuning.log_parameter_counts(self.ctx, self.policy)
+        shared_steps.log_parameter_counts(self.ctx, self.policy)
         self.preflight()
-        return tuning.policy_metadata(self.ctx, self.text, self.policy, self.data.report)
+        return shared_steps.policy_metadata(self.ctx, self.text, self.policy, self.data.report)
 
     def preflight(self) -> None:
         """Check the run's rows and model before step 0, without changing either.
@@ -85,7 +85,7 @@ class SFT:
             UserError: the engine refuses them.
         """
         longest = self.data.report.longest
-        return tuning.engine_arguments(self.ctx, self.policy, longest=longest, steps=self.num_steps)
+        return shared_steps.engine_arguments(self.ctx, self.policy, longest=longest, steps=self.num_steps)
 
     def build_trainer(self) -> Trainer:
         """Build the engine's trainer, which creates the checkpoint folder."""
@@ -112,7 +112,7 @@ class SFT:
 
     def generate(self, prompts: Sequence[Sequence[Message]]) -> list[Completion]:
         """Generate completions greedily with the current policy."""
-        return tuning.generate_sharded(self.ctx, self.text, self.policy, prompts)
+        return shared_steps.generate_sharded(self.ctx, self.text, self.policy, prompts)
 
     def evaluate(self, trainer: Trainer, when: str) -> None:
         """Record the held-out loss before or after training; after it, the training loss too.
@@ -133,7 +133,7 @@ class SFT:
             if self.ctx.recipe.settings.data.text_format is not None:
                 run.update(metrics={f"held_out_perplexity_{when}": exp(min(loss, MAX_LOSS_FOR_EXP))})
         if when == "after":
-            tuning.record_training_metrics(self.ctx, trainer)
+            shared_steps.record_training_metrics(self.ctx, trainer)
 
     def save(self) -> None:
         """Save the adapter (or the model), reload it to verify it, and record its checksums.
@@ -141,7 +141,7 @@ class SFT:
         Raises:
             UserError: the saved weights differ from the trained ones.
         """
-        tuning.save_policy(self.ctx, self.text, self.policy)
+        shared_steps.save_policy(self.ctx, self.text, self.policy)
 
     def _held_out_loss(self, trainer: Trainer, rows: TokenizedRows) -> float:
         return held_out_loss(

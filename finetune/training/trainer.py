@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from finetune.data.collate import IGNORE_INDEX
 from finetune.training.base_trainer import BaseTrainer, log_held_out
-from finetune.training.completion import completion_loss_sum, held_out_loss
+from finetune.training.batch_loss import completion_loss_sum, held_out_loss
 from finetune.training.head import output_head
 from finetune.training.neftune import noisy_embeddings
 

@@ -10,9 +10,9 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
+from finetune.distributed.interrupts import NotFiniteError
 from finetune.training.base_trainer import log_held_out
-from finetune.training.completion import held_out_loss
-from finetune.training.stops import NotFiniteError
+from finetune.training.batch_loss import held_out_loss
 
 
 class TrlSFTTrainer(SFTTrainer):  # type: ignore[misc]

@@ -7,17 +7,17 @@ import threading
 import time
 from pathlib import Path
 
-from finetune.recipe.quiet import silence_libraries
+from finetune.recipe.silence import silence_libraries
 
 silence_libraries()
 
 from rich.console import Console  # noqa: E402
 
-from finetune.planning.world import dist_info  # noqa: E402
+from finetune.distributed.interrupts import Interrupted, LostProcessError, NotFiniteError  # noqa: E402
+from finetune.distributed.launcher import SPEC_FILE, error_file  # noqa: E402
+from finetune.distributed.rank import dist_info  # noqa: E402
 from finetune.recipe.errors import UserError  # noqa: E402
-from finetune.training.elastic import SPEC_FILE, error_file  # noqa: E402
 from finetune.training.launch import launch_stage  # noqa: E402
-from finetune.training.stops import Interrupted, LostProcessError, NotFiniteError  # noqa: E402
 
 
 def main(folder: Path) -> int:

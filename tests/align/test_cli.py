@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from align import cli
-from finetune.training.job import RunContext
+from finetune.training.context import RunContext
 
 RECIPE = """\
 stage: sft

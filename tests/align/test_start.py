@@ -13,7 +13,7 @@ import pytest
 import warm
 
 from align import cli, load_recipe, load_tuned, run
-from finetune.training.job import RunContext
+from finetune.training.context import RunContext
 
 RECIPE = """\
 stage: sft

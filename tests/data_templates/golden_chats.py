@@ -1,6 +1,6 @@
 """The exact text of the chat templates and the task templates; <s> and </s> are BOS and EOS."""
 
-from data_templates._segments import Message
+from data_templates.segments import Message
 
 SYSTEM = Message("system", "Be brief.")
 ASK = Message("user", "Add 2 and 3.")

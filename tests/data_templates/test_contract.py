@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_templates._markers import Markers
-from data_templates._segments import Message, Template, TemplateError, render
+from data_templates.markers import Markers
+from data_templates.segments import Message, Template, TemplateError, render
 from finetune.recipe.discovery import load_plugin, plugin_names
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -171,5 +171,5 @@ def test_escaped_markers_are_counted(name):
 def test_the_folder_is_listed_and_helpers_are_not():
     assert {"alpaca", "chatml", "koalpaca", "llama2", "model", "plain", "vicuna"} <= set(NAMES)
     assert {"llama3", "mistral", "gemma", "zephyr", "hh", "qwen", "cot", "flan", "toolcall"} <= set(NAMES)
-    assert not any(name.startswith("_") for name in NAMES)
+    assert not any(name.startswith("_") for name in NAMES) and not {"markers", "segments"} & set(NAMES)
     assert isinstance(template_of("alpaca"), Template)

@@ -3,7 +3,7 @@
 import pytest
 
 from data_templates import cot
-from data_templates._segments import Message, render
+from data_templates.segments import Message, render
 
 ASK = Message("user", "How many?")
 

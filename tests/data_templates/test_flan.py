@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_templates import flan
-from data_templates._segments import Message, render
+from data_templates.segments import Message, render
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ def test_the_phrasing_depends_on_neither_seed_nor_process():
     random.seed(7)
     assert [prompt(f"Task {number}") for number in range(50)] == texts
     code = (
-        "from data_templates import flan\nfrom data_templates._segments import Message, render\n"
+        "from data_templates import flan\nfrom data_templates.segments import Message, render\n"
         "for n in range(50): print(''.join(s.text for s in render(flan.TEMPLATE, "
         "[Message('user', f'Task {n}')])[0]), end='|')"
     )

@@ -3,7 +3,7 @@
 import pytest
 from golden_chats import ANSWER, ASK, ASK_WITH_INPUT, CHATS, MORE, SYSTEM
 
-from data_templates._segments import Message, TemplateError, render
+from data_templates.segments import Message, TemplateError, render
 from finetune.recipe.discovery import load_plugin, plugin_names
 
 ALPACA = (

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_templates._markers import Markers
-from data_templates._segments import BOS, Segment, TemplateError, escape_at_boundaries, markup
+from data_templates.markers import Markers
+from data_templates.segments import BOS, Segment, TemplateError, escape_at_boundaries, markup
 
 COMMON = ["</s>", "<|im_start|>", "<|im_end|>", "### Response:", "USER:", "[INST]", "<<SYS>>", "<</SYS>>"]
 

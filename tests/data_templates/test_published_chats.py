@@ -6,7 +6,7 @@ import pytest
 from golden_chats import ANSWER, ASK, LONG, SYSTEM
 from published_chats import EXAONE, MISTRAL, ZEPHYR, rendered, trl
 
-from data_templates._segments import Message, render
+from data_templates.segments import Message, render
 from finetune.recipe.discovery import load_plugin
 
 PUBLISHED = {

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_templates import toolcall
-from data_templates._segments import Message, TemplateError, render
+from data_templates.segments import Message, TemplateError, render
 from finetune.recipe.discovery import load_plugin, plugin_names
 
 TOOLS = Message("tools", '{"type": "function", "function": {"name": "area"}}')

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from math import isnan, nan
 
-from align.preference.rows.judged import Comparison, PreferenceRow, ScoredCompletion, Turns
+from align.preference.rows.records import Comparison, PreferenceRow, ScoredCompletion, Turns
 from align.preference.settings import PreferenceSettings
 from finetune.data.report import DataReport
 from finetune.recipe.errors import Problem, UserError

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from align.preference.rows.dataset import PreferenceGroups
-from align.preference.rows.judged import Comparison
-from data_templates._segments import Message, TemplateError
+from align.preference.rows.records import Comparison
+from data_templates.segments import Message, TemplateError
 from finetune.data.dataset import load_or_encode
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoded, Encoder
 
-PREFERENCE_CACHE_FORMAT = 1
+PREFERENCE_CACHE_FORMAT = 2
 """Increased when the meaning of a cached file changes, so that old files are not read."""
 
 DROPPED_UNRENDERABLE = "dropped: the template cannot render the conversation"

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from math import isfinite, nan
 from typing import Any
 
-from data_templates._segments import REPLY_ROLES, Message, Role
 from data_templates.hh import ASSISTANT, HUMAN
+from data_templates.segments import REPLY_ROLES, Message, Role
 from finetune.data.layouts import RowError, checked_text, short_repr, system_turn, text_field, turns_field
 
 RowFields = Mapping[str, Any]

@@ -20,8 +20,8 @@ from align.preference.rows.fields import (
     response_text,
     split_completion,
 )
-from align.preference.rows.judged import PreferenceRow, ScoredCompletion
-from data_templates._segments import REPLY_ROLES, Message
+from align.preference.rows.records import PreferenceRow, ScoredCompletion
+from data_templates.segments import REPLY_ROLES, Message
 from finetune.data.layouts import Layout, RowError, checked_text, short_repr, system_turn, text_field
 
 SCORE_COLUMNS = (

@@ -3,8 +3,8 @@
 from align.preference.rows.dataset import PreparedPreferences
 from align.preference.rows.prepare import PreferenceKind, prepare_preferences
 from align.preference.settings import PreferenceSettings
-from finetune.training.job import RunContext
-from finetune.training.text import TextEncoding
+from finetune.training.context import RunContext
+from finetune.training.text_encoding import TextEncoding
 
 
 def load_preferences(

@@ -8,11 +8,12 @@ import numpy as np
 from align.preference.rows.comparisons import build_comparisons, count_contradictions, split_pair
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
 from align.preference.rows.encode import LengthLimits, tokenize_comparisons
-from align.preference.rows.judged import Comparison, PreferenceRow
 from align.preference.rows.layouts import LABELED, PAIRS, RANKINGS
+from align.preference.rows.records import Comparison, PreferenceRow
 from align.preference.settings import PreferenceSettings
 from finetune.data.conversation import Conversation
-from finetune.data.gather import (
+from finetune.data.layouts import Layout, match_layout, parse_rows
+from finetune.data.load import (
     SourceSpec,
     count_duplicates,
     count_leaked,
@@ -20,7 +21,6 @@ from finetune.data.gather import (
     read_rows_of,
     source_specs,
 )
-from finetune.data.layouts import Layout, match_layout, parse_rows
 from finetune.data.mixture import MixtureComponent, mix_components
 from finetune.data.report import DataReport, SourceReport
 from finetune.data.tokens import Encoder

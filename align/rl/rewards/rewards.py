@@ -11,12 +11,12 @@ from align.reward.rules import FunctionReward
 from align.reward.scorer import TOTAL, RewardModel
 from align.rl.rewards.combining import Scores, length_penalty, piecewise, weighted_sum
 from align.rl.rewards.settings import HELPFULNESS, LENGTH_PENALTY, SAFETY, RewardsSettings
-from data_templates._segments import Message
+from data_templates.segments import Message
+from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.python_function import call_for_number
-from finetune.training.preflight.ticks import CheckResult
+from finetune.recipe.user_function import call_for_number
+from finetune.training.preflight.checks import CheckResult
 from finetune.training.samples import evenly_spaced, prompt_text
-from finetune.training.stops import NotFiniteError
 
 Conversations = Sequence[Sequence[Message]]
 NUM_CHECKED_PROMPTS = 8

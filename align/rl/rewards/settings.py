@@ -10,13 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from align.reward.settings import RULE_ARGUMENTS
-from align.rl.rewards.scorers import DEFAULT_REWARD_NAME, reward_run_info, same_base
+from align.rl.rewards.run_info import DEFAULT_REWARD_NAME, reward_run_info, same_base
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
-from finetune.recipe.python_function import file_digest, has_parameter, load_user_function, signature_problems
+from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.runs import find_run, read_finished_record
 from finetune.recipe.settings import NonEmptyStr, NonNegativeInt, Section, StageSettings
-from finetune.recipe.start import is_recipe_name
+from finetune.recipe.user_function import file_digest, has_parameter, load_user_function, signature_problems
 
 LENGTH_PENALTY, RESERVED_TOTAL = "length_penalty", "total"
 EXPECTED_PARAMETER = "expected"

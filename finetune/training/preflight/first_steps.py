@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.training.preflight import gradients
-from finetune.training.preflight.ticks import CheckResult, first_few
+from finetune.training.preflight import gradient_checks
+from finetune.training.preflight.checks import CheckResult, first_few
 
 CHECKED_STEPS = 5
 """Checked steps: warm-up may start at a rate of zero, and LoRA's A has a zero gradient until B has moved."""
@@ -31,7 +31,7 @@ class FirstStepsCheck(TrainerCallback):  # type: ignore[misc]
             engine_takes_gradients: whether the engine removes the gradients before this callback runs (ZeRO).
         """
         self.engine_takes_gradients = engine_takes_gradients
-        self.gradient_norms: gradients.GradientNorms | None = None
+        self.gradient_norms: gradient_checks.GradientNorms | None = None
         self.report = report
         self.allows_zero_gradients = allows_zero_gradients
         self.num_checked = 0
@@ -42,7 +42,7 @@ class FirstStepsCheck(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Register gradient hooks if the engine removes the gradients."""
         if self.engine_takes_gradients:
-            self.gradient_norms = gradients.GradientNorms(kwargs["model"])
+            self.gradient_norms = gradient_checks.GradientNorms(kwargs["model"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -55,14 +55,14 @@ class FirstStepsCheck(TrainerCallback):  # type: ignore[misc]
         """
         if self.num_checked == CHECKED_STEPS or self.at_zero == set():
             return
-        model, gradient_of = kwargs["model"], self.gradient_norms or gradients.stored_gradient
-        parameter_groups = gradients.group_parameters(model)
-        states = gradients.gradient_states(parameter_groups, gradient_of)
-        if self.allows_zero_gradients and gradients.NONZERO_GRADIENT not in states:
+        model, gradient_of = kwargs["model"], self.gradient_norms or gradient_checks.stored_gradient
+        parameter_groups = gradient_checks.group_parameters(model)
+        states = gradient_checks.gradient_states(parameter_groups, gradient_of)
+        if self.allows_zero_gradients and gradient_checks.NONZERO_GRADIENT not in states:
             return
         self.num_checked += 1
         # finite=False: with loss scaling (float16) the first gradients may be infinite.
-        result = gradients.check_gradient_flow(model, finite=False, gradient_of=gradient_of)
+        result = gradient_checks.check_gradient_flow(model, finite=False, gradient_of=gradient_of)
         if result.problem:
             self.report(result)
         if self.gradient_norms:
@@ -70,7 +70,7 @@ class FirstStepsCheck(TrainerCallback):  # type: ignore[misc]
         at_zero_now = {
             group.name
             for group, state in zip(parameter_groups, states, strict=True)
-            if state == gradients.ZERO_GRADIENT
+            if state == gradient_checks.ZERO_GRADIENT
         }
         self.at_zero = at_zero_now if self.at_zero is None else self.at_zero & at_zero_now
         if self.gradient_norms and (self.num_checked == CHECKED_STEPS or not self.at_zero):

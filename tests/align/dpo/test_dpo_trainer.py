@@ -14,13 +14,13 @@ from transformers import TrainerCallback, TrainingArguments
 
 from align.dpo.collate import PreferenceCollator, PreferenceDataset, preference_scores
 from align.dpo.objective import PreferenceObjective, pad_by_group
-from align.dpo.reference import compute_reference_logps
+from align.dpo.reference_logps import compute_reference_logps
 from align.dpo.trainer import PreferenceTrainer
 from align.preference.losses import metrics
-from align.preference.losses.catalogue import all_losses
+from align.preference.losses.catalog import all_losses
 from align.preference.losses.inputs import Lists
 from align.preference.rows.dataset import PreferenceGroups
-from finetune.adapters._traits import Hooks
+from finetune.adapters.traits import Hooks
 
 SHAPES = [*SOME[:2], (3, [2, 9]), (5, [4, 1, 3])]
 

@@ -10,12 +10,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from finetune.distributed.interrupts import Interrupted, NotFiniteError
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
 from finetune.stages import sft
+from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
-from finetune.training.stops import Interrupted, NotFiniteError
-from finetune.training.tuned import load_finished_run
 
 both = pytest.mark.parametrize("stage", ["rloo", "grpo"])
 

@@ -9,11 +9,11 @@ from small_models import VOCABULARY, make
 from transformers import set_seed
 from trl import GRPOConfig, RLOOConfig
 
-from align.online.prompt_numbers import PromptIdTokenizer
+from align.online.prompt_id_tokenizer import PromptIdTokenizer
 from align.online.trl_engine import TRLRewardFunction, build_online_trainer, prompt_order
 from align.rl.prompts import Prompt, Prompts
 from align.rl.rewards.rewards import RewardScores
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.adapters.lora import Settings, build
 
 STOP = 5

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from align.planning.forward import micro_batch_workload
-from align.planning.lengths import RowLengths
+from align.planning.micro_batch import micro_batch_workload
+from align.planning.row_lengths import RowLengths
 from align.planning.work import TotalWork, total_work
 from finetune.planning.from_recipe import base_workload, load_architecture
 from finetune.planning.workload import Workload

@@ -6,18 +6,18 @@ import pytest
 import torch
 from cast import LENGTHS, build_models, random_rollout, scored_completions
 
-from align.ppo import measures
-from align.ppo.episodes import Rollout
+from align.ppo import metrics
 from align.ppo.experience import (
     advantages_and_returns,
     make_minibatches,
     rollout_prompt_indices,
     shape_rewards,
 )
+from align.ppo.rollout import Rollout
 from align.ppo.settings import PPOSettings
-from align.rl import measures as of
-from align.rl.maths.scores import RunningMeanStd
-from align.rl.reading import TokenStats
+from align.rl import metrics as of
+from align.rl.maths.reward_shaping import RunningMeanStd
+from align.rl.token_stats import TokenStats
 
 NUM_COMPLETIONS, MAX_LENGTH = 4, 6
 LENGTHS_C = torch.tensor([length for _, length in LENGTHS])
@@ -107,11 +107,11 @@ def test_rollout_save_and_load_roundtrip(tmp_path: Path) -> None:
 
 
 def test_completion_metrics_by_hand() -> None:
-    metrics = of.completion_metrics(
+    computed = of.completion_metrics(
         scored_completions([1.0, 2.0, 3.0, 6.0], stopped=[True, False, True, True])
     )
-    assert metrics["reward"] == 3.0 and metrics["ends"] == 0.75 and metrics["distinct"] == 1.0
-    assert metrics["length"] == sum(length for _, length in LENGTHS) / 4
+    assert computed["reward"] == 3.0 and computed["ends"] == 0.75 and computed["distinct"] == 1.0
+    assert computed["length"] == sum(length for _, length in LENGTHS) / 4
     assert of.correlation(LENGTHS_C.double().numpy(), LENGTHS_C.double().numpy()) == pytest.approx(1.0)
     stats = token_stats()
     kl = of.kl_metrics(scored_completions([0.0] * 4), stats)
@@ -122,12 +122,12 @@ def test_completion_metrics_by_hand() -> None:
 
 
 def test_undefined_explained_variance_is_not_logged() -> None:
-    assert measures.value_metrics(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([3, 3])) == {}
+    assert metrics.value_metrics(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([3, 3])) == {}
     returns = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert measures.value_metrics(returns, returns, torch.tensor([2, 2])) == {"explained_variance": 1.0}
+    assert metrics.value_metrics(returns, returns, torch.tensor([2, 2])) == {"explained_variance": 1.0}
 
 
 def test_approx_kl_of_an_impossible_token_is_bounded() -> None:
     old_logps, mask = torch.full((1, 3), -1.0), torch.tensor([[True, True, False]])
-    kl = measures.approx_kl(old_logps, torch.tensor([[-41.0, -1.0, -99.0]]), mask)
+    kl = metrics.approx_kl(old_logps, torch.tensor([[-41.0, -1.0, -99.0]]), mask)
     assert kl.tolist() == [[pytest.approx(39.0), 0.0, 0.0]]

@@ -8,11 +8,11 @@ from cast import build_models, random_rollout
 from small_models import plain_loss_sum, token_rows
 from torch import Tensor
 
+from align.ppo.actor_critic import ActorCritic
 from align.ppo.pretraining import NUM_PRETRAINING_LABELS, PRETRAINING_BATCH, PretrainingMix
-from align.ppo.roles import ActorCritic
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
-from finetune.planning.world import DistInfo
+from finetune.distributed.rank import DistInfo
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTHS = [5, 9, 4, 7, 6]

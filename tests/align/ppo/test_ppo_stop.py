@@ -2,7 +2,7 @@
 
 import pytest
 
-from align.ppo.panel import diagnose_ppo
+from align.ppo.diagnostics import diagnose_ppo
 from align.ppo.settings import StopSettings
 from align.ppo.stop_rule import over_optimization_reason, stop_reason
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from align.preference.losses.catalogue import Loss
+from align.preference.losses.catalog import Loss
 from align.preference.losses.inputs import Lists, Pairs
 
 

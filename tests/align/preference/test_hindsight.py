@@ -6,8 +6,8 @@ import pytest
 from small_tokenizers import tokenizer
 
 from align.preference.hindsight import best_completion_prompts, build_chains
-from align.preference.rows.judged import Comparison
-from data_templates._segments import Message
+from align.preference.rows.records import Comparison
+from data_templates.segments import Message
 from finetune.data.conversation import with_control_suffix
 from finetune.data.tokens import Encoder
 

@@ -10,7 +10,7 @@ from preference_batches import random_lists
 from torch import Tensor
 
 from align.preference.losses import listwise, pairwise
-from align.preference.losses.catalogue import all_losses
+from align.preference.losses.catalog import all_losses
 from align.preference.losses.inputs import Lists, LossOutput
 
 LISTWISE = [name for name, loss in all_losses().items() if loss.takes == "Lists"]

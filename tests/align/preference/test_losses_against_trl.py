@@ -23,7 +23,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from align.preference.losses import pairwise
-from align.preference.losses.catalogue import all_losses
+from align.preference.losses.catalog import all_losses
 from align.preference.losses.inputs import Pairs
 from align.preference.losses.reward import bradley_terry
 

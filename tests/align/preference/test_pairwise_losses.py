@@ -9,7 +9,7 @@ import torch
 from preference_batches import at_margins, by_hand, random_pairs
 
 from align.preference.losses import pairwise
-from align.preference.losses.catalogue import all_losses
+from align.preference.losses.catalog import all_losses
 from align.preference.losses.inputs import LossOutput, Pairs
 
 PAIRWISE = [name for name, loss in all_losses().items() if loss.takes == "Pairs"]

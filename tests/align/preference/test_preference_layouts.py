@@ -5,7 +5,7 @@ from math import isnan
 import pytest
 from small_preferences import pair, read
 
-from data_templates._segments import Message
+from data_templates.segments import Message
 
 S, U, A = (
     lambda text, **more: Message("system", text, **more),

@@ -6,7 +6,7 @@ from small_preferences import pair, prepared
 from small_tokenizers import MAKERS, tokenizer
 
 from align.preference.rows.encode import LengthLimits, truncate_to
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.data.tokens import Encoder
 
 TEMPLATES = [

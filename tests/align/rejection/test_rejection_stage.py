@@ -12,11 +12,11 @@ import pytest
 from rejection_runs import PROGRAM, recipe, write
 
 from align import load_tuned, run
-from align.rejection.tuning import RejectionSampling
+from align.rejection.method import RejectionSampling
+from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.errors import UserError
-from finetune.training.job import RunContext
+from finetune.training.context import RunContext
 from finetune.training.result import Result
-from finetune.training.stops import Interrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

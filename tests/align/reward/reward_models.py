@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from align.preference.groups import Group
 from align.preference.rows.dataset import TokenizedGroup
 from align.reward.model import completion_scores, init_score_head, load_scorer
-from finetune.planning.hardware import detect_hardware
+from finetune.distributed.hardware import detect_hardware
 from finetune.recipe.settings import ModelSettings
 
 HEADS = ["help", "safety"]

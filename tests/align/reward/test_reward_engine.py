@@ -15,7 +15,7 @@ from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
 from align.reward.trl_engine import RewardTrainerWithEval, build_trl_reward_trainer, reward_config_spec
 from finetune.data.tokens import Encoder
-from finetune.training.stops import NotFiniteError
+from finetune.distributed.interrupts import NotFiniteError
 
 WORDS = ("the", "numbers", "Add", "Response", "Input", "Instruction", "that", "request")
 ROWS = [

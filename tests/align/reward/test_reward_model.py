@@ -23,7 +23,7 @@ from align.reward.model import (
 )
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings
-from finetune.training.go_on import load_adapter_weights
+from finetune.training.resume_adapter import load_adapter_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align import load_recipe, load_reward, load_tuned, run
 from align.reward.scorer import TOTAL, RewardModel
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.recipe.errors import UserError
 from finetune.training.result import Result
 

@@ -14,7 +14,7 @@ from align.reward.collate import RewardCollator
 from align.reward.rules import FunctionReward
 from align.reward.score_file import score_file, score_statistics, write_scored_rows
 from align.reward.scorer import MAX_SHARED_COMPLETIONS, TOTAL, RewardModel
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
 

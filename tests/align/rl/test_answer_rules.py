@@ -10,7 +10,7 @@ from small_tokenizers import tokenizer
 from align.rl.rewards.loading import load_rewards
 from align.rl.rewards.settings import RewardsSettings
 from align.rl.rules.answers import last_number, same_number
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.recipe.errors import UserError
 
 DATA = Path(__file__).parents[3] / "../shared/data"

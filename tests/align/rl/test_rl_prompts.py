@@ -16,11 +16,11 @@ from align.rl.prompts import (
     resolve_max_prompt_length,
 )
 from align.rl.settings import PromptSettings
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import TrainSettings
-from finetune.training.text import TextEncoding
+from finetune.training.text_encoding import TextEncoding
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "../shared/data"

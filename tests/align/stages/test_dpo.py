@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from align import cli
-from align.dpo.reference import rows_seen_by_run
-from align.preference.losses.catalogue import all_losses
+from align.dpo.reference_logps import rows_seen_by_run
+from align.preference.losses.catalog import all_losses
 from finetune.data.batches import optimizer_batches
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
+from finetune.training.loaded_model import load_finished_run
 from finetune.training.result import Result
-from finetune.training.tuned import load_finished_run
 
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
 QUIET = {"evaluate__samples": 0}

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from align.dpo.trl_losses import TRL_LOSS_TYPES
+from finetune.distributed.interrupts import Interrupted, NotFiniteError
 from finetune.recipe.errors import UserError
+from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
-from finetune.training.stops import Interrupted, NotFiniteError
-from finetune.training.tuned import load_finished_run
 
 Runs = Callable[..., Result]
 TRL: dict[str, Any] = {"train__engine": "trl"}

@@ -12,8 +12,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from align.dpo import references
-from align.dpo.reference import model_digest
+from align.dpo import reference_cache
+from align.dpo.reference_logps import model_digest
 from align.stages import dpo
 from finetune.data.cache import DamagedCacheError, read_cached
 from finetune.recipe.errors import UserError
@@ -108,13 +108,13 @@ def test_pain_14_reference_is_the_initial_policy_not_the_base(prefer: Runs) -> N
 def test_pain_14_the_base_in_the_reference_s_place_stops_the_run(
     prefer: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = references.compute_reference_logps
+    original = reference_cache.compute_reference_logps
 
     def of_the_base(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
         with model.disable_adapter():
             return original(model, *args, **kwargs)
 
-    monkeypatch.setattr(references, "compute_reference_logps", of_the_base)
+    monkeypatch.setattr(reference_cache, "compute_reference_logps", of_the_base)
     with pytest.raises(UserError, match=r"align.reference: policy and reference differ by .* on 8 groups"):
         prefer(data__cache=False, **STABLE)
 
@@ -129,7 +129,7 @@ def test_reference_is_cached(prefer: Runs, monkeypatch: pytest.MonkeyPatch, tmp_
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(references, "compute_reference_logps", never)
+        patch.setattr(reference_cache, "compute_reference_logps", never)
         again = prefer("again", align__loss={"name": "dpo", "beta": 0.5}, **STABLE)  # a sweep over beta
         with pytest.raises(AssertionError, match="computed again"):
             prefer("other start", train__seed=1, **STABLE)

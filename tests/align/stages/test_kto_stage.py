@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from align.stages import kto
+from finetune.distributed.interrupts import Interrupted, NotFiniteError
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
+from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
-from finetune.training.stops import Interrupted, NotFiniteError
-from finetune.training.tuned import load_finished_run
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "../shared/data/llamafactory/kto_en_demo.json"

@@ -16,18 +16,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align import cli
 from align.ppo.loading import load_ppo_models
-from align.ppo.progress import ROLLOUT_FILE, STATE_FILE
+from align.ppo.state import ROLLOUT_FILE, STATE_FILE
 from align.stages import ppo
-from data_templates._segments import Message
+from data_templates.segments import Message
+from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, read_recipe
-from finetune.training.job import RunContext
+from finetune.training.context import RunContext
+from finetune.training.loaded_model import load_finished_run
 from finetune.training.loading import load_text_encoding
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
 from finetune.training.run_directory import RunDirectory
-from finetune.training.stops import Interrupted
-from finetune.training.tuned import load_finished_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]

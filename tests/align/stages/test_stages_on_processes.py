@@ -12,11 +12,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.recipe import read_recipe
 from finetune.training.launch import launch_stage
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
-from finetune.training.stops import Interrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUIET = Console(quiet=True)

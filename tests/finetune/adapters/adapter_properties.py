@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 
 from finetune.adapters._load import load_saved_adapter
 from finetune.data.collate import LMExample, PackedCollator, PaddedCollator
-from finetune.planning.hardware import detect_hardware
+from finetune.distributed.hardware import detect_hardware
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.settings import ModelSettings
-from finetune.training.completion import completion_loss_sum
+from finetune.training.batch_loss import completion_loss_sum
 from finetune.training.head import output_head
 from finetune.training.model import load_base
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.batches import POOL_BATCHES, MicroBatchSampler, num_micro_batches, optimizer_batches
-from finetune.planning.world import SINGLE_PROCESS, DistInfo
+from finetune.distributed.rank import SINGLE_PROCESS, DistInfo
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=60)
 SIZES = st.integers(1, 9)

@@ -10,7 +10,7 @@ import pytest
 from platformdirs import user_cache_path
 from transformers import AutoTokenizer
 
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.data.dataset import PreparedData, prepare_conversations
 from finetune.data.files import data_fingerprint
 from finetune.data.tokens import Encoder

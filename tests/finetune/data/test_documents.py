@@ -10,7 +10,7 @@ import torch
 from small_tokenizers import MAKERS
 from small_tokenizers import tokenizer as small_tokenizer
 
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.data.collate import PackedCollator, PaddedCollator
 from finetune.data.dataset import PreparedData, TokenizedRows
 from finetune.data.documents import documents_to_rows, prepare_documents

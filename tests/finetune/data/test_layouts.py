@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.data.layouts import detect_layout, parse_conversations
 from finetune.data.sources import SourceRow
 from finetune.recipe.errors import UserError

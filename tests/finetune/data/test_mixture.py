@@ -10,10 +10,10 @@ import datasets
 import pytest
 from small_tokenizers import tokenizer
 
-from data_templates._segments import DOCUMENT_START, Message
+from data_templates.segments import DOCUMENT_START, Message
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import prepare_conversations
-from finetune.data.gather import load_conversations
+from finetune.data.load import load_conversations
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError

@@ -3,7 +3,7 @@
 import pytest
 from small_tokenizers import CHATML, MAKERS
 
-from data_templates._segments import Message, TemplateError
+from data_templates.segments import Message, TemplateError
 from finetune.data.tokens import Encoder
 
 LLAMA3 = (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_tokenizers import tokenizer
 
-from data_templates._segments import REPLY_ROLES, TemplateError
+from data_templates.segments import REPLY_ROLES, TemplateError
 from finetune.data.layouts import detect_layout, parse_conversations
 from finetune.data.replies import render_reply
 from finetune.data.sources import read_source

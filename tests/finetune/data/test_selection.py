@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.gather import load_conversations
+from finetune.data.load import load_conversations
 from finetune.data.report import DataReport
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import DataSettings

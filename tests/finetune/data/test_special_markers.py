@@ -4,7 +4,7 @@ import pytest
 from small_tokenizers import MAKERS
 from tokenizers import AddedToken
 
-from data_templates._segments import Message, render
+from data_templates.segments import Message, render
 from finetune.data.replies import render_reply
 from finetune.data.tokens import Encoder
 

@@ -12,8 +12,8 @@ from small_tokenizers import MAKERS, tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from data_templates import _segments
-from data_templates._segments import Message, TemplateError
+from data_templates import SHARED, segments
+from data_templates.segments import Message, TemplateError
 from finetune.data.tokens import Encoded, Encoder
 from finetune.recipe.errors import UserError
 
@@ -227,8 +227,8 @@ def test_fingerprint_changes_with_the_templates_source(tmp_path, monkeypatch):
     before = encoder.fingerprint()
     folder = tmp_path / "data_templates"
     folder.mkdir()
-    shipped = Path(_segments.__file__).parent
-    for file in (*shipped.glob("_*.py"), shipped / "alpaca.py"):
+    shipped = Path(segments.__file__).parent
+    for file in (*shipped.glob("_*.py"), *(shipped / f"{name}.py" for name in (*SHARED, "alpaca"))):
         shutil.copy(file, folder)
     monkeypatch.setattr("data_templates.__path__", [str(folder)])
     assert encoder.fingerprint() == before

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from small_tokenizers import CHATML, MAKERS, tokenizer
 from transformers import AutoTokenizer
 
-from data_templates._markers import Markers
-from data_templates._segments import Message, TemplateError, with_context
+from data_templates.markers import Markers
+from data_templates.segments import Message, TemplateError, with_context
 from finetune.data.tokens import Encoded, Encoder
 from finetune.recipe.discovery import plugin_names
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.data.layouts import detect_layout, parse_conversations
 from finetune.data.sources import SourceRow
 from finetune.data.tool_calls import calls_to_json_lines, tools_to_json_lines

@@ -2,8 +2,8 @@
 
 import pytest
 
+from finetune.distributed.hardware import Hardware, detect_hardware, peak_memory_bytes
 from finetune.planning import choices
-from finetune.planning.hardware import Hardware, detect_hardware, peak_memory_bytes
 from finetune.recipe.errors import UserError
 
 OLD = Hardware("cpu", "an old CPU", bfloat16=False)

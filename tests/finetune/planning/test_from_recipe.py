@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
+from finetune.distributed.hardware import Hardware
 from finetune.planning.from_recipe import (
     base_workload,
     choose_model_settings,
     load_architecture,
     planned_adapter,
 )
-from finetune.planning.hardware import Hardware
-from finetune.planning.trained import count_trainable_parameters
+from finetune.planning.parameter_count import count_trainable_parameters
 from finetune.recipe.discovery import ADAPTERS, plugin_names
 from finetune.recipe.recipe import adapter_settings
 from finetune.recipe.settings import ModelSettings, RopeSettings, StageSettings, TrainSettings

@@ -12,11 +12,11 @@ from transformers.optimization import Adafactor
 
 from finetune.planning import decoder
 from finetune.planning.architecture import Architecture, LinearShape
-from finetune.planning.caches import kv_cache_bytes
+from finetune.planning.kv_cache import kv_cache_bytes
 from finetune.planning.memory import CATEGORIES, Phase, peak_phase, plan_memory
-from finetune.planning.resident import base_bytes, optimizer_bytes, quantized_bytes, static_memory
-from finetune.planning.step import simulate_forward, simulate_train_step
-from finetune.planning.trained import count_trainable_parameters
+from finetune.planning.parameter_count import count_trainable_parameters
+from finetune.planning.static_memory import base_bytes, optimizer_bytes, quantized_bytes, static_memory
+from finetune.planning.train_step import simulate_forward, simulate_train_step
 from finetune.planning.workload import Adapter, GenerationBatch, Workload
 
 SMALL = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6}

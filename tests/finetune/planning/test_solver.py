@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.planning.compatibility import COMPATIBILITY_RULES
-from finetune.planning.matrix import matrix_cells
+from finetune.planning.compatibility_page import matrix_cells
 from finetune.planning.solver import (
     OFFLOADS,
     OPTIMIZER_NAMES,

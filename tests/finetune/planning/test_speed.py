@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from finetune.planning.architecture import Architecture
+from finetune.planning.base_config import load_base_config
 from finetune.planning.devices import GPUS, device_by_name
 from finetune.planning.disk import disk_bytes
-from finetune.planning.shapes import load_base_config
 from finetune.planning.speed import (
     compute_seconds,
     forward_flops,

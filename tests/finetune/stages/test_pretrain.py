@@ -9,14 +9,14 @@ import pytest
 from rich.console import Console
 
 from align import cli
+from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.discovery import ADAPTERS, plugin_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
 from finetune.stages import pretrain, sft
-from finetune.training.job import RunContext
+from finetune.training.context import RunContext
+from finetune.training.loaded_model import load_finished_run
 from finetune.training.result import Result
-from finetune.training.stops import Interrupted
-from finetune.training.tuned import load_finished_run
 
 RECIPE = """\
 stage: pretrain

@@ -8,11 +8,11 @@ import pytest
 from fixture_types import MakeRecipe, Tune
 from rich.console import Console
 
+from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.stages import sft
+from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
-from finetune.training.stops import Interrupted
-from finetune.training.tuned import load_finished_run
 
 NO_BIASES = "bitfit"
 METHODS = [

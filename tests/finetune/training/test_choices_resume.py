@@ -8,9 +8,9 @@ import pytest
 from fixture_types import MakeRecipe, Tune
 from rich.console import Console
 
+from finetune.distributed.interrupts import Interrupted
 from finetune.stages import sft
 from finetune.training.recorder import Recorder
-from finetune.training.stops import Interrupted
 
 LONG = [{"instruction": "word " * (20 + 61 * index % 400), "output": "b"} for index in range(40)]
 ROPE_SCALED = {"data__source": LONG, "data__held_out": 4, "data__max_length": 512}

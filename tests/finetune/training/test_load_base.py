@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from small_models import MODELS, make
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune.planning.hardware import detect_hardware
+from finetune.distributed.hardware import detect_hardware
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import context_length, load_base

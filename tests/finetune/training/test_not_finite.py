@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fixture_types import Tune
 
-from finetune.training.stops import NotFiniteError
+from finetune.distributed.interrupts import NotFiniteError
 
 
 def record(folder: Path) -> dict:

@@ -11,11 +11,11 @@ from small_models import MODELS, make, token_rows
 from torch import nn
 
 from finetune.data.collate import IGNORE_INDEX, PackedCollator, PaddedCollator
-from finetune.training.completion import completion_loss_sum
+from finetune.training.batch_loss import completion_loss_sum
 from finetune.training.head import output_head
-from finetune.training.preflight import base, gradients, probes
-from finetune.training.preflight.ticks import CheckResult
-from finetune.training.preflight.untouched import preserve_state
+from finetune.training.preflight import base_weights_check, gradient_checks, invariance_checks
+from finetune.training.preflight.checks import CheckResult
+from finetune.training.preflight.preserve_state import preserve_state
 
 ROWS = token_rows([9, 3, 14, 2, 6, 40])
 PACKED = {"lines": PackedCollator(0), "one line": PackedCollator(0, single_row=True)}
@@ -45,8 +45,8 @@ def run_batch_invariance(
 ) -> list[CheckResult]:
     head = output_head(model)
     summed_loss = loss_sum or (lambda batch: completion_loss_sum(model, head, batch))
-    return probes.check_batch_invariance(
-        model, summed_loss, probes.select_probe_rows(ROWS), collate, tolerance=EXACT
+    return invariance_checks.check_batch_invariance(
+        model, summed_loss, invariance_checks.select_probe_rows(ROWS), collate, tolerance=EXACT
     )
 
 
@@ -160,7 +160,7 @@ def test_pain_24_an_adapter_that_does_not_learn_everywhere_is_found(spoil: Calla
 def test_pain_24_a_frozen_weight_that_gets_a_gradient_is_found() -> None:
     model = lora(make("llama"))
     layer(model).input_layernorm.weight.grad = torch.ones(32)
-    assert "1 frozen tensors got a gradient" in gradients.check_gradient_flow(model).detail
+    assert "1 frozen tensors got a gradient" in gradient_checks.check_gradient_flow(model).detail
 
 
 @pytest.mark.parametrize("name", ["frozen", "unused"])
@@ -193,11 +193,12 @@ def test_unused_experts_pass() -> None:
     model.layers = nn.ModuleList([Layer(0), Layer(2)])
     model.layers[1](model.layers[0](torch.ones(1, 2))).sum().backward()
     model[0].requires_grad_(False)
-    assert gradients.check_gradient_flow(model).problem is None
+    assert gradient_checks.check_gradient_flow(model).problem is None
     model.zero_grad()
     model.layers[1](torch.ones(1, 2)).sum().backward()
     assert (
-        "2 tensors are without a gradient: layers.0.experts.0" in gradients.check_gradient_flow(model).detail
+        "2 tensors are without a gradient: layers.0.experts.0"
+        in gradient_checks.check_gradient_flow(model).detail
     )
 
 
@@ -206,7 +207,7 @@ def test_unused_modality_layers_are_reported() -> None:
     model.vision = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     model.text = nn.ModuleList([nn.Linear(2, 2)])
     model.text[0](torch.ones(1, 2)).sum().backward()
-    result = gradients.check_gradient_flow(model)
+    result = gradient_checks.check_gradient_flow(model)
     assert (
         result.problem is None
         and result.warned
@@ -217,7 +218,9 @@ def test_unused_modality_layers_are_reported() -> None:
 @pytest.mark.parametrize("layout", PACKED)
 @pytest.mark.parametrize("name", MODELS)
 def test_pain_13_packed_rows_are_as_if_alone(name: str, layout: str) -> None:
-    result = probes.check_packing_isolation(lora(make(name)), ROWS, PACKED[layout], tolerance=EXACT)
+    result = invariance_checks.check_packing_isolation(
+        lora(make(name)), ROWS, PACKED[layout], tolerance=EXACT
+    )
     assert result.problem is None, result
 
 
@@ -238,9 +241,11 @@ class Forgetful(nn.Module):
 def test_pain_13_a_model_that_ignores_the_borders_is_found(layout: str, lengths: list[int], dtype) -> None:
     model = Forgetful(make("llama").to(dtype))
     tolerance = {torch.float32: EXACT, torch.bfloat16: 5e-2}[dtype]
-    result = probes.check_packing_isolation(model, token_rows(lengths), PACKED[layout], tolerance=tolerance)
+    result = invariance_checks.check_packing_isolation(
+        model, token_rows(lengths), PACKED[layout], tolerance=tolerance
+    )
     assert result.problem is not None and result.problem.where == "data.packing"
-    correct = probes.check_packing_isolation(
+    correct = invariance_checks.check_packing_isolation(
         model.model, token_rows(lengths), PACKED[layout], tolerance=tolerance
     )
     assert correct.problem is None, correct
@@ -265,7 +270,7 @@ def test_probes_preserve_state() -> None:
         assert not any(module.training for module in model.modules())
         randomness()
     run_batch_invariance(model)
-    probes.check_packing_isolation(model, ROWS, PACKED["lines"], tolerance=EXACT)
+    invariance_checks.check_packing_isolation(model, ROWS, PACKED["lines"], tolerance=EXACT)
     assert randomness() == expected
     assert [module.training for module in model.modules()] == modes
     assert all(weight.grad is None for weight in model.parameters())
@@ -281,7 +286,7 @@ def test_failing_probes_preserve_state() -> None:
 
 def test_probe_rows_are_short_and_differ_in_labels() -> None:
     rows = token_rows([100, 5, 200])
-    first, last = probes.select_probe_rows(rows)
+    first, last = invariance_checks.select_probe_rows(rows)
     assert len(first["input_ids"]) == 5 and len(last["input_ids"]) == 64
     assert last["labels"][-1] != IGNORE_INDEX and torch.equal(
         last["input_ids"], rows[last["row"]]["input_ids"][-64:]
@@ -290,12 +295,15 @@ def test_probe_rows_are_short_and_differ_in_labels() -> None:
 
 def test_base_check_is_bitwise() -> None:
     model = lora(make("llama"))
-    before = base.frozen_checksums(model)
+    before = base_weights_check.frozen_checksums(model)
     assert len(before) > 10 and not any("lora" in name for name in before)
-    assert "unchanged" in base.check_base_unchanged(before, base.frozen_checksums(model)).detail
+    assert (
+        "unchanged"
+        in base_weights_check.check_base_unchanged(before, base_weights_check.frozen_checksums(model)).detail
+    )
     weight = layer(model).input_layernorm.weight
     with torch.no_grad():
         weight[0] = torch.nextafter(weight[0], torch.tensor(2.0))
-    result = base.check_base_unchanged(before, base.frozen_checksums(model))
+    result = base_weights_check.check_base_unchanged(before, base_weights_check.frozen_checksums(model))
     assert result.problem is not None and "layers.1.input_layernorm.weight" in result.detail
-    assert base.check_base_unchanged({}, {}).problem is None
+    assert base_weights_check.check_base_unchanged({}, {}).problem is None

@@ -13,9 +13,9 @@ from finetune.data.dataset import TokenizedRows
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
-from finetune.training.preflight import rows, vocabulary
-from finetune.training.preflight.ticks import CheckResult, failed, first_few, raise_if_failed
-from finetune.training.preflight.whole import check_rows
+from finetune.training.preflight import data_checks, vocab_check
+from finetune.training.preflight.checklist import check_rows
+from finetune.training.preflight.checks import CheckResult, failed, first_few, raise_if_failed
 
 BOS, EOS = 1, 2
 
@@ -46,7 +46,7 @@ NO_BOS = ([5, 6, 7, EOS], [0, 0, 1, 1])
 
 
 def check_eos(*conversations: tuple[list[int], list[int]], max_length: int = 100) -> CheckResult:
-    return rows.check_eos_trained(make(*conversations), [EOS], max_length=max_length, name_of=name_of)
+    return data_checks.check_eos_trained(make(*conversations), [EOS], max_length=max_length, name_of=name_of)
 
 
 def test_pain_01_rows_that_end_with_a_learnt_stop_token_pass() -> None:
@@ -82,31 +82,33 @@ def test_pain_01_cut_rows_do_not_count_but_are_told_where_there_is_no_other() ->
 
 
 def test_pain_02_a_row_without_a_label_behind_its_first_token_is_named() -> None:
-    result = rows.check_loss_mask(make(GOOD, ([BOS, 5, EOS], [1, 0, 0])))
+    result = data_checks.check_loss_mask(make(GOOD, ([BOS, 5, EOS], [1, 0, 0])))
     assert result.problem is not None
     assert result.detail == "1 of 2 rows have no trained token (first: rows.jsonl:2)"
 
 
 def test_pain_02_the_trained_share_is_told_and_a_small_one_warned_of() -> None:
-    result = rows.check_loss_mask(make(GOOD, NO_EOS))
+    result = data_checks.check_loss_mask(make(GOOD, NO_EOS))
     assert result.detail == "40% of the tokens are trained, at least 2 per row" and not result.warned
-    few = rows.check_loss_mask(make(([*range(3, 52)], [*[0] * 47, 1, 1])))
+    few = data_checks.check_loss_mask(make(([*range(3, 52)], [*[0] * 47, 1, 1])))
     assert few.problem is None and few.warned and few.detail.startswith("4% of the tokens")
 
 
 def test_pain_16_a_doubled_bos_is_named() -> None:
-    result = rows.check_single_bos(make(GOOD, TWO_BOS), BOS, required=False, name_of=name_of)
+    result = data_checks.check_single_bos(make(GOOD, TWO_BOS), BOS, required=False, name_of=name_of)
     assert result.problem is not None
     assert result.detail == "1 rows begin with <s> twice (first: rows.jsonl:2)"
 
 
 def test_pain_16_a_missing_bos_is_named_where_the_tokenizer_adds_one() -> None:
-    result = rows.check_single_bos(make(GOOD, NO_BOS), BOS, required=True, name_of=name_of)
+    result = data_checks.check_single_bos(make(GOOD, NO_BOS), BOS, required=True, name_of=name_of)
     assert result.problem is not None
     assert result.detail == "1 rows begin without <s> (first: rows.jsonl:2)"
-    assert rows.check_single_bos(make(GOOD, NO_BOS), BOS, required=False, name_of=name_of).problem is None
     assert (
-        rows.check_single_bos(make(GOOD), None, required=False, name_of=name_of).detail
+        data_checks.check_single_bos(make(GOOD, NO_BOS), BOS, required=False, name_of=name_of).problem is None
+    )
+    assert (
+        data_checks.check_single_bos(make(GOOD), None, required=False, name_of=name_of).detail
         == "the tokenizer has none"
     )
 
@@ -121,7 +123,7 @@ def test_pain_16_a_missing_bos_is_named_where_the_tokenizer_adds_one() -> None:
     ],
 )
 def test_pain_17_what_truncation_took_is_told(too_long: int, lost: int, warned: bool, message: str) -> None:
-    result = rows.report_truncation(
+    result = data_checks.report_truncation(
         num_rows=50, num_too_long=too_long, trained_tokens=97, lost_tokens=lost, max_length=64
     )
     assert message in result.detail and result.warned is warned and result.problem is None
@@ -131,7 +133,7 @@ ADDED = {"<s>": BOS, "</s>": EOS, "<new>": 12}
 
 
 def check_vocab(used: set[int], embedding: torch.Tensor, *, trained: bool = False) -> CheckResult:
-    return vocabulary.check_vocab_size(used, embedding, trained=trained, added=ADDED, num_tokens=13)
+    return vocab_check.check_vocab_size(used, embedding, trained=trained, added=ADDED, num_tokens=13)
 
 
 def test_pain_11_a_token_without_an_embedding_is_named() -> None:
@@ -157,7 +159,7 @@ def test_pain_11_a_token_that_nobody_ever_trained_is_warned_of() -> None:
 
 def test_the_tokens_that_are_used() -> None:
     data = token_rows([4, 3])
-    assert vocabulary.used_tokens(data.arrays["input_ids"], [96]) == {*data.arrays["input_ids"].tolist(), 96}
+    assert vocab_check.used_tokens(data.arrays["input_ids"], [96]) == {*data.arrays["input_ids"].tolist(), 96}
 
 
 def test_all_failures_are_raised_together() -> None:

@@ -17,17 +17,17 @@ from torch import nn
 from transformers import AutoTokenizer, TrainerCallback
 
 from data_templates import alpaca
-from data_templates._segments import BOS, Message, Segment, Template, markup
+from data_templates.segments import BOS, Message, Segment, Template, markup
 from finetune.adapters import lora
 from finetune.data import collate
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
 from finetune.stages import sft
-from finetune.training import job, save
+from finetune.training import context, save
+from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
 from finetune.training.supervised import SFT
-from finetune.training.tuned import load_finished_run
 
 ENGINES = ("native", "trl")
 BEFORE = [
@@ -290,7 +290,7 @@ def test_preflight_does_not_change_the_run(tune: Tune, monkeypatch, engine: str,
     checked = tune("checked", **settings)
     monkeypatch.setattr(SFT, "preflight", lambda self: None)
     monkeypatch.setattr(
-        job,
+        context,
         "FirstStepsCheck",
         lambda report, allows_zero_gradients, engine_takes_gradients: TrainerCallback(),
     )

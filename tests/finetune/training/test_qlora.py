@@ -9,7 +9,7 @@ from fixture_types import Tune
 from peft.tuners.lora import LoraLayer
 
 from finetune.adapters import qlora
-from finetune.planning.hardware import detect_hardware
+from finetune.distributed.hardware import detect_hardware
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import attach_adapter, count_parameters, load_base
 

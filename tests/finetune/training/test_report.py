@@ -6,10 +6,10 @@ import re
 import pytest
 from fixture_types import Tune
 
+from finetune.training.metric_specs import SUPERVISED_METRICS
 from finetune.training.report import write_report
 from finetune.training.result import Result
 from finetune.training.run_directory import RunDirectory
-from finetune.training.watched import SUPERVISED_METRICS
 
 pytestmark = pytest.mark.plots
 

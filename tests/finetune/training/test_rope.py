@@ -10,11 +10,11 @@ from fixture_types import MakeRecipe, Tune
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from finetune.planning.hardware import detect_hardware
+from finetune.distributed.hardware import detect_hardware
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings, RopeSettings
+from finetune.training.loaded_model import load_finished_run
 from finetune.training.model import context_length, load_base
-from finetune.training.tuned import load_finished_run
 
 CONTEXT, WIDTH, BASE = 256, 16, 10000.0  # of conftest's base: 4 heads over 64
 METHODS = ("linear", "dynamic", "yarn")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from fixture_types import MakeRecipe, Tune
 
-from data_templates._segments import Message
-from finetune.training.generate import Completion
+from data_templates.segments import Message
+from finetune.training.generation import Completion
 from finetune.training.run_directory import RunDirectory
 from finetune.training.samples import Samples, evenly_spaced, sample_turns
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from finetune.recipe.errors import UserError
 from finetune.training import save
-from finetune.training.tuned import load_finished_run
+from finetune.training.loaded_model import load_finished_run
 
 NF4 = {
     "load_in_4bit": True,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from align.rl.rewards.settings import RewardsSettings
-from data_templates._segments import Message
+from data_templates.segments import Message
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import DataSettings, ModelSettings, StageSettings
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from align import cli, load_recipe, run
-from finetune.training.job import RunContext
+from finetune.training.context import RunContext
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAIRS = [

@@ -12,11 +12,11 @@ from align.reward.shared_base import copy_sharing_weights
 from align.rl.rewards.loading import load_rewards, rewards_record
 from align.rl.rewards.rewards import Rewards
 from align.rl.rewards.settings import RewardsSettings
-from finetune.planning.hardware import detect_hardware
+from finetune.distributed.hardware import detect_hardware
+from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings
 from finetune.training.model import load_base, load_tokenizer
-from finetune.training.stops import NotFiniteError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONVERSATIONS = [conversation("Add the numbers. 1", text) for text in ("good 1", "evil 4", "")] + [

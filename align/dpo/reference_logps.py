@@ -1,0 +1,161 @@
+"""Precomputed reference log-probabilities: the rows that a run uses, the forward passes, the cache file."""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import Tensor, nn
+
+from align.dpo.collate import PreferenceCollator, PreferenceDataset, completion_offsets
+from align.preference.attention import unwrap_model
+from align.preference.logps import token_logps
+from align.preference.rows.dataset import PreferenceGroups
+from finetune.data.batches import optimizer_batches
+from finetune.data.cache import cache_path, read_cached, write_cached
+from finetune.distributed.collectives import all_gather_object, shard_padded
+from finetune.distributed.rank import dist_info
+from finetune.training.head import output_head
+from finetune.training.preflight.preserve_state import preserve_state
+
+REFERENCE_CACHE_FORMAT = 2
+"""Increased when the meaning of a cached file changes, so that old files are not read."""
+
+TokenLogps = NDArray[np.float32]
+
+
+def rows_seen_by_run(
+    lengths: Sequence[int], *, steps: int, batch_size: int, seed: int, group_by_length: bool
+) -> list[int]:
+    """Return the rows that the first optimizer steps of a run use, in ascending order.
+
+    >>> rows_seen_by_run([5, 5, 5, 5, 5, 5], steps=1, batch_size=2, seed=0, group_by_length=True)
+    [2, 5]
+    """
+    epochs = (
+        optimizer_batches(lengths, batch_size, seed=seed, epoch=epoch, group_by_length=group_by_length)
+        for epoch in count()
+    )
+    batches = (batch for epoch in epochs for batch in epoch)
+    used_rows: set[int] = set()
+    for batch in islice(batches, steps):
+        used_rows.update(batch)
+        if len(used_rows) == len(lengths):
+            break
+    return sorted(used_rows)
+
+
+@torch.no_grad()
+def compute_reference_logps(
+    model: nn.Module,
+    groups: PreferenceGroups,
+    rows: Collection[int],
+    *,
+    collate: PreferenceCollator,
+    batch_size: int,
+    on_progress: Callable[[int], None],
+) -> TokenLogps:
+    """Return the log-probabilities of all completion tokens under the current model, without dropout.
+
+    The forward passes are sharded over processes; every process returns the values of all.
+
+    Args:
+        model: the policy before its first step; unchanged afterwards.
+        groups: the data.
+        rows: the groups to compute; the others are NaN.
+        collate: the training collator, so that the numerics are those of training.
+        batch_size: groups per forward pass.
+        on_progress: callback with the number of finished groups over all processes, called equally often in
+            each process; it may raise.
+
+    Returns:
+        (N,) float32, tokens of all completions concatenated.
+    """
+    offsets = completion_offsets(groups)
+    logps_N = np.full(offsets[-1], np.nan, dtype=np.float32)
+    head, device = output_head(model), next(model.parameters()).device
+    data, group_lengths = PreferenceDataset(groups), groups.lengths
+    # Longest first: similar lengths share a pass (little padding), and running out of memory shows at once.
+    order = sorted(rows, key=lambda row: -group_lengths[row])
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    with preserve_state(model):
+        for first in range(0, len(batches), dist_info().world_size):
+            concurrent_batches = batches[first : first + dist_info().world_size]
+            # One part per process. In the last round it may repeat another rank's: with sharded weights every
+            # rank must run every forward pass.
+            for batch_rows, _ in shard_padded(concurrent_batches):
+                cpu_batch = collate([data[row] for row in batch_rows])
+                batch = {name: value.to(device) for name, value in cpu_batch.items()}
+                logps_CT, lengths_C = token_logps(model, head, batch).cpu(), batch["lengths"].tolist()
+                batch_logps = torch.cat(
+                    [values[:length] for values, length in zip(logps_CT, lengths_C, strict=True)]
+                ).numpy()
+                tokens_per_group = [int(offsets[row + 1] - offsets[row]) for row in batch_rows]
+                for row, values in zip(
+                    batch_rows, np.split(batch_logps, np.cumsum(tokens_per_group)[:-1]), strict=True
+                ):
+                    logps_N[offsets[row] : offsets[row + 1]] = values
+            on_progress(sum(map(len, concurrent_batches)))
+    # Each rank has NaN where it computed nothing; fmax takes the number of the two.
+    merged: TokenLogps = np.fmax.reduce(all_gather_object(logps_N))
+    return merged
+
+
+def reference_cache_file(model: nn.Module, key: Mapping[str, Any], groups: PreferenceGroups) -> Path:
+    """Return the cache file of reference log-probabilities, named by a digest of everything they depend on.
+
+    Args:
+        model: the policy before its first step: every weight of base and adapter.
+        key: rows, precision, layout and versions, JSON-serializable.
+        groups: the data: every token.
+    """
+    digest = hashlib.sha256(json.dumps([REFERENCE_CACHE_FORMAT, key], sort_keys=True).encode())
+    for array in (groups.input_ids, groups.offsets, groups.prompt_index):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(model_digest(model).encode())
+    return cache_path("reference", digest.hexdigest())
+
+
+def model_digest(model: nn.Module) -> str:
+    """Return a digest of a model: weights, buffers, model config and adapter configs."""
+    digest = hashlib.sha256()
+    configs = [unwrap_model(model).config.to_dict()]
+    if isinstance(model, PeftModel):
+        configs += [config.to_dict() for config in model.peft_config.values()]
+    digest.update(json.dumps(configs, sort_keys=True, default=_json_default).encode())
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _json_default(value: object) -> object:
+    """Return a value that JSON lacks as text."""
+    # Sets are sorted: their order follows Python's string hashes, which differ in every process.
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def load_cached_reference(path: Path) -> TokenLogps | None:
+    """Return the cached log-probabilities of an earlier run, None if there are none.
+
+    Raises:
+        DamagedCacheError: the file is not what was written.
+    """
+    cached = read_cached(path)
+    return None if cached is None else cached[0]["logps"]
+
+
+def cache_reference(path: Path, logps: TokenLogps) -> None:
+    """Write reference log-probabilities to the cache.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    write_cached(path, {"logps": logps}, {})

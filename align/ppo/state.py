@@ -1,0 +1,83 @@
+"""PPO state in checkpoints (KL coefficient, reward statistics, current rollout), for bit-exact resuming."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.ppo.rollout import Rollout
+from align.rl.maths.kl import AdaptiveKLController, FixedKLController
+from align.rl.maths.reward_shaping import RunningMeanStd
+
+STATE_FILE, ROLLOUT_FILE = "ppo_state.json", "rollout.safetensors"
+
+
+@dataclass
+class PPOState:
+    """The state of PPO beyond weights and optimizer.
+
+    Attributes:
+        kl_controller: fixed or adaptive KL controller, which holds the KL coefficient.
+        reward_stats: running mean and variance of all rewards.
+        num_rollouts: number of rollouts so far.
+        minibatches_done: optimizer steps done on the current rollout.
+        approx_kl: KL to the sampling policy in the last optimizer step, nats per token.
+        pending_metrics: metrics of the rollout that are not logged yet.
+        first_metrics: metrics of the first rollout, the baseline of the stop rules.
+        rollout: the current rollout.
+    """
+
+    kl_controller: FixedKLController | AdaptiveKLController
+    reward_stats: RunningMeanStd = field(default_factory=RunningMeanStd)
+    num_rollouts: int = 0
+    minibatches_done: int = 0
+    approx_kl: float = 0.0
+    pending_metrics: dict[str, float] = field(default_factory=dict)
+    first_metrics: dict[str, float] = field(default_factory=dict)
+    rollout: Rollout | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a checkpoint folder."""
+        assert self.rollout is not None, "no step comes before the first rollout"
+        stored = {name: value for name, value in vars(self).items() if name != "rollout"}
+        stored |= {"kl_controller": asdict(self.kl_controller), "reward_stats": asdict(self.reward_stats)}
+        (folder / STATE_FILE).write_text(json.dumps(stored, indent=1), encoding="utf-8")
+        self.rollout.save(folder / ROLLOUT_FILE)
+
+    def restore(self, folder: Path) -> None:
+        """Load the state that ``save`` wrote."""
+        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        # The recipe decides between fixed and adaptive; the checkpoint has its numbers.
+        kl_controller = replace(self.kl_controller, **saved.pop("kl_controller"))
+        reward_stats, rollout = (
+            RunningMeanStd(**saved.pop("reward_stats")),
+            Rollout.load(folder / ROLLOUT_FILE),
+        )
+        vars(self).update(saved, kl_controller=kl_controller, reward_stats=reward_stats, rollout=rollout)
+
+
+class PPOStateCallback(TrainerCallback):  # type: ignore[misc]
+    """Saves the PPO state in checkpoints and restores it; must run before the checksum callback."""
+
+    def __init__(self, ppo_state: PPOState) -> None:
+        self.ppo_state = ppo_state
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the state of the checkpoint that training resumes from."""
+        if state.global_step:
+            self.ppo_state.restore(_checkpoint_folder(args, state))
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save the state into the new checkpoint."""
+        if state.is_world_process_zero:
+            self.ppo_state.save(_checkpoint_folder(args, state))
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

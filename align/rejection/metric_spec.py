@@ -1,0 +1,71 @@
+"""Metrics of rejection sampling: curves, summary before and after training, table of rounds."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from align.rejection.settings import Settings
+from finetune.training.metric_specs import Diagnostics, MetricSpec
+
+HELD_OUT_PREFIX = "held_out_"
+GOLD_PREFIX = "judged_"
+ROUND_COLUMNS = {
+    "prompts": ("prompts", ",d"),
+    "replies": ("completions", ",d"),
+    "ends": ("EOS rate", ".1%"),
+    "reward": ("mean reward", ".3f"),
+    "chosen": ("selected", ",d"),
+    "chosen_reward": ("mean reward of selected", ".3f"),
+    "rows": ("training rows", ",d"),
+    "held_out_reward": ("held-out reward after", ".3f"),
+    "held_out_best": ("held-out best of n", ".3f"),
+}
+"""Key of a round's entry in run.json -> column title and format."""
+
+
+def rejection_metric_spec(settings: Settings) -> MetricSpec:
+    """Return the curves and summary metrics for the recipe's rewards and graders."""
+    num_generations = settings.rejection.samples
+    reward_names = [source.metric_name for source in settings.reward.sources]
+    curves = {
+        "loss": "training loss (nats per trained token)",
+        "reward": "reward of completions (mean)",
+        "chosen_reward": "reward of selected completions (mean)",
+        "held_out_reward": "held-out reward of completions (mean)",
+        "held_out_best": f"held-out reward, best of {num_generations} (mean)",
+        "held_out_ends": "held-out EOS rate",
+    }
+    if len(reward_names) > 1:
+        curves |= {f"{HELD_OUT_PREFIX}reward_{name}": f"held-out reward: {name}" for name in reward_names}
+    grader_curves = {
+        f"{HELD_OUT_PREFIX}{GOLD_PREFIX}{name}": f"grader: {name} (completions)"
+        for name in settings.evaluate.judges
+    }
+    summary = {
+        "held_out_reward": ("held-out reward", ".3f"),
+        "held_out_best": (f"held-out reward, best of {num_generations}", ".3f"),
+        "held_out_ends": ("held-out EOS rate", ".1%"),
+        **{key: (title, ".3f") for key, title in grader_curves.items()},
+    }
+    return MetricSpec(curves=curves | grader_curves, summary=summary, diagnostics=rounds_diagnostics)
+
+
+def rounds_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
+    """Return the report's table of rounds."""
+    rounds: dict[str, dict[str, Any]] = record["rounds"]
+    keys = dict.fromkeys(key for entry in rounds.values() for key in entry)
+    grader_names = {
+        key: key.removeprefix(HELD_OUT_PREFIX)
+        for key in keys
+        if key.startswith(HELD_OUT_PREFIX + GOLD_PREFIX)
+    }
+    columns = ROUND_COLUMNS | {
+        key: (f"{name.replace('_', ': ', 1)} after", ".3f") for key, name in grader_names.items()
+    }
+    present = {key: column for key, column in columns.items() if key in keys}
+    rows = [["round", *(title for title, _ in present.values())]]
+    for round_index, entry in rounds.items():
+        cells = [
+            f"{entry[key]:{format_spec}}" if key in entry else "" for key, (_, format_spec) in present.items()
+        ]
+        rows.append(["start" if round_index == "0" else round_index, *cells])
+    return Diagnostics(tables={"Rounds": rows})

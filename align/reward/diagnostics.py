@@ -1,0 +1,103 @@
+"""Reward model diagnostics in the report: accuracy table, reliability curve, score histograms."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from finetune.training.metric_specs import Diagnostics
+
+TABLE_HEADER: tuple[str, ...] = (
+    *("", "comparisons", "accuracy", "95 % interval", "loss", "margin"),
+    *("calibration error", "longest wins", "length correlation"),
+)
+PLOT_COLORS = {"chosen": "#2b8a3e", "rejected": "#c92a2a", "before": "#adb5bd", "after": "#3b5bdb"}
+
+
+def reward_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
+    """Return the tables and figures of run.json; empty without held-out comparisons."""
+    comparisons = record.get("comparisons", {})
+    if "after" not in comparisons:
+        return Diagnostics()
+    table_rows: list[Sequence[str]] = [TABLE_HEADER]
+    for when in ("before", "after"):
+        metrics = comparisons[when]
+        table_rows.append(_metrics_row(f"all, {when}", metrics["all"]))
+        table_rows += [
+            _metrics_row(f"head {name}, {when}", part_metrics)
+            for name, part_metrics in metrics["heads"].items()
+        ]
+        table_rows += [
+            _metrics_row(f"{name}, {when}", part_metrics) for name, part_metrics in metrics["sources"].items()
+        ]
+    heads = comparisons["after"]["heads"] or {"": comparisons["after"]["all"]}
+    figures = {"reliability": _reliability_figure(comparisons)}
+    figures |= {
+        f"scores {name}": _score_histogram(part_metrics, name) for name, part_metrics in heads.items()
+    }
+    normalization_rows: list[Sequence[str]] = [("head", "mean", "std", "completions")]
+    for name, normalization in record["normalisation"].items():
+        normalization_rows.append(
+            (
+                name,
+                f"{normalization['mean']:.3f}",
+                f"{normalization['deviation']:.3f}",
+                str(normalization["completions"]),
+            )
+        )
+    tables = {
+        "Held-out comparisons": table_rows,
+        "Reward normalization (chosen training completions)": normalization_rows,
+    }
+    return Diagnostics(tables, figures)
+
+
+def _metrics_row(name: str, metrics: Mapping[str, Any]) -> tuple[str, ...]:
+    low, high = metrics["interval"]
+    correlation = metrics["correlation_with_length"]
+    return (
+        name,
+        str(metrics["comparisons"]),
+        f"{metrics['accuracy']:.1%}",
+        f"{low:.1%} to {high:.1%}",
+        f"{metrics['loss']:.3f}",
+        f"{metrics['margin']:.2f}",
+        f"{metrics['calibration_error']:.3f}",
+        f"{metrics['longer_is_better']:.1%}",
+        "none" if correlation is None else f"{correlation:.2f}",
+    )
+
+
+def _reliability_figure(comparisons: Mapping[str, Any]) -> Figure:
+    figure, axes = _axes("Calibration: accuracy by confidence")
+    axes.plot([0.5, 1], [0.5, 1], color="#868e96", linewidth=1, linestyle=":")
+    for when in ("before", "after"):
+        curve = comparisons[when]["all"]["reliability"]
+        confidence, accuracy = [point["said"] for point in curve], [point["right"] for point in curve]
+        marker_sizes = [200 * point["share"] + 4 for point in curve]
+        axes.plot(confidence, accuracy, color=PLOT_COLORS[when], linewidth=1.2, label=when)
+        axes.scatter(confidence, accuracy, s=marker_sizes, color=PLOT_COLORS[when], alpha=0.7)
+    axes.set(xlabel="confidence: predicted probability of the model's order", ylim=(-0.02, 1.05))
+    axes.legend(frameon=False)
+    return figure
+
+
+def _score_histogram(metrics: Mapping[str, Any], name: str) -> Figure:
+    figure, axes = _axes(f"Scores of held-out completions {name}".rstrip())
+    bin_edges = metrics["histogram"]["borders"]
+    for kind in ("chosen", "rejected"):
+        counts = metrics["histogram"][kind]
+        axes.stairs(counts, bin_edges, fill=True, alpha=0.45, color=PLOT_COLORS[kind], label=kind)
+    axes.set(xlabel="score")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _axes(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

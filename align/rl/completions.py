@@ -1,0 +1,90 @@
+"""Sampled completions with their text and reward scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.rl.prompts import PreparedPrompts, Prompt
+from align.rl.rewards.rewards import Rewards, RewardScores
+from align.rl.sampling import SampledCompletion
+from data_templates.segments import Message
+from finetune.data.tokens import Encoder
+from finetune.distributed.collectives import all_gather_object, shard, unshard
+from finetune.training.preflight.checks import CheckResult
+
+
+@dataclass(frozen=True)
+class ScoredCompletions:
+    """C sampled completions with prompts, texts and reward scores."""
+
+    prompts: Sequence[Prompt]
+    samples: Sequence[SampledCompletion]
+    texts: Sequence[str]
+    scores: RewardScores
+
+    @property
+    def lengths(self) -> Tensor:
+        """Return the number of tokens of each completion: (C,)."""
+        return torch.tensor([len(sample.ids) for sample in self.samples])
+
+    @property
+    def ended_with_eos(self) -> Tensor:
+        """Return which completions ended with EOS: (C,) bool."""
+        return torch.tensor([sample.ended_with_eos for sample in self.samples])
+
+    @property
+    def rewards(self) -> Tensor:
+        """Return the total rewards, which are maximized: (C,) float32."""
+        return torch.from_numpy(np.asarray(self.scores.total)).float()
+
+
+def score_completions(
+    prompts: Sequence[Prompt], completions: Sequence[SampledCompletion], rewards: Rewards, encoder: Encoder
+) -> ScoredCompletions:
+    """Decode completions and score them; each process scores a shard, and all get all scores.
+
+    Raises:
+        UserError: a reward function raised or did not return a number.
+    """
+    texts = [encoder.decode_reply(list(completion.ids)) for completion in completions]
+    conversations = [
+        [*prompt.messages, Message("assistant", text)] for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    # Shard by runs of equal prompts: a reward model encodes a prompt once for its consecutive completions.
+    groups = [list(group) for _, group in groupby(range(len(prompts)), key=lambda index: prompts[index].ids)]
+    # Each process scores a shard, and the order is restored afterwards.
+    local_indices = [index for group in shard(groups) for index in group]
+    local_scores = rewards.score(
+        [conversations[index] for index in local_indices],
+        [prompts[index].location for index in local_indices],
+        expected=[prompts[index].expected for index in local_indices],
+    )
+    return ScoredCompletions(
+        prompts, completions, texts, _all_gather_scores(local_scores, [len(group) for group in shard(groups)])
+    )
+
+
+def _all_gather_scores(local_scores: RewardScores, group_sizes: Sequence[int]) -> RewardScores:
+    """All-gather reward scores; ``group_sizes`` are the numbers of completions in this process's runs."""
+    names = list(local_scores.by_source)
+    stacked = np.stack([local_scores.total, *local_scores.by_source.values()])
+    chunks = np.split(stacked, np.cumsum(group_sizes, dtype=int), axis=1)[:-1]
+    total, *by_source = np.concatenate(unshard(all_gather_object(chunks)), axis=1)
+    return RewardScores(total, dict(zip(names, by_source, strict=True)))
+
+
+def check_rewards(rewards: Rewards, data: PreparedPrompts) -> CheckResult:
+    """Check the rewards on the recipe's prompts before anything is sampled or written.
+
+    Raises:
+        UserError: a reward function fails, or needs reference answers that some rows lack.
+        NotFiniteError: a reward model returns NaN or infinity.
+    """
+    for prompts in filter(None, (data.train, data.held_out)):
+        rewards.check_reference_answers([prompt.expected for prompt in prompts], prompts.locations)
+    expected = [row.expected for row in data.train]
+    return rewards.check([row.messages for row in data.train], data.train.locations, expected=expected)

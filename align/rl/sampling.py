@@ -1,0 +1,191 @@
+"""Sample completions from the policy at a temperature, without top-p or top-k truncation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from align.rl.settings import SamplingSettings
+from finetune.distributed.collectives import all_gather_object, shard, unshard
+from finetune.distributed.rank import dist_info
+from finetune.distributed.sharding import is_sharded
+from finetune.planning.choices import GENERATION_TOKEN_FACTOR, TOKENS_PER_FORWARD
+
+TokenIds = Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling parameters.
+
+    There is no top-p or top-k: the policy gradient needs the probability of each sampled token, and that of a
+    truncated distribution is another one (arXiv 2403.17031 samples like this).
+
+    Attributes:
+        temperature: divides the logits.
+        max_new_tokens: maximum completion length, including EOS.
+        stop_ids: token ids that end a completion.
+        tokens_per_batch: approximate budget of tokens per batch, prompts and completions together.
+        generation_batch_size: maximum batch size; None: as many rows as ``tokens_per_batch`` allows.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    stop_ids: Sequence[int]
+    tokens_per_batch: int
+    generation_batch_size: int | None = None
+
+    @classmethod
+    def from_settings(cls, device: str, settings: SamplingSettings, *, stop_ids: Sequence[int]) -> "Sampling":
+        """Return the recipe's sampling parameters, with a batch size for the device if it is ``auto``."""
+        tokens_per_batch = GENERATION_TOKEN_FACTOR * TOKENS_PER_FORWARD[device]
+        generation_batch_size = None if settings.at_once == "auto" else settings.at_once
+        return cls(
+            settings.temperature, settings.max_new_tokens, stop_ids, tokens_per_batch, generation_batch_size
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SampledCompletion:
+    """A sampled completion; ``ids_BT`` ends with a stop token if ``ended_with_eos``."""
+
+    ids: tuple[int, ...]
+    ended_with_eos: bool
+
+
+class ShardedMultinomial(LogitsProcessor):  # type: ignore[misc]
+    """Samples this process's rows of a batch exactly as a single process with the whole batch would.
+
+    With E_i from the exponential distribution, argmax p_i / E_i is i with probability p_i; that is how
+    ``torch.multinomial`` samples one token per row, from the same random numbers.
+    """
+
+    def __init__(self, local_rows: Sequence[int], batch_size: int, *, temperature: float) -> None:
+        """Select the rows ``local_rows`` of a global batch of ``batch_size`` rows."""
+        self.local_rows, self.batch_size, self.temperature = list(local_rows), batch_size, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores whose argmax is the sampled token, for greedy decoding."""
+        # Noise for the whole batch: every rank consumes the random stream of a single process.
+        self.noise = scores.new_empty(self.batch_size, scores.shape[-1])
+        probs = (scores if self.temperature == 1.0 else scores / self.temperature).softmax(-1)
+        scaled_probs: Tensor = probs / self.noise.exponential_()[self.local_rows]
+        return scaled_probs
+
+    def skip(self, steps: int) -> None:
+        """Consume the random numbers of steps that only other rows needed."""
+        for _ in range(steps):
+            self.noise.exponential_()
+
+
+@torch.no_grad()
+def sample_completions(
+    model: nn.Module, prompts: Sequence[TokenIds], *, sampling: Sampling, seed: int
+) -> list[SampledCompletion]:
+    """Sample one completion per prompt, in the order of the prompts.
+
+    The result depends on the arguments alone. Several processes sample a shard each, get the same completions
+    as a single process would, and return all of them.
+
+    Args:
+        model: a causal LM in any wrapper with ``generate``; it samples without dropout.
+        prompts: token ids; repeat a prompt for several completions.
+        sampling: sampling parameters.
+        seed: random seed.
+    """
+    # Prompts of similar length share a batch: less padding.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    completions: dict[int, SampledCompletion] = {}
+    was_training, device = model.training, next(model.parameters()).device
+    # With dropout the policy would not sample from the distribution that is scored later.
+    model.eval()
+    # A seed of its own and no change of the global random state: this lets a run resume bit for bit.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for indices in _length_batches(order, [len(prompt) for prompt in prompts], sampling):
+            new_ids = _generate_sharded(model, [prompts[index] for index in indices], sampling, device)
+            completions |= {
+                index: _until_stop_token(ids, sampling) for index, ids in zip(indices, new_ids, strict=True)
+            }
+    model.train(was_training)
+    return [completions[index] for index in range(len(prompts))]
+
+
+def _length_batches(order: Sequence[int], lengths: Sequence[int], sampling: Sampling) -> list[list[int]]:
+    """Split prompts, shortest first, into batches of at most ``tokens_per_batch`` and ``generation_batch_size``, or of one prompt."""
+    batches: list[list[int]] = [[]]
+    for index in order:
+        # Budget for the longest completion possible: lengths are unknown before generation.
+        row_tokens = lengths[index] + sampling.max_new_tokens
+        is_full = (
+            sampling.generation_batch_size is not None and len(batches[-1]) >= sampling.generation_batch_size
+        )
+        if batches[-1] and (is_full or (len(batches[-1]) + 1) * row_tokens > sampling.tokens_per_batch):
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def _generate_sharded(
+    model: nn.Module, prompts: Sequence[TokenIds], sampling: Sampling, device: torch.device
+) -> list[list[int]]:
+    """Return the new tokens of each row of a batch; each process generates its shard."""
+    if dist_info().world_size == 1:
+        return _generate_batch(model, prompts, sampling, device)
+    # A rank without rows generates one anyway: a sharded model all-gathers in every forward pass.
+    local_rows = shard(range(len(prompts))) or range(1)
+    sampler = ShardedMultinomial(local_rows, len(prompts), temperature=sampling.temperature)
+    new_ids = _generate_batch(
+        model, [prompts[index] for index in local_rows], sampling, device, sampler=sampler
+    )
+    shards = all_gather_object(new_ids)
+    # A rank whose rows ended early stopped generating: advance its random stream as far as that of the
+    # rank that took longest.
+    sampler.skip(max(len(rows[0]) for rows in shards) - len(new_ids[0]))
+    return unshard(shards)[: len(prompts)]
+
+
+def _generate_batch(
+    model: nn.Module,
+    prompts: Sequence[TokenIds],
+    sampling: Sampling,
+    device: torch.device,
+    sampler: ShardedMultinomial | None = None,
+) -> list[list[int]]:
+    """Return the new tokens of each row, padded to the longest; without ``sampler`` transformers samples."""
+    prompt_length, pad_id = max(map(len, prompts)), sampling.stop_ids[0]
+    # Left padding: every prompt ends at the position from which generation continues.
+    ids_BT = torch.tensor(
+        [[pad_id] * (prompt_length - len(prompt)) + list(prompt) for prompt in prompts], device=device
+    )
+    mask_BT = torch.tensor(
+        [[0] * (prompt_length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+    )
+    # Explicit: the model's own generation_config may set top-k and top-p.
+    sampling_arguments = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    generation_config = GenerationConfig(
+        **(sampling_arguments if sampler is None else {"do_sample": False}),
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=list(sampling.stop_ids),
+        pad_token_id=pad_id,
+    )
+    # synced_gpus: ranks with finished rows go through the forward passes of a sharded model until all have.
+    output = model.generate(  # type: ignore[operator]
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        generation_config=generation_config,
+        logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
+        synced_gpus=sampler is not None and is_sharded(model),
+    )
+    new_ids: list[list[int]] = output[:, prompt_length:].tolist()
+    return new_ids
+
+
+def _until_stop_token(ids: Sequence[int], sampling: Sampling) -> SampledCompletion:
+    """Return the completion up to its first stop token; padding is a stop token as well."""
+    for position, token in enumerate(ids):
+        if token in sampling.stop_ids:
+            return SampledCompletion(tuple(ids[: position + 1]), ended_with_eos=True)
+    return SampledCompletion(tuple(ids), ended_with_eos=False)

@@ -1,0 +1,1 @@
+"""Several processes: ranks, collectives, sharded weights, strategies and the launcher."""

@@ -1,0 +1,121 @@
+"""Sharded weights under ZeRO-3 and FSDP2: load them sharded, run forward passes, gather full parameters.
+
+ZeRO-3 (arXiv 1910.02054) and FSDP2 (arXiv 2304.11277) store a shard of every weight on each rank and
+all-gather a layer's weights when it computes. Every rank must run as many forward passes as the others.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from finetune.distributed.strategies import zero3_inference_config, zero3_init_config
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether any of a model's weights is sharded over ranks."""
+    return any(_is_zero3_param(param) or isinstance(param.data, DTensor) for param in model.parameters())
+
+
+def full_numel(param: nn.Parameter) -> int:
+    """Return the number of elements of the full parameter, over all shards."""
+    numel: int = getattr(param, "ds_numel", param.numel())  # ZeRO-3 leaves an empty tensor in the parameter
+    return numel
+
+
+def local_numel(param: nn.Parameter) -> int:
+    """Return the number of elements in this rank's shard of a parameter."""
+    if _is_zero3_param(param):
+        shard: Tensor = vars(param)["ds_tensor"]
+        return shard.numel()
+    return param.data.to_local().numel() if isinstance(param.data, DTensor) else param.numel()
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the parameters that FSDP2 still holds gathered; tied weights are one parameter again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def gathered_params(*params: nn.Parameter) -> Iterator[list[Tensor]]:
+    """Yield the full tensors of parameters, for reading; a collective, every rank must call it."""
+    zero3_params = [param for param in params if _is_zero3_param(param)]
+    if not zero3_params:
+        yield [_full_tensor(param.detach()) for param in params]
+        return
+    import deepspeed  # noqa: PLC0415 - a library that not every run has
+
+    with deepspeed.zero.GatheredParameters(zero3_params):
+        yield [_full_tensor(param.detach()) for param in params]
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's full state dict on the CPU; a collective, every rank must call it."""
+    state = {name: full.detach().cpu() for name, full in model.named_buffers()}
+    for name, param in model.named_parameters():
+        # One parameter at a time: gathered all at once, the model would have to fit on every rank.
+        with gathered_params(param) as (full,):
+            state[name] = full.cpu().clone()
+    return state
+
+
+@contextmanager
+def zero3_init(dtype: str, *, offload: str, folder: Path) -> Iterator[None]:
+    """Make ``from_pretrained`` load models sharded for ZeRO-3 inside the block.
+
+    Args:
+        dtype: dtype of the weights.
+        offload: where the shards are stored: ``none``, ``cpu`` or ``nvme``.
+        folder: root of the swap folder for ``nvme``.
+    """
+    config = HfDeepSpeedConfig(zero3_init_config(dtype, offload=offload, folder=folder))
+    yield  # transformers holds a weak reference to this object and loads sharded as long as it is alive
+    del config
+
+
+@contextmanager
+def zero3_inference_engine(
+    model: nn.Module, base: PreTrainedModel, *, offload: str, folder: Path
+) -> Iterator[None]:
+    """Wrap a ZeRO-3 model in an inference engine, for forward passes before the training engine exists.
+
+    Args:
+        model: base with adapter.
+        base: the base, which was loaded sharded.
+        offload: where the shards are stored: ``none``, ``cpu`` or ``nvme``.
+        folder: root of the swap folder for ``nvme``.
+    """
+    import deepspeed  # noqa: PLC0415 - a library that not every run has
+
+    hidden_size = base.config.get_text_config().hidden_size
+    config = zero3_inference_config(hidden_size, offload=offload, folder=folder)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    try:
+        yield
+    finally:
+        engine.empty_partition_cache()  # weights that the last backward pass gathered and never released
+        engine.destroy()
+
+
+@torch.no_grad()
+def set_fsdp_root(base: PreTrainedModel) -> None:
+    """Make the full model FSDP2's root module, by a first forward pass."""
+    # FSDP2 takes the first module that runs for its root. Prompt tuning embeds the tokens before it calls the
+    # base, which would make the embeddings the root.
+    base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False)
+
+
+def _is_zero3_param(param: nn.Parameter) -> bool:
+    return getattr(param, "ds_id", None) is not None
+
+
+def _full_tensor(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

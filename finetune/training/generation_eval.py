@@ -1,0 +1,141 @@
+"""Generation evals before and after training: Python graders, and exact match on a retention set."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from data_templates.segments import Message
+from finetune.data.load import SourceSpec, load_source
+from finetune.data.replies import render_reply
+from finetune.data.report import DataReport
+from finetune.data.tokens import Encoder
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import EvaluateSettings
+from finetune.recipe.user_function import call_user_function, load_user_function, signature_problems
+from finetune.training.run_directory import RunDirectory
+from finetune.training.samples import GenerateFn, evenly_spaced, prompt_text
+
+GRADER_PARAMETERS = ("prompt", "reply")
+
+
+class Grader(Protocol):
+    """A user's function: the grade of a reply, or None to skip the prompt."""
+
+    def __call__(self, prompt: str, reply: str, /) -> float | bool | None:
+        """Return true or 1 for a good reply, false or 0 for a bad one."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenerationEval:
+    """Graders of greedy completions to ``prompts``, and exact match of those to the ``retention`` set.
+
+    Both hold conversations that end with the expected reply.
+    """
+
+    graders: Mapping[str, Grader]
+    prompts: Sequence[Sequence[Message]]
+    retention: Sequence[Sequence[Message]]
+
+    def evaluate(self, run: RunDirectory, generate: GenerateFn, when: str) -> None:
+        """Record each grader's mean and the retention set's exact-match rate, ``before`` or ``after``.
+
+        Raises:
+            UserError: a grader raised, returned no number, or skipped every prompt.
+        """
+        # A resumed run keeps the metrics that its first start recorded for the untrained model.
+        metric_names = [f"judged_{name}_{when}" for name in self.graders] + [f"skill_{when}"] * bool(
+            self.retention
+        )
+        if when == "before" and set(metric_names) <= run.record.get("metrics", {}).keys():
+            return
+        metrics = {}
+        if self.graders:
+            prompts = [prompt_text(conversation) for conversation in self.prompts]
+            completions = [
+                completion.text
+                for completion in generate([conversation[:-1] for conversation in self.prompts])
+            ]
+            for name, grader in self.graders.items():
+                metrics[f"judged_{name}_{when}"] = mean_grade(name, grader, prompts, completions)
+        if self.retention:
+            completions = [
+                completion.text
+                for completion in generate([conversation[:-1] for conversation in self.retention])
+            ]
+            correct = [
+                completion == conversation[-1].content
+                for completion, conversation in zip(completions, self.retention, strict=True)
+            ]
+            metrics[f"skill_{when}"] = sum(correct) / len(correct)
+        run.update(metrics=metrics)
+
+    @property
+    def summary(self) -> dict[str, tuple[str, str]]:
+        """Return the report's summary entries: metric -> (label, format)."""
+        grades = {f"judged_{name}": (f"grader: {name}", ".1%") for name in self.graders}
+        return grades | {"skill": ("retention: exact match", ".1%")}
+
+
+def mean_grade(name: str, grader: Grader, prompts: Sequence[str], completions: Sequence[str]) -> float:
+    """Return a grader's mean over the completions that it does not skip.
+
+    Raises:
+        UserError: the grader raised, returned no number, or skipped every prompt.
+    """
+    where = f"evaluate.judges.{name}"
+    grades = [
+        call_user_function(grader, *pair, where=where) for pair in zip(prompts, completions, strict=True)
+    ]
+    scored = [value for value in grades if value is not None]
+    if not scored:
+        actual = f"None for each of {len(grades)} prompts"
+        raise UserError(Problem(where, actual, "a number for some of the held-out prompts"))
+    return sum(scored) / len(scored)
+
+
+def load_graders(graders: Mapping[str, str]) -> dict[str, Grader]:
+    """Return the grader functions that a recipe names; their files are executed.
+
+    Raises:
+        UserError: a file or function is missing, or does not take a prompt and a reply.
+    """
+    functions: dict[str, Grader] = {}
+    problems: list[Problem] = []
+    for name, text in graders.items():
+        where = f"evaluate.judges.{name}"
+        try:
+            functions[name] = load_user_function(text, where=where)
+            problems += signature_problems(functions[name], GRADER_PARAMETERS, where=where)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return functions
+
+
+def load_generation_eval(
+    settings: EvaluateSettings, prompts: Sequence[Sequence[Message]], encoder: Encoder, *, seed: int
+) -> GenerationEval:
+    """Load a recipe's graders and retention set.
+
+    Args:
+        settings: the recipe's ``evaluate`` section.
+        prompts: held-out conversations; graders see ``judge_rows`` of them, evenly spaced.
+        encoder: renders the expected replies with the template.
+        seed: selects the rows of the retention set.
+
+    Raises:
+        UserError: a grader or the retention set cannot be loaded.
+    """
+    graded = [prompts[index] for index in evenly_spaced(len(prompts), settings.judge_rows)]
+    retention: list[list[Message]] = []
+    if settings.skill is not None:
+        source = SourceSpec("evaluate.skill", settings.skill, "train", None, None, settings.skill_rows)
+        rows = load_source(source, DataReport(), seed=seed)
+        retention = [render_reply(row.messages, encoder) for row in rows]
+    return GenerationEval(
+        load_graders(settings.judges),
+        [render_reply(conversation, encoder) for conversation in graded],
+        retention,
+    )

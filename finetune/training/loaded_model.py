@@ -1,0 +1,52 @@
+"""Load a finished run for inference: base, adapter, tokenizer and chat template."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer
+
+from finetune.adapters._load import load_saved_adapter
+from finetune.data.tokens import Encoder
+from finetune.distributed.hardware import detect_hardware
+from finetune.recipe.runs import read_generative_record
+from finetune.recipe.settings import ModelSettings
+from finetune.training.model import context_length, load_base
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model with its encoder, ready to generate."""
+
+    model: nn.Module
+    encoder: Encoder
+    context: int
+
+
+def load_finished_run(run: Path) -> LoadedModel:
+    """Load a finished run's model in the precision of its training.
+
+    Raises:
+        UserError: the folder is not a finished run.
+    """
+    saved: dict[str, Any] = read_generative_record(run)["load"]
+    settings = ModelSettings(**saved["model"])
+    full_model = run / "model"
+    if full_model.is_dir():
+        # The saved config holds the RoPE scaling already; scaling it a second time would be refused.
+        settings = settings.model_copy(update={"base": str(full_model), "revision": None, "rope": None})
+    hardware = detect_hardware()
+    base = load_base(
+        settings, precision=saved["precision"], quantization=saved["quantization"], hardware=hardware
+    )
+    adapter = run / "adapter"
+    model: nn.Module = base
+    if not full_model.is_dir():
+        model = load_saved_adapter(base, adapter)
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(full_model if full_model.is_dir() else adapter))
+    encoder = Encoder(
+        tokenizer, saved["template"], system=saved["system"], control_suffix=saved.get("wish", "")
+    )
+    return LoadedModel(model, encoder, context_length(settings) - saved["virtual_tokens"])

@@ -1,0 +1,163 @@
+"""Checks of tokenized rows: trained EOS, loss mask, single BOS; and the truncation report."""
+
+from collections.abc import Callable, Collection
+
+import numpy as np
+
+from finetune.data.collate import IGNORE_INDEX, LMExample
+from finetune.data.dataset import TokenizedRows
+from finetune.recipe.errors import Problem
+from finetune.training.preflight.checks import CheckResult, failed
+
+MIN_EOS_SHARE = 0.99
+"""Share of the untruncated rows that must end with a trained stop token: one in a hundred may be odd."""
+MAX_LABELS_AFTER_EOS = 2
+"""Labels that may follow a stop token: ChatML's line feed if every token is trained."""
+MIN_TRAINED_SHARE = 0.05
+"""Share of trained tokens below which we warn: most of the compute then carries no loss."""
+MAX_LOST_SHARE = 0.05
+"""Share of the trained tokens, or of the rows, that ``data.max_length`` may truncate without a warning."""
+
+LENGTH_REPAIR = "raise data.max_length if the model has the positions, or set data.too_long=drop"
+
+TokenName = Callable[[int], str]
+"""Returns the text of a token id."""
+
+
+def check_eos_trained(
+    rows: TokenizedRows, stop_ids: Collection[int], *, max_length: int, name_of: TokenName
+) -> CheckResult:
+    """Check that the last label of each untruncated row is a stop token (EOS).
+
+    Args:
+        num_rows: the training dataset.
+        stop_ids: the tokens that end a reply.
+        max_length: rows of this length may be truncated: they count only if they end with a stop token.
+        name_of: returns the text of a token id.
+    """
+    offsets = rows.arrays["offsets"]
+    ends_with_eos = _ends_with_eos(rows, stop_ids)
+    untruncated = ends_with_eos | (np.diff(offsets) < max_length)
+    names = " or ".join(sorted({name_of(token) for token in stop_ids}))
+    if not untruncated.any():
+        detail = f"every row is truncated: none teaches the model to write {names}; {LENGTH_REPAIR}"
+        return CheckResult("stop token", detail, warned=True)
+    share = float(ends_with_eos[untruncated].mean())
+    if share >= MIN_EOS_SHARE:
+        return CheckResult(
+            "stop token", f"{_percent(share)} of the untruncated rows end with a trained {names}"
+        )
+    first = int(np.flatnonzero(untruncated & ~ends_with_eos)[0])
+    actual = (
+        f"{_percent(1 - share)} of the rows do not end with a trained {names} (first: {rows.locations[first]}: "
+        f"{_describe_end(rows[first], stop_ids, name_of)}); the model would never stop"
+    )
+    expected = f"at least {MIN_EOS_SHARE:.0%} of the rows with {names} as their last label"
+    repair = (
+        "in the template's file render the assistant's turn with reply(message): it ends with a trained EOS; "
+        "or data.template=chatml"
+    )
+    return failed("stop token", Problem("data.template", actual, expected, repair))
+
+
+def _ends_with_eos(rows: TokenizedRows, stop_ids: Collection[int]) -> np.ndarray:
+    """Return for each row whether a trained stop token is among its last labels."""
+    ids, loss_mask, offsets = (rows.arrays[key] for key in ("input_ids", "loss_mask", "offsets"))
+    eos_positions = np.flatnonzero(loss_mask & np.isin(ids, list(stop_ids)))
+    last_eos = np.full(len(rows), -1)
+    last_eos[np.searchsorted(offsets, eos_positions, side="right") - 1] = (
+        eos_positions  # a row's last hit overwrites the others
+    )
+    segments = np.stack([last_eos + 1, offsets[1:]], axis=1).ravel()
+    labels_after_eos = np.add.reduceat(np.append(loss_mask, False), segments, dtype=np.int64)[::2]
+    labels_after_eos[last_eos + 1 == offsets[1:]] = 0  # for an empty range reduceat returns an element, not 0
+    ends_with_eos: np.ndarray = (last_eos >= 0) & (labels_after_eos <= MAX_LABELS_AFTER_EOS)
+    return ends_with_eos
+
+
+def _describe_end(row: LMExample, stop_ids: Collection[int], name_of: TokenName) -> str:
+    ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
+    last = max((position for position, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
+    if any(token in stop_ids for token in ids[last + 1 :]):
+        return "it is in the row, but carries no loss"
+    return f"the last trained token is {name_of(ids[last])!r}"
+
+
+def check_loss_mask(rows: TokenizedRows) -> CheckResult:
+    """Check that every row has a label after its first token, and report the share of trained tokens."""
+    loss_mask, offsets = rows.arrays["loss_mask"].copy(), rows.arrays["offsets"]
+    loss_mask[offsets[:-1]] = False  # a row's first token follows nothing, so it is no target
+    counts = np.add.reduceat(loss_mask, offsets[:-1], dtype=np.int64)
+    share = float(counts.sum()) / rows.num_tokens
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        actual = f"{len(empty)} of {len(rows)} rows have no trained token (first: {rows.locations[empty[0]]})"
+        repair = "mark the reply as trained in the template, or remove those rows"
+        return failed("loss mask", Problem("data.template", actual, "a reply that carries loss", repair))
+    detail = f"{_percent(share)} of the tokens are trained, at least {counts.min()} per row"
+    few = share < MIN_TRAINED_SHARE
+    return CheckResult(
+        "loss mask", detail + few * ": very few; does data.columns name the reply?", warned=few
+    )
+
+
+def check_single_bos(
+    rows: TokenizedRows, bos_id: int | None, *, required: bool, name_of: TokenName
+) -> CheckResult:
+    """Check that no row begins with two BOS tokens, and that none lacks the one that its tokenizer adds.
+
+    Args:
+        num_rows: the training dataset.
+        bos_id: the tokenizer's BOS token, if it has one.
+        required: whether every row must begin with it.
+        name_of: returns the text of a token id.
+    """
+    if bos_id is None:
+        return CheckResult("BOS", "the tokenizer has none")
+    ids, offsets = rows.arrays["input_ids"], rows.arrays["offsets"]
+    first = ids[offsets[:-1]] == bos_id
+    second = (np.diff(offsets) > 1) & (ids[np.minimum(offsets[:-1] + 1, len(ids) - 1)] == bos_id)
+    name = name_of(bos_id)
+    doubled, missing = np.flatnonzero(first & second), np.flatnonzero(~first)
+    repair = "begin the template with one BOS segment (not its text), or data.template=chatml"
+    if len(doubled):
+        actual = f"{len(doubled)} rows begin with {name} twice (first: {rows.locations[doubled[0]]})"
+        return failed("BOS", Problem("data.template", actual, f"one {name} at the beginning", repair))
+    if required and len(missing):
+        actual = f"{len(missing)} rows begin without {name} (first: {rows.locations[missing[0]]})"
+        expected = f"one {name} at the beginning: the tokenizer adds it to every text"
+        return failed("BOS", Problem("data.template", actual, expected, repair))
+    return CheckResult(
+        "BOS", f"{len(rows) - len(missing)} of {len(rows)} rows begin with one {name}, none with two"
+    )
+
+
+def report_truncation(
+    *, num_rows: int, num_too_long: int, trained_tokens: int, lost_tokens: int, max_length: int
+) -> CheckResult:
+    """Report the rows longer than ``max_length``, and the trained tokens lost to truncation.
+
+    Args:
+        num_rows: number of training rows.
+        num_too_long: number of rows longer than ``max_length``, truncated or dropped.
+        trained_tokens: number of trained tokens in the rows.
+        lost_tokens: number of trained tokens lost.
+        max_length: maximum tokens of a row.
+    """
+    if not num_too_long:
+        return CheckResult("truncation", f"no row is longer than {max_length} tokens")
+    share = lost_tokens / max(trained_tokens + lost_tokens, 1)
+    detail = (
+        f"{num_too_long} rows were longer than {max_length} tokens; {_percent(share)} of the trained tokens "
+        f"({lost_tokens}) are lost"
+    )
+    needs_attention = share > MAX_LOST_SHARE or num_too_long > MAX_LOST_SHARE * (num_rows + num_too_long)
+    return CheckResult(
+        "truncation", f"{detail}; {LENGTH_REPAIR}" if needs_attention else detail, warned=needs_attention
+    )
+
+
+def _percent(share: float) -> str:
+    """Format a share; never as 100% or 0% after rounding."""
+    text = f"{share:.0%}"
+    return f"{share:.2%}" if text in ("100%", "0%") and share not in (0.0, 1.0) else text

@@ -1,0 +1,193 @@
+"""Batch invariance and packing isolation, checked on the run's own model and rows."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from finetune.data.collate import IGNORE_INDEX, Collator, LMExample
+from finetune.data.dataset import TokenizedRows
+from finetune.recipe.errors import Problem
+from finetune.training.preflight.checks import CheckResult, failed
+from finetune.training.preflight.gradient_checks import check_gradient_flow
+from finetune.training.preflight.preserve_state import preserve_state
+
+PROBE_TOKENS = 64
+"""Tokens of a row that a probe uses: a fraction of a training step's compute."""
+CANDIDATE_ROWS = 64
+"""Rows from which a probe selects one with few and one with many labels."""
+PACKED_TOKENS = 32
+"""Tokens of the longest of the rows that are packed."""
+
+LossSum = Callable[[Mapping[str, Tensor]], Tensor]
+"""Summed loss of a batch, with gradient."""
+
+
+def select_probe_rows(rows: TokenizedRows) -> list[LMExample]:
+    """Return the tails of two rows, with the fewest and the most labels among the first rows."""
+    tails = [_row_tail(rows[index], PROBE_TOKENS) for index in range(min(len(rows), CANDIDATE_ROWS))]
+    tails.sort(key=lambda example: int((example["labels"][1:] != IGNORE_INDEX).sum()))
+    return [tails[0], tails[-1]]
+
+
+def _row_tail(example: LMExample, tokens: int) -> LMExample:
+    """Return the last tokens of a row up to its last label."""
+    # Tails, because rows often share their beginning, and labels are at the end.
+    last = int(torch.nonzero(example["labels"] != IGNORE_INDEX).max()) + 1
+    window = slice(max(0, last - tokens), last)
+    return LMExample(
+        input_ids=example["input_ids"][window], labels=example["labels"][window], row=example["row"]
+    )
+
+
+def check_batch_invariance(
+    model: nn.Module,
+    loss_sum: LossSum,
+    examples: Sequence[LMExample],
+    collate: Collator,
+    *,
+    tolerance: float,
+    scale: float = 1.0,
+) -> list[CheckResult]:
+    """Check that a batch has the loss and gradient of its rows one by one, and that gradients flow.
+
+    The gradient of (full batch - sum of micro-batches) / labels must vanish relative to that of full batch /
+    labels. Dropout is off, and the model is not changed.
+
+    Args:
+        model: base with adapter.
+        loss_sum: summed loss of a batch.
+        examples: at least two short rows with different numbers of labels.
+        collate: the run's collator.
+        tolerance: relative difference that rounding explains.
+        scale: loss scale that keeps float16 gradients from vanishing.
+    """
+    full_batch, micro_batches = collate(examples), [collate([example]) for example in examples]
+    num_labels = int((full_batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    return check_micro_batch_invariance(
+        model, loss_sum, full_batch, micro_batches, items=num_labels, tolerance=tolerance, scale=scale
+    )
+
+
+def check_micro_batch_invariance(
+    model: nn.Module,
+    loss_sum: LossSum,
+    full_batch: Mapping[str, object],
+    micro_batches: Sequence[Mapping[str, object]],
+    *,
+    items: int,
+    tolerance: float,
+    scale: float = 1.0,
+) -> list[CheckResult]:
+    """Check batch invariance of collated batches; ``items`` is the denominator of a step's mean loss."""
+    with preserve_state(model):
+        loss = _backward(model, loss_sum, full_batch, scale / items)
+        gradient_check = check_gradient_flow(model)
+        gradient_norm = _gradient_norm(model)
+        # Backward of the negated micro-batches accumulates into the same .grad: the difference is left.
+        remainder = sum(
+            (_backward(model, loss_sum, micro_batch, -scale / items) for micro_batch in micro_batches), loss
+        )
+        difference = max(
+            abs(remainder) / max(abs(loss), 1e-30), _gradient_norm(model) / max(gradient_norm, 1e-30)
+        )
+    if gradient_check.problem:
+        return [gradient_check]
+    detail = (
+        f"{len(micro_batches)} rows in one batch and one by one: loss and gradient differ by {difference:.1e}"
+    )
+    if difference <= tolerance:
+        return [gradient_check, CheckResult("accumulation", detail)]
+    expected = f"at most {tolerance:.0e}: the same optimizer step for every micro-batch size"
+    repair = (
+        "model.attention=eager; if it persists, this model mixes rows of a batch: train.micro_batch_size=1"
+    )
+    return [
+        gradient_check,
+        failed("accumulation", Problem("train.micro_batch_size", detail, expected, repair)),
+    ]
+
+
+def _backward(model: nn.Module, loss_sum: LossSum, batch: Mapping[str, object], factor: float) -> float:
+    loss = loss_sum(_tensors_on_device(model, batch)) * factor
+    if loss.requires_grad:  # otherwise no trained tensor is in the graph, and the gradient check fails
+        torch.autograd.backward(loss)
+    return float(loss.detach())
+
+
+def _gradient_norm(model: nn.Module) -> float:
+    """Return the norm of all gradients together."""
+    norms = [weight.grad.float().norm() for weight in model.parameters() if weight.grad is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def check_packing_isolation(
+    model: nn.Module, rows: TokenizedRows, collate: Collator, *, tolerance: float
+) -> CheckResult:
+    """Check packing isolation: packed rows have the logits that each row has in a batch of its own.
+
+    Args:
+        model: base with adapter.
+        rows: the training dataset; tails of three of its first rows are packed (repeated if it has fewer).
+        collate: the run's packing collator.
+        tolerance: difference, relative to the logits' standard deviation, that rounding explains.
+    """
+    examples = sorted(_rows_to_pack(rows), key=lambda example: -len(example["input_ids"]))
+    batch = collate(examples)
+    # Logits of each row in the packed batch against those of the row in a batch of its own.
+    with preserve_state(model), torch.no_grad():
+        packed_logits = _forward_logits(model, _tensors_on_device(model, batch))
+        worst = 0.0
+        for example, (row, start) in zip(
+            examples, _packed_positions(batch["input_ids"], examples), strict=True
+        ):
+            ids = example["input_ids"]
+            alone_logits = _forward_logits(model, _tensors_on_device(model, {"input_ids": ids[None]}))[0]
+            packed = packed_logits[row, start : start + len(ids)]
+            worst = max(worst, float((packed - alone_logits).std() / alone_logits.std()))
+    detail = f"logits of {len(examples)} rows, packed and alone, differ by {worst:.1e} standard deviations"
+    if worst <= tolerance:
+        return CheckResult("packing", detail)
+    expected = f"at most {tolerance:.0e}: a row must not attend to its neighbors"
+    repair = "data.packing=false (rows are batched by length anyway), or model.attention=sdpa"
+    return failed("packing", Problem("data.packing", detail, expected, repair))
+
+
+def _rows_to_pack(rows: TokenizedRows) -> list[LMExample]:
+    """Return the tail of a long row, and two pieces of at most half its length, which are packed together."""
+    # The pieces are a tail and a beginning: they differ even if the dataset has a single row.
+    candidates = list(range(min(len(rows), CANDIDATE_ROWS)))
+    longest = _row_tail(
+        max((rows[index] for index in candidates), key=lambda row: len(row["input_ids"])), PACKED_TOKENS
+    )
+    half_length = len(longest["input_ids"]) // 2
+    other = rows[candidates[-1]]
+    beginning = LMExample(
+        input_ids=other["input_ids"][:half_length], labels=other["labels"][:half_length], row=other["row"]
+    )
+    return [longest, _row_tail(rows[candidates[0]], half_length), beginning]
+
+
+def _packed_positions(ids_BT: Tensor, examples: Sequence[LMExample]) -> Iterator[tuple[int, int]]:
+    """Yield (row, position) of each example's first token in a packed batch, filled longest first."""
+    filled_tokens = [0] * len(ids_BT)
+    for example in examples:
+        ids = example["input_ids"]
+        candidates = enumerate(zip(ids_BT, filled_tokens, strict=True))
+        row = next(
+            (i for i, (row, start) in candidates if torch.equal(row[start : start + len(ids)], ids)), None
+        )
+        assert row is not None, "the collator packed the rows in another order"
+        yield row, filled_tokens[row]
+        filled_tokens[row] += len(ids)
+
+
+def _forward_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    forward = {key: value for key, value in inputs.items() if key not in ("labels", "rows")}
+    logits: Tensor = model(**forward, use_cache=False).logits
+    return logits.float()
+
+
+def _tensors_on_device(model: nn.Module, batch: Mapping[str, object]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}

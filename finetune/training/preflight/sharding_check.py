@@ -1,0 +1,128 @@
+"""ZeRO and FSDP2 check: per-rank elements of weights and optimizer states, and distinct rows per rank.
+
+Libraries have been seen to drop ZeRO silently: every rank then holds the full state and trains on the same
+rows. The check runs after the first step, when the optimizer states exist.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune.distributed.collectives import all_gather_object
+from finetune.distributed.sharding import full_numel, local_numel, reshard
+from finetune.distributed.strategies import SHARDED_WEIGHTS, ZERO_STAGES
+from finetune.recipe.errors import Problem
+from finetune.training.preflight.checks import CheckResult, failed
+
+SHARDING = "sharding"
+
+
+@dataclass(frozen=True, slots=True)
+class RankShare:
+    """The elements that one rank stores, and the row ids of its first micro-batch.
+
+    Attributes:
+        params: elements of the model's weights.
+        states: elements of the largest optimizer state, such as Adam's first moments.
+        row_ids: row ids of the first micro-batch.
+    """
+
+    weights: int
+    states: int
+    rows: tuple[int, ...] = ()
+
+
+def count_rank_share(model: nn.Module, optimizer: Optimizer, rows: Sequence[int] = ()) -> RankShare:
+    """Count the elements that this rank stores."""
+    reshard(model)
+    elements_by_state: dict[str, int] = defaultdict(int)
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                elements_by_state[name] += _local_tensor_numel(value)
+    weights = sum(map(local_numel, model.parameters()))
+    return RankShare(weights, max(elements_by_state.values(), default=0), tuple(rows))
+
+
+def check_sharding(shares: Sequence[RankShare], *, weights: int, trained: int, strategy: str) -> CheckResult:
+    """Check that each rank stores only its shard, and that ranks train on different rows.
+
+    Args:
+        shares: the counts of each rank.
+        params: elements of the full model.
+        trained: trained elements; each has its optimizer states.
+        strategy: ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
+    """
+    expectations = {
+        "weights": (strategy in SHARDED_WEIGHTS, max(share.weights for share in shares), weights),
+        "optimizer state elements": (strategy in ZERO_STAGES, max(share.states for share in shares), trained),
+    }
+    held = {name: (largest, total) for name, (sharded, largest, total) in expectations.items() if sharded}
+    # Half-way between a shard and the total: shards are padded, so they may exceed 1/N by a little.
+    violations = [
+        name for name, (largest, total) in held.items() if largest > total * (1 + 1 / len(shares)) / 2
+    ]
+    if violations:
+        actual = "; ".join(
+            f"a rank holds {held[name][0]:,} of {held[name][1]:,} {name}" for name in violations
+        )
+        return failed(
+            SHARDING, Problem("train.strategy", f"{strategy}, but {actual}", f"1/{len(shares)} of them")
+        )
+    row_ids = [row_id for share in shares for row_id in share.rows]
+    if len(row_ids) != len(set(row_ids)):
+        actual = "ranks train on the same rows in the first micro-batch"
+        return failed(SHARDING, Problem("train.strategy", actual, "different rows on each rank"))
+    summary = "; ".join(f"at most {largest:,} of {total:,} {name}" for name, (largest, total) in held.items())
+    return CheckResult(SHARDING, f"{strategy} is active: each rank holds {summary}")
+
+
+class ShardingCheck(TrainerCallback):  # type: ignore[misc]
+    """Runs the sharding check after the first optimizer step."""
+
+    def __init__(
+        self, report: Callable[[CheckResult], None], *, strategy: str, rows: Callable[[], Sequence[int]]
+    ) -> None:
+        """Bind the callback.
+
+        Args:
+            report: prints and records a check result, and raises if the check failed.
+            strategy: distributed strategy.
+            row_ids: returns the row ids of this rank's first micro-batch.
+        """
+        self.report, self.strategy, self.rows = report, strategy, rows
+        self.done = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Run the check, once.
+
+        Raises:
+            UserError: a rank holds more than its shard, or trains on another rank's rows.
+        """
+        if self.done:
+            return
+        self.done = True
+        model: nn.Module = kwargs["model"]
+        shares = all_gather_object(count_rank_share(model, kwargs["optimizer"], self.rows()))
+        params = list(model.parameters())
+        self.report(
+            check_sharding(
+                shares,
+                weights=sum(map(full_numel, params)),
+                trained=sum(full_numel(param) for param in params if param.requires_grad),
+                strategy=self.strategy,
+            )
+        )
+
+
+def _local_tensor_numel(value: Tensor) -> int:
+    return value.to_local().numel() if isinstance(value, DTensor) else value.numel()

@@ -1,0 +1,95 @@
+"""DPO diagnostics: metrics in, findings out; a healthy run gets no suggested action."""
+
+from typing import Any
+
+import pytest
+
+from align.dpo.collate import data_length_ratio
+from align.dpo.diagnostics import DiagnosticInputs, diagnose_dpo
+from align.preference.finding import Finding
+
+HEALTHY = {
+    "accuracy_after": 0.8,
+    "held_out_loss_before": 0.6931,
+    "held_out_loss_after": 0.6,
+    "held_out_margin_before": 0.0,
+    "held_out_margin_after": 1.0,
+    "held_out_accuracy_before": 0.5,
+    "held_out_accuracy_after": 0.75,
+    "held_out_chosen_logps_before": -1.0,
+    "held_out_chosen_logps_after": -1.02,
+    "held_out_rejected_logps_before": -1.0,
+    "held_out_rejected_logps_after": -1.5,
+    "held_out_kl_after": 0.02,
+}
+LOOP = "I am glad to help you. " * 6
+
+
+def findings_by_name(
+    completions: Any = (("a b c", "a b d"),), ratio: float = 1.0, has_nll_term: bool = False, **changed: float
+) -> dict[str, Finding]:
+    inputs = DiagnosticInputs(
+        {**HEALTHY, **changed}, length_ratio=ratio, completions=completions, has_nll_term=has_nll_term
+    )
+    return {finding.name: finding for finding in diagnose_dpo(inputs)}
+
+
+def test_pain_15_healthy_run_needs_no_action() -> None:
+    healthy = findings_by_name()
+    assert healthy.keys() == {"learning", "likelihood"}
+    assert not any(finding.action for finding in healthy.values())
+    assert "chosen -0.020, rejected -0.500 nats" in healthy["likelihood"].format_line()
+
+
+def test_pain_15_chosen_logp_drop_suggests_an_action() -> None:
+    finding = findings_by_name(held_out_chosen_logps_after=-1.3)["likelihood"]
+    assert "chosen -0.300" in finding.evidence and "align.loss={name: rpo}" in finding.action
+    assert finding.format_line().startswith("!!") and finding.record()["warned"] is True
+    assert (
+        "nll_weight"
+        in findings_by_name(held_out_chosen_logps_after=-1.3, has_nll_term=True)["likelihood"].action
+    )
+
+
+def test_pain_15_training_logratios_are_used_without_held_out() -> None:
+    inputs = DiagnosticInputs(
+        {"chosen_drift_after": -0.4, "rejected_drift_after": -0.9}, 1.0, [], has_nll_term=False
+    )
+    [finding] = diagnose_dpo(inputs)
+    assert "chosen -0.400, rejected -0.900" in finding.evidence and finding.action
+
+
+WARNED = {
+    "unseen pairs": {"held_out_loss_before": 0.6931, "held_out_loss_after": 0.71},
+    "learning": {"held_out_margin_after": 0.001, "held_out_accuracy_after": 0.52},
+    "distance": {"held_out_kl_after": 2.5},
+    "overfit": {"accuracy_after": 0.99, "held_out_accuracy_after": 0.6},
+    "saturated": {"accuracy_after": 1.0, "held_out_accuracy_after": 0.99},
+    "length": {"ratio": 1.5},
+    "repetition": {"completions": [("fine", LOOP)]},
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_pain_15_each_problem_has_a_finding(name: str) -> None:
+    finding = findings_by_name(**WARNED[name])[name]
+    assert finding.action and finding.meaning, finding
+
+
+def test_pain_15_length_growth_is_attributed_to_the_data() -> None:
+    grown = [("one two three", "one two three four five six")]
+    assert "learned that longer is better" in findings_by_name(grown, ratio=1.1)["length"].meaning
+    assert "not because of the data" in findings_by_name(grown, ratio=0.9)["length"].meaning
+    assert "completion length after/before 2.00" in findings_by_name(grown)["length"].evidence
+
+
+def test_pain_15_identical_completions_are_repetition() -> None:
+    finding = findings_by_name([("a", "yes"), ("b", "yes"), ("c", "yes")])["repetition"]
+    assert "duplicates of another one: 0 → 2" in finding.evidence
+    assert "repetition" not in findings_by_name([(LOOP, LOOP)]), "it repeated itself before training too"
+
+
+def test_data_length_ratio_uses_best_and_worst() -> None:
+    from test_dpo_trainer import grouped
+
+    assert data_length_ratio(grouped([(2, [6, 3]), (4, [2, 9, 1])])) == pytest.approx((6 + 2) / (3 + 1))

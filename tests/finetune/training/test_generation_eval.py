@@ -1,0 +1,151 @@
+"""Generation evals: graders, and exact match on a retention set, before and after training."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fixture_types import Tune
+
+from data_templates.segments import Message
+from finetune.recipe.errors import UserError
+from finetune.training.generation import Completion
+from finetune.training.generation_eval import GenerationEval, load_graders, mean_grade
+
+GRADER = """
+def longer(prompt, reply):
+    return None if "no" in prompt else len(reply) > 2
+
+def loud(prompt, reply):
+    return reply.count("!")
+
+def broken(prompt, reply):
+    raise KeyError("score")
+
+def alone(prompt):
+    return True
+"""
+
+
+@pytest.fixture
+def grader(tmp_path: Path) -> str:
+    path = tmp_path / "judge.py"
+    path.write_text(GRADER, encoding="utf-8")
+    return str(path)
+
+
+def conversation(question: str, answer: str) -> list[Message]:
+    return [Message("user", question), Message("assistant", answer)]
+
+
+class Record:
+    """A stub of a run directory that only has a record."""
+
+    def __init__(self) -> None:
+        self.record: dict[str, Any] = {"metrics": {}}
+
+    def update(self, *, metrics: dict[str, float]) -> None:
+        self.record["metrics"] |= metrics
+
+
+def echo(prompts: Sequence[Sequence[Message]]) -> list[Completion]:
+    return [Completion(prompt[-1].content, True) for prompt in prompts]
+
+
+def test_a_grader_may_skip_prompts(grader: str) -> None:
+    graders = load_graders({"longer": f"{grader}:longer"})
+    prompts = ["yes", "yes", "no", "yes"]
+    assert mean_grade("longer", graders["longer"], prompts, ["abc", "a", "abc", "abcd"]) == 2 / 3
+
+
+def test_graders_and_retention_before_and_after(grader: str) -> None:
+    graders = load_graders({"longer": f"{grader}:longer", "loud": f"{grader}:loud"})
+    generation_eval = GenerationEval(
+        graders,
+        [conversation("ab", "?"), conversation("abc!!", "?")],
+        [conversation("7", "7"), conversation("8", "9")],
+    )
+    run = Record()
+    generation_eval.evaluate(run, echo, "before")  # type: ignore[arg-type]
+    assert run.record["metrics"] == {
+        "judged_longer_before": 0.5,
+        "judged_loud_before": 1.0,
+        "skill_before": 0.5,
+    }
+    generation_eval.evaluate(run, lambda prompts: [Completion("9!", True)] * len(prompts), "after")  # type: ignore[arg-type]
+    assert run.record["metrics"]["judged_loud_after"] == 1.0
+    assert run.record["metrics"]["skill_after"] == 0.0
+
+
+def test_a_resumed_run_keeps_its_before_metrics(grader: str) -> None:
+    run = Record()
+    run.record["metrics"] = {"judged_loud_before": 0.25}
+    generation_eval = GenerationEval(load_graders({"loud": f"{grader}:loud"}), [conversation("a", "b")], [])
+    generation_eval.evaluate(run, echo, "before")  # type: ignore[arg-type]
+    assert run.record["metrics"] == {"judged_loud_before": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("high", "it returned 'high'; prompt 'q', reply 'r'"),
+        (float("nan"), "it returned nan"),
+        (None, "None for each of 1 prompts"),
+    ],
+)
+def test_a_grader_without_a_number_is_named(value: object, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        mean_grade("tone", lambda prompt, reply: value, ["q"], ["r"])  # type: ignore[arg-type,return-value]
+    assert "evaluate.judges.tone" in str(error.value) and message in str(error.value)
+
+
+def test_all_invalid_graders_are_reported(grader: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_graders({"one": f"{grader}:nobody", "two": f"{grader}:alone"})
+    assert [problem.where for problem in error.value.problems] == [
+        "evaluate.judges.one",
+        "evaluate.judges.two",
+    ]
+    assert "takes (prompt, reply)" in str(error.value)
+
+
+def test_a_run_records_grades_and_retention(tune: Tune, grader: str, tmp_path: Path) -> None:
+    retention = tmp_path / "skill.jsonl"
+    rows = [{"instruction": f"{i} + 1", "output": str(i + 1)} for i in range(9)]
+    retention.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = tune(
+        evaluate__judges={"longer": f"{grader}:longer"},
+        evaluate__skill=str(retention),
+        evaluate__skill_rows=4,
+    )
+    metrics = SimpleNamespace(**result.record["metrics"])
+    assert 0 <= metrics.judged_longer_before <= 1 and 0 <= metrics.judged_longer_after <= 1
+    assert metrics.skill_before in (0, 0.25, 0.5, 0.75, 1) and metrics.skill_after <= 1
+    assert {"grader: longer", "retention: exact match"} <= result.record["headline"].keys()
+
+
+def test_a_grader_that_raises_stops_the_run(tune: Tune, grader: str) -> None:
+    with pytest.raises(UserError, match=r"evaluate.judges.tone: KeyError: 'score'; prompt"):
+        tune(evaluate__judges={"tone": f"{grader}:broken"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"evaluate__judges": {"a": "nowhere.py:f"}}, "evaluate.judges.a"),
+        ({"evaluate__judges": {"a b": "finetune/tiny/graders.py:happy_end"}}, "letters, digits and _"),
+        ({"evaluate__skill": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
+        (
+            {"evaluate__judges": {"a": "finetune/tiny/graders.py:happy_end"}, "data__held_out": 0},
+            "evaluate.judges (command line): set, but data.held_out is 0",
+        ),
+    ],
+)
+def test_eval_errors_are_raised_before_loading(
+    tune: Tune, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        tune("run", **settings)
+    assert message in str(error.value) and not (tmp_path / "run").exists()
