@@ -80,7 +80,8 @@ def _print_statistics(preview_data: dict[str, Any], console: Console) -> None:
     if preview_data["prompts"]:
         what, loss = "prompts", "; the loss is on completions sampled during training"
     console.print(
-        f"[bold]{preview_data['rows']:,}[/] {what} ({escape(preview_data['layout'])}), {preview_data['held_out']:,} held out; "
+        f"[bold]{preview_data['rows']:,}[/] {what} ({escape(preview_data['layout'])}), "
+        f"{preview_data['held_out']:,} held out; "
         f"{preview_data['tokens']:,} tokens{loss}",
         highlight=False,
         soft_wrap=True,
@@ -88,7 +89,8 @@ def _print_statistics(preview_data: dict[str, Any], console: Console) -> None:
     if preview_data["prompts"]:
         return
     console.print(
-        f"{preview_data['epochs']:.3g} epochs in batches of {preview_data['batch_size']}: [bold]{preview_data['steps']:,}[/] "
+        f"{preview_data['epochs']:.3g} epochs in batches of {preview_data['batch_size']}: "
+        f"[bold]{preview_data['steps']:,}[/] "
         f"optimizer steps, [bold]{preview_data['token_budget']:,}[/] tokens, "
         f"{preview_data['trained_token_budget']:,} of them trained",
         highlight=False,

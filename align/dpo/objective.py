@@ -99,7 +99,7 @@ def preference_metrics(
         group_losses: their losses.
         logps_CT: (C, T) token log-probabilities under the policy, 0 after a completion's end.
         reference_CT: the same under the reference, None without one.
-        sizes_G: (G,) completions of each group.
+        sizes: (G,) completions of each group.
     """
     best, worst = lists.best, lists.worst
     lengths = lists.lengths.to(lists.logps)

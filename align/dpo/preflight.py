@@ -131,7 +131,8 @@ def check_policy_equals_reference(
     difference = max(abs(metrics[name]).max().item() for name in ("chosen_drift", "rejected_drift"))
     loss = float(metrics["loss"].mean())
     detail = f"policy and reference differ by {difference:.1e} nats per token on {len(rows)} groups"
-    result = f"{detail}; margin {float(metrics['margin'].abs().mean()):.4f}, loss {loss:.4f}{_initial_loss_note(objective)}"
+    margin = float(metrics["margin"].abs().mean())
+    result = f"{detail}; margin {margin:.4f}, loss {loss:.4f}{_initial_loss_note(objective)}"
     if difference <= REFERENCE_TOLERANCE["int8" if quantization == "int8" else trainer.precision]:
         return CheckResult("reference", result)
     expected = "no difference: the reference is the initial policy (arXiv 2305.18290)"

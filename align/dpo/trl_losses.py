@@ -36,7 +36,10 @@ def trl_loss_arguments(loss: str, settings: Mapping[str, Setting]) -> dict[str, 
     if settings.get("over_tokens") == "sum":
         found = f"'{loss}' with log-probabilities summed over tokens, as in the paper"
         expected = "with train.engine 'trl': averaged over tokens"
-        repair = f"align.loss={{name: {loss}, over_tokens: mean, beta: ...}}, with beta per token; or {NATIVE_ENGINE_REPAIR}"
+        repair = (
+            f"align.loss={{name: {loss}, over_tokens: mean, beta: ...}}, with beta per token; "
+            f"or {NATIVE_ENGINE_REPAIR}"
+        )
         raise UserError(Problem("align.loss", found, expected, repair))
     shared_settings = {key: settings[key] for key in ("beta", "label_smoothing") if key in settings}
     return {"loss_type": [TRL_LOSS_TYPES[loss]], "loss_weights": None, **shared_settings}

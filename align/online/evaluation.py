@@ -85,7 +85,7 @@ def score_tokens(
     Args:
         policy: the policy that sampled.
         prompts: prompt of each completion.
-        samples: the sampled completions.
+        completions: the sampled completions.
         sampling: sampling parameters.
         micro_batch_size: completions per forward pass.
         as_reference: context manager that turns the policy into the reference.

@@ -22,7 +22,7 @@ def compare_stages(
     """Write samples.jsonl: prompts of the last stage with every stage's completion and its rewards.
 
     Returns:
-        One entry per prompt: ``prompt``, ``expected``, ``completions`` (stage -> text), ``rewards`` (reward model
+        One entry per prompt: ``prompt``, ``expected``, ``completions`` (stage -> text), ``rewards`` (model
         stage -> stage -> number).
     """
     generating_stages = [

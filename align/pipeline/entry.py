@@ -68,7 +68,7 @@ class StageEntry:
         Args:
             init_from: value of ``model.init_from``; None leaves the recipe's.
             rewards: the run of each name in ``rewards``.
-            pending_reward_recipes: recipes that have not run yet, by the names used in ``init_from`` and ``rewards``.
+            pending: recipes that have not run yet, by the names used in ``init_from`` and ``rewards``.
 
         Raises:
             UserError: all problems found, each prefixed with the stage's name.

@@ -40,8 +40,8 @@ class Plan:
         workload: one optimizer step of one process.
         phases: the memory of a process, phase by phase.
         trainable: number of trainable parameters.
-        measure_lengths: of the rows.
-        total_work: of the full run; None where the number of rows is unknown.
+        lengths: of the rows.
+        work: of the full run; None where the number of rows is unknown.
         time: of the full run; None where speed or rows are unknown.
         disk: bytes written, by kind.
         auto: values of settings that were ``auto``, with the reason for each.

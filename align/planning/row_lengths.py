@@ -207,7 +207,8 @@ def _tokenizer_file(model: ModelSettings) -> Path | None:
 def _lengths_by_file_size(data: DataSettings, size: int, max_length: int, completions: int) -> RowLengths:
     """Return lengths from the size of files that are too large to read."""
     rows = _count_rows(data)
-    basis = f"{_source_names(data)}: {size / 2**20:,.0f} MiB, not read for a plan; {BYTES_PER_TOKEN:g} bytes per token"
+    size_text = f"{size / 2**20:,.0f} MiB"
+    basis = f"{_source_names(data)}: {size_text}, not read for a plan; {BYTES_PER_TOKEN:g} bytes per token"
     if rows is None:
         return RowLengths(
             None,

@@ -17,9 +17,9 @@ class ActorCriticOutputs(NamedTuple):
     """Outputs per token, (C, T) = completions x longest completion, 0 after the end of each.
 
     Attributes:
-        logps_CT: log pi(y_t | x, y_<t) at the sampling temperature.
-        entropies_CT: entropy of pi(. | x, y_<t), in nats.
-        values_CT: V(x, y_<t), the value of the state before y_t.
+        logps: log pi(y_t | x, y_<t) at the sampling temperature.
+        entropies: entropy of pi(. | x, y_<t), in nats.
+        values: V(x, y_<t), the value of the state before y_t.
         pretraining_nll: scalar, the policy's summed NLL of the pretraining labels (PPO-ptx), or 0.
     """
 

@@ -34,7 +34,7 @@ class Rollouts:
     Attributes:
         actor_critic: policy and value model.
         reference_policy: the initial policy.
-        token_rewards_CT: the rewards to maximize.
+        rewards: the rewards to maximize.
         encoder: decodes completions to text.
         sampling: sampling parameters.
         precision: of forward passes.
@@ -74,7 +74,7 @@ class Rollouts:
         Each process scores its shard of the micro-batches.
 
         Args:
-            samples: the sampled completions.
+            completions: the sampled completions.
             micro_batches: completion indices of each micro-batch; they cover every completion once.
         """
         max_length, num_completions = int(completions.lengths.max()), len(completions.samples)
@@ -159,7 +159,7 @@ def make_minibatches(
     """Split a rollout into the minibatches of one PPO epoch, and each minibatch into micro-batches.
 
     Args:
-        lengths_C: (C,) tokens of prompt plus completion.
+        lengths: (C,) tokens of prompt plus completion.
         batch_size: completions per optimizer step; it divides C.
         micro_batch_size: completions per forward pass.
         seeds: determine the shuffle.

@@ -19,7 +19,7 @@ class PretrainingMix:
     """The rows of the PPO-ptx loss and its weight.
 
     Attributes:
-        pretraining_batch: conversations with the labels of stage sft.
+        rows: conversations with the labels of stage sft.
         collate: collates rows to tensors.
         batch_size: rows per optimizer step.
         weight: gamma, weight of the mean loss over their labels.

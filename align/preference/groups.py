@@ -50,7 +50,7 @@ class Predictions(TypedDict):
         targets: (N,) token ids: all tokens of all completions.
         completion_index: (N,) the completion of each target.
         token_offset: (N,) the position of each target in its completion.
-        lengths_C: (C,) number of tokens of each completion.
+        lengths: (C,) number of tokens of each completion.
         last_token_index: (C, 2), row and position of each completion's last token.
     """
 
@@ -67,7 +67,7 @@ class GroupBatch(Predictions):
     """One forward pass over complete groups; completions are numbered across groups, in the order given.
 
     Attributes:
-        input_ids_BT: (B, T).
+        input_ids: (B, T).
         position_ids: (B, T); those of a completion continue from its prompt, padding is 0.
         group_ids: (B, T), 1-based index of a position's group within its row; 0 is padding.
         completion_ids: (B, T), 0 for the prompt, k for the k-th completion of the group.

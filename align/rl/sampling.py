@@ -49,7 +49,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class SampledCompletion:
-    """A sampled completion; ``ids_BT`` ends with a stop token if ``ended_with_eos``."""
+    """A sampled completion; ``ids`` ends with a stop token if ``ended_with_eos``."""
 
     ids: tuple[int, ...]
     ended_with_eos: bool

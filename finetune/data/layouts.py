@@ -151,7 +151,7 @@ def detect_layout(
     Args:
         names: the source's column names.
         columns: ``{our name: the source's name}``, the recipe's ``data.columns``.
-        location: the source, for the message.
+        where: the source, for the message.
         layouts: the accepted layouts; the first that fits is returned.
 
     Raises:

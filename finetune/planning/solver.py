@@ -48,7 +48,7 @@ class Combination:
         adapter: the adapter's method.
         quantization: storage format of the frozen base; ``auto``: the adapter's default.
         precision: dtype of the forward pass; ``auto``: the hardware's.
-        resolve_auto_strategy: distributed strategy.
+        strategy: distributed strategy.
         processes: their number.
         offload: where ZeRO stores optimizer states and weights.
         engine: native or trl.

@@ -34,7 +34,7 @@ class StaticMemory:
         gradients: of all trained weights.
         optimizer: states.
         step_workspace: temporaries of an optimizer step.
-        host_bytes: in host memory.
+        host: in host memory.
     """
 
     base: int

@@ -41,7 +41,7 @@ class Adapter:
         dropout: whether dropout is applied to its inputs in training.
         virtual_tokens: vectors prepended to a sequence; for llama_adapter the length of each layer's prompt.
         frozen_tokens: those of them that belong to earlier tasks.
-        positions: of a bottleneck, or of the network that encodes a prompt.
+        width: of a bottleneck, or of the network that encodes a prompt.
         experts: bottlenecks in adamix's mixture.
         placement: of a bottleneck: houlsby, pfeiffer, parallel.
         encoder: of ptuning: mlp or lstm.

@@ -148,7 +148,7 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
             super().save_model(output_dir, _internal_call)
 
     def _collate(self, rows: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
-        """Return a micro-batch; a padding one has empty ``row_ids`` and no labels."""
+        """Return a micro-batch; a padding one has empty ``rows`` and no labels."""
         batch: dict[str, Any] = dict(self.data_collator([row for row, _ in rows]))
         if not rows[0][1]:
             batch["rows"] = batch["rows"][:0]

@@ -34,7 +34,7 @@ def chat(messages, opened):
 def template_of(name):
     """Return a template of the folder; `model` is bound to a chat template with plain-text markers."""
     module = load_plugin("data_templates", name, where="test")
-    return module.bind(chat, special_tokens=SPECIAL) if name == "model" else module.TEMPLATE
+    return module.bind_chat_template(chat, special_tokens=SPECIAL) if name == "model" else module.TEMPLATE
 
 
 def several_turns(name):

@@ -82,7 +82,7 @@ def split_completion(
 
     Args:
         prompt: the prompt, if it has its own column.
-        completion_turns: the turns of the completion column, with or without the prompt.
+        completion: the turns of the completion column, with or without the prompt.
         name: the completion column.
     """
     first = next((turn for turn in completion if turn.role != "system"), completion[0])

@@ -17,9 +17,9 @@ class PolicyLoss(NamedTuple):
     """Policy loss per token.
 
     Attributes:
-        losses_CT: (C, T), with gradient; exactly 0 outside the mask.
-        ratios_CT: (C, T), pi / pi_old, without gradient; 1 outside the mask.
-        is_clipped_CT: (C, T) bool, where the clipped term is the larger one: no gradient there.
+        losses: (C, T), with gradient; exactly 0 outside the mask.
+        ratios: (C, T), pi / pi_old, without gradient; 1 outside the mask.
+        clipped: (C, T) bool, where the clipped term is the larger one: no gradient there.
     """
 
     losses: Tensor
@@ -31,8 +31,8 @@ class ValueLoss(NamedTuple):
     """Value loss per token.
 
     Attributes:
-        losses_CT: (C, T), with gradient; exactly 0 outside the mask.
-        is_clipped_CT: (C, T) bool, where the clipped term is the larger one: no gradient there.
+        losses: (C, T), with gradient; exactly 0 outside the mask.
+        clipped: (C, T) bool, where the clipped term is the larger one: no gradient there.
     """
 
     losses: Tensor

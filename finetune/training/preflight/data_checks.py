@@ -30,7 +30,7 @@ def check_eos_trained(
     """Check that the last label of each untruncated row is a stop token (EOS).
 
     Args:
-        num_rows: the training dataset.
+        rows: the training dataset.
         stop_ids: the tokens that end a reply.
         max_length: rows of this length may be truncated: they count only if they end with a stop token.
         name_of: returns the text of a token id.
@@ -107,7 +107,7 @@ def check_single_bos(
     """Check that no row begins with two BOS tokens, and that none lacks the one that its tokenizer adds.
 
     Args:
-        num_rows: the training dataset.
+        rows: the training dataset.
         bos_id: the tokenizer's BOS token, if it has one.
         required: whether every row must begin with it.
         name_of: returns the text of a token id.

@@ -29,9 +29,9 @@ class RankShare:
     """The elements that one rank stores, and the row ids of its first micro-batch.
 
     Attributes:
-        params: elements of the model's weights.
+        weights: elements of the model's weights.
         states: elements of the largest optimizer state, such as Adam's first moments.
-        row_ids: row ids of the first micro-batch.
+        rows: row ids of the first micro-batch.
     """
 
     weights: int
@@ -56,7 +56,7 @@ def check_sharding(shares: Sequence[RankShare], *, weights: int, trained: int, s
 
     Args:
         shares: the counts of each rank.
-        params: elements of the full model.
+        weights: elements of the full model.
         trained: trained elements; each has its optimizer states.
         strategy: ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
     """
@@ -95,7 +95,7 @@ class ShardingCheck(TrainerCallback):  # type: ignore[misc]
         Args:
             report: prints and records a check result, and raises if the check failed.
             strategy: distributed strategy.
-            row_ids: returns the row ids of this rank's first micro-batch.
+            rows: returns the row ids of this rank's first micro-batch.
         """
         self.report, self.strategy, self.rows = report, strategy, rows
         self.done = False

@@ -1,7 +1,7 @@
 """A random base and data for cells of the compatibility matrix."""
 
 import pytest
-from cells import CellFiles, make_cell_files
+from matrix_runs import CellFiles, make_cell_files
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def test_shorter_rows_come_last() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "count", "values", "words"),
+    ("gpu", "count", "values", "override"),
     [
         ("24GB", 1, {"model__base": "llama-2-13b"}, "model.quantization=nf4"),
         ("t4", 1, {}, "model.precision=float16"),

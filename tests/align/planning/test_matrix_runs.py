@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from cells import CellFiles, cell_name, run_at_once, run_cell
+from matrix_runs import CellFiles, cell_name, run_at_once, run_cell
 
 from finetune.planning.compatibility import SHARDED_WEIGHTS
 from finetune.planning.compatibility_page import across_strategies, matrix_cells

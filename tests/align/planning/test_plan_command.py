@@ -51,7 +51,7 @@ except SystemExit as end:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         [],
         ["alpaca", "--gpu", "rtx4090", "--fit"],
@@ -131,7 +131,7 @@ def test_a_gpu_given_by_size_has_no_time(call: Call) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
         (("alpaca", "--gpu", "rtx4091"), "did you mean 'rtx4090'?"),
         (("alpaca", "--gpu", "cpu", "--gpus", "2"), "train.processes=2"),

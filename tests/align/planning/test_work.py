@@ -41,7 +41,7 @@ def test_supervised_work() -> None:
 
 
 @pytest.mark.parametrize(
-    ("align", "read"),
+    ("align", "forward_tokens"),
     [
         ({"loss": "dpo"}, 100 * 50.0),
         ({"loss": "dpo", "reference": "live"}, 26 * 8 * 50.0),

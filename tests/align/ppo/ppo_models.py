@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from adapter_properties import base_of, build, first_choice
+from adapter_properties import base_of, build, default_quantization
 from peft import PeftModel
 from reward_models import tokenized
 from reward_models import train as train_scores
@@ -28,7 +28,7 @@ LENGTHS = [(5, 3), (3, 6), (7, 1), (4, 4)]
 
 def build_models(method: str, family: str, *, temperature: float = 1.0) -> tuple[ActorCritic, PeftModel]:
     """Return policy and value model, and a trained reward model, on one base."""
-    base = base_of(family, first_choice(method))
+    base = base_of(family, default_quantization(method))
     scorers = [scorer_sharing_base(base, ["reward"], pad_id=0) for _ in range(2)]
     for seed, scorer in enumerate(scorers):
         torch.manual_seed(seed)

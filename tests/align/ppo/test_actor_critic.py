@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapter_properties import FAMILIES, IDS
-from cast import build_models, random_ids, random_rollout
+from ppo_models import build_models, random_ids, random_rollout
 from torch import Tensor, nn
 
 from align.ppo.actor_critic import ActorCritic, disable_dropout

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cast import LENGTHS, build_models, random_rollout, scored_completions
+from ppo_models import LENGTHS, build_models, random_rollout, scored_completions
 
 from align.ppo import metrics
 from align.ppo.experience import (

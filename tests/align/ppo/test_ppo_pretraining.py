@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from cast import build_models, random_rollout
-from small_models import plain_loss_sum, token_rows
+from ppo_models import build_models, random_rollout
+from small_models import reference_loss_sum, token_rows
 from torch import Tensor
 
 from align.ppo.actor_critic import ActorCritic
@@ -52,7 +52,7 @@ def test_micro_batch_losses_sum_to_gamma_times_mean_over_labels(passes: int) -> 
     )
     total = sum(float(mix.loss(pretraining_nll(actor_critic, batch), batch)) for batch in batches)
     labels = sum(int((rows()[index]["labels"][1:] != -100).sum()) for index in range(5))
-    expected = 2.0 * float(plain_loss_sum(actor_critic.policy, rows())) / labels
+    expected = 2.0 * float(reference_loss_sum(actor_critic.policy, rows())) / labels
     assert total == pytest.approx(expected, rel=1e-5)
     assert {batch[NUM_PRETRAINING_LABELS] for batch in batches if PRETRAINING_BATCH in batch} == {labels}
 

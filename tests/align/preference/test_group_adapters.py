@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from adapter_properties import FAMILIES, METHODS, base_of, build, first_choice, train
+from adapter_properties import FAMILIES, METHODS, base_of, build, default_quantization, train
 from group_models import (
     SOME,
     gradient_error,
@@ -36,7 +36,7 @@ VIRTUAL = (*AS_INPUTS, *AS_KEYS)
 
 def adapted(method: str, family: str, attention: str = "sdpa") -> PeftModel:
     """Return a base with a trained adapter, or skip with the adapter's reason."""
-    base = base_of(family, first_choice(method))
+    base = base_of(family, default_quantization(method))
     base.set_attn_implementation(attention)
     try:
         model = build(method, base)

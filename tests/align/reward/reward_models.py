@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from adapter_properties import WORDS, _folder, build, first_choice
+from adapter_properties import WORDS, _folder, build, default_quantization
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,7 +33,7 @@ def scorer(family: str, quantization: str = "none", heads: Sequence[str] = HEADS
 
 
 def adapted(method: str, family: str) -> PeftModel:
-    return build(method, scorer(family, first_choice(method)))
+    return build(method, scorer(family, default_quantization(method)))
 
 
 def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -> None:

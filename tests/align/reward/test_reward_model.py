@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_properties import made
+from adapter_properties import build_adapter
 from adapter_properties import train as train_writer
 from group_models import SOME, random_groups
 from reward_models import HEADS, adapted, scorer, transformers_scores
-from test_goes_on import saved_run
+from test_continue_training import saved_run
 from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 
 from align.preference.groups import GroupCollator
@@ -80,7 +80,7 @@ def test_an_architecture_without_sequence_classification_is_rejected(tmp_path: P
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt", "prefix", "ptuning", "adaptive_prefix"])
 def test_a_reward_model_is_initialized_from_an_sft_adapter(method: str, tmp_path: Path) -> None:
-    writer = made(method, "llama")
+    writer = build_adapter(method, "llama")
     train_writer(writer)
     run = saved_run(writer, tmp_path)
     model, groups = adapted(method, "llama"), random_groups(SOME)

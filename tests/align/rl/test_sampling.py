@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_properties import FAMILIES, base_of, build, first_choice
+from adapter_properties import FAMILIES, base_of, build, default_quantization
 from small_models import llama
 from torch import nn
 
@@ -40,7 +40,7 @@ def greedy_completion(model: nn.Module, prompt: tuple[int, ...], max_new_tokens:
 def test_completion_is_independent_of_the_batch(method: str, family: str) -> None:
     if method == "llama_adapter" and family != "llama":
         pytest.skip("for Llama alone")
-    model = build(method, base_of(family, first_choice(method)))
+    model = build(method, base_of(family, default_quantization(method)))
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             torch.manual_seed(len(name))

@@ -135,7 +135,7 @@ def test_changes_are_chained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("properties", "expected"),
     [
         ({"processes": 1, "strategy": "zero3"}, "single"),
         ({"processes": 2}, "ddp"),
@@ -182,7 +182,7 @@ def test_defaults_are_changed_with_a_note(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "settings", "words"),
+    ("target", "settings", "fragments"),
     [
         (
             TWO_PROCESSES,

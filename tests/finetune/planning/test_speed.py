@@ -43,7 +43,7 @@ def test_forward_flops_are_two_per_weight_plus_attention() -> None:
     assert forward_flops(STEP) == 2 * matmul_weights(LLAMA) + 2 * 32 * 4096 * 1024
 
 
-@pytest.mark.parametrize(("checkpointing", "passes"), [(False, 2), (True, 3)])
+@pytest.mark.parametrize(("checkpointing", "forward_units"), [(False, 2), (True, 3)])
 def test_adapter_training_flops_with_and_without_checkpointing(
     checkpointing: bool, forward_units: int
 ) -> None:

@@ -9,7 +9,7 @@ import warm
 from fixture_types import MakeRecipe
 from rich.console import Console
 from safetensors.torch import load_file
-from test_processes import assert_close_runs, run_on_processes
+from test_multiprocess_runs import assert_close_runs, run_on_processes
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from finetune.recipe.errors import UserError
