@@ -88,7 +88,8 @@ def _finished_run_of(reference: str, recipe: Recipe, console: Console, verb: str
 def _check_launcher(reference: str, recipe: Recipe) -> None:
     """Raise UserError under torchrun or another launcher, whose processes are for the second recipe."""
     if dist_info().world_size > 1:
-        actual = f"{reference} has no finished run, and a launcher started {dist_info().world_size} processes for {recipe.stage}"
+        launched = f"a launcher started {dist_info().world_size} processes for {recipe.stage}"
+        actual = f"{reference} has no finished run, and {launched}"
         repair = f"run {reference} first, or run without a launcher: llm-align launches its processes itself"
         raise UserError(Problem(f"{recipe.stage} {recipe.name}", actual, "a finished run of it", repair))
 

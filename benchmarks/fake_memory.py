@@ -1,9 +1,9 @@
 """Memory of the real training step under FakeTensorMode, as the planner's reference.
 
 Models are built from a config by transformers' classes, adapters by finetune/adapters, losses by our own
-functions; ``FakeTensorMode`` runs them without data, and ``StorageLedger`` counts the storage of every tensor that
-an operation returns, gradients and optimizer states included, until it is freed. Temporaries inside a kernel
-are not counted.
+functions; ``FakeTensorMode`` runs them without data, and ``StorageLedger`` counts the storage of every tensor
+that an operation returns, gradients and optimizer states included, until it is freed. Temporaries inside a
+kernel are not counted.
 """
 
 import gc

@@ -87,7 +87,8 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("base")
     bpe = ByteLevelBPETokenizer()
-    text = f"{ALPACA_PREAMBLE}\n\n{ALPACA_PREAMBLE_WITH_INPUT}\n\n### Instruction:\n### Input:\n### Response: Add the numbers."
+    headings = "### Instruction:\n### Input:\n### Response: Add the numbers."
+    text = f"{ALPACA_PREAMBLE}\n\n{ALPACA_PREAMBLE_WITH_INPUT}\n\n{headings}"
     bpe.train_from_iterator([text] * 4, vocab_size=500)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})

@@ -258,12 +258,14 @@ def _lengths_by_table(data: DataSettings, max_length: int, completions: int) -> 
     mean = entry.get("bytes", 0) / BYTES_PER_TOKEN if entry is not None else 0
     row_count = f"{rows:,} rows (data set card)" if rows is not None else "row count unknown"
     if mean:
-        basis = f"{_source_names(data)}: {row_count}; mean {mean:.0f} tokens per row, {BYTES_PER_TOKEN:g} bytes per token"
+        mean_text = f"mean {mean:.0f} tokens per row, {BYTES_PER_TOKEN:g} bytes per token"
+        basis = f"{_source_names(data)}: {row_count}; {mean_text}"
         mean = min(mean, float(max_length))
         return RowLengths(
             rows, mean / 2, mean / 2, completions, max_length, max_length, max_length, False, basis
         )
-    basis = f"{_source_names(data)} is not read: {row_count}; assuming full rows ({max_length:,} tokens), an upper bound"
+    assumed = f"assuming full rows ({max_length:,} tokens), an upper bound"
+    basis = f"{_source_names(data)} is not read: {row_count}; {assumed}"
     prompt, completion = (max_length / 2, max_length / 2) if completions else (float(max_length), 0.0)
     return RowLengths(rows, prompt, completion, completions, max_length, max_length, max_length, True, basis)
 

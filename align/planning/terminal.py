@@ -56,7 +56,8 @@ def fit_verdict(plan: Plan) -> str:
     """Return one sentence: does it fit, and by how much?"""
     peak, available = plan.peak, plan.available_bytes
     per_process = " per process" if plan.device.kind == "cpu" and plan.workload.processes > 1 else ""
-    usage = f"peak {format_bytes(peak.total)} in '{peak.name}'; {plan.device.name} has {format_bytes(available)} free{per_process}"
+    free_text = f"{plan.device.name} has {format_bytes(available)} free{per_process}"
+    usage = f"peak {format_bytes(peak.total)} in '{peak.name}'; {free_text}"
     if not plan.fits:
         return f"Does not fit: {usage}, {format_bytes(peak.total - available)} too little."
     free = available - peak.total
@@ -104,7 +105,8 @@ def _unit(peak: int) -> int:
 def _device_text(plan: Plan) -> str:
     device = plan.device
     reserved = "the CUDA context" if device.kind == "cuda" else "the Python process"
-    return f"{device.name}: {format_bytes(device.memory)}, minus {format_bytes(RESERVED_BYTES[device.kind])} for {reserved}"
+    reserved_bytes = format_bytes(RESERVED_BYTES[device.kind])
+    return f"{device.name}: {format_bytes(device.memory)}, minus {reserved_bytes} for {reserved}"
 
 
 def summary_lines(plan: Plan) -> Iterable[tuple[str, str]]:
@@ -115,10 +117,8 @@ def summary_lines(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "disk", _disk_text(plan)
     merge = next((phase for phase in plan.phases if phase.name == MERGE_PHASE), None)
     if merge is not None and merge.total > plan.available_bytes and plan.device.kind == "cuda":
-        yield (
-            "merge",
-            f"`llm-align merge` needs {format_bytes(merge.total)}: set CUDA_VISIBLE_DEVICES= to run it on the CPU",
-        )
+        needed = format_bytes(merge.total)
+        yield "merge", f"`llm-align merge` needs {needed}: set CUDA_VISIBLE_DEVICES= to run it on the CPU"
 
 
 def _work_lines(plan: Plan) -> Iterable[tuple[str, str]]:
@@ -130,7 +130,8 @@ def _work_lines(plan: Plan) -> Iterable[tuple[str, str]]:
     at_most = "at most " if plan.lengths.is_upper_bound else "about "
     yield "tokens", f"{at_most}{format_tokens(work.trained_tokens)} trained on{_forward_text(plan)}"
     workload = plan.workload
-    micro_batches = f"{workload.accumulation_steps} micro-batch{'es' if workload.accumulation_steps > 1 else ''} of {plan.micro_batch_size}"
+    plural = "es" if workload.accumulation_steps > 1 else ""
+    micro_batches = f"{workload.accumulation_steps} micro-batch{plural} of {plan.micro_batch_size}"
     per_process = " per process" if workload.processes > 1 else ""
     yield "steps", f"{work.steps:,} of {settings.train.batch_size} rows: {micro_batches}{per_process}"
     if plan.time is None:

@@ -64,7 +64,8 @@ def over_optimization_reason(history: Sequence[Metrics], rules: StopSettings) ->
                 f"grader '{name.removeprefix(GOLD_PREFIX)}' fell from {best[name]:.3f} to {current[name]:.3f}"
             )
             reward_change = f"the reward rose from {best['reward']:.3f} to {current['reward']:.3f}"
-            return f"over-optimized: {grader_change} while {reward_change} (stop.gold_falls {rules.gold_falls:g})"
+            rule = f"stop.gold_falls {rules.gold_falls:g}"
+            return f"over-optimized: {grader_change} while {reward_change} ({rule})"
     return ""
 
 

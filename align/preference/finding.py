@@ -21,8 +21,8 @@ class Finding:
 
     def format_line(self) -> str:
         """Return the finding as one line for the terminal; ``!!`` marks one that needs action."""
-        mark = "!!" if self.action else "--"
-        return f"{mark}  {self.name:<14}{self.evidence}: {self.meaning}{f' -> {self.action}' if self.action else ''}"
+        mark, action = ("!!", f" -> {self.action}") if self.action else ("--", "")
+        return f"{mark}  {self.name:<14}{self.evidence}: {self.meaning}{action}"
 
     def record(self) -> dict[str, Any]:
         return {**asdict(self), "warned": bool(self.action)}

@@ -199,7 +199,8 @@ class RejectionSampling:
         if not eligible_candidates:
             num_ended = sum(candidate.ended_with_eos for candidate in candidates)
             best = max(candidate.reward for candidate in candidates)
-            actual = f"round {round_index}: none of {len(candidates)} completions; {num_ended} ended, best reward {best:.3g}"
+            outcome = f"{num_ended} ended, best reward {best:.3g}"
+            actual = f"round {round_index}: none of {len(candidates)} completions; {outcome}"
             repair = "raise sampling.max_new_tokens, or lower rejection.above"
             raise UserError(Problem("rejection", actual, "completions to train on", repair))
         if rejection.keep == "best":

@@ -97,9 +97,8 @@ class CandidateSampler:
             ):
                 # Chunks that were stored already took no time.
                 rate = num_new / (time.monotonic() - started_at)
-                self.log(
-                    f"  {len(candidates)} of {len(prompt_indices) * self.num_generations} completions, {rate:.1f} per second"
-                )
+                total = len(prompt_indices) * self.num_generations
+                self.log(f"  {len(candidates)} of {total} completions, {rate:.1f} per second")
             if store_prefix is not None:
                 self.raise_if_interrupted(f"after {len(candidates)} completions, which are stored")
         return candidates

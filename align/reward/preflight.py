@@ -58,7 +58,8 @@ def check_margins(groups: PreferenceGroups, *, scale: float) -> CheckResult:
         problem = Problem("reward.margins", "no comparison has a margin", expected, "remove it")
         return failed("margins", problem)
     scaled_margins = scale * groups.margins[has_margin]
-    detail = f"{int(has_margin.sum())} of {len(groups)} comparisons have a margin, mean {scaled_margins.mean():.2f}"
+    mean = f"mean {scaled_margins.mean():.2f}"
+    detail = f"{int(has_margin.sum())} of {len(groups)} comparisons have a margin, {mean}"
     remainder = "; the others have margin 0" if not has_margin.all() else ""
     return CheckResult("margins", detail + remainder, warned=not has_margin.all())
 
@@ -119,7 +120,8 @@ def _report_score_position(groups: PreferenceGroups, encoder: Encoder) -> CheckR
     last_ids = groups.input_ids[groups.offsets[completion_parts + 1] - 1]
     eos_fraction = float(np.isin(last_ids, encoder.stop_ids).mean())
     stop_tokens = " or ".join(encoder.tokenizer.convert_ids_to_tokens(encoder.stop_ids))
-    detail = f"read at each completion's last token: {eos_fraction:.1%} end with {stop_tokens}, the others are truncated"
+    endings = f"{eos_fraction:.1%} end with {stop_tokens}, the others are truncated"
+    detail = f"read at each completion's last token: {endings}"
     return CheckResult("score", detail)
 
 

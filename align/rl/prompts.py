@@ -50,7 +50,7 @@ class Prompt:
     """A tokenized prompt.
 
     Attributes:
-        messages: the turns up to and including the last user turn, complete even if ``ids`` are truncated.
+        messages: turns up to and including the last user turn, complete even if ``ids`` are truncated.
         ids: token ids up to the position where the completion starts.
         location: location of the row, ``file:line``.
         expected: the row's own reply (reference answer), if it has one.

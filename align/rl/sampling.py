@@ -114,7 +114,7 @@ def sample_completions(
 
 
 def _length_batches(order: Sequence[int], lengths: Sequence[int], sampling: Sampling) -> list[list[int]]:
-    """Split prompts, shortest first, into batches of at most ``tokens_per_batch`` and ``generation_batch_size``, or of one prompt."""
+    """Batch prompts, shortest first: at most ``tokens_per_batch`` tokens, or one prompt."""
     batches: list[list[int]] = [[]]
     for index in order:
         # Budget for the longest completion possible: lengths are unknown before generation.

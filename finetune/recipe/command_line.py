@@ -163,6 +163,7 @@ def learning_rate_note(values: SectionValues, origins: Origins, *, previous_meth
     if origins["train.learning_rate"] == COMMAND_LINE or previous_rate == default_rate:
         return []
     return [
-        f"train.learning_rate={rate:g} ({origins['train.learning_rate']}) was chosen for adapter '{previous_method}'; "
-        f"'{method}' usually needs {default_rate:g}: train.learning_rate={default_rate:g}"
+        f"train.learning_rate={rate:g} ({origins['train.learning_rate']}) was chosen for adapter "
+        f"'{previous_method}'; '{method}' usually needs {default_rate:g}: "
+        f"train.learning_rate={default_rate:g}"
     ]

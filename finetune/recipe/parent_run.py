@@ -136,7 +136,7 @@ def _build_parent(
     if traits.continues_as:
         notes = [
             *notes,
-            f"adapter '{adapter.method}' continues as '{traits.continues_as}', the form in which it was saved",
+            f"adapter '{adapter.method}' continues as '{traits.continues_as}', the form that was saved",
         ]
     return ParentRun(name, model, continued_settings(adapter), template, notes)
 
@@ -257,7 +257,8 @@ def _conflicts(
         given_value = values[section][key]
         if _same_value(dotted, given_value, inherited_value):
             continue
-        actual = f"{yaml_file.format_value(given_value)}, but {parent.origin} has {yaml_file.format_value(inherited_value)}"
+        given_text, inherited_text = map(yaml_file.format_value, (given_value, inherited_value))
+        actual = f"{given_text}, but {parent.origin} has {inherited_text}"
         yield Problem(
             dotted, actual, "the value of the run, as training continues from it", _conflict_repair(parent)
         )

@@ -121,10 +121,8 @@ def train(model: LlamaForCausalLM, ids: Iterator[int], steps: int, *, peak_facto
 def print_progress(step: int, steps: int, loss: float, seconds: float) -> None:
     tokens_per_second = step * BATCH_SIZE * SEQUENCE_LENGTH / seconds
     seconds_left = seconds / step * (steps - step)
-    print(
-        f"step {step}/{steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {seconds_left / 60:.1f} min left",
-        flush=True,
-    )
+    rate, remaining = f"{tokens_per_second:,.0f} tokens/s", f"{seconds_left / 60:.1f} min left"
+    print(f"step {step}/{steps}  loss {loss:.4f}  {rate}  {remaining}", flush=True)
 
 
 def continue_text(

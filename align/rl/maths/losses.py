@@ -59,10 +59,11 @@ def policy_loss(
 
     >>> logps_CT = torch.tensor([[2.0, 2.0, 0.5]]).log()
     >>> gains = torch.tensor([[1.0, -1.0, -1.0]])
-    >>> loss = policy_loss(logps_CT, torch.zeros(1, 3), gains, torch.ones(1, 3, dtype=torch.bool), clip_range=0.2)
-    >>> loss.losses_CT
+    >>> mask = torch.ones(1, 3, dtype=torch.bool)
+    >>> loss = policy_loss(logps_CT, torch.zeros(1, 3), gains, mask, clip_range=0.2)
+    >>> loss.losses
     tensor([[-1.2000,  2.0000,  0.8000]])
-    >>> loss.is_clipped_CT
+    >>> loss.clipped
     tensor([[ True, False,  True]])
     """
     # The inputs are masked too: NaN outside the mask would reach the gradients as NaN * 0.

@@ -104,9 +104,10 @@ def _storage_notes(run: Path, base: PreTrainedModel) -> Iterator[str]:
     saved = read_finished_record(run)["load"]
     run_storage, base_storage = (saved["precision"], saved["quantization"]), _base_storage(base)
     if run_storage != base_storage:
+        trained, loaded = _describe_storage(*run_storage), _describe_storage(*base_storage)
         yield (
-            f"{run} was trained on a base in {_describe_storage(*run_storage)}, the policy's is in {_describe_storage(*base_storage)}: scores "
-            "differ slightly from those of `llm-align score`"
+            f"{run} was trained on a base in {trained}, the policy's is in {loaded}: scores differ slightly "
+            "from those of `llm-align score`"
         )
 
 

@@ -233,7 +233,8 @@ def _reward_run_problems(
     policy_model, reward_model = stage.model, info.model
     if "model" in valid and not same_base(policy_model, reward_model):
         actual = f"'{source.run}' is on base '{reward_model.base}', the policy on '{policy_model.base}'"
-        repair = f"`llm-align reward --base {policy_model.base}` trains one; or use a policy on {reward_model.base}"
+        command = f"llm-align reward --base {policy_model.base}"
+        repair = f"`{command}` trains one; or use a policy on {reward_model.base}"
         yield Problem(
             f"{where}.run", actual, "a reward run on the policy's base, as they share its weights", repair
         )

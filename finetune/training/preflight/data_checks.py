@@ -49,8 +49,9 @@ def check_eos_trained(
         )
     first = int(np.flatnonzero(untruncated & ~ends_with_eos)[0])
     actual = (
-        f"{_percent(1 - share)} of the rows do not end with a trained {names} (first: {rows.locations[first]}: "
-        f"{_describe_end(rows[first], stop_ids, name_of)}); the model would never stop"
+        f"{_percent(1 - share)} of the rows do not end with a trained {names} "
+        f"(first: {rows.locations[first]}: {_describe_end(rows[first], stop_ids, name_of)}); "
+        "the model would never stop"
     )
     expected = f"at least {MIN_EOS_SHARE:.0%} of the rows with {names} as their last label"
     repair = (

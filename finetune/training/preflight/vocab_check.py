@@ -38,7 +38,8 @@ def check_vocab_size(
         return failed("vocabulary", Problem("model.base", actual, "an embedding for every token", repair))
     zero_rows = [text for text, token in added.items() if token in used_ids and not embedding[token].any()]
     if zero_rows and not trained:
-        detail = f"the base's embeddings of {first_few(zero_rows)} are zero; adapter.method=trainable_tokens trains them"
+        repair = "adapter.method=trainable_tokens trains them"
+        detail = f"the base's embeddings of {first_few(zero_rows)} are zero; {repair}"
         return CheckResult("vocabulary", detail, warned=True)
     unused = "" if num_tokens <= rows else f"; {num_tokens - rows} unused tokens have none"
     return CheckResult("vocabulary", f"all {len(used_ids)} tokens of the data have embeddings{unused}")

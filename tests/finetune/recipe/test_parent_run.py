@@ -145,7 +145,7 @@ def test_loftq_continues_as_lora_on_its_base(workspace: RunWorkspace) -> None:
     recipe = workspace.recipe(PLAIN, FROM)
     adapter = recipe.settings.adapter
     assert (adapter.method, adapter.rank, recipe.settings.model.quantization) == ("lora", 4, "nf4")
-    assert recipe.notes == ["adapter 'loftq' continues as 'lora', the form in which it was saved"]
+    assert recipe.notes == ["adapter 'loftq' continues as 'lora', the form that was saved"]
 
 
 def test_a_source_of_the_first_run_is_not_needed_again(workspace: RunWorkspace) -> None:
