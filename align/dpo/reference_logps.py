@@ -36,7 +36,7 @@ def rows_seen_by_run(
     """Return the rows that the first optimizer steps of a run use, in ascending order.
 
     >>> rows_seen_by_run([5, 5, 5, 5, 5, 5], steps=1, batch_size=2, seed=0, group_by_length=True)
-    [2, 5]
+    [2, 3]
     """
     epochs = (
         optimizer_batches(lengths, batch_size, seed=seed, epoch=epoch, group_by_length=group_by_length)

@@ -60,7 +60,7 @@ def format_duration(seconds: float) -> str:
     """Format a duration.
 
     >>> [format_duration(seconds) for seconds in (4.2, 95, 7300)]
-    ['4 s', '1 min 35 s', '2 h 2 min']
+    ['4 s', '1 min 35 s', '2 h 1 min']
     """
     total = round(seconds)
     if total < 60:

@@ -22,7 +22,7 @@ def stop_reason(first: Metrics, current: Metrics, rules: StopSettings) -> str:
     >>> stop_reason(sound, sound, rules)
     ''
     >>> stop_reason(sound, {**sound, "entropy": 0.01}, rules)
-    "collapsed: entropy fell from 2.000 to 0.010 nats per token, below stop.entropy (0.02) of the start"
+    'collapsed: entropy fell from 2.000 to 0.010 nats per token, below stop.entropy (0.02) of the start'
     """
     if rules.entropy is not None and current["entropy"] < rules.entropy * first["entropy"]:
         change = f"from {first['entropy']:.3f} to {current['entropy']:.3f} nats per token"

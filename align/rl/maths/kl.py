@@ -43,7 +43,7 @@ class FixedKLController:
         kl_coef: beta, weight of the KL penalty; 0.05 in arXiv 2403.17031.
 
     >>> FixedKLController(0.05).updated(kl=100.0, num_completions=64)
-    FixedKl(coefficient=0.05)
+    FixedKLController(kl_coef=0.05)
     """
 
     kl_coef: float
@@ -68,7 +68,7 @@ class AdaptiveKLController:
     Half above the target counts as 0.2; 0.5 (1 + 0.2 1000 / 800):
 
     >>> AdaptiveKLController(kl_coef=0.5, target=6.0, horizon=800).updated(kl=9.0, num_completions=1000)
-    AdaptiveKl(coefficient=0.625, target=6.0, horizon=800)
+    AdaptiveKLController(kl_coef=0.625, target=6.0, horizon=800)
     """
 
     kl_coef: float

@@ -100,7 +100,7 @@ def value_loss(
     >>> values_CT, old, mask_CT = torch.tensor([[1.0]]), torch.tensor([[3.0]]), torch.tensor([[True]])
     >>> value_loss(values_CT, old, torch.zeros(1, 1), mask_CT, clip_range=0.2)
     ValueLoss(losses=tensor([[3.9200]]), clipped=tensor([[True]]))
-    >>> value_loss(values_CT, old, torch.zeros(1, 1), mask_CT, clip_range=None).losses_CT
+    >>> value_loss(values_CT, old, torch.zeros(1, 1), mask_CT, clip_range=None).losses
     tensor([[0.5000]])
     """
     # As in the policy loss: NaN outside the mask must not reach the gradients.

@@ -59,7 +59,7 @@ class RunningMeanStd:
 
     >>> from torch import tensor
     >>> RunningMeanStd().updated(tensor([1.0, 3.0])).updated(tensor([8.0]))
-    Running(count=3, mean=4.0, m2=26.0)
+    RunningMeanStd(count=3, mean=4.0, m2=26.0)
     """
 
     count: int = 0
