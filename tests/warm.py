@@ -58,7 +58,9 @@ class Popen:
         stderr: Any = None,
         text: bool = False,
         start_new_session: bool = True,
+        forks: bool = True,
     ) -> None:
+        """Start it; where ``forks``, the processes of its run begin at once too, and are not its children."""
         self.args, self.text, self.returncode = args, text, None
         self.output, self.errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
         self.piped = stdout == subprocess.PIPE, stderr == subprocess.PIPE
@@ -66,7 +68,8 @@ class Popen:
         files = [out, out if stderr == subprocess.STDOUT else self._file(stderr, 2)]
         python, *words = args
         assert python == sys.executable, args
-        request = {"words": words, "folder": str(cwd or Path.cwd()), "environment": dict(env or os.environ)}
+        request = {"words": words, "folder": str(cwd or Path.cwd()), "forks": forks}
+        request["environment"] = dict(env or os.environ)
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server.connect(server())
         socket.send_fds(self._server, [json.dumps(request).encode()], files)

@@ -114,6 +114,8 @@ def become(request: Request, files: list[int]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    if request["forks"]:
+        subprocess_handler.Popen = warm.Popen
     if threads := os.environ.get("OMP_NUM_THREADS"):  # the library has read the server's
         torch.set_num_threads(int(threads))
 
@@ -136,7 +138,6 @@ if __name__ == "__main__":
     path = sys.argv[1]
     import_everything()
     warm.server = lambda: path
-    subprocess_handler.Popen = warm.Popen  # a run's processes are forked too
     gc.collect()
     gc.freeze()
     run(serve(path)["words"])

@@ -23,7 +23,7 @@ def start(recipe: Path, out: Path) -> warm.Popen:
 
 
 def uninterrupted(recipe: Path, out: Path, *, forked: bool = False) -> dict[str, str]:
-    """Return the checksums of a run that nobody killed; unless it is forked, it has a hash seed of its own."""
+    """Return the checksums of a run that nobody killed, of a hash seed of its own unless it is forked."""
     if forked:
         assert start(recipe, out).wait() == 0
     else:

@@ -7,15 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import warm
 from safetensors.torch import load_file
 
-Popen = subprocess.Popen[str] | warm.Popen
-"""A run whose processes are looked at is an ordinary one: they are to end with the one that started them."""
 LIMIT = 120
 STEPS = 60
 SIZES = ["train.batch_size=5", "train.micro_batch_size=2", "train.checkpoint_every=3"]
@@ -26,11 +23,10 @@ def command(recipe_file: Path, out: Path, processes: int) -> list[str]:
     return [sys.executable, *words, f"train.max_steps={STEPS}", *SIZES]
 
 
-def begin(recipe_file: Path, out: Path, processes: int, popen: Any) -> Popen:
+def begin(recipe_file: Path, out: Path, processes: int, forks: bool) -> warm.Popen:
     """Start a run and return it when its fifth step is written."""
-    started = popen(
-        command(recipe_file, out, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    words, pipe = command(recipe_file, out, processes), subprocess.PIPE
+    started = warm.Popen(words, stdout=pipe, stderr=subprocess.STDOUT, text=True, forks=forks)
     metrics, until = out / "metrics.jsonl", time.monotonic() + LIMIT
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
         assert started.poll() is None and time.monotonic() < until, started.communicate()[0]
@@ -65,7 +61,7 @@ def same(out: Path, whole: Path) -> None:
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-2
 
 
-def workers(started: Popen) -> dict[int, psutil.Process]:
+def workers(started: warm.Popen) -> dict[int, psutil.Process]:
     """Return a run's processes by their rank."""
     children = psutil.Process(started.pid).children(recursive=True)
     return {int(one.environ()["RANK"]): one for one in children if "RANK" in one.environ()}
@@ -76,7 +72,7 @@ def test_a_stopped_run_goes_on_with_other_processes(
     recipe_file: Path, tmp_path: Path, whole: Path, first: int, then: int
 ) -> None:
     out = tmp_path / "run"
-    started = begin(recipe_file, out, first, warm.Popen)
+    started = begin(recipe_file, out, first, forks=True)
     started.send_signal(signal.SIGTERM)
     said = started.communicate(timeout=LIMIT)[0]
     assert started.returncode == 130 and "Run the same command to resume" in said, said
@@ -89,7 +85,7 @@ def test_a_killed_process_ends_the_others_and_the_message_names_it(
     recipe_file: Path, tmp_path: Path, whole: Path
 ) -> None:
     out = tmp_path / "run"
-    started = begin(recipe_file, out, 2, subprocess.Popen)
+    started = begin(recipe_file, out, 2, forks=False)
     found = workers(started)
     assert sorted(found) == [0, 1]
     found[1].kill()
@@ -103,7 +99,7 @@ def test_a_killed_process_ends_the_others_and_the_message_names_it(
 
 
 def test_processes_end_with_the_one_that_started_them(recipe_file: Path, tmp_path: Path) -> None:
-    started = begin(recipe_file, tmp_path / "run", 2, subprocess.Popen)
+    started = begin(recipe_file, tmp_path / "run", 2, forks=False)
     found = list(workers(started).values())
     os.kill(started.pid, signal.SIGKILL)
     gone, alive = psutil.wait_procs(found, timeout=LIMIT)
