@@ -1,7 +1,7 @@
 """TRL's side of `benchmarks.ppo`: its last PPOTrainer, in an environment of its own, from a prepared folder.
 
-`benchmarks.ppo` says how to make that, fills the folder, calls this with that interpreter from the
-repository's root, and reads the last line that is printed. Nothing here needs the project installed.
+`benchmarks.ppo` describes how to create it, prepares the folder, runs this with that interpreter from the
+repository's root, and reads the last line of its output. Nothing here needs the project installed.
 """
 
 import json
@@ -24,26 +24,26 @@ from transformers import (
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL's switch for its notice that the trainer goes
 
-from trl import PPOConfig, PPOTrainer  # noqa: E402
+from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
 
 from benchmarks.common import forget_peak, peak  # noqa: E402
 
 CONTENDERS = ("trl", "trl-policy-lora", "trl-best")
-"""Full models; a `peft_config` for the policy, whose base is the reference then; LoRA in the value too."""
+"""Full models; a `peft_config` for the policy, whose base then is the reference; LoRA on the value too."""
 
 
 def lora(task: str | None) -> LoraConfig:
-    """Return the adapter of all contenders that have one."""
+    """Return the LoRA config of all contenders that have one."""
     return LoraConfig(task_type=task, r=16, lora_alpha=32, target_modules="all-linear")
 
 
 def scorer(folder: Path, dtype: torch.dtype) -> LlamaForSequenceClassification:
-    """Return a model of its own with a head of one number on the same base."""
+    """Return a separate model with a scalar head on the same base."""
     return LlamaForSequenceClassification.from_pretrained(folder / "model", num_labels=1, dtype=dtype)
 
 
 def value_model(folder: Path, dtype: torch.dtype, *, adapted: bool) -> LlamaForSequenceClassification:
-    """Return the value model: all of it learns, or an adapter and the head."""
+    """Return the value model: fully trained, or an adapter and the head."""
     model = scorer(folder, dtype)
     if adapted:
         model.model = inject_adapter_in_model(lora(None), model.model)
@@ -52,7 +52,7 @@ def value_model(folder: Path, dtype: torch.dtype, *, adapted: bool) -> LlamaForS
 
 
 def trainer(folder: Path, work: dict[str, Any], contender: str, output: str) -> PPOTrainer:
-    """Return TRL's trainer for the work that the folder describes."""
+    """Return TRL's trainer for the folder's work.json."""
     dtype = torch.bfloat16 if work["bfloat16"] else torch.float32
     policy = LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype)
     file = str(folder / "model" / "tokenizer.json")
@@ -72,9 +72,9 @@ def trainer(folder: Path, work: dict[str, Any], contender: str, output: str) -> 
 
 
 def configuration(work: dict[str, Any], output: str) -> PPOConfig:
-    """Return TRL's settings; what is not named here is its default, which is arXiv 2403.17031's.
+    """Return TRL's config; everything else is its default, which is arXiv 2403.17031's.
 
-    Without a stop token every episode has its full length, and the rollout goes through in one batch.
+    Without a stop token every episode has full length, and the rollout is one batch.
     """
     return PPOConfig(
         output_dir=output,
@@ -99,7 +99,7 @@ def configuration(work: dict[str, Any], output: str) -> PPOConfig:
 
 
 def prompt_logps(trained: PPOTrainer, prompts: list[list[int]]) -> list[float]:
-    """Return log p(prompt) under the policy, to be compared with our program's."""
+    """Return log p(prompt) under the policy, for comparison with ours."""
     ids = torch.tensor(prompts, device=trained.accelerator.device)
     with torch.no_grad():
         logps = trained.policy_model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
@@ -111,7 +111,7 @@ def prompt_logps(trained: PPOTrainer, prompts: list[list[int]]) -> list[float]:
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--contender", type=click.Choice(CONTENDERS), required=True)
 def main(folder: Path, contender: str) -> None:
-    """Train as FOLDER/work.json says, and print what was measured as one line of JSON."""
+    """Train as FOLDER/work.json says, and print the measurements as one line of JSON."""
     work = json.loads((folder / "work.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as output:
         ready = trainer(folder, work, contender, output)

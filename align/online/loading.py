@@ -29,11 +29,13 @@ def load_judged(job: Job, text: Text, settings: RewardsSettings) -> Judged:
     """
     frozen = load_frozen(job)
     traits = adapter_traits(job.recipe.settings.adapter.method)
+    # An adapter that rewrites base weights (PiSSA) must not change the base of the reward models.
     base = base_for_scorers(frozen.base, rewritten=traits.changes_base)
     rewards = load_rewards(settings, base=base, tokenizer=text.encoder.tokenizer)
     for note in rewards.notes:
         job.say(note)
     policy = put_adapter(job, frozen)
+    # Nor may base weights that the policy trains: reward models get copies of them.
     for model in rewards.models:
         own_weights(model.model, [policy.model])
     return Judged(policy, rewards)

@@ -27,12 +27,12 @@ class HeldOut:
     Attributes:
         prompts: the held-out prompts.
         policy: the trained policy.
-        start: the reference policy, which is the initial policy.
+        reference_policy: the initial policy.
         rewards: score the completions.
         encoder: decodes completions to text.
         sampling: sampling parameters.
         seed: sampling seed, the same before, during and after training.
-        size: completions per forward pass.
+        micro_batch_size: completions per forward pass.
     """
 
     prompts: Sequence[Prompt]
@@ -85,14 +85,15 @@ def read(
         prompts: prompt of each completion.
         completions: the sampled completions.
         sampling: sampling parameters.
-        size: completions per forward pass.
-        reference: context manager that turns the policy into the reference.
+        micro_batch_size: completions per forward pass.
+        as_reference: context manager that turns the policy into the reference.
     """
     model, pad, temperature = policy.model, sampling.stop_ids[0], sampling.temperature
     device = next(model.parameters()).device
     widths = np.array([len(one.ids) for one in completions])
     tables = [torch.zeros(len(widths), int(widths.max())) for _ in range(3)]
     order = np.argsort(-widths, kind="stable").tolist()
+    # Evaluation happens between training steps: dropout mode and random state must survive it.
     with untouched(model), arithmetic(model, policy.precision):
         for first in range(0, len(order), size):
             part = order[first : first + size]

@@ -22,7 +22,7 @@ class PromptNumbers(PreTrainedTokenizerBase):  # type: ignore[misc]
         Args:
             tokenizer: the policy's tokenizer.
             prompts: token ids; the text of prompt i is ``str(i)``.
-            end: EOS token id, which is also the pad token: no mask depends on it.
+            eos_token_id: EOS token id, which is also the pad token: no mask depends on it.
         """
         token = str(tokenizer.convert_ids_to_tokens(end))
         super().__init__(eos_token=token, pad_token=token, padding_side="left")

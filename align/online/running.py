@@ -23,7 +23,7 @@ def learn_online(
     Args:
         recipe: the validated recipe.
         run: the run directory.
-        align: settings of the loss, which select the trainer.
+        loss_settings: the section of the stage, RLOO or GRPO.
         console: shows progress.
         command: command line, for the record.
     """

@@ -48,6 +48,7 @@ class InOurWords(Trainer):  # type: ignore[misc]
         if CUT in known:
             known["ends"] = 1 - known[CUT]
         if TOKEN_KL in known:
+            # TRL logs it per token; ours is per completion, as in PPO.
             known["kl"] = known[TOKEN_KL] * known["length"]
         super().log(known, start_time)
 
@@ -142,7 +143,7 @@ TRAINERS: Mapping[str, type[OnlineTrainer]] = {
 def prompt_order(
     lengths: Sequence[int], *, count: int, seed: int, group_by_length: bool, together: int
 ) -> list[int]:
-    """Return the prompt order of the run, reshuffled per epoch, with ``together`` prompts per step."""
+    """Return the prompt order of the run: reshuffled per epoch, ``prompts_per_step`` at a time."""
     # TRL's own shuffle depends on a random state that is in no checkpoint; a fixed order resumes exactly.
     order: list[int] = []
     epoch = 0
@@ -168,9 +169,9 @@ def online_trainer(
     Args:
         model: base with adapter, before its first step.
         args: RLOOConfig or GRPOConfig.
-        judging: prompts and rewards.
+        reward_function: our rewards and prompts, as TRL calls them.
         order: prompt indices of the complete run.
-        held_out: evaluation between steps, or None.
+        evaluate_held_out: evaluation between steps, or None.
     """
     encoder = judging.encoder
     end = int(encoder.tokenizer.eos_token_id)
@@ -182,6 +183,7 @@ def online_trainer(
             reward_funcs=judging.reward,
             args=args,
             train_dataset=asked,
+            # A placeholder: TRL needs a dataset to evaluate on, and our evaluate() has its own prompts.
             eval_dataset=None if held_out is None else asked.select([0]),
             processing_class=numbers,
         )

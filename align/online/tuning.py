@@ -125,6 +125,7 @@ class OnlineTuning:
         arguments = tuning.engine_arguments(
             self.job, self.policy, longest=longest, steps=self.steps, stage=stage
         )
+        # Our prompt order is that of the complete run, as one epoch.
         arguments.max_steps = self.steps
         return arguments
 
@@ -150,6 +151,7 @@ class OnlineTuning:
             ),
             held_out=self._measured if self.held_out is not None else None,
         )
+        # Without KL TRL keeps no reference.
         if self.align.beta:
             self._check_start()
         return trainer

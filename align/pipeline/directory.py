@@ -60,7 +60,7 @@ class PipelineDirectory:
             lock.release()
 
     def begin(self, pipeline: Pipeline, command: str) -> None:
-        """Write the initial record; stages recorded by an earlier start are kept."""
+        """Write the initial record; stages recorded by an earlier start are preserved."""
         started = self.record.get("started") or now()
         stages = self.record.get("stages", {})
         self.record |= {

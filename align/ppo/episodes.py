@@ -56,10 +56,10 @@ class Episodes:
     """The completions of a rollout, in the order in which they were sampled.
 
     Attributes:
-        rows: (C,) index of each completion's prompt.
+        prompt_indices: (C,) index of each completion's prompt.
         prompts: token ids of each completion's prompt.
         completions: token ids, including EOS if the completion has one.
-        tables: per-token tensors.
+        tensors: per-token tensors.
     """
 
     rows: tuple[int, ...]
@@ -75,12 +75,13 @@ class Episodes:
         return [len(ids) for ids in self.completions]
 
     def batch(self, chosen: Sequence[int], *, pad_id: int) -> EpisodeBatch:
-        """Collate the completions at the indices ``chosen`` into one micro-batch."""
+        """Collate the completions at ``indices`` into one micro-batch."""
         layout = lay_out(
             [self.prompts[i] for i in chosen], [self.completions[i] for i in chosen], pad_id=pad_id
         )
         longest, index = int(layout["lengths"].max()), torch.tensor(chosen)
         own = self.tables
+        # Cut to this micro-batch's longest completion: the stored tensors have the width of the rollout.
         return {
             **layout,
             "rows": torch.tensor([self.rows[i] for i in chosen]),

@@ -32,13 +32,13 @@ class Collector:
     """Generates and scores completions with policy, reference, value and reward models.
 
     Attributes:
-        roles: policy and value model (actor-critic).
-        start: the reference policy, which is the initial policy.
+        actor_critic: policy and value model.
+        reference_policy: the initial policy.
         rewards: the rewards to maximize.
         encoder: decodes completions to text.
         sampling: sampling parameters.
         precision: of forward passes.
-        size: completions per forward pass.
+        micro_batch_size: completions per forward pass.
         seconds: time spent per kind of work since the last rollout.
     """
 
@@ -70,19 +70,21 @@ class Collector:
         Each process scores its shard of the micro-batches.
 
         Args:
-            replies: the sampled completions.
-            passes: completion indices of each micro-batch; they cover every completion once.
+            completions: the sampled completions.
+            micro_batches: completion indices of each micro-batch; they cover every completion once.
         """
         longest, count = int(replies.lengths.max()), len(replies.completions)
         device, pad = next(self.roles.parameters()).device, self.sampling.stop_ids[0]
         names = ("logps", "reference_logps", "values", "entropies")
         tables = {name: torch.zeros(count, longest) for name in names}
         with self.timed("scoring"), arithmetic(self.roles.policy, self.precision):
+            # The same number on every rank: a sharded model all-gathers in each forward pass.
             for part, _ in share_in_step(passes):
                 ids = [replies.prompts[i].ids for i in part], [replies.completions[i].ids for i in part]
                 laid = lay_out(*ids, pad_id=pad)
                 batch = {name: value.to(device) for name, value in laid.items() if isinstance(value, Tensor)}
                 logps, entropies, values, _ = self.roles(batch, spread=True)
+                # Reference and policy share the base: the initial adapter weights are swapped in.
                 with self.start.in_place():
                     reference, _ = policy_tables(
                         self.roles.policy, batch, temperature=self.roles.temperature, spread=False
@@ -105,7 +107,7 @@ class Collector:
 
 
 def _of_all(tables: dict[str, Tensor], own: Sequence[int]) -> dict[str, Tensor]:
-    """All-gather tables: each process contributes the rows that it computed; ``own`` are this process's."""
+    """All-gather tensors: each process contributes its ``local_rows``."""
     for lines, part in everyones((list(own), {name: table[own] for name, table in tables.items()})):
         for name, table in part.items():
             tables[name][lines] = table
@@ -120,6 +122,7 @@ def rows_of_rollout(prompts: int, size: int, rollout: int, *, seed: int) -> list
     [0, 1, 2, 3]
     """
     places = range(rollout * size, (rollout + 1) * size)
+    # A rollout may span two epochs, which have different permutations.
     orders = {
         epoch: np.random.default_rng([seed, PROMPTS, epoch]).permutation(prompts).tolist()
         for epoch in {place // prompts for place in places}
@@ -135,8 +138,8 @@ def cut_updates(
     Args:
         lengths: (C,) tokens of prompt plus completion.
         batch_size: completions per optimizer step; it divides C.
-        size: completions per forward pass.
-        draw: seeds of the shuffle.
+        micro_batch_size: completions per forward pass.
+        seeds: determine the shuffle.
 
     >>> cut_updates([3, 9, 4, 8], batch_size=4, size=2, draw=[0])
     [[[1, 3], [2, 0]]]
@@ -176,13 +179,14 @@ def learnt_from(
     """Return the rollout's tensors with GAE advantages and returns per token.
 
     Args:
-        said: log-probabilities and values of the tokens, (C, T).
-        found: (C,) shaped rewards.
-        lengths: (C,) tokens of each completion.
-        coefficient: KL coefficient (beta) of the per-token penalty.
+        stats: log-probabilities and values of the tokens, (C, T).
+        rewards_C: (C,) shaped rewards.
+        lengths_C: (C,) tokens of each completion.
+        kl_coef: KL coefficient (beta) of the per-token penalty.
         settings: gamma, lambda, KL estimator, whitening.
     """
     mask = token_mask(lengths, said.logps.shape[1])
+    # The KL penalty is part of the reward of every token; the score is paid at the last one.
     distance = kl.kl_terms(said.logps, said.reference_logps, estimator=settings.kl_estimator)
     rewards = advantages.token_rewards(distance, found, lengths, coefficient=coefficient)
     # The mean is retained: a constant added to every token would reward or punish length.
@@ -203,5 +207,5 @@ def episodes_of(rows: Sequence[int], replies: Replies, tables: Tables) -> Episod
 
 
 def select(prompts: Prompts, rows: Sequence[int]) -> list[Prompt]:
-    """Return the prompts at ``rows``."""
+    """Return the prompts at ``indices``."""
     return [prompts[row] for row in rows]

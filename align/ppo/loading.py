@@ -51,6 +51,7 @@ def load_cast(job: Job, text: Text) -> Cast:
     refuse_without_scores(settings.model)
     frozen = load_frozen(job)
     traits = adapter_traits(settings.adapter.method)
+    # An adapter that rewrites base weights (PiSSA) must not change the base of value and reward models.
     base = base_for_scorers(frozen.base, rewritten=traits.changes_base)
     rewards = load_rewards(settings.reward, base=base, tokenizer=text.encoder.tokenizer)
     for note in rewards.notes:
@@ -59,6 +60,7 @@ def load_cast(job: Job, text: Text) -> Cast:
     # The policy's adapter comes last: value and reward models copy the modules of a base without an adapter.
     policy = put_adapter(job, frozen)
     others = [value, *(model.model for model in rewards.models)]
+    # Nor may base weights that the policy trains (full fine-tuning, norms): the others get copies.
     for other in others:
         own_weights(other, [policy.model])
     # The base is frozen: a checkpointed block backpropagates only if its inputs require a gradient.
@@ -84,11 +86,13 @@ def value_run(settings: Settings) -> tuple[Path, str] | None:
 def _value(settings: Settings, base: PreTrainedModel, pad: int) -> tuple[nn.Module, int]:
     """Return the value model with its trainable adapter, and the index of its head."""
     found = value_run(settings)
+    # New adapter weights depend on the seed alone, not on what was loaded before.
     torch.manual_seed(settings.train.seed)
     if found is None:
         scorer = scorer_on(base, ["value"], pad_id=pad)
         own, start = _fresh(settings.adapter), adapter_start(settings.model)
         value = attach_adapter(scorer, own)
+        # Like the policy, the value starts from the parent run's adapter; its head is zeros.
         if start is not None and own == settings.adapter:
             take_weights(value, start, head=(SCORE,))
         return value, 0
@@ -98,6 +102,7 @@ def _value(settings: Settings, base: PreTrainedModel, pad: int) -> tuple[nn.Modu
     own = going_on(adapter_settings(content["method"]).model_validate(content))
     value = attach_adapter(scorer_on(base, heads, pad_id=pad), own)
     take_weights(value, run, head=(SCORE,))
+    # A rule's score or the total is no head of the model: take the first one.
     return value, heads.index(score) if score in heads else 0
 
 

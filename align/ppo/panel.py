@@ -26,7 +26,7 @@ def findings(metrics: Numbers, replies: Sequence[tuple[str, str]]) -> list[Findi
 
     Args:
         metrics: the metrics of run.json.
-        replies: pairs of completions of the same prompt, before and after training.
+        completions: pairs of completions of the same prompt, before and after training.
     """
     found = [look(metrics) for look in LOOKS]
     found.append(repetition(replies, "raise ppo.kl_coefficient, lower train.learning_rate, or train shorter"))

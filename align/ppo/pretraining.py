@@ -35,6 +35,7 @@ class Pretraining:
     def add_to(self, batches: list[dict[str, Any]], *, step: int, world: World = ALONE) -> None:
         """Distribute the rows of an optimizer step over the micro-batches; ``batches`` are this process's."""
         numbers = rows_of_rollout(len(self.rows), self.batch_size, step, seed=self.seed)
+        # Round robin: every micro-batch of every process gets a nearly equal number of rows.
         hands = [numbers[start :: len(batches) * world.size] for start in range(len(batches) * world.size)]
         dealt = [self.collate([self.rows[number] for number in hand]) if hand else None for hand in hands]
         # Labels of the whole step, over all processes: the loss is a mean over them, however they are split.
@@ -47,7 +48,7 @@ class Pretraining:
         """Return this micro-batch's part of gamma times the mean loss over the step's labels.
 
         Args:
-            unlikelihood: summed NLL of the micro-batch's pretraining rows, ``Outputs.unlikelihood``.
+            nll: summed NLL of the micro-batch's pretraining rows, ``ActorCriticOutputs.pretraining_nll``.
             inputs: the micro-batch.
         """
         return self.weight * unlikelihood / inputs[LABELS] if ROWS in inputs else 0.0

@@ -19,14 +19,14 @@ class Progress:
     """The state of PPO beyond weights and optimizer.
 
     Attributes:
-        controller: fixed or adaptive KL controller, which holds the KL coefficient.
-        running: running mean and variance of all rewards.
-        rollouts: number of rollouts so far.
-        done: optimizer steps done on the current rollout.
-        step_kl: approx_kl to the sampling policy in the last optimizer step, nats per token.
-        pending: metrics of the rollout that are not logged yet.
-        first: metrics of the first rollout, the baseline of the stop rules.
-        episodes: the current rollout.
+        kl_controller: fixed or adaptive KL controller, which holds the KL coefficient.
+        reward_stats: running mean and variance of all rewards.
+        num_rollouts: number of rollouts so far.
+        minibatches_done: optimizer steps done on the current rollout.
+        approx_kl: KL to the sampling policy in the last optimizer step, nats per token.
+        pending_metrics: metrics of the rollout that are not logged yet.
+        first_metrics: metrics of the first rollout, the baseline of the stop rules.
+        rollout: the current rollout.
     """
 
     controller: FixedKl | AdaptiveKl

@@ -20,7 +20,7 @@ class Outputs(NamedTuple):
         logps: log pi(y_t | x, y_<t) at the sampling temperature.
         entropies: entropy of pi(. | x, y_<t), in nats.
         values: V(x, y_<t), the value of the state before y_t.
-        unlikelihood: scalar, the policy's summed NLL of the pretraining labels (PPO-ptx), or 0.
+        pretraining_nll: scalar, the policy's summed NLL of the pretraining labels (PPO-ptx), or 0.
     """
 
     logps: Tensor
@@ -42,7 +42,7 @@ class Roles(nn.Module):
         Args:
             policy: a causal LM in any wrapper.
             value: a sequence-classification model in any wrapper, on the same base or another one.
-            column: index of the head that is the value.
+            head_index: index of the head that is the value.
             temperature: sampling temperature of the policy.
         """
         super().__init__()
@@ -57,8 +57,8 @@ class Roles(nn.Module):
 
         Args:
             batch: a ``GroupBatch`` on the models' device.
-            spread: whether to compute entropies; they are 0 otherwise.
-            beside: pretraining rows with labels (PPO-ptx).
+            with_entropy: whether to compute entropies; they are 0 otherwise.
+            pretraining_batch: pretraining rows with labels (PPO-ptx).
         """
         # One forward call for all losses of a step: DDP and DeepSpeed synchronize gradients per call.
         logps, entropies = policy_tables(self.policy, batch, temperature=self.temperature, spread=spread)
@@ -70,6 +70,7 @@ class Roles(nn.Module):
 
     def values(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the value of the state before each token, (C, T), in float32."""
+        # One value head on every state; only the states that predict a completion token are used.
         scores = all_scores(self.value, batch)[..., self.column]
         return as_table(scores[batch["predicts"]][batch["sources"]], batch)
 
@@ -84,6 +85,7 @@ class Roles(nn.Module):
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
         lost = self.state_dict().keys() & set(found.missing_keys)
         assert not lost and not found.unexpected_keys, f"checkpoint of another model: {lost or found}"
+        # The caller would report the frozen base as missing.
         return found._replace(missing_keys=[])
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
@@ -103,6 +105,7 @@ def without_dropout(model: nn.Module) -> bool:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             found, module.p = found or module.p > 0, 0.0
+        # Attention modules of transformers hold their dropout as a plain number, not as nn.Dropout.
         elif "attention_dropout" in vars(module):
             found = found or vars(module)["attention_dropout"] > 0
             vars(module)["attention_dropout"] = 0.0

@@ -27,6 +27,7 @@ def why_stop(first: Numbers, now: Numbers, rules: StopSettings) -> str:
     if rules.entropy is not None and now["entropy"] < rules.entropy * first["entropy"]:
         fell = f"from {first['entropy']:.3f} to {now['entropy']:.3f} nats per token"
         return f"collapsed: entropy fell {fell}, below stop.entropy ({rules.entropy:g}) of the start"
+    # A policy that never ended with EOS has not collapsed: the rate must have been above the bound.
     if rules.ends is not None and now["ends"] < rules.ends <= first["ends"]:
         share = f"{now['ends']:.1%} of the completions end with EOS, {first['ends']:.1%} did at the start"
         return f"collapsed: {share} (stop.ends {rules.ends:g})"
@@ -55,6 +56,7 @@ def over_optimised(history: Sequence[Numbers], rules: StopSettings) -> str:
         return ""
     for name in (name for name in now if name.startswith(GOLD)):
         best = max(history, key=lambda measures: measures[name])
+        # Against its best, not the start: grader and reward may first rise together.
         if best[name] - now[name] > rules.gold_falls and now["reward"] > best["reward"]:
             judged = f"grader '{name.removeprefix(GOLD)}' fell from {best[name]:.3f} to {now[name]:.3f}"
             learnt = f"the reward rose from {best['reward']:.3f} to {now['reward']:.3f}"
@@ -77,9 +79,9 @@ class StopWhenSpoilt(TrainerCallback):  # type: ignore[misc]
 
         Args:
             rules: the recipe's stop section.
-            first: returns the metrics of the first rollout.
+            first_metrics: returns the metrics of the first rollout.
             history: returns all held-out metrics so far.
-            tell: receives the reason.
+            on_stop: receives the reason.
         """
         self.rules, self.first, self.history, self.tell = rules, first, history, tell
 

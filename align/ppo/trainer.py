@@ -58,6 +58,7 @@ class PpoTrainer(BaseTrainer):
     @property
     def updates(self) -> list[list[list[int]]]:
         """Return the minibatches of all PPO epochs on the current rollout, as micro-batches of indices."""
+        # Derived from lengths and seed each time, so that a checkpoint need not store it.
         lengths = [len(prompt) for prompt in self.episodes.prompts]
         return self._cut([p + c for p, c in zip(lengths, self.episodes.lengths, strict=True)], self.rollout)
 
@@ -76,6 +77,7 @@ class PpoTrainer(BaseTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
         """Return the micro-batches of an optimizer step and its number of tokens; sample a rollout if due."""
+        # The loader only counts: transformers ends the epoch when its iterator does.
         for _ in range(num_batches):
             next(epoch_iterator)
         if self._learnt_out():
@@ -102,9 +104,12 @@ class PpoTrainer(BaseTrainer):
         found = model(inputs, spread=ppo.entropy_coefficient > 0, beside=inputs.get(ROWS))
         policy = policy_loss(found.logps, inputs["old_logps"], inputs["advantages"], mask, clip=ppo.clip)
         value = value_loss(found.values, inputs["old_values"], inputs["returns"], mask, clip=ppo.value_clip)
+        # One sum, so that policy and value model share a backward pass and an optimizer step.
         losses = policy.losses + ppo.value_coefficient * value.losses
         losses = losses - ppo.entropy_coefficient * found.entropies.masked_fill(~mask, 0.0)
         self._watch(inputs, found.logps, policy, value, tokens=num_items_in_batch)
+        # Divided by the tokens of the whole step below: the loss does not depend on how a step is split into
+        # micro-batches and ranks.
         loss_sum = losses.sum()
         if self.hooks.penalty:  # weighted by this micro-batch's part of the step's tokens
             loss_sum = loss_sum + self.hooks.penalty() * mask.sum()
@@ -132,6 +137,7 @@ class PpoTrainer(BaseTrainer):
         number = progress.rollouts
         rows = experience.rows_of_rollout(len(self.prompts), ppo.rollout_size, number, seed=seed)
         replies = collector.answer(experience.select(self.prompts, rows), seed=_seed(seed, number))
+        # Updated before this rollout is normalized: the first one would not be scaled otherwise.
         progress.running = progress.running.updated(replies.rewards)
         first_epoch = self._cut(experience.whole_lengths(replies).tolist(), number)
         per_epoch = ppo.rollout_size // self.batch_size
@@ -148,11 +154,13 @@ class PpoTrainer(BaseTrainer):
         collector.seconds.clear()
         # After the advantages: this rollout was penalized with the coefficient before.
         progress.controller = progress.controller.after(found["kl"], len(rows))
+        # The first rollout stays the baseline of the stop rules.
         progress.pending, progress.first = found, progress.first or found
         progress.rollouts, progress.done, progress.step_kl = number + 1, 0, 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's metrics, the means of the per-token metrics, and those of a new rollout."""
+        # The Trainer also logs evaluation and the summary of the run, which have no per-token metrics.
         if "loss" in logs:
             logs |= measures.means_of(everyones(self.means.take())) | self.progress.pending
             self.progress.pending = {}
@@ -216,6 +224,7 @@ class PpoTrainer(BaseTrainer):
         """Record the metrics of a micro-batch, and check that a rollout's first ratios are 1."""
         mask = inputs["mask"]
         step_kl = measures.from_sampler(inputs["old_logps"], logps, mask)
+        # Adds up over micro-batches and ranks to the mean over the tokens of the step.
         self.progress.step_kl += float(self.accelerator.reduce(step_kl.sum() / tokens, "sum"))
         tables = {
             "policy_loss": policy.losses,
@@ -225,6 +234,7 @@ class PpoTrainer(BaseTrainer):
             "step_kl": step_kl,
         }
         self.means.add(tables, mask)
+        # Only in the first minibatch of a rollout: after its update the ratios are no longer 1.
         if self.progress.done == 1 and self.begins_at_one:
             self.begins_at_one(max(everyones(float((policy.ratios - 1).abs().max()))))
 
@@ -235,4 +245,5 @@ def _only(items: list[int]) -> int:
 
 def _seed(seed: int, rollout: int) -> int:
     """Return the sampling seed of a rollout; index -1 is evaluation."""
+    # A large prime: runs with neighboring seeds share no rollout seed.
     return seed * 1_000_003 + rollout + 1

@@ -90,9 +90,11 @@ class PpoTuning:
         """Return the adapter's training hooks, and the learning rate factors of the value model."""
         settings = self.settings
         hooks = adapter_hooks(self.policy.model, settings.adapter, steps=self.steps)
+        # The adapter names parameters of the policy, which is a submodule of the actor-critic.
         factors = {f"policy.{name}": factor for name, factor in hooks.rate_factors.items()}
         if settings.ppo.value_learning_rate is not None:
             factor = settings.ppo.value_learning_rate / settings.train.learning_rate
+            # Factors relative to train.learning_rate: one optimizer and one schedule for both models.
             names = [name for name, weight in self.cast.roles.named_parameters() if weight.requires_grad]
             factors |= {name: factor for name in names if name.startswith("value.")}
         return replace(hooks, rate_factors=factors)
@@ -140,12 +142,14 @@ class PpoTuning:
         """
         longest = max(self.data.train.lengths) + self.settings.sampling.max_new_tokens
         arguments = tuning.engine_arguments(self.job, self.policy, longest=longest, steps=self.steps)
+        # PPO counts its own steps: epochs of the Trainer would count prompts.
         arguments.max_steps = self.steps
         return arguments
 
     def trainer(self) -> Trainer:
         """Return the trainer; the reference is the policy as it is now."""
         settings, args, ppo = self.settings, self.arguments(), self.settings.ppo
+        # A checkpoint replaces these values when training resumes.
         progress = Progress(FixedKl(ppo.kl_coefficient))
         if ppo.kl_target is not None:
             progress.controller = AdaptiveKl(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
@@ -154,7 +158,7 @@ class PpoTuning:
             args,
             train_rows=self.data.train,
             held_out_rows=self.data.held_out,
-            collator=list,
+            collator=list,  # rows are prompts; batches are built from the rollout
             batch_size=settings.train.batch_size,
             group_by_length=settings.train.group_by_length,
             hooks=self.hooks,
@@ -181,6 +185,7 @@ class PpoTuning:
         """Record held-out metrics, and after training the first and last training metrics."""
         assert isinstance(trainer, PpoTrainer)
         run = self.job.run
+        # A resumed run does not repeat an evaluation that is recorded.
         if trainer.held_out and f"{HELD_OUT}reward_{when}" not in run.record.get("metrics", {}):
             with self.job.timed("held_out"):
                 found = trainer.measure()
@@ -228,6 +233,7 @@ class PpoTuning:
 
     def _history(self) -> list[Numbers]:
         """Return all held-out metrics so far, from before training on, as read by rank 0."""
+        # Only rank 0 has the metrics file, and all ranks must agree on whether to stop.
         return processes.from_main(self._written() if self.job.world.main else [])
 
     def _written(self) -> list[Numbers]:

@@ -21,9 +21,9 @@ def eligible(replies: Sequence[Reply], *, above: float | None, unfinished: bool)
     """Return the completions that may be selected.
 
     Args:
-        replies: all sampled completions.
-        above: the reward must be above this; None: no minimum.
-        unfinished: whether completions without EOS may be selected.
+        candidates: all sampled completions.
+        min_reward: the reward must be above this; None: no minimum.
+        keep_truncated: whether completions without EOS may be selected.
     """
     return [
         reply for reply in replies if (reply.ended or unfinished) and (above is None or reply.reward > above)

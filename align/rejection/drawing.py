@@ -27,16 +27,16 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Drawing:
-    """Samples and scores ``samples`` completions per prompt.
+    """Samples and scores ``num_generations`` completions per prompt.
 
     Attributes:
         prompts: the prompts.
         rewards: score the completions.
         encoder: decodes completions to text.
         sampling: sampling parameters.
-        samples: completions per prompt (n).
-        say: logs a message.
-        check: raises Interrupted if a signal arrived.
+        num_generations: completions per prompt (n).
+        log: logs a message.
+        raise_if_interrupted: raises Interrupted if a signal arrived.
     """
 
     prompts: Prompts
@@ -58,15 +58,16 @@ class Drawing:
         """Return scored completions, the ``samples`` of a prompt consecutively.
 
         Args:
-            numbers: prompt indices.
-            policy: returns the model; called only if a chunk is not stored yet.
+            prompt_indices: the prompts to sample for.
+            load_policy: returns the model; called only if a chunk is not stored yet.
             seeds: random seeds.
-            keep: path prefix of the stored chunks; None: nothing is stored.
+            store_prefix: path prefix of the stored chunks; None: nothing is stored.
 
         Raises:
             UserError: a reward function failed on a completion.
             Interrupted: a signal arrived; sampled completions are stored.
         """
+        # A chunk has all candidates of its prompts.
         each = max(1, AT_ONCE // self.samples)
         parts = [numbers[start : start + each] for start in range(0, len(numbers), each)]
         replies: list[Reply] = []
@@ -76,12 +77,14 @@ class Drawing:
             # Only rank 0 reads: all ranks must agree on whether to sample.
             arrays = from_main(self._kept(file) if world().main else None)
             if arrays is None:
+                # A seed per chunk: a resumed round samples the missing chunks as it would have.
                 arrays = self._drawn(part, policy(), seed=_seed([*seeds, index]))
                 fresh += len(part) * self.samples
                 if file is not None and world().main:
                     store(file, arrays, {})
             replies += self._replies(part, arrays)
             if fresh and (index + 1) % max(1, len(parts) // LINES) == 0 and len(parts) > 1:
+                # Chunks that were stored already took no time.
                 rate = fresh / (time.monotonic() - begun)
                 self.say(
                     f"  {len(replies)} of {len(numbers) * self.samples} completions, {rate:.1f} per second"
@@ -131,9 +134,9 @@ def prompts_of_round(total: int, count: int | None, number: int, *, seed: int) -
     """Return the prompt indices of a round: consecutive slices of one shuffle, cyclically.
 
     Args:
-        total: number of prompts.
-        count: prompts per round; None: all.
-        number: index of the round, from 1.
+        num_prompts: number of prompts.
+        prompts_per_round: prompts per round; None: all.
+        round_index: index of the round, from 1.
         seed: of the shuffle.
     """
     each = min(count or total, total)

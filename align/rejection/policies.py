@@ -24,7 +24,7 @@ class Policies:
     A resumed run and an uninterrupted one therefore have the same weights.
 
     Attributes:
-        job: the run context.
+        ctx: the run context.
         frozen: the base without an adapter; None if the policy cannot share it.
         rewards: score completions; their reward models share the base.
     """
@@ -53,6 +53,7 @@ class Policies:
             )
         if self.frozen is None:
             return load_policy(job)
+        # On a copy of the modules: this round's adapter must not stay on the base of the next.
         policy = put_adapter(job, replace(self.frozen, base=same_weights(self.frozen.base)))
         for other in (self.frozen.base, *(model.model for model in self.rewards.models)):
             own_weights(other, [policy.model])
@@ -87,10 +88,12 @@ def round_folder(run: Path, number: int) -> Path:
 def round_recipe(recipe: Recipe, run: Path, number: int) -> Recipe:
     """Return the recipe of a round: initialized from the previous round, without evaluation."""
     settings = recipe.settings
+    # The rejection run evaluates between rounds; a round only trains.
     update: dict[str, Any] = {"evaluate": EvaluateSettings(samples=0)}
     if number > 1:
         start = round_folder(run, number - 1)
         begun: dict[str, Any] = {"start": str(start)}
+        # Full fine-tuning saved a model, which is the base of this round.
         if (start / "model").is_dir():
             begun |= {"base": str(start), "revision": None, "rope": None}
         update["model"] = settings.model.model_copy(update=begun)

@@ -46,11 +46,11 @@ class RejectionTuning:
     """Rounds of sampling, scoring, selecting and fine-tuning.
 
     Attributes:
-        job: the run context.
+        ctx: the run context.
         text: template and tokenizer.
         data: training and held-out prompts.
         policies: the policy of each round, and the rewards.
-        chosen: selected completions by round.
+        selected: selected completions by round.
     """
 
     job: Job
@@ -87,6 +87,7 @@ class RejectionTuning:
         count = len(self._numbers(1))
         longest = max(self.data.train.lengths) + settings.sampling.max_new_tokens
         steps = tuning.optimizer_steps(self.job, count)
+        # For its checks: invalid arguments of the rounds are reported before anything is sampled.
         tuning.engine_arguments(self.job, policy, longest=longest, steps=steps)
         self.job.watch(self.behaviour.numbers)
         tuning.say_parameters(self.job, policy)
@@ -198,6 +199,7 @@ class RejectionTuning:
             raise UserError(Problem("rejection", found, "completions to train on", repair))
         if rejection.keep == "best":
             return best_of_each(fit)
+        # A fraction of all completions of the round, not of the eligible ones.
         share = rejection.share or 1 / rejection.samples
         return top_share(fit, max(1, round(share * len(replies))))
 
@@ -221,6 +223,7 @@ class RejectionTuning:
     def _write_chosen(self, number: int, replies: Sequence[Reply]) -> None:
         """Write ``chosen.jsonl``: the entries of earlier rounds and of this one."""
         run = self.job.run
+        # A round that runs again replaces its own entries.
         kept = [line for line in run.lines(CHOSEN) if line["round"] < number]
         rewards: dict[int, list[float]] = {}
         for reply in replies:
@@ -257,6 +260,7 @@ class RejectionTuning:
         job = self.job
         recipe = round_recipe(job.recipe, job.run.path, number)
         words = [[list(map(str, row.words)), row.where] for row in rows]
+        # The fingerprint includes the rows, so a round with other completions is another run.
         content = json.dumps([self.job.run.fingerprint, number, words])
         fingerprint = hashlib.sha256(content.encode()).hexdigest()
         run = RunDirectory.open(recipe, fingerprint, force=False)
@@ -279,6 +283,7 @@ class RejectionTuning:
     def _measured(self, prompts: Prompts, number: int) -> dict[str, float]:
         count = self.settings.rejection.samples
         with self.job.timed("held_out"):
+            # The same seeds in every round: metrics differ because of the policy alone.
             replies = self._drawing(prompts).draw(
                 spread(len(prompts), self.settings.evaluate.judge_rows),
                 lambda: self.policies.before(number + 1).model,

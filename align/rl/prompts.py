@@ -42,11 +42,11 @@ class Prompt:
     """A tokenized prompt.
 
     Attributes:
-        talk: the turns up to and including the last user turn, complete even if ``ids`` are truncated.
+        messages: the turns up to and including the last user turn, complete even if ``ids`` are truncated.
         ids: token ids up to the position where the completion starts.
-        place: location of the row, ``file:line``.
+        location: location of the row, ``file:line``.
         expected: the row's own reply (reference answer), if it has one.
-        source: index of the source.
+        source_index: index of the source.
     """
 
     talk: Turns
@@ -123,10 +123,10 @@ def load_prompts(job: Job, settings: PromptSettings, text: Text, *, room: int) -
     """Read and tokenize a recipe's prompts, and log the data report.
 
     Args:
-        job: the run context.
+        ctx: the run context.
         settings: the recipe's data section.
         text: template and tokenizer.
-        room: maximum number of completion tokens, reserved after every prompt.
+        max_new_tokens: maximum number of completion tokens, reserved after every prompt.
 
     Raises:
         UserError: prompt and completion exceed the context length, or the data are invalid.
@@ -144,7 +144,7 @@ def longest_prompt(settings: PromptSettings, text: Text, *, room: int) -> tuple[
     """Return the maximum number of prompt tokens, and the reason for it.
 
     Raises:
-        UserError: a prompt plus ``room`` completion tokens exceeds the model's context length.
+        UserError: a prompt plus ``max_new_tokens`` completion tokens exceeds the model's context length.
     """
     asked, free = settings.max_prompt_length, text.context - room
     if free < SHORTEST:
@@ -197,6 +197,7 @@ def _gather(
     parts = [_part(place, index, seed, report) for index, place in places]
     report.sources = [part.report for part in parts]
     report.layout = " + ".join(dict.fromkeys(source.layout for source in report.sources))
+    # By prompt, not by row: copies of a prompt would leak into the held-out split.
     if settings.mix is None:
         train, held_out = split_by_prompt(parts[0].rows, settings.held_out, seed)
     else:
@@ -281,6 +282,7 @@ def _encode(
 ) -> dict[str, np.ndarray]:
     flat: list[int] = []
     starts, numbers = [0], []
+    # A policy trained with control tokens (chain of hindsight) expects its suffix in every prompt.
     asked = [wishing(row.prompt, encoder.wish) for row in rows]
     for number, encoded in enumerate(encoder.encode_many(asked)):
         where = rows[number].where
@@ -311,6 +313,7 @@ def _encode(
 
 def _cache_key(rows: Sequence[Asked], encoder: Encoder, longest: int, drop: bool) -> str:
     head = ["prompts", FORMAT, encoder.fingerprint(), encoder.wish, longest, drop]
+    # Everything that determines the token ids, so that a change of it gives another file.
     digest = hashlib.sha256(json.dumps(head).encode())
     for row in rows:
         digest.update(json.dumps([row.where, row.words], ensure_ascii=False).encode())

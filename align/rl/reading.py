@@ -47,13 +47,14 @@ def token_mask(lengths: Tensor, longest: int) -> Tensor:
 def policy_tables(
     policy: nn.Module, batch: Mapping[str, Tensor], *, temperature: float, spread: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the (C, T) log-probabilities of the completions' tokens, and entropies if ``spread``, else 0."""
+    """Return (C, T) log-probabilities of the completions, and entropies if ``with_entropy``, else 0."""
     logits = completion_logits(policy, output_head(unwrapped(policy)), batch)
     # The policy gradient needs the distribution that was sampled from.
     if temperature != 1.0:
         logits = logits / temperature
     sources, targets = batch["sources"], batch["targets"]
     logps = as_table(picked_logps(logits, sources, targets, max_elements=MAX_ELEMENTS), batch)
+    # Once per predicting state, then gathered per token; skipped where no entropy is needed, as it is costly.
     entropies = as_table(entropy(logits)[sources], batch) if spread else torch.zeros_like(logps)
     return logps, entropies
 

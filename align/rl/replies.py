@@ -54,6 +54,7 @@ def judged_replies(
     talks = [[*row.talk, Message("assistant", text)] for row, text in zip(prompts, texts, strict=True)]
     # Shard by runs of equal prompts: a reward model encodes a prompt once for its consecutive completions.
     runs = [list(run) for _, run in groupby(range(len(prompts)), key=lambda index: prompts[index].ids)]
+    # Each process scores a shard, and the order is restored afterwards.
     own = [index for run in share(runs) for index in run]
     judged = rewards.judge(
         [talks[index] for index in own],
@@ -64,7 +65,7 @@ def judged_replies(
 
 
 def _of_all(judged: Judged, sizes: Sequence[int]) -> Judged:
-    """All-gather reward scores; ``sizes`` are the numbers of completions in this process's runs."""
+    """All-gather reward scores; ``group_sizes`` are the numbers of completions in this process's runs."""
     names = list(judged.parts)
     table = np.stack([judged.total, *judged.parts.values()])
     runs = np.split(table, np.cumsum(sizes, dtype=int), axis=1)[:-1]

@@ -27,8 +27,8 @@ class Sampling:
         temperature: divides the logits.
         max_new_tokens: maximum completion length, including EOS.
         stop_ids: token ids that end a completion.
-        tokens: approximate budget of tokens per batch, prompts and completions together.
-        lines: maximum batch size; None: as many rows as ``tokens`` allows.
+        tokens_per_batch: approximate budget of tokens per batch, prompts and completions together.
+        generation_batch_size: maximum batch size; None: as many rows as ``tokens_per_batch`` allows.
     """
 
     temperature: float
@@ -47,7 +47,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A sampled completion; ``ids`` ends with a stop token if ``stopped``."""
+    """A sampled completion; ``ids`` ends with a stop token if ``ended_with_eos``."""
 
     ids: tuple[int, ...]
     stopped: bool
@@ -61,7 +61,7 @@ class DrawsOfAll(LogitsProcessor):  # type: ignore[misc]
     """
 
     def __init__(self, own: Sequence[int], lines: int, *, temperature: float) -> None:
-        """Select the rows ``own`` of a global batch of ``lines`` rows."""
+        """Select the rows ``local_rows`` of a global batch of ``batch_size`` rows."""
         self.own, self.lines, self.temperature = list(own), lines, temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -95,6 +95,7 @@ def sample(model: nn.Module, prompts: Sequence[Ids], *, sampling: Sampling, seed
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, Completion] = {}
     training, device = model.training, next(model.parameters()).device
+    # With dropout the policy would not sample from the distribution that is scored later.
     model.eval()
     # A seed of its own and no change of the global random state: this lets a run resume bit for bit.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -110,6 +111,7 @@ def _parts(order: Sequence[int], lengths: Sequence[int], sampling: Sampling) -> 
     """Split prompts, shortest first, into batches of at most ``tokens`` and ``lines``, or of one prompt."""
     parts: list[list[int]] = [[]]
     for index in order:
+        # Budget for the longest completion possible: lengths are unknown before generation.
         width = lengths[index] + sampling.max_new_tokens
         full = sampling.lines is not None and len(parts[-1]) >= sampling.lines
         if parts[-1] and (full or (len(parts[-1]) + 1) * width > sampling.tokens):
@@ -129,6 +131,8 @@ def _by_all(
     draws = DrawsOfAll(own, len(prompts), temperature=sampling.temperature)
     new = _generate(model, [prompts[index] for index in own], sampling, device, draws=draws)
     shares = everyones(new)
+    # A rank whose rows ended early stopped generating: advance its random stream as far as that of the
+    # rank that took longest.
     draws.skip(max(len(lines[0]) for lines in shares) - len(new[0]))
     return together(shares)[: len(prompts)]
 
@@ -140,13 +144,14 @@ def _generate(
     device: torch.device,
     draws: DrawsOfAll | None = None,
 ) -> list[list[int]]:
-    """Return the new tokens of each row, padded to the longest; without ``draws`` transformers samples."""
+    """Return the new tokens of each row, padded to the longest; without ``sampler`` transformers samples."""
     width, pad = max(map(len, prompts)), sampling.stop_ids[0]
     # Left padding: every prompt ends at the position from which generation continues.
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor(
         [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
     )
+    # Explicit: the model's own generation_config may set top-k and top-p.
     drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
         **(drawn if draws is None else {"do_sample": False}),
@@ -154,6 +159,7 @@ def _generate(
         eos_token_id=list(sampling.stop_ids),
         pad_token_id=pad,
     )
+    # synced_gpus: ranks with finished rows go through the forward passes of a sharded model until all have.
     output = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,

@@ -40,7 +40,7 @@ def max_length(asked: int | None, *, context: int, virtual_tokens: int) -> tuple
     """Return the maximum tokens of a row, and the reason.
 
     Args:
-        asked: the recipe's ``data.max_length``.
+        requested: the recipe's ``data.max_length``.
         context: the model's maximum positions.
         virtual_tokens: positions that the adapter takes.
 
@@ -74,12 +74,12 @@ def micro_batch_size(
     """Return the sequences per forward pass, and the reason.
 
     Args:
-        asked: a number, or ``auto``.
+        requested: a number, or ``auto``.
         batch_size: sequences per optimizer step.
         longest: tokens of the longest sequence.
         hardware: the device.
-        whole: whether the micro-batch size must divide the batch size (TRL).
-        least: minimum sequences per forward pass.
+        must_divide: whether the micro-batch size must divide the batch size (TRL).
+        min_rows: minimum sequences per forward pass.
         fits: predicate: do N sequences fit the device's memory, by the plan? None: no plan for this model.
     """
     if isinstance(asked, int):
@@ -147,5 +147,5 @@ def checkpoint_every(asked: int | None, *, steps: int) -> tuple[int, str]:
 
 
 def quantization(asked: str, possible: tuple[str, ...]) -> Choice:
-    """Return the base's quantization, and the reason; ``possible`` lists the adapter's, preferred first."""
+    """Return the base's quantization, and the reason; ``supported`` lists the adapter's, preferred first."""
     return (possible[0], "the adapter's default") if asked == "auto" else (asked, "as requested")

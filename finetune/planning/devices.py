@@ -40,10 +40,10 @@ class Device:
         kind: ``cuda`` or ``cpu``.
         memory: bytes that PyTorch can allocate (for the CPU: the machine's memory).
         bfloat16: whether it has native bfloat16 arithmetic.
-        half: peak FLOP/s of dense 16-bit matrix products with 32-bit accumulation; 0: unknown.
-        single: peak FLOP/s in float32, without TF32; 0: unknown.
+        flops_16bit: peak FLOP/s of dense 16-bit matrix products with 32-bit accumulation; 0: unknown.
+        flops_float32: peak FLOP/s in float32, without TF32; 0: unknown.
         bandwidth: memory bandwidth in bytes per second; 0: unknown.
-        used: lower and upper utilization of the peak in training.
+        utilization: lower and upper utilization of the peak in training.
     """
 
     name: str

@@ -14,8 +14,8 @@ def disk_bytes(workload: Workload, *, trained: int, kept: int) -> dict[str, int]
 
     Args:
         workload: the training workload.
-        trained: number of trained parameters.
-        kept: checkpoints that are retained.
+        trained_params: number of trained parameters.
+        num_checkpoints: checkpoints that are retained.
     """
     architecture = workload.architecture
     states = optimizer_bytes(workload, trained)

@@ -13,7 +13,7 @@ class Hardware:
         device: ``cpu`` or ``cuda``.
         name: the vendor's name for it.
         bfloat16: whether it has native bfloat16 arithmetic (emulation does not count).
-        count: number of such devices in this machine; 1 for the CPU.
+        device_count: number of such devices in this machine; 1 for the CPU.
     """
 
     device: str

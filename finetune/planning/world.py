@@ -15,7 +15,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Return whether this is rank 0, which alone writes files and prints."""
+        """Return whether this is rank 0, the only one that writes files and prints."""
         return self.rank == 0
 
 

@@ -27,6 +27,7 @@ def scale_learning_rates(optimizer: Optimizer, model: nn.Module, hooks: Hooks) -
     """Move parameters with a learning-rate factor (LoRA+) to param groups of that rate."""
     factors = {id(weight): hooks.rate_factors.get(name, 1.0) for name, weight in model.named_parameters()}
     for group in list(optimizer.param_groups):
+        # A param group has one learning rate, so scaled parameters leave their group.
         apart = [weight for weight in group["params"] if factors.get(id(weight), 1.0) != 1.0]
         group["params"] = [weight for weight in group["params"] if factors.get(id(weight), 1.0) == 1.0]
         for factor in sorted({factors[id(weight)] for weight in apart}):
@@ -44,7 +45,7 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Restore the adapter's state from the checkpoint."""
-        if self.hooks.restore and state.global_step:
+        if self.hooks.restore and state.global_step:  # only a resumed run starts at a later step
             self.hooks.restore(load_file(_checkpoint(args, state) / STATE_FILE))
 
     def on_optimizer_step(

@@ -72,7 +72,7 @@ def loading(stored: str, *, offload: str, folder: Path) -> Iterator[None]:
     """Make ``from_pretrained`` load models sharded for ZeRO-3 inside the block.
 
     Args:
-        stored: dtype of the weights.
+        dtype: dtype of the weights.
         offload: where the shards are stored: ``none``, ``cpu`` or ``nvme``.
         folder: root of the swap folder for ``nvme``.
     """

@@ -44,8 +44,8 @@ class TrlStage:
 
     Attributes:
         config: name of the config class.
-        decided: its fields that the stage sets.
-        least: minimum rows per forward pass.
+        fixed_arguments: its fields that the stage sets.
+        min_rows: minimum rows per forward pass.
     """
 
     config: str = "SFTConfig"
@@ -143,12 +143,12 @@ def common(
         "save_steps": checkpoint_every,
         "save_total_limit": settings.keep_checkpoints,
         "logging_steps": settings.log_every,
-        "logging_nan_inf_filter": False,
+        "logging_nan_inf_filter": False,  # the recorder stops the run on NaN, so it must see it
         "eval_strategy": "steps" if settings.evaluate_every else "no",
         "eval_steps": settings.evaluate_every,
         "report_to": "none",
         "disable_tqdm": True,
-        "remove_unused_columns": settings.engine == "trl",
+        "remove_unused_columns": settings.engine == "trl",  # our batches carry row ids, no model argument
         **engine_words(
             machine.strategy, precision=machine.precision, offload=settings.offload, folder=folder.parent
         ),

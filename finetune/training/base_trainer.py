@@ -63,7 +63,7 @@ class Counted(Dataset[tuple[Any, bool]]):
 class BaseTrainer(Trainer):  # type: ignore[misc]
     """A Trainer whose batches carry their row ids (``rows``); subclasses define the loss."""
 
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the step, not by accumulation steps
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model of a checkpoint."""
-        # PEFT would compute a prompt encoder's output on rank 0 alone, which then waits forever for the other
+        # PEFT would compute a prompt encoder's output on rank 0 only, which then waits forever for the other
         # ranks' shards: an adapter on a sharded base is written by all ranks together.
         if isinstance(self.model, PeftModel) and in_parts(self.model):
             write_adapter(self.model, Path(output_dir or self.args.output_dir), main=world().main)

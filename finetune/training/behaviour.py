@@ -28,7 +28,7 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Graders of greedy completions to ``prompts``, and exact match of those to the retention set ``skill``.
+    """Graders of greedy completions to ``prompts``, and exact match of those to the ``retention`` set.
 
     Both hold conversations that end with the expected reply.
     """

@@ -27,8 +27,8 @@ def completion_loss_sum(
         model: causal model in any wrapper.
         head: its output embeddings.
         batch: a collator's output; ``labels`` and ``rows`` are not passed to the model.
-        passes: 2 runs the batch twice and adds the symmetric KL divergence of the two predictions (AdaMix,
-            arXiv 2205.12410, equation 5).
+        num_passes: 2 runs the batch twice and adds the symmetric KL divergence of the two predictions
+            (AdaMix, arXiv 2205.12410, equation 5).
         label_smoothing: probability mass of the target that is spread over the vocabulary.
     """
     positions, targets = loss_positions(batch["labels"])
@@ -49,7 +49,7 @@ def held_out_loss(model: nn.Module, rows: TokenizedRows, collate: Collator, *, l
         model: causal model in any wrapper.
         rows: the held-out dataset.
         collate: padded or packed.
-        lines: rows per forward pass.
+        batch_size: rows per forward pass.
     """
     head = output_head(model)
     device = next(model.parameters()).device

@@ -58,13 +58,15 @@ def start_processes(work: Work, count: int) -> None:
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint=MEETING,
-            max_restarts=0,
+            max_restarts=0,  # the user resumes with the same command
             local_addr="localhost",
             shutdown_timeout=GRACE,
         )
         try:
+            # Divide the cores: N processes with one thread per core each would oversubscribe them.
             cores = max(1, len(os.sched_getaffinity(0)) // count)
             with patch_environment(omp_num_threads=cores, torch_cpp_log_level="ERROR"):
+                # -P: no module of the current folder may shadow an installed one.
                 elastic_launch(config, sys.executable)("-P", "-m", "finetune.training.worker", name)
         except SignalException as stop:
             raise Interrupted(_stopped(folder, stop)) from stop

@@ -73,6 +73,7 @@ def _generate(
     width = max(len(prompt) for prompt in prompts)
     pad = encoder.stop_ids[0]
     device = next(model.parameters()).device
+    # Left padding: all prompts end at the same position, where generation starts.
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor(
         [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device

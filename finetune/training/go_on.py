@@ -25,12 +25,12 @@ def take_weights(model: nn.Module, run: Path, *, head: Collection[str] = ()) -> 
     Args:
         model: base with an adapter of the run's settings; what is trainable stays trainable.
         run: the run's folder.
-        head: names of modules outside the adapter that may be missing in the run, such as a score head.
+        new_modules: names of modules outside the adapter that the run may lack, such as a score head.
 
     Raises:
         UserError: the run's files are corrupt or do not fit the adapter.
     """
-    assert isinstance(model, PeftModel), "a run that tuned the whole model is a base, and has no adapter"
+    assert isinstance(model, PeftModel), "a fully fine-tuned run is a base and has no adapter"
     for name, checksum in finished_record(run)["files"].items():
         if sha256(run / name) != checksum:
             raise _damaged(run, f"{name}: checksum mismatch")

@@ -18,7 +18,7 @@ def logits_at(model: nn.Module, head: nn.Module, inputs: dict[str, Any], positio
         model: the model, in any wrapper (PEFT, DDP); virtual tokens may precede the input.
         head: its output embeddings.
         inputs: the arguments of the forward pass, with ``input_ids`` of shape (B, T).
-        positions: (B, T) mask.
+        mask_BT: (B, T) mask.
 
     Returns:
         (N, V): the logits at the N true positions, in row-major order.

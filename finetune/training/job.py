@@ -135,7 +135,7 @@ class Job:
 
     @contextmanager
     def started(self, **facts: Any) -> Iterator[None]:
-        """Lock the folder, write run.json and the final status; ``facts`` are sections of run.json.
+        """Lock the folder, write run.json and the final status; ``metadata`` are sections of run.json.
 
         Raises:
             Interrupted: a signal came.

@@ -116,11 +116,13 @@ def put_adapter(job: Job, frozen: Frozen) -> Policy:
     """
     settings = job.recipe.settings
     with job.timed("load"):
+        # Seeded again: a new adapter's initialization must not depend on what loading the base consumed.
         set_seed(settings.train.seed)
         model = attach_adapter(frozen.base, settings.adapter)
         if start := adapter_start(settings.model):
             take_weights(model, start)
     if settings.train.gradient_checkpointing:
+        # Checkpointed blocks need an input with a gradient, and frozen embeddings give one without.
         frozen.base.enable_input_require_grads()
     job.let_compute(model, frozen.base)
     return Policy(model, frozen.precision, frozen.quantization)

@@ -14,13 +14,14 @@ def loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the positions that predict a label, and the labels.
 
     Args:
-        labels: (B, T), the token id where it is trained, -100 elsewhere; not shifted.
+        labels_BT: (B, T), the token id where it is trained, -100 elsewhere; not shifted.
 
     Returns:
         A (B, T) mask, true at t if the token at t + 1 is trained, and the N targets in the order of
         ``hidden[mask]``.
     """
     mask = torch.zeros_like(labels, dtype=torch.bool)
+    # The state at t predicts the token at t + 1: the mask is shifted left by one, the labels are not.
     mask[:, :-1] = labels[:, 1:] != IGNORED
     return mask, labels[:, 1:][mask[:, :-1]]
 
@@ -34,10 +35,10 @@ def cross_entropy_sum(
     vocabulary (Szegedy et al. 2015, arXiv 1512.00567, section 7).
 
     Args:
-        logits: (N, V), any floating dtype.
-        targets: (N,), token ids.
+        logits_NV: (N, V), any floating dtype.
+        targets_N: (N,), token ids.
         label_smoothing: e, from 0 up to 1.
-        max_elements: maximum logits per chunk.
+        max_logits: maximum logits per chunk.
     """
     rows = max(1, max_elements // logits.shape[-1])
     if len(targets) <= rows:
@@ -58,8 +59,8 @@ def symmetric_kl_sum(first: Tensor, second: Tensor) -> Tensor:
     Equal to 1/2 sum (p - q)(log p - log q); AdaMix (arXiv 2205.12410, equation 5).
 
     Args:
-        first: (N, V) logits, any floating dtype.
-        second: logits of the same shape.
+        logits_NV: (N, V) logits, any floating dtype.
+        other_logits_NV: logits of the same shape.
     """
     p, q = first.float().log_softmax(-1), second.float().log_softmax(-1)
     return ((p.exp() - q.exp()) * (p - q)).sum() / 2

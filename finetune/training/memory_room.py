@@ -35,9 +35,9 @@ def rows_that_fit(
         settings: the recipe's sections.
         policy: the model that is trained, loaded already.
         longest: tokens of the longest row; all of them are assumed to be predicted.
-        processes: number of processes.
+        num_processes: number of processes.
         strategy: distributed strategy.
-        room: bytes available on a GPU.
+        gpu_bytes: bytes available on a GPU.
     """
     try:
         architecture = architecture_of(settings.model)

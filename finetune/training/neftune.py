@@ -53,6 +53,7 @@ def row_lengths(batch: Mapping[str, Tensor]) -> Tensor:
         mask = batch["attention_mask"]
         return mask.sum(dim=1, keepdim=True).expand_as(mask).float()
     positions = batch["position_ids"]
+    # A position id of 0 begins a text of a packed row.
     number = (positions == 0).cumsum(dim=1) - 1
     counts = torch.zeros_like(number).scatter_add_(1, number, torch.ones_like(number))
     return counts.gather(1, number).float()

@@ -30,7 +30,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self, run: RunDirectory, console: Console, interrupt: Interrupt, *, logged: Collection[str]
     ) -> None:
-        """Bind the recorder to a run; ``logged`` are the metrics that are written to metrics.jsonl."""
+        """Bind the recorder to a run; ``logged_keys`` are the metrics that are written to metrics.jsonl."""
         self.run = run
         self.logged = logged
         self.console = console

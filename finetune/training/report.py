@@ -19,7 +19,7 @@ def write_report(run: RunDirectory, curves: Mapping[str, str], panel: Panel | No
     Args:
         run: the run's folder.
         curves: metric of metrics.jsonl -> title.
-        panel: the stage's own tables and figures.
+        diagnostics: the stage's own tables and figures.
     """
     panel = panel or Panel()
     metrics = run.metrics()

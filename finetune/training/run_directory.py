@@ -113,6 +113,7 @@ class RunDirectory:
         if not self.record or not self.writes:
             self.record = {}
             return
+        # Marked on disk first: after a kill during the deletion the next run clears the rest.
         self.update(status=REPLACED)
         for name in OWN_FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -160,6 +161,7 @@ class RunDirectory:
         """Write a text file atomically."""
         if not self.writes:
             return
+        # A rename is atomic: neither a kill nor a concurrent reader sees an incomplete file.
         partial = self.path / PARTIAL.format(name)
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path / name)
@@ -204,6 +206,7 @@ class RunDirectory:
 
     def _foreign_files(self) -> bool:
         """Return whether the folder holds files that a run killed at its start would not leave."""
+        # A run killed at its start leaves the lock and a partial run.json.
         return any(
             file.name != LOCK and file.name != PARTIAL.format("run.json") for file in self.path.iterdir()
         )

@@ -19,6 +19,7 @@ def run_fingerprint(settings: StageSettings) -> str:
     found = data_fingerprint(settings.data)
     start = start_record(settings)
     if start is not None:
+        # The parent's weights, not its name or path: a run from a copy of the parent is the same run.
         found = _sha256([found, start["files"]])
     used = [digest for _, section in settings for digest in section.made_of()]
     return _sha256([found, *used]) if used else found

@@ -13,7 +13,7 @@ Answer = Callable[[Sequence[Sequence[Message]]], list[Reply]]
 
 @dataclass(frozen=True)
 class Samples:
-    """Conversations with their expected replies; the first ``shown`` are written, all of them are scored."""
+    """Conversations with their expected replies; the first ``num_shown`` are written, all are scored."""
 
     conversations: list[list[Message]]
     shown: int
@@ -36,7 +36,7 @@ class Samples:
         self._score(run, "after", replies)
         lines = [
             line | {"after": reply.text, "stopped": reply.stopped}
-            for line, reply in zip(run.samples(), replies, strict=False)
+            for line, reply in zip(run.samples(), replies, strict=False)  # more are scored than written
         ]
         self._write(run, lines)
 

@@ -58,7 +58,7 @@ def loading_words(stored: str, *, offload: str = "none", folder: Path = Path()) 
     """Return DeepSpeed's configuration for loading a base sharded (``zero.Init``).
 
     Args:
-        stored: dtype of its weights; without it DeepSpeed converts them to float32.
+        dtype: dtype of its weights; without it DeepSpeed converts them to float32.
         offload: where the shards are stored.
         folder: root of the swap folder for ``nvme``.
     """
@@ -74,7 +74,7 @@ def measuring_words(hidden: int, *, offload: str = "none", folder: Path = Path()
     """Return DeepSpeed's ZeRO-3 configuration for an engine without optimizer.
 
     Args:
-        hidden: the model's hidden size, from which transformers' Trainer computes the ``auto`` values.
+        hidden_size: the model's hidden size, from which transformers' Trainer computes the ``auto`` values.
         offload: where weights are stored.
         folder: root of the swap folder for ``nvme``.
     """

@@ -121,6 +121,7 @@ class Supervised:
             NotFiniteError: the held-out loss is NaN or infinite.
         """
         run = self.job.run
+        # A resumed run keeps the metrics of the untrained model that its first start recorded.
         if self.data.held_out is not None and f"held_out_loss_{when}" not in run.record.get("metrics", {}):
             with self.job.timed("held_out"):
                 loss = self._held_out_loss(trainer, self.data.held_out)

@@ -53,7 +53,7 @@ def tune(job: Job) -> None:
     """Run SFT or continued pretraining.
 
     Args:
-        job: context of a run that has not started.
+        ctx: context of a run that has not started.
 
     Raises:
         UserError: the recipe or the data are invalid; nothing was written.
@@ -69,9 +69,9 @@ def carry_out(job: Job, tuning: Tuning, *, conclude: Callable[[], None] | None =
     """Evaluate, generate samples, train, save, evaluate and generate again.
 
     Args:
-        job: context of a run that has not started.
-        tuning: the method.
-        conclude: called with all metrics recorded, before the report is written.
+        ctx: context of a run that has not started.
+        method: the method.
+        finalize: called with all metrics recorded, before the report is written.
 
     Raises:
         UserError: a check failed.

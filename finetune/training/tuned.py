@@ -34,6 +34,7 @@ def load_tuned(run: Path) -> Tuned:
     settings = ModelSettings(**load["model"])
     whole = run / "model"
     if whole.is_dir():
+        # The saved config holds the RoPE scaling already; scaling it a second time would be refused.
         settings = settings.model_copy(update={"base": str(whole), "revision": None, "rope": None})
     hardware = detect()
     base = load_base(

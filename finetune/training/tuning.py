@@ -44,7 +44,7 @@ def engine_arguments(
     """Return the engine's training arguments, with ``auto`` values resolved.
 
     Args:
-        job: context of the run.
+        ctx: context of the run.
         policy: the model that is trained.
         longest: tokens of the longest row of a forward pass.
         steps: optimizer steps of the run.
@@ -117,6 +117,7 @@ def samples_of(job: Job, text: Text, conversations: Sequence[Conversation]) -> S
     prompts = [row.messages for row in conversations]
     shown = spread(len(prompts), evaluate.samples)
     others = [index for index in range(len(prompts)) if index not in shown]
+    # The shown prompts come first; exact match may score more of them.
     count = max(evaluate.samples, evaluate.exact_match)
     chosen = [worded(prompts[index], text.encoder) for index in [*shown, *others][:count]]
     return Samples(chosen, evaluate.samples, scored=evaluate.exact_match > 0)

@@ -29,8 +29,8 @@ class Watched:
 
     Attributes:
         curves: metric of metrics.jsonl -> title of its curve.
-        numbers: metric recorded as ``<name>_before`` and ``<name>_after`` -> (label, format).
-        panel: run.json -> the stage's own part of the report.
+        summary: metric recorded as ``<name>_before`` and ``<name>_after`` -> (label, format).
+        diagnostics: run.json -> the stage's own part of the report.
     """
 
     curves: Mapping[str, str] = field(default_factory=dict)

@@ -32,7 +32,7 @@ class WholeCheckpoint(TrainerCallback):  # type: ignore[misc]
         """Bind the callback to a trainer.
 
         Args:
-            groups: returns the optimizer's initial param groups, before an engine flattened them.
+            param_groups: returns the optimizer's initial param groups, before an engine flattened them.
             strategy: ``fsdp2``, which writes none of these files, or ZeRO, which writes no full optimizer.
         """
         self.groups, self.strategy = groups, strategy

@@ -163,7 +163,7 @@ RECIPES = {
     "bracket": (recipe("rank: 2}", "rank: 2"), ["bad.yaml:5", "starts on line 4", "expected: YAML"]),
     "key twice": (recipe("rank: 2", "rank: 2, rank: 3"), ["bad.yaml:4", "duplicate key 'rank'"]),
     "empty file": (lambda place: place.recipe(RECIPE, ""), ["bad.yaml: the file is empty"]),
-    "list": (lambda place: place.recipe(RECIPE, "- a\n"), ["bad.yaml", "no sections"]),
+    "list": (lambda place: place.recipe(RECIPE, "- a\n"), ["bad.yaml", "not sections"]),
     "other stage": (recipe("stage: sft", "stage: dpo"), ["stage", "'dpo'", "stage 'sft'"]),
     "place of a key": (recipe("rank: 2", "rank: two"), ["adapter.rank (bad.yaml:4)", "'two'"]),
     "unknown key with its place": (
@@ -207,7 +207,7 @@ DATA = {
     ),
     "no UTF-8": (
         data("bad.csv", "instruction,output\n안녕,하세요\n".encode("cp949")),
-        ["bad.csv", "no UTF-8", "iconv -f cp949"],
+        ["bad.csv", "not UTF-8", "iconv -f cp949"],
     ),
     "wrong columns": (
         rows({"question": "a", "reply": "b"}),
@@ -284,23 +284,31 @@ BASES = {
 
 FOLDERS = {
     "out is a file": (out_is_a_file, ["--out taken", "a file", "a folder, or an unused name"]),
-    "out is below a file": (out_below_a_file, ["taken/run", "cannot be written", "use --out"]),
+    "out is below a file": (out_below_a_file, ["taken/run", "not writable", "use --out"]),
     "out is foreign": (out_is_foreign, ["--out thesis", "a folder with other files, not a run"]),
     "out is foreign, by force": (
         out_is_foreign_by_force,
         ["--out thesis", "a folder with other files, not a run"],
     ),
     "out is another run": (other_run, ["--out theirs", "dolly, 0123abcd", "--force"]),
-    "out is a damaged run": (damaged_record, ["theirs/run.json", "damaged", "choose another --out"]),
-    "chat without a run": (line("chat", "nowhere", "--prompt", "a"), ["nowhere: no run", "a finished run"]),
-    "chat with rows": (line("chat", "rows.jsonl", "--prompt", "a"), ["rows.jsonl: no run"]),
+    "out is a damaged run": (damaged_record, ["theirs/run.json", "corrupt", "choose another --out"]),
+    "chat without a run": (line("chat", "nowhere", "--prompt", "a"), ["nowhere: not a run", "a finished run"]),
+    "chat with rows": (line("chat", "rows.jsonl", "--prompt", "a"), ["rows.jsonl: not a run"]),
     "chat with a running run": (
         chat_with("running"),
-        ["theirs: a run with status 'running'", "a finished run", "wait until it finishes", "`llm-align sft good.yaml"],
+        [
+            "theirs: a run with status 'running'",
+            "a finished run",
+            "wait until it finishes",
+            "`llm-align sft good.yaml",
+        ],
     ),
     "chat with an interrupted run": (
         chat_with("interrupted"),
-        ["theirs: a run with status 'interrupted'", "`llm-align sft good.yaml --out theirs` resumes from its"],
+        [
+            "theirs: a run with status 'interrupted'",
+            "`llm-align sft good.yaml --out theirs` resumes from its",
+        ],
     ),
     "chat with a failed run": (chat_with("failed"), ["theirs: a run with status 'failed'"]),
     "chat without a folder": (line("chat"), ["RUN"]),

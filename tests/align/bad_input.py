@@ -27,7 +27,7 @@ ROWS = [{"instruction": f"Add {i} and {i}.", "input": "", "output": str(2 * i)} 
 
 @dataclass
 class Place:
-    """The folder in which a case is made."""
+    """The folder of a test case."""
 
     root: Path
     base: Path

@@ -1,4 +1,4 @@
-"""The notebook's door says what the command line says."""
+"""The Python API agrees with the command line."""
 
 import sys
 from pathlib import Path

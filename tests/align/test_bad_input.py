@@ -1,4 +1,4 @@
-"""Every mistake is told in the user's words, with status 2, and nothing is written or overwritten."""
+"""Every user error is reported with exit status 2, and nothing is written or overwritten."""
 
 import hashlib
 import subprocess

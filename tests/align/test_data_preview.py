@@ -1,4 +1,4 @@
-"""``llm-align data``: numbers against the rows themselves, what is learnt, the page, and no weights."""
+"""``llm-align data``: statistics against the rows, loss mask, HTML page; no weights are loaded."""
 
 import json
 import re
@@ -130,7 +130,8 @@ def test_what_is_lost_is_told(call: Call) -> None:
     status, out, _ = call("data", "one.yaml", "--data", "bad.jsonl", "data.held_out=0")
     assert (
         status == 0
-        and "rows identical to an earlier row (not dropped): 2 (first: bad.jsonl:2 repeats bad.jsonl:1)" in out
+        and "rows identical to an earlier row (not dropped): 2 (first: bad.jsonl:2 repeats bad.jsonl:1)"
+        in out
     )
 
 
@@ -162,7 +163,7 @@ def test_no_rows_are_shown_when_none_are_wanted(call: Call) -> None:
 
 
 class Page(HTMLParser):
-    """Collects what a page is made of."""
+    """Collects the elements of a page."""
 
     def __init__(self) -> None:
         super().__init__()

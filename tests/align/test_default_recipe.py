@@ -1,4 +1,4 @@
-"""Which recipe serves where none is named."""
+"""The default recipe of a stage."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""kill -9 while preferences are learnt: the adapter is the same, to the bit."""
+"""kill -9 during preference training: the resumed adapter is bit-identical."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, pairs: 
 
 @pytest.fixture(scope="module")
 def uninterrupted(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Return a function that gives the checksums of a run that nobody killed."""
+    """Return a function that returns the checksums of an uninterrupted run."""
 
     @cache
     def whole(name: str) -> dict[str, str]:

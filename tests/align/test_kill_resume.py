@@ -1,4 +1,4 @@
-"""kill -9 at any moment: the same command goes on, and the adapter is the uninterrupted run's, bit by bit."""
+"""kill -9 at any moment: the same command resumes, and the adapter is bit-identical."""
 
 import json
 import time

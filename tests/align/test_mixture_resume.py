@@ -1,4 +1,4 @@
-"""A mixture's run goes on from a checkpoint as if it had never stopped: the same rows, the same bits."""
+"""A run on a mixture resumes from a checkpoint with the same rows, bit for bit."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""kill -9 while a policy learns from its own replies: the adapter is the same, to the bit."""
+"""kill -9 during PPO: the resumed adapter is bit-identical."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""kill -9 at any moment of a rejection run: the same command goes on, to the same bits."""
+"""kill -9 at any moment of a rejection run: the same command resumes, bit for bit."""
 
 import json
 import random

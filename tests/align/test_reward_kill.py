@@ -1,4 +1,4 @@
-"""kill -9 at any moment of a reward model's run: the same command goes on, to the same bits."""
+"""kill -9 at any moment of a reward model run: the same command resumes, bit for bit."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def recipe_of(method: str, more: str, base: Path, rows: Path) -> Path:
 
 
 def measured(out: Path) -> dict[str, Any]:
-    """Return what a finished run's record says of its scores."""
+    """Return the score metrics of a finished run's record."""
     record = json.loads((out / "run.json").read_text())
     return {key: record[key] for key in ("normalisation", "comparisons")}
 

@@ -1,4 +1,4 @@
-"""Every shipped recipe of every stage: it loads, gives each value's source, and takes two steps on `tiny`."""
+"""Every shipped recipe loads, states the source of each value, and trains two steps on `tiny`."""
 
 import re
 from pathlib import Path
@@ -57,7 +57,7 @@ UNMEASURED = {"evaluate.exact_match": 0, "evaluate.judges": {}, "evaluate.skill"
 
 
 def shipped(file: Path, **further: Any) -> Recipe:
-    """Return a recipe with the rows that it asks for from its user."""
+    """Return a recipe with the rows that its user must provide."""
     needs_rows = file.stem == "in-house"
     given = {"data.source": TEXTS} if needs_rows else {}
     return load(file.parent.name, file.stem, shortcuts=given | further or None)

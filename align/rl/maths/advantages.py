@@ -13,10 +13,10 @@ def token_rewards(kl: Tensor, scores: Tensor, lengths: Tensor, *, coefficient: f
     1909.08593, equation 2) and of InstructGPT (arXiv 2203.02155, equation 2).
 
     Args:
-        kl: (C, T), one of ``kl_terms``; entries after the end of a completion are not read.
-        scores: (C,).
-        lengths: (C,), tokens of each completion including EOS; 1 or more.
-        coefficient: beta.
+        kl_CT: (C, T), one of ``kl_terms``; entries after the end of a completion are not read.
+        scores_C: (C,).
+        lengths_C: (C,), tokens of each completion including EOS; 1 or more.
+        kl_coef: beta.
 
     Returns:
         (C, T), without gradient; exactly 0 after the end of a completion.
@@ -27,6 +27,7 @@ def token_rewards(kl: Tensor, scores: Tensor, lengths: Tensor, *, coefficient: f
             [18.0000,  0.0000,  0.0000]])
     """
     columns = torch.arange(kl.shape[1], device=kl.device)
+    # where and not a product with the mask: the entries after the end may be NaN.
     rewards = torch.where(columns < lengths[:, None], -coefficient * kl, 0.0)
     return rewards + torch.where(columns == lengths[:, None] - 1, scores[:, None], 0.0)
 
@@ -42,12 +43,12 @@ def advantages(
     after the last token is 0, as the state is terminal. Returns are A + V.
 
     Args:
-        rewards: (C, T), ``token_rewards``.
-        values: (C, T), of the state before each token.
-        mask: (C, T) bool, true at a completion's tokens, which start at position 0 and are contiguous; no
+        rewards_CT: (C, T), ``token_rewards``.
+        values_CT: (C, T), of the state before each token.
+        mask_CT: (C, T) bool, true at a completion's tokens, which start at position 0 and are contiguous; no
             other entry is read.
-        discount: gamma; 1 in arXiv 2403.17031.
-        trace: lambda; 0.95 there.
+        gamma: discount per token; 1 in arXiv 2403.17031.
+        gae_lambda: lambda; 0.95 there.
 
     Returns:
         Two tensors (C, T), without gradient; exactly 0 after the end of a completion. With gamma 1 and
@@ -67,6 +68,7 @@ def advantages(
     # V_{t+1}, with 0 after the last token.
     deltas = rewards + discount * F.pad(values[:, 1:], (0, 1)) - values
     found, later = torch.zeros_like(deltas), torch.zeros_like(deltas[:, 0])
+    # A_t depends on A_{t+1}: from the last position back, for all completions at once.
     for column in reversed(range(deltas.shape[1])):
         later = deltas[:, column] + discount * trace * later
         found[:, column] = later

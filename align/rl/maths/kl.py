@@ -40,7 +40,7 @@ class FixedKl:
     """Fixed KL coefficient.
 
     Attributes:
-        coefficient: beta, weight of the KL penalty; 0.05 in arXiv 2403.17031.
+        kl_coef: beta, weight of the KL penalty; 0.05 in arXiv 2403.17031.
 
     >>> FixedKl(0.05).after(kl=100.0, episodes=64)
     FixedKl(coefficient=0.05)
@@ -61,7 +61,7 @@ class AdaptiveKl:
     2.2, whose K_beta is n / horizon; n counts completions and the horizon is 10,000 in its code).
 
     Attributes:
-        coefficient: beta, weight of the KL penalty.
+        kl_coef: beta, weight of the KL penalty.
         target: mean KL in nats per completion.
         horizon: in completions; larger is slower, and a rollout has fewer than five times as many.
 
@@ -76,9 +76,10 @@ class AdaptiveKl:
     horizon: float
 
     def after(self, kl: float, episodes: int) -> "AdaptiveKl":
-        """Return the controller after a rollout of ``episodes`` completions with this mean KL in nats."""
+        """Return the controller after a rollout, given its mean KL in nats per completion."""
         assert math.isfinite(kl), f"KL is {kl}"
         assert LARGEST_ERROR * episodes < self.horizon, "the coefficient would fall below 0"
+        # Proportional control with a bounded error, so that one bad rollout changes the coefficient little.
         error = (kl - self.target) / self.target
         held = min(max(error, -LARGEST_ERROR), LARGEST_ERROR)
         return replace(self, coefficient=self.coefficient * (1 + held * episodes / self.horizon))

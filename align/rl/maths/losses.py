@@ -49,11 +49,11 @@ def policy_loss(
     direction the gradient is 0; a step in the wrong direction is never clipped.
 
     Args:
-        logps: (C, T), of the sampled tokens under the current policy.
-        old_logps: the same under the policy that sampled them.
-        advantages: (C, T).
-        mask: (C, T) bool, true at the completions' tokens.
-        clip: c; 0.2 in the paper and in arXiv 2403.17031.
+        logps_CT: (C, T), of the sampled tokens under the current policy.
+        old_logps_CT: the same under the policy that sampled them.
+        advantages_CT: (C, T).
+        mask_CT: (C, T) bool, true at the completions' tokens.
+        clip_range: c; 0.2 in the paper and in arXiv 2403.17031.
 
     Ratios 2, 2, 1/2: a positive advantage gains at most 1.2, a negative one is not clipped at 2.
 
@@ -70,6 +70,7 @@ def policy_loss(
     ratios = (logps - old_logps).masked_fill(~mask, 0.0).exp()
     losses = -advantages * ratios
     held = -advantages * ratios.clamp(1 - clip, 1 + clip)
+    # The larger loss is the pessimistic one: clipping never hides that a step went the wrong way.
     clipped = held > losses
     return PolicyLoss(torch.where(clipped, held, losses).masked_fill(~mask, 0.0), ratios.detach(), clipped)
 
@@ -83,11 +84,11 @@ def value_loss(
     writes it out among PPO's code-level optimizations, and arXiv 2403.17031 uses it).
 
     Args:
-        values: (C, T), of the current value model.
-        old_values: the same at sampling time.
-        returns: (C, T), the regression targets.
-        mask: (C, T) bool, true at the completions' tokens.
-        clip: c, 0.2 in the last paper; None: squared errors without clipping.
+        values_CT: (C, T), of the current value model.
+        old_values_CT: the same at sampling time.
+        returns_CT: (C, T), the regression targets.
+        mask_CT: (C, T) bool, true at the completions' tokens.
+        clip_range: c, 0.2 in the last paper; None: squared errors without clipping.
 
     Values 3 and 1 before and after, return 0: 1/2 (3 - 0.2)^2 is more than 1/2.
 
@@ -97,6 +98,7 @@ def value_loss(
     >>> value_loss(values, old, torch.zeros(1, 1), mask, clip=None).losses
     tensor([[0.5000]])
     """
+    # As in the policy loss: NaN outside the mask must not reach the gradients.
     values, old_values, returns = (part.masked_fill(~mask, 0.0) for part in (values, old_values, returns))
     losses = (values - returns) ** 2
     if clip is None:
@@ -112,7 +114,7 @@ def entropy(logits: Tensor, *, max_elements: int = MAX_ELEMENTS) -> Tensor:
     Logits may be -inf: such a token counts 0.
 
     Args:
-        logits: (N, V), any floating type, already divided by the temperature.
+        logits_NV: (N, V), any floating type, already divided by the temperature.
         max_elements: maximum number of logits per chunk.
 
     Returns:
@@ -143,9 +145,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     differ. J. Schulman's diagnostic of PPO's value function.
 
     Args:
-        values: (C, T), at sampling time.
-        returns: (C, T).
-        mask: (C, T) bool, true at the completions' tokens.
+        values_CT: (C, T), at sampling time.
+        returns_CT: (C, T).
+        mask_CT: (C, T) bool, true at the completions' tokens.
 
     Returns:
         A scalar. Returns 0 and 4 (variance 8), errors 1 and 3 (variance 2):

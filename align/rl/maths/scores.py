@@ -17,9 +17,9 @@ def missing_end(scores: Tensor, stopped: Tensor, *, value: float | None) -> Tens
     subtracts from whatever the score is.
 
     Args:
-        scores: (C,).
-        stopped: (C,) bool, whether the completion ended with EOS.
-        value: the score of completions that did not; None leaves the scores unchanged.
+        rewards_C: (C,).
+        ended_with_eos_C: (C,) bool, whether the completion ended with EOS.
+        missing_eos_reward: the score of completions that did not; None leaves the scores unchanged.
 
     >>> from torch import tensor
     >>> missing_end(tensor([3.0, 5.0]), tensor([True, False]), value=-1.0)
@@ -66,6 +66,7 @@ class Running:
         Chan, Golub and LeVeque (1979), the pairwise form of Welford's update: with d = mean_b - mean_a,
         mean = mean_a + d n_b / n and m2 = m2_a + m2_b + d^2 n_a n_b / n.
         """
+        # Rewards far from 0 lose their variance in float32.
         batch = scores.detach().double()
         count = self.count + len(batch)
         mean = batch.mean().item()
@@ -85,7 +86,7 @@ class Running:
         relative to the size of the reward over the run.
 
         Args:
-            scores: (C,).
+            rewards_C: (C,).
             shift_mean: whether the mean becomes 0.
 
         >>> from torch import tensor

@@ -12,7 +12,7 @@ def weighted_sum(parts: Mapping[str, Numbers], weights: Mapping[str, float]) -> 
     """Return r = sum_i w_i r_i (Glaese et al. 2022, arXiv 2209.14375, section 2.6: preferences and rules).
 
     Args:
-        parts: (C,) of each reward.
+        scores: (C,) of each reward.
         weights: weight of each reward.
     """
     return np.asarray(sum(weights[name] * values for name, values in parts.items()))
@@ -27,14 +27,14 @@ def piecewise(helpfulness: Numbers, safety: Numbers, risky: Sequence[bool], *, b
     Args:
         helpfulness: (C,) scores.
         safety: (C,) scores.
-        risky: (C,) whether each prompt may elicit unsafe replies.
-        below: the safety threshold, 0.15 in the paper.
+        unsafe: (C,) whether each prompt may elicit unsafe replies.
+        safety_threshold: in probability, 0.15 in the paper.
     """
-    threshold = np.log(below / (1 - below))  # s(x) < below
+    threshold = np.log(below / (1 - below))  # s(x) < threshold, on logits
     return np.where(np.asarray(risky, dtype=bool) | (safety < threshold), safety, helpfulness)
 
 
 def length_cost(lengths: Sequence[int], *, per_token: float, free: int) -> Numbers:
-    """Return the length penalty of tokens beyond ``free``: (C,), 0 or below."""
+    """Return the length penalty of tokens beyond ``free_tokens``: (C,), 0 or below."""
     beyond: Numbers = np.maximum(np.asarray(lengths, dtype=np.float64) - free, 0.0)
     return -per_token * beyond

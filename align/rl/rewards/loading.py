@@ -31,6 +31,7 @@ def load_rewards(
         UserError: a run is missing, of another stage, or damaged; a function's file is missing.
     """
     runs = reward_runs(settings)
+    # A run that gives several scores is loaded once.
     order = list(dict.fromkeys(runs.values()))
     for run in order:
         _refuse_damaged(run)
@@ -110,6 +111,7 @@ def _stored_otherwise(run: Path, base: PreTrainedModel) -> Iterator[str]:
 def _stored(base: PreTrainedModel) -> tuple[str, str]:
     """Return a base's precision and quantization, as the recipe writes them."""
     kinds = {"is_loaded_in_4bit": "nf4", "is_loaded_in_8bit": "int8"}
+    # transformers sets these attributes on quantized models only.
     stored = next((name for flag, name in kinds.items() if vars(base).get(flag)), "none")
     return str(base.dtype).removeprefix("torch."), stored
 

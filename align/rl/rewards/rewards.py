@@ -26,7 +26,7 @@ ANSWERED = "a reference answer in each row, as in question/answer data"
 
 @dataclass(frozen=True)
 class Judged:
-    """Scores of C completions: ``total`` (C,) is maximized, ``parts`` has each reward by name, (C,)."""
+    """Scores of C completions: ``total`` (C,) is maximized, ``by_source`` has each reward by name, (C,)."""
 
     total: Numbers
     parts: dict[str, Numbers]
@@ -83,7 +83,7 @@ class Rewards:
         settings: how to combine them.
         sources: the rewards, in the recipe's order.
         models: loaded reward models; several sources may be scores of the same model.
-        risky: user function, whether a prompt may elicit unsafe replies; None if the recipe has none.
+        unsafe_prompt_fn: user function (prompt) -> bool; None if the recipe has none.
         tokenizer: counts tokens for the length penalty.
         notes: messages for the log.
     """
@@ -117,17 +117,19 @@ class Rewards:
         Reward models encode the prompt once for consecutive conversations with the same prompt.
 
         Args:
-            talks: conversations that end with the assistant's reply.
-            places: location of each one, for messages.
+            conversations: conversations that end with the assistant's reply.
+            locations: location of each one, for messages.
             expected: reference answers, for functions that take them.
 
         Raises:
             UserError: a reward function failed, or the template rejects a conversation.
             NotFiniteError: a reward model returned NaN or infinity.
         """
+        # A process may have no completion in its shard.
         if not talks:
             return Judged(np.zeros(0), {name: np.zeros(0) for name in self.names})
         prompts, replies = [question_of(talk) for talk in talks], [talk[-1].content for talk in talks]
+        # Each model runs once, however many of its scores are rewards.
         scores = [_scores(model, talks, places) for model in self.models]
         parts: dict[str, Numbers] = {}
         for source in self.sources:
@@ -139,6 +141,7 @@ class Rewards:
             else:
                 parts[source.name] = np.asarray(source.scores(prompts, replies, places))
         total = self._combined(parts, prompts)
+        # After the combination, so that it applies to both kinds.
         if self.settings.length_penalty:
             parts[LENGTH] = self._length_cost(replies)
             total = total + parts[LENGTH]
@@ -152,7 +155,7 @@ class Rewards:
 
         Args:
             prompts: conversations that end with a user turn.
-            places: location of each one, for messages.
+            locations: location of each one, for messages.
             expected: reference answers, for functions that take them.
 
         Raises:
@@ -170,6 +173,7 @@ class Rewards:
     def _combined(self, parts: Mapping[str, Numbers], prompts: Sequence[str]) -> Numbers:
         if self.settings.combine == "sum":
             return weighted_sum(parts, {source.name: source.weight for source in self.sources})
+        # Once per distinct prompt: a user function may be slow, and a prompt has several completions.
         asked = {prompt: self._is_risky(prompt) for prompt in dict.fromkeys(prompts)}
         risky = [asked[prompt] for prompt in prompts]
         return piecewise(parts[HELPFULNESS], parts[SAFETY], risky, below=self.settings.risky_below)

@@ -122,6 +122,7 @@ class RewardsSettings(Section):
                 found.append(file_digest(source.function, where=f"{where}.function"))
             else:
                 record = finished_record(folder_of(source, where=f"{where}.run"))
+                # Normalization is part of it: it changes the scores.
                 kept = [record["digest"], record["files"], record["normalisation"]]
                 found.append(hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest())
         return found + ([file_digest(self.risky, where="reward.risky")] if self.risky is not None else [])
@@ -167,6 +168,7 @@ def _combination(rewards: RewardsSettings) -> Iterator[Problem]:
 
 
 def _names(rewards: RewardsSettings) -> Iterator[Problem]:
+    # The metrics of the length penalty and of the total have these names.
     names = Counter([*(source.called for source in rewards.sources), LENGTH, TOTAL])
     for index, source in enumerate(rewards.sources):
         if names[source.called] > 1:
@@ -215,6 +217,7 @@ def _run(source: RewardSource, stage: StageSettings, valid: Collection[str], whe
     if source.score is not None and source.score not in scorer.scores:
         found, close = f"'{source.run}' has no score '{source.score}'", nearest(source.score, scorer.scores)
         yield Problem(f"{where}.score", found, one_of(scorer.scores), close)
+    # A fully fine-tuned reward model brings its own base and template.
     if scorer.whole:
         return
     mine, theirs = stage.model, scorer.model

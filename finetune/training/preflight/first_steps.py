@@ -20,9 +20,9 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]
         """Bind the callback.
 
         Args:
-            tell: prints and records a check result, and raises if the check failed.
-            may_idle: whether to skip steps whose gradients are all zero.
-            taken: whether the engine removes the gradients before this callback runs (ZeRO).
+            report: prints and records a check result, and raises if the check failed.
+            allows_zero_gradients: whether to skip steps whose gradients are all zero.
+            engine_takes_gradients: whether the engine removes the gradients before this callback runs (ZeRO).
         """
         self.taken = taken
         self.seen: gradients.Seen | None = None

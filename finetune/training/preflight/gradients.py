@@ -51,6 +51,7 @@ def groups(model: nn.Module) -> list[Group]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and PROMPT_ENCODER not in name
     ]
+    # Outermost ModuleLists only: a list inside a layer holds its experts, not layers.
     layers = [name for name in lists if not any(name != other and name.startswith(other) for other in lists)]
     found: dict[tuple[str, str, str], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -111,6 +112,7 @@ class Seen:
 def states(found: Sequence[Group], of: Of = held) -> list[State]:
     """Return each group's best state: frozen, no gradient, zero gradient, or nonzero gradient."""
     there = [(p, of(p)) for group in found for p in group.parameters]
+    # All norms at once: a device-to-host copy per parameter would synchronize thousands of times.
     norms = iter(_norms([gradient for _, gradient in there if gradient is not None]))
     best = {id(p): _state(p, gradient, norms) for p, gradient in there}
     return [max(best[id(parameter)] for parameter in group.parameters) for group in found]
@@ -139,7 +141,7 @@ def reached(model: nn.Module, *, finite: bool = True, of: Of = held) -> Tick:
     Args:
         model: base with adapter, after a backward pass.
         finite: whether NaN and infinity fail the check (with loss scaling the first ones may be infinite).
-        of: returns a parameter's gradient.
+        gradient_of: returns a parameter's gradient.
     """
     everything = groups(model)
     unused = _unused(everything, of)

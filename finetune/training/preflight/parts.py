@@ -55,7 +55,7 @@ def parts_tick(parts: Sequence[Part], *, weights: int, trained: int, strategy: s
     """Check that each rank stores only its shard, and that ranks train on different rows.
 
     Args:
-        parts: the counts of each rank.
+        shares: the counts of each rank.
         weights: elements of the full model.
         trained: trained elements; each has its optimizer states.
         strategy: ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
@@ -87,7 +87,7 @@ class Parts(TrainerCallback):  # type: ignore[misc]
         """Bind the callback.
 
         Args:
-            tell: prints and records a check result, and raises if the check failed.
+            report: prints and records a check result, and raises if the check failed.
             strategy: distributed strategy.
             rows: returns the row ids of this rank's first micro-batch.
         """

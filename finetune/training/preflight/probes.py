@@ -121,6 +121,7 @@ def packed_is_alone(model: nn.Module, rows: TokenizedRows, collate: Collator, *,
     """
     examples = sorted(_to_pack(rows), key=lambda example: -len(example["input_ids"]))
     batch = collate(examples)
+    # Logits of each row in the packed batch against those of the row in a batch of its own.
     with untouched(model), torch.no_grad():
         together = _logits(model, _on_device(model, batch))
         worst = 0.0

@@ -99,7 +99,7 @@ def begins_once(rows: TokenizedRows, bos_id: int | None, *, wanted: bool, name_o
     Args:
         rows: the training dataset.
         bos_id: the tokenizer's BOS token, if it has one.
-        wanted: whether every row must begin with it.
+        required: whether every row must begin with it.
         name_of: returns the text of a token id.
     """
     if bos_id is None:
@@ -124,10 +124,10 @@ def cut_is_told(*, rows: int, too_long: int, trained: int, lost: int, max_length
     """Report the rows longer than ``max_length``, and the trained tokens lost to truncation.
 
     Args:
-        rows: number of training rows.
-        too_long: number of rows longer than ``max_length``, truncated or dropped.
-        trained: number of trained tokens in the rows.
-        lost: number of trained tokens lost.
+        num_rows: number of training rows.
+        num_too_long: number of rows longer than ``max_length``, truncated or dropped.
+        trained_tokens: number of trained tokens in the rows.
+        lost_tokens: number of trained tokens lost.
         max_length: maximum tokens of a row.
     """
     if not too_long:

@@ -15,7 +15,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        model.eval()
+        model.eval()  # dropout masks would make equal forward passes differ
         try:
             yield
         finally:

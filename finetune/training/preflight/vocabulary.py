@@ -15,7 +15,7 @@ def embeddings_exist(
     """Check that each token of the data has an embedding, and that none of these is zero and frozen.
 
     Args:
-        used: the token ids in the data, and the stop tokens.
+        used_ids: the token ids in the data, and the stop tokens.
         embedding: (rows, D), the input embeddings.
         trained: whether the embeddings are trained in this run.
         added: text -> id of the tokens that were added to the tokenizer.

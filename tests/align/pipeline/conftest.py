@@ -31,7 +31,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_f
 
 @pytest.fixture
 def done(here: Path, finished: Path) -> Path:
-    """Return the test's own folder, in which ``three`` has run to its end."""
+    """Return the test's folder with a finished pipeline ``three``."""
     shutil.copytree(finished / "runs", here / "runs")
     return here
 

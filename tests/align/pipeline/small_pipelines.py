@@ -1,4 +1,4 @@
-"""Small recipes of three stages, a pipeline of them, and what its folder says."""
+"""Small recipes of three stages, a pipeline of them, and readers of its folder."""
 
 import json
 import sys

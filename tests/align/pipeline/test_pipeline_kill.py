@@ -1,4 +1,4 @@
-"""kill -9 at any moment of a pipeline: the same command goes on, and every adapter is the same to the bit."""
+"""kill -9 at any moment of a pipeline: the same command resumes, and every adapter is bit-identical."""
 
 import random
 import subprocess
@@ -35,7 +35,7 @@ def after_kills(
 
 
 def killed_in(folder: Path, stage: str) -> None:
-    """Kill a run of the pipeline as soon as a stage has learnt a step."""
+    """Kill a run of the pipeline after a stage's first training step."""
     process = warm.Popen(COMMAND, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(folder.glob(f"runs/{stage}-small-*/metrics.jsonl")):
         assert process.poll() is None

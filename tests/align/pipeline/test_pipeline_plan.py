@@ -129,7 +129,10 @@ MISTAKES = {
     "itself": ("stages:\n  a: {recipe: sft/small, from: a}\n", ("a cycle: a -> a",)),
     "a scorer that should write": (
         "stages:\n  r: {recipe: reward/small}\n  dpo: {recipe: dpo/small, from: r}\n",
-        ("stage dpo: model.start (own.yaml:3): 'r' is a run of stage reward", "a run with a generative model"),
+        (
+            "stage dpo: model.start (own.yaml:3): 'r' is a run of stage reward",
+            "a run with a generative model",
+        ),
     ),
     "rewards where none are taken": (
         "stages:\n  r: {recipe: reward/small}\n  dpo: {recipe: dpo/small, reward: r}\n",
@@ -141,7 +144,7 @@ MISTAKES = {
     ),
     "a setting of another kind": (
         "stages:\n  sft: {recipe: sft/small, set: {train.epochs: many}}\n",
-        ("stage sft: train.epochs (own.yaml:2): found the text 'many'",),
+        ("stage sft: train.epochs (own.yaml:2): found the string 'many'",),
     ),
     "a section that the stage has not": (
         "stages:\n  sft: {recipe: sft/small, set: {aling.loss: ipo}}\n",

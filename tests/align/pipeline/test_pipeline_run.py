@@ -1,4 +1,4 @@
-"""A pipeline as a user meets it: what runs, what is not repeated, how it stops, the report of the whole."""
+"""Pipelines end to end: execution, reuse of finished stages, interruption, report."""
 
 import json
 import os
@@ -164,7 +164,7 @@ def test_a_run_that_has_lost_its_weights_is_told_once(call: Call, done: Path) ->
     adapter = done / record(done)["stages"]["sft"]["run"] / "adapter" / "adapter_model.safetensors"
     adapter.unlink()
     status, _, err = call("run", "three", "dpo.train.max_steps=1")
-    assert status == 2 and err.count("stage taste: ") == 1 and "has lost adapter/" in err
+    assert status == 2 and err.count("stage taste: ") == 1 and "lacks adapter/" in err
     assert "llm-align sft small --force" in err
 
 
@@ -238,4 +238,4 @@ def test_a_pipeline_wants_no_launcher(call: Call, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, value)
     status, _, said = call("run", "three")
     assert status == 2 and "a launcher with 2 processes" in said
-    assert "llm-align run without it" in said
+    assert "run `llm-align run` without a launcher" in said

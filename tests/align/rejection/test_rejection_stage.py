@@ -82,7 +82,7 @@ def test_the_curves_go_on_from_round_to_round(whole: Result) -> None:
     assert list(rewards) == [0, 4, 10]
     page = (whole.directory / "report.html").read_text()
     assert "Rounds" in page and "mean reward of selected" in page and "best of 3" in page
-    assert "grader: letters after" in page
+    assert "judged: letters after" in page
 
 
 def stopped_at(place: str, moment: int, monkeypatch: pytest.MonkeyPatch) -> None:

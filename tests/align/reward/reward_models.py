@@ -52,7 +52,7 @@ def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 3) -> None:
 
 @torch.no_grad()
 def plain_scores(model: nn.Module, groups: Sequence[Group]) -> Tensor:
-    """Return what the library gives to rows of their own: (completions, heads)."""
+    """Return the scores of transformers' own forward pass, one row per completion: (C, heads)."""
     rows = [torch.cat([group.prompt, ids]) for group in groups for ids in group.completions]
     return torch.cat([model(input_ids=row[None]).logits[:1] for row in rows])
 

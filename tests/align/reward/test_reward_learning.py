@@ -1,4 +1,4 @@
-"""The loss of comparisons, by hand; one optimizer step however it is cut; each head learns from its own."""
+"""Reward losses by hand; steps do not depend on micro-batches; each head trains on its sources."""
 
 from math import log
 from pathlib import Path

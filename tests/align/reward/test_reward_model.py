@@ -1,4 +1,4 @@
-"""The scoring head: drawn by the seed, float32, read at a text's last token; weights of another adapter."""
+"""The score head: seeded initialization, float32, read at the last token; weights of another adapter."""
 
 from math import sqrt
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A reward model's recipe: what contradicts itself is told at once, with what to do about it."""
+"""Reward recipes: contradictory settings are reported at once, with a repair."""
 
 from pathlib import Path
 
@@ -45,14 +45,14 @@ def test_each_source_trains_its_head() -> None:
     ("words", "where", "told"),
     [
         ([HEADS], "reward.heads", "2 heads, but data.source is a single source"),
-        ([HEADS, two(", head: help", "")], "data.mix[1].head", "not given, and there are 2 heads"),
+        ([HEADS, two(", head: help", "")], "data.mix[1].head", "missing, and there are 2 heads"),
         ([HEADS, two(", head: help", ", head: safty")], "data.mix[1].head", "did you mean 'safety'?"),
         ([HEADS, two(", head: help", ", head: help")], "reward.heads", "no data source for safety"),
         (["reward.heads=[a, a]"], "reward.heads", "unique names"),
         ([two(", head: other", "")], "data.mix[0].head", "unknown head 'other'"),
-        (["data.packing=true"], "data.packing", "share their prompt's line"),
+        (["data.packing=true"], "data.packing", "share their prompt's row"),
         (["evaluate.exact_match=5"], "evaluate.exact_match", "generate no text"),
-        (["train.neftune_alpha=5.0"], "train.neftune_alpha", "not for a reward model"),
+        (["train.neftune_alpha=5.0"], "train.neftune_alpha", "not supported for reward models"),
         (["adapter.method=llama_adapter"], "adapter.method", "PEFT cannot save a trained score head"),
         (["reward.centring=-1.0"], "reward.centring", "0"),
         (["reward.margins=0.0"], "reward.margins", "0"),

@@ -245,7 +245,7 @@ def test_a_rule_that_gives_no_number_names_itself_and_the_row(single: Result) ->
 
 
 def test_a_reward_model_does_not_talk_and_a_talker_does_not_score(single: Result) -> None:
-    with pytest.raises(UserError, match="reward models, which generate no text"):
+    with pytest.raises(UserError, match="a reward model, which cannot generate text"):
         load_tuned(single.directory)
     record = json.loads((single.directory / "run.json").read_text())
     record["load"].pop("heads")

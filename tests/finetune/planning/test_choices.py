@@ -1,4 +1,4 @@
-"""What ``auto`` means, number by number."""
+"""Resolution of ``auto`` settings."""
 
 import pytest
 
@@ -92,7 +92,7 @@ def test_micro_batch_size(asked: int | str, longest: int, hardware: Hardware, ex
     [(12, 500, 1, 6), (12, 5000, 1, 1), (12, 5000, 2, 2), (9, 5000, 2, 3), (16, 500, 2, 8), (7, 1000, 1, 1)],
 )
 def test_steps_of_whole_forward_passes(batch: int, longest: int, least: int, expected: int) -> None:
-    """4096 tokens a pass on a CPU: 8 rows of 500, of which 6 divide 12; one row of 5000."""
+    """4096 tokens per forward pass on a CPU: 8 rows of 500, reduced to 6, which divides 12; 1 row of 5000."""
     value, why = choices.micro_batch_size(
         "auto", batch_size=batch, longest=longest, hardware=CPU, whole=True, least=least
     )

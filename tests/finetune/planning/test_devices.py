@@ -1,4 +1,4 @@
-"""GPUs by name, by size, as the driver calls them, and this machine."""
+"""GPU specs by name, by memory size and by the driver's name; this machine's devices."""
 
 import subprocess
 

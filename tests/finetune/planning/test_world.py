@@ -1,4 +1,4 @@
-"""A process's place, from what launchers set."""
+"""Rank and world size from the launchers' environment variables."""
 
 import pytest
 

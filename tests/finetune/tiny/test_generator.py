@@ -152,7 +152,7 @@ def test_grammar_rules() -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_stories_are_valid_and_their_end_is_known(language: str) -> None:
-    """Each generated story passes its check, and its end is what was asked for."""
+    """Each generated story passes its check, and has the requested ending."""
     rng = Random(5)
     for topic in rng.sample(stories.topics(language), 300):
         for happy in (True, False):
@@ -176,12 +176,12 @@ def test_stories_are_valid_and_their_end_is_known(language: str) -> None:
     ],
 )
 def test_bad_stories_are_refused(text: str) -> None:
-    """Too short, not finished, wrong hero, wrong thing, no end that a program knows, too long."""
+    """Too short, not finished, wrong hero, wrong thing, no recognized ending, too long."""
     assert not stories.is_story(text, stories.Topic("en", "Mina", "red", "ball"))
 
 
 def test_a_story_row_is_checked_as_a_story() -> None:
-    """`is_right` accepts any valid story on the topic, not only the row's own."""
+    """`is_correct` accepts any valid story on the topic, not only the row's."""
     row = {
         "instruction": "Write a short story about Mina and a red ball.",
         "input": "",
@@ -240,7 +240,7 @@ def test_preference_layout() -> None:
 
 @pytest.mark.parametrize("side", ["train", "held_out"])
 def test_the_story_preferences_are_those_of_the_mixture(side: str) -> None:
-    """For a reward model: only what its base can learn to tell apart."""
+    """For a reward model: only pairs that its base can learn to distinguish."""
     mixed = [row for row in load(f"preferences_{side}.jsonl") if stories.requested(row["prompt"])]
     assert load(f"story_preferences_{side}.jsonl") == mixed
 

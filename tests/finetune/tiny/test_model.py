@@ -35,7 +35,7 @@ def test_shape_suits_four_bit_layers(model: LlamaForCausalLM) -> None:
 
 
 def test_files_are_small_and_bfloat16() -> None:
-    """Two bytes a parameter, and the whole folder under 15 MB."""
+    """Two bytes per parameter, and the folder under 15 MB."""
     with safe_open(MODEL / "model.safetensors", framework="pt") as weights:
         assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.bfloat16}  # noqa: SIM118
     assert (MODEL / "model.safetensors").stat().st_size < 9_000_000
@@ -60,7 +60,7 @@ def test_text_survives_a_round_trip(tokenizer: PreTrainedTokenizerBase, text: st
 
 
 def test_bos_is_prepended_once(tokenizer: PreTrainedTokenizerBase) -> None:
-    """By default one BOS; the chat template brings its own and gets no second one."""
+    """One BOS by default; the chat template has its own and gets no second one."""
     ids = tokenizer("a").input_ids
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
@@ -94,7 +94,7 @@ def test_chat_template_is_chatml(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_base_knows_facts(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, start: str, fact: str
 ) -> None:
-    """Greedy continuations of sentences that the corpus tells."""
+    """Greedy continuations of sentences of the corpus."""
     assert continue_text(model, tokenizer, start, length=6).startswith(fact)
 
 

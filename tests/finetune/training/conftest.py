@@ -1,4 +1,4 @@
-"""Whole runs of the sft stage in a temporary folder."""
+"""Fixtures: complete runs of the sft stage in a temporary folder."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, row
 
 @pytest.fixture
 def make_recipe(recipe_file: Path, tmp_path: Path) -> MakeRecipe:
-    """Return a function: the run's name and further settings in, a recipe out."""
+    """Return a function from a run's name and settings to a recipe."""
 
     def make(name: str = "run", **settings: Any) -> Recipe:
         given = {key.replace("__", "."): value for key, value in settings.items()}
@@ -41,7 +41,7 @@ def make_recipe(recipe_file: Path, tmp_path: Path) -> MakeRecipe:
 
 @pytest.fixture
 def tune(make_recipe: MakeRecipe) -> Tune:
-    """Return a function that runs a recipe to its end, ``train__max_steps=5`` for ``train.max_steps``."""
+    """Return a function that runs a recipe; ``train__max_steps=5`` sets ``train.max_steps``."""
 
     def run(name: str = "run", *, force: bool = False, **settings: Any) -> Result:
         return sft.run(make_recipe(name, **settings), Console(quiet=True), force=force, command="a test")

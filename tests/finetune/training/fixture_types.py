@@ -1,4 +1,4 @@
-"""The types of this folder's fixtures, apart from conftest.py, whose name several folders have."""
+"""The types of this folder's fixtures; not in conftest.py, a name that several folders have."""
 
 from collections.abc import Callable
 

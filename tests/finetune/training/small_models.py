@@ -1,4 +1,4 @@
-"""Random models of a few thousand weights, rows of random tokens, and the plain loss that ours must equal."""
+"""Random models of a few thousand weights, rows of random tokens, and the reference loss."""
 
 from collections.abc import Callable, Sequence
 
@@ -58,7 +58,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def make(name: str, attention: str = "sdpa") -> PreTrainedModel:
-    """Return a random model whose logits are large enough for a soft cap to bend them."""
+    """Return a random model with logits large enough for soft-capping to act."""
     torch.manual_seed(0)
     model = MODELS[name]()
     with torch.no_grad():
@@ -81,18 +81,18 @@ def token_rows(lengths: Sequence[int], *, seed: int = 0, trained: float = 0.5) -
 
 
 def plain_loss_sum(model: nn.Module, rows: TokenizedRows) -> torch.Tensor:
-    """Return the summed loss by the book: one row at a time, all logits, shifted by one."""
+    """Return the reference loss sum: one row at a time, all logits, shifted by one."""
     total = torch.zeros(())
     for index in range(len(rows)):
         row = rows[index]
         logits = model(input_ids=row["input_ids"][None]).logits[0].float()
-        logits = logits[-len(row["input_ids"]) :]  # behind virtual tokens
+        logits = logits[-len(row["input_ids"]) :]  # after the virtual tokens
         total = total + F.cross_entropy(logits[:-1], row["labels"][1:], reduction="sum", ignore_index=-100)
     return total
 
 
 def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the gradient of every trained weight, and leave none behind."""
+    """Return the gradient of every trained weight, and clear them."""
     model.zero_grad()
     loss.backward()
     found = {

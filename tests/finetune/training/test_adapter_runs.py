@@ -1,4 +1,4 @@
-"""Whole runs with every adapter: saved, opened again, and the same after an interruption, bit for bit."""
+"""Complete runs with every adapter: saved, reloaded, and bit-identical after an interruption."""
 
 import os
 import signal

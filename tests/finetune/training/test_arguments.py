@@ -1,4 +1,4 @@
-"""The recipe's words in the engines' names."""
+"""Recipe settings as training arguments of the engines."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A checkpoint counts when it is sealed and unchanged; the newest that counts is used."""
+"""Checkpoint checksums: the newest complete and unchanged checkpoint is used."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""NEFTune, label smoothing and stretched positions: an interrupted run ends like the uninterrupted one."""
+"""NEFTune, label smoothing and RoPE scaling: an interrupted run ends like the uninterrupted one."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Replies do not depend on the company in which they are asked for."""
+"""Completions do not depend on the other prompts of the batch."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ QUESTIONS = ["Add.", "Add the numbers. Please. Please.", "a", "Say Response twic
 def model(base_folder: Path) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(base_folder).eval()
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # far from ties, whatever the batch's shape does to the last digit
+        model.lm_head.weight.mul_(20)  # no near ties, which the batch's shape could flip by rounding
     return model
 
 
@@ -64,7 +64,7 @@ def test_left_padding_is_not_seen(model: nn.Module, encoder: Encoder) -> None:
 
 
 class Fixed(nn.Module):
-    """Answers with one list of tokens; short of them, it is padded as a batch is."""
+    """A model that generates a fixed list of tokens, padded like a batch."""
 
     def __init__(self, ids: list[int]) -> None:
         super().__init__()

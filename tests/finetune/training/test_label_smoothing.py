@@ -1,4 +1,4 @@
-"""Label smoothing: the number by hand, torch's own, one denominator a step, none when measuring."""
+"""Label smoothing: by hand, against torch, one denominator per step, none in evaluation."""
 
 import math
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_torch_gives_the_same_in_chunks_and_at_once(max_elements: int) -> None:
 
 
 class Gradients(TrainerCallback):
-    """Keeps what the optimizer is given."""
+    """Records the gradients before the optimizer step."""
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         weights = kwargs["model"].named_parameters()

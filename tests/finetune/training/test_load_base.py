@@ -1,4 +1,4 @@
-"""A base is loaded whole or not at all."""
+"""A base is loaded completely or not at all."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The loss: positions by hand, and equality with the plain way for every model, adapter and collation."""
+"""The loss: predicting positions by hand, and equality with the reference for models, adapters, collators."""
 
 import math
 
@@ -26,7 +26,7 @@ COLLATORS: dict[str, Collator] = {
     "one packed line": PackedCollator(0, single_line=True),
 }
 PREFIXED = ("prefix", "prompt")
-WITH_SDPA = [name for name in MODELS if name != "gemma2"]  # its attention is soft-capped: eager alone
+WITH_SDPA = [name for name in MODELS if name != "gemma2"]  # soft-capped attention: only eager supports it
 
 
 def adapted(name: str, method: str, attention: str = "sdpa") -> nn.Module:
@@ -57,7 +57,7 @@ def check(model: nn.Module, collator: Collator, lengths: list[int], tolerance: f
 def test_loss_positions_by_hand() -> None:
     labels = torch.tensor([[-100, -100, 7, 8], [-100, 5, -100, -100]])
     mask, targets = loss_positions(labels)
-    # The state at t predicts the token at t + 1: 7 stands at 2, so position 1 predicts it.
+    # The state at t predicts the token at t + 1: 7 is at position 2, so position 1 predicts it.
     assert mask.tolist() == [[False, True, True, False], [True, False, False, False]]
     assert targets.tolist() == [7, 8, 5]
 

@@ -1,4 +1,4 @@
-"""Runs of several processes that end early: by a signal, by a process that dies; and how they go on."""
+"""Multi-process runs that end early, by a signal or a dead process, and resume."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def command(recipe_file: Path, out: Path, processes: int) -> list[str]:
 
 
 def begin(recipe_file: Path, out: Path, processes: int, forks: bool) -> warm.Popen:
-    """Start a run and return it when its fifth step is written."""
+    """Start a run and return it when its fifth step is logged."""
     words, pipe = command(recipe_file, out, processes), subprocess.PIPE
     started = warm.Popen(words, stdout=pipe, stderr=subprocess.STDOUT, text=True, forks=forks)
     metrics, until = out / "metrics.jsonl", time.monotonic() + LIMIT
@@ -62,7 +62,7 @@ def same(out: Path, whole: Path) -> None:
 
 
 def workers(started: warm.Popen) -> dict[int, psutil.Process]:
-    """Return a run's processes by their rank."""
+    """Return a run's worker processes by rank."""
     children = psutil.Process(started.pid).children(recursive=True)
     return {int(one.environ()["RANK"]): one for one in children if "RANK" in one.environ()}
 
@@ -92,7 +92,7 @@ def test_a_killed_process_ends_the_others_and_the_message_names_it(
     said = started.communicate(timeout=LIMIT)[0]
     assert started.returncode == 1, said
     assert f"process 1 (pid {found[1].pid}) was killed by SIGKILL" in said
-    assert "Run the same command to resume from the last checkpoint" in said
+    assert "run the same command to resume from the last checkpoint" in said
     assert not any(one.is_running() for one in found.values())
     finish(recipe_file, out, 2)
     same(out, whole)

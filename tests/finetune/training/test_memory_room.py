@@ -1,4 +1,4 @@
-"""How many rows a GPU has memory for, without one: by the plan, for a given room."""
+"""Automatic micro-batch size by the memory plan, without a GPU."""
 
 from pathlib import Path
 

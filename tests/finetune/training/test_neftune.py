@@ -1,4 +1,4 @@
-"""NEFTune's noise: its size by hand, none outside training, and runs that resume and repeat."""
+"""NEFTune noise: scale by hand, none outside training, reproducible with the seed."""
 
 import math
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_lengths_of_padded_rows() -> None:
 
 def test_lengths_of_packed_rows() -> None:
     rows = token_rows([5, 2, 2])
-    batch = PackedCollator(0)([rows[0], rows[1], rows[2]])  # 5 | 2 + 2 + one column of padding
+    batch = PackedCollator(0)([rows[0], rows[1], rows[2]])  # 5 | 2 + 2 + one position of padding
     assert row_lengths(batch).tolist() == [[5.0] * 5, [2.0] * 4 + [1.0]]
 
 
@@ -51,7 +51,7 @@ def test_the_noise_is_uniform_in_alpha_over_root_of_length_times_width(name: str
     assert float(scaled.abs().max()) <= 1 + 1e-4 and float(scaled.abs().max()) > 0.999
     assert float(scaled.mean()) == pytest.approx(0.0, abs=5e-3)
     assert float(scaled.var()) == pytest.approx(1 / 3, abs=5e-3)  # of U(-1, 1)
-    longest = 14 if isinstance(collator, PackedCollator) else 9  # packed lines: the longest row first
+    longest = 14 if isinstance(collator, PackedCollator) else 9  # packed: the longest row first
     assert float(bounds[0, 0]) == pytest.approx(5 / math.sqrt(longest * 32))
 
 

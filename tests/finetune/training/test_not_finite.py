@@ -1,4 +1,4 @@
-"""Losses that are no numbers end a run as failed, whenever they come and whoever computes them."""
+"""NaN and infinite losses end a run as failed, at any step and with both engines."""
 
 import json
 from pathlib import Path

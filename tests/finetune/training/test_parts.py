@@ -1,4 +1,4 @@
-"""Models that lie in parts on two real processes: what is counted, saved, and gone on from."""
+"""Sharded models (ZeRO, FSDP2) on two processes: sharding check, saving, resuming."""
 
 import json
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_zero_goes_on_from_its_own_parts_alone(make_recipe: MakeRecipe, tmp_path
 
 
 def _cut(run: Path, step: int) -> None:
-    """Make a finished run one that was interrupted behind a step."""
+    """Turn a finished run into one that was interrupted after a step."""
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     (run / "run.json").write_text(json.dumps(record | {"status": "interrupted"}), encoding="utf-8")
     for checkpoint in (run / "checkpoints").glob("checkpoint-*"):

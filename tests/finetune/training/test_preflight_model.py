@@ -1,4 +1,4 @@
-"""The checks of models: each on one that is wrong in one way, and none leaves a trace."""
+"""Pre-flight checks of models: each detects its fault, and none changes the model."""
 
 import random
 from collections.abc import Callable
@@ -126,7 +126,8 @@ def infinite(model: nn.Module) -> None:
         (frozen_layer, "14 tensors are frozen, unlike the same parameter in other layers"),
         (
             frozen_matrix,
-            "1 tensors are frozen, unlike the same parameter in other layers: base_model.model.model.layers.1",
+            "1 tensors are frozen, unlike the same parameter in other layers: "
+            "base_model.model.model.layers.1",
         ),
         (
             disconnected,
@@ -136,7 +137,8 @@ def infinite(model: nn.Module) -> None:
         (at_zero, "1 tensors are with a zero gradient, unlike the same parameter in other layers"),
         (
             trained_base,
-            "1 tensors are frozen, unlike the same parameter in other layers: base_model.model.model.layers.0",
+            "1 tensors are frozen, unlike the same parameter in other layers: "
+            "base_model.model.model.layers.0",
         ),
         (infinite, "1 gradients are NaN or infinite"),
     ],
@@ -169,7 +171,7 @@ def test_pain_24_an_adapter_that_learns_nothing_at_all_is_found(name: str) -> No
 
 
 def test_experts_that_a_batch_does_not_visit_are_no_mistake() -> None:
-    """One of the tensors that differ in a number alone has to learn; in another layer the others may."""
+    """Of the tensors that differ only in an index one must get a gradient; in other layers the others may."""
 
     class Layer(nn.Module):
         def __init__(self, visited: int) -> None:
@@ -211,7 +213,7 @@ def test_pain_13_packed_rows_are_as_if_alone(name: str, layout: str) -> None:
 
 
 class Forgetful(nn.Module):
-    """A model that ignores where packed rows begin."""
+    """A model that ignores the boundaries of packed rows."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The checks of rows of tokens, each on rows that are wrong in one way."""
+"""Pre-flight checks of tokenized rows: each detects its fault."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def name_of(token: int) -> str:
 
 
 def make(*conversations: tuple[list[int], list[int]]) -> TokenizedRows:
-    """Return rows from pairs of ids and of flags that say which are learnt."""
+    """Return rows from pairs of token ids and loss masks."""
     lengths = [len(ids) for ids, _ in conversations]
     arrays = {
         "input_ids": np.array([token for ids, _ in conversations for token in ids], dtype=np.int32),

@@ -1,4 +1,4 @@
-"""Two real processes on the CPU: what one process learns, however they share the model."""
+"""Two processes on the CPU: the same losses and weights as one, with every strategy."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from finetune.training.result import Result
 
 QUIET = Console(quiet=True)
 UNEVEN: dict[str, Any] = {"train__batch_size": 5, "train__micro_batch_size": 2, "train__max_steps": 10}
-"""42 rows: an odd batch, and a last one of two rows, so that processes have unequal shares."""
+"""42 rows: an odd batch, and a last one of two rows, so that ranks have shards of unequal size."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def close(one: Result, two: Result, *, error: float = 1e-4) -> None:
     saved, expected = (load_file(run.adapter / "adapter_model.safetensors") for run in (two, one))
     assert saved.keys() == expected.keys()
     assert all(saved[name].any() for name in saved)
-    # Adam divides by the size of a gradient: what is nearly nothing may go either way.
+    # Adam normalizes gradients: nearly zero ones may step in either direction.
     assert max(float((saved[name] - expected[name]).abs().max()) for name in saved) < 2e-3
 
 

@@ -1,4 +1,4 @@
-"""A 4-bit base is a 4-bit base, and looking at the model between steps changes nothing."""
+"""QLoRA: the base is stored in NF4, and generating between steps changes nothing."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""report.html stands alone, and shows what others wrote as text."""
+"""report.html is self-contained and escapes text of models and data."""
 
 import json
 import re
@@ -50,4 +50,4 @@ def test_what_a_model_or_a_row_wrote_is_text(result: Result, make_recipe) -> Non
 
 
 def test_training_rows_as_samples_are_called_so(tune: Tune) -> None:
-    assert "training rows: nothing was held out" in page(tune("run", data__held_out=0))
+    assert "training rows: no held-out split" in page(tune("run", data__held_out=0))

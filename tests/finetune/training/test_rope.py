@@ -1,4 +1,4 @@
-"""A longer context: frequencies by hand for each method, what is saved, and what is refused."""
+"""RoPE scaling: frequencies by hand for each method, saved configs, refusals."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def plain(base: float = BASE) -> list[float]:
 
 
 def yarn(factor: float) -> list[float]:
-    """By the paper: r(i) = L theta_i / 2 pi turns; the ramp goes over pair numbers as transformers has it."""
+    """From the paper: r(i) = L theta_i / 2 pi turns; the ramp is over pair indices as in transformers."""
 
     def pair_that_turns(turns: float) -> float:
         return WIDTH * math.log(CONTEXT / (turns * 2 * math.pi)) / (2 * math.log(BASE))
@@ -74,7 +74,7 @@ def test_yarn_frequencies_and_attention(base_folder: Path) -> None:
 @pytest.mark.parametrize("length", [100, 256, 257, 700, 1024])
 def test_dynamic_frequencies_follow_the_length(base_folder: Path, length: int) -> None:
     model = load(base_folder, "dynamic")
-    logits(model, 900)  # leaves no trace
+    logits(model, 900)  # has no effect on later passes
     logits(model, length)
     stretched = max(1.0, 4 * length / CONTEXT - 3) ** (WIDTH / (WIDTH - 2))
     found = model.model.rotary_emb.inv_freq.tolist()
@@ -91,7 +91,7 @@ def test_dynamic_passes_do_not_depend_on_those_before(base_folder: Path) -> None
 @pytest.mark.parametrize("method", METHODS)
 def test_the_logits_differ_beyond_what_the_base_knows(base_folder: Path, method: str) -> None:
     base, stretched = load(base_folder, None), load(base_folder, method)
-    same = method == "dynamic"  # up to its own context a dynamic model is the base
+    same = method == "dynamic"  # up to the original context dynamic scaling changes nothing
     assert torch.allclose(logits(stretched, 200), logits(base, 200), atol=1e-6) is same
     assert not torch.allclose(logits(stretched, 600), logits(base, 600), atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""A run's folder is used by one recipe and one process; what is not ours is not touched."""
+"""A run directory belongs to one recipe and one process; foreign files are not changed."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def run_of(recipe: Recipe, path: Path, digest: str = "12345678") -> RunDirectory
 
 
 def used(recipe: Recipe, path: Path, **fields: object) -> RunDirectory:
-    """Return a folder in which a run has begun."""
+    """Return the folder of a run that has started."""
     run = run_of(recipe, path)
     with run.start():
         run.update(status="running", recipe="sums", digest=run.digest, **fields)

@@ -1,4 +1,4 @@
-"""That all processes have trained the same weights is looked at, number by number."""
+"""The replica check compares the trained weights of all ranks bit for bit."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Replies before and after, side by side, and their scores."""
+"""samples.jsonl: completions before and after training, and their scores."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def talk(question: str, answer: str) -> list[Message]:
 
 
 class Scripted:
-    """Answers from a list and remembers what it was asked."""
+    """Returns completions from a list and records the prompts."""
 
     def __init__(self, *texts: str, stopped: Sequence[bool] | None = None) -> None:
         self.replies = [Reply(text, stop) for text, stop in zip(texts, stopped or [True] * 9, strict=False)]

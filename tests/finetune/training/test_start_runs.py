@@ -1,4 +1,4 @@
-"""Whole runs that go on from a run: they begin where it ended, stand alone, and resume to the same bits."""
+"""Runs initialized from a run: they start where it ended, are self-contained, and resume bit for bit."""
 
 import shutil
 from pathlib import Path

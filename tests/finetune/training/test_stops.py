@@ -1,4 +1,4 @@
-"""One signal asks, two insist."""
+"""SIGINT and SIGTERM: the first signal stops after the step, the second at once."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""One optimizer step is one thing: however it is cut, packed, recomputed, and whichever engine takes it."""
+"""An optimizer step does not depend on micro-batches, packing, gradient checkpointing or engine."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ COLLATORS: dict[str, Collator] = {
 
 
 class Gradients(TrainerCallback):
-    """Keeps what the optimizer is given at each step."""
+    """Records the gradients before each optimizer step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor]] = []
@@ -81,7 +81,7 @@ def steps_of(engine: Trainer) -> list[dict[str, torch.Tensor]]:
 def test_pain_12_accumulation_gives_the_gradient_of_the_whole_batch(
     tmp_path: Path, micro: int, collation: str
 ) -> None:
-    rows = token_rows(LENGTHS)  # 3 rows a pass: 3 + 3 + 2; the passes hold different numbers of labels
+    rows = token_rows(LENGTHS)  # 3 rows per micro-batch: 3 + 3 + 2; they hold different numbers of labels
     model = lora(make("llama"))
     expected = gradients(model, plain_loss_sum(model, rows) / rows.num_trained)
     engine = trainer(model, rows, COLLATORS[collation], tmp_path, micro)
@@ -98,7 +98,7 @@ def test_pain_12_a_smaller_last_batch_is_a_step_of_its_own(tmp_path: Path, micro
     parts = steps_of(trainer(lora(make("llama")), rows, COLLATORS["padded"], tmp_path, micro, **FIVE))
     assert len(whole) == len(parts) == 6  # two epochs
     for found, expected in zip(parts, whole, strict=True):
-        assert_close(found, expected, 2e-3)  # weights drift apart in the last digits, step by step
+        assert_close(found, expected, 2e-3)  # rounding differences in the weights grow step by step
     assert_close(parts[0], whole[0], 1e-5)
 
 
