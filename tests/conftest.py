@@ -1,5 +1,6 @@
 """What all tests share: a tiny base written to a folder, a few rows, and a cache that is thrown away."""
 
+import functools
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(CACHE / "torch_extensions"))
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: one core each, or they wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
+os.fsync = lambda file: None  # for power cuts; the processes that tests kill have the real one
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 """Published data beside a developer's checkout; tests that want it skip where it is absent."""
@@ -33,6 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Leave what is imported to no search for garbage: every training asks for one, 0.3 s each."""
     freeze()
+    if "jinja2" in sys.modules:  # PEFT writes a model card at every save, and compiles its template
+        import jinja2
+
+        jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
 
 
 def freeze() -> None:

@@ -2,13 +2,14 @@
 
 They are forked from a server that has imported everything (``warm_server.py``), one for each process of
 pytest's. Pids, signals, exit statuses, output and environment are those of any process; what is not: they
-are the server's children, and share its hash seed. Tests about either start processes in the usual way.
+are the server's children, and share its hash seed. So runs that killed ones are compared with are ordinary
+processes where no other test compares across hash seeds (``killed.uninterrupted``), and ``forks=False``
+leaves a run's own processes its children, which have to end with it.
 """
 
 import atexit
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -35,12 +36,7 @@ def server() -> str:
         start_new_session=True,
     )
     assert started.stdin and started.stdout
-
-    def stop() -> None:
-        started.communicate()
-        shutil.rmtree(folder)
-
-    atexit.register(stop)
+    atexit.register(started.communicate)  # it ends with its standard input
     assert started.stdout.readline() == b"ready\n", "the warm server did not start"
     return path
 
@@ -58,7 +54,9 @@ class Popen:
         stderr: Any = None,
         text: bool = False,
         start_new_session: bool = True,
+        forks: bool = True,
     ) -> None:
+        """Start it; where ``forks``, the processes of its run begin at once too, and are not its children."""
         self.args, self.text, self.returncode = args, text, None
         self.output, self.errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
         self.piped = stdout == subprocess.PIPE, stderr == subprocess.PIPE
@@ -66,7 +64,8 @@ class Popen:
         files = [out, out if stderr == subprocess.STDOUT else self._file(stderr, 2)]
         python, *words = args
         assert python == sys.executable, args
-        request = {"words": words, "folder": str(cwd or Path.cwd()), "environment": dict(env or os.environ)}
+        request = {"words": words, "folder": str(cwd or Path.cwd()), "forks": forks}
+        request["environment"] = dict(env or os.environ)
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server.connect(server())
         socket.send_fds(self._server, [json.dumps(request).encode()], files)

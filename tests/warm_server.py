@@ -8,8 +8,10 @@ import gc
 import json
 import os
 import pkgutil
+import random
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -17,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import warm
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
@@ -57,6 +60,7 @@ def serve(path: str) -> Request:
                 for other in here.get_map().values():
                     if isinstance(other.data, tuple):
                         os.kill(other.data[0], signal.SIGKILL)
+                shutil.rmtree(Path(path).parent)
                 os._exit(0)
             elif key.data == "request":
                 client = listening.accept()[0]
@@ -114,6 +118,10 @@ def become(request: Request, files: list[int]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    random.seed()  # nobody may count on what a parent has drawn: a new interpreter draws by chance
+    numpy.random.seed()
+    if request["forks"]:
+        subprocess_handler.Popen = warm.Popen
     if threads := os.environ.get("OMP_NUM_THREADS"):  # the library has read the server's
         torch.set_num_threads(int(threads))
 
@@ -136,7 +144,6 @@ if __name__ == "__main__":
     path = sys.argv[1]
     import_everything()
     warm.server = lambda: path
-    subprocess_handler.Popen = warm.Popen  # a run's processes are forked too
     gc.collect()
     gc.freeze()
     run(serve(path)["words"])

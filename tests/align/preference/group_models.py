@@ -1,5 +1,6 @@
 """Random models and groups, and the reference computation: one forward pass per completion."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,8 @@ SOME: list[Shape] = [(4, [3, 5]), (7, [1, 2, 1, 6]), (1, [4])]
 def random_model(config: PretrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
     """Return a random model whose attention and predictions are far from uniform."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    own = copy.deepcopy(config)  # a trainer writes into it
+    model = AutoModelForCausalLM.from_config(own, attn_implementation=attention)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2:

@@ -57,7 +57,7 @@ IDS = torch.tensor([[1, 5, 9, 6, 30, 31, 32, 7], [2, 7, 8, 5, 40, 41, 42, 6]])
 def _folder(family: str) -> Path:
     """Save a base with random weights, also in biases and norms, so that none is exactly zero or one."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family])
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]))
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 1:

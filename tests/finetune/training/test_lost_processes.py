@@ -7,15 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import warm
 from safetensors.torch import load_file
 
-Popen = subprocess.Popen[str] | warm.Popen
-"""A run whose processes are looked at is an ordinary one: they are to end with the one that started them."""
 LIMIT = 120
 STEPS = 60
 SIZES = ["train.batch_size=5", "train.micro_batch_size=2", "train.checkpoint_every=3"]
@@ -26,11 +23,10 @@ def command(recipe_file: Path, out: Path, processes: int) -> list[str]:
     return [sys.executable, *words, f"train.max_steps={STEPS}", *SIZES]
 
 
-def start_run(recipe_file: Path, out: Path, processes: int, popen: Any) -> Popen:
+def start_run(recipe_file: Path, out: Path, processes: int, forks: bool) -> warm.Popen:
     """Start a run and return it when its fifth step is logged."""
-    started = popen(
-        command(recipe_file, out, processes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    words, pipe = command(recipe_file, out, processes), subprocess.PIPE
+    started = warm.Popen(words, stdout=pipe, stderr=subprocess.STDOUT, text=True, forks=forks)
     metrics, until = out / "metrics.jsonl", time.monotonic() + LIMIT
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
         assert started.poll() is None and time.monotonic() < until, started.communicate()[0]
@@ -70,7 +66,7 @@ def assert_equal_runs(out: Path, uninterrupted: Path) -> None:
     )
 
 
-def workers(started: Popen) -> dict[int, psutil.Process]:
+def workers(started: warm.Popen) -> dict[int, psutil.Process]:
     """Return a run's worker processes by rank."""
     children = psutil.Process(started.pid).children(recursive=True)
     return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
@@ -81,7 +77,7 @@ def test_a_stopped_run_resumes_with_another_number_of_processes(
     recipe_file: Path, tmp_path: Path, uninterrupted: Path, first: int, then: int
 ) -> None:
     out = tmp_path / "run"
-    started = start_run(recipe_file, out, first, warm.Popen)
+    started = start_run(recipe_file, out, first, forks=True)
     started.send_signal(signal.SIGTERM)
     output = started.communicate(timeout=LIMIT)[0]
     assert started.returncode == 130 and "Run the same command to resume" in output, output
@@ -94,7 +90,7 @@ def test_a_killed_worker_stops_the_others_and_is_named(
     recipe_file: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     out = tmp_path / "run"
-    started = start_run(recipe_file, out, 2, subprocess.Popen)
+    started = start_run(recipe_file, out, 2, forks=False)
     by_rank = workers(started)
     assert sorted(by_rank) == [0, 1]
     by_rank[1].kill()
@@ -108,7 +104,7 @@ def test_a_killed_worker_stops_the_others_and_is_named(
 
 
 def test_workers_exit_with_the_launcher(recipe_file: Path, tmp_path: Path) -> None:
-    started = start_run(recipe_file, tmp_path / "run", 2, subprocess.Popen)
+    started = start_run(recipe_file, tmp_path / "run", 2, forks=False)
     running = list(workers(started).values())
     os.kill(started.pid, signal.SIGKILL)
     gone, alive = psutil.wait_procs(running, timeout=LIMIT)
