@@ -305,7 +305,7 @@ def _tokenize(
     kept_rows = [rows[row_id] for row_id in arrays["row_ids"]]
     return Prompts(
         tuple(
-            Prompt(row.prompt, tuple(token_ids.tolist()), row.where, row.expected, row.source)
+            Prompt(row.prompt, tuple(token_ids.tolist()), row.location, row.expected, row.source_index)
             for row, token_ids in zip(
                 kept_rows, prompt_ids, strict=False
             )  # np.split of nothing returns one piece

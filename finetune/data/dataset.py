@@ -199,7 +199,7 @@ def _tokenize_rows(
     key = _tokens_cache_key(rows, encoder, settings, max_length)
     arrays = load_or_encode(key, encode, cache=settings.cache, report=report)
     tokenized = [rows[row_id] for row_id in arrays.pop("row_ids")]
-    return TokenizedRows(arrays, [row.where for row in tokenized], [row.source for row in tokenized])
+    return TokenizedRows(arrays, [row.location for row in tokenized], [row.source_index for row in tokenized])
 
 
 def load_or_encode(

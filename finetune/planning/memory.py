@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from finetune.planning.kv_cache import decoding_memory
 from finetune.planning.static_memory import StaticMemory, gathered_weight_bytes, static_memory
@@ -61,27 +61,14 @@ def plan_memory(workload: Workload) -> tuple[Phase, ...]:
             static.host,
         )
     ]
+    phase = partial(_phase, host=static.host)
     resident_bytes = {"base": static.base, "adapter": static.adapter, "optimizer": static.optimizer}
     gathered_bytes = gathered_weight_bytes(workload)
     if workload.rollout is not None:
-        phases.append(
-            _phase(
-                "rollout",
-                resident_bytes,
-                _generation_peak(workload),
-                workspace=gathered_bytes,
-                host=static.host,
-            )
-        )
+        phases.append(phase("rollout", resident_bytes, _generation_peak(workload), workspace=gathered_bytes))
     if workload.objective == "ppo" or workload.live_reference:
         phases.append(
-            _phase(
-                "score",
-                resident_bytes,
-                _forward_peak(_pass_workload(workload)),
-                workspace=gathered_bytes,
-                host=static.host,
-            )
+            phase("score", resident_bytes, _forward_peak(_pass_workload(workload)), workspace=gathered_bytes)
         )
     train_step = dict(_train_step_peak(_pass_workload(workload)))
     # The first micro-batch has no gradient to accumulate into, the later ones do.
@@ -91,18 +78,10 @@ def plan_memory(workload: Workload) -> tuple[Phase, ...]:
     # DDP's reducer copies gradients into buckets, which stay allocated.
     buckets = static.gradients if workload.strategy == "ddp" else 0
     phases.append(
-        _phase(
-            "forward and backward",
-            resident_bytes,
-            train_step,
-            workspace=gathered_bytes + buckets,
-            host=static.host,
-        )
+        phase("forward and backward", resident_bytes, train_step, workspace=gathered_bytes + buckets)
     )
     optimizer_step = {"gradients": static.gradients, "workspace": static.step_workspace}
-    phases.append(
-        _phase("optimizer step", resident_bytes, optimizer_step, workspace=buckets, host=static.host)
-    )
+    phases.append(phase("optimizer step", resident_bytes, optimizer_step, workspace=buckets))
     if not workload.adapter.full_finetuning:
         phases.append(Phase("merge", _merge_categories(workload, static), static.host))
     # Weights are copied to host memory to be written: one shard of a model, or the full adapter.

@@ -69,7 +69,10 @@ def tokenize_comparisons(
 
     arrays = load_or_encode(_preference_cache_key(rows, encoder, limits), encode, cache=cache, report=report)
     tokenized = [rows[row_id] for row_id in arrays.pop("row_ids")]
-    locations, source_ids = tuple(row.where for row in tokenized), tuple(row.source for row in tokenized)
+    locations, source_ids = (
+        tuple(row.location for row in tokenized),
+        tuple(row.source_index for row in tokenized),
+    )
     return PreferenceGroups(**arrays, locations=locations, source_ids=source_ids)
 
 

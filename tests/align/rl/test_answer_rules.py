@@ -54,7 +54,7 @@ def rewards():
 def test_function_receives_the_reference_answer(rewards):
     conversations = [[Message("user", "How many?"), Message("assistant", text)] for text in ("72", "24")]
     scores = rewards.score(conversations, ["row 1", "row 2"], expected=[SOLUTION, SOLUTION])
-    assert scores.total.tolist() == [1.0, 0.0] and list(scores.parts) == ["same_number"]
+    assert scores.total.tolist() == [1.0, 0.0] and list(scores.by_source) == ["same_number"]
 
 
 def test_missing_reference_answer_is_reported(rewards):

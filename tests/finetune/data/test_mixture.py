@@ -167,7 +167,7 @@ def test_held_out_rows_have_the_mixtures_proportions_and_are_never_trained(write
     mix = ({"source": write("a", 60), "weight": 3}, {"source": write("b", 60), "weight": 1})
     train, held_out, _ = mixed(*mix, held_out=8, mix_rows=400)
     assert per_source(held_out) == [6, 2] and len(train) == 400
-    assert {row.where for row in held_out}.isdisjoint(row.location for row in train)
+    assert {row.location for row in held_out}.isdisjoint(row.location for row in train)
     # A share is one of the 80 rows that come without repetition.
     assert len(mixed(*mix, held_out=0.1)[1]) == 8
 

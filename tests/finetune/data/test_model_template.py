@@ -77,7 +77,7 @@ def tokenizer_text(encoder, messages):
 
 def trained_text(encoder, encoded):
     """Return the text that carries loss."""
-    pairs = zip(encoded.input_ids, encoded.trained, strict=True)
+    pairs = zip(encoded.input_ids, encoded.loss_mask, strict=True)
     return encoder.tokenizer.decode([token for token, trained in pairs if trained])
 
 

@@ -27,7 +27,7 @@ def tokens_of(encoder, ids):
 
 def trained_ids(encoded):
     """Return the ids that carry loss."""
-    return [token for token, trained in zip(encoded.input_ids, encoded.trained, strict=True) if trained]
+    return [token for token, trained in zip(encoded.input_ids, encoded.loss_mask, strict=True) if trained]
 
 
 def test_chatml_ends_a_reply_with_its_own_token_where_the_tokenizer_has_it():

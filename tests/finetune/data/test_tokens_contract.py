@@ -49,7 +49,7 @@ def turns_for(encoder, messages):
 
 def trained_runs(encoded):
     """Return the token ids of each span that carries loss."""
-    pairs = zip(encoded.input_ids, encoded.trained, strict=True)
+    pairs = zip(encoded.input_ids, encoded.loss_mask, strict=True)
     return [
         [token for token, _ in run] for trained, run in groupby(pairs, key=lambda pair: pair[1]) if trained
     ]
@@ -68,7 +68,7 @@ def test_pain_02_loss_is_on_reply_and_end_token_of_each_turn_and_nothing_else(te
     turns = turns_for(encoder, TWO_EXCHANGES)
     encoded = encoder.encode(turns)
     runs = trained_runs(encoded)
-    assert len(encoded.input_ids) == len(encoded.trained)
+    assert len(encoded.input_ids) == len(encoded.loss_mask)
     replies = [turn.content for turn in turns if turn.role == "assistant"]
     assert len(runs) == len(replies)
     blanks = BLANKS.get(template, "{}")
@@ -111,7 +111,7 @@ def test_pain_03_the_prompt_is_the_beginning_of_the_training_row(template, name)
         prompt = encoder.encode_prompt(messages[:-1])
         encoded = encoder.encode(messages)
         assert encoded.input_ids[: len(prompt)] == prompt
-        assert encoded.trained[len(prompt)]
+        assert encoded.loss_mask[len(prompt)]
 
 
 @pytest.mark.parametrize(("template", "name"), PAIRS)
@@ -176,7 +176,7 @@ def test_two_conversations_never_have_the_same_tokens(template, name, data):
     if first.num_escaped or second.num_escaped:
         return
     same = [with_context(turn) for turn in one] == [with_context(turn) for turn in other]
-    assert ((first.input_ids, first.trained) == (second.input_ids, second.trained)) == same
+    assert ((first.input_ids, first.loss_mask) == (second.input_ids, second.loss_mask)) == same
 
 
 def _distribute(data, pieces, shape):

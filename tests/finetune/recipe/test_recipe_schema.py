@@ -86,9 +86,9 @@ def test_nothing_heavy_is_imported(workspace):
     code = """
 import sys, time
 start = time.perf_counter()
-from finetune.recipe.recipe import load
+from finetune.recipe.recipe import read_recipe
 from finetune.recipe.schema import listing, rows, schema
-recipe = load("sft", "my.yaml", shortcuts={"adapter.method": "prefix"})
+recipe = read_recipe("sft", "my.yaml", shortcuts={"adapter.method": "prefix"})
 rows(recipe), recipe.to_yaml(), recipe.digest(""), listing(), schema("sft")
 heavy = {"torch", "transformers", "peft", "datasets", "trl", "numpy", "pyarrow"} & set(sys.modules)
 print(sorted(heavy), time.perf_counter() - start < 5)
