@@ -238,9 +238,9 @@ def test_the_header_is_printed_before_heavy_imports(
     program = f"""
 import sys
 from align import data_terminal
-from finetune.recipe.recipe import load
+from finetune.recipe.recipe import read_recipe
 from rich.console import Console
-data_terminal.print_head(load("sft", {str(recipe)!r}), Console())
+data_terminal.print_header(read_recipe("sft", {str(recipe)!r}), Console())
 print(sorted({{"torch", "transformers", "datasets"}} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -71,7 +71,7 @@ def tokenize_comparisons(
     tokenized = [rows[row_id] for row_id in arrays.pop("row_ids")]
     locations, source_ids = (
         tuple(row.location for row in tokenized),
-        tuple(row.source_index for row in tokenized),
+        tuple(row.source for row in tokenized),
     )
     return PreferenceGroups(**arrays, locations=locations, source_ids=source_ids)
 

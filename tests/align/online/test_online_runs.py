@@ -66,7 +66,7 @@ def test_resumed_run_equals_uninterrupted_run(tune, stage, monkeypatch):
 
     def ask_at_step_5(self, args, state, control, logs=None, **kwargs):
         log(self, args, state, control, logs=logs, **kwargs)
-        if state.global_step == 5 and not self.signal_flag.name:
+        if state.global_step == 5 and not self.signal_flag.signal_name:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Recorder, "on_log", ask_at_step_5)

@@ -76,7 +76,7 @@ HEALTHY = before_and_after(
     kl=(0.0, 4.0),
     perplexity=(2.0, 2.5),
     length=(20.0, 22.0),
-    values=(1.0, 1.0),
+    ends=(1.0, 1.0),
     entropy=(1.0, 0.6),
     distinct=(1.0, 0.9),
 ) | {"clipped_after": 0.1, "explained_variance_after": 0.5}
@@ -112,7 +112,7 @@ def test_healthy_run_has_no_action() -> None:
         (before_and_after(perplexity=(2.0, 9.0)), "fluency", "kl_coefficient"),
         (before_and_after(length=(20.0, 60.0)), "length", "length_penalty"),
         (before_and_after(length=(20.0, 5.0)), "length", "kl_coefficient"),
-        (before_and_after(values=(1.0, 0.5)), "length", "missing_end"),
+        (before_and_after(ends=(1.0, 0.5)), "length", "missing_end"),
         (before_and_after(distinct=(1.0, 0.2)), "variety", "entropy_coefficient"),
         ({"clipped_after": 0.6}, "updates", "learning_rate"),
         ({"explained_variance_after": -0.4}, "updates", "value_coefficient"),

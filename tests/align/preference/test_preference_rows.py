@@ -24,7 +24,7 @@ def hh(prompt, chosen, rejected, other=None):
 
 
 def replies(row):
-    return [reply.content for reply in row.completions]
+    return [reply.content for reply in row.replies]
 
 
 @pytest.mark.parametrize(

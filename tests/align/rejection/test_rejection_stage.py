@@ -91,7 +91,7 @@ def interrupt_at(place: str, moment: int, monkeypatch: pytest.MonkeyPatch) -> No
     """Send a signal when the run reaches a place for the nth time."""
     count = 0
     owner: Any = {"draw": RejectionSampling, "train": RunContext}[place]
-    name = {"draw": "_write_selected", "train": "train"}[place]
+    name = {"draw": "_write_selected", "train": "fit"}[place]
     original = getattr(owner, name)
 
     def counted(self: Any, *args: Any) -> Any:

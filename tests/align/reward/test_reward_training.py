@@ -71,8 +71,8 @@ def gradient_of_a_step(
 def test_pain_12_a_step_is_independent_of_micro_batches(
     tmp_path: Path, micro: int, ranks: list[tuple[int, ...]]
 ) -> None:
-    full_batch = gradient_of_a_step(tmp_path, 4, ranks, centring=0.1, margins=0.5)
-    cut = gradient_of_a_step(tmp_path, micro, ranks, centring=0.1, margins=0.5)
+    full_batch = gradient_of_a_step(tmp_path, 4, ranks, center_rewards_coefficient=0.1, margin_scale=0.5)
+    cut = gradient_of_a_step(tmp_path, micro, ranks, center_rewards_coefficient=0.1, margin_scale=0.5)
     assert full_batch.keys() == cut.keys() and len(full_batch) > 10
     for name, gradient in full_batch.items():
         assert torch.allclose(gradient, cut[name], atol=1e-6, rtol=1e-4), name

@@ -57,9 +57,9 @@ def test_many_completions_of_a_prompt_are_scored_in_chunks(
     sizes: list[int] = []
     scored = scorer_module.score_groups
 
-    def seen(network, groups, collate, *, size):
+    def seen(network, groups, collate, *, batch_size):
         sizes.extend(len(group.completion_ids) for group in groups)
-        return scored(network, groups, collate, batch_size=size)
+        return scored(network, groups, collate, batch_size=batch_size)
 
     monkeypatch.setattr(scorer_module, "score_groups", seen)
     model.score(

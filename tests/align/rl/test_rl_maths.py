@@ -48,7 +48,7 @@ def gae_by_definition(
 
 @pytest.mark.parametrize(
     ("module", "examples"),
-    [(masked, 7), (advantages_module, 7), (kl_module, 4), (losses, 11), (reward_shaping, 9)],
+    [(masked, 7), (advantages_module, 7), (kl_module, 4), (losses, 12), (reward_shaping, 9)],
     ids=lambda value: value.__name__ if isinstance(value, ModuleType) else "",
 )
 def test_doctests(module: ModuleType, examples: int) -> None:

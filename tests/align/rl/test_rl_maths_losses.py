@@ -78,7 +78,7 @@ def test_masked_tokens_add_0_to_loss_and_gradient(garbage: float) -> None:
     clean = [tensor.masked_fill(~mask, 0.0).requires_grad_() for tensor in tensors]
     dirty = [tensor.masked_fill(~mask, garbage).requires_grad_() for tensor in tensors]
     for loss in (policy_loss, value_loss):
-        results = [loss(*inputs, mask, clip=0.2) for inputs in (clean, dirty)]
+        results = [loss(*inputs, mask, clip_range=0.2) for inputs in (clean, dirty)]
         assert torch.equal(results[0].losses, results[1].losses)
         assert torch.equal(results[0].clipped, results[1].clipped)
         assert (results[1].losses[~mask] == 0).all() and not results[1].clipped[~mask].any()

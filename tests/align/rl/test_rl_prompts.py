@@ -236,8 +236,8 @@ def test_loading_logs_the_data_report():
     logged, resolved = [], {}
     ctx = SimpleNamespace(
         recipe=SimpleNamespace(settings=SimpleNamespace(train=TrainSettings())),
-        say=logged.append,
-        choose=lambda key, choice: resolved.setdefault(key, choice)[0],
+        log=logged.append,
+        resolve_auto=lambda key, choice: resolved.setdefault(key, choice)[0],
         timed=lambda phase: nullcontext(),
     )
     settings = PromptSettings(source=numbered_prompts(3), template="chatml", cache=False)

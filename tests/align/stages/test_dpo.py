@@ -138,7 +138,7 @@ BAD = {
     "align.loss.beta=-1": ["align.loss.beta (command line)", "found -1", "a number above 0"],
     "align.loss.betta=1": ["unknown setting", "for the loss 'dpo': beta", "did you mean 'beta'?"],
     "align.loss={name: ipo, over_tokens: max}": ["align.loss.over_tokens", "one of sum, mean"],
-    "align.loss=3": ["align.loss", "found 3", "a text, or a mapping"],
+    "align.loss=3": ["align.loss", "found 3", "a string, or a mapping"],
     "align.reference=frozen": ["align.reference", "one of precomputed, live"],
     "train.neftune_alpha=5": ["train.neftune_alpha", "train.neftune_alpha=null"],
     "train.label_smoothing=0.1": ["train.label_smoothing", "{name: cdpo, label_smoothing: 0.1}"],

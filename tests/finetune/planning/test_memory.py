@@ -145,7 +145,7 @@ def vars_of(static: Any) -> dict[str, int]:
 
 
 def test_memory_savings() -> None:
-    plan = workload(LLAMA_7B, lines=4, columns=512, predicted=1000)
+    plan = workload(LLAMA_7B, rows=4, seq_len=512, predicted=1000)
     baseline = peak_phase(plan_memory(plan)).total
     for change in ({"checkpointing": True}, {"quantization": "nf4"}, {"rows": 1}, {"seq_len": 256}):
         assert peak_phase(plan_memory(replace(plan, **change))).total < baseline
@@ -155,7 +155,7 @@ def test_memory_savings() -> None:
 
 def test_a_mask_is_saved_in_every_layer() -> None:
     """Boolean masks are converted to additive ones in every layer: 32 x 4 x 512 x 512 x 2 bytes = 64 MiB."""
-    plan = workload(LLAMA_7B, lines=4, columns=512, predicted=1000)
+    plan = workload(LLAMA_7B, rows=4, seq_len=512, predicted=1000)
     mask_bytes = simulate_train_step(replace(plan, masked=True)).peak - simulate_train_step(plan).peak
     query_grad_bytes = 4 * 4 * 512 * 4096  # a GPU sums the gradient of the queries in float32 without a mask
     assert 64 * 2**20 - query_grad_bytes <= mask_bytes <= 64 * 2**20
@@ -163,7 +163,7 @@ def test_a_mask_is_saved_in_every_layer() -> None:
 
 def test_logits_bytes() -> None:
     """In float32 the softmax, its gradient and that of the logits coexist: 12 bytes per logit."""
-    plan = workload(precision="float32", predicted=1024, columns=256, adapter=Adapter("ia3"))
+    plan = workload(precision="float32", predicted=1024, seq_len=256, adapter=Adapter("ia3"))
     plan = replace(plan, architecture=replace(plan.architecture, vocab_size=16_000))
     categories = phase(plan, "forward and backward").categories
     assert categories["logits and loss"] == pytest.approx(12 * 1024 * 16_000, rel=1e-3)

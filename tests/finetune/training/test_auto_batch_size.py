@@ -47,5 +47,5 @@ def test_an_unknown_architecture_has_no_predicate(tmp_path: Path) -> None:
     settings = read_recipe("sft", "quickstart").settings
     model = settings.model.model_copy(update={"base": str(tmp_path)})
     policy = Policy(nn.Identity(), "bfloat16", "none")
-    gpu_bytes = {"longest": 512, "processes": 1, "strategy": "single", "room": 40 * GIB}
-    assert batch_fits(settings.model_copy(update={"model": model}), policy, **gpu_bytes) is None
+    gpu = {"longest": 512, "num_processes": 1, "strategy": "single", "gpu_bytes": 40 * GIB}
+    assert batch_fits(settings.model_copy(update={"model": model}), policy, **gpu) is None

@@ -131,7 +131,7 @@ def test_any_lengths_give_the_reference_loss(lengths: list[int], collation: str)
 
 
 @settings(deadline=None, max_examples=25)
-@given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=9), lines=st.integers(1, 5))
+@given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=9), batch_size=st.integers(1, 5))
 def test_held_out_loss_does_not_depend_on_the_batches(lengths: list[int], batch_size: int) -> None:
     rows = token_rows(lengths, seed=3)
     expected = float(reference_loss_sum(LLAMA, rows).detach()) / rows.num_trained

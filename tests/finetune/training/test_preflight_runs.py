@@ -155,7 +155,7 @@ def test_pain_11_the_tokenizer_is_saved_with_the_adapter(tune: Tune, base_folder
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_pain_13_contaminated_packing_stops_the_run(stopped, monkeypatch, attention: str) -> None:
-    monkeypatch.setattr(collate, "_positions", lambda row, width: torch.arange(width))
+    monkeypatch.setattr(collate, "_restarting_positions", lambda row, width: torch.arange(width))
     error = stopped(data__packing=True, model__attention=attention)
     [problem] = [problem for problem in error.problems if problem.where == "data.packing"]
     assert "a row must not attend to its neighbors" in problem.expected

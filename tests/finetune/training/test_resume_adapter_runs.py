@@ -114,6 +114,6 @@ def test_a_missing_parent_is_refused(tune: Tune, make_recipe: MakeRecipe) -> Non
     first = tune("first")
     recipe = make_recipe("second", **parent_of(first))
     shutil.rmtree(first.directory)
-    with pytest.raises(UserError, match="first: no run"):
+    with pytest.raises(UserError, match="first: not a run"):
         sft.run(recipe, Console(quiet=True), command="a test")
     assert not (first.directory.parent / "second").exists()
