@@ -31,6 +31,8 @@ from safetensors.torch import load_file
 STAGES = ("sft", "pretrain", "dpo", "kto", "reward", "ppo", "rejection", "rloo", "grpo", "hindsight")
 TRL_STAGES = ("sft", "dpo", "reward")
 """Stages that TRL's trainer runs too, with ``train.engine=trl``."""
+TRL_EXTRA = {"dpo": ("align.loss=dpo",)}
+"""Overrides with TRL's engine, which does not have the quickstart's loss."""
 FROM_SFT = ("dpo", "kto", "ppo", "rejection", "rloo", "grpo")
 WITH_REWARD = ("ppo", "rejection", "rloo", "grpo")
 COMMON = (
@@ -85,7 +87,7 @@ class Checkout:
         verb = self.renames.stage(stage)
         overrides = [text.format(steps=steps) for text in (*COMMON, *EXTRA.get(stage, ()))]
         if engine:
-            overrides.append(f"train.engine={engine}")
+            overrides += [f"train.engine={engine}", *TRL_EXTRA.get(stage, ())]
         command = [self.python, "-m", "align", verb, "quickstart", "--out", str(folder)]
         if stage in FROM_SFT:
             command += ["--from", str(sft)]
