@@ -17,7 +17,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-STAGES := $(filter-out __init__,$(notdir $(basename $(wildcard finetune/stages/*.py align/stages/*.py))))
+STAGES := $(subst _,-,$(filter-out __init__,$(notdir $(basename $(wildcard finetune/stages/*.py align/stages/*.py)))))
 OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPTER),--adapter $(ADAPTER)) \
           $(if $(FROM),--from $(FROM)) $(if $(REWARD),--reward $(REWARD)) $(if $(OUT),--out $(OUT))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.default_recipe import default_recipe
+from finetune.recipe.discovery import stage_of_verb
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.silence import silence_libraries
 
@@ -52,10 +53,11 @@ def load_recipe(
         "model.base": base,
         "data.source": data,
         "adapter.method": adapter,
-        "model.start": str(init_from) if init_from is not None else None,
-        "reward.sources": str(reward) if reward is not None else None,
+        "model.init_from": str(init_from) if init_from is not None else None,
+        "rewards.sources": str(reward) if reward is not None else None,
     }
     overrides = {key: value for key, value in shortcuts.items() if value is not None} | dict(settings or {})
+    stage = stage_of_verb(stage)
     recipe_name, notes = (name, []) if name else default_recipe(stage, overrides)
     recipe = read_recipe(stage, recipe_name, shortcuts=overrides, out=Path(out) if out is not None else None)
     return replace(recipe, notes=[*notes, *recipe.notes])
@@ -94,7 +96,7 @@ def load_reward(directory: str | Path) -> "RewardModel":
 def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") -> "Result":
     """Run a recipe and return its result; a finished run is returned at once.
 
-    If the recipe starts from another recipe's run (``model.start: sft/quickstart``), or takes its rewards
+    If the recipe starts from another recipe's run (``model.init_from: sft/quickstart``), or takes its rewards
     from one, that one runs first.
 
     Args:

@@ -14,13 +14,22 @@ from align.planning.command import plan
 from align.recipe_words import recipe_from_arguments
 from align.rl.rewards.settings import has_rewards_section
 from finetune.distributed.rank import dist_info
-from finetune.recipe.discovery import plugin_summary, recipe_names, stage_names
-from finetune.recipe.errors import UserError
+from finetune.recipe.discovery import (
+    ALIASES,
+    plugin_summary,
+    recipe_names,
+    stage_names,
+    stage_of_verb,
+    verb_of,
+)
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.renamed import STAGES, renamed_verb
 from finetune.recipe.silence import silence_libraries
 
 USER_ERROR, OUR_ERROR, INTERRUPTED = 2, 1, 130
 FROM_HELP = "Finished run to start from: folder, name or prefix; or STAGE/RECIPE, which runs first if needed."
+STAGE = "Stage of the recipe."
 REWARD_HELP = "Reward: a finished reward run, reward/RECIPE, or file.py:function."
 
 STAGE_EPILOG = """\b
@@ -71,9 +80,9 @@ def _fail(message: str, status: int) -> None:
 
 def _stage_command(stage: str, package: str) -> click.Command:
     example = next((name for name in recipe_names(stage) if name != QUICKSTART), QUICKSTART)
-    epilog = STAGE_EPILOG.format(stage=stage, recipe=example)
+    epilog = STAGE_EPILOG.format(stage=verb_of(stage), recipe=example)
 
-    @click.command(stage, help=plugin_summary(package, stage), epilog=epilog)
+    @click.command(verb_of(stage), help=plugin_summary(package, stage), epilog=epilog)
     @click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
     @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
     @click.option("--data", metavar="D", help="Data: hub id, file or folder.")
@@ -95,8 +104,8 @@ def _stage_command(stage: str, package: str) -> click.Command:
             "model.base": base,
             "data.source": data,
             "adapter.method": adapter,
-            "model.start": init_from,
-            "reward.sources": reward,
+            "model.init_from": init_from,
+            "rewards.sources": reward,
         }
         overrides = {key: value for key, value in shortcuts.items() if value is not None}
         recipe = recipe_from_arguments(stage, arguments, overrides, out)
@@ -105,6 +114,11 @@ def _stage_command(stage: str, package: str) -> click.Command:
     if has_rewards_section(stage):
         command.params.insert(-2, click.Option(["--reward"], metavar="RUN", help=REWARD_HELP))
     return command
+
+
+def _stage_option(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Return the stage that --stage names, by its name or by its verb."""
+    return stage_of_verb(value)
 
 
 def _run_stage(recipe: Recipe, *, force: bool) -> None:
@@ -180,7 +194,7 @@ def list_(kind: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
-@click.option("--stage", default="sft", show_default=True, help="Stage of the recipe.")
+@click.option("--stage", default="sft", show_default=True, callback=_stage_option, help=STAGE)
 @click.option("--from", "init_from", metavar="RUN", help=FROM_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--schema", is_flag=True, help="Print the stage's JSON Schema, for editors.")
@@ -194,7 +208,7 @@ def show(arguments: tuple[str, ...], stage: str, init_from: str | None, as_json:
         click.echo(json.dumps(json_schema(stage), indent=1, ensure_ascii=False))
         return
     recipe = recipe_from_arguments(
-        stage, arguments, {"model.start": init_from} if init_from is not None else {}
+        stage, arguments, {"model.init_from": init_from} if init_from is not None else {}
     )
     if as_json:
         values = [
@@ -207,7 +221,7 @@ def show(arguments: tuple[str, ...], stage: str, init_from: str | None, as_json:
 
 @cli.command()
 @click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
-@click.option("--stage", default="sft", show_default=True, help="Stage of the recipe.")
+@click.option("--stage", default="sft", show_default=True, callback=_stage_option, help=STAGE)
 @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
 @click.option("--data", "source", metavar="D", help="Data: hub id, file or folder.")
 @click.option("--from", "init_from", metavar="RUN", help=FROM_HELP)
@@ -229,7 +243,7 @@ def data(
 
     from align.data_terminal import print_header, print_preview
 
-    shortcuts = {"model.base": base, "data.source": source, "model.start": init_from}
+    shortcuts = {"model.base": base, "data.source": source, "model.init_from": init_from}
     overrides = {key: value for key, value in shortcuts.items() if value is not None}
     recipe = recipe_from_arguments(stage, arguments, overrides)
     console = Console()
@@ -294,6 +308,25 @@ def merge(directory: Path) -> None:
     click.echo(f"next     llm-align sft --base {directory}")
 
 
+def _renamed_command(stage: str) -> click.Command:
+    """Return the command of a stage's old verb, which names the new one."""
+
+    @click.command(stage, hidden=True, context_settings={"ignore_unknown_options": True})
+    @click.argument("words", nargs=-1)
+    def command(words: tuple[str, ...]) -> None:
+        """Name the stage's new verb."""
+        expected = f"llm-align {verb_of(STAGES[stage])}"
+        raise UserError(Problem(f"llm-align {stage}", renamed_verb(stage), expected))
+
+    return command
+
+
 for _stage, _package in stage_names().items():
     cli.add_command(_stage_command(_stage, _package))
+for _alias, _stage in ALIASES.items():
+    _command = _stage_command(_stage, stage_names()[_stage])
+    _command.hidden = True
+    cli.add_command(_command, _alias)
+for _stage in STAGES:
+    cli.add_command(_renamed_command(_stage))
 cli.add_command(plan)

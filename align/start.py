@@ -12,6 +12,7 @@ from align.rl.rewards.settings import RewardSource, RewardsSettings
 from finetune.distributed.rank import dist_info
 from finetune.planning.devices import detect_devices
 from finetune.planning.solver import LaunchTarget, resolve
+from finetune.recipe.discovery import verb_of
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.recipe import Recipe, read_recipe
@@ -24,8 +25,8 @@ def resolve_required_runs(recipe: Recipe, console: Console) -> Recipe:
     """Return the recipe with resolved settings, and finished runs as its parent run and rewards.
 
     Args:
-        recipe: ``model.parent`` and ``reward.sources`` may be ``stage/recipe``; the run of such a recipe is
-            found by its digest, or runs now.
+        recipe: ``model.init_from`` and ``rewards.sources`` may be ``stage/recipe``; the run of such a recipe
+            is found by its digest, or runs now.
         console: console for the progress of runs that come first.
 
     Raises:
@@ -34,10 +35,10 @@ def resolve_required_runs(recipe: Recipe, console: Console) -> Recipe:
         NotFiniteError: its loss or gradient became NaN or infinite.
     """
     recipe = resolve(recipe, _target_machine(recipe))
-    parent = recipe.settings.model.start
+    parent = recipe.settings.model.init_from
     if parent is not None and is_recipe_name(parent):
         recipe = _with_parent_run(_finished_run_of(parent, recipe, console, "starts from"), recipe)
-    reward = dict(recipe.settings).get("reward")
+    reward = dict(recipe.settings).get("rewards")
     return _with_reward_runs(recipe, reward, console) if isinstance(reward, RewardsSettings) else recipe
 
 
@@ -62,11 +63,11 @@ def _with_reward_runs(recipe: Recipe, reward: RewardsSettings, console: Console)
         if is_recipe_name(source.run):
             run = _finished_run_of(source.run, recipe, console, "takes rewards from")
         else:
-            run, note = find_run(source.run, where=f"reward.sources[{index}].run")
+            run, note = find_run(source.run, where=f"rewards.sources[{index}].run")
             notes += [note] if note else []
         sources.append(source.model_copy(update={"run": str(run)}))
     section = reward.model_copy(update={"sources": sources})
-    settings = recipe.settings.model_copy(update={"reward": section})
+    settings = recipe.settings.model_copy(update={"rewards": section})
     return replace(recipe, settings=settings, notes=recipe.notes + notes)
 
 
@@ -80,7 +81,7 @@ def _finished_run_of(reference: str, recipe: Recipe, console: Console, verb: str
     else:
         _print_plain(console, f"{verb} {reference}, which has no finished run; running it first ({run.path})")
         _check_launcher(reference, recipe)
-        launch_stage(required, console, command=f"llm-align {stage} {name}")
+        launch_stage(required, console, command=f"llm-align {verb_of(stage)} {name}")
         _print_plain(console, f"{run.path} is finished; continuing with {recipe.stage} {recipe.name}")
     return run.path
 
@@ -96,7 +97,7 @@ def _check_launcher(reference: str, recipe: Recipe) -> None:
 
 def _with_parent_run(run: Path, recipe: Recipe) -> Recipe:
     """Return the recipe initialized from a run; a fully fine-tuned run also becomes its base."""
-    update: dict[str, Any] = {"start": str(run)}
+    update: dict[str, Any] = {"init_from": str(run)}
     if (run / "model").is_dir():
         update |= {"base": str(run), "revision": None, "rope": None}
     model = recipe.settings.model.model_copy(update=update)

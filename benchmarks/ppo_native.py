@@ -34,15 +34,15 @@ def recipe_sections(folder: Path, work: dict[str, Any], contender: str) -> dict[
     """
     return {
         "model": {"quantization": "nf4" if contender.endswith("nf4") else "none"},
-        "reward": {"sources": str(folder / "runs" / "reward")},
+        "rewards": {"sources": str(folder / "runs" / "reward")},
         "sampling": {"max_new_tokens": work["new_tokens"]},
-        "ppo": {"rollout_size": work["rollout"], "epochs": work["epochs"], "missing_end": None},
+        "ppo": {"rollout_size": work["rollout"], "ppo_epochs": work["epochs"], "missing_eos_reward": None},
         "train": {
             "epochs": 1,
             "batch_size": work["rollout"],
             "micro_batch_size": work["rollout"],
             "learning_rate": work["learning_rate"],
-            "schedule": "linear",
+            "lr_schedule": "linear",
             "warmup": 0,
             "checkpoint_every": 10**6,
         },

@@ -2,7 +2,7 @@
 
 The reference is the chat template of meta-llama/Meta-Llama-3-8B-Instruct, which also strips contents (here
 the data's whitespace is preserved). Llama-3.1 and later add a system turn with two dates: use ``template:
-model`` with the tokenizer of an Instruct model for it.
+tokenizer`` with the tokenizer of an Instruct model for it.
 """
 
 from collections.abc import Sequence

@@ -20,15 +20,15 @@ def preference_problems(
         dpo: the stage's own section.
         valid: names of the sections that passed validation.
     """
-    if "align" in valid:
+    if "dpo" in valid:
         yield from dpo.problems()
     if "train" in valid:
         yield from _sft_only_problems(settings)
     if "data" in valid:
         yield from _packing_problems(settings)
-    if {"align", "adapter"} <= set(valid):
+    if {"dpo", "adapter"} <= set(valid):
         yield from _live_reference_problems(settings, dpo)
-    if {"align", "train"} <= set(valid):
+    if {"dpo", "train"} <= set(valid):
         yield from _stop_rule_problems(settings, dpo)
         if settings.train.engine == "trl":
             yield from _trl_problems(dpo)
@@ -44,7 +44,7 @@ def _sft_only_problems(settings: StageSettings) -> Iterator[Problem]:
         yield Problem("train.neftune_alpha", found, expected, "train.neftune_alpha=null")
     if train.label_smoothing:
         expected = "0: preference losses compare completions and have no token labels to smooth"
-        repair = f"align.loss={{name: cdpo, label_smoothing: {train.label_smoothing:g}}} for noisy labels"
+        repair = f"dpo.loss={{name: cdpo, label_smoothing: {train.label_smoothing:g}}} for noisy labels"
         yield Problem("train.label_smoothing", f"{train.label_smoothing:g}", expected, repair)
 
 
@@ -59,26 +59,26 @@ def _live_reference_problems(settings: StageSettings, dpo: DPOSettings) -> Itera
     if dpo.reference == "live" and adapter_traits(method).full_finetuning:
         expected = "precomputed: a live reference would keep a second copy of the model in memory"
         found = f"'live' with adapter.method '{method}'"
-        yield Problem("align.reference", found, expected, "align.reference=precomputed")
+        yield Problem("dpo.reference", found, expected, "dpo.reference=precomputed")
 
 
 def _stop_rule_problems(settings: StageSettings, dpo: DPOSettings) -> Iterator[Problem]:
-    if dpo.stop_when_chosen_falls is not None and not settings.train.evaluate_every:
-        found = f"{dpo.stop_when_chosen_falls:g}, but train.evaluate_every is null"
+    if dpo.max_chosen_logp_drop is not None and not settings.train.evaluate_every:
+        found = f"{dpo.max_chosen_logp_drop:g}, but train.evaluate_every is null"
         expected = "held-out evaluations during training"
-        yield Problem("align.stop_when_chosen_falls", found, expected, "train.evaluate_every=50")
+        yield Problem("dpo.max_chosen_logp_drop", found, expected, "train.evaluate_every=50")
 
 
 def _trl_problems(dpo: DPOSettings) -> Iterator[Problem]:
     if dpo.reference == "live":
         expected = "with train.engine 'trl': precomputed"
         yield Problem(
-            "align.reference", "'live'", expected, f"align.reference=precomputed, or {NATIVE_ENGINE_REPAIR}"
+            "dpo.reference", "'live'", expected, f"dpo.reference=precomputed, or {NATIVE_ENGINE_REPAIR}"
         )
     if not dpo.problems():
-        loss = find_loss(dpo.loss_name, where="align.loss")
+        loss = find_loss(dpo.loss_name, where="dpo.loss")
         try:
-            trl_loss_arguments(loss.name, loss.settings(dpo.loss_settings, where="align.loss"))
+            trl_loss_arguments(loss.name, loss.settings(dpo.loss_settings, where="dpo.loss"))
         except UserError as error:
             yield from error.problems
 

@@ -109,13 +109,13 @@ def _chosen_logp_drop(inputs: DiagnosticInputs) -> Finding | None:
             "both became less likely, rejected ones more: probability mass moved to text outside the data"
         )
     nll_action = (
-        "raise align.loss.nll_weight" if inputs.has_nll_term else "align.loss={name: rpo} adds an NLL term"
+        "raise dpo.loss.nll_weight" if inputs.has_nll_term else "dpo.loss={name: rpo} adds an NLL term"
     )
     return Finding(
         "likelihood",
         evidence,
         meaning,
-        f"{nll_action}; or raise align.loss.beta, or lower train.learning_rate",
+        f"{nll_action}; or raise dpo.loss.beta, or lower train.learning_rate",
     )
 
 
@@ -129,7 +129,7 @@ def _large_kl(inputs: DiagnosticInputs) -> Finding | None:
         "far from the reference: other abilities may be lost",
     )
     return Finding(
-        "distance", evidence, meaning, "raise align.loss.beta, lower train.learning_rate, or train.epochs=1"
+        "distance", evidence, meaning, "raise dpo.loss.beta, lower train.learning_rate, or train.epochs=1"
     )
 
 
@@ -144,7 +144,7 @@ def _overfitting(inputs: DiagnosticInputs) -> Finding | None:
     evidence = f"accuracy {train_accuracy:.1%} in training" + (
         "" if held_out_accuracy is None else f", {held_out_accuracy:.1%} held out"
     )
-    action = "fewer train.epochs or more pairs; align.loss=ipo or cdpo lets margins stop growing"
+    action = "fewer train.epochs or more pairs; dpo.loss=ipo or cdpo lets margins stop growing"
     if gap > MAX_ACCURACY_GAP and train_accuracy >= HIGH_ACCURACY:
         return Finding("overfit", evidence, "training pairs are memorized and do not generalize", action)
     if train_accuracy >= SATURATED_ACCURACY:
@@ -163,20 +163,20 @@ def _length_growth(inputs: DiagnosticInputs) -> Finding | None:
         else data_evidence
     )
     if growth > LARGE_COMPLETION_LENGTH_RATIO and inputs.length_ratio > 1:
-        action = "align.loss=simpo is length-normalized; or balance the lengths in the data"
+        action = "dpo.loss=simpo is length-normalized; or balance the lengths in the data"
         return Finding("length", evidence, "the policy learned that longer is better", action)
     if growth > LARGE_COMPLETION_LENGTH_RATIO:
-        action = "look at samples.jsonl: do completions still end with EOS? raise align.loss.beta"
+        action = "look at samples.jsonl: do completions still end with EOS? raise dpo.loss.beta"
         return Finding("length", evidence, "completions grew longer, but not because of the data", action)
     if inputs.length_ratio > LARGE_DATA_LENGTH_RATIO:
-        action = "watch completion length; align.loss=simpo is length-normalized"
+        action = "watch completion length; dpo.loss=simpo is length-normalized"
         return Finding("length", evidence, "length alone separates most pairs", action)
     return None
 
 
 def _repetition(inputs: DiagnosticInputs) -> Finding | None:
     return repetition_finding(
-        inputs.completions, "lower train.learning_rate, raise align.loss.beta, or align.loss=rpo"
+        inputs.completions, "lower train.learning_rate, raise dpo.loss.beta, or dpo.loss=rpo"
     )
 
 

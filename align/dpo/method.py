@@ -69,7 +69,7 @@ class DPO:
 
     @property
     def loss(self) -> Loss:
-        return find_loss(self.dpo.loss_name, where="align.loss")
+        return find_loss(self.dpo.loss_name, where="dpo.loss")
 
     @cached_property
     def hooks(self) -> Hooks:
@@ -78,7 +78,7 @@ class DPO:
     @cached_property
     def objective(self) -> PreferenceObjective:
         return PreferenceObjective.from_loss(
-            self.loss, self.loss.settings(self.dpo.loss_settings, where="align.loss")
+            self.loss, self.loss.settings(self.dpo.loss_settings, where="dpo.loss")
         )
 
     @cached_property
@@ -151,7 +151,7 @@ class DPO:
             longest = self.data.train.longest * int(self.data.train.num_completions.max())
         stage = SFT_CONFIG
         if self.uses_trl:
-            settings = self.loss.settings(self.dpo.loss_settings, where="align.loss")
+            settings = self.loss.settings(self.dpo.loss_settings, where="dpo.loss")
             stage = TrlConfigSpec(
                 self.ctx.recipe.settings.TRL_CONFIG, trl_loss_arguments(self.loss.name, settings)
             )
@@ -166,9 +166,9 @@ class DPO:
             UserError: policy and reference differ before step 0.
         """
         trainer = self._trl_trainer() if self.uses_trl else self._native_trainer()
-        if self.dpo.stop_when_chosen_falls is not None:
+        if self.dpo.max_chosen_logp_drop is not None:
             # The value before training is recorded after the trainer is built, hence a callable.
-            max_drop, run = self.dpo.stop_when_chosen_falls, self.ctx.run
+            max_drop, run = self.dpo.max_chosen_logp_drop, self.ctx.run
             trainer.add_callback(
                 ChosenLogpStop(
                     max_drop,

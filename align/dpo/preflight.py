@@ -137,7 +137,7 @@ def check_policy_equals_reference(
         return CheckResult("reference", result)
     expected = "no difference: the reference is the initial policy (arXiv 2305.18290)"
     repair = "data.cache=false recomputes the reference; if the difference remains, please report a bug"
-    return failed("reference", Problem("align.reference", result, expected, repair))
+    return failed("reference", Problem("dpo.reference", result, expected, repair))
 
 
 def _initial_loss_note(objective: PreferenceObjective) -> str:

@@ -17,7 +17,7 @@ class DPOSettings(Section):
 
     NAMED_CHOICES: ClassVar[tuple[str, ...]] = ("loss",)
 
-    loss: NonEmptyStr | dict[str, float | str] = Field(
+    loss: NonEmptyStr | dict[str, bool | float | str] = Field(
         DEFAULT_LOSS,
         description="loss name (`llm-align list losses`), or {name: ipo, beta: 0.2, ...}",
     )
@@ -27,7 +27,7 @@ class DPOSettings(Section):
         description="reference log-probabilities: all before step 0, cached on disk; or live in every step",
     )
     # Off: the chosen completions' likelihood falls in most successful DPO runs (arXiv 2404.19733).
-    stop_when_chosen_falls: Annotated[float, Field(gt=0)] | None = Field(
+    max_chosen_logp_drop: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="stop once the held-out chosen log-probability has dropped by this many nats per token "
         "(0.5), checked every train.evaluate_every steps; null: never",
@@ -46,7 +46,7 @@ class DPOSettings(Section):
     def problems(self) -> list[Problem]:
         """Return the problems of the loss: unknown name, unknown settings, values out of range."""
         try:
-            find_loss(self.loss_name, where="align.loss").settings(self.loss_settings, where="align.loss")
+            find_loss(self.loss_name, where="dpo.loss").settings(self.loss_settings, where="dpo.loss")
         except UserError as error:
             return error.problems
         return []

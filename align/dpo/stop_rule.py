@@ -27,5 +27,5 @@ class ChosenLogpStop(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop, control.should_save = True, False
             self.log(
                 f"stopped at step {state.global_step}: held-out chosen log-probability dropped by "
-                f"{drop:.3f} nats per token, more than align.stop_when_chosen_falls ({self.max_drop:g})"
+                f"{drop:.3f} nats per token, more than dpo.max_chosen_logp_drop ({self.max_drop:g})"
             )

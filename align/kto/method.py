@@ -234,9 +234,9 @@ def check_label_balance(rows: PreferenceGroups, kto: KTOSettings) -> CheckResult
     if low - 1e-9 <= ratio <= high + 1e-9:
         return CheckResult("balance", detail)
     if ratio < low:
-        advice = f"align.desirable_weight={kto.desirable_weight * low / ratio:.3g}"
+        advice = f"kto.desirable_weight={kto.desirable_weight * low / ratio:.3g}"
     else:
-        advice = f"align.undesirable_weight={kto.undesirable_weight * ratio / high:.3g}"
+        advice = f"kto.undesirable_weight={kto.undesirable_weight * ratio / high:.3g}"
     return CheckResult("balance", f"{detail} (recommended: 1 to 1.33): {advice}", warned=True)
 
 

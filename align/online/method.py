@@ -69,7 +69,7 @@ class OnlineRL:
     def num_steps(self) -> int:
         """Return the optimizer steps of the run."""
         return shared_steps.num_optimizer_steps(
-            self.ctx, len(self.data.train) * self.settings.sampling.samples
+            self.ctx, len(self.data.train) * self.settings.sampling.num_generations
         )
 
     @property
@@ -89,7 +89,7 @@ class OnlineRL:
         if rows is None:
             return None
         return HeldOutEvaluation(
-            [rows[index] for index in evenly_spaced(len(rows), settings.evaluate.judge_rows)],
+            [rows[index] for index in evenly_spaced(len(rows), settings.evaluate.grader_rows)],
             self.policy,
             self.reference_policy,
             self.models.rewards,
@@ -114,7 +114,7 @@ class OnlineRL:
             check_rewards(self.models.rewards, self.data),
         )
         metadata = shared_steps.policy_metadata(self.ctx, self.text, self.policy, self.data.report)
-        return {**metadata, "rewards": rewards_record(self.settings.reward)}
+        return {**metadata, "rewards": rewards_record(self.settings.rewards)}
 
     def training_arguments(self) -> TrainingArguments:
         """Return the training arguments, with every ``auto`` resolved.
@@ -126,7 +126,7 @@ class OnlineRL:
         trl_arguments = self.loss_settings.trl_arguments | {
             "temperature": sampling.temperature,
             "max_completion_length": sampling.max_new_tokens,
-            "num_generations": sampling.samples,
+            "num_generations": sampling.num_generations,
         }
         stage = TrlConfigSpec(self.settings.TRL_CONFIG, trl_arguments)
         max_length = max(self.data.train.lengths) + sampling.max_new_tokens
@@ -144,7 +144,7 @@ class OnlineRL:
             UserError: they differ.
         """
         train, prompts = self.settings.train, self.data.train
-        prompts_per_step = train.batch_size // self.settings.sampling.samples
+        prompts_per_step = train.batch_size // self.settings.sampling.num_generations
         assert self.reference_policy.initial_weights, (
             "the initial weights are copied before training or loading"
         )
@@ -216,7 +216,12 @@ class OnlineRL:
                 f"with adapter.method '{method}' reference log-probabilities differ by {difference:.2g} nats"
             )
             expected = "a reference equal to the initial policy"
-            problem = Problem("align.beta", actual, expected, "align.beta=0, or adapter.method=lora")
+            problem = Problem(
+                f"{self.loss_settings.SECTION}.beta",
+                actual,
+                expected,
+                f"{self.loss_settings.SECTION}.beta=0, or adapter.method=lora",
+            )
             self.ctx.check(failed("start", problem))
         agreement = "exactly" if not difference else f"within {difference:.1g} nats per token"
         self.ctx.check(CheckResult("start", f"policy equals reference before step 0 ({agreement})"))

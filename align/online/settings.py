@@ -1,7 +1,7 @@
 """Recipe of stages rloo and grpo: group sampling, loss, TRL's trainer, and the checks across sections."""
 
 from collections.abc import Collection, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,8 +18,10 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 class GroupSamplingSettings(SamplingSettings):
     """Sampling of a group of completions per prompt."""
 
-    samples: Annotated[int, Field(ge=2)] = Field(4, description="completions per prompt (group size)")
-    at_once: Literal["auto"] = Field("auto", description="TRL samples all completions of a step in one batch")
+    num_generations: Annotated[int, Field(ge=2)] = Field(4, description="completions per prompt (group size)")
+    generation_batch_size: Literal["auto"] = Field(
+        "auto", description="TRL samples all completions of a step in one batch"
+    )
 
 
 class OnlineTrainSettings(TrainSettings):
@@ -27,7 +29,7 @@ class OnlineTrainSettings(TrainSettings):
 
     engine: Literal["trl"] = Field("trl", description="TRL's trainer")
     batch_size: Annotated[int, Field(ge=2)] = Field(
-        32, description="completions per optimizer step: prompts times sampling.samples"
+        32, description="completions per optimizer step: prompts times sampling.num_generations"
     )
     # arXiv 2402.03300, section 4.2: the policy's 1e-6, for all weights of 7B parameters.
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-6, description="peak learning rate")
@@ -38,19 +40,27 @@ class OnlineTrainSettings(TrainSettings):
 class RLOOSettings(Section):
     """RLOO's loss (arXiv 2402.14740)."""
 
+    SECTION: ClassVar[str] = "rloo"
+
     beta: NonNegativeFloat = Field(0.05, description="coefficient of the KL penalty in the reward; 0: none")
-    normalise: bool = Field(
+    normalize_advantages: bool = Field(
         False, description="normalize the advantages of a step to mean 0, standard deviation 1"
     )
 
     @property
     def trl_arguments(self) -> dict[str, object]:
         """Return these settings as arguments of RLOOConfig."""
-        return {"beta": self.beta, "normalize_advantages": self.normalise, "reward_clip_range": None}
+        return {
+            "beta": self.beta,
+            "normalize_advantages": self.normalize_advantages,
+            "reward_clip_range": None,
+        }
 
 
 class GRPOSettings(Section):
     """GRPO's loss (arXiv 2402.03300, equation 3)."""
+
+    SECTION: ClassVar[str] = "grpo"
 
     beta: NonNegativeFloat = Field(0.04, description="weight of the KL to the reference in the loss; 0: none")
     loss: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = Field(
@@ -58,7 +68,7 @@ class GRPOSettings(Section):
         description="grpo: mean over each completion's tokens, then over completions; dapo: mean over all "
         "tokens of a step; dr_grpo: sum divided by max_new_tokens; bnpo: mean over a micro-batch",
     )
-    scale: Literal["group", "batch", "none"] = Field(
+    scale_rewards: Literal["group", "batch", "none"] = Field(
         "group",
         description="divide advantages by the reward standard deviation of the group, of the step, or not",
     )
@@ -69,7 +79,7 @@ class GRPOSettings(Section):
         return {
             "beta": self.beta,
             "loss_type": self.loss,
-            "scale_rewards": self.scale,
+            "scale_rewards": self.scale_rewards,
             "importance_sampling_level": "token",
             # TRL's correction of the KL gradient is later than the paper.
             "use_bias_correction_kl": False,
@@ -81,7 +91,7 @@ class OnlineSettings(StageSettings):
 
     data: PromptSettings = PromptSettings()
     train: OnlineTrainSettings = OnlineTrainSettings()
-    reward: RewardsSettings = RewardsSettings()
+    rewards: RewardsSettings = RewardsSettings()
     sampling: GroupSamplingSettings = GroupSamplingSettings()
 
 
@@ -89,7 +99,7 @@ def online_problems(
     settings: OnlineSettings, loss_settings: RLOOSettings | GRPOSettings, valid: Collection[str]
 ) -> Iterator[Problem]:
     """Yield every problem that can be found before anything is loaded; invalid sections are skipped."""
-    yield from settings.reward.problems(settings, valid)
+    yield from settings.rewards.problems(settings, valid)
     if "train" in valid:
         yield from _supervised_only_problems(settings.train)
     if {"train", "sampling"} <= set(valid):
@@ -100,10 +110,15 @@ def online_problems(
     if "adapter" in valid:
         yield from trl_copy_problems(settings)
         method = settings.adapter.method
-        if "align" in valid and loss_settings.beta and adapter_traits(method).full_finetuning:
+        if loss_settings.SECTION in valid and loss_settings.beta and adapter_traits(method).full_finetuning:
             actual = f"{loss_settings.beta:g} with adapter.method '{method}'"
             expected = "0: TRL's reference would be a second full model, the base as published"
-            yield Problem("align.beta", actual, expected, "align.beta=0, or adapter.method=lora")
+            yield Problem(
+                f"{loss_settings.SECTION}.beta",
+                actual,
+                expected,
+                f"{loss_settings.SECTION}.beta=0, or adapter.method=lora",
+            )
 
 
 def _supervised_only_problems(train: TrainSettings) -> Iterator[Problem]:
@@ -116,9 +131,9 @@ def _supervised_only_problems(train: TrainSettings) -> Iterator[Problem]:
 
 
 def _group_size_problems(settings: OnlineSettings) -> Iterator[Problem]:
-    batch_size, num_generations = settings.train.batch_size, settings.sampling.samples
+    batch_size, num_generations = settings.train.batch_size, settings.sampling.num_generations
     if batch_size % num_generations:
         rounded = max(1, batch_size // num_generations) * num_generations
-        actual = f"{batch_size}, not a multiple of sampling.samples ({num_generations})"
+        actual = f"{batch_size}, not a multiple of sampling.num_generations ({num_generations})"
         expected = "complete groups of completions"
         yield Problem("train.batch_size", actual, expected, f"train.batch_size={rounded}")

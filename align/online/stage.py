@@ -34,8 +34,8 @@ def run_online_stage(
     """
     settings = recipe.settings
     assert isinstance(settings, OnlineSettings)
-    reward_names = [source.metric_name for source in settings.reward.sources]
-    reward_names += [LENGTH_PENALTY] if settings.reward.length_penalty else []
+    reward_names = [source.metric_name for source in settings.rewards.sources]
+    reward_names += [LENGTH_PENALTY] if settings.rewards.length_penalty else []
     ctx = RunContext(
         recipe,
         run,
@@ -47,5 +47,5 @@ def run_online_stage(
     text = load_text_encoding(ctx)
     prompts = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
     run_stage(
-        ctx, OnlineRL(ctx, text, prompts, load_online_models(ctx, text, settings.reward), loss_settings)
+        ctx, OnlineRL(ctx, text, prompts, load_online_models(ctx, text, settings.rewards), loss_settings)
     )

@@ -11,6 +11,7 @@ from finetune.recipe import yaml_file
 from finetune.recipe.command_line import COMMAND_LINE
 from finetune.recipe.discovery import find_recipe, stage_names
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
+from finetune.recipe.renamed import renamed_stage
 from finetune.recipe.yaml_file import LineNumbers
 
 STAGE_NAME = re.compile(r"[A-Za-z][\w-]*")
@@ -137,7 +138,7 @@ def _parse_recipe_reference(where: str, text: str) -> tuple[str, str]:
         repair = f"{text}/quickstart" if text in stages else did_you_mean(text, stages)
         raise UserError(Problem(where, f"'{text}'", expected, repair))
     if stage not in stages:
-        actual = f"'{text}': unknown stage '{stage}'"
+        actual = renamed_stage(stage) or f"'{text}': unknown stage '{stage}'"
         raise UserError(Problem(where, actual, one_of(stages), did_you_mean(stage, stages)))
     try:
         find_recipe(stage, name)

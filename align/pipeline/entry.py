@@ -10,11 +10,12 @@ from align.pipeline.settings import REWARDS_KEY
 from align.rl.rewards.run_info import pending_reward_recipes as pending_scorers
 from finetune.recipe import yaml_file
 from finetune.recipe.command_line import COMMAND_LINE
+from finetune.recipe.discovery import verb_of
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import Recipe, read_recipe, stage_settings
 
-INIT_FROM_KEY, BASE_KEY = "model.start", "model.base"
+INIT_FROM_KEY, BASE_KEY = "model.init_from", "model.base"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class StageEntry:
         init_from: name of the pipeline stage to initialize from; None starts from a base model.
         rewards: names of the pipeline stages that provide the reward models.
         overrides: overrides of the recipe's settings, by ``section.key``.
-        origins: origin (file and line) of each override, also of ``model.init_from`` and ``reward.sources``.
+        origins: origin (file and line) of each override, also of ``model.init_from`` and ``rewards.sources``.
     """
 
     name: str
@@ -96,7 +97,12 @@ class StageEntry:
 
     def command(self, *, init_from: str | None, rewards: Mapping[str, str]) -> str:
         """Return the command line of the same run outside the pipeline."""
-        arguments = ["llm-align", self.stage, self.recipe, *(["--from", init_from] if init_from else [])]
+        arguments = [
+            "llm-align",
+            verb_of(self.stage),
+            self.recipe,
+            *(["--from", init_from] if init_from else []),
+        ]
         shortcuts = self._shortcuts(None, rewards)
         return shlex.join([*arguments, *(f"{key}={_cli_value(value)}" for key, value in shortcuts.items())])
 
@@ -117,7 +123,7 @@ class StageEntry:
 
 
 def _reward_source(name: str, run: str, *, is_only_reward: bool) -> dict[str, str]:
-    """Return an entry of `reward.sources`; a single reward keeps its default name."""
+    """Return an entry of `rewards.sources`; a single reward keeps its default name."""
     return {"run": run} if is_only_reward else {"run": run, "name": name}
 
 

@@ -148,7 +148,7 @@ def _base_mismatches(entries: Sequence[StageEntry], recipes: Mapping[str, Recipe
         for name in entry.rewards:
             if bases[name] != bases[entry.name] and not _is_full_finetuning(recipes[name]):
                 actual = f"'{name}' is based on {bases[name]}, this stage on {bases[entry.name]}"
-                origin = entry.origins["reward.sources"]
+                origin = entry.origins["rewards.sources"]
                 where = f"stage {entry.name}: reward ({origin})"
                 repair = "use the same base, or the same stage in `from`, for both"
                 problems.append(Problem(where, actual, "the same base for policy and reward model", repair))

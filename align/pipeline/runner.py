@@ -89,7 +89,9 @@ def _check_no_launcher(pipeline: Pipeline) -> None:
     """Raise UserError under torchrun or another launcher: each stage launches its own processes."""
     if (world_size := dist_info().world_size) > 1:
         actual = f"started by a launcher with {world_size} processes"
-        repair = "run `llm-align run` without a launcher: every stage launches its train.processes processes"
+        repair = (
+            "run `llm-align run` without a launcher: every stage launches its train.num_processes processes"
+        )
         raise UserError(Problem(f"pipeline {pipeline.name}", actual, "one process", repair))
 
 

@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field
 
 from finetune.recipe.settings import NonEmptyStr, Section
 
-REWARDS_KEY = "reward.sources"
+REWARDS_KEY = "rewards.sources"
 """Recipe key of the rewards of an RL stage."""
 
 

@@ -200,7 +200,7 @@ def _fewer_parallel_samples(plan: Plan) -> list[list[Change]]:
     return [
         [],
         *(
-            [("sampling.at_once", candidate * plan.workload.processes)]
+            [("sampling.generation_batch_size", candidate * plan.workload.processes)]
             for candidate in candidates
             if 0 < candidate < current_rows
         ),
@@ -216,7 +216,11 @@ def _shorter_rows(plan: Plan) -> list[list[Change]]:
         batch_sizes = (settings.train.batch_size // divisor for divisor in (2, 4, 8, 16))
         return [
             [],
-            *([("train.batch_size", size)] for size in batch_sizes if size >= settings.sampling.samples),
+            *(
+                [("train.batch_size", size)]
+                for size in batch_sizes
+                if size >= settings.sampling.num_generations
+            ),
         ]
     for divisor in (2, 4):
         seq_len = plan.workload.seq_len // divisor

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from align.recipe_words import recipe_from_arguments
+from finetune.recipe.discovery import stage_of_verb, verb_of
 from finetune.recipe.recipe import Recipe
 
 EXIT_DOES_NOT_FIT = 3
@@ -27,7 +28,13 @@ Exit status: 0 fits, 3 does not fit, 2 a mistake in the recipe or the command.
 
 @click.command("plan", epilog=PLAN_EPILOG)
 @click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
-@click.option("--stage", default="sft", show_default=True, help="Stage of the recipe.")
+@click.option(
+    "--stage",
+    default="sft",
+    show_default=True,
+    callback=lambda context, parameter, value: stage_of_verb(value),
+    help="Stage of the recipe.",
+)
 @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
 @click.option("--data", metavar="D", help="Data: hub id, file or folder.")
 @click.option("--adapter", metavar="A", help="Adapter: a name of `llm-align list adapters`.")
@@ -59,13 +66,13 @@ def plan(
         return show_compatibility(stage, gpu, as_json=as_json)
     options = {"--base": base, "--data": data, "--adapter": adapter, "--from": start}
     keys = {"--base": "model.base", "--data": "data.source", "--adapter": "adapter.method"}
-    keys |= {"--from": "model.start"}
+    keys |= {"--from": "model.init_from"}
     settings: dict[str, Any] = {keys[name]: value for name, value in options.items() if value is not None}
     settings |= {"train.strategy": strategy} if strategy is not None else {}
     recipe = recipe_from_arguments(stage, words, settings)
     arguments = [f"{name} {shlex.quote(value)}" for name, value in options.items() if value is not None]
     arguments += [f"train.strategy={strategy}"] if strategy is not None else []
-    command = " ".join(["llm-align", stage, *map(shlex.quote, words), *arguments])
+    command = " ".join(["llm-align", verb_of(stage), *map(shlex.quote, words), *arguments])
     if not _print_plan(recipe, gpu, gpus, fit=fit, as_json=as_json, command=command):
         sys.exit(EXIT_DOES_NOT_FIT)
 

@@ -40,7 +40,7 @@ def micro_batch_workload(settings: StageSettings, workload: Workload, lengths: R
         generating = replace(
             workload,
             rollout=_generation_batch(settings, workload, lengths),
-            scorers=_count_reward_models(settings.reward),
+            scorers=_count_reward_models(settings.rewards),
         )
         completed_lengths = _with_completion(lengths, settings.sampling.max_new_tokens)
         return lambda rows: _padded_rows(generating, completed_lengths, rows, predict_all=False)
@@ -109,12 +109,12 @@ def _preference_workload(
 
 
 def _needs_live_reference(settings: DpoSettings) -> bool:
-    return needs_reference(settings) and settings.align.reference == "live"
+    return needs_reference(settings) and settings.dpo.reference == "live"
 
 
 def needs_reference(settings: DpoSettings) -> bool:
     """Return whether the loss needs a reference model."""
-    return find_loss(settings.align.loss_name, where="align.loss").needs.reference
+    return find_loss(settings.dpo.loss_name, where="dpo.loss").needs.reference
 
 
 def _count_reward_models(reward: RewardsSettings) -> int:
@@ -140,7 +140,7 @@ def _generation_batch(
         settings.sampling.max_new_tokens,
         lengths.longest_prompt + settings.sampling.max_new_tokens,
     )
-    requested = settings.sampling.at_once
+    requested = settings.sampling.generation_batch_size
     rows = (
         GENERATION_TOKEN_FACTOR * TOKENS_PER_FORWARD[workload.device] // positions
         if requested == "auto"
@@ -160,7 +160,7 @@ def _ppo_workload(settings: PpoSettings, workload: Workload, lengths: RowLengths
         workload,
         objective="ppo",
         heads=1,
-        scorers=_count_reward_models(settings.reward),
+        scorers=_count_reward_models(settings.rewards),
         rollout=_generation_batch(settings, workload, lengths),
     )
     return _padded_rows(ppo_workload, completed_lengths, rows, predict_all=False, completions=rows)
@@ -171,12 +171,12 @@ def _online_workload(
 ) -> Workload:
     completed_lengths = _with_completion(lengths, settings.sampling.max_new_tokens)
     # Without a KL penalty TRL runs no reference.
-    beta = float(str(settings.model_dump().get("align", {}).get("beta", 0)))
+    beta = float(str(settings.model_dump().get("rloo", settings.model_dump().get("grpo", {})).get("beta", 0)))
     stage_workload = replace(
         workload,
         objective="comparison",
         live_reference=beta > 0,
-        scorers=_count_reward_models(settings.reward),
+        scorers=_count_reward_models(settings.rewards),
         rollout=_generation_batch(settings, workload, lengths),
     )
     return _padded_rows(stage_workload, completed_lengths, rows, predict_all=False, completions=rows)

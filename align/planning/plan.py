@@ -104,7 +104,7 @@ def make_plan(recipe: Recipe, device: Device, count: int, *, reuse: Plan | None 
     hardware = Hardware(device.kind, device.name, device.bfloat16, count)
     architecture = load_architecture(settings.model) if reuse is None else reuse.workload.architecture
     model_choices = choose_model_settings(settings, hardware)
-    processes = choices.num_processes(settings.train.processes, hardware)
+    processes = choices.num_processes(settings.train.num_processes, hardware)
     strategy = choices.strategy(settings.train.strategy, processes[0])
     max_positions = architecture.max_positions
     max_length = _max_length(settings, max_positions)
@@ -131,7 +131,7 @@ def make_plan(recipe: Recipe, device: Device, count: int, *, reuse: Plan | None 
     micro_batch_size = _micro_batch_size(settings, workload_of_rows, device, processes[0])
     auto = {
         **model_choices,
-        "train.processes": (str(processes[0]), processes[1]),
+        "train.num_processes": (str(processes[0]), processes[1]),
         "train.strategy": strategy,
         _length_key(settings): (str(max_length[0]), max_length[1]),
         "train.micro_batch_size": (str(micro_batch_size[0]), micro_batch_size[1]),
@@ -144,10 +144,10 @@ def _generation_batch_size(settings: StageSettings, workload: Workload) -> dict[
     """Return the generation batch size over all processes, for stages that generate."""
     if workload.rollout is None:
         return {}
-    requested, generation = dict(settings)["sampling"].at_once, workload.rollout
+    requested, generation = dict(settings)["sampling"].generation_batch_size, workload.rollout
     positions = generation.prompt + generation.completion
     reason = "as requested" if requested != "auto" else f"prompt and completion have up to {positions} tokens"
-    return {"sampling.at_once": (str(generation.rows * workload.processes), reason)}
+    return {"sampling.generation_batch_size": (str(generation.rows * workload.processes), reason)}
 
 
 def plan_for_rows(

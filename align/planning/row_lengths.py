@@ -285,7 +285,7 @@ def _known_rows(data: DataSettings, table: dict[str, Any]) -> int | None:
             if None in component_rows
             else sum(component for component in component_rows if component is not None)
         )
-        limit = data.mix_rows
+        limit = data.epoch_rows
     if rows is None:
         return limit
     rows = min(rows, limit or rows)

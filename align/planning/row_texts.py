@@ -17,7 +17,7 @@ from finetune.data.report import DataReport
 from finetune.recipe.discovery import TEMPLATES, load_plugin
 from finetune.recipe.settings import DataSettings
 
-TOKENIZER_TEMPLATE = "model"
+TOKENIZER_TEMPLATE = "tokenizer"
 ASSUMED_MARKUP = "<|im_start|>assistant\n<|im_end|>\n"
 """Stands for the markup of the tokenizer's own chat template, which is not rendered here."""
 

@@ -23,9 +23,9 @@ def target_device(train: TrainSettings, gpu: str | None, gpus: int | None) -> tu
     target, available = (device_by_name(gpu), None) if gpu is not None else detect_devices()
     if gpus is not None and gpus > 1 and target.kind == "cpu":
         text = f"{gpus} of {target.name}"
-        repair = "train.processes=2 runs two processes on the CPU; --gpu h100 plans for another machine"
+        repair = "train.num_processes=2 runs two processes on the CPU; --gpu h100 plans for another machine"
         raise UserError(Problem("--gpus", text, "1, or a GPU by --gpu", repair))
-    processes = train.processes if isinstance(train.processes, int) else 1
+    processes = train.num_processes if isinstance(train.num_processes, int) else 1
     return target, gpus or available or processes
 
 
@@ -45,5 +45,5 @@ def launch_target(recipe: Recipe, target: Device, count: int) -> LaunchTarget:
         UserError: more processes than GPUs.
     """
     hardware = Hardware(target.kind, target.name, target.bfloat16, count)
-    processes, _ = choices.num_processes(recipe.settings.train.processes, hardware)
+    processes, _ = choices.num_processes(recipe.settings.train.num_processes, hardware)
     return LaunchTarget(target.kind, target.bfloat16, processes)

@@ -12,9 +12,9 @@ from finetune.planning.speed import (
 )
 from finetune.planning.workload import Workload
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.runs import FINISHED, RUNS_FOLDER, read_run_record
+from finetune.recipe.runs import FINISHED, RUNS_FOLDER, is_outdated, read_run_record
 
-STAGES_WITH_TOKEN_RATE = ("sft", "pretrain", "hindsight", "reward", "dpo")
+STAGES_WITH_TOKEN_RATE = ("sft", "pretrain", "chain_of_hindsight", "reward", "dpo")
 """Stages that record tokens per second and do nothing else while training (no generation)."""
 NOTABLE_LAUNCH_FRACTION = 0.3
 """Share of the time above which kernel launches are mentioned."""
@@ -96,7 +96,7 @@ def _measured_rates(recipe: Recipe, workload: Workload, device: Device) -> dict[
     rates = {}
     for folder in sorted(RUNS_FOLDER.glob(f"{recipe.stage}-*/")):
         record = read_run_record(folder)
-        if record.get("status") != FINISHED:
+        if record.get("status") != FINISHED or is_outdated(record):
             continue
         load, hardware = record.get("load", {}), record.get("hardware", {})
         recorded = (

@@ -65,7 +65,7 @@ def _reference_tokens(settings: StageSettings, lengths: RowLengths, trained_toke
     if isinstance(settings, KtoSettings):
         return _tokens_once(lengths, trained_tokens)
     if isinstance(settings, DpoSettings) and needs_reference(settings):
-        return trained_tokens if settings.align.reference == "live" else _tokens_once(lengths, trained_tokens)
+        return trained_tokens if settings.dpo.reference == "live" else _tokens_once(lengths, trained_tokens)
     return 0.0
 
 
@@ -77,17 +77,17 @@ def _ppo_work(settings: PpoSettings, lengths: RowLengths) -> TotalWork:
     """Return rollouts: scored by policy, reference, value and rewards; trained on by policy and value."""
     train, ppo, completion_tokens = settings.train, settings.ppo, settings.sampling.max_new_tokens
     # Optimizer steps per rollout.
-    updates = ppo.epochs * (ppo.rollout_size // train.batch_size)
+    updates = ppo.ppo_epochs * (ppo.rollout_size // train.batch_size)
     rollouts = max(1, ceil(train.epochs * (lengths.rows or 0) / ppo.rollout_size))
     if train.max_steps is not None:
         rollouts = ceil(train.max_steps / updates)
     episodes = rollouts * ppo.rollout_size
     tokens = episodes * (lengths.prompt + completion_tokens)
-    reward_models = sum(source.run is not None for source in settings.reward.sources)
+    reward_models = sum(source.run is not None for source in settings.rewards.sources)
     steps = train.max_steps or rollouts * updates
     # Trained: policy and value. Forward only: old policy, reference and value, and each reward model.
     return TotalWork(
-        steps, 2 * ppo.epochs * tokens, (3 + reward_models) * tokens, episodes, completion_tokens
+        steps, 2 * ppo.ppo_epochs * tokens, (3 + reward_models) * tokens, episodes, completion_tokens
     )
 
 
@@ -97,12 +97,13 @@ def _rejection_work(settings: RejectionSettings, lengths: RowLengths) -> TotalWo
     prompts = rejection.prompts or lengths.rows or 0
     # With accumulation each round trains on the selections of all rounds so far.
     rows_per_round = [
-        prompts * (round_number if rejection.memory else 1) for round_number in range(1, rejection.rounds + 1)
+        prompts * (round_number if rejection.accumulate_rounds else 1)
+        for round_number in range(1, rejection.rounds + 1)
     ]
     steps = sum(_num_steps(settings, rows) for rows in rows_per_round)
-    completions = rejection.rounds * prompts * rejection.samples
+    completions = rejection.rounds * prompts * rejection.num_generations
     tokens = lengths.prompt + completion_tokens
-    reward_models = sum(source.run is not None for source in settings.reward.sources)
+    reward_models = sum(source.run is not None for source in settings.rewards.sources)
     return TotalWork(
         steps,
         steps * settings.train.batch_size * tokens,
@@ -115,8 +116,8 @@ def _rejection_work(settings: RejectionSettings, lengths: RowLengths) -> TotalWo
 def _online_work(settings: OnlineSettings, lengths: RowLengths) -> TotalWork:
     """Return the completions of every step, scored by reference and rewards, and trained on once."""
     completion_tokens = settings.sampling.max_new_tokens
-    steps = _num_steps(settings, (lengths.rows or 0) * settings.sampling.samples)
+    steps = _num_steps(settings, (lengths.rows or 0) * settings.sampling.num_generations)
     completions = steps * settings.train.batch_size
     tokens = completions * (lengths.prompt + completion_tokens)
-    reward_models = sum(source.run is not None for source in settings.reward.sources)
+    reward_models = sum(source.run is not None for source in settings.rewards.sources)
     return TotalWork(steps, tokens, (1 + reward_models) * tokens, completions, completion_tokens)

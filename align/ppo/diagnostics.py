@@ -30,9 +30,7 @@ def diagnose_ppo(metrics: RunMetrics, completions: Sequence[tuple[str, str]]) ->
     """
     findings = [diagnostic(metrics) for diagnostic in PPO_DIAGNOSTICS]
     findings.append(
-        repetition_finding(
-            completions, "raise ppo.kl_coefficient, lower train.learning_rate, or train shorter"
-        )
+        repetition_finding(completions, "raise ppo.kl_coef, lower train.learning_rate, or train shorter")
     )
     return [finding for finding in findings if finding is not None]
 
@@ -52,7 +50,7 @@ def _reward_gain(metrics: RunMetrics) -> Finding | None:
     before, after = reward
     evidence = f"held-out {before:.3f} → {after:.3f}"
     if after - before < MIN_REWARD_GAIN:
-        action = "raise train.learning_rate, lower ppo.kl_coefficient, or train longer"
+        action = "raise train.learning_rate, lower ppo.kl_coef, or train longer"
         return Finding("reward", evidence, "almost nothing was learned", action)
     return Finding("reward", evidence, "the policy learned to get reward")
 
@@ -70,7 +68,7 @@ def _grader_change(metrics: RunMetrics) -> Finding | None:
         return None
     evidence = "; ".join(f"{name} {before:.3f} → {after:.3f}" for name, before, after in changes)
     if any(after < before - MAX_GRADER_DROP for _, before, after in changes):
-        action = "raise ppo.kl_coefficient, train shorter, or train the reward model on more comparisons"
+        action = "raise ppo.kl_coef, train shorter, or train the reward model on more comparisons"
         return Finding("graders", evidence, "a grader outside the reward scores the replies lower", action)
     if all(after > before + MAX_GRADER_DROP for _, before, after in changes):
         return Finding("graders", evidence, "graders outside the reward score the replies higher")
@@ -88,7 +86,7 @@ def _kl_to_reference(metrics: RunMetrics) -> Finding | None:
         return Finding("KL", evidence, meaning, "this is a bug: please report it with the run's recipe.yaml")
     if after > PPO_LARGE_KL:
         meaning = "large: a reward model is not reliable this far from its training data"
-        return Finding("KL", evidence, meaning, "raise ppo.kl_coefficient, or ppo.kl_target=6")
+        return Finding("KL", evidence, meaning, "raise ppo.kl_coef, or ppo.adaptive_kl_target=6")
     return Finding("KL", evidence, "small enough for a reward model to be reliable")
 
 
@@ -99,7 +97,7 @@ def _reference_perplexity(metrics: RunMetrics) -> Finding | None:
     before, after = perplexity
     evidence = f"perplexity of the replies under the reference {before:.2f} → {after:.2f}"
     if after > 3 * before:
-        return Finding("fluency", evidence, "unlikely text under the reference", "raise ppo.kl_coefficient")
+        return Finding("fluency", evidence, "unlikely text under the reference", "raise ppo.kl_coef")
     return Finding("fluency", evidence, "likely text under the reference")
 
 
@@ -110,15 +108,18 @@ def _length_change(metrics: RunMetrics) -> Finding | None:
     before, after = length
     evidence = f"{before:.1f} → {after:.1f} tokens, {eos_rate[0]:.0%} → {eos_rate[1]:.0%} end with EOS"
     if eos_rate[1] < eos_rate[0] - 0.1:
-        action = "ppo.missing_end=-1 (or lower), or raise sampling.max_new_tokens"
+        action = "ppo.missing_eos_reward=-1 (or lower), or raise sampling.max_new_tokens"
         return Finding("length", evidence, "the policy unlearns to end with EOS", action)
     if after > LARGE_LENGTH_RATIO * before:
         return Finding(
-            "length", evidence, "replies got longer", "reward.length_penalty=0.01, or stop.longer=1.5"
+            "length",
+            evidence,
+            "replies got longer",
+            "rewards.length_penalty=0.01, or stop.max_length_ratio=1.5",
         )
     if after < SMALL_LENGTH_RATIO * before:
         meaning = "replies got much shorter: check in samples.jsonl that they still answer"
-        return Finding("length", evidence, meaning, "raise ppo.kl_coefficient, or reward longer replies")
+        return Finding("length", evidence, meaning, "raise ppo.kl_coef, or reward longer replies")
     return Finding("length", evidence, "about as long as before")
 
 
@@ -132,9 +133,7 @@ def _diversity(metrics: RunMetrics) -> Finding | None:
     )
     if unique_fraction[1] < 0.5 * unique_fraction[0]:
         meaning = "the policy gives the same replies over and over (mode collapse)"
-        return Finding(
-            "variety", evidence, meaning, "raise ppo.kl_coefficient, or ppo.entropy_coefficient=0.01"
-        )
+        return Finding("variety", evidence, meaning, "raise ppo.kl_coef, or ppo.entropy_coef=0.01")
     return Finding(
         "variety", evidence, "lower, as expected in RL" if entropy[1] < entropy[0] else "not lower"
     )
@@ -147,11 +146,11 @@ def _update_health(metrics: RunMetrics) -> Finding | None:
     evidence = f"clip fraction {clip_frac:.1%}, explained variance of the value {explained_variance:.0%}"
     if clip_frac > LARGE_CLIP_FRAC:
         return Finding(
-            "updates", evidence, "updates are too large", "lower train.learning_rate or ppo.epochs"
+            "updates", evidence, "updates are too large", "lower train.learning_rate or ppo.ppo_epochs"
         )
     if explained_variance < MIN_EXPLAINED_VARIANCE:
         meaning = "the value model predicts worse than a constant"
-        return Finding("updates", evidence, meaning, "raise ppo.value_coefficient or ppo.value_learning_rate")
+        return Finding("updates", evidence, meaning, "raise ppo.value_coef or ppo.value_learning_rate")
     return Finding("updates", evidence, "updates within bounds, and the value model predicts the returns")
 
 

@@ -201,13 +201,13 @@ def shape_rewards(
 ) -> Tensor:
     """Return the shaped rewards that PPO maximizes: (C,); normalized, then clipped, then the EOS penalty."""
     rewards = completions.rewards
-    if settings.normalise == "running":
+    if settings.normalize_rewards == "running":
         rewards = reward_stats.normalize(rewards, shift_mean=True)
-    if settings.clip_scores is not None:
-        rewards = reward_shaping.clip_rewards(rewards, limit=settings.clip_scores)
+    if settings.reward_clip is not None:
+        rewards = reward_shaping.clip_rewards(rewards, limit=settings.reward_clip)
     # Last, so that neither normalization nor clipping changes the penalty.
     return reward_shaping.apply_missing_eos_reward(
-        rewards, completions.ended_with_eos, missing_eos_reward=settings.missing_end
+        rewards, completions.ended_with_eos, missing_eos_reward=settings.missing_eos_reward
     )
 
 
@@ -231,7 +231,7 @@ def advantages_and_returns(
     if settings.whiten_rewards:
         token_rewards_CT = masked.whiten(token_rewards_CT, mask_CT, shift_mean=False)
     advantages_CT, returns_CT = advantages.gae(
-        token_rewards_CT, stats.values, mask_CT, gamma=settings.discount, gae_lambda=settings.trace
+        token_rewards_CT, stats.values, mask_CT, gamma=settings.gamma, gae_lambda=settings.gae_lambda
     )
     if settings.whiten_advantages:
         advantages_CT = masked.whiten(advantages_CT, mask_CT, shift_mean=True)

@@ -53,7 +53,7 @@ def load_ppo_models(ctx: RunContext, text: TextEncoding) -> PPOModels:
     traits = adapter_traits(settings.adapter.method)
     # An adapter that rewrites base weights (PiSSA) must not change the base of value and reward models.
     base = base_for_scorers(frozen.base, changes_base=traits.changes_base)
-    rewards = load_rewards(settings.reward, base=base, tokenizer=text.encoder.tokenizer)
+    rewards = load_rewards(settings.rewards, base=base, tokenizer=text.encoder.tokenizer)
     for note in rewards.notes:
         ctx.log(note)
     value_model, head_index = _build_value_model(
@@ -79,11 +79,11 @@ def value_init_run(settings: Settings) -> tuple[Path, str] | None:
 
     It is the first reward model with its own adapter (InstructGPT, arXiv 2203.02155, section 3.5).
     """
-    if settings.ppo.value_from == "start":
+    if settings.ppo.value_init == "policy":
         return None
-    for index, run in reward_runs(settings.reward).items():
+    for index, run in reward_runs(settings.rewards).items():
         if (run / "adapter").is_dir():
-            return run, settings.reward.sources[index].score or ""
+            return run, settings.rewards.sources[index].score or ""
     return None
 
 

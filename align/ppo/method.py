@@ -84,7 +84,7 @@ class PPO:
         """Return the optimizer steps of the run: rollouts x PPO epochs x minibatches."""
         train, ppo = self.settings.train, self.settings.ppo
         num_rollouts = max(1, ceil(train.epochs * len(self.data.train) / ppo.rollout_size))
-        return train.max_steps or num_rollouts * ppo.epochs * (ppo.rollout_size // train.batch_size)
+        return train.max_steps or num_rollouts * ppo.ppo_epochs * (ppo.rollout_size // train.batch_size)
 
     @property
     def samples(self) -> Samples:
@@ -149,7 +149,7 @@ class PPO:
         self.ctx.resolve_auto("train.max_steps", (self.num_steps, "optimizer steps of all rollouts"))
         assert self.pretraining_mix is None or len(self.pretraining_mix.rows)
         metadata = shared_steps.policy_metadata(self.ctx, self.text, self.policy, self.data.report)
-        return {**metadata, "rewards": rewards_record(self.settings.reward)}
+        return {**metadata, "rewards": rewards_record(self.settings.rewards)}
 
     def training_arguments(self) -> TrainingArguments:
         """Return the training arguments, with every ``auto`` resolved.
@@ -169,9 +169,11 @@ class PPO:
         """Return the trainer; the reference is the policy as it is now."""
         settings, args, ppo = self.settings, self.training_arguments(), self.settings.ppo
         # A checkpoint replaces these values when training resumes.
-        ppo_state = PPOState(FixedKLController(ppo.kl_coefficient))
-        if ppo.kl_target is not None:
-            ppo_state.kl_controller = AdaptiveKLController(ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon)
+        ppo_state = PPOState(FixedKLController(ppo.kl_coef))
+        if ppo.adaptive_kl_target is not None:
+            ppo_state.kl_controller = AdaptiveKLController(
+                ppo.kl_coef, ppo.adaptive_kl_target, ppo.kl_horizon
+            )
         trainer = PPOTrainer(
             self.models.actor_critic,
             args,
@@ -187,7 +189,7 @@ class PPO:
         if self.data.held_out is not None:
             held_out = self.data.held_out
             trainer.held_out_prompts = [
-                held_out[index] for index in evenly_spaced(len(held_out), settings.evaluate.judge_rows)
+                held_out[index] for index in evenly_spaced(len(held_out), settings.evaluate.grader_rows)
             ]
         trainer.grader_metrics, trainer.check_initial_ratio = self._grader_metrics, self._check_initial_ratio
         trainer.add_callback(PPOStateCallback(ppo_state))

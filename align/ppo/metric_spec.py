@@ -41,12 +41,12 @@ PPO_SUMMARY_METRICS = {
 def ppo_metric_spec(settings: StageSettings) -> MetricSpec:
     """Return the curves and summary metrics for the recipe's rewards and graders."""
     assert isinstance(settings, Settings)
-    reward_names = [source.metric_name for source in settings.reward.sources]
+    reward_names = [source.metric_name for source in settings.rewards.sources]
     source_curves = (
         {f"reward_{name}": f"reward: {name}" for name in reward_names} if len(reward_names) > 1 else {}
     )
     grader_curves = {
-        f"{GOLD_PREFIX}{name}": f"grader: {name} (sampled completions)" for name in settings.evaluate.judges
+        f"{GOLD_PREFIX}{name}": f"grader: {name} (sampled completions)" for name in settings.evaluate.graders
     }
     held_out_curves = {
         f"held_out_{name}": f"held-out {title}"

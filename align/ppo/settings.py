@@ -18,17 +18,17 @@ class PPOSettings(Section):
     rollout_size: PositiveInt = Field(
         512, description="completions sampled per rollout, before the policy is updated on them"
     )
-    epochs: PositiveInt = Field(
+    ppo_epochs: PositiveInt = Field(
         4, description="PPO epochs over a rollout, in minibatches of train.batch_size"
     )
-    clip: Annotated[float, Field(gt=0, lt=1)] = Field(
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="clip range of the policy ratio, to 1 +- this (arXiv 1707.06347, equation 7)"
     )
-    value_clip: PositiveFloat | None = Field(
+    value_clip_range: PositiveFloat | None = Field(
         0.2, description="clip range of the value around its estimate at the rollout; null: no clipping"
     )
-    value_coefficient: NonNegativeFloat = Field(0.1, description="weight of the value loss (vf_coef)")
-    value_from: Literal["auto", "reward", "start"] = Field(
+    value_coef: NonNegativeFloat = Field(0.1, description="weight of the value loss (vf_coef)")
+    value_init: Literal["auto", "reward", "policy"] = Field(
         "auto",
         description="initialization of the value model: the reward model (InstructGPT), or the initial "
         "policy with a zero head; auto: reward if there is a reward model",
@@ -36,37 +36,39 @@ class PPOSettings(Section):
     value_learning_rate: PositiveFloat | None = Field(
         None, description="peak learning rate of the value model; null: train.learning_rate"
     )
-    discount: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="gamma: discount per token")
-    trace: Annotated[float, Field(ge=0, le=1)] = Field(0.95, description="lambda of GAE (arXiv 1506.02438)")
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="gamma: discount per token")
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.95, description="lambda of GAE (arXiv 1506.02438)"
+    )
     whiten_rewards: bool = Field(
         False, description="scale per-token rewards to standard deviation 1, mean unchanged"
     )
     whiten_advantages: bool = Field(True, description="normalize advantages to mean 0, standard deviation 1")
     # Not in the paper above, where it is 0.
-    entropy_coefficient: NonNegativeFloat = Field(0.0, description="weight of the entropy bonus")
-    kl_coefficient: NonNegativeFloat = Field(
+    entropy_coef: NonNegativeFloat = Field(0.0, description="weight of the entropy bonus")
+    kl_coef: NonNegativeFloat = Field(
         0.05, description="coefficient (beta) of the per-token KL penalty to the reference"
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         "k1", description="estimator of that KL from one sample; the paper uses k1"
     )
     # Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
-    kl_target: PositiveFloat | None = Field(
+    adaptive_kl_target: PositiveFloat | None = Field(
         None, description="target of the adaptive KL controller, nats per completion (6); null: fixed"
     )
     kl_horizon: PositiveInt = Field(
         10_000, description="horizon of the adaptive KL controller, in completions"
     )
     # Detail 23, the EOS trick: it replaces the reward of a completion without EOS, whatever that is.
-    missing_end: float | None = Field(
+    missing_eos_reward: float | None = Field(
         -1.0, description="reward of a completion without EOS; null: what the reward says"
     )
-    normalise: Literal["none", "running"] = Field(
+    normalize_rewards: Literal["none", "running"] = Field(
         "none", description="running: normalize by running mean and standard deviation of all rewards"
     )
-    clip_scores: PositiveFloat | None = Field(None, description="clip rewards to +- this; null: no clipping")
+    reward_clip: PositiveFloat | None = Field(None, description="clip rewards to +- this; null: no clipping")
     # Not in the paper; TRL's and other implementations offer it as target_kl.
-    epoch_stop_kl: PositiveFloat | None = Field(
+    target_kl: PositiveFloat | None = Field(
         None,
         description="skip the remaining updates of a rollout once approx_kl to the sampling policy is "
         "above this, nats per token (0.1); null: never",
@@ -98,22 +100,22 @@ class StopSettings(Section):
     """Conditions that stop a run early; the reason is logged."""
 
     # Gao et al. 2022 (arXiv 2210.10760): the proxy reward keeps rising while the gold reward falls.
-    gold_falls: Fraction | None = Field(
+    max_gold_drop: Fraction | None = Field(
         0.1,
         description="reward over-optimization: a grader's held-out mean has fallen this far below its best "
         "while the reward has risen; null: never. Measured every train.evaluate_every steps",
     )
-    kl: PositiveFloat | None = Field(
+    max_kl: PositiveFloat | None = Field(
         None, description="maximum KL to the reference, nats per completion; null: never"
     )
-    longer: Annotated[float, Field(gt=1)] | None = Field(
+    max_length_ratio: Annotated[float, Field(gt=1)] | None = Field(
         None,
         description="length hacking: completions are this many times as long as in the first rollout, and "
         "length correlates with reward; null: never",
     )
-    entropy: Fraction | None = Field(
+    min_entropy_ratio: Fraction | None = Field(
         0.02, description="collapse: entropy is below this fraction of the first rollout's; null: never"
     )
-    ends: Fraction | None = Field(
+    min_eos_rate: Fraction | None = Field(
         0.1, description="collapse: the EOS rate fell below this, from above; null: never"
     )

@@ -13,7 +13,7 @@ class Settings(StageSettings):
     """Prompts, rewards, sampling, PPO, PPO-ptx and early stopping."""
 
     data: PromptSettings = PromptSettings()
-    reward: RewardsSettings = RewardsSettings()
+    rewards: RewardsSettings = RewardsSettings()
     sampling: SamplingSettings = SamplingSettings()
     ppo: PPOSettings = PPOSettings()
     pretraining: PretrainingSettings = PretrainingSettings()
@@ -22,12 +22,12 @@ class Settings(StageSettings):
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return every problem that can be found before anything is loaded."""
         valid_sections = set(valid)
-        problems = list(self.reward.problems(self, valid))
+        problems = list(self.rewards.problems(self, valid))
         if "train" in valid_sections:
             problems += _train_problems(self)
         if {"ppo", "train"} <= valid_sections:
             problems += _size_problems(self)
-        if {"ppo", "reward"} <= valid_sections:
+        if {"ppo", "rewards"} <= valid_sections:
             problems += _value_init_problems(self)
         if "pretraining" in valid_sections:
             problems += self.pretraining.problems()
@@ -56,14 +56,14 @@ def _size_problems(settings: Settings) -> Iterator[Problem]:
         actual = f"{rollout_size}, not a multiple of train.batch_size ({batch_size})"
         expected = "a multiple of train.batch_size"
         yield Problem("ppo.rollout_size", actual, expected, f"ppo.rollout_size={rounded}")
-    if ppo.kl_target is not None and ppo.kl_horizon <= rollout_size / 5:
+    if ppo.adaptive_kl_target is not None and ppo.kl_horizon <= rollout_size / 5:
         actual = f"{ppo.kl_horizon} with rollouts of {rollout_size} completions"
         expected = "more than a fifth of ppo.rollout_size, or the KL coefficient could become negative"
         yield Problem("ppo.kl_horizon", actual, expected, f"ppo.kl_horizon={20 * rollout_size}")
 
 
 def _value_init_problems(settings: Settings) -> Iterator[Problem]:
-    has_reward_model = any(source.run is not None for source in settings.reward.sources)
-    if settings.ppo.value_from == "reward" and not has_reward_model and settings.reward.sources:
+    has_reward_model = any(source.run is not None for source in settings.rewards.sources)
+    if settings.ppo.value_init == "reward" and not has_reward_model and settings.rewards.sources:
         actual = "'reward', but no source is a reward model"
-        yield Problem("ppo.value_from", actual, "a reward run among reward.sources", "ppo.value_from=start")
+        yield Problem("ppo.value_init", actual, "a reward run among rewards.sources", "ppo.value_init=policy")

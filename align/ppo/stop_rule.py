@@ -21,26 +21,34 @@ def stop_reason(first: Metrics, current: Metrics, rules: StopSettings) -> str:
     >>> rules, sound = StopSettings(), {"kl": 1.0, "entropy": 2.0, "ends": 1.0, "length": 9.0}
     >>> stop_reason(sound, sound, rules)
     ''
-    >>> stop_reason(sound, {**sound, "entropy": 0.01}, rules)
-    'collapsed: entropy fell from 2.000 to 0.010 nats per token, below stop.entropy (0.02) of the start'
+    >>> stop_reason(sound, {**sound, "entropy": 0.01}, rules).split(',')[0]
+    'collapsed: entropy fell from 2.000 to 0.010 nats per token'
     """
-    if rules.entropy is not None and current["entropy"] < rules.entropy * first["entropy"]:
+    if (
+        rules.min_entropy_ratio is not None
+        and current["entropy"] < rules.min_entropy_ratio * first["entropy"]
+    ):
         change = f"from {first['entropy']:.3f} to {current['entropy']:.3f} nats per token"
-        return f"collapsed: entropy fell {change}, below stop.entropy ({rules.entropy:g}) of the start"
+        bound = f"stop.min_entropy_ratio ({rules.min_entropy_ratio:g})"
+        return f"collapsed: entropy fell {change}, below {bound} of the start"
     # A policy that never ended with EOS has not collapsed: the rate must have been above the bound.
-    if rules.ends is not None and current["ends"] < rules.ends <= first["ends"]:
+    if rules.min_eos_rate is not None and current["ends"] < rules.min_eos_rate <= first["ends"]:
         eos_rates = (
             f"{current['ends']:.1%} of the completions end with EOS, {first['ends']:.1%} did at the start"
         )
-        return f"collapsed: {eos_rates} (stop.ends {rules.ends:g})"
-    if rules.kl is not None and current["kl"] > rules.kl:
-        return f"KL to the reference: {current['kl']:.2f} nats per completion, above stop.kl ({rules.kl:g})"
+        return f"collapsed: {eos_rates} (stop.min_eos_rate {rules.min_eos_rate:g})"
+    if rules.max_kl is not None and current["kl"] > rules.max_kl:
+        bound = f"stop.max_kl ({rules.max_kl:g})"
+        return f"KL to the reference: {current['kl']:.2f} nats per completion, above {bound}"
     # Longer completions alone are no hacking: length itself must be rewarded.
-    is_longer = rules.longer is not None and current["length"] > rules.longer * first["length"]
+    is_longer = (
+        rules.max_length_ratio is not None and current["length"] > rules.max_length_ratio * first["length"]
+    )
     if is_longer and current["length_reward"] > MIN_LENGTH_REWARD_CORRELATION:
         growth = f"from {first['length']:.1f} to {current['length']:.1f} tokens"
         correlation = f"length and reward correlate with r = {current['length_reward']:.2f}"
-        return f"length hacking: completions grew {growth}, and {correlation} (stop.longer {rules.longer:g})"
+        bound = f"stop.max_length_ratio {rules.max_length_ratio:g}"
+        return f"length hacking: completions grew {growth}, and {correlation} ({bound})"
     return ""
 
 
@@ -51,20 +59,20 @@ def over_optimization_reason(history: Sequence[Metrics], rules: StopSettings) ->
 
     Args:
         history: held-out metrics, from before training to now.
-        rules: ``gold_falls`` is how far a grader's mean may fall below its best.
+        rules: ``max_gold_drop`` is how far a grader's mean may fall below its best.
     """
     current = history[-1]
-    if rules.gold_falls is None:
+    if rules.max_gold_drop is None:
         return ""
     for name in (name for name in current if name.startswith(GOLD_PREFIX)):
         best = max(history, key=lambda measures: measures[name])
         # Against its best, not the start: grader and reward may first rise together.
-        if best[name] - current[name] > rules.gold_falls and current["reward"] > best["reward"]:
+        if best[name] - current[name] > rules.max_gold_drop and current["reward"] > best["reward"]:
             grader_change = (
                 f"grader '{name.removeprefix(GOLD_PREFIX)}' fell from {best[name]:.3f} to {current[name]:.3f}"
             )
             reward_change = f"the reward rose from {best['reward']:.3f} to {current['reward']:.3f}"
-            rule = f"stop.gold_falls {rules.gold_falls:g}"
+            rule = f"stop.max_gold_drop {rules.max_gold_drop:g}"
             return f"over-optimized: {grader_change} while {reward_change} ({rule})"
     return ""
 

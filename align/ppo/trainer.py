@@ -104,17 +104,17 @@ class PPOTrainer(BaseTrainer):
         assert num_items_in_batch is not None and not return_outputs
         ppo, mask_CT = self.ppo, inputs["mask"]
         outputs = model(
-            inputs, with_entropy=ppo.entropy_coefficient > 0, pretraining_batch=inputs.get(PRETRAINING_BATCH)
+            inputs, with_entropy=ppo.entropy_coef > 0, pretraining_batch=inputs.get(PRETRAINING_BATCH)
         )
         policy = policy_loss(
-            outputs.logps, inputs["old_logps"], inputs["advantages"], mask_CT, clip_range=ppo.clip
+            outputs.logps, inputs["old_logps"], inputs["advantages"], mask_CT, clip_range=ppo.clip_range
         )
         value = value_loss(
-            outputs.values, inputs["old_values"], inputs["returns"], mask_CT, clip_range=ppo.value_clip
+            outputs.values, inputs["old_values"], inputs["returns"], mask_CT, clip_range=ppo.value_clip_range
         )
         # One sum, so that policy and value model share a backward pass and an optimizer step.
-        losses_CT = policy.losses + ppo.value_coefficient * value.losses
-        losses_CT = losses_CT - ppo.entropy_coefficient * outputs.entropies.masked_fill(~mask_CT, 0.0)
+        losses_CT = policy.losses + ppo.value_coef * value.losses
+        losses_CT = losses_CT - ppo.entropy_coef * outputs.entropies.masked_fill(~mask_CT, 0.0)
         self._record_metrics(inputs, outputs.logps, policy, value, num_tokens=num_items_in_batch)
         # Divided by the tokens of the whole step below: the loss does not depend on how a step is split into
         # micro-batches and ranks.
@@ -228,7 +228,7 @@ class PPOTrainer(BaseTrainer):
         micro_batch_size = self.args.per_device_train_batch_size
         return [
             minibatch
-            for epoch in range(self.ppo.epochs)
+            for epoch in range(self.ppo.ppo_epochs)
             for minibatch in experience.make_minibatches(
                 total_lengths,
                 batch_size=self.batch_size,
@@ -241,7 +241,7 @@ class PPOTrainer(BaseTrainer):
         """Return whether a new rollout is due: all minibatches are done, or approx_kl exceeds its target."""
         if self.ppo_state.rollout is None or self.ppo_state.minibatches_done == len(self.minibatches):
             return True
-        target_kl = self.ppo.epoch_stop_kl
+        target_kl = self.ppo.target_kl
         return target_kl is not None and self.ppo_state.approx_kl > target_kl
 
     def _record_metrics(

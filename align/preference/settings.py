@@ -28,7 +28,7 @@ class PreferenceSettings(DataSettings):
         description="chosen and rejected with equal scores: drop the pair, or keep the order of the row",
     )
     # Only the last reply of a conversation is compared.
-    loss_on: Literal["reply"] = Field("reply", description="the completions, each with its EOS token")
+    loss_on: Literal["assistant"] = Field("assistant", description="the completions, each with its EOS token")
 
 
 class ChainOfHindsightSettings(Section):
@@ -44,4 +44,11 @@ class ChainOfHindsightSettings(Section):
     def problems(self) -> list[Problem]:
         if self.good.strip() != self.bad.strip():
             return []
-        return [Problem("hindsight.bad", "equal to hindsight.good", "a different text", "hindsight.bad=...")]
+        return [
+            Problem(
+                "chain_of_hindsight.bad",
+                "equal to chain_of_hindsight.good",
+                "a different text",
+                "chain_of_hindsight.bad=...",
+            )
+        ]

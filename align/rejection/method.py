@@ -96,10 +96,10 @@ class RejectionSampling:
         self.ctx.check(
             CheckResult("environment", self.ctx.describe_environment(policy.precision)), reward_check
         )
-        amount = f"{num_prompts * settings.rejection.samples} completions of {num_prompts} prompts"
+        amount = f"{num_prompts * settings.rejection.num_generations} completions of {num_prompts} prompts"
         self.ctx.log(f"{settings.rejection.rounds} round(s): sample {amount}, fine-tune on the best")
         metadata = shared_steps.policy_metadata(self.ctx, self.text, policy, self.data.report)
-        return {**metadata, "rewards": rewards_record(settings.reward)}
+        return {**metadata, "rewards": rewards_record(settings.rewards)}
 
     def generate(self, prompts: Sequence[Sequence[Message]]) -> list[Answered]:
         """Generate greedily with the policy of the last finished round."""
@@ -187,26 +187,28 @@ class RejectionSampling:
             self.policies.rewards,
             self.text.encoder,
             parameters,
-            self.settings.rejection.samples,
+            self.settings.rejection.num_generations,
             ctx.log,
             ctx.raise_if_interrupted,
         )
 
     def _select(self, round_index: int, candidates: Sequence[Candidate]) -> list[Candidate]:
         rejection = self.settings.rejection
-        keep_truncated = rejection.unfinished == "learn"
-        eligible_candidates = eligible(candidates, min_reward=rejection.above, keep_truncated=keep_truncated)
+        keep_truncated = rejection.truncated == "train"
+        eligible_candidates = eligible(
+            candidates, min_reward=rejection.min_reward, keep_truncated=keep_truncated
+        )
         if not eligible_candidates:
             num_ended = sum(candidate.ended_with_eos for candidate in candidates)
             best = max(candidate.reward for candidate in candidates)
             outcome = f"{num_ended} ended, best reward {best:.3g}"
             actual = f"round {round_index}: none of {len(candidates)} completions; {outcome}"
-            repair = "raise sampling.max_new_tokens, or lower rejection.above"
+            repair = "raise sampling.max_new_tokens, or lower rejection.min_reward"
             raise UserError(Problem("rejection", actual, "completions to train on", repair))
-        if rejection.keep == "best":
+        if rejection.keep == "best_of_n":
             return best_per_prompt(eligible_candidates)
         # A fraction of all completions of the round, not of the eligible ones.
-        fraction = rejection.share or 1 / rejection.samples
+        fraction = rejection.top_fraction or 1 / rejection.num_generations
         return top_candidates(eligible_candidates, max(1, round(fraction * len(candidates))))
 
     def _log_round(self, round_index: int, candidates: Sequence[Candidate]) -> dict[str, Any]:
@@ -251,7 +253,7 @@ class RejectionSampling:
 
     def _training_rows(self, round_index: int) -> list[Conversation]:
         """Return the training rows of a round, without duplicates across rounds."""
-        first_round = 1 if self.settings.rejection.memory else round_index
+        first_round = 1 if self.settings.rejection.accumulate_rounds else round_index
         rows: dict[tuple[int, str], Conversation] = {}
         for past_round in range(first_round, round_index + 1):
             for candidate in self.selected[past_round]:
@@ -286,7 +288,7 @@ class RejectionSampling:
 
     def _tokenize_rows(self, rows: list[Conversation]) -> PreparedData:
         # Earlier replies of a dialogue belong to the prompt: loss on the sampled one alone.
-        data_settings = DataSettings(loss_on="last", too_long="drop", cache=False)
+        data_settings = DataSettings(loss_on="last_assistant", overflow="drop", cache=False)
         report, held_out_report = DataReport(), DataReport()
         max_length = self.text.max_length
         return tokenize_conversations(
@@ -299,11 +301,11 @@ class RejectionSampling:
         )
 
     def _held_out_metrics(self, prompts: Prompts, round_index: int) -> dict[str, float]:
-        num_generations = self.settings.rejection.samples
+        num_generations = self.settings.rejection.num_generations
         with self.ctx.timed("held_out"):
             # The same seeds in every round: metrics differ because of the policy alone.
             candidates = self._build_sampler(prompts).sample(
-                evenly_spaced(len(prompts), self.settings.evaluate.judge_rows),
+                evenly_spaced(len(prompts), self.settings.evaluate.grader_rows),
                 lambda: self.policies.policy_for_round(round_index + 1).model,
                 seeds=[self.settings.train.seed, EVAL_STREAM],
                 store_prefix=None,
@@ -314,7 +316,7 @@ class RejectionSampling:
             "best": mean_best_of_n(rewards.reshape(-1, num_generations)),
             "ends": float(np.mean([candidate.ended_with_eos for candidate in candidates])),
         }
-        if len(self.settings.reward.sources) > 1:
+        if len(self.settings.rewards.sources) > 1:
             for name in self.policies.rewards.names:
                 metrics[f"reward_{name}"] = float(
                     np.mean([candidate.by_source[name] for candidate in candidates])

@@ -24,8 +24,8 @@ ROUND_COLUMNS = {
 
 def rejection_metric_spec(settings: Settings) -> MetricSpec:
     """Return the curves and summary metrics for the recipe's rewards and graders."""
-    num_generations = settings.rejection.samples
-    reward_names = [source.metric_name for source in settings.reward.sources]
+    num_generations = settings.rejection.num_generations
+    reward_names = [source.metric_name for source in settings.rewards.sources]
     curves = {
         "loss": "training loss (nats per trained token)",
         "reward": "reward of completions (mean)",
@@ -38,7 +38,7 @@ def rejection_metric_spec(settings: Settings) -> MetricSpec:
         curves |= {f"{HELD_OUT_PREFIX}reward_{name}": f"held-out reward: {name}" for name in reward_names}
     grader_curves = {
         f"{HELD_OUT_PREFIX}{GOLD_PREFIX}{name}": f"grader: {name} (completions)"
-        for name in settings.evaluate.judges
+        for name in settings.evaluate.graders
     }
     summary = {
         "held_out_reward": ("held-out reward", ".3f"),

@@ -77,7 +77,7 @@ def load_round_policies(ctx: RunContext, text: TextEncoding) -> RoundPolicies:
     frozen = None if is_unshared else load_frozen_base(ctx)
     base = frozen.base if frozen is not None else None
     with ctx.timed("load"):
-        rewards = load_rewards(settings.reward, base=base, tokenizer=text.encoder.tokenizer)
+        rewards = load_rewards(settings.rewards, base=base, tokenizer=text.encoder.tokenizer)
     for note in rewards.notes:
         ctx.log(note)
     return RoundPolicies(ctx, frozen, rewards)
@@ -95,7 +95,7 @@ def round_recipe(recipe: Recipe, run: Path, round_index: int) -> Recipe:
     update: dict[str, Any] = {"evaluate": EvaluateSettings(samples=0)}
     if round_index > 1:
         parent = round_folder(run, round_index - 1)
-        model_update: dict[str, Any] = {"start": str(parent)}
+        model_update: dict[str, Any] = {"init_from": str(parent)}
         # Full fine-tuning saved a model, which is the base of this round.
         if (parent / "model").is_dir():
             model_update |= {"base": str(parent), "revision": None, "rope": None}

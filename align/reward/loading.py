@@ -14,10 +14,10 @@ from finetune.training.resume_adapter import load_adapter_weights
 
 
 def load_reward_model_for_training(ctx: RunContext, encoder: Encoder) -> Policy:
-    """Load the base with a score head and an adapter: new ones, or those of ``model.parent``.
+    """Load the base with a score head and an adapter: new ones, or those of ``model.init_from``.
 
-    With ``model.parent`` the reward model is initialized from the SFT model (InstructGPT, arXiv 2203.02155,
-    section 3.5), or from an earlier reward model with its head. New weights depend on the seed.
+    With ``model.init_from`` the reward model is initialized from the SFT model (InstructGPT, arXiv
+    2203.02155, section 3.5), or from an earlier reward model with its head. New weights depend on the seed.
 
     Raises:
         UserError: the base cannot be loaded or has no sequence classification model, or the adapter does not

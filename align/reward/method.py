@@ -59,7 +59,9 @@ class RewardModeling:
     def objective(self) -> RewardObjective:
         """Return the training objective."""
         reward = self.settings.reward
-        return RewardObjective(tuple(head_indices(self.settings)), reward.centring, reward.margins)
+        return RewardObjective(
+            tuple(head_indices(self.settings)), reward.center_rewards_coefficient, reward.margin_scale
+        )
 
     @cached_property
     def block_mask_unsupported(self) -> str:
@@ -114,8 +116,8 @@ class RewardModeling:
             ctx.check(
                 *check_data(self.data, self.text.encoder, find_input_embeddings(model), max_length=max_length)
             )
-            if self.settings.reward.margins is not None:
-                ctx.check(check_margins(train, scale=self.settings.reward.margins))
+            if self.settings.reward.margin_scale is not None:
+                ctx.check(check_margins(train, scale=self.settings.reward.margin_scale))
             weight_format = {"precision": policy.precision, "quantization": policy.quantization}
             ctx.check(*check_reward_model(model, train, self.objective, self.collator, **weight_format))
 
@@ -126,7 +128,9 @@ class RewardModeling:
             UserError: the engine rejects them.
         """
         longest = int(self.data.train.lengths.max())
-        config_spec = reward_config_spec(center_rewards_coefficient=self.settings.reward.centring)
+        config_spec = reward_config_spec(
+            center_rewards_coefficient=self.settings.reward.center_rewards_coefficient
+        )
         return engine_arguments(
             self.ctx, self.policy, longest=longest, steps=self.num_steps, stage=config_spec
         )
@@ -140,7 +144,7 @@ class RewardModeling:
         return self._trl_trainer() if self.uses_trl else self._native_trainer()
 
     def _trl_trainer(self) -> Trainer:
-        scale, train = self.settings.reward.margins, self.data.train
+        scale, train = self.settings.reward.margin_scale, self.data.train
         margins = None if scale is None else (scale * np.nan_to_num(train.margins)).clip(min=0).tolist()
         return build_trl_reward_trainer(
             self.policy.model,

@@ -55,7 +55,7 @@ def check_margins(groups: PreferenceGroups, *, scale: float) -> CheckResult:
     has_margin = np.where(groups.num_completions == 2, np.isfinite(groups.margins), all_scored)
     if not has_margin.any():
         expected = "a column `margin` (0 or more), or scores for both completions"
-        problem = Problem("reward.margins", "no comparison has a margin", expected, "remove it")
+        problem = Problem("reward.margin_scale", "no comparison has a margin", expected, "remove it")
         return failed("margins", problem)
     scaled_margins = scale * groups.margins[has_margin]
     mean = f"mean {scaled_margins.mean():.2f}"

@@ -182,7 +182,9 @@ def load_reward_model(run: Path, *, base: PreTrainedModel | None = None) -> Rewa
     normalization = record["normalisation"]
     return RewardModel(
         model,
-        Encoder(tokenizer, saved["template"], system=saved["system"], control_suffix=saved.get("wish", "")),
+        Encoder(
+            tokenizer, saved["template"], system=saved["system_prompt"], control_suffix=saved.get("wish", "")
+        ),
         normalization={
             name: (normalization[name]["mean"], normalization[name]["deviation"]) for name in saved["heads"]
         },

@@ -46,11 +46,11 @@ class RewardSettings(Section):
         ["reward"], description="names of the score heads on one base, each trained on its own sources"
     )
     # arXiv 2312.09244, equation 2; TRL recommends 0.01. Off: rewards are normalized after training anyway.
-    centring: Annotated[float, Field(ge=0)] = Field(
+    center_rewards_coefficient: Annotated[float, Field(ge=0)] = Field(
         0.0, description="coefficient of the term that centers rewards at 0 (e.g. 0.01); 0: off"
     )
     # Llama 2 (arXiv 2307.09288), equation 2 and table 27: 0 to 1 (small) or 0 to 3 (large).
-    margins: Annotated[float, Field(gt=0)] | None = Field(
+    margin_scale: Annotated[float, Field(gt=0)] | None = Field(
         None, description="factor on the dataset's margins, subtracted inside the loss; null: no margins"
     )
     rules: list[RuleSettings] = Field(
@@ -97,8 +97,8 @@ def _unsupported_settings(settings: Settings) -> Iterator[Problem]:
         "train.neftune_alpha": train.neftune_alpha is not None,
         "data.packing": settings.data.packing,
         "evaluate.exact_match": evaluate.exact_match != 0,
-        "evaluate.judges": bool(evaluate.judges),
-        "evaluate.skill": evaluate.skill is not None,
+        "evaluate.graders": bool(evaluate.graders),
+        "evaluate.retention": evaluate.retention is not None,
     }
     for where in (name for name, is_given in is_set.items() if is_given):
         reason = "not supported for reward models: completions already share their prompt's row"

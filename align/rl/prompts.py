@@ -294,7 +294,7 @@ def _tokenize(
     report: DataReport,
 ) -> Prompts:
     """Tokenize prompts as ``chat`` does, or load them from the cache."""
-    drop = settings.too_long == "drop"
+    drop = settings.overflow == "drop"
 
     def encode(encode_report: DataReport) -> dict[str, np.ndarray]:
         return _encode_prompts(rows, encoder, max_prompt_length, drop, encode_report)
@@ -368,7 +368,7 @@ def _prompt_cache_key(rows: Sequence[RawPrompt], encoder: Encoder, max_prompt_le
 def _raise_if_empty(key: str, purpose: str, prompts: Prompts, report: DataReport) -> None:
     if not len(prompts):
         actual = f"nothing {purpose}: {'; '.join(report.lines()[1:])}"
-        remedy = "data.too_long=cut" if report.too_long else "choose another data.template"
+        remedy = "data.overflow=truncate" if report.too_long else "choose another data.template"
         raise UserError(Problem(key, actual, "prompts", f"check the rows above, or {remedy}"))
 
 

@@ -41,7 +41,9 @@ class Sampling:
     def from_settings(cls, device: str, settings: SamplingSettings, *, stop_ids: Sequence[int]) -> "Sampling":
         """Return the recipe's sampling parameters, with a batch size for the device if it is ``auto``."""
         tokens_per_batch = GENERATION_TOKEN_FACTOR * TOKENS_PER_FORWARD[device]
-        generation_batch_size = None if settings.at_once == "auto" else settings.at_once
+        generation_batch_size = (
+            None if settings.generation_batch_size == "auto" else settings.generation_batch_size
+        )
         return cls(
             settings.temperature, settings.max_new_tokens, stop_ids, tokens_per_batch, generation_batch_size
         )

@@ -14,11 +14,11 @@ class PromptSettings(DataSettings):
         None, description="maximum prompt tokens; null: context length less the completion, 2048 together"
     )
     # A prompt without its beginning is another question, and the template's own text is at the beginning.
-    too_long: Literal["drop", "cut"] = Field(
+    overflow: Literal["drop", "truncate"] = Field(
         "drop", description="drop longer prompts, or truncate them from the left"
     )
     max_length: None = Field(None, description="not used: see max_prompt_length and sampling.max_new_tokens")
-    loss_on: Literal["reply"] = Field("reply", description="sampled completions, including EOS")
+    loss_on: Literal["assistant"] = Field("assistant", description="sampled completions, including EOS")
     packing: Literal[False] = Field(False, description="not used: prompts are batched for generation")
 
 
@@ -29,7 +29,7 @@ class SamplingSettings(Section):
         1.0, description="divides the logits, in sampling and in the loss"
     )
     max_new_tokens: PositiveInt = Field(64, description="maximum completion tokens")
-    at_once: PositiveInt | Literal["auto"] = Field(
+    generation_batch_size: PositiveInt | Literal["auto"] = Field(
         "auto",
         description="generation batch size over all processes: smaller needs less memory and more time, and "
         "gives other samples; auto: as many as keep the device busy",

@@ -31,11 +31,11 @@ class Settings(StageSettings):
     TRL_CONFIG: ClassVar[str] = "DPOConfig"
 
     data: PreferenceSettings = PreferenceSettings()
-    align: DPOSettings = DPOSettings()
+    dpo: DPOSettings = DPOSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return the cross-field problems, before anything is loaded."""
-        return list(preference_problems(self, self.align, valid))
+        return list(preference_problems(self, self.dpo, valid))
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
@@ -71,6 +71,6 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     ctx = RunContext(recipe, run, console, command, metric_spec=DPO_METRIC_SPEC)
     text = load_text_encoding(ctx)
     data = load_preferences(ctx, settings.data, text)
-    method = DPO(ctx, text, data, policy=load_policy(ctx), dpo=settings.align)
+    method = DPO(ctx, text, data, policy=load_policy(ctx), dpo=settings.dpo)
     run_stage(ctx, method, finalize=method.diagnose)
     return Result.of(run)

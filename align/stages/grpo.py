@@ -28,11 +28,11 @@ class Settings(OnlineSettings):
 
     TRL_CONFIG: ClassVar[str] = "GRPOConfig"
 
-    align: GRPOSettings = GRPOSettings()
+    grpo: GRPOSettings = GRPOSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return every problem that can be found before anything is loaded."""
-        return list(online_problems(self, self.align, valid))
+        return list(online_problems(self, self.grpo, valid))
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
@@ -58,5 +58,5 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if not run.finished:
         from align.online.stage import run_online_stage
 
-        run_online_stage(recipe, run, settings.align, console=console, command=command)
+        run_online_stage(recipe, run, settings.grpo, console=console, command=command)
     return Result.of(run)

@@ -32,7 +32,7 @@ class Settings(StageSettings):
 
     data: KTODataSettings = KTODataSettings()
     train: KTOTrainSettings = KTOTrainSettings()
-    align: KTOSettings = KTOSettings()
+    kto: KTOSettings = KTOSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return the cross-field problems, before anything is loaded."""
@@ -75,6 +75,6 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     ctx = RunContext(recipe, run, console, command, metric_spec=KTO_METRIC_SPEC)
     text = load_text_encoding(ctx)
     data = load_labeled_completions(ctx, settings.data, text)
-    method = KTO(ctx, text, data, policy=load_policy(ctx), kto=settings.align)
+    method = KTO(ctx, text, data, policy=load_policy(ctx), kto=settings.kto)
     run_stage(ctx, method)
     return Result.of(run)

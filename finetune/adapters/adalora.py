@@ -32,7 +32,7 @@ class Settings(lora.Settings):
     method: Literal["adalora"] = Field("adalora", description="LoRA with an adaptive rank per layer")  # type: ignore[assignment]
     rank: PositiveInt = Field(8, description="average rank per layer at the end")  # the paper, section 4.1
     # 1.5 times the rank: the paper, section 4.1, an initial budget of 1.5 times the final one.
-    first_rank: PositiveInt | None = Field(None, description="initial rank; null: 1.5 times `rank`")
+    init_rank: PositiveInt | None = Field(None, description="initial rank; null: 1.5 times `rank`")
     alpha: lora.Alpha = Field(32.0, description="scale of the low-rank product")  # the authors' scripts
     dropout: Fraction = Field(0.0, description="dropout probability of the input of Q")
     warmup: Fraction = Field(
@@ -48,14 +48,14 @@ class Settings(lora.Settings):
     @property
     def resolved_init_rank(self) -> int:
         """Return the initial rank of every layer."""
-        return ceil(1.5 * self.rank) if self.first_rank is None else self.first_rank
+        return ceil(1.5 * self.rank) if self.init_rank is None else self.init_rank
 
     def problems(self) -> list[Problem]:
         """Return problems with a budget that cannot decrease."""
         problems = []
         if self.resolved_init_rank <= self.rank:
             text = f"{self.resolved_init_rank}, with adapter.rank {self.rank}"
-            problems.append(Problem("adapter.first_rank", text, "more than adapter.rank: ranks are pruned"))
+            problems.append(Problem("adapter.init_rank", text, "more than adapter.rank: ranks are pruned"))
         if self.warmup + self.cooldown >= 1:
             text = f"{self.warmup} and {self.cooldown}"
             expected = "a sum below 1: the budget decreases between them"

@@ -32,7 +32,9 @@ class Settings(AdapterSettings):
     method: Literal["adamix"] = Field(
         "adamix", description="a mixture of bottlenecks, averaged after training"
     )
-    width: PositiveInt = Field(16, description="width of each bottleneck")  # the paper, section 4.1: 16 or 48
+    bottleneck_size: PositiveInt = Field(
+        16, description="width of each bottleneck"
+    )  # the paper, section 4.1: 16 or 48
     experts: Annotated[int, Field(ge=2)] = Field(4, description="bottlenecks in the mixture")  # section 4.1
     consistency: bool = Field(
         True, description="two forward passes per batch with a consistency loss (equation 5)"
@@ -53,7 +55,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         task_type=peft_task_type(model),
         target_modules=target_module_names(model, "pfeiffer"),
         hidden_size=model.config.hidden_size,
-        width=settings.width,
+        width=settings.bottleneck_size,
         experts=settings.experts,
     )
     peft_model: PeftModel = get_peft_model(model, config)

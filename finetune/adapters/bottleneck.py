@@ -39,7 +39,9 @@ class Settings(AdapterSettings):
     placement: Placement = Field(
         "parallel", description="after attention and FFN, after FFN, or parallel to FFN"
     )
-    width: PositiveInt = Field(64, description="width of the bottleneck")  # Houlsby et al.: 8, 64 or 256
+    bottleneck_size: PositiveInt = Field(
+        64, description="width of the bottleneck"
+    )  # Houlsby et al.: 8, 64 or 256
     scale: Annotated[float, Field(gt=0)] | None = Field(
         None, description="scale of its output; null: 4 for parallel (He et al.), else 1"
     )
@@ -63,7 +65,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         task_type=peft_task_type(model),
         target_modules=target_module_names(model, settings.placement),
         hidden_size=model.config.hidden_size,
-        width=settings.width,
+        width=settings.bottleneck_size,
         scale=settings.scale or (4.0 if parallel else 1.0),
         activation=settings.activation,
         parallel=parallel,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAITS = Traits(
-    engines=("native",), learning_rate=2e-5, training_only=("dropout", "ratio")
+    engines=("native",), learning_rate=2e-5, training_only=("dropout", "lr_ratio")
 )  # the paper, table of LLaMA-7B: A at 2e-5
 
 
@@ -25,7 +25,9 @@ class Settings(lora.Settings):
 
     method: Literal["lora_plus"] = Field("lora_plus", description="LoRA with a higher learning rate for B")  # type: ignore[assignment]
     # 16: the ratio that the paper recommends (about 2^4).
-    ratio: Annotated[float, Field(ge=1)] = Field(16.0, description="learning rate of B divided by that of A")
+    lr_ratio: Annotated[float, Field(ge=1)] = Field(
+        16.0, description="learning rate of B divided by that of A"
+    )
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
@@ -40,4 +42,4 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 def hooks(model: "PeftModel", settings: Settings, *, steps: int) -> Hooks:
     """Return the hooks: the LoRA+ learning rate factor of each B."""
     names = [name for name, weight in model.named_parameters() if weight.requires_grad and ".lora_B." in name]
-    return Hooks(lr_factors=dict.fromkeys(names, settings.ratio))
+    return Hooks(lr_factors=dict.fromkeys(names, settings.lr_ratio))

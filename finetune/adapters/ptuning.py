@@ -31,7 +31,9 @@ class Settings(VirtualTokenSettings):
     encoder: Literal["mlp", "lstm"] = Field(
         "mlp", description="network: MLP, or LSTM with an MLP (the paper)"
     )
-    encoder_width: PositiveInt = Field(128, description="width of the network")  # PEFT's guide to P-tuning
+    encoder_hidden_size: PositiveInt = Field(
+        128, description="width of the network"
+    )  # PEFT's guide to P-tuning
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
@@ -44,6 +46,6 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         task_type=peft_task_type(model),
         num_virtual_tokens=settings.virtual_tokens,
         encoder_reparameterization_type=settings.encoder.upper(),
-        encoder_hidden_size=settings.encoder_width,
+        encoder_hidden_size=settings.encoder_hidden_size,
     )
     return prompt_model(model, config)

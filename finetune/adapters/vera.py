@@ -25,7 +25,9 @@ class Settings(AdapterSettings):
 
     method: Literal["vera"] = Field("vera", description="vectors that scale shared random matrices")
     rank: PositiveInt = Field(256, description="r: rank of the shared random matrices")  # the paper, table 9
-    start: Annotated[float, Field(gt=0)] = Field(0.1, description="initial value of d")  # the paper, table 6
+    d_initial: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="initial value of d"
+    )  # the paper, table 6
     dropout: Fraction = Field(0.0, description="dropout probability of the inputs")  # the paper, table 9
     target: Target = Field(ALL_LINEAR, description="names of the target layers")  # the paper: all linear
 
@@ -42,7 +44,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     config = VeraConfig(
         task_type=peft_task_type(model),
         r=settings.rank,
-        d_initial=settings.start,
+        d_initial=settings.d_initial,
         vera_dropout=settings.dropout,
         target_modules=settings.target,
     )

@@ -22,7 +22,7 @@ from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
 
-OVERFLOW_VERBS = {"cut": "truncated", "drop": "dropped"}
+OVERFLOW_VERBS = {"truncate": "truncated", "drop": "dropped"}
 MAX_TRAIN_PROMPTS = 64
 """Number of training rows used as sample prompts where nothing is held out."""
 
@@ -264,11 +264,11 @@ def _encode_conversations(
             report.count("have replies without loss in this template", location)
         row_mask = build_loss_mask(encoded.loss_mask, settings.loss_on)
         if len(encoded.input_ids) > max_length:
-            report.count(f"longer than {max_length} tokens, {OVERFLOW_VERBS[settings.too_long]}", location)
+            report.count(f"longer than {max_length} tokens, {OVERFLOW_VERBS[settings.overflow]}", location)
             report.too_long += 1
             # Lost are trained tokens only: a truncated prompt costs nothing.
-            report.lost_tokens += sum(row_mask[0 if settings.too_long == "drop" else max_length :])
-            if settings.too_long == "drop":
+            report.lost_tokens += sum(row_mask[0 if settings.overflow == "drop" else max_length :])
+            if settings.overflow == "drop":
                 continue
         # The first token has no prefix to be predicted from, so it is never a target.
         targets = [False, *row_mask[1:max_length]]
@@ -291,7 +291,7 @@ def _tokens_cache_key(
     rows: list[Conversation], encoder: Encoder, settings: DataSettings, max_length: int
 ) -> str:
     # Everything that decides ids or masks; the location too, as messages about cached rows name it.
-    head = [CACHE_FORMAT, encoder.fingerprint(), max_length, settings.too_long, settings.loss_on]
+    head = [CACHE_FORMAT, encoder.fingerprint(), max_length, settings.overflow, settings.loss_on]
     digest = hashlib.sha256(json.dumps(head).encode())
     for row in rows:
         turns = [[turn.role, turn.content, turn.context, turn.trained] for turn in row.messages]

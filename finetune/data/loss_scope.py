@@ -17,7 +17,7 @@ def apply_loss_scope(messages: Sequence[Message], loss_on: str) -> list[Message]
     untrained stays untrained.
     """
     last = max((i for i, turn in enumerate(messages) if turn.role in REPLY_ROLES), default=-1)
-    if loss_on != "last":
+    if loss_on != "last_assistant":
         return list(messages)
     return [turn if index == last else replace(turn, trained=False) for index, turn in enumerate(messages)]
 

@@ -65,7 +65,9 @@ def _mixing_rates(sizes: Sequence[int], settings: DataSettings) -> list[float]:
     shares = [entry.share for entry in settings.mix]
     free = [size for size, share in zip(sizes, shares, strict=True) if share is None]
     by_size = iter(
-        mixing.size_proportional_rates(free, limit=settings.mix_limit, temperature=settings.mix_temperature)
+        mixing.size_proportional_rates(
+            free, limit=settings.mix_size_cap, temperature=settings.mix_temperature
+        )
     )
     weights = [
         0.0 if entry.share is not None else next(by_size) if entry.weight is None else entry.weight
@@ -109,15 +111,15 @@ def _epoch_counts(
     """Return the number of rows per source and epoch; repeats and unused rows are noted in the report."""
     sizes = [len(rows) for rows in train_rows]
     max_rows = mixing.max_rows_without_repeats(sizes, rates)
-    counts = mixing.allocate_rows(settings.mix_rows or max_rows, rates)
+    counts = mixing.allocate_rows(settings.epoch_rows or max_rows, rates)
     for component, rate in zip(components, rates, strict=True):
         component.report.asked = rate
     names = [component.report.source for component in components]
-    if settings.mix_rows is None and max_rows < sum(sizes):
+    if settings.epoch_rows is None and max_rows < sum(sizes):
         first = names[int(np.argmin(np.divide(sizes, rates)))]
         report.notes.append(
             f"one epoch is {max_rows} of {sum(sizes)} rows: it ends when {first} is exhausted; "
-            "set data.mix_rows for a longer epoch (smaller sources then repeat)"
+            "set data.epoch_rows for a longer epoch (smaller sources then repeat)"
         )
     for name, size, count in zip(names, sizes, counts, strict=True):
         if count > size:

@@ -25,8 +25,8 @@ def select_rows(
     """
     # Cheap filters first; near-duplicate detection is the expensive one.
     selected = _filter_length_and_rating(rows, settings, report)
-    if settings.distinct is not None:
-        selected = _drop_near_duplicates(selected, settings.distinct, report)
+    if settings.near_dedup is not None:
+        selected = _drop_near_duplicates(selected, settings.near_dedup, report)
     if settings.rows is not None and settings.rows < len(selected):
         order = _ranked_ids(selected, settings.rows_by, rng)
         selected_ids = set(order[: settings.rows])

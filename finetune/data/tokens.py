@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import data_templates
-from data_templates import model as model_template
+from data_templates import tokenizer as tokenizer_template
 from data_templates.markers import Markers
 from data_templates.segments import (
     DOCUMENT_START,
@@ -147,16 +147,18 @@ class Encoder:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _load_template(self, name: str) -> Template:
-        if name != "model":
+        if name != "tokenizer":
             template: Template = load_plugin("data_templates", name, where="data.template").TEMPLATE
             return template
         if not self.tokenizer.chat_template:
             actual = "the tokenizer of this base has no chat template"
             repair = "use data.template=chatml (or alpaca, vicuna, llama2)"
             raise UserError(
-                Problem("data.template", f"'model', but {actual}", "a template of data_templates/", repair)
+                Problem(
+                    "data.template", f"'tokenizer', but {actual}", "a template of data_templates/", repair
+                )
             )
-        return model_template.bind_chat_template(
+        return tokenizer_template.bind_chat_template(
             self._apply_chat_template, special_tokens=self.special_tokens, added_tokens=list(self._token_ids)
         )
 

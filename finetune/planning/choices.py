@@ -115,7 +115,7 @@ def num_processes(requested: int | str, hardware: Hardware) -> tuple[int, str]:
     if hardware.device == "cuda" and requested > hardware.device_count:
         actual, expected = f"{requested} on {hardware.device_count} GPUs", f"at most {hardware.device_count}"
         raise UserError(
-            Problem("train.processes", actual, expected, f"train.processes={hardware.device_count}")
+            Problem("train.num_processes", actual, expected, f"train.num_processes={hardware.device_count}")
         )
     return requested, "as requested"
 
@@ -133,10 +133,16 @@ def strategy(requested: str, world_size: int) -> Choice:
             else ("ddp", f"{world_size} processes, weights replicated")
         )
     if requested == "single" and world_size > 1:
-        actual, repair = f"single, with {world_size} processes", "train.strategy=auto, or train.processes=1"
+        actual, repair = (
+            f"single, with {world_size} processes",
+            "train.strategy=auto, or train.num_processes=1",
+        )
         raise UserError(Problem("train.strategy", actual, "a strategy of several processes", repair))
     if requested != "single" and world_size == 1:
-        actual, repair = f"{requested}, with one process", "train.processes=2 or more, or train.strategy=auto"
+        actual, repair = (
+            f"{requested}, with one process",
+            "train.num_processes=2 or more, or train.strategy=auto",
+        )
         raise UserError(Problem("train.strategy", actual, "several processes", repair))
     return requested, "as requested"
 

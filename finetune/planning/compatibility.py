@@ -142,7 +142,7 @@ PROCESS_RULES = (
         "finetune/training/launch.py",
         "ours",
         {"train.strategy": "ddp"},
-        "train.strategy=auto, or train.processes=1",
+        "train.strategy=auto, or train.num_processes=1",
     ),
     CompatibilityRule(
         "one-process",
@@ -151,7 +151,7 @@ PROCESS_RULES = (
         "finetune/training/launch.py",
         "ours",
         {"train.strategy": "single"},
-        "train.processes=2 or more, or train.strategy=auto",
+        "train.num_processes=2 or more, or train.strategy=auto",
     ),
     CompatibilityRule(
         "ddp-offload",
@@ -176,7 +176,7 @@ PROCESS_RULES = (
         "finetune/training/launch.py",
         "ours",
         {"train.offload": "none"},
-        "train.offload=none, or train.processes=2 or more",
+        "train.offload=none, or train.num_processes=2 or more",
     ),
 )
 

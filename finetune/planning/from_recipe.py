@@ -48,7 +48,7 @@ def planned_adapter(settings: AdapterSettings) -> Adapter:
         # Positions include the frozen prompts of earlier tasks (progressive_prompt).
         virtual_tokens=max(own_tokens, settings.positions),
         frozen_tokens=max(0, settings.positions - own_tokens),
-        width=values.get("width", values.get("encoder_width", 0)),
+        width=values.get("bottleneck_size", values.get("encoder_hidden_size", 0)),
         experts=values.get("experts", 1),
         placement=values.get("placement", "parallel"),
         encoder=values.get("encoder", "mlp"),
@@ -65,7 +65,7 @@ def _planned_rank(values: dict[str, Any]) -> int:
     rank = int(values.get("rank", 0))
     if values["method"] == "adalora":
         # It starts with more ranks than it ends with, and the largest count needs the memory.
-        return int(values["first_rank"] or -(-3 * rank // 2))
+        return int(values["init_rank"] or -(-3 * rank // 2))
     return rank
 
 

@@ -30,7 +30,7 @@ RECIPE_KEYS = {
     "quantization": "model.quantization",
     "precision": "model.precision",
     "strategy": "train.strategy",
-    "processes": "train.processes",
+    "processes": "train.num_processes",
     "offload": "train.offload",
     "engine": "train.engine",
     "optimizer": "train.optimizer",

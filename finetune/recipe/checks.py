@@ -9,6 +9,7 @@ from finetune.recipe.discovery import ADAPTERS, TEMPLATES, load_plugin, plugin_n
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.mixture_checks import check_mixture, check_selection
 from finetune.recipe.paths import local_path, looks_local
+from finetune.recipe.renamed import renamed_value
 from finetune.recipe.settings import StageSettings
 from finetune.recipe.user_function import function_file
 
@@ -54,7 +55,8 @@ def _check_template(settings: StageSettings) -> Iterator[Problem]:
     template, names = settings.data.template, plugin_names(TEMPLATES)
     if template not in names:
         expected = f"{one_of(names)} ({TEMPLATES}/)"
-        yield Problem("data.template", f"'{template}' is unknown", expected, did_you_mean(template, names))
+        repair = renamed_value("data.template", template) or did_you_mean(template, names)
+        yield Problem("data.template", f"'{template}' is unknown", expected, repair)
 
 
 def _check_sources(settings: StageSettings) -> Iterator[Problem]:
@@ -104,8 +106,8 @@ def _check_evals(settings: StageSettings) -> Iterator[Problem]:
 
 def _check_graders(settings: StageSettings) -> Iterator[Problem]:
     evaluate = settings.evaluate
-    for name, text in evaluate.judges.items():
-        where = f"evaluate.judges.{name}"
+    for name, text in evaluate.graders.items():
+        where = f"evaluate.graders.{name}"
         if not name.isidentifier():
             repair = "write it like a Python identifier: happy_end"
             yield Problem(where, f"the name '{name}'", "letters, digits and _", repair)
@@ -114,11 +116,11 @@ def _check_graders(settings: StageSettings) -> Iterator[Problem]:
             function_file(text, where=where)
         except UserError as error:
             yield from error.problems
-    if evaluate.judges and not settings.data.held_out:
+    if evaluate.graders and not settings.data.held_out:
         actual, expected = "set, but data.held_out is 0", "held-out prompts for the graders"
-        yield Problem("evaluate.judges", actual, expected, HOLD_OUT_REPAIR)
-    if evaluate.skill is not None:
-        yield from _check_file_exists("evaluate.skill", evaluate.skill)
+        yield Problem("evaluate.graders", actual, expected, HOLD_OUT_REPAIR)
+    if evaluate.retention is not None:
+        yield from _check_file_exists("evaluate.retention", evaluate.retention)
 
 
 def _check_file_exists(

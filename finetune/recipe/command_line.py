@@ -6,6 +6,7 @@ from typing import Any
 from finetune.recipe import yaml_file
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.errors import Problem, did_you_mean, one_of
+from finetune.recipe.renamed import renamed_section, section_problem
 from finetune.recipe.settings import AdapterSettings, StageSettings
 
 SectionValues = dict[str, dict[str, Any]]
@@ -17,7 +18,7 @@ Origins = dict[str, str]
 COMMAND_LINE = "command line"
 REPLACED_DATA = "it applies to the recipe's data only"
 SOURCE_KEYS = (
-    *("source", "mix", "mix_limit", "mix_temperature", "mix_rows"),
+    *("source", "mix", "mix_size_cap", "mix_temperature", "epoch_rows"),
     *("revision", "split", "columns", "select", "separator"),
 )
 REPLACED_BASE = "it applies to the recipe's base model only"
@@ -40,7 +41,10 @@ def parse_overrides(
     values = {}
     for key, value in given.items():
         section, name, inner = _split_key(key)
-        if not section or not name or (inner and name not in _named_choices(schema, section)):
+        if name and (new := renamed_section(section, schema.model_fields)):
+            key = ".".join(filter(None, (name, inner)))
+            problems.append(section_problem(f"{section}.{key} ({COMMAND_LINE})", section, key, new))
+        elif not section or not name or (inner and name not in _named_choices(schema, section)):
             problems.append(_invalid_override(key, value))
         elif section not in schema.model_fields:
             sections = list(schema.model_fields)
@@ -115,7 +119,9 @@ def _obsolete_keys(values: SectionValues, origins: Origins) -> Iterator[tuple[st
         obsolete += _held_out_file_keys(values, overridden)
     # trust_remote_code too: the recipe trusted its own base, not this one.
     if "model.base" in overridden:
-        obsolete += [(f"model.{key}", REPLACED_BASE) for key in ("revision", "trust_remote_code", "start")]
+        obsolete += [
+            (f"model.{key}", REPLACED_BASE) for key in ("revision", "trust_remote_code", "init_from")
+        ]
     for dotted, reason in obsolete:
         section, key = dotted.split(".")
         if key in values.get(section, {}) and dotted not in overridden:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
+from finetune.recipe.renamed import renamed_stage
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = _PACKAGE / "shipped"
@@ -21,6 +22,8 @@ INSTALLED = _PACKAGE.parent
 STAGES = ("finetune.stages", "align.stages")
 ADAPTERS = "finetune.adapters"
 TEMPLATES = "data_templates"
+ALIASES = {"coh": "chain_of_hindsight"}
+"""Short names of stages on the command line."""
 
 
 def plugin_names(package: str) -> list[str]:
@@ -68,6 +71,16 @@ def stage_names() -> dict[str, str]:
     return {name: package for package in STAGES for name in plugin_names(package)}
 
 
+def verb_of(stage: str) -> str:
+    """Return a stage's verb on the command line, its name with dashes."""
+    return stage.replace("_", "-")
+
+
+def stage_of_verb(verb: str) -> str:
+    """Return the stage that a verb or an alias names."""
+    return ALIASES.get(verb, verb.replace("-", "_"))
+
+
 def load_stage(name: str) -> ModuleType:
     """Import a stage's module.
 
@@ -76,7 +89,8 @@ def load_stage(name: str) -> ModuleType:
     """
     known = stage_names()
     if name not in known:
-        raise UserError(Problem("stage", f"'{name}' is unknown", one_of(known), did_you_mean(name, known)))
+        found = renamed_stage(name) or f"'{name}' is unknown"
+        raise UserError(Problem("stage", found, one_of(known), did_you_mean(name, known)))
     return load_plugin(known[name], name, where="stage")
 
 
@@ -121,7 +135,7 @@ def find_recipe(stage: str, name: str) -> Path:
 def _suggest_recipe(name: str, known: dict[str, Path]) -> str:
     stages = [stage for stage in stage_names() if name in recipe_names(stage)]
     if stages:
-        return f"stage {stages[0]} has one: llm-align {stages[0]} {name}"
+        return f"stage {stages[0]} has one: llm-align {verb_of(stages[0])} {name}"
     return did_you_mean(name, known) or "see `llm-align list`, or give the path of a .yaml file"
 
 

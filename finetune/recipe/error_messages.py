@@ -6,6 +6,7 @@ from pydantic import BaseModel, ValidationError
 
 from finetune.recipe import yaml_file
 from finetune.recipe.errors import Problem, did_you_mean, one_of
+from finetune.recipe.renamed import renamed_key, renamed_value
 
 Schema = dict[str, Any]
 """A JSON schema, as pydantic generates it for a section."""
@@ -70,6 +71,8 @@ def _to_problem(where: str, detail: Any, *, schema: Schema, root: Schema) -> Pro
     key = where.rsplit(".", 1)[-1]
     if detail["type"] == "extra_forbidden":
         keys = _sibling_keys(detail["loc"], root)
+        if renamed := renamed_key(where, detail["input"], keys):
+            return renamed
         return Problem(where, "unknown key", one_of(keys), did_you_mean(key, keys))
     expected = describe_expected(schema, root)
     about = schema.get("description", "")
@@ -77,12 +80,8 @@ def _to_problem(where: str, detail: Any, *, schema: Schema, root: Schema) -> Pro
     if detail["type"] == "missing":
         return Problem(where, "missing", expected)
     value = detail["input"]
-    return Problem(
-        where,
-        f"found {_describe_value(value)}",
-        expected,
-        _suggest_repair(key, value, options=_schema_options(schema, root)),
-    )
+    repair = renamed_value(where, value) or _suggest_repair(key, value, options=_schema_options(schema, root))
+    return Problem(where, f"found {_describe_value(value)}", expected, repair)
 
 
 def _sibling_keys(location: tuple[int | str, ...], root: Schema) -> list[str]:

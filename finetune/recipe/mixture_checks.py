@@ -6,8 +6,8 @@ from math import fsum
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import MixedSource, SelectSettings, StageSettings
 
-SIZE_RATE_KEYS = ("mix_limit", "mix_temperature")
-MIXTURE_KEYS = (*SIZE_RATE_KEYS, "mix_rows")
+SIZE_RATE_KEYS = ("mix_size_cap", "mix_temperature")
+MIXTURE_KEYS = (*SIZE_RATE_KEYS, "epoch_rows")
 PER_SOURCE_KEYS = ("columns", "revision", "select")
 """Keys of a single source: in a mixture each entry has its own."""
 

@@ -1,4 +1,4 @@
-"""Parent run (``model.parent``, --from): find it, and inherit its model, adapter and template settings."""
+"""Parent run (``model.init_from``, --from): find it, and inherit its model, adapter and template settings."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ class ParentRun:
     """The parent run: a finished run, or the recipe of a run that does not exist yet.
 
     Attributes:
-        name: the value of ``model.parent``: a run's folder, or ``stage/recipe``.
+        name: the value of ``model.init_from``: a run's folder, or ``stage/recipe``.
         model: the settings of its base model.
         adapter: the settings of its adapter; None after full tuning.
-        template: its ``data.template`` and ``data.system``; empty if it was trained on plain text.
+        template: its ``data.template`` and ``data.system_prompt``; empty if it was trained on plain text.
         notes: notes for the user.
     """
 
@@ -47,7 +47,7 @@ class ParentRun:
 
 
 def is_recipe_name(text: str) -> bool:
-    """Return True if ``model.parent`` is ``stage/recipe`` and not a folder."""
+    """Return True if ``model.init_from`` is ``stage/recipe`` and not a folder."""
     stage, slash, name = text.partition("/")
     return bool(slash and name) and stage in stage_names() and not Path(text).is_dir()
 
@@ -62,12 +62,12 @@ def parent_from_run(text: str, *, stage: str) -> ParentRun:
     run, note = find_run(text)
     record = read_finished_record(run)
     _check_generative(str(run), record["stage"], stage=stage)
-    check_saved_files(run, record, where="model.start")
+    check_saved_files(run, record, where="model.init_from")
     model_record, name = record["load"], _relative_folder(run)
     # The resolved recipe of the run, as its values may come from the command line.
     method = yaml_file.read_yaml(run / "recipe.yaml")[0]["adapter"]
     notes = [note] if note else []
-    model = ModelSettings(**{**model_record["model"], "start": None})
+    model = ModelSettings(**{**model_record["model"], "init_from": None})
     # After full tuning the run's own model/ is the new base, so revision and rope are already part of it.
     if (run / "model").is_dir():
         model = model.model_copy(update={"base": name, "revision": None, "rope": None})
@@ -87,8 +87,8 @@ def parent_from_recipe(text: str, parent_stage: str, settings: StageSettings, *,
         UserError: the model of that stage does not generate text.
     """
     _check_generative(text, parent_stage, stage=stage)
-    data = settings.data.model_dump(include={"template", "system"})
-    model = settings.model.model_copy(update={"start": None})
+    data = settings.data.model_dump(include={"template", "system_prompt"})
+    model = settings.model.model_copy(update={"init_from": None})
     return _build_parent(
         text, model, settings.adapter, template=_template_settings(parent_stage, data), notes=[]
     )
@@ -163,7 +163,7 @@ def _template_settings(stage: str, load: dict[str, Any]) -> dict[str, str | None
     data: DataSettings = load_stage(stage).Settings().data
     if data.text_format is not None and load["template"] == data.template:
         return {}
-    return {"template": load["template"], "system": load["system"]}
+    return {"template": load["template"], "system_prompt": load["system_prompt"]}
 
 
 def _check_generative(run: str, parent_stage: str, *, stage: str) -> None:
@@ -171,7 +171,7 @@ def _check_generative(run: str, parent_stage: str, *, stage: str) -> None:
     if parent_stage in SCORING_STAGES and parent_stage != stage:
         actual = f"'{run}' is a run of stage {parent_stage}, whose model scores and does not generate text"
         expected = "a run with a generative model, for example of stage sft"
-        raise UserError(Problem("model.start", actual, expected, LIST_RUNS_HINT))
+        raise UserError(Problem("model.init_from", actual, expected, LIST_RUNS_HINT))
 
 
 def check_saved_files(run: Path, record: dict[str, Any], *, where: str) -> None:
@@ -197,7 +197,7 @@ def _inherited_values(parent: ParentRun, values: SectionValues) -> SectionValues
     if parent.adapter is None:
         keys.remove("quantization")  # a new adapter on what is now a base
     data = {key: value for key, value in parent.template.items() if key not in values.get("data", {})}
-    inherited = {"model": {"start": parent.name, **{key: model[key] for key in keys}}, "data": data}
+    inherited = {"model": {"init_from": parent.name, **{key: model[key] for key in keys}}, "data": data}
     if parent.adapter is not None:
         inherited["adapter"] = parent.adapter.model_dump()
     return inherited
@@ -215,7 +215,7 @@ def _inherit_section(
     for key in list(section_values):
         dotted = f"{section}.{key}"
         is_inherited = section == "adapter" or key in inherited_values
-        if dotted == "model.start" or not is_inherited:
+        if dotted == "model.init_from" or not is_inherited:
             continue
         if origins[dotted] == COMMAND_LINE:
             if other_adapter and key not in inherited_values:
@@ -228,7 +228,7 @@ def _inherit_section(
         dotted = f"{section}.{key}"
         if (
             origins.get(dotted) != COMMAND_LINE
-            or dotted == "model.start"
+            or dotted == "model.init_from"
             or dotted not in _overridable_keys(inherited)
         ):
             section_values[key] = value
@@ -240,7 +240,7 @@ def _overridable_keys(inherited: SectionValues) -> set[str]:
     """Return the inherited settings that the user may override, by ``section.key``."""
     adapter = inherited.get("adapter")
     overridable = adapter_traits(adapter["method"]).training_only if adapter else ()
-    return {"model.start", "model.trust_remote_code", *(f"adapter.{key}" for key in overridable)}
+    return {"model.init_from", "model.trust_remote_code", *(f"adapter.{key}" for key in overridable)}
 
 
 def _conflicts(
@@ -272,7 +272,7 @@ def _conflict_repair(parent: ParentRun) -> str:
     if parent.adapter is None:
         return "omit one of the two"
     if not Path(parent.name).is_dir():
-        return "omit it, or set model.start=null for a new adapter on the base"
+        return "omit it, or set model.init_from=null for a new adapter on the base"
     run = parent.name
     return f"omit it; or `llm-align merge {run}`, then --base {run} in place of --from"
 

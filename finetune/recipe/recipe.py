@@ -19,6 +19,7 @@ from finetune.recipe.discovery import (
     load_stage,
     plugin_names,
     stage_names,
+    verb_of,
 )
 from finetune.recipe.error_messages import validation_problems
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
@@ -29,6 +30,7 @@ from finetune.recipe.parent_run import (
     parent_from_recipe,
     parent_from_run,
 )
+from finetune.recipe.renamed import renamed_section, renamed_stage, section_problem
 from finetune.recipe.settings import AdapterSettings, Section, StageSettings
 
 DEFAULT_ORIGIN = "default"
@@ -62,7 +64,7 @@ class Recipe:
                 their paths and names are not part of it.
         """
         content = self.values()
-        start = self.settings.model.start
+        start = self.settings.model.init_from
         # After full tuning the parent run is the base; its content is in the fingerprint, not its path.
         if start is not None and content["model"]["base"] == start:
             content["model"]["base"] = None
@@ -98,8 +100,8 @@ def read_recipe(
         shortcuts: ``{"model.base": "tiny"}``: values of --base, --data and --adapter, or from Python.
         overrides: ``section.key=value`` arguments of the command line.
         out: the run directory, if not the default one.
-        ancestors: the recipes whose ``model.parent`` led to this one, each ``stage/recipe``.
-        pending: recipes that are not run yet, by the name that ``model.parent`` uses for them.
+        ancestors: the recipes whose ``model.init_from`` led to this one, each ``stage/recipe``.
+        pending: recipes that are not run yet, by the name that ``model.init_from`` uses for them.
 
     Raises:
         UserError: with every error that was found.
@@ -155,8 +157,8 @@ def _inherit_from_parent(
     ancestors: tuple[str, ...],
     pending: Mapping[str, Recipe],
 ) -> tuple[list[str], list[Problem]]:
-    """Inherit the settings of the parent run (``model.parent``); return notes and problems."""
-    text = values.get("model", {}).get("start")
+    """Inherit the settings of the parent run (``model.init_from``); return notes and problems."""
+    text = values.get("model", {}).get("init_from")
     if not isinstance(text, str) or not text:
         return [], []
     try:
@@ -165,7 +167,7 @@ def _inherit_from_parent(
         return [], error.problems
     # The run would overwrite the weights that it starts from.
     if out is not None and Path(parent.name).resolve() == out.resolve():
-        actual = f"{out}, the folder of the parent run (model.start)"
+        actual = f"{out}, the folder of the parent run (model.init_from)"
         return [], [Problem("--out", actual, "another folder", "omit --out, or choose another folder")]
     return inherit_settings(values, origins, parent)
 
@@ -180,7 +182,9 @@ def _resolve_parent(
     if text in ancestors:
         chain = " -> ".join([*ancestors, text])
         raise UserError(
-            Problem("model.start", f"circular: {chain}", "a chain of parent runs that ends at a base model")
+            Problem(
+                "model.init_from", f"circular: {chain}", "a chain of parent runs that ends at a base model"
+            )
         )
     parent_stage, _, name = text.partition("/")
     recipe = read_recipe(parent_stage, name, ancestors=(*ancestors, text))
@@ -196,10 +200,14 @@ def _split_sections(
     content: dict[str, Any], schema: type[StageSettings], *, stage: str, path: Path
 ) -> tuple[SectionValues, list[Problem]]:
     """Split a file's content into sections; report top-level keys that are no section."""
-    problems, values = [], {}
+    problems: list[Problem] = []
+    values: SectionValues = {}
     for key, value in content.items():
         if key in schema.model_fields and isinstance(value, dict):
-            values[key] = dict(value)
+            values[key] = {**values.get(key, {}), **value}
+        elif new := renamed_section(key, schema.model_fields):
+            problems.append(section_problem(key, key, "", new))
+            values[new] = {**values.get(new, {}), **value} if isinstance(value, dict) else {}
         elif key == "stage":
             problems += _check_stage(value, stage, path=path)
         elif key != "description":
@@ -210,8 +218,12 @@ def _split_sections(
 def _check_stage(value: Any, stage: str, *, path: Path) -> list[Problem]:
     if value == stage:
         return []
+    if renamed := renamed_stage(value):
+        return [Problem("stage", renamed, f"stage: {stage}")]
     repair = (
-        f"llm-align {value} {path}" if value in stage_names() else f"write stage: {stage}, or delete the line"
+        f"llm-align {verb_of(value)} {path}"
+        if value in stage_names()
+        else f"write stage: {stage}, or delete the line"
     )
     return [
         Problem(

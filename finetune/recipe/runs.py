@@ -1,6 +1,7 @@
 """Find runs by name or prefix, and read their records (run.json)."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from finetune.recipe.errors import Problem, UserError, did_you_mean
 
 RUNS_FOLDER = Path("runs")
 FINISHED = "finished"
+FORMAT = 2
+"""Of run.json and of checkpoints; raised when a stored name changes."""
 LIST_RUNS_HINT = "see `llm-align list runs`"
 
 
@@ -32,6 +35,19 @@ def read_run_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def is_outdated(record: Mapping[str, Any]) -> bool:
+    """Return True if a run was written by an earlier version, with other names."""
+    return bool(record) and record.get("format") != FORMAT
+
+
+def refuse_outdated(where: str, record: Mapping[str, Any]) -> None:
+    """Raise UserError for a run that was written by an earlier version."""
+    if is_outdated(record):
+        found = f"a run of an earlier version of llm-align (format {record.get('format', 1)})"
+        repair = "run it again with this version, in another folder or with --force"
+        raise UserError(Problem(where, found, f"a run in format {FORMAT}", repair))
+
+
 def read_finished_record(run: Path) -> dict[str, Any]:
     """Return a finished run's run.json.
 
@@ -39,6 +55,7 @@ def read_finished_record(run: Path) -> dict[str, Any]:
         UserError: the folder is not a finished run.
     """
     record = read_run_record(run)
+    refuse_outdated(str(run), record)
     if record.get("status") != FINISHED:
         actual = f"a run with status '{record['status']}'" if record else "not a run"
         raise UserError(Problem(str(run), actual, "the folder of a finished run", _next_action(record)))
@@ -60,7 +77,7 @@ def read_generative_record(run: Path) -> dict[str, Any]:
     return record
 
 
-def find_run(name: str, *, where: str = "model.start") -> tuple[Path, str]:
+def find_run(name: str, *, where: str = "model.init_from") -> tuple[Path, str]:
     """Return the finished run of a name or prefix, and a note if several match.
 
     The newest match wins, without those that continue from another match: so the same command still refers to
@@ -83,7 +100,9 @@ def find_run(name: str, *, where: str = "model.start") -> tuple[Path, str]:
     if not matches:
         raise UserError(_missing_run_problem(name, folder, where))
     records = {path: read_run_record(path) for path in matches}
-    finished = [path for path in matches if records[path]["status"] == FINISHED]
+    finished = [
+        path for path in matches if records[path]["status"] == FINISHED and not is_outdated(records[path])
+    ]
     # Raises with the repair for the most recent unfinished run.
     if not finished:
         read_finished_record(max(matches, key=lambda path: records[path].get("started", "")))

@@ -22,7 +22,7 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
     )
     NAMED_CHOICES: ClassVar[tuple[str, ...]] = ()
-    """Keys whose value is a name, or a mapping of ``name`` and its own settings (``align.loss.beta=0.2``)."""
+    """Keys whose value is a name, or a mapping of ``name`` and its own settings (``dpo.loss.beta=0.2``)."""
     NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ()
     """Keys that are not part of a run's name: the path of another run, the number of processes."""
 
@@ -47,11 +47,11 @@ class RopeSettings(Section):
 class ModelSettings(Section):
     """The base model, and the precision and storage of its weights."""
 
-    NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ("start",)
+    NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ("init_from",)
 
     base: NonEmptyStr = Field("tiny", description="short name (`llm-align list bases`), Hub id, or folder")
     revision: NonEmptyStr | None = Field(None, description="branch, tag or commit of a Hub model")
-    start: NonEmptyStr | None = Field(
+    init_from: NonEmptyStr | None = Field(
         None,
         description="finished run to continue from: its folder, its name in ./runs or a prefix of it; "
         "or stage/recipe (sft/quickstart), which is run first if needed",
@@ -80,7 +80,7 @@ class SelectSettings(Section):
     )
     score: NonEmptyStr | None = Field(None, description="column with a rating of each row")
     min_score: float | None = Field(None, description="minimum rating (AlpaGasus: 4.5)")
-    distinct: Annotated[float, Field(ge=0.5, le=1)] | None = Field(
+    near_dedup: Annotated[float, Field(ge=0.5, le=1)] | None = Field(
         None,
         description="near-deduplication (MinHash): drop rows whose word 5-grams have at least this Jaccard "
         "overlap with an earlier row (1: exact copies)",
@@ -129,13 +129,13 @@ class DataSettings(Section):
     mix: Annotated[list[MixedSource], Field(min_length=1)] | None = Field(
         None, description="several sources in place of `source`"
     )
-    mix_limit: PositiveInt | None = Field(
+    mix_size_cap: PositiveInt | None = Field(
         None, description="cap on a source's size (K) when rates follow from sizes"
     )
     mix_temperature: Annotated[float, Field(ge=1)] = Field(
         1.0, description="rates are proportional to size^(1/temperature); above 1 upsamples small sources"
     )
-    mix_rows: PositiveInt | None = Field(
+    epoch_rows: PositiveInt | None = Field(
         None, description="rows per epoch of the mixture; null: until the first source is exhausted"
     )
     split: NonEmptyStr = Field("train", description="split of a Hub dataset")
@@ -143,20 +143,20 @@ class DataSettings(Section):
     columns: dict[str, str] | None = Field(None, description="our column name: the source's column name")
     select: SelectSettings | None = Field(None, description="filters for the rows of `source`")
     template: NonEmptyStr = Field(
-        "alpaca", description="file of data_templates/, or `model`: the tokenizer's own"
+        "alpaca", description="file of data_templates/, or `tokenizer`: the tokenizer's own"
     )
-    system: str | None = Field(None, description="system prompt for conversations without one")
+    system_prompt: str | None = Field(None, description="system prompt for conversations without one")
     held_out: NonNegativeInt | Fraction | NonEmptyStr = Field(
         0, description="rows held out of training: a number, a fraction (below 1), or a file"
     )
     max_length: Annotated[int, Field(ge=8)] | None = Field(
         None, description="maximum tokens per row; null: the model's context, at most 2048"
     )
-    loss_on: Literal["reply", "all", "last"] = Field(
-        "reply", description="loss on every reply, on all tokens (prompts too), or on the last reply only"
+    loss_on: Literal["assistant", "all", "last_assistant"] = Field(
+        "assistant", description="loss on every reply, on all tokens (prompts too), or on the last reply only"
     )
-    too_long: Literal["cut", "drop"] = Field(
-        "cut", description="truncate rows longer than max_length, or drop them"
+    overflow: Literal["truncate", "drop"] = Field(
+        "truncate", description="truncate rows longer than max_length, or drop them"
     )
     packing: bool = Field(
         False, description="concatenate rows instead of padding them; same loss, same batches"
@@ -172,7 +172,7 @@ class DataSettings(Section):
 class TrainSettings(Section):
     """Training loop: steps, optimizer, learning rate, engine, processes and sharding strategy."""
 
-    NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ("processes", "strategy", "offload")
+    NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ("num_processes", "strategy", "offload")
 
     engine: Literal["native", "trl"] = Field("native", description="our trainer, or TRL's for the same stage")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="number of epochs")
@@ -180,7 +180,7 @@ class TrainSettings(Section):
     batch_size: PositiveInt = Field(16, description="sequences per optimizer step, over all processes")
     micro_batch_size: PositiveInt | Literal["auto"] = Field("auto", description="sequences per forward pass")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
+    lr_schedule: Literal["linear", "cosine", "constant"] = Field(
         "cosine", description="learning rate schedule after warmup"
     )
     warmup: NonNegativeInt | Fraction = Field(
@@ -209,7 +209,7 @@ class TrainSettings(Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     group_by_length: bool = Field(True, description="batches of rows of similar length: less padding")
-    processes: PositiveInt | Literal["auto"] = Field(
+    num_processes: PositiveInt | Literal["auto"] = Field(
         "auto",
         description="number of processes; auto: one per GPU, one on CPU; not part of a run's name",
     )
@@ -245,7 +245,7 @@ class DocumentSettings(DataSettings):
         "masked between them; true: complete documents packed into rows of max_length, attention masked",
     )
     loss_on: Literal["all"] = Field("all", description="loss on every token")
-    too_long: Literal["cut"] = Field("cut", description="long documents continue in the next row")
+    overflow: Literal["truncate"] = Field("truncate", description="long documents continue in the next row")
 
     @property
     def text_format(self) -> TextFormat:
@@ -261,17 +261,19 @@ class EvaluateSettings(Section):
     samples: NonNegativeInt = Field(4, description="number of sampled replies in samples.jsonl")
     exact_match: NonNegativeInt = Field(0, description="held-out rows for exact match of the greedy reply")
     max_new_tokens: PositiveInt = Field(128, description="maximum length of a generated reply")
-    judges: dict[str, NonEmptyStr] = Field(
+    graders: dict[str, NonEmptyStr] = Field(
         {},
         description="Python functions that grade replies to held-out prompts, before and after: {name: "
         "file.py:function}; function(prompt, reply) returns a bool or a number, None to skip the prompt",
     )
-    judge_rows: PositiveInt = Field(100, description="number of held-out prompts for the graders")
-    skill: NonEmptyStr | None = Field(
+    grader_rows: PositiveInt = Field(100, description="number of held-out prompts for the graders")
+    retention: NonEmptyStr | None = Field(
         None,
         description="retention set: instructions with exact answers, a skill that training must not degrade",
     )
-    skill_rows: PositiveInt = Field(100, description="number of rows of the retention set, before and after")
+    retention_rows: PositiveInt = Field(
+        100, description="number of rows of the retention set, before and after"
+    )
 
 
 class AdapterSettings(Section):

@@ -132,7 +132,7 @@ def common_arguments(
             settings.batch_size, micro_batch_size, execution.num_processes
         ),
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.schedule,
+        "lr_scheduler_type": settings.lr_schedule,
         "warmup_steps": settings.warmup,
         "optim": TRAINER_OPTIMIZERS[settings.optimizer],
         "adam_beta1": beta1,

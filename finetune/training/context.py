@@ -24,6 +24,7 @@ from finetune.distributed.strategies import SHARDED_WEIGHTS, ZERO_STAGES
 from finetune.planning import choices
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.runs import FORMAT
 from finetune.training import checkpoints
 from finetune.training.base_trainer import first_row_ids, initial_param_groups
 from finetune.training.metric_specs import SUPERVISED_METRICS, MetricSpec
@@ -107,8 +108,8 @@ class RunContext:
         """
         train, world_size = self.recipe.settings.train, self.dist.world_size
         self.strategy = self.resolve_auto("train.strategy", choices.strategy(train.strategy, world_size))
-        if train.processes != world_size:
-            self.resolve_auto("train.processes", (world_size, "set by the launcher"))
+        if train.num_processes != world_size:
+            self.resolve_auto("train.num_processes", (world_size, "set by the launcher"))
         collectives.init_distributed(self.hardware.device, deepspeed=self.strategy in ZERO_STAGES)
 
     def shard_on_load(self, dtype: str) -> None:
@@ -249,6 +250,7 @@ class RunContext:
             self.log(note)
         parent = parent_run_record(self.recipe.settings)
         self.run.update(
+            format=FORMAT,
             status="running",
             stage=self.recipe.stage,
             recipe=self.recipe.name,

@@ -83,7 +83,7 @@ def mean_grade(name: str, grader: Grader, prompts: Sequence[str], completions: S
     Raises:
         UserError: the grader raised, returned no number, or skipped every prompt.
     """
-    where = f"evaluate.judges.{name}"
+    where = f"evaluate.graders.{name}"
     grades = [
         call_user_function(grader, *pair, where=where) for pair in zip(prompts, completions, strict=True)
     ]
@@ -103,7 +103,7 @@ def load_graders(graders: Mapping[str, str]) -> dict[str, Grader]:
     functions: dict[str, Grader] = {}
     problems: list[Problem] = []
     for name, text in graders.items():
-        where = f"evaluate.judges.{name}"
+        where = f"evaluate.graders.{name}"
         try:
             functions[name] = load_user_function(text, where=where)
             problems += signature_problems(functions[name], GRADER_PARAMETERS, where=where)
@@ -121,21 +121,23 @@ def load_generation_eval(
 
     Args:
         settings: the recipe's ``evaluate`` section.
-        prompts: held-out conversations; graders see ``judge_rows`` of them, evenly spaced.
+        prompts: held-out conversations; graders see ``grader_rows`` of them, evenly spaced.
         encoder: renders the expected replies with the template.
         seed: selects the rows of the retention set.
 
     Raises:
         UserError: a grader or the retention set cannot be loaded.
     """
-    graded = [prompts[index] for index in evenly_spaced(len(prompts), settings.judge_rows)]
+    graded = [prompts[index] for index in evenly_spaced(len(prompts), settings.grader_rows)]
     retention: list[list[Message]] = []
-    if settings.skill is not None:
-        source = SourceSpec("evaluate.skill", settings.skill, "train", None, None, settings.skill_rows)
+    if settings.retention is not None:
+        source = SourceSpec(
+            "evaluate.retention", settings.retention, "train", None, None, settings.retention_rows
+        )
         rows = load_source(source, DataReport(), seed=seed)
         retention = [render_reply(row.messages, encoder) for row in rows]
     return GenerationEval(
-        load_graders(settings.judges),
+        load_graders(settings.graders),
         [render_reply(conversation, encoder) for conversation in graded],
         retention,
     )

@@ -44,7 +44,7 @@ def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, comma
         rank_console = console if dist.is_main else Console(quiet=True)
         return stage.run(recipe, rank_console, force=force, command=command)  # type: ignore[no-any-return]
     if not RunDirectory.of(recipe, force=force).finished:
-        num_processes, _ = choices.num_processes(recipe.settings.train.processes, detect_hardware())
+        num_processes, _ = choices.num_processes(recipe.settings.train.num_processes, detect_hardware())
         if num_processes > 1:
             from finetune.distributed.launcher import LaunchSpec, launch_processes
 

@@ -67,7 +67,7 @@ def load_data(ctx: RunContext, text: TextEncoding) -> PreparedData:
 
 def parent_adapter_run(settings: ModelSettings) -> Path | None:
     """Return the run whose adapter is trained further; None without one, or if its full model is the base."""
-    parent = Path(settings.start) if settings.start is not None else None
+    parent = Path(settings.init_from) if settings.init_from is not None else None
     return parent if parent is not None and (parent / "adapter").is_dir() else None
 
 

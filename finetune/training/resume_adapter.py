@@ -65,4 +65,4 @@ def _is_close(current: torch.Tensor, saved: torch.Tensor) -> bool:
 
 def _corrupt_run(run: Path, actual: str) -> UserError:
     repair = f"`{read_finished_record(run)['command']} --force` repeats the run"
-    return UserError(Problem(f"model.start {run}", actual, "the adapter that the run saved", repair))
+    return UserError(Problem(f"model.init_from {run}", actual, "the adapter that the run saved", repair))

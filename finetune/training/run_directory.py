@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from finetune.distributed.rank import dist_info
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.runs import RUNS_FOLDER, read_run_record
+from finetune.recipe.runs import RUNS_FOLDER, read_run_record, refuse_outdated
 from finetune.training.run_fingerprint import run_fingerprint
 
 REPLACED = "replaced"
@@ -101,6 +101,7 @@ class RunDirectory:
             raise UserError(
                 Problem(f"--out {self.path}", "a folder with other files, not a run", expected, repair)
             )
+        refuse_outdated(f"--out {self.path}", self.record)
         if self.record and self.record["digest"] != self.digest:
             actual = f"a run with other settings or data ({self.record['recipe']}, {self.record['digest']})"
             repair = "choose another --out, or --force to replace that run"

@@ -31,9 +31,9 @@ def parent_run_record(settings: StageSettings) -> dict[str, Any] | None:
     Raises:
         UserError: the parent is not a finished run.
     """
-    if settings.model.start is None:
+    if settings.model.init_from is None:
         return None
-    path = Path(settings.model.start)
+    path = Path(settings.model.init_from)
     record = read_finished_record(path)
     description = {
         "name": path.name,

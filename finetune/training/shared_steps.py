@@ -98,11 +98,11 @@ def policy_metadata(
         "parameters": asdict(count_parameters(policy.model)),
         "choices": ctx.resolved,
         "load": {
-            "model": ctx.recipe.settings.model.model_dump(exclude={"start"}),
+            "model": ctx.recipe.settings.model.model_dump(exclude={"init_from"}),
             "precision": policy.precision,
             "quantization": policy.quantization,
             "template": data.template,
-            "system": data.system,
+            "system_prompt": data.system_prompt,
             "wish": text.encoder.control_suffix,
             "virtual_tokens": text.virtual_tokens,
         },

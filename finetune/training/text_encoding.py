@@ -26,7 +26,7 @@ def build_text_encoding(settings: StageSettings) -> tuple[TextEncoding, str]:
     """
     virtual_tokens = settings.adapter.positions
     tokenizer = load_tokenizer(settings.model)
-    encoder = Encoder(tokenizer, settings.data.template, system=settings.data.system)
+    encoder = Encoder(tokenizer, settings.data.template, system=settings.data.system_prompt)
     context = context_length(settings.model)
     max_length, reason = choices.max_length(
         settings.data.max_length, context=context, virtual_tokens=virtual_tokens

@@ -51,8 +51,8 @@ COMMAND_LINES = {
     ),
     "share above one": (words("adapter.dropout=1.5"), ["adapter.dropout", "found 1.5", "not including, 1"]),
     "no such choice": (
-        words("train.schedule=cosin"),
-        ["train.schedule", "'cosin'", "did you mean 'cosine'?"],
+        words("train.lr_schedule=cosin"),
+        ["train.lr_schedule", "'cosin'", "did you mean 'cosine'?"],
     ),
     "infinite rate": (words("train.learning_rate=.inf"), ["train.learning_rate", "inf"]),
     "unknown adapter": (words("--adapter", "loras"), ["adapter.method", "'loras'", "did you mean 'lora'?"]),
@@ -146,7 +146,7 @@ CONTRADICTIONS = {
         ["adapter.target", "'q_prj'", "q_proj", "did you mean 'q_proj'?"],
     ),
     "template model without a chat template": (
-        words("data.template=model"),
+        words("data.template=tokenizer"),
         ["data.template", "has no chat template", "data.template=chatml"],
     ),
     "flash attention in float32": (
@@ -238,7 +238,7 @@ DATA = {
         ["no row to train on", "longer than 128 tokens", "bad.jsonl:1", "data.max_length"],
     ),
     "all rows too long and dropped": (
-        lambda place: [*all_rows_too_long(place), "data.too_long=drop"],
+        lambda place: [*all_rows_too_long(place), "data.overflow=drop"],
         ["no row to train on", "longer than 128 tokens, dropped", "bad.jsonl:1"],
     ),
     "held-out rows too long": (

@@ -159,7 +159,7 @@ def out_is_foreign_by_force(place: Place) -> list[str]:
 
 
 def other_run(place: Place) -> list[str]:
-    record = {"status": "finished", "recipe": "dolly", "digest": "0123abcd"}
+    record = {"format": 2, "status": "finished", "recipe": "dolly", "digest": "0123abcd"}
     place.file("theirs/run.json", json.dumps(record))
     return ["sft", "good.yaml", "--out", "theirs"]
 
@@ -172,7 +172,7 @@ def damaged_record(place: Place) -> list[str]:
 def chat_with(status: str) -> Callable[[Place], list[str]]:
     def arrange(place: Place) -> list[str]:
         command = "llm-align sft good.yaml --out theirs"
-        record = {"status": status, "recipe": "good", "digest": "0123abcd", "command": command}
+        record = {"format": 2, "status": status, "recipe": "good", "digest": "0123abcd", "command": command}
         place.file("theirs/run.json", json.dumps(record))
         return ["chat", "theirs", "--prompt", "Hello"]
 

@@ -10,7 +10,7 @@ from align.default_recipe import default_recipe
 from finetune.recipe.discovery import load_stage, recipe_names, stage_names
 
 
-@pytest.mark.parametrize("given", [{}, {"model.base": "tiny"}, {"model.start": "sft/quickstart"}])
+@pytest.mark.parametrize("given", [{}, {"model.base": "tiny"}, {"model.init_from": "sft/quickstart"}])
 def test_the_embedded_base_gets_the_quickstart(given: dict[str, str]) -> None:
     assert default_recipe("dpo", given) == ("quickstart", [])
 
@@ -25,11 +25,17 @@ def test_another_base_gets_the_stage_s_public_data(stage: str) -> None:
 def test_the_base_of_a_parent_run_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for base in ("tiny", "llama-2-7b"):
-        record = {"status": "finished", "recipe": "r", "digest": "d", "load": {"model": {"base": base}}}
+        record = {
+            "format": 2,
+            "status": "finished",
+            "recipe": "r",
+            "digest": "d",
+            "load": {"model": {"base": base}},
+        }
         (tmp_path / base).mkdir()
         (tmp_path / base / "run.json").write_text(json.dumps(record))
-    assert default_recipe("dpo", {"model.start": "tiny"})[0] == "quickstart"
-    assert default_recipe("dpo", {"model.start": "llama-2-7b"})[0] == "ultrafeedback"
+    assert default_recipe("dpo", {"model.init_from": "tiny"})[0] == "quickstart"
+    assert default_recipe("dpo", {"model.init_from": "llama-2-7b"})[0] == "ultrafeedback"
 
 
 def test_dpo_with_only_a_base() -> None:

@@ -15,7 +15,7 @@ stage: dpo
 model: {{base: {base}, precision: float32}}
 data: {{source: {rows}, held_out: 6, max_length: 128, cache: {cache}}}
 adapter: {{method: lora, rank: 4, dropout: 0.1}}
-align: {{reference: {reference}}}
+dpo: {{reference: {reference}}}
 train: {{max_steps: {steps}, batch_size: 8, micro_batch_size: 3, learning_rate: 1e-2, checkpoint_every: 2}}
 evaluate: {{samples: 2, max_new_tokens: 4}}
 """

@@ -14,7 +14,7 @@ stage: sft
 model: {{base: {base}, precision: float32}}
 data:
   mix: [{{source: {rows}, weight: 3}}, {{source: {rows}, select: {{rows: 30, rows_by: length}}, weight: 1}}]
-  mix_rows: 80
+  epoch_rows: 80
   held_out: 6
   packing: true
   max_length: 128

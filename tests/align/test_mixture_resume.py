@@ -14,7 +14,7 @@ data:
   mix:
     - {{source: {rows}, weight: 3}}
     - {{source: {other}, weight: 1, select: {{min_reply_characters: 2}}}}
-  mix_rows: 100
+  epoch_rows: 100
   held_out: 4
   max_length: 128
 adapter: {{method: lora, rank: 4, dropout: 0.1}}

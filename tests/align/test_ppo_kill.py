@@ -13,9 +13,11 @@ data: {{source: {rows}, held_out: 4}}
 adapter: {{method: {method}}}
 train: {{max_steps: {steps}, batch_size: 4, micro_batch_size: 3, learning_rate: 1e-2, checkpoint_every: 2}}
 evaluate: {{samples: 2, max_new_tokens: 4}}
-reward: {{sources: "{judges}:long"}}
+rewards: {{sources: "{judges}:long"}}
 sampling: {{max_new_tokens: 5}}
-ppo: {{rollout_size: 8, epochs: 2, kl_target: 0.5, kl_horizon: 64, normalise: running, epoch_stop_kl: 0.05}}
+ppo:
+  {{rollout_size: 8, ppo_epochs: 2, adaptive_kl_target: 0.5, kl_horizon: 64, normalize_rewards: running,
+    target_kl: 0.05}}
 pretraining: {{source: {answers}, weight: 0.5, batch_size: 3}}
 """
 

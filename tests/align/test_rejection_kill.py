@@ -16,9 +16,9 @@ data: {{source: {folder}/prompts.jsonl, held_out: 4, template: alpaca, cache: fa
 adapter: {{method: {method}, {more}}}
 train: {{max_steps: {steps}, batch_size: 4, micro_batch_size: 3, learning_rate: 1e-2, checkpoint_every: 2}}
 evaluate: {{samples: 1, max_new_tokens: 4}}
-reward: {{sources: "{folder}/mine.py:letters"}}
+rewards: {{sources: "{folder}/mine.py:letters"}}
 sampling: {{max_new_tokens: 8}}
-rejection: {{rounds: {rounds}, prompts: 8, samples: 2, unfinished: learn}}
+rejection: {{rounds: {rounds}, prompts: 8, num_generations: 2, truncated: train}}
 """
 PROGRAM = """\
 def letters(prompt, completion):

@@ -12,7 +12,7 @@ stage: reward
 model: {{base: {base}, precision: float32}}
 data: {{source: {rows}, template: plain, held_out: 6, max_length: 64}}
 adapter: {{method: {method}{more}}}
-reward: {{centring: 0.01}}
+reward: {{center_rewards_coefficient: 0.01}}
 train: {{max_steps: {steps}, batch_size: 6, micro_batch_size: 2, learning_rate: 1e-2, checkpoint_every: 2}}
 evaluate: {{samples: 2}}
 """

@@ -28,7 +28,7 @@ ROWS = {"sft": TALKS, "pretrain": TEXTS, "pcp": TALKS}
 SMALL = {
     "model.base": "tiny",
     "model.revision": None,
-    "model.start": None,
+    "model.init_from": None,
     "data.mix": None,
     "data.columns": None,
     "data.select": None,
@@ -41,18 +41,23 @@ SMALL = {
     "train.warmup": 0,
     "evaluate.samples": 1,
     "reward.heads": ["reward"],
-    "reward.margins": None,
-    "reward.combine": "sum",
+    "reward.margin_scale": None,
+    "rewards.combine": "sum",
     "rejection.rounds": 1,
     "rejection.prompts": None,
-    "rejection.samples": 2,
-    "rejection.unfinished": "learn",
+    "rejection.num_generations": 2,
+    "rejection.truncated": "train",
     "evaluate.max_new_tokens": 4,
 }
-DRAWN = {"data.max_length": None, "sampling.max_new_tokens": 4, "sampling.samples": 2, "ppo.rollout_size": 2}
+DRAWN = {
+    "data.max_length": None,
+    "sampling.max_new_tokens": 4,
+    "sampling.num_generations": 2,
+    "ppo.rollout_size": 2,
+}
 """Beside it for stages that learn from replies that they draw; a rule says what these are worth."""
 RULE = "def short(prompt, completion):\n    return -len(completion)\n"
-UNMEASURED = {"evaluate.exact_match": 0, "evaluate.judges": {}, "evaluate.skill": None}
+UNMEASURED = {"evaluate.exact_match": 0, "evaluate.graders": {}, "evaluate.retention": None}
 """What needs the recipe's own held-out rows."""
 
 
@@ -102,7 +107,7 @@ def test_it_takes_two_steps_on_the_embedded_base(file: Path, tmp_path: Path) -> 
     wanted = SMALL | UNMEASURED
     if "sampling" in known:
         (tmp_path / "rule.py").write_text(RULE, encoding="utf-8")
-        wanted |= DRAWN | {"reward.sources": [{"function": f"{tmp_path / 'rule.py'}:short"}]}
+        wanted |= DRAWN | {"rewards.sources": [{"function": f"{tmp_path / 'rule.py'}:short"}]}
     small = {key: value for key, value in wanted.items() if _has(known, key)}
     recipe = shipped(file, **small | {"data.source": ROWS.get(file.stem, ROWS.get(stage, PAIRS))})
     recipe = Recipe(stage, file.stem, "", recipe.settings, recipe.origins, out=tmp_path / "run")

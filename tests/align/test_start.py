@@ -24,7 +24,7 @@ train: {{max_steps: 2, batch_size: 8, learning_rate: 1e-2}}
 evaluate: {{samples: 1, max_new_tokens: 4}}
 """
 SECOND = """\
-model: {{start: sft/first}}
+model: {{init_from: sft/first}}
 data: {{source: {rows}, held_out: 6, max_length: 128}}
 train: {{max_steps: 2, batch_size: 8, learning_rate: 1e-2}}
 evaluate: {{samples: 1, max_new_tokens: 4}}
@@ -102,7 +102,7 @@ def test_show_and_data_take_a_parent_run(call: Call, here: Path) -> None:
     status, out, _ = call("show", "second", "--from", "sft-first", "--json")
     shown = {row["key"]: (row["value"], row["origin"]) for row in json.loads(out)["settings"]}
     assert status == 0 and shown["adapter.rank"] == (2, f"run {name}")
-    assert shown["model.start"] == (f"runs/{name}", "command line")
+    assert shown["model.init_from"] == (f"runs/{name}", "command line")
     assert shown["data.template"] == ("alpaca", f"run {name}")
     assert call("data", "second", "--from", "sft-first", "--rows", "0")[0] == 0
 

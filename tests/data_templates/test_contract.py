@@ -34,7 +34,7 @@ def chat(messages, opened):
 def template_of(name):
     """Return a template of the folder; `model` is bound to a chat template with plain-text markers."""
     module = load_plugin("data_templates", name, where="test")
-    return module.bind_chat_template(chat, special_tokens=SPECIAL) if name == "model" else module.TEMPLATE
+    return module.bind_chat_template(chat, special_tokens=SPECIAL) if name == "tokenizer" else module.TEMPLATE
 
 
 def several_turns(name):
@@ -114,7 +114,7 @@ def test_system_and_context_are_in_the_text(name):
     assert text.index("SYSTEMTEXT") < text.index("QUESTION") < text.index("CONTEXT")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "model"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "tokenizer"])
 def test_every_sequence_begins_with_one_bos(name):
     segments, _ = render(template_of(name), conversation(["q1", "a1"]))
     assert [segment.kind for segment in segments].count("bos") == 1
@@ -169,7 +169,7 @@ def test_escaped_markers_are_counted(name):
 
 
 def test_the_folder_is_listed_and_helpers_are_not():
-    assert {"alpaca", "chatml", "koalpaca", "llama2", "model", "plain", "vicuna"} <= set(NAMES)
+    assert {"alpaca", "chatml", "koalpaca", "llama2", "tokenizer", "plain", "vicuna"} <= set(NAMES)
     assert {"llama3", "mistral", "gemma", "zephyr", "hh", "qwen", "cot", "flan", "toolcall"} <= set(NAMES)
     assert not any(name.startswith("_") for name in NAMES) and not {"markers", "segments"} & set(NAMES)
     assert isinstance(template_of("alpaca"), Template)

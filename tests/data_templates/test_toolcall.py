@@ -45,7 +45,7 @@ def test_a_call_that_is_not_trained_reads_the_same():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in plugin_names("data_templates") if name not in ("model", "toolcall")]
+    "name", [name for name in plugin_names("data_templates") if name not in ("tokenizer", "toolcall")]
 )
 @pytest.mark.parametrize(
     ("turns", "message"),

@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 from align.preference.losses import inputs
 from align.preference.losses.inputs import Interval, LossOutput, Needs
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
+from finetune.recipe.renamed import renamed_key, renamed_value
 
 LOSS_FILES = ("pairwise", "listwise")
-Setting = float | str
+Setting = bool | float | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Loss:
     takes: Literal["Pairs", "Lists"]
     needs: Needs
     defaults: Mapping[str, Setting]
-    allowed: Mapping[str, Interval | tuple[str, ...]]
+    allowed: Mapping[str, Interval | tuple[bool, ...]]
 
     def function(self) -> Callable[..., LossOutput]:
         """Import and return the loss function (this imports torch)."""
@@ -58,12 +59,18 @@ class Loss:
         return {**self.defaults, **chosen}
 
     def _problem(self, key: str, value: Setting, where: str) -> Problem | None:
+        if renamed := renamed_key(where, value, self.defaults):
+            return renamed
         if key not in self.defaults:
             expected = f"for the loss '{self.name}': {one_of(self.defaults)}"
             return Problem(where, "unknown setting", expected, did_you_mean(key, self.defaults))
         allowed = self.allowed[key]
         if isinstance(allowed, tuple):
-            return None if value in allowed else Problem(where, f"found {value!r}", one_of(allowed))
+            return (
+                None
+                if value in allowed
+                else Problem(where, f"found {value!r}", "true or false", renamed_value(where, value))
+            )
         # bool is a subclass of int, and NaN is in no interval.
         fits = isinstance(value, int | float) and not isinstance(value, bool) and value in allowed
         return None if fits else Problem(where, f"found {value!r}", f"a number {allowed}")
@@ -119,7 +126,7 @@ def _parse_loss(function: ast.FunctionDef, module: str) -> Loss:
     )
 
 
-def _allowed_values(setting: ast.arg) -> Interval | tuple[str, ...]:
+def _allowed_values(setting: ast.arg) -> Interval | tuple[bool, ...]:
     """Return the range or the allowed values of a setting's annotation, which is a name of `inputs.py`."""
     assert isinstance(setting.annotation, ast.Name), f"{setting.arg}: annotate it with a name of inputs.py"
     annotation_args: tuple[Any, ...] = get_args(vars(inputs)[setting.annotation.id])

@@ -22,7 +22,7 @@ class Needs:
     Attributes:
         reference: whether it needs the reference's log-probabilities.
         over_tokens: whether it compares log-probabilities summed or averaged over a completion's tokens;
-            ``setting``: its setting ``over_tokens`` decides. Inputs are always sums and lengths.
+            ``setting``: its setting ``length_normalized`` decides. Inputs are always sums and lengths.
         nll: whether it adds the chosen completion's negative log-likelihood, weighted by ``nll_weight``.
     """
 
@@ -53,7 +53,7 @@ NonNegativeSetting = Annotated[float, Interval(0, with_low=True)]
 FlipRate = Annotated[float, Interval(0, 0.5, with_low=True)]
 """The assumed fraction of pairs with swapped labels; at 0.5 labels carry no information."""
 PositiveFlipRate = Annotated[float, Interval(0, 0.5)]
-OverTokens = Literal["sum", "mean"]
+Switch = Literal[False, True]
 
 
 class LossOutput(NamedTuple):

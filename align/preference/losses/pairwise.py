@@ -17,10 +17,10 @@ from align.preference.losses.inputs import (
     LossOutput,
     Needs,
     NonNegativeSetting,
-    OverTokens,
     Pairs,
     PositiveFlipRate,
     PositiveSetting,
+    Switch,
 )
 
 
@@ -69,7 +69,7 @@ def ipo(
     pairs: Annotated[Pairs, Needs(reference=True, over_tokens="setting")],
     *,
     beta: PositiveSetting = 0.1,
-    over_tokens: OverTokens = "sum",
+    length_normalized: Switch = False,
 ) -> LossOutput:
     """Identity preference optimization: regresses the margin to 1 / (2 beta).
 
@@ -79,13 +79,13 @@ def ipo(
     Args:
         pairs: the pairs.
         beta: 1 / (2 beta) is the target margin, in nats.
-        over_tokens: ``sum`` is the equation as printed, and the DPO authors' code: with the default beta the
-            target is 5 nats per completion. ``mean`` takes h per token, as TRL does (which reports that IPO's
-            authors agree): 5 nats per token with that beta, so use a larger one. The default is ``sum``, the
-            printed equation: beta then has about the same meaning as in DPO.
+        length_normalized: ``false`` is the equation as printed, and the DPO authors' code: with the default
+            beta the target is 5 nats per completion. ``true`` takes h per token, as TRL does (which reports
+            that IPO's authors agree): 5 nats per token with that beta, so use a larger one. The default is
+            ``false``, the printed equation: beta then has about the same meaning as in DPO.
     """
     chosen, rejected = pairs.chosen_logratios, pairs.rejected_logratios
-    if over_tokens == "mean":
+    if length_normalized:
         chosen = chosen / pairs.chosen_lengths.clamp(min=1)
         rejected = rejected / pairs.rejected_lengths.clamp(min=1)
     return _with_implicit_rewards(pairs, (chosen - rejected - 1 / (2 * beta)) ** 2, beta)

@@ -107,7 +107,7 @@ def _length_limits(settings: PreferenceSettings, max_length: int) -> LengthLimit
     if max_prompt_length >= max_length:
         found = f"{max_prompt_length}, but prompt and completion together have {max_length} tokens"
         raise UserError(Problem("data.max_prompt_length", found, "less, to leave tokens for completions"))
-    return LengthLimits(max_length, max_prompt_length, settings.too_long == "drop")
+    return LengthLimits(max_length, max_prompt_length, settings.overflow == "drop")
 
 
 def load_comparisons(

@@ -38,7 +38,7 @@ def load_rewards(
     sources: list[ModelReward | FunctionReward | ReferenceAnswerReward] = []
     for index, source in enumerate(settings.sources):
         if source.function is not None:
-            function = load_user_function(source.function, where=f"reward.sources[{index}].function")
+            function = load_user_function(source.function, where=f"rewards.sources[{index}].function")
             if has_parameter(function, EXPECTED_PARAMETER):
                 sources.append(ReferenceAnswerReward(source.metric_name, source.weight, function))
             else:
@@ -50,8 +50,8 @@ def load_rewards(
         settings,
         sources,
         models=[load_reward_model(run, base=base) for run in unique_runs],
-        unsafe_prompt_fn=load_user_function(settings.risky, where="reward.risky")
-        if settings.risky is not None
+        unsafe_prompt_fn=load_user_function(settings.unsafe_prompt_fn, where="rewards.unsafe_prompt_fn")
+        if settings.unsafe_prompt_fn is not None
         else None,
         tokenizer=tokenizer,
         notes=[note for run in unique_runs if base is not None for note in _storage_notes(run, base)],
@@ -65,7 +65,7 @@ def reward_runs(settings: RewardsSettings) -> dict[int, Path]:
         UserError: there is no such run.
     """
     return {
-        index: reward_run_folder(source, where=f"reward.sources[{index}].run")
+        index: reward_run_folder(source, where=f"rewards.sources[{index}].run")
         for index, source in enumerate(settings.sources)
         if source.function is None
     }

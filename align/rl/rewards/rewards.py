@@ -190,14 +190,18 @@ class Rewards:
         is_unsafe = {prompt: self._is_unsafe_prompt(prompt) for prompt in dict.fromkeys(prompts)}
         unsafe = [is_unsafe[prompt] for prompt in prompts]
         return piecewise(
-            by_source[HELPFULNESS], by_source[SAFETY], unsafe, safety_threshold=self.settings.risky_below
+            by_source[HELPFULNESS], by_source[SAFETY], unsafe, safety_threshold=self.settings.safety_threshold
         )
 
     def _is_unsafe_prompt(self, prompt: str) -> bool:
         unsafe_prompt_fn = self.unsafe_prompt_fn
         if unsafe_prompt_fn is None:
             return False
-        return bool(call_for_number(lambda text, _: unsafe_prompt_fn(text), prompt, "", where="reward.risky"))
+        return bool(
+            call_for_number(
+                lambda text, _: unsafe_prompt_fn(text), prompt, "", where="rewards.unsafe_prompt_fn"
+            )
+        )
 
     def _length_penalty(self, completions: Sequence[str]) -> Scores:
         ids: list[list[int]] = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]

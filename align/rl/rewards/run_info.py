@@ -45,7 +45,7 @@ def pending_reward_recipes(recipes: Mapping[str, Recipe]) -> Iterator[None]:
 
 
 def reward_run_info(text: str, *, where: str) -> RewardRunInfo:
-    """Return the metadata of a reward run, named as in ``reward.sources``.
+    """Return the metadata of a reward run, named as in ``rewards.sources``.
 
     Args:
         text: a run's folder, its name or a prefix of it; or ``reward/recipe``.
@@ -115,8 +115,8 @@ def _dependencies(text: str) -> Iterator[str]:
     """Yield the recipes that a recipe's file depends on; other mistakes are reported when it is loaded."""
     stage, _, name = text.partition("/")
     content = yaml_file.read_yaml(find_recipe(stage, name))[0]
-    model, reward = content.get("model"), content.get("reward")
-    references = [model.get("start")] if isinstance(model, dict) else []
+    model, reward = content.get("model"), content.get("rewards")
+    references = [model.get("init_from")] if isinstance(model, dict) else []
     sources = reward.get("sources") if isinstance(reward, dict) else []
     for source in sources if isinstance(sources, list) else [sources]:
         references.append(source.get("run") if isinstance(source, dict) else source)

@@ -84,11 +84,11 @@ class RewardsSettings(Section):
         "sum",
         description="weighted sum; or llama2: safety if the prompt or the reply is unsafe, else helpfulness",
     )
-    risky: NonEmptyStr | None = Field(
+    unsafe_prompt_fn: NonEmptyStr | None = Field(
         None, description="for llama2: file.py:function; (prompt) -> bool, whether the prompt is unsafe"
     )
     # Llama 2 (arXiv 2307.09288), section 3.2.3: 0.15, on the sigmoid of the safety model's score.
-    risky_below: Annotated[float, Field(gt=0, lt=1)] = Field(
+    safety_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.15, description="for llama2: a reply is unsafe if the sigmoid of its safety score is below this"
     )
     length_penalty: Annotated[float, Field(ge=0)] = Field(
@@ -103,13 +103,13 @@ class RewardsSettings(Section):
             stage: the recipe of these settings.
             valid: names of its valid sections.
         """
-        if "reward" not in valid:
+        if "rewards" not in valid:
             return []
         problems = [*_combination_problems(self), *_duplicate_name_problems(self)]
-        if self.risky is not None:
-            problems += _function_problems(self.risky, ("prompt",), "reward.risky")
+        if self.unsafe_prompt_fn is not None:
+            problems += _function_problems(self.unsafe_prompt_fn, ("prompt",), "rewards.unsafe_prompt_fn")
         for index, source in enumerate(self.sources):
-            problems += _source_problems(source, stage, valid, where=f"reward.sources[{index}]")
+            problems += _source_problems(source, stage, valid, where=f"rewards.sources[{index}]")
         return problems
 
     def input_digests(self) -> list[str]:
@@ -120,7 +120,7 @@ class RewardsSettings(Section):
         """
         digests = []
         for index, source in enumerate(self.sources):
-            where = f"reward.sources[{index}]"
+            where = f"rewards.sources[{index}]"
             if source.function is not None:
                 digests.append(file_digest(source.function, where=f"{where}.function"))
             else:
@@ -128,12 +128,16 @@ class RewardsSettings(Section):
                 # Normalization is part of it: it changes the scores.
                 contents = [record["digest"], record["files"], record["normalisation"]]
                 digests.append(hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest())
-        return digests + ([file_digest(self.risky, where="reward.risky")] if self.risky is not None else [])
+        return digests + (
+            [file_digest(self.unsafe_prompt_fn, where="rewards.unsafe_prompt_fn")]
+            if self.unsafe_prompt_fn is not None
+            else []
+        )
 
 
 def has_rewards_section(stage: str) -> bool:
     """Return whether a stage has a rewards section."""
-    field = load_stage(stage).Settings.model_fields.get("reward")
+    field = load_stage(stage).Settings.model_fields.get("rewards")
     return field is not None and field.annotation is RewardsSettings
 
 
@@ -154,20 +158,22 @@ def reward_run_folder(source: RewardSource, *, where: str) -> Path:
 def _combination_problems(rewards: RewardsSettings) -> Iterator[Problem]:
     sources = rewards.sources
     if not sources:
-        repair = "--reward RUN, or reward.sources=[{function: my.py:good}]"
-        yield Problem("reward.sources", "no reward is given", "a reward run or a function", repair)
+        repair = "--reward RUN, or rewards.sources=[{function: my.py:good}]"
+        yield Problem("rewards.sources", "no reward is given", "a reward run or a function", repair)
     names = sorted(source.metric_name for source in sources)
     if rewards.combine == "llama2" and names != [HELPFULNESS, SAFETY]:
         actual = f"llama2 with {', '.join(names) or 'no source'}"
-        repair = "reward.sources=[{run: R, score: helpfulness}, {run: S, score: safety}], or set their name:"
-        yield Problem("reward.combine", actual, "two sources named helpfulness and safety", repair)
+        repair = "rewards.sources=[{run: R, score: helpfulness}, {run: S, score: safety}], or set their name:"
+        yield Problem("rewards.combine", actual, "two sources named helpfulness and safety", repair)
     if rewards.combine == "llama2" and any(source.weight != 1 for source in sources):
         actual = "llama2 with weights: it takes one score or the other"
-        yield Problem("reward.combine", actual, "weights of 1", "reward.combine=sum, or remove weight:")
-    if rewards.combine == "sum" and rewards.risky is not None:
-        yield Problem("reward.risky", "given with reward.combine=sum", "null", "reward.combine=llama2")
+        yield Problem("rewards.combine", actual, "weights of 1", "rewards.combine=sum, or remove weight:")
+    if rewards.combine == "sum" and rewards.unsafe_prompt_fn is not None:
+        yield Problem(
+            "rewards.unsafe_prompt_fn", "given with rewards.combine=sum", "null", "rewards.combine=llama2"
+        )
     if sources and not any(source.weight for source in sources):
-        yield Problem("reward.sources", "all weights are 0", "a weight above 0", "remove a weight:")
+        yield Problem("rewards.sources", "all weights are 0", "a weight above 0", "remove a weight:")
 
 
 def _duplicate_name_problems(rewards: RewardsSettings) -> Iterator[Problem]:
@@ -175,7 +181,7 @@ def _duplicate_name_problems(rewards: RewardsSettings) -> Iterator[Problem]:
     names = Counter([*(source.metric_name for source in rewards.sources), LENGTH_PENALTY, RESERVED_TOTAL])
     for index, source in enumerate(rewards.sources):
         if names[source.metric_name] > 1:
-            where, actual = f"reward.sources[{index}].name", f"duplicate name '{source.metric_name}'"
+            where, actual = f"rewards.sources[{index}].name", f"duplicate name '{source.metric_name}'"
             yield Problem(where, actual, "unique names", "set name: of each source")
 
 

@@ -1,1 +1,1 @@
-"""Reward functions that ship with the package; any of them can be named in ``reward.sources``."""
+"""Reward functions that ship with the package; any of them can be named in ``rewards.sources``."""

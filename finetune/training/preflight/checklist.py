@@ -31,7 +31,7 @@ def check_rows(
     tokenizer = encoder.tokenizer
     name_of = tokenizer.convert_ids_to_tokens
     # A model's own chat template decides whether a row begins with BOS.
-    bos_required = encoder.name != "model" and not blocks and _adds_bos(tokenizer)
+    bos_required = encoder.name != "tokenizer" and not blocks and _adds_bos(tokenizer)
     eos_check = data_checks.check_eos_trained(data, encoder.stop_ids, max_length=max_length, name_of=name_of)
     return [
         *([] if blocks else [eos_check]),

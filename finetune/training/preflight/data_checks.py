@@ -18,7 +18,7 @@ MIN_TRAINED_SHARE = 0.05
 MAX_LOST_SHARE = 0.05
 """Share of the trained tokens, or of the rows, that ``data.max_length`` may truncate without a warning."""
 
-LENGTH_REPAIR = "raise data.max_length if the model has the positions, or set data.too_long=drop"
+LENGTH_REPAIR = "raise data.max_length if the model has the positions, or set data.overflow=drop"
 
 TokenName = Callable[[int], str]
 """Returns the text of a token id."""

@@ -28,7 +28,7 @@ def check_replicas_equal(digests: Sequence[str]) -> CheckResult:
         actual = f"the trained weights of rank {differing[0]} differ from rank 0's"
         expected = f"equal weights on all {len(digests)} ranks"
         problem = Problem(
-            "train.processes", actual, expected, "train.processes=1; this is a bug in llm-align"
+            "train.num_processes", actual, expected, "train.num_processes=1; this is a bug in llm-align"
         )
         return failed("processes", problem)
     return CheckResult("processes", f"the trained weights of all {len(digests)} are equal bit for bit")

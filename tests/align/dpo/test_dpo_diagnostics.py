@@ -43,7 +43,7 @@ def test_pain_15_healthy_run_needs_no_action() -> None:
 
 def test_pain_15_chosen_logp_drop_suggests_an_action() -> None:
     finding = findings_by_name(held_out_chosen_logps_after=-1.3)["likelihood"]
-    assert "chosen -0.300" in finding.evidence and "align.loss={name: rpo}" in finding.action
+    assert "chosen -0.300" in finding.evidence and "dpo.loss={name: rpo}" in finding.action
     assert finding.format_line().startswith("!!") and finding.record()["warned"] is True
     assert (
         "nll_weight"

@@ -71,7 +71,7 @@ def build_trainer(base: Path, out: Path, groups: PreferenceGroups, name: str = "
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    given = {"over_tokens": "mean"} if name == "ipo" else {}
+    given = {"length_normalized": True} if name == "ipo" else {}
     return find_loss(name, where="").settings({"beta": 0.3, **given}, where="")
 
 
@@ -164,7 +164,7 @@ def test_losses_missing_in_trl_are_refused(name: str) -> None:
 
 
 def test_summed_ipo_is_refused() -> None:
-    with pytest.raises(UserError, match=r"over_tokens: mean.*or train.engine=native"):
+    with pytest.raises(UserError, match=r"length_normalized: true.*or train.engine=native"):
         trl_loss_arguments("ipo", all_losses()["ipo"].defaults)
 
 

@@ -208,8 +208,8 @@ def test_non_finite_loss_names_its_rows(
     ("num_good", "weights", "detail", "advice"),
     [
         (5, {}, "1.00 to 1", ""),
-        (2, {}, "0.25 to 1", "align.desirable_weight=4"),
-        (8, {}, "4.00 to 1", "align.undesirable_weight=3"),
+        (2, {}, "0.25 to 1", "kto.desirable_weight=4"),
+        (8, {}, "4.00 to 1", "kto.undesirable_weight=3"),
         (8, {"undesirable_weight": 3.0}, "1.33 to 1", ""),
         (2, {"desirable_weight": 4.0}, "1.00 to 1", ""),
     ],

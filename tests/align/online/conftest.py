@@ -23,8 +23,8 @@ data: {{source: {rows}, held_out: 6, template: plain, cache: false}}
 adapter: {{method: lora, rank: 4, dropout: 0.1}}
 train: {{max_steps: 3, batch_size: 8, micro_batch_size: 4, learning_rate: 1e-2, warmup: 0}}
 evaluate: {{samples: 2, max_new_tokens: 4}}
-reward: {{sources: [{{function: "{rule}:the"}}]}}
-sampling: {{samples: 4, max_new_tokens: 6}}
+rewards: {{sources: [{{function: "{rule}:the"}}]}}
+sampling: {{num_generations: 4, max_new_tokens: 6}}
 """
 RULE = """\
 def the(prompt, completion):

@@ -98,7 +98,7 @@ def tuned_run(decided_base, rows_file, tmp_path):
 
 @both
 def test_pain_14_reference_is_the_initial_policy_not_the_base(tune, stage, tuned_run):
-    result = tune(stage, model__start=str(tuned_run), train__max_steps=2)
+    result = tune(stage, model__init_from=str(tuned_run), train__max_steps=2)
     first = next(line for line in result.metrics if "kl" in line)
     assert first["kl"] == pytest.approx(0, abs=1e-5), "as TRL computes it"
     assert checks_by_name(result)["start"]["detail"].startswith("policy equals reference before step 0")
@@ -116,7 +116,7 @@ def test_policy_equals_reference_before_step_0_for_every_adapter(tune, method):
 
 
 def test_full_fine_tuning_without_reference(tune):
-    result = tune("rloo", adapter__method="full", align__beta=0.0, train__learning_rate=1e-4)
+    result = tune("rloo", adapter__method="full", rloo__beta=0.0, train__learning_rate=1e-4)
     assert (result.directory / "model").is_dir() and "start" not in checks_by_name(result)
 
 
@@ -131,7 +131,7 @@ def test_adapter_on_4bit_base_stays_float32(tune, stage):
 
 def test_several_rewards_are_logged_separately(tune, rule_file):
     sources = [{"function": f"{rule_file}:the"}, {"function": f"{rule_file}:short", "weight": 2.0}]
-    result = tune("rloo", reward__sources=sources, reward__length_penalty=0.1, train__max_steps=1)
+    result = tune("rloo", rewards__sources=sources, rewards__length_penalty=0.1, train__max_steps=1)
     [line] = [line for line in result.metrics if "loss" in line]
     parts = line["reward_the"] + 2 * line["reward_short"] + line["reward_length_penalty"]
     assert line["reward"] == pytest.approx(parts, abs=1e-5) and line["reward_length_penalty"] < 0
@@ -143,7 +143,9 @@ def test_several_rewards_are_logged_separately(tune, rule_file):
 def test_equal_rewards_do_not_fail_the_gradient_check(tune, stage, tmp_path):
     (tmp_path / "same.py").write_text("def same(prompt, completion):\n    return 1.0\n", encoding="utf-8")
     source = [{"function": f"{tmp_path / 'same.py'}:same"}]
-    result = tune(stage, reward__sources=source, align__beta=0.0, data__held_out=0, evaluate__samples=0)
+    result = tune(
+        stage, rewards__sources=source, **{f"{stage}__beta": 0.0}, data__held_out=0, evaluate__samples=0
+    )
     assert (
         checks_by_name(result)["first steps"]["detail"]
         == "all gradients were zero in every step: nothing was learned"
@@ -156,7 +158,7 @@ def test_failing_reward_function_names_the_prompt(tune, stage, rule_file, tmp_pa
     with pytest.raises(
         UserError, match=r"reward 'raises' on \S+prompts.jsonl:\d+: RuntimeError: out of order"
     ):
-        tune(stage, reward__sources=[{"function": f"{rule_file}:raises"}], data__held_out=0)
+        tune(stage, rewards__sources=[{"function": f"{rule_file}:raises"}], data__held_out=0)
     assert not (tmp_path / "run").exists()
 
 
@@ -164,22 +166,22 @@ def test_reward_function_failing_later_ends_the_run(tune, tmp_path):
     rule = "def words(prompt, completion):\n    return 1 / (not completion)\n"
     (tmp_path / "late.py").write_text(rule, encoding="utf-8")
     with pytest.raises(UserError, match=r"reward 'words' on \S+prompts.jsonl:\d+: ZeroDivisionError"):
-        tune("rloo", reward__sources=[{"function": f"{tmp_path / 'late.py'}:words"}], data__held_out=0)
+        tune("rloo", rewards__sources=[{"function": f"{tmp_path / 'late.py'}:words"}], data__held_out=0)
     assert '"status": "failed"' in (tmp_path / "run/run.json").read_text(encoding="utf-8")
 
 
 def test_reference_answer_reward_requires_reference_answers(tune, tmp_path):
     source = [{"function": "align/rl/rules/answers.py:same_number"}]
     with pytest.raises(UserError, match="24 of 24 rows have no reference answer"):
-        tune("grpo", reward__sources=source)
+        tune("grpo", rewards__sources=source)
     sums = [{"question": f"{i} + 1", "answer": f"#### {i + 1}"} for i in range(8)]
-    result = tune("grpo", reward__sources=source, data__source=sums, data__held_out=2, train__max_steps=1)
+    result = tune("grpo", rewards__sources=source, data__source=sums, data__held_out=2, train__max_steps=1)
     assert result.record["metrics"]["held_out_reward_before"] == 0.0
 
 
 def test_nan_reward_is_reported(tune, rule_file):
     with pytest.raises(UserError, match="it returned nan"):
-        tune("grpo", reward__sources=[{"function": f"{rule_file}:no_number"}])
+        tune("grpo", rewards__sources=[{"function": f"{rule_file}:no_number"}])
 
 
 def test_nan_loss_names_step_and_rows(tune):
@@ -195,7 +197,7 @@ def test_nan_loss_names_step_and_rows(tune):
         ({"train__neftune_alpha": 5.0}, "train.neftune_alpha", "train.neftune_alpha=null"),
         ({"train__label_smoothing": 0.1}, "train.label_smoothing", "train.label_smoothing=0"),
         ({"train__batch_size": 10}, "train.batch_size", "train.batch_size=8"),
-        ({"sampling__samples": 1}, "sampling.samples", ""),
+        ({"sampling__num_generations": 1}, "sampling.num_generations", ""),
         ({"sampling__temperature": 0.0}, "sampling.temperature", ""),
         ({"sampling__top_p": 0.9}, "sampling.top_p", ""),
         ({"sampling__max_new_tokens": 256}, "sampling.max_new_tokens", ""),
@@ -203,17 +205,19 @@ def test_nan_loss_names_step_and_rows(tune):
         ({"data__max_length": 64}, "data.max_length", ""),
         ({"data__packing": True}, "data.packing", ""),
         ({"adapter__method": "pissa"}, "adapter.method", "adapter.method=lora"),
-        ({"adapter__method": "full"}, "align.beta", "align.beta=0"),
-        ({"align__beta": -1.0}, "align.beta", ""),
+        ({"adapter__method": "full"}, "STAGE.beta", "STAGE.beta=0"),
+        ({"STAGE__beta": -1.0}, "STAGE.beta", ""),
         ({"evaluate__exact_match": 3}, "evaluate.exact_match", ""),
-        ({"reward__sources": []}, "reward.sources", "reward.sources"),
-        ({"reward__sources": [{"function": "nowhere.py:f"}]}, "reward.sources[0].function", ""),
+        ({"rewards__sources": []}, "rewards.sources", "rewards.sources"),
+        ({"rewards__sources": [{"function": "nowhere.py:f"}]}, "rewards.sources[0].function", ""),
         ({"train__engine_args": {"num_iterations": 2}}, "train.engine_args.num_iterations", ""),
         ({"train__engine_args": {"top_p": 0.9}}, "train.engine_args.top_p", ""),
         ({"train__engine_args": {"beta": 1.0}}, "train.engine_args.beta", ""),
     ],
 )
 def test_invalid_settings_are_rejected_before_writing(tune, tmp_path, stage, settings, where, repair):
+    settings = {key.replace("STAGE", stage): value for key, value in settings.items()}
+    where, repair = where.replace("STAGE", stage), repair.replace("STAGE", stage)
     with pytest.raises(UserError) as error:
         tune(stage, **settings)
     [problem] = [candidate for candidate in error.value.problems if candidate.where.split(" ")[0] == where]

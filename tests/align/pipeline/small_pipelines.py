@@ -34,7 +34,7 @@ stages:
 PPO = """\
 data: {{source: asked.jsonl, held_out: 4}}
 sampling: {{max_new_tokens: 4}}
-ppo: {{rollout_size: 8, epochs: 2, missing_end: null}}
+ppo: {{rollout_size: 8, ppo_epochs: 2, missing_eos_reward: null}}
 """
 Call = Callable[..., tuple[int, str, str]]
 

@@ -25,12 +25,12 @@ def told(here: Path, text: str, **changes: object) -> str:
 
 
 def test_a_stage_inherits_adapter_template_and_base(here: Path) -> None:
-    pipeline = given(here, PIPELINE, **{"sft.adapter.rank": 3, "sft.data.system": "Be short."})
+    pipeline = given(here, PIPELINE, **{"sft.adapter.rank": 3, "sft.data.system_prompt": "Be short."})
     assert list(pipeline.recipes) == ["sft", "taste", "dpo"]
     for name in ("taste", "dpo"):
         settings = pipeline.recipes[name].settings
-        assert settings.model.start == "sft" and settings.adapter.rank == 3
-        assert settings.data.system == "Be short."
+        assert settings.model.init_from == "sft" and settings.adapter.rank == 3
+        assert settings.data.system_prompt == "Be short."
 
 
 def test_override_precedence(here: Path) -> None:
@@ -39,15 +39,15 @@ def test_override_precedence(here: Path) -> None:
     assert (train.max_steps, train.batch_size, train.learning_rate) == (3, 4, 1e-2)
     origins = pipeline.recipes["dpo"].origins
     assert origins["train.max_steps"] == "own.yaml:5" and origins["train.batch_size"] == "command line"
-    assert origins["model.start"] == "own.yaml:5" and origins["train.learning_rate"] == "small.yaml:4"
+    assert origins["model.init_from"] == "own.yaml:5" and origins["train.learning_rate"] == "small.yaml:4"
     assert given(here, PIPELINE, **{"dpo.train.max_steps": 7}).recipes["dpo"].settings.train.max_steps == 7
 
 
 def test_a_section_may_be_set_as_a_mapping(here: Path) -> None:
-    text = PIPELINE.replace("{train.max_steps: 3}", "{train: {max_steps: 3, epochs: 2}, align.loss: ipo}")
+    text = PIPELINE.replace("{train.max_steps: 3}", "{train: {max_steps: 3, epochs: 2}, dpo.loss: ipo}")
     own = given(here, text).recipes["dpo"]
     assert (own.settings.train.max_steps, own.settings.train.epochs) == (3, 2)
-    assert own.origins["train.epochs"] == own.origins["align.loss"] == "own.yaml:5"
+    assert own.origins["train.epochs"] == own.origins["dpo.loss"] == "own.yaml:5"
 
 
 def test_the_digest_covers_settings_and_data_of_all_stages(here: Path) -> None:
@@ -61,7 +61,9 @@ def test_the_digest_covers_settings_and_data_of_all_stages(here: Path) -> None:
 
 
 def test_the_resolved_file_is_the_same_pipeline(here: Path) -> None:
-    pipeline = given(here, PIPELINE, **{"sft.train.epochs": 2.5, "taste.reward.centring": 0.1})
+    pipeline = given(
+        here, PIPELINE, **{"sft.train.epochs": 2.5, "taste.reward.center_rewards_coefficient": 0.1}
+    )
     (here / "again.yaml").write_text(pipeline.to_yaml())
     again = load_pipeline("again.yaml")
     assert again.digest == pipeline.digest and again.name == "again"
@@ -130,7 +132,7 @@ MISTAKES = {
     "a scorer that should write": (
         "stages:\n  r: {recipe: reward/small}\n  dpo: {recipe: dpo/small, from: r}\n",
         (
-            "stage dpo: model.start (own.yaml:3): 'r' is a run of stage reward",
+            "stage dpo: model.init_from (own.yaml:3): 'r' is a run of stage reward",
             "a run with a generative model",
         ),
     ),
@@ -155,8 +157,9 @@ MISTAKES = {
         ("stage sft: 'epochs' (own.yaml:2): invalid override",),
     ),
     "start and from": (
-        "stages:\n  sft: {recipe: sft/small}\n  b: {recipe: sft/small, from: sft, set: {model.start: x}}\n",
-        ("stages.b.from (own.yaml:3): conflicts with model.start",),
+        "stages:\n  sft: {recipe: sft/small}\n"
+        "  b: {recipe: sft/small, from: sft, set: {model.init_from: x}}\n",
+        ("stages.b.from (own.yaml:3): conflicts with model.init_from",),
     ),
     "another base than the start's": (
         "stages:\n  sft: {recipe: sft/small}\n  b: {recipe: sft/small, from: sft, set: {model.base: tiny}}\n",

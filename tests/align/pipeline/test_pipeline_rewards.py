@@ -11,13 +11,13 @@ from finetune.recipe.errors import UserError
 
 PPO = """\
 description: small
-model: {start: sft/small}
+model: {init_from: sft/small}
 data: {source: prompts.jsonl, held_out: 4}
 train: {max_steps: 2, batch_size: 4, learning_rate: 1e-3, evaluate_every: 2}
 evaluate: {samples: 2}
-reward: {sources: [{run: reward/small}]}
+rewards: {sources: [{run: reward/small}]}
 sampling: {max_new_tokens: 4}
-ppo: {rollout_size: 8, epochs: 1}
+ppo: {rollout_size: 8, ppo_epochs: 1}
 """
 WHOLE = """\
 stages:
@@ -34,7 +34,7 @@ stages:
     recipe: ppo/small
     from: sft
     reward: [helpfulness, safety]
-    set: {reward.combine: llama2}
+    set: {rewards.combine: llama2}
 """
 
 
@@ -80,7 +80,7 @@ def test_two_rewards_are_named_by_their_stages(call: Call, place: Path) -> None:
     assert [list(sample["rewards"]) for sample in samples] == [["helpfulness", "safety"]] * 2
     assert [list(sample["replies"]) for sample in samples] == [["sft", "ppo"]] * 2
     command = json.loads((place / stages["ppo"]["run"] / "run.json").read_text())["command"]
-    assert command.startswith(f"llm-align ppo small --from {stages['sft']['run']} 'reward.sources=[")
+    assert command.startswith(f"llm-align ppo small --from {stages['sft']['run']} 'rewards.sources=[")
 
 
 def test_invalid_rewards_are_reported_before_anything_runs(place: Path) -> None:
@@ -89,14 +89,14 @@ def test_invalid_rewards_are_reported_before_anything_runs(place: Path) -> None:
     error = told(place, TWO.replace("safety]", "safety, safety]"))
     assert "stages.ppo.reward (own.yaml:8): duplicate stages" in error
     error = told(place, TWO.replace("safety", "harm"))
-    assert "stage ppo: reward.combine (own.yaml:9): llama2 with harm, helpfulness" in error
+    assert "stage ppo: rewards.combine (own.yaml:9): llama2 with harm, helpfulness" in error
     other = WHOLE.replace("reward/small}", "reward/small, set: {model.base: tiny}}")
     error = told(place, other)
-    assert "stage ppo: reward.sources[0].run (own.yaml:4): 'reward' is on base 'tiny'" in error
+    assert "stage ppo: rewards.sources[0].run (own.yaml:4): 'reward' is on base 'tiny'" in error
     other = WHOLE.replace("reward/small}", "reward/small, set: {data.template: vicuna}}")
     assert "'reward' has template 'vicuna', the policy has 'alpaca'" in told(place, other)
-    both = WHOLE.replace("reward: reward}", "reward: reward, set: {reward.sources: reward/small}}")
-    assert "stages.ppo.reward (own.yaml:4): conflicts with reward.sources" in told(place, both)
+    both = WHOLE.replace("reward: reward}", "reward: reward, set: {rewards.sources: reward/small}}")
+    assert "stages.ppo.reward (own.yaml:4): conflicts with rewards.sources" in told(place, both)
     assert not (place / "runs").exists()
 
 

@@ -13,20 +13,20 @@ import warm
 
 from finetune.planning.solver import Combination
 
-PREFERENCE_STAGES = ("reward", "dpo", "kto", "hindsight")
+PREFERENCE_STAGES = ("reward", "dpo", "kto", "chain_of_hindsight")
 GENERATING_STAGES = ("ppo", "rejection", "rloo", "grpo")
 REWARD = "def short(prompt, completion):\n    return -0.1 * len(completion)\n"
 STAGE_SECTIONS = {
-    "ppo": "sampling: {max_new_tokens: 4}\nppo: {rollout_size: 8, epochs: 1, missing_end: null}\n",
-    "rloo": "sampling: {samples: 4, max_new_tokens: 4}\n",
-    "grpo": "sampling: {samples: 4, max_new_tokens: 4}\n",
+    "ppo": "sampling: {max_new_tokens: 4}\nppo: {rollout_size: 8, ppo_epochs: 1, missing_eos_reward: null}\n",
+    "rloo": "sampling: {num_generations: 4, max_new_tokens: 4}\n",
+    "grpo": "sampling: {num_generations: 4, max_new_tokens: 4}\n",
     "rejection": "sampling: {max_new_tokens: 4}\n"
-    "rejection: {rounds: 1, prompts: 8, samples: 2, keep: best, unfinished: learn}\n",
+    "rejection: {rounds: 1, prompts: 8, num_generations: 2, keep: best_of_n, truncated: train}\n",
 }
 SMALL_ADAPTER_SETTINGS = {"vera": "rank: 8", "oft": "block_size: 8", "multitask_prompt": "virtual_tokens: 8"}
 SMALL_ADAPTER_SETTINGS["trainable_tokens"] = f"tokens: {list(range(20, 60))}"
 """Settings of adapters whose defaults are for larger models."""
-TEMPLATES = {"rloo": "plain", "grpo": "plain", "hindsight": "vicuna"}
+TEMPLATES = {"rloo": "plain", "grpo": "plain", "chain_of_hindsight": "vicuna"}
 TIMEOUT_SECONDS, SHOWN = 240, 6000
 
 
@@ -100,9 +100,9 @@ def recipe_text(cell: Combination, files: CellFiles) -> str:
         f"adapter: {{{adapter}}}",
         "train: {max_steps: 3, batch_size: 8, micro_batch_size: 2, warmup: 0,"
         f" engine: {cell.engine}, optimizer: {cell.optimizer},"
-        f" strategy: {cell.strategy}, processes: {cell.processes}, offload: {cell.offload}}}",
+        f" strategy: {cell.strategy}, num_processes: {cell.processes}, offload: {cell.offload}}}",
         "evaluate: {samples: 1, max_new_tokens: 3}" if cell.stage != "reward" else "",
-        f'reward: {{sources: "{files.folder}/reward.py:short"}}' if cell.stage in GENERATING_STAGES else "",
+        f'rewards: {{sources: "{files.folder}/reward.py:short"}}' if cell.stage in GENERATING_STAGES else "",
         STAGE_SECTIONS.get(cell.stage, ""),
     ]
     return "\n".join(line for line in lines if line)

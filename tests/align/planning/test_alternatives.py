@@ -104,12 +104,12 @@ def test_trl_steps_get_smaller_batches() -> None:
 
 
 def test_7b_on_24_gb_samples_fewer_completions_in_parallel() -> None:
-    sources = {"reward__sources": "reward/llama2-two-heads", "data__template": "llama2"}
+    sources = {"rewards__sources": "reward/llama2-two-heads", "data__template": "llama2"}
     plan, alternatives = plan_with_alternatives(
         "24GB", stage="ppo", name="hh", model__base="llama-2-7b", **sources
     )
     assert not plan.fits and plan.peak.name == "rollout"
-    assert alternatives[0].plan.fits and "sampling.at_once" in dict(alternatives[0].changes)
+    assert alternatives[0].plan.fits and "sampling.generation_batch_size" in dict(alternatives[0].changes)
 
 
 def test_smaller_micro_batches_are_proposed_on_a_cpu() -> None:

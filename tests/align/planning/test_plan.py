@@ -119,6 +119,7 @@ def test_unsupported_adapters_are_refused(method: str, base: str) -> None:
 def write_run_record(recipe: Recipe, folder: Path, rate: float, seconds: float = 60.0) -> None:
     folder.mkdir(parents=True)
     record = {
+        "format": 2,
         "status": "finished",
         "recipe": recipe.name,
         "digest": "0",

@@ -134,9 +134,9 @@ def test_a_gpu_given_by_size_has_no_time(call: Call) -> None:
     ("arguments", "expected"),
     [
         (("alpaca", "--gpu", "rtx4091"), "did you mean 'rtx4090'?"),
-        (("alpaca", "--gpu", "cpu", "--gpus", "2"), "train.processes=2"),
+        (("alpaca", "--gpu", "cpu", "--gpus", "2"), "train.num_processes=2"),
         (("alpaca", "--base", "owner/unheard-of"), "hf download owner/unheard-of config.json"),
-        (("alpaca", "--gpu", "h100", "--strategy", "zero3"), "train.processes=2 or more"),
+        (("alpaca", "--gpu", "h100", "--strategy", "zero3"), "train.num_processes=2 or more"),
         (("alpaca", "--strategy", "zero4"), "train.strategy"),
         (("nothing",), "stage sft has no such recipe"),
     ],
@@ -156,10 +156,10 @@ def test_several_gpus_are_shown(call: Call) -> None:
 
 
 def test_processes_on_one_cpu_divide_its_memory(call: Call) -> None:
-    single, sharded = call("--json")[1], call("train.processes=2", "train.strategy=zero2", "--json")[1]
+    single, sharded = call("--json")[1], call("train.num_processes=2", "train.strategy=zero2", "--json")[1]
     available = [json.loads(output)["device"]["available"] for output in (single, sharded)]
     assert available[1] < available[0] / 2
-    assert "free per process" in call("train.processes=2")[1]
+    assert "free per process" in call("train.num_processes=2")[1]
 
 
 def test_small_plans_are_in_mib(call: Call) -> None:

@@ -118,7 +118,7 @@ def test_selected_hub_rows_are_counted() -> None:
     assert lengths_of(curated).rows == 1000
     capped = [MixedSource(source="owner/one", rows=500), MixedSource(source="tatsu-lab/alpaca")]
     assert lengths_of(DataSettings(mix=capped)).rows == 52_502
-    assert lengths_of(DataSettings(mix=capped, mix_rows=77)).rows == 77
+    assert lengths_of(DataSettings(mix=capped, epoch_rows=77)).rows == 77
 
 
 def test_large_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_supervised_work() -> None:
     ],
 )
 def test_reference_tokens(align: dict[str, Any], forward_tokens: float) -> None:
-    values = {f"align__{key}": value for key, value in align.items()}
+    values = {f"dpo__{key}": value for key, value in align.items()}
     settings = settings_of("dpo", train__epochs=2.0, train__batch_size=8, **values)
     assert total_work(settings, PAIRS) == TotalWork(
         steps=26, trained_tokens=26 * 8 * 50.0, forward_tokens=forward_tokens
@@ -58,7 +58,7 @@ def test_reference_tokens(align: dict[str, Any], forward_tokens: float) -> None:
 
 def test_ppo_work() -> None:
     settings = settings_of(
-        "ppo", train__epochs=1.0, train__batch_size=8, ppo__rollout_size=32, ppo__epochs=3,
+        "ppo", train__epochs=1.0, train__batch_size=8, ppo__rollout_size=32, ppo__ppo_epochs=3,
         sampling__max_new_tokens=10,
     )  # fmt: skip
     planned_work = total_work(settings, ROWS)
@@ -77,8 +77,8 @@ def test_ppo_work() -> None:
 
 def test_rejection_work() -> None:
     settings = settings_of(
-        "rejection", train__epochs=1.0, train__batch_size=8, rejection__rounds=2, rejection__samples=4,
-        rejection__prompts=40, sampling__max_new_tokens=10,
+        "rejection", train__epochs=1.0, train__batch_size=8, rejection__rounds=2,
+        rejection__num_generations=4, rejection__prompts=40, sampling__max_new_tokens=10,
     )  # fmt: skip
     planned_work = total_work(settings, ROWS)
     assert planned_work is not None and (planned_work.steps, planned_work.completions) == (5 + 10, 2 * 40 * 4)
@@ -86,7 +86,7 @@ def test_rejection_work() -> None:
 
 @pytest.mark.parametrize("stage", ["grpo", "rloo"])
 def test_online_work(stage: str) -> None:
-    settings = settings_of(stage, train__epochs=1.0, train__batch_size=8, sampling__samples=4)
+    settings = settings_of(stage, train__epochs=1.0, train__batch_size=8, sampling__num_generations=4)
     planned_work = total_work(settings, ROWS)
     assert planned_work is not None and (planned_work.steps, planned_work.completions) == (50, 400)
 
@@ -115,8 +115,8 @@ def test_completions_share_their_prompt_row() -> None:
     step = micro_batch("dpo", PAIRS, 3)
     assert (step.rows, step.seq_len, step.predicted) == (3, 80, 120)
     assert (step.completions, step.objective, step.live_reference) == (6, "comparison", False)
-    assert micro_batch("dpo", PAIRS, 3, align__reference="live").live_reference
-    by_trl = micro_batch("dpo", PAIRS, 3, train__engine="trl", align__loss="dpo")
+    assert micro_batch("dpo", PAIRS, 3, dpo__reference="live").live_reference
+    by_trl = micro_batch("dpo", PAIRS, 3, train__engine="trl", dpo__loss="dpo")
     assert (by_trl.rows, by_trl.seq_len, by_trl.predicted) == (6, 60, 360)
 
 

@@ -32,7 +32,7 @@ def token_stats(seed: int = 0) -> TokenStats:
 
 def test_returns_match_the_papers() -> None:
     """With gamma = lambda = 1 and no whitening a return is the score less the KL still to come."""
-    settings = PPOSettings(trace=1.0, whiten_advantages=False)
+    settings = PPOSettings(gae_lambda=1.0, whiten_advantages=False)
     stats, rewards = token_stats(), torch.tensor([1.0, -2.0, 0.5, 3.0])
     tensors = advantages_and_returns(stats, rewards, LENGTHS_C, kl_coef=0.3, settings=settings)
     for row in range(NUM_COMPLETIONS):
@@ -57,7 +57,7 @@ def test_whitened_advantages_have_mean_0_and_std_1() -> None:
 
 
 def test_rewards_are_normalized_then_clipped_then_replaced() -> None:
-    settings = PPOSettings(normalise="running", clip_scores=1.2, missing_end=-7.0)
+    settings = PPOSettings(normalize_rewards="running", reward_clip=1.2, missing_eos_reward=-7.0)
     completions = scored_completions([0.0, 2.0, 8.0, 4.0], stopped=[True, True, True, False])
     reward_stats = RunningMeanStd(count=5, mean=2.0, m2=16.0)
     assert shape_rewards(completions, settings, reward_stats).tolist() == [
@@ -66,7 +66,7 @@ def test_rewards_are_normalized_then_clipped_then_replaced() -> None:
         pytest.approx(1.2),
         -7.0,
     ]
-    assert shape_rewards(completions, PPOSettings(missing_end=None), reward_stats).tolist() == [
+    assert shape_rewards(completions, PPOSettings(missing_eos_reward=None), reward_stats).tolist() == [
         0.0,
         2.0,
         8.0,

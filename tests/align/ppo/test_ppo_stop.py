@@ -12,16 +12,20 @@ FIRST = {"kl": 0.0, "entropy": 2.0, "ends": 0.9, "length": 20.0, "length_reward"
 @pytest.mark.parametrize(
     ("now", "rules", "words"),
     [
-        ({"entropy": 0.03}, {}, ["collapsed", "entropy", "2.000 to 0.030", "stop.entropy"]),
+        ({"entropy": 0.03}, {}, ["collapsed", "entropy", "2.000 to 0.030", "stop.min_entropy_ratio"]),
         ({"entropy": 0.05}, {}, []),
-        ({"ends": 0.05}, {}, ["collapsed", "5.0% of the completions end", "90.0% did", "stop.ends"]),
+        ({"ends": 0.05}, {}, ["collapsed", "5.0% of the completions end", "90.0% did", "stop.min_eos_rate"]),
         ({"ends": 0.2}, {}, []),
-        ({"kl": 31.0}, {"kl": 30.0}, ["KL to the reference", "31.00 nats", "stop.kl (30)"]),
+        ({"kl": 31.0}, {"max_kl": 30.0}, ["KL to the reference", "31.00 nats", "stop.max_kl (30)"]),
         ({"kl": 31.0}, {}, []),
-        ({"length": 45.0, "length_reward": 0.6}, {"longer": 2.0}, ["length hacking", "20.0 to 45.0", "0.60"]),
-        ({"length": 45.0, "length_reward": 0.1}, {"longer": 2.0}, []),
+        (
+            {"length": 45.0, "length_reward": 0.6},
+            {"max_length_ratio": 2.0},
+            ["length hacking", "20.0 to 45.0", "0.60"],
+        ),
+        ({"length": 45.0, "length_reward": 0.1}, {"max_length_ratio": 2.0}, []),
         ({"length": 45.0, "length_reward": 0.6}, {}, []),
-        ({"entropy": 0.0, "ends": 0.0, "kl": 99.0}, {"entropy": None, "ends": None}, []),
+        ({"entropy": 0.0, "ends": 0.0, "kl": 99.0}, {"min_entropy_ratio": None, "min_eos_rate": None}, []),
     ],
 )
 def test_stop_reasons(now: dict[str, float], rules: dict[str, float], words: list[str]) -> None:
@@ -59,7 +63,7 @@ def test_pain_07_over_optimization_is_higher_reward_with_lower_gold(
         assert reason.startswith(
             "over-optimized: grader 'end' fell from 0.800 to 0.600 while the reward rose"
         )
-    assert over_optimization_reason(history, StopSettings(gold_falls=None)) == ""
+    assert over_optimization_reason(history, StopSettings(max_gold_drop=None)) == ""
 
 
 def before_and_after(**values: tuple[float, float]) -> dict[str, float]:
@@ -92,7 +96,7 @@ def test_repetition_is_reported() -> None:
         finding.name == "repetition"
         and "of 2 completions, self-repeating: 0 → 2, duplicates of another one: 0 → 1" in finding.evidence
     )
-    assert "kl_coefficient" in finding.action
+    assert "kl_coef" in finding.action
 
 
 def test_healthy_run_has_no_action() -> None:
@@ -106,16 +110,16 @@ def test_healthy_run_has_no_action() -> None:
     ("changed", "name", "action"),
     [
         (before_and_after(reward=(0.0, 0.0)), "reward", "learning_rate"),
-        (before_and_after(gold_end=(0.9, 0.3)), "graders", "kl_coefficient"),
+        (before_and_after(gold_end=(0.9, 0.3)), "graders", "kl_coef"),
         (before_and_after(kl=(0.0, -1.0)), "KL", "bug"),
-        (before_and_after(kl=(0.0, 60.0)), "KL", "kl_target"),
-        (before_and_after(perplexity=(2.0, 9.0)), "fluency", "kl_coefficient"),
+        (before_and_after(kl=(0.0, 60.0)), "KL", "adaptive_kl_target"),
+        (before_and_after(perplexity=(2.0, 9.0)), "fluency", "kl_coef"),
         (before_and_after(length=(20.0, 60.0)), "length", "length_penalty"),
-        (before_and_after(length=(20.0, 5.0)), "length", "kl_coefficient"),
-        (before_and_after(ends=(1.0, 0.5)), "length", "missing_end"),
-        (before_and_after(distinct=(1.0, 0.2)), "variety", "entropy_coefficient"),
+        (before_and_after(length=(20.0, 5.0)), "length", "kl_coef"),
+        (before_and_after(ends=(1.0, 0.5)), "length", "missing_eos_reward"),
+        (before_and_after(distinct=(1.0, 0.2)), "variety", "entropy_coef"),
         ({"clipped_after": 0.6}, "updates", "learning_rate"),
-        ({"explained_variance_after": -0.4}, "updates", "value_coefficient"),
+        ({"explained_variance_after": -0.4}, "updates", "value_coef"),
     ],
 )
 def test_each_problem_has_a_finding_with_an_action(changed: dict[str, float], name: str, action: str) -> None:

@@ -24,8 +24,8 @@ each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_what_there_is() -> None:
     names = "dpo cdpo robust ipo hinge slic simpo cpo orpo apo_zero apo_down exo rpo plackett_luce rrhf pro"
     assert " ".join(LOSSES) == names
-    assert LOSSES["ipo"].defaults == {"beta": 0.1, "over_tokens": "sum"}
-    assert LOSSES["ipo"].allowed == {"beta": Interval(0), "over_tokens": ("sum", "mean")}
+    assert LOSSES["ipo"].defaults == {"beta": 0.1, "length_normalized": False}
+    assert LOSSES["ipo"].allowed == {"beta": Interval(0), "length_normalized": (False, True)}
 
 
 @each_loss
@@ -76,7 +76,7 @@ def test_sums_and_means_are_as_declared(loss: Loss, over_tokens: str) -> None:
     """A sum does not see lengths; a mean does not see that tokens and log-probabilities are doubled."""
     batch, settings = random_batch(loss), {"nll_weight": 0.0} if loss.needs.nll else {}
     if loss.needs.over_tokens == "setting":
-        settings["over_tokens"] = over_tokens
+        settings["length_normalized"] = over_tokens == "mean"
     declared = over_tokens if loss.needs.over_tokens == "setting" else loss.needs.over_tokens
     value = loss.function()(batch, **settings).losses
     longer = loss.function()(scaled_lengths(batch, 2, lengths_only=True), **settings).losses
@@ -134,24 +134,24 @@ def test_a_step_down_raises_the_best_over_the_worst(loss: Loss) -> None:
 
 def test_an_unknown_loss_names_the_nearest() -> None:
     with pytest.raises(UserError) as caught:
-        find_loss("sinpo", where="align.loss.name")
+        find_loss("sinpo", where="dpo.loss.name")
     assert str(caught.value).startswith(
-        "align.loss.name: the loss 'sinpo' is unknown\n    expected: one of dpo, "
+        "dpo.loss.name: the loss 'sinpo' is unknown\n    expected: one of dpo, "
     )
     assert "did you mean 'simpo'?" in str(caught.value)
 
 
 def test_settings_are_checked_all_at_once() -> None:
-    loss = find_loss("cdpo", where="align.loss.name")
-    assert loss.settings({"beta": 1}, where="align.loss") == {"beta": 1, "label_smoothing": 0.1}
+    loss = find_loss("cdpo", where="dpo.loss.name")
+    assert loss.settings({"beta": 1}, where="dpo.loss") == {"beta": 1, "label_smoothing": 0.1}
     with pytest.raises(UserError) as caught:
-        loss.settings({"beta": 0, "label_smoothing": 0.5, "betta": 1.0}, where="align.loss")
+        loss.settings({"beta": 0, "label_smoothing": 0.5, "betta": 1.0}, where="dpo.loss")
     assert str(caught.value).splitlines() == [
-        "align.loss.beta: found 0",
+        "dpo.loss.beta: found 0",
         "    expected: a number above 0",
-        "align.loss.label_smoothing: found 0.5",
+        "dpo.loss.label_smoothing: found 0.5",
         "    expected: a number 0 or more and below 0.5",
-        "align.loss.betta: unknown setting",
+        "dpo.loss.betta: unknown setting",
         "    expected: for the loss 'cdpo': one of beta, label_smoothing",
         "    repair:   did you mean 'beta'?",
     ]
@@ -160,7 +160,7 @@ def test_settings_are_checked_all_at_once() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "expected"),
     [
-        ("ipo", {"over_tokens": "median"}, "one of sum, mean"),
+        ("ipo", {"length_normalized": "median"}, "true or false"),
         ("dpo", {"beta": "much"}, "a number above 0"),
         ("dpo", {"beta": True}, "a number above 0"),
         ("dpo", {"beta": float("nan")}, "a number above 0"),
@@ -170,7 +170,7 @@ def test_settings_are_checked_all_at_once() -> None:
 )
 def test_each_setting_has_its_range(name: str, settings: dict[str, float | str], expected: str) -> None:
     with pytest.raises(UserError, match=rf"expected: {expected}$"):
-        find_loss(name, where="align.loss.name").settings(settings, where="align.loss")
+        find_loss(name, where="dpo.loss.name").settings(settings, where="dpo.loss")
 
 
 ALONE = """

@@ -32,7 +32,7 @@ LENGTHS = ((4, 6, 3), (5, 2, 7), (3, 4, 4))
 TRL_LOSSES = [
     ("dpo", "sigmoid", {}),
     ("robust", "robust", {"label_smoothing": 0.2}),
-    ("ipo", "ipo", {"over_tokens": "mean"}),
+    ("ipo", "ipo", {"length_normalized": True}),
     ("hinge", "hinge", {}),
     ("apo_zero", "apo_zero", {}),
     ("apo_down", "apo_down", {}),

@@ -31,7 +31,7 @@ def call(name: str, pairs: Pairs, **settings: float | str) -> LossOutput:
         ("cdpo", {"beta": 0.5, "label_smoothing": 0.1}, 0.3514132780),  # 0.9 x 0.20141 + 0.1 x 1.70141
         ("robust", {"beta": 0.5, "label_smoothing": 0.1}, 0.0139132780),  # (0.18127 - 0.17014) / 0.8
         ("ipo", {"beta": 0.5}, 4.0),  # (3 - 1)^2
-        ("ipo", {"beta": 0.5, "over_tokens": "mean"}, 0.1225),  # (2/5 + 1/4 - 1)^2 = (-0.35)^2
+        ("ipo", {"beta": 0.5, "length_normalized": True}, 0.1225),  # (2/5 + 1/4 - 1)^2 = (-0.35)^2
         ("hinge", {"beta": 0.5}, 0.0),  # 1 - 1.5 < 0
         ("hinge", {"beta": 0.1}, 0.7),  # 1 - 0.3
         ("slic", {"margin": 1.0, "nll_weight": 0.5}, 5.0),  # max(0, 1 + 10 - 14) + 0.5 x 10
@@ -99,7 +99,7 @@ def test_where_policy_and_reference_are_one(beta: float) -> None:
     divergence = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
     exo = pairwise.exo(same, beta=beta, label_smoothing=0.1).losses
     assert exo.tolist() == pytest.approx([divergence] * 6, rel=1e-12)
-    assert call("ipo", same, beta=beta, over_tokens="mean").losses[0].item() == pytest.approx(
+    assert call("ipo", same, beta=beta, length_normalized=True).losses[0].item() == pytest.approx(
         1 / (4 * beta**2)
     )
 

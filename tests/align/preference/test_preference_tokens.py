@@ -42,7 +42,7 @@ def conversation(template):
 
 
 @pytest.mark.parametrize(
-    ("template", "tokens"), [("model", "qwen"), *((name, made) for name in TEMPLATES for made in MAKERS)]
+    ("template", "tokens"), [("tokenizer", "qwen"), *((name, made) for name in TEMPLATES for made in MAKERS)]
 )
 def test_prompt_and_completion_match_the_encoder(template, tokens):
     encoder = Encoder(tokenizer(tokens), template)
@@ -141,7 +141,7 @@ def test_half_the_length_is_the_prompt_s_by_default():
 
 
 def test_long_rows_can_be_dropped():
-    data = prepared([pair("q", "good " * 60, "bad"), pair()], max_length=40, too_long="drop")
+    data = prepared([pair("q", "good " * 60, "bad"), pair()], max_length=40, overflow="drop")
     assert data.train.locations == ("row 2",)
     assert data.report.counts == {"longer than 40 tokens, dropped": 1}
 

@@ -26,7 +26,7 @@ def settings(folder: Path, base: Path, **more: Any) -> dict[str, Any]:
     given = {
         "model.base": str(base),
         "model.precision": "float32",
-        "model.start": None,
+        "model.init_from": None,
         "data.source": str(folder / "prompts.jsonl"),
         "data.held_out": 4,
         "data.template": "alpaca",
@@ -36,17 +36,17 @@ def settings(folder: Path, base: Path, **more: Any) -> dict[str, Any]:
         "train.batch_size": 4,
         "train.learning_rate": 2e-2,
         "evaluate.samples": 2,
-        "evaluate.judges": {},
-        "evaluate.skill": None,
+        "evaluate.graders": {},
+        "evaluate.retention": None,
         "evaluate.max_new_tokens": 6,
-        "reward.sources": f"{folder}/mine.py:letters",
+        "rewards.sources": f"{folder}/mine.py:letters",
         "sampling.max_new_tokens": 8,
         "rejection.rounds": 2,
         "rejection.prompts": 6,
-        "rejection.samples": 3,
-        "rejection.keep": "best",
-        "rejection.share": None,
-        "rejection.unfinished": "learn",
+        "rejection.num_generations": 3,
+        "rejection.keep": "best_of_n",
+        "rejection.top_fraction": None,
+        "rejection.truncated": "train",
     }
     return given | {key.replace("__", "."): value for key, value in more.items()}
 

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uninterrupted(folder: Path, base_folder: Path) -> Result:
     """Return an uninterrupted run."""
     judges = {"letters": f"{folder}/mine.py:letters"}
-    return run(recipe(folder, base_folder, folder / "whole", evaluate__judges=judges))
+    return run(recipe(folder, base_folder, folder / "whole", evaluate__graders=judges))
 
 
 def selected_entries(directory: Path) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ def test_resumed_run_equals_uninterrupted_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judges = {"letters": f"{folder}/mine.py:letters"}
-    resumed_recipe = recipe(folder, base_folder, tmp_path / "run", evaluate__judges=judges)
+    resumed_recipe = recipe(folder, base_folder, tmp_path / "run", evaluate__graders=judges)
     with monkeypatch.context() as patch:
         interrupt_at(place, moment, patch)
         with pytest.raises(Interrupted):
@@ -140,7 +140,7 @@ def test_corrupt_completions_are_reported_and_resampled(
     (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "running"}))
     file = tmp_path / "run" / "drawn" / "1-0000.safetensors"
     file.write_bytes(file.read_bytes()[:-3] + b"abc")
-    result = run(recipe(folder, base_folder, tmp_path / "run", evaluate__judges=judges))
+    result = run(recipe(folder, base_folder, tmp_path / "run", evaluate__graders=judges))
     assert "corrupt file, sampling these completions again" in capsys.readouterr().out
     assert result.record["files"] == uninterrupted.record["files"]
     assert selected_entries(result.directory) == selected_entries(uninterrupted.directory)
@@ -151,7 +151,7 @@ def test_reward_failing_on_empty_completion_is_reported_before_writing(
 ) -> None:
     (tmp_path / "mine.py").write_text("def mean(prompt, completion):\n    return 1 / len(completion)\n")
     with pytest.raises(UserError, match="reward 'mean' on .*prompts.jsonl:1: ZeroDivisionError"):
-        run(recipe(folder, base_folder, tmp_path / "run", reward__sources=f"{tmp_path}/mine.py:mean"))
+        run(recipe(folder, base_folder, tmp_path / "run", rewards__sources=f"{tmp_path}/mine.py:mean"))
     assert not (tmp_path / "run").exists()
 
 
@@ -161,13 +161,17 @@ def test_force_discards_earlier_rounds(
     judges = {"letters": f"{folder}/mine.py:letters"}
     shutil.copytree(uninterrupted.directory, tmp_path / "run")
     (tmp_path / "run" / "drawn" / "9-0000.safetensors").write_text("of another run")
-    result = run(recipe(folder, base_folder, tmp_path / "run", evaluate__judges=judges), force=True)
+    result = run(recipe(folder, base_folder, tmp_path / "run", evaluate__graders=judges), force=True)
     assert result.record["files"] == uninterrupted.record["files"] and result.metrics == uninterrupted.metrics
     assert not (tmp_path / "run" / "drawn" / "9-0000.safetensors").exists()
 
 
 def test_last_round_only_and_top_fraction(folder: Path, base_folder: Path, tmp_path: Path) -> None:
-    overrides = {"rejection__memory": False, "rejection__keep": "share", "rejection__share": 0.5}
+    overrides = {
+        "rejection__accumulate_rounds": False,
+        "rejection__keep": "top_fraction",
+        "rejection__top_fraction": 0.5,
+    }
     result = run(recipe(folder, base_folder, tmp_path / "run", **overrides))
     lines = selected_entries(result.directory)
     assert [sum(line["round"] == number for line in lines) for number in (1, 2)] == [9, 9], "half of 18"
@@ -178,7 +182,12 @@ def test_last_round_only_and_top_fraction(folder: Path, base_folder: Path, tmp_p
 
 @pytest.mark.parametrize("method", ["full", "pissa", "qlora", "layernorm", "prefix"])
 def test_every_adapter_runs_two_rounds(method: str, folder: Path, base_folder: Path, tmp_path: Path) -> None:
-    small = {"rejection__prompts": 2, "rejection__samples": 2, "train__epochs": 1, "evaluate__samples": 0}
+    small = {
+        "rejection__prompts": 2,
+        "rejection__num_generations": 2,
+        "train__epochs": 1,
+        "evaluate__samples": 0,
+    }
     rate = {"train__learning_rate": 1e-3, "train__warmup": 0, "adapter__method": method}
     result = run(recipe(folder, base_folder, tmp_path / "run", **small, **rate))
     rounds = [json.loads((tmp_path / "run" / "rounds" / n / "run.json").read_text()) for n in ("1", "2")]
@@ -196,8 +205,8 @@ def test_adapter_continued_as_another_allows_one_round(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"rejection__unfinished": "drop"}, "none of 18 completions; 0 ended"),
-        ({"rejection__above": 1e6}, "completions to train on"),
+        ({"rejection__truncated": "drop"}, "none of 18 completions; 0 ended"),
+        ({"rejection__min_reward": 1e6}, "completions to train on"),
     ],
 )
 def test_round_without_eligible_completions_is_reported(
@@ -211,13 +220,13 @@ def test_round_without_eligible_completions_is_reported(
 @pytest.mark.parametrize(
     ("more", "where"),
     [
-        ({"rejection__share": 0.5}, "rejection.share"),
+        ({"rejection__top_fraction": 0.5}, "rejection.top_fraction"),
         ({"train__evaluate_every": 5}, "train.evaluate_every"),
-        ({"data__too_long": "cut"}, "data.too_long"),
+        ({"data__overflow": "truncate"}, "data.overflow"),
         ({"evaluate__exact_match": 5}, "evaluate.exact_match"),
-        ({"rejection__samples": 1}, "rejection.samples"),
-        ({"reward__sources": []}, "reward.sources"),
-        ({"reward__sources": 3}, "reward.sources"),
+        ({"rejection__num_generations": 1}, "rejection.num_generations"),
+        ({"rewards__sources": []}, "rewards.sources"),
+        ({"rewards__sources": 3}, "rewards.sources"),
     ],
 )
 def test_contradictions_are_reported(

@@ -54,8 +54,8 @@ def test_each_source_trains_its_head() -> None:
         (["evaluate.exact_match=5"], "evaluate.exact_match", "generate no text"),
         (["train.neftune_alpha=5.0"], "train.neftune_alpha", "not supported for reward models"),
         (["adapter.method=llama_adapter"], "adapter.method", "PEFT cannot save a trained score head"),
-        (["reward.centring=-1.0"], "reward.centring", "0"),
-        (["reward.margins=0.0"], "reward.margins", "0"),
+        (["reward.center_rewards_coefficient=-1.0"], "reward.center_rewards_coefficient", "0"),
+        (["reward.margin_scale=0.0"], "reward.margin_scale", "0"),
     ],
 )
 def test_contradictions_are_reported(words: list[str], where: str, told: str) -> None:

@@ -98,8 +98,8 @@ def double(folder: Path, base_folder: Path) -> Result:
         data__source=None,
         data__mix=mix,
         reward__heads=HEADS,
-        reward__margins=0.5,
-        reward__centring=0.01,
+        reward__margin_scale=0.5,
+        reward__center_rewards_coefficient=0.01,
     )
 
 

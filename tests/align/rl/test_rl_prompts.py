@@ -119,7 +119,7 @@ def test_long_prompts_are_dropped_and_counted():
 def test_long_prompts_are_truncated_from_the_left_but_retain_bos():
     rows = [{"prompt": "a b c d e f g h i j k l m n o p"}]
     full_ids = prepare(rows, template="vicuna", tokens="llama2").train[0].ids
-    data = prepare(rows, template="vicuna", tokens="llama2", max_prompt_length=12, too_long="cut")
+    data = prepare(rows, template="vicuna", tokens="llama2", max_prompt_length=12, overflow="truncate")
     bos = tokenizer("llama2").bos_token_id
     assert data.train[0].ids == (bos, *full_ids[-11:]) and full_ids[0] == bos
     assert data.report.lines()[1] == "rows longer than 12 tokens, truncated: 1 (first: row 1)"

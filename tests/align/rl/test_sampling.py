@@ -99,7 +99,7 @@ def test_generation_batch_size_is_respected(
 
     monkeypatch.setattr(model, "generate", counted)
     sampling = Sampling.from_settings(
-        "cpu", SamplingSettings(max_new_tokens=3, at_once=at_once), stop_ids=[1]
+        "cpu", SamplingSettings(max_new_tokens=3, generation_batch_size=at_once), stop_ids=[1]
     )
     assert len(sample_completions(model, PROMPTS, sampling=sampling, seed=0)) == len(PROMPTS)
     assert batch_sizes == expected

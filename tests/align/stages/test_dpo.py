@@ -22,7 +22,7 @@ from finetune.training.result import Result
 
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
 QUIET = {"evaluate__samples": 0}
-SMALL = {"virtual_tokens": 5, "rank": 4, "dropout": 0.1, "encoder_width": 16, "width": 8}
+SMALL = {"virtual_tokens": 5, "rank": 4, "dropout": 0.1, "encoder_hidden_size": 16, "bottleneck_size": 8}
 FAST = ("prompt", "prefix", "qlora", "adalora")
 OTHERS = [name for name in plugin_names(ADAPTERS) if name not in (*FAST, "lora", "bitfit")]
 BY_STEP = {
@@ -66,7 +66,7 @@ def test_the_length_ratio_is_that_of_the_data(prefer: Runs, pairs_file: Path) ->
 def test_every_loss_takes_three_steps(prefer: Runs, lists_file: Path, name: str) -> None:
     loss = all_losses()[name]
     settings = {"data__source": str(lists_file)} if loss.takes == "Lists" else {}
-    result = prefer(align__loss=name, data__held_out=0, **settings, **QUIET)
+    result = prefer(dpo__loss=name, data__held_out=0, **settings, **QUIET)
     entries = [entry for entry in result.metrics if "loss" in entry]
     assert len(entries) == 3 and all(math.isfinite(value) for entry in entries for value in entry.values())
     assert ("chosen_drift" in entries[0]) == loss.needs.reference
@@ -79,7 +79,7 @@ def test_every_loss_takes_three_steps(prefer: Runs, lists_file: Path, name: str)
 
 @pytest.mark.parametrize("name", ["dpo", "simpo"])
 def test_a_loss_on_pairs_learns_from_ranked_lists(prefer: Runs, lists_file: Path, name: str) -> None:
-    result = prefer(align__loss=name, data__source=str(lists_file), train__max_steps=8, **QUIET)
+    result = prefer(dpo__loss=name, data__source=str(lists_file), train__max_steps=8, **QUIET)
     metrics = result.record["metrics"]
     assert metrics["held_out_loss_after"] < 0.9 * metrics["held_out_loss_before"]
     assert metrics["held_out_accuracy_after"] > 0.6
@@ -119,31 +119,31 @@ def test_every_adapter_learns_from_pairs(prefer: Runs, method: str) -> None:
 
 def test_adamix_consistency_is_refused(prefer: Runs) -> None:
     with pytest.raises(UserError, match="adapter.consistency=false"):
-        prefer(adapter__method="adamix", adapter__width=8)
+        prefer(adapter__method="adamix", adapter__bottleneck_size=8)
 
 
 def test_loss_is_a_name_a_mapping_or_command_line_overrides(dpo_recipe: Recipes) -> None:
-    assert dpo_recipe().settings.align.loss == "dpo"
-    assert dpo_recipe(words=("align.loss=ipo",)).settings.align.loss == "ipo"
-    given = dpo_recipe(words=("align.loss.beta=0.2", "align.loss=ipo"))
-    assert given.settings.align.loss == {"name": "ipo", "beta": 0.2}
-    assert given.origins["align.loss"] == "command line"
-    assert dpo_recipe(words=("align.loss.beta=0.5",)).settings.align.loss_name == "dpo"
-    mapping = dpo_recipe(align__loss={"name": "simpo", "margin": 0.5}, words=("align.loss.beta=2.5",))
-    assert mapping.settings.align.loss == {"name": "simpo", "margin": 0.5, "beta": 2.5}
+    assert dpo_recipe().settings.dpo.loss == "dpo"
+    assert dpo_recipe(words=("dpo.loss=ipo",)).settings.dpo.loss == "ipo"
+    given = dpo_recipe(words=("dpo.loss.beta=0.2", "dpo.loss=ipo"))
+    assert given.settings.dpo.loss == {"name": "ipo", "beta": 0.2}
+    assert given.origins["dpo.loss"] == "command line"
+    assert dpo_recipe(words=("dpo.loss.beta=0.5",)).settings.dpo.loss_name == "dpo"
+    mapping = dpo_recipe(dpo__loss={"name": "simpo", "margin": 0.5}, words=("dpo.loss.beta=2.5",))
+    assert mapping.settings.dpo.loss == {"name": "simpo", "margin": 0.5, "beta": 2.5}
 
 
 BAD = {
-    "align.loss=ippo": ["align.loss (command line)", "the loss 'ippo' is unknown", "did you mean 'ipo'?"],
-    "align.loss.beta=-1": ["align.loss.beta (command line)", "found -1", "a number above 0"],
-    "align.loss.betta=1": ["unknown setting", "for the loss 'dpo': beta", "did you mean 'beta'?"],
-    "align.loss={name: ipo, over_tokens: max}": ["align.loss.over_tokens", "one of sum, mean"],
-    "align.loss=3": ["align.loss", "found 3", "a string, or a mapping"],
-    "align.reference=frozen": ["align.reference", "one of precomputed, live"],
+    "dpo.loss=ippo": ["dpo.loss (command line)", "the loss 'ippo' is unknown", "did you mean 'ipo'?"],
+    "dpo.loss.beta=-1": ["dpo.loss.beta (command line)", "found -1", "a number above 0"],
+    "dpo.loss.betta=1": ["unknown setting", "for the loss 'dpo': beta", "did you mean 'beta'?"],
+    "dpo.loss={name: ipo, length_normalized: max}": ["dpo.loss.length_normalized", "true or false"],
+    "dpo.loss=3": ["dpo.loss", "found 3", "a string, or a mapping"],
+    "dpo.reference=frozen": ["dpo.reference", "one of precomputed, live"],
     "train.neftune_alpha=5": ["train.neftune_alpha", "train.neftune_alpha=null"],
     "train.label_smoothing=0.1": ["train.label_smoothing", "{name: cdpo, label_smoothing: 0.1}"],
     "data.packing=true": ["data.packing", "share a row already"],
-    "align.stop_when_chosen_falls=0.5": ["train.evaluate_every is null", "train.evaluate_every=50"],
+    "dpo.max_chosen_logp_drop=0.5": ["train.evaluate_every is null", "train.evaluate_every=50"],
     "train.beta=0.1": ["train.beta", "unknown key"],
     "data.source.x=1": ["'data.source.x'", "invalid override"],
 }
@@ -159,20 +159,20 @@ def test_mistakes_are_reported_before_loading(dpo_recipe: Recipes, word: str) ->
 
 
 def test_all_mistakes_at_once(dpo_recipe: Recipes) -> None:
-    words = ("align.loss={name: dpo, beta: 0, x: 1}", "data.packing=true", "train.batch_size=0")
+    words = ("dpo.loss={name: dpo, beta: 0, x: 1}", "data.packing=true", "train.batch_size=0")
     with pytest.raises(UserError) as caught:
         dpo_recipe(words=words)
     assert [problem.where.split(" ")[0] for problem in caught.value.problems] == [
         "train.batch_size",
-        "align.loss.beta",
-        "align.loss.x",
+        "dpo.loss.beta",
+        "dpo.loss.x",
         "data.packing",
     ]
 
 
 def test_full_tuning_has_no_live_reference(dpo_recipe: Recipes) -> None:
-    with pytest.raises(UserError, match="align.reference=precomputed"):
-        dpo_recipe(adapter__method="full", align__reference="live")
+    with pytest.raises(UserError, match="dpo.reference=precomputed"):
+        dpo_recipe(adapter__method="full", dpo__reference="live")
 
 
 def test_the_command_line_prints_a_summary(
@@ -181,7 +181,7 @@ def test_the_command_line_prints_a_summary(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [str(preference_recipe), "--out", str(tmp_path / "run"), "align.loss=ipo", "align.loss.beta=0.2"]
+    words = [str(preference_recipe), "--out", str(tmp_path / "run"), "dpo.loss=ipo", "dpo.loss.beta=0.2"]
     monkeypatch.setattr("sys.argv", ["llm-align", "dpo", *words])
     cli.main()
     output = capsys.readouterr().out

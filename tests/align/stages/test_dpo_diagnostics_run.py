@@ -28,7 +28,7 @@ def test_pain_15_run_stops_on_chosen_logp_drop(
     dpo_recipe: Recipes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"train__max_steps": 40, "train__learning_rate": 0.03, "train__evaluate_every": 2}
-    recipe = dpo_recipe(align__stop_when_chosen_falls=0.03, **settings)
+    recipe = dpo_recipe(dpo__max_chosen_logp_drop=0.03, **settings)
     result = dpo.run(recipe, Console(width=300), command="a test")
     last = result.metrics[-1]["step"]
     assert 2 <= last < 40 and f"stopped at step {last}" in capsys.readouterr().out

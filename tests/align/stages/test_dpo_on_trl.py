@@ -39,8 +39,8 @@ def test_both_engines_have_equal_metrics_and_learn(prefer: Runs) -> None:
 
 @pytest.mark.parametrize("name", TRL_LOSS_TYPES)
 def test_policy_equals_reference_for_every_trl_loss(prefer: Runs, name: str) -> None:
-    loss = {"name": name, "over_tokens": "mean"} if name == "ipo" else {"name": name}
-    result = prefer(align__loss=loss, data__held_out=0, **TRL, **QUIET)
+    loss = {"name": name, "length_normalized": True} if name == "ipo" else {"name": name}
+    result = prefer(dpo__loss=loss, data__held_out=0, **TRL, **QUIET)
     checks = {check["name"]: check for check in result.record["preflight"]}
     assert checks["start"]["passed"] and len(result.metrics) == 3
 
@@ -78,9 +78,9 @@ def test_non_finite_loss_names_step_and_rows(prefer: Runs) -> None:
 @pytest.mark.parametrize(
     ("settings", "fragments"),
     [
-        ({"align__loss": "cdpo"}, ["align.loss", "'cdpo'", "train.engine=native"]),
-        ({"align__loss": "ipo"}, ["align.loss", "summed over tokens", "over_tokens: mean"]),
-        ({"align__reference": "live"}, ["align.reference", "align.reference=precomputed"]),
+        ({"dpo__loss": "cdpo"}, ["dpo.loss", "'cdpo'", "train.engine=native"]),
+        ({"dpo__loss": "ipo"}, ["dpo.loss", "summed over tokens", "length_normalized: true"]),
+        ({"dpo__reference": "live"}, ["dpo.reference", "dpo.reference=precomputed"]),
         ({"adapter__method": "pissa"}, ["adapter.method", "adapter.method=lora"]),
         ({"train__engine_args": {"beta": 1}}, ["train.engine_args.beta", "set by the recipe"]),
     ],

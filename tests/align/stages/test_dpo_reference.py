@@ -55,7 +55,7 @@ def weights(result: Result) -> dict[str, torch.Tensor]:
 
 def check_live_equals_precomputed(prefer: Runs, **settings: Any) -> None:
     """Check that a live and a precomputed reference give the same run."""
-    runs = [prefer(mode, align__reference=mode, **STABLE, **settings) for mode in ("precomputed", "live")]
+    runs = [prefer(mode, dpo__reference=mode, **STABLE, **settings) for mode in ("precomputed", "live")]
     for key in ("loss", "margin", "chosen_drift", "kl"):
         assert logged_values(runs[0], key) == pytest.approx(logged_values(runs[1], key), abs=1e-5), key
     assert max(map(abs, logged_values(runs[0], "margin"))) > 1e-2, "the policy has moved"
@@ -78,8 +78,8 @@ def test_live_reference_is_the_initial_adapter(prefer: Runs) -> None:
 
 
 def test_live_reference_with_gradient_checkpointing(prefer: Runs) -> None:
-    plain = prefer("plain", align__reference="live", **STABLE)
-    checked = prefer("checked", align__reference="live", train__gradient_checkpointing=True, **STABLE)
+    plain = prefer("plain", dpo__reference="live", **STABLE)
+    checked = prefer("checked", dpo__reference="live", train__gradient_checkpointing=True, **STABLE)
     assert min(logged_values(checked, "grad_norm")) > 0
     for name, value in weights(plain).items():
         assert torch.allclose(value, weights(checked)[name], atol=1e-5), name
@@ -89,7 +89,7 @@ def test_live_reference_with_gradient_checkpointing(prefer: Runs) -> None:
 def test_live_reference_in_bfloat16(prefer: Runs) -> None:
     """Autocast caches bfloat16 casts: the reference's weights must not be used for the policy."""
     rough = {"model__precision": "bfloat16", **STABLE}
-    runs = [prefer(way, align__reference=way, **rough) for way in ("precomputed", "live")]
+    runs = [prefer(way, dpo__reference=way, **rough) for way in ("precomputed", "live")]
     norms = [logged_values(way, "grad_norm") for way in runs]
     assert min(norms[1]) > 0 and norms[0] == pytest.approx(norms[1], rel=0.1)
     margins = [logged_values(way, "margin")[-1] for way in runs]
@@ -115,7 +115,7 @@ def test_pain_14_the_base_in_the_reference_s_place_stops_the_run(
             return original(model, *args, **kwargs)
 
     monkeypatch.setattr(reference_cache, "compute_reference_logps", of_the_base)
-    with pytest.raises(UserError, match=r"align.reference: policy and reference differ by .* on 8 groups"):
+    with pytest.raises(UserError, match=r"dpo.reference: policy and reference differ by .* on 8 groups"):
         prefer(data__cache=False, **STABLE)
 
 
@@ -130,7 +130,7 @@ def test_reference_is_cached(prefer: Runs, monkeypatch: pytest.MonkeyPatch, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(reference_cache, "compute_reference_logps", never)
-        again = prefer("again", align__loss={"name": "dpo", "beta": 0.5}, **STABLE)  # a sweep over beta
+        again = prefer("again", dpo__loss={"name": "dpo", "beta": 0.5}, **STABLE)  # a sweep over beta
         with pytest.raises(AssertionError, match="computed again"):
             prefer("other start", train__seed=1, **STABLE)
     assert logged_values(again, "chosen_logps")[0] == logged_values(first, "chosen_logps")[0]

@@ -142,7 +142,7 @@ def test_non_finite_loss_names_step_and_rows(tune: Tune) -> None:
         ({"train__label_smoothing": 0.1}, "train.label_smoothing", "train.label_smoothing=0"),
         ({"adapter__method": "pissa"}, "adapter.method", "adapter.method=lora"),
         ({"data__packing": True}, "data.packing", ""),
-        ({"align__beta": 0.0}, "align.beta", ""),
+        ({"kto__beta": 0.0}, "kto.beta", ""),
         ({"train__engine_args": {"beta": 1.0}}, "train.engine_args.beta", ""),
         ({"train__engine_args": {"max_length": 9}}, "train.engine_args.max_length", ""),
     ],
@@ -166,4 +166,4 @@ def test_llama_factory_labeled_conversations(tune: Tune) -> None:
 
 def test_published_numbers() -> None:
     train = read_recipe("kto", "kto-mix").settings.train
-    assert (train.epochs, train.batch_size, train.schedule, train.warmup) == (1, 16, "cosine", 0.1)
+    assert (train.epochs, train.batch_size, train.lr_schedule, train.warmup) == (1, 16, "cosine", 0.1)

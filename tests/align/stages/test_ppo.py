@@ -51,9 +51,9 @@ data: {{source: {rows}, held_out: 4}}
 adapter: {{method: lora, rank: 4, dropout: 0.1}}
 train: {{max_steps: 6, batch_size: 4, micro_batch_size: 3, learning_rate: 1e-2, warmup: 0}}
 evaluate: {{samples: 2, max_new_tokens: 4}}
-reward: {{sources: "{judges}:long"}}
+rewards: {{sources: "{judges}:long"}}
 sampling: {{max_new_tokens: 5}}
-ppo: {{rollout_size: 8, epochs: 2, missing_end: null}}
+ppo: {{rollout_size: 8, ppo_epochs: 2, missing_eos_reward: null}}
 """
 BY_STEP = {"loss", "policy_loss", "value_loss", "ratio", "clipped", "step_kl"}
 BY_ROLLOUT = {"reward", "kl", "entropy", "length", "ends", "score", "kl_coefficient", "seconds_generation"}
@@ -119,9 +119,9 @@ def test_ppo_run_writes_all_artifacts(reinforce: Runs) -> None:
 
 
 STATEFUL_SETTINGS = {
-    "ppo__kl_target": 0.5,
+    "ppo__adaptive_kl_target": 0.5,
     "ppo__kl_horizon": 64,
-    "ppo__normalise": "running",
+    "ppo__normalize_rewards": "running",
     "train__checkpoint_every": 1,
 }
 
@@ -177,7 +177,7 @@ def test_micro_batch_size_does_not_change_the_loss(reinforce: Runs) -> None:
 
 
 def test_target_kl_ends_the_updates_of_a_rollout(reinforce: Runs) -> None:
-    result = reinforce(ppo__epoch_stop_kl=1e-9, data__held_out=0)
+    result = reinforce(ppo__target_kl=1e-9, data__held_out=0)
     rollouts = [line["step"] for line in result.metrics if "reward" in line]
     assert rollouts == [1, 3, 5], "the first step of a rollout has approx_kl 0, the second has not"
 
@@ -211,16 +211,16 @@ def test_known_optimum_of_a_bandit_is_reached(reinforce: Runs, judges: Path, ban
         data__source=[{"prompt": "a b c"}],
         data__template="plain",
         data__held_out=0,
-        reward__sources=f"{judges}:alphabet",
+        rewards__sources=f"{judges}:alphabet",
         sampling__max_new_tokens=1,
         ppo__rollout_size=256,
-        ppo__kl_coefficient=beta,
-        ppo__value_coefficient=1.0,
+        ppo__kl_coef=beta,
+        ppo__value_coef=1.0,
         train__batch_size=64,
         train__micro_batch_size=64,
         train__max_steps=240,
         train__learning_rate=1e-3,
-        train__schedule="linear",
+        train__lr_schedule="linear",
         train__checkpoint_every=240,
         evaluate__samples=0,
         adapter__dropout=0.0,
@@ -242,14 +242,14 @@ def test_known_optimum_of_a_bandit_is_reached(reinforce: Runs, judges: Path, ban
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"reward__sources": []}, ["reward.sources", "no reward is given"]),
+        ({"rewards__sources": []}, ["rewards.sources", "no reward is given"]),
         ({"ppo__rollout_size": 6}, ["ppo.rollout_size", "6", "ppo.rollout_size=4"]),
         (
-            {"ppo__value_from": "reward"},
-            ["ppo.value_from", "no source is a reward model", "value_from=start"],
+            {"ppo__value_init": "reward"},
+            ["ppo.value_init", "no source is a reward model", "value_init=policy"],
         ),
         ({"pretraining__weight": 1.0}, ["pretraining.source"]),
-        ({"ppo__kl_target": 1.0, "ppo__kl_horizon": 1}, ["ppo.kl_horizon", "a fifth"]),
+        ({"ppo__adaptive_kl_target": 1.0, "ppo__kl_horizon": 1}, ["ppo.kl_horizon", "a fifth"]),
         ({"train__engine": "trl"}, ["train.engine", "native"]),
         ({"train__evaluate_every": 2, "data__held_out": 0}, ["train.evaluate_every", "held-out"]),
         ({"train__neftune_alpha": 5.0}, ["train.neftune_alpha"]),
@@ -274,7 +274,7 @@ def test_prompt_and_completion_must_fit_the_context(reinforce: Runs, tmp_path: P
 @pytest.mark.parametrize(("name", "words"), [("broken", "ZeroDivisionError"), ("nothing", "nan")])
 def test_failing_reward_function_is_named(reinforce: Runs, judges: Path, name: str, words: str) -> None:
     with pytest.raises(UserError) as error:
-        reinforce(reward__sources=f"{judges}:{name}")
+        reinforce(rewards__sources=f"{judges}:{name}")
     assert name in str(error.value) and words in str(error.value)
 
 
@@ -307,7 +307,7 @@ def test_value_model_has_the_base_weights_for_every_policy_adapter(
 def test_cli_reports_unknown_key(
     ppo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["llm-align", "ppo", str(ppo_file), "ppo.clipp=0.1"])
+    monkeypatch.setattr("sys.argv", ["llm-align", "ppo", str(ppo_file), "ppo.clip_rang=0.1"])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert end.value.code == 2 and "ppo.clip" in capsys.readouterr().err
+    assert end.value.code == 2 and "did you mean 'clip_range'?" in capsys.readouterr().err

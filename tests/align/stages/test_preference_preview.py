@@ -44,6 +44,6 @@ def test_labels_are_shown_for_kto(pairs_file: Path, base_folder: Path) -> None:
 
 def test_a_stage_that_writes_conversations_itself_says_so(pairs_file: Path, base_folder: Path) -> None:
     given = {"model.base": str(base_folder), "data.source": str(pairs_file), "data.held_out": 4}
-    recipe = read_recipe("hindsight", "quickstart", shortcuts=given)
+    recipe = read_recipe("chain_of_hindsight", "quickstart", shortcuts=given)
     with pytest.raises(UserError, match="llm-align data --stage dpo"):
         preview(recipe, rows=1)

@@ -41,26 +41,27 @@ def long(prompt, completion):
 STAGES = {
     "reward": TRAIN.replace("MORE", UNEVEN)
     + MIXED
-    + "reward: {{centring: 0.01, rules: [{{name: letters, function: '{judges}:letters'}}]}}\n"
+    + "reward: {{center_rewards_coefficient: 0.01, "
+    + "rules: [{{name: letters, function: '{judges}:letters'}}]}}\n"
     + "evaluate: {{samples: 3}}\n",
     "dpo": TRAIN.replace("MORE", UNEVEN)
     + MIXED
-    + "evaluate: {{samples: 3, max_new_tokens: 4, judges: {{long: '{judges}:long'}}}}\n",
+    + "evaluate: {{samples: 3, max_new_tokens: 4, graders: {{long: '{judges}:long'}}}}\n",
     "ppo": TRAIN.replace("MORE", "max_steps: 7, evaluate_every: 3")
     + "data: {{source: {prompts}, held_out: 5, cache: false}}\n"
-    + "evaluate: {{samples: 3, max_new_tokens: 4, judges: {{long: '{judges}:long'}}}}\n"
-    + "reward: {{sources: [{{function: '{judges}:letters'}}, {{run: '{reward}', weight: 0.5}}]}}\n"
+    + "evaluate: {{samples: 3, max_new_tokens: 4, graders: {{long: '{judges}:long'}}}}\n"
+    + "rewards: {{sources: [{{function: '{judges}:letters'}}, {{run: '{reward}', weight: 0.5}}]}}\n"
     + "sampling: {{max_new_tokens: 6}}\n"
-    + "ppo: {{rollout_size: 10, epochs: 2, missing_end: null, kl_target: 0.5, kl_horizon: 64, "
-    + "normalise: running, epoch_stop_kl: 0.5, entropy_coefficient: 0.01}}\n"
+    + "ppo: {{rollout_size: 10, ppo_epochs: 2, missing_eos_reward: null, adaptive_kl_target: 0.5, "
+    + "kl_horizon: 64, normalize_rewards: running, target_kl: 0.5, entropy_coef: 0.01}}\n"
     + "pretraining: {{source: {answers}, weight: 0.5, batch_size: 3}}\n",
     "rejection": TRAIN.replace("MORE", "epochs: 1")
     + "data: {{source: {prompts}, held_out: 5, cache: false}}\n"
-    + "evaluate: {{samples: 3, max_new_tokens: 4, judges: {{long: '{judges}:long'}}}}\n"
-    + "reward: {{sources: [{{function: '{judges}:letters'}}, {{run: '{reward}', weight: 0.5}}]}}\n"
+    + "evaluate: {{samples: 3, max_new_tokens: 4, graders: {{long: '{judges}:long'}}}}\n"
+    + "rewards: {{sources: [{{function: '{judges}:letters'}}, {{run: '{reward}', weight: 0.5}}]}}\n"
     + "sampling: {{max_new_tokens: 6}}\n"
-    + "rejection: {{rounds: 2, prompts: 7, samples: 3, keep: best, unfinished: learn}}\n",
-    "hindsight": TRAIN.replace("MORE", "max_steps: 4")
+    + "rejection: {{rounds: 2, prompts: 7, num_generations: 3, keep: best_of_n, truncated: train}}\n",
+    "chain_of_hindsight": TRAIN.replace("MORE", "max_steps: 4")
     + "data: {{source: {pairs}, held_out: 7, max_length: 128, template: chatml, cache: false}}\n"
     + "evaluate: {{samples: 2, max_new_tokens: 4}}\n",
     "pretrain": TRAIN.replace("MORE", "max_steps: 4")
@@ -104,7 +105,7 @@ def share(files: dict[str, Path], base_folder: Path) -> Share:
         path = files["folder"] / f"{stage}-{size}.yaml"
         path.write_text((COMMON + STAGES[stage]).format(stage=stage, base=base_folder, size=size, **files))
         given = {key.replace("__", "."): value for key, value in settings.items()}
-        given |= {"train.processes": count}
+        given |= {"train.num_processes": count}
         recipe = read_recipe(stage, str(path), shortcuts=given, out=files["folder"] / name)
         return launch_stage(recipe, QUIET, command="a test")
 
@@ -152,7 +153,7 @@ def test_a_reward_model_of_two_processes_is_that_of_one(share: Share, scored: Re
 
 @pytest.mark.parametrize("loss", ["dpo", pytest.param("pro", marks=pytest.mark.slow)])
 def test_preferences_are_learnt_by_two_as_by_one(share: Share, loss: str) -> None:
-    one, two = (share("dpo", f"{loss}-{count}", count, align__loss=loss) for count in (1, 2))
+    one, two = (share("dpo", f"{loss}-{count}", count, dpo__loss=loss) for count in (1, 2))
     close(one, two)
     assert two.samples == one.samples
 
@@ -176,7 +177,7 @@ def test_two_processes_draw_and_choose_what_one_does_in_rejection(share: Share, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["hindsight", "pretrain"])
+@pytest.mark.parametrize("stage", ["chain_of_hindsight", "pretrain"])
 def test_stages_that_tune_on_rows_share_them(share: Share, stage: str) -> None:
     one, two = (share(stage, f"{stage}-{count}", count) for count in (1, 2))
     close(one, two)
@@ -202,7 +203,7 @@ def test_zero_learns_what_one_process_does(share: Share, scored: Result, stage: 
 @pytest.mark.slow
 def test_a_live_reference_is_the_precomputed_one_on_two_processes(share: Share) -> None:
     one = share("dpo", "live-1", 1)
-    close(one, share("dpo", "live-2", 2, align__reference="live"))
+    close(one, share("dpo", "live-2", 2, dpo__reference="live"))
 
 
 @pytest.mark.slow

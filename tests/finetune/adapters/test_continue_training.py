@@ -25,13 +25,21 @@ from finetune.training.save import file_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 UNSUPPORTED = ("has no bias terms", "on a model of type")
-VALUES = {"dropout": 0.3, "ratio": 4.0, "warmup": 0.2, "cooldown": 0.2, "penalty": 0.5, "consistency": False}
+VALUES = {
+    "dropout": 0.3,
+    "lr_ratio": 4.0,
+    "warmup": 0.2,
+    "cooldown": 0.2,
+    "penalty": 0.5,
+    "consistency": False,
+}
 
 
 def saved_run(adapted: PeftModel, run: Path) -> Path:
     adapted.save_pretrained(str(run / "adapter"), save_embedding_layers=False)
     files = {f"adapter/{file.name}": file_sha256(file) for file in (run / "adapter").glob("*.safetensors")}
     record = {
+        "format": 2,
         "status": "finished",
         "recipe": "a",
         "digest": "b",

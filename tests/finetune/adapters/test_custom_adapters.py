@@ -82,7 +82,7 @@ def test_a_bottleneck_is_the_papers(placement):
     torch.manual_seed(0)
     model, expected = reference(placement, 4.0)
     adapted = bottleneck.build(
-        base_of("llama"), bottleneck.Settings(placement=placement, width=NARROW, scale=4.0)
+        base_of("llama"), bottleneck.Settings(placement=placement, bottleneck_size=NARROW, scale=4.0)
     )
     bottlenecks = [module for module in adapted.modules() if isinstance(module, Bottleneck)]
     assert len(bottlenecks) == len(expected)
@@ -139,7 +139,7 @@ def test_adamix_averages_its_experts():
 
 def test_adamix_consistency_loss():
     """Two forward passes take different routes; the loss is the first one's plus their symmetric KL."""
-    adapted = adamix.build(base_of("llama"), adamix.Settings(width=NARROW))
+    adapted = adamix.build(base_of("llama"), adamix.Settings(bottleneck_size=NARROW))
     for module in adapted.modules():
         if isinstance(module, Bottleneck):
             nn.init.normal_(module.up, std=30.0)
@@ -233,7 +233,7 @@ def test_bitfit_is_the_base_with_other_biases():
 
 def test_lora_plus_scales_the_learning_rate_of_b():
     adapted = build("lora_plus", base_of("llama"))
-    hooks = lora_plus.hooks(adapted, lora_plus.Settings(ratio=8.0), steps=1)
+    hooks = lora_plus.hooks(adapted, lora_plus.Settings(lr_ratio=8.0), steps=1)
     weights = [weight for weight in adapted.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.01)
     scale_learning_rates(optimizer, adapted, hooks)
@@ -247,7 +247,7 @@ def test_lora_plus_scales_the_learning_rate_of_b():
 
 def test_adalora_spends_its_budget():
     """After training the ranks sum to layers x the requested average, and the masks are fixed."""
-    settings = adalora.Settings(rank=2, first_rank=4, warmup=0.1, cooldown=0.3)
+    settings = adalora.Settings(rank=2, init_rank=4, warmup=0.1, cooldown=0.3)
     torch.manual_seed(0)
     adapted = adalora.build(base_of("llama"), settings)
     hooks = adalora.hooks(adapted, settings, steps=10)
@@ -268,7 +268,7 @@ def test_adalora_spends_its_budget():
 
 def test_adaloras_penalty_by_hand():
     """Every P and Q is twice the identity: ||4 I - I||^2 = 9 r for each of them."""
-    settings = adalora.Settings(rank=2, first_rank=4, penalty=0.5)
+    settings = adalora.Settings(rank=2, init_rank=4, penalty=0.5)
     adapted = adalora.build(base_of("llama"), settings)
     matrices = 0
     with torch.no_grad():
@@ -289,7 +289,7 @@ def test_loftq_keeps_the_largest_singular_values():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"first_rank": 8, "rank": 8}, "adapter.first_rank: 8, with adapter.rank 8"),
+        ({"init_rank": 8, "rank": 8}, "adapter.init_rank: 8, with adapter.rank 8"),
         ({"warmup": 0.5, "cooldown": 0.5}, "adapter.warmup, adapter.cooldown: 0.5 and 0.5"),
     ],
 )

@@ -139,13 +139,13 @@ def test_pain_17_truncated_and_dropped_rows_are_counted_with_first_location(
 
 
 def test_pain_17_dropped_rows_are_counted(encoder: Encoder, write: Write) -> None:
-    data = read(encoder, write(row("a"), row("b", "word " * 300)), max_length=120, too_long="drop")
+    data = read(encoder, write(row("a"), row("b", "word " * 300)), max_length=120, overflow="drop")
     assert data.report.counts == {"longer than 120 tokens, dropped": 1} and len(data.train) == 1
 
 
 def test_pain_17_held_out_rows_are_counted_too(encoder: Encoder, write: Write) -> None:
     other = write(row("a"), row("", "x"), row("b", "word " * 300), name="other.jsonl")
-    data = read(encoder, write(*numbered(3)), held_out=other, max_length=120, too_long="drop")
+    data = read(encoder, write(*numbered(3)), held_out=other, max_length=120, overflow="drop")
     assert data.report.counts == {
         "held out: dropped: empty turn": 1,
         "held out: longer than 120 tokens, dropped": 1,
@@ -283,7 +283,7 @@ def test_pain_22_the_cache_key_depends_on_everything_that_changes_tokens(
     assert fresh(lambda: read(Encoder(tokenizer, "vicuna"), path))
     assert fresh(lambda: read(Encoder(tokenizer, "alpaca", system="Be brief."), path))
     assert fresh(lambda: read(encoder, path, max_length=100))
-    assert fresh(lambda: read(encoder, path, too_long="drop"))
+    assert fresh(lambda: read(encoder, path, overflow="drop"))
     assert fresh(lambda: read(encoder, write(*numbered(7), row("other"))))
     tokenizer.add_tokens(["Question"])
     assert fresh(lambda: read(Encoder(tokenizer, "alpaca"), write(*numbered(8))))

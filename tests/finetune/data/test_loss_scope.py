@@ -31,7 +31,7 @@ def turns(**flags: Any) -> dict[str, Any]:
     return {"messages": messages}
 
 
-def read(row: dict[str, Any], loss_on: str = "reply") -> PreparedData:
+def read(row: dict[str, Any], loss_on: str = "assistant") -> PreparedData:
     encoder = Encoder(small_tokenizer("qwen"), "chatml")
     settings = DataSettings(source=[row], template="chatml", loss_on=loss_on)
     return prepare_conversations(settings, encoder, max_length=500, seed=0)
@@ -48,8 +48,8 @@ END = "<|im_end|>"
 @pytest.mark.parametrize(
     ("loss_on", "expected"),
     [
-        ("reply", f"first{END}second{END}"),
-        ("last", f"second{END}"),
+        ("assistant", f"first{END}second{END}"),
+        ("last_assistant", f"second{END}"),
         (
             "all",  # all but the first token, <|im_start|>, which follows nothing
             f"user\none?{END}\n<|im_start|>assistant\nfirst{END}\n"
@@ -86,7 +86,7 @@ def test_sharegpt_turns_are_marked_too() -> None:
 
 def test_a_last_reply_that_is_marked_leaves_nothing() -> None:
     with pytest.raises(UserError, match="dropped: no trained token"):
-        read(turns(reply_2={"weight": 0}), "last")
+        read(turns(reply_2={"weight": 0}), "last_assistant")
 
 
 def test_scope_all_trains_marked_turns_and_reports_it() -> None:
@@ -114,23 +114,25 @@ def test_pain_24_invalid_train_flags_are_reported(flag: dict[str, Any], message:
 
 def test_scope_last_changes_only_the_train_flags() -> None:
     conversation = [Message(role, role) for role in ROLES]
-    marked = apply_loss_scope(conversation, "last")
+    marked = apply_loss_scope(conversation, "last_assistant")
     assert [turn.trained for turn in marked] == [False, False, False, True]
     assert [turn.content for turn in marked] == [turn.content for turn in conversation]
-    assert apply_loss_scope(conversation, "reply") == apply_loss_scope(conversation, "all") == conversation
+    assert (
+        apply_loss_scope(conversation, "assistant") == apply_loss_scope(conversation, "all") == conversation
+    )
 
 
 def test_loss_mask_by_hand() -> None:
     assert build_loss_mask([False, True, False], "all") == [True, True, True]
     assert (
-        build_loss_mask([False, True, False], "reply")
-        == build_loss_mask([False, True, False], "last")
+        build_loss_mask([False, True, False], "assistant")
+        == build_loss_mask([False, True, False], "last_assistant")
         == [False, True, False]
     )
 
 
 def test_each_choice_has_its_own_cache_file() -> None:
-    first = read(turns(), "reply")
+    first = read(turns(), "assistant")
     other = read(turns(), "all")
     assert not other.report.from_cache and other.train.num_trained > first.train.num_trained
     assert read(turns(), "all").report.from_cache

@@ -69,14 +69,14 @@ def test_weights_are_rates_and_the_first_exhausted_source_ends_the_epoch(write: 
     assert per_source(train) == [60, 20] and len({row.location for row in train}) == 80
     assert report.notes == [
         f"one epoch is 80 of 120 rows: it ends when {first} is exhausted; "
-        "set data.mix_rows for a longer epoch (smaller sources then repeat)"
+        "set data.epoch_rows for a longer epoch (smaller sources then repeat)"
     ]
 
 
 def test_a_requested_number_of_rows_repeats_exhausted_sources(write: Write) -> None:
     small = write("a", 10)
     train, _, report = mixed(
-        {"source": small, "weight": 3}, {"source": write("b", 50), "weight": 1}, mix_rows=100
+        {"source": small, "weight": 3}, {"source": write("b", 50), "weight": 1}, epoch_rows=100
     )
     assert per_source(train) == [75, 25]
     times = Counter(row.location for row in train if row.source_index == 0)
@@ -139,7 +139,7 @@ def test_documents_are_never_sample_prompts(write: Write, tmp_path: Path) -> Non
 def test_a_size_cap_changes_rates_not_rows(write: Write) -> None:
     # FLAN's maximum, here 30: 10 and min(1000, 30) rows.
     mix = ({"source": write("a", 10)}, {"source": write("b", 1000)})
-    train, _, _ = mixed(*mix, mix_limit=30)
+    train, _, _ = mixed(*mix, mix_size_cap=30)
     assert per_source(train) == [10, 30]
     assert max(int(row.messages[1].content) for row in train if row.source_index == 1) > 30
 
@@ -148,7 +148,7 @@ def test_temperature_upsamples_the_small_source(write: Write) -> None:
     # Square roots of 100 and 400 are 10 and 20: until the small one is used up, 100 and 200.
     mix = ({"source": write("a", 100)}, {"source": write("b", 400)})
     assert per_source(mixed(*mix, mix_temperature=2.0)[0]) == [100, 200]
-    assert per_source(mixed(*mix, mix_temperature=2.0, mix_rows=60)[0]) == [20, 40]
+    assert per_source(mixed(*mix, mix_temperature=2.0, epoch_rows=60)[0]) == [20, 40]
 
 
 def test_rows_of_all_sources_are_shuffled_together(write: Write) -> None:
@@ -165,7 +165,7 @@ def test_the_order_is_a_function_of_seed_and_rows(write: Write) -> None:
 
 def test_held_out_rows_have_the_mixtures_proportions_and_are_never_trained(write: Write) -> None:
     mix = ({"source": write("a", 60), "weight": 3}, {"source": write("b", 60), "weight": 1})
-    train, held_out, _ = mixed(*mix, held_out=8, mix_rows=400)
+    train, held_out, _ = mixed(*mix, held_out=8, epoch_rows=400)
     assert per_source(held_out) == [6, 2] and len(train) == 400
     assert {row.location for row in held_out}.isdisjoint(row.location for row in train)
     # A share is one of the 80 rows that come without repetition.
@@ -206,7 +206,7 @@ def test_duplicates_across_sources_are_counted(write: Write) -> None:
 
 def test_a_rate_below_one_row_is_reported(write: Write) -> None:
     tiny = write("b", 5)
-    _, _, report = mixed({"source": write("a", 50)}, {"source": tiny, "share": 0.001}, mix_rows=50)
+    _, _, report = mixed({"source": write("a", 50)}, {"source": tiny, "share": 0.001}, epoch_rows=50)
     assert report.notes == [f"no row of {tiny} is used: its rate is below one row of the mixture"]
 
 
@@ -247,10 +247,10 @@ def test_published_files_in_the_requested_proportions() -> None:
     if not (SHARED_DATA / str(REAL[0]["source"])).is_file():
         pytest.skip("published data sets are not here")
     mix = [part | {"source": str(SHARED_DATA / str(part["source"]))} for part in REAL]
-    train, held_out, report = mixed(*mix, mix_rows=4000, held_out=400)
+    train, held_out, report = mixed(*mix, epoch_rows=4000, held_out=400)
     # 95 % in the proportions 5 : 2 : 1 : 1 : 0.5 : 0.5, and 5 % of plain text.
     assert per_source(train) == [1900, 760, 380, 380, 190, 190, 200]
     assert per_source(held_out) == [190, 76, 38, 38, 19, 19, 20]
-    again = mixed(*mix, mix_rows=4000, held_out=400)[0]
+    again = mixed(*mix, epoch_rows=4000, held_out=400)[0]
     assert [row.location for row in again] == [row.location for row in train]
     assert report.layout == "Alpaca + T0 tasks + ShareGPT + ShareGPT with tools + text"

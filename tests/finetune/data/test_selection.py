@@ -66,7 +66,7 @@ def test_near_duplicates_are_dropped_and_reported():
         {"instruction": "another question", "output": "no"},
         {"instruction": long.title() + "!", "output": "yes"},
     ]
-    selected, report = select_from(source, distinct=0.8)
+    selected, report = select_from(source, near_dedup=0.8)
     assert selected == [long, "another question"]
     assert report.counts == {"dropped: at least 80% identical to an earlier row": 1}
     assert list(report.examples.values()) == ["row 3 repeats row 1"]

@@ -112,7 +112,7 @@ def test_mistral_trains_only_on_the_reply_after_the_system_text():
         ("llama2", "5", "5"),
         ("cot", "1+1 = <<1+1=2>>2\n#### 2", "1+1 = 2\nThe answer is 2."),
         ("chatml", "a<|im_end|>b", "a< |im_end|>b"),
-        ("model", "5", "5"),
+        ("tokenizer", "5", "5"),
     ],
 )
 def test_the_reference_reply_is_the_trained_text(template, reply, words):

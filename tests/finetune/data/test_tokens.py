@@ -194,7 +194,7 @@ def test_an_unknown_template_gets_a_suggestion():
 
 def test_a_tokenizer_without_a_chat_template_is_rejected():
     with pytest.raises(UserError, match="has no chat template") as caught:
-        Encoder(tokenizer("gpt2"), "model")
+        Encoder(tokenizer("gpt2"), "tokenizer")
     assert caught.value.problems[0].where == "data.template"
 
 

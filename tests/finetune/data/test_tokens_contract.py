@@ -31,7 +31,7 @@ def encoder_of(template, name):
     """Return a cached encoder; `model` gets a ChatML template if the tokenizer has none."""
     if (template, name) not in ENCODERS:
         own = AutoTokenizer.from_pretrained(STORIES) if name == "stories260K" else tokenizer(name)
-        if template == "model" and not own.chat_template:
+        if template == "tokenizer" and not own.chat_template:
             own = type(own).from_pretrained(STORIES) if name == "stories260K" else MAKERS[name]()
             own.chat_template = CHATML.replace("<|im_end|>", own.eos_token)
         ENCODERS[template, name] = Encoder(own, template)
@@ -92,7 +92,7 @@ def test_pain_16_a_sequence_has_the_bos_that_its_tokenizer_adds_and_no_second_on
     turns = turns_for(encoder, TWO_EXCHANGES)
     ids = encoder.encode(turns).input_ids
     bos = encoder.tokenizer.bos_token_id
-    if template == "model":
+    if template == "tokenizer":
         expected = 0  # the template decides, and this one has none
     elif encoder.tokenizer("a")["input_ids"][0] != bos:
         expected = 0

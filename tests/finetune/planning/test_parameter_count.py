@@ -35,13 +35,13 @@ CASES: list[tuple[dict[str, Any], Adapter]] = [
     ({"method": "ia3"}, Adapter("ia3")),
     ({"method": "layernorm"}, Adapter("layernorm")),
     ({"method": "bitfit"}, Adapter("bitfit")),
-    ({"method": "bottleneck", "width": 8}, Adapter("bottleneck", width=8)),
+    ({"method": "bottleneck", "bottleneck_size": 8}, Adapter("bottleneck", width=8)),
     (
-        {"method": "bottleneck", "width": 8, "placement": "houlsby"},
+        {"method": "bottleneck", "bottleneck_size": 8, "placement": "houlsby"},
         Adapter("bottleneck", width=8, placement="houlsby"),
     ),
     (
-        {"method": "adamix", "width": 8, "experts": 3},
+        {"method": "adamix", "bottleneck_size": 8, "experts": 3},
         Adapter("adamix", width=8, experts=3, placement="pfeiffer"),
     ),
     ({"method": "prefix", "virtual_tokens": 5}, Adapter("prefix", virtual_tokens=5)),
@@ -58,11 +58,11 @@ CASES: list[tuple[dict[str, Any], Adapter]] = [
         Adapter("multitask_prompt", virtual_tokens=5, rank=1),
     ),
     (
-        {"method": "ptuning", "virtual_tokens": 5, "encoder_width": 16},
+        {"method": "ptuning", "virtual_tokens": 5, "encoder_hidden_size": 16},
         Adapter("ptuning", virtual_tokens=5, width=16),
     ),
     (
-        {"method": "ptuning", "virtual_tokens": 5, "encoder_width": 16, "encoder": "lstm"},
+        {"method": "ptuning", "virtual_tokens": 5, "encoder_hidden_size": 16, "encoder": "lstm"},
         Adapter("ptuning", virtual_tokens=5, width=16, encoder="lstm"),
     ),
     (

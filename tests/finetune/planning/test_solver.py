@@ -189,8 +189,12 @@ def test_defaults_are_changed_with_a_note(tmp_path: Path) -> None:
             {"train__strategy": "fsdp2", "train__offload": "cpu"},
             ["train.strategy", "train.offload=cpu", "train.strategy=zero3"],
         ),
-        (LAPTOP, {"train__strategy": "zero3"}, ["train.strategy", "1 process", "train.processes=2 or more"]),
-        (TWO_PROCESSES, {"train__strategy": "single"}, ["2 processes", "train.processes=1"]),
+        (
+            LAPTOP,
+            {"train__strategy": "zero3"},
+            ["train.strategy", "1 process", "train.num_processes=2 or more"],
+        ),
+        (TWO_PROCESSES, {"train__strategy": "single"}, ["2 processes", "train.num_processes=1"]),
         (
             TWO_PROCESSES,
             {"train__strategy": "zero3", "model__quantization": "int8"},
@@ -201,7 +205,7 @@ def test_defaults_are_changed_with_a_note(tmp_path: Path) -> None:
             {"train__strategy": "zero2", "train__optimizer": "adafactor"},
             ["adafactor", "rows and columns", "train.optimizer=adamw"],
         ),
-        (LAPTOP, {"train__offload": "cpu"}, ["train.offload", "train.processes=2 or more"]),
+        (LAPTOP, {"train__offload": "cpu"}, ["train.offload", "train.num_processes=2 or more"]),
     ],
 )
 def test_pain_09_incompatible_requested_settings_are_refused(

@@ -180,7 +180,7 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
         ["model.quantization=4bit"],
         ["the string '4bit'", "one of auto, none, nf4, int8"],
     ),
-    "unknown schedule": (["train.schedule=cosin"], ["did you mean 'cosine'?"]),
+    "unknown schedule": (["train.lr_schedule=cosin"], ["did you mean 'cosine'?"]),
     "unknown engine": (["train.engine=deepspeed"], ["the string 'deepspeed'", "one of native, trl"]),
     # Names.
     "unknown adapter": (
@@ -248,7 +248,10 @@ BAD: dict[str, tuple[str | list[str], list[str]]] = {
         ["trian.epochs=3"],
         ["trian.epochs (command line)", "unknown section", "did you mean 'train'?"],
     ),
-    "text for a mapping": (["data.system=[a]"], ["data.system", "found ['a']", "a string, or null"]),
+    "text for a mapping": (
+        ["data.system_prompt=[a]"],
+        ["data.system_prompt", "found ['a']", "a string, or null"],
+    ),
 }
 
 

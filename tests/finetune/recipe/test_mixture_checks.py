@@ -16,8 +16,8 @@ def mix(first: str, second: str = "") -> str:
     ("overrides", "message"),
     [
         (
-            ["data.mix_rows=100"],
-            ["data.mix_rows (command line): set without data.mix", "list the sources in data.mix"],
+            ["data.epoch_rows=100"],
+            ["data.epoch_rows (command line): set without data.mix", "list the sources in data.mix"],
         ),
         (["data.mix_temperature=2"], ["data.mix_temperature (command line): set without data.mix"]),
         (
@@ -31,8 +31,8 @@ def mix(first: str, second: str = "") -> str:
             ["data.mix (command line): the shares add up to 1\n"],
         ),
         (
-            [mix("weight: 2", "weight: 1"), "data.mix_limit=3000"],
-            ["data.mix_limit (command line): set together with weights", "omit data.mix_limit"],
+            [mix("weight: 2", "weight: 1"), "data.mix_size_cap=3000"],
+            ["data.mix_size_cap (command line): set together with weights", "omit data.mix_size_cap"],
         ),
         (
             [f"data.mix={TWO}", "data.select={rows: 5}"],
@@ -61,14 +61,14 @@ def mix(first: str, second: str = "") -> str:
             ["max_reply_characters (command line): 8, below min_reply_characters (9)", "9 or more"],
         ),
         ([mix("select: {min_score: 4}")], ["data.mix[0].select.min_score (command line): set without"]),
-        (["data.select={distinct: 0.3}"], ["data.select.distinct", "found 0.3", "from 0.5 to 1"]),
+        (["data.select={near_dedup: 0.3}"], ["data.select.near_dedup", "found 0.3", "from 0.5 to 1"]),
         ([mix("share: 1")], ["data.mix[0].share", "found 1", "a number above 0 and below 1"]),
         ([f"data.mix={TWO}", "data.mix_temperature=0.5"], ["data.mix_temperature", "1 or more"]),
     ],
 )
 def test_incompatible_settings_are_reported(workspace, overrides, message):
     source = [] if any("data.select={" in word for word in overrides[:1]) else ["data.source="]
-    source = [] if "mix_" in overrides[0] else source
+    source = [] if overrides[0].startswith(("data.mix_", "data.epoch_rows")) else source
     with pytest.raises(UserError) as caught:
         workspace.load(TEXT, *source, *overrides)
     assert len(caught.value.problems) == 1, str(caught.value)
@@ -79,8 +79,8 @@ def test_incompatible_settings_are_reported(workspace, overrides, message):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["data.source=", mix("weight: 2", "weight: 1"), "data.mix_rows=100"],
-        ["data.source=", mix("rows: 5", "share: 0.05"), "data.mix_limit=3000", "data.mix_temperature=2"],
+        ["data.source=", mix("weight: 2", "weight: 1"), "data.epoch_rows=100"],
+        ["data.source=", mix("rows: 5", "share: 0.05"), "data.mix_size_cap=3000", "data.mix_temperature=2"],
         ["data.source=", mix("select: {rows: 3, rows_by: length}"), "data.mix_temperature=1"],
         [
             "data.source=",
@@ -88,7 +88,7 @@ def test_incompatible_settings_are_reported(workspace, overrides, message):
             "data.held_out=other.jsonl",
             "data.columns={a: b}",
         ],
-        ["data.select={score: rating, min_score: 4.5, distinct: 1}"],
+        ["data.select={score: rating, min_score: 4.5, near_dedup: 1}"],
         ["data.select={score: rating, rows: 9, rows_by: score}"],
     ],
 )
@@ -103,5 +103,5 @@ def test_other_data_drops_the_recipes_select(workspace):
     assert recipe.notes == [
         "data.select={'rows': 1000} (my.yaml:2) is ignored: it applies to the recipe's data only"
     ]
-    mixed = "model: {base: ./base}\ndata: {mix: [{source: rows.jsonl}], mix_rows: 9}\n"
-    assert workspace.load(mixed, data__source="other.jsonl").settings.data.mix_rows is None
+    mixed = "model: {base: ./base}\ndata: {mix: [{source: rows.jsonl}], epoch_rows: 9}\n"
+    assert workspace.load(mixed, data__source="other.jsonl").settings.data.epoch_rows is None

@@ -1,4 +1,4 @@
-"""Parent run (``model.start``): finding it by name, inherited settings, and errors."""
+"""Parent run (``model.init_from``): finding it by name, inherited settings, and errors."""
 
 import hashlib
 import json
@@ -51,8 +51,20 @@ class RunWorkspace:
         if adapter["method"] == "full":
             (path / "model" / "config.json").write_text("{}")
         load = {"model": MODEL | changed.pop("model", {}), "precision": "float32", "quantization": "none"}
-        load |= {"template": "chatml", "system": "Be brief.", "virtual_tokens": 0, **changed.pop("load", {})}
-        record = {"status": "finished", "stage": "sft", "recipe": "a", "digest": "12345678", "load": load}
+        load |= {
+            "template": "chatml",
+            "system_prompt": "Be brief.",
+            "virtual_tokens": 0,
+            **changed.pop("load", {}),
+        }
+        record = {
+            "format": 2,
+            "status": "finished",
+            "stage": "sft",
+            "recipe": "a",
+            "digest": "12345678",
+            "load": load,
+        }
         record |= {"command": "llm-align sft a", "started": "2026-01-01", "finished": "2026-01-02"}
         record |= {"files": {weights: "0" * 64}, **changed}
         (path / "run.json").write_text(json.dumps(record))
@@ -78,25 +90,32 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunWorkspace:
     return RunWorkspace(tmp_path)
 
 
-FROM = "model.start=sft-a"
+FROM = "model.init_from=sft-a"
 
 
 def test_base_adapter_and_template_are_inherited_with_their_origin(workspace: RunWorkspace) -> None:
     workspace.run()
     recipe = workspace.recipe(PLAIN, FROM)
     model, data = recipe.settings.model, recipe.settings.data
-    assert model.start == "runs/sft-a-12345678" and model.base == "./base"
+    assert model.init_from == "runs/sft-a-12345678" and model.base == "./base"
     assert (model.precision, model.attention, model.quantization) == ("float32", "eager", "none")
     assert model.rope is not None and model.rope.factor == 2.0
-    assert (data.template, data.system) == ("chatml", "Be brief.")
+    assert (data.template, data.system_prompt) == ("chatml", "Be brief.")
     assert recipe.settings.adapter.model_dump() == LORA
     shown = {key: origin for key, _, origin in setting_rows(recipe)}
     run = "run sft-a-12345678"
-    assert shown["model.start"] == "command line"
-    keys = ["model.base", "model.rope", "model.quantization", "adapter.rank", "data.template", "data.system"]
+    assert shown["model.init_from"] == "command line"
+    keys = [
+        "model.base",
+        "model.rope",
+        "model.quantization",
+        "adapter.rank",
+        "data.template",
+        "data.system_prompt",
+    ]
     assert [shown[key] for key in keys] == [run] * len(keys)
     assert shown["train.epochs"] == "default"
-    assert "start: runs/sft-a-12345678" in recipe.to_yaml() and f"# {run}" in recipe.to_yaml()
+    assert "init_from: runs/sft-a-12345678" in recipe.to_yaml() and f"# {run}" in recipe.to_yaml()
     assert recipe.notes == []
 
 
@@ -106,7 +125,7 @@ def test_inherited_values_replace_the_recipes_with_a_note(workspace: RunWorkspac
     recipe = workspace.recipe(OTHER.replace("./base", "./other"), FROM)
     assert recipe.settings.adapter.model_dump() == LORA and recipe.settings.model.base == "./base"
     assert recipe.settings.model.precision == "bfloat16", "how it is computed is the recipe's choice"
-    assert recipe.settings.data.template == "vicuna" and recipe.settings.data.system == "Be brief."
+    assert recipe.settings.data.template == "vicuna" and recipe.settings.data.system_prompt == "Be brief."
     assert recipe.notes == [
         "data.template=vicuna (my.yaml:3), but run sft-a-12345678 was trained with chatml",
         "run sft-a-12345678 replaces the recipe's model.base='./other' (my.yaml:2), "
@@ -123,11 +142,11 @@ def test_the_user_may_repeat_inherited_values_and_set_training_settings(workspac
         "adapter.rank=4",
         "adapter.dropout=0.3",
         "data.template=alpaca",
-        "data.system=null",
+        "data.system_prompt=null",
     )
     settings = workspace.recipe(PLAIN, FROM, "model.precision=bfloat16", *words).settings
     assert settings.adapter.model_dump() == LORA | {"dropout": 0.3}
-    assert (settings.model.precision, settings.data.template, settings.data.system) == (
+    assert (settings.model.precision, settings.data.template, settings.data.system_prompt) == (
         "bfloat16",
         "alpaca",
         None,
@@ -158,7 +177,7 @@ def test_a_run_of_full_tuning_is_a_base_for_a_new_adapter(workspace: RunWorkspac
     workspace.run(adapter={"method": "full"})
     recipe = workspace.recipe(OTHER, FROM)
     model = recipe.settings.model
-    assert (model.base, model.start, model.rope) == ("runs/sft-a-12345678", "runs/sft-a-12345678", None)
+    assert (model.base, model.init_from, model.rope) == ("runs/sft-a-12345678", "runs/sft-a-12345678", None)
     assert recipe.settings.adapter.virtual_tokens == 7
     assert workspace.recipe(PLAIN, FROM, "adapter.method=qlora").settings.model.quantization == "auto"
     assert workspace.recipe(PLAIN, FROM).settings.data.template == "chatml"
@@ -168,7 +187,7 @@ def test_a_run_of_full_tuning_is_a_base_for_a_new_adapter(workspace: RunWorkspac
 def test_a_stage_on_plain_text_has_a_template_only_if_set(
     workspace: RunWorkspace, template: str, expected: str
 ) -> None:
-    workspace.run(stage="pretrain", load={"template": template, "system": None})
+    workspace.run(stage="pretrain", load={"template": template, "system_prompt": None})
     assert workspace.recipe(PLAIN, FROM).settings.data.template == expected
 
 
@@ -185,15 +204,15 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_all_names_of_a_run_give_the_same_recipe(workspace: RunWorkspace, name: str) -> None:
     workspace.run()
-    recipe = workspace.recipe(PLAIN, f"model.start={name.format(here=workspace.folder)}")
-    assert recipe.settings.model.start == "runs/sft-a-12345678"
+    recipe = workspace.recipe(PLAIN, f"model.init_from={name.format(here=workspace.folder)}")
+    assert recipe.settings.model.init_from == "runs/sft-a-12345678"
 
 
 def test_a_run_elsewhere_has_its_full_path(
     workspace: RunWorkspace, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = workspace.run(str(tmp_path_factory.mktemp("elsewhere") / "mine"))
-    assert workspace.recipe(PLAIN, f"model.start={run}").settings.model.start == str(run)
+    assert workspace.recipe(PLAIN, f"model.init_from={run}").settings.model.init_from == str(run)
 
 
 def test_the_newest_finished_match_is_used_with_a_note(workspace: RunWorkspace) -> None:
@@ -218,15 +237,15 @@ def test_the_digest_does_not_depend_on_the_parents_path(workspace: RunWorkspace)
     workspace.run("runs/full-1", adapter={"method": "full"})
     workspace.run("runs/full-2", adapter={"method": "full"})
     names = ("sft-a", "runs/copy", "full-1", "full-2")
-    one, copy, full, same = (workspace.recipe(PLAIN, f"model.start={name}").digest("x") for name in names)
+    one, copy, full, same = (workspace.recipe(PLAIN, f"model.init_from={name}").digest("x") for name in names)
     assert one == copy and full == same and one != full
 
 
 def test_without_a_parent_the_digest_is_unchanged(workspace: RunWorkspace) -> None:
-    """Runs from before ``model.start`` was a setting have the same names."""
+    """Runs from before ``model.init_from`` was a setting have the same names."""
     recipe = workspace.recipe(PLAIN)
     content = recipe.values()
-    assert content["model"].pop("start") is None
+    assert content["model"].pop("init_from") is None
     for name in TrainSettings.NOT_IN_DIGEST:
         del content["train"][name]
     text = json.dumps(["sft", content, "x"], sort_keys=True, ensure_ascii=False)
@@ -235,13 +254,16 @@ def test_without_a_parent_the_digest_is_unchanged(workspace: RunWorkspace) -> No
 
 def test_a_recipes_parent_is_ignored_with_another_base(workspace: RunWorkspace) -> None:
     workspace.run()
-    recipe = workspace.recipe(f"model: {{start: sft-a}}\n{PLAIN}", "model.base=./base")
-    assert recipe.settings.model.start is None and recipe.settings.adapter.rank == 16
+    recipe = workspace.recipe(f"model: {{init_from: sft-a}}\n{PLAIN}", "model.base=./base")
+    assert recipe.settings.model.init_from is None and recipe.settings.adapter.rank == 16
     assert recipe.notes == [
-        "model.start='sft-a' (my.yaml:1) is ignored: it applies to the recipe's base model only"
+        "model.init_from='sft-a' (my.yaml:1) is ignored: it applies to the recipe's base model only"
     ]
     assert (
-        workspace.recipe(f"model: {{start: sft-a}}\n{PLAIN}", "model.start=null").settings.model.start is None
+        workspace.recipe(
+            f"model: {{init_from: sft-a}}\n{PLAIN}", "model.init_from=null"
+        ).settings.model.init_from
+        is None
     )
 
 
@@ -253,16 +275,16 @@ FIRST = (
 def test_a_recipe_without_a_run_as_parent(workspace: RunWorkspace) -> None:
     (workspace.folder / "recipes" / "sft").mkdir(parents=True)
     (workspace.folder / "recipes" / "sft" / "first.yaml").write_text(FIRST)
-    recipe = workspace.recipe(f"model: {{start: sft/first}}\n{PLAIN}")
+    recipe = workspace.recipe(f"model: {{init_from: sft/first}}\n{PLAIN}")
     settings = recipe.settings
-    assert settings.model.start == "sft/first" and recipe.origins["adapter.rank"] == "run sft/first"
+    assert settings.model.init_from == "sft/first" and recipe.origins["adapter.rank"] == "run sft/first"
     assert (settings.adapter.rank, settings.model.quantization, settings.data.template) == (
         4,
         "nf4",
         "chatml",
     )
-    message = workspace.problem(f"model: {{start: sft/first}}\n{PLAIN}", "adapter.method=prefix")
-    assert "'prefix', but run sft/first has 'qlora'" in message and "model.start=null" in message
+    message = workspace.problem(f"model: {{init_from: sft/first}}\n{PLAIN}", "adapter.method=prefix")
+    assert "'prefix', but run sft/first has 'qlora'" in message and "model.init_from=null" in message
 
 
 BAD = [
@@ -283,7 +305,7 @@ BAD = [
     ("sft/none", "recipe 'none': stage sft has no such recipe", "`llm-align list`"),
     ("sft/my.yaml", "circular: sft/my.yaml -> sft/my.yaml", ""),
     ("reward/my", "reward", ""),
-    ("3", "model.start (command line): found 3", "put it in quotes"),
+    ("3", "model.init_from (command line): found 3", "put it in quotes"),
 ]
 
 
@@ -300,7 +322,7 @@ def test_an_invalid_parent_is_an_error_with_a_repair(
     workspace.run("runs/moved", model={"base": "./gone"})
     (workspace.run("runs/broken") / "run.json").write_text("{")
     (workspace.run("runs/foreign") / "run.json").write_text("{}")
-    message = workspace.problem(f"model: {{start: {name}}}\n{PLAIN}", f"model.start={name}")
+    message = workspace.problem(f"model: {{init_from: {name}}}\n{PLAIN}", f"model.init_from={name}")
     assert actual in message and repair in message and message.count("expected:") == 1
 
 

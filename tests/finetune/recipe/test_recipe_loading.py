@@ -43,16 +43,16 @@ def test_values_have_their_types(workspace):
 @pytest.mark.parametrize("word", ["no", "on", "yes", "off", "none", "1e-4x", "2023-08-25"])
 def test_yaml_1_1_booleans_are_strings(workspace, word):
     recipe = workspace.load(
-        f"model: {{base: ./base, revision: {word}}}\ndata: {{source: rows.jsonl, system: {word}}}\n"
+        f"model: {{base: ./base, revision: {word}}}\ndata: {{source: rows.jsonl, system_prompt: {word}}}\n"
     )
     assert recipe.settings.model.revision == word
-    assert recipe.settings.data.system == word
-    assert workspace.load(FULL, f"data.system={word}").settings.data.system == word
+    assert recipe.settings.data.system_prompt == word
+    assert workspace.load(FULL, f"data.system_prompt={word}").settings.data.system_prompt == word
 
 
 @pytest.mark.parametrize("text", ["Answer: shortly", "in # colour", "- a", "*bold*", "say 'no'"])
 def test_text_on_the_command_line_needs_no_quotes(full, text):
-    assert full(f"data.system={text}").settings.data.system == text
+    assert full(f"data.system_prompt={text}").settings.data.system_prompt == text
 
 
 def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(workspace):

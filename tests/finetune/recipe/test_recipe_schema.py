@@ -87,9 +87,9 @@ def test_nothing_heavy_is_imported(workspace):
 import sys, time
 start = time.perf_counter()
 from finetune.recipe.recipe import read_recipe
-from finetune.recipe.schema import listing, rows, schema
+from finetune.recipe.schema import list_names, recipe_schema, setting_rows
 recipe = read_recipe("sft", "my.yaml", shortcuts={"adapter.method": "prefix"})
-rows(recipe), recipe.to_yaml(), recipe.digest(""), listing(), schema("sft")
+setting_rows(recipe), recipe.to_yaml(), recipe.digest(""), list_names(), recipe_schema("sft")
 heavy = {"torch", "transformers", "peft", "datasets", "trl", "numpy", "pyarrow"} & set(sys.modules)
 print(sorted(heavy), time.perf_counter() - start < 5)
 """

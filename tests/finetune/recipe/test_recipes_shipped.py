@@ -82,8 +82,8 @@ def test_published_numbers(shipped):
     assert shipped("vicuna").settings.data.max_length == 2048
     flan = shipped("flan-mixture").settings.data
     assert [part.weight for part in flan.mix] == [0.4, 0.32, 0.2, 0.05, 0.03, None]
-    assert (flan.mix[-1].share, flan.mix_rows) == (0.05, 100_000)
-    assert all(part.rows > part.weight * flan.mix_rows for part in flan.mix[:-1]), "no row comes twice"
+    assert (flan.mix[-1].share, flan.epoch_rows) == (0.05, 100_000)
+    assert all(part.rows > part.weight * flan.epoch_rows for part in flan.mix[:-1]), "no row comes twice"
     lima = shipped("lima").settings
     assert (lima.data.select.rows, lima.train.epochs, lima.train.betas) == (1000, 15, [0.9, 0.95])
     cot = shipped("cot").settings

@@ -160,8 +160,8 @@ def test_sft_after_pretraining_on_task_prompts(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data__loss_on": "reply"}, "data.loss_on"),
-        ({"data__too_long": "drop"}, "data.too_long"),
+        ({"data__loss_on": "assistant"}, "data.loss_on"),
+        ({"data__overflow": "drop"}, "data.overflow"),
         ({"data__template": "alpaca"}, "the data is plain text"),
         ({"data__source": "nowhere/a/b.txt"}, "'nowhere/a/b.txt' does not exist"),
         ({"data__held_out": "corpus/held.md"}, "'corpus/held.md' does not exist"),

@@ -20,7 +20,7 @@ METHODS = [
     for name in plugin_names(ADAPTERS)
     if name not in ("full", "lora", NO_BIASES)  # lora: the other tests of this folder
 ]
-SMALL = {"virtual_tokens": 5, "rank": 4, "dropout": 0.1, "encoder_width": 16, "width": 8}
+SMALL = {"virtual_tokens": 5, "rank": 4, "dropout": 0.1, "encoder_hidden_size": 16, "bottleneck_size": 8}
 
 
 def settings_of(method: str) -> dict[str, Any]:

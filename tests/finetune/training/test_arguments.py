@@ -34,7 +34,7 @@ def test_every_setting_is_passed_on(tmp_path: Path) -> None:
         epochs=2.5,
         batch_size=16,
         learning_rate=3e-4,
-        schedule="linear",
+        lr_schedule="linear",
         warmup=10,
         betas=[0.8, 0.95],
         weight_decay=0.1,

@@ -14,7 +14,7 @@ from finetune.training.loading import Policy
 def largest_batch(stage: str, gpu_bytes: int, *, base: str = "llama-2-7b", processes: int = 1) -> int:
     """Return the largest number of rows of 512 tokens that fit."""
     settings = read_recipe(stage, "quickstart").settings
-    model = settings.model.model_copy(update={"base": base, "start": None})
+    model = settings.model.model_copy(update={"base": base, "init_from": None})
     settings = settings.model_copy(update={"model": model})
     policy = Policy(nn.Identity(), "bfloat16", "none")
     strategy = "ddp" if processes > 1 else "single"

@@ -98,15 +98,15 @@ def test_a_resumed_run_keeps_its_before_metrics(grader: str) -> None:
 def test_a_grader_without_a_number_is_named(value: object, message: str) -> None:
     with pytest.raises(UserError) as error:
         mean_grade("tone", lambda prompt, reply: value, ["q"], ["r"])  # type: ignore[arg-type,return-value]
-    assert "evaluate.judges.tone" in str(error.value) and message in str(error.value)
+    assert "evaluate.graders.tone" in str(error.value) and message in str(error.value)
 
 
 def test_all_invalid_graders_are_reported(grader: str) -> None:
     with pytest.raises(UserError) as error:
         load_graders({"one": f"{grader}:nobody", "two": f"{grader}:alone"})
     assert [problem.where for problem in error.value.problems] == [
-        "evaluate.judges.one",
-        "evaluate.judges.two",
+        "evaluate.graders.one",
+        "evaluate.graders.two",
     ]
     assert "takes (prompt, reply)" in str(error.value)
 
@@ -116,9 +116,9 @@ def test_a_run_records_grades_and_retention(tune: Tune, grader: str, tmp_path: P
     rows = [{"instruction": f"{i} + 1", "output": str(i + 1)} for i in range(9)]
     retention.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     result = tune(
-        evaluate__judges={"longer": f"{grader}:longer"},
-        evaluate__skill=str(retention),
-        evaluate__skill_rows=4,
+        evaluate__graders={"longer": f"{grader}:longer"},
+        evaluate__retention=str(retention),
+        evaluate__retention_rows=4,
     )
     metrics = SimpleNamespace(**result.record["metrics"])
     assert 0 <= metrics.judged_longer_before <= 1 and 0 <= metrics.judged_longer_after <= 1
@@ -127,19 +127,19 @@ def test_a_run_records_grades_and_retention(tune: Tune, grader: str, tmp_path: P
 
 
 def test_a_grader_that_raises_stops_the_run(tune: Tune, grader: str) -> None:
-    with pytest.raises(UserError, match=r"evaluate.judges.tone: KeyError: 'score'; prompt"):
-        tune(evaluate__judges={"tone": f"{grader}:broken"})
+    with pytest.raises(UserError, match=r"evaluate.graders.tone: KeyError: 'score'; prompt"):
+        tune(evaluate__graders={"tone": f"{grader}:broken"})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"evaluate__judges": {"a": "nowhere.py:f"}}, "evaluate.judges.a"),
-        ({"evaluate__judges": {"a b": "finetune/tiny/graders.py:happy_end"}}, "letters, digits and _"),
-        ({"evaluate__skill": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
+        ({"evaluate__graders": {"a": "nowhere.py:f"}}, "evaluate.graders.a"),
+        ({"evaluate__graders": {"a b": "finetune/tiny/graders.py:happy_end"}}, "letters, digits and _"),
+        ({"evaluate__retention": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
         (
-            {"evaluate__judges": {"a": "finetune/tiny/graders.py:happy_end"}, "data__held_out": 0},
-            "evaluate.judges (command line): set, but data.held_out is 0",
+            {"evaluate__graders": {"a": "finetune/tiny/graders.py:happy_end"}, "data__held_out": 0},
+            "evaluate.graders (command line): set, but data.held_out is 0",
         ),
     ],
 )

@@ -19,7 +19,7 @@ SIZES = ["train.batch_size=5", "train.micro_batch_size=2", "train.checkpoint_eve
 
 
 def command(recipe_file: Path, out: Path, processes: int) -> list[str]:
-    words = ["-m", "align", "sft", str(recipe_file), "--out", str(out), f"train.processes={processes}"]
+    words = ["-m", "align", "sft", str(recipe_file), "--out", str(out), f"train.num_processes={processes}"]
     return [sys.executable, *words, f"train.max_steps={STEPS}", *SIZES]
 
 

@@ -29,7 +29,7 @@ def _warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_on_processes(
     make_recipe: MakeRecipe, name: str, num_processes: int, strategy: str = "auto", **settings: Any
 ) -> Result:
-    recipe = make_recipe(name, train__processes=num_processes, train__strategy=strategy, **settings)
+    recipe = make_recipe(name, train__num_processes=num_processes, train__strategy=strategy, **settings)
     return launch_stage(recipe, QUIET, command="a test")
 
 

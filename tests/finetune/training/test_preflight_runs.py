@@ -100,9 +100,9 @@ def test_pain_01_a_masked_end_stops_the_run(stopped, monkeypatch) -> None:
     assert "it is in the row, but carries no loss" in str(stopped())
 
 
-@pytest.mark.parametrize("too_long", ["cut", "drop"])
+@pytest.mark.parametrize("too_long", ["truncate", "drop"])
 def test_pain_17_rows_truncated_to_nothing_stop_the_run(stopped, too_long: str) -> None:
-    error = stopped(data__max_length=12, data__held_out=0, data__too_long=too_long)
+    error = stopped(data__max_length=12, data__held_out=0, data__overflow=too_long)
     assert "no row to train on" in str(error) and "raise data.max_length" in str(error)
 
 

@@ -23,7 +23,7 @@ from finetune.training.run_fingerprint import run_fingerprint
 
 
 def parent_of(result: Result) -> dict[str, str]:
-    return {"model__start": str(result.directory)}
+    return {"model__init_from": str(result.directory)}
 
 
 def test_it_starts_where_the_parent_ended_and_is_self_contained(tune: Tune) -> None:
@@ -41,7 +41,7 @@ def test_it_starts_where_the_parent_ended_and_is_self_contained(tune: Tune) -> N
         "digest": first.record["digest"],
         "files": first.record["files"],
     }
-    assert "start" not in record["load"]["model"]
+    assert "init_from" not in record["load"]["model"]
     shutil.rmtree(first.directory)
     loaded_model = load_finished_run(second.directory)
     saved = load_file(second.adapter / "adapter_model.safetensors")
@@ -68,7 +68,9 @@ def test_another_parent_is_another_run(tune: Tune, make_recipe: MakeRecipe) -> N
     plain = make_recipe("x").settings
     assert len({run_fingerprint(run_settings) for run_settings in (*settings, plain)}) == 3
     copy = shutil.copytree(first.directory, first.directory.parent / "copy")
-    assert run_fingerprint(make_recipe("x", model__start=str(copy)).settings) == run_fingerprint(settings[0])
+    assert run_fingerprint(make_recipe("x", model__init_from=str(copy)).settings) == run_fingerprint(
+        settings[0]
+    )
     tune("second", **parent_of(first))
     with pytest.raises(UserError, match="a run with other settings or data"):
         tune("second", **parent_of(other))

@@ -67,7 +67,7 @@ def test_one_process_resumes_a_sharded_checkpoint(
     run_on_processes(make_recipe, "run", 2, strategy)
     _interrupt_after(tmp_path / "run", 2)
     resumed = launch_stage(
-        make_recipe("run", train__processes=1, train__strategy="auto"), QUIET, command="a test"
+        make_recipe("run", train__num_processes=1, train__strategy="auto"), QUIET, command="a test"
     )
     assert [entry["loss"] for entry in resumed.metrics] == pytest.approx(
         [entry["loss"] for entry in uninterrupted.metrics], rel=1e-4

@@ -40,10 +40,10 @@ def text(prompt, completion):
 class RewardedSettings(StageSettings):
     """Settings of a stage with a rewards section."""
 
-    reward: RewardsSettings = RewardsSettings()
+    rewards: RewardsSettings = RewardsSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
-        return self.reward.problems(self, valid)
+        return self.rewards.problems(self, valid)
 
 
 def rewards(*sources: Any, **settings: Any) -> RewardsSettings:
@@ -52,7 +52,7 @@ def rewards(*sources: Any, **settings: Any) -> RewardsSettings:
 
 def stage(base: Path, section: RewardsSettings, *, template: str = "plain") -> RewardedSettings:
     model, data = ModelSettings(base=str(base)), DataSettings(template=template, source="rows.jsonl")
-    return RewardedSettings(model=model, data=data, reward=section)
+    return RewardedSettings(model=model, data=data, rewards=section)
 
 
 def conversation(prompt: str, reply: str) -> list[Message]:

@@ -19,7 +19,7 @@ Given = Callable[[Paths], tuple[list[Any], dict[str, Any]]]
 
 
 def problems(base: Path, section: RewardsSettings, **how: str) -> list[tuple[str, str]]:
-    reported = stage(base, section, **how).problems(("model", "data", "reward"))
+    reported = stage(base, section, **how).problems(("model", "data", "rewards"))
     return [(problem.where, str(problem)) for problem in reported]
 
 
@@ -45,43 +45,47 @@ def test_short_forms_equal_long_forms() -> None:
 
 
 CASES: dict[str, tuple[Given, str, str]] = {
-    "nothing": (lambda at: ([], {}), "reward.sources", "no reward is given"),
-    "neither": (lambda at: ([{"weight": 2.0}], {}), "reward.sources[0]", "neither run nor function is given"),
+    "nothing": (lambda at: ([], {}), "rewards.sources", "no reward is given"),
+    "neither": (
+        lambda at: ([{"weight": 2.0}], {}),
+        "rewards.sources[0]",
+        "neither run nor function is given",
+    ),
     "both": (
         lambda at: ([{"run": at["lone"], "function": f"{at['file']}:good"}], {}),
-        "reward.sources[0]",
+        "rewards.sources[0]",
         "both run and function are given",
     ),
     "an unknown function": (
         lambda at: ([f"{at['file']}:god"], {}),
-        "reward.sources[0].function",
+        "rewards.sources[0].function",
         "did you mean 'good'?",
     ),
-    "no such file": (lambda at: (["no/such.py:f"], {}), "reward.sources[0].function", "does not exist"),
+    "no such file": (lambda at: (["no/such.py:f"], {}), "rewards.sources[0].function", "does not exist"),
     "wrong arguments": (
         lambda at: ([f"{at['file']}:few"], {}),
-        "reward.sources[0].function",
+        "rewards.sources[0].function",
         "a function that takes (prompt, completion)",
     ),
     "a score of a function": (
         lambda at: ([{"function": f"{at['file']}:good", "score": "x"}], {}),
-        "reward.sources[0].score",
+        "rewards.sources[0].score",
         "a function has a single score",
     ),
     "the same name twice": (
         lambda at: ([at["lone"], at["whole"]], {}),
-        "reward.sources[1].name",
+        "rewards.sources[1].name",
         "duplicate name 'reward'",
     ),
     "no such run": (
         lambda at: (["reward-nobody"], {}),
-        "reward.sources[0].run",
+        "rewards.sources[0].run",
         "there is no run 'reward-nobody'",
     ),
-    "a run that writes text": (lambda at: ([at["talker"]], {}), "reward.sources[0].run", "of stage sft"),
+    "a run that writes text": (lambda at: ([at["talker"]], {}), "rewards.sources[0].run", "of stage sft"),
     "a recipe of another stage": (
         lambda at: (["sft/quickstart"], {}),
-        "reward.sources[0].run",
+        "rewards.sources[0].run",
         "of stage sft",
     ),
     "no such recipe": (
@@ -91,17 +95,17 @@ CASES: dict[str, tuple[Given, str, str]] = {
     ),
     "another base": (
         lambda at: (["reward/quickstart"], {}),
-        "reward.sources[0].run",
+        "rewards.sources[0].run",
         "is on base 'tiny', the policy on",
     ),
     "no such score": (
         lambda at: ([{"run": at["lone"], "score": "rewrad"}], {}),
-        "reward.sources[0].score",
+        "rewards.sources[0].score",
         "did you mean 'reward'?",
     ),
     "llama2 with one source": (
         lambda at: ([at["lone"]], {"combine": "llama2"}),
-        "reward.combine",
+        "rewards.combine",
         "two sources named helpfulness and safety",
     ),
     "llama2 with weights": (
@@ -112,22 +116,22 @@ CASES: dict[str, tuple[Given, str, str]] = {
             ],
             {"combine": "llama2"},
         ),
-        "reward.combine",
+        "rewards.combine",
         "weights of 1",
     ),
     "risky without llama2": (
-        lambda at: ([at["lone"]], {"risky": f"{at['file']}:asks"}),
-        "reward.risky",
-        "reward.combine=sum",
+        lambda at: ([at["lone"]], {"unsafe_prompt_fn": f"{at['file']}:asks"}),
+        "rewards.unsafe_prompt_fn",
+        "rewards.combine=sum",
     ),
     "risky of two arguments": (
-        lambda at: ([at["lone"]], {"risky": f"{at['file']}:good"}),
-        "reward.risky",
+        lambda at: ([at["lone"]], {"unsafe_prompt_fn": f"{at['file']}:good"}),
+        "rewards.unsafe_prompt_fn",
         "a function that takes (prompt)",
     ),
     "nothing counts": (
         lambda at: ([{"run": at["lone"], "weight": 0.0}], {}),
-        "reward.sources",
+        "rewards.sources",
         "all weights are 0",
     ),
 }
@@ -143,7 +147,7 @@ def test_invalid_rewards_are_reported_before_loading(case: str, paths: Paths, ba
 
 def test_other_template_is_rejected_on_a_shared_base_only(paths: Paths, base_folder: Path) -> None:
     [(where, message)] = problems(base_folder, rewards(paths["lone"]), template="alpaca")
-    assert where == "reward.sources[0].run" and "has template 'plain'" in message
+    assert where == "rewards.sources[0].run" and "has template 'plain'" in message
     assert problems(base_folder, rewards(paths["whole"]), template="alpaca") == []
     assert problems(base_folder, rewards(paths["lone"], f"{paths['file']}:good")) == []
 
@@ -155,7 +159,7 @@ def test_missing_weights_and_unfinished_run_are_reported(
     shutil.copytree(lone_run, copy)
     (copy / "adapter" / "adapter_model.safetensors").unlink()
     [(where, message)] = problems(base_folder, rewards(str(copy)))
-    assert where == "reward.sources[0].run" and "lacks adapter/adapter_model.safetensors" in message
+    assert where == "rewards.sources[0].run" and "lacks adapter/adapter_model.safetensors" in message
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
     [(_, message)] = problems(base_folder, rewards(str(copy)))
@@ -166,10 +170,10 @@ def test_circular_recipe_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = tmp_path / "recipes" / "reward"
     folder.mkdir(parents=True)
     for name, start in (("one", "reward/two"), ("two", "reward/one")):
-        (folder / f"{name}.yaml").write_text(f"model: {{start: {start}}}\n")
+        (folder / f"{name}.yaml").write_text(f"model: {{init_from: {start}}}\n")
     monkeypatch.chdir(tmp_path)
     [(where, message)] = problems(tmp_path, rewards("reward/one"))
-    assert where == "reward.sources[0].run"
+    assert where == "rewards.sources[0].run"
     assert "circular dependency: reward/one -> reward/two -> reward/one" in message
 
 
@@ -200,7 +204,7 @@ def test_digest_depends_on_contents_not_on_paths(
 def test_recipe_without_a_run_has_no_folder() -> None:
     [source] = rewards("reward/quickstart").sources
     with pytest.raises(UserError, match="run `llm-align reward quickstart` first"):
-        reward_run_folder(source, where="reward.sources[0].run")
+        reward_run_folder(source, where="rewards.sources[0].run")
 
 
 def test_reward_option_is_for_stages_with_rewards() -> None:

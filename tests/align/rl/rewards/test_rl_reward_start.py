@@ -24,18 +24,18 @@ evaluate: {{samples: 0}}
 """
     + TRAIN,
     "reward/judge": """\
-model: {{start: sft/first}}
+model: {{init_from: sft/first}}
 data: {{source: {pairs}, held_out: 2, max_length: 128}}
 evaluate: {{samples: 0}}
 """
     + TRAIN,
     "rejection/second": """\
-model: {{start: sft/first}}
+model: {{init_from: sft/first}}
 data: {{source: {pairs}, template: alpaca}}
 evaluate: {{samples: 0}}
-reward: {{sources: reward/judge}}
+rewards: {{sources: reward/judge}}
 sampling: {{max_new_tokens: 4}}
-rejection: {{prompts: 4, samples: 2, unfinished: learn}}
+rejection: {{prompts: 4, num_generations: 2, truncated: train}}
 """
     + TRAIN,
 }

@@ -158,7 +158,9 @@ def test_llama2_uses_safety_for_unsafe_prompts_and_completions(
         conversation("Add.", "evil 3"),
     ]
     for below, by_threshold in ((1e-30, [False] * 3), (1 - 1e-15, [True] * 3)):
-        section = rewards(*sources, combine="llama2", risky=unsafe_prompt_fn, risky_below=below)
+        section = rewards(
+            *sources, combine="llama2", unsafe_prompt_fn=unsafe_prompt_fn, safety_threshold=below
+        )
         scores = load_on_base(section, base_folder).score(conversations, LOCATIONS[:3])
         names = ["safety" if is_unsafe else "helpfulness" for is_unsafe in by_threshold]
         names[1] = "safety"

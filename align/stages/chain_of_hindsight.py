@@ -25,11 +25,11 @@ class Settings(StageSettings):
     """Recipe of chain of hindsight: preference data and control texts."""
 
     data: PreferenceSettings = PreferenceSettings()
-    hindsight: ChainOfHindsightSettings = ChainOfHindsightSettings()
+    chain_of_hindsight: ChainOfHindsightSettings = ChainOfHindsightSettings()
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return the cross-field problems, before anything is loaded."""
-        return self.hindsight.problems() if "hindsight" in valid else []
+        return self.chain_of_hindsight.problems() if "hindsight" in valid else []
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
@@ -55,14 +55,14 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
-    from align.preference.hindsight import load_chains, with_control_suffix_encoder
+    from align.preference.chain_of_hindsight import load_chains, with_control_suffix_encoder
     from finetune.training.context import RunContext
     from finetune.training.loading import load_policy, load_text_encoding
     from finetune.training.stage import run_stage
     from finetune.training.supervised import SFT
 
     ctx = RunContext(recipe, run, console, command)
-    text = with_control_suffix_encoder(load_text_encoding(ctx), settings.hindsight.good)
-    data = load_chains(ctx, settings.data, settings.hindsight, text)
+    text = with_control_suffix_encoder(load_text_encoding(ctx), settings.chain_of_hindsight.good)
+    data = load_chains(ctx, settings.data, settings.chain_of_hindsight, text)
     run_stage(ctx, SFT(ctx, text, data, policy=load_policy(ctx)))
     return Result.of(run)

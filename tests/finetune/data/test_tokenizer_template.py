@@ -1,4 +1,4 @@
-"""``template: model``: the text is that of the tokenizer's chat template, or the row is rejected."""
+"""``template: tokenizer``: the text is that of the tokenizer's chat template, or the row is rejected."""
 
 import pytest
 from small_tokenizers import CHATML, MAKERS
@@ -65,7 +65,7 @@ def encoder_with(template, name="qwen"):
     """Return an encoder whose tokenizer has this chat template."""
     own = MAKERS[name]()
     own.chat_template = template
-    return Encoder(own, "model")
+    return Encoder(own, "tokenizer")
 
 
 def tokenizer_text(encoder, messages):
