@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from finetune.distributed.strategy_names import STRATEGIES
 from finetune.planning.compatibility import CompatibilityRule
 from finetune.planning.compatibility_page import (
     VerdictRow,
@@ -22,7 +23,7 @@ from finetune.planning.compatibility_page import (
 )
 from finetune.planning.devices import detect_devices
 from finetune.planning.devices import device_by_name as device_named
-from finetune.planning.solver import STRATEGIES, check
+from finetune.planning.solver import check
 
 VERDICT_COLORS = {"works": "green", "changed": "yellow", "incompatible": "red"}
 

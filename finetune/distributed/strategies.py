@@ -10,10 +10,8 @@ from typing import Any
 from accelerate.state import AcceleratorState, is_initialized
 from transformers import TrainingArguments
 
-ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-"""DeepSpeed's strategies and their ZeRO stages."""
-SHARDED_WEIGHTS = ("zero3", "fsdp2")
-"""Strategies that shard the weights: each rank stores a shard and all-gathers the others as it computes."""
+from finetune.distributed.strategy_names import ZERO_STAGES
+
 SWAP_FOLDER = ".swap"
 """Folder for tensors offloaded to NVMe, inside the run's folder."""
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from finetune.distributed.strategy_names import SHARDED_WEIGHTS, ZERO_STAGES
+
 PropertyValue = str | bool
 
 
@@ -40,10 +42,8 @@ class CompatibilityRule:
         return all(properties[name] in values for name, values in self.when.items())
 
 
-ZERO_STRATEGIES = ("zero1", "zero2", "zero3")
+ZERO_STRATEGIES = tuple(ZERO_STAGES)
 MULTI_PROCESS_STRATEGIES = ("ddp", *ZERO_STRATEGIES, "fsdp2")
-SHARDED_WEIGHTS = ("zero3", "fsdp2")
-"""Strategies that shard the weights over the processes."""
 
 ADAPTER_RULES = (
     CompatibilityRule(

@@ -6,11 +6,11 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from finetune.distributed.strategy_names import STRATEGIES
 from finetune.planning.compatibility import COMPATIBILITY_RULES, CompatibilityRule
 from finetune.planning.solver import (
     OFFLOADS,
     OPTIMIZER_NAMES,
-    STRATEGIES,
     Combination,
     Verdict,
     check,

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
+from finetune.distributed.strategy_names import SHARDED_GRADIENTS, SHARDED_WEIGHTS
 from finetune.planning.kv_cache import decoding_memory
 from finetune.planning.static_memory import StaticMemory, gathered_weight_bytes, static_memory
 from finetune.planning.train_step import simulate_forward, simulate_train_step
-from finetune.planning.workload import SHARDED_GRADIENTS, SHARDED_WEIGHTS, Workload
+from finetune.planning.workload import Workload
 
 CATEGORIES = (
     "base",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from finetune.distributed.strategy_names import STRATEGIES
 from finetune.planning.compatibility import COMPATIBILITY_RULES, CompatibilityRule, PropertyValue
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError
@@ -19,8 +20,6 @@ VerdictKind = Literal["works", "changed", "incompatible"]
 SOLVER_ORIGIN = "solver"
 """The origin of a value that was changed here."""
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-"""The order in which ``auto`` tries them: those that shard more communicate more."""
 QUANTIZATIONS = ("none", "nf4", "int8")
 OPTIMIZER_NAMES = ("adamw", "adamw_8bit", "paged_adamw", "adafactor")
 OFFLOADS = ("none", "cpu", "nvme")

@@ -3,18 +3,10 @@
 from dataclasses import dataclass
 from math import ceil
 
+from finetune.distributed.strategy_names import SHARDED_GRADIENTS, SHARDED_OPTIMIZER, SHARDED_WEIGHTS
 from finetune.planning.architecture import Architecture, LinearShape
 from finetune.planning.parameter_count import count_trainable_parameters, target_layers
-from finetune.planning.workload import (
-    ITEMSIZES,
-    LORA_METHODS,
-    SHARDED_GRADIENTS,
-    SHARDED_OPTIMIZER,
-    SHARDED_WEIGHTS,
-    Adapter,
-    Quantization,
-    Workload,
-)
+from finetune.planning.workload import ITEMSIZES, LORA_METHODS, Adapter, Quantization, Workload
 
 NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 """Weights per scale, and scales per second-level scale (arXiv 2305.14314, section 3)."""

@@ -1,9 +1,10 @@
 """Simulation of one forward and backward pass: embeddings, layers, output head, cross-entropy or scores."""
 
+from finetune.distributed.strategy_names import SHARDED_GRADIENTS
 from finetune.planning.adapted_linears import AdaptedLinears
 from finetune.planning.decoder import Decoder
 from finetune.planning.tape import Buffer, Tape
-from finetune.planning.workload import SHARDED_GRADIENTS, Workload
+from finetune.planning.workload import Workload
 
 MAX_LOGITS_PER_CHUNK = 2**26
 """Logits per softmax chunk, as in finetune/training/loss.py."""

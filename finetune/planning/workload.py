@@ -19,10 +19,6 @@ completions (dpo, kto and the other preference losses), scores (reward), both po
 ITEMSIZES: dict[Precision, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes per element."""
 
-SHARDED_WEIGHTS = ("zero3", "fsdp2")
-SHARDED_GRADIENTS = ("zero2", *SHARDED_WEIGHTS)
-SHARDED_OPTIMIZER = ("zero1", *SHARDED_GRADIENTS)
-"""Strategies that shard the weights, the gradients and the optimizer states, respectively."""
 
 LORA_METHODS = ("lora", "qlora", "rslora", "lora_plus", "pissa", "loftq", "dora", "adalora")
 PREFIX_METHODS = ("prefix", "ptuning_v2", "adaptive_prefix")

@@ -20,7 +20,7 @@ from finetune.distributed.full_checkpoint import FullStateCheckpoint, check_resh
 from finetune.distributed.hardware import Hardware, detect_hardware, peak_memory_bytes
 from finetune.distributed.interrupts import Interrupted, NotFiniteError, SignalFlag, catch_signals
 from finetune.distributed.rank import DistInfo, dist_info
-from finetune.distributed.strategies import SHARDED_WEIGHTS, ZERO_STAGES
+from finetune.distributed.strategy_names import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
 from finetune.planning import choices
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
@@ -49,9 +49,6 @@ RECORDED_PACKAGES = (
     "datasets",
     "bitsandbytes",
 )
-
-REPLICATED = ("ddp", "zero1", "zero2")
-"""Strategies under which each rank holds all trained weights."""
 
 
 @cache  # reading a library's metadata takes milliseconds, and a run asks four times

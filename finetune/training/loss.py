@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = -100
+from finetune.data.collate import IGNORE_INDEX
+
 MAX_LOGITS_PER_CHUNK = 2**26
 """Logits that are upcast to float32 at a time: 256 MiB."""
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 import finetune.planning.compatibility_page as matrix
+from finetune.distributed.strategy_names import STRATEGIES
 from finetune.planning.compatibility import COMPATIBILITY_RULES
-from finetune.planning.solver import STRATEGIES, Combination, check
+from finetune.planning.solver import Combination, check
 from finetune.recipe.discovery import stage_names
 
 PAGE = Path(matrix.__file__).with_name("COMPATIBILITY.md")
