@@ -40,8 +40,8 @@ def _sft_only_problems(settings: StageSettings) -> Iterator[Problem]:
     train = settings.train
     if train.neftune_alpha is not None:
         expected = "null: NEFTune noise would change the policy's log-probabilities but not the reference's"
-        found = f"{train.neftune_alpha:g}"
-        yield Problem("train.neftune_alpha", found, expected, "train.neftune_alpha=null")
+        actual = f"{train.neftune_alpha:g}"
+        yield Problem("train.neftune_alpha", actual, expected, "train.neftune_alpha=null")
     if train.label_smoothing:
         expected = "0: preference losses compare completions and have no token labels to smooth"
         repair = f"dpo.loss={{name: cdpo, label_smoothing: {train.label_smoothing:g}}} for noisy labels"
@@ -58,15 +58,15 @@ def _live_reference_problems(settings: StageSettings, dpo: DPOSettings) -> Itera
     method = settings.adapter.method
     if dpo.reference == "live" and adapter_traits(method).full_finetuning:
         expected = "precomputed: a live reference would keep a second copy of the model in memory"
-        found = f"'live' with adapter.method '{method}'"
-        yield Problem("dpo.reference", found, expected, "dpo.reference=precomputed")
+        actual = f"'live' with adapter.method '{method}'"
+        yield Problem("dpo.reference", actual, expected, "dpo.reference=precomputed")
 
 
 def _stop_rule_problems(settings: StageSettings, dpo: DPOSettings) -> Iterator[Problem]:
     if dpo.max_chosen_logp_drop is not None and not settings.train.evaluate_every:
-        found = f"{dpo.max_chosen_logp_drop:g}, but train.evaluate_every is null"
+        actual = f"{dpo.max_chosen_logp_drop:g}, but train.evaluate_every is null"
         expected = "held-out evaluations during training"
-        yield Problem("dpo.max_chosen_logp_drop", found, expected, "train.evaluate_every=50")
+        yield Problem("dpo.max_chosen_logp_drop", actual, expected, "train.evaluate_every=50")
 
 
 def _trl_problems(dpo: DPOSettings) -> Iterator[Problem]:
@@ -87,6 +87,6 @@ def trl_copy_problems(settings: StageSettings) -> Iterator[Problem]:
     """Yield a problem if the adapter changes the base weights: TRL copies the adapter for its reference."""
     method = settings.adapter.method
     if adapter_traits(method).changes_base:
-        found = f"'{method}', which changes the base weights at initialization"
+        actual = f"'{method}', which changes the base weights at initialization"
         expected = "with train.engine 'trl': an adapter that leaves the base unchanged; TRL copies it"
-        yield Problem("adapter.method", found, expected, "adapter.method=lora")
+        yield Problem("adapter.method", actual, expected, "adapter.method=lora")

@@ -226,9 +226,9 @@ class DPO:
     def _check_single_forward(self) -> None:
         """Raise if the adapter needs two forward passes per batch (AdaMix consistency)."""
         if self.hooks.forward_passes != 1:
-            found = "true: the consistency loss over two forward passes is a loss on labels"
+            actual = "true: the consistency loss over two forward passes is a loss on labels"
             expected = "false with preference losses"
-            raise UserError(Problem("adapter.consistency", found, expected, "adapter.consistency=false"))
+            raise UserError(Problem("adapter.consistency", actual, expected, "adapter.consistency=false"))
 
     def _native_trainer(self) -> PreferenceTrainer:
         train, args = self.ctx.recipe.settings.train, self.arguments()

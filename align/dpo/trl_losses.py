@@ -34,12 +34,12 @@ def trl_loss_arguments(loss: str, settings: Mapping[str, Setting]) -> dict[str, 
         expected = f"with train.engine 'trl': {one_of(TRL_LOSS_TYPES)}"
         raise UserError(Problem("dpo.loss", f"'{loss}'", expected, NATIVE_ENGINE_REPAIR))
     if settings.get("length_normalized") is False:
-        found = f"'{loss}' with log-probabilities summed over tokens, as in the paper"
+        actual = f"'{loss}' with log-probabilities summed over tokens, as in the paper"
         expected = "with train.engine 'trl': averaged over tokens"
         repair = (
             f"dpo.loss={{name: {loss}, length_normalized: true, beta: ...}}, with beta per token; "
             f"or {NATIVE_ENGINE_REPAIR}"
         )
-        raise UserError(Problem("dpo.loss", found, expected, repair))
+        raise UserError(Problem("dpo.loss", actual, expected, repair))
     shared_settings = {key: settings[key] for key in ("beta", "label_smoothing") if key in settings}
     return {"loss_type": [TRL_LOSS_TYPES[loss]], "loss_weights": None, **shared_settings}

@@ -90,12 +90,12 @@ def require_both_labels(data: PreparedPreferences) -> None:
     for key, rows in (("data.source", data.train), ("data.held_out", data.held_out)):
         num_good = 0 if rows is None else int((rows.scores == 1).sum())
         if rows is not None and num_good in (0, len(rows)):
-            found = f"{len(rows)} completions, all {'good' if num_good else 'bad'}"
-            problems.append(Problem(key, found, "good and bad completions", repairs[key]))
+            actual = f"{len(rows)} completions, all {'good' if num_good else 'bad'}"
+            problems.append(Problem(key, actual, "good and bad completions", repairs[key]))
     if len({row.prompt_ids.tobytes() for row in _all_groups(data.train)}) == 1:
-        found = f"{len(data.train)} completions of one prompt"
+        actual = f"{len(data.train)} completions of one prompt"
         expected = "at least two prompts: KTO's KL estimate pairs prompts with completions of other prompts"
-        problems.append(Problem("data.source", found, expected, "add rows with other prompts"))
+        problems.append(Problem("data.source", actual, expected, "add rows with other prompts"))
     if problems:
         raise UserError(problems)
 

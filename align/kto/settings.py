@@ -40,12 +40,12 @@ def train_problems(train: TrainSettings) -> Iterator[Problem]:
     """Yield the SFT settings that KTO does not support, and micro-batches of one row."""
     if train.neftune_alpha is not None:
         expected = "null: NEFTune noise would change the policy's log-probabilities but not the reference's"
-        found = f"{train.neftune_alpha:g}"
-        yield Problem("train.neftune_alpha", found, expected, "train.neftune_alpha=null")
+        actual = f"{train.neftune_alpha:g}"
+        yield Problem("train.neftune_alpha", actual, expected, "train.neftune_alpha=null")
     if train.label_smoothing:
         expected = "0: it smooths token labels, but KTO labels completions"
-        found = f"{train.label_smoothing:g}"
-        yield Problem("train.label_smoothing", found, expected, "train.label_smoothing=0")
+        actual = f"{train.label_smoothing:g}"
+        yield Problem("train.label_smoothing", actual, expected, "train.label_smoothing=0")
     if train.micro_batch_size == 1:
         expected = (
             "2 or more: the KL estimate pairs each prompt with another row's completion of the micro-batch"

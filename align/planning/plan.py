@@ -191,16 +191,16 @@ def _count_trainable(recipe: Recipe, workload: Workload) -> int:
     """
     method, family = workload.adapter.method, workload.architecture.family
     trainable = count_trainable_parameters(workload.architecture, workload.adapter, heads=workload.heads)
-    found = f"'{method}' on '{recipe.settings.model.base}', a model of type '{family}'"
+    actual = f"'{method}' on '{recipe.settings.model.base}', a model of type '{family}'"
     if method == "llama_adapter" and family not in llama_adapter.SUPPORTED_MODEL_TYPES:
         expected = f"a model of type {', '.join(llama_adapter.SUPPORTED_MODEL_TYPES)}"
         raise UserError(
-            Problem("adapter.method", found, expected, "adapter.method=prefix works on any of them")
+            Problem("adapter.method", actual, expected, "adapter.method=prefix works on any of them")
         )
     if not trainable:
         repair = "adapter.method=ia3 or layernorm trains as few parameters and works on it"
         raise UserError(
-            Problem("adapter.method", f"{found}: nothing to train", "a base with bias terms", repair)
+            Problem("adapter.method", f"{actual}: nothing to train", "a base with bias terms", repair)
         )
     return trainable
 

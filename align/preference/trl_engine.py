@@ -72,11 +72,11 @@ def require_pairs(groups: PreferenceGroups, *, where: str) -> None:
     not_pairs = [index for index, count in enumerate(groups.num_completions) if count != 2]
     if not_pairs:
         first = groups[not_pairs[0]]
-        found = (
+        actual = (
             f"{len(not_pairs)} prompts with more than two completions (first: {first.location}, "
             f"{len(first.completion_ids)} completions)"
         )
-        raise UserError(Problem(where, found, "pairs, with train.engine 'trl'", USE_NATIVE_ENGINE))
+        raise UserError(Problem(where, actual, "pairs, with train.engine 'trl'", USE_NATIVE_ENGINE))
 
 
 def placeholder_rows(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:

@@ -208,8 +208,8 @@ SCORABLE_LAYOUTS: Sequence[Layout[PreferenceRow]] = (
     Layout("prompt/responses", ("prompt", "responses"), _read_unranked_responses),
     Layout("prompt/completion", ("prompt", "completion"), _read_completion),
     *(
-        Layout(one.name, one.required, partial(_read_last_turn, one), one.nullable)
-        for one in CONVERSATION_LAYOUTS
+        Layout(layout.name, layout.required, partial(_read_last_turn, layout), layout.nullable)
+        for layout in CONVERSATION_LAYOUTS
     ),
 )
 """Comparisons first, then single completions in every instruction layout."""

@@ -179,8 +179,8 @@ class Architecture:
         try:
             return _decoder_architecture(str(family), {**FAMILY_DEFAULTS[str(family)], **config})
         except KeyError as error:
-            found = f"a config.json of type '{family}' without {error}"
-            raise UserError(Problem("model.base", found, "a complete config.json")) from error
+            actual = f"a config.json of type '{family}' without {error}"
+            raise UserError(Problem("model.base", actual, "a complete config.json")) from error
 
     @property
     def query_width(self) -> int:

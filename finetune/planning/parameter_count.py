@@ -151,9 +151,9 @@ def _count_embeddings(architecture: Architecture, adapter: Adapter) -> int:
         return tokens * hidden_size + (_count_lstm if adapter.encoder == "lstm" else _count_mlp)(
             hidden_size, adapter.width
         )
-    found = f"adapter '{adapter.method}' has no known size"
+    actual = f"adapter '{adapter.method}' has no known size"
     repair = "train.max_steps=3 trains three steps; run.json then has the parameter count"
-    raise UserError(Problem("adapter.method", found, "one of finetune/adapters/", repair))
+    raise UserError(Problem("adapter.method", actual, "one of finetune/adapters/", repair))
 
 
 def _count_mlp(hidden_size: int, width: int) -> int:

@@ -146,11 +146,11 @@ DTYPE_EXPLANATION = (
     "their adapter and AdamW are bfloat16, ours float32; their loss takes the logits in chunks of 128 tokens"
 )
 NF4_EXPLANATION = (
-    "by arithmetic NF4 saves {less} GB of weights; their figure is lower by {told}: we do not know what uses "
-    "the rest"
+    "by arithmetic NF4 saves {less} GB of weights; their figure is lower by {measured}: we do not know "
+    "what uses the rest"
 )
 CHUNKED_LOSS_EXPLANATION = (
-    "the base alone has {base} GiB and the checkpoints {kept}: their compiled chunked loss adds little, "
+    "the base alone has {base} GiB and the checkpoints {retained}: their compiled chunked loss adds little, "
     "while ours holds the logits of a micro-batch (vocabulary of 128,256) in float32"
 )
 
@@ -183,7 +183,7 @@ PUBLISHED_CASES = (
         13.84 * GB,
         "13.84 GB (14.14 without double quantization)",
         0,
-        NF4_EXPLANATION.format(less="9.6", told="7.5"),
+        NF4_EXPLANATION.format(less="9.6", measured="7.5"),
     ),
     PublishedCase(
         "llama-2-13b, LoRA",
@@ -203,7 +203,7 @@ PUBLISHED_CASES = (
         22.55 * GB,
         "22.55 GB",
         0,
-        NF4_EXPLANATION.format(less="18.8", told="15.6"),
+        NF4_EXPLANATION.format(less="18.8", measured="15.6"),
     ),
     PublishedCase(
         "llama-3.1-8b, LoRA",
@@ -213,7 +213,7 @@ PUBLISHED_CASES = (
         16.2 * GIB,
         "16.2 GiB",
         0,
-        CHUNKED_LOSS_EXPLANATION.format(base="15.0", kept="1.0"),
+        CHUNKED_LOSS_EXPLANATION.format(base="15.0", retained="1.0"),
     ),
     PublishedCase(
         "llama-3.1-8b, QLoRA",
@@ -223,7 +223,7 @@ PUBLISHED_CASES = (
         7.4 * GIB,
         "7.4 GiB",
         0,
-        CHUNKED_LOSS_EXPLANATION.format(base="5.3", kept="1.0"),
+        CHUNKED_LOSS_EXPLANATION.format(base="5.3", retained="1.0"),
     ),
     PublishedCase(
         "llama-3.1-70b, LoRA",
@@ -233,7 +233,7 @@ PUBLISHED_CASES = (
         27.6 * GIB,
         "27.6 GiB per GPU",
         0,
-        CHUNKED_LOSS_EXPLANATION.format(base="16.4", kept="5.0"),
+        CHUNKED_LOSS_EXPLANATION.format(base="16.4", retained="5.0"),
     ),
     PublishedCase(
         "LLaMA-65B, QLoRA",

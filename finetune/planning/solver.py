@@ -249,9 +249,9 @@ def incompatibility_problem(combination: Combination, verdict: Verdict) -> Probl
     other_properties = dict.fromkeys(
         _format_property(name, combination) for name in rule.when if name != property_name
     )
-    found = f"{str(combination.properties()[property_name]).lower()}, with {', '.join(other_properties)}"
+    actual = f"{str(combination.properties()[property_name]).lower()}, with {', '.join(other_properties)}"
     return Problem(
-        RECIPE_KEYS[property_name], found, f"compatible settings: {verdict.reason}", verdict.repair
+        RECIPE_KEYS[property_name], actual, f"compatible settings: {verdict.reason}", verdict.repair
     )
 
 

@@ -89,8 +89,8 @@ def load_stage(name: str) -> ModuleType:
     """
     known = stage_names()
     if name not in known:
-        found = renamed_stage(name) or f"'{name}' is unknown"
-        raise UserError(Problem("stage", found, one_of(known), did_you_mean(name, known)))
+        actual = renamed_stage(name) or f"'{name}' is unknown"
+        raise UserError(Problem("stage", actual, one_of(known), did_you_mean(name, known)))
     return load_plugin(known[name], name, where="stage")
 
 

@@ -43,9 +43,9 @@ def is_outdated(record: Mapping[str, Any]) -> bool:
 def refuse_outdated(where: str, record: Mapping[str, Any]) -> None:
     """Raise UserError for a run that was written by an earlier version."""
     if is_outdated(record):
-        found = f"a run of an earlier version of llm-align (format {record.get('format', 1)})"
+        actual = f"a run of an earlier version of llm-align (format {record.get('format', 1)})"
         repair = "run it again with this version, in another folder or with --force"
-        raise UserError(Problem(where, found, f"a run in format {FORMAT}", repair))
+        raise UserError(Problem(where, actual, f"a run in format {FORMAT}", repair))
 
 
 def read_finished_record(run: Path) -> dict[str, Any]:

@@ -71,10 +71,10 @@ def _check_swapped_columns(rows: Sequence[tuple[PreferenceRow, str]], source_rep
     scored = sum(row.ordered and all(completion.scored for completion in row.completions) for row, _ in rows)
     # A few such pairs are label noise and are dropped; a majority means that the columns are swapped.
     if 2 * swapped > scored:
-        found = f"{swapped} of {scored} scored pairs have a higher score for rejected than for chosen"
+        actual = f"{swapped} of {scored} scored pairs have a higher score for rejected than for chosen"
         repair = "swap them with data.columns={chosen: rejected, rejected: chosen}, and the score columns too"
         location = source_report.examples[DROPPED_SWAPPED]
-        raise UserError(Problem(location, found, "a higher score for chosen", repair))
+        raise UserError(Problem(location, actual, "a higher score for chosen", repair))
 
 
 def _build_comparison(

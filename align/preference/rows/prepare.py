@@ -105,8 +105,8 @@ def _check_no_selection(settings: PreferenceSettings) -> None:
 def _length_limits(settings: PreferenceSettings, max_length: int) -> LengthLimits:
     max_prompt_length = settings.max_prompt_length or max_length // 2
     if max_prompt_length >= max_length:
-        found = f"{max_prompt_length}, but prompt and completion together have {max_length} tokens"
-        raise UserError(Problem("data.max_prompt_length", found, "less, to leave tokens for completions"))
+        actual = f"{max_prompt_length}, but prompt and completion together have {max_length} tokens"
+        raise UserError(Problem("data.max_prompt_length", actual, "less, to leave tokens for completions"))
     return LengthLimits(max_length, max_prompt_length, settings.overflow == "drop")
 
 
@@ -184,9 +184,9 @@ def split_by_prompt(
         if len(held_out_rows) + len(prompt_rows[index]) <= count:
             held_out_rows.update(prompt_rows[index])
     if count and not held_out_rows:
-        found = f"{count} of {len(rows)} usable rows, but every prompt has more"
+        actual = f"{count} of {len(rows)} usable rows, but every prompt has more"
         raise UserError(
-            Problem("data.held_out", found, "at least the rows of one prompt", "a larger number, or a file")
+            Problem("data.held_out", actual, "at least the rows of one prompt", "a larger number, or a file")
         )
     return [row for i, row in enumerate(rows) if i not in held_out_rows], [
         rows[i] for i in sorted(held_out_rows)
@@ -222,9 +222,9 @@ def _load_comparison_source(
     ]
     usable = build_comparisons(located_rows, settings, source=index, report=report)
     if not usable:
-        found = f"no usable comparison: {'; '.join(report.lines()[1:])}"
+        actual = f"no usable comparison: {'; '.join(report.lines()[1:])}"
         repair = "check the rows named above, data.on_different_prompts and data.on_tie"
-        raise UserError(Problem(spec.key, found, "distinct completions", repair))
+        raise UserError(Problem(spec.key, actual, "distinct completions", repair))
     if kind == "labels" and layout in PAIRS:
         report.notes.append(f"pairs of {spec.name} split into labels: chosen is good, rejected is bad")
         usable = [labeled for source_row in usable for labeled in split_pair(source_row)]
@@ -237,9 +237,9 @@ def _recognize_layout(names: list[str], spec: SourceSpec, kind: PreferenceKind) 
     other = LABELED if kind == "rankings" else RANKINGS
     fits = [layout.name for layout in other if known.issuperset(layout.required)]
     if fits and not any(known.issuperset(layout.required) for layout in PREFERENCE_LAYOUTS[kind]):
-        found = f"layout {fits[0]}: {INTENDED_FOR[kind]}"
+        actual = f"layout {fits[0]}: {INTENDED_FOR[kind]}"
         expected = "; ".join("+".join(layout.required) for layout in PREFERENCE_LAYOUTS[kind])
-        raise UserError(Problem(spec.name, found, expected, COLUMN_REPAIRS[kind]))
+        raise UserError(Problem(spec.name, actual, expected, COLUMN_REPAIRS[kind]))
     return match_layout(
         names, PREFERENCE_LAYOUTS[kind], columns=spec.columns, where=spec.name, repair=COLUMN_REPAIRS[kind]
     )
@@ -247,10 +247,10 @@ def _recognize_layout(names: list[str], spec: SourceSpec, kind: PreferenceKind) 
 
 def _raise_if_no_groups(key: str, purpose: str, groups: PreferenceGroups, report: DataReport) -> None:
     if not len(groups):
-        found = f"no rows {purpose}: {'; '.join(report.lines()[1:])}"
+        actual = f"no rows {purpose}: {'; '.join(report.lines()[1:])}"
         remedy = "raise data.max_length" if report.too_long else "choose another data.template"
         repair = f"check the rows named above, or {remedy}"
-        raise UserError(Problem(key, found, "distinct completions", repair))
+        raise UserError(Problem(key, actual, "distinct completions", repair))
 
 
 def _tokenized_conversations(rows: Sequence[Comparison], groups: PreferenceGroups) -> list[Conversation]:

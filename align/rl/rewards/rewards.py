@@ -73,7 +73,10 @@ class ReferenceAnswerReward:
         if reference_answer is None:
             raise UserError(Problem(where, "the row has no reference answer", NEEDS_REFERENCE_ANSWER))
         return call_for_number(
-            lambda asked, said: function(asked, said, reference_answer), prompt, completion, where=where
+            lambda prompt_text, text: function(prompt_text, text, reference_answer),
+            prompt,
+            completion,
+            where=where,
         )
 
 
