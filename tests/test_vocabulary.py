@@ -1,4 +1,4 @@
-"""The project's words are the field's: retired names and words are gone, and what people search for is there."""
+"""The project uses the field's words: retired names and words are gone, searched terms exist."""
 
 import ast
 import re
@@ -7,21 +7,23 @@ from functools import cache
 from test_house import SOURCES, tree
 
 RETIRED_NAMES = """
-    everyones anyones from_main in_parts share_in_step tell_shares numbers_here World ALONE PATIENCE APART
-    WEIGHTS_APART PARTED_WEIGHTS PARTED_GRADIENTS WHOLE_IN_EACH WholeCheckpoint refuse_other_parts train_again
-    loading_words measuring_words engine_words Job job carry_out Tuning tune tuned Supervised KtoTuning PpoTuning
-    PreferenceTuning RewardTuning OnlineTuning RejectionTuning behaviour Behaviour opinion_of Watched watched
-    Panel going_on goes_on_as take_weights lay_over lay seal remove_after forget_after TrainedAlready listening
-    Interrupt Counted rows_that_fit nearest contradictions Tick tick ticks refuse batch_is_its_parts
-    whole_is_its_parts packed_is_alone ends_learnt masks_hold_loss begins_once cut_is_told embeddings_exist
-    untouched parts_tick same_tick Place places places_of aside learnt any_unlearnt passed_over write_apart
-    written_apart worded wish wishing MicroBatches StartingPolicy arithmetic picked_logps why_separate owners
-    predicts reach InOurWords own_replies Room Cast load_cast Roles Collector Said lay_out policy_tables as_table
-    Tables Episodes gained learnt_from cut_updates begins_at_one step_kl epoch_stop_kl shaped_scores missing_end
-    clip_scores Running deviation of_replies of_distance from_sampler judge judged Judged judged_replies
-    Learnt AnswerRule risky risky_below Contests leads talks score_talks DrawsOfAll drawn Drawing StopWhenSpoilt
-    StopWhenChosenFalls moment learns holders played resident settled plan_of found said told talk drawn_seconds
-    centring normalise tokenise colours maximises_rewards labelled recognise
+    everyones anyones from_main in_parts share_in_step tell_shares numbers_here World ALONE PATIENCE
+    APART WEIGHTS_APART PARTED_WEIGHTS PARTED_GRADIENTS WHOLE_IN_EACH WholeCheckpoint refuse_other_parts
+    train_again loading_words measuring_words engine_words Job job carry_out Tuning tune tuned
+    Supervised KtoTuning PpoTuning PreferenceTuning RewardTuning OnlineTuning RejectionTuning behaviour
+    Behaviour opinion_of Watched watched Panel going_on goes_on_as take_weights lay_over lay seal
+    remove_after forget_after TrainedAlready listening Interrupt Counted rows_that_fit nearest
+    contradictions Tick tick ticks refuse batch_is_its_parts whole_is_its_parts packed_is_alone
+    ends_learnt masks_hold_loss begins_once cut_is_told embeddings_exist untouched parts_tick same_tick
+    Place places places_of aside learnt any_unlearnt passed_over write_apart written_apart worded wish
+    wishing MicroBatches StartingPolicy arithmetic picked_logps why_separate owners predicts reach
+    InOurWords own_replies Room Cast load_cast Roles Collector Said lay_out policy_tables as_table
+    Tables Episodes gained learnt_from cut_updates begins_at_one step_kl epoch_stop_kl shaped_scores
+    missing_end clip_scores Running deviation of_replies of_distance from_sampler judge judged Judged
+    judged_replies Learnt AnswerRule risky risky_below Contests leads talks score_talks DrawsOfAll drawn
+    Drawing StopWhenSpoilt StopWhenChosenFalls moment learns holders played resident settled plan_of
+    found said told talk drawn_seconds centring normalise tokenise colours maximises_rewards labelled
+    recognise
 """.split()
 """Identifiers of the project's first words; each has a standard term in their place."""
 
@@ -56,17 +58,16 @@ RETIRED_WORDS = (
 """Words that messages and docstrings no longer use."""
 
 SEARCHED = """
-    all_gather_object broadcast_object barrier any_rank shard unshard init_distributed dist_info is_main world_size
-    is_sharded gathered_params SHARDED_WEIGHTS ZERO_STAGES zero3_init strategy_arguments
-    RunContext run_stage write_checksums resume_adapter lr_factors
-    CheckResult check_eos_trained check_loss_mask check_single_bos check_vocab_size check_packing_isolation
-    check_batch_invariance check_sharding check_gradient_flow preserve_state
-    loss_mask location control_suffix apply_loss_scope MicroBatchSampler PackedCollator IGNORE_INDEX loss_positions
-    completion_ids group_ids block_mask gather_logps reference_logps ReferencePolicy logratios preference_metrics
-    bradley_terry plackett_luce
-    ActorCritic Rollout RolloutTensors TokenStats gae gae_lambda gamma token_rewards policy_loss value_loss clip_range
-    AdaptiveKLController FixedKLController kl_coef approx_kl whiten RunningMeanStd with_entropy make_minibatches
-    RewardScores FunctionReward sample_completions
+    all_gather_object broadcast_object barrier any_rank shard unshard init_distributed dist_info is_main
+    world_size is_sharded gathered_params SHARDED_WEIGHTS ZERO_STAGES zero3_init strategy_arguments
+    RunContext run_stage write_checksums resume_adapter lr_factors CheckResult check_eos_trained
+    check_loss_mask check_single_bos check_vocab_size check_packing_isolation check_batch_invariance
+    check_sharding check_gradient_flow preserve_state loss_mask location control_suffix apply_loss_scope
+    MicroBatchSampler PackedCollator IGNORE_INDEX loss_positions completion_ids group_ids block_mask
+    gather_logps reference_logps ReferencePolicy logratios preference_metrics bradley_terry
+    plackett_luce ActorCritic Rollout RolloutTensors TokenStats gae gae_lambda gamma token_rewards
+    policy_loss value_loss clip_range AdaptiveKLController FixedKLController kl_coef approx_kl whiten
+    RunningMeanStd with_entropy make_minibatches RewardScores FunctionReward sample_completions
     simulate_train_step static_memory CompatibilityRule saved_for_backward requires_grad numel
 """.split()
 """Names that a practitioner looks for: each is an identifier of the project."""
