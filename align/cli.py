@@ -179,13 +179,17 @@ def run_(
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(kind: str | None, as_json: bool) -> None:
-    """List recipes, pipelines, adapters, templates, losses, bases, stages and runs, or one KIND of them."""
-    from align.listing import names_by_kind, print_listing
+    """List recipes, pipelines, adapters, templates, losses, bases, stages and runs.
+
+    With KIND, list that kind; `metrics` is listed only so.
+    """
+    from align.listing import ON_REQUEST, names_by_kind, print_listing
 
     listing = names_by_kind()
     if kind is not None and kind not in listing:
         raise click.UsageError(f"unknown kind '{kind}'; expected one of {', '.join(listing)}")
-    chosen = listing if kind is None else {kind: listing[kind]}
+    kinds = [name for name in listing if name not in ON_REQUEST] if kind is None else [kind]
+    chosen = {name: listing[name] for name in kinds}
     if as_json:
         click.echo(json.dumps(chosen, indent=1, ensure_ascii=False))
     else:

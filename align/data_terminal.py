@@ -124,9 +124,9 @@ def _sources_table(preview_data: dict[str, Any]) -> Table:
     for source in preview_data["sources"]:
         table.add_row(
             escape(_name_tail(source["source"])),
-            f"{source['usable']:,}",
+            f"{source['num_usable']:,}",
             f"{source['rows']:,}",
-            f"{source['asked']:.1%}",
+            f"{source['target_rate']:.1%}",
             f"{source['rows'] / preview_data['rows']:.1%}",
             f"{source['tokens'] / preview_data['tokens']:.1%}",
             *(f"{source['trained_tokens'] / preview_data['trained_tokens']:.1%}" for _ in trained_column),

@@ -31,5 +31,5 @@ def default_recipe(stage: str, overrides: Mapping[str, Any]) -> tuple[str, list[
 def _base_of_parent(parent: str | None) -> str | None:
     if parent is None or is_recipe_name(parent):
         return None
-    base: str = read_finished_record(find_run(parent)[0])["load"]["model"]["base"]
+    base: str = read_finished_record(find_run(parent)[0])["reload"]["model"]["base"]
     return base

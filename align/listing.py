@@ -13,6 +13,10 @@ from align.preference.losses.catalog import all_losses
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS_FOLDER
 from finetune.recipe.schema import list_names, setting_rows
+from finetune.training.metrics import metric_lines
+
+ON_REQUEST = ("metrics",)
+"""Kinds that `llm-align list` shows when they are named."""
 
 
 def names_by_kind() -> dict[str, dict[str, str]]:
@@ -32,6 +36,7 @@ def names_by_kind() -> dict[str, dict[str, str]]:
         "adapters": listed.adapters,
         "templates": listed.templates,
         "losses": {loss.name: loss.summary for loss in all_losses().values()},
+        "metrics": metric_lines(),
         "bases": bases,
         "runs": {
             str(path): _run_status(path)

@@ -11,7 +11,7 @@ from align.reward.score_file import score_file, score_statistics, write_scored_r
 from align.reward.scorer import load_reward_model
 from finetune.recipe.errors import Problem, UserError
 
-SPREAD_COLUMNS = ("mean", "deviation")
+SPREAD_COLUMNS = ("mean", "std")
 
 
 def score_and_print(run: Path, source: str, *, out: Path | None, as_json: bool) -> None:

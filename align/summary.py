@@ -14,7 +14,7 @@ SAMPLE_CELL_WIDTH = 160
 def print_summary(result: Result) -> None:
     """Print the summary of a finished run."""
     console = Console()
-    for label, value in result.record["headline"].items():
+    for label, value in result.record["summary"].items():
         console.print(f"  {label}: [bold]{escape(value)}[/]", highlight=False)
     if result.samples:
         console.print(_samples_table(result))
@@ -22,7 +22,7 @@ def print_summary(result: Result) -> None:
     console.print(
         f"result   {result.adapter}\nreport   {folder / 'report.html'}", highlight=False, soft_wrap=True
     )
-    is_reward_model = "heads" in result.record["load"]
+    is_reward_model = "heads" in result.record["reload"]
     next_command = f"score {folder} FILE.jsonl" if is_reward_model else f"chat {folder}"
     console.print(f"next     [bold]llm-align {next_command}[/]", highlight=False, soft_wrap=True)
 

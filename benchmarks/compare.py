@@ -91,8 +91,8 @@ def _measure_adapter(method: str, rate: float, *, steps: int, rows: int) -> dict
     return {
         "adapter": method,
         "trained": record["parameters"]["trained"],
-        "exact": record["metrics"]["exact_match_after"],
-        "held_out_loss": record["metrics"]["held_out_loss_after"],
+        "exact": record["metrics"]["eval/exact_match_after"],
+        "held_out_loss": record["metrics"]["eval/loss_after"],
         "seconds": record["seconds"]["train"],
         "peak_gib": record["peak_memory_bytes"] / 2**30,
         "learning_rate": rate,

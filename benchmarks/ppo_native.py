@@ -53,7 +53,7 @@ def recipe_sections(folder: Path, work: dict[str, Any], contender: str) -> dict[
 def split_seconds(rollouts: list[dict[str, float]], seconds: float) -> dict[str, float]:
     """Return the training time by part; updates are the remainder, the engine's overhead included."""
     seconds_by_part = {
-        phase: sum(metrics[f"seconds_{phase}"] for metrics in rollouts) for phase in ("generation", "scoring")
+        phase: sum(metrics[f"time/{phase}"] for metrics in rollouts) for phase in ("generation", "scoring")
     }
     return {**seconds_by_part, "updates": seconds - sum(seconds_by_part.values())}
 
@@ -114,7 +114,7 @@ def main(folder: Path, contender: str) -> None:
     metrics = [
         json.loads(entry) for entry in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    rollouts = [entry for entry in metrics if "seconds_generation" in entry]
+    rollouts = [entry for entry in metrics if "time/generation" in entry]
     assert record["data"]["longest"] == len(work["prompts"][0]), "prompts have the length of TRL's"
     measured = {
         "seconds": record["seconds"]["train"],

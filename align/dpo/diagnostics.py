@@ -49,7 +49,7 @@ class DiagnosticInputs:
 
     def before_and_after(self, metric: str) -> tuple[float, float] | None:
         """Return a metric before and after training: held-out, else that of the first and the last steps."""
-        for prefix in ("held_out_", ""):
+        for prefix in ("eval/", ""):
             names = [f"{prefix}{metric}_{when}" for when in ("before", "after")]
             if all(name in self.metrics for name in names):
                 return self.metrics[names[0]], self.metrics[names[1]]
@@ -63,16 +63,16 @@ def diagnose_dpo(inputs: DiagnosticInputs) -> list[Finding]:
 
 def _logp_change(metrics: DPOMetricValues, side: str) -> float | None:
     """Return the change of log-probability per token: on held-out completions if there are any."""
-    before, after = (metrics.get(f"held_out_{side}_logps_{when}") for when in ("before", "after"))
+    before, after = (metrics.get(f"eval/logps/{side}_{when}") for when in ("before", "after"))
     if before is not None and after is not None:
         return after - before
     # Without held-out pairs: the log-ratio to the reference, which is the policy before training.
-    return metrics.get(f"{side}_drift_after")
+    return metrics.get(f"logratios/{side}_after")
 
 
 def _learning(inputs: DiagnosticInputs) -> Finding | None:
-    margins = inputs.before_and_after("margin")
-    accuracies = inputs.before_and_after("accuracy")
+    margins = inputs.before_and_after("rewards/margins")
+    accuracies = inputs.before_and_after("rewards/accuracies")
     if margins is None or accuracies is None:
         return None
     (first, last), (before, after) = margins, accuracies
@@ -86,7 +86,7 @@ def _learning(inputs: DiagnosticInputs) -> Finding | None:
 
 
 def _generalization(inputs: DiagnosticInputs) -> Finding | None:
-    losses = [inputs.metrics.get(f"held_out_loss_{when}") for when in ("before", "after")]
+    losses = [inputs.metrics.get(f"eval/loss_{when}") for when in ("before", "after")]
     if losses[0] is None or losses[1] is None or losses[1] - losses[0] <= MIN_LOSS_INCREASE * abs(losses[0]):
         return None
     evidence = f"held-out loss {losses[0]:.4f} → {losses[1]:.4f}"
@@ -120,8 +120,8 @@ def _chosen_logp_drop(inputs: DiagnosticInputs) -> Finding | None:
 
 
 def _large_kl(inputs: DiagnosticInputs) -> Finding | None:
-    held_out = inputs.metrics.get("held_out_kl_after")
-    kl = held_out if held_out is not None else inputs.metrics.get("kl_after")
+    held_out = inputs.metrics.get("eval/objective/kl_per_token_after")
+    kl = held_out if held_out is not None else inputs.metrics.get("objective/kl_per_token_after")
     if kl is None or kl < LARGE_KL:
         return None
     evidence, meaning = (
@@ -135,8 +135,8 @@ def _large_kl(inputs: DiagnosticInputs) -> Finding | None:
 
 def _overfitting(inputs: DiagnosticInputs) -> Finding | None:
     train_accuracy, held_out_accuracy = (
-        inputs.metrics.get("accuracy_after"),
-        inputs.metrics.get("held_out_accuracy_after"),
+        inputs.metrics.get("rewards/accuracies_after"),
+        inputs.metrics.get("eval/rewards/accuracies_after"),
     )
     if train_accuracy is None:
         return None

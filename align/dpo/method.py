@@ -40,7 +40,14 @@ from finetune.training.preflight.checks import CheckResult
 from finetune.training.samples import Samples
 from finetune.training.text_encoding import TextEncoding
 
-DPO_FIRST_LAST_METRICS = ("loss", "accuracy", "margin", "chosen_drift", "rejected_drift", "kl")
+DPO_FIRST_LAST_METRICS = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logratios/chosen",
+    "logratios/rejected",
+    "objective/kl_per_token",
+)
 """Metrics recorded from the first training step and the last ones."""
 
 
@@ -221,7 +228,7 @@ class DPO:
         findings = diagnostics.diagnose_dpo(inputs)
         for finding in findings:
             self.ctx.log(finding.format_line())
-        run.update(panel=[finding.record() for finding in findings])
+        run.update(diagnostics=[finding.record() for finding in findings])
 
     def _check_single_forward(self) -> None:
         """Raise if the adapter needs two forward passes per batch (AdaMix consistency)."""
@@ -302,4 +309,4 @@ class DPO:
 
     def _log_stop(self, reason: str) -> None:
         self.ctx.log(reason)
-        self.ctx.run.update(stopped=reason)
+        self.ctx.run.update(stop_reason=reason)

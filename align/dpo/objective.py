@@ -105,10 +105,10 @@ def preference_metrics(
     lengths = lists.lengths.to(lists.logps)
     group_metrics = {
         "loss": group_losses.losses,
-        "margin": group_losses.margins,
-        "accuracy": group_losses.accuracies,
-        "chosen_logps": _mean_where(lists.mean_logps, best),
-        "rejected_logps": _mean_where(lists.mean_logps, worst),
+        "rewards/margins": group_losses.margins,
+        "rewards/accuracies": group_losses.accuracies,
+        "logps/chosen": _mean_where(lists.mean_logps, best),
+        "logps/rejected": _mean_where(lists.mean_logps, worst),
         "chosen_tokens": _mean_where(lengths, best),
         "rejected_tokens": _mean_where(lengths, worst),
     }
@@ -116,9 +116,9 @@ def preference_metrics(
         logratios = (lists.logps - lists.reference_logps) / lengths.clamp(min=1)
         kl_GK = pad_by_group(metrics.kl_k2(logps_CT, reference_CT).sum(1), sizes)
         group_metrics |= {
-            "chosen_drift": _mean_where(logratios, best),
-            "rejected_drift": _mean_where(logratios, worst),
-            "kl": kl_GK.sum(1) / lengths.sum(1),
+            "logratios/chosen": _mean_where(logratios, best),
+            "logratios/rejected": _mean_where(logratios, worst),
+            "objective/kl_per_token": kl_GK.sum(1) / lengths.sum(1),
         }
     return {name: values.detach() for name, values in group_metrics.items()}
 
@@ -153,12 +153,12 @@ def mean_preference_metrics(totals: Sequence[MetricSums]) -> dict[str, float]:
     """Return the means over the groups of all processes; token counts become ``length_ratio``.
 
     >>> mean_preference_metrics([(1, {"loss": 2.0, "chosen_tokens": 4.0, "rejected_tokens": 2.0}), (0, {})])
-    {'loss': 2.0, 'length_ratio': 2.0}
+    {'loss': 2.0, 'data/length_ratio': 2.0}
     """
     num_groups = sum(count for count, _ in totals)
     # A rank without batches since the last log has no sums.
     names = next(sums for _, sums in totals if sums)
     means = {name: sum(sums.get(name, 0.0) for _, sums in totals) / num_groups for name in names}
     # The ratio of means and not the mean of ratios, which short rejected completions would dominate.
-    means["length_ratio"] = means.pop("chosen_tokens") / means.pop("rejected_tokens")
+    means["data/length_ratio"] = means.pop("chosen_tokens") / means.pop("rejected_tokens")
     return means

@@ -128,10 +128,10 @@ def check_policy_equals_reference(
     with preserve_state(trainer.model):
         metrics = trainer.forward_rows(trainer.train_dataset, list(rows)).metrics
     # Per token: a sum over a long completion would accumulate rounding.
-    difference = max(abs(metrics[name]).max().item() for name in ("chosen_drift", "rejected_drift"))
+    difference = max(abs(metrics[name]).max().item() for name in ("logratios/chosen", "logratios/rejected"))
     loss = float(metrics["loss"].mean())
     detail = f"policy and reference differ by {difference:.1e} nats per token on {len(rows)} groups"
-    margin = float(metrics["margin"].abs().mean())
+    margin = float(metrics["rewards/margins"].abs().mean())
     result = f"{detail}; margin {margin:.4f}, loss {loss:.4f}{_initial_loss_note(objective)}"
     if difference <= REFERENCE_TOLERANCE["int8" if quantization == "int8" else trainer.precision]:
         return CheckResult("reference", result)

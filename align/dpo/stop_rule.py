@@ -5,7 +5,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-HELD_OUT_CHOSEN_LOGPS = "held_out_chosen_logps"
+from finetune.training.metrics import as_logged
+
+HELD_OUT_CHOSEN_LOGPS = "eval/logps/chosen"
 
 
 class ChosenLogpStop(TrainerCallback):  # type: ignore[misc]
@@ -20,7 +22,7 @@ class ChosenLogpStop(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        drop = self.initial() - kwargs["metrics"][HELD_OUT_CHOSEN_LOGPS]
+        drop = self.initial() - kwargs["metrics"][as_logged(HELD_OUT_CHOSEN_LOGPS)]
         if drop > self.max_drop and not control.should_training_stop:
             # No checkpoint at this step: a run killed before its end resumes from an earlier one, evaluates
             # the same policy and stops here again.

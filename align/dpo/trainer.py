@@ -16,7 +16,7 @@ from finetune.distributed.collectives import all_gather_object, shard_padded
 from finetune.training.base_trainer import log_held_out
 from finetune.training.head import output_head
 
-HELD_OUT_PREFIX = "held_out_"
+HELD_OUT_PREFIX = "eval/"
 
 
 class PreferenceTrainer(GroupTrainer):

@@ -59,7 +59,7 @@ class DPOTrainerWithEval(DPOTrainer, RenamePreferenceMetrics):  # type: ignore[m
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
         held_out_values = self.held_out_metrics(self.eval_dataset)
-        return log_held_out(self, {f"held_out_{key}": value for key, value in held_out_values.items()})
+        return log_held_out(self, {f"eval/{key}": value for key, value in held_out_values.items()})
 
     def held_out_metrics(self, dataset: Dataset) -> dict[str, float]:
         """Return the metric means over all pairs of ``dataset``, with the native engine's names."""
@@ -72,16 +72,16 @@ class DPOTrainerWithEval(DPOTrainer, RenamePreferenceMetrics):  # type: ignore[m
         rewards = (output.chosen_rewards, output.rejected_rewards)
         pair_metrics = {
             "loss": output.losses,
-            "margin": metrics.margins(*rewards),
-            "accuracy": metrics.accuracies(*rewards),
-            "chosen_logps": pairs.chosen_mean_logps,
-            "rejected_logps": pairs.rejected_mean_logps,
-            "chosen_drift": pairs.chosen_logratios / lengths[0],
-            "rejected_drift": pairs.rejected_logratios / lengths[1],
+            "rewards/margins": metrics.margins(*rewards),
+            "rewards/accuracies": metrics.accuracies(*rewards),
+            "logps/chosen": pairs.chosen_mean_logps,
+            "logps/rejected": pairs.rejected_mean_logps,
+            "logratios/chosen": pairs.chosen_logratios / lengths[0],
+            "logratios/rejected": pairs.rejected_logratios / lengths[1],
         }
         ratio = metrics.length_ratio(lengths[0], lengths[1])
         return {name: float(value.mean()) for name, value in pair_metrics.items()} | {
-            "length_ratio": float(ratio)
+            "data/length_ratio": float(ratio)
         }
 
 

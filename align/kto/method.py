@@ -39,22 +39,22 @@ from finetune.training.text_encoding import TextEncoding
 KTO_METRIC_SPEC = MetricSpec(
     curves={
         "loss": "training loss (mean per completion)",
-        "chosen_reward": "implicit reward of good completions",
-        "rejected_reward": "implicit reward of bad completions",
-        "margin": "implicit reward margin, good over bad",
-        "kl": "reference point z (KL to the reference, nats per completion)",
-        "held_out_loss": "held-out loss",
-        "held_out_chosen_reward": "held-out implicit reward of good completions",
-        "held_out_rejected_reward": "held-out implicit reward of bad completions",
-        "held_out_margin": "held-out implicit reward margin",
-        "held_out_kl": "held-out reference point z",
+        "rewards/chosen": "implicit reward of good completions",
+        "rewards/rejected": "implicit reward of bad completions",
+        "rewards/margins": "implicit reward margin, good over bad",
+        "kto/z": "reference point z (KL to the reference, nats per completion)",
+        "eval/loss": "held-out loss",
+        "eval/rewards/chosen": "held-out implicit reward of good completions",
+        "eval/rewards/rejected": "held-out implicit reward of bad completions",
+        "eval/rewards/margins": "held-out implicit reward margin",
+        "eval/kto/z": "held-out reference point z",
     },
     summary={
         "loss": ("training loss", ".4f"),
-        "held_out_loss": ("held-out loss", ".4f"),
-        "held_out_chosen_reward": ("held-out reward of good completions", ".3f"),
-        "held_out_rejected_reward": ("held-out reward of bad completions", ".3f"),
-        "held_out_margin": ("held-out margin", ".3f"),
+        "eval/loss": ("held-out loss", ".4f"),
+        "eval/rewards/chosen": ("held-out reward of good completions", ".3f"),
+        "eval/rewards/rejected": ("held-out reward of bad completions", ".3f"),
+        "eval/rewards/margins": ("held-out margin", ".3f"),
     },
 )
 RECOMMENDED_WEIGHT_RATIO = (1.0, 4 / 3)
@@ -206,14 +206,14 @@ class KTO:
             NotFiniteError: the held-out loss is NaN or infinite.
         """
         run = self.ctx.run
-        if self.data.held_out is not None and f"held_out_loss_{when}" not in run.record.get("metrics", {}):
+        if self.data.held_out is not None and f"eval/loss_{when}" not in run.record.get("metrics", {}):
             with self.ctx.timed("held_out"):
                 metrics = trainer.held_out_metrics()
             if not isfinite(metrics["loss"]):
                 raise NotFiniteError(f"held-out loss is {metrics['loss']} {when} training")
-            run.update(metrics={f"held_out_{name}_{when}": value for name, value in metrics.items()})
+            run.update(metrics={f"eval/{name}_{when}": value for name, value in metrics.items()})
         if when == "after":
-            shared_steps.record_training_metrics(self.ctx, trainer, ("loss", "margin", "kl"))
+            shared_steps.record_training_metrics(self.ctx, trainer, ("loss", "rewards/margins", "kto/z"))
 
     def save(self) -> None:
         """Save the adapter (or the model), reload it, and record its checksum.

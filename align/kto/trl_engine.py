@@ -63,9 +63,7 @@ class KTOTrainerWithEval(KTOTrainer, RenamePreferenceMetrics):  # type: ignore[m
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
         assert self.held_out is not None
-        return log_held_out(
-            self, {f"held_out_{key}": value for key, value in self.held_out_metrics().items()}
-        )
+        return log_held_out(self, {f"eval/{key}": value for key, value in self.held_out_metrics().items()})
 
     def held_out_metrics(self) -> dict[str, float]:
         """Return loss, implicit rewards, their margin and the reference point z over all held-out rows.
@@ -91,10 +89,10 @@ class KTOTrainerWithEval(KTOTrainer, RenamePreferenceMetrics):  # type: ignore[m
             output.rewards[held_out.desirable].mean(),
             output.rewards[~held_out.desirable].mean(),
         )
-        means = {"loss": output.losses.mean(), "chosen_reward": chosen, "rejected_reward": rejected}
+        means = {"loss": output.losses.mean(), "rewards/chosen": chosen, "rewards/rejected": rejected}
         return {name: float(value) for name, value in means.items()} | {
-            "margin": float(chosen - rejected),
-            "kl": float(point),
+            "rewards/margins": float(chosen - rejected),
+            "kto/z": float(point),
         }
 
 

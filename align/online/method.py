@@ -178,7 +178,10 @@ class OnlineRL:
         """
         run = self.ctx.run
         recorded = run.record.get("metrics", {})
-        if self.held_out_evaluation is not None and f"{HELD_OUT_PREFIX}reward_{when}" not in recorded:
+        if (
+            self.held_out_evaluation is not None
+            and f"{HELD_OUT_PREFIX}objective/reward_{when}" not in recorded
+        ):
             with self.ctx.timed("held_out"):
                 metrics = self._held_out_metrics()
             for name, value in metrics.items():

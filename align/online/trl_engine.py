@@ -26,11 +26,11 @@ from finetune.data.tokens import Encoder
 from finetune.training.base_trainer import log_held_out
 
 ONLINE_METRIC_NAMES = {
-    "reward": "reward",
-    "reward_std": "reward_deviation",
-    "entropy": "entropy",
-    "completions/mean_length": "length",
-    "frac_reward_zero_std": "equal_groups",
+    "reward": "objective/reward",
+    "reward_std": "objective/reward_std",
+    "entropy": "policy/entropy",
+    "completions/mean_length": "val/completion_length",
+    "frac_reward_zero_std": "objective/frac_reward_zero_std",
 }
 """TRL's metric names -> ours."""
 TRUNCATED_FRACTION, KL_PER_TOKEN = "completions/clipped_ratio", "kl"
@@ -48,10 +48,12 @@ class RenameOnlineMetrics(Trainer):  # type: ignore[misc]
             ONLINE_METRIC_NAMES.get(name, name): value for name, value in logs.items() if value is not None
         }
         if TRUNCATED_FRACTION in renamed:
-            renamed["ends"] = 1 - renamed[TRUNCATED_FRACTION]
+            renamed["val/eos_rate"] = 1 - renamed[TRUNCATED_FRACTION]
         if KL_PER_TOKEN in renamed:
             # TRL logs it per token; ours is per completion, as in PPO.
-            renamed["kl"] = renamed[KL_PER_TOKEN] * renamed["length"]
+            renamed["objective/kl_per_completion"] = (
+                renamed.pop(KL_PER_TOKEN) * renamed["val/completion_length"]
+            )
         super().log(renamed, start_time)
 
 
@@ -94,7 +96,7 @@ class TRLRewardFunction:
 
 def reward_metric_name(name: str) -> str:
     """Return the metric name of a single reward in metrics.jsonl."""
-    return f"reward_{name}"
+    return f"rewards/{name}"
 
 
 class OnlineRLOOTrainer(RLOOTrainer, RenameOnlineMetrics):  # type: ignore[misc]

@@ -74,16 +74,18 @@ def _stage_context(
 ) -> dict[str, Any]:
     """Return the template context of a stage."""
     recipe = pipeline.recipes[entry.name]
-    summary = result.record["headline"]
+    summary = result.record["summary"]
     return {
         "name": entry.name,
         "title": entry.title,
         "summary": plugin_summary(stage_names()[entry.stage], entry.stage),
         "description": recipe.description,
-        "start": entry.init_from or f"base {recipe.settings.model.base}",
+        "init_from": entry.init_from or f"base {recipe.settings.model.base}",
         "rewards": entry.rewards,
         "time": format_duration(folder.record["stages"][entry.name]["seconds"]),
-        "headline": {label: value for label, value in summary.items() if label not in HIDDEN_SUMMARY_ENTRIES},
+        "summary_metrics": {
+            label: value for label, value in summary.items() if label not in HIDDEN_SUMMARY_ENTRIES
+        },
         "run": str(result.directory),
         "page": Path(os.path.relpath(result.directory / REPORT_FILE, folder.path)).as_posix(),
         "body": _report_body(result.directory / REPORT_FILE),

@@ -133,10 +133,10 @@ def _record_status(
         text = str(stop) or "stopped; run the same command to resume"
         raise Interrupted(_stop_message(pipeline, entry, text)) from stop
     except NotFiniteError as error:
-        set_status("failed", reason=str(error))
+        set_status("failed", error=str(error))
         raise NotFiniteError(_stop_message(pipeline, entry, str(error))) from error
     except UserError as error:
-        set_status("failed", reason=str(error))
+        set_status("failed", error=str(error))
         if first:
             folder.remove_if_new()
         raise UserError([entry.with_stage_name(problem) for problem in error.problems]) from error

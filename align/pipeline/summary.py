@@ -48,7 +48,7 @@ def print_pipeline_result(result: PipelineResult) -> None:
     for name, stage in result.stages.items():
         seconds = result.record["stages"][name]["seconds"]
         console.print(f"\n[bold]{name}[/]  {stage.directory}  {format_duration(seconds)}", highlight=False)
-        for label, value in stage.record["headline"].items():
+        for label, value in stage.record["summary"].items():
             if label not in HIDDEN_SUMMARY_ENTRIES:
                 console.print(f"  {label}: [bold]{escape(value)}[/]", highlight=False)
     if result.samples:
@@ -56,7 +56,7 @@ def print_pipeline_result(result: PipelineResult) -> None:
     total = sum(stage["seconds"] for stage in result.record["stages"].values())
     console.print(f"total time: {format_duration(total)}", highlight=False)
     last = result.last.directory
-    next_command = f"score {last} FILE.jsonl" if "heads" in result.last.record["load"] else f"chat {last}"
+    next_command = f"score {last} FILE.jsonl" if "heads" in result.last.record["reload"] else f"chat {last}"
     console.print(
         f"result   {result.last.adapter}\nreport   {result.directory / REPORT_FILE}\n"
         f"next     [bold]llm-align {next_command}[/]",

@@ -98,7 +98,7 @@ def _measured_rates(recipe: Recipe, workload: Workload, device: Device) -> dict[
         record = read_run_record(folder)
         if record.get("status") != FINISHED or is_outdated(record):
             continue
-        load, hardware = record.get("load", {}), record.get("hardware", {})
+        load, hardware = record.get("reload", {}), record.get("hardware", {})
         recorded = (
             record.get("stage"),
             load.get("model", {}).get("base"),

@@ -37,14 +37,14 @@ def diagnose_ppo(metrics: RunMetrics, completions: Sequence[tuple[str, str]]) ->
 
 def _before_and_after(metrics: RunMetrics, metric: str) -> tuple[float, float] | None:
     """Return a held-out metric before and after training."""
-    keys = [f"held_out_{metric}_{when}" for when in ("before", "after")]
+    keys = [f"eval/{metric}_{when}" for when in ("before", "after")]
     if any(key not in metrics for key in keys):
         return None
     return metrics[keys[0]], metrics[keys[1]]
 
 
 def _reward_gain(metrics: RunMetrics) -> Finding | None:
-    reward = _before_and_after(metrics, "reward")
+    reward = _before_and_after(metrics, "objective/reward")
     if reward is None:
         return None
     before, after = reward
@@ -56,13 +56,11 @@ def _reward_gain(metrics: RunMetrics) -> Finding | None:
 
 
 def _grader_change(metrics: RunMetrics) -> Finding | None:
-    names = [
-        name for name in metrics if name.startswith(f"held_out_{GOLD_PREFIX}") and name.endswith("_before")
-    ]
+    names = [name for name in metrics if name.startswith(f"eval/{GOLD_PREFIX}") and name.endswith("_before")]
     changes = []
     for name in names:
-        grader_key = name.removeprefix("held_out_").removesuffix("_before")
-        before, after = metrics[name], metrics[f"held_out_{grader_key}_after"]
+        grader_key = name.removeprefix("eval/").removesuffix("_before")
+        before, after = metrics[name], metrics[f"eval/{grader_key}_after"]
         changes.append((grader_key.removeprefix(GOLD_PREFIX), before, after))
     if not changes:
         return None
@@ -76,7 +74,7 @@ def _grader_change(metrics: RunMetrics) -> Finding | None:
 
 
 def _kl_to_reference(metrics: RunMetrics) -> Finding | None:
-    kl = _before_and_after(metrics, "kl")
+    kl = _before_and_after(metrics, "objective/kl_per_completion")
     if kl is None:
         return None
     after = kl[1]
@@ -91,7 +89,7 @@ def _kl_to_reference(metrics: RunMetrics) -> Finding | None:
 
 
 def _reference_perplexity(metrics: RunMetrics) -> Finding | None:
-    perplexity = _before_and_after(metrics, "perplexity")
+    perplexity = _before_and_after(metrics, "val/ref_perplexity")
     if perplexity is None:
         return None
     before, after = perplexity
@@ -102,7 +100,10 @@ def _reference_perplexity(metrics: RunMetrics) -> Finding | None:
 
 
 def _length_change(metrics: RunMetrics) -> Finding | None:
-    length, eos_rate = _before_and_after(metrics, "length"), _before_and_after(metrics, "ends")
+    length, eos_rate = (
+        _before_and_after(metrics, "val/completion_length"),
+        _before_and_after(metrics, "val/eos_rate"),
+    )
     if length is None or eos_rate is None:
         return None
     before, after = length
@@ -124,7 +125,10 @@ def _length_change(metrics: RunMetrics) -> Finding | None:
 
 
 def _diversity(metrics: RunMetrics) -> Finding | None:
-    entropy, unique_fraction = _before_and_after(metrics, "entropy"), _before_and_after(metrics, "distinct")
+    entropy, unique_fraction = (
+        _before_and_after(metrics, "policy/entropy"),
+        _before_and_after(metrics, "val/unique_fraction"),
+    )
     if entropy is None or unique_fraction is None:
         return None
     evidence = (
@@ -140,7 +144,10 @@ def _diversity(metrics: RunMetrics) -> Finding | None:
 
 
 def _update_health(metrics: RunMetrics) -> Finding | None:
-    clip_frac, explained_variance = metrics.get("clipped_after"), metrics.get("explained_variance_after")
+    clip_frac, explained_variance = (
+        metrics.get("policy/clip_frac_after"),
+        metrics.get("value/explained_variance_after"),
+    )
     if clip_frac is None or explained_variance is None:
         return None
     evidence = f"clip fraction {clip_frac:.1%}, explained variance of the value {explained_variance:.0%}"

@@ -104,7 +104,7 @@ def _build_value_model(settings: Settings, base: PreTrainedModel, pad_token_id: 
             load_adapter_weights(value_model, parent_adapter, new_modules=(SCORE_HEAD,))
         return value_model, 0
     run, score = init_run
-    heads = read_finished_record(run)["load"]["heads"]
+    heads = read_finished_record(run)["reload"]["heads"]
     adapter_content = yaml_file.read_yaml(run / "recipe.yaml")[0]["adapter"]
     value_adapter = continued_settings(
         adapter_settings(adapter_content["method"]).model_validate(adapter_content)

@@ -44,14 +44,14 @@ from finetune.training.text_encoding import TextEncoding
 
 PPO_FIRST_LAST_METRICS = (
     "loss",
-    "reward",
-    "score",
-    "kl",
-    "entropy",
-    "length",
-    "ends",
-    "clipped",
-    "explained_variance",
+    "objective/reward",
+    "objective/shaped_reward",
+    "objective/kl_per_completion",
+    "policy/entropy",
+    "val/completion_length",
+    "val/eos_rate",
+    "policy/clip_frac",
+    "value/explained_variance",
 )
 """Training metrics that run.json records for the first and the last rollouts."""
 RATIO_TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
@@ -212,7 +212,7 @@ class PPO:
         assert isinstance(trainer, PPOTrainer)
         run = self.ctx.run
         # A resumed run does not repeat an evaluation that is recorded.
-        if trainer.held_out_prompts and f"{HELD_OUT_PREFIX}reward_{when}" not in run.record.get(
+        if trainer.held_out_prompts and f"{HELD_OUT_PREFIX}objective/reward_{when}" not in run.record.get(
             "metrics", {}
         ):
             with self.ctx.timed("held_out"):
@@ -236,7 +236,7 @@ class PPO:
         findings = diagnostics.diagnose_ppo(run.record["metrics"], completions)
         for finding in findings:
             self.ctx.log(finding.format_line())
-        run.update(panel=[finding.record() for finding in findings])
+        run.update(diagnostics=[finding.record() for finding in findings])
 
     def _build_rollouts(self, micro_batch_size: int) -> Rollouts:
         sampling, encoder = self.settings.sampling, self.text.encoder
@@ -270,7 +270,10 @@ class PPO:
         run = self.ctx.run
         metrics = run.record["metrics"]
         before = {name.removesuffix("_before"): value for name, value in metrics.items() if "_before" in name}
-        entries = [before, *(entry for entry in run.metrics() if f"{HELD_OUT_PREFIX}reward" in entry)]
+        entries = [
+            before,
+            *(entry for entry in run.metrics() if f"{HELD_OUT_PREFIX}objective/reward" in entry),
+        ]
         return [
             {name.removeprefix(HELD_OUT_PREFIX): value for name, value in entry.items()} for entry in entries
         ]
@@ -310,7 +313,7 @@ class PPO:
 
     def _log_stop(self, reason: str) -> None:
         self.ctx.log(reason)
-        self.ctx.run.update(stopped=reason)
+        self.ctx.run.update(stop_reason=reason)
 
 
 RATIO_CHECK = "ratio"

@@ -19,7 +19,7 @@ def value_metrics(
     """Return the explained variance: 1 perfect, 0 as good as a constant; empty if all returns are equal."""
     mask_CT = token_mask(lengths_C, values_CT.shape[1])
     variance_explained = float(explained_variance(values_CT, returns_CT, mask_CT))
-    return {"explained_variance": variance_explained} if isfinite(variance_explained) else {}
+    return {"value/explained_variance": variance_explained} if isfinite(variance_explained) else {}
 
 
 def approx_kl(old_logps_CT: torch.Tensor, logps_CT: torch.Tensor, mask_CT: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.ppo.settings import StopSettings
 
-GOLD_PREFIX = "gold_"
+GOLD_PREFIX = "gold/"
 """Metric prefix of the graders: the gold reward, which the run does not maximize."""
 MIN_LENGTH_REWARD_CORRELATION = 0.3
 """Correlation of length and reward above which longer completions count as length hacking."""
@@ -18,35 +18,41 @@ Metrics = Mapping[str, float]
 def stop_reason(first: Metrics, current: Metrics, rules: StopSettings) -> str:
     """Return the reason to stop, from the metrics of the first and the current rollout; empty to continue.
 
-    >>> rules, sound = StopSettings(), {"kl": 1.0, "entropy": 2.0, "ends": 1.0, "length": 9.0}
+    >>> rules, sound = StopSettings(), {
+    ...     "objective/kl_per_completion": 1.0, "policy/entropy": 2.0, "val/eos_rate": 1.0,
+    ...     "val/completion_length": 9.0,
+    ... }
     >>> stop_reason(sound, sound, rules)
     ''
-    >>> stop_reason(sound, {**sound, "entropy": 0.01}, rules).split(',')[0]
+    >>> stop_reason(sound, {**sound, "policy/entropy": 0.01}, rules).split(',')[0]
     'collapsed: entropy fell from 2.000 to 0.010 nats per token'
     """
     if (
         rules.min_entropy_ratio is not None
-        and current["entropy"] < rules.min_entropy_ratio * first["entropy"]
+        and current["policy/entropy"] < rules.min_entropy_ratio * first["policy/entropy"]
     ):
-        change = f"from {first['entropy']:.3f} to {current['entropy']:.3f} nats per token"
+        change = f"from {first['policy/entropy']:.3f} to {current['policy/entropy']:.3f} nats per token"
         bound = f"stop.min_entropy_ratio ({rules.min_entropy_ratio:g})"
         return f"collapsed: entropy fell {change}, below {bound} of the start"
     # A policy that never ended with EOS has not collapsed: the rate must have been above the bound.
-    if rules.min_eos_rate is not None and current["ends"] < rules.min_eos_rate <= first["ends"]:
-        eos_rates = (
-            f"{current['ends']:.1%} of the completions end with EOS, {first['ends']:.1%} did at the start"
-        )
+    if (
+        rules.min_eos_rate is not None
+        and current["val/eos_rate"] < rules.min_eos_rate <= first["val/eos_rate"]
+    ):
+        now, before = current["val/eos_rate"], first["val/eos_rate"]
+        eos_rates = f"{now:.1%} of the completions end with EOS, {before:.1%} did at the start"
         return f"collapsed: {eos_rates} (stop.min_eos_rate {rules.min_eos_rate:g})"
-    if rules.max_kl is not None and current["kl"] > rules.max_kl:
-        bound = f"stop.max_kl ({rules.max_kl:g})"
-        return f"KL to the reference: {current['kl']:.2f} nats per completion, above {bound}"
+    if rules.max_kl is not None and current["objective/kl_per_completion"] > rules.max_kl:
+        kl = f"{current['objective/kl_per_completion']:.2f} nats per completion"
+        return f"KL to the reference: {kl}, above stop.max_kl ({rules.max_kl:g})"
     # Longer completions alone are no hacking: length itself must be rewarded.
     is_longer = (
-        rules.max_length_ratio is not None and current["length"] > rules.max_length_ratio * first["length"]
+        rules.max_length_ratio is not None
+        and current["val/completion_length"] > rules.max_length_ratio * first["val/completion_length"]
     )
-    if is_longer and current["length_reward"] > MIN_LENGTH_REWARD_CORRELATION:
-        growth = f"from {first['length']:.1f} to {current['length']:.1f} tokens"
-        correlation = f"length and reward correlate with r = {current['length_reward']:.2f}"
+    if is_longer and current["val/length_reward_corr"] > MIN_LENGTH_REWARD_CORRELATION:
+        growth = f"from {first['val/completion_length']:.1f} to {current['val/completion_length']:.1f} tokens"
+        correlation = f"length and reward correlate with r = {current['val/length_reward_corr']:.2f}"
         bound = f"stop.max_length_ratio {rules.max_length_ratio:g}"
         return f"length hacking: completions grew {growth}, and {correlation} ({bound})"
     return ""
@@ -67,11 +73,16 @@ def over_optimization_reason(history: Sequence[Metrics], rules: StopSettings) ->
     for name in (name for name in current if name.startswith(GOLD_PREFIX)):
         best = max(history, key=lambda measures: measures[name])
         # Against its best, not the start: grader and reward may first rise together.
-        if best[name] - current[name] > rules.max_gold_drop and current["reward"] > best["reward"]:
+        if (
+            best[name] - current[name] > rules.max_gold_drop
+            and current["objective/reward"] > best["objective/reward"]
+        ):
             grader_change = (
                 f"grader '{name.removeprefix(GOLD_PREFIX)}' fell from {best[name]:.3f} to {current[name]:.3f}"
             )
-            reward_change = f"the reward rose from {best['reward']:.3f} to {current['reward']:.3f}"
+            reward_change = (
+                f"the reward rose from {best['objective/reward']:.3f} to {current['objective/reward']:.3f}"
+            )
             rule = f"stop.max_gold_drop {rules.max_gold_drop:g}"
             return f"over-optimized: {grader_change} while {reward_change} ({rule})"
     return ""
@@ -108,7 +119,7 @@ class RewardHackingStop(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Check the metrics of a new rollout."""
         # The KL coefficient is logged with a new rollout only.
-        if logs and "kl_coefficient" in logs:
+        if logs and "objective/kl_coef" in logs:
             self._stop(stop_reason(self.first_metrics(), logs, self.rules), state, control)
 
     def on_evaluate(

@@ -22,7 +22,7 @@ from finetune.distributed.collectives import all_gather_object, shard
 from finetune.distributed.rank import dist_info
 from finetune.training.base_trainer import BaseTrainer, log_held_out
 
-HELD_OUT_PREFIX = "held_out_"
+HELD_OUT_PREFIX = "eval/"
 EVAL_ROLLOUT_INDEX = -1
 """Rollout index of the held-out completions: always the same seed, and no rollout's."""
 
@@ -166,11 +166,13 @@ class PPOTrainer(BaseTrainer):
         ppo_state.rollout = experience.build_rollout(prompt_indices, completions, tensors)
         rollout_metrics = completion_metrics(completions) | kl_metrics(completions, stats)
         rollout_metrics |= metrics.value_metrics(stats.values, tensors.returns, completions.lengths)
-        rollout_metrics |= {"score": float(rewards.mean()), "kl_coefficient": kl_coef}
-        rollout_metrics |= {f"seconds_{work}": value for work, value in rollouts.seconds.items()}
+        rollout_metrics |= {"objective/shaped_reward": float(rewards.mean()), "objective/kl_coef": kl_coef}
+        rollout_metrics |= {f"time/{work}": value for work, value in rollouts.seconds.items()}
         rollouts.seconds.clear()
         # After the advantages: this rollout was penalized with the coefficient before.
-        ppo_state.kl_controller = ppo_state.kl_controller.updated(rollout_metrics["kl"], len(prompt_indices))
+        ppo_state.kl_controller = ppo_state.kl_controller.updated(
+            rollout_metrics["objective/kl_per_completion"], len(prompt_indices)
+        )
         # The first rollout stays the baseline of the stop rules.
         ppo_state.pending_metrics, ppo_state.first_metrics = (
             rollout_metrics,
@@ -259,11 +261,11 @@ class PPOTrainer(BaseTrainer):
         # Adds up over micro-batches and ranks to the mean over the tokens of the step.
         self.ppo_state.approx_kl += float(self.accelerator.reduce(approx_kl_CT.sum() / num_tokens, "sum"))
         per_token = {
-            "policy_loss": policy.losses,
-            "value_loss": value.losses,
-            "ratio": policy.ratios,
-            "clipped": policy.clipped.float(),
-            "step_kl": approx_kl_CT,
+            "loss/policy": policy.losses,
+            "loss/value": value.losses,
+            "policy/ratio": policy.ratios,
+            "policy/clip_frac": policy.clipped.float(),
+            "policy/approx_kl": approx_kl_CT,
         }
         self.token_metrics.add(per_token, mask_CT)
         # Only in the first minibatch of a rollout: after its update the ratios are no longer 1.

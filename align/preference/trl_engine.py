@@ -37,12 +37,14 @@ USE_NATIVE_ENGINE = "train.engine=native"
 REFERENCE_ADAPTER = "ref"
 """The name of TRL's reference copy of the adapter, which precomputed log-probabilities make unnecessary."""
 PREFERENCE_METRIC_NAMES = {
-    "rewards/chosen": "chosen_reward",
-    "rewards/rejected": "rejected_reward",
-    "rewards/margins": "margin",
-    "rewards/accuracies": "accuracy",
+    "kl": "kto/z",
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "mean_reward": "rewards/mean",
 }
-"""TRL's metric names -> ours. A tie counts as 0 in TRL's accuracy."""
+"""Names of KTOTrainer and RewardTrainer -> ours; others are the same. A tie counts as 0 in TRL's accuracy."""
+SUMMED_METRICS = ("logps/chosen", "logps/rejected")
+"""Sums over a completion in TRL; our metrics of these names are means per token, so TRL's are not logged."""
 PLACEHOLDER_FOLDER = "first-rows"
 """Temporary folder of the placeholder rows while a trainer is built."""
 DISABLE_TQDM_ENV = "TQDM_DISABLE"
@@ -131,7 +133,12 @@ class RenamePreferenceMetrics(Trainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(
-            {PREFERENCE_METRIC_NAMES.get(name, name): value for name, value in logs.items()}, start_time
+            {
+                PREFERENCE_METRIC_NAMES.get(name, name): value
+                for name, value in logs.items()
+                if name not in SUMMED_METRICS
+            },
+            start_time,
         )
 
 

@@ -136,7 +136,7 @@ class RejectionSampling:
         """Evaluate on held-out prompts after a round (0: before training), unless recorded already."""
         held_out, run = self.data.held_out, self.ctx.run
         entry = run.record.get("rounds", {}).get(str(round_index), {})
-        if held_out is not None and "held_out_reward" not in entry:
+        if held_out is not None and "eval/objective/reward" not in entry:
             entry = {**entry, **self._held_out_metrics(held_out, round_index)}
             run.update(rounds={str(round_index): entry})
         when = {0: "before", len(self.rounds): "after"}.get(round_index)
@@ -216,15 +216,16 @@ class RejectionSampling:
         selected = self.selected[round_index]
         entry = {
             "prompts": len(self._round_prompts(round_index)),
-            "replies": len(candidates),
-            "ends": float(np.mean([candidate.ended_with_eos for candidate in candidates])),
-            "reward": float(np.mean([candidate.reward for candidate in candidates])),
+            "completions": len(candidates),
+            "val/eos_rate": float(np.mean([candidate.ended_with_eos for candidate in candidates])),
+            "objective/reward": float(np.mean([candidate.reward for candidate in candidates])),
             "chosen": len(selected),
-            "chosen_reward": float(np.mean([candidate.reward for candidate in selected])),
+            "objective/chosen_reward": float(np.mean([candidate.reward for candidate in selected])),
         }
         self.ctx.log(
-            f"round {round_index}: mean reward {entry['reward']:.3f} over {entry['replies']} completions, "
-            f"{entry['chosen_reward']:.3f} over the {entry['chosen']} selected; EOS rate {entry['ends']:.1%}"
+            f"round {round_index}: mean reward {entry['objective/reward']:.3f} "
+            f"over {entry['completions']} completions, {entry['objective/chosen_reward']:.3f} "
+            f"over the {entry['chosen']} selected; EOS rate {entry['val/eos_rate']:.1%}"
         )
         return entry
 
@@ -312,13 +313,13 @@ class RejectionSampling:
             )
         rewards = np.array([candidate.reward for candidate in candidates])
         metrics = {
-            "reward": float(rewards.mean()),
-            "best": mean_best_of_n(rewards.reshape(-1, num_generations)),
-            "ends": float(np.mean([candidate.ended_with_eos for candidate in candidates])),
+            "objective/reward": float(rewards.mean()),
+            "objective/best_of_n_reward": mean_best_of_n(rewards.reshape(-1, num_generations)),
+            "val/eos_rate": float(np.mean([candidate.ended_with_eos for candidate in candidates])),
         }
         if len(self.settings.rewards.sources) > 1:
             for name in self.policies.rewards.names:
-                metrics[f"reward_{name}"] = float(
+                metrics[f"rewards/{name}"] = float(
                     np.mean([candidate.by_source[name] for candidate in candidates])
                 )
         conversations = [

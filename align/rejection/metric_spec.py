@@ -6,18 +6,18 @@ from typing import Any
 from align.rejection.settings import Settings
 from finetune.training.metric_specs import Diagnostics, MetricSpec
 
-HELD_OUT_PREFIX = "held_out_"
-GOLD_PREFIX = "judged_"
+HELD_OUT_PREFIX = "eval/"
+GOLD_PREFIX = "gold/"
 ROUND_COLUMNS = {
     "prompts": ("prompts", ",d"),
-    "replies": ("completions", ",d"),
-    "ends": ("EOS rate", ".1%"),
-    "reward": ("mean reward", ".3f"),
+    "completions": ("completions", ",d"),
+    "val/eos_rate": ("EOS rate", ".1%"),
+    "objective/reward": ("mean reward", ".3f"),
     "chosen": ("selected", ",d"),
-    "chosen_reward": ("mean reward of selected", ".3f"),
+    "objective/chosen_reward": ("mean reward of selected", ".3f"),
     "rows": ("training rows", ",d"),
-    "held_out_reward": ("held-out reward after", ".3f"),
-    "held_out_best": ("held-out best of n", ".3f"),
+    "eval/objective/reward": ("held-out reward after", ".3f"),
+    "eval/objective/best_of_n_reward": ("held-out best of n", ".3f"),
 }
 """Key of a round's entry in run.json -> column title and format."""
 
@@ -28,22 +28,22 @@ def rejection_metric_spec(settings: Settings) -> MetricSpec:
     reward_names = [source.metric_name for source in settings.rewards.sources]
     curves = {
         "loss": "training loss (nats per trained token)",
-        "reward": "reward of completions (mean)",
-        "chosen_reward": "reward of selected completions (mean)",
-        "held_out_reward": "held-out reward of completions (mean)",
-        "held_out_best": f"held-out reward, best of {num_generations} (mean)",
-        "held_out_ends": "held-out EOS rate",
+        "objective/reward": "reward of completions (mean)",
+        "objective/chosen_reward": "reward of selected completions (mean)",
+        "eval/objective/reward": "held-out reward of completions (mean)",
+        "eval/objective/best_of_n_reward": f"held-out reward, best of {num_generations} (mean)",
+        "eval/val/eos_rate": "held-out EOS rate",
     }
     if len(reward_names) > 1:
-        curves |= {f"{HELD_OUT_PREFIX}reward_{name}": f"held-out reward: {name}" for name in reward_names}
+        curves |= {f"{HELD_OUT_PREFIX}rewards/{name}": f"held-out reward: {name}" for name in reward_names}
     grader_curves = {
         f"{HELD_OUT_PREFIX}{GOLD_PREFIX}{name}": f"grader: {name} (completions)"
         for name in settings.evaluate.graders
     }
     summary = {
-        "held_out_reward": ("held-out reward", ".3f"),
-        "held_out_best": (f"held-out reward, best of {num_generations}", ".3f"),
-        "held_out_ends": ("held-out EOS rate", ".1%"),
+        "eval/objective/reward": ("held-out reward", ".3f"),
+        "eval/objective/best_of_n_reward": (f"held-out reward, best of {num_generations}", ".3f"),
+        "eval/val/eos_rate": ("held-out EOS rate", ".1%"),
         **{key: (title, ".3f") for key, title in grader_curves.items()},
     }
     return MetricSpec(curves=curves | grader_curves, summary=summary, diagnostics=rounds_diagnostics)
@@ -59,7 +59,7 @@ def rounds_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
         if key.startswith(HELD_OUT_PREFIX + GOLD_PREFIX)
     }
     columns = ROUND_COLUMNS | {
-        key: (f"{name.replace('_', ': ', 1)} after", ".3f") for key, name in grader_names.items()
+        key: (f"{name.replace('/', ': ', 1)} after", ".3f") for key, name in grader_names.items()
     }
     present = {key: column for key, column in columns.items() if key in keys}
     rows = [["round", *(title for title, _ in present.values())]]

@@ -17,7 +17,7 @@ PLOT_COLORS = {"chosen": "#2b8a3e", "rejected": "#c92a2a", "before": "#adb5bd", 
 
 def reward_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
     """Return the tables and figures of run.json; empty without held-out comparisons."""
-    comparisons = record.get("comparisons", {})
+    comparisons = record.get("preference_data", {})
     if "after" not in comparisons:
         return Diagnostics()
     table_rows: list[Sequence[str]] = [TABLE_HEADER]
@@ -37,12 +37,12 @@ def reward_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
         f"scores {name}": _score_histogram(part_metrics, name) for name, part_metrics in heads.items()
     }
     normalization_rows: list[Sequence[str]] = [("head", "mean", "std", "completions")]
-    for name, normalization in record["normalisation"].items():
+    for name, normalization in record["reward_normalization"].items():
         normalization_rows.append(
             (
                 name,
                 f"{normalization['mean']:.3f}",
-                f"{normalization['deviation']:.3f}",
+                f"{normalization['std']:.3f}",
                 str(normalization["completions"]),
             )
         )
@@ -74,8 +74,11 @@ def _reliability_figure(comparisons: Mapping[str, Any]) -> Figure:
     axes.plot([0.5, 1], [0.5, 1], color="#868e96", linewidth=1, linestyle=":")
     for when in ("before", "after"):
         curve = comparisons[when]["all"]["reliability"]
-        confidence, accuracy = [point["said"] for point in curve], [point["right"] for point in curve]
-        marker_sizes = [200 * point["share"] + 4 for point in curve]
+        confidence, accuracy = (
+            [point["confidence"] for point in curve],
+            [point["accuracy"] for point in curve],
+        )
+        marker_sizes = [200 * point["fraction"] + 4 for point in curve]
         axes.plot(confidence, accuracy, color=PLOT_COLORS[when], linewidth=1.2, label=when)
         axes.scatter(confidence, accuracy, s=marker_sizes, color=PLOT_COLORS[when], alpha=0.7)
     axes.set(xlabel="confidence: predicted probability of the model's order", ylim=(-0.02, 1.05))
@@ -85,7 +88,7 @@ def _reliability_figure(comparisons: Mapping[str, Any]) -> Figure:
 
 def _score_histogram(metrics: Mapping[str, Any], name: str) -> Figure:
     figure, axes = _axes(f"Scores of held-out completions {name}".rstrip())
-    bin_edges = metrics["histogram"]["borders"]
+    bin_edges = metrics["histogram"]["bin_edges"]
     for kind in ("chosen", "rejected"):
         counts = metrics["histogram"][kind]
         axes.stairs(counts, bin_edges, fill=True, alpha=0.45, color=PLOT_COLORS[kind], label=kind)

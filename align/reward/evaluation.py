@@ -21,7 +21,7 @@ from finetune.training.samples import evenly_spaced
 
 NORMALIZATION_ROWS = 1000
 """Training comparisons for reward normalization: the standard error of the mean is then 3 % of the std."""
-HELD_OUT_METRICS = ("loss", "accuracy", "margin")
+HELD_OUT_METRICS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RewardEvaluator:
         assert self.data.held_out is not None
         scores = self._scores(self._all_groups(self.data.held_out))
         metrics = comparison_metrics(select_head_scores(scores, self.data.held_out, self.head_of_source))
-        return {f"held_out_{name}": metrics[name] for name in HELD_OUT_METRICS}
+        return {f"eval/{name}": metrics[key] for name, key in HELD_OUT_METRICS.items()}
 
     def record(self, run: RunDirectory, encoder: Encoder, when: str, *, samples: int) -> None:
         """Record held-out metrics and samples ``before`` or ``after`` training.
@@ -60,7 +60,7 @@ class RewardEvaluator:
             NotFiniteError: a score is NaN or infinite.
         """
         # A resumed run keeps the metrics of its first start: the model is no longer untrained.
-        if when == "before" and (when in run.record.get("comparisons", {}) or run.samples()):
+        if when == "before" and (when in run.record.get("preference_data", {}) or run.samples()):
             return
         held_out = self.data.held_out
         groups = self._all_groups(self.data.train if held_out is None else held_out)
@@ -78,13 +78,14 @@ class RewardEvaluator:
         if held_out is not None:
             comparison_metrics = self._comparison_metrics(scores, held_out)
             metrics = {
-                f"held_out_{name}_{when}": comparison_metrics["all"][name] for name in HELD_OUT_METRICS
+                f"eval/{name}_{when}": comparison_metrics["all"][key]
+                for name, key in HELD_OUT_METRICS.items()
             }
             metrics |= {
-                f"held_out_accuracy_{name}_{when}": head_metrics["accuracy"]
+                f"eval/rewards/accuracies/{name}_{when}": head_metrics["accuracy"]
                 for name, head_metrics in comparison_metrics["heads"].items()
             }
-            run.update(comparisons={when: comparison_metrics}, metrics=metrics)
+            run.update(preference_data={when: comparison_metrics}, metrics=metrics)
         self._write_samples(run, encoder, when, groups=groups, scores=scores, sample_indices=sample_indices)
 
     def record_normalization(self, run: RunDirectory) -> None:
@@ -115,8 +116,8 @@ class RewardEvaluator:
                         "train for more steps",
                     )
                 )
-            normalization[name] = {"mean": mean, "deviation": std, "completions": int(is_best.sum())}
-        run.update(normalisation=normalization)
+            normalization[name] = {"mean": mean, "std": std, "completions": int(is_best.sum())}
+        run.update(reward_normalization=normalization)
 
     def _scores(self, groups: list[TokenizedGroup]) -> FloatArray:
         """Return the scores of all completions, (C, heads); each rank scores its shard of the groups."""

@@ -87,7 +87,7 @@ class RewardModeling:
         self.preflight()
         metadata = policy_metadata(self.ctx, self.text, self.policy, self.data.report)
         settings, max_length = self.settings, self.text.max_length
-        metadata["load"] |= {
+        metadata["reload"] |= {
             "heads": settings.reward.heads,
             "pad_id": self.collator.pad_id,
             "max_length": max_length,

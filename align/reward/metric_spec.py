@@ -7,12 +7,12 @@ from finetune.training.metric_specs import MetricSpec
 
 REWARD_CURVES = {
     "loss": "training loss (nats per comparison)",
-    "accuracy": "accuracy (fraction of comparisons ranked correctly)",
-    "margin": "reward margin (better minus worse)",
-    "mean_reward": "mean reward",
-    "held_out_loss": "held-out loss",
-    "held_out_accuracy": "held-out accuracy",
-    "held_out_margin": "held-out margin",
+    "rewards/accuracies": "accuracy (fraction of comparisons ranked correctly)",
+    "rewards/margins": "reward margin (better minus worse)",
+    "rewards/mean": "mean reward",
+    "eval/loss": "held-out loss",
+    "eval/rewards/accuracies": "held-out accuracy",
+    "eval/rewards/margins": "held-out margin",
 }
 
 
@@ -20,10 +20,10 @@ def reward_metric_spec(settings: StageSettings) -> MetricSpec:
     """Return the curves and values to show for these heads."""
     assert isinstance(settings, Settings)
     summary = {
-        "held_out_accuracy": ("held-out accuracy", ".1%"),
-        "held_out_loss": ("held-out loss", ".3f"),
-        "held_out_margin": ("held-out margin", ".2f"),
+        "eval/rewards/accuracies": ("held-out accuracy", ".1%"),
+        "eval/loss": ("held-out loss", ".3f"),
+        "eval/rewards/margins": ("held-out margin", ".2f"),
     }
     heads = settings.reward.heads if len(settings.reward.heads) > 1 else []
-    summary |= {f"held_out_accuracy_{name}": (f"held-out accuracy, {name}", ".1%") for name in heads}
+    summary |= {f"eval/rewards/accuracies/{name}": (f"held-out accuracy, {name}", ".1%") for name in heads}
     return MetricSpec(curves=REWARD_CURVES, summary=summary, diagnostics=reward_diagnostics)

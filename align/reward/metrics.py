@@ -132,7 +132,7 @@ def calibration(margins: FloatArray, weights: FloatArray) -> tuple[float, list[d
         bin_confidence, bin_accuracy = (
             float(np.average(values[in_bin], weights=weights[in_bin])) for values in (confidence, correct)
         )
-        curve.append({"said": bin_confidence, "right": bin_accuracy, "share": bin_weight})
+        curve.append({"confidence": bin_confidence, "accuracy": bin_accuracy, "fraction": bin_weight})
         error += bin_weight * abs(bin_accuracy - bin_confidence)
     return error, curve
 
@@ -156,8 +156,8 @@ def histogram(chosen: FloatArray, rejected: FloatArray) -> dict[str, list[float]
     """Return histogram counts of both kinds of scores over common bin edges."""
     bin_edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=3 * NUM_BINS)
     counts = [np.histogram(values, bin_edges)[0].tolist() for values in (chosen, rejected)]
-    return {"borders": bin_edges.tolist(), "chosen": counts[0], "rejected": counts[1]}
+    return {"bin_edges": bin_edges.tolist(), "chosen": counts[0], "rejected": counts[1]}
 
 
 def _mean_and_std(values: FloatArray) -> dict[str, float]:
-    return {"mean": float(values.mean()), "deviation": float(values.std())}
+    return {"mean": float(values.mean()), "std": float(values.std())}

@@ -38,7 +38,7 @@ def check_data(
         )
     truncation = data_checks.report_truncation(
         num_rows=report.rows,
-        num_too_long=report.too_long,
+        num_too_long=report.num_too_long,
         trained_tokens=report.trained_tokens,
         lost_tokens=report.lost_tokens,
         max_length=max_length,

@@ -53,7 +53,7 @@ class ScoredRow:
         normalized_by_name = {
             name: values[0] if single else values for name, values in self.normalized.items()
         }
-        rewards = {**rewards_by_name, "normalised": normalized_by_name} if self.scores else None
+        rewards = {**rewards_by_name, "normalized": normalized_by_name} if self.scores else None
         winner = {"winner": self.winner} if self.preference.ordered and self.scores else {}
         return {**self.row.columns, "rewards": rewards, **winner}
 
@@ -134,7 +134,7 @@ def score_statistics(rows: Sequence[ScoredRow]) -> dict[str, Any]:
     }
     for name in scored_rows[0].scores:
         values = np.asarray([value for row in scored_rows for value in row.scores[name]])
-        moments = {"mean": values.mean(), "deviation": values.std(), "min": values.min(), "max": values.max()}
+        moments = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
         reward_statistics = {key: float(value) for key, value in moments.items()} | {
             "completions": len(values)
         }

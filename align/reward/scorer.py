@@ -167,7 +167,7 @@ def load_reward_model(run: Path, *, base: PreTrainedModel | None = None) -> Rewa
         UserError: not the folder of a finished reward model run.
     """
     record = read_finished_record(run)
-    saved: dict[str, Any] = record["load"]
+    saved: dict[str, Any] = record["reload"]
     if "heads" not in saved:
         actual, expected = f"a run of stage {record['stage']}", "a run of stage reward"
         raise UserError(
@@ -179,14 +179,14 @@ def load_reward_model(run: Path, *, base: PreTrainedModel | None = None) -> Rewa
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     max_positions = saved["max_length"] + saved["virtual_tokens"]
     one_per_row = bool(block_mask_unsupported(model.config, max_positions=max_positions))
-    normalization = record["normalisation"]
+    normalization = record["reward_normalization"]
     return RewardModel(
         model,
         Encoder(
             tokenizer, saved["template"], system=saved["system_prompt"], control_suffix=saved.get("wish", "")
         ),
         normalization={
-            name: (normalization[name]["mean"], normalization[name]["deviation"]) for name in saved["heads"]
+            name: (normalization[name]["mean"], normalization[name]["std"]) for name in saved["heads"]
         },
         rules=rules,
         length_limits=LengthLimits(saved["max_length"], saved["max_prompt_length"]),

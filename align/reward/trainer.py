@@ -40,7 +40,7 @@ class RewardTrainer(GroupTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the reward metrics averaged since the last log, together with the loss."""
         if "loss" in logs and self.group_metrics:
-            names = ("accuracy", "margin", "mean_reward")
+            names = ("rewards/accuracies", "rewards/margins", "rewards/mean")
             gathered = all_gather_object(torch.cat(self.group_metrics, dim=1).cpu())
             means = torch.cat(gathered, dim=1).nanmean(1).tolist()
             logs |= dict(zip(names, means, strict=True))

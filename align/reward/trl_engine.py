@@ -13,7 +13,12 @@ from trl import RewardConfig, RewardTrainer
 from align.preference.losses import metrics
 from align.preference.losses.reward import bradley_terry
 from align.preference.rows.dataset import PreferenceGroups
-from align.preference.trl_engine import batch_locations, locations_by_tokens, raise_if_not_finite
+from align.preference.trl_engine import (
+    RenamePreferenceMetrics,
+    batch_locations,
+    locations_by_tokens,
+    raise_if_not_finite,
+)
 from finetune.training.arguments import TrlConfigSpec
 from finetune.training.base_trainer import log_held_out
 from finetune.training.preflight.preserve_state import preserve_state
@@ -24,7 +29,7 @@ def reward_config_spec(*, center_rewards_coefficient: float) -> TrlConfigSpec:
     return TrlConfigSpec("RewardConfig", {"center_rewards_coefficient": center_rewards_coefficient or None})
 
 
-class RewardTrainerWithEval(RewardTrainer):  # type: ignore[misc]
+class RewardTrainerWithEval(RewardTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
     """TRL's RewardTrainer with our held-out metrics; a NaN loss reports its rows."""
 
     locations: Mapping[tuple[int, ...], str]
@@ -44,9 +49,7 @@ class RewardTrainerWithEval(RewardTrainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
-        return log_held_out(
-            self, {f"held_out_{key}": value for key, value in self.held_out_metrics().items()}
-        )
+        return log_held_out(self, {f"eval/{key}": value for key, value in self.held_out_metrics().items()})
 
     @torch.no_grad()
     def held_out_metrics(self) -> dict[str, float]:
@@ -63,8 +66,8 @@ class RewardTrainerWithEval(RewardTrainer):  # type: ignore[misc]
         chosen, rejected = (torch.cat([chunk[side] for chunk in score_chunks]) for side in (0, 1))
         return {
             "loss": float(bradley_terry(chosen, rejected).mean()),
-            "margin": float(metrics.margins(chosen, rejected).mean()),
-            "accuracy": float(metrics.accuracies(chosen, rejected).mean()),
+            "rewards/margins": float(metrics.margins(chosen, rejected).mean()),
+            "rewards/accuracies": float(metrics.accuracies(chosen, rejected).mean()),
         }
 
 

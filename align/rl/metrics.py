@@ -12,15 +12,15 @@ def completion_metrics(completions: ScoredCompletions) -> dict[str, float]:
     """Return means over completions: reward and its sources, length, EOS rate, unique fraction."""
     lengths_C = completions.lengths.double()
     by_source = {
-        f"reward_{name}": float(np.mean(scores)) for name, scores in completions.scores.by_source.items()
+        f"rewards/{name}": float(np.mean(scores)) for name, scores in completions.scores.by_source.items()
     }
     return {
-        "reward": float(np.mean(completions.scores.total)),
+        "objective/reward": float(np.mean(completions.scores.total)),
         **(by_source if len(by_source) > 1 else {}),
-        "length": float(lengths_C.mean()),
-        "ends": float(completions.ended_with_eos.double().mean()),
-        "distinct": len(set(completions.texts)) / len(completions.texts),
-        "length_reward": correlation(lengths_C.numpy(), np.asarray(completions.scores.total)),
+        "val/completion_length": float(lengths_C.mean()),
+        "val/eos_rate": float(completions.ended_with_eos.double().mean()),
+        "val/unique_fraction": len(set(completions.texts)) / len(completions.texts),
+        "val/length_reward_corr": correlation(lengths_C.numpy(), np.asarray(completions.scores.total)),
     }
 
 
@@ -32,9 +32,9 @@ def kl_metrics(completions: ScoredCompletions, stats: TokenStats) -> dict[str, f
     mask_CT = token_mask(completions.lengths, stats.logps.shape[1])
     kl = (stats.logps - stats.reference_logps).double().sum(1).mean()
     return {
-        "kl": float(kl),
-        "entropy": float(masked_mean(stats.entropies, mask_CT)),
-        "perplexity": float(torch.exp(-masked_mean(stats.reference_logps, mask_CT))),
+        "objective/kl_per_completion": float(kl),
+        "policy/entropy": float(masked_mean(stats.entropies, mask_CT)),
+        "val/ref_perplexity": float(torch.exp(-masked_mean(stats.reference_logps, mask_CT))),
     }
 
 

@@ -31,7 +31,7 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.training.context import RunContext
 from finetune.training.text_encoding import TextEncoding
 
-PROMPT_CACHE_FORMAT = 2
+PROMPT_CACHE_FORMAT = 3
 """Cache format version. Increment it when the content of a cached file changes, so old files are ignored."""
 MIN_PROMPT_TOKENS = 8
 """Minimum number of positions for a prompt."""
@@ -266,7 +266,7 @@ def _load_source(spec: SourceSpec, index: int, seed: int, report: DataReport) ->
         repair = f"check the rows above, or {'select more rows' if spec.select else NAME_PROMPT_COLUMN}"
         raise UserError(Problem(spec.key, actual, "rows with a user turn", repair))
     return MixtureComponent(
-        SourceReport(spec.name, layout.name, found=len(source_rows), usable=len(prompts)), prompts
+        SourceReport(spec.name, layout.name, num_read=len(source_rows), num_usable=len(prompts)), prompts
     )
 
 
@@ -330,7 +330,7 @@ def _encode_prompts(
             report.count(
                 f"longer than {max_prompt_length} tokens, {'dropped' if drop else 'truncated'}", location
             )
-            report.too_long += 1
+            report.num_too_long += 1
             report.lost_tokens += len(ids) - (0 if drop else max_prompt_length)
             if drop:
                 continue
@@ -368,7 +368,7 @@ def _prompt_cache_key(rows: Sequence[RawPrompt], encoder: Encoder, max_prompt_le
 def _raise_if_empty(key: str, purpose: str, prompts: Prompts, report: DataReport) -> None:
     if not len(prompts):
         actual = f"nothing {purpose}: {'; '.join(report.lines()[1:])}"
-        remedy = "data.overflow=truncate" if report.too_long else "choose another data.template"
+        remedy = "data.overflow=truncate" if report.num_too_long else "choose another data.template"
         raise UserError(Problem(key, actual, "prompts", f"check the rows above, or {remedy}"))
 
 

@@ -26,7 +26,7 @@ OVERFLOW_VERBS = {"truncate": "truncated", "drop": "dropped"}
 MAX_TRAIN_PROMPTS = 64
 """Number of training rows used as sample prompts where nothing is held out."""
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 """Version of the token cache: incremented when the meaning of a cached file changes."""
 
 
@@ -175,7 +175,7 @@ def _require_nonempty(where: str, purpose: str, rows: Sized, report: DataReport)
     if not len(rows):
         actual = f"no row {purpose}: {'; '.join(report.lines()[1:])}"
         mapping_repair = "map other columns: data.columns={instruction: Q, output: A}"
-        remedy = "raise data.max_length" if report.too_long else mapping_repair
+        remedy = "raise data.max_length" if report.num_too_long else mapping_repair
         repair = f"check the rows named above, or {remedy}"
         raise UserError(Problem(where, actual, "rows with an assistant reply", repair))
 
@@ -225,7 +225,7 @@ def load_or_encode(
     # A separate report, so that the cached counts are those of encoding alone.
     report.counts |= encode_report.counts
     report.examples |= encode_report.examples
-    report.too_long, report.lost_tokens = encode_report.too_long, encode_report.lost_tokens
+    report.num_too_long, report.lost_tokens = encode_report.num_too_long, encode_report.lost_tokens
     return arrays
 
 
@@ -239,7 +239,7 @@ def _load_cached(path: Path, report: DataReport) -> dict[str, np.ndarray] | None
         return None
     arrays, notes = cached_file
     report.counts, report.examples = notes["counts"], notes["examples"]
-    report.too_long, report.lost_tokens = notes["too_long"], notes["lost_tokens"]
+    report.num_too_long, report.lost_tokens = notes["num_too_long"], notes["lost_tokens"]
     return arrays
 
 
@@ -265,7 +265,7 @@ def _encode_conversations(
         row_mask = build_loss_mask(encoded.loss_mask, settings.loss_on)
         if len(encoded.input_ids) > max_length:
             report.count(f"longer than {max_length} tokens, {OVERFLOW_VERBS[settings.overflow]}", location)
-            report.too_long += 1
+            report.num_too_long += 1
             # Lost are trained tokens only: a truncated prompt costs nothing.
             report.lost_tokens += sum(row_mask[0 if settings.overflow == "drop" else max_length :])
             if settings.overflow == "drop":

@@ -145,7 +145,9 @@ def _load_component(
             f"check the rows named above, or {'loosen the select filters' if spec.select else mapping_repair}"
         )
         raise UserError(Problem(spec.key, actual, "rows with an assistant reply", repair))
-    return MixtureComponent(SourceReport(spec.name, layout, found=len(conversations), usable=len(rows)), rows)
+    return MixtureComponent(
+        SourceReport(spec.name, layout, num_read=len(conversations), num_usable=len(rows)), rows
+    )
 
 
 def _parse_source(spec: SourceSpec, index: int, seed: int) -> tuple[list[Conversation], str]:

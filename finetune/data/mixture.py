@@ -113,7 +113,7 @@ def _epoch_counts(
     max_rows = mixing.max_rows_without_repeats(sizes, rates)
     counts = mixing.allocate_rows(settings.epoch_rows or max_rows, rates)
     for component, rate in zip(components, rates, strict=True):
-        component.report.asked = rate
+        component.report.target_rate = rate
     names = [component.report.source for component in components]
     if settings.epoch_rows is None and max_rows < sum(sizes):
         first = names[int(np.argmin(np.divide(sizes, rates)))]

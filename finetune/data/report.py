@@ -9,9 +9,9 @@ class SourceReport:
 
     source: str
     layout: str
-    found: int
-    usable: int
-    asked: float = 1.0
+    num_read: int
+    num_usable: int
+    target_rate: float = 1.0
     rows: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -21,7 +21,7 @@ class SourceReport:
 class DataReport:
     """Counts of the data; no row is dropped or truncated without a count here.
 
-    ``too_long`` is the number of training rows above the maximum length, ``lost_tokens`` the number of
+    ``num_too_long`` is the number of training rows above the maximum length, ``lost_tokens`` the number of
     trained tokens that they lost. ``prompts``: the rows are prompts without replies (RL).
     """
 
@@ -31,7 +31,7 @@ class DataReport:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
-    too_long: int = 0
+    num_too_long: int = 0
     lost_tokens: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
@@ -63,6 +63,6 @@ class DataReport:
         token_share = source.trained_tokens / max(self.trained_tokens, 1)
         loss = "" if self.prompts else f", {token_share:.1%} of trained tokens"
         return (
-            f"  {source.asked:.1%} requested, {row_share:.1%} of rows{loss}: "
-            f"{source.rows} from {source.usable} usable rows of {source.source} ({source.layout})"
+            f"  {source.target_rate:.1%} requested, {row_share:.1%} of rows{loss}: "
+            f"{source.rows} from {source.num_usable} usable rows of {source.source} ({source.layout})"
         )

@@ -63,7 +63,7 @@ def parent_from_run(text: str, *, stage: str) -> ParentRun:
     record = read_finished_record(run)
     _check_generative(str(run), record["stage"], stage=stage)
     check_saved_files(run, record, where="model.init_from")
-    model_record, name = record["load"], _relative_folder(run)
+    model_record, name = record["reload"], _relative_folder(run)
     # The resolved recipe of the run, as its values may come from the command line.
     method = yaml_file.read_yaml(run / "recipe.yaml")[0]["adapter"]
     notes = [note] if note else []

@@ -70,7 +70,7 @@ def read_generative_record(run: Path) -> dict[str, Any]:
     """
     record = read_finished_record(run)
     # Only reward models have heads.
-    if "heads" in record["load"]:
+    if "heads" in record["reload"]:
         actual = "a reward model, which cannot generate text"
         repair = f"`llm-align score {run} FILE` scores the completions of a file"
         raise UserError(Problem(str(run), actual, "a run with a generative model", repair))
@@ -107,7 +107,9 @@ def find_run(name: str, *, where: str = "model.init_from") -> tuple[Path, str]:
     if not finished:
         read_finished_record(max(matches, key=lambda path: records[path].get("started", "")))
     names = {path.name for path in finished}
-    roots = [path for path in finished if records[path].get("start", {}).get("name") not in names] or finished
+    roots = [
+        path for path in finished if records[path].get("init_from", {}).get("name") not in names
+    ] or finished
     newest = max(roots, key=lambda path: records[path].get("finished", ""))
     note = f"'{name}' matches {len(finished)} finished runs; using the newest: {newest}"
     return newest, note if len(finished) > 1 else ""

@@ -22,6 +22,7 @@ from finetune.distributed.interrupts import NotFiniteError
 from finetune.distributed.rank import dist_info
 from finetune.distributed.sharding import is_sharded
 from finetune.training.adapter_hooks import AdapterCallback, scale_learning_rates
+from finetune.training.metrics import as_logged
 from finetune.training.save import write_adapter
 
 NO_HOOKS = Hooks()
@@ -187,10 +188,11 @@ def initial_param_groups(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def log_held_out(trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
-    """Log held-out metrics and call the callbacks' ``on_evaluate``."""
-    trainer.log(metrics)
+    """Log held-out metrics (``eval/...``) as ``eval_...``, call ``on_evaluate``; return what was logged."""
+    logged = {as_logged(name): value for name, value in metrics.items()}
+    trainer.log(logged)
     # on_evaluate clears control.should_evaluate; without it the trainer evaluates the same step twice.
     trainer.control = trainer.callback_handler.on_evaluate(
-        trainer.args, trainer.state, trainer.control, metrics
+        trainer.args, trainer.state, trainer.control, logged
     )
-    return metrics
+    return logged

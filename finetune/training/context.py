@@ -165,7 +165,7 @@ class RunContext:
                 self.run.update(status="interrupted")
                 raise
             except (NotFiniteError, UserError) as error:
-                self.run.update(status="failed", reason=str(error))
+                self.run.update(status="failed", error=str(error))
                 raise
             self._write_final_record()
         collectives.barrier()  # no rank may use the result before rank 0 has finished it
@@ -260,7 +260,7 @@ class RunContext:
             hardware={"device": self.hardware.device, "name": self.hardware.name},
             processes=self.dist.world_size,
             preflight=self.check_results,
-            **({"start": parent} if parent is not None else {}),
+            **({"init_from": parent} if parent is not None else {}),
             **metadata,
         )
         self.run.write("recipe.yaml", self.recipe.to_yaml(self.resolved))
@@ -275,7 +275,7 @@ class RunContext:
             "seconds": seconds,
             "peak_memory_bytes": max(peaks),
         }
-        self.run.record["headline"] = _summary(self.run.record, self.metric_spec.summary)
+        self.run.record["summary"] = _summary(self.run.record, self.metric_spec.summary)
         if self.dist.is_main:
             write_report(
                 self.run, self.metric_spec.logged_keys, self.metric_spec.diagnostics(self.run.record)

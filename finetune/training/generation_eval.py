@@ -44,9 +44,9 @@ class GenerationEval:
             UserError: a grader raised, returned no number, or skipped every prompt.
         """
         # A resumed run keeps the metrics that its first start recorded for the untrained model.
-        metric_names = [f"judged_{name}_{when}" for name in self.graders] + [f"skill_{when}"] * bool(
-            self.retention
-        )
+        metric_names = [f"eval/graders/{name}_{when}" for name in self.graders] + [
+            f"eval/retention_{when}"
+        ] * bool(self.retention)
         if when == "before" and set(metric_names) <= run.record.get("metrics", {}).keys():
             return
         metrics = {}
@@ -57,7 +57,7 @@ class GenerationEval:
                 for completion in generate([conversation[:-1] for conversation in self.prompts])
             ]
             for name, grader in self.graders.items():
-                metrics[f"judged_{name}_{when}"] = mean_grade(name, grader, prompts, completions)
+                metrics[f"eval/graders/{name}_{when}"] = mean_grade(name, grader, prompts, completions)
         if self.retention:
             completions = [
                 completion.text
@@ -67,14 +67,14 @@ class GenerationEval:
                 completion == conversation[-1].content
                 for completion, conversation in zip(completions, self.retention, strict=True)
             ]
-            metrics[f"skill_{when}"] = sum(correct) / len(correct)
+            metrics[f"eval/retention_{when}"] = sum(correct) / len(correct)
         run.update(metrics=metrics)
 
     @property
     def summary(self) -> dict[str, tuple[str, str]]:
         """Return the report's summary entries: metric -> (label, format)."""
-        grades = {f"judged_{name}": (f"grader: {name}", ".1%") for name in self.graders}
-        return grades | {"skill": ("retention: exact match", ".1%")}
+        grades = {f"eval/graders/{name}": (f"grader: {name}", ".1%") for name in self.graders}
+        return grades | {"eval/retention": ("retention: exact match", ".1%")}
 
 
 def mean_grade(name: str, grader: Grader, prompts: Sequence[str], completions: Sequence[str]) -> float:

@@ -30,7 +30,7 @@ def load_finished_run(run: Path) -> LoadedModel:
     Raises:
         UserError: the folder is not a finished run.
     """
-    saved: dict[str, Any] = read_generative_record(run)["load"]
+    saved: dict[str, Any] = read_generative_record(run)["reload"]
     settings = ModelSettings(**saved["model"])
     full_model = run / "model"
     if full_model.is_dir():

@@ -23,7 +23,7 @@ def merge_run(run: Path) -> Path:
     Raises:
         UserError: not a finished run, no adapter, or one that cannot be merged.
     """
-    saved = read_generative_record(run)["load"]
+    saved = read_generative_record(run)["reload"]
     adapter = run / "adapter"
     if not adapter.is_dir():
         raise UserError(

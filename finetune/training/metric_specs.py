@@ -44,11 +44,11 @@ class MetricSpec:
 
 
 SUPERVISED_METRICS = MetricSpec(
-    curves={"loss": "training loss (nats per trained token)", "held_out_loss": "held-out loss"},
+    curves={"loss": "training loss (nats per trained token)", "eval/loss": "held-out loss"},
     summary={
         "loss": ("training loss", ".3f"),
-        "held_out_loss": ("held-out loss", ".3f"),
-        "held_out_perplexity": ("held-out perplexity", ".1f"),
-        "exact_match": ("exact match", ".1%"),
+        "eval/loss": ("held-out loss", ".3f"),
+        "eval/perplexity": ("held-out perplexity", ".1f"),
+        "eval/exact_match": ("exact match", ".1%"),
     },
 )

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune.distributed import collectives
 from finetune.distributed.interrupts import NotFiniteError, SignalFlag
 from finetune.training.checkpoints import write_checksums
+from finetune.training.metrics import as_recorded
 from finetune.training.run_directory import RunDirectory
 
 PROGRESS_LINES = 10
@@ -92,7 +93,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         Raises:
             NotFiniteError: a metric such as loss or gradient norm is NaN or infinite.
         """
-        logs = logs or {}
+        logs = {as_recorded(name): value for name, value in (logs or {}).items()}
         for key in (*self.logged_keys, MEAN_LOSS_KEY):
             if not math.isfinite(logs.get(key, 0.0)):
                 raise NotFiniteError(f"{key} is {logs[key]} at step {state.global_step}")

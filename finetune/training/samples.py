@@ -38,7 +38,7 @@ class Samples:
         completions = generate(self._prompts())
         self._record_scores(run, "after", completions)
         entries = [
-            entry | {"after": completion.text, "stopped": completion.ended_with_eos}
+            entry | {"after": completion.text, "ended_with_eos": completion.ended_with_eos}
             for entry, completion in zip(
                 run.samples(), completions, strict=False
             )  # more are scored than written
@@ -58,7 +58,8 @@ class Samples:
 
     def _record_scores(self, run: RunDirectory, when: str, completions: list[Completion]) -> None:
         scores = {
-            f"stopped_{when}": sum(completion.ended_with_eos for completion in completions) / len(completions)
+            f"samples/eos_rate_{when}": sum(completion.ended_with_eos for completion in completions)
+            / len(completions)
         }
         if self.scored:
             expected = [
@@ -68,7 +69,7 @@ class Samples:
                 completion.text == text.strip()
                 for completion, text in zip(completions, expected, strict=True)
             ]
-            scores[f"exact_match_{when}"] = sum(correct) / len(correct)
+            scores[f"eval/exact_match_{when}"] = sum(correct) / len(correct)
         run.update(metrics=scores)
 
     def _write(self, run: RunDirectory, entries: list[dict[str, Any]]) -> None:

@@ -96,8 +96,8 @@ def policy_metadata(
     return {
         "data": {**asdict(report), "lines": report.lines()},
         "parameters": asdict(count_parameters(policy.model)),
-        "choices": ctx.resolved,
-        "load": {
+        "auto": ctx.resolved,
+        "reload": {
             "model": ctx.recipe.settings.model.model_dump(exclude={"init_from"}),
             "precision": policy.precision,
             "quantization": policy.quantization,

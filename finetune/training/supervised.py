@@ -124,14 +124,14 @@ class SFT:
         """
         run = self.ctx.run
         # A resumed run keeps the metrics of the untrained model that its first start recorded.
-        if self.data.held_out is not None and f"held_out_loss_{when}" not in run.record.get("metrics", {}):
+        if self.data.held_out is not None and f"eval/loss_{when}" not in run.record.get("metrics", {}):
             with self.ctx.timed("held_out"):
                 loss = self._held_out_loss(trainer, self.data.held_out)
             if not isfinite(loss):
                 raise NotFiniteError(f"held-out loss is {loss} {when} training")
-            run.update(metrics={f"held_out_loss_{when}": loss})
+            run.update(metrics={f"eval/loss_{when}": loss})
             if self.ctx.recipe.settings.data.text_format is not None:
-                run.update(metrics={f"held_out_perplexity_{when}": exp(min(loss, MAX_LOSS_FOR_EXP))})
+                run.update(metrics={f"eval/perplexity_{when}": exp(min(loss, MAX_LOSS_FOR_EXP))})
         if when == "after":
             shared_steps.record_training_metrics(self.ctx, trainer)
 

@@ -58,4 +58,4 @@ class NativeTrainer(BaseTrainer):
         """Log and return the mean loss per label on the held-out rows."""
         size = self.args.per_device_train_batch_size
         loss = held_out_loss(self.model, self.eval_dataset, self.data_collator, batch_size=size)
-        return log_held_out(self, {"held_out_loss": loss})
+        return log_held_out(self, {"eval/loss": loss})

@@ -43,7 +43,7 @@ class TrlSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """Log and return the mean loss per label on the held-out rows."""
         size = self.args.per_device_train_batch_size
         loss = held_out_loss(self.model, self.held_out_rows, self.collate, batch_size=size)
-        return log_held_out(self, {"held_out_loss": loss})
+        return log_held_out(self, {"eval/loss": loss})
 
 
 def build_trl_trainer(

@@ -104,7 +104,7 @@ def test_a_mixture_reports_requested_and_actual_shares(call: Call) -> None:
     preview = preview_data(call, "mixed.yaml", "--rows", "4")
     # A quarter of the rows held out is general too; the sums that are left are then three quarters.
     sums, general = preview["sources"]
-    assert (sums["asked"], general["asked"]) == pytest.approx((0.75, 0.25))
+    assert (sums["target_rate"], general["target_rate"]) == pytest.approx((0.75, 0.25))
     assert sums["rows"] + general["rows"] == preview["rows"]
     assert abs(general["rows"] - 0.25 * preview["rows"]) < 1
     assert sum(source["trained_tokens"] for source in preview["sources"]) == preview["trained_tokens"]

@@ -30,7 +30,7 @@ def test_the_base_of_a_parent_run_counts(tmp_path: Path, monkeypatch: pytest.Mon
             "status": "finished",
             "recipe": "r",
             "digest": "d",
-            "load": {"model": {"base": base}},
+            "reload": {"model": {"base": base}},
         }
         (tmp_path / base).mkdir()
         (tmp_path / base / "run.json").write_text(json.dumps(record))

@@ -38,7 +38,7 @@ def recipe_of(method: str, more: str, base: Path, rows: Path) -> Path:
 def measured(out: Path) -> dict[str, Any]:
     """Return the score metrics of a finished run's record."""
     record = json.loads((out / "run.json").read_text())
-    return {key: record[key] for key in ("normalisation", "comparisons")}
+    return {key: record[key] for key in ("reward_normalization", "preference_data")}
 
 
 def check(recipe: Path, out: Path, seed: int) -> None:

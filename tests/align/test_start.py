@@ -76,9 +76,9 @@ def test_the_run_of_another_recipe_comes_first(
     assert f"{first} is finished; continuing with sft second\n" in out
     assert run_records["first"]["command"] == "llm-align sft first"
     assert run_records["second"]["command"] == "llm-align sft second"
-    assert run_records["second"]["start"]["files"] == run_records["first"]["files"]
+    assert run_records["second"]["init_from"]["files"] == run_records["first"]["files"]
     metrics = [run_records[name]["metrics"] for name in ("first", "second")]
-    assert metrics[1]["held_out_loss_before"] == metrics[0]["held_out_loss_after"]
+    assert metrics[1]["eval/loss_before"] == metrics[0]["eval/loss_after"]
 
     monkeypatch.setattr(RunContext, "fit", lambda *_: pytest.fail("it trains again"))
     status, out, _ = call("sft", "second")

@@ -13,14 +13,14 @@ from benchmarks.ppo_work import SPECIAL_TOKENS, BaseShape, as_text, prepare_work
 from finetune.recipe.recipe import Recipe
 
 COMPARED_METRICS = (
-    "reward",
-    "kl",
-    "score",
-    "entropy",
-    "length",
-    "policy_loss",
-    "value_loss",
-    "explained_variance",
+    "objective/reward",
+    "objective/kl_per_completion",
+    "objective/shaped_reward",
+    "policy/entropy",
+    "val/completion_length",
+    "loss/policy",
+    "loss/value",
+    "value/explained_variance",
 )
 
 
@@ -58,8 +58,8 @@ def test_four_models_compute_the_same_as_one_base(folder: Path) -> None:
     for shared_metrics, separate_metrics in zip(shared, separate, strict=True):
         for name in COMPARED_METRICS:
             assert shared_metrics.get(name) == separate_metrics.get(name), name
-    assert {*COMPARED_METRICS, "seconds_generation", "seconds_scoring"} <= shared[0].keys()
-    assert shared[0]["length"] <= 6 and shared[0]["ratio"] == pytest.approx(1, abs=1e-5)
+    assert {*COMPARED_METRICS, "time/generation", "time/scoring"} <= shared[0].keys()
+    assert shared[0]["val/completion_length"] <= 6 and shared[0]["policy/ratio"] == pytest.approx(1, abs=1e-5)
 
 
 def test_copy_shared_needs_shared_weights() -> None:
@@ -83,8 +83,8 @@ def test_recipe_is_valid(folder: Path) -> None:
 def test_split_seconds() -> None:
     """Two rollouts, 2 + 1 and 3 + 1 s of 20: updates take the other 13."""
     rollouts = [
-        {"seconds_generation": 2.0, "seconds_scoring": 1.0},
-        {"seconds_generation": 3.0, "seconds_scoring": 1.0},
+        {"time/generation": 2.0, "time/scoring": 1.0},
+        {"time/generation": 3.0, "time/scoring": 1.0},
     ]
     assert ppo_native.split_seconds(rollouts, 20.0) == {"generation": 5.0, "scoring": 2.0, "updates": 13.0}
 

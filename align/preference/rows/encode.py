@@ -14,7 +14,7 @@ from finetune.data.dataset import load_or_encode
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoded, Encoder
 
-PREFERENCE_CACHE_FORMAT = 2
+PREFERENCE_CACHE_FORMAT = 3
 """Increased when the meaning of a cached file changes, so that old files are not read."""
 
 DROPPED_UNRENDERABLE = "dropped: the template cannot render the conversation"
@@ -167,7 +167,7 @@ def _truncate_row(
     truncated_prompt, truncated = truncate_to(prompt, completions, limits, num_kept_start=num_kept_start)
     num_lost = sum(map(len, completions)) - sum(map(len, truncated))
     too_long = f"longer than {limits.max_length} tokens"
-    report.too_long += len(truncated_prompt) < len(prompt) or num_lost > 0
+    report.num_too_long += len(truncated_prompt) < len(prompt) or num_lost > 0
     if limits.drop and (len(truncated_prompt) < len(prompt) or num_lost):
         report.count(f"{too_long}, dropped", row.location)
         report.lost_tokens += sum(map(len, completions))

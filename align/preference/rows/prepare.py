@@ -228,7 +228,9 @@ def _load_comparison_source(
     if kind == "labels" and layout in PAIRS:
         report.notes.append(f"pairs of {spec.name} split into labels: chosen is good, rejected is bad")
         usable = [labeled for source_row in usable for labeled in split_pair(source_row)]
-    return MixtureComponent(SourceReport(spec.name, layout.name, found=len(rows), usable=len(usable)), usable)
+    return MixtureComponent(
+        SourceReport(spec.name, layout.name, num_read=len(rows), num_usable=len(usable)), usable
+    )
 
 
 def _recognize_layout(names: list[str], spec: SourceSpec, kind: PreferenceKind) -> Layout[PreferenceRow]:
@@ -248,7 +250,7 @@ def _recognize_layout(names: list[str], spec: SourceSpec, kind: PreferenceKind) 
 def _raise_if_no_groups(key: str, purpose: str, groups: PreferenceGroups, report: DataReport) -> None:
     if not len(groups):
         actual = f"no rows {purpose}: {'; '.join(report.lines()[1:])}"
-        remedy = "raise data.max_length" if report.too_long else "choose another data.template"
+        remedy = "raise data.max_length" if report.num_too_long else "choose another data.template"
         repair = f"check the rows named above, or {remedy}"
         raise UserError(Problem(key, actual, "distinct completions", repair))
 

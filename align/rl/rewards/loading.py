@@ -101,7 +101,7 @@ def _storage_notes(run: Path, base: PreTrainedModel) -> Iterator[str]:
     """Yield a note if a reward model was trained with another precision or quantization of the base."""
     if (run / "model").is_dir():
         return
-    saved = read_finished_record(run)["load"]
+    saved = read_finished_record(run)["reload"]
     run_storage, base_storage = (saved["precision"], saved["quantization"]), _base_storage(base)
     if run_storage != base_storage:
         trained, loaded = _describe_storage(*run_storage), _describe_storage(*base_storage)

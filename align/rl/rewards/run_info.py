@@ -73,7 +73,7 @@ def same_base(first: ModelSettings, second: ModelSettings) -> bool:
 def _info_from_run(text: str, where: str) -> RewardRunInfo:
     run, _ = find_run(text, where=where)
     record = read_finished_record(run)
-    saved: dict[str, Any] = record["load"]
+    saved: dict[str, Any] = record["reload"]
     if "heads" not in saved:
         raise UserError(_wrong_stage(where, f"'{run}' is a run", record["stage"]))
     check_saved_files(run, record, where=where)

@@ -126,7 +126,7 @@ class RewardsSettings(Section):
             else:
                 record = read_finished_record(reward_run_folder(source, where=f"{where}.run"))
                 # Normalization is part of it: it changes the scores.
-                contents = [record["digest"], record["files"], record["normalisation"]]
+                contents = [record["digest"], record["files"], record["reward_normalization"]]
                 digests.append(hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest())
         return digests + (
             [file_digest(self.unsafe_prompt_fn, where="rewards.unsafe_prompt_fn")]

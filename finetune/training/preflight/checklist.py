@@ -39,7 +39,7 @@ def check_rows(
         data_checks.check_single_bos(data, tokenizer.bos_token_id, required=bos_required, name_of=name_of),
         data_checks.report_truncation(
             num_rows=report.rows,
-            num_too_long=report.too_long,
+            num_too_long=report.num_too_long,
             trained_tokens=report.trained_tokens,
             lost_tokens=report.lost_tokens,
             max_length=max_length,

@@ -9,18 +9,18 @@ from align.dpo.diagnostics import DiagnosticInputs, diagnose_dpo
 from align.preference.finding import Finding
 
 HEALTHY = {
-    "accuracy_after": 0.8,
-    "held_out_loss_before": 0.6931,
-    "held_out_loss_after": 0.6,
-    "held_out_margin_before": 0.0,
-    "held_out_margin_after": 1.0,
-    "held_out_accuracy_before": 0.5,
-    "held_out_accuracy_after": 0.75,
-    "held_out_chosen_logps_before": -1.0,
-    "held_out_chosen_logps_after": -1.02,
-    "held_out_rejected_logps_before": -1.0,
-    "held_out_rejected_logps_after": -1.5,
-    "held_out_kl_after": 0.02,
+    "rewards/accuracies_after": 0.8,
+    "eval/loss_before": 0.6931,
+    "eval/loss_after": 0.6,
+    "eval/rewards/margins_before": 0.0,
+    "eval/rewards/margins_after": 1.0,
+    "eval/rewards/accuracies_before": 0.5,
+    "eval/rewards/accuracies_after": 0.75,
+    "eval/logps/chosen_before": -1.0,
+    "eval/logps/chosen_after": -1.02,
+    "eval/logps/rejected_before": -1.0,
+    "eval/logps/rejected_after": -1.5,
+    "eval/objective/kl_per_token_after": 0.02,
 }
 LOOP = "I am glad to help you. " * 6
 
@@ -42,29 +42,29 @@ def test_pain_15_healthy_run_needs_no_action() -> None:
 
 
 def test_pain_15_chosen_logp_drop_suggests_an_action() -> None:
-    finding = findings_by_name(held_out_chosen_logps_after=-1.3)["likelihood"]
+    finding = findings_by_name(**{"eval/logps/chosen_after": -1.3})["likelihood"]
     assert "chosen -0.300" in finding.evidence and "dpo.loss={name: rpo}" in finding.action
     assert finding.format_line().startswith("!!") and finding.record()["warned"] is True
     assert (
         "nll_weight"
-        in findings_by_name(held_out_chosen_logps_after=-1.3, has_nll_term=True)["likelihood"].action
+        in findings_by_name(**{"eval/logps/chosen_after": -1.3}, has_nll_term=True)["likelihood"].action
     )
 
 
 def test_pain_15_training_logratios_are_used_without_held_out() -> None:
     inputs = DiagnosticInputs(
-        {"chosen_drift_after": -0.4, "rejected_drift_after": -0.9}, 1.0, [], has_nll_term=False
+        {"logratios/chosen_after": -0.4, "logratios/rejected_after": -0.9}, 1.0, [], has_nll_term=False
     )
     [finding] = diagnose_dpo(inputs)
     assert "chosen -0.400, rejected -0.900" in finding.evidence and finding.action
 
 
 WARNED = {
-    "unseen pairs": {"held_out_loss_before": 0.6931, "held_out_loss_after": 0.71},
-    "learning": {"held_out_margin_after": 0.001, "held_out_accuracy_after": 0.52},
-    "distance": {"held_out_kl_after": 2.5},
-    "overfit": {"accuracy_after": 0.99, "held_out_accuracy_after": 0.6},
-    "saturated": {"accuracy_after": 1.0, "held_out_accuracy_after": 0.99},
+    "unseen pairs": {"eval/loss_before": 0.6931, "eval/loss_after": 0.71},
+    "learning": {"eval/rewards/margins_after": 0.001, "eval/rewards/accuracies_after": 0.52},
+    "distance": {"eval/objective/kl_per_token_after": 2.5},
+    "overfit": {"rewards/accuracies_after": 0.99, "eval/rewards/accuracies_after": 0.6},
+    "saturated": {"rewards/accuracies_after": 1.0, "eval/rewards/accuracies_after": 0.99},
     "length": {"ratio": 1.5},
     "repetition": {"completions": [("fine", LOOP)]},
 }

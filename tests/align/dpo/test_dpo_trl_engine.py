@@ -131,10 +131,10 @@ def test_initial_policy_equals_reference(base_folder: Path, tmp_path: Path, grou
     assert result.problem is None and result.detail.endswith("loss 0.6931, expected 0.6931")
     metrics = trainer.held_out_metrics(trainer.eval_dataset)
     assert metrics["loss"] == pytest.approx(0.693147, abs=1e-5)  # ln 2
-    assert metrics["margin"] == pytest.approx(0.0, abs=1e-5) and metrics["chosen_drift"] == pytest.approx(
-        0, abs=1e-6
-    )
-    assert metrics["chosen_logps"] < 0 and metrics["length_ratio"] == pytest.approx(
+    assert metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-5) and metrics[
+        "logratios/chosen"
+    ] == pytest.approx(0, abs=1e-6)
+    assert metrics["logps/chosen"] < 0 and metrics["data/length_ratio"] == pytest.approx(
         groups.completion_lengths[::2].sum() / groups.completion_lengths[1::2].sum()
     )
 
@@ -147,7 +147,9 @@ def test_steps_are_logged_with_our_metric_names(
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 2 and entries[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert {"margin", "accuracy", "chosen_reward", "rejected_reward"} <= entries[1].keys()
+    assert {"rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"} <= entries[
+        1
+    ].keys()
 
 
 def test_non_finite_loss_names_its_pairs(base_folder: Path, tmp_path: Path, groups: PreferenceGroups) -> None:

@@ -188,7 +188,7 @@ def test_initial_policy_equals_reference(
     assert result.problem is None and "loss 0.6250, expected 0.6250" in result.detail  # 3 good, 1 bad
     metrics = trainer.held_out_metrics()
     assert metrics["loss"] == pytest.approx(0.5, abs=1e-5)  # (1.5 + 0.5) / 2 / 2
-    assert metrics["margin"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
     moved = [value - 5.0 for value in trainer.train_dataset["ref_logps"]]
     trainer.train_dataset = trainer.train_dataset.remove_columns("ref_logps").add_column("ref_logps", moved)
     assert check_kto_initial_loss(trainer, kto_settings, 1e-5).problem is not None

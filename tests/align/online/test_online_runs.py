@@ -31,13 +31,22 @@ def test_reward_function_is_learned(tune, stage):
     result = tune(stage, train__max_steps=20, train__batch_size=16, train__evaluate_every=10)
     steps = [line for line in result.metrics if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 21))
-    assert steps[0]["kl"] == pytest.approx(0, abs=1e-5) and steps[-1]["kl"] > 0.01
-    assert {"reward", "reward_deviation", "length", "ends", "entropy", "equal_groups"} <= steps[-1].keys()
+    assert (
+        steps[0]["objective/kl_per_completion"] == pytest.approx(0, abs=1e-5)
+        and steps[-1]["objective/kl_per_completion"] > 0.01
+    )
+    assert {
+        *("objective/reward", "objective/reward_std", "val/completion_length", "val/eos_rate"),
+        *("policy/entropy", "objective/frac_reward_zero_std"),
+    } <= steps[-1].keys()
     metrics = result.record["metrics"]
-    assert metrics["held_out_reward_after"] > metrics["held_out_reward_before"] + 0.1
-    assert metrics["held_out_kl_before"] == pytest.approx(0, abs=1e-5) and metrics["held_out_kl_after"] > 0.1
-    assert [line["step"] for line in result.metrics if "held_out_reward" in line] == [10, 20]
-    assert "held-out reward" in result.record["headline"]
+    assert metrics["eval/objective/reward_after"] > metrics["eval/objective/reward_before"] + 0.1
+    assert (
+        metrics["eval/objective/kl_per_completion_before"] == pytest.approx(0, abs=1e-5)
+        and metrics["eval/objective/kl_per_completion_after"] > 0.1
+    )
+    assert [line["step"] for line in result.metrics if "eval/objective/reward" in line] == [10, 20]
+    assert "held-out reward" in result.record["summary"]
     assert "policy equals reference before step 0" in checks_by_name(result)["start"]["detail"]
     assert (
         checks_by_name(result)["base"]["passed"]
@@ -99,8 +108,8 @@ def tuned_run(decided_base, rows_file, tmp_path):
 @both
 def test_pain_14_reference_is_the_initial_policy_not_the_base(tune, stage, tuned_run):
     result = tune(stage, model__init_from=str(tuned_run), train__max_steps=2)
-    first = next(line for line in result.metrics if "kl" in line)
-    assert first["kl"] == pytest.approx(0, abs=1e-5), "as TRL computes it"
+    first = next(line for line in result.metrics if "objective/kl_per_completion" in line)
+    assert first["objective/kl_per_completion"] == pytest.approx(0, abs=1e-5), "as TRL computes it"
     assert checks_by_name(result)["start"]["detail"].startswith("policy equals reference before step 0")
     saved, start = (
         load_file(run / "adapter/adapter_model.safetensors") for run in (result.directory, tuned_run)
@@ -133,10 +142,10 @@ def test_several_rewards_are_logged_separately(tune, rule_file):
     sources = [{"function": f"{rule_file}:the"}, {"function": f"{rule_file}:short", "weight": 2.0}]
     result = tune("rloo", rewards__sources=sources, rewards__length_penalty=0.1, train__max_steps=1)
     [line] = [line for line in result.metrics if "loss" in line]
-    parts = line["reward_the"] + 2 * line["reward_short"] + line["reward_length_penalty"]
-    assert line["reward"] == pytest.approx(parts, abs=1e-5) and line["reward_length_penalty"] < 0
+    parts = line["rewards/the"] + 2 * line["rewards/short"] + line["rewards/length_penalty"]
+    assert line["objective/reward"] == pytest.approx(parts, abs=1e-5) and line["rewards/length_penalty"] < 0
     assert [entry["name"] for entry in result.record["rewards"]] == ["the", "short"]
-    assert {"held_out_reward_the_before", "held_out_reward_short_after"} <= result.record["metrics"].keys()
+    assert {"eval/rewards/the_before", "eval/rewards/short_after"} <= result.record["metrics"].keys()
 
 
 @both
@@ -150,7 +159,7 @@ def test_equal_rewards_do_not_fail_the_gradient_check(tune, stage, tmp_path):
         checks_by_name(result)["first steps"]["detail"]
         == "all gradients were zero in every step: nothing was learned"
     )
-    assert [line["equal_groups"] for line in result.metrics] == [1.0, 1.0, 1.0]
+    assert [line["objective/frac_reward_zero_std"] for line in result.metrics] == [1.0, 1.0, 1.0]
 
 
 @both
@@ -176,7 +185,7 @@ def test_reference_answer_reward_requires_reference_answers(tune, tmp_path):
         tune("grpo", rewards__sources=source)
     sums = [{"question": f"{i} + 1", "answer": f"#### {i + 1}"} for i in range(8)]
     result = tune("grpo", rewards__sources=source, data__source=sums, data__held_out=2, train__max_steps=1)
-    assert result.record["metrics"]["held_out_reward_before"] == 0.0
+    assert result.record["metrics"]["eval/objective/reward_before"] == 0.0
 
 
 def test_nan_reward_is_reported(tune, rule_file):

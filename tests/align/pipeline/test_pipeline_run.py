@@ -50,7 +50,7 @@ def test_every_stage_is_initialized_from_its_parent(done: Path) -> None:
     assert pipeline_record["status"] == "finished" and list(stages) == list(NAMES)
     runs = {name: json.loads((done / stages[name]["run"] / "run.json").read_text()) for name in NAMES}
     assert [runs[name]["recipe"] for name in NAMES] == ["small"] * 3
-    assert runs["taste"]["start"]["files"] == runs["dpo"]["start"]["files"] == runs["sft"]["files"]
+    assert runs["taste"]["init_from"]["files"] == runs["dpo"]["init_from"]["files"] == runs["sft"]["files"]
     assert len((done / stages["dpo"]["run"] / "metrics.jsonl").read_text().splitlines()) == 3, "it is set"
     began = [runs[name]["started"] for name in NAMES]
     assert began == sorted(began)
@@ -189,7 +189,7 @@ def test_a_stage_killed_while_its_report_is_written_is_not_finished(
         with pytest.raises(Killed):
             call("run", "three")
     (run,) = done.glob("runs/dpo-small-*/run.json")
-    assert json.loads(run.read_text())["status"] == "running" and "headline" not in run.read_text()
+    assert json.loads(run.read_text())["status"] == "running" and "summary" not in run.read_text()
     assert call("run", "three")[0] == 0
     assert weights(done) == weights(finished) and (run.parent / "report.html").is_file()
 

@@ -125,7 +125,7 @@ def write_run_record(recipe: Recipe, folder: Path, rate: float, seconds: float =
         "digest": "0",
         "stage": recipe.stage,
         "hardware": {"device": "cpu", "name": "a CPU, 2 threads"},
-        "load": {"model": {"base": "tiny"}, "precision": "float32", "quantization": "none"},
+        "reload": {"model": {"base": "tiny"}, "precision": "float32", "quantization": "none"},
         "metrics": {"tokens_per_second": rate},
         "seconds": {"train": seconds},
     }

@@ -110,13 +110,19 @@ def test_completion_metrics_by_hand() -> None:
     computed = of.completion_metrics(
         scored_completions([1.0, 2.0, 3.0, 6.0], stopped=[True, False, True, True])
     )
-    assert computed["reward"] == 3.0 and computed["ends"] == 0.75 and computed["distinct"] == 1.0
-    assert computed["length"] == sum(length for _, length in LENGTHS) / 4
+    assert (
+        computed["objective/reward"] == 3.0
+        and computed["val/eos_rate"] == 0.75
+        and computed["val/unique_fraction"] == 1.0
+    )
+    assert computed["val/completion_length"] == sum(length for _, length in LENGTHS) / 4
     assert of.correlation(LENGTHS_C.double().numpy(), LENGTHS_C.double().numpy()) == pytest.approx(1.0)
     stats = token_stats()
     kl = of.kl_metrics(scored_completions([0.0] * 4), stats)
-    assert kl["kl"] == pytest.approx(float((stats.logps - stats.reference_logps).sum() / 4), abs=1e-5)
-    assert kl["perplexity"] == pytest.approx(
+    assert kl["objective/kl_per_completion"] == pytest.approx(
+        float((stats.logps - stats.reference_logps).sum() / 4), abs=1e-5
+    )
+    assert kl["val/ref_perplexity"] == pytest.approx(
         float(torch.exp(-stats.reference_logps.sum() / LENGTHS_C.sum())), rel=1e-5
     )
 
@@ -124,7 +130,7 @@ def test_completion_metrics_by_hand() -> None:
 def test_undefined_explained_variance_is_not_logged() -> None:
     assert metrics.value_metrics(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([3, 3])) == {}
     returns = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert metrics.value_metrics(returns, returns, torch.tensor([2, 2])) == {"explained_variance": 1.0}
+    assert metrics.value_metrics(returns, returns, torch.tensor([2, 2])) == {"value/explained_variance": 1.0}
 
 
 def test_approx_kl_of_an_impossible_token_is_bounded() -> None:

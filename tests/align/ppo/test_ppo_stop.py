@@ -6,26 +6,44 @@ from align.ppo.diagnostics import diagnose_ppo
 from align.ppo.settings import StopSettings
 from align.ppo.stop_rule import over_optimization_reason, stop_reason
 
-FIRST = {"kl": 0.0, "entropy": 2.0, "ends": 0.9, "length": 20.0, "length_reward": 0.0}
+FIRST = {
+    "objective/kl_per_completion": 0.0,
+    "policy/entropy": 2.0,
+    "val/eos_rate": 0.9,
+    "val/completion_length": 20.0,
+    "val/length_reward_corr": 0.0,
+}
 
 
 @pytest.mark.parametrize(
     ("now", "rules", "words"),
     [
-        ({"entropy": 0.03}, {}, ["collapsed", "entropy", "2.000 to 0.030", "stop.min_entropy_ratio"]),
-        ({"entropy": 0.05}, {}, []),
-        ({"ends": 0.05}, {}, ["collapsed", "5.0% of the completions end", "90.0% did", "stop.min_eos_rate"]),
-        ({"ends": 0.2}, {}, []),
-        ({"kl": 31.0}, {"max_kl": 30.0}, ["KL to the reference", "31.00 nats", "stop.max_kl (30)"]),
-        ({"kl": 31.0}, {}, []),
+        ({"policy/entropy": 0.03}, {}, ["collapsed", "entropy", "2.000 to 0.030", "stop.min_entropy_ratio"]),
+        ({"policy/entropy": 0.05}, {}, []),
         (
-            {"length": 45.0, "length_reward": 0.6},
+            {"val/eos_rate": 0.05},
+            {},
+            ["collapsed", "5.0% of the completions end", "90.0% did", "stop.min_eos_rate"],
+        ),
+        ({"val/eos_rate": 0.2}, {}, []),
+        (
+            {"objective/kl_per_completion": 31.0},
+            {"max_kl": 30.0},
+            ["KL to the reference", "31.00 nats", "stop.max_kl (30)"],
+        ),
+        ({"objective/kl_per_completion": 31.0}, {}, []),
+        (
+            {"val/completion_length": 45.0, "val/length_reward_corr": 0.6},
             {"max_length_ratio": 2.0},
             ["length hacking", "20.0 to 45.0", "0.60"],
         ),
-        ({"length": 45.0, "length_reward": 0.1}, {"max_length_ratio": 2.0}, []),
-        ({"length": 45.0, "length_reward": 0.6}, {}, []),
-        ({"entropy": 0.0, "ends": 0.0, "kl": 99.0}, {"min_entropy_ratio": None, "min_eos_rate": None}, []),
+        ({"val/completion_length": 45.0, "val/length_reward_corr": 0.1}, {"max_length_ratio": 2.0}, []),
+        ({"val/completion_length": 45.0, "val/length_reward_corr": 0.6}, {}, []),
+        (
+            {"policy/entropy": 0.0, "val/eos_rate": 0.0, "objective/kl_per_completion": 99.0},
+            {"min_entropy_ratio": None, "min_eos_rate": None},
+            [],
+        ),
     ],
 )
 def test_stop_reasons(now: dict[str, float], rules: dict[str, float], words: list[str]) -> None:
@@ -35,12 +53,12 @@ def test_stop_reasons(now: dict[str, float], rules: dict[str, float], words: lis
 
 
 def test_eos_collapse_requires_a_fall() -> None:
-    first = {**FIRST, "ends": 0.0}
+    first = {**FIRST, "val/eos_rate": 0.0}
     assert stop_reason(first, first, StopSettings()) == ""
 
 
 def held_out_metrics(reward: float, gold: float) -> dict[str, float]:
-    return {"reward": reward, "gold_end": gold}
+    return {"objective/reward": reward, "gold/end": gold}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +68,7 @@ def held_out_metrics(reward: float, gold: float) -> dict[str, float]:
         ([held_out_metrics(0, 0.3), held_out_metrics(1, 0.8), held_out_metrics(2, 0.75)], False),
         ([held_out_metrics(0, 0.3), held_out_metrics(1, 0.8), held_out_metrics(0.5, 0.5)], False),
         ([held_out_metrics(0, 0.8), held_out_metrics(1, 0.6)], True),
-        ([{"reward": 0.0}, {"reward": 3.0}], False),
+        ([{"objective/reward": 0.0}, {"objective/reward": 3.0}], False),
     ],
     ids=["gold fell", "by little", "and the reward too", "from the start", "no grader"],
 )
@@ -66,9 +84,21 @@ def test_pain_07_over_optimization_is_higher_reward_with_lower_gold(
     assert over_optimization_reason(history, StopSettings(max_gold_drop=None)) == ""
 
 
+NAMES = {
+    "reward": "objective/reward",
+    "kl": "objective/kl_per_completion",
+    "perplexity": "val/ref_perplexity",
+    "length": "val/completion_length",
+    "ends": "val/eos_rate",
+    "entropy": "policy/entropy",
+    "distinct": "val/unique_fraction",
+    "gold_end": "gold/end",
+}
+
+
 def before_and_after(**values: tuple[float, float]) -> dict[str, float]:
     return {
-        f"held_out_{name}_{when}": pair[index]
+        f"eval/{NAMES.get(name, name)}_{when}": pair[index]
         for name, pair in values.items()
         for index, when in enumerate(("before", "after"))
     }
@@ -83,7 +113,7 @@ HEALTHY = before_and_after(
     ends=(1.0, 1.0),
     entropy=(1.0, 0.6),
     distinct=(1.0, 0.9),
-) | {"clipped_after": 0.1, "explained_variance_after": 0.5}
+) | {"policy/clip_frac_after": 0.1, "value/explained_variance_after": 0.5}
 
 
 COMPLETION_PAIRS = [("one two", "three four"), ("five", "six")]
@@ -118,8 +148,8 @@ def test_healthy_run_has_no_action() -> None:
         (before_and_after(length=(20.0, 5.0)), "length", "kl_coef"),
         (before_and_after(ends=(1.0, 0.5)), "length", "missing_eos_reward"),
         (before_and_after(distinct=(1.0, 0.2)), "variety", "entropy_coef"),
-        ({"clipped_after": 0.6}, "updates", "learning_rate"),
-        ({"explained_variance_after": -0.4}, "updates", "value_coef"),
+        ({"policy/clip_frac_after": 0.6}, "updates", "learning_rate"),
+        ({"value/explained_variance_after": -0.4}, "updates", "value_coef"),
     ],
 )
 def test_each_problem_has_a_finding_with_an_action(changed: dict[str, float], name: str, action: str) -> None:

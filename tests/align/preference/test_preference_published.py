@@ -96,7 +96,7 @@ def test_published_files(path, settings, sizes, counts):
     groups = data.train
     assert {"groups": len(groups), "completions": int(groups.num_completions.sum())} == sizes
     assert {what: data.report.counts.get(what) for what in counts} == counts
-    assert data.report.too_long == 0 and len(data.prompts) == min(64, len({*groups.locations}))
+    assert data.report.num_too_long == 0 and len(data.prompts) == min(64, len({*groups.locations}))
 
 
 def test_hh_dialogues_match_the_file_word_by_word():

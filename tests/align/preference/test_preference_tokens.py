@@ -128,7 +128,7 @@ def test_truncation_is_reported_and_keeps_bos_and_prompt_end():
     assert truncated.completion_ids[0].tolist() == untruncated.completion_ids[0][:40].tolist()
     assert truncated.completion_ids[1].tolist() == untruncated.completion_ids[1].tolist()
     lost = len(untruncated.completion_ids[0]) - 40
-    assert data.report.too_long == 1 and data.report.lost_tokens == lost > 0
+    assert data.report.num_too_long == 1 and data.report.lost_tokens == lost > 0
     assert data.report.counts == {
         "longer than 60 tokens, prompt truncated on the left": 1,
         "longer than 60 tokens, completion truncated": 1,

@@ -51,24 +51,30 @@ def test_selected_completions_are_the_best(uninterrupted: Result) -> None:
         assert line["reward"] == reward_of(line["reply"]) >= line["mean"]
         assert line["prompt"].startswith("Add the numbers.")
     rounds = uninterrupted.record["rounds"]
-    assert rounds["1"]["chosen_reward"] == pytest.approx(sum(line["reward"] for line in lines[:6]) / 6)
-    assert rounds["1"]["reward"] == pytest.approx(sum(line["mean"] for line in lines[:6]) / 6)
+    assert rounds["1"]["objective/chosen_reward"] == pytest.approx(
+        sum(line["reward"] for line in lines[:6]) / 6
+    )
+    assert rounds["1"]["objective/reward"] == pytest.approx(sum(line["mean"] for line in lines[:6]) / 6)
     assert (rounds["1"]["rows"], rounds["2"]["rows"]) == (6, 12), "earlier rounds are trained on again"
 
 
 def test_reward_increases(uninterrupted: Result) -> None:
     metrics = uninterrupted.record["metrics"]
-    assert metrics["held_out_reward_after"] > metrics["held_out_reward_before"] + 0.1
-    assert metrics["held_out_best_before"] > metrics["held_out_reward_before"]
-    gold = metrics["held_out_judged_letters_after"]
-    assert gold == pytest.approx(metrics["held_out_reward_after"]), "the grader is the reward here"
-    assert {"judged_letters_before", "judged_letters_after", "stopped_after"} <= metrics.keys()
+    assert metrics["eval/objective/reward_after"] > metrics["eval/objective/reward_before"] + 0.1
+    assert metrics["eval/objective/best_of_n_reward_before"] > metrics["eval/objective/reward_before"]
+    gold = metrics["eval/gold/letters_after"]
+    assert gold == pytest.approx(metrics["eval/objective/reward_after"]), "the grader is the reward here"
+    assert {
+        "eval/graders/letters_before",
+        "eval/graders/letters_after",
+        "samples/eos_rate_after",
+    } <= metrics.keys()
 
 
 def test_run_has_the_weights_of_the_last_round(uninterrupted: Result) -> None:
     last = json.loads((uninterrupted.directory / "rounds" / "2" / "run.json").read_text())
     assert uninterrupted.record["files"] == last["files"] and last["status"] == "finished"
-    assert last["start"]["folder"] == str(uninterrupted.directory / "rounds" / "1")
+    assert last["init_from"]["folder"] == str(uninterrupted.directory / "rounds" / "1")
     assert load_tuned(uninterrupted.directory).model is not None
     assert load_tuned(uninterrupted.directory / "rounds" / "1").model is not None
     assert uninterrupted.record["rewards"][0]["name"] == "letters"
@@ -79,7 +85,9 @@ def test_curves_continue_across_rounds(uninterrupted: Result) -> None:
     steps = [line["step"] for line in uninterrupted.metrics]
     assert steps == list(range(11)), "two epochs of 6 rows and of 12, 4 in a step: 4 and 6 steps"
     rewards = {
-        line["step"]: line["held_out_reward"] for line in uninterrupted.metrics if "held_out_reward" in line
+        line["step"]: line["eval/objective/reward"]
+        for line in uninterrupted.metrics
+        if "eval/objective/reward" in line
     }
     assert list(rewards) == [0, 4, 10]
     page = (uninterrupted.directory / "report.html").read_text()
@@ -177,7 +185,7 @@ def test_last_round_only_and_top_fraction(folder: Path, base_folder: Path, tmp_p
     assert [sum(line["round"] == number for line in lines) for number in (1, 2)] == [9, 9], "half of 18"
     assert result.record["rounds"]["2"]["rows"] == 9
     first = result.record["rounds"]["1"]
-    assert first["chosen_reward"] > first["reward"]
+    assert first["objective/chosen_reward"] > first["objective/reward"]
 
 
 @pytest.mark.parametrize("method", ["full", "pissa", "qlora", "layernorm", "prefix"])

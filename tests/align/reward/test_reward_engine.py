@@ -115,8 +115,8 @@ def test_held_out_metrics_match_single_completions(
         chosen, rejected = separate_scores(trainer, groups, 7)
     metrics = trainer.held_out_metrics()
     assert metrics["loss"] == pytest.approx(float(bradley_terry(chosen, rejected).mean()), rel=1e-5)
-    assert metrics["margin"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-4)
-    assert metrics["accuracy"] == pytest.approx(float((chosen > rejected).float().mean()))
+    assert metrics["rewards/margins"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-4)
+    assert metrics["rewards/accuracies"] == pytest.approx(float((chosen > rejected).float().mean()))
 
 
 def test_the_user_s_tokenizer_keeps_its_padding_token(

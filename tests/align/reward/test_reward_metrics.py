@@ -57,14 +57,14 @@ def test_a_calibrated_model_has_no_calibration_error() -> None:
     lead = log(3)  # it says 3/4
     error, curve = calibration(np.asarray([lead] * 3 + [-lead]), np.ones(4))
     assert error == pytest.approx(0.0, abs=1e-12)
-    assert curve == [{"said": pytest.approx(0.75), "right": 0.75, "share": 1.0}]
+    assert curve == [{"confidence": pytest.approx(0.75), "accuracy": 0.75, "fraction": 1.0}]
     sure, _ = calibration(np.asarray([10.0, -10.0]), np.ones(2))
     assert sure == pytest.approx(1 / (1 + exp(-10)) - 0.5)
 
 
 def test_calibration_uses_the_weights() -> None:
     error, curve = calibration(np.asarray([0.0, 5.0]), np.asarray([3.0, 1.0]))
-    assert [point["share"] for point in curve] == [0.75, 0.25]
+    assert [point["fraction"] for point in curve] == [0.75, 0.25]
     assert error == pytest.approx(0.25 * (1 - 1 / (1 + exp(-5))))
 
 
@@ -79,5 +79,5 @@ def test_spearman_uses_ranks_only() -> None:
 def test_the_histogram_has_common_bin_edges() -> None:
     counts = histogram(np.asarray([0.0, 1.0, 1.0]), np.asarray([-1.0, 0.5]))
     assert sum(counts["chosen"]) == 3 and sum(counts["rejected"]) == 2
-    assert counts["borders"][0] == -1.0 and counts["borders"][-1] == 1.0
-    assert len(counts["borders"]) == len(counts["chosen"]) + 1
+    assert counts["bin_edges"][0] == -1.0 and counts["bin_edges"][-1] == 1.0
+    assert len(counts["bin_edges"]) == len(counts["chosen"]) + 1

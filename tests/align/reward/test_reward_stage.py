@@ -122,9 +122,9 @@ def transformers_scores(
 def test_a_run_trains_and_records_metrics(single: Result) -> None:
     record = single.record
     metrics = record["metrics"]
-    assert metrics["held_out_loss_after"] < 0.5 < metrics["held_out_loss_before"]
-    assert metrics["held_out_accuracy_after"] == 1.0 and metrics["held_out_margin_after"] > 1.0
-    held_out = record["comparisons"]["after"]["all"]
+    assert metrics["eval/loss_after"] < 0.5 < metrics["eval/loss_before"]
+    assert metrics["eval/rewards/accuracies_after"] == 1.0 and metrics["eval/rewards/margins_after"] > 1.0
+    held_out = record["preference_data"]["after"]["all"]
     assert held_out["comparisons"] == 6 and held_out["interval"][0] == pytest.approx(6 / (6 + 1.959964**2))
     assert {
         "calibration_error",
@@ -132,16 +132,18 @@ def test_a_run_trains_and_records_metrics(single: Result) -> None:
         "longer_is_better",
         "correlation_with_length",
     } <= held_out.keys()
-    assert record["normalisation"]["reward"]["completions"] == 18
+    assert record["reward_normalization"]["reward"]["completions"] == 18
     assert [tick["name"] for tick in record["preflight"]][:8] == [
         *("environment", "score", "truncation", "vocabulary"),
         *("gradient", "accumulation", "layout", "library"),
     ]
     assert all(tick["passed"] for tick in record["preflight"])
     entries = [entry for entry in single.metrics if "loss" in entry]
-    assert len(entries) == 12 and {"accuracy", "margin", "mean_reward"} <= entries[0].keys()
-    assert [entry["step"] for entry in single.metrics if "held_out_accuracy" in entry] == [6, 12]
-    assert 0.0 <= entries[0]["accuracy"] <= 1.0 and entries[-1]["accuracy"] == 1.0
+    assert (
+        len(entries) == 12 and {"rewards/accuracies", "rewards/margins", "rewards/mean"} <= entries[0].keys()
+    )
+    assert [entry["step"] for entry in single.metrics if "eval/rewards/accuracies" in entry] == [6, 12]
+    assert 0.0 <= entries[0]["rewards/accuracies"] <= 1.0 and entries[-1]["rewards/accuracies"] == 1.0
 
 
 def test_the_report_shows_tables_figures_and_samples(single: Result) -> None:
@@ -179,8 +181,11 @@ def test_normalized_chosen_rewards_have_mean_0_and_std_1(single: Result, folder:
 
 def test_two_heads_train_on_their_sources(double: Result) -> None:
     metrics = double.record["metrics"]
-    assert metrics["held_out_accuracy_help_after"] > 0.8 and metrics["held_out_accuracy_safety_after"] > 0.8
-    comparisons = double.record["comparisons"]["after"]
+    assert (
+        metrics["eval/rewards/accuracies/help_after"] > 0.8
+        and metrics["eval/rewards/accuracies/safety_after"] > 0.8
+    )
+    comparisons = double.record["preference_data"]["after"]
     assert set(comparisons["heads"]) == set(HEADS) and len(comparisons["sources"]) == 2
     assert comparisons["heads"]["help"]["pairs"] == 3 * comparisons["heads"]["help"]["comparisons"]
     ticks = {tick["name"]: tick for tick in double.record["preflight"]}
@@ -210,7 +215,7 @@ def test_a_full_model_scores_with_plain_transformers(folder: Path, base_folder: 
 
 def test_a_four_bit_base_trains_and_reloads(folder: Path, base_folder: Path) -> None:
     result = train_reward_model(folder, base_folder, "four", adapter__method="qlora", train__max_steps=3)
-    assert result.record["load"]["quantization"] == "nf4"
+    assert result.record["reload"]["quantization"] == "nf4"
     scores = load_reward(result.directory).score(["Please."], ["good 3"])
     assert abs(scores["reward"][0]) < 100
 
@@ -218,7 +223,7 @@ def test_a_four_bit_base_trains_and_reloads(folder: Path, base_folder: Path) -> 
 def test_the_rules_of_a_run_are_its_own_copies(single: Result, folder: Path) -> None:
     copy = single.directory / "rules" / "0.py"
     assert copy.read_text() == (folder / "rules.py").read_text()
-    assert single.record["load"]["rules"][0]["weight"] == 0.5
+    assert single.record["reload"]["rules"][0]["weight"] == 0.5
 
 
 def test_a_changed_rule_is_another_run(folder: Path, base_folder: Path) -> None:
@@ -255,7 +260,7 @@ def test_a_reward_model_cannot_generate_and_a_language_model_cannot_score(single
     with pytest.raises(UserError, match="a reward model, which cannot generate text"):
         load_tuned(single.directory)
     record = json.loads((single.directory / "run.json").read_text())
-    record["load"].pop("heads")
+    record["reload"].pop("heads")
     other = single.directory.parent / "talker"
     other.mkdir()
     (other / "run.json").write_text(json.dumps(record))
@@ -277,10 +282,12 @@ def test_a_reward_model_is_initialized_from_sft_and_continues_with_its_head(
     )
     run(sft)
     result = from_run(folder, folder / "sft", "from-sft")
-    assert result.record["start"]["stage"] == "sft"
+    assert result.record["init_from"]["stage"] == "sft"
     again = from_run(folder, single.directory, "from-reward")
-    before = again.record["metrics"]["held_out_accuracy_before"]
-    assert before == single.record["metrics"]["held_out_accuracy_after"] == 1.0, "it begins with its head"
+    before = again.record["metrics"]["eval/rewards/accuracies_before"]
+    assert before == single.record["metrics"]["eval/rewards/accuracies_after"] == 1.0, (
+        "it begins with its head"
+    )
 
 
 def from_run(folder: Path, parent: Path, name: str) -> Result:
@@ -302,9 +309,9 @@ def from_run(folder: Path, parent: Path, name: str) -> Result:
 def test_trl_s_trainer_runs_the_same_recipe(single: Result, folder: Path, base_folder: Path) -> None:
     result = train_reward_model(folder, base_folder, "trl", train__engine="trl", train__evaluate_every=6)
     ours, theirs = single.record["metrics"], result.record["metrics"]
-    assert theirs["held_out_loss_before"] == pytest.approx(ours["held_out_loss_before"], rel=1e-5)
-    assert theirs["held_out_accuracy_after"] == 1.0 and theirs["held_out_margin_after"] > 1.0
-    assert [line["step"] for line in result.metrics if "held_out_accuracy" in line] == [6, 12]
+    assert theirs["eval/loss_before"] == pytest.approx(ours["eval/loss_before"], rel=1e-5)
+    assert theirs["eval/rewards/accuracies_after"] == 1.0 and theirs["eval/rewards/margins_after"] > 1.0
+    assert [line["step"] for line in result.metrics if "eval/rewards/accuracies" in line] == [6, 12]
     assert set(result.record["files"]) == set(single.record["files"])
 
 

@@ -107,7 +107,7 @@ def test_rows_of_every_layout_are_scored(model: RewardModel, row: dict, count: i
         TOTAL: count,
     }
     line = found.to_dict()
-    assert line["rewards"]["normalised"].keys() == {"help", "safety"}
+    assert line["rewards"]["normalized"].keys() == {"help", "safety"}
     assert isinstance(line["rewards"]["help"], float if count == 1 else list)
     assert {key: line[key] for key in row} == row, "the row itself stays"
 

@@ -112,7 +112,7 @@ def test_control_suffix_is_appended_to_the_prompt():
 
 def test_long_prompts_are_dropped_and_counted():
     data = prepare([{"prompt": "Hi"}, {"prompt": "long " * 50}], max_prompt_length=20)
-    assert data.train.locations == ["row 1"] and data.report.too_long == 1
+    assert data.train.locations == ["row 1"] and data.report.num_too_long == 1
     assert data.report.lines()[1] == "rows longer than 20 tokens, dropped: 1 (first: row 2)"
 
 

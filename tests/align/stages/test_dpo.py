@@ -26,8 +26,8 @@ SMALL = {"virtual_tokens": 5, "rank": 4, "dropout": 0.1, "encoder_hidden_size": 
 FAST = ("prompt", "prefix", "qlora", "adalora")
 OTHERS = [name for name in plugin_names(ADAPTERS) if name not in (*FAST, "lora", "bitfit")]
 BY_STEP = {
-    *("loss", "margin", "accuracy", "chosen_logps", "rejected_logps", "chosen_drift", "rejected_drift"),
-    *("kl", "length_ratio"),
+    *("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"),
+    *("logratios/chosen", "logratios/rejected", "objective/kl_per_token", "data/length_ratio"),
 }
 
 
@@ -39,14 +39,14 @@ def test_run_writes_its_files_and_learns(prefer: Runs) -> None:
     steps = [line for line in result.metrics if "loss" in line]
     assert len(steps) == 12 and all(line.keys() >= BY_STEP for line in steps)
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert (steps[0]["margin"], steps[0]["accuracy"]) == (pytest.approx(0, abs=1e-5), 0.5)
-    assert [line["step"] for line in result.metrics if "held_out_loss" in line] == [6, 12]
+    assert (steps[0]["rewards/margins"], steps[0]["rewards/accuracies"]) == (pytest.approx(0, abs=1e-5), 0.5)
+    assert [line["step"] for line in result.metrics if "eval/loss" in line] == [6, 12]
     metrics = result.record["metrics"]
-    assert metrics["held_out_loss_before"] == pytest.approx(math.log(2), abs=1e-5)
-    assert metrics["held_out_accuracy_before"] == 0.5
-    assert metrics["held_out_accuracy_after"] == 1.0 and metrics["held_out_margin_after"] > 0.5
-    assert metrics["held_out_chosen_drift_after"] == pytest.approx(
-        metrics["held_out_chosen_logps_after"] - metrics["held_out_chosen_logps_before"], abs=1e-4
+    assert metrics["eval/loss_before"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["eval/rewards/accuracies_before"] == 0.5
+    assert metrics["eval/rewards/accuracies_after"] == 1.0 and metrics["eval/rewards/margins_after"] > 0.5
+    assert metrics["eval/logratios/chosen_after"] == pytest.approx(
+        metrics["eval/logps/chosen_after"] - metrics["eval/logps/chosen_before"], abs=1e-4
     )
     assert metrics["tokens_per_second"] > 0
     assert [line.keys() >= {"prompt", "expected", "before", "after"} for line in result.samples] == [True] * 2
@@ -58,8 +58,10 @@ def test_the_length_ratio_is_that_of_the_data(prefer: Runs, pairs_file: Path) ->
     result = prefer(train__max_steps=None, train__epochs=1, train__log_every=100, data__held_out=0, **QUIET)
     assert result.metrics == []  # fewer steps than log_every: no partial averages are logged
     result = prefer("other", train__max_steps=6, train__log_every=6, data__held_out=0, **QUIET)
-    [line] = [line for line in result.metrics if "length_ratio" in line]
-    assert line["step"] == 6 and 0 < line["length_ratio"] < 1, "chosen sums are shorter than rejected text"
+    [line] = [line for line in result.metrics if "data/length_ratio" in line]
+    assert line["step"] == 6 and 0 < line["data/length_ratio"] < 1, (
+        "chosen sums are shorter than rejected text"
+    )
 
 
 @pytest.mark.parametrize("name", all_losses())
@@ -69,7 +71,7 @@ def test_every_loss_takes_three_steps(prefer: Runs, lists_file: Path, name: str)
     result = prefer(dpo__loss=name, data__held_out=0, **settings, **QUIET)
     entries = [entry for entry in result.metrics if "loss" in entry]
     assert len(entries) == 3 and all(math.isfinite(value) for entry in entries for value in entry.values())
-    assert ("chosen_drift" in entries[0]) == loss.needs.reference
+    assert ("logratios/chosen" in entries[0]) == loss.needs.reference
     results = {result_entry["name"]: result_entry for result_entry in result.record["preflight"]}
     assert ("reference" in results) == loss.needs.reference
     assert results["base"]["passed"] and "bit for bit" in results["base"]["detail"]
@@ -81,8 +83,8 @@ def test_every_loss_takes_three_steps(prefer: Runs, lists_file: Path, name: str)
 def test_a_loss_on_pairs_learns_from_ranked_lists(prefer: Runs, lists_file: Path, name: str) -> None:
     result = prefer(dpo__loss=name, data__source=str(lists_file), train__max_steps=8, **QUIET)
     metrics = result.record["metrics"]
-    assert metrics["held_out_loss_after"] < 0.9 * metrics["held_out_loss_before"]
-    assert metrics["held_out_accuracy_after"] > 0.6
+    assert metrics["eval/loss_after"] < 0.9 * metrics["eval/loss_before"]
+    assert metrics["eval/rewards/accuracies_after"] > 0.6
 
 
 def check_adapter(prefer: Runs, method: str) -> None:
@@ -102,8 +104,8 @@ def check_adapter(prefer: Runs, method: str) -> None:
         all(check["passed"] for check in checks.values()) and "loss 0.6931" in checks["reference"]["detail"]
     )
     metrics = result.record["metrics"]
-    assert metrics["held_out_loss_before"] == pytest.approx(math.log(2), abs=1e-4)
-    assert metrics["held_out_chosen_logps_after"] != metrics["held_out_chosen_logps_before"]
+    assert metrics["eval/loss_before"] == pytest.approx(math.log(2), abs=1e-4)
+    assert metrics["eval/logps/chosen_after"] != metrics["eval/logps/chosen_before"]
 
 
 @pytest.mark.parametrize("method", FAST)
@@ -187,7 +189,7 @@ def test_the_command_line_prints_a_summary(
     output = capsys.readouterr().out
     assert "ok  reference" in output and "ok  stop token" in output and "held-out accuracy" in output
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["metrics"]["held_out_loss_before"] == pytest.approx((1 / (2 * 0.2)) ** 2, rel=1e-4)
+    assert record["metrics"]["eval/loss_before"] == pytest.approx((1 / (2 * 0.2)) ** 2, rel=1e-4)
     monkeypatch.setattr("sys.argv", ["llm-align", "chat", str(tmp_path / "run"), "--prompt", "Add. 1 2"])
     cli.main()
     assert "Traceback" not in capsys.readouterr().err

@@ -24,15 +24,22 @@ QUIET = {"evaluate__samples": 0}
 def test_both_engines_have_equal_metrics_and_learn(prefer: Runs) -> None:
     ours, theirs = prefer("ours"), prefer("theirs", train__max_steps=12, train__evaluate_every=6, **TRL)
     before, after = ours.record["metrics"], theirs.record["metrics"]
-    for name in ("loss", "margin", "accuracy", "chosen_logps", "rejected_logps", "chosen_drift"):
-        key = f"held_out_{name}_before"
+    for name in (
+        "loss",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "logratios/chosen",
+    ):
+        key = f"eval/{name}_before"
         assert after[key] == pytest.approx(before[key], abs=1e-4), name
-    assert after["held_out_accuracy_after"] == 1.0 and after["held_out_margin_after"] > 0.5
+    assert after["eval/rewards/accuracies_after"] == 1.0 and after["eval/rewards/margins_after"] > 0.5
     steps = [line for line in theirs.metrics if "loss" in line]
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert len(steps) == 12 and {"margin", "accuracy"} <= steps[0].keys()
-    assert [line["step"] for line in theirs.metrics if "held_out_loss" in line] == [6, 12]
-    assert theirs.record["panel"], "the run explains itself"
+    assert len(steps) == 12 and {"rewards/margins", "rewards/accuracies"} <= steps[0].keys()
+    assert [line["step"] for line in theirs.metrics if "eval/loss" in line] == [6, 12]
+    assert theirs.record["diagnostics"], "the run explains itself"
     assert not (theirs.adapter / "ref").exists()
     assert load_finished_run(theirs.directory).model.training is False
 

@@ -70,13 +70,13 @@ def test_run_learns_and_records_metrics(tune: Tune) -> None:
     steps = [line for line in result.metrics if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
     assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-6) and steps[-1]["loss"] < 0.49
-    assert {"chosen_reward", "rejected_reward", "margin", "kl"} <= steps[-1].keys()
-    assert [line["step"] for line in result.metrics if "held_out_loss" in line] == [4, 8]
+    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "kto/z"} <= steps[-1].keys()
+    assert [line["step"] for line in result.metrics if "eval/loss" in line] == [4, 8]
     metrics = result.record["metrics"]
-    assert metrics["held_out_loss_before"] == pytest.approx(0.5, abs=1e-6)
-    assert metrics["held_out_margin_before"] == pytest.approx(0.0, abs=1e-6)
-    assert metrics["held_out_margin_after"] > 0.05
-    assert "held-out margin" in result.record["headline"]
+    assert metrics["eval/loss_before"] == pytest.approx(0.5, abs=1e-6)
+    assert metrics["eval/rewards/margins_before"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["eval/rewards/margins_after"] > 0.05
+    assert "held-out margin" in result.record["summary"]
     checks = {check["name"]: check["detail"] for check in result.record["preflight"]}
     assert checks["start"] == "policy equals reference before step 0: loss 0.5000, expected 0.5000"
     assert checks["balance"] == "21 good completions, 19 bad; weighted 1.11 to 1"

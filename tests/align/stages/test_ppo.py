@@ -55,8 +55,11 @@ rewards: {{sources: "{judges}:long"}}
 sampling: {{max_new_tokens: 5}}
 ppo: {{rollout_size: 8, ppo_epochs: 2, missing_eos_reward: null}}
 """
-BY_STEP = {"loss", "policy_loss", "value_loss", "ratio", "clipped", "step_kl"}
-BY_ROLLOUT = {"reward", "kl", "entropy", "length", "ends", "score", "kl_coefficient", "seconds_generation"}
+BY_STEP = {"loss", "loss/policy", "loss/value", "policy/ratio", "policy/clip_frac", "policy/approx_kl"}
+BY_ROLLOUT = {
+    *("objective/reward", "objective/kl_per_completion", "policy/entropy", "val/completion_length"),
+    *("val/eos_rate", "objective/shaped_reward", "objective/kl_coef", "time/generation"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -101,19 +104,30 @@ def test_ppo_run_writes_all_artifacts(reinforce: Runs) -> None:
     steps = [line for line in result.metrics if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert all(line.keys() >= BY_STEP for line in steps)
-    rollouts = [line for line in steps if "reward" in line]
+    rollouts = [line for line in steps if "objective/reward" in line]
     assert [line["step"] for line in rollouts] == [1, 5] and all(
         line.keys() >= BY_ROLLOUT for line in rollouts
     )
-    assert rollouts[0]["ratio"] == 1.0 and rollouts[0]["kl"] == 0.0 and rollouts[0]["clipped"] == 0.0
-    assert rollouts[1]["kl"] != 0.0
-    assert [line["step"] for line in result.metrics if "held_out_reward" in line] == [4, 6]
+    assert (
+        rollouts[0]["policy/ratio"] == 1.0
+        and rollouts[0]["objective/kl_per_completion"] == 0.0
+        and rollouts[0]["policy/clip_frac"] == 0.0
+    )
+    assert rollouts[1]["objective/kl_per_completion"] != 0.0
+    assert [line["step"] for line in result.metrics if "eval/objective/reward" in line] == [4, 6]
     metrics = result.record["metrics"]
-    assert metrics["held_out_kl_before"] == 0.0 and metrics["held_out_reward_before"] > 0
-    assert {"held_out_reward_after", "reward_after", "clipped_after"} <= metrics.keys()
+    assert (
+        metrics["eval/objective/kl_per_completion_before"] == 0.0
+        and metrics["eval/objective/reward_before"] > 0
+    )
+    assert {
+        "eval/objective/reward_after",
+        "objective/reward_after",
+        "policy/clip_frac_after",
+    } <= metrics.keys()
     [ratio] = [result_entry for result_entry in result.record["preflight"] if result_entry["name"] == "ratio"]
     assert "exactly 1" in ratio["detail"]
-    assert result.record["rewards"][0]["name"] == "long" and result.record["panel"]
+    assert result.record["rewards"][0]["name"] == "long" and result.record["diagnostics"]
     assert "KL to the reference" in (result.directory / "report.html").read_text(encoding="utf-8")
     assert load_finished_run(result.directory).model.training is False
 
@@ -155,7 +169,7 @@ def test_pain_06_ppo_resumes_bit_for_bit_from_any_step(
             reinforce("cut", **STATEFUL_SETTINGS)
     resumed = reinforce("cut", **STATEFUL_SETTINGS)
     assert resumed.record["files"] == uninterrupted.record["files"]
-    compared = {"step", *BY_STEP, *BY_ROLLOUT} - {"seconds_generation"}
+    compared = {"step", *BY_STEP, *BY_ROLLOUT} - {"time/generation"}
     for expected, actual in zip(uninterrupted.metrics, resumed.metrics, strict=True):
         assert {k: expected[k] for k in compared & expected.keys()} == {
             k: actual[k] for k in compared & expected.keys()
@@ -178,7 +192,7 @@ def test_micro_batch_size_does_not_change_the_loss(reinforce: Runs) -> None:
 
 def test_target_kl_ends_the_updates_of_a_rollout(reinforce: Runs) -> None:
     result = reinforce(ppo__target_kl=1e-9, data__held_out=0)
-    rollouts = [line["step"] for line in result.metrics if "reward" in line]
+    rollouts = [line["step"] for line in result.metrics if "objective/reward" in line]
     assert rollouts == [1, 3, 5], "the first step of a rollout has approx_kl 0, the second has not"
 
 

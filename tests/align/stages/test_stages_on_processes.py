@@ -125,7 +125,7 @@ def close(one: Result, two: Result, *, saved: float = 2e-3) -> None:
     """
     assert len(one.metrics) == len(two.metrics) > 3
     for first, second in zip(one.metrics, two.metrics, strict=True):
-        _same(first, second, aside=("epoch", "seconds_"))
+        _same(first, second, aside=("epoch", "time/"))
     _same(one.record["metrics"], two.record["metrics"], aside=("tokens_per_second",))
     assert two.record["processes"] == 2 and two.record["status"] == "finished"
     ticks = {tick["name"]: tick["detail"] for tick in two.record["preflight"]}
@@ -145,7 +145,10 @@ def _same(one: dict[str, float], two: dict[str, float], *, aside: tuple[str, ...
 def test_a_reward_model_of_two_processes_is_that_of_one(share: Share, scored: Result) -> None:
     two = share("reward", "reward-two", 2)
     close(scored, two)
-    mine, theirs = two.record["normalisation"]["reward"], scored.record["normalisation"]["reward"]
+    mine, theirs = (
+        two.record["reward_normalization"]["reward"],
+        scored.record["reward_normalization"]["reward"],
+    )
     assert mine == pytest.approx(theirs, rel=1e-4)
     assert (two.directory / "rules" / "0.py").read_text() == JUDGES
     assert [line["prompt"] for line in two.samples] == [line["prompt"] for line in scored.samples]
@@ -161,8 +164,8 @@ def test_preferences_are_learnt_by_two_as_by_one(share: Share, loss: str) -> Non
 def test_two_processes_draw_and_learn_what_one_does_in_ppo(share: Share, scored: Result) -> None:
     one, two = (share("ppo", f"ppo-{count}", count) for count in (1, 2))
     close(one, two)
-    rollouts = [line for line in two.metrics if "reward" in line]
-    assert len(rollouts) > 1 and rollouts[0]["ratio"] == 1.0
+    rollouts = [line for line in two.metrics if "objective/reward" in line]
+    assert len(rollouts) > 1 and rollouts[0]["policy/ratio"] == 1.0
     assert two.samples == one.samples
 
 

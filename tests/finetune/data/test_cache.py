@@ -22,7 +22,7 @@ def test_pain_22_concurrent_processes_tokenize_rows_once():
     def encode(report):
         made.append(threading.get_ident())
         time.sleep(0.2)
-        report.too_long = 7
+        report.num_too_long = 7
         return {"ids": np.arange(5)}
 
     reports = [DataReport() for _ in range(4)]
@@ -38,7 +38,7 @@ def test_pain_22_concurrent_processes_tokenize_rows_once():
         thread.join()
     assert len(made) == 1
     assert sorted(report.from_cache for report in reports) == [False, True, True, True]
-    assert [report.too_long for report in reports] == [7] * 4
+    assert [report.num_too_long for report in reports] == [7] * 4
 
 
 def test_the_lock_file_is_outside_the_cache_folder_and_released():

@@ -239,7 +239,7 @@ def test_a_mixture_of_texts_and_of_task_rows_with_their_prompts(tmp_path: Path) 
     assert task.startswith("Below is an") and task.endswith("four?\n\n### Response:five")
     assert data.report.layout == "text + question/answer; documents: 4 and 0 held out"
     assert [conversation.messages[0].content for conversation in data.prompts] == ["four?"]
-    assert [source.usable for source in data.report.sources] == [2, 1, 1]
+    assert [source.num_usable for source in data.report.sources] == [2, 1, 1]
 
 
 def test_special_tokens_in_a_text_are_escaped_and_reported() -> None:

@@ -50,14 +50,14 @@ def per_source(rows: list[Conversation]) -> list[int]:
 def test_without_rates_every_row_is_used_once(write: Write) -> None:
     train, _, report = mixed({"source": write("a", 30)}, {"source": write("b", 12)})
     assert per_source(train) == [30, 12] and len({row.location for row in train}) == 42
-    assert [source.asked for source in report.sources] == pytest.approx([30 / 42, 12 / 42])
+    assert [source.target_rate for source in report.sources] == pytest.approx([30 / 42, 12 / 42])
     assert report.notes == []
 
 
 def test_rows_caps_a_source_before_anything_else(write: Write) -> None:
     path = write("a", 100)
     train, _, report = mixed({"source": path, "rows": 10}, {"source": write("b", 10)})
-    assert per_source(train) == [10, 10] and report.sources[0].found == 10
+    assert per_source(train) == [10, 10] and report.sources[0].num_read == 10
     again = mixed({"source": path, "rows": 10}, {"source": write("b", 10)}, seed=1)[0]
     assert {row.location for row in again} != {row.location for row in train}
 
@@ -89,7 +89,7 @@ def test_a_share_is_a_fraction_of_the_mixture(write: Write) -> None:
     # 95 rows are the other 95 %: 100 rows, 5 of them replayed.
     train, _, report = mixed({"source": write("a", 95)}, {"source": write("general", 50), "share": 0.05})
     assert per_source(train) == [95, 5]
-    assert [source.asked for source in report.sources] == pytest.approx([0.95, 0.05])
+    assert [source.target_rate for source in report.sources] == pytest.approx([0.95, 0.05])
 
 
 def plain_texts(folder: Path, count: int) -> str:
@@ -189,7 +189,7 @@ def test_each_source_has_its_own_selection(write: Write) -> None:
         {"source": write("a", 40), "select": {"rows": 5}},
         {"source": write("b", 20), "select": {"min_reply_characters": 2}},
     )
-    assert per_source(train) == [5, 10] and [source.usable for source in report.sources] == [5, 10]
+    assert per_source(train) == [5, 10] and [source.num_usable for source in report.sources] == [5, 10]
 
 
 def test_an_empty_source_is_named(write: Write) -> None:
@@ -225,7 +225,7 @@ def test_only_the_sampled_rows_of_a_hub_dataset_are_read(monkeypatch: pytest.Mon
     ]
     train, _, report = mixed(*mix)
     assert requested == [("some/set", "train", "abc"), ("other/set", "dev", None)]
-    assert per_source(train) == [10, 5] and [source.found for source in report.sources] == [10, 5]
+    assert per_source(train) == [10, 5] and [source.num_read for source in report.sources] == [10, 5]
     for row in train:
         number = int(row.messages[1].content)
         name = ("some/set[train]", "other/set[dev]")[row.source_index]

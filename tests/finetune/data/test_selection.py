@@ -41,7 +41,7 @@ def test_by_rating_as_alpagasus():
     assert report.counts == {"dropped: score below 4.5": 4} and report.examples == {
         "dropped: score below 4.5": "row 1"
     }
-    assert report.sources[0].found == 10 and report.sources[0].usable == 6
+    assert report.sources[0].num_read == 10 and report.sources[0].num_usable == 6
 
 
 def test_n_rows_as_lima_are_sampled_with_the_seed():

@@ -50,12 +50,12 @@ class RunWorkspace:
         (path / weights).write_bytes(b"weights")
         if adapter["method"] == "full":
             (path / "model" / "config.json").write_text("{}")
-        load = {"model": MODEL | changed.pop("model", {}), "precision": "float32", "quantization": "none"}
-        load |= {
+        reload = {"model": MODEL | changed.pop("model", {}), "precision": "float32", "quantization": "none"}
+        reload |= {
             "template": "chatml",
             "system_prompt": "Be brief.",
             "virtual_tokens": 0,
-            **changed.pop("load", {}),
+            **changed.pop("reload", {}),
         }
         record = {
             "format": 2,
@@ -63,7 +63,7 @@ class RunWorkspace:
             "stage": "sft",
             "recipe": "a",
             "digest": "12345678",
-            "load": load,
+            "reload": reload,
         }
         record |= {"command": "llm-align sft a", "started": "2026-01-01", "finished": "2026-01-02"}
         record |= {"files": {weights: "0" * 64}, **changed}
@@ -187,7 +187,7 @@ def test_a_run_of_full_tuning_is_a_base_for_a_new_adapter(workspace: RunWorkspac
 def test_a_stage_on_plain_text_has_a_template_only_if_set(
     workspace: RunWorkspace, template: str, expected: str
 ) -> None:
-    workspace.run(stage="pretrain", load={"template": template, "system_prompt": None})
+    workspace.run(stage="pretrain", reload={"template": template, "system_prompt": None})
     assert workspace.recipe(PLAIN, FROM).settings.data.template == expected
 
 
@@ -226,7 +226,7 @@ def test_the_newest_finished_match_is_used_with_a_note(workspace: RunWorkspace) 
 
 def test_a_continued_run_does_not_match_its_parents_prefix(workspace: RunWorkspace) -> None:
     workspace.run("runs/sft-a-1", finished="2026-03-01")
-    workspace.run("runs/sft-a-2", finished="2026-04-01", start={"name": "sft-a-1"})
+    workspace.run("runs/sft-a-2", finished="2026-04-01", init_from={"name": "sft-a-1"})
     assert find_run("sft-a")[0] == RUNS_FOLDER / "sft-a-1"
     assert find_run("sft-a-2") == (RUNS_FOLDER / "sft-a-2", "")
 

@@ -55,16 +55,14 @@ def test_run_writes_all_files(read: Read, packing: bool) -> None:
     assert {"recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "report.html", "adapter"} <= names
     metrics = result.record["metrics"]
     for when in ("before", "after"):
-        loss, perplexity = metrics[f"held_out_loss_{when}"], metrics[f"held_out_perplexity_{when}"]
+        loss, perplexity = metrics[f"eval/loss_{when}"], metrics[f"eval/perplexity_{when}"]
         assert perplexity == pytest.approx(math.exp(loss))
-    assert metrics["held_out_perplexity_after"] < 0.7 * metrics["held_out_perplexity_before"]
-    summary = result.record["headline"]["held-out perplexity"]
-    assert summary == " → ".join(
-        f"{metrics[f'held_out_perplexity_{when}']:.1f}" for when in ("before", "after")
-    )
+    assert metrics["eval/perplexity_after"] < 0.7 * metrics["eval/perplexity_before"]
+    summary = result.record["summary"]["held-out perplexity"]
+    assert summary == " → ".join(f"{metrics[f'eval/perplexity_{when}']:.1f}" for when in ("before", "after"))
     assert summary in (result.directory / "report.html").read_text()
     assert "text; documents: 72 and 18 held out" in result.record["data"]["lines"][0]
-    assert result.record["load"]["template"] == "plain"
+    assert result.record["reload"]["template"] == "plain"
 
 
 def test_samples_continue_held_out_texts(read: Read, tmp_path: Path) -> None:
@@ -97,7 +95,7 @@ def test_trl_trains_on_the_same_blocks(read: Read) -> None:
         read(name, train__engine=name, train__micro_batch_size=4, evaluate__samples=0, adapter__dropout=0.0)
         for name in ("native", "trl")
     ]
-    before = [way.record["metrics"]["held_out_perplexity_before"] for way in ways]
+    before = [way.record["metrics"]["eval/perplexity_before"] for way in ways]
     assert before[0] == pytest.approx(before[1], rel=1e-6)
     assert ways[1].metrics[-1]["loss"] < ways[1].metrics[0]["loss"]
 
@@ -153,7 +151,7 @@ def test_sft_after_pretraining_on_task_prompts(
 
     from_base = tune(str(base_folder), "plain")
     after_pretraining = tune(str(first.directory), "behind")
-    losses = [run.record["metrics"]["held_out_loss_before"] for run in (from_base, after_pretraining)]
+    losses = [run.record["metrics"]["eval/loss_before"] for run in (from_base, after_pretraining)]
     assert losses[1] < losses[0] - 0.5
 
 

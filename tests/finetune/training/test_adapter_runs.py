@@ -58,8 +58,8 @@ def test_resumed_adapter_is_bit_identical(
     resumed = sft.run(make_recipe("cut", **settings), Console(quiet=True), command="a test")
     records = [uninterrupted.record, resumed.record]
     assert records[0]["files"] == records[1]["files"]
-    assert records[0]["metrics"]["held_out_loss_after"] == records[1]["metrics"]["held_out_loss_after"]
-    assert records[0]["metrics"]["held_out_loss_after"] != records[0]["metrics"]["held_out_loss_before"]
+    assert records[0]["metrics"]["eval/loss_after"] == records[1]["metrics"]["eval/loss_after"]
+    assert records[0]["metrics"]["eval/loss_after"] != records[0]["metrics"]["eval/loss_before"]
     assert load_finished_run(resumed.directory).model.training is False
 
 

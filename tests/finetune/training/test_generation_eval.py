@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,21 +69,21 @@ def test_graders_and_retention_before_and_after(grader: str) -> None:
     run = Record()
     generation_eval.evaluate(run, echo, "before")  # type: ignore[arg-type]
     assert run.record["metrics"] == {
-        "judged_longer_before": 0.5,
-        "judged_loud_before": 1.0,
-        "skill_before": 0.5,
+        "eval/graders/longer_before": 0.5,
+        "eval/graders/loud_before": 1.0,
+        "eval/retention_before": 0.5,
     }
     generation_eval.evaluate(run, lambda prompts: [Completion("9!", True)] * len(prompts), "after")  # type: ignore[arg-type]
-    assert run.record["metrics"]["judged_loud_after"] == 1.0
-    assert run.record["metrics"]["skill_after"] == 0.0
+    assert run.record["metrics"]["eval/graders/loud_after"] == 1.0
+    assert run.record["metrics"]["eval/retention_after"] == 0.0
 
 
 def test_a_resumed_run_keeps_its_before_metrics(grader: str) -> None:
     run = Record()
-    run.record["metrics"] = {"judged_loud_before": 0.25}
+    run.record["metrics"] = {"eval/graders/loud_before": 0.25}
     generation_eval = GenerationEval(load_graders({"loud": f"{grader}:loud"}), [conversation("a", "b")], [])
     generation_eval.evaluate(run, echo, "before")  # type: ignore[arg-type]
-    assert run.record["metrics"] == {"judged_loud_before": 0.25}
+    assert run.record["metrics"] == {"eval/graders/loud_before": 0.25}
 
 
 @pytest.mark.parametrize(
@@ -120,10 +119,12 @@ def test_a_run_records_grades_and_retention(tune: Tune, grader: str, tmp_path: P
         evaluate__retention=str(retention),
         evaluate__retention_rows=4,
     )
-    metrics = SimpleNamespace(**result.record["metrics"])
-    assert 0 <= metrics.judged_longer_before <= 1 and 0 <= metrics.judged_longer_after <= 1
-    assert metrics.skill_before in (0, 0.25, 0.5, 0.75, 1) and metrics.skill_after <= 1
-    assert {"grader: longer", "retention: exact match"} <= result.record["headline"].keys()
+    metrics = result.record["metrics"]
+    assert 0 <= metrics["eval/graders/longer_before"] <= 1 and 0 <= metrics["eval/graders/longer_after"] <= 1
+    assert (
+        metrics["eval/retention_before"] in (0, 0.25, 0.5, 0.75, 1) and metrics["eval/retention_after"] <= 1
+    )
+    assert {"grader: longer", "retention: exact match"} <= result.record["summary"].keys()
 
 
 def test_a_grader_that_raises_stops_the_run(tune: Tune, grader: str) -> None:

@@ -119,5 +119,5 @@ def test_a_run_smooths_in_training_and_not_when_measuring(tune: Tune) -> None:
     smooth = tune("smooth", train__label_smoothing=0.2, evaluate__samples=0)
     sharp = tune("sharp", evaluate__samples=0)
     assert smooth.metrics[0]["loss"] > sharp.metrics[0]["loss"]
-    before = [run.record["metrics"]["held_out_loss_before"] for run in (smooth, sharp)]
+    before = [run.record["metrics"]["eval/loss_before"] for run in (smooth, sharp)]
     assert before[0] == before[1]

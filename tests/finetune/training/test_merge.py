@@ -46,8 +46,8 @@ def test_a_merged_run_is_a_base(tune: Tune) -> None:
     merge_run(first.directory)
     second = trained(tune, "second", model__base=str(first.directory), train__max_steps=2)
     losses = [
-        first.record["metrics"]["held_out_loss_after"],
-        second.record["metrics"]["held_out_loss_before"],
+        first.record["metrics"]["eval/loss_after"],
+        second.record["metrics"]["eval/loss_before"],
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     by_hand = AutoModelForCausalLM.from_pretrained(first.directory / MERGED)
@@ -59,8 +59,8 @@ def test_a_fully_tuned_run_is_a_base(tune: Tune) -> None:
     first = trained(tune, "first", adapter__method="full", train__learning_rate=1e-3)
     second = trained(tune, "second", model__base=str(first.directory), train__max_steps=2)
     losses = [
-        first.record["metrics"]["held_out_loss_after"],
-        second.record["metrics"]["held_out_loss_before"],
+        first.record["metrics"]["eval/loss_after"],
+        second.record["metrics"]["eval/loss_before"],
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 

@@ -37,9 +37,9 @@ def assert_close_runs(expected_run: Result, other_run: Result, *, error: float =
     """Compare losses and gradients step by step, held-out losses, and the saved adapters."""
     assert len(expected_run.metrics) == len(other_run.metrics)
     for first, second in zip(expected_run.metrics, other_run.metrics, strict=True):
-        for key in ("loss", "grad_norm", "held_out_loss"):
+        for key in ("loss", "grad_norm", "eval/loss"):
             assert math.isclose(first.get(key, 0), second.get(key, 0), rel_tol=error), (first, second)
-    for key in ("held_out_loss_before", "held_out_loss_after"):
+    for key in ("eval/loss_before", "eval/loss_after"):
         assert math.isclose(
             expected_run.record["metrics"][key], other_run.record["metrics"][key], rel_tol=error
         )

@@ -76,7 +76,7 @@ def test_training_is_noisy_and_repeats_with_the_seed(tune: Tune) -> None:
     clean = tune("clean", evaluate__samples=0, train__max_steps=4)
     assert noisy.record["files"] == repeated.record["files"]
     assert noisy.record["files"] != clean.record["files"]
-    assert noisy.record["metrics"]["held_out_loss_before"] == clean.record["metrics"]["held_out_loss_before"]
+    assert noisy.record["metrics"]["eval/loss_before"] == clean.record["metrics"]["eval/loss_before"]
     assert noisy.metrics[0]["loss"] != clean.metrics[0]["loss"]
 
 
@@ -99,7 +99,7 @@ def test_held_out_rows_are_measured_without_noise(tmp_path: Path) -> None:
     )
     trainer.neftune_alpha = 50.0
     clean = held_out_loss(model, rows, PaddedCollator(0), batch_size=2)
-    assert trainer.evaluate()["held_out_loss"] == pytest.approx(clean, rel=1e-6)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(clean, rel=1e-6)
 
 
 def test_the_noise_is_on_the_rows_and_not_on_virtual_tokens() -> None:

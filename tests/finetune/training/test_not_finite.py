@@ -18,7 +18,7 @@ def test_pain_25_a_loss_that_is_no_number_names_step_and_rows(tune: Tune, tmp_pa
     with pytest.raises(NotFiniteError, match=error):
         tune("run", train__learning_rate=1e30, train__warmup=0, evaluate__samples=0)
     run_json = record(tmp_path / "run")
-    assert run_json["status"] == "failed" and "at step 2" in run_json["reason"]
+    assert run_json["status"] == "failed" and "at step 2" in run_json["error"]
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -48,7 +48,7 @@ def test_a_failed_run_restarts_with_force(tune: Tune) -> None:
     with pytest.raises(NotFiniteError):
         tune("run", train__learning_rate=1e30, evaluate__samples=0)
     restarted = tune("run", evaluate__samples=0, force=True)
-    assert restarted.record["status"] == "finished" and "reason" not in restarted.record
+    assert restarted.record["status"] == "finished" and "error" not in restarted.record
     assert [entry["step"] for entry in restarted.metrics] == [1, 2, 3]
 
 

@@ -221,7 +221,7 @@ def test_pain_24_a_layer_that_is_lost_later_is_found_at_step_1(
     with pytest.raises(UserError, match="2 tensors are without a gradient"):
         tune("run", train__engine=engine, **QUICK)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["status"] == "failed" and "without a gradient" in record["reason"]
+    assert record["status"] == "failed" and "without a gradient" in record["error"]
     assert record["preflight"][-1]["passed"] is False and not (tmp_path / "run" / "adapter").exists()
 
 

@@ -63,7 +63,7 @@ def test_evaluating_between_steps_does_not_change_a_qlora_run(
         data__held_out=str(held_out),
         train__evaluate_every=1,
     )
-    assert plain.record["load"]["quantization"] == "nf4"
+    assert plain.record["reload"]["quantization"] == "nf4"
     assert plain.record["files"] == evaluating.record["files"]
     assert len(evaluating.samples) == 4 and plain.samples == []
 
@@ -74,13 +74,13 @@ def test_int8_is_an_option(tune: Tune, base_folder: Path) -> None:
     assert layers and all(isinstance(layer.get_base_layer(), Linear8bitLt) for layer in layers)
     assert all(layer.get_base_layer().weight.dtype == torch.int8 for layer in layers)
     result = tune("run", adapter__method="qlora", model__quantization="int8", train__max_steps=4)
-    assert result.record["load"]["quantization"] == "int8"
+    assert result.record["reload"]["quantization"] == "int8"
     metrics = result.record["metrics"]
-    assert metrics["held_out_loss_after"] < metrics["held_out_loss_before"]
+    assert metrics["eval/loss_after"] < metrics["eval/loss_before"]
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_4_bit_run_trains_like_full_precision(tune: Tune, method: str) -> None:
     result = tune("run", adapter__method=method, evaluate__samples=0, train__max_steps=6)
     metrics = result.record["metrics"]
-    assert metrics["held_out_loss_after"] < metrics["held_out_loss_before"] - 0.05
+    assert metrics["eval/loss_after"] < metrics["eval/loss_before"] - 0.05

@@ -39,7 +39,7 @@ def test_report_is_self_contained(result: Result) -> None:
 
 def test_model_and_data_text_is_escaped(result: Result, make_recipe) -> None:
     evil = "<script>alert(1)</script><img src=x onerror=y>"
-    entry = {"prompt": evil, "expected": evil, "before": evil, "after": evil, "stopped": True}
+    entry = {"prompt": evil, "expected": evil, "before": evil, "after": evil, "ended_with_eos": True}
     (result.directory / "samples.jsonl").write_text(json.dumps(entry) + "\n")
     run = RunDirectory(result.directory, make_recipe(), result.record["digest"])
     run.record["command"] = evil

@@ -30,10 +30,10 @@ def test_it_starts_where_the_parent_ended_and_is_self_contained(tune: Tune) -> N
     first = tune("first")
     second = tune("second", **parent_of(first))
     record = second.record
-    assert record["metrics"]["held_out_loss_before"] == first.record["metrics"]["held_out_loss_after"]
+    assert record["metrics"]["eval/loss_before"] == first.record["metrics"]["eval/loss_after"]
     assert [sample["before"] for sample in second.samples] == [sample["after"] for sample in first.samples]
     assert record["files"] != first.record["files"]
-    assert record["start"] == {
+    assert record["init_from"] == {
         "name": "first",
         "folder": str(first.directory),
         "stage": "sft",
@@ -41,7 +41,7 @@ def test_it_starts_where_the_parent_ended_and_is_self_contained(tune: Tune) -> N
         "digest": first.record["digest"],
         "files": first.record["files"],
     }
-    assert "init_from" not in record["load"]["model"]
+    assert "init_from" not in record["reload"]["model"]
     shutil.rmtree(first.directory)
     loaded_model = load_finished_run(second.directory)
     saved = load_file(second.adapter / "adapter_model.safetensors")
@@ -96,19 +96,19 @@ def test_trl_trains_a_parent_s_adapter_further(tune: Tune) -> None:
     first = tune("first")
     second = tune("second", train__engine="trl", **parent_of(first))
     metrics = [run.record["metrics"] for run in (first, second)]
-    assert metrics[1]["held_out_loss_before"] == metrics[0]["held_out_loss_after"]
-    assert metrics[1]["held_out_loss_after"] != metrics[1]["held_out_loss_before"]
+    assert metrics[1]["eval/loss_before"] == metrics[0]["eval/loss_after"]
+    assert metrics[1]["eval/loss_after"] != metrics[1]["eval/loss_before"]
 
 
 @pytest.mark.skipif(detect_hardware().device != "cpu", reason="equal bits: the CPU's")
 def test_a_run_of_full_tuning_becomes_the_base_of_a_new_adapter(tune: Tune, base_folder: Path) -> None:
     first = tune("first", adapter__method="full", train__learning_rate=1e-3)
     second = tune("second", **parent_of(first))
-    assert second.record["load"]["model"]["base"] == str(first.directory)
-    assert second.record["load"]["model"]["base"] != str(base_folder)
-    assert second.adapter.name == "adapter" and second.record["start"]["name"] == "first"
+    assert second.record["reload"]["model"]["base"] == str(first.directory)
+    assert second.record["reload"]["model"]["base"] != str(base_folder)
+    assert second.adapter.name == "adapter" and second.record["init_from"]["name"] == "first"
     before, after = (run.record["metrics"] for run in (second, first))
-    assert before["held_out_loss_before"] == pytest.approx(after["held_out_loss_after"], rel=1e-6)
+    assert before["eval/loss_before"] == pytest.approx(after["eval/loss_after"], rel=1e-6)
     assert load_finished_run(second.directory).model.training is False
 
 

@@ -109,7 +109,7 @@ def test_factor_one_is_the_base(base_folder: Path, method: str) -> None:
 def test_a_loaded_adapter_run_keeps_rope_scaling(tune: Tune, base_folder: Path, method: str) -> None:
     rope = {"method": method, "factor": 2}
     result = tune("run", model__rope=rope, data__max_length=512, train__max_steps=2)
-    assert result.record["load"]["model"]["rope"] == rope
+    assert result.record["reload"]["model"]["rope"] == rope
     loaded_model = load_finished_run(result.directory)
     assert loaded_model.context == 2 * CONTEXT
     by_hand = PeftModel.from_pretrained(load(base_folder, method, 2.0), str(result.adapter)).eval()

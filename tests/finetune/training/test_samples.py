@@ -45,19 +45,19 @@ def test_all_are_scored_and_the_first_are_written(run: RunDirectory) -> None:
     samples.record_before(run, ScriptedModel("5", "6", "?", ended_with_eos=[False, False, True]))
     samples.record_after(run, ScriptedModel("4", "6", "7", ended_with_eos=[True, True, False]))
     assert run.samples() == [
-        {"prompt": "2 + 2", "expected": "4", "before": "5", "after": "4", "stopped": True},
-        {"prompt": "3 + 3", "expected": "6", "before": "6", "after": "6", "stopped": True},
+        {"prompt": "2 + 2", "expected": "4", "before": "5", "after": "4", "ended_with_eos": True},
+        {"prompt": "3 + 3", "expected": "6", "before": "6", "after": "6", "ended_with_eos": True},
     ]
     scores = run.record["metrics"]
-    assert scores["exact_match_before"] == pytest.approx(1 / 3)
-    assert scores["exact_match_after"] == pytest.approx(2 / 3)
-    assert scores["stopped_before"] == pytest.approx(1 / 3)
-    assert scores["stopped_after"] == pytest.approx(2 / 3)
+    assert scores["eval/exact_match_before"] == pytest.approx(1 / 3)
+    assert scores["eval/exact_match_after"] == pytest.approx(2 / 3)
+    assert scores["samples/eos_rate_before"] == pytest.approx(1 / 3)
+    assert scores["samples/eos_rate_after"] == pytest.approx(2 / 3)
 
 
 def test_unscored_samples_have_no_exact_match(run: RunDirectory) -> None:
     Samples(CONVERSATIONS, num_shown=3, scored=False).record_before(run, ScriptedModel("a", "b", "c"))
-    assert set(run.record["metrics"]) == {"stopped_before"}
+    assert set(run.record["metrics"]) == {"samples/eos_rate_before"}
 
 
 def test_the_prompt_is_everything_before_the_last_reply(run: RunDirectory) -> None:

@@ -176,7 +176,7 @@ def test_micro_batches_and_packing_do_not_change_the_result(tune: Tune) -> None:
 def test_bfloat16_runs_on_the_cpu_and_stays_near_float32(tune: Tune) -> None:
     exact = tune("float32", evaluate__samples=0, train__max_steps=6)
     rough = tune("bfloat16", evaluate__samples=0, train__max_steps=6, model__precision="bfloat16")
-    assert rough.record["load"]["precision"] == "bfloat16"
+    assert rough.record["reload"]["precision"] == "bfloat16"
     assert all(value.dtype == torch.float32 for value in adapter(rough).values())
     for exact_entry, rough_entry in zip(exact.metrics, rough.metrics, strict=True):
         assert rough_entry["loss"] == pytest.approx(exact_entry["loss"], abs=0.03)
@@ -192,12 +192,10 @@ def test_every_optimizer_steps(tune: Tune, optimizer: str) -> None:
 
 def test_evaluate_every_writes_the_held_out_loss(tune: Tune) -> None:
     result = tune("run", train__evaluate_every=2, train__max_steps=4, evaluate__samples=0)
-    entries = [
-        (entry["step"], entry["held_out_loss"]) for entry in result.metrics if "held_out_loss" in entry
-    ]
+    entries = [(entry["step"], entry["eval/loss"]) for entry in result.metrics if "eval/loss" in entry]
     assert [step for step, _ in entries] == [2, 4], "each step is measured once"
-    assert entries[1][1] == pytest.approx(result.record["metrics"]["held_out_loss_after"], rel=1e-6)
-    assert entries[1][1] < result.record["metrics"]["held_out_loss_before"]
+    assert entries[1][1] == pytest.approx(result.record["metrics"]["eval/loss_after"], rel=1e-6)
+    assert entries[1][1] < result.record["metrics"]["eval/loss_before"]
 
 
 def test_trl_writes_the_held_out_loss_too(tune: Tune) -> None:
@@ -205,9 +203,7 @@ def test_trl_writes_the_held_out_loss_too(tune: Tune) -> None:
         tune(name, train__engine=name, train__evaluate_every=2, train__max_steps=2, evaluate__samples=0)
         for name in ("native", "trl")
     ]
-    native, trl = (
-        [entry["held_out_loss"] for entry in way.metrics if "held_out_loss" in entry] for way in ways
-    )
+    native, trl = ([entry["eval/loss"] for entry in way.metrics if "eval/loss" in entry] for way in ways)
     assert len(native) == len(trl) == 1
-    before = [way.record["metrics"]["held_out_loss_before"] for way in ways]
+    before = [way.record["metrics"]["eval/loss_before"] for way in ways]
     assert before[0] == pytest.approx(before[1], rel=1e-6)
