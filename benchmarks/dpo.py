@@ -97,6 +97,7 @@ def build_work(path: str, rows: int, batch_size: int, *, bfloat16: bool, small: 
     """Return the first pairs of a file, the adapted model, and a tokenizer trained on the file."""
     rows_of_file = [row.columns for row in read_source(path)]
     tokenizer = train_bpe_tokenizer(str(text) for row in rows_of_file for text in row.values())
+    # More than needed, as preparation drops some pairs and `_first_groups` demands exactly `rows`.
     settings = PreferenceSettings(source=rows_of_file[: 2 * rows], cache=False, template="hh")
     prepared = prepare_preferences(settings, Encoder(tokenizer, "hh"), max_length=512, seed=0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -154,6 +155,7 @@ def logp_differences(work: DpoWork) -> dict[str, float]:
 def _first_groups(groups: PreferenceGroups, count: int) -> PreferenceGroups:
     """Return the first groups."""
     assert len(groups) >= count, f"{len(groups)} pairs of {count}"
+    # Sequences are stored prompt first, then its completions: `first` of them belong to `count` groups.
     first = int(groups.prompt_index[count])
     completions = first - count
     return PreferenceGroups(
@@ -184,6 +186,7 @@ def _run_native(work: DpoWork, model: PeftModel, *, separate: bool, max_steps: i
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        # item() waits for the GPU, so that the clock includes all of its work.
         losses.append(loss.item())
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "first_losses": losses[:2], "mean_loss": statistics.fmean(losses)}
@@ -198,6 +201,7 @@ def _pair_logps(work: DpoWork, model: PeftModel, rows: Sequence[int], collate: G
         reference = completion_logps(model, head, batch)
     logps, lengths = completion_logps(model, head, batch), batch["lengths"]
     return Pairs(
+        # Each pair's completions are in the order chosen, rejected.
         chosen_logps=logps[::2],
         rejected_logps=logps[1::2],
         chosen_lengths=lengths[::2],

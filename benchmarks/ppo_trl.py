@@ -56,6 +56,7 @@ def build_trainer(folder: Path, work: dict[str, Any], contender: str, output: st
     dtype = torch.bfloat16 if work["bfloat16"] else torch.float32
     policy = LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype)
     file = str(folder / "model" / "tokenizer.json")
+    # Left padding: generation continues at the end of a row.
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, padding_side="left", **work["special_tokens"])
     prompts = Dataset.from_dict({"input_ids": work["prompts"]})
     return PPOTrainer(

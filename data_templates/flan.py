@@ -80,6 +80,7 @@ def hash_index(text: str, count: int) -> int:
     >>> [hash_index(text, 10) for text in ("Add 2 and 3.", "Add 2 and 4.")]
     [4, 6]
     """
+    # sha256 and not hash(), which is salted per process for strings.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % count
 
 

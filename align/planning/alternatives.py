@@ -86,6 +86,7 @@ def find_alternatives(plan: Plan, count: int) -> list[Alternative]:
         alternatives,
         key=lambda alternative: (
             # Those that fit, those that train the same, then by time, or by peak memory where nothing fits.
+            # Rounded times: among nearly equal ones the fewest changes win.
             not alternative.plan.fits,
             alternative.changes_training,
             round(alternative.relative_time, 2) if alternative.plan.fits else alternative.plan.peak.total,
@@ -106,6 +107,7 @@ def _are_compatible(plan: Plan, changes: tuple[Change, ...]) -> bool:
 
 def _plan_alternative(plan: Plan, changes: tuple[Change, ...], count: int) -> Alternative:
     recipe = apply_changes(plan.recipe, changes)
+    # reuse: config.json and data are read once for all alternatives.
     alternative_plan = make_plan(recipe, plan.device, count, reuse=plan)
     return Alternative(
         changes, alternative_plan, _seconds_per_token(alternative_plan) / _seconds_per_token(plan)
@@ -188,6 +190,7 @@ def _strategy_changes(plan: Plan) -> list[list[Change]]:
 def _fewer_parallel_samples(plan: Plan) -> list[list[Change]]:
     """Return smaller generation batches: their KV cache takes half of the memory left by the weights."""
     generation, settings = plan.workload.rollout, plan.recipe.settings
+    # TRL's trainers have no generation batch: they sample the completions of a step at once.
     if generation is None or isinstance(settings, OnlineSettings):
         return [[]]
     row_bytes = kv_cache_bytes(plan.workload) // generation.rows

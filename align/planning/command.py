@@ -81,6 +81,7 @@ def _print_plan(
     recipe: Recipe, gpu: str | None, gpus: int | None, *, fit: bool, as_json: bool, command: str
 ) -> bool:
     """Print the plan and return whether it fits."""
+    # Imported here, so that --help does not wait for them.
     from rich.console import Console
 
     from align.planning.alternatives import find_alternatives

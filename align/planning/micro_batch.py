@@ -170,7 +170,7 @@ def _online_workload(
     settings: OnlineSettings, workload: Workload, lengths: RowLengths, rows: int
 ) -> Workload:
     completed_lengths = _with_completion(lengths, settings.sampling.max_new_tokens)
-    # Without a KL penalty TRL runs no reference.
+    # Without a KL penalty TRL runs no reference. RLOO and GRPO each have beta in a section of their own.
     beta = float(str(settings.model_dump().get("rloo", settings.model_dump().get("grpo", {})).get("beta", 0)))
     stage_workload = replace(
         workload,

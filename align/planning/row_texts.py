@@ -19,7 +19,7 @@ from finetune.recipe.settings import DataSettings
 
 TOKENIZER_TEMPLATE = "tokenizer"
 ASSUMED_MARKUP = "<|im_start|>assistant\n<|im_end|>\n"
-"""Stands for the markup of the tokenizer's own chat template, which is not rendered here."""
+"""Approximates the markup of the tokenizer's own chat template, which is not rendered here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _drop_held_out(rows: list[PlannedRow], settings: DataSettings) -> list[Plann
 
 
 def row_renderer(name: str) -> Callable[[PlannedRow], RowText]:
-    """Return a function that renders rows with a template, approximately for ``model``.
+    """Return a function that renders rows with a template, approximately for ``tokenizer``.
 
     Raises:
         UserError: unknown template.

@@ -28,10 +28,12 @@ def load_base_config(base: str, revision: str | None = None) -> dict[str, Any]:
     if Path(base_id).is_dir():
         return _read_config(Path(base_id) / "config.json")
     known = {entry.id: name for name, entry in load_bases().items()}
+    # The table has the configs of the default branches; another revision may differ.
     if base_id in known and revision is None:
         config: dict[str, Any] = yaml_file.read_yaml(ARCHITECTURES)[0][known[base_id]]["config"]
         return config
     cached = try_to_load_from_cache(base_id, "config.json", revision=revision)
+    # Neither None (unknown) nor the sentinel of a file that the repository is known to lack.
     if isinstance(cached, str):
         return _read_config(Path(cached))
     raise UserError(_unknown_base(base, base_id, revision, len(known)))

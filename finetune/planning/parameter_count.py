@@ -24,6 +24,7 @@ def count_trainable_parameters(architecture: Architecture, adapter: Adapter, *, 
     head_parameters = heads * architecture.hidden_size
     if adapter.full_finetuning:
         model_parameters = architecture.parameters + head_parameters
+        # A sequence classification model drops an untied output head.
         return model_parameters - (
             0
             if architecture.tied_embeddings or not heads

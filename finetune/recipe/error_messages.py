@@ -23,6 +23,7 @@ def validation_problems(section: str, error: ValidationError, *, model: type[Bas
         where, schema = _resolve_location(section, detail["loc"], root=root)
         if where not in problems:
             problems[where] = _to_problem(where, detail, schema=schema, root=root)
+    # A value of the wrong type is one mistake, and not one more for each key inside it.
     return [problem for where, problem in problems.items() if not _inside_another(where, problems)]
 
 
