@@ -179,8 +179,8 @@ class OnlineRL:
             NotFiniteError: a metric is NaN or infinite.
         """
         run = self.ctx.run
-        recorded = run.record.get("metrics", {})
         # A resumed run does not repeat an evaluation that is recorded.
+        recorded = run.record.get("metrics", {})
         if self.held_out_evaluation is not None and f"{HELD_OUT_PREFIX}reward_{when}" not in recorded:
             with self.ctx.timed("held_out"):
                 metrics = self._held_out_metrics()

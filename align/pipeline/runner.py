@@ -139,8 +139,8 @@ def _record_status(
         raise NotFiniteError(_stop_message(pipeline, entry, str(error))) from error
     except UserError as error:
         set_status("failed", reason=str(error))
-        # Nothing has run yet: leave no folder of a pipeline that never started.
         if first:
+            # Nothing has run yet: leave no folder of a pipeline that never started.
             folder.remove_if_new()
         raise UserError([entry.with_stage_name(problem) for problem in error.problems]) from error
 

@@ -272,8 +272,8 @@ class PPO:
     def _recorded_history(self) -> list[Metrics]:
         run = self.ctx.run
         metrics = run.record["metrics"]
-        before = {name.removesuffix("_before"): value for name, value in metrics.items() if "_before" in name}
         # The metrics before training are in run.json alone; metrics.jsonl has those of evaluations since.
+        before = {name.removesuffix("_before"): value for name, value in metrics.items() if "_before" in name}
         entries = [before, *(entry for entry in run.metrics() if f"{HELD_OUT_PREFIX}reward" in entry)]
         return [
             {name.removeprefix(HELD_OUT_PREFIX): value for name, value in entry.items()} for entry in entries

@@ -18,8 +18,8 @@ def value_metrics(
 ) -> dict[str, float]:
     """Return the explained variance: 1 perfect, 0 as good as a constant; empty if all returns are equal."""
     mask_CT = token_mask(lengths_C, values_CT.shape[1])
-    variance_explained = float(explained_variance(values_CT, returns_CT, mask_CT))
     # Equal returns give NaN or -inf, which JSON cannot hold.
+    variance_explained = float(explained_variance(values_CT, returns_CT, mask_CT))
     return {"explained_variance": variance_explained} if isfinite(variance_explained) else {}
 
 

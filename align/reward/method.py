@@ -87,8 +87,8 @@ class RewardModeling:
         log_parameter_counts(self.ctx, self.policy)
         self.preflight()
         metadata = policy_metadata(self.ctx, self.text, self.policy, self.data.report)
+        # What `load_reward_model` needs to score as in training is added to the metadata of every policy.
         settings, max_length = self.settings, self.text.max_length
-        # `load_reward_model` needs these to score as in training.
         metadata["load"] |= {
             "heads": settings.reward.heads,
             "pad_id": self.collator.pad_id,
