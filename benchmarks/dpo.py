@@ -59,7 +59,7 @@ from finetune.training.head import output_head
 EMBEDDED_PREFERENCES = "recipes/tiny/data/preferences_train.jsonl"
 CONTENDERS = ("native", "native-separate", "trl", "trl-best")
 COMPLETION_TOLERANCE = {False: 1e-5, True: 2e-2}
-"""Relative, of a completion's log-probability: in float32, in bfloat16 (which has three digits)."""
+"""Tolerated relative difference of completion log-probabilities: float32; bfloat16, with its three digits."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,7 @@ def logp_differences(work: DpoWork) -> dict[str, float]:
     }
     mean_difference = (torch.cat(ours["policy"]) - torch.cat(ours["reference"])).abs().mean()
     assert mean_difference > 0.01, "policy and reference agree"
-    return {
-        policy_name: _max_relative_difference(torch.cat(ours[policy_name]), torch.cat(theirs[policy_name]))
-        for policy_name in ours
-    }
+    return {role: _max_relative_difference(torch.cat(ours[role]), torch.cat(theirs[role])) for role in ours}
 
 
 def _first_groups(groups: PreferenceGroups, count: int) -> PreferenceGroups:
@@ -174,6 +171,8 @@ def _run_native(work: DpoWork, model: PeftModel, *, separate: bool, max_steps: i
     trained_weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained_weights, lr=LEARNING_RATE, weight_decay=0.0)
     batches = list(work.batches())[: max_steps if max_steps > 0 else None]
+    # Linear decay to zero and, below, clipping at 1: defaults of TrainingArguments, which TRL's contenders
+    # use.
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     collate = GroupCollator(work.pad_id, one_per_row=separate)
     model.train()

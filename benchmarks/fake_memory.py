@@ -224,11 +224,13 @@ def _build_model(case: MemoryCase) -> nn.Module:
     """Return base and adapter on the meta device."""
     config = AutoConfig.for_model(**case.config)
     plugin = load_plugin(ADAPTERS, case.adapter["method"], where="adapter.method")
+    # Fully trained weights stay in float32; autocast computes with 16-bit copies.
     dtype = DTYPES["float32" if case.adapter["method"] == "full" else case.precision]
     model_class = AutoModelForSequenceClassification if case.objective == "scores" else AutoModelForCausalLM
     if case.objective == "scores":
         configure_score_heads(config, ["score"])
     with torch.device("meta"), _answer_zero_for_meta():
+        # Softcapped attention scores (Gemma 2) need the eager implementation, as in the plan.
         attention = "eager" if Architecture.from_config(case.config).eager else case.attention
         base: PreTrainedModel = model_class.from_config(config, dtype=dtype, attn_implementation=attention)
         if case.objective == "scores":

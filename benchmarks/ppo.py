@@ -41,9 +41,9 @@ from benchmarks.ppo_work import WORK_SIZES, BaseShape, prepare_work
 NATIVE = "native"
 TRL_CONTENDERS = ("trl", "trl-policy-lora", "trl-best")
 SHAPES = {False: BaseShape(512, 8, 1376), True: BaseShape(64, 2, 172)}
-"""Of the base; a small one as a smoke test."""
+"""Shapes of the base, by ``--small``: a smoke test has a small one."""
 LOGP_TOLERANCE = {False: 1e-5, True: 2e-2}
-"""Relative, of a prompt's log-probability: in float32, in bfloat16 (which has three digits)."""
+"""Tolerated relative difference of a prompt's log-probability: float32; bfloat16, which has three digits."""
 
 
 def run_contender(

@@ -22,7 +22,7 @@ from transformers import (
     PrinterCallback,
 )
 
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL's switch for its notice that the trainer goes
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # silences TRL's notice that the trainer will be removed
 
 from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
 

@@ -168,6 +168,7 @@ def _checkpointing_changes(settings: StageSettings) -> list[list[Change]]:
 
 def _storage_changes(settings: StageSettings, plan: Plan) -> list[list[Change]]:
     traits = adapter_traits(settings.adapter.method)
+    # The largest static memory: optimizer states under full tuning, the frozen base under an adapter.
     if traits.full_finetuning and settings.train.optimizer == "adamw":
         return [[], [("train.optimizer", "adamw_8bit")]]
     if "nf4" in traits.quantization and plan.workload.quantization != "nf4":
@@ -196,6 +197,7 @@ def _fewer_parallel_samples(plan: Plan) -> list[list[Change]]:
     row_bytes = kv_cache_bytes(plan.workload) // generation.rows
     # The first phase is loading: what it leaves is free for caches.
     free_bytes = plan.available_bytes - plan.phases[0].total
+    # Half, as logits and the copy that each appended token makes need memory too.
     rows = max(1, free_bytes // 2 // row_bytes)
     current_rows = generation.rows * plan.workload.processes
     # If not even the weights fit, other changes have to free the memory first.

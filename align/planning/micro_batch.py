@@ -81,6 +81,7 @@ def _preference_workload(
     settings: DpoSettings | RewardSettings, workload: Workload, lengths: RowLengths, rows: int
 ) -> Workload:
     """Return prompts with all their completions in one row; on TRL every completion has its own."""
+    # Rounded up: only the mean is known, and memory is planned for complete groups.
     completions_per_row = max(1, ceil(lengths.completions))
     if isinstance(settings, RewardSettings):
         stage_workload = replace(workload, objective="scores", heads=len(settings.reward.heads))

@@ -36,11 +36,11 @@ class Plan:
 
     Attributes:
         recipe: the planned recipe.
-        device: one of those that it runs on.
+        device: the device of each process.
         workload: one optimizer step of one process.
         phases: the memory of a process, phase by phase.
         trainable: number of trainable parameters.
-        lengths: of the rows.
+        lengths: token lengths of the rows.
         work: of the full run; None where the number of rows is unknown.
         time: of the full run; None where speed or rows are unknown.
         disk: bytes written, by kind.

@@ -278,6 +278,7 @@ def _known_rows(data: DataSettings, table: dict[str, Any]) -> int | None:
         limit = data.select.rows if data.select is not None and rows is not None else None
     else:
         component_rows = [
+            # A source's cap is taken as its number of rows.
             component.rows or _table_rows(component.source, component.split or data.split, table)
             for component in data.mix
         ]

@@ -90,6 +90,7 @@ def _prompt_rows(settings: PromptSettings, seed: int) -> list[PlannedRow]:
         )
         conversations = parse_rows(rows, layout, source_spec.columns)
         prompt_rows += [
+            # A final reply of the data is not part of the prompt.
             PlannedRow(conversation[:-1] if conversation[-1].role in REPLY_ROLES else conversation)
             for conversation in conversations
             if conversation

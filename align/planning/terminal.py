@@ -13,7 +13,7 @@ from finetune.planning.memory import CATEGORIES, Phase
 
 MIB = 2**20
 MIB_THRESHOLD = 2 * GIB
-"""Peaks below are printed in MiB."""
+"""Peaks below this are printed in MiB."""
 TIGHT_FRACTION = 0.05
 """Fraction of the device: less free memory than this may be lost to allocator fragmentation."""
 MAX_SHOWN = 8

@@ -42,7 +42,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Layout(Generic[Parsed]):
-    """A published layout: name, required columns (those that identify it), and the parser of a row."""
+    """A published layout: name, required columns (some may be ``nullable``), and the parser of a row."""
 
     name: str
     required: tuple[str, ...]

@@ -45,7 +45,7 @@ def read_source(
     """Read the rows of a source.
 
     Args:
-        source: hub id (``owner/name``, or ``owner/name:subset``), file (``.json .jsonl .csv .tsv .parquet``,
+        source: Hub id (``owner/name``, or ``owner/name:subset``), file (``.json .jsonl .csv .tsv .parquet``,
             ``.gz`` too), folder of such files, or rows.
         split: split of a Hub dataset.
         revision: revision of a Hub dataset.

@@ -18,8 +18,8 @@ def load_base_config(base: str, revision: str | None = None) -> dict[str, Any]:
     """Return a base model's config.json; known bases are in our table.
 
     Args:
-        base: short name, hub id or folder.
-        revision: branch, tag or commit of a hub model.
+        base: short name, Hub id or folder.
+        revision: branch, tag or commit of a Hub model.
 
     Raises:
         UserError: the base does not exist, or its config.json is not on this machine.

@@ -137,9 +137,9 @@ def _count_bottlenecks(architecture: Architecture, adapter: Adapter) -> int:
 def _count_embeddings(architecture: Architecture, adapter: Adapter) -> int:
     """Count the parameters of adapters that train vectors of hidden size (prompts, embeddings)."""
     hidden_size, tokens = architecture.hidden_size, adapter.virtual_tokens
-    own_tokens = tokens - adapter.frozen_tokens
+    trained_tokens = tokens - adapter.frozen_tokens
     if adapter.method in ("prompt", "progressive_prompt"):
-        return own_tokens * hidden_size
+        return trained_tokens * hidden_size
     if adapter.method == "multitask_prompt":
         # A shared prompt, and a task matrix of rank r.
         return tokens * hidden_size + tokens * adapter.rank + adapter.rank * hidden_size

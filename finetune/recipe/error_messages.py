@@ -17,6 +17,7 @@ NULL_WORDS = ("none", "None", "nil", "-")
 
 def validation_problems(section: str, error: ValidationError, *, model: type[BaseModel]) -> list[Problem]:
     """Return the problems of a section, one per value, although pydantic reports one per type of a union."""
+    # The schema has what pydantic's errors lack: descriptions, choices and bounds.
     root = model.model_json_schema()
     problems: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
