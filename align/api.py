@@ -72,6 +72,7 @@ def load_tuned(directory: str | Path) -> "LoadedModel":
     Raises:
         UserError: not the folder of a finished run.
     """
+    # Before the first import of a library that would warn.
     silence_libraries()
     from finetune.training import loaded_model
 
@@ -169,7 +170,7 @@ def run_pipeline(
     """Run a pipeline's stages, each on the runs of earlier ones; finished stages are skipped.
 
     Args:
-        pipeline: from ``resolve_pipeline``.
+        pipeline: from ``load_pipeline``.
         force: start every stage over.
         command: command for pipeline.json.
 

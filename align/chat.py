@@ -61,6 +61,7 @@ def _generate_reply(
         loaded.model,
         loaded.encoder,
         [turns],
+        # At least half of the context is left for the conversation.
         max_new_tokens=min(max_new_tokens, loaded.context // 2),
         context=loaded.context,
         temperature=temperature,

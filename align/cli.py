@@ -61,6 +61,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; turn exceptions into messages and exit codes."""
     try:
+        # Not standalone: click would print its own messages and choose its own exit codes.
         cli.main(standalone_mode=False)
     except UserError as error:
         _fail(f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}\n{error}", USER_ERROR)
@@ -112,6 +113,7 @@ def _stage_command(stage: str, package: str) -> click.Command:
         _run_stage(recipe, force=force)
 
     if has_rewards_section(stage):
+        # Before --out and --force: --help lists options in this order.
         command.params.insert(-2, click.Option(["--reward"], metavar="RUN", help=REWARD_HELP))
     return command
 
@@ -126,6 +128,7 @@ def _run_stage(recipe: Recipe, *, force: bool) -> None:
         result = run(recipe, force=force, command="llm-align " + " ".join(sys.argv[1:]))
     from align.summary import print_summary
 
+    # Under a launcher every process runs the command; one of them prints.
     if dist_info().is_main:
         print_summary(result)
 
@@ -296,9 +299,9 @@ def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: 
 def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None:
     """Score the completions of a file with a reward model: per head, per rule, and in total."""
     silence_libraries()
-    from align.score import score_and_print as score_source
+    from align.score import score_and_print
 
-    score_source(directory, source, out=out, as_json=as_json)
+    score_and_print(directory, source, out=out, as_json=as_json)
 
 
 @cli.command()
@@ -315,10 +318,11 @@ def merge(directory: Path) -> None:
 def _renamed_command(stage: str) -> click.Command:
     """Return the command of a stage's old verb, which names the new one."""
 
+    # An old command line has options; they must reach the message below, not fail as unknown.
     @click.command(stage, hidden=True, context_settings={"ignore_unknown_options": True})
     @click.argument("words", nargs=-1)
     def command(words: tuple[str, ...]) -> None:
-        """Name the stage's new verb."""
+        """Raise UserError with the stage's new verb."""
         expected = f"llm-align {verb_of(STAGES[stage])}"
         raise UserError(Problem(f"llm-align {stage}", renamed_verb(stage), expected))
 

@@ -221,6 +221,7 @@ def _length_statistics(lengths: Sequence[int]) -> PreviewData:
     """Return statistics of the row lengths in tokens, with a histogram of at most MAX_BARS bars."""
     longest = max(lengths)
     width = _bar_width(longest)
+    # The first bar is 1 to width: no row has length 0.
     counts = np.bincount((np.asarray(lengths) - 1) // width)
     bars = [
         {"from": number * width + 1, "to": min((number + 1) * width, longest), "rows": int(counts[number])}

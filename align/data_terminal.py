@@ -24,7 +24,7 @@ SOURCE_NAME_WIDTH = 32
 def print_header(recipe: Recipe, console: Console) -> None:
     """Print recipe, data and base, before the tokenizer is loaded."""
     data = recipe.settings.data
-    mixture_sources = [part.source for part in data.mix or []]
+    mixture_sources = [component.source for component in data.mix or []]
     rows = [f"{len(data.source)} rows"] if isinstance(data.source, list) else [data.source or ""]
     sources = " + ".join(mixture_sources or rows)
     title = f"[bold]{recipe.stage} {recipe.name}[/]  {escape(recipe.description)}"

@@ -22,6 +22,7 @@ def score_and_print(run: Path, source: str, *, out: Path | None, as_json: bool) 
     """
     if out is not None and Path(source).exists() and out.exists() and out.samefile(source):
         raise UserError(Problem(f"--out {out}", "the input file", "another path"))
+    # Checked before scoring, which may take long.
     if out is not None and not out.resolve().parent.is_dir():
         raise UserError(
             Problem(f"--out {out}", f"no such folder: {out.resolve().parent}", "an existing folder")

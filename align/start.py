@@ -45,9 +45,8 @@ def resolve_required_runs(recipe: Recipe, console: Console) -> Recipe:
 def _target_machine(recipe: Recipe) -> LaunchTarget:
     """Return the machine to solve for: a launcher's processes, or those that the recipe requests."""
     device, num_devices = detect_devices()
-    if (
-        world_size := dist_info().world_size
-    ) > 1:  # possibly on several machines, so this one's GPU count is no limit
+    # Processes of a launcher may be on several machines: this one's number of GPUs is no limit.
+    if (world_size := dist_info().world_size) > 1:
         return LaunchTarget(device.kind, device.bfloat16, world_size)
     return launch_target(recipe, device, num_devices)
 
@@ -99,6 +98,7 @@ def _with_parent_run(run: Path, recipe: Recipe) -> Recipe:
     """Return the recipe initialized from a run; a fully fine-tuned run also becomes its base."""
     update: dict[str, Any] = {"init_from": str(run)}
     if (run / "model").is_dir():
+        # The saved model has no revision, and its config has the RoPE scaling already.
         update |= {"base": str(run), "revision": None, "rope": None}
     model = recipe.settings.model.model_copy(update=update)
     return replace(recipe, settings=recipe.settings.model_copy(update={"model": model}))

@@ -26,6 +26,7 @@ LEARNING_RATE = 1e-3
 
 def train_bpe_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer of at most 32k entries, trained on the data."""
+    # Byte-level: no text of any data set becomes <unk>.
     bpe = ByteLevelBPETokenizer()
     # Three special tokens are added below.
     bpe.train_from_iterator(texts, vocab_size=BENCHMARK_VOCAB_SIZE - 3, show_progress=False)
@@ -66,6 +67,7 @@ def shared_engine_arguments(
         "max_steps": max_steps,
         "per_device_train_batch_size": batch_size,
         "learning_rate": LEARNING_RATE,
+        # Every step's loss: the contenders' first losses are compared.
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -96,6 +98,7 @@ def peak_memory_gib() -> float:
         return peak_memory_bytes(detect_hardware()) / 2**30
     status_text = Path("/proc/self/status").read_text(encoding="ascii")
     peak_line = next(peak_line for peak_line in status_text.splitlines() if peak_line.startswith("VmHWM"))
+    # The kernel reports KiB.
     return int(peak_line.split()[1]) / 2**20
 
 

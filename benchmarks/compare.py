@@ -25,7 +25,7 @@ from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 
 RESULTS_DIR = Path(__file__).parent / "results"
 NEEDS_BIASES = "bitfit"
-"""Left out: the embedded base has no bias terms."""
+"""Excluded: the embedded base has no bias terms."""
 
 COLUMN_TITLES = {
     "adapter": "adapter",
@@ -75,6 +75,7 @@ def _measure_in_subprocess(method: str, rate: float, *, steps: int, rows: int) -
 
 
 def _measure_adapter(method: str, rate: float, *, steps: int, rows: int) -> dict[str, Any]:
+    # The adapter's own defaults: the quickstart's rank and alpha are chosen for LoRA.
     adapter_values = load_plugin(ADAPTERS, method, where="compare").Settings().model_dump()
     settings = {
         f"adapter.{key}": adapter_values[key] for key in ("rank", "alpha", "dropout") if key in adapter_values

@@ -59,7 +59,7 @@ from finetune.training.head import output_head
 EMBEDDED_PREFERENCES = "recipes/tiny/data/preferences_train.jsonl"
 CONTENDERS = ("native", "native-separate", "trl", "trl-best")
 COMPLETION_TOLERANCE = {False: 1e-5, True: 2e-2}
-"""Relative, of a completion's log-probability: in float32, in bfloat16 (which has three digits)."""
+"""Tolerated relative difference of completion log-probabilities: float32; bfloat16, with its three digits."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def build_work(path: str, rows: int, batch_size: int, *, bfloat16: bool, small: 
     """Return the first pairs of a file, the adapted model, and a tokenizer trained on the file."""
     rows_of_file = [row.columns for row in read_source(path)]
     tokenizer = train_bpe_tokenizer(str(text) for row in rows_of_file for text in row.values())
+    # More than needed, as preparation drops some pairs and `_first_groups` demands exactly `rows`.
     settings = PreferenceSettings(source=rows_of_file[: 2 * rows], cache=False, template="hh")
     prepared = prepare_preferences(settings, Encoder(tokenizer, "hh"), max_length=512, seed=0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,15 +146,13 @@ def logp_differences(work: DpoWork) -> dict[str, float]:
     }
     mean_difference = (torch.cat(ours["policy"]) - torch.cat(ours["reference"])).abs().mean()
     assert mean_difference > 0.01, "policy and reference agree"
-    return {
-        policy_name: _max_relative_difference(torch.cat(ours[policy_name]), torch.cat(theirs[policy_name]))
-        for policy_name in ours
-    }
+    return {role: _max_relative_difference(torch.cat(ours[role]), torch.cat(theirs[role])) for role in ours}
 
 
 def _first_groups(groups: PreferenceGroups, count: int) -> PreferenceGroups:
     """Return the first groups."""
     assert len(groups) >= count, f"{len(groups)} pairs of {count}"
+    # Sequences are stored prompt first, then its completions: `first` of them belong to `count` groups.
     first = int(groups.prompt_index[count])
     completions = first - count
     return PreferenceGroups(
@@ -172,6 +171,8 @@ def _run_native(work: DpoWork, model: PeftModel, *, separate: bool, max_steps: i
     trained_weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained_weights, lr=LEARNING_RATE, weight_decay=0.0)
     batches = list(work.batches())[: max_steps if max_steps > 0 else None]
+    # Linear decay to zero and, below, clipping at 1: defaults of TrainingArguments, which TRL's contenders
+    # use.
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     collate = GroupCollator(work.pad_id, one_per_row=separate)
     model.train()
@@ -184,6 +185,7 @@ def _run_native(work: DpoWork, model: PeftModel, *, separate: bool, max_steps: i
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        # item() waits for the GPU, so that the clock includes all of its work.
         losses.append(loss.item())
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "first_losses": losses[:2], "mean_loss": statistics.fmean(losses)}
@@ -198,6 +200,7 @@ def _pair_logps(work: DpoWork, model: PeftModel, rows: Sequence[int], collate: G
         reference = completion_logps(model, head, batch)
     logps, lengths = completion_logps(model, head, batch), batch["lengths"]
     return Pairs(
+        # Each pair's completions are in the order chosen, rejected.
         chosen_logps=logps[::2],
         rejected_logps=logps[1::2],
         chosen_lengths=lengths[::2],

@@ -47,7 +47,7 @@ BaseConfig = Mapping[str, Any]
 class StorageLedger(TorchDispatchMode):
     """Counts the bytes of all live storages.
 
-    Data-dependent numbers (how many elements of a mask are true) are answered with ``num_true``.
+    A number that depends on data (the count of true elements of a mask) is always ``num_true``.
     """
 
     def __init__(self, num_true: int) -> None:
@@ -197,6 +197,7 @@ def measure_step(case: MemoryCase) -> MeasuredMemory:
     """Run an optimizer step of a case on fake tensors; return its memory."""
     model = _build_model(case)
     ledger = StorageLedger(case.predicted)
+    # Library code creates real constant tensors, which FakeTensorMode rejects by default.
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         _materialize(model)
         reference = ReferencePolicy(model.policy) if isinstance(model, ActorCritic) else None
@@ -214,6 +215,7 @@ def measure_step(case: MemoryCase) -> MeasuredMemory:
         optimizer.step()
         optimizer.zero_grad()
         states = ledger.live - loaded
+        # Alive up to here: its copies of the weights are part of the measured memory.
         del reference
     return MeasuredMemory(loaded, states, pass_peak)
 
@@ -222,11 +224,13 @@ def _build_model(case: MemoryCase) -> nn.Module:
     """Return base and adapter on the meta device."""
     config = AutoConfig.for_model(**case.config)
     plugin = load_plugin(ADAPTERS, case.adapter["method"], where="adapter.method")
+    # Fully trained weights stay in float32; autocast computes with 16-bit copies.
     dtype = DTYPES["float32" if case.adapter["method"] == "full" else case.precision]
     model_class = AutoModelForSequenceClassification if case.objective == "scores" else AutoModelForCausalLM
     if case.objective == "scores":
         configure_score_heads(config, ["score"])
     with torch.device("meta"), _answer_zero_for_meta():
+        # Softcapped attention scores (Gemma 2) need the eager implementation, as in the plan.
         attention = "eager" if Architecture.from_config(case.config).eager else case.attention
         base: PreTrainedModel = model_class.from_config(config, dtype=dtype, attn_implementation=attention)
         if case.objective == "scores":
@@ -242,16 +246,16 @@ def _build_model(case: MemoryCase) -> nn.Module:
 
 @contextmanager
 def _answer_zero_for_meta() -> Iterator[None]:
-    """Answer 0 where library code reads a number from a meta tensor."""
+    """Return 0 where library code reads a number from a meta tensor, which has no data."""
 
-    class Answers(TorchDispatchMode):
+    class ZeroForMeta(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
             reads_number = func is aten._local_scalar_dense.default and args[0].device.type == "meta"
             return 0 if reads_number else func(*args, **(kwargs or {}))
 
-    with Answers():
+    with ZeroForMeta():
         yield
 
 

@@ -41,9 +41,9 @@ from benchmarks.ppo_work import WORK_SIZES, BaseShape, prepare_work
 NATIVE = "native"
 TRL_CONTENDERS = ("trl", "trl-policy-lora", "trl-best")
 SHAPES = {False: BaseShape(512, 8, 1376), True: BaseShape(64, 2, 172)}
-"""Of the base; a small one as a smoke test."""
+"""Shapes of the base, by ``--small``: a smoke test has a small one."""
 LOGP_TOLERANCE = {False: 1e-5, True: 2e-2}
-"""Relative, of a prompt's log-probability: in float32, in bfloat16 (which has three digits)."""
+"""Tolerated relative difference of a prompt's log-probability: float32; bfloat16, which has three digits."""
 
 
 def run_contender(
@@ -79,6 +79,8 @@ def logp_difference(folder: Path, work: dict[str, Any], trl_logps: list[float]) 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
     ids = torch.tensor(work["prompts"])
     with torch.no_grad():
+        # Shifted: the logits at a position predict the next token. float32, so that rounding of the softmax
+        # is not compared.
         logps = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
     our_logps = logps.gather(-1, ids[:, 1:, None]).sum((1, 2))
     other_logps = torch.tensor(trl_logps)
@@ -90,6 +92,7 @@ def check_equal_work(runs: list[dict[str, Any]], work: dict[str, Any]) -> None:
     for run in runs:
         assert run["episodes"] == work["episodes"], f"{run['contender']}: {run['episodes']} episodes"
         assert run["rollouts"] == work["episodes"] // work["rollout"], run["contender"]
+        # Ours stops at EOS, which a random model rarely samples; TRL's episodes all have full length.
         tokens = run.get("new_tokens", work["new_tokens"])
         assert tokens > 0.98 * work["new_tokens"], f"{run['contender']}: {tokens} tokens per episode"
 
@@ -134,11 +137,11 @@ def main(trl_python: str, repeats: int, bfloat16: bool, small: bool, save: bool)
                 runs.append({"repeat": repeat, **run_contender(folder, contender, trl_python=trl_python)})
                 logps = runs[-1].pop("prompt_logps", None)
                 if logps is not None:
-                    logp_difference_value = logp_difference(folder, work, logps)
-                    assert logp_difference_value < LOGP_TOLERANCE[bfloat16], (
-                        f"{contender}: log-probabilities differ by {logp_difference_value}"
+                    difference = logp_difference(folder, work, logps)
+                    assert difference < LOGP_TOLERANCE[bfloat16], (
+                        f"{contender}: log-probabilities differ by {difference}"
                     )
-                    runs[-1]["logps_differ_by"] = logp_difference_value
+                    runs[-1]["logps_differ_by"] = difference
                 click.echo(json.dumps(runs[-1]))
     check_equal_work(runs, work)
     result = {

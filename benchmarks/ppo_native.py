@@ -44,6 +44,7 @@ def recipe_sections(folder: Path, work: dict[str, Any], contender: str) -> dict[
             "learning_rate": work["learning_rate"],
             "lr_schedule": "linear",
             "warmup": 0,
+            # No checkpoint is written within the timed training.
             "checkpoint_every": 10**6,
         },
         "evaluate": {"samples": 0},
@@ -82,6 +83,7 @@ def copy_shared_weights(role: nn.Module, policy: nn.Module) -> None:
     copies: dict[int, nn.Parameter] = {}
     for name, parameter in list(role.named_parameters(remove_duplicate=False)):
         if id(parameter) in shared_ids:
+            # One copy per shared weight, so that tied weights stay tied.
             copied = copies.setdefault(
                 id(parameter), nn.Parameter(parameter.detach().clone(), requires_grad=False)
             )
@@ -99,6 +101,7 @@ def main(folder: Path, contender: str) -> None:
     run_number = len(list((folder / "runs").glob(f"{contender}-*")))
     rows = [{"prompt": as_text(ids)} for ids in work["prompts"]]
     reset_peak_memory()
+    # Before a model is loaded: what Python and the libraries occupy.
     libraries_gib = peak_memory_gib()
     run_dir = run_recipe(
         folder,

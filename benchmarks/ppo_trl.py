@@ -22,7 +22,7 @@ from transformers import (
     PrinterCallback,
 )
 
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL's switch for its notice that the trainer goes
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # silences TRL's notice that the trainer will be removed
 
 from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
 
@@ -56,6 +56,7 @@ def build_trainer(folder: Path, work: dict[str, Any], contender: str, output: st
     dtype = torch.bfloat16 if work["bfloat16"] else torch.float32
     policy = LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype)
     file = str(folder / "model" / "tokenizer.json")
+    # Left padding: generation continues at the end of a row.
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, padding_side="left", **work["special_tokens"])
     prompts = Dataset.from_dict({"input_ids": work["prompts"]})
     return PPOTrainer(

@@ -19,6 +19,7 @@ from benchmarks.common import BENCHMARK_VOCAB_SIZE
 from finetune.recipe.recipe import Recipe
 
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+# One id is the line feed's.
 NUM_WORDS = BENCHMARK_VOCAB_SIZE - len(SPECIAL_TOKENS) - 1
 NUM_PAIRS = 8
 """For the one training step of the reward model."""
@@ -86,6 +87,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     for token in ("\n", *SPECIAL_TOKENS.values()):
         vocabulary[token] = len(vocabulary)
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
+    # Words and line feeds are tokens and spaces are not, so that the text of `as_text` gets its ids back.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\S+"), behavior="removed", invert=True)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
 

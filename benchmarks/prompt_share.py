@@ -51,9 +51,9 @@ def measure_layouts(
     model: nn.Module, prompt: int, completions: int, *, total: int, repeats: int
 ) -> dict[str, Any]:
     """Return both layouts' seconds and tokens, and the median ratio of the seconds."""
-    random_prompt_group = random_group(prompt, completions, total=total)
+    group = random_group(prompt, completions, total=total)
     layouts = {"shared": GroupCollator(0), "separate": GroupCollator(0, one_per_row=True)}
-    batches = {name: collate([random_prompt_group]) for name, collate in layouts.items()}
+    batches = {name: collate([group]) for name, collate in layouts.items()}
     logp_difference = _logp_difference(model, batches["shared"], batches["separate"])
     seconds: dict[str, list[float]] = {name: [] for name in layouts}
     for repeat in range(repeats):
@@ -71,7 +71,7 @@ def measure_layouts(
         "seconds": seconds,
         "logps_differ_by": logp_difference,
         "taken": "separate"
-        if "attention_mask" in GroupCollator(0, cost=forward_cost(model))([random_prompt_group])
+        if "attention_mask" in GroupCollator(0, cost=forward_cost(model))([group])
         else "shared",
     }
 

@@ -92,6 +92,7 @@ def _build_trainer(work: SftWork, contender: str, model: nn.Module, folder: str,
             TrainingArguments(**common, remove_unused_columns=False),
             train_rows=rows,
             held_out_rows=None,
+            # Padding is masked and has no loss, so any id will do.
             collator=PaddedCollator(work.encoder.stop_ids[0]),
             batch_size=work.batch_size,
             group_by_length=True,

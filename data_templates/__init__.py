@@ -4,4 +4,4 @@ Standard library only. ``data: {template: alpaca}`` means ``data_templates/alpac
 """
 
 SHARED = ("markers", "segments")
-"""Modules of this folder that are no templates."""
+"""Modules of this folder that are not templates."""

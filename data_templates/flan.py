@@ -69,6 +69,7 @@ def _prompt_segments(request: Message) -> list[Segment]:
     if not request.context:
         prefix, suffix = WITHOUT_INPUT[hash_index(request.content, len(WITHOUT_INPUT))]
         return [markup(prefix), task, markup(_answer_prefix(suffix, request.content))]
+    # The separator makes ("ab", "c") and ("a", "bc") two texts.
     prefix, between, suffix = WITH_INPUT[hash_index(f"{request.content}\0{request.context}", len(WITH_INPUT))]
     context = Segment("content", request.context)
     return [markup(prefix), task, markup(between), context, markup(_answer_prefix(suffix, request.context))]
@@ -80,6 +81,7 @@ def hash_index(text: str, count: int) -> int:
     >>> [hash_index(text, 10) for text in ("Add 2 and 3.", "Add 2 and 4.")]
     [4, 6]
     """
+    # sha256 and not hash(), which is salted per process for strings.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % count
 
 

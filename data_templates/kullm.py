@@ -29,6 +29,7 @@ def render(messages: Sequence[Message]) -> list[Segment]:
     check_single_turn("kullm", turns)
     request = turns[0]
     preamble = KULLM_PREAMBLE_WITH_INPUT if request.context else KULLM_PREAMBLE
+    # A system text of the data is content, so that markers in it are escaped.
     head = Segment("content", system) if system else markup(preamble)
     segments = [BOS, head, markup("\n\n### 명령어:\n"), Segment("content", request.content)]
     if request.context:

@@ -15,6 +15,7 @@ QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assista
 
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Render the turns; a system turn of the data, even an empty one, replaces Qwen's default."""
+    # split_system would treat an empty system turn as missing; Qwen's template does not.
     default = [] if messages[0].role == "system" else [Message("system", QWEN_SYSTEM)]
     return [BOS, *render_dialogue([*default, *messages])]
 

@@ -72,6 +72,8 @@ def reply_segments(message: Message, *, before: str = "", after: str = "", end: 
     ``before`` and ``after`` are whitespace that the model generates; ``end`` is the template's end-of-turn
     token, used if the tokenizer has it (EOS otherwise).
     """
+    # Whitespace around a reply is part of it: many tokenizers merge a space with the word after it, so at
+    # generation the model has to produce both.
     trained = message.trained
     return [
         *([Segment("markup", before, trained, reply=True)] if before else []),
@@ -186,6 +188,7 @@ def _last_content(segments: Sequence[Segment], num_characters: int) -> int | Non
     for index in reversed(range(len(segments))):
         if num_characters <= 0:
             return None
+        # Only the data's text may change; the template's own text stays exact.
         if segments[index].kind == "content" and segments[index].text:
             return index
         num_characters -= len(segments[index].text)

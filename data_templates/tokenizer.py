@@ -146,6 +146,7 @@ def _turn_markers(chat: ChatTemplate, special_pattern: re.Pattern[str]) -> tuple
         pieces = PLACEHOLDER.split(text)[::2]
         lines += [_edge_line(special_pattern.split(piece)[-1], -1) for piece in pieces[:-1]]
         lines += [_edge_line(special_pattern.split(piece)[0], 0) for piece in pieces[1:]]
+    # A plain word may begin a turn, but it is too common in the data to be escaped.
     markers = [line for line in lines if len(line) >= MIN_MARKER_LENGTH and not line.isalnum()]
     return tuple(dict.fromkeys(markers))
 

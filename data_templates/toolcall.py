@@ -51,6 +51,7 @@ def _render_turn(message: Message) -> list[Segment]:
 def _call_turn(message: Message) -> list[Segment]:
     """Return an assistant turn with one call per line."""
     segments: list[Segment] = []
+    # Calls are one JSON object per line: calls_to_json_lines writes no line feed inside an object.
     for call in message.content.split("\n"):
         segments += [
             _generated_markup("\n<tool_call>\n" if segments else "<tool_call>\n", message),

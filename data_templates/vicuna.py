@@ -25,7 +25,7 @@ VICUNA_SYSTEM = (
 def render(messages: Sequence[Message]) -> list[Segment]:
     """Render ``system USER: ... ASSISTANT: ...</s>USER: ... ASSISTANT:``."""
     system, turns = split_system(messages, VICUNA_SYSTEM)
-    # A system text of the data is content, so that markers in it are escaped.
+    # A system text of the data is content, so that markers in it are escaped; `is`: even if it equals ours.
     segments = [
         BOS,
         markup(VICUNA_SYSTEM) if system is VICUNA_SYSTEM else Segment("content", system),

@@ -75,6 +75,7 @@ def _trl_problems(dpo: DPOSettings) -> Iterator[Problem]:
         yield Problem(
             "dpo.reference", "'live'", expected, f"dpo.reference=precomputed, or {NATIVE_ENGINE_REPAIR}"
         )
+    # An invalid loss is reported by `preference_problems` already.
     if not dpo.problems():
         loss = find_loss(dpo.loss_name, where="dpo.loss")
         try:

@@ -75,6 +75,7 @@ def data_length_ratio(groups: PreferenceGroups) -> float:
     """Return the ratio of chosen to rejected tokens: best against worst completions, averaged over ties."""
     group_of_completion = np.repeat(np.arange(len(groups)), groups.num_completions)
     worst_rank = np.full(len(groups), -1, dtype=np.int32)
+    # `at` handles repeated indices, which a fancy assignment would overwrite.
     np.maximum.at(worst_rank, group_of_completion, groups.ranks)
 
     def mean_length(selected: NDArray[np.bool_]) -> float:
@@ -83,6 +84,7 @@ def data_length_ratio(groups: PreferenceGroups) -> float:
             (np.bincount(group_of_completion[selected], groups.completion_lengths[selected]) / counts).sum()
         )
 
+    # Sums over the groups, whose number cancels in the ratio.
     return mean_length(groups.ranks == 0) / mean_length(groups.ranks == worst_rank[group_of_completion])
 
 

@@ -13,8 +13,8 @@ from align.preference.finding import Finding, repetition_finding
 MAX_CHOSEN_DROP = 0.05
 """Nats per token: a completion of 50 tokens is then 12 times less likely than before training."""
 LARGE_KL = 2.0
-"""KL (k2) per token: tokens are e^2 = 7 times more or less likely than under the reference. Rejected ones
-should become so, short ones fast: healthy runs reach half of this."""
+"""KL (k2) per token: tokens are e^2 = 7 times more or less likely than under the reference. Rejected
+completions should become less likely, and short ones do so quickly: healthy runs reach half of this."""
 LARGE_DATA_LENGTH_RATIO = 1.2
 """Chosen to rejected tokens: above this ratio length alone separates most pairs."""
 LARGE_COMPLETION_LENGTH_RATIO = 1.3

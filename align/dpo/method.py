@@ -112,7 +112,7 @@ class DPO:
         return self.ctx.recipe.settings.train.engine == "trl"
 
     def metadata(self) -> dict[str, Any]:
-        """Run the pre-flight checks and return the metadata of run.json; raises whatever can be refused."""
+        """Run the pre-flight and return run.json's initial sections; every refusal happens here."""
         self.ctx.add_summary_metrics(self.generation_eval.summary)
         shared_steps.log_parameter_counts(self.ctx, self.policy)
         self.preflight()
@@ -134,6 +134,7 @@ class DPO:
                 require_pairs(data.held_out, where="data.held_out")
         with ctx.timed("preflight"):
             ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
+            # The row checks of SFT apply to each prompt with one completion.
             rows = to_completion_rows(data.train)
             ctx.check(
                 *check_rows(rows, data.report, text.encoder, max_length=text.max_length, blocks=False),
@@ -152,7 +153,8 @@ class DPO:
         Raises:
             UserError: the engine refuses them.
         """
-        # The micro-batch size is resolved for the longest row of the layout: a group, or one per completion.
+        # The micro-batch size is resolved for the largest group of the layout: a row with the prompt once, or
+        # a padded row per completion.
         longest = int(self.data.train.lengths.max())
         if self.collator.one_per_row:
             longest = self.data.train.longest * int(self.data.train.num_completions.max())

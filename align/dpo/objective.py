@@ -113,6 +113,7 @@ def preference_metrics(
         "rejected_tokens": _mean_where(lengths, worst),
     }
     if reference_CT is not None and lists.reference_logps is not None:
+        # Missing completions have length 0; their values are masked below.
         logratios = (lists.logps - lists.reference_logps) / lengths.clamp(min=1)
         kl_GK = pad_by_group(metrics.kl_k2(logps_CT, reference_CT).sum(1), sizes)
         group_metrics |= {

@@ -97,6 +97,7 @@ def check_preference_gradients(
     def loss_sum(batch: Mapping[str, Tensor]) -> Tensor:
         with autocast_for(model, precision):
             logps_CT = token_logps(model, head, batch)
+        # Detached: the reference gets no gradient.
         reference = logps_CT.detach() if objective.needs_reference else None
         return objective(to_lists(logps_CT, reference, batch)).losses.sum()
 

@@ -46,6 +46,7 @@ def rows_seen_by_run(
     used_rows: set[int] = set()
     for batch in islice(batches, steps):
         used_rows.update(batch)
+        # Later epochs add no rows.
         if len(used_rows) == len(lengths):
             break
     return sorted(used_rows)
@@ -87,8 +88,8 @@ def compute_reference_logps(
     with preserve_state(model):
         for first in range(0, len(batches), dist_info().world_size):
             concurrent_batches = batches[first : first + dist_info().world_size]
-            # One part per process. In the last round it may repeat another rank's: with sharded weights every
-            # rank must run every forward pass.
+            # One batch per process. In the last round it may repeat another rank's: with sharded weights all
+            # ranks must run every forward pass.
             for batch_rows, _ in shard_padded(concurrent_batches):
                 cpu_batch = collate([data[row] for row in batch_rows])
                 batch = {name: value.to(device) for name, value in cpu_batch.items()}
@@ -101,6 +102,7 @@ def compute_reference_logps(
                     batch_rows, np.split(batch_logps, np.cumsum(tokens_per_group)[:-1]), strict=True
                 ):
                     logps_N[offsets[row] : offsets[row + 1]] = values
+            # In every rank after each round: the callback may be a collective (`raise_if_interrupted`).
             on_progress(sum(map(len, concurrent_batches)))
     # Each rank has NaN where it computed nothing; fmax takes the number of the two.
     merged: TokenLogps = np.fmax.reduce(all_gather_object(logps_N))
@@ -132,6 +134,7 @@ def model_digest(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            # As bytes: NumPy has no bfloat16.
             digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -44,6 +44,7 @@ class PreferenceTrainer(GroupTrainer):
     ) -> Tensor:
         """Return this micro-batch's contribution to the mean loss over the groups of the optimizer step."""
         assert num_items_in_batch is not None and not return_outputs
+        # NaN marks groups for which no reference was computed (`rows_seen_by_run`).
         has_reference = "reference_logps" not in inputs or not inputs["reference_logps"].isnan().any()
         assert has_reference, "a step uses groups without precomputed reference log-probabilities"
         outputs = forward_losses(
@@ -56,6 +57,7 @@ class PreferenceTrainer(GroupTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's values and the metric means since the last logged loss."""
+        # Only entries of training steps, which all ranks log together: the gather is a collective.
         if "loss" in logs and self.averager.sums:
             means = mean_preference_metrics(all_gather_object(self.averager.pop_sums()))
             # The Trainer's own loss stays: it includes the adapter's penalty.

@@ -68,6 +68,7 @@ class DPOTrainerWithEval(DPOTrainer, RenamePreferenceMetrics):  # type: ignore[m
         pairs = Pairs(
             chosen, rejected, *lengths, *(torch.tensor(dataset[name]) for name in REFERENCE_COLUMNS)
         )
+        # Our loss on TRL's log-probabilities: both engines report the same metrics.
         output = self.loss(pairs)
         rewards = (output.chosen_rewards, output.rejected_rewards)
         pair_metrics = {
@@ -76,6 +77,7 @@ class DPOTrainerWithEval(DPOTrainer, RenamePreferenceMetrics):  # type: ignore[m
             "rewards/accuracies": metrics.accuracies(*rewards),
             "logps/chosen": pairs.chosen_mean_logps,
             "logps/rejected": pairs.rejected_mean_logps,
+            # Per token, as in `preference_metrics`.
             "logratios/chosen": pairs.chosen_logratios / lengths[0],
             "logratios/rejected": pairs.rejected_logratios / lengths[1],
         }

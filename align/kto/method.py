@@ -127,8 +127,9 @@ class KTO:
         return shared_steps.build_generation_eval(self.ctx, self.text, self.data.prompts)
 
     def metadata(self) -> dict[str, Any]:
-        """Run the pre-flight checks and return the metadata of run.json; raises whatever can be refused."""
+        """Run the pre-flight and return run.json's initial sections; every refusal happens here."""
         self.ctx.add_summary_metrics(self.generation_eval.summary)
+        # Built here too, so that invalid arguments are refused before step 0.
         self.arguments()
         shared_steps.log_parameter_counts(self.ctx, self.policy)
         self.preflight()
@@ -206,6 +207,7 @@ class KTO:
             NotFiniteError: the held-out loss is NaN or infinite.
         """
         run = self.ctx.run
+        # A resumed run has its `before` metrics already.
         if self.data.held_out is not None and f"eval/loss_{when}" not in run.record.get("metrics", {}):
             with self.ctx.timed("held_out"):
                 metrics = trainer.held_out_metrics()
@@ -231,6 +233,7 @@ def check_label_balance(rows: PreferenceGroups, kto: KTOSettings) -> CheckResult
     weights = {"desirable_weight": kto.desirable_weight, "undesirable_weight": kto.undesirable_weight}
     ratio, (low, high) = weight_ratio(num_good, num_bad, **weights), RECOMMENDED_WEIGHT_RATIO
     detail = f"{num_good} good completions, {num_bad} bad; weighted {ratio:.2f} to 1"
+    # 1e-9: 4/3 and products of weights are not exact in floating point.
     if low - 1e-9 <= ratio <= high + 1e-9:
         return CheckResult("balance", detail)
     if ratio < low:
@@ -247,6 +250,7 @@ def check_kto_initial_loss(trainer: KTOTrainerWithEval, kto: KTOSettings, tolera
     cpu_batch: dict[str, Tensor] = trainer.data_collator(rows)
     batch = {name: value.to(trainer.args.device) for name, value in cpu_batch.items()}
     desirable = cpu_batch["label"].numpy()
+    # z is 0 as well: policy and reference are equal on the mismatched completions too.
     expected = float(np.where(desirable, kto.desirable_weight, kto.undesirable_weight).mean() / 2)
     with preserve_state(trainer.model), trainer.accelerator.autocast():
         loss = float(trainer.compute_loss(trainer.model, batch))

@@ -151,6 +151,7 @@ def build_trl_kto_trainer(
     """
     assert args.precompute_ref_log_probs, "TRL would load a second reference model"
     placeholder = placeholder_rows(tokenizer)
+    # TRL tokenizes its dataset in the constructor: it gets a placeholder, ours replaces it below.
     placeholder_dataset = Dataset.from_dict({**placeholder, "label": [True, False]})
     with progress_bars_disabled(), shared_dataset(placeholder_dataset, args) as rows:
         trainer = KTOTrainerWithEval(
@@ -171,8 +172,8 @@ def build_trl_kto_trainer(
     )
     trainer.locations = locations_by_tokens(train)
     if held_out is not None:
+        # Sorted by length, so that a forward pass has little padding.
         held_out_dataset = to_label_dataset(
-            # Sorted by length, so that a forward pass has little padding.
             held_out,
             order=np.argsort(held_out.lengths, kind="stable").tolist(),
             batch_size=global_batch_size,

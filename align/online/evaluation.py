@@ -94,6 +94,7 @@ def score_tokens(
     device = next(model.parameters()).device
     lengths = np.array([len(completion.ids) for completion in completions])
     tensors = [torch.zeros(len(lengths), int(lengths.max())) for _ in range(3)]
+    # Sorted by length: less padding per forward pass.
     order = np.argsort(-lengths, kind="stable").tolist()
     # Evaluation happens between training steps: dropout mode and random state must survive it.
     with preserve_state(model), autocast_for(model, policy.precision):
@@ -105,6 +106,7 @@ def score_tokens(
             logps_CT, entropies_CT = token_logps_and_entropy(
                 model, batch, temperature=temperature, with_entropy=True
             )
+            # No gradient is recorded here, so the weights may be swapped between two forward passes.
             with as_reference():
                 reference_logps_CT, _ = token_logps_and_entropy(
                     model, batch, temperature=temperature, with_entropy=False
@@ -112,4 +114,5 @@ def score_tokens(
             for tensor_CT, stat_CT in zip(tensors, (logps_CT, reference_logps_CT, entropies_CT), strict=True):
                 tensor_CT[indices, : stat_CT.shape[1]] = stat_CT.float().cpu()
     logps_CT, reference_logps_CT, entropies_CT = tensors
+    # RLOO and GRPO have no value model.
     return TokenStats(logps_CT, reference_logps_CT, torch.zeros_like(logps_CT), entropies_CT)

@@ -106,6 +106,7 @@ class OnlineRL:
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata that run.json records before the first step, after all checks."""
+        # For its checks: invalid arguments are reported before anything is sampled.
         self.training_arguments()
         self.ctx.add_summary_metrics(self.generation_eval.summary)
         shared_steps.log_parameter_counts(self.ctx, self.policy)
@@ -133,7 +134,7 @@ class OnlineRL:
         arguments = shared_steps.engine_arguments(
             self.ctx, self.policy, longest=max_length, steps=self.num_steps, stage=stage
         )
-        # Our prompt order is that of the complete run, as one epoch.
+        # The dataset is the prompt order of the complete run: the Trainer's epochs mean nothing here.
         arguments.max_steps = self.num_steps
         return arguments
 
@@ -145,6 +146,7 @@ class OnlineRL:
         """
         train, prompts = self.settings.train, self.data.train
         prompts_per_step = train.batch_size // self.settings.sampling.num_generations
+        # Copies the initial weights now (a cached property): training, or a checkpoint, will overwrite them.
         assert self.reference_policy.initial_weights, (
             "the initial weights are copied before training or loading"
         )
@@ -177,6 +179,7 @@ class OnlineRL:
             NotFiniteError: a metric is NaN or infinite.
         """
         run = self.ctx.run
+        # A resumed run does not repeat an evaluation that is recorded.
         recorded = run.record.get("metrics", {})
         if (
             self.held_out_evaluation is not None
@@ -202,6 +205,7 @@ class OnlineRL:
     def _check_reference(self) -> None:
         """Check that TRL's reference equals the initial policy, including its adapter."""
         model, prompts = self.policy.model, self.data.train.rows[:NUM_PROBES]
+        # A few tokens are enough: other weights change the log-probability of every token.
         sampling = replace(self._sampling_parameters(), max_new_tokens=NUM_PROBES)
         ids = [prompt.ids for prompt in prompts]
         stats = score_tokens(

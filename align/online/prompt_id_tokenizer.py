@@ -24,6 +24,7 @@ class PromptIdTokenizer(PreTrainedTokenizerBase):  # type: ignore[misc]
             prompts: token ids; the text of prompt i is ``str(i)``.
             eos_token_id: EOS token id, which is also the pad token: no mask depends on it.
         """
+        # PreTrainedTokenizerBase takes tokens, not ids.
         token = str(tokenizer.convert_ids_to_tokens(eos_token_id))
         super().__init__(eos_token=token, pad_token=token, padding_side="left")
         self.tokenizer = tokenizer
@@ -38,7 +39,7 @@ class PromptIdTokenizer(PreTrainedTokenizerBase):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         # The base class's version needs a vocabulary.
-        return f"PromptNumbers({len(self.prompts)} prompts)"
+        return f"PromptIdTokenizer({len(self.prompts)} prompts)"
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         return self.tokenizer.convert_tokens_to_ids(tokens)

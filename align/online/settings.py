@@ -81,7 +81,7 @@ class GRPOSettings(Section):
             "loss_type": self.loss,
             "scale_rewards": self.scale_rewards,
             "importance_sampling_level": "token",
-            # TRL's correction of the KL gradient is later than the paper.
+            # Not in the paper: TRL's correction of the KL gradient came later.
             "use_bias_correction_kl": False,
         }
 

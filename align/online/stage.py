@@ -36,6 +36,7 @@ def run_online_stage(
     assert isinstance(settings, OnlineSettings)
     reward_names = [source.metric_name for source in settings.rewards.sources]
     reward_names += [LENGTH_PENALTY] if settings.rewards.length_penalty else []
+    # Zero gradients are allowed: with equal rewards in every group of a step all advantages are 0.
     ctx = RunContext(
         recipe,
         run,

@@ -79,8 +79,10 @@ class TRLRewardFunction:
             UserError: a reward function failed on a completion.
             NotFiniteError: a reward is NaN or infinite.
         """
+        # The text of a prompt is its index (`PromptIdTokenizer`).
         rows = [self.prompts[int(index)] for index in prompts]
         self.locations = [prompt.location for prompt in rows]
+        # Decoded here, as in every other stage; TRL's own texts are empty.
         completions = [self.encoder.decode_reply(ids) for ids in completion_ids]
         conversations = [
             (*prompt.messages, Message("assistant", completion))
@@ -206,6 +208,7 @@ def build_online_trainer(
 @contextmanager
 def _with_eos_ids(model: PreTrainedModel, stop_ids: Sequence[int]) -> Iterator[None]:
     """Set the model's EOS ids to our stop tokens while TRL's trainer reads them."""
+    # TRL reads its stop tokens here, and adds only the tokenizer's EOS: a template may end turns with others.
     config = model.generation_config
     original = config.eos_token_id
     config.eos_token_id = list(stop_ids)
@@ -218,6 +221,7 @@ def _with_eos_ids(model: PreTrainedModel, stop_ids: Sequence[int]) -> Iterator[N
 @contextmanager
 def _restore_weights(model: nn.Module) -> Iterator[None]:
     """Restore the trained weights afterwards: on a 4-bit base TRL casts them to bfloat16."""
+    # A cast to bfloat16 and back would round: keep the tensors themselves.
     stored = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
     yield
     for name, weight in model.named_parameters():
@@ -230,6 +234,7 @@ def as_trl_reference(model: nn.Module) -> Iterator[None]:
     """Turn the policy into TRL's reference, as TRL does: by activating its copy of the adapter."""
     assert isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config
     active = model.active_adapter
+    # TRL switches adapters and not weights, so its copy is what must be checked.
     model.set_adapter(REFERENCE_ADAPTER)
     try:
         yield

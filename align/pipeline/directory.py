@@ -26,6 +26,7 @@ class PipelineDirectory:
             UserError: the folder belongs to something else.
         """
         self.path = pipeline.path
+        # Listed before anything is created: `remove_if_new` removes these folders only.
         self.new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.record = self._read_record()
         if self.record and self.record.get("digest") != pipeline.digest:
@@ -42,6 +43,7 @@ class PipelineDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # timeout=0: fail at once instead of waiting for hours.
             lock = FileLock(self.path / LOCK_NAME, timeout=0)
             lock.acquire()
         except Timeout as error:
@@ -96,6 +98,7 @@ class PipelineDirectory:
     def samples(self) -> list[dict[str, Any]]:
         """Return the entries of samples.jsonl; empty if the file does not exist."""
         path = self.path / SAMPLES_FILE
+        # Not splitlines: with ensure_ascii=False texts may hold U+2028, at which it would split too.
         json_lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in json_lines]
 
@@ -132,6 +135,7 @@ class PipelineDirectory:
             raise UserError(
                 Problem(f"--out {self.path}", "a file", "a folder, or a path that does not exist")
             )
+        # A process that was killed at its start leaves these.
         known_files = {
             LOCK_NAME,
             RESOLVED_FILE,

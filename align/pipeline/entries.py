@@ -46,6 +46,7 @@ def parse_entries(
         try:
             stage, recipe = _parse_recipe_reference(f"{section}.{name}.recipe", settings.recipe)
         except UserError as error:
+            # The other stages are still checked: all problems are reported at once.
             problems += error.problems
             continue
         file_overrides, origins = _entry_overrides(settings, f"{section}.{name}", locations)
@@ -72,7 +73,7 @@ def _name_problems(section: str, stages: Mapping[str, StageEntrySettings]) -> It
 
 
 def _reference_problems(section: str, stages: Mapping[str, StageEntrySettings]) -> Iterator[Problem]:
-    """Yield references to unknown or later stages."""
+    """Yield a problem for each reference to an unknown or later stage."""
     names = list(stages)
     for index, (name, settings) in enumerate(stages.items()):
         references = [("from", settings.init_from), *(("reward", reward) for reward in settings.rewards)]
@@ -188,7 +189,7 @@ def _is_section(key: str, value: Any) -> bool:
 def _conflicting_overrides(
     where: str, settings: StageEntrySettings, overrides: list[str]
 ) -> Iterator[Problem]:
-    """Yield overrides that conflict with the pipeline's own keys `from` and `reward`."""
+    """Yield a problem for each override that conflicts with the pipeline's keys `from` and `reward`."""
     for key, pipeline_value, pipeline_key in [
         (INIT_FROM_KEY, settings.init_from, "from"),
         (REWARDS_KEY, settings.reward, "reward"),
@@ -203,13 +204,14 @@ def _conflicting_overrides(
 
 
 def _reward_problems(section: str, entries: list[StageEntry]) -> Iterator[Problem]:
-    """Yield rewards of stages that take none, and rewards from stages that are no reward models."""
-    scores = {entry.name: entry.is_reward_model for entry in entries}
+    """Yield a problem for rewards of a stage that takes none, and for a reward from a policy's stage."""
+    trains_reward_model = {entry.name: entry.is_reward_model for entry in entries}
     for entry in entries:
         where = f"{section}.{entry.name}.reward"
         if entry.rewards and not entry.takes_rewards:
             actual = f"set, but stage {entry.stage} takes no rewards"
             yield Problem(where, actual, "no reward", "remove it")
         for name in entry.rewards:
-            if not scores.get(name, True):
+            # Names that do not exist are reported by `_reference_problems`.
+            if not trains_reward_model.get(name, True):
                 yield Problem(where, f"'{name}' is not a reward model", "a stage that trains a reward model")

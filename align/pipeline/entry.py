@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.pipeline.settings import REWARDS_KEY
-from align.rl.rewards.run_info import pending_reward_recipes as pending_scorers
+from align.rl.rewards.run_info import pending_reward_recipes
 from finetune.recipe import yaml_file
 from finetune.recipe.command_line import COMMAND_LINE
 from finetune.recipe.discovery import verb_of
@@ -76,7 +76,7 @@ class StageEntry:
         """
         shortcuts = self._shortcuts(init_from, rewards)
         try:
-            with pending_scorers(pending or {}):
+            with pending_reward_recipes(pending or {}):
                 recipe = read_recipe(self.stage, self.recipe, shortcuts=shortcuts, pending=pending)
         except UserError as error:
             raise UserError([self.with_stage_name(problem) for problem in error.problems]) from error
@@ -85,6 +85,7 @@ class StageEntry:
     def with_stage_name(self, problem: Problem) -> Problem:
         """Prefix a problem with the stage's name, and replace its origin by the pipeline's line."""
         where = problem.where
+        # An error may pass here twice: when the recipe is loaded, and when the stage fails.
         if where.startswith(f"stage {self.name}: "):
             return problem
         key = where.removesuffix(f" ({COMMAND_LINE})").strip("'")
@@ -118,6 +119,7 @@ class StageEntry:
         """Yield the settings overridden by the pipeline file or the command line, with their origins."""
         for dotted, origin in self.origins.items():
             key = ".".join(dotted.split(".")[:2])
+            # The recipe got the overrides as if from the command line, which is their origin there.
             if recipe.origins.get(key) == COMMAND_LINE:
                 yield key, origin
 

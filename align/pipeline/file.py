@@ -17,6 +17,7 @@ PIPELINES_FOLDER = "pipelines"
 
 def pipeline_names() -> dict[str, Path]:
     """Return pipelines by name, from ``recipes/pipelines/*.yaml``; the user's override shipped ones."""
+    # Reversed: of equal names the last one wins in the dict below, and that must be the user's.
     folders = [folder / PIPELINES_FOLDER for folder in reversed(recipe_folders())]
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
@@ -54,7 +55,7 @@ def find_pipeline(name: str) -> Path:
 
 
 def read_pipeline(path: Path) -> tuple[PipelineSettings, LineNumbers]:
-    """Parse a pipeline file; returns its settings and the line numbers of its keys.
+    """Return a pipeline file's settings and the line numbers of its keys.
 
     Raises:
         UserError: invalid YAML, unknown keys or values of the wrong type.

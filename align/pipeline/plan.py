@@ -90,6 +90,7 @@ def resolve_pipeline(
     recipes, recipe_problems = _load_recipes(entries)
     problems += [*entry_problems, *recipe_problems]
     if not problems:
+        # Needs every recipe, so it waits until all are loaded.
         problems += _base_mismatches(entries, recipes)
     digest, data_problems = _pipeline_digest(entries, recipes)
     if problems or data_problems:
@@ -185,6 +186,7 @@ def _pipeline_digest(
         except UserError as error:
             problems += [entry.with_stage_name(problem) for problem in error.problems]
             continue
+        # The resolved values and not the files: comments and the order of keys do not matter.
         content.append([entry.name, entry.stage, entry.rewards, recipe.values(), data])
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8], problems

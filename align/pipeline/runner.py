@@ -79,6 +79,7 @@ def run_all_stages(
             results[entry.name] = _run_entry(
                 pipeline, entry, results, folder=folder, console=console, force=force
             )
+        # No stage has run anew: samples and report are those of the same runs.
         if folder.record["stages"] != recorded_stages:
             _write_comparison(pipeline, folder, results, console)
         folder.update(status="finished", finished=folder.record.get("finished") or utc_now())
@@ -110,6 +111,7 @@ def _run_entry(
         recipe, command = _resolve_entry(entry, results)
         result = launch_stage(resolve_required_runs(recipe, console), console, force=force, command=command)
     folder.record_stage(entry.name, **_stage_record(result))
+    # Untouched since: the stage was finished before. Wall clock time, as in the file's mtime.
     if (result.directory / "run.json").stat().st_mtime < started_at:
         _print_status(console, f"already finished: {result.directory}")
     return result
@@ -138,6 +140,7 @@ def _record_status(
     except UserError as error:
         set_status("failed", error=str(error))
         if first:
+            # Nothing has run yet: leave no folder of a pipeline that never started.
             folder.remove_if_new()
         raise UserError([entry.with_stage_name(problem) for problem in error.problems]) from error
 
@@ -199,7 +202,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
     try:
         previous_handler = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # signal handlers can only be set in the main thread
+    except ValueError:  # Python allows signal handlers only in the main thread
         yield
         return
     try:

@@ -86,6 +86,7 @@ def find_alternatives(plan: Plan, count: int) -> list[Alternative]:
         alternatives,
         key=lambda alternative: (
             # Those that fit, those that train the same, then by time, or by peak memory where nothing fits.
+            # Rounded times: among nearly equal ones the fewest changes win.
             not alternative.plan.fits,
             alternative.changes_training,
             round(alternative.relative_time, 2) if alternative.plan.fits else alternative.plan.peak.total,
@@ -106,6 +107,7 @@ def _are_compatible(plan: Plan, changes: tuple[Change, ...]) -> bool:
 
 def _plan_alternative(plan: Plan, changes: tuple[Change, ...], count: int) -> Alternative:
     recipe = apply_changes(plan.recipe, changes)
+    # reuse: config.json and data are read once for all alternatives.
     alternative_plan = make_plan(recipe, plan.device, count, reuse=plan)
     return Alternative(
         changes, alternative_plan, _seconds_per_token(alternative_plan) / _seconds_per_token(plan)
@@ -166,6 +168,7 @@ def _checkpointing_changes(settings: StageSettings) -> list[list[Change]]:
 
 def _storage_changes(settings: StageSettings, plan: Plan) -> list[list[Change]]:
     traits = adapter_traits(settings.adapter.method)
+    # The largest static memory: optimizer states under full tuning, the frozen base under an adapter.
     if traits.full_finetuning and settings.train.optimizer == "adamw":
         return [[], [("train.optimizer", "adamw_8bit")]]
     if "nf4" in traits.quantization and plan.workload.quantization != "nf4":
@@ -188,11 +191,13 @@ def _strategy_changes(plan: Plan) -> list[list[Change]]:
 def _fewer_parallel_samples(plan: Plan) -> list[list[Change]]:
     """Return smaller generation batches: their KV cache takes half of the memory left by the weights."""
     generation, settings = plan.workload.rollout, plan.recipe.settings
+    # TRL's trainers have no generation batch: they sample the completions of a step at once.
     if generation is None or isinstance(settings, OnlineSettings):
         return [[]]
     row_bytes = kv_cache_bytes(plan.workload) // generation.rows
     # The first phase is loading: what it leaves is free for caches.
     free_bytes = plan.available_bytes - plan.phases[0].total
+    # Half, as logits and the copy that each appended token makes need memory too.
     rows = max(1, free_bytes // 2 // row_bytes)
     current_rows = generation.rows * plan.workload.processes
     # If not even the weights fit, other changes have to free the memory first.

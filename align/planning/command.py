@@ -12,7 +12,7 @@ from finetune.recipe.discovery import stage_of_verb, verb_of
 from finetune.recipe.recipe import Recipe
 
 EXIT_DOES_NOT_FIT = 3
-"""Exit status of a plan that does not fit: no mistake (2), no failure (1), yet `plan && sft` must stop."""
+"""Exit status of a plan that does not fit: no user error (2), no failure (1), but `plan && sft` must stop."""
 
 PLAN_EPILOG = """\b
 Examples:
@@ -81,6 +81,7 @@ def _print_plan(
     recipe: Recipe, gpu: str | None, gpus: int | None, *, fit: bool, as_json: bool, command: str
 ) -> bool:
     """Print the plan and return whether it fits."""
+    # Imported here, so that --help does not wait for them.
     from rich.console import Console
 
     from align.planning.alternatives import find_alternatives
@@ -91,14 +92,14 @@ def _print_plan(
 
     device, count = target_device(recipe.settings.train, gpu, gpus)
     recipe_plan = make_plan(resolve_for_device(recipe, device, count), device, count)
-    found_alternatives = find_alternatives(recipe_plan, count) if fit else None
+    alternatives = find_alternatives(recipe_plan, count) if fit else None
     if as_json:
-        click.echo(json.dumps(plan_record(recipe_plan, found_alternatives), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(plan_record(recipe_plan, alternatives), indent=1, ensure_ascii=False))
         return recipe_plan.fits
     console = Console()
     print_plan(recipe_plan, console, command=command)
-    if found_alternatives is not None:
-        print_alternatives(found_alternatives, recipe_plan, console, command=command)
+    if alternatives is not None:
+        print_alternatives(alternatives, recipe_plan, console, command=command)
     elif not recipe_plan.fits:
         console.print("[bold]next[/]     add --fit to list settings that would fit", highlight=False)
     return recipe_plan.fits

@@ -21,8 +21,7 @@ from finetune.planning.compatibility_page import (
     optimizer_rows,
     row_label,
 )
-from finetune.planning.devices import detect_devices
-from finetune.planning.devices import device_by_name as device_named
+from finetune.planning.devices import detect_devices, device_by_name
 from finetune.planning.solver import check
 
 VERDICT_COLORS = {"works": "green", "changed": "yellow", "incompatible": "red"}
@@ -39,7 +38,7 @@ def show_compatibility(stage: str, gpu: str | None, *, as_json: bool) -> None:
     Raises:
         UserError: unknown stage or GPU.
     """
-    device = (device_named(gpu) if gpu is not None else detect_devices()[0]).kind
+    device = (device_by_name(gpu) if gpu is not None else detect_devices()[0]).kind
     if as_json:
         click.echo(compatibility_json(stage, device))
         return

@@ -81,6 +81,7 @@ def _preference_workload(
     settings: DpoSettings | RewardSettings, workload: Workload, lengths: RowLengths, rows: int
 ) -> Workload:
     """Return prompts with all their completions in one row; on TRL every completion has its own."""
+    # Rounded up: only the mean is known, and memory is planned for complete groups.
     completions_per_row = max(1, ceil(lengths.completions))
     if isinstance(settings, RewardSettings):
         stage_workload = replace(workload, objective="scores", heads=len(settings.reward.heads))
@@ -170,7 +171,7 @@ def _online_workload(
     settings: OnlineSettings, workload: Workload, lengths: RowLengths, rows: int
 ) -> Workload:
     completed_lengths = _with_completion(lengths, settings.sampling.max_new_tokens)
-    # Without a KL penalty TRL runs no reference.
+    # Without a KL penalty TRL runs no reference. RLOO and GRPO each have beta in a section of their own.
     beta = float(str(settings.model_dump().get("rloo", settings.model_dump().get("grpo", {})).get("beta", 0)))
     stage_workload = replace(
         workload,

@@ -36,11 +36,11 @@ class Plan:
 
     Attributes:
         recipe: the planned recipe.
-        device: one of those that it runs on.
+        device: the device of each process.
         workload: one optimizer step of one process.
         phases: the memory of a process, phase by phase.
         trainable: number of trainable parameters.
-        lengths: of the rows.
+        lengths: token lengths of the rows.
         work: of the full run; None where the number of rows is unknown.
         time: of the full run; None where speed or rows are unknown.
         disk: bytes written, by kind.
@@ -252,6 +252,7 @@ def _recipe_lengths(recipe: Recipe, max_length: int) -> RowLengths:
 
 def truncated_lengths(lengths: RowLengths, max_length: int) -> RowLengths:
     """Return the lengths of rows truncated to a maximum length."""
+    # One factor for both: only means are known, not how each row divides into prompt and completion.
     retained_fraction = min(1.0, max_length / max(1.0, lengths.prompt + lengths.completion))
     return replace(
         lengths,
@@ -306,6 +307,7 @@ def _micro_batch_size(
     return choices.micro_batch_size(
         train.micro_batch_size,
         batch_size=ceil(train.batch_size / processes),
+        # As the stage lays rows out: a prompt with all its completions may be one row.
         longest=workload_of_rows(1).seq_len,
         hardware=Hardware(device.kind, device.name, device.bfloat16),
         must_divide=train.engine == "trl",

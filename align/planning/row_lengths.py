@@ -22,7 +22,7 @@ DATA_SETS = PROJECT / "recipes" / "data_sets.yaml"
 BYTES_PER_TOKEN = 4.0
 """English prose under vocabularies of 32,000 to 256,000; code and most other languages have fewer."""
 MAX_SAMPLED_ROWS = 256
-"""Rows that are rendered and counted; they stand for the others."""
+"""Rows that are rendered and counted, as a sample of all."""
 LONGEST_CANDIDATES = 16
 """Rows with the most characters, among which the one with the most tokens is searched."""
 SPECIAL_TOKENS_PER_SIDE = 1
@@ -188,6 +188,7 @@ def _make_token_counter(model: ModelSettings, sample: Sequence[RowText]) -> tupl
     else:
         # Encoding all rows would take too long for a plan: other rows are converted by bytes per token.
         texts = ["".join((row.prompt, *row.completions)) for row in sample]
+        # The tokenizers package alone: a plan does not import torch. Special tokens are counted per side.
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
         tokens = sum(len(encoded.ids) for encoded in tokenizer.encode_batch(texts, add_special_tokens=False))
         rate = sum(len(text.encode()) for text in texts) / max(1, tokens)
@@ -277,6 +278,7 @@ def _known_rows(data: DataSettings, table: dict[str, Any]) -> int | None:
         limit = data.select.rows if data.select is not None and rows is not None else None
     else:
         component_rows = [
+            # A source's cap is taken as its number of rows.
             component.rows or _table_rows(component.source, component.split or data.split, table)
             for component in data.mix
         ]

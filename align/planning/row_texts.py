@@ -19,7 +19,7 @@ from finetune.recipe.settings import DataSettings
 
 TOKENIZER_TEMPLATE = "tokenizer"
 ASSUMED_MARKUP = "<|im_start|>assistant\n<|im_end|>\n"
-"""Stands for the markup of the tokenizer's own chat template, which is not rendered here."""
+"""Approximates the markup of the tokenizer's own chat template, which is not rendered here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,7 @@ def _prompt_rows(settings: PromptSettings, seed: int) -> list[PlannedRow]:
         )
         conversations = parse_rows(rows, layout, source_spec.columns)
         prompt_rows += [
+            # A final reply of the data is not part of the prompt.
             PlannedRow(conversation[:-1] if conversation[-1].role in REPLY_ROLES else conversation)
             for conversation in conversations
             if conversation
@@ -104,7 +105,7 @@ def _drop_held_out(rows: list[PlannedRow], settings: DataSettings) -> list[Plann
 
 
 def row_renderer(name: str) -> Callable[[PlannedRow], RowText]:
-    """Return a function that renders rows with a template, approximately for ``model``.
+    """Return a function that renders rows with a template, approximately for ``tokenizer``.
 
     Raises:
         UserError: unknown template.

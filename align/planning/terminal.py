@@ -13,9 +13,9 @@ from finetune.planning.memory import CATEGORIES, Phase
 
 MIB = 2**20
 MIB_THRESHOLD = 2 * GIB
-"""Peaks below are printed in MiB."""
+"""Peaks below this are printed in MiB."""
 TIGHT_FRACTION = 0.05
-"""Share of the device below which free memory may be lost to allocator fragmentation."""
+"""Fraction of the device: less free memory than this may be lost to allocator fragmentation."""
 MAX_SHOWN = 8
 
 
@@ -233,6 +233,7 @@ def _yes_or_no(fits: bool) -> str:
 
 
 def _print_line(console: Console, label: str, text: str) -> None:
+    # Values may contain brackets, which rich reads as markup; soft_wrap leaves commands in one line to copy.
     console.print(f"[bold]{label:<9}[/]{escape(text)}", highlight=False, soft_wrap=True)
 
 

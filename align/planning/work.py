@@ -70,6 +70,7 @@ def _reference_tokens(settings: StageSettings, lengths: RowLengths, trained_toke
 
 
 def _tokens_once(lengths: RowLengths, trained_tokens: float) -> float:
+    # Each row is scored once, and only rows that are trained on.
     return trained_tokens if lengths.rows is None else min(trained_tokens, lengths.rows * lengths.row_tokens)
 
 
@@ -116,6 +117,7 @@ def _rejection_work(settings: RejectionSettings, lengths: RowLengths) -> TotalWo
 def _online_work(settings: OnlineSettings, lengths: RowLengths) -> TotalWork:
     """Return the completions of every step, scored by reference and rewards, and trained on once."""
     completion_tokens = settings.sampling.max_new_tokens
+    # TRL's batch size counts completions: a prompt takes num_generations places of it.
     steps = _num_steps(settings, (lengths.rows or 0) * settings.sampling.num_generations)
     completions = steps * settings.train.batch_size
     tokens = completions * (lengths.prompt + completion_tokens)

@@ -78,28 +78,32 @@ class ActorCritic(nn.Module):
 
     def values(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the value of the state before each token, (C, T), in float32."""
-        # One value head on every state; only the states that predict a completion token are used.
+        # The head scores every position: keep the states that predict a token of a completion.
         scores_BT = token_scores(self.value, batch)[..., self.head_index]
         return to_padded(scores_BT[batch["predict_mask"]][batch["state_index"]], batch)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the trained parameters only, so that checkpoints do not hold the frozen base."""
+        # Detached, as in `nn.Module.state_dict`: a checkpoint holds no autograd graph.
         return {name: weight.detach() for name, weight in self.named_parameters() if weight.requires_grad}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load trained parameters; the frozen base may be missing."""
+        # strict=False, since `state_dict` leaves out the frozen base; missing trained weights are checked
+        # next.
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = self.state_dict().keys() & set(result.missing_keys)
         assert not missing and not result.unexpected_keys, f"checkpoint of another model: {missing or result}"
-        # The caller would report the frozen base as missing.
+        # Trainer would warn that the frozen base is missing.
         return result._replace(missing_keys=[])
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
         """Turn on gradient checkpointing in both models."""
-        for role in (self.policy, self.value):
-            base: PreTrainedModel = unwrap_model(role)
+        # Trainer calls this on the model it trains: this module, which is no PreTrainedModel itself.
+        for model in (self.policy, self.value):
+            base: PreTrainedModel = unwrap_model(model)
             base.activation_checkpointing_enable(**settings)
 
 

@@ -77,6 +77,7 @@ def _kl_to_reference(metrics: RunMetrics) -> Finding | None:
     kl = _before_and_after(metrics, "objective/kl_per_completion")
     if kl is None:
         return None
+    # Before training the policy is the reference, and the KL is 0.
     after = kl[1]
     evidence = f"{after:.2f} nats per completion from the reference"
     if after < NEGATIVE_KL:
@@ -110,7 +111,7 @@ def _length_change(metrics: RunMetrics) -> Finding | None:
     evidence = f"{before:.1f} → {after:.1f} tokens, {eos_rate[0]:.0%} → {eos_rate[1]:.0%} end with EOS"
     if eos_rate[1] < eos_rate[0] - 0.1:
         action = "ppo.missing_eos_reward=-1 (or lower), or raise sampling.max_new_tokens"
-        return Finding("length", evidence, "the policy unlearns to end with EOS", action)
+        return Finding("length", evidence, "fewer replies end with EOS", action)
     if after > LARGE_LENGTH_RATIO * before:
         return Finding(
             "length",

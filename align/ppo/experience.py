@@ -78,6 +78,7 @@ class Rollouts:
             micro_batches: completion indices of each micro-batch; they cover every completion once.
         """
         max_length, num_completions = int(completions.lengths.max()), len(completions.samples)
+        # Any token can be padding: it is on the right, where causal attention hides it from the completions.
         device, pad_id = next(self.actor_critic.parameters()).device, self.sampling.stop_ids[0]
         fields = ("logps", "reference_logps", "values", "entropies")
         tensors = {name: torch.zeros(num_completions, max_length) for name in fields}
@@ -104,13 +105,16 @@ class Rollouts:
                 for name, stat_CT in zip(
                     fields, (logps_CT, reference_logps_CT, values_CT, entropies_CT), strict=True
                 ):
+                    # Float32 on the CPU: the rollout is kept for all PPO epochs, and is saved in checkpoints.
                     tensors[name][list(indices), : stat_CT.shape[1]] = stat_CT.float().cpu()
+            # Without the repeated micro-batch of `shard_padded`: its rows belong to another rank.
             return TokenStats(
                 **_all_gather_rows(tensors, [index for indices in shard(micro_batches) for index in indices])
             )
 
     def micro_batches(self, completions: ScoredCompletions) -> list[list[int]]:
         """Return micro-batches that cover all completions, sorted by length to reduce padding."""
+        # A stable sort: with ties in another order the micro-batches would depend on numpy's build.
         order = np.argsort(-_completion_lengths(completions), kind="stable").tolist()
         return [
             order[offset : offset + self.micro_batch_size]
@@ -140,10 +144,11 @@ def rollout_prompt_indices(
 ) -> list[int]:
     """Return the prompt indices of a rollout: the prompts are reshuffled for every pass over them.
 
-    >>> sample, two = rollout_prompt_indices(4, 2, 0, seed=0), rollout_prompt_indices(4, 2, 1, seed=0)
-    >>> sorted(sample + two)
+    >>> first, second = rollout_prompt_indices(4, 2, 0, seed=0), rollout_prompt_indices(4, 2, 1, seed=0)
+    >>> sorted(first + second)
     [0, 1, 2, 3]
     """
+    # Positions in the endless stream of epochs: a checkpoint needs the index of the rollout only.
     positions = range(rollout_index * rollout_size, (rollout_index + 1) * rollout_size)
     # A rollout may span two epochs, which have different permutations.
     permutations = {
@@ -199,7 +204,7 @@ def _completion_lengths(completions: ScoredCompletions) -> np.ndarray:
 def shape_rewards(
     completions: ScoredCompletions, settings: PPOSettings, reward_stats: reward_shaping.RunningMeanStd
 ) -> Tensor:
-    """Return the shaped rewards that PPO maximizes: (C,); normalized, then clipped, then the EOS penalty."""
+    """Return the rewards that PPO maximizes: (C,); normalized, then clipped, then with the EOS penalty."""
     rewards = completions.rewards
     if settings.normalize_rewards == "running":
         rewards = reward_stats.normalize(rewards, shift_mean=True)
@@ -234,6 +239,7 @@ def advantages_and_returns(
         token_rewards_CT, stats.values, mask_CT, gamma=settings.gamma, gae_lambda=settings.gae_lambda
     )
     if settings.whiten_advantages:
+        # After the returns: the value model learns returns in the scale of the rewards.
         advantages_CT = masked.whiten(advantages_CT, mask_CT, shift_mean=True)
     return RolloutTensors(stats.logps, stats.reference_logps, stats.values, advantages_CT, returns_CT)
 

@@ -61,9 +61,9 @@ def load_ppo_models(ctx: RunContext, text: TextEncoding) -> PPOModels:
     )
     # The policy's adapter comes last: value and reward models copy the modules of a base without an adapter.
     policy = add_adapter(ctx, frozen)
-    frozen_models = [value_model, *(model.model for model in rewards.models)]
+    other_models = [value_model, *(model.model for model in rewards.models)]
     # Nor may base weights that the policy trains (full fine-tuning, norms): the others get copies.
-    for other in frozen_models:
+    for other in other_models:
         untie_trained_weights(other, [policy.model])
     # The base is frozen: a checkpointed block backpropagates only if its inputs require a gradient.
     if settings.train.gradient_checkpointing:

@@ -138,6 +138,7 @@ class PPO:
 
     def metadata(self) -> dict[str, Any]:
         """Return the metadata that run.json records before the first step, after all checks."""
+        # For its checks: invalid arguments are reported before anything is sampled.
         self.training_arguments()
         self._check_single_forward()
         self.ctx.add_summary_metrics(self.generation_eval.summary)
@@ -147,6 +148,7 @@ class PPO:
             check_rewards(self.models.rewards, self.data),
         )
         self.ctx.resolve_auto("train.max_steps", (self.num_steps, "optimizer steps of all rollouts"))
+        # Reads the rows (a cached property): a file that cannot be read stops the run before the first step.
         assert self.pretraining_mix is None or len(self.pretraining_mix.rows)
         metadata = shared_steps.policy_metadata(self.ctx, self.text, self.policy, self.data.report)
         return {**metadata, "rewards": rewards_record(self.settings.rewards)}
@@ -192,6 +194,7 @@ class PPO:
                 held_out[index] for index in evenly_spaced(len(held_out), settings.evaluate.grader_rows)
             ]
         trainer.grader_metrics, trainer.check_initial_ratio = self._grader_metrics, self._check_initial_ratio
+        # Before the recorder that `RunContext.fit` adds: it writes the checksums of a checkpoint's files.
         trainer.add_callback(PPOStateCallback(ppo_state))
         trainer.add_callback(
             RewardHackingStop(
@@ -269,6 +272,7 @@ class PPO:
     def _recorded_history(self) -> list[Metrics]:
         run = self.ctx.run
         metrics = run.record["metrics"]
+        # The metrics before training are in run.json alone; metrics.jsonl has those of evaluations since.
         before = {name.removesuffix("_before"): value for name, value in metrics.items() if "_before" in name}
         entries = [
             before,

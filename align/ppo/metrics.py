@@ -18,6 +18,7 @@ def value_metrics(
 ) -> dict[str, float]:
     """Return the explained variance: 1 perfect, 0 as good as a constant; empty if all returns are equal."""
     mask_CT = token_mask(lengths_C, values_CT.shape[1])
+    # Equal returns give NaN or -inf, which JSON cannot hold.
     variance_explained = float(explained_variance(values_CT, returns_CT, mask_CT))
     return {"value/explained_variance": variance_explained} if isfinite(variance_explained) else {}
 
@@ -45,6 +46,7 @@ class TokenMetricAverager:
     def add(self, metrics: dict[str, torch.Tensor], mask_CT: torch.Tensor) -> None:
         """Add (C, T) tensors; masked-out entries do not count."""
         for name, values_CT in metrics.items():
+            # Filled and not multiplied by the mask: masked-out entries may be NaN. In double: sums get long.
             total = float(values_CT.detach().masked_fill(~mask_CT, 0).double().sum())
             self.sums[name] = self.sums.get(name, 0.0) + total
         self.num_tokens += int(mask_CT.sum())
@@ -62,5 +64,6 @@ def mean_over_tokens(totals: Sequence[TokenTotals]) -> dict[str, float]:
     >>> mean_over_tokens([(3, {"ratio": 3.0}), (1, {"ratio": 2.0})])
     {'ratio': 1.25}
     """
+    # Divided once, over all processes: a mean of means would weight short micro-batches too much.
     num_tokens = max(1, sum(count for count, _ in totals))
     return {name: sum(sums[name] for _, sums in totals) / num_tokens for name in totals[0][1]}

@@ -53,6 +53,7 @@ class PretrainingMix:
         )
         for batch, pretraining_batch in zip(batches, collated[dist.rank :: dist.world_size], strict=True):
             if pretraining_batch is not None:
+                # A dict within the batch: Trainer moves nested dicts to the device.
                 batch[PRETRAINING_BATCH], batch[NUM_PRETRAINING_LABELS] = dict(pretraining_batch), num_labels
 
     def loss(self, nll: Tensor | float, inputs: dict[str, Any]) -> Tensor | float:
@@ -62,4 +63,5 @@ class PretrainingMix:
             nll: summed NLL of the micro-batch's pretraining rows, ``ActorCriticOutputs.pretraining_nll``.
             inputs: the micro-batch.
         """
+        # Without rows in this micro-batch there is nothing to add; `add_to_batches` set no count either.
         return self.weight * nll / inputs[NUM_PRETRAINING_LABELS] if PRETRAINING_BATCH in inputs else 0.0

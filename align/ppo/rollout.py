@@ -84,6 +84,7 @@ class Rollout:
         # Cut to this micro-batch's longest completion: the stored tensors have the width of the rollout.
         return {
             **group_batch,
+            # BaseTrainer names these rows if the loss is NaN.
             "rows": torch.tensor([self.prompt_indices[i] for i in indices]),
             "mask": token_mask(group_batch["lengths"], max_length),
             "old_logps": tensors.logps[indices_C, :max_length],
@@ -94,6 +95,7 @@ class Rollout:
 
     def save(self, file: Path) -> None:
         """Write the rollout to a safetensors file, so that PPO resumes within a rollout."""
+        # safetensors refuses tensors that are not contiguous.
         tensors = {name: tensor.contiguous() for name, tensor in vars(self.tensors).items()}
         # safetensors holds no ragged arrays: token ids are stored flat, with their lengths.
         ids = {"prompts": self.prompts, "completions": self.completions}

@@ -51,11 +51,14 @@ def _train_problems(settings: Settings) -> Iterator[Problem]:
 
 def _size_problems(settings: Settings) -> Iterator[Problem]:
     rollout_size, batch_size, ppo = settings.ppo.rollout_size, settings.train.batch_size, settings.ppo
+    # Every PPO epoch then consists of full minibatches.
     if rollout_size % batch_size:
         rounded = max(1, rollout_size // batch_size) * batch_size
         actual = f"{rollout_size}, not a multiple of train.batch_size ({batch_size})"
         expected = "a multiple of train.batch_size"
         yield Problem("ppo.rollout_size", actual, expected, f"ppo.rollout_size={rounded}")
+    # A fifth: the controller clips its error to 0.2, so one rollout changes the coefficient by at most 0.2
+    # rollout_size / kl_horizon of its value.
     if ppo.adaptive_kl_target is not None and ppo.kl_horizon <= rollout_size / 5:
         actual = f"{ppo.kl_horizon} with rollouts of {rollout_size} completions"
         expected = "more than a fifth of ppo.rollout_size, or the KL coefficient could become negative"

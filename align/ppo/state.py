@@ -41,6 +41,7 @@ class PPOState:
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint folder."""
         assert self.rollout is not None, "no step comes before the first rollout"
+        # The rollout is in a file of its own: JSON would store its floats as text.
         stored = {name: value for name, value in vars(self).items() if name != "rollout"}
         stored |= {"kl_controller": asdict(self.kl_controller), "reward_stats": asdict(self.reward_stats)}
         (folder / STATE_FILE).write_text(json.dumps(stored, indent=1), encoding="utf-8")
@@ -68,6 +69,7 @@ class PPOStateCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Restore the state of the checkpoint that training resumes from."""
+        # Trainer has read the checkpoint's step by now; 0 is a new run.
         if state.global_step:
             self.ppo_state.restore(_checkpoint_folder(args, state))
 
@@ -75,6 +77,7 @@ class PPOStateCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save the state into the new checkpoint."""
+        # One writer: ranks gather rewards and token statistics, so the state that training needs is the same.
         if state.is_world_process_zero:
             self.ppo_state.save(_checkpoint_folder(args, state))
 

@@ -71,7 +71,7 @@ def over_optimization_reason(history: Sequence[Metrics], rules: StopSettings) ->
     if rules.max_gold_drop is None:
         return ""
     for name in (name for name in current if name.startswith(GOLD_PREFIX)):
-        best = max(history, key=lambda measures: measures[name])
+        best = max(history, key=lambda entry: entry[name])
         # Against its best, not the start: grader and reward may first rise together.
         if (
             best[name] - current[name] > rules.max_gold_drop

@@ -28,7 +28,7 @@ EVAL_ROLLOUT_INDEX = -1
 
 
 class PPOTrainer(BaseTrainer):
-    """Trains on its own completions. A row is a prompt; batch sizes count completions."""
+    """Trains the policy on its own completions. A row is a prompt; batch sizes count completions."""
 
     ppo: PPOSettings
     rollouts: Rollouts
@@ -85,6 +85,7 @@ class PPOTrainer(BaseTrainer):
         if self._rollout_consumed():
             self.collect_rollout()
         minibatch = self.minibatches[self.ppo_state.minibatches_done]
+        # Counted before the update: a checkpoint is saved after the step, when this minibatch is done.
         self.ppo_state.minibatches_done, self.ppo_state.approx_kl = self.ppo_state.minibatches_done + 1, 0.0
         batches = self._micro_batches(minibatch, num_batches)
         if self.pretraining:
@@ -131,7 +132,7 @@ class PPOTrainer(BaseTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run one forward and backward pass, and add its duration to ``minibatches``."""
+        """Run one forward and backward pass, and add its duration to ``seconds["updates"]``."""
         with self.rollouts.timed("updates"):
             return super().training_step(model, inputs, num_items_in_batch)
 

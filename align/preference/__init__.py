@@ -1,1 +1,1 @@
-"""Learning from preferences: rows of them, a prompt and its completions in one sequence, losses."""
+"""Preference learning: data rows, batches with shared prompts, log-probabilities, losses."""

@@ -27,7 +27,7 @@ WINDOW_FIELDS = (
 
 @contextmanager
 def block_attention(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run every forward pass inside with the batch's block mask and position ids.
+    """Run every forward pass inside the block with the batch's block mask and position ids.
 
     Virtual tokens come once at the start of a row, as inputs (prompt tuning) or as cached keys (prefix
     tuning); all groups of the row attend to them, and their positions come first.
@@ -116,6 +116,8 @@ def _get_decoder(model: nn.Module) -> PreTrainedModel:
 
 def _prepend_virtual_tokens(mask: Tensor, *, num_input_virtual: int, num_cached_virtual: int) -> Tensor:
     """Prepend virtual tokens that all tokens attend to: as inputs (query and key) or as cached keys only."""
+    # Key columns for all virtual tokens, query rows only for those in the input. Virtual tokens come before
+    # every group: they are causal among themselves and attend to nothing else.
     mask = F.pad(mask, (num_input_virtual + num_cached_virtual, 0), value=True)
     mask = F.pad(mask, (0, 0, num_input_virtual, 0), value=False)
     mask[:, :num_input_virtual, :num_input_virtual] = torch.ones(
@@ -135,6 +137,7 @@ def _to_attention_mask(mask: Tensor, decoder: PreTrainedModel) -> Tensor:
     """Convert a bool mask to what the attention implementation takes: bool for SDPA, additive for eager."""
     if decoder.config._attn_implementation == "sdpa":
         return mask
+    # The lowest finite value, as in transformers' own masks: eager attention adds the mask to its scores.
     lowest = torch.finfo(decoder.dtype).min
     return torch.zeros(mask.shape, dtype=decoder.dtype, device=mask.device).masked_fill(~mask, lowest)
 

@@ -54,7 +54,7 @@ def best_completion_prompts(rows: Iterable[Comparison]) -> list[Conversation]:
 
 
 def with_control_suffix_encoder(text: TextEncoding, control_suffix: str) -> TextEncoding:
-    """Return the text settings with a control suffix on every prompt of the tuned model."""
+    """Return the text encoding with a control suffix on every prompt of the trained model."""
     encoder = text.encoder
     controlled = Encoder(
         encoder.tokenizer, encoder.name, system=encoder.system, control_suffix=control_suffix

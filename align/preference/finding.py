@@ -50,6 +50,7 @@ def repetition_finding(completions: Sequence[tuple[str, str]], action: str) -> F
 
 def _repeats_itself(completion: str) -> bool:
     words = completion.split()
+    # The shifted word lists differ in length: zip stops at the last complete phrase.
     phrases = Counter(zip(*(islice(words, start, None) for start in range(PHRASE_WORDS)), strict=False))
     return max(phrases.values(), default=0) >= MIN_REPEATS
 

@@ -114,8 +114,8 @@ class GroupCollator:
     order are the same in both layouts. With a ``cost`` (``attention.forward_cost``) each batch takes the
     cheaper layout: many long completions of a short prompt cost more attention in one row than they save.
 
-    >>> per_pair = Group(torch.tensor([5, 6, 7]), (torch.tensor([1, 2]), torch.tensor([3])))
-    >>> batch = GroupCollator(pad_id=0)([per_pair])
+    >>> pair = Group(torch.tensor([5, 6, 7]), (torch.tensor([1, 2]), torch.tensor([3])))
+    >>> batch = GroupCollator(pad_id=0)([pair])
     >>> batch["input_ids"].tolist(), batch["position_ids"].tolist()
     ([[5, 6, 7, 1, 2, 3]], [[0, 1, 2, 3, 4, 3]])
 
@@ -126,7 +126,7 @@ class GroupCollator:
     >>> batch["completion_index"].tolist(), batch["token_offset"].tolist(), batch["lengths"].tolist()
     ([0, 1, 0], [0, 0, 1], [2, 1])
 
-    >>> batch = GroupCollator(pad_id=0, one_per_row=True)([per_pair])
+    >>> batch = GroupCollator(pad_id=0, one_per_row=True)([pair])
     >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
     ([[5, 6, 7, 1, 2], [5, 6, 7, 3, 0]], [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     >>> batch["state_index"].tolist(), batch["targets"].tolist(), batch["completion_index"].tolist()

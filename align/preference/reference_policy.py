@@ -14,7 +14,7 @@ class ReferencePolicy:
     """The reference model of DPO, PPO and GRPO: the initial policy, sharing the frozen base with the policy.
 
     A copy of the initial trained weights is swapped in while reference log-probabilities are computed. That
-    works with every adapter (virtual tokens, that of a parent run) and touches no checkpoint and no gradient.
+    works with every adapter (also virtual tokens, or a parent run's) and touches no checkpoint or gradient.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -170,6 +170,7 @@ def _batch_logps(model: nn.Module, batch: Mapping[str, Tensor], prefix: str) -> 
     names = ("input_ids", "attention_mask", "completion_mask")
     ids_BT, mask_BT, completion_mask_BT = (batch[f"{prefix}{name}"].to(device) for name in names)
     labels = ids_BT.masked_fill(completion_mask_BT == 0, -100)
+    # TRL's fused head returns log-probabilities at the labels, and never all logits at once.
     inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels}
     logps_BT: Tensor = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
     # Virtual tokens come first: the last T - 1 positions are those of the input.
@@ -188,6 +189,7 @@ def raise_if_not_finite(trainer: Trainer, loss: Tensor, locations: Sequence[str]
         NotFiniteError: NaN or infinite loss; the message names the rows.
     """
     if not torch.isfinite(loss):
+        # A pair's two completions have the same location: it is named once.
         step, row_locations = trainer.state.global_step + 1, ", ".join(dict.fromkeys(locations))
         raise NotFiniteError(f"loss is {loss.item()} at step {step}, on {row_locations}")
 

@@ -28,7 +28,7 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
 from finetune.training import shared_steps
 from finetune.training.context import RunContext
-from finetune.training.generation import Completion as Answered
+from finetune.training.generation import Completion
 from finetune.training.generation_eval import GenerationEval, mean_grade
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.run_directory import CANDIDATES, SELECTED, RunDirectory
@@ -101,10 +101,10 @@ class RejectionSampling:
         metadata = shared_steps.policy_metadata(self.ctx, self.text, policy, self.data.report)
         return {**metadata, "rewards": rewards_record(settings.rewards)}
 
-    def generate(self, prompts: Sequence[Sequence[Message]]) -> list[Answered]:
+    def generate(self, prompts: Sequence[Sequence[Message]]) -> list[Completion]:
         """Generate greedily with the policy of the last finished round."""
-        finished = (round_index for round_index in self.rounds if round_index not in self.selected)
-        policy = self.policies.policy_for_round(next(finished, len(self.rounds) + 1))
+        unfinished = (round_index for round_index in self.rounds if round_index not in self.selected)
+        policy = self.policies.policy_for_round(next(unfinished, len(self.rounds) + 1))
         return shared_steps.generate_sharded(self.ctx, self.text, policy, prompts)
 
     def run_round(self, round_index: int) -> None:
@@ -127,6 +127,7 @@ class RejectionSampling:
         self._write_selected(round_index, candidates)
         rows = self._training_rows(round_index)
         entry = self._log_round(round_index, candidates) | {"rows": len(rows)}
+        # `update` merges one level deep, and a resumed round has entries already.
         recorded = self.ctx.run.record.get("rounds", {}).get(str(round_index), {})
         self.ctx.run.update(rounds={str(round_index): {**recorded, **entry}})
         self.ctx.raise_if_interrupted(f"before training of round {round_index}")
@@ -141,6 +142,8 @@ class RejectionSampling:
             run.update(rounds={str(round_index): entry})
         when = {0: "before", len(self.rounds): "after"}.get(round_index)
         if when is not None:
+            # run.json has the held-out metrics twice: by round, and before and after training as for every
+            # stage.
             metrics = {key: value for key, value in entry.items() if key.startswith(HELD_OUT_PREFIX)}
             run.update(metrics={f"{key}_{when}": value for key, value in metrics.items()})
         self._write_metrics(round_index)
@@ -151,6 +154,7 @@ class RejectionSampling:
         Raises:
             UserError: the files do not match the round's checksums.
         """
+        # One process copies; all record the same checksums.
         files = collectives.broadcast_object(self._copy_last_round() if self.ctx.dist.is_main else {})
         self.ctx.run.update(files=files)
         self.ctx.check(CheckResult("saved", f"{', '.join(files)} from round {len(self.rounds)}"))
@@ -200,6 +204,7 @@ class RejectionSampling:
         )
         if not eligible_candidates:
             num_ended = sum(candidate.ended_with_eos for candidate in candidates)
+            # Both numbers tell which of the two conditions is too strict.
             best = max(candidate.reward for candidate in candidates)
             outcome = f"{num_ended} ended, best reward {best:.3g}"
             actual = f"round {round_index}: none of {len(candidates)} completions; {outcome}"
@@ -261,6 +266,7 @@ class RejectionSampling:
                 prompt = self.data.train[candidate.prompt_index]
                 messages = [*prompt.messages, Message("assistant", candidate.text)]
                 location = f"{prompt.location}, sampled in round {past_round}"
+                # A completion that several rounds sampled is trained on once, as that of the first round.
                 rows.setdefault((candidate.prompt_index, candidate.text), Conversation(messages, location))
         return list(rows.values())
 
@@ -346,6 +352,7 @@ class RejectionSampling:
             )
             entries += [{**entry, "step": step + entry["step"]} for entry in round_run.metrics()]
             entries[-1] |= _curve_values(rounds[str(past_round)], curves)
+        # Without held-out prompts nothing was measured at step 0.
         run.write_jsonl("metrics.jsonl", entries if len(entries[0]) > 2 else entries[1:])
 
 

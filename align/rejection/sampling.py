@@ -67,7 +67,7 @@ class CandidateSampler:
             UserError: a reward function failed on a completion.
             Interrupted: a signal arrived; sampled completions are stored.
         """
-        # A chunk has all candidates of its prompts.
+        # Complete prompts: a reward model encodes a prompt once for its consecutive completions.
         prompts_per_chunk = max(1, CANDIDATES_PER_CHUNK // self.num_generations)
         chunks = [
             prompt_indices[offset : offset + prompts_per_chunk]
@@ -99,6 +99,7 @@ class CandidateSampler:
                 rate = num_new / (time.monotonic() - started_at)
                 total = len(prompt_indices) * self.num_generations
                 self.log(f"  {len(candidates)} of {total} completions, {rate:.1f} per second")
+            # Only where chunks are stored: an interrupted evaluation would lose its completions.
             if store_prefix is not None:
                 self.raise_if_interrupted(f"after {len(candidates)} completions, which are stored")
         return candidates
@@ -121,6 +122,7 @@ class CandidateSampler:
         )
         scores = score_completions(prompts, completions, self.rewards, self.encoder).scores
         return {
+            # Token ids and not texts: the store holds arrays, and decoding is deterministic.
             "ids": np.concatenate([np.asarray(completion.ids, dtype=np.int32) for completion in completions]),
             "lengths": np.asarray([len(completion.ids) for completion in completions]),
             "ended": np.asarray([completion.ended_with_eos for completion in completions]),
@@ -154,6 +156,7 @@ def round_prompt_indices(
         seed: of the shuffle.
     """
     size = min(prompts_per_round or num_prompts, num_prompts)
+    # The same shuffle in every round: no prompt comes twice before all have come once.
     permutation = np.random.default_rng([seed, num_prompts]).permutation(num_prompts)
     return [
         int(permutation[position % num_prompts])
@@ -163,4 +166,5 @@ def round_prompt_indices(
 
 def _combine_seeds(seeds: Sequence[int]) -> int:
     """Combine several seeds into one."""
+    # SeedSequence: torch takes one integer, and a sum of seeds would collide across rounds and chunks.
     return int(np.random.SeedSequence(list(seeds)).generate_state(1)[0])

@@ -56,6 +56,7 @@ def top_candidates(candidates: Sequence[Candidate], count: int) -> list[Candidat
     for candidate in candidates:
         first_seen.setdefault((candidate.prompt_index, candidate.text), candidate)
     unique = list(first_seen.values())
+    # sorted is stable: of equal rewards the completion sampled first wins.
     order = sorted(range(len(unique)), key=lambda index: -unique[index].reward)
     return [unique[index] for index in sorted(order[:count])]
 

@@ -47,8 +47,9 @@ class RewardCollator:
         return {
             **collate([group.to_group() for group in groups]),
             "rows": torch.tensor([group.row for group in groups]),
+            # -1 and not 0, which is the best rank.
             "ranks": pad_sequence(ranks, batch_first=True, padding_value=ABSENT),
-            # NaN, not 0: a score of 0 is a valid score.
+            # NaN and not 0, which is a valid score.
             "scores": pad_sequence(scores, batch_first=True, padding_value=torch.nan),
             "margins": torch.tensor([group.margin for group in groups]),
             "sources": torch.tensor([group.source for group in groups]),

@@ -66,6 +66,7 @@ class RewardEvaluator:
         groups = self._all_groups(self.data.train if held_out is None else held_out)
         sample_indices = evenly_spaced(len(groups), samples)
         if held_out is None:
+            # No metrics without held-out rows: score the samples alone, not all training rows.
             groups, sample_indices = (
                 [groups[index] for index in sample_indices],
                 list(range(len(sample_indices))),
@@ -104,8 +105,10 @@ class RewardEvaluator:
             row_ids = np.flatnonzero(head_ids == head)
             groups = [train[int(row_ids[index])] for index in evenly_spaced(len(row_ids), NORMALIZATION_ROWS)]
             scores = self._scores(groups)[:, head]
+            # Completions that share the best rank all count as chosen.
             is_best = np.concatenate([group.ranks for group in groups]) == 0
             mean, std = float(scores[is_best].mean()), float(scores[is_best].std())
+            # `not std > 0` is also true of NaN.
             if not std > 0 or not isfinite(mean):
                 detail = f"head '{name}' scores all {int(is_best.sum())} chosen completions {mean}"
                 raise UserError(
@@ -126,6 +129,7 @@ class RewardEvaluator:
             self.model, [group for group, _ in shard], self.collator, batch_size=self.batch_size
         )
         group_ends = np.cumsum([len(group.completion_ids) for group, _ in shard])
+        # The last end is the length: np.split would add an empty piece.
         chunks = zip(np.split(scores, group_ends[:-1]), shard, strict=True)
         # Padding groups, which keep the ranks' collectives in step, are dropped before the gather.
         return np.concatenate(
@@ -180,6 +184,7 @@ class RewardEvaluator:
                 f"{label}: {score:.2f}"
                 for label, score in zip(_rank_labels(group), group_scores, strict=True)
             ]
+            # Merged with the entry of the evaluation before training, whose scores stay.
             samples.append(_sample_texts(group, encoder) | previous | {when: "\n".join(labeled_scores)})
         run.write(SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
 

@@ -42,6 +42,7 @@ def pairwise_margins(margins: Tensor, scores: Tensor, group_sizes: Tensor, *, sc
     score_differences = scores[:, :, None] - scores[:, None, :]
     # A pair has its row's margin; in a longer list the score difference is the margin.
     target_margins = torch.where((group_sizes == 2)[:, None, None], margins[:, None, None], score_differences)
+    # Clamped: the worse completion has no margin over the better one.
     return scale * target_margins.nan_to_num(0.0).clamp(min=0.0)
 
 

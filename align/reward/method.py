@@ -82,10 +82,12 @@ class RewardModeling:
 
     def metadata(self) -> dict[str, Any]:
         """Validate the run, and return the run.json fields known before step 0."""
+        # For its checks: invalid arguments are reported before training.
         self.arguments()
         log_parameter_counts(self.ctx, self.policy)
         self.preflight()
         metadata = policy_metadata(self.ctx, self.text, self.policy, self.data.report)
+        # What `load_reward_model` needs to score as in training is added to the metadata of every policy.
         settings, max_length = self.settings, self.text.max_length
         metadata["reload"] |= {
             "heads": settings.reward.heads,
@@ -103,6 +105,7 @@ class RewardModeling:
             UserError: a check failed.
         """
         ctx, policy = self.ctx, self.policy
+        # TRL's RewardTrainer takes pairs only; the native one takes ranked lists too.
         if self.uses_trl:
             require_pairs(self.data.train, where="data.source")
             if self.data.held_out is not None:
@@ -145,6 +148,7 @@ class RewardModeling:
 
     def _trl_trainer(self) -> Trainer:
         scale, train = self.settings.reward.margin_scale, self.data.train
+        # As in `pairwise_margins`: a missing margin is 0, and none is negative.
         margins = None if scale is None else (scale * np.nan_to_num(train.margins)).clip(min=0).tolist()
         return build_trl_reward_trainer(
             self.policy.model,

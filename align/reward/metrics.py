@@ -79,6 +79,7 @@ def comparison_metrics(comparisons: ScoredComparisons) -> dict[str, Any]:
     """Return the metrics of scored comparisons; each has weight 1, whatever its number of pairs."""
     pairs = pair_comparisons(comparisons)
     accuracy = pairs.positive_fraction(pairs.margins)
+    # Weights sum to 1 per comparison, up to rounding.
     count = round(pairs.weights.sum())
     calibration_error, curve = calibration(pairs.margins, pairs.weights)
     is_best = comparisons.ranks == 0
@@ -87,6 +88,7 @@ def comparison_metrics(comparisons: ScoredComparisons) -> dict[str, Any]:
         "pairs": len(pairs.margins),
         "accuracy": accuracy,
         "interval": list(wilson_interval(accuracy, count)),
+        # -log s(m) = log(1 + e^-m), without overflow.
         "loss": float(np.average(np.logaddexp(0, -pairs.margins), weights=pairs.weights)),
         "margin": float(np.average(pairs.margins, weights=pairs.weights)),
         "calibration_error": calibration_error,
@@ -124,6 +126,7 @@ def calibration(margins: FloatArray, weights: FloatArray) -> tuple[float, list[d
     # The model's confidence in the order that it predicts, which is not always the labeled one.
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     correct = (np.sign(margins) + 1) / 2
+    # A confidence of exactly 1 belongs to the last bin.
     bin_indices = np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
     curve, error = [], 0.0
     for bin_index in np.unique(bin_indices):
@@ -154,6 +157,7 @@ def _mean_ranks(values: NDArray[Any]) -> FloatArray:
 
 def histogram(chosen: FloatArray, rejected: FloatArray) -> dict[str, list[float]]:
     """Return histogram counts of both kinds of scores over common bin edges."""
+    # Common edges: the two histograms are drawn over each other.
     bin_edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=3 * NUM_BINS)
     counts = [np.histogram(values, bin_edges)[0].tolist() for values in (chosen, rejected)]
     return {"bin_edges": bin_edges.tolist(), "chosen": counts[0], "rejected": counts[1]}

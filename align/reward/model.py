@@ -66,6 +66,7 @@ def load_scorer(
 
 def replace_score_head(base: PreTrainedModel, heads: int, *, pad_id: int) -> None:
     """Replace the model's score head with a frozen ``ScoreHead`` of the same weights."""
+    # transformers reads it in the text config, which a multimodal config holds as an object of its own.
     base.config.get_text_config().pad_token_id = base.config.pad_token_id = pad_id
     original: nn.Linear = base.get_submodule(SCORE_HEAD)
     head = ScoreHead(original.in_features, heads, bias=False, device=original.weight.device)

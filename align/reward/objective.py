@@ -46,6 +46,7 @@ class RewardObjective:
             center_rewards_coefficient=self.center_rewards_coefficient,
         )
         if self.forward_passes == 2:
+            # A second forward pass: AdaMix routes each one at random (arXiv 2205.12410).
             losses = losses + consistency_losses(rewards, self.rewards(model, batch), batch["ranks"])
         return losses, rewards
 

@@ -49,6 +49,7 @@ def check_data(
 def check_margins(groups: PreferenceGroups, *, scale: float) -> CheckResult:
     """Report how many comparisons have margins; fail if none has."""
     has_score = np.isfinite(groups.scores)
+    # reduceat takes the start of each group. No group is empty, where it would read the next one.
     all_scored = np.logical_and.reduceat(
         has_score, np.cumsum(groups.num_completions) - groups.num_completions
     )
@@ -91,6 +92,7 @@ def check_reward_model(
         with autocast:
             return objective.losses(model, batch)[0].sum()
 
+    # int8 quantizes activations as well, which rounds more than any dtype of the forward pass.
     tolerance = TOLERANCE["int8" if quantization == "int8" else precision]
     results = invariance_checks.check_micro_batch_invariance(
         model,
@@ -109,15 +111,17 @@ def check_reward_model(
 
 def shortest_and_median_groups(groups: PreferenceGroups) -> list[TokenizedGroup]:
     """Return the shortest and the median-length comparison of the first ones; possibly a single one."""
+    # Two lengths, so that the batch of the check has padding.
     order = np.argsort(groups.lengths[:CHECKED_COMPARISONS], kind="stable")
     return [groups[int(index)] for index in dict.fromkeys([order[0], order[len(order) // 2]])]
 
 
 def _report_score_position(groups: PreferenceGroups, encoder: Encoder) -> CheckResult:
     """Report the token at which scores are read."""
-    part_lengths = np.diff(groups.offsets)
-    completion_parts = np.delete(np.arange(len(part_lengths)), groups.prompt_index[:-1])
-    last_ids = groups.input_ids[groups.offsets[completion_parts + 1] - 1]
+    segment_lengths = np.diff(groups.offsets)
+    # Segments are prompts and completions in one flat array: leave out the prompts.
+    completion_segments = np.delete(np.arange(len(segment_lengths)), groups.prompt_index[:-1])
+    last_ids = groups.input_ids[groups.offsets[completion_segments + 1] - 1]
     eos_fraction = float(np.isin(last_ids, encoder.stop_ids).mean())
     stop_tokens = " or ".join(encoder.tokenizer.convert_ids_to_tokens(encoder.stop_ids))
     endings = f"{eos_fraction:.1%} end with {stop_tokens}, the others are truncated"
@@ -137,6 +141,7 @@ def _check_layouts(
         library_scores = torch.cat(
             [_transformers_scores(model, group, ids) for group in groups for ids in group.completion_ids]
         )
+    # A head of zeros scores 0 everywhere: no division by 0.
     max_score = max(float(separate_scores.abs().max()), 1e-30)
     if not collator.one_per_row:
         difference = float((shared_scores - separate_scores).abs().max()) / max_score
@@ -169,5 +174,6 @@ def _collated_scores(model: nn.Module, batch: RewardBatch) -> Tensor:
 def _transformers_scores(model: nn.Module, group: TokenizedGroup, completion: np.ndarray) -> Tensor:
     """Return the scores from transformers' own forward pass on a single row: (1, heads)."""
     ids = torch.from_numpy(np.concatenate([group.prompt_ids, completion])).long()
+    # A single row has no padding, so that the pooled score is that of its last token.
     scores: Tensor = model(input_ids=ids[None].to(next(model.parameters()).device)).logits
     return scores

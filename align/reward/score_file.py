@@ -39,11 +39,11 @@ class ScoredRow:
     @property
     def ranks(self) -> list[int] | None:
         """Return the completions' ranks, 0 for the best; None if the row is unranked."""
-        answers = self.preference.completions
+        completions = self.preference.completions
         if self.preference.ordered:
-            return list(range(len(answers)))
-        scores = [answer.score for answer in answers]
-        is_ranked = len(answers) > 1 and all(answer.scored for answer in answers)
+            return list(range(len(completions)))
+        scores = [completion.score for completion in completions]
+        is_ranked = len(completions) > 1 and all(completion.scored for completion in completions)
         return [sum(other > score for other in scores) for score in scores] if is_ranked else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class ScoredRow:
 
     @property
     def winner(self) -> str:
-        """Return the completion of a pair with the higher total reward."""
+        """Return which completion of a pair has the higher total reward: chosen, rejected or tie."""
         chosen, rejected = self.scores[TOTAL]
         return "tie" if chosen == rejected else "chosen" if chosen > rejected else "rejected"
 
@@ -116,6 +116,7 @@ def score_file(model: RewardModel, source: str | list[dict[str, Any]]) -> list[S
 
 def write_scored_rows(rows: Sequence[ScoredRow], path: Path) -> None:
     """Write the rows with their rewards as JSON Lines."""
+    # default=str: columns of a dataset may hold what JSON cannot, such as dates.
     json_lines = [json.dumps(row.to_dict(), ensure_ascii=False, default=str) for row in rows]
     path.write_text("\n".join(json_lines) + "\n", encoding="utf-8")
 
@@ -142,7 +143,7 @@ def score_statistics(rows: Sequence[ScoredRow]) -> dict[str, Any]:
         statistics["rewards"][name] = reward_statistics | agreement
     if ranked_rows:
         lengths = [
-            [float(len(_reply_content(answer))) for answer in row.preference.completions]
+            [float(len(_reply_content(completion))) for completion in row.preference.completions]
             for row in ranked_rows
         ]
         statistics["rewards"][LENGTH_BASELINE] = _agreement(ranked_rows, lengths)
@@ -153,6 +154,7 @@ def _agreement(rows: Sequence[ScoredRow], values: Sequence[Sequence[float]]) -> 
     sizes = np.asarray([len(row_values) for row_values in values])
     ranks = np.asarray([rank for row in rows for rank in row.ranks or []], dtype=np.int32)
     flat_values = np.asarray([value for row_values in values for value in row_values])
+    # Only margins are read, so that lengths may be zeros.
     pairs = pair_comparisons(
         ScoredComparisons(flat_values, ranks, np.zeros(len(flat_values), dtype=np.int64), sizes)
     )
@@ -166,26 +168,29 @@ def _agreement(rows: Sequence[ScoredRow], values: Sequence[Sequence[float]]) -> 
 
 def _conversations(preference: PreferenceRow) -> Iterator[list[Message]]:
     """Yield a row's conversations, one per completion; none if any of them ends without a reply."""
-    if all(answer.reply is not None and _reply_content(answer).strip() for answer in preference.completions):
-        for answer in preference.completions:
-            assert answer.reply is not None
-            yield [*answer.prompt, answer.reply]
+    if all(
+        completion.reply is not None and _reply_content(completion).strip()
+        for completion in preference.completions
+    ):
+        for completion in preference.completions:
+            assert completion.reply is not None
+            yield [*completion.prompt, completion.reply]
 
 
-def _reply_content(answer: ScoredCompletion) -> str:
-    return answer.reply.content if answer.reply is not None else ""
+def _reply_content(completion: ScoredCompletion) -> str:
+    return completion.reply.content if completion.reply is not None else ""
 
 
 def _read_unranked_responses(columns: Mapping[str, Any]) -> PreferenceRow:
     """Read the unranked completions of a prompt."""
     if not isinstance(columns["responses"], list) or not columns["responses"]:
         raise RowError("responses", "not a list, or empty", "a list of completions")
-    prompt, answers = prompt_turns(columns, "prompt"), []
+    prompt, completions = prompt_turns(columns, "prompt"), []
     for index, entry in enumerate(columns["responses"]):
         field = f"responses[{index}]"
         turns, reply = split_completion(prompt, completion_turns({field: entry}, field), field)
-        answers.append(ScoredCompletion(tuple(turns), reply))
-    return PreferenceRow(tuple(answers))
+        completions.append(ScoredCompletion(tuple(turns), reply))
+    return PreferenceRow(tuple(completions))
 
 
 def _read_completion(columns: Mapping[str, Any]) -> PreferenceRow:

@@ -129,6 +129,7 @@ class RewardModel:
             for prompt, same_prompt in groupby(pairs, key=lambda pair: pair[0])
             for chunk in _chunks([ids for _, ids in same_prompt])
         ]
+        # An upper bound: rows are padded to the longest one of their batch.
         longest = max(len(group.prompt_ids) + sum(map(len, group.completion_ids)) for group in groups)
         return score_groups(
             self.model, groups, self.collator, batch_size=max(1, self.tokens_per_forward // longest)
@@ -143,8 +144,11 @@ class RewardModel:
             raise UserError(Problem(location, actual, "turns that the template supports")) from error
         if True not in encoded.loss_mask:
             raise UserError(Problem(location, "the reply has no tokens", "a non-empty reply"))
+        # From the first to the last trained token, as in training: what the template adds after is not
+        # scored.
         start = encoded.loss_mask.index(True)
         end = len(encoded.loss_mask) - encoded.loss_mask[::-1].index(True)
+        # Truncation from the left keeps BOS.
         num_bos = int(encoded.input_ids[:1] == [self.encoder.tokenizer.bos_token_id])
         prompt, [reply] = truncate_to(
             encoded.input_ids[:start],
@@ -231,6 +235,7 @@ def _chunks(completions: list[TokenIdList]) -> Iterator[list[TokenIdList]]:
 
 def _to_group(prompt: TokenIdList, completions: Sequence[TokenIdList]) -> TokenizedGroup:
     count = len(completions)
+    # The collator takes labels, which nothing reads when completions are only scored.
     return TokenizedGroup(
         prompt_ids=np.asarray(prompt, dtype=np.int32),
         completion_ids=tuple(np.asarray(ids, dtype=np.int32) for ids in completions),

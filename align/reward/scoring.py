@@ -34,6 +34,7 @@ def score_groups(
         indices = order[start : start + batch_size]
         batch = collator([groups[index] for index in indices])
         on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+        # Double, in which metrics and normalization are computed.
         scores = completion_scores(model, on_device).double().cpu()
         chunks = torch.split(scores, batch["sizes"].tolist())
         scores_by_group |= {index: chunk.numpy() for index, chunk in zip(indices, chunks, strict=True)}

@@ -33,6 +33,7 @@ def copy_sharing_weights(module: nn.Module) -> nn.Module:
     """
     tensors: list[Any] = [*module.parameters(), *module.buffers()]
     quant_states = [tensor.quant_state for tensor in tensors if "quant_state" in vars(tensor)]
+    # deepcopy takes what is in its memo as the copy: weights and quantization states stay shared.
     memo = {id(shared): shared for shared in [*tensors, *quant_states]}
     return copy.deepcopy(module, memo)
 
@@ -45,6 +46,7 @@ def scorer_sharing_base(base: PreTrainedModel, heads: Sequence[str], *, pad_id: 
         heads: names of the heads.
         pad_id: a token that never ends a text.
     """
+    # A copy: the policy must not get the head's labels and padding token.
     config = copy.deepcopy(base.config)
     configure_score_heads(config, heads)
     config.get_text_config().pad_token_id = config.pad_token_id = pad_id
@@ -57,6 +59,7 @@ def scorer_sharing_base(base: PreTrainedModel, heads: Sequence[str], *, pad_id: 
         "the sequence classification model has another backbone class"
     )
     scorer.set_submodule(prefix, backbone)
+    # from_config sets none of them.
     vars(scorer).update(
         {name: value for name, value in vars(base).items() if name in QUANTIZATION_ATTRIBUTES}
     )
@@ -90,6 +93,7 @@ def untie_trained_weights(module: nn.Module, others: Sequence[nn.Module]) -> Non
     """
     trained_ids = {id(param) for other in others for param in other.parameters() if param.requires_grad}
     copies: dict[int, nn.Parameter] = {}
+    # With duplicates: a tied weight has several names, and each must get the same copy.
     for name, param in list(module.named_parameters(remove_duplicate=False)):
         if id(param) in trained_ids:
             copied_param = copies.setdefault(

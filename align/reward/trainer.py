@@ -42,6 +42,7 @@ class RewardTrainer(GroupTrainer):
         if "loss" in logs and self.group_metrics:
             names = ("rewards/accuracies", "rewards/margins", "rewards/mean")
             gathered = all_gather_object(torch.cat(self.group_metrics, dim=1).cpu())
+            # nanmean: the accuracy of a group of ties is NaN.
             means = torch.cat(gathered, dim=1).nanmean(1).tolist()
             logs |= dict(zip(names, means, strict=True))
             self.group_metrics = []
@@ -54,6 +55,7 @@ class RewardTrainer(GroupTrainer):
     def _add_group_metrics(self, rewards: Tensor, ranks: Tensor) -> None:
         """Store accuracy, margin and mean reward of each group: (3, G)."""
         present = ranks >= 0
+        # Ranks with the sign changed: 0 is the best rank, and scores are higher for the better.
         accuracies = list_accuracies(rewards, -ranks, present=present)
         means = rewards.sum(1) / present.sum(1)
         self.group_metrics.append(torch.stack([accuracies, mean_margins(rewards, ranks), means]))

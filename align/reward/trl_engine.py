@@ -26,6 +26,7 @@ from finetune.training.preflight.preserve_state import preserve_state
 
 def reward_config_spec(*, center_rewards_coefficient: float) -> TrlConfigSpec:
     """Return the arguments of RewardConfig; the coefficient is that of ``bradley_terry``, 0 for off."""
+    # None and not 0: TRL adds the term unless it is None.
     return TrlConfigSpec("RewardConfig", {"center_rewards_coefficient": center_rewards_coefficient or None})
 
 
@@ -62,6 +63,7 @@ class RewardTrainerWithEval(RewardTrainer, RenamePreferenceMetrics):  # type: ig
                 batch = {key: value.to(self.args.device) for key, value in self.data_collator(rows).items()}
                 input_names = ("input_ids", "attention_mask")
                 scores = self.model(**{name: batch[name] for name in input_names}, use_cache=False).logits
+                # TRL's collator puts the chosen rows before the rejected ones.
                 score_chunks.append(scores.squeeze(-1).float().cpu().chunk(2))
         chosen, rejected = (torch.cat([chunk[side] for chunk in score_chunks]) for side in (0, 1))
         return {

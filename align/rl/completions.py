@@ -72,6 +72,8 @@ def _all_gather_scores(local_scores: RewardScores, group_sizes: Sequence[int]) -
     """All-gather reward scores; ``group_sizes`` are the numbers of completions in this process's runs."""
     names = list(local_scores.by_source)
     stacked = np.stack([local_scores.total, *local_scores.by_source.values()])
+    # Split into the groups that were sharded, whose order `unshard` restores. The last cut is the end, after
+    # which is an empty piece; dtype, because the sums of an empty shard would be floats.
     chunks = np.split(stacked, np.cumsum(group_sizes, dtype=int), axis=1)[:-1]
     total, *by_source = np.concatenate(unshard(all_gather_object(chunks)), axis=1)
     return RewardScores(total, dict(zip(names, by_source, strict=True)))
@@ -84,6 +86,7 @@ def check_rewards(rewards: Rewards, data: PreparedPrompts) -> CheckResult:
         UserError: a reward function fails, or needs reference answers that some rows lack.
         NotFiniteError: a reward model returns NaN or infinity.
     """
+    # Held-out rows too: a missing answer would stop the run only at its first evaluation.
     for prompts in filter(None, (data.train, data.held_out)):
         rewards.check_reference_answers([prompt.expected for prompt in prompts], prompts.locations)
     expected = [row.expected for row in data.train]

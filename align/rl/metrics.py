@@ -30,6 +30,7 @@ def kl_metrics(completions: ScoredCompletions, stats: TokenStats) -> dict[str, f
     The perplexity is that of the completions under the reference model: high for text it would not generate.
     """
     mask_CT = token_mask(completions.lengths, stats.logps.shape[1])
+    # Both are 0 after the end of a completion, so the sum needs no mask.
     kl = (stats.logps - stats.reference_logps).double().sum(1).mean()
     return {
         "objective/kl_per_completion": float(kl),

@@ -18,7 +18,12 @@ def _best_reply_reader(read_row: Callable[[PromptColumns], PreferenceRow]) -> Pr
 
     def read_messages(columns: PromptColumns) -> list[Message]:
         row = read_row(columns)
-        best = row.completions[0] if row.ordered else max(row.completions, key=lambda answer: answer.score)
+        best = (
+            row.completions[0]
+            if row.ordered
+            else max(row.completions, key=lambda completion: completion.score)
+        )
+        # A single completion that is labeled bad is no reference answer.
         is_bad = len(row.completions) == 1 and best.score == 0
         return [*best.prompt, *([best.reply] if best.reply is not None and not is_bad else [])]
 

@@ -168,6 +168,7 @@ def resolve_max_prompt_length(
         expected = f"at most {text.context - MIN_PROMPT_TOKENS}, to leave room for a prompt"
         raise UserError(Problem("sampling.max_new_tokens", actual, expected))
     if requested is None:
+        # The context has room for the minimum (checked above), whatever the completion takes of max_length.
         return max(
             MIN_PROMPT_TOKENS, text.max_length - max_new_tokens
         ), f"{max_new_tokens} tokens are reserved for the completion"
@@ -277,6 +278,7 @@ def _split_prompts(rows: Sequence[Conversation], report: DataReport) -> list[Raw
         messages, expected = list(row.messages), None
         while messages and messages[-1].role in REPLY_ROLES:
             expected = messages.pop().content
+        # "observation" is a tool's result, which the policy answers as it does a user.
         if not messages or messages[-1].role not in ("user", "observation"):
             report.count(NO_USER_TURN, row.location)
         elif any(not turn.content.strip() for turn in messages):
@@ -301,14 +303,13 @@ def _tokenize(
 
     cache_key = _prompt_cache_key(rows, encoder, max_prompt_length, drop)
     arrays = load_or_encode(cache_key, encode, cache=settings.cache, report=report)
+    # np.split returns one (empty) piece even without prompts, hence strict=False below.
     prompt_ids = np.split(arrays["input_ids"], arrays["offsets"][1:-1])
     kept_rows = [rows[row_id] for row_id in arrays["row_ids"]]
     return Prompts(
         tuple(
             Prompt(row.prompt, tuple(token_ids.tolist()), row.location, row.expected, row.source_index)
-            for row, token_ids in zip(
-                kept_rows, prompt_ids, strict=False
-            )  # np.split of nothing returns one piece
+            for row, token_ids in zip(kept_rows, prompt_ids, strict=False)
         )
     )
 
@@ -360,6 +361,7 @@ def _prompt_cache_key(rows: Sequence[RawPrompt], encoder: Encoder, max_prompt_le
     ]
     # Everything that determines the token ids, so that a change of it gives another file.
     digest = hashlib.sha256(json.dumps(head).encode())
+    # The location too: the report that is cached with the ids names rows.
     for row in rows:
         digest.update(json.dumps([row.location, row.text_key], ensure_ascii=False).encode())
     return digest.hexdigest()

@@ -34,6 +34,7 @@ def collate_completions(
         Group(torch.tensor(prompt), (torch.tensor(completion),))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
+    # Each group has one completion, so no prompt is shared and no block mask is needed.
     return GroupCollator(pad_id, one_per_row=True)(groups)
 
 
@@ -68,4 +69,5 @@ def token_logps_and_entropy(
 def to_padded(values_N: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Scatter per-token values (N,) to a padded (C, T) tensor, 0 after the end of each completion."""
     padded_CT = values_N.new_zeros(len(batch["lengths"]), int(batch["lengths"].max()))
+    # Out of place: gradients flow back to the values.
     return padded_CT.index_put((batch["completion_index"], batch["token_offset"]), values_N)

@@ -1,1 +1,1 @@
-"""One file a stage: its `Settings` and its `run`."""
+"""One module per stage, with its `Settings` and its `run`."""

@@ -29,7 +29,7 @@ class Settings(StageSettings):
 
     def problems(self, valid: Collection[str]) -> list[Problem]:
         """Return the cross-field problems, before anything is loaded."""
-        return self.chain_of_hindsight.problems() if "hindsight" in valid else []
+        return self.chain_of_hindsight.problems() if "chain_of_hindsight" in valid else []
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
@@ -37,12 +37,12 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
 
     Args:
         recipe: the validated recipe.
-        console: where progress is shown.
-        force: start over if the recipe has been run before.
+        console: shows progress.
+        force: start over if the run exists.
         command: the command line, for run.json.
 
     Raises:
-        UserError: the user's mistakes, before anything is written.
+        UserError: invalid settings or data, before anything is written.
         Interrupted: stopped by a signal; a checkpoint is saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
@@ -55,6 +55,7 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
+    # Heavy libraries are imported only here: a finished run is returned without them.
     from align.preference.chain_of_hindsight import load_chains, with_control_suffix_encoder
     from finetune.training.context import RunContext
     from finetune.training.loading import load_policy, load_text_encoding

@@ -26,7 +26,7 @@ PUBLIC = "ultrafeedback"
 
 
 class Settings(StageSettings):
-    """Recipe of a preference stage: data and loss."""
+    """Recipe of stage dpo: preference data and the loss."""
 
     TRL_CONFIG: ClassVar[str] = "DPOConfig"
 
@@ -43,12 +43,12 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
 
     Args:
         recipe: the validated recipe.
-        console: where progress is shown.
-        force: start over if the recipe has been run before.
+        console: shows progress.
+        force: start over if the run exists.
         command: the command line, for run.json.
 
     Raises:
-        UserError: the user's mistakes, before anything is written.
+        UserError: invalid settings or data, before anything is written.
         Interrupted: stopped by a signal; a checkpoint is saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
@@ -61,6 +61,7 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
+    # Heavy libraries are imported only here: a finished run is returned without them.
     from align.dpo.method import DPO
     from align.dpo.metric_spec import DPO_METRIC_SPEC
     from align.preference.rows.load import load_preferences

@@ -49,12 +49,12 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
 
     Args:
         recipe: the validated recipe.
-        console: where progress is shown.
-        force: start over if the recipe has been run before.
+        console: shows progress.
+        force: start over if the run exists.
         command: the command line, for run.json.
 
     Raises:
-        UserError: the user's mistakes, before anything is written.
+        UserError: invalid settings or data, before anything is written.
         Interrupted: stopped by a signal; a checkpoint is saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
@@ -67,6 +67,7 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
+    # Heavy libraries are imported only here: a finished run is returned without them.
     from align.kto.method import KTO, KTO_METRIC_SPEC, load_labeled_completions
     from finetune.training.context import RunContext
     from finetune.training.loading import load_policy, load_text_encoding

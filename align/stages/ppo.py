@@ -44,6 +44,7 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
+    # Heavy libraries are imported only here: a finished run is returned without them.
     from align.ppo.loading import load_ppo_models
     from align.ppo.method import PPO
     from align.ppo.metric_spec import ppo_metric_spec

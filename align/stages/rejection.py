@@ -44,6 +44,7 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
+    # Heavy libraries are imported only here: a finished run is returned without them.
     from align.rejection.method import RejectionSampling
     from align.rejection.metric_spec import rejection_metric_spec
     from align.rejection.policies import load_round_policies

@@ -45,6 +45,7 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     if run.finished:
         return Result.of(run)
 
+    # Heavy libraries are imported only here: a finished run is returned without them.
     from align.preference.rows.load import load_preferences
     from align.reward.loading import load_reward_model_for_training
     from align.reward.method import RewardModeling

@@ -56,6 +56,7 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
     assert isinstance(settings, Settings)
     run = RunDirectory.of(recipe, force=force)
     if not run.finished:
+        # Heavy libraries are imported only here: a finished run is returned without them.
         from align.online.stage import run_online_stage
 
         run_online_stage(recipe, run, settings.rloo, console=console, command=command)

@@ -18,7 +18,9 @@ class BitFitConfig(PeftConfig):  # type: ignore[misc]
 
     target_modules: Any = field(default=None, metadata={"help": "names of the modules whose bias is trained"})
 
-    modules_to_save: Any = field(default=None, metadata={"help": "modules trained and saved whole: a head"})
+    modules_to_save: Any = field(
+        default=None, metadata={"help": "fully trained modules, saved with the adapter: a head"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,6 +40,7 @@ class BiasLayer(WrappingLayer):
         """Add a bias offset, initialized to zero."""
         # Under ZeRO-3 the bias has its shape only while it is gathered.
         with gathered_weight(self.bias):
+            # float32 as in PEFT's own layers: updates of a 16-bit parameter would be rounded away.
             zeros = torch.zeros(self.bias.shape, dtype=torch.float32, device=self.bias.device)
         self.bitfit_bias[adapter_name] = nn.Parameter(zeros)
         self._activate_parameters(adapter_name, config)

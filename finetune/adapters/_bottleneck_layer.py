@@ -19,14 +19,18 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
     """PEFT config of a bottleneck adapter: ``experts`` > 1 is AdaMix's mixture."""
 
     target_modules: Any = field(default=None, metadata={"help": "names of the modules that are wrapped"})
-    hidden_size: int = field(default=0, metadata={"help": "width of what flows through the wrapped modules"})
+    hidden_size: int = field(
+        default=0, metadata={"help": "hidden size of the wrapped modules' inputs and outputs"}
+    )
     width: int = field(default=64, metadata={"help": "width of the bottleneck"})
-    scale: float = field(default=1.0, metadata={"help": "what it adds counts this many times"})
+    scale: float = field(default=1.0, metadata={"help": "factor of the bottleneck's output"})
     activation: str = field(default="relu", metadata={"help": "relu, gelu or silu"})
     parallel: bool = field(default=False, metadata={"help": "reads the module's input, not its output"})
     experts: int = field(default=1, metadata={"help": "bottlenecks in the mixture"})
 
-    modules_to_save: Any = field(default=None, metadata={"help": "modules trained and saved whole: a head"})
+    modules_to_save: Any = field(
+        default=None, metadata={"help": "fully trained modules, saved with the adapter: a head"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +54,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the bottleneck's output, of the shape of ``states`` (..., hidden_size)."""
+        # The base may run in 16 bits, and the bottleneck is float32.
         states = states.to(self.down.dtype)
+        # Two samples: AdaMix combines any down projection with any up projection.
         down, down_bias = self._select_expert(self.down, self.down_bias)
         up, up_bias = self._select_expert(self.up, self.up_bias)
         return self.scale * F.linear(self.activation(F.linear(states, down, down_bias)), up, up_bias)

@@ -50,6 +50,7 @@ class ProgressivePrompt(nn.Module):
         self.embedding = nn.Embedding(*new.shape)
         with torch.no_grad():
             self.embedding.weight.copy_(new)
+        # A buffer: moved and saved with the module, and not trained.
         self.register_buffer("earlier", earlier.clone())
 
     def forward(self, positions: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class _SavesPromptEncoder(PeftModel):  # type: ignore[misc]
     ) -> None:
         """Save the adapter in PEFT's format, and the encoder's parameters in a second file."""
         # Before super(), which runs the encoder: after its forward pass ZeRO-3 shards the weights again.
+        # Copies, since safetensors refuses tensors that share memory.
         weights = {name: weight.clone().contiguous() for name, weight in self._encoder.state_dict().items()}
         super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
         if is_main_process:
@@ -45,6 +46,7 @@ class _SavesPromptEncoder(PeftModel):  # type: ignore[misc]
     ) -> Any:
         """Load a checkpoint of this adapter; other adapters are loaded by PEFT."""
         file = Path(model_id) / ENCODER_WEIGHTS_FILE
+        # To resume only: inference needs the computed prompt alone, which PEFT loads.
         if is_trainable and adapter_name in self.peft_config and file.is_file():
             self._load_head(load_file(Path(model_id) / PROMPT_WEIGHTS_FILE))
             return self._encoder.load_state_dict(load_file(file))
@@ -54,6 +56,7 @@ class _SavesPromptEncoder(PeftModel):  # type: ignore[misc]
     def _load_head(self, saved: dict[str, Tensor]) -> None:
         """Load what is saved besides the prompt: the score head of a reward model."""
         current = get_peft_model_state_dict(self)
+        # The encoder computes the prompt, so the saved prompt itself is not loaded.
         for name, value in saved.items():
             if name != PROMPT_KEY:
                 current[name].copy_(value)

@@ -26,6 +26,7 @@ class RankBudget:
         self.penalty_weight = penalty
         self.last_allocation_step = max(1, steps - cooldown)
         config = model.peft_config["default"]
+        # PEFT divides by the number of steps between warmup and cooldown, so one of them has to remain.
         config.total_step, config.tinit, config.tfinal = (
             steps,
             min(warmup, self.last_allocation_step - 1),
@@ -39,9 +40,11 @@ class RankBudget:
         if step < self.last_allocation_step:
             self.allocator.update_and_allocate(self.model, step)
         elif step == self.last_allocation_step or not self.rank_pattern:
+            # From this step on PEFT no longer updates the importance by itself.
             self.allocator.update_ipt(self.model)
             self.rank_pattern = self.allocator.update_and_allocate(self.model, step, force_mask=True)[1]
         else:
+            # The optimizer's step changes pruned singular values again.
             self.allocator.mask_using_rank_pattern(self.model, self.rank_pattern)
 
     def penalty(self) -> Tensor:
@@ -49,6 +52,7 @@ class RankBudget:
         total = torch.zeros(())
         for name, weight in self.model.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:
+                # lora_A is Q (rank, in), lora_B is P (out, rank): both Gram matrices are (rank, rank).
                 gram = weight @ weight.T if ".lora_A." in name else weight.T @ weight
                 total = (
                     total.to(gram.device) + (gram - torch.eye(len(gram), device=gram.device)).square().sum()
@@ -78,6 +82,7 @@ class RankBudget:
                 if name.startswith(f"{kind}.")
             }
             self._averages(kind).update(restored)
+        # PEFT resets the averages of a weight that has no entry in `ipt`; the values are not read.
         self.allocator.ipt.update(
             {name: torch.zeros_like(value) for name, value in self._averages(AVERAGES[0]).items()}
         )

@@ -83,6 +83,7 @@ def norm_module_names(model: "PreTrainedModel") -> list[str]:
     Raises:
         UserError: there are none.
     """
+    # By the class's name: most families define an RMSNorm class of their own.
     norms = [
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()

@@ -59,6 +59,7 @@ class WrappingLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return output
         for name in self.active_adapters:
             if name in self._get_available_adapters():
+                # A float32 adapter would promote the output, and the base's next layer expects its own dtype.
                 output = self.apply_adapter(name, inputs, output).to(output.dtype)
         return output
 

@@ -39,6 +39,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     from finetune.adapters._prefix_encoders import GatedPrefix
     from finetune.adapters._prompt_model import prompt_model
 
+    # Only for its initial values: the wrapper is discarded, and GatedPrefix replaces the encoder.
     prefix_model = prefix.build(model, prefix.Settings(virtual_tokens=settings.virtual_tokens))
     initial_prefix = prefix_model.prompt_encoder["default"].embedding.weight.detach()
     config = prefix_model.peft_config["default"]

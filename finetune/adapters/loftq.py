@@ -44,12 +44,14 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
 
     adapted = lora.with_lora(model, settings)
     read_weight = _weight_reader(model.config.name_or_path)
+    # with_lora replaced the layers inside `model`: a LoRA layer has the name of its original.
     names = {id(module): name for name, module in model.named_modules()}
     for module in adapted.modules():
         if isinstance(module, Linear4bit):
             quantized = module.base_layer.weight
             dequantized = dequantize_4bit(quantized.data, quantized.quant_state).float()
             residual = read_weight(f"{names[id(module)]}.weight").to(dequantized) - dequantized
+            # PEFT multiplies the product by alpha / r, so it is divided by that here.
             up, down = low_rank_factors(residual / module.scaling["default"], settings.rank)
             module.lora_A["default"].weight.data.copy_(down)
             module.lora_B["default"].weight.data.copy_(up)
@@ -61,6 +63,7 @@ def low_rank_factors(matrix: "Tensor", rank: int) -> tuple["Tensor", "Tensor"]:
     import torch
 
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    # Each factor gets the square root of the singular values, as in PEFT's LoftQ.
     root = values[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
@@ -70,6 +73,7 @@ def _weight_reader(base: str) -> "Callable[[str], Tensor]":
     from huggingface_hub import snapshot_download
     from safetensors import safe_open
 
+    # local_files_only: the base has been loaded, so its files are in the cache.
     folder = Path(base) if Path(base).is_dir() else Path(snapshot_download(base, local_files_only=True))
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):

@@ -48,6 +48,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
         oft_block_size=settings.block_size,
         module_dropout=settings.dropout,
         target_modules=settings.target,
+        # PEFT's default approximates the inverse by a few terms of a series, and R is not exactly orthogonal.
         use_cayley_neumann=False,
     )
     peft_model: PeftModel = get_peft_model(model, config)

@@ -55,6 +55,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     token_ids = torch.randint(model.config.vocab_size, (1, settings.virtual_tokens))
     if model.config.bos_token_id is not None:
         token_ids[0, 0] = model.config.bos_token_id  # models attend strongly to the first token
+    # Before get_peft_model: the base alone, without a prefix of its own.
     with torch.no_grad(), gather_on_forward(model):
         kv_cache = model(input_ids=token_ids.to(model.device), use_cache=True).past_key_values
     peft_model: PeftModel = get_peft_model(model, config)

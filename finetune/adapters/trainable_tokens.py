@@ -24,7 +24,7 @@ TRAITS = Traits(scoring_unsupported=SCORE_HEAD_NOT_SAVED, learning_rate=1e-3)  #
 
 
 class Settings(AdapterSettings):
-    """Which tokens."""
+    """Tokens whose embeddings are trained."""
 
     method: Literal["trainable_tokens"] = Field("trainable_tokens", description="embeddings of a few tokens")
     tokens: Annotated[list[NonEmptyStr | NonNegativeInt], Field(min_length=1)] | None = Field(

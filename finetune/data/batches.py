@@ -39,10 +39,12 @@ def optimizer_batches(
     full = [batch for batch in batches if len(batch) == batch_size]
     # The smaller batch stays last: only the last step of an epoch may have fewer micro-batches.
     rest = [batch for batch in batches if len(batch) < batch_size]
+    # Shuffled again: in order, each pool would be trained on from its longest rows to its shortest.
     return [full[i] for i in rng.permutation(len(full))] + rest
 
 
 def _longest_first(row_ids: np.ndarray, sizes: np.ndarray) -> list[int]:
+    # Stable, so that rows of equal length stay shuffled and every rank computes the same order.
     ordered: list[int] = row_ids[np.argsort(-sizes[row_ids], kind="stable")].tolist()
     return ordered
 
@@ -98,7 +100,8 @@ class MicroBatchSampler(Sampler[list[int]]):
             local_rows, size = batch[self.dist.rank :: self.dist.world_size], self.micro_batch_size
             micro_batches = [local_rows[start : start + size] for start in range(0, len(local_rows), size)]
             yield from micro_batches
-            # Every rank must run the same number of forward passes, or collectives would deadlock.
+            # Every rank must run the same number of forward passes, or collectives would deadlock. Padding is
+            # the shortest row of the batch, the cheapest; its negative index (~) marks it.
             yield from [[~batch[-1]]] * (self._num_micro_batches(len(batch)) - len(micro_batches))
 
     def _num_micro_batches(self, num_rows: int) -> int:
@@ -111,4 +114,5 @@ def num_micro_batches(num_rows: int, micro_batch_size: int, world_size: int) -> 
     >>> num_micro_batches(16, 4, 2)
     2
     """
+    # Rank 0 has the most rows of a batch that does not divide evenly; its count applies to all ranks.
     return ceil(ceil(num_rows / world_size) / micro_batch_size)

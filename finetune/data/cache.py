@@ -64,6 +64,7 @@ def read_cached(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | No
         arrays: dict[str, np.ndarray] = load_file(path)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise DamagedCacheError(f"{path}: unreadable") from error
+    # safetensors checks the header only, and would return arrays with flipped bits.
     if notes.get("sha256") != _arrays_checksum(arrays):
         raise DamagedCacheError(f"{path}: checksum mismatch")
     return arrays, notes

@@ -46,6 +46,7 @@ class PaddedCollator:
         batch = _collate_rows(rows, self.pad_id)
         lengths_B = torch.tensor([len(example["input_ids"]) for example in examples])
         positions_T = torch.arange(batch["input_ids"].shape[1])
+        # From the lengths and not from pad_id, which may be a token that also occurs in rows (EOS).
         batch["attention_mask"] = (positions_T[None, :] < lengths_B[:, None]).long()
         return batch
 

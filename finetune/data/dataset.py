@@ -58,6 +58,7 @@ class TokenizedRows(Dataset[LMExample]):
         example = LMExample(input_ids=ids_T, labels=labels_T, row=index)
         if "document_offsets" in self.arrays:
             document_offsets = self.arrays["document_offsets"]
+            # Documents never span rows, so both searches hit a document's start exactly.
             boundaries = [
                 *document_offsets[
                     np.searchsorted(document_offsets, start) : np.searchsorted(document_offsets, end)
@@ -163,6 +164,7 @@ def tokenize_conversations(
 def record_source_shares(rows: TokenizedRows, report: DataReport) -> None:
     """Record the rows, tokens and trained tokens of each source in the report."""
     offsets = rows.arrays["offsets"][:-1]
+    # reduceat is wrong for empty segments; there are none, as every row has at least one token.
     trained = np.add.reduceat(rows.arrays["loss_mask"], offsets, dtype=np.int64)
     for index, source in enumerate(report.sources):
         from_source = np.asarray(rows.source_ids) == index
@@ -266,7 +268,7 @@ def _encode_conversations(
         if len(encoded.input_ids) > max_length:
             report.count(f"longer than {max_length} tokens, {OVERFLOW_VERBS[settings.overflow]}", location)
             report.num_too_long += 1
-            # Lost are trained tokens only: a truncated prompt costs nothing.
+            # Only trained tokens count as lost: a truncated prompt costs nothing.
             report.lost_tokens += sum(row_mask[0 if settings.overflow == "drop" else max_length :])
             if settings.overflow == "drop":
                 continue
@@ -280,6 +282,7 @@ def _encode_conversations(
         offsets.append(len(ids))
         row_ids.append(row_id)
     return {
+        # Half the size of int64, and enough for the ids of any vocabulary.
         "input_ids": np.asarray(ids, dtype=np.int32),
         "loss_mask": np.asarray(loss_mask, dtype=bool),
         "offsets": np.asarray(offsets, dtype=np.int64),

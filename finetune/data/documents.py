@@ -104,6 +104,7 @@ def _pack_rows(documents: TokenizedRows, rows: list[list[tuple[int, int]]]) -> T
     row_starts = np.asarray(list(accumulate((len(row) for row in rows), initial=0)))
     ids = np.concatenate([documents.arrays["input_ids"][start:end] for start, end in pieces])
     loss_mask = np.ones(len(ids), dtype=bool)
+    # The first token of each piece has no prefix: attention is masked towards the piece before it.
     loss_mask[document_offsets[:-1]] = False
     arrays = {
         "input_ids": ids,
@@ -157,6 +158,7 @@ def _hold_out_tail(path: Path, settings: DocumentSettings, encoder: Encoder, see
         for half in (text[:split_at], text[split_at:])
     ]
     train, tail = (prepare_conversations(half, encoder, max_length=NO_LIMIT, seed=seed) for half in halves)
+    # The halves were passed as rows given in Python, which have no file as their location.
     rows, held_out = (TokenizedRows(half.train.arrays, [str(path)]) for half in (train, tail))
     return PreparedData(rows, held_out, tail.prompts, train.report)
 
@@ -205,6 +207,7 @@ def _split_passage(text: str) -> list[Message]:
     text = text.strip()
     if len(text) < MIN_PASSAGE_CHARACTERS:
         return []
+    # At a space where there is one, so that the prompt does not end inside a word.
     space = text.rfind(" ", 0, len(text) // 2 + 1)
     split_at = space if space > 0 else len(text) // 2
     return [Message("user", text[:split_at]), Message("assistant", text[split_at:])]

@@ -75,4 +75,5 @@ def source_fingerprint(
 
 
 def _digest_json(content: Any) -> str:
+    # default=str: rows given in Python may hold values that JSON lacks, such as dates.
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

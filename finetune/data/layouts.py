@@ -42,7 +42,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Layout(Generic[Parsed]):
-    """A published layout: name, required columns (those that identify it), and the parser of a row."""
+    """A published layout: name, required columns (some may be ``nullable``), and the parser of a row."""
 
     name: str
     required: tuple[str, ...]
@@ -115,6 +115,7 @@ def _with_tools(columns: Mapping[str, Any], messages: list[Message]) -> list[Mes
 
 
 CONVERSATION_LAYOUTS: tuple[Layout[list[Message]], ...] = (
+    # nullable: in a data set with a tools column, rows without tools have null there.
     Layout("messages with tools", ("messages", "tools"), _parse_messages, nullable=("tools",)),
     Layout("messages", ("messages",), _parse_messages),
     Layout("ShareGPT with tools", ("conversations", "tools"), _parse_sharegpt, nullable=("tools",)),
@@ -217,6 +218,7 @@ def parse_rows(
         }
         try:
             required = [name for name in layout.required if name not in layout.nullable]
+            # Null counts as missing: formats with a fixed schema (Parquet) fill absent values with it.
             missing = [name for name in required if values.get(name) is None]
             if missing:
                 raise RowError(
@@ -224,6 +226,7 @@ def parse_rows(
                 )
             parsed.append(layout.parse(values))
         except RowError as error:
+            # Collected and not raised at once: the user sees several of the rows to repair.
             problems.append(Problem(row.location, f"field '{error.field}': {error.actual}", error.expected))
     if problems:
         raise UserError(first_problems(problems, len(rows)))
@@ -244,7 +247,7 @@ def first_problems(problems: list[Problem], num_rows: int) -> list[Problem]:
 
 
 def text_field(columns: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
-    """Return a column's text, "" for a missing optional one; raises RowProblem."""
+    """Return a column's text, "" for a missing optional one; raises RowError."""
     value = columns.get(name)
     if value is None and optional:
         return ""
@@ -252,7 +255,7 @@ def text_field(columns: Mapping[str, Any], name: str, *, optional: bool = False)
 
 
 def checked_text(value: Any, field: str) -> str:
-    """Return the value if it is valid text; raises RowProblem otherwise."""
+    """Return the value if it is valid text; raises RowError otherwise."""
     if not isinstance(value, str):
         raise RowError(field, f"found {short_repr(value)}", "text")
     try:
@@ -271,7 +274,7 @@ def system_turn(columns: Mapping[str, Any]) -> list[Message]:
 
 
 def turns_field(columns: Mapping[str, Any], name: str, role_key: str, text_key: str) -> list[Message]:
-    """Parse a column that holds a list of turns; raises RowProblem."""
+    """Parse a column that holds a list of turns; raises RowError."""
     turns = columns[name]
     if not isinstance(turns, list) or not turns:
         raise RowError(name, f"found {short_repr(turns)}", f"a list of turns with {role_key} and {text_key}")

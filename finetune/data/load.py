@@ -153,6 +153,7 @@ def _load_component(
 def _parse_source(spec: SourceSpec, index: int, seed: int) -> tuple[list[Conversation], str]:
     """Return a source's rows as conversations, and the name of the detected layout."""
     rows = read_rows_of(spec, index, seed)
+    # By the first row; rows that do not fit its layout are reported with their location.
     layout = detect_layout(rows[0].columns, columns=spec.columns, where=spec.name, layouts=spec.layouts)
     conversations = parse_conversations(rows, layout, spec.columns)
     column = spec.select.score if spec.select else None

@@ -1,7 +1,7 @@
 """Loss mask scope: loss on every assistant reply, on all tokens, or on the last reply only.
 
 Loss on replies is the usual choice (Ouyang et al. 2022, arXiv 2203.02155); on all tokens it is instruction
-modelling, which helps where replies are short and rows few (Shi et al. 2024, arXiv 2405.14394).
+modeling, which helps where replies are short and rows few (Shi et al. 2024, arXiv 2405.14394).
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from data_templates.segments import REPLY_ROLES, Message
 
 
 def apply_loss_scope(messages: Sequence[Message], loss_on: str) -> list[Message]:
-    """Return a conversation whose turns have their ``reply_mask`` flag set by ``data.loss_on``.
+    """Return a conversation in which the replies' ``trained`` flags follow ``data.loss_on``.
 
-    ``last`` removes the loss from every reply but the last; a last reply that the data itself marks as
-    untrained stays untrained.
+    ``last_assistant`` removes the loss from every reply but the last; a last reply that the data itself marks
+    as untrained stays untrained.
     """
     last = max((i for i, turn in enumerate(messages) if turn.role in REPLY_ROLES), default=-1)
     if loss_on != "last_assistant":

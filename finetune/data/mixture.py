@@ -31,7 +31,7 @@ def mix_components(
 ) -> tuple[list[RowT], list[RowT]]:
     """Return the shuffled rows of one epoch of the mixture and its held-out rows, in the same proportions.
 
-    A source's rows are sampled without replacement; an exhausted source is reshuffled. Every epoch has the
+    A source's rows are sampled without replacement; an exhausted source is repeated. Every epoch has the
     same rows, in another order (that of the batches): to see more of a large source, set more rows per epoch.
     A pure function of seed and rows.
 
@@ -85,6 +85,7 @@ def _held_out_counts(
         return [0] * len(components)
     sizes = [len(component.rows) for component in components]
     if isinstance(num_held_out, float):
+        # At least one row: a fraction of a small mixture may round to zero.
         num_held_out = max(1, round(num_held_out * mixing.max_rows_without_repeats(sizes, rates)))
     counts = mixing.allocate_rows(num_held_out, rates)
     problems = [

@@ -22,7 +22,9 @@ MAX_MISS_RATE = 0.01
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")
 """A word; in Chinese and Japanese, which are written without spaces, a character."""
 
+# A prime below 2^31, so that a * x + b of two residues fits into uint64.
 PRIME = np.uint64(2**31 - 1)
+# 2^64 / golden ratio, the usual odd multiplier of multiplicative hashing.
 BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -68,12 +70,14 @@ def _rows_per_band(threshold: float) -> int:
 
 def _ngram_hashes(text: str) -> np.ndarray:
     """Return the hashes of a text's word 5-grams (uint64); a shorter text is one n-gram of all its words."""
+    # crc32 and not hash(), which is salted per process for strings: every run retains the same texts.
     word_hashes = np.fromiter((crc32(word.encode()) for word in WORD.findall(text.lower())), dtype=np.uint64)
     size = max(1, min(NGRAM_SIZE, len(word_hashes)))
     # A polynomial hash of `size` words, vectorized over all positions; uint64 wraps around on purpose.
     hashes = np.zeros(max(1, len(word_hashes) - size + 1), dtype=np.uint64)
     for offset in range(min(size, len(word_hashes))):
         hashes = (hashes + word_hashes[offset : offset + len(hashes)]) * BASE
+        # The low bits of a product depend on low bits alone; the shift mixes in the high ones.
         hashes ^= hashes >> np.uint64(29)
     return np.unique(hashes)
 

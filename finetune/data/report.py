@@ -56,7 +56,9 @@ class DataReport:
         if len(self.sources) > 1:
             lines += [self._source_line(source) for source in self.sources]
         lines += self.notes
-        return lines + [f"rows {unit}: {n} (first: {self.examples[unit]})" for unit, n in self.counts.items()]
+        return lines + [
+            f"rows {label}: {n} (first: {self.examples[label]})" for label, n in self.counts.items()
+        ]
 
     def _source_line(self, source: SourceReport) -> str:
         row_share = source.rows / max(self.rows, 1)

@@ -19,7 +19,7 @@ from finetune.recipe.settings import SelectSettings
 def select_rows(
     rows: Sequence[Conversation], settings: SelectSettings, *, rng: np.random.Generator, report: DataReport
 ) -> list[Conversation]:
-    """Return the rows selected by a recipe's ``select_rows``, in source order; ``report`` counts the others.
+    """Return the rows selected by a recipe's ``select``, in source order; ``report`` counts the others.
 
     Order of the filters: length and rating, near duplicates, number of rows.
     """
@@ -67,6 +67,7 @@ def _filter_length_and_rating(
 def _drop_near_duplicates(
     rows: Sequence[Conversation], threshold: float, report: DataReport
 ) -> list[Conversation]:
+    # Without the roles, which most conversations share: they would raise every overlap.
     texts = ["\n".join(part for _, *parts in row.text_key for part in parts) for row in rows]
     selected = []
     for row, duplicate_of in zip(rows, near_duplicates(texts, threshold), strict=True):

@@ -45,7 +45,7 @@ def read_source(
     """Read the rows of a source.
 
     Args:
-        source: hub id (``owner/name``, or ``owner/name:subset``), file (``.json .jsonl .csv .tsv .parquet``,
+        source: Hub id (``owner/name``, or ``owner/name:subset``), file (``.json .jsonl .csv .tsv .parquet``,
             ``.gz`` too), folder of such files, or rows.
         split: split of a Hub dataset.
         revision: revision of a Hub dataset.
@@ -111,6 +111,7 @@ def _open_text(path: Path) -> IO[str]:
 
 def _split_documents(path: Path, text: str, separator: str | None) -> Iterator[SourceRow]:
     """Yield a text file's documents with the line number of their start; blank ones are skipped."""
+    # The file was opened with newline="", and separators are written with \n.
     text = text.replace("\r\n", "\n")
     line = 1
     for document in text.split(separator) if separator else [text]:
@@ -165,6 +166,7 @@ def _check_object(value: Any, location: str) -> dict[str, Any]:
 
 
 def _read_csv(path: Path, stream: IO[str], delimiter: str) -> Iterator[SourceRow]:
+    # strict: a stray quote is an error, and does not silently become part of a field.
     reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
     line = 0
     # The line of a record's start: quoted fields may contain line feeds, so line_num is that of its end.

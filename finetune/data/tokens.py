@@ -77,7 +77,7 @@ class Encoder:
         system: str | None = None,
         control_suffix: str = "",
     ) -> None:
-        """Raise UserError if the tokenizer has no EOS, or no chat template and ``template`` is `model`."""
+        """Raise UserError if the tokenizer has no EOS, or lacks the chat template that is to be used."""
         self.tokenizer = tokenizer
         self.name = template
         self.system = system
@@ -131,6 +131,7 @@ class Encoder:
     def decode_reply(self, ids: Sequence[int]) -> str:
         """Decode a reply up to its first stop token and strip it."""
         end = next((index for index, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        # Without clean-up, which deletes spaces before punctuation that the model generated.
         text = self.tokenizer.decode(
             list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -138,6 +139,7 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """Return a digest of everything that determines the token ids: tokenizer, template, system text."""
+        # Source files too: an edited template must not read tokens that its earlier version has cached.
         folder = Path(data_templates.__path__[0])
         names = (*data_templates.SHARED, self.name)
         files = [*sorted(folder.glob("_*.py")), *(folder / f"{name}.py" for name in names)]
@@ -308,17 +310,20 @@ def _convert_to_ids(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -
 def _tokenize_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
+    # Templates place BOS and EOS themselves. verbose=False: long rows are truncated or dropped later.
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
 
 
 def _tokenizes_equally(tokenizer: PreTrainedTokenizerBase, text: str, other: str) -> bool:
     first, second = _tokenize_batch(tokenizer, [text, other])
+    # Two unknown texts have equal ids too, which proves no normalization.
     return first == second and tokenizer.unk_token_id not in first
 
 
 def _bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the BOS id if this tokenizer adds it to a text by itself, else None."""
+    # Tested on a text, since a tokenizer may define a BOS and not add it.
     bos = tokenizer.bos_token_id
     return int(bos) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
@@ -337,6 +342,7 @@ def _find_anchors(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[in
         return [("", [])]
     anchor_ids = _tokenize_batch(tokenizer, list(ANCHORS))
     joined_ids = _tokenize_batch(tokenizer, [f"{anchor}a" for anchor in ANCHORS])
+    # The anchor keeps its own tokens, and the text after it gets no additional space.
     usable = [
         (anchor, head)
         for anchor, head, joined in zip(ANCHORS, anchor_ids, joined_ids, strict=True)

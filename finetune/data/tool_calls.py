@@ -61,6 +61,7 @@ def _wrap_tool(tool: Any) -> dict[str, Any]:
 
 
 def _to_json(value: dict[str, Any]) -> str:
+    # As the tojson filter of chat templates in transformers, which escapes no Unicode.
     return json.dumps(value, ensure_ascii=False)
 
 

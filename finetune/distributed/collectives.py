@@ -38,9 +38,10 @@ def init_distributed(device: str, *, deepspeed: bool) -> DistInfo:
     if device == "cpu":
         os.environ[DEEPSPEED_DEVICE_ENV] = "cpu"  # or DeepSpeed warns that it found no GPU
     backend: dict[str, Any] = {"backend": "gloo"} if device == "cpu" else {}
-    # DeepSpeed on CPUs as Accelerate documents it: a gloo state that exists before the TrainingArguments,
-    # which take it over (``use_configured_state``).
+    # As Accelerate documents DeepSpeed on CPUs: the gloo group exists before the TrainingArguments, which
+    # reuse this state (``use_configured_state``).
     with redirect_stdout(StringIO()):  # DeepSpeed prints what it compiled
+        # With cpu=True Accelerate would choose plain CPU processes and ignore DeepSpeed.
         PartialState(cpu=device == "cpu" and not deepspeed, timeout=TIMEOUT, **backend)
     assert PartialState().num_processes == dist.world_size, "process group size != the launcher's world size"
     return dist
@@ -61,6 +62,7 @@ def broadcast_object(value: T) -> T:
     """Return rank 0's value on every rank; the value that other ranks pass is ignored."""
     if dist_info().world_size == 1:
         return value
+    # Accelerate broadcasts in place, into the elements of a list.
     objects = [value]
     broadcast_object_list(objects, from_process=0)
     return objects[0]
@@ -70,6 +72,7 @@ def any_rank(flag: bool) -> bool:
     """Return whether the flag is true on any rank (an all-reduce)."""
     if dist_info().world_size == 1:
         return flag
+    # On the process's own device: NCCL reduces no CPU tensors.
     count = torch.tensor([float(flag)], device=PartialState().device)
     torch.distributed.all_reduce(count)
     return bool(count.item())

@@ -46,6 +46,7 @@ class FullStateCheckpoint(TrainerCallback):  # type: ignore[misc]
         param_groups = self.param_groups()
         if self.strategy != "fsdp2" and not param_groups:
             return  # TRL's trainer: DeepSpeed's own files resume on the same number of processes
+        # FSDP2 trains adapters alone (`fsdp2-full` refuses the rest), and every rank has all of their states.
         full_state = (
             optimizer.state_dict()
             if self.strategy == "fsdp2"
@@ -55,6 +56,7 @@ class FullStateCheckpoint(TrainerCallback):  # type: ignore[misc]
             torch.save(full_state, folder / OPTIMIZER_NAME)
         if self.strategy == "fsdp2":
             collectives.barrier()  # until rank 0 has made the folder
+            # The file name and keys that transformers' Trainer reads when it resumes on several processes.
             torch.save(_rng_state(), folder / f"rng_state_{dist_info().rank}.pth")
             if dist_info().is_main:
                 torch.save(kwargs["lr_scheduler"].state_dict(), folder / SCHEDULER_NAME)
@@ -67,6 +69,8 @@ def check_resharding(checkpoint: Path, *, strategy: str, num_processes: int) -> 
     """
     if strategy not in ZERO_STAGES:
         return
+    # DeepSpeed's file names: an optimizer file per rank, and a model file per rank only if weights are
+    # sharded.
     num_shards = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
     weights_sharded = any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))
     if num_shards == num_processes and weights_sharded == (strategy == "zero3"):
@@ -88,12 +92,14 @@ def _gather_optimizer_state(param_groups: ParamGroups, optimizer: Optimizer) -> 
 
     state_names, step = _optimizer_state_names(optimizer)
     states: dict[int, dict[str, Tensor]] = {}
+    # One parameter at a time, straight to the CPU: the full optimizer state need not fit on a GPU.
     for index, param in enumerate(_params(param_groups)):
         full = {name: safe_get_full_optimizer_state(param, name) for name in state_names}
         reshaped = {
             name: value.detach().cpu().view(_full_shape(param)).clone() for name, value in full.items()
         }
         states[index] = reshaped | {"step": step}
+    # torch's state_dict format numbers parameters across all groups.
     next_index = iter(range(len(states)))
     return {
         "state": states,

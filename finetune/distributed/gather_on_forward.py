@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 def gathered_weight(weight: Tensor) -> AbstractContextManager[None]:
     """Gather a parameter for reading inside the context; a collective, every rank must enter it."""
+    # modifier_rank=None: the weights are only read, so no rank's values are broadcast on exit.
     context: AbstractContextManager[None] = gather_params_ctx(weight, modifier_rank=None)
     return context
 
@@ -25,6 +26,7 @@ def gather_on_forward(model: nn.Module) -> Iterator[None]:
     def gather(module: nn.Module, inputs: object) -> None:
         open_contexts[module] = [gathered_weight(weight) for weight in module.parameters(recurse=False)]
         for context in open_contexts[module]:
+            # Entered by hand: a `with` cannot span the two hooks.
             context.__enter__()
 
     def release(module: nn.Module, inputs: object, output: object) -> None:

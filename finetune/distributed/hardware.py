@@ -34,9 +34,7 @@ def detect_hardware() -> Hardware:
             torch.cuda.device_count(),
         )
     capabilities = torch.cpu.get_capabilities()
-    bfloat16 = any(
-        capabilities.get(name_of_flag, False) for name_of_flag in ("avx512_bf16", "amx_bf16", "bf16")
-    )
+    bfloat16 = any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
     name = str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
     return Hardware("cpu", f"{name}, {torch.get_num_threads()} threads", bfloat16)
 

@@ -1,4 +1,4 @@
-"""Early ends of a run: SIGINT, SIGTERM (after the current step, with a checkpoint), NaN, a dead process."""
+"""Reasons to stop a run early: SIGINT or SIGTERM (after the current step), NaN loss, a dead process."""
 
 import signal
 from collections.abc import Iterator
@@ -26,6 +26,7 @@ class SignalFlag:
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Record the signal; raise KeyboardInterrupt if it is the second."""
+        # Ctrl-C twice: the user does not want to wait for the end of the step.
         if self.signal_name:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(signum).name

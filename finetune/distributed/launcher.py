@@ -54,6 +54,7 @@ def launch_processes(spec: LaunchSpec, num_processes: int) -> None:
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=num_processes,
+            # The agent's default is a temporary folder that nobody removes.
             logs_specs=DefaultLogsSpecs(log_dir=folder_name),
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
@@ -71,6 +72,7 @@ def launch_processes(spec: LaunchSpec, num_processes: int) -> None:
         except SignalException as stop:
             raise Interrupted(_interrupt_message(folder, stop)) from stop
         except ChildFailedError as error:
+            # `from None`: the agent's traceback says nothing about the worker's error.
             raise _root_cause(folder, error.failures) from None
 
 
@@ -95,6 +97,7 @@ def _interrupt_message(folder: Path, stop: SignalException) -> str:
 
 def _root_cause(folder: Path, failures: dict[int, ProcessFailure]) -> Exception:
     """Return the root cause: a worker's own exception before the ranks that were killed or lost a peer."""
+    # When one rank fails, the agent kills the others, and their collectives fail too: those are consequences.
     errors = {rank: _load_error(folder, rank) for rank in failures}
     for error in errors.values():
         if error is not None and not isinstance(error, LostProcessError):
@@ -110,6 +113,7 @@ def _root_cause(folder: Path, failures: dict[int, ProcessFailure]) -> Exception:
 def _describe_exit(exit_code: int) -> str:
     if exit_code >= 0:
         return f"exited with status {exit_code} and no error message"
+    # As in subprocess, a negative exit code is the number of the signal.
     name = Signals(-exit_code).name
     out_of_memory = "; the kernel's out-of-memory killer does that" if name == "SIGKILL" else ""
     return f"was killed by {name}{out_of_memory}"

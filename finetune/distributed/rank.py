@@ -27,7 +27,7 @@ def dist_info(environment: Mapping[str, str] = os.environ) -> DistInfo:
 
     Under `srun` without a launcher the variables are SLURM's.
     """
-    # A SLURM job step of one task sets its variables too, but is an ordinary single-process run.
+    # A SLURM job step with one task sets these variables too, but is an ordinary single-process run.
     for rank, world_size, local_rank in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),

@@ -32,6 +32,7 @@ def full_numel(param: nn.Parameter) -> int:
 def local_numel(param: nn.Parameter) -> int:
     """Return the number of elements in this rank's shard of a parameter."""
     if _is_zero3_param(param):
+        # DeepSpeed keeps this rank's shard in an attribute of the parameter, whose own data is empty.
         shard: Tensor = vars(param)["ds_tensor"]
         return shard.numel()
     return param.data.to_local().numel() if isinstance(param.data, DTensor) else param.numel()
@@ -63,6 +64,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, param in model.named_parameters():
         # One parameter at a time: gathered all at once, the model would have to fit on every rank.
         with gathered_params(param) as (full,):
+            # On a CPU `.cpu()` is the same tensor, which ZeRO-3 frees when the block ends: hence the clone.
             state[name] = full.cpu().clone()
     return state
 
@@ -97,6 +99,7 @@ def zero3_inference_engine(
 
     hidden_size = base.config.get_text_config().hidden_size
     config = zero3_inference_config(hidden_size, offload=offload, folder=folder)
+    # The engine's hooks gather each layer's weights; its forward pass is not called, the model's is.
     engine, *_ = deepspeed.initialize(model=model, config=config)
     try:
         yield

@@ -34,18 +34,19 @@ def strategy_arguments(
         return {"save_only_model": True}  # the Trainer refuses to write more; full_checkpoint does
     if strategy not in ZERO_STAGES:
         return {}
+    # `auto`: transformers' Trainer fills in its own arguments, so that they cannot contradict each other.
     auto_keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
     config: dict[str, Any] = {
         "zero_optimization": _zero_config(strategy, offload, folder) | {"reduce_bucket_size": "auto"},
-        "zero_allow_untested_optimizer": True,  # PyTorch's AdamW, so that losses equal those of one process
-        "zero_force_ds_cpu_optimizer": False,  # or Accelerate replaces it when offloading
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: losses equal those of a single process
+        "zero_force_ds_cpu_optimizer": False,  # or offloading replaces it with DeepSpeed's CPU Adam
         "gradient_clipping": "auto",
         **dict.fromkeys(auto_keys, "auto"),
         **_autocast_config(precision),
     }
     return {
         "use_cpu": False,  # with use_cpu, Accelerate silently drops DeepSpeed
-        "bf16": False,  # PyTorch's autocast in its place, see below
+        "bf16": False,  # torch's autocast instead, see `_autocast_config`
         "fp16": False,
         "accelerator_config": {"use_configured_state": True},
         "deepspeed": config,
@@ -78,6 +79,7 @@ def zero3_inference_config(
         offload: where weights are stored.
         folder: root of the swap folder for ``nvme``.
     """
+    # Written out, because no Trainer exists yet that would replace `auto`.
     bucket_sizes = {
         "stage3_param_persistence_threshold": 10 * hidden_size,
         "reduce_bucket_size": hidden_size * hidden_size,
@@ -95,7 +97,7 @@ def _zero_config(strategy: str, offload: str, folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = {"stage": ZERO_STAGES[strategy]}
     if strategy == "zero3":  # prefetch buffer and replicated small parameters, from the hidden size
         config |= dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto")
-        config["stage3_gather_16bit_weights_on_model_save"] = True  # of any type, for checkpoints
+        config["stage3_gather_16bit_weights_on_model_save"] = True  # of any dtype, despite the name
     if offload != "none":
         offload_target = {"device": offload} | (
             {"nvme_path": str(folder / SWAP_FOLDER)} if offload == "nvme" else {}
@@ -125,4 +127,5 @@ def reset_deepspeed_state(arguments: TrainingArguments) -> None:
     plugin.set_mixed_precision(state.mixed_precision)
     state.deepspeed_plugins = {CURRENT_PLUGIN: plugin}
     state.select_deepspeed_plugin(CURRENT_PLUGIN)
+    # Accelerate refuses a plugin for a second Accelerator of a process; the selected one is used.
     arguments.deepspeed_plugin = None

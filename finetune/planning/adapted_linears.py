@@ -127,6 +127,7 @@ class AdaptedLinears:
         # The gradient of x needs W alone, and a frozen W is dequantized again in backward instead of saved.
         dequantized, rows = self.dequantized_bytes(layer), states.numel // layer.in_features
         is_int8 = self.workload.quantization == "int8"
+        # 4 bytes per output: bitsandbytes sums int8 products in int32.
         workspace_bytes = 4 * rows * layer.out_features + 3 * inputs.numel if is_int8 else dequantized
         workspace = tape.allocate(workspace_bytes, 1, "workspace")
         saved = [inputs] if is_int8 else []
@@ -210,7 +211,8 @@ class AdaptedLinears:
         states_fp32 = self.to(states, 4)
         dropped_states = self.apply_dropout(states_fp32)
         product = tape.allocate(numel, 4)  # B A
-        # PEFT computes B A from an identity matrix as x; under autocast 16-bit copies are made too.
+        # PEFT computes B A from an identity matrix as x; under autocast 16-bit copies are made too
+        # (itemsize % 4 is 2 then, and 0 in float32).
         tape.allocate_temporary(
             4 * layer.in_features**2 + (self.itemsize % 4) * (layer.in_features**2 + numel)
         )
@@ -307,6 +309,8 @@ class AdaptedLinears:
         """Return OFT's W (R x), R a block-diagonal rotation in float32 or autocast's dtype; x is saved."""
         tape = self.tape
         size = oft_block_size(layer.in_features, self.adapter.block_size)
+        # in / size blocks of size * (size - 1) / 2 skew-symmetric entries; the exact Cayley transform works
+        # on full (size, size) matrices.
         rotation, cayley_buffer = (
             self.tape.weight(layer.in_features * (size - 1) // 2),
             tape.allocate(3 * layer.in_features * size, 4),

@@ -18,8 +18,8 @@ def load_base_config(base: str, revision: str | None = None) -> dict[str, Any]:
     """Return a base model's config.json; known bases are in our table.
 
     Args:
-        base: short name, hub id or folder.
-        revision: branch, tag or commit of a hub model.
+        base: short name, Hub id or folder.
+        revision: branch, tag or commit of a Hub model.
 
     Raises:
         UserError: the base does not exist, or its config.json is not on this machine.
@@ -28,10 +28,12 @@ def load_base_config(base: str, revision: str | None = None) -> dict[str, Any]:
     if Path(base_id).is_dir():
         return _read_config(Path(base_id) / "config.json")
     known = {entry.id: name for name, entry in load_bases().items()}
+    # The table has the configs of the default branches; another revision may differ.
     if base_id in known and revision is None:
         config: dict[str, Any] = yaml_file.read_yaml(ARCHITECTURES)[0][known[base_id]]["config"]
         return config
     cached = try_to_load_from_cache(base_id, "config.json", revision=revision)
+    # Neither None (unknown) nor the sentinel of a file that the repository is known to lack.
     if isinstance(cached, str):
         return _read_config(Path(cached))
     raise UserError(_unknown_base(base, base_id, revision, len(known)))

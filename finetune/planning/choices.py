@@ -90,7 +90,8 @@ def micro_batch_size(
     size = max(min_rows, min(batch_size, budget // longest))
     reason = f"{budget} tokens per forward pass saturate the device; the longest row has {longest}"
     if fits is not None and not fits(size):
-        # Binary search for the largest size that fits: memory grows with the number of rows.
+        # Binary search, as memory grows with the rows: the index of the first size that does not fit is the
+        # largest size that does.
         size = max(min_rows, bisect_left(range(1, size), True, key=lambda rows: not fits(rows)))
         memory_note = "more rows would not fit in memory" if fits(size) else "even this may not fit in memory"
         reason = f"the longest row has {longest} tokens; {memory_note}"

@@ -66,7 +66,7 @@ ADAPTER_RULES = (
         "reward-head",
         {"stage": ("reward",), "reward_head_supported": (False,)},
         "PEFT cannot save a reward head with this adapter",
-        "finetune/adapters/*.py, TRAITS.scores",
+        "finetune/adapters/*.py, TRAITS.scoring_unsupported",
         "ours",
         repair="another adapter of `llm-align list adapters`, such as lora",
     ),

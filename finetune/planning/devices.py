@@ -183,6 +183,7 @@ def _spec_of_driver_name(name: str) -> Device:
     partial = [
         short for short in GPUS if _normalized(short.removesuffix("-80g").removesuffix("-16g")) in letters
     ]
+    # The longest name wins: a10 is contained in a100.
     matches = exact or sorted(partial, key=len, reverse=True)
     return GPUS[matches[0]] if matches else _gpu_spec(name, 0, (0, 0, 0))
 
@@ -211,6 +212,7 @@ def cpu_device() -> Device:
     flops_per_cycle = (
         32 if "avx512f" in flags else 16
     )  # products and sums of float32 in a cycle: two units of 16 or 8 lanes
+    # 2: a fused multiply-add is two operations. 2.5 GHz, and 20 GB/s below, are assumed for any CPU.
     flops_float32 = cores * 2 * flops_per_cycle * 2.5e9
     bfloat16 = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
     name = f"the CPU ({cores} core{'s' if cores > 1 else ''}, {platform.machine()})"

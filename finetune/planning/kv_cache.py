@@ -18,6 +18,7 @@ def decoding_memory(workload: Workload) -> dict[str, int]:
     repeated = model.num_heads // model.num_kv_heads if workload.attention == "eager" or model.eager else 0
     return {
         "key-value cache": kv_cache_bytes(workload),
+        # Of the last position alone: in the compute dtype, and the float32 copies of sampling.
         "logits and loss": generation.rows * model.vocab_size * (workload.itemsize + 4 * LOGITS_COPIES),
         # Appending concatenates: the layer's new cache exists next to the old one.
         "workspace": layer_bytes * (1 + 2 * repeated),

@@ -128,6 +128,7 @@ def _pass_workload(workload: Workload) -> Workload:
     return replace(
         workload,
         optimizer="adamw",
+        # One micro-batch or several: all after the first accumulate into existing gradients.
         accumulation_steps=min(workload.accumulation_steps, 2),
         live_reference=False,
         scorers=0,

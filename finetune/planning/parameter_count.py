@@ -24,6 +24,7 @@ def count_trainable_parameters(architecture: Architecture, adapter: Adapter, *, 
     head_parameters = heads * architecture.hidden_size
     if adapter.full_finetuning:
         model_parameters = architecture.parameters + head_parameters
+        # A sequence classification model drops an untied output head.
         return model_parameters - (
             0
             if architecture.tied_embeddings or not heads
@@ -136,9 +137,9 @@ def _count_bottlenecks(architecture: Architecture, adapter: Adapter) -> int:
 def _count_embeddings(architecture: Architecture, adapter: Adapter) -> int:
     """Count the parameters of adapters that train vectors of hidden size (prompts, embeddings)."""
     hidden_size, tokens = architecture.hidden_size, adapter.virtual_tokens
-    own_tokens = tokens - adapter.frozen_tokens
+    trained_tokens = tokens - adapter.frozen_tokens
     if adapter.method in ("prompt", "progressive_prompt"):
-        return own_tokens * hidden_size
+        return trained_tokens * hidden_size
     if adapter.method == "multitask_prompt":
         # A shared prompt, and a task matrix of rank r.
         return tokens * hidden_size + tokens * adapter.rank + adapter.rank * hidden_size

@@ -40,7 +40,7 @@ class StaticMemory:
 def static_memory(workload: Workload) -> StaticMemory:
     """Return the static memory of a process, with what the strategy shards divided by the process count.
 
-    The reference policy and PPO hold a copy of the trained weights' initial values (StartingPolicy).
+    The reference policy and PPO hold a copy of the trained weights' initial values (ReferencePolicy).
 
     ZeRO-1 shards the optimizer states, ZeRO-2 the gradients too, ZeRO-3 and FSDP2 the weights too
     (Rajbhandari et al. 2019, arXiv 1910.02054, section 5).
@@ -89,6 +89,7 @@ def gathered_weight_bytes(workload: Workload) -> int:
     layer_linears = [linear for linear in model.linear_layers() if linear.count == model.num_layers]
     layer_bytes = sum(quantized_bytes(linear, quantization, workload) for linear in layer_linears)
     upcast = 4 // workload.itemsize if workload.adapter.full_finetuning else 1
+    # The embeddings are gathered too, as one matrix that may be larger than a layer.
     return 2 * upcast * max(layer_bytes, model.vocab_size * model.hidden_size * workload.itemsize)
 
 

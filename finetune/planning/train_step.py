@@ -113,6 +113,7 @@ def compute_logits(linears: AdaptedLinears, states: Buffer) -> Buffer:
 
 def softcap_logits(tape: Tape, logits: Buffer) -> Buffer:
     """Return c tanh(x / c) and release x; the tanh is saved."""
+    # Division by c, tanh, product with c: three allocations, and the tanh's gradient needs its output.
     for saves_output in (False, True, False):
         output = tape.apply([logits], logits.numel, logits.itemsize, saves_output=saves_output)
         tape.release(logits)
@@ -166,6 +167,7 @@ def target_logps(tape: Tape, workload: Workload, logits: Buffer) -> Buffer:
             [logits_fp32],
             1,
             4,
+            # A chunk that needs no cast is a view: saving it keeps all logits in memory.
             saved_for_backward=[logits_fp32 if logits_fp32 is not chunk else logits],
             workspace=2 * 4 * logits_fp32.numel,
         )

@@ -126,6 +126,7 @@ def _check_graders(settings: StageSettings) -> Iterator[Problem]:
 def _check_file_exists(
     where: str, text: str, *, expected: str = "an existing file or folder, or a Hub id (owner/name)"
 ) -> Iterator[Problem]:
+    # What may be a Hub id is not checked: that needs the network.
     if looks_local(text) and local_path(text) is None:
         yield Problem(
             where, f"'{text}' does not exist", expected, f"relative paths are resolved from {Path.cwd()}"

@@ -68,6 +68,7 @@ def apply_overrides(values: SectionValues, origins: Origins, *, overrides: dict[
         # The nested key and its setting: problems may refer to either.
         origins[dotted] = origins[f"{section}.{key}"] = COMMAND_LINE
     notes = []
+    # Collected first: the loop deletes values that the generator reads.
     for dotted, reason in dict(_obsolete_keys(values, origins)).items():
         section, key = dotted.split(".")
         value = yaml_file.format_value(values[section].pop(key))

@@ -57,6 +57,7 @@ def load_plugin(package: str, name: str, *, where: str) -> ModuleType:
     Raises:
         UserError: there is no such file. Errors raised by an existing file are not caught.
     """
+    # Listed names only: import_module would accept shared and private modules too.
     names = plugin_names(package)
     if name not in names:
         folder = package.replace(".", "/")

@@ -17,12 +17,14 @@ NULL_WORDS = ("none", "None", "nil", "-")
 
 def validation_problems(section: str, error: ValidationError, *, model: type[BaseModel]) -> list[Problem]:
     """Return the problems of a section, one per value, although pydantic reports one per type of a union."""
+    # The schema has what pydantic's errors lack: descriptions, choices and bounds.
     root = model.model_json_schema()
     problems: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
         where, schema = _resolve_location(section, detail["loc"], root=root)
         if where not in problems:
             problems[where] = _to_problem(where, detail, schema=schema, root=root)
+    # A value of the wrong type is one mistake, and not one more for each key inside it.
     return [problem for where, problem in problems.items() if not _inside_another(where, problems)]
 
 

@@ -56,6 +56,7 @@ def _check_shares(shares: list[float | None]) -> Iterator[Problem]:
         repair = "omit the share of the main source, or replace every share by a weight"
         actual = "every source has a share"
         yield Problem("data.mix", actual, "at least one source without a share, which gets the rest", repair)
+    # fsum is exactly rounded: ten shares of 0.1 add up to 1, and not to 0.9999999999999999.
     elif fsum(given) >= 1:
         actual = f"the shares add up to {fsum(given):g}"
         yield Problem("data.mix", actual, "less than 1: the sources without a share get the rest")

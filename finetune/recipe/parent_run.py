@@ -214,6 +214,8 @@ def _inherit_section(
     replaced = []
     for key in list(section_values):
         dotted = f"{section}.{key}"
+        # The adapter section is replaced completely: keys that only the recipe's adapter has would be
+        # invalid.
         is_inherited = section == "adapter" or key in inherited_values
         if dotted == "model.init_from" or not is_inherited:
             continue
@@ -232,6 +234,7 @@ def _inherit_section(
             or dotted not in _overridable_keys(inherited)
         ):
             section_values[key] = value
+            # setdefault: a value from the command line, such as --from, is still shown as one.
             origins.setdefault(dotted, parent.origin)
     return replaced
 

@@ -64,15 +64,16 @@ class Recipe:
                 their paths and names are not part of it.
         """
         content = self.values()
-        start = self.settings.model.init_from
+        init_from = self.settings.model.init_from
         # After full tuning the parent run is the base; its content is in the fingerprint, not its path.
-        if start is not None and content["model"]["base"] == start:
+        if init_from is not None and content["model"]["base"] == init_from:
             content["model"]["base"] = None
         _drop_undigested(self.settings, content)
         return _values_digest([self.stage, content, data_fingerprint])[:8]
 
     def to_yaml(self, derived: dict[str, str] | None = None) -> str:
         """Return the resolved recipe with origins as comments; ``derived``: reasons of values set by auto."""
+        # Sections have an origin too, but comments go to the lines of keys.
         keys = {key: origin for key, origin in self.origins.items() if "." in key}
         comments = {(key.split(".")[0], key.split(".", 1)[1]): origin for key, origin in keys.items()}
         for key, choice in (derived or {}).items():
@@ -204,6 +205,7 @@ def _split_sections(
     values: SectionValues = {}
     for key, value in content.items():
         if key in schema.model_fields and isinstance(value, dict):
+            # Merged: a section under its old name may have filled this one already.
             values[key] = {**values.get(key, {}), **value}
         elif new := renamed_section(key, schema.model_fields):
             problems.append(section_problem(key, key, "", new))

@@ -60,7 +60,7 @@ RENAMED = {
     "rloo.normalise": "rloo.normalize_advantages",
     "grpo.scale": "grpo.scale_rewards",
 }
-"""Old key -> new key; ``[]`` stands for the index of a list's entry."""
+"""Old key -> new key; ``[]`` is the index of a list's entry."""
 
 SECTIONS = {
     "align": ("dpo", "kto", "rloo", "grpo"),
@@ -88,7 +88,7 @@ def renamed_key(where: str, value: Any, known: Collection[str]) -> Problem | Non
 
     Args:
         where: the key as the user wrote it, ``section.key``.
-        value: the value that it was given.
+        value: the value that the user gave it.
         known: the keys that exist at that place.
     """
     target = RENAMED.get(re.sub(r"\[\d+\]", "[]", where), "")
@@ -111,7 +111,7 @@ def section_problem(where: str, section: str, key: str, new: str) -> Problem:
     Args:
         where: the place of the mistake.
         section: the section as the user wrote it.
-        key: the key behind it on the command line; empty for a section of a file.
+        key: the key after it on the command line; empty for a section of a file.
         new: the section's new name.
     """
     if not key:

@@ -10,7 +10,7 @@ from finetune.recipe.errors import Problem, UserError, did_you_mean
 RUNS_FOLDER = Path("runs")
 FINISHED = "finished"
 FORMAT = 2
-"""Of run.json and of checkpoints; raised when a stored name changes."""
+"""Format of run.json and of checkpoints: incremented when a stored name changes."""
 LIST_RUNS_HINT = "see `llm-align list runs`"
 
 

@@ -17,7 +17,8 @@ NonEmptyStr = Annotated[str, Field(min_length=1)]
 class Section(BaseModel):
     """Base class of a recipe section: unknown keys are errors, types are strict, instances are frozen."""
 
-    # strict: "16" is not 16. protected_namespaces: keys may begin with model_.
+    # strict: "16" is not 16. allow_inf_nan: YAML's .inf would pass every lower bound.
+    # protected_namespaces: keys may begin with model_.
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
     )

@@ -16,6 +16,7 @@ NOISY_LIBRARIES = (
 
 def silence_libraries() -> None:
     """Set the libraries' loggers to ERROR and filter warnings; call before the first of them is imported."""
+    # By name: a logger can be configured before its library is imported.
     for library in NOISY_LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")

@@ -54,6 +54,7 @@ def function_file(text: str, *, where: str) -> Path:
     path, _, name = text.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
         raise UserError(Problem(where, f"'{text}'", FUNCTION_FORMAT, f"write {where}: rules.py:my_rule"))
+    # A wheel's project folder is inside the package: shipped functions are found from site-packages.
     file = local_path(path) or local_path(str(INSTALLED / path))
     if file is None or not file.is_file():
         repair = f"relative paths are resolved from {Path.cwd()}"

@@ -36,7 +36,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], LineNumbers]:
         UserError: the file is not valid YAML, has a duplicate key, or is not a mapping.
     """
     try:
-        # "rt" (round trip): its nodes have line numbers.
+        # "rt" (round trip): its nodes have line numbers. utf-8-sig: a byte order mark is no error.
         content = YAML(typ="rt", pure=True).load(path.read_text(encoding="utf-8-sig"))
     except MarkedYAMLError as error:
         raise UserError(_syntax_problem(path, error)) from error

@@ -1,4 +1,4 @@
-"""Adapter hooks in training: learning-rate factors (LoRA+), after each step, state in checkpoints."""
+"""Adapter hooks in training: learning-rate factors (LoRA+), a call after each step, checkpoint state."""
 
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ ADAPTER_STATE_FILE = "adapter_state.safetensors"
 
 def adapter_hooks(model: nn.Module, settings: AdapterSettings, *, steps: int) -> Hooks:
     """Return the hooks of the recipe's adapter for a run of ``steps`` optimizer steps."""
+    # `hooks` is optional in an adapter's file.
     build_hooks = vars(load_plugin(ADAPTERS, settings.method, where="adapter.method")).get("hooks")
     hooks: Hooks = build_hooks(model, settings, steps=steps) if build_hooks else Hooks()
     return hooks
@@ -25,6 +26,7 @@ def adapter_hooks(model: nn.Module, settings: AdapterSettings, *, steps: int) ->
 
 def scale_learning_rates(optimizer: Optimizer, model: nn.Module, hooks: Hooks) -> None:
     """Move parameters with a learning-rate factor (LoRA+) to param groups of that rate."""
+    # By id: an optimizer's groups hold parameters without their names.
     factors = {id(weight): hooks.lr_factors.get(name, 1.0) for name, weight in model.named_parameters()}
     for group in list(optimizer.param_groups):
         # A param group has one learning rate, so scaled parameters leave their group.
@@ -53,6 +55,7 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Call the adapter's hook on weights and gradients."""
         if self.hooks.after_step:
+            # The Trainer increments global_step after this event.
             self.hooks.after_step(state.global_step + 1)
 
     def on_save(
@@ -60,7 +63,9 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Write the adapter's state other than its weights."""
         if self.hooks.state and state.is_world_process_zero:
+            # safetensors refuses tensors that are not contiguous.
             tensors = {name: value.contiguous() for name, value in self.hooks.state().items()}
+            # The file exists even if there is no state yet: a resumed run reads it.
             save_file(
                 tensors or {"none": torch.empty(0)}, _saved_step_folder(args, state) / ADAPTER_STATE_FILE
             )

@@ -65,6 +65,7 @@ def check_engine_args(settings: TrainSettings, stage: TrlConfigSpec = SFT_CONFIG
     """Raise UserError if ``train.engine_args`` has an unknown argument, or one that the recipe sets."""
     config = engine_class(settings.engine, stage)
     known = [config_field.name for config_field in fields(config)]
+    # Only the names count here, so the run's own values are replaced by placeholders.
     reserved = _engine_specific_arguments(settings, stage) | common_arguments(
         settings,
         folder=Path(),
@@ -108,6 +109,7 @@ def _engine_specific_arguments(settings: TrainSettings, stage: TrlConfigSpec) ->
         "SFTConfig": {"max_length": None, "packing": False},
         "RewardConfig": pairwise,
         "DPOConfig": with_reference | {"truncation_mode": "keep_start"},
+        # KTO pairs neighboring rows for its KL estimate: the dataset's order is kept.
         "KTOConfig": with_reference | {"train_sampling_strategy": "sequential"},
     }
     return regularization | by_config[stage.config] | dict(stage.fixed_arguments)
@@ -126,6 +128,7 @@ def common_arguments(
     return {
         "output_dir": str(folder),
         "num_train_epochs": settings.epochs,
+        # -1: no limit, the epochs decide.
         "max_steps": settings.max_steps or -1,
         "per_device_train_batch_size": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches(
@@ -133,6 +136,7 @@ def common_arguments(
         ),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.lr_schedule,
+        # Below 1 transformers takes it for a fraction of all steps, as the recipe does.
         "warmup_steps": settings.warmup,
         "optim": TRAINER_OPTIMIZERS[settings.optimizer],
         "adam_beta1": beta1,
@@ -209,5 +213,6 @@ def training_arguments(
         engine_arguments = engine_class(settings.engine, stage)(**arguments, **settings.engine_args)
     except (ValueError, TypeError) as error:
         raise UserError(Problem("train.engine_args", str(error), "values that the engine accepts")) from error
+    # Before a trainer reads the plugin from these arguments.
     reset_deepspeed_state(engine_arguments)
     return engine_arguments

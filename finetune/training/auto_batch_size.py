@@ -14,6 +14,7 @@ from finetune.recipe.errors import UserError
 from finetune.recipe.settings import StageSettings
 from finetune.training.loading import Policy
 
+# Their memory does not depend on the micro-batch size.
 PHASES_WITHOUT_BATCH = ("merge", "rollout")
 OBJECTIVE_OF_CONFIG: dict[str, ObjectiveKind] = {
     "SFTConfig": "likelihood",
@@ -47,6 +48,7 @@ def batch_fits(
     """
     try:
         architecture = load_architecture(settings.model)
+    # The planner does not know this architecture; the run itself may still.
     except UserError:
         return None
     workload = base_workload(

@@ -116,6 +116,7 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         if is_new:
             # Drop empty groups, as DeepSpeed does: checkpoints have the same groups with and without it.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+            # Copies: an engine may replace a group's parameters by flattened shards.
             self.initial_param_groups = [
                 {**group, "params": list(group["params"])} for group in optimizer.param_groups
             ]
@@ -151,6 +152,7 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
     def _collate(self, rows: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
         """Return a micro-batch; a padding one has empty ``rows`` and no labels."""
         batch: dict[str, Any] = dict(self.data_collator([row for row, _ in rows]))
+        # The sampler pads with complete micro-batches of one row, so that the first row decides.
         if not rows[0][1]:
             batch["rows"] = batch["rows"][:0]
             if "labels" in batch:
@@ -167,12 +169,15 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         """
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         row_ids = inputs["rows"].tolist()
+        # For the sharding check: ranks must train on different rows.
         self.first_row_ids = self.first_row_ids or row_ids
+        # On every micro-batch: a mean over the step would not tell which rows it came from.
         if not torch.isfinite(loss):
             locations = ", ".join(self.train_dataset.locations[row_id] for row_id in row_ids)
             raise NotFiniteError(
                 f"loss is {loss.item()} at step {self.state.global_step + 1}, on {locations}"
             )
+        # Padding micro-batches have no row ids and count nothing.
         self.num_tokens += sum(self.lengths[row_id] for row_id in row_ids)
         return loss
 

@@ -55,12 +55,14 @@ def held_out_loss(model: nn.Module, rows: TokenizedRows, collate: Collator, *, b
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    order = np.argsort(rows.lengths, kind="stable").tolist()  # similar lengths together: least padding
+    # Rows of similar length share a batch: less padding.
+    order = np.argsort(rows.lengths, kind="stable").tolist()
     total = 0.0
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for row_ids, is_real in shard_padded(batches):
         batch = collate([rows[index] for index in row_ids])
         on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+        # Summed, and divided once by all labels: a mean of batch means would weigh short batches more.
         total += float(completion_loss_sum(model, head, on_device)) * is_real
     model.train(training)
     return sum(all_gather_object(total)) / rows.num_trained

@@ -43,6 +43,7 @@ def write_checksums(checkpoint: Path) -> None:
 def find_last_valid(folder: Path) -> LastCheckpoint:
     """Return the newest checkpoint whose files match its checksums, and the corrupt ones after it."""
     corrupt: list[str] = []
+    # By number: as names, checkpoint-80 sorts after checkpoint-100.
     for checkpoint in sorted(_checkpoint_folders(folder), key=_step, reverse=True):
         if not (checkpoint / CHECKSUM_FILE).is_file():
             continue

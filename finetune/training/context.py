@@ -1,4 +1,4 @@
-"""RunContext: a run's recipe, folder, console, resolved settings, checks, record, training and shutdown."""
+"""RunContext: a run's recipe, folder, console, resolved settings, checks, record and training."""
 
 import platform
 import time
@@ -51,7 +51,7 @@ RECORDED_PACKAGES = (
 )
 
 
-@cache  # reading a library's metadata takes milliseconds, and a run asks four times
+@cache  # reading a package's metadata takes milliseconds, and a run does so four times
 def _version(package: str) -> str:
     return version(package)
 
@@ -178,6 +178,7 @@ class RunContext:
             NotFiniteError: loss or gradient is NaN or infinite.
             UserError: the adapter gets no gradient, or the frozen base changed.
         """
+        # Rank 0 decides for all: it deletes corrupt checkpoints while the others would still look at them.
         last = collectives.broadcast_object(
             self._last_checkpoint() if self.dist.is_main else checkpoints.NO_CHECKPOINT
         )
@@ -189,7 +190,7 @@ class RunContext:
         recorder = Recorder(
             self.run, self.console, self.signal_flag, logged_keys=self.metric_spec.logged_keys
         )
-        trainer.remove_callback(PrinterCallback)  # the recorder prints in its place
+        trainer.remove_callback(PrinterCallback)  # the recorder prints instead
         if self.strategy in (*ZERO_STAGES, *SHARDED_WEIGHTS):
             # Before the recorder, which writes the checksums of a complete checkpoint.
             trainer.add_callback(
@@ -206,6 +207,7 @@ class RunContext:
             )
         )
         before = frozen_checksums(trainer.model)
+        # ZeRO-3's inference engine is destroyed before DeepSpeed wraps the model for training.
         self.pre_training_contexts.close()
         with self.timed("train"):
             try:
@@ -214,6 +216,7 @@ class RunContext:
                 self.log("training already complete")
             finally:
                 recorder.progress.stop()
+        # After a signal the trainer returns as if it had finished: the checks below are for a trained model.
         self.raise_if_interrupted(f"at step {trainer.state.global_step}; checkpoint saved")
         self.check(check_base_unchanged(before, frozen_checksums(trainer.model)))
         if self.strategy in REPLICATED:
@@ -230,6 +233,7 @@ class RunContext:
     def raise_if_interrupted(self, where: str) -> None:
         """Raise Interrupted on all ranks if a signal reached any; a collective, every rank must call it."""
         if collectives.any_rank(bool(self.signal_flag.signal_name)):
+            # A signal may reach one rank only; its name is reported by all.
             name = next(filter(None, collectives.all_gather_object(self.signal_flag.signal_name)))
             raise Interrupted(f"stopped by {name} {where}. Run the same command to resume")
 
@@ -255,6 +259,7 @@ class RunContext:
             fingerprint=self.run.fingerprint,
             command=self.command,
             seed=self.recipe.settings.train.seed,
+            # A resumed run keeps the time of its first start.
             started=self.run.record.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
             versions=self.versions,
             hardware={"device": self.hardware.device, "name": self.hardware.name},
@@ -268,6 +273,7 @@ class RunContext:
     def _write_final_record(self) -> None:
         """Write the report, then the status ``finished``: last, so that a kill leaves no incomplete run."""
         seconds = {phase: round(value, 2) for phase, value in self.seconds.items()}
+        # The largest peak decides whether a run fits, and ranks differ.
         peaks = collectives.all_gather_object(peak_memory_bytes(self.hardware))
         self.run.record |= {
             "status": "finished",

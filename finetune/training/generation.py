@@ -42,6 +42,7 @@ def generate_completions(
         context: positions for prompt and completion together; a longer prompt loses its oldest tokens.
         temperature: 0 is greedy decoding.
     """
+    # Half of the context at least is left to the prompt.
     max_new_tokens = min(max_new_tokens, context // 2)
     encoded = [encoder.encode_prompt(prompt)[-(context - max_new_tokens) :] for prompt in prompts]
     # Batches of similar lengths: less padding.
@@ -76,6 +77,7 @@ def _generate(
     synced: bool,
 ) -> list[list[int]]:
     prompt_length = max(len(prompt) for prompt in prompts)
+    # Any id would do in prompts, where the mask hides it; after a completion a stop id ends the decoding.
     pad_id = encoder.stop_ids[0]
     device = next(model.parameters()).device
     # Left padding: all prompts end at the same position, where generation starts.
@@ -88,10 +90,12 @@ def _generate(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
+        # None if greedy: transformers warns of a temperature that it does not use.
         temperature=temperature or None,
         eos_token_id=encoder.stop_ids,
         pad_token_id=pad_id,
     )
+    # synced_gpus: a finished rank keeps running forward passes, which are collectives, until all have.
     output = model.generate(
         input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, synced_gpus=synced
     )

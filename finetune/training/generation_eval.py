@@ -63,6 +63,7 @@ class GenerationEval:
                 completion.text
                 for completion in generate([conversation[:-1] for conversation in self.retention])
             ]
+            # Both sides are stripped: the expected reply was rendered, and the completion decoded.
             correct = [
                 completion == conversation[-1].content
                 for completion, conversation in zip(completions, self.retention, strict=True)

@@ -34,7 +34,7 @@ def load_finished_run(run: Path) -> LoadedModel:
     settings = ModelSettings(**saved["model"])
     full_model = run / "model"
     if full_model.is_dir():
-        # The saved config holds the RoPE scaling already; scaling it a second time would be refused.
+        # The saved config contains the RoPE scaling already, and scaling it twice is refused.
         settings = settings.model_copy(update={"base": str(full_model), "revision": None, "rope": None})
     hardware = detect_hardware()
     base = load_base(

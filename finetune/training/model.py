@@ -119,12 +119,12 @@ def load_base(
             dtype=DTYPES[precision],
             attn_implementation=None if settings.attention == "auto" else settings.attention,
             quantization_config=_quantization_config(quantization, precision, heads=bool(heads)),
-            device_map=None
-            if strategy in SHARDED_WEIGHTS
-            else {"": hardware.device},  # the engine places them
+            # Sharded weights are placed by the engine.
+            device_map=None if strategy in SHARDED_WEIGHTS else {"": hardware.device},
             distributed_config=DistributedConfig(fsdp_size=dist_info().world_size)
             if strategy == "fsdp2"
             else None,
+            # Pickled weights can execute code.
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below with names and shapes
             output_loading_info=True,
@@ -138,6 +138,7 @@ def load_base(
     if quantization == "nf4" and hardware.device == "cpu":
         _disable_nf4_repacking(model)
     reset_dynamic_rope(model)
+    # Frozen before the adapter is built: what it adds, or unfreezes, is all that trains.
     model.requires_grad_(False)
     if strategy == "fsdp2":
         set_fsdp_root(model)
@@ -161,6 +162,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     reshard(model)
     trained = total = 0
     for parameter in model.parameters():
+        # bitsandbytes packs two 4-bit values into a byte, so numel() is half of the weights.
         quant_state = getattr(parameter, "quant_state", None)
         numel = quant_state.shape.numel() if quant_state is not None else full_numel(parameter)
         total += numel
@@ -183,9 +185,8 @@ def _check_all_loaded(weights: list[str]) -> None:
 
 
 def _quantization_config(quantization: str, precision: str, *, heads: bool) -> BitsAndBytesConfig | None:
-    skip_modules = (
-        [SCORE_HEAD] if heads else None
-    )  # a list replaces the library's default, the output embeddings
+    # The score head is trained, so it stays unquantized. None is the library's default: it skips the LM head.
+    skip_modules = [SCORE_HEAD] if heads else None
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -224,6 +225,7 @@ class _LoadErrors:
             error, UserError
         ):
             where = f"model.base '{self.settings.base}'"
+            # Errors of the hub run over many lines.
             actual = " ".join(str(error).split())[:300]
             raise UserError(
                 Problem(where, actual, "a causal language model in safetensors, with its tokenizer")

@@ -73,6 +73,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Show progress; after a signal on any rank, all ranks save a checkpoint and stop."""
         self.progress.update(self.task, completed=state.global_step, rate=self._rate(state))
+        # All ranks stop at the same step, or those that train on would wait for the others in a collective.
         if collectives.any_rank(bool(self.signal_flag.signal_name)):
             self.signal_flag.signal_name = next(
                 filter(None, collectives.all_gather_object(self.signal_flag.signal_name))
@@ -93,6 +94,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         Raises:
             NotFiniteError: a metric such as loss or gradient norm is NaN or infinite.
         """
+        # Before the entry is written: JSON has no NaN.
         logs = {as_recorded(name): value for name, value in (logs or {}).items()}
         for key in (*self.logged_keys, MEAN_LOSS_KEY):
             if not math.isfinite(logs.get(key, 0.0)):
@@ -112,6 +114,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         collectives.barrier()
         if self.run.is_writer:
             write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        # No rank may stop or train on before the checkpoint is valid.
         collectives.barrier()
 
     def on_train_end(

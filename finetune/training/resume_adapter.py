@@ -42,9 +42,8 @@ def load_adapter_weights(model: nn.Module, run: Path, *, new_modules: Collection
             run, f"its tensors and those of an adapter of its settings differ: {first_few(mismatched)}"
         )
     try:
-        if (
-            new and not (folder / ENCODER_WEIGHTS_FILE).is_file()
-        ):  # load_adapter would expect the head in the file
+        # With new modules not `load_adapter`: it would expect them in the file.
+        if new and not (folder / ENCODER_WEIGHTS_FILE).is_file():
             complete = saved | {name: current[name] for name in new}
             set_peft_model_state_dict(model, complete, adapter_name=model.active_adapter)
         else:

@@ -71,6 +71,7 @@ class RunDirectory:
         digest = recipe.digest(fingerprint)
         path = recipe.out or RUNS_FOLDER / f"{recipe.stage}-{recipe.name}-{digest}"
         run = cls(path, recipe, digest, fingerprint=fingerprint)
+        # Only marked: nothing is deleted before the new run has passed its pre-flight.
         if force and run.record:
             run.record["status"] = REPLACED
         else:
@@ -134,6 +135,7 @@ class RunDirectory:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # Do not wait: a second run of the same recipe is a mistake. The lock dies with its process.
             lock = FileLock(self.path / LOCK_FILE, timeout=0)
             lock.acquire()
         except Timeout as error:
@@ -221,5 +223,6 @@ def atomic_folder(path: Path, name: str) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     yield partial
+    # os.replace does not replace a folder that has files.
     shutil.rmtree(path / name, ignore_errors=True)
     os.replace(partial, path / name)

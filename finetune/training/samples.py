@@ -39,9 +39,8 @@ class Samples:
         self._record_scores(run, "after", completions)
         entries = [
             entry | {"after": completion.text, "ended_with_eos": completion.ended_with_eos}
-            for entry, completion in zip(
-                run.samples(), completions, strict=False
-            )  # more are scored than written
+            # Not strict: more completions are scored than written.
+            for entry, completion in zip(run.samples(), completions, strict=False)
         ]
         self._write(run, entries)
 
@@ -66,6 +65,7 @@ class Samples:
                 conversation[_last_reply_index(conversation)].content for conversation in self.conversations
             ]
             correct = [
+                # Decoded replies are stripped.
                 completion.text == text.strip()
                 for completion, text in zip(completions, expected, strict=True)
             ]

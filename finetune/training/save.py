@@ -30,6 +30,7 @@ def save_trained(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedToken
     """
     name = "adapter" if isinstance(model, PeftModel) else "model"
     write = write_adapter if isinstance(model, PeftModel) else _write_model
+    # The other ranks only take part in the gathers.
     if not run.is_writer:
         write(model, Path(name), main=False)
         return {}
@@ -45,14 +46,14 @@ def write_adapter(model: nn.Module, folder: Path, *, main: bool) -> dict[str, to
     """Write the adapter on rank 0, and return its tensors in memory."""
     assert isinstance(model, PeftModel)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    with sharding.gathered_params(
-        *trained
-    ):  # gathered twice: PEFT runs prompt encoders, after which ZeRO-3 shards again
+    # Gathered twice: PEFT runs prompt encoders, after which ZeRO-3 shards their weights again.
+    with sharding.gathered_params(*trained):
         adapter_state = get_peft_model_state_dict(model)
         live = {name: value.detach().cpu().clone() for name, value in adapter_state.items()}
     with sharding.gathered_params(*trained):
         model.save_pretrained(
             str(folder),
+            # PEFT's default looks the base up on the hub, and may add its embeddings to the file.
             save_embedding_layers=False,
             selected_adapters=[model.active_adapter],  # the model may hold a reference adapter too
             is_main_process=main,

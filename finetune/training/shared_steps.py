@@ -82,9 +82,8 @@ def _memory_predicate(ctx: RunContext, policy: Policy, longest: int) -> Callable
         longest=longest,
         num_processes=ctx.dist.world_size,
         strategy=ctx.strategy,
-        gpu_bytes=min(
-            collectives.all_gather_object(free_gpu_bytes())
-        ),  # ranks must agree on the micro-batch size
+        # The minimum: all ranks must choose the same micro-batch size.
+        gpu_bytes=min(collectives.all_gather_object(free_gpu_bytes())),
     )
 
 
@@ -98,6 +97,7 @@ def policy_metadata(
         "parameters": asdict(count_parameters(policy.model)),
         "auto": ctx.resolved,
         "reload": {
+            # The saved weights contain the parent run's: loading needs only the base.
             "model": ctx.recipe.settings.model.model_dump(exclude={"init_from"}),
             "precision": policy.precision,
             "quantization": policy.quantization,
@@ -174,8 +174,10 @@ def record_training_metrics(ctx: RunContext, trainer: Trainer, keys: Sequence[st
     for key in keys:
         values = [entry[key] for entry in entries if key in entry]
         if values:  # empty if train.log_every exceeds the number of steps
+            # Averaged, because a single log entry is noisy.
             last = values[-LAST_LOG_ENTRIES:]
             ctx.run.update(metrics={f"{key}_before": values[0], f"{key}_after": sum(last) / len(last)})
+    # TRL's trainers do not count tokens; a run that resumes after its last step has none.
     if isinstance(trainer, BaseTrainer) and (
         num_tokens := sum(collectives.all_gather_object(trainer.num_tokens))
     ):

@@ -20,7 +20,7 @@ class Method(Protocol):
 
     @property
     def samples(self) -> Samples:
-        """Return the prompts of samples.jsonl, answered before and after training."""
+        """Return the prompts of samples.jsonl, completed before and after training."""
         ...
 
     @property
@@ -41,7 +41,7 @@ class Method(Protocol):
         ...
 
     def evaluate(self, trainer: Trainer, when: str) -> None:
-        """Record held-out metrics, ``record_before`` or ``record_after`` training."""
+        """Record held-out metrics; ``when`` is ``before`` or ``after`` training."""
         ...
 
     def save(self) -> None:
@@ -78,6 +78,7 @@ def run_stage(ctx: RunContext, method: Method, *, finalize: Callable[[], None] |
         Interrupted: a signal came; a checkpoint was saved.
         NotFiniteError: loss or gradient became NaN or infinite.
     """
+    # The pre-flight runs first: a run that is refused leaves no folder.
     with ctx.recorded(**method.metadata()):
         method.samples.record_before(ctx.run, method.generate)
         method.generation_eval.evaluate(ctx.run, method.generate, "before")

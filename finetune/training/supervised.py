@@ -160,4 +160,5 @@ class SFT:
         if not self.ctx.recipe.settings.data.packing:
             return PaddedCollator(pad_id)
         attention = self.ctx.recipe.settings.model.attention
+        # FlashAttention separates packed rows only within one batch row.
         return PackedCollator(pad_id, single_row=attention == "flash_attention_2")

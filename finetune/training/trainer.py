@@ -20,6 +20,7 @@ class NativeTrainer(BaseTrainer):
 
     @cached_property
     def head(self) -> nn.Module:
+        # The engine's wrapper (DDP, DeepSpeed) does not have the model's methods.
         return output_head(self.accelerator.unwrap_model(self.model))
 
     @cached_property

@@ -65,6 +65,7 @@ def build_trl_trainer(
     trainer.train_rows = train_rows
     if held_out_rows is not None:
         trainer.held_out_rows = held_out_rows
+        # The padding id is arbitrary: mask and labels exclude it.
         trainer.collate = PaddedCollator(int(tokenizer.eos_token_id))
     return trainer
 

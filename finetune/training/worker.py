@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune.recipe.silence import silence_libraries
 
+# Before the imports below, which is when the libraries warn.
 silence_libraries()
 
 from rich.console import Console  # noqa: E402

@@ -158,6 +158,8 @@ class Lists:
     @property
     def mean_logps(self) -> "Tensor":
         """Log pi per token of each completion: (groups, K), 0 for missing ones."""
+        # Clamped, because missing completions have length 0: masking a division by zero leaves a NaN
+        # gradient.
         return (self.logps / self.lengths.clamp(min=1)).masked_fill(~self.present, 0.0)
 
     @property

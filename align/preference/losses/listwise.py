@@ -58,6 +58,7 @@ def pro(
     over tokens.
     """
     means, better = lists.mean_logps, lists.better
+    # Scores of missing completions are arbitrary; `better` excludes them.
     gaps = (lists.scores[:, :, None] - lists.scores[:, None, :]).masked_fill(~better, 0.0)
     ranking = _ranking_loss(means * gaps.amax(-1), means[:, None, :] * gaps, better)
     nll_coefficient = nll_weight * (lists.present.sum(-1) - 1) ** 2
@@ -74,12 +75,13 @@ def _ranking_loss(logits_GK: Tensor, worse_logits_GKK: Tensor, better: Tensor) -
         worse_logits_GKK: b, (groups, K, K), used where ``better`` is true.
         better: (groups, K, K), whether i is better than j at [group, i, j].
     """
+    # exp(-inf) = 0: no term. The worst completion has no rivals, and its loss is 0.
     rivals = worse_logits_GKK.masked_fill(~better, -torch.inf)
     return (torch.cat([logits_GK[..., None], rivals], -1).logsumexp(-1) - logits_GK).sum(-1)
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of the chosen entries of each group: (groups,)."""
+    """Return the mean of the entries of each group where the mask is true: (groups,)."""
     return values.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 

@@ -72,6 +72,7 @@ def kl_k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
     Compute it per token and average: for complete sequences r overflows. Same source, k3.
     """
     log_ratios = reference_logps - logps
+    # expm1: near 0, exp(x) - 1 would lose all digits.
     return torch.expm1(log_ratios) - log_ratios
 
 

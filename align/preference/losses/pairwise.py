@@ -161,6 +161,7 @@ def orpo(
     Mistral. The NLL is that of the completion only; TRL includes the prompt's tokens.
     """
     chosen, rejected = pairs.chosen_mean_logps, pairs.rejected_mean_logps
+    # log odds(p) = log p - log(1 - p), from log p alone.
     log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
     losses = -nll_weight * chosen - beta * F.logsigmoid(log_odds)
     return _loss_output(losses, beta * chosen, beta * rejected)
@@ -171,6 +172,7 @@ def apo_zero(pairs: Annotated[Pairs, Needs(reference=True)], *, beta: PositiveSe
 
     1 - s(beta h(y_w)) + s(beta h(y_l)); arXiv 2408.06266, equation 7; beta in section 5.2.
     """
+    # 1 - s(x) as s(-x), which does not cancel.
     losses = torch.sigmoid(-beta * pairs.chosen_logratios) + torch.sigmoid(beta * pairs.rejected_logratios)
     return _with_implicit_rewards(pairs, losses, beta)
 
@@ -196,6 +198,7 @@ def exo(
     appendix B; e must be above 0 (1e-3: TRL's). For margins far on either side the gradient vanishes.
     """
     logits = beta * pairs.margins
+    # 1 - q is sigmoid(-logits): a subtraction would cancel for large margins.
     chosen = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-label_smoothing))
     rejected = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(label_smoothing))
     return _with_implicit_rewards(pairs, chosen + rejected, beta)
@@ -223,6 +226,7 @@ def _with_implicit_rewards(pairs: Pairs, losses: Tensor, beta: float) -> LossOut
 
 
 def _loss_output(losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> LossOutput:
+    # Rewards are metrics: they must not keep the graph alive, nor pass on a gradient.
     return LossOutput(losses, chosen_rewards.detach(), rejected_rewards.detach())
 
 

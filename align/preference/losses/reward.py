@@ -67,4 +67,5 @@ def all_pairs(
         margins=margins,
         center_rewards_coefficient=center_rewards_coefficient,
     )
+    # At least 1: a list of only ties has no pairs.
     return losses.masked_fill(~better, 0.0).sum((-1, -2)) / better.sum((-1, -2)).clamp(min=1)

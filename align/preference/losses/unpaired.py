@@ -40,6 +40,7 @@ def kto(
         undesirable_weight: lambda_U.
     """
     gains = beta * (logratios - reference_point)
+    # 1 - s(x) as s(-x), which does not cancel.
     losses = torch.where(
         desirable, desirable_weight * torch.sigmoid(-gains), undesirable_weight * torch.sigmoid(gains)
     )
@@ -82,6 +83,7 @@ def mismatched_rows(prompts: Sequence[Hashable], size: int) -> list[int]:
 def _mismatched_row(prompts: Sequence[Hashable], row: int, size: int) -> int:
     start = row // size * size
     batch_rows = range(start, min(start + size, len(prompts)))
+    # The rows before it, nearest first, cyclically within the forward pass; then those of all the data.
     batch_candidates = [start + (row - start - step) % len(batch_rows) for step in range(1, len(batch_rows))]
     other_candidates = [(row - step) % len(prompts) for step in range(1, len(prompts))]
     candidates = [*batch_candidates, *other_candidates]

@@ -49,6 +49,7 @@ def build_comparisons(
     Raises:
         UserError: most scored pairs have the higher score on the rejected completion: swapped columns.
     """
+    # A report of this source alone: swapped columns are a majority among its own rows.
     source_report = DataReport()
     usable = []
     for row, location in rows:

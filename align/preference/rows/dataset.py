@@ -65,6 +65,7 @@ class PreferenceGroups:
         index = range(len(self))[index]
         first, end = (int(segment) for segment in self.prompt_index[index : index + 2])
         segments = [self.input_ids[self.offsets[i] : self.offsets[i + 1]] for i in range(first, end)]
+        # Scores and ranks have no entry for prompts, of which `index` come before this group.
         completion_slice = slice(first - index, end - index - 1)
         return TokenizedGroup(
             prompt_ids=segments[0],

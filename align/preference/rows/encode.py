@@ -145,6 +145,7 @@ def _split_prompt_completions(
     if any(prompt != prompts[0] for prompt in prompts):
         report.count(DROPPED_UNRENDERABLE, f"{location}: the prompt's tokens depend on the completion")
         return None
+    # Such a completion has no text that a loss could prefer or reject.
     if any(set(ids) <= set(encoder.stop_ids) for ids in completions):
         report.count(DROPPED_ONLY_EOS, location)
         return None
@@ -215,6 +216,7 @@ def _preference_cache_key(rows: Sequence[Comparison], encoder: Encoder, limits: 
     for row in rows:
         turns = [[turn.role, turn.content, turn.context] for turn in (*row.prompt, *row.replies)]
         annotation = [row.scores, row.ranks, row.margin]
+        # With the location: the report is cached too, and names it.
         digest.update(
             json.dumps([row.location, len(row.replies), turns, annotation], ensure_ascii=False).encode()
         )

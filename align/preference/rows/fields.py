@@ -30,6 +30,7 @@ def parse_dialogue(text: str) -> list[Message]:
     >>> [turn.content for turn in parse_dialogue("\n\nHuman: Hi\n\nAssistant: Hello.")]
     ['Hi', 'Hello.']
     """
+    # A pattern with a group: the speakers are kept, at the odd indices.
     pieces = SPEAKER.split(text)
     return [
         Message(SPEAKERS[speaker], content.strip())
@@ -85,6 +86,7 @@ def split_completion(
         completion: the turns of the completion column, with or without the prompt.
         name: the completion column.
     """
+    # A completion column that begins with a user turn holds the prompt too.
     first = next((turn for turn in completion if turn.role != "system"), completion[0])
     if first.role in REPLY_ROLES and not prompt:
         raise RowError(name, f"a reply without a prompt, {short_repr(first.content)}", DIALOGUE_EXPECTED)

@@ -87,6 +87,7 @@ def _read_pair_scores(columns: RowFields) -> list[float]:
         if all(given):
             return [parse_number(columns[name], name) for name in names]
         if any(given):
+            # False sorts before True: the missing column comes first.
             missing, present = sorted(names, key=lambda name: columns.get(name) is not None)
             raise RowError(
                 missing, f"missing or null, but {present} is given", "a score for both, or for none"
@@ -95,12 +96,12 @@ def _read_pair_scores(columns: RowFields) -> list[float]:
 
 
 def _read_ranked_responses(column: str, sign: float, columns: RowFields) -> PreferenceRow:
-    prompt_turns_given, responses = prompt_turns(columns, "prompt"), parse_list(columns, "responses")
+    shared_prompt, responses = prompt_turns(columns, "prompt"), parse_list(columns, "responses")
     scores = parse_numbers(columns[column], column, len(responses), "responses")
     completions = []
     for index, (entry, score) in enumerate(zip(responses, scores, strict=True)):
         field = f"responses[{index}]"
-        prompt, reply = split_completion(prompt_turns_given, completion_turns({field: entry}, field), field)
+        prompt, reply = split_completion(shared_prompt, completion_turns({field: entry}, field), field)
         completions.append(ScoredCompletion(tuple(prompt), reply, sign * score))
     return PreferenceRow(tuple(completions))
 
@@ -205,6 +206,7 @@ PAIRS: Sequence[Layout[PreferenceRow]] = (
         ("question", "chosen", "rejected"),
         partial(_read_pair, _prompt_column("question")),
     ),
+    # Last, since all pairs have these columns; here both dialogues begin with the prompt.
     Layout("chosen/rejected", ("chosen", "rejected"), partial(_read_pair, _empty_prompt)),
 )
 """A chosen and a rejected completion; the first matching layout is used."""
@@ -219,6 +221,7 @@ RANKINGS: Sequence[Layout[PreferenceRow]] = (
     Layout(
         "prompt/responses/ranks",
         ("prompt", "responses", "ranks"),
+        # Rank 1 is the best: negated, a higher score is better.
         partial(_read_ranked_responses, "ranks", -1.0),
     ),
     Layout("questions with judged answers", ("questions", "answers"), _read_judge_scores),

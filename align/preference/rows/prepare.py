@@ -175,8 +175,8 @@ def split_by_prompt(
         return rows, []
     count = num_held_out(len(rows), held_out)
     rows_by_prompt: dict[object, list[int]] = {}
-    for index_in_rows, row in enumerate(rows):
-        rows_by_prompt.setdefault(row.prompt, []).append(index_in_rows)
+    for row_index, row in enumerate(rows):
+        rows_by_prompt.setdefault(row.prompt, []).append(row_index)
     prompt_rows = list(rows_by_prompt.values())
     held_out_rows: set[int] = set()
     # Greedy: a prompt with more rows than are still wanted is skipped.
@@ -226,6 +226,7 @@ def _load_comparison_source(
         repair = "check the rows named above, data.on_different_prompts and data.on_tie"
         raise UserError(Problem(spec.key, actual, "distinct completions", repair))
     if kind == "labels" and layout in PAIRS:
+        # Split after ranking: ties and pairs with swapped scores are dropped by then.
         report.notes.append(f"pairs of {spec.name} split into labels: chosen is good, rejected is bad")
         usable = [labeled for source_row in usable for labeled in split_pair(source_row)]
     return MixtureComponent(
@@ -235,6 +236,7 @@ def _load_comparison_source(
 
 def _recognize_layout(names: list[str], spec: SourceSpec, kind: PreferenceKind) -> Layout[PreferenceRow]:
     """Return the layout of a source; the error names a layout of the other kind."""
+    # With the targets of data.columns, which renames the file's columns.
     known = {*names, *(spec.columns or {})}
     other = LABELED if kind == "rankings" else RANKINGS
     fits = [layout.name for layout in other if known.issuperset(layout.required)]
@@ -274,6 +276,7 @@ def _fill_preference_report(groups: PreferenceGroups, report: DataReport) -> Non
         source.trained_tokens = int(lengths[in_source[group_of_completion]].sum())
     best = groups.ranks == 0
     summary = f"{len(lengths)} completions; mean tokens: prompt {groups.prompt_lengths.mean():.0f}"
+    # Each completion is the best of its group: labels, one completion per group.
     if best.all():
         num_good = int((groups.scores == 1).sum())
         report.notes.append(

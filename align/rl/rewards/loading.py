@@ -33,6 +33,7 @@ def load_rewards(
     runs = reward_runs(settings)
     # A run that gives several scores is loaded once.
     unique_runs = list(dict.fromkeys(runs.values()))
+    # All of them before the first model is loaded, so that a damaged run is reported early.
     for run in unique_runs:
         _check_checksums(run)
     sources: list[ModelReward | FunctionReward | ReferenceAnswerReward] = []
@@ -99,6 +100,7 @@ def _check_checksums(run: Path) -> None:
 
 def _storage_notes(run: Path, base: PreTrainedModel) -> Iterator[str]:
     """Yield a note if a reward model was trained with another precision or quantization of the base."""
+    # A fully fine-tuned reward model does not use the policy's base.
     if (run / "model").is_dir():
         return
     saved = read_finished_record(run)["reload"]

@@ -178,6 +178,7 @@ class Rewards:
             UserError: a reward function fails, or the template rejects a conversation.
             NotFiniteError: a reward model returns NaN or infinity.
         """
+        # Evenly spaced, since a file often has its kinds of prompts one after the other.
         indices = evenly_spaced(len(prompts), NUM_CHECKED_PROMPTS)
         conversations = [[*prompts[index], Message("assistant", "")] for index in indices]
         answers = None if expected is None else [expected[index] for index in indices]
@@ -200,6 +201,7 @@ class Rewards:
         unsafe_prompt_fn = self.unsafe_prompt_fn
         if unsafe_prompt_fn is None:
             return False
+        # `call_for_number` passes prompt and completion; this function takes the prompt alone.
         return bool(
             call_for_number(
                 lambda text, _: unsafe_prompt_fn(text), prompt, "", where="rewards.unsafe_prompt_fn"
@@ -207,6 +209,7 @@ class Rewards:
         )
 
     def _length_penalty(self, completions: Sequence[str]) -> Scores:
+        # Of the text alone: neither EOS nor BOS is penalized.
         ids: list[list[int]] = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
         per_token, free_tokens = self.settings.length_penalty, self.settings.length_free
         return length_penalty(
@@ -219,6 +222,7 @@ def _model_scores(
 ) -> dict[str, Scores]:
     """Return all scores of a reward model; scores of heads and their total are normalized."""
     raw = model.score_conversations(conversations, locations)
+    # The total needs no normalization: it is a sum of normalized heads and weighted rules.
     scores = {**raw, **model.normalized(raw), TOTAL: raw[TOTAL]}
     return {name: np.asarray(values, dtype=np.float64) for name, values in scores.items()}
 

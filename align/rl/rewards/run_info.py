@@ -20,7 +20,9 @@ from finetune.recipe.settings import ModelSettings, StageSettings
 REWARD_STAGE = "reward"
 DEFAULT_REWARD_NAME = "reward"
 """Default name of a reward, and of a reward recipe's only head."""
+# The value of `scorer.TOTAL`, whose module imports torch; settings are checked without it.
 TOTAL_SCORE = "total"
+# A context variable: `Settings.problems` checks the rewards, and has no argument for a pipeline's recipes.
 _PENDING_RECIPES: ContextVar[Mapping[str, Recipe] | None] = ContextVar("pending", default=None)
 
 
@@ -55,6 +57,7 @@ def reward_run_info(text: str, *, where: str) -> RewardRunInfo:
         UserError: there is no such run, it is not finished, of another stage, or its files are missing; or
             the recipe is invalid or depends on itself.
     """
+    # A stage of the same pipeline comes before a run or recipe of that name.
     if text in (pending := _PENDING_RECIPES.get() or {}):
         return _info_from_settings(pending[text].settings)
     return _info_from_recipe(text, where) if is_recipe_name(text) else _info_from_run(text, where)

@@ -28,6 +28,7 @@ HELPFULNESS, SAFETY = "helpfulness", "safety"
 class RewardSource(Section):
     """One reward: a finished reward run, or a Python function."""
 
+    # The content of a run identifies it (`input_digests`), not its path.
     NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ("run",)
 
     run: NonEmptyStr | None = Field(

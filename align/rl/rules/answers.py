@@ -32,4 +32,5 @@ def last_number(text: str) -> Decimal | None:
     (Decimal('1000.50'), None)
     """
     numbers = NUMBER_PATTERN.findall(text)
+    # Decimal and not float: 0.1 is exact, and 72.00 equals 72.
     return Decimal(numbers[-1].replace(",", "")) if numbers else None

@@ -29,6 +29,7 @@ def _tensor_checksum(weight: Tensor) -> str:
     values = weight.reshape(-1)
     # A strided sample: hashing every weight would read the full model from the device, twice.
     sample = values[:: max(1, len(values) // SAMPLED_ELEMENTS)].contiguous().cpu()
+    # Hashed as bytes: NumPy has no bfloat16.
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
@@ -41,7 +42,7 @@ def check_base_unchanged(before: dict[str, str], after: dict[str, str]) -> Check
         actual = (
             f"{len(changed)} of {len(before)} frozen tensors changed during training: {first_few(changed)}"
         )
-        expected = "a base that is bit for bit unchanged, or the adapter fits no other copy of it"
+        expected = "a base unchanged bit for bit: the adapter has to fit other copies of it"
         repair = "train.engine_args={} and train.engine=native; if it persists, this is a bug in llm-align"
         return failed("base", Problem("model.base", actual, expected, repair))
     return CheckResult("base", f"unchanged bit for bit in {len(before)} sampled tensors")

@@ -30,7 +30,7 @@ def check_rows(
     """Check the tokenized training rows; ``blocks`` of documents may begin and end within a text."""
     tokenizer = encoder.tokenizer
     name_of = tokenizer.convert_ids_to_tokens
-    # A model's own chat template decides whether a row begins with BOS.
+    # A model's own chat template decides whether a row begins with BOS; blocks are cut out of a text.
     bos_required = encoder.name != "tokenizer" and not blocks and _adds_bos(tokenizer)
     eos_check = data_checks.check_eos_trained(data, encoder.stop_ids, max_length=max_length, name_of=name_of)
     return [
@@ -48,6 +48,7 @@ def check_rows(
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    # A tokenizer may define BOS and not add it (GPT-2): only encoding a text shows it.
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
@@ -83,6 +84,7 @@ def check_model(
         quantization: quantization of the base.
     """
     head = output_head(model)
+    # Entered by hand: Accelerate, which wraps the forward pass in autocast, has not prepared the model yet.
     autocast = torch.autocast(model.device.type, dtype=DTYPES[precision], enabled=precision != "float32")
 
     def loss_sum(batch: Mapping[str, Tensor]) -> Tensor:

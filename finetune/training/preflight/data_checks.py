@@ -10,7 +10,7 @@ from finetune.recipe.errors import Problem
 from finetune.training.preflight.checks import CheckResult, failed
 
 MIN_EOS_SHARE = 0.99
-"""Share of the untruncated rows that must end with a trained stop token: one in a hundred may be odd."""
+"""Share of the untruncated rows that must end with a trained stop token; one in a hundred may not."""
 MAX_LABELS_AFTER_EOS = 2
 """Labels that may follow a stop token: ChatML's line feed if every token is trained."""
 MIN_TRAINED_SHARE = 0.05
@@ -66,9 +66,10 @@ def _ends_with_eos(rows: TokenizedRows, stop_ids: Collection[int]) -> np.ndarray
     ids, loss_mask, offsets = (rows.arrays[key] for key in ("input_ids", "loss_mask", "offsets"))
     eos_positions = np.flatnonzero(loss_mask & np.isin(ids, list(stop_ids)))
     last_eos = np.full(len(rows), -1)
-    last_eos[np.searchsorted(offsets, eos_positions, side="right") - 1] = (
-        eos_positions  # a row's last hit overwrites the others
-    )
+    # Positions ascend, so that a row's last stop token overwrites the earlier ones.
+    last_eos[np.searchsorted(offsets, eos_positions, side="right") - 1] = eos_positions
+    # reduceat sums over [start, next start): the even sums run from a row's stop token to its end, the odd
+    # ones fill the gaps. It takes no start at the array's end, hence one appended element.
     segments = np.stack([last_eos + 1, offsets[1:]], axis=1).ravel()
     labels_after_eos = np.add.reduceat(np.append(loss_mask, False), segments, dtype=np.int64)[::2]
     labels_after_eos[last_eos + 1 == offsets[1:]] = 0  # for an empty range reduceat returns an element, not 0
@@ -117,6 +118,7 @@ def check_single_bos(
         return CheckResult("BOS", "the tokenizer has none")
     ids, offsets = rows.arrays["input_ids"], rows.arrays["offsets"]
     first = ids[offsets[:-1]] == bos_id
+    # The last row may be one token long: its second position is clipped, and its length excludes it.
     second = (np.diff(offsets) > 1) & (ids[np.minimum(offsets[:-1] + 1, len(ids) - 1)] == bos_id)
     name = name_of(bos_id)
     doubled, missing = np.flatnonzero(first & second), np.flatnonzero(~first)

@@ -58,11 +58,13 @@ class FirstStepsCheck(TrainerCallback):  # type: ignore[misc]
         model, gradient_of = kwargs["model"], self.gradient_norms or gradient_checks.stored_gradient
         parameter_groups = gradient_checks.group_parameters(model)
         states = gradient_checks.gradient_states(parameter_groups, gradient_of)
+        # Such a step shows nothing about the adapter: it is not counted.
         if self.allows_zero_gradients and gradient_checks.NONZERO_GRADIENT not in states:
             return
         self.num_checked += 1
         # finite=False: with loss scaling (float16) the first gradients may be infinite.
         result = gradient_checks.check_gradient_flow(model, finite=False, gradient_of=gradient_of)
+        # Success is reported once, below.
         if result.problem:
             self.report(result)
         if self.gradient_norms:
@@ -72,6 +74,7 @@ class FirstStepsCheck(TrainerCallback):  # type: ignore[misc]
             for group, state in zip(parameter_groups, states, strict=True)
             if state == gradient_checks.ZERO_GRADIENT
         }
+        # At zero in every step so far: one nonzero gradient proves that a tensor trains.
         self.at_zero = at_zero_now if self.at_zero is None else self.at_zero & at_zero_now
         if self.gradient_norms and (self.num_checked == CHECKED_STEPS or not self.at_zero):
             self.gradient_norms.close()

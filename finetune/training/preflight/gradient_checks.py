@@ -1,9 +1,9 @@
 """Gradient-flow check: which tensors get a gradient, and which must not; detects frozen or detached layers.
 
 LoRA's A has a zero gradient while B is zero, so a zero gradient alone proves nothing. But what holds by
-construction holds in every layer. Tensors are therefore compared with the same parameter in other layers: one
-that is frozen, without a gradient or at zero while the others are not does not train. If a stack of layers
-lacks gradients and another stack has them, the stack is another modality's, which text does not use.
+construction holds in every layer. A tensor is therefore compared with the same parameter in other layers: if
+it is frozen, without a gradient or at zero and the others are not, it does not train. A stack of layers
+without gradients, while another stack has them, belongs to a modality that text does not use.
 """
 
 import math
@@ -93,6 +93,7 @@ class GradientNorms:
         ]
 
     def _accumulate(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        # float32: the sum of squares overflows float16. Only the norm is kept, not a copy of the gradient.
         norm = gradient.detach().float().norm()
         self.norms[parameter] = self.norms[parameter] + norm if parameter in self.norms else norm
 
@@ -134,9 +135,8 @@ def _gradient_norms(tensors: Sequence[Tensor]) -> list[float]:
     if not tensors:
         return []
     norms = [tensor.detach().float().norm() for tensor in tensors]
-    full_norms = [
-        norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms
-    ]  # FSDP2's shards
+    # FSDP2's norms are partial sums over the shards until they are reduced.
+    full_norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     values: list[float] = torch.stack(full_norms).tolist()
     return values
 
@@ -203,6 +203,7 @@ def _zero_share(trained_states: Sequence[GradientState]) -> str:
 def _missing_gradients(parameter_groups: Sequence[ParameterGroup], gradient_of: GradientOf) -> list[str]:
     """Return errors of groups without a gradient, or in a lower state than the same parameter elsewhere."""
     states = gradient_states(parameter_groups, gradient_of)
+    # By kind: the best state that this parameter has in any layer.
     best: dict[str, GradientState] = defaultdict(lambda: FROZEN)
     for group, state in zip(parameter_groups, states, strict=True):
         best[group.kind] = max(best[group.kind], state)

@@ -88,6 +88,7 @@ def check_micro_batch_invariance(
         remainder = sum(
             (_backward(model, loss_sum, micro_batch, -scale / items) for micro_batch in micro_batches), loss
         )
+        # 1e-30 only prevents a division by zero.
         difference = max(
             abs(remainder) / max(abs(loss), 1e-30), _gradient_norm(model) / max(gradient_norm, 1e-30)
         )
@@ -132,6 +133,7 @@ def check_packing_isolation(
         collate: the run's packing collator.
         tolerance: difference, relative to the logits' standard deviation, that rounding explains.
     """
+    # The collator packs the longest first; `_packed_positions` finds the rows again in that order.
     examples = sorted(_rows_to_pack(rows), key=lambda example: -len(example["input_ids"]))
     batch = collate(examples)
     # Logits of each row in the packed batch against those of the row in a batch of its own.

@@ -17,6 +17,8 @@ def trained_digest(model: nn.Module) -> str:
         if weight.requires_grad:
             values = weight.detach().contiguous().cpu().reshape(-1)
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            # As bytes, since NumPy has no bfloat16; with name and shape, so that equal bytes of two tensors
+            # differ.
             digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -42,6 +42,7 @@ class RankShare:
 def count_rank_share(model: nn.Module, optimizer: Optimizer, rows: Sequence[int] = ()) -> RankShare:
     """Count the elements that this rank stores."""
     reshard(model)
+    # The largest state: factored ones (Adafactor's) and the step count are smaller than the weights.
     elements_by_state: dict[str, int] = defaultdict(int)
     for state in optimizer.state.values():
         for name, value in state.items():
@@ -112,6 +113,7 @@ class ShardingCheck(TrainerCallback):  # type: ignore[misc]
             return
         self.done = True
         model: nn.Module = kwargs["model"]
+        # All ranks raise together, or one would fail while the others wait in a collective.
         shares = all_gather_object(count_rank_share(model, kwargs["optimizer"], self.rows()))
         params = list(model.parameters())
         self.report(

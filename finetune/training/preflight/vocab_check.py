@@ -1,4 +1,4 @@
-"""Vocabulary check: every token of the data has an embedding, and untrained embeddings are trained."""
+"""Vocabulary check: every token of the data has an embedding, and no zero embedding stays frozen."""
 
 from collections.abc import Collection, Mapping
 
