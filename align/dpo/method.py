@@ -15,7 +15,7 @@ from align.dpo.reference_cache import ReferenceLogps
 from align.dpo.reference_logps import rows_seen_by_run
 from align.dpo.settings import DPOSettings
 from align.dpo.stop_rule import HELD_OUT_CHOSEN_LOGPS, ChosenLogpStop
-from align.dpo.trainer import HELD_OUT_PREFIX, PreferenceTrainer
+from align.dpo.trainer import PreferenceTrainer
 from align.dpo.trl_engine import build_trl_dpo_trainer, check_trl_dpo_initial_loss
 from align.dpo.trl_losses import trl_loss_arguments
 from align.preference.attention import block_mask_unsupported, forward_cost, unwrap_model
@@ -35,6 +35,7 @@ from finetune.training.context import RunContext
 from finetune.training.generation import Completion
 from finetune.training.generation_eval import GenerationEval
 from finetune.training.loading import Policy
+from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.preflight.checklist import check_rows, check_vocabulary
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.samples import Samples
@@ -200,12 +201,12 @@ class DPO:
         run = self.ctx.run
         # A resumed run has its `before` metrics already.
         recorded = run.record.get("metrics", {})
-        if self.data.held_out is not None and f"{HELD_OUT_PREFIX}loss_{when}" not in recorded:
+        if self.data.held_out is not None and f"{EVAL_PREFIX}loss_{when}" not in recorded:
             with self.ctx.timed("held_out"):
                 metrics = trainer.held_out_metrics(trainer.eval_dataset)
             if not isfinite(metrics["loss"]):
                 raise NotFiniteError(f"held-out loss is {metrics['loss']} {when} training")
-            run.update(metrics={f"{HELD_OUT_PREFIX}{name}_{when}": value for name, value in metrics.items()})
+            run.update(metrics={f"{EVAL_PREFIX}{name}_{when}": value for name, value in metrics.items()})
         if when == "after":
             shared_steps.record_training_metrics(self.ctx, trainer, DPO_FIRST_LAST_METRICS)
 

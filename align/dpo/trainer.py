@@ -15,8 +15,7 @@ from align.preference.reference_policy import ReferencePolicy, autocast_for
 from finetune.distributed.collectives import all_gather_object, shard_padded
 from finetune.training.base_trainer import log_held_out
 from finetune.training.head import output_head
-
-HELD_OUT_PREFIX = "eval/"
+from finetune.training.metrics import EVAL_PREFIX
 
 
 class PreferenceTrainer(GroupTrainer):
@@ -67,7 +66,7 @@ class PreferenceTrainer(GroupTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the metrics on the held-out groups; no logits are gathered."""
         metrics = self.held_out_metrics(self.eval_dataset)
-        return log_held_out(self, {f"{HELD_OUT_PREFIX}{name}": value for name, value in metrics.items()})
+        return log_held_out(self, {f"{EVAL_PREFIX}{name}": value for name, value in metrics.items()})
 
     @torch.no_grad()
     def held_out_metrics(self, rows: PreferenceDataset) -> dict[str, float]:

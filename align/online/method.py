@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from align.online.evaluation import HeldOutEvaluation, score_tokens
 from align.online.loading import OnlineModels
-from align.online.metric_spec import HELD_OUT_PREFIX, ONLINE_FIRST_LAST_METRICS
+from align.online.metric_spec import ONLINE_FIRST_LAST_METRICS
 from align.online.settings import GRPOSettings, OnlineSettings, RLOOSettings
 from align.online.trl_engine import (
     OnlineTrainer,
@@ -33,6 +33,7 @@ from finetune.training.context import RunContext
 from finetune.training.generation import Completion
 from finetune.training.generation_eval import GenerationEval
 from finetune.training.loading import Policy
+from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.samples import Samples, evenly_spaced
 from finetune.training.text_encoding import TextEncoding
@@ -181,10 +182,7 @@ class OnlineRL:
         run = self.ctx.run
         # A resumed run does not repeat an evaluation that is recorded.
         recorded = run.record.get("metrics", {})
-        if (
-            self.held_out_evaluation is not None
-            and f"{HELD_OUT_PREFIX}objective/reward_{when}" not in recorded
-        ):
+        if self.held_out_evaluation is not None and f"{EVAL_PREFIX}objective/reward_{when}" not in recorded:
             with self.ctx.timed("held_out"):
                 metrics = self._held_out_metrics()
             for name, value in metrics.items():
@@ -239,6 +237,4 @@ class OnlineRL:
 
     def _held_out_metrics(self) -> dict[str, float]:
         assert self.held_out_evaluation is not None
-        return {
-            f"{HELD_OUT_PREFIX}{name}": value for name, value in self.held_out_evaluation.evaluate().items()
-        }
+        return {f"{EVAL_PREFIX}{name}": value for name, value in self.held_out_evaluation.evaluate().items()}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from finetune.training.metric_specs import MetricSpec
+from finetune.training.metrics import EVAL_PREFIX
 
 ONLINE_COMPLETION_CURVES = {
     "objective/reward": "reward (mean over completions)",
@@ -16,7 +17,6 @@ ONLINE_STEP_CURVES = {
     "objective/reward_std": "standard deviation of the reward",
     "objective/frac_reward_zero_std": "fraction of prompts with equal rewards in the group",
 }
-HELD_OUT_PREFIX = "eval/"
 ONLINE_SUMMARY_METRICS = {
     "eval/objective/reward": ("held-out reward", ".3f"),
     "eval/objective/kl_per_completion": ("held-out KL, nats per completion", ".2f"),
@@ -39,7 +39,7 @@ def online_metric_spec(rewards: Sequence[str]) -> MetricSpec:
     """Return the curves and summary metrics for rewards of these names."""
     source_curves = {f"rewards/{name}": f"reward: {name}" for name in rewards} if len(rewards) > 1 else {}
     held_out_curves = {
-        f"{HELD_OUT_PREFIX}{name}": f"held-out {title}"
+        f"{EVAL_PREFIX}{name}": f"held-out {title}"
         for name, title in (ONLINE_COMPLETION_CURVES | source_curves).items()
     }
     return MetricSpec(

@@ -10,9 +10,7 @@ from align.rl.rewards.settings import RewardsSettings
 from align.rl.settings import PromptSettings, SamplingSettings
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import Section, StageSettings, TrainSettings
-
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+from finetune.recipe.settings import NonNegativeFloat, Section, StageSettings, TrainSettings
 
 
 class GroupSamplingSettings(SamplingSettings):

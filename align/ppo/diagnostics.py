@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from align.ppo.stop_rule import GOLD_PREFIX
 from align.preference.finding import Finding, repetition_finding
+from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
 
 RunMetrics = Mapping[str, float]
 MIN_REWARD_GAIN = 0.02
@@ -56,7 +56,11 @@ def _reward_gain(metrics: RunMetrics) -> Finding | None:
 
 
 def _grader_change(metrics: RunMetrics) -> Finding | None:
-    names = [name for name in metrics if name.startswith(f"eval/{GOLD_PREFIX}") and name.endswith("_before")]
+    names = [
+        name
+        for name in metrics
+        if name.startswith(f"{EVAL_PREFIX}{GOLD_PREFIX}") and name.endswith("_before")
+    ]
     changes = []
     for name in names:
         grader_key = name.removeprefix("eval/").removesuffix("_before")

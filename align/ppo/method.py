@@ -14,8 +14,8 @@ from align.ppo.loading import PPOModels, value_init_run
 from align.ppo.pretraining import PretrainingMix
 from align.ppo.stage_settings import Settings
 from align.ppo.state import PPOState, PPOStateCallback
-from align.ppo.stop_rule import GOLD_PREFIX, Metrics, RewardHackingStop
-from align.ppo.trainer import HELD_OUT_PREFIX, PPOTrainer
+from align.ppo.stop_rule import Metrics, RewardHackingStop
+from align.ppo.trainer import PPOTrainer
 from align.preference.reference_policy import ReferencePolicy
 from align.rl.completions import ScoredCompletions, check_rewards
 from align.rl.maths.kl import AdaptiveKLController, FixedKLController
@@ -37,6 +37,7 @@ from finetune.training.context import RunContext
 from finetune.training.generation import Completion
 from finetune.training.generation_eval import GenerationEval, mean_grade
 from finetune.training.loading import Policy
+from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
 from finetune.training.model import count_parameters
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.samples import Samples, evenly_spaced, prompt_text
@@ -215,12 +216,12 @@ class PPO:
         assert isinstance(trainer, PPOTrainer)
         run = self.ctx.run
         # A resumed run does not repeat an evaluation that is recorded.
-        if trainer.held_out_prompts and f"{HELD_OUT_PREFIX}objective/reward_{when}" not in run.record.get(
+        if trainer.held_out_prompts and f"{EVAL_PREFIX}objective/reward_{when}" not in run.record.get(
             "metrics", {}
         ):
             with self.ctx.timed("held_out"):
                 metrics = trainer.held_out_metrics()
-            run.update(metrics={f"{HELD_OUT_PREFIX}{name}_{when}": value for name, value in metrics.items()})
+            run.update(metrics={f"{EVAL_PREFIX}{name}_{when}": value for name, value in metrics.items()})
         if when == "after":
             shared_steps.record_training_metrics(self.ctx, trainer, PPO_FIRST_LAST_METRICS)
 
@@ -276,11 +277,9 @@ class PPO:
         before = {name.removesuffix("_before"): value for name, value in metrics.items() if "_before" in name}
         entries = [
             before,
-            *(entry for entry in run.metrics() if f"{HELD_OUT_PREFIX}objective/reward" in entry),
+            *(entry for entry in run.metrics() if f"{EVAL_PREFIX}objective/reward" in entry),
         ]
-        return [
-            {name.removeprefix(HELD_OUT_PREFIX): value for name, value in entry.items()} for entry in entries
-        ]
+        return [{name.removeprefix(EVAL_PREFIX): value for name, value in entry.items()} for entry in entries]
 
     def _check_initial_ratio(self, error: float) -> None:
         """Check once that the first update's ratios to the sampling policy are 1."""

@@ -1,9 +1,9 @@
 """Metrics of PPO: titles of the curves, and the summary before and after training."""
 
 from align.ppo.stage_settings import Settings
-from align.ppo.stop_rule import GOLD_PREFIX
 from finetune.recipe.settings import StageSettings
 from finetune.training.metric_specs import MetricSpec
+from finetune.training.metrics import GOLD_PREFIX
 
 PPO_COMPLETION_CURVES = {
     "objective/reward": "reward (mean over completions)",

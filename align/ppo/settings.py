@@ -6,10 +6,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import Fraction, NonEmptyStr, PositiveInt, Section
+from finetune.recipe.settings import Fraction, NonEmptyStr, NonNegativeFloat, PositiveInt, Section
 
 PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class PPOSettings(Section):

@@ -6,8 +6,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.ppo.settings import StopSettings
+from finetune.training.metrics import GOLD_PREFIX
 
-GOLD_PREFIX = "gold/"
 """Metric prefix of the graders: the gold reward, which the run does not maximize."""
 MIN_LENGTH_REWARD_CORRELATION = 0.3
 """Correlation of length and reward above which longer completions count as length hacking."""

@@ -21,8 +21,8 @@ from align.rl.prompts import Prompt, Prompts
 from finetune.distributed.collectives import all_gather_object, shard
 from finetune.distributed.rank import dist_info
 from finetune.training.base_trainer import BaseTrainer, log_held_out
+from finetune.training.metrics import EVAL_PREFIX
 
-HELD_OUT_PREFIX = "eval/"
 EVAL_ROLLOUT_INDEX = -1
 """Rollout index of the held-out completions: always the same seed, and no rollout's."""
 
@@ -195,7 +195,7 @@ class PPOTrainer(BaseTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the metrics of completions to held-out prompts."""
         return log_held_out(
-            self, {f"{HELD_OUT_PREFIX}{name}": value for name, value in self.held_out_metrics().items()}
+            self, {f"{EVAL_PREFIX}{name}": value for name, value in self.held_out_metrics().items()}
         )
 
     def held_out_metrics(self) -> dict[str, float]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from align.rejection.metric_spec import GOLD_PREFIX, HELD_OUT_PREFIX
 from align.rejection.policies import RoundPolicies, round_folder, round_recipe
 from align.rejection.sampling import CandidateSampler, round_prompt_indices
 from align.rejection.selection import Candidate, best_per_prompt, eligible, mean_best_of_n, top_candidates
@@ -30,6 +29,7 @@ from finetune.training import shared_steps
 from finetune.training.context import RunContext
 from finetune.training.generation import Completion
 from finetune.training.generation_eval import GenerationEval, mean_grade
+from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.run_directory import CANDIDATES, SELECTED, RunDirectory
 from finetune.training.samples import Samples, evenly_spaced, prompt_text
@@ -144,7 +144,7 @@ class RejectionSampling:
         if when is not None:
             # run.json has the held-out metrics twice: by round, and before and after training as for every
             # stage.
-            metrics = {key: value for key, value in entry.items() if key.startswith(HELD_OUT_PREFIX)}
+            metrics = {key: value for key, value in entry.items() if key.startswith(EVAL_PREFIX)}
             run.update(metrics={f"{key}_{when}": value for key, value in metrics.items()})
         self._write_metrics(round_index)
 
@@ -338,7 +338,7 @@ class RejectionSampling:
         )
         for name, grader in self.generation_eval.graders.items():
             metrics[f"{GOLD_PREFIX}{name}"] = mean_grade(name, grader, prompt_texts, texts)
-        return {f"{HELD_OUT_PREFIX}{name}": value for name, value in metrics.items()}
+        return {f"{EVAL_PREFIX}{name}": value for name, value in metrics.items()}
 
     def _write_metrics(self, round_index: int) -> None:
         """Write ``metrics.jsonl`` up to a round: the steps of all rounds, concatenated."""

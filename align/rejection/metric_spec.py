@@ -5,9 +5,8 @@ from typing import Any
 
 from align.rejection.settings import Settings
 from finetune.training.metric_specs import Diagnostics, MetricSpec
+from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
 
-HELD_OUT_PREFIX = "eval/"
-GOLD_PREFIX = "gold/"
 ROUND_COLUMNS = {
     "prompts": ("prompts", ",d"),
     "completions": ("completions", ",d"),
@@ -35,9 +34,9 @@ def rejection_metric_spec(settings: Settings) -> MetricSpec:
         "eval/val/eos_rate": "held-out EOS rate",
     }
     if len(reward_names) > 1:
-        curves |= {f"{HELD_OUT_PREFIX}rewards/{name}": f"held-out reward: {name}" for name in reward_names}
+        curves |= {f"{EVAL_PREFIX}rewards/{name}": f"held-out reward: {name}" for name in reward_names}
     grader_curves = {
-        f"{HELD_OUT_PREFIX}{GOLD_PREFIX}{name}": f"grader: {name} (completions)"
+        f"{EVAL_PREFIX}{GOLD_PREFIX}{name}": f"grader: {name} (completions)"
         for name in settings.evaluate.graders
     }
     summary = {
@@ -54,9 +53,7 @@ def rounds_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
     rounds: dict[str, dict[str, Any]] = record["rounds"]
     keys = dict.fromkeys(key for entry in rounds.values() for key in entry)
     grader_names = {
-        key: key.removeprefix(HELD_OUT_PREFIX)
-        for key in keys
-        if key.startswith(HELD_OUT_PREFIX + GOLD_PREFIX)
+        key: key.removeprefix(EVAL_PREFIX) for key in keys if key.startswith(EVAL_PREFIX + GOLD_PREFIX)
     }
     columns = ROUND_COLUMNS | {
         key: (f"{name.replace('/', ': ', 1)} after", ".3f") for key, name in grader_names.items()

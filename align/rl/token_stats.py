@@ -10,10 +10,9 @@ from align.preference.attention import unwrap_model
 from align.preference.groups import Group, GroupBatch, GroupCollator
 from align.preference.logps import completion_logits, gather_logps
 from align.rl.maths.losses import entropy
+from align.rl.sampling import TokenIds
 from finetune.training.head import output_head
 from finetune.training.loss import MAX_LOGITS_PER_CHUNK
-
-TokenIds = Sequence[int]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from finetune.recipe.errors import Problem
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
 

@@ -8,7 +8,9 @@ In run.json the values before and after training have the suffixes ``_before`` a
 from dataclasses import dataclass
 from typing import Literal
 
-EVAL, LOGGED_EVAL = "eval/", "eval_"
+EVAL_PREFIX, LOGGED_EVAL_PREFIX = "eval/", "eval_"
+GOLD_PREFIX = "gold/"
+"""Graders that RL does not optimize (gold rewards of arXiv 2210.10760)."""
 SUPERVISED = ("sft", "pretrain", "chain_of_hindsight", "rejection")
 TEXT_STAGES = (*SUPERVISED, "dpo", "kto", "ppo", "rloo", "grpo")
 ONLINE = ("ppo", "rloo", "grpo")
@@ -38,7 +40,7 @@ class Metric:
     @property
     def names(self) -> list[str]:
         """Return the keys that it has in metrics.jsonl or run.json."""
-        prefixes = {"train": [""], "eval": [EVAL], "both": ["", EVAL]}[self.where]
+        prefixes = {"train": [""], "eval": [EVAL_PREFIX], "both": ["", EVAL_PREFIX]}[self.where]
         return [f"{prefix}{self.name}" for prefix in prefixes]
 
 
@@ -343,12 +345,14 @@ METRICS: tuple[Metric, ...] = (
 
 def as_logged(name: str) -> str:
     """Return the name that a metric has for callbacks: ``eval/loss`` becomes ``eval_loss``."""
-    return LOGGED_EVAL + name.removeprefix(EVAL) if name.startswith(EVAL) else name
+    return LOGGED_EVAL_PREFIX + name.removeprefix(EVAL_PREFIX) if name.startswith(EVAL_PREFIX) else name
 
 
 def as_recorded(name: str) -> str:
     """Return the name that a logged metric has in metrics.jsonl: ``eval_loss`` becomes ``eval/loss``."""
-    return EVAL + name.removeprefix(LOGGED_EVAL) if name.startswith(LOGGED_EVAL) else name
+    return (
+        EVAL_PREFIX + name.removeprefix(LOGGED_EVAL_PREFIX) if name.startswith(LOGGED_EVAL_PREFIX) else name
+    )
 
 
 def metric_lines() -> dict[str, str]:

@@ -31,12 +31,12 @@ class LengthLimits:
     drop: bool = False
 
 
-TokenIds = list[int]
+IdList = list[int]
 
 
 def truncate_to(
-    prompt: TokenIds, completions: Sequence[TokenIds], limits: LengthLimits, *, num_kept_start: int = 0
-) -> tuple[TokenIds, list[TokenIds]]:
+    prompt: IdList, completions: Sequence[IdList], limits: LengthLimits, *, num_kept_start: int = 0
+) -> tuple[IdList, list[IdList]]:
     """Truncate a prompt on the left and completions on the right, no more than needed.
 
     The prompt is truncated first, down to ``max_prompt_length``, then the completions.
@@ -124,7 +124,7 @@ def _encode_rows(rows: Sequence[Comparison], encoder: Encoder) -> Iterator[list[
 
 def _split_prompt_completions(
     encoded: Sequence[Encoded | TemplateError], encoder: Encoder, location: str, report: DataReport
-) -> tuple[TokenIds, list[TokenIds]] | None:
+) -> tuple[IdList, list[IdList]] | None:
     """Return the ids of the prompt and of each completion up to its last trained token, None if unusable."""
     prompts, completions = [], []
     for conversation in encoded:
@@ -155,13 +155,13 @@ def _split_prompt_completions(
 
 
 def _truncate_row(
-    prompt: TokenIds,
-    completions: list[TokenIds],
+    prompt: IdList,
+    completions: list[IdList],
     row: Comparison,
     limits: LengthLimits,
     encoder: Encoder,
     report: DataReport,
-) -> tuple[TokenIds, dict[int, TokenIds]] | None:
+) -> tuple[IdList, dict[int, IdList]] | None:
     """Return the truncated prompt and completions (by index in the row), None if too few are distinct."""
     # BOS stays first when the prompt is truncated on the left.
     num_kept_start = int(prompt[:1] == [encoder.tokenizer.bos_token_id])
@@ -184,8 +184,8 @@ def _truncate_row(
 
 
 def _distinct_token_sequences(
-    completions: list[TokenIds], row: Comparison, suffix: str, report: DataReport
-) -> dict[int, TokenIds]:
+    completions: list[IdList], row: Comparison, suffix: str, report: DataReport
+) -> dict[int, IdList]:
     """Return the completions with distinct tokens, by index in the row; empty if too few are."""
     first: dict[tuple[int, ...], int] = {}
     for index, ids in enumerate(completions):

@@ -10,6 +10,8 @@ from align.preference.rows.records import Comparison
 from data_templates.segments import Message
 from finetune.data.conversation import with_control_suffix
 from finetune.data.tokens import Encoder
+from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import read_recipe
 
 GOOD, BAD = "Answer well.", "Answer badly."
 
@@ -74,3 +76,9 @@ def test_each_prompt_appears_once_with_its_best_completion():
     assert [(conversation.messages[-1].content, conversation.location) for conversation in prompts] == [
         ("a", "f:1")
     ]
+
+
+def test_equal_feedback_texts_are_refused() -> None:
+    same = {"chain_of_hindsight.good": "Give an answer.", "chain_of_hindsight.bad": "Give an answer."}
+    with pytest.raises(UserError, match=r"chain_of_hindsight.bad.*equal to chain_of_hindsight.good"):
+        read_recipe("chain_of_hindsight", "quickstart", shortcuts=same)
