@@ -109,6 +109,7 @@ def load_base(
         configure_score_heads(config, heads)
         set_verbosity_error()  # the library warns of a newly initialized head, which is intended here
     auto_class = AutoModelForSequenceClassification if heads else AutoModelForCausalLM
+    fsdp = DistributedConfig(fsdp_size=dist_info().world_size) if strategy == "fsdp2" else None
     with _LoadErrors(settings):
         model: PreTrainedModel
         model, loading_info = auto_class.from_pretrained(
@@ -121,9 +122,7 @@ def load_base(
             quantization_config=_quantization_config(quantization, precision, heads=bool(heads)),
             # Sharded weights are placed by the engine.
             device_map=None if strategy in SHARDED_WEIGHTS else {"": hardware.device},
-            distributed_config=DistributedConfig(fsdp_size=dist_info().world_size)
-            if strategy == "fsdp2"
-            else None,
+            distributed_config=fsdp,
             # Pickled weights can execute code.
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below with names and shapes
