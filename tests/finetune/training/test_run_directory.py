@@ -10,7 +10,7 @@ from fixture_types import MakeRecipe, Tune
 
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.runs import read_run_record
+from finetune.recipe.runs import FORMAT, read_run_record
 from finetune.training.run_directory import RunDirectory
 
 
@@ -27,7 +27,7 @@ def started_run(recipe: Recipe, path: Path, **fields: object) -> RunDirectory:
     """Return the folder of a run that has started."""
     run = run_of(recipe, path)
     with run.locked():
-        run.update(status="running", recipe="sums", digest=run.digest, **fields)
+        run.update(status="running", recipe="sums", digest=run.digest, format=FORMAT, **fields)
     return run
 
 
