@@ -52,12 +52,11 @@ def rounds_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
     """Return the report's table of rounds."""
     rounds: dict[str, dict[str, Any]] = record["rounds"]
     keys = dict.fromkeys(key for entry in rounds.values() for key in entry)
-    grader_names = {
-        key: key.removeprefix(EVAL_PREFIX) for key in keys if key.startswith(EVAL_PREFIX + GOLD_PREFIX)
+    prefix = EVAL_PREFIX + GOLD_PREFIX
+    grader_columns = {
+        key: (f"grader: {key.removeprefix(prefix)} after", ".3f") for key in keys if key.startswith(prefix)
     }
-    columns = ROUND_COLUMNS | {
-        key: (f"{name.replace('/', ': ', 1)} after", ".3f") for key, name in grader_names.items()
-    }
+    columns = ROUND_COLUMNS | grader_columns
     present = {key: column for key, column in columns.items() if key in keys}
     rows = [["round", *(title for title, _ in present.values())]]
     for round_index, entry in rounds.items():

@@ -92,7 +92,7 @@ def test_curves_continue_across_rounds(uninterrupted: Result) -> None:
     assert list(rewards) == [0, 4, 10]
     page = (uninterrupted.directory / "report.html").read_text()
     assert "Rounds" in page and "mean reward of selected" in page and "best of 3" in page
-    assert "gold: letters after" in page
+    assert "grader: letters after" in page
 
 
 def interrupt_at(place: str, moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
