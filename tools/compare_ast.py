@@ -21,7 +21,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from renames import Renames, read_renames
@@ -285,7 +285,12 @@ def sources(root: Path) -> dict[str, str]:
 def moved(path: str, renames: Renames) -> str:
     """Return where a file of the older checkout is in the newer one."""
     name = path.removesuffix(".py").replace("/", ".")
-    return renames.modules.get(name, name).replace(".", "/") + ".py"
+    return path_of(renames.modules.get(name, name))
+
+
+def path_of(module: str) -> str:
+    """Return a module's file."""
+    return module.replace(".", "/") + ".py"
 
 
 def main() -> int:
@@ -299,6 +304,11 @@ def main() -> int:
     words = parser.parse_args()
     renames = read_renames(words.table) if words.table else Renames()
     before, after = sources(words.old), sources(words.new)
+    # A table covers many commits: rows of moves that this pair of checkouts does not have are left out.
+    moves = {
+        old: new for old, new in renames.modules.items() if path_of(new) in after and path_of(old) in before
+    }
+    renames = replace(renames, modules=moves)
     pairs = {moved(path, renames): path for path in before}
     problems = [f"{path}: only before" for path in sorted(pairs.keys() - after.keys())]
     problems += [f"{path}: only after" for path in sorted(after.keys() - pairs.keys())]
