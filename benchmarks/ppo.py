@@ -1,11 +1,12 @@
-"""Proximal policy optimization, our stage against TRL's last PPOTrainer: the same base, prompts and shapes.
+"""Proximal policy optimization, our stage against TRL's PPOTrainer: the same base, prompts and shapes.
 
-    python3 -m venv trl024
-    trl024/bin/pip install "torch==2.13.0" "trl==0.24.0" "transformers==4.57.6" "peft==0.17.1" click
-    make bench-ppo ARGS="--trl-python trl024/bin/python"
+    python3 -m venv trl110
+    trl110/bin/pip install "torch==2.13.0" "trl==1.10.0" "transformers==5.24.*" "peft==0.21.2" click psutil
+    make bench-ppo ARGS="--trl-python trl110/bin/python"
 
-TRL dropped its PPO trainer after 0.24, which does not work with the transformers that the project needs: it
-runs in an environment of its own, made as above, and reads the same folder. A Llama shape of 42M parameters
+TRL 1.10 has a PPO trainer in ``trl.experimental.ppo``; 1.16, which the project pins, has none. So TRL runs
+in an environment of its own, made as above, with current transformers and peft, and reads the same folder.
+A Llama shape of 42M parameters
 with random weights and a vocabulary of 32k; 24 prompts of 96 tokens, 8 per rollout, 64 new tokens each, 4
 PPO epochs of one optimizer step over a rollout's 8 episodes.
 
@@ -119,7 +120,7 @@ def summarize(runs: list[dict[str, Any]], contenders: tuple[str, ...]) -> dict[s
 
 
 @click.command()
-@click.option("--trl-python", default="", help="The interpreter of the environment with TRL 0.24.")
+@click.option("--trl-python", default="", help="The interpreter of the environment with TRL 1.10.")
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--bfloat16", is_flag=True, help="bfloat16 in place of float32, for all contenders.")
 @click.option("--small", is_flag=True, help="A model of two narrow layers, as a smoke test.")

@@ -1,7 +1,7 @@
-"""TRL's side of `benchmarks.ppo`: its last PPOTrainer, in an environment of its own, from a prepared folder.
+"""TRL's side of `benchmarks.ppo`: TRL 1.10's experimental PPOTrainer, in an environment of its own.
 
-`benchmarks.ppo` describes how to create it, prepares the folder, runs this with that interpreter from the
-repository's root, and reads the last line of its output. Nothing here needs the project installed.
+`benchmarks.ppo` describes how to create it, prepares a folder, runs this with that interpreter from the
+repository's root, and reads the last line of its output. The project is not installed there, only importable.
 """
 
 import json
