@@ -64,16 +64,16 @@ def run_four_models(recipe: Recipe) -> None:
     settings, console = recipe.settings, Console(quiet=True)
     assert isinstance(settings, Settings)
     directory = RunDirectory.of(recipe, force=False)
-    job = RunContext(recipe, directory, console, "four models", metric_spec=ppo_metric_spec(settings))
-    text = load_text_encoding(job)
-    prompts = load_prompts(job, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
-    models = load_ppo_models(job, text)
+    ctx = RunContext(recipe, directory, console, "four models", metric_spec=ppo_metric_spec(settings))
+    text = load_text_encoding(ctx)
+    prompts = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
+    models = load_ppo_models(ctx, text)
     policy = models.policy.model
     for role in (models.actor_critic.value, *(reward.model for reward in models.rewards.models)):
         copy_shared_weights(role, policy)
     # For its memory alone: the stage computes reference log-probabilities with the policy's weights.
     reference = copy.deepcopy(policy)
-    run_stage(job, PPO(job, text, prompts, models), finalize=lambda: None)
+    run_stage(ctx, PPO(ctx, text, prompts, models), finalize=lambda: None)
     assert reference is not policy, "keeps the reference's weights alive"
 
 
@@ -126,7 +126,7 @@ def main(folder: Path, contender: str) -> None:
         "episodes": len(rollouts) * work["rollout"],
         "rollouts": len(rollouts),
         "trainable": record["parameters"]["trained"],
-        "new_tokens": sum(entry["length"] for entry in rollouts) / len(rollouts),
+        "new_tokens": sum(entry["val/completion_length"] for entry in rollouts) / len(rollouts),
         "split": split_seconds(rollouts, record["seconds"]["train"]),
     }
     click.echo(json.dumps(measured))
