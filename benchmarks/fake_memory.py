@@ -348,7 +348,7 @@ def _group_batch(case: MemoryCase, ids: Tensor) -> dict[str, Tensor]:
         "input_ids": ids,
         "position_ids": ids.clone(),
         "group_ids": ids.clone(),
-        "completion_ids": ids.clone(),
+        "segment_ids": ids.clone(),
     }
     batch |= {"state_index": indices, "targets": indices.clone(), "completion_index": indices.clone()}
     batch |= {"token_offset": indices.clone(), "lengths": torch.zeros(case.rows, dtype=torch.long)}

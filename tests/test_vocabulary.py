@@ -63,8 +63,8 @@ SEARCHED = """
     RunContext run_stage write_checksums resume_adapter lr_factors CheckResult check_eos_trained
     check_loss_mask check_single_bos check_vocab_size check_packing_isolation check_batch_invariance
     check_sharding check_gradient_flow preserve_state loss_mask location control_suffix apply_loss_scope
-    MicroBatchSampler PackedCollator IGNORE_INDEX loss_positions completion_ids group_ids block_mask
-    gather_logps reference_logps ReferencePolicy logratios preference_metrics bradley_terry
+    MicroBatchSampler PackedCollator IGNORE_INDEX loss_positions completion_ids segment_ids group_ids
+    block_mask gather_logps reference_logps ReferencePolicy logratios preference_metrics bradley_terry
     plackett_luce ActorCritic Rollout RolloutTensors TokenStats gae gae_lambda gamma token_rewards
     policy_loss value_loss clip_range AdaptiveKLController FixedKLController kl_coef approx_kl whiten
     RunningMeanStd with_entropy make_minibatches RewardScores FunctionReward sample_completions

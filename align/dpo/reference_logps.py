@@ -1,4 +1,4 @@
-"""Precomputed reference log-probabilities: the rows that a run uses, the forward passes, the cache file."""
+"""Precomputed reference log-probabilities (TRL: ref_logps): rows of a run, forward passes, cache file."""
 
 import hashlib
 import json

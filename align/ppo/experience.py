@@ -204,7 +204,7 @@ def _completion_lengths(completions: ScoredCompletions) -> np.ndarray:
 def shape_rewards(
     completions: ScoredCompletions, settings: PPOSettings, reward_stats: reward_shaping.RunningMeanStd
 ) -> Tensor:
-    """Return the rewards that PPO maximizes: (C,); normalized, then clipped, then with the EOS penalty."""
+    """Return the rewards that PPO maximizes: (C,); normalized, clipped, replaced if EOS is missing."""
     rewards = completions.rewards
     if settings.normalize_rewards == "running":
         rewards = reward_stats.normalize(rewards, shift_mean=True)

@@ -21,10 +21,13 @@ class PPOSettings(Section):
         4, description="PPO epochs over a rollout, in minibatches of train.batch_size"
     )
     clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.2, description="clip range of the policy ratio, to 1 +- this (arXiv 1707.06347, equation 7)"
+        0.2,
+        description="clip range of the ratio, 1 +- this (TRL: cliprange; arXiv 1707.06347, equation 7)",
     )
     value_clip_range: PositiveFloat | None = Field(
-        0.2, description="clip range of the value around its estimate at the rollout; null: no clipping"
+        0.2,
+        description="clip range of the value around its estimate at the rollout (TRL: cliprange_value); "
+        "null: no clipping",
     )
     value_coef: NonNegativeFloat = Field(0.1, description="weight of the value loss (vf_coef)")
     value_init: Literal["auto", "reward", "policy"] = Field(

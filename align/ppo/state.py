@@ -22,7 +22,7 @@ class PPOState:
         kl_controller: fixed or adaptive KL controller, which holds the KL coefficient.
         reward_stats: running mean and variance of all rewards.
         num_rollouts: number of rollouts so far.
-        minibatches_done: optimizer steps done on the current rollout.
+        minibatches_done: optimizer steps begun on the current rollout; in a checkpoint, steps done.
         approx_kl: KL to the sampling policy in the last optimizer step, nats per token.
         pending_metrics: metrics of the rollout that are not logged yet.
         first_metrics: metrics of the first rollout, the baseline of the stop rules.

@@ -51,7 +51,7 @@ def block_attention(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[N
         num_input_virtual = 0 if embeddings is None else embeddings.shape[1] - batch["input_ids"].shape[1]
         num_cached_virtual = 0 if cache is None else int(cache.get_seq_length())
         mask = _prepend_virtual_tokens(
-            block_mask(batch["group_ids"], batch["completion_ids"]),
+            block_mask(batch["group_ids"], batch["segment_ids"]),
             num_input_virtual=num_input_virtual,
             num_cached_virtual=num_cached_virtual,
         )

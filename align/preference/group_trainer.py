@@ -30,7 +30,7 @@ class GroupTrainer(BaseTrainer):
         Args:
             losses: of this micro-batch's real (not padding) groups, a slice of all with gradient: if it is
                 empty, the sum is 0 and its gradient is 0 in every trained weight.
-            num_groups: groups of the optimizer step, over all processes.
+            num_groups: groups of the optimizer step, over all processes (Trainer's num_items_in_batch).
         """
         loss_sum = losses.sum()
         # The penalty counts once per step, so each micro-batch adds it weighted by its number of groups.

@@ -70,7 +70,7 @@ class GroupBatch(Predictions):
         input_ids: (B, T).
         position_ids: (B, T); those of a completion continue from its prompt, padding is 0.
         group_ids: (B, T), 1-based index of a position's group within its row; 0 is padding.
-        completion_ids: (B, T), 0 for the prompt, k for the k-th completion of the group.
+        segment_ids: (B, T), 0 for the prompt, k for the k-th completion of the group.
         sizes: (G,) K of each group.
         attention_mask: (B, T), only with one completion per row, where attention is causal as usual.
     """
@@ -78,7 +78,7 @@ class GroupBatch(Predictions):
     input_ids: Tensor
     position_ids: Tensor
     group_ids: Tensor
-    completion_ids: Tensor
+    segment_ids: Tensor
     sizes: Tensor
     attention_mask: NotRequired[Tensor]
 
@@ -186,14 +186,14 @@ def pack_evenly(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return rows
 
 
-def block_mask(group_ids_BT: Tensor, completion_ids_BT: Tensor) -> Tensor:
+def block_mask(group_ids_BT: Tensor, segment_ids_BT: Tensor) -> Tensor:
     """Return the block mask (B, T, T), bool: [b, i, j] is true where query i attends to key j.
 
     A token attends to the earlier tokens of its prompt and of its own completion, and to itself.
 
     Args:
         group_ids_BT: (B, T), index of the group, 0 for padding.
-        completion_ids_BT: (B, T), 0 for the prompt, k for the k-th completion.
+        segment_ids_BT: (B, T), 0 for the prompt, k for the k-th completion.
 
     >>> block_mask(torch.tensor([[1, 1, 1, 1, 2, 0]]), torch.tensor([[0, 1, 1, 2, 0, 0]])).int()
     tensor([[[1, 0, 0, 0, 0, 0],
@@ -205,8 +205,8 @@ def block_mask(group_ids_BT: Tensor, completion_ids_BT: Tensor) -> Tensor:
     """
     positions_T = torch.arange(group_ids_BT.shape[1], device=group_ids_BT.device)
     same_group = group_ids_BT[:, :, None] == group_ids_BT[:, None, :]
-    same_completion = (completion_ids_BT[:, None, :] == 0) | (
-        completion_ids_BT[:, :, None] == completion_ids_BT[:, None, :]
+    same_completion = (segment_ids_BT[:, None, :] == 0) | (
+        segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     )
     # By order in the row and not by position ids, which all completions of a prompt share.
     causal = positions_T[:, None] >= positions_T[None, :]
@@ -228,7 +228,7 @@ def _to_batch(groups: Sequence[Group], rows: Sequence[Sequence[int]], pad_id: in
         "input_ids": input_ids_BT,
         "position_ids": _pad_rows(groups_by_row, _position_ids),
         "group_ids": pad_sequence(group_ids, batch_first=True),
-        "completion_ids": _pad_rows(groups_by_row, _completion_ids),
+        "segment_ids": _pad_rows(groups_by_row, _segment_ids),
         "sizes": torch.tensor([len(group.completions) for group in groups]),
         # mypy looks for the optional key in what is unpacked
         **_predictions(groups, _group_offsets(groups, rows, input_ids_BT.shape[1]), input_ids_BT.shape),  # type: ignore[typeddict-item]
@@ -267,7 +267,7 @@ def _position_ids(group: Group) -> Tensor:
     return torch.cat([torch.arange(prompt_length), *completions])
 
 
-def _completion_ids(group: Group) -> Tensor:
+def _segment_ids(group: Group) -> Tensor:
     lengths = torch.tensor([len(group.prompt), *map(len, group.completions)])
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 

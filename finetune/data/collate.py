@@ -53,7 +53,7 @@ class PaddedCollator:
 
 @dataclass(frozen=True, slots=True)
 class PackedCollator:
-    """Concatenates rows; position ids restart at each, and there is no attention mask.
+    """Packs rows without cross-contamination: position ids restart at each, without an attention mask.
 
     In this form transformers separates packed rows for every attention implementation: a block mask for
     eager, SDPA and FlexAttention, sequence lengths for FlashAttention, which takes a single batch row

@@ -1,4 +1,4 @@
-"""Near-duplicate detection: MinHash LSH over word 5-grams, candidates verified by exact Jaccard overlap.
+"""Near duplicates by minhash: LSH over word 5-grams, candidates verified by exact Jaccard overlap.
 
 Broder 1997 ("On the resemblance and containment of documents"); Lee et al. 2021 (arXiv 2107.06499, section
 4.2, NearDup): two texts are near duplicates if the Jaccard overlap of their word 5-grams is at least a

@@ -13,7 +13,7 @@ from math import ceil
 
 
 class Buffer:
-    """Size of one tensor: element count, bytes per element, category, reference count and gradient.
+    """A simulated tensor: element count, bytes per element, category, reference count and gradient.
 
     A view has ``nbytes`` 0; its gradient is a buffer of its own.
     """
@@ -64,9 +64,10 @@ class Tape:
 
     Attributes:
         in_place: whether a second gradient is accumulated into the first one, as the engine does with plain
-            tensors; fake tensors (a shape, no data) make it allocate a third.
+            tensors; False: their sum is a new buffer, as with fake tensors, and both are freed after it.
         live_by_category: live bytes.
         peak_by_category: live bytes at the peak so far.
+        total: live bytes of all categories; peak: their maximum so far.
         recording: whether operations are recorded for a backward pass (False: no_grad).
         accumulating: whether weight gradients exist already (counted elsewhere) and are accumulated into.
         grad_shards: the number of shards that a full weight gradient is reduce-scattered into; one stays
@@ -140,7 +141,8 @@ class Tape:
             saves_output: whether the backward pass reads the output too.
             aliased: whether the gradient is passed through unchanged.
             workspace: temporary bytes of the backward pass.
-            category: memory category of the output; default: that of the first input.
+            category: memory category of the output; default: that of the first input, activations if it is
+                a weight.
         """
         # A weight's category is that of its gradient; what is computed from it is an activation.
         input_category = "activations" if inputs[0].is_parameter else inputs[0].category

@@ -155,7 +155,9 @@ class DataSettings(Section):
         None, description="maximum tokens per row; null: the model's context, at most 2048"
     )
     loss_on: Literal["assistant", "all", "last_assistant"] = Field(
-        "assistant", description="loss on every reply, on all tokens (prompts too), or on the last reply only"
+        "assistant",
+        description="loss on every reply (TRL: assistant_only_loss), on all tokens (prompts too), or on the "
+        "last reply only",
     )
     overflow: Literal["truncate", "drop"] = Field(
         "truncate", description="truncate rows longer than max_length, or drop them"

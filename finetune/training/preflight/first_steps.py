@@ -106,6 +106,6 @@ class FirstStepsCheck(TrainerCallback):  # type: ignore[misc]
             zeros = f"{len(self.at_zero)} trained tensors had zero gradients"
             self.report(
                 CheckResult(
-                    FIRST_STEPS, f"{zeros}; {self.num_checked} steps: too few for the remaining checks"
+                    FIRST_STEPS, f"{zeros}; too few steps for the remaining checks: {self.num_checked}"
                 )
             )

@@ -53,7 +53,7 @@ def test_every_token_is_predicted_by_its_predecessor(
 def test_tokens_attend_to_their_own_past_only(shapes: list[Shape], budget: int) -> None:
     groups = random_groups(shapes)
     batch = GroupCollator(0, budget)(groups)
-    mask = block_mask(batch["group_ids"], batch["completion_ids"])
+    mask = block_mask(batch["group_ids"], batch["segment_ids"])
     not_padding = batch["group_ids"] > 0
     # A token attends to as many positions as its position id counts, all of its own group.
     assert torch.equal(mask.sum(-1)[not_padding], batch["position_ids"][not_padding] + 1)
