@@ -40,7 +40,7 @@ class PPOTrainer(BaseTrainer):
 
     @cached_property
     def token_metrics(self) -> metrics.TokenMetricAverager:
-        """Return the per-token metrics since they were last logged."""
+        """Return the averager of per-token metrics, emptied whenever they are logged."""
         return metrics.TokenMetricAverager()
 
     @property
@@ -117,7 +117,7 @@ class PPOTrainer(BaseTrainer):
         losses_CT = policy.losses + ppo.value_coef * value.losses
         losses_CT = losses_CT - ppo.entropy_coef * outputs.entropies.masked_fill(~mask_CT, 0.0)
         self._record_metrics(inputs, outputs.logps, policy, value, num_tokens=num_items_in_batch)
-        # Divided by the tokens of the whole step below: the loss does not depend on how a step is split into
+        # Divided by the tokens of the whole step: the loss does not depend on how a step is split into
         # micro-batches and ranks.
         loss_sum = losses_CT.sum()
         if self.hooks.penalty:  # weighted by this micro-batch's part of the step's tokens
@@ -125,7 +125,7 @@ class PPOTrainer(BaseTrainer):
         loss: Tensor = loss_sum / num_items_in_batch
         if self.pretraining:
             loss = loss + self.pretraining.loss(outputs.pretraining_nll, inputs)
-        # DDP averages gradients over ranks, and the mean above is global already.
+        # DDP averages gradients over ranks: undo that division, the mean above is global already.
         loss = loss * self.accelerator.num_processes
         return loss
 
@@ -150,7 +150,7 @@ class PPOTrainer(BaseTrainer):
         completions = rollouts.generate_and_score(
             experience.select_prompts(self.prompts, prompt_indices), seed=_sampling_seed(seed, rollout_index)
         )
-        # Updated before this rollout is normalized: the first one would not be scaled otherwise.
+        # Before this rollout is normalized: the statistics are empty at the first one.
         ppo_state.reward_stats = ppo_state.reward_stats.updated(completions.rewards)
         minibatches = self._make_minibatches(experience.total_lengths(completions).tolist(), rollout_index)
         minibatches_per_epoch = ppo.rollout_size // self.batch_size
@@ -170,7 +170,7 @@ class PPOTrainer(BaseTrainer):
         rollout_metrics |= {"objective/shaped_reward": float(rewards.mean()), "objective/kl_coef": kl_coef}
         rollout_metrics |= {f"time/{work}": value for work, value in rollouts.seconds.items()}
         rollouts.seconds.clear()
-        # After the advantages: this rollout was penalized with the coefficient before.
+        # After the advantages: this rollout uses the old coefficient.
         ppo_state.kl_controller = ppo_state.kl_controller.updated(
             rollout_metrics["objective/kl_per_completion"], len(prompt_indices)
         )

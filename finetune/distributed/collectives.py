@@ -16,7 +16,7 @@ from finetune.distributed.rank import DistInfo, dist_info
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=2)
-"""How long a collective waits for a rank that evaluates or writes; one that died is reported at once."""
+"""How long a collective waits for a rank that evaluates or writes; the launcher ends the run if one dies."""
 USE_DEEPSPEED_ENV = "ACCELERATE_USE_DEEPSPEED"
 """The variable that Accelerate's own launcher sets for DeepSpeed; Accelerate's states read it."""
 DEEPSPEED_DEVICE_ENV = "DS_ACCELERATOR"

@@ -180,7 +180,7 @@ class RunContext:
         """
         # Rank 0 decides for all: it deletes corrupt checkpoints while the others would still look at them.
         last = collectives.broadcast_object(
-            self._last_checkpoint() if self.dist.is_main else checkpoints.NO_CHECKPOINT
+            self._select_checkpoint() if self.dist.is_main else checkpoints.NO_CHECKPOINT
         )
         if last.path:
             check_resharding(last.path, strategy=self.strategy, num_processes=self.dist.world_size)
@@ -222,7 +222,7 @@ class RunContext:
         if self.strategy in REPLICATED:
             self.check(check_replicas_equal(collectives.all_gather_object(trained_digest(trainer.model))))
 
-    def _last_checkpoint(self) -> checkpoints.LastCheckpoint:
+    def _select_checkpoint(self) -> checkpoints.LastCheckpoint:
         """Return the newest valid checkpoint, and delete the corrupt ones after it."""
         last = checkpoints.find_last_valid(self.run.checkpoints)
         for problem in last.corrupt:
