@@ -4,7 +4,7 @@ import ast
 import re
 from functools import cache
 
-from test_house import SOURCES, tree
+from test_house import SMALL, SOURCES, tree
 
 RETIRED_NAMES = """
     everyones anyones from_main in_parts share_in_step tell_shares numbers_here World ALONE PATIENCE
@@ -109,3 +109,13 @@ def test_what_people_search_for_is_there() -> None:
     known = identifiers()
     assert [name for name in SEARCHED if name not in known] == []
     assert len(SEARCHED) >= 60
+
+
+def test_names_of_tests_are_in_the_fields_words() -> None:
+    retired = re.compile(r"_(learnt|told|behind|beside|judged|goes_on|unseen|everyones)(_|$)")
+    files = [file for file in SMALL if file.stem.startswith("test_")]
+    names = [
+        node.name for file in files for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef)
+    ]
+    assert [name for name in names if name.startswith("test_") and retired.search(name)] == []
+    assert len(names) > 1000

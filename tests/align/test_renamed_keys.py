@@ -79,7 +79,7 @@ def test_a_renamed_name_on_the_command_line(stage: str, word: str, message: str)
     assert any(message in problem for problem in refused(stage, word))
 
 
-def test_a_renamed_section_of_a_file_is_read_on_so_that_its_keys_are_told_too(tmp_path: Path) -> None:
+def test_keys_of_a_renamed_section_are_reported_too(tmp_path: Path) -> None:
     file = tmp_path / "old.yaml"
     file.write_text(
         "stage: dpo\nmodel: {base: tiny}\ndata: {source: rows.jsonl}\nalign: {stop_when_chosen_falls: 1}\n"
@@ -100,7 +100,7 @@ def test_a_renamed_key_of_a_mixture_s_entry_and_of_an_adapter() -> None:
     assert "unknown key" in problem, "lora has no such setting by any name"
 
 
-def test_a_renamed_stage_is_told_in_a_recipe_and_in_a_pipeline(tmp_path: Path) -> None:
+def test_a_renamed_stage_is_reported_in_recipes_and_pipelines(tmp_path: Path) -> None:
     file = tmp_path / "old.yaml"
     file.write_text("stage: hindsight\nmodel: {base: tiny}\n")
     with pytest.raises(UserError, match="`hindsight` was renamed to `chain_of_hindsight`"):
@@ -124,6 +124,6 @@ def test_verbs_are_names_of_files_with_dashes() -> None:
     assert [stage_of_verb(verb_of(stage)) for stage in stage_names()] == list(stage_names())
 
 
-def test_new_values_are_told_by_the_keys_that_have_them() -> None:
+def test_a_retired_value_is_refused_with_its_new_value() -> None:
     known = set(keys())
     assert {key for key in VALUES if ".loss." not in key} <= known

@@ -155,7 +155,7 @@ def test_a_reward_model_of_two_processes_is_that_of_one(share: Share, scored: Re
 
 
 @pytest.mark.parametrize("loss", ["dpo", pytest.param("pro", marks=pytest.mark.slow)])
-def test_preferences_are_learnt_by_two_as_by_one(share: Share, loss: str) -> None:
+def test_preference_training_on_two_processes_equals_one(share: Share, loss: str) -> None:
     one, two = (share("dpo", f"{loss}-{count}", count, dpo__loss=loss) for count in (1, 2))
     close(one, two)
     assert two.samples == one.samples
@@ -212,7 +212,7 @@ def test_a_live_reference_is_the_precomputed_one_on_two_processes(share: Share) 
 @pytest.mark.slow
 @pytest.mark.parametrize("then", [1, 2])
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])
-def test_a_run_goes_on_with_other_processes(
+def test_a_run_resumes_on_another_number_of_processes(
     share: Share, scored: Result, monkeypatch: pytest.MonkeyPatch, stage: str, then: int
 ) -> None:
     one = share(stage, f"{stage}-whole", 1)

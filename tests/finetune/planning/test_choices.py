@@ -114,7 +114,7 @@ def test_quantization() -> None:
     assert choices.quantization("int8", ("nf4", "int8")) == ("int8", "as requested")
 
 
-def test_this_machine_is_told_by_name_and_memory() -> None:
+def test_this_machine_is_detected_by_name_and_memory() -> None:
     hardware = detect_hardware()
     assert hardware.device in ("cpu", "cuda") and hardware.name
     if hardware.device == "cpu":

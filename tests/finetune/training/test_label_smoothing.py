@@ -86,7 +86,7 @@ def native(model, folder: Path, micro: int, collator) -> NativeTrainer:
 
 @pytest.mark.parametrize("collator", [PaddedCollator(0), PackedCollator(0)])
 @pytest.mark.parametrize("micro", [1, 3, 8])
-def test_pain_12_accumulation_gives_the_gradient_of_the_whole_batch(
+def test_pain_12_accumulation_gives_the_gradient_of_the_full_batch(
     tmp_path: Path, micro: int, collator
 ) -> None:
     model, rows = make("llama"), token_rows(LENGTHS)

@@ -38,7 +38,7 @@ def test_pain_25_trl_is_watched_too(tune: Tune, tmp_path: Path, method: str, log
     assert record(tmp_path / "run")["status"] == "failed"
 
 
-def test_pain_25_the_last_step_may_not_spoil_the_run_unseen(tune: Tune, tmp_path: Path) -> None:
+def test_pain_25_a_nan_after_the_last_step_fails_the_run(tune: Tune, tmp_path: Path) -> None:
     with pytest.raises(NotFiniteError, match="held-out loss is (nan|inf) after"):
         tune("run", train__learning_rate=1e30, train__warmup=0, train__max_steps=1, evaluate__samples=0)
     assert record(tmp_path / "run")["status"] == "failed"

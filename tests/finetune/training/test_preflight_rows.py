@@ -49,7 +49,7 @@ def check_eos(*conversations: tuple[list[int], list[int]], max_length: int = 100
     return data_checks.check_eos_trained(make(*conversations), [EOS], max_length=max_length, name_of=name_of)
 
 
-def test_pain_01_rows_that_end_with_a_learnt_stop_token_pass() -> None:
+def test_pain_01_rows_that_end_with_a_trained_stop_token_pass() -> None:
     result = check_eos(GOOD, BLANK_AFTER_EOS, ALL_TRAINED)
     assert result.problem is None and result.detail == "100% of the untruncated rows end with a trained </s>"
 
@@ -62,7 +62,7 @@ def test_pain_01_rows_that_end_with_a_learnt_stop_token_pass() -> None:
         (ONLY_FIRST_TURN, "the last trained token is 't9'"),
     ],
 )
-def test_pain_01_a_row_without_a_learnt_end_is_named_with_the_cause(row, cause: str) -> None:
+def test_pain_01_a_row_without_a_trained_eos_is_reported_with_its_cause(row, cause: str) -> None:
     result = check_eos(GOOD, row)
     assert result.problem is not None and result.problem.where == "data.template"
     assert f"50% of the rows do not end with a trained </s> (first: rows.jsonl:2: {cause})" in result.detail
@@ -75,19 +75,19 @@ def test_pain_01_one_odd_row_in_a_hundred_is_allowed(bad: int, passes: bool) -> 
     assert (result.problem is None) is passes
 
 
-def test_pain_01_cut_rows_do_not_count_but_are_told_where_there_is_no_other() -> None:
+def test_pain_01_truncated_rows_do_not_count_but_are_reported_if_alone() -> None:
     assert check_eos(GOOD, NO_EOS, max_length=5).problem is None
     result = check_eos(NO_EOS, max_length=5)
     assert result.problem is None and result.warned and result.detail.startswith("every row is truncated")
 
 
-def test_pain_02_a_row_without_a_label_behind_its_first_token_is_named() -> None:
+def test_pain_02_a_row_without_a_label_after_its_first_token_is_reported() -> None:
     result = data_checks.check_loss_mask(make(GOOD, ([BOS, 5, EOS], [1, 0, 0])))
     assert result.problem is not None
     assert result.detail == "1 of 2 rows have no trained token (first: rows.jsonl:2)"
 
 
-def test_pain_02_the_trained_share_is_told_and_a_small_one_warned_of() -> None:
+def test_pain_02_the_trained_share_is_reported_and_a_small_one_warns() -> None:
     result = data_checks.check_loss_mask(make(GOOD, NO_EOS))
     assert result.detail == "40% of the tokens are trained, at least 2 per row" and not result.warned
     few = data_checks.check_loss_mask(make(([*range(3, 52)], [*[0] * 47, 1, 1])))
@@ -122,7 +122,9 @@ def test_pain_16_a_missing_bos_is_named_where_the_tokenizer_adds_one() -> None:
         (9, 0, True, "9 rows were longer than 64 tokens; 0% of the trained tokens (0) are lost"),
     ],
 )
-def test_pain_17_what_truncation_took_is_told(too_long: int, lost: int, warned: bool, message: str) -> None:
+def test_pain_17_tokens_lost_to_truncation_are_reported(
+    too_long: int, lost: int, warned: bool, message: str
+) -> None:
     result = data_checks.report_truncation(
         num_rows=50, num_too_long=too_long, trained_tokens=97, lost_tokens=lost, max_length=64
     )
@@ -143,12 +145,12 @@ def test_pain_11_a_token_without_an_embedding_is_named() -> None:
     assert "resize_token_embeddings(13)" in result.problem.repair
 
 
-def test_pain_11_a_token_without_an_embedding_that_nobody_uses_is_told() -> None:
+def test_pain_11_an_unused_token_without_an_embedding_is_reported() -> None:
     result = check_vocab({BOS, EOS}, torch.ones(12, 4))
     assert result.problem is None and "1 unused tokens have none" in result.detail
 
 
-def test_pain_11_a_token_that_nobody_ever_trained_is_warned_of() -> None:
+def test_pain_11_an_untrained_token_warns() -> None:
     embedding = torch.ones(13, 4)
     embedding[12] = 0
     result = check_vocab({BOS, 12}, embedding)

@@ -225,7 +225,7 @@ def test_pain_24_a_layer_that_is_lost_later_is_found_at_step_1(
     assert record["preflight"][-1]["passed"] is False and not (tmp_path / "run" / "adapter").exists()
 
 
-def test_pain_24_a_tensor_that_stays_at_zero_is_told(tune: Tune, monkeypatch) -> None:
+def test_pain_24_a_tensor_that_stays_at_zero_is_reported(tune: Tune, monkeypatch) -> None:
     def block(model: nn.Module) -> None:
         for name, weight in model.named_parameters():
             if "q_proj.lora_A" in name:

@@ -141,7 +141,7 @@ def test_max_length_follows_rope_scaling(tune: Tune, make_recipe: MakeRecipe) ->
         tune("other", model__rope=rope, data__max_length=1025)
 
 
-def test_pain_24_a_base_without_rotary_positions_is_told(tmp_path: Path) -> None:
+def test_pain_24_a_base_without_rotary_positions_is_reported(tmp_path: Path) -> None:
     GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(tmp_path)
     with pytest.raises(UserError) as error:
         context_length(ModelSettings(base=str(tmp_path), rope={"method": "linear", "factor": 2}))

@@ -82,7 +82,7 @@ def steps_of(engine: Trainer) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("collation", COLLATORS)
 @pytest.mark.parametrize("micro", [1, 3, 8])
-def test_pain_12_accumulation_gives_the_gradient_of_the_whole_batch(
+def test_pain_12_accumulation_gives_the_gradient_of_the_full_batch(
     tmp_path: Path, micro: int, collation: str
 ) -> None:
     rows = token_rows(LENGTHS)  # 3 rows per micro-batch: 3 + 3 + 2; they hold different numbers of labels
