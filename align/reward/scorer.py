@@ -187,7 +187,10 @@ def load_reward_model(run: Path, *, base: PreTrainedModel | None = None) -> Rewa
     return RewardModel(
         model,
         Encoder(
-            tokenizer, saved["template"], system=saved["system_prompt"], control_suffix=saved.get("wish", "")
+            tokenizer,
+            saved["template"],
+            system=saved["system_prompt"],
+            control_suffix=saved["control_suffix"],
         ),
         normalization={
             name: (normalization[name]["mean"], normalization[name]["std"]) for name in saved["heads"]

@@ -6,7 +6,7 @@ from typing import Any
 from finetune.recipe import yaml_file
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.errors import Problem, did_you_mean, one_of
-from finetune.recipe.renamed import renamed_section, section_problem
+from finetune.recipe.renamed import RENAMED, renamed_section, section_problem
 from finetune.recipe.settings import AdapterSettings, StageSettings
 
 SectionValues = dict[str, dict[str, Any]]
@@ -96,6 +96,10 @@ def _set_inner(current: Any, inner: str, value: Any) -> dict[str, Any]:
 
 def _invalid_override(key: str, value: Any) -> Problem:
     section, name, *inner = [*key.split("."), "", ""]
+    if target := RENAMED.get(key):
+        # The repair must not name a key that is refused next.
+        expected = f"'{section}.{name}={{{target.rpartition('.')[2]}: {value}}}'"
+        return Problem(f"'{key}' ({COMMAND_LINE})", f"`{key}` was renamed to `{target}`", expected)
     mapping = f"{section}.{name}={{{inner[0]}: {value}}}"
     repair = f"set the complete mapping: '{mapping}'" if section and name and inner[0] else ""
     return Problem(

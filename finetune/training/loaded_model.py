@@ -47,6 +47,6 @@ def load_finished_run(run: Path) -> LoadedModel:
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(str(full_model if full_model.is_dir() else adapter))
     encoder = Encoder(
-        tokenizer, saved["template"], system=saved["system_prompt"], control_suffix=saved.get("wish", "")
+        tokenizer, saved["template"], system=saved["system_prompt"], control_suffix=saved["control_suffix"]
     )
     return LoadedModel(model, encoder, context_length(settings) - saved["virtual_tokens"])

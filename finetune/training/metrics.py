@@ -15,6 +15,8 @@ SUPERVISED = ("sft", "pretrain", "chain_of_hindsight", "rejection")
 TEXT_STAGES = (*SUPERVISED, "dpo", "kto", "ppo", "rloo", "grpo")
 ONLINE = ("ppo", "rloo", "grpo")
 EVERY_STAGE = (*TEXT_STAGES, "reward")
+COUNTING_TOKENS = ("sft", "pretrain", "chain_of_hindsight", "dpo", "reward", "ppo")
+"""Stages of one training on our own engine; TRL's trainers and rounds of rejection report no rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ METRICS: tuple[Metric, ...] = (
         "tokens_per_second",
         "tokens/s",
         "trained rows' tokens / seconds of training",
-        EVERY_STAGE,
+        COUNTING_TOKENS,
         "train",
         "higher",
     ),

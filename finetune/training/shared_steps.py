@@ -103,7 +103,7 @@ def policy_metadata(
             "quantization": policy.quantization,
             "template": data.template,
             "system_prompt": data.system_prompt,
-            "wish": text.encoder.control_suffix,
+            "control_suffix": text.encoder.control_suffix,
             "virtual_tokens": text.virtual_tokens,
         },
     }

@@ -127,3 +127,9 @@ def test_verbs_are_names_of_files_with_dashes() -> None:
 def test_a_retired_value_is_refused_with_its_new_value() -> None:
     known = set(keys())
     assert {key for key in VALUES if ".loss." not in key} <= known
+
+
+def test_a_renamed_key_inside_a_mapping_names_its_new_one() -> None:
+    [message] = refused("sft", "data.select.distinct=1")
+    assert "`data.select.distinct` was renamed to `data.select.near_dedup`" in message
+    assert "'data.select={near_dedup: 1}'" in message and "distinct: 1" not in message
