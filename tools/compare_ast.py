@@ -27,7 +27,6 @@ from pathlib import Path
 from renames import Renames, read_renames
 
 FOLDERS = ("data_templates", "finetune", "align", "tests", "benchmarks", "tools")
-DECLARATIONS = (ast.Global, ast.Nonlocal)
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 IDENTIFIERS = {
     ast.Attribute: "attr",
