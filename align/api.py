@@ -13,7 +13,7 @@ from finetune.recipe.silence import silence_libraries
 if TYPE_CHECKING:
     from align.pipeline.plan import Pipeline
     from align.pipeline.runner import PipelineResult
-    from align.planning.plan import Plan
+    from align.planner.plan import Plan
     from align.reward.scorer import RewardModel
     from finetune.training.loaded_model import LoadedModel
     from finetune.training.result import Result
@@ -132,8 +132,8 @@ def plan(recipe: Recipe, *, gpu: str | None = None, gpus: int | None = None) -> 
     Raises:
         UserError: unknown GPU, unknown base architecture, incompatible settings, or invalid data.
     """
-    from align.planning.plan import make_plan
-    from align.planning.target_device import resolve_for_device, target_device
+    from align.planner.plan import make_plan
+    from align.planner.target_device import resolve_for_device, target_device
 
     device, count = target_device(recipe.settings.train, gpu, gpus)
     return make_plan(resolve_for_device(recipe, device, count), device, count)

@@ -10,7 +10,7 @@ import click
 
 from align.api import run, run_pipeline
 from align.default_recipe import QUICKSTART
-from align.planning.command import plan
+from align.planner.command import plan
 from align.recipe_words import recipe_from_arguments
 from align.rl.rewards.settings import has_rewards_section
 from finetune.distributed.rank import dist_info

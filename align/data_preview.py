@@ -23,7 +23,7 @@ from finetune.data.dataset import TokenizedRows
 from finetune.data.documents import prepare_data
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
-from finetune.planning.choices import optimizer_steps
+from finetune.planner.choices import optimizer_steps
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import TrainSettings

@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from align.planning.target_device import launch_target
+from align.planner.target_device import launch_target
 from align.rl.rewards.settings import RewardSource, RewardsSettings
 from finetune.distributed.rank import dist_info
-from finetune.planning.devices import detect_devices
-from finetune.planning.solver import LaunchTarget, resolve
+from finetune.planner.devices import detect_devices
+from finetune.planner.solver import LaunchTarget, resolve
 from finetune.recipe.discovery import verb_of
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import is_recipe_name

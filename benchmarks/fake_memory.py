@@ -31,9 +31,9 @@ from align.preference.logps import token_logps
 from align.preference.reference_policy import ReferencePolicy
 from align.reward.model import replace_score_head, token_scores
 from align.reward.shared_base import scorer_sharing_base
-from finetune.planning.architecture import Architecture
-from finetune.planning.from_recipe import planned_adapter
-from finetune.planning.workload import ObjectiveKind, Precision, Workload
+from finetune.planner.architecture import Architecture
+from finetune.planner.from_recipe import planned_adapter
+from finetune.planner.workload import ObjectiveKind, Precision, Workload
 from finetune.recipe.discovery import ADAPTERS, load_plugin
 from finetune.recipe.settings import AdapterSettings
 from finetune.training.batch_loss import completion_loss_sum

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.common import RESULTS_DIR
 from benchmarks.fake_memory import MemoryCase, measure_step
-from finetune.planning.static_memory import static_memory
-from finetune.planning.train_step import simulate_train_step
+from finetune.planner.static_memory import static_memory
+from finetune.planner.train_step import simulate_train_step
 
 GIB = 2**30
 

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from align.reward.model import init_score_head, load_scorer
 from align.reward.settings import Settings
 from finetune.data.tokens import Encoder
-from finetune.planning import choices
+from finetune.planner import choices
 from finetune.recipe.checks import adapter_traits
 from finetune.training.context import RunContext
 from finetune.training.loading import Policy, parent_adapter_run

@@ -19,7 +19,7 @@ from align.reward.preflight import check_data, check_margins, check_reward_model
 from align.reward.settings import Settings, head_indices
 from align.reward.trainer import RewardTrainer
 from align.reward.trl_engine import build_trl_reward_trainer, reward_config_spec
-from finetune.planning import choices
+from finetune.planner import choices
 from finetune.training.adapter_hooks import adapter_hooks
 from finetune.training.context import RunContext
 from finetune.training.loading import Policy

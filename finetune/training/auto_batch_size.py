@@ -6,10 +6,10 @@ from math import ceil
 
 import torch
 
-from finetune.planning.devices import GIB, SAFE_FRACTION
-from finetune.planning.from_recipe import base_workload, load_architecture
-from finetune.planning.memory import peak_phase, plan_memory
-from finetune.planning.workload import ObjectiveKind, Workload
+from finetune.planner.devices import GIB, SAFE_FRACTION
+from finetune.planner.from_recipe import base_workload, load_architecture
+from finetune.planner.memory import peak_phase, plan_memory
+from finetune.planner.workload import ObjectiveKind, Workload
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import StageSettings
 from finetune.training.loading import Policy

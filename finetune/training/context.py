@@ -21,7 +21,7 @@ from finetune.distributed.hardware import Hardware, detect_hardware, peak_memory
 from finetune.distributed.interrupts import Interrupted, NotFiniteError, SignalFlag, catch_signals
 from finetune.distributed.rank import DistInfo, dist_info
 from finetune.distributed.strategy_names import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
-from finetune.planning import choices
+from finetune.planner import choices
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import FORMAT

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from finetune.distributed.hardware import detect_hardware
 from finetune.distributed.rank import dist_info
-from finetune.planning import choices
-from finetune.planning.compatibility import ZERO_STRATEGIES
+from finetune.planner import choices
+from finetune.planner.compatibility import ZERO_STRATEGIES
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, set_seed
 
 from finetune.data.dataset import PreparedData
 from finetune.data.documents import prepare_data
-from finetune.planning import choices
+from finetune.planner import choices
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.settings import ModelSettings
 from finetune.training.arguments import TrlConfigSpec, check_engine_args

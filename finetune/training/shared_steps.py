@@ -12,7 +12,7 @@ from finetune.data.conversation import Conversation
 from finetune.data.replies import render_reply
 from finetune.data.report import DataReport
 from finetune.distributed import collectives
-from finetune.planning import choices
+from finetune.planner import choices
 from finetune.training.arguments import SFT_CONFIG, ExecutionConfig, TrlConfigSpec, training_arguments
 from finetune.training.auto_batch_size import batch_fits, free_gpu_bytes
 from finetune.training.base_trainer import BaseTrainer

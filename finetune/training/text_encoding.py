@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from finetune.data.tokens import Encoder
-from finetune.planning import choices
+from finetune.planner import choices
 from finetune.recipe.settings import StageSettings
 from finetune.training.model import context_length, load_tokenizer
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from finetune.planning.devices import GIB
+from finetune.planner.devices import GIB
 from finetune.recipe.recipe import read_recipe
 from finetune.training.auto_batch_size import batch_fits
 from finetune.training.loading import Policy

@@ -1,0 +1,308 @@
+"""Row counts and token lengths of a recipe's data, measured where possible, otherwise estimated."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from heapq import nlargest
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import Tokenizer
+
+from align.planner.row_texts import RowText, load_training_rows, row_renderer
+from finetune.data.files import data_files
+from finetune.recipe import yaml_file
+from finetune.recipe.bases import resolve_base
+from finetune.recipe.discovery import PROJECT
+from finetune.recipe.paths import local_path
+from finetune.recipe.settings import DataSettings, ModelSettings
+
+DATA_SETS = PROJECT / "recipes" / "data_sets.yaml"
+BYTES_PER_TOKEN = 4.0
+"""English prose under vocabularies of 32,000 to 256,000; code and most other languages have fewer."""
+MAX_SAMPLED_ROWS = 256
+"""Rows that are rendered and counted, as a sample of all."""
+LONGEST_CANDIDATES = 16
+"""Rows with the most characters, among which the one with the most tokens is searched."""
+SPECIAL_TOKENS_PER_SIDE = 1
+"""Special tokens at the beginning of a row, and at the end of a completion."""
+MAX_READ_BYTES = 24 * 2**20
+"""Maximum bytes of local files that are read for a plan, so that it takes a second or two."""
+
+
+TokenCounter = Callable[[str], int]
+
+
+@dataclass(frozen=True, slots=True)
+class RowLengths:
+    """Row count and token lengths.
+
+    Attributes:
+        rows: to train on; None: unknown.
+        prompt: mean tokens of a prompt.
+        completion: mean tokens of one completion.
+        completions: mean number per row.
+        longest: tokens of the longest row with one completion, after truncation.
+        longest_prompt: tokens of the longest prompt.
+        longest_completion: tokens of the longest completion.
+        is_upper_bound: whether the means are upper bounds.
+        basis: how the lengths were obtained.
+    """
+
+    rows: int | None
+    prompt: float
+    completion: float
+    completions: float
+    longest: int
+    longest_prompt: int
+    longest_completion: int
+    is_upper_bound: bool
+    basis: str
+
+    @property
+    def row_tokens(self) -> float:
+        """Return the mean tokens of a row whose completions share one prompt."""
+        return self.prompt + self.completions * self.completion
+
+
+def measure_lengths(
+    data: DataSettings, model: ModelSettings, *, seed: int, max_length: int, completions: int, labels: bool
+) -> RowLengths:
+    """Return the lengths of a recipe's rows.
+
+    Args:
+        data: its data section.
+        model: its base, whose tokenizer counts tokens if it is on this machine.
+        seed: of held-out splits and mixtures.
+        max_length: maximum tokens of a prompt with one completion.
+        completions: per row, where rows cannot be read.
+        labels: whether each completion is a row of its own (KTO).
+
+    Raises:
+        UserError: mistakes in local data, with file, line and field.
+    """
+    if (size := _local_bytes(data)) is None:
+        return _lengths_by_table(data, max_length, completions)
+    if size > MAX_READ_BYTES:
+        return _lengths_by_file_size(data, size, max_length, completions)
+    rows = load_training_rows(data, seed, labels=labels)
+    render = row_renderer(data.template)
+    # Evenly spaced, since files may be sorted.
+    sample = [render(row) for row in rows[:: max(1, len(rows) // MAX_SAMPLED_ROWS)]]
+    count, basis = _make_token_counter(model, sample)
+    # Memory is planned for the longest row, which a sample would miss.
+    longest_rows = [render(row) for row in nlargest(LONGEST_CANDIDATES, rows, key=lambda row: row.size)]
+    return _lengths_of_sample(
+        sample,
+        longest_rows,
+        count,
+        rows=len(rows),
+        max_length=max_length,
+        basis=f"{len(rows):,} rows of {_source_names(data)}; {basis}",
+    )
+
+
+def _local_bytes(data: DataSettings) -> int | None:
+    """Return the bytes of the data's files, 0 for rows given in Python; None if some are on the hub."""
+    total = 0
+    for source in _sources(data):
+        if isinstance(source, list):
+            continue
+        path = local_path(source)
+        if path is None:
+            return None
+        total += sum(file.stat().st_size for file in data_files(path, data.text_format))
+    return total
+
+
+def _sources(data: DataSettings) -> list[Any]:
+    return [component.source for component in data.mix] if data.mix is not None else [data.source]
+
+
+def _source_names(data: DataSettings) -> str:
+    names = [source if isinstance(source, str) else "rows given in Python" for source in _sources(data)]
+    return " + ".join(names)
+
+
+def _lengths_of_sample(
+    sample: Sequence[RowText],
+    longest_rows: Sequence[RowText],
+    count: TokenCounter,
+    *,
+    rows: int,
+    max_length: int,
+    basis: str,
+) -> RowLengths:
+    """Return the lengths of all rows from a sample and the longest rows."""
+    prompts = [count(row.prompt) + SPECIAL_TOKENS_PER_SIDE for row in sample]
+    completion_tokens = [
+        [count(completion) + SPECIAL_TOKENS_PER_SIDE for completion in row.completions] for row in sample
+    ]
+    all_completion_tokens = [
+        min(max_length, length) for row_completions in completion_tokens for length in row_completions
+    ]
+    pairs = zip(prompts, completion_tokens, strict=True)
+    row_tokens = [
+        min(max_length, prompt + max(row_completions, default=0)) for prompt, row_completions in pairs
+    ]
+    # Truncation at the maximum length shortens the mean prompt and the mean completion by the same factor.
+    mean_prompt, mean_completion = (
+        fmean(prompts),
+        fmean(all_completion_tokens) if all_completion_tokens else 0.0,
+    )
+    retained_fraction = min(1.0, fmean(row_tokens) / (mean_prompt + mean_completion))
+    longest_tokens = [
+        min(
+            max_length,
+            count(row.prompt) + max(map(count, row.completions), default=0) + 2 * SPECIAL_TOKENS_PER_SIDE,
+        )
+        for row in longest_rows
+    ]
+    return RowLengths(
+        rows=rows,
+        prompt=mean_prompt * retained_fraction,
+        completion=mean_completion * retained_fraction,
+        completions=fmean(len(row_completions) for row_completions in completion_tokens),
+        longest=max(longest_tokens),
+        longest_prompt=min(
+            max_length, max(count(row.prompt) + SPECIAL_TOKENS_PER_SIDE for row in longest_rows)
+        ),
+        longest_completion=min(
+            max_length,
+            max(
+                max(map(count, row.completions), default=0) + SPECIAL_TOKENS_PER_SIDE for row in longest_rows
+            ),
+        ),
+        is_upper_bound=False,
+        basis=basis,
+    )
+
+
+def _make_token_counter(model: ModelSettings, sample: Sequence[RowText]) -> tuple[TokenCounter, str]:
+    """Return a token counter, bytes over a sample's bytes per token, and a description of it."""
+    tokenizer_file = _tokenizer_file(model)
+    if tokenizer_file is None:
+        rate = BYTES_PER_TOKEN
+        basis = f"assuming {rate:g} bytes per token (the base's tokenizer is not on this machine)"
+    else:
+        # Encoding all rows would take too long for a plan: other rows are converted by bytes per token.
+        texts = ["".join((row.prompt, *row.completions)) for row in sample]
+        # The tokenizers package alone: a plan does not import torch. Special tokens are counted per side.
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        tokens = sum(len(encoded.ids) for encoded in tokenizer.encode_batch(texts, add_special_tokens=False))
+        rate = sum(len(text.encode()) for text in texts) / max(1, tokens)
+        basis = f"{rate:.2f} bytes per token, counted on {len(sample)} of them with the base's tokenizer"
+    return lambda text: round(len(text.encode()) / rate), basis
+
+
+def _tokenizer_file(model: ModelSettings) -> Path | None:
+    base_id = resolve_base(model.base)
+    if Path(base_id).is_dir():
+        file = Path(base_id) / "tokenizer.json"
+        return file if file.is_file() else None
+    cached = try_to_load_from_cache(base_id, "tokenizer.json", revision=model.revision)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _lengths_by_file_size(data: DataSettings, size: int, max_length: int, completions: int) -> RowLengths:
+    """Return lengths from the size of files that are too large to read."""
+    rows = _count_rows(data)
+    size_text = f"{size / 2**20:,.0f} MiB"
+    basis = f"{_source_names(data)}: {size_text}, not read for a plan; {BYTES_PER_TOKEN:g} bytes per token"
+    if rows is None:
+        return RowLengths(
+            None,
+            max_length / 2,
+            max_length / 2,
+            completions,
+            max_length,
+            max_length,
+            max_length,
+            True,
+            f"{basis}, rows not counted",
+        )
+    # How rows divide into prompt and completion is unknown: half and half.
+    mean = min(float(max_length), size / rows / BYTES_PER_TOKEN)
+    return RowLengths(
+        rows,
+        mean / 2,
+        mean / 2,
+        completions,
+        max_length,
+        max_length,
+        max_length,
+        False,
+        f"{rows:,} rows; {basis}",
+    )
+
+
+def _count_rows(data: DataSettings) -> int | None:
+    """Return the number of rows of JSON Lines files; None for other formats."""
+    paths = [local_path(source) for source in _sources(data)]
+    files = [file for path in paths if path is not None for file in data_files(path, data.text_format)]
+    if not all(file.name.endswith(".jsonl") for file in files):
+        return None
+    return sum(_count_lines(file) for file in files)
+
+
+def _count_lines(file: Path) -> int:
+    with file.open("rb") as stream:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(2**20), b""))
+
+
+def _lengths_by_table(data: DataSettings, max_length: int, completions: int) -> RowLengths:
+    """Return lengths of data on the hub: the row count of our table, rows of maximum length."""
+    table = yaml_file.read_yaml(DATA_SETS)[0]
+    rows = _known_rows(data, table)
+    entry = table.get(_data_set_name(data.source)) if data.mix is None else None
+    mean = entry.get("bytes", 0) / BYTES_PER_TOKEN if entry is not None else 0
+    row_count = f"{rows:,} rows (data set card)" if rows is not None else "row count unknown"
+    if mean:
+        mean_text = f"mean {mean:.0f} tokens per row, {BYTES_PER_TOKEN:g} bytes per token"
+        basis = f"{_source_names(data)}: {row_count}; {mean_text}"
+        mean = min(mean, float(max_length))
+        return RowLengths(
+            rows, mean / 2, mean / 2, completions, max_length, max_length, max_length, False, basis
+        )
+    assumed = f"assuming full rows ({max_length:,} tokens), an upper bound"
+    basis = f"{_source_names(data)} is not read: {row_count}; {assumed}"
+    prompt, completion = (max_length / 2, max_length / 2) if completions else (float(max_length), 0.0)
+    return RowLengths(rows, prompt, completion, completions, max_length, max_length, max_length, True, basis)
+
+
+def _known_rows(data: DataSettings, table: dict[str, Any]) -> int | None:
+    """Return the number of training rows of data sets in the table."""
+    if data.mix is None:
+        rows = _table_rows(data.source, data.split, table)
+        limit = data.select.rows if data.select is not None and rows is not None else None
+    else:
+        component_rows = [
+            # A source's cap is taken as its number of rows.
+            component.rows or _table_rows(component.source, component.split or data.split, table)
+            for component in data.mix
+        ]
+        rows = (
+            None
+            if None in component_rows
+            else sum(component for component in component_rows if component is not None)
+        )
+        limit = data.epoch_rows
+    if rows is None:
+        return limit
+    rows = min(rows, limit or rows)
+    held_out = data.held_out
+    return (
+        rows
+        if isinstance(held_out, str)
+        else rows - (held_out if isinstance(held_out, int) else round(held_out * rows))
+    )
+
+
+def _table_rows(source: Any, split: str, table: dict[str, Any]) -> int | None:
+    entry = table.get(_data_set_name(source))
+    return entry["rows"] if entry is not None and entry["split"] == split else None
+
+
+def _data_set_name(source: Any) -> str:
+    return source.partition(":")[0] if isinstance(source, str) else ""

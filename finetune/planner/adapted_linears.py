@@ -1,0 +1,349 @@
+"""Linear layers with their adapters (LoRA, DoRA, VeRA, (IA)^3, OFT, bottlenecks) as simulated operations.
+
+Calling convention: a method borrows its input buffers, and the caller owns the output.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from finetune.planner.architecture import LinearShape
+from finetune.planner.parameter_count import FEEDFORWARD_MODULES, KV_MODULES, oft_block_size
+from finetune.planner.static_memory import NF4_BLOCK
+from finetune.planner.tape import Buffer, Tape
+from finetune.planner.workload import LORA_METHODS, Adapter, Workload
+
+
+@dataclass
+class AdaptedLinears:
+    """A model's linear layers on a tape.
+
+    Attributes:
+        tape: where operations are recorded.
+        workload: sizes.
+        autocast_cache: copies of trained weights in the compute dtype, cached by autocast until it exits.
+    """
+
+    tape: Tape
+    workload: Workload
+    autocast_cache: list[Buffer] = field(default_factory=list)
+
+    @cached_property
+    def layers_by_name(self) -> dict[str, LinearShape]:
+        return {layer.name: layer for layer in self.workload.architecture.linear_layers()}
+
+    @cached_property
+    def embeddings(self) -> Buffer:
+        """Return the trained input embeddings, which are the output head's weight too if tied."""
+        model = self.workload.architecture
+        return self.tape.weight(model.vocab_size * model.hidden_size)
+
+    @property
+    def output_head(self) -> Buffer:
+        """Return the trained output head in the compute dtype."""
+        model = self.workload.architecture
+        return self.autocast_copy(
+            self.embeddings
+            if model.tied_embeddings
+            else self.tape.weight(model.vocab_size * model.hidden_size)
+        )
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.workload.adapter
+
+    @property
+    def itemsize(self) -> int:
+        """Return the bytes per element of a linear layer's output."""
+        return self.workload.itemsize
+
+    def add(self, left: Buffer, right: Buffer) -> Buffer:
+        """Return a sum; its gradient is passed to both terms unchanged."""
+        return self.tape.apply([left, right], left.numel, max(left.itemsize, right.itemsize), aliased=True)
+
+    def to(self, states: Buffer, itemsize: int) -> Buffer:
+        """Return a buffer with this itemsize: itself, or a copy."""
+        if states.itemsize == itemsize:
+            self.tape.retain(states)
+            return states
+        return self.tape.apply([states], states.numel, itemsize)
+
+    def clear_autocast_cache(self) -> None:
+        """Release autocast's cached weight copies, as autocast does on exit."""
+        self.tape.release(*self.autocast_cache)
+        self.autocast_cache = []
+
+    def linear(self, states: Buffer, name: str) -> Buffer:
+        """Return a linear layer's output including the adapter's."""
+        layer = self.layers_by_name[name]
+        method = self.adapter.method
+        if method == "full":
+            return self.trained_linear(states, layer)
+        # (IA)^3 rescales the input of the feed-forward output layer, and the outputs of keys and values.
+        if method == "ia3" and name in FEEDFORWARD_MODULES:
+            return self.ia3_input(states, layer)
+        if method == "oft" and self.is_target(name):
+            return self.oft(states, layer)
+        output = self.frozen_linear(states, layer)
+        if method == "ia3" and name in KV_MODULES:
+            return self.ia3_output(output, layer.out_features)
+        if method == "bitfit" and layer.bias:
+            return self.replace_output(output, self.add_bias(output, layer.out_features))
+        if not self.is_target(name):
+            return output
+        if method in ("dora", "vera"):
+            return (self.dora if method == "dora" else self.vera)(states, layer, output)
+        return self.lora(states, layer, output) if method in LORA_METHODS else output
+
+    def is_target(self, name: str) -> bool:
+        """Return whether the adapter is attached to layers of this name."""
+        return not self.adapter.targets or name in self.adapter.targets
+
+    def replace_output(self, old: Buffer, new: Buffer) -> Buffer:
+        """Release a buffer and return its replacement, cast to the same itemsize."""
+        cast_output = self.to(new, old.itemsize)
+        self.tape.release(old, new)
+        return cast_output
+
+    def trained_linear(self, states: Buffer, layer: LinearShape) -> Buffer:
+        """Return W x of a trained weight: x is saved for the gradient of W, and W for that of x."""
+        tape = self.tape
+        inputs, weight = (
+            self.to(states, self.itemsize),
+            self.compute_weight(layer.in_features * layer.out_features),
+        )
+        rows = states.numel // layer.in_features
+        output = tape.apply(
+            [inputs, weight], rows * layer.out_features, self.itemsize, saved_for_backward=[inputs, weight]
+        )
+        tape.release(inputs)
+        return output
+
+    def frozen_linear(self, states: Buffer, layer: LinearShape) -> Buffer:
+        """Return W x of a frozen weight: x is not saved; a quantized weight is dequantized in both passes.
+
+        bitsandbytes saves x for 8-bit weights all the same, and computes in int8 with int32 accumulation.
+        """
+        tape, inputs = self.tape, self.to(states, self.itemsize)
+        # The gradient of x needs W alone, and a frozen W is dequantized again in backward instead of saved.
+        dequantized, rows = self.dequantized_bytes(layer), states.numel // layer.in_features
+        is_int8 = self.workload.quantization == "int8"
+        # 4 bytes per output: bitsandbytes sums int8 products in int32.
+        workspace_bytes = 4 * rows * layer.out_features + 3 * inputs.numel if is_int8 else dequantized
+        workspace = tape.allocate(workspace_bytes, 1, "workspace")
+        saved = [inputs] if is_int8 else []
+        output = tape.apply(
+            [inputs],
+            rows * layer.out_features,
+            self.itemsize,
+            saved_for_backward=saved,
+            workspace=dequantized,
+        )
+        tape.release(inputs, workspace)
+        return output
+
+    def dequantized_bytes(self, layer: LinearShape) -> int:
+        """Return the bytes of a dequantized weight, with NF4's scales in float32."""
+        numel, quantization = layer.in_features * layer.out_features, self.workload.quantization
+        scales = 4 * numel // NF4_BLOCK if quantization == "nf4" else 0
+        return 0 if quantization == "none" else numel * self.itemsize + scales
+
+    def compute_weight(self, numel: int) -> Buffer:
+        """Return a trained weight in the compute dtype."""
+        return self.autocast_copy(self.tape.weight(numel))
+
+    def autocast_copy(self, weight: Buffer) -> Buffer:
+        """Return a weight in the compute dtype; autocast caches the copy until it exits."""
+        if self.itemsize == 4:  # autocast is off
+            return weight
+        copy = self.tape.apply([weight], weight.numel, self.itemsize)
+        self.autocast_cache.append(copy)
+        return copy
+
+    def lora(self, states: Buffer, layer: LinearShape, base: Buffer) -> Buffer:
+        """Return W x + s B A x (LoRA) and release W x.
+
+        PEFT casts x to A's float32, applies dropout (a mask and a new x), and autocast casts it back: A's
+        input and A's output are saved in the compute dtype. Without autocast and dropout x itself is saved,
+        once for all layers that read it.
+        """
+        states_fp32 = self.to(states, 4)  # PEFT casts x to the dtype of A
+        dropped_states = self.apply_dropout(states_fp32)
+        outer = self.low_rank_product(dropped_states, layer)
+        self.tape.release(dropped_states)
+        scaled = self.tape.apply([outer], outer.numel, self.itemsize)  # times alpha / r
+        self.tape.release(outer)
+        output = self.add(base, scaled)
+        self.tape.release(base, scaled, states_fp32)
+        return output
+
+    def low_rank_product(self, states: Buffer, layer: LinearShape) -> Buffer:
+        """Return B A x; A and B each save their input."""
+        tape, rank, rows = self.tape, self.adapter.rank, states.numel // layer.in_features
+        inputs, down = self.to(states, self.itemsize), self.compute_weight(rank * layer.in_features)
+        inner = tape.apply([inputs, down], rows * rank, self.itemsize, saved_for_backward=[inputs, down])
+        tape.release(inputs)
+        up = self.compute_weight(rank * layer.out_features)
+        outer = tape.apply(
+            [inner, up], rows * layer.out_features, self.itemsize, saved_for_backward=[inner, up]
+        )
+        tape.release(inner)
+        return outer
+
+    def apply_dropout(self, states: Buffer) -> Buffer:
+        """Return the buffer after dropout: a GPU saves one byte per element, a CPU the full-size noise."""
+        tape = self.tape
+        if not self.adapter.dropout or self.workload.objective == "ppo":  # PPO switches dropout off
+            tape.retain(states)
+            return states
+        noise = tape.allocate(states.numel, 1 if self.workload.device == "cuda" else states.itemsize)
+        output = tape.apply([states], states.numel, states.itemsize, saved_for_backward=[noise])
+        tape.release(noise)
+        return output
+
+    def dora(self, states: Buffer, layer: LinearShape, base: Buffer) -> Buffer:
+        """Return W x + (m - 1) W x + m s B A x (DoRA) and release W x; m is the magnitude over the norm.
+
+        For the norm PEFT multiplies B A out, in float32. With dropout it computes W x once more, from the
+        dropped-out x, and then autocast's copy of W is saved for the gradient of x.
+        """
+        tape, rows = self.tape, states.numel // layer.in_features
+        numel = layer.in_features * layer.out_features
+        states_fp32 = self.to(states, 4)
+        dropped_states = self.apply_dropout(states_fp32)
+        product = tape.allocate(numel, 4)  # B A
+        # PEFT computes B A from an identity matrix as x; under autocast 16-bit copies are made too
+        # (itemsize % 4 is 2 then, and 0 in float32).
+        tape.allocate_temporary(
+            4 * layer.in_features**2 + (self.itemsize % 4) * (layer.in_features**2 + numel)
+        )
+        # W in float32 for the norm; a plain float32 weight is read where it is.
+        weight = tape.allocate(0 if self.itemsize == 4 and not self.dequantized_bytes(layer) else numel, 4)
+        # W + s B A and a temporary for its column norms.
+        tape.allocate_temporary(2 * 4 * numel)
+        outer = self.low_rank_product(dropped_states, layer)
+        if self.adapter.dropout:
+            inputs, weight_copy = (
+                self.to(dropped_states, self.itemsize),
+                tape.allocate(0 if self.itemsize == 4 else numel, self.itemsize),
+            )
+            base_output = tape.apply([inputs], base.numel, self.itemsize, saved_for_backward=[weight_copy])
+            tape.release(inputs, weight_copy)
+        else:
+            tape.retain(base)
+            base_output = base
+        magnitude = tape.weight(layer.out_features)
+        scaled_base = tape.apply(
+            [base_output, magnitude],
+            rows * layer.out_features,
+            4,
+            saved_for_backward=[base_output],
+            workspace=4 * base.numel,
+        )
+        scaled_delta = tape.apply(
+            [outer, magnitude], outer.numel, 4, saved_for_backward=[outer], workspace=4 * base.numel
+        )
+        delta = tape.apply([scaled_delta], scaled_delta.numel, 4)
+        tape.release(scaled_delta)
+        update = self.add(scaled_base, delta)
+        tape.release(scaled_base, delta, base_output, outer, weight, product, dropped_states, states_fp32)
+        output = self.add(base, update)
+        tape.release(update)
+        return self.replace_output(base, output)
+
+    def vera(self, states: Buffer, layer: LinearShape, base: Buffer) -> Buffer:
+        """Return W x + b * (B (d * (A x))) (VeRA) and release W x.
+
+        A and B are frozen; the gradients of d and b need A x and B (...). Autocast's copies of A and B are
+        saved.
+        """
+        tape, rank, rows = self.tape, self.adapter.rank, states.numel // layer.in_features
+        copied_rank = 0 if self.itemsize == 4 else rank  # float32 matrices need no copy
+        states_fp32 = self.to(states, 4)
+        dropped_states = self.apply_dropout(states_fp32)
+        inputs, down = (
+            self.to(dropped_states, self.itemsize),
+            tape.allocate(copied_rank * layer.in_features, self.itemsize),
+        )
+        inner = tape.apply([inputs], rows * rank, self.itemsize, saved_for_backward=[down])
+        tape.release(dropped_states, inputs, down)
+        scaled_inner = tape.apply([inner, tape.weight(rank)], rows * rank, 4, saved_for_backward=[inner])
+        narrow, up = (
+            self.to(scaled_inner, self.itemsize),
+            tape.allocate(copied_rank * layer.out_features, self.itemsize),
+        )
+        outer = tape.apply([narrow], base.numel, self.itemsize, saved_for_backward=[up])
+        tape.release(inner, scaled_inner, narrow, up)
+        scaled = tape.apply(
+            [outer, tape.weight(layer.out_features)], outer.numel, 4, saved_for_backward=[outer]
+        )
+        output = self.add(base, scaled)
+        tape.release(outer, scaled, states_fp32)
+        return self.replace_output(base, output)
+
+    def ia3_output(self, base: Buffer, width: int) -> Buffer:
+        """Return (IA)^3's l * (W x) and release W x, which is saved for the gradient of l."""
+        return self.replace_output(base, self.scale_by_vector(base, width))
+
+    def ia3_input(self, states: Buffer, layer: LinearShape) -> Buffer:
+        """Return (IA)^3's W (l * x): x is saved in float32."""
+        states_fp32 = self.to(states, 4)
+        scaled = self.scale_by_vector(states_fp32, layer.in_features)
+        inner = self.to(scaled, states.itemsize)
+        self.tape.release(states_fp32, scaled)
+        output = self.frozen_linear(inner, layer)
+        self.tape.release(inner)
+        return output
+
+    def scale_by_vector(self, states: Buffer, width: int) -> Buffer:
+        """Return x times a trained float32 vector."""
+        factor = self.tape.weight(width)
+        return self.tape.apply(
+            [states, factor], states.numel, 4, saved_for_backward=[states], workspace=4 * states.numel
+        )
+
+    def add_bias(self, states: Buffer, width: int) -> Buffer:
+        """Return x plus a trained float32 vector."""
+        return self.tape.apply([states, self.tape.weight(width)], states.numel, 4)
+
+    def oft(self, states: Buffer, layer: LinearShape) -> Buffer:
+        """Return OFT's W (R x), R a block-diagonal rotation in float32 or autocast's dtype; x is saved."""
+        tape = self.tape
+        size = oft_block_size(layer.in_features, self.adapter.block_size)
+        # in / size blocks of size * (size - 1) / 2 skew-symmetric entries; the exact Cayley transform works
+        # on full (size, size) matrices.
+        rotation, cayley_buffer = (
+            self.tape.weight(layer.in_features * (size - 1) // 2),
+            tape.allocate(3 * layer.in_features * size, 4),
+        )
+        states_fp32 = self.to(states, 4)
+        inputs = self.to(states_fp32, self.itemsize)
+        rotated = tape.apply(
+            [inputs, rotation], states.numel, self.itemsize, saved_for_backward=[inputs, cayley_buffer]
+        )
+        # The rotated blocks are made contiguous again.
+        contiguous = tape.apply([rotated], states.numel, self.itemsize)
+        tape.release(inputs, rotated, cayley_buffer)
+        rotated_fp32 = self.to(contiguous, 4)
+        inner = self.to(rotated_fp32, states.itemsize)
+        tape.release(contiguous)
+        output = self.frozen_linear(inner, layer)
+        tape.release(states_fp32, rotated_fp32, inner)
+        return output
+
+    def bottleneck(self, states: Buffer) -> Buffer:
+        """Return a bottleneck adapter's output s W_up f(W_down x) in the compute dtype."""
+        tape, hidden, bottleneck_width = self.tape, self.workload.architecture.hidden_size, self.adapter.width
+        rows = states.numel // hidden
+        states_fp32 = self.to(states, 4)
+        inputs, down = self.to(states_fp32, self.itemsize), self.compute_weight(hidden * bottleneck_width)
+        inner = tape.apply(
+            [inputs, down], rows * bottleneck_width, self.itemsize, saved_for_backward=[inputs, down]
+        )
+        active = tape.apply([inner], inner.numel, self.itemsize, saves_output=True)
+        tape.release(inputs, inner)
+        up = self.compute_weight(hidden * bottleneck_width)
+        outer = tape.apply([active, up], states.numel, self.itemsize, saved_for_backward=[active, up])
+        tape.release(active)
+        output = tape.apply([outer], outer.numel, self.itemsize)  # times the scale
+        tape.release(outer, states_fp32)
+        return output

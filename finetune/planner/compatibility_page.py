@@ -1,0 +1,206 @@
+"""COMPATIBILITY.md: every cell of the compatibility matrix checked, rows with equal verdicts merged.
+
+``python -m finetune.planner.compatibility_page`` prints it.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from finetune.distributed.strategy_names import STRATEGIES
+from finetune.planner.compatibility import COMPATIBILITY_RULES, CompatibilityRule
+from finetune.planner.solver import (
+    OFFLOADS,
+    OPTIMIZER_NAMES,
+    Combination,
+    Verdict,
+    check,
+    format_overrides,
+    needs_two_passes,
+)
+from finetune.recipe.checks import adapter_traits
+from finetune.recipe.discovery import ADAPTERS, plugin_names, stage_names
+from finetune.recipe.recipe import adapter_settings, stage_settings
+
+DEVICE_KINDS = ("cpu", "cuda")
+YES, NO = "yes", "no"
+COMPATIBILITY_HEADER = """\
+# Compatibility of adapters, quantization, strategies and engines
+
+Generated from `finetune/planner/compatibility.py` by `python -m finetune.planner.compatibility_page`. For
+one stage: `llm-align plan --compatibility`. Every run is checked before anything is loaded: values that
+nobody set are changed where that helps, with a note; other incompatible settings end with exit status 2 and
+a repair.
+
+`yes`: works. `zero3 [fsdp2-quantized]`: works with this value instead, because of the rule of that name
+below. `no [...]`: incompatible. All columns but `single` are for several processes.
+"""
+EVIDENCE_TEXTS = {
+    "run": "tested here",
+    "source": "read in the library's source",
+    "thread": "reported by users",
+    "ours": "by design",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictRow:
+    """Cells of one table row and their common label: (adapter, quantization) pairs, or one value."""
+
+    labels: tuple[str, ...]
+    cells: tuple[Combination, ...]
+    verdicts: tuple[Verdict, ...]
+
+
+def default_engine(stage: str) -> str:
+    """Return a stage's default engine."""
+    return stage_settings(stage)().train.engine
+
+
+def matrix_cells(stage: str, device: str) -> Iterator[Combination]:
+    """Yield every adapter x supported quantization x strategy, on two processes or more."""
+    stage_combination = Combination(stage=stage, device=device, engine=default_engine(stage))
+    for method in plugin_names(ADAPTERS):
+        two_passes = needs_two_passes(adapter_settings(method)())
+        for quantization in adapter_traits(method).quantization:
+            base = replace(
+                stage_combination, adapter=method, quantization=quantization, two_passes=two_passes
+            )
+            yield from across_strategies(base)
+
+
+def across_strategies(base: Combination) -> tuple[Combination, ...]:
+    """Return a combination under each strategy, with as many processes as that needs."""
+    return tuple(replace(base, strategy=name, processes=1 if name == "single" else 2) for name in STRATEGIES)
+
+
+def adapter_rows(stage: str, device: str) -> list[VerdictRow]:
+    """Return a stage's table: adapters and quantizations with equal verdicts share a row."""
+    combinations = list(matrix_cells(stage, device))
+    rows = [
+        combinations[offset : offset + len(STRATEGIES)]
+        for offset in range(0, len(combinations), len(STRATEGIES))
+    ]
+    return _merge_equal_rows((f"{row[0].adapter} {row[0].quantization}", tuple(row)) for row in rows)
+
+
+def optimizer_rows(device: str) -> list[VerdictRow]:
+    """Return the table of optimizers."""
+    combination = Combination(device=device)
+    return _merge_equal_rows(
+        (name, across_strategies(replace(combination, optimizer=name))) for name in OPTIMIZER_NAMES
+    )
+
+
+def offload_rows(device: str) -> list[VerdictRow]:
+    """Return the table of offload targets."""
+    combination = Combination(device=device)
+    return _merge_equal_rows(
+        (name, across_strategies(replace(combination, offload=name))) for name in OFFLOADS
+    )
+
+
+def engine_rows(device: str) -> list[VerdictRow]:
+    """Return the table of stages on TRL's trainers."""
+    combination = Combination(device=device, engine="trl")
+    return _merge_equal_rows(
+        (name, across_strategies(replace(combination, stage=name))) for name in stage_names()
+    )
+
+
+def format_cell(verdict: Verdict) -> str:
+    """Return a verdict as a table cell: yes, the values that make it work, or no."""
+    if verdict.kind == "works":
+        return YES
+    names = ", ".join(dict.fromkeys(rule.name for rule in verdict.rules))
+    if verdict.kind == "incompatible":
+        return f"{NO} [{names}]"
+    only = list(verdict.changes) == ["train.strategy"]
+    text = str(verdict.changes["train.strategy"]) if only else format_overrides(verdict.changes)
+    return f"{text} [{names}]"
+
+
+def applied_rules(rows: Iterable[VerdictRow]) -> list[CompatibilityRule]:
+    """Return the rules that a table's cells name, in order."""
+    rule_names = {rule.name for row in rows for verdict in row.verdicts for rule in verdict.rules}
+    return [rule for rule in COMPATIBILITY_RULES if rule.name in rule_names]
+
+
+def compatibility_page() -> str:
+    """Return COMPATIBILITY.md."""
+    sections = [COMPATIBILITY_HEADER]
+    for device in DEVICE_KINDS:
+        sections.append(f"## On {'CPUs' if device == 'cpu' else 'GPUs'}\n")
+        for stages, rows in _stages_by_table(device):
+            sections.append(f"### {', '.join(stages)}\n\n{_table('quantization: adapters', rows)}")
+        for title, rows in (
+            ("optimizer", optimizer_rows(device)),
+            ("train.offload", offload_rows(device)),
+            ("train.engine=trl", engine_rows(device)),
+        ):
+            sections.append(f"### {title}\n\n{_table(title, rows)}")
+    sections.append("## Rules\n\n" + "\n".join(format_rule(rule) for rule in COMPATIBILITY_RULES))
+    return "\n".join(sections) + "\n"
+
+
+def _stages_by_table(device: str) -> Iterator[tuple[list[str], list[VerdictRow]]]:
+    """Yield tables with all stages that have the same one."""
+    tables: dict[str, tuple[list[str], list[VerdictRow]]] = {}
+    for stage in stage_names():
+        rows = adapter_rows(stage, device)
+        # Stages share a table if it renders to the same text.
+        tables.setdefault(_table("", rows), ([], rows))[0].append(stage)
+    yield from tables.values()
+
+
+def _merge_equal_rows(labelled_rows: Iterable[tuple[str, tuple[Combination, ...]]]) -> list[VerdictRow]:
+    """Return rows, merging those with equal verdicts."""
+    rows: dict[tuple[str, ...], list[tuple[str, tuple[Combination, ...], tuple[Verdict, ...]]]] = {}
+    for label, combinations in labelled_rows:
+        verdicts = tuple(check(cell) for cell in combinations)
+        # Verdicts with the same text are equal for a reader, so their rows are merged.
+        rows.setdefault(tuple(map(format_cell, verdicts)), []).append((label, combinations, verdicts))
+    return [
+        VerdictRow(
+            tuple(label for label, _, _ in equal_rows),
+            tuple(cell for _, combinations, _ in equal_rows for cell in combinations),
+            equal_rows[0][2],
+        )
+        for equal_rows in rows.values()
+    ]
+
+
+def row_label(labels: tuple[str, ...]) -> str:
+    """Return a row's label.
+
+    >>> row_label(("dora none", "dora nf4", "lora none", "lora nf4", "full none"))
+    'none/nf4: dora, lora; none: full'
+    """
+    by_adapter: dict[str, list[str]] = {}
+    for label in labels:
+        adapter, _, quantization = label.partition(" ")
+        by_adapter.setdefault(adapter, []).append(quantization)
+    by_base: dict[str, list[str]] = {}
+    for adapter, bases in by_adapter.items():
+        by_base.setdefault("/".join(filter(None, bases)), []).append(adapter)
+    return "; ".join(
+        f"{base}: {', '.join(adapters)}" if base else ", ".join(adapters)
+        for base, adapters in by_base.items()
+    )
+
+
+def _table(title: str, rows: list[VerdictRow]) -> str:
+    header = f"| {title} | {' | '.join(STRATEGIES)} |\n|{' --- |' * (len(STRATEGIES) + 1)}\n"
+    body = (
+        f"| {row_label(row.labels)} | {' | '.join(format_cell(verdict) for verdict in row.verdicts)} |"
+        for row in rows
+    )
+    return header + "\n".join(body) + "\n"
+
+
+def format_rule(rule: CompatibilityRule) -> str:
+    """Return a rule as a Markdown list item: reason, evidence, source."""
+    return f"* **{rule.name}**: {rule.reason}. ({EVIDENCE_TEXTS[rule.evidence]}: {rule.source})"
+
+
+if __name__ == "__main__":
+    print(compatibility_page(), end="")

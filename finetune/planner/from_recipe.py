@@ -1,0 +1,112 @@
+"""Planner inputs from a recipe's settings: architecture, adapter, and the step without its rows."""
+
+from typing import Any
+
+from finetune.distributed.hardware import Hardware
+from finetune.planner import choices
+from finetune.planner.architecture import Architecture
+from finetune.planner.base_config import load_base_config
+from finetune.planner.workload import Adapter, Workload
+from finetune.recipe.checks import adapter_traits
+from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettings
+
+ADAMIX_PASSES = 2
+DEFAULT_TRAINED_TOKENS = 3
+"""BOS, EOS and padding: the tokens that trainable_tokens trains by default."""
+
+
+def load_architecture(model: ModelSettings) -> Architecture:
+    """Return the base's architecture, with the context length of the recipe's RoPE scaling.
+
+    Raises:
+        UserError: an unknown base.
+    """
+    config = load_base_config(model.base, model.revision)
+    if model.rope is not None:
+        # Multimodal configs nest the decoder's.
+        text = config.get("text_config", config)
+        extended = {**text, "max_position_embeddings": round(_max_positions(text) * model.rope.factor)}
+        config = {**config, "text_config": extended} if "text_config" in config else extended
+    return Architecture.from_config(config)
+
+
+def _max_positions(text: dict[str, Any]) -> int:
+    return int(text["max_position_embeddings"])
+
+
+def planned_adapter(settings: AdapterSettings) -> Adapter:
+    """Return the adapter settings that memory depends on."""
+    values = settings.model_dump()
+    target = values.get("target", "all-linear")
+    tokens = values.get("tokens")
+    own_tokens = int(values.get("virtual_tokens", 0))
+    return Adapter(
+        method=settings.method,
+        rank=_planned_rank(values),
+        targets=() if isinstance(target, str) else tuple(target),
+        dropout=values.get("dropout", 0.0) > 0,
+        # Positions include the frozen prompts of earlier tasks (progressive_prompt).
+        virtual_tokens=max(own_tokens, settings.positions),
+        frozen_tokens=max(0, settings.positions - own_tokens),
+        width=values.get("bottleneck_size", values.get("encoder_hidden_size", 0)),
+        experts=values.get("experts", 1),
+        placement=values.get("placement", "parallel"),
+        encoder=values.get("encoder", "mlp"),
+        projection=bool(values.get("projection", False)),
+        top_layers=values.get("layers", 0),
+        block_size=values.get("block_size", 32),
+        tokens=len(tokens) if tokens is not None else DEFAULT_TRAINED_TOKENS,
+        forward_passes=ADAMIX_PASSES if values.get("consistency") else 1,
+    )
+
+
+def _planned_rank(values: dict[str, Any]) -> int:
+    """Return the rank that memory is needed for: AdaLoRA starts at 1.5 times the final rank."""
+    rank = int(values.get("rank", 0))
+    if values["method"] == "adalora":
+        # It starts with more ranks than it ends with, and the largest count needs the memory.
+        return int(values["init_rank"] or -(-3 * rank // 2))
+    return rank
+
+
+def choose_model_settings(settings: StageSettings, hardware: Hardware) -> dict[str, choices.Choice]:
+    """Return a recipe's precision and quantization on some hardware, each with its reason.
+
+    Raises:
+        UserError: the hardware does not support the precision.
+    """
+    model, supported = settings.model, adapter_traits(settings.adapter.method).quantization
+    return {
+        "model.precision": choices.precision(model.precision, hardware),
+        "model.quantization": choices.quantization(model.quantization, supported),
+    }
+
+
+def base_workload(
+    settings: StageSettings,
+    architecture: Architecture,
+    *,
+    precision: str,
+    quantization: str,
+    device: str,
+) -> Workload:
+    """Return a recipe's workload without its rows, which the stage adds.
+
+    Args:
+        settings: the recipe's sections.
+        architecture: of its base.
+        precision: as resolved.
+        quantization: as resolved.
+        device: ``cuda`` or ``cpu``.
+    """
+    attention = settings.model.attention
+    return Workload(
+        architecture=architecture,
+        adapter=planned_adapter(settings.adapter),
+        precision=precision,  # type: ignore[arg-type]  # the settings have the same Literal values
+        quantization=quantization,  # type: ignore[arg-type]
+        optimizer=settings.train.optimizer,
+        checkpointing=settings.train.gradient_checkpointing,
+        attention="sdpa" if attention == "auto" else attention,
+        device=device,  # type: ignore[arg-type]
+    )

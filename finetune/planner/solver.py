@@ -1,0 +1,292 @@
+"""Compatibility solver: evaluates the rules of ``compatibility`` before anything is loaded.
+
+Quantization x adapter x strategy x offload x stage x engine x optimizer x hardware: ``check`` returns whether
+a combination works, works with changed values, or cannot work; ``resolve`` applies the changes to values that
+nobody set and refuses the others.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from finetune.distributed.strategy_names import STRATEGIES
+from finetune.planner.compatibility import COMPATIBILITY_RULES, CompatibilityRule, PropertyValue
+from finetune.recipe.checks import adapter_traits
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.recipe import DEFAULT_ORIGIN, Recipe
+from finetune.recipe.settings import AdapterSettings
+
+VerdictKind = Literal["works", "changed", "incompatible"]
+SOLVER_ORIGIN = "solver"
+"""The origin of a value that was changed here."""
+
+QUANTIZATIONS = ("none", "nf4", "int8")
+OPTIMIZER_NAMES = ("adamw", "adamw_8bit", "paged_adamw", "adafactor")
+OFFLOADS = ("none", "cpu", "nvme")
+
+RECIPE_KEYS = {
+    "adapter": "adapter.method",
+    "quantization": "model.quantization",
+    "precision": "model.precision",
+    "strategy": "train.strategy",
+    "processes": "train.num_processes",
+    "offload": "train.offload",
+    "engine": "train.engine",
+    "optimizer": "train.optimizer",
+    "two_passes": "adapter.consistency",
+}
+"""Recipe keys of a combination's properties; stage and hardware are not set by the recipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """Settings that must be compatible, and the device they run on.
+
+    Attributes:
+        stage: the stage.
+        adapter: the adapter's method.
+        quantization: storage format of the frozen base; ``auto``: the adapter's default.
+        precision: dtype of the forward pass; ``auto``: the hardware's.
+        strategy: distributed strategy.
+        processes: their number.
+        offload: where ZeRO stores optimizer states and weights.
+        engine: native or trl.
+        optimizer: its name.
+        two_passes: whether the adapter needs two forward passes per batch (AdaMix).
+        device: ``cpu`` or ``cuda``.
+        bfloat16: whether the device supports bfloat16 natively.
+    """
+
+    stage: str = "sft"
+    adapter: str = "lora"
+    quantization: str = "auto"
+    precision: str = "auto"
+    strategy: str = "single"
+    processes: int = 1
+    offload: str = "none"
+    engine: str = "native"
+    optimizer: str = "adamw"
+    two_passes: bool = False
+    device: str = "cpu"
+    bfloat16: bool = True
+
+    def properties(self) -> dict[str, PropertyValue]:
+        """Return the properties that rules match on: settings, and the adapter's traits."""
+        traits = adapter_traits(self.adapter)
+        quantization = traits.quantization[0] if self.quantization == "auto" else self.quantization
+        return {
+            **{name: getattr(self, name) for name in self.__slots__},
+            "quantization": quantization,
+            "processes": "one" if self.processes == 1 else "several",
+            "quantization_supported": quantization in traits.quantization,
+            "engine_supported": self.engine in traits.engines,
+            "reward_head_supported": not traits.scoring_unsupported,
+            "changes_base": traits.changes_base,
+            "full_finetuning": traits.full_finetuning,
+        }
+
+    def with_changes(self, changes: Mapping[str, Any]) -> "Combination":
+        """Return the combination with other values of recipe keys."""
+        names = {key: name for name, key in RECIPE_KEYS.items()}
+        return replace(self, **{names[key]: value for key, value in changes.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The solver's result for a combination.
+
+    Attributes:
+        kind: works, changed (works with other values), or incompatible.
+        changes: recipe key -> the value with which it works.
+        reason: why it does not work as it is.
+        repair: what the user can do.
+        rules: the rules that applied, in order.
+    """
+
+    kind: VerdictKind
+    changes: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    repair: str = ""
+    rules: tuple[CompatibilityRule, ...] = ()
+
+    def describe(self) -> str:
+        """Return the verdict as one line."""
+        if self.kind == "works":
+            return "works"
+        if self.kind == "incompatible":
+            return f"incompatible: {self.reason}"
+        return f"works with {format_overrides(self.changes)}: {self.reason}"
+
+
+COMPATIBLE = Verdict("works")
+
+
+def check(combination: Combination) -> Verdict:
+    """Return whether a combination works, or with which other values it would.
+
+    The first rule that applies changes the combination, which is checked again, since a change may need
+    another one. A rule without changes, or changes that lead back to a combination seen before, make it
+    incompatible.
+    """
+    applied: list[CompatibilityRule] = []
+    changes: dict[str, Any] = {}
+    seen = {combination}
+    while (rule := first_applicable_rule(combination)) is not None:
+        applied.append(rule)
+        changes |= rule.changes
+        combination = combination.with_changes(rule.changes)
+        if combination in seen:  # a rule without changes, or two rules that undo each other
+            return Verdict(
+                "incompatible",
+                {},
+                _join_reasons(applied),
+                applied[-1].repair or applied[0].repair,
+                tuple(applied),
+            )
+        seen.add(combination)
+    if not applied:
+        return COMPATIBLE
+    # A rule's repair text describes its change alone; a chain of changes is listed as overrides.
+    only_repair = applied[0].repair if len(applied) == 1 else ""
+    return Verdict(
+        "changed", changes, _join_reasons(applied), only_repair or format_overrides(changes), tuple(applied)
+    )
+
+
+def first_applicable_rule(combination: Combination) -> CompatibilityRule | None:
+    """Return the first rule that applies to a combination."""
+    properties = combination.properties()
+    return next((rule for rule in COMPATIBILITY_RULES if rule.applies(properties)), None)
+
+
+def resolve_auto_strategy(combination: Combination) -> str:
+    """Return the meaning of ``train.strategy: auto``: the first strategy that works without changes.
+
+    Args:
+        combination: its own strategy is ignored.
+    """
+    if combination.processes == 1:
+        return STRATEGIES[0]
+    candidates = (replace(combination, strategy=name) for name in STRATEGIES[1:])
+    # Where none works as it is, ddp is checked, and the user reads why it does not.
+    return next(
+        (candidate.strategy for candidate in candidates if first_applicable_rule(candidate) is None),
+        STRATEGIES[1],
+    )
+
+
+def format_overrides(changes: Mapping[str, Any]) -> str:
+    """Return settings as command-line overrides."""
+    return " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+
+
+def _join_reasons(rules: list[CompatibilityRule]) -> str:
+    return "; then ".join(dict.fromkeys(rule.reason for rule in rules))
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchTarget:
+    """Where a run is launched: the device, its bfloat16 support, the number of processes."""
+
+    device: str
+    bfloat16: bool
+    processes: int
+
+
+def resolve(recipe: Recipe, target: LaunchTarget) -> Recipe:
+    """Return the recipe with compatible settings; each change has a note and the origin `solver`.
+
+    Values that nobody set are changed where that helps; ``train.strategy: auto`` becomes the first strategy
+    that works. Values that the recipe or the user set are never changed.
+
+    Raises:
+        UserError: the settings are incompatible.
+    """
+    combination = recipe_combination(recipe, target)
+    if recipe.settings.train.strategy == "auto":
+        combination = replace(combination, strategy=resolve_auto_strategy(combination))
+    verdict = check(combination)
+    unset_keys = {key for key in RECIPE_KEYS.values() if _is_unset(recipe, key)}
+    if verdict.kind == "incompatible" or not verdict.changes.keys() <= unset_keys:
+        raise UserError(incompatibility_problem(combination, verdict).with_origin(recipe.origins))
+    # A note only where auto chose another strategy than the plain one, with the reason against that.
+    plain_strategy = STRATEGIES[combination.processes > 1]
+    if combination.strategy != plain_strategy and recipe.settings.train.strategy == "auto":
+        reason = check(replace(combination, strategy=plain_strategy)).reason
+        recipe = _apply_changes(recipe, {"train.strategy": combination.strategy}, reason)
+    return _apply_changes(recipe, verdict.changes, verdict.reason) if verdict.changes else recipe
+
+
+def recipe_combination(recipe: Recipe, target: LaunchTarget) -> Combination:
+    """Return the combination of a recipe on a launch target."""
+    settings = recipe.settings
+    return Combination(
+        stage=recipe.stage,
+        adapter=settings.adapter.method,
+        quantization=settings.model.quantization,
+        precision=settings.model.precision,
+        strategy=settings.train.strategy,
+        processes=target.processes,
+        offload=settings.train.offload,
+        engine=settings.train.engine,
+        optimizer=settings.train.optimizer,
+        two_passes=needs_two_passes(settings.adapter),
+        device=target.device,
+        bfloat16=target.bfloat16,
+    )
+
+
+def needs_two_passes(adapter: AdapterSettings) -> bool:
+    """Return whether an adapter's settings need two forward passes per batch."""
+    return bool(adapter.model_dump().get("consistency", False))
+
+
+def incompatibility_problem(combination: Combination, verdict: Verdict) -> Problem:
+    """Return a verdict as the user's error message."""
+    rule = verdict.rules[0]
+    # The error is reported at the rule's first property that is a recipe key.
+    property_name = next((name for name in rule.when if name in RECIPE_KEYS), "adapter")
+    other_properties = dict.fromkeys(
+        _format_property(name, combination) for name in rule.when if name != property_name
+    )
+    actual = f"{str(combination.properties()[property_name]).lower()}, with {', '.join(other_properties)}"
+    return Problem(
+        RECIPE_KEYS[property_name], actual, f"compatible settings: {verdict.reason}", verdict.repair
+    )
+
+
+def _format_property(name: str, combination: Combination) -> str:
+    """Return a property of a combination as recipe text."""
+    if name == "device":
+        return "the CPU" if combination.device == "cpu" else "a GPU"
+    if name == "processes":
+        count = combination.processes
+        return f"{count} process{'es' if count > 1 else ''}"
+    if name == "stage":
+        return f"stage {combination.stage}"
+    if name in RECIPE_KEYS:
+        return f"{RECIPE_KEYS[name]}={str(combination.properties()[name]).lower()}"
+    return {
+        "quantization_supported": f"model.quantization={combination.quantization}",
+        "engine_supported": f"train.engine={combination.engine}",
+        "bfloat16": "no native bfloat16",
+    }.get(name, f"adapter.method={combination.adapter}")
+
+
+def _is_unset(recipe: Recipe, key: str) -> bool:
+    """Return whether nobody set a value, so that the solver may change it."""
+    section, name = key.split(".")
+    value = recipe.settings.model_dump()[section].get(name)
+    # The solver's own changes may change again, so that resolving a resolved recipe is a no-op.
+    return value == "auto" or recipe.origins.get(key, DEFAULT_ORIGIN) in (DEFAULT_ORIGIN, SOLVER_ORIGIN)
+
+
+def _apply_changes(recipe: Recipe, changes: Mapping[str, Any], reason: str) -> Recipe:
+    settings = recipe.settings
+    for key, value in changes.items():
+        section, name = key.split(".")
+        section_settings = dict(settings)[section].model_copy(update={name: value})
+        settings = settings.model_copy(update={section: section_settings})
+    origins = recipe.origins | dict.fromkeys(changes, SOLVER_ORIGIN)
+    note = f"{format_overrides(changes)}: {reason}"
+    return replace(recipe, settings=settings, origins=origins, notes=[*recipe.notes, note])

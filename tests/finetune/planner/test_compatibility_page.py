@@ -1,0 +1,49 @@
+"""The compatibility tables and the page generated from them."""
+
+from pathlib import Path
+
+import pytest
+
+import finetune.planner.compatibility_page as matrix
+from finetune.distributed.strategy_names import STRATEGIES
+from finetune.planner.compatibility import COMPATIBILITY_RULES
+from finetune.planner.solver import Combination, check
+from finetune.recipe.discovery import stage_names
+
+PAGE = Path(matrix.__file__).with_name("COMPATIBILITY.md")
+
+
+def test_page_is_up_to_date() -> None:
+    repair = "python -m finetune.planner.compatibility_page > finetune/planner/COMPATIBILITY.md"
+    assert PAGE.read_text(encoding="utf-8") == matrix.compatibility_page(), repair
+
+
+def test_page_lists_every_stage_and_rule() -> None:
+    page = matrix.compatibility_page()
+    for stage in stage_names():
+        assert page.count(f" {stage}") >= 2, stage
+    for rule in COMPATIBILITY_RULES:
+        assert f"* **{rule.name}**: {rule.reason}" in page
+
+
+@pytest.mark.parametrize("device", matrix.DEVICE_KINDS)
+def test_equal_rows_are_merged_and_none_is_lost(device: str) -> None:
+    rows = matrix.adapter_rows("sft", device)
+    labels = [label for row in rows for label in row.labels]
+    assert len(labels) == len(set(labels)) == 67
+    assert len(rows) < 15
+    assert all(len(row.verdicts) == len(STRATEGIES) for row in rows)
+
+
+def test_row_labels() -> None:
+    assert matrix.row_label(("lora none", "lora nf4", "full none")) == "none/nf4: lora; none: full"
+    assert matrix.row_label(("adamw", "adafactor")) == "adamw, adafactor"
+
+
+def test_cells_name_the_changes() -> None:
+    fsdp2 = Combination(strategy="fsdp2", processes=2, adapter="qlora")
+    assert matrix.format_cell(check(Combination())) == "yes"
+    assert matrix.format_cell(check(fsdp2)) == "zero3 [fsdp2-quantized]"
+    assert (
+        matrix.format_cell(check(Combination(stage="reward", adapter="llama_adapter"))) == "no [reward-head]"
+    )
