@@ -5,9 +5,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from pydantic import ValidationError
+from typing_extensions import TypeVar
 
 from finetune.recipe import command_line, yaml_file
 from finetune.recipe.checks import cross_field_problems
@@ -34,16 +35,18 @@ from finetune.recipe.renamed import renamed_section, renamed_stage, section_prob
 from finetune.recipe.settings import AdapterSettings, Section, StageSettings
 
 DEFAULT_ORIGIN = "default"
+SettingsT = TypeVar("SettingsT", bound=StageSettings, default=StageSettings, covariant=True)
+"""The settings of a stage; a bare ``Recipe`` is a recipe of any stage."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Generic[SettingsT]):
     """A validated recipe: stage, typed settings, the origin of each value, and the output folder."""
 
     stage: str
     name: str
     description: str
-    settings: StageSettings
+    settings: SettingsT
     origins: Origins
     out: Path | None = None
     notes: list[str] = field(default_factory=list)

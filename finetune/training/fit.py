@@ -1,0 +1,97 @@
+"""Train to the last step: resume, callbacks, checks after the first steps and after the last one."""
+
+from functools import partial
+
+from transformers import PrinterCallback, Trainer
+
+from finetune.distributed import collectives
+from finetune.distributed.full_checkpoint import FullStateCheckpoint, check_resharding
+from finetune.distributed.strategy_names import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
+from finetune.recipe.recipe import SettingsT
+from finetune.training import checkpoints
+from finetune.training.context import RunContext
+from finetune.training.preflight.base_weights_check import check_base_unchanged, frozen_checksums
+from finetune.training.preflight.first_steps import FirstStepsCheck
+from finetune.training.preflight.replica_check import check_replicas_equal, trained_digest
+from finetune.training.preflight.sharding_check import ShardingCheck
+from finetune.training.recorder import AlreadyTrained, Recorder
+from finetune.training.trainer import first_row_ids, initial_param_groups
+
+
+def fit(
+    ctx: RunContext[SettingsT],
+    trainer: Trainer,
+    *,
+    logged_keys: dict[str, str],
+    allows_zero_gradients: bool = False,
+) -> None:
+    """Train to the last step, resuming from the newest valid checkpoint.
+
+    Args:
+        ctx: context of the run.
+        trainer: the engine's trainer.
+        logged_keys: metrics of metrics.jsonl, with the titles of their curves.
+        allows_zero_gradients: whether a step may have zero gradients: completions of equal reward have no
+            advantage.
+
+    Raises:
+        Interrupted: a signal came; a checkpoint was saved.
+        NotFiniteError: loss or gradient is NaN or infinite.
+        UserError: the adapter gets no gradient, or the frozen base changed.
+    """
+    # Rank 0 decides for all: it deletes corrupt checkpoints while the others would still look at them.
+    last = collectives.broadcast_object(
+        _select_checkpoint(ctx) if ctx.dist.is_main else checkpoints.NO_CHECKPOINT
+    )
+    if last.path:
+        check_resharding(last.path, strategy=ctx.strategy, num_processes=ctx.dist.world_size)
+    ctx.run.truncate_after(last.step)
+    if last.path:
+        ctx.log(f"resuming from step {last.step}")
+    recorder = Recorder(ctx.run, ctx.console, ctx.signal_flag, logged_keys=logged_keys)
+    _add_callbacks(ctx, trainer, recorder, allows_zero_gradients=allows_zero_gradients)
+    before = frozen_checksums(trainer.model)
+    # ZeRO-3's inference engine is destroyed before DeepSpeed wraps the model for training.
+    ctx.loading_contexts.close()
+    with ctx.timed("train"):
+        try:
+            trainer.train(resume_from_checkpoint=str(last.path) if last.path else None)
+        except AlreadyTrained:
+            ctx.log("training already complete")
+        finally:
+            recorder.progress.stop()
+    # After a signal the trainer returns as if it had finished: the checks below are for a trained model.
+    ctx.raise_if_interrupted(f"at step {trainer.state.global_step}; checkpoint saved")
+    ctx.check(check_base_unchanged(before, frozen_checksums(trainer.model)))
+    if ctx.strategy in REPLICATED:
+        ctx.check(check_replicas_equal(collectives.all_gather_object(trained_digest(trainer.model))))
+
+
+def _select_checkpoint(ctx: RunContext[SettingsT]) -> checkpoints.LastCheckpoint:
+    """Return the newest valid checkpoint, and delete the corrupt ones after it."""
+    last = checkpoints.find_last_valid(ctx.run.checkpoints)
+    for problem in last.corrupt:
+        ctx.log(f"corrupt checkpoint, using the previous one: {problem}")
+    checkpoints.remove_newer_than(ctx.run.checkpoints, last.step)
+    return last
+
+
+def _add_callbacks(
+    ctx: RunContext[SettingsT], trainer: Trainer, recorder: Recorder, *, allows_zero_gradients: bool
+) -> None:
+    trainer.remove_callback(PrinterCallback)  # the recorder prints instead
+    if ctx.strategy in (*ZERO_STAGES, *SHARDED_WEIGHTS):
+        # Before the recorder, which writes the checksums of a complete checkpoint.
+        trainer.add_callback(
+            FullStateCheckpoint(partial(initial_param_groups, trainer), strategy=ctx.strategy)
+        )
+        trainer.add_callback(
+            ShardingCheck(ctx.check, strategy=ctx.strategy, rows=partial(first_row_ids, trainer))
+        )
+    trainer.add_callback(recorder)
+    uses_zero = ctx.strategy in ZERO_STAGES
+    trainer.add_callback(
+        FirstStepsCheck(
+            ctx.check, allows_zero_gradients=allows_zero_gradients, engine_takes_gradients=uses_zero
+        )
+    )
