@@ -40,7 +40,7 @@ from finetune.data.dataset import PreparedData, TokenizedRows, prepare_conversat
 from finetune.data.tokens import Encoder
 from finetune.recipe.settings import DataSettings
 from finetune.training.trainer import NativeTrainer
-from finetune.training.trl_engine import build_trl_trainer
+from finetune.engines.trl.sft import build_trl_trainer
 
 EMBEDDED_ROWS = "recipes/tiny/data/sft_train.jsonl"
 CONTENDERS = ("native", "trl", "trl-best")

@@ -8,7 +8,7 @@ functions of metrics and texts.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from align.preference.finding import Finding, repetition_finding
+from finetune.training.findings import Finding, repetition_finding
 
 MAX_CHOSEN_DROP = 0.05
 """Nats per token: a completion of 50 tokens is then 12 times less likely than before training."""

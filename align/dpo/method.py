@@ -34,7 +34,7 @@ from finetune.training.arguments import SFT_CONFIG, TrlConfigSpec
 from finetune.training.context import RunContext
 from finetune.training.generation import Completion
 from finetune.training.generation_eval import GenerationEval
-from finetune.training.loading import Policy
+from finetune.training.model import Policy
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.preflight.checklist import check_rows, check_vocabulary
 from finetune.training.preflight.checks import CheckResult

@@ -25,7 +25,7 @@ from align.preference.rows.dataset import PreferenceGroups
 from finetune.data.cache import DamagedCacheError
 from finetune.distributed import collectives
 from finetune.training.context import RunContext
-from finetune.training.loading import Policy
+from finetune.training.model import Policy
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from align.preference.trl_engine import (
     to_pair_dataset,
 )
 from finetune.recipe.errors import Problem
-from finetune.training.base_trainer import log_held_out
+from finetune.training.trainer import log_held_out
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.preflight.preserve_state import preserve_state
 

@@ -28,7 +28,7 @@ from finetune.training.arguments import TrlConfigSpec
 from finetune.training.context import RunContext
 from finetune.training.generation import Completion
 from finetune.training.generation_eval import GenerationEval
-from finetune.training.loading import Policy
+from finetune.training.model import Policy
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.preflight.checklist import check_model, check_rows, check_vocabulary
 from finetune.training.preflight.checks import CheckResult, failed

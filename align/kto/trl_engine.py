@@ -26,7 +26,7 @@ from align.preference.trl_engine import (
 )
 from finetune.data.batches import optimizer_batches
 from finetune.distributed.rank import dist_info
-from finetune.training.base_trainer import log_held_out
+from finetune.training.trainer import log_held_out
 
 TENSOR_PREFIXES = ("", "KL_")
 """TRL's tensor prefixes: each row's own completion, and the mismatched one of the KL estimate."""

@@ -16,7 +16,7 @@ from align.rl.rewards.rewards import Rewards
 from align.rl.sampling import SampledCompletion, Sampling, sample_completions
 from align.rl.token_stats import TokenStats, collate_completions, token_logps_and_entropy
 from finetune.data.tokens import Encoder
-from finetune.training.loading import Policy
+from finetune.training.model import Policy
 from finetune.training.preflight.preserve_state import preserve_state
 
 

@@ -8,7 +8,8 @@ from align.rl.rewards.rewards import Rewards
 from align.rl.rewards.settings import RewardsSettings
 from finetune.recipe.checks import adapter_traits
 from finetune.training.context import RunContext
-from finetune.training.loading import Policy, add_adapter, load_frozen_base
+from finetune.training.loading import add_adapter, load_frozen_base
+from finetune.training.model import Policy
 from finetune.training.text_encoding import TextEncoding
 
 

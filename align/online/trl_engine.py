@@ -23,7 +23,7 @@ from align.rl.rewards.rewards import Rewards
 from data_templates.segments import Message
 from finetune.data.batches import optimizer_batches
 from finetune.data.tokens import Encoder
-from finetune.training.base_trainer import log_held_out
+from finetune.training.trainer import log_held_out
 
 ONLINE_METRIC_NAMES = {
     "reward": "objective/reward",

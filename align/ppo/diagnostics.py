@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from align.preference.finding import Finding, repetition_finding
+from finetune.training.findings import Finding, repetition_finding
 from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
 
 RunMetrics = Mapping[str, float]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.training.base_trainer import BaseTrainer
+from finetune.training.trainer import BaseTrainer
 
 
 class GroupTrainer(BaseTrainer):

@@ -12,7 +12,8 @@ from finetune.recipe.checks import adapter_traits
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import EvaluateSettings
 from finetune.training.context import RunContext
-from finetune.training.loading import FrozenBase, Policy, add_adapter, load_frozen_base, load_policy
+from finetune.training.loading import FrozenBase, add_adapter, load_frozen_base, load_policy
+from finetune.training.model import Policy
 from finetune.training.run_directory import ROUNDS
 from finetune.training.text_encoding import TextEncoding
 

@@ -22,7 +22,7 @@ from align.reward.trl_engine import build_trl_reward_trainer, reward_config_spec
 from finetune.planner import choices
 from finetune.training.adapter_hooks import adapter_hooks
 from finetune.training.context import RunContext
-from finetune.training.loading import Policy
+from finetune.training.model import Policy
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.shared_steps import (
     engine_arguments,

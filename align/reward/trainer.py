@@ -11,7 +11,7 @@ from align.preference.losses.metrics import list_accuracies
 from align.reward.loss import mean_margins
 from align.reward.objective import RewardObjective
 from finetune.distributed.collectives import all_gather_object
-from finetune.training.base_trainer import log_held_out
+from finetune.training.trainer import log_held_out
 
 
 class RewardTrainer(GroupTrainer):

@@ -20,7 +20,7 @@ from align.preference.trl_engine import (
     raise_if_not_finite,
 )
 from finetune.training.arguments import TrlConfigSpec
-from finetune.training.base_trainer import log_held_out
+from finetune.training.trainer import log_held_out
 from finetune.training.preflight.preserve_state import preserve_state
 
 

@@ -267,7 +267,7 @@ SHARDING_RULES = (
         "trl-sharded",
         {"strategy": SHARDED_WEIGHTS, "engine": ("trl",)},
         "sharded weights are not tested with TRL's trainers",
-        "finetune/training/trl_engine.py",
+        "finetune/engines/trl/sft.py",
         "ours",
         {"train.strategy": "zero2"},
     ),

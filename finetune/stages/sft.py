@@ -5,46 +5,153 @@ The loss is the mean negative log-likelihood per reply token (Ouyang et al. 2022
 the assistant's.
 """
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
-from finetune.recipe.recipe import Recipe
+from dataclasses import dataclass
+from math import exp
+from typing import TYPE_CHECKING, Any, ClassVar
+
 from finetune.recipe.settings import StageSettings
+from finetune.training.metric_specs import SUPERVISED_METRICS, MetricSpec
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from transformers import Trainer, TrainingArguments
 
-    from finetune.training.result import Result
-
+    from finetune.data.collate import Collator
+    from finetune.data.dataset import PreparedData
+    from finetune.recipe.recipe import SettingsT
+    from finetune.training.context import RunContext
+    from finetune.training.findings import Finding
+    from finetune.training.model import Policy
+    from finetune.training.text_encoding import TextEncoding
 
 PUBLIC = "alpaca"
 """Default recipe if a base other than the embedded one is given without a recipe."""
+MAX_LOSS_FOR_EXP = 700.0
+"""exp() of a larger loss overflows a float."""
 
 
 class Settings(StageSettings):
     """Settings of every stage: model, data, adapter, training and evaluation."""
 
 
-def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Fine-tune a model on instructions and replies.
-
-    Args:
-        recipe: the recipe.
-        console: receives progress output.
-        force: replace an existing run of this recipe.
-        command: the command line, for run.json.
+def build(ctx: RunContext[SettingsT]) -> SFT:
+    """Load tokenizer, data and model.
 
     Raises:
-        UserError: the recipe or the data are invalid; nothing was written.
-        Interrupted: a signal came; a checkpoint was saved.
-        NotFiniteError: loss or gradient became NaN or infinite.
+        UserError: the data are invalid, or the base cannot be loaded.
     """
-    from finetune.training.result import Result
-    from finetune.training.run_directory import RunDirectory
+    from finetune.training.loading import load_data, load_policy, load_text_encoding
 
-    run = RunDirectory.of(recipe, force=force)
-    if not run.finished:
-        from finetune.training.context import RunContext
-        from finetune.training.stage import run_supervised
+    text = load_text_encoding(ctx)
+    data = load_data(ctx, text)
+    return SFT(ctx, text, data, load_policy(ctx))
 
-        run_supervised(RunContext(recipe, run, console, command))
-    return Result.of(run)
+
+@dataclass(frozen=True)
+class SFT:
+    """Supervised fine-tuning of a policy on tokenized rows; also continued pretraining and CoH."""
+
+    generates: ClassVar[bool] = True
+    allows_zero_gradients: ClassVar[bool] = False
+    metric_spec: ClassVar[MetricSpec] = SUPERVISED_METRICS
+
+    ctx: RunContext
+    text: TextEncoding
+    data: PreparedData
+    policy: Policy
+
+    @property
+    def num_steps(self) -> int:
+        from finetune.training.arguments import num_optimizer_steps
+
+        return num_optimizer_steps(self.ctx.settings.train, len(self.data.train))
+
+    def prepare(self) -> dict[str, Any]:
+        """Check the run's rows and model before step 0, without changing either.
+
+        Raises:
+            UserError: a check failed.
+        """
+        from finetune.training.model import count_parameters
+        from finetune.training.preflight.checklist import check_model, check_rows, check_vocabulary
+        from finetune.training.preflight.checks import CheckResult
+
+        ctx, text, data, policy = self.ctx, self.text, self.data, self.policy
+        ctx.log(count_parameters(policy.model).describe())
+        with ctx.timed("preflight"):
+            ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
+            blocks = ctx.settings.data.text_format is not None
+            ctx.check(
+                *check_rows(data.train, data.report, text.encoder, max_length=text.max_length, blocks=blocks),
+                check_vocabulary(policy.model, data.train, text.encoder),
+            )
+            weight_format = {"precision": policy.precision, "quantization": policy.quantization}
+            ctx.check(*check_model(policy.model, data.train, self._training_collator(), **weight_format))
+        return {}
+
+    def arguments(self) -> TrainingArguments:
+        """Return the engine's training arguments, with ``auto`` values resolved.
+
+        Raises:
+            UserError: the engine refuses them.
+        """
+        from finetune.training.arguments import resolve_arguments
+
+        longest = self.data.report.longest
+        return resolve_arguments(self.ctx, self.policy, longest=longest, steps=self.num_steps)
+
+    def build_trainer(self, args: TrainingArguments) -> Trainer:
+        """Return the engine's trainer, which creates the checkpoint folder."""
+        from finetune.engines.trl.sft import TrlSFTTrainer
+        from finetune.training.adapter_hooks import adapter_hooks
+        from finetune.training.trainer import NativeTrainer, TrainerData
+
+        settings, model, rows = self.ctx.settings, self.policy.model, self.data.train
+        train = settings.train
+        if train.engine == "trl":
+            tokenizer = self.text.encoder.tokenizer
+            return TrlSFTTrainer(model, args, tokenizer, train=rows, held_out=self.data.held_out)
+        collator = self._build_collator()
+        return NativeTrainer(
+            model,
+            args,
+            TrainerData(rows, self.data.held_out, collator, train.batch_size, train.group_by_length),
+            hooks=adapter_hooks(model, settings.adapter, steps=self.num_steps),
+            label_smoothing=train.label_smoothing,
+            neftune_alpha=train.neftune_alpha,
+        )
+
+    def evaluate(self, trainer: Trainer, when: str) -> dict[str, float]:
+        """Return the held-out loss; for plain documents also their perplexity per token, exp(loss)."""
+        from finetune.training.batch_loss import held_out_loss
+
+        if self.data.held_out is None:
+            return {}
+        batch_size = trainer.args.per_device_train_batch_size
+        loss = held_out_loss(trainer.model, self.data.held_out, self._build_collator(), batch_size=batch_size)
+        if self.ctx.settings.data.text_format is None:
+            return {"loss": loss}
+        return {"loss": loss, "perplexity": exp(min(loss, MAX_LOSS_FOR_EXP))}
+
+    def diagnose(self) -> list[Finding]:
+        """Return no findings: the curves and the held-out loss tell."""
+        return []
+
+    def _training_collator(self) -> Collator:
+        """Return a collator with training's layout for the pre-flight: TRL's ``padding_free`` packs too."""
+        from finetune.data.collate import PackedCollator
+
+        train = self.ctx.settings.train
+        if train.engine == "trl" and train.engine_args.get("padding_free"):
+            return PackedCollator(self.text.encoder.stop_ids[0], single_row=True)
+        return self._build_collator()
+
+    def _build_collator(self) -> Collator:
+        from finetune.data.collate import PackedCollator, PaddedCollator
+
+        pad_id, settings = self.text.encoder.stop_ids[0], self.ctx.settings
+        if not settings.data.packing:
+            return PaddedCollator(pad_id)
+        # FlashAttention separates packed rows only within one batch row.
+        return PackedCollator(pad_id, single_row=settings.model.attention == "flash_attention_2")

@@ -1,7 +1,8 @@
 """Map recipe settings to the TrainingArguments and TRL configs of the engines."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,15 @@ from transformers import TrainingArguments
 from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from finetune.data.batches import num_micro_batches
-from finetune.distributed.collectives import TIMEOUT
+from finetune.distributed import collectives
 from finetune.distributed.strategies import reset_deepspeed_state, strategy_arguments
+from finetune.planner import choices
 from finetune.recipe.errors import Problem, UserError, did_you_mean
+from finetune.recipe.recipe import SettingsT
 from finetune.recipe.settings import TrainSettings
+from finetune.training.auto_batch_size import batch_fits, free_gpu_bytes
+from finetune.training.context import RunContext
+from finetune.training.model import Policy
 
 TRAINER_OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -147,7 +153,7 @@ def common_arguments(
         "use_cpu": execution.device == "cpu",  # otherwise transformers refuses bf16 on a CPU
         "bf16": execution.precision == "bfloat16",
         "fp16": execution.precision == "float16",
-        "ddp_timeout": int(TIMEOUT.total_seconds()),
+        "ddp_timeout": int(collectives.TIMEOUT.total_seconds()),
         "activation_checkpointing": settings.gradient_checkpointing,
         "save_strategy": "steps",
         "save_steps": checkpoint_every,
@@ -216,3 +222,61 @@ def training_arguments(
     # Before a trainer reads the plugin from these arguments.
     reset_deepspeed_state(engine_arguments)
     return engine_arguments
+
+
+def resolve_arguments(
+    ctx: RunContext[SettingsT], policy: Policy, *, longest: int, steps: int, stage: TrlConfigSpec = SFT_CONFIG
+) -> TrainingArguments:
+    """Return the training arguments of a run, with ``auto`` values resolved and recorded.
+
+    Args:
+        ctx: context of the run.
+        policy: the model that is trained.
+        longest: tokens of the longest row of a forward pass.
+        steps: optimizer steps of the run.
+        stage: the stage's TRL config.
+
+    Raises:
+        UserError: the engine refuses them.
+    """
+    train = ctx.settings.train
+    micro_batch_size = choices.micro_batch_size(
+        train.micro_batch_size,
+        batch_size=ceil(train.batch_size / ctx.dist.world_size),
+        longest=longest,
+        hardware=ctx.hardware,
+        must_divide=train.engine == "trl",
+        min_rows=stage.min_rows,
+        fits=_memory_predicate(ctx, policy, longest) if ctx.hardware.device == "cuda" else None,
+    )
+    checkpoint_every = choices.checkpoint_every(train.checkpoint_every, steps=steps)
+    return training_arguments(
+        train,
+        folder=ctx.run.checkpoints,
+        execution=ExecutionConfig(ctx.hardware.device, policy.precision, ctx.dist.world_size, ctx.strategy),
+        micro_batch_size=ctx.resolve_auto("train.micro_batch_size", micro_batch_size),
+        checkpoint_every=ctx.resolve_auto("train.checkpoint_every", checkpoint_every),
+        stage=stage,
+    )
+
+
+def _memory_predicate(
+    ctx: RunContext[SettingsT], policy: Policy, longest: int
+) -> Callable[[int], bool] | None:
+    """Return a predicate: do N rows fit the GPU's memory?"""
+    return batch_fits(
+        ctx.settings,
+        policy,
+        longest=longest,
+        num_processes=ctx.dist.world_size,
+        strategy=ctx.strategy,
+        # The minimum: all ranks must choose the same micro-batch size.
+        gpu_bytes=min(collectives.all_gather_object(free_gpu_bytes())),
+    )
+
+
+def num_optimizer_steps(train: TrainSettings, rows: int) -> int:
+    """Return the optimizer steps of a run over N rows."""
+    return choices.optimizer_steps(
+        rows, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
+    )

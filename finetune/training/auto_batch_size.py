@@ -12,7 +12,7 @@ from finetune.planner.memory import peak_phase, plan_memory
 from finetune.planner.workload import ObjectiveKind, Workload
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import StageSettings
-from finetune.training.loading import Policy
+from finetune.training.model import Policy
 
 # Their memory does not depend on the micro-batch size.
 PHASES_WITHOUT_BATCH = ("merge", "rollout")

@@ -1,5 +1,6 @@
 """Train to the last step: resume, callbacks, checks after the first steps and after the last one."""
 
+from collections.abc import Sequence
 from functools import partial
 
 from transformers import PrinterCallback, Trainer
@@ -15,7 +16,10 @@ from finetune.training.preflight.first_steps import FirstStepsCheck
 from finetune.training.preflight.replica_check import check_replicas_equal, trained_digest
 from finetune.training.preflight.sharding_check import ShardingCheck
 from finetune.training.recorder import AlreadyTrained, Recorder
-from finetune.training.trainer import first_row_ids, initial_param_groups
+from finetune.training.trainer import BaseTrainer, first_row_ids, initial_param_groups
+
+LAST_LOG_ENTRIES = 10
+"""Log entries that are averaged for a metric's value at the end of training."""
 
 
 def fit(
@@ -65,6 +69,22 @@ def fit(
     ctx.check(check_base_unchanged(before, frozen_checksums(trainer.model)))
     if ctx.strategy in REPLICATED:
         ctx.check(check_replicas_equal(collectives.all_gather_object(trained_digest(trainer.model))))
+
+
+def record_training_metrics(ctx: RunContext[SettingsT], trainer: Trainer, keys: Sequence[str]) -> None:
+    """Record metrics at the start and end of training, and tokens per second with the native trainer."""
+    entries = ctx.run.metrics()
+    for key in keys:
+        values = [entry[key] for entry in entries if key in entry]
+        if values:  # empty if train.log_every exceeds the number of steps
+            # Averaged, because a single log entry is noisy.
+            last = values[-LAST_LOG_ENTRIES:]
+            ctx.run.update(metrics={f"{key}_before": values[0], f"{key}_after": sum(last) / len(last)})
+    # TRL's trainers do not count tokens; a run that resumes after its last step has none.
+    if isinstance(trainer, BaseTrainer) and (
+        num_tokens := sum(collectives.all_gather_object(trainer.num_tokens))
+    ):
+        ctx.run.update(metrics={"tokens_per_second": round(num_tokens / ctx.seconds["train"])})
 
 
 def _select_checkpoint(ctx: RunContext[SettingsT]) -> checkpoints.LastCheckpoint:

@@ -8,8 +8,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from data_templates.segments import Message
 from finetune.data.tokens import Encoder
-from finetune.distributed.collectives import all_gather_object
+from finetune.distributed.collectives import all_gather_object, shard, unshard
 from finetune.distributed.sharding import is_sharded
+from finetune.recipe.recipe import SettingsT
+from finetune.training.context import RunContext
+from finetune.training.model import Policy
+from finetune.training.text_encoding import TextEncoding
 
 PROMPTS_PER_BATCH = 32
 
@@ -20,6 +24,21 @@ class Completion:
 
     text: str
     ended_with_eos: bool
+
+
+def generate_sharded(
+    ctx: RunContext[SettingsT], text: TextEncoding, policy: Policy, prompts: Sequence[Sequence[Message]]
+) -> list[Completion]:
+    """Generate completions greedily with the current policy, sharded over ranks and gathered on all."""
+    with ctx.timed("samples"):
+        completions = generate_completions(
+            policy.model,
+            text.encoder,
+            shard(prompts),
+            max_new_tokens=ctx.settings.evaluate.max_new_tokens,
+            context=text.context,
+        )
+        return unshard(all_gather_object(completions))
 
 
 @torch.no_grad()

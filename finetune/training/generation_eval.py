@@ -1,19 +1,20 @@
-"""Generation evals before and after training: Python graders, and exact match on a retention set."""
+"""Generation evals before and after training: samples, Python graders, exact match on a retention set."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from data_templates.segments import Message
+from finetune.data.conversation import Conversation
 from finetune.data.load import SourceSpec, load_source
 from finetune.data.replies import render_reply
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import EvaluateSettings
+from finetune.recipe.settings import EvaluateSettings, StageSettings
 from finetune.recipe.user_function import call_user_function, load_user_function, signature_problems
 from finetune.training.run_directory import RunDirectory
-from finetune.training.samples import GenerateFn, evenly_spaced, prompt_text
+from finetune.training.samples import GenerateFn, Samples, evenly_spaced, prompt_text
 
 GRADER_PARAMETERS = ("prompt", "reply")
 
@@ -76,6 +77,59 @@ class GenerationEval:
         """Return the report's summary entries: metric -> (label, format)."""
         grades = {f"eval/graders/{name}": (f"grader: {name}", ".1%") for name in self.graders}
         return grades | {"eval/retention": ("retention: exact match", ".1%")}
+
+
+@dataclass(frozen=True)
+class GenerationEvals:
+    """All that a run generates before and after training: samples.jsonl, and the graders' completions."""
+
+    samples: Samples
+    graded: GenerationEval
+
+    @classmethod
+    def load(
+        cls, settings: StageSettings, encoder: Encoder, conversations: Sequence[Conversation]
+    ) -> "GenerationEvals":
+        """Load the graders and the retention set, and select the prompts.
+
+        Args:
+            settings: the recipe's settings.
+            encoder: renders the expected replies with the template.
+            conversations: held-out conversations that end with the expected reply.
+
+        Raises:
+            UserError: a grader or the retention set cannot be loaded.
+        """
+        prompts = [row.messages for row in conversations]
+        graded = load_generation_eval(settings.evaluate, prompts, encoder, seed=settings.train.seed)
+        return cls(_select_samples(settings.evaluate, prompts, encoder), graded)
+
+    @property
+    def summary(self) -> dict[str, tuple[str, str]]:
+        """Return the report's summary entries: metric -> (label, format)."""
+        return self.graded.summary
+
+    def run(self, run: RunDirectory, generate: GenerateFn, when: str) -> None:
+        """Generate and record samples and grades, ``before`` or ``after`` training.
+
+        Raises:
+            UserError: a grader raised, returned no number, or skipped every prompt.
+        """
+        record = {"before": self.samples.record_before, "after": self.samples.record_after}[when]
+        record(run, generate)
+        self.graded.evaluate(run, generate, when)
+
+
+def _select_samples(
+    evaluate: EvaluateSettings, prompts: Sequence[Sequence[Message]], encoder: Encoder
+) -> Samples:
+    """Return the prompts of samples.jsonl, evenly spaced over the held-out conversations."""
+    shown = evenly_spaced(len(prompts), evaluate.samples)
+    others = [index for index in range(len(prompts)) if index not in shown]
+    # The shown prompts come first; exact match may score more of them.
+    count = max(evaluate.samples, evaluate.exact_match)
+    selected = [render_reply(prompts[index], encoder) for index in [*shown, *others][:count]]
+    return Samples(selected, evaluate.samples, scored=evaluate.exact_match > 0)
 
 
 def mean_grade(name: str, grader: Grader, prompts: Sequence[str], completions: Sequence[str]) -> float:

@@ -6,7 +6,6 @@ once.
 """
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -14,16 +13,14 @@ from finetune.distributed.hardware import detect_hardware
 from finetune.distributed.rank import dist_info
 from finetune.planner import choices
 from finetune.planner.compatibility import ZERO_STRATEGIES
-from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
+from finetune.training.result import Result
 from finetune.training.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from finetune.training.result import Result
+from finetune.training.stage import run_stage
 
 
-def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, command: str = "") -> "Result":
+def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, command: str = "") -> Result:
     """Run a recipe's stage, on several processes if the recipe says so, and return its result.
 
     Args:
@@ -39,10 +36,10 @@ def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, comma
         LostProcessError: a process died.
     """
     _check_deepspeed_installed(recipe.settings.train.strategy)
-    stage, dist = load_stage(recipe.stage), dist_info()
+    dist = dist_info()
     if dist.world_size > 1:
         rank_console = console if dist.is_main else Console(quiet=True)
-        return stage.run(recipe, rank_console, force=force, command=command)  # type: ignore[no-any-return]
+        return run_stage(recipe, rank_console, force=force, command=command)
     if not RunDirectory.of(recipe, force=force).finished:
         num_processes, _ = choices.num_processes(recipe.settings.train.num_processes, detect_hardware())
         if num_processes > 1:
@@ -50,7 +47,7 @@ def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, comma
 
             launch_processes(LaunchSpec(recipe, force, command), num_processes)
             force = False  # the workers finished the run: below it is only read
-    return stage.run(recipe, console, force=force, command=command)  # type: ignore[no-any-return]
+    return run_stage(recipe, console, force=force, command=command)
 
 
 def _check_deepspeed_installed(strategy: str) -> None:

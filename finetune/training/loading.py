@@ -8,12 +8,15 @@ from transformers import PreTrainedModel, set_seed
 
 from finetune.data.dataset import PreparedData
 from finetune.data.documents import prepare_data
+from finetune.distributed import collectives, sharding
+from finetune.distributed.strategy_names import ZERO_STAGES
 from finetune.planner import choices
 from finetune.recipe.checks import adapter_traits
+from finetune.recipe.recipe import SettingsT
 from finetune.recipe.settings import ModelSettings
 from finetune.training.arguments import TrlConfigSpec, check_engine_args
 from finetune.training.context import RunContext
-from finetune.training.model import attach_adapter, load_base
+from finetune.training.model import Policy, attach_adapter, load_base
 from finetune.training.resume_adapter import load_adapter_weights
 from finetune.training.text_encoding import TextEncoding, build_text_encoding
 
@@ -27,23 +30,45 @@ class FrozenBase:
     quantization: str
 
 
-@dataclass(frozen=True)
-class Policy:
-    """The trained model: base with adapter, precision of the forward pass, quantization of the base."""
+def init_distributed(ctx: RunContext[SettingsT]) -> None:
+    """Resolve the strategy and initialize the process group; called before a model is loaded.
 
-    model: nn.Module
-    precision: str
-    quantization: str
+    Raises:
+        UserError: the strategy does not fit the number of processes.
+    """
+    train, world_size = ctx.settings.train, ctx.dist.world_size
+    ctx.strategy = ctx.resolve_auto("train.strategy", choices.strategy(train.strategy, world_size))
+    if train.num_processes != world_size:
+        ctx.resolve_auto("train.num_processes", (world_size, "set by the launcher"))
+    collectives.init_distributed(ctx.hardware.device, deepspeed=ctx.strategy in ZERO_STAGES)
 
 
-def load_text_encoding(ctx: RunContext) -> TextEncoding:
+def shard_on_load(ctx: RunContext[SettingsT], dtype: str) -> None:
+    """Load models sharded until training begins (ZeRO-3); FSDP2 shards in ``from_pretrained``."""
+    if ctx.strategy == "zero3":
+        ctx.loading_contexts.enter_context(
+            sharding.zero3_init(dtype, offload=ctx.settings.train.offload, folder=ctx.run.path)
+        )
+
+
+def enable_sharded_inference(ctx: RunContext[SettingsT], model: nn.Module, base: PreTrainedModel) -> None:
+    """Allow forward passes of a ZeRO-3 model until its trainer takes over."""
+    if ctx.strategy == "zero3":
+        ctx.loading_contexts.enter_context(
+            sharding.zero3_inference_engine(
+                model, base, offload=ctx.settings.train.offload, folder=ctx.run.path
+            )
+        )
+
+
+def load_text_encoding(ctx: RunContext[SettingsT]) -> TextEncoding:
     """Load tokenizer and template.
 
     Raises:
         UserError: unknown engine arguments, a precision that this hardware lacks, no such base, no EOS, no
             chat template, or ``max_length`` exceeds the model's positions.
     """
-    settings = ctx.recipe.settings
+    settings = ctx.settings
     check_engine_args(settings.train, TrlConfigSpec(settings.TRL_CONFIG))
     choices.precision(settings.model.precision, ctx.hardware)  # raises before anything is loaded
     text, reason = build_text_encoding(settings)
@@ -51,13 +76,13 @@ def load_text_encoding(ctx: RunContext) -> TextEncoding:
     return text
 
 
-def load_data(ctx: RunContext, text: TextEncoding) -> PreparedData:
+def load_data(ctx: RunContext[SettingsT], text: TextEncoding) -> PreparedData:
     """Read and tokenize the recipe's data, and log the data report.
 
     Raises:
         UserError: the data are invalid; the message gives file, line and field.
     """
-    settings = ctx.recipe.settings
+    settings = ctx.settings
     with ctx.timed("data"):
         data = prepare_data(settings.data, text.encoder, max_length=text.max_length, seed=settings.train.seed)
     for line in data.report.lines():
@@ -71,7 +96,7 @@ def parent_adapter_run(settings: ModelSettings) -> Path | None:
     return parent if parent is not None and (parent / "adapter").is_dir() else None
 
 
-def load_policy(ctx: RunContext) -> Policy:
+def load_policy(ctx: RunContext[SettingsT]) -> Policy:
     """Load the base and add the adapter: the parent run's, or a new one initialized with the seed.
 
     Raises:
@@ -80,15 +105,15 @@ def load_policy(ctx: RunContext) -> Policy:
     return add_adapter(ctx, load_frozen_base(ctx))
 
 
-def load_frozen_base(ctx: RunContext) -> FrozenBase:
+def load_frozen_base(ctx: RunContext[SettingsT]) -> FrozenBase:
     """Load the base in the precision and quantization that its adapter needs.
 
     Raises:
         UserError: the base cannot be loaded.
     """
-    settings = ctx.recipe.settings
+    settings = ctx.settings
     traits = adapter_traits(settings.adapter.method)
-    ctx.init_distributed()
+    init_distributed(ctx)
     precision = ctx.resolve_auto("model.precision", choices.precision(settings.model.precision, ctx.hardware))
     quantization = ctx.resolve_auto(
         "model.quantization", choices.quantization(settings.model.quantization, traits.quantization)
@@ -97,7 +122,7 @@ def load_frozen_base(ctx: RunContext) -> FrozenBase:
     dtype = "float32" if traits.full_finetuning else precision
     with ctx.timed("load"):
         set_seed(settings.train.seed)
-        ctx.shard_on_load(dtype)
+        shard_on_load(ctx, dtype)
         base = load_base(
             settings.model,
             precision=dtype,
@@ -108,13 +133,13 @@ def load_frozen_base(ctx: RunContext) -> FrozenBase:
     return FrozenBase(base, precision, quantization)
 
 
-def add_adapter(ctx: RunContext, frozen: FrozenBase) -> Policy:
+def add_adapter(ctx: RunContext[SettingsT], frozen: FrozenBase) -> Policy:
     """Add the recipe's adapter to a base: the parent run's, or a new one initialized with the seed.
 
     Raises:
         UserError: the adapter does not fit the base, or the parent's files are corrupt.
     """
-    settings = ctx.recipe.settings
+    settings = ctx.settings
     with ctx.timed("load"):
         # Seeded again: a new adapter's initialization must not depend on what loading the base consumed.
         set_seed(settings.train.seed)
@@ -124,5 +149,5 @@ def add_adapter(ctx: RunContext, frozen: FrozenBase) -> Policy:
     if settings.train.gradient_checkpointing:
         # Checkpointed blocks need an input with a gradient, and frozen embeddings give one without.
         frozen.base.enable_input_require_grads()
-    ctx.enable_sharded_inference(model, frozen.base)
+    enable_sharded_inference(ctx, model, frozen.base)
     return Policy(model, frozen.precision, frozen.quantization)

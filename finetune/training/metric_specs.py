@@ -1,7 +1,7 @@
 """Metric specs of a stage: curves of metrics.jsonl, before/after metrics of the summary, diagnostics."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,11 +31,19 @@ class MetricSpec:
         curves: metric of metrics.jsonl -> title of its curve.
         summary: metric recorded as ``<name>_before`` and ``<name>_after`` -> (label, format).
         diagnostics: run.json -> the stage's own part of the report.
+        main: the held-out metric whose record shows that an evaluation was done.
+        first_last: training metrics that run.json records for the first step and the last ones.
     """
 
     curves: Mapping[str, str] = field(default_factory=dict)
     summary: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     diagnostics: Callable[[Mapping[str, Any]], Diagnostics] = no_diagnostics
+    main: str = "loss"
+    first_last: tuple[str, ...] = ("loss",)
+
+    def with_summary(self, summary: Mapping[str, tuple[str, str]]) -> "MetricSpec":
+        """Return this spec with more metrics in the summary."""
+        return replace(self, summary={**self.summary, **summary})
 
     @property
     def logged_keys(self) -> dict[str, str]:

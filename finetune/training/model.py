@@ -46,6 +46,20 @@ class ParameterCount:
     trained: int
     total: int
 
+    def describe(self) -> str:
+        """Return both numbers and their ratio in one line."""
+        share = self.trained / self.total
+        return f"{self.trained:,} of {self.total:,} parameters are trained ({share:.2%})"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The trained model: base with adapter, precision of the forward pass, quantization of the base."""
+
+    model: nn.Module
+    precision: str
+    quantization: str
+
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """Return the base's tokenizer.

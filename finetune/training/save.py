@@ -9,12 +9,27 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.distributed import sharding
+from finetune.distributed import collectives, sharding
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.preflight.checks import first_few
+from finetune.recipe.recipe import SettingsT
+from finetune.training.context import RunContext
+from finetune.training.model import Policy
+from finetune.training.preflight.checks import CheckResult, first_few
 from finetune.training.run_directory import RunDirectory
+from finetune.training.text_encoding import TextEncoding
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def save_policy(ctx: RunContext[SettingsT], text: TextEncoding, policy: Policy) -> None:
+    """Save the adapter (or the model), reload it to verify it, and record its checksums.
+
+    Raises:
+        UserError: the saved weights differ from the trained ones.
+    """
+    files = collectives.broadcast_object(save_trained(ctx.run, policy.model, text.encoder.tokenizer))
+    ctx.run.update(files=files)
+    ctx.check(CheckResult("saved", f"{', '.join(files)}: reloaded, equal to the trained weights"))
 
 
 def save_trained(run: RunDirectory, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -1,12 +1,15 @@
 """The path of a run from directory to result, and the protocol of a method such as SFT, DPO or PPO."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from math import isfinite
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.discovery import load_stage
-from finetune.recipe.recipe import Recipe
+from finetune.recipe.recipe import Recipe, SettingsT
 from finetune.training.metric_specs import MetricSpec
+from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.result import Result
 from finetune.training.run_directory import RunDirectory
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from finetune.training.context import RunContext
     from finetune.training.findings import Finding
     from finetune.training.generation import Completion
-    from finetune.training.loading import Policy
+    from finetune.training.model import Policy
     from finetune.training.text_encoding import TextEncoding
 
 
@@ -77,6 +80,8 @@ class Method(Protocol):
     def prepare(self) -> dict[str, Any]:
         """Check data and model before anything is written; return the method's own sections of run.json.
 
+        A section that every method has (``reload``) is extended by the keys given here.
+
         Raises:
             UserError: a check failed.
         """
@@ -98,7 +103,7 @@ class Method(Protocol):
         """
         ...
 
-    def evaluate(self, trainer: "Trainer", when: str) -> dict[str, float]:
+    def evaluate(self, trainer: "Trainer", when: Literal["before", "after"]) -> dict[str, float]:
         """Return the held-out metrics; empty without held-out rows. ``when``: ``before`` or ``after``."""
         ...
 
@@ -135,8 +140,8 @@ def run_stage(recipe: Recipe, console: "Console", *, force: bool = False, comman
     return Result.of(run)
 
 
-def train(ctx: "RunContext[Any]", method: Method) -> None:
-    """Check, evaluate, train, save, evaluate again, diagnose.
+def train(ctx: "RunContext[SettingsT]", method: Method) -> None:
+    """Run a method: check, evaluate, train, save, evaluate again, diagnose.
 
     Args:
         ctx: context of a run that has not started.
@@ -149,6 +154,7 @@ def train(ctx: "RunContext[Any]", method: Method) -> None:
     """
     from finetune.distributed import collectives
     from finetune.training.fit import fit, record_training_metrics
+    from finetune.training.generation import generate_sharded
     from finetune.training.generation_eval import GenerationEvals
     from finetune.training.save import save_policy
 
@@ -157,14 +163,20 @@ def train(ctx: "RunContext[Any]", method: Method) -> None:
 
     spec = method.metric_spec
     # Everything that can be refused is refused before the folder exists.
-    evals = GenerationEvals.load(ctx, method.text, method.data.prompts) if method.generates else None
+    evals = (
+        GenerationEvals.load(ctx.settings, method.text.encoder, method.data.prompts)
+        if method.generates
+        else None
+    )
     sections, args = method.prepare(), method.arguments()
-    metadata = merge_sections(policy_metadata(ctx, method.text, method.policy, method.data.report), sections)
+    metadata = policy_metadata(ctx, method.text, method.policy, method.data.report)
+    for name, section in sections.items():
+        metadata[name] = {**metadata[name], **section} if name in metadata else section
     with ctx.recorded(metadata, spec.with_summary(evals.summary if evals else {})):
         if evals:
             evals.run(ctx.run, generate, "before")
         trainer = method.build_trainer(args)
-        record_held_out(ctx, spec, lambda when: method.evaluate(trainer, when), "before")
+        record_held_out(ctx, method, trainer, "before")
         fit(
             ctx,
             trainer,
@@ -172,9 +184,55 @@ def train(ctx: "RunContext[Any]", method: Method) -> None:
             allows_zero_gradients=method.allows_zero_gradients,
         )
         save_policy(ctx, method.text, method.policy)
-        record_held_out(ctx, spec, lambda when: method.evaluate(trainer, when), "after")
+        record_held_out(ctx, method, trainer, "after")
         record_training_metrics(ctx, trainer, spec.first_last)
         if evals:
             evals.run(ctx.run, generate, "after")
         collectives.barrier()  # rank 0 writes the metrics, which every rank reads
-        record_findings(ctx, method.diagnose())
+        findings = method.diagnose()
+        for finding in findings:
+            ctx.log(finding.format_line())
+        if findings:
+            ctx.run.update(diagnostics=[finding.record() for finding in findings])
+
+
+def record_held_out(
+    ctx: "RunContext[SettingsT]", method: Method, trainer: "Trainer", when: Literal["before", "after"]
+) -> None:
+    """Record a method's held-out metrics, unless a resumed run has recorded them.
+
+    Raises:
+        NotFiniteError: a metric is NaN or infinite.
+    """
+    if f"{EVAL_PREFIX}{method.metric_spec.main}_{when}" in ctx.run.record.get("metrics", {}):
+        return
+    with ctx.timed("held_out"):
+        metrics = method.evaluate(trainer, when)
+    for name, value in metrics.items():
+        if not isfinite(value):
+            raise NotFiniteError(f"held-out {name} is {value} {when} training")
+    ctx.run.update(metrics={f"{EVAL_PREFIX}{name}_{when}": value for name, value in metrics.items()})
+
+
+def policy_metadata(
+    ctx: "RunContext[SettingsT]", text: "TextEncoding", policy: "Policy", report: "DataReport"
+) -> dict[str, Any]:
+    """Return run.json's sections on data and policy, and the settings that ``load_finished_run`` reads."""
+    from finetune.training.model import count_parameters
+
+    data = ctx.settings.data
+    return {
+        "data": {**asdict(report), "lines": report.lines()},
+        "parameters": asdict(count_parameters(policy.model)),
+        "auto": ctx.resolved,
+        "reload": {
+            # The saved weights contain the parent run's: loading needs only the base.
+            "model": ctx.settings.model.model_dump(exclude={"init_from"}),
+            "precision": policy.precision,
+            "quantization": policy.quantization,
+            "template": data.template,
+            "system_prompt": data.system_prompt,
+            "control_suffix": text.encoder.control_suffix,
+            "virtual_tokens": text.virtual_tokens,
+        },
+    }

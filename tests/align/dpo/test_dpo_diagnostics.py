@@ -6,7 +6,7 @@ import pytest
 
 from align.dpo.collate import data_length_ratio
 from align.dpo.diagnostics import DiagnosticInputs, diagnose_dpo
-from align.preference.finding import Finding
+from finetune.training.findings import Finding
 
 HEALTHY = {
     "rewards/accuracies_after": 0.8,

@@ -8,7 +8,7 @@ from torch import nn
 from finetune.planner.devices import GIB
 from finetune.recipe.recipe import read_recipe
 from finetune.training.auto_batch_size import batch_fits
-from finetune.training.loading import Policy
+from finetune.training.model import Policy
 
 
 def largest_batch(stage: str, gpu_bytes: int, *, base: str = "llama-2-7b", processes: int = 1) -> int:

@@ -15,7 +15,7 @@ from finetune.recipe.settings import TrainSettings
 from finetune.training.arguments import ExecutionConfig, training_arguments
 from finetune.training.loss import cross_entropy_sum
 from finetune.training.trainer import NativeTrainer
-from finetune.training.trl_engine import build_trl_trainer
+from finetune.engines.trl.sft import build_trl_trainer
 
 LENGTHS = [9, 3, 14, 2, 6, 20, 5, 11]
 

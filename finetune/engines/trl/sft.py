@@ -11,16 +11,34 @@ from trl import SFTConfig, SFTTrainer
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
 from finetune.distributed.interrupts import NotFiniteError
-from finetune.training.base_trainer import log_held_out
 from finetune.training.batch_loss import held_out_loss
+from finetune.training.trainer import log_held_out
 
 
 class TrlSFTTrainer(SFTTrainer):  # type: ignore[misc]
     """TRL's SFTTrainer with our held-out loss (mean per label) and NaN errors that name their rows."""
 
-    train_rows: TokenizedRows
-    held_out_rows: TokenizedRows
-    collate: PaddedCollator
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SFTConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        train: TokenizedRows,
+        held_out: TokenizedRows | None,
+    ) -> None:
+        """Set up TRL's trainer for tokenized rows; the labels are used unchanged."""
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_dataset(train),
+            eval_dataset=_dataset(held_out) if held_out is not None else None,
+            processing_class=tokenizer,
+        )
+        self.train_rows = train
+        self.held_out_rows = held_out
+        # The padding id is arbitrary: mask and labels exclude it.
+        self.collate = PaddedCollator(int(tokenizer.eos_token_id))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -41,33 +59,10 @@ class TrlSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the mean loss per label on the held-out rows."""
+        assert self.held_out_rows is not None, "evaluate_every is set with held-out rows only"
         size = self.args.per_device_train_batch_size
         loss = held_out_loss(self.model, self.held_out_rows, self.collate, batch_size=size)
         return log_held_out(self, {"eval/loss": loss})
-
-
-def build_trl_trainer(
-    model: nn.Module,
-    args: SFTConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    train_rows: TokenizedRows,
-    held_out_rows: TokenizedRows | None,
-) -> SFTTrainer:
-    """Return TRL's SFTTrainer for tokenized rows; the labels are used unchanged."""
-    trainer = TrlSFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=_dataset(train_rows),
-        eval_dataset=_dataset(held_out_rows) if held_out_rows is not None else None,
-        processing_class=tokenizer,
-    )
-    trainer.train_rows = train_rows
-    if held_out_rows is not None:
-        trainer.held_out_rows = held_out_rows
-        # The padding id is arbitrary: mask and labels exclude it.
-        trainer.collate = PaddedCollator(int(tokenizer.eos_token_id))
-    return trainer
 
 
 def _row_locations(rows: TokenizedRows, ids_BT: Tensor, mask: Tensor | None) -> list[str]:

@@ -1,0 +1,1 @@
+"""Trainers of other libraries, fed the same rendered data."""
