@@ -76,12 +76,12 @@ class OnlineRL:
     @property
     def samples(self) -> Samples:
         """Return the sample prompts, answered before and after training."""
-        return shared_steps.build_samples(self.ctx, self.text, self.data.conversations)
+        return shared_steps.build_samples(self.ctx, self.text, self.data.prompts)
 
     @cached_property
     def generation_eval(self) -> GenerationEval:
         """Return the evaluation of greedy generations, before and after training."""
-        return shared_steps.build_generation_eval(self.ctx, self.text, self.data.conversations)
+        return shared_steps.build_generation_eval(self.ctx, self.text, self.data.prompts)
 
     @cached_property
     def held_out_evaluation(self) -> HeldOutEvaluation | None:

@@ -90,12 +90,12 @@ class PPO:
     @property
     def samples(self) -> Samples:
         """Return the sample prompts, answered before and after training."""
-        return shared_steps.build_samples(self.ctx, self.text, self.data.conversations)
+        return shared_steps.build_samples(self.ctx, self.text, self.data.prompts)
 
     @cached_property
     def generation_eval(self) -> GenerationEval:
         """Return the evaluation of greedy generations, before and after training."""
-        return shared_steps.build_generation_eval(self.ctx, self.text, self.data.conversations)
+        return shared_steps.build_generation_eval(self.ctx, self.text, self.data.prompts)
 
     @cached_property
     def hooks(self) -> Hooks:

@@ -99,7 +99,7 @@ class PreparedPrompts:
     report: DataReport
 
     @property
-    def conversations(self) -> list[Conversation]:
+    def prompts(self) -> list[Conversation]:
         """Return the conversations for samples and graders: held-out prompts, else some training prompts.
 
         Each row appears once, and ends with its own reply (empty if it has none).

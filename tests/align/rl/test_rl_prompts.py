@@ -153,7 +153,7 @@ def test_held_out_fraction_splits_by_prompt():
     assert len(data.held_out) == 8 and len(held_out) == 4 and not train & held_out
     assert data.held_out.locations == prepare(rows, held_out=0.2).held_out.locations
     assert data.held_out.locations != prepare(rows, held_out=0.2, seed=1).held_out.locations
-    assert [row.messages[-1] for row in data.conversations] == [Message("assistant", "")] * 8
+    assert [row.messages[-1] for row in data.prompts] == [Message("assistant", "")] * 8
 
 
 def test_a_held_out_file_is_read_and_compared(tmp_path):
