@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
+from align.engines.trl.preference import to_pair_dataset
 from align.preference.groups import Group, GroupCollator
 from align.preference.logps import completion_logps
 from align.preference.losses.inputs import Pairs
@@ -36,7 +37,6 @@ from align.preference.losses.pairwise import dpo
 from align.preference.rows.dataset import PreferenceGroups
 from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
-from align.preference.trl_engine import to_pair_dataset
 from benchmarks.common import (
     LEARNING_RATE,
     RESULTS_DIR,

@@ -16,14 +16,14 @@ from align.dpo.reference_logps import rows_seen_by_run
 from align.dpo.settings import DPOSettings
 from align.dpo.stop_rule import HELD_OUT_CHOSEN_LOGPS, ChosenLogpStop
 from align.dpo.trainer import PreferenceTrainer
-from align.dpo.trl_engine import build_trl_dpo_trainer, check_trl_dpo_initial_loss
 from align.dpo.trl_losses import trl_loss_arguments
+from align.engines.trl.dpo import build_trl_dpo_trainer, check_trl_dpo_initial_loss
+from align.engines.trl.preference import require_pairs
 from align.preference.attention import block_mask_unsupported, forward_cost, unwrap_model
 from align.preference.losses.catalog import Loss, find_loss
 from align.preference.reference_policy import ReferencePolicy
 from align.preference.rows.completion_rows import to_completion_rows
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
-from align.preference.trl_engine import require_pairs
 from data_templates.segments import Message
 from finetune.adapters.traits import Hooks
 from finetune.distributed.interrupts import NotFiniteError
@@ -34,8 +34,8 @@ from finetune.training.arguments import SFT_CONFIG, TrlConfigSpec
 from finetune.training.context import RunContext
 from finetune.training.generation import Completion
 from finetune.training.generation_eval import GenerationEval
-from finetune.training.model import Policy
 from finetune.training.metrics import EVAL_PREFIX
+from finetune.training.model import Policy
 from finetune.training.preflight.checklist import check_rows, check_vocabulary
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.samples import Samples

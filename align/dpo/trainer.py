@@ -13,9 +13,9 @@ from align.dpo.objective import MetricAverager, PreferenceObjective, mean_prefer
 from align.preference.group_trainer import GroupTrainer
 from align.preference.reference_policy import ReferencePolicy, autocast_for
 from finetune.distributed.collectives import all_gather_object, shard_padded
-from finetune.training.trainer import log_held_out
 from finetune.training.head import output_head
 from finetune.training.metrics import EVAL_PREFIX
+from finetune.training.trainer import log_held_out
 
 
 class PreferenceTrainer(GroupTrainer):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from align.engines.trl.kto import KTOTrainerWithEval, build_trl_kto_trainer, training_order
 from align.kto.settings import KTOSettings
-from align.kto.trl_engine import KTOTrainerWithEval, build_trl_kto_trainer, training_order
 from align.preference.losses.unpaired import weight_ratio
 from align.preference.rows.completion_rows import to_completion_rows
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
@@ -28,8 +28,8 @@ from finetune.training.arguments import TrlConfigSpec
 from finetune.training.context import RunContext
 from finetune.training.generation import Completion
 from finetune.training.generation_eval import GenerationEval
-from finetune.training.model import Policy
 from finetune.training.metric_specs import MetricSpec
+from finetune.training.model import Policy
 from finetune.training.preflight.checklist import check_model, check_rows, check_vocabulary
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.preflight.preserve_state import preserve_state

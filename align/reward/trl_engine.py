@@ -13,7 +13,7 @@ from trl import RewardConfig, RewardTrainer
 from align.preference.losses import metrics
 from align.preference.losses.reward import bradley_terry
 from align.preference.rows.dataset import PreferenceGroups
-from align.preference.trl_engine import (
+from align.engines.trl.preference import (
     RenamePreferenceMetrics,
     batch_locations,
     locations_by_tokens,

@@ -56,11 +56,12 @@ def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str
         return Result.of(run)
 
     # Heavy libraries are imported only here: a finished run is returned without them.
+    from finetune.training.supervised import SFT
+
     from align.preference.chain_of_hindsight import load_chains, with_control_suffix_encoder
     from finetune.training.context import RunContext
     from finetune.training.loading import load_policy, load_text_encoding
     from finetune.training.stage import run_stage
-    from finetune.training.supervised import SFT
 
     ctx = RunContext(recipe, run, console, command)
     text = with_control_suffix_encoder(load_text_encoding(ctx), settings.chain_of_hindsight.good)

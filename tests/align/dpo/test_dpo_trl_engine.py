@@ -15,13 +15,13 @@ from align.dpo.collate import PreferenceCollator, PreferenceDataset
 from align.dpo.forward import forward_losses
 from align.dpo.objective import PreferenceObjective
 from align.dpo.reference_logps import compute_reference_logps
-from align.dpo.trl_engine import DPOTrainerWithEval, build_trl_dpo_trainer, check_trl_dpo_initial_loss
 from align.dpo.trl_losses import TRL_LOSS_TYPES, trl_loss_arguments
+from align.engines.trl.dpo import DPOTrainerWithEval, build_trl_dpo_trainer, check_trl_dpo_initial_loss
+from align.engines.trl.preference import require_pairs
 from align.preference.losses.catalog import all_losses, find_loss
 from align.preference.rows.dataset import PreferenceGroups
 from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
-from align.preference.trl_engine import require_pairs
 from finetune.data.tokens import Encoder
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.errors import UserError

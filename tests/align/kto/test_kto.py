@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import KTOConfig
 
+from align.engines.trl.kto import KTOTrainerWithEval, build_trl_kto_trainer, to_label_dataset, training_order
 from align.kto.method import check_kto_initial_loss, check_label_balance, require_both_labels
 from align.kto.settings import KTOSettings
-from align.kto.trl_engine import KTOTrainerWithEval, build_trl_kto_trainer, to_label_dataset, training_order
 from align.preference.losses.unpaired import kto, mismatched_rows, reference_point
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.distributed.interrupts import NotFiniteError

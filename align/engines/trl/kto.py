@@ -11,21 +11,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import KTOConfig, KTOTrainer
 
-from align.preference.losses.unpaired import kto, mismatched_rows, reference_point
-from align.preference.rows.dataset import PreferenceGroups
-from align.preference.trl_engine import (
+from align.engines.trl.preference import (
     RenamePreferenceMetrics,
-    batch_locations,
     completion_logps_by_batch,
     delete_reference_adapter,
-    locations_by_tokens,
+    find_row_locations,
     placeholder_rows,
     progress_bars_disabled,
-    raise_if_not_finite,
     shared_dataset,
 )
+from align.preference.losses.unpaired import kto, mismatched_rows, reference_point
+from align.preference.rows.dataset import PreferenceGroups
 from finetune.data.batches import optimizer_batches
 from finetune.distributed.rank import dist_info
+from finetune.engines.trl.not_finite import NotFiniteLossMixin
 from finetune.training.trainer import log_held_out
 
 TENSOR_PREFIXES = ("", "KL_")
@@ -41,24 +40,15 @@ class HeldOutLabels:
     reference_logps: dict[str, Tensor]
 
 
-class KTOTrainerWithEval(KTOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
+class KTOTrainerWithEval(NotFiniteLossMixin, KTOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
     """TRL's KTOTrainer with held-out metrics from our loss; a non-finite loss names its rows."""
 
-    locations: Mapping[tuple[int, ...], str]
+    groups: PreferenceGroups
     held_out: HeldOutLabels | None = None
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Run one forward and backward pass; stop the run if the loss is not finite.
-
-        Raises:
-            NotFiniteError: NaN or infinite loss; the message names the rows.
-        """
-        ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        raise_if_not_finite(self, loss, batch_locations(self.locations, ids_BT, mask_BT))
-        return loss
+    def row_locations(self, inputs: Mapping[str, Tensor]) -> list[str]:
+        """Return the locations of a micro-batch's rows."""
+        return find_row_locations(self.groups, inputs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
@@ -170,7 +160,7 @@ def build_trl_kto_trainer(
     trainer.train_dataset = train_dataset.add_column("ref_logps", reference[""].tolist()).add_column(
         "ref_KL_logps", reference["KL_"].tolist()
     )
-    trainer.locations = locations_by_tokens(train)
+    trainer.groups = train
     if held_out is not None:
         # Sorted by length, so that a forward pass has little padding.
         held_out_dataset = to_label_dataset(

@@ -30,6 +30,7 @@ from align.preference.rows.dataset import PreferenceGroups
 from finetune.distributed.collectives import all_gather_object, barrier, shard, unshard
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.distributed.rank import dist_info
+from finetune.engines.trl.not_finite import unpadded_token_ids
 from finetune.recipe.errors import Problem, UserError
 from finetune.training.preflight.preserve_state import preserve_state
 
@@ -209,3 +210,9 @@ def locations_by_tokens(groups: PreferenceGroups) -> dict[tuple[int, ...], str]:
         prompt = group.prompt_ids.tolist()
         locations |= {(*prompt, *completion.tolist()): group.location for completion in group.completion_ids}
     return locations
+
+
+def find_row_locations(groups: PreferenceGroups, inputs: Mapping[str, Tensor]) -> list[str]:
+    """Return the locations of a TRL batch's rows, looked up by the tokens of each completion."""
+    location_of_ids = locations_by_tokens(groups)
+    return [location_of_ids[ids] for ids in unpadded_token_ids(inputs) if ids in location_of_ids]

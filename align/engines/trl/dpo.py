@@ -10,25 +10,24 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from align.dpo.trl_losses import NATIVE_ENGINE_REPAIR
-from align.preference.losses import metrics
-from align.preference.losses.inputs import LossOutput, Pairs
-from align.preference.rows.dataset import PreferenceGroups
-from align.preference.trl_engine import (
+from align.engines.trl.preference import (
     RenamePreferenceMetrics,
-    batch_locations,
     completion_logps_by_batch,
     delete_reference_adapter,
-    locations_by_tokens,
+    find_row_locations,
     placeholder_rows,
     progress_bars_disabled,
-    raise_if_not_finite,
     shared_dataset,
     to_pair_dataset,
 )
+from align.preference.losses import metrics
+from align.preference.losses.inputs import LossOutput, Pairs
+from align.preference.rows.dataset import PreferenceGroups
+from finetune.engines.trl.not_finite import NotFiniteLossMixin
 from finetune.recipe.errors import Problem
-from finetune.training.trainer import log_held_out
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.preflight.preserve_state import preserve_state
+from finetune.training.trainer import log_held_out
 
 COMPLETION_COLUMNS = ("chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -37,24 +36,15 @@ TRL_DPO_LOSS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
 """Relative rounding tolerance for the initial loss."""
 
 
-class DPOTrainerWithEval(DPOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
+class DPOTrainerWithEval(NotFiniteLossMixin, DPOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
     """TRL's DPOTrainer with held-out metrics from our loss; a non-finite loss names its rows."""
 
-    locations: Mapping[tuple[int, ...], str]
+    groups: PreferenceGroups
     loss: Callable[[Pairs], LossOutput]
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Run one forward and backward pass; stop the run if the loss is not finite.
-
-        Raises:
-            NotFiniteError: NaN or infinite loss; the message names the rows.
-        """
-        ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        raise_if_not_finite(self, loss, batch_locations(self.locations, ids_BT, mask_BT))
-        return loss
+    def row_locations(self, inputs: Mapping[str, Tensor]) -> list[str]:
+        """Return the locations of a micro-batch's rows."""
+        return find_row_locations(self.groups, inputs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
@@ -122,9 +112,9 @@ def build_trl_dpo_trainer(
             processing_class=tokenizer,
         )
     delete_reference_adapter(model)
-    trainer.train_dataset, trainer.locations, trainer.loss = (
+    trainer.train_dataset, trainer.groups, trainer.loss = (
         _with_reference_logps(trainer, train),
-        locations_by_tokens(train),
+        train,
         loss,
     )
     if held_out is not None:

@@ -1,0 +1,1 @@
+"""Engines of the alignment stages other than our own trainers."""

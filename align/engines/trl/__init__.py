@@ -1,0 +1,1 @@
+"""The alignment stages on TRL's trainers."""
