@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from finetune.recipe.bases import load_bases
-from finetune.recipe.discovery import PROJECT, load_stage, stage_names
+from finetune.recipe.discovery import PROJECT, stage_names
 from finetune.recipe.recipe import Recipe, adapter_settings, read_recipe, stage_settings
+from finetune.training.stage import run_stage
 
 FILES = sorted(file for stage in stage_names() for file in (PROJECT / "recipes" / stage).glob("*.yaml"))
 VALUE = re.compile(r"^  (\w+):( \S.*?)?(\s+# (.+))?$")
@@ -111,7 +112,7 @@ def test_it_takes_two_steps_on_the_embedded_base(file: Path, tmp_path: Path) -> 
     small = {key: value for key, value in wanted.items() if _has(known, key)}
     recipe = shipped(file, **small | {"data.source": ROWS.get(file.stem, ROWS.get(stage, PAIRS))})
     recipe = Recipe(stage, file.stem, "", recipe.settings, recipe.origins, out=tmp_path / "run")
-    result = load_stage(stage).run(recipe, Console(quiet=True), command="a test")
+    result = run_stage(recipe, Console(quiet=True), command="a test")
     assert result.record["status"] == "finished" and result.metrics[-1]["step"] == 2
 
 

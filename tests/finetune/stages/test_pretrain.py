@@ -13,10 +13,10 @@ from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.discovery import ADAPTERS, plugin_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
-from finetune.stages import pretrain, sft
 from finetune.training.context import RunContext
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.result import Result
+from finetune.training.stage import run_stage
 
 RECIPE = """\
 stage: pretrain
@@ -42,7 +42,7 @@ def read(tmp_path: Path, base_folder: Path) -> Read:
     def run(name: str = "run", **settings: Any) -> Result:
         given = {key.replace("__", "."): value for key, value in settings.items()}
         loaded = read_recipe("pretrain", str(recipe), shortcuts=given, out=tmp_path / name)
-        return pretrain.run(loaded, Console(quiet=True), command="a test")
+        return run_stage(loaded, Console(quiet=True), command="a test")
 
     return run
 
@@ -147,7 +147,7 @@ def test_sft_after_pretraining_on_task_prompts(
 
     def tune(base: str, name: str) -> Result:
         loaded = read_recipe("sft", str(recipe), shortcuts={"model.base": base}, out=tmp_path / name)
-        return sft.run(loaded, Console(quiet=True))
+        return run_stage(loaded, Console(quiet=True))
 
     from_base = tune(str(base_folder), "plain")
     after_pretraining = tune(str(first.directory), "behind")

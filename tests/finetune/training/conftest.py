@@ -8,8 +8,8 @@ from fixture_types import MakeRecipe, Tune
 from rich.console import Console
 
 from finetune.recipe.recipe import Recipe, read_recipe
-from finetune.stages import sft
 from finetune.training.result import Result
+from finetune.training.stage import run_stage
 
 RECIPE = """\
 stage: sft
@@ -44,6 +44,6 @@ def tune(make_recipe: MakeRecipe) -> Tune:
     """Return a function that runs a recipe; ``train__max_steps=5`` sets ``train.max_steps``."""
 
     def run(name: str = "run", *, force: bool = False, **settings: Any) -> Result:
-        return sft.run(make_recipe(name, **settings), Console(quiet=True), force=force, command="a test")
+        return run_stage(make_recipe(name, **settings), Console(quiet=True), force=force, command="a test")
 
     return run

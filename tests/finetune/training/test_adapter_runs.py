@@ -10,9 +10,9 @@ from rich.console import Console
 
 from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
-from finetune.stages import sft
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
+from finetune.training.stage import run_stage
 
 NO_BIASES = "bitfit"
 METHODS = [
@@ -55,7 +55,7 @@ def test_resumed_adapter_is_bit_identical(
         interrupted_at(3, patch)
         with pytest.raises(Interrupted):
             tune("cut", **settings)
-    resumed = sft.run(make_recipe("cut", **settings), Console(quiet=True), command="a test")
+    resumed = run_stage(make_recipe("cut", **settings), Console(quiet=True), command="a test")
     records = [uninterrupted.record, resumed.record]
     assert records[0]["files"] == records[1]["files"]
     assert records[0]["metrics"]["eval/loss_after"] == records[1]["metrics"]["eval/loss_after"]

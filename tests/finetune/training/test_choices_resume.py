@@ -9,8 +9,8 @@ from fixture_types import MakeRecipe, Tune
 from rich.console import Console
 
 from finetune.distributed.interrupts import Interrupted
-from finetune.stages import sft
 from finetune.training.recorder import Recorder
+from finetune.training.stage import run_stage
 
 LONG = [{"instruction": "word " * (20 + 61 * index % 400), "output": "b"} for index in range(40)]
 ROPE_SCALED = {"data__source": LONG, "data__held_out": 4, "data__max_length": 512}
@@ -44,5 +44,5 @@ def test_pain_05_interrupted_or_not_the_adapter_is_the_same(
         interrupted_at(3, patch)
         with pytest.raises(Interrupted):
             tune("cut", **settings)
-    resumed = sft.run(make_recipe("cut", **settings), Console(quiet=True), command="a test")
+    resumed = run_stage(make_recipe("cut", **settings), Console(quiet=True), command="a test")
     assert resumed.record["files"] == uninterrupted.record["files"]

@@ -11,11 +11,11 @@ from small_models import VOCABULARY, assert_close, gradients, make, token_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from finetune.data.collate import PackedCollator, PaddedCollator
+from finetune.engines.trl.sft import build_trl_trainer
 from finetune.recipe.settings import TrainSettings
 from finetune.training.arguments import ExecutionConfig, training_arguments
 from finetune.training.loss import cross_entropy_sum
 from finetune.training.trainer import NativeTrainer
-from finetune.engines.trl.sft import build_trl_trainer
 
 LENGTHS = [9, 3, 14, 2, 6, 20, 5, 11]
 

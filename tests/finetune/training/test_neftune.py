@@ -14,8 +14,7 @@ from finetune.recipe.errors import UserError
 from finetune.recipe.settings import TrainSettings
 from finetune.training.arguments import ExecutionConfig, training_arguments
 from finetune.training.batch_loss import held_out_loss
-from finetune.training.trainer import noisy_embeddings, row_lengths
-from finetune.training.trainer import NativeTrainer
+from finetune.training.trainer import NativeTrainer, noisy_embeddings, row_lengths
 
 LENGTHS = [9, 3, 14]
 

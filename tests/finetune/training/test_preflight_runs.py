@@ -22,12 +22,12 @@ from finetune.adapters import lora
 from finetune.data import collate
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
-from finetune.stages import sft
-from finetune.training import context, save
+from finetune.stages.sft import SFT
+from finetune.training import fit, save
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
-from finetune.training.supervised import SFT
+from finetune.training.stage import run_stage
 
 ENGINES = ("native", "trl")
 BEFORE = [
@@ -50,7 +50,7 @@ def earlier(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Resu
     shortcuts = {"train.max_steps": 1, "evaluate.samples": 0}
     out = tmp_path_factory.mktemp("earlier") / "run"
     recipe = read_recipe("sft", str(recipe_file), shortcuts=shortcuts, out=out)
-    return sft.run(recipe, Console(quiet=True))
+    return run_stage(recipe, Console(quiet=True))
 
 
 @pytest.fixture
@@ -202,10 +202,11 @@ def break_before_training(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[nn.M
     """Break the model after the checks, before step 0."""
     evaluate = SFT.evaluate
 
-    def evaluate_and_break(self: SFT, trainer, when: str) -> None:
-        evaluate(self, trainer, when)
+    def evaluate_and_break(self: SFT, trainer, when: str) -> dict[str, float]:
+        metrics = evaluate(self, trainer, when)
         if when == "before":
             spoil(self.policy.model.base_model.model.model.layers[1])
+        return metrics
 
     monkeypatch.setattr(SFT, "evaluate", evaluate_and_break)
 
@@ -288,9 +289,9 @@ def test_preflight_does_not_change_the_run(tune: Tune, monkeypatch, engine: str,
     if method == "lora":
         settings["adapter__dropout"] = 0.3
     checked = tune("checked", **settings)
-    monkeypatch.setattr(SFT, "preflight", lambda self: None)
+    monkeypatch.setattr(SFT, "prepare", lambda self: {})
     monkeypatch.setattr(
-        context,
+        fit,
         "FirstStepsCheck",
         lambda report, allows_zero_gradients, engine_takes_gradients: TrainerCallback(),
     )

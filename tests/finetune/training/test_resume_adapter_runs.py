@@ -13,13 +13,13 @@ from test_adapter_runs import interrupted_at, settings_of
 from finetune.distributed.hardware import detect_hardware
 from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.errors import UserError
-from finetune.stages import sft
 from finetune.training.context import RunContext
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.loading import load_policy
 from finetune.training.result import Result
 from finetune.training.run_directory import RunDirectory
 from finetune.training.run_fingerprint import run_fingerprint
+from finetune.training.stage import run_stage
 
 
 def parent_of(result: Result) -> dict[str, str]:
@@ -87,7 +87,7 @@ def test_resumed_continuation_is_bit_identical(
         interrupted_at(3, patch)
         with pytest.raises(Interrupted):
             tune("cut", **settings)
-    resumed = sft.run(make_recipe("cut", **settings), Console(quiet=True), command="a test")
+    resumed = run_stage(make_recipe("cut", **settings), Console(quiet=True), command="a test")
     assert resumed.record["files"] == uninterrupted.record["files"] != first.record["files"]
     assert load_finished_run(resumed.directory).model.training is False
 
@@ -117,5 +117,5 @@ def test_a_missing_parent_is_refused(tune: Tune, make_recipe: MakeRecipe) -> Non
     recipe = make_recipe("second", **parent_of(first))
     shutil.rmtree(first.directory)
     with pytest.raises(UserError, match="first: not a run"):
-        sft.run(recipe, Console(quiet=True), command="a test")
+        run_stage(recipe, Console(quiet=True), command="a test")
     assert not (first.directory.parent / "second").exists()

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
 from finetune.data.dataset import TokenizedRows
+from finetune.engines.trl.sft import build_trl_trainer
 from finetune.recipe.settings import TrainSettings
 from finetune.training.arguments import ExecutionConfig, training_arguments
 from finetune.training.result import Result
 from finetune.training.trainer import NativeTrainer
-from finetune.engines.trl.sft import build_trl_trainer
 
 LENGTHS = [9, 3, 14, 2, 6, 20, 5, 11]
 COLLATORS: dict[str, Collator] = {
