@@ -38,9 +38,9 @@ from benchmarks.common import (
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import PreparedData, TokenizedRows, prepare_conversations
 from finetune.data.tokens import Encoder
+from finetune.engines.trl.sft import TrlSFTTrainer
 from finetune.recipe.settings import DataSettings
-from finetune.training.trainer import NativeTrainer
-from finetune.engines.trl.sft import build_trl_trainer
+from finetune.training.trainer import NativeTrainer, TrainerData
 
 EMBEDDED_ROWS = "recipes/tiny/data/sft_train.jsonl"
 CONTENDERS = ("native", "trl", "trl-best")
@@ -90,17 +90,13 @@ def _build_trainer(work: SftWork, contender: str, model: nn.Module, folder: str,
         return NativeTrainer(
             model,
             TrainingArguments(**common, remove_unused_columns=False),
-            train_rows=rows,
-            held_out_rows=None,
             # Padding is masked and has no loss, so any id will do.
-            collator=PaddedCollator(work.encoder.stop_ids[0]),
-            batch_size=work.batch_size,
-            group_by_length=True,
+            TrainerData(rows, None, PaddedCollator(work.encoder.stop_ids[0]), work.batch_size, True),
         )
     # The fastest settings of TRL here; defaults are measured as "trl".
     best = {"train_sampling_strategy": "group_by_length", "activation_checkpointing": False}
     config = SFTConfig(**common, max_length=None, **(best if contender == "trl-best" else {}))
-    return build_trl_trainer(model, config, work.encoder.tokenizer, train_rows=rows, held_out_rows=None)
+    return TrlSFTTrainer(model, config, work.encoder.tokenizer, train=rows, held_out=None)
 
 
 @click.command()

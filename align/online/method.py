@@ -32,8 +32,8 @@ from finetune.training.arguments import TrlConfigSpec
 from finetune.training.context import RunContext
 from finetune.training.generation import Completion
 from finetune.training.generation_eval import GenerationEval
-from finetune.training.model import Policy
 from finetune.training.metrics import EVAL_PREFIX
+from finetune.training.model import Policy
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.samples import Samples, evenly_spaced
 from finetune.training.text_encoding import TextEncoding

@@ -22,8 +22,7 @@ from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import AdapterSettings
 from finetune.training.context import RunContext
 from finetune.training.loading import add_adapter, load_frozen_base, parent_adapter_run
-from finetune.training.model import Policy
-from finetune.training.model import SCORE_HEAD, attach_adapter
+from finetune.training.model import SCORE_HEAD, Policy, attach_adapter
 from finetune.training.resume_adapter import load_adapter_weights
 from finetune.training.text_encoding import TextEncoding
 

@@ -36,9 +36,8 @@ from finetune.training.adapter_hooks import adapter_hooks
 from finetune.training.context import RunContext
 from finetune.training.generation import Completion
 from finetune.training.generation_eval import GenerationEval, mean_grade
-from finetune.training.model import Policy
 from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
-from finetune.training.model import count_parameters
+from finetune.training.model import Policy, count_parameters
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.samples import Samples, evenly_spaced, prompt_text
 from finetune.training.text_encoding import TextEncoding

@@ -20,8 +20,8 @@ from align.rl.metrics import completion_metrics, kl_metrics
 from align.rl.prompts import Prompt, Prompts
 from finetune.distributed.collectives import all_gather_object, shard
 from finetune.distributed.rank import dist_info
-from finetune.training.trainer import BaseTrainer, log_held_out
 from finetune.training.metrics import EVAL_PREFIX
+from finetune.training.trainer import BaseTrainer, log_held_out
 
 EVAL_ROLLOUT_INDEX = -1
 """Rollout index of the held-out completions: always the same seed, and no rollout's."""

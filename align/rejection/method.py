@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from finetune.training.supervised import SFT
 
 from align.rejection.policies import RoundPolicies, round_folder, round_recipe
 from align.rejection.sampling import CandidateSampler, round_prompt_indices
@@ -35,7 +36,6 @@ from finetune.training.run_directory import CANDIDATES, SELECTED, RunDirectory
 from finetune.training.samples import Samples, evenly_spaced, prompt_text
 from finetune.training.save import file_sha256
 from finetune.training.stage import run_stage
-from finetune.training.supervised import SFT
 from finetune.training.text_encoding import TextEncoding
 
 TRAIN_STREAM, EVAL_STREAM = 0, 1

@@ -9,8 +9,7 @@ from finetune.planner import choices
 from finetune.recipe.checks import adapter_traits
 from finetune.training.context import RunContext
 from finetune.training.loading import parent_adapter_run
-from finetune.training.model import Policy
-from finetune.training.model import SCORE_HEAD, attach_adapter
+from finetune.training.model import SCORE_HEAD, Policy, attach_adapter
 from finetune.training.resume_adapter import load_adapter_weights
 
 

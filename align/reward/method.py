@@ -5,6 +5,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from finetune.training.shared_steps import (
+    engine_arguments,
+    log_parameter_counts,
+    num_optimizer_steps,
+    policy_metadata,
+    record_training_metrics,
+    save_policy,
+)
 from transformers import Trainer, TrainingArguments
 
 from align.preference.attention import block_mask_unsupported, forward_cost
@@ -24,14 +32,6 @@ from finetune.training.adapter_hooks import adapter_hooks
 from finetune.training.context import RunContext
 from finetune.training.model import Policy
 from finetune.training.preflight.checks import CheckResult
-from finetune.training.shared_steps import (
-    engine_arguments,
-    log_parameter_counts,
-    num_optimizer_steps,
-    policy_metadata,
-    record_training_metrics,
-    save_policy,
-)
 from finetune.training.text_encoding import TextEncoding
 
 

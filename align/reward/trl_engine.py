@@ -20,8 +20,8 @@ from align.engines.trl.preference import (
     raise_if_not_finite,
 )
 from finetune.training.arguments import TrlConfigSpec
-from finetune.training.trainer import log_held_out
 from finetune.training.preflight.preserve_state import preserve_state
+from finetune.training.trainer import log_held_out
 
 
 def reward_config_spec(*, center_rewards_coefficient: float) -> TrlConfigSpec:

@@ -11,11 +11,11 @@ from small_models import VOCABULARY, assert_close, gradients, make, token_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from finetune.data.collate import PackedCollator, PaddedCollator
-from finetune.engines.trl.sft import build_trl_trainer
+from finetune.engines.trl.sft import TrlSFTTrainer
 from finetune.recipe.settings import TrainSettings
 from finetune.training.arguments import ExecutionConfig, training_arguments
 from finetune.training.loss import cross_entropy_sum
-from finetune.training.trainer import NativeTrainer
+from finetune.training.trainer import NativeTrainer, TrainerData
 
 LENGTHS = [9, 3, 14, 2, 6, 20, 5, 11]
 
@@ -74,13 +74,9 @@ def native(model, folder: Path, micro: int, collator) -> NativeTrainer:
     engine = NativeTrainer(
         model,
         arguments(folder, micro),
-        train_rows=token_rows(LENGTHS),
-        held_out_rows=None,
-        collator=collator,
-        batch_size=8,
-        group_by_length=True,
+        TrainerData(token_rows(LENGTHS), None, collator, 8, True),
+        label_smoothing=0.1,
     )
-    engine.label_smoothing = 0.1
     return engine
 
 
@@ -105,12 +101,12 @@ def test_native_and_trl_take_the_same_step(tmp_path: Path, base_folder: Path) ->
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     ours, theirs = (AutoModelForCausalLM.from_pretrained(base_folder) for _ in range(2))
     grads = one_step(native(ours, tmp_path / "native", 4, PaddedCollator(0)))
-    engine = build_trl_trainer(
+    engine = TrlSFTTrainer(
         theirs,
         arguments(tmp_path / "trl", 4, "trl"),
         tokenizer,
-        train_rows=token_rows(LENGTHS),
-        held_out_rows=None,
+        train=token_rows(LENGTHS),
+        held_out=None,
     )
     assert_close(grads, one_step(engine), 1e-5)
 

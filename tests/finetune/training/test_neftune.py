@@ -14,7 +14,7 @@ from finetune.recipe.errors import UserError
 from finetune.recipe.settings import TrainSettings
 from finetune.training.arguments import ExecutionConfig, training_arguments
 from finetune.training.batch_loss import held_out_loss
-from finetune.training.trainer import NativeTrainer, noisy_embeddings, row_lengths
+from finetune.training.trainer import NativeTrainer, TrainerData, noisy_embeddings, row_lengths
 
 LENGTHS = [9, 3, 14]
 
@@ -90,13 +90,9 @@ def test_held_out_rows_are_measured_without_noise(tmp_path: Path) -> None:
             micro_batch_size=2,
             checkpoint_every=9,
         ),
-        train_rows=rows,
-        held_out_rows=rows,
-        collator=PaddedCollator(0),
-        batch_size=2,
-        group_by_length=True,
+        TrainerData(rows, rows, PaddedCollator(0), 2, True),
+        neftune_alpha=50.0,
     )
-    trainer.neftune_alpha = 50.0
     clean = held_out_loss(model, rows, PaddedCollator(0), batch_size=2)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(clean, rel=1e-6)
 

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
 from finetune.data.dataset import TokenizedRows
-from finetune.engines.trl.sft import build_trl_trainer
+from finetune.engines.trl.sft import TrlSFTTrainer
 from finetune.recipe.settings import TrainSettings
 from finetune.training.arguments import ExecutionConfig, training_arguments
 from finetune.training.result import Result
-from finetune.training.trainer import NativeTrainer
+from finetune.training.trainer import NativeTrainer, TrainerData
 
 LENGTHS = [9, 3, 14, 2, 6, 20, 5, 11]
 COLLATORS: dict[str, Collator] = {
@@ -64,11 +64,7 @@ def trainer(
     return NativeTrainer(
         model,
         args,
-        train_rows=rows,
-        held_out_rows=None,
-        collator=collator,
-        batch_size=train.batch_size,
-        group_by_length=train.group_by_length,
+        TrainerData(rows, None, collator, train.batch_size, train.group_by_length),
     )
 
 
@@ -141,7 +137,7 @@ def test_native_and_trl_take_the_same_step(
                 micro_batch_size=micro,
                 checkpoint_every=100,
             )
-            engines.append(build_trl_trainer(model, args, tokenizer, train_rows=rows, held_out_rows=None))
+            engines.append(TrlSFTTrainer(model, args, tokenizer, train=rows, held_out=None))
     native, trl = engines
     [grads], [expected] = steps_of(native), steps_of(trl)
     assert_close(grads, expected, 1e-5)
