@@ -1,26 +1,10 @@
-"""Short stories about a hero and a colored thing, with a happy or sad ending that code can classify."""
+"""Short stories about a hero and a colored thing, with a happy or sad ending."""
 
-import re
 from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple
 
-from finetune.tiny.grammar import article, josa
-from finetune.tiny.words import COLORS, HEROES, TOYS
-
-STORY_COLORS = tuple(color for color in COLORS if color != "orange")
-_HAPPY = ("happy", "smiled", "laughed", "기뻤", "웃었", "행복했")
-_SAD = ("sad", "cried", "슬펐", "울었", "울면서", "우울했")
-_SENTENCES = range(2, 6)
-
-
-class Topic(NamedTuple):
-    """What a story is about: hero, color and thing, in the words of its language."""
-
-    language: str
-    hero: str
-    color: str
-    thing: str
+from finetune.graders.stories import HEROES, Topic, is_harsh
+from tools.tiny.grammar import article, josa
 
 
 @dataclass(frozen=True)
@@ -171,37 +155,10 @@ KOREAN = StoryGrammar(
 )
 
 GRAMMARS = {"en": ENGLISH, "ko": KOREAN}
-HARSH = (
-    *("A big dog ran off", "wanted to play with", "by mistake"),
-    *("물고 달아났습니다", "가지고 놀고 싶었습니다"),
-)
-"""Phrases of the plots in which a dog or a boy takes the thing, or two quarrel over it."""
 _PLACES = {
     "en": ("park", "garden", "school", "market", "station", "library"),
     "ko": ("공원", "정원", "학교", "시장", "역", "도서관"),
 }
-_KOREAN_COLOR_FORMS = {
-    "white": "하얀",
-    "black": "검은",
-    "red": "빨간",
-    "yellow": "노란",
-    "green": "초록",
-    "blue": "파란",
-    "brown": "갈색",
-    "gray": "회색",
-    "purple": "보라색",
-    "pink": "분홍",
-}
-
-
-def topics(language: str) -> list[Topic]:
-    """Return all combinations of heroes and colored things in one language."""
-    if language == "en":
-        return [
-            Topic("en", hero, color, toy) for hero, _ in HEROES for color in STORY_COLORS for toy, _ in TOYS
-        ]
-    colors = [_KOREAN_COLOR_FORMS[color] for color in STORY_COLORS]
-    return [Topic("ko", hero, color, toy) for _, hero in HEROES for color in colors for _, toy in TOYS]
 
 
 def _slots(topic: Topic, friend: str, place: str) -> dict[str, str]:
@@ -247,57 +204,3 @@ def story_request(topic: Topic, rng: Random) -> str:
 def title(topic: Topic) -> str:
     """Return the title of a story in the pretraining text."""
     return GRAMMARS[topic.language].title.format(**_slots(topic, topic.hero, ""))
-
-
-def sentences(text: str) -> list[str]:
-    """Split a text into sentences."""
-    return [part.strip() for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part.strip()]
-
-
-def ends_happily(text: str) -> bool:
-    """Return whether the last sentence has a happy word and no sad one."""
-    parts = sentences(text)
-    last = parts[-1] if parts else ""
-    return any(word in last for word in _HAPPY) and not any(word in last for word in _SAD)
-
-
-def is_harsh(text: str) -> bool:
-    """Return whether somebody takes the thing or quarrels over it."""
-    return any(words in text for words in HARSH)
-
-
-def ends_sadly(text: str) -> bool:
-    """Return whether the last sentence has a sad word."""
-    parts = sentences(text)
-    return bool(parts) and any(word in parts[-1] for word in _SAD)
-
-
-def _topic_pattern(language: str) -> re.Pattern[str]:
-    all_topics = topics(language)
-    hero, color, thing = (
-        "|".join(sorted(set(names))) for names in zip(*(topic[1:] for topic in all_topics), strict=True)
-    )
-    return re.compile(rf"(?<!\w)({hero}).*?(?<!\w)({color}) ({thing})")
-
-
-_TOPIC_PATTERNS = {language: _topic_pattern(language) for language in GRAMMARS}
-
-
-def requested(instruction: str) -> Topic | None:
-    """Return the topic of a story request; None for other instructions."""
-    language = "ko" if re.search("[가-힣]", instruction) else "en"
-    if ("story" if language == "en" else "이야기") not in instruction:
-        return None
-    match = _TOPIC_PATTERNS[language].search(instruction)
-    return Topic(language, *match.groups()) if match else None
-
-
-def is_story(text: str, topic: Topic) -> bool:
-    """Return whether a text names hero and thing, has 2 to 5 full sentences, and ends happily or sadly."""
-    is_complete = text.strip().endswith((".", "!", "?")) and len(sentences(text)) in _SENTENCES
-    return (
-        is_complete
-        and topic.hero in text
-        and topic.thing in text
-        and (ends_happily(text) or ends_sadly(text))
-    )

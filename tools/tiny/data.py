@@ -1,4 +1,4 @@
-"""Write the datasets: `python -m finetune.tiny.data --out FOLDER`; deterministic for a seed."""
+"""Write the datasets: `python -m tools.tiny.data --out FOLDER`; deterministic for a seed."""
 
 import argparse
 import csv
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 
-from finetune.tiny import rows
-from finetune.tiny.company import documents, questions_and_answers
+from tools.tiny import rows
+from tools.tiny.company import documents, questions_and_answers
 
 DATA_SEED = 7
 SFT_HAPPY_FRACTION = 0.3

@@ -3,9 +3,9 @@
 from itertools import combinations
 from random import Random
 
-from finetune.tiny import words
-from finetune.tiny.grammar import article, josa, plural
-from finetune.tiny.tasks import TaskExample
+from tools.tiny import words
+from tools.tiny.grammar import article, josa, plural
+from tools.tiny.tasks import TaskExample
 
 MAX_SUMMAND = 20
 MAX_NUMBER = 30

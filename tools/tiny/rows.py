@@ -3,10 +3,10 @@
 from random import Random
 from typing import NamedTuple
 
-from finetune.tiny import stories
-from finetune.tiny.corpus import ALL_TASKS
-from finetune.tiny.stories import Topic
-from finetune.tiny.tasks import Task, TaskExample
+from finetune.graders.stories import Topic, is_story, requested, topics
+from tools.tiny import stories
+from tools.tiny.corpus import ALL_TASKS
+from tools.tiny.tasks import Task, TaskExample
 
 TinyRow = dict[str, str]
 STORY_TASKS = {"en": "story", "ko": "story_ko"}
@@ -49,7 +49,7 @@ def split(seed: int) -> tuple[Side, Side]:
 
 
 def _split_topics(language: str, seed: int) -> tuple[list[Topic], list[Topic]]:
-    all_topics = stories.topics(language)
+    all_topics = topics(language)
     Random(f"{seed}/{language}/topics").shuffle(all_topics)
     num_held_out = round(len(all_topics) * HELD_OUT_TOPIC_FRACTION)
     return all_topics[num_held_out:], all_topics[:num_held_out]
@@ -195,7 +195,7 @@ def prompt_rows(side: Side, count: int, story_fraction: float, rng: Random) -> l
 
 def is_correct(row: TinyRow, reply: str) -> bool:
     """Return whether a reply is correct: a valid story on the topic, or exactly the answer."""
-    topic = stories.requested(row["instruction"])
+    topic = requested(row["instruction"])
     if topic is not None:
-        return stories.is_story(reply, topic)
+        return is_story(reply, topic)
     return reply.strip() == row["output"]

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from finetune.tiny.train_base import continue_text
+from tools.tiny.train_base import continue_text
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "tiny"
 MODEL = FOLDER / "model"

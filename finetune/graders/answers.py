@@ -1,4 +1,7 @@
-"""Verifiable rewards: compare a completion with the row's reference answer (GSM8K)."""
+"""Verifiable rewards: compare a completion with the row's reference answer (GSM8K).
+
+``rewards.sources: [{function: finetune/graders/answers.py:same_number}]``
+"""
 
 import re
 from decimal import Decimal

@@ -2,8 +2,9 @@
 
 from random import Random
 
-from finetune.tiny import words
-from finetune.tiny.grammar import article, comma_list, josa
+from finetune.graders.stories import HEROES
+from tools.tiny import words
+from tools.tiny.grammar import article, comma_list, josa
 
 _SHOPS = (
     "bakery",
@@ -151,7 +152,7 @@ def _numbers(rng: Random) -> dict[str, str]:
 
 def english_scene(rng: Random) -> str:
     """Write one everyday sentence or exchange in English."""
-    hero, friend = rng.sample([name for name, _ in words.HEROES], 2)
+    hero, friend = rng.sample([name for name, _ in HEROES], 2)
     nouns = rng.sample([n.word for n in words.NOUNS if n.category in ("animal", "person", "furniture")], 4)
     shop = rng.choice(_SHOPS)
     day, day2 = rng.sample(_DAYS, 2)
@@ -176,7 +177,7 @@ def english_scene(rng: Random) -> str:
 
 def korean_scene(rng: Random) -> str:
     """Write one everyday sentence or exchange in Korean."""
-    hero, friend = rng.sample([name for _, name in words.HEROES if name[-1] in "나라오리호마수라"], 2)
+    hero, friend = rng.sample([name for _, name in HEROES if name[-1] in "나라오리호마수라"], 2)
     nouns = rng.sample([n.korean for n in words.NOUNS if n.category in ("animal", "furniture", "fruit")], 3)
     shop = rng.choice(_SHOPS_KO)
     day, day2 = rng.sample(_DAYS_KO, 2)

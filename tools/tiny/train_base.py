@@ -1,4 +1,4 @@
-"""Pretrain the embedded base model on generated text: `python -m finetune.tiny.train_base --out FOLDER`."""
+"""Pretrain the embedded base model on generated text: `python -m tools.tiny.train_base --out FOLDER`."""
 
 import argparse
 import sys
@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetune.tiny import words
-from finetune.tiny.corpus import POLISH, Corpus
-from finetune.tiny.tokenizer import MAX_LENGTH, VOCAB_SIZE, train_tokenizer
+from tools.tiny import words
+from tools.tiny.corpus import POLISH, Corpus
+from tools.tiny.tokenizer import MAX_LENGTH, VOCAB_SIZE, train_tokenizer
 
 PRETRAIN_SEED = 20261121
 TOKENIZER_DOCUMENTS = 60_000

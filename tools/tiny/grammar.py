@@ -1,6 +1,6 @@
 """English and Korean grammar rules: articles, plurals, Korean particles, lists."""
 
-from finetune.tiny.words import IRREGULAR_PLURALS
+from tools.tiny.words import IRREGULAR_PLURALS
 
 VOWELS = "aeiou"
 _PARTICLES = {

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from random import Random
 from typing import NamedTuple
 
-from finetune.tiny import scenes, stories
-from finetune.tiny.grammar import josa
-from finetune.tiny.tasks import Task, TaskExample
-from finetune.tiny.tasks_english import ENGLISH_TASKS as ENGLISH_TASKS
-from finetune.tiny.tasks_korean import KOREAN_TASKS as KOREAN_TASKS
-from finetune.tiny.words import HEROES
+from finetune.graders.stories import HEROES, topics
+from tools.tiny import scenes, stories
+from tools.tiny.grammar import josa
+from tools.tiny.tasks import Task, TaskExample
+from tools.tiny.tasks_english import ENGLISH_TASKS as ENGLISH_TASKS
+from tools.tiny.tasks_korean import KOREAN_TASKS as KOREAN_TASKS
 
 ALL_TASKS = ENGLISH_TASKS + KOREAN_TASKS
 SKILL_SAMPLES = 12
@@ -54,7 +54,7 @@ class Corpus:
         self.mixture = mixture
         self.rng = Random(f"{seed}/corpus")
         self.pools = {t.name: [e for _ in range(SKILL_SAMPLES) for e in t.draw(self.rng)] for t in ALL_TASKS}
-        self.topics = {language: stories.topics(language) for language in ("en", "ko")}
+        self.topics = {language: topics(language) for language in ("en", "ko")}
         self.weights = [task.weight * mixture.task_factors.get(task.name, 1.0) for task in ALL_TASKS]
 
     def documents(self, count: int) -> Iterator[str]:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from random import Random
 
-from finetune.tiny import universe
-from finetune.tiny.tasks import InstructionTemplate, Task, TaskExample
+from tools.tiny import universe
+from tools.tiny.tasks import InstructionTemplate, Task, TaskExample
 
 
 def _english_task(

@@ -7,10 +7,11 @@ from random import Random
 
 import pytest
 
-from finetune.tiny import company, data, rows, stories, words
-from finetune.tiny.corpus import ALL_TASKS, Corpus
-from finetune.tiny.grammar import josa, plural
-from finetune.tiny.tasks import Task
+from finetune.graders import stories as graders
+from tools.tiny import company, data, rows, stories, words
+from tools.tiny.corpus import ALL_TASKS, Corpus
+from tools.tiny.grammar import josa, plural
+from tools.tiny.tasks import Task
 
 COMMITTED = Path(__file__).parents[3] / "recipes" / "tiny" / "data"
 TRAIN, HELD_OUT = rows.split(data.DATA_SEED)
@@ -154,13 +155,13 @@ def test_grammar_rules() -> None:
 def test_stories_are_valid_and_their_end_is_known(language: str) -> None:
     """Each generated story passes its check, and has the requested ending."""
     rng = Random(5)
-    for topic in rng.sample(stories.topics(language), 300):
+    for topic in rng.sample(graders.topics(language), 300):
         for happy in (True, False):
             text = stories.story(topic, rng, happy=happy)
-            assert stories.is_story(text, topic)
-            assert stories.ends_happily(text) is happy
-            assert stories.ends_sadly(text) is not happy
-        assert stories.requested(stories.story_request(topic, rng)) == topic
+            assert graders.is_story(text, topic)
+            assert graders.ends_happily(text) is happy
+            assert graders.ends_sadly(text) is not happy
+        assert graders.requested(stories.story_request(topic, rng)) == topic
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_stories_are_valid_and_their_end_is_known(language: str) -> None:
 )
 def test_bad_stories_are_rejected(text: str) -> None:
     """Too short, not finished, wrong hero, wrong thing, no recognized ending, too long."""
-    assert not stories.is_story(text, stories.Topic("en", "Mina", "red", "ball"))
+    assert not graders.is_story(text, graders.Topic("en", "Mina", "red", "ball"))
 
 
 def test_a_story_row_is_checked_as_a_story() -> None:
@@ -225,7 +226,7 @@ def test_sft_layout_and_fraction_of_happy_endings() -> None:
         assert list(row) == ["instruction", "input", "output", "task"]
         assert rows.is_correct(row, row["output"])
     story_texts = [row["output"] for row in load("sft_train.jsonl") if row["task"].startswith("story")]
-    assert 0.25 < sum(map(stories.ends_happily, story_texts)) / len(story_texts) < 0.35
+    assert 0.25 < sum(map(graders.ends_happily, story_texts)) / len(story_texts) < 0.35
 
 
 def test_preference_layout() -> None:
@@ -233,15 +234,15 @@ def test_preference_layout() -> None:
     for row in load("preferences_train.jsonl") + load("preferences_held_out.jsonl"):
         assert list(row) == ["prompt", "chosen", "rejected"]
         assert row["chosen"] != row["rejected"]
-        if stories.requested(row["prompt"]):
-            assert stories.ends_happily(row["chosen"])
-            assert stories.ends_sadly(row["rejected"])
+        if graders.requested(row["prompt"]):
+            assert graders.ends_happily(row["chosen"])
+            assert graders.ends_sadly(row["rejected"])
 
 
 @pytest.mark.parametrize("side", ["train", "held_out"])
 def test_the_story_preferences_are_those_of_the_mixture(side: str) -> None:
     """For a reward model: only pairs that its base can learn to distinguish."""
-    mixed = [row for row in load(f"preferences_{side}.jsonl") if stories.requested(row["prompt"])]
+    mixed = [row for row in load(f"preferences_{side}.jsonl") if graders.requested(row["prompt"])]
     assert load(f"story_preferences_{side}.jsonl") == mixed
 
 
@@ -250,9 +251,9 @@ def test_the_safe_preferences_differ_only_in_their_plots(side: str) -> None:
     """Peaceful over harsh, and no hint of it in how the stories end: half of both end happily."""
     pairs = load(f"safe_preferences_{side}.jsonl")
     for row in pairs:
-        assert not stories.is_harsh(row["chosen"]) and stories.is_harsh(row["rejected"])
-        assert stories.ends_happily(row["chosen"]) == stories.ends_happily(row["rejected"])
-    assert 0.4 < sum(stories.ends_happily(row["chosen"]) for row in pairs) / len(pairs) < 0.6
+        assert not graders.is_harsh(row["chosen"]) and graders.is_harsh(row["rejected"])
+        assert graders.ends_happily(row["chosen"]) == graders.ends_happily(row["rejected"])
+    assert 0.4 < sum(graders.ends_happily(row["chosen"]) for row in pairs) / len(pairs) < 0.6
 
 
 @pytest.mark.parametrize("kind", ["sft", "preferences", "safe_preferences", "prompts"])

@@ -200,10 +200,3 @@ UNCOUNTABLE = frozenset(
         cocoa, cola, garlic, spinach, scissors, rain, wind, money, paper, war, peace, love, furniture,
         sky, sea, sun, moon, winter, summer, spring, autumn""")
 )
-
-HEROES = _parse_pairs("""
-    Mina/미나, Tom/톰, Sora/소라, Jun/준, Anna/안나, Leo/레오, Ben/벤, Yuna/유나, Max/맥스, Lily/릴리,
-    Minho/민호, Emma/엠마, Sam/샘, Jisu/지수, Nora/노라, Bora/보라""")
-TOYS = _parse_pairs("""
-    ball/공, kite/연, hat/모자, book/책, boat/보트, doll/인형, box/상자, cup/컵, umbrella/우산,
-    bag/가방, scarf/목도리, drum/북, flute/피리, basket/바구니""")
