@@ -8,8 +8,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from data_templates.segments import Message
-from finetune.data.conversation import Conversation
-from finetune.data.replies import render_reply
+from finetune.data.conversation import Conversation, render_reply
 from finetune.data.report import DataReport
 from finetune.distributed import collectives
 from finetune.planner import choices
