@@ -1,8 +1,8 @@
 """Tokenized dataset: load, split, tokenize, truncate and cache the rows of a recipe's data section.
 
-``data.loss_on``: every assistant reply, the usual choice (Ouyang et al. 2022, arXiv 2203.02155); the last reply
-only; or all tokens, instruction modeling, which helps where replies are short and rows few (Shi et al. 2024,
-arXiv 2405.14394).
+``data.loss_on``: every assistant reply, the usual choice (Ouyang et al. 2022, arXiv 2203.02155); the last
+reply only; or all tokens, instruction modeling, which helps where replies are short and rows few (Shi et al.
+2024, arXiv 2405.14394).
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Data mixture: sampling rates per source, held-out rows of each, and the rows of one epoch.
 
-Rates are given, proportional to the examples, or smoothed by a temperature.
+Rates are proportional to numbers of rows (capped, smoothed by a temperature), or given as weights and shares.
 """
 
 from collections.abc import Sequence
