@@ -23,10 +23,10 @@ from finetune.data.dataset import TokenizedRows
 from finetune.data.documents import prepare_data
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
-from finetune.planner.choices import optimizer_steps
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import TrainSettings
+from finetune.training.auto_values import optimizer_steps
 from finetune.training.text_encoding import TextEncoding, build_text_encoding
 
 MAX_BARS = 12

@@ -9,8 +9,8 @@ from rich.markup import escape
 
 from align.planner.target_device import launch_target
 from align.rl.rewards.settings import RewardSource, RewardsSettings
+from finetune.distributed.hardware import detect_devices
 from finetune.distributed.rank import dist_info
-from finetune.planner.devices import detect_devices
 from finetune.planner.solver import LaunchTarget, resolve
 from finetune.recipe.discovery import verb_of
 from finetune.recipe.errors import Problem, UserError

@@ -120,7 +120,7 @@ HARDWARE_RULES = (
         "float16-cpu",
         {"precision": ("float16",), "device": ("cpu",)},
         "CPUs have no fast float16 kernels with loss scaling",
-        "finetune/planner/choices.py",
+        "finetune/training/auto_values.py",
         "ours",
         {"model.precision": "auto"},
     ),

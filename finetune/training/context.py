@@ -21,11 +21,10 @@ from finetune.distributed.hardware import Hardware, detect_hardware, peak_memory
 from finetune.distributed.interrupts import Interrupted, NotFiniteError, SignalFlag, catch_signals
 from finetune.distributed.rank import DistInfo, dist_info
 from finetune.distributed.strategy_names import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
-from finetune.planner import choices
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import FORMAT
-from finetune.training import checkpoints
+from finetune.training import auto_values, checkpoints
 from finetune.training.base_trainer import first_row_ids, initial_param_groups
 from finetune.training.metric_specs import SUPERVISED_METRICS, MetricSpec
 from finetune.training.preflight.base_weights_check import check_base_unchanged, frozen_checksums
@@ -104,7 +103,7 @@ class RunContext:
             UserError: the strategy does not fit the number of processes.
         """
         train, world_size = self.recipe.settings.train, self.dist.world_size
-        self.strategy = self.resolve_auto("train.strategy", choices.strategy(train.strategy, world_size))
+        self.strategy = self.resolve_auto("train.strategy", auto_values.strategy(train.strategy, world_size))
         if train.num_processes != world_size:
             self.resolve_auto("train.num_processes", (world_size, "set by the launcher"))
         collectives.init_distributed(self.hardware.device, deepspeed=self.strategy in ZERO_STAGES)

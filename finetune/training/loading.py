@@ -8,9 +8,9 @@ from transformers import PreTrainedModel, set_seed
 
 from finetune.data.dataset import PreparedData
 from finetune.data.documents import prepare_data
-from finetune.planner import choices
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.settings import ModelSettings
+from finetune.training import auto_values
 from finetune.training.arguments import TrlConfigSpec, check_engine_args
 from finetune.training.context import RunContext
 from finetune.training.model import attach_adapter, load_base
@@ -45,7 +45,7 @@ def load_text_encoding(ctx: RunContext) -> TextEncoding:
     """
     settings = ctx.recipe.settings
     check_engine_args(settings.train, TrlConfigSpec(settings.TRL_CONFIG))
-    choices.precision(settings.model.precision, ctx.hardware)  # raises before anything is loaded
+    auto_values.precision(settings.model.precision, ctx.hardware)  # raises before anything is loaded
     text, reason = build_text_encoding(settings)
     ctx.resolve_auto("data.max_length", (text.max_length, reason))
     return text
@@ -89,9 +89,11 @@ def load_frozen_base(ctx: RunContext) -> FrozenBase:
     settings = ctx.recipe.settings
     traits = adapter_traits(settings.adapter.method)
     ctx.init_distributed()
-    precision = ctx.resolve_auto("model.precision", choices.precision(settings.model.precision, ctx.hardware))
+    precision = ctx.resolve_auto(
+        "model.precision", auto_values.precision(settings.model.precision, ctx.hardware)
+    )
     quantization = ctx.resolve_auto(
-        "model.quantization", choices.quantization(settings.model.quantization, traits.quantization)
+        "model.quantization", auto_values.quantization(settings.model.quantization, traits.quantization)
     )
     # Trained weights are float32 master weights (mixed precision); frozen ones have the compute dtype.
     dtype = "float32" if traits.full_finetuning else precision

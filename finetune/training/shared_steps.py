@@ -11,9 +11,9 @@ from data_templates.segments import Message
 from finetune.data.conversation import Conversation, render_reply
 from finetune.data.report import DataReport
 from finetune.distributed import collectives
-from finetune.planner import choices
+from finetune.distributed.hardware import free_gpu_bytes
+from finetune.training import auto_values
 from finetune.training.arguments import SFT_CONFIG, ExecutionConfig, TrlConfigSpec, training_arguments
-from finetune.training.auto_batch_size import batch_fits, free_gpu_bytes
 from finetune.training.base_trainer import BaseTrainer
 from finetune.training.context import RunContext
 from finetune.training.generation import Completion, generate_completions
@@ -32,7 +32,7 @@ LAST_LOG_ENTRIES = 10
 def num_optimizer_steps(ctx: RunContext, rows: int) -> int:
     """Return the optimizer steps of a run over N rows."""
     train = ctx.recipe.settings.train
-    return choices.optimizer_steps(
+    return auto_values.optimizer_steps(
         rows, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
     )
 
@@ -53,7 +53,7 @@ def engine_arguments(
         UserError: the engine refuses them.
     """
     train = ctx.recipe.settings.train
-    micro_batch_size = choices.micro_batch_size(
+    micro_batch_size = auto_values.micro_batch_size(
         train.micro_batch_size,
         batch_size=ceil(train.batch_size / ctx.dist.world_size),
         longest=longest,
@@ -62,7 +62,7 @@ def engine_arguments(
         min_rows=stage.min_rows,
         fits=_memory_predicate(ctx, policy, longest) if ctx.hardware.device == "cuda" else None,
     )
-    checkpoint_every = choices.checkpoint_every(train.checkpoint_every, steps=steps)
+    checkpoint_every = auto_values.checkpoint_every(train.checkpoint_every, steps=steps)
     return training_arguments(
         train,
         folder=ctx.run.checkpoints,
@@ -75,9 +75,10 @@ def engine_arguments(
 
 def _memory_predicate(ctx: RunContext, policy: Policy, longest: int) -> Callable[[int], bool] | None:
     """Return a predicate: do N rows fit the GPU's memory?"""
-    return batch_fits(
+    return auto_values.batch_fits(
         ctx.recipe.settings,
-        policy,
+        precision=policy.precision,
+        quantization=policy.quantization,
         longest=longest,
         num_processes=ctx.dist.world_size,
         strategy=ctx.strategy,

@@ -1,15 +1,21 @@
 """Resolution of ``auto`` settings."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from finetune.distributed.hardware import Hardware, detect_hardware, peak_memory_bytes
-from finetune.planner import choices
+from finetune.distributed.hardware import GIB, Hardware, detect_hardware, peak_memory_bytes
 from finetune.recipe.errors import UserError
+from finetune.recipe.recipe import adapter_settings, read_recipe
+from finetune.recipe.settings import StageSettings
+from finetune.training import auto_values
 
 OLD = Hardware("cpu", "an old CPU", bfloat16=False)
 NEW = Hardware("cpu", "a new CPU", bfloat16=True)
 CPU = Hardware("cpu", "a CPU", bfloat16=False)
 GPU = Hardware("cuda", "a GPU", bfloat16=True)
+OLD_GPU = Hardware("cuda", "an old GPU", bfloat16=False)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +30,7 @@ GPU = Hardware("cuda", "a GPU", bfloat16=True)
     ],
 )
 def test_precision(requested: str, hardware: Hardware, expected: str) -> None:
-    value, reason = choices.precision(requested, hardware)
+    value, reason = auto_values.precision(requested, hardware)
     assert value == expected
     assert reason == "as requested" if requested != "auto" else hardware.name in reason
 
@@ -32,7 +38,7 @@ def test_precision(requested: str, hardware: Hardware, expected: str) -> None:
 @pytest.mark.parametrize("hardware", [OLD, NEW])
 def test_float16_on_a_cpu_is_refused(hardware: Hardware) -> None:
     with pytest.raises(UserError) as error:
-        choices.precision("float16", hardware)
+        auto_values.precision("float16", hardware)
     [problem] = error.value.problems
     assert (problem.where, problem.actual) == ("model.precision", "float16 on a CPU")
     assert problem.expected == "float32 or bfloat16" and problem.repair
@@ -52,12 +58,12 @@ def test_float16_on_a_cpu_is_refused(hardware: Hardware) -> None:
     ],
 )
 def test_max_length(requested: int | None, context: int, virtual_tokens: int, expected: int) -> None:
-    assert choices.max_length(requested, context=context, virtual_tokens=virtual_tokens)[0] == expected
+    assert auto_values.max_length(requested, context=context, virtual_tokens=virtual_tokens)[0] == expected
 
 
 def test_a_length_above_the_context_names_the_length_that_fits() -> None:
     with pytest.raises(UserError) as error:
-        choices.max_length(256, context=256, virtual_tokens=20)
+        auto_values.max_length(256, context=256, virtual_tokens=20)
     text = str(error.value)
     assert "data.max_length: found 256" in text
     assert "at most 236: the model has 256 positions, the adapter takes 20" in text
@@ -67,7 +73,7 @@ def test_a_length_above_the_context_names_the_length_that_fits() -> None:
 @pytest.mark.parametrize("requested", [None, 8, 100])
 def test_virtual_tokens_leave_room_for_a_row(requested: int | None) -> None:
     with pytest.raises(UserError, match=r"virtual_tokens: 250 of .* 256 positions\n +expected: at most 248"):
-        choices.max_length(requested, context=256, virtual_tokens=250)
+        auto_values.max_length(requested, context=256, virtual_tokens=250)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +89,7 @@ def test_virtual_tokens_leave_room_for_a_row(requested: int | None) -> None:
     ],
 )
 def test_micro_batch_size(requested: int | str, longest: int, hardware: Hardware, expected: int) -> None:
-    value, _ = choices.micro_batch_size(requested, batch_size=32, longest=longest, hardware=hardware)
+    value, _ = auto_values.micro_batch_size(requested, batch_size=32, longest=longest, hardware=hardware)
     assert value == expected
 
 
@@ -93,7 +99,7 @@ def test_micro_batch_size(requested: int | str, longest: int, hardware: Hardware
 )
 def test_steps_of_whole_forward_passes(batch: int, longest: int, least: int, expected: int) -> None:
     """4096 tokens per forward pass on a CPU: 8 rows of 500, reduced to 6, which divides 12; 1 row of 5000."""
-    value, why = choices.micro_batch_size(
+    value, why = auto_values.micro_batch_size(
         "auto", batch_size=batch, longest=longest, hardware=CPU, must_divide=True, min_rows=least
     )
     assert value == expected and batch % value == 0
@@ -105,13 +111,13 @@ def test_steps_of_whole_forward_passes(batch: int, longest: int, least: int, exp
     [(7, 100, 7), (None, 100, 10), (None, 109, 10), (None, 5, 1)],
 )
 def test_checkpoint_every(requested: int | None, steps: int, expected: int) -> None:
-    assert choices.checkpoint_every(requested, steps=steps)[0] == expected
+    assert auto_values.checkpoint_every(requested, steps=steps)[0] == expected
 
 
 def test_quantization() -> None:
-    assert choices.quantization("auto", ("nf4", "int8"))[0] == "nf4"
-    assert choices.quantization("auto", ("none",))[0] == "none"
-    assert choices.quantization("int8", ("nf4", "int8")) == ("int8", "as requested")
+    assert auto_values.quantization("auto", ("nf4", "int8"))[0] == "nf4"
+    assert auto_values.quantization("auto", ("none",))[0] == "none"
+    assert auto_values.quantization("int8", ("nf4", "int8")) == ("int8", "as requested")
 
 
 def test_this_machine_is_detected_by_name_and_memory() -> None:
@@ -136,14 +142,70 @@ def test_this_machine_is_detected_by_name_and_memory() -> None:
 def test_a_forward_pass_has_as_many_rows_as_the_plan_has_memory_for(
     most: int, expected: int, reason: str
 ) -> None:
-    size, why = choices.micro_batch_size(
+    size, why = auto_values.micro_batch_size(
         "auto", batch_size=64, longest=1024, hardware=GPU, fits=lambda rows: rows <= most
     )
     assert size == expected and reason in why
 
 
 def test_memory_and_whole_steps_go_together() -> None:
-    size, why = choices.micro_batch_size(
+    size, why = auto_values.micro_batch_size(
         "auto", batch_size=64, longest=1024, hardware=GPU, must_divide=True, fits=lambda rows: rows <= 7
     )
     assert size == 4 and "a divisor of 64" in why
+
+
+@pytest.mark.parametrize(
+    ("hardware", "method", "expected"),
+    [(GPU, "lora", ("bfloat16", "none")), (OLD_GPU, "qlora", ("float32", "nf4"))],
+)
+def test_auto_precision_and_quantization(hardware: Hardware, method: str, expected: tuple[str, str]) -> None:
+    resolved = auto_values.precision_and_quantization(
+        StageSettings(adapter=adapter_settings(method).model_validate({"method": method})), hardware
+    )
+    assert tuple(value for value, _ in resolved.values()) == expected
+
+
+def largest_batch(stage: str, gpu_bytes: int, *, base: str = "llama-2-7b", processes: int = 1) -> int:
+    """Return the largest number of rows of 512 tokens that fit."""
+    settings = read_recipe(stage, "quickstart").settings
+    model = settings.model.model_copy(update={"base": base, "init_from": None})
+    settings = settings.model_copy(update={"model": model})
+    strategy = "ddp" if processes > 1 else "single"
+    fits = auto_values.batch_fits(
+        settings,
+        precision="bfloat16",
+        quantization="none",
+        longest=512,
+        num_processes=processes,
+        strategy=strategy,
+        gpu_bytes=gpu_bytes,
+    )
+    assert fits is not None
+    predicate = [rows for rows in range(1, 200) if fits(rows)]
+    assert predicate == list(range(1, len(predicate) + 1)), "more rows never need less"
+    return len(predicate)
+
+
+def test_more_memory_allows_larger_batches() -> None:
+    few, more = largest_batch("sft", 24 * GIB), largest_batch("sft", 40 * GIB)
+    assert 0 < few < more < 199
+    assert largest_batch("sft", 12 * GIB) == 0, "the weights alone have 12.6 GiB"
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "kto", "grpo", "rloo", "ppo", "rejection"])
+def test_every_stage_has_a_predicate(stage: str) -> None:
+    assert 0 < largest_batch(stage, 40 * GIB) < 199
+
+
+def test_ppo_counts_actor_and_critic() -> None:
+    assert largest_batch("ppo", 40 * GIB) < 0.7 * largest_batch("sft", 40 * GIB)
+
+
+def test_an_unknown_architecture_has_no_predicate(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    settings = read_recipe("sft", "quickstart").settings
+    model = settings.model.model_copy(update={"base": str(tmp_path)})
+    policy: dict[str, Any] = {"precision": "bfloat16", "quantization": "none"}
+    gpu: dict[str, Any] = {"longest": 512, "num_processes": 1, "strategy": "single", "gpu_bytes": 40 * GIB}
+    assert auto_values.batch_fits(settings.model_copy(update={"model": model}), **policy, **gpu) is None

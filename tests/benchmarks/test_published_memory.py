@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from finetune.planner import published_memory
+from benchmarks import published_memory
+from benchmarks.published_memory import PUBLISHED_CASES, PublishedCase, published_page
 from finetune.planner.memory import plan_memory
 from finetune.planner.parameter_count import count_trainable_parameters
-from finetune.planner.published_memory import PUBLISHED_CASES, PublishedCase, published_page
 
 PAGE = Path(published_memory.__file__).with_name("PUBLISHED.md")
 LITGPT = [case for case in PUBLISHED_CASES if case.source == published_memory.LITGPT]
 
 
 def test_page_is_up_to_date() -> None:
-    assert PAGE.read_text(encoding="utf-8") == published_page(), "python -m finetune.planner.published_memory"
+    assert PAGE.read_text(encoding="utf-8") == published_page(), "python -m benchmarks.published_memory"
 
 
 @pytest.mark.parametrize("case", LITGPT, ids=lambda case: f"{case.title} {case.settings}")

@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from finetune.planner import devices
-from finetune.planner.devices import GIB, GPUS, detect_devices, device_by_name
+from finetune.distributed import hardware
+from finetune.distributed.hardware import GIB, GPUS, detect_devices, device_by_name
 from finetune.recipe.errors import UserError
 
 
@@ -74,8 +74,8 @@ def test_this_machine_has_the_gpus_of_nvidia_smi(
 ) -> None:
     listed = f"{spoken}, 24564\n{spoken}, 24564\n"
     ended = subprocess.CompletedProcess([], 0, stdout=listed)
-    monkeypatch.setattr(devices.shutil, "which", lambda program: f"/usr/bin/{program}")
-    monkeypatch.setattr(devices.subprocess, "run", lambda *words, **options: ended)
+    monkeypatch.setattr(hardware.shutil, "which", lambda program: f"/usr/bin/{program}")
+    monkeypatch.setattr(hardware.subprocess, "run", lambda *words, **options: ended)
     card, count = detect_devices()
     assert (card.name, count, card.flops_16bit) == (spoken, 2, GPUS[name].flops_16bit)
     assert 23.4 * GIB < card.memory < 23.7 * GIB
@@ -83,16 +83,16 @@ def test_this_machine_has_the_gpus_of_nvidia_smi(
 
 def test_an_unlisted_gpu_has_its_memory_and_unknown_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = subprocess.CompletedProcess([], 0, stdout="NVIDIA GeForce GTX 1080, 8192\n")
-    monkeypatch.setattr(devices.shutil, "which", lambda program: program)
-    monkeypatch.setattr(devices.subprocess, "run", lambda *words, **options: ended)
+    monkeypatch.setattr(hardware.shutil, "which", lambda program: program)
+    monkeypatch.setattr(hardware.subprocess, "run", lambda *words, **options: ended)
     card, _ = detect_devices()
     assert 7 * GIB < card.memory < 8 * GIB and card.flops_16bit == 0
 
 
 def test_a_driver_that_fails_means_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = subprocess.CompletedProcess([], 9, stdout="NVIDIA-SMI has failed, 1\n")
-    monkeypatch.setattr(devices.shutil, "which", lambda program: program)
-    monkeypatch.setattr(devices.subprocess, "run", lambda *words, **options: ended)
+    monkeypatch.setattr(hardware.shutil, "which", lambda program: program)
+    monkeypatch.setattr(hardware.subprocess, "run", lambda *words, **options: ended)
     card, count = detect_devices()
     assert (card.kind, count) == ("cpu", 1)
 

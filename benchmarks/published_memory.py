@@ -1,13 +1,13 @@
 """PUBLISHED.md: published memory figures next to the plan.
 
-``python -m finetune.planner.published_memory`` prints it.
+``python -m benchmarks.published_memory`` prints it.
 """
 
 from dataclasses import dataclass
 
+from finetune.distributed.hardware import GPUS, RESERVED_BYTES, device_by_name
 from finetune.planner.architecture import Architecture
 from finetune.planner.base_config import load_base_config
-from finetune.planner.devices import GPUS, RESERVED_BYTES, device_by_name
 from finetune.planner.memory import Phase, peak_phase, plan_memory
 from finetune.planner.workload import Adapter, GenerationBatch, Workload
 
@@ -321,10 +321,10 @@ PUBLISHED_CASES = (
 PUBLISHED_HEADER = """\
 # Published memory figures and the plan
 
-Generated from `finetune/planner/published_memory.py` by `python -m finetune.planner.published_memory`; a
+Generated from `benchmarks/published_memory.py` by `python -m benchmarks.published_memory`; a
 test compares them. The plan counts what PyTorch's allocator hands out in our program with these settings; the
 CUDA context takes about {context} on top. GB are 10^9 bytes and GiB 2^30, as in each source. "Fits" compares
-with the free memory of such a GPU (`finetune/planner/devices.py`).
+with the free memory of such a GPU (`finetune/distributed/hardware.py`).
 
 | model and method | settings | published | plan | plan / published | fits | where the difference comes from |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -1,11 +1,17 @@
-"""Resolve ``auto`` settings: pure functions that return a value and the reason for it."""
+"""Resolve ``auto`` settings: each function returns a value and the reason for it; without torch."""
 
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil
 
-from finetune.distributed.hardware import Hardware
+from finetune.distributed.hardware import SAFE_FRACTION, Hardware
+from finetune.planner.from_recipe import base_workload, load_architecture
+from finetune.planner.memory import peak_phase, plan_memory
+from finetune.planner.workload import ObjectiveKind, Workload
+from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import StageSettings
 
 TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
 """Tokens of a forward pass that saturate the device; more cost memory and gain no speed."""
@@ -16,6 +22,18 @@ GENERATION_TOKEN_FACTOR = 4
 DEFAULT_MAX_LENGTH = 2048
 MIN_ROW_TOKENS = 8
 CHECKPOINTS_PER_RUN = 10
+
+# Their memory does not depend on the micro-batch size.
+PHASES_WITHOUT_BATCH = ("merge", "rollout")
+OBJECTIVE_OF_CONFIG: dict[str, ObjectiveKind] = {
+    "SFTConfig": "likelihood",
+    "DPOConfig": "comparison",
+    "KTOConfig": "comparison",
+    "RLOOConfig": "comparison",
+    "GRPOConfig": "comparison",
+    "RewardConfig": "scores",
+}
+"""The planner's objective (loss on the last hidden states) of a stage, by its TRL config; TRL has no PPO."""
 
 Choice = tuple[str, str]
 
@@ -167,3 +185,71 @@ def checkpoint_every(requested: int | None, *, steps: int) -> tuple[int, str]:
 def quantization(requested: str, supported: tuple[str, ...]) -> Choice:
     """Return the base's quantization, and the reason; ``supported`` lists the adapter's, preferred first."""
     return (supported[0], "the adapter's default") if requested == "auto" else (requested, "as requested")
+
+
+def precision_and_quantization(settings: StageSettings, hardware: Hardware) -> dict[str, Choice]:
+    """Return a recipe's precision and quantization on some hardware, each with its reason.
+
+    Raises:
+        UserError: the hardware does not support the precision.
+    """
+    model, supported = settings.model, adapter_traits(settings.adapter.method).quantization
+    return {
+        "model.precision": precision(model.precision, hardware),
+        "model.quantization": quantization(model.quantization, supported),
+    }
+
+
+def batch_fits(
+    settings: StageSettings,
+    *,
+    precision: str,
+    quantization: str,
+    longest: int,
+    num_processes: int,
+    strategy: str,
+    gpu_bytes: int,
+) -> Callable[[int], bool] | None:
+    """Return a predicate: do N rows fit the GPU? None if there is no plan for this architecture.
+
+    Args:
+        settings: the recipe's sections.
+        precision: of the loaded model.
+        quantization: of the loaded model.
+        longest: tokens of the longest row; all of them are assumed to be predicted.
+        num_processes: number of processes.
+        strategy: distributed strategy.
+        gpu_bytes: bytes available on a GPU.
+    """
+    try:
+        architecture = load_architecture(settings.model)
+    # The planner does not know this architecture; the run itself may still.
+    except UserError:
+        return None
+    workload = base_workload(
+        settings,
+        architecture,
+        precision=precision,
+        quantization=quantization,
+        device="cuda",
+    )
+    workload = replace(workload, processes=num_processes, strategy=strategy, offload=settings.train.offload)  # type: ignore[arg-type]
+    return lambda rows: _peak_bytes(settings, workload, rows, longest) <= SAFE_FRACTION * gpu_bytes
+
+
+def _peak_bytes(settings: StageSettings, workload: Workload, rows: int, longest: int) -> int:
+    objective: ObjectiveKind = "ppo" if "ppo" in dict(settings) else OBJECTIVE_OF_CONFIG[settings.TRL_CONFIG]
+    batch_workload = replace(
+        workload,
+        objective=objective,
+        rows=rows,
+        seq_len=longest,
+        predicted=rows * longest,
+        completions=2 * rows if objective != "likelihood" else 0,
+        heads=1 if objective in ("scores", "ppo") else 0,
+        masked=rows > 1,
+        accumulation_steps=ceil(settings.train.batch_size / (rows * workload.processes)),
+    )
+    return peak_phase(
+        phase for phase in plan_memory(batch_workload) if phase.name not in PHASES_WITHOUT_BATCH
+    ).total
