@@ -143,7 +143,7 @@ def test_ctrl_c_exits_with_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("align.cli.run", interrupted)
+    monkeypatch.setattr("align.cli.stage_commands.run", interrupted)
     status, _, err = call("sft", "sums.yaml")
     assert status == 130
     assert err.strip() == "llm-align: interrupted. Run the same command to resume from the last checkpoint"

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from align import cli, data_preview, data_terminal
-from align.data_terminal import print_preview
+from align import cli
+from align.cli import data_preview, data_terminal
+from align.cli.data_terminal import print_preview
 
 Call = Callable[..., tuple[int, str, str]]
 RECIPE = """\
@@ -237,7 +238,7 @@ def test_the_header_is_printed_before_heavy_imports(
     recipe.write_text(RECIPE.format(base=base_without_weights, data=f"source: {rows_file}"))
     program = f"""
 import sys
-from align import data_terminal
+from align.cli import data_terminal
 from finetune.recipe.recipe import read_recipe
 from rich.console import Console
 data_terminal.print_header(read_recipe("sft", {str(recipe)!r}), Console())

@@ -7,12 +7,10 @@ from typing import Any
 
 import click
 
-from align.recipe_words import recipe_from_arguments
-from finetune.recipe.discovery import stage_of_verb, verb_of
+from align.cli.arguments import STAGE_HELP, recipe_from_arguments, stage_option
+from align.cli.exit_status import DOES_NOT_FIT
+from finetune.recipe.discovery import verb_of
 from finetune.recipe.recipe import Recipe
-
-EXIT_DOES_NOT_FIT = 3
-"""Exit status of a plan that does not fit: no user error (2), no failure (1), but `plan && sft` must stop."""
 
 PLAN_EPILOG = """\b
 Examples:
@@ -32,8 +30,8 @@ Exit status: 0 fits, 3 does not fit, 2 a mistake in the recipe or the command.
     "--stage",
     default="sft",
     show_default=True,
-    callback=lambda context, parameter, value: stage_of_verb(value),
-    help="Stage of the recipe.",
+    callback=stage_option,
+    help=STAGE_HELP,
 )
 @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
 @click.option("--data", metavar="D", help="Data: hub id, file or folder.")
@@ -74,7 +72,7 @@ def plan(
     arguments += [f"train.strategy={strategy}"] if strategy is not None else []
     command = " ".join(["llm-align", verb_of(stage), *map(shlex.quote, words), *arguments])
     if not _print_plan(recipe, gpu, gpus, fit=fit, as_json=as_json, command=command):
-        sys.exit(EXIT_DOES_NOT_FIT)
+        sys.exit(DOES_NOT_FIT)
 
 
 def _print_plan(

@@ -1,4 +1,4 @@
-"""Parse command-line arguments to a recipe: its name and SECTION.KEY=VALUE overrides."""
+"""Arguments that several commands take: RECIPE and SECTION.KEY=VALUE, --stage, --from."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,16 @@ from typing import Any
 import click
 
 from align.default_recipe import default_recipe
+from finetune.recipe.discovery import stage_of_verb
 from finetune.recipe.recipe import Recipe, read_recipe
+
+FROM_HELP = "Finished run to start from: folder, name or prefix; or STAGE/RECIPE, which runs first if needed."
+STAGE_HELP = "Stage of the recipe."
+
+
+def stage_option(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Return the stage that --stage names, by its name or by its verb."""
+    return stage_of_verb(value)
 
 
 def recipe_from_arguments(
