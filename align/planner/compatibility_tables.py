@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from finetune.distributed.hardware import detect_devices, device_by_name
-from finetune.distributed.strategy_names import STRATEGIES
+from finetune.distributed.strategies import STRATEGIES
 from finetune.planner.compatibility import CompatibilityRule
 from finetune.planner.compatibility_page import (
     VerdictRow,

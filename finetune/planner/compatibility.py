@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from finetune.distributed.strategy_names import SHARDED_WEIGHTS, ZERO_STAGES
+from finetune.distributed.strategies import SHARDED_WEIGHTS, ZERO_STAGES
 
 PropertyValue = str | bool
 

@@ -10,7 +10,8 @@ from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTC
 
 from finetune.data.batches import num_micro_batches
 from finetune.distributed.collectives import TIMEOUT
-from finetune.distributed.strategies import reset_deepspeed_state, strategy_arguments
+from finetune.distributed.sharding import reset_deepspeed_state
+from finetune.distributed.strategies import strategy_arguments
 from finetune.recipe.errors import Problem, UserError, did_you_mean
 from finetune.recipe.settings import TrainSettings
 

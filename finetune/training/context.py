@@ -20,7 +20,7 @@ from finetune.distributed.full_checkpoint import FullStateCheckpoint, check_resh
 from finetune.distributed.hardware import Hardware, detect_hardware, peak_memory_bytes
 from finetune.distributed.interrupts import Interrupted, NotFiniteError, SignalFlag, catch_signals
 from finetune.distributed.rank import DistInfo, dist_info
-from finetune.distributed.strategy_names import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
+from finetune.distributed.strategies import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import FORMAT
