@@ -1,6 +1,8 @@
 """The command line as a user meets it."""
 
+import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from align import cli
+from align import cli, load_recipe, run
 from finetune.training.context import RunContext
 
 RECIPE = """\
@@ -38,7 +40,7 @@ def call(
     """Return a function: words in, exit status, output and errors out; in this process."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def call_cli(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["llm-align", *arguments])
         status = 0
         try:
@@ -48,7 +50,24 @@ def call(
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
-    return run
+    return call_cli
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_file: Path) -> Path:
+    """Return a folder in which ``sft sums.yaml --out run`` has run, for tests to copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "sums.yaml").write_text(RECIPE.format(base=base_folder, rows=rows_file))
+    with contextlib.chdir(folder):
+        run(load_recipe("sums.yaml", out="run"), command="llm-align sft sums.yaml --out run")
+    return folder
+
+
+@pytest.fixture
+def done(finished: Path, tmp_path: Path) -> Path:
+    """Return the test's folder with that run."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    return tmp_path
 
 
 def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
@@ -56,23 +75,29 @@ def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
     return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in present}
 
 
-VERBS = [[], *([name] for name in sorted(cli.cli.commands))]
-
-
-@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0] if verb else "llm-align")
-def test_pain_23_help_imports_nothing_heavy(verb: list[str]) -> None:
-    program = f"""
+VERBS = ["", *sorted(cli.cli.commands)]
+HELP = """
 import sys
 from align import cli
-sys.argv = ["llm-align", *{verb!r}, "--help"]
-try:
-    cli.main()
-except SystemExit as end:
-    assert not end.code
-print("HEAVY", sorted(set({HEAVY!r}) & set(sys.modules)))
+for verb in {verbs!r}:
+    sys.argv = ["llm-align", *filter(None, [verb]), "--help"]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code, verb
+    print("HEAVY after", verb, sorted(set({heavy!r}) & set(sys.modules)))
 """
+
+
+def test_pain_23_help_imports_nothing_heavy() -> None:
+    program = HELP.format(verbs=VERBS, heavy=HEAVY)
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "Usage:" in result.stdout and result.stdout.endswith("HEAVY []\n")
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("HEAVY")] == [
+        f"HEAVY after {verb} []" for verb in VERBS
+    ]
+    usages = [line.partition("[")[0].split()[2:] for line in lines if line.startswith("Usage:")]
+    assert usages == [verb.split() for verb in VERBS]
 
 
 def test_a_run_writes_its_folder_and_prints_the_next_command(call: Call, tmp_path: Path) -> None:
@@ -93,21 +118,19 @@ def test_the_usual_folder_is_named_after_stage_recipe_and_content(call: Call, tm
     assert len(names) == 2 and all(len(name.removeprefix("sft-sums-")) == 8 for name in names)
 
 
-def test_a_finished_run_returns_at_once(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert call("sft", "sums.yaml", "--out", "run")[0] == 0
-    before = files(tmp_path)
+def test_a_finished_run_returns_at_once(call: Call, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(done)
     monkeypatch.setattr(RunContext, "fit", lambda *_: pytest.fail("it trains again"))
     status, out, _ = call("sft", "sums.yaml", "--out", "run")
     assert status == 0 and "llm-align chat run" in out
-    assert files(tmp_path) == before
+    assert files(done) == before
 
 
-def test_force_retrains_bit_for_bit(call: Call, tmp_path: Path) -> None:
-    assert call("sft", "sums.yaml", "--out", "run")[0] == 0
-    first = files(tmp_path / "run")
+def test_force_retrains_bit_for_bit(call: Call, done: Path) -> None:
+    first = files(done / "run")
     assert call("sft", "sums.yaml", "--out", "run", "--force")[0] == 0
-    second = files(tmp_path / "run")
-    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    second = files(done / "run")
+    weights = done / "run" / "adapter" / "adapter_model.safetensors"
     assert second[weights][0] > first[weights][0] and second[weights][1] == first[weights][1]
     assert second.keys() == first.keys()
 
@@ -120,8 +143,7 @@ def test_chat_answers_once(call: Call) -> None:
     assert call(*ask) == (0, out, "")
 
 
-def test_chat_runs_until_an_empty_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert call("sft", "sums.yaml", "--out", "run")[0] == 0
+def test_chat_runs_until_an_empty_line(call: Call, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(["Add the numbers.", "and again", "/new", "1 2", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     status, out, _ = call("chat", "run", "--max-new-tokens", "3")
