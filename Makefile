@@ -77,10 +77,10 @@ check: $(READY)  ## style, types and tests, as in CI
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 tiny-base: $(READY)  ## train the embedded base model anew (about 40 minutes on two cores)
-	$(BIN)/python -m finetune.tiny.train_base --out recipes/tiny/model
+	$(BIN)/python -m tools.tiny.train_base --out recipes/tiny/model
 
 tiny-data: $(READY)  ## write the embedded data anew
-	$(BIN)/python -m finetune.tiny.data --out recipes/tiny/data
+	$(BIN)/python -m tools.tiny.data --out recipes/tiny/data
 
 compare: $(READY)  ## every adapter on the embedded task: table and plot (about 40 minutes on two cores)
 	$(BIN)/python -m benchmarks.compare $(ARGS)

@@ -14,4 +14,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'align' has no attribute '{name}'")
     from align import api
 
-    return vars(api)[name]
+    return getattr(api, name)

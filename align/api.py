@@ -114,7 +114,7 @@ def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") ->
     from rich.console import Console
 
     silence_libraries()
-    from align.start import resolve_required_runs
+    from align.required_runs import resolve_required_runs
     from finetune.training.launch import launch_stage
 
     console = Console()

@@ -2,9 +2,9 @@
 
 They are forked from a server that has imported everything (``warm_server.py``), one for each process of
 pytest's. Pids, signals, exit statuses, output and environment are those of any process; what is not: they
-are the server's children, and share its hash seed. So runs that killed ones are compared with are ordinary
-processes where no other test compares across hash seeds (``killed.uninterrupted``), and ``forks=False``
-leaves a run's own processes its children, which have to end with it.
+are the server's children, and share its hash seed. So runs that killed ones are compared with are runs of
+pytest's own process, whose hash seed is another one (``killed.uninterrupted``), and ``forks=False`` leaves a
+run's own processes its children, which have to end with it.
 """
 
 import atexit

@@ -11,7 +11,7 @@ from align.default_recipe import EMBEDDED_BASE
 from align.pipeline.entries import parse_entries
 from align.pipeline.entry import BASE_KEY, StageEntry
 from align.pipeline.file import find_pipeline, read_pipeline
-from finetune.data.files import data_fingerprint
+from finetune.data.sources import data_fingerprint
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.checks import adapter_traits

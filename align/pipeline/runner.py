@@ -18,7 +18,7 @@ from rich.markup import escape
 from align.pipeline.directory import REPORT_FILE, PipelineDirectory, utc_now
 from align.pipeline.entry import StageEntry
 from align.pipeline.plan import Pipeline
-from align.start import resolve_required_runs
+from align.required_runs import resolve_required_runs
 from finetune.distributed.interrupts import Interrupted, NotFiniteError
 from finetune.distributed.rank import dist_info
 from finetune.recipe.errors import Problem, UserError

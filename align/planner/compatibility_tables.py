@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from finetune.distributed.strategy_names import STRATEGIES
+from finetune.distributed.hardware import detect_devices, device_by_name
+from finetune.distributed.strategies import STRATEGIES
 from finetune.planner.compatibility import CompatibilityRule
 from finetune.planner.compatibility_page import (
     VerdictRow,
@@ -21,7 +22,6 @@ from finetune.planner.compatibility_page import (
     optimizer_rows,
     row_label,
 )
-from finetune.planner.devices import detect_devices, device_by_name
 from finetune.planner.solver import check
 
 VERDICT_COLORS = {"works": "green", "changed": "yellow", "incompatible": "red"}

@@ -13,9 +13,9 @@ from align.reward.settings import Settings as RewardSettings
 from align.rl.rewards.settings import RewardsSettings
 from align.stages.dpo import Settings as DpoSettings
 from align.stages.kto import Settings as KtoSettings
-from finetune.planner.choices import GENERATION_TOKEN_FACTOR, TOKENS_PER_FORWARD
 from finetune.planner.workload import GenerationBatch, Workload
 from finetune.recipe.settings import StageSettings
+from finetune.training.auto_values import GENERATION_TOKEN_FACTOR, TOKENS_PER_FORWARD
 
 WorkloadOfRows = Callable[[int], Workload]
 """Number of rows of a micro-batch -> its workload."""

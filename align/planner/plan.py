@@ -10,11 +10,9 @@ from align.planner.work import TotalWork, total_work
 from align.rl.settings import PromptSettings
 from align.stages.kto import Settings as KtoSettings
 from finetune.adapters import llama_adapter
-from finetune.distributed.hardware import Hardware
-from finetune.planner import choices
-from finetune.planner.devices import SAFE_FRACTION, Device
+from finetune.distributed.hardware import SAFE_FRACTION, Device
 from finetune.planner.disk import disk_bytes
-from finetune.planner.from_recipe import base_workload, choose_model_settings, load_architecture
+from finetune.planner.from_recipe import base_workload, load_architecture
 from finetune.planner.memory import Phase, peak_phase, plan_memory
 from finetune.planner.parameter_count import count_trainable_parameters
 from finetune.planner.speed import TimeEstimate
@@ -22,6 +20,7 @@ from finetune.planner.workload import Workload
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
+from finetune.training import auto_values
 
 MERGE_PHASE = "merge"
 ROW_INDEPENDENT_PHASES = (MERGE_PHASE, "rollout")
@@ -101,11 +100,11 @@ def make_plan(recipe: Recipe, device: Device, count: int, *, reuse: Plan | None 
         UserError: an unknown base, a setting that the device does not support, mistakes in local data.
     """
     settings = recipe.settings
-    hardware = Hardware(device.kind, device.name, device.bfloat16, count)
+    hardware = device.hardware(count)
     architecture = load_architecture(settings.model) if reuse is None else reuse.workload.architecture
-    model_choices = choose_model_settings(settings, hardware)
-    processes = choices.num_processes(settings.train.num_processes, hardware)
-    strategy = choices.strategy(settings.train.strategy, processes[0])
+    model_choices = auto_values.precision_and_quantization(settings, hardware)
+    processes = auto_values.num_processes(settings.train.num_processes, hardware)
+    strategy = auto_values.strategy(settings.train.strategy, processes[0])
     max_positions = architecture.max_positions
     max_length = _max_length(settings, max_positions)
     lengths = (
@@ -222,11 +221,13 @@ def _max_length(settings: StageSettings, max_positions: int) -> tuple[int, str]:
     """Return the maximum tokens of a row (of a prompt, in stages that generate), and the reason."""
     data, virtual_positions = settings.data, settings.adapter.positions
     if not isinstance(data, PromptSettings):
-        return choices.max_length(data.max_length, context=max_positions, virtual_tokens=virtual_positions)
+        return auto_values.max_length(
+            data.max_length, context=max_positions, virtual_tokens=virtual_positions
+        )
     completion_tokens = int(settings.model_dump()["sampling"]["max_new_tokens"])
     if data.max_prompt_length is not None:
         return data.max_prompt_length, "as requested"
-    available = min(max_positions - virtual_positions, choices.DEFAULT_MAX_LENGTH) - completion_tokens
+    available = min(max_positions - virtual_positions, auto_values.DEFAULT_MAX_LENGTH) - completion_tokens
     return max(1, available), f"maximum length minus a completion of {completion_tokens} tokens"
 
 
@@ -304,12 +305,12 @@ def _micro_batch_size(
             <= SAFE_FRACTION * device.available_bytes
         )
 
-    return choices.micro_batch_size(
+    return auto_values.micro_batch_size(
         train.micro_batch_size,
         batch_size=ceil(train.batch_size / processes),
         # As the stage lays rows out: a prompt with all its completions may be one row.
         longest=workload_of_rows(1).seq_len,
-        hardware=Hardware(device.kind, device.name, device.bfloat16),
+        hardware=device.hardware(),
         must_divide=train.engine == "trl",
         min_rows=min_rows(settings),
         fits=fits if device.kind == "cuda" else None,

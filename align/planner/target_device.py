@@ -1,12 +1,11 @@
 """The device that a plan is made for: a GPU by name, or this machine."""
 
-from finetune.distributed.hardware import Hardware
-from finetune.planner import choices
-from finetune.planner.devices import Device, detect_devices, device_by_name
+from finetune.distributed.hardware import Device, detect_devices, device_by_name
 from finetune.planner.solver import LaunchTarget, resolve
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import TrainSettings
+from finetune.training import auto_values
 
 
 def target_device(train: TrainSettings, gpu: str | None, gpus: int | None) -> tuple[Device, int]:
@@ -44,6 +43,5 @@ def launch_target(recipe: Recipe, target: Device, count: int) -> LaunchTarget:
     Raises:
         UserError: more processes than GPUs.
     """
-    hardware = Hardware(target.kind, target.name, target.bfloat16, count)
-    processes, _ = choices.num_processes(recipe.settings.train.num_processes, hardware)
+    processes, _ = auto_values.num_processes(recipe.settings.train.num_processes, target.hardware(count))
     return LaunchTarget(target.kind, target.bfloat16, processes)

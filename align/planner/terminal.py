@@ -8,7 +8,7 @@ from rich.table import Table
 
 from align.planner.alternatives import Alternative
 from align.planner.plan import MERGE_PHASE, Plan
-from finetune.planner.devices import GIB, RESERVED_BYTES
+from finetune.distributed.hardware import GIB, RESERVED_BYTES
 from finetune.planner.memory import CATEGORIES, Phase
 
 MIB = 2**20

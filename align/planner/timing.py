@@ -1,7 +1,7 @@
 """Training time: measured by an earlier run on this machine, or estimated from FLOPs."""
 
 from align.planner.work import TotalWork
-from finetune.planner.devices import Device
+from finetune.distributed.hardware import Device
 from finetune.planner.speed import (
     TimeEstimate,
     compute_seconds,

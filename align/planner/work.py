@@ -10,8 +10,8 @@ from align.ppo.stage_settings import Settings as PpoSettings
 from align.rejection.settings import Settings as RejectionSettings
 from align.stages.dpo import Settings as DpoSettings
 from align.stages.kto import Settings as KtoSettings
-from finetune.planner.choices import optimizer_steps
 from finetune.recipe.settings import StageSettings
+from finetune.training.auto_values import optimizer_steps
 
 
 @dataclass(frozen=True, slots=True)

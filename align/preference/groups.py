@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from finetune.data.packing import pack
+from finetune.data.collate import pack
 
 
 @dataclass(frozen=True, slots=True)

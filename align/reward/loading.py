@@ -5,8 +5,8 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from align.reward.model import init_score_head, load_scorer
 from align.reward.settings import Settings
 from finetune.data.tokens import Encoder
-from finetune.planner import choices
 from finetune.recipe.checks import adapter_traits
+from finetune.training import auto_values
 from finetune.training.context import RunContext
 from finetune.training.loading import parent_adapter_run
 from finetune.training.model import SCORE_HEAD, Policy, attach_adapter
@@ -28,9 +28,11 @@ def load_reward_model_for_training(ctx: RunContext, encoder: Encoder) -> Policy:
     seed = settings.train.seed
     traits = adapter_traits(settings.adapter.method)
     ctx.init_distributed()
-    precision = ctx.resolve_auto("model.precision", choices.precision(settings.model.precision, ctx.hardware))
+    precision = ctx.resolve_auto(
+        "model.precision", auto_values.precision(settings.model.precision, ctx.hardware)
+    )
     quantization = ctx.resolve_auto(
-        "model.quantization", choices.quantization(settings.model.quantization, traits.quantization)
+        "model.quantization", auto_values.quantization(settings.model.quantization, traits.quantization)
     )
     # Weights that are trained directly stay in float32; autocast computes in the chosen precision.
     dtype = "float32" if traits.full_finetuning else precision

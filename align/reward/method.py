@@ -27,7 +27,7 @@ from align.reward.preflight import check_data, check_margins, check_reward_model
 from align.reward.settings import Settings, head_indices
 from align.reward.trainer import RewardTrainer
 from align.reward.trl_engine import build_trl_reward_trainer, reward_config_spec
-from finetune.planner import choices
+from finetune.training import auto_values
 from finetune.training.adapter_hooks import adapter_hooks
 from finetune.training.context import RunContext
 from finetune.training.model import Policy
@@ -180,7 +180,7 @@ class RewardModeling:
     @property
     def evaluator(self) -> RewardEvaluator:
         """Return the evaluation of this model and data."""
-        batch_size, _ = choices.micro_batch_size(
+        batch_size, _ = auto_values.micro_batch_size(
             self.settings.train.micro_batch_size,
             batch_size=self.settings.train.batch_size,
             longest=int(self.data.train.lengths.max()),

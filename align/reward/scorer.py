@@ -25,10 +25,10 @@ from data_templates.segments import Message, TemplateError
 from finetune.adapters._load import load_saved_adapter
 from finetune.data.tokens import Encoder
 from finetune.distributed.hardware import detect_hardware
-from finetune.planner.choices import TOKENS_PER_FORWARD
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import ModelSettings
+from finetune.training.auto_values import TOKENS_PER_FORWARD
 from finetune.training.samples import prompt_text
 
 PromptInput = str | Sequence[Message]

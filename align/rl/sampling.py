@@ -11,7 +11,7 @@ from align.rl.settings import SamplingSettings
 from finetune.distributed.collectives import all_gather_object, shard, unshard
 from finetune.distributed.rank import dist_info
 from finetune.distributed.sharding import is_sharded
-from finetune.planner.choices import GENERATION_TOKEN_FACTOR, TOKENS_PER_FORWARD
+from finetune.training.auto_values import GENERATION_TOKEN_FACTOR, TOKENS_PER_FORWARD
 
 TokenIds = Sequence[int]
 

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from finetune.adapters._wrapping import WrappingLayer, WrappingTuner, register_tuner
-from finetune.distributed.gather_on_forward import gathered_weight
+from finetune.distributed.sharding import gathered_weight
 
 
 @dataclass

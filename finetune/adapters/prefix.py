@@ -43,7 +43,7 @@ def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":
     from peft import PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
 
     from finetune.adapters._prompt_model import prompt_model
-    from finetune.distributed.gather_on_forward import gather_on_forward
+    from finetune.distributed.sharding import gather_on_forward
 
     config = PrefixTuningConfig(
         task_type=peft_task_type(model),

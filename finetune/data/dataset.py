@@ -1,22 +1,26 @@
-"""Tokenized dataset: load, split, tokenize, truncate and cache the rows of a recipe's data section."""
+"""Tokenized dataset: load, split, tokenize, truncate and cache the rows of a recipe's data section.
+
+``data.loss_on``: every assistant reply, the usual choice (Ouyang et al. 2022, arXiv 2203.02155); the last
+reply only; or all tokens, instruction modeling, which helps where replies are short and rows few (Shi et al.
+2024, arXiv 2405.14394).
+"""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data_templates.segments import TemplateError
+from data_templates.segments import REPLY_ROLES, Message, TemplateError
 from finetune.data.cache import DamagedCacheError, cache_lock, cache_path, read_cached, write_cached
 from finetune.data.collate import IGNORE_INDEX, LMExample
 from finetune.data.conversation import Conversation
 from finetune.data.load import load_conversations
-from finetune.data.loss_scope import apply_loss_scope, build_loss_mask, has_untrained_replies
-from finetune.data.replies import has_replies_without_loss
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
@@ -300,3 +304,41 @@ def _tokens_cache_key(
         turns = [[turn.role, turn.content, turn.context, turn.trained] for turn in row.messages]
         digest.update(json.dumps([row.location, turns], ensure_ascii=False).encode())
     return digest.hexdigest()
+
+
+def apply_loss_scope(messages: Sequence[Message], loss_on: str) -> list[Message]:
+    """Return a conversation in which the replies' ``trained`` flags follow ``data.loss_on``.
+
+    ``last_assistant`` removes the loss from every reply but the last; a last reply that the data itself marks
+    as untrained stays untrained.
+    """
+    last = max((i for i, turn in enumerate(messages) if turn.role in REPLY_ROLES), default=-1)
+    if loss_on != "last_assistant":
+        return list(messages)
+    return [turn if index == last else replace(turn, trained=False) for index, turn in enumerate(messages)]
+
+
+def has_untrained_replies(messages: Sequence[Message]) -> bool:
+    """Return True if the data itself marks a reply as untrained."""
+    return any(turn.role in REPLY_ROLES and not turn.trained for turn in messages)
+
+
+def build_loss_mask(reply_mask: Sequence[bool], loss_on: str) -> list[bool]:
+    """Return a row's loss mask from the mask of its trained replies.
+
+    ``all`` includes every token: prompts, markup and end tokens, and replies that are marked as untrained.
+    """
+    return [True] * len(reply_mask) if loss_on == "all" else list(reply_mask)
+
+
+def has_replies_without_loss(messages: Sequence[Message], loss_mask: Sequence[bool]) -> bool:
+    """Return True if a template leaves replies without loss that the data marks for training.
+
+    Args:
+        messages: a conversation.
+        loss_mask: its loss mask, of length T.
+    """
+    # Each reply is one run of trained tokens, as the prompt between two replies carries no loss.
+    num_to_train = sum(turn.trained for turn in messages if turn.role in REPLY_ROLES)
+    # With a single reply the whole mask would be empty, and the row is dropped and counted elsewhere.
+    return num_to_train > 1 and num_to_train > sum(is_trained for is_trained, _ in groupby(loss_mask))

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_templates.segments import Message
-from finetune.data import mixing
 from finetune.data.conversation import Conversation, filter_usable
 from finetune.data.layouts import (
     CONVERSATION_LAYOUTS,
@@ -18,7 +17,7 @@ from finetune.data.layouts import (
     first_problems,
     parse_conversations,
 )
-from finetune.data.mixture import MixtureComponent, mix_components
+from finetune.data.mixture import MixtureComponent, mix_components, sample_row_ids
 from finetune.data.report import DataReport, SourceReport
 from finetune.data.selection import select_rows
 from finetune.data.sources import SourceRow, read_source
@@ -177,7 +176,7 @@ def read_rows_of(spec: SourceSpec, index: int, seed: int) -> list[SourceRow]:
 
     # A callback, because the number of rows is known only once the source is open.
     def sample_rows(count: int) -> Sequence[int]:
-        return range(count) if max_rows is None else mixing.sample_row_ids(count, min(max_rows, count), rng)
+        return range(count) if max_rows is None else sample_row_ids(count, min(max_rows, count), rng)
 
     return read_source(
         spec.source,

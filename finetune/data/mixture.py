@@ -1,15 +1,21 @@
-"""Data mixture: sampling rates per source, held-out rows of each, and the rows of one epoch."""
+"""Data mixture: sampling rates per source, held-out rows of each, and the rows of one epoch.
+
+Rates are proportional to numbers of rows (capped, smoothed by a temperature), or given as weights and shares.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor, fsum
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from finetune.data import mixing
 from finetune.data.report import DataReport, SourceReport
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import DataSettings
+
+ROUNDING = 1e-9
+"""Tolerance for float rates: 0.3 * 10 may be slightly below 3 and is still three rows."""
 
 HELD_OUT_STREAM, SAMPLE_STREAM, SHUFFLE_STREAM = 2, 3, 4
 """Seed suffixes of a source's random streams, next to those of reading (0 and 1)."""
@@ -53,7 +59,7 @@ def mix_components(
     epoch_rows: list[RowT] = []
     for index, (rows, count) in enumerate(zip(train_rows, counts, strict=True)):
         rng = np.random.default_rng([seed, index, SAMPLE_STREAM])
-        epoch_rows += [rows[row_id] for row_id in mixing.sample_row_ids(len(rows), count, rng)]
+        epoch_rows += [rows[row_id] for row_id in sample_row_ids(len(rows), count, rng)]
     # Until here the rows are grouped by source.
     order = np.random.default_rng([seed, len(components), SHUFFLE_STREAM]).permutation(len(epoch_rows))
     return [epoch_rows[row_id] for row_id in order], held_out
@@ -65,15 +71,13 @@ def _mixing_rates(sizes: Sequence[int], settings: DataSettings) -> list[float]:
     shares = [entry.share for entry in settings.mix]
     free = [size for size, share in zip(sizes, shares, strict=True) if share is None]
     by_size = iter(
-        mixing.size_proportional_rates(
-            free, limit=settings.mix_size_cap, temperature=settings.mix_temperature
-        )
+        size_proportional_rates(free, limit=settings.mix_size_cap, temperature=settings.mix_temperature)
     )
     weights = [
         0.0 if entry.share is not None else next(by_size) if entry.weight is None else entry.weight
         for entry in settings.mix
     ]
-    return mixing.apply_fixed_shares(weights, shares)
+    return apply_fixed_shares(weights, shares)
 
 
 def _held_out_counts(
@@ -86,8 +90,8 @@ def _held_out_counts(
     sizes = [len(component.rows) for component in components]
     if isinstance(num_held_out, float):
         # At least one row: a fraction of a small mixture may round to zero.
-        num_held_out = max(1, round(num_held_out * mixing.max_rows_without_repeats(sizes, rates)))
-    counts = mixing.allocate_rows(num_held_out, rates)
+        num_held_out = max(1, round(num_held_out * max_rows_without_repeats(sizes, rates)))
+    counts = allocate_rows(num_held_out, rates)
     problems = [
         Problem(
             "data.held_out",
@@ -111,8 +115,8 @@ def _epoch_counts(
 ) -> list[int]:
     """Return the number of rows per source and epoch; repeats and unused rows are noted in the report."""
     sizes = [len(rows) for rows in train_rows]
-    max_rows = mixing.max_rows_without_repeats(sizes, rates)
-    counts = mixing.allocate_rows(settings.epoch_rows or max_rows, rates)
+    max_rows = max_rows_without_repeats(sizes, rates)
+    counts = allocate_rows(settings.epoch_rows or max_rows, rates)
     for component, rate in zip(components, rates, strict=True):
         component.report.target_rate = rate
     names = [component.report.source for component in components]
@@ -130,3 +134,67 @@ def _epoch_counts(
         elif not count:
             report.notes.append(f"no row of {name} is used: its rate is below one row of the mixture")
     return counts
+
+
+def size_proportional_rates(
+    sizes: Sequence[int], *, limit: int | None = None, temperature: float = 1.0
+) -> list[float]:
+    """Return each source's mixing rate: rate_i = min(n_i, K)^(1/T) / sum_j min(n_j, K)^(1/T).
+
+    Examples-proportional mixing with a maximum K (Raffel et al. 2019, arXiv 1910.10683, section 3.5.2; FLAN,
+    arXiv 2109.01652, section 2.1, with K = 3,000; T0, arXiv 2110.08207, section 5) at temperature T.
+
+    >>> size_proportional_rates([100, 300, 9000], limit=600)
+    [0.1, 0.3, 0.6]
+    """
+    amounts = [min(size, limit or size) ** (1 / temperature) for size in sizes]
+    return [amount / fsum(amounts) for amount in amounts]
+
+
+def apply_fixed_shares(rates: Sequence[float], shares: Sequence[float | None]) -> list[float]:
+    """Return rates in which some sources have a fixed share; the others divide the rest by their rates.
+
+    ``rates`` need not add up to 1, so weights can be passed directly.
+
+    >>> apply_fixed_shares([1, 3, 1], [None, None, 0.5])
+    [0.125, 0.375, 0.5]
+    """
+    free = fsum(rate for rate, share in zip(rates, shares, strict=True) if share is None)
+    # fsum: exactly rounded, so the order of the sources does not change the rates.
+    left = 1 - fsum(share for share in shares if share is not None)
+    return [left * rate / free if share is None else share for rate, share in zip(rates, shares, strict=True)]
+
+
+def max_rows_without_repeats(sizes: Sequence[int], rates: Sequence[float]) -> int:
+    """Return the number of rows of the longest mixture at these rates in which no row repeats.
+
+    >>> max_rows_without_repeats([100, 9000], [0.25, 0.75])
+    400
+    """
+    return min(floor(size / rate + ROUNDING) for size, rate in zip(sizes, rates, strict=True))
+
+
+def allocate_rows(total: int, rates: Sequence[float]) -> list[int]:
+    """Return the number of rows per source: within one row of its rate, ``total`` in sum.
+
+    Largest remainders are rounded up first (Hamilton's method); ties go to the earlier source.
+
+    >>> allocate_rows(10, [0.55, 0.25, 0.2])
+    [6, 2, 2]
+    """
+    exact = [total * rate for rate in rates]
+    counts = [floor(value + ROUNDING) for value in exact]
+    order = sorted(range(len(rates)), key=lambda index: (counts[index] - exact[index], index))
+    for index in order[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def sample_row_ids(size: int, count: int, rng: np.random.Generator) -> list[int]:
+    """Return ``count`` row indices below ``size``, without replacement; an exhausted source is repeated.
+
+    In source order; a row that is used k times is listed k times.
+    """
+    repeats, rest = divmod(count, size)
+    remainder = rng.permutation(size)[:rest].tolist()
+    return sorted([*range(size)] * repeats + remainder)

@@ -18,7 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from finetune.distributed import collectives
 from finetune.distributed.rank import dist_info
-from finetune.distributed.strategy_names import ZERO_STAGES
+from finetune.distributed.strategies import ZERO_STAGES
 from finetune.recipe.errors import Problem, UserError
 
 ParamGroups = list[dict[str, Any]]

@@ -5,17 +5,22 @@ all-gather a layer's weights when it computes. Every rank must run as many forwa
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import HfDeepSpeedConfig
 
 from finetune.distributed.strategies import zero3_inference_config, zero3_init_config
+
+CURRENT_PLUGIN = "current"
+"""Accelerate's name for the DeepSpeed plugin of a second training in one process."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -43,6 +48,42 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def gathered_weight(weight: Tensor) -> AbstractContextManager[None]:
+    """Gather a parameter for reading inside the context; a collective, every rank must enter it."""
+    # modifier_rank=None: the weights are only read, so no rank's values are broadcast on exit.
+    context: AbstractContextManager[None] = gather_params_ctx(weight, modifier_rank=None)
+    return context
+
+
+@contextmanager
+def gather_on_forward(model: nn.Module) -> Iterator[None]:
+    """Gather each module's weights during its forward pass, so that a model runs without a DeepSpeed engine.
+
+    A collective: every rank must call it and run the same forward passes.
+    """
+    # Only the module's own weights (recurse=False): no rank ever holds the full base.
+    open_contexts: dict[nn.Module, list[AbstractContextManager[None]]] = {}
+
+    def gather(module: nn.Module, inputs: object) -> None:
+        open_contexts[module] = [gathered_weight(weight) for weight in module.parameters(recurse=False)]
+        for context in open_contexts[module]:
+            # Entered by hand: a `with` cannot span the two hooks.
+            context.__enter__()
+
+    def release(module: nn.Module, inputs: object, output: object) -> None:
+        for context in reversed(open_contexts.pop(module)):
+            context.__exit__(None, None, None)
+
+    modules = [module for module in model.modules() if list(module.parameters(recurse=False))]
+    handles = [module.register_forward_pre_hook(gather) for module in modules]
+    handles += [module.register_forward_hook(release) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -114,6 +155,20 @@ def set_fsdp_root(base: PreTrainedModel) -> None:
     # FSDP2 takes the first module that runs for its root. Prompt tuning embeds the tokens before it calls the
     # base, which would make the embeddings the root.
     base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False)
+
+
+def reset_deepspeed_state(arguments: TrainingArguments) -> None:
+    """Let one process train a second time with ZeRO, as rejection sampling's rounds do."""
+    # Accelerate keeps the first training's DeepSpeed plugin: select the new one, as for several models.
+    plugin = arguments.deepspeed_plugin
+    if plugin is None or not is_initialized():
+        return
+    state = AcceleratorState()
+    plugin.set_mixed_precision(state.mixed_precision)
+    state.deepspeed_plugins = {CURRENT_PLUGIN: plugin}
+    state.select_deepspeed_plugin(CURRENT_PLUGIN)
+    # Accelerate refuses a plugin for a second Accelerator of a process; the selected one is used.
+    arguments.deepspeed_plugin = None
 
 
 def _is_zero3_param(param: nn.Parameter) -> bool:

@@ -1,4 +1,6 @@
-"""Distributed strategies as arguments of transformers' Trainer: DeepSpeed's ZeRO configs and FSDP2.
+"""Distributed strategies: names, what each shards, and their arguments of transformers' Trainer.
+
+DeepSpeed's ZeRO configs and FSDP2. No heavy imports: recipes and the planner read the names.
 
 ZeRO shards optimizer states (stage 1), gradients too (2), weights too (3): Rajbhandari et al. 2019, arXiv
 1910.02054, section 5.
@@ -7,16 +9,19 @@ ZeRO shards optimizer states (stage 1), gradients too (2), weights too (3): Rajb
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState, is_initialized
-from transformers import TrainingArguments
-
-from finetune.distributed.strategy_names import ZERO_STAGES
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+"""The order in which ``auto`` tries them: those that shard more communicate more."""
+ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+"""DeepSpeed's strategies and their ZeRO stages."""
+SHARDED_WEIGHTS = ("zero3", "fsdp2")
+SHARDED_GRADIENTS = ("zero2", *SHARDED_WEIGHTS)
+SHARDED_OPTIMIZER = ("zero1", *SHARDED_GRADIENTS)
+"""Strategies that shard the weights, the gradients and the optimizer states, respectively."""
+REPLICATED = ("ddp", "zero1", "zero2")
+"""Strategies under which each process holds all trained weights."""
 
 SWAP_FOLDER = ".swap"
 """Folder for tensors offloaded to NVMe, inside the run's folder."""
-
-CURRENT_PLUGIN = "current"
-"""Accelerate's name for the DeepSpeed plugin of a second training in one process."""
 
 
 def strategy_arguments(
@@ -115,17 +120,3 @@ def _autocast_config(precision: str) -> dict[str, Any]:
     # DeepSpeed's own bf16 and fp16 would round the trained weights too. With an empty list of safe modules
     # gradients are averaged in their own dtype.
     return {"torch_autocast": {"enabled": True, "dtype": precision, "lower_precision_safe_modules": []}}
-
-
-def reset_deepspeed_state(arguments: TrainingArguments) -> None:
-    """Let one process train a second time with ZeRO, as rejection sampling's rounds do."""
-    # Accelerate keeps the first training's DeepSpeed plugin: select the new one, as for several models.
-    plugin = arguments.deepspeed_plugin
-    if plugin is None or not is_initialized():
-        return
-    state = AcceleratorState()
-    plugin.set_mixed_precision(state.mixed_precision)
-    state.deepspeed_plugins = {CURRENT_PLUGIN: plugin}
-    state.select_deepspeed_plugin(CURRENT_PLUGIN)
-    # Accelerate refuses a plugin for a second Accelerator of a process; the selected one is used.
-    arguments.deepspeed_plugin = None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from finetune.distributed.strategy_names import SHARDED_WEIGHTS, ZERO_STAGES
+from finetune.distributed.strategies import SHARDED_WEIGHTS, ZERO_STAGES
 
 PropertyValue = str | bool
 
@@ -120,7 +120,7 @@ HARDWARE_RULES = (
         "float16-cpu",
         {"precision": ("float16",), "device": ("cpu",)},
         "CPUs have no fast float16 kernels with loss scaling",
-        "finetune/planner/choices.py",
+        "finetune/training/auto_values.py",
         "ours",
         {"model.precision": "auto"},
     ),

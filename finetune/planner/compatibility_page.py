@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from finetune.distributed.strategy_names import STRATEGIES
+from finetune.distributed.strategies import STRATEGIES
 from finetune.planner.compatibility import COMPATIBILITY_RULES, CompatibilityRule
 from finetune.planner.solver import (
     OFFLOADS,

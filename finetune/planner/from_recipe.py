@@ -2,12 +2,9 @@
 
 from typing import Any
 
-from finetune.distributed.hardware import Hardware
-from finetune.planner import choices
 from finetune.planner.architecture import Architecture
 from finetune.planner.base_config import load_base_config
 from finetune.planner.workload import Adapter, Workload
-from finetune.recipe.checks import adapter_traits
 from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettings
 
 ADAMIX_PASSES = 2
@@ -67,19 +64,6 @@ def _planned_rank(values: dict[str, Any]) -> int:
         # It starts with more ranks than it ends with, and the largest count needs the memory.
         return int(values["init_rank"] or -(-3 * rank // 2))
     return rank
-
-
-def choose_model_settings(settings: StageSettings, hardware: Hardware) -> dict[str, choices.Choice]:
-    """Return a recipe's precision and quantization on some hardware, each with its reason.
-
-    Raises:
-        UserError: the hardware does not support the precision.
-    """
-    model, supported = settings.model, adapter_traits(settings.adapter.method).quantization
-    return {
-        "model.precision": choices.precision(model.precision, hardware),
-        "model.quantization": choices.quantization(model.quantization, supported),
-    }
 
 
 def base_workload(

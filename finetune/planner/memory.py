@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
-from finetune.distributed.strategy_names import SHARDED_GRADIENTS, SHARDED_WEIGHTS
+from finetune.distributed.strategies import SHARDED_GRADIENTS, SHARDED_WEIGHTS
 from finetune.planner.kv_cache import decoding_memory
 from finetune.planner.static_memory import StaticMemory, gathered_weight_bytes, static_memory
 from finetune.planner.train_step import simulate_forward, simulate_train_step

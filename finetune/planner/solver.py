@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from finetune.distributed.strategy_names import STRATEGIES
+from finetune.distributed.strategies import STRATEGIES
 from finetune.planner.compatibility import COMPATIBILITY_RULES, CompatibilityRule, PropertyValue
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError

@@ -12,8 +12,8 @@ per weight; gradient checkpointing adds one forward pass:
 
 from dataclasses import dataclass
 
+from finetune.distributed.hardware import Device
 from finetune.planner.architecture import Architecture
-from finetune.planner.devices import Device
 from finetune.planner.workload import Workload
 
 DEQUANTIZATION_SLOWDOWN = (1.2, 1.6)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import ceil
 
-from finetune.distributed.strategy_names import SHARDED_GRADIENTS, SHARDED_OPTIMIZER, SHARDED_WEIGHTS
+from finetune.distributed.strategies import SHARDED_GRADIENTS, SHARDED_OPTIMIZER, SHARDED_WEIGHTS
 from finetune.planner.architecture import Architecture, LinearShape
 from finetune.planner.parameter_count import count_trainable_parameters, target_layers
 from finetune.planner.workload import ITEMSIZES, LORA_METHODS, Adapter, Quantization, Workload

@@ -1,6 +1,6 @@
 """Simulation of one forward and backward pass: embeddings, layers, output head, cross-entropy or scores."""
 
-from finetune.distributed.strategy_names import SHARDED_GRADIENTS
+from finetune.distributed.strategies import SHARDED_GRADIENTS
 from finetune.planner.adapted_linears import AdaptedLinears
 from finetune.planner.decoder import Decoder
 from finetune.planner.tape import Buffer, Tape

@@ -1,4 +1,4 @@
-"""Recipe keys, sections, values and stages that were renamed: an old name is refused with its new one."""
+"""Keys, sections, values, functions and stages that were renamed: an old one is refused with its new name."""
 
 import re
 from collections.abc import Collection
@@ -80,6 +80,12 @@ VALUES = {
 }
 """Key, by its new name -> old value -> new value."""
 
+FILES = {
+    "finetune/tiny/graders.py": "finetune/graders/stories.py",
+    "align/rl/rules/answers.py": "finetune/graders/answers.py",
+}
+"""Old path -> new path of the shipped files with functions that recipes name."""
+
 STAGES = {"hindsight": "chain_of_hindsight"}
 
 
@@ -124,6 +130,12 @@ def renamed_value(where: str, value: Any) -> str:
     """Return the message about a value that was renamed; empty for any other value."""
     changed = _changed(where, value)
     return _renamed(value, changed) if changed else ""
+
+
+def renamed_function(text: str) -> str:
+    """Return the message about a ``path/to/file.py:function`` that was moved; empty for any other."""
+    path, _, name = text.rpartition(":")
+    return _renamed(text, f"{FILES[path]}:{name}") if path in FILES else ""
 
 
 def renamed_stage(stage: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from finetune.recipe.discovery import INSTALLED
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.paths import local_path
+from finetune.recipe.renamed import renamed_function
 
 FUNCTION_FORMAT = "path/to/file.py:function"
 NUMBER_FORMAT = "a finite number, or true or false"
@@ -57,7 +58,7 @@ def function_file(text: str, *, where: str) -> Path:
     # A wheel's project folder is inside the package: shipped functions are found from site-packages.
     file = local_path(path) or local_path(str(INSTALLED / path))
     if file is None or not file.is_file():
-        repair = f"relative paths are resolved from {Path.cwd()}"
+        repair = renamed_function(text) or f"relative paths are resolved from {Path.cwd()}"
         raise UserError(Problem(where, f"'{path}' does not exist", "an existing Python file", repair))
     return file
 

@@ -11,12 +11,13 @@ from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTC
 
 from finetune.data.batches import num_micro_batches
 from finetune.distributed import collectives
-from finetune.distributed.strategies import reset_deepspeed_state, strategy_arguments
-from finetune.planner import choices
+from finetune.distributed.hardware import free_gpu_bytes
+from finetune.distributed.sharding import reset_deepspeed_state
+from finetune.distributed.strategies import strategy_arguments
 from finetune.recipe.errors import Problem, UserError, did_you_mean
 from finetune.recipe.recipe import SettingsT
 from finetune.recipe.settings import TrainSettings
-from finetune.training.auto_batch_size import batch_fits, free_gpu_bytes
+from finetune.training import auto_values
 from finetune.training.context import RunContext
 from finetune.training.model import Policy
 
@@ -240,7 +241,7 @@ def resolve_arguments(
         UserError: the engine refuses them.
     """
     train = ctx.settings.train
-    micro_batch_size = choices.micro_batch_size(
+    micro_batch_size = auto_values.micro_batch_size(
         train.micro_batch_size,
         batch_size=ceil(train.batch_size / ctx.dist.world_size),
         longest=longest,
@@ -249,7 +250,7 @@ def resolve_arguments(
         min_rows=stage.min_rows,
         fits=_memory_predicate(ctx, policy, longest) if ctx.hardware.device == "cuda" else None,
     )
-    checkpoint_every = choices.checkpoint_every(train.checkpoint_every, steps=steps)
+    checkpoint_every = auto_values.checkpoint_every(train.checkpoint_every, steps=steps)
     return training_arguments(
         train,
         folder=ctx.run.checkpoints,
@@ -264,9 +265,10 @@ def _memory_predicate(
     ctx: RunContext[SettingsT], policy: Policy, longest: int
 ) -> Callable[[int], bool] | None:
     """Return a predicate: do N rows fit the GPU's memory?"""
-    return batch_fits(
+    return auto_values.batch_fits(
         ctx.settings,
-        policy,
+        precision=policy.precision,
+        quantization=policy.quantization,
         longest=longest,
         num_processes=ctx.dist.world_size,
         strategy=ctx.strategy,
@@ -277,6 +279,6 @@ def _memory_predicate(
 
 def num_optimizer_steps(train: TrainSettings, rows: int) -> int:
     """Return the optimizer steps of a run over N rows."""
-    return choices.optimizer_steps(
+    return auto_values.optimizer_steps(
         rows, batch_size=train.batch_size, epochs=train.epochs, max_steps=train.max_steps
     )

@@ -7,7 +7,7 @@ from transformers import PrinterCallback, Trainer
 
 from finetune.distributed import collectives
 from finetune.distributed.full_checkpoint import FullStateCheckpoint, check_resharding
-from finetune.distributed.strategy_names import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
+from finetune.distributed.strategies import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
 from finetune.recipe.recipe import SettingsT
 from finetune.training import checkpoints
 from finetune.training.context import RunContext

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from data_templates.segments import Message
-from finetune.data.conversation import Conversation
+from finetune.data.conversation import Conversation, render_reply
 from finetune.data.load import SourceSpec, load_source
-from finetune.data.replies import render_reply
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from finetune.distributed.hardware import detect_hardware
 from finetune.distributed.rank import dist_info
-from finetune.planner import choices
 from finetune.planner.compatibility import ZERO_STRATEGIES
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
+from finetune.training import auto_values
 from finetune.training.result import Result
 from finetune.training.run_directory import RunDirectory
 from finetune.training.stage import run_stage
@@ -41,7 +41,7 @@ def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, comma
         rank_console = console if dist.is_main else Console(quiet=True)
         return run_stage(recipe, rank_console, force=force, command=command)
     if not RunDirectory.of(recipe, force=force).finished:
-        num_processes, _ = choices.num_processes(recipe.settings.train.num_processes, detect_hardware())
+        num_processes, _ = auto_values.num_processes(recipe.settings.train.num_processes, detect_hardware())
         if num_processes > 1:
             from finetune.distributed.launcher import LaunchSpec, launch_processes
 

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel, set_seed
 from finetune.data.dataset import PreparedData
 from finetune.data.documents import prepare_data
 from finetune.distributed import collectives, sharding
-from finetune.distributed.strategy_names import ZERO_STAGES
-from finetune.planner import choices
+from finetune.distributed.strategies import ZERO_STAGES
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.recipe import SettingsT
 from finetune.recipe.settings import ModelSettings
+from finetune.training import auto_values
 from finetune.training.arguments import TrlConfigSpec, check_engine_args
 from finetune.training.context import RunContext
 from finetune.training.model import Policy, attach_adapter, load_base
@@ -37,7 +37,7 @@ def init_distributed(ctx: RunContext[SettingsT]) -> None:
         UserError: the strategy does not fit the number of processes.
     """
     train, world_size = ctx.settings.train, ctx.dist.world_size
-    ctx.strategy = ctx.resolve_auto("train.strategy", choices.strategy(train.strategy, world_size))
+    ctx.strategy = ctx.resolve_auto("train.strategy", auto_values.strategy(train.strategy, world_size))
     if train.num_processes != world_size:
         ctx.resolve_auto("train.num_processes", (world_size, "set by the launcher"))
     collectives.init_distributed(ctx.hardware.device, deepspeed=ctx.strategy in ZERO_STAGES)
@@ -70,7 +70,7 @@ def load_text_encoding(ctx: RunContext[SettingsT]) -> TextEncoding:
     """
     settings = ctx.settings
     check_engine_args(settings.train, TrlConfigSpec(settings.TRL_CONFIG))
-    choices.precision(settings.model.precision, ctx.hardware)  # raises before anything is loaded
+    auto_values.precision(settings.model.precision, ctx.hardware)  # raises before anything is loaded
     text, reason = build_text_encoding(settings)
     ctx.resolve_auto("data.max_length", (text.max_length, reason))
     return text
@@ -114,9 +114,11 @@ def load_frozen_base(ctx: RunContext[SettingsT]) -> FrozenBase:
     settings = ctx.settings
     traits = adapter_traits(settings.adapter.method)
     init_distributed(ctx)
-    precision = ctx.resolve_auto("model.precision", choices.precision(settings.model.precision, ctx.hardware))
+    precision = ctx.resolve_auto(
+        "model.precision", auto_values.precision(settings.model.precision, ctx.hardware)
+    )
     quantization = ctx.resolve_auto(
-        "model.quantization", choices.quantization(settings.model.quantization, traits.quantization)
+        "model.quantization", auto_values.quantization(settings.model.quantization, traits.quantization)
     )
     # Trained weights are float32 master weights (mixed precision); frozen ones have the compute dtype.
     dtype = "float32" if traits.full_finetuning else precision

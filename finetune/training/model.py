@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from finetune.distributed.hardware import Hardware
 from finetune.distributed.rank import dist_info
 from finetune.distributed.sharding import full_numel, reshard, set_fsdp_root
-from finetune.distributed.strategy_names import SHARDED_WEIGHTS
+from finetune.distributed.strategies import SHARDED_WEIGHTS
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.data.files import data_fingerprint
+from finetune.data.sources import data_fingerprint
 from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import StageSettings
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from finetune.data.tokens import Encoder
-from finetune.planner import choices
 from finetune.recipe.settings import StageSettings
+from finetune.training import auto_values
 from finetune.training.model import context_length, load_tokenizer
 
 
@@ -28,7 +28,7 @@ def build_text_encoding(settings: StageSettings) -> tuple[TextEncoding, str]:
     tokenizer = load_tokenizer(settings.model)
     encoder = Encoder(tokenizer, settings.data.template, system=settings.data.system_prompt)
     context = context_length(settings.model)
-    max_length, reason = choices.max_length(
+    max_length, reason = auto_values.max_length(
         settings.data.max_length, context=context, virtual_tokens=virtual_tokens
     )
     return TextEncoding(encoder, context - virtual_tokens, virtual_tokens, max_length), reason

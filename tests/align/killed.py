@@ -9,25 +9,28 @@ from pathlib import Path
 
 import warm
 
+from align import load_recipe, run
+
 STEPS = 18
 
 
 def command_line(recipe: Path, out: Path) -> list[str]:
-    """Return the command that runs a recipe; its first line names the stage."""
-    stage = recipe.read_text().split("\n", 1)[0].removeprefix("stage: ")
-    return [sys.executable, "-m", "align", stage, str(recipe), "--out", str(out)]
+    """Return the command that runs a recipe."""
+    return [sys.executable, "-m", "align", stage_of(recipe), str(recipe), "--out", str(out)]
+
+
+def stage_of(recipe: Path) -> str:
+    """Return the stage that a recipe's first line names."""
+    return recipe.read_text().split("\n", 1)[0].removeprefix("stage: ")
 
 
 def start(recipe: Path, out: Path) -> warm.Popen:
     return warm.Popen(command_line(recipe, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def uninterrupted(recipe: Path, out: Path, *, forked: bool = False) -> dict[str, str]:
-    """Return the checksums of an uninterrupted run; unless it is forked, it has a hash seed of its own."""
-    if forked:
-        assert start(recipe, out).wait() == 0
-    else:
-        subprocess.run(command_line(recipe, out), capture_output=True, check=True)
+def uninterrupted(recipe: Path, out: Path) -> dict[str, str]:
+    """Return the checksums of an uninterrupted run in this process, which has another hash seed."""
+    run(load_recipe(str(recipe), stage=stage_of(recipe), out=out))
     return finished(out)
 
 

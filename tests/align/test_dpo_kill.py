@@ -51,8 +51,7 @@ def uninterrupted(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 
     @cache
     def whole(name: str) -> dict[str, str]:
-        # test_pipeline_kill.py compares a killed run of this stage with one of another hash seed
-        return unkilled(recipes[name], tmp_path_factory.mktemp("whole") / "run", forked=True)
+        return unkilled(recipes[name], tmp_path_factory.mktemp("whole") / "run")
 
     return whole
 

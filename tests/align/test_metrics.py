@@ -22,7 +22,7 @@ from finetune.training.metric_specs import SUPERVISED_METRICS, MetricSpec
 from finetune.training.metrics import METRICS, as_logged, as_recorded, metric_lines
 
 ONE, TWO = (
-    "{function: 'finetune/tiny/graders.py:happy_end', name: one}",
+    "{function: 'finetune/graders/stories.py:happy_end', name: one}",
     "{run: reward/quickstart, name: two}",
 )
 SOURCES = [f"rewards.sources=[{ONE}, {TWO}]"]

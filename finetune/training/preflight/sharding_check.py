@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune.distributed.collectives import all_gather_object
 from finetune.distributed.sharding import full_numel, local_numel, reshard
-from finetune.distributed.strategy_names import SHARDED_WEIGHTS, ZERO_STAGES
+from finetune.distributed.strategies import SHARDED_WEIGHTS, ZERO_STAGES
 from finetune.recipe.errors import Problem
 from finetune.training.preflight.checks import CheckResult, failed
 

@@ -4,8 +4,8 @@ from io import StringIO
 
 from rich.console import Console
 
-from align.data_preview import preview, write_page
-from align.data_terminal import print_preview
+from align.cli.data_preview import preview, write_page
+from align.cli.data_terminal import print_preview
 from finetune.recipe.recipe import read_recipe
 
 

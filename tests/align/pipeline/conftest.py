@@ -1,14 +1,14 @@
 """A folder with small recipes of three stages and a pipeline of them, and the command line in it."""
 
+import contextlib
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from small_pipelines import COMMAND, Call, write_recipes
+from small_pipelines import Call, write_recipes
 
-from align import cli
+from align import cli, load_pipeline, run_pipeline
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_f
     """Return a folder in which ``three`` has run to its end, for tests to copy."""
     folder = tmp_path_factory.mktemp("finished")
     write_recipes(folder, base_folder, rows_file)
-    result = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    with contextlib.chdir(folder):  # in this process: killed pipelines have another hash seed
+        run_pipeline(load_pipeline("three"), command="llm-align run three")
     return folder
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -128,7 +127,7 @@ def cell_command(cell: Combination, files: CellFiles, out: Path) -> list[str]:
 def run_cell(cell: Combination, files: CellFiles, out: Path) -> tuple[int, str]:
     """Run a cell; return its exit status and output."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    completed = subprocess.run(
+    completed = warm.run(
         cell_command(cell, files, out),
         capture_output=True,
         text=True,

@@ -6,7 +6,7 @@ import pytest
 
 from align.planner.alternatives import Alternative, apply_changes, find_alternatives
 from align.planner.plan import Plan, make_plan
-from finetune.planner.devices import device_by_name
+from finetune.distributed.hardware import device_by_name
 from finetune.recipe.recipe import read_recipe
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matrix_runs import CellFiles, cell_name, run_at_once, run_cell
 
-from finetune.distributed.strategy_names import SHARDED_WEIGHTS, STRATEGIES
+from finetune.distributed.strategies import SHARDED_WEIGHTS, STRATEGIES
 from finetune.planner.compatibility_page import across_strategies, matrix_cells
 from finetune.planner.solver import OFFLOADS, OPTIMIZER_NAMES, Combination, check
 from finetune.recipe.discovery import stage_names

@@ -8,7 +8,7 @@ import pytest
 
 from align.planner.plan import Plan, make_plan, row_dependent_phases
 from align.planner.timing import RATE_SPREAD
-from finetune.planner.devices import SAFE_FRACTION, Device, device_by_name
+from finetune.distributed.hardware import SAFE_FRACTION, Device, device_by_name
 from finetune.planner.memory import peak_phase
 from finetune.recipe.discovery import PROJECT, stage_names
 from finetune.recipe.errors import UserError

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from align.preference import groups as layout
 from align.preference.attention import forward_cost
 from align.preference.groups import ForwardCost, Group, GroupBatch, GroupCollator, block_mask, pack_evenly
-from finetune.data.packing import pack
+from finetune.data.collate import pack
 
 
 def test_doctests() -> None:

@@ -7,7 +7,7 @@ import pytest
 from reward_models import scorer
 from small_tokenizers import tokenizer
 
-from align import score as score_verb
+from align.cli.runs import score_and_print
 from align.preference.rows.encode import LengthLimits
 from align.reward import scorer as scorer_module
 from align.reward.collate import RewardCollator
@@ -152,11 +152,11 @@ def test_unscorable_files_are_reported(model: RewardModel, tmp_path: Path) -> No
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(PAIR) + "\n")
     with pytest.raises(UserError, match="the input file"):
-        score_verb.score_and_print(tmp_path, str(rows), out=rows, as_json=False)
+        score_and_print(tmp_path, str(rows), out=rows, as_json=False)
     with pytest.raises(UserError, match="no such folder"):
-        score_verb.score_and_print(tmp_path, str(rows), out=tmp_path / "no" / "out.jsonl", as_json=False)
+        score_and_print(tmp_path, str(rows), out=tmp_path / "no" / "out.jsonl", as_json=False)
     with pytest.raises(UserError, match="expected: the folder of a finished run"):
-        score_verb.score_and_print(tmp_path, str(rows), out=None, as_json=False)
+        score_and_print(tmp_path, str(rows), out=None, as_json=False)
 
 
 def test_the_terminal_and_json_show_the_same_facts(
@@ -164,11 +164,11 @@ def test_the_terminal_and_json_show_the_same_facts(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(PAIR) + "\n")
-    monkeypatch.setattr(score_verb, "load_reward_model", lambda run: model)
-    score_verb.score_and_print(tmp_path, str(rows), out=tmp_path / "out.jsonl", as_json=True)
+    monkeypatch.setattr(scorer_module, "load_reward_model", lambda run: model)
+    score_and_print(tmp_path, str(rows), out=tmp_path / "out.jsonl", as_json=True)
     facts = json.loads(capsys.readouterr().out)
     assert facts["rows"] == 1 and list(facts["rewards"]) == ["help", "safety", "long", TOTAL, "length"]
-    score_verb.score_and_print(tmp_path, str(rows), out=tmp_path / "out.jsonl", as_json=False)
+    score_and_print(tmp_path, str(rows), out=tmp_path / "out.jsonl", as_json=False)
     shown = capsys.readouterr().out
     assert "accuracy" in shown and "100.0%" in shown and "out.jsonl" in shown
     assert json.loads((tmp_path / "out.jsonl").read_text())["winner"] == "chosen"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from align.data_preview import preview
+from align.cli.data_preview import preview
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, read_recipe
 

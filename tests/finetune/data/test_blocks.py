@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.blocks import PACKING_WINDOW, block_offsets, pack_documents
+from finetune.data.documents import PACKING_WINDOW, block_offsets, pack_documents
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from data_templates.segments import Message
 from finetune.data.dataset import PreparedData, prepare_conversations
-from finetune.data.files import data_fingerprint
+from finetune.data.sources import data_fingerprint
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import DataSettings

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data import mixing
+from finetune.data import mixture
 
 RATES = st.lists(st.floats(0.001, 1), min_size=1, max_size=8).map(lambda raw: [r / sum(raw) for r in raw])
 
 
 def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(mixing).failed == 0 and doctest.testmod(mixing).attempted == 4
+    assert doctest.testmod(mixture).failed == 0 and doctest.testmod(mixture).attempted == 4
 
 
 @pytest.mark.parametrize(
@@ -33,31 +33,31 @@ def test_the_examples_in_the_docstrings():
     ],
 )
 def test_rates_by_size_limit_and_temperature(sizes, limit, temperature, expected):
-    assert mixing.size_proportional_rates(sizes, limit=limit, temperature=temperature) == pytest.approx(
+    assert mixture.size_proportional_rates(sizes, limit=limit, temperature=temperature) == pytest.approx(
         expected
     )
 
 
 def test_a_high_temperature_makes_all_sources_equal():
-    assert mixing.size_proportional_rates([1, 10, 10**6], temperature=1e9) == pytest.approx([1 / 3] * 3)
+    assert mixture.size_proportional_rates([1, 10, 10**6], temperature=1e9) == pytest.approx([1 / 3] * 3)
 
 
 def test_shares_are_fractions_of_the_mixture_and_the_others_divide_the_rest():
     # 0.05 and 0.15 are taken; 30 : 10 divide 0.8 as 0.6 : 0.2.
-    assert mixing.apply_fixed_shares([30, 0, 10, 0], [None, 0.05, None, 0.15]) == pytest.approx(
+    assert mixture.apply_fixed_shares([30, 0, 10, 0], [None, 0.05, None, 0.15]) == pytest.approx(
         [0.6, 0.05, 0.2, 0.15]
     )
 
 
 def test_an_epoch_ends_when_the_first_source_is_exhausted():
-    assert mixing.max_rows_without_repeats([95, 50], [0.95, 0.05]) == 100
-    assert mixing.max_rows_without_repeats([3, 70], [0.3, 0.7]) == 10  # 3 / 0.3 is a hair below 10
-    assert mixing.max_rows_without_repeats([60, 60], [0.75, 0.25]) == 80
+    assert mixture.max_rows_without_repeats([95, 50], [0.95, 0.05]) == 100
+    assert mixture.max_rows_without_repeats([3, 70], [0.3, 0.7]) == 10  # 3 / 0.3 is a hair below 10
+    assert mixture.max_rows_without_repeats([60, 60], [0.75, 0.25]) == 80
 
 
 @given(RATES, st.integers(0, 5000))
 def test_quotas_add_up_and_are_within_one_row_of_the_rate(rates, total):
-    counts = mixing.allocate_rows(total, rates)
+    counts = mixture.allocate_rows(total, rates)
     assert sum(counts) == total
     assert all(abs(count - total * rate) < 1 + 1e-6 for count, rate in zip(counts, rates, strict=True))
 
@@ -65,18 +65,18 @@ def test_quotas_add_up_and_are_within_one_row_of_the_rate(rates, total):
 @given(RATES, st.data())
 def test_no_row_repeats_before_the_first_source_is_exhausted(rates, data):
     sizes = [data.draw(st.integers(1, 500)) for _ in rates]
-    counts = mixing.allocate_rows(mixing.max_rows_without_repeats(sizes, rates), rates)
+    counts = mixture.allocate_rows(mixture.max_rows_without_repeats(sizes, rates), rates)
     assert all(count <= size for count, size in zip(counts, sizes, strict=True))
 
 
 @pytest.mark.parametrize(("size", "count"), [(10, 0), (10, 4), (10, 10), (10, 23), (1, 3)])
 def test_rows_repeat_only_after_all_were_used(size, count):
-    sampled = mixing.sample_row_ids(size, count, np.random.default_rng(0))
+    sampled = mixture.sample_row_ids(size, count, np.random.default_rng(0))
     times = np.bincount(sampled, minlength=size)
     assert len(sampled) == count and sampled == sorted(sampled)
     assert times.max() - times.min() <= 1 and times.sum() == count
 
 
 def test_sampling_is_a_function_of_the_seed():
-    one, same, other = (mixing.sample_row_ids(100, 10, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    one, same, other = (mixture.sample_row_ids(100, 10, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert one == same and one != other

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.packing import pack
+from finetune.data.collate import pack
 
 
 def best(lengths, capacity):

@@ -6,8 +6,8 @@ import pytest
 from small_tokenizers import tokenizer
 
 from data_templates.segments import REPLY_ROLES, TemplateError
+from finetune.data.conversation import render_reply
 from finetune.data.layouts import detect_layout, parse_conversations
-from finetune.data.replies import render_reply
 from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
 

@@ -12,8 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from finetune.data.files import source_fingerprint
-from finetune.data.sources import read_source
+from finetune.data.sources import read_source, source_fingerprint
 from finetune.recipe.errors import UserError
 
 ROWS = [{"instruction": "add", "output": "5"}, {"instruction": "더하기", "output": 'say "hi",\nplease'}]

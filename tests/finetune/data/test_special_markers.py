@@ -5,7 +5,7 @@ from small_tokenizers import MAKERS
 from tokenizers import AddedToken
 
 from data_templates.segments import Message, render
-from finetune.data.replies import render_reply
+from finetune.data.conversation import render_reply
 from finetune.data.tokens import Encoder
 
 ASK, ANSWER = Message("user", "hello"), Message("assistant", "Hello!")

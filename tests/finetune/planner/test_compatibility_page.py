@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import finetune.planner.compatibility_page as matrix
-from finetune.distributed.strategy_names import STRATEGIES
+from finetune.distributed.strategies import STRATEGIES
 from finetune.planner.compatibility import COMPATIBILITY_RULES
 from finetune.planner.solver import Combination, check
 from finetune.recipe.discovery import stage_names

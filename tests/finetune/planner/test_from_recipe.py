@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune.distributed.hardware import Hardware
 from finetune.planner.from_recipe import (
     base_workload,
-    choose_model_settings,
     load_architecture,
     planned_adapter,
 )
@@ -18,7 +16,6 @@ from finetune.recipe.discovery import ADAPTERS, plugin_names
 from finetune.recipe.recipe import adapter_settings
 from finetune.recipe.settings import ModelSettings, RopeSettings, StageSettings, TrainSettings
 
-GPU, OLD = Hardware("cuda", "a GPU", bfloat16=True), Hardware("cuda", "an old GPU", bfloat16=False)
 BASES_WITH_BIASES = {"bitfit": "polyglot-ko-1.3b"}
 """A base with biases for what trains them."""
 
@@ -76,15 +73,6 @@ def test_rope_scaling_extends_max_positions(tmp_path: Path, base_folder: Path) -
         json.dumps({"model_type": "gemma3", "text_config": {**text, "head_dim": 16}, "vision_config": {}})
     )
     assert load_architecture(ModelSettings(base=str(tmp_path), rope=rope)).max_positions == 1024
-
-
-@pytest.mark.parametrize(
-    ("hardware", "method", "expected"),
-    [(GPU, "lora", ("bfloat16", "none")), (OLD, "qlora", ("float32", "nf4"))],
-)
-def test_auto_precision_and_quantization(hardware: Hardware, method: str, expected: tuple[str, str]) -> None:
-    resolved = choose_model_settings(StageSettings(adapter=settings_of(method)), hardware)
-    assert tuple(value for value, _ in resolved.values()) == expected
 
 
 def test_base_workload_of_a_recipe() -> None:

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from finetune.distributed.hardware import GPUS, device_by_name
 from finetune.planner.architecture import Architecture
 from finetune.planner.base_config import load_base_config
-from finetune.planner.devices import GPUS, device_by_name
 from finetune.planner.disk import disk_bytes
 from finetune.planner.speed import (
     compute_seconds,

@@ -84,3 +84,15 @@ def test_wrong_parameters_are_reported(rules: Path) -> None:
     [problem] = signature_problems(function, ("prompt",), where="here")
     assert "missing a required argument: 'completion'" in problem.actual
     assert problem.expected == "a function that takes (prompt)"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("finetune/tiny/graders.py:happy_end", "finetune/graders/stories.py:happy_end"),
+        ("align/rl/rules/answers.py:same_number", "finetune/graders/answers.py:same_number"),
+    ],
+)
+def test_a_renamed_function_is_refused_with_its_new_name(old: str, new: str) -> None:
+    assert f"`{old}` was renamed to `{new}`" in error_message(old)
+    assert function_file(new, where="here").is_file()

@@ -136,10 +136,10 @@ def test_a_grader_that_raises_stops_the_run(tune: Tune, grader: str) -> None:
     ("settings", "message"),
     [
         ({"evaluate__graders": {"a": "nowhere.py:f"}}, "evaluate.graders.a"),
-        ({"evaluate__graders": {"a b": "finetune/tiny/graders.py:happy_end"}}, "letters, digits and _"),
+        ({"evaluate__graders": {"a b": "finetune/graders/stories.py:happy_end"}}, "letters, digits and _"),
         ({"evaluate__retention": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
         (
-            {"evaluate__graders": {"a": "finetune/tiny/graders.py:happy_end"}, "data__held_out": 0},
+            {"evaluate__graders": {"a": "finetune/graders/stories.py:happy_end"}, "data__held_out": 0},
             "evaluate.graders (command line): set, but data.held_out is 0",
         ),
     ],

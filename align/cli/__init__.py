@@ -1,0 +1,5 @@
+"""The command line ``llm-align``."""
+
+from align.cli.commands import cli, main
+
+__all__ = ["cli", "main"]

@@ -1,0 +1,177 @@
+"""``llm-align`` command line (click). Heavy libraries are imported only inside the commands."""
+
+import json
+from pathlib import Path
+
+import click
+
+from align.cli.arguments import FROM_HELP, STAGE_HELP, recipe_from_arguments, stage_option
+from align.cli.exit_status import INTERRUPTED, USER_ERROR, fail
+from align.cli.plan import plan
+from align.cli.stage_commands import add_stage_commands, run_command
+from finetune.recipe.errors import UserError
+from finetune.recipe.silence import silence_libraries
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="llm-align")
+def cli() -> None:
+    """Adapt and align language models: one command per stage.
+
+    Recipes are YAML files: `llm-align list` lists them, `llm-align show RECIPE` prints one.
+    """
+
+
+def main() -> None:
+    """Run the command line; turn exceptions into messages and exit codes."""
+    try:
+        # Not standalone: click would print its own messages and choose its own exit codes.
+        cli.main(standalone_mode=False)
+    except UserError as error:
+        fail(f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}\n{error}", USER_ERROR)
+    except click.ClickException as error:
+        fail(error.format_message(), USER_ERROR)
+    except (click.Abort, KeyboardInterrupt):
+        fail("interrupted. Run the same command to resume from the last checkpoint", INTERRUPTED)
+
+
+@cli.command("list")
+@click.argument("kind", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_(kind: str | None, as_json: bool) -> None:
+    """List recipes, pipelines, adapters, templates, losses, bases, stages and runs.
+
+    With KIND, list that kind; `metrics` is listed only so.
+    """
+    from align.cli.listing import ON_REQUEST, names_by_kind, print_listing
+
+    listing = names_by_kind()
+    if kind is not None and kind not in listing:
+        raise click.UsageError(f"unknown kind '{kind}'; expected one of {', '.join(listing)}")
+    kinds = [name for name in listing if name not in ON_REQUEST] if kind is None else [kind]
+    chosen = {name: listing[name] for name in kinds}
+    if as_json:
+        click.echo(json.dumps(chosen, indent=1, ensure_ascii=False))
+    else:
+        print_listing(chosen)
+
+
+@cli.command()
+@click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
+@click.option("--stage", default="sft", show_default=True, callback=stage_option, help=STAGE_HELP)
+@click.option("--from", "init_from", metavar="RUN", help=FROM_HELP)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--schema", is_flag=True, help="Print the stage's JSON Schema, for editors.")
+def show(arguments: tuple[str, ...], stage: str, init_from: str | None, as_json: bool, schema: bool) -> None:
+    """Show a recipe with the origin of every value."""
+    from align.cli.listing import print_recipe
+    from finetune.recipe.schema import recipe_schema as json_schema
+    from finetune.recipe.schema import setting_rows
+
+    if schema:
+        click.echo(json.dumps(json_schema(stage), indent=1, ensure_ascii=False))
+        return
+    recipe = recipe_from_arguments(
+        stage, arguments, {"model.init_from": init_from} if init_from is not None else {}
+    )
+    if as_json:
+        values = [
+            {"key": key, "value": value, "origin": origin} for key, value, origin in setting_rows(recipe)
+        ]
+        click.echo(json.dumps({"stage": stage, "recipe": recipe.name, "settings": values}, indent=1))
+    else:
+        print_recipe(recipe)
+
+
+@cli.command()
+@click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
+@click.option("--stage", default="sft", show_default=True, callback=stage_option, help=STAGE_HELP)
+@click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
+@click.option("--data", "source", metavar="D", help="Data: hub id, file or folder.")
+@click.option("--from", "init_from", metavar="RUN", help=FROM_HELP)
+@click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows to show.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write an HTML page.")
+def data(
+    arguments: tuple[str, ...],
+    stage: str,
+    base: str | None,
+    source: str | None,
+    init_from: str | None,
+    rows: int,
+    as_json: bool,
+    html: Path | None,
+) -> None:
+    """Preview the tokenized data: rows with their loss mask, lengths, truncation, mixture, step count."""
+    from rich.console import Console
+
+    from align.cli.data_terminal import print_header, print_preview
+
+    shortcuts = {"model.base": base, "data.source": source, "model.init_from": init_from}
+    overrides = {key: value for key, value in shortcuts.items() if value is not None}
+    recipe = recipe_from_arguments(stage, arguments, overrides)
+    console = Console()
+    if not as_json:
+        print_header(recipe, console)
+    silence_libraries()
+    from align.cli.data_preview import preview, write_page
+
+    preview_data = preview(recipe, rows=rows)
+    if html is not None:
+        write_page(preview_data, html)
+    if as_json:
+        click.echo(json.dumps(preview_data, indent=1, ensure_ascii=False))
+    else:
+        print_preview(preview_data, console, page=html)
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--prompt", help="Answer this prompt and exit.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Maximum tokens per reply.")
+@click.option(
+    "--temperature", default=0.0, show_default=True, help="Sampling temperature; 0: greedy decoding."
+)
+def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: float) -> None:
+    """Chat with a finished run, using the template it was trained with."""
+    silence_libraries()
+    from align.cli.runs import chat_loop, generate_once
+
+    if prompt is None:
+        chat_loop(directory, max_new_tokens=max_new_tokens, temperature=temperature)
+    else:
+        click.echo(generate_once(directory, prompt, max_new_tokens=max_new_tokens, temperature=temperature))
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("source", metavar="FILE")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write each row with its rewards (JSON Lines).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None:
+    """Score the completions of a file with a reward model: per head, per rule, and in total."""
+    silence_libraries()
+    from align.cli.runs import score_and_print
+
+    score_and_print(directory, source, out=out, as_json=as_json)
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
+def merge(directory: Path) -> None:
+    """Merge a run's adapter into its base and save RUN/merged; `--base RUN` trains on from it."""
+    silence_libraries()
+    from finetune.training.merge import merge_run
+
+    click.echo(f"merged   {merge_run(directory)}")
+    click.echo(f"next     llm-align sft --base {directory}")
+
+
+add_stage_commands(cli)
+cli.add_command(run_command)
+cli.add_command(plan)

@@ -1,0 +1,103 @@
+"""``llm-align plan``: memory, time and disk of a recipe in a second or two, without loading it."""
+
+import json
+import shlex
+import sys
+from typing import Any
+
+import click
+
+from align.cli.arguments import STAGE_HELP, recipe_from_arguments, stage_option
+from align.cli.exit_status import DOES_NOT_FIT
+from finetune.recipe.discovery import verb_of
+from finetune.recipe.recipe import Recipe
+
+PLAN_EPILOG = """\b
+Examples:
+  llm-align plan                                       the embedded quickstart, on this machine
+  llm-align plan alpaca --gpu rtx4090
+  llm-align plan alpaca --base llama-2-70b --adapter qlora --gpu 24GB --gpus 2 --strategy zero3
+  llm-align plan hh --stage ppo --gpu a100-40g --fit
+  llm-align plan --compatibility --stage dpo           which adapters, bases and strategies work together
+\b
+Exit status: 0 fits, 3 does not fit, 2 a mistake in the recipe or the command.
+"""
+
+
+@click.command("plan", epilog=PLAN_EPILOG)
+@click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
+@click.option(
+    "--stage",
+    default="sft",
+    show_default=True,
+    callback=stage_option,
+    help=STAGE_HELP,
+)
+@click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
+@click.option("--data", metavar="D", help="Data: hub id, file or folder.")
+@click.option("--adapter", metavar="A", help="Adapter: a name of `llm-align list adapters`.")
+@click.option("--from", "start", metavar="RUN", help="Finished run to continue from.")
+@click.option("--gpu", metavar="G", help="h100, a100-40g, rtx4090, ..., 24GB, cpu; default: this machine.")
+@click.option("--gpus", type=click.IntRange(1), metavar="N", help="Number of GPUs; default: the recipe's.")
+@click.option("--strategy", metavar="S", help="Sharding over processes: ddp, zero1, zero2, zero3, fsdp2.")
+@click.option("--fit", is_flag=True, help="List alternative settings, the cheapest that fits first.")
+@click.option("--compatibility", is_flag=True, help="Show which settings the stage can combine, and why not.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(
+    words: tuple[str, ...],
+    stage: str,
+    base: str | None,
+    data: str | None,
+    adapter: str | None,
+    start: str | None,
+    gpu: str | None,
+    gpus: int | None,
+    strategy: str | None,
+    fit: bool,
+    compatibility: bool,
+    as_json: bool,
+) -> None:
+    """Print memory, steps, tokens, time and disk of a recipe before anything is loaded; no GPU is needed."""
+    if compatibility:
+        from align.planner.compatibility_tables import show_compatibility
+
+        return show_compatibility(stage, gpu, as_json=as_json)
+    options = {"--base": base, "--data": data, "--adapter": adapter, "--from": start}
+    keys = {"--base": "model.base", "--data": "data.source", "--adapter": "adapter.method"}
+    keys |= {"--from": "model.init_from"}
+    settings: dict[str, Any] = {keys[name]: value for name, value in options.items() if value is not None}
+    settings |= {"train.strategy": strategy} if strategy is not None else {}
+    recipe = recipe_from_arguments(stage, words, settings)
+    arguments = [f"{name} {shlex.quote(value)}" for name, value in options.items() if value is not None]
+    arguments += [f"train.strategy={strategy}"] if strategy is not None else []
+    command = " ".join(["llm-align", verb_of(stage), *map(shlex.quote, words), *arguments])
+    if not _print_plan(recipe, gpu, gpus, fit=fit, as_json=as_json, command=command):
+        sys.exit(DOES_NOT_FIT)
+
+
+def _print_plan(
+    recipe: Recipe, gpu: str | None, gpus: int | None, *, fit: bool, as_json: bool, command: str
+) -> bool:
+    """Print the plan and return whether it fits."""
+    # Imported here, so that --help does not wait for them.
+    from rich.console import Console
+
+    from align.planner.alternatives import find_alternatives
+    from align.planner.plan import make_plan
+    from align.planner.record import plan_record
+    from align.planner.target_device import resolve_for_device, target_device
+    from align.planner.terminal import print_alternatives, print_plan
+
+    device, count = target_device(recipe.settings.train, gpu, gpus)
+    recipe_plan = make_plan(resolve_for_device(recipe, device, count), device, count)
+    alternatives = find_alternatives(recipe_plan, count) if fit else None
+    if as_json:
+        click.echo(json.dumps(plan_record(recipe_plan, alternatives), indent=1, ensure_ascii=False))
+        return recipe_plan.fits
+    console = Console()
+    print_plan(recipe_plan, console, command=command)
+    if alternatives is not None:
+        print_alternatives(alternatives, recipe_plan, console, command=command)
+    elif not recipe_plan.fits:
+        console.print("[bold]next[/]     add --fit to list settings that would fit", highlight=False)
+    return recipe_plan.fits

@@ -1,0 +1,177 @@
+"""Finished runs in the terminal: the summary of one, chat with it, and ``llm-align score``."""
+
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from data_templates.segments import Message, TemplateError
+from finetune.recipe.errors import Problem, UserError
+from finetune.training.result import Result
+
+if TYPE_CHECKING:
+    from finetune.training.loaded_model import LoadedModel
+
+SAMPLE_CELL_WIDTH = 160
+SPREAD_COLUMNS = ("mean", "std")
+
+
+def print_summary(result: Result) -> None:
+    """Print the summary of a finished run."""
+    console = Console()
+    for label, value in result.record["summary"].items():
+        console.print(f"  {label}: [bold]{escape(value)}[/]", highlight=False)
+    if result.samples:
+        console.print(_samples_table(result))
+    folder = result.directory
+    console.print(
+        f"result   {result.adapter}\nreport   {folder / 'report.html'}", highlight=False, soft_wrap=True
+    )
+    is_reward_model = "heads" in result.record["reload"]
+    next_command = f"score {folder} FILE.jsonl" if is_reward_model else f"chat {folder}"
+    console.print(f"next     [bold]llm-align {next_command}[/]", highlight=False, soft_wrap=True)
+
+
+def _samples_table(result: Result) -> Table:
+    table = Table(show_lines=True, expand=False)
+    has_expected = any(sample.get("expected") for sample in result.samples)
+    columns = ["prompt", *(["expected"] if has_expected else []), "before", "after"]
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for sample in result.samples:
+        cells = [sample.get(column, "") for column in columns]
+        table.add_row(
+            *(escape(textwrap.shorten(cell, SAMPLE_CELL_WIDTH, placeholder=" …")) for cell in cells)
+        )
+    return table
+
+
+def generate_once(run: Path, prompt: str, *, max_new_tokens: int, temperature: float) -> str:
+    """Generate a run's reply to one prompt.
+
+    Raises:
+        UserError: not the folder of a finished run.
+    """
+    from finetune.training.loaded_model import load_finished_run
+
+    return _generate_reply(load_finished_run(run), [Message("user", prompt)], max_new_tokens, temperature)
+
+
+def chat_loop(run: Path, *, max_new_tokens: int, temperature: float) -> None:
+    """Chat in the terminal until an empty line or the end of input.
+
+    Raises:
+        UserError: not the folder of a finished run.
+    """
+    from finetune.training.loaded_model import load_finished_run
+
+    loaded = load_finished_run(run)
+    click.echo(f"Chatting with {run}; empty line to quit, /new to start a new conversation.")
+    history: list[Message] = []
+    for question in _read_questions():
+        if question == "/new":
+            history = []
+            continue
+        turns = [*history, Message("user", question)]
+        try:
+            reply = _generate_reply(loaded, turns, max_new_tokens, temperature)
+        # Single-turn templates cannot render a history: each question starts a new conversation.
+        except TemplateError:
+            turns = turns[-1:]
+            reply = _generate_reply(loaded, turns, max_new_tokens, temperature)
+        click.echo(reply)
+        history = [*turns, Message("assistant", reply)]
+
+
+def _read_questions() -> Iterator[str]:
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question
+
+
+def _generate_reply(
+    loaded: "LoadedModel", turns: list[Message], max_new_tokens: int, temperature: float
+) -> str:
+    from finetune.training.generation import generate_completions
+
+    completions = generate_completions(
+        loaded.model,
+        loaded.encoder,
+        [turns],
+        # At least half of the context is left for the conversation.
+        max_new_tokens=min(max_new_tokens, loaded.context // 2),
+        context=loaded.context,
+        temperature=temperature,
+    )
+    return completions[0].text
+
+
+def score_and_print(run: Path, source: str, *, out: Path | None, as_json: bool) -> None:
+    """Score the rows of a file with a finished reward model, print the statistics, and write the rows.
+
+    Raises:
+        UserError: not a reward model, no such file, unknown layout, or ``out`` is the input file.
+    """
+    from align.reward.score_file import score_file, score_statistics, write_scored_rows
+    from align.reward.scorer import load_reward_model
+
+    if out is not None and Path(source).exists() and out.exists() and out.samefile(source):
+        raise UserError(Problem(f"--out {out}", "the input file", "another path"))
+    # Checked before scoring, which may take long.
+    if out is not None and not out.resolve().parent.is_dir():
+        raise UserError(
+            Problem(f"--out {out}", f"no such folder: {out.resolve().parent}", "an existing folder")
+        )
+    rows = score_file(load_reward_model(run), source)
+    if out is not None:
+        write_scored_rows(rows, out)
+    statistics = score_statistics(rows)
+    if as_json:
+        print(json.dumps(statistics, indent=1, ensure_ascii=False))
+    else:
+        _print_reward_table(statistics, out)
+
+
+def _print_reward_table(statistics: dict[str, Any], out: Path | None) -> None:
+    console = Console()
+    table = Table()
+    has_accuracy = any("accuracy" in values for values in statistics["rewards"].values())
+    for column in (
+        "reward",
+        "scored",
+        *SPREAD_COLUMNS,
+        *(("accuracy", "95 % interval") if has_accuracy else ()),
+    ):
+        table.add_column(column, justify="left" if column == "reward" else "right", no_wrap=True)
+    for name, values in statistics["rewards"].items():
+        table.add_row(name, *_statistics_cells(values))
+    console.print(table)
+    num_without_reply = statistics["without_reply"]
+    row_count = f"{statistics['rows']} rows" + (
+        f", {num_without_reply} without a reply to score" if num_without_reply else ""
+    )
+    console.print(row_count, highlight=False)
+    if out is not None:
+        console.print(f"written  {out}", highlight=False, soft_wrap=True)
+    else:
+        console.print("--out FILE.jsonl writes each row with its rewards", highlight=False)
+
+
+def _statistics_cells(values: dict[str, Any]) -> list[str]:
+    spread_cells = [f"{values[key]:.3f}" if key in values else "" for key in SPREAD_COLUMNS]
+    accuracy_cells = []
+    if "accuracy" in values:
+        low, high = values["interval"]
+        accuracy_cells = [f"{values['accuracy']:.1%}", f"{100 * low:.0f} to {high:.0%}"]
+    return [str(values.get("completions", "")), *spread_cells, *accuracy_cells]

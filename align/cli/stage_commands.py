@@ -1,0 +1,138 @@
+"""Commands that train: one per stage, and ``llm-align run`` for a pipeline."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from align.api import run, run_pipeline
+from align.cli.arguments import FROM_HELP, recipe_from_arguments
+from align.cli.exit_status import exit_on_stop
+from align.default_recipe import QUICKSTART
+from align.rl.rewards.settings import has_rewards_section
+from finetune.distributed.rank import dist_info
+from finetune.recipe.discovery import ALIASES, plugin_summary, recipe_names, stage_names, verb_of
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.renamed import STAGES, renamed_verb
+
+REWARD_HELP = "Reward: a finished reward run, reward/RECIPE, or file.py:function."
+
+STAGE_EPILOG = """\b
+Examples:
+  llm-align {stage}                                    the embedded quickstart, offline, on the CPU
+  llm-align {stage} {recipe} --base llama-2-7b
+  llm-align {stage} {recipe} --data my.jsonl --adapter qlora train.epochs=1
+  llm-align {stage} {recipe} --from sft-quickstart          start from a finished run
+"""
+
+RUN_EPILOG = """\b
+Examples:
+  llm-align run zephyr                                 the embedded model, offline, on the CPU
+  llm-align run zephyr dpo.train.epochs=2
+  llm-align run zephyr --base mistral-7b               the same stages on public data
+  llm-align run my.yaml --dry-run                      validate without running
+"""
+
+
+def add_stage_commands(group: click.Group) -> None:
+    """Add the verb of each stage, its aliases, and the old verbs, which name the new ones."""
+    for stage, package in stage_names().items():
+        group.add_command(_stage_command(stage, package))
+    for alias, stage in ALIASES.items():
+        command = _stage_command(stage, stage_names()[stage])
+        command.hidden = True
+        group.add_command(command, alias)
+    for stage in STAGES:
+        group.add_command(_renamed_command(stage))
+
+
+def _stage_command(stage: str, package: str) -> click.Command:
+    example = next((name for name in recipe_names(stage) if name != QUICKSTART), QUICKSTART)
+    epilog = STAGE_EPILOG.format(stage=verb_of(stage), recipe=example)
+
+    @click.command(verb_of(stage), help=plugin_summary(package, stage), epilog=epilog)
+    @click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
+    @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
+    @click.option("--data", metavar="D", help="Data: hub id, file or folder.")
+    @click.option("--adapter", metavar="A", help="Adapter (see `llm-align list adapters`).")
+    @click.option("--from", "init_from", metavar="RUN", help=FROM_HELP)
+    @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory.")
+    @click.option("--force", is_flag=True, help="Start over even if the run exists.")
+    def command(
+        arguments: tuple[str, ...],
+        base: str | None,
+        data: str | None,
+        adapter: str | None,
+        init_from: str | None,
+        out: Path | None,
+        force: bool,
+        reward: str | None = None,
+    ) -> None:
+        shortcuts = {
+            "model.base": base,
+            "data.source": data,
+            "adapter.method": adapter,
+            "model.init_from": init_from,
+            "rewards.sources": reward,
+        }
+        overrides = {key: value for key, value in shortcuts.items() if value is not None}
+        recipe = recipe_from_arguments(stage, arguments, overrides, out)
+        _run_stage(recipe, force=force)
+
+    if has_rewards_section(stage):
+        # Before --out and --force: --help lists options in this order.
+        command.params.insert(-2, click.Option(["--reward"], metavar="RUN", help=REWARD_HELP))
+    return command
+
+
+def _run_stage(recipe: Recipe, *, force: bool) -> None:
+    with exit_on_stop():
+        result = run(recipe, force=force, command="llm-align " + " ".join(sys.argv[1:]))
+    from align.cli.runs import print_summary
+
+    # Under a launcher every process runs the command; one of them prints.
+    if dist_info().is_main:
+        print_summary(result)
+
+
+def _renamed_command(stage: str) -> click.Command:
+    """Return the command of a stage's old verb, which names the new one."""
+
+    # An old command line has options; they must reach the message below, not fail as unknown.
+    @click.command(stage, hidden=True, context_settings={"ignore_unknown_options": True})
+    @click.argument("words", nargs=-1)
+    def command(words: tuple[str, ...]) -> None:
+        """Raise UserError with the stage's new verb."""
+        expected = f"llm-align {verb_of(STAGES[stage])}"
+        raise UserError(Problem(f"llm-align {stage}", renamed_verb(stage), expected))
+
+    return command
+
+
+@click.command("run", epilog=RUN_EPILOG)
+@click.argument("name", metavar="PIPELINE")
+@click.argument("arguments", nargs=-1, metavar="[STAGE.SECTION.KEY=VALUE]...")
+@click.option("--base", metavar="B", help="Base model of the stages that start from one.")
+@click.option(
+    "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the pipeline's report."
+)
+@click.option("--force", is_flag=True, help="Start every stage over.")
+@click.option("--dry-run", is_flag=True, help="Validate every stage and print the plan; run nothing.")
+def run_command(
+    name: str, arguments: tuple[str, ...], base: str | None, out: Path | None, force: bool, dry_run: bool
+) -> None:
+    """Run a pipeline: several stages in one file, each on the runs of earlier ones.
+
+    Finished stages are identified by content and skipped; the same command resumes after an interruption.
+    """
+    from align.pipeline.plan import resolve_pipeline
+    from align.pipeline.summary import print_pipeline, print_pipeline_result
+
+    pipeline = resolve_pipeline(name, base=base, out=out, arguments=arguments)
+    print_pipeline(pipeline, notes=dry_run)
+    if dry_run:
+        return
+    with exit_on_stop():
+        result = run_pipeline(pipeline, force=force, command="llm-align " + " ".join(sys.argv[1:]))
+    print_pipeline_result(result)

@@ -1,0 +1,108 @@
+"""Resolve the runs a recipe depends on: reuse finished ones, and run the missing ones first."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from align.planner.target_device import launch_target
+from align.rl.rewards.settings import RewardSource, RewardsSettings
+from finetune.distributed.hardware import detect_devices
+from finetune.distributed.rank import dist_info
+from finetune.planner.solver import LaunchTarget, resolve
+from finetune.recipe.discovery import verb_of
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.parent_run import is_recipe_name
+from finetune.recipe.recipe import Recipe, read_recipe
+from finetune.recipe.runs import find_run
+from finetune.training.launch import launch_stage
+from finetune.training.run_directory import RunDirectory
+
+
+def resolve_required_runs(recipe: Recipe, console: Console) -> Recipe:
+    """Return the recipe with resolved settings, and finished runs as its parent run and rewards.
+
+    Args:
+        recipe: ``model.init_from`` and ``rewards.sources`` may be ``stage/recipe``; the run of such a recipe
+            is found by its digest, or runs now.
+        console: console for the progress of runs that come first.
+
+    Raises:
+        UserError: incompatible settings, or invalid settings or data of a recipe that runs first.
+        Interrupted: stopped by a signal during such a run.
+        NotFiniteError: its loss or gradient became NaN or infinite.
+    """
+    recipe = resolve(recipe, _target_machine(recipe))
+    parent = recipe.settings.model.init_from
+    if parent is not None and is_recipe_name(parent):
+        recipe = _with_parent_run(_finished_run_of(parent, recipe, console, "starts from"), recipe)
+    reward = dict(recipe.settings).get("rewards")
+    return _with_reward_runs(recipe, reward, console) if isinstance(reward, RewardsSettings) else recipe
+
+
+def _target_machine(recipe: Recipe) -> LaunchTarget:
+    """Return the machine to solve for: a launcher's processes, or those that the recipe requests."""
+    device, num_devices = detect_devices()
+    # Processes of a launcher may be on several machines: this one's number of GPUs is no limit.
+    if (world_size := dist_info().world_size) > 1:
+        return LaunchTarget(device.kind, device.bfloat16, world_size)
+    return launch_target(recipe, device, num_devices)
+
+
+def _with_reward_runs(recipe: Recipe, reward: RewardsSettings, console: Console) -> Recipe:
+    """Return the recipe with its reward runs replaced by folders of finished runs."""
+    sources: list[RewardSource] = []
+    notes: list[str] = []
+    for index, source in enumerate(reward.sources):
+        if source.run is None:
+            sources.append(source)
+            continue
+        if is_recipe_name(source.run):
+            run = _finished_run_of(source.run, recipe, console, "takes rewards from")
+        else:
+            run, note = find_run(source.run, where=f"rewards.sources[{index}].run")
+            notes += [note] if note else []
+        sources.append(source.model_copy(update={"run": str(run)}))
+    section = reward.model_copy(update={"sources": sources})
+    settings = recipe.settings.model_copy(update={"rewards": section})
+    return replace(recipe, settings=settings, notes=recipe.notes + notes)
+
+
+def _finished_run_of(reference: str, recipe: Recipe, console: Console, verb: str) -> Path:
+    """Return the folder of a recipe's finished run, running it now if needed."""
+    stage, _, name = reference.partition("/")
+    required = resolve_required_runs(read_recipe(stage, name), console)
+    run = RunDirectory.of(required, force=False)
+    if run.finished:
+        _print_plain(console, f"{verb} {run.path} ({reference})")
+    else:
+        _print_plain(console, f"{verb} {reference}, which has no finished run; running it first ({run.path})")
+        _check_launcher(reference, recipe)
+        launch_stage(required, console, command=f"llm-align {verb_of(stage)} {name}")
+        _print_plain(console, f"{run.path} is finished; continuing with {recipe.stage} {recipe.name}")
+    return run.path
+
+
+def _check_launcher(reference: str, recipe: Recipe) -> None:
+    """Raise UserError under torchrun or another launcher, whose processes are for the second recipe."""
+    if dist_info().world_size > 1:
+        launched = f"a launcher started {dist_info().world_size} processes for {recipe.stage}"
+        actual = f"{reference} has no finished run, and {launched}"
+        repair = f"run {reference} first, or run without a launcher: llm-align launches its processes itself"
+        raise UserError(Problem(f"{recipe.stage} {recipe.name}", actual, "a finished run of it", repair))
+
+
+def _with_parent_run(run: Path, recipe: Recipe) -> Recipe:
+    """Return the recipe initialized from a run; a fully fine-tuned run also becomes its base."""
+    update: dict[str, Any] = {"init_from": str(run)}
+    if (run / "model").is_dir():
+        # The saved model has no revision, and its config has the RoPE scaling already.
+        update |= {"base": str(run), "revision": None, "rope": None}
+    model = recipe.settings.model.model_copy(update=update)
+    return replace(recipe, settings=recipe.settings.model_copy(update={"model": model}))
+
+
+def _print_plain(console: Console, text: str) -> None:
+    console.print(escape(text), highlight=False, soft_wrap=True)

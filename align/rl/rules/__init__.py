@@ -1,1 +1,0 @@
-"""Reward functions that ship with the package; any of them can be named in ``rewards.sources``."""

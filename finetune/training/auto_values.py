@@ -1,0 +1,255 @@
+"""Resolve ``auto`` settings: each function returns a value and the reason for it; without torch."""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
+
+from finetune.distributed.hardware import SAFE_FRACTION, Hardware
+from finetune.planner.from_recipe import base_workload, load_architecture
+from finetune.planner.memory import peak_phase, plan_memory
+from finetune.planner.workload import ObjectiveKind, Workload
+from finetune.recipe.checks import adapter_traits
+from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.settings import StageSettings
+
+TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
+"""Tokens of a forward pass that saturate the device; more cost memory and gain no speed."""
+
+GENERATION_TOKEN_FACTOR = 4
+"""Tokens generated in parallel, as a multiple of a training forward pass: sampling stores no activations."""
+
+DEFAULT_MAX_LENGTH = 2048
+MIN_ROW_TOKENS = 8
+CHECKPOINTS_PER_RUN = 10
+
+# Their memory does not depend on the micro-batch size.
+PHASES_WITHOUT_BATCH = ("merge", "rollout")
+OBJECTIVE_OF_CONFIG: dict[str, ObjectiveKind] = {
+    "SFTConfig": "likelihood",
+    "DPOConfig": "comparison",
+    "KTOConfig": "comparison",
+    "RLOOConfig": "comparison",
+    "GRPOConfig": "comparison",
+    "RewardConfig": "scores",
+}
+"""The planner's objective (loss on the last hidden states) of a stage, by its TRL config; TRL has no PPO."""
+
+Choice = tuple[str, str]
+
+
+def precision(requested: str, hardware: Hardware) -> Choice:
+    """Return the dtype of the forward pass, and the reason.
+
+    Raises:
+        UserError: float16 on a CPU, which has no loss-scaled kernels worth using.
+    """
+    if requested == "float16" and hardware.device == "cpu":
+        actual = "float16 on a CPU"
+        raise UserError(Problem("model.precision", actual, "float32 or bfloat16", "leave it at auto"))
+    if requested != "auto":
+        return requested, "as requested"
+    if hardware.bfloat16:
+        return "bfloat16", f"{hardware.name} computes in bfloat16"
+    return "float32", f"{hardware.name} has no bfloat16 arithmetic"
+
+
+def max_length(requested: int | None, *, context: int, virtual_tokens: int) -> tuple[int, str]:
+    """Return the maximum tokens of a row, and the reason.
+
+    Args:
+        requested: the recipe's ``data.max_length``.
+        context: the model's maximum positions.
+        virtual_tokens: positions that the adapter takes.
+
+    Raises:
+        UserError: the requested length or the virtual tokens do not fit the model.
+    """
+    available = context - virtual_tokens
+    if available < MIN_ROW_TOKENS:
+        actual = f"{virtual_tokens} of the model's {context} positions"
+        expected = f"at most {context - MIN_ROW_TOKENS}, so that a row of {MIN_ROW_TOKENS} tokens fits"
+        raise UserError(Problem("adapter.virtual_tokens", actual, expected))
+    if requested is None:
+        return min(available, DEFAULT_MAX_LENGTH), f"the model has {context} positions"
+    if requested > available:
+        taken = f", the adapter takes {virtual_tokens}" if virtual_tokens else ""
+        expected = f"at most {available}: the model has {context} positions{taken}"
+        raise UserError(
+            Problem("data.max_length", f"found {requested}", expected, f"data.max_length={available}")
+        )
+    return requested, "as requested"
+
+
+def micro_batch_size(
+    requested: int | str,
+    *,
+    batch_size: int,
+    longest: int,
+    hardware: Hardware,
+    must_divide: bool = False,
+    min_rows: int = 1,
+    fits: Callable[[int], bool] | None = None,
+) -> tuple[int, str]:
+    """Return the sequences per forward pass, and the reason.
+
+    Args:
+        requested: a number, or ``auto``.
+        batch_size: sequences per optimizer step.
+        longest: tokens of the longest sequence.
+        hardware: the device.
+        must_divide: whether the micro-batch size must divide the batch size (TRL).
+        min_rows: minimum sequences per forward pass.
+        fits: predicate: do N sequences fit the device's memory, by the plan? None: no plan for this model.
+    """
+    if isinstance(requested, int):
+        return requested, "as requested"
+    budget = TOKENS_PER_FORWARD[hardware.device]
+    size = max(min_rows, min(batch_size, budget // longest))
+    reason = f"{budget} tokens per forward pass saturate the device; the longest row has {longest}"
+    if fits is not None and not fits(size):
+        # Binary search, as memory grows with the rows: the index of the first size that does not fit is the
+        # largest size that does.
+        size = max(min_rows, bisect_left(range(1, size), True, key=lambda rows: not fits(rows)))
+        memory_note = "more rows would not fit in memory" if fits(size) else "even this may not fit in memory"
+        reason = f"the longest row has {longest} tokens; {memory_note}"
+    if must_divide and batch_size % size:
+        divisors = [divisor for divisor in range(min_rows, batch_size + 1) if batch_size % divisor == 0]
+        size = max((divisor for divisor in divisors if divisor <= size), default=min(divisors, default=size))
+        reason = f"{reason}; a divisor of {batch_size}"
+    return size, reason
+
+
+def num_processes(requested: int | str, hardware: Hardware) -> tuple[int, str]:
+    """Return the number of processes on this machine, and the reason.
+
+    Raises:
+        UserError: more processes than GPUs.
+    """
+    if not isinstance(requested, int):
+        return (
+            hardware.device_count,
+            f"one per GPU: {hardware.device_count}" if hardware.device == "cuda" else "a CPU",
+        )
+    if hardware.device == "cuda" and requested > hardware.device_count:
+        actual, expected = f"{requested} on {hardware.device_count} GPUs", f"at most {hardware.device_count}"
+        raise UserError(
+            Problem("train.num_processes", actual, expected, f"train.num_processes={hardware.device_count}")
+        )
+    return requested, "as requested"
+
+
+def strategy(requested: str, world_size: int) -> Choice:
+    """Return the distributed strategy of N processes, and the reason.
+
+    Raises:
+        UserError: a sharding strategy with one process, or ``single`` with several.
+    """
+    if requested == "auto":
+        return (
+            ("single", "one process")
+            if world_size == 1
+            else ("ddp", f"{world_size} processes, weights replicated")
+        )
+    if requested == "single" and world_size > 1:
+        actual, repair = (
+            f"single, with {world_size} processes",
+            "train.strategy=auto, or train.num_processes=1",
+        )
+        raise UserError(Problem("train.strategy", actual, "a strategy of several processes", repair))
+    if requested != "single" and world_size == 1:
+        actual, repair = (
+            f"{requested}, with one process",
+            "train.num_processes=2 or more, or train.strategy=auto",
+        )
+        raise UserError(Problem("train.strategy", actual, "several processes", repair))
+    return requested, "as requested"
+
+
+def optimizer_steps(rows: int, *, batch_size: int, epochs: float, max_steps: int | None) -> int:
+    """Return the optimizer steps of a complete run.
+
+    >>> optimizer_steps(100, batch_size=16, epochs=1.5, max_steps=None)
+    11
+    """
+    return max_steps or ceil(ceil(rows / batch_size) * epochs)
+
+
+def checkpoint_every(requested: int | None, *, steps: int) -> tuple[int, str]:
+    """Return the steps between checkpoints, and the reason."""
+    if requested is not None:
+        return requested, "as requested"
+    return max(1, steps // CHECKPOINTS_PER_RUN), f"{CHECKPOINTS_PER_RUN} checkpoints in {steps} steps"
+
+
+def quantization(requested: str, supported: tuple[str, ...]) -> Choice:
+    """Return the base's quantization, and the reason; ``supported`` lists the adapter's, preferred first."""
+    return (supported[0], "the adapter's default") if requested == "auto" else (requested, "as requested")
+
+
+def precision_and_quantization(settings: StageSettings, hardware: Hardware) -> dict[str, Choice]:
+    """Return a recipe's precision and quantization on some hardware, each with its reason.
+
+    Raises:
+        UserError: the hardware does not support the precision.
+    """
+    model, supported = settings.model, adapter_traits(settings.adapter.method).quantization
+    return {
+        "model.precision": precision(model.precision, hardware),
+        "model.quantization": quantization(model.quantization, supported),
+    }
+
+
+def batch_fits(
+    settings: StageSettings,
+    *,
+    precision: str,
+    quantization: str,
+    longest: int,
+    num_processes: int,
+    strategy: str,
+    gpu_bytes: int,
+) -> Callable[[int], bool] | None:
+    """Return a predicate: do N rows fit the GPU? None if there is no plan for this architecture.
+
+    Args:
+        settings: the recipe's sections.
+        precision: of the loaded model.
+        quantization: of the loaded model.
+        longest: tokens of the longest row; all of them are assumed to be predicted.
+        num_processes: number of processes.
+        strategy: distributed strategy.
+        gpu_bytes: bytes available on a GPU.
+    """
+    try:
+        architecture = load_architecture(settings.model)
+    # The planner does not know this architecture; the run itself may still.
+    except UserError:
+        return None
+    workload = base_workload(
+        settings,
+        architecture,
+        precision=precision,
+        quantization=quantization,
+        device="cuda",
+    )
+    workload = replace(workload, processes=num_processes, strategy=strategy, offload=settings.train.offload)  # type: ignore[arg-type]
+    return lambda rows: _peak_bytes(settings, workload, rows, longest) <= SAFE_FRACTION * gpu_bytes
+
+
+def _peak_bytes(settings: StageSettings, workload: Workload, rows: int, longest: int) -> int:
+    objective: ObjectiveKind = "ppo" if "ppo" in dict(settings) else OBJECTIVE_OF_CONFIG[settings.TRL_CONFIG]
+    batch_workload = replace(
+        workload,
+        objective=objective,
+        rows=rows,
+        seq_len=longest,
+        predicted=rows * longest,
+        completions=2 * rows if objective != "likelihood" else 0,
+        heads=1 if objective in ("scores", "ppo") else 0,
+        masked=rows > 1,
+        accumulation_steps=ceil(settings.train.batch_size / (rows * workload.processes)),
+    )
+    return peak_phase(
+        phase for phase in plan_memory(batch_workload) if phase.name not in PHASES_WITHOUT_BATCH
+    ).total

@@ -1,0 +1,1 @@
+"""Programs of developers; not in the wheel."""
