@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
-from align.online.prompt_id_tokenizer import PromptIdTokenizer
 from align.engines.trl.preference import REFERENCE_ADAPTER, progress_bars_disabled, raise_if_not_finite
+from align.online.prompt_id_tokenizer import PromptIdTokenizer
 from align.rl.prompts import Prompts
 from align.rl.rewards.rewards import Rewards
 from data_templates.segments import Message

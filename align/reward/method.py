@@ -15,9 +15,9 @@ from finetune.training.shared_steps import (
 )
 from transformers import Trainer, TrainingArguments
 
+from align.engines.trl.preference import require_pairs
 from align.preference.attention import block_mask_unsupported, forward_cost
 from align.preference.rows.dataset import PreparedPreferences
-from align.engines.trl.preference import require_pairs
 from align.reward.collate import RewardCollator
 from align.reward.evaluation import RewardEvaluator
 from align.reward.loading import non_stop_pad_id

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
-from align.preference.losses import metrics
-from align.preference.losses.reward import bradley_terry
-from align.preference.rows.dataset import PreferenceGroups
 from align.engines.trl.preference import (
     RenamePreferenceMetrics,
     batch_locations,
     locations_by_tokens,
     raise_if_not_finite,
 )
+from align.preference.losses import metrics
+from align.preference.losses.reward import bradley_terry
+from align.preference.rows.dataset import PreferenceGroups
 from finetune.training.arguments import TrlConfigSpec
 from finetune.training.preflight.preserve_state import preserve_state
 from finetune.training.trainer import log_held_out

@@ -19,6 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from finetune.distributed import collectives
 from finetune.distributed.rank import dist_info
 from finetune.distributed.strategies import ZERO_STAGES
+from finetune.library_internals import zero3_full_shape
 from finetune.recipe.errors import Problem, UserError
 
 ParamGroups = list[dict[str, Any]]
@@ -96,7 +97,7 @@ def _gather_optimizer_state(param_groups: ParamGroups, optimizer: Optimizer) -> 
     for index, param in enumerate(_params(param_groups)):
         full = {name: safe_get_full_optimizer_state(param, name) for name in state_names}
         reshaped = {
-            name: value.detach().cpu().view(_full_shape(param)).clone() for name, value in full.items()
+            name: value.detach().cpu().view(zero3_full_shape(param)).clone() for name, value in full.items()
         }
         states[index] = reshaped | {"step": step}
     # torch's state_dict format numbers parameters across all groups.
@@ -120,11 +121,6 @@ def _optimizer_state_names(optimizer: Optimizer) -> tuple[list[str], Tensor]:
 def _params(param_groups: ParamGroups) -> Iterator[nn.Parameter]:
     for group in param_groups:
         yield from group["params"]
-
-
-def _full_shape(param: nn.Parameter) -> torch.Size:
-    shape: torch.Size = getattr(param, "ds_shape", param.shape)  # ZeRO-3 leaves an empty tensor in it
-    return shape
 
 
 def _rng_state() -> dict[str, Any]:

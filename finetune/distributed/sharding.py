@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import HfDeepSpeedConfig
 
 from finetune.distributed.strategies import zero3_inference_config, zero3_init_config
+from finetune.library_internals import is_zero3_param, zero3_full_shape, zero3_shard
 
 CURRENT_PLUGIN = "current"
 """Accelerate's name for the DeepSpeed plugin of a second training in one process."""
@@ -25,21 +26,18 @@ CURRENT_PLUGIN = "current"
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether any of a model's weights is sharded over ranks."""
-    return any(_is_zero3_param(param) or isinstance(param.data, DTensor) for param in model.parameters())
+    return any(is_zero3_param(param) or isinstance(param.data, DTensor) for param in model.parameters())
 
 
 def full_numel(param: nn.Parameter) -> int:
     """Return the number of elements of the full parameter, over all shards."""
-    numel: int = getattr(param, "ds_numel", param.numel())  # ZeRO-3 leaves an empty tensor in the parameter
-    return numel
+    return zero3_full_shape(param).numel()
 
 
 def local_numel(param: nn.Parameter) -> int:
     """Return the number of elements in this rank's shard of a parameter."""
-    if _is_zero3_param(param):
-        # DeepSpeed keeps this rank's shard in an attribute of the parameter, whose own data is empty.
-        shard: Tensor = vars(param)["ds_tensor"]
-        return shard.numel()
+    if is_zero3_param(param):
+        return zero3_shard(param).numel()
     return param.data.to_local().numel() if isinstance(param.data, DTensor) else param.numel()
 
 
@@ -89,7 +87,7 @@ def gather_on_forward(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def gathered_params(*params: nn.Parameter) -> Iterator[list[Tensor]]:
     """Yield the full tensors of parameters, for reading; a collective, every rank must call it."""
-    zero3_params = [param for param in params if _is_zero3_param(param)]
+    zero3_params = [param for param in params if is_zero3_param(param)]
     if not zero3_params:
         yield [_full_tensor(param.detach()) for param in params]
         return
@@ -169,10 +167,6 @@ def reset_deepspeed_state(arguments: TrainingArguments) -> None:
     state.select_deepspeed_plugin(CURRENT_PLUGIN)
     # Accelerate refuses a plugin for a second Accelerator of a process; the selected one is used.
     arguments.deepspeed_plugin = None
-
-
-def _is_zero3_param(param: nn.Parameter) -> bool:
-    return getattr(param, "ds_id", None) is not None
 
 
 def _full_tensor(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ ADAPTER_STATE_FILE = "adapter_state.safetensors"
 def adapter_hooks(model: nn.Module, settings: AdapterSettings, *, steps: int) -> Hooks:
     """Return the hooks of the recipe's adapter for a run of ``steps`` optimizer steps."""
     # `hooks` is optional in an adapter's file.
-    build_hooks = vars(load_plugin(ADAPTERS, settings.method, where="adapter.method")).get("hooks")
+    build_hooks = getattr(load_plugin(ADAPTERS, settings.method, where="adapter.method"), "hooks", None)
     hooks: Hooks = build_hooks(model, settings, steps=steps) if build_hooks else Hooks()
     return hooks
 

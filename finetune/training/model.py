@@ -25,6 +25,7 @@ from finetune.distributed.hardware import Hardware
 from finetune.distributed.rank import dist_info
 from finetune.distributed.sharding import full_numel, reshard, set_fsdp_root
 from finetune.distributed.strategies import SHARDED_WEIGHTS
+from finetune.library_internals import quant_state
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
@@ -176,8 +177,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     trained = total = 0
     for parameter in model.parameters():
         # bitsandbytes packs two 4-bit values into a byte, so numel() is half of the weights.
-        quant_state = getattr(parameter, "quant_state", None)
-        numel = quant_state.shape.numel() if quant_state is not None else full_numel(parameter)
+        state = quant_state(parameter)
+        numel = state.shape.numel() if state is not None else full_numel(parameter)
         total += numel
         trained += numel if parameter.requires_grad else 0
     return ParameterCount(trained, total)
