@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from finetune.planner.compatibility import COMPATIBILITY_RULES
 
 import finetune.planner.compatibility_page as matrix
 from finetune.distributed.strategies import STRATEGIES
-from finetune.planner.compatibility import COMPATIBILITY_RULES
 from finetune.planner.solver import Combination, check
 from finetune.recipe.discovery import stage_names
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from finetune.planner.compatibility import COMPATIBILITY_RULES
+
 from finetune.planner.compatibility_page import matrix_cells
 from finetune.planner.solver import (
     OFFLOADS,
