@@ -173,7 +173,7 @@ def test_what_adapters_need_of_the_recipe_needs_no_adapter() -> None:
         for other in GRAPH[name]
         if wing(other) == "recipe"
     }
-    assert need == {"finetune.recipe.settings", "finetune.recipe.errors"}
+    assert need == {"finetune.recipe.settings", "finetune.recipe.errors", "finetune.recipe.compatibility"}
     assert {other for name in need for other in GRAPH[name] if wing(other) == "adapters"} == set()
 
 

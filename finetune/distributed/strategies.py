@@ -1,4 +1,4 @@
-"""Distributed strategies: names, what each shards, and arguments of transformers' Trainer, and rules.
+"""Distributed strategies: names, what each shards, arguments of transformers' Trainer, and rules.
 
 DeepSpeed's ZeRO configs and FSDP2. No heavy imports: recipes and the planner read the names.
 
