@@ -97,8 +97,9 @@ def union(first: Rule, second: Rule) -> Rule:
     values: dict[str, Condition] = {}
     for name, condition in first.when.items():
         other = second.when[name]
-        both = isinstance(condition, tuple) and isinstance(other, tuple)
-        values[name] = tuple(dict.fromkeys((*condition, *other))) if both else condition
+        if isinstance(condition, tuple) and isinstance(other, tuple):
+            condition = tuple(dict.fromkeys((*condition, *other)))
+        values[name] = condition
     return replace(first, when=values)
 
 
