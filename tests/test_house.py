@@ -154,6 +154,12 @@ def test_wings_of_finetune_import_downwards_alone(upper: str, lower: str) -> Non
     assert any(wing(other) in below for name in GRAPH if wing(name) == upper for other in GRAPH[name]), lower
 
 
+def test_the_planner_has_one_door() -> None:
+    used = {other for name in GRAPH if wing(name) != "planner" for other in GRAPH[name]}
+    rules = {f"finetune.planner.{name}" for name in ("compatibility", "compatibility_page", "solver")}
+    assert {other for other in used if wing(other) == "planner"} - rules == {"finetune.planner.estimate"}
+
+
 def test_the_recipe_knows_no_adapter_by_name() -> None:
     reached = {other for name in GRAPH if wing(name) == "recipe" for other in GRAPH[name]}
     assert {other for other in reached if wing(other) == "adapters"} == {"finetune.adapters.traits"}
@@ -167,7 +173,7 @@ def test_what_adapters_need_of_the_recipe_needs_no_adapter() -> None:
         for other in GRAPH[name]
         if wing(other) == "recipe"
     }
-    assert need == {"finetune.recipe.settings", "finetune.recipe.errors"}
+    assert need == {"finetune.recipe.settings", "finetune.recipe.errors", "finetune.recipe.compatibility"}
     assert {other for name in need for other in GRAPH[name] if wing(other) == "adapters"} == set()
 
 

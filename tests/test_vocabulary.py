@@ -68,7 +68,7 @@ SEARCHED = """
     plackett_luce ActorCritic Rollout RolloutTensors TokenStats gae gae_lambda gamma token_rewards
     policy_loss value_loss clip_range AdaptiveKLController FixedKLController kl_coef approx_kl whiten
     RunningMeanStd with_entropy make_minibatches RewardScores FunctionReward sample_completions
-    simulate_train_step static_memory CompatibilityRule saved_for_backward requires_grad numel
+    simulate_train_step static_memory Rule saved_for_backward requires_grad numel
 """.split()
 """Names that a practitioner looks for: each is an identifier of the project."""
 

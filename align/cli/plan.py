@@ -3,7 +3,9 @@
 import json
 import shlex
 import sys
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +13,10 @@ from align.cli.arguments import STAGE_HELP, recipe_from_arguments, stage_option
 from align.cli.exit_status import DOES_NOT_FIT
 from finetune.recipe.discovery import verb_of
 from finetune.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from align.planner.alternatives import Alternative
+    from align.planner.plan import Plan
 
 PLAN_EPILOG = """\b
 Examples:
@@ -84,7 +90,6 @@ def _print_plan(
 
     from align.planner.alternatives import find_alternatives
     from align.planner.plan import make_plan
-    from align.planner.record import plan_record
     from align.planner.target_device import resolve_for_device, target_device
     from align.planner.terminal import print_alternatives, print_plan
 
@@ -101,3 +106,54 @@ def _print_plan(
     elif not recipe_plan.fits:
         console.print("[bold]next[/]     add --fit to list settings that would fit", highlight=False)
     return recipe_plan.fits
+
+
+def plan_record(plan: "Plan", alternatives: "Sequence[Alternative] | None" = None) -> dict[str, Any]:
+    """Return a plan, and its alternatives if given, in bytes, tokens and seconds."""
+    workload = plan.workload
+    content: dict[str, Any] = {
+        "stage": plan.recipe.stage,
+        "recipe": plan.recipe.name,
+        "base": plan.recipe.settings.model.base,
+        "device": {
+            "name": plan.device.name,
+            "kind": plan.device.kind,
+            "memory": plan.device.memory,
+            "available": plan.available_bytes,
+        },
+        "processes": workload.processes,
+        "strategy": workload.strategy,
+        "offload": workload.offload,
+        "fits": plan.fits,
+        "peak": {"phase": plan.peak.name, "bytes": plan.peak.total},
+        "phases": [
+            {
+                "name": phase.name,
+                "total": phase.total,
+                "host": phase.host,
+                "categories": dict(phase.categories),
+            }
+            for phase in plan.estimate.phases
+        ],
+        "parameters": {"trained": plan.estimate.trainable, "total": plan.estimate.total},
+        "rows": asdict(plan.lengths),
+        "work": None if plan.work is None else asdict(plan.work),
+        "seconds": None if plan.time is None else asdict(plan.time),
+        "disk": plan.disk,
+        "micro_batch_size": plan.micro_batch_size,
+        "auto": {key: {"value": value, "reason": reason} for key, (value, reason) in plan.auto.items()},
+        "notes": plan.recipe.notes,
+    }
+    if alternatives is not None:
+        content["alternatives"] = [_alternative_record(alternative) for alternative in alternatives]
+    return content
+
+
+def _alternative_record(alternative: "Alternative") -> dict[str, Any]:
+    return {
+        "append": alternative.overrides,
+        "fits": alternative.plan.fits,
+        "peak": alternative.plan.peak.total,
+        "micro_batch_size": alternative.plan.micro_batch_size,
+        "time": round(alternative.relative_time, 3),
+    }

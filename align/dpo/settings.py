@@ -1,12 +1,15 @@
-"""Recipe section of stage dpo: the loss, the reference and the early stop."""
+"""Recipe section of stage dpo: the loss, the reference and the early stop; and the stage's rules."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from align.dpo.trl_losses import NATIVE_ENGINE_REPAIR, trl_loss_arguments
 from align.preference.losses.catalog import Setting, find_loss
-from finetune.recipe.errors import Problem, UserError
+from align.shared_rules import CONSISTENCY, PREFERENCE_NEFTUNE, TRL_REFERENCE
+from finetune.recipe.compatibility import Rule, caught, is_set
+from finetune.recipe.errors import Problem
 from finetune.recipe.settings import NonEmptyStr, Section
 
 DEFAULT_LOSS = "dpo"
@@ -43,10 +46,95 @@ class DPOSettings(Section):
             return {}
         return {key: value for key, value in self.loss.items() if key != "name"}
 
-    def problems(self) -> list[Problem]:
-        """Return the problems of the loss: unknown name, unknown settings, values out of range."""
-        try:
-            find_loss(self.loss_name, where="dpo.loss").settings(self.loss_settings, where="dpo.loss")
-        except UserError as error:
-            return error.problems
+
+def _check_loss(settings: Any) -> list[Problem]:
+    return caught(_resolve_loss, settings.dpo)
+
+
+def _check_trl_loss(settings: Any) -> list[Problem]:
+    # The problems of an invalid loss are those of `_check_loss`.
+    if _check_loss(settings):
         return []
+    return caught(trl_loss_arguments, *_resolve_loss(settings.dpo))
+
+
+def _resolve_loss(dpo: DPOSettings) -> tuple[str, Mapping[str, Setting]]:
+    loss = find_loss(dpo.loss_name, where="dpo.loss")
+    return loss.name, loss.settings(dpo.loss_settings, where="dpo.loss")
+
+
+RULES = (
+    Rule(
+        "dpo-loss",
+        message="dpo.loss names a loss of the catalog, with its settings in their ranges",
+        source="align/preference/losses",
+        find=_check_loss,
+        reads=("dpo",),
+    ),
+    PREFERENCE_NEFTUNE,
+    Rule(
+        "dpo-label-smoothing",
+        {"train.label_smoothing": bool},
+        source="arXiv 2305.18290, equation 7: no token labels",
+        problem=Problem(
+            "train.label_smoothing",
+            "{train.label_smoothing:g}",
+            "0: preference losses compare completions and have no token labels to smooth",
+            "dpo.loss={{name: cdpo, label_smoothing: {train.label_smoothing:g}}} for noisy labels",
+        ),
+    ),
+    Rule(
+        "dpo-packing",
+        {"data.packing": (True,)},
+        source="align/preference/groups.py",
+        problem=Problem(
+            "data.packing",
+            "true",
+            "false: a prompt and its completions share a row already, and groups fill up the rows",
+            "data.packing=false",
+        ),
+    ),
+    Rule(
+        "live-reference-full",
+        {"dpo.reference": ("live",), "traits.full_finetuning": (True,)},
+        source="align/preference/reference_policy.py",
+        problem=Problem(
+            "dpo.reference",
+            "'live' with adapter.method '{adapter.method}'",
+            "precomputed: a live reference would keep a second copy of the model in memory",
+            "dpo.reference=precomputed",
+        ),
+    ),
+    Rule(
+        "chosen-logp-stop",
+        {"dpo.max_chosen_logp_drop": is_set, "train.evaluate_every": (None,)},
+        source="align/dpo/stop_rule.py",
+        problem=Problem(
+            "dpo.max_chosen_logp_drop",
+            "{dpo.max_chosen_logp_drop:g}, but train.evaluate_every is null",
+            "held-out evaluations during training",
+            "train.evaluate_every=50",
+        ),
+    ),
+    Rule(
+        "live-reference-trl",
+        {"dpo.reference": ("live",), "train.engine": ("trl",)},
+        source="trl 1.16, trainer/dpo_trainer.py: precompute_ref_log_probs",
+        problem=Problem(
+            "dpo.reference",
+            "'live'",
+            "with train.engine 'trl': precomputed",
+            f"dpo.reference=precomputed, or {NATIVE_ENGINE_REPAIR}",
+        ),
+    ),
+    Rule(
+        "trl-loss",
+        {"train.engine": ("trl",)},
+        message="TRL implements the loss as we do",
+        source="trl 1.16, trainer/dpo_config.py: loss_type",
+        find=_check_trl_loss,
+        reads=("dpo", "train"),
+    ),
+    TRL_REFERENCE,
+    CONSISTENCY,
+)

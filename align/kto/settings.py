@@ -1,11 +1,12 @@
-"""Recipe sections of stage kto: data, loss and training, and their cross-field checks."""
+"""Recipe sections of stage kto: data, loss and training; and the stage's rules."""
 
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from align.preference.settings import PreferenceSettings
+from align.shared_rules import PREFERENCE_NEFTUNE, TRL_ONLY, TRL_REFERENCE_ONLY
+from finetune.recipe.compatibility import Rule
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import Section, TrainSettings
 
@@ -36,18 +37,30 @@ class KTOTrainSettings(TrainSettings):
     batch_size: Annotated[int, Field(ge=2)] = Field(32, description="completions per optimizer step")
 
 
-def train_problems(train: TrainSettings) -> Iterator[Problem]:
-    """Yield the SFT settings that KTO does not support, and micro-batches of one row."""
-    if train.neftune_alpha is not None:
-        expected = "null: NEFTune noise would change the policy's log-probabilities but not the reference's"
-        actual = f"{train.neftune_alpha:g}"
-        yield Problem("train.neftune_alpha", actual, expected, "train.neftune_alpha=null")
-    if train.label_smoothing:
-        expected = "0: it smooths token labels, but KTO labels completions"
-        actual = f"{train.label_smoothing:g}"
-        yield Problem("train.label_smoothing", actual, expected, "train.label_smoothing=0")
-    if train.micro_batch_size == 1:
-        expected = (
-            "2 or more: the KL estimate pairs each prompt with another row's completion of the micro-batch"
-        )
-        yield Problem("train.micro_batch_size", "1", expected, "train.micro_batch_size=auto")
+RULES = (
+    PREFERENCE_NEFTUNE,
+    Rule(
+        "kto-label-smoothing",
+        {"train.label_smoothing": bool},
+        source="arXiv 2402.01306, equation 8: no token labels",
+        problem=Problem(
+            "train.label_smoothing",
+            "{train.label_smoothing:g}",
+            "0: it smooths token labels, but KTO labels completions",
+            "train.label_smoothing=0",
+        ),
+    ),
+    Rule(
+        "kto-micro-batch",
+        {"train.micro_batch_size": (1,)},
+        source="trl 1.16, trainer/kto_trainer.py: completions rotated by one within each micro-batch",
+        problem=Problem(
+            "train.micro_batch_size",
+            "1",
+            "2 or more: the KL estimate pairs each prompt with another row's completion of the micro-batch",
+            "train.micro_batch_size=auto",
+        ),
+    ),
+    TRL_REFERENCE_ONLY,
+    TRL_ONLY,
+)

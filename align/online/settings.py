@@ -1,14 +1,14 @@
-"""Recipe of stages rloo and grpo: group sampling, loss, TRL's trainer, and the checks across sections."""
+"""Recipe of stages rloo and grpo: group sampling, loss, TRL's trainer, and their rules."""
 
-from collections.abc import Collection, Iterator
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from align.dpo.checks import trl_copy_problems
-from align.rl.rewards.settings import RewardsSettings
+from align.rl.rewards.settings import REWARD_RULES, RewardsSettings
 from align.rl.settings import PromptSettings, SamplingSettings
-from finetune.recipe.checks import adapter_traits
+from align.shared_rules import RL_LABEL_SMOOTHING, TRL_ONLY, TRL_REFERENCE_ONLY
+from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import NonNegativeFloat, Section, StageSettings, TrainSettings
 
@@ -93,45 +93,65 @@ class OnlineSettings(StageSettings):
     sampling: GroupSamplingSettings = GroupSamplingSettings()
 
 
-def online_problems(
-    settings: OnlineSettings, loss_settings: RLOOSettings | GRPOSettings, valid: Collection[str]
-) -> Iterator[Problem]:
-    """Yield every problem that can be found before anything is loaded; invalid sections are skipped."""
-    yield from settings.rewards.problems(settings, valid)
-    if "train" in valid:
-        yield from _supervised_only_problems(settings.train)
-    if {"train", "sampling"} <= set(valid):
-        yield from _group_size_problems(settings)
-    if "evaluate" in valid and settings.evaluate.exact_match:
-        expected = "0: prompts need no reference answer; use a grader or a reward"
-        yield Problem("evaluate.exact_match", f"{settings.evaluate.exact_match}", expected)
-    if "adapter" in valid:
-        yield from trl_copy_problems(settings)
-        method = settings.adapter.method
-        if loss_settings.SECTION in valid and loss_settings.beta and adapter_traits(method).full_finetuning:
-            actual = f"{loss_settings.beta:g} with adapter.method '{method}'"
-            expected = "0: TRL's reference would be a second full model, the base as published"
-            yield Problem(
-                f"{loss_settings.SECTION}.beta",
-                actual,
-                expected,
-                f"{loss_settings.SECTION}.beta=0, or adapter.method=lora",
-            )
-
-
-def _supervised_only_problems(train: TrainSettings) -> Iterator[Problem]:
-    if train.neftune_alpha is not None:
-        expected = "null: completions were sampled without noise, which would bias their log-probabilities"
-        yield Problem("train.neftune_alpha", f"{train.neftune_alpha:g}", expected, "train.neftune_alpha=null")
-    if train.label_smoothing:
-        expected, actual = "0: RL has no labels to smooth", f"{train.label_smoothing:g}"
-        yield Problem("train.label_smoothing", actual, expected, "train.label_smoothing=0")
-
-
-def _group_size_problems(settings: OnlineSettings) -> Iterator[Problem]:
+def _check_group_size(settings: Any) -> Iterator[Problem]:
     batch_size, num_generations = settings.train.batch_size, settings.sampling.num_generations
     if batch_size % num_generations:
         rounded = max(1, batch_size // num_generations) * num_generations
         actual = f"{batch_size}, not a multiple of sampling.num_generations ({num_generations})"
         expected = "complete groups of completions"
         yield Problem("train.batch_size", actual, expected, f"train.batch_size={rounded}")
+
+
+def online_rules(section: str) -> tuple[Rule, ...]:
+    """Return the rules of a stage that samples its own completions, by the name of its loss's section."""
+    beta = f"{section}.beta"
+    return (
+        *REWARD_RULES,
+        ONLINE_NEFTUNE,
+        RL_LABEL_SMOOTHING,
+        GROUP_SIZE,
+        ONLINE_EXACT_MATCH,
+        TRL_REFERENCE_ONLY,
+        TRL_ONLY,
+        Rule(
+            f"{section}-reference-full",
+            {beta: bool, "traits.full_finetuning": (True,)},
+            source="trl 1.16, trainer/grpo_trainer.py: without an adapter, ref_model is loaded from the base",
+            problem=Problem(
+                beta,
+                f"{{{beta}:g}} with adapter.method '{{adapter.method}}'",
+                "0: TRL's reference would be a second full model, the base as published",
+                f"{beta}=0, or adapter.method=lora",
+            ),
+        ),
+    )
+
+
+ONLINE_NEFTUNE = Rule(
+    "online-neftune",
+    {"train.neftune_alpha": is_set},
+    source="arXiv 2402.03300, equation 3: the log-probabilities of the sampling policy",
+    problem=Problem(
+        "train.neftune_alpha",
+        "{train.neftune_alpha:g}",
+        "null: completions were sampled without noise, which would bias their log-probabilities",
+        "train.neftune_alpha=null",
+    ),
+)
+GROUP_SIZE = Rule(
+    "group-size",
+    message="train.batch_size is a multiple of sampling.num_generations: complete groups of completions",
+    source="trl 1.16, trainer/grpo_config.py: generation_batch_size % num_generations",
+    find=_check_group_size,
+    reads=("train", "sampling"),
+)
+ONLINE_EXACT_MATCH = Rule(
+    "online-exact-match",
+    {"evaluate.exact_match": bool},
+    source="align/rl/prompts.py: prompts without reference answers",
+    problem=Problem(
+        "evaluate.exact_match",
+        "{evaluate.exact_match}",
+        "0: prompts need no reference answer; use a grader or a reward",
+    ),
+)

@@ -19,26 +19,14 @@ A change costs time, or it changes training itself. The kinds of changes, in ord
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from statistics import fmean
 from typing import Any
 
-from align.online.settings import OnlineSettings
-from align.planner.plan import Plan, make_plan, min_rows
-from align.rl.settings import PromptSettings
-from finetune.planner.kv_cache import kv_cache_bytes
+from align.planner.plan import Plan, make_plan
 from finetune.planner.solver import LaunchTarget, check, recipe_combination
-from finetune.planner.speed import DEQUANTIZATION_SLOWDOWN, generation_seconds, training_flops
-from finetune.planner.workload import Workload
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
 
-SHARDED_COMMUNICATION_SLOWDOWN = {"zero3": 1.25, "fsdp2": 1.25}
-"""Slow-down: half of the extra communication of ZeRO-3 is assumed to overlap with computation."""
-BUS_BYTES_PER_SECOND = 12e9
-"""Bytes/s between GPU and host memory: PCIe 4.0 x16 as reached in practice."""
-DEFAULT_FLOPS = 100e12
-"""FLOP/s assumed for an unknown GPU, to weigh communication against computation."""
 MIN_PROPOSED_LENGTH = 128
 """Row lengths in tokens below which nothing is proposed."""
 TRAINING_KEYS = ("data.max_length", "data.max_prompt_length", "sampling.max_new_tokens", "train.batch_size")
@@ -143,7 +131,7 @@ def _change_combinations(plan: Plan) -> Iterator[tuple[Change, ...]]:
 def _micro_batch_changes(plan: Plan) -> list[list[Change]]:
     """Return micro-batch sizes: on a GPU auto, which is the largest that fits; on a CPU smaller ones."""
     if plan.device.kind == "cpu":
-        minimum = min_rows(plan.recipe.settings)
+        minimum = plan.stage.MIN_ROWS
         fewer = sorted(
             {max(minimum, plan.micro_batch_size // 4), minimum} - {plan.micro_batch_size}, reverse=True
         )
@@ -190,13 +178,13 @@ def _strategy_changes(plan: Plan) -> list[list[Change]]:
 
 def _fewer_parallel_samples(plan: Plan) -> list[list[Change]]:
     """Return smaller generation batches: their KV cache takes half of the memory left by the weights."""
-    generation, settings = plan.workload.rollout, plan.recipe.settings
+    generation = plan.workload.rollout
     # TRL's trainers have no generation batch: they sample the completions of a step at once.
-    if generation is None or isinstance(settings, OnlineSettings):
+    if generation is None or not plan.stage.BATCHES_GENERATION:
         return [[]]
-    row_bytes = kv_cache_bytes(plan.workload) // generation.rows
+    row_bytes = plan.estimate.kv_cache_bytes // generation.rows
     # The first phase is loading: what it leaves is free for caches.
-    free_bytes = plan.available_bytes - plan.phases[0].total
+    free_bytes = plan.available_bytes - plan.estimate.phases[0].total
     # Half, as logits and the copy that each appended token makes need memory too.
     rows = max(1, free_bytes // 2 // row_bytes)
     current_rows = generation.rows * plan.workload.processes
@@ -214,9 +202,9 @@ def _fewer_parallel_samples(plan: Plan) -> list[list[Change]]:
 
 def _shorter_rows(plan: Plan) -> list[list[Change]]:
     """Return rows of a half or a quarter of the length (prompts and completions too), or smaller batches."""
-    settings = plan.recipe.settings
+    settings, stage = plan.recipe.settings, plan.stage
     changes: list[list[Change]] = [[]]
-    if isinstance(settings, OnlineSettings):
+    if stage.GENERATES and not stage.BATCHES_GENERATION:
         # TRL samples the full batch at once, and a batch cannot be smaller than one group.
         batch_sizes = (settings.train.batch_size // divisor for divisor in (2, 4, 8, 16))
         return [
@@ -224,12 +212,12 @@ def _shorter_rows(plan: Plan) -> list[list[Change]]:
             *(
                 [("train.batch_size", size)]
                 for size in batch_sizes
-                if size >= settings.sampling.num_generations
+                if size >= dict(settings)["sampling"].num_generations
             ),
         ]
     for divisor in (2, 4):
         seq_len = plan.workload.seq_len // divisor
-        if isinstance(settings.data, PromptSettings):
+        if stage.GENERATES:
             completion_tokens = int(dict(settings)["sampling"].max_new_tokens) // divisor
             if completion_tokens >= MIN_PROPOSED_LENGTH // divisor:
                 prompt_tokens = max(2, plan.lengths.longest_prompt // divisor)
@@ -245,54 +233,7 @@ def _shorter_rows(plan: Plan) -> list[list[Change]]:
 
 
 def _seconds_per_token(plan: Plan) -> float:
-    """Return the seconds per trained token, up to a factor that all alternatives of a plan share."""
-    workload, peak = plan.workload, plan.device.peak_flops(plan.workload.precision) or DEFAULT_FLOPS
-    dequantization = fmean(DEQUANTIZATION_SLOWDOWN) if workload.quantization != "none" else 1.0
-    compute = (
-        training_flops(workload, plan.trainable) / (fmean(plan.device.utilization) * peak) * dequantization
-    )
-    return (
-        compute * SHARDED_COMMUNICATION_SLOWDOWN.get(workload.strategy, 1.0)
-        + _offload_seconds_per_token(workload, plan.trainable)
-        + _generation_seconds_per_token(plan)
-    )
-
-
-def _generation_seconds_per_token(plan: Plan) -> float:
-    """Return the generation seconds per trained token."""
-    work, base_bytes = plan.work, plan.phases[0].categories["base"]
-    if work is None or not work.completions:
-        return 0.0
-    generation = generation_seconds(
-        plan.workload, plan.device, completions=work.completions, base_bytes=base_bytes
-    )
-    return 0.0 if generation is None else fmean(generation) / work.trained_tokens
-
-
-def _offload_seconds_per_token(workload: Workload, trainable: int) -> float:
-    """Return the seconds per token to transfer offloaded state over the bus.
-
-    Gradients go to the host and weights come back once per step; with ZeRO-3 each process also fetches its
-    shard of the weights for the forward pass, and for the backward pass.
-    """
-    if workload.offload == "none":
-        return 0.0
-    tokens = workload.tokens * workload.accumulation_steps
-    # float32 gradients out and float32 weights back.
-    gradient_bytes = 8 * trainable / workload.processes
-    # The weights, for the forward and the backward pass of every micro-batch.
-    weight_bytes = (
-        2
-        * workload.accumulation_steps
-        * workload.architecture.parameters
-        * workload.itemsize
-        / workload.processes
-    )
-    return (
-        (gradient_bytes + (weight_bytes if workload.strategy == "zero3" else 0.0))
-        / BUS_BYTES_PER_SECOND
-        / tokens
-    )
+    return plan.estimate.seconds_per_token(plan.device, plan.work)
 
 
 def _format_value(value: Any) -> str:

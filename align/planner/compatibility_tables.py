@@ -9,7 +9,6 @@ from rich.table import Table
 
 from finetune.distributed.hardware import detect_devices, device_by_name
 from finetune.distributed.strategies import STRATEGIES
-from finetune.planner.compatibility import CompatibilityRule
 from finetune.planner.compatibility_page import (
     VerdictRow,
     adapter_rows,
@@ -23,6 +22,7 @@ from finetune.planner.compatibility_page import (
     row_label,
 )
 from finetune.planner.solver import check
+from finetune.recipe.compatibility import Rule
 
 VERDICT_COLORS = {"works": "green", "changed": "yellow", "incompatible": "red"}
 
@@ -57,7 +57,7 @@ def print_compatibility(stage: str, device: str, console: Console) -> None:
         "train.offload": offload_rows(device),
         "train.engine=trl": engine_rows(device),
     }
-    rules: dict[str, CompatibilityRule] = {}
+    rules: dict[str, Rule] = {}
     for title, rows in tables.items():
         console.print(_table(title, rows))
         rules |= {rule.name: rule for rule in applied_rules(rows)}

@@ -1,8 +1,9 @@
 """Row counts and token lengths of a recipe's data, measured where possible, otherwise estimated."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import nlargest
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -64,6 +65,33 @@ class RowLengths:
     def row_tokens(self) -> float:
         """Return the mean tokens of a row whose completions share one prompt."""
         return self.prompt + self.completions * self.completion
+
+    def truncated(self, max_length: int) -> "RowLengths":
+        """Return the lengths of rows truncated to a maximum length."""
+        # One factor for both: only means are known, not how each row divides into prompt and completion.
+        retained_fraction = min(1.0, max_length / max(1.0, self.prompt + self.completion))
+        return replace(
+            self,
+            prompt=self.prompt * retained_fraction,
+            completion=self.completion * retained_fraction,
+            longest=min(max_length, self.longest),
+            longest_prompt=min(max_length, self.longest_prompt),
+            longest_completion=min(max_length, self.longest_completion),
+        )
+
+    def as_blocks(self, max_length: int) -> "RowLengths":
+        """Return documents as the blocks they are concatenated and split into: full rows without a prompt."""
+        rows = None if self.rows is None else max(1, ceil(self.rows * self.row_tokens / max_length))
+        return replace(
+            self,
+            rows=rows,
+            prompt=0.0,
+            completion=float(max_length),
+            completions=1.0,
+            longest=max_length,
+            longest_completion=max_length,
+            is_upper_bound=False,
+        )
 
 
 def measure_lengths(

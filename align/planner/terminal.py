@@ -7,9 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from align.planner.alternatives import Alternative
-from align.planner.plan import MERGE_PHASE, Plan
+from align.planner.plan import Plan
 from finetune.distributed.hardware import GIB, RESERVED_BYTES
-from finetune.planner.memory import CATEGORIES, Phase
+from finetune.planner.estimate import Phase
 
 MIB = 2**20
 MIB_THRESHOLD = 2 * GIB
@@ -72,18 +72,19 @@ def _memory_table(plan: Plan) -> Table:
     scope = "per process" if plan.workload.processes > 1 else "of the run"
     table = Table(title=f"memory {scope}, {name}", title_justify="left", title_style="bold", box=None)
     table.add_column("")
-    for phase in plan.phases:
+    phases, merge = plan.estimate.phases, plan.estimate.merge
+    for phase in phases:
         # In parentheses: a merge is a separate command and does not count for the verdict.
-        title = f"({phase.name})" if phase.name == MERGE_PHASE else phase.name
+        title = f"({phase.name})" if phase is merge else phase.name
         table.add_column(title, justify="right", style="bold" if phase is peak else "", max_width=12)
-    for category in CATEGORIES:
-        sizes = [phase.categories[category] for phase in plan.phases]
+    for category in peak.categories:
+        sizes = [phase.categories[category] for phase in phases]
         if any(sizes):
             table.add_row(category, *(_format_cell(nbytes, unit) for nbytes in sizes))
-    totals = [_format_total(phase, unit, peak=phase is peak) for phase in plan.phases]
+    totals = [_format_total(phase, unit, peak=phase is peak) for phase in phases]
     table.add_row("total", *totals, style="bold", end_section=True)
-    if any(phase.host for phase in plan.phases):
-        table.add_row("host memory", *(_format_cell(phase.host, unit) for phase in plan.phases), style="dim")
+    if any(phase.host for phase in phases):
+        table.add_row("host memory", *(_format_cell(phase.host, unit) for phase in phases), style="dim")
     return table
 
 
@@ -111,11 +112,11 @@ def _device_text(plan: Plan) -> str:
 
 def summary_lines(plan: Plan) -> Iterable[tuple[str, str]]:
     """Yield labels and lines about the full run."""
-    yield "trained", f"{plan.trainable:,} of {plan.total:,} parameters ({plan.trainable / plan.total:.2%})"
+    trainable, total, merge = plan.estimate.trainable, plan.estimate.total, plan.estimate.merge
+    yield "trained", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"
     yield "rows", plan.lengths.basis
     yield from _work_lines(plan)
     yield "disk", _disk_text(plan)
-    merge = next((phase for phase in plan.phases if phase.name == MERGE_PHASE), None)
     if merge is not None and merge.total > plan.available_bytes and plan.device.kind == "cuda":
         needed = format_bytes(merge.total)
         yield "merge", f"`llm-align merge` needs {needed}: set CUDA_VISIBLE_DEVICES= to run it on the CPU"

@@ -1,11 +1,9 @@
 """Recipe sections of stage ppo: PPO hyperparameters, PPO-ptx, early stopping."""
 
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.recipe.errors import Problem
 from finetune.recipe.settings import Fraction, NonEmptyStr, NonNegativeFloat, PositiveInt, Section
 
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -87,15 +85,6 @@ class PretrainingSettings(Section):
         None, description="rows in any layout of stage sft: pretraining or sft data"
     )
     batch_size: PositiveInt = Field(8, description="pretraining rows per optimizer step")
-
-    def problems(self) -> Iterator[Problem]:
-        """Yield a problem for each contradiction between the fields."""
-        if self.weight and self.source is None:
-            repair = "pretraining.source=FILE, or pretraining.weight=0"
-            yield Problem("pretraining.source", "null with a weight above 0", "a source of rows", repair)
-        if self.source is not None and not self.weight:
-            repair = "pretraining.weight=1, or remove the source"
-            yield Problem("pretraining.weight", "0 with a source given", "a weight above 0", repair)
 
 
 class StopSettings(Section):

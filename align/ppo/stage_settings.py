@@ -1,10 +1,13 @@
-"""Recipe of stage ppo: its sections, and the checks across them."""
+"""Recipe of stage ppo: its sections, and its rules."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from align.ppo.settings import PPOSettings, PretrainingSettings, StopSettings
-from align.rl.rewards.settings import RewardsSettings
+from align.rl.rewards.settings import REWARD_RULES, RewardSource, RewardsSettings
 from align.rl.settings import PromptSettings, SamplingSettings
+from align.shared_rules import CONSISTENCY, RL_LABEL_SMOOTHING
+from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import StageSettings
 
@@ -19,37 +22,8 @@ class Settings(StageSettings):
     pretraining: PretrainingSettings = PretrainingSettings()
     stop: StopSettings = StopSettings()
 
-    def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return every problem that can be found before anything is loaded."""
-        valid_sections = set(valid)
-        problems = list(self.rewards.problems(self, valid))
-        if "train" in valid_sections:
-            problems += _train_problems(self)
-        if {"ppo", "train"} <= valid_sections:
-            problems += _size_problems(self)
-        if {"ppo", "rewards"} <= valid_sections:
-            problems += _value_init_problems(self)
-        if "pretraining" in valid_sections:
-            problems += self.pretraining.problems()
-        return problems
 
-
-def _train_problems(settings: Settings) -> Iterator[Problem]:
-    train = settings.train
-    if train.engine == "trl":
-        expected = "native: TRL 1.16, which is pinned, has no PPO trainer"
-        repair = "train.engine=native; `llm-align rloo` and `llm-align grpo` run on TRL"
-        yield Problem("train.engine", "'trl'", expected, repair)
-    if train.neftune_alpha is not None:
-        expected = "null: with noise the ratio to the sampling policy does not start at 1"
-        yield Problem("train.neftune_alpha", f"{train.neftune_alpha:g}", expected, "train.neftune_alpha=null")
-    if train.label_smoothing:
-        expected = "0: RL has no labels to smooth"
-        repair = "train.label_smoothing=0"
-        yield Problem("train.label_smoothing", f"{train.label_smoothing:g}", expected, repair)
-
-
-def _size_problems(settings: Settings) -> Iterator[Problem]:
+def _check_sizes(settings: Any) -> Iterator[Problem]:
     rollout_size, batch_size, ppo = settings.ppo.rollout_size, settings.train.batch_size, settings.ppo
     # Every PPO epoch then consists of full minibatches.
     if rollout_size % batch_size:
@@ -65,8 +39,72 @@ def _size_problems(settings: Settings) -> Iterator[Problem]:
         yield Problem("ppo.kl_horizon", actual, expected, f"ppo.kl_horizon={20 * rollout_size}")
 
 
-def _value_init_problems(settings: Settings) -> Iterator[Problem]:
-    has_reward_model = any(source.run is not None for source in settings.rewards.sources)
-    if settings.ppo.value_init == "reward" and not has_reward_model and settings.rewards.sources:
-        actual = "'reward', but no source is a reward model"
-        yield Problem("ppo.value_init", actual, "a reward run among rewards.sources", "ppo.value_init=policy")
+def _check_pretraining(settings: Any) -> Iterator[Problem]:
+    pretraining = settings.pretraining
+    if pretraining.weight and pretraining.source is None:
+        repair = "pretraining.source=FILE, or pretraining.weight=0"
+        yield Problem("pretraining.source", "null with a weight above 0", "a source of rows", repair)
+    if pretraining.source is not None and not pretraining.weight:
+        repair = "pretraining.weight=1, or remove the source"
+        yield Problem("pretraining.weight", "0 with a source given", "a weight above 0", repair)
+
+
+def _no_reward_model(sources: list[RewardSource]) -> bool:
+    return bool(sources) and all(source.run is None for source in sources)
+
+
+RULES = (
+    *REWARD_RULES,
+    Rule(
+        "native-only",
+        {"train.engine": ("trl",)},
+        "TRL 1.16 has no PPO trainer",
+        source="trl 1.16: no PPOTrainer, not in trl.experimental either",
+        evidence="source",
+        changes={"train.engine": "native"},
+        problem=Problem(
+            "train.engine",
+            "'trl'",
+            "native: TRL 1.16, which is pinned, has no PPO trainer",
+            "train.engine=native; `llm-align rloo` and `llm-align grpo` run on TRL",
+        ),
+    ),
+    Rule(
+        "ppo-neftune",
+        {"train.neftune_alpha": is_set},
+        source="arXiv 1707.06347, equation 6",
+        problem=Problem(
+            "train.neftune_alpha",
+            "{train.neftune_alpha:g}",
+            "null: with noise the ratio to the sampling policy does not start at 1",
+            "train.neftune_alpha=null",
+        ),
+    ),
+    RL_LABEL_SMOOTHING,
+    CONSISTENCY,
+    Rule(
+        "ppo-sizes",
+        message="rollouts are full minibatches, and the KL controller's step is small",
+        source="arXiv 1909.08593, section 2.2: the controller's clipped error",
+        find=_check_sizes,
+        reads=("ppo", "train"),
+    ),
+    Rule(
+        "value-init",
+        {"ppo.value_init": ("reward",), "rewards.sources": _no_reward_model},
+        source="arXiv 2203.02155, appendix C.4: the value function starts from the reward model",
+        problem=Problem(
+            "ppo.value_init",
+            "'reward', but no source is a reward model",
+            "a reward run among rewards.sources",
+            "ppo.value_init=policy",
+        ),
+    ),
+    Rule(
+        "ppo-ptx",
+        message="PPO-ptx has a weight and rows, or neither",
+        source="arXiv 2203.02155, equation 2",
+        find=_check_pretraining,
+        reads=("pretraining",),
+    ),
+)

@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.recipe.errors import Problem
 from finetune.recipe.settings import DataSettings, NonEmptyStr, Section
 
 
@@ -40,15 +39,3 @@ class ChainOfHindsightSettings(Section):
     bad: NonEmptyStr = Field(
         "Give a bad answer.", description="control text of the worst completion, for training"
     )
-
-    def problems(self) -> list[Problem]:
-        if self.good.strip() != self.bad.strip():
-            return []
-        return [
-            Problem(
-                "chain_of_hindsight.bad",
-                "equal to chain_of_hindsight.good",
-                "a different text",
-                "chain_of_hindsight.bad=...",
-            )
-        ]

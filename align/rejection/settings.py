@@ -1,13 +1,12 @@
-"""Recipe of stage rejection: its sections, and the checks across them."""
+"""Recipe of stage rejection: its sections, and its rules."""
 
-from collections.abc import Collection, Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from align.rl.rewards.settings import RewardsSettings
+from align.rl.rewards.settings import REWARD_RULES, RewardsSettings
 from align.rl.settings import PromptSettings, SamplingSettings
-from finetune.recipe.checks import adapter_traits
+from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import PositiveInt, Section, StageSettings
 
@@ -53,46 +52,63 @@ class Settings(StageSettings):
     sampling: SamplingSettings = SamplingSettings()
     rejection: RejectionSettings = RejectionSettings()
 
-    def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return every problem that can be found before anything is loaded."""
-        problems = self.rewards.problems(self, valid)
-        if "train" in valid and self.train.evaluate_every is not None:
-            actual, expected = (
-                f"{self.train.evaluate_every}",
-                "null: evaluation runs after each round",
-            )
-            problems.append(Problem("train.evaluate_every", actual, expected, "train.evaluate_every=null"))
-        if "data" in valid and self.data.overflow == "truncate":
-            expected = "drop: training rows hold the complete prompt with its completion"
-            problems.append(Problem("data.overflow", "'truncate'", expected, "data.overflow=drop"))
-        if "evaluate" in valid and self.evaluate.exact_match:
-            actual = f"{self.evaluate.exact_match}"
-            expected = "0: prompts have no reference reply (use evaluate.retention for rows that have)"
-            problems.append(Problem("evaluate.exact_match", actual, expected, "evaluate.exact_match=0"))
-        if "rejection" in valid:
-            problems += _selection_problems(self.rejection)
-        if {"rejection", "adapter"} <= set(valid):
-            problems += _round_problems(self)
-        return problems
 
-
-def _selection_problems(rejection: RejectionSettings) -> Iterator[Problem]:
-    if rejection.top_fraction is not None and rejection.keep == "best_of_n":
-        actual = f"{rejection.top_fraction:g} with rejection.keep=best_of_n"
-        yield Problem(
+RULES = (
+    *REWARD_RULES,
+    Rule(
+        "rejection-evaluate-every",
+        {"train.evaluate_every": is_set},
+        source="align/rejection/method.py",
+        problem=Problem(
+            "train.evaluate_every",
+            "{train.evaluate_every}",
+            "null: evaluation runs after each round",
+            "train.evaluate_every=null",
+        ),
+    ),
+    Rule(
+        "rejection-overflow",
+        {"data.overflow": ("truncate",)},
+        source="arXiv 2304.06767, section 3: completions of the full prompt",
+        problem=Problem(
+            "data.overflow",
+            "'truncate'",
+            "drop: training rows hold the complete prompt with its completion",
+            "data.overflow=drop",
+        ),
+    ),
+    Rule(
+        "rejection-exact-match",
+        {"evaluate.exact_match": bool},
+        source="align/rl/prompts.py: prompts without reference answers",
+        problem=Problem(
+            "evaluate.exact_match",
+            "{evaluate.exact_match}",
+            "0: prompts have no reference reply (use evaluate.retention for rows that have)",
+            "evaluate.exact_match=0",
+        ),
+    ),
+    Rule(
+        "top-fraction",
+        {"rejection.top_fraction": is_set, "rejection.keep": ("best_of_n",)},
+        source="arXiv 2304.06767v1: the best fraction of all completions",
+        problem=Problem(
             "rejection.top_fraction",
-            actual,
+            "{rejection.top_fraction:g} with rejection.keep=best_of_n",
             "null: best_of_n selects one per prompt",
             "rejection.keep=top_fraction",
-        )
-
-
-def _round_problems(settings: Settings) -> Iterator[Problem]:
-    method = settings.adapter.method
-    continues_as = adapter_traits(method).continues_as
-    if settings.rejection.rounds > 1 and continues_as:
-        actual = (
-            f"{settings.rejection.rounds} with adapter.method '{method}', which continues as '{continues_as}'"
-        )
-        repair = f"adapter.method={continues_as}, or one round, then another run --from this one"
-        yield Problem("rejection.rounds", actual, "1 for this adapter", repair)
+        ),
+    ),
+    Rule(
+        "rejection-rounds",
+        {"rejection.rounds": lambda rounds: rounds > 1, "traits.continues_as": bool},
+        source="finetune/adapters/*.py, TRAITS.continues_as",
+        problem=Problem(
+            "rejection.rounds",
+            "{rejection.rounds} with adapter.method '{adapter.method}', which continues as "
+            "'{traits.continues_as}'",
+            "1 for this adapter",
+            "adapter.method={traits.continues_as}, or one round, then another run --from this one",
+        ),
+    ),
+)

@@ -1,12 +1,12 @@
-"""Recipe settings of stage `reward`: heads and their data sources, loss terms, and rules."""
+"""Recipe settings of stage `reward`: heads and their data sources, loss terms, functions, and rules."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from align.preference.settings import PreferenceSettings
-from finetune.recipe.checks import adapter_traits
+from finetune.recipe.compatibility import Condition, Rule, is_set
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.settings import MixedSource, NonEmptyStr, Section, StageSettings
 from finetune.recipe.user_function import file_digest, load_user_function, signature_problems
@@ -70,12 +70,6 @@ class Settings(StageSettings):
     data: RewardData = RewardData()
     reward: RewardSettings = RewardSettings()
 
-    def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return contradictory settings; executes the rules' files to check their functions."""
-        problems = [*_unsupported_settings(self), *(_adapter_problems(self) if "adapter" in valid else [])]
-        problems += _head_problems(self) if {"data", "reward"} <= set(valid) else []
-        return problems + (list(_rule_problems(self.reward)) if "reward" in valid else [])
-
 
 def head_indices(settings: Settings) -> list[int]:
     """Return the index of the head trained on each data source."""
@@ -84,39 +78,14 @@ def head_indices(settings: Settings) -> list[int]:
     return [0] if sources is None else [names.index(source.head or names[0]) for source in sources]
 
 
-def _unsupported_settings(settings: Settings) -> Iterator[Problem]:
-    """Yield settings that have no effect in this stage."""
-    train, evaluate = settings.train, settings.evaluate
-    if train.engine == "trl" and len(settings.reward.heads) > 1:
+def _check_single_head(settings: Settings) -> Iterator[Problem]:
+    if settings.train.engine == "trl" and len(settings.reward.heads) > 1:
         actual = f"'trl' with {len(settings.reward.heads)} heads"
-        yield Problem(
-            "train.engine", actual, "native: TRL's RewardTrainer has a single score", "train.engine=native"
-        )
-    is_set = {
-        "train.label_smoothing": train.label_smoothing != 0,
-        "train.neftune_alpha": train.neftune_alpha is not None,
-        "data.packing": settings.data.packing,
-        "evaluate.exact_match": evaluate.exact_match != 0,
-        "evaluate.graders": bool(evaluate.graders),
-        "evaluate.retention": evaluate.retention is not None,
-    }
-    for where in (name for name, is_given in is_set.items() if is_given):
-        reason = "not supported for reward models: completions already share their prompt's row"
-        if where != "data.packing":
-            reason = "not supported for reward models, which generate no text"
-        yield Problem(where, "set", reason, "remove it")
+        expected = "native: TRL's RewardTrainer has a single score"
+        yield Problem("train.engine", actual, expected, "train.engine=native")
 
 
-def _adapter_problems(settings: Settings) -> Iterator[Problem]:
-    method = settings.adapter.method
-    if reason := adapter_traits(method).scoring_unsupported:
-        repair = "adapter.method=lora, or another one of `llm-align list adapters`"
-        yield Problem(
-            "adapter.method", f"'{method}': {reason}", "an adapter that supports reward models", repair
-        )
-
-
-def _head_problems(settings: Settings) -> Iterator[Problem]:
+def _check_heads(settings: Settings) -> Iterator[Problem]:
     names, sources = settings.reward.heads, settings.data.mix
     if len(set(names)) < len(names):
         yield Problem("reward.heads", f"duplicate names: {', '.join(names)}", "unique names")
@@ -146,7 +115,8 @@ def _head_problems(settings: Settings) -> Iterator[Problem]:
         )
 
 
-def _rule_problems(reward: RewardSettings) -> Iterator[Problem]:
+def _check_reward_functions(settings: Settings) -> Iterator[Problem]:
+    reward = settings.reward
     names = [*reward.heads, *(rule.name for rule in reward.rules), "total"]
     for index, rule in enumerate(reward.rules):
         where = f"reward.rules[{index}]"
@@ -158,3 +128,56 @@ def _rule_problems(reward: RewardSettings) -> Iterator[Problem]:
             yield from error.problems
         else:
             yield from signature_problems(function, RULE_ARGUMENTS, where=f"{where}.function")
+
+
+def _without_effect(key: str, is_given: Condition, why: str) -> Rule:
+    """Return the rule of a setting that has no effect in this stage."""
+    name = f"reward-{key.partition('.')[2].replace('_', '-')}"
+    return Rule(name, {key: is_given}, source="align/reward", problem=Problem(key, "set", why, "remove it"))
+
+
+NO_TEXT = "not supported for reward models, which generate no text"
+SHARED_ROW = "not supported for reward models: completions already share their prompt's row"
+
+RULES = (
+    Rule(
+        "trl-single-head",
+        message="TRL's RewardTrainer has a single score",
+        source="trl 1.16, trainer/reward_trainer.py: num_labels=1",
+        find=_check_single_head,
+        reads=("train", "reward"),
+    ),
+    _without_effect("train.label_smoothing", bool, NO_TEXT),
+    _without_effect("train.neftune_alpha", is_set, NO_TEXT),
+    _without_effect("data.packing", (True,), SHARED_ROW),
+    _without_effect("evaluate.exact_match", bool, NO_TEXT),
+    _without_effect("evaluate.graders", bool, NO_TEXT),
+    _without_effect("evaluate.retention", is_set, NO_TEXT),
+    Rule(
+        "reward-head",
+        {"traits.scoring_unsupported": bool},
+        "PEFT cannot save a reward head with this adapter",
+        source="finetune/adapters/*.py, TRAITS.scoring_unsupported",
+        repair="another adapter of `llm-align list adapters`, such as lora",
+        problem=Problem(
+            "adapter.method",
+            "'{adapter.method}': {traits.scoring_unsupported}",
+            "an adapter that supports reward models",
+            "adapter.method=lora, or another one of `llm-align list adapters`",
+        ),
+    ),
+    Rule(
+        "reward-heads",
+        message="every head has a name of its own and a source of data.mix",
+        source="align/reward/collate.py",
+        find=_check_heads,
+        reads=("data", "reward"),
+    ),
+    Rule(
+        "reward-functions",
+        message="reward functions exist, with names of their own",
+        source="align/reward/rules.py",
+        find=_check_reward_functions,
+        reads=("reward",),
+    ),
+)

@@ -4,10 +4,11 @@ Liu et al. 2023 (arXiv 2302.02676), section 3: the model learns to write bad and
 control text of either; at inference the prompt carries that of good ones.
 """
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from align.preference.settings import ChainOfHindsightSettings, PreferenceSettings
+from finetune.recipe.compatibility import Rule
 from finetune.recipe.errors import Problem
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
@@ -27,9 +28,23 @@ class Settings(StageSettings):
     data: PreferenceSettings = PreferenceSettings()
     chain_of_hindsight: ChainOfHindsightSettings = ChainOfHindsightSettings()
 
-    def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return the cross-field problems, before anything is loaded."""
-        return self.chain_of_hindsight.problems() if "chain_of_hindsight" in valid else []
+
+def _check_control_texts(settings: Any) -> Iterator[Problem]:
+    texts = settings.chain_of_hindsight
+    if texts.good.strip() == texts.bad.strip():
+        actual = "equal to chain_of_hindsight.good"
+        yield Problem("chain_of_hindsight.bad", actual, "a different text", "chain_of_hindsight.bad=...")
+
+
+RULES = (
+    Rule(
+        "control-texts",
+        message="the control texts of good and bad completions differ",
+        source="arXiv 2302.02676, section 3",
+        find=_check_control_texts,
+        reads=("chain_of_hindsight",),
+    ),
+)
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":

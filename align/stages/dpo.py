@@ -5,13 +5,11 @@ pi(y_l|x) / ref(y_l|x)]), y_w preferred to y_l; the reference model is the initi
 selects the variants on pairs and ranked lists, with and without a reference.
 """
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
-from align.dpo.checks import preference_problems
+from align.dpo import settings as dpo_settings
 from align.dpo.settings import DPOSettings
 from align.preference.settings import PreferenceSettings
-from finetune.recipe.errors import Problem
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
 
@@ -33,9 +31,8 @@ class Settings(StageSettings):
     data: PreferenceSettings = PreferenceSettings()
     dpo: DPOSettings = DPOSettings()
 
-    def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return the cross-field problems, before anything is loaded."""
-        return list(preference_problems(self, self.dpo, valid))
+
+RULES = dpo_settings.RULES
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":

@@ -5,13 +5,10 @@ completions and w_U s(beta (z - r)) for bad ones, r = log pi(y|x) / ref(y|x), z 
 prompts and completions. The reference model is the initial policy. TRL's KTOTrainer runs it.
 """
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
-from align.dpo.checks import trl_copy_problems
 from align.kto import settings as kto_settings
 from align.kto.settings import KTODataSettings, KTOSettings, KTOTrainSettings
-from finetune.recipe.errors import Problem
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
 
@@ -34,14 +31,8 @@ class Settings(StageSettings):
     train: KTOTrainSettings = KTOTrainSettings()
     kto: KTOSettings = KTOSettings()
 
-    def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return the cross-field problems, before anything is loaded."""
-        problems: list[Problem] = []
-        if "train" in valid:
-            problems += kto_settings.train_problems(self.train)
-        if "adapter" in valid:
-            problems += trl_copy_problems(self)
-        return problems
+
+RULES = kto_settings.RULES
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":

@@ -19,6 +19,7 @@ PUBLIC = "hh"
 """Default recipe for a base other than the embedded one."""
 
 Settings = stage_settings.Settings
+RULES = stage_settings.RULES
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":

@@ -19,6 +19,7 @@ PUBLIC = "llama2-chat"
 """Default recipe for a base other than the embedded one."""
 
 Settings = settings.Settings
+RULES = settings.RULES
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":

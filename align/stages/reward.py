@@ -19,6 +19,7 @@ PUBLIC = "hh"
 """Default recipe for bases other than the embedded one."""
 
 Settings = settings.Settings
+RULES = settings.RULES
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":

@@ -6,11 +6,9 @@ There is no value model. The reference is the initial policy. TRL's RLOOTrainer 
 own completions, and an interrupted run resumes bit for bit.
 """
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar
 
-from align.online.settings import OnlineSettings, RLOOSettings, online_problems
-from finetune.recipe.errors import Problem
+from align.online.settings import OnlineSettings, RLOOSettings, online_rules
 from finetune.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -30,9 +28,8 @@ class Settings(OnlineSettings):
 
     rloo: RLOOSettings = RLOOSettings()
 
-    def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return every problem that can be found before anything is loaded."""
-        return list(online_problems(self, self.rloo, valid))
+
+RULES = online_rules("rloo")
 
 
 def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":

@@ -5,6 +5,7 @@ R(P, Q) = ||P^T P - I||^2 + ||Q Q^T - I||^2. Equations 8 to 10: importance from 
 uncertainty. Equation 12: the budget decreases with a cubic schedule between warmup and cooldown.
 """
 
+from collections.abc import Iterator
 from math import ceil
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,8 +15,9 @@ from finetune.adapters import lora
 from finetune.adapters._targets import check_targets
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import Hooks, Traits
+from finetune.recipe.compatibility import Rule
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import Fraction, PositiveInt
+from finetune.recipe.settings import Fraction, PositiveInt, StageSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,17 +52,28 @@ class Settings(lora.Settings):
         """Return the initial rank of every layer."""
         return ceil(1.5 * self.rank) if self.init_rank is None else self.init_rank
 
-    def problems(self) -> list[Problem]:
-        """Return problems with a budget that cannot decrease."""
-        problems = []
-        if self.resolved_init_rank <= self.rank:
-            text = f"{self.resolved_init_rank}, with adapter.rank {self.rank}"
-            problems.append(Problem("adapter.init_rank", text, "more than adapter.rank: ranks are pruned"))
-        if self.warmup + self.cooldown >= 1:
-            text = f"{self.warmup} and {self.cooldown}"
-            expected = "a sum below 1: the budget decreases between them"
-            problems.append(Problem("adapter.warmup, adapter.cooldown", text, expected))
-        return problems
+
+def _check_budget(settings: StageSettings) -> Iterator[Problem]:
+    adapter = settings.adapter
+    assert isinstance(adapter, Settings)
+    if adapter.resolved_init_rank <= adapter.rank:
+        text = f"{adapter.resolved_init_rank}, with adapter.rank {adapter.rank}"
+        yield Problem("adapter.init_rank", text, "more than adapter.rank: ranks are pruned")
+    if adapter.warmup + adapter.cooldown >= 1:
+        text = f"{adapter.warmup} and {adapter.cooldown}"
+        expected = "a sum below 1: the budget decreases between them"
+        yield Problem("adapter.warmup, adapter.cooldown", text, expected)
+
+
+RULES = (
+    Rule(
+        "adalora-budget",
+        message="the budget of ranks decreases: from init_rank to rank, between warmup and cooldown",
+        source="arXiv 2303.10512, equation 12",
+        find=_check_budget,
+        reads=("adapter",),
+    ),
+)
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":

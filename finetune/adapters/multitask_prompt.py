@@ -5,6 +5,7 @@ paper's transfer to a target task: ``source`` is a run whose shared prompt P* is
 trains it on many tasks; our ``data.mix`` mixes them).
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,8 +13,9 @@ from pydantic import Field
 
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
+from finetune.recipe.compatibility import Rule
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import NonEmptyStr, PositiveInt, VirtualTokenSettings
+from finetune.recipe.settings import NonEmptyStr, PositiveInt, StageSettings, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,12 +38,24 @@ class Settings(VirtualTokenSettings):
         None, description="run directory with the shared prompt; null: random tokens"
     )
 
-    def problems(self) -> list[Problem]:
-        """Return a problem if ``source`` has no adapter."""
-        if self.source is None or _shared_prompt_file(self.source).is_file():
-            return []
-        actual = f"'{self.source}' has no adapter"
-        return [Problem("adapter.source", actual, "the run directory of a multitask_prompt run")]
+
+def _check_source(settings: StageSettings) -> Iterator[Problem]:
+    adapter = settings.adapter
+    assert isinstance(adapter, Settings)
+    if adapter.source is not None and not _shared_prompt_file(adapter.source).is_file():
+        actual = f"'{adapter.source}' has no adapter"
+        yield Problem("adapter.source", actual, "the run directory of a multitask_prompt run")
+
+
+RULES = (
+    Rule(
+        "multitask-prompt-source",
+        message="adapter.source is a run with a shared prompt",
+        source="arXiv 2303.02861, equation 1",
+        find=_check_source,
+        reads=("adapter",),
+    ),
+)
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":

@@ -15,8 +15,9 @@ from pydantic import Field
 from finetune.adapters import prompt
 from finetune.adapters._task import peft_task_type
 from finetune.adapters.traits import VIRTUAL_TOKENS_NOT_MERGEABLE, Traits
+from finetune.recipe.compatibility import Rule, caught
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import NonEmptyStr, PositiveInt, VirtualTokenSettings
+from finetune.recipe.settings import NonEmptyStr, PositiveInt, StageSettings, VirtualTokenSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,13 +47,22 @@ class Settings(VirtualTokenSettings):
         """Return the total number of virtual tokens of all prompts."""
         return self.virtual_tokens + (_num_earlier_tokens(self.previous) if self.previous else 0)
 
-    def problems(self) -> list[Problem]:
-        """Return problems with the previous run."""
-        try:
-            _ = self.positions
-        except UserError as error:
-            return error.problems
-        return []
+
+def _check_previous(settings: StageSettings) -> list[Problem]:
+    adapter = settings.adapter
+    assert isinstance(adapter, Settings)
+    return [] if adapter.previous is None else caught(_num_earlier_tokens, adapter.previous)
+
+
+RULES = (
+    Rule(
+        "progressive-prompt-previous",
+        message="adapter.previous is a run with adapter prompt or progressive_prompt",
+        source="arXiv 2301.12314, section 3",
+        find=_check_previous,
+        reads=("adapter",),
+    ),
+)
 
 
 def build(model: "PreTrainedModel", settings: Settings) -> "PeftModel":

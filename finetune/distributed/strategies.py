@@ -1,4 +1,4 @@
-"""Distributed strategies: names, what each shards, and their arguments of transformers' Trainer.
+"""Distributed strategies: names, what each shards, arguments of transformers' Trainer, and rules.
 
 DeepSpeed's ZeRO configs and FSDP2. No heavy imports: recipes and the planner read the names.
 
@@ -8,6 +8,8 @@ ZeRO shards optimizer states (stage 1), gradients too (2), weights too (3): Rajb
 
 from pathlib import Path
 from typing import Any
+
+from finetune.recipe.compatibility import Rule
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 """The order in which ``auto`` tries them: those that shard more communicate more."""
@@ -19,6 +21,7 @@ SHARDED_OPTIMIZER = ("zero1", *SHARDED_GRADIENTS)
 """Strategies that shard the weights, the gradients and the optimizer states, respectively."""
 REPLICATED = ("ddp", "zero1", "zero2")
 """Strategies under which each process holds all trained weights."""
+MULTI_PROCESS = ("ddp", *ZERO_STAGES, "fsdp2")
 
 SWAP_FOLDER = ".swap"
 """Folder for tensors offloaded to NVMe, inside the run's folder."""
@@ -120,3 +123,188 @@ def _autocast_config(precision: str) -> dict[str, Any]:
     # DeepSpeed's own bf16 and fp16 would round the trained weights too. With an empty list of safe modules
     # gradients are averaged in their own dtype.
     return {"torch_autocast": {"enabled": True, "dtype": precision, "lower_precision_safe_modules": []}}
+
+
+PRECISION_RULES = (
+    Rule(
+        "float16-cpu",
+        {"model.precision": ("float16",), "device": ("cpu",)},
+        "CPUs have no fast float16 kernels with loss scaling",
+        source="finetune/training/auto_values.py",
+        changes={"model.precision": "auto"},
+    ),
+    Rule(
+        "bfloat16-emulated",
+        {"model.precision": ("bfloat16",), "device": ("cuda",), "bfloat16": (False,)},
+        "this GPU only emulates bfloat16, which is slower than float32",
+        source="torch 2.13, cuda/__init__.py: is_bf16_supported(including_emulation=False)",
+        evidence="source",
+        changes={"model.precision": "auto"},
+    ),
+)
+
+PROCESS_RULES = (
+    Rule(
+        "single-process-strategy",
+        {"train.strategy": ("single",), "processes": ("several",)},
+        "each process would train an independent model",
+        source="finetune/training/launch.py",
+        changes={"train.strategy": "ddp"},
+        repair="train.strategy=auto, or train.num_processes=1",
+    ),
+    Rule(
+        "one-process",
+        {"train.strategy": MULTI_PROCESS, "processes": ("one",)},
+        "the strategy needs several processes, and there is one",
+        source="finetune/training/launch.py",
+        changes={"train.strategy": "single"},
+        repair="train.num_processes=2 or more, or train.strategy=auto",
+    ),
+    Rule(
+        "ddp-offload",
+        {"train.strategy": ("ddp",), "train.offload": ("cpu",)},
+        "offloading is a ZeRO feature; plain data parallelism has no offload",
+        source="accelerate 1.15, accelerator.py: offloading belongs to the DeepSpeed and FSDP plug-ins",
+        evidence="source",
+        changes={"train.strategy": "zero2"},
+    ),
+    Rule(
+        "ddp-nvme",
+        {"train.strategy": ("ddp",), "train.offload": ("nvme",)},
+        "only ZeRO-3 offloads to NVMe; plain data parallelism has no offload",
+        source="accelerate 1.15, accelerator.py: offloading belongs to the DeepSpeed and FSDP plug-ins",
+        evidence="source",
+        changes={"train.strategy": "zero3"},
+    ),
+    Rule(
+        "offload-one-process",
+        {"train.offload": ("cpu", "nvme"), "processes": ("one",)},
+        "offloading is a ZeRO feature, and ZeRO needs several processes here",
+        source="finetune/training/launch.py",
+        changes={"train.offload": "none"},
+        repair="train.offload=none, or train.num_processes=2 or more",
+    ),
+)
+
+OFFLOAD_RULES = (
+    Rule(
+        "fsdp2-offload",
+        {"train.strategy": ("fsdp2",), "train.offload": ("cpu", "nvme")},
+        "offloading is a ZeRO feature here: FSDP2 keeps its shards on the device",
+        source="finetune/distributed/strategies.py; transformers 5.23: fsdp_cpu_offload needs a GPU",
+        changes={"train.strategy": "zero3"},
+    ),
+    Rule(
+        "nvme-cpu",
+        {"train.offload": ("nvme",), "device": ("cpu",)},
+        "DeepSpeed swaps GPU memory to NVMe, and on a CPU there is none",
+        source="deepspeed 0.19.8, op_builder/async_io.py: pinned buffers and libaio, which is not there",
+        evidence="source",
+        changes={"train.offload": "none"},
+    ),
+    Rule(
+        "nvme-needs-zero3",
+        {"train.strategy": ("zero1", "zero2"), "train.offload": ("nvme",)},
+        "DeepSpeed swaps to NVMe in stage 3 alone; stages 1 and 2 silently offload to the CPU",
+        source="deepspeed 0.19.8, runtime/zero/stage_1_and_2.py: any offload device sets cpu_offload",
+        evidence="source",
+        changes={"train.strategy": "zero3"},
+    ),
+)
+
+SHARDING_RULES = (
+    Rule(
+        "reward-models-sharded",
+        {"stage": ("ppo", "rejection", "rloo", "grpo"), "train.strategy": SHARDED_WEIGHTS},
+        "reward and value models share the policy's base in memory, which would be sharded; ZeRO-2 "
+        "replicates the weights",
+        source="ppo on two CPU ranks with ZeRO-3: Cannot copy out of meta tensor "
+        "(align/reward/shared_base.py); the other stages load their rewards in the same way",
+        evidence="run",
+        changes={"train.strategy": "zero2"},
+    ),
+    Rule(
+        "fsdp2-quantized",
+        {"train.strategy": ("fsdp2",), "model.quantization": ("nf4", "int8")},
+        "FSDP2's weights become DTensors while they are loaded, which bitsandbytes cannot quantize; ZeRO-3 "
+        "partitions 4-bit weights after they are quantized",
+        source="two CPU ranks: 'DTensor' object has no attribute 'compress_statistics'; bitsandbytes#1709",
+        evidence="run",
+        changes={"train.strategy": "zero3"},
+    ),
+    Rule(
+        "int8-sharded",
+        {"train.strategy": ("zero3",), "model.quantization": ("int8",)},
+        "bitsandbytes' 8-bit layers keep the full weight in addition to the sharded parameter: no memory is "
+        "saved, and on GPUs the loss was off by an order of magnitude",
+        source="bitsandbytes 0.50.2, nn/modules.py: Linear8bitLt, state.CB; two CPU ranks equal one, each "
+        "with all weights; bitsandbytes#1451 (ZeRO-3 wrong, ZeRO-1 and 2 right), accelerate#3730",
+        evidence="run",
+        changes={"train.strategy": "zero2"},
+    ),
+    Rule(
+        "pissa-fsdp2",
+        {"train.strategy": ("fsdp2",), "adapter.method": ("pissa",)},
+        "PiSSA initializes from the SVD of the full weights and overwrites them; PEFT gathers them for that "
+        "under ZeRO-3, and does not support DTensors",
+        source="peft 0.21.2, lora/layer.py: gather_params_ctx around pissa_init; ZeRO-3 tested: the losses "
+        "of ddp",
+        evidence="source",
+        changes={"train.strategy": "zero3"},
+    ),
+    Rule(
+        "dora-fsdp2",
+        {"train.strategy": ("fsdp2",), "adapter.method": ("dora",)},
+        "DoRA takes column norms of the full weights, and PEFT does not support DTensors",
+        source="two CPU ranks: aten.add.Tensor got mixed torch.Tensor and DTensor; peft#1797",
+        evidence="run",
+        changes={"train.strategy": "zero3"},
+    ),
+    Rule(
+        "fsdp2-full",
+        {"train.strategy": ("fsdp2",), "traits.full_finetuning": (True,)},
+        "in checkpoints each process would overwrite the others' optimizer shards, and the run could not "
+        "resume; ZeRO-3 writes all shards",
+        source="two CPU ranks: it trains, and optimizer.pt holds one process's shard",
+        evidence="run",
+        changes={"train.strategy": "zero3"},
+    ),
+    Rule(
+        "trl-sharded",
+        {"train.strategy": SHARDED_WEIGHTS, "train.engine": ("trl",)},
+        "sharded weights are not tested with TRL's trainers",
+        source="finetune/engines/trl/sft.py",
+        changes={"train.strategy": "zero2"},
+    ),
+    Rule(
+        "adafactor-zero",
+        {"train.strategy": tuple(ZERO_STAGES), "train.optimizer": ("adafactor",)},
+        "ZeRO flattens the parameters, and Adafactor has no rows and columns to factor: it would need as "
+        "much memory as Adam's second moment and compute something else",
+        source="deepspeed 0.19.8, stage_1_and_2.py: flatten; transformers 5.23, optimization.py: "
+        "factored = len(param_shape) >= 2",
+        evidence="source",
+        changes={"train.optimizer": "adamw"},
+    ),
+    Rule(
+        "adalora-zero",
+        {"train.strategy": tuple(ZERO_STAGES), "adapter.method": ("adalora",)},
+        "AdaLoRA scores its ranks by the gradients after each step, which DeepSpeed has cleared by then",
+        source="Gradients are only available immediately after backward and before engine step; accelerate "
+        "1.15, utils/deepspeed.py: backward() steps and clears; peft#1721",
+        evidence="run",
+        changes={"train.strategy": "ddp"},
+    ),
+    Rule(
+        "trainable-tokens-cpu",
+        {"train.strategy": ("zero3",), "adapter.method": ("trainable_tokens",), "device": ("cpu",)},
+        "PEFT gathers the rows of a sharded embedding on a CUDA device, whatever the device is",
+        source="peft 0.21.2, trainable_tokens/layer.py: _collect_token_weights; run: Torch not "
+        "compiled with CUDA",
+        evidence="run",
+        changes={"train.strategy": "zero2"},
+    ),
+)
+
+RULES = (*PRECISION_RULES, *PROCESS_RULES, *OFFLOAD_RULES, *SHARDING_RULES)
+"""What a device, a number of processes and a strategy cannot be combined with, in the solver's order."""

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from finetune.distributed.strategies import STRATEGIES
-from finetune.planner.compatibility import COMPATIBILITY_RULES, CompatibilityRule
 from finetune.planner.solver import (
     OFFLOADS,
     OPTIMIZER_NAMES,
@@ -16,8 +15,10 @@ from finetune.planner.solver import (
     check,
     format_overrides,
     needs_two_passes,
+    solver_rules,
 )
 from finetune.recipe.checks import adapter_traits
+from finetune.recipe.compatibility import Rule
 from finetune.recipe.discovery import ADAPTERS, plugin_names, stage_names
 from finetune.recipe.recipe import adapter_settings, stage_settings
 
@@ -26,8 +27,8 @@ YES, NO = "yes", "no"
 COMPATIBILITY_HEADER = """\
 # Compatibility of adapters, quantization, strategies and engines
 
-Generated from `finetune/planner/compatibility.py` by `python -m finetune.planner.compatibility_page`. For
-one stage: `llm-align plan --compatibility`. Every run is checked before anything is loaded: values that
+Generated from `RULES` of stages, adapters and strategies by `python -m finetune.planner.compatibility_page`.
+For one stage: `llm-align plan --compatibility`. Every run is checked before anything is loaded: values that
 nobody set are changed where that helps, with a note; other incompatible settings end with exit status 2 and
 a repair.
 
@@ -119,10 +120,10 @@ def format_cell(verdict: Verdict) -> str:
     return f"{text} [{names}]"
 
 
-def applied_rules(rows: Iterable[VerdictRow]) -> list[CompatibilityRule]:
+def applied_rules(rows: Iterable[VerdictRow]) -> list[Rule]:
     """Return the rules that a table's cells name, in order."""
     rule_names = {rule.name for row in rows for verdict in row.verdicts for rule in verdict.rules}
-    return [rule for rule in COMPATIBILITY_RULES if rule.name in rule_names]
+    return [rule for rule in solver_rules() if rule.name in rule_names]
 
 
 def compatibility_page() -> str:
@@ -138,7 +139,7 @@ def compatibility_page() -> str:
             ("train.engine=trl", engine_rows(device)),
         ):
             sections.append(f"### {title}\n\n{_table(title, rows)}")
-    sections.append("## Rules\n\n" + "\n".join(format_rule(rule) for rule in COMPATIBILITY_RULES))
+    sections.append("## Rules\n\n" + "\n".join(format_rule(rule) for rule in solver_rules()))
     return "\n".join(sections) + "\n"
 
 
@@ -197,9 +198,9 @@ def _table(title: str, rows: list[VerdictRow]) -> str:
     return header + "\n".join(body) + "\n"
 
 
-def format_rule(rule: CompatibilityRule) -> str:
+def format_rule(rule: Rule) -> str:
     """Return a rule as a Markdown list item: reason, evidence, source."""
-    return f"* **{rule.name}**: {rule.reason}. ({EVIDENCE_TEXTS[rule.evidence]}: {rule.source})"
+    return f"* **{rule.name}**: {rule.describe()}. ({EVIDENCE_TEXTS[rule.evidence]}: {rule.source})"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 from finetune.distributed.strategies import SHARDED_GRADIENTS, SHARDED_WEIGHTS
-from finetune.planner.kv_cache import decoding_memory
+from finetune.planner.attention import decoding_memory
 from finetune.planner.static_memory import StaticMemory, gathered_weight_bytes, static_memory
 from finetune.planner.train_step import simulate_forward, simulate_train_step
 from finetune.planner.workload import Workload
@@ -20,6 +20,10 @@ CATEGORIES = (
     "key-value cache",
     "workspace",
 )
+MERGE_PHASE = "merge"
+"""Merging an adapter into its base: a command of its own, after the run."""
+ROW_INDEPENDENT_PHASES = (MERGE_PHASE, "rollout")
+"""Phases whose memory does not depend on the micro-batch size."""
 MAX_SHARD_BYTES = 5 * 10**9
 """Maximum bytes of one safetensors file, as transformers writes them; loading reads one at a time."""
 SIMULATION_CACHE_SIZE = 512
@@ -84,7 +88,7 @@ def plan_memory(workload: Workload) -> tuple[Phase, ...]:
     optimizer_step = {"gradients": static.gradients, "workspace": static.step_workspace}
     phases.append(phase("optimizer step", resident_bytes, optimizer_step, workspace=buckets))
     if not workload.adapter.full_finetuning:
-        phases.append(Phase("merge", _merge_categories(workload, static), static.host))
+        phases.append(Phase(MERGE_PHASE, _merge_categories(workload, static), static.host))
     # Weights are copied to host memory to be written: one shard of a model, or the full adapter.
     saved_bytes = min(MAX_SHARD_BYTES, static.base) if workload.adapter.full_finetuning else static.adapter
     return (*phases, Phase("save", _static_categories(static), static.host + saved_bytes))

@@ -1,4 +1,4 @@
-"""Compatibility solver: evaluates the rules of ``compatibility`` before anything is loaded.
+"""Compatibility solver: evaluates the compatibility rules before anything is loaded.
 
 Quantization x adapter x strategy x offload x stage x engine x optimizer x hardware: ``check`` returns whether
 a combination works, works with changed values, or cannot work; ``resolve`` applies the changes to values that
@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from finetune.distributed import strategies
 from finetune.distributed.strategies import STRATEGIES
-from finetune.planner.compatibility import COMPATIBILITY_RULES, CompatibilityRule, PropertyValue
-from finetune.recipe.checks import adapter_traits
+from finetune.recipe import checks
+from finetune.recipe.checks import adapter_properties, rules_of
+from finetune.recipe.compatibility import Rule, union
+from finetune.recipe.discovery import ADAPTERS, plugin_names, stage_names
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import DEFAULT_ORIGIN, Recipe
 from finetune.recipe.settings import AdapterSettings
@@ -29,7 +32,6 @@ RECIPE_KEYS = {
     "quantization": "model.quantization",
     "precision": "model.precision",
     "strategy": "train.strategy",
-    "processes": "train.num_processes",
     "offload": "train.offload",
     "engine": "train.engine",
     "optimizer": "train.optimizer",
@@ -70,19 +72,12 @@ class Combination:
     device: str = "cpu"
     bfloat16: bool = True
 
-    def properties(self) -> dict[str, PropertyValue]:
-        """Return the properties that rules match on: settings, and the adapter's traits."""
-        traits = adapter_traits(self.adapter)
-        quantization = traits.quantization[0] if self.quantization == "auto" else self.quantization
+    def properties(self) -> dict[str, Any]:
+        """Return the properties that rules match on: settings, the adapter's traits, and the device."""
         return {
-            **{name: getattr(self, name) for name in self.__slots__},
-            "quantization": quantization,
+            **{RECIPE_KEYS.get(name, name): getattr(self, name) for name in self.__slots__},
             "processes": "one" if self.processes == 1 else "several",
-            "quantization_supported": quantization in traits.quantization,
-            "engine_supported": self.engine in traits.engines,
-            "reward_head_supported": not traits.scoring_unsupported,
-            "changes_base": traits.changes_base,
-            "full_finetuning": traits.full_finetuning,
+            **adapter_properties(self.adapter, quantization=self.quantization, engine=self.engine),
         }
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Combination":
@@ -107,7 +102,7 @@ class Verdict:
     changes: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     repair: str = ""
-    rules: tuple[CompatibilityRule, ...] = ()
+    rules: tuple[Rule, ...] = ()
 
     def describe(self) -> str:
         """Return the verdict as one line."""
@@ -128,7 +123,7 @@ def check(combination: Combination) -> Verdict:
     another one. A rule without changes, or changes that lead back to a combination seen before, make it
     incompatible.
     """
-    applied: list[CompatibilityRule] = []
+    applied: list[Rule] = []
     changes: dict[str, Any] = {}
     seen = {combination}
     while (rule := first_applicable_rule(combination)) is not None:
@@ -153,10 +148,29 @@ def check(combination: Combination) -> Verdict:
     )
 
 
-def first_applicable_rule(combination: Combination) -> CompatibilityRule | None:
+def first_applicable_rule(combination: Combination) -> Rule | None:
     """Return the first rule that applies to a combination."""
     properties = combination.properties()
-    return next((rule for rule in COMPATIBILITY_RULES if rule.applies(properties)), None)
+    rules = (*rules_of(combination.stage, combination.adapter), *strategies.RULES)
+    # Without checks that need code: those are of the recipe alone.
+    return next((rule for rule in rules if rule.find is None and rule.applies(properties)), None)
+
+
+def collected_rules() -> tuple[Rule, ...]:
+    """Return every rule: of all recipes, adapters, stages, and of the launch; a shared one once."""
+    rules: dict[str, Rule] = {}
+    of_adapters = [rule for name in plugin_names(ADAPTERS) for rule in checks.adapter_rules(name)]
+    of_stages = [rule for name in stage_names() for rule in checks.stage_rules(name)]
+    for rule in (*checks.RULES, *of_adapters, *of_stages, *strategies.RULES):
+        earlier = rules.get(rule.name)
+        rules[rule.name] = rule if earlier is None else union(earlier, rule)
+    return tuple(rules.values())
+
+
+def solver_rules() -> tuple[Rule, ...]:
+    """Return the rules on quantization, adapter, strategy, offload, stage, engine, optimizer and hardware."""
+    known = Combination().properties().keys()
+    return tuple(rule for rule in collected_rules() if rule.find is None and rule.when.keys() <= known)
 
 
 def resolve_auto_strategy(combination: Combination) -> str:
@@ -180,8 +194,8 @@ def format_overrides(changes: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
 
 
-def _join_reasons(rules: list[CompatibilityRule]) -> str:
-    return "; then ".join(dict.fromkeys(rule.reason for rule in rules))
+def _join_reasons(rules: list[Rule]) -> str:
+    return "; then ".join(dict.fromkeys(rule.describe() for rule in rules))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,14 +259,10 @@ def incompatibility_problem(combination: Combination, verdict: Verdict) -> Probl
     """Return a verdict as the user's error message."""
     rule = verdict.rules[0]
     # The error is reported at the rule's first property that is a recipe key.
-    property_name = next((name for name in rule.when if name in RECIPE_KEYS), "adapter")
-    other_properties = dict.fromkeys(
-        _format_property(name, combination) for name in rule.when if name != property_name
-    )
-    actual = f"{str(combination.properties()[property_name]).lower()}, with {', '.join(other_properties)}"
-    return Problem(
-        RECIPE_KEYS[property_name], actual, f"compatible settings: {verdict.reason}", verdict.repair
-    )
+    key = next((name for name in rule.when if name in RECIPE_KEYS.values()), "adapter.method")
+    other_properties = dict.fromkeys(_format_property(name, combination) for name in rule.when if name != key)
+    actual = f"{_plain(combination.properties()[key])}, with {', '.join(other_properties)}"
+    return Problem(key, actual, f"compatible settings: {verdict.reason}", verdict.repair)
 
 
 def _format_property(name: str, combination: Combination) -> str:
@@ -264,13 +274,17 @@ def _format_property(name: str, combination: Combination) -> str:
         return f"{count} process{'es' if count > 1 else ''}"
     if name == "stage":
         return f"stage {combination.stage}"
-    if name in RECIPE_KEYS:
-        return f"{RECIPE_KEYS[name]}={str(combination.properties()[name]).lower()}"
+    if name in RECIPE_KEYS.values():
+        return f"{name}={_plain(combination.properties()[name])}"
     return {
         "quantization_supported": f"model.quantization={combination.quantization}",
         "engine_supported": f"train.engine={combination.engine}",
         "bfloat16": "no native bfloat16",
     }.get(name, f"adapter.method={combination.adapter}")
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower()
 
 
 def _is_unset(recipe: Recipe, key: str) -> bool:

@@ -11,10 +11,11 @@ per weight; gradient checkpointing adds one forward pass:
 """
 
 from dataclasses import dataclass
+from statistics import fmean
 
 from finetune.distributed.hardware import Device
 from finetune.planner.architecture import Architecture
-from finetune.planner.workload import Workload
+from finetune.planner.workload import TotalWork, Workload
 
 DEQUANTIZATION_SLOWDOWN = (1.2, 1.6)
 """Slow-down of a pass over quantized weights: litgpt, tutorials/resource-tables.md and
@@ -30,6 +31,14 @@ litgpt's table has 0.142 s for a pass of about 110 tokens through 32 layers with
 """
 COMMUNICATION_SLOWDOWN = (1.0, 1.5)
 """Slow-down by communication between processes: not measured here, a conservative guess."""
+SHARDED_COMMUNICATION_SLOWDOWN = {"zero3": 1.25, "fsdp2": 1.25}
+"""Slow-down: half of the extra communication of ZeRO-3 is assumed to overlap with computation."""
+BUS_BYTES_PER_SECOND = 12e9
+"""Bytes/s between GPU and host memory: PCIe 4.0 x16 as reached in practice."""
+DEFAULT_FLOPS = 100e12
+"""FLOP/s assumed for an unknown GPU, to weigh communication against computation."""
+NOTABLE_LAUNCH_FRACTION = 0.3
+"""Share of the time above which kernel launches are mentioned."""
 
 SecondsRange = tuple[float, float]
 
@@ -119,3 +128,82 @@ def generation_seconds(
     return decoding_steps * max(read_seconds, matmul_seconds) * quick, decoding_steps * (
         read_seconds + matmul_seconds / device.utilization[0]
     ) * slow
+
+
+def estimate_time(
+    workload: Workload, device: Device, work: TotalWork, *, trainable: int, base_bytes: int
+) -> TimeEstimate | None:
+    """Return the time of a full run, without loading and evaluation; None: unknown device.
+
+    Args:
+        workload: one optimizer step of a process.
+        device: the device of each process.
+        work: of the full run.
+        trainable: number of trainable parameters.
+        base_bytes: bytes of the base's weights.
+    """
+    flops = work.trained_tokens * training_flops(workload, trainable) + work.forward_tokens * forward_flops(
+        workload
+    )
+    training = compute_seconds(workload, device, flops=flops)
+    if training is None:
+        return None
+    micro_batches = work.steps * workload.accumulation_steps
+    launching = launch_seconds(workload, micro_batches=micro_batches)
+    # At best kernel launches overlap with computation, at worst they add up.
+    lower, upper = max(training[0], launching[0]), training[1] + launching[1]
+    slow, fast = device.utilization
+    peak = f"{device.peak_flops(workload.precision) / 1e12:,.3g} TFLOP/s"
+    basis = f"estimated: {slow:.0%} to {fast:.0%} of this device's peak of {peak}"
+    if launching[1] > NOTABLE_LAUNCH_FRACTION * training[1]:
+        basis += f", plus kernel launches of {micro_batches:,} small micro-batches"
+    if work.completions:
+        generation = generation_seconds(workload, device, completions=work.completions, base_bytes=base_bytes)
+        if generation is None:
+            return None
+        lower, upper = lower + generation[0], upper + generation[1]
+        basis += f", plus {work.completions:,} completions of up to {work.completion_tokens} tokens"
+    return TimeEstimate(lower, upper, basis)
+
+
+def seconds_per_token(
+    workload: Workload, device: Device, work: TotalWork | None, *, trainable: int, base_bytes: int
+) -> float:
+    """Return the seconds per trained token, up to a factor that all settings of a recipe share."""
+    peak = device.peak_flops(workload.precision) or DEFAULT_FLOPS
+    dequantization = fmean(DEQUANTIZATION_SLOWDOWN) if workload.quantization != "none" else 1.0
+    compute = training_flops(workload, trainable) / (fmean(device.utilization) * peak) * dequantization
+    generation = None
+    if work is not None and work.completions:
+        generation = generation_seconds(workload, device, completions=work.completions, base_bytes=base_bytes)
+    return (
+        compute * SHARDED_COMMUNICATION_SLOWDOWN.get(workload.strategy, 1.0)
+        + _offload_seconds_per_token(workload, trainable)
+        + (0.0 if generation is None or work is None else fmean(generation) / work.trained_tokens)
+    )
+
+
+def _offload_seconds_per_token(workload: Workload, trainable: int) -> float:
+    """Return the seconds per token to transfer offloaded state over the bus.
+
+    Gradients go to the host and weights come back once per step; with ZeRO-3 each process also fetches its
+    shard of the weights for the forward pass, and for the backward pass.
+    """
+    if workload.offload == "none":
+        return 0.0
+    tokens = workload.tokens * workload.accumulation_steps
+    # float32 gradients out and float32 weights back.
+    gradient_bytes = 8 * trainable / workload.processes
+    # The weights, for the forward and the backward pass of every micro-batch.
+    weight_bytes = (
+        2
+        * workload.accumulation_steps
+        * workload.architecture.parameters
+        * workload.itemsize
+        / workload.processes
+    )
+    return (
+        (gradient_bytes + (weight_bytes if workload.strategy == "zero3" else 0.0))
+        / BUS_BYTES_PER_SECOND
+        / tokens
+    )

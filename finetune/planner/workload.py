@@ -1,4 +1,4 @@
-"""Planner inputs: architecture, adapter, and the sizes of one optimizer step."""
+"""Planner inputs: architecture, adapter, the sizes of one optimizer step, and the work of a full run."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -163,3 +163,22 @@ class Workload:
     def tokens(self) -> int:
         """Return the positions of a micro-batch."""
         return self.rows * self.positions
+
+
+@dataclass(frozen=True, slots=True)
+class TotalWork:
+    """Work of a full run, without the evaluations before and after it.
+
+    Attributes:
+        steps: optimizer steps.
+        trained_tokens: tokens of forward and backward passes.
+        forward_tokens: tokens of forward passes alone: reference, value, reward models.
+        completions: sampled from the policy.
+        completion_tokens: maximum tokens of one.
+    """
+
+    steps: int
+    trained_tokens: float
+    forward_tokens: float = 0.0
+    completions: int = 0
+    completion_tokens: int = 0

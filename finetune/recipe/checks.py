@@ -1,13 +1,17 @@
-"""Cross-field checks of a recipe: incompatible settings and missing files; nothing is loaded."""
+"""Rules of every stage's recipe: incompatible settings and missing files; nothing is loaded."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from finetune.adapters.traits import Traits
 from finetune.recipe.bases import resolve_base
-from finetune.recipe.discovery import ADAPTERS, TEMPLATES, load_plugin, plugin_names
-from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
-from finetune.recipe.mixture_checks import check_mixture, check_selection
+from finetune.recipe.compatibility import Rule, caught, is_set, problems_of, within
+from finetune.recipe.discovery import ADAPTERS, TEMPLATES, load_plugin, load_stage, plugin_names
+from finetune.recipe.errors import Problem, did_you_mean, one_of
+from finetune.recipe.mixture_rules import MIXTURE_RULES
 from finetune.recipe.paths import local_path, looks_local
 from finetune.recipe.renamed import renamed_value
 from finetune.recipe.settings import StageSettings
@@ -16,16 +20,79 @@ from finetune.recipe.user_function import function_file
 HOLD_OUT_REPAIR = "set data.held_out to a number of rows (100), a fraction (0.1) or a file"
 
 
-def cross_field_problems(settings: StageSettings, valid: Collection[str]) -> list[Problem]:
+def cross_field_problems(stage: str, settings: StageSettings, valid: Collection[str]) -> list[Problem]:
     """Return the problems between settings that are each valid by themselves.
 
     Args:
+        stage: the recipe's stage.
         settings: a recipe's sections; those that are not ``valid`` hold defaults.
         valid: the names of the valid sections; a rule that reads any other section is skipped.
     """
+    properties = recipe_properties(stage, settings, valid)
+    method = settings.adapter.method if "adapter" in valid else None
+    return problems_of(rules_of(stage, method), settings, properties, valid)
+
+
+def recipe_properties(stage: str, settings: StageSettings, valid: Collection[str]) -> dict[str, Any]:
+    """Return what is known of a recipe when it is loaded; those of invalid sections are missing."""
     # An invalid section holds defaults, and a rule that reads it would report problems of those.
-    shared = [problem for rule, sections in RULES if sections <= set(valid) for problem in rule(settings)]
-    return [*shared, *settings.problems(valid)]
+    sections = {name: section for name, section in settings if name in valid}
+    properties: dict[str, Any] = {"stage": stage}
+    for name, section in sections.items():
+        properties |= {f"{name}.{key}": value for key, value in section}
+    if "adapter" in valid:
+        quantization = settings.model.quantization if "model" in valid else None
+        engine = settings.train.engine if "train" in valid else None
+        properties |= adapter_properties(settings.adapter.method, quantization=quantization, engine=engine)
+    return properties
+
+
+def adapter_properties(method: str, *, quantization: str | None, engine: str | None) -> dict[str, Any]:
+    """Return the properties that follow from an adapter's traits.
+
+    Args:
+        method: the adapter.
+        quantization: of the base, ``auto`` is the adapter's default; None: not known.
+        engine: None: not known.
+    """
+    traits = adapter_traits(method)
+    properties = {f"traits.{name}": value for name, value in asdict(traits).items()}
+    if quantization is not None:
+        quantization = traits.quantization[0] if quantization == "auto" else quantization
+        properties["model.quantization"] = quantization
+        properties["quantization_supported"] = quantization in traits.quantization
+        properties["quantizations"] = one_of(traits.quantization)
+        # A base that is not quantized has LoRA, and a quantized one QLoRA.
+        properties["other_adapter"] = (
+            "adapter.method=lora for an unquantized base"
+            if method == "qlora"
+            else "another adapter (qlora for a 4-bit base)"
+        )
+    if engine is not None:
+        properties["engine_supported"] = engine in traits.engines
+        properties["engines"] = one_of(traits.engines)
+    return properties
+
+
+@cache
+def rules_of(stage: str, method: str | None) -> tuple[Rule, ...]:
+    """Return the rules of a recipe: those of all recipes, of its adapter (None: not known), of its stage."""
+    return (*RULES, *(adapter_rules(method) if method is not None else ()), *stage_rules(stage))
+
+
+@cache
+def stage_rules(stage: str) -> tuple[Rule, ...]:
+    """Return the rules in a stage's file."""
+    # vars: most stages and adapters have rules, but they need not.
+    rules: tuple[Rule, ...] = vars(load_stage(stage)).get("RULES", ())
+    return tuple(within(rule, "stage", stage) for rule in rules)
+
+
+@cache
+def adapter_rules(method: str) -> tuple[Rule, ...]:
+    """Return the rules in an adapter's file."""
+    rules: tuple[Rule, ...] = vars(load_plugin(ADAPTERS, method, where="adapter.method")).get("RULES", ())
+    return tuple(within(rule, "adapter.method", method) for rule in rules)
 
 
 def adapter_traits(method: str) -> Traits:
@@ -34,21 +101,8 @@ def adapter_traits(method: str) -> Traits:
     return traits
 
 
-def _check_base(settings: StageSettings) -> Iterator[Problem]:
-    try:
-        resolve_base(settings.model.base)
-    except UserError as error:
-        yield from error.problems
-
-
-def _check_attention(settings: StageSettings) -> Iterator[Problem]:
-    model = settings.model
-    # FlashAttention-2 kernels exist for float16 and bfloat16 only.
-    if model.attention == "flash_attention_2" and model.precision == "float32":
-        actual = "'flash_attention_2', but model.precision is float32"
-        yield Problem(
-            "model.attention", actual, "sdpa for float32", "model.attention=sdpa, or model.precision=bfloat16"
-        )
+def _check_base(settings: StageSettings) -> list[Problem]:
+    return caught(resolve_base, settings.model.base)
 
 
 def _check_template(settings: StageSettings) -> Iterator[Problem]:
@@ -112,10 +166,7 @@ def _check_graders(settings: StageSettings) -> Iterator[Problem]:
             repair = "write it like a Python identifier: happy_end"
             yield Problem(where, f"the name '{name}'", "letters, digits and _", repair)
         # Only that the file exists; it is imported when the run needs it.
-        try:
-            function_file(text, where=where)
-        except UserError as error:
-            yield from error.problems
+        yield from caught(function_file, text, where=where)
     if evaluate.graders and not settings.data.held_out:
         actual, expected = "set, but data.held_out is 0", "held-out prompts for the graders"
         yield Problem("evaluate.graders", actual, expected, HOLD_OUT_REPAIR)
@@ -133,53 +184,6 @@ def _check_file_exists(
         )
 
 
-def _check_quantization(settings: StageSettings) -> Iterator[Problem]:
-    method, quantization = settings.adapter.method, settings.model.quantization
-    allowed = adapter_traits(method).quantization
-    if quantization not in ("auto", *allowed):
-        repair = "model.quantization=auto, or another adapter (qlora for a 4-bit base)"
-        if method == "qlora":
-            repair = "model.quantization=auto, or adapter.method=lora for an unquantized base"
-        actual = f"'{quantization}' with adapter.method '{method}'"
-        yield Problem("model.quantization", actual, f"auto, or {one_of(allowed)}", repair)
-
-
-def _check_packing(settings: StageSettings) -> Iterator[Problem]:
-    if not settings.data.packing:
-        return
-    method = settings.adapter.method
-    if not adapter_traits(method).packing:
-        expected = "false: each row needs its own virtual tokens, but packed rows would share one set"
-        repair = "data.packing=false; rows are batched by length anyway"
-        yield Problem("data.packing", f"true with adapter.method '{method}'", expected, repair)
-    if settings.train.engine == "trl":
-        expected = "false: our packing preserves the batches, TRL's changes them"
-        repair = "train.engine=native, or train.engine_args={padding_free: true}"
-        yield Problem("data.packing", "true with train.engine 'trl'", expected, repair)
-
-
-def _check_adapter(settings: StageSettings) -> Iterator[Problem]:
-    method, train = settings.adapter.method, settings.train
-    traits = adapter_traits(method)
-    yield from settings.adapter.problems()
-    if train.engine not in traits.engines:
-        actual = f"'{train.engine}' with adapter.method '{method}'"
-        repair = "train.engine=native: TRL's trainer does not support this adapter"
-        yield Problem("train.engine", actual, one_of(traits.engines), repair)
-    if train.gradient_checkpointing and not traits.gradient_checkpointing:
-        actual = f"true with adapter.method '{method}'"
-        expected = "false: the prefix is in the key-value cache, which checkpointing disables"
-        yield Problem("train.gradient_checkpointing", actual, expected, "train.gradient_checkpointing=false")
-
-
-def _check_neftune(settings: StageSettings) -> Iterator[Problem]:
-    alpha, method = settings.train.neftune_alpha, settings.adapter.method
-    if alpha is not None and settings.train.engine == "trl" and settings.adapter.positions:
-        actual = f"{alpha:g} with train.engine 'trl' and adapter.method '{method}'"
-        expected = "null: TRL does not find the embeddings of a model with virtual tokens"
-        yield Problem("train.neftune_alpha", actual, expected, "train.engine=native")
-
-
 def _check_batch_sizes(settings: StageSettings) -> Iterator[Problem]:
     batch, micro = settings.train.batch_size, settings.train.micro_batch_size
     if micro != "auto" and micro > batch:
@@ -188,19 +192,141 @@ def _check_batch_sizes(settings: StageSettings) -> Iterator[Problem]:
         yield Problem("train.micro_batch_size", actual, f"at most {batch}, or auto", repair)
 
 
-RULES: tuple[tuple[Callable[[StageSettings], Iterator[Problem]], set[str]], ...] = (
-    (_check_base, {"model"}),
-    (_check_attention, {"model"}),
-    (_check_template, {"data"}),
-    (_check_sources, {"data"}),
-    (check_mixture, {"data"}),
-    (check_selection, {"data"}),
-    (_check_held_out, {"data"}),
-    (_check_evals, {"data", "evaluate", "train"}),
-    (_check_graders, {"data", "evaluate"}),
-    (_check_quantization, {"adapter", "model"}),
-    (_check_packing, {"adapter", "data", "train"}),
-    (_check_adapter, {"adapter", "train"}),
-    (_check_neftune, {"adapter", "train"}),
-    (_check_batch_sizes, {"train"}),
+DATA_RULES = (
+    Rule(
+        "base",
+        message="model.base is a short name, a Hub id, or a folder with config.json",
+        source="recipes/bases.yaml",
+        find=_check_base,
+        reads=("model",),
+    ),
+    Rule(
+        "flash-float32",
+        {"model.attention": ("flash_attention_2",), "model.precision": ("float32",)},
+        source="FlashAttention-2's kernels exist for float16 and bfloat16 only",
+        problem=Problem(
+            "model.attention",
+            "'flash_attention_2', but model.precision is float32",
+            "sdpa for float32",
+            "model.attention=sdpa, or model.precision=bfloat16",
+        ),
+    ),
+    Rule(
+        "template",
+        message="data.template is a file of data_templates/, or `tokenizer`",
+        source="data_templates/",
+        find=_check_template,
+        reads=("data",),
+    ),
+    Rule(
+        "sources",
+        message="data.source or data.mix is set, and local files exist",
+        source="finetune/data/sources.py",
+        find=_check_sources,
+        reads=("data",),
+    ),
+    *MIXTURE_RULES,
+    Rule(
+        "held-out",
+        message="data.held_out is not the training data: evaluating on it would look like generalization",
+        source="finetune/data/load.py",
+        find=_check_held_out,
+        reads=("data",),
+    ),
+    Rule(
+        "held-out-evals",
+        message="evals are on held-out rows",
+        source="finetune/training/generation_eval.py",
+        find=_check_evals,
+        reads=("data", "evaluate", "train"),
+    ),
+    Rule(
+        "graders",
+        message="graders are functions of files that exist, for held-out prompts",
+        source="finetune/training/generation_eval.py",
+        find=_check_graders,
+        reads=("data", "evaluate"),
+    ),
 )
+
+ADAPTER_RULES = (
+    Rule(
+        "quantization",
+        {"quantization_supported": (False,)},
+        "the adapter does not support this quantization of the base",
+        source="finetune/adapters/*.py, TRAITS.quantization",
+        changes={"model.quantization": "auto"},
+        problem=Problem(
+            "model.quantization",
+            "'{model.quantization}' with adapter.method '{adapter.method}'",
+            "auto, or {quantizations}",
+            "model.quantization=auto, or {other_adapter}",
+        ),
+    ),
+    Rule(
+        "packing-virtual-tokens",
+        {"data.packing": (True,), "traits.packing": (False,)},
+        source="finetune/adapters/*.py, TRAITS.packing",
+        problem=Problem(
+            "data.packing",
+            "true with adapter.method '{adapter.method}'",
+            "false: each row needs its own virtual tokens, but packed rows would share one set",
+            "data.packing=false; rows are batched by length anyway",
+        ),
+    ),
+    Rule(
+        "packing-trl",
+        {"data.packing": (True,), "train.engine": ("trl",)},
+        source="finetune/engines/trl/sft.py",
+        problem=Problem(
+            "data.packing",
+            "true with train.engine 'trl'",
+            "false: our packing preserves the batches, TRL's changes them",
+            "train.engine=native, or train.engine_args={{padding_free: true}}",
+        ),
+    ),
+    Rule(
+        "engine",
+        {"engine_supported": (False,)},
+        "the adapter needs hooks between steps or access to the output head, which TRL's trainers lack",
+        source="finetune/adapters/*.py, TRAITS.engines; llama_adapter tested here: TRL finds no log_probs",
+        changes={"train.engine": "native"},
+        problem=Problem(
+            "train.engine",
+            "'{train.engine}' with adapter.method '{adapter.method}'",
+            "{engines}",
+            "train.engine=native: TRL's trainer does not support this adapter",
+        ),
+    ),
+    Rule(
+        "gradient-checkpointing",
+        {"train.gradient_checkpointing": (True,), "traits.gradient_checkpointing": (False,)},
+        source="finetune/adapters/*.py, TRAITS.gradient_checkpointing",
+        problem=Problem(
+            "train.gradient_checkpointing",
+            "true with adapter.method '{adapter.method}'",
+            "false: the prefix is in the key-value cache, which checkpointing disables",
+            "train.gradient_checkpointing=false",
+        ),
+    ),
+    Rule(
+        "neftune-trl",
+        {"train.neftune_alpha": is_set, "train.engine": ("trl",), "adapter.virtual_tokens": bool},
+        source="transformers 5.23, integrations/neftune.py: get_input_embeddings of the unwrapped model",
+        problem=Problem(
+            "train.neftune_alpha",
+            "{train.neftune_alpha:g} with train.engine 'trl' and adapter.method '{adapter.method}'",
+            "null: TRL does not find the embeddings of a model with virtual tokens",
+            "train.engine=native",
+        ),
+    ),
+    Rule(
+        "micro-batch",
+        message="train.micro_batch_size is at most train.batch_size",
+        source="train.batch_size: sequences per optimizer step",
+        find=_check_batch_sizes,
+        reads=("train",),
+    ),
+)
+
+RULES: tuple[Rule, ...] = (*DATA_RULES, *ADAPTER_RULES)

@@ -123,7 +123,7 @@ def read_recipe(
     sections, section_problems = _validate_sections(values, schema)
     # Defaults stand in for invalid sections, so that cross-field checks of the valid ones still run.
     settings = schema(**sections)
-    problems += [*parent_problems, *section_problems, *cross_field_problems(settings, sections)]
+    problems += [*parent_problems, *section_problems, *cross_field_problems(stage, settings, sections)]
     if problems or override_problems:
         raise UserError([*(problem.with_origin(origins) for problem in problems), *override_problems])
     description = " ".join(str(content.get("description") or "").split())

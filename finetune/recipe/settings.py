@@ -1,12 +1,9 @@
 """Pydantic schema of the recipe sections shared by all stages; adapters and stages declare their own."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
-
-from finetune.recipe.errors import Problem
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -290,10 +287,6 @@ class AdapterSettings(Section):
         """Number of the model's positions that the adapter uses (virtual tokens)."""
         return 0
 
-    def problems(self) -> list[Problem]:
-        """Return the problems between these settings, before anything is loaded."""
-        return []
-
 
 class VirtualTokenSettings(AdapterSettings):
     """Settings of adapters with virtual tokens (prompt tuning, prefix tuning)."""
@@ -319,11 +312,3 @@ class StageSettings(Section):
     adapter: SerializeAsAny[AdapterSettings] = AdapterSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
-
-    def problems(self, valid: Collection[str]) -> list[Problem]:
-        """Return the problems between settings for this stage, before anything is loaded.
-
-        Args:
-            valid: the names of the valid sections; the others hold defaults.
-        """
-        return []

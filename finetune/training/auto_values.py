@@ -6,9 +6,7 @@ from dataclasses import replace
 from math import ceil
 
 from finetune.distributed.hardware import SAFE_FRACTION, Hardware
-from finetune.planner.from_recipe import base_workload, load_architecture
-from finetune.planner.memory import peak_phase, plan_memory
-from finetune.planner.workload import ObjectiveKind, Workload
+from finetune.planner.estimate import ObjectiveKind, Workload, estimate, recipe_workload
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import StageSettings
@@ -23,8 +21,6 @@ DEFAULT_MAX_LENGTH = 2048
 MIN_ROW_TOKENS = 8
 CHECKPOINTS_PER_RUN = 10
 
-# Their memory does not depend on the micro-batch size.
-PHASES_WITHOUT_BATCH = ("merge", "rollout")
 OBJECTIVE_OF_CONFIG: dict[str, ObjectiveKind] = {
     "SFTConfig": "likelihood",
     "DPOConfig": "comparison",
@@ -222,18 +218,17 @@ def batch_fits(
         gpu_bytes: bytes available on a GPU.
     """
     try:
-        architecture = load_architecture(settings.model)
+        workload = recipe_workload(
+            settings,
+            precision=precision,
+            quantization=quantization,
+            device="cuda",
+            processes=num_processes,
+            strategy=strategy,
+        )
     # The planner does not know this architecture; the run itself may still.
     except UserError:
         return None
-    workload = base_workload(
-        settings,
-        architecture,
-        precision=precision,
-        quantization=quantization,
-        device="cuda",
-    )
-    workload = replace(workload, processes=num_processes, strategy=strategy, offload=settings.train.offload)  # type: ignore[arg-type]
     return lambda rows: _peak_bytes(settings, workload, rows, longest) <= SAFE_FRACTION * gpu_bytes
 
 
@@ -250,6 +245,4 @@ def _peak_bytes(settings: StageSettings, workload: Workload, rows: int, longest:
         masked=rows > 1,
         accumulation_steps=ceil(settings.train.batch_size / (rows * workload.processes)),
     )
-    return peak_phase(
-        phase for phase in plan_memory(batch_workload) if phase.name not in PHASES_WITHOUT_BATCH
-    ).total
+    return estimate(batch_workload).micro_batch_peak.total

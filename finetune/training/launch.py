@@ -11,7 +11,7 @@ from rich.console import Console
 
 from finetune.distributed.hardware import detect_hardware
 from finetune.distributed.rank import dist_info
-from finetune.planner.compatibility import ZERO_STRATEGIES
+from finetune.distributed.strategies import ZERO_STAGES
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training import auto_values
@@ -52,6 +52,6 @@ def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, comma
 
 def _check_deepspeed_installed(strategy: str) -> None:
     """Raise UserError for ZeRO without DeepSpeed installed."""
-    if strategy in ZERO_STRATEGIES and find_spec("deepspeed") is None:
+    if strategy in ZERO_STAGES and find_spec("deepspeed") is None:
         repair = "pip install 'llm-align[zero]' (Linux); or train.strategy=ddp"
         raise UserError(Problem("train.strategy", f"{strategy}, without DeepSpeed", "DeepSpeed", repair))

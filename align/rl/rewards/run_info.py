@@ -22,7 +22,7 @@ DEFAULT_REWARD_NAME = "reward"
 """Default name of a reward, and of a reward recipe's only head."""
 # The value of `scorer.TOTAL`, whose module imports torch; settings are checked without it.
 TOTAL_SCORE = "total"
-# A context variable: `Settings.problems` checks the rewards, and has no argument for a pipeline's recipes.
+# A context variable: a rule checks the rewards, and has no argument for a pipeline's recipes.
 _PENDING_RECIPES: ContextVar[Mapping[str, Recipe] | None] = ContextVar("pending", default=None)
 
 

@@ -3,19 +3,20 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from align.reward.settings import RULE_ARGUMENTS
-from align.rl.rewards.run_info import DEFAULT_REWARD_NAME, reward_run_info, same_base
+from align.rl.rewards.run_info import DEFAULT_REWARD_NAME, RewardRunInfo, reward_run_info, same_base
+from finetune.recipe.compatibility import Rule
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.runs import find_run, read_finished_record
-from finetune.recipe.settings import NonEmptyStr, NonNegativeInt, Section, StageSettings
+from finetune.recipe.settings import NonEmptyStr, NonNegativeInt, Section
 from finetune.recipe.user_function import file_digest, has_parameter, load_user_function, signature_problems
 
 LENGTH_PENALTY, RESERVED_TOTAL = "length_penalty", "total"
@@ -97,22 +98,6 @@ class RewardsSettings(Section):
     )
     length_free: NonNegativeInt = Field(0, description="tokens of a reply without length penalty")
 
-    def problems(self, stage: StageSettings, valid: Collection[str]) -> list[Problem]:
-        """Return every problem that can be found before anything is loaded; executes the functions' files.
-
-        Args:
-            stage: the recipe of these settings.
-            valid: names of its valid sections.
-        """
-        if "rewards" not in valid:
-            return []
-        problems = [*_combination_problems(self), *_duplicate_name_problems(self)]
-        if self.unsafe_prompt_fn is not None:
-            problems += _function_problems(self.unsafe_prompt_fn, ("prompt",), "rewards.unsafe_prompt_fn")
-        for index, source in enumerate(self.sources):
-            problems += _source_problems(source, stage, valid, where=f"rewards.sources[{index}]")
-        return problems
-
     def input_digests(self) -> list[str]:
         """Return digests of the reward runs and of the functions' files.
 
@@ -186,9 +171,7 @@ def _duplicate_name_problems(rewards: RewardsSettings) -> Iterator[Problem]:
             yield Problem(where, actual, "unique names", "set name: of each source")
 
 
-def _source_problems(
-    source: RewardSource, stage: StageSettings, valid: Collection[str], *, where: str
-) -> Iterator[Problem]:
+def _source_problems(source: RewardSource, where: str) -> Iterator[Problem]:
     if (source.run is None) == (source.function is None):
         actual = (
             "neither run nor function is given" if source.run is None else "both run and function are given"
@@ -199,7 +182,7 @@ def _source_problems(
         if source.score is not None:
             yield Problem(f"{where}.score", "given with a function", "null: a function has a single score")
     else:
-        yield from _reward_run_problems(source, stage, valid, where)
+        yield from _score_problems(source, where)
 
 
 def _reward_function_problems(text: str, where: str) -> list[Problem]:
@@ -219,9 +202,7 @@ def _function_problems(text: str, arguments: tuple[str, ...], where: str) -> lis
         return error.problems
 
 
-def _reward_run_problems(
-    source: RewardSource, stage: StageSettings, valid: Collection[str], where: str
-) -> Iterator[Problem]:
+def _score_problems(source: RewardSource, where: str) -> Iterator[Problem]:
     assert source.run is not None
     try:
         info = reward_run_info(source.run, where=f"{where}.run")
@@ -229,23 +210,78 @@ def _reward_run_problems(
         yield from error.problems
         return
     if source.score is not None and source.score not in info.score_names:
-        actual, suggestion = (
-            f"'{source.run}' has no score '{source.score}'",
-            did_you_mean(source.score, info.score_names),
-        )
+        actual = f"'{source.run}' has no score '{source.score}'"
+        suggestion = did_you_mean(source.score, info.score_names)
         yield Problem(f"{where}.score", actual, one_of(info.score_names), suggestion)
-    # A fully fine-tuned reward model brings its own base and template.
-    if info.full_model:
-        return
-    policy_model, reward_model = stage.model, info.model
-    if "model" in valid and not same_base(policy_model, reward_model):
-        actual = f"'{source.run}' is on base '{reward_model.base}', the policy on '{policy_model.base}'"
-        command = f"llm-align reward --base {policy_model.base}"
-        repair = f"`{command}` trains one; or use a policy on {reward_model.base}"
-        yield Problem(
-            f"{where}.run", actual, "a reward run on the policy's base, as they share its weights", repair
-        )
-    elif "data" in valid and info.template != stage.data.template:
-        actual = f"'{source.run}' has template '{info.template}', the policy has '{stage.data.template}'"
-        repair = f"data.template={info.template}, or a reward run with data.template={stage.data.template}"
-        yield Problem(f"{where}.run", actual, "the same template for both", repair)
+
+
+def _adapter_runs(settings: Any) -> Iterator[tuple[str, str, RewardRunInfo]]:
+    """Yield the reward runs that share the policy's base: place, name, and what is known of it."""
+    for index, source in enumerate(settings.rewards.sources):
+        where = f"rewards.sources[{index}].run"
+        if source.run is None or source.function is not None:
+            continue
+        try:
+            info = reward_run_info(source.run, where=where)
+        except UserError:
+            continue  # reported by `_check_rewards`
+        # A fully fine-tuned reward model brings its own base and template.
+        if not info.full_model:
+            yield where, source.run, info
+
+
+def _check_rewards(settings: Any) -> Iterator[Problem]:
+    rewards: RewardsSettings = settings.rewards
+    yield from _combination_problems(rewards)
+    yield from _duplicate_name_problems(rewards)
+    if rewards.unsafe_prompt_fn is not None:
+        yield from _function_problems(rewards.unsafe_prompt_fn, ("prompt",), "rewards.unsafe_prompt_fn")
+    for index, source in enumerate(rewards.sources):
+        yield from _source_problems(source, f"rewards.sources[{index}]")
+
+
+def _check_bases(settings: Any) -> Iterator[Problem]:
+    policy = settings.model
+    for where, run, info in _adapter_runs(settings):
+        if not same_base(policy, info.model):
+            actual = f"'{run}' is on base '{info.model.base}', the policy on '{policy.base}'"
+            expected = "a reward run on the policy's base, as they share its weights"
+            command = f"llm-align reward --base {policy.base}"
+            repair = f"`{command}` trains one; or use a policy on {info.model.base}"
+            yield Problem(where, actual, expected, repair)
+
+
+def _check_templates(settings: Any) -> Iterator[Problem]:
+    template = settings.data.template
+    for where, run, info in _adapter_runs(settings):
+        # Of a reward run on another base that is said alone.
+        if info.template != template and same_base(settings.model, info.model):
+            actual = f"'{run}' has template '{info.template}', the policy has '{template}'"
+            repair = f"data.template={info.template}, or a reward run with data.template={template}"
+            yield Problem(where, actual, "the same template for both", repair)
+
+
+REWARD_RULES = (
+    Rule(
+        "rewards",
+        message="rewards are finished runs and functions that exist, with names of their own",
+        source="align/rl/rewards",
+        find=_check_rewards,
+        reads=("rewards",),
+    ),
+    Rule(
+        "reward-base",
+        message="reward models share the policy's base in memory",
+        source="align/reward/shared_base.py",
+        find=_check_bases,
+        reads=("rewards", "model"),
+    ),
+    Rule(
+        "reward-template",
+        message="reward models score the policy's text: they have its template",
+        source="align/reward/shared_base.py",
+        find=_check_templates,
+        reads=("rewards", "data"),
+    ),
+)
+"""Rules of every stage with rewards."""

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from align.planner.plan import Plan, make_plan, row_dependent_phases
-from align.planner.timing import RATE_SPREAD
+from align.planner.plan import RATE_SPREAD, Plan, make_plan
 from finetune.distributed.hardware import SAFE_FRACTION, Device, device_by_name
-from finetune.planner.memory import peak_phase
+from finetune.planner.estimate import estimate
 from finetune.recipe.discovery import PROJECT, stage_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe, read_recipe
@@ -30,10 +29,11 @@ def test_every_shipped_recipe_has_a_plan(file: Path) -> None:
     # As published, on 8 GPUs: TRL samples all 512 completions of a step at once, 161 GiB on one GPU.
     count = 8 if file.parent.name == "grpo" else 1
     plan = plan_recipe(file.parent.name, file.stem, A100, count, **shortcuts)
-    assert plan.fits and 0 < plan.trainable <= plan.total
-    assert (plan.trainable < plan.total) == ("adapter" in plan.disk)
-    assert plan.peak in plan.run_phases and plan.peak.total == max(phase.total for phase in plan.run_phases)
-    assert plan.peak.total > plan.phases[0].total > 0
+    estimated = plan.estimate
+    assert plan.fits and 0 < estimated.trainable <= estimated.total
+    assert (estimated.trainable < estimated.total) == ("adapter" in plan.disk)
+    assert plan.peak.total == max(phase.total for phase in estimated.phases if phase.name != "merge")
+    assert plan.peak.total > estimated.phases[0].total > 0
     assert plan.disk["checkpoints"] > 0
     known = plan.lengths.rows is not None or plan.recipe.settings.train.max_steps is not None
     assert (plan.work is not None) == known and (plan.time is not None) == known
@@ -41,9 +41,9 @@ def test_every_shipped_recipe_has_a_plan(file: Path) -> None:
 
 
 def test_phase_names() -> None:
-    supervised = [phase.name for phase in plan_recipe("sft", "alpaca").phases]
+    supervised = [phase.name for phase in plan_recipe("sft", "alpaca").estimate.phases]
     assert supervised == ["load", "forward and backward", "optimizer step", "merge", "save"]
-    assert "rollout" in [phase.name for phase in plan_recipe("ppo", "hh").phases]
+    assert "rollout" in [phase.name for phase in plan_recipe("ppo", "hh").estimate.phases]
 
 
 def test_auto_micro_batch_is_the_largest_that_fits() -> None:
@@ -52,10 +52,8 @@ def test_auto_micro_batch_is_the_largest_that_fits() -> None:
     assert small.workload_of_rows(small.micro_batch_size).accumulation_steps == -(
         -128 // small.micro_batch_size
     )
-    assert (
-        peak_phase(row_dependent_phases(small.workload_of_rows(small.micro_batch_size + 1))).total
-        > SAFE_FRACTION * small.device.available_bytes
-    )
+    larger = estimate(small.workload_of_rows(small.micro_batch_size + 1))
+    assert larger.micro_batch_peak.total > SAFE_FRACTION * small.device.available_bytes
 
 
 def test_requested_micro_batch_is_kept_unchanged() -> None:
@@ -72,7 +70,7 @@ def test_processes_split_the_batch_and_shard_states() -> None:
         "zero3",
     )
     assert not single.fits and sharded.fits
-    assert sharded.phases[0].categories["base"] * 7 < single.phases[0].categories["base"]
+    assert sharded.estimate.base_bytes * 7 < single.estimate.base_bytes
     assert sharded.work is not None and single.work is not None and sharded.work.steps == single.work.steps
 
 
@@ -100,8 +98,8 @@ def test_merge_is_not_a_phase_of_the_run() -> None:
     plan = plan_recipe(
         "sft", "alpaca", device_by_name("24GB"), adapter__method="qlora", model__base="llama-2-13b"
     )
-    merge = next(phase for phase in plan.phases if phase.name == "merge")
-    assert plan.fits and merge.total > plan.device.available_bytes
+    merge = plan.estimate.merge
+    assert plan.fits and merge is not None and merge.total > plan.device.available_bytes
 
 
 def test_unknown_base_is_one_problem() -> None:

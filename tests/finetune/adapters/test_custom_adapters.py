@@ -21,13 +21,20 @@ from finetune.adapters import (
 from finetune.adapters._bottleneck_layer import Bottleneck, BottleneckConfig
 from finetune.adapters._prefix_encoders import GatedPrefix
 from finetune.adapters.loftq import low_rank_factors
+from finetune.recipe.checks import adapter_rules
 from finetune.recipe.errors import UserError
+from finetune.recipe.settings import StageSettings
 from finetune.training.adapter_hooks import scale_learning_rates
 from finetune.training.batch_loss import completion_loss_sum
 from finetune.training.head import output_head
 from finetune.training.loss import symmetric_kl_sum
 
 WIDTH, NARROW = 64, 5
+
+
+def problems(adapter):
+    settings = StageSettings(adapter=adapter)
+    return [problem for rule in adapter_rules(adapter.method) for problem in rule.find(settings)]
 
 
 class Reference(nn.Module):
@@ -294,9 +301,9 @@ def test_loftq_keeps_the_largest_singular_values():
     ],
 )
 def test_adalora_reports_a_budget_that_cannot_decrease(settings, message):
-    (problem,) = adalora.Settings(**settings).problems()
+    (problem,) = problems(adalora.Settings(**settings))
     assert str(problem).startswith(message)
-    assert not adalora.Settings().problems()
+    assert not problems(adalora.Settings())
 
 
 def test_a_multitask_prompt_starts_from_an_earlier_run(tmp_path):
@@ -304,9 +311,9 @@ def test_a_multitask_prompt_starts_from_an_earlier_run(tmp_path):
     train(first)
     first.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     settings = multitask_prompt.Settings(virtual_tokens=6, source=str(tmp_path))
-    assert not settings.problems()
+    assert not problems(settings)
     second = multitask_prompt.build(base_of("llama"), settings)
     shared = [model.prompt_encoder["default"].embedding.weight for model in (first, second)]
     assert torch.equal(*shared)
-    (problem,) = multitask_prompt.Settings(source="nowhere").problems()
+    (problem,) = problems(multitask_prompt.Settings(source="nowhere"))
     assert "'nowhere' has no adapter" in str(problem)

@@ -12,7 +12,7 @@ from transformers.optimization import Adafactor
 
 from finetune.planner import decoder
 from finetune.planner.architecture import Architecture, LinearShape
-from finetune.planner.kv_cache import kv_cache_bytes
+from finetune.planner.attention import kv_cache_bytes
 from finetune.planner.memory import CATEGORIES, Phase, peak_phase, plan_memory
 from finetune.planner.parameter_count import count_trainable_parameters
 from finetune.planner.static_memory import base_bytes, optimizer_bytes, quantized_bytes, static_memory

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from finetune.planner.compatibility import COMPATIBILITY_RULES
 from finetune.planner.compatibility_page import matrix_cells
 from finetune.planner.solver import (
     OFFLOADS,
@@ -20,6 +19,7 @@ from finetune.planner.solver import (
     check,
     resolve,
     resolve_auto_strategy,
+    solver_rules,
 )
 from finetune.recipe.discovery import PROJECT, stage_names
 from finetune.recipe.errors import UserError
@@ -72,7 +72,7 @@ def recipe(tmp_path: Path, text: str = "", stage: str = "sft", **settings: Any) 
 
 
 def test_every_rule_has_a_case() -> None:
-    assert list(RULE_CASES) == [rule.name for rule in COMPATIBILITY_RULES]
+    assert set(RULE_CASES) == {rule.name for rule in solver_rules()}
 
 
 @pytest.mark.parametrize("name", RULE_CASES)
@@ -227,6 +227,6 @@ def test_keys_exist_in_recipes(tmp_path: Path) -> None:
     for key in RECIPE_KEYS.values():
         section, name = key.split(".")
         assert name in values[section], key
-    assert {key for rule in COMPATIBILITY_RULES for key in rule.changes} <= set(RECIPE_KEYS.values())
+    assert {key for rule in solver_rules() for key in rule.changes} <= set(RECIPE_KEYS.values())
     properties = replace(Combination(), strategy="ddp").properties()
-    assert all(name in properties for rule in COMPATIBILITY_RULES for name in rule.when)
+    assert all(name in properties for rule in solver_rules() for name in rule.when)

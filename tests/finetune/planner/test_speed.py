@@ -1,4 +1,4 @@
-"""FLOPs, seconds and disk bytes, derived by hand."""
+"""FLOPs and seconds, derived by hand."""
 
 from dataclasses import replace
 
@@ -6,8 +6,7 @@ import pytest
 
 from finetune.distributed.hardware import GPUS, device_by_name
 from finetune.planner.architecture import Architecture
-from finetune.planner.base_config import load_base_config
-from finetune.planner.disk import disk_bytes
+from finetune.planner.from_recipe import load_base_config
 from finetune.planner.speed import (
     compute_seconds,
     forward_flops,
@@ -99,16 +98,3 @@ def test_decoding_reads_the_weights_for_every_token() -> None:
     assert seconds is not None
     # litgpt's table: 31 tokens/s of 7B in bfloat16 on an A100.
     assert seconds[0] < 10 * 64 / 31 < seconds[1]
-
-
-def test_disk_bytes() -> None:
-    assert disk_bytes(STEP, trained_params=100, num_checkpoints=2) == {
-        "adapter": 400,
-        "checkpoints": 3 * (400 + 800),
-        "merged model, if requested": 2 * 6_738_415_616,
-    }
-    full = replace(STEP, adapter=Adapter("full"))
-    assert set(disk_bytes(full, trained_params=LLAMA.parameters, num_checkpoints=2)) == {
-        "model",
-        "checkpoints",
-    }

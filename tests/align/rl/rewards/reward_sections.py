@@ -1,12 +1,10 @@
 """Shared by the reward tests: comparisons, reward functions, settings with a rewards section."""
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from align.rl.rewards.settings import RewardsSettings
 from data_templates.segments import Message
-from finetune.recipe.errors import Problem
 from finetune.recipe.settings import DataSettings, ModelSettings, StageSettings
 
 PAIRS = [
@@ -41,9 +39,6 @@ class RewardedSettings(StageSettings):
     """Settings of a stage with a rewards section."""
 
     rewards: RewardsSettings = RewardsSettings()
-
-    def problems(self, valid: Collection[str]) -> list[Problem]:
-        return self.rewards.problems(self, valid)
 
 
 def rewards(*sources: Any, **settings: Any) -> RewardsSettings:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from reward_sections import RewardedSettings, rewards, stage
 
-from align.rl.rewards.settings import RewardsSettings, has_rewards_section, reward_run_folder
+from align.rl.rewards.settings import REWARD_RULES, RewardsSettings, has_rewards_section, reward_run_folder
+from finetune.recipe.checks import recipe_properties
+from finetune.recipe.compatibility import problems_of
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training.run_fingerprint import run_fingerprint
@@ -19,7 +21,8 @@ Given = Callable[[Paths], tuple[list[Any], dict[str, Any]]]
 
 
 def problems(base: Path, section: RewardsSettings, **how: str) -> list[tuple[str, str]]:
-    reported = stage(base, section, **how).problems(("model", "data", "rewards"))
+    settings, sections = stage(base, section, **how), ("model", "data", "rewards")
+    reported = problems_of(REWARD_RULES, settings, recipe_properties("ppo", settings, sections), sections)
     return [(problem.where, str(problem)) for problem in reported]
 
 

@@ -5,13 +5,11 @@ from typing import Any
 
 import pytest
 
-from align.planner.micro_batch import micro_batch_workload
 from align.planner.row_lengths import RowLengths
-from align.planner.work import TotalWork, total_work
-from finetune.planner.from_recipe import base_workload, load_architecture
-from finetune.planner.workload import Workload
+from align.planner.stage_plans import STAGE_PLANS, StagePlan, stage_plan
+from finetune.planner.estimate import TotalWork, Workload, recipe_workload
+from finetune.recipe.discovery import stage_names
 from finetune.recipe.recipe import read_recipe
-from finetune.recipe.settings import StageSettings
 
 ROWS = RowLengths(
     rows=100,
@@ -27,17 +25,21 @@ ROWS = RowLengths(
 PAIRS = replace(ROWS, completions=2.0)
 
 
-def settings_of(stage: str, **values: Any) -> StageSettings:
+def plan_of(stage: str, **values: Any) -> StagePlan:
     shortcuts = {key.replace("__", "."): value for key, value in values.items()}
-    return read_recipe(stage, "quickstart", shortcuts=shortcuts).settings
+    return stage_plan(stage, read_recipe(stage, "quickstart", shortcuts=shortcuts).settings)
+
+
+def test_every_other_stage_is_planned_like_sft() -> None:
+    assert set(stage_names()) - set(STAGE_PLANS) == {"sft", "chain_of_hindsight"}
 
 
 def test_supervised_work() -> None:
-    settings = settings_of("sft", train__epochs=2.0, train__batch_size=8)
-    assert total_work(settings, ROWS) == TotalWork(steps=26, trained_tokens=26 * 8 * 40.0)
-    fixed = settings_of("sft", train__max_steps=5, train__batch_size=8)
-    assert total_work(fixed, replace(ROWS, rows=None)) == TotalWork(steps=5, trained_tokens=5 * 8 * 40.0)
-    assert total_work(settings, replace(ROWS, rows=None)) is None
+    stage = plan_of("sft", train__epochs=2.0, train__batch_size=8)
+    assert stage.total_work(ROWS) == TotalWork(steps=26, trained_tokens=26 * 8 * 40.0)
+    fixed = plan_of("sft", train__max_steps=5, train__batch_size=8)
+    assert fixed.total_work(replace(ROWS, rows=None)) == TotalWork(steps=5, trained_tokens=5 * 8 * 40.0)
+    assert stage.total_work(replace(ROWS, rows=None)) is None
 
 
 @pytest.mark.parametrize(
@@ -50,18 +52,18 @@ def test_supervised_work() -> None:
 )
 def test_reference_tokens(align: dict[str, Any], forward_tokens: float) -> None:
     values = {f"dpo__{key}": value for key, value in align.items()}
-    settings = settings_of("dpo", train__epochs=2.0, train__batch_size=8, **values)
-    assert total_work(settings, PAIRS) == TotalWork(
+    stage = plan_of("dpo", train__epochs=2.0, train__batch_size=8, **values)
+    assert stage.total_work(PAIRS) == TotalWork(
         steps=26, trained_tokens=26 * 8 * 50.0, forward_tokens=forward_tokens
     )
 
 
 def test_ppo_work() -> None:
-    settings = settings_of(
+    stage = plan_of(
         "ppo", train__epochs=1.0, train__batch_size=8, ppo__rollout_size=32, ppo__ppo_epochs=3,
         sampling__max_new_tokens=10,
     )  # fmt: skip
-    planned_work = total_work(settings, ROWS)
+    planned_work = stage.total_work(ROWS)
     episodes = 4 * 32
     assert planned_work is not None
     assert (planned_work.steps, planned_work.completions, planned_work.completion_tokens) == (
@@ -76,26 +78,25 @@ def test_ppo_work() -> None:
 
 
 def test_rejection_work() -> None:
-    settings = settings_of(
+    stage = plan_of(
         "rejection", train__epochs=1.0, train__batch_size=8, rejection__rounds=2,
         rejection__num_generations=4, rejection__prompts=40, sampling__max_new_tokens=10,
     )  # fmt: skip
-    planned_work = total_work(settings, ROWS)
+    planned_work = stage.total_work(ROWS)
     assert planned_work is not None and (planned_work.steps, planned_work.completions) == (5 + 10, 2 * 40 * 4)
 
 
 @pytest.mark.parametrize("stage", ["grpo", "rloo"])
 def test_online_work(stage: str) -> None:
-    settings = settings_of(stage, train__epochs=1.0, train__batch_size=8, sampling__num_generations=4)
-    planned_work = total_work(settings, ROWS)
+    online = plan_of(stage, train__epochs=1.0, train__batch_size=8, sampling__num_generations=4)
+    planned_work = online.total_work(ROWS)
     assert planned_work is not None and (planned_work.steps, planned_work.completions) == (50, 400)
 
 
 def micro_batch(stage: str, lengths: RowLengths, rows: int, **values: Any) -> Workload:
-    settings = settings_of(stage, **values)
-    architecture = load_architecture(settings.model)
-    step = base_workload(settings, architecture, precision="float32", quantization="none", device="cpu")
-    return micro_batch_workload(settings, step, lengths)(rows)
+    planned = plan_of(stage, **values)
+    step = recipe_workload(planned.settings, precision="float32", quantization="none", device="cpu")
+    return planned.micro_batch(step, lengths, rows)
 
 
 def test_supervised_rows_are_padded_and_completions_predicted() -> None:

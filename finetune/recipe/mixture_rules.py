@@ -1,8 +1,9 @@
-"""Checks of ``data.mix`` (rates, shares, weights) and of ``select``."""
+"""Rules of ``data.mix`` (rates, shares, weights) and of ``select``."""
 
 from collections.abc import Iterator
 from math import fsum
 
+from finetune.recipe.compatibility import Rule
 from finetune.recipe.errors import Problem
 from finetune.recipe.settings import MixedSource, SelectSettings, StageSettings
 
@@ -12,7 +13,7 @@ PER_SOURCE_KEYS = ("columns", "revision", "select")
 """Keys of a single source: in a mixture each entry has its own."""
 
 
-def check_mixture(settings: StageSettings) -> Iterator[Problem]:
+def _check_mixture(settings: StageSettings) -> Iterator[Problem]:
     """Yield the problems between the keys of a mixture."""
     data = settings.data
     given = data.model_dump(exclude_defaults=True)
@@ -62,7 +63,7 @@ def _check_shares(shares: list[float | None]) -> Iterator[Problem]:
         yield Problem("data.mix", actual, "less than 1: the sources without a share get the rest")
 
 
-def check_selection(settings: StageSettings) -> Iterator[Problem]:
+def _check_selection(settings: StageSettings) -> Iterator[Problem]:
     """Yield the problems between the keys of ``select``."""
     data = settings.data
     entry_selects = {f"data.mix[{index}].select": entry.select for index, entry in enumerate(data.mix or [])}
@@ -90,3 +91,21 @@ def _check_select(where: str, select: SelectSettings) -> Iterator[Problem]:
     if select.rows_by != "random" and select.rows is None:
         actual = f"'{select.rows_by}', but rows is not set"
         yield Problem(f"{where}.rows_by", actual, "the number of rows to select", "rows: 1000")
+
+
+MIXTURE_RULES = (
+    Rule(
+        "mixture",
+        message="weights, shares or sizes define the rates of a mixture, and shares add up to less than 1",
+        source="finetune/data/mixing.py",
+        find=_check_mixture,
+        reads=("data",),
+    ),
+    Rule(
+        "select",
+        message="filters by a rating name its column",
+        source="finetune/data/selection.py",
+        find=_check_selection,
+        reads=("data",),
+    ),
+)
