@@ -13,7 +13,7 @@ from align import run
 from align.ppo.loading import load_ppo_models
 from align.ppo.method import PPO
 from align.ppo.metric_spec import ppo_metric_spec
-from align.ppo.stage_settings import Settings
+from align.ppo.settings import Settings
 from align.rl.prompts import load_prompts
 from benchmarks.common import peak_memory_gib, reset_peak_memory
 from benchmarks.ppo_work import as_text, run_recipe

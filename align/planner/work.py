@@ -6,7 +6,7 @@ from math import ceil
 from align.online.settings import OnlineSettings
 from align.planner.micro_batch import needs_reference
 from align.planner.row_lengths import RowLengths
-from align.ppo.stage_settings import Settings as PpoSettings
+from align.ppo.settings import Settings as PpoSettings
 from align.rejection.settings import Settings as RejectionSettings
 from align.stages.dpo import Settings as DpoSettings
 from align.stages.kto import Settings as KtoSettings
