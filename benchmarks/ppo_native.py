@@ -10,18 +10,14 @@ from rich.console import Console
 from torch import nn
 
 from align import run
-from align.ppo.loading import load_ppo_models
-from align.ppo.method import PPO
-from align.ppo.metric_spec import ppo_metric_spec
-from align.ppo.stage_settings import Settings
-from align.rl.prompts import load_prompts
+from align.ppo.settings import Settings
+from align.stages import ppo
 from benchmarks.common import peak_memory_gib, reset_peak_memory
 from benchmarks.ppo_work import as_text, run_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.training.context import RunContext
-from finetune.training.loading import load_text_encoding
 from finetune.training.run_directory import RunDirectory
-from finetune.training.stage import run_stage
+from finetune.training.stage import train
 
 CONTENDERS = ("native", "native-nf4", "four-models")
 """All roles on one base; the same, with a 4-bit base; one full model per role."""
@@ -59,21 +55,18 @@ def split_seconds(rollouts: list[dict[str, float]], seconds: float) -> dict[str,
     return {**seconds_by_part, "updates": seconds - sum(seconds_by_part.values())}
 
 
-def run_four_models(recipe: Recipe) -> None:
+def run_four_models(recipe: Recipe[Settings]) -> None:
     """Run stage ppo with one full model for each of its four roles; they compute the same."""
-    settings, console = recipe.settings, Console(quiet=True)
-    assert isinstance(settings, Settings)
     directory = RunDirectory.of(recipe, force=False)
-    ctx = RunContext(recipe, directory, console, "four models", metric_spec=ppo_metric_spec(settings))
-    text = load_text_encoding(ctx)
-    prompts = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
-    models = load_ppo_models(ctx, text)
+    ctx = RunContext(recipe, directory, Console(quiet=True), "four models")
+    method = ppo.build(ctx)
+    models = method.models
     policy = models.policy.model
     for role in (models.actor_critic.value, *(reward.model for reward in models.rewards.models)):
         copy_shared_weights(role, policy)
     # For its memory alone: the stage computes reference log-probabilities with the policy's weights.
     reference = copy.deepcopy(policy)
-    run_stage(ctx, PPO(ctx, text, prompts, models), finalize=lambda: None)
+    train(ctx, method)
     assert reference is not policy, "keeps the reference's weights alive"
 
 

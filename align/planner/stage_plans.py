@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from align.online.settings import OnlineSettings
 from align.planner.row_lengths import RowLengths
-from align.ppo.stage_settings import Settings as PpoSettings
+from align.ppo.settings import Settings as PpoSettings
 from align.preference.losses.catalog import find_loss
 from align.rejection.settings import Settings as RejectionSettings
 from align.reward.settings import Settings as RewardSettings

@@ -1,4 +1,9 @@
-"""PPO experience: generate completions, score them, compute per-token rewards, GAE advantages and returns."""
+"""PPO experience, the first half of an iteration: completions, rewards, token statistics, advantages.
+
+``Rollouts`` samples one completion per prompt (``generate_and_score``) and reads log-probabilities and values
+of its tokens (``score_tokens``); ``shape_rewards`` and ``advantages_and_returns`` make a ``Rollout`` of them,
+which the trainer updates on.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -10,21 +15,112 @@ import torch
 from torch import Tensor
 
 from align.ppo.actor_critic import ActorCritic
-from align.ppo.rollout import Rollout, RolloutTensors
 from align.ppo.settings import PPOSettings
+from align.preference.groups import GroupBatch
 from align.preference.reference_policy import ReferencePolicy, autocast_for
 from align.rl.completions import ScoredCompletions, score_completions
 from align.rl.maths import advantages, kl, masked, reward_shaping
-from align.rl.prompts import Prompt, Prompts
+from align.rl.prompts import Prompt
 from align.rl.rewards.rewards import Rewards
 from align.rl.sampling import Sampling, sample_completions
 from align.rl.token_stats import TokenStats, collate_completions, token_logps_and_entropy, token_mask
 from finetune.data.tokens import Encoder
 from finetune.distributed.collectives import all_gather_object, shard, shard_padded
 
-KLController = kl.FixedKLController | kl.AdaptiveKLController
-PROMPT_ORDER_STREAM, MINIBATCH_STREAM = 0, 1
-"""Random streams of prompt order and minibatch order: separate, so that one never shifts the other."""
+TokenIdTuple = tuple[int, ...]
+
+
+class RolloutBatch(GroupBatch):
+    """One micro-batch of a rollout: one row per completion. C completions, T tokens of the longest one.
+
+    Attributes:
+        rows: (C,) index of each completion's prompt.
+        mask: (C, T) bool, true at the tokens of a completion.
+        old_logps, old_values, advantages, returns: (C, T), 0 after the end of a completion.
+    """
+
+    rows: Tensor
+    mask: Tensor
+    old_logps: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True)
+class RolloutTensors:
+    """Per-token tensors of a rollout: (C, T) = completions x longest completion, 0 after the end of each.
+
+    Attributes:
+        logps: log-probabilities under the sampling policy (old policy).
+        reference_logps: log-probabilities under the reference policy.
+        values: value estimates at sampling time (old values).
+        advantages: GAE advantages, whitened if ``ppo.whiten_advantages``.
+        returns: regression targets of the value model.
+    """
+
+    logps: Tensor
+    reference_logps: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The completions of a rollout, in the order in which they were sampled.
+
+    Attributes:
+        prompt_indices: (C,) index of each completion's prompt.
+        prompts: token ids of each completion's prompt.
+        completions: token ids, including EOS if the completion has one.
+        tensors: per-token tensors.
+    """
+
+    prompt_indices: tuple[int, ...]
+    prompts: tuple[TokenIdTuple, ...]
+    completions: tuple[TokenIdTuple, ...]
+    tensors: RolloutTensors
+
+    def __len__(self) -> int:
+        return len(self.prompt_indices)
+
+    @classmethod
+    def build(
+        cls, prompt_indices: Sequence[int], completions: ScoredCompletions, tensors: RolloutTensors
+    ) -> "Rollout":
+        """Return the rollout that the PPO epochs train on."""
+        prompt_ids = tuple(prompt.ids for prompt in completions.prompts)
+        return cls(
+            tuple(prompt_indices), prompt_ids, tuple(sample.ids for sample in completions.samples), tensors
+        )
+
+    @property
+    def total_lengths(self) -> list[int]:
+        """Return the tokens of prompt plus completion: (C,)."""
+        return [
+            len(prompt) + len(completion)
+            for prompt, completion in zip(self.prompts, self.completions, strict=True)
+        ]
+
+    def batch(self, indices: Sequence[int], *, pad_id: int) -> RolloutBatch:
+        """Collate the completions at ``indices`` into one micro-batch."""
+        group_batch = collate_completions(
+            [self.prompts[i] for i in indices], [self.completions[i] for i in indices], pad_id=pad_id
+        )
+        max_length, indices_C = int(group_batch["lengths"].max()), torch.tensor(indices)
+        tensors = self.tensors
+        # Cut to this micro-batch's longest completion: the stored tensors have the width of the rollout.
+        return {
+            **group_batch,
+            # BaseTrainer names these rows if the loss is NaN.
+            "rows": torch.tensor([self.prompt_indices[i] for i in indices]),
+            "mask": token_mask(group_batch["lengths"], max_length),
+            "old_logps": tensors.logps[indices_C, :max_length],
+            "old_values": tensors.values[indices_C, :max_length],
+            "advantages": tensors.advantages[indices_C, :max_length],
+            "returns": tensors.returns[indices_C, :max_length],
+        }
 
 
 @dataclass
@@ -115,7 +211,8 @@ class Rollouts:
     def micro_batches(self, completions: ScoredCompletions) -> list[list[int]]:
         """Return micro-batches that cover all completions, sorted by length to reduce padding."""
         # A stable sort: with ties in another order the micro-batches would depend on numpy's build.
-        order = np.argsort(-_completion_lengths(completions), kind="stable").tolist()
+        lengths = np.array([len(sample.ids) for sample in completions.samples])
+        order = np.argsort(-lengths, kind="stable").tolist()
         return [
             order[offset : offset + self.micro_batch_size]
             for offset in range(0, len(order), self.micro_batch_size)
@@ -139,66 +236,12 @@ def _all_gather_rows(tensors: dict[str, Tensor], local_rows: Sequence[int]) -> d
     return tensors
 
 
-def rollout_prompt_indices(
-    num_prompts: int, rollout_size: int, rollout_index: int, *, seed: int
-) -> list[int]:
-    """Return the prompt indices of a rollout: the prompts are reshuffled for every pass over them.
-
-    >>> first, second = rollout_prompt_indices(4, 2, 0, seed=0), rollout_prompt_indices(4, 2, 1, seed=0)
-    >>> sorted(first + second)
-    [0, 1, 2, 3]
-    """
-    # Positions in the endless stream of epochs: a checkpoint needs the index of the rollout only.
-    positions = range(rollout_index * rollout_size, (rollout_index + 1) * rollout_size)
-    # A rollout may span two epochs, which have different permutations.
-    permutations = {
-        epoch: np.random.default_rng([seed, PROMPT_ORDER_STREAM, epoch]).permutation(num_prompts).tolist()
-        for epoch in {position // num_prompts for position in positions}
-    }
-    return [permutations[position // num_prompts][position % num_prompts] for position in positions]
-
-
-def make_minibatches(
-    lengths: Sequence[int], *, batch_size: int, micro_batch_size: int, seeds: Sequence[int]
-) -> list[list[list[int]]]:
-    """Split a rollout into the minibatches of one PPO epoch, and each minibatch into micro-batches.
-
-    Args:
-        lengths: (C,) tokens of prompt plus completion.
-        batch_size: completions per optimizer step; it divides C.
-        micro_batch_size: completions per forward pass.
-        seeds: determine the shuffle.
-
-    >>> make_minibatches([3, 9, 4, 8], batch_size=4, micro_batch_size=2, seeds=[0])
-    [[[1, 3], [2, 0]]]
-    """
-    order = np.random.default_rng([MINIBATCH_STREAM, *seeds]).permutation(len(lengths))
-    minibatches = [order[offset : offset + batch_size] for offset in range(0, len(order), batch_size)]
-    # Sorted within the minibatch: completions of similar length share a micro-batch, which saves padding.
-    negative_lengths = -np.asarray(lengths)
-    sorted_minibatches = [
-        minibatch[np.argsort(negative_lengths[minibatch], kind="stable")].tolist()
-        for minibatch in minibatches
-    ]
-    return [
-        [
-            minibatch[offset : offset + micro_batch_size]
-            for offset in range(0, len(minibatch), micro_batch_size)
-        ]
-        for minibatch in sorted_minibatches
-    ]
-
-
-def total_lengths(completions: ScoredCompletions) -> np.ndarray:
+def total_lengths(completions: ScoredCompletions) -> list[int]:
     """Return the tokens of prompt plus completion: (C,)."""
-    lengths: np.ndarray = np.array([len(prompt.ids) for prompt in completions.prompts]) + _completion_lengths(
-        completions
-    )
-    return lengths
-
-
-def _completion_lengths(completions: ScoredCompletions) -> np.ndarray:
-    return np.array([len(sample.ids) for sample in completions.samples])
+    return [
+        len(prompt.ids) + len(sample.ids)
+        for prompt, sample in zip(completions.prompts, completions.samples, strict=True)
+    ]
 
 
 def shape_rewards(
@@ -242,18 +285,3 @@ def advantages_and_returns(
         # After the returns: the value model learns returns in the scale of the rewards.
         advantages_CT = masked.whiten(advantages_CT, mask_CT, shift_mean=True)
     return RolloutTensors(stats.logps, stats.reference_logps, stats.values, advantages_CT, returns_CT)
-
-
-def build_rollout(
-    prompt_indices: Sequence[int], completions: ScoredCompletions, tensors: RolloutTensors
-) -> Rollout:
-    """Return the rollout that the PPO epochs train on."""
-    prompt_ids = tuple(prompt.ids for prompt in completions.prompts)
-    return Rollout(
-        tuple(prompt_indices), prompt_ids, tuple(sample.ids for sample in completions.samples), tensors
-    )
-
-
-def select_prompts(prompts: Prompts, indices: Sequence[int]) -> list[Prompt]:
-    """Return the prompts at ``indices``."""
-    return [prompts[index] for index in indices]

@@ -1,16 +1,33 @@
-"""Metrics of PPO updates: explained variance, approx_kl (k3), means over tokens."""
+"""Metrics of PPO: of updates (explained variance, approx_kl), of held-out completions, the first ratios."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
 
 import torch
 
+from align.ppo.experience import Rollouts
+from align.ppo.rollout_order import EVAL_ROLLOUT_INDEX, sampling_seed
+from align.ppo.settings import Settings
+from align.rl.completions import ScoredCompletions
 from align.rl.maths.kl import kl_terms
 from align.rl.maths.losses import explained_variance
+from align.rl.metrics import completion_metrics, kl_metrics
+from align.rl.prompts import Prompt
 from align.rl.token_stats import token_mask
+from data_templates.segments import Message
+from finetune.recipe.errors import Problem
+from finetune.training.context import RunContext
+from finetune.training.generation_eval import Grader, mean_grade
+from finetune.training.metrics import GOLD_PREFIX
+from finetune.training.preflight.checks import CheckResult, failed
+from finetune.training.samples import prompt_text
 
 TokenTotals = tuple[int, dict[str, float]]
 """Number of tokens, and the sum of each metric over them."""
+RATIO_CHECK = "ratio"
+RATIO_TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
+"""Tolerance of the first ratios by precision: kernels with and without gradients may round differently."""
 
 
 def value_metrics(
@@ -67,3 +84,67 @@ def mean_over_tokens(totals: Sequence[TokenTotals]) -> dict[str, float]:
     # Divided once, over all processes: a mean of means would weight short micro-batches too much.
     num_tokens = max(1, sum(count for count, _ in totals))
     return {name: sum(sums[name] for _, sums in totals) / num_tokens for name in totals[0][1]}
+
+
+@dataclass(frozen=True)
+class HeldOutEvaluation:
+    """Evaluates the policy on held-out prompts.
+
+    Attributes:
+        prompts: the held-out prompts.
+        graders: name -> user function; their means are the gold rewards, which the run does not maximize.
+        rollouts: samples and scores completions.
+        seed: of the run.
+    """
+
+    prompts: Sequence[Prompt]
+    graders: Mapping[str, Grader]
+    rollouts: Rollouts
+    seed: int
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics of one completion per prompt, always sampled with the same seed.
+
+        Raises:
+            UserError: a reward function or a grader raised or did not return a number.
+        """
+        rollouts = self.rollouts
+        rollout_seconds = dict(rollouts.seconds)
+        completions = rollouts.generate_and_score(
+            self.prompts, seed=sampling_seed(self.seed, EVAL_ROLLOUT_INDEX)
+        )
+        stats = rollouts.score_tokens(completions, rollouts.micro_batches(completions))
+        rollouts.seconds = rollout_seconds  # evaluation is not part of a rollout's time
+        gold_rewards = self._gold_rewards(completions)
+        return completion_metrics(completions) | kl_metrics(completions, stats) | gold_rewards
+
+    def _gold_rewards(self, completions: ScoredCompletions) -> dict[str, float]:
+        prompts = [
+            prompt_text([*prompt.messages, Message("assistant", "")]) for prompt in completions.prompts
+        ]
+        return {
+            f"{GOLD_PREFIX}{name}": mean_grade(name, grader, prompts, completions.texts)
+            for name, grader in self.graders.items()
+        }
+
+
+def check_initial_ratio(ctx: RunContext[Settings], precision: str, error: float) -> None:
+    """Check once that the first update's ratios to the sampling policy are 1.
+
+    Args:
+        ctx: context of the run.
+        precision: of forward passes.
+        error: largest difference from 1.
+
+    Raises:
+        UserError: rounding does not explain it.
+    """
+    if any(result["name"] == RATIO_CHECK for result in ctx.check_results):
+        return
+    tolerance = RATIO_TOLERANCE[precision]
+    if error > tolerance:
+        actual = f"ratios of the first update differ from 1 by up to {error:.2g}"
+        problem = Problem("model", actual, f"at most {tolerance:g}: the policy has not changed yet")
+        ctx.check(failed(RATIO_CHECK, problem))
+    summary = "exactly 1" if error == 0 else f"1 within {error:.1g}"
+    ctx.check(CheckResult(RATIO_CHECK, f"ratio to the sampling policy is {summary} on the first update"))

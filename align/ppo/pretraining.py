@@ -5,11 +5,17 @@ from typing import Any
 
 from torch import Tensor
 
-from align.ppo.experience import rollout_prompt_indices
+from align.ppo.rollout_order import rollout_prompt_indices
+from align.ppo.settings import Settings
 from finetune.data.collate import PaddedCollator
-from finetune.data.dataset import TokenizedRows
+from finetune.data.dataset import TokenizedRows, tokenize_conversations
+from finetune.data.load import SourceSpec, load_source
+from finetune.data.report import DataReport
 from finetune.distributed.rank import SINGLE_PROCESS, DistInfo
+from finetune.recipe.settings import DataSettings
+from finetune.training.context import RunContext
 from finetune.training.loss import loss_positions
+from finetune.training.text_encoding import TextEncoding
 
 PRETRAINING_BATCH, NUM_PRETRAINING_LABELS = "pretraining", "pretraining_labels"
 
@@ -65,3 +71,24 @@ class PretrainingMix:
         """
         # Without rows in this micro-batch there is nothing to add; `add_to_batches` set no count either.
         return self.weight * nll / inputs[NUM_PRETRAINING_LABELS] if PRETRAINING_BATCH in inputs else 0.0
+
+
+def load_pretraining_mix(ctx: RunContext[Settings], text: TextEncoding) -> PretrainingMix | None:
+    """Read and tokenize the rows of PPO-ptx; None without a source.
+
+    Raises:
+        UserError: the rows cannot be read.
+    """
+    mix, seed = ctx.settings.pretraining, ctx.settings.train.seed
+    if mix.source is None:
+        return None
+    report = DataReport()
+    spec = SourceSpec("pretraining.source", mix.source, "train", None, None)
+    rows = load_source(spec, report, seed=seed)
+    data = tokenize_conversations(
+        rows, [], DataSettings(), text.encoder, max_length=text.max_length, reports=(report, DataReport())
+    )
+    ctx.log(f"pretraining: {'; '.join(report.lines())}")
+    return PretrainingMix(
+        data.train, PaddedCollator(text.encoder.stop_ids[0]), mix.batch_size, mix.weight, seed
+    )

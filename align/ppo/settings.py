@@ -1,10 +1,19 @@
-"""Recipe sections of stage ppo: PPO hyperparameters, PPO-ptx, early stopping."""
+"""Recipe of stage ppo: PPO hyperparameters, PPO-ptx, early stopping."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.recipe.settings import Fraction, NonEmptyStr, NonNegativeFloat, PositiveInt, Section
+from align.rl.rewards.settings import RewardsSettings
+from align.rl.settings import PromptSettings, SamplingSettings
+from finetune.recipe.settings import (
+    Fraction,
+    NonEmptyStr,
+    NonNegativeFloat,
+    PositiveInt,
+    Section,
+    StageSettings,
+)
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 
@@ -110,3 +119,14 @@ class StopSettings(Section):
     min_eos_rate: Fraction | None = Field(
         0.1, description="collapse: the EOS rate fell below this, from above; null: never"
     )
+
+
+class Settings(StageSettings):
+    """Prompts, rewards, sampling, PPO, PPO-ptx and early stopping."""
+
+    data: PromptSettings = PromptSettings()
+    rewards: RewardsSettings = RewardsSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    ppo: PPOSettings = PPOSettings()
+    pretraining: PretrainingSettings = PretrainingSettings()
+    stop: StopSettings = StopSettings()

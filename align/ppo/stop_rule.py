@@ -1,14 +1,16 @@
 """Early stopping of PPO: entropy and EOS collapse, KL, length hacking, reward over-optimization."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.ppo.settings import StopSettings
-from finetune.training.metrics import GOLD_PREFIX
+from align.ppo.settings import Settings, StopSettings
+from align.ppo.state import PPOState
+from finetune.distributed import collectives
+from finetune.training.context import RunContext
+from finetune.training.metrics import EVAL_PREFIX, GOLD_PREFIX
 
-"""Metric prefix of the graders: the gold reward, which the run does not maximize."""
 MIN_LENGTH_REWARD_CORRELATION = 0.3
 """Correlation of length and reward above which longer completions count as length hacking."""
 
@@ -91,23 +93,9 @@ def over_optimization_reason(history: Sequence[Metrics], rules: StopSettings) ->
 class RewardHackingStop(TrainerCallback):  # type: ignore[misc]
     """Stops training on reward hacking or collapse, after a rollout or a held-out evaluation."""
 
-    def __init__(
-        self,
-        rules: StopSettings,
-        *,
-        first_metrics: Callable[[], Metrics],
-        history: Callable[[], Sequence[Metrics]],
-        on_stop: Callable[[str], None],
-    ) -> None:
-        """Set up the callback.
-
-        Args:
-            rules: the recipe's stop section.
-            first_metrics: returns the metrics of the first rollout.
-            history: returns all held-out metrics so far.
-            on_stop: receives the reason.
-        """
-        self.rules, self.first_metrics, self.history, self.on_stop = rules, first_metrics, history, on_stop
+    def __init__(self, ctx: RunContext[Settings], ppo_state: PPOState) -> None:
+        """Set up the callback; ``ppo_state`` has the metrics of the first rollout."""
+        self.ctx, self.ppo_state, self.rules = ctx, ppo_state, ctx.settings.stop
 
     def on_log(
         self,
@@ -120,17 +108,35 @@ class RewardHackingStop(TrainerCallback):  # type: ignore[misc]
         """Check the metrics of a new rollout."""
         # The KL coefficient is logged with a new rollout only.
         if logs and "objective/kl_coef" in logs:
-            self._stop(stop_reason(self.first_metrics(), logs, self.rules), state, control)
+            self._stop(stop_reason(self.ppo_state.first_metrics, logs, self.rules), state, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the held-out metrics."""
-        self._stop(over_optimization_reason(self.history(), self.rules), state, control)
+        self._stop(over_optimization_reason(self._held_out_history(), self.rules), state, control)
 
     def _stop(self, reason: str, state: TrainerState, control: TrainerControl) -> None:
         if reason and not control.should_training_stop:
             # No checkpoint at this step: a run that is killed here resumes from an earlier one, measures
             # the same and stops again.
             control.should_training_stop, control.should_save = True, False
-            self.on_stop(f"stopped at step {state.global_step}: {reason}")
+            message = f"stopped at step {state.global_step}: {reason}"
+            self.ctx.log(message)
+            self.ctx.run.update(stop_reason=message)
+
+    def _held_out_history(self) -> list[Metrics]:
+        """Return all held-out metrics so far, from before training on, as read by rank 0."""
+        # Only rank 0 has the metrics file, and all ranks must agree on whether to stop.
+        return collectives.broadcast_object(self._recorded_history() if self.ctx.dist.is_main else [])
+
+    def _recorded_history(self) -> list[Metrics]:
+        run = self.ctx.run
+        metrics = run.record["metrics"]
+        # The metrics before training are in run.json alone; metrics.jsonl has those of evaluations since.
+        before = {name.removesuffix("_before"): value for name, value in metrics.items() if "_before" in name}
+        entries = [
+            before,
+            *(entry for entry in run.metrics() if f"{EVAL_PREFIX}objective/reward" in entry),
+        ]
+        return [{name.removeprefix(EVAL_PREFIX): value for name, value in entry.items()} for entry in entries]

@@ -1,73 +1,74 @@
-"""PPO trainer: rollouts, minibatch updates with PPO clip, metrics; a subclass of transformers' Trainer."""
+"""PPO trainer: rollouts, epochs of clipped updates, metrics; a subclass of transformers' Trainer."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
-from align.ppo import experience, metrics
-from align.ppo.experience import Rollouts
+from align.ppo import metrics
+from align.ppo.actor_critic import ActorCritic
+from align.ppo.experience import (
+    Rollout,
+    Rollouts,
+    advantages_and_returns,
+    shape_rewards,
+    total_lengths,
+)
 from align.ppo.pretraining import PRETRAINING_BATCH, PretrainingMix
-from align.ppo.rollout import Rollout
+from align.ppo.rollout_order import rollout_minibatches, rollout_prompt_indices, sampling_seed
 from align.ppo.settings import PPOSettings
-from align.ppo.state import PPOState
-from align.rl.completions import ScoredCompletions
+from align.ppo.state import PPOState, PPOStateCallback
 from align.rl.maths.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from align.rl.metrics import completion_metrics, kl_metrics
-from align.rl.prompts import Prompt, Prompts
+from finetune.adapters.traits import Hooks
 from finetune.distributed.collectives import all_gather_object, shard
 from finetune.distributed.rank import dist_info
 from finetune.training.metrics import EVAL_PREFIX
-from finetune.training.trainer import BaseTrainer, log_held_out
-
-EVAL_ROLLOUT_INDEX = -1
-"""Rollout index of the held-out completions: always the same seed, and no rollout's."""
+from finetune.training.trainer import BaseTrainer, TrainerData, log_held_out
 
 
 class PPOTrainer(BaseTrainer):
     """Trains the policy on its own completions. A row is a prompt; batch sizes count completions."""
 
-    ppo: PPOSettings
-    rollouts: Rollouts
-    ppo_state: PPOState
-    held_out_prompts: Sequence[Prompt] = ()
-    grader_metrics: Callable[[ScoredCompletions], dict[str, float]] | None = None
-    pretraining: PretrainingMix | None = None
-    check_initial_ratio: Callable[[float], None] | None = None
+    def __init__(
+        self,
+        model: ActorCritic,
+        args: TrainingArguments,
+        data: TrainerData,
+        *,
+        hooks: Hooks,
+        ppo: PPOSettings,
+        ppo_state: PPOState,
+        rollouts: Rollouts,
+        pretraining: PretrainingMix | None,
+        held_out: metrics.HeldOutEvaluation | None,
+        check_initial_ratio: Callable[[float], None],
+    ) -> None:
+        """Set up the trainer.
 
-    @cached_property
-    def token_metrics(self) -> metrics.TokenMetricAverager:
-        """Return the averager of per-token metrics, emptied whenever they are logged."""
-        return metrics.TokenMetricAverager()
-
-    @property
-    def prompts(self) -> Prompts:
-        """Return the training prompts."""
-        assert isinstance(self.train_dataset, Prompts)
-        return self.train_dataset
-
-    @property
-    def rollout(self) -> Rollout:
-        """Return the current rollout."""
-        assert self.ppo_state.rollout is not None, "no rollout was sampled"
-        return self.ppo_state.rollout
-
-    @property
-    def minibatches(self) -> list[list[list[int]]]:
-        """Return the minibatches of all PPO epochs on the current rollout, as micro-batches of indices."""
-        # Derived from lengths and seed each time, so that a checkpoint need not store it.
-        prompt_lengths = [len(prompt) for prompt in self.rollout.prompts]
-        return self._make_minibatches(
-            [p + c for p, c in zip(prompt_lengths, self.rollout.lengths, strict=True)], self.rollout_index
-        )
-
-    @property
-    def rollout_index(self) -> int:
-        """Return the index of the current rollout, from 0."""
-        return self.ppo_state.num_rollouts - 1
+        Args:
+            model: policy and value model.
+            args: with ``max_steps``; epochs would count prompts.
+            data: the prompts.
+            hooks: learning rate factors, and the adapter's callbacks during training.
+            ppo: hyperparameters.
+            ppo_state: KL coefficient, reward statistics and current rollout; checkpoints hold it.
+            rollouts: samples and scores completions.
+            pretraining: rows of PPO-ptx, if any.
+            held_out: evaluates on held-out prompts, if there are any.
+            check_initial_ratio: receives the largest difference from 1 of a rollout's first ratios.
+        """
+        super().__init__(model, args, data, hooks=hooks)
+        self.prompts = data.train
+        self.ppo, self.ppo_state, self.rollouts = ppo, ppo_state, rollouts
+        self.pretraining, self.held_out, self.check_initial_ratio = pretraining, held_out, check_initial_ratio
+        # Emptied whenever they are logged.
+        self.token_metrics = metrics.TokenMetricAverager()
+        # Before the recorder, which writes the checksums of a checkpoint's files.
+        self.add_callback(PPOStateCallback(ppo_state))
 
     def get_train_dataloader(self) -> DataLoader[int]:
         """Return a loader of micro-batch indices; ``get_batch_samples`` builds the batches."""
@@ -84,7 +85,7 @@ class PPOTrainer(BaseTrainer):
             next(epoch_iterator)
         if self._rollout_consumed():
             self.collect_rollout()
-        minibatch = self.minibatches[self.ppo_state.minibatches_done]
+        minibatch = self._current_minibatches()[self.ppo_state.minibatches_done]
         # Counted before the update: a checkpoint is saved after the step, when this minibatch is done.
         self.ppo_state.minibatches_done, self.ppo_state.approx_kl = self.ppo_state.minibatches_done + 1, 0.0
         batches = self._micro_batches(minibatch, num_batches)
@@ -142,44 +143,29 @@ class PPOTrainer(BaseTrainer):
         Raises:
             UserError: a reward function raised or did not return a number.
         """
-        ppo_state, rollouts, ppo, seed = self.ppo_state, self.rollouts, self.ppo, self.args.seed
-        rollout_index = ppo_state.num_rollouts
-        prompt_indices = experience.rollout_prompt_indices(
-            len(self.prompts), ppo.rollout_size, rollout_index, seed=seed
-        )
+        state, rollouts, ppo, seed = self.ppo_state, self.rollouts, self.ppo, self.args.seed
+        index = state.num_rollouts
+        prompt_indices = rollout_prompt_indices(len(self.prompts), ppo.rollout_size, index, seed=seed)
         completions = rollouts.generate_and_score(
-            experience.select_prompts(self.prompts, prompt_indices), seed=_sampling_seed(seed, rollout_index)
+            [self.prompts[prompt_index] for prompt_index in prompt_indices], seed=sampling_seed(seed, index)
         )
         # Before this rollout is normalized: the statistics are empty at the first one.
-        ppo_state.reward_stats = ppo_state.reward_stats.updated(completions.rewards)
-        minibatches = self._make_minibatches(experience.total_lengths(completions).tolist(), rollout_index)
-        minibatches_per_epoch = ppo.rollout_size // self.batch_size
+        state.reward_stats = state.reward_stats.updated(completions.rewards)
+        minibatches = self._make_minibatches(total_lengths(completions), index)
+        first_epoch = minibatches[: ppo.rollout_size // self.batch_size]
         # In the layout of the first epoch: same shapes, same rounding, so its first ratios are exactly 1.
         stats = rollouts.score_tokens(
-            completions,
-            [indices for minibatch in minibatches[:minibatches_per_epoch] for indices in minibatch],
+            completions, [indices for minibatch in first_epoch for indices in minibatch]
         )
-        rewards = experience.shape_rewards(completions, ppo, ppo_state.reward_stats)
-        kl_coef = ppo_state.kl_controller.kl_coef
-        tensors = experience.advantages_and_returns(
-            stats, rewards, completions.lengths, kl_coef=kl_coef, settings=ppo
-        )
-        ppo_state.rollout = experience.build_rollout(prompt_indices, completions, tensors)
+        rewards_C = shape_rewards(completions, ppo, state.reward_stats)
+        kl_coef = state.kl_controller.kl_coef
+        tensors = advantages_and_returns(stats, rewards_C, completions.lengths, kl_coef=kl_coef, settings=ppo)
         rollout_metrics = completion_metrics(completions) | kl_metrics(completions, stats)
         rollout_metrics |= metrics.value_metrics(stats.values, tensors.returns, completions.lengths)
-        rollout_metrics |= {"objective/shaped_reward": float(rewards.mean()), "objective/kl_coef": kl_coef}
+        rollout_metrics |= {"objective/shaped_reward": float(rewards_C.mean()), "objective/kl_coef": kl_coef}
         rollout_metrics |= {f"time/{work}": value for work, value in rollouts.seconds.items()}
         rollouts.seconds.clear()
-        # After the advantages: this rollout uses the old coefficient.
-        ppo_state.kl_controller = ppo_state.kl_controller.updated(
-            rollout_metrics["objective/kl_per_completion"], len(prompt_indices)
-        )
-        # The first rollout stays the baseline of the stop rules.
-        ppo_state.pending_metrics, ppo_state.first_metrics = (
-            rollout_metrics,
-            ppo_state.first_metrics or rollout_metrics,
-        )
-        ppo_state.num_rollouts, ppo_state.minibatches_done, ppo_state.approx_kl = rollout_index + 1, 0, 0.0
+        state.begin_updates(Rollout.build(prompt_indices, completions, tensors), rollout_metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's metrics, the means of the per-token metrics, and those of a new rollout."""
@@ -194,58 +180,48 @@ class PPOTrainer(BaseTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the metrics of completions to held-out prompts."""
-        return log_held_out(
-            self, {f"{EVAL_PREFIX}{name}": value for name, value in self.held_out_metrics().items()}
-        )
-
-    def held_out_metrics(self) -> dict[str, float]:
-        """Return the metrics of completions to held-out prompts, always sampled with the same seed.
-
-        Raises:
-            UserError: a reward function or a grader raised or did not return a number.
-        """
-        rollout_seconds = dict(self.rollouts.seconds)
-        completions = self.rollouts.generate_and_score(
-            self.held_out_prompts, seed=_sampling_seed(self.args.seed, EVAL_ROLLOUT_INDEX)
-        )
-        stats = self.rollouts.score_tokens(completions, self.rollouts.micro_batches(completions))
-        self.rollouts.seconds = rollout_seconds  # evaluation is not part of a rollout's time
-        grader_metrics = self.grader_metrics(completions) if self.grader_metrics else {}
-        return completion_metrics(completions) | kl_metrics(completions, stats) | grader_metrics
+        assert self.held_out is not None, "evaluate_every is set with held-out prompts only"
+        values = self.held_out.evaluate()
+        return log_held_out(self, {f"{EVAL_PREFIX}{name}": value for name, value in values.items()})
 
     def _micro_batches(self, minibatch: list[list[int]], count: int) -> list[dict[str, Any]]:
         """Return this process's micro-batches of an optimizer step, padded to ``count`` with empty ones."""
-        pad_id = self.rollouts.sampling.stop_ids[0]
+        rollout, pad_id = self._current_rollout(), self.rollouts.sampling.stop_ids[0]
         micro_batches: list[dict[str, Any]] = [
-            dict(self.rollout.batch(indices, pad_id=pad_id)) for indices in shard(minibatch)
+            dict(rollout.batch(indices, pad_id=pad_id)) for indices in shard(minibatch)
         ]
         for _ in range(count - len(micro_batches)):
             # Every rank must run the same number of forward passes, or collectives hang: mask one out.
-            batch = self.rollout.batch(minibatch[-1][-1:], pad_id=pad_id)
+            batch = rollout.batch(minibatch[-1][-1:], pad_id=pad_id)
             empty = {"rows": batch["rows"][:0], "mask": torch.zeros_like(batch["mask"])}
             micro_batches.append({**batch, **empty})
         return micro_batches
 
-    def _make_minibatches(self, total_lengths: Sequence[int], rollout_index: int) -> list[list[list[int]]]:
+    def _make_minibatches(self, lengths: Sequence[int], rollout_index: int) -> list[list[list[int]]]:
         """Return the minibatches of all PPO epochs on a rollout, each as micro-batches of indices."""
-        micro_batch_size = self.args.per_device_train_batch_size
-        return [
-            minibatch
-            for epoch in range(self.ppo.ppo_epochs)
-            for minibatch in experience.make_minibatches(
-                total_lengths,
-                batch_size=self.batch_size,
-                micro_batch_size=micro_batch_size,
-                seeds=[self.args.seed, rollout_index, epoch],
-            )
-        ]
+        return rollout_minibatches(
+            lengths,
+            rollout_index,
+            num_epochs=self.ppo.ppo_epochs,
+            batch_size=self.batch_size,
+            micro_batch_size=self.args.per_device_train_batch_size,
+            seed=self.args.seed,
+        )
+
+    def _current_rollout(self) -> Rollout:
+        assert self.ppo_state.rollout is not None, "no rollout was sampled"
+        return self.ppo_state.rollout
+
+    def _current_minibatches(self) -> list[list[list[int]]]:
+        # Derived from lengths and seed each time, so that a checkpoint need not store it.
+        return self._make_minibatches(self._current_rollout().total_lengths, self.ppo_state.num_rollouts - 1)
 
     def _rollout_consumed(self) -> bool:
         """Return whether a new rollout is due: all minibatches are done, or approx_kl exceeds its target."""
-        if self.ppo_state.rollout is None or self.ppo_state.minibatches_done == len(self.minibatches):
+        state, target_kl = self.ppo_state, self.ppo.target_kl
+        if state.rollout is None or state.minibatches_done == len(self._current_minibatches()):
             return True
-        target_kl = self.ppo.target_kl
-        return target_kl is not None and self.ppo_state.approx_kl > target_kl
+        return target_kl is not None and state.approx_kl > target_kl
 
     def _record_metrics(
         self,
@@ -270,15 +246,9 @@ class PPOTrainer(BaseTrainer):
         }
         self.token_metrics.add(per_token, mask_CT)
         # Only in the first minibatch of a rollout: after its update the ratios are no longer 1.
-        if self.ppo_state.minibatches_done == 1 and self.check_initial_ratio:
+        if self.ppo_state.minibatches_done == 1:
             self.check_initial_ratio(max(all_gather_object(float((policy.ratios - 1).abs().max()))))
 
 
 def _first_item(items: list[int]) -> int:
     return items[0]
-
-
-def _sampling_seed(seed: int, rollout_index: int) -> int:
-    """Return the sampling seed of a rollout; index -1 is evaluation."""
-    # A large prime: runs with neighboring seeds share no rollout seed.
-    return seed * 1_000_003 + rollout_index + 1

@@ -6,16 +6,15 @@ loss. There is no value model. The reference is the initial policy. TRL's GRPOTr
 samples its own completions, and an interrupted run resumes bit for bit.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, ClassVar
 
 from align.online.settings import GRPOSettings, OnlineSettings, online_rules
-from finetune.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from finetune.training.result import Result
-
+    from align.online.method import OnlineRL
+    from finetune.training.context import RunContext
 
 PUBLIC = "gsm8k"
 """Default recipe for a base other than the embedded one."""
@@ -32,29 +31,12 @@ class Settings(OnlineSettings):
 RULES = online_rules("grpo")
 
 
-def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Train a policy with GRPO.
-
-    Args:
-        recipe: the validated recipe.
-        console: shows progress.
-        force: start over if the run exists.
-        command: command line, for the record.
+def build(ctx: RunContext[Settings]) -> OnlineRL:
+    """Load tokenizer, prompts and models.
 
     Raises:
-        UserError: invalid input, before anything is written; or a reward function that fails on a completion.
-        Interrupted: a signal arrived; a checkpoint is saved.
-        NotFiniteError: loss, gradient or a reward is NaN or infinite.
+        UserError: the data are invalid, the base cannot be loaded, or a reward run is missing or damaged.
     """
-    from finetune.training.result import Result
-    from finetune.training.run_directory import RunDirectory
+    from align.online.method import load_online_rl
 
-    settings = recipe.settings
-    assert isinstance(settings, Settings)
-    run = RunDirectory.of(recipe, force=force)
-    if not run.finished:
-        # Heavy libraries are imported only here: a finished run is returned without them.
-        from align.online.stage import run_online_stage
-
-        run_online_stage(recipe, run, settings.grpo, console=console, command=command)
-    return Result.of(run)
+    return load_online_rl(ctx, ctx.settings.grpo)

@@ -3,60 +3,193 @@ r"""Proximal policy optimization (PPO): maximize a reward with a KL penalty to t
 Ouyang et al. 2022 (arXiv 2203.02155), equation 2: maximize E[r(x, y) - beta log(pi(y|x) / pi_SFT(y|x))] over
 completions y sampled from the policy, with the clipped objective of Schulman et al. 2017 (arXiv 1707.06347,
 equation 7). Policy, reference, reward and value share one frozen base in memory.
+
+An iteration is a rollout (``align.ppo.experience``: sample a completion per prompt, score it, and compute
+advantages per token) and epochs of minibatch updates on it (``align.ppo.trainer``).
 """
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
-from align.ppo import stage_settings
-from finetune.recipe.recipe import Recipe
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from align.ppo import rules
+from align.ppo.settings import Settings
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from transformers import TrainingArguments
 
-    from finetune.training.result import Result
+    from align.ppo.actor_critic import PPOModels
+    from align.ppo.experience import Rollouts
+    from align.ppo.metrics import HeldOutEvaluation
+    from align.ppo.pretraining import PretrainingMix
+    from align.ppo.trainer import PPOTrainer
+    from align.rl.prompts import PreparedPrompts
+    from finetune.training.context import RunContext
+    from finetune.training.findings import Finding
+    from finetune.training.metric_specs import MetricSpec
+    from finetune.training.model import Policy
+    from finetune.training.text_encoding import TextEncoding
 
 PUBLIC = "hh"
 """Default recipe for a base other than the embedded one."""
 
-Settings = stage_settings.Settings
-RULES = stage_settings.RULES
+RULES = rules.RULES
 
 
-def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Train a policy with PPO.
-
-    Args:
-        recipe: the validated recipe.
-        console: shows progress.
-        force: start over if the run exists.
-        command: command line, for the record.
+def build(ctx: RunContext[Settings]) -> PPO:
+    """Load tokenizer, prompts and models.
 
     Raises:
-        UserError: invalid input, before anything is written; or a reward function that fails on a completion.
-        Interrupted: a signal arrived; a checkpoint is saved.
-        NotFiniteError: loss, gradient or a reward is NaN or infinite.
+        UserError: the data are invalid, the base cannot be loaded, or a reward run is missing or damaged.
     """
-    from finetune.training.result import Result
-    from finetune.training.run_directory import RunDirectory
-
-    settings = recipe.settings
-    assert isinstance(settings, Settings)
-    run = RunDirectory.of(recipe, force=force)
-    if run.finished:
-        return Result.of(run)
-
-    # Heavy libraries are imported only here: a finished run is returned without them.
-    from align.ppo.loading import load_ppo_models
-    from align.ppo.method import PPO
-    from align.ppo.metric_spec import ppo_metric_spec
+    from align.ppo.actor_critic import load_ppo_models
+    from align.ppo.pretraining import load_pretraining_mix
     from align.rl.prompts import load_prompts
-    from finetune.training.context import RunContext
     from finetune.training.loading import load_text_encoding
-    from finetune.training.stage import run_stage
 
-    ctx = RunContext(recipe, run, console, command, metric_spec=ppo_metric_spec(settings))
-    text = load_text_encoding(ctx)
+    settings, text = ctx.settings, load_text_encoding(ctx)
     prompts = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
-    method = PPO(ctx, text, prompts, load_ppo_models(ctx, text))
-    run_stage(ctx, method, finalize=method.diagnose)
-    return Result.of(run)
+    pretraining = load_pretraining_mix(ctx, text)
+    return PPO(ctx, text, prompts, load_ppo_models(ctx, text), pretraining)
+
+
+@dataclass(frozen=True)
+class PPO:
+    """PPO on rewards of the policy's own completions; ``pretraining`` holds the rows of PPO-ptx, if any."""
+
+    generates: ClassVar[bool] = True
+    allows_zero_gradients: ClassVar[bool] = False
+
+    ctx: RunContext[Settings]
+    text: TextEncoding
+    data: PreparedPrompts
+    models: PPOModels
+    pretraining: PretrainingMix | None
+
+    @property
+    def policy(self) -> Policy:
+        """Return the trained policy, without the value model."""
+        return self.models.policy
+
+    @property
+    def metric_spec(self) -> MetricSpec:
+        """Return the metrics of the recipe's rewards and graders."""
+        from align.ppo.diagnostics import ppo_metric_spec
+
+        return ppo_metric_spec(self.ctx.settings)
+
+    @property
+    def num_steps(self) -> int:
+        """Return the optimizer steps of the run: rollouts x PPO epochs x minibatches."""
+        train, ppo = self.ctx.settings.train, self.ctx.settings.ppo
+        num_rollouts = max(1, ceil(train.epochs * len(self.data.train) / ppo.rollout_size))
+        return train.max_steps or num_rollouts * ppo.ppo_epochs * (ppo.rollout_size // train.batch_size)
+
+    def prepare(self) -> dict[str, Any]:
+        """Check adapter and rewards, on the recipe's prompts, before anything is sampled.
+
+        Raises:
+            UserError: the adapter needs two forward passes, or a reward fails on a prompt.
+        """
+        from align.ppo.actor_critic import actor_critic_hooks, describe_models
+        from align.rl.completions import check_rewards
+        from align.rl.rewards.loading import rewards_record
+        from finetune.recipe.errors import Problem, UserError
+        from finetune.training.preflight.checks import CheckResult
+
+        ctx, settings = self.ctx, self.ctx.settings
+        if actor_critic_hooks(self.models, settings, steps=self.num_steps).forward_passes != 1:
+            actual = "true: consistency between two forward passes is a loss on labels"
+            expected = "false in RL"
+            raise UserError(Problem("adapter.consistency", actual, expected, "adapter.consistency=false"))
+        for line in describe_models(self.models, settings):
+            ctx.log(line)
+        ctx.check(
+            CheckResult("environment", ctx.describe_environment(self.policy.precision)),
+            check_rewards(self.models.rewards, self.data),
+        )
+        return {"rewards": rewards_record(settings.rewards)}
+
+    def arguments(self) -> TrainingArguments:
+        """Return the training arguments, with every ``auto`` resolved.
+
+        Raises:
+            UserError: transformers rejects them.
+        """
+        from finetune.training.arguments import resolve_arguments
+
+        longest = max(self.data.train.lengths) + self.ctx.settings.sampling.max_new_tokens
+        args = resolve_arguments(self.ctx, self.policy, longest=longest, steps=self.num_steps)
+        # PPO counts its own steps: epochs of the Trainer would count prompts.
+        args.max_steps = self.ctx.resolve_auto(
+            "train.max_steps", (self.num_steps, "optimizer steps of all rollouts")
+        )
+        return args
+
+    def build_trainer(self, args: TrainingArguments) -> PPOTrainer:
+        """Return the trainer; the reference is the policy as it is now, before a checkpoint is loaded."""
+        from align.ppo.actor_critic import actor_critic_hooks
+        from align.ppo.experience import Rollouts
+        from align.ppo.metrics import check_initial_ratio
+        from align.ppo.state import PPOState
+        from align.ppo.stop_rule import RewardHackingStop
+        from align.ppo.trainer import PPOTrainer
+        from align.preference.reference_policy import ReferencePolicy
+        from align.rl.sampling import Sampling
+        from finetune.training.trainer import TrainerData
+
+        ctx, settings, models, data = self.ctx, self.ctx.settings, self.models, self.data
+        train, encoder = settings.train, self.text.encoder
+        rollouts = Rollouts(
+            models.actor_critic,
+            ReferencePolicy(self.policy.model),
+            models.rewards,
+            encoder,
+            Sampling.from_settings(ctx.hardware.device, settings.sampling, stop_ids=encoder.stop_ids),
+            self.policy.precision,
+            micro_batch_size=args.per_device_train_batch_size,
+        )
+        ppo_state = PPOState.initial(settings.ppo)
+        trainer = PPOTrainer(
+            models.actor_critic,
+            args,
+            # Rows are prompts: batches are built from the rollout, and nothing is collated.
+            TrainerData(data.train, data.held_out, list, train.batch_size, train.group_by_length),
+            hooks=actor_critic_hooks(models, settings, steps=self.num_steps),
+            ppo=settings.ppo,
+            ppo_state=ppo_state,
+            rollouts=rollouts,
+            pretraining=self.pretraining,
+            held_out=self._held_out_evaluation(rollouts),
+            check_initial_ratio=partial(check_initial_ratio, ctx, self.policy.precision),
+        )
+        trainer.add_callback(RewardHackingStop(ctx, ppo_state))
+        return trainer
+
+    def evaluate(self, trainer: PPOTrainer, when: str) -> dict[str, float]:
+        """Return the metrics of completions to held-out prompts."""
+        return trainer.held_out.evaluate() if trainer.held_out is not None else {}
+
+    def diagnose(self) -> list[Finding]:
+        """Return findings on reward, graders, KL, length, diversity and updates."""
+        from align.ppo.diagnostics import diagnose_ppo
+
+        run = self.ctx.run
+        completions = [(entry["before"], entry["after"]) for entry in run.samples()]
+        return diagnose_ppo(run.record["metrics"], completions)
+
+    def _held_out_evaluation(self, rollouts: Rollouts) -> HeldOutEvaluation | None:
+        from align.ppo.metrics import HeldOutEvaluation
+        from finetune.training.generation_eval import load_graders
+        from finetune.training.samples import evenly_spaced
+
+        settings, held_out = self.ctx.settings, self.data.held_out
+        if held_out is None:
+            return None
+        prompts = [held_out[index] for index in evenly_spaced(len(held_out), settings.evaluate.grader_rows)]
+        return HeldOutEvaluation(
+            prompts, load_graders(settings.evaluate.graders), rollouts, settings.train.seed
+        )

@@ -11,9 +11,8 @@ from transformers.integrations.integration_utils import rewrite_logs
 from align.dpo.method import DPO_FIRST_LAST_METRICS
 from align.dpo.metric_spec import DPO_METRIC_SPEC
 from align.kto.method import KTO_METRIC_SPEC
-from align.online.metric_spec import ONLINE_FIRST_LAST_METRICS, online_metric_spec
-from align.ppo.method import PPO_FIRST_LAST_METRICS
-from align.ppo.metric_spec import ppo_metric_spec
+from align.online.evaluation import online_metric_spec
+from align.ppo.diagnostics import ppo_metric_spec
 from align.rejection.metric_spec import rejection_metric_spec
 from align.reward.metric_spec import reward_metric_spec
 from finetune.recipe.discovery import stage_names
@@ -36,14 +35,14 @@ def settings(stage: str, *words: str):
 def recorded() -> dict[str, tuple[MetricSpec, tuple[str, ...]]]:
     """Return by stage what its report shows, and what else run.json holds of its training."""
     heads = settings("reward", "reward.heads=[a, b]", "data.source=null", "data.held_out=0.1", MIX)
+    online = {stage: online_metric_spec(["one", "length_penalty"]) for stage in ("rloo", "grpo")}
+    online["ppo"] = ppo_metric_spec(settings("ppo", *SOURCES))
     return {
         **{stage: (SUPERVISED_METRICS, ()) for stage in ("sft", "pretrain", "chain_of_hindsight")},
         "dpo": (DPO_METRIC_SPEC, DPO_FIRST_LAST_METRICS),
         "kto": (KTO_METRIC_SPEC, ()),
         "reward": (reward_metric_spec(heads), ()),
-        "ppo": (ppo_metric_spec(settings("ppo", *SOURCES)), PPO_FIRST_LAST_METRICS),
-        "rloo": (online_metric_spec(["one", "length_penalty"]), ONLINE_FIRST_LAST_METRICS),
-        "grpo": (online_metric_spec(["one", "length_penalty"]), ONLINE_FIRST_LAST_METRICS),
+        **{stage: (spec, spec.first_last) for stage, spec in online.items()},
         "rejection": (rejection_metric_spec(settings("rejection", *SOURCES)), ()),
     }
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from finetune.recipe.discovery import load_stage
 from finetune.recipe.recipe import read_recipe
 from finetune.training.result import Result
+from finetune.training.stage import run_stage
 
 FINETUNE = Path(__file__).parents[2] / "finetune"
 sys.path += [str(FINETUNE / "data"), str(FINETUNE / "training")]
@@ -88,7 +88,6 @@ def tune(online_recipes: dict[str, Path], tmp_path: Path) -> Tune:
     def run(stage: str, name: str = "run", **settings: Any) -> Result:
         given = {key.replace("__", "."): value for key, value in settings.items()}
         recipe = read_recipe(stage, str(online_recipes[stage]), shortcuts=given, out=tmp_path / name)
-        result: Result = load_stage(stage).run(recipe, Console(quiet=True), command="a test")
-        return result
+        return run_stage(recipe, Console(quiet=True), command="a test")
 
     return run

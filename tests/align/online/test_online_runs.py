@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from finetune.distributed.interrupts import Interrupted, NotFiniteError
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
-from finetune.stages import sft
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
+from finetune.training.stage import run_stage
 
 both = pytest.mark.parametrize("stage", ["rloo", "grpo"])
 
@@ -102,7 +102,7 @@ def tuned_run(decided_base, rows_file, tmp_path):
     )
     (tmp_path / "sft.yaml").write_text(text, encoding="utf-8")
     recipe = read_recipe("sft", str(tmp_path / "sft.yaml"), out=tmp_path / "tuned")
-    return sft.run(recipe, Console(quiet=True), command="a test").directory
+    return run_stage(recipe, Console(quiet=True), command="a test").directory
 
 
 @both

@@ -9,8 +9,7 @@ from small_models import VOCABULARY, make
 from transformers import set_seed
 from trl import GRPOConfig, RLOOConfig
 
-from align.online.prompt_id_tokenizer import PromptIdTokenizer
-from align.online.trl_engine import TRLRewardFunction, build_online_trainer, prompt_order
+from align.engines.trl.online import TRAINERS, PromptIdTokenizer, TRLRewardFunction, prompt_order
 from align.rl.prompts import Prompt, Prompts
 from align.rl.rewards.rewards import RewardScores
 from data_templates.segments import Message
@@ -85,7 +84,7 @@ def make_trainer(config, folder, **overrides):
         **{"save_strategy": "no"},
         **overrides,
     )
-    return build_online_trainer(
+    return TRAINERS[config.__name__](
         model, arguments, known_reward_function(), order=[2, 0, 3, 1], evaluate_held_out=None
     )
 

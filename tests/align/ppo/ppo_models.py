@@ -11,7 +11,7 @@ from reward_models import train as train_scores
 from torch import nn
 
 from align.ppo.actor_critic import ActorCritic
-from align.ppo.rollout import Rollout, RolloutTensors
+from align.ppo.experience import Rollout, RolloutTensors
 from align.reward.collate import RewardCollator
 from align.reward.model import find_score_head
 from align.reward.shared_base import scorer_sharing_base, untie_trained_weights

@@ -7,7 +7,7 @@ from ppo_models import build_models, random_ids, random_rollout
 from torch import Tensor, nn
 
 from align.ppo.actor_critic import ActorCritic, disable_dropout
-from align.ppo.rollout import Rollout
+from align.ppo.experience import Rollout
 from align.preference.reference_policy import ReferencePolicy
 from align.reward.model import completion_scores
 from align.rl.maths.losses import policy_loss, value_loss

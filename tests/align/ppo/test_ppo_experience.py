@@ -7,14 +7,10 @@ import torch
 from ppo_models import LENGTHS, build_models, random_rollout, scored_completions
 
 from align.ppo import metrics
-from align.ppo.experience import (
-    advantages_and_returns,
-    make_minibatches,
-    rollout_prompt_indices,
-    shape_rewards,
-)
-from align.ppo.rollout import Rollout
+from align.ppo.experience import advantages_and_returns, shape_rewards
+from align.ppo.rollout_order import make_minibatches, rollout_prompt_indices
 from align.ppo.settings import PPOSettings
+from align.ppo.state import load_rollout, save_rollout
 from align.rl import metrics as of
 from align.rl.maths.reward_shaping import RunningMeanStd
 from align.rl.token_stats import TokenStats
@@ -95,8 +91,8 @@ def test_minibatches_cover_the_rollout_sorted_by_length() -> None:
 
 def test_rollout_save_and_load_roundtrip(tmp_path: Path) -> None:
     before = random_rollout(build_models("lora", "llama")[0])
-    before.save(tmp_path / "e.safetensors")
-    after = Rollout.load(tmp_path / "e.safetensors")
+    save_rollout(before, tmp_path / "e.safetensors")
+    after = load_rollout(tmp_path / "e.safetensors")
     assert (after.prompt_indices, after.prompts, after.completions) == (
         before.prompt_indices,
         before.prompts,

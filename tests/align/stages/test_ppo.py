@@ -15,9 +15,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align import cli
-from align.ppo.loading import load_ppo_models
+from align.ppo.actor_critic import load_ppo_models
 from align.ppo.state import ROLLOUT_FILE, STATE_FILE
-from align.stages import ppo
 from data_templates.segments import Message
 from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.errors import UserError
@@ -28,6 +27,7 @@ from finetune.training.loading import load_text_encoding
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
 from finetune.training.run_directory import RunDirectory
+from finetune.training.stage import run_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
@@ -91,7 +91,7 @@ def recipe(ppo_file: Path, tmp_path: Path) -> Recipes:
 @pytest.fixture
 def reinforce(recipe: Recipes) -> Runs:
     def run(name: str = "run", **settings: Any) -> Result:
-        return ppo.run(recipe(name, **settings), Console(quiet=True), command="a test")
+        return run_stage(recipe(name, **settings), Console(quiet=True), command="a test")
 
     return run
 
@@ -145,7 +145,7 @@ def uninterrupted(ppo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     """Return an uninterrupted run."""
     given = {key.replace("__", "."): value for key, value in STATEFUL_SETTINGS.items()}
     out = tmp_path_factory.mktemp("whole") / "run"
-    return ppo.run(
+    return run_stage(
         read_recipe("ppo", str(ppo_file), shortcuts=given, out=out), Console(quiet=True), command="a test"
     )
 

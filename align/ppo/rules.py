@@ -1,26 +1,12 @@
-"""Recipe of stage ppo: its sections, and its rules."""
+"""Rules of stage ppo."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from align.ppo.settings import PPOSettings, PretrainingSettings, StopSettings
-from align.rl.rewards.settings import REWARD_RULES, RewardSource, RewardsSettings
-from align.rl.settings import PromptSettings, SamplingSettings
+from align.rl.rewards.settings import REWARD_RULES, RewardSource
 from align.shared_rules import CONSISTENCY, RL_LABEL_SMOOTHING
 from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
-from finetune.recipe.settings import StageSettings
-
-
-class Settings(StageSettings):
-    """Prompts, rewards, sampling, PPO, PPO-ptx and early stopping."""
-
-    data: PromptSettings = PromptSettings()
-    rewards: RewardsSettings = RewardsSettings()
-    sampling: SamplingSettings = SamplingSettings()
-    ppo: PPOSettings = PPOSettings()
-    pretraining: PretrainingSettings = PretrainingSettings()
-    stop: StopSettings = StopSettings()
 
 
 def _check_sizes(settings: Any) -> Iterator[Problem]:
