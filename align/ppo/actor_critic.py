@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from align.ppo.settings import Settings
 from align.preference.attention import unwrap_model
-from align.reward.loading import non_stop_pad_id
-from align.reward.model import check_scoring_architecture, token_scores
+from align.reward.model import check_scoring_architecture, non_stop_pad_id, token_scores
 from align.reward.shared_base import base_for_scorers, scorer_sharing_base, untie_trained_weights
 from align.rl.rewards.loading import load_rewards, reward_runs
 from align.rl.rewards.rewards import Rewards
