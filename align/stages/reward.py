@@ -188,10 +188,15 @@ class RewardModeling:
         train, scale = settings.train, settings.reward.margin_scale
         save_rules(settings.reward.rules, self.ctx.run)
         if train.engine == "trl":
-            margins = None if scale is None else scaled_margins(data.train, scale)
-            tokenizer, pad_id = self.text.encoder.tokenizer, self.collator.pad_id
-            pairs = {"train": data.train, "held_out": data.held_out}
-            return TrlRewardTrainer(model, args, tokenizer, **pairs, pad_id=pad_id, margins=margins)
+            return TrlRewardTrainer(
+                model,
+                args,
+                self.text.encoder.tokenizer,
+                train=data.train,
+                held_out=data.held_out,
+                pad_id=self.collator.pad_id,
+                margins=None if scale is None else scaled_margins(data.train, scale),
+            )
         hooks = adapter_hooks(model, settings.adapter, steps=self.num_steps)
         return RewardTrainer(
             model,
