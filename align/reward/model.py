@@ -58,7 +58,9 @@ def load_reward_model_for_training(ctx: RunContext[Settings], encoder: Encoder) 
     seed = settings.train.seed
     traits = adapter_traits(settings.adapter.method)
     init_distributed(ctx)
-    precision = ctx.resolve_auto("model.precision", auto_values.precision(settings.model.precision, ctx.hardware))
+    precision = ctx.resolve_auto(
+        "model.precision", auto_values.precision(settings.model.precision, ctx.hardware)
+    )
     quantization = ctx.resolve_auto(
         "model.quantization", auto_values.quantization(settings.model.quantization, traits.quantization)
     )
