@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from align.ppo.settings import Settings
 from align.preference.attention import unwrap_model
-from align.reward.loading import non_stop_pad_id
-from align.reward.model import check_scoring_architecture, token_scores
+from align.reward.model import check_scoring_architecture, non_stop_pad_id, token_scores
 from align.reward.shared_base import base_for_scorers, scorer_sharing_base, untie_trained_weights
 from align.rl.rewards.loading import load_rewards, reward_runs
 from align.rl.rewards.rewards import Rewards
@@ -141,10 +140,10 @@ def disable_dropout(model: nn.Module) -> bool:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             had_dropout, module.p = had_dropout or module.p > 0, 0.0
-        # Attention modules of transformers hold their dropout as a plain number, not as nn.Dropout.
-        elif "attention_dropout" in vars(module):
-            had_dropout = had_dropout or vars(module)["attention_dropout"] > 0
-            vars(module)["attention_dropout"] = 0.0
+        # Most attention modules of transformers (5.23) hold the rate as a number instead, which they pass to
+        # the attention function. No public function changes it after loading.
+        elif isinstance(rate := getattr(module, "attention_dropout", None), float):
+            had_dropout, module.attention_dropout = had_dropout or rate > 0, 0.0
     return had_dropout
 
 

@@ -1,4 +1,9 @@
-"""PPO trainer: rollouts, epochs of clipped updates, metrics; a subclass of transformers' Trainer."""
+"""PPO trainer: an iteration is a rollout and epochs of clipped minibatch updates on it.
+
+transformers' Trainer runs the loop. It asks for the micro-batches of an optimizer step
+(``get_batch_samples``), for which a rollout is sampled when the last one is consumed (``collect_rollout``),
+and for the loss of each (``compute_loss``).
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,13 +15,7 @@ from transformers import TrainingArguments
 
 from align.ppo import metrics
 from align.ppo.actor_critic import ActorCritic
-from align.ppo.experience import (
-    Rollout,
-    Rollouts,
-    advantages_and_returns,
-    shape_rewards,
-    total_lengths,
-)
+from align.ppo.experience import Rollout, Rollouts, advantages_and_returns, shape_rewards, total_lengths
 from align.ppo.pretraining import PRETRAINING_BATCH, PretrainingMix
 from align.ppo.rollout_order import rollout_minibatches, rollout_prompt_indices, sampling_seed
 from align.ppo.settings import PPOSettings
@@ -95,6 +94,36 @@ class PPOTrainer(BaseTrainer):
         self.num_tokens += int(num_tokens)
         return batches, self.accelerator.reduce(num_tokens, "sum")
 
+    def collect_rollout(self) -> None:
+        """Sample and score a rollout, and compute its advantages and returns.
+
+        Raises:
+            UserError: a reward function raised or did not return a number.
+        """
+        state, rollouts, ppo, seed = self.ppo_state, self.rollouts, self.ppo, self.args.seed
+        index = state.num_rollouts
+        prompt_indices = rollout_prompt_indices(len(self.prompts), ppo.rollout_size, index, seed=seed)
+        completions = rollouts.generate_and_score(
+            [self.prompts[prompt_index] for prompt_index in prompt_indices], seed=sampling_seed(seed, index)
+        )
+        # Before this rollout is normalized: the statistics are empty at the first one.
+        state.reward_stats = state.reward_stats.updated(completions.rewards)
+        minibatches = self._make_minibatches(total_lengths(completions), index)
+        first_epoch = minibatches[: ppo.rollout_size // self.batch_size]
+        # In the layout of the first epoch: same shapes, same rounding, so its first ratios are exactly 1.
+        stats = rollouts.score_tokens(
+            completions, [indices for minibatch in first_epoch for indices in minibatch]
+        )
+        rewards_C = shape_rewards(completions, ppo, state.reward_stats)
+        kl_coef = state.kl_controller.kl_coef
+        tensors = advantages_and_returns(stats, rewards_C, completions.lengths, kl_coef=kl_coef, settings=ppo)
+        rollout_metrics = completion_metrics(completions) | kl_metrics(completions, stats)
+        rollout_metrics |= metrics.value_metrics(stats.values, tensors.returns, completions.lengths)
+        rollout_metrics |= {"objective/shaped_reward": float(rewards_C.mean()), "objective/kl_coef": kl_coef}
+        rollout_metrics |= {f"time/{work}": value for work, value in rollouts.seconds.items()}
+        rollouts.seconds.clear()
+        state.begin_updates(Rollout.build(prompt_indices, completions, tensors), rollout_metrics)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -136,36 +165,6 @@ class PPOTrainer(BaseTrainer):
         """Run one forward and backward pass, and add its duration to ``seconds["updates"]``."""
         with self.rollouts.timed("updates"):
             return super().training_step(model, inputs, num_items_in_batch)
-
-    def collect_rollout(self) -> None:
-        """Sample and score a rollout, and compute its advantages and returns.
-
-        Raises:
-            UserError: a reward function raised or did not return a number.
-        """
-        state, rollouts, ppo, seed = self.ppo_state, self.rollouts, self.ppo, self.args.seed
-        index = state.num_rollouts
-        prompt_indices = rollout_prompt_indices(len(self.prompts), ppo.rollout_size, index, seed=seed)
-        completions = rollouts.generate_and_score(
-            [self.prompts[prompt_index] for prompt_index in prompt_indices], seed=sampling_seed(seed, index)
-        )
-        # Before this rollout is normalized: the statistics are empty at the first one.
-        state.reward_stats = state.reward_stats.updated(completions.rewards)
-        minibatches = self._make_minibatches(total_lengths(completions), index)
-        first_epoch = minibatches[: ppo.rollout_size // self.batch_size]
-        # In the layout of the first epoch: same shapes, same rounding, so its first ratios are exactly 1.
-        stats = rollouts.score_tokens(
-            completions, [indices for minibatch in first_epoch for indices in minibatch]
-        )
-        rewards_C = shape_rewards(completions, ppo, state.reward_stats)
-        kl_coef = state.kl_controller.kl_coef
-        tensors = advantages_and_returns(stats, rewards_C, completions.lengths, kl_coef=kl_coef, settings=ppo)
-        rollout_metrics = completion_metrics(completions) | kl_metrics(completions, stats)
-        rollout_metrics |= metrics.value_metrics(stats.values, tensors.returns, completions.lengths)
-        rollout_metrics |= {"objective/shaped_reward": float(rewards_C.mean()), "objective/kl_coef": kl_coef}
-        rollout_metrics |= {f"time/{work}": value for work, value in rollouts.seconds.items()}
-        rollouts.seconds.clear()
-        state.begin_updates(Rollout.build(prompt_indices, completions, tensors), rollout_metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's metrics, the means of the per-token metrics, and those of a new rollout."""

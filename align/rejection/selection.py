@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from align.rejection.settings import RejectionSettings
+from finetune.recipe.errors import Problem, UserError
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -15,6 +18,36 @@ class Candidate:
     ended_with_eos: bool
     reward: float
     by_source: Mapping[str, float] = field(default_factory=dict)
+
+
+def select_candidates(
+    candidates: Sequence[Candidate], settings: RejectionSettings, *, round_index: int
+) -> list[Candidate]:
+    """Return the completions of a round that are trained on.
+
+    Args:
+        candidates: all completions of the round.
+        settings: the recipe's rejection section.
+        round_index: index of the round, for the error message.
+
+    Raises:
+        UserError: no completion may be selected.
+    """
+    keep_truncated = settings.truncated == "train"
+    selectable = eligible(candidates, min_reward=settings.min_reward, keep_truncated=keep_truncated)
+    if not selectable:
+        num_ended = sum(candidate.ended_with_eos for candidate in candidates)
+        # Both numbers tell which of the two conditions is too strict.
+        best = max(candidate.reward for candidate in candidates)
+        outcome = f"{num_ended} ended, best reward {best:.3g}"
+        actual = f"round {round_index}: none of {len(candidates)} completions; {outcome}"
+        repair = "raise sampling.max_new_tokens, or lower rejection.min_reward"
+        raise UserError(Problem("rejection", actual, "completions to train on", repair))
+    if settings.keep == "best_of_n":
+        return best_per_prompt(selectable)
+    # A fraction of all completions of the round, not of the eligible ones.
+    fraction = settings.top_fraction or 1 / settings.num_generations
+    return top_candidates(selectable, max(1, round(fraction * len(candidates))))
 
 
 def eligible(

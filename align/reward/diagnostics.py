@@ -1,18 +1,41 @@
-"""Reward model diagnostics in the report: accuracy table, reliability curve, score histograms."""
+"""Reward model metrics in the report: curves, summary, accuracy table, reliability, score histograms."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from align.reward.settings import Settings
+from finetune.training.metric_specs import Diagnostics, MetricSpec
 
-from finetune.training.metric_specs import Diagnostics
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+REWARD_CURVES = {
+    "loss": "training loss (nats per comparison)",
+    "rewards/accuracies": "accuracy (fraction of comparisons ranked correctly)",
+    "rewards/margins": "reward margin (better minus worse)",
+    "rewards/mean": "mean reward",
+    "eval/loss": "held-out loss",
+    "eval/rewards/accuracies": "held-out accuracy",
+    "eval/rewards/margins": "held-out margin",
+}
 TABLE_HEADER: tuple[str, ...] = (
     *("", "comparisons", "accuracy", "95 % interval", "loss", "margin"),
     *("calibration error", "longest wins", "length correlation"),
 )
 PLOT_COLORS = {"chosen": "#2b8a3e", "rejected": "#c92a2a", "before": "#adb5bd", "after": "#3b5bdb"}
+
+
+def reward_metric_spec(settings: Settings) -> MetricSpec:
+    """Return the curves and values to show for these heads."""
+    summary = {
+        "eval/rewards/accuracies": ("held-out accuracy", ".1%"),
+        "eval/loss": ("held-out loss", ".3f"),
+        "eval/rewards/margins": ("held-out margin", ".2f"),
+    }
+    heads = settings.reward.heads if len(settings.reward.heads) > 1 else []
+    summary |= {f"eval/rewards/accuracies/{name}": (f"held-out accuracy, {name}", ".1%") for name in heads}
+    return MetricSpec(curves=REWARD_CURVES, summary=summary, diagnostics=reward_diagnostics)
 
 
 def reward_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
@@ -69,7 +92,7 @@ def _metrics_row(name: str, metrics: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _reliability_figure(comparisons: Mapping[str, Any]) -> Figure:
+def _reliability_figure(comparisons: Mapping[str, Any]) -> "Figure":
     figure, axes = _axes("Calibration: accuracy by confidence")
     axes.plot([0.5, 1], [0.5, 1], color="#868e96", linewidth=1, linestyle=":")
     for when in ("before", "after"):
@@ -86,7 +109,7 @@ def _reliability_figure(comparisons: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _score_histogram(metrics: Mapping[str, Any], name: str) -> Figure:
+def _score_histogram(metrics: Mapping[str, Any], name: str) -> "Figure":
     figure, axes = _axes(f"Scores of held-out completions {name}".rstrip())
     bin_edges = metrics["histogram"]["bin_edges"]
     for kind in ("chosen", "rejected"):
@@ -97,7 +120,9 @@ def _score_histogram(metrics: Mapping[str, Any], name: str) -> Figure:
     return figure
 
 
-def _axes(title: str) -> tuple[Figure, Axes]:
+def _axes(title: str) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.2, 3.0), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title)

@@ -1,6 +1,7 @@
 """Reward model evaluation before and after training: held-out metrics, samples, reward normalization."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -9,9 +10,8 @@ import numpy as np
 from torch import nn
 
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences, TokenizedGroup
-from align.reward.collate import RewardCollator
-from align.reward.metrics import FloatArray, comparison_metrics
-from align.reward.scoring import score_groups, select_head_scores
+from align.reward.batch import RewardCollator, score_groups
+from align.reward.metrics import FloatArray, ScoredComparisons, comparison_metrics
 from finetune.data.tokens import Encoder
 from finetune.distributed.collectives import all_gather_object, shard_padded, unshard
 from finetune.distributed.interrupts import NotFiniteError
@@ -51,18 +51,24 @@ class RewardEvaluator:
         metrics = comparison_metrics(select_head_scores(scores, self.data.held_out, self.head_of_source))
         return {f"eval/{name}": metrics[key] for name, key in HELD_OUT_METRICS.items()}
 
-    def record(self, run: RunDirectory, encoder: Encoder, when: str, *, samples: int) -> None:
-        """Record held-out metrics and samples ``before`` or ``after`` training.
+    def record(self, run: RunDirectory, encoder: Encoder, when: str, *, samples: int) -> dict[str, float]:
+        """Return held-out loss, accuracy and margin; record them in detail, and the scores of some samples.
 
         Without held-out rows only samples are recorded, from training rows.
+
+        Args:
+            run: receives ``preference_data`` and samples.jsonl.
+            encoder: decodes the samples.
+            when: ``before`` or ``after`` training.
+            samples: number of samples.
 
         Raises:
             NotFiniteError: a score is NaN or infinite.
         """
-        # A resumed run keeps the metrics of its first start: the model is no longer untrained.
-        if when == "before" and (when in run.record.get("preference_data", {}) or run.samples()):
-            return
         held_out = self.data.held_out
+        # A resumed run keeps the samples of its first start.
+        if held_out is None and when == "before" and run.samples():
+            return {}
         groups = self._all_groups(self.data.train if held_out is None else held_out)
         sample_indices = evenly_spaced(len(groups), samples)
         if held_out is None:
@@ -72,22 +78,21 @@ class RewardEvaluator:
                 list(range(len(sample_indices))),
             )
         if not groups:
-            return
+            return {}
         scores = self._scores(groups)
         if not np.isfinite(scores).all():
             raise NotFiniteError(f"a score of the held-out comparisons is NaN or infinite {when} training")
+        metrics: dict[str, float] = {}
         if held_out is not None:
-            comparison_metrics = self._comparison_metrics(scores, held_out)
-            metrics = {
-                f"eval/{name}_{when}": comparison_metrics["all"][key]
-                for name, key in HELD_OUT_METRICS.items()
-            }
+            comparisons = self._comparison_metrics(scores, held_out)
+            run.update(preference_data={when: comparisons})
+            metrics = {name: comparisons["all"][key] for name, key in HELD_OUT_METRICS.items()}
             metrics |= {
-                f"eval/rewards/accuracies/{name}_{when}": head_metrics["accuracy"]
-                for name, head_metrics in comparison_metrics["heads"].items()
+                f"rewards/accuracies/{name}": head_metrics["accuracy"]
+                for name, head_metrics in comparisons["heads"].items()
             }
-            run.update(preference_data={when: comparison_metrics}, metrics=metrics)
         self._write_samples(run, encoder, when, groups=groups, scores=scores, sample_indices=sample_indices)
+        return metrics
 
     def record_normalization(self, run: RunDirectory) -> None:
         """Record each head's mean and standard deviation over chosen completions of its training rows.
@@ -187,6 +192,21 @@ class RewardEvaluator:
             # Merged with the entry of the evaluation before training, whose scores stay.
             samples.append(_sample_texts(group, encoder) | previous | {when: "\n".join(labeled_scores)})
         run.write(SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+
+
+def select_head_scores(
+    scores: FloatArray, groups: PreferenceGroups, head_of_source: Sequence[int]
+) -> ScoredComparisons:
+    """Select each comparison's scores under the head of its data source.
+
+    Args:
+        scores: (C, heads).
+        groups: the scored comparisons.
+        head_of_source: index of the head of each data source.
+    """
+    head_ids = np.repeat(np.asarray(head_of_source)[list(groups.source_ids)], groups.num_completions)
+    rewards = scores[np.arange(len(scores)), head_ids]
+    return ScoredComparisons(rewards, groups.ranks, groups.completion_lengths, groups.num_completions)
 
 
 def _rank_labels(group: TokenizedGroup) -> list[str]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences, TokenizedGroup
-from align.reward.collate import RewardBatch, RewardCollator
+from align.reward.batch import RewardBatch, RewardCollator
 from align.reward.model import completion_scores
-from align.reward.objective import RewardObjective
+from align.reward.trainer import RewardObjective
 from finetune.data.tokens import Encoder
 from finetune.distributed.sharding import gathered_params
 from finetune.recipe.errors import Problem

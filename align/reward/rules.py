@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.reward.settings import RuleSettings, Settings
-from finetune.recipe.settings import StageSettings
+from align.reward.settings import RuleSettings
 from finetune.recipe.user_function import call_for_number, function_file, load_user_function
 from finetune.training.run_directory import RULES, RunDirectory
 
@@ -44,13 +43,12 @@ class FunctionReward:
         ]
 
 
-def save_rules(settings: StageSettings, run: RunDirectory) -> None:
+def save_rules(rules: Sequence[RuleSettings], run: RunDirectory) -> None:
     """Copy each rule's file to ``RUN/rules/NUMBER.py``."""
-    assert isinstance(settings, Settings)
     # A copy, so that the finished run scores the same after the user's file has changed.
-    if settings.reward.rules and run.is_writer:
+    if rules and run.is_writer:
         with run.atomic_folder(RULES) as folder:
-            for index, rule in enumerate(settings.reward.rules):
+            for index, rule in enumerate(rules):
                 (folder / f"{index}.py").write_bytes(_rule_file(rule).read_bytes())
 
 

@@ -15,10 +15,9 @@ from align.preference.attention import block_mask_unsupported, forward_cost
 from align.preference.rows.dataset import TokenizedGroup
 from align.preference.rows.encode import LengthLimits, truncate_to
 from align.preference.rows.fields import prompt_turns
-from align.reward.collate import RewardCollator
+from align.reward.batch import RewardCollator, score_groups
 from align.reward.model import load_scorer
 from align.reward.rules import FunctionReward, load_rules
-from align.reward.scoring import score_groups
 from align.reward.settings import RuleSettings
 from align.reward.shared_base import scorer_sharing_base
 from data_templates.segments import Message, TemplateError

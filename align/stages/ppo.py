@@ -15,7 +15,7 @@ from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from align.ppo import rules
+from align.ppo.rules import RULES as RULES
 from align.ppo.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 PUBLIC = "hh"
 """Default recipe for a base other than the embedded one."""
-
-RULES = rules.RULES
 
 
 def build(ctx: RunContext[Settings]) -> PPO:

@@ -5,68 +5,241 @@ arXiv 2307.09288, section 3.2.3): y* = argmax_k r(x, y_k) of n completions y_k ~
 fine-tuning on (x, y*); the next round samples from the fine-tuned policy.
 """
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
-from align.rejection import settings
-from finetune.recipe.recipe import Recipe
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from align.rejection.settings import RULES as RULES
+from align.rejection.settings import Settings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from finetune.training.result import Result
+    from align.rejection.rounds import RoundPolicies
+    from align.rejection.sampling import CandidateSampler
+    from align.rejection.selection import Candidate
+    from align.rl.prompts import PreparedPrompts, Prompts
+    from data_templates.segments import Message
+    from finetune.training.context import RunContext
+    from finetune.training.generation import Completion
+    from finetune.training.generation_eval import Grader
+    from finetune.training.metric_specs import MetricSpec
+    from finetune.training.samples import GenerateFn
+    from finetune.training.text_encoding import TextEncoding
 
 PUBLIC = "llama2-chat"
 """Default recipe for a base other than the embedded one."""
+TRAIN_STREAM, EVAL_STREAM = 0, 1
+"""Random streams of training and evaluation completions."""
 
-Settings = settings.Settings
-RULES = settings.RULES
 
-
-def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Fine-tune a policy on the best of its own completions.
-
-    Args:
-        recipe: the validated recipe.
-        console: shows progress.
-        force: start over if the run exists.
-        command: command line, for the record.
+def run(ctx: RunContext[Settings]) -> None:
+    """Sample, select and fine-tune, round after round; evaluate before the first round and after each.
 
     Raises:
-        UserError: invalid input, before anything is written; or a reward function that fails on a completion.
-        Interrupted: a signal arrived; completions are stored and a checkpoint is saved.
+        UserError: invalid input, before anything is written; or a reward function failed on a completion, or
+            no completion could be selected.
+        Interrupted: a signal arrived; completions are stored, a checkpoint is saved.
         NotFiniteError: loss, gradient or a reward is NaN or infinite.
     """
-    from finetune.training.result import Result
-    from finetune.training.run_directory import RunDirectory
-
-    stage_settings = recipe.settings
-    assert isinstance(stage_settings, Settings)
-    run = RunDirectory.of(recipe, force=force)
-    if run.finished:
-        return Result.of(run)
-
-    # Heavy libraries are imported only here: a finished run is returned without them.
-    from align.rejection.method import RejectionSampling
-    from align.rejection.metric_spec import rejection_metric_spec
-    from align.rejection.policies import load_round_policies
+    from align.rejection.rounds import load_round_policies, save_last_round
     from align.rl.prompts import load_prompts
-    from finetune.training.context import RunContext
+    from finetune.training.generation_eval import GenerationEvals
     from finetune.training.loading import load_text_encoding
 
-    ctx = RunContext(recipe, run, console, command, metric_spec=rejection_metric_spec(stage_settings))
+    settings = ctx.settings
     text = load_text_encoding(ctx)
-    prompts = load_prompts(
-        ctx, stage_settings.data, text, max_new_tokens=stage_settings.sampling.max_new_tokens
-    )
-    method = RejectionSampling(ctx, text, prompts, load_round_policies(ctx, text))
-    with ctx.recorded(**method.metadata()):
-        method.samples.record_before(run, method.generate)
-        method.generation_eval.evaluate(run, method.generate, "before")
+    data = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
+    policies = load_round_policies(ctx, text)
+    evals = GenerationEvals.load(settings, text.encoder, data.prompts)
+    method = RejectionSampling(ctx, text, data, policies, evals.graded.graders)
+    metadata, last_round = method.prepare(), settings.rejection.rounds
+    with ctx.recorded(metadata, method.metric_spec.with_summary(evals.summary)):
+        evals.run(ctx.run, method.generate_with(1), "before")
         method.evaluate(0)
-        for round_index in method.rounds:
+        for round_index in range(1, last_round + 1):
             method.run_round(round_index)
             method.evaluate(round_index)
-        method.save()
-        method.samples.record_after(run, method.generate)
-        method.generation_eval.evaluate(run, method.generate, "after")
-    return Result.of(run)
+        save_last_round(ctx)
+        evals.run(ctx.run, method.generate_with(last_round + 1), "after")
+
+
+@dataclass(frozen=True)
+class RejectionSampling:
+    """Rounds of sampling, scoring, selecting and fine-tuning.
+
+    Attributes:
+        ctx: the run context.
+        text: template and tokenizer.
+        data: training and held-out prompts.
+        policies: the policy of each round, and the rewards.
+        graders: grade the held-out completions, by name.
+        selected: selected completions by round.
+    """
+
+    ctx: RunContext[Settings]
+    text: TextEncoding
+    data: PreparedPrompts
+    policies: RoundPolicies
+    graders: Mapping[str, Grader]
+    selected: dict[int, list[Candidate]] = field(default_factory=dict)
+
+    @property
+    def metric_spec(self) -> MetricSpec:
+        from align.rejection.diagnostics import rejection_metric_spec
+
+        return rejection_metric_spec(self.ctx.settings)
+
+    def prepare(self) -> dict[str, Any]:
+        """Check the rounds' arguments and the rewards; return the metadata of run.json.
+
+        Raises:
+            UserError: the engine refuses an argument, or a reward fails on an empty completion.
+        """
+        from align.rl.completions import check_rewards
+        from align.rl.rewards.loading import rewards_record
+        from finetune.training.arguments import num_optimizer_steps, resolve_arguments
+        from finetune.training.model import count_parameters
+        from finetune.training.preflight.checks import CheckResult
+        from finetune.training.stage import policy_metadata
+
+        ctx, settings, policy = self.ctx, self.ctx.settings, self.policies.policy_for_round(1)
+        num_prompts = len(self._round_prompts(1))
+        longest = max(self.data.train.lengths) + settings.sampling.max_new_tokens
+        # For its checks: invalid arguments of the rounds are reported before anything is sampled.
+        resolve_arguments(
+            ctx, policy, longest=longest, steps=num_optimizer_steps(settings.train, num_prompts)
+        )
+        ctx.log(count_parameters(policy.model).describe())
+        reward_check = check_rewards(self.policies.rewards, self.data)
+        ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)), reward_check)
+        amount = f"{num_prompts * settings.rejection.num_generations} completions of {num_prompts} prompts"
+        ctx.log(f"{settings.rejection.rounds} round(s): sample {amount}, fine-tune on the best")
+        metadata = policy_metadata(ctx, self.text, policy, self.data.report)
+        return {**metadata, "rewards": rewards_record(settings.rewards)}
+
+    def generate_with(self, round_index: int) -> GenerateFn:
+        """Return a function that generates greedily with the policy at the start of a round."""
+        from finetune.training.generation import generate_sharded
+
+        def generate(prompts: Sequence[Sequence[Message]]) -> list[Completion]:
+            policy = self.policies.policy_for_round(round_index)
+            return generate_sharded(self.ctx, self.text, policy, prompts)
+
+        return generate
+
+    def run_round(self, round_index: int) -> None:
+        """Run a round: sample n completions per prompt, select the best, fine-tune on them.
+
+        Raises:
+            UserError: a reward function failed on a completion, or no completion could be selected.
+            Interrupted: a signal arrived; the same command resumes from there.
+            NotFiniteError: loss, gradient or a reward is NaN or infinite.
+        """
+        from align.rejection.diagnostics import write_selected
+        from align.rejection.rounds import train_round, training_rows
+        from align.rejection.selection import select_candidates
+
+        ctx, prompts, settings = self.ctx, self.data.train, self.ctx.settings.rejection
+        candidates = self._sample_round(round_index)
+        selected = select_candidates(candidates, settings, round_index=round_index)
+        self.selected[round_index] = selected
+        write_selected(ctx.run, prompts, candidates, selected, round_index=round_index)
+        # Llama 2: with the last round's completions alone, some abilities were forgotten.
+        first_round = 1 if settings.accumulate_rounds else round_index
+        rows = training_rows(prompts, self.selected, range(first_round, round_index + 1))
+        self._record_round(round_index, candidates, num_rows=len(rows))
+        ctx.raise_if_interrupted(f"before training of round {round_index}")
+        train_round(ctx, self.text, self.policies, rows, round_index=round_index)
+
+    def evaluate(self, round_index: int) -> None:
+        """Evaluate on held-out prompts after a round (0: before training), unless recorded already."""
+        from align.rejection.diagnostics import write_metrics
+        from finetune.training.metrics import EVAL_PREFIX
+
+        held_out, run = self.data.held_out, self.ctx.run
+        entry = run.record.get("rounds", {}).get(str(round_index), {})
+        if held_out is not None and "eval/objective/reward" not in entry:
+            metrics = self._held_out_metrics(held_out, round_index)
+            entry = {**entry, **{f"{EVAL_PREFIX}{name}": value for name, value in metrics.items()}}
+            run.update(rounds={str(round_index): entry})
+        when = {0: "before", self.ctx.settings.rejection.rounds: "after"}.get(round_index)
+        if when is not None:
+            # run.json has the held-out metrics twice: by round, and before and after training as for every
+            # stage.
+            metrics = {key: value for key, value in entry.items() if key.startswith(EVAL_PREFIX)}
+            run.update(metrics={f"{key}_{when}": value for key, value in metrics.items()})
+        write_metrics(run, self.metric_spec, round_index=round_index)
+
+    def _round_prompts(self, round_index: int) -> list[int]:
+        from align.rejection.sampling import round_prompt_indices
+
+        per_round, seed = self.ctx.settings.rejection.prompts, self.ctx.settings.train.seed
+        return round_prompt_indices(len(self.data.train), per_round, round_index, seed=seed)
+
+    def _sample_round(self, round_index: int) -> list[Candidate]:
+        """Sample completions of the round's prompts from its policy; stored ones are read."""
+        from finetune.training.run_directory import CANDIDATES
+
+        with self.ctx.timed("drawing"):
+            return self._build_sampler(self.data.train).sample(
+                self._round_prompts(round_index),
+                lambda: self.policies.policy_for_round(round_index).model,
+                seeds=[self.ctx.settings.train.seed, TRAIN_STREAM, round_index],
+                store_prefix=self.ctx.run.path / CANDIDATES / str(round_index),
+            )
+
+    def _held_out_metrics(self, prompts: Prompts, round_index: int) -> dict[str, float]:
+        from align.rejection.diagnostics import held_out_metrics
+        from finetune.training.samples import evenly_spaced
+
+        settings, reward_names = self.ctx.settings, self.policies.rewards.names
+        with self.ctx.timed("held_out"):
+            # The same seeds in every round: metrics differ because of the policy alone.
+            candidates = self._build_sampler(prompts).sample(
+                evenly_spaced(len(prompts), settings.evaluate.grader_rows),
+                lambda: self.policies.policy_for_round(round_index + 1).model,
+                seeds=[settings.train.seed, EVAL_STREAM],
+                store_prefix=None,
+            )
+        return held_out_metrics(
+            candidates,
+            prompts,
+            num_generations=settings.rejection.num_generations,
+            reward_names=reward_names if len(settings.rewards.sources) > 1 else [],
+            graders=self.graders,
+        )
+
+    def _build_sampler(self, prompts: Prompts) -> CandidateSampler:
+        from align.rejection.sampling import CandidateSampler
+        from align.rl.sampling import Sampling
+
+        ctx, settings, encoder = self.ctx, self.ctx.settings, self.text.encoder
+        sampling = Sampling.from_settings(ctx.hardware.device, settings.sampling, stop_ids=encoder.stop_ids)
+        return CandidateSampler(
+            prompts,
+            self.policies.rewards,
+            encoder,
+            sampling,
+            settings.rejection.num_generations,
+            ctx.log,
+            ctx.raise_if_interrupted,
+        )
+
+    def _record_round(self, round_index: int, candidates: Sequence[Candidate], *, num_rows: int) -> None:
+        """Log what a round sampled and selected, and add it to run.json."""
+        from align.rejection.diagnostics import round_metrics
+
+        entry = {
+            "prompts": len(self._round_prompts(round_index)),
+            **round_metrics(candidates, self.selected[round_index]),
+            "rows": num_rows,
+        }
+        self.ctx.log(
+            f"round {round_index}: mean reward {entry['objective/reward']:.3f} "
+            f"over {entry['completions']} completions, {entry['objective/chosen_reward']:.3f} "
+            f"over the {entry['chosen']} selected; EOS rate {entry['val/eos_rate']:.1%}"
+        )
+        # `update` merges one level deep, and a resumed round has entries already.
+        recorded = self.ctx.run.record.get("rounds", {}).get(str(round_index), {})
+        self.ctx.run.update(rounds={str(round_index): {**recorded, **entry}})

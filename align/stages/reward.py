@@ -5,64 +5,223 @@ equation 1; Touvron et al. 2023, arXiv 2307.09288, equation 2): L = -(1/N) sum_n
 m), over all pairs of a ranked list at once.
 """
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
-from align.reward import settings
-from finetune.recipe.recipe import Recipe
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from align.reward.diagnostics import reward_metric_spec
+from align.reward.settings import RULES as RULES
+from align.reward.settings import Settings, head_indices
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from transformers import Trainer, TrainingArguments
 
-    from finetune.training.result import Result
+    from align.preference.rows.dataset import PreparedPreferences
+    from align.reward.batch import RewardCollator
+    from align.reward.evaluation import RewardEvaluator
+    from align.reward.trainer import RewardObjective
+    from finetune.training.context import RunContext
+    from finetune.training.findings import Finding
+    from finetune.training.metric_specs import MetricSpec
+    from finetune.training.model import Policy
+    from finetune.training.text_encoding import TextEncoding
 
 PUBLIC = "hh"
 """Default recipe for bases other than the embedded one."""
 
-Settings = settings.Settings
-RULES = settings.RULES
 
-
-def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Train a reward model on preference comparisons.
-
-    Args:
-        recipe: the loaded recipe.
-        console: console for progress output.
-        force: start over even if a run of this recipe exists.
-        command: command line for run.json.
+def build(ctx: RunContext[Settings]) -> RewardModeling:
+    """Load tokenizer, comparisons and model.
 
     Raises:
-        UserError: invalid settings or data, before anything is written.
-        Interrupted: stopped by a signal; a checkpoint is saved.
-        NotFiniteError: loss, gradient or a score became NaN or infinite.
+        UserError: the data are invalid, or the base cannot be loaded or has no sequence classification model.
     """
-    from align.reward.rules import save_rules
-    from finetune.training.result import Result
-    from finetune.training.run_directory import RunDirectory
-
-    stage_settings = recipe.settings
-    assert isinstance(stage_settings, Settings)
-    run = RunDirectory.of(recipe, force=force)
-    if run.finished:
-        return Result.of(run)
-
-    # Heavy libraries are imported only here: a finished run is returned without them.
     from align.preference.rows.load import load_preferences
-    from align.reward.loading import load_reward_model_for_training
-    from align.reward.method import RewardModeling
-    from align.reward.metric_spec import reward_metric_spec
-    from finetune.training.context import RunContext
+    from align.reward.model import load_reward_model_for_training
     from finetune.training.loading import load_text_encoding
 
-    ctx = RunContext(recipe, run, console, command, reward_metric_spec(stage_settings))
     text = load_text_encoding(ctx)
-    data = load_preferences(ctx, stage_settings.data, text)
-    method = RewardModeling(ctx, text, data, policy=load_reward_model_for_training(ctx, text.encoder))
-    with ctx.recorded(**method.metadata()):
-        save_rules(stage_settings, run)
-        method.evaluate("before")
-        trainer = method.build_trainer()
-        ctx.fit(trainer)
-        method.save(trainer)
-        method.evaluate("after")
-    return Result.of(run)
+    data = load_preferences(ctx, ctx.settings.data, text)
+    return RewardModeling(ctx, text, data, load_reward_model_for_training(ctx, text.encoder))
+
+
+@dataclass(frozen=True)
+class RewardModeling:
+    """Train a base with a score head to score the preferred completion of a prompt higher."""
+
+    generates: ClassVar[bool] = False
+    allows_zero_gradients: ClassVar[bool] = False
+
+    ctx: RunContext[Settings]
+    text: TextEncoding
+    data: PreparedPreferences
+    policy: Policy
+
+    @property
+    def metric_spec(self) -> MetricSpec:
+        return reward_metric_spec(self.ctx.settings)
+
+    @property
+    def num_steps(self) -> int:
+        from finetune.training.arguments import num_optimizer_steps
+
+        return num_optimizer_steps(self.ctx.settings.train, len(self.data.train))
+
+    @property
+    def objective(self) -> RewardObjective:
+        """Return the loss: each data source trains its head."""
+        from align.reward.trainer import RewardObjective
+
+        reward = self.ctx.settings.reward
+        heads = tuple(head_indices(self.ctx.settings))
+        return RewardObjective(heads, reward.center_rewards_coefficient, reward.margin_scale)
+
+    @cached_property
+    def block_mask_unsupported(self) -> str:
+        """Return why the model cannot take a block mask; empty if completions can share their prompt."""
+        from align.preference.attention import block_mask_unsupported
+
+        datasets = [rows for rows in (self.data.train, self.data.held_out) if rows is not None]
+        max_positions = max(rows.longest for rows in datasets) + self.text.virtual_tokens
+        return block_mask_unsupported(self.policy.model.config, max_positions=max_positions)
+
+    @property
+    def collator(self) -> RewardCollator:
+        """Return the collator: completions share their prompt's row where the model can separate them."""
+        from align.preference.attention import forward_cost
+        from align.reward.batch import RewardCollator
+        from align.reward.model import non_stop_pad_id
+
+        encoder = self.text.encoder
+        pad_id, cost = non_stop_pad_id(encoder.tokenizer, encoder.stop_ids), forward_cost(self.policy.model)
+        return RewardCollator(pad_id, one_per_row=bool(self.block_mask_unsupported), cost=cost)
+
+    @property
+    def evaluator(self) -> RewardEvaluator:
+        """Return the evaluation of this model and data."""
+        from align.reward.evaluation import RewardEvaluator
+        from finetune.training import auto_values
+
+        settings = self.ctx.settings
+        batch_size, _ = auto_values.micro_batch_size(
+            settings.train.micro_batch_size,
+            batch_size=settings.train.batch_size,
+            longest=int(self.data.train.lengths.max()),
+            hardware=self.ctx.hardware,
+        )
+        return RewardEvaluator(
+            self.policy.model,
+            self.data,
+            head_names=settings.reward.heads,
+            head_of_source=tuple(head_indices(settings)),
+            collator=self.collator,
+            batch_size=batch_size,
+        )
+
+    def prepare(self) -> dict[str, Any]:
+        """Check comparisons and model, without changing either; return what scoring after training needs.
+
+        Raises:
+            UserError: a check failed.
+        """
+        from align.engines.trl.preference import require_pairs
+        from align.reward.model import find_input_embeddings
+        from align.reward.preflight import check_data, check_margins, check_reward_model
+        from finetune.training.model import count_parameters
+        from finetune.training.preflight.checks import CheckResult
+
+        ctx, data, policy, max_length = self.ctx, self.data, self.policy, self.text.max_length
+        reward, model = ctx.settings.reward, policy.model
+        ctx.log(count_parameters(model).describe())
+        if ctx.settings.train.engine == "trl":  # the native trainer takes ranked lists too
+            require_pairs(data.train, where="data.source")
+            if data.held_out is not None:
+                require_pairs(data.held_out, where="data.held_out")
+        with ctx.timed("preflight"):
+            ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
+            if self.block_mask_unsupported:
+                ctx.check(CheckResult("layout", f"prompt sharing off: {self.block_mask_unsupported}"))
+            embeddings = find_input_embeddings(model)
+            ctx.check(*check_data(data, self.text.encoder, embeddings, max_length=max_length))
+            if reward.margin_scale is not None:
+                ctx.check(check_margins(data.train, scale=reward.margin_scale))
+            weight_format = {"precision": policy.precision, "quantization": policy.quantization}
+            ctx.check(*check_reward_model(model, data.train, self.objective, self.collator, **weight_format))
+        return {
+            "reload": {
+                "heads": reward.heads,
+                "pad_id": self.collator.pad_id,
+                "max_length": max_length,
+                "max_prompt_length": ctx.settings.data.max_prompt_length or max_length // 2,
+                "rules": [rule.model_dump() for rule in reward.rules],
+            }
+        }
+
+    def arguments(self) -> TrainingArguments:
+        """Return the engine's training arguments, with ``auto`` values resolved.
+
+        Raises:
+            UserError: the engine refuses them.
+        """
+        from align.engines.trl.reward import reward_config_spec
+        from finetune.training.arguments import resolve_arguments
+
+        coefficient = self.ctx.settings.reward.center_rewards_coefficient
+        return resolve_arguments(
+            self.ctx,
+            self.policy,
+            longest=int(self.data.train.lengths.max()),
+            steps=self.num_steps,
+            stage=reward_config_spec(center_rewards_coefficient=coefficient),
+        )
+
+    def build_trainer(self, args: TrainingArguments) -> Trainer:
+        """Save the rules' files, and return the engine's trainer, which creates the checkpoint folder."""
+        from align.engines.trl.reward import TrlRewardTrainer, scaled_margins
+        from align.reward.rules import save_rules
+        from align.reward.trainer import RewardTrainer
+        from finetune.training.adapter_hooks import adapter_hooks
+        from finetune.training.trainer import TrainerData
+
+        settings, model, data = self.ctx.settings, self.policy.model, self.data
+        train, scale = settings.train, settings.reward.margin_scale
+        save_rules(settings.reward.rules, self.ctx.run)
+        if train.engine == "trl":
+            return TrlRewardTrainer(
+                model,
+                args,
+                self.text.encoder.tokenizer,
+                train=data.train,
+                held_out=data.held_out,
+                pad_id=self.collator.pad_id,
+                margins=None if scale is None else scaled_margins(data.train, scale),
+            )
+        hooks = adapter_hooks(model, settings.adapter, steps=self.num_steps)
+        return RewardTrainer(
+            model,
+            args,
+            TrainerData(data.train, data.held_out, self.collator, train.batch_size, train.group_by_length),
+            hooks=hooks,
+            objective=replace(self.objective, forward_passes=hooks.forward_passes),
+            evaluator=self.evaluator,
+        )
+
+    def evaluate(self, trainer: Trainer, when: str) -> dict[str, float]:
+        """Return held-out loss, accuracy (also per head) and margin; record scores of some comparisons.
+
+        After training also the normalization is recorded: L is invariant to a constant added to all scores.
+
+        Raises:
+            NotFiniteError: a score is NaN or infinite.
+            UserError: a head gives every completion the same score.
+        """
+        if when == "after":
+            self.evaluator.record_normalization(self.ctx.run)
+        num_samples = self.ctx.settings.evaluate.samples
+        return self.evaluator.record(self.ctx.run, self.text.encoder, when, samples=num_samples)
+
+    def diagnose(self) -> list[Finding]:
+        """Return no findings: the report's table, reliability curve and histograms tell."""
+        return []

@@ -13,8 +13,8 @@ from align.dpo.metric_spec import DPO_METRIC_SPEC
 from align.kto.method import KTO_METRIC_SPEC
 from align.online.evaluation import online_metric_spec
 from align.ppo.diagnostics import ppo_metric_spec
-from align.rejection.metric_spec import rejection_metric_spec
-from align.reward.metric_spec import reward_metric_spec
+from align.rejection.diagnostics import rejection_metric_spec
+from align.reward.diagnostics import reward_metric_spec
 from finetune.recipe.discovery import stage_names
 from finetune.recipe.recipe import read_recipe
 from finetune.training.metric_specs import SUPERVISED_METRICS, MetricSpec

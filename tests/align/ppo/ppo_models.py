@@ -12,7 +12,7 @@ from torch import nn
 
 from align.ppo.actor_critic import ActorCritic
 from align.ppo.experience import Rollout, RolloutTensors
-from align.reward.collate import RewardCollator
+from align.reward.batch import RewardCollator
 from align.reward.model import find_score_head
 from align.reward.shared_base import scorer_sharing_base, untie_trained_weights
 from align.rl.completions import ScoredCompletions

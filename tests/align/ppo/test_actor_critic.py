@@ -168,6 +168,9 @@ def test_dropout_is_off() -> None:
     dropout = next(module for module in actor_critic.modules() if isinstance(module, nn.Dropout))
     dropout.p = 0.5
     assert disable_dropout(actor_critic) and dropout.p == 0.0
+    attention = [module for module in actor_critic.modules() if hasattr(module, "attention_dropout")]
+    attention[-1].attention_dropout = 0.1
+    assert disable_dropout(actor_critic) and [module.attention_dropout for module in attention] == [0.0] * 4
     actor_critic.train()
     batch = collate_completions(*random_ids(), pad_id=0)
     assert torch.equal(

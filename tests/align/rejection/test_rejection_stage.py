@@ -12,10 +12,10 @@ import pytest
 from rejection_runs import PROGRAM, recipe, write
 
 from align import load_tuned, run
-from align.rejection.method import RejectionSampling
+from align.rejection import diagnostics
 from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.errors import UserError
-from finetune.training.context import RunContext
+from finetune.training import fit
 from finetune.training.result import Result
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -98,16 +98,16 @@ def test_curves_continue_across_rounds(uninterrupted: Result) -> None:
 def interrupt_at(place: str, moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send a signal when the run reaches a place for the nth time."""
     count = 0
-    owner: Any = {"draw": RejectionSampling, "train": RunContext}[place]
-    name = {"draw": "_write_selected", "train": "fit"}[place]
+    owner: Any = {"draw": diagnostics, "train": fit}[place]
+    name = {"draw": "write_selected", "train": "fit"}[place]
     original = getattr(owner, name)
 
-    def counted(self: Any, *args: Any) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
         if count == moment:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, counted)
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig
 
+from align.engines.trl.reward import TrlRewardTrainer, reward_config_spec
 from align.preference.losses.reward import bradley_terry
 from align.preference.rows.dataset import PreferenceGroups
 from align.preference.rows.prepare import prepare_preferences
 from align.preference.settings import PreferenceSettings
-from align.reward.trl_engine import RewardTrainerWithEval, build_trl_reward_trainer, reward_config_spec
 from finetune.data.tokens import Encoder
 from finetune.distributed.interrupts import NotFiniteError
 
@@ -43,7 +43,7 @@ def trainer_of(
     *,
     centring: float = 0.0,
     margins: list[float] | None = None,
-) -> RewardTrainerWithEval:
+) -> TrlRewardTrainer:
     """Return TRL's trainer, the engine's way; the base's padding token is its end token."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -60,14 +60,12 @@ def trainer_of(
         report_to="none",
         **reward_config_spec(center_rewards_coefficient=centring).fixed_arguments,
     )
-    return build_trl_reward_trainer(
+    return TrlRewardTrainer(
         model, args, tokenizer, train=groups, held_out=groups, pad_id=tokenizer.bos_token_id, margins=margins
     )
 
 
-def separate_scores(
-    trainer: RewardTrainerWithEval, groups: PreferenceGroups, count: int
-) -> tuple[Tensor, Tensor]:
+def separate_scores(trainer: TrlRewardTrainer, groups: PreferenceGroups, count: int) -> tuple[Tensor, Tensor]:
     """Return the scores at each completion's last token, one line at a time, nothing padded."""
     scores_by_side: list[list[Tensor]] = [[], []]
     for group in (groups[index] for index in range(count)):
@@ -127,7 +125,7 @@ def test_the_user_s_tokenizer_keeps_its_padding_token(
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     tokenizer.pad_token = tokenizer.eos_token
     args = trainer.args
-    build_trl_reward_trainer(
+    TrlRewardTrainer(
         trainer.model, args, tokenizer, train=groups, held_out=None, pad_id=tokenizer.bos_token_id
     )
     assert tokenizer.pad_token == tokenizer.eos_token

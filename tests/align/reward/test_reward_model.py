@@ -13,13 +13,13 @@ from test_continue_training import saved_run
 from transformers import LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 
 from align.preference.groups import GroupCollator
-from align.reward.loading import non_stop_pad_id
 from align.reward.model import (
     ScoreHead,
     check_scoring_architecture,
     completion_scores,
     find_score_head,
     init_score_head,
+    non_stop_pad_id,
 )
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import ModelSettings

@@ -11,10 +11,16 @@ from reward_models import adapted, tokenized
 from torch import Tensor
 from transformers import TrainingArguments
 
-from align.reward.collate import RewardCollator
-from align.reward.loss import bradley_terry_losses, consistency_losses, mean_margins, pairwise_margins
-from align.reward.objective import RewardObjective
-from align.reward.trainer import RewardTrainer
+from align.reward.batch import RewardCollator
+from align.reward.trainer import (
+    RewardObjective,
+    RewardTrainer,
+    bradley_terry_losses,
+    consistency_losses,
+    mean_margins,
+    pairwise_margins,
+)
+from finetune.training.trainer import TrainerData
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAIRS = [(0, 1)] * 4
@@ -54,13 +60,9 @@ def gradient_of_a_step(
     trainer = RewardTrainer(
         model,
         args,
-        train_rows=Rows(tokenized(ranks, heads=2)),
-        held_out_rows=None,
-        collator=RewardCollator(pad_id=0),
-        batch_size=4,
-        group_by_length=True,
+        TrainerData(Rows(tokenized(ranks, heads=2)), None, RewardCollator(pad_id=0), 4, group_by_length=True),
+        objective=RewardObjective((0, 1), **options),
     )
-    trainer.objective, trainer.group_metrics = RewardObjective((0, 1), **options), []
     trainer.optimizer = Watching([w for w in model.parameters() if w.requires_grad], lr=0.0)
     trainer.train()
     return gradients_by_name

@@ -9,7 +9,7 @@ from reward_models import adapted, tokenized
 from reward_models import train as train_scores
 from torch import Tensor, nn
 
-from align.reward.collate import RewardCollator
+from align.reward.batch import RewardCollator
 from align.reward.model import completion_scores, find_score_head
 from align.reward.shared_base import scorer_sharing_base, untie_trained_weights
 from finetune.adapters._load import load_saved_adapter

@@ -4,21 +4,18 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
-from align.engines.trl.preference import (
-    RenamePreferenceMetrics,
-    batch_locations,
-    locations_by_tokens,
-    raise_if_not_finite,
-)
+from align.engines.trl.preference import RenamePreferenceMetrics, find_row_locations
 from align.preference.losses import metrics
 from align.preference.losses.reward import bradley_terry
 from align.preference.rows.dataset import PreferenceGroups
+from finetune.engines.trl.not_finite import NotFiniteLossMixin
 from finetune.training.arguments import TrlConfigSpec
 from finetune.training.preflight.preserve_state import preserve_state
 from finetune.training.trainer import log_held_out
@@ -30,23 +27,47 @@ def reward_config_spec(*, center_rewards_coefficient: float) -> TrlConfigSpec:
     return TrlConfigSpec("RewardConfig", {"center_rewards_coefficient": center_rewards_coefficient or None})
 
 
-class RewardTrainerWithEval(RewardTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
-    """TRL's RewardTrainer with our held-out metrics; a NaN loss reports its rows."""
+class TrlRewardTrainer(NotFiniteLossMixin, RewardTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
+    """TRL's RewardTrainer on tokenized pairs, with our held-out metrics; a NaN loss names its rows."""
 
-    locations: Mapping[tuple[int, ...], str]
+    def __init__(
+        self,
+        model: nn.Module,
+        args: RewardConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        train: PreferenceGroups,
+        held_out: PreferenceGroups | None,
+        pad_id: int,
+        margins: list[float] | None = None,
+    ) -> None:
+        """Set up TRL's trainer.
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Run one forward and backward pass; stop the run if the loss is NaN or infinite.
-
-        Raises:
-            NotFiniteError: NaN or infinite loss; the message names the rows.
+        Args:
+            model: base with adapter and a single score head.
+            args: from ``reward_config_spec``.
+            tokenizer: the base's tokenizer; not modified.
+            train: training pairs.
+            held_out: held-out pairs, if any.
+            pad_id: a token that never ends a text.
+            margins: target margin of each training pair.
         """
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        raise_if_not_finite(self, loss, batch_locations(self.locations, ids, mask))
-        return loss
+        # TRL pads with the tokenizer's pad token, and transformers reads the score at the last other token.
+        # If the pad token is EOS, as in many chat models, that is one token too early.
+        pad_tokenizer = deepcopy(tokenizer)
+        pad_tokenizer.pad_token = pad_tokenizer.convert_ids_to_tokens(pad_id)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=to_reward_dataset(train, margins=margins),
+            eval_dataset=None if held_out is None else to_reward_dataset(held_out),
+            processing_class=pad_tokenizer,
+        )
+        self.groups = train
+
+    def row_locations(self, inputs: Mapping[str, Tensor]) -> list[str]:
+        """Return the locations of a micro-batch's rows."""
+        return find_row_locations(self.groups, inputs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
@@ -73,6 +94,12 @@ class RewardTrainerWithEval(RewardTrainer, RenamePreferenceMetrics):  # type: ig
         }
 
 
+def scaled_margins(groups: PreferenceGroups, scale: float) -> list[float]:
+    """Return each pair's target margin, as ``pairwise_margins`` does: 0 where missing, none negative."""
+    margins: list[float] = (scale * np.nan_to_num(groups.margins)).clip(min=0).tolist()
+    return margins
+
+
 def to_reward_dataset(groups: PreferenceGroups, *, margins: list[float] | None = None) -> Dataset:
     """Convert pairs to TRL's RewardTrainer dataset: prompt plus completion, chosen and rejected.
 
@@ -87,39 +114,3 @@ def to_reward_dataset(groups: PreferenceGroups, *, margins: list[float] | None =
     ]
     columns: dict[str, list[Any]] = {"chosen_ids": sequences[0], "rejected_ids": sequences[1]}
     return Dataset.from_dict(columns | ({} if margins is None else {"margin": margins}))
-
-
-def build_trl_reward_trainer(
-    model: nn.Module,
-    args: RewardConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    train: PreferenceGroups,
-    held_out: PreferenceGroups | None,
-    pad_id: int,
-    margins: list[float] | None = None,
-) -> RewardTrainerWithEval:
-    """Return TRL's RewardTrainer on tokenized pairs.
-
-    Args:
-        model: base with adapter and a single score head.
-        args: from ``reward_config_spec``.
-        tokenizer: the base's tokenizer; not modified.
-        train: training pairs.
-        held_out: held-out pairs, if any.
-        pad_id: a token that never ends a text.
-        margins: target margin of each training pair.
-    """
-    # TRL pads with the tokenizer's pad token, and transformers reads the score at the last other token. If
-    # the pad token is EOS, as in many chat models, that is one token too early.
-    pad_tokenizer = deepcopy(tokenizer)
-    pad_tokenizer.pad_token = pad_tokenizer.convert_ids_to_tokens(pad_id)
-    trainer = RewardTrainerWithEval(
-        model=model,
-        args=args,
-        train_dataset=to_reward_dataset(train, margins=margins),
-        eval_dataset=None if held_out is None else to_reward_dataset(held_out),
-        processing_class=pad_tokenizer,
-    )
-    trainer.locations = locations_by_tokens(train)
-    return trainer

@@ -1,14 +1,17 @@
-"""Reward model data collator: preference groups to one batch, with ranks, scores and margins."""
+"""Preference groups to one batch with ranks, scores and margins, and their scores without gradients."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from align.preference.groups import ForwardCost, GroupBatch, GroupCollator
 from align.preference.rows.dataset import TokenizedGroup
+from align.reward.metrics import FloatArray
+from align.reward.model import completion_scores
 
 ABSENT = -1
 """Rank of a padded completion."""
@@ -54,3 +57,33 @@ class RewardCollator:
             "margins": torch.tensor([group.margin for group in groups]),
             "sources": torch.tensor([group.source for group in groups]),
         }
+
+
+@torch.no_grad()
+def score_groups(
+    model: nn.Module, groups: Sequence[TokenizedGroup], collator: RewardCollator, *, batch_size: int
+) -> FloatArray:
+    """Return the scores of all completions in group order: (C, heads).
+
+    Args:
+        model: a reward model in any wrapper; evaluated without dropout, its mode is restored.
+        groups: prompts with their completions; at least one.
+        collator: the collator.
+        batch_size: groups per forward pass.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    lengths = [len(group.prompt_ids) + sum(map(len, group.completion_ids)) for group in groups]
+    # Groups of similar length share a batch, so that little of it is padding.
+    order = np.argsort(lengths, kind="stable").tolist()
+    scores_by_group: dict[int, FloatArray] = {}
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = collator([groups[index] for index in indices])
+        on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+        # Double, in which metrics and normalization are computed.
+        scores = completion_scores(model, on_device).double().cpu()
+        chunks = torch.split(scores, batch["sizes"].tolist())
+        scores_by_group |= {index: chunk.numpy() for index, chunk in zip(indices, chunks, strict=True)}
+    model.train(was_training)
+    return np.concatenate([scores_by_group[index] for index in range(len(groups))])
