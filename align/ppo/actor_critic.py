@@ -17,6 +17,7 @@ from align.rl.rewards.loading import load_rewards, reward_runs
 from align.rl.rewards.rewards import Rewards
 from align.rl.token_stats import to_padded, token_logps_and_entropy
 from finetune.adapters.traits import Hooks
+from finetune.library_internals import disable_attention_dropout
 from finetune.recipe import yaml_file
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.parent_run import continued_settings
@@ -140,10 +141,8 @@ def disable_dropout(model: nn.Module) -> bool:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             had_dropout, module.p = had_dropout or module.p > 0, 0.0
-        # Most attention modules of transformers (5.23) hold the rate as a number instead, which they pass to
-        # the attention function. No public function changes it after loading.
-        elif isinstance(rate := getattr(module, "attention_dropout", None), float):
-            had_dropout, module.attention_dropout = had_dropout or rate > 0, 0.0
+        else:
+            had_dropout = disable_attention_dropout(module) > 0 or had_dropout
     return had_dropout
 
 

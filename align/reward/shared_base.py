@@ -14,16 +14,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from align.reward.model import ScoreHead
+from finetune.library_internals import QUANTIZATION_ATTRIBUTES, quant_state
 from finetune.training.model import SCORE_HEAD, configure_score_heads
-
-QUANTIZATION_ATTRIBUTES = (
-    "is_loaded_in_4bit",
-    "is_loaded_in_8bit",
-    "is_quantized",
-    "quantization_method",
-    "hf_quantizer",
-)
-"""Quantization attributes of a model, which PEFT reads to choose the adapter layers."""
 
 
 def copy_sharing_weights(module: nn.Module) -> nn.Module:
@@ -32,7 +24,7 @@ def copy_sharing_weights(module: nn.Module) -> nn.Module:
     Hooks and wrappers added to one of the two later do not affect the other.
     """
     tensors: list[Any] = [*module.parameters(), *module.buffers()]
-    quant_states = [tensor.quant_state for tensor in tensors if "quant_state" in vars(tensor)]
+    quant_states = [state for tensor in tensors if (state := quant_state(tensor)) is not None]
     # deepcopy takes what is in its memo as the copy: weights and quantization states stay shared.
     memo = {id(shared): shared for shared in [*tensors, *quant_states]}
     return copy.deepcopy(module, memo)
@@ -60,9 +52,9 @@ def scorer_sharing_base(base: PreTrainedModel, heads: Sequence[str], *, pad_id: 
     )
     scorer.set_submodule(prefix, backbone)
     # from_config sets none of them.
-    vars(scorer).update(
-        {name: value for name, value in vars(base).items() if name in QUANTIZATION_ATTRIBUTES}
-    )
+    for name in QUANTIZATION_ATTRIBUTES:
+        if hasattr(base, name):
+            setattr(scorer, name, getattr(base, name))
     original: nn.Linear = scorer.get_submodule(SCORE_HEAD)
     head = ScoreHead(original.in_features, len(heads), bias=False, device=base.device)
     nn.init.zeros_(head.weight)

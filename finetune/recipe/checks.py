@@ -84,14 +84,14 @@ def rules_of(stage: str, method: str | None) -> tuple[Rule, ...]:
 def stage_rules(stage: str) -> tuple[Rule, ...]:
     """Return the rules in a stage's file."""
     # vars: most stages and adapters have rules, but they need not.
-    rules: tuple[Rule, ...] = vars(load_stage(stage)).get("RULES", ())
+    rules: tuple[Rule, ...] = getattr(load_stage(stage), "RULES", ())
     return tuple(within(rule, "stage", stage) for rule in rules)
 
 
 @cache
 def adapter_rules(method: str) -> tuple[Rule, ...]:
     """Return the rules in an adapter's file."""
-    rules: tuple[Rule, ...] = vars(load_plugin(ADAPTERS, method, where="adapter.method")).get("RULES", ())
+    rules: tuple[Rule, ...] = getattr(load_plugin(ADAPTERS, method, where="adapter.method"), "RULES", ())
     return tuple(within(rule, "adapter.method", method) for rule in rules)
 
 

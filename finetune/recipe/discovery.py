@@ -32,7 +32,7 @@ def plugin_names(package: str) -> list[str]:
     All modules are plug-ins but private ones and those that the package lists in ``SHARED``.
     """
     registry = importlib.import_module(package)
-    shared = vars(registry).get("SHARED", ())
+    shared = getattr(registry, "SHARED", ())
     names = (module.name for module in pkgutil.iter_modules(registry.__path__))
     return sorted(name for name in names if not name.startswith("_") and name not in shared)
 

@@ -117,7 +117,7 @@ def _base_storage(base: PreTrainedModel) -> tuple[str, str]:
     """Return a base's precision and quantization, as the recipe writes them."""
     names_by_flag = {"is_loaded_in_4bit": "nf4", "is_loaded_in_8bit": "int8"}
     # transformers sets these attributes on quantized models only.
-    quantization = next((name for flag, name in names_by_flag.items() if vars(base).get(flag)), "none")
+    quantization = next((name for flag, name in names_by_flag.items() if getattr(base, flag, False)), "none")
     return str(base.dtype).removeprefix("torch."), quantization
 
 

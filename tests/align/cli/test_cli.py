@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from align import cli, load_recipe, run
-from finetune.training.context import RunContext
+from finetune.training import fit
 
 RECIPE = """\
 stage: sft
@@ -120,7 +120,7 @@ def test_the_usual_folder_is_named_after_stage_recipe_and_content(call: Call, tm
 
 def test_a_finished_run_returns_at_once(call: Call, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(done)
-    monkeypatch.setattr(RunContext, "fit", lambda *_: pytest.fail("it trains again"))
+    monkeypatch.setattr(fit, "fit", lambda *_, **__: pytest.fail("it trains again"))
     status, out, _ = call("sft", "sums.yaml", "--out", "run")
     assert status == 0 and "llm-align chat run" in out
     assert files(done) == before

@@ -13,6 +13,7 @@ from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.discovery import ADAPTERS, plugin_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
+from finetune.training import fit
 from finetune.training.context import RunContext
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.result import Result
@@ -104,9 +105,9 @@ def test_pain_05_an_interrupted_run_ends_like_the_uninterrupted_one(
     read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uninterrupted = read("whole", data__packing=True)
-    fit = RunContext.fit
+    train_to_the_end = fit.fit
 
-    def interrupted_fit(ctx: RunContext, trainer: Any) -> None:
+    def interrupted_fit(ctx: RunContext, trainer: Any, **settings: Any) -> None:
         step = trainer.training_step
 
         def first_steps(*args: Any) -> Any:
@@ -115,9 +116,9 @@ def test_pain_05_an_interrupted_run_ends_like_the_uninterrupted_one(
             return step(*args)
 
         trainer.training_step = first_steps
-        fit(ctx, trainer)
+        train_to_the_end(ctx, trainer, **settings)
 
-    monkeypatch.setattr(RunContext, "fit", interrupted_fit)
+    monkeypatch.setattr(fit, "fit", interrupted_fit)
     with pytest.raises(Interrupted, match="at step 4"):
         read("cut", data__packing=True)
     monkeypatch.undo()

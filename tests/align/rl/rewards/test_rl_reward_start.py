@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from align import cli, load_recipe, run
-from finetune.training.context import RunContext
+from finetune.training import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAIRS = [
@@ -94,7 +94,7 @@ def test_reward_recipe_runs_first_and_is_reused(
     assert by_recipe["second"]["rewards"][0]["run"] == reward_run
     assert by_recipe["second"]["rewards"][0]["files"] == by_recipe["judge"]["files"]
 
-    monkeypatch.setattr(RunContext, "fit", lambda *_: pytest.fail("it trains again"))
+    monkeypatch.setattr(fit, "fit", lambda *_, **__: pytest.fail("it trains again"))
     for arguments in (
         [],
         ["--reward", "reward-judge"],
