@@ -212,16 +212,25 @@ class Decoder:
             [states_fp32, scale], states_fp32.numel, 4, saved_for_backward=[states_fp32, scale]
         )
         tape.release(states_fp32, scale)
-        cast_states = self.linears.to(scaled, states.itemsize)
-        tape.release(scaled)
-        output = tape.apply(
-            [cast_states, *gains],
-            cast_states.numel,
-            states.itemsize,
-            saved_for_backward=[cast_states] if trained else [],
-        )
+        if self.model.post_norms:  # Gemma multiplies by the gains in float32, and casts the product
+            output = self.scale_by_gains(scaled, gains)
+            tape.release(scaled)
+            return self.cast(output, states.itemsize)
+        cast_states = self.cast(scaled, states.itemsize)
+        output = self.scale_by_gains(cast_states, gains)
         tape.release(cast_states)
         return output
+
+    def scale_by_gains(self, states: Buffer, gains: list[Buffer]) -> Buffer:
+        """Return x times a norm's gains; x is saved if they are trained."""
+        saved = [states] if gains else []
+        return self.tape.apply([states, *gains], states.numel, states.itemsize, saved_for_backward=saved)
+
+    def cast(self, states: Buffer, itemsize: int) -> Buffer:
+        """Return a buffer with this itemsize; ``states`` is consumed."""
+        cast_states = self.linears.to(states, itemsize)
+        self.tape.release(states)
+        return cast_states
 
     def layer_norm(self, states: Buffer, gains: list[Buffer]) -> Buffer:
         """Return LayerNorm's output: x is saved; on a GPU autocast computes it in float32."""
