@@ -11,7 +11,7 @@ from align.planner.target_device import launch_target
 from align.rl.rewards.settings import RewardSource, RewardsSettings
 from finetune.distributed.hardware import detect_devices
 from finetune.distributed.rank import dist_info
-from finetune.planner.solver import LaunchTarget, resolve
+from finetune.distributed.solver import LaunchTarget, resolve
 from finetune.recipe.discovery import verb_of
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import is_recipe_name

@@ -306,7 +306,8 @@ def _prepare_training(model: nn.Module, case: MemoryCase) -> None:
                 module.enable_input_require_grads()
                 module.activation_checkpointing_enable()
     for decoder in _decoders(model):
-        if not case.masked and case.objective != "comparison":
+        # A prefix has keys before the first query, which need a mask in any case.
+        if not case.masked and case.objective != "comparison" and not case.workload.adapter.prefix_tokens:
             for layer in decoder.get_submodule(
                 "layers"
             ):  # under tracing transformers builds a mask that a run skips

@@ -50,6 +50,17 @@ FAMILY_SHAPES = {
     "pythia-1.4b": config_shape("gpt_neox", 2048, 8192, 24, heads=16, vocab_size=50304),
     "polyglot-ko-5.8b": config_shape("gpt_neox", 4096, 16384, 28, heads=16, vocab_size=30080),
 }
+NARROW_SHAPES = {
+    name: config | {"vocab_size": 2000}
+    for name, config in {
+        "llama": config_shape("llama", 256, 704, 2, heads=4, num_key_value_heads=2),
+        "qwen3": config_shape("qwen3", 256, 768, 2, heads=4, num_key_value_heads=2, head_dim=128),
+        "gemma2": config_shape("gemma2", 256, 768, 2, heads=2, num_key_value_heads=1, head_dim=128),
+        "gemma3": config_shape("gemma3_text", 256, 768, 2, heads=2, num_key_value_heads=1, head_dim=128),
+        "gpt_neox": config_shape("gpt_neox", 256, 1024, 2, heads=4),
+    }.items()
+}
+"""Every family with two layers and few tokens, so that activations weigh more than weights and logits."""
 ADAPTER_SETTINGS: tuple[dict[str, Any], ...] = (
     {"method": "full"},
     {"method": "lora", "rank": 8},

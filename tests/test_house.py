@@ -156,8 +156,7 @@ def test_wings_of_finetune_import_downwards_alone(upper: str, lower: str) -> Non
 
 def test_the_planner_has_one_door() -> None:
     used = {other for name in GRAPH if wing(name) != "planner" for other in GRAPH[name]}
-    rules = {f"finetune.planner.{name}" for name in ("compatibility", "compatibility_page", "solver")}
-    assert {other for other in used if wing(other) == "planner"} - rules == {"finetune.planner.estimate"}
+    assert {other for other in used if wing(other) == "planner"} == {"finetune.planner.estimate"}
 
 
 def test_the_recipe_knows_no_adapter_by_name() -> None:

@@ -65,7 +65,7 @@ def plan(
 ) -> None:
     """Print memory, steps, tokens, time and disk of a recipe before anything is loaded; no GPU is needed."""
     if compatibility:
-        from align.planner.compatibility_tables import show_compatibility
+        from align.planner.compatibility import show_compatibility
 
         return show_compatibility(stage, gpu, as_json=as_json)
     options = {"--base": base, "--data": data, "--adapter": adapter, "--from": start}

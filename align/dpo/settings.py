@@ -108,6 +108,7 @@ RULES = (
     Rule(
         "chosen-logp-stop",
         {"dpo.max_chosen_logp_drop": is_set, "train.evaluate_every": (None,)},
+        "the early stop needs held-out evaluations during training",
         source="align/dpo/stop_rule.py",
         problem=Problem(
             "dpo.max_chosen_logp_drop",
@@ -119,6 +120,7 @@ RULES = (
     Rule(
         "live-reference-trl",
         {"dpo.reference": ("live",), "train.engine": ("trl",)},
+        "with TRL's trainer the reference log-probabilities are precomputed",
         source="trl 1.16, trainer/dpo_trainer.py: precompute_ref_log_probs",
         problem=Problem(
             "dpo.reference",

@@ -15,8 +15,7 @@ from align.planner.row_texts import RowText, load_training_rows, row_renderer
 from finetune.data.sources import data_files
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
-from finetune.recipe.discovery import PROJECT
-from finetune.recipe.paths import local_path
+from finetune.recipe.discovery import PROJECT, local_path
 from finetune.recipe.settings import DataSettings, ModelSettings
 
 DATA_SETS = PROJECT / "recipes" / "data_sets.yaml"

@@ -1,7 +1,7 @@
 """The device that a plan is made for: a GPU by name, or this machine."""
 
 from finetune.distributed.hardware import Device, detect_devices, device_by_name
-from finetune.planner.solver import LaunchTarget, resolve
+from finetune.distributed.solver import LaunchTarget, resolve
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import TrainSettings

@@ -78,6 +78,7 @@ RULES = (
     Rule(
         "value-init",
         {"ppo.value_init": ("reward",), "rewards.sources": _no_reward_model},
+        "a value model starts from a reward model, and no source is one",
         source="arXiv 2203.02155, appendix C.4: the value function starts from the reward model",
         problem=Problem(
             "ppo.value_init",

@@ -22,8 +22,8 @@ from finetune.data.layouts import DOCUMENT
 from finetune.data.report import DataReport
 from finetune.data.sources import data_files, is_text_file, read_source
 from finetune.data.tokens import Encoder
+from finetune.recipe.discovery import local_path
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.paths import local_path
 from finetune.recipe.settings import DataSettings, DocumentSettings
 
 PACKING_WINDOW = 512

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from finetune.recipe.discovery import DATA_SUFFIXES, TEXT_SUFFIXES, local_path, looks_local
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.paths import DATA_SUFFIXES, TEXT_SUFFIXES, local_path, looks_local
 from finetune.recipe.settings import DataSettings, TextFormat
 
 if TYPE_CHECKING:

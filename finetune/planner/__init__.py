@@ -1,1 +1,1 @@
-"""Memory, time and disk planning from shapes alone, and the compatibility rules of settings."""
+"""Memory, time and disk of a run from shapes alone; ``estimate.py`` is the one module that others import."""

@@ -1,6 +1,6 @@
 """Linear layers with their adapters (LoRA, DoRA, VeRA, (IA)^3, OFT, bottlenecks) as simulated operations.
 
-Calling convention: a method borrows its input buffers, and the caller owns the output.
+Calling convention: a method borrows its input tensors, and the caller owns the output.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from functools import cached_property
 from finetune.planner.architecture import LinearShape
 from finetune.planner.parameter_count import FEEDFORWARD_MODULES, KV_MODULES, oft_block_size
 from finetune.planner.static_memory import NF4_BLOCK
-from finetune.planner.tape import Buffer, Tape
+from finetune.planner.tape import Tape, Tensor
 from finetune.planner.workload import LORA_METHODS, Adapter, Workload
 
 
@@ -25,26 +25,26 @@ class AdaptedLinears:
 
     tape: Tape
     workload: Workload
-    autocast_cache: list[Buffer] = field(default_factory=list)
+    autocast_cache: list[Tensor] = field(default_factory=list)
 
     @cached_property
     def layers_by_name(self) -> dict[str, LinearShape]:
         return {layer.name: layer for layer in self.workload.architecture.linear_layers()}
 
     @cached_property
-    def embeddings(self) -> Buffer:
+    def embeddings(self) -> Tensor:
         """Return the trained input embeddings, which are the output head's weight too if tied."""
         model = self.workload.architecture
-        return self.tape.weight(model.vocab_size * model.hidden_size)
+        return self.tape.parameter(model.vocab_size * model.hidden_size)
 
     @property
-    def output_head(self) -> Buffer:
+    def output_head(self) -> Tensor:
         """Return the trained output head in the compute dtype."""
         model = self.workload.architecture
         return self.autocast_copy(
             self.embeddings
             if model.tied_embeddings
-            else self.tape.weight(model.vocab_size * model.hidden_size)
+            else self.tape.parameter(model.vocab_size * model.hidden_size)
         )
 
     @property
@@ -56,12 +56,12 @@ class AdaptedLinears:
         """Return the bytes per element of a linear layer's output."""
         return self.workload.itemsize
 
-    def add(self, left: Buffer, right: Buffer) -> Buffer:
+    def add(self, left: Tensor, right: Tensor) -> Tensor:
         """Return a sum; its gradient is passed to both terms unchanged."""
         return self.tape.apply([left, right], left.numel, max(left.itemsize, right.itemsize), aliased=True)
 
-    def to(self, states: Buffer, itemsize: int) -> Buffer:
-        """Return a buffer with this itemsize: itself, or a copy."""
+    def to(self, states: Tensor, itemsize: int) -> Tensor:
+        """Return a tensor with this itemsize: itself, or a copy."""
         if states.itemsize == itemsize:
             self.tape.retain(states)
             return states
@@ -72,7 +72,7 @@ class AdaptedLinears:
         self.tape.release(*self.autocast_cache)
         self.autocast_cache = []
 
-    def linear(self, states: Buffer, name: str) -> Buffer:
+    def linear(self, states: Tensor, name: str) -> Tensor:
         """Return a linear layer's output including the adapter's."""
         layer = self.layers_by_name[name]
         method = self.adapter.method
@@ -98,13 +98,13 @@ class AdaptedLinears:
         """Return whether the adapter is attached to layers of this name."""
         return not self.adapter.targets or name in self.adapter.targets
 
-    def replace_output(self, old: Buffer, new: Buffer) -> Buffer:
-        """Release a buffer and return its replacement, cast to the same itemsize."""
+    def replace_output(self, old: Tensor, new: Tensor) -> Tensor:
+        """Release a tensor and return its replacement, cast to the same itemsize."""
         cast_output = self.to(new, old.itemsize)
         self.tape.release(old, new)
         return cast_output
 
-    def trained_linear(self, states: Buffer, layer: LinearShape) -> Buffer:
+    def trained_linear(self, states: Tensor, layer: LinearShape) -> Tensor:
         """Return W x of a trained weight: x is saved for the gradient of W, and W for that of x."""
         tape = self.tape
         inputs, weight = (
@@ -118,7 +118,7 @@ class AdaptedLinears:
         tape.release(inputs)
         return output
 
-    def frozen_linear(self, states: Buffer, layer: LinearShape) -> Buffer:
+    def frozen_linear(self, states: Tensor, layer: LinearShape) -> Tensor:
         """Return W x of a frozen weight: x is not saved; a quantized weight is dequantized in both passes.
 
         bitsandbytes saves x for 8-bit weights all the same, and computes in int8 with int32 accumulation.
@@ -147,11 +147,11 @@ class AdaptedLinears:
         scales = 4 * numel // NF4_BLOCK if quantization == "nf4" else 0
         return 0 if quantization == "none" else numel * self.itemsize + scales
 
-    def compute_weight(self, numel: int) -> Buffer:
+    def compute_weight(self, numel: int) -> Tensor:
         """Return a trained weight in the compute dtype."""
-        return self.autocast_copy(self.tape.weight(numel))
+        return self.autocast_copy(self.tape.parameter(numel))
 
-    def autocast_copy(self, weight: Buffer) -> Buffer:
+    def autocast_copy(self, weight: Tensor) -> Tensor:
         """Return a weight in the compute dtype; autocast caches the copy until it exits."""
         if self.itemsize == 4:  # autocast is off
             return weight
@@ -159,7 +159,7 @@ class AdaptedLinears:
         self.autocast_cache.append(copy)
         return copy
 
-    def lora(self, states: Buffer, layer: LinearShape, base: Buffer) -> Buffer:
+    def lora(self, states: Tensor, layer: LinearShape, base: Tensor) -> Tensor:
         """Return W x + s B A x (LoRA) and release W x.
 
         PEFT casts x to A's float32, applies dropout (a mask and a new x), and autocast casts it back: A's
@@ -176,7 +176,7 @@ class AdaptedLinears:
         self.tape.release(base, scaled, states_fp32)
         return output
 
-    def low_rank_product(self, states: Buffer, layer: LinearShape) -> Buffer:
+    def low_rank_product(self, states: Tensor, layer: LinearShape) -> Tensor:
         """Return B A x; A and B each save their input."""
         tape, rank, rows = self.tape, self.adapter.rank, states.numel // layer.in_features
         inputs, down = self.to(states, self.itemsize), self.compute_weight(rank * layer.in_features)
@@ -189,8 +189,8 @@ class AdaptedLinears:
         tape.release(inner)
         return outer
 
-    def apply_dropout(self, states: Buffer) -> Buffer:
-        """Return the buffer after dropout: a GPU saves one byte per element, a CPU the full-size noise."""
+    def apply_dropout(self, states: Tensor) -> Tensor:
+        """Return the tensor after dropout: a GPU saves one byte per element, a CPU the full-size noise."""
         tape = self.tape
         if not self.adapter.dropout or self.workload.objective == "ppo":  # PPO switches dropout off
             tape.retain(states)
@@ -200,7 +200,7 @@ class AdaptedLinears:
         tape.release(noise)
         return output
 
-    def dora(self, states: Buffer, layer: LinearShape, base: Buffer) -> Buffer:
+    def dora(self, states: Tensor, layer: LinearShape, base: Tensor) -> Tensor:
         """Return W x + (m - 1) W x + m s B A x (DoRA) and release W x; m is the magnitude over the norm.
 
         For the norm PEFT multiplies B A out, in float32. With dropout it computes W x once more, from the
@@ -231,7 +231,7 @@ class AdaptedLinears:
         else:
             tape.retain(base)
             base_output = base
-        magnitude = tape.weight(layer.out_features)
+        magnitude = tape.parameter(layer.out_features)
         scaled_base = tape.apply(
             [base_output, magnitude],
             rows * layer.out_features,
@@ -250,7 +250,7 @@ class AdaptedLinears:
         tape.release(update)
         return self.replace_output(base, output)
 
-    def vera(self, states: Buffer, layer: LinearShape, base: Buffer) -> Buffer:
+    def vera(self, states: Tensor, layer: LinearShape, base: Tensor) -> Tensor:
         """Return W x + b * (B (d * (A x))) (VeRA) and release W x.
 
         A and B are frozen; the gradients of d and b need A x and B (...). Autocast's copies of A and B are
@@ -266,7 +266,7 @@ class AdaptedLinears:
         )
         inner = tape.apply([inputs], rows * rank, self.itemsize, saved_for_backward=[down])
         tape.release(dropped_states, inputs, down)
-        scaled_inner = tape.apply([inner, tape.weight(rank)], rows * rank, 4, saved_for_backward=[inner])
+        scaled_inner = tape.apply([inner, tape.parameter(rank)], rows * rank, 4, saved_for_backward=[inner])
         narrow, up = (
             self.to(scaled_inner, self.itemsize),
             tape.allocate(copied_rank * layer.out_features, self.itemsize),
@@ -274,17 +274,17 @@ class AdaptedLinears:
         outer = tape.apply([narrow], base.numel, self.itemsize, saved_for_backward=[up])
         tape.release(inner, scaled_inner, narrow, up)
         scaled = tape.apply(
-            [outer, tape.weight(layer.out_features)], outer.numel, 4, saved_for_backward=[outer]
+            [outer, tape.parameter(layer.out_features)], outer.numel, 4, saved_for_backward=[outer]
         )
         output = self.add(base, scaled)
         tape.release(outer, scaled, states_fp32)
         return self.replace_output(base, output)
 
-    def ia3_output(self, base: Buffer, width: int) -> Buffer:
+    def ia3_output(self, base: Tensor, width: int) -> Tensor:
         """Return (IA)^3's l * (W x) and release W x, which is saved for the gradient of l."""
         return self.replace_output(base, self.scale_by_vector(base, width))
 
-    def ia3_input(self, states: Buffer, layer: LinearShape) -> Buffer:
+    def ia3_input(self, states: Tensor, layer: LinearShape) -> Tensor:
         """Return (IA)^3's W (l * x): x is saved in float32."""
         states_fp32 = self.to(states, 4)
         scaled = self.scale_by_vector(states_fp32, layer.in_features)
@@ -294,35 +294,35 @@ class AdaptedLinears:
         self.tape.release(inner)
         return output
 
-    def scale_by_vector(self, states: Buffer, width: int) -> Buffer:
+    def scale_by_vector(self, states: Tensor, width: int) -> Tensor:
         """Return x times a trained float32 vector."""
-        factor = self.tape.weight(width)
+        factor = self.tape.parameter(width)
         return self.tape.apply(
             [states, factor], states.numel, 4, saved_for_backward=[states], workspace=4 * states.numel
         )
 
-    def add_bias(self, states: Buffer, width: int) -> Buffer:
+    def add_bias(self, states: Tensor, width: int) -> Tensor:
         """Return x plus a trained float32 vector."""
-        return self.tape.apply([states, self.tape.weight(width)], states.numel, 4)
+        return self.tape.apply([states, self.tape.parameter(width)], states.numel, 4)
 
-    def oft(self, states: Buffer, layer: LinearShape) -> Buffer:
+    def oft(self, states: Tensor, layer: LinearShape) -> Tensor:
         """Return OFT's W (R x), R a block-diagonal rotation in float32 or autocast's dtype; x is saved."""
         tape = self.tape
         size = oft_block_size(layer.in_features, self.adapter.block_size)
         # in / size blocks of size * (size - 1) / 2 skew-symmetric entries; the exact Cayley transform works
         # on full (size, size) matrices.
-        rotation, cayley_buffer = (
-            self.tape.weight(layer.in_features * (size - 1) // 2),
+        rotation, cayley = (
+            self.tape.parameter(layer.in_features * (size - 1) // 2),
             tape.allocate(3 * layer.in_features * size, 4),
         )
         states_fp32 = self.to(states, 4)
         inputs = self.to(states_fp32, self.itemsize)
         rotated = tape.apply(
-            [inputs, rotation], states.numel, self.itemsize, saved_for_backward=[inputs, cayley_buffer]
+            [inputs, rotation], states.numel, self.itemsize, saved_for_backward=[inputs, cayley]
         )
         # The rotated blocks are made contiguous again.
         contiguous = tape.apply([rotated], states.numel, self.itemsize)
-        tape.release(inputs, rotated, cayley_buffer)
+        tape.release(inputs, rotated, cayley)
         rotated_fp32 = self.to(contiguous, 4)
         inner = self.to(rotated_fp32, states.itemsize)
         tape.release(contiguous)
@@ -330,7 +330,7 @@ class AdaptedLinears:
         tape.release(states_fp32, rotated_fp32, inner)
         return output
 
-    def bottleneck(self, states: Buffer) -> Buffer:
+    def bottleneck(self, states: Tensor) -> Tensor:
         """Return a bottleneck adapter's output s W_up f(W_down x) in the compute dtype."""
         tape, hidden, bottleneck_width = self.tape, self.workload.architecture.hidden_size, self.adapter.width
         rows = states.numel // hidden

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from finetune.planner.adapted_linears import AdaptedLinears
 from finetune.planner.architecture import Architecture
-from finetune.planner.tape import Buffer, Tape
+from finetune.planner.tape import Tape, Tensor
 from finetune.planner.workload import Adapter, Workload
 
 MASK_ALIGNMENT = 16
@@ -35,14 +35,14 @@ class Attention:
     def adapter(self) -> Adapter:
         return self.workload.adapter
 
-    def forward(self, query: Buffer, key: Buffer, value: Buffer, *, value_base: Buffer) -> Buffer:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, value_base: Tensor) -> Tensor:
         """Return softmax(Q K^T) V.
 
         Args:
             query: after rotary embedding.
             key: after rotary embedding.
             value: the value projection's output.
-            value_base: the buffer that ``value`` is a view of, or ``value`` itself.
+            value_base: the tensor that ``value`` is a view of, or ``value`` itself.
         """
         tape = self.tape
         query, key = (
@@ -50,7 +50,7 @@ class Attention:
             self.linears.to(key, self.linears.itemsize),
         )
         tape.retain(value)
-        # The concatenation is a new buffer, so attention saves that and not the projection's output.
+        # The concatenation is a new tensor, so attention saves that and not the projection's output.
         if self.adapter.prefix_tokens:
             key, value = self.prepend_prefix(key), self.prepend_prefix(value)
             value_base = value
@@ -77,7 +77,7 @@ class Attention:
         """Return the number of keys per row, the prefix included."""
         return self.workload.positions + self.adapter.prefix_tokens
 
-    def prepend_prefix(self, states: Buffer) -> Buffer:
+    def prepend_prefix(self, states: Tensor) -> Tensor:
         """Return keys or values with the prefix prepended, and release the ones without."""
         numel, prefix = self.workload.rows * self.num_keys * self.model.kv_width, self.prefix_weight
         prefixed = self.tape.apply([states, prefix], numel, self.linears.itemsize)
@@ -85,11 +85,11 @@ class Attention:
         return prefixed
 
     @property
-    def prefix_weight(self) -> Buffer:
+    def prefix_weight(self) -> Tensor:
         """Return the trained prefix of one layer's keys or values."""
-        return self.tape.weight(self.adapter.prefix_tokens * self.model.kv_width)
+        return self.tape.parameter(self.adapter.prefix_tokens * self.model.kv_width)
 
-    def repeat_kv(self, states: Buffer) -> Buffer:
+    def repeat_kv(self, states: Tensor) -> Tensor:
         """Return keys or values copied to every query head (GQA), and release the originals."""
         repeated = self.tape.apply(
             [states], self.workload.rows * self.num_keys * self.model.query_width, self.linears.itemsize
@@ -97,7 +97,7 @@ class Attention:
         self.tape.release(states)
         return repeated
 
-    def fused_attention(self, query: Buffer, key: Buffer, value: Buffer, value_base: Buffer) -> Buffer:
+    def fused_attention(self, query: Tensor, key: Tensor, value: Tensor, value_base: Tensor) -> Tensor:
         """Return softmax(Q K^T) V by a fused kernel, which saves its inputs, its output and the log-sum-exp.
 
         FlashAttention (Dao et al. 2022, arXiv 2205.14135, section 3.1). A boolean mask is converted to an
@@ -130,7 +130,7 @@ class Attention:
         tape.release(logsumexp, *saved[4:])
         return output
 
-    def eager_attention(self, query: Buffer, key: Buffer, value: Buffer, value_base: Buffer) -> Buffer:
+    def eager_attention(self, query: Tensor, key: Tensor, value: Tensor, value_base: Tensor) -> Tensor:
         """Return eager attention: the score matrix is materialized, and the softmax is float32."""
         tape, workload = self.tape, self.workload
         # The score matrix is quadratic in the row length, and every step below is out of place.
@@ -160,14 +160,14 @@ class Attention:
         tape.release(interleaved)
         return output
 
-    def prompt_attention(self, query: Buffer, tokens: int) -> Buffer:
+    def prompt_attention(self, query: Tensor, tokens: int) -> Tensor:
         """Return gate * softmax(Q K^T) V for keys and values computed from a trained prompt."""
         tape, itemsize, scores_numel = (
             self.tape,
             self.linears.itemsize,
             query.numel // self.model.head_dim * tokens,
         )
-        prompt = tape.weight(tokens * self.model.hidden_size)
+        prompt = tape.parameter(tokens * self.model.hidden_size)
         scores = tape.apply([query, prompt], scores_numel, itemsize, saved_for_backward=[query])
         scaled = tape.apply([scores], scores_numel, itemsize)
         scores_fp32 = self.linears.to(scaled, 4)
@@ -175,7 +175,7 @@ class Attention:
         tape.release(scores, scaled, scores_fp32)
         cast_probs = self.linears.to(probs, itemsize)
         gated = tape.apply(
-            [cast_probs, tape.weight(1)], scores_numel, itemsize, saved_for_backward=[cast_probs]
+            [cast_probs, tape.parameter(1)], scores_numel, itemsize, saved_for_backward=[cast_probs]
         )
         weighted = tape.apply([gated, prompt], query.numel, itemsize, saved_for_backward=[gated])
         output = tape.apply([weighted], query.numel, itemsize)

@@ -1,6 +1,6 @@
 """Decoder layers as simulated operations, in the order in which transformers and PEFT compute them.
 
-Calling convention: a method borrows its input buffers, and the caller owns the output.
+Calling convention: a method borrows its input tensors, and the caller owns the output.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from finetune.planner.adapted_linears import AdaptedLinears
 from finetune.planner.architecture import Architecture
 from finetune.planner.attention import Attention
-from finetune.planner.tape import Buffer, Operation, Tape
+from finetune.planner.tape import Operation, Tape, Tensor
 from finetune.planner.workload import BOTTLENECK_METHODS, Adapter, Workload
 
 SIMULATED_LAYERS = 3
@@ -71,7 +71,7 @@ class Decoder:
     def core_attention(self) -> Attention:
         return Attention(self.linears)
 
-    def forward(self, states: Buffer) -> Buffer:
+    def forward(self, states: Tensor) -> Tensor:
         """Return the hidden states after all layers and the final norm; ``states`` is consumed.
 
         All middle layers are alike. Live memory at a given point of a layer changes linearly with the layer's
@@ -83,7 +83,7 @@ class Decoder:
         for index in range(min(count, SIMULATED_LAYERS)):
             live_before, grad_bytes, num_cached = (
                 dict(tape.live_by_category),
-                tape.weight_grad_bytes,
+                tape.param_grad_bytes,
                 len(self.linears.autocast_cache),
             )
             output = self.checkpointed_layer(states) if self.workload.checkpointing else self.layer(states)
@@ -96,51 +96,51 @@ class Decoder:
                     for category, nbytes in tape.live_by_category.items()
                 }
                 autocast_bytes = sum(cast.nbytes for cast in self.linears.autocast_cache[num_cached:])
-                layer_memory = LayerMemory(saved_bytes, tape.weight_grad_bytes - grad_bytes, autocast_bytes)
+                layer_memory = LayerMemory(saved_bytes, tape.param_grad_bytes - grad_bytes, autocast_bytes)
                 states = self.repeat_layer(states, layer_memory, count - SIMULATED_LAYERS)
         last = self.norm(states, self.model.hidden_size)
         tape.release(states)
         return last
 
-    def repeat_layer(self, states: Buffer, layer_memory: LayerMemory, count: int) -> Buffer:
+    def repeat_layer(self, states: Tensor, layer_memory: LayerMemory, count: int) -> Tensor:
         """Return the hidden states after ``count`` more layers like the last one; ``states`` is consumed."""
         tape, output = self.tape, self.tape.allocate(states.numel, states.itemsize)
         saved_bytes = dict(layer_memory.saved_bytes)
-        tape.weight_grad_bytes += count * layer_memory.grad_bytes
-        if self.workload.checkpointing or not tape.recording:
+        tape.param_grad_bytes += count * layer_memory.grad_bytes
+        if self.workload.checkpointing or not tape.grad_enabled:
             # Only autocast's cache holds the weight copies then; no operation saved them.
             saved_bytes["activations"] = saved_bytes.get("activations", 0) - layer_memory.autocast_bytes
             self.linears.autocast_cache.append(tape.allocate(count * layer_memory.autocast_bytes, 1))
         blocks = [tape.allocate(count * nbytes, 1, category) for category, nbytes in saved_bytes.items()]
 
-        def backward(grad: Buffer) -> None:
+        def backward(grad: Tensor) -> None:
             tape.release(*blocks)
             if not tape.accumulating:
                 tape.allocate(count * layer_memory.grad_bytes, 1, "gradients")
             tape.accumulate_grad(states, grad)
 
-        if tape.recording and states.requires_grad:
+        if tape.grad_enabled and states.requires_grad:
             tape.record(Operation(output, [states], [], backward_fn=backward))
         tape.release(states)
         return output
 
-    def checkpointed_layer(self, states: Buffer) -> Buffer:
+    def checkpointed_layer(self, states: Tensor) -> Tensor:
         """Return a layer's output under gradient checkpointing: its input is saved, the rest recomputed.
 
         Chen et al. 2016 (arXiv 1604.06174), section 4; PyTorch's non-reentrant form.
         """
-        tape, recording = self.tape, self.tape.recording
+        tape, grad_enabled = self.tape, self.tape.grad_enabled
         # The first forward pass runs under no_grad: nothing inside the layer is saved.
-        tape.recording = False
+        tape.grad_enabled = False
         output = self.layer(states)
-        tape.recording = recording
-        if recording:
+        tape.grad_enabled = grad_enabled
+        if grad_enabled:
             tape.retain(states)
             tape.record(Operation(output, [states], [states], backward_fn=self._recompute(states)))
         return output
 
-    def _recompute(self, states: Buffer) -> Callable[[Buffer], None]:
-        def backward(grad: Buffer) -> None:
+    def _recompute(self, states: Tensor) -> Callable[[Tensor], None]:
+        def backward(grad: Tensor) -> None:
             tape, outer_linears = self.tape, self.linears
             # Like torch.utils.checkpoint: the recomputed layer has its own graph and autocast cache.
             outer_operations, tape.operations = tape.operations, []
@@ -154,7 +154,7 @@ class Decoder:
 
         return backward
 
-    def layer(self, states: Buffer) -> Buffer:
+    def layer(self, states: Tensor) -> Tensor:
         model, tape = self.model, self.tape
         normed = self.norm(states, model.hidden_size)
         attention_output = self.attention(normed)
@@ -181,13 +181,13 @@ class Decoder:
         tape.release(attention_output, mlp_output)
         return output
 
-    def post_norm(self, states: Buffer) -> Buffer:
+    def post_norm(self, states: Tensor) -> Tensor:
         """Return the post-norm of a block's output, which is consumed."""
         normed = self.norm(states, self.model.hidden_size)
         self.tape.release(states)
         return normed
 
-    def norm(self, states: Buffer, width: int) -> Buffer:
+    def norm(self, states: Tensor, width: int) -> Tensor:
         """Return a norm's output.
 
         RMSNorm saves x in float32 and 1/rms for x / rms; with trained gains also x / rms. LayerNorm saves x,
@@ -195,7 +195,7 @@ class Decoder:
         """
         tape, rows = self.tape, states.numel // width
         trained = self.adapter.full_finetuning or self.adapter.method == "layernorm"
-        gains = [tape.weight(width)] if trained else []
+        gains = [tape.parameter(width)] if trained else []
         if self.model.layer_norm:
             return self.layer_norm(states, gains)
         states_fp32 = self.linears.to(states, 4)
@@ -212,18 +212,27 @@ class Decoder:
             [states_fp32, scale], states_fp32.numel, 4, saved_for_backward=[states_fp32, scale]
         )
         tape.release(states_fp32, scale)
-        cast_states = self.linears.to(scaled, states.itemsize)
-        tape.release(scaled)
-        output = tape.apply(
-            [cast_states, *gains],
-            cast_states.numel,
-            states.itemsize,
-            saved_for_backward=[cast_states] if trained else [],
-        )
+        if self.model.post_norms:  # Gemma multiplies by the gains in float32, and casts the product
+            output = self.scale_by_gains(scaled, gains)
+            tape.release(scaled)
+            return self.cast(output, states.itemsize)
+        cast_states = self.cast(scaled, states.itemsize)
+        output = self.scale_by_gains(cast_states, gains)
         tape.release(cast_states)
         return output
 
-    def layer_norm(self, states: Buffer, gains: list[Buffer]) -> Buffer:
+    def scale_by_gains(self, states: Tensor, gains: list[Tensor]) -> Tensor:
+        """Return x times a norm's gains; x is saved if they are trained."""
+        saved = [states] if gains else []
+        return self.tape.apply([states, *gains], states.numel, states.itemsize, saved_for_backward=saved)
+
+    def cast(self, states: Tensor, itemsize: int) -> Tensor:
+        """Return a tensor with this itemsize; ``states`` is consumed."""
+        cast_states = self.linears.to(states, itemsize)
+        self.tape.release(states)
+        return cast_states
+
+    def layer_norm(self, states: Tensor, gains: list[Tensor]) -> Tensor:
         """Return LayerNorm's output: x is saved; on a GPU autocast computes it in float32."""
         tape, workload = self.tape, self.workload
         inputs = self.linears.to(states, 4 if workload.device == "cuda" else states.itemsize)
@@ -234,7 +243,7 @@ class Decoder:
             return self.linears.replace_output(output, shifted)
         return output
 
-    def attention(self, states: Buffer) -> Buffer:
+    def attention(self, states: Tensor) -> Tensor:
         """Return the attention block's output."""
         tape = self.tape
         attended = (
@@ -246,7 +255,7 @@ class Decoder:
             return self.add_prompt_attention(output, states)
         return self.add_bottleneck(output, output) if self.adapter.placement == "houlsby" else output
 
-    def add_prompt_attention(self, attention_output: Buffer, states: Buffer) -> Buffer:
+    def add_prompt_attention(self, attention_output: Tensor, states: Tensor) -> Tensor:
         """Return attention's output plus LLaMA-Adapter's attention to a trained prompt.
 
         Queries are computed once more; the softmax over the prompt is float32, and its gate saves it.
@@ -259,7 +268,7 @@ class Decoder:
         tape.release(query, prompt_output, attention_output, prompt_update)
         return output
 
-    def separate_qkv_attention(self, states: Buffer) -> Buffer:
+    def separate_qkv_attention(self, states: Tensor) -> Tensor:
         """Return attention over separate query, key and value projections."""
         query, key, value = (self.linears.linear(states, f"{name}_proj") for name in "qkv")
         query, key = self.norm_and_rotate(query), self.norm_and_rotate(key)
@@ -267,7 +276,7 @@ class Decoder:
         self.tape.release(query, key, value)
         return output
 
-    def fused_qkv_attention(self, states: Buffer) -> Buffer:
+    def fused_qkv_attention(self, states: Tensor) -> Tensor:
         """Return attention over views of one fused projection, which are interleaved per head."""
         tape, model, tokens = self.tape, self.model, self.workload.tokens
         fused = self.linears.linear(states, "query_key_value")
@@ -281,7 +290,7 @@ class Decoder:
         tape.release(attended)
         return output
 
-    def norm_and_rotate(self, states: Buffer) -> Buffer:
+    def norm_and_rotate(self, states: Tensor) -> Tensor:
         """Return queries or keys after their norm and rotary embedding; ``states`` is consumed."""
         if self.model.query_key_norm:
             normed = self.norm(states, self.model.head_dim)
@@ -291,7 +300,7 @@ class Decoder:
         self.tape.release(states)
         return rotated
 
-    def apply_rope(self, states: Buffer, width: int) -> Buffer:
+    def apply_rope(self, states: Tensor, width: int) -> Tensor:
         """Return x cos + rotate(x) sin (RoPE): two products; autograd saves only cosines and sines."""
         tape, numel = self.tape, self.workload.tokens * width
         # cos and sin have the residual stream's dtype, which promotes the products.
@@ -307,7 +316,7 @@ class Decoder:
         tape.release(cos_product, sin_product)
         return output
 
-    def feed_forward(self, states: Buffer) -> Buffer:
+    def feed_forward(self, states: Tensor) -> Tensor:
         """Return the feed-forward block's output."""
         tape = self.tape
         inner = self.linears.linear(states, "gate_proj" if self.model.gated else "dense_h_to_4h")
@@ -327,7 +336,7 @@ class Decoder:
         is_sequential = self.adapter.method in BOTTLENECK_METHODS and not parallel
         return self.add_bottleneck(output, output) if is_sequential else output
 
-    def add_bottleneck(self, block_output: Buffer, states: Buffer) -> Buffer:
+    def add_bottleneck(self, block_output: Tensor, states: Tensor) -> Tensor:
         """Return a block's output plus a bottleneck's output for ``states``; the former is consumed."""
         bottleneck_output = self.linears.bottleneck(states)
         output = self.linears.add(block_output, bottleneck_output)

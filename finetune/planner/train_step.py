@@ -3,7 +3,7 @@
 from finetune.distributed.strategies import SHARDED_GRADIENTS
 from finetune.planner.adapted_linears import AdaptedLinears
 from finetune.planner.decoder import Decoder
-from finetune.planner.tape import Buffer, Tape
+from finetune.planner.tape import Tape, Tensor
 from finetune.planner.workload import Workload
 
 MAX_LOGITS_PER_CHUNK = 2**26
@@ -26,12 +26,12 @@ def simulate_train_step(workload: Workload, *, in_place: bool = True) -> Tape:
 
 def simulate_forward(workload: Workload) -> Tape:
     """Simulate a forward pass under no_grad (a reference, PPO's scoring) and return its tape."""
-    tape = Tape(recording=False)
+    tape = Tape(grad_enabled=False)
     total_loss(tape, workload)
     return tape
 
 
-def total_loss(tape: Tape, workload: Workload) -> Buffer:
+def total_loss(tape: Tape, workload: Workload) -> Tensor:
     """Return the loss of a micro-batch by its objective."""
     losses = [forward_loss(tape, workload) for _ in range(workload.adapter.forward_passes)]
     # The value model runs on the same tokens, in the same step as the policy.
@@ -44,7 +44,7 @@ def total_loss(tape: Tape, workload: Workload) -> Buffer:
     return loss
 
 
-def forward_loss(tape: Tape, workload: Workload) -> Buffer:
+def forward_loss(tape: Tape, workload: Workload) -> Tensor:
     """Return the loss of one forward pass."""
     if workload.objective == "scores":
         return score_loss(tape, workload)
@@ -57,7 +57,7 @@ def forward_loss(tape: Tape, workload: Workload) -> Buffer:
     return loss
 
 
-def embed_tokens(linears: AdaptedLinears) -> Buffer:
+def embed_tokens(linears: AdaptedLinears) -> Tensor:
     """Return the token embeddings."""
     tape, workload = linears.tape, linears.workload
     model, adapter = workload.architecture, workload.adapter
@@ -65,7 +65,7 @@ def embed_tokens(linears: AdaptedLinears) -> Buffer:
     if adapter.full_finetuning:
         return tape.apply([linears.embeddings], numel, 4)
     if adapter.method == "trainable_tokens":
-        rows = tape.weight(adapter.tokens * model.hidden_size)
+        rows = tape.parameter(adapter.tokens * model.hidden_size)
         # PEFT builds a full embedding matrix with the trained rows in every pass.
         table = tape.apply([rows], model.vocab_size * model.hidden_size, workload.itemsize)
         states = tape.apply([table], numel, workload.itemsize)
@@ -74,11 +74,11 @@ def embed_tokens(linears: AdaptedLinears) -> Buffer:
     states = tape.allocate(numel, workload.itemsize)
     # Frozen embeddings require a gradient under checkpointing (enable_input_require_grads) or where virtual
     # tokens are prepended.
-    states.requires_grad = tape.recording and (workload.checkpointing or adapter.prepended_tokens > 0)
+    states.requires_grad = tape.grad_enabled and (workload.checkpointing or adapter.prepended_tokens > 0)
     return states
 
 
-def compute_logits(linears: AdaptedLinears, states: Buffer) -> Buffer:
+def compute_logits(linears: AdaptedLinears, states: Tensor) -> Tensor:
     """Return the logits of the N predicted states; ``states`` is consumed.
 
     Accelerate converts the outputs of the prepared model to float32. PPO's models are prepared together and
@@ -104,14 +104,14 @@ def compute_logits(linears: AdaptedLinears, states: Buffer) -> Buffer:
     tape.release(inputs)
     if model.softcap:
         logits = softcap_logits(tape, logits)
-    if workload.objective == "ppo" or not tape.recording:
+    if workload.objective == "ppo" or not tape.grad_enabled:
         return logits
     logits_fp32 = linears.to(logits, 4)
     tape.release(logits)
     return logits_fp32
 
 
-def softcap_logits(tape: Tape, logits: Buffer) -> Buffer:
+def softcap_logits(tape: Tape, logits: Tensor) -> Tensor:
     """Return c tanh(x / c) and release x; the tanh is saved."""
     # Division by c, tanh, product with c: three allocations, and the tanh's gradient needs its output.
     for saves_output in (False, True, False):
@@ -121,7 +121,7 @@ def softcap_logits(tape: Tape, logits: Buffer) -> Buffer:
     return logits
 
 
-def split_logits(tape: Tape, workload: Workload, logits: Buffer) -> list[Buffer]:
+def split_logits(tape: Tape, workload: Workload, logits: Tensor) -> list[Tensor]:
     """Return views of the logits with at most ``MAX_LOGITS_PER_CHUNK`` elements each."""
     vocab_size = workload.architecture.vocab_size
     rows = max(1, MAX_LOGITS_PER_CHUNK // vocab_size)
@@ -130,7 +130,7 @@ def split_logits(tape: Tape, workload: Workload, logits: Buffer) -> list[Buffer]
     return tape.split(logits, sizes)
 
 
-def cross_entropy(tape: Tape, workload: Workload, logits: Buffer) -> Buffer:
+def cross_entropy(tape: Tape, workload: Workload, logits: Tensor) -> Tensor:
     """Return the cross-entropy: the softmax is saved.
 
     Above ``MAX_LOGITS_PER_CHUNK`` it is computed chunk by chunk, and recomputed in the backward pass; the
@@ -153,7 +153,7 @@ def cross_entropy(tape: Tape, workload: Workload, logits: Buffer) -> Buffer:
     return loss
 
 
-def target_logps(tape: Tape, workload: Workload, logits: Buffer) -> Buffer:
+def target_logps(tape: Tape, workload: Workload, logits: Tensor) -> Tensor:
     """Return log-probabilities of the targets: a logit minus the log-sum-exp, for which the logits are saved.
 
     The backward pass allocates x - logsumexp and its exponential.
@@ -179,7 +179,7 @@ def target_logps(tape: Tape, workload: Workload, logits: Buffer) -> Buffer:
     return loss
 
 
-def to_float32(tape: Tape, logits: Buffer) -> Buffer:
+def to_float32(tape: Tape, logits: Tensor) -> Tensor:
     """Return the logits in float32."""
     if logits.itemsize == 4:
         tape.retain(logits)
@@ -187,7 +187,7 @@ def to_float32(tape: Tape, logits: Buffer) -> Buffer:
     return tape.apply([logits], logits.numel, 4)
 
 
-def consistency_loss(tape: Tape, workload: Workload, pass_losses: list[Buffer]) -> Buffer:
+def consistency_loss(tape: Tape, workload: Workload, pass_losses: list[Tensor]) -> Tensor:
     """Return AdaMix's KL divergence of two passes: two softmaxes, their exponentials, both differences."""
     numel = workload.predicted * workload.architecture.vocab_size
     saved = [tape.allocate(numel, 4, LOGITS_CATEGORY) for _ in range(6)]
@@ -196,14 +196,14 @@ def consistency_loss(tape: Tape, workload: Workload, pass_losses: list[Buffer]) 
     return loss
 
 
-def score_loss(tape: Tape, workload: Workload) -> Buffer:
+def score_loss(tape: Tape, workload: Workload) -> Tensor:
     """Return the loss on a float32 score head (reward, value), which saves the states in float32."""
     linears = AdaptedLinears(tape, workload)
     states = Decoder(linears).forward(embed_tokens(linears))
     linears.clear_autocast_cache()
     states_fp32 = linears.to(states, 4)
     tape.release(states)
-    head = tape.weight(max(1, workload.heads) * workload.architecture.hidden_size)
+    head = tape.parameter(max(1, workload.heads) * workload.architecture.hidden_size)
     scores = tape.apply(
         [states_fp32, head], workload.tokens * max(1, workload.heads), 4, saved_for_backward=[states_fp32]
     )

@@ -9,10 +9,17 @@ from typing import Any
 from finetune.adapters.traits import Traits
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.compatibility import Rule, caught, is_set, problems_of, within
-from finetune.recipe.discovery import ADAPTERS, TEMPLATES, load_plugin, load_stage, plugin_names
+from finetune.recipe.discovery import (
+    ADAPTERS,
+    TEMPLATES,
+    load_plugin,
+    load_stage,
+    local_path,
+    looks_local,
+    plugin_names,
+)
 from finetune.recipe.errors import Problem, did_you_mean, one_of
 from finetune.recipe.mixture_rules import MIXTURE_RULES
-from finetune.recipe.paths import local_path, looks_local
 from finetune.recipe.renamed import renamed_value
 from finetune.recipe.settings import StageSettings
 from finetune.recipe.user_function import function_file

@@ -61,7 +61,7 @@ class Rule:
 
     def describe(self) -> str:
         """Return why the combination does not work: the text of tables."""
-        return self.message or (self.problem.expected if self.problem is not None else "")
+        return self.message or (f"{self.problem.where} is {self.problem.expected}" if self.problem else "")
 
 
 def is_set(value: Any) -> bool:

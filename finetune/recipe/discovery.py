@@ -1,4 +1,4 @@
-"""Plug-in and recipe discovery: the folder is the registry, a file's name is the plug-in's name."""
+"""Plug-ins, recipes and files: the folder is the registry, a file's name is the plug-in's name."""
 
 import ast
 import difflib
@@ -24,6 +24,9 @@ ADAPTERS = "finetune.adapters"
 TEMPLATES = "data_templates"
 ALIASES = {"coh": "chain_of_hindsight"}
 """Short names of stages on the command line."""
+
+DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".tsv", ".parquet")
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".md", ".md.gz")
 
 
 def plugin_names(package: str) -> list[str]:
@@ -147,3 +150,17 @@ def _suggest_sibling(path: Path) -> str:
         close = difflib.get_close_matches(path.stem, siblings, n=1)
         return f"did you mean '{siblings[close[0]]}'?" if close else f"{path.parent} contains {names}"
     return f"folder {path.parent} {'contains no .yaml file' if path.parent.is_dir() else 'does not exist'}"
+
+
+def local_path(text: str) -> Path | None:
+    """Return the existing path of ``text``, in the working directory or the project folder, or None."""
+    for path in (Path(text).expanduser(), PROJECT / text):
+        if path.exists():
+            return path
+    return None
+
+
+def looks_local(text: str) -> bool:
+    """Return True if ``text`` can only be a file or folder, and not a Hub id ``owner/name``."""
+    known = (*DATA_SUFFIXES, *TEXT_SUFFIXES)
+    return text.lower().endswith(known) or text.startswith((".", "/", "~")) or text.count("/") != 1

@@ -12,9 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from finetune.recipe.discovery import INSTALLED
+from finetune.recipe.discovery import INSTALLED, local_path
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
-from finetune.recipe.paths import local_path
 from finetune.recipe.renamed import renamed_function
 
 FUNCTION_FORMAT = "path/to/file.py:function"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.planner.solver import collected_rules, solver_rules
+from finetune.distributed.solver import collected_rules, solver_rules
 from finetune.recipe.checks import cross_field_problems, recipe_properties, rules_of
 from finetune.recipe.compatibility import Rule, problems_of
 from finetune.recipe.discovery import ADAPTERS, plugin_names, stage_names
@@ -107,7 +107,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_rule_that_is_evaluated_at_loading_has_a_violation() -> None:
     assert set(VIOLATIONS) == set(LOADING)
-    # The others are evaluated at the launch of a run; tests/finetune/planner/test_solver.py has their cases.
+    # The others are evaluated at the launch of a run: cases in tests/finetune/distributed/test_solver.py.
     assert set(RULES) - set(LOADING) <= {rule.name for rule in solver_rules()}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import warm
 
-from finetune.planner.solver import Combination
+from finetune.distributed.solver import Combination
 
 PREFERENCE_STAGES = ("reward", "dpo", "kto", "chain_of_hindsight")
 GENERATING_STAGES = ("ppo", "rejection", "rloo", "grpo")

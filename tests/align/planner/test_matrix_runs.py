@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from matrix_runs import CellFiles, cell_name, run_at_once, run_cell
 
+from align.planner.compatibility import across_strategies, matrix_cells
+from finetune.distributed.solver import OFFLOADS, OPTIMIZER_NAMES, Combination, check
 from finetune.distributed.strategies import SHARDED_WEIGHTS, STRATEGIES
-from finetune.planner.compatibility_page import across_strategies, matrix_cells
-from finetune.planner.solver import OFFLOADS, OPTIMIZER_NAMES, Combination, check
 from finetune.recipe.discovery import stage_names
 
 COMMON_ADAPTERS = ("adalora", "bitfit", "full", "lora", "loftq", "pissa", "prefix", "prompt", "ptuning")

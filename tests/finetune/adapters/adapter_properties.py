@@ -8,6 +8,7 @@ import copy
 import functools
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -119,21 +120,49 @@ def is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(actual, expected, atol=1e-5, rtol=1e-4)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """An adapter trained five steps, what it was before, and which weights had a gradient."""
+
+    model: PeftModel
+    base_weights: dict[str, torch.Tensor]
+    """The base's weights before training, by their names in ``model``."""
+    adapter_weights: dict[str, torch.Tensor]
+    """The trainable weights before training."""
+    with_gradient: set[str]
+
+    def copied(self) -> PeftModel:
+        """Return a copy for a property that changes the model."""
+        return copy.deepcopy(self.model)
+
+
+@functools.lru_cache(maxsize=len(FAMILIES))
+def trained(method: str, family: str) -> Trained:
+    """Return the trained adapter of a cell; the properties share it, and leave it as it is."""
+    base = base_of(family, default_quantization(method))
+    of_base = {id(weight) for weight in base.parameters()}
+    model = build(method, base)
+    before = {name: copy.deepcopy(weight.data) for name, weight in model.named_parameters()}
+    frozen = {name for name, weight in model.named_parameters() if id(weight) in of_base}
+    trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trainable and not trainable & frozen
+    train(model)
+    return Trained(
+        model,
+        {name: before[name] for name in frozen},
+        {name: before[name] for name in trainable},
+        {name for name, weight in model.named_parameters() if weight.grad is not None},
+    )
+
+
 def trains_alone(method: str, family: str) -> str | None:
     """Only the adapter trains: each of its weights gets a gradient and changes, the base is bit-identical."""
-    base = base_of(family, default_quantization(method))
-    weights = {id(weight): name for name, weight in base.named_parameters()}
-    adapted = build(method, base)
-    frozen = {name: copy.deepcopy(w.data) for name, w in adapted.named_parameters() if id(w) in weights}
-    trainable = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
-    assert trainable and not [name for name, weight in trainable.items() if id(weight) in weights]
-    before = {name: weight.detach().clone() for name, weight in trainable.items()}
-    train(adapted)
-    assert not [name for name, weight in trainable.items() if weight.grad is None]
-    assert not [name for name, weight in trainable.items() if torch.equal(weight, before[name])]
-    after = dict(adapted.named_parameters())
-    assert not [name for name, value in frozen.items() if not torch.equal(after[name].data, value)]
-    assert not [name for name in frozen if after[name].grad is not None]
+    cell = trained(method, family)
+    after = {name: weight.data for name, weight in cell.model.named_parameters()}
+    assert cell.with_gradient == cell.adapter_weights.keys()
+    assert [name for name, value in cell.adapter_weights.items() if torch.equal(after[name], value)] == []
+    assert [name for name, value in cell.base_weights.items() if not torch.equal(after[name], value)] == []
+    assert cell.base_weights
     return None
 
 
@@ -153,8 +182,7 @@ def starts_near_the_base(method: str, family: str) -> str | None:
 
 def saves_and_loads(method: str, family: str) -> str | None:
     """A saved and reloaded adapter gives the same logits."""
-    adapted = build_adapter(method, family)
-    train(adapted)
+    adapted = trained(method, family).model
     with tempfile.TemporaryDirectory() as folder:
         adapted.save_pretrained(folder, save_embedding_layers=False)
         opened = load_saved_adapter(base_of(family, default_quantization(method)), Path(folder))
@@ -164,8 +192,7 @@ def saves_and_loads(method: str, family: str) -> str | None:
 
 def merges(method: str, family: str) -> str | None:
     """Merging the adapter into the base gives the same logits."""
-    adapted = build_adapter(method, family)
-    train(adapted)
+    adapted = trained(method, family).copied()
     expected = logits(adapted)
     reason: str = load_plugin(ADAPTERS, method, where="test").TRAITS.merge_unsupported
     if reason:
@@ -186,8 +213,7 @@ def merges(method: str, family: str) -> str | None:
 
 def switches_off(method: str, family: str) -> str | None:
     """With the adapter disabled the logits are the base's, bit for bit."""
-    adapted = build_adapter(method, family)
-    train(adapted)
+    adapted = trained(method, family).model
     expected = logits(base_of(family, default_quantization(method)))
     assert not is_close(logits(adapted), expected)
     with adapted.disable_adapter():
@@ -236,8 +262,7 @@ def packs_rows(method: str, family: str) -> str | None:
     """Packed rows give the same loss as padded rows."""
     if not load_plugin(ADAPTERS, method, where="test").TRAITS.packing:
         return "virtual tokens precede each row, and packed rows share one beginning"
-    adapted = build_adapter(method, family)
-    train(adapted, steps=2)
+    adapted = trained(method, family).model
     head = output_head(adapted.get_base_model())
     rows = [
         LMExample(input_ids=torch.arange(3, 3 + size), labels=torch.arange(3, 3 + size), row=size)
@@ -254,11 +279,11 @@ def switches_between_two(method: str, family: str) -> str | None:
     """Two trained adapters on one base give the same logits as each one alone."""
     if load_plugin(ADAPTERS, method, where="test").TRAITS.changes_base:
         return "each adapter would subtract its components from the same base"
+    other = build_adapter(method, family)
+    train(other, steps=4, seed=2)
     expected = []
     with tempfile.TemporaryDirectory() as folder:
-        for index in (1, 2):
-            adapted = build_adapter(method, family)
-            train(adapted, steps=2 + index, seed=index)
+        for index, adapted in enumerate((trained(method, family).model, other), 1):
             adapted.save_pretrained(f"{folder}/{index}", save_embedding_layers=False)
             expected.append(logits(adapted))
         both = load_saved_adapter(base_of(family, default_quantization(method)), Path(folder) / "1")
@@ -274,12 +299,11 @@ def switches_between_two(method: str, family: str) -> str | None:
 
 def checkpoints_gradients(method: str, family: str) -> str | None:
     """Gradient checkpointing gives the same gradients."""
+    if not load_plugin(ADAPTERS, method, where="test").TRAITS.gradient_checkpointing:
+        return "a prefix is in the key-value cache, which gradient checkpointing disables"
     gradients = []
     for recompute in (False, True):
-        if recompute and not load_plugin(ADAPTERS, method, where="test").TRAITS.gradient_checkpointing:
-            return "a prefix is in the key-value cache, which gradient checkpointing disables"
-        adapted = build_adapter(method, family)
-        train(adapted, steps=2)
+        adapted = trained(method, family).copied()
         adapted.train()
         if recompute:
             base = adapted.get_base_model()
@@ -296,8 +320,7 @@ def checkpoints_gradients(method: str, family: str) -> str | None:
 
 def generates_with_cache(method: str, family: str) -> str | None:
     """Generation with the key-value cache gives the same tokens as full forward passes."""
-    adapted = build_adapter(method, family)
-    train(adapted)
+    adapted = trained(method, family).model
     prompt = IDS[:1, :4]
     greedy = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}
     cached = adapted.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **greedy)

@@ -118,8 +118,8 @@ def test_three_simulated_layers_equal_all_layers(
 def test_after_backward_only_gradients_remain() -> None:
     for objective in ("likelihood", "comparison", "scores", "ppo"):
         tape = simulate_train_step(workload(objective=objective, heads=1))
-        assert tape.live_by_category["gradients"] == tape.weight_grad_bytes
-        assert tape.total - tape.weight_grad_bytes <= 8  # the loss itself
+        assert tape.live_by_category["gradients"] == tape.param_grad_bytes
+        assert tape.total - tape.param_grad_bytes <= 8  # the loss itself
 
 
 def test_sharding_divides_weights_gradients_and_states() -> None:

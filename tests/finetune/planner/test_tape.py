@@ -1,13 +1,13 @@
 """Autograd memory simulation on graphs small enough to count by hand."""
 
-from finetune.planner.tape import Buffer, Tape
+from finetune.planner.tape import Tape, Tensor
 
 
-def input_buffer(tape: Tape, numel: int) -> Buffer:
-    """Return an input buffer that requires a gradient."""
-    buffer = tape.allocate(numel, 1)
-    buffer.requires_grad = True
-    return buffer
+def input_buffer(tape: Tape, numel: int) -> Tensor:
+    """Return an input tensor that requires a gradient."""
+    tensor = tape.allocate(numel, 1)
+    tensor.requires_grad = True
+    return tensor
 
 
 def test_released_buffers_are_freed() -> None:
@@ -43,7 +43,7 @@ def test_without_requires_grad_nothing_is_saved() -> None:
 
 
 def test_under_no_grad_nothing_is_saved() -> None:
-    tape = Tape(recording=False)
+    tape = Tape(grad_enabled=False)
     x = input_buffer(tape, 8)
     tape.apply([x], 8, 1, saved_for_backward=[x])
     tape.release(x)
@@ -77,11 +77,11 @@ def test_a_second_gradient_is_accumulated() -> None:
 def test_weight_gradients_stay_or_accumulate() -> None:
     for accumulating, remaining in ((False, 40), (True, 0)):
         tape = Tape(accumulating=accumulating)
-        output = tape.apply([tape.weight(10)], 8, 1)
+        output = tape.apply([tape.parameter(10)], 8, 1)
         tape.release(output)
         tape.backward(output)
         assert (tape.total, tape.live_by_category["gradients"]) == (remaining, remaining)
-        assert tape.weight_grad_bytes == 40
+        assert tape.param_grad_bytes == 40
 
 
 def test_views_take_no_memory_and_join_gradients() -> None:
@@ -99,9 +99,9 @@ def test_views_take_no_memory_and_join_gradients() -> None:
 def test_peak_is_reported_by_category() -> None:
     tape = Tape()
     tape.release(tape.allocate(10, 1, "logits and loss"))
-    buffer = tape.allocate(4, 1)
+    tensor = tape.allocate(4, 1)
     tape.allocate_temporary(7)
-    tape.release(buffer)
+    tape.release(tensor)
     assert tape.peak == 11
     assert {category: nbytes for category, nbytes in tape.peak_by_category.items() if nbytes} == {
         "activations": 4,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from finetune.planner.compatibility_page import matrix_cells
-from finetune.planner.solver import (
+from align.planner.compatibility import matrix_cells
+from finetune.distributed.solver import (
     OFFLOADS,
     OPTIMIZER_NAMES,
     RECIPE_KEYS,

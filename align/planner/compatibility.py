@@ -1,22 +1,31 @@
-"""COMPATIBILITY.md: every cell of the compatibility matrix checked, rows with equal verdicts merged.
+"""Compatibility tables: which adapters, quantizations and strategies work together, and why others do not.
 
-``python -m finetune.planner.compatibility_page`` prints it.
+``llm-align plan --compatibility`` prints those of a stage; ``python -m align.planner.compatibility`` prints
+COMPATIBILITY.md, every cell of every stage. Rows with equal verdicts are merged.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from finetune.distributed.strategies import STRATEGIES
-from finetune.planner.solver import (
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from finetune.distributed.hardware import detect_devices, device_by_name
+from finetune.distributed.solver import (
     OFFLOADS,
     OPTIMIZER_NAMES,
     Combination,
     Verdict,
     check,
+    collected_rules,
     format_overrides,
     needs_two_passes,
     solver_rules,
 )
+from finetune.distributed.strategies import STRATEGIES
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.compatibility import Rule
 from finetune.recipe.discovery import ADAPTERS, plugin_names, stage_names
@@ -27,7 +36,7 @@ YES, NO = "yes", "no"
 COMPATIBILITY_HEADER = """\
 # Compatibility of adapters, quantization, strategies and engines
 
-Generated from `RULES` of stages, adapters and strategies by `python -m finetune.planner.compatibility_page`.
+Generated from `RULES` of stages, adapters and strategies by `python -m align.planner.compatibility`.
 For one stage: `llm-align plan --compatibility`. Every run is checked before anything is loaded: values that
 nobody set are changed where that helps, with a note; other incompatible settings end with exit status 2 and
 a repair.
@@ -41,6 +50,7 @@ EVIDENCE_TEXTS = {
     "thread": "reported by users",
     "ours": "by design",
 }
+VERDICT_COLORS = {"works": "green", "changed": "yellow", "incompatible": "red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +149,11 @@ def compatibility_page() -> str:
             ("train.engine=trl", engine_rows(device)),
         ):
             sections.append(f"### {title}\n\n{_table(title, rows)}")
-    sections.append("## Rules\n\n" + "\n".join(format_rule(rule) for rule in solver_rules()))
-    return "\n".join(sections) + "\n"
+    in_tables = {rule.name: rule for rule in solver_rules()}
+    of_recipes = [rule for rule in collected_rules() if rule.name not in in_tables]
+    sections.append("## Rules\n\n" + "\n".join(map(format_rule, in_tables.values())) + "\n")
+    sections.append("## Rules of recipes\n\n" + "\n".join(map(_format_recipe_rule, of_recipes)) + "\n")
+    return "\n".join(sections)
 
 
 def _stages_by_table(device: str) -> Iterator[tuple[list[str], list[VerdictRow]]]:
@@ -201,6 +214,85 @@ def _table(title: str, rows: list[VerdictRow]) -> str:
 def format_rule(rule: Rule) -> str:
     """Return a rule as a Markdown list item: reason, evidence, source."""
     return f"* **{rule.name}**: {rule.describe()}. ({EVIDENCE_TEXTS[rule.evidence]}: {rule.source})"
+
+
+def _format_recipe_rule(rule: Rule) -> str:
+    stages = rule.when.get("stage", ())
+    assert isinstance(stages, tuple)
+    return format_rule(rule) + (f" Stages: {', '.join(stages)}." if stages else "")
+
+
+def show_compatibility(stage: str, gpu: str | None, *, as_json: bool) -> None:
+    """Print a stage's compatibility, as tables or as JSON.
+
+    Args:
+        stage: its name.
+        gpu: a GPU by name, or ``cpu``; None: this machine.
+        as_json: whether to print JSON.
+
+    Raises:
+        UserError: unknown stage or GPU.
+    """
+    device = (device_by_name(gpu) if gpu is not None else detect_devices()[0]).kind
+    if as_json:
+        click.echo(compatibility_json(stage, device))
+        return
+    print_compatibility(stage, device, Console())
+
+
+def print_compatibility(stage: str, device: str, console: Console) -> None:
+    """Print a stage's compatibility tables for a device, and the rules that their cells name.
+
+    Raises:
+        UserError: unknown stage.
+    """
+    tables = {
+        f"{stage} on {device} (quantization: adapters)": adapter_rows(stage, device),
+        "train.optimizer": optimizer_rows(device),
+        "train.offload": offload_rows(device),
+        "train.engine=trl": engine_rows(device),
+    }
+    rules: dict[str, Rule] = {}
+    for title, rows in tables.items():
+        console.print(_rich_table(title, rows))
+        rules |= {rule.name: rule for rule in applied_rules(rows)}
+    for rule in rules.values():
+        console.print(escape(format_rule(rule)), highlight=False)
+
+
+def compatibility_json(stage: str, device: str) -> str:
+    """Return a stage's compatibility as JSON: one object per cell."""
+    cells = [
+        {
+            "stage": stage,
+            "device": device,
+            "adapter": cell.adapter,
+            "quantization": cell.quantization,
+            "strategy": cell.strategy,
+            "processes": cell.processes,
+            "kind": verdict.kind,
+            "changes": verdict.changes,
+            "reason": verdict.reason,
+            "repair": verdict.repair,
+            "rules": [rule.name for rule in verdict.rules],
+        }
+        for cell in matrix_cells(stage, device)
+        for verdict in [check(cell)]
+    ]
+    return json.dumps(cells, indent=1)
+
+
+def _rich_table(title: str, rows: list[VerdictRow]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_lines=True)
+    table.add_column("", overflow="fold", ratio=2)
+    for strategy in STRATEGIES:
+        table.add_column(strategy, overflow="fold", ratio=1)
+    for row in rows:
+        texts = (
+            f"[{VERDICT_COLORS[verdict.kind]}]{escape(format_cell(verdict))}[/]" for verdict in row.verdicts
+        )
+        table.add_row(escape(row_label(row.labels)), *texts)
+    return table
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-import finetune.planner.compatibility_page as matrix
+import align.planner.compatibility as matrix
+from finetune.distributed.solver import Combination, check, solver_rules
 from finetune.distributed.strategies import STRATEGIES
-from finetune.planner.solver import Combination, check, solver_rules
 from finetune.recipe.discovery import stage_names
 
 PAGE = Path(matrix.__file__).with_name("COMPATIBILITY.md")
 
 
 def test_page_is_up_to_date() -> None:
-    repair = "python -m finetune.planner.compatibility_page > finetune/planner/COMPATIBILITY.md"
+    repair = "python -m align.planner.compatibility > align/planner/COMPATIBILITY.md"
     assert PAGE.read_text(encoding="utf-8") == matrix.compatibility_page(), repair
 
 
