@@ -28,10 +28,10 @@ import torch
 from renames import Renames, read_renames
 from safetensors.torch import load_file
 
-STAGES = ("sft", "pretrain", "dpo", "kto", "reward", "ppo", "rejection", "rloo", "grpo", "hindsight")
+STAGES = ("sft", "pretrain", "dpo", "kto", "reward", "ppo", "rejection", "rloo", "grpo", "chain-of-hindsight")
 TRL_STAGES = ("sft", "dpo", "reward")
 """Stages that TRL's trainer runs too, with ``train.engine=trl``."""
-TRL_EXTRA = {"dpo": ("align.loss=dpo",)}
+TRL_EXTRA = {"dpo": ("dpo.loss=dpo",)}
 """Overrides with TRL's engine, which does not have the quickstart's loss."""
 FROM_SFT = ("dpo", "kto", "ppo", "rejection", "rloo", "grpo")
 WITH_REWARD = ("ppo", "rejection", "rloo", "grpo")
@@ -47,20 +47,20 @@ EXTRA = {
     "ppo": (
         "ppo.rollout_size=32",
         "sampling.max_new_tokens=16",
-        "evaluate.judge_rows=8",
-        "evaluate.skill_rows=8",
+        "evaluate.grader_rows=8",
+        "evaluate.retention_rows=8",
     ),
     "rejection": (
         "rejection.rounds=1",
         "rejection.prompts=16",
         "sampling.max_new_tokens=16",
-        "evaluate.judge_rows=8",
-        "evaluate.skill_rows=8",
+        "evaluate.grader_rows=8",
+        "evaluate.retention_rows=8",
     ),
-    "dpo": ("evaluate.judge_rows=8", "evaluate.skill_rows=8"),
-    "hindsight": ("evaluate.judge_rows=8",),
-    "rloo": ("sampling.max_new_tokens=16", "evaluate.judge_rows=8", "evaluate.skill_rows=8"),
-    "grpo": ("sampling.max_new_tokens=16", "evaluate.judge_rows=8", "evaluate.skill_rows=8"),
+    "dpo": ("evaluate.grader_rows=8", "evaluate.retention_rows=8"),
+    "chain-of-hindsight": ("evaluate.grader_rows=8",),
+    "rloo": ("sampling.max_new_tokens=16", "evaluate.grader_rows=8", "evaluate.retention_rows=8"),
+    "grpo": ("sampling.max_new_tokens=16", "evaluate.grader_rows=8", "evaluate.retention_rows=8"),
 }
 """Overrides in the older checkout's keys."""
 TIMES = ("seconds", "time/", "runtime", "per_second", "memory")
