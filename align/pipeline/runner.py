@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from align.pipeline.directory import REPORT_FILE, PipelineDirectory, PipelineResult, utc_now
-from align.pipeline.entry import StageEntry
+from align.pipeline.entries import StageEntry
 from align.pipeline.plan import Pipeline
 from align.required_runs import resolve_required_runs
 from finetune.distributed.interrupts import Interrupted, NotFiniteError
