@@ -29,7 +29,7 @@ from finetune.data.dataset import tokenize_conversations
 from finetune.data.load import SourceSpec, load_source
 from finetune.data.report import DataReport
 from finetune.distributed import collectives
-from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.errors import Problem
 from finetune.recipe.settings import DataSettings
 from finetune.training import shared_steps
 from finetune.training.adapter_hooks import adapter_hooks
@@ -141,7 +141,6 @@ class PPO:
         """Return the metadata that run.json records before the first step, after all checks."""
         # For its checks: invalid arguments are reported before anything is sampled.
         self.training_arguments()
-        self._check_single_forward()
         self.ctx.add_summary_metrics(self.generation_eval.summary)
         self._log_parameter_counts()
         self.ctx.check(
@@ -307,12 +306,6 @@ class PPO:
         )
         if self.models.actor_critic.had_dropout:
             self.ctx.log("dropout is off: the ratio to the sampling policy must start at 1")
-
-    def _check_single_forward(self) -> None:
-        if self.hooks.forward_passes != 1:
-            actual = "true: consistency between two forward passes is a loss on labels"
-            expected = "false in RL"
-            raise UserError(Problem("adapter.consistency", actual, expected, "adapter.consistency=false"))
 
     def _log_stop(self, reason: str) -> None:
         self.ctx.log(reason)

@@ -35,14 +35,7 @@ Choice = tuple[str, str]
 
 
 def precision(requested: str, hardware: Hardware) -> Choice:
-    """Return the dtype of the forward pass, and the reason.
-
-    Raises:
-        UserError: float16 on a CPU, which has no loss-scaled kernels worth using.
-    """
-    if requested == "float16" and hardware.device == "cpu":
-        actual = "float16 on a CPU"
-        raise UserError(Problem("model.precision", actual, "float32 or bfloat16", "leave it at auto"))
+    """Return the dtype of the forward pass, and the reason."""
     if requested != "auto":
         return requested, "as requested"
     if hardware.bfloat16:

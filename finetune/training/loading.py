@@ -8,6 +8,8 @@ from transformers import PreTrainedModel, set_seed
 
 from finetune.data.dataset import PreparedData
 from finetune.data.documents import prepare_data
+from finetune.distributed.rank import dist_info
+from finetune.distributed.solver import LaunchTarget, refuse_incompatible
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values
@@ -40,12 +42,14 @@ def load_text_encoding(ctx: RunContext) -> TextEncoding:
     """Load tokenizer and template.
 
     Raises:
-        UserError: unknown engine arguments, a precision that this hardware lacks, no such base, no EOS, no
+        UserError: unknown engine arguments, settings that are incompatible here, no such base, no EOS, no
             chat template, or ``max_length`` exceeds the model's positions.
     """
     settings = ctx.recipe.settings
     check_engine_args(settings.train, TrlConfigSpec(settings.TRL_CONFIG))
-    auto_values.precision(settings.model.precision, ctx.hardware)  # raises before anything is loaded
+    hardware, processes = ctx.hardware, dist_info().world_size
+    target = LaunchTarget(hardware.device, hardware.bfloat16, processes)
+    refuse_incompatible(ctx.recipe, target)  # before anything is loaded
     text, reason = build_text_encoding(settings)
     ctx.resolve_auto("data.max_length", (text.max_length, reason))
     return text
