@@ -97,11 +97,7 @@ class RunContext:
         self.metric_spec = replace(self.metric_spec, summary={**self.metric_spec.summary, **summary})
 
     def init_distributed(self) -> None:
-        """Resolve the strategy and initialize the process group; called before a model is loaded.
-
-        Raises:
-            UserError: the strategy does not fit the number of processes.
-        """
+        """Resolve the strategy and initialize the process group; called before a model is loaded."""
         train, world_size = self.recipe.settings.train, self.dist.world_size
         self.strategy = self.resolve_auto("train.strategy", auto_values.strategy(train.strategy, world_size))
         if train.num_processes != world_size:
