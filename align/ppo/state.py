@@ -8,8 +8,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.ppo.rollout import Rollout
+from align.rl.maths.advantages import RunningMeanStd
 from align.rl.maths.kl import AdaptiveKLController, FixedKLController
-from align.rl.maths.reward_shaping import RunningMeanStd
 
 STATE_FILE, ROLLOUT_FILE = "ppo_state.json", "rollout.safetensors"
 

@@ -14,9 +14,8 @@ from align.ppo.pretraining import PRETRAINING_BATCH, PretrainingMix
 from align.ppo.rollout import Rollout
 from align.ppo.settings import PPOSettings
 from align.ppo.state import PPOState
-from align.rl.completions import ScoredCompletions
+from align.rl.completions import ScoredCompletions, completion_metrics, kl_metrics
 from align.rl.maths.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
-from align.rl.metrics import completion_metrics, kl_metrics
 from align.rl.prompts import Prompt, Prompts
 from finetune.distributed.collectives import all_gather_object, shard
 from finetune.distributed.rank import dist_info
