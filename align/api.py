@@ -11,8 +11,8 @@ from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.recipe.silence import silence_libraries
 
 if TYPE_CHECKING:
+    from align.pipeline.directory import PipelineResult
     from align.pipeline.plan import Pipeline
-    from align.pipeline.runner import PipelineResult
     from align.planner.plan import Plan
     from align.reward.scorer import RewardModel
     from finetune.training.loaded_model import LoadedModel

@@ -27,6 +27,10 @@ DRAWN: dict[str, Callable[..., str]] = {}
 """The functions that draw a report's figures, by name."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--renew-golden", action="store_true", help="write tests/golden_losses/*.json anew")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest: a worker that comes to it last works alone for two minutes."""
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")

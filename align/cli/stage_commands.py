@@ -127,7 +127,7 @@ def run_command(
     Finished stages are identified by content and skipped; the same command resumes after an interruption.
     """
     from align.pipeline.plan import resolve_pipeline
-    from align.pipeline.summary import print_pipeline, print_pipeline_result
+    from align.pipeline.report import print_pipeline, print_pipeline_result
 
     pipeline = resolve_pipeline(name, base=base, out=out, arguments=arguments)
     print_pipeline(pipeline, notes=dry_run)

@@ -27,7 +27,6 @@ from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
 from data_templates.segments import Message
 from finetune.adapters.traits import Hooks
 from finetune.distributed.interrupts import NotFiniteError
-from finetune.recipe.errors import Problem, UserError
 from finetune.training import shared_steps
 from finetune.training.adapter_hooks import adapter_hooks
 from finetune.training.arguments import SFT_CONFIG, TrlConfigSpec
@@ -128,7 +127,6 @@ class DPO:
             UserError: a check failed.
         """
         ctx, text, data, policy = self.ctx, self.text, self.data, self.policy
-        self._check_single_forward()
         if self.uses_trl:
             require_pairs(data.train, where="data.source")
             if data.held_out is not None:
@@ -232,13 +230,6 @@ class DPO:
         for finding in findings:
             self.ctx.log(finding.format_line())
         run.update(diagnostics=[finding.record() for finding in findings])
-
-    def _check_single_forward(self) -> None:
-        """Raise if the adapter needs two forward passes per batch (AdaMix consistency)."""
-        if self.hooks.forward_passes != 1:
-            actual = "true: the consistency loss over two forward passes is a loss on labels"
-            expected = "false with preference losses"
-            raise UserError(Problem("adapter.consistency", actual, expected, "adapter.consistency=false"))
 
     def _native_trainer(self) -> PreferenceTrainer:
         train, args = self.ctx.recipe.settings.train, self.arguments()

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from align.preference.reference_policy import ReferencePolicy, autocast_for
-from align.rl.completions import ScoredCompletions, score_completions
-from align.rl.metrics import completion_metrics, kl_metrics
+from align.rl.completions import ScoredCompletions, completion_metrics, kl_metrics, score_completions
 from align.rl.prompts import Prompt
 from align.rl.rewards.rewards import Rewards
 from align.rl.sampling import SampledCompletion, Sampling, sample_completions

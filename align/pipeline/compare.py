@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.pipeline.directory import SAMPLES_FILE, PipelineDirectory
-from align.pipeline.entry import StageEntry
+from align.pipeline.entries import StageEntry
 from align.pipeline.plan import Pipeline
 from align.reward.scorer import TOTAL, load_reward_model
 from finetune.training.generation import generate_completions

@@ -1,19 +1,49 @@
-"""Pipeline folder: pipeline.json, samples and report, written atomically under a file lock."""
+"""Pipeline folder: pipeline.json, samples and report, written atomically under a file lock; its result."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from align.pipeline.plan import Pipeline
 from finetune.recipe.errors import Problem, UserError
+from finetune.training.atomic_files import (
+    LOCK_FILE,
+    PARTIAL_NAME,
+    locked_folder,
+    read_jsonl,
+    write_text_atomically,
+)
+from finetune.training.result import Result
 
-RECORD_FILE, RESOLVED_FILE, LOCK_NAME = "pipeline.json", "pipeline.yaml", ".lock"
+RECORD_FILE, RESOLVED_FILE = "pipeline.json", "pipeline.yaml"
 REPORT_FILE, SAMPLES_FILE = "report.html", "samples.jsonl"
-PARTIAL_PATTERN = ".{}.partial"
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """The result of a pipeline.
+
+    Attributes:
+        directory: the pipeline's folder.
+        record: content of pipeline.json.
+        stages: the result of each stage, by its name in the pipeline.
+        samples: one entry per prompt: ``prompt``, ``expected``, ``replies`` (stage -> text) and ``rewards``
+            (reward model stage -> stage -> number).
+    """
+
+    directory: Path
+    record: dict[str, Any]
+    stages: dict[str, Result]
+    samples: list[dict[str, Any]]
+
+    @property
+    def last(self) -> Result:
+        """Return the result of the last stage."""
+        return list(self.stages.values())[-1]
 
 
 class PipelineDirectory:
@@ -41,25 +71,16 @@ class PipelineDirectory:
         Raises:
             UserError: another process holds the lock, or the folder cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            # timeout=0: fail at once instead of waiting for hours.
-            lock = FileLock(self.path / LOCK_NAME, timeout=0)
-            lock.acquire()
-        except Timeout as error:
-            actual = "another process is running this pipeline"
-            raise UserError(
-                Problem(str(self.path), actual, "one process at a time", "wait for it to finish")
-            ) from error
-        except OSError as error:
-            actual = f"cannot be written: {error.strerror}"
-            raise UserError(
-                Problem(str(self.path), actual, "a writable folder", "choose another one with --out")
-            ) from error
-        try:
+        where = str(self.path)
+        in_use = Problem(
+            where,
+            "another process is running this pipeline",
+            "one process at a time",
+            "wait for it to finish",
+        )
+        unwritable = Problem(where, "cannot be written", "a writable folder", "choose another one with --out")
+        with locked_folder(self.path, in_use=in_use, unwritable=unwritable):
             yield
-        finally:
-            lock.release()
 
     def write_initial_record(self, pipeline: Pipeline, command: str) -> None:
         """Write the initial record; stages recorded by an earlier start are preserved."""
@@ -90,23 +111,17 @@ class PipelineDirectory:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file atomically."""
-        # A rename is atomic: a killed process leaves the old file, never half of the new one.
-        partial = self.path / PARTIAL_PATTERN.format(name)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
+        write_text_atomically(self.path / name, text)
 
     def samples(self) -> list[dict[str, Any]]:
         """Return the entries of samples.jsonl; empty if the file does not exist."""
-        path = self.path / SAMPLES_FILE
-        # Not splitlines: with ensure_ascii=False texts may hold U+2028, at which it would split too.
-        json_lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        return [json.loads(line) for line in json_lines]
+        return read_jsonl(self.path / SAMPLES_FILE)
 
     def remove_if_new(self) -> None:
         """Remove the folder if this process created it."""
         if self.path not in self.new_folders:
             return
-        for name in (RECORD_FILE, RESOLVED_FILE, LOCK_NAME):
+        for name in (RECORD_FILE, RESOLVED_FILE, LOCK_FILE):
             (self.path / name).unlink(missing_ok=True)
         for folder in self.new_folders:
             if not any(folder.iterdir()):
@@ -137,10 +152,10 @@ class PipelineDirectory:
             )
         # A process that was killed at its start leaves these.
         known_files = {
-            LOCK_NAME,
+            LOCK_FILE,
             RESOLVED_FILE,
-            PARTIAL_PATTERN.format(RECORD_FILE),
-            PARTIAL_PATTERN.format(RESOLVED_FILE),
+            PARTIAL_NAME.format(RECORD_FILE),
+            PARTIAL_NAME.format(RESOLVED_FILE),
         }
         if self.path.is_dir() and any(file.name not in known_files for file in self.path.iterdir()):
             actual = "a folder with files that are not a pipeline's"

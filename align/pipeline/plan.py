@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.default_recipe import EMBEDDED_BASE
-from align.pipeline.entries import parse_entries
-from align.pipeline.entry import BASE_KEY, StageEntry
+from align.pipeline.entries import BASE_KEY, StageEntry, parse_entries
 from align.pipeline.file import find_pipeline, read_pipeline
 from finetune.data.sources import data_fingerprint
 from finetune.recipe import yaml_file

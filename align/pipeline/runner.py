@@ -7,16 +7,14 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from align.pipeline.directory import REPORT_FILE, PipelineDirectory, utc_now
-from align.pipeline.entry import StageEntry
+from align.pipeline.directory import REPORT_FILE, PipelineDirectory, PipelineResult, utc_now
+from align.pipeline.entries import StageEntry
 from align.pipeline.plan import Pipeline
 from align.required_runs import resolve_required_runs
 from finetune.distributed.interrupts import Interrupted, NotFiniteError
@@ -25,29 +23,6 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training.launch import launch_stage
 from finetune.training.result import Result
-
-
-@dataclass(frozen=True)
-class PipelineResult:
-    """The result of a pipeline.
-
-    Attributes:
-        directory: the pipeline's folder.
-        record: content of pipeline.json.
-        stages: the result of each stage, by its name in the pipeline.
-        samples: one entry per prompt: ``prompt``, ``expected``, ``replies`` (stage -> text) and ``rewards``
-            (reward model stage -> stage -> number).
-    """
-
-    directory: Path
-    record: dict[str, Any]
-    stages: dict[str, Result]
-    samples: list[dict[str, Any]]
-
-    @property
-    def last(self) -> Result:
-        """Return the result of the last stage."""
-        return list(self.stages.values())[-1]
 
 
 def run_all_stages(

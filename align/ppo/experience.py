@@ -19,7 +19,7 @@ from align.ppo.settings import PPOSettings
 from align.preference.groups import GroupBatch
 from align.preference.reference_policy import ReferencePolicy, autocast_for
 from align.rl.completions import ScoredCompletions, score_completions
-from align.rl.maths import advantages, kl, masked, reward_shaping
+from align.rl.maths import advantages, kl, masked
 from align.rl.prompts import Prompt
 from align.rl.rewards.rewards import Rewards
 from align.rl.sampling import Sampling, sample_completions
@@ -245,16 +245,16 @@ def total_lengths(completions: ScoredCompletions) -> list[int]:
 
 
 def shape_rewards(
-    completions: ScoredCompletions, settings: PPOSettings, reward_stats: reward_shaping.RunningMeanStd
+    completions: ScoredCompletions, settings: PPOSettings, reward_stats: advantages.RunningMeanStd
 ) -> Tensor:
     """Return the rewards that PPO maximizes: (C,); normalized, clipped, replaced if EOS is missing."""
     rewards = completions.rewards
     if settings.normalize_rewards == "running":
         rewards = reward_stats.normalize(rewards, shift_mean=True)
     if settings.reward_clip is not None:
-        rewards = reward_shaping.clip_rewards(rewards, limit=settings.reward_clip)
+        rewards = advantages.clip_rewards(rewards, limit=settings.reward_clip)
     # Last, so that neither normalization nor clipping changes the penalty.
-    return reward_shaping.apply_missing_eos_reward(
+    return advantages.apply_missing_eos_reward(
         rewards, completions.ended_with_eos, missing_eos_reward=settings.missing_eos_reward
     )
 

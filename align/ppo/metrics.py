@@ -9,10 +9,9 @@ import torch
 from align.ppo.experience import Rollouts
 from align.ppo.rollout_order import EVAL_ROLLOUT_INDEX, sampling_seed
 from align.ppo.settings import Settings
-from align.rl.completions import ScoredCompletions
+from align.rl.completions import ScoredCompletions, completion_metrics, kl_metrics
 from align.rl.maths.kl import kl_terms
 from align.rl.maths.losses import explained_variance
-from align.rl.metrics import completion_metrics, kl_metrics
 from align.rl.prompts import Prompt
 from align.rl.token_stats import token_mask
 from data_templates.segments import Message

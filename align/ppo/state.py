@@ -13,8 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.ppo.experience import Rollout, RolloutTensors, TokenIdTuple
 from align.ppo.settings import PPOSettings
+from align.rl.maths.advantages import RunningMeanStd
 from align.rl.maths.kl import AdaptiveKLController, FixedKLController
-from align.rl.maths.reward_shaping import RunningMeanStd
 
 STATE_FILE, ROLLOUT_FILE = "ppo_state.json", "rollout.safetensors"
 

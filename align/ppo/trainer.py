@@ -20,8 +20,8 @@ from align.ppo.pretraining import PRETRAINING_BATCH, PretrainingMix
 from align.ppo.rollout_order import rollout_minibatches, rollout_prompt_indices, sampling_seed
 from align.ppo.settings import PPOSettings
 from align.ppo.state import PPOState, PPOStateCallback
+from align.rl.completions import completion_metrics, kl_metrics
 from align.rl.maths.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
-from align.rl.metrics import completion_metrics, kl_metrics
 from finetune.adapters.traits import Hooks
 from finetune.distributed.collectives import all_gather_object, shard
 from finetune.distributed.rank import dist_info

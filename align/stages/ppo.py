@@ -87,22 +87,17 @@ class PPO:
         return train.max_steps or num_rollouts * ppo.ppo_epochs * (ppo.rollout_size // train.batch_size)
 
     def prepare(self) -> dict[str, Any]:
-        """Check adapter and rewards, on the recipe's prompts, before anything is sampled.
+        """Check the rewards on the recipe's prompts, before anything is sampled.
 
         Raises:
-            UserError: the adapter needs two forward passes, or a reward fails on a prompt.
+            UserError: a reward fails on a prompt.
         """
-        from align.ppo.actor_critic import actor_critic_hooks, describe_models
+        from align.ppo.actor_critic import describe_models
         from align.rl.completions import check_rewards
         from align.rl.rewards.loading import rewards_record
-        from finetune.recipe.errors import Problem, UserError
         from finetune.training.preflight.checks import CheckResult
 
         ctx, settings = self.ctx, self.ctx.settings
-        if actor_critic_hooks(self.models, settings, steps=self.num_steps).forward_passes != 1:
-            actual = "true: consistency between two forward passes is a loss on labels"
-            expected = "false in RL"
-            raise UserError(Problem("adapter.consistency", actual, expected, "adapter.consistency=false"))
         for line in describe_models(self.models, settings):
             ctx.log(line)
         ctx.check(

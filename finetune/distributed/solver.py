@@ -231,6 +231,17 @@ def resolve(recipe: Recipe, target: LaunchTarget) -> Recipe:
     return _apply_changes(recipe, verdict.changes, verdict.reason) if verdict.changes else recipe
 
 
+def refuse_incompatible(recipe: Recipe, target: LaunchTarget) -> None:
+    """Raise UserError if a recipe cannot run here as it is: the last check, on the device of the run itself.
+
+    ``resolve`` has changed what can be changed before the launch; a stage may also be called without it.
+    """
+    combination = recipe_combination(recipe, target)
+    verdict = check(combination)
+    if verdict.kind != "works":
+        raise UserError(incompatibility_problem(combination, verdict).with_origin(recipe.origins))
+
+
 def recipe_combination(recipe: Recipe, target: LaunchTarget) -> Combination:
     """Return the combination of a recipe on a launch target."""
     settings = recipe.settings

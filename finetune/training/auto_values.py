@@ -35,14 +35,7 @@ Choice = tuple[str, str]
 
 
 def precision(requested: str, hardware: Hardware) -> Choice:
-    """Return the dtype of the forward pass, and the reason.
-
-    Raises:
-        UserError: float16 on a CPU, which has no loss-scaled kernels worth using.
-    """
-    if requested == "float16" and hardware.device == "cpu":
-        actual = "float16 on a CPU"
-        raise UserError(Problem("model.precision", actual, "float32 or bfloat16", "leave it at auto"))
+    """Return the dtype of the forward pass, and the reason."""
     if requested != "auto":
         return requested, "as requested"
     if hardware.bfloat16:
@@ -136,29 +129,13 @@ def num_processes(requested: int | str, hardware: Hardware) -> tuple[int, str]:
 
 
 def strategy(requested: str, world_size: int) -> Choice:
-    """Return the distributed strategy of N processes, and the reason.
-
-    Raises:
-        UserError: a sharding strategy with one process, or ``single`` with several.
-    """
+    """Return the distributed strategy of N processes, and the reason."""
     if requested == "auto":
         return (
             ("single", "one process")
             if world_size == 1
             else ("ddp", f"{world_size} processes, weights replicated")
         )
-    if requested == "single" and world_size > 1:
-        actual, repair = (
-            f"single, with {world_size} processes",
-            "train.strategy=auto, or train.num_processes=1",
-        )
-        raise UserError(Problem("train.strategy", actual, "a strategy of several processes", repair))
-    if requested != "single" and world_size == 1:
-        actual, repair = (
-            f"{requested}, with one process",
-            "train.num_processes=2 or more, or train.strategy=auto",
-        )
-        raise UserError(Problem("train.strategy", actual, "several processes", repair))
     return requested, "as requested"
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, set_seed
 from finetune.data.dataset import PreparedData
 from finetune.data.documents import prepare_data
 from finetune.distributed import collectives, sharding
+from finetune.distributed.solver import LaunchTarget, refuse_incompatible
 from finetune.distributed.strategies import ZERO_STAGES
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.recipe import SettingsT
@@ -31,11 +32,7 @@ class FrozenBase:
 
 
 def init_distributed(ctx: RunContext[SettingsT]) -> None:
-    """Resolve the strategy and initialize the process group; called before a model is loaded.
-
-    Raises:
-        UserError: the strategy does not fit the number of processes.
-    """
+    """Resolve the strategy and initialize the process group; called before a model is loaded."""
     train, world_size = ctx.settings.train, ctx.dist.world_size
     ctx.strategy = ctx.resolve_auto("train.strategy", auto_values.strategy(train.strategy, world_size))
     if train.num_processes != world_size:
@@ -65,12 +62,13 @@ def load_text_encoding(ctx: RunContext[SettingsT]) -> TextEncoding:
     """Load tokenizer and template.
 
     Raises:
-        UserError: unknown engine arguments, a precision that this hardware lacks, no such base, no EOS, no
+        UserError: unknown engine arguments, settings that are incompatible here, no such base, no EOS, no
             chat template, or ``max_length`` exceeds the model's positions.
     """
     settings = ctx.settings
     check_engine_args(settings.train, TrlConfigSpec(settings.TRL_CONFIG))
-    auto_values.precision(settings.model.precision, ctx.hardware)  # raises before anything is loaded
+    target = LaunchTarget(ctx.hardware.device, ctx.hardware.bfloat16, ctx.dist.world_size)
+    refuse_incompatible(ctx.recipe, target)  # before anything is loaded
     text, reason = build_text_encoding(settings)
     ctx.resolve_auto("data.max_length", (text.max_length, reason))
     return text

@@ -12,8 +12,9 @@ from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import read_generative_record
 from finetune.recipe.settings import ModelSettings
+from finetune.training.atomic_files import atomic_folder
 from finetune.training.model import load_base
-from finetune.training.run_directory import MERGED, atomic_folder
+from finetune.training.run_directory import MERGED
 from finetune.training.save import verify_model
 
 

@@ -1,19 +1,24 @@
 """Run directory: its files, whether it may be used, the lock, and atomic writes."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from finetune.distributed.rank import dist_info
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.runs import RUNS_FOLDER, read_run_record, refuse_outdated
+from finetune.training.atomic_files import (
+    LOCK_FILE,
+    PARTIAL_NAME,
+    atomic_folder,
+    locked_folder,
+    read_jsonl,
+    write_text_atomically,
+)
 from finetune.training.run_fingerprint import run_fingerprint
 
 REPLACED = "replaced"
@@ -24,8 +29,6 @@ RUN_FILES = ("recipe.yaml", METRICS, SAMPLES, SELECTED, "report.html", "run.json
 MERGED, RULES = "merged", "rules"
 CANDIDATES, ROUNDS = "drawn", "rounds"
 RUN_FOLDERS = ("adapter", "model", MERGED, RULES, CANDIDATES, ROUNDS, "checkpoints")
-LOCK_FILE = ".lock"
-PARTIAL_NAME = ".{}.partial"
 
 
 class RunDirectory:
@@ -133,23 +136,13 @@ class RunDirectory:
         if not self.is_writer:
             yield
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            # Do not wait: a second run of the same recipe is a mistake. The lock dies with its process.
-            lock = FileLock(self.path / LOCK_FILE, timeout=0)
-            lock.acquire()
-        except Timeout as error:
-            actual = "another process uses this folder"
-            raise UserError(
-                Problem(str(self.path), actual, "one process at a time", "wait, or use --out")
-            ) from error
-        except OSError as error:
-            actual = f"not writable: {error.strerror}"
-            raise UserError(Problem(str(self.path), actual, "a writable folder", "use --out")) from error
-        try:
+        where = str(self.path)
+        in_use = Problem(
+            where, "another process uses this folder", "one process at a time", "wait, or use --out"
+        )
+        unwritable = Problem(where, "not writable", "a writable folder", "use --out")
+        with locked_folder(self.path, in_use=in_use, unwritable=unwritable):
             yield
-        finally:
-            lock.release()
 
     def update(self, **fields: Any) -> None:
         """Update fields of run.json; sections (dicts) are merged."""
@@ -162,12 +155,8 @@ class RunDirectory:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file atomically."""
-        if not self.is_writer:
-            return
-        # A rename is atomic: neither a kill nor a concurrent reader sees an incomplete file.
-        partial = self.path / PARTIAL_NAME.format(name)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path / name)
+        if self.is_writer:
+            write_text_atomically(self.path / name, text)
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Append an entry to metrics.jsonl."""
@@ -184,10 +173,7 @@ class RunDirectory:
 
     def read_jsonl(self, name: str) -> list[dict[str, Any]]:
         """Return the entries of a JSON Lines file; empty if there is no such file."""
-        path = self.path / name
-        # The last element is empty, or an entry that a kill truncated.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        return read_jsonl(self.path / name)
 
     def write_jsonl(self, name: str, entries: Iterable[Mapping[str, Any]]) -> None:
         """Write a JSON Lines file atomically."""
@@ -214,15 +200,3 @@ class RunDirectory:
             file.name != LOCK_FILE and file.name != PARTIAL_NAME.format("run.json")
             for file in self.path.iterdir()
         )
-
-
-@contextmanager
-def atomic_folder(path: Path, name: str) -> Iterator[Path]:
-    """Yield a temporary folder that atomically becomes ``path/name`` on success."""
-    partial = path / PARTIAL_NAME.format(name)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    yield partial
-    # os.replace does not replace a folder that has files.
-    shutil.rmtree(path / name, ignore_errors=True)
-    os.replace(partial, path / name)

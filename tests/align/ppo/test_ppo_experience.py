@@ -11,8 +11,8 @@ from align.ppo.experience import advantages_and_returns, shape_rewards
 from align.ppo.rollout_order import make_minibatches, rollout_prompt_indices
 from align.ppo.settings import PPOSettings
 from align.ppo.state import load_rollout, save_rollout
-from align.rl import metrics as of
-from align.rl.maths.reward_shaping import RunningMeanStd
+from align.rl.completions import completion_metrics, correlation, kl_metrics
+from align.rl.maths.advantages import RunningMeanStd
 from align.rl.token_stats import TokenStats
 
 NUM_COMPLETIONS, MAX_LENGTH = 4, 6
@@ -103,18 +103,16 @@ def test_rollout_save_and_load_roundtrip(tmp_path: Path) -> None:
 
 
 def test_completion_metrics_by_hand() -> None:
-    computed = of.completion_metrics(
-        scored_completions([1.0, 2.0, 3.0, 6.0], stopped=[True, False, True, True])
-    )
+    computed = completion_metrics(scored_completions([1.0, 2.0, 3.0, 6.0], stopped=[True, False, True, True]))
     assert (
         computed["objective/reward"] == 3.0
         and computed["val/eos_rate"] == 0.75
         and computed["val/unique_fraction"] == 1.0
     )
     assert computed["val/completion_length"] == sum(length for _, length in LENGTHS) / 4
-    assert of.correlation(LENGTHS_C.double().numpy(), LENGTHS_C.double().numpy()) == pytest.approx(1.0)
+    assert correlation(LENGTHS_C.double().numpy(), LENGTHS_C.double().numpy()) == pytest.approx(1.0)
     stats = token_stats()
-    kl = of.kl_metrics(scored_completions([0.0] * 4), stats)
+    kl = kl_metrics(scored_completions([0.0] * 4), stats)
     assert kl["objective/kl_per_completion"] == pytest.approx(
         float((stats.logps - stats.reference_logps).sum() / 4), abs=1e-5
     )

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.rl.maths.reward_shaping import RunningMeanStd, apply_missing_eos_reward, clip_rewards
+from align.rl.maths.advantages import RunningMeanStd, apply_missing_eos_reward, clip_rewards
 
 STOPPED = torch.tensor([True, False, False])
 

@@ -17,6 +17,7 @@ from finetune.distributed.solver import (
     Combination,
     LaunchTarget,
     check,
+    refuse_incompatible,
     resolve,
     resolve_auto_strategy,
     solver_rules,
@@ -215,6 +216,29 @@ def test_pain_09_incompatible_requested_settings_are_refused(
         resolve(recipe(tmp_path, **settings), target)
     [problem] = caught.value.problems
     assert all(fragment in str(problem) for fragment in fragments), str(problem)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_stage_refuses_float16_on_a_cpu(bfloat16: bool, tmp_path: Path) -> None:
+    cpu = LaunchTarget("cpu", bfloat16, processes=1)
+    with pytest.raises(UserError) as error:
+        refuse_incompatible(recipe(tmp_path, model__precision="float16"), cpu)
+    [problem] = error.value.problems
+    assert problem.where.startswith("model.precision") and problem.actual == "float16, with the CPU"
+    assert "no fast float16" in problem.expected and problem.repair == "model.precision=auto"
+    refuse_incompatible(recipe(tmp_path), cpu)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_a_stage_without_labels_refuses_two_forward_passes(stage: str, tmp_path: Path) -> None:
+    (tmp_path / "good.py").write_text("def good(prompt, completion):\n    return 1.0\n", encoding="utf-8")
+    text = f"rewards: {{sources: '{tmp_path}/good.py:good'}}\n" if stage == "ppo" else ""
+    two_passes = recipe(tmp_path, f"{text}adapter: {{method: adamix}}\n", stage=stage)
+    with pytest.raises(UserError, match="needs labels, and this stage has none") as error:
+        refuse_incompatible(two_passes, LAPTOP)
+    [problem] = error.value.problems
+    assert problem.where.startswith("adapter.consistency") and problem.repair == "adapter.consistency=false"
+    refuse_incompatible(resolve(two_passes, LAPTOP), LAPTOP)
 
 
 def test_settings_in_the_recipe_file_are_never_changed(tmp_path: Path) -> None:

@@ -35,15 +35,6 @@ def test_precision(requested: str, hardware: Hardware, expected: str) -> None:
     assert reason == "as requested" if requested != "auto" else hardware.name in reason
 
 
-@pytest.mark.parametrize("hardware", [OLD, NEW])
-def test_float16_on_a_cpu_is_refused(hardware: Hardware) -> None:
-    with pytest.raises(UserError) as error:
-        auto_values.precision("float16", hardware)
-    [problem] = error.value.problems
-    assert (problem.where, problem.actual) == ("model.precision", "float16 on a CPU")
-    assert problem.expected == "float32 or bfloat16" and problem.repair
-
-
 @pytest.mark.parametrize(
     ("requested", "context", "virtual_tokens", "expected"),
     [

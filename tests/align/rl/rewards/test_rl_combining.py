@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from align.rl.rewards.combining import length_penalty, piecewise, weighted_sum
+from align.rl.rewards.rewards import length_penalty, piecewise, weighted_sum
 
 
 def test_weighted_sum() -> None:

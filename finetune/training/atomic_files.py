@@ -1,0 +1,74 @@
+"""Files of run and pipeline folders: a lock held while they are written, atomic writes, JSON Lines."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from finetune.recipe.errors import Problem, UserError
+
+LOCK_FILE = ".lock"
+PARTIAL_NAME = ".{}.partial"
+"""Temporary name of a file or folder until it is complete."""
+
+
+@contextmanager
+def locked_folder(path: Path, *, in_use: Problem, unwritable: Problem) -> Iterator[None]:
+    """Create a folder and hold its lock inside the block.
+
+    Args:
+        path: the folder.
+        in_use: the problem to report if another process holds the lock.
+        unwritable: the problem to report if the folder cannot be written; the reason is appended to it.
+
+    Raises:
+        UserError: one of the two problems.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # timeout=0: do not wait. Two processes on the same folder are a mistake, and a run takes hours. The
+        # lock dies with its process.
+        lock = FileLock(path / LOCK_FILE, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(in_use) from error
+    except OSError as error:
+        raise UserError(replace(unwritable, actual=f"{unwritable.actual}: {error.strerror}")) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a UTF-8 text file that appears under its name when it is complete."""
+    # A rename is atomic: neither a kill nor a concurrent reader sees half of a file.
+    partial = path.with_name(PARTIAL_NAME.format(path.name))
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+@contextmanager
+def atomic_folder(path: Path, name: str) -> Iterator[Path]:
+    """Yield a temporary folder that atomically becomes ``path/name`` on success."""
+    partial = path / PARTIAL_NAME.format(name)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    # os.replace does not replace a folder that has files.
+    shutil.rmtree(path / name, ignore_errors=True)
+    os.replace(partial, path / name)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a JSON Lines file; empty if there is no such file."""
+    # Not splitlines: with ensure_ascii=False texts may hold U+2028, at which it would split too. The last
+    # element is empty, or an entry that a kill truncated.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
