@@ -47,7 +47,7 @@ def disable_attention_dropout(module: nn.Module) -> float:
     every forward pass in training mode. A module has no method to change it, and ``eval()`` would change
     other layers too. BLOOM's attention has an ``nn.Dropout`` of this name, which is left alone.
     """
-    dropout = getattr(module, "attention_dropout", 0.0)
+    dropout = getattr(module, "attention_dropout", None)
     if not isinstance(dropout, float):
         return 0.0
     module.attention_dropout = 0.0  # type: ignore[assignment]  # a number, no submodule
