@@ -45,11 +45,12 @@ def disable_attention_dropout(module: nn.Module) -> float:
 
     transformers 5.23: attention modules hold it as a plain number, ``attention_dropout``, which they read in
     every forward pass in training mode. A module has no method to change it, and ``eval()`` would change
-    other layers too.
+    other layers too. BLOOM's attention has an ``nn.Dropout`` of this name, which is left alone.
     """
-    dropout: float = getattr(module, "attention_dropout", 0.0)
-    if dropout:
-        module.attention_dropout = 0.0  # type: ignore[assignment]  # a number, no submodule
+    dropout = getattr(module, "attention_dropout", None)
+    if not isinstance(dropout, float):
+        return 0.0
+    module.attention_dropout = 0.0  # type: ignore[assignment]  # a number, no submodule
     return dropout
 
 

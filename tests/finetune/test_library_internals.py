@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MambaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, MambaForCausalLM
 
 from finetune import library_internals
 
@@ -33,6 +33,11 @@ def test_attention_dropout_is_what_the_forward_pass_reads(llama: LlamaForCausalL
     removed = [library_internals.disable_attention_dropout(module) for module in llama.modules()]
     assert sorted(set(removed)) == [0.0, 0.25]
     assert torch.equal(llama(ids).logits, llama(ids).logits)
+
+
+def test_a_dropout_module_of_that_name_is_left_alone() -> None:
+    bloom = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=8))
+    assert not any(library_internals.disable_attention_dropout(module) for module in bloom.modules())
 
 
 def test_quantized_weights_keep_their_shape() -> None:
