@@ -1,4 +1,4 @@
-"""DPO diagnostics after training: chosen log-probability drop, KL, overfitting, length and repetition.
+"""DPO's metrics, and diagnostics after training: log-probability drop, KL, overfitting, length, repetition.
 
 Known from user reports and papers: the chosen log-probability falls (arXiv 2402.13228, 2404.19733),
 completions grow longer (arXiv 2403.19159), a policy that has memorized its pairs keeps drifting. Pure
@@ -9,6 +9,40 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune.training.findings import Finding, repetition_finding
+from finetune.training.metric_specs import MetricSpec
+
+DPO_CURVES = {
+    "loss": "training loss (mean per group)",
+    "rewards/margins": "implicit reward margin",
+    "rewards/accuracies": "reward accuracy (tie: 1/2)",
+    "logps/chosen": "chosen log-probability (nats per token)",
+    "logps/rejected": "rejected log-probability (nats per token)",
+    "logratios/chosen": "chosen log-ratio to the reference (nats per token)",
+    "logratios/rejected": "rejected log-ratio to the reference (nats per token)",
+    "objective/kl_per_token": "KL to the reference (k2 on the data, nats per token)",
+    "data/length_ratio": "chosen/rejected length ratio",
+}
+HELD_OUT_CURVES = {f"eval/{name}": f"held-out {title}" for name, title in DPO_CURVES.items()}
+
+DPO_METRICS = MetricSpec(
+    curves={**DPO_CURVES, **HELD_OUT_CURVES},
+    summary={
+        "loss": ("training loss", ".4f"),
+        "eval/loss": ("held-out loss", ".4f"),
+        "eval/rewards/accuracies": ("held-out accuracy", ".1%"),
+        "eval/rewards/margins": ("held-out margin", ".3f"),
+        "eval/logps/chosen": ("held-out chosen log-probability per token", ".3f"),
+        "eval/logps/rejected": ("held-out rejected log-probability per token", ".3f"),
+    },
+    first_last=(
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logratios/chosen",
+        "logratios/rejected",
+        "objective/kl_per_token",
+    ),
+)
 
 MAX_CHOSEN_DROP = 0.05
 """Nats per token: a completion of 50 tokens is then 12 times less likely than before training."""

@@ -2,20 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.dpo.collate import PreferenceCollator, PreferenceExample
-from align.dpo.forward import to_lists
 from align.dpo.objective import PreferenceObjective
-from align.dpo.trainer import PreferenceTrainer
+from align.dpo.trainer import PreferenceTrainer, to_lists
+from align.preference.attention import block_mask_unsupported, forward_cost, unwrap_model
 from align.preference.logps import shared_layout_error, token_logps
 from align.preference.reference_policy import autocast_for
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.recipe.errors import Problem
 from finetune.training.head import output_head
+from finetune.training.model import Policy
 from finetune.training.preflight.checklist import SCALE, TOLERANCE
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.preflight.invariance_checks import check_micro_batch_invariance
@@ -62,40 +63,74 @@ def _ranks_with_two_values(ranks: np.ndarray) -> np.ndarray:
     return ranks if len(set(ranks.tolist())) > 1 else np.arange(len(ranks), dtype=np.int32)
 
 
-def check_prompt_sharing(
-    model: nn.Module, groups: PreferenceGroups, *, pad_id: int, precision: str, quantization: str
-) -> CheckResult:
+@dataclass(frozen=True, slots=True)
+class BatchLayout:
+    """The collator of a run, and the check that selected its layout; none if there was no choice."""
+
+    collator: PreferenceCollator
+    results: tuple[CheckResult, ...] = ()
+
+    def longest_row(self, groups: PreferenceGroups) -> int:
+        """Return the tokens of the longest group: a row with the prompt once, or one per completion."""
+        if self.collator.one_per_row:
+            return groups.longest * int(groups.num_completions.max())
+        return int(groups.lengths.max())
+
+
+def select_layout(
+    policy: Policy, groups: PreferenceGroups, *, pad_id: int, virtual_tokens: int
+) -> BatchLayout:
+    """Return the native trainer's layout: shared prompts if this model can take a block mask.
+
+    Args:
+        policy: two forward passes measure whether sharing leaves its log-probabilities unchanged.
+        groups: the training data.
+        pad_id: any token.
+        virtual_tokens: the adapter's; they take positions too, which count against an attention window.
+    """
+    reason = block_mask_unsupported(
+        unwrap_model(policy.model).config, max_positions=groups.longest + virtual_tokens
+    )
+    if reason:
+        one_per_row = PreferenceCollator(pad_id, one_per_row=True)
+        return BatchLayout(one_per_row, (CheckResult("layout", f"prompt sharing off: {reason}"),))
+    result = check_prompt_sharing(policy, groups, pad_id=pad_id)
+    collator = PreferenceCollator(pad_id, one_per_row=result.warned, cost=forward_cost(policy.model))
+    return BatchLayout(collator, (result,))
+
+
+def _rounding(policy: Policy) -> str:
+    """Return the key of a rounding tolerance: LLM.int8 rounds more than any precision."""
+    return "int8" if policy.quantization == "int8" else policy.precision
+
+
+def check_prompt_sharing(policy: Policy, groups: PreferenceGroups, *, pad_id: int) -> CheckResult:
     """Check that prompt sharing leaves log-probabilities unchanged.
 
     Returns:
         A check result with a warning if it does not: then each completion needs a row of its own.
     """
     probe_groups = [example.group.to_group() for example in probe_examples(groups)]
-    with preserve_state(model), autocast_for(model, precision):
+    model = policy.model
+    with preserve_state(model), autocast_for(model, policy.precision):
         difference = shared_layout_error(model, output_head(model), probe_groups, pad_id=pad_id)
     detail = f"shared-prompt and one-per-row log-probabilities differ by {difference:.1e} nats per token"
-    if difference <= LAYOUT_TOLERANCE["int8" if quantization == "int8" else precision]:
+    if difference <= LAYOUT_TOLERANCE[_rounding(policy)]:
         return CheckResult("layout", f"prompts are shared; {detail}")
     return CheckResult("layout", f"{detail}: using one row per completion (no shared prompts)", warned=True)
 
 
 def check_preference_gradients(
-    model: nn.Module,
-    groups: PreferenceGroups,
-    collate: PreferenceCollator,
-    *,
-    objective: PreferenceObjective,
-    precision: str,
-    quantization: str,
+    policy: Policy, groups: PreferenceGroups, collate: PreferenceCollator, objective: PreferenceObjective
 ) -> list[CheckResult]:
     """Check gradient flow, and that a batch's gradient is the sum of its groups'; the model is unchanged.
 
     If the loss needs a reference, it is the policy itself, as at step 0.
     """
-    head = output_head(model)
+    model, head = policy.model, output_head(policy.model)
 
     def loss_sum(batch: Mapping[str, Tensor]) -> Tensor:
-        with autocast_for(model, precision):
+        with autocast_for(model, policy.precision):
             logps_CT = token_logps(model, head, batch)
         # Detached: the reference gets no gradient.
         reference = logps_CT.detach() if objective.needs_reference else None
@@ -108,13 +143,13 @@ def check_preference_gradients(
         collate(examples),
         [collate([example]) for example in examples],
         items=len(examples),
-        tolerance=TOLERANCE["int8" if quantization == "int8" else precision],
-        scale=SCALE.get(precision, 1.0),
+        tolerance=TOLERANCE[_rounding(policy)],
+        scale=SCALE.get(policy.precision, 1.0),
     )
 
 
 def check_policy_equals_reference(
-    trainer: PreferenceTrainer, rows: Sequence[int], *, quantization: str
+    trainer: PreferenceTrainer, policy: Policy, used_rows: Sequence[int]
 ) -> CheckResult:
     """Check on the run's own rows that policy equals reference before step 0: margin 0, DPO loss ln 2.
 
@@ -122,19 +157,19 @@ def check_policy_equals_reference(
 
     Args:
         trainer: before its first step.
-        rows: some of the groups that training uses.
-        quantization: of the base's weights.
+        policy: its model.
+        used_rows: the groups that training uses; some of them are compared.
     """
-    objective = trainer.objective
+    rows = evenly_spaced_rows(used_rows)
     with preserve_state(trainer.model):
-        metrics = trainer.forward_rows(trainer.train_dataset, list(rows)).metrics
+        metrics = trainer.forward_rows(trainer.train_dataset, rows).metrics
     # Per token: a sum over a long completion would accumulate rounding.
     difference = max(abs(metrics[name]).max().item() for name in ("logratios/chosen", "logratios/rejected"))
     loss = float(metrics["loss"].mean())
     detail = f"policy and reference differ by {difference:.1e} nats per token on {len(rows)} groups"
     margin = float(metrics["rewards/margins"].abs().mean())
-    result = f"{detail}; margin {margin:.4f}, loss {loss:.4f}{_initial_loss_note(objective)}"
-    if difference <= REFERENCE_TOLERANCE["int8" if quantization == "int8" else trainer.precision]:
+    result = f"{detail}; margin {margin:.4f}, loss {loss:.4f}{_initial_loss_note(trainer.objective)}"
+    if difference <= REFERENCE_TOLERANCE[_rounding(policy)]:
         return CheckResult("reference", result)
     expected = "no difference: the reference is the initial policy (arXiv 2305.18290)"
     repair = "data.cache=false recomputes the reference; if the difference remains, please report a bug"

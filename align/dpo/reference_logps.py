@@ -2,26 +2,36 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from peft import PeftModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from align.dpo.collate import PreferenceCollator, PreferenceDataset, completion_offsets
 from align.preference.attention import unwrap_model
 from align.preference.logps import token_logps
+from align.preference.reference_policy import autocast_for
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.data.batches import optimizer_batches
-from finetune.data.cache import cache_path, read_cached, write_cached
+from finetune.data.cache import DamagedCacheError, cache_path, read_cached, write_cached
+from finetune.distributed import collectives
 from finetune.distributed.collectives import all_gather_object, shard_padded
 from finetune.distributed.rank import dist_info
+from finetune.recipe.settings import StageSettings, TrainSettings
+from finetune.training.context import RunContext
 from finetune.training.head import output_head
+from finetune.training.model import Policy
 from finetune.training.preflight.preserve_state import preserve_state
 
 REFERENCE_CACHE_FORMAT = 2
@@ -30,18 +40,95 @@ REFERENCE_CACHE_FORMAT = 2
 TokenLogps = NDArray[np.float32]
 
 
-def rows_seen_by_run(
-    lengths: Sequence[int], *, steps: int, batch_size: int, seed: int, group_by_length: bool
-) -> list[int]:
+@dataclass(frozen=True)
+class ReferenceLogps:
+    """Reference log-probabilities from the initial policy; ``batch_size``: groups per forward pass."""
+
+    ctx: RunContext[StageSettings]
+    policy: Policy
+    collator: PreferenceCollator
+    batch_size: int
+
+    def compute(self, groups: PreferenceGroups, rows: Sequence[int]) -> TokenLogps:
+        """Return the token log-probabilities of some groups' completions."""
+        with self.ctx.timed("reference"):
+            if not self.ctx.settings.data.cache:
+                return self._forward(groups, rows)
+            path = reference_cache_file(self.policy.model, self._cache_key(rows), groups)
+            # Rank 0 reads for all, so that all ranks agree on whether the cache has them.
+            logps = collectives.broadcast_object(self._load_cached(path) if self.ctx.dist.is_main else None)
+            if logps is not None:
+                self.ctx.log(f"reference log-probabilities of {len(rows)} groups: cached")
+                return logps
+            logps = self._forward(groups, rows)
+            if self.ctx.dist.is_main:
+                write_cached(path, {"logps": logps}, {})
+            return logps
+
+    def _load_cached(self, path: Path) -> TokenLogps | None:
+        """Return an earlier run's log-probabilities, None without them; a corrupt file is recomputed."""
+        try:
+            cached = read_cached(path)
+        except DamagedCacheError as damage:
+            self.ctx.log(f"corrupt reference cache, recomputing: {damage}")
+            return None
+        return None if cached is None else cached[0]["logps"]
+
+    def _forward(self, groups: PreferenceGroups, rows: Sequence[int]) -> TokenLogps:
+        model, started = self.policy.model, time.monotonic()
+        with self._progress(len(rows)) as on_progress, autocast_for(model, self.policy.precision):
+            logps = compute_reference_logps(
+                model,
+                groups,
+                rows,
+                collate=self.collator,
+                batch_size=self.batch_size,
+                on_progress=on_progress,
+            )
+        seconds = time.monotonic() - started
+        self.ctx.log(
+            f"reference log-probabilities of {len(rows)} groups: {seconds:.1f} s "
+            f"({len(rows) / seconds:.1f} groups/s)"
+        )
+        return logps
+
+    def _cache_key(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Return what the log-probabilities depend on besides weights and tokens."""
+        # Kernels round differently by device, attention implementation, batch layout and version.
+        return {
+            "rows": list(rows),
+            "precision": self.policy.precision,
+            "quantization": self.policy.quantization,
+            "layout": asdict(self.collator),
+            "attention": unwrap_model(self.policy.model).config._attn_implementation,
+            "device": self.ctx.hardware.device,
+            "versions": [torch.__version__, transformers.__version__],
+        }
+
+    @contextmanager
+    def _progress(self, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a progress bar; a signal interrupts between two forward passes."""
+        columns = (TextColumn("  reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = self.ctx.console
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=total)
+
+            def on_progress(groups: int) -> None:
+                bar.advance(task, groups)
+                self.ctx.raise_if_interrupted("while computing reference log-probabilities")
+
+            yield on_progress
+
+
+def rows_seen_by_run(lengths: Sequence[int], train: TrainSettings, *, steps: int) -> list[int]:
     """Return the rows that the first optimizer steps of a run use, in ascending order.
 
-    >>> rows_seen_by_run([5, 5, 5, 5, 5, 5], steps=1, batch_size=2, seed=0, group_by_length=True)
+    >>> train = TrainSettings(batch_size=2, seed=0, group_by_length=True)
+    >>> rows_seen_by_run([5, 5, 5, 5, 5, 5], train, steps=1)
     [2, 3]
     """
-    epochs = (
-        optimizer_batches(lengths, batch_size, seed=seed, epoch=epoch, group_by_length=group_by_length)
-        for epoch in count()
-    )
+    order = {"seed": train.seed, "group_by_length": train.group_by_length}
+    epochs = (optimizer_batches(lengths, train.batch_size, epoch=epoch, **order) for epoch in count())
     batches = (batch for epoch in epochs for batch in epoch)
     used_rows: set[int] = set()
     for batch in islice(batches, steps):
@@ -143,22 +230,3 @@ def _json_default(value: object) -> object:
     """Return a value that JSON lacks as text."""
     # Sets are sorted: their order follows Python's string hashes, which differ in every process.
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def load_cached_reference(path: Path) -> TokenLogps | None:
-    """Return the cached log-probabilities of an earlier run, None if there are none.
-
-    Raises:
-        DamagedCacheError: the file is not what was written.
-    """
-    cached = read_cached(path)
-    return None if cached is None else cached[0]["logps"]
-
-
-def cache_reference(path: Path, logps: TokenLogps) -> None:
-    """Write reference log-probabilities to the cache.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    write_cached(path, {"logps": logps}, {})

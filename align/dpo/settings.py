@@ -5,14 +5,25 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from align.dpo.trl_losses import NATIVE_ENGINE_REPAIR, trl_loss_arguments
 from align.preference.losses.catalog import Setting, find_loss
 from align.shared_rules import CONSISTENCY, PREFERENCE_NEFTUNE, TRL_REFERENCE
 from finetune.recipe.compatibility import Rule, caught, is_set
-from finetune.recipe.errors import Problem
+from finetune.recipe.errors import Problem, UserError, one_of
 from finetune.recipe.settings import NonEmptyStr, Section
 
 DEFAULT_LOSS = "dpo"
+TRL_LOSS_TYPES = {
+    "dpo": "sigmoid",
+    "robust": "robust",
+    "ipo": "ipo",
+    "hinge": "hinge",
+    "exo": "exo_pair",
+    "apo_zero": "apo_zero",
+    "apo_down": "apo_down",
+}
+"""Our loss -> TRL's. No cDPO, because TRL's `sigmoid` has no label smoothing; no RPO, because TRL averages
+the NLL over all tokens of a batch and not over pairs."""
+NATIVE_ENGINE_REPAIR = "train.engine=native"
 
 
 class DPOSettings(Section):
@@ -45,6 +56,31 @@ class DPOSettings(Section):
         if isinstance(self.loss, str):
             return {}
         return {key: value for key, value in self.loss.items() if key != "name"}
+
+
+def trl_loss_arguments(loss: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
+    """Return the DPOConfig arguments for a loss of the catalog.
+
+    Args:
+        loss: its name.
+        settings: all of its settings.
+
+    Raises:
+        UserError: TRL does not implement the loss.
+    """
+    if loss not in TRL_LOSS_TYPES:
+        expected = f"with train.engine 'trl': {one_of(TRL_LOSS_TYPES)}"
+        raise UserError(Problem("dpo.loss", f"'{loss}'", expected, NATIVE_ENGINE_REPAIR))
+    if settings.get("length_normalized") is False:
+        actual = f"'{loss}' with log-probabilities summed over tokens, as in the paper"
+        expected = "with train.engine 'trl': averaged over tokens"
+        repair = (
+            f"dpo.loss={{name: {loss}, length_normalized: true, beta: ...}}, with beta per token; "
+            f"or {NATIVE_ENGINE_REPAIR}"
+        )
+        raise UserError(Problem("dpo.loss", actual, expected, repair))
+    shared_settings = {key: settings[key] for key in ("beta", "label_smoothing") if key in settings}
+    return {"loss_type": [TRL_LOSS_TYPES[loss]], "loss_weights": None, **shared_settings}
 
 
 def _check_loss(settings: Any) -> list[Problem]:
@@ -109,7 +145,7 @@ RULES = (
         "chosen-logp-stop",
         {"dpo.max_chosen_logp_drop": is_set, "train.evaluate_every": (None,)},
         "the early stop needs held-out evaluations during training",
-        source="align/dpo/stop_rule.py",
+        source="align/dpo/trainer.py",
         problem=Problem(
             "dpo.max_chosen_logp_drop",
             "{dpo.max_chosen_logp_drop:g}, but train.evaluate_every is null",

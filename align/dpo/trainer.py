@@ -1,38 +1,156 @@
-"""Native DPO trainer: shared-prompt groups, one loss per group, precomputed or live reference."""
+"""Native DPO trainer: shared-prompt groups, one loss per group, precomputed or live reference.
 
+A step: the collator's batch (``collate.py``) goes through policy and reference (``forward_losses``), the
+objective turns log-probabilities into a loss per group, and the step's loss is the mean over its groups.
+"""
+
+from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.dpo.collate import PreferenceCollator, PreferenceDataset
-from align.dpo.forward import ForwardLosses, forward_losses
-from align.dpo.objective import MetricAverager, PreferenceObjective, mean_preference_metrics
-from align.preference.group_trainer import GroupTrainer
+from align.dpo.objective import (
+    GroupLosses,
+    MetricAverager,
+    PreferenceObjective,
+    mean_preference_metrics,
+    pad_by_group,
+    preference_metrics,
+)
+from align.preference.logps import token_logps
+from align.preference.losses.inputs import Lists
 from align.preference.reference_policy import ReferencePolicy, autocast_for
+from finetune.adapters.traits import Hooks
 from finetune.distributed.collectives import all_gather_object, shard_padded
+from finetune.recipe.settings import StageSettings
+from finetune.training.context import RunContext
 from finetune.training.head import output_head
-from finetune.training.metrics import EVAL_PREFIX
-from finetune.training.trainer import log_held_out
+from finetune.training.metrics import EVAL_PREFIX, as_logged
+from finetune.training.trainer import NO_HOOKS, BaseTrainer, TrainerData, log_held_out
+
+HELD_OUT_CHOSEN_LOGPS = "eval/logps/chosen"
+
+
+class ForwardLosses(NamedTuple):
+    """Losses per group with gradient, and metrics per group without, (G,) each."""
+
+    losses: Tensor
+    metrics: dict[str, Tensor]
+
+
+def forward_losses(
+    model: nn.Module,
+    head: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    objective: PreferenceObjective,
+    reference_policy: ReferencePolicy | None = None,
+) -> ForwardLosses:
+    """Return the losses and metrics of a batch.
+
+    Args:
+        model: the policy, in any wrapper.
+        head: its output embeddings.
+        batch: from ``PreferenceCollator``, on the model's device.
+        objective: the loss.
+        reference_policy: the live reference; None if its log-probabilities are in the batch or not needed.
+    """
+    reference_CT = (
+        batch.get("reference_logps")
+        if reference_policy is None
+        else reference_policy.logps(model, head, batch)
+    )
+    # After the reference: its weight swap needs that no autograd graph of the policy is alive.
+    logps_CT = token_logps(model, head, batch)
+    lists = to_lists(logps_CT, reference_CT, batch)
+    group_losses: GroupLosses = objective(lists)
+    return ForwardLosses(
+        group_losses.losses, preference_metrics(lists, group_losses, logps_CT, reference_CT, batch["sizes"])
+    )
+
+
+def to_lists(logps_CT: Tensor, reference_CT: Tensor | None, batch: Mapping[str, Tensor]) -> Lists:
+    """Return the loss inputs (G, K), from token log-probabilities (C, T)."""
+    sizes = batch["sizes"]
+    return Lists(
+        logps=pad_by_group(logps_CT.sum(1), sizes),
+        lengths=pad_by_group(batch["lengths"], sizes),
+        scores=batch["scores"],
+        reference_logps=None if reference_CT is None else pad_by_group(reference_CT.sum(1), sizes),
+    )
+
+
+class GroupTrainer(BaseTrainer):
+    """A trainer whose rows are groups: a prompt with its completions."""
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """Return an optimizer step's micro-batches and their number of groups, summed over all processes."""
+        # Trainer counts trained tokens, but preference losses are averaged over groups.
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_groups = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
+        return batches, self.accelerator.reduce(num_groups, "sum")
+
+    def step_loss(self, losses: Tensor, num_groups: Tensor | int) -> Tensor:
+        """Return this micro-batch's contribution to the optimizer step's loss.
+
+        Summed over micro-batches and averaged over processes, it is the mean over all groups of the step,
+        whatever the micro-batch size and the number of processes.
+
+        Args:
+            losses: of this micro-batch's real (not padding) groups, a slice of all with gradient: if it is
+                empty, the sum is 0 and its gradient is 0 in every trained weight.
+            num_groups: groups of the optimizer step, over all processes (Trainer's num_items_in_batch).
+        """
+        loss_sum = losses.sum()
+        # The penalty counts once per step, so each micro-batch adds it weighted by its number of groups.
+        if self.hooks.penalty:
+            loss_sum = loss_sum + self.hooks.penalty() * len(losses)
+        # DDP averages gradients over processes, where we need their sum.
+        loss: Tensor = loss_sum / num_groups * self.accelerator.num_processes
+        return loss
 
 
 class PreferenceTrainer(GroupTrainer):
     """Trainer of preference losses; a row is a group, and batch sizes count groups."""
 
-    objective: PreferenceObjective
-    reference_policy: ReferencePolicy | None = None
-    precision: str = "float32"
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        data: TrainerData,
+        *,
+        objective: PreferenceObjective,
+        reference_policy: ReferencePolicy | None = None,
+        precision: str = "float32",
+        hooks: Hooks = NO_HOOKS,
+    ) -> None:
+        """Set up the trainer.
+
+        Args:
+            model: base with adapter.
+            args: the engine's training arguments.
+            data: ``PreferenceDataset`` rows, and a ``PreferenceCollator``.
+            objective: the loss.
+            reference_policy: the live reference; None if its log-probabilities are in the rows or not needed.
+            precision: of the forward passes outside of training.
+            hooks: the adapter's callbacks during training.
+        """
+        super().__init__(model, args, data, hooks=hooks)
+        self.objective = objective
+        self.reference_policy = reference_policy
+        self.precision = precision
+        self.averager = MetricAverager()
 
     @cached_property
     def head(self) -> nn.Module:
         return output_head(self.accelerator.unwrap_model(self.model))
-
-    @cached_property
-    def averager(self) -> MetricAverager:
-        """Return the averager of the metrics since the last log."""
-        return MetricAverager()
 
     def compute_loss(
         self,
@@ -98,3 +216,28 @@ class PreferenceTrainer(GroupTrainer):
                 objective=self.objective,
                 reference_policy=self.reference_policy,
             )
+
+
+class ChosenLogpStop(TrainerCallback):  # type: ignore[misc]
+    """Stops training once the held-out chosen log-probability dropped by more than ``max_drop`` per token."""
+
+    def __init__(self, ctx: RunContext[StageSettings], max_drop: float) -> None:
+        self.ctx = ctx
+        self.max_drop = max_drop
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare with the value before training, which the run has recorded."""
+        initial: float = self.ctx.run.record["metrics"][f"{HELD_OUT_CHOSEN_LOGPS}_before"]
+        drop = initial - kwargs["metrics"][as_logged(HELD_OUT_CHOSEN_LOGPS)]
+        if drop > self.max_drop and not control.should_training_stop:
+            # No checkpoint at this step: a run killed before its end resumes from an earlier one, evaluates
+            # the same policy and stops here again.
+            control.should_training_stop, control.should_save = True, False
+            reason = (
+                f"stopped at step {state.global_step}: held-out chosen log-probability dropped by "
+                f"{drop:.3f} nats per token, more than dpo.max_chosen_logp_drop ({self.max_drop:g})"
+            )
+            self.ctx.log(reason)
+            self.ctx.run.update(stop_reason=reason)

@@ -1,10 +1,10 @@
-"""Recipe sections of the preference stages: the data section, and chain-of-hindsight feedback."""
+"""The data section of the preference stages."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune.recipe.settings import DataSettings, NonEmptyStr, Section
+from finetune.recipe.settings import DataSettings
 
 
 class PreferenceSettings(DataSettings):
@@ -28,14 +28,3 @@ class PreferenceSettings(DataSettings):
     )
     # Only the last reply of a conversation is compared.
     loss_on: Literal["assistant"] = Field("assistant", description="the completions, each with its EOS token")
-
-
-class ChainOfHindsightSettings(Section):
-    """Chain-of-hindsight feedback, in the language of the data."""
-
-    good: NonEmptyStr = Field(
-        "Give a good answer.", description="control text of the best completion, for training and generation"
-    )
-    bad: NonEmptyStr = Field(
-        "Give a bad answer.", description="control text of the worst completion, for training"
-    )

@@ -5,19 +5,34 @@ pi(y_l|x) / ref(y_l|x)]), y_w preferred to y_l; the reference model is the initi
 selects the variants on pairs and ranked lists, with and without a reference.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from __future__ import annotations
 
-from align.dpo import settings as dpo_settings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from align.dpo.diagnostics import DPO_METRICS
+from align.dpo.settings import RULES as RULES
 from align.dpo.settings import DPOSettings
+from align.preference.losses.catalog import Loss, Setting, find_loss
 from align.preference.settings import PreferenceSettings
-from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
+from finetune.training.metric_specs import MetricSpec
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from transformers import Trainer, TrainingArguments
 
-    from finetune.training.result import Result
-
+    from align.dpo.collate import PreferenceDataset
+    from align.dpo.objective import PreferenceObjective
+    from align.dpo.preflight import BatchLayout
+    from align.dpo.trainer import PreferenceTrainer
+    from align.engines.trl.dpo import TrlDPOTrainer
+    from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
+    from finetune.training.context import RunContext
+    from finetune.training.findings import Finding
+    from finetune.training.model import Policy
+    from finetune.training.text_encoding import TextEncoding
 
 PUBLIC = "ultrafeedback"
 """The default recipe for a base model other than the embedded one."""
@@ -32,43 +47,205 @@ class Settings(StageSettings):
     dpo: DPOSettings = DPOSettings()
 
 
-RULES = dpo_settings.RULES
-
-
-def run(recipe: Recipe, console: "Console", *, force: bool = False, command: str = "") -> "Result":
-    """Train a policy on preferences.
-
-    Args:
-        recipe: the validated recipe.
-        console: shows progress.
-        force: start over if the run exists.
-        command: the command line, for run.json.
+def build(ctx: RunContext[Settings]) -> DPO:
+    """Load tokenizer, preferences and model.
 
     Raises:
-        UserError: invalid settings or data, before anything is written.
-        Interrupted: stopped by a signal; a checkpoint is saved.
-        NotFiniteError: loss or gradient became NaN or infinite.
+        UserError: the data are invalid, or the base cannot be loaded.
     """
-    from finetune.training.result import Result
-    from finetune.training.run_directory import RunDirectory
-
-    settings = recipe.settings
-    assert isinstance(settings, Settings)
-    run = RunDirectory.of(recipe, force=force)
-    if run.finished:
-        return Result.of(run)
-
-    # Heavy libraries are imported only here: a finished run is returned without them.
-    from align.dpo.method import DPO
-    from align.dpo.metric_spec import DPO_METRIC_SPEC
     from align.preference.rows.load import load_preferences
-    from finetune.training.context import RunContext
     from finetune.training.loading import load_policy, load_text_encoding
-    from finetune.training.stage import run_stage
 
-    ctx = RunContext(recipe, run, console, command, metric_spec=DPO_METRIC_SPEC)
     text = load_text_encoding(ctx)
-    data = load_preferences(ctx, settings.data, text)
-    method = DPO(ctx, text, data, policy=load_policy(ctx), dpo=settings.dpo)
-    run_stage(ctx, method, finalize=method.diagnose)
-    return Result.of(run)
+    data = load_preferences(ctx, ctx.settings.data, text)
+    return DPO(ctx, text, data, load_policy(ctx))
+
+
+@dataclass(frozen=True)
+class DPO:
+    """DPO and its variants: trains a policy on preference pairs and ranked lists."""
+
+    generates: ClassVar[bool] = True
+    allows_zero_gradients: ClassVar[bool] = False
+    metric_spec: ClassVar[MetricSpec] = DPO_METRICS
+
+    ctx: RunContext[Settings]
+    text: TextEncoding
+    data: PreparedPreferences
+    policy: Policy
+
+    @property
+    def num_steps(self) -> int:
+        from finetune.training.arguments import num_optimizer_steps
+
+        return num_optimizer_steps(self.ctx.settings.train, len(self.data.train))
+
+    @property
+    def uses_trl(self) -> bool:
+        return self.ctx.settings.train.engine == "trl"
+
+    @property
+    def loss(self) -> Loss:
+        return find_loss(self.ctx.settings.dpo.loss_name, where="dpo.loss")
+
+    @property
+    def loss_settings(self) -> dict[str, Setting]:
+        return self.loss.settings(self.ctx.settings.dpo.loss_settings, where="dpo.loss")
+
+    @cached_property
+    def objective(self) -> PreferenceObjective:
+        from align.dpo.objective import PreferenceObjective
+
+        return PreferenceObjective.from_loss(self.loss, self.loss_settings)
+
+    @cached_property
+    def layout(self) -> BatchLayout:
+        """Return the batches' layout: shared prompts, or TRL's own layout of one completion per row."""
+        from align.dpo.collate import PreferenceCollator
+        from align.dpo.preflight import BatchLayout, select_layout
+
+        pad_id = self.text.encoder.stop_ids[0]
+        if self.uses_trl:
+            return BatchLayout(PreferenceCollator(pad_id, one_per_row=True))
+        virtual_tokens = self.text.virtual_tokens
+        return select_layout(self.policy, self.data.train, pad_id=pad_id, virtual_tokens=virtual_tokens)
+
+    def prepare(self) -> dict[str, Any]:
+        """Check rows, model, layout and gradients before step 0; neither data nor model is changed.
+
+        Raises:
+            UserError: a check failed.
+        """
+        from align.dpo.preflight import check_preference_gradients
+        from align.engines.trl.preference import require_pairs
+        from align.preference.rows.completion_rows import to_completion_rows
+        from finetune.training.model import count_parameters
+        from finetune.training.preflight.checklist import check_rows, check_vocabulary
+        from finetune.training.preflight.checks import CheckResult
+
+        ctx, text, data, policy = self.ctx, self.text, self.data, self.policy
+        ctx.log(count_parameters(policy.model).describe())
+        if self.uses_trl:
+            require_pairs(data.train, where="data.source")
+            if data.held_out is not None:
+                require_pairs(data.held_out, where="data.held_out")
+        with ctx.timed("preflight"):
+            ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
+            # The row checks of SFT apply to each prompt with one completion.
+            rows = to_completion_rows(data.train)
+            ctx.check(
+                *check_rows(rows, data.report, text.encoder, max_length=text.max_length, blocks=False),
+                check_vocabulary(policy.model, rows, text.encoder),
+            )
+            layout = self.layout
+            ctx.check(*layout.results)
+            ctx.check(*check_preference_gradients(policy, data.train, layout.collator, self.objective))
+        return {}
+
+    def arguments(self) -> TrainingArguments:
+        """Return the engine's training arguments, with every ``auto`` resolved.
+
+        Raises:
+            UserError: the engine refuses them.
+        """
+        from align.dpo.settings import trl_loss_arguments
+        from finetune.training.arguments import SFT_CONFIG, TrlConfigSpec, resolve_arguments
+
+        # The micro-batch size is resolved for the largest group.
+        longest, stage = self.layout.longest_row(self.data.train), SFT_CONFIG
+        if self.uses_trl:
+            stage = TrlConfigSpec(Settings.TRL_CONFIG, trl_loss_arguments(self.loss.name, self.loss_settings))
+        return resolve_arguments(self.ctx, self.policy, longest=longest, steps=self.num_steps, stage=stage)
+
+    def build_trainer(self, args: TrainingArguments) -> Trainer:
+        """Return the engine's trainer, with the reference computed and checked against the initial policy.
+
+        Raises:
+            UserError: policy and reference differ before step 0.
+        """
+        from align.dpo.trainer import ChosenLogpStop
+
+        trainer = self._build_trl_trainer(args) if self.uses_trl else self._build_native_trainer(args)
+        max_drop = self.ctx.settings.dpo.max_chosen_logp_drop
+        if max_drop is not None:
+            trainer.add_callback(ChosenLogpStop(self.ctx, max_drop))
+        return trainer
+
+    def evaluate(self, trainer: Trainer, when: str) -> dict[str, float]:
+        """Return the means of loss, rewards, log-probabilities and log-ratios over the held-out groups."""
+        if self.data.held_out is None:
+            return {}
+        metrics: dict[str, float] = trainer.held_out_metrics(trainer.eval_dataset)
+        return metrics
+
+    def diagnose(self) -> list[Finding]:
+        """Return the findings on falling log-probabilities, KL, overfitting, length and repetition."""
+        from align.dpo.collate import data_length_ratio
+        from align.dpo.diagnostics import DiagnosticInputs, diagnose_dpo
+
+        run = self.ctx.run
+        inputs = DiagnosticInputs(
+            metrics=run.record["metrics"],
+            length_ratio=data_length_ratio(self.data.train),
+            completions=[(entry["before"], entry["after"]) for entry in run.samples()],
+            has_nll_term=self.loss.needs.nll,
+        )
+        return diagnose_dpo(inputs)
+
+    def _build_native_trainer(self, args: TrainingArguments) -> PreferenceTrainer:
+        from align.dpo.collate import PreferenceDataset
+        from align.dpo.preflight import check_policy_equals_reference
+        from align.dpo.reference_logps import ReferenceLogps, rows_seen_by_run
+        from align.dpo.trainer import PreferenceTrainer
+        from align.preference.reference_policy import ReferencePolicy
+        from finetune.training.adapter_hooks import adapter_hooks
+        from finetune.training.trainer import TrainerData
+
+        ctx, policy, data, train = self.ctx, self.policy, self.data, self.ctx.settings.train
+        needs_reference, is_live = self.objective.needs_reference, ctx.settings.dpo.reference == "live"
+        # Copied before a checkpoint is loaded: in a resumed run too, the reference is the initial policy.
+        live = ReferencePolicy(policy.model) if needs_reference and is_live else None
+        # Log-probabilities of the reference are computed only for groups that the steps use.
+        used_rows = rows_seen_by_run(data.train.lengths.tolist(), train, steps=self.num_steps)
+        reference = ReferenceLogps(ctx, policy, self.layout.collator, args.per_device_train_batch_size)
+
+        def dataset(groups: PreferenceGroups, rows: Sequence[int]) -> PreferenceDataset:
+            precomputed = needs_reference and not is_live
+            return PreferenceDataset(groups, reference.compute(groups, rows) if precomputed else None)
+
+        trainer_data = TrainerData(
+            dataset(data.train, used_rows),
+            None if data.held_out is None else dataset(data.held_out, range(len(data.held_out))),
+            self.layout.collator,
+            train.batch_size,
+            train.group_by_length,
+        )
+        trainer = PreferenceTrainer(
+            policy.model,
+            args,
+            trainer_data,
+            objective=self.objective,
+            reference_policy=live,
+            precision=policy.precision,
+            hooks=adapter_hooks(policy.model, ctx.settings.adapter, steps=self.num_steps),
+        )
+        if needs_reference:
+            ctx.check(check_policy_equals_reference(trainer, policy, used_rows))
+        return trainer
+
+    def _build_trl_trainer(self, args: TrainingArguments) -> TrlDPOTrainer:
+        from align.engines.trl.dpo import TrlDPOTrainer, check_initial_loss
+
+        ctx, data = self.ctx, self.data
+        with ctx.timed("reference"):
+            trainer = TrlDPOTrainer(
+                self.policy.model,
+                args,
+                self.text.encoder.tokenizer,
+                train=data.train,
+                held_out=data.held_out,
+                loss=self.objective.loss,
+            )
+        ctx.log(f"reference log-probabilities of {len(data.train)} pairs: {ctx.seconds['reference']:.1f} s")
+        ctx.check(check_initial_loss(trainer, self.policy.precision))
+        return trainer

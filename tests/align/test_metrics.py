@@ -8,9 +8,8 @@ import sys
 import pytest
 from transformers.integrations.integration_utils import rewrite_logs
 
-from align.dpo.method import DPO_FIRST_LAST_METRICS
-from align.dpo.metric_spec import DPO_METRIC_SPEC
-from align.kto.method import KTO_METRIC_SPEC
+from align.dpo.diagnostics import DPO_METRICS
+from align.kto.labels import KTO_METRICS
 from align.online.evaluation import online_metric_spec
 from align.ppo.diagnostics import ppo_metric_spec
 from align.rejection.diagnostics import rejection_metric_spec
@@ -39,8 +38,8 @@ def recorded() -> dict[str, tuple[MetricSpec, tuple[str, ...]]]:
     online["ppo"] = ppo_metric_spec(settings("ppo", *SOURCES))
     return {
         **{stage: (SUPERVISED_METRICS, ()) for stage in ("sft", "pretrain", "chain_of_hindsight")},
-        "dpo": (DPO_METRIC_SPEC, DPO_FIRST_LAST_METRICS),
-        "kto": (KTO_METRIC_SPEC, ()),
+        "dpo": (DPO_METRICS, DPO_METRICS.first_last),
+        "kto": (KTO_METRICS, KTO_METRICS.first_last),
         "reward": (reward_metric_spec(heads), ()),
         **{stage: (spec, spec.first_last) for stage, spec in online.items()},
         "rejection": (rejection_metric_spec(settings("rejection", *SOURCES)), ()),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from align.dpo.trl_losses import NATIVE_ENGINE_REPAIR
+from align.dpo.settings import NATIVE_ENGINE_REPAIR
 from align.engines.trl.preference import (
     RenamePreferenceMetrics,
     completion_logps_by_batch,
@@ -32,15 +32,53 @@ from finetune.training.trainer import log_held_out
 COMPLETION_COLUMNS = ("chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """TRL's columns of a pair's token ids and of its reference log-probabilities."""
-TRL_DPO_LOSS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
+INITIAL_LOSS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
 """Relative rounding tolerance for the initial loss."""
 
 
-class DPOTrainerWithEval(NotFiniteLossMixin, DPOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
+class TrlDPOTrainer(NotFiniteLossMixin, DPOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
     """TRL's DPOTrainer with held-out metrics from our loss; a non-finite loss names its rows."""
 
-    groups: PreferenceGroups
-    loss: Callable[[Pairs], LossOutput]
+    def __init__(
+        self,
+        model: nn.Module,
+        args: DPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        train: PreferenceGroups,
+        held_out: PreferenceGroups | None,
+        loss: Callable[[Pairs], LossOutput],
+    ) -> None:
+        """Set up TRL's trainer for tokenized pairs; the reference is the current model.
+
+        Args:
+            model: base with adapter, before its first step.
+            args: with ``trl_loss`` and ``precompute_ref_log_probs``.
+            tokenizer: for padding.
+            train: training pairs.
+            held_out: held-out pairs, if any.
+            loss: our loss, for the held-out metrics.
+        """
+        assert args.precompute_ref_log_probs, "TRL would load a second reference model"
+        placeholder = placeholder_rows(tokenizer)
+        [chosen, rejected] = placeholder["completion"]
+        # TRL tokenizes its dataset in the constructor: it gets a placeholder, ours replaces it below.
+        placeholder_dataset = Dataset.from_dict(
+            {"prompt": placeholder["prompt"][:1], "chosen": [chosen], "rejected": [rejected]}
+        )
+        with progress_bars_disabled(), shared_dataset(placeholder_dataset, args) as rows:
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=rows,
+                eval_dataset=None if held_out is None else rows,
+                processing_class=tokenizer,
+            )
+        delete_reference_adapter(model)
+        self.groups, self.loss = train, loss
+        self.train_dataset = self._with_reference_logps(train)
+        if held_out is not None:
+            self.eval_dataset = self._with_reference_logps(held_out)
 
     def row_locations(self, inputs: Mapping[str, Tensor]) -> list[str]:
         """Return the locations of a micro-batch's rows."""
@@ -76,54 +114,17 @@ class DPOTrainerWithEval(NotFiniteLossMixin, DPOTrainer, RenamePreferenceMetrics
             "data/length_ratio": float(ratio)
         }
 
-
-def build_trl_dpo_trainer(
-    model: nn.Module,
-    args: DPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    train: PreferenceGroups,
-    held_out: PreferenceGroups | None,
-    loss: Callable[[Pairs], LossOutput],
-) -> DPOTrainerWithEval:
-    """Return TRL's DPOTrainer on tokenized pairs; the reference is the current model.
-
-    Args:
-        model: base with adapter, before its first step.
-        args: with ``trl_loss`` and ``precompute_ref_log_probs``.
-        tokenizer: for padding.
-        train: training pairs.
-        held_out: held-out pairs, if any.
-        loss: our loss, for the held-out metrics.
-    """
-    assert args.precompute_ref_log_probs, "TRL would load a second reference model"
-    placeholder = placeholder_rows(tokenizer)
-    [chosen, rejected] = placeholder["completion"]
-    # TRL tokenizes its dataset in the constructor: it gets a placeholder, ours replaces it below.
-    placeholder_dataset = Dataset.from_dict(
-        {"prompt": placeholder["prompt"][:1], "chosen": [chosen], "rejected": [rejected]}
-    )
-    with progress_bars_disabled(), shared_dataset(placeholder_dataset, args) as rows:
-        trainer = DPOTrainerWithEval(
-            model=model,
-            args=args,
-            train_dataset=rows,
-            eval_dataset=None if held_out is None else rows,
-            processing_class=tokenizer,
-        )
-    delete_reference_adapter(model)
-    trainer.train_dataset, trainer.groups, trainer.loss = (
-        _with_reference_logps(trainer, train),
-        train,
-        loss,
-    )
-    if held_out is not None:
-        trainer.eval_dataset = _with_reference_logps(trainer, held_out)
-    return trainer
+    def _with_reference_logps(self, groups: PreferenceGroups) -> Dataset:
+        """Return pairs with their log-probabilities under the current policy as the reference."""
+        dataset = to_pair_dataset(groups)
+        logps = _split_chosen_rejected(completion_logps_by_batch(self, dataset))
+        for name, values in zip(REFERENCE_COLUMNS, logps, strict=True):
+            dataset = dataset.add_column(name, values.tolist())
+        return dataset
 
 
 @torch.no_grad()
-def check_trl_dpo_initial_loss(trainer: DPOTrainerWithEval, precision: str) -> CheckResult:
+def check_initial_loss(trainer: TrlDPOTrainer, precision: str) -> CheckResult:
     """Check that policy equals reference: TRL's initial loss is ours at log-ratios of 0."""
     count = min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
     rows = [trainer.train_dataset[index] for index in range(count)]
@@ -133,23 +134,13 @@ def check_trl_dpo_initial_loss(trainer: DPOTrainerWithEval, precision: str) -> C
     expected = float(trainer.loss(Pairs(zeros, zeros, ones, ones, zeros, zeros)).losses.mean())
     with preserve_state(trainer.model), trainer.accelerator.autocast():
         loss = float(trainer.compute_loss(trainer.model, batch))
-    if abs(loss - expected) <= TRL_DPO_LOSS_TOLERANCE[precision] * max(1.0, expected):
+    if abs(loss - expected) <= INITIAL_LOSS_TOLERANCE[precision] * max(1.0, expected):
         detail = f"policy equals reference before step 0: loss {loss:.4f}, expected {expected:.4f}"
         return CheckResult("start", detail)
     expectation = f"{expected:.4f}: policy equals reference before step 0"
     return failed(
         "start", Problem("train.engine", f"initial loss {loss:.4f}", expectation, NATIVE_ENGINE_REPAIR)
     )
-
-
-def _with_reference_logps(trainer: DPOTrainerWithEval, groups: PreferenceGroups) -> Dataset:
-    """Return pairs with their log-probabilities under the current policy as the reference."""
-    dataset = to_pair_dataset(groups)
-    for name, values in zip(
-        REFERENCE_COLUMNS, _split_chosen_rejected(completion_logps_by_batch(trainer, dataset)), strict=True
-    ):
-        dataset = dataset.add_column(name, values.tolist())
-    return dataset
 
 
 def _split_chosen_rejected(batches: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -20,13 +20,19 @@ from align.engines.trl.preference import (
     progress_bars_disabled,
     shared_dataset,
 )
+from align.kto.settings import KTOSettings
 from align.preference.losses.unpaired import kto, mismatched_rows, reference_point
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.data.batches import optimizer_batches
 from finetune.distributed.rank import dist_info
 from finetune.engines.trl.not_finite import NotFiniteLossMixin
+from finetune.recipe.errors import Problem
+from finetune.training.preflight.checks import CheckResult, failed
+from finetune.training.preflight.preserve_state import preserve_state
 from finetune.training.trainer import log_held_out
 
+INITIAL_LOSS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
+"""Rounding tolerance for the initial loss."""
 TENSOR_PREFIXES = ("", "KL_")
 """TRL's tensor prefixes: each row's own completion, and the mismatched one of the KL estimate."""
 
@@ -40,11 +46,53 @@ class HeldOutLabels:
     reference_logps: dict[str, Tensor]
 
 
-class KTOTrainerWithEval(NotFiniteLossMixin, KTOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
+class TrlKTOTrainer(NotFiniteLossMixin, KTOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
     """TRL's KTOTrainer with held-out metrics from our loss; a non-finite loss names its rows."""
 
-    groups: PreferenceGroups
-    held_out: HeldOutLabels | None = None
+    def __init__(
+        self,
+        model: nn.Module,
+        args: KTOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        train: PreferenceGroups,
+        held_out: PreferenceGroups | None,
+        order: list[int],
+    ) -> None:
+        """Set up TRL's trainer for tokenized rows; the reference is the current model.
+
+        Args:
+            model: base with adapter, before its first step.
+            args: with ``precompute_ref_log_probs``.
+            tokenizer: for padding.
+            train: training rows.
+            held_out: held-out rows, if any.
+            order: of the training rows.
+        """
+        assert args.precompute_ref_log_probs, "TRL would load a second reference model"
+        # TRL tokenizes its dataset in the constructor: it gets a placeholder, ours replaces it below.
+        placeholder_dataset = Dataset.from_dict({**placeholder_rows(tokenizer), "label": [True, False]})
+        with progress_bars_disabled(), shared_dataset(placeholder_dataset, args) as rows:
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=rows,
+                eval_dataset=None if held_out is None else rows,
+                processing_class=tokenizer,
+            )
+        delete_reference_adapter(model)
+        self.groups = train
+        # TRL's batches of all ranks together: only rows of one forward pass are paired.
+        global_batch_size = args.per_device_train_batch_size * dist_info().world_size
+        train_dataset = to_label_dataset(train, order=order, batch_size=global_batch_size)
+        reference = self._own_and_mismatched_logps(train_dataset)
+        # The columns that TRL reads with `precompute_ref_log_probs`.
+        self.train_dataset = train_dataset.add_column("ref_logps", reference[""].tolist()).add_column(
+            "ref_KL_logps", reference["KL_"].tolist()
+        )
+        self.held_out = None if held_out is None else self._held_out_labels(held_out, global_batch_size)
+        if self.held_out is not None:
+            self.eval_dataset = self.held_out.dataset
 
     def row_locations(self, inputs: Mapping[str, Tensor]) -> list[str]:
         """Return the locations of a micro-batch's rows."""
@@ -62,7 +110,7 @@ class KTOTrainerWithEval(NotFiniteLossMixin, KTOTrainer, RenamePreferenceMetrics
         """
         held_out = self.held_out
         assert held_out is not None
-        logps = _own_and_mismatched_logps(self, held_out.dataset)
+        logps = self._own_and_mismatched_logps(held_out.dataset)
         logratios, mismatched_logratios = (
             logps[prefix] - held_out.reference_logps[prefix] for prefix in TENSOR_PREFIXES
         )
@@ -83,6 +131,20 @@ class KTOTrainerWithEval(NotFiniteLossMixin, KTOTrainer, RenamePreferenceMetrics
         return {name: float(value) for name, value in means.items()} | {
             "rewards/margins": float(chosen - rejected),
             "kto/z": float(point),
+        }
+
+    def _held_out_labels(self, groups: PreferenceGroups, batch_size: int) -> HeldOutLabels:
+        # Sorted by length, so that a forward pass has little padding.
+        order = np.argsort(groups.lengths, kind="stable").tolist()
+        dataset = to_label_dataset(groups, order=order, batch_size=batch_size)
+        desirable = torch.tensor(dataset["label"])
+        return HeldOutLabels(dataset, desirable, self._own_and_mismatched_logps(dataset))
+
+    def _own_and_mismatched_logps(self, dataset: Dataset) -> dict[str, Tensor]:
+        """Return log-probabilities of each row's own and mismatched completion: (rows,) each."""
+        return {
+            prefix: torch.cat(completion_logps_by_batch(self, dataset, prefix=prefix))
+            for prefix in TENSOR_PREFIXES
         }
 
 
@@ -120,65 +182,21 @@ def training_order(
     return [row for batch in batches for row in batch]
 
 
-def build_trl_kto_trainer(
-    model: nn.Module,
-    args: KTOConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    train: PreferenceGroups,
-    held_out: PreferenceGroups | None,
-    order: list[int],
-) -> KTOTrainerWithEval:
-    """Return TRL's KTOTrainer on tokenized rows; the reference is the current model.
-
-    Args:
-        model: base with adapter, before its first step.
-        args: with ``precompute_ref_log_probs``.
-        tokenizer: for padding.
-        train: training rows.
-        held_out: held-out rows, if any.
-        order: of the training rows.
-    """
-    assert args.precompute_ref_log_probs, "TRL would load a second reference model"
-    placeholder = placeholder_rows(tokenizer)
-    # TRL tokenizes its dataset in the constructor: it gets a placeholder, ours replaces it below.
-    placeholder_dataset = Dataset.from_dict({**placeholder, "label": [True, False]})
-    with progress_bars_disabled(), shared_dataset(placeholder_dataset, args) as rows:
-        trainer = KTOTrainerWithEval(
-            model=model,
-            args=args,
-            train_dataset=rows,
-            eval_dataset=None if held_out is None else rows,
-            processing_class=tokenizer,
-        )
-    delete_reference_adapter(model)
-    # TRL's batches of all ranks together: only rows of one forward pass are paired.
-    global_batch_size = args.per_device_train_batch_size * dist_info().world_size
-    train_dataset = to_label_dataset(train, order=order, batch_size=global_batch_size)
-    reference = _own_and_mismatched_logps(trainer, train_dataset)
-    # The columns that TRL reads with `precompute_ref_log_probs`.
-    trainer.train_dataset = train_dataset.add_column("ref_logps", reference[""].tolist()).add_column(
-        "ref_KL_logps", reference["KL_"].tolist()
+@torch.no_grad()
+def check_initial_loss(trainer: TrlKTOTrainer, kto: KTOSettings, precision: str) -> CheckResult:
+    """Check that policy equals reference: each completion's loss is half its weight, s(0) = 1/2."""
+    rows = [trainer.train_dataset[index] for index in range(trainer.args.per_device_train_batch_size)]
+    cpu_batch: dict[str, Tensor] = trainer.data_collator(rows)
+    batch = {name: value.to(trainer.args.device) for name, value in cpu_batch.items()}
+    desirable = cpu_batch["label"].numpy()
+    # z is 0 as well: policy and reference are equal on the mismatched completions too.
+    expected = float(np.where(desirable, kto.desirable_weight, kto.undesirable_weight).mean() / 2)
+    with preserve_state(trainer.model), trainer.accelerator.autocast():
+        loss = float(trainer.compute_loss(trainer.model, batch))
+    detail = f"policy equals reference before step 0: loss {loss:.4f}, expected {expected:.4f}"
+    if abs(loss - expected) <= INITIAL_LOSS_TOLERANCE[precision]:
+        return CheckResult("start", detail)
+    problem = Problem(
+        "train.engine", f"initial loss {loss:.4f}", f"{expected:.4f}: policy equals reference before step 0"
     )
-    trainer.groups = train
-    if held_out is not None:
-        # Sorted by length, so that a forward pass has little padding.
-        held_out_dataset = to_label_dataset(
-            held_out,
-            order=np.argsort(held_out.lengths, kind="stable").tolist(),
-            batch_size=global_batch_size,
-        )
-        desirable = torch.tensor(held_out_dataset["label"])
-        trainer.held_out = HeldOutLabels(
-            held_out_dataset, desirable, _own_and_mismatched_logps(trainer, held_out_dataset)
-        )
-        trainer.eval_dataset = held_out_dataset
-    return trainer
-
-
-def _own_and_mismatched_logps(trainer: KTOTrainerWithEval, dataset: Dataset) -> dict[str, Tensor]:
-    """Return log-probabilities of each row's own and mismatched completion: (rows,) each."""
-    return {
-        prefix: torch.cat(completion_logps_by_batch(trainer, dataset, prefix=prefix))
-        for prefix in TENSOR_PREFIXES
-    }
+    return failed("start", problem)

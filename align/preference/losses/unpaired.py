@@ -91,10 +91,3 @@ def _mismatched_row(prompts: Sequence[Hashable], row: int, size: int) -> int:
         (candidate for candidate in candidates if prompts[candidate] != prompts[row]),
         candidates[0] if candidates else row,
     )
-
-
-def weight_ratio(
-    num_desirable: int, num_undesirable: int, *, desirable_weight: float, undesirable_weight: float
-) -> float:
-    """Return lambda_D n_D / (lambda_U n_U), the ratio of total desirable to undesirable weight."""
-    return desirable_weight * num_desirable / (undesirable_weight * num_undesirable)

@@ -21,6 +21,7 @@ from align.preference.losses.catalog import all_losses
 from align.preference.losses.inputs import Lists
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.adapters.traits import Hooks
+from finetune.training.trainer import TrainerData
 
 SHAPES = [*SOME[:2], (3, [2, 9]), (5, [4, 1, 3])]
 
@@ -86,6 +87,7 @@ def one_step(
         batch_size=2,
         on_progress=lambda done: None,
     )
+    rows = PreferenceDataset(groups, reference)
     args = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=1,
@@ -102,14 +104,10 @@ def one_step(
     trainer = PreferenceTrainer(
         model,
         args,
-        train_rows=PreferenceDataset(groups, reference),
-        held_out_rows=None,
-        collator=PreferenceCollator(0, one_per_row=one_per_row),
-        batch_size=4,
-        group_by_length=True,
+        TrainerData(rows, None, PreferenceCollator(0, one_per_row=one_per_row), 4, group_by_length=True),
+        objective=objective(loss),
         hooks=hooks or Hooks(),
     )
-    trainer.objective = objective(loss)
     recorder = GradientRecorder()
     trainer.add_callback(recorder)
     trainer.train()

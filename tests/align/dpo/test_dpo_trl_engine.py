@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 
 from align.dpo.collate import PreferenceCollator, PreferenceDataset
-from align.dpo.forward import forward_losses
 from align.dpo.objective import PreferenceObjective
 from align.dpo.reference_logps import compute_reference_logps
-from align.dpo.trl_losses import TRL_LOSS_TYPES, trl_loss_arguments
-from align.engines.trl.dpo import DPOTrainerWithEval, build_trl_dpo_trainer, check_trl_dpo_initial_loss
+from align.dpo.settings import TRL_LOSS_TYPES, trl_loss_arguments
+from align.dpo.trainer import forward_losses
+from align.engines.trl.dpo import TrlDPOTrainer, check_initial_loss
 from align.engines.trl.preference import require_pairs
 from align.preference.losses.catalog import all_losses, find_loss
 from align.preference.rows.dataset import PreferenceGroups
@@ -49,7 +49,7 @@ def groups(base_folder: Path) -> PreferenceGroups:
     return build_groups(base_folder, ROWS)
 
 
-def build_trainer(base: Path, out: Path, groups: PreferenceGroups, name: str = "dpo") -> DPOTrainerWithEval:
+def build_trainer(base: Path, out: Path, groups: PreferenceGroups, name: str = "dpo") -> TrlDPOTrainer:
     """Return the TRL engine's trainer, on a LoRA whose B is not zero."""
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
@@ -67,7 +67,7 @@ def build_trainer(base: Path, out: Path, groups: PreferenceGroups, name: str = "
     )
     loss = partial(all_losses()[name].function(), **settings)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return build_trl_dpo_trainer(model, args, tokenizer, train=groups, held_out=groups, loss=loss)
+    return TrlDPOTrainer(model, args, tokenizer, train=groups, held_out=groups, loss=loss)
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def test_every_pair_reaches_trl_with_our_tokens(
 def test_initial_policy_equals_reference(base_folder: Path, tmp_path: Path, groups: PreferenceGroups) -> None:
     trainer = build_trainer(base_folder, tmp_path, groups)
     assert list(trainer.model.peft_config) == ["default"]
-    result = check_trl_dpo_initial_loss(trainer, "float32")
+    result = check_initial_loss(trainer, "float32")
     assert result.problem is None and result.detail.endswith("loss 0.6931, expected 0.6931")
     metrics = trainer.held_out_metrics(trainer.eval_dataset)
     assert metrics["loss"] == pytest.approx(0.693147, abs=1e-5)  # ln 2

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import KTOConfig
 
-from align.engines.trl.kto import KTOTrainerWithEval, build_trl_kto_trainer, to_label_dataset, training_order
-from align.kto.method import check_kto_initial_loss, check_label_balance, require_both_labels
+from align.engines.trl.kto import TrlKTOTrainer, check_initial_loss, to_label_dataset, training_order
+from align.kto.labels import check_label_balance, require_both_labels
 from align.kto.settings import KTOSettings
 from align.preference.losses.unpaired import kto, mismatched_rows, reference_point
 from align.preference.rows.dataset import PreferenceGroups
@@ -40,7 +40,7 @@ def groups() -> PreferenceGroups:
     return prepared(rows(), tokens="qwen", template="plain", kind="labels").train
 
 
-def build_trainer(base: Path, out: Path, groups: PreferenceGroups, **settings: Any) -> KTOTrainerWithEval:
+def build_trainer(base: Path, out: Path, groups: PreferenceGroups, **settings: Any) -> TrlKTOTrainer:
     """Return the TRL engine's trainer, on a LoRA whose B is not zero."""
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
@@ -57,7 +57,7 @@ def build_trainer(base: Path, out: Path, groups: PreferenceGroups, **settings: A
     )
     order = training_order(groups, batch_size=4, seed=0, group_by_length=False)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return build_trl_kto_trainer(model, args, tokenizer, train=groups, held_out=groups, order=order)
+    return TrlKTOTrainer(model, args, tokenizer, train=groups, held_out=groups, order=order)
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_reference_adapter_is_deleted(
     assert trained and all("lora_" in name and ".default." in name for name in trained)
 
 
-def batch_with_another_reference(trainer: KTOTrainerWithEval) -> dict[str, Tensor]:
+def batch_with_another_reference(trainer: TrlKTOTrainer) -> dict[str, Tensor]:
     """Return the first batch with shifted reference log-probabilities, so that no log-ratio is 0."""
     batch = next(iter(trainer.get_train_dataloader()))
     generator = torch.Generator().manual_seed(3)
@@ -184,14 +184,14 @@ def test_initial_policy_equals_reference(
 ) -> None:
     trainer = build_trainer(base_folder, tmp_path, small_groups)
     kto_settings = KTOSettings(**SETTINGS)
-    result = check_kto_initial_loss(trainer, kto_settings, 1e-5)
+    result = check_initial_loss(trainer, kto_settings, "float32")
     assert result.problem is None and "loss 0.6250, expected 0.6250" in result.detail  # 3 good, 1 bad
     metrics = trainer.held_out_metrics()
     assert metrics["loss"] == pytest.approx(0.5, abs=1e-5)  # (1.5 + 0.5) / 2 / 2
     assert metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
     moved = [value - 5.0 for value in trainer.train_dataset["ref_logps"]]
     trainer.train_dataset = trainer.train_dataset.remove_columns("ref_logps").add_column("ref_logps", moved)
-    assert check_kto_initial_loss(trainer, kto_settings, 1e-5).problem is not None
+    assert check_initial_loss(trainer, kto_settings, "float32").problem is not None
 
 
 def test_non_finite_loss_names_its_rows(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from align.stages import dpo
 from finetune.recipe.recipe import Recipe, read_recipe
 from finetune.training.result import Result
+from finetune.training.stage import run_stage
 
 sys.path += [str(Path(__file__).parents[2] / "finetune" / "training")]
 RECIPE = """\
@@ -85,6 +85,6 @@ def prefer(dpo_recipe: Recipes) -> Runs:
     """Return a function that runs a recipe to its end, ``train__max_steps=5`` for ``train.max_steps``."""
 
     def run(name: str = "run", **settings: Any) -> Result:
-        return dpo.run(dpo_recipe(name, **settings), Console(quiet=True), command="a test")
+        return run_stage(dpo_recipe(name, **settings), Console(quiet=True), command="a test")
 
     return run

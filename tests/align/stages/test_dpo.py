@@ -17,6 +17,7 @@ from finetune.data.batches import optimizer_batches
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.settings import TrainSettings
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.result import Result
 
@@ -201,5 +202,5 @@ def test_rows_seen_by_run_are_those_of_its_steps(steps: int, group_by_length: bo
     options = {"seed": 7, "group_by_length": group_by_length}
     order = [row for epoch in range(6) for row in optimizer_batches(lengths, batch, epoch=epoch, **options)]
     expected = sorted({row for rows in order[:steps] for row in rows})
-    assert rows_seen_by_run(lengths, steps=steps, batch_size=batch, **options) == expected
+    assert rows_seen_by_run(lengths, TrainSettings(batch_size=batch, **options), steps=steps) == expected
     assert torch.tensor(expected).max() < 29

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from align.stages import dpo
 from finetune.recipe.recipe import Recipe
 from finetune.training.result import Result
+from finetune.training.stage import run_stage
 
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
 
@@ -15,7 +15,7 @@ Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
 @pytest.mark.plots
 def test_pain_15_a_run_explains_itself(dpo_recipe: Recipes, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = dpo_recipe(train__max_steps=16, train__learning_rate=0.03)
-    result = dpo.run(recipe, Console(width=300), command="a test")
+    result = run_stage(recipe, Console(width=300), command="a test")
     findings = {finding["name"]: finding for finding in result.record["diagnostics"]}
     assert "saturated" in findings and findings["likelihood"]["warned"]
     page = (result.directory / "report.html").read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ def test_pain_15_run_stops_on_chosen_logp_drop(
 ) -> None:
     settings = {"train__max_steps": 40, "train__learning_rate": 0.03, "train__evaluate_every": 2}
     recipe = dpo_recipe(dpo__max_chosen_logp_drop=0.03, **settings)
-    result = dpo.run(recipe, Console(width=300), command="a test")
+    result = run_stage(recipe, Console(width=300), command="a test")
     last = result.metrics[-1]["step"]
     assert 2 <= last < 40 and f"stopped at step {last}" in capsys.readouterr().out
     assert (

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from align.dpo.trl_losses import TRL_LOSS_TYPES
+from align.dpo.settings import TRL_LOSS_TYPES
 from finetune.distributed.interrupts import Interrupted, NotFiniteError
 from finetune.recipe.errors import UserError
 from finetune.training.loaded_model import load_finished_run

@@ -12,14 +12,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from align.dpo import reference_cache
+from align.dpo import reference_logps
 from align.dpo.reference_logps import model_digest
-from align.stages import dpo
 from finetune.data.cache import DamagedCacheError, read_cached
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training import loading
 from finetune.training.result import Result
+from finetune.training.stage import run_stage
 
 Runs, Recipes = Callable[..., Result], Callable[..., Recipe]
 QUIET = {"evaluate__samples": 0}
@@ -108,13 +108,13 @@ def test_pain_14_reference_is_the_initial_policy_not_the_base(prefer: Runs) -> N
 def test_pain_14_the_base_in_the_reference_s_place_stops_the_run(
     prefer: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = reference_cache.compute_reference_logps
+    original = reference_logps.compute_reference_logps
 
     def of_the_base(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
         with model.disable_adapter():
             return original(model, *args, **kwargs)
 
-    monkeypatch.setattr(reference_cache, "compute_reference_logps", of_the_base)
+    monkeypatch.setattr(reference_logps, "compute_reference_logps", of_the_base)
     with pytest.raises(UserError, match=r"dpo.reference: policy and reference differ by .* on 8 groups"):
         prefer(data__cache=False, **STABLE)
 
@@ -129,7 +129,7 @@ def test_reference_is_cached(prefer: Runs, monkeypatch: pytest.MonkeyPatch, tmp_
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference_cache, "compute_reference_logps", never)
+        patch.setattr(reference_logps, "compute_reference_logps", never)
         again = prefer("again", dpo__loss={"name": "dpo", "beta": 0.5}, **STABLE)  # a sweep over beta
         with pytest.raises(AssertionError, match="computed again"):
             prefer("other start", train__seed=1, **STABLE)
@@ -141,14 +141,14 @@ def test_corrupt_reference_cache_is_recomputed(
     dpo_recipe: Recipes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first = dpo.run(dpo_recipe("first", **STABLE), Console(quiet=True))
+    first = run_stage(dpo_recipe("first", **STABLE), Console(quiet=True))
     for file in (tmp_path / "cache" / "llm-align" / "reference").glob("*"):
         content = bytearray(file.read_bytes())
         content[-3] ^= 1
         file.write_bytes(content)
         with pytest.raises(DamagedCacheError, match="checksum mismatch"):
             read_cached(file)
-    second = dpo.run(dpo_recipe("second", **STABLE), Console(width=200))
+    second = run_stage(dpo_recipe("second", **STABLE), Console(width=200))
     assert capsys.readouterr().out.count("corrupt reference cache, recomputing") == 2
     assert weights(first).keys() == weights(second).keys()
     assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())

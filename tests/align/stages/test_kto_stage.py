@@ -13,13 +13,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from align.stages import kto
 from finetune.distributed.interrupts import Interrupted, NotFiniteError
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
 from finetune.training.result import Result
+from finetune.training.stage import run_stage
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "../shared/data/llamafactory/kto_en_demo.json"
@@ -59,7 +59,7 @@ def tune(recipe_file: Path, tmp_path: Path) -> Tune:
     def run(name: str = "run", **settings: Any) -> Result:
         given = {key.replace("__", "."): value for key, value in settings.items()}
         recipe = read_recipe("kto", str(recipe_file), shortcuts=given, out=tmp_path / name)
-        return kto.run(recipe, Console(quiet=True), command="a test")
+        return run_stage(recipe, Console(quiet=True), command="a test")
 
     return run
 
