@@ -127,8 +127,11 @@ def rows_seen_by_run(lengths: Sequence[int], train: TrainSettings, *, steps: int
     >>> rows_seen_by_run([5, 5, 5, 5, 5, 5], train, steps=1)
     [2, 3]
     """
-    order = {"seed": train.seed, "group_by_length": train.group_by_length}
-    epochs = (optimizer_batches(lengths, train.batch_size, epoch=epoch, **order) for epoch in count())
+    seed, group_by_length = train.seed, train.group_by_length
+    epochs = (
+        optimizer_batches(lengths, train.batch_size, seed=seed, epoch=epoch, group_by_length=group_by_length)
+        for epoch in count()
+    )
     batches = (batch for epoch in epochs for batch in epoch)
     used_rows: set[int] = set()
     for batch in islice(batches, steps):

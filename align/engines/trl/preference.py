@@ -55,7 +55,7 @@ DISABLE_TQDM_ENV = "TQDM_DISABLE"
 def to_pair_dataset(groups: PreferenceGroups) -> Dataset:
     """Return pairs in the columns of TRL's ``DataCollatorForPreference``: ids of prompt and completions."""
     # Lists were refused before (`require_pairs`), with their location.
-    rows = [groups[index] for index in range(len(groups))]
+    rows = list(groups)
     assert all(len(row.completion_ids) == 2 for row in rows), "pairs"
     return Dataset.from_dict(
         {
@@ -206,7 +206,7 @@ def batch_locations(locations: Mapping[tuple[int, ...], str], ids_BT: Tensor, ma
 def locations_by_tokens(groups: PreferenceGroups) -> dict[tuple[int, ...], str]:
     """Return the location of each completion by the token ids of prompt and completion."""
     locations: dict[tuple[int, ...], str] = {}
-    for group in (groups[index] for index in range(len(groups))):
+    for group in groups:
         prompt = group.prompt_ids.tolist()
         locations |= {(*prompt, *completion.tolist()): group.location for completion in group.completion_ids}
     return locations

@@ -107,7 +107,7 @@ def to_reward_dataset(groups: PreferenceGroups, *, margins: list[float] | None =
         groups: groups of two completions, the better one first.
         margins: target margin of each pair.
     """
-    rows = [groups[index] for index in range(len(groups))]
+    rows = list(groups)
     assert all(len(row.completion_ids) == 2 for row in rows), "pairs"
     sequences = [
         [[*row.prompt_ids.tolist(), *row.completion_ids[side].tolist()] for row in rows] for side in (0, 1)

@@ -12,7 +12,7 @@ def to_completion_rows(groups: PreferenceGroups) -> TokenizedRows:
     ids: list[NDArray[np.int32]] = []
     loss_masks: list[NDArray[np.bool_]] = []
     offsets, locations = [0], []
-    for group in (groups[index] for index in range(len(groups))):
+    for group in groups:
         for number, completion in enumerate(group.completion_ids):
             ids += [group.prompt_ids, completion]
             loss_masks += [np.zeros(len(group.prompt_ids), bool), np.ones(len(completion), bool)]

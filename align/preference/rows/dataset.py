@@ -1,5 +1,6 @@
 """Tokenized preference data: prompts with their completions, in flat arrays."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,9 @@ class PreferenceGroups:
             location=self.locations[index],
             source=self.source_ids[index],
         )
+
+    def __iter__(self) -> Iterator[TokenizedGroup]:
+        return (self[index] for index in range(len(self)))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
