@@ -48,8 +48,8 @@ class TrlSFTTrainer(NotFiniteLossMixin, SFTTrainer):  # type: ignore[misc]
         location_of_ids = {
             tuple(rows[index]["input_ids"].tolist()): rows.locations[index] for index in candidates
         }
-        found = [location_of_ids[ids] for ids in batch_ids if ids in location_of_ids]
-        return found or ["rows that TRL packed"]
+        locations = [location_of_ids[ids] for ids in batch_ids if ids in location_of_ids]
+        return locations or ["rows that TRL packed"]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the mean loss per label on the held-out rows."""
