@@ -38,7 +38,7 @@ from benchmarks.common import (
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import PreparedData, TokenizedRows, prepare_conversations
 from finetune.data.tokens import Encoder
-from finetune.engines.trl.sft import TrlSFTTrainer
+from finetune.engines.trl.trainer import TrlSFTTrainer
 from finetune.recipe.settings import DataSettings
 from finetune.training.trainer import NativeTrainer, TrainerData
 

@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 import finetune.training
-from align.preference.rows.completion_rows import to_completion_rows
+from align.preference.rows.dataset import to_completion_rows
 from align.preference.rows.prepare import PreferenceKind, prepare_preferences
 from align.preference.settings import PreferenceSettings
 from align.rl.prompts import Prompts, prepare_prompts, resolve_max_prompt_length

@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.preference.rows.comparisons import build_comparisons, split_pair
+from align.preference.rows.comparisons import Comparison, build_comparisons, split_pair
 from align.preference.rows.layouts import LABELED, PAIRS, RANKINGS
-from align.preference.rows.records import Comparison
 from align.preference.settings import PreferenceSettings
 from align.rl.prompt_layouts import PROMPT_LAYOUTS
 from align.rl.settings import PromptSettings

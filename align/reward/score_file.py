@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from align.preference.rows.fields import completion_turns, prompt_turns, split_completion
-from align.preference.rows.layouts import RANKINGS
-from align.preference.rows.records import PreferenceRow, ScoredCompletion
+from align.preference.rows.layouts import RANKINGS, PreferenceRow, ScoredCompletion
 from align.reward.metrics import ScoredComparisons, pair_comparisons, wilson_interval
 from align.reward.scorer import TOTAL, RewardModel
 from data_templates.segments import REPLY_ROLES, Message

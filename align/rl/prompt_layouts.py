@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from align.preference.rows.fields import prepend_system, prompt_turns
-from align.preference.rows.layouts import LABELED, RANKINGS
-from align.preference.rows.records import PreferenceRow
+from align.preference.rows.layouts import LABELED, RANKINGS, PreferenceRow
 from data_templates.segments import Message
 from finetune.data.layouts import CONVERSATION_LAYOUTS, Layout, text_field
 

@@ -21,7 +21,7 @@ from finetune.recipe.errors import Problem
 from finetune.recipe.settings import NonEmptyStr, Section, StageSettings
 
 if TYPE_CHECKING:
-    from align.preference.rows.records import Comparison
+    from align.preference.rows.comparisons import Comparison
     from finetune.data.dataset import PreparedData
     from finetune.stages.sft import SFT
     from finetune.training.context import RunContext

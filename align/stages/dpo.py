@@ -53,7 +53,7 @@ def build(ctx: RunContext[Settings]) -> DPO:
     Raises:
         UserError: the data are invalid, or the base cannot be loaded.
     """
-    from align.preference.rows.load import load_preferences
+    from align.preference.rows.prepare import load_preferences
     from finetune.training.loading import load_policy, load_text_encoding
 
     text = load_text_encoding(ctx)
@@ -118,7 +118,7 @@ class DPO:
         """
         from align.dpo.preflight import check_preference_gradients
         from align.engines.trl.preference import require_pairs
-        from align.preference.rows.completion_rows import to_completion_rows
+        from align.preference.rows.dataset import to_completion_rows
         from finetune.training.model import count_parameters
         from finetune.training.preflight.checklist import check_rows, check_vocabulary
         from finetune.training.preflight.checks import CheckResult

@@ -8,12 +8,15 @@ prompts and completions. The reference model is the initial policy. TRL's KTOTra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from align.kto import settings as kto_settings
-from align.kto.labels import KTO_METRICS
-from align.kto.settings import KTODataSettings, KTOSettings, KTOTrainSettings
-from finetune.recipe.settings import StageSettings
+from pydantic import Field
+
+from align.preference.settings import PreferenceSettings
+from align.shared_rules import PREFERENCE_NEFTUNE, TRL_ONLY, TRL_REFERENCE_ONLY
+from finetune.recipe.compatibility import Rule
+from finetune.recipe.errors import Problem
+from finetune.recipe.settings import Section, StageSettings, TrainSettings
 from finetune.training.metric_specs import MetricSpec
 
 if TYPE_CHECKING:
@@ -28,6 +31,31 @@ if TYPE_CHECKING:
 
 PUBLIC = "kto-mix"
 """The default recipe for a base model other than the embedded one."""
+PositiveWeight = Annotated[float, Field(gt=0)]
+
+
+class KTODataSettings(PreferenceSettings):
+    """Labeled completions, one per row."""
+
+    packing: Literal[False] = Field(False, description="off: one completion per row")
+
+
+class KTOSettings(Section):
+    """KTO's loss (arXiv 2402.01306, equation 8)."""
+
+    beta: PositiveWeight = Field(
+        0.1, description="risk aversion: a smaller beta lets the policy move further from the reference"
+    )
+    desirable_weight: PositiveWeight = Field(1.0, description="weight of desirable (good) completions")
+    undesirable_weight: PositiveWeight = Field(1.0, description="weight of undesirable (bad) completions")
+
+
+class KTOTrainSettings(TrainSettings):
+    """Training settings; TRL's trainer runs the stage."""
+
+    engine: Literal["trl"] = Field("trl", description="TRL's trainer")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-6, description="peak learning rate")
+    batch_size: Annotated[int, Field(ge=2)] = Field(32, description="completions per optimizer step")
 
 
 class Settings(StageSettings):
@@ -40,7 +68,55 @@ class Settings(StageSettings):
     kto: KTOSettings = KTOSettings()
 
 
-RULES = kto_settings.RULES
+RULES = (
+    PREFERENCE_NEFTUNE,
+    Rule(
+        "kto-label-smoothing",
+        {"train.label_smoothing": bool},
+        source="arXiv 2402.01306, equation 8: no token labels",
+        problem=Problem(
+            "train.label_smoothing",
+            "{train.label_smoothing:g}",
+            "0: it smooths token labels, but KTO labels completions",
+            "train.label_smoothing=0",
+        ),
+    ),
+    Rule(
+        "kto-micro-batch",
+        {"train.micro_batch_size": (1,)},
+        source="trl 1.16, trainer/kto_trainer.py: completions rotated by one within each micro-batch",
+        problem=Problem(
+            "train.micro_batch_size",
+            "1",
+            "2 or more: the KL estimate pairs each prompt with another row's completion of the micro-batch",
+            "train.micro_batch_size=auto",
+        ),
+    ),
+    TRL_REFERENCE_ONLY,
+    TRL_ONLY,
+)
+KTO_METRICS = MetricSpec(
+    curves={
+        "loss": "training loss (mean per completion)",
+        "rewards/chosen": "implicit reward of good completions",
+        "rewards/rejected": "implicit reward of bad completions",
+        "rewards/margins": "implicit reward margin, good over bad",
+        "kto/z": "reference point z (KL to the reference, nats per completion)",
+        "eval/loss": "held-out loss",
+        "eval/rewards/chosen": "held-out implicit reward of good completions",
+        "eval/rewards/rejected": "held-out implicit reward of bad completions",
+        "eval/rewards/margins": "held-out implicit reward margin",
+        "eval/kto/z": "held-out reference point z",
+    },
+    summary={
+        "loss": ("training loss", ".4f"),
+        "eval/loss": ("held-out loss", ".4f"),
+        "eval/rewards/chosen": ("held-out reward of good completions", ".3f"),
+        "eval/rewards/rejected": ("held-out reward of bad completions", ".3f"),
+        "eval/rewards/margins": ("held-out margin", ".3f"),
+    },
+    first_last=("loss", "rewards/margins", "kto/z"),
+)
 
 
 def build(ctx: RunContext[Settings]) -> KTO:
@@ -49,8 +125,8 @@ def build(ctx: RunContext[Settings]) -> KTO:
     Raises:
         UserError: the data are invalid, all completions have the same label, or the base cannot be loaded.
     """
-    from align.kto.labels import require_both_labels
-    from align.preference.rows.load import load_preferences
+    from align.engines.trl.kto import require_both_labels
+    from align.preference.rows.prepare import load_preferences
     from finetune.training.loading import load_policy, load_text_encoding
 
     text = load_text_encoding(ctx)
@@ -84,8 +160,8 @@ class KTO:
         Raises:
             UserError: a check failed.
         """
-        from align.kto.labels import check_label_balance
-        from align.preference.rows.completion_rows import to_completion_rows
+        from align.engines.trl.kto import check_label_balance
+        from align.preference.rows.dataset import to_completion_rows
         from finetune.data.collate import PaddedCollator
         from finetune.training.model import count_parameters
         from finetune.training.preflight.checklist import check_model, check_rows, check_vocabulary
@@ -95,11 +171,11 @@ class KTO:
         ctx.log(count_parameters(policy.model).describe())
         with ctx.timed("preflight"):
             ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
-            rows = to_completion_rows(data.train)
+            rows, weights = to_completion_rows(data.train), ctx.settings.kto.model_dump(exclude={"beta"})
             ctx.check(
                 *check_rows(rows, data.report, text.encoder, max_length=text.max_length, blocks=False),
                 check_vocabulary(policy.model, rows, text.encoder),
-                check_label_balance(data.train, ctx.settings.kto),
+                check_label_balance(data.train, **weights),
             )
             collate = PaddedCollator(text.encoder.stop_ids[0])
             weight_format = {"precision": policy.precision, "quantization": policy.quantization}
@@ -145,7 +221,7 @@ class KTO:
             )
         seconds = ctx.seconds["reference"]
         ctx.log(f"reference log-probabilities of {len(used_rows)} completions: {seconds:.1f} s")
-        ctx.check(check_initial_loss(trainer, ctx.settings.kto, self.policy.precision))
+        ctx.check(check_initial_loss(trainer, self.policy.precision))
         return trainer
 
     def evaluate(self, trainer: Trainer, when: str) -> dict[str, float]:

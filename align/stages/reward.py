@@ -38,7 +38,7 @@ def build(ctx: RunContext[Settings]) -> RewardModeling:
     Raises:
         UserError: the data are invalid, or the base cannot be loaded or has no sequence classification model.
     """
-    from align.preference.rows.load import load_preferences
+    from align.preference.rows.prepare import load_preferences
     from align.reward.model import load_reward_model_for_training
     from finetune.training.loading import load_text_encoding
 

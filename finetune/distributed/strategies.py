@@ -273,7 +273,7 @@ SHARDING_RULES = (
         "trl-sharded",
         {"train.strategy": SHARDED_WEIGHTS, "train.engine": ("trl",)},
         "sharded weights are not tested with TRL's trainers",
-        source="finetune/engines/trl/sft.py",
+        source="finetune/engines/trl/trainer.py",
         changes={"train.strategy": "zero2"},
     ),
     Rule(

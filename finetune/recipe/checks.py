@@ -284,7 +284,7 @@ ADAPTER_RULES = (
     Rule(
         "packing-trl",
         {"data.packing": (True,), "train.engine": ("trl",)},
-        source="finetune/engines/trl/sft.py",
+        source="finetune/engines/trl/trainer.py",
         problem=Problem(
             "data.packing",
             "true with train.engine 'trl'",

@@ -103,7 +103,7 @@ class SFT:
 
     def build_trainer(self, args: TrainingArguments) -> Trainer:
         """Return the engine's trainer, which creates the checkpoint folder."""
-        from finetune.engines.trl.sft import TrlSFTTrainer
+        from finetune.engines.trl.trainer import TrlSFTTrainer
         from finetune.training.adapter_hooks import adapter_hooks
         from finetune.training.trainer import NativeTrainer, TrainerData
 

@@ -9,11 +9,11 @@ import pytest
 from transformers.integrations.integration_utils import rewrite_logs
 
 from align.dpo.diagnostics import DPO_METRICS
-from align.kto.labels import KTO_METRICS
 from align.online.evaluation import online_metric_spec
 from align.ppo.diagnostics import ppo_metric_spec
 from align.rejection.diagnostics import rejection_metric_spec
 from align.reward.diagnostics import reward_metric_spec
+from align.stages.kto import KTO_METRICS
 from finetune.recipe.discovery import stage_names
 from finetune.recipe.recipe import read_recipe
 from finetune.training.metric_specs import SUPERVISED_METRICS, MetricSpec

@@ -23,7 +23,7 @@ from align.engines.trl.preference import (
 from align.preference.losses import metrics
 from align.preference.losses.inputs import LossOutput, Pairs
 from align.preference.rows.dataset import PreferenceGroups
-from finetune.engines.trl.not_finite import NotFiniteLossMixin
+from finetune.engines.trl.trainer import NotFiniteLossMixin
 from finetune.recipe.errors import Problem
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.preflight.preserve_state import preserve_state

@@ -27,7 +27,7 @@ from align.rl.sampling import Sampling, sample_completions
 from data_templates.segments import Message
 from finetune.data.batches import optimizer_batches
 from finetune.data.tokens import Encoder
-from finetune.engines.trl.not_finite import NotFiniteLossMixin
+from finetune.engines.trl.trainer import NotFiniteLossMixin
 from finetune.recipe.errors import Problem
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.model import Policy

@@ -8,7 +8,7 @@ that the collator documents for precomputed ones.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
@@ -28,9 +28,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.distributed.collectives import all_gather_object, barrier, shard, unshard
-from finetune.distributed.interrupts import NotFiniteError
 from finetune.distributed.rank import dist_info
-from finetune.engines.trl.not_finite import unpadded_token_ids
+from finetune.engines.trl.trainer import unpadded_token_ids
 from finetune.recipe.errors import Problem, UserError
 from finetune.training.preflight.preserve_state import preserve_state
 
@@ -178,41 +177,11 @@ def _batch_logps(model: nn.Module, batch: Mapping[str, Tensor], prefix: str) -> 
     return logps_BT[:, 1 - ids_BT.shape[1] :].sum(1).float().cpu()
 
 
-def raise_if_not_finite(trainer: Trainer, loss: Tensor, locations: Sequence[str]) -> None:
-    """Raise if the loss is not finite.
-
-    Args:
-        trainer: for the current step.
-        loss: of a micro-batch.
-        locations: locations (``file:line``) of its rows.
-
-    Raises:
-        NotFiniteError: NaN or infinite loss; the message names the rows.
-    """
-    if not torch.isfinite(loss):
-        # A pair's two completions have the same location: it is named once.
-        step, row_locations = trainer.state.global_step + 1, ", ".join(dict.fromkeys(locations))
-        raise NotFiniteError(f"loss is {loss.item()} at step {step}, on {row_locations}")
-
-
-def batch_locations(locations: Mapping[tuple[int, ...], str], ids_BT: Tensor, mask_BT: Tensor) -> list[str]:
-    """Return the locations of a batch's rows, looked up by their tokens: TRL's collators drop row ids."""
-    token_keys = [
-        tuple(row_ids[: int(length)].tolist()) for row_ids, length in zip(ids_BT, mask_BT.sum(1), strict=True)
-    ]
-    return [locations[ids] for ids in token_keys if ids in locations]
-
-
-def locations_by_tokens(groups: PreferenceGroups) -> dict[tuple[int, ...], str]:
-    """Return the location of each completion by the token ids of prompt and completion."""
-    locations: dict[tuple[int, ...], str] = {}
+def find_row_locations(groups: PreferenceGroups, inputs: Mapping[str, Tensor]) -> list[str]:
+    """Return the locations of a TRL batch's rows, looked up by the tokens of prompt and completion."""
+    location_of_ids: dict[tuple[int, ...], str] = {}
     for group in groups:
         prompt = group.prompt_ids.tolist()
-        locations |= {(*prompt, *completion.tolist()): group.location for completion in group.completion_ids}
-    return locations
-
-
-def find_row_locations(groups: PreferenceGroups, inputs: Mapping[str, Tensor]) -> list[str]:
-    """Return the locations of a TRL batch's rows, looked up by the tokens of each completion."""
-    location_of_ids = locations_by_tokens(groups)
+        for completion in group.completion_ids:
+            location_of_ids[*prompt, *completion.tolist()] = group.location
     return [location_of_ids[ids] for ids in unpadded_token_ids(inputs) if ids in location_of_ids]

@@ -15,7 +15,7 @@ from align.engines.trl.preference import RenamePreferenceMetrics, find_row_locat
 from align.preference.losses import metrics
 from align.preference.losses.reward import bradley_terry
 from align.preference.rows.dataset import PreferenceGroups
-from finetune.engines.trl.not_finite import NotFiniteLossMixin
+from finetune.engines.trl.trainer import NotFiniteLossMixin
 from finetune.training.arguments import TrlConfigSpec
 from finetune.training.preflight.preserve_state import preserve_state
 from finetune.training.trainer import log_held_out

@@ -1,11 +1,11 @@
 """Build comparisons from preference rows: unusable rows are dropped, counted and reported."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan, nan
 
-from align.preference.rows.records import Comparison, PreferenceRow, ScoredCompletion, Turns
+from align.preference.rows.layouts import PreferenceRow, ScoredCompletion, Turns
 from align.preference.settings import PreferenceSettings
 from finetune.data.report import DataReport
 from finetune.recipe.errors import Problem, UserError
@@ -25,6 +25,31 @@ WITH_DUPLICATES = "with duplicate completions, which are dropped"
 WITH_TIES = "with tied completions, which share a rank"
 
 CountRow = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A prompt and its completions, best first, ready for tokenization.
+
+    ``ranks``: 0 is the best, ties share a rank (0, 1, 1, 3). ``scores``: NaN if the data has none; for labels
+    1 (good) or 0 (bad). ``margin``: preference margin of the first over the last, NaN if unknown.
+    ``location``: ``file:line``, ``source``: index of the source.
+    """
+
+    prompt: Turns
+    replies: Turns
+    scores: tuple[float, ...]
+    ranks: tuple[int, ...]
+    margin: float
+    location: str
+    source: int = 0
+
+    @property
+    def text_key(self) -> tuple[tuple[str, str, str], ...]:
+        """Return the key by which duplicate rows are found: all turns, the ranks and the label."""
+        turns = [(turn.role, turn.content, turn.context) for turn in (*self.prompt, *self.replies)]
+        label = str(self.scores[0]) if len(self.replies) == 1 else ""
+        return (*turns, ("ranks", str(self.ranks), label))
 
 
 class DroppedRow(Exception):

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from align.preference.rows.comparisons import Comparison
 from align.preference.rows.dataset import PreferenceGroups
-from align.preference.rows.records import Comparison
 from data_templates.segments import Message, TemplateError
 from finetune.data.dataset import load_or_encode
 from finetune.data.report import DataReport

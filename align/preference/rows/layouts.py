@@ -1,8 +1,9 @@
 """Published layouts of preference data, recognized by column names: pairs, ranked lists, votes, labels."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from math import nan
+from math import isfinite, nan
 
 from align.preference.rows.fields import (
     READ_AS_TEXT,
@@ -20,7 +21,6 @@ from align.preference.rows.fields import (
     response_text,
     split_completion,
 )
-from align.preference.rows.records import PreferenceRow, ScoredCompletion
 from data_templates.segments import REPLY_ROLES, Message
 from finetune.data.layouts import Layout, RowError, checked_text, short_repr, system_turn, text_field
 
@@ -36,6 +36,35 @@ ASPECT_MEAN_COLUMN = "fine-grained_score"
 """UltraFeedback's mean rating of a completion: helpfulness, honesty, instruction following, truthfulness."""
 
 LATER_TURNS_IGNORED = "with later questions, which are ignored: their context differs between completions"
+
+Turns = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredCompletion:
+    """One completion: its prompt turns, its reply (None if the dialogue ends without one), its score."""
+
+    prompt: Turns
+    reply: Message | None
+    score: float = nan
+
+    @property
+    def scored(self) -> bool:
+        return isfinite(self.score)
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRow:
+    """The completions of a row as read. ``ordered``: the row gives the order (chosen, rejected).
+
+    ``margin``: the preference margin, if there is a column. ``notes``: deviations from the row as written,
+    which the report counts.
+    """
+
+    completions: tuple[ScoredCompletion, ...]
+    ordered: bool = False
+    margin: float = nan
+    notes: tuple[str, ...] = ()
 
 
 def _empty_prompt(columns: RowFields) -> list[Message]:

@@ -5,11 +5,10 @@ from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
-from align.preference.rows.comparisons import build_comparisons, count_contradictions, split_pair
+from align.preference.rows.comparisons import Comparison, build_comparisons, count_contradictions, split_pair
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
 from align.preference.rows.encode import LengthLimits, tokenize_comparisons
-from align.preference.rows.layouts import LABELED, PAIRS, RANKINGS
-from align.preference.rows.records import Comparison, PreferenceRow
+from align.preference.rows.layouts import LABELED, PAIRS, RANKINGS, PreferenceRow
 from align.preference.settings import PreferenceSettings
 from finetune.data.conversation import Conversation
 from finetune.data.layouts import Layout, match_layout, parse_rows
@@ -25,6 +24,9 @@ from finetune.data.mixture import MixtureComponent, mix_components
 from finetune.data.report import DataReport, SourceReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
+from finetune.recipe.recipe import SettingsT
+from finetune.training.context import RunContext
+from finetune.training.text_encoding import TextEncoding
 
 PreferenceKind = Literal["rankings", "labels"]
 PREFERENCE_LAYOUTS: dict[PreferenceKind, Sequence[Layout[PreferenceRow]]] = {
@@ -43,6 +45,32 @@ INTENDED_FOR: dict[PreferenceKind, str] = {
 
 NUM_TRAINING_PROMPTS = 64
 """Training prompts for samples if nothing is held out."""
+
+
+def load_preferences(
+    ctx: RunContext[SettingsT],
+    settings: PreferenceSettings,
+    text: TextEncoding,
+    *,
+    kind: PreferenceKind = "rankings",
+) -> PreparedPreferences:
+    """Read and tokenize a recipe's preference data, and log the data report.
+
+    Args:
+        ctx: the run.
+        settings: its data section.
+        text: template and tokenizer.
+        kind: comparisons, or labeled completions.
+
+    Raises:
+        UserError: mistakes in the data, with file, line and field.
+    """
+    seed = ctx.settings.train.seed
+    with ctx.timed("data"):
+        data = prepare_preferences(settings, text.encoder, max_length=text.max_length, seed=seed, kind=kind)
+    for line in data.report.lines():
+        ctx.log(line)
+    return data
 
 
 def prepare_preferences(

@@ -5,7 +5,7 @@ from math import nan
 import pytest
 from small_tokenizers import tokenizer
 
-from align.preference.rows.records import Comparison
+from align.preference.rows.comparisons import Comparison
 from align.stages.chain_of_hindsight import best_completion_prompts, build_chains
 from data_templates.segments import Message
 from finetune.data.conversation import with_control_suffix

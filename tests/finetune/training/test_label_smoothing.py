@@ -11,7 +11,7 @@ from small_models import VOCABULARY, assert_close, gradients, make, token_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from finetune.data.collate import PackedCollator, PaddedCollator
-from finetune.engines.trl.sft import TrlSFTTrainer
+from finetune.engines.trl.trainer import TrlSFTTrainer
 from finetune.recipe.settings import TrainSettings
 from finetune.training.arguments import ExecutionConfig, training_arguments
 from finetune.training.loss import cross_entropy_sum

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
 from finetune.data.dataset import TokenizedRows
-from finetune.engines.trl.sft import TrlSFTTrainer
+from finetune.engines.trl.trainer import TrlSFTTrainer
 from finetune.recipe.settings import TrainSettings
 from finetune.training.arguments import ExecutionConfig, training_arguments
 from finetune.training.result import Result

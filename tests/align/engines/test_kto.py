@@ -11,9 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import KTOConfig
 
-from align.engines.trl.kto import TrlKTOTrainer, check_initial_loss, to_label_dataset, training_order
-from align.kto.labels import check_label_balance, require_both_labels
-from align.kto.settings import KTOSettings
+from align.engines.trl.kto import (
+    TrlKTOTrainer,
+    check_initial_loss,
+    check_label_balance,
+    require_both_labels,
+    to_label_dataset,
+    training_order,
+)
 from align.preference.losses.unpaired import kto, mismatched_rows, reference_point
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.distributed.interrupts import NotFiniteError
@@ -183,15 +188,14 @@ def test_initial_policy_equals_reference(
     base_folder: Path, tmp_path: Path, small_groups: PreferenceGroups
 ) -> None:
     trainer = build_trainer(base_folder, tmp_path, small_groups)
-    kto_settings = KTOSettings(**SETTINGS)
-    result = check_initial_loss(trainer, kto_settings, "float32")
+    result = check_initial_loss(trainer, "float32")
     assert result.problem is None and "loss 0.6250, expected 0.6250" in result.detail  # 3 good, 1 bad
     metrics = trainer.held_out_metrics()
     assert metrics["loss"] == pytest.approx(0.5, abs=1e-5)  # (1.5 + 0.5) / 2 / 2
     assert metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
     moved = [value - 5.0 for value in trainer.train_dataset["ref_logps"]]
     trainer.train_dataset = trainer.train_dataset.remove_columns("ref_logps").add_column("ref_logps", moved)
-    assert check_initial_loss(trainer, kto_settings, "float32").problem is not None
+    assert check_initial_loss(trainer, "float32").problem is not None
 
 
 def test_non_finite_loss_names_its_rows(
@@ -220,7 +224,7 @@ def test_unbalanced_labels_suggest_weights(
     """Of ten completions; the paper's range of good to bad weight is 1 to 4/3."""
     labeled = [{**row, "label": index < num_good} for index, row in enumerate(rows())]
     groups = prepared(labeled, template="plain", kind="labels").train
-    result = check_label_balance(groups, KTOSettings(**weights))
+    result = check_label_balance(groups, **{"desirable_weight": 1.0, "undesirable_weight": 1.0, **weights})
     assert detail in result.detail and result.warned == bool(advice)
     assert result.detail.endswith(advice)
 

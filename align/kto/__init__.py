@@ -1,1 +1,0 @@
-"""Kahneman-Tversky optimization (stage kto) on TRL's KTOTrainer."""
