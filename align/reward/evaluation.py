@@ -47,7 +47,7 @@ class RewardEvaluator:
     def metrics(self) -> dict[str, float]:
         """Return held-out loss, accuracy and margin, for metrics.jsonl."""
         assert self.data.held_out is not None
-        scores = self._scores(self._all_groups(self.data.held_out))
+        scores = self._scores(list(self.data.held_out))
         metrics = comparison_metrics(select_head_scores(scores, self.data.held_out, self.head_of_source))
         return {f"eval/{name}": metrics[key] for name, key in HELD_OUT_METRICS.items()}
 
@@ -69,14 +69,12 @@ class RewardEvaluator:
         # A resumed run keeps the samples of its first start.
         if held_out is None and when == "before" and run.samples():
             return {}
-        groups = self._all_groups(self.data.train if held_out is None else held_out)
+        groups = list(self.data.train if held_out is None else held_out)
         sample_indices = evenly_spaced(len(groups), samples)
         if held_out is None:
             # No metrics without held-out rows: score the samples alone, not all training rows.
-            groups, sample_indices = (
-                [groups[index] for index in sample_indices],
-                list(range(len(sample_indices))),
-            )
+            groups = [groups[index] for index in sample_indices]
+            sample_indices = list(range(len(groups)))
         if not groups:
             return {}
         scores = self._scores(groups)
@@ -140,9 +138,6 @@ class RewardEvaluator:
         return np.concatenate(
             unshard(all_gather_object([chunk for chunk, (_, is_real) in chunks if is_real]))
         )
-
-    def _all_groups(self, rows: PreferenceGroups) -> list[TokenizedGroup]:
-        return [rows[index] for index in range(len(rows))]
 
     def _comparison_metrics(self, scores: FloatArray, rows: PreferenceGroups) -> dict[str, Any]:
         """Return held-out metrics over all comparisons, per head and per data source."""
