@@ -83,7 +83,7 @@ def test_pain_12_a_model_that_mixes_the_rows_of_a_batch_is_found() -> None:
         lambda module, args, output: output - output.mean(0, keepdim=True)
     )
     _, accumulation = run_batch_invariance(model)
-    assert accumulation.problem is not None
+    assert accumulation.problem is not None and accumulation.problem.where == "train.micro_batch_size"
 
 
 def test_pain_24_lora_starts_with_half_of_its_gradients_at_zero() -> None:
