@@ -31,8 +31,7 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.silence import silence_libraries
 from finetune.training import auto_values
-from finetune.training.result import Result
-from finetune.training.run_directory import RunDirectory
+from finetune.training.run_directory import Result, RunDirectory
 from finetune.training.stage import run_stage
 
 if TYPE_CHECKING:
