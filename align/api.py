@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from align.planner.plan import Plan
     from align.reward.scorer import RewardModel
     from finetune.training.loaded_model import LoadedModel
-    from finetune.training.result import Result
+    from finetune.training.run_directory import Result
 
 
 def load_recipe(

@@ -54,7 +54,7 @@ from benchmarks.common import (
 from finetune.data.batches import MicroBatchSampler
 from finetune.data.sources import read_source
 from finetune.data.tokens import Encoder
-from finetune.training.head import output_head
+from finetune.training.loss import output_head
 
 EMBEDDED_PREFERENCES = "recipes/tiny/data/preferences_train.jsonl"
 CONTENDERS = ("native", "native-separate", "trl", "trl-best")

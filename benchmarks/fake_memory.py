@@ -36,8 +36,7 @@ from finetune.planner.from_recipe import planned_adapter
 from finetune.planner.workload import ObjectiveKind, Precision, Workload
 from finetune.recipe.discovery import ADAPTERS, load_plugin
 from finetune.recipe.settings import AdapterSettings
-from finetune.training.batch_loss import completion_loss_sum
-from finetune.training.head import output_head
+from finetune.training.loss import completion_loss_sum, output_head
 from finetune.training.model import DTYPES, configure_score_heads
 
 aten = torch.ops.aten

@@ -30,7 +30,7 @@ from benchmarks.common import (
     environment_metadata,
     save_result,
 )
-from finetune.training.head import output_head
+from finetune.training.loss import output_head
 
 TOTAL_TOKENS = 512
 PROMPT_LENGTHS = (64, 128, 256, 384, 448)

@@ -5,7 +5,8 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         freeze()
     for name in ("_svg", "_curve_svg"):
         DRAWN.setdefault(name, getattr(report, name))
-        setattr(report, name, DRAWN[name] if item.get_closest_marker("plots") else _empty_svg)
+    draw_figures(item.get_closest_marker("plots") is not None)
+
+
+def draw_figures(drawn: bool) -> None:
+    from finetune.training import report
+
+    for name, function in DRAWN.items():
+        setattr(report, name, function if drawn else _empty_svg)
 
 
 def _empty_svg(*_: object) -> str:
     return "<svg></svg>"
+
+
+@pytest.fixture(scope="session")
+def figures() -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which figures are drawn, for runs that several tests read."""
+
+    @contextmanager
+    def drawn() -> Iterator[None]:
+        draw_figures(True)
+        yield
+        draw_figures(False)
+
+    return drawn
 
 
 @pytest.fixture(scope="session", autouse=True)

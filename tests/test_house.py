@@ -18,6 +18,18 @@ WINGS = ("recipe", "distributed", "adapters", "planner", "data", "training", "st
 themselves (adapters.traits); they declare their settings with recipe.settings and recipe.errors."""
 CHECKS = ("assert_close", "assert_allclose", "check_schema", "validate")
 """Functions of libraries that raise where an assertion would."""
+COMPARING = {
+    "allclose",
+    "equal",
+    "isclose",
+    "gradcheck",
+    "startswith",
+    "endswith",
+    "isdisjoint",
+    "isinstance",
+}
+COMPARING |= {"exists", "is_file", "is_dir", "isfinite", "any", "all", "isnan", "is_correct"}
+"""Functions whose truth is a fact: a comparison, a kind, or what is there."""
 
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 
@@ -217,10 +229,20 @@ def test_errors_are_caught_by_name_and_never_dropped() -> None:
     assert [wrong for file in SOURCES for wrong in wrong_handlers(file)] == []
 
 
+def compares(test: ast.expr) -> bool:
+    """Tell whether an assertion compares something; ``assert trained(model)`` holds for almost anything."""
+    for node in ast.walk(test):
+        if isinstance(node, ast.Compare) or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)):
+            return True
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in COMPARING:
+            return True
+    return False
+
+
 def asserts(function: ast.AST, helpers: dict[str, ast.AST], depth: int = 0) -> bool:
-    """Tell whether a test can fail by itself: assert, pytest.raises, or a helper of the file that does."""
+    """Tell whether a test can fail by itself: a comparison, pytest.raises, or a helper that has one."""
     for node in ast.walk(function):
-        if isinstance(node, ast.Assert):
+        if isinstance(node, ast.Assert) and compares(node.test):
             return True
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -229,6 +251,14 @@ def asserts(function: ast.AST, helpers: dict[str, ast.AST], depth: int = 0) -> b
             if depth < 2 and called in helpers and asserts(helpers[called], helpers, depth + 1):
                 return True
     return False
+
+
+def test_a_test_of_truth_alone_is_found() -> None:
+    hollow = ["assert result", "assert trained(model)", "assert checks['start']['passed'] and found.action"]
+    sound = ["assert not result", "assert torch.equal(a, b)", "assert names == []", "check(1)"]
+    helpers = {"check": ast.parse("assert value > 0")}
+    assert [text for text in hollow if asserts(ast.parse(text), helpers)] == []
+    assert [text for text in sound if not asserts(ast.parse(text), helpers)] == []
 
 
 def test_every_test_can_fail() -> None:

@@ -26,8 +26,10 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 
 LAZY = ("trl", "deepspeed", "bitsandbytes", "datasets", "matplotlib.backends.backend_svg")
 """What a run imports late, beside the project's own modules."""
-MAINS = ("finetune.training.worker", "align.__main__")
-"""What is run by its name; it must not be there before."""
+MAINS = ("align.__main__",)
+"""What is only ever run by its name."""
+LAUNCH = "finetune.training.launch"
+"""What is imported, and run by its name too."""
 Request = dict[str, Any]
 
 
@@ -135,6 +137,8 @@ def run(words: list[str]) -> None:
         sys.path[0] = os.getcwd()
     assert words[0] == "-m", words
     sys.argv = words[1:]
+    if words[1] == LAUNCH:  # as in a new process: runpy warns of a module that is there
+        del sys.modules[LAUNCH]
     runpy.run_module(words[1], run_name="__main__", alter_sys=True)
 
 

@@ -166,7 +166,7 @@ def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None
 def merge(directory: Path) -> None:
     """Merge a run's adapter into its base and save RUN/merged; `--base RUN` trains on from it."""
     silence_libraries()
-    from finetune.training.merge import merge_run
+    from finetune.training.save import merge_run
 
     click.echo(f"merged   {merge_run(directory)}")
     click.echo(f"next     llm-align sft --base {directory}")

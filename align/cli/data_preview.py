@@ -27,7 +27,7 @@ from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import TrainSettings
 from finetune.training.auto_values import optimizer_steps
-from finetune.training.text_encoding import TextEncoding, build_text_encoding
+from finetune.training.model import TextEncoding, build_text_encoding
 
 MAX_BARS = 12
 """Maximum bars of the histogram."""

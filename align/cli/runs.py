@@ -13,7 +13,7 @@ from rich.table import Table
 
 from data_templates.segments import Message, TemplateError
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.result import Result
+from finetune.training.run_directory import Result
 
 if TYPE_CHECKING:
     from finetune.training.loaded_model import LoadedModel

@@ -15,12 +15,15 @@ from align.preference.logps import shared_layout_error, token_logps
 from align.preference.reference_policy import autocast_for
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.recipe.errors import Problem
-from finetune.training.head import output_head
+from finetune.training.loss import output_head
 from finetune.training.model import Policy
-from finetune.training.preflight.checklist import SCALE, TOLERANCE
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.preflight.invariance_checks import check_micro_batch_invariance
-from finetune.training.preflight.preserve_state import preserve_state
+from finetune.training.preflight.invariance_checks import (
+    SCALE,
+    TOLERANCE,
+    check_micro_batch_invariance,
+    preserve_state,
+)
 
 PROBE_POOL = 64
 """Groups among which a probe selects a short and a long one."""

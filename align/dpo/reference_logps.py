@@ -30,9 +30,9 @@ from finetune.distributed.collectives import all_gather_object, shard_padded
 from finetune.distributed.rank import dist_info
 from finetune.recipe.settings import StageSettings, TrainSettings
 from finetune.training.context import RunContext
-from finetune.training.head import output_head
+from finetune.training.loss import output_head
 from finetune.training.model import Policy
-from finetune.training.preflight.preserve_state import preserve_state
+from finetune.training.preflight.invariance_checks import preserve_state
 
 REFERENCE_CACHE_FORMAT = 2
 """Increased when the meaning of a cached file changes, so that old files are not read."""

@@ -29,7 +29,7 @@ from finetune.adapters.traits import Hooks
 from finetune.distributed.collectives import all_gather_object, shard_padded
 from finetune.recipe.settings import StageSettings
 from finetune.training.context import RunContext
-from finetune.training.head import output_head
+from finetune.training.loss import output_head
 from finetune.training.metrics import EVAL_PREFIX, as_logged
 from finetune.training.trainer import NO_HOOKS, BaseTrainer, TrainerData, log_held_out
 

@@ -18,7 +18,7 @@ from finetune.data.tokens import Encoder
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.model import Policy
-from finetune.training.preflight.preserve_state import preserve_state
+from finetune.training.preflight.invariance_checks import preserve_state
 
 ONLINE_COMPLETION_CURVES = {
     "objective/reward": "reward (mean over completions)",

@@ -28,10 +28,9 @@ from finetune.training.context import RunContext
 from finetune.training.findings import Finding
 from finetune.training.loading import add_adapter, load_frozen_base, load_text_encoding
 from finetune.training.metric_specs import MetricSpec
-from finetune.training.model import Policy, count_parameters
+from finetune.training.model import Policy, TextEncoding, count_parameters
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.samples import evenly_spaced
-from finetune.training.text_encoding import TextEncoding
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from align.pipeline.entries import StageEntry
 from align.pipeline.plan import Pipeline
 from finetune.recipe import yaml_file
 from finetune.recipe.discovery import plugin_summary, stage_names
-from finetune.training.result import Result
+from finetune.training.run_directory import Result
 
 COMPLETION_WIDTH = 160
 HIDDEN_SUMMARY_ENTRIES = ("training", "peak memory")

@@ -22,7 +22,7 @@ from finetune.distributed.rank import dist_info
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.training.launch import launch_stage
-from finetune.training.result import Result
+from finetune.training.run_directory import Result
 
 
 def run_all_stages(

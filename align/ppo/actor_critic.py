@@ -25,13 +25,11 @@ from finetune.recipe.recipe import adapter_settings
 from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import AdapterSettings
 from finetune.training.adapter_hooks import adapter_hooks
-from finetune.training.batch_loss import completion_loss_sum
 from finetune.training.context import RunContext
-from finetune.training.head import output_head
 from finetune.training.loading import add_adapter, load_frozen_base, parent_adapter_run
-from finetune.training.model import SCORE_HEAD, Policy, attach_adapter, count_parameters
+from finetune.training.loss import completion_loss_sum, output_head
+from finetune.training.model import SCORE_HEAD, Policy, TextEncoding, attach_adapter, count_parameters
 from finetune.training.resume_adapter import load_adapter_weights
-from finetune.training.text_encoding import TextEncoding
 
 DEFAULT_VALUE_ADAPTER = "lora"
 """Adapter of the value model where the policy's adapter does not support a scoring head."""

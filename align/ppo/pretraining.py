@@ -15,7 +15,7 @@ from finetune.distributed.rank import SINGLE_PROCESS, DistInfo
 from finetune.recipe.settings import DataSettings
 from finetune.training.context import RunContext
 from finetune.training.loss import loss_positions
-from finetune.training.text_encoding import TextEncoding
+from finetune.training.model import TextEncoding
 
 PRETRAINING_BATCH, NUM_PRETRAINING_LABELS = "pretraining", "pretraining_labels"
 

@@ -9,8 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from align.preference.attention import block_attention
 from align.preference.groups import Group, GroupCollator
-from finetune.training.head import logits_at
-from finetune.training.loss import MAX_LOGITS_PER_CHUNK
+from finetune.training.loss import MAX_LOGITS_PER_CHUNK, logits_at
 
 
 def completion_logps(

@@ -32,12 +32,11 @@ from finetune.training.loading import (
     load_frozen_base,
     load_policy,
 )
-from finetune.training.model import Policy
+from finetune.training.model import Policy, TextEncoding
 from finetune.training.preflight.checks import CheckResult
 from finetune.training.run_directory import ROUNDS, RunDirectory
 from finetune.training.save import file_sha256
 from finetune.training.stage import train
-from finetune.training.text_encoding import TextEncoding
 
 
 @dataclass

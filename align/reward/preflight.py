@@ -14,10 +14,9 @@ from finetune.data.tokens import Encoder
 from finetune.distributed.sharding import gathered_params
 from finetune.recipe.errors import Problem
 from finetune.training.model import DTYPES
-from finetune.training.preflight import data_checks, invariance_checks, vocab_check
-from finetune.training.preflight.checklist import SCALE, TOLERANCE
+from finetune.training.preflight import data_checks, invariance_checks
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.preflight.preserve_state import preserve_state
+from finetune.training.preflight.invariance_checks import SCALE, TOLERANCE, preserve_state
 
 CHECKED_COMPARISONS = 64
 """The first training comparisons, from which two short ones are checked."""
@@ -29,8 +28,8 @@ def check_data(
     """Return the checks of the tokenized training comparisons."""
     groups, report = data.train, data.report
     with gathered_params(embedding.get_parameter("weight")) as (weight,):
-        vocab_size = vocab_check.check_vocab_size(
-            vocab_check.used_tokens(groups.input_ids, encoder.stop_ids),
+        vocab_size = data_checks.check_vocab_size(
+            data_checks.used_tokens(groups.input_ids, encoder.stop_ids),
             weight,
             trained=any(param.requires_grad for param in embedding.parameters()),
             added=encoder.tokenizer.get_added_vocab(),

@@ -29,7 +29,7 @@ from finetune.data.selection import select_rows
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
 from finetune.training.context import RunContext
-from finetune.training.text_encoding import TextEncoding
+from finetune.training.model import TextEncoding
 
 PROMPT_CACHE_FORMAT = 3
 """Cache format version. Increment it when the content of a cached file changes, so old files are ignored."""

@@ -11,8 +11,7 @@ from align.preference.groups import Group, GroupBatch, GroupCollator
 from align.preference.logps import completion_logits, gather_logps
 from align.rl.maths.losses import entropy
 from align.rl.sampling import TokenIds
-from finetune.training.head import output_head
-from finetune.training.loss import MAX_LOGITS_PER_CHUNK
+from finetune.training.loss import MAX_LOGITS_PER_CHUNK, output_head
 
 
 @dataclass(frozen=True)

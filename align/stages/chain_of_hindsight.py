@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from finetune.data.dataset import PreparedData
     from finetune.stages.sft import SFT
     from finetune.training.context import RunContext
-    from finetune.training.text_encoding import TextEncoding
+    from finetune.training.model import TextEncoding
 
 PUBLIC = "hh"
 """The default recipe for a base model other than the embedded one."""

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
     from finetune.training.context import RunContext
     from finetune.training.findings import Finding
-    from finetune.training.model import Policy
-    from finetune.training.text_encoding import TextEncoding
+    from finetune.training.model import Policy, TextEncoding
 
 PUBLIC = "ultrafeedback"
 """The default recipe for a base model other than the embedded one."""
@@ -120,8 +119,8 @@ class DPO:
         from align.engines.trl.preference import require_pairs
         from align.preference.rows.dataset import to_completion_rows
         from finetune.training.model import count_parameters
-        from finetune.training.preflight.checklist import check_rows, check_vocabulary
         from finetune.training.preflight.checks import CheckResult
+        from finetune.training.preflight.data_checks import check_rows, check_vocabulary
 
         ctx, text, data, policy = self.ctx, self.text, self.data, self.policy
         ctx.log(count_parameters(policy.model).describe())

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from align.preference.rows.dataset import PreparedPreferences
     from finetune.training.context import RunContext
     from finetune.training.findings import Finding
-    from finetune.training.model import Policy
-    from finetune.training.text_encoding import TextEncoding
+    from finetune.training.model import Policy, TextEncoding
 
 PUBLIC = "kto-mix"
 """The default recipe for a base model other than the embedded one."""
@@ -164,8 +163,9 @@ class KTO:
         from align.preference.rows.dataset import to_completion_rows
         from finetune.data.collate import PaddedCollator
         from finetune.training.model import count_parameters
-        from finetune.training.preflight.checklist import check_model, check_rows, check_vocabulary
         from finetune.training.preflight.checks import CheckResult
+        from finetune.training.preflight.data_checks import check_rows, check_vocabulary
+        from finetune.training.preflight.invariance_checks import check_model
 
         ctx, text, data, policy = self.ctx, self.text, self.data, self.policy
         ctx.log(count_parameters(policy.model).describe())

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from finetune.training.generation import Completion
     from finetune.training.generation_eval import Grader
     from finetune.training.metric_specs import MetricSpec
+    from finetune.training.model import TextEncoding
     from finetune.training.samples import GenerateFn
-    from finetune.training.text_encoding import TextEncoding
 
 PUBLIC = "llama2-chat"
 """Default recipe for a base other than the embedded one."""

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from finetune.training.context import RunContext
     from finetune.training.findings import Finding
     from finetune.training.metric_specs import MetricSpec
-    from finetune.training.model import Policy
-    from finetune.training.text_encoding import TextEncoding
+    from finetune.training.model import Policy, TextEncoding
 
 PUBLIC = "hh"
 """Default recipe for bases other than the embedded one."""

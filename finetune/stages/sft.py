@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from finetune.recipe.recipe import SettingsT
     from finetune.training.context import RunContext
     from finetune.training.findings import Finding
-    from finetune.training.model import Policy
-    from finetune.training.text_encoding import TextEncoding
+    from finetune.training.model import Policy, TextEncoding
 
 PUBLIC = "alpaca"
 """Default recipe if a base other than the embedded one is given without a recipe."""
@@ -74,8 +73,9 @@ class SFT:
             UserError: a check failed.
         """
         from finetune.training.model import count_parameters
-        from finetune.training.preflight.checklist import check_model, check_rows, check_vocabulary
         from finetune.training.preflight.checks import CheckResult
+        from finetune.training.preflight.data_checks import check_rows, check_vocabulary
+        from finetune.training.preflight.invariance_checks import check_model
 
         ctx, text, data, policy = self.ctx, self.text, self.data, self.policy
         ctx.log(count_parameters(policy.model).describe())
@@ -124,7 +124,7 @@ class SFT:
 
     def evaluate(self, trainer: Trainer, when: str) -> dict[str, float]:
         """Return the held-out loss; for plain documents also their perplexity per token, exp(loss)."""
-        from finetune.training.batch_loss import held_out_loss
+        from finetune.training.loss import held_out_loss
 
         if self.data.held_out is None:
             return {}

@@ -23,8 +23,7 @@ from finetune.recipe.runs import FORMAT
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.preflight.checks import CheckResult, raise_if_failed
 from finetune.training.report import write_report
-from finetune.training.run_directory import RunDirectory
-from finetune.training.run_fingerprint import parent_run_record
+from finetune.training.run_directory import RunDirectory, parent_run_record
 
 Value = TypeVar("Value")
 RECORDED_PACKAGES = (

@@ -11,10 +11,14 @@ from finetune.distributed.strategies import REPLICATED, SHARDED_WEIGHTS, ZERO_ST
 from finetune.recipe.recipe import SettingsT
 from finetune.training import checkpoints
 from finetune.training.context import RunContext
-from finetune.training.preflight.base_weights_check import check_base_unchanged, frozen_checksums
 from finetune.training.preflight.first_steps import FirstStepsCheck
-from finetune.training.preflight.replica_check import check_replicas_equal, trained_digest
-from finetune.training.preflight.sharding_check import ShardingCheck
+from finetune.training.preflight.weight_checks import (
+    ShardingCheck,
+    check_base_unchanged,
+    check_replicas_equal,
+    frozen_checksums,
+    trained_digest,
+)
 from finetune.training.recorder import AlreadyTrained, Recorder
 from finetune.training.trainer import BaseTrainer, first_row_ids, initial_param_groups
 

@@ -12,8 +12,7 @@ from finetune.distributed.collectives import all_gather_object, shard, unshard
 from finetune.distributed.sharding import is_sharded
 from finetune.recipe.recipe import SettingsT
 from finetune.training.context import RunContext
-from finetune.training.model import Policy
-from finetune.training.text_encoding import TextEncoding
+from finetune.training.model import Policy, TextEncoding
 
 PROMPTS_PER_BATCH = 32
 

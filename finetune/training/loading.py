@@ -17,9 +17,8 @@ from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values
 from finetune.training.arguments import TrlConfigSpec, check_engine_args
 from finetune.training.context import RunContext
-from finetune.training.model import Policy, attach_adapter, load_base
+from finetune.training.model import Policy, TextEncoding, attach_adapter, build_text_encoding, load_base
 from finetune.training.resume_adapter import load_adapter_weights
-from finetune.training.text_encoding import TextEncoding, build_text_encoding
 
 
 @dataclass(frozen=True)

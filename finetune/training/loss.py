@@ -1,11 +1,23 @@
-"""Causal LM loss at labeled positions: target shift, chunked cross-entropy, symmetric KL. Pure tensors."""
+"""Causal LM loss of a batch's labels: target shift, LM head at labeled positions, chunked cross-entropy.
 
+With a vocabulary of 32k to 256k the head is a large part of a small model's compute, and its logits most of a
+large one's memory, while in instruction tuning often less than half of the positions carry loss. A hook drops
+the other hidden states before the head; the model still does its own scaling and soft-capping of the logits.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
-from finetune.data.collate import IGNORE_INDEX
+from finetune.data.collate import IGNORE_INDEX, Collator
+from finetune.data.dataset import TokenizedRows
+from finetune.distributed.collectives import all_gather_object, shard_padded
 
 MAX_LOGITS_PER_CHUNK = 2**26
 """Logits that are upcast to float32 at a time: 256 MiB."""
@@ -69,3 +81,93 @@ def symmetric_kl_sum(logits_NV: Tensor, other_logits_NV: Tensor) -> Tensor:
     """
     logp_NV, logq_NV = logits_NV.float().log_softmax(-1), other_logits_NV.float().log_softmax(-1)
     return ((logp_NV.exp() - logq_NV.exp()) * (logp_NV - logq_NV)).sum() / 2
+
+
+def logits_at(model: nn.Module, head: nn.Module, inputs: dict[str, Any], mask_BT: Tensor) -> Tensor:
+    """Run a causal model and return its logits at selected positions.
+
+    Args:
+        model: the model, in any wrapper (PEFT, DDP); virtual tokens may precede the input.
+        head: its output embeddings.
+        inputs: the arguments of the forward pass, with ``input_ids`` of shape (B, T).
+        mask_BT: (B, T) mask.
+
+    Returns:
+        (N, V): the logits at the N true positions, in row-major order.
+    """
+
+    def select_positions(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states_BTD = args[0][:, -mask_BT.shape[1] :]  # without the virtual tokens of a prompt adapter
+        return (states_BTD[mask_BT].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select_positions)
+    try:
+        logits_NV: Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+    assert logits_NV.shape[:2] == (1, int(mask_BT.sum())), (
+        f"the model bypasses its head: {tuple(logits_NV.shape)}"
+    )
+    return logits_NV.squeeze(0)  # a view; indexing with [0] would allocate a second gradient of this size
+
+
+def output_head(model: PreTrainedModel) -> nn.Module:
+    """Return a model's LM head."""
+    head: nn.Module | None = model.get_output_embeddings()
+    assert head is not None, f"{type(model).__name__} has no output embeddings"
+    return head
+
+
+def completion_loss_sum(
+    model: nn.Module,
+    head: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    num_passes: int = 1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Return the summed negative log-likelihood of a batch's labels.
+
+    Args:
+        model: causal model in any wrapper.
+        head: its output embeddings.
+        batch: a collator's output; ``labels`` and ``rows`` are not passed to the model.
+        num_passes: 2 runs the batch twice and adds the symmetric KL divergence of the two predictions
+            (AdaMix, arXiv 2205.12410, equation 5).
+        label_smoothing: probability mass of the target that is spread over the vocabulary.
+    """
+    predict_mask_BT, targets_N = loss_positions(batch["labels"])
+    forward = {key: value for key, value in batch.items() if key not in ("labels", "rows")}
+    logits_NV = logits_at(model, head, forward, predict_mask_BT)
+    loss = cross_entropy_sum(logits_NV, targets_N, label_smoothing=label_smoothing)
+    if num_passes == 1:
+        return loss
+    assert num_passes == 2
+    return loss + symmetric_kl_sum(logits_NV, logits_at(model, head, forward, predict_mask_BT))
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, rows: TokenizedRows, collate: Collator, *, batch_size: int) -> float:
+    """Return the mean loss per label over held-out rows, which are sharded over ranks; no logits are stored.
+
+    Args:
+        model: causal model in any wrapper.
+        rows: the held-out dataset.
+        collate: padded or packed.
+        batch_size: rows per forward pass.
+    """
+    head = output_head(model)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    # Rows of similar length share a batch: less padding.
+    order = np.argsort(rows.lengths, kind="stable").tolist()
+    total = 0.0
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for row_ids, is_real in shard_padded(batches):
+        batch = collate([rows[index] for index in row_ids])
+        on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+        # Summed, and divided once by all labels: a mean of batch means would weigh short batches more.
+        total += float(completion_loss_sum(model, head, on_device)) * is_real
+    model.train(training)
+    return sum(all_gather_object(total)) / rows.num_trained

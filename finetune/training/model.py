@@ -21,6 +21,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from finetune.data.tokens import Encoder
 from finetune.distributed.hardware import Hardware
 from finetune.distributed.rank import dist_info
 from finetune.distributed.sharding import full_numel, reshard, set_fsdp_root
@@ -29,7 +30,8 @@ from finetune.library_internals import quant_state
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.settings import AdapterSettings, ModelSettings
+from finetune.recipe.settings import AdapterSettings, ModelSettings, StageSettings
+from finetune.training import auto_values
 from finetune.training.rope import extend_context, max_positions, reset_dynamic_rope
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,6 +53,32 @@ class ParameterCount:
         """Return both numbers and their ratio in one line."""
         share = self.trained / self.total
         return f"{self.trained:,} of {self.total:,} parameters are trained ({share:.2%})"
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """Encoder, positions available for tokens, virtual tokens of the adapter, maximum tokens of a row."""
+
+    encoder: Encoder
+    context: int
+    virtual_tokens: int
+    max_length: int
+
+
+def build_text_encoding(settings: StageSettings) -> tuple[TextEncoding, str]:
+    """Load tokenizer and template; return them with the reason for ``max_length``.
+
+    Raises:
+        UserError: no such base, no EOS, no chat template, or ``max_length`` exceeds the model's positions.
+    """
+    virtual_tokens = settings.adapter.positions
+    tokenizer = load_tokenizer(settings.model)
+    encoder = Encoder(tokenizer, settings.data.template, system=settings.data.system_prompt)
+    context = context_length(settings.model)
+    max_length, reason = auto_values.max_length(
+        settings.data.max_length, context=context, virtual_tokens=virtual_tokens
+    )
+    return TextEncoding(encoder, context - virtual_tokens, virtual_tokens, max_length), reason
 
 
 @dataclass(frozen=True)

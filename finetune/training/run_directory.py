@@ -1,16 +1,23 @@
-"""Run directory: its files, whether it may be used, the lock, and atomic writes."""
+"""Run directory: its files, whether it may be used, the lock, atomic writes; its fingerprint and its result.
 
+The fingerprint is a digest of a run's inputs besides its settings: data, parent run, functions, models.
+"""
+
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.data.sources import data_fingerprint
 from finetune.distributed.rank import dist_info
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
-from finetune.recipe.runs import RUNS_FOLDER, read_run_record, refuse_outdated
+from finetune.recipe.runs import RUNS_FOLDER, read_finished_record, read_run_record, refuse_outdated
+from finetune.recipe.settings import StageSettings
 from finetune.training.atomic_files import (
     LOCK_FILE,
     PARTIAL_NAME,
@@ -19,7 +26,6 @@ from finetune.training.atomic_files import (
     read_jsonl,
     write_text_atomically,
 )
-from finetune.training.run_fingerprint import run_fingerprint
 
 REPLACED = "replaced"
 SAMPLES = "samples.jsonl"
@@ -200,3 +206,62 @@ class RunDirectory:
             file.name != LOCK_FILE and file.name != PARTIAL_NAME.format("run.json")
             for file in self.path.iterdir()
         )
+
+
+def run_fingerprint(settings: StageSettings) -> str:
+    """Return a digest of the data's content, the parent run's weights, and the other files that a run uses.
+
+    Raises:
+        UserError: missing data, a parent that is not a finished run, or a missing Python file.
+    """
+    fingerprint = data_fingerprint(settings.data)
+    parent = parent_run_record(settings)
+    if parent is not None:
+        # The parent's weights, not its name or path: a run from a copy of the parent is the same run.
+        fingerprint = _json_sha256([fingerprint, parent["files"]])
+    extra_digests = [digest for _, section in settings for digest in section.input_digests()]
+    return _json_sha256([fingerprint, *extra_digests]) if extra_digests else fingerprint
+
+
+def parent_run_record(settings: StageSettings) -> dict[str, Any] | None:
+    """Return run.json's section on the parent run; None if the run starts from a base.
+
+    Raises:
+        UserError: the parent is not a finished run.
+    """
+    if settings.model.init_from is None:
+        return None
+    path = Path(settings.model.init_from)
+    record = read_finished_record(path)
+    description = {
+        "name": path.name,
+        "folder": str(path),
+        "stage": record["stage"],
+        "recipe": record["recipe"],
+    }
+    return {**description, "digest": record["digest"], "files": record["files"]}
+
+
+def _json_sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run's folder, record (run.json), metrics (one entry per logged step) and samples."""
+
+    directory: Path
+    record: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+    @property
+    def adapter(self) -> Path:
+        """Return the adapter's folder for PEFT, or the model's after full fine-tuning."""
+        folder = self.directory / "adapter"
+        return folder if folder.is_dir() else self.directory / "model"
+
+    @classmethod
+    def of(cls, run: RunDirectory) -> "Result":
+        """Read a finished run's folder."""
+        return cls(run.path, run.record, run.metrics(), run.samples())

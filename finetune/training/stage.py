@@ -10,8 +10,7 @@ from finetune.recipe.discovery import load_stage
 from finetune.recipe.recipe import Recipe, SettingsT
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.metrics import EVAL_PREFIX
-from finetune.training.result import Result
-from finetune.training.run_directory import RunDirectory
+from finetune.training.run_directory import Result, RunDirectory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
     from finetune.training.context import RunContext
     from finetune.training.findings import Finding
     from finetune.training.generation import Completion
-    from finetune.training.model import Policy
-    from finetune.training.text_encoding import TextEncoding
+    from finetune.training.model import Policy, TextEncoding
 
 
 class RunData(Protocol):

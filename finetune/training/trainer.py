@@ -25,8 +25,7 @@ from finetune.distributed.interrupts import NotFiniteError
 from finetune.distributed.rank import dist_info
 from finetune.distributed.sharding import is_sharded
 from finetune.training.adapter_hooks import AdapterCallback, scale_learning_rates
-from finetune.training.batch_loss import completion_loss_sum, held_out_loss
-from finetune.training.head import output_head
+from finetune.training.loss import completion_loss_sum, held_out_loss, output_head
 from finetune.training.metrics import as_logged
 from finetune.training.save import write_adapter
 

@@ -26,7 +26,7 @@ from align.preference.rows.dataset import PreferenceGroups
 from finetune.engines.trl.trainer import NotFiniteLossMixin
 from finetune.recipe.errors import Problem
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.preflight.preserve_state import preserve_state
+from finetune.training.preflight.invariance_checks import preserve_state
 from finetune.training.trainer import log_held_out
 
 COMPLETION_COLUMNS = ("chosen_ids", "rejected_ids")

@@ -27,7 +27,7 @@ from finetune.distributed.rank import dist_info
 from finetune.engines.trl.trainer import NotFiniteLossMixin
 from finetune.recipe.errors import Problem, UserError
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.preflight.preserve_state import preserve_state
+from finetune.training.preflight.invariance_checks import preserve_state
 from finetune.training.trainer import log_held_out
 
 INITIAL_LOSS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}

@@ -26,7 +26,7 @@ from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import SettingsT
 from finetune.training.context import RunContext
-from finetune.training.text_encoding import TextEncoding
+from finetune.training.model import TextEncoding
 
 PreferenceKind = Literal["rankings", "labels"]
 PREFERENCE_LAYOUTS: dict[PreferenceKind, Sequence[Layout[PreferenceRow]]] = {

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
 from finetune.distributed.interrupts import NotFiniteError
-from finetune.training.batch_loss import held_out_loss
+from finetune.training.loss import held_out_loss
 from finetune.training.trainer import log_held_out
 
 

@@ -1,13 +1,21 @@
-"""Checks of tokenized rows: trained EOS, loss mask, single BOS; and the truncation report."""
+"""Checks of tokenized rows: trained EOS, loss mask, single BOS, vocabulary; and the truncation report.
 
-from collections.abc import Callable, Collection
+``check_rows`` and ``check_vocabulary`` are what SFT and continued pretraining run.
+"""
+
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.data.collate import IGNORE_INDEX, LMExample
 from finetune.data.dataset import TokenizedRows
+from finetune.data.report import DataReport
+from finetune.data.tokens import Encoder
+from finetune.distributed import sharding
 from finetune.recipe.errors import Problem
-from finetune.training.preflight.checks import CheckResult, failed
+from finetune.training.preflight.checks import CheckResult, failed, first_few
 
 MIN_EOS_SHARE = 0.99
 """Share of the untruncated rows that must end with a trained stop token; one in a hundred may not."""
@@ -164,3 +172,86 @@ def _percent(share: float) -> str:
     """Format a share; never as 100% or 0% after rounding."""
     text = f"{share:.0%}"
     return f"{share:.2%}" if text in ("100%", "0%") and share not in (0.0, 1.0) else text
+
+
+def check_vocab_size(
+    used_ids: Collection[int], embedding: Tensor, *, trained: bool, added: Mapping[str, int], num_tokens: int
+) -> CheckResult:
+    """Check that each token of the data has an embedding, and that none of these is zero and frozen.
+
+    Args:
+        used_ids: the token ids in the data, and the stop tokens.
+        embedding: (rows, D), the input embeddings.
+        trained: whether the embeddings are trained in this run.
+        added: text -> id of the tokens that were added to the tokenizer.
+        num_tokens: size of the tokenizer.
+    """
+    # We never add tokens (a marker that the tokenizer lacks is written with ordinary tokens): a token without
+    # an embedding was added by somebody else, without resizing the model.
+    rows = len(embedding)
+    missing = sorted(token for token in used_ids if token >= rows)
+    if missing:
+        texts = {token: text for text, token in added.items()}
+        names = [texts.get(token, str(token)) for token in missing]
+        actual = (
+            f"{rows} embeddings for {num_tokens} tokens of the tokenizer; the data use {first_few(names)}"
+        )
+        repair = (
+            "use the tokenizer of this base, or save the base again after "
+            f"model.resize_token_embeddings({num_tokens}) and train them with adapter.method=trainable_tokens"
+        )
+        return failed("vocabulary", Problem("model.base", actual, "an embedding for every token", repair))
+    zero_rows = [text for text, token in added.items() if token in used_ids and not embedding[token].any()]
+    if zero_rows and not trained:
+        repair = "adapter.method=trainable_tokens trains them"
+        detail = f"the base's embeddings of {first_few(zero_rows)} are zero; {repair}"
+        return CheckResult("vocabulary", detail, warned=True)
+    unused = "" if num_tokens <= rows else f"; {num_tokens - rows} unused tokens have none"
+    return CheckResult("vocabulary", f"all {len(used_ids)} tokens of the data have embeddings{unused}")
+
+
+def used_tokens(ids: np.ndarray, stop_ids: Collection[int]) -> set[int]:
+    """Return the set of token ids in the data, and the stop tokens."""
+    return {*np.flatnonzero(np.bincount(ids)).tolist(), *stop_ids}  # np.unique would sort all tokens
+
+
+def check_rows(
+    data: TokenizedRows, report: DataReport, encoder: Encoder, *, max_length: int, blocks: bool
+) -> list[CheckResult]:
+    """Check the tokenized training rows; ``blocks`` of documents may begin and end within a text."""
+    tokenizer = encoder.tokenizer
+    name_of = tokenizer.convert_ids_to_tokens
+    # A model's own chat template decides whether a row begins with BOS; blocks are cut out of a text.
+    bos_required = encoder.name != "tokenizer" and not blocks and _adds_bos(tokenizer)
+    eos_check = check_eos_trained(data, encoder.stop_ids, max_length=max_length, name_of=name_of)
+    return [
+        *([] if blocks else [eos_check]),
+        check_loss_mask(data),
+        check_single_bos(data, tokenizer.bos_token_id, required=bos_required, name_of=name_of),
+        report_truncation(
+            num_rows=report.rows,
+            num_too_long=report.num_too_long,
+            trained_tokens=report.trained_tokens,
+            lost_tokens=report.lost_tokens,
+            max_length=max_length,
+        ),
+    ]
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    # A tokenizer may define BOS and not add it (GPT-2): only encoding a text shows it.
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def check_vocabulary(model: PreTrainedModel, data: TokenizedRows, encoder: Encoder) -> CheckResult:
+    """Check the embeddings; a token without one would crash the model checks."""
+    embedding = model.get_input_embeddings()
+    with sharding.gathered_params(embedding.weight) as (weight,):
+        return check_vocab_size(
+            used_tokens(data.arrays["input_ids"], encoder.stop_ids),
+            weight,
+            trained=any(param.requires_grad for param in embedding.parameters()),
+            added=encoder.tokenizer.get_added_vocab(),
+            num_tokens=len(encoder.tokenizer),
+        )

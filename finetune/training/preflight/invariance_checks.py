@@ -1,16 +1,21 @@
 """Batch invariance and packing isolation, checked on the run's own model and rows."""
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from finetune.data.collate import IGNORE_INDEX, Collator, LMExample
+from finetune.data.collate import IGNORE_INDEX, Collator, LMExample, PackedCollator
 from finetune.data.dataset import TokenizedRows
 from finetune.recipe.errors import Problem
+from finetune.training.loss import completion_loss_sum, output_head
+from finetune.training.model import DTYPES
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.preflight.gradient_checks import check_gradient_flow
-from finetune.training.preflight.preserve_state import preserve_state
 
 PROBE_TOKENS = 64
 """Tokens of a row that a probe uses: a fraction of a training step's compute."""
@@ -21,6 +26,12 @@ PACKED_TOKENS = 32
 
 LossSum = Callable[[Mapping[str, Tensor]], Tensor]
 """Summed loss of a batch, with gradient."""
+
+TOLERANCE = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 1e-1, "int8": 2e-1}
+"""Relative differences that rounding explains (float32 may be TF32 on a GPU). The embedded base on a CPU has
+3e-6 in float32, 2e-3 in bfloat16, 4e-2 in int8; attention to a neighboring row makes 0.4."""
+SCALE = {"float16": 1024.0}
+"""Loss scale of the probe: without it float16 gradients of a mean loss underflow (arXiv 1710.03740)."""
 
 
 def select_probe_rows(rows: TokenizedRows) -> list[LMExample]:
@@ -193,3 +204,63 @@ def _forward_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def _tensors_on_device(model: nn.Module, batch: Mapping[str, object]) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     return {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+
+
+@contextmanager
+def preserve_state(model: nn.Module) -> Iterator[None]:
+    """Disable dropout inside the block; then restore train/eval modes and RNG states, and drop gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()
+    # Devices are named, because torch's default, all of them, warns where there are many.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        model.eval()  # dropout masks would make equal forward passes differ
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+            for module, mode in modes:
+                # Not `.train(mode)`, which would set all submodules too.
+                module.training = mode
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def check_model(
+    model: PreTrainedModel,
+    data: TokenizedRows,
+    collate: Collator,
+    *,
+    precision: str,
+    quantization: str,
+) -> list[CheckResult]:
+    """Run the numeric checks on the model, without changing it.
+
+    Args:
+        model: base with adapter, on its device.
+        data: the tokenized training rows.
+        collate: the run's collator.
+        precision: dtype of the forward pass.
+        quantization: quantization of the base.
+    """
+    head = output_head(model)
+    # Entered by hand: Accelerate, which wraps the forward pass in autocast, has not prepared the model yet.
+    autocast = torch.autocast(model.device.type, dtype=DTYPES[precision], enabled=precision != "float32")
+
+    def loss_sum(batch: Mapping[str, Tensor]) -> Tensor:
+        with autocast:
+            return completion_loss_sum(model, head, batch)
+
+    # LLM.int8 (arXiv 2208.07339) selects its outlier columns from the full batch.
+    tolerance = TOLERANCE["int8" if quantization == "int8" else precision]
+    results = check_batch_invariance(
+        model,
+        loss_sum,
+        select_probe_rows(data),
+        collate,
+        tolerance=tolerance,
+        scale=SCALE.get(precision, 1.0),
+    )
+    if isinstance(collate, PackedCollator):
+        with autocast:
+            results.append(check_packing_isolation(model, data, collate, tolerance=tolerance))
+    return results

@@ -25,7 +25,7 @@ from align.preference.settings import PreferenceSettings
 from finetune.data.tokens import Encoder
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.errors import UserError
-from finetune.training.head import output_head
+from finetune.training.loss import output_head
 
 WORDS = ("the", "numbers", "Add", "Response", "Input", "Instruction", "that", "request")
 ROWS = [

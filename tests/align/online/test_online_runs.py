@@ -52,7 +52,8 @@ def test_reward_function_is_learned(tune, stage):
         checks_by_name(result)["base"]["passed"]
         and "had a nonzero gradient" in checks_by_name(result)["first steps"]["detail"]
     )
-    assert [{"before", "after"} <= sample.keys() for sample in result.samples] == [True, True]
+    assert len(result.samples) == 2
+    assert [sample for sample in result.samples if not {"before", "after"} <= sample.keys()] == []
     assert result.record["data"]["lines"][0].startswith("24 prompts (prompt), 6 held out; ")
 
 
@@ -121,7 +122,8 @@ def test_pain_14_reference_is_the_initial_policy_not_the_base(tune, stage, tuned
 @pytest.mark.parametrize("method", ["dora", "prefix", "prompt", "ia3", "vera", "oft", "layernorm"])
 def test_policy_equals_reference_before_step_0_for_every_adapter(tune, method):
     result = tune("grpo", adapter__method=method, train__max_steps=2, evaluate__samples=0, data__held_out=0)
-    assert checks_by_name(result)["start"]["passed"] and checks_by_name(result)["base"]["passed"]
+    passed = {name: check["passed"] for name, check in checks_by_name(result).items()}
+    assert passed == dict.fromkeys(passed, True) and {"start", "base"} <= passed.keys()
 
 
 def test_full_fine_tuning_without_reference(tune):

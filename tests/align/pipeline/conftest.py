@@ -3,12 +3,15 @@
 import contextlib
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from small_pipelines import Call, write_recipes
 
 from align import cli, load_pipeline, run_pipeline
+
+Figures = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -20,11 +23,13 @@ def here(tmp_path: Path, base_folder: Path, rows_file: Path, monkeypatch: pytest
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_file: Path) -> Path:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, base_folder: Path, rows_file: Path, figures: Figures
+) -> Path:
     """Return a folder in which ``three`` has run to its end, for tests to copy."""
     folder = tmp_path_factory.mktemp("finished")
     write_recipes(folder, base_folder, rows_file)
-    with contextlib.chdir(folder):  # in this process: killed pipelines have another hash seed
+    with contextlib.chdir(folder), figures():  # in this process: killed pipelines have another hash seed
         run_pipeline(load_pipeline("three"), command="llm-align run three")
     return folder
 

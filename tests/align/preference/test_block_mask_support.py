@@ -25,7 +25,7 @@ from transformers import (
 from align.preference.attention import block_mask_unsupported
 from align.preference.groups import GroupCollator
 from align.preference.logps import completion_logps
-from finetune.training.head import output_head
+from finetune.training.loss import output_head
 
 UNSUPPORTED = [
     (

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from align.preference.groups import GroupCollator
 from align.preference.logps import completion_logps
 from finetune.recipe.errors import UserError
-from finetune.training.head import output_head
+from finetune.training.loss import output_head
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAYOUTS = {

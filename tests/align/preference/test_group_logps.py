@@ -28,8 +28,7 @@ from align.preference.attention import block_attention
 from align.preference.groups import Group, GroupCollator
 from align.preference.logps import completion_logps, gather_logps, shared_layout_error, token_logps
 from finetune.data.collate import IGNORE_INDEX, LMExample, PackedCollator
-from finetune.training.batch_loss import completion_loss_sum
-from finetune.training.head import output_head
+from finetune.training.loss import completion_loss_sum, output_head
 
 ATTENTION = ("sdpa", "eager")
 

@@ -54,8 +54,11 @@ def test_the_head_names_its_scores_and_stays_in_float32() -> None:
 
 def test_the_active_head_is_the_trained_one() -> None:
     model = adapted("lora", "llama")
-    assert find_score_head(model).weight.requires_grad
-    assert not model.base_model.model.score.original_module.weight.requires_grad
+    trainable = [
+        name for name, weight in model.named_parameters() if weight.requires_grad and "score" in name
+    ]
+    assert trainable == ["base_model.model.score.modules_to_save.default.weight"]
+    assert find_score_head(model).weight is dict(model.named_parameters())[trainable[0]]
 
 
 def test_eos_as_pad_token_does_not_shift_the_score_position() -> None:

@@ -12,7 +12,7 @@ from align import load_recipe, load_reward, load_tuned, run
 from align.reward.scorer import TOTAL, RewardModel
 from data_templates.segments import Message
 from finetune.recipe.errors import UserError
-from finetune.training.result import Result
+from finetune.training.run_directory import Result
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.plots]
 RULES = "def brief(prompt, completion):\n    return -len(completion) / 10\n"
@@ -227,7 +227,7 @@ def test_the_rules_of_a_run_are_its_own_copies(single: Result, folder: Path) -> 
 
 
 def test_a_changed_rule_is_another_run(folder: Path, base_folder: Path) -> None:
-    from finetune.training.run_fingerprint import run_fingerprint
+    from finetune.training.run_directory import run_fingerprint
 
     rules = [{"name": "brief", "function": f"{folder}/rules.py:brief"}]
     more = {"data.source": str(folder / "first.jsonl"), "data.held_out": 3, "reward.rules": rules}

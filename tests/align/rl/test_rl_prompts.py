@@ -20,7 +20,7 @@ from data_templates.segments import Message
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import TrainSettings
-from finetune.training.text_encoding import TextEncoding
+from finetune.training.model import TextEncoding
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "../shared/data"

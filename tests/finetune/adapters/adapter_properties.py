@@ -21,8 +21,7 @@ from finetune.data.collate import LMExample, PackedCollator, PaddedCollator
 from finetune.distributed.hardware import detect_hardware
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
 from finetune.recipe.settings import ModelSettings
-from finetune.training.batch_loss import completion_loss_sum
-from finetune.training.head import output_head
+from finetune.training.loss import completion_loss_sum, output_head
 from finetune.training.model import load_base
 
 WIDTH, WORDS = 64, 96

@@ -25,9 +25,7 @@ from finetune.recipe.checks import adapter_rules
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import StageSettings
 from finetune.training.adapter_hooks import scale_learning_rates
-from finetune.training.batch_loss import completion_loss_sum
-from finetune.training.head import output_head
-from finetune.training.loss import symmetric_kl_sum
+from finetune.training.loss import completion_loss_sum, output_head, symmetric_kl_sum
 
 WIDTH, NARROW = 64, 5
 

@@ -108,9 +108,8 @@ def test_replayed_text_is_mixed_in_unchanged(write: Write, tmp_path: Path) -> No
         encoder = Encoder(tokenizer("llama2"), template, system="Be brief.")
         encoded = encoder.encode(documents[0].messages)
         assert encoder.tokenizer.decode(encoded.input_ids[1:-1]) == documents[0].messages[1].content
-        assert encoded.input_ids[0] == encoder.tokenizer.bos_token_id and encoded.loss_mask[1:] == [True] * (
-            len(encoded.input_ids) - 1
-        )
+        assert encoded.input_ids[0] == encoder.tokenizer.bos_token_id
+        assert len(encoded.loss_mask) == len(encoded.input_ids) and False not in encoded.loss_mask[1:]
         assert encoded.input_ids[-1] == encoder.tokenizer.eos_token_id
 
 

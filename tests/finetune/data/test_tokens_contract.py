@@ -81,7 +81,7 @@ def test_pain_01_every_reply_ends_with_a_trained_stop_token(template, name):
     encoder = encoder_of(template, name)
     turns = turns_for(encoder, TWO_EXCHANGES)
     runs = trained_runs(encoder.encode(turns))
-    assert [run[-1] in encoder.stop_ids for run in runs] == [True] * len(runs)
+    assert [run for run in runs if run[-1] not in encoder.stop_ids] == []
     assert not any(token in encoder.stop_ids for run in runs for token in run[:-1])
     assert [encoder.decode_reply(run) for run in runs] == [m.content for m in turns if m.role == "assistant"]
 

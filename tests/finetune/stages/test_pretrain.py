@@ -16,7 +16,7 @@ from finetune.recipe.recipe import read_recipe
 from finetune.training import fit
 from finetune.training.context import RunContext
 from finetune.training.loaded_model import load_finished_run
-from finetune.training.result import Result
+from finetune.training.run_directory import Result
 from finetune.training.stage import run_stage
 
 RECIPE = """\

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from finetune.distributed.interrupts import Interrupted
 from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names
+from finetune.recipe.errors import UserError
 from finetune.training.loaded_model import load_finished_run
 from finetune.training.recorder import Recorder
 from finetune.training.stage import run_stage
@@ -64,6 +65,6 @@ def test_resumed_adapter_is_bit_identical(
 
 
 def test_bitfit_refuses_a_base_without_biases(tune: Tune) -> None:
-    with pytest.raises(Exception, match="has no bias terms") as error:
+    with pytest.raises(UserError, match="has no bias terms") as error:
         tune(adapter__method=NO_BIASES)
     assert "adapter.method=ia3" in str(error.value)

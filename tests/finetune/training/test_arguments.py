@@ -77,7 +77,7 @@ def test_forward_passes_of_a_step(tmp_path: Path, batch: int, micro: int, passes
 
 def test_bfloat16_on_a_cpu(tmp_path: Path) -> None:
     actual = arguments(tmp_path, precision="bfloat16")
-    assert actual.bf16 and not actual.fp16 and actual.use_cpu
+    assert (actual.bf16, actual.fp16, actual.use_cpu) == (True, False, True)
 
 
 @pytest.mark.parametrize("optimizer", TRAINER_OPTIMIZERS)

@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM: the first signal stops after the step, the second at once."""
 
+import io
 import os
 import signal
 import threading
@@ -69,5 +70,12 @@ def test_an_interrupted_run_resumes_bit_identically(
     assert resumed.samples == uninterrupted.samples
 
 
-def test_the_recorder_is_silent_on_a_quiet_console(make_recipe: MakeRecipe, tmp_path) -> None:
-    assert Recorder(None, Console(quiet=True), SignalFlag(), logged_keys=()).progress.disable
+def test_progress_is_shown_on_terminals_and_not_on_quiet_ones() -> None:
+    shown = {}
+    for name, words in {"terminal": {}, "quiet": {"quiet": True}, "file": {"force_terminal": False}}.items():
+        console = Console(**{"file": io.StringIO(), "force_terminal": True} | words)
+        recorder = Recorder(None, console, SignalFlag(), logged_keys=())
+        with recorder.progress:
+            recorder.progress.add_task("", total=3, loss="", rate="")
+        shown[name] = "0/3" in console.file.getvalue()
+    assert shown == {"terminal": True, "quiet": False, "file": False}

@@ -16,9 +16,14 @@ from small_models import MODELS, VOCABULARY, assert_close, gradients, make, refe
 from torch import nn
 
 from finetune.data.collate import Collator, PackedCollator, PaddedCollator
-from finetune.training.batch_loss import completion_loss_sum, held_out_loss
-from finetune.training.head import logits_at, output_head
-from finetune.training.loss import cross_entropy_sum, loss_positions
+from finetune.training.loss import (
+    completion_loss_sum,
+    cross_entropy_sum,
+    held_out_loss,
+    logits_at,
+    loss_positions,
+    output_head,
+)
 
 COLLATORS: dict[str, Collator] = {
     "padded": PaddedCollator(0),

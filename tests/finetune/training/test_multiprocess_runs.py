@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 
 from finetune.recipe.errors import UserError
 from finetune.training.launch import launch_stage
-from finetune.training.result import Result
+from finetune.training.run_directory import Result
 
 QUIET = Console(quiet=True)
 UNEVEN: dict[str, Any] = {"train__batch_size": 5, "train__micro_batch_size": 2, "train__max_steps": 10}

@@ -13,7 +13,7 @@ from finetune.data.collate import PackedCollator, PaddedCollator
 from finetune.recipe.errors import UserError
 from finetune.recipe.settings import TrainSettings
 from finetune.training.arguments import ExecutionConfig, training_arguments
-from finetune.training.batch_loss import held_out_loss
+from finetune.training.loss import held_out_loss
 from finetune.training.trainer import NativeTrainer, TrainerData, noisy_embeddings, row_lengths
 
 LENGTHS = [9, 3, 14]

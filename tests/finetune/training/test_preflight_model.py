@@ -11,11 +11,10 @@ from small_models import MODELS, make, token_rows
 from torch import nn
 
 from finetune.data.collate import IGNORE_INDEX, PackedCollator, PaddedCollator
-from finetune.training.batch_loss import completion_loss_sum
-from finetune.training.head import output_head
-from finetune.training.preflight import base_weights_check, gradient_checks, invariance_checks
+from finetune.training.loss import completion_loss_sum, output_head
+from finetune.training.preflight import gradient_checks, invariance_checks, weight_checks
 from finetune.training.preflight.checks import CheckResult
-from finetune.training.preflight.preserve_state import preserve_state
+from finetune.training.preflight.invariance_checks import preserve_state
 
 ROWS = token_rows([9, 3, 14, 2, 6, 40])
 PACKED = {"lines": PackedCollator(0), "one line": PackedCollator(0, single_row=True)}
@@ -83,7 +82,7 @@ def test_pain_12_a_model_that_mixes_the_rows_of_a_batch_is_found() -> None:
         lambda module, args, output: output - output.mean(0, keepdim=True)
     )
     _, accumulation = run_batch_invariance(model)
-    assert accumulation.problem is not None
+    assert accumulation.problem is not None and accumulation.problem.where == "train.micro_batch_size"
 
 
 def test_pain_24_lora_starts_with_half_of_its_gradients_at_zero() -> None:
@@ -295,15 +294,15 @@ def test_probe_rows_are_short_and_differ_in_labels() -> None:
 
 def test_base_check_is_bitwise() -> None:
     model = lora(make("llama"))
-    before = base_weights_check.frozen_checksums(model)
+    before = weight_checks.frozen_checksums(model)
     assert len(before) > 10 and not any("lora" in name for name in before)
     assert (
         "unchanged"
-        in base_weights_check.check_base_unchanged(before, base_weights_check.frozen_checksums(model)).detail
+        in weight_checks.check_base_unchanged(before, weight_checks.frozen_checksums(model)).detail
     )
     weight = layer(model).input_layernorm.weight
     with torch.no_grad():
         weight[0] = torch.nextafter(weight[0], torch.tensor(2.0))
-    result = base_weights_check.check_base_unchanged(before, base_weights_check.frozen_checksums(model))
+    result = weight_checks.check_base_unchanged(before, weight_checks.frozen_checksums(model))
     assert result.problem is not None and "layers.1.input_layernorm.weight" in result.detail
-    assert base_weights_check.check_base_unchanged({}, {}).problem is None
+    assert weight_checks.check_base_unchanged({}, {}).problem is None

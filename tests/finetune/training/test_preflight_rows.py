@@ -13,9 +13,9 @@ from finetune.data.dataset import TokenizedRows
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import UserError
-from finetune.training.preflight import data_checks, vocab_check
-from finetune.training.preflight.checklist import check_rows
+from finetune.training.preflight import data_checks
 from finetune.training.preflight.checks import CheckResult, failed, first_few, raise_if_failed
+from finetune.training.preflight.data_checks import check_rows
 
 BOS, EOS = 1, 2
 
@@ -135,7 +135,7 @@ ADDED = {"<s>": BOS, "</s>": EOS, "<new>": 12}
 
 
 def check_vocab(used: set[int], embedding: torch.Tensor, *, trained: bool = False) -> CheckResult:
-    return vocab_check.check_vocab_size(used, embedding, trained=trained, added=ADDED, num_tokens=13)
+    return data_checks.check_vocab_size(used, embedding, trained=trained, added=ADDED, num_tokens=13)
 
 
 def test_pain_11_a_token_without_an_embedding_is_named() -> None:
@@ -161,7 +161,7 @@ def test_pain_11_an_untrained_token_warns() -> None:
 
 def test_the_tokens_that_are_used() -> None:
     data = token_rows([4, 3])
-    assert vocab_check.used_tokens(data.arrays["input_ids"], [96]) == {*data.arrays["input_ids"].tolist(), 96}
+    assert data_checks.used_tokens(data.arrays["input_ids"], [96]) == {*data.arrays["input_ids"].tolist(), 96}
 
 
 def test_all_failures_are_raised_together() -> None:

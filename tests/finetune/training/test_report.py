@@ -8,8 +8,7 @@ from fixture_types import Tune
 
 from finetune.training.metric_specs import SUPERVISED_METRICS
 from finetune.training.report import write_report
-from finetune.training.result import Result
-from finetune.training.run_directory import RunDirectory
+from finetune.training.run_directory import Result, RunDirectory
 
 pytestmark = pytest.mark.plots
 

@@ -14,7 +14,7 @@ from finetune.recipe.checks import recipe_properties
 from finetune.recipe.compatibility import problems_of
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
-from finetune.training.run_fingerprint import run_fingerprint
+from finetune.training.run_directory import run_fingerprint
 
 Paths = dict[str, str]
 Given = Callable[[Paths], tuple[list[Any], dict[str, Any]]]

@@ -1,9 +1,13 @@
-"""ZeRO and FSDP2 check: per-rank elements of weights and optimizer states, and distinct rows per rank.
+"""Checks of the weights: what is frozen does not change, replicas stay equal, shards are shards.
 
-Libraries have been seen to drop ZeRO silently: every rank then holds the full state and trains on the same
-rows. The check runs after the first step, when the optimizer states exist.
+* base: checksums of sampled frozen weights, before and after training.
+* replicas: all ranks end with equal trained weights (DDP, ZeRO-1, ZeRO-2).
+* sharding (ZeRO, FSDP2): per-rank elements of weights and optimizer states, and distinct rows per rank.
+  Libraries have been seen to drop ZeRO silently: every rank then holds the full state and trains on the same
+  rows. The check runs after the first step, when the optimizer states exist.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +20,75 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.distributed.collectives import all_gather_object
-from finetune.distributed.sharding import full_numel, local_numel, reshard
+from finetune.distributed.sharding import full_numel, gathered_params, local_numel, reshard
 from finetune.distributed.strategies import SHARDED_WEIGHTS, ZERO_STAGES
 from finetune.recipe.errors import Problem
-from finetune.training.preflight.checks import CheckResult, failed
+from finetune.training.preflight.checks import CheckResult, failed, first_few
+
+SAMPLED_TENSORS, SAMPLED_ELEMENTS = 32, 4096
+"""Number of frozen tensors that are sampled, and elements of each: some milliseconds for any model."""
+
+
+def frozen_checksums(model: nn.Module) -> dict[str, str]:
+    """Return the checksums of up to 32 frozen tensors, evenly spaced over the model."""
+    reshard(model)
+    frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
+    stride = max(1, -(-len(frozen) // SAMPLED_TENSORS))
+    checksums = {}
+    for name, weight in frozen[::stride]:
+        with gathered_params(weight) as (values,):
+            checksums[name] = _tensor_checksum(values)
+    return checksums
+
+
+def _tensor_checksum(weight: Tensor) -> str:
+    values = weight.reshape(-1)
+    # A strided sample: hashing every weight would read the full model from the device, twice.
+    sample = values[:: max(1, len(values) // SAMPLED_ELEMENTS)].contiguous().cpu()
+    # Hashed as bytes: NumPy has no bfloat16.
+    return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def check_base_unchanged(before: dict[str, str], after: dict[str, str]) -> CheckResult:
+    """Check that training did not change the frozen weights."""
+    if not before:
+        return CheckResult("base", "full fine-tuning, no weight is frozen")
+    changed = [name for name, checksum in before.items() if after.get(name) != checksum]
+    if changed:
+        actual = (
+            f"{len(changed)} of {len(before)} frozen tensors changed during training: {first_few(changed)}"
+        )
+        expected = "a base unchanged bit for bit: the adapter has to fit other copies of it"
+        repair = "train.engine_args={} and train.engine=native; if it persists, this is a bug in llm-align"
+        return failed("base", Problem("model.base", actual, expected, repair))
+    return CheckResult("base", f"unchanged bit for bit in {len(before)} sampled tensors")
+
+
+def trained_digest(model: nn.Module) -> str:
+    """Return a checksum of all trained weights, which each rank holds in full."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            values = weight.detach().contiguous().cpu().reshape(-1)
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            # As bytes, since NumPy has no bfloat16; with name and shape, so that equal bytes of two tensors
+            # differ.
+            digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_replicas_equal(digests: Sequence[str]) -> CheckResult:
+    """Check that the trained weights are equal bit for bit on all ranks."""
+    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if differing:
+        actual = f"the trained weights of rank {differing[0]} differ from rank 0's"
+        expected = f"equal weights on all {len(digests)} ranks"
+        problem = Problem(
+            "train.num_processes", actual, expected, "train.num_processes=1; this is a bug in llm-align"
+        )
+        return failed("processes", problem)
+    return CheckResult("processes", f"the trained weights of all {len(digests)} are equal bit for bit")
+
 
 SHARDING = "sharding"
 

@@ -1,20 +1,27 @@
-"""Sharded models (ZeRO, FSDP2) on two processes: sharding check, saving, resuming."""
+"""The checks of weights, and sharded models (ZeRO, FSDP2) on two processes: saving, resuming."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import warm
 from fixture_types import MakeRecipe
 from rich.console import Console
 from safetensors.torch import load_file
 from test_multiprocess_runs import assert_close_runs, run_on_processes
+from torch import nn
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from finetune.recipe.errors import UserError
 from finetune.training.launch import launch_stage
-from finetune.training.preflight.sharding_check import RankShare, check_sharding
+from finetune.training.preflight.weight_checks import (
+    RankShare,
+    check_replicas_equal,
+    check_sharding,
+    trained_digest,
+)
 
 QUIET = Console(quiet=True)
 
@@ -100,3 +107,21 @@ def _interrupt_after(run: Path, step: int) -> None:
     for checkpoint in (run / "checkpoints").glob("checkpoint-*"):
         if checkpoint.name != f"checkpoint-{step}":
             (checkpoint / "checksums.json").unlink(missing_ok=True)
+
+
+def test_a_differing_rank_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    before = trained_digest(model)
+    assert check_replicas_equal([before, before]).problem is None
+    with torch.no_grad():
+        model.weight[1, 2] += 1e-6
+    problem = check_replicas_equal([before, before, trained_digest(model)]).problem
+    assert problem is not None and problem.actual.startswith("the trained weights of rank 2 differ")
+
+
+def test_frozen_weights_are_ignored() -> None:
+    model = nn.Linear(3, 2).requires_grad_(False)
+    before = trained_digest(model)
+    model.weight.data += 1
+    assert trained_digest(model) == before
