@@ -28,6 +28,7 @@ from finetune.data.cache import DamagedCacheError, cache_path, read_cached, writ
 from finetune.distributed import collectives
 from finetune.distributed.collectives import all_gather_object, shard_padded
 from finetune.distributed.rank import dist_info
+from finetune.library_internals import attention_implementation
 from finetune.recipe.settings import StageSettings, TrainSettings
 from finetune.training.context import RunContext
 from finetune.training.loss import output_head
@@ -100,7 +101,7 @@ class ReferenceLogps:
             "precision": self.policy.precision,
             "quantization": self.policy.quantization,
             "layout": asdict(self.collator),
-            "attention": unwrap_model(self.policy.model).config._attn_implementation,
+            "attention": attention_implementation(unwrap_model(self.policy.model).config),
             "device": self.ctx.hardware.device,
             "versions": [torch.__version__, transformers.__version__],
         }

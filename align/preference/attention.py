@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel
 
 from align.preference.groups import ForwardCost, block_mask
+from finetune.library_internals import attention_implementation, has_recurrent_state
 
 MASKABLE_IMPLEMENTATIONS = ("eager", "sdpa")
 MASKABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -84,7 +85,7 @@ def block_mask_unsupported(config: PretrainedConfig, *, max_positions: int) -> s
     text_config = config.get_text_config()
     fields = text_config.to_dict()
     return (
-        _implementation_reason(text_config._attn_implementation)
+        _implementation_reason(attention_implementation(text_config))
         or _architecture_reason(config)
         or _layer_reason(fields)
         or _window_reason(fields, max_positions)
@@ -135,7 +136,7 @@ def _shift_position_ids(
 
 def _to_attention_mask(mask: Tensor, decoder: PreTrainedModel) -> Tensor:
     """Convert a bool mask to what the attention implementation takes: bool for SDPA, additive for eager."""
-    if decoder.config._attn_implementation == "sdpa":
+    if attention_implementation(decoder.config) == "sdpa":
         return mask
     # The lowest finite value, as in transformers' own masks: eager attention adds the mask to its scores.
     lowest = torch.finfo(decoder.dtype).min
@@ -153,8 +154,7 @@ def _architecture_reason(config: PretrainedConfig) -> str:
         return f"unknown architecture '{config.model_type}': it may not take a block mask"
     architecture = MODEL_MAPPING[type(config)]
     accepted = inspect.signature(architecture.forward).parameters
-    # A private flag, but it is how transformers marks models with recurrent states.
-    if architecture._is_stateful:
+    if has_recurrent_state(architecture):
         return f"'{config.model_type}' has a recurrent state, which ignores the mask"
     if not {"attention_mask", "position_ids"} <= set(accepted):
         return f"'{config.model_type}' takes no position_ids, but they must restart for each completion"

@@ -22,7 +22,7 @@ from finetune.recipe.recipe import Recipe, SettingsT
 from finetune.recipe.runs import FORMAT
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.preflight.checks import CheckResult, raise_if_failed
-from finetune.training.report import write_report
+from finetune.training.report import run_summary, write_report
 from finetune.training.run_directory import RunDirectory, parent_run_record
 
 Value = TypeVar("Value")
@@ -199,23 +199,8 @@ class RunContext(Generic[SettingsT]):
             "seconds": seconds,
             "peak_memory_bytes": max(peaks),
         }
-        self.run.record["summary"] = _summary(self.run.record, metric_spec.summary)
+        self.run.record["summary"] = run_summary(self.run.record, metric_spec.summary)
         if self.dist.is_main:
             write_report(self.run, metric_spec.logged_keys, metric_spec.diagnostics(self.run.record))
         self.run.update(status="finished")
         collectives.barrier()  # no rank exits before the folder is complete
-
-
-def _summary(record: dict[str, Any], summary_metrics: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    """Return the summary of a run: label -> formatted value."""
-    metrics, parameters = record.get("metrics", {}), record["parameters"]
-    share = parameters["trained"] / parameters["total"]
-    summary = {"trained parameters": f"{parameters['trained']:,} ({share:.2%})"}
-    for key, (label, style) in summary_metrics.items():
-        if f"{key}_before" in metrics and f"{key}_after" in metrics:
-            summary[label] = f"{metrics[f'{key}_before']:{style}} → {metrics[f'{key}_after']:{style}}"
-    rate = f", {metrics['tokens_per_second']:,} tokens/s" if "tokens_per_second" in metrics else ""
-    if "train" in record["seconds"]:  # absent if a run resumes after its last step
-        summary["training"] = f"{record['seconds']['train']:.0f} s{rate}"
-    summary["peak memory"] = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
-    return summary

@@ -1,4 +1,4 @@
-"""``report.html``: a self-contained page with curves, samples, checks, data and recipe."""
+"""Summary of a run, and ``report.html``: a page with curves, samples, checks, data and recipe."""
 
 import io
 from collections.abc import Mapping
@@ -11,6 +11,26 @@ from matplotlib.figure import Figure
 
 from finetune.training.metric_specs import Diagnostics
 from finetune.training.run_directory import RunDirectory
+
+
+def run_summary(record: Mapping[str, Any], summary_metrics: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """Return the summary of a run: label -> formatted value.
+
+    Args:
+        record: run.json.
+        summary_metrics: metric recorded before and after training -> (label, format).
+    """
+    metrics, parameters = record.get("metrics", {}), record["parameters"]
+    share = parameters["trained"] / parameters["total"]
+    summary = {"trained parameters": f"{parameters['trained']:,} ({share:.2%})"}
+    for key, (label, style) in summary_metrics.items():
+        if f"{key}_before" in metrics and f"{key}_after" in metrics:
+            summary[label] = f"{metrics[f'{key}_before']:{style}} → {metrics[f'{key}_after']:{style}}"
+    rate = f", {metrics['tokens_per_second']:,} tokens/s" if "tokens_per_second" in metrics else ""
+    if "train" in record["seconds"]:  # absent if a run resumes after its last step
+        summary["training"] = f"{record['seconds']['train']:.0f} s{rate}"
+    summary["peak memory"] = f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"
+    return summary
 
 
 def write_report(
