@@ -1,6 +1,7 @@
 """Actor-critic of PPO: policy and value model as one module, on one frozen base with the reward models."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +71,9 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy, self.value = policy, value
         self.head_index, self.temperature = head_index, temperature
+        # With ZeRO the Trainer reads the hidden size. A copy, because it sets `use_cache` too, and the policy
+        # generates with a cache.
+        self.config = deepcopy(unwrap_model(policy).config)
         self.had_dropout = disable_dropout(self)
 
     def forward(

@@ -162,6 +162,14 @@ def test_state_dict_holds_trained_weights_only() -> None:
     assert torch.equal(source.policy(input_ids=IDS).logits, target.policy(input_ids=IDS).logits)
 
 
+def test_trainer_finds_a_config_that_is_not_the_policy_s() -> None:
+    """transformers refuses ZeRO without a hidden size, and turns the cache off in the config it finds."""
+    actor_critic, _ = build_models("lora", "llama")
+    policy_config = actor_critic.policy.get_base_model().config
+    assert actor_critic.config.hidden_size == policy_config.hidden_size
+    assert actor_critic.config is not policy_config
+
+
 def test_dropout_is_off() -> None:
     actor_critic, _ = build_models("lora", "gpt-neox")
     assert not actor_critic.had_dropout
