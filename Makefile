@@ -22,7 +22,7 @@ OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPT
           $(if $(FROM),--from $(FROM)) $(if $(REWARD),--reward $(REWARD)) $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv $(STAGES) run rlhf list show data plan chat merge test test-all check tiny-base tiny-data compare clean
+.PHONY: help venv $(STAGES) run rlhf list show data plan chat merge test test-all test-gpu check tiny-base tiny-data compare clean
 
 help:  ## show this
 	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [FROM=run] [REWARD=run] [OUT=dir] [ARGS=\"section.key=value ...\"]"
@@ -69,6 +69,9 @@ test: $(READY)  ## the tests, about 6 minutes
 
 test-all: $(READY)  ## the slow tests too
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(ARGS)
+
+test-gpu: $(READY)  ## the tests that need a GPU, which skip without one
+	$(BIN)/python -m pytest -n 0 -m gpu -rs tests/gpu $(ARGS)
 
 check: $(READY)  ## style, types and tests, as in CI
 	$(BIN)/ruff check .
