@@ -32,6 +32,11 @@ COMPARING |= {"exists", "is_file", "is_dir", "isfinite", "any", "all", "isnan", 
 """Functions whose truth is a fact: a comparison, a kind, or what is there."""
 
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+SHORT_FILE = 80
+"""A shorter file with one importer is a part of that importer."""
+REGISTRIES = ("data_templates", "finetune.adapters", "finetune.graders", "finetune.stages", "align.stages")
+REGISTRIES += ("align.preference.losses",)
+"""Folders with one file for each thing that a recipe names; their own parts begin with an underscore."""
 
 
 def module_name(file: Path) -> str:
@@ -192,6 +197,43 @@ def test_files_are_short() -> None:
     lengths = {str(file.relative_to(ROOT)): len(text(file).splitlines()) for file in SMALL}
     assert len(lengths) > 300
     assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def fragments(lengths: dict[str, int], importers: dict[str, set[str]]) -> list[str]:
+    """Return the modules that are parts of their only importer."""
+    return [
+        f"{name} ({length} lines): fold it into {', '.join(importers[name]) or 'what it is for'}"
+        for name, length in lengths.items()
+        if length < SHORT_FILE
+        and len(importers[name]) <= 1
+        and (name.rpartition(".")[0] not in REGISTRIES or name.rpartition(".")[2].startswith("_"))
+    ]
+
+
+def test_fragments_are_found() -> None:
+    lengths = {"finetune.a": 79, "finetune.b": 80, "finetune.adapters.c": 20, "finetune.adapters._d": 20}
+    importers = {name: {"finetune.e"} for name in lengths}
+    assert fragments(lengths, importers) == [
+        "finetune.a (79 lines): fold it into finetune.e",
+        "finetune.adapters._d (20 lines): fold it into finetune.e",
+    ]
+    assert fragments({"finetune.a": 79}, {"finetune.a": {"finetune.e", "finetune.f"}}) == []
+
+
+def test_short_files_have_several_importers() -> None:
+    importers: dict[str, set[str]] = {name: set() for name in MODULES}
+    for name, file in MODULES.items():
+        for node in ast.walk(tree(file)):  # what only a type checker reads counts too
+            found: set[str] = set()
+            if isinstance(node, ast.Import):
+                found = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found = {f"{node.module}.{alias.name}" for alias in node.names}
+            for other in (found | {one.rpartition(".")[0] for one in found}) & MODULES.keys() - {name}:
+                importers[other].add(name)
+    exempt = {name for name, file in MODULES.items() if file.name in ("__init__.py", "__main__.py")}
+    lengths = {name: len(text(file).splitlines()) for name, file in MODULES.items() if name not in exempt}
+    assert fragments(lengths, importers) == []
 
 
 def test_functions_are_short() -> None:

@@ -11,7 +11,7 @@ ROW = re.compile(r"^\| (\d{2}) \| .+ \| `(test_\w+)` \|$", re.MULTILINE)
 CLAIMED = dict(ROW.findall((ROOT / "README.md").read_text(encoding="utf-8")))
 KERNELS = {"flash_attn", "xformers", "deepspeed", "triton", "vllm", "unsloth", "apex", "liger_kernel"}
 """What has to be compiled, or fits one version of a driver."""
-BROUGHT = {"numpy", "pyarrow", "tokenizers", "huggingface_hub", "pydantic_core"}
+BROUGHT = {"numpy", "pyarrow", "tokenizers", "huggingface_hub", "pydantic_core", "typing_extensions"}
 """What torch, transformers, datasets and pydantic cannot do without themselves."""
 ASKED_FOR = {"deepspeed": "zero"}
 """What only one setting uses, and the extra that brings it; nothing imports it before it is asked for."""
