@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from align.dpo.diagnostics import DPO_METRICS
+from align.dpo.diagnostics import DPO_METRICS, DiagnosticInputs, diagnose_dpo
 from align.dpo.settings import RULES as RULES
 from align.dpo.settings import DPOSettings
 from align.preference.losses.catalog import Loss, Setting, find_loss
@@ -180,7 +180,6 @@ class DPO:
     def diagnose(self) -> list[Finding]:
         """Return the findings on falling log-probabilities, KL, overfitting, length and repetition."""
         from align.dpo.collate import data_length_ratio
-        from align.dpo.diagnostics import DiagnosticInputs, diagnose_dpo
 
         run = self.ctx.run
         inputs = DiagnosticInputs(
