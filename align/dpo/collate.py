@@ -104,7 +104,7 @@ class PreferenceCollator:
         # costs the square of a row's length: longer rows would cost more and save nothing.
         collate = GroupCollator(self.pad_id, one_per_row=self.one_per_row, cost=self.cost)
         batch: PreferenceBatch = dict(collate([example.group.to_group() for example in examples]))  # type: ignore[arg-type]
-        batch["rows"] = torch.tensor([example.group.row for example in examples])
+        batch["row_ids"] = torch.tensor([example.group.row for example in examples])
         batch["scores"] = pad_sequence(
             [torch.from_numpy(preference_scores(example.group)) for example in examples], batch_first=True
         )

@@ -94,7 +94,7 @@ class GroupTrainer(BaseTrainer):
         """Return an optimizer step's micro-batches and their number of groups, summed over all processes."""
         # Trainer counts trained tokens, but preference losses are averaged over groups.
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_groups = torch.tensor(sum(len(batch["rows"]) for batch in batches), device=device)
+        num_groups = torch.tensor(sum(len(batch["row_ids"]) for batch in batches), device=device)
         return batches, self.accelerator.reduce(num_groups, "sum")
 
     def step_loss(self, losses: Tensor, num_groups: Tensor | int) -> Tensor:
@@ -168,7 +168,7 @@ class PreferenceTrainer(GroupTrainer):
             model, self.head, inputs, objective=self.objective, reference_policy=self.reference_policy
         )
         # A padding micro-batch has no row ids: it only keeps the ranks in step and counts for nothing.
-        num_real = len(inputs["rows"])
+        num_real = len(inputs["row_ids"])
         self.averager.add({name: values[:num_real] for name, values in outputs.metrics.items()})
         return self.step_loss(outputs.losses[:num_real], num_items_in_batch)
 

@@ -39,7 +39,7 @@ class RolloutBatch(GroupBatch):
         old_logps, old_values, advantages, returns: (C, T), 0 after the end of a completion.
     """
 
-    rows: Tensor
+    row_ids: Tensor
     mask: Tensor
     old_logps: Tensor
     old_values: Tensor
@@ -114,7 +114,7 @@ class Rollout:
         return {
             **group_batch,
             # BaseTrainer names these rows if the loss is NaN.
-            "rows": torch.tensor([self.prompt_indices[i] for i in indices]),
+            "row_ids": torch.tensor([self.prompt_indices[i] for i in indices]),
             "mask": token_mask(group_batch["lengths"], max_length),
             "old_logps": tensors.logps[indices_C, :max_length],
             "old_values": tensors.values[indices_C, :max_length],

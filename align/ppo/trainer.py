@@ -192,7 +192,7 @@ class PPOTrainer(BaseTrainer):
         for _ in range(count - len(micro_batches)):
             # Every rank must run the same number of forward passes, or collectives hang: mask one out.
             batch = rollout.batch(minibatch[-1][-1:], pad_id=pad_id)
-            empty = {"rows": batch["rows"][:0], "mask": torch.zeros_like(batch["mask"])}
+            empty = {"row_ids": batch["row_ids"][:0], "mask": torch.zeros_like(batch["mask"])}
             micro_batches.append({**batch, **empty})
         return micro_batches
 

@@ -28,7 +28,7 @@ class RewardBatch(GroupBatch):
         sources: (G,) index of each group's data source.
     """
 
-    rows: Tensor
+    row_ids: Tensor
     ranks: Tensor
     scores: Tensor
     margins: Tensor
@@ -49,7 +49,7 @@ class RewardCollator:
         scores = [torch.from_numpy(group.scores).float() for group in groups]
         return {
             **collate([group.to_group() for group in groups]),
-            "rows": torch.tensor([group.row for group in groups]),
+            "row_ids": torch.tensor([group.row for group in groups]),
             # -1 and not 0, which is the best rank.
             "ranks": pad_sequence(ranks, batch_first=True, padding_value=ABSENT),
             # NaN and not 0, which is a valid score.

@@ -23,13 +23,13 @@ class LMExample(TypedDict):
 
 
 class LMBatch(TypedDict, total=False):
-    """One micro-batch: tensors of shape (B, T), except ``rows``, the indices of the rows in it."""
+    """One micro-batch: tensors of shape (B, T), except ``row_ids``, the indices of the rows in it."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
-    rows: torch.Tensor
+    row_ids: torch.Tensor
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -112,7 +112,7 @@ def _collate_rows(rows: Sequence[Sequence[LMExample]], pad_id: int) -> LMBatch:
         input_ids_BT[index, : len(ids)] = ids
         labels_BT[index, : len(ids)] = torch.cat([_shiftable_labels(example) for example in row])
     row_ids = torch.tensor([example["row"] for row in rows for example in row])
-    return LMBatch(input_ids=input_ids_BT, labels=labels_BT, rows=row_ids)
+    return LMBatch(input_ids=input_ids_BT, labels=labels_BT, row_ids=row_ids)
 
 
 def _shiftable_labels(example: LMExample) -> torch.Tensor:

@@ -131,13 +131,13 @@ def completion_loss_sum(
     Args:
         model: causal model in any wrapper.
         head: its output embeddings.
-        batch: a collator's output; ``labels`` and ``rows`` are not passed to the model.
+        batch: a collator's output; ``labels`` and ``row_ids`` are not passed to the model.
         num_passes: 2 runs the batch twice and adds the symmetric KL divergence of the two predictions
             (AdaMix, arXiv 2205.12410, equation 5).
         label_smoothing: probability mass of the target that is spread over the vocabulary.
     """
     predict_mask_BT, targets_N = loss_positions(batch["labels"])
-    forward = {key: value for key, value in batch.items() if key not in ("labels", "rows")}
+    forward = {key: value for key, value in batch.items() if key not in ("labels", "row_ids")}
     logits_NV = logits_at(model, head, forward, predict_mask_BT)
     loss = cross_entropy_sum(logits_NV, targets_N, label_smoothing=label_smoothing)
     if num_passes == 1:

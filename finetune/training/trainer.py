@@ -160,11 +160,11 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
             super().save_model(output_dir, _internal_call)
 
     def _collate(self, rows: Sequence[tuple[Any, bool]]) -> dict[str, Any]:
-        """Return a micro-batch; a padding one has empty ``rows`` and no labels."""
+        """Return a micro-batch; a padding one has empty ``row_ids`` and no labels."""
         batch: dict[str, Any] = dict(self.data_collator([row for row, _ in rows]))
         # The sampler pads with complete micro-batches of one row, so that the first row decides.
         if not rows[0][1]:
-            batch["rows"] = batch["rows"][:0]
+            batch["row_ids"] = batch["row_ids"][:0]
             if "labels" in batch:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
         return batch
@@ -178,7 +178,7 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
             NotFiniteError: the loss is NaN or infinite; the message names the rows.
         """
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        row_ids = inputs["rows"].tolist()
+        row_ids = inputs["row_ids"].tolist()
         # For the sharding check: ranks must train on different rows.
         self.first_row_ids = self.first_row_ids or row_ids
         # On every micro-batch: a mean over the step would not tell which rows it came from.

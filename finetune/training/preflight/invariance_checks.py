@@ -196,7 +196,7 @@ def _packed_positions(ids_BT: Tensor, examples: Sequence[LMExample]) -> Iterator
 
 
 def _forward_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    forward = {key: value for key, value in inputs.items() if key not in ("labels", "rows")}
+    forward = {key: value for key, value in inputs.items() if key not in ("labels", "row_ids")}
     logits: Tensor = model(**forward, use_cache=False).logits
     return logits.float()
 

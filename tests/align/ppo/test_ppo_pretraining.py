@@ -63,10 +63,10 @@ def test_every_row_is_used_once_per_epoch() -> None:
         row
         for step in range(5)
         for batch in distributed(mix, 1, step)
-        for row in batch[PRETRAINING_BATCH]["rows"].tolist()
+        for row in batch[PRETRAINING_BATCH]["row_ids"].tolist()
     ]
     assert sorted(seen[:5]) == sorted(seen[5:]) == list(range(5)) and seen[:5] != seen[5:]
-    again = distributed(pretraining_mix(2), 1, 3)[0][PRETRAINING_BATCH]["rows"]
+    again = distributed(pretraining_mix(2), 1, 3)[0][PRETRAINING_BATCH]["row_ids"]
     assert torch.equal(again, torch.tensor(seen[6:8]))
 
 
@@ -81,8 +81,10 @@ def test_processes_shard_rows_and_share_label_count() -> None:
         batches: list[dict[str, Any]] = [{}, {}]
         pretraining_mix(5).add_to_batches(batches, step=0, dist=DistInfo(rank, 2, rank))
         micro_batches += batches
-    row_ids = [row for batch in micro_batches for row in batch[PRETRAINING_BATCH]["rows"].tolist()]
-    assert sorted(row_ids) == sorted(single_process[PRETRAINING_BATCH]["rows"].tolist()) and len(row_ids) == 5
+    row_ids = [row for batch in micro_batches for row in batch[PRETRAINING_BATCH]["row_ids"].tolist()]
+    assert (
+        sorted(row_ids) == sorted(single_process[PRETRAINING_BATCH]["row_ids"].tolist()) and len(row_ids) == 5
+    )
     assert {batch[NUM_PRETRAINING_LABELS] for batch in micro_batches} == {
         single_process[NUM_PRETRAINING_LABELS]
     }

@@ -141,7 +141,7 @@ def test_adamix_consistency_loss() -> None:
 def test_collated_ranks_scores_and_margins() -> None:
     batch = RewardCollator(pad_id=0)(tokenized(LISTS, heads=2))
     assert batch["ranks"].tolist() == [[0, 1, -1, -1], [0, 1, 2, 3], [0, 0, 2, -1], [0, 1, -1, -1]]
-    assert batch["rows"].tolist() == [0, 1, 2, 3] and batch["sources"].tolist() == [0, 1, 0, 1]
+    assert batch["row_ids"].tolist() == [0, 1, 2, 3] and batch["sources"].tolist() == [0, 1, 0, 1]
     assert batch["scores"].isnan().sum() == 5 and batch["margins"].tolist() == [1.0, 3.0, 2.0, 1.0]
     assert int(batch["input_ids"].max()) < WORDS
     separate = RewardCollator(pad_id=0, one_per_row=True)(tokenized(LISTS, heads=2))

@@ -30,7 +30,7 @@ def test_padded():
         # The first token of a row follows nothing: 21 and 31 are no targets.
         "labels": [[X, X, 13, X, X], [X, X, 23, 24, 25], [X, 32, X, X, X]],
         "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]],
-        "rows": [7, 3, 5],
+        "row_ids": [7, 3, 5],
     }
 
 
@@ -40,7 +40,7 @@ def test_packed_batch_rows_are_as_long_as_the_longest_row():
         "input_ids": [[21, 22, 23, 24, 25], [11, 12, 13, 31, 32]],
         "labels": [[X, X, 23, 24, 25], [X, X, 13, X, 32]],
         "position_ids": [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]],
-        "rows": [3, 7, 5],
+        "row_ids": [3, 7, 5],
     }
 
 
@@ -49,7 +49,7 @@ def test_packed_into_a_single_batch_row():
         "input_ids": [[21, 22, 23, 24, 25, 11, 12, 13, 31, 32]],
         "labels": [[X, X, 23, 24, 25, X, X, 13, X, 32]],
         "position_ids": [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]],
-        "rows": [3, 7, 5],
+        "row_ids": [3, 7, 5],
     }
 
 
