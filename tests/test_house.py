@@ -91,7 +91,9 @@ def own_imports(file: Path) -> set[str]:
     return own - {module_name(file)} - set(PACKAGES)
 
 
-GRAPH = {name: own_imports(file) for name, file in MODULES.items()}
+@cache
+def import_graph() -> dict[str, set[str]]:
+    return {name: own_imports(file) for name, file in MODULES.items()}
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:
@@ -118,20 +120,22 @@ def test_the_search_for_cycles_finds_one() -> None:
 
 
 def test_the_graph_is_the_project_s() -> None:
-    assert len(GRAPH) > 50 and sum(map(len, GRAPH.values())) > 100
-    assert "finetune.adapters.traits" in GRAPH["finetune.recipe.checks"]
-    assert "finetune.training.trainer" in GRAPH["finetune.stages.sft"], "imports inside functions count"
+    assert len(import_graph()) > 50 and sum(map(len, import_graph().values())) > 100
+    assert "finetune.adapters.traits" in import_graph()["finetune.recipe.checks"]
+    assert "finetune.training.trainer" in import_graph()["finetune.stages.sft"], (
+        "imports inside functions count"
+    )
 
 
 def test_no_import_goes_in_a_circle() -> None:
-    assert cycle(GRAPH) == []
+    assert cycle(import_graph()) == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_layers_import_downwards_alone(package: str) -> None:
     wrong = [
         f"{name} imports {other}"
-        for name, others in GRAPH.items()
+        for name, others in import_graph().items()
         for other in others
         if name.split(".")[0] == package and other.split(".")[0] in FORBIDDEN[package]
     ]
@@ -163,34 +167,39 @@ def test_wings_of_finetune_import_downwards_alone(upper: str, lower: str) -> Non
     below = WINGS[: WINGS.index(upper)]
     wrong = [
         f"{name} imports {other}"
-        for name, others in GRAPH.items()
+        for name, others in import_graph().items()
         for other in others
         if wing(name) in below and wing(other) == upper and (wing(name), upper) != ("recipe", "adapters")
     ]
     assert wrong == []
-    assert any(wing(other) in below for name in GRAPH if wing(name) == upper for other in GRAPH[name]), lower
+    assert any(
+        wing(other) in below
+        for name in import_graph()
+        if wing(name) == upper
+        for other in import_graph()[name]
+    ), lower
 
 
 def test_the_planner_has_one_door() -> None:
-    used = {other for name in GRAPH if wing(name) != "planner" for other in GRAPH[name]}
+    used = {other for name in import_graph() if wing(name) != "planner" for other in import_graph()[name]}
     assert {other for other in used if wing(other) == "planner"} == {"finetune.planner.estimate"}
 
 
 def test_the_recipe_knows_no_adapter_by_name() -> None:
-    reached = {other for name in GRAPH if wing(name) == "recipe" for other in GRAPH[name]}
+    reached = {other for name in import_graph() if wing(name) == "recipe" for other in import_graph()[name]}
     assert {other for other in reached if wing(other) == "adapters"} == {"finetune.adapters.traits"}
 
 
 def test_what_adapters_need_of_the_recipe_needs_no_adapter() -> None:
     need = {
         other
-        for name in GRAPH
+        for name in import_graph()
         if wing(name) == "adapters"
-        for other in GRAPH[name]
+        for other in import_graph()[name]
         if wing(other) == "recipe"
     }
     assert need == {"finetune.recipe.settings", "finetune.recipe.errors", "finetune.recipe.compatibility"}
-    assert {other for name in need for other in GRAPH[name] if wing(other) == "adapters"} == set()
+    assert {other for name in need for other in import_graph()[name] if wing(other) == "adapters"} == set()
 
 
 def test_files_are_short() -> None:

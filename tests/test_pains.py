@@ -3,6 +3,7 @@
 import ast
 import re
 import tomllib
+from functools import cache
 
 import pytest
 from test_house import PACKAGES, ROOT, SOURCES, imports, tree
@@ -18,13 +19,11 @@ ASKED_FOR = {"deepspeed": "zero"}
 OTHER_NAMES = {"ruamel": "ruamel.yaml"}
 
 
+@cache
 def names_of_tests() -> set[str]:
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     functions = [node for file in files for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef)]
     return {function.name for function in functions if function.name.startswith("test_")}
-
-
-NAMES = names_of_tests()
 
 
 def test_the_table_is_read() -> None:
@@ -56,7 +55,7 @@ def test_the_table_is_read() -> None:
 
 @pytest.mark.parametrize("number", sorted(CLAIMED))
 def test_every_promise_has_a_test_with_its_number(number: str) -> None:
-    assert CLAIMED[number] in NAMES and CLAIMED[number].startswith(f"test_pain_{number}_")
+    assert CLAIMED[number] in names_of_tests() and CLAIMED[number].startswith(f"test_pain_{number}_")
 
 
 def third_party() -> set[str]:
