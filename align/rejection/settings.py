@@ -58,7 +58,7 @@ RULES = (
     Rule(
         "rejection-evaluate-every",
         {"train.evaluate_every": is_set},
-        source="align/rejection/method.py",
+        source="align/rejection/rounds.py",
         problem=Problem(
             "train.evaluate_every",
             "{train.evaluate_every}",

@@ -169,7 +169,7 @@ RULES = (
     Rule(
         "reward-heads",
         message="every head has a name of its own and a source of data.mix",
-        source="align/reward/collate.py",
+        source="align/reward/batch.py",
         find=_check_heads,
         reads=("data", "reward"),
     ),

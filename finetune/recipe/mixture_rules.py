@@ -97,7 +97,7 @@ MIXTURE_RULES = (
     Rule(
         "mixture",
         message="weights, shares or sizes define the rates of a mixture, and shares add up to less than 1",
-        source="finetune/data/mixing.py",
+        source="finetune/data/mixture.py",
         find=_check_mixture,
         reads=("data",),
     ),

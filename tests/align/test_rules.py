@@ -1,6 +1,7 @@
 """The collected compatibility rules: each has a source, a text, and settings that violate it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from finetune.distributed.solver import collected_rules, solver_rules
 from finetune.recipe.checks import cross_field_problems, recipe_properties, rules_of
 from finetune.recipe.compatibility import Rule, problems_of
-from finetune.recipe.discovery import ADAPTERS, plugin_names, stage_names
+from finetune.recipe.discovery import ADAPTERS, PROJECT, plugin_names, stage_names
 from finetune.recipe.recipe import adapter_settings, stage_settings
 
 RULES = {rule.name: rule for rule in collected_rules()}
@@ -139,6 +140,8 @@ def test_every_rule_has_a_source_and_a_text(name: str) -> None:
     assert rule.source and rule.describe()
     assert rule.when or rule.reads
     assert (rule.find is not None) == bool(rule.reads), "a check that needs code says what it reads"
+    own_files = re.findall(r"\b(?:finetune|align|data_templates)/[a-z_/]+\.py", rule.source)
+    assert [file for file in own_files if not (PROJECT / file).is_file()] == []
 
 
 def test_names_of_rules_are_unique_within_a_recipe() -> None:
