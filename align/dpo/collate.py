@@ -14,7 +14,7 @@ from align.preference.groups import ForwardCost, GroupCollator
 from align.preference.rows.dataset import PreferenceGroups, TokenizedGroup
 
 PreferenceBatch = dict[str, Tensor]
-"""A ``GroupBatch`` with ``rows`` (G,), ``scores`` (G, K) and, if precomputed, ``reference_logps`` (C, T):
+"""A ``GroupBatch`` with ``row_ids`` (G,), ``scores`` (G, K) and, if precomputed, ``reference_logps`` (C, T):
 token log-probabilities under the reference, 0 after a completion's end."""
 
 

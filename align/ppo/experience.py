@@ -34,7 +34,7 @@ class RolloutBatch(GroupBatch):
     """One micro-batch of a rollout: one row per completion. C completions, T tokens of the longest one.
 
     Attributes:
-        rows: (C,) index of each completion's prompt.
+        row_ids: (C,) index of each completion's prompt.
         mask: (C, T) bool, true at the tokens of a completion.
         old_logps, old_values, advantages, returns: (C, T), 0 after the end of a completion.
     """

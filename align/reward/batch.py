@@ -21,7 +21,7 @@ class RewardBatch(GroupBatch):
     """One forward pass over G groups of at most K completions.
 
     Attributes:
-        rows: (G,) row ids of the groups.
+        row_ids: (G,) row ids of the groups.
         ranks: (G, K), 0 is the best, ties share a rank; ABSENT where a group has fewer than K completions.
         scores: (G, K) float32, the dataset's scores; NaN where there is none.
         margins: (G,) float32, margin of the first completion over the last; NaN where there is none.

@@ -190,7 +190,7 @@ class RewardTrainer(GroupTrainer):
         """Return this micro-batch's share of the mean loss over the optimizer step's groups."""
         assert num_items_in_batch is not None and not return_outputs
         losses, rewards = self.objective.losses(model, inputs)
-        # Padding groups, without an entry in `rows`, only keep the ranks in step: no loss, no metrics.
+        # Padding groups, without an entry in `row_ids`, only keep the ranks in step: no loss, no metrics.
         num_real = len(inputs["row_ids"])
         self._add_group_metrics(rewards.detach()[:num_real], inputs["ranks"][:num_real])
         return self.step_loss(losses[:num_real], num_items_in_batch)

@@ -154,7 +154,11 @@ def _count_embeddings(architecture: Architecture, adapter: Adapter) -> int:
         )
     actual = f"adapter '{adapter.method}' has no known size"
     repair = "train.max_steps=3 trains three steps; run.json then has the parameter count"
-    raise UserError(Problem("adapter.method", actual, "one of finetune/adapters/", repair))
+    raise UserError(
+        Problem(
+            "adapter.method", actual, "an adapter that finetune/planner/parameter_count.py counts", repair
+        )
+    )
 
 
 def _count_mlp(hidden_size: int, width: int) -> int:

@@ -255,18 +255,22 @@ class NativeTrainer(BaseTrainer):
         """
         assert num_items_in_batch is not None and not return_outputs
         with noisy_embeddings(self.embeddings, self.neftune_alpha, inputs):
-            loss_sum = completion_loss_sum(
-                model,
-                self.head,
-                inputs,
-                num_passes=self.hooks.forward_passes,
-                label_smoothing=self.label_smoothing,
-            )
+            loss_sum = self.loss_sum(model, inputs)
         if self.hooks.penalty:  # weighted by this micro-batch's share of the step's labels
             loss_sum = loss_sum + self.hooks.penalty() * (inputs["labels"] != IGNORE_INDEX).sum()
         # num_items_in_batch counts the labels of all ranks, whose gradients are averaged: undo that division.
         loss: Tensor = loss_sum / num_items_in_batch * self.accelerator.num_processes
         return loss
+
+    def loss_sum(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Return the micro-batch's loss, summed over its labels; another supervised loss overrides this."""
+        return completion_loss_sum(
+            model,
+            self.head,
+            inputs,
+            num_passes=self.hooks.forward_passes,
+            label_smoothing=self.label_smoothing,
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the mean loss per label on the held-out rows."""

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from align.preference.settings import PreferenceSettings
+from align.rl.settings import PromptSettings
 from finetune.recipe.bases import load_bases
 from finetune.recipe.discovery import PROJECT, stage_names
 from finetune.recipe.recipe import Recipe, adapter_settings, read_recipe, stage_settings
+from finetune.recipe.settings import DocumentSettings
 from finetune.training.stage import run_stage
 
 FILES = sorted(file for stage in stage_names() for file in (PROJECT / "recipes" / stage).glob("*.yaml"))
@@ -28,8 +31,17 @@ TALKS = [
 ]
 TEXTS = [{"text": f"{i} and {i + 1}"} for i in NUMBERS]
 PAIRS = [{"prompt": f"{i} + 1?", "chosen": f"It is {i + 1}.", "rejected": f"It is {i}."} for i in NUMBERS]
-ROWS = {"sft": TALKS, "pretrain": TEXTS, "pcp": TALKS}
-"""What stands in for the data of a recipe or of its stage; the others learn from pairs."""
+PAIR_SETTINGS = (PreferenceSettings, PromptSettings)
+
+
+def stand_in_rows(file: Path) -> list[dict[str, Any]]:
+    """Return what stands in for the data of a recipe: rows of the kind that its stage reads."""
+    data = stage_settings(file.parent.name)().data
+    if isinstance(data, PAIR_SETTINGS):
+        return PAIRS
+    return TEXTS if isinstance(data, DocumentSettings) and file.stem != "pcp" else TALKS
+
+
 SMALL = {
     "model.base": "tiny",
     "model.revision": None,
@@ -127,7 +139,7 @@ def test_it_takes_two_steps_on_the_embedded_base(file: Path, tmp_path: Path) -> 
         (tmp_path / "rule.py").write_text(RULE, encoding="utf-8")
         wanted |= DRAWN | {"rewards.sources": [{"function": f"{tmp_path / 'rule.py'}:short"}]}
     small = {key: value for key, value in wanted.items() if _has(known, key)}
-    recipe = shipped(file, **small | {"data.source": ROWS.get(file.stem, ROWS.get(stage, PAIRS))})
+    recipe = shipped(file, **small | {"data.source": stand_in_rows(file)})
     recipe = Recipe(stage, file.stem, "", recipe.settings, recipe.origins, out=tmp_path / "run")
     result = run_stage(recipe, Console(quiet=True), command="a test")
     assert result.record["status"] == "finished" and result.metrics[-1]["step"] == 2

@@ -131,13 +131,14 @@ def differences(expected: Curves, found: Curves, relative: float = 1e-4, absolut
         found: those of a run.
         relative: largest difference, as a share of the curve's largest value: losses around 0 are differences
             of larger numbers.
-        absolute: largest difference of curves that are 0 up to rounding.
+        absolute: largest difference of curves that are 0 up to rounding, as RLOO's loss.
     """
     lines = [f"{name}: only in one of both" for name in sorted(expected.keys() ^ found.keys())]
     for name in sorted(expected.keys() & found.keys()):
         one, other = expected[name], found[name]
         largest = max((abs(value) for value in one), default=0.0)
-        limit = max(relative * largest, absolute)
-        if len(one) != len(other) or any(abs(a - b) > limit for a, b in zip(one, other, strict=False)):
+        limit = relative * largest if largest > absolute else absolute
+        # `not all`: NaN is unequal to everything, and greater than nothing.
+        if len(one) != len(other) or not all(abs(a - b) <= limit for a, b in zip(one, other, strict=True)):
             lines.append(f"{name}: expected {one}, found {other}")
     return lines

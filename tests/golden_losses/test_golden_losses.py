@@ -3,6 +3,7 @@
 ``pytest tests/golden_losses --renew-golden`` writes them anew, for a change of numerics that is meant.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,7 @@ def test_a_small_difference_is_found_and_rounding_is_not() -> None:
     ]
     assert differences(golden, {"loss": [2.0], "step": [1, 2]}) == ["loss: expected [2.0, 1.0], found [2.0]"]
     assert differences(golden, {"step": [1, 2]}) == ["loss: only in one of both"]
+    assert differences({"loss": [1.0]}, {"loss": [math.nan]}) == ["loss: expected [1.0], found [nan]"]
+    rates = {"learning_rate": [5e-4]}
+    assert differences(rates, {"learning_rate": [5.001e-4]}) != []
+    assert differences({"loss": [1e-7]}, {"loss": [2e-7]}) == []

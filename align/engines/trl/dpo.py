@@ -53,7 +53,7 @@ class TrlDPOTrainer(NotFiniteLossMixin, DPOTrainer, RenamePreferenceMetrics):  #
 
         Args:
             model: base with adapter, before its first step.
-            args: with ``trl_loss`` and ``precompute_ref_log_probs``.
+            args: with ``trl_loss_arguments`` and ``precompute_ref_log_probs``.
             tokenizer: for padding.
             train: training pairs.
             held_out: held-out pairs, if any.
