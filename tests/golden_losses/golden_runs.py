@@ -18,8 +18,8 @@ Curves = dict[str, list[Any]]
 
 SUPERVISED = ("sft", "pretrain", "reward", "dpo", "kto", "chain_of_hindsight")
 SAMPLING = ("ppo", "rejection", "rloo", "grpo")
-CASES = (*SUPERVISED, *SAMPLING, "sft-trl", "dpo-trl")
-"""Stages with the native engine (RLOO and GRPO are TRL's), and two with TRL's."""
+CASES = (*SUPERVISED, *SAMPLING, "sft-trl", "dpo-trl", "reward-trl")
+"""Stages with the native engine (RLOO and GRPO are TRL's), and three with TRL's."""
 PARENTS = {"dpo": ("sft",), "kto": ("sft",), "dpo-trl": ("sft",)} | dict.fromkeys(SAMPLING, ("sft", "reward"))
 """The cases whose runs a case starts from: the policy, and what it is rewarded by."""
 
