@@ -43,6 +43,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "rejection": {"rejection.rounds": 1, "rejection.prompts": 6, "train.batch_size": 2},
     "sft-trl": {"train.engine": "trl"},
     "dpo-trl": {"train.engine": "trl", "dpo.loss": "dpo"},
+    "reward-trl": {"train.engine": "trl"},
 }
 ROWS = {"sft": "sft_train.jsonl", "pretrain": "in_house.txt", "reward": "story_preferences_train.jsonl"}
 ROWS |= dict.fromkeys(SAMPLING, "prompts_train.jsonl")
