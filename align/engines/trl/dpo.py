@@ -25,8 +25,8 @@ from align.preference.losses.inputs import LossOutput, Pairs
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.engines.trl.trainer import NotFiniteLossMixin
 from finetune.recipe.errors import Problem
+from finetune.training.model import preserve_state
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.preflight.invariance_checks import preserve_state
 from finetune.training.trainer import log_held_out
 
 COMPLETION_COLUMNS = ("chosen_ids", "rejected_ids")

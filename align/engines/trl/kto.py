@@ -26,8 +26,8 @@ from finetune.data.batches import optimizer_batches
 from finetune.distributed.rank import dist_info
 from finetune.engines.trl.trainer import NotFiniteLossMixin
 from finetune.recipe.errors import Problem, UserError
+from finetune.training.model import preserve_state
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.preflight.invariance_checks import preserve_state
 from finetune.training.trainer import log_held_out
 
 INITIAL_LOSS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}

@@ -31,7 +31,7 @@ from finetune.distributed.collectives import all_gather_object, barrier, shard, 
 from finetune.distributed.rank import dist_info
 from finetune.engines.trl.trainer import unpadded_token_ids
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.preflight.invariance_checks import preserve_state
+from finetune.training.model import preserve_state
 
 USE_NATIVE_ENGINE = "train.engine=native"
 REFERENCE_ADAPTER = "ref"

@@ -17,7 +17,7 @@ from align.preference.losses.reward import bradley_terry
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.engines.trl.trainer import NotFiniteLossMixin
 from finetune.training.arguments import TrlConfigSpec
-from finetune.training.preflight.invariance_checks import preserve_state
+from finetune.training.model import preserve_state
 from finetune.training.trainer import log_held_out
 
 
