@@ -34,7 +34,7 @@ from finetune.training.loss import output_head
 from finetune.training.metrics import EVAL_PREFIX, as_logged
 from finetune.training.trainer import NO_HOOKS, TrainerData, log_held_out
 
-HELD_OUT_CHOSEN_LOGPS = "eval/logps/chosen"
+HELD_OUT_CHOSEN_LOGPS = f"{EVAL_PREFIX}logps/chosen"
 
 
 class ForwardLosses(NamedTuple):

@@ -36,6 +36,9 @@ from finetune.training.model import preserve_state
 USE_NATIVE_ENGINE = "train.engine=native"
 REFERENCE_ADAPTER = "ref"
 """The name of TRL's reference copy of the adapter, which precomputed log-probabilities make unnecessary."""
+ROUNDING_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
+"""Difference between reference and initial policy that rounding explains, by precision: of a loss, and of a
+token's log-probability in nats."""
 PREFERENCE_METRIC_NAMES = {
     "kl": "kto/z",
     "accuracy": "rewards/accuracies",
