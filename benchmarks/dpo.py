@@ -31,7 +31,7 @@ from trl import DPOConfig, DPOTrainer
 
 from align.engines.trl.preference import to_pair_dataset
 from align.preference.groups import Group, GroupCollator
-from align.preference.logps import completion_logps
+from align.preference.logps import token_logps
 from align.preference.losses.inputs import Pairs
 from align.preference.losses.pairwise import dpo
 from align.preference.rows.dataset import PreferenceGroups
@@ -197,8 +197,8 @@ def _pair_logps(work: DpoWork, model: PeftModel, rows: Sequence[int], collate: G
     batch = {key: value.to(work.device) for key, value in collated.items() if isinstance(value, Tensor)}
     head = output_head(model)
     with torch.no_grad(), model.disable_adapter():
-        reference = completion_logps(model, head, batch)
-    logps, lengths = completion_logps(model, head, batch), batch["lengths"]
+        reference = token_logps(model, head, batch).sum(1)
+    logps, lengths = token_logps(model, head, batch).sum(1), batch["lengths"]
     return Pairs(
         # Each pair's completions are in the order chosen, rejected.
         chosen_logps=logps[::2],

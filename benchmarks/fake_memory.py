@@ -37,7 +37,7 @@ from finetune.planner.workload import ObjectiveKind, Precision, Workload
 from finetune.recipe.discovery import ADAPTERS, load_plugin
 from finetune.recipe.settings import AdapterSettings
 from finetune.training.loss import completion_loss_sum, output_head
-from finetune.training.model import DTYPES, configure_score_heads
+from finetune.training.model import DTYPES, configure_score_heads, unwrap_model
 
 aten = torch.ops.aten
 BaseConfig = Mapping[str, Any]
@@ -327,18 +327,14 @@ def _compute_loss(model: nn.Module, case: MemoryCase) -> Tensor:
         if case.masked:
             batch["attention_mask"] = torch.ones_like(ids)
         passes = planned_adapter(case.settings).forward_passes
-        return completion_loss_sum(model, output_head(_causal_model(model)), batch, num_passes=passes)
+        return completion_loss_sum(model, output_head(unwrap_model(model)), batch, num_passes=passes)
     batch = _group_batch(case, ids)
     if case.objective == "comparison":
-        return token_logps(model, output_head(_causal_model(model)), batch).sum()
+        return token_logps(model, output_head(unwrap_model(model)), batch).sum()
     if case.objective == "scores":
         return token_scores(model, batch).sum()
     output = model(batch, with_entropy=False)
     return (output.logps + output.values).sum()
-
-
-def _causal_model(model: nn.Module) -> PreTrainedModel:
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def _group_batch(case: MemoryCase, ids: Tensor) -> dict[str, Tensor]:

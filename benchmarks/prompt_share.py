@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from align.preference.attention import forward_cost
 from align.preference.groups import Group, GroupBatch, GroupCollator
-from align.preference.logps import completion_logps
+from align.preference.logps import token_logps
 from benchmarks.common import (
     BENCHMARK_VOCAB_SIZE,
     RESULTS_DIR,
@@ -85,7 +85,8 @@ def _on_device(model: nn.Module, batch: GroupBatch) -> dict[str, Tensor]:
 def _logp_difference(model: nn.Module, shared: GroupBatch, separate: GroupBatch) -> float:
     """Return the largest relative difference of the completions' log-probabilities."""
     head = output_head(model)
-    first, second = (completion_logps(model, head, _on_device(model, batch)) for batch in (shared, separate))
+    batches = (_on_device(model, batch) for batch in (shared, separate))
+    first, second = (token_logps(model, head, batch).sum(1) for batch in batches)
     return float(((first - second) / second).abs().max())
 
 
@@ -94,7 +95,7 @@ def _timed_pass(model: nn.Module, batch: GroupBatch) -> float:
     bfloat16 = next(model.parameters()).dtype == torch.bfloat16
     start = time.perf_counter()
     with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=bfloat16):
-        loss = -completion_logps(model, output_head(model), inputs).sum()
+        loss = -token_logps(model, output_head(model), inputs).sum(1).sum()
     loss.backward()
     if inputs["input_ids"].is_cuda:
         # Kernels run asynchronously; without this only launches are timed.

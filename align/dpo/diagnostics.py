@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from finetune.training.findings import Finding, repetition_finding
 from finetune.training.metric_specs import MetricSpec
+from finetune.training.metrics import EVAL_PREFIX
 
 DPO_CURVES = {
     "loss": "training loss (mean per group)",
@@ -22,7 +23,7 @@ DPO_CURVES = {
     "objective/kl_per_token": "KL to the reference (k2 on the data, nats per token)",
     "data/length_ratio": "chosen/rejected length ratio",
 }
-HELD_OUT_CURVES = {f"eval/{name}": f"held-out {title}" for name, title in DPO_CURVES.items()}
+HELD_OUT_CURVES = {f"{EVAL_PREFIX}{name}": f"held-out {title}" for name, title in DPO_CURVES.items()}
 
 DPO_METRICS = MetricSpec(
     curves={**DPO_CURVES, **HELD_OUT_CURVES},
@@ -83,7 +84,7 @@ class DiagnosticInputs:
 
     def before_and_after(self, metric: str) -> tuple[float, float] | None:
         """Return a metric before and after training: held-out, else that of the first and the last steps."""
-        for prefix in ("eval/", ""):
+        for prefix in (EVAL_PREFIX, ""):
             names = [f"{prefix}{metric}_{when}" for when in ("before", "after")]
             if all(name in self.metrics for name in names):
                 return self.metrics[names[0]], self.metrics[names[1]]

@@ -10,20 +10,15 @@ from torch import Tensor
 from align.dpo.collate import PreferenceCollator, PreferenceExample
 from align.dpo.objective import PreferenceObjective
 from align.dpo.trainer import PreferenceTrainer, to_lists
-from align.preference.attention import block_mask_unsupported, forward_cost, unwrap_model
+from align.preference.attention import block_mask_unsupported, forward_cost
 from align.preference.logps import shared_layout_error, token_logps
 from align.preference.reference_policy import autocast_for
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.recipe.errors import Problem
 from finetune.training.loss import output_head
-from finetune.training.model import Policy
+from finetune.training.model import Policy, preserve_state, unwrap_model
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.preflight.invariance_checks import (
-    SCALE,
-    TOLERANCE,
-    check_micro_batch_invariance,
-    preserve_state,
-)
+from finetune.training.preflight.invariance_checks import SCALE, TOLERANCE, check_micro_batch_invariance
 
 PROBE_POOL = 64
 """Groups among which a probe selects a short and a long one."""

@@ -19,7 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from align.dpo.collate import PreferenceCollator, PreferenceDataset, completion_offsets
-from align.preference.attention import unwrap_model
 from align.preference.logps import token_logps
 from align.preference.reference_policy import autocast_for
 from align.preference.rows.dataset import PreferenceGroups
@@ -32,8 +31,7 @@ from finetune.library_internals import attention_implementation
 from finetune.recipe.settings import StageSettings, TrainSettings
 from finetune.training.context import RunContext
 from finetune.training.loss import output_head
-from finetune.training.model import Policy
-from finetune.training.preflight.invariance_checks import preserve_state
+from finetune.training.model import Policy, preserve_state, unwrap_model
 
 REFERENCE_CACHE_FORMAT = 2
 """Increased when the meaning of a cached file changes, so that old files are not read."""

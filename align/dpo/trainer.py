@@ -4,7 +4,7 @@ A step: the collator's batch (``collate.py``) goes through policy and reference 
 objective turns log-probabilities into a loss per group, and the step's loss is the mean over its groups.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from align.dpo.objective import (
     pad_by_group,
     preference_metrics,
 )
+from align.preference.group_trainer import GroupTrainer
 from align.preference.logps import token_logps
 from align.preference.losses.inputs import Lists
 from align.preference.reference_policy import ReferencePolicy, autocast_for
@@ -31,9 +32,9 @@ from finetune.recipe.settings import StageSettings
 from finetune.training.context import RunContext
 from finetune.training.loss import output_head
 from finetune.training.metrics import EVAL_PREFIX, as_logged
-from finetune.training.trainer import NO_HOOKS, BaseTrainer, TrainerData, log_held_out
+from finetune.training.trainer import NO_HOOKS, TrainerData, log_held_out
 
-HELD_OUT_CHOSEN_LOGPS = "eval/logps/chosen"
+HELD_OUT_CHOSEN_LOGPS = f"{EVAL_PREFIX}logps/chosen"
 
 
 class ForwardLosses(NamedTuple):
@@ -83,38 +84,6 @@ def to_lists(logps_CT: Tensor, reference_CT: Tensor | None, batch: Mapping[str, 
         scores=batch["scores"],
         reference_logps=None if reference_CT is None else pad_by_group(reference_CT.sum(1), sizes),
     )
-
-
-class GroupTrainer(BaseTrainer):
-    """A trainer whose rows are groups: a prompt with its completions."""
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor]:
-        """Return an optimizer step's micro-batches and their number of groups, summed over all processes."""
-        # Trainer counts trained tokens, but preference losses are averaged over groups.
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_groups = torch.tensor(sum(len(batch["row_ids"]) for batch in batches), device=device)
-        return batches, self.accelerator.reduce(num_groups, "sum")
-
-    def step_loss(self, losses: Tensor, num_groups: Tensor | int) -> Tensor:
-        """Return this micro-batch's contribution to the optimizer step's loss.
-
-        Summed over micro-batches and averaged over processes, it is the mean over all groups of the step,
-        whatever the micro-batch size and the number of processes.
-
-        Args:
-            losses: of this micro-batch's real (not padding) groups, a slice of all with gradient: if it is
-                empty, the sum is 0 and its gradient is 0 in every trained weight.
-            num_groups: groups of the optimizer step, over all processes (Trainer's num_items_in_batch).
-        """
-        loss_sum = losses.sum()
-        # The penalty counts once per step, so each micro-batch adds it weighted by its number of groups.
-        if self.hooks.penalty:
-            loss_sum = loss_sum + self.hooks.penalty() * len(losses)
-        # DDP averages gradients over processes, where we need their sum.
-        loss: Tensor = loss_sum / num_groups * self.accelerator.num_processes
-        return loss
 
 
 class PreferenceTrainer(GroupTrainer):

@@ -17,8 +17,7 @@ from align.rl.token_stats import TokenStats, collate_completions, token_logps_an
 from finetune.data.tokens import Encoder
 from finetune.training.metric_specs import MetricSpec
 from finetune.training.metrics import EVAL_PREFIX
-from finetune.training.model import Policy
-from finetune.training.preflight.invariance_checks import preserve_state
+from finetune.training.model import Policy, preserve_state
 
 ONLINE_COMPLETION_CURVES = {
     "objective/reward": "reward (mean over completions)",

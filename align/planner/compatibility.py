@@ -47,7 +47,6 @@ below. `no [...]`: incompatible. All columns but `single` are for several proces
 EVIDENCE_TEXTS = {
     "run": "tested here",
     "source": "read in the library's source",
-    "thread": "reported by users",
     "ours": "by design",
 }
 VERDICT_COLORS = {"works": "green", "changed": "yellow", "incompatible": "red"}

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.ppo.settings import Settings
-from align.preference.attention import unwrap_model
 from align.reward.model import check_scoring_architecture, non_stop_pad_id, token_scores
 from align.reward.shared_base import base_for_scorers, scorer_sharing_base, untie_trained_weights
 from align.rl.rewards.loading import load_rewards, reward_runs
@@ -29,7 +28,14 @@ from finetune.training.adapter_hooks import adapter_hooks
 from finetune.training.context import RunContext
 from finetune.training.loading import add_adapter, load_frozen_base, parent_adapter_run
 from finetune.training.loss import completion_loss_sum, output_head
-from finetune.training.model import SCORE_HEAD, Policy, TextEncoding, attach_adapter, count_parameters
+from finetune.training.model import (
+    SCORE_HEAD,
+    Policy,
+    TextEncoding,
+    attach_adapter,
+    count_parameters,
+    unwrap_model,
+)
 from finetune.training.resume_adapter import load_adapter_weights
 
 DEFAULT_VALUE_ADAPTER = "lora"

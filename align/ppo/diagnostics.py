@@ -76,10 +76,10 @@ def ppo_metric_spec(settings: Settings) -> MetricSpec:
         f"{GOLD_PREFIX}{name}": f"grader: {name} (sampled completions)" for name in settings.evaluate.graders
     }
     held_out_curves = {
-        f"eval/{name}": f"held-out {title}"
+        f"{EVAL_PREFIX}{name}": f"held-out {title}"
         for name, title in (PPO_COMPLETION_CURVES | source_curves | grader_curves).items()
     }
-    grader_summary = {f"eval/{name}": (title, ".3f") for name, title in grader_curves.items()}
+    grader_summary = {f"{EVAL_PREFIX}{name}": (title, ".3f") for name, title in grader_curves.items()}
     return MetricSpec(
         curves=PPO_COMPLETION_CURVES | source_curves | PPO_STEP_CURVES | held_out_curves,
         summary=PPO_SUMMARY_METRICS | grader_summary,
@@ -104,7 +104,7 @@ def diagnose_ppo(metrics: RunMetrics, completions: Sequence[tuple[str, str]]) ->
 
 def _before_and_after(metrics: RunMetrics, metric: str) -> tuple[float, float] | None:
     """Return a held-out metric before and after training."""
-    keys = [f"eval/{metric}_{when}" for when in ("before", "after")]
+    keys = [f"{EVAL_PREFIX}{metric}_{when}" for when in ("before", "after")]
     if any(key not in metrics for key in keys):
         return None
     return metrics[keys[0]], metrics[keys[1]]
@@ -130,8 +130,8 @@ def _grader_change(metrics: RunMetrics) -> Finding | None:
     ]
     changes = []
     for name in names:
-        grader_key = name.removeprefix("eval/").removesuffix("_before")
-        before, after = metrics[name], metrics[f"eval/{grader_key}_after"]
+        grader_key = name.removeprefix(EVAL_PREFIX).removesuffix("_before")
+        before, after = metrics[name], metrics[f"{EVAL_PREFIX}{grader_key}_after"]
         changes.append((grader_key.removeprefix(GOLD_PREFIX), before, after))
     if not changes:
         return None

@@ -12,6 +12,7 @@ from transformers import MODEL_MAPPING, PretrainedConfig, PreTrainedModel
 
 from align.preference.groups import ForwardCost, block_mask
 from finetune.library_internals import attention_implementation, has_recurrent_state
+from finetune.training.model import unwrap_model
 
 MASKABLE_IMPLEMENTATIONS = ("eager", "sdpa")
 MASKABLE_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -103,11 +104,6 @@ def forward_cost(model: nn.Module) -> ForwardCost:
         per_token=float(sum(layer.in_features * layer.out_features for layer in linear_layers)),
         per_pair=per_pair,
     )
-
-
-def unwrap_model(model: nn.Module) -> PreTrainedModel:
-    """Return the transformers model inside all wrappers (PEFT, DDP, FSDP)."""
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def _get_decoder(model: nn.Module) -> PreTrainedModel:

@@ -12,28 +12,6 @@ from align.preference.groups import Group, GroupCollator
 from finetune.training.loss import MAX_LOGITS_PER_CHUNK, logits_at
 
 
-def completion_logps(
-    model: nn.Module,
-    head: nn.Module,
-    batch: Mapping[str, Tensor],
-    *,
-    max_elements: int = MAX_LOGITS_PER_CHUNK,
-) -> Tensor:
-    """Return log p(completion | prompt) = sum_t log p(y_t | x, y_<t) of each completion, in float32.
-
-    Args:
-        model: causal LM in any wrapper.
-        head: its output embeddings.
-        batch: a ``GroupBatch`` on the model's device; divided by its ``lengths`` the sums are means, and
-            ``sums.split(batch["sizes"].tolist())`` are those of each group.
-        max_elements: logits that are cast to float32 at a time.
-
-    Returns:
-        (C,), with gradients.
-    """
-    return token_logps(model, head, batch, max_elements=max_elements).sum(1)
-
-
 def token_logps(
     model: nn.Module,
     head: nn.Module,
@@ -42,6 +20,14 @@ def token_logps(
     max_elements: int = MAX_LOGITS_PER_CHUNK,
 ) -> Tensor:
     """Return log p(y_t | x, y_<t) of each token of each completion, in float32.
+
+    The sum over a completion's tokens is log p(completion | prompt).
+
+    Args:
+        model: causal LM in any wrapper.
+        head: its output embeddings.
+        batch: a ``GroupBatch`` on the model's device.
+        max_elements: logits that are cast to float32 at a time.
 
     Returns:
         (C, T) with T the longest completion, with gradients; 0 after a completion's end.

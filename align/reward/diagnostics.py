@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.reward.settings import Settings
 from finetune.training.metric_specs import Diagnostics, MetricSpec
+from finetune.training.metrics import EVAL_PREFIX
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +35,9 @@ def reward_metric_spec(settings: Settings) -> MetricSpec:
         "eval/rewards/margins": ("held-out margin", ".2f"),
     }
     heads = settings.reward.heads if len(settings.reward.heads) > 1 else []
-    summary |= {f"eval/rewards/accuracies/{name}": (f"held-out accuracy, {name}", ".1%") for name in heads}
+    summary |= {
+        f"{EVAL_PREFIX}rewards/accuracies/{name}": (f"held-out accuracy, {name}", ".1%") for name in heads
+    }
     return MetricSpec(curves=REWARD_CURVES, summary=summary, diagnostics=reward_diagnostics)
 
 

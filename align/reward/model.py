@@ -31,7 +31,7 @@ from finetune.training.loading import (
     parent_adapter_run,
     shard_on_load,
 )
-from finetune.training.model import SCORE_HEAD, Policy, attach_adapter, load_base, load_config
+from finetune.training.model import SCORE_HEAD, Policy, attach_adapter, load_base, load_config, unwrap_model
 from finetune.training.resume_adapter import load_adapter_weights
 
 
@@ -181,8 +181,7 @@ def find_score_head(model: nn.Module) -> ScoreHead:
 
 def find_input_embeddings(model: nn.Module) -> nn.Module:
     """Return the input embedding layer, through any wrapper."""
-    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    embeddings: nn.Module = base.get_input_embeddings()
+    embeddings: nn.Module = unwrap_model(model).get_input_embeddings()
     return embeddings
 
 

@@ -13,10 +13,10 @@ from align.reward.trainer import RewardObjective
 from finetune.data.tokens import Encoder
 from finetune.distributed.sharding import gathered_params
 from finetune.recipe.errors import Problem
-from finetune.training.model import DTYPES
+from finetune.training.model import DTYPES, preserve_state
 from finetune.training.preflight import data_checks, invariance_checks
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.preflight.invariance_checks import SCALE, TOLERANCE, preserve_state
+from finetune.training.preflight.invariance_checks import SCALE, TOLERANCE
 
 CHECKED_COMPARISONS = 64
 """The first training comparisons, from which two short ones are checked."""

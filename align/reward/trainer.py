@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from align.dpo.trainer import GroupTrainer
+from align.preference.group_trainer import GroupTrainer
 from align.preference.losses.inputs import better_than
 from align.preference.losses.metrics import list_accuracies
 from align.preference.losses.reward import all_pairs

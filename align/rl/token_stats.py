@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from align.preference.attention import unwrap_model
 from align.preference.groups import Group, GroupBatch, GroupCollator
 from align.preference.logps import completion_logits, gather_logps
 from align.rl.maths.losses import entropy
 from align.rl.sampling import TokenIds
 from finetune.training.loss import MAX_LOGITS_PER_CHUNK, output_head
+from finetune.training.model import unwrap_model
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ VerdictKind = Literal["works", "changed", "incompatible"]
 SOLVER_ORIGIN = "solver"
 """The origin of a value that was changed here."""
 
-QUANTIZATIONS = ("none", "nf4", "int8")
 OPTIMIZER_NAMES = ("adamw", "adamw_8bit", "paged_adamw", "adafactor")
 OFFLOADS = ("none", "cpu", "nvme")
 

@@ -12,8 +12,8 @@ NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 """Weights per scale, and scales per second-level scale (arXiv 2305.14314, section 3)."""
 NF4_TABLE_BYTES = 4 * (16 + 256) + 4
 """The 16 values of the code, the 256 of the scales' code, and the scales' mean: float32."""
-ADAM_8BIT_BLOCK, ADAM_8BIT_MIN_NUMEL = 256, 4096
-"""bitsandbytes: elements per scale; smaller tensors have float32 states."""
+ADAM_8BIT_BLOCK = 256
+"""bitsandbytes: elements per scale."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ class Rule:
         repair: a repair that ``changes`` cannot express.
         source: reference for the claim.
         evidence: how the claim was established: *run* (tested here, on the versions in constraints.txt),
-            *source* (read in the library's code), *thread* (reported by its users), *ours* (our own design).
+            *source* (read in the library's code), *ours* (our own design).
         changes: recipe key -> a value that works; the solver sets it where nobody set another.
         problem: the error when a recipe is loaded; its texts are format strings over the properties. None:
             evaluated when a run is launched.
@@ -46,7 +46,7 @@ class Rule:
     message: str = ""
     repair: str = ""
     source: str = ""
-    evidence: Literal["run", "source", "thread", "ours"] = "ours"
+    evidence: Literal["run", "source", "ours"] = "ours"
     changes: Mapping[str, Any] = field(default_factory=dict)
     problem: Problem | None = None
     find: Callable[[Any], Iterable[Problem]] | None = None

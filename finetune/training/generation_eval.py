@@ -12,6 +12,7 @@ from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import EvaluateSettings, StageSettings
 from finetune.recipe.user_function import call_user_function, load_user_function, signature_problems
+from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import RunDirectory
 from finetune.training.samples import GenerateFn, Samples, evenly_spaced, prompt_text
 
@@ -44,8 +45,8 @@ class GenerationEval:
             UserError: a grader raised, returned no number, or skipped every prompt.
         """
         # A resumed run keeps the metrics that its first start recorded for the untrained model.
-        metric_names = [f"eval/graders/{name}_{when}" for name in self.graders] + [
-            f"eval/retention_{when}"
+        metric_names = [f"{EVAL_PREFIX}graders/{name}_{when}" for name in self.graders] + [
+            f"{EVAL_PREFIX}retention_{when}"
         ] * bool(self.retention)
         if when == "before" and set(metric_names) <= run.record.get("metrics", {}).keys():
             return
@@ -57,7 +58,9 @@ class GenerationEval:
                 for completion in generate([conversation[:-1] for conversation in self.prompts])
             ]
             for name, grader in self.graders.items():
-                metrics[f"eval/graders/{name}_{when}"] = mean_grade(name, grader, prompts, completions)
+                metrics[f"{EVAL_PREFIX}graders/{name}_{when}"] = mean_grade(
+                    name, grader, prompts, completions
+                )
         if self.retention:
             completions = [
                 completion.text
@@ -68,14 +71,14 @@ class GenerationEval:
                 completion == conversation[-1].content
                 for completion, conversation in zip(completions, self.retention, strict=True)
             ]
-            metrics[f"eval/retention_{when}"] = sum(correct) / len(correct)
+            metrics[f"{EVAL_PREFIX}retention_{when}"] = sum(correct) / len(correct)
         run.update(metrics=metrics)
 
     @property
     def summary(self) -> dict[str, tuple[str, str]]:
         """Return the report's summary entries: metric -> (label, format)."""
-        grades = {f"eval/graders/{name}": (f"grader: {name}", ".1%") for name in self.graders}
-        return grades | {"eval/retention": ("retention: exact match", ".1%")}
+        grades = {f"{EVAL_PREFIX}graders/{name}": (f"grader: {name}", ".1%") for name in self.graders}
+        return grades | {f"{EVAL_PREFIX}retention": ("retention: exact match", ".1%")}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 """Load the base model (dtype, quantization, sharding), tokenizer and config, and attach the adapter."""
 
+import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
@@ -210,6 +213,30 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         total += numel
         trained += numel if parameter.requires_grad else 0
     return ParameterCount(trained, total)
+
+
+def unwrap_model(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside all wrappers (PEFT, DDP, FSDP)."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+@contextmanager
+def preserve_state(model: nn.Module) -> Iterator[None]:
+    """Disable dropout inside the block; then restore train/eval modes and RNG states, and drop gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()
+    # Devices are named, because torch's default, all of them, warns where there are many.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        model.eval()  # dropout masks would make equal forward passes differ
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+            for module, mode in modes:
+                # Not `.train(mode)`, which would set all submodules too.
+                module.training = mode
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def configure_score_heads(config: PretrainedConfig, heads: Sequence[str]) -> None:

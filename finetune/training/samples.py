@@ -6,6 +6,7 @@ from typing import Any
 
 from data_templates.segments import REPLY_ROLES, Message
 from finetune.training.generation import Completion
+from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import SAMPLES, RunDirectory
 
 GenerateFn = Callable[[Sequence[Sequence[Message]]], list[Completion]]
@@ -69,7 +70,7 @@ class Samples:
                 completion.text == text.strip()
                 for completion, text in zip(completions, expected, strict=True)
             ]
-            scores[f"eval/exact_match_{when}"] = sum(correct) / len(correct)
+            scores[f"{EVAL_PREFIX}exact_match_{when}"] = sum(correct) / len(correct)
         run.update(metrics=scores)
 
     def _write(self, run: RunDirectory, entries: list[dict[str, Any]]) -> None:

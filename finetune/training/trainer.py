@@ -26,7 +26,7 @@ from finetune.distributed.rank import dist_info
 from finetune.distributed.sharding import is_sharded
 from finetune.training.adapter_hooks import AdapterCallback, scale_learning_rates
 from finetune.training.loss import completion_loss_sum, held_out_loss, output_head
-from finetune.training.metrics import as_logged
+from finetune.training.metrics import EVAL_PREFIX, as_logged
 from finetune.training.save import write_adapter
 
 NO_HOOKS = Hooks()
@@ -276,7 +276,7 @@ class NativeTrainer(BaseTrainer):
         """Log and return the mean loss per label on the held-out rows."""
         size = self.args.per_device_train_batch_size
         loss = held_out_loss(self.model, self.eval_dataset, self.data_collator, batch_size=size)
-        return log_held_out(self, {"eval/loss": loss})
+        return log_held_out(self, {f"{EVAL_PREFIX}loss": loss})
 
 
 @contextmanager

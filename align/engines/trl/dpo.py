@@ -11,6 +11,7 @@ from trl import DPOConfig, DPOTrainer
 
 from align.dpo.settings import NATIVE_ENGINE_REPAIR
 from align.engines.trl.preference import (
+    ROUNDING_TOLERANCE,
     RenamePreferenceMetrics,
     completion_logps_by_batch,
     delete_reference_adapter,
@@ -25,15 +26,14 @@ from align.preference.losses.inputs import LossOutput, Pairs
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.engines.trl.trainer import NotFiniteLossMixin
 from finetune.recipe.errors import Problem
+from finetune.training.metrics import EVAL_PREFIX
+from finetune.training.model import preserve_state
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.preflight.invariance_checks import preserve_state
 from finetune.training.trainer import log_held_out
 
 COMPLETION_COLUMNS = ("chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """TRL's columns of a pair's token ids and of its reference log-probabilities."""
-INITIAL_LOSS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
-"""Relative rounding tolerance for the initial loss."""
 
 
 class TrlDPOTrainer(NotFiniteLossMixin, DPOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
@@ -87,7 +87,7 @@ class TrlDPOTrainer(NotFiniteLossMixin, DPOTrainer, RenamePreferenceMetrics):  #
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
         held_out_values = self.held_out_metrics(self.eval_dataset)
-        return log_held_out(self, {f"eval/{key}": value for key, value in held_out_values.items()})
+        return log_held_out(self, {f"{EVAL_PREFIX}{key}": value for key, value in held_out_values.items()})
 
     def held_out_metrics(self, dataset: Dataset) -> dict[str, float]:
         """Return the metric means over all pairs of ``dataset``, with the native engine's names."""
@@ -134,7 +134,7 @@ def check_initial_loss(trainer: TrlDPOTrainer, precision: str) -> CheckResult:
     expected = float(trainer.loss(Pairs(zeros, zeros, ones, ones, zeros, zeros)).losses.mean())
     with preserve_state(trainer.model), trainer.accelerator.autocast():
         loss = float(trainer.compute_loss(trainer.model, batch))
-    if abs(loss - expected) <= INITIAL_LOSS_TOLERANCE[precision] * max(1.0, expected):
+    if abs(loss - expected) <= ROUNDING_TOLERANCE[precision] * max(1.0, expected):
         detail = f"policy equals reference before step 0: loss {loss:.4f}, expected {expected:.4f}"
         return CheckResult("start", detail)
     expectation = f"{expected:.4f}: policy equals reference before step 0"

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import KTOConfig, KTOTrainer
 
 from align.engines.trl.preference import (
+    ROUNDING_TOLERANCE,
     RenamePreferenceMetrics,
     completion_logps_by_batch,
     delete_reference_adapter,
@@ -26,12 +27,11 @@ from finetune.data.batches import optimizer_batches
 from finetune.distributed.rank import dist_info
 from finetune.engines.trl.trainer import NotFiniteLossMixin
 from finetune.recipe.errors import Problem, UserError
+from finetune.training.metrics import EVAL_PREFIX
+from finetune.training.model import preserve_state
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.preflight.invariance_checks import preserve_state
 from finetune.training.trainer import log_held_out
 
-INITIAL_LOSS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
-"""Rounding tolerance for the initial loss."""
 RECOMMENDED_WEIGHT_RATIO = (1.0, 4 / 3)
 """Recommended ratio of total desirable to undesirable weight: arXiv 2402.01306, equation 9."""
 TENSOR_PREFIXES = ("", "KL_")
@@ -102,7 +102,9 @@ class TrlKTOTrainer(NotFiniteLossMixin, KTOTrainer, RenamePreferenceMetrics):  #
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
         assert self.held_out is not None
-        return log_held_out(self, {f"eval/{key}": value for key, value in self.held_out_metrics().items()})
+        return log_held_out(
+            self, {f"{EVAL_PREFIX}{key}": value for key, value in self.held_out_metrics().items()}
+        )
 
     def held_out_metrics(self) -> dict[str, float]:
         """Return loss, implicit rewards, their margin and the reference point z over all held-out rows.
@@ -196,7 +198,7 @@ def check_initial_loss(trainer: TrlKTOTrainer, precision: str) -> CheckResult:
     with preserve_state(trainer.model), trainer.accelerator.autocast():
         loss = float(trainer.compute_loss(trainer.model, batch))
     detail = f"policy equals reference before step 0: loss {loss:.4f}, expected {expected:.4f}"
-    if abs(loss - expected) <= INITIAL_LOSS_TOLERANCE[precision]:
+    if abs(loss - expected) <= ROUNDING_TOLERANCE[precision]:
         return CheckResult("start", detail)
     problem = Problem(
         "train.engine", f"initial loss {loss:.4f}", f"{expected:.4f}: policy equals reference before step 0"

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
-from align.engines.trl.preference import REFERENCE_ADAPTER, progress_bars_disabled
+from align.engines.trl.preference import REFERENCE_ADAPTER, ROUNDING_TOLERANCE, progress_bars_disabled
 from align.online.evaluation import score_tokens
 from align.rl.prompts import Prompt, Prompts
 from align.rl.rewards.rewards import Rewards
@@ -46,8 +46,6 @@ TRUNCATED_FRACTION, KL_PER_TOKEN = "completions/clipped_ratio", "kl"
 """TRL's metric names: fraction of completions without EOS, and KL in nats per token."""
 NUM_PROBES = 4
 """Number of prompts, and of completion tokens each, on which reference and policy are compared."""
-TRL_REFERENCE_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
-"""Tolerance between reference and initial policy by precision, nats per token: rounding alone."""
 
 EvaluateFn = Callable[[], dict[str, float]]
 
@@ -306,7 +304,7 @@ def check_trl_reference(
         as_reference=partial(_as_trl_reference, model),
     )
     difference = float((stats.logps - stats.reference_logps).abs().max())
-    if difference > TRL_REFERENCE_TOLERANCE[policy.precision]:
+    if difference > ROUNDING_TOLERANCE[policy.precision]:
         actual = f"with adapter.method '{method}' reference log-probabilities differ by {difference:.2g} nats"
         expected, repair = "a reference equal to the initial policy", f"{beta_key}=0, or adapter.method=lora"
         return failed("start", Problem(beta_key, actual, expected, repair))

@@ -31,11 +31,14 @@ from finetune.distributed.collectives import all_gather_object, barrier, shard, 
 from finetune.distributed.rank import dist_info
 from finetune.engines.trl.trainer import unpadded_token_ids
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.preflight.invariance_checks import preserve_state
+from finetune.training.model import preserve_state
 
 USE_NATIVE_ENGINE = "train.engine=native"
 REFERENCE_ADAPTER = "ref"
 """The name of TRL's reference copy of the adapter, which precomputed log-probabilities make unnecessary."""
+ROUNDING_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
+"""Difference between reference and initial policy that rounding explains, by precision: of a loss, and of a
+token's log-probability in nats."""
 PREFERENCE_METRIC_NAMES = {
     "kl": "kto/z",
     "accuracy": "rewards/accuracies",

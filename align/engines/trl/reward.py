@@ -17,7 +17,8 @@ from align.preference.losses.reward import bradley_terry
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.engines.trl.trainer import NotFiniteLossMixin
 from finetune.training.arguments import TrlConfigSpec
-from finetune.training.preflight.invariance_checks import preserve_state
+from finetune.training.metrics import EVAL_PREFIX
+from finetune.training.model import preserve_state
 from finetune.training.trainer import log_held_out
 
 
@@ -71,7 +72,9 @@ class TrlRewardTrainer(NotFiniteLossMixin, RewardTrainer, RenamePreferenceMetric
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log and return the held-out metrics."""
-        return log_held_out(self, {f"eval/{key}": value for key, value in self.held_out_metrics().items()})
+        return log_held_out(
+            self, {f"{EVAL_PREFIX}{key}": value for key, value in self.held_out_metrics().items()}
+        )
 
     @torch.no_grad()
     def held_out_metrics(self) -> dict[str, float]:

@@ -1,15 +1,9 @@
-"""Preference metrics as pure functions without gradient: implicit rewards, accuracies, KL estimates."""
+"""Preference metrics as pure functions without gradient: margins, accuracies, KL estimates."""
 
 import torch
 from torch import Tensor
 
 from align.preference.losses.inputs import better_than
-
-
-@torch.no_grad()
-def implicit_rewards(logps: Tensor, reference_logps: Tensor, *, beta: float) -> Tensor:
-    """Return beta (log pi - log ref), the policy's own reward (arXiv 2305.18290, equation 5)."""
-    return beta * (logps - reference_logps)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.training.loss import held_out_loss
+from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.trainer import log_held_out
 
 
@@ -92,7 +93,7 @@ class TrlSFTTrainer(NotFiniteLossMixin, SFTTrainer):  # type: ignore[misc]
         assert self.held_out_rows is not None, "evaluate_every is set with held-out rows only"
         size = self.args.per_device_train_batch_size
         loss = held_out_loss(self.model, self.held_out_rows, self.collate, batch_size=size)
-        return log_held_out(self, {"eval/loss": loss})
+        return log_held_out(self, {f"{EVAL_PREFIX}loss": loss})
 
 
 def _dataset(rows: TokenizedRows) -> Dataset:

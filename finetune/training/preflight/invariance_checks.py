@@ -1,10 +1,7 @@
 """Batch invariance and packing isolation, checked on the run's own model and rows."""
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,7 +10,7 @@ from finetune.data.collate import IGNORE_INDEX, Collator, LMExample, PackedColla
 from finetune.data.dataset import TokenizedRows
 from finetune.recipe.errors import Problem
 from finetune.training.loss import completion_loss_sum, output_head
-from finetune.training.model import DTYPES
+from finetune.training.model import DTYPES, preserve_state
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.preflight.gradient_checks import check_gradient_flow
 
@@ -204,25 +201,6 @@ def _forward_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def _tensors_on_device(model: nn.Module, batch: Mapping[str, object]) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     return {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
-
-
-@contextmanager
-def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Disable dropout inside the block; then restore train/eval modes and RNG states, and drop gradients."""
-    modes = [(module, module.training) for module in model.modules()]
-    python, numpy = random.getstate(), np.random.get_state()
-    # Devices are named, because torch's default, all of them, warns where there are many.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        model.eval()  # dropout masks would make equal forward passes differ
-        try:
-            yield
-        finally:
-            model.zero_grad(set_to_none=True)
-            for module, mode in modes:
-                # Not `.train(mode)`, which would set all submodules too.
-                module.training = mode
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def check_model(

@@ -24,7 +24,7 @@ from transformers import (
 
 from align.preference.attention import block_mask_unsupported
 from align.preference.groups import GroupCollator
-from align.preference.logps import completion_logps
+from align.preference.logps import token_logps
 from finetune.training.loss import output_head
 
 UNSUPPORTED = [
@@ -113,7 +113,7 @@ def test_supported_models_match_one_pass_per_completion(config: PretrainedConfig
     attention = "eager" if config.model_type == "gemma2" else "sdpa"  # soft-capped scores: eager alone
     model = random_model(config, attention)
     assert block_mask_unsupported(model.config, max_positions=max_positions) == "" and max_positions == 14
-    logps = completion_logps(model, output_head(model), GroupCollator(0, budget=30)(groups))
+    logps = token_logps(model, output_head(model), GroupCollator(0, budget=30)(groups)).sum(1)
     assert logp_error(logps, plain_logps(model, groups)) < 1e-5
 
 
@@ -132,5 +132,5 @@ def test_unsupported_models_match_with_one_completion_per_row(config: Pretrained
     model = random_model(config, "eager")
     reason = block_mask_unsupported(model.config, max_positions=14)
     assert reason
-    logps = completion_logps(model, output_head(model), GroupCollator(0, one_per_row=bool(reason))(groups))
+    logps = token_logps(model, output_head(model), GroupCollator(0, one_per_row=bool(reason))(groups)).sum(1)
     assert logp_error(logps, plain_logps(model, groups)) < 1e-5

@@ -19,7 +19,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from align.preference.groups import GroupCollator
-from align.preference.logps import completion_logps
+from align.preference.logps import token_logps
 from finetune.recipe.errors import UserError
 from finetune.training.loss import output_head
 
@@ -52,7 +52,7 @@ def layout_errors(model: PeftModel) -> dict[str, tuple[float, float]]:
     expected = plain_logps(model, groups)
     expected_grads = gradients(model, weighted_sum(expected))
     for name, collate in LAYOUTS.items():
-        logps = completion_logps(model, output_head(model), collate(groups))
+        logps = token_logps(model, output_head(model), collate(groups)).sum(1)
         error_by_layout[name] = (
             logp_error(logps, expected),
             gradient_error(gradients(model, weighted_sum(logps)), expected_grads),
@@ -79,9 +79,9 @@ def test_disabled_adapter_gives_the_base(method: str) -> None:
     batch = GroupCollator(0)(groups)
     with torch.no_grad():
         expected = plain_logps(base_of("llama"), groups)
-        assert not torch.allclose(completion_logps(model, output_head(model), batch), expected, atol=1e-3)
+        assert not torch.allclose(token_logps(model, output_head(model), batch).sum(1), expected, atol=1e-3)
         with model.disable_adapter():
-            logps = completion_logps(model, output_head(model), batch)
+            logps = token_logps(model, output_head(model), batch).sum(1)
     assert logp_error(logps, expected) < 1e-5
 
 
@@ -99,6 +99,6 @@ def test_block_mask_works_through_ddp(method: str) -> None:
     expected = plain_logps(model, groups)
     expected_grads = gradients(model, weighted_sum(expected))
     wrapped = DistributedDataParallel(model)
-    logps = completion_logps(wrapped, output_head(model), GroupCollator(0)(groups))
+    logps = token_logps(wrapped, output_head(model), GroupCollator(0)(groups)).sum(1)
     assert logp_error(logps, expected) < 1e-5
     assert gradient_error(gradients(model, weighted_sum(logps)), expected_grads) < 1e-4

@@ -8,10 +8,8 @@ import torch
 from align.preference.losses import metrics
 
 
-def test_rewards_margins_and_accuracies_by_hand() -> None:
-    """Beta 0.5: (-1 + 3) / 2 = 1, (-4 + 2) / 2 = -1; margins 2, 0, -1; right, a coin's toss, wrong."""
-    rewards = metrics.implicit_rewards(torch.tensor([-1.0, -4.0]), torch.tensor([-3.0, -2.0]), beta=0.5)
-    assert rewards.tolist() == [1.0, -1.0]
+def test_margins_and_accuracies_by_hand() -> None:
+    """Margins 2, 0, -1; right, a coin's toss, wrong."""
     chosen, rejected = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([-1.0, 2.0, 1.0])
     assert metrics.margins(chosen, rejected).tolist() == [2.0, 0.0, -1.0]
     assert metrics.accuracies(chosen, rejected).tolist() == [1.0, 0.5, 0.0]
@@ -58,7 +56,6 @@ def test_length_ratio_by_hand() -> None:
 def test_metrics_carry_no_gradient() -> None:
     logps = torch.tensor([-1.0, -2.0], requires_grad=True)
     values = {
-        "implicit_rewards": metrics.implicit_rewards(logps, logps.detach(), beta=0.1),
         "margins": metrics.margins(logps, logps),
         "kl_k1": metrics.kl_k1(logps, logps),
         "kl_k3": metrics.kl_k3(logps, logps),

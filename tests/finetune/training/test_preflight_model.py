@@ -12,9 +12,9 @@ from torch import nn
 
 from finetune.data.collate import IGNORE_INDEX, PackedCollator, PaddedCollator
 from finetune.training.loss import completion_loss_sum, output_head
+from finetune.training.model import preserve_state
 from finetune.training.preflight import gradient_checks, invariance_checks, weight_checks
 from finetune.training.preflight.checks import CheckResult
-from finetune.training.preflight.invariance_checks import preserve_state
 
 ROWS = token_rows([9, 3, 14, 2, 6, 40])
 PACKED = {"lines": PackedCollator(0), "one line": PackedCollator(0, single_row=True)}
