@@ -116,8 +116,8 @@ class DPO:
             UserError: a check failed.
         """
         from align.dpo.preflight import check_preference_gradients
-        from align.engines.trl.preference import require_pairs
         from align.preference.rows.dataset import to_completion_rows
+        from align.preference.rows.row_checks import require_pairs
         from finetune.training.model import count_parameters
         from finetune.training.preflight.checks import CheckResult
         from finetune.training.preflight.data_checks import check_rows, check_vocabulary
@@ -125,9 +125,7 @@ class DPO:
         ctx, text, data, policy = self.ctx, self.text, self.data, self.policy
         ctx.log(count_parameters(policy.model).describe())
         if self.uses_trl:
-            require_pairs(data.train, where="data.source")
-            if data.held_out is not None:
-                require_pairs(data.held_out, where="data.held_out")
+            require_pairs(data)
         with ctx.timed("preflight"):
             ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
             # The row checks of SFT apply to each prompt with one completion.

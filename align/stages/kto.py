@@ -124,8 +124,8 @@ def build(ctx: RunContext[Settings]) -> KTO:
     Raises:
         UserError: the data are invalid, all completions have the same label, or the base cannot be loaded.
     """
-    from align.engines.trl.kto import require_both_labels
     from align.preference.rows.prepare import load_preferences
+    from align.preference.rows.row_checks import require_both_labels
     from finetune.training.loading import load_policy, load_text_encoding
 
     text = load_text_encoding(ctx)
@@ -159,8 +159,8 @@ class KTO:
         Raises:
             UserError: a check failed.
         """
-        from align.engines.trl.kto import check_label_balance
         from align.preference.rows.dataset import to_completion_rows
+        from align.preference.rows.row_checks import check_label_balance
         from finetune.data.collate import PaddedCollator
         from finetune.training.model import count_parameters
         from finetune.training.preflight.checks import CheckResult

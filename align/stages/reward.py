@@ -125,7 +125,7 @@ class RewardModeling:
         Raises:
             UserError: a check failed.
         """
-        from align.engines.trl.preference import require_pairs
+        from align.preference.rows.row_checks import require_pairs
         from align.reward.model import find_input_embeddings
         from align.reward.preflight import check_data, check_margins, check_reward_model
         from finetune.training.model import count_parameters
@@ -135,9 +135,7 @@ class RewardModeling:
         reward, model = ctx.settings.reward, policy.model
         ctx.log(count_parameters(model).describe())
         if ctx.settings.train.engine == "trl":  # the native trainer takes ranked lists too
-            require_pairs(data.train, where="data.source")
-            if data.held_out is not None:
-                require_pairs(data.held_out, where="data.held_out")
+            require_pairs(data)
         with ctx.timed("preflight"):
             ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
             if self.block_mask_unsupported:

@@ -30,10 +30,8 @@ from align.preference.rows.dataset import PreferenceGroups
 from finetune.distributed.collectives import all_gather_object, barrier, shard, unshard
 from finetune.distributed.rank import dist_info
 from finetune.engines.trl.trainer import unpadded_token_ids
-from finetune.recipe.errors import Problem, UserError
 from finetune.training.model import preserve_state
 
-USE_NATIVE_ENGINE = "train.engine=native"
 REFERENCE_ADAPTER = "ref"
 """The name of TRL's reference copy of the adapter, which precomputed log-probabilities make unnecessary."""
 ROUNDING_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
@@ -66,22 +64,6 @@ def to_pair_dataset(groups: PreferenceGroups) -> Dataset:
             "rejected_ids": [row.completion_ids[1].tolist() for row in rows],
         }
     )
-
-
-def require_pairs(groups: PreferenceGroups, *, where: str) -> None:
-    """Raise if a group is not a pair.
-
-    Raises:
-        UserError: a group has more than two completions; the first one is named.
-    """
-    not_pairs = [index for index, count in enumerate(groups.num_completions) if count != 2]
-    if not_pairs:
-        first = groups[not_pairs[0]]
-        actual = (
-            f"{len(not_pairs)} prompts with more than two completions (first: {first.location}, "
-            f"{len(first.completion_ids)} completions)"
-        )
-        raise UserError(Problem(where, actual, "pairs, with train.engine 'trl'", USE_NATIVE_ENGINE))
 
 
 def placeholder_rows(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:

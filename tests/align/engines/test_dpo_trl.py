@@ -17,7 +17,6 @@ from align.dpo.reference_logps import compute_reference_logps
 from align.dpo.settings import TRL_LOSS_TYPES, trl_loss_arguments
 from align.dpo.trainer import forward_losses
 from align.engines.trl.dpo import TrlDPOTrainer, check_initial_loss
-from align.engines.trl.preference import require_pairs
 from align.preference.losses.catalog import all_losses, find_loss
 from align.preference.rows.dataset import PreferenceGroups
 from align.preference.rows.prepare import prepare_preferences
@@ -168,10 +167,3 @@ def test_losses_missing_in_trl_are_refused(name: str) -> None:
 def test_summed_ipo_is_refused() -> None:
     with pytest.raises(UserError, match=r"length_normalized: true.*or train.engine=native"):
         trl_loss_arguments("ipo", all_losses()["ipo"].defaults)
-
-
-def test_ranked_lists_are_refused_with_the_first_location(base_folder: Path) -> None:
-    lists = [{"prompt": "Add", "responses": ["the", "numbers", "that"], "scores": [3, 2, 1]}]
-    groups = build_groups(base_folder, lists)
-    with pytest.raises(UserError, match=r"1 prompts with more than two completions \(first: row 1, 3 compl"):
-        require_pairs(groups, where="data.source")

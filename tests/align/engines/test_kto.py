@@ -14,15 +14,12 @@ from trl import KTOConfig
 from align.engines.trl.kto import (
     TrlKTOTrainer,
     check_initial_loss,
-    check_label_balance,
-    require_both_labels,
     to_label_dataset,
     training_order,
 )
 from align.preference.losses.unpaired import kto, mismatched_rows, reference_point
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.distributed.interrupts import NotFiniteError
-from finetune.recipe.errors import UserError
 
 SETTINGS = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5}
 WORDS = ("the", "numbers", "Add", "Response", "Input", "Instruction", "that", "request")
@@ -206,33 +203,6 @@ def test_non_finite_loss_names_its_rows(
     weight.data.fill_(float("nan"))
     with pytest.raises(NotFiniteError, match=r"^loss is nan at step 1, on row \d+(, row \d+){3}$"):
         trainer.train()
-
-
-@pytest.mark.parametrize(
-    ("num_good", "weights", "detail", "advice"),
-    [
-        (5, {}, "1.00 to 1", ""),
-        (2, {}, "0.25 to 1", "kto.desirable_weight=4"),
-        (8, {}, "4.00 to 1", "kto.undesirable_weight=3"),
-        (8, {"undesirable_weight": 3.0}, "1.33 to 1", ""),
-        (2, {"desirable_weight": 4.0}, "1.00 to 1", ""),
-    ],
-)
-def test_unbalanced_labels_suggest_weights(
-    num_good: int, weights: dict[str, float], detail: str, advice: str
-) -> None:
-    """Of ten completions; the paper's range of good to bad weight is 1 to 4/3."""
-    labeled = [{**row, "label": index < num_good} for index, row in enumerate(rows())]
-    groups = prepared(labeled, template="plain", kind="labels").train
-    result = check_label_balance(groups, **{"desirable_weight": 1.0, "undesirable_weight": 1.0, **weights})
-    assert detail in result.detail and result.warned == bool(advice)
-    assert result.detail.endswith(advice)
-
-
-def test_completions_of_one_label_are_refused() -> None:
-    data = prepared([{**row, "label": True} for row in rows()], template="plain", kind="labels")
-    with pytest.raises(UserError, match="10 completions, all good"):
-        require_both_labels(data)
 
 
 def test_columns_hold_mismatched_completions(groups: PreferenceGroups) -> None:
