@@ -34,7 +34,7 @@ TRL_ONLY = Rule(
     "trl-only",
     {"train.engine": ("native",)},
     "this stage runs on TRL's trainer alone",
-    source="DESIGN: methods that TRL does well run on TRL",
+    source="align/engines/trl/online.py, kto.py: no native trainer",
     changes={"train.engine": "trl"},
 )
 

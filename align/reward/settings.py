@@ -78,11 +78,8 @@ def head_indices(settings: Settings) -> list[int]:
     return [0] if sources is None else [names.index(source.head or names[0]) for source in sources]
 
 
-def _check_single_head(settings: Settings) -> Iterator[Problem]:
-    if settings.train.engine == "trl" and len(settings.reward.heads) > 1:
-        actual = f"'trl' with {len(settings.reward.heads)} heads"
-        expected = "native: TRL's RewardTrainer has a single score"
-        yield Problem("train.engine", actual, expected, "train.engine=native")
+def _several(names: list[str]) -> bool:
+    return len(names) > 1
 
 
 def _check_heads(settings: Settings) -> Iterator[Problem]:
@@ -142,10 +139,15 @@ SHARED_ROW = "not supported for reward models: completions already share their p
 RULES = (
     Rule(
         "trl-single-head",
-        message="TRL's RewardTrainer has a single score",
+        {"train.engine": ("trl",), "reward.heads": _several},
+        "TRL's RewardTrainer has a single score",
         source="trl 1.16, trainer/reward_trainer.py: num_labels=1",
-        find=_check_single_head,
-        reads=("train", "reward"),
+        problem=Problem(
+            "train.engine",
+            "'trl' with {reward.heads:count} heads",
+            "native: TRL's RewardTrainer has a single score",
+            "train.engine=native",
+        ),
     ),
     _without_effect("train.label_smoothing", bool, NO_TEXT),
     _without_effect("train.neftune_alpha", is_set, NO_TEXT),

@@ -18,7 +18,7 @@ from finetune.recipe.discovery import (
     looks_local,
     plugin_names,
 )
-from finetune.recipe.errors import Problem, did_you_mean, one_of
+from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.mixture_rules import MIXTURE_RULES
 from finetune.recipe.renamed import renamed_value
 from finetune.recipe.settings import StageSettings
@@ -90,7 +90,7 @@ def rules_of(stage: str, method: str | None) -> tuple[Rule, ...]:
 @cache
 def stage_rules(stage: str) -> tuple[Rule, ...]:
     """Return the rules in a stage's file."""
-    # vars: most stages and adapters have rules, but they need not.
+    # Most stages and adapters have rules, but they need not.
     rules: tuple[Rule, ...] = getattr(load_stage(stage), "RULES", ())
     return tuple(within(rule, "stage", stage) for rule in rules)
 
@@ -106,6 +106,25 @@ def adapter_traits(method: str) -> Traits:
     """Return an adapter's declared traits."""
     traits: Traits = load_plugin(ADAPTERS, method, where="adapter.method").TRAITS
     return traits
+
+
+def check_batch_divides(batch_size: int, micro_batch_size: int, num_processes: int) -> None:
+    """Raise UserError if TRL's optimizer steps would hold more rows than ``train.batch_size``."""
+    # TRL multiplies micro-batch size, accumulation steps and processes: the product must be the batch size.
+    if batch_size % num_processes:
+        actual = f"{batch_size}, with {num_processes} processes"
+        expected = "a multiple of the processes: TRL gives each the same number of rows per step"
+        fits = batch_size + num_processes - batch_size % num_processes
+        raise UserError(Problem("train.batch_size", actual, expected, f"train.batch_size={fits}"))
+    local_batch_size = batch_size // num_processes
+    if local_batch_size % micro_batch_size:
+        description = (
+            f"({batch_size})" if num_processes == 1 else f"({batch_size}) / {num_processes} processes"
+        )
+        actual = f"{micro_batch_size}, which does not divide train.batch_size {description}"
+        expected = "a divisor of it: with TRL all micro-batches of a step have the same size"
+        fits = max(size for size in range(1, micro_batch_size) if local_batch_size % size == 0)
+        raise UserError(Problem("train.micro_batch_size", actual, expected, f"train.micro_batch_size={fits}"))
 
 
 def _check_base(settings: StageSettings) -> list[Problem]:
@@ -199,7 +218,13 @@ def _check_batch_sizes(settings: StageSettings) -> Iterator[Problem]:
         yield Problem("train.micro_batch_size", actual, f"at most {batch}, or auto", repair)
 
 
-DATA_RULES = (
+def _check_trl_batches(settings: StageSettings) -> list[Problem]:
+    batch, micro = settings.train.batch_size, settings.train.micro_batch_size
+    # One that is larger than the batch is a problem of `_check_batch_sizes`.
+    return [] if micro == "auto" or micro > batch else caught(check_batch_divides, batch, micro, 1)
+
+
+RULES: tuple[Rule, ...] = (
     Rule(
         "base",
         message="model.base is a short name, a Hub id, or a folder with config.json",
@@ -254,9 +279,6 @@ DATA_RULES = (
         find=_check_graders,
         reads=("data", "evaluate"),
     ),
-)
-
-ADAPTER_RULES = (
     Rule(
         "quantization",
         {"quantization_supported": (False,)},
@@ -334,6 +356,15 @@ ADAPTER_RULES = (
         find=_check_batch_sizes,
         reads=("train",),
     ),
+    # The same with several processes, whose number is known at the launch: finetune/training/loading.py.
+    Rule(
+        "micro-batch-trl",
+        {"train.engine": ("trl",), "train.num_processes": (1,)},
+        "all micro-batches of a step have the same size with TRL",
+        source="transformers 5.23, trainer.py: get_total_train_batch_size",
+        evidence="source",
+        find=_check_trl_batches,
+        reads=("train",),
+    ),
 )
-
-RULES: tuple[Rule, ...] = (*DATA_RULES, *ADAPTER_RULES)
+"""The rules of every recipe: on its base, its data, and its adapter."""

@@ -45,7 +45,7 @@ class Rule:
     when: Mapping[str, Condition] = field(default_factory=dict)
     message: str = ""
     repair: str = ""
-    source: str = ""
+    source: str = field(kw_only=True)
     evidence: Literal["run", "source", "ours"] = "ours"
     changes: Mapping[str, Any] = field(default_factory=dict)
     problem: Problem | None = None
@@ -127,10 +127,13 @@ def _matches(condition: Condition, value: Any) -> bool:
 
 
 class _PropertyFormatter(Formatter):
-    """Formats ``{train.batch_size}`` with the property of this name: a dot is no attribute."""
+    """Formats ``{train.batch_size}`` with the property of this name, and a list's length (``:count``)."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
-        return kwargs[field_name], field_name
+        return kwargs[field_name], field_name  # a dot in a name is no attribute
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return str(len(value)) if format_spec == "count" else str(super().format_field(value, format_spec))
 
 
 _TEXTS = _PropertyFormatter()

@@ -14,6 +14,7 @@ from finetune.distributed import collectives
 from finetune.distributed.hardware import free_gpu_bytes
 from finetune.distributed.sharding import reset_deepspeed_state
 from finetune.distributed.strategies import strategy_arguments
+from finetune.recipe.checks import check_batch_divides
 from finetune.recipe.errors import Problem, UserError, did_you_mean
 from finetune.recipe.recipe import SettingsT
 from finetune.recipe.settings import TrainSettings
@@ -172,25 +173,6 @@ def common_arguments(
     }
 
 
-def _check_batch_divides(batch_size: int, micro_batch_size: int, num_processes: int) -> None:
-    """Raise UserError if TRL's optimizer steps would hold more rows than ``train.batch_size``."""
-    # TRL multiplies micro-batch size, accumulation steps and processes: the product must be the batch size.
-    if batch_size % num_processes:
-        actual = f"{batch_size}, with {num_processes} processes"
-        expected = "a multiple of the processes: TRL gives each the same number of rows per step"
-        fits = batch_size + num_processes - batch_size % num_processes
-        raise UserError(Problem("train.batch_size", actual, expected, f"train.batch_size={fits}"))
-    local_batch_size = batch_size // num_processes
-    if local_batch_size % micro_batch_size:
-        description = (
-            f"({batch_size})" if num_processes == 1 else f"({batch_size}) / {num_processes} processes"
-        )
-        actual = f"{micro_batch_size}, which does not divide train.batch_size {description}"
-        expected = "a divisor of it: with TRL all micro-batches of a step have the same size"
-        fits = max(size for size in range(1, micro_batch_size) if local_batch_size % size == 0)
-        raise UserError(Problem("train.micro_batch_size", actual, expected, f"train.micro_batch_size={fits}"))
-
-
 def training_arguments(
     settings: TrainSettings,
     *,
@@ -208,7 +190,7 @@ def training_arguments(
     """
     check_engine_args(settings, stage)
     if settings.engine == "trl":
-        _check_batch_divides(settings.batch_size, micro_batch_size, execution.num_processes)
+        check_batch_divides(settings.batch_size, micro_batch_size, execution.num_processes)
     arguments = _engine_specific_arguments(settings, stage) | common_arguments(
         settings,
         folder=folder,

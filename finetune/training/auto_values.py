@@ -161,11 +161,7 @@ def quantization(requested: str, supported: tuple[str, ...]) -> Choice:
 
 
 def precision_and_quantization(settings: StageSettings, hardware: Hardware) -> dict[str, Choice]:
-    """Return a recipe's precision and quantization on some hardware, each with its reason.
-
-    Raises:
-        UserError: the hardware does not support the precision.
-    """
+    """Return a recipe's precision and quantization on some hardware, each with its reason."""
     model, supported = settings.model, adapter_traits(settings.adapter.method).quantization
     return {
         "model.precision": precision(model.precision, hardware),

@@ -11,7 +11,7 @@ from finetune.data.documents import prepare_data
 from finetune.distributed import collectives, sharding
 from finetune.distributed.solver import LaunchTarget, refuse_incompatible
 from finetune.distributed.strategies import ZERO_STAGES
-from finetune.recipe.checks import adapter_traits
+from finetune.recipe.checks import adapter_traits, check_batch_divides
 from finetune.recipe.recipe import SettingsT
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values
@@ -61,13 +61,19 @@ def load_text_encoding(ctx: RunContext[SettingsT]) -> TextEncoding:
     """Load tokenizer and template.
 
     Raises:
-        UserError: unknown engine arguments, settings that are incompatible here, no such base, no EOS, no
-            chat template, or ``max_length`` exceeds the model's positions.
+        UserError: unknown engine arguments, settings that are incompatible here, steps of TRL that would not
+            hold ``train.batch_size`` rows, no such base, no EOS, no chat template, or ``max_length`` exceeds
+            the model's positions.
     """
     settings = ctx.settings
     check_engine_args(settings.train, TrlConfigSpec(settings.TRL_CONFIG))
     target = LaunchTarget(ctx.hardware.device, ctx.hardware.bfloat16, ctx.dist.world_size)
     refuse_incompatible(ctx.recipe, target)  # before anything is loaded
+    if settings.train.engine == "trl":
+        micro_batch_size = settings.train.micro_batch_size
+        # 1 divides all: what `auto` becomes depends on the rows.
+        rows = 1 if micro_batch_size == "auto" else micro_batch_size
+        check_batch_divides(settings.train.batch_size, rows, target.processes)
     text, reason = build_text_encoding(settings)
     ctx.resolve_auto("data.max_length", (text.max_length, reason))
     return text

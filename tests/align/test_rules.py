@@ -38,6 +38,10 @@ VIOLATIONS: dict[str, tuple[str, dict[str, dict[str, object]]]] = {
         {"train": {"neftune_alpha": 5.0, "engine": "trl"}, "adapter": {"method": "prompt"}},
     ),
     "micro-batch": ("sft", {"train": {"micro_batch_size": 64}}),
+    "micro-batch-trl": (
+        "sft",
+        {"train": {"engine": "trl", "batch_size": 32, "micro_batch_size": 5, "num_processes": 1}},
+    ),
     "adalora-budget": ("sft", {"adapter": {"method": "adalora", "init_rank": 2}}),
     "multitask-prompt-source": ("sft", {"adapter": {"method": "multitask_prompt", "source": "nowhere"}}),
     "progressive-prompt-previous": (
@@ -152,7 +156,7 @@ def test_names_of_rules_are_unique_within_a_recipe() -> None:
 
 
 def test_a_rule_of_unknown_properties_does_not_apply() -> None:
-    rule = Rule("float16", {"model.precision": ("float16",), "device": ("cpu",)})
+    rule = Rule("float16", {"model.precision": ("float16",), "device": ("cpu",)}, source="a test")
     assert rule.applies({"model.precision": "float16", "device": "cpu"})
     assert not rule.applies({"model.precision": "float16"}), "the hardware is not known yet"
     assert not rule.applies({"device": "cpu"}), "an invalid section"

@@ -2,13 +2,18 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from fixture_types import MakeRecipe
+from rich.console import Console
 from transformers import TrainingArguments
 from trl import KTOConfig, SFTConfig
 
-from finetune.recipe.errors import UserError
+from finetune.distributed.rank import DistInfo
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import TrainSettings
+from finetune.training import loading
 from finetune.training.arguments import (
     TRAINER_OPTIMIZERS,
     ExecutionConfig,
@@ -16,6 +21,8 @@ from finetune.training.arguments import (
     check_engine_args,
     training_arguments,
 )
+from finetune.training.context import RunContext
+from finetune.training.run_directory import RunDirectory
 
 
 def arguments(tmp_path: Path, *, precision: str = "float32", micro: int = 4, **settings: Any) -> Any:
@@ -151,3 +158,25 @@ def test_trl_steps_divide_by_processes(tmp_path: Path, batch_size: int, micro: i
             settings, folder=tmp_path, execution=execution, micro_batch_size=micro, checkpoint_every=7
         )
     assert error.value.problems[0].repair == repair
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro", "processes", "repair"),
+    [(8, 3, 1, "train.micro_batch_size=2"), (7, "auto", 2, "train.batch_size=8"), (8, "auto", 2, None)],
+)
+def test_trl_steps_are_checked_before_anything_is_loaded(
+    make_recipe: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    micro: int | str,
+    processes: int,
+    repair: str | None,
+) -> None:
+    loaded = UserError(Problem("model.base", "loaded", "nothing", "nothing is loaded"))
+    monkeypatch.setattr(loading, "build_text_encoding", Mock(side_effect=loaded))
+    train = {"train__engine": "trl", "train__batch_size": batch_size, "train__micro_batch_size": micro}
+    recipe = make_recipe(**train, train__strategy="single" if processes == 1 else "ddp")
+    run, dist = RunDirectory.of(recipe, force=False), DistInfo(0, processes, 0)
+    with pytest.raises(UserError) as error:
+        loading.load_text_encoding(RunContext(recipe, run, Console(quiet=True), "a test", dist=dist))
+    assert error.value.problems[0].repair == (repair or "nothing is loaded")
