@@ -178,7 +178,7 @@ RULES = (
     Rule(
         "reward-functions",
         message="reward functions exist, with names of their own",
-        source="align/reward/rules.py",
+        source="align/reward/function_reward.py",
         find=_check_reward_functions,
         reads=("reward",),
     ),

@@ -177,7 +177,7 @@ class RewardModeling:
     def build_trainer(self, args: TrainingArguments) -> Trainer:
         """Save the rules' files, and return the engine's trainer, which creates the checkpoint folder."""
         from align.engines.trl.reward import TrlRewardTrainer, scaled_margins
-        from align.reward.rules import save_rules
+        from align.reward.function_reward import save_rules
         from align.reward.trainer import RewardTrainer
         from finetune.training.adapter_hooks import adapter_hooks
         from finetune.training.trainer import TrainerData

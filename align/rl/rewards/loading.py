@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align.reward.rules import FunctionReward
+from align.reward.function_reward import FunctionReward
 from align.reward.scorer import TOTAL, load_reward_model
 from align.rl.rewards.rewards import ModelReward, ReferenceAnswerReward, Rewards
 from align.rl.rewards.settings import EXPECTED_PARAMETER, RewardsSettings, reward_run_folder

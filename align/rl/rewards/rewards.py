@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from align.reward.rules import FunctionReward
+from align.reward.function_reward import FunctionReward
 from align.reward.scorer import TOTAL, RewardModel
 from align.rl.rewards.settings import HELPFULNESS, LENGTH_PENALTY, SAFETY, RewardsSettings
 from data_templates.segments import Message

@@ -243,7 +243,7 @@ def test_a_changed_rule_is_another_run(folder: Path, base_folder: Path) -> None:
 def test_an_invalid_rule_result_reports_rule_and_row(single: Result) -> None:
     from dataclasses import replace
 
-    from align.reward.rules import FunctionReward
+    from align.reward.function_reward import FunctionReward
 
     model = load_reward(single.directory)
     for function, message in (

@@ -11,7 +11,7 @@ from align.cli.runs import score_and_print
 from align.preference.rows.encode import LengthLimits
 from align.reward import scorer as scorer_module
 from align.reward.batch import RewardCollator
-from align.reward.rules import FunctionReward
+from align.reward.function_reward import FunctionReward
 from align.reward.score_file import score_file, score_statistics, write_scored_rows
 from align.reward.scorer import MAX_SHARED_COMPLETIONS, TOTAL, RewardModel
 from data_templates.segments import Message
