@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from align.engines.trl.configs import ONLINE_CONFIGS
 from align.engines.trl.online import (
     TRAINERS,
     OnlineTrainer,
@@ -23,7 +24,7 @@ from align.rl.rewards.rewards import Rewards
 from align.rl.rewards.settings import LENGTH_PENALTY
 from align.rl.sampling import Sampling
 from finetune.recipe.checks import adapter_traits
-from finetune.training.arguments import TrlConfigSpec, num_optimizer_steps, resolve_arguments
+from finetune.training.arguments import num_optimizer_steps, resolve_arguments
 from finetune.training.context import RunContext
 from finetune.training.findings import Finding
 from finetune.training.loading import add_adapter, load_frozen_base, load_text_encoding
@@ -96,7 +97,7 @@ class OnlineRL:
             self.policy,
             longest=max(self.data.train.lengths) + sampling.max_new_tokens,
             steps=self.num_steps,
-            stage=TrlConfigSpec(settings.TRL_CONFIG, fixed_arguments),
+            trl_config=ONLINE_CONFIGS[settings.TRL_CONFIG].with_arguments(fixed_arguments),
         )
         # The dataset is the prompt order of the complete run: the Trainer's epochs mean nothing here.
         args.max_steps = self.num_steps
@@ -175,7 +176,8 @@ def load_online_rl(ctx: RunContext[OnlineSettings], loss: RLOOSettings | GRPOSet
         UserError: the data are invalid, the base cannot be loaded, the adapter does not fit it, or a reward
             run is missing or damaged.
     """
-    settings, text = ctx.settings, load_text_encoding(ctx)
+    settings = ctx.settings
+    text = load_text_encoding(ctx, trl_config=ONLINE_CONFIGS[settings.TRL_CONFIG])
     prompts = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
     frozen = load_frozen_base(ctx)
     traits = adapter_traits(settings.adapter.method)

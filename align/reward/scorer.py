@@ -16,8 +16,8 @@ from align.preference.rows.dataset import TokenizedGroup
 from align.preference.rows.encode import LengthLimits, truncate_to
 from align.preference.rows.fields import prompt_turns
 from align.reward.batch import RewardCollator, score_groups
-from align.reward.model import load_scorer
 from align.reward.function_reward import FunctionReward, load_rules
+from align.reward.model import load_scorer
 from align.reward.settings import RuleSettings
 from align.reward.shared_base import scorer_sharing_base
 from data_templates.segments import Message, TemplateError

@@ -52,10 +52,11 @@ def build(ctx: RunContext[Settings]) -> DPO:
     Raises:
         UserError: the data are invalid, or the base cannot be loaded.
     """
+    from align.engines.trl.configs import DPO_CONFIG
     from align.preference.rows.prepare import load_preferences
     from finetune.training.loading import load_policy, load_text_encoding
 
-    text = load_text_encoding(ctx)
+    text = load_text_encoding(ctx, trl_config=DPO_CONFIG)
     data = load_preferences(ctx, ctx.settings.data, text)
     return DPO(ctx, text, data, load_policy(ctx))
 
@@ -146,13 +147,16 @@ class DPO:
             UserError: the engine refuses them.
         """
         from align.dpo.settings import trl_loss_arguments
-        from finetune.training.arguments import SFT_CONFIG, TrlConfigSpec, resolve_arguments
+        from align.engines.trl.configs import DPO_CONFIG
+        from finetune.training.arguments import resolve_arguments
 
         # The micro-batch size is resolved for the largest group.
-        longest, stage = self.layout.longest_row(self.data.train), SFT_CONFIG
+        longest, trl_config = self.layout.longest_row(self.data.train), DPO_CONFIG
         if self.uses_trl:
-            stage = TrlConfigSpec(Settings.TRL_CONFIG, trl_loss_arguments(self.loss.name, self.loss_settings))
-        return resolve_arguments(self.ctx, self.policy, longest=longest, steps=self.num_steps, stage=stage)
+            trl_config = DPO_CONFIG.with_arguments(trl_loss_arguments(self.loss.name, self.loss_settings))
+        return resolve_arguments(
+            self.ctx, self.policy, longest=longest, steps=self.num_steps, trl_config=trl_config
+        )
 
     def build_trainer(self, args: TrainingArguments) -> Trainer:
         """Return the engine's trainer, with the reference computed and checked against the initial policy.

@@ -124,11 +124,12 @@ def build(ctx: RunContext[Settings]) -> KTO:
     Raises:
         UserError: the data are invalid, all completions have the same label, or the base cannot be loaded.
     """
+    from align.engines.trl.configs import KTO_CONFIG
     from align.preference.rows.prepare import load_preferences
     from align.preference.rows.row_checks import require_both_labels
     from finetune.training.loading import load_policy, load_text_encoding
 
-    text = load_text_encoding(ctx)
+    text = load_text_encoding(ctx, trl_config=KTO_CONFIG)
     data = load_preferences(ctx, ctx.settings.data, text, kind="labels")
     require_both_labels(data)
     return KTO(ctx, text, data, load_policy(ctx))
@@ -188,13 +189,15 @@ class KTO:
         Raises:
             UserError: TRL refuses them.
         """
-        from finetune.training.arguments import TrlConfigSpec, resolve_arguments
+        from align.engines.trl.configs import KTO_CONFIG
+        from finetune.training.arguments import resolve_arguments
 
         loss_arguments = self.ctx.settings.kto.model_dump() | {"loss_type": "kto"}
-        # At least two rows per micro-batch: each is paired with another row's completion to estimate z.
-        stage = TrlConfigSpec(Settings.TRL_CONFIG, loss_arguments, min_rows=2)
+        trl_config = KTO_CONFIG.with_arguments(loss_arguments)
         longest = self.data.train.longest
-        return resolve_arguments(self.ctx, self.policy, longest=longest, steps=self.num_steps, stage=stage)
+        return resolve_arguments(
+            self.ctx, self.policy, longest=longest, steps=self.num_steps, trl_config=trl_config
+        )
 
     def build_trainer(self, args: TrainingArguments) -> TrlKTOTrainer:
         """Return TRL's trainer, with the reference computed and checked against the initial policy.

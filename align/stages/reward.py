@@ -37,11 +37,12 @@ def build(ctx: RunContext[Settings]) -> RewardModeling:
     Raises:
         UserError: the data are invalid, or the base cannot be loaded or has no sequence classification model.
     """
+    from align.engines.trl.configs import REWARD_CONFIG
     from align.preference.rows.prepare import load_preferences
     from align.reward.model import load_reward_model_for_training
     from finetune.training.loading import load_text_encoding
 
-    text = load_text_encoding(ctx)
+    text = load_text_encoding(ctx, trl_config=REWARD_CONFIG)
     data = load_preferences(ctx, ctx.settings.data, text)
     return RewardModeling(ctx, text, data, load_reward_model_for_training(ctx, text.encoder))
 
@@ -162,7 +163,7 @@ class RewardModeling:
         Raises:
             UserError: the engine refuses them.
         """
-        from align.engines.trl.reward import reward_config_spec
+        from align.engines.trl.reward import reward_config
         from finetune.training.arguments import resolve_arguments
 
         coefficient = self.ctx.settings.reward.center_rewards_coefficient
@@ -171,7 +172,7 @@ class RewardModeling:
             self.policy,
             longest=int(self.data.train.lengths.max()),
             steps=self.num_steps,
-            stage=reward_config_spec(center_rewards_coefficient=coefficient),
+            trl_config=reward_config(center_rewards_coefficient=coefficient),
         )
 
     def build_trainer(self, args: TrainingArguments) -> Trainer:

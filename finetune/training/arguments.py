@@ -1,13 +1,13 @@
-"""Map recipe settings to the TrainingArguments and TRL configs of the engines."""
+"""Map recipe settings to the training arguments of the engines: TrainingArguments, or a config of TRL."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
+from trl import SFTConfig
 
 from finetune.data.batches import num_micro_batches
 from finetune.distributed import collectives
@@ -30,12 +30,6 @@ TRAINER_OPTIMIZERS = {
 }
 
 
-TRL_CONFIGS: dict[str, type[TrainingArguments]] = {
-    config.__name__: config
-    for config in (SFTConfig, DPOConfig, KTOConfig, RewardConfig, RLOOConfig, GRPOConfig)
-}
-
-
 @dataclass(frozen=True, slots=True)
 class ExecutionConfig:
     """How a run executes: device, precision of the forward pass, number of processes, strategy."""
@@ -51,30 +45,35 @@ class TrlConfigSpec:
     """The TRL config of a stage.
 
     Attributes:
-        config: name of the config class.
+        config: the config class.
         fixed_arguments: its fields that the stage sets.
         min_rows: minimum rows per forward pass.
     """
 
-    config: str = "SFTConfig"
-    fixed_arguments: Mapping[str, Any] = field(default_factory=dict)
+    config: type[TrainingArguments]
+    fixed_arguments: Mapping[str, Any]
     min_rows: int = 1
 
+    def with_arguments(self, arguments: Mapping[str, Any]) -> "TrlConfigSpec":
+        """Return the config with more fields that the stage sets."""
+        return replace(self, fixed_arguments={**self.fixed_arguments, **arguments})
 
-SFT_CONFIG = TrlConfigSpec()
+
+# Rows are truncated already, and packing is the recipe's.
+SFT_CONFIG = TrlConfigSpec(SFTConfig, {"max_length": None, "packing": False})
 
 
-def engine_class(engine: str, stage: TrlConfigSpec = SFT_CONFIG) -> type[TrainingArguments]:
+def engine_class(engine: str, trl_config: TrlConfigSpec = SFT_CONFIG) -> type[TrainingArguments]:
     """Return the class of the engine's training arguments."""
-    return TRL_CONFIGS[stage.config] if engine == "trl" else TrainingArguments
+    return trl_config.config if engine == "trl" else TrainingArguments
 
 
-def check_engine_args(settings: TrainSettings, stage: TrlConfigSpec = SFT_CONFIG) -> None:
+def check_engine_args(settings: TrainSettings, trl_config: TrlConfigSpec = SFT_CONFIG) -> None:
     """Raise UserError if ``train.engine_args`` has an unknown argument, or one that the recipe sets."""
-    config = engine_class(settings.engine, stage)
+    config = engine_class(settings.engine, trl_config)
     known = [config_field.name for config_field in fields(config)]
     # Only the names count here, so the run's own values are replaced by placeholders.
-    reserved = _engine_specific_arguments(settings, stage) | common_arguments(
+    reserved = _engine_specific_arguments(settings, trl_config) | common_arguments(
         settings,
         folder=Path(),
         execution=ExecutionConfig("cpu", "float32"),
@@ -93,7 +92,7 @@ def check_engine_args(settings: TrainSettings, stage: TrlConfigSpec = SFT_CONFIG
         raise UserError(problems)
 
 
-def _engine_specific_arguments(settings: TrainSettings, stage: TrlConfigSpec) -> dict[str, Any]:
+def _engine_specific_arguments(settings: TrainSettings, trl_config: TrlConfigSpec) -> dict[str, Any]:
     """Return the arguments that the recipe sets and that not every engine has."""
     if settings.engine != "trl":
         return {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0}  # ours, in trainer.py
@@ -101,26 +100,7 @@ def _engine_specific_arguments(settings: TrainSettings, stage: TrlConfigSpec) ->
         "neftune_noise_alpha": settings.neftune_alpha,
         "label_smoothing_factor": settings.label_smoothing,
     }
-    # Rows are truncated already. Dropout is the adapter's setting. The reference is the initial policy.
-    pairwise = {"max_length": None, "disable_dropout": False}
-    with_reference = pairwise | {"precompute_ref_log_probs": True, "sync_ref_model": False}
-    # On-policy completions with log-probs of the full distribution: no dropout, no top-k or top-p, no reuse.
-    online = {
-        **{"disable_dropout": True, "sync_ref_model": False, "shuffle_dataset": False},
-        **{"num_iterations": 1, "steps_per_generation": None, "generation_batch_size": None},
-        **{"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None},
-        "num_generations_eval": 1,
-    }
-    by_config: dict[str, dict[str, Any]] = {
-        "RLOOConfig": online,
-        "GRPOConfig": online,
-        "SFTConfig": {"max_length": None, "packing": False},
-        "RewardConfig": pairwise,
-        "DPOConfig": with_reference | {"truncation_mode": "keep_start"},
-        # KTO pairs neighboring rows for its KL estimate: the dataset's order is kept.
-        "KTOConfig": with_reference | {"train_sampling_strategy": "sequential"},
-    }
-    return regularization | by_config[stage.config] | dict(stage.fixed_arguments)
+    return regularization | dict(trl_config.fixed_arguments)
 
 
 def common_arguments(
@@ -180,18 +160,18 @@ def training_arguments(
     execution: ExecutionConfig,
     micro_batch_size: int,
     checkpoint_every: int,
-    stage: TrlConfigSpec = SFT_CONFIG,
+    trl_config: TrlConfigSpec = SFT_CONFIG,
 ) -> TrainingArguments:
-    """Return the engine's training arguments; ``stage`` is the stage's TRL config.
+    """Return the engine's training arguments; ``trl_config`` is the stage's.
 
     Raises:
         UserError: ``train.engine_args`` has an unknown argument, the engine refuses a value, or TRL's steps
             would not hold ``train.batch_size`` rows.
     """
-    check_engine_args(settings, stage)
+    check_engine_args(settings, trl_config)
     if settings.engine == "trl":
         check_batch_divides(settings.batch_size, micro_batch_size, execution.num_processes)
-    arguments = _engine_specific_arguments(settings, stage) | common_arguments(
+    arguments = _engine_specific_arguments(settings, trl_config) | common_arguments(
         settings,
         folder=folder,
         execution=execution,
@@ -199,7 +179,7 @@ def training_arguments(
         checkpoint_every=checkpoint_every,
     )
     try:
-        engine_arguments = engine_class(settings.engine, stage)(**arguments, **settings.engine_args)
+        engine_arguments = engine_class(settings.engine, trl_config)(**arguments, **settings.engine_args)
     except (ValueError, TypeError) as error:
         raise UserError(Problem("train.engine_args", str(error), "values that the engine accepts")) from error
     # Before a trainer reads the plugin from these arguments.
@@ -208,7 +188,12 @@ def training_arguments(
 
 
 def resolve_arguments(
-    ctx: RunContext[SettingsT], policy: Policy, *, longest: int, steps: int, stage: TrlConfigSpec = SFT_CONFIG
+    ctx: RunContext[SettingsT],
+    policy: Policy,
+    *,
+    longest: int,
+    steps: int,
+    trl_config: TrlConfigSpec = SFT_CONFIG,
 ) -> TrainingArguments:
     """Return the training arguments of a run, with ``auto`` values resolved and recorded.
 
@@ -217,7 +202,7 @@ def resolve_arguments(
         policy: the model that is trained.
         longest: tokens of the longest row of a forward pass.
         steps: optimizer steps of the run.
-        stage: the stage's TRL config.
+        trl_config: the stage's TRL config.
 
     Raises:
         UserError: the engine refuses them.
@@ -229,7 +214,7 @@ def resolve_arguments(
         longest=longest,
         hardware=ctx.hardware,
         must_divide=train.engine == "trl",
-        min_rows=stage.min_rows,
+        min_rows=trl_config.min_rows,
         fits=_memory_predicate(ctx, policy, longest) if ctx.hardware.device == "cuda" else None,
     )
     checkpoint_every = auto_values.checkpoint_every(train.checkpoint_every, steps=steps)
@@ -239,7 +224,7 @@ def resolve_arguments(
         execution=ExecutionConfig(ctx.hardware.device, policy.precision, ctx.dist.world_size, ctx.strategy),
         micro_batch_size=ctx.resolve_auto("train.micro_batch_size", micro_batch_size),
         checkpoint_every=ctx.resolve_auto("train.checkpoint_every", checkpoint_every),
-        stage=stage,
+        trl_config=trl_config,
     )
 
 

@@ -15,7 +15,7 @@ from finetune.recipe.checks import adapter_traits, check_batch_divides
 from finetune.recipe.recipe import SettingsT
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values
-from finetune.training.arguments import TrlConfigSpec, check_engine_args
+from finetune.training.arguments import SFT_CONFIG, TrlConfigSpec, check_engine_args
 from finetune.training.context import RunContext
 from finetune.training.model import Policy, TextEncoding, attach_adapter, build_text_encoding, load_base
 from finetune.training.resume_adapter import load_adapter_weights
@@ -57,8 +57,8 @@ def enable_sharded_inference(ctx: RunContext[SettingsT], model: nn.Module, base:
         )
 
 
-def load_text_encoding(ctx: RunContext[SettingsT]) -> TextEncoding:
-    """Load tokenizer and template.
+def load_text_encoding(ctx: RunContext[SettingsT], *, trl_config: TrlConfigSpec = SFT_CONFIG) -> TextEncoding:
+    """Load tokenizer and template; ``trl_config`` is the stage's.
 
     Raises:
         UserError: unknown engine arguments, settings that are incompatible here, steps of TRL that would not
@@ -66,7 +66,7 @@ def load_text_encoding(ctx: RunContext[SettingsT]) -> TextEncoding:
             the model's positions.
     """
     settings = ctx.settings
-    check_engine_args(settings.train, TrlConfigSpec(settings.TRL_CONFIG))
+    check_engine_args(settings.train, trl_config)
     target = LaunchTarget(ctx.hardware.device, ctx.hardware.bfloat16, ctx.dist.world_size)
     refuse_incompatible(ctx.recipe, target)  # before anything is loaded
     if settings.train.engine == "trl":

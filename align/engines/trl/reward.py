@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
+from align.engines.trl.configs import REWARD_CONFIG
 from align.engines.trl.preference import RenamePreferenceMetrics, find_row_locations
 from align.preference.losses import metrics
 from align.preference.losses.reward import bradley_terry
@@ -22,10 +23,10 @@ from finetune.training.model import preserve_state
 from finetune.training.trainer import log_held_out
 
 
-def reward_config_spec(*, center_rewards_coefficient: float) -> TrlConfigSpec:
+def reward_config(*, center_rewards_coefficient: float) -> TrlConfigSpec:
     """Return the arguments of RewardConfig; the coefficient is that of ``bradley_terry``, 0 for off."""
     # None and not 0: TRL adds the term unless it is None.
-    return TrlConfigSpec("RewardConfig", {"center_rewards_coefficient": center_rewards_coefficient or None})
+    return REWARD_CONFIG.with_arguments({"center_rewards_coefficient": center_rewards_coefficient or None})
 
 
 class TrlRewardTrainer(NotFiniteLossMixin, RewardTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
@@ -46,7 +47,7 @@ class TrlRewardTrainer(NotFiniteLossMixin, RewardTrainer, RenamePreferenceMetric
 
         Args:
             model: base with adapter and a single score head.
-            args: from ``reward_config_spec``.
+            args: from ``reward_config``.
             tokenizer: the base's tokenizer; not modified.
             train: training pairs.
             held_out: held-out pairs, if any.

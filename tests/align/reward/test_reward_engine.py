@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig
 
-from align.engines.trl.reward import TrlRewardTrainer, reward_config_spec
+from align.engines.trl.reward import TrlRewardTrainer, reward_config
 from align.preference.losses.reward import bradley_terry
 from align.preference.rows.dataset import PreferenceGroups
 from align.preference.rows.prepare import prepare_preferences
@@ -53,12 +53,10 @@ def trainer_of(
     args = RewardConfig(
         output_dir=str(out),
         per_device_train_batch_size=4,
-        max_length=None,
-        disable_dropout=False,
         use_cpu=True,
         bf16=False,
         report_to="none",
-        **reward_config_spec(center_rewards_coefficient=centring).fixed_arguments,
+        **reward_config(center_rewards_coefficient=centring).fixed_arguments,
     )
     return TrlRewardTrainer(
         model, args, tokenizer, train=groups, held_out=groups, pad_id=tokenizer.bos_token_id, margins=margins

@@ -8,7 +8,7 @@ import pytest
 from fixture_types import MakeRecipe
 from rich.console import Console
 from transformers import TrainingArguments
-from trl import KTOConfig, SFTConfig
+from trl import SFTConfig
 
 from finetune.distributed.rank import DistInfo
 from finetune.recipe.errors import Problem, UserError
@@ -17,7 +17,6 @@ from finetune.training import loading
 from finetune.training.arguments import (
     TRAINER_OPTIMIZERS,
     ExecutionConfig,
-    TrlConfigSpec,
     check_engine_args,
     training_arguments,
 )
@@ -127,23 +126,6 @@ def test_trl_steps_hold_batch_size_rows(tmp_path: Path, batch: int, micro: int, 
         arguments(tmp_path, engine="trl", batch_size=batch, micro=micro)
     actual = arguments(tmp_path, engine="trl", batch_size=batch, micro=fits)
     assert actual.gradient_accumulation_steps * actual.per_device_train_batch_size == batch
-
-
-def test_stage_arguments_are_set_and_reserved(tmp_path: Path) -> None:
-    settings = TrainSettings(engine="trl", batch_size=4)
-    stage = TrlConfigSpec("KTOConfig", {"beta": 0.25})
-    sizes = {"micro_batch_size": 2, "checkpoint_every": 1}
-    actual = training_arguments(
-        settings, folder=tmp_path, execution=ExecutionConfig("cpu", "float32"), **sizes, stage=stage
-    )
-    assert isinstance(actual, KTOConfig) and actual.beta == 0.25 and actual.max_length is None
-    assert actual.precompute_ref_log_probs and actual.train_sampling_strategy == "sequential"
-    for name in ("beta", "precompute_ref_log_probs", "disable_dropout"):
-        reserved = TrainSettings(engine="trl", engine_args={name: 1})
-        with pytest.raises(UserError, match=f"engine_args.{name}: set by the recipe"):
-            check_engine_args(reserved, stage)
-    with pytest.raises(UserError, match="packing: unknown to the engine"):
-        check_engine_args(TrainSettings(engine="trl", engine_args={"packing": True}), stage)
 
 
 @pytest.mark.parametrize(
