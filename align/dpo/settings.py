@@ -1,11 +1,12 @@
 """Recipe section of stage dpo: the loss, the reference and the early stop; and the stage's rules."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
 from align.preference.losses.catalog import Setting, find_loss
+from align.preference.settings import PREFERENCE_SELECT, PROMPT_LENGTH
 from align.shared_rules import CONSISTENCY, PREFERENCE_NEFTUNE, TRL_REFERENCE
 from finetune.recipe.compatibility import Rule, caught, is_set
 from finetune.recipe.errors import Problem, UserError, one_of
@@ -83,11 +84,17 @@ def trl_loss_arguments(loss: str, settings: Mapping[str, Setting]) -> dict[str, 
     return {"loss_type": [TRL_LOSS_TYPES[loss]], "loss_weights": None, **shared_settings}
 
 
-def _check_loss(settings: Any) -> list[Problem]:
+class DPOSections(Protocol):
+    """The section that the rules read."""
+
+    dpo: DPOSettings
+
+
+def _check_loss(settings: DPOSections) -> list[Problem]:
     return caught(_resolve_loss, settings.dpo)
 
 
-def _check_trl_loss(settings: Any) -> list[Problem]:
+def _check_trl_loss(settings: DPOSections) -> list[Problem]:
     # The problems of an invalid loss are those of `_check_loss`.
     if _check_loss(settings):
         return []
@@ -107,6 +114,8 @@ RULES = (
         find=_check_loss,
         reads=("dpo",),
     ),
+    PREFERENCE_SELECT,
+    PROMPT_LENGTH,
     PREFERENCE_NEFTUNE,
     Rule(
         "dpo-label-smoothing",

@@ -1,7 +1,7 @@
 """Recipe of stages rloo and grpo: group sampling, loss, TRL's trainer, and their rules."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -93,7 +93,7 @@ class OnlineSettings(StageSettings):
     sampling: GroupSamplingSettings = GroupSamplingSettings()
 
 
-def _check_group_size(settings: Any) -> Iterator[Problem]:
+def _check_group_size(settings: OnlineSettings) -> Iterator[Problem]:
     batch_size, num_generations = settings.train.batch_size, settings.sampling.num_generations
     if batch_size % num_generations:
         rounded = max(1, batch_size // num_generations) * num_generations

@@ -1,15 +1,15 @@
 """Rules of stage ppo."""
 
 from collections.abc import Iterator
-from typing import Any
 
+from align.ppo.settings import Settings
 from align.rl.rewards.settings import REWARD_RULES, RewardSource
 from align.shared_rules import CONSISTENCY, RL_LABEL_SMOOTHING
 from finetune.recipe.compatibility import Rule, is_set
 from finetune.recipe.errors import Problem
 
 
-def _check_sizes(settings: Any) -> Iterator[Problem]:
+def _check_sizes(settings: Settings) -> Iterator[Problem]:
     rollout_size, batch_size, ppo = settings.ppo.rollout_size, settings.train.batch_size, settings.ppo
     # Every PPO epoch then consists of full minibatches.
     if rollout_size % batch_size:
@@ -25,7 +25,7 @@ def _check_sizes(settings: Any) -> Iterator[Problem]:
         yield Problem("ppo.kl_horizon", actual, expected, f"ppo.kl_horizon={20 * rollout_size}")
 
 
-def _check_pretraining(settings: Any) -> Iterator[Problem]:
+def _check_pretraining(settings: Settings) -> Iterator[Problem]:
     pretraining = settings.pretraining
     if pretraining.weight and pretraining.source is None:
         repair = "pretraining.source=FILE, or pretraining.weight=0"

@@ -1,9 +1,12 @@
-"""The data section of the preference stages."""
+"""The data section of the preference stages, and its rules."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
+from finetune.recipe.compatibility import Rule, is_set
+from finetune.recipe.errors import Problem
 from finetune.recipe.settings import DataSettings
 
 
@@ -28,3 +31,50 @@ class PreferenceSettings(DataSettings):
     )
     # Only the last reply of a conversation is compared.
     loss_on: Literal["assistant"] = Field("assistant", description="the completions, each with its EOS token")
+
+
+class PreferenceSections(Protocol):
+    """The sections of a stage that the rules of preference data read."""
+
+    data: PreferenceSettings
+
+
+def prompt_length_problems(max_prompt_length: int, max_length: int) -> Iterator[Problem]:
+    """Yield the problem of prompts that leave no tokens for completions."""
+    if max_prompt_length >= max_length:
+        actual = f"{max_prompt_length}, but prompt and completion together have {max_length} tokens"
+        yield Problem("data.max_prompt_length", actual, "less, to leave tokens for completions")
+
+
+def _check_no_selection(settings: PreferenceSections) -> Iterator[Problem]:
+    data = settings.data
+    selections = {"data.select": data.select}
+    selections |= {
+        f"data.mix[{index}].select": component.select for index, component in enumerate(data.mix or [])
+    }
+    for key, select in selections.items():
+        if select is not None:
+            yield Problem(key, "selects conversations", "null for preference data", "remove it")
+
+
+def _check_prompt_length(settings: PreferenceSections) -> Iterator[Problem]:
+    data = settings.data
+    assert data.max_prompt_length is not None and data.max_length is not None
+    yield from prompt_length_problems(data.max_prompt_length, data.max_length)
+
+
+PREFERENCE_SELECT = Rule(
+    "preference-select",
+    message="select filters conversations, and preference data have none",
+    source="finetune/data/selection.py",
+    find=_check_no_selection,
+    reads=("data",),
+)
+PROMPT_LENGTH = Rule(
+    "prompt-length",
+    {"data.max_prompt_length": is_set, "data.max_length": is_set},
+    "a prompt leaves tokens for its completions",
+    source="align/preference/rows/encode.py",
+    find=_check_prompt_length,
+    reads=("data",),
+)

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from align.preference.settings import PreferenceSettings
+from align.preference.settings import PREFERENCE_SELECT, PROMPT_LENGTH, PreferenceSettings
 from finetune.recipe.compatibility import Condition, Rule, is_set
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.settings import MixedSource, NonEmptyStr, Section, StageSettings
@@ -137,6 +137,8 @@ NO_TEXT = "not supported for reward models, which generate no text"
 SHARED_ROW = "not supported for reward models: completions already share their prompt's row"
 
 RULES = (
+    PREFERENCE_SELECT,
+    PROMPT_LENGTH,
     Rule(
         "trl-single-head",
         {"train.engine": ("trl",), "reward.heads": _several},

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 
-from align.preference.settings import PreferenceSettings
+from align.preference.settings import PREFERENCE_SELECT, PreferenceSettings
 from data_templates.segments import Message
 from finetune.data.conversation import Conversation, with_control_suffix
 from finetune.recipe.compatibility import Rule
@@ -51,7 +51,7 @@ class Settings(StageSettings):
     chain_of_hindsight: ChainOfHindsightSettings = ChainOfHindsightSettings()
 
 
-def _check_control_texts(settings: Any) -> Iterator[Problem]:
+def _check_control_texts(settings: Settings) -> Iterator[Problem]:
     texts = settings.chain_of_hindsight
     if texts.good.strip() == texts.bad.strip():
         actual = "equal to chain_of_hindsight.good"
@@ -59,6 +59,7 @@ def _check_control_texts(settings: Any) -> Iterator[Problem]:
 
 
 RULES = (
+    PREFERENCE_SELECT,
     Rule(
         "control-texts",
         message="the control texts of good and bad completions differ",

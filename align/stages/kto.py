@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from align.preference.settings import PreferenceSettings
+from align.preference.settings import PREFERENCE_SELECT, PROMPT_LENGTH, PreferenceSettings
 from align.shared_rules import PREFERENCE_NEFTUNE, TRL_ONLY, TRL_REFERENCE_ONLY
 from finetune.recipe.compatibility import Rule
 from finetune.recipe.errors import Problem
@@ -68,6 +68,8 @@ class Settings(StageSettings):
 
 
 RULES = (
+    PREFERENCE_SELECT,
+    PROMPT_LENGTH,
     PREFERENCE_NEFTUNE,
     Rule(
         "kto-label-smoothing",

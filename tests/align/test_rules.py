@@ -49,6 +49,8 @@ VIOLATIONS: dict[str, tuple[str, dict[str, dict[str, object]]]] = {
         {"adapter": {"method": "progressive_prompt", "previous": "nowhere"}},
     ),
     "control-texts": ("chain_of_hindsight", {"chain_of_hindsight": {"good": "Write.", "bad": "Write."}}),
+    "preference-select": ("kto", {"data": {"select": {"rows": 3}}}),
+    "prompt-length": ("reward", {"data": {"max_prompt_length": 64, "max_length": 64}}),
     "dpo-loss": ("dpo", {"dpo": {"loss": "nothing"}}),
     "preference-neftune": ("kto", {"train": {"neftune_alpha": 5.0}}),
     "dpo-label-smoothing": ("dpo", {"train": {"label_smoothing": 0.1}}),

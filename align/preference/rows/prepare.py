@@ -9,7 +9,7 @@ from align.preference.rows.comparisons import Comparison, build_comparisons, cou
 from align.preference.rows.dataset import PreferenceGroups, PreparedPreferences
 from align.preference.rows.encode import LengthLimits, tokenize_comparisons
 from align.preference.rows.layouts import LABELED, PAIRS, RANKINGS, PreferenceRow
-from align.preference.settings import PreferenceSettings
+from align.preference.settings import PreferenceSettings, prompt_length_problems
 from finetune.data.conversation import Conversation
 from finetune.data.layouts import Layout, match_layout, parse_rows
 from finetune.data.load import (
@@ -117,24 +117,11 @@ def prepare_preferences(
     return PreparedPreferences(train_groups, held_out_groups, prompts, report)
 
 
-def _check_no_selection(settings: PreferenceSettings) -> None:
-    selections = {"data.select": settings.select}
-    selections |= {
-        f"data.mix[{index}].select": component.select for index, component in enumerate(settings.mix or [])
-    }
-    if problems := [
-        Problem(key, "selects conversations", "null for preference data", "remove it")
-        for key, select in selections.items()
-        if select is not None
-    ]:
-        raise UserError(problems)
-
-
 def _length_limits(settings: PreferenceSettings, max_length: int) -> LengthLimits:
     max_prompt_length = settings.max_prompt_length or max_length // 2
-    if max_prompt_length >= max_length:
-        actual = f"{max_prompt_length}, but prompt and completion together have {max_length} tokens"
-        raise UserError(Problem("data.max_prompt_length", actual, "less, to leave tokens for completions"))
+    # Where `max_length` is auto; a rule of recipes compares a given one.
+    if problems := [*prompt_length_problems(max_prompt_length, max_length)]:
+        raise UserError(problems)
     return LengthLimits(max_length, max_prompt_length, settings.overflow == "drop")
 
 
@@ -158,7 +145,6 @@ def load_comparisons(
     Raises:
         UserError: a source cannot be read, or rows do not fit its layout.
     """
-    _check_no_selection(settings)
     sources = enumerate(source_specs(settings))
     components = [
         _load_comparison_source(spec, index, seed, settings, kind, report) for index, spec in sources

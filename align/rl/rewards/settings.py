@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BeforeValidator, Field
 
@@ -16,7 +16,7 @@ from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.runs import find_run, read_finished_record
-from finetune.recipe.settings import NonEmptyStr, NonNegativeInt, Section
+from finetune.recipe.settings import DataSettings, ModelSettings, NonEmptyStr, NonNegativeInt, Section
 from finetune.recipe.user_function import file_digest, has_parameter, load_user_function, signature_problems
 
 LENGTH_PENALTY, RESERVED_TOTAL = "length_penalty", "total"
@@ -215,7 +215,15 @@ def _score_problems(source: RewardSource, where: str) -> Iterator[Problem]:
         yield Problem(f"{where}.score", actual, one_of(info.score_names), suggestion)
 
 
-def _adapter_runs(settings: Any) -> Iterator[tuple[str, str, RewardRunInfo]]:
+class RewardSections(Protocol):
+    """The sections of a stage that the rules of rewards read."""
+
+    model: ModelSettings
+    data: DataSettings
+    rewards: RewardsSettings
+
+
+def _adapter_runs(settings: RewardSections) -> Iterator[tuple[str, str, RewardRunInfo]]:
     """Yield the reward runs that share the policy's base: place, name, and what is known of it."""
     for index, source in enumerate(settings.rewards.sources):
         where = f"rewards.sources[{index}].run"
@@ -230,8 +238,8 @@ def _adapter_runs(settings: Any) -> Iterator[tuple[str, str, RewardRunInfo]]:
             yield where, source.run, info
 
 
-def _check_rewards(settings: Any) -> Iterator[Problem]:
-    rewards: RewardsSettings = settings.rewards
+def _check_rewards(settings: RewardSections) -> Iterator[Problem]:
+    rewards = settings.rewards
     yield from _combination_problems(rewards)
     yield from _duplicate_name_problems(rewards)
     if rewards.unsafe_prompt_fn is not None:
@@ -240,7 +248,7 @@ def _check_rewards(settings: Any) -> Iterator[Problem]:
         yield from _source_problems(source, f"rewards.sources[{index}]")
 
 
-def _check_bases(settings: Any) -> Iterator[Problem]:
+def _check_bases(settings: RewardSections) -> Iterator[Problem]:
     policy = settings.model
     for where, run, info in _adapter_runs(settings):
         if not same_base(policy, info.model):
@@ -251,7 +259,7 @@ def _check_bases(settings: Any) -> Iterator[Problem]:
             yield Problem(where, actual, expected, repair)
 
 
-def _check_templates(settings: Any) -> Iterator[Problem]:
+def _check_templates(settings: RewardSections) -> Iterator[Problem]:
     template = settings.data.template
     for where, run, info in _adapter_runs(settings):
         # Of a reward run on another base that is said alone.

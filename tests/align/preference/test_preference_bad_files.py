@@ -175,7 +175,6 @@ def test_invalid_field(case, tmp_path):
         ([pair()], {"held_out": 1}, "data.held_out: 1 of 1 usable rows"),
         ([pair(), pair(chosen="c")], {"held_out": 1}, "1 of 2 usable rows, but every prompt has more"),
         ([pair()], {"max_length": 64, "max_prompt_length": 64}, "data.max_prompt_length: 64, but prompt and"),
-        ([pair()], {"select": {"rows": 1}}, "data.select: selects conversations"),
         ([pair("x" * 99)], {"max_length": 8, "overflow": "drop"}, "raise data.max_length"),
         (
             [{"conversations": [{"from": "gpt", "value": "q"}], "chosen": "a", "rejected": "b"}],

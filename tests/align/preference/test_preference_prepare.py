@@ -1,12 +1,13 @@
 """Held-out prompts, mixtures, labels from pairs, and the cache."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from small_preferences import pair, prepared
 
-from finetune.recipe.errors import UserError
+from align.preference.settings import PREFERENCE_SELECT, PROMPT_LENGTH, PreferenceSettings
 
 
 def rows(count, prompts=None, name="q"):
@@ -69,10 +70,28 @@ def test_mixture_of_layouts_keeps_source_indices(tmp_path):
     assert sum(source.trained_tokens for source in data.report.sources) == data.report.trained_tokens
 
 
-def test_selection_in_a_mixture_is_refused():
-    mix = [{"source": "owner/name"}, {"source": "owner/other", "select": {"rows": 3}}]
-    with pytest.raises(UserError, match=r"data\.mix\[1\]\.select: selects conversations"):
-        prepared(None, mix=mix)
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        ({"source": "owner/name", "select": {"rows": 1}}, "data.select"),
+        ({"mix": [{"source": "a/b"}, {"source": "a/c", "select": {"rows": 3}}]}, "data.mix[1].select"),
+    ],
+)
+def test_selection_is_refused(data, where):
+    settings = SimpleNamespace(data=PreferenceSettings(template="hh", **data))
+    [problem] = PREFERENCE_SELECT.find(settings)
+    assert problem.where == where and problem.actual == "selects conversations"
+
+
+def test_a_given_length_leaves_tokens_for_completions():
+    [problem] = prompt_length_problems(64)
+    assert problem.actual == "64, but prompt and completion together have 64 tokens"
+    assert not prompt_length_problems(63)
+
+
+def prompt_length_problems(max_prompt_length):
+    data = PreferenceSettings(source="a/b", max_length=64, max_prompt_length=max_prompt_length)
+    return list(PROMPT_LENGTH.find(SimpleNamespace(data=data)))
 
 
 def test_cache_restores_groups_and_counts():
