@@ -1,16 +1,22 @@
-"""Private attributes of the pinned libraries, each behind a function with the version it was checked on.
+"""Internals of the pinned libraries, each behind a function with the version it was checked on.
 
-Everything else in the project uses public interfaces. A test of the same name fails when an upgrade changes
-one of these. The hooks that PEFT's tuners must override are in ``finetune/adapters/_wrapping.py``.
+They are private or undocumented attributes; everything else in the project uses public interfaces. When an
+upgrade changes one of them, ``tests/finetune/test_library_internals.py`` fails. The hooks that PEFT's tuners
+must override are in ``finetune/adapters/_wrapping.py``.
 """
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from bitsandbytes.nn import Linear4bit
+    from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+
+CURRENT_PLUGIN = "current"
+"""Accelerate's name for the DeepSpeed plugin of a second training in one process."""
 
 QUANTIZATION_ATTRIBUTES = (
     "is_loaded_in_4bit",
@@ -54,6 +60,41 @@ def disable_attention_dropout(module: nn.Module) -> float:
     return dropout
 
 
+def recomputes_frequencies(module: nn.Module) -> bool:
+    """Return whether a module computes RoPE frequencies in its forward pass (dynamic RoPE, by length).
+
+    transformers 5.23, ``modeling_rope_utils.py``: such a module keeps the first ones in a buffer.
+    """
+    return "original_inv_freq" in dict(module.named_buffers(recurse=False))
+
+
+def restore_frequencies(module: Any) -> None:
+    """Restore a module's first RoPE frequencies, for which the longest row so far no longer counts.
+
+    transformers 5.23, ``modeling_rope_utils.py``, ``dynamic_rope_update``: ``inv_freq`` is that of
+    ``max_seq_len_cached`` positions.
+    """
+    module.inv_freq = module.original_inv_freq.clone()
+    module.max_seq_len_cached = module.original_max_seq_len
+
+
+def base_quantization(base: "PreTrainedModel") -> str:
+    """Return the quantization of a loaded base, as the recipe writes it: ``nf4``, ``int8`` or ``none``.
+
+    transformers 5.23, ``quantizers/quantizer_bnb_*.py``: flags that only quantized models have.
+    """
+    names_by_flag = {"is_loaded_in_4bit": "nf4", "is_loaded_in_8bit": "int8"}
+    return next((name for flag, name in names_by_flag.items() if getattr(base, flag, False)), "none")
+
+
+def disable_4bit_repacking(layer: "Linear4bit") -> None:
+    """Stop a layer from repacking its 4-bit weight at the first generation on a CPU with AVX-512 BF16.
+
+    bitsandbytes 0.50.2, ``nn/modules.py``: ``Linear4bit.forward`` reads the flag in evaluation mode.
+    """
+    layer.support_avx512bf16_for_cpu = False
+
+
 def quant_state(tensor: Tensor) -> Any | None:
     """Return the quantization state of a 4-bit weight, None for others.
 
@@ -81,3 +122,21 @@ def zero3_shard(param: Tensor) -> Tensor:
     """Return this rank's shard of a partitioned parameter (``ds_tensor``)."""
     shard: Tensor = param.ds_tensor  # type: ignore[attr-defined]
     return shard
+
+
+def replace_deepspeed_plugin(arguments: "TrainingArguments") -> None:
+    """Let one process train a second time with ZeRO, as rejection sampling's rounds do.
+
+    accelerate 1.15, ``state.py``: ``AcceleratorState`` keeps the plugin of the first training.
+    transformers 5.23, ``training_args.py``: ``deepspeed_plugin`` is the plugin that a Trainer passes on.
+    """
+    plugin = arguments.deepspeed_plugin
+    if plugin is None or not is_initialized():
+        return
+    # Select the new plugin, as accelerate does for several models.
+    state = AcceleratorState()
+    plugin.set_mixed_precision(state.mixed_precision)
+    state.deepspeed_plugins = {CURRENT_PLUGIN: plugin}
+    state.select_deepspeed_plugin(CURRENT_PLUGIN)
+    # Accelerate refuses a plugin for a second Accelerator of a process; the selected one is used.
+    arguments.deepspeed_plugin = None

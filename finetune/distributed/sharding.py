@@ -9,19 +9,15 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, is_initialized
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from finetune.distributed.strategies import zero3_inference_config, zero3_init_config
 from finetune.library_internals import is_zero3_param, zero3_full_shape, zero3_shard
-
-CURRENT_PLUGIN = "current"
-"""Accelerate's name for the DeepSpeed plugin of a second training in one process."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -153,20 +149,6 @@ def set_fsdp_root(base: PreTrainedModel) -> None:
     # FSDP2 takes the first module that runs for its root. Prompt tuning embeds the tokens before it calls the
     # base, which would make the embeddings the root.
     base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False)
-
-
-def reset_deepspeed_state(arguments: TrainingArguments) -> None:
-    """Let one process train a second time with ZeRO, as rejection sampling's rounds do."""
-    # Accelerate keeps the first training's DeepSpeed plugin: select the new one, as for several models.
-    plugin = arguments.deepspeed_plugin
-    if plugin is None or not is_initialized():
-        return
-    state = AcceleratorState()
-    plugin.set_mixed_precision(state.mixed_precision)
-    state.deepspeed_plugins = {CURRENT_PLUGIN: plugin}
-    state.select_deepspeed_plugin(CURRENT_PLUGIN)
-    # Accelerate refuses a plugin for a second Accelerator of a process; the selected one is used.
-    arguments.deepspeed_plugin = None
 
 
 def _full_tensor(tensor: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from trl import SFTConfig
 from finetune.data.batches import num_micro_batches
 from finetune.distributed import collectives
 from finetune.distributed.hardware import free_gpu_bytes
-from finetune.distributed.sharding import reset_deepspeed_state
 from finetune.distributed.strategies import strategy_arguments
+from finetune.library_internals import replace_deepspeed_plugin
 from finetune.recipe.checks import check_batch_divides
 from finetune.recipe.errors import Problem, UserError, did_you_mean
 from finetune.recipe.recipe import SettingsT
@@ -183,7 +183,7 @@ def training_arguments(
     except (ValueError, TypeError) as error:
         raise UserError(Problem("train.engine_args", str(error), "values that the engine accepts")) from error
     # Before a trainer reads the plugin from these arguments.
-    reset_deepspeed_state(engine_arguments)
+    replace_deepspeed_plugin(engine_arguments)
     return engine_arguments
 
 

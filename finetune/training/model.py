@@ -29,7 +29,7 @@ from finetune.distributed.hardware import Hardware
 from finetune.distributed.rank import dist_info
 from finetune.distributed.sharding import full_numel, reshard, set_fsdp_root
 from finetune.distributed.strategies import SHARDED_WEIGHTS
-from finetune.library_internals import quant_state
+from finetune.library_internals import disable_4bit_repacking, quant_state
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.discovery import load_plugin
 from finetune.recipe.errors import Problem, UserError
@@ -276,7 +276,7 @@ def _disable_nf4_repacking(model: nn.Module) -> None:
     # Repacked weights round differently in training: generating samples between steps would change a run.
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+            disable_4bit_repacking(module)
 
 
 class _LoadErrors:

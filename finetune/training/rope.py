@@ -12,9 +12,10 @@ training and a factor s, for s L positions:
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from finetune.library_internals import recomputes_frequencies, restore_frequencies
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import RopeSettings
 
@@ -57,13 +58,12 @@ def reset_dynamic_rope(model: PreTrainedModel) -> None:
     if parameters.get("rope_type") != "dynamic":
         return
     for module in model.modules():
-        if "original_inv_freq" in dict(module.named_buffers(recurse=False)):
+        if recomputes_frequencies(module):
             module.register_forward_pre_hook(_restore_frequencies)
 
 
-def _restore_frequencies(module: Any, args: tuple[Tensor, ...]) -> None:
-    module.inv_freq = module.original_inv_freq.clone()
-    module.max_seq_len_cached = module.original_max_seq_len
+def _restore_frequencies(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    restore_frequencies(module)
 
 
 def _unscaled_parameters(text_config: PretrainedConfig, base: str) -> dict[str, Any]:

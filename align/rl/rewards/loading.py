@@ -10,6 +10,7 @@ from align.reward.function_reward import FunctionReward
 from align.reward.scorer import TOTAL, load_reward_model
 from align.rl.rewards.rewards import ModelReward, ReferenceAnswerReward, Rewards
 from align.rl.rewards.settings import EXPECTED_PARAMETER, RewardsSettings, reward_run_folder
+from finetune.library_internals import base_quantization
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import read_finished_record
 from finetune.recipe.user_function import has_parameter, load_user_function
@@ -115,10 +116,7 @@ def _storage_notes(run: Path, base: PreTrainedModel) -> Iterator[str]:
 
 def _base_storage(base: PreTrainedModel) -> tuple[str, str]:
     """Return a base's precision and quantization, as the recipe writes them."""
-    names_by_flag = {"is_loaded_in_4bit": "nf4", "is_loaded_in_8bit": "int8"}
-    # transformers sets these attributes on quantized models only.
-    quantization = next((name for flag, name in names_by_flag.items() if getattr(base, flag, False)), "none")
-    return str(base.dtype).removeprefix("torch."), quantization
+    return str(base.dtype).removeprefix("torch."), base_quantization(base)
 
 
 def _describe_storage(precision: str, quantization: str) -> str:
