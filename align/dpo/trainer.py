@@ -32,7 +32,7 @@ from finetune.recipe.settings import StageSettings
 from finetune.training.context import RunContext
 from finetune.training.loss import output_head
 from finetune.training.metrics import EVAL_PREFIX, as_logged
-from finetune.training.trainer import NO_HOOKS, TrainerData, log_held_out
+from finetune.training.trainer import NO_HOOKS, TrainerData
 
 HELD_OUT_CHOSEN_LOGPS = f"{EVAL_PREFIX}logps/chosen"
 
@@ -150,15 +150,11 @@ class PreferenceTrainer(GroupTrainer):
             logs |= {name: value for name, value in means.items() if name != "loss"}
         super().log(logs, start_time)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the metrics on the held-out groups; no logits are gathered."""
-        metrics = self.held_out_metrics(self.eval_dataset)
-        return log_held_out(self, {f"{EVAL_PREFIX}{name}": value for name, value in metrics.items()})
-
     @torch.no_grad()
-    def held_out_metrics(self, rows: PreferenceDataset) -> dict[str, float]:
-        """Return the metric means over all groups of ``rows``, without dropout, sharded over processes."""
-        averager, batch_size = MetricAverager(), self.args.per_device_train_batch_size
+    def held_out_metrics(self) -> dict[str, float]:
+        """Return the metric means over all held-out groups, without dropout, sharded over processes."""
+        rows, averager = self.eval_dataset, MetricAverager()
+        batch_size = self.args.per_device_train_batch_size
         training = self.model.training
         self.model.eval()
         # By length, so that a batch has little padding.

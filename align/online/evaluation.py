@@ -57,6 +57,7 @@ def online_metric_spec(rewards: Sequence[str]) -> MetricSpec:
         for name, title in (ONLINE_COMPLETION_CURVES | source_curves).items()
     }
     return MetricSpec(
+        allows_zero_gradients=True,
         curves=ONLINE_COMPLETION_CURVES | source_curves | ONLINE_STEP_CURVES | held_out_curves,
         summary=ONLINE_SUMMARY_METRICS,
         main="objective/reward",

@@ -1,7 +1,7 @@
 """RLOO and GRPO as a method: rewards of groups of the policy's own completions, on TRL's trainers."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -26,12 +26,11 @@ from align.rl.sampling import Sampling
 from finetune.recipe.checks import adapter_traits
 from finetune.training.arguments import num_optimizer_steps, resolve_arguments
 from finetune.training.context import RunContext
-from finetune.training.findings import Finding
 from finetune.training.loading import add_adapter, load_frozen_base, load_text_encoding
 from finetune.training.metric_specs import MetricSpec
-from finetune.training.model import Policy, TextEncoding, count_parameters
-from finetune.training.preflight.checks import CheckResult
+from finetune.training.model import Policy, TextEncoding
 from finetune.training.samples import evenly_spaced
+from finetune.training.stage import Method, check_environment
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,6 @@ class OnlineRL:
     A step samples ``num_generations`` completions per prompt, compares each with the others of its prompt,
     and trains on them once. With equal rewards in every group of a step all advantages are 0.
     """
-
-    generates: ClassVar[bool] = True
-    allows_zero_gradients: ClassVar[bool] = True
 
     ctx: RunContext[OnlineSettings]
     text: TextEncoding
@@ -73,14 +69,11 @@ class OnlineRL:
             UserError: a reward fails on a prompt.
         """
         ctx = self.ctx
-        ctx.log(count_parameters(self.policy.model).describe())
-        ctx.check(
-            CheckResult("environment", ctx.describe_environment(self.policy.precision)),
-            check_rewards(self.rewards, self.data),
-        )
+        check_environment(ctx, self.policy)
+        ctx.check(check_rewards(self.rewards, self.data))
         return {"rewards": rewards_record(ctx.settings.rewards)}
 
-    def arguments(self) -> TrainingArguments:
+    def training_arguments(self, num_steps: int) -> TrainingArguments:
         """Return TRL's config, with every ``auto`` resolved.
 
         Raises:
@@ -92,18 +85,17 @@ class OnlineRL:
             "max_completion_length": sampling.max_new_tokens,
             "num_generations": sampling.num_generations,
         }
-        args = resolve_arguments(
+        return resolve_arguments(
             self.ctx,
             self.policy,
             longest=max(self.data.train.lengths) + sampling.max_new_tokens,
-            steps=self.num_steps,
+            steps=num_steps,
+            # The dataset is the prompt order of the complete run: the Trainer's epochs mean nothing here.
+            max_steps=num_steps,
             trl_config=ONLINE_CONFIGS[settings.TRL_CONFIG].with_arguments(fixed_arguments),
         )
-        # The dataset is the prompt order of the complete run: the Trainer's epochs mean nothing here.
-        args.max_steps = self.num_steps
-        return args
 
-    def build_trainer(self, args: TrainingArguments) -> OnlineTrainer:
+    def build_trainer(self, args: TrainingArguments, num_steps: int) -> OnlineTrainer:
         """Return TRL's trainer, after checking that its reference equals the initial policy.
 
         Raises:
@@ -119,7 +111,7 @@ class OnlineRL:
             TRLRewardFunction(self.rewards, prompts, self.text.encoder),
             order=prompt_order(
                 prompts.lengths,
-                count=self.num_steps * prompts_per_step,
+                count=num_steps * prompts_per_step,
                 seed=train.seed,
                 group_by_length=train.group_by_length,
                 prompts_per_step=prompts_per_step,
@@ -135,14 +127,6 @@ class OnlineRL:
                 )
             )
         return trainer
-
-    def evaluate(self, trainer: OnlineTrainer, when: str) -> dict[str, float]:
-        """Return the metrics of completions to held-out prompts."""
-        return trainer.evaluate_held_out() if trainer.evaluate_held_out is not None else {}
-
-    def diagnose(self) -> list[Finding]:
-        """Return no findings: the curves tell."""
-        return []
 
     def _sampling_parameters(self) -> Sampling:
         device, stop_ids = self.ctx.hardware.device, self.text.encoder.stop_ids
@@ -165,7 +149,7 @@ class OnlineRL:
         )
 
 
-def load_online_rl(ctx: RunContext[OnlineSettings], loss: RLOOSettings | GRPOSettings) -> OnlineRL:
+def load_online_rl(ctx: RunContext[OnlineSettings], loss: RLOOSettings | GRPOSettings) -> Method:
     """Load tokenizer and prompts, then the base once with the policy's adapter and the reward models on it.
 
     Args:

@@ -25,8 +25,7 @@ from align.rl.maths.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from finetune.adapters.traits import Hooks
 from finetune.distributed.collectives import all_gather_object, shard
 from finetune.distributed.rank import dist_info
-from finetune.training.metrics import EVAL_PREFIX
-from finetune.training.trainer import BaseTrainer, TrainerData, log_held_out
+from finetune.training.trainer import BaseTrainer, TrainerData
 
 
 class PPOTrainer(BaseTrainer):
@@ -177,11 +176,10 @@ class PPOTrainer(BaseTrainer):
             self.ppo_state.pending_metrics = {}
         super().log(logs, start_time)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the metrics of completions to held-out prompts."""
+    def held_out_metrics(self) -> dict[str, float]:
+        """Return the metrics of completions to held-out prompts."""
         assert self.held_out is not None, "evaluate_every is set with held-out prompts only"
-        values = self.held_out.evaluate()
-        return log_held_out(self, {f"{EVAL_PREFIX}{name}": value for name, value in values.items()})
+        return self.held_out.evaluate()
 
     def _micro_batches(self, minibatch: list[list[int]], count: int) -> list[dict[str, Any]]:
         """Return this process's micro-batches of an optimizer step, padded to ``count`` with empty ones."""

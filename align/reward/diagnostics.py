@@ -38,7 +38,7 @@ def reward_metric_spec(settings: Settings) -> MetricSpec:
     summary |= {
         f"{EVAL_PREFIX}rewards/accuracies/{name}": (f"held-out accuracy, {name}", ".1%") for name in heads
     }
-    return MetricSpec(curves=REWARD_CURVES, summary=summary, diagnostics=reward_diagnostics)
+    return MetricSpec(curves=REWARD_CURVES, summary=summary, diagnostics=reward_diagnostics, generates=False)
 
 
 def reward_diagnostics(record: Mapping[str, Any]) -> Diagnostics:

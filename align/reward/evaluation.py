@@ -16,7 +16,7 @@ from finetune.data.tokens import Encoder
 from finetune.distributed.collectives import all_gather_object, shard_padded, unshard
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.errors import Problem, UserError
-from finetune.training.metrics import EVAL_PREFIX
+from finetune.training.metric_specs import When
 from finetune.training.run_directory import SAMPLES, RunDirectory
 from finetune.training.samples import evenly_spaced
 
@@ -50,9 +50,9 @@ class RewardEvaluator:
         assert self.data.held_out is not None
         scores = self._scores(list(self.data.held_out))
         metrics = comparison_metrics(select_head_scores(scores, self.data.held_out, self.head_of_source))
-        return {f"{EVAL_PREFIX}{name}": metrics[key] for name, key in HELD_OUT_METRICS.items()}
+        return {name: metrics[key] for name, key in HELD_OUT_METRICS.items()}
 
-    def record(self, run: RunDirectory, encoder: Encoder, when: str, *, samples: int) -> dict[str, float]:
+    def record(self, run: RunDirectory, encoder: Encoder, when: When, *, samples: int) -> dict[str, float]:
         """Return held-out loss, accuracy and margin; record them in detail, and the scores of some samples.
 
         Without held-out rows only samples are recorded, from training rows.
@@ -164,7 +164,7 @@ class RewardEvaluator:
         self,
         run: RunDirectory,
         encoder: Encoder,
-        when: str,
+        when: When,
         *,
         groups: list[TokenizedGroup],
         scores: FloatArray,

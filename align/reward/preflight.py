@@ -13,7 +13,7 @@ from align.reward.trainer import RewardObjective
 from finetune.data.tokens import Encoder
 from finetune.distributed.sharding import gathered_params
 from finetune.recipe.errors import Problem
-from finetune.training.model import DTYPES, preserve_state
+from finetune.training.model import DTYPES, Policy, preserve_state
 from finetune.training.preflight import data_checks, invariance_checks
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.preflight.invariance_checks import SCALE, TOLERANCE
@@ -65,24 +65,17 @@ def check_margins(groups: PreferenceGroups, *, scale: float) -> CheckResult:
 
 
 def check_reward_model(
-    model: nn.Module,
-    groups: PreferenceGroups,
-    objective: RewardObjective,
-    collator: RewardCollator,
-    *,
-    precision: str,
-    quantization: str,
+    policy: Policy, groups: PreferenceGroups, objective: RewardObjective, collator: RewardCollator
 ) -> list[CheckResult]:
     """Return the numeric checks of the model, which is not changed.
 
     Args:
-        model: base with adapter and head, on its device.
+        policy: base with adapter and head, on its device.
         groups: the training comparisons.
         objective: the training objective.
         collator: the run's collator.
-        precision: dtype of the forward pass.
-        quantization: quantization of the base.
     """
+    model, precision = policy.model, policy.precision
     device = next(model.parameters()).device
     probe_groups = shortest_and_median_groups(groups)
     autocast = torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "float32")
@@ -92,7 +85,7 @@ def check_reward_model(
             return objective.losses(model, batch)[0].sum()
 
     # int8 quantizes activations as well, which rounds more than any dtype of the forward pass.
-    tolerance = TOLERANCE["int8" if quantization == "int8" else precision]
+    tolerance = TOLERANCE["int8" if policy.quantization == "int8" else precision]
     results = invariance_checks.check_micro_batch_invariance(
         model,
         loss_sum,

@@ -16,7 +16,7 @@ from align.reward.evaluation import RewardEvaluator
 from align.reward.model import completion_scores
 from finetune.adapters.traits import Hooks
 from finetune.distributed.collectives import all_gather_object
-from finetune.training.trainer import NO_HOOKS, TrainerData, log_held_out
+from finetune.training.trainer import NO_HOOKS, TrainerData
 
 
 @dataclass(frozen=True)
@@ -206,10 +206,10 @@ class RewardTrainer(GroupTrainer):
             self.group_metrics = []
         super().log(logs, start_time)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the held-out metrics."""
+    def held_out_metrics(self) -> dict[str, float]:
+        """Return held-out loss, accuracy and margin."""
         assert self.evaluator is not None, "evaluate_every is set with held-out rows only"
-        return log_held_out(self, self.evaluator.metrics())
+        return self.evaluator.metrics()
 
     def _add_group_metrics(self, rewards: Tensor, ranks: Tensor) -> None:
         """Store accuracy, margin and mean reward of each group: (3, G)."""

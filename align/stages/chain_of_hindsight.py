@@ -23,9 +23,9 @@ from finetune.recipe.settings import NonEmptyStr, Section, StageSettings
 if TYPE_CHECKING:
     from align.preference.rows.comparisons import Comparison
     from finetune.data.dataset import PreparedData
-    from finetune.stages.sft import SFT
     from finetune.training.context import RunContext
     from finetune.training.model import TextEncoding
+    from finetune.training.stage import Method
 
 PUBLIC = "hh"
 """The default recipe for a base model other than the embedded one."""
@@ -70,7 +70,7 @@ RULES = (
 )
 
 
-def build(ctx: RunContext[Settings]) -> SFT:
+def build(ctx: RunContext[Settings]) -> Method:
     """Load tokenizer, chains and model; training is that of SFT.
 
     Raises:

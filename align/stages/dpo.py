@@ -8,7 +8,7 @@ selects the variants on pairs and ranked lists, with and without a reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from finetune.training.context import RunContext
     from finetune.training.findings import Finding
     from finetune.training.model import Policy, TextEncoding
+    from finetune.training.stage import Method
 
 PUBLIC = "ultrafeedback"
 """The default recipe for a base model other than the embedded one."""
@@ -46,7 +47,7 @@ class Settings(StageSettings):
     dpo: DPOSettings = DPOSettings()
 
 
-def build(ctx: RunContext[Settings]) -> DPO:
+def build(ctx: RunContext[Settings]) -> Method:
     """Load tokenizer, preferences and model.
 
     Raises:
@@ -61,24 +62,25 @@ def build(ctx: RunContext[Settings]) -> DPO:
     return DPO(ctx, text, data, load_policy(ctx))
 
 
-@dataclass(frozen=True)
+@dataclass
 class DPO:
-    """DPO and its variants: trains a policy on preference pairs and ranked lists."""
+    """DPO and its variants: trains a policy on preference pairs and ranked lists.
 
-    generates: ClassVar[bool] = True
-    allows_zero_gradients: ClassVar[bool] = False
+    Attributes:
+        ctx: the run context.
+        text: template and tokenizer.
+        data: training and held-out groups.
+        policy: the trained model.
+        layout: of the batches; ``prepare`` selects it, after the checks that its forward passes need.
+    """
+
     metric_spec: ClassVar[MetricSpec] = DPO_METRICS
 
     ctx: RunContext[Settings]
     text: TextEncoding
     data: PreparedPreferences
     policy: Policy
-
-    @property
-    def num_steps(self) -> int:
-        from finetune.training.arguments import num_optimizer_steps
-
-        return num_optimizer_steps(self.ctx.settings.train, len(self.data.train))
+    layout: BatchLayout = field(init=False)
 
     @property
     def uses_trl(self) -> bool:
@@ -98,18 +100,6 @@ class DPO:
 
         return PreferenceObjective.from_loss(self.loss, self.loss_settings)
 
-    @cached_property
-    def layout(self) -> BatchLayout:
-        """Return the batches' layout: shared prompts, or TRL's own layout of one completion per row."""
-        from align.dpo.collate import PreferenceCollator
-        from align.dpo.preflight import BatchLayout, select_layout
-
-        pad_id = self.text.encoder.stop_ids[0]
-        if self.uses_trl:
-            return BatchLayout(PreferenceCollator(pad_id, one_per_row=True))
-        virtual_tokens = self.text.virtual_tokens
-        return select_layout(self.policy, self.data.train, pad_id=pad_id, virtual_tokens=virtual_tokens)
-
     def prepare(self) -> dict[str, Any]:
         """Check rows, model, layout and gradients before step 0; neither data nor model is changed.
 
@@ -119,28 +109,23 @@ class DPO:
         from align.dpo.preflight import check_preference_gradients
         from align.preference.rows.dataset import to_completion_rows
         from align.preference.rows.row_checks import require_pairs
-        from finetune.training.model import count_parameters
-        from finetune.training.preflight.checks import CheckResult
-        from finetune.training.preflight.data_checks import check_rows, check_vocabulary
+        from finetune.training.preflight.data_checks import check_tokenized
+        from finetune.training.stage import check_environment
 
-        ctx, text, data, policy = self.ctx, self.text, self.data, self.policy
-        ctx.log(count_parameters(policy.model).describe())
-        if self.uses_trl:
-            require_pairs(data)
+        ctx, data, policy = self.ctx, self.data, self.policy
         with ctx.timed("preflight"):
-            ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
+            check_environment(ctx, policy)
+            if self.uses_trl:
+                require_pairs(data)
             # The row checks of SFT apply to each prompt with one completion.
             rows = to_completion_rows(data.train)
-            ctx.check(
-                *check_rows(rows, data.report, text.encoder, max_length=text.max_length, blocks=False),
-                check_vocabulary(policy.model, rows, text.encoder),
-            )
-            layout = self.layout
-            ctx.check(*layout.results)
-            ctx.check(*check_preference_gradients(policy, data.train, layout.collator, self.objective))
+            ctx.check(*check_tokenized(policy, rows, data.report, self.text))
+            self.layout = self._select_layout()
+            ctx.check(*self.layout.results)
+            ctx.check(*check_preference_gradients(policy, data.train, self.layout.collator, self.objective))
         return {}
 
-    def arguments(self) -> TrainingArguments:
+    def training_arguments(self, num_steps: int) -> TrainingArguments:
         """Return the engine's training arguments, with every ``auto`` resolved.
 
         Raises:
@@ -155,10 +140,10 @@ class DPO:
         if self.uses_trl:
             trl_config = DPO_CONFIG.with_arguments(trl_loss_arguments(self.loss.name, self.loss_settings))
         return resolve_arguments(
-            self.ctx, self.policy, longest=longest, steps=self.num_steps, trl_config=trl_config
+            self.ctx, self.policy, longest=longest, steps=num_steps, trl_config=trl_config
         )
 
-    def build_trainer(self, args: TrainingArguments) -> Trainer:
+    def build_trainer(self, args: TrainingArguments, num_steps: int) -> Trainer:
         """Return the engine's trainer, with the reference computed and checked against the initial policy.
 
         Raises:
@@ -166,18 +151,13 @@ class DPO:
         """
         from align.dpo.trainer import ChosenLogpStop
 
-        trainer = self._build_trl_trainer(args) if self.uses_trl else self._build_native_trainer(args)
+        trainer = (
+            self._build_trl_trainer(args) if self.uses_trl else self._build_native_trainer(args, num_steps)
+        )
         max_drop = self.ctx.settings.dpo.max_chosen_logp_drop
         if max_drop is not None:
             trainer.add_callback(ChosenLogpStop(self.ctx, max_drop))
         return trainer
-
-    def evaluate(self, trainer: Trainer, when: str) -> dict[str, float]:
-        """Return the means of loss, rewards, log-probabilities and log-ratios over the held-out groups."""
-        if self.data.held_out is None:
-            return {}
-        metrics: dict[str, float] = trainer.held_out_metrics(trainer.eval_dataset)
-        return metrics
 
     def diagnose(self) -> list[Finding]:
         """Return the findings on falling log-probabilities, KL, overfitting, length and repetition."""
@@ -192,7 +172,18 @@ class DPO:
         )
         return diagnose_dpo(inputs)
 
-    def _build_native_trainer(self, args: TrainingArguments) -> PreferenceTrainer:
+    def _select_layout(self) -> BatchLayout:
+        """Return the batches' layout: shared prompts, or TRL's own layout of one completion per row."""
+        from align.dpo.collate import PreferenceCollator
+        from align.dpo.preflight import BatchLayout, select_layout
+
+        pad_id = self.text.encoder.stop_ids[0]
+        if self.uses_trl:
+            return BatchLayout(PreferenceCollator(pad_id, one_per_row=True))
+        virtual_tokens = self.text.virtual_tokens
+        return select_layout(self.policy, self.data.train, pad_id=pad_id, virtual_tokens=virtual_tokens)
+
+    def _build_native_trainer(self, args: TrainingArguments, num_steps: int) -> PreferenceTrainer:
         from align.dpo.collate import PreferenceDataset
         from align.dpo.preflight import check_policy_equals_reference
         from align.dpo.reference_logps import ReferenceLogps, rows_seen_by_run
@@ -206,7 +197,7 @@ class DPO:
         # Copied before a checkpoint is loaded: in a resumed run too, the reference is the initial policy.
         live = ReferencePolicy(policy.model) if needs_reference and is_live else None
         # Log-probabilities of the reference are computed only for groups that the steps use.
-        used_rows = rows_seen_by_run(data.train.lengths.tolist(), train, steps=self.num_steps)
+        used_rows = rows_seen_by_run(data.train.lengths.tolist(), train, steps=num_steps)
         reference = ReferenceLogps(ctx, policy, self.layout.collator, args.per_device_train_batch_size)
 
         def dataset(groups: PreferenceGroups, rows: Sequence[int]) -> PreferenceDataset:
@@ -227,7 +218,7 @@ class DPO:
             objective=self.objective,
             reference_policy=live,
             precision=policy.precision,
-            hooks=adapter_hooks(policy.model, ctx.settings.adapter, steps=self.num_steps),
+            hooks=adapter_hooks(policy.model, ctx.settings.adapter, steps=num_steps),
         )
         if needs_reference:
             ctx.check(check_policy_equals_reference(trainer, policy, used_rows))

@@ -20,13 +20,13 @@ from finetune.recipe.settings import Section, StageSettings, TrainSettings
 from finetune.training.metric_specs import MetricSpec
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
     from align.engines.trl.kto import TrlKTOTrainer
     from align.preference.rows.dataset import PreparedPreferences
     from finetune.training.context import RunContext
-    from finetune.training.findings import Finding
     from finetune.training.model import Policy, TextEncoding
+    from finetune.training.stage import Method
 
 PUBLIC = "kto-mix"
 """The default recipe for a base model other than the embedded one."""
@@ -120,7 +120,7 @@ KTO_METRICS = MetricSpec(
 )
 
 
-def build(ctx: RunContext[Settings]) -> KTO:
+def build(ctx: RunContext[Settings]) -> Method:
     """Load tokenizer, labeled completions and model.
 
     Raises:
@@ -141,20 +141,12 @@ def build(ctx: RunContext[Settings]) -> KTO:
 class KTO:
     """KTO: trains a policy on completions labeled good or bad."""
 
-    generates: ClassVar[bool] = True
-    allows_zero_gradients: ClassVar[bool] = False
     metric_spec: ClassVar[MetricSpec] = KTO_METRICS
 
     ctx: RunContext[Settings]
     text: TextEncoding
     data: PreparedPreferences
     policy: Policy
-
-    @property
-    def num_steps(self) -> int:
-        from finetune.training.arguments import num_optimizer_steps
-
-        return num_optimizer_steps(self.ctx.settings.train, len(self.data.train))
 
     def prepare(self) -> dict[str, Any]:
         """Check rows, model and label balance before step 0; neither data nor model is changed.
@@ -165,27 +157,23 @@ class KTO:
         from align.preference.rows.dataset import to_completion_rows
         from align.preference.rows.row_checks import check_label_balance
         from finetune.data.collate import PaddedCollator
-        from finetune.training.model import count_parameters
-        from finetune.training.preflight.checks import CheckResult
-        from finetune.training.preflight.data_checks import check_rows, check_vocabulary
+        from finetune.training.preflight.data_checks import check_tokenized
         from finetune.training.preflight.invariance_checks import check_model
+        from finetune.training.stage import check_environment
 
         ctx, text, data, policy = self.ctx, self.text, self.data, self.policy
-        ctx.log(count_parameters(policy.model).describe())
         with ctx.timed("preflight"):
-            ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
+            check_environment(ctx, policy)
             rows, weights = to_completion_rows(data.train), ctx.settings.kto.model_dump(exclude={"beta"})
             ctx.check(
-                *check_rows(rows, data.report, text.encoder, max_length=text.max_length, blocks=False),
-                check_vocabulary(policy.model, rows, text.encoder),
+                *check_tokenized(policy, rows, data.report, text),
                 check_label_balance(data.train, **weights),
             )
             collate = PaddedCollator(text.encoder.stop_ids[0])
-            weight_format = {"precision": policy.precision, "quantization": policy.quantization}
-            ctx.check(*check_model(policy.model, rows, collate, **weight_format))
+            ctx.check(*check_model(policy, rows, collate))
         return {}
 
-    def arguments(self) -> TrainingArguments:
+    def training_arguments(self, num_steps: int) -> TrainingArguments:
         """Return TRL's training arguments, with every ``auto`` resolved.
 
         Raises:
@@ -198,10 +186,10 @@ class KTO:
         trl_config = KTO_CONFIG.with_arguments(loss_arguments)
         longest = self.data.train.longest
         return resolve_arguments(
-            self.ctx, self.policy, longest=longest, steps=self.num_steps, trl_config=trl_config
+            self.ctx, self.policy, longest=longest, steps=num_steps, trl_config=trl_config
         )
 
-    def build_trainer(self, args: TrainingArguments) -> TrlKTOTrainer:
+    def build_trainer(self, args: TrainingArguments, num_steps: int) -> TrlKTOTrainer:
         """Return TRL's trainer, with the reference computed and checked against the initial policy.
 
         Raises:
@@ -214,7 +202,7 @@ class KTO:
             data.train, batch_size=train.batch_size, seed=train.seed, group_by_length=train.group_by_length
         )
         # Log-probabilities of the reference are computed only for rows that the steps use.
-        used_rows = order[: self.num_steps * train.batch_size]
+        used_rows = order[: num_steps * train.batch_size]
         with ctx.timed("reference"):
             trainer = TrlKTOTrainer(
                 self.policy.model,
@@ -228,14 +216,3 @@ class KTO:
         ctx.log(f"reference log-probabilities of {len(used_rows)} completions: {seconds:.1f} s")
         ctx.check(check_initial_loss(trainer, self.policy.precision))
         return trainer
-
-    def evaluate(self, trainer: Trainer, when: str) -> dict[str, float]:
-        """Return loss, implicit rewards, their margin and the reference point z over the held-out rows."""
-        if self.data.held_out is None:
-            return {}
-        metrics: dict[str, float] = trainer.held_out_metrics()
-        return metrics
-
-    def diagnose(self) -> list[Finding]:
-        """Return no findings: the curves of rewards and z tell."""
-        return []

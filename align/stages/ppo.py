@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from align.ppo.rules import RULES as RULES
 from align.ppo.settings import Settings
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from finetune.training.findings import Finding
     from finetune.training.metric_specs import MetricSpec
     from finetune.training.model import Policy, TextEncoding
+    from finetune.training.stage import Method
 
 PUBLIC = "hh"
 """Default recipe for a base other than the embedded one."""
 
 
-def build(ctx: RunContext[Settings]) -> PPO:
+def build(ctx: RunContext[Settings]) -> Method:
     """Load tokenizer, prompts and models.
 
     Raises:
@@ -56,9 +57,6 @@ def build(ctx: RunContext[Settings]) -> PPO:
 @dataclass(frozen=True)
 class PPO:
     """PPO on rewards of the policy's own completions; ``pretraining`` holds the rows of PPO-ptx, if any."""
-
-    generates: ClassVar[bool] = True
-    allows_zero_gradients: ClassVar[bool] = False
 
     ctx: RunContext[Settings]
     text: TextEncoding
@@ -105,7 +103,7 @@ class PPO:
         )
         return {"rewards": rewards_record(settings.rewards)}
 
-    def arguments(self) -> TrainingArguments:
+    def training_arguments(self, num_steps: int) -> TrainingArguments:
         """Return the training arguments, with every ``auto`` resolved.
 
         Raises:
@@ -114,14 +112,12 @@ class PPO:
         from finetune.training.arguments import resolve_arguments
 
         longest = max(self.data.train.lengths) + self.ctx.settings.sampling.max_new_tokens
-        args = resolve_arguments(self.ctx, self.policy, longest=longest, steps=self.num_steps)
         # PPO counts its own steps: epochs of the Trainer would count prompts.
-        args.max_steps = self.ctx.resolve_auto(
-            "train.max_steps", (self.num_steps, "optimizer steps of all rollouts")
-        )
+        args = resolve_arguments(self.ctx, self.policy, longest=longest, steps=num_steps, max_steps=num_steps)
+        self.ctx.resolve_auto("train.max_steps", (num_steps, "optimizer steps of all rollouts"))
         return args
 
-    def build_trainer(self, args: TrainingArguments) -> PPOTrainer:
+    def build_trainer(self, args: TrainingArguments, num_steps: int) -> PPOTrainer:
         """Return the trainer; the reference is the policy as it is now, before a checkpoint is loaded."""
         from align.ppo.actor_critic import actor_critic_hooks
         from align.ppo.experience import Rollouts
@@ -150,7 +146,7 @@ class PPO:
             args,
             # Rows are prompts: batches are built from the rollout, and nothing is collated.
             TrainerData(data.train, data.held_out, list, train.batch_size, train.group_by_length),
-            hooks=actor_critic_hooks(models, settings, steps=self.num_steps),
+            hooks=actor_critic_hooks(models, settings, steps=num_steps),
             ppo=settings.ppo,
             ppo_state=ppo_state,
             rollouts=rollouts,
@@ -160,10 +156,6 @@ class PPO:
         )
         trainer.add_callback(RewardHackingStop(ctx, ppo_state))
         return trainer
-
-    def evaluate(self, trainer: PPOTrainer, when: str) -> dict[str, float]:
-        """Return the metrics of completions to held-out prompts."""
-        return trainer.held_out.evaluate() if trainer.held_out is not None else {}
 
     def diagnose(self) -> list[Finding]:
         """Return findings on reward, graders, KL, length, diversity and updates."""

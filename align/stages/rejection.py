@@ -99,9 +99,7 @@ class RejectionSampling:
         from align.rl.completions import check_rewards
         from align.rl.rewards.loading import rewards_record
         from finetune.training.arguments import num_optimizer_steps, resolve_arguments
-        from finetune.training.model import count_parameters
-        from finetune.training.preflight.checks import CheckResult
-        from finetune.training.stage import policy_metadata
+        from finetune.training.stage import check_environment, policy_metadata
 
         ctx, settings, policy = self.ctx, self.ctx.settings, self.policies.policy_for_round(1)
         num_prompts = len(self._round_prompts(1))
@@ -110,9 +108,8 @@ class RejectionSampling:
         resolve_arguments(
             ctx, policy, longest=longest, steps=num_optimizer_steps(settings.train, num_prompts)
         )
-        ctx.log(count_parameters(policy.model).describe())
-        reward_check = check_rewards(self.policies.rewards, self.data)
-        ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)), reward_check)
+        check_environment(ctx, policy)
+        ctx.check(check_rewards(self.policies.rewards, self.data))
         amount = f"{num_prompts * settings.rejection.num_generations} completions of {num_prompts} prompts"
         ctx.log(f"{settings.rejection.rounds} round(s): sample {amount}, fine-tune on the best")
         metadata = policy_metadata(ctx, self.text, policy, self.data.report)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from align.reward.diagnostics import reward_metric_spec
 from align.reward.settings import RULES as RULES
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from align.reward.evaluation import RewardEvaluator
     from align.reward.trainer import RewardObjective
     from finetune.training.context import RunContext
-    from finetune.training.findings import Finding
-    from finetune.training.metric_specs import MetricSpec
+    from finetune.training.metric_specs import MetricSpec, When
     from finetune.training.model import Policy, TextEncoding
+    from finetune.training.stage import Method
 
 PUBLIC = "hh"
 """Default recipe for bases other than the embedded one."""
 
 
-def build(ctx: RunContext[Settings]) -> RewardModeling:
+def build(ctx: RunContext[Settings]) -> Method:
     """Load tokenizer, comparisons and model.
 
     Raises:
@@ -51,9 +51,6 @@ def build(ctx: RunContext[Settings]) -> RewardModeling:
 class RewardModeling:
     """Train a base with a score head to score the preferred completion of a prompt higher."""
 
-    generates: ClassVar[bool] = False
-    allows_zero_gradients: ClassVar[bool] = False
-
     ctx: RunContext[Settings]
     text: TextEncoding
     data: PreparedPreferences
@@ -63,13 +60,7 @@ class RewardModeling:
     def metric_spec(self) -> MetricSpec:
         return reward_metric_spec(self.ctx.settings)
 
-    @property
-    def num_steps(self) -> int:
-        from finetune.training.arguments import num_optimizer_steps
-
-        return num_optimizer_steps(self.ctx.settings.train, len(self.data.train))
-
-    @property
+    @cached_property
     def objective(self) -> RewardObjective:
         """Return the loss: each data source trains its head."""
         from align.reward.trainer import RewardObjective
@@ -87,7 +78,7 @@ class RewardModeling:
         max_positions = max(rows.longest for rows in datasets) + self.text.virtual_tokens
         return block_mask_unsupported(self.policy.model.config, max_positions=max_positions)
 
-    @property
+    @cached_property
     def collator(self) -> RewardCollator:
         """Return the collator: completions share their prompt's row where the model can separate them."""
         from align.preference.attention import forward_cost
@@ -98,7 +89,7 @@ class RewardModeling:
         pad_id, cost = non_stop_pad_id(encoder.tokenizer, encoder.stop_ids), forward_cost(self.policy.model)
         return RewardCollator(pad_id, one_per_row=bool(self.block_mask_unsupported), cost=cost)
 
-    @property
+    @cached_property
     def evaluator(self) -> RewardEvaluator:
         """Return the evaluation of this model and data."""
         from align.reward.evaluation import RewardEvaluator
@@ -129,24 +120,22 @@ class RewardModeling:
         from align.preference.rows.row_checks import require_pairs
         from align.reward.model import find_input_embeddings
         from align.reward.preflight import check_data, check_margins, check_reward_model
-        from finetune.training.model import count_parameters
         from finetune.training.preflight.checks import CheckResult
+        from finetune.training.stage import check_environment
 
         ctx, data, policy, max_length = self.ctx, self.data, self.policy, self.text.max_length
-        reward, model = ctx.settings.reward, policy.model
-        ctx.log(count_parameters(model).describe())
-        if ctx.settings.train.engine == "trl":  # the native trainer takes ranked lists too
-            require_pairs(data)
+        reward = ctx.settings.reward
         with ctx.timed("preflight"):
-            ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
+            check_environment(ctx, policy)
+            if ctx.settings.train.engine == "trl":  # the native trainer takes ranked lists too
+                require_pairs(data)
             if self.block_mask_unsupported:
                 ctx.check(CheckResult("layout", f"prompt sharing off: {self.block_mask_unsupported}"))
-            embeddings = find_input_embeddings(model)
+            embeddings = find_input_embeddings(policy.model)
             ctx.check(*check_data(data, self.text.encoder, embeddings, max_length=max_length))
             if reward.margin_scale is not None:
                 ctx.check(check_margins(data.train, scale=reward.margin_scale))
-            weight_format = {"precision": policy.precision, "quantization": policy.quantization}
-            ctx.check(*check_reward_model(model, data.train, self.objective, self.collator, **weight_format))
+            ctx.check(*check_reward_model(policy, data.train, self.objective, self.collator))
         return {
             "reload": {
                 "heads": reward.heads,
@@ -157,7 +146,7 @@ class RewardModeling:
             }
         }
 
-    def arguments(self) -> TrainingArguments:
+    def training_arguments(self, num_steps: int) -> TrainingArguments:
         """Return the engine's training arguments, with ``auto`` values resolved.
 
         Raises:
@@ -171,11 +160,11 @@ class RewardModeling:
             self.ctx,
             self.policy,
             longest=int(self.data.train.lengths.max()),
-            steps=self.num_steps,
+            steps=num_steps,
             trl_config=reward_config(center_rewards_coefficient=coefficient),
         )
 
-    def build_trainer(self, args: TrainingArguments) -> Trainer:
+    def build_trainer(self, args: TrainingArguments, num_steps: int) -> Trainer:
         """Save the rules' files, and return the engine's trainer, which creates the checkpoint folder."""
         from align.engines.trl.reward import TrlRewardTrainer, scaled_margins
         from align.reward.function_reward import save_rules
@@ -196,7 +185,7 @@ class RewardModeling:
                 pad_id=self.collator.pad_id,
                 margins=None if scale is None else scaled_margins(data.train, scale),
             )
-        hooks = adapter_hooks(model, settings.adapter, steps=self.num_steps)
+        hooks = adapter_hooks(model, settings.adapter, steps=num_steps)
         return RewardTrainer(
             model,
             args,
@@ -206,7 +195,7 @@ class RewardModeling:
             evaluator=self.evaluator,
         )
 
-    def evaluate(self, trainer: Trainer, when: str) -> dict[str, float]:
+    def evaluate(self, trainer: Trainer, when: When) -> dict[str, float]:
         """Return held-out loss, accuracy (also per head) and margin; record scores of some comparisons.
 
         After training also the normalization is recorded: L is invariant to a constant added to all scores.
@@ -219,7 +208,3 @@ class RewardModeling:
             self.evaluator.record_normalization(self.ctx.run)
         num_samples = self.ctx.settings.evaluate.samples
         return self.evaluator.record(self.ctx.run, self.text.encoder, when, samples=num_samples)
-
-    def diagnose(self) -> list[Finding]:
-        """Return no findings: the report's table, reliability curve and histograms tell."""
-        return []

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 from align.online.settings import OnlineSettings, RLOOSettings, online_rules
 
 if TYPE_CHECKING:
-    from align.online.method import OnlineRL
     from finetune.training.context import RunContext
+    from finetune.training.stage import Method
 
 PUBLIC = "hh"
 """Default recipe for a base other than the embedded one."""
@@ -31,7 +31,7 @@ class Settings(OnlineSettings):
 RULES = online_rules("rloo")
 
 
-def build(ctx: RunContext[Settings]) -> OnlineRL:
+def build(ctx: RunContext[Settings]) -> Method:
     """Load tokenizer, prompts and models.
 
     Raises:

@@ -12,17 +12,16 @@ from math import exp
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from finetune.recipe.settings import StageSettings
-from finetune.training.metric_specs import SUPERVISED_METRICS, MetricSpec
+from finetune.training.metric_specs import SUPERVISED_METRICS, MetricSpec, When
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
     from finetune.data.collate import Collator
     from finetune.data.dataset import PreparedData
-    from finetune.recipe.recipe import SettingsT
     from finetune.training.context import RunContext
-    from finetune.training.findings import Finding
     from finetune.training.model import Policy, TextEncoding
+    from finetune.training.stage import Method
 
 PUBLIC = "alpaca"
 """Default recipe if a base other than the embedded one is given without a recipe."""
@@ -34,7 +33,7 @@ class Settings(StageSettings):
     """Settings of every stage: model, data, adapter, training and evaluation."""
 
 
-def build(ctx: RunContext[SettingsT]) -> SFT:
+def build(ctx: RunContext) -> Method:
     """Load tokenizer, data and model.
 
     Raises:
@@ -51,8 +50,6 @@ def build(ctx: RunContext[SettingsT]) -> SFT:
 class SFT:
     """Supervised fine-tuning of a policy on tokenized rows; also continued pretraining and CoH."""
 
-    generates: ClassVar[bool] = True
-    allows_zero_gradients: ClassVar[bool] = False
     metric_spec: ClassVar[MetricSpec] = SUPERVISED_METRICS
 
     ctx: RunContext
@@ -60,37 +57,25 @@ class SFT:
     data: PreparedData
     policy: Policy
 
-    @property
-    def num_steps(self) -> int:
-        from finetune.training.arguments import num_optimizer_steps
-
-        return num_optimizer_steps(self.ctx.settings.train, len(self.data.train))
-
     def prepare(self) -> dict[str, Any]:
         """Check the run's rows and model before step 0, without changing either.
 
         Raises:
             UserError: a check failed.
         """
-        from finetune.training.model import count_parameters
-        from finetune.training.preflight.checks import CheckResult
-        from finetune.training.preflight.data_checks import check_rows, check_vocabulary
+        from finetune.training.preflight.data_checks import check_tokenized
         from finetune.training.preflight.invariance_checks import check_model
+        from finetune.training.stage import check_environment
 
-        ctx, text, data, policy = self.ctx, self.text, self.data, self.policy
-        ctx.log(count_parameters(policy.model).describe())
+        ctx, data, policy = self.ctx, self.data, self.policy
         with ctx.timed("preflight"):
-            ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
+            check_environment(ctx, policy)
             blocks = ctx.settings.data.text_format is not None
-            ctx.check(
-                *check_rows(data.train, data.report, text.encoder, max_length=text.max_length, blocks=blocks),
-                check_vocabulary(policy.model, data.train, text.encoder),
-            )
-            weight_format = {"precision": policy.precision, "quantization": policy.quantization}
-            ctx.check(*check_model(policy.model, data.train, self._training_collator(), **weight_format))
+            ctx.check(*check_tokenized(policy, data.train, data.report, self.text, blocks=blocks))
+            ctx.check(*check_model(policy, data.train, self._training_collator()))
         return {}
 
-    def arguments(self) -> TrainingArguments:
+    def training_arguments(self, num_steps: int) -> TrainingArguments:
         """Return the engine's training arguments, with ``auto`` values resolved.
 
         Raises:
@@ -99,9 +84,9 @@ class SFT:
         from finetune.training.arguments import resolve_arguments
 
         longest = self.data.report.longest
-        return resolve_arguments(self.ctx, self.policy, longest=longest, steps=self.num_steps)
+        return resolve_arguments(self.ctx, self.policy, longest=longest, steps=num_steps)
 
-    def build_trainer(self, args: TrainingArguments) -> Trainer:
+    def build_trainer(self, args: TrainingArguments, num_steps: int) -> Trainer:
         """Return the engine's trainer, which creates the checkpoint folder."""
         from finetune.engines.trl.trainer import TrlSFTTrainer
         from finetune.training.adapter_hooks import adapter_hooks
@@ -117,26 +102,19 @@ class SFT:
             model,
             args,
             TrainerData(rows, self.data.held_out, collator, train.batch_size, train.group_by_length),
-            hooks=adapter_hooks(model, settings.adapter, steps=self.num_steps),
+            hooks=adapter_hooks(model, settings.adapter, steps=num_steps),
             label_smoothing=train.label_smoothing,
             neftune_alpha=train.neftune_alpha,
         )
 
-    def evaluate(self, trainer: Trainer, when: str) -> dict[str, float]:
+    def evaluate(self, trainer: Trainer, when: When) -> dict[str, float]:
         """Return the held-out loss; for plain documents also their perplexity per token, exp(loss)."""
-        from finetune.training.loss import held_out_loss
-
         if self.data.held_out is None:
             return {}
-        batch_size = trainer.args.per_device_train_batch_size
-        loss = held_out_loss(trainer.model, self.data.held_out, self._build_collator(), batch_size=batch_size)
-        if self.ctx.settings.data.text_format is None:
-            return {"loss": loss}
-        return {"loss": loss, "perplexity": exp(min(loss, MAX_LOSS_FOR_EXP))}
-
-    def diagnose(self) -> list[Finding]:
-        """Return no findings: the curves and the held-out loss tell."""
-        return []
+        metrics: dict[str, float] = trainer.held_out_metrics()
+        if self.ctx.settings.data.text_format is not None:
+            metrics["perplexity"] = exp(min(metrics["loss"], MAX_LOSS_FOR_EXP))
+        return metrics
 
     def _training_collator(self) -> Collator:
         """Return a collator with training's layout for the pre-flight: TRL's ``padding_free`` packs too."""

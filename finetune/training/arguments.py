@@ -16,7 +16,6 @@ from finetune.distributed.strategies import strategy_arguments
 from finetune.library_internals import replace_deepspeed_plugin
 from finetune.recipe.checks import check_batch_divides
 from finetune.recipe.errors import Problem, UserError, did_you_mean
-from finetune.recipe.recipe import SettingsT
 from finetune.recipe.settings import TrainSettings
 from finetune.training import auto_values
 from finetune.training.context import RunContext
@@ -188,11 +187,12 @@ def training_arguments(
 
 
 def resolve_arguments(
-    ctx: RunContext[SettingsT],
+    ctx: RunContext,
     policy: Policy,
     *,
     longest: int,
     steps: int,
+    max_steps: int | None = None,
     trl_config: TrlConfigSpec = SFT_CONFIG,
 ) -> TrainingArguments:
     """Return the training arguments of a run, with ``auto`` values resolved and recorded.
@@ -202,12 +202,16 @@ def resolve_arguments(
         policy: the model that is trained.
         longest: tokens of the longest row of a forward pass.
         steps: optimizer steps of the run.
+        max_steps: where the Trainer stops, for a method whose epochs it cannot count; by default
+            ``train.max_steps``.
         trl_config: the stage's TRL config.
 
     Raises:
         UserError: the engine refuses them.
     """
     train = ctx.settings.train
+    if max_steps is not None:
+        train = train.model_copy(update={"max_steps": max_steps})
     micro_batch_size = auto_values.micro_batch_size(
         train.micro_batch_size,
         batch_size=ceil(train.batch_size / ctx.dist.world_size),
@@ -228,9 +232,7 @@ def resolve_arguments(
     )
 
 
-def _memory_predicate(
-    ctx: RunContext[SettingsT], policy: Policy, longest: int
-) -> Callable[[int], bool] | None:
+def _memory_predicate(ctx: RunContext, policy: Policy, longest: int) -> Callable[[int], bool] | None:
     """Return a predicate: do N rows fit the GPU's memory?"""
     return auto_values.batch_fits(
         ctx.settings,

@@ -8,9 +8,9 @@ from transformers import PrinterCallback, Trainer
 from finetune.distributed import collectives
 from finetune.distributed.full_checkpoint import FullStateCheckpoint, check_resharding
 from finetune.distributed.strategies import REPLICATED, SHARDED_WEIGHTS, ZERO_STAGES
-from finetune.recipe.recipe import SettingsT
 from finetune.training import checkpoints
 from finetune.training.context import RunContext
+from finetune.training.metric_specs import MetricSpec
 from finetune.training.preflight.first_steps import FirstStepsCheck
 from finetune.training.preflight.weight_checks import (
     ShardingCheck,
@@ -26,21 +26,13 @@ LAST_LOG_ENTRIES = 10
 """Log entries that are averaged for a metric's value at the end of training."""
 
 
-def fit(
-    ctx: RunContext[SettingsT],
-    trainer: Trainer,
-    *,
-    logged_keys: dict[str, str],
-    allows_zero_gradients: bool = False,
-) -> None:
+def fit(ctx: RunContext, trainer: Trainer, spec: MetricSpec) -> None:
     """Train to the last step, resuming from the newest valid checkpoint.
 
     Args:
         ctx: context of the run.
         trainer: the engine's trainer.
-        logged_keys: metrics of metrics.jsonl, with the titles of their curves.
-        allows_zero_gradients: whether a step may have zero gradients: completions of equal reward have no
-            advantage.
+        spec: the metrics of metrics.jsonl, and whether a step may have zero gradients.
 
     Raises:
         Interrupted: a signal came; a checkpoint was saved.
@@ -56,8 +48,8 @@ def fit(
     ctx.run.truncate_after(last.step)
     if last.path:
         ctx.log(f"resuming from step {last.step}")
-    recorder = Recorder(ctx.run, ctx.console, ctx.signal_flag, logged_keys=logged_keys)
-    _add_callbacks(ctx, trainer, recorder, allows_zero_gradients=allows_zero_gradients)
+    recorder = Recorder(ctx.run, ctx.console, ctx.signal_flag, logged_keys=spec.logged_keys)
+    _add_callbacks(ctx, trainer, recorder, allows_zero_gradients=spec.allows_zero_gradients)
     before = frozen_checksums(trainer.model)
     # ZeRO-3's inference engine is destroyed before DeepSpeed wraps the model for training.
     ctx.loading_contexts.close()
@@ -75,7 +67,7 @@ def fit(
         ctx.check(check_replicas_equal(collectives.all_gather_object(trained_digest(trainer.model))))
 
 
-def record_training_metrics(ctx: RunContext[SettingsT], trainer: Trainer, keys: Sequence[str]) -> None:
+def record_training_metrics(ctx: RunContext, trainer: Trainer, keys: Sequence[str]) -> None:
     """Record metrics at the start and end of training, and tokens per second with the native trainer."""
     entries = ctx.run.metrics()
     for key in keys:
@@ -91,7 +83,7 @@ def record_training_metrics(ctx: RunContext[SettingsT], trainer: Trainer, keys: 
         ctx.run.update(metrics={"tokens_per_second": round(num_tokens / ctx.seconds["train"])})
 
 
-def _select_checkpoint(ctx: RunContext[SettingsT]) -> checkpoints.LastCheckpoint:
+def _select_checkpoint(ctx: RunContext) -> checkpoints.LastCheckpoint:
     """Return the newest valid checkpoint, and delete the corrupt ones after it."""
     last = checkpoints.find_last_valid(ctx.run.checkpoints)
     for problem in last.corrupt:
@@ -101,7 +93,7 @@ def _select_checkpoint(ctx: RunContext[SettingsT]) -> checkpoints.LastCheckpoint
 
 
 def _add_callbacks(
-    ctx: RunContext[SettingsT], trainer: Trainer, recorder: Recorder, *, allows_zero_gradients: bool
+    ctx: RunContext, trainer: Trainer, recorder: Recorder, *, allows_zero_gradients: bool
 ) -> None:
     trainer.remove_callback(PrinterCallback)  # the recorder prints instead
     if ctx.strategy in (*ZERO_STAGES, *SHARDED_WEIGHTS):

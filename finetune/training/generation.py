@@ -10,7 +10,6 @@ from data_templates.segments import Message
 from finetune.data.tokens import Encoder
 from finetune.distributed.collectives import all_gather_object, shard, unshard
 from finetune.distributed.sharding import is_sharded
-from finetune.recipe.recipe import SettingsT
 from finetune.training.context import RunContext
 from finetune.training.model import Policy, TextEncoding
 
@@ -26,7 +25,7 @@ class Completion:
 
 
 def generate_sharded(
-    ctx: RunContext[SettingsT], text: TextEncoding, policy: Policy, prompts: Sequence[Sequence[Message]]
+    ctx: RunContext, text: TextEncoding, policy: Policy, prompts: Sequence[Sequence[Message]]
 ) -> list[Completion]:
     """Generate completions greedily with the current policy, sharded over ranks and gathered on all."""
     with ctx.timed("samples"):

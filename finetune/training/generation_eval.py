@@ -12,6 +12,7 @@ from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import EvaluateSettings, StageSettings
 from finetune.recipe.user_function import call_user_function, load_user_function, signature_problems
+from finetune.training.metric_specs import When
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import RunDirectory
 from finetune.training.samples import GenerateFn, Samples, evenly_spaced, prompt_text
@@ -38,7 +39,7 @@ class GenerationEval:
     prompts: Sequence[Sequence[Message]]
     retention: Sequence[Sequence[Message]]
 
-    def evaluate(self, run: RunDirectory, generate: GenerateFn, when: str) -> None:
+    def evaluate(self, run: RunDirectory, generate: GenerateFn, when: When) -> None:
         """Record each grader's mean and the retention set's exact-match rate, ``before`` or ``after``.
 
         Raises:
@@ -111,7 +112,7 @@ class GenerationEvals:
         """Return the report's summary entries: metric -> (label, format)."""
         return self.graded.summary
 
-    def run(self, run: RunDirectory, generate: GenerateFn, when: str) -> None:
+    def run(self, run: RunDirectory, generate: GenerateFn, when: When) -> None:
         """Generate and record samples and grades, ``before`` or ``after`` training.
 
         Raises:

@@ -12,7 +12,6 @@ from finetune.distributed import collectives, sharding
 from finetune.distributed.solver import LaunchTarget, refuse_incompatible
 from finetune.distributed.strategies import ZERO_STAGES
 from finetune.recipe.checks import adapter_traits, check_batch_divides
-from finetune.recipe.recipe import SettingsT
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values
 from finetune.training.arguments import SFT_CONFIG, TrlConfigSpec, check_engine_args
@@ -30,7 +29,7 @@ class FrozenBase:
     quantization: str
 
 
-def init_distributed(ctx: RunContext[SettingsT]) -> None:
+def init_distributed(ctx: RunContext) -> None:
     """Resolve the strategy and initialize the process group; called before a model is loaded."""
     train, world_size = ctx.settings.train, ctx.dist.world_size
     ctx.strategy = ctx.resolve_auto("train.strategy", auto_values.strategy(train.strategy, world_size))
@@ -39,7 +38,7 @@ def init_distributed(ctx: RunContext[SettingsT]) -> None:
     collectives.init_distributed(ctx.hardware.device, deepspeed=ctx.strategy in ZERO_STAGES)
 
 
-def shard_on_load(ctx: RunContext[SettingsT], dtype: str) -> None:
+def shard_on_load(ctx: RunContext, dtype: str) -> None:
     """Load models sharded until training begins (ZeRO-3); FSDP2 shards in ``from_pretrained``."""
     if ctx.strategy == "zero3":
         ctx.loading_contexts.enter_context(
@@ -47,7 +46,7 @@ def shard_on_load(ctx: RunContext[SettingsT], dtype: str) -> None:
         )
 
 
-def enable_sharded_inference(ctx: RunContext[SettingsT], model: nn.Module, base: PreTrainedModel) -> None:
+def enable_sharded_inference(ctx: RunContext, model: nn.Module, base: PreTrainedModel) -> None:
     """Allow forward passes of a ZeRO-3 model until its trainer takes over."""
     if ctx.strategy == "zero3":
         ctx.loading_contexts.enter_context(
@@ -57,7 +56,7 @@ def enable_sharded_inference(ctx: RunContext[SettingsT], model: nn.Module, base:
         )
 
 
-def load_text_encoding(ctx: RunContext[SettingsT], *, trl_config: TrlConfigSpec = SFT_CONFIG) -> TextEncoding:
+def load_text_encoding(ctx: RunContext, *, trl_config: TrlConfigSpec = SFT_CONFIG) -> TextEncoding:
     """Load tokenizer and template; ``trl_config`` is the stage's.
 
     Raises:
@@ -79,7 +78,7 @@ def load_text_encoding(ctx: RunContext[SettingsT], *, trl_config: TrlConfigSpec 
     return text
 
 
-def load_data(ctx: RunContext[SettingsT], text: TextEncoding) -> PreparedData:
+def load_data(ctx: RunContext, text: TextEncoding) -> PreparedData:
     """Read and tokenize the recipe's data, and log the data report.
 
     Raises:
@@ -99,7 +98,7 @@ def parent_adapter_run(settings: ModelSettings) -> Path | None:
     return parent if parent is not None and (parent / "adapter").is_dir() else None
 
 
-def load_policy(ctx: RunContext[SettingsT]) -> Policy:
+def load_policy(ctx: RunContext) -> Policy:
     """Load the base and add the adapter: the parent run's, or a new one initialized with the seed.
 
     Raises:
@@ -108,7 +107,7 @@ def load_policy(ctx: RunContext[SettingsT]) -> Policy:
     return add_adapter(ctx, load_frozen_base(ctx))
 
 
-def load_frozen_base(ctx: RunContext[SettingsT]) -> FrozenBase:
+def load_frozen_base(ctx: RunContext) -> FrozenBase:
     """Load the base in the precision and quantization that its adapter needs.
 
     Raises:
@@ -138,7 +137,7 @@ def load_frozen_base(ctx: RunContext[SettingsT]) -> FrozenBase:
     return FrozenBase(base, precision, quantization)
 
 
-def add_adapter(ctx: RunContext[SettingsT], frozen: FrozenBase) -> Policy:
+def add_adapter(ctx: RunContext, frozen: FrozenBase) -> Policy:
     """Add the recipe's adapter to a base: the parent run's, or a new one initialized with the seed.
 
     Raises:

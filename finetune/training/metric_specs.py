@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+When = Literal["before", "after"]
+"""An evaluation is before training or after it."""
 COMMON_CURVES = {"learning_rate": "learning rate", "grad_norm": "gradient norm"}
 
 
@@ -25,7 +27,7 @@ def no_diagnostics(record: Mapping[str, Any]) -> Diagnostics:
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
-    """The logged metrics that are recorded, and the before/after metrics of the report's summary.
+    """What a method measures: logged metrics, the summary's before/after metrics, and what checks expect.
 
     Attributes:
         curves: metric of metrics.jsonl -> title of its curve.
@@ -33,6 +35,9 @@ class MetricSpec:
         diagnostics: run.json -> the stage's own part of the report.
         main: the held-out metric whose record shows that an evaluation was done.
         first_last: training metrics that run.json records for the first step and the last ones.
+        generates: whether the trained model writes text, for samples.jsonl and graders.
+        allows_zero_gradients: whether a step may have zero gradients: completions of equal reward have no
+            advantage.
     """
 
     curves: Mapping[str, str] = field(default_factory=dict)
@@ -40,6 +45,8 @@ class MetricSpec:
     diagnostics: Callable[[Mapping[str, Any]], Diagnostics] = no_diagnostics
     main: str = "loss"
     first_last: tuple[str, ...] = ("loss",)
+    generates: bool = True
+    allows_zero_gradients: bool = False
 
     def with_summary(self, summary: Mapping[str, tuple[str, str]]) -> "MetricSpec":
         """Return this spec with more metrics in the summary."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from data_templates.segments import REPLY_ROLES, Message
 from finetune.training.generation import Completion
+from finetune.training.metric_specs import When
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import SAMPLES, RunDirectory
 
@@ -56,7 +57,7 @@ class Samples:
         turns = [[turn.role, turn.content, turn.context] for turn in conversation[:end]]
         return entry if turns == [["user", entry["prompt"], ""]] else entry | {"turns": turns}
 
-    def _record_scores(self, run: RunDirectory, when: str, completions: list[Completion]) -> None:
+    def _record_scores(self, run: RunDirectory, when: When, completions: list[Completion]) -> None:
         scores = {
             f"samples/eos_rate_{when}": sum(completion.ended_with_eos for completion in completions)
             / len(completions)

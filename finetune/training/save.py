@@ -16,7 +16,6 @@ from finetune.distributed.hardware import detect_hardware
 from finetune.recipe import yaml_file
 from finetune.recipe.checks import adapter_traits
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.recipe import SettingsT
 from finetune.recipe.runs import read_generative_record
 from finetune.recipe.settings import ModelSettings
 from finetune.training.atomic_files import atomic_folder
@@ -28,7 +27,7 @@ from finetune.training.run_directory import MERGED, RunDirectory
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def save_policy(ctx: RunContext[SettingsT], text: TextEncoding, policy: Policy) -> None:
+def save_policy(ctx: RunContext, text: TextEncoding, policy: Policy) -> None:
     """Save the adapter (or the model), reload it to verify it, and record its checksums.
 
     Raises:

@@ -1,14 +1,14 @@
 """The path of a run from directory to result, and the protocol of a method such as SFT, DPO or PPO."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import asdict
 from math import isfinite
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.recipe.discovery import load_stage
-from finetune.recipe.recipe import Recipe, SettingsT
-from finetune.training.metric_specs import MetricSpec
+from finetune.recipe.recipe import Recipe
+from finetune.training.metric_specs import MetricSpec, When
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import Result, RunDirectory
 
@@ -29,6 +29,16 @@ class RunData(Protocol):
     """The data of a run, of any kind."""
 
     @property
+    def train(self) -> Sized:
+        """Return the training rows."""
+        ...
+
+    @property
+    def held_out(self) -> Sized | None:
+        """Return the held-out rows; None without."""
+        ...
+
+    @property
     def prompts(self) -> "Sequence[Conversation]":
         """Return conversations whose last replies are generated before and after training."""
         ...
@@ -42,13 +52,9 @@ class RunData(Protocol):
 class Method(Protocol):
     """What differs between SFT, DPO, PPO and the others; ``train`` calls the methods in this order.
 
-    Attributes:
-        generates: whether the trained model writes text, for samples.jsonl and graders.
-        allows_zero_gradients: whether a step may have zero gradients.
+    Some methods also count their own steps (``CountsSteps``), evaluate more than the trainer does
+    (``Evaluates``), or diagnose the finished run (``Diagnoses``).
     """
-
-    generates: ClassVar[bool]
-    allows_zero_gradients: ClassVar[bool]
 
     @property
     def text(self) -> "TextEncoding":
@@ -70,11 +76,6 @@ class Method(Protocol):
         """Return the metrics of metrics.jsonl, of the summary and of the report."""
         ...
 
-    @property
-    def num_steps(self) -> int:
-        """Return the optimizer steps of the run."""
-        ...
-
     def prepare(self) -> dict[str, Any]:
         """Check data and model before anything is written; return the method's own sections of run.json.
 
@@ -85,25 +86,48 @@ class Method(Protocol):
         """
         ...
 
-    def arguments(self) -> "TrainingArguments":
+    def training_arguments(self, num_steps: int) -> "TrainingArguments":
         """Return the engine's training arguments, with every ``auto`` resolved.
+
+        Args:
+            num_steps: optimizer steps of the run.
 
         Raises:
             UserError: the engine refuses them.
         """
         ...
 
-    def build_trainer(self, args: "TrainingArguments") -> "Trainer":
-        """Return the engine's trainer.
+    def build_trainer(self, args: "TrainingArguments", num_steps: int) -> "Trainer":
+        """Return the engine's trainer; its ``held_out_metrics()`` are logged between steps.
 
         Raises:
             UserError: policy and reference differ before step 0.
         """
         ...
 
-    def evaluate(self, trainer: "Trainer", when: Literal["before", "after"]) -> dict[str, float]:
-        """Return the held-out metrics; empty without held-out rows. ``when``: ``before`` or ``after``."""
+
+@runtime_checkable
+class CountsSteps(Protocol):
+    """A method whose optimizer steps are not those of epochs over the training rows."""
+
+    @property
+    def num_steps(self) -> int:
+        """Return the optimizer steps of the run."""
         ...
+
+
+@runtime_checkable
+class Evaluates(Protocol):
+    """A method that records more than its trainer's held-out metrics."""
+
+    def evaluate(self, trainer: "Trainer", when: When) -> dict[str, float]:
+        """Return the held-out metrics, before or after training; empty without held-out rows."""
+        ...
+
+
+@runtime_checkable
+class Diagnoses(Protocol):
+    """A method that judges the finished run."""
 
     def diagnose(self) -> "list[Finding]":
         """Return the findings on the finished run, from its metrics and samples."""
@@ -138,7 +162,7 @@ def run_stage(recipe: Recipe, console: "Console", *, force: bool = False, comman
     return Result.of(run)
 
 
-def train(ctx: "RunContext[SettingsT]", method: Method) -> None:
+def train(ctx: "RunContext", method: Method) -> None:
     """Run a method: check, evaluate, train, save, evaluate again, diagnose.
 
     Args:
@@ -163,40 +187,60 @@ def train(ctx: "RunContext[SettingsT]", method: Method) -> None:
     # Everything that can be refused is refused before the folder exists.
     evals = (
         GenerationEvals.load(ctx.settings, method.text.encoder, method.data.prompts)
-        if method.generates
+        if spec.generates
         else None
     )
-    sections, args = method.prepare(), method.arguments()
+    sections, num_steps = method.prepare(), count_steps(ctx, method)
+    args = method.training_arguments(num_steps)
     metadata = policy_metadata(ctx, method.text, method.policy, method.data.report)
     for name, section in sections.items():
         metadata[name] = {**metadata[name], **section} if name in metadata else section
     with ctx.recorded(metadata, spec.with_summary(evals.summary if evals else {})):
         if evals:
             evals.run(ctx.run, generate, "before")
-        trainer = method.build_trainer(args)
+        trainer = method.build_trainer(args, num_steps)
         record_held_out(ctx, method, trainer, "before")
-        fit(
-            ctx,
-            trainer,
-            logged_keys=spec.logged_keys,
-            allows_zero_gradients=method.allows_zero_gradients,
-        )
+        fit(ctx, trainer, spec)
         save_policy(ctx, method.text, method.policy)
         record_held_out(ctx, method, trainer, "after")
         record_training_metrics(ctx, trainer, spec.first_last)
         if evals:
             evals.run(ctx.run, generate, "after")
         collectives.barrier()  # rank 0 writes the metrics, which every rank reads
-        findings = method.diagnose()
+        findings = method.diagnose() if isinstance(method, Diagnoses) else []
         for finding in findings:
             ctx.log(finding.format_line())
         if findings:
             ctx.run.update(diagnostics=[finding.record() for finding in findings])
 
 
-def record_held_out(
-    ctx: "RunContext[SettingsT]", method: Method, trainer: "Trainer", when: Literal["before", "after"]
-) -> None:
+def count_steps(ctx: "RunContext", method: Method) -> int:
+    """Return the optimizer steps of a run: the method's own count, or those of its training rows."""
+    from finetune.training.arguments import num_optimizer_steps
+
+    if isinstance(method, CountsSteps):
+        return method.num_steps
+    return num_optimizer_steps(ctx.settings.train, len(method.data.train))
+
+
+def check_environment(ctx: "RunContext", policy: "Policy") -> None:
+    """Log the model's size, and record precision, device and library versions as the first check."""
+    from finetune.training.model import count_parameters
+    from finetune.training.preflight.checks import CheckResult
+
+    ctx.log(count_parameters(policy.model).describe())
+    ctx.check(CheckResult("environment", ctx.describe_environment(policy.precision)))
+
+
+def held_out_metrics(method: Method, trainer: "Trainer", when: When) -> dict[str, float]:
+    """Return a method's held-out metrics: its own, or those that its trainer logs between steps."""
+    if isinstance(method, Evaluates):
+        return method.evaluate(trainer, when)
+    metrics: dict[str, float] = {} if method.data.held_out is None else trainer.held_out_metrics()
+    return metrics
+
+
+def record_held_out(ctx: "RunContext", method: Method, trainer: "Trainer", when: When) -> None:
     """Record a method's held-out metrics, unless a resumed run has recorded them.
 
     Raises:
@@ -205,7 +249,7 @@ def record_held_out(
     if f"{EVAL_PREFIX}{method.metric_spec.main}_{when}" in ctx.run.record.get("metrics", {}):
         return
     with ctx.timed("held_out"):
-        metrics = method.evaluate(trainer, when)
+        metrics = held_out_metrics(method, trainer, when)
     for name, value in metrics.items():
         if not isfinite(value):
             raise NotFiniteError(f"held-out {name} is {value} {when} training")
@@ -213,7 +257,7 @@ def record_held_out(
 
 
 def policy_metadata(
-    ctx: "RunContext[SettingsT]", text: "TextEncoding", policy: "Policy", report: "DataReport"
+    ctx: "RunContext", text: "TextEncoding", policy: "Policy", report: "DataReport"
 ) -> dict[str, Any]:
     """Return run.json's sections on data and policy, and the settings that ``load_finished_run`` reads."""
     from finetune.training.model import count_parameters

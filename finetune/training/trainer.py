@@ -117,6 +117,14 @@ class BaseTrainer(Trainer):  # type: ignore[misc]
         self.initial_param_groups: list[dict[str, Any]] = []
         self.lengths = [int(length) for length in data.train.lengths]
 
+    def held_out_metrics(self) -> dict[str, float]:
+        """Return the metrics of the held-out rows; a run without such rows does not ask for them."""
+        raise NotImplementedError
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log and return the held-out metrics, which the Trainer asks for between steps."""
+        return log_held_out(self, self.held_out_metrics())
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer; an adapter may scale the learning rate of some of its parameters."""
         is_new = self.optimizer is None
@@ -203,8 +211,8 @@ def initial_param_groups(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def log_held_out(trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
-    """Log held-out metrics (``eval/...``) as ``eval_...``, call ``on_evaluate``; return what was logged."""
-    logged = {as_logged(name): value for name, value in metrics.items()}
+    """Log held-out metrics as ``eval_...``, call ``on_evaluate``; return what was logged."""
+    logged = {as_logged(f"{EVAL_PREFIX}{name}"): value for name, value in metrics.items()}
     trainer.log(logged)
     # on_evaluate clears control.should_evaluate; without it the trainer evaluates the same step twice.
     trainer.control = trainer.callback_handler.on_evaluate(
@@ -272,11 +280,10 @@ class NativeTrainer(BaseTrainer):
             label_smoothing=self.label_smoothing,
         )
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the mean loss per label on the held-out rows."""
+    def held_out_metrics(self) -> dict[str, float]:
+        """Return the mean loss per label on the held-out rows."""
         size = self.args.per_device_train_batch_size
-        loss = held_out_loss(self.model, self.eval_dataset, self.data_collator, batch_size=size)
-        return log_held_out(self, {f"{EVAL_PREFIX}loss": loss})
+        return {"loss": held_out_loss(self.model, self.eval_dataset, self.data_collator, batch_size=size)}
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """DPO on the TRL engine: TRL's DPOTrainer with our token ids and precomputed reference log-probabilities."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -24,19 +23,17 @@ from align.engines.trl.preference import (
 from align.preference.losses import metrics
 from align.preference.losses.inputs import LossOutput, Pairs
 from align.preference.rows.dataset import PreferenceGroups
-from finetune.engines.trl.trainer import NotFiniteLossMixin
+from finetune.engines.trl.trainer import TrlTrainerMixin
 from finetune.recipe.errors import Problem
-from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.model import preserve_state
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.trainer import log_held_out
 
 COMPLETION_COLUMNS = ("chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """TRL's columns of a pair's token ids and of its reference log-probabilities."""
 
 
-class TrlDPOTrainer(NotFiniteLossMixin, DPOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
+class TrlDPOTrainer(TrlTrainerMixin, DPOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
     """TRL's DPOTrainer with held-out metrics from our loss; a non-finite loss names its rows."""
 
     def __init__(
@@ -84,13 +81,9 @@ class TrlDPOTrainer(NotFiniteLossMixin, DPOTrainer, RenamePreferenceMetrics):  #
         """Return the locations of a micro-batch's rows."""
         return find_row_locations(self.groups, inputs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the held-out metrics."""
-        held_out_values = self.held_out_metrics(self.eval_dataset)
-        return log_held_out(self, {f"{EVAL_PREFIX}{key}": value for key, value in held_out_values.items()})
-
-    def held_out_metrics(self, dataset: Dataset) -> dict[str, float]:
-        """Return the metric means over all pairs of ``dataset``, with the native engine's names."""
+    def held_out_metrics(self) -> dict[str, float]:
+        """Return the metric means over all held-out pairs, with the native engine's names."""
+        dataset = self.eval_dataset
         chosen, rejected = _split_chosen_rejected(completion_logps_by_batch(self, dataset))
         lengths = [torch.tensor([len(ids) for ids in dataset[side]]) for side in COMPLETION_COLUMNS]
         pairs = Pairs(

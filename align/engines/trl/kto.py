@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +24,10 @@ from align.preference.losses.unpaired import kto, mismatched_rows, reference_poi
 from align.preference.rows.dataset import PreferenceGroups
 from finetune.data.batches import optimizer_batches
 from finetune.distributed.rank import dist_info
-from finetune.engines.trl.trainer import NotFiniteLossMixin
+from finetune.engines.trl.trainer import TrlTrainerMixin
 from finetune.recipe.errors import Problem
-from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.model import preserve_state
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.trainer import log_held_out
 
 TENSOR_PREFIXES = ("", "KL_")
 """TRL's tensor prefixes: each row's own completion, and the mismatched one of the KL estimate."""
@@ -45,7 +42,7 @@ class HeldOutLabels:
     reference_logps: dict[str, Tensor]
 
 
-class TrlKTOTrainer(NotFiniteLossMixin, KTOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
+class TrlKTOTrainer(TrlTrainerMixin, KTOTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
     """TRL's KTOTrainer with held-out metrics from our loss; a non-finite loss names its rows."""
 
     def __init__(
@@ -96,13 +93,6 @@ class TrlKTOTrainer(NotFiniteLossMixin, KTOTrainer, RenamePreferenceMetrics):  #
     def row_locations(self, inputs: Mapping[str, Tensor]) -> list[str]:
         """Return the locations of a micro-batch's rows."""
         return find_row_locations(self.groups, inputs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the held-out metrics."""
-        assert self.held_out is not None
-        return log_held_out(
-            self, {f"{EVAL_PREFIX}{key}": value for key, value in self.held_out_metrics().items()}
-        )
 
     def held_out_metrics(self) -> dict[str, float]:
         """Return loss, implicit rewards, their margin and the reference point z over all held-out rows.

@@ -27,12 +27,10 @@ from align.rl.sampling import Sampling, sample_completions
 from data_templates.segments import Message
 from finetune.data.batches import optimizer_batches
 from finetune.data.tokens import Encoder
-from finetune.engines.trl.trainer import NotFiniteLossMixin
+from finetune.engines.trl.trainer import TrlTrainerMixin
 from finetune.recipe.errors import Problem
-from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.model import Policy
 from finetune.training.preflight.checks import CheckResult, failed
-from finetune.training.trainer import log_held_out
 
 ONLINE_METRIC_NAMES = {
     "reward": "objective/reward",
@@ -159,7 +157,7 @@ def reward_metric_name(name: str) -> str:
     return f"rewards/{name}"
 
 
-class OnlineTrainer(NotFiniteLossMixin):
+class OnlineTrainer(TrlTrainerMixin):
     """Builds TRL's trainer on our prompts and rewards; comes before TRL's class in the MRO."""
 
     def __init__(
@@ -203,12 +201,10 @@ class OnlineTrainer(NotFiniteLossMixin):
         """Return the locations of the last batch's prompts."""
         return self.reward_function.locations
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the held-out metrics."""
+    def held_out_metrics(self) -> dict[str, float]:
+        """Return the metrics of completions to held-out prompts."""
         assert self.evaluate_held_out is not None, "evaluate_every is set with held-out prompts only"
-        return log_held_out(
-            self, {f"{EVAL_PREFIX}{name}": value for name, value in self.evaluate_held_out().items()}
-        )
+        return self.evaluate_held_out()
 
 
 class OnlineRLOOTrainer(OnlineTrainer, RLOOTrainer, RenameOnlineMetrics):  # type: ignore[misc]

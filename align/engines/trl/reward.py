@@ -16,11 +16,9 @@ from align.engines.trl.preference import RenamePreferenceMetrics, find_row_locat
 from align.preference.losses import metrics
 from align.preference.losses.reward import bradley_terry
 from align.preference.rows.dataset import PreferenceGroups
-from finetune.engines.trl.trainer import NotFiniteLossMixin
+from finetune.engines.trl.trainer import TrlTrainerMixin
 from finetune.training.arguments import TrlConfigSpec
-from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.model import preserve_state
-from finetune.training.trainer import log_held_out
 
 
 def reward_config(*, center_rewards_coefficient: float) -> TrlConfigSpec:
@@ -29,7 +27,7 @@ def reward_config(*, center_rewards_coefficient: float) -> TrlConfigSpec:
     return REWARD_CONFIG.with_arguments({"center_rewards_coefficient": center_rewards_coefficient or None})
 
 
-class TrlRewardTrainer(NotFiniteLossMixin, RewardTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
+class TrlRewardTrainer(TrlTrainerMixin, RewardTrainer, RenamePreferenceMetrics):  # type: ignore[misc]
     """TRL's RewardTrainer on tokenized pairs, with our held-out metrics; a NaN loss names its rows."""
 
     def __init__(
@@ -70,12 +68,6 @@ class TrlRewardTrainer(NotFiniteLossMixin, RewardTrainer, RenamePreferenceMetric
     def row_locations(self, inputs: Mapping[str, Tensor]) -> list[str]:
         """Return the locations of a micro-batch's rows."""
         return find_row_locations(self.groups, inputs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the held-out metrics."""
-        return log_held_out(
-            self, {f"{EVAL_PREFIX}{key}": value for key, value in self.held_out_metrics().items()}
-        )
 
     @torch.no_grad()
     def held_out_metrics(self) -> dict[str, float]:

@@ -24,7 +24,6 @@ from finetune.data.mixture import MixtureComponent, mix_components
 from finetune.data.report import DataReport, SourceReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
-from finetune.recipe.recipe import SettingsT
 from finetune.training.context import RunContext
 from finetune.training.model import TextEncoding
 
@@ -48,7 +47,7 @@ NUM_TRAINING_PROMPTS = 64
 
 
 def load_preferences(
-    ctx: RunContext[SettingsT],
+    ctx: RunContext,
     settings: PreferenceSettings,
     text: TextEncoding,
     *,

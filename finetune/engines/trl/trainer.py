@@ -1,4 +1,4 @@
-"""TRL engine: what all of TRL's trainers share (a NaN loss names its rows), and its SFT trainer.
+"""TRL engine: what all of TRL's trainers share (a NaN loss, held-out metrics), and its SFT trainer.
 
 TRL's SFTTrainer trains on the same tokens and labels as ours, with our held-out loss.
 """
@@ -16,16 +16,23 @@ from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
 from finetune.distributed.interrupts import NotFiniteError
 from finetune.training.loss import held_out_loss
-from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.trainer import log_held_out
 
 
-class NotFiniteLossMixin(Trainer):  # type: ignore[misc]
-    """Stops a run at a NaN or infinite loss; comes before TRL's class in the MRO."""
+class TrlTrainerMixin(Trainer):  # type: ignore[misc]
+    """Stops a run at a NaN loss, and logs our held-out metrics; comes before TRL's class in the MRO."""
 
     def row_locations(self, inputs: Any) -> Sequence[str]:
         """Return the locations (``file:line``) of a micro-batch's rows, after its forward pass."""
         raise NotImplementedError
+
+    def held_out_metrics(self) -> dict[str, float]:
+        """Return the metrics of the held-out rows; a run without such rows does not ask for them."""
+        raise NotImplementedError
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log and return the held-out metrics, which the Trainer asks for between steps."""
+        return log_held_out(self, self.held_out_metrics())
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
@@ -52,7 +59,7 @@ def unpadded_token_ids(inputs: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
     return [tuple(ids_T[:length].tolist()) for ids_T, length in zip(ids_BT, lengths, strict=True)]
 
 
-class TrlSFTTrainer(NotFiniteLossMixin, SFTTrainer):  # type: ignore[misc]
+class TrlSFTTrainer(TrlTrainerMixin, SFTTrainer):  # type: ignore[misc]
     """TRL's SFTTrainer with our held-out loss (mean per label) and NaN errors that name their rows."""
 
     def __init__(
@@ -88,12 +95,11 @@ class TrlSFTTrainer(NotFiniteLossMixin, SFTTrainer):  # type: ignore[misc]
         locations = [location_of_ids[ids] for ids in batch_ids if ids in location_of_ids]
         return locations or ["rows that TRL packed"]
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log and return the mean loss per label on the held-out rows."""
+    def held_out_metrics(self) -> dict[str, float]:
+        """Return the mean loss per label on the held-out rows."""
         assert self.held_out_rows is not None, "evaluate_every is set with held-out rows only"
         size = self.args.per_device_train_batch_size
-        loss = held_out_loss(self.model, self.held_out_rows, self.collate, batch_size=size)
-        return log_held_out(self, {f"{EVAL_PREFIX}loss": loss})
+        return {"loss": held_out_loss(self.model, self.held_out_rows, self.collate, batch_size=size)}
 
 
 def _dataset(rows: TokenizedRows) -> Dataset:

@@ -1,6 +1,6 @@
 """Checks of tokenized rows: trained EOS, loss mask, single BOS, vocabulary; and the truncation report.
 
-``check_rows`` and ``check_vocabulary`` are what SFT and continued pretraining run.
+``check_tokenized`` runs them for the stages that train on rows of tokens.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -15,6 +15,7 @@ from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.distributed import sharding
 from finetune.recipe.errors import Problem
+from finetune.training.model import Policy, TextEncoding
 from finetune.training.preflight.checks import CheckResult, failed, first_few
 
 MIN_EOS_SHARE = 0.99
@@ -213,6 +214,16 @@ def check_vocab_size(
 def used_tokens(ids: np.ndarray, stop_ids: Collection[int]) -> set[int]:
     """Return the set of token ids in the data, and the stop tokens."""
     return {*np.flatnonzero(np.bincount(ids)).tolist(), *stop_ids}  # np.unique would sort all tokens
+
+
+def check_tokenized(
+    policy: Policy, rows: TokenizedRows, report: DataReport, text: TextEncoding, *, blocks: bool = False
+) -> list[CheckResult]:
+    """Check tokenized training rows and their embeddings; ``blocks``: rows are cut out of documents."""
+    return [
+        *check_rows(rows, report, text.encoder, max_length=text.max_length, blocks=blocks),
+        check_vocabulary(policy.model, rows, text.encoder),
+    ]
 
 
 def check_rows(

@@ -20,8 +20,8 @@ class FirstStepsCheck(TrainerCallback):  # type: ignore[misc]
         self,
         report: Callable[[CheckResult], None],
         *,
-        allows_zero_gradients: bool = False,
-        engine_takes_gradients: bool = False,
+        allows_zero_gradients: bool,
+        engine_takes_gradients: bool,
     ) -> None:
         """Bind the callback.
 

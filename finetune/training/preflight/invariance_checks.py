@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from finetune.data.collate import IGNORE_INDEX, Collator, LMExample, PackedCollator
 from finetune.data.dataset import TokenizedRows
 from finetune.recipe.errors import Problem
 from finetune.training.loss import completion_loss_sum, output_head
-from finetune.training.model import DTYPES, preserve_state
+from finetune.training.model import DTYPES, Policy, preserve_state
 from finetune.training.preflight.checks import CheckResult, failed
 from finetune.training.preflight.gradient_checks import check_gradient_flow
 
@@ -203,33 +202,25 @@ def _tensors_on_device(model: nn.Module, batch: Mapping[str, object]) -> dict[st
     return {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
 
 
-def check_model(
-    model: PreTrainedModel,
-    data: TokenizedRows,
-    collate: Collator,
-    *,
-    precision: str,
-    quantization: str,
-) -> list[CheckResult]:
+def check_model(policy: Policy, data: TokenizedRows, collate: Collator) -> list[CheckResult]:
     """Run the numeric checks on the model, without changing it.
 
     Args:
-        model: base with adapter, on its device.
+        policy: base with adapter, on its device.
         data: the tokenized training rows.
         collate: the run's collator.
-        precision: dtype of the forward pass.
-        quantization: quantization of the base.
     """
-    head = output_head(model)
+    model, precision, head = policy.model, policy.precision, output_head(policy.model)
     # Entered by hand: Accelerate, which wraps the forward pass in autocast, has not prepared the model yet.
-    autocast = torch.autocast(model.device.type, dtype=DTYPES[precision], enabled=precision != "float32")
+    device = next(model.parameters()).device
+    autocast = torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "float32")
 
     def loss_sum(batch: Mapping[str, Tensor]) -> Tensor:
         with autocast:
             return completion_loss_sum(model, head, batch)
 
     # LLM.int8 (arXiv 2208.07339) selects its outlier columns from the full batch.
-    tolerance = TOLERANCE["int8" if quantization == "int8" else precision]
+    tolerance = TOLERANCE["int8" if policy.quantization == "int8" else precision]
     results = check_batch_invariance(
         model,
         loss_sum,

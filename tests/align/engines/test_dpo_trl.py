@@ -128,7 +128,7 @@ def test_initial_policy_equals_reference(base_folder: Path, tmp_path: Path, grou
     assert list(trainer.model.peft_config) == ["default"]
     result = check_initial_loss(trainer, "float32")
     assert result.problem is None and result.detail.endswith("loss 0.6931, expected 0.6931")
-    metrics = trainer.held_out_metrics(trainer.eval_dataset)
+    metrics = trainer.held_out_metrics()
     assert metrics["loss"] == pytest.approx(0.693147, abs=1e-5)  # ln 2
     assert metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-5) and metrics[
         "logratios/chosen"
