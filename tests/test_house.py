@@ -14,8 +14,8 @@ SOURCES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob
 SMALL = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 FORBIDDEN = {"data_templates": {"finetune", "align"}, "finetune": {"align"}, "align": set()}
 WINGS = ("recipe", "distributed", "adapters", "planner", "data", "training", "engines", "stages")
-"""finetune's wings, the lowest first. One import goes upwards: recipe.checks reads what adapters declare of
-themselves (adapters.traits); they declare their settings with recipe.settings and recipe.errors."""
+"""finetune's wings, the lowest first. One import goes upwards: recipe.discovery reads what adapters declare
+of themselves (adapters.traits); they declare their settings with recipe.settings and recipe.errors."""
 CHECKS = ("assert_close", "assert_allclose", "check_schema", "validate")
 """Functions of libraries that raise where an assertion would."""
 COMPARING = {
@@ -121,7 +121,7 @@ def test_the_search_for_cycles_finds_one() -> None:
 
 def test_the_graph_is_the_project_s() -> None:
     assert len(import_graph()) > 50 and sum(map(len, import_graph().values())) > 100
-    assert "finetune.adapters.traits" in import_graph()["finetune.recipe.checks"]
+    assert "finetune.adapters.traits" in import_graph()["finetune.recipe.discovery"]
     assert "finetune.training.trainer" in import_graph()["finetune.stages.sft"], (
         "imports inside functions count"
     )

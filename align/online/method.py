@@ -23,7 +23,7 @@ from align.rl.rewards.loading import load_rewards, rewards_record
 from align.rl.rewards.rewards import Rewards
 from align.rl.rewards.settings import LENGTH_PENALTY
 from align.rl.sampling import Sampling
-from finetune.recipe.checks import adapter_traits
+from finetune.recipe.discovery import adapter_traits
 from finetune.training.arguments import num_optimizer_steps, resolve_arguments
 from finetune.training.context import RunContext
 from finetune.training.loading import add_adapter, load_frozen_base, load_text_encoding

@@ -13,8 +13,8 @@ from align.pipeline.file import find_pipeline, read_pipeline
 from finetune.data.sources import data_fingerprint
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
-from finetune.recipe.checks import adapter_traits
 from finetune.recipe.command_line import COMMAND_LINE
+from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import SCORING_STAGES
 from finetune.recipe.recipe import Recipe

@@ -23,7 +23,7 @@ from typing import Any
 
 from align.planner.plan import Plan, make_plan
 from finetune.distributed.solver import LaunchTarget, check, recipe_combination
-from finetune.recipe.checks import adapter_traits
+from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import StageSettings
 

@@ -26,10 +26,9 @@ from finetune.distributed.solver import (
     solver_rules,
 )
 from finetune.distributed.strategies import STRATEGIES
-from finetune.recipe.checks import adapter_traits
 from finetune.recipe.compatibility import Rule
-from finetune.recipe.discovery import ADAPTERS, plugin_names, stage_names
-from finetune.recipe.recipe import adapter_settings, stage_settings
+from finetune.recipe.discovery import ADAPTERS, adapter_settings, adapter_traits, plugin_names, stage_names
+from finetune.recipe.recipe import stage_settings
 
 DEVICE_KINDS = ("cpu", "cuda")
 YES, NO = "yes", "no"

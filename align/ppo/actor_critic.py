@@ -19,9 +19,8 @@ from align.rl.token_stats import to_padded, token_logps_and_entropy
 from finetune.adapters.traits import Hooks
 from finetune.library_internals import disable_attention_dropout
 from finetune.recipe import yaml_file
-from finetune.recipe.checks import adapter_traits
+from finetune.recipe.discovery import adapter_settings, adapter_traits
 from finetune.recipe.parent_run import continued_settings
-from finetune.recipe.recipe import adapter_settings
 from finetune.recipe.runs import read_finished_record
 from finetune.recipe.settings import AdapterSettings
 from finetune.training.adapter_hooks import adapter_hooks

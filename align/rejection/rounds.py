@@ -19,7 +19,7 @@ from finetune.data.conversation import Conversation
 from finetune.data.dataset import PreparedData, tokenize_conversations
 from finetune.data.report import DataReport
 from finetune.distributed import collectives
-from finetune.recipe.checks import adapter_traits
+from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.settings import DataSettings, EvaluateSettings

@@ -20,7 +20,7 @@ from align.reward.settings import Settings
 from finetune.data.tokens import Encoder
 from finetune.distributed.hardware import Hardware
 from finetune.distributed.sharding import gathered_params, is_sharded
-from finetune.recipe.checks import adapter_traits
+from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values

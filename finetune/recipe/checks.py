@@ -6,12 +6,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.traits import Traits
 from finetune.recipe.bases import resolve_base
 from finetune.recipe.compatibility import Rule, caught, is_set, problems_of, within
 from finetune.recipe.discovery import (
     ADAPTERS,
     TEMPLATES,
+    adapter_traits,
     load_plugin,
     load_stage,
     local_path,
@@ -100,12 +100,6 @@ def adapter_rules(method: str) -> tuple[Rule, ...]:
     """Return the rules in an adapter's file."""
     rules: tuple[Rule, ...] = getattr(load_plugin(ADAPTERS, method, where="adapter.method"), "RULES", ())
     return tuple(within(rule, "adapter.method", method) for rule in rules)
-
-
-def adapter_traits(method: str) -> Traits:
-    """Return an adapter's declared traits."""
-    traits: Traits = load_plugin(ADAPTERS, method, where="adapter.method").TRAITS
-    return traits
 
 
 def check_batch_divides(batch_size: int, micro_batch_size: int, num_processes: int) -> None:

@@ -8,8 +8,10 @@ import pkgutil
 from pathlib import Path
 from types import ModuleType
 
+from finetune.adapters.traits import Traits
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
 from finetune.recipe.renamed import renamed_stage
+from finetune.recipe.settings import AdapterSettings
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = _PACKAGE / "shipped"
@@ -96,6 +98,22 @@ def load_stage(name: str) -> ModuleType:
         actual = renamed_stage(name) or f"'{name}' is unknown"
         raise UserError(Problem("stage", actual, one_of(known), did_you_mean(name, known)))
     return load_plugin(known[name], name, where="stage")
+
+
+def adapter_traits(method: str) -> Traits:
+    """Return an adapter's declared traits."""
+    traits: Traits = load_plugin(ADAPTERS, method, where="adapter.method").TRAITS
+    return traits
+
+
+def adapter_settings(method: str) -> type[AdapterSettings]:
+    """Return the settings that an adapter declares in its own file.
+
+    Raises:
+        UserError: there is no such adapter.
+    """
+    schema: type[AdapterSettings] = load_plugin(ADAPTERS, method, where="adapter.method").Settings
+    return schema
 
 
 def recipe_folders() -> list[Path]:

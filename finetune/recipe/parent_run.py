@@ -7,9 +7,13 @@ from typing import Any
 
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
-from finetune.recipe.checks import adapter_traits
 from finetune.recipe.command_line import COMMAND_LINE, Origins, SectionValues, learning_rate_note
-from finetune.recipe.discovery import ADAPTERS, load_plugin, load_stage, stage_names
+from finetune.recipe.discovery import (
+    adapter_settings,
+    adapter_traits,
+    load_stage,
+    stage_names,
+)
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import LIST_RUNS_HINT, find_run, read_finished_record
 from finetune.recipe.settings import AdapterSettings, DataSettings, ModelSettings, StageSettings
@@ -146,16 +150,11 @@ def continued_settings(adapter: AdapterSettings) -> AdapterSettings:
     traits = adapter_traits(adapter.method)
     # Settings of the initialization (a prompt's init_text) have no effect on trained weights.
     values = adapter.model_dump(exclude={"method", *traits.init_only})
-    return _settings_class(traits.continues_as or adapter.method)(**values)
+    return adapter_settings(traits.continues_as or adapter.method)(**values)
 
 
 def _parse_adapter(content: dict[str, Any]) -> AdapterSettings:
-    return _settings_class(content["method"]).model_validate(content)
-
-
-def _settings_class(method: str) -> type[AdapterSettings]:
-    schema: type[AdapterSettings] = load_plugin(ADAPTERS, method, where="adapter.method").Settings
-    return schema
+    return adapter_settings(content["method"]).model_validate(content)
 
 
 def _template_settings(stage: str, load: dict[str, Any]) -> dict[str, str | None]:

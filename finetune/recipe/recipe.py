@@ -15,8 +15,8 @@ from finetune.recipe.checks import cross_field_problems
 from finetune.recipe.command_line import Origins, SectionValues
 from finetune.recipe.discovery import (
     ADAPTERS,
+    adapter_settings,
     find_recipe,
-    load_plugin,
     load_stage,
     plugin_names,
     stage_names,
@@ -139,16 +139,6 @@ def stage_settings(stage: str) -> type[StageSettings]:
         UserError: there is no such stage.
     """
     schema: type[StageSettings] = load_stage(stage).Settings
-    return schema
-
-
-def adapter_settings(method: str) -> type[AdapterSettings]:
-    """Return the settings that an adapter declares in its own file.
-
-    Raises:
-        UserError: there is no such adapter.
-    """
-    schema: type[AdapterSettings] = load_plugin(ADAPTERS, method, where="adapter.method").Settings
     return schema
 
 

@@ -12,13 +12,14 @@ from finetune.recipe.bases import Base, load_bases
 from finetune.recipe.discovery import (
     ADAPTERS,
     TEMPLATES,
+    adapter_settings,
     plugin_names,
     plugin_summary,
     recipe_names,
     stage_names,
 )
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import Recipe, adapter_settings, stage_settings
+from finetune.recipe.recipe import Recipe, stage_settings
 from finetune.recipe.settings import AdapterSettings
 
 

@@ -7,7 +7,7 @@ from math import ceil
 
 from finetune.distributed.hardware import SAFE_FRACTION, Hardware
 from finetune.planner.estimate import ObjectiveKind, Workload, estimate, recipe_workload
-from finetune.recipe.checks import adapter_traits
+from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import StageSettings
 

@@ -14,7 +14,7 @@ from finetune.adapters._load import load_saved_adapter
 from finetune.distributed import collectives, sharding
 from finetune.distributed.hardware import detect_hardware
 from finetune.recipe import yaml_file
-from finetune.recipe.checks import adapter_traits
+from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.runs import read_generative_record
 from finetune.recipe.settings import ModelSettings

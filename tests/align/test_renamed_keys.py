@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 
 from align.pipeline.plan import resolve_pipeline
-from finetune.recipe.discovery import ADAPTERS, plugin_names, stage_names, stage_of_verb, verb_of
+from finetune.recipe.discovery import (
+    ADAPTERS,
+    adapter_settings,
+    plugin_names,
+    stage_names,
+    stage_of_verb,
+    verb_of,
+)
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import adapter_settings, read_recipe, stage_settings
+from finetune.recipe.recipe import read_recipe, stage_settings
 from finetune.recipe.renamed import RENAMED, SECTIONS, STAGES, VALUES
 
 KEYS = [(old, new) for old, new in RENAMED.items() if "[]" not in old and ".loss." not in old]

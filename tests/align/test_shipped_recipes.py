@@ -14,8 +14,8 @@ from rich.console import Console
 from align.preference.settings import PreferenceSettings
 from align.rl.settings import PromptSettings
 from finetune.recipe.bases import load_bases
-from finetune.recipe.discovery import PROJECT, stage_names
-from finetune.recipe.recipe import Recipe, adapter_settings, read_recipe, stage_settings
+from finetune.recipe.discovery import PROJECT, adapter_settings, stage_names
+from finetune.recipe.recipe import Recipe, read_recipe, stage_settings
 from finetune.recipe.settings import DocumentSettings
 from finetune.training.stage import run_stage
 

@@ -9,8 +9,7 @@ from typing import Any
 from align.reward.settings import Settings
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import resolve_base
-from finetune.recipe.checks import adapter_traits
-from finetune.recipe.discovery import find_recipe
+from finetune.recipe.discovery import adapter_traits, find_recipe
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import check_saved_files, is_recipe_name
 from finetune.recipe.recipe import Recipe, read_recipe

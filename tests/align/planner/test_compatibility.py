@@ -7,8 +7,7 @@ import pytest
 import align.planner.compatibility as matrix
 from finetune.distributed.solver import Combination, check, solver_rules
 from finetune.distributed.strategies import STRATEGIES
-from finetune.recipe.checks import adapter_traits
-from finetune.recipe.discovery import ADAPTERS, plugin_names, stage_names
+from finetune.recipe.discovery import ADAPTERS, adapter_traits, plugin_names, stage_names
 
 PAGE = Path(matrix.__file__).with_name("COMPATIBILITY.md")
 

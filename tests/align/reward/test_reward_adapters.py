@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from align.preference.groups import GroupCollator
 from align.reward.model import completion_scores
 from finetune.adapters._load import load_saved_adapter
-from finetune.recipe.checks import adapter_traits
+from finetune.recipe.discovery import adapter_traits
 from finetune.recipe.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -18,9 +18,8 @@ from finetune.planner.from_recipe import (
 from finetune.planner.parameter_count import count_trainable_parameters
 from finetune.recipe import yaml_file
 from finetune.recipe.bases import load_bases
-from finetune.recipe.discovery import ADAPTERS, plugin_names
+from finetune.recipe.discovery import ADAPTERS, adapter_settings, plugin_names
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import adapter_settings
 from finetune.recipe.settings import ModelSettings, RopeSettings, StageSettings, TrainSettings
 
 TABLE: dict[str, Any] = yaml_file.read_yaml(ARCHITECTURES)[0]

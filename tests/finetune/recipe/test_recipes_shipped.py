@@ -2,8 +2,7 @@
 
 import pytest
 
-from finetune.recipe.checks import adapter_traits
-from finetune.recipe.discovery import PROJECT
+from finetune.recipe.discovery import PROJECT, adapter_traits
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
 

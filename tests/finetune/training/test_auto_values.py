@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from finetune.distributed.hardware import GIB, Hardware, detect_hardware, peak_memory_bytes
+from finetune.recipe.discovery import adapter_settings
 from finetune.recipe.errors import UserError
-from finetune.recipe.recipe import adapter_settings, read_recipe
+from finetune.recipe.recipe import read_recipe
 from finetune.recipe.settings import StageSettings
 from finetune.training import auto_values
 
