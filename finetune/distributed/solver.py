@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 from finetune.distributed import strategies
 from finetune.distributed.strategies import STRATEGIES
-from finetune.recipe import checks
-from finetune.recipe.checks import adapter_properties, rules_of
 from finetune.recipe.compatibility import Rule, union
 from finetune.recipe.discovery import ADAPTERS, plugin_names, stage_names
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import DEFAULT_ORIGIN, Recipe
+from finetune.recipe.rules import RULES, adapter_properties, adapter_rules, rules_of, stage_rules
 from finetune.recipe.settings import AdapterSettings
 
 VerdictKind = Literal["works", "changed", "incompatible"]
@@ -158,9 +157,9 @@ def first_applicable_rule(combination: Combination) -> Rule | None:
 def collected_rules() -> tuple[Rule, ...]:
     """Return every rule: of all recipes, adapters, stages, and of the launch; a shared one once."""
     rules: dict[str, Rule] = {}
-    of_adapters = [rule for name in plugin_names(ADAPTERS) for rule in checks.adapter_rules(name)]
-    of_stages = [rule for name in stage_names() for rule in checks.stage_rules(name)]
-    for rule in (*checks.RULES, *of_adapters, *of_stages, *strategies.RULES):
+    of_adapters = [rule for name in plugin_names(ADAPTERS) for rule in adapter_rules(name)]
+    of_stages = [rule for name in stage_names() for rule in stage_rules(name)]
+    for rule in (*RULES, *of_adapters, *of_stages, *strategies.RULES):
         earlier = rules.get(rule.name)
         rules[rule.name] = rule if earlier is None else union(earlier, rule)
     return tuple(rules.values())

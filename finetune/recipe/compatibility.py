@@ -2,7 +2,7 @@
 
 Everything that no rule excludes works. A rule is written once, in ``RULES`` of the file that it is about: a
 stage (``stages/*.py``), an adapter (``finetune/adapters/*.py``), ``finetune.distributed.strategies``, or
-``finetune.recipe.checks`` if it holds for all. Recipe loading, ``llm-align plan --compatibility``, the launch
+``finetune.recipe.rules`` if it holds for all. Recipe loading, ``llm-align plan --compatibility``, the launch
 of a run and COMPATIBILITY.md evaluate the same rules.
 """
 

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from typing_extensions import TypeVar
 
 from finetune.recipe import command_line, yaml_file
-from finetune.recipe.checks import cross_field_problems
 from finetune.recipe.command_line import Origins, SectionValues
 from finetune.recipe.discovery import (
     ADAPTERS,
@@ -32,6 +31,7 @@ from finetune.recipe.parent_run import (
     parent_from_run,
 )
 from finetune.recipe.renamed import renamed_section, renamed_stage, section_problem
+from finetune.recipe.rules import cross_field_problems
 from finetune.recipe.settings import AdapterSettings, Section, StageSettings
 
 DEFAULT_ORIGIN = "default"

@@ -14,8 +14,8 @@ from finetune.distributed import collectives
 from finetune.distributed.hardware import free_gpu_bytes
 from finetune.distributed.strategies import strategy_arguments
 from finetune.library_internals import replace_deepspeed_plugin
-from finetune.recipe.checks import check_batch_divides
 from finetune.recipe.errors import Problem, UserError, did_you_mean
+from finetune.recipe.rules import check_batch_divides
 from finetune.recipe.settings import TrainSettings
 from finetune.training import auto_values
 from finetune.training.context import RunContext

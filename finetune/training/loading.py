@@ -11,8 +11,8 @@ from finetune.data.documents import prepare_data
 from finetune.distributed import collectives, sharding
 from finetune.distributed.solver import LaunchTarget, refuse_incompatible
 from finetune.distributed.strategies import ZERO_STAGES
-from finetune.recipe.checks import check_batch_divides
 from finetune.recipe.discovery import adapter_traits
+from finetune.recipe.rules import check_batch_divides
 from finetune.recipe.settings import ModelSettings
 from finetune.training import auto_values
 from finetune.training.arguments import SFT_CONFIG, TrlConfigSpec, check_engine_args

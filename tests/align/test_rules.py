@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from finetune.distributed.solver import collected_rules, solver_rules
-from finetune.recipe.checks import cross_field_problems, recipe_properties, rules_of
 from finetune.recipe.compatibility import Rule, problems_of
 from finetune.recipe.discovery import ADAPTERS, PROJECT, adapter_settings, plugin_names, stage_names
 from finetune.recipe.recipe import stage_settings
+from finetune.recipe.rules import cross_field_problems, recipe_properties, rules_of
 
 RULES = {rule.name: rule for rule in collected_rules()}
 LOADING = {name: rule for name, rule in RULES.items() if rule.problem is not None or rule.find is not None}

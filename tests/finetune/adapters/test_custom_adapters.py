@@ -21,8 +21,8 @@ from finetune.adapters import (
 from finetune.adapters._bottleneck_layer import Bottleneck, BottleneckConfig
 from finetune.adapters._prefix_encoders import GatedPrefix
 from finetune.adapters.loftq import low_rank_factors
-from finetune.recipe.checks import adapter_rules
 from finetune.recipe.errors import UserError
+from finetune.recipe.rules import adapter_rules
 from finetune.recipe.settings import StageSettings
 from finetune.training.adapter_hooks import scale_learning_rates
 from finetune.training.loss import completion_loss_sum, output_head, symmetric_kl_sum

@@ -10,10 +10,10 @@ import pytest
 from reward_sections import RewardedSettings, rewards, stage
 
 from align.rl.rewards.settings import REWARD_RULES, RewardsSettings, has_rewards_section, reward_run_folder
-from finetune.recipe.checks import recipe_properties
 from finetune.recipe.compatibility import problems_of
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.rules import recipe_properties
 from finetune.training.run_directory import run_fingerprint
 
 Paths = dict[str, str]
