@@ -5,8 +5,9 @@ a combination works, works with changed values, or cannot work; ``resolve`` appl
 nobody set and refuses the others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 from finetune.distributed import strategies
@@ -149,9 +150,27 @@ def check(combination: Combination) -> Verdict:
 def first_applicable_rule(combination: Combination) -> Rule | None:
     """Return the first rule that applies to a combination."""
     properties = combination.properties()
-    rules = (*rules_of(combination.stage, combination.adapter), *strategies.RULES)
+    rules = _launch_rules(combination.stage, combination.adapter)
     # Without checks that need code: those are of the recipe alone.
     return next((rule for rule in rules if rule.find is None and rule.applies(properties)), None)
+
+
+@cache
+def _launch_rules(stage: str, adapter: str) -> tuple[Rule, ...]:
+    return _in_order((*rules_of(stage, adapter), *strategies.RULES))
+
+
+def _in_order(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Return rules in the order in which the solver takes the first that applies.
+
+    Those on sharding are last: a stage's before those of all, and after what a number of processes or an
+    offload excludes.
+    """
+    return tuple(sorted(rules, key=_is_on_sharding))
+
+
+def _is_on_sharding(rule: Rule) -> bool:
+    return "train.strategy" in rule.when and not {"processes", "train.offload"} & rule.when.keys()
 
 
 def collected_rules() -> tuple[Rule, ...]:
@@ -162,7 +181,7 @@ def collected_rules() -> tuple[Rule, ...]:
     for rule in (*RULES, *of_adapters, *of_stages, *strategies.RULES):
         earlier = rules.get(rule.name)
         rules[rule.name] = rule if earlier is None else union(earlier, rule)
-    return tuple(rules.values())
+    return _in_order(rules.values())
 
 
 def solver_rules() -> tuple[Rule, ...]:

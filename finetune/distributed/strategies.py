@@ -214,16 +214,6 @@ OFFLOAD_RULES = (
 
 SHARDING_RULES = (
     Rule(
-        "reward-models-sharded",
-        {"stage": ("ppo", "rejection", "rloo", "grpo"), "train.strategy": SHARDED_WEIGHTS},
-        "reward and value models share the policy's base in memory, which would be sharded; ZeRO-2 "
-        "replicates the weights",
-        source="ppo on two CPU ranks with ZeRO-3: Cannot copy out of meta tensor "
-        "(align/reward/shared_base.py); the other stages load their rewards in the same way",
-        evidence="run",
-        changes={"train.strategy": "zero2"},
-    ),
-    Rule(
         "fsdp2-quantized",
         {"train.strategy": ("fsdp2",), "model.quantization": ("nf4", "int8")},
         "FSDP2's weights become DTensors while they are loaded, which bitsandbytes cannot quantize; ZeRO-3 "

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from align.reward.settings import RULE_ARGUMENTS
 from align.rl.rewards.run_info import DEFAULT_REWARD_NAME, RewardRunInfo, reward_run_info, same_base
+from finetune.distributed.strategies import SHARDED_WEIGHTS
 from finetune.recipe.compatibility import Rule
 from finetune.recipe.discovery import load_stage
 from finetune.recipe.errors import Problem, UserError, did_you_mean, one_of
@@ -290,6 +291,16 @@ REWARD_RULES = (
         source="align/reward/shared_base.py",
         find=_check_templates,
         reads=("rewards", "data"),
+    ),
+    Rule(
+        "reward-models-sharded",
+        {"train.strategy": SHARDED_WEIGHTS},
+        "reward and value models share the policy's base in memory, which would be sharded; ZeRO-2 "
+        "replicates the weights",
+        source="ppo on two CPU ranks with ZeRO-3: Cannot copy out of meta tensor "
+        "(align/reward/shared_base.py); the other stages load their rewards in the same way",
+        evidence="run",
+        changes={"train.strategy": "zero2"},
     ),
 )
 """Rules of every stage with rewards."""
