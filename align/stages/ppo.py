@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from align.rl.prompts import PreparedPrompts
     from finetune.training.context import RunContext
     from finetune.training.findings import Finding
+    from finetune.training.generation_eval import GenerationEvals
     from finetune.training.metric_specs import MetricSpec
     from finetune.training.model import Policy, TextEncoding
     from finetune.training.stage import Method
@@ -46,12 +47,16 @@ def build(ctx: RunContext[Settings]) -> Method:
     from align.ppo.actor_critic import load_ppo_models
     from align.ppo.pretraining import load_pretraining_mix
     from align.rl.prompts import load_prompts
+    from finetune.training.generation_eval import GenerationEvals
     from finetune.training.loading import load_text_encoding
 
     settings, text = ctx.settings, load_text_encoding(ctx)
     prompts = load_prompts(ctx, settings.data, text, max_new_tokens=settings.sampling.max_new_tokens)
     pretraining = load_pretraining_mix(ctx, text)
-    return PPO(ctx, text, prompts, load_ppo_models(ctx, text), pretraining)
+    models = load_ppo_models(ctx, text)
+    # Loaded here: its graders grade held-out completions during training too.
+    evals = GenerationEvals.load(settings, text.encoder, prompts.prompts)
+    return PPO(ctx, text, prompts, models, pretraining, evals)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class PPO:
     data: PreparedPrompts
     models: PPOModels
     pretraining: PretrainingMix | None
+    evals: GenerationEvals
 
     @property
     def policy(self) -> Policy:
@@ -167,13 +173,10 @@ class PPO:
 
     def _held_out_evaluation(self, rollouts: Rollouts) -> HeldOutEvaluation | None:
         from align.ppo.metrics import HeldOutEvaluation
-        from finetune.training.generation_eval import load_graders
         from finetune.training.samples import evenly_spaced
 
         settings, held_out = self.ctx.settings, self.data.held_out
         if held_out is None:
             return None
         prompts = [held_out[index] for index in evenly_spaced(len(held_out), settings.evaluate.grader_rows)]
-        return HeldOutEvaluation(
-            prompts, load_graders(settings.evaluate.graders), rollouts, settings.train.seed
-        )
+        return HeldOutEvaluation(prompts, self.evals.graded.graders, rollouts, settings.train.seed)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from finetune.training.context import RunContext
     from finetune.training.findings import Finding
     from finetune.training.generation import Completion
+    from finetune.training.generation_eval import GenerationEvals
     from finetune.training.model import Policy, TextEncoding
 
 
@@ -52,8 +53,8 @@ class RunData(Protocol):
 class Method(Protocol):
     """What differs between SFT, DPO, PPO and the others; ``train`` calls the methods in this order.
 
-    Some methods also count their own steps (``CountsSteps``), evaluate more than the trainer does
-    (``Evaluates``), or diagnose the finished run (``Diagnoses``).
+    Some methods also count their own steps (``CountsSteps``), use the graders (``LoadsEvals``), evaluate more
+    than the trainer does (``Evaluates``), or diagnose the finished run (``Diagnoses``).
     """
 
     @property
@@ -113,6 +114,16 @@ class CountsSteps(Protocol):
     @property
     def num_steps(self) -> int:
         """Return the optimizer steps of the run."""
+        ...
+
+
+@runtime_checkable
+class LoadsEvals(Protocol):
+    """A method that uses the recipe's graders itself; their files are executed once."""
+
+    @property
+    def evals(self) -> "GenerationEvals":
+        """Return the loaded evals."""
         ...
 
 
@@ -185,11 +196,11 @@ def train(ctx: "RunContext", method: Method) -> None:
 
     spec = method.metric_spec
     # Everything that can be refused is refused before the folder exists.
-    evals = (
-        GenerationEvals.load(ctx.settings, method.text.encoder, method.data.prompts)
-        if spec.generates
-        else None
-    )
+    evals = None
+    if isinstance(method, LoadsEvals):
+        evals = method.evals
+    elif spec.generates:
+        evals = GenerationEvals.load(ctx.settings, method.text.encoder, method.data.prompts)
     sections, num_steps = method.prepare(), count_steps(ctx, method)
     args = method.training_arguments(num_steps)
     metadata = policy_metadata(ctx, method.text, method.policy, method.data.report)
@@ -207,10 +218,10 @@ def train(ctx: "RunContext", method: Method) -> None:
         if evals:
             evals.run(ctx.run, generate, "after")
         collectives.barrier()  # rank 0 writes the metrics, which every rank reads
-        findings = method.diagnose() if isinstance(method, Diagnoses) else []
-        for finding in findings:
-            ctx.log(finding.format_line())
-        if findings:
+        if isinstance(method, Diagnoses):
+            findings = method.diagnose()
+            for finding in findings:
+                ctx.log(finding.format_line())
             ctx.run.update(diagnostics=[finding.record() for finding in findings])
 
 

@@ -95,6 +95,16 @@ def reinforce(recipe: Recipes) -> Runs:
     return run
 
 
+def test_a_grader_s_file_is_executed_once(reinforce: Runs, tmp_path: Path) -> None:
+    log, file = tmp_path / "executed", tmp_path / "grader.py"
+    file.write_text(
+        f"open({str(log)!r}, 'a').write('executed\\n')\n\n\ndef judge(prompt, reply):\n    return 1.0\n"
+    )
+    result = reinforce(train__max_steps=1, evaluate__graders={"judge": f"{file}:judge"}, evaluate__samples=0)
+    assert log.read_text() == "executed\n"
+    assert result.record["metrics"]["eval/gold/judge_before"] == 1.0
+
+
 @pytest.mark.plots
 def test_ppo_run_writes_all_artifacts(reinforce: Runs) -> None:
     result = reinforce(train__evaluate_every=4)
