@@ -16,6 +16,7 @@ from finetune.recipe.recipe import read_recipe
 from finetune.training import fit
 from finetune.training.context import RunContext
 from finetune.training.loaded_model import load_finished_run
+from finetune.training.metric_specs import MetricSpec
 from finetune.training.run_directory import Result
 from finetune.training.stage import run_stage
 
@@ -107,7 +108,7 @@ def test_pain_05_an_interrupted_run_ends_like_the_uninterrupted_one(
     uninterrupted = read("whole", data__packing=True)
     train_to_the_end = fit.fit
 
-    def interrupted_fit(ctx: RunContext, trainer: Any, **settings: Any) -> None:
+    def interrupted_fit(ctx: RunContext, trainer: Any, spec: MetricSpec) -> None:
         step = trainer.training_step
 
         def first_steps(*args: Any) -> Any:
@@ -116,7 +117,7 @@ def test_pain_05_an_interrupted_run_ends_like_the_uninterrupted_one(
             return step(*args)
 
         trainer.training_step = first_steps
-        train_to_the_end(ctx, trainer, **settings)
+        train_to_the_end(ctx, trainer, spec)
 
     monkeypatch.setattr(fit, "fit", interrupted_fit)
     with pytest.raises(Interrupted, match="at step 4"):
