@@ -64,7 +64,7 @@ chat: $(READY)  ## talk to a finished run: make chat RUN=runs/...
 merge: $(READY)  ## a run's base and adapter as one model: make merge RUN=runs/...
 	$(BIN)/llm-align merge $(RUN) $(ARGS)
 
-test: $(READY)  ## the tests, about 6 minutes
+test: $(READY)  ## the tests, about 5 minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-all: $(READY)  ## the slow tests too
