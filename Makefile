@@ -22,7 +22,7 @@ OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPT
           $(if $(FROM),--from $(FROM)) $(if $(REWARD),--reward $(REWARD)) $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv $(STAGES) run rlhf list show data plan chat merge test test-all test-gpu check tiny-base tiny-data compare clean
+.PHONY: help venv $(STAGES) run rlhf list show data plan chat merge test test-all test-gpu check docs tiny-base tiny-data compare clean
 
 help:  ## show this
 	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [FROM=run] [REWARD=run] [OUT=dir] [ARGS=\"section.key=value ...\"]"
@@ -78,6 +78,13 @@ check: $(READY)  ## style, types and tests, as in CI
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs  ## the documentation site: build/site/index.html
+	$(BIN)/zensical build --strict
 
 tiny-base: $(READY)  ## train the embedded base model anew (about 40 minutes on two cores)
 	$(BIN)/python -m tools.tiny.train_base --out recipes/tiny/model

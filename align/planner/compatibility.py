@@ -1,7 +1,7 @@
 """Compatibility tables: which adapters, quantizations and strategies work together, and why others do not.
 
-``llm-align plan --compatibility`` prints those of a stage; ``python -m align.planner.compatibility`` prints
-COMPATIBILITY.md, every cell of every stage. Rows with equal verdicts are merged.
+``llm-align plan --compatibility`` prints those of a stage; docs/reference/compatibility.md has every cell of
+every stage. Rows with equal verdicts are merged.
 """
 
 import json
@@ -20,7 +20,6 @@ from finetune.distributed.solver import (
     Combination,
     Verdict,
     check,
-    collected_rules,
     format_overrides,
     needs_two_passes,
     solver_rules,
@@ -32,17 +31,6 @@ from finetune.recipe.recipe import stage_settings
 
 DEVICE_KINDS = ("cpu", "cuda")
 YES, NO = "yes", "no"
-COMPATIBILITY_HEADER = """\
-# Compatibility of adapters, quantization, strategies and engines
-
-Generated from `RULES` of stages, adapters and strategies by `python -m align.planner.compatibility`.
-For one stage: `llm-align plan --compatibility`. Every run is checked before anything is loaded: values that
-nobody set are changed where that helps, with a note; other incompatible settings end with exit status 2 and
-a repair.
-
-`yes`: works. `zero3 [fsdp2-quantized]`: works with this value instead, because of the rule of that name
-below. `no [...]`: incompatible. All columns but `single` are for several processes.
-"""
 EVIDENCE_TEXTS = {
     "run": "tested here",
     "source": "read in the library's source",
@@ -134,36 +122,6 @@ def applied_rules(rows: Iterable[VerdictRow]) -> list[Rule]:
     return [rule for rule in solver_rules() if rule.name in rule_names]
 
 
-def compatibility_page() -> str:
-    """Return COMPATIBILITY.md."""
-    sections = [COMPATIBILITY_HEADER]
-    for device in DEVICE_KINDS:
-        sections.append(f"## On {'CPUs' if device == 'cpu' else 'GPUs'}\n")
-        for stages, rows in _stages_by_table(device):
-            sections.append(f"### {', '.join(stages)}\n\n{_table('quantization: adapters', rows)}")
-        for title, rows in (
-            ("optimizer", optimizer_rows(device)),
-            ("train.offload", offload_rows(device)),
-            ("train.engine=trl", engine_rows(device)),
-        ):
-            sections.append(f"### {title}\n\n{_table(title, rows)}")
-    in_tables = {rule.name: rule for rule in solver_rules()}
-    of_recipes = [rule for rule in collected_rules() if rule.name not in in_tables]
-    sections.append("## Rules\n\n" + "\n".join(map(format_rule, in_tables.values())) + "\n")
-    sections.append("## Rules of recipes\n\n" + "\n".join(map(_format_recipe_rule, of_recipes)) + "\n")
-    return "\n".join(sections)
-
-
-def _stages_by_table(device: str) -> Iterator[tuple[list[str], list[VerdictRow]]]:
-    """Yield tables with all stages that have the same one."""
-    tables: dict[str, tuple[list[str], list[VerdictRow]]] = {}
-    for stage in stage_names():
-        rows = adapter_rows(stage, device)
-        # Stages share a table if it renders to the same text.
-        tables.setdefault(_table("", rows), ([], rows))[0].append(stage)
-    yield from tables.values()
-
-
 def _merge_equal_rows(labelled_rows: Iterable[tuple[str, tuple[Combination, ...]]]) -> list[VerdictRow]:
     """Return rows, merging those with equal verdicts."""
     rows: dict[tuple[str, ...], list[tuple[str, tuple[Combination, ...], tuple[Verdict, ...]]]] = {}
@@ -200,24 +158,9 @@ def row_label(labels: tuple[str, ...]) -> str:
     )
 
 
-def _table(title: str, rows: list[VerdictRow]) -> str:
-    header = f"| {title} | {' | '.join(STRATEGIES)} |\n|{' --- |' * (len(STRATEGIES) + 1)}\n"
-    body = (
-        f"| {row_label(row.labels)} | {' | '.join(format_cell(verdict) for verdict in row.verdicts)} |"
-        for row in rows
-    )
-    return header + "\n".join(body) + "\n"
-
-
 def format_rule(rule: Rule) -> str:
     """Return a rule as a Markdown list item: reason, evidence, source."""
     return f"* **{rule.name}**: {rule.describe()}. ({EVIDENCE_TEXTS[rule.evidence]}: {rule.source})"
-
-
-def _format_recipe_rule(rule: Rule) -> str:
-    stages = rule.when.get("stage", ())
-    assert isinstance(stages, tuple)
-    return format_rule(rule) + (f" Stages: {', '.join(stages)}." if stages else "")
 
 
 def show_compatibility(stage: str, gpu: str | None, *, as_json: bool) -> None:
@@ -291,7 +234,3 @@ def _rich_table(title: str, rows: list[VerdictRow]) -> Table:
         )
         table.add_row(escape(row_label(row.labels)), *texts)
     return table
-
-
-if __name__ == "__main__":
-    print(compatibility_page(), end="")

@@ -3,7 +3,7 @@
 Everything that no rule excludes works. A rule is written once, in ``RULES`` of the file that it is about: a
 stage (``stages/*.py``), an adapter (``finetune/adapters/*.py``), ``finetune.distributed.strategies``, or
 ``finetune.recipe.rules`` if it holds for all. Recipe loading, ``llm-align plan --compatibility``, the launch
-of a run and COMPATIBILITY.md evaluate the same rules.
+of a run and the documentation evaluate the same rules.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -29,7 +29,7 @@ class Rule:
         name: its label in tables.
         when: property -> the values for which this applies; all of them must match. A rule with a property
             that is not known, because its section is invalid or the hardware is not chosen, does not apply.
-        message: why it does not work, or what is checked: a line of COMPATIBILITY.md.
+        message: why it does not work, or what is checked: a line of docs/reference/compatibility.md.
         repair: a repair that ``changes`` cannot express.
         source: reference for the claim.
         evidence: how the claim was established: *run* (tested here, on the versions in constraints.txt),

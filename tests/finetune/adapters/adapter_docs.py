@@ -1,68 +1,22 @@
-"""Generate finetune/adapters/README.md: the list of adapters, and the tested property matrix.
+"""Write the tested property matrix of docs/reference/adapters.md.
 
 python tests/finetune/adapters/adapter_docs.py
 """
 
-import re
 import warnings
 from pathlib import Path
 
 from adapter_matrix import cell
 from adapter_properties import FAMILIES, METHODS, PROPERTIES
 
-from finetune.recipe.discovery import ADAPTERS, load_plugin, plugin_names, plugin_summary
+from tools.docs.blocks import replace_block
 
-README = Path(__file__).parents[3] / "finetune" / "adapters" / "README.md"
-
-HEAD = """# Adapters
-
-One file per adapter: `adapter.method=NAME` is `NAME.py` in this folder. `--adapter NAME` selects it in any
-recipe; `llm-align show RECIPE adapter.method=NAME` lists its settings with their defaults. This page is
-generated from the files and their tests (`python tests/finetune/adapters/adapter_docs.py`); a test keeps it
-up to date.
-
-Adapters of PEFT's own types load with plain `PeftModel.from_pretrained`. `bottleneck`, `adamix` and `bitfit`
-are ours, and PEFT's `multitask_prompt` needs a task id per row: `from align import load_tuned` loads any run.
-`--from RUN` continues training any of them, including prompt encoders and gates; `loftq` continues as `lora`.
-
-"""
-
-MATRIX = """
-## Every adapter, every property
-
-Tested on three model families with random weights ({families}). A number refers to the reason why a
-combination is not supported; nothing is skipped.
-
-"""
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "adapters.md"
 
 
 def render() -> str:
-    """Return the page as Markdown."""
-    return HEAD + _methods() + MATRIX.format(families=", ".join(FAMILIES)) + _matrix()
-
-
-def _methods() -> str:
-    rows = []
-    for name in plugin_names(ADAPTERS):
-        module = load_plugin(ADAPTERS, name, where="docs")
-        paper = re.search(r"arXiv (\d{4}\.\d{4,5})", module.__doc__ or "")
-        link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
-        traits = module.TRAITS
-        base = ", ".join("unquantized" if kind == "none" else kind for kind in traits.quantization)
-        summary = plugin_summary(ADAPTERS, name)
-        packing = "yes" if traits.packing else "no"
-        cells = (
-            f"`{name}`",
-            summary,
-            link,
-            base,
-            packing,
-            ", ".join(traits.engines),
-            f"{traits.learning_rate:g}",
-        )
-        rows.append(f"| {' | '.join(cells)} |")
-    titles = ("method", "what it does", "paper", "base", "packing", "engines", "usual rate")
-    return _table(titles, rows)
+    """Return the page with its matrix written from the tests."""
+    return replace_block(PAGE.read_text(encoding="utf-8"), "adapter-matrix", _matrix())
 
 
 def _matrix() -> str:
@@ -100,4 +54,4 @@ def _table(titles: tuple[str, ...], rows: list[str]) -> str:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    README.write_text(render(), encoding="utf-8")
+    PAGE.write_text(render(), encoding="utf-8")

@@ -17,4 +17,4 @@ def test_property(name, method, family):
 
 
 def test_the_page_on_adapters_is_up_to_date():
-    assert adapter_docs.README.read_text(encoding="utf-8") == adapter_docs.render()
+    assert adapter_docs.PAGE.read_text(encoding="utf-8") == adapter_docs.render()

@@ -1,0 +1,40 @@
+"""The generated parts of the pages equal what the code says."""
+
+from pathlib import Path
+
+import pytest
+from test_house import ROOT
+
+from tools.docs.blocks import BLOCK, BLOCKS, ELSEWHERE, pages, render_page
+from tools.docs.keys import values_text
+
+PAGES = [str(page.relative_to(ROOT)) for page in pages()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_is_up_to_date(page: str) -> None:
+    text = Path(ROOT, page).read_text(encoding="utf-8")
+    assert render_page(text) == text, "python -m tools.docs"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_part_is_closed(page: str) -> None:
+    text = Path(ROOT, page).read_text(encoding="utf-8")
+    assert text.count("<!-- generated: ") == text.count("<!-- end -->") == len(BLOCK.findall(text))
+
+
+def test_every_generator_is_used() -> None:
+    used = {match["call"].split()[0] for page in pages() for match in BLOCK.finditer(page.read_text("utf-8"))}
+    assert used <= {*BLOCKS, *ELSEWHERE}
+
+
+def test_an_edited_part_is_written_anew() -> None:
+    page = "before\n<!-- generated: exit-status -->\n| edited |\n<!-- end -->\nafter\n"
+    rendered = render_page(page)
+    assert "edited" not in rendered and "| 130 | interrupted" in rendered
+    assert rendered.startswith("before\n<!--") and rendered.endswith("<!-- end -->\nafter\n")
+
+
+def test_values_of_a_key() -> None:
+    assert values_text(int | None) == "integer, `null`"
+    assert values_text(list[str] | str) == "list, text"

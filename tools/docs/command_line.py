@@ -1,0 +1,75 @@
+"""Reference of the command line, from the commands themselves."""
+
+import inspect
+from collections.abc import Iterator
+
+import click
+
+from align.cli import cli
+from align.cli.exit_status import DOES_NOT_FIT, INTERRUPTED, OUR_ERROR, USER_ERROR
+from tools.docs.markdown import code, table
+
+PROGRAM = "llm-align"
+
+
+def all_commands() -> str:
+    """Return every command; those with the same options share a section."""
+    groups: dict[str, list[click.Command]] = {}
+    for command_ in _visible():
+        groups.setdefault(_usage(command_) + _options(command_), []).append(command_)
+    return "\n".join(_section(commands) for commands in groups.values())
+
+
+def command(verb: str) -> str:
+    """Return one command: usage and options.
+
+    Raises:
+        KeyError: there is no such command.
+    """
+    found = cli.commands[verb]
+    return f"```text\n{PROGRAM} {verb} {_usage(found)}\n```\n\n{_options(found)}"
+
+
+def exit_status() -> str:
+    """Return the exit statuses."""
+    meanings = {
+        0: "success",
+        OUR_ERROR: "the run failed: an internal error, NaN, or a lost process",
+        USER_ERROR: "a mistake in the recipe, the data or the command; nothing was written",
+        DOES_NOT_FIT: "`plan`: the run does not fit into memory",
+        INTERRUPTED: "interrupted after saving a checkpoint; the same command resumes",
+    }
+    return table(("status", "meaning"), [(str(status), text) for status, text in meanings.items()])
+
+
+def _visible() -> Iterator[click.Command]:
+    yield from (command_ for command_ in cli.commands.values() if not command_.hidden)
+
+
+def _section(commands: list[click.Command]) -> str:
+    names = [command_.name or "" for command_ in commands]
+    heading = f"## {', '.join(names)}"
+    helps = [(code(f"{PROGRAM} {command_.name}"), _help(command_)) for command_ in commands]
+    text = f"{helps[0][1]}\n" if len(commands) == 1 else table(("command", "runs"), helps)
+    usage = "\n".join(f"{PROGRAM} {command_.name} {_usage(command_)}" for command_ in commands)
+    return f"{heading}\n\n{text}\n```text\n{usage}\n```\n\n{_options(commands[0])}"
+
+
+def _usage(command_: click.Command) -> str:
+    with click.Context(command_) as context:
+        return " ".join(command_.collect_usage_pieces(context))
+
+
+def _help(command_: click.Command) -> str:
+    return inspect.cleandoc(command_.help or "").replace("``", "`")
+
+
+def _options(command_: click.Command) -> str:
+    rows = []
+    with click.Context(command_) as context:
+        for parameter in command_.get_params(context):
+            record = parameter.get_help_record(context)
+            # An argument without a text of its own is in the usage line already.
+            if record is not None and record[1] and "--help" not in record[0]:
+                rows.append((code(record[0]), record[1]))
+    return table(("option", "meaning"), rows) if rows else ""

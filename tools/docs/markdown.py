@@ -1,0 +1,26 @@
+"""Markdown tables and cells."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; a cell's line breaks and bars are escaped."""
+    lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+    lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def code(text: str) -> str:
+    """Return text as inline code, empty for empty text."""
+    return f"`{text}`" if text else ""
+
+
+def value(content: Any) -> str:
+    """Return a setting's value as inline code, in YAML's flow style."""
+    return code(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False))
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
