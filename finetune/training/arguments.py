@@ -29,6 +29,16 @@ TRAINER_OPTIMIZERS = {
 }
 
 
+OTHER_NAMES = {
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "deepspeed": "train.strategy",
+    "fsdp": "train.strategy",
+    "fsdp_config": "train.strategy",
+}
+"""Arguments that a recipe sets by another key, whether or not `common_arguments` passes them: Trainer ignores
+the first, and the others would shard a run that is recorded as unsharded."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExecutionConfig:
     """How a run executes: device, precision of the forward pass, number of processes, strategy."""
@@ -85,8 +95,9 @@ def check_engine_args(settings: TrainSettings, trl_config: TrlConfigSpec = SFT_C
         if name not in known:
             expected = f"an argument of {config.__name__}"
             problems.append(Problem(where, "unknown to the engine", expected, did_you_mean(name, known)))
-        elif name in reserved:
-            problems.append(Problem(where, "set by the recipe", "an argument without a recipe key"))
+        elif name in reserved or name in OTHER_NAMES:
+            repair = f"use {OTHER_NAMES[name]}" if name in OTHER_NAMES else ""
+            problems.append(Problem(where, "set by the recipe", "an argument without a recipe key", repair))
     if problems:
         raise UserError(problems)
 

@@ -103,6 +103,26 @@ def test_engine_args_are_checked_against_the_engine(engine: str, kind: type) -> 
     assert reserved.where == "train.engine_args.learning_rate" and reserved.actual == "set by the recipe"
 
 
+@pytest.mark.parametrize("engine", ["native", "trl"])
+@pytest.mark.parametrize(
+    ("name", "value", "key"),
+    [
+        ("gradient_checkpointing", True, "train.gradient_checkpointing"),
+        ("deepspeed", "ds_z2.json", "train.strategy"),
+        ("fsdp", "full_shard", "train.strategy"),
+        ("fsdp_config", {"version": 2}, "train.strategy"),
+    ],
+)
+def test_arguments_with_a_recipe_key_of_another_name_are_refused(
+    tmp_path: Path, engine: str, name: str, value: object, key: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        arguments(tmp_path, engine=engine, engine_args={name: value})
+    assert error.value.problems[0].where == f"train.engine_args.{name}"
+    assert error.value.problems[0].actual == "set by the recipe"
+    assert error.value.problems[0].repair == f"use {key}"
+
+
 def test_each_engine_has_its_own_arguments(tmp_path: Path) -> None:
     assert arguments(tmp_path, engine="trl", engine_args={"padding_free": True}).padding_free is True
     with pytest.raises(UserError, match="padding_free: unknown to the engine"):
