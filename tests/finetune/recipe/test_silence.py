@@ -1,0 +1,25 @@
+"""What the libraries print while they are imported."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+from finetune.recipe.silence import silence_libraries
+silence_libraries()
+silence_libraries()
+import accelerate.utils.deepspeed
+from deepspeed.utils import logger
+logger.warning("a warning")
+logger.error("an error")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_deepspeed_prints_its_errors_alone() -> None:
+    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 1 and lines[0].endswith("an error")
+    assert "WARNING" not in result.stderr
