@@ -9,12 +9,15 @@ from align.cli.arguments import FROM_HELP, STAGE_HELP, recipe_from_arguments, st
 from align.cli.exit_status import INTERRUPTED, USER_ERROR, fail
 from align.cli.plan import plan
 from align.cli.stage_commands import add_stage_commands, run_command
+from finetune import __version__
 from finetune.recipe.errors import UserError
 from finetune.recipe.silence import silence_libraries
 
+PROGRAM = "llm-align"
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="llm-align")
+@click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
 def cli() -> None:
     """Adapt and align language models: one command per stage.
 
@@ -26,7 +29,7 @@ def main() -> None:
     """Run the command line; turn exceptions into messages and exit codes."""
     try:
         # Not standalone: click would print its own messages and choose its own exit codes.
-        cli.main(standalone_mode=False)
+        cli.main(prog_name=PROGRAM, standalone_mode=False)
     except UserError as error:
         fail(f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}\n{error}", USER_ERROR)
     except click.ClickException as error:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import Field
 
 from align.preference.settings import PREFERENCE_SELECT, PreferenceSettings
@@ -121,6 +120,8 @@ def build_chains(rows: Iterable[Comparison], *, good: str, bad: str, seed: int) 
         bad: control text of the worst completion.
         seed: of the random order.
     """
+    import numpy as np
+
     random = np.random.default_rng([seed, ORDER_STREAM])
     return [_build_chain(row, good=good, bad=bad, good_first=bool(random.integers(2))) for row in rows]
 

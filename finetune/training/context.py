@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
+from finetune import __version__
 from finetune.distributed import collectives
 from finetune.distributed.hardware import Hardware, detect_hardware, peak_memory_bytes
 from finetune.distributed.interrupts import Interrupted, NotFiniteError, SignalFlag, catch_signals
@@ -27,7 +28,6 @@ from finetune.training.run_directory import RunDirectory, parent_run_record
 
 Value = TypeVar("Value")
 RECORDED_PACKAGES = (
-    "llm-align",
     "torch",
     "transformers",
     "peft",
@@ -85,7 +85,8 @@ class RunContext(Generic[SettingsT]):
     @property
     def versions(self) -> dict[str, str]:
         """Return the versions of Python and the libraries."""
-        return {"python": platform.python_version(), **{name: _version(name) for name in RECORDED_PACKAGES}}
+        libraries = {name: _version(name) for name in RECORDED_PACKAGES}
+        return {"python": platform.python_version(), "llm-align": __version__, **libraries}
 
     def describe_environment(self, precision: str) -> str:
         """Return precision, device, processes and library versions in one line."""
