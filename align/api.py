@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from align.default_recipe import default_recipe
 from finetune.recipe.discovery import stage_of_verb
 from finetune.recipe.recipe import Recipe, read_recipe
+from finetune.recipe.runs import find_run
 from finetune.recipe.silence import silence_libraries
 
 if TYPE_CHECKING:
@@ -67,31 +68,35 @@ def load_tuned(directory: str | Path) -> "LoadedModel":
     """Load a finished run: its model with the adapter, of any kind, and the encoder of its conversations.
 
     Args:
-        directory: the run directory.
+        directory: the run's folder, its name in ./runs, or a prefix of it (the newest run that matches).
 
     Raises:
-        UserError: not the folder of a finished run.
+        UserError: there is no such run, or it is not finished.
     """
     # Before the first import of a library that would warn.
     silence_libraries()
     from finetune.training import loaded_model
 
-    return loaded_model.load_finished_run(Path(directory))
+    return loaded_model.load_finished_run(_find_finished_run(directory))
 
 
 def load_reward(directory: str | Path) -> "RewardModel":
     """Load a finished reward model; ``.score(prompts, completions)`` returns the reward of each completion.
 
     Args:
-        directory: the run directory.
+        directory: the run's folder, its name in ./runs, or a prefix of it (the newest run that matches).
 
     Raises:
-        UserError: not the folder of a finished reward model run.
+        UserError: there is no such run, or it is no finished reward model run.
     """
     silence_libraries()
     from align.reward import scorer
 
-    return scorer.load_reward_model(Path(directory))
+    return scorer.load_reward_model(_find_finished_run(directory))
+
+
+def _find_finished_run(name: str | Path) -> Path:
+    return find_run(str(name), where="run", recipes=False)[0]
 
 
 def run(recipe: Recipe, *, force: bool = False, command: str = "run(recipe)") -> "Result":

@@ -1,14 +1,17 @@
-"""Arguments that several commands take: RECIPE and SECTION.KEY=VALUE, --stage, --from."""
+"""Arguments that several commands take: RECIPE and SECTION.KEY=VALUE, --stage, --from, RUN."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from align.default_recipe import default_recipe
-from finetune.recipe.discovery import stage_of_verb
+from finetune.recipe.discovery import stage_names, stage_of_verb, verb_of
+from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe, read_recipe
+from finetune.recipe.runs import find_run
 
 FROM_HELP = "Finished run to start from: folder, name or prefix; or STAGE/RECIPE, which runs first if needed."
 STAGE_HELP = "Stage of the recipe."
@@ -17,6 +20,44 @@ STAGE_HELP = "Stage of the recipe."
 def stage_option(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """Return the stage that --stage names, by its name or by its verb."""
     return stage_of_verb(value)
+
+
+def run_argument(context: click.Context, parameter: click.Parameter, value: str) -> Path:
+    """Return the folder of the finished run that RUN names: its folder, its name in ./runs or a prefix.
+
+    Raises:
+        UserError: there is no such run, or it is not finished.
+    """
+    folder, note = find_run(value, where="RUN", recipes=False)
+    if note:
+        click.echo(note, err=True)
+    return folder
+
+
+def split_stage(stage: str, arguments: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Return the stage and the arguments with ``STAGE/RECIPE`` replaced by ``RECIPE``.
+
+    Args:
+        stage: the command's stage, or the value of --stage.
+        arguments: ``RECIPE`` or ``STAGE/RECIPE``, and ``section.key=value``.
+
+    Raises:
+        UserError: the recipe is of another stage than the user chose.
+    """
+    source = click.get_current_context().get_parameter_source("stage")
+    words = list(arguments)
+    for index, word in enumerate(words):
+        verb, slash, name = word.partition("/")
+        found = stage_of_verb(verb)
+        is_path = word.endswith((".yaml", ".yml")) or Path(word).exists()
+        if not slash or "=" in word or is_path or found not in stage_names():
+            continue
+        # Only a default of --stage gives way to the recipe's stage.
+        if found != stage and source is not ParameterSource.DEFAULT:
+            actual, repair = f"a recipe of stage {found}", f"llm-align {verb_of(found)} {name}"
+            raise UserError(Problem(word, actual, f"a recipe of stage {stage}", repair))
+        stage, words[index] = found, name
+    return stage, tuple(words)
 
 
 def recipe_from_arguments(

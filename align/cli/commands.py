@@ -5,7 +5,14 @@ from pathlib import Path
 
 import click
 
-from align.cli.arguments import FROM_HELP, STAGE_HELP, recipe_from_arguments, stage_option
+from align.cli.arguments import (
+    FROM_HELP,
+    STAGE_HELP,
+    recipe_from_arguments,
+    run_argument,
+    split_stage,
+    stage_option,
+)
 from align.cli.exit_status import INTERRUPTED, USER_ERROR, fail
 from align.cli.plan import plan
 from align.cli.stage_commands import add_stage_commands, run_command
@@ -71,6 +78,7 @@ def show(arguments: tuple[str, ...], stage: str, init_from: str | None, as_json:
     from finetune.recipe.schema import recipe_schema as json_schema
     from finetune.recipe.schema import setting_rows
 
+    stage, arguments = split_stage(stage, arguments)
     if schema:
         click.echo(json.dumps(json_schema(stage), indent=1, ensure_ascii=False))
         return
@@ -110,6 +118,7 @@ def data(
 
     from align.cli.data_terminal import print_header, print_preview
 
+    stage, arguments = split_stage(stage, arguments)
     shortcuts = {"model.base": base, "data.source": source, "model.init_from": init_from}
     overrides = {key: value for key, value in shortcuts.items() if value is not None}
     recipe = recipe_from_arguments(stage, arguments, overrides)
@@ -129,7 +138,7 @@ def data(
 
 
 @cli.command()
-@click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("directory", metavar="RUN", callback=run_argument)
 @click.option("--prompt", help="Answer this prompt and exit.")
 @click.option("--max-new-tokens", default=256, show_default=True, help="Maximum tokens per reply.")
 @click.option(
@@ -147,7 +156,7 @@ def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: 
 
 
 @cli.command()
-@click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("directory", metavar="RUN", callback=run_argument)
 @click.argument("source", metavar="FILE")
 @click.option(
     "--out",
@@ -165,7 +174,7 @@ def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None
 
 
 @cli.command()
-@click.argument("directory", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("directory", metavar="RUN", callback=run_argument)
 def merge(directory: Path) -> None:
     """Merge a run's adapter into its base and save RUN/merged; `--base RUN` trains on from it."""
     silence_libraries()

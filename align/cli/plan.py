@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from align.cli.arguments import STAGE_HELP, recipe_from_arguments, stage_option
+from align.cli.arguments import STAGE_HELP, recipe_from_arguments, split_stage, stage_option
 from align.cli.exit_status import DOES_NOT_FIT
 from finetune.recipe.discovery import verb_of
 from finetune.recipe.recipe import Recipe
@@ -64,6 +64,7 @@ def plan(
     as_json: bool,
 ) -> None:
     """Print memory, steps, tokens, time and disk of a recipe before anything is loaded; no GPU is needed."""
+    stage, words = split_stage(stage, words)
     if compatibility:
         from align.planner.compatibility import show_compatibility
 

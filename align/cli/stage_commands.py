@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from align.api import run, run_pipeline
-from align.cli.arguments import FROM_HELP, recipe_from_arguments
+from align.cli.arguments import FROM_HELP, recipe_from_arguments, split_stage
 from align.cli.exit_status import exit_on_stop
 from align.default_recipe import QUICKSTART
 from align.rl.rewards.settings import has_rewards_section
@@ -77,6 +77,7 @@ def _stage_command(stage: str, package: str) -> click.Command:
             "rewards.sources": reward,
         }
         overrides = {key: value for key, value in shortcuts.items() if value is not None}
+        _, arguments = split_stage(stage, arguments)
         recipe = recipe_from_arguments(stage, arguments, overrides, out)
         _run_stage(recipe, force=force)
 

@@ -77,7 +77,7 @@ def read_generative_record(run: Path) -> dict[str, Any]:
     return record
 
 
-def find_run(name: str, *, where: str = "model.init_from") -> tuple[Path, str]:
+def find_run(name: str, *, where: str = "model.init_from", recipes: bool = True) -> tuple[Path, str]:
     """Return the finished run of a name or prefix, and a note if several match.
 
     The newest match wins, without those that continue from another match: so the same command still refers to
@@ -86,6 +86,7 @@ def find_run(name: str, *, where: str = "model.init_from") -> tuple[Path, str]:
     Args:
         name: a run's folder, the name of a folder in ./runs, or a prefix of such a name.
         where: the recipe's key, for the message.
+        recipes: whether the message also offers stage/recipe.
 
     Raises:
         UserError: no run matches, or none of them is finished.
@@ -98,7 +99,7 @@ def find_run(name: str, *, where: str = "model.init_from") -> tuple[Path, str]:
     # A run's name is stage, recipe and digest; users type it without the digest.
     matches = [path for path in _run_folders() if path.name.startswith(name.removeprefix(f"{RUNS_FOLDER}/"))]
     if not matches:
-        raise UserError(_missing_run_problem(name, folder, where))
+        raise UserError(_missing_run_problem(name, folder, where, recipes=recipes))
     records = {path: read_run_record(path) for path in matches}
     finished = [
         path for path in matches if records[path]["status"] == FINISHED and not is_outdated(records[path])
@@ -119,8 +120,9 @@ def _run_folders() -> list[Path]:
     return [path for path in sorted(RUNS_FOLDER.glob("*/")) if (path / "run.json").is_file()]
 
 
-def _missing_run_problem(name: str, folder: Path, where: str) -> Problem:
-    expected = "a finished run: its folder, its name in ./runs or a prefix of it, or stage/recipe"
+def _missing_run_problem(name: str, folder: Path, where: str, *, recipes: bool) -> Problem:
+    expected = "a finished run: its folder, its name in ./runs or a prefix of it"
+    expected += ", or stage/recipe" if recipes else ""
     if not folder.is_dir():
         actual = f"there is no run '{name}'"
         suggestion = did_you_mean(

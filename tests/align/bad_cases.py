@@ -294,9 +294,12 @@ FOLDERS = {
     "out is a damaged run": (damaged_record, ["theirs/run.json", "corrupt", "choose another --out"]),
     "chat without a run": (
         line("chat", "nowhere", "--prompt", "a"),
-        ["nowhere: not a run", "a finished run"],
+        [
+            "RUN: there is no run 'nowhere'",
+            "its name in ./runs or a prefix of it\n",
+        ],
     ),
-    "chat with rows": (line("chat", "rows.jsonl", "--prompt", "a"), ["rows.jsonl: not a run"]),
+    "chat with rows": (line("chat", "rows.jsonl", "--prompt", "a"), ["RUN: there is no run 'rows.jsonl'"]),
     "chat with a running run": (
         chat_with("running"),
         [
