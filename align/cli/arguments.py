@@ -48,15 +48,15 @@ def split_stage(stage: str, arguments: tuple[str, ...]) -> tuple[str, tuple[str,
     words = list(arguments)
     for index, word in enumerate(words):
         verb, slash, name = word.partition("/")
-        found = stage_of_verb(verb)
+        recipe_stage = stage_of_verb(verb)
         is_path = word.endswith((".yaml", ".yml")) or Path(word).exists()
-        if not slash or "=" in word or is_path or found not in stage_names():
+        if not slash or "=" in word or is_path or recipe_stage not in stage_names():
             continue
         # Only a default of --stage gives way to the recipe's stage.
-        if found != stage and source is not ParameterSource.DEFAULT:
-            actual, repair = f"a recipe of stage {found}", f"llm-align {verb_of(found)} {name}"
+        if recipe_stage != stage and source is not ParameterSource.DEFAULT:
+            actual, repair = f"a recipe of stage {recipe_stage}", f"llm-align {verb_of(recipe_stage)} {name}"
             raise UserError(Problem(word, actual, f"a recipe of stage {stage}", repair))
-        stage, words[index] = found, name
+        stage, words[index] = recipe_stage, name
     return stage, tuple(words)
 
 
@@ -78,7 +78,7 @@ def recipe_from_arguments(
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) > 1:
         raise click.UsageError(
-            f"expected one RECIPE, found {', '.join(names)}; overrides are SECTION.KEY=VALUE"
+            f"expected one RECIPE, recipe_stage {', '.join(names)}; overrides are SECTION.KEY=VALUE"
         )
     overrides = [argument for argument in arguments if "=" in argument]
     name, notes = (names[0], []) if names else default_recipe(stage, shortcuts)
