@@ -91,10 +91,15 @@ def compute_seconds(workload: Workload, device: Device, *, flops: float) -> Seco
     dequantization = DEQUANTIZATION_SLOWDOWN if workload.quantization != "none" else (1.0, 1.0)
     communication = COMMUNICATION_SLOWDOWN if workload.processes > 1 else (1.0, 1.0)
     # Lower bound first: the highest utilization and the smallest overheads.
-    ideal = flops / peak / workload.processes
+    ideal = flops / peak / _num_devices(workload)
     return ideal / fastest * dequantization[0] * communication[0], ideal / slowest * dequantization[
         1
     ] * communication[1]
+
+
+def _num_devices(workload: Workload) -> int:
+    """Return the devices that share the work: a GPU per process, but one CPU for all processes."""
+    return 1 if workload.device == "cpu" else workload.processes
 
 
 def launch_seconds(workload: Workload, *, micro_batches: int) -> SecondsRange:
@@ -120,7 +125,7 @@ def generation_seconds(
     generation = workload.rollout
     if generation is None or not device.bandwidth or not device.peak_flops(workload.precision):
         return None
-    decoding_steps = completions / workload.processes / generation.rows * generation.completion
+    decoding_steps = completions / _num_devices(workload) / generation.rows * generation.completion
     read_seconds = base_bytes / device.bandwidth
     matmul_seconds = generation.rows * forward_flops(workload) / device.peak_flops(workload.precision)
     quick, slow = DECODING_SLOWDOWN

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from finetune.distributed.hardware import GPUS, device_by_name
+from finetune.distributed.hardware import GPUS, cpu_device, device_by_name
 from finetune.planner.architecture import Architecture
 from finetune.planner.from_recipe import load_base_config
 from finetune.planner.speed import (
@@ -65,6 +65,20 @@ def test_compute_seconds_are_flops_over_throughput() -> None:
         pytest.approx(1.2 / 0.79),
         pytest.approx(1.6 / 0.21),
     )
+
+
+def test_processes_share_the_cpu() -> None:
+    cpu = cpu_device()
+    one = replace(STEP, device="cpu", precision="float32")
+    two = replace(one, processes=2, strategy="ddp")
+    first, second = (compute_seconds(step, cpu, flops=1e12) for step in (one, two))
+    assert first is not None and second == (first[0], pytest.approx(1.5 * first[1]))
+    rollout = GenerationBatch(rows=8, prompt=64, completion=32)
+    generated = [
+        generation_seconds(replace(step, rollout=rollout), cpu, completions=64, base_bytes=10**9)
+        for step in (one, two)
+    ]
+    assert generated[0] is not None and generated[0] == generated[1]
 
 
 def test_short_passes_match_litgpt() -> None:
