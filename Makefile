@@ -96,7 +96,7 @@ compare: $(READY)  ## every adapter on the embedded task: table and plot (about 
 	$(BIN)/python -m benchmarks.compare $(ARGS)
 
 bench-%: $(READY)  ## measure against other programs: make bench-sft
-	$(BIN)/python -m benchmarks.$*
+	$(BIN)/python -m benchmarks.$* $(ARGS)
 
 clean:  ## delete the environment and caches, not the runs
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
