@@ -36,6 +36,14 @@ GUIDES = {
 }
 """The page about each stage."""
 
+GUIDE_TITLES = {
+    "sft.md": "SFT",
+    "pretrain.md": "Continued pretraining",
+    "reward.md": "Reward models",
+    "preferences.md": "Preferences",
+    "rl.md": "RL",
+}
+
 
 def stages(prefix: str = "") -> str:
     """Return the stages: verb, summary, and the page about it; ``prefix`` is the folder of the pages."""
@@ -135,7 +143,7 @@ def _summary(package: str, name: str) -> str:
 
 def _guide(folder: str, stage: str) -> str:
     page = GUIDES[stage]
-    return f"[{page.removesuffix('.md')}]({folder}{page})"
+    return f"[{GUIDE_TITLES[page]}]({folder}{page})"
 
 
 def _data(content: dict[str, Any]) -> str:

@@ -33,7 +33,8 @@ def all_keys() -> str:
     for section in _section_names():
         sections = _classes(section)
         shared = _common(section, sections)
-        only = "" if len(sections) == len(stage_names()) else f" ({', '.join(sections)})"
+        everywhere = len(sections) == len(stage_names()) or list(sections) == [section]
+        only = "" if everywhere else f" ({', '.join(sections)})"
         parts.append(f"## {section}{only}\n\n{_summary(shared)}\n\n{table(TITLES, _rows(section, shared))}")
         for names, settings in _variants(sections, shared):
             rows = [row for row in _rows(section, settings) if row not in list(_rows(section, shared))]

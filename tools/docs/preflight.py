@@ -1,6 +1,7 @@
 """The table of checks, read from the functions that make them."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,24 +12,46 @@ FILES = (
     *sorted((ROOT / "finetune/training/preflight").glob("*.py")),
     *sorted((ROOT / "align").rglob("*preflight*.py")),
 )
+RESULTS = ("CheckResult", "failed")
+"""Calls whose first argument is the check's name on the terminal."""
 
 
 def checks() -> str:
-    """Return every check: what it verifies, and the file with its code."""
-    rows = [
-        (code(function.name), _sentence(function), code(str(file.relative_to(ROOT))))
-        for file in FILES
-        for function in _check_functions(file)
-    ]
-    return table(("check", "verifies", "code"), rows)
+    """Return every check: its name on the terminal, what it verifies, and its code."""
+    rows: dict[str, tuple[str, str, str]] = {}
+    for file in FILES:
+        for definition, names in _definitions(file):
+            where = code(f"{file.relative_to(ROOT)}: {definition.name}")
+            for name in names:
+                # Several functions may report under one name; the one that verifies is the row.
+                if name not in rows or definition.name.startswith("check_"):
+                    rows[name] = (code(name), _sentence(definition), where)
+    return table(("line", "verifies", "code"), rows.values())
 
 
-def _check_functions(file: Path) -> Iterator[ast.FunctionDef]:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("check_"):
-            yield node
+def _definitions(file: Path) -> Iterator[tuple[ast.FunctionDef | ast.ClassDef, list[str]]]:
+    """Yield the functions and classes that make results, with the names of these."""
+    module = ast.parse(file.read_text(encoding="utf-8"))
+    constants = {
+        node.targets[0].id: node.value.value
+        for node in module.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+    }
+    for definition in module.body:
+        if isinstance(definition, ast.FunctionDef | ast.ClassDef):
+            calls = (node for node in ast.walk(definition) if isinstance(node, ast.Call) and node.args)
+            names = [
+                constants.get(name.id) if isinstance(name, ast.Name) else getattr(name, "value", None)
+                for name in (call.args[0] for call in calls if getattr(call.func, "id", "") in RESULTS)
+            ]
+            if any(names):
+                yield definition, [str(name) for name in names if name]
 
 
-def _sentence(function: ast.FunctionDef) -> str:
-    docstring = (ast.get_docstring(function) or "").split("\n\n")[0]
-    return docstring.replace("``", "`").removeprefix("Check that ").removeprefix("Check ")
+def _sentence(definition: ast.FunctionDef | ast.ClassDef) -> str:
+    """Return the docstring's first sentence, as what holds: without `Check that`."""
+    docstring = (ast.get_docstring(definition) or "").split("\n\n")[0].replace("``", "`")
+    sentence = re.sub(r"^Check(, [^,]*,)?( that)? ", "", docstring)
+    return sentence[0].upper() + sentence[1:]

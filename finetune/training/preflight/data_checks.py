@@ -95,7 +95,7 @@ def _describe_end(row: LMExample, stop_ids: Collection[int], name_of: TokenName)
 
 
 def check_loss_mask(rows: TokenizedRows) -> CheckResult:
-    """Check that every row has a label after its first token, and report the share of trained tokens."""
+    """Check that every row has a label after its first token; report the share of trained tokens."""
     loss_mask, offsets = rows.arrays["loss_mask"].copy(), rows.arrays["offsets"]
     loss_mask[offsets[:-1]] = False  # a row's first token follows nothing, so it is no target
     counts = np.add.reduceat(loss_mask, offsets[:-1], dtype=np.int64)
@@ -115,7 +115,7 @@ def check_loss_mask(rows: TokenizedRows) -> CheckResult:
 def check_single_bos(
     rows: TokenizedRows, bos_id: int | None, *, required: bool, name_of: TokenName
 ) -> CheckResult:
-    """Check that no row begins with two BOS tokens, and that none lacks the one that its tokenizer adds.
+    """Check that no row begins with two BOS tokens, or lacks the one that its tokenizer adds.
 
     Args:
         rows: the training dataset.
@@ -178,7 +178,7 @@ def _percent(share: float) -> str:
 def check_vocab_size(
     used_ids: Collection[int], embedding: Tensor, *, trained: bool, added: Mapping[str, int], num_tokens: int
 ) -> CheckResult:
-    """Check that each token of the data has an embedding, and that none of these is zero and frozen.
+    """Check that each token of the data has an embedding; none of these is both zero and frozen.
 
     Args:
         used_ids: the token ids in the data, and the stop tokens.

@@ -14,7 +14,7 @@ FIRST_STEPS = "first steps"
 
 
 class FirstStepsCheck(TrainerCallback):  # type: ignore[misc]
-    """Checks gradients before the optimizer step, until every trained tensor has had one."""
+    """Check that every trained tensor has a nonzero gradient in one of the first steps."""
 
     def __init__(
         self,

@@ -86,7 +86,7 @@ def check_micro_batch_invariance(
     tolerance: float,
     scale: float = 1.0,
 ) -> list[CheckResult]:
-    """Check batch invariance of collated batches; ``items`` is the denominator of a step's mean loss."""
+    """Check that a batch has the loss and gradient of its micro-batches; ``items`` divides a step's loss."""
     with preserve_state(model):
         loss = _backward(model, loss_sum, full_batch, scale / items)
         gradient_check = check_gradient_flow(model)
