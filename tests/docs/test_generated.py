@@ -7,6 +7,7 @@ from test_house import ROOT
 
 from tools.docs.blocks import BLOCK, BLOCKS, ELSEWHERE, pages, render_page
 from tools.docs.keys import values_text
+from tools.docs.markdown import table
 
 PAGES = [str(page.relative_to(ROOT)) for page in pages()]
 
@@ -38,3 +39,9 @@ def test_an_edited_part_is_written_anew() -> None:
 def test_values_of_a_key() -> None:
     assert values_text(int | None) == "integer, `null`"
     assert values_text(list[str] | str) == "list, text"
+
+
+def test_braces_of_a_cell_are_code() -> None:
+    # Markdown's attribute lists would take them at the end of a cell.
+    cell = "a loss, or {name: ipo}; `{kept: as it is}`"
+    assert table(["meaning"], [[cell]]).endswith("| a loss, or `{name: ipo}`; `{kept: as it is}` |\n")

@@ -1,8 +1,12 @@
 """Markdown tables and cells."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+BRACES = re.compile(r"(?P<code>`[^`]*`)|(?P<mapping>\{[^{}]*\})")
+"""Inline code, or a mapping in braces outside of it."""
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -23,4 +27,6 @@ def value(content: Any) -> str:
 
 
 def _cell(text: str) -> str:
+    # As code: the site takes `{name: value}` at the end of a cell for HTML attributes, and drops it.
+    text = BRACES.sub(lambda found: found["code"] or code(found["mapping"]), text)
     return " ".join(text.split()).replace("|", "\\|")
