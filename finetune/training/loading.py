@@ -35,7 +35,10 @@ def init_distributed(ctx: RunContext) -> None:
     train, world_size = ctx.settings.train, ctx.dist.world_size
     ctx.strategy = ctx.resolve_auto("train.strategy", auto_values.strategy(train.strategy, world_size))
     if train.num_processes != world_size:
-        ctx.resolve_auto("train.num_processes", (world_size, "set by the launcher"))
+        count, reason = auto_values.num_processes("auto", ctx.hardware)
+        ctx.resolve_auto(
+            "train.num_processes", (world_size, reason if world_size == count else "set by the launcher")
+        )
     collectives.init_distributed(ctx.hardware.device, deepspeed=ctx.strategy in ZERO_STAGES)
 
 

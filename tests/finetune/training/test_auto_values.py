@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fixture_types import Tune
 
 from finetune.distributed.hardware import GIB, Hardware, detect_hardware, peak_memory_bytes
 from finetune.recipe.discovery import adapter_settings
@@ -201,3 +202,9 @@ def test_an_unknown_architecture_has_no_predicate(tmp_path: Path) -> None:
     policy: dict[str, Any] = {"precision": "bfloat16", "quantization": "none"}
     gpu: dict[str, Any] = {"longest": 512, "num_processes": 1, "strategy": "single", "gpu_bytes": 40 * GIB}
     assert auto_values.batch_fits(settings.model_copy(update={"model": model}), **policy, **gpu) is None
+
+
+def test_a_run_records_why_it_has_one_process(tune: Tune) -> None:
+    result = tune(train__max_steps=1)
+    assert result.record["auto"]["train.num_processes"] == "1 (a CPU)"
+    assert "planner: 1 (a CPU)" in (result.directory / "recipe.yaml").read_text(encoding="utf-8")
