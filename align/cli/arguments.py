@@ -78,7 +78,7 @@ def recipe_from_arguments(
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) > 1:
         raise click.UsageError(
-            f"expected one RECIPE, recipe_stage {', '.join(names)}; overrides are SECTION.KEY=VALUE"
+            f"expected one RECIPE, found {', '.join(names)}; overrides are SECTION.KEY=VALUE"
         )
     overrides = [argument for argument in arguments if "=" in argument]
     name, notes = (names[0], []) if names else default_recipe(stage, shortcuts)

@@ -37,7 +37,7 @@ COMMAND_LINES = {
     "option without value": (words("--base"), ["--base", "requires an argument"]),
     "unknown recipe": (line("sft", "alpca"), ["recipe 'alpca'", "did you mean 'alpaca'?"]),
     "missing recipe file": (line("sft", "god.yaml"), ["god.yaml: no such file", "did you mean 'good"]),
-    "two recipes": (words("alpaca"), ["expected one RECIPE", "good.yaml, alpaca"]),
+    "two recipes": (words("alpaca"), ["expected one RECIPE, found good.yaml, alpaca"]),
     "unknown section": (
         words("trian.epochs=2"),
         ["trian.epochs", "unknown section", "did you mean 'train'?"],
