@@ -1,6 +1,10 @@
-"""Resolve the runs a recipe depends on: reuse finished ones, and run the missing ones first."""
+"""Resolve the runs a recipe depends on: reuse finished ones, and run the missing ones first.
 
-from dataclasses import replace
+``--dry-run`` plans the same runs and starts none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,14 @@ from align.rl.rewards.settings import RewardSource, RewardsSettings
 from finetune.distributed.hardware import detect_devices
 from finetune.distributed.rank import dist_info
 from finetune.distributed.solver import LaunchTarget, resolve
+from finetune.recipe.compatibility import caught
 from finetune.recipe.discovery import verb_of
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.parent_run import is_recipe_name
 from finetune.recipe.recipe import Recipe, read_recipe
-from finetune.recipe.runs import find_run
-from finetune.training.launch import launch_stage
+from finetune.recipe.runs import FINISHED, RUNS_FOLDER, find_run
+from finetune.recipe.user_function import load_graders
+from finetune.training.launch import check_deepspeed_installed, launch_stage
 from finetune.training.run_directory import RunDirectory
 
 
@@ -35,11 +41,93 @@ def resolve_required_runs(recipe: Recipe, console: Console) -> Recipe:
         NotFiniteError: its loss or gradient became NaN or infinite.
     """
     recipe = resolve(recipe, _target_machine(recipe))
+    return _with_required_runs(
+        recipe, lambda reference, verb: _finished_run_of(reference, recipe, console, verb)
+    )
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that a command would start, resume or only read.
+
+    Attributes:
+        recipe: the recipe with resolved settings.
+        target: the machine that it would run on.
+        directory: its run directory; None if the directory's name depends on a run that is not finished.
+    """
+
+    recipe: Recipe
+    target: LaunchTarget
+    directory: RunDirectory | None
+
+    @property
+    def path(self) -> Path:
+        """Return the run directory, with ``*`` for a digest that is not known yet."""
+        if self.directory is not None:
+            return self.directory.path
+        return self.recipe.out or RUNS_FOLDER / f"{self.recipe.stage}-{self.recipe.name}-*"
+
+    @property
+    def status(self) -> str:
+        """Return the status of run.json; "" for a run that does not exist or is not known yet."""
+        return str(self.directory.record.get("status", "")) if self.directory is not None else ""
+
+
+def plan_runs(recipe: Recipe, *, force: bool) -> list[PlannedRun]:
+    """Return the runs of a recipe's command in order, its own last; nothing runs and nothing is written.
+
+    Checked are the settings on this machine, user functions, required runs and the run directory. Data files
+    are hashed and not parsed; neither the base nor torch is loaded.
+
+    Args:
+        recipe: the loaded recipe.
+        force: an earlier run of the recipe is replaced.
+
+    Raises:
+        UserError: all problems found in the recipe, or in one that would run first.
+    """
+    settings = recipe.settings
+    problems = caught(load_graders, settings.evaluate.graders)
+    problems += caught(check_deepspeed_installed, settings.train.strategy)
+    try:
+        target = _target_machine(recipe)
+        recipe = resolve(recipe, target)
+    except UserError as error:
+        raise UserError([*error.problems, *problems]) from error
+    required: dict[str, PlannedRun] = {}
+
+    def plan_required(reference: str, verb: str) -> Path:
+        stage, _, name = reference.partition("/")
+        runs = plan_runs(read_recipe(stage, name), force=False)
+        # A policy and its reward model may start from the same run.
+        required.update({f"{run.recipe.stage}/{run.recipe.name}": run for run in runs})
+        if runs[-1].status != FINISHED:
+            _check_launcher(reference, recipe)
+        return runs[-1].path
+
+    directory = None
+    try:
+        recipe = _with_required_runs(recipe, plan_required)
+        if all(run.status == FINISHED for run in required.values()):
+            directory = RunDirectory.of(recipe, force=force)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return [*required.values(), PlannedRun(recipe, target, directory)]
+
+
+RunFinder = Callable[[str, str], Path]
+"""(``stage/recipe``, what the recipe does with its run) -> the run's folder."""
+
+
+def _with_required_runs(recipe: Recipe, find: RunFinder) -> Recipe:
+    """Return the recipe with folders of runs in place of recipes."""
     parent = recipe.settings.model.init_from
     if parent is not None and is_recipe_name(parent):
-        recipe = _with_parent_run(_finished_run_of(parent, recipe, console, "starts from"), recipe)
+        recipe = _with_parent_run(find(parent, "starts from"), recipe)
     reward = dict(recipe.settings).get("rewards")
-    return _with_reward_runs(recipe, reward, console) if isinstance(reward, RewardsSettings) else recipe
+    return _with_reward_runs(recipe, reward, find) if isinstance(reward, RewardsSettings) else recipe
 
 
 def _target_machine(recipe: Recipe) -> LaunchTarget:
@@ -51,7 +139,7 @@ def _target_machine(recipe: Recipe) -> LaunchTarget:
     return launch_target(recipe, device, num_devices)
 
 
-def _with_reward_runs(recipe: Recipe, reward: RewardsSettings, console: Console) -> Recipe:
+def _with_reward_runs(recipe: Recipe, reward: RewardsSettings, find: RunFinder) -> Recipe:
     """Return the recipe with its reward runs replaced by folders of finished runs."""
     sources: list[RewardSource] = []
     notes: list[str] = []
@@ -60,7 +148,7 @@ def _with_reward_runs(recipe: Recipe, reward: RewardsSettings, console: Console)
             sources.append(source)
             continue
         if is_recipe_name(source.run):
-            run = _finished_run_of(source.run, recipe, console, "takes rewards from")
+            run = find(source.run, "takes rewards from")
         else:
             run, note = find_run(source.run, where=f"rewards.sources[{index}].run")
             notes += [note] if note else []

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,7 +16,13 @@ from finetune.recipe.discovery import ALIASES, plugin_summary, recipe_names, sta
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.renamed import STAGES, renamed_verb
+from finetune.recipe.runs import FINISHED
+from finetune.training.run_directory import REPLACED
 
+if TYPE_CHECKING:
+    from align.required_runs import PlannedRun
+
+DRY_RUN_HELP = "Validate recipe, data files, required runs and launch, and print the settings; run nothing."
 REWARD_HELP = "Reward: a finished reward run, reward/RECIPE, or file.py:function."
 
 STAGE_EPILOG = """\b
@@ -59,6 +66,7 @@ def _stage_command(stage: str, package: str) -> click.Command:
     @click.option("--from", "init_from", metavar="RUN", help=FROM_HELP)
     @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory.")
     @click.option("--force", is_flag=True, help="Start over even if the run exists.")
+    @click.option("--dry-run", is_flag=True, help=DRY_RUN_HELP)
     def command(
         arguments: tuple[str, ...],
         base: str | None,
@@ -67,6 +75,7 @@ def _stage_command(stage: str, package: str) -> click.Command:
         init_from: str | None,
         out: Path | None,
         force: bool,
+        dry_run: bool,
         reward: str | None = None,
     ) -> None:
         shortcuts = {
@@ -79,11 +88,14 @@ def _stage_command(stage: str, package: str) -> click.Command:
         overrides = {key: value for key, value in shortcuts.items() if value is not None}
         _, arguments = split_stage(stage, arguments)
         recipe = recipe_from_arguments(stage, arguments, overrides, out)
-        _run_stage(recipe, force=force)
+        if dry_run:
+            _print_dry_run(recipe, force=force)
+        else:
+            _run_stage(recipe, force=force)
 
     if has_rewards_section(stage):
-        # Before --out and --force: --help lists options in this order.
-        command.params.insert(-2, click.Option(["--reward"], metavar="RUN", help=REWARD_HELP))
+        # Before --out, --force and --dry-run: --help lists options in this order.
+        command.params.insert(-3, click.Option(["--reward"], metavar="RUN", help=REWARD_HELP))
     return command
 
 
@@ -95,6 +107,42 @@ def _run_stage(recipe: Recipe, *, force: bool) -> None:
     # Under a launcher every process runs the command; one of them prints.
     if dist_info().is_main:
         print_summary(result)
+
+
+def _print_dry_run(recipe: Recipe, *, force: bool) -> None:
+    """Print the resolved settings and what the command would run, and where."""
+    from rich.console import Console
+
+    from align.cli.listing import print_recipe
+    from align.required_runs import plan_runs
+    from finetune.training import auto_values
+
+    *required, run = plan_runs(recipe, force=force)
+    if not dist_info().is_main:
+        return
+    print_recipe(run.recipe)
+    console = Console()
+
+    def print_line(label: str, text: str) -> None:
+        console.print(f"{label:9}{text}", highlight=False, soft_wrap=True, markup=False)
+
+    for first in required:
+        verb = "uses" if first.status == FINISHED else "first"
+        print_line(verb, f"{first.recipe.stage} {first.recipe.name}: {_describe(first)}")
+    print_line("run", f"{run.recipe.stage} {run.recipe.name}: {_describe(run)}")
+    processes = run.target.processes
+    strategy, _ = auto_values.strategy(run.recipe.settings.train.strategy, processes)
+    device = "the CPU" if run.target.device == "cpu" else "one GPU each" if processes > 1 else "a GPU"
+    print_line("launch", f"{processes} process{'es' if processes > 1 else ''}, {strategy}, on {device}")
+    print_line("dry run", "valid; nothing was run or written")
+
+
+def _describe(run: "PlannedRun") -> str:
+    """Return what a planned run's command would do, and its run directory."""
+    if run.directory is None:
+        return f"starts in {run.path} (the name depends on the run before it)"
+    actions = {"": "starts in", FINISHED: "finished in", REPLACED: "starts over in"}
+    return f"{actions.get(run.status, f'resumes ({run.status}) in')} {run.path}"
 
 
 def _renamed_command(stage: str) -> click.Command:

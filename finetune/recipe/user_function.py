@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import isfinite
 from numbers import Real
@@ -18,6 +18,7 @@ from finetune.recipe.renamed import renamed_function
 
 FUNCTION_FORMAT = "path/to/file.py:function"
 NUMBER_FORMAT = "a finite number, or true or false"
+GRADER_PARAMETERS = ("prompt", "reply")
 MAX_SHOWN_CHARACTERS = 80
 """Characters of prompt and reply shown in the error of a function that failed on them."""
 
@@ -134,6 +135,26 @@ def signature_problems(
         expected = f"a function that takes ({', '.join(parameters)})"
         return [Problem(where, f"{signature}: {error}", expected)]
     return []
+
+
+def load_graders(graders: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
+    """Return the grader functions that a recipe names; their files are executed.
+
+    Raises:
+        UserError: a file or function is missing, or does not take a prompt and a reply.
+    """
+    functions: dict[str, Callable[..., Any]] = {}
+    problems: list[Problem] = []
+    for name, text in graders.items():
+        where = f"evaluate.graders.{name}"
+        try:
+            functions[name] = load_user_function(text, where=where)
+            problems += signature_problems(functions[name], GRADER_PARAMETERS, where=where)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return functions
 
 
 def _import_file(file: Path, where: str) -> ModuleType:

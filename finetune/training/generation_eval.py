@@ -11,13 +11,11 @@ from finetune.data.report import DataReport
 from finetune.data.tokens import Encoder
 from finetune.recipe.errors import Problem, UserError
 from finetune.recipe.settings import EvaluateSettings, StageSettings
-from finetune.recipe.user_function import call_user_function, load_user_function, signature_problems
+from finetune.recipe.user_function import call_user_function, load_graders
 from finetune.training.metric_specs import When
 from finetune.training.metrics import EVAL_PREFIX
 from finetune.training.run_directory import RunDirectory
 from finetune.training.samples import GenerateFn, Samples, evenly_spaced, prompt_text
-
-GRADER_PARAMETERS = ("prompt", "reply")
 
 
 class Grader(Protocol):
@@ -150,26 +148,6 @@ def mean_grade(name: str, grader: Grader, prompts: Sequence[str], completions: S
         actual = f"None for each of {len(grades)} prompts"
         raise UserError(Problem(where, actual, "a number for some of the held-out prompts"))
     return sum(scored) / len(scored)
-
-
-def load_graders(graders: Mapping[str, str]) -> dict[str, Grader]:
-    """Return the grader functions that a recipe names; their files are executed.
-
-    Raises:
-        UserError: a file or function is missing, or does not take a prompt and a reply.
-    """
-    functions: dict[str, Grader] = {}
-    problems: list[Problem] = []
-    for name, text in graders.items():
-        where = f"evaluate.graders.{name}"
-        try:
-            functions[name] = load_user_function(text, where=where)
-            problems += signature_problems(functions[name], GRADER_PARAMETERS, where=where)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return functions
 
 
 def load_generation_eval(

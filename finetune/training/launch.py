@@ -60,7 +60,7 @@ def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, comma
         NotFiniteError: loss or gradient became NaN or infinite.
         LostProcessError: a process died.
     """
-    _check_deepspeed_installed(recipe.settings.train.strategy)
+    check_deepspeed_installed(recipe.settings.train.strategy)
     dist = dist_info()
     if dist.world_size > 1:
         rank_console = console if dist.is_main else Console(quiet=True)
@@ -73,7 +73,7 @@ def launch_stage(recipe: Recipe, console: Console, *, force: bool = False, comma
     return run_stage(recipe, console, force=force, command=command)
 
 
-def _check_deepspeed_installed(strategy: str) -> None:
+def check_deepspeed_installed(strategy: str) -> None:
     """Raise UserError for ZeRO without DeepSpeed installed."""
     if strategy in ZERO_STAGES and find_spec("deepspeed") is None:
         repair = "pip install 'llm-align[zero]' (Linux); or train.strategy=ddp"

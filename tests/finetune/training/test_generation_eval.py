@@ -10,8 +10,9 @@ from fixture_types import Tune
 
 from data_templates.segments import Message
 from finetune.recipe.errors import UserError
+from finetune.recipe.user_function import load_graders
 from finetune.training.generation import Completion
-from finetune.training.generation_eval import GenerationEval, load_graders, mean_grade
+from finetune.training.generation_eval import GenerationEval, mean_grade
 
 GRADER = """
 def longer(prompt, reply):
