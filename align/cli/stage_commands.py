@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from align.required_runs import PlannedRun
 
 DRY_RUN_HELP = "Validate recipe, data files, required runs and launch, and print the settings; run nothing."
+REWARD_EXAMPLE = "reward.py:reward"
 REWARD_HELP = "Reward: a finished reward run, reward/RECIPE, or file.py:function."
 
 STAGE_EPILOG = """\b
 Examples:
   llm-align {stage}                                    the embedded quickstart, offline, on the CPU
-  llm-align {stage} {recipe} --base llama-2-7b
+  llm-align {stage} {recipe} --base llama-2-7b{reward}
   llm-align {stage} {recipe} --data my.jsonl --adapter qlora train.epochs=1
-  llm-align {stage} {recipe} --from sft-quickstart          start from a finished run
+  llm-align {stage} {recipe} --from sft-quickstart{reward}          start from a finished run
 """
 
 RUN_EPILOG = """\b
@@ -56,7 +57,9 @@ def add_stage_commands(group: click.Group) -> None:
 
 def _stage_command(stage: str, package: str) -> click.Command:
     example = next((name for name in recipe_names(stage) if name != QUICKSTART), QUICKSTART)
-    epilog = STAGE_EPILOG.format(stage=verb_of(stage), recipe=example)
+    # A recipe's reward run is on the recipe's base: another base needs another reward.
+    reward = f" --reward {REWARD_EXAMPLE}" if has_rewards_section(stage) else ""
+    epilog = STAGE_EPILOG.format(stage=verb_of(stage), recipe=example, reward=reward)
 
     @click.command(verb_of(stage), help=plugin_summary(package, stage), epilog=epilog)
     @click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")

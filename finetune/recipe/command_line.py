@@ -22,6 +22,8 @@ SOURCE_KEYS = (
     *("revision", "split", "columns", "select", "separator"),
 )
 REPLACED_BASE = "it applies to the recipe's base model only"
+REPLACED_REWARDS = "it combines the recipe's two rewards"
+COMBINATION_KEYS = ("combine", "safety_threshold", "unsafe_prompt_fn")
 
 
 def parse_overrides(
@@ -127,6 +129,10 @@ def _obsolete_keys(values: SectionValues, origins: Origins) -> Iterator[tuple[st
         obsolete += [
             (f"model.{key}", REPLACED_BASE) for key in ("revision", "trust_remote_code", "init_from")
         ]
+    # Llama 2's combination is of two rewards, and this is one.
+    sources = values.get("rewards", {}).get("sources")
+    if "rewards.sources" in overridden and (not isinstance(sources, list) or len(sources) == 1):
+        obsolete += [(f"rewards.{key}", REPLACED_REWARDS) for key in COMBINATION_KEYS]
     for dotted, reason in obsolete:
         section, key = dotted.split(".")
         if key in values.get(section, {}) and dotted not in overridden:

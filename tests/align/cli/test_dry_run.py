@@ -119,3 +119,25 @@ def test_all_mistakes_are_in_one_message(call: Call, tmp_path: Path) -> None:
     status, _, err = call("dpo", "--from", "sft-quickstart")
     assert status == 2 and "there is no run 'sft-quickstart'" in err
     assert {path.name for path in tmp_path.iterdir()} <= {"judge.py", "taken", "__pycache__"}
+
+
+@pytest.mark.parametrize("stage", [stage for stage in stage_names() if stage != "pretrain"])
+def test_examples_in_the_help_are_valid(call: Call, stage: str) -> None:
+    Path("my.jsonl").write_text('{"prompt": "Hi"}\n', encoding="utf-8")
+    Path("reward.py").write_text("def reward(prompt, reply):\n    return 0.0\n", encoding="utf-8")
+    lines = str(cli.cli.commands[verb_of(stage)].epilog).splitlines()
+    examples = [line.split("  ")[1].split()[1:] for line in lines if "--base" in line or "--data" in line]
+    assert len(examples) == 2
+    for arguments in examples:
+        assert call(*arguments)[0] == 0, arguments
+
+
+def test_one_reward_replaces_the_recipe_s_two(call: Call) -> None:
+    Path("reward.py").write_text("def reward(prompt, reply):\n    return 0.0\n", encoding="utf-8")
+    status, lines, err = call("rejection", "llama2-chat", "--reward", "reward.py:reward")
+    text = " ".join(" ".join(lines).split())
+    assert (status, err) == (0, "") and 'rewards.combine "sum" default' in text
+    assert "rewards.combine='llama2' (llama2-chat.yaml:37) is ignored: it combines the recipe's two" in text
+    # Two of one's own keep the combination, which is then checked.
+    status, _, err = call("rejection", "llama2-chat", "rewards.sources=[reward.py:reward, reward.py:reward]")
+    assert status == 2 and "two sources named helpfulness and safety" in err
