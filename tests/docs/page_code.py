@@ -31,13 +31,17 @@ def commands() -> list[tuple[str, str]]:
     found = [(page, line) for page, code in fences("bash") for line in _lines(code)]
     for page in pages():
         text = FENCE.sub("", page.read_text(encoding="utf-8"))
-        found += [
-            (_name(page), match[1]) for match in INLINE.finditer(text) if not PLACEHOLDER.search(match[1])
-        ]
+        lines = (line for match in INLINE.finditer(text) for line in _lines(match[1]))
+        found += [(_name(page), line) for line in lines if not (PLACEHOLDER.search(line) or _is_name(line))]
     first: dict[str, str] = {}
     for page, line in found:
         first.setdefault(line, page)
     return [(page, line) for line, page in first.items()]
+
+
+def _is_name(text: str) -> bool:
+    """Return whether running text speaks of a command, `llm-align merge`, or of its option."""
+    return len(text.split()) < 3 or text.split()[-1].startswith("--")
 
 
 def words_of(line: str) -> list[str]:
@@ -46,11 +50,12 @@ def words_of(line: str) -> list[str]:
 
 
 def _lines(code: str) -> Iterator[str]:
-    """Yield the commands of a block: lines that go on with a backslash are one."""
+    """Yield the commands of a block: lines joined by a backslash are one, `&&` separates two."""
     for line in code.replace("\\\n", " ").splitlines():
-        text = " ".join(line.split())
-        if text and not text.startswith("#"):
-            yield text
+        for command in line.split(" && "):
+            text = " ".join(command.split())
+            if text and not text.startswith("#"):
+                yield text
 
 
 def _name(page: Path) -> str:
