@@ -53,7 +53,7 @@ def missing_names(text: str) -> list[str]:
 
 
 def foreign_lines(excerpt: str, source: str) -> list[str]:
-    """Return the lines of an excerpt that do not follow in this order in the source; ``...`` is an omission."""
+    """Return the lines of an excerpt that are not in the source in this order; ``...`` is an omission."""
     remaining = iter([line.strip() for line in source.splitlines()])
     lines = [line.strip() for line in excerpt.splitlines() if line.strip() not in ("", "...")]
     return [line for line in lines if line not in remaining]
@@ -88,11 +88,15 @@ def test_a_renamed_function_and_a_moved_file_are_found() -> None:
     }
 
 
-def test_excerpts_are_the_code() -> None:
-    excerpts = EXCERPT.findall(TOUR.read_text(encoding="utf-8"))
-    assert len(excerpts) >= 8
-    for path, excerpt in excerpts:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_excerpts_are_the_code(page: Path) -> None:
+    for path, excerpt in EXCERPT.findall(page.read_text(encoding="utf-8")):
+        compile(excerpt, str(page), "exec")
         assert foreign_lines(excerpt, (ROOT / path).read_text(encoding="utf-8")) == [], path
+
+
+def test_the_tour_has_excerpts() -> None:
+    assert len(EXCERPT.findall(TOUR.read_text(encoding="utf-8"))) >= 8
 
 
 def test_an_edited_excerpt_is_found() -> None:
@@ -102,7 +106,9 @@ def test_an_edited_excerpt_is_found() -> None:
 
 def test_the_example_prints_what_the_page_shows() -> None:
     code, output = EXAMPLE.findall(TOUR.read_text(encoding="utf-8"))[0]
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert result.stdout == output
 
 
