@@ -28,6 +28,9 @@ def run_argument(context: click.Context, parameter: click.Parameter, value: str)
     Raises:
         UserError: there is no such run, or it is not finished.
     """
+    # While a command line is completed, the run may be half a name.
+    if context.resilient_parsing:
+        return Path(value or "")
     folder, note = find_run(value, where="RUN", recipes=False)
     if note:
         click.echo(note, err=True)

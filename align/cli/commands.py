@@ -13,6 +13,16 @@ from align.cli.arguments import (
     split_stage,
     stage_option,
 )
+from align.cli.completion import (
+    complete_base,
+    complete_file,
+    complete_kind,
+    complete_parent,
+    complete_run,
+    complete_stage,
+    complete_words,
+    completion,
+)
 from align.cli.exit_status import INTERRUPTED, USER_ERROR, fail
 from align.cli.plan import plan
 from align.cli.stage_commands import add_stage_commands, run_command
@@ -46,7 +56,7 @@ def main() -> None:
 
 
 @cli.command("list")
-@click.argument("kind", required=False)
+@click.argument("kind", required=False, shell_complete=complete_kind)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(kind: str | None, as_json: bool) -> None:
     """List recipes, pipelines, adapters, templates, losses, bases, stages and runs.
@@ -67,9 +77,18 @@ def list_(kind: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
-@click.option("--stage", default="sft", show_default=True, callback=stage_option, help=STAGE_HELP)
-@click.option("--from", "init_from", metavar="RUN", help=FROM_HELP)
+@click.argument(
+    "arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...", shell_complete=complete_words
+)
+@click.option(
+    "--stage",
+    default="sft",
+    show_default=True,
+    callback=stage_option,
+    shell_complete=complete_stage,
+    help=STAGE_HELP,
+)
+@click.option("--from", "init_from", metavar="RUN", shell_complete=complete_parent, help=FROM_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--schema", is_flag=True, help="Print the stage's JSON Schema, for editors.")
 def show(arguments: tuple[str, ...], stage: str, init_from: str | None, as_json: bool, schema: bool) -> None:
@@ -95,11 +114,24 @@ def show(arguments: tuple[str, ...], stage: str, init_from: str | None, as_json:
 
 
 @cli.command()
-@click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
-@click.option("--stage", default="sft", show_default=True, callback=stage_option, help=STAGE_HELP)
-@click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
-@click.option("--data", "source", metavar="D", help="Data: hub id, file or folder.")
-@click.option("--from", "init_from", metavar="RUN", help=FROM_HELP)
+@click.argument(
+    "arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...", shell_complete=complete_words
+)
+@click.option(
+    "--stage",
+    default="sft",
+    show_default=True,
+    callback=stage_option,
+    shell_complete=complete_stage,
+    help=STAGE_HELP,
+)
+@click.option(
+    "--base", metavar="B", shell_complete=complete_base, help="Base model: short name, hub id or folder."
+)
+@click.option(
+    "--data", "source", metavar="D", shell_complete=complete_file, help="Data: hub id, file or folder."
+)
+@click.option("--from", "init_from", metavar="RUN", shell_complete=complete_parent, help=FROM_HELP)
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write an HTML page.")
@@ -138,7 +170,7 @@ def data(
 
 
 @cli.command()
-@click.argument("directory", metavar="RUN", callback=run_argument)
+@click.argument("directory", metavar="RUN", callback=run_argument, shell_complete=complete_run)
 @click.option("--prompt", help="Answer this prompt and exit.")
 @click.option("--max-new-tokens", default=256, show_default=True, help="Maximum tokens per reply.")
 @click.option(
@@ -156,8 +188,8 @@ def chat(directory: Path, prompt: str | None, max_new_tokens: int, temperature: 
 
 
 @cli.command()
-@click.argument("directory", metavar="RUN", callback=run_argument)
-@click.argument("source", metavar="FILE")
+@click.argument("directory", metavar="RUN", callback=run_argument, shell_complete=complete_run)
+@click.argument("source", metavar="FILE", shell_complete=complete_file)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -174,7 +206,7 @@ def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None
 
 
 @cli.command()
-@click.argument("directory", metavar="RUN", callback=run_argument)
+@click.argument("directory", metavar="RUN", callback=run_argument, shell_complete=complete_run)
 def merge(directory: Path) -> None:
     """Merge a run's adapter into its base and save RUN/merged; `--base RUN` trains on from it."""
     silence_libraries()
@@ -187,3 +219,4 @@ def merge(directory: Path) -> None:
 add_stage_commands(cli)
 cli.add_command(run_command)
 cli.add_command(plan)
+cli.add_command(completion)

@@ -10,6 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from align.cli.arguments import STAGE_HELP, recipe_from_arguments, split_stage, stage_option
+from align.cli.completion import (
+    complete_adapter,
+    complete_base,
+    complete_file,
+    complete_gpu,
+    complete_parent,
+    complete_stage,
+    complete_strategy,
+    complete_words,
+)
 from align.cli.exit_status import DOES_NOT_FIT
 from finetune.recipe.discovery import verb_of
 from finetune.recipe.recipe import Recipe
@@ -18,6 +28,9 @@ if TYPE_CHECKING:
     from align.planner.alternatives import Alternative
     from align.planner.plan import Plan
 
+ADAPTER_HELP = "Adapter: a name of `llm-align list adapters`."
+GPU_HELP = "h100, a100-40g, rtx4090, ..., 24GB, cpu; default: this machine."
+STRATEGY_HELP = "Sharding over processes: ddp, zero1, zero2, zero3, fsdp2."
 PLAN_EPILOG = """\b
 Examples:
   llm-align plan                                       the embedded quickstart, on this machine
@@ -31,21 +44,26 @@ Exit status: 0 fits, 3 does not fit, 2 a mistake in the recipe or the command.
 
 
 @click.command("plan", epilog=PLAN_EPILOG)
-@click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
+@click.argument("words", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...", shell_complete=complete_words)
 @click.option(
     "--stage",
     default="sft",
     show_default=True,
     callback=stage_option,
+    shell_complete=complete_stage,
     help=STAGE_HELP,
 )
-@click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
-@click.option("--data", metavar="D", help="Data: hub id, file or folder.")
-@click.option("--adapter", metavar="A", help="Adapter: a name of `llm-align list adapters`.")
-@click.option("--from", "start", metavar="RUN", help="Finished run to continue from.")
-@click.option("--gpu", metavar="G", help="h100, a100-40g, rtx4090, ..., 24GB, cpu; default: this machine.")
+@click.option(
+    "--base", metavar="B", shell_complete=complete_base, help="Base model: short name, hub id or folder."
+)
+@click.option("--data", metavar="D", shell_complete=complete_file, help="Data: hub id, file or folder.")
+@click.option("--adapter", metavar="A", shell_complete=complete_adapter, help=ADAPTER_HELP)
+@click.option(
+    "--from", "start", metavar="RUN", shell_complete=complete_parent, help="Finished run to continue from."
+)
+@click.option("--gpu", metavar="G", shell_complete=complete_gpu, help=GPU_HELP)
 @click.option("--gpus", type=click.IntRange(1), metavar="N", help="Number of GPUs; default: the recipe's.")
-@click.option("--strategy", metavar="S", help="Sharding over processes: ddp, zero1, zero2, zero3, fsdp2.")
+@click.option("--strategy", metavar="S", shell_complete=complete_strategy, help=STRATEGY_HELP)
 @click.option("--fit", is_flag=True, help="List alternative settings, the cheapest that fits first.")
 @click.option("--compatibility", is_flag=True, help="Show which settings the stage can combine, and why not.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -8,6 +8,16 @@ import click
 
 from align.api import run, run_pipeline
 from align.cli.arguments import FROM_HELP, recipe_from_arguments, split_stage
+from align.cli.completion import (
+    complete_adapter,
+    complete_base,
+    complete_file,
+    complete_parent,
+    complete_pipeline,
+    complete_pipeline_words,
+    complete_reward,
+    complete_words,
+)
 from align.cli.exit_status import exit_on_stop
 from align.default_recipe import QUICKSTART
 from align.rl.rewards.settings import has_rewards_section
@@ -22,6 +32,7 @@ from finetune.training.run_directory import REPLACED
 if TYPE_CHECKING:
     from align.required_runs import PlannedRun
 
+ADAPTER_HELP = "Adapter (see `llm-align list adapters`)."
 DRY_RUN_HELP = "Validate recipe, data files, required runs and launch, and print the settings; run nothing."
 REWARD_EXAMPLE = "reward.py:reward"
 REWARD_HELP = "Reward: a finished reward run, reward/RECIPE, or file.py:function."
@@ -62,11 +73,15 @@ def _stage_command(stage: str, package: str) -> click.Command:
     epilog = STAGE_EPILOG.format(stage=verb_of(stage), recipe=example, reward=reward)
 
     @click.command(verb_of(stage), help=plugin_summary(package, stage), epilog=epilog)
-    @click.argument("arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...")
-    @click.option("--base", metavar="B", help="Base model: short name, hub id or folder.")
-    @click.option("--data", metavar="D", help="Data: hub id, file or folder.")
-    @click.option("--adapter", metavar="A", help="Adapter (see `llm-align list adapters`).")
-    @click.option("--from", "init_from", metavar="RUN", help=FROM_HELP)
+    @click.argument(
+        "arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...", shell_complete=complete_words
+    )
+    @click.option(
+        "--base", metavar="B", shell_complete=complete_base, help="Base model: short name, hub id or folder."
+    )
+    @click.option("--data", metavar="D", shell_complete=complete_file, help="Data: hub id, file or folder.")
+    @click.option("--adapter", metavar="A", shell_complete=complete_adapter, help=ADAPTER_HELP)
+    @click.option("--from", "init_from", metavar="RUN", shell_complete=complete_parent, help=FROM_HELP)
     @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory.")
     @click.option("--force", is_flag=True, help="Start over even if the run exists.")
     @click.option("--dry-run", is_flag=True, help=DRY_RUN_HELP)
@@ -98,7 +113,9 @@ def _stage_command(stage: str, package: str) -> click.Command:
 
     if has_rewards_section(stage):
         # Before --out, --force and --dry-run: --help lists options in this order.
-        command.params.insert(-3, click.Option(["--reward"], metavar="RUN", help=REWARD_HELP))
+        command.params.insert(
+            -3, click.Option(["--reward"], metavar="RUN", shell_complete=complete_reward, help=REWARD_HELP)
+        )
     return command
 
 
@@ -163,9 +180,13 @@ def _renamed_command(stage: str) -> click.Command:
 
 
 @click.command("run", epilog=RUN_EPILOG)
-@click.argument("name", metavar="PIPELINE")
-@click.argument("arguments", nargs=-1, metavar="[STAGE.SECTION.KEY=VALUE]...")
-@click.option("--base", metavar="B", help="Base model of the stages that start from one.")
+@click.argument("name", metavar="PIPELINE", shell_complete=complete_pipeline)
+@click.argument(
+    "arguments", nargs=-1, metavar="[STAGE.SECTION.KEY=VALUE]...", shell_complete=complete_pipeline_words
+)
+@click.option(
+    "--base", metavar="B", shell_complete=complete_base, help="Base model of the stages that start from one."
+)
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the pipeline's report."
 )
