@@ -138,7 +138,8 @@ def _read_jsonl(path: Path, stream: IO[str]) -> Iterator[SourceRow]:
             continue
         location = f"{path}:{number}"
         try:
-            value = json.loads(line)
+            # Without the line feed, after which Python counts columns from 1 again.
+            value = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             actual = f"{error.msg} at column {error.colno}: {line.strip()[:60]!r}"
             raise UserError(Problem(location, actual, "one JSON object per line")) from error

@@ -107,7 +107,7 @@ def test_rows_have_locations(tmp_path):
         (
             "a.jsonl",
             '{"a": 1}\n{"a": \n{"a": 3}',
-            r"a\.jsonl:2: Expecting value at column .*one JSON object per line",
+            r"a\.jsonl:2: Expecting value at column 7: .*one JSON object per line",
         ),
         ("a.jsonl", '{"a": 1}\n[1]', r"a\.jsonl:2: found '\[1\]'.*a JSON object with named columns"),
         ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json:2: Expecting ':' delimiter at column"),
