@@ -64,8 +64,8 @@ def check_eos_trained(
     )
     expected = f"at least {MIN_EOS_SHARE:.0%} of the rows with {names} as their last label"
     repair = (
-        "in the template's file render the assistant's turn with reply(message): it ends with a trained EOS; "
-        "or data.template=chatml"
+        "in the template's file render the assistant's turn with reply_segments(message): it ends with a "
+        "trained EOS; or data.template=chatml"
     )
     return failed("stop token", Problem("data.template", actual, expected, repair))
 

@@ -66,7 +66,7 @@ def test_pain_01_a_row_without_a_trained_eos_is_reported_with_its_cause(row, cau
     result = check_eos(GOOD, row)
     assert result.problem is not None and result.problem.where == "data.template"
     assert f"50% of the rows do not end with a trained </s> (first: rows.jsonl:2: {cause})" in result.detail
-    assert "reply(message)" in result.problem.repair
+    assert "reply_segments(message)" in result.problem.repair
 
 
 @pytest.mark.parametrize(("bad", "passes"), [(1, True), (2, False)])
