@@ -36,7 +36,7 @@ PROMPT_CACHE_FORMAT = 3
 MIN_PROMPT_TOKENS = 8
 """Minimum number of positions for a prompt."""
 
-NAME_PROMPT_COLUMN = "name the column of the prompt: data.columns={prompt: QUESTION_COLUMN}"
+NAME_PROMPT_COLUMN = "name the column of the prompt: 'data.columns={prompt: QUESTION_COLUMN}'"
 NO_USER_TURN = "dropped: the prompt does not end with a user turn"
 EMPTY_PROMPT_TURN = "dropped: empty turn in the prompt"
 TEMPLATE_MISMATCH = "dropped: not valid for this template"

@@ -180,7 +180,7 @@ def record_source_shares(rows: TokenizedRows, report: DataReport) -> None:
 def _require_nonempty(where: str, purpose: str, rows: Sized, report: DataReport) -> None:
     if not len(rows):
         actual = f"no row {purpose}: {'; '.join(report.lines()[1:])}"
-        mapping_repair = "map other columns: data.columns={instruction: Q, output: A}"
+        mapping_repair = "map other columns: 'data.columns={instruction: Q, output: A}'"
         remedy = "raise data.max_length" if report.num_too_long else mapping_repair
         repair = f"check the rows named above, or {remedy}"
         raise UserError(Problem(where, actual, "rows with an assistant reply", repair))

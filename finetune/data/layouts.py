@@ -158,10 +158,10 @@ def detect_layout(
     Raises:
         UserError: a mapped column does not exist, or no layout fits.
     """
-    repair = "map your columns: data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}"
+    repair = "map your columns: 'data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}'"
     names = list(names)
     if layouts[0] is DOCUMENT:
-        repair = "map the text column: data.columns={text: YOUR_COLUMN}"
+        repair = "map the text column: 'data.columns={text: YOUR_COLUMN}'"
     elif "text" in names:
         repair += "; for plain text, use continued pretraining: llm-align pretrain --data ..."
     return match_layout(names, layouts, columns=columns, where=where, repair=repair)

@@ -139,7 +139,7 @@ def _load_component(
         rows = select_rows(rows, spec.select, rng=rng, report=report)
     if not rows:
         actual = f"no row to train on: {'; '.join(report.lines()[1:])}"
-        mapping_repair = "map other columns: data.columns={instruction: Q, output: A}"
+        mapping_repair = "map other columns: 'data.columns={instruction: Q, output: A}'"
         repair = (
             f"check the rows named above, or {'loosen the select filters' if spec.select else mapping_repair}"
         )

@@ -98,7 +98,9 @@ def _check_swapped_columns(rows: Sequence[tuple[PreferenceRow, str]], source_rep
     # A few such pairs are label noise and are dropped; a majority means that the columns are swapped.
     if 2 * swapped > scored:
         actual = f"{swapped} of {scored} scored pairs have a higher score for rejected than for chosen"
-        repair = "swap them with data.columns={chosen: rejected, rejected: chosen}, and the score columns too"
+        repair = (
+            "swap them with 'data.columns={chosen: rejected, rejected: chosen}', and the score columns too"
+        )
         location = source_report.examples[DROPPED_SWAPPED]
         raise UserError(Problem(location, actual, "a higher score for chosen", repair))
 

@@ -33,8 +33,8 @@ PREFERENCE_LAYOUTS: dict[PreferenceKind, Sequence[Layout[PreferenceRow]]] = {
     "labels": (*LABELED, *PAIRS),
 }
 COLUMN_REPAIRS: dict[PreferenceKind, str] = {
-    "rankings": "map the columns: data.columns={prompt: QUESTION, chosen: BETTER, rejected: WORSE}",
-    "labels": "map the columns: data.columns={prompt: QUESTION, completion: REPLY, label: GOOD}",
+    "rankings": "map the columns: 'data.columns={prompt: QUESTION, chosen: BETTER, rejected: WORSE}'",
+    "labels": "map the columns: 'data.columns={prompt: QUESTION, completion: REPLY, label: GOOD}'",
 }
 INTENDED_FOR: dict[PreferenceKind, str] = {
     "rankings": "labels are for KTO",

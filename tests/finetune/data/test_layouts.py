@@ -120,7 +120,7 @@ def test_unknown_columns_list_the_layouts_and_the_repair():
     assert text.startswith("my.csv: no known layout has columns frage, antwort")
     assert "instruction+output" in text
     assert "question+answer" in text
-    assert "data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}" in text
+    assert "'data.columns={instruction: QUESTION_COLUMN, output: ANSWER_COLUMN}'" in text
 
 
 def test_mapping_to_a_missing_column_suggests_the_closest_name():
