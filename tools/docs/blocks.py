@@ -7,7 +7,7 @@ from pathlib import Path
 from tools.docs import catalog, command_line, compatibility, keys, layouts, memory, preflight
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"^<!-- generated: (?P<call>[\w -]+) -->\n(?P<content>.*?)^<!-- end -->$", re.M | re.S)
+BLOCK = re.compile(r"^<!-- generated: (?P<call>[\w. -]+) -->\n(?P<content>.*?)^<!-- end -->$", re.M | re.S)
 ELSEWHERE = ("adapter-matrix",)
 """Parts that a program of the tests writes, because it runs them."""
 

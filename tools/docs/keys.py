@@ -18,13 +18,16 @@ Row = tuple[str, str, str, str]
 def section_keys(section: str, stage: str = "") -> str:
     """Return a section's keys: those of a stage, or of the first stage that has the section.
 
+    ``data.select`` returns the keys below ``data.select`` alone.
+
     Raises:
         KeyError: no stage has this section.
     """
+    section, _, inner = section.partition(".")
     sections = _classes(section)
-    if stage:
-        return table(TITLES, _rows(section, sections[stage]))
-    return table(TITLES, _rows(section, _common(section, sections)))
+    settings = sections[stage] if stage else _common(section, sections)
+    prefix = f"`{section}.{inner}." if inner else ""
+    return table(TITLES, [row for row in _rows(section, settings) if row[0].startswith(prefix)])
 
 
 def all_keys() -> str:
