@@ -10,7 +10,7 @@ from test_house import ROOT
 
 from tools.docs.blocks import pages
 
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S)
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S)
 INLINE = re.compile(r"`(llm-align [^`]+|make [^`]+)`")
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z_]+\b(?!=)|\.\.\.|<|\[|…")
 """Words such as NAME and RUN: the text describes a command, it does not give one to type."""

@@ -33,7 +33,7 @@ OTHER_PROGRAMS += ("pytest", "rm", "export", "nvidia-smi", "kill", "ls", "mkdir"
 RUN_FOLDERS = ("sft-alpaca-1a2b3c4d", "sft-quickstart-1a2b3c4d", "dpo-hh-1a2b3c4d", "ppo-hh-1a2b3c4d")
 RUN_FOLDERS += ("pretrain-in-house-5e6f7a8b", "kto-kto-mix-1a2b3c4d", "dpo-quickstart-1a2b3c4d")
 FIT_STATUS = (0, 3)
-SFT = {"instruction": "Add the numbers.", "input": "# 2", "output": "3"}
+SFT = {"instruction": "Add the numbers.", "input": "# 2", "output": "The sum is #."}
 CHAT = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "hi"}]
 PAIR = {"prompt": "Write a story.", "chosen": "# and # were happy.", "rejected": "# was sad."}
 FILES: dict[str, dict[str, object]] = {
@@ -224,6 +224,7 @@ def part_problem(stage: str, part: dict[str, Any], file: Path) -> str:
 def test_python_compiles_and_calls_what_exists(page: str, code: str) -> None:
     tree = ast.parse(code)
     ours = dict(_imports(tree))
+    assert ours or "from align" not in code
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         if isinstance(call.func, ast.Name) and call.func.id in ours:
             keywords = {keyword.arg: None for keyword in call.keywords if keyword.arg}
