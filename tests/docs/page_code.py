@@ -45,8 +45,10 @@ def _is_name(text: str) -> bool:
 
 
 def words_of(line: str) -> list[str]:
-    """Return a command's words, without its comment."""
-    return shlex.split(line, comments=True)
+    """Return a command's words, without its comment and the file or program that takes its output."""
+    words = shlex.split(line, comments=True)
+    ends = [index for index, word in enumerate(words) if word in (">", ">>", "|")]
+    return words[: min(ends, default=len(words))]
 
 
 def _lines(code: str) -> Iterator[str]:

@@ -21,7 +21,7 @@ SUFFIXES = (".py", ".yaml", ".json", ".md", ".svg", ".ipynb", "/")
 """Endings of inline code that names a file or a folder of the repository."""
 DEFINED_IN = re.compile(r"`([\w/]+\.py)` · (`[\w.]+`(?:, `[\w.]+`)*)")
 """``path/to/file.py`` · ``name``, ``Class.method``: the file defines each of them."""
-EXCERPT = re.compile(r'^```python title="([^"]+\.py)"\n(.*?)^```$', re.M | re.S)
+EXCERPT = re.compile(r'^```python title="([^"]+/[^"]+\.py)"\n(.*?)^```$', re.M | re.S)
 EXAMPLE = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.M | re.S)
 
 
