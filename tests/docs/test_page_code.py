@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import pytest
@@ -27,8 +28,10 @@ from finetune.recipe.yaml_file import read_yaml
 
 STAGE_VERBS = {verb_of(stage) for stage in stage_names()} | {"coh"}
 LAUNCHERS = ("torchrun", "accelerate", "deepspeed", "srun", "CUDA_VISIBLE_DEVICES=0")
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}
+"""What a launcher sets in the first of its processes."""
 OTHER_PROGRAMS = ("pip", "git", "cd", "source", "eval", "tensorboard", "axolotl", "llamafactory-cli", "trl")
-OTHER_PROGRAMS += ("pytest", "rm", "export", "nvidia-smi", "kill", "ls", "mkdir", "sbatch")
+OTHER_PROGRAMS += ("pytest", "rm", "export", "nvidia-smi", "kill", "ls", "mkdir", "sbatch", "trl110/bin/pip")
 """Programs of others: their commands are not tried here."""
 RUN_FOLDERS = ("sft-alpaca-1a2b3c4d", "sft-quickstart-1a2b3c4d", "dpo-hh-1a2b3c4d", "ppo-hh-1a2b3c4d")
 RUN_FOLDERS += ("pretrain-in-house-5e6f7a8b", "kto-kto-mix-1a2b3c4d", "dpo-quickstart-1a2b3c4d")
@@ -120,7 +123,8 @@ def run_command(words: list[str]) -> None:
         run_llm_align(words[1:])
     elif program in LAUNCHERS:
         start = next(index for index, word in enumerate(words) if word in ("align", "llm-align"))
-        run_llm_align(words[start + 1 :])
+        with mock.patch.dict(os.environ, LAUNCHED):
+            run_llm_align(words[start + 1 :])
     elif program == "python" and words[1] == "-m":
         assert find_spec(words[2]) is not None, f"no module {words[2]}"
     else:
