@@ -122,7 +122,7 @@ def count_rank_share(model: nn.Module, optimizer: Optimizer, rows: Sequence[int]
 
 
 def check_sharding(shares: Sequence[RankShare], *, weights: int, trained: int, strategy: str) -> CheckResult:
-    """Check that each rank stores only its shard, and that ranks train on different rows.
+    """Check that each rank stores only its shard; ranks train on different rows.
 
     Args:
         shares: the counts of each rank.
