@@ -11,8 +11,9 @@ NOISY_LIBRARIES = (
     "torch.distributed.elastic",
 )
 """Loggers set to ERROR."""
-DEEPSPEED = "DeepSpeed"
-"""DeepSpeed's logger, whose level its import sets to WARNING."""
+FILTERED_LOGGERS = ("DeepSpeed", "transformers.trainer_utils")
+"""Loggers whose level the library's import sets. DeepSpeed warns of a machine without a GPU, transformers of
+checkpoints that were written at the same time."""
 
 
 def silence_libraries() -> None:
@@ -20,8 +21,9 @@ def silence_libraries() -> None:
     # By name: a logger can be configured before its library is imported.
     for library in NOISY_LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
-    # A filter and not a level, because DeepSpeed warns while it is imported, after it has set its own level.
-    logging.getLogger(DEEPSPEED).addFilter(_is_error)
+    # A filter and not a level: DeepSpeed warns while it is imported, after it has set its own level.
+    for name in FILTERED_LOGGERS:
+        logging.getLogger(name).addFilter(_is_error)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient")
 

@@ -10,16 +10,18 @@ PROGRAM = """
 from finetune.recipe.silence import silence_libraries
 silence_libraries()
 silence_libraries()
-import accelerate.utils.deepspeed
+import accelerate.utils.deepspeed, transformers.trainer_utils
 from deepspeed.utils import logger
 logger.warning("a warning")
 logger.error("an error")
+transformers.trainer_utils.logger.warning("a warning")
+transformers.trainer_utils.logger.error("an error of transformers")
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_deepspeed_prints_its_errors_alone() -> None:
+def test_only_errors_are_printed() -> None:
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
     assert len(lines) == 1 and lines[0].endswith("an error")
-    assert "WARNING" not in result.stderr
+    assert result.stderr.splitlines() == ["[transformers] an error of transformers"]
