@@ -43,22 +43,22 @@ $(STAGES): $(READY)
 run: $(READY)  ## a pipeline, several stages in one file: make run PIPELINE=zephyr BASE=mistral-7b
 	$(BIN)/llm-align run $(PIPELINE) $(if $(BASE),--base $(BASE)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-rlhf: $(READY)  ## InstructGPT's pipeline on the embedded model: instructions, a reward model, PPO
+rlhf: $(READY)  ## InstructGPT's pipeline on the embedded model: SFT, reward model, PPO
 	$(BIN)/llm-align run instructgpt $(if $(BASE),--base $(BASE)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 list: $(READY)  ## recipes, pipelines, adapters, templates, bases, stages, runs
 	$(BIN)/llm-align list $(ARGS)
 
-show: $(READY)  ## a recipe with every value's origin
+show: $(READY)  ## every value of a recipe with its origin
 	$(BIN)/llm-align show $(RECIPE) $(if $(FROM),--from $(FROM)) $(ARGS)
 
-data: $(READY)  ## what the model will see of a recipe's data: make data RECIPE=alpaca ARGS="--rows 5 --html data.html"
+data: $(READY)  ## preview of tokenized data and loss mask: make data RECIPE=alpaca ARGS="--rows 5 --html data.html"
 	$(BIN)/llm-align data $(RECIPE) $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(FROM),--from $(FROM)) $(ARGS)
 
 plan: $(READY)  ## memory, time and disk before anything is loaded: make plan RECIPE=alpaca BASE=llama-2-7b ARGS="--gpu 24GB"
 	$(BIN)/llm-align plan $(RECIPE) $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPTER),--adapter $(ADAPTER)) $(if $(FROM),--from $(FROM)) $(ARGS)
 
-chat: $(READY)  ## talk to a finished run: make chat RUN=runs/...
+chat: $(READY)  ## chat with a finished run: make chat RUN=runs/...
 	$(BIN)/llm-align chat $(RUN) $(ARGS)
 
 merge: $(READY)  ## a run's base and adapter as one model: make merge RUN=runs/...
@@ -86,10 +86,10 @@ $(VENV)/.docs: $(READY)
 docs: $(VENV)/.docs  ## the documentation site: build/site/index.html
 	$(BIN)/zensical build --strict
 
-tiny-base: $(READY)  ## train the embedded base model anew (about 40 minutes on two cores)
+tiny-base: $(READY)  ## train the embedded base model again (about 40 minutes on two cores)
 	$(BIN)/python -m tools.tiny.train_base --out recipes/tiny/model
 
-tiny-data: $(READY)  ## write the embedded data anew
+tiny-data: $(READY)  ## write the embedded data again
 	$(BIN)/python -m tools.tiny.data --out recipes/tiny/data
 
 compare: $(READY)  ## every adapter on the embedded task: table and plot (about 40 minutes on two cores)

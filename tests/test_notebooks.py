@@ -17,7 +17,7 @@ def test_notebook_runs_and_learns(path: Path, tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    before, after = re.search(r"exactly right answers: (\d+)% before, (\d+)% after", printed).groups()
+    before, after = re.search(r"exact match: (\d+)% before, (\d+)% after", printed).groups()
     assert int(before) <= 10
     assert int(after) >= 70
     assert (tmp_path / "runs" / "in-house" / "adapter" / "adapter_model.safetensors").is_file()
