@@ -126,10 +126,11 @@ def recipe_folders() -> list[Path]:
 def recipe_names(stage: str) -> dict[str, Path]:
     """Return a stage's recipes by name, from ``recipes/<stage>/*.yaml``; the user's take precedence."""
     # Reversed: of equal names the last one wins in the dict below, and that must be the user's.
-    files = [
-        file for folder in reversed(recipe_folders()) for file in sorted((folder / stage).glob("*.yaml"))
-    ]
-    return {file.stem: file for file in files}
+    files = {
+        file.stem: file for folder in reversed(recipe_folders()) for file in (folder / stage).glob("*.yaml")
+    }
+    # By name, not by file: "alpaca-prefix.yaml" sorts before "alpaca.yaml".
+    return dict(sorted(files.items()))
 
 
 def find_recipe(stage: str, name: str) -> Path:
