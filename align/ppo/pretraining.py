@@ -9,6 +9,7 @@ from align.ppo.rollout_order import rollout_prompt_indices
 from align.ppo.settings import Settings
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows, tokenize_conversations
+from finetune.data.layouts import CONVERSATION_LAYOUTS, DOCUMENT
 from finetune.data.load import SourceSpec, load_source
 from finetune.data.report import DataReport
 from finetune.distributed.rank import SINGLE_PROCESS, DistInfo
@@ -83,7 +84,9 @@ def load_pretraining_mix(ctx: RunContext[Settings], text: TextEncoding) -> Pretr
     if mix.source is None:
         return None
     report = DataReport()
-    spec = SourceSpec("pretraining.source", mix.source, "train", None, None)
+    # Texts too: InstructGPT mixes the pretraining distribution.
+    layouts = (*CONVERSATION_LAYOUTS, DOCUMENT)
+    spec = SourceSpec("pretraining.source", mix.source, "train", None, None, layouts=layouts)
     rows = load_source(spec, report, seed=seed)
     data = tokenize_conversations(
         rows, [], DataSettings(), text.encoder, max_length=text.max_length, reports=(report, DataReport())

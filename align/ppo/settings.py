@@ -91,7 +91,7 @@ class PretrainingSettings(Section):
         0.0, description="gamma: weight of the loss, a mean over labels; InstructGPT: 27.8; 0: off"
     )
     source: NonEmptyStr | None = Field(
-        None, description="rows in any layout of stage sft: pretraining or sft data"
+        None, description="conversations in any layout of stage sft, or texts (column text)"
     )
     batch_size: PositiveInt = Field(8, description="pretraining rows per optimizer step")
 

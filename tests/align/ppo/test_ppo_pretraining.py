@@ -1,18 +1,30 @@
 """PPO-ptx: order of the pretraining rows, their split over micro-batches and processes, their weight."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from ppo_models import build_models, random_rollout
 from small_models import reference_loss_sum, token_rows
+from small_tokenizers import tokenizer
 from torch import Tensor
 
 from align.ppo.actor_critic import ActorCritic
-from align.ppo.pretraining import NUM_PRETRAINING_LABELS, PRETRAINING_BATCH, PretrainingMix
+from align.ppo.pretraining import (
+    NUM_PRETRAINING_LABELS,
+    PRETRAINING_BATCH,
+    PretrainingMix,
+    load_pretraining_mix,
+)
+from align.ppo.settings import Settings
 from finetune.data.collate import PaddedCollator
 from finetune.data.dataset import TokenizedRows
+from finetune.data.tokens import Encoder
 from finetune.distributed.rank import DistInfo
+from finetune.training.model import TextEncoding
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTHS = [5, 9, 4, 7, 6]
@@ -88,3 +100,17 @@ def test_processes_shard_rows_and_share_label_count() -> None:
     assert {batch[NUM_PRETRAINING_LABELS] for batch in micro_batches} == {
         single_process[NUM_PRETRAINING_LABELS]
     }
+
+
+@pytest.mark.parametrize("row", [{"text": "A text."}, {"prompt": "Say hi.", "completion": "A text."}])
+def test_rows_are_texts_or_conversations(tmp_path: Path, row: dict[str, str]) -> None:
+    file = tmp_path / "general.jsonl"
+    file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    settings = Settings.model_validate({"pretraining": {"source": str(file), "weight": 1.0}})
+    encoder = Encoder(tokenizer("qwen"), "chatml")
+    context: Any = SimpleNamespace(settings=settings, log=print)
+    mix = load_pretraining_mix(context, TextEncoding(encoder, 64, 0, 64))
+    assert mix is not None
+    num_untrained = int((mix.rows[0]["labels"] == -100).sum())
+    # Every token of a text but its first, which nothing predicts; of a conversation the reply alone.
+    assert (num_untrained == 1) == ("text" in row)
