@@ -196,7 +196,8 @@ class ChosenLogpStop(TrainerCallback):  # type: ignore[misc]
         """Compare with the value before training, which the run has recorded."""
         initial: float = self.ctx.run.record["metrics"][f"{HELD_OUT_CHOSEN_LOGPS}_before"]
         drop = initial - kwargs["metrics"][as_logged(HELD_OUT_CHOSEN_LOGPS)]
-        if drop > self.max_drop and not control.should_training_stop:
+        # Also if a signal arrived at this step: the run must not resume after it.
+        if drop > self.max_drop and state.global_step < state.max_steps:
             # No checkpoint at this step: a run killed before its end resumes from an earlier one, evaluates
             # the same policy and stops here again.
             control.should_training_stop, control.should_save = True, False

@@ -96,6 +96,7 @@ class RewardHackingStop(TrainerCallback):  # type: ignore[misc]
     def __init__(self, ctx: RunContext[Settings], ppo_state: PPOState) -> None:
         """Set up the callback; ``ppo_state`` has the metrics of the first rollout."""
         self.ctx, self.ppo_state, self.rules = ctx, ppo_state, ctx.settings.stop
+        self.is_stopped = False
 
     def on_log(
         self,
@@ -117,7 +118,10 @@ class RewardHackingStop(TrainerCallback):  # type: ignore[misc]
         self._stop(over_optimization_reason(self._held_out_history(), self.rules), state, control)
 
     def _stop(self, reason: str, state: TrainerState, control: TrainerControl) -> None:
-        if reason and not control.should_training_stop:
+        # After the last step nothing is left to stop. A signal at this step is no such case: the run must not
+        # resume after it.
+        if reason and not self.is_stopped and state.global_step < state.max_steps:
+            self.is_stopped = True
             # No checkpoint at this step: a run that is killed here resumes from an earlier one, measures
             # the same and stops again.
             control.should_training_stop, control.should_save = True, False

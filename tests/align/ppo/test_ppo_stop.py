@@ -1,10 +1,14 @@
 """Early stopping of PPO and its reasons; diagnostics of a finished run."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from align.ppo.diagnostics import diagnose_ppo
-from align.ppo.settings import StopSettings
-from align.ppo.stop_rule import over_optimization_reason, stop_reason
+from align.ppo.settings import Settings, StopSettings
+from align.ppo.stop_rule import RewardHackingStop, over_optimization_reason, stop_reason
 
 FIRST = {
     "objective/kl_per_completion": 0.0,
@@ -82,6 +86,25 @@ def test_pain_07_over_optimization_is_higher_reward_with_lower_gold(
             "over-optimized: grader 'end' fell from 0.800 to 0.600 while the reward rose"
         )
     assert over_optimization_reason(history, StopSettings(max_gold_drop=None)) == ""
+
+
+@pytest.mark.parametrize("signaled", [False, True])
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_run_that_stops_leaves_no_checkpoint_to_resume_from(signaled: bool, step: int) -> None:
+    recorded: list[str] = []
+    run = SimpleNamespace(update=lambda stop_reason: recorded.append(stop_reason))
+    context: Any = SimpleNamespace(settings=Settings(), log=print, run=run)
+    stop = RewardHackingStop(context, SimpleNamespace(first_metrics=FIRST))  # type: ignore[arg-type]
+    # A signal and the last step both have told the trainer to stop already, and to save.
+    control = TrainerControl(should_training_stop=signaled or step == 12, should_save=True)
+    collapsed = {**FIRST, "policy/entropy": 0.0, "objective/kl_coef": 0.1}
+    for _ in range(2):
+        state = TrainerState(global_step=step, max_steps=12)
+        stop.on_log(TrainingArguments(), state, control, logs=collapsed)
+    assert (control.should_training_stop, control.should_save) == (True, step == 12)
+    assert [reason.split(",")[0] for reason in recorded] == [
+        "stopped at step 6: collapsed: entropy fell from 2.000 to 0.000 nats per token"
+    ] * (step == 6)
 
 
 NAMES = {
