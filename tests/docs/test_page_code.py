@@ -202,7 +202,7 @@ def test_yaml_is_a_recipe_or_a_part_of_one(page: str, code: str, there: Path, tm
     file.write_text(code, encoding="utf-8")
     content, _ = read_yaml(file)
     if "stages" in content:
-        assert resolve_pipeline(str(file)).stages
+        assert resolve_pipeline(str(file)).entries
     elif "stage" in content:
         assert read_recipe(content["stage"], str(file)).stage == content["stage"]
     else:
