@@ -10,7 +10,7 @@ MODELS = ("qwen3-0.6b", "qwen3-4b", "llama-2-7b", "llama-3.1-8b", "llama-2-13b",
 ADAPTERS = ("qlora", "lora", "full")
 WORDS = {
     "en": (("base", "QLoRA (NF4)", "LoRA (bfloat16)", "full (bfloat16, AdamW)"), "more than {} GB"),
-    "ko": (("베이스", "QLoRA (NF4)", "LoRA (bfloat16)", "전체 학습 (bfloat16, AdamW)"), "{} GB 초과"),
+    "ko": (("베이스 모델", "QLoRA (NF4)", "LoRA (bfloat16)", "풀 파인튜닝 (bfloat16, AdamW)"), "{} GB 초과"),
 }
 """Titles, and the words for a peak that no single card holds, by language."""
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)
