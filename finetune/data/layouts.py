@@ -288,6 +288,10 @@ def _parse_turn(turn: Any, field: str, role_key: str, text_key: str) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise RowError(f"{field}.{role_key}", f"found {short_repr(role)}", f"one of {', '.join(ROLES)}")
     text = turn[text_key]
+    # Ignored, the reply would be trained without its calls. Empty and null: a fixed schema (Parquet).
+    if turn.get("tool_calls"):
+        expected = "none: a turn with role function_call for each call, and observation for its result"
+        raise RowError(f"{field}.tool_calls", f"found {short_repr(turn['tool_calls'])}", expected)
     if role == "function_call":
         try:
             text = calls_to_json_lines(text)

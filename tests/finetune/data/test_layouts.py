@@ -170,6 +170,11 @@ def turn(**fields):
         (CHAT, turn(role=["user"], content="x"), "field 'messages[0].role': found ['user']"),
         (
             CHAT,
+            turn(role="assistant", content="x", tool_calls=[{"id": "1"}]),
+            "field 'messages[0].tool_calls': found [{'id': '1'}]\n    expected: none: a turn with role",
+        ),
+        (
+            CHAT,
             turn(role="user", content=None),
             "field 'messages[0].content': found None\n    expected: text",
         ),
