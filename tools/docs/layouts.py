@@ -12,7 +12,7 @@ KINDS: dict[str, Sequence[Layout[Any]]] = {
     "pairs": PAIRS,
     "rankings": RANKINGS,
     "labels": LABELED,
-    "preferences": [*PAIRS, *RANKINGS, *LABELED],
+    "preferences": [*RANKINGS, *LABELED],
 }
 
 
