@@ -38,8 +38,8 @@ def load_recipe(
         name: name of a recipe, or path of a YAML file; None: the quickstart, or for bases other than the
             embedded one the stage's recipe on public data.
         stage: the stage that runs it.
-        base: short name, hub id or folder of the base model.
-        data: hub id, file, folder, or a list of rows.
+        base: short name, Hub id or folder of the base model.
+        data: Hub id, file, folder, or a list of rows.
         adapter: name of an adapter.
         init_from: finished run to initialize from: its folder, its name, or ``stage/recipe``.
         reward: reward of the RL stages: a finished run of stage reward, ``reward/recipe``, or
@@ -155,7 +155,7 @@ def load_pipeline(
 
     Args:
         name: name of a pipeline, or path of a YAML file.
-        base: short name, hub id or folder of the base model; any but the embedded one selects the stages on
+        base: short name, Hub id or folder of the base model; any but the embedded one selects the stages on
             public data, if the pipeline has them.
         out: folder of the pipeline's report; the stages' runs are in ``runs/``.
         settings: overrides of the recipes' settings, ``{"sft.train.epochs": 3}``.
@@ -172,7 +172,7 @@ def load_pipeline(
 def run_pipeline(
     pipeline: "Pipeline", *, force: bool = False, command: str = "run_pipeline(pipeline)"
 ) -> "PipelineResult":
-    """Run a pipeline's stages, each on the runs of earlier ones; finished stages are skipped.
+    """Run the stages of a pipeline; finished stages are skipped.
 
     Args:
         pipeline: from ``load_pipeline``.

@@ -61,7 +61,7 @@ def main() -> None:
 def list_(kind: str | None, as_json: bool) -> None:
     """List recipes, pipelines, adapters, templates, losses, bases, stages and runs.
 
-    With KIND, list that kind; `metrics` is listed only so.
+    With KIND, list only that kind. `metrics` needs KIND.
     """
     from align.cli.listing import ON_REQUEST, names_by_kind, print_listing
 
@@ -126,10 +126,10 @@ def show(arguments: tuple[str, ...], stage: str, init_from: str | None, as_json:
     help=STAGE_HELP,
 )
 @click.option(
-    "--base", metavar="B", shell_complete=complete_base, help="Base model: short name, hub id or folder."
+    "--base", metavar="B", shell_complete=complete_base, help="Base model: short name, Hub id or folder."
 )
 @click.option(
-    "--data", "source", metavar="D", shell_complete=complete_file, help="Data: hub id, file or folder."
+    "--data", "source", metavar="D", shell_complete=complete_file, help="Data: Hub id, file or folder."
 )
 @click.option("--from", "init_from", metavar="RUN", shell_complete=complete_parent, help=FROM_HELP)
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows to show.")
@@ -208,7 +208,7 @@ def score(directory: Path, source: str, out: Path | None, as_json: bool) -> None
 @cli.command()
 @click.argument("directory", metavar="RUN", callback=run_argument, shell_complete=complete_run)
 def merge(directory: Path) -> None:
-    """Merge a run's adapter into its base and save RUN/merged; `--base RUN` trains on from it."""
+    """Merge a run's adapter into its base and save RUN/merged; `--base RUN` trains a new adapter on it."""
     silence_libraries()
     from finetune.training.save import merge_run
 

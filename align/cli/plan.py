@@ -39,7 +39,7 @@ Examples:
   llm-align plan hh --stage ppo --gpu a100-40g --fit
   llm-align plan --compatibility --stage dpo           which adapters, bases and strategies work together
 \b
-Exit status: 0 fits, 3 does not fit, 2 a mistake in the recipe or the command.
+Exit status: 0 fits, 3 does not fit, 2 an error in the recipe or the command.
 """
 
 
@@ -54,9 +54,9 @@ Exit status: 0 fits, 3 does not fit, 2 a mistake in the recipe or the command.
     help=STAGE_HELP,
 )
 @click.option(
-    "--base", metavar="B", shell_complete=complete_base, help="Base model: short name, hub id or folder."
+    "--base", metavar="B", shell_complete=complete_base, help="Base model: short name, Hub id or folder."
 )
-@click.option("--data", metavar="D", shell_complete=complete_file, help="Data: hub id, file or folder.")
+@click.option("--data", metavar="D", shell_complete=complete_file, help="Data: Hub id, file or folder.")
 @click.option("--adapter", metavar="A", shell_complete=complete_adapter, help=ADAPTER_HELP)
 @click.option(
     "--from", "start", metavar="RUN", shell_complete=complete_parent, help="Finished run to continue from."

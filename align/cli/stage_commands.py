@@ -77,9 +77,9 @@ def _stage_command(stage: str, package: str) -> click.Command:
         "arguments", nargs=-1, metavar="[RECIPE] [SECTION.KEY=VALUE]...", shell_complete=complete_words
     )
     @click.option(
-        "--base", metavar="B", shell_complete=complete_base, help="Base model: short name, hub id or folder."
+        "--base", metavar="B", shell_complete=complete_base, help="Base model: short name, Hub id or folder."
     )
-    @click.option("--data", metavar="D", shell_complete=complete_file, help="Data: hub id, file or folder.")
+    @click.option("--data", metavar="D", shell_complete=complete_file, help="Data: Hub id, file or folder.")
     @click.option("--adapter", metavar="A", shell_complete=complete_adapter, help=ADAPTER_HELP)
     @click.option("--from", "init_from", metavar="RUN", shell_complete=complete_parent, help=FROM_HELP)
     @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory.")
@@ -188,14 +188,14 @@ def _renamed_command(stage: str) -> click.Command:
     "--base", metavar="B", shell_complete=complete_base, help="Base model of the stages that start from one."
 )
 @click.option(
-    "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the pipeline's report."
+    "--out", metavar="DIR", type=click.Path(path_type=Path), help="Directory of the pipeline's report."
 )
 @click.option("--force", is_flag=True, help="Start every stage over.")
 @click.option("--dry-run", is_flag=True, help="Validate every stage and print the plan; run nothing.")
 def run_command(
     name: str, arguments: tuple[str, ...], base: str | None, out: Path | None, force: bool, dry_run: bool
 ) -> None:
-    """Run a pipeline: several stages in one file, each on the runs of earlier ones.
+    """Run a pipeline: several stages in one file; a stage may start from an earlier stage's run.
 
     Finished stages are identified by content and skipped; the same command resumes after an interruption.
     """

@@ -177,7 +177,7 @@ RULES = (
     Rule(
         "trl-loss",
         {"train.engine": ("trl",)},
-        message="TRL implements the loss as we do",
+        message="TRL implements the same loss",
         source="trl 1.16, trainer/dpo_config.py: loss_type",
         find=_check_trl_loss,
         reads=("dpo", "train"),

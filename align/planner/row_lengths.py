@@ -284,7 +284,7 @@ def _lengths_by_table(data: DataSettings, max_length: int, completions: int) -> 
     rows = _known_rows(data, table)
     entry = table.get(_data_set_name(data.source)) if data.mix is None else None
     mean = entry.get("bytes", 0) / BYTES_PER_TOKEN if entry is not None else 0
-    row_count = f"{rows:,} rows (data set card)" if rows is not None else "row count unknown"
+    row_count = f"{rows:,} rows (dataset card)" if rows is not None else "row count unknown"
     if mean:
         mean_text = f"mean {mean:.0f} tokens per row, {BYTES_PER_TOKEN:g} bytes per token"
         basis = f"{_source_names(data)}: {row_count}; {mean_text}"
@@ -299,7 +299,7 @@ def _lengths_by_table(data: DataSettings, max_length: int, completions: int) -> 
 
 
 def _known_rows(data: DataSettings, table: dict[str, Any]) -> int | None:
-    """Return the number of training rows of data sets in the table."""
+    """Return the number of training rows of datasets in the table."""
     if data.mix is None:
         rows = _table_rows(data.source, data.split, table)
         limit = data.select.rows if data.select is not None and rows is not None else None

@@ -70,7 +70,7 @@ class PPOSettings(Section):
     )
     # Detail 23, the EOS trick: it replaces the reward of a completion without EOS, whatever that is.
     missing_eos_reward: float | None = Field(
-        -1.0, description="reward of a completion without EOS; null: what the reward says"
+        -1.0, description="reward of a completion without EOS; null: the reward is unchanged"
     )
     normalize_rewards: Literal["none", "running"] = Field(
         "none", description="running: normalize by running mean and standard deviation of all rewards"

@@ -68,7 +68,7 @@ def score_file(model: RewardModel, source: str | list[dict[str, Any]]) -> list[S
 
     Args:
         model: the reward model.
-        source: file, folder, hub id, or rows.
+        source: file, folder, Hub id, or rows.
 
     Raises:
         UserError: unknown layout of the rows, or the template cannot render them.

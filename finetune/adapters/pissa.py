@@ -1,4 +1,4 @@
-r"""PiSSA: LoRA initialized to the principal components of each weight, over a base with the residual.
+r"""PiSSA: LoRA initialized to the principal components of each weight, on a base with the residual.
 
 Meng et al. 2024 (arXiv 2404.02948), equations 2 to 4: W = U S V^T; A and B take the r largest singular
 values, A = S_r^(1/2) V_r^T, B = U_r S_r^(1/2); the frozen base becomes W_res = W - B A. Their sum is W at

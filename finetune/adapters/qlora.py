@@ -1,4 +1,4 @@
-"""QLoRA: LoRA over a base stored in 4-bit NormalFloat with double quantization (or in 8 bits).
+"""QLoRA: LoRA on a base stored in 4-bit NormalFloat with double quantization (or in 8 bits).
 
 Dettmers et al. 2023 (arXiv 2305.14314), equation 5. The base is quantized while it is loaded; LoRA itself
 stays in float32.

@@ -136,7 +136,7 @@ def _check_template(settings: StageSettings) -> Iterator[Problem]:
 def _check_sources(settings: StageSettings) -> Iterator[Problem]:
     data = settings.data
     if data.source is None and data.mix is None:
-        repair = "set data.source (or --data) to a hub id, a file or a folder"
+        repair = "set data.source (or --data) to a Hub id, a file or a folder"
         yield Problem("data.source", "neither data.source nor data.mix is set", "one of the two", repair)
     elif data.source is not None and data.mix is not None:
         yield Problem(
@@ -304,7 +304,7 @@ RULES: tuple[Rule, ...] = (
         problem=Problem(
             "data.packing",
             "true with train.engine 'trl'",
-            "false: our packing preserves the batches, TRL's changes them",
+            "false: llm-align's packing preserves the batches, TRL's changes them",
             "train.engine=native, or train.engine_args={{padding_free: true}}",
         ),
     ),

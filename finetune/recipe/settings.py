@@ -103,7 +103,7 @@ class MixedSource(Section):
     """One source of a mixture."""
 
     source: NonEmptyStr = Field(description="Hub id, file or folder")
-    columns: dict[str, str] | None = Field(None, description="our column name: the source's column name")
+    columns: dict[str, str] | None = Field(None, description="{layout's column: your column}")
     rows: PositiveInt | None = Field(None, description="maximum number of rows, sampled with the seed")
     select: SelectSettings | None = Field(None, description="filters for these rows")
     weight: Annotated[float, Field(gt=0)] | None = Field(
@@ -126,7 +126,7 @@ class DataSettings(Section):
         "or folder; in Python a list of rows",
     )
     mix: Annotated[list[MixedSource], Field(min_length=1)] | None = Field(
-        None, description="several sources in place of `source`"
+        None, description="several sources instead of `source`"
     )
     mix_size_cap: PositiveInt | None = Field(
         None, description="cap on a source's size (K) when rates follow from sizes"
@@ -139,10 +139,10 @@ class DataSettings(Section):
     )
     split: NonEmptyStr = Field("train", description="split of a Hub dataset")
     revision: NonEmptyStr | None = Field(None, description="branch, tag or commit of a Hub dataset")
-    columns: dict[str, str] | None = Field(None, description="our column name: the source's column name")
+    columns: dict[str, str] | None = Field(None, description="{layout's column: your column}")
     select: SelectSettings | None = Field(None, description="filters for the rows of `source`")
     template: NonEmptyStr = Field(
-        "alpaca", description="file of data_templates/, or `tokenizer`: the tokenizer's own"
+        "alpaca", description="name of a template, or `tokenizer`: the tokenizer's chat template"
     )
     system_prompt: str | None = Field(None, description="system prompt for conversations without one")
     held_out: NonNegativeInt | Fraction | NonEmptyStr = Field(
@@ -175,7 +175,9 @@ class TrainSettings(Section):
 
     NOT_IN_DIGEST: ClassVar[tuple[str, ...]] = ("num_processes", "strategy", "offload")
 
-    engine: Literal["native", "trl"] = Field("native", description="our trainer, or TRL's for the same stage")
+    engine: Literal["native", "trl"] = Field(
+        "native", description="llm-align's trainer, or TRL's for the same stage"
+    )
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="number of epochs")
     max_steps: PositiveInt | None = Field(None, description="number of optimizer steps; overrides epochs")
     batch_size: PositiveInt = Field(16, description="sequences per optimizer step, over all processes")
@@ -216,7 +218,7 @@ class TrainSettings(Section):
     )
     strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
         "auto",
-        description="what is sharded over processes: ddp nothing, zero1 optimizer states, zero2 also "
+        description="sharding over processes: ddp none, zero1 optimizer states, zero2 also "
         "gradients, zero3 and fsdp2 also weights",
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
@@ -259,7 +261,9 @@ class DocumentSettings(DataSettings):
 class EvaluateSettings(Section):
     """Generation evals before and after training, on held-out rows."""
 
-    samples: NonNegativeInt = Field(4, description="number of sampled replies in samples.jsonl")
+    samples: NonNegativeInt = Field(
+        4, description="number of prompts in samples.jsonl, with the replies before and after training"
+    )
     exact_match: NonNegativeInt = Field(0, description="held-out rows for exact match of the greedy reply")
     max_new_tokens: PositiveInt = Field(128, description="maximum length of a generated reply")
     graders: dict[str, NonEmptyStr] = Field(

@@ -217,7 +217,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rewards/<name>",
         "reward",
-        "mean of one of several rewards; length_penalty is one",
+        "mean of each reward if there are several, length_penalty included",
         (*ONLINE, "rejection"),
         "both",
         "higher",

@@ -38,9 +38,7 @@ class RewardSource(Section):
         description="finished run of stage reward: its folder, or its name (or a prefix) in ./runs; "
         "or reward/RECIPE, which is run first if it has no finished run",
     )
-    score: NonEmptyStr | None = Field(
-        None, description="which score of the run: name of a head or a rule; null: their total"
-    )
+    score: NonEmptyStr | None = Field(None, description="head or rule of the run; null: the total reward")
     function: NonEmptyStr | None = Field(
         None,
         description="path/to/file.py:function; (prompt, completion) -> number or bool; a third "
@@ -85,19 +83,19 @@ class RewardsSettings(Section):
     # Llama 2 (arXiv 2307.09288), section 3.2.3; weighted sums as in Sparrow (arXiv 2209.14375), section 2.6.
     combine: Literal["sum", "llama2"] = Field(
         "sum",
-        description="weighted sum; or llama2: safety if the prompt or the reply is unsafe, else helpfulness",
+        description="sum: weighted; llama2: safety if prompt or completion is unsafe, else helpfulness",
     )
     unsafe_prompt_fn: NonEmptyStr | None = Field(
         None, description="for llama2: file.py:function; (prompt) -> bool, whether the prompt is unsafe"
     )
     # Llama 2 (arXiv 2307.09288), section 3.2.3: 0.15, on the sigmoid of the safety model's score.
     safety_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.15, description="for llama2: a reply is unsafe if the sigmoid of its safety score is below this"
+        0.15, description="for llama2: a completion is unsafe if sigmoid(safety score) is below this"
     )
     length_penalty: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="penalty per token of a reply beyond length_free"
+        0.0, description="penalty per completion token beyond length_free"
     )
-    length_free: NonNegativeInt = Field(0, description="tokens of a reply without length penalty")
+    length_free: NonNegativeInt = Field(0, description="completion tokens without length penalty")
 
     def input_digests(self) -> list[str]:
         """Return digests of the reward runs and of the functions' files.

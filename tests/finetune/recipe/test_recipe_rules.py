@@ -14,7 +14,7 @@ TEXT = "model: {base: ./base}\ndata: {source: rows.jsonl}\n"
             ["data.source="],
             "data.source (command line): neither data.source nor data.mix is set\n"
             "    expected: one of the two\n"
-            "    repair:   set data.source (or --data) to a hub id, a file or a folder",
+            "    repair:   set data.source (or --data) to a Hub id, a file or a folder",
         ),
         (
             ["data.source=rows.jsonl", "data.mix=[{source: a/b}]"],
@@ -62,7 +62,7 @@ TEXT = "model: {base: ./base}\ndata: {source: rows.jsonl}\n"
         (
             ["train.engine=trl", "data.packing=true"],
             "data.packing (command line): true with train.engine 'trl'\n"
-            "    expected: false: our packing preserves the batches, TRL's changes them\n"
+            "    expected: false: llm-align's packing preserves the batches, TRL's changes them\n"
             "    repair:   train.engine=native, or train.engine_args={padding_free: true}",
         ),
         (
