@@ -71,7 +71,7 @@ def test_the_listing_names_everything(workspace):
     actual = list_names()
     assert actual.recipes["sft"]["own"] == "mine"
     assert actual.recipes["sft"]["wrong"].startswith("cannot be read: ")
-    assert actual.recipes["sft"]["vicuna"] == "Vicuna: ShareGPT conversations of many turns, LoRA"
+    assert actual.recipes["sft"]["vicuna"] == "Vicuna: multi-turn ShareGPT conversations, LoRA"
     assert actual.adapters["lora"].startswith("LoRA: ")
     assert actual.templates["alpaca"].startswith("Stanford Alpaca's prompt")
     assert actual.bases["llama-2-7b"].id == "meta-llama/Llama-2-7b-hf"
