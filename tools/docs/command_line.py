@@ -20,16 +20,6 @@ def all_commands() -> str:
     return "\n".join(_section(commands) for commands in groups.values())
 
 
-def command(verb: str) -> str:
-    """Return one command: usage and options.
-
-    Raises:
-        KeyError: there is no such command.
-    """
-    found = cli.commands[verb]
-    return f"```text\n{PROGRAM} {verb} {_usage(found)}\n```\n\n{_options(found)}"
-
-
 def exit_status() -> str:
     """Return the exit statuses."""
     meanings = {

@@ -20,7 +20,7 @@ from finetune.recipe.discovery import stage_names
 from tools.docs.markdown import table
 
 
-def stage_table(stage: str, device: str = "cuda") -> str:
+def _stage_table(stage: str, device: str) -> str:
     """Return one stage's table on a kind of device."""
     return _verdicts("quantization: adapters", adapter_rows(stage, device))
 
@@ -49,7 +49,7 @@ def _stages_by_table(device: str) -> Iterator[tuple[list[str], str]]:
     """Yield each table with all stages that have it."""
     tables: dict[str, list[str]] = {}
     for stage in stage_names():
-        tables.setdefault(stage_table(stage, device), []).append(stage)
+        tables.setdefault(_stage_table(stage, device), []).append(stage)
     for text, stages in tables.items():
         yield stages, text
 
