@@ -25,6 +25,7 @@ from finetune.recipe.discovery import local_path, stage_names, stage_of_verb, ve
 from finetune.recipe.errors import UserError
 from finetune.recipe.recipe import read_recipe
 from finetune.recipe.yaml_file import read_yaml
+from finetune.training.save import merge_run
 
 STAGE_VERBS = {verb_of(stage) for stage in stage_names()} | {"coh"}
 LAUNCHERS = ("torchrun", "accelerate", "deepspeed", "srun", "CUDA_VISIBLE_DEVICES=0")
@@ -84,6 +85,7 @@ def _finished_runs(folder: Path) -> None:
     align.run(align.load_recipe("quickstart", out=train, **recipe))  # type: ignore[arg-type]
     for name in RUN_FOLDERS[1:]:
         shutil.copytree(train, train.with_name(name))
+    merge_run(train.with_name("pretrain-in-house-5e6f7a8b"))
     reward = {"data": str(folder / "pairs.jsonl"), "settings": {**settings, "model.init_from": str(train)}}
     out = train.with_name("reward-hh-1a2b3c4d")
     align.run(align.load_recipe("quickstart", stage="reward", out=out, **reward))  # type: ignore[arg-type]
