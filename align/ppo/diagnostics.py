@@ -119,7 +119,7 @@ def _reward_gain(metrics: RunMetrics) -> Finding | None:
     if after - before < MIN_REWARD_GAIN:
         action = "raise train.learning_rate, lower ppo.kl_coef, or train longer"
         return Finding("reward", evidence, "almost nothing was learned", action)
-    return Finding("reward", evidence, "the policy learned to get reward")
+    return Finding("reward", evidence, "the policy earns a higher reward")
 
 
 def _grader_change(metrics: RunMetrics) -> Finding | None:
@@ -138,9 +138,9 @@ def _grader_change(metrics: RunMetrics) -> Finding | None:
     evidence = "; ".join(f"{name} {before:.3f} → {after:.3f}" for name, before, after in changes)
     if any(after < before - MAX_GRADER_DROP for _, before, after in changes):
         action = "raise ppo.kl_coef, train shorter, or train the reward model on more comparisons"
-        return Finding("graders", evidence, "a grader outside the reward scores the replies lower", action)
+        return Finding("graders", evidence, "a grader outside the reward scores completions lower", action)
     if all(after > before + MAX_GRADER_DROP for _, before, after in changes):
-        return Finding("graders", evidence, "graders outside the reward score the replies higher")
+        return Finding("graders", evidence, "graders outside the reward score completions higher")
     return Finding("graders", evidence, "graders outside the reward changed little")
 
 
@@ -165,7 +165,7 @@ def _reference_perplexity(metrics: RunMetrics) -> Finding | None:
     if perplexity is None:
         return None
     before, after = perplexity
-    evidence = f"perplexity of the replies under the reference {before:.2f} → {after:.2f}"
+    evidence = f"perplexity of completions under the reference {before:.2f} → {after:.2f}"
     if after > 3 * before:
         return Finding("fluency", evidence, "unlikely text under the reference", "raise ppo.kl_coef")
     return Finding("fluency", evidence, "likely text under the reference")
@@ -182,17 +182,17 @@ def _length_change(metrics: RunMetrics) -> Finding | None:
     evidence = f"{before:.1f} → {after:.1f} tokens, {eos_rate[0]:.0%} → {eos_rate[1]:.0%} end with EOS"
     if eos_rate[1] < eos_rate[0] - 0.1:
         action = "ppo.missing_eos_reward=-1 (or lower), or raise sampling.max_new_tokens"
-        return Finding("length", evidence, "fewer replies end with EOS", action)
+        return Finding("length", evidence, "fewer completions end with EOS", action)
     if after > LARGE_LENGTH_RATIO * before:
         return Finding(
             "length",
             evidence,
-            "replies got longer",
+            "completions got longer",
             "rewards.length_penalty=0.01, or stop.max_length_ratio=1.5",
         )
     if after < SMALL_LENGTH_RATIO * before:
-        meaning = "replies got much shorter: check in samples.jsonl that they still answer"
-        return Finding("length", evidence, meaning, "raise ppo.kl_coef, or reward longer replies")
+        meaning = "completions got much shorter: check in samples.jsonl that they still answer the prompt"
+        return Finding("length", evidence, meaning, "raise ppo.kl_coef, or reward longer completions")
     return Finding("length", evidence, "about as long as before")
 
 
@@ -205,13 +205,13 @@ def _diversity(metrics: RunMetrics) -> Finding | None:
         return None
     evidence = (
         f"entropy {entropy[0]:.3f} → {entropy[1]:.3f} nats per token, "
-        f"{unique_fraction[0]:.0%} → {unique_fraction[1]:.0%} of the replies are unique"
+        f"{unique_fraction[0]:.0%} → {unique_fraction[1]:.0%} of completions are unique"
     )
     if unique_fraction[1] < 0.5 * unique_fraction[0]:
-        meaning = "the policy gives the same replies over and over (mode collapse)"
-        return Finding("variety", evidence, meaning, "raise ppo.kl_coef, or ppo.entropy_coef=0.01")
+        meaning = "the policy samples the same completions again and again (mode collapse)"
+        return Finding("diversity", evidence, meaning, "raise ppo.kl_coef, or ppo.entropy_coef=0.01")
     return Finding(
-        "variety", evidence, "lower, as expected in RL" if entropy[1] < entropy[0] else "not lower"
+        "diversity", evidence, "lower, as expected in RL" if entropy[1] < entropy[0] else "not lower"
     )
 
 
@@ -222,7 +222,7 @@ def _update_health(metrics: RunMetrics) -> Finding | None:
     )
     if clip_frac is None or explained_variance is None:
         return None
-    evidence = f"clip fraction {clip_frac:.1%}, explained variance of the value {explained_variance:.0%}"
+    evidence = f"clip fraction {clip_frac:.1%}, explained variance {explained_variance:.0%}"
     if clip_frac > LARGE_CLIP_FRAC:
         return Finding(
             "updates", evidence, "updates are too large", "lower train.learning_rate or ppo.ppo_epochs"

@@ -172,7 +172,7 @@ class Rewards:
         *,
         expected: Sequence[str | None] | None = None,
     ) -> CheckResult:
-        """Check the rewards on empty replies to some prompts: a policy may sample EOS at once.
+        """Check the rewards on empty completions of some prompts: a policy may sample EOS at once.
 
         Args:
             prompts: conversations that end with a user turn.
@@ -189,8 +189,8 @@ class Rewards:
         answers = None if expected is None else [expected[index] for index in indices]
         totals = self.score(conversations, [locations[index] for index in indices], expected=answers).total
         names = ", ".join(source.name for source in self.sources)
-        summary = f"empty replies to {len(indices)} prompts score {totals.min():.3g} to {totals.max():.3g}"
-        return CheckResult("rewards", f"{names}: {summary}")
+        scores = f"{totals.min():.3g} to {totals.max():.3g}"
+        return CheckResult("rewards", f"{names}: empty completions of {len(indices)} prompts score {scores}")
 
     def _combine(self, by_source: Mapping[str, Scores], prompts: Sequence[str]) -> Scores:
         if self.settings.combine == "sum":

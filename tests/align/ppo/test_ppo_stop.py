@@ -154,7 +154,7 @@ def test_repetition_is_reported() -> None:
 
 def test_healthy_run_has_no_action() -> None:
     findings_by_name = {finding.name: finding for finding in diagnose_ppo(HEALTHY, COMPLETION_PAIRS)}
-    assert list(findings_by_name) == ["reward", "graders", "KL", "fluency", "length", "variety", "updates"]
+    assert list(findings_by_name) == ["reward", "graders", "KL", "fluency", "length", "diversity", "updates"]
     assert not any(finding.action for finding in findings_by_name.values())
     assert "0.300 → 0.900" in findings_by_name["graders"].evidence
 
@@ -170,7 +170,7 @@ def test_healthy_run_has_no_action() -> None:
         (before_and_after(length=(20.0, 60.0)), "length", "length_penalty"),
         (before_and_after(length=(20.0, 5.0)), "length", "kl_coef"),
         (before_and_after(ends=(1.0, 0.5)), "length", "missing_eos_reward"),
-        (before_and_after(distinct=(1.0, 0.2)), "variety", "entropy_coef"),
+        (before_and_after(distinct=(1.0, 0.2)), "diversity", "entropy_coef"),
         ({"policy/clip_frac_after": 0.6}, "updates", "learning_rate"),
         ({"value/explained_variance_after": -0.4}, "updates", "value_coef"),
     ],

@@ -132,7 +132,7 @@ def test_rewards_are_checked_on_empty_completions_before_sampling(
     loaded_rewards = load_on_base(rewards(str(lone_run), f"{rewards_folder}/programs.py:good"), base_folder)
     result = loaded_rewards.check(prompts, LOCATIONS)
     assert result.problem is None and result.detail.startswith(
-        "reward, good: empty replies to 4 prompts score "
+        "reward, good: empty completions of 4 prompts score "
     )
     broken = load_on_base(rewards(f"{rewards_folder}/programs.py:broken"), base_folder)
     with pytest.raises(UserError, match="reward 'broken' on prompt 0: ZeroDivisionError"):
