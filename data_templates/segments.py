@@ -6,17 +6,17 @@ response marker.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, starmap
 from typing import Literal
 
 from data_templates.markers import Markers
 
-Role = Literal["system", "tools", "user", "observation", "assistant", "function_call"]
+Role = Literal["system", "tools", "user", "observation", "assistant"]
 """Role of a turn. ``tools`` lists the callable functions, ``observation`` is the result of a call."""
 
-REPLY_ROLES: tuple[Role, ...] = ("assistant", "function_call")
+REPLY_ROLES: tuple[Role, ...] = ("assistant",)
 """Roles of the turns that the model generates."""
-TOOL_ROLES: tuple[Role, ...] = ("tools", "function_call", "observation")
+TOOL_ROLES: tuple[Role, ...] = ("tools", "observation")
 
 
 class TemplateError(ValueError):
@@ -25,16 +25,46 @@ class TemplateError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. ``context`` is Alpaca's ``input``; ``trained`` is used for replies only.
+    """One turn. ``context`` is Alpaca's ``input``; the fields after it are used for replies only.
 
-    A ``tools`` turn has one JSON object ``{"type": "function", "function": {...}}`` per line, a
-    ``function_call`` turn one ``{"name": ..., "arguments": {...}}`` per line.
+    A ``tools`` turn has one JSON object ``{"type": "function", "function": {...}}`` per line. ``reasoning``
+    is the thought that precedes a reply's text, without tags. ``tool_calls`` has one
+    ``{"name": ..., "arguments": {...}}`` per line; the calls follow the text, which may be empty.
     """
 
     role: Role
     content: str
     context: str = ""
     trained: bool = True
+    reasoning: str = ""
+    tool_calls: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Return role and texts, by which equal turns are found."""
+        extra = (self.reasoning, self.tool_calls)
+        return (self.role, self.content, self.context, *(extra if any(extra) else ()))
+
+    @property
+    def full_text(self) -> str:
+        """Return thought, text and calls without the template's tags, for comparisons and lengths."""
+        return "\n".join(part for part in (self.reasoning, self.content, self.tool_calls) if part)
+
+    @property
+    def is_empty(self) -> bool:
+        """Return True if the turn has no text and no call (a thought alone is no reply)."""
+        return not (self.content.strip() or self.tool_calls)
+
+
+def map_texts(message: Message, change: Callable[[str], str]) -> Message:
+    """Return the turn with each of its texts changed."""
+    return replace(
+        message,
+        content=change(message.content),
+        context=change(message.context),
+        reasoning=change(message.reasoning),
+        tool_calls=change(message.tool_calls),
+    )
 
 
 DOCUMENT_START = Message("user", "", trained=False)
@@ -95,13 +125,14 @@ class Template:
     ``render`` takes messages; if the last one is not the assistant's, the result ends where a reply begins
     (the generation prompt, by the same code that renders the training rows). ``markers`` begin or end turns
     and are escaped in the data's text; ``stop`` has the tokens that end a reply besides EOS. ``tools``: can
-    it render tools, calls and observations?
+    it render tools, calls and observations? ``reasoning``: can it render thoughts?
     """
 
     render: Callable[[Sequence[Message]], list[Segment]]
     markers: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     tools: bool = False
+    reasoning: bool = False
 
 
 def render(
@@ -113,25 +144,35 @@ def render(
         The segments, and the number of escaped markers and special tokens.
 
     Raises:
-        TemplateError: the order of roles is invalid, this template cannot render it, or a text is not valid
-            Unicode.
+        TemplateError: the order of roles is invalid, this template cannot render a turn's role, thought or
+            calls, or a text is not valid Unicode.
     """
     check_roles(messages)
-    _check_tools(template, messages)
+    _check_supported(template, messages)
     # All special tokens of the tokenizer, also those that this template does not use.
     markers = Markers.of((*template.markers, *special_tokens))
     escaped = []
     num_escaped = 0
     for message in messages:
         _check_unicode(message)
-        content, num_in_content = markers.escape_markers(message.content)
-        context, num_in_context = markers.escape_markers(message.context)
+        turn, num_in_turn = _escape_turn(message, markers)
         # Published datasets have inputs of a single space or line feed, which mean "no input".
-        escaped.append(replace(message, content=content, context=context if context.strip() else ""))
-        num_escaped += num_in_content + num_in_context
+        escaped.append(turn if turn.context.strip() else replace(turn, context=""))
+        num_escaped += num_in_turn
     # Escaped contents can still form a marker together with the text around them.
     segments, num_at_boundaries = escape_at_boundaries(template.render(escaped), markers)
     return segments, num_escaped + num_at_boundaries
+
+
+def _escape_turn(message: Message, markers: Markers) -> tuple[Message, int]:
+    counts = []
+
+    def escape(text: str) -> str:
+        escaped, count = markers.escape_markers(text)
+        counts.append(count)
+        return escaped
+
+    return map_texts(message, escape), sum(counts)
 
 
 def escape_at_boundaries(segments: Sequence[Segment], markers: Markers) -> tuple[list[Segment], int]:
@@ -197,7 +238,7 @@ def _last_content(segments: Sequence[Segment], num_characters: int) -> int | Non
 
 def _check_unicode(message: Message) -> None:
     try:
-        (message.content + message.context).encode()
+        "".join(message.key[1:]).encode()
     except UnicodeEncodeError as error:
         surrogate = f"an unpaired surrogate ({error.object[error.start]!r}) at position {error.start + 1}"
         raise TemplateError(f"the {message.role} text has {surrogate}; expected valid Unicode") from error
@@ -206,32 +247,41 @@ def _check_unicode(message: Message) -> None:
 def check_roles(messages: Sequence[Message]) -> None:
     """Raise TemplateError unless the order of roles is valid.
 
-    That is: an optional system turn, optional tools, then user and assistant alternating; function_call
-    counts as a reply, and an observation takes the place of a user turn.
+    That is: an optional system turn, optional tools, then user and assistant alternating; after a reply with
+    tool calls, observations take the place of the user turn, one for each call.
     """
     roles = [message.role for message in messages]
     # A conversation may end with a user turn: that is a generation prompt.
-    body = roles[1:] if roles[:1] == ["system"] else roles
-    body = body[1:] if body[:1] == ["tools"] else body
-    if body[:1] != ["user"] or not all(_may_follow(role, next_role) for role, next_role in pairwise(body)):
+    body = list(messages[1:] if roles[:1] == ["system"] else messages)
+    body = body[1:] if body and body[0].role == "tools" else body
+    if not body or body[0].role != "user" or not all(starmap(_may_follow, pairwise(body))):
         raise TemplateError(
             f"the turns are [{', '.join(roles)}]; expected an optional system turn, then alternating user "
-            "and assistant, beginning with user (function_call in place of assistant, then observation)"
+            "and assistant, beginning with user (after a reply with tool calls: observation)"
         )
 
 
-def _may_follow(role: Role, next_role: Role) -> bool:
-    if role not in REPLY_ROLES:
-        return next_role in REPLY_ROLES
-    return next_role == "user" or (role, next_role) == ("function_call", "observation")
+def _may_follow(turn: Message, next_turn: Message) -> bool:
+    if turn.role in REPLY_ROLES:
+        return next_turn.role == "user" or (bool(turn.tool_calls) and next_turn.role == "observation")
+    several_results = turn.role == next_turn.role == "observation"
+    return next_turn.role in REPLY_ROLES or several_results
 
 
-def _check_tools(template: Template, messages: Sequence[Message]) -> None:
+def _check_supported(template: Template, messages: Sequence[Message]) -> None:
+    """Raise TemplateError if a turn has something that this template would leave out."""
     for number, message in enumerate(messages, 1):
-        if message.role in TOOL_ROLES and not template.tools:
+        unsupported = (
+            message.role if message.role in TOOL_ROLES else "a tool call" if message.tool_calls else None
+        )
+        if unsupported and not template.tools:
             raise TemplateError(
-                f"turn {number} is {message.role}, but this template does not support tools; use 'toolcall'"
+                f"turn {number} is {unsupported}, but this template does not support tools; use 'toolcall'"
             )
+        if message.reasoning and not template.reasoning:
+            raise TemplateError(f"turn {number} has a thought, but this template does not support reasoning")
+        if (message.reasoning or message.tool_calls) and message.role not in REPLY_ROLES:
+            raise TemplateError(f"turn {number} is {message.role}, but only replies have thoughts and calls")
 
 
 def user_segments(message: Message) -> list[Segment]:

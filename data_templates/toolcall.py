@@ -6,6 +6,7 @@ Qwen/Qwen3-4B-Instruct-2507 (Qwen2.5's is the same after its system text); the d
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from data_templates._chatml import CHATML_MARKERS, IM_END, assistant_header, assistant_reply, turn_segments
 from data_templates.segments import BOS, Message, Segment, Template, markup, split_system, user_segments
@@ -32,27 +33,31 @@ def render(messages: Sequence[Message]) -> list[Segment]:
         signatures = Segment("content", turns.pop(0).content)
         head += [*between, markup(SIGNATURES), signatures, markup(CALL_INSTRUCTIONS)]
     segments = [BOS, *(turn_segments("system", head) if head else [])]
-    for message in turns:
-        segments += _render_turn(message)
+    for role, group in groupby(turns, key=lambda message: message.role):
+        same_role = list(group)
+        if role == "assistant":
+            segments += _call_turn(same_role[0]) if same_role[0].tool_calls else assistant_reply(same_role[0])
+        else:
+            content = _observations(same_role) if role == "observation" else user_segments(same_role[0])
+            segments += [*turn_segments("user", content), assistant_header()]
     return segments
 
 
-def _render_turn(message: Message) -> list[Segment]:
-    if message.role == "function_call":
-        return _call_turn(message)
-    if message.role == "assistant":
-        return assistant_reply(message)
-    content = user_segments(message)
-    if message.role == "observation":
-        content = [markup("<tool_response>\n"), *content, markup("\n</tool_response>")]
-    return [*turn_segments("user", content), assistant_header()]
+def _observations(messages: Sequence[Message]) -> list[Segment]:
+    """Return the results of one turn's calls, which Qwen puts into one user turn."""
+    segments: list[Segment] = []
+    for message in messages:
+        opening = markup("\n<tool_response>\n" if segments else "<tool_response>\n")
+        segments += [opening, *user_segments(message), markup("\n</tool_response>")]
+    return segments
 
 
 def _call_turn(message: Message) -> list[Segment]:
-    """Return an assistant turn with one call per line."""
-    segments: list[Segment] = []
+    """Return an assistant turn with its text, if it has one, and one call per line."""
+    text = Segment("content", message.content, message.trained, reply=True)
+    segments = [text] if message.content else []
     # Calls are one JSON object per line: calls_to_json_lines writes no line feed inside an object.
-    for call in message.content.split("\n"):
+    for call in message.tool_calls.split("\n"):
         segments += [
             _generated_markup("\n<tool_call>\n" if segments else "<tool_call>\n", message),
             Segment("content", call, message.trained, reply=True),

@@ -32,7 +32,7 @@ class PlannedRow:
     @property
     def size(self) -> int:
         """Return the characters of its contents."""
-        return sum(len(turn.content) + len(turn.context) for turn in (*self.messages, *self.completions))
+        return sum(len("".join(turn.key[1:])) for turn in (*self.messages, *self.completions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def row_renderer(name: str) -> Callable[[PlannedRow], RowText]:
             return RowText("", tuple(piece.text for piece in render_document(row.messages)))
         outside, inside = _render_messages(template, row.messages)
         return RowText(
-            outside, tuple(turn.content for turn in row.completions) or ((inside,) if inside else ())
+            outside, tuple(turn.full_text for turn in row.completions) or ((inside,) if inside else ())
         )
 
     return render_row
@@ -146,5 +146,5 @@ def _approximate_text(messages: Sequence[Message]) -> tuple[str, str]:
         turn.content + turn.context + ASSUMED_MARKUP for turn in messages if turn.role not in REPLY_ROLES
     )
     return "".join(prompt_texts), "".join(
-        turn.content + ASSUMED_MARKUP for turn in messages if turn.role in REPLY_ROLES
+        turn.full_text + ASSUMED_MARKUP for turn in messages if turn.role in REPLY_ROLES
     )

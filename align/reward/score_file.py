@@ -142,7 +142,10 @@ def score_statistics(rows: Sequence[ScoredRow]) -> dict[str, Any]:
         statistics["rewards"][name] = reward_statistics | agreement
     if ranked_rows:
         lengths = [
-            [float(len(_reply_content(completion))) for completion in row.preference.completions]
+            [
+                float(len(completion.reply.full_text if completion.reply else ""))
+                for completion in row.preference.completions
+            ]
             for row in ranked_rows
         ]
         statistics["rewards"][LENGTH_BASELINE] = _agreement(ranked_rows, lengths)
@@ -168,16 +171,12 @@ def _agreement(rows: Sequence[ScoredRow], values: Sequence[Sequence[float]]) -> 
 def _conversations(preference: PreferenceRow) -> Iterator[list[Message]]:
     """Yield a row's conversations, one per completion; none if any of them ends without a reply."""
     if all(
-        completion.reply is not None and _reply_content(completion).strip()
+        completion.reply is not None and not completion.reply.is_empty
         for completion in preference.completions
     ):
         for completion in preference.completions:
             assert completion.reply is not None
             yield [*completion.prompt, completion.reply]
-
-
-def _reply_content(completion: ScoredCompletion) -> str:
-    return completion.reply.content if completion.reply is not None else ""
 
 
 def _read_unranked_responses(columns: Mapping[str, Any]) -> PreferenceRow:

@@ -101,7 +101,7 @@ class RewardModel:
         total = sum(np.asarray(values) for values in self.normalized(scores).values())
         prompts, completions = (
             [prompt_text(conversation) for conversation in conversations],
-            [conversation[-1].content for conversation in conversations],
+            [conversation[-1].full_text for conversation in conversations],
         )
         for rule in self.rules:
             scores[rule.name] = rule.scores(prompts, completions, locations)

@@ -125,8 +125,8 @@ class RawPrompt:
 
     @property
     def text_key(self) -> object:
-        """Return the key by which duplicate prompts are found: role, content and context of each turn."""
-        return tuple((turn.role, turn.content, turn.context) for turn in self.prompt)
+        """Return the key by which duplicate prompts are found: role and texts of each turn."""
+        return tuple(turn.key for turn in self.prompt)
 
 
 def load_prompts(
@@ -277,11 +277,11 @@ def _split_prompts(rows: Sequence[Conversation], report: DataReport) -> list[Raw
     for row in rows:
         messages, expected = list(row.messages), None
         while messages and messages[-1].role in REPLY_ROLES:
-            expected = messages.pop().content
+            expected = messages.pop().full_text
         # "observation" is a tool's result, which the policy answers as it does a user.
         if not messages or messages[-1].role not in ("user", "observation"):
             report.count(NO_USER_TURN, row.location)
-        elif any(not turn.content.strip() for turn in messages):
+        elif any(turn.is_empty for turn in messages):
             report.count(EMPTY_PROMPT_TURN, row.location)
         else:
             prompts.append(RawPrompt(tuple(messages), expected or None, row.location, row.source_index))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 TOOLS_FORMAT = 'a JSON list of tools, each with a "name" (or {"type": "function", "function": {...}})'
 CALL_FORMAT = '{"name": ..., "arguments": {...}} as JSON, or a list of them'
 
-TextKey = tuple[tuple[str, str, str], ...]
-"""Roles, texts and contexts of a conversation: equal keys mean duplicates."""
+TextKey = tuple[tuple[str, ...], ...]
+"""Roles and texts of a conversation: equal keys mean duplicates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class Conversation:
 
     @property
     def text_key(self) -> TextKey:
-        """Return the key by which duplicates are found: roles, texts and contexts."""
-        return tuple((turn.role, turn.content, turn.context) for turn in self.messages)
+        """Return the key by which duplicates are found: the roles and texts of all turns."""
+        return tuple(turn.key for turn in self.messages)
 
 
 def filter_usable(rows: Iterable[Conversation], report: DataReport) -> list[Conversation]:
@@ -50,7 +50,7 @@ def filter_usable(rows: Iterable[Conversation], report: DataReport) -> list[Conv
         ends_with_prompt = row.messages[-1].role in ("user", "observation")
         turns = row.messages[:-1] if ends_with_prompt else row.messages
         # DOCUMENT_START is empty on purpose: it is the prompt of a plain text.
-        if any(not turn.content.strip() and turn != DOCUMENT_START for turn in turns):
+        if any(turn.is_empty and turn != DOCUMENT_START for turn in turns):
             report.count("dropped: empty turn", row.location)
         elif not any(turn.role in REPLY_ROLES for turn in turns):
             report.count("dropped: no assistant reply", row.location)
@@ -70,7 +70,8 @@ def with_control_suffix(messages: Sequence[Message], control_suffix: str) -> Seq
 def render_reply(messages: Sequence[Message], encoder: "Encoder") -> list[Message]:
     """Return a conversation up to its last reply, with that reply's text as the template renders it.
 
-    This is the text the model is trained on: a tool call has its tags, injected markers are escaped.
+    This is the text the model is trained on: thoughts and tool calls have their tags, injected markers are
+    escaped.
     """
     end = max(index for index, turn in enumerate(messages) if turn.role in REPLY_ROLES)
     segments, _ = encoder.segments(messages[: end + 1])
@@ -79,7 +80,7 @@ def render_reply(messages: Sequence[Message], encoder: "Encoder") -> list[Messag
     reply_segments = (segment for segment in segments[start:] if segment.reply and segment.kind != "eos")
     # Without end tokens, as a generated reply is decoded without them.
     text = "".join(segment.text for segment in reply_segments if segment.text not in encoder.template.stop)
-    return [*messages[:end], replace(messages[end], content=text.strip())]
+    return [*messages[:end], replace(messages[end], content=text.strip(), reasoning="", tool_calls="")]
 
 
 def tools_to_json_lines(value: Any) -> str:

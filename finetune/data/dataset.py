@@ -30,7 +30,7 @@ OVERFLOW_VERBS = {"truncate": "truncated", "drop": "dropped"}
 MAX_TRAIN_PROMPTS = 64
 """Number of training rows used as sample prompts where nothing is held out."""
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 """Version of the token cache: incremented when the meaning of a cached file changes."""
 
 
@@ -301,7 +301,7 @@ def _tokens_cache_key(
     head = [CACHE_FORMAT, encoder.fingerprint(), max_length, settings.overflow, settings.loss_on]
     digest = hashlib.sha256(json.dumps(head).encode())
     for row in rows:
-        turns = [[turn.role, turn.content, turn.context, turn.trained] for turn in row.messages]
+        turns = [[turn.key, turn.trained] for turn in row.messages]
         digest.update(json.dumps([row.location, turns], ensure_ascii=False).encode())
     return digest.hexdigest()
 

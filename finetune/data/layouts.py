@@ -18,7 +18,7 @@ ROLES: dict[str, Role] = {
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
-    "function_call": "function_call",
+    "function_call": "assistant",
     "observation": "observation",
 }
 TRAIN_FLAGS = ("trained", "train", "weight")
@@ -294,9 +294,10 @@ def _parse_turn(turn: Any, field: str, role_key: str, text_key: str) -> Message:
         raise RowError(f"{field}.tool_calls", f"found {short_repr(turn['tool_calls'])}", expected)
     if role == "function_call":
         try:
-            text = calls_to_json_lines(text)
+            calls = checked_text(calls_to_json_lines(text), f"{field}.{text_key}")
         except ValueError as error:
             raise RowError(f"{field}.{text_key}", str(error), CALL_FORMAT) from error
+        return Message(ROLES[role], "", trained=_parse_train_flag(turn, field), tool_calls=calls)
     text = checked_text(text, f"{field}.{text_key}")
     return Message(ROLES[role], text, trained=_parse_train_flag(turn, field))
 

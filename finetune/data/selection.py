@@ -39,7 +39,7 @@ def select_rows(
 
 def num_reply_characters(row: Conversation) -> int:
     """Return the total number of characters of a row's replies."""
-    return sum(len(turn.content) for turn in row.messages if turn.role in REPLY_ROLES)
+    return sum(len(turn.full_text) for turn in row.messages if turn.role in REPLY_ROLES)
 
 
 def _filter_length_and_rating(

@@ -20,6 +20,7 @@ from data_templates.segments import (
     Segment,
     Template,
     TemplateError,
+    map_texts,
     render,
     render_document,
 )
@@ -214,7 +215,7 @@ class Encoder:
     def _normalize(self, message: Message) -> Message:
         """Apply the tokenizer's own normalizations, so that markers it would see are found in the text."""
         for normalize in self._normalizers:
-            message = replace(message, content=normalize(message.content), context=normalize(message.context))
+            message = map_texts(message, normalize)
         return message
 
     def _merge_segments(self, segments: Sequence[Segment]) -> list[_TokenSpan]:

@@ -54,7 +54,7 @@ class Samples:
         conversation = self.conversations[index]
         end = _last_reply_index(conversation)
         entry = {"prompt": prompt_text(conversation), "expected": conversation[end].content}
-        turns = [[turn.role, turn.content, turn.context] for turn in conversation[:end]]
+        turns = [list(turn.key) for turn in conversation[:end]]
         return entry if turns == [["user", entry["prompt"], ""]] else entry | {"turns": turns}
 
     def _record_scores(self, run: RunDirectory, when: When, completions: list[Completion]) -> None:
@@ -82,13 +82,16 @@ def sample_turns(sample: Mapping[str, Any]) -> list[Message]:
     """Return the prompt of an entry of samples.jsonl as messages."""
     if "turns" not in sample:
         return [Message("user", sample["prompt"])]
-    return [Message(role, content, context=context) for role, content, context in sample["turns"]]
+    return [
+        Message(role, content, context, reasoning="".join(extra[:1]), tool_calls="".join(extra[1:]))
+        for role, content, context, *extra in sample["turns"]
+    ]
 
 
 def prompt_text(conversation: Sequence[Message]) -> str:
     """Return the text before a conversation's last reply, for display."""
     end = _last_reply_index(conversation)
-    prompt = "\n".join(filter(None, (turn.content for turn in conversation[:end])))
+    prompt = "\n".join(filter(None, (turn.full_text for turn in conversation[:end])))
     return f"{prompt}\n{conversation[end - 1].context}".strip()
 
 

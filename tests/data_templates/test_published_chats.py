@@ -62,7 +62,9 @@ def test_parity_with_the_published_template(name, messages):
 @pytest.mark.parametrize("end", [3, 4, 5, 6])
 def test_tools_calls_and_observations_have_the_published_form(system, calls, end):
     tools = Message("tools", "\n".join(json.dumps(tool, ensure_ascii=False) for tool in TOOLS))
-    called = Message("function_call", "\n".join(json.dumps(call, ensure_ascii=False) for call in calls))
+    called = Message(
+        "assistant", "", tool_calls="\n".join(json.dumps(call, ensure_ascii=False) for call in calls)
+    )
     seen = Message("observation", '{"sky": "맑음"}')
     ours = [tools, ASK, called, seen, ANSWER, Message("user", "And 4?")][:end]
     tool_calls = [{"type": "function", "function": call} for call in calls]

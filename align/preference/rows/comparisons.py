@@ -45,9 +45,9 @@ class Comparison:
     source: int = 0
 
     @property
-    def text_key(self) -> tuple[tuple[str, str, str], ...]:
+    def text_key(self) -> tuple[tuple[str, ...], ...]:
         """Return the key by which duplicate rows are found: all turns, the ranks and the label."""
-        turns = [(turn.role, turn.content, turn.context) for turn in (*self.prompt, *self.replies)]
+        turns = [turn.key for turn in (*self.prompt, *self.replies)]
         label = str(self.scores[0]) if len(self.replies) == 1 else ""
         return (*turns, ("ranks", str(self.ranks), label))
 
@@ -111,7 +111,7 @@ def _build_comparison(
     for note in row.notes:
         count(note)
     completions = _unify_prompts(_non_empty(row.completions, count), settings.on_different_prompts, count)
-    if any(not turn.content.strip() for turn in completions[0].prompt):
+    if any(turn.is_empty for turn in completions[0].prompt):
         raise DroppedRow(DROPPED_EMPTY_PROMPT_TURN)
     if len(row.completions) == 1:
         return _to_comparison(completions, (0,), row.margin, location)
@@ -125,7 +125,7 @@ def _non_empty(completions: Sequence[ScoredCompletion], count: CountRow) -> list
     non_empty = [
         completion
         for completion in completions
-        if completion.reply is not None and completion.reply.content.strip()
+        if completion.reply is not None and not completion.reply.is_empty
     ]
     if len(non_empty) < len(completions):
         if len(completions) <= 2:
@@ -152,8 +152,8 @@ def _unify_prompts(
     return [replace(completion, prompt=completions[0].prompt) for completion in completions]
 
 
-def _prompt_key(prompt: Turns) -> tuple[tuple[str, str, str], ...]:
-    return tuple((turn.role, turn.content.strip(), turn.context.strip()) for turn in prompt)
+def _prompt_key(prompt: Turns) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(text.strip() for text in turn.key) for turn in prompt)
 
 
 def _rank_completions(
@@ -204,7 +204,7 @@ def _distinct_completions(completions: Sequence[ScoredCompletion]) -> list[Score
 
 def _completion_text(completion: ScoredCompletion) -> str:
     assert completion.reply is not None
-    return completion.reply.content
+    return completion.reply.full_text
 
 
 def _to_comparison(
@@ -231,9 +231,9 @@ def count_contradictions(rows: Sequence[Comparison], report: DataReport) -> None
     first: dict[object, Comparison] = {}
     for row in rows:
         # Unordered: a pair and its swap have the same key.
-        completion_texts = frozenset(reply.content.strip() for reply in row.replies)
+        completion_texts = frozenset(reply.full_text.strip() for reply in row.replies)
         earlier = first.setdefault((_prompt_key(row.prompt), completion_texts), row)
-        best, earlier_best = row.replies[0].content.strip(), earlier.replies[0].content.strip()
+        best, earlier_best = row.replies[0].full_text.strip(), earlier.replies[0].full_text.strip()
         label_differs = len(row.replies) == 1 and row.scores != earlier.scores
         if len(row.replies) < 3 and (best != earlier_best or label_differs):
             report.count("contradict an earlier one, kept", f"{row.location} and {earlier.location}")

@@ -14,7 +14,7 @@ from finetune.data.dataset import load_or_encode
 from finetune.data.report import DataReport
 from finetune.data.tokens import Encoded, Encoder
 
-PREFERENCE_CACHE_FORMAT = 3
+PREFERENCE_CACHE_FORMAT = 4
 """Increased when the meaning of a cached file changes, so that old files are not read."""
 
 DROPPED_UNRENDERABLE = "dropped: the template cannot render the conversation"
@@ -214,7 +214,7 @@ def _preference_cache_key(rows: Sequence[Comparison], encoder: Encoder, limits: 
     ]
     digest = hashlib.sha256(json.dumps(head).encode())
     for row in rows:
-        turns = [[turn.role, turn.content, turn.context] for turn in (*row.prompt, *row.replies)]
+        turns = [turn.key for turn in (*row.prompt, *row.replies)]
         annotation = [row.scores, row.ranks, row.margin]
         # With the location: the report is cached too, and names it.
         digest.update(

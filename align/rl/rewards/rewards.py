@@ -144,7 +144,7 @@ class Rewards:
             return RewardScores(np.zeros(0), {name: np.zeros(0) for name in self.names})
         prompts, completions = (
             [prompt_text(conversation) for conversation in conversations],
-            [conversation[-1].content for conversation in conversations],
+            [conversation[-1].full_text for conversation in conversations],
         )
         # Each model runs once, however many of its scores are rewards.
         model_scores = [_model_scores(model, conversations, locations) for model in self.models]

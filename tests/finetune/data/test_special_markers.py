@@ -83,7 +83,7 @@ def test_a_call_is_trained_with_its_tags_and_an_observation_is_not():
     encoder = encoder_of("toolcall")
     call = '{"name": "add", "arguments": {"a": 1}}'
     turns = [Message("tools", '{"type": "function", "function": {"name": "add"}}'), ASK]
-    turns += [Message("function_call", call), Message("observation", "3"), ANSWER]
+    turns += [Message("assistant", "", tool_calls=call), Message("observation", "3"), ANSWER]
     encoded = encoder.encode(turns)
     trained_text = [
         token for token, trained in zip(encoded.input_ids, encoded.loss_mask, strict=True) if trained

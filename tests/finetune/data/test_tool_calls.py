@@ -63,7 +63,7 @@ def test_llama_factorys_layout():
     assert conversation == [
         Message("tools", WRAPPED),
         Message("user", "How large?"),
-        Message("function_call", calls_to_json_lines(CALL)),
+        Message("assistant", "", tool_calls=calls_to_json_lines(CALL)),
         Message("observation", '{"area": 15}'),
         Message("assistant", "15."),
     ]
