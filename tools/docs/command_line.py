@@ -25,7 +25,8 @@ def exit_status() -> str:
     meanings = {
         0: "success",
         OUR_ERROR: "the run failed: an internal error, NaN, or a lost process",
-        USER_ERROR: "an error in the recipe, the data or the command; nothing was written",
+        USER_ERROR: "an error in the recipe, the data, the command or a Python function that the recipe "
+        "names; if the run had not started, nothing was written",
         DOES_NOT_FIT: "`plan`: the run does not fit into memory",
         INTERRUPTED: "interrupted after saving a checkpoint; the same command resumes",
     }
