@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 from align.ppo.settings import Settings
+from align.rl.rewards.run_info import reward_run_info
 from align.rl.rewards.settings import REWARD_RULES, RewardSource
 from align.shared_rules import CONSISTENCY, RL_LABEL_SMOOTHING
 from finetune.recipe.compatibility import Rule, is_set
-from finetune.recipe.errors import Problem
+from finetune.recipe.errors import Problem, UserError
 
 
 def _check_sizes(settings: Settings) -> Iterator[Problem]:
@@ -35,8 +36,17 @@ def _check_pretraining(settings: Settings) -> Iterator[Problem]:
         yield Problem("pretraining.weight", "0 with a source given", "a weight above 0", repair)
 
 
-def _no_reward_model(sources: list[RewardSource]) -> bool:
-    return bool(sources) and all(source.run is None for source in sources)
+def _no_reward_adapter(sources: list[RewardSource]) -> bool:
+    return bool(sources) and not any(_may_have_adapter(source) for source in sources)
+
+
+def _may_have_adapter(source: RewardSource) -> bool:
+    if source.run is None:
+        return False
+    try:
+        return not reward_run_info(source.run, where="rewards.sources").full_model
+    except UserError:
+        return True  # the rule of the rewards reports it
 
 
 RULES = (
@@ -77,13 +87,13 @@ RULES = (
     ),
     Rule(
         "value-init",
-        {"ppo.value_init": ("reward",), "rewards.sources": _no_reward_model},
-        "a value model starts from a reward model, and no source is one",
+        {"ppo.value_init": ("reward",), "rewards.sources": _no_reward_adapter},
+        "a value model starts from a reward model's adapter, and no source has one",
         source="arXiv 2203.02155, appendix C.4: the value function starts from the reward model",
         problem=Problem(
             "ppo.value_init",
-            "'reward', but no source is a reward model",
-            "a reward run among rewards.sources",
+            "'reward', but no source is a reward model with an adapter",
+            "a reward run with an adapter among rewards.sources",
             "ppo.value_init=policy",
         ),
     ),

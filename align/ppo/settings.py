@@ -39,8 +39,8 @@ class PPOSettings(Section):
     value_coef: NonNegativeFloat = Field(0.1, description="weight of the value loss (vf_coef)")
     value_init: Literal["auto", "reward", "policy"] = Field(
         "auto",
-        description="initialization of the value model: the reward model (InstructGPT), or the initial "
-        "policy with a zero head; auto: reward if there is a reward model",
+        description="initialization of the value model: the first reward run that is an adapter "
+        "(InstructGPT), or the initial policy with a zero head; auto: reward if there is such a run",
     )
     value_learning_rate: PositiveFloat | None = Field(
         None, description="peak learning rate of the value model; null: train.learning_rate"

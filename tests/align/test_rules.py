@@ -157,6 +157,20 @@ def test_names_of_rules_are_unique_within_a_recipe() -> None:
             assert len(names) == len(set(names))
 
 
+def test_a_value_model_starts_from_the_adapter_of_a_reward_run(folder: Path) -> None:
+    schema = stage_settings("ppo")
+    sections = {"rewards": {"sources": [{"run": "run"}]}, "ppo": {"value_init": "reward"}}
+    settings = schema.model_validate({"data": {"source": "rows.jsonl"}, **sections})
+
+    def problems() -> list[str]:
+        found = cross_field_problems("ppo", settings, schema.model_fields)
+        return [problem.actual for problem in found if problem.where == "ppo.value_init"]
+
+    assert problems() == []
+    (folder / "run" / "model").mkdir()  # after full fine-tuning
+    assert problems() == ["'reward', but no source is a reward model with an adapter"]
+
+
 def test_a_rule_of_unknown_properties_does_not_apply() -> None:
     rule = Rule("float16", {"model.precision": ("float16",), "device": ("cpu",)}, source="a test")
     assert rule.applies({"model.precision": "float16", "device": "cpu"})
