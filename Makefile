@@ -1,5 +1,5 @@
-# Each verb of llm-align is a target:  make sft RECIPE=alpaca BASE=llama-2-7b ARGS="train.epochs=1"
-# Each target builds the environment that it needs; VENV= names another one than .venv.
+# Each command of llm-align is a target:  make sft RECIPE=alpaca BASE=llama-2-7b ARGS="train.epochs=1"
+# Each target builds the environment that it needs. VENV= names another environment than .venv.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -24,10 +24,10 @@ OPTIONS = $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPT
 .DEFAULT_GOAL := help
 .PHONY: help venv $(STAGES) run rlhf list show data plan chat merge test test-all test-gpu check docs tiny-base tiny-data compare clean
 
-help:  ## show this
-	@echo "make VERB [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [FROM=run] [REWARD=run] [OUT=dir] [ARGS=\"section.key=value ...\"]"
+help:  ## show this help
+	@echo "make TARGET [RECIPE=r] [BASE=b] [DATA=d] [ADAPTER=a] [FROM=run] [REWARD=run] [OUT=dir] [ARGS=\"section.key=value ...\"]"
 	@echo
-	@echo "  $(STAGES)   run a stage; without RECIPE its quickstart: embedded model and data, offline, on the CPU"
+	@echo "  $(STAGES)   run a stage; without RECIPE, its quickstart: embedded model and data, offline, on the CPU"
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  %-12s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml $(CONSTRAINTS)
@@ -40,40 +40,40 @@ venv: $(READY)  ## build the environment
 $(STAGES): $(READY)
 	$(BIN)/llm-align $@ $(RECIPE) $(OPTIONS) $(ARGS)
 
-run: $(READY)  ## a pipeline, several stages in one file: make run PIPELINE=zephyr BASE=mistral-7b
+run: $(READY)  ## run a pipeline, several stages in one file: make run PIPELINE=zephyr BASE=mistral-7b
 	$(BIN)/llm-align run $(PIPELINE) $(if $(BASE),--base $(BASE)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-rlhf: $(READY)  ## InstructGPT's pipeline on the embedded model: SFT, reward model, PPO
+rlhf: $(READY)  ## run InstructGPT's pipeline on the embedded model: SFT, reward model, PPO
 	$(BIN)/llm-align run instructgpt $(if $(BASE),--base $(BASE)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-list: $(READY)  ## recipes, pipelines, adapters, templates, bases, stages, runs
+list: $(READY)  ## list recipes, pipelines, adapters, templates, losses, bases, stages, runs
 	$(BIN)/llm-align list $(ARGS)
 
-show: $(READY)  ## every value of a recipe with its origin
+show: $(READY)  ## show every value of a recipe with its origin
 	$(BIN)/llm-align show $(RECIPE) $(if $(FROM),--from $(FROM)) $(ARGS)
 
-data: $(READY)  ## preview of tokenized data and loss mask: make data RECIPE=alpaca ARGS="--rows 5 --html data.html"
+data: $(READY)  ## preview tokenized data and loss mask: make data RECIPE=alpaca ARGS="--rows 5 --html data.html"
 	$(BIN)/llm-align data $(RECIPE) $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(FROM),--from $(FROM)) $(ARGS)
 
-plan: $(READY)  ## memory, time and disk before anything is loaded: make plan RECIPE=alpaca BASE=llama-2-7b ARGS="--gpu 24GB"
+plan: $(READY)  ## estimate memory, time and disk before anything is loaded: make plan RECIPE=alpaca BASE=llama-2-7b ARGS="--gpu 24GB"
 	$(BIN)/llm-align plan $(RECIPE) $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(ADAPTER),--adapter $(ADAPTER)) $(if $(FROM),--from $(FROM)) $(ARGS)
 
 chat: $(READY)  ## chat with a finished run: make chat RUN=runs/...
 	$(BIN)/llm-align chat $(RUN) $(ARGS)
 
-merge: $(READY)  ## a run's base and adapter as one model: make merge RUN=runs/...
+merge: $(READY)  ## merge a run's adapter into its base: make merge RUN=runs/...
 	$(BIN)/llm-align merge $(RUN) $(ARGS)
 
-test: $(READY)  ## the tests, about 5 minutes
+test: $(READY)  ## run the tests, about 5 minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-all: $(READY)  ## the slow tests too
+test-all: $(READY)  ## run all tests, including the slow ones
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(ARGS)
 
-test-gpu: $(READY)  ## the tests that need a GPU, which skip without one
+test-gpu: $(READY)  ## run the tests that need a GPU; they skip without one
 	$(BIN)/python -m pytest -n 0 -m gpu -rs tests/gpu $(ARGS)
 
-check: $(READY)  ## style, types and tests, as in CI
+check: $(READY)  ## run ruff, mypy and the tests, as in CI
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -83,19 +83,19 @@ $(VENV)/.docs: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
 	@touch $@
 
-docs: $(VENV)/.docs  ## the documentation site: build/site/index.html
+docs: $(VENV)/.docs  ## build the documentation site: build/site/index.html
 	$(BIN)/zensical build --strict
 
-tiny-base: $(READY)  ## train the embedded base model again (about 40 minutes on two cores)
+tiny-base: $(READY)  ## train the embedded base model from scratch (about 40 minutes on two cores)
 	$(BIN)/python -m tools.tiny.train_base --out recipes/tiny/model
 
-tiny-data: $(READY)  ## write the embedded data again
+tiny-data: $(READY)  ## regenerate the embedded data
 	$(BIN)/python -m tools.tiny.data --out recipes/tiny/data
 
-compare: $(READY)  ## every adapter on the embedded task: table and plot (about 40 minutes on two cores)
+compare: $(READY)  ## train every adapter on the embedded task: table and plot (about 40 minutes on two cores)
 	$(BIN)/python -m benchmarks.compare $(ARGS)
 
-bench-%: $(READY)  ## measure against other programs: make bench-sft
+bench-%: $(READY)  ## run a benchmark against another program: make bench-sft
 	$(BIN)/python -m benchmarks.$* $(ARGS)
 
 clean:  ## delete the environment and caches, not the runs
